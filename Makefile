@@ -1,0 +1,55 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-cluster test-containers test-unit lint bench dashboards clean
+
+python := .venv/bin/python
+code := $(wildcard dist_train tests benchmarks)
+
+help: ## show this list
+	@sed -nE 's/^([a-z-]+):[^#]*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "make %-15s %s\n", $$1, $$2 }'
+
+setup: ## make .venv with everything in it (PYTHON=python3.12 and DIST_TRAIN_MPI=system|wheel choose)
+	@docker/environment.sh
+
+demo: ## train on Fashion-MNIST with two workers, and write a report to open
+	@launch/demo.sh
+
+test: setup ## every test but the lengthy ones of test-cluster and test-containers; as root, installs the Debian packages that some need
+	@docker/debian_packages.sh
+	$(python) -m pytest -n auto tests/unit
+	$(python) -m pytest -n auto tests/longer
+	$(python) -m pytest -n 2 --dist loadfile -m "not lengthy" tests --ignore tests/unit --ignore tests/longer
+
+test-cluster: setup ## every test on a Slurm of several nodes, also those that wait for its clocks
+	@docker/debian_packages.sh
+	$(python) -m pytest tests/cluster
+
+test-containers: setup ## build the image of docker/Dockerfile and run it; needs root, and a few minutes
+	@docker/debian_packages.sh
+	$(python) -m pytest tests/containers
+
+test-unit: setup ## the unit tests alone, under a minute
+	$(python) -m pytest -n auto tests/unit
+
+lint: setup ## ruff, mypy, shellcheck and hadolint
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy $(code)
+	.venv/bin/shellcheck launch/*.sh slurm/*.sh docker/*.sh docker/grafana/*.sh tests/cluster/*.sh benchmarks/peers/*.sh .ci/run
+	.venv/bin/hadolint docker/Dockerfile
+
+bench: setup ## the side-by-side performance table; takes hours, `python -m benchmarks --only GROUP` minutes
+	@benchmarks/peers/environment.sh
+	$(python) -m benchmarks
+
+dashboards: setup ## write Grafana's dashboards and the table of metrics anew, from the code
+	$(python) -m dist_train.dashboards docker/grafana/dashboards
+	$(python) -m dist_train.monitoring.prometheus.document docs/monitoring.md
+
+clean: ## remove what was made here, except runs and the caches outside this folder
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: torture
+torture: setup ## a campaign of 500 faults, and 10,000 broken inputs of each kind (FAULTS, SEED, INPUTS)
+	$(python) -m tests.torture --faults $(or $(FAULTS),500) --seed $(or $(SEED),0)
+	$(python) -m tests.torture.fuzz --inputs $(or $(INPUTS),10000) --seed $(or $(SEED),0)

@@ -1,0 +1,1 @@
+"""Side-by-side measurements: `python -m benchmarks` prints a table of ratios, both sides in one run."""

@@ -1,0 +1,56 @@
+"""The bare loop with freed memory kept by the process, and as the C library has it; each side a process of its own.
+
+`python -m benchmarks.allocator kept|default UPDATES` prints the seconds of one update.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+
+from benchmarks.bare_loop import bare_loop
+from benchmarks.subject import settings
+from benchmarks.timing import Ratio, ratio_of, timed
+from dist_train.data.catalog import load_images
+from dist_train.training.allocator import keep_freed_memory
+
+_UPDATES = {0.25: 40, 1.0: 6}
+
+
+def rows(pairs: int) -> list[Ratio]:
+    """Return the ratio of the step times for both widths."""
+    return [
+        ratio_of(
+            f"allocator, width {width:g}, batch 128, float32, bare loop",
+            "freed memory kept",
+            "glibc's default",
+            [(seconds("kept", width), seconds("default", width)) for _ in range(pairs)],
+            None,
+        )
+        for width in _UPDATES
+    ]
+
+
+def seconds(side: str, width: float) -> float:
+    """Return the seconds of an update in a new process."""
+    command = [sys.executable, "-m", "benchmarks.allocator", side, str(width)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    """Print the seconds of an update."""
+    side, width = sys.argv[1], float(sys.argv[2])
+    torch.set_num_threads(1)
+    if side == "kept":
+        assert keep_freed_memory()
+    data = load_images(settings(width, 128).data, "train", 0)
+    update = bare_loop(data.images, data.labels, width=width, batch=128, channels_last=False, precision=torch.float32)
+    update()
+    updates = _UPDATES[width]
+    print(timed(lambda: [update() for _ in range(updates)]) / updates)
+
+
+if __name__ == "__main__":
+    main()

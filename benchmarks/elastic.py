@@ -1,0 +1,292 @@
+"""A worker is lost: Horovod Elastic against a restart from the last checkpoint, both really run on this machine.
+
+`python -m benchmarks.elastic [--repeats N] [--json FILE]`. Two workers train VGG9 at width 0.25 on two cores over
+Gloo; one of them is killed, or stopped (SIGSTOP), or raises an exception. Ours is started again by its launch script
+on one worker; Elastic goes on by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.elastic_task import GLOBAL_SIZE, MICRO_SIZE, WIDTH
+
+_ROOT = Path(__file__).resolve().parent.parent
+_LAUNCH = str(_ROOT / "launch" / "local.sh")
+STEPS = 24
+HIT_AFTER = 8
+"""Updates that are done when the worker is lost."""
+STOPPED_TIMEOUT = 15.0
+"""`comm.timeout` of our run whose worker is stopped; the default is 60 s."""
+PATIENCE = 60.0
+"""Seconds without an update after which a run counts as hanging."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What became of a run that lost a worker; seconds are None where no update came within `PATIENCE`."""
+
+    who: str
+    what: str
+    next_update: float | None
+    """From the loss to the end of the next update that is new or done again."""
+    ended: float | None
+    """From the loss until the launcher had ended, where it ends; the rest is the new start."""
+    updates_lost: int | None
+    """Updates that had been done, and are done again."""
+    same_bits: bool | None
+    """Whether the final weights equal those of a run that lost nobody."""
+
+
+Steps = Sequence[tuple[int, float]]
+"""Updates that were done, and when."""
+
+
+def settle(who: str, what: str, before: Steps, hit: float, after: Steps, ended: float | None) -> Loss:
+    """Return what happened, from the updates `before` the loss at the time `hit` and those `after` it."""
+    if not after:
+        return Loss(who, what, None, ended, None, None)
+    step, moment = after[0]
+    lost = before[-1][0] - (step - 1)
+    return Loss(who, what, moment - hit, None if ended is None else ended - hit, lost, None)
+
+
+def ours(what: str, every_steps: int, folder: Path) -> Loss:
+    """Run ours, take a worker from it by `what`, and start it again on one worker."""
+    config = _write_config(folder, every_steps)
+    run = folder / "run"
+    with _started([_LAUNCH, "-np", "2", "train", config]) as process:
+        before = _await(lambda: _our_steps(run), HIT_AFTER, time.time() + PATIENCE)
+        worker = _worker_of(process.pid, rank=1)
+        hit = time.time()
+        os.kill(worker, {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[what])
+        process.wait()
+        before, ended = _our_steps(run), time.time()
+    with _started([_LAUNCH, "-np", "1", "train", config]) as process:
+        process.wait()
+    after = [step for step in _our_steps(run) if step[1] > ended]
+    return settle(f"restart, checkpoint every {every_steps}", what, before, hit, after, ended)
+
+
+def elastic(what: str, folder: Path) -> Loss:
+    """Run Horovod Elastic and take a worker from it by `what`."""
+    fail_at = HIT_AFTER + 1 if what == "exception" else 0
+    with _started(_elastic_command(folder, fail_at)) as process:
+        before = _await(lambda: _elastic_steps(folder), HIT_AFTER, time.time() + PATIENCE)
+        hit = time.time()
+        if what != "exception":
+            worker = int((folder / "worker-1").read_text())
+            before, hit = _elastic_steps(folder), time.time()
+            os.kill(worker, {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[what])
+        else:
+            before, hit = before[:HIT_AFTER], before[HIT_AFTER - 1][1]
+        done = len(before)
+        # An update that was under way may still end with the lost worker's gradients.
+        with suppress(TimeoutError):
+            _await(lambda: _elastic_steps(folder), done + 3, time.time() + PATIENCE)
+        after = _elastic_steps(folder)[done:]
+        deadline = time.time() + (PATIENCE if after else 0)
+        while process.poll() is None and not (folder / "digest").exists() and time.time() < deadline:
+            time.sleep(0.05)
+    if len(after) < 3:
+        after = []
+    return settle("Horovod Elastic", what, before, hit, after, None)
+
+
+def undisturbed(folder: Path) -> tuple[str, str]:
+    """Return the digests of the final weights of a run of ours and of an elastic one that lose nobody."""
+    with _started([_LAUNCH, "-np", "2", "train", _write_config(folder, 20)]) as process:
+        process.wait()
+    with _started(_elastic_command(folder, 0)) as process:
+        process.wait()
+    return our_digest(folder), elastic_digest(folder)
+
+
+def our_digest(folder: Path) -> str:
+    """Return the digest of the weights in the last checkpoint of our run."""
+    last = max((folder / "run" / "checkpoints").glob("step-*.pt"), default=None)
+    if last is None:
+        return "none"
+    state: Mapping[str, torch.Tensor] = torch.load(last, weights_only=True)["model"]
+    return hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in state.values())).hexdigest()
+
+
+def elastic_digest(folder: Path) -> str:
+    """Return the digest of the final weights of the elastic run."""
+    path = folder / "digest"
+    return path.read_text() if path.exists() else "none"
+
+
+def _write_config(folder: Path, every_steps: int) -> str:
+    settings = {
+        "run": {"name": "run", "directory": str(folder), "epochs": 1000, "max_steps": STEPS},
+        "data": {"name": "synthetic", "synthetic_samples": 4 * GLOBAL_SIZE},
+        "model": {"name": "vgg9", "width": WIDTH, "ghost_size": MICRO_SIZE},
+        "batch": {"global_size": GLOBAL_SIZE, "micro_size": MICRO_SIZE},
+        "optimizer": {"learning_rate": 0.01},
+        "precision": {"threads": 1},
+        "evaluation": {"every_epochs": 0},
+        "checkpoint": {"every_epochs": 0, "every_steps": every_steps},
+        "comm": {"timeout": STOPPED_TIMEOUT},
+        "metrics": {"enabled": False},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def _elastic_command(folder: Path, fail_at: int) -> list[str]:
+    discovery = folder / "discover.sh"
+    discovery.write_text("#!/bin/sh\necho localhost:1\necho 127.0.0.1:1\n")
+    discovery.chmod(0o755)
+    launcher = [str(Path(sys.executable).parent / "horovodrun"), "-np", "2", "--min-np", "1", "--max-np", "2"]
+    hosts = ["--host-discovery-script", str(discovery), "--network-interface", "lo"]
+    program = [sys.executable, "-m", "benchmarks.elastic_loop", str(folder), str(STEPS), str(fail_at)]
+    return [*launcher, *hosts, *program]
+
+
+@contextmanager
+def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `command` in this block; nothing of it is left behind."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOROVOD_CYCLE_TIME": "5", "PYTHONPATH": str(_ROOT)}
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            for pid in [process.pid, *_below(process.pid)]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+
+def _below(pid: int) -> list[int]:
+    """Return the processes below `pid`."""
+    found: list[int] = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            for child in map(int, children.read_text().split()):
+                found += [child, *_below(child)]
+    return found
+
+
+def _worker_of(pid: int, rank: int) -> int:
+    """Return the process of worker `rank` below the launcher `pid`: the first one that carries its number."""
+    wanted = f"HOROVOD_RANK={rank}".encode()
+    for child in _below(pid):
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            if wanted in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+                return child
+    raise RuntimeError(f"there is no worker {rank} below process {pid}")
+
+
+def _await(steps: Callable[[], Steps], count: int, deadline: float) -> Steps:
+    """Return the updates as soon as there are `count`."""
+    while len(done := steps()) < count:
+        if time.time() > deadline:
+            raise TimeoutError(f"only {len(done)} updates of {count}")
+        time.sleep(0.002)
+    return done
+
+
+def _our_steps(run: Path) -> Steps:
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [(record["step"], record["time"]) for record in records if record["kind"] == "train"]
+
+
+def _elastic_steps(folder: Path) -> Steps:
+    path = folder / "steps"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [(int(line.split()[0]), float(line.split()[1])) for line in lines if line.endswith("\n")]
+
+
+def _in_folder(run: Callable[[Path], Loss], digest: Callable[[Path], str], expected: str) -> Loss:
+    folder = Path(tempfile.mkdtemp(prefix="elastic-"))
+    try:
+        loss = run(folder)
+        same = None if loss.next_update is None else digest(folder) == expected
+        return Loss(loss.who, loss.what, loss.next_update, loss.ended, loss.updates_lost, same)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def measure(repeats: int) -> list[Loss]:
+    """Return every loss of a worker that was tried; both sides in turn."""
+    folder = Path(tempfile.mkdtemp(prefix="elastic-"))
+    ours_expected, elastic_expected = undisturbed(folder)
+    shutil.rmtree(folder)
+    losses = []
+    for _ in range(repeats):
+        losses.append(_in_folder(partial(elastic, "killed"), elastic_digest, elastic_expected))
+        for every in (1, 5):
+            losses.append(_in_folder(partial(ours, "killed", every), our_digest, ours_expected))
+    losses.append(_in_folder(partial(ours, "stopped", 1), our_digest, ours_expected))
+    losses.append(_in_folder(partial(elastic, "exception"), elastic_digest, elastic_expected))
+    losses.append(_in_folder(partial(elastic, "stopped"), elastic_digest, elastic_expected))
+    return losses
+
+
+def table_of(losses: Sequence[Loss]) -> Table:
+    """Return a row for each side and event: medians, and how many runs there were."""
+    table = Table(title="A worker of two is lost", title_justify="left")
+    for column in ("", "loss", "next update, s", "launcher ended, s", "updates lost", "same bits", "runs"):
+        table.add_column(column, justify="left" if column in ("", "loss") else "right")
+    for who, what in dict.fromkeys((loss.who, loss.what) for loss in losses):
+        same = [loss for loss in losses if (loss.who, loss.what) == (who, what)]
+        table.add_row(
+            who,
+            what,
+            _median([loss.next_update for loss in same], f"none in {PATIENCE:g} s"),
+            _median([loss.ended for loss in same], "-"),
+            _median([loss.updates_lost for loss in same], "-"),
+            "-" if same[0].same_bits is None else "yes" if all(loss.same_bits for loss in same) else "no",
+            str(len(same)),
+        )
+    return table
+
+
+def _median(values: Sequence[float | None], missing: str) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.median(known):.3g}" if known else missing
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.elastic", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3, help="times that a worker is killed on each side")
+    parser.add_argument("--json", type=Path, help="write every loss into this file as well")
+    arguments = parser.parse_args()
+    losses = measure(arguments.repeats)
+    Console(width=140).print(table_of(losses))
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(loss) for loss in losses], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Points of a landscape: against a plain evaluation through a DataLoader, and on two workers against one.
+
+`mpirun -np 2 python -m benchmarks.landscape POINTS` prints the seconds that so many points take.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.subject import settings
+from benchmarks.timing import Ratio, compare, ratio_of
+from dist_train.analysis.directions import random_direction
+from dist_train.analysis.landscape_points import Directions, Point, axis
+from dist_train.analysis.point_evaluation import Batch, PointEvaluator, place_of
+from dist_train.cluster.points import deal, join_points
+from dist_train.models import build_model
+from dist_train.optim.flat_weights import FlatWeights
+from dist_train.training.compute import Compute
+
+_IMAGES = 10_000
+_BATCH = 100
+_SECONDS = "seconds: "
+
+
+def rows(pairs: int) -> Iterator[Ratio]:
+    """Yield the rows; a pair takes about a quarter of a minute."""
+    yield dataloader_row(pairs)
+    yield scaling_row(pairs)
+
+
+def dataloader_row(pairs: int) -> Ratio:
+    """Return the time of a point of a direction, 10,000 images, VGG9 width 0.25, over the plain evaluation's."""
+    cores = len(os.sched_getaffinity(0))
+    model, images, labels, walk = _subject()
+    evaluator = PointEvaluator(
+        model, [_batches(images, labels)], [], Compute(torch.device("cpu"), torch.float32), threads=cores
+    )
+    plain = _plain_evaluation(model, images, labels)
+    alphas = iter(axis(-1.0, 1.0, 2 * pairs + 5))
+
+    def ours() -> None:
+        torch.set_num_threads(1)
+        evaluator.evaluate(walk.at(Point(0, next(alphas))))
+
+    def theirs() -> None:
+        torch.set_num_threads(cores)
+        plain(walk.at(Point(0, next(alphas))).weights)
+
+    with closing(evaluator):
+        return compare(
+            f"landscape, a point of 10,000 images, width 0.25, {cores} cores",
+            ("in memory", ours),
+            ("DataLoader", theirs),
+            pairs=pairs,
+            bar=0.5,
+            warm_up=1,
+        )
+
+
+def scaling_row(pairs: int) -> Ratio:
+    """Return the time of eight points on two workers over that on one, one core each."""
+    seconds = [(_launch(2, 8), _launch(1, 8)) for _ in range(max(2, pairs // 2))]
+    return ratio_of("landscape, eight points, a core a worker", "2 workers", "1 worker", seconds, 1 / 1.8)
+
+
+def main() -> None:
+    """Evaluate this worker's share of the points, and print on the first how long it took until all were done."""
+    workers = join_points()
+    torch.set_num_threads(1)
+    model, images, labels, walk = _subject()
+    data = _batches(images, labels)
+    points = [Point(0, alpha) for alpha in axis(-1.0, 1.0, int(sys.argv[1]))]
+    with closing(PointEvaluator(model, [data], [], Compute(torch.device("cpu"), torch.float32))) as evaluator:
+        evaluator.evaluate(walk.at(points[0]))
+        workers.together(lambda: None, "begin")
+        begun = time.perf_counter()
+        for point in deal(points, workers.rank, workers.size):
+            evaluator.evaluate(walk.at(point))
+        workers.together(lambda: None, "end")
+    if workers.rank == 0:
+        print(_SECONDS + str(time.perf_counter() - begun), flush=True)
+
+
+def _subject() -> tuple[nn.Module, Tensor, Tensor, Directions]:
+    """Return a network, made-up images uint8 and labels, and a direction to walk along."""
+    config = settings(0.25, 128, data={"name": "fashion-mnist"})
+    model = build_model(config)
+    stream = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (_IMAGES, *config.data.image_format.shape), generator=stream).to(torch.uint8)
+    labels = torch.randint(0, 10, (_IMAGES,), generator=stream)
+    origin = place_of(model)
+    direction = random_direction(FlatWeights(model), "filter", ("norm", "bias"), 0, 0)
+    return model, images, labels, Directions(origin, lambda _: direction)
+
+
+def _batches(images: Tensor, labels: Tensor) -> Sequence[Batch]:
+    inputs = images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+    return list(zip(inputs.split(_BATCH), labels.split(_BATCH), strict=True))
+
+
+class _Images(Dataset[tuple[Tensor, int]]):
+    """Images as torchvision's data sets give them: one by one, as floats."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self._images = images
+        self._labels = labels
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._images[index].to(torch.float32).div(255), int(self._labels[index])
+
+
+def _plain_evaluation(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[Tensor], float]:
+    """Return an evaluation as examples have it."""
+    weights = FlatWeights(model)
+    loader = DataLoader(_Images(images, labels), batch_size=128)
+
+    def evaluate(values: Tensor) -> float:
+        weights.values.copy_(values)
+        model.eval()
+        loss, correct = 0.0, 0
+        with torch.no_grad():
+            for inputs, targets in loader:
+                outputs = model(inputs)
+                loss += functional.cross_entropy(outputs, targets, reduction="sum").item()
+                correct += int((outputs.argmax(dim=1) == targets).sum())
+        return loss / len(images) + correct
+
+    return evaluate
+
+
+def _launch(workers: int, points: int) -> float:
+    program = [sys.executable, "-m", "benchmarks.landscape", str(points)]
+    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    launcher = ["mpirun", "-np", str(workers), "--bind-to", "none", "--oversubscribe"]
+    ended = subprocess.run([*launcher, *program], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    [line] = [line for line in ended.stdout.splitlines() if _SECONDS in line]
+    return float(line.split(_SECONDS, 1)[1])
+
+
+if __name__ == "__main__":
+    main()

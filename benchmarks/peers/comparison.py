@@ -1,0 +1,133 @@
+"""Each peer against us: every side a program of its own, all in turn in each round, since the machine has moods.
+
+Lightning and Ignite live in `.venv-peers`, made by `benchmarks/peers/environment.sh`; without it they are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from benchmarks.peers.work import MARK, Work
+from benchmarks.timing import Ratio, ratio_of
+
+ROOT = Path(__file__).parents[2]
+PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+
+SMALL = Work(0.25, 128, 1, updates=60, warm_up=10)
+SMALL_8192 = Work(0.25, 8192, 1, updates=2, warm_up=1)
+WHOLE = Work(1.0, 128, 1, updates=6, warm_up=2)
+WHOLE_8192 = Work(1.0, 8192, 1, updates=1, warm_up=0)
+"""The work of one worker; two workers do it as well."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A program, how it is started on some workers, and the largest ratio of our step time to its own."""
+
+    name: str
+    module: str
+    command: Callable[[str, int], list[str]]
+    workers: tuple[int, ...]
+    bar: Callable[[Work], float | None]
+
+
+def rows(work: Work, rounds: int) -> Iterator[Ratio]:
+    """Yield our step time over each peer's, with one worker and two, and ours with two over ours with one."""
+    ours: dict[int, list[float]] = {}
+    for workers in (1, 2):
+        shared = replace(work, workers=workers)
+        peers = [peer for peer in _peers() if workers in peer.workers]
+        seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
+        for number in range(rounds):
+            for peer in (*peers[number % len(peers) :], *peers[: number % len(peers)]):
+                seconds[peer.name].append(_run(peer, shared))
+        ours[workers] = seconds.pop(_OURS.name)
+        for peer in peers[1:]:
+            yield ratio_of(
+                f"{_title(work)}, {workers} worker{'s' * (workers > 1)}",
+                _OURS.name,
+                peer.name,
+                list(zip(ours[workers], seconds[peer.name], strict=True)),
+                peer.bar(shared),
+            )
+    halves = [one / 2 for one in ours[1]]
+    bar = 1 / 0.95 if work.batch == 8192 else None
+    yield ratio_of(f"{_title(work)}, scaling", "2 workers", "half of 1's", list(zip(ours[2], halves, strict=True)), bar)
+
+
+def _title(work: Work) -> str:
+    return f"width {work.width:g}, batch {work.batch}"
+
+
+def _run(peer: Peer, work: Work) -> float:
+    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1", "OMPI_MCA_mpi_yield_when_idle": "1"}
+    if os.geteuid() == 0:
+        environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    ended = subprocess.run(
+        [*peer.command(peer.module, work.workers), *work.arguments()],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told = [line.split(MARK, 1)[1] for line in ended.stdout.splitlines() if MARK in line]
+    if len(told) != 1:
+        raise RuntimeError(f"{peer.name} did not measure ({work}):\n{ended.stdout[-2000:]}{ended.stderr[-4000:]}")
+    return float(json.loads(told[0]))
+
+
+def _alone_or_by_mpirun(module: str, workers: int) -> list[str]:
+    program = [sys.executable, "-m", module]
+    if workers == 1:
+        return program
+    return [_beside_python("mpirun"), "-np", str(workers), "--bind-to", "none", "--oversubscribe", *program]
+
+
+def _by_torchrun(module: str, workers: int) -> list[str]:
+    return [_beside_python("torchrun"), "--standalone", f"--nproc-per-node={workers}", "-m", module]
+
+
+def _by_itself(module: str, workers: int) -> list[str]:
+    return [str(PEERS_PYTHON), "-m", module]
+
+
+def _beside_python(name: str) -> str:
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else name
+
+
+def _limit(work: Work) -> float | None:
+    return 1 / 0.97
+
+
+def _as_fast(work: Work) -> float | None:
+    return 1.0
+
+
+def _example(work: Work) -> float | None:
+    return 1 / 1.3 if work.batch == 8192 else 1.0
+
+
+_OURS = Peer("dist-train", "benchmarks.peers.ours", _alone_or_by_mpirun, (1, 2), _as_fast)
+_HERE = (
+    _OURS,
+    Peer("bare PyTorch loop", "benchmarks.peers.bare", _alone_or_by_mpirun, (1,), _limit),
+    Peer("PyTorch DDP, Gloo", "benchmarks.peers.ddp", _by_torchrun, (1, 2), _as_fast),
+    Peer("Horovod's example", "benchmarks.peers.horovod_example", _alone_or_by_mpirun, (1, 2), _example),
+)
+_ELSEWHERE = (
+    Peer("Lightning, DDP", "benchmarks.peers.lightning_ddp", _by_itself, (1, 2), _as_fast),
+    Peer("Ignite", "benchmarks.peers.ignite_ddp", _by_itself, (1, 2), _as_fast),
+)
+
+
+def _peers() -> tuple[Peer, ...]:
+    return (*_HERE, *_ELSEWHERE) if PEERS_PYTHON.exists() else _HERE

@@ -1,0 +1,167 @@
+"""From what was measured on one machine to the numbers of the model, and how well they fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy
+from scipy.optimize import least_squares
+
+from benchmarks.scaling_measure import CYCLE_MILLISECONDS, MICRO_SIZE, Allreduce, Measurements, Step
+from benchmarks.scaling_model import (
+    FORWARD,
+    Compute,
+    Horovod,
+    Job,
+    Layer,
+    Link,
+    Network,
+    allreduce_seconds,
+    communication,
+    messages,
+    micro_batches_of_busiest,
+)
+
+BYTES = 8
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A measured time beside the model's; `is_fitted` is false where the fit did not see it."""
+
+    what: str
+    workers: int
+    measured: float
+    modelled: float
+    is_fitted: bool
+
+    @property
+    def ratio(self) -> float:
+        """The model's time over the measured one."""
+        return self.modelled / self.measured
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One node of `cores` cores: workers beyond them share the cores, and everything takes longer in proportion."""
+
+    cores: int
+    horovod: Horovod
+    link: Link
+
+    def slowdown(self, workers: int) -> float:
+        """Return by how much the work of each worker is slower than on a core of its own."""
+        return max(1.0, workers / self.cores)
+
+    def network(self, workers: int) -> Network:
+        """Return what the workers see of each other."""
+        slow = self.slowdown(workers)
+        link = Link(self.link.latency * slow, self.link.bandwidth / slow)
+        return Network(link, link, node_size=workers, algorithm="ring")
+
+    def sum_seconds(self, workers: int, size: float) -> float:
+        """Return the time of one sum after another: each waits for a cycle, unless the one before took longer."""
+        return max(self.horovod.cycle, self.work_seconds(workers, size))
+
+    def work_seconds(self, workers: int, size: float) -> float:
+        """Return the time of a sum without the cycle."""
+        hops = 2 * math.log2(workers) * self.horovod.hop * self.slowdown(workers) if workers > 1 else 0.0
+        return hops + allreduce_seconds(self.network(workers), workers, size)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a worker computes on a core of its own: seconds of a sample, and once in an update."""
+
+    sample: float
+    fixed: float
+
+
+def fit_machine(measurements: Measurements, controller: str) -> tuple[Machine, list[Residual]]:
+    """Return the link and the agreement that fit the sums of 2 and 4 workers best, in the ratio of the times.
+
+    The sums of more workers are compared, not fitted.
+    """
+    rows = [
+        row
+        for row in measurements.allreduces
+        if row.controller == controller and row.workers > 1 and row.kind == "known"
+    ]
+    seen = [row for row in rows if row.workers <= 4]
+    cycle = CYCLE_MILLISECONDS[controller] / 1000
+
+    def machine(logarithms: Sequence[float]) -> Machine:
+        hop, bandwidth = math.exp(logarithms[0]), math.exp(logarithms[1])
+        return Machine(measurements.cores, Horovod(cycle, hop), Link(0.0, bandwidth))
+
+    def errors(logarithms: Sequence[float]) -> list[float]:
+        candidate = machine(logarithms)
+        return [math.log(candidate.sum_seconds(row.workers, row.length * BYTES) / row.seconds) for row in seen]
+
+    starts = [(math.log(hop), math.log(bandwidth)) for hop in (1e-4, 5e-4, 2e-3) for bandwidth in (1e9, 5e9)]
+    solutions = [least_squares(errors, start, method="dogbox") for start in starts]
+    best = machine(min(solutions, key=lambda solution: float(solution.cost)).x)
+    return best, [_allreduce_residual(best, row) for row in rows]
+
+
+def _allreduce_residual(machine: Machine, row: Allreduce) -> Residual:
+    modelled = machine.sum_seconds(row.workers, row.length * BYTES)
+    what = f"sum of {row.length * BYTES:,} bytes"
+    return Residual(what, row.workers, row.seconds, modelled, is_fitted=row.workers <= 4)
+
+
+def step_on(machine: Machine, pace: Pace, job: Job, workers: int) -> float:
+    """Return the seconds of an update of `job` on so many workers of `machine`."""
+    slow = machine.slowdown(workers)
+    micro_batch = slow * pace.sample * job.micro_size
+    exposed, _ = communication(
+        messages(job),
+        backward=(1 - FORWARD) * micro_batch,
+        network=machine.network(workers),
+        horovod=Horovod(machine.horovod.cycle, machine.horovod.hop * slow),
+        workers=workers,
+    )
+    return micro_batches_of_busiest(job, workers) * micro_batch + slow * pace.fixed + exposed
+
+
+def fit_pace(
+    measurements: Measurements, machines: dict[str, Machine], width: float, layers: tuple[Layer, ...]
+) -> tuple[Pace, list[Residual]]:
+    """Return the pace that fits the updates of one `width` best, in the ratio of the times, and all its residuals.
+
+    Communication is what the sums alone gave; only the pace is fitted, to 1 and 2 workers. Four share two cores.
+    """
+    rows = [row for row in measurements.steps if row.width == width]
+    seen = [row for row in rows if row.workers <= 2]
+
+    def modelled(pace: Pace) -> Callable[[Step], float]:
+        return lambda row: step_on(
+            machines[row.controller], pace, Job(layers, row.global_size, MICRO_SIZE), row.workers
+        )
+
+    def errors(logarithms: Sequence[float]) -> list[float]:
+        of = modelled(Pace(math.exp(logarithms[0]), math.exp(logarithms[1])))
+        return [math.log(of(row) / row.seconds) for row in seen]
+
+    alone = [row for row in seen if row.workers == 1]
+    start = math.log(float(numpy.median([row.seconds / row.global_size for row in alone])))
+    solution = least_squares(errors, (start, math.log(1e-3)), bounds=((-20, -14), (5, 2)))
+    pace = Pace(math.exp(solution.x[0]), math.exp(solution.x[1]))
+    of = modelled(pace)
+    return pace, [
+        Residual(
+            f"{row.controller}, width {row.width:g}, batch {row.global_size}",
+            row.workers,
+            row.seconds,
+            of(row),
+            is_fitted=row.workers <= 2,
+        )
+        for row in rows
+    ]
+
+
+def compute_of(pace: Pace) -> Compute:
+    """Return a worker of that pace for the model."""
+    return Compute(rate=1 / pace.sample, fixed=pace.fixed)

@@ -1,0 +1,233 @@
+"""The time of an update on any number of workers, from compute, network and Horovod's cycle; pure functions.
+
+All times are seconds, sizes bytes, bandwidths bytes a second. What is left out: the reading of data, checkpoints,
+evaluations, and other jobs on the network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import Literal
+
+Algorithm = Literal["ring", "hierarchical", "tree", "fastest"]
+FORWARD = 1 / 3
+"""The forward pass's part of forward and backward: the backward pass has two products where the forward has one."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of a layer, and multiply-adds of its forward pass on one sample."""
+
+    parameters: int
+    multiply_adds: int
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a message between two neighbours takes: `latency`, and its size over `bandwidth`."""
+
+    latency: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Network:
+    """Nodes of `node_size` workers; `between` has the bandwidth of a node, one way, for all its workers."""
+
+    within: Link
+    between: Link
+    node_size: int
+    algorithm: Algorithm = "fastest"
+
+
+@dataclass(frozen=True)
+class Horovod:
+    """How Horovod begins an operation: in the next cycle of `cycle` seconds, once all workers have asked for it.
+
+    To agree takes `hop` seconds for each doubling of the workers, there and back.
+    """
+
+    cycle: float
+    hop: float
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A worker: `rate` samples a second, at least `least` seconds for a forward and backward pass of any size.
+
+    `fixed` is what every worker does once in an update: noise, optimizer, bookkeeping. `jitter` is the standard
+    deviation of a worker's time from update to update, as a part of it: all wait for the slowest.
+    """
+
+    rate: float
+    least: float = 0.0
+    fixed: float = 0.0
+    jitter: float = 0.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained: `layers` in the order of the forward pass, and how its batch and gradients are cut.
+
+    `weight_bytes` is 8 for the exact reduction's integers, 4 for floats, 2 for float16; `bucket` is the least
+    number of weights that are sent together; `tally` is the size of the small sum of integers that ends an update.
+    """
+
+    layers: tuple[Layer, ...]
+    global_size: int
+    micro_size: int
+    weight_bytes: int = 8
+    bucket: int = 1 << 20
+    tally: int = 0
+
+
+@dataclass(frozen=True)
+class Message:
+    """A sum over the workers: its size, and how far the backward pass is (0 to 1) when it can begin."""
+
+    size: int
+    ready: float
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """An update: `compute` of the worker that has most to do, `waiting` for the slowest one, `exposed`
+    communication that no backward pass hides, and `fixed`. `hidden` communication costs nothing.
+    """
+
+    compute: float
+    waiting: float
+    exposed: float
+    hidden: float
+    fixed: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the update."""
+        return self.compute + self.waiting + self.exposed + self.fixed
+
+
+def allreduce_seconds(network: Network, workers: int, size: float) -> float:
+    """Return how long a sum of `size` bytes takes once it has begun.
+
+    ring: every worker sends 2 (N-1)/N of the message to its neighbour. The message crosses every link twice, and
+    goes at the pace of the slowest. hierarchical: a ring in each node, and rings between the nodes, each with a
+    part of the message. tree: between the nodes a double binary tree, whose latency grows with the logarithm.
+    fastest: ring or tree, as NCCL chooses for each message.
+    """
+    if network.algorithm == "fastest":
+        choices: tuple[Algorithm, ...] = ("ring", "tree")
+        return min(allreduce_seconds(replace(network, algorithm=choice), workers, size) for choice in choices)
+    nodes = math.ceil(workers / network.node_size)
+    local = min(workers, network.node_size)
+    if network.algorithm == "ring":
+        crossing = nodes if nodes > 1 else 0
+        share = 2 * (workers - 1) / workers
+        slowest = min(network.within.bandwidth, network.between.bandwidth) if crossing else network.within.bandwidth
+        latency = (workers - crossing) * network.within.latency + crossing * network.between.latency
+        return share * (latency + size / slowest)
+    inside = 2 * (local - 1) * (network.within.latency + size / local / network.within.bandwidth)
+    if network.algorithm == "hierarchical":
+        return inside + 2 * (nodes - 1) * (network.between.latency + size / nodes / network.between.bandwidth)
+    # The two trees carry half of the message each, and share the node's link.
+    return inside + 2 * (math.ceil(math.log2(nodes)) * network.between.latency + _beyond_one(nodes, size, network))
+
+
+def _beyond_one(nodes: int, size: float, network: Network) -> float:
+    return size / network.between.bandwidth if nodes > 1 else 0.0
+
+
+def agreement_seconds(horovod: Horovod, workers: int) -> float:
+    """Return how long an operation waits before it begins: half a cycle, and until all workers know of each other."""
+    if workers == 1:
+        return 0.0
+    return horovod.cycle / 2 + 2 * math.log2(workers) * horovod.hop
+
+
+def messages(job: Job) -> list[Message]:
+    """Return the sums of an update, in the order in which they can begin: buckets of gradients, then the tally.
+
+    As in the training: a bucket takes layers from the last to the first until it has `job.bucket` weights, and can
+    begin once the backward pass has been through all of them. The tally goes along with the last bucket where both
+    are integers: Horovod joins what is ready in one cycle.
+    """
+    whole = sum(layer.multiply_adds for layer in job.layers)
+    sent: list[Message] = []
+    weights = done = 0
+    for number, layer in enumerate(reversed(job.layers)):
+        weights += layer.parameters
+        done += layer.multiply_adds
+        if weights >= job.bucket or number == len(job.layers) - 1:
+            sent.append(Message(weights * job.weight_bytes, done / whole))
+            weights = 0
+    if job.tally and job.weight_bytes == 8:
+        sent[-1] = replace(sent[-1], size=sent[-1].size + job.tally)
+    elif job.tally:
+        sent.append(Message(job.tally, 1.0))
+    return sent
+
+
+def micro_batches_of_busiest(job: Job, workers: int) -> int:
+    """Return how many micro-batches the worker has that has most of them."""
+    return math.ceil(math.ceil(job.global_size / job.micro_size) / workers)
+
+
+def idle_workers(job: Job, workers: int) -> int:
+    """Return how many workers have no micro-batch."""
+    return max(0, workers - math.ceil(job.global_size / job.micro_size))
+
+
+def slowest_of(workers: int) -> float:
+    """Return the mean of the largest of so many standard normal numbers, by Blom's approximation; 0 for one."""
+    return NormalDist().inv_cdf((workers - 0.375) / (workers + 0.25))
+
+
+def communication(
+    sums: Sequence[Message], *, backward: float, network: Network, horovod: Horovod, workers: int
+) -> tuple[float, float]:
+    """Return the seconds of all `sums` beyond the end of a backward pass of `backward` seconds, and before it.
+
+    One sum at a time; each begins when it is ready, agreed upon, and the one before it is done.
+    """
+    if workers == 1:
+        return 0.0, 0.0
+    free, hidden = -backward, 0.0
+    for message in sums:
+        ready = backward * (message.ready - 1.0) + agreement_seconds(horovod, workers)
+        begun = max(ready, free)
+        free = begun + allreduce_seconds(network, workers, message.size)
+        hidden += min(free, 0.0) - min(begun, 0.0)
+    return max(0.0, free), hidden
+
+
+def step_seconds(job: Job, compute: Compute, network: Network, horovod: Horovod, workers: int) -> StepSeconds:
+    """Return the time of an update on so many workers."""
+    count = micro_batches_of_busiest(job, workers)
+    micro_batch = max(min(job.micro_size, job.global_size) / compute.rate, compute.least)
+    busy = count * micro_batch
+    exposed, hidden = communication(
+        messages(job), backward=(1 - FORWARD) * micro_batch, network=network, horovod=horovod, workers=workers
+    )
+    return StepSeconds(
+        compute=busy,
+        waiting=busy * compute.jitter * slowest_of(workers),
+        exposed=exposed,
+        hidden=hidden,
+        fixed=compute.fixed,
+    )
+
+
+def efficiency(job: Job, compute: Compute, network: Network, horovod: Horovod, workers: int) -> float:
+    """Return the speed-up over one worker for the same global batch, over the number of workers."""
+    alone = step_seconds(job, compute, network, horovod, 1).total
+    return alone / (workers * step_seconds(job, compute, network, horovod, workers).total)
+
+
+def weak_efficiency(job: Job, compute: Compute, network: Network, horovod: Horovod, workers: int) -> float:
+    """Return one worker's time over that of so many, for a batch that each of them has: `job.global_size` a worker."""
+    alone = step_seconds(job, compute, network, horovod, 1)
+    larger = replace(job, global_size=job.global_size * workers)
+    return alone.total / step_seconds(larger, compute, network, horovod, workers).total

@@ -1,0 +1,49 @@
+"""Our own trainer, held still between updates so that it can be timed against something else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dist_train.cluster.workers import Workers
+from dist_train.config import Config, parse_config
+from dist_train.training.assembly import assemble
+from dist_train.training.beginning import Beginning
+from dist_train.training.run_directory import RunDirectory
+from dist_train.training.session import open_session
+from dist_train.training.stop_requests import StopRequests
+from dist_train.training.trainer import Trainer
+
+QUIET: Mapping[str, Mapping[str, Any]] = {
+    "metrics": {"enabled": False, "every_steps": 1_000_000},
+    "evaluation": {"every_epochs": 0},
+    "checkpoint": {"every_epochs": 0},
+    "comm": {"verify_every": 0},
+}
+"""Nothing but updates."""
+
+
+def settings(width: float, global_size: int, **sections: Mapping[str, Any]) -> Config:
+    """Return the configuration of VGG9 on synthetic CIFAR-sized images, noise off, ghost norm over 128."""
+    base: dict[str, dict[str, Any]] = {
+        "run": {"name": "bench", "epochs": 1_000},
+        "data": {"name": "synthetic", "synthetic_samples": max(2 * global_size, 4096)},
+        "model": {"name": "vgg9", "width": width},
+        "batch": {"global_size": global_size, "micro_size": min(128, global_size)},
+        "optimizer": {"learning_rate": 0.01},
+        "precision": {"threads": 1},
+    }
+    for name, values in sections.items():
+        base[name] = {**base.get(name, {}), **values}
+    return parse_config(base, source="benchmark")
+
+
+def open_trainer(config: Config, workers: Workers, directory: Path) -> Trainer:
+    """Return the trainer of `config` in a new run directory, ready for its first update."""
+    run = RunDirectory(directory)
+    run.create()
+    session = open_session(config, run, workers)
+    trainer = assemble(config, None, run, workers, session, StopRequests())
+    session.begin(trainer, Beginning(config))
+    return trainer

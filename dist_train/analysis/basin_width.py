@@ -1,0 +1,97 @@
+"""How wide a basin is: the interval of alpha where the training loss stays under a multiple of its minimum."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+FACTORS = (2.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Width:
+    """The interval [left, right] around a minimum; an open end is the last point of the line: it lies further out."""
+
+    direction: int
+    basin: str
+    factor: float
+    minimum_alpha: float
+    minimum_loss: float
+    left: float
+    right: float
+    is_open_left: bool
+    is_open_right: bool
+
+    @property
+    def width(self) -> float:
+        """right - left: at least so much, where an end is open."""
+        return self.right - self.left
+
+
+def basin_width(
+    alphas: Sequence[float],
+    losses: Sequence[float],
+    factor: float,
+    *,
+    direction: int = 0,
+    basin: str = "A",
+    among: Sequence[int] | None = None,
+) -> Width | None:
+    """Return the width of the basin of the least of `losses`, looked for at the places `among` (else everywhere).
+
+    Ends are interpolated linearly between points. A loss that is not finite is above everything. None: no loss
+    is finite.
+    """
+    candidates = [index for index in (range(len(losses)) if among is None else among) if math.isfinite(losses[index])]
+    if not candidates:
+        return None
+    lowest = min(candidates, key=lambda index: losses[index])
+    limit = factor * losses[lowest]
+    left, is_open_left = _end(alphas, losses, lowest, -1, limit)
+    right, is_open_right = _end(alphas, losses, lowest, 1, limit)
+    return Width(direction, basin, factor, alphas[lowest], losses[lowest], left, right, is_open_left, is_open_right)
+
+
+def _end(alphas: Sequence[float], losses: Sequence[float], start: int, step: int, limit: float) -> tuple[float, bool]:
+    """Return where the loss rises above `limit`, from `start` on in steps of `step`; and whether it does not."""
+    inside = start
+    while 0 <= (outside := inside + step) < len(losses):
+        if not losses[outside] <= limit:
+            if not math.isfinite(losses[outside]):
+                return alphas[inside], False
+            part = (limit - losses[inside]) / (losses[outside] - losses[inside])
+            return alphas[inside] + part * (alphas[outside] - alphas[inside]), False
+        inside = outside
+    return alphas[inside], True
+
+
+def summarize(widths: Sequence[Width]) -> dict[str, Any]:
+    """Return what settings.json records: by basin and factor the mean, deviation, open ones, and each direction's."""
+    summary: dict[str, Any] = {}
+    for basin in sorted({width.basin for width in widths}):
+        summary[basin] = {}
+        for factor in FACTORS:
+            chosen = [width for width in widths if width.basin == basin and width.factor == factor]
+            values = [width.width for width in chosen]
+            summary[basin][f"{factor:g}"] = {
+                "mean": statistics.fmean(values),
+                "standard_deviation": statistics.stdev(values) if len(values) > 1 else None,
+                "open": sum(width.is_open_left or width.is_open_right for width in chosen),
+                "directions": [{**asdict(width), "width": width.width} for width in chosen],
+            }
+    return summary
+
+
+def describe(width: Width) -> str:
+    """Return one line for the user."""
+    ends = {(True, True): "both ends open", (True, False): "left end open", (False, True): "right end open"}
+    note = ends.get((width.is_open_left, width.is_open_right))
+    least = "at least " if note else ""
+    return (
+        f"direction {width.direction}, basin of {width.basin}: loss under {width.factor:g} x {width.minimum_loss:.4g} "
+        f"(at alpha {width.minimum_alpha:g}) from {width.left:.4g} to {width.right:.4g}: "
+        f"width {least}{width.width:.4g}{f' ({note})' if note else ''}"
+    )

@@ -1,0 +1,202 @@
+"""A landscape: loss and accuracy at many points of weight space, from checkpoints to a folder of results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dist_train.analysis.basin_width import FACTORS, Width, basin_width, summarize
+from dist_train.analysis.directions import check_exclusions, random_direction
+from dist_train.analysis.landscape_files import Identity, LandscapeFolder, PointRow, read_landscape
+from dist_train.analysis.landscape_points import (
+    Directions,
+    Interpolation,
+    Plane,
+    Point,
+    Walk,
+    axis,
+    line_points,
+    plane_points,
+)
+from dist_train.analysis.landscape_settings import LandscapeSettings
+from dist_train.analysis.landscape_subject import Stored, Subject, open_subject, place_in, read_stored
+from dist_train.analysis.point_evaluation import Measured, PointEvaluator, variances_of
+from dist_train.analysis.trajectory import Trajectory, run_checkpoints, trace
+from dist_train.cluster.points import PointWorkers, deal
+from dist_train.optim.flat_weights import FlatWeights
+from dist_train.outcome import UsageError
+from dist_train.training.compute import share_of_threads
+
+Report = Callable[[int, int], None]
+"""(finished, total) points of this worker."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for; `targets` are checkpoints or run directories, two to interpolate between, else one."""
+
+    targets: Sequence[Path]
+    settings: LandscapeSettings
+    overrides: Sequence[str] = ()
+    output: Path | None = None
+    """Folder that the result's folder is made in; None: `analysis` in the first target's run directory."""
+    threads: int | None = None
+    """CPU threads of a worker; None: the node's cores shared out. The result does not depend on it."""
+    scale: Literal["linear", "log"] = "linear"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A result, and what was found in it."""
+
+    folder: Path
+    widths: Sequence[Width]
+    was_there: bool
+
+
+@dataclass(frozen=True)
+class _Course:
+    """The points in order, how to walk to them, and what is known of them before."""
+
+    points: Sequence[Point]
+    walk: Walk
+    checkpoints: Sequence[Stored]
+    found: dict[str, Any] = field(default_factory=dict)
+    trajectory: Trajectory | None = None
+
+
+def make_landscape(request: Request, workers: PointWorkers, report: Report) -> Finished | None:
+    """Evaluate what is not there yet, and draw; None on workers but the first.
+
+    Raises:
+        UsageError: checkpoints, data or settings do not fit; the folder cannot be written.
+    """
+    settings = request.settings
+    stored = workers.together(lambda: [read_stored(target) for target in request.targets], "read the checkpoints")
+
+    def opened() -> tuple[Subject, _Course]:
+        subject = open_subject(stored[0], request.overrides, settings.measure, local_rank=workers.local_rank)
+        return subject, _course(settings, stored, subject)
+
+    subject, course = workers.together(opened, "open the checkpoints and their data")
+    checkpoints = [checkpoint.record() for checkpoint in course.checkpoints]
+    identity = Identity(settings.kind, checkpoints, {**settings.record(), **subject.record()})
+    folder = LandscapeFolder(request.output or analysis_folder(stored[0].path), identity)
+    was_there = workers.together(lambda: workers.rank == 0 and _begin(folder), "begin the result")
+    if not workers.share(was_there):
+        _measure_all(folder, subject, course, workers, request.threads, report)
+    if workers.rank != 0:
+        return None
+    widths = _widths(settings, course.points, read_landscape(folder.path).rows)
+    folder.save_settings({"widths": summarize(widths), **course.found})
+    draw(folder.path, request.scale, course.trajectory)
+    return Finished(folder.path, widths, was_there)
+
+
+def analysis_folder(checkpoint: Path) -> Path:
+    """Return where results of `checkpoint` lie: in its run directory."""
+    folder = checkpoint.resolve().parent
+    return (folder.parent if folder.name == "checkpoints" else folder) / "analysis"
+
+
+def draw(folder: Path, scale: str, trajectory: Trajectory | None) -> None:
+    """Draw the figures of the finished result in `folder`."""
+    # matplotlib takes most of a second to load, and only the first worker draws.
+    from dist_train.analysis.landscape_figures import draw_landscape
+
+    draw_landscape(read_landscape(folder), [folder / "figure.svg", folder / "figure.png"], scale, trajectory)
+
+
+def _begin(folder: LandscapeFolder) -> bool:
+    folder.begin()
+    return folder.is_complete()
+
+
+def _course(settings: LandscapeSettings, stored: Sequence[Stored], subject: Subject) -> _Course:
+    if settings.kind == "interpolate":
+        first, second = stored
+        if first.sha256 == second.sha256:
+            raise UsageError(f"{first.path} and {second.path} are the same checkpoint: there is no line between them")
+        walk = Interpolation(subject.place, place_in(second, subject), variances_of(subject.model))
+        points = line_points(axis(settings.start, settings.stop, settings.points), 1)
+        return _Course(points, walk, stored, {"distances": walk.distances})
+    weights = FlatWeights(subject.model)
+    choice = settings.directions
+    check_exclusions(weights, choice.exclude)
+    if settings.trajectory:
+        checkpoints = run_checkpoints(stored[0].path)
+        trajectory = trace(checkpoints, subject, weights.mask(choice.exclude))
+        alphas, betas = (axis(*reach, settings.points) for reach in trajectory.reaches)
+        plane = Plane(subject.place, *trajectory.directions)
+        return _Course(plane_points(alphas, betas), plane, checkpoints, trajectory.record(), trajectory)
+    alphas = axis(settings.start, settings.stop, settings.points)
+    directions = [
+        lambda index=index: random_direction(weights, choice.normalization, choice.exclude, choice.seed, index)
+        for index in range(2 if settings.kind == "plane" else settings.lines)
+    ]
+    if settings.kind == "plane":
+        return _Course(plane_points(alphas, alphas), Plane(subject.place, directions[0](), directions[1]()), stored)
+    return _Course(
+        line_points(alphas, settings.lines), Directions(subject.place, lambda index: directions[index]()), stored
+    )
+
+
+def _measure_all(
+    folder: LandscapeFolder,
+    subject: Subject,
+    course: _Course,
+    workers: PointWorkers,
+    threads: int | None,
+    report: Report,
+) -> None:
+    """Share the points that nobody has finished yet out over the workers, and write them all."""
+    finished = workers.share(folder.finished() if workers.rank == 0 else {})
+    numbers = range(len(course.points))
+    mine = deal([number for number in numbers if number not in finished], workers.rank, workers.size)
+
+    def measured() -> list[tuple[int, list[Measured]]]:
+        data = subject.data
+        evaluator = PointEvaluator(
+            subject.model,
+            [data.train, data.test],
+            data.statistics,
+            subject.compute,
+            threads=threads or share_of_threads(workers.local_size),
+        )
+        rows = []
+        with closing(evaluator), closing(folder.open_finished(workers.rank)) as kept:
+            for done, number in enumerate(mine):
+                report(done, len(mine))
+                rows.append((number, evaluator.evaluate(course.walk.at(course.points[number]))))
+                kept.add(*rows[-1])
+        return rows
+
+    rows = workers.collect(workers.together(measured, "evaluate its points"))
+    if workers.rank == 0:
+        folder.write_points(course.points, {**finished, **dict(rows)})
+        folder.forget_partial()
+
+
+def _widths(settings: LandscapeSettings, points: Sequence[Point], rows: Sequence[PointRow]) -> list[Width]:
+    """Return the basins' widths along each line; a line between two checkpoints has a basin at each end."""
+    if settings.kind == "plane":
+        return []
+    widths = []
+    for direction in sorted({point.direction for point in points}):
+        line = [row for row in rows if row.direction == direction and row.split == "train"]
+        alphas, losses = [row.alpha for row in line], [row.loss for row in line]
+        basins = {"A": list(range(len(line)))}
+        if settings.kind == "interpolate":
+            basins = {
+                "A": [index for index, alpha in enumerate(alphas) if alpha < 0.5],
+                "B": [index for index, alpha in enumerate(alphas) if alpha > 0.5],
+            }
+        for basin, among in basins.items():
+            for factor in FACTORS:
+                width = basin_width(alphas, losses, factor, direction=direction, basin=basin, among=among)
+                if width is not None:
+                    widths.append(width)
+    return widths

@@ -1,0 +1,200 @@
+"""The files of a landscape: what it is of, its points, and those that an evaluation under way has finished."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_train import atomic
+from dist_train.analysis.landscape_points import Point
+from dist_train.analysis.point_evaluation import Measured
+from dist_train.outcome import UsageError
+
+SPLITS = ("train", "test")
+_COLUMNS = ("direction", "alpha", "beta", "split", "loss", "accuracy")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a result is of: `checkpoints` and `settings` as settings.json has them."""
+
+    kind: str
+    checkpoints: Sequence[Mapping[str, Any]]
+    settings: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """A digest of the checkpoints' contents (not their places) and the settings, 16 hexadecimal digits."""
+        fields = [self.kind, [checkpoint["sha256"] for checkpoint in self.checkpoints], self.settings]
+        text = json.dumps(fields, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class PointRow:
+    """A line of points.csv."""
+
+    direction: int
+    alpha: float
+    beta: float
+    split: str
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """A finished result. `widths` are the entries of settings.json, empty for a plane."""
+
+    folder: Path
+    kind: str
+    checkpoints: Sequence[Mapping[str, Any]]
+    settings: Mapping[str, Any]
+    widths: Mapping[str, Any]
+    rows: Sequence[PointRow]
+
+
+class LandscapeFolder:
+    """The folder of one result, below the folder of a run's analyses."""
+
+    def __init__(self, parent: Path, identity: Identity) -> None:
+        """Name the folder; nothing is written yet."""
+        self.identity = identity
+        self.path = parent / f"{identity.kind}-{identity.key}"
+        self.points = self.path / "points.csv"
+        self.settings = self.path / "settings.json"
+        self._finished_points = self.path / "partial"
+
+    def begin(self) -> None:
+        """Make the folder and say in it what it is of.
+
+        Raises:
+            UsageError: it cannot be written, or is another result's.
+        """
+        try:
+            self._finished_points.mkdir(parents=True, exist_ok=True)
+            if self.settings.exists():
+                self._check()
+            else:
+                self.save_settings({})
+        except OSError as error:
+            raise UsageError(
+                f"{self.path} cannot be written ({error.strerror or error}): choose a folder by --output"
+            ) from error
+
+    def save_settings(self, found: Mapping[str, Any]) -> None:
+        """Write settings.json, with what was `found` beside what was asked for."""
+        identity = self.identity
+        fields = {"kind": identity.kind, "checkpoints": list(identity.checkpoints), "settings": dict(identity.settings)}
+        text = json.dumps({**fields, "widths": {}, **found}, indent=2)
+        atomic.write_text(self.settings, text + "\n")
+
+    def is_complete(self) -> bool:
+        """Whether every point is there."""
+        return self.points.is_file()
+
+    def finished(self) -> dict[int, list[Measured]]:
+        """Return the points that earlier launches have finished, by number; a line cut off by a kill is none."""
+        found: dict[int, list[Measured]] = {}
+        for path in sorted(self._finished_points.glob("worker-*.jsonl")):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    fields = json.loads(line)
+                    found[int(fields["point"])] = [Measured(*map(float, pair)) for pair in fields["measured"]]
+                except (ValueError, KeyError, TypeError):
+                    continue
+        return found
+
+    def open_finished(self, rank: int) -> FinishedPoints:
+        """Return where worker `rank` keeps the points that it finishes."""
+        return FinishedPoints(self._finished_points / f"worker-{rank}.jsonl")
+
+    def write_points(self, points: Sequence[Point], measured: Mapping[int, Sequence[Measured]]) -> None:
+        """Write points.csv, whole or not at all; numbers read back to the bit."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for index, point in enumerate(points):
+            for split, (loss, accuracy) in zip(SPLITS, measured[index], strict=True):
+                writer.writerow([point.direction, point.alpha, point.beta, split, loss, accuracy])
+        atomic.write_text(self.points, text.getvalue())
+
+    def forget_partial(self) -> None:
+        """Remove the workers' files: the points are in points.csv."""
+        shutil.rmtree(self._finished_points, ignore_errors=True)
+
+    def _check(self) -> None:
+        try:
+            fields = json.loads(self.settings.read_text(encoding="utf-8"))
+            kept = Identity(str(fields["kind"]), fields["checkpoints"], fields["settings"])
+            digests = [checkpoint["sha256"] for checkpoint in kept.checkpoints]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{self.settings} is damaged: remove the folder {self.path}, or choose --output"
+            ) from error
+        wanted = [checkpoint["sha256"] for checkpoint in self.identity.checkpoints]
+        asked = json.loads(json.dumps(dict(self.identity.settings)))
+        if (kept.kind, digests, kept.settings) != (self.identity.kind, wanted, asked):
+            raise UsageError(f"{self.path} holds another result: remove it, or choose another folder by --output")
+
+
+class FinishedPoints:
+    """A file that one worker adds its finished points to, one a line."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file, to be closed."""
+        self._file = path.open("a", encoding="utf-8")
+        # The line that a kill has cut off ends here.
+        self._file.write("\n")
+
+    def add(self, index: int, measured: Sequence[Measured]) -> None:
+        """Keep what was measured at point number `index`."""
+        self._file.write(json.dumps({"point": index, "measured": measured}) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_landscape(folder: Path) -> Landscape:
+    """Return the finished result in `folder`.
+
+    Raises:
+        UsageError: it is not there, not finished, or damaged.
+    """
+    try:
+        fields = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        with (folder / "points.csv").open(encoding="utf-8", newline="") as file:
+            rows = [_row(line) for line in csv.DictReader(file)]
+        return Landscape(folder, fields["kind"], fields["checkpoints"], fields["settings"], fields["widths"], rows)
+    except OSError as error:
+        raise UsageError(f"{folder} holds no finished landscape: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder} holds a damaged landscape: {error}") from error
+
+
+def find_landscapes(analysis: Path) -> list[Path]:
+    """Return the folders of the finished results below a run's folder `analysis`, in the order of their names."""
+    kinds = ("interpolate", "direction", "plane")
+    return sorted(path.parent for path in analysis.glob("*-*/points.csv") if path.parent.name.split("-")[0] in kinds)
+
+
+def _row(line: Mapping[str, str]) -> PointRow:
+    return PointRow(
+        int(line["direction"]),
+        float(line["alpha"]),
+        float(line["beta"]),
+        line["split"],
+        float(line["loss"]),
+        float(line["accuracy"]),
+    )

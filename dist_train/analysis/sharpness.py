@@ -1,0 +1,157 @@
+"""How sharp a minimum a checkpoint lies in, by three measures, each kept as soon as it is there."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+
+import scipy
+import torch
+
+from dist_train import __version__
+from dist_train.analysis import keskar
+from dist_train.analysis.directions import check_exclusions
+from dist_train.analysis.expected_rise import expected_rises
+from dist_train.analysis.hessian import Probing, spectrum
+from dist_train.analysis.landscape import analysis_folder
+from dist_train.analysis.landscape_subject import read_stored
+from dist_train.analysis.sharpness_record import (
+    MEASURES,
+    HessianResult,
+    KeskarResult,
+    Measure,
+    RiseResult,
+    SharpnessRecord,
+    SharpnessSettings,
+    finite,
+    read_record,
+    record_path,
+    write_record,
+)
+from dist_train.analysis.stored_subset import StoredSubset, open_stored_subset
+from dist_train.analysis.subset_loss import SubsetLoss
+from dist_train.cluster.launch import current_launch
+from dist_train.config import NoiseSettings
+from dist_train.outcome import UsageError
+
+Told = Callable[[str], None]
+"""Hears, in words, what is being done."""
+
+
+def measure_sharpness(
+    target: Path,
+    settings: SharpnessSettings,
+    measures: Collection[Measure] = MEASURES,
+    overrides: Sequence[str] = (),
+    folder: Path | None = None,
+    tell: Told = lambda text: None,
+) -> tuple[SharpnessRecord, Path]:
+    """Return what is known of the checkpoint `target`, or of the run's last, once `measures` are taken, and where.
+
+    The record lies in `folder`, else in the run's folder `analysis`. It is written after every measure; one that it
+    holds is not taken again: its name stands for the checkpoint's bytes, the data and the settings.
+
+    Raises:
+        UsageError: what is asked for cannot be measured, or the record cannot be written.
+    """
+    if current_launch().size > 1:
+        raise UsageError("sharpness is measured by one process: start it without a launcher")
+    stored = read_stored(target)
+    with _whole_float32():
+        subset = open_stored_subset(stored, settings, overrides)
+        file = record_path(folder or analysis_folder(stored.path), subset.checkpoint, subset.data, settings)
+        known = read_record(file) if file.exists() else None
+        if known is not None and all(map(known.has, measures)):
+            tell(f"measured before: delete {file} to measure again")
+            return known, file
+        loss = SubsetLoss(subset.model, subset.batches, threads=subset.threads)
+        check_exclusions(loss.weights, settings.exclude)
+        record = known or _begin(subset, loss, settings)
+        for measure in MEASURES:
+            if measure in measures and not record.has(measure):
+                record = _take(measure, loss, record, tell)
+                write_record(file, record)
+    return record, file
+
+
+def _begin(subset: StoredSubset, loss: SubsetLoss, settings: SharpnessSettings) -> SharpnessRecord:
+    value = loss.value_at_flat(loss.clean)
+    if not math.isfinite(value):
+        raise UsageError(f"{subset.checkpoint.path}: the loss is not finite: there is nothing to measure")
+    if settings.keskar_dimensions > loss.count:
+        raise UsageError(f"--keskar-dimensions {settings.keskar_dimensions}: there are {loss.count} weights")
+    return SharpnessRecord(
+        checkpoint=subset.checkpoint,
+        data=subset.data,
+        settings=settings,
+        weights=loss.count,
+        loss=value,
+        accuracy=loss.accuracy(),
+        versions={"dist_train": __version__, "torch": torch.__version__, "scipy": scipy.__version__},
+    )
+
+
+def _take(measure: Measure, loss: SubsetLoss, record: SharpnessRecord, tell: Told) -> SharpnessRecord:
+    """Return `record` with `measure` added."""
+    begun = time.monotonic()
+    found = _TAKERS[measure](loss, record.settings)
+    seconds = round(time.monotonic() - begun, 1)
+    tell(f"{measure}: {seconds:g} s")
+    return record.model_copy(update={**found, "seconds": {**record.seconds, measure: seconds}})
+
+
+def _take_keskar(loss: SubsetLoss, settings: SharpnessSettings) -> Mapping[str, object]:
+    ascent = keskar.Ascent(settings.keskar_epsilon, settings.keskar_iterations, settings.keskar_starts, settings.seed)
+    return {
+        "keskar": KeskarResult(
+            full=finite(keskar.full_space(loss, ascent)),
+            subspace=finite(keskar.subspace(loss, ascent, settings.keskar_dimensions)),
+        )
+    }
+
+
+def _take_rise(loss: SubsetLoss, settings: SharpnessSettings) -> Mapping[str, object]:
+    noise = NoiseSettings(distribution="uniform", scale=settings.scale, exclude=settings.exclude)
+    rises = expected_rises(loss, noise, settings.amplitudes, draws=settings.draws, seed=settings.seed)
+    return {
+        "expected_rise": tuple(
+            RiseResult(
+                amplitude=rise.amplitude,
+                mean=finite(rise.mean),
+                standard_error=finite(rise.standard_error),
+                draws=rise.draws,
+            )
+            for rise in rises
+        )
+    }
+
+
+def _take_hessian(loss: SubsetLoss, settings: SharpnessSettings) -> Mapping[str, object]:
+    found = spectrum(
+        loss,
+        Probing(settings.hessian_eigenvalues, settings.hessian_tolerance, settings.hessian_probes, settings.seed),
+    )
+    return {
+        "hessian": HessianResult(
+            eigenvalues=found.eigenvalues, trace=found.trace, trace_standard_error=found.trace_standard_error
+        )
+    }
+
+
+_TAKERS: Mapping[Measure, Callable[[SubsetLoss, SharpnessSettings], Mapping[str, object]]] = MappingProxyType(
+    {"keskar": _take_keskar, "rise": _take_rise, "hessian": _take_hessian}
+)
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Within the block convolutions on a GPU use whole float32, not TF32, whose errors would pass for curvature."""
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(
+        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+    ):
+        yield

@@ -1,0 +1,164 @@
+"""What is asked of a sharpness measurement, and the JSON file that holds what was found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+from dist_train import atomic
+from dist_train.outcome import UsageError
+
+FORMAT = 1
+AtLeastTwo = Annotated[int, Field(ge=2)]
+Measure = Literal["keskar", "rise", "hessian"]
+MEASURES: tuple[Measure, ...] = ("keskar", "rise", "hessian")
+
+
+class _Part(BaseModel):
+    """A part of a record: frozen, closed, and without NaN, which JSON does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SharpnessSettings(_Part):
+    """Everything that a result depends on, beside the checkpoint and its data; `dist-train sharpness --help` has it.
+
+    `amplitudes`, `draws`, `scale` and `exclude` are those of the noise of the expected rise.
+    """
+
+    samples: AtLeastTwo = 2048
+    seed: NonNegativeInt = 0
+    batch_size: AtLeastTwo = 256
+    statistics: Literal["checkpoint", "recomputed", "batch"] = "checkpoint"
+    keskar_epsilon: PositiveFloat = 1e-3
+    keskar_iterations: PositiveInt = 10
+    keskar_dimensions: PositiveInt = 100
+    keskar_starts: PositiveInt = 2
+    amplitudes: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1)
+    draws: AtLeastTwo = 8
+    scale: Literal["absolute", "weight", "filter"] = "absolute"
+    exclude: tuple[str, ...] = ("norm",)
+    hessian_eigenvalues: PositiveInt = 5
+    hessian_tolerance: PositiveFloat = 1e-3
+    hessian_probes: AtLeastTwo = 16
+
+
+class MeasuredCheckpoint(_Part):
+    """The file whose weights were measured."""
+
+    path: str
+    sha256: str
+    step: int
+
+
+class MeasuredData(_Part):
+    """The images that the loss was taken over; the digest is of inputs and labels as the network reads them."""
+
+    samples: int
+    sha256: str
+
+
+class KeskarResult(_Part):
+    """Keskar's measure in percent; None where the loss left the range of numbers."""
+
+    full: float | None
+    subspace: float | None
+
+
+class RiseResult(_Part):
+    """The expected rise at one amplitude; None where the loss left the range of numbers."""
+
+    amplitude: float
+    mean: float | None
+    standard_error: float | None
+    draws: int
+
+
+class HessianResult(_Part):
+    """The largest eigenvalues, largest first, and the trace."""
+
+    eigenvalues: tuple[float, ...]
+    trace: float
+    trace_standard_error: float
+
+
+class SharpnessRecord(_Part):
+    """What is known of a checkpoint's sharpness with these settings; a measure not taken yet is None."""
+
+    format: Literal[1] = 1
+    checkpoint: MeasuredCheckpoint
+    data: MeasuredData
+    settings: SharpnessSettings
+    weights: int
+    loss: float
+    accuracy: float
+    keskar: KeskarResult | None = None
+    expected_rise: tuple[RiseResult, ...] | None = None
+    hessian: HessianResult | None = None
+    seconds: dict[str, float] = {}
+    versions: dict[str, str] = {}
+
+    def has(self, measure: Measure) -> bool:
+        """Whether `measure` has been taken."""
+        return {"keskar": self.keskar, "rise": self.expected_rise, "hessian": self.hessian}[measure] is not None
+
+
+def settings_from(values: dict[str, object]) -> SharpnessSettings:
+    """Return settings with `values`, the others at their defaults. Raises UsageError, with every problem."""
+    try:
+        return SharpnessSettings.model_validate(values)
+    except ValidationError as error:
+        problems = [
+            f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+            for problem in error.errors()
+        ]
+        raise UsageError("; ".join(problems)) from error
+
+
+def record_path(folder: Path, checkpoint: MeasuredCheckpoint, data: MeasuredData, settings: SharpnessSettings) -> Path:
+    """Return where in `folder` the record of this checkpoint's bytes, these data and these settings lies."""
+    parts = [FORMAT, checkpoint.sha256, data.sha256, settings.model_dump(mode="json")]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return folder / f"sharpness-{digest[:12]}.json"
+
+
+def read_record(path: Path) -> SharpnessRecord:
+    """Return the record at `path`.
+
+    Raises:
+        UsageError: it cannot be read, or is none.
+    """
+    try:
+        return SharpnessRecord.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValidationError as error:
+        raise UsageError(f"{path} is damaged, or of another version: delete it and measure again") from error
+
+
+def read_records(run: Path) -> tuple[SharpnessRecord, ...]:
+    """Return every sharpness record of the run directory `run`, by file name. Raises UsageError as `read_record`."""
+    return tuple(read_record(path) for path in sorted((run / "analysis").glob("sharpness-*.json")))
+
+
+def write_record(path: Path, record: SharpnessRecord) -> None:
+    """Write `record` to `path`, whole or not at all.
+
+    Raises:
+        UsageError: its folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(path, record.model_dump_json(indent=2) + "\n")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def finite(number: float) -> float | None:
+    """Return `number`, or None where it is none."""
+    return number if math.isfinite(number) else None

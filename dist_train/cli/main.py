@@ -1,0 +1,112 @@
+"""The program `dist-train`: one module a command; torch is imported by the commands that need it."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+
+from dist_train import __version__
+from dist_train.cli import (
+    config_command,
+    curve_command,
+    doctor_command,
+    evaluate_command,
+    landscape_command,
+    outcome_command,
+    report_command,
+    requeue_command,
+    runs_command,
+    sharpness_command,
+    submit_command,
+    sweep_command,
+    train_command,
+    watch_command,
+)
+from dist_train.cluster.launch import current_launch
+from dist_train.outcome import ExitCode, FaultError, UsageError
+
+_COMMANDS = (
+    train_command,
+    submit_command,
+    sweep_command,
+    evaluate_command,
+    landscape_command,
+    sharpness_command,
+    runs_command,
+    watch_command,
+    curve_command,
+    report_command,
+    doctor_command,
+    config_command,
+    outcome_command,
+    requeue_command,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that `arguments` (else the command line) name and return its exit code."""
+    try:
+        with _told_once():
+            parsed = parse(list(sys.argv[1:] if arguments is None else arguments))
+        return int(parsed.run(parsed))
+    except (UsageError, FaultError) as error:
+        return _refuse(error)
+    except ValueError as error:
+        from dist_train.config import ConfigError
+
+        if not isinstance(error, ConfigError):
+            raise
+        return _refuse(error)
+    except BrokenPipeError:
+        # The reader of our output has gone; there is nobody left to tell.
+        sys.stderr.close()
+        return ExitCode.FAULT
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """Return what the command line `words` say; `run` is the command's function.
+
+    Raises:
+        SystemExit: with 2, after a message, where they make no sense; with 0 after --help.
+    """
+    parser = argparse.ArgumentParser(prog="dist-train", description="Training at very large batch sizes.")
+    parser.add_argument("--version", action="version", version=f"dist-train {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_parser(subparsers)
+    parsed, rest = _parse(parser, words)
+    _take_late_overrides(parser, parsed, rest)
+    return parsed
+
+
+def _told_once() -> AbstractContextManager[object]:
+    """Let only the first worker of a launch complain of the arguments: all workers have the same ones."""
+    return nullcontext() if current_launch().rank == 0 else redirect_stderr(io.StringIO())
+
+
+def _parse(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the arguments, and the words that are none; what follows `--` goes to sbatch where a command has that."""
+    if "--" in words:
+        end = words.index("--")
+        parsed, rest = parser.parse_known_args(words[:end])
+        if hasattr(parsed, "sbatch_options"):
+            parsed.sbatch_options = words[end + 1 :]
+            return parsed, rest
+    return parser.parse_known_args(words)
+
+
+def _take_late_overrides(parser: argparse.ArgumentParser, parsed: argparse.Namespace, rest: list[str]) -> None:
+    """Add the overrides that stand after an option: argparse takes those before it alone."""
+    unknown = [word for word in rest if word.startswith("-") or not hasattr(parsed, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
+
+
+def _refuse(error: Exception) -> int:
+    print(f"dist-train: {error}", file=sys.stderr)
+    return ExitCode.FAULT if isinstance(error, FaultError) else ExitCode.USAGE

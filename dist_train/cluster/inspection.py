@@ -1,0 +1,83 @@
+"""What carries the workers on this machine: Horovod's build, the MPI library, the launchers."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class HorovodBuild:
+    """Horovod's version, and what it was built with."""
+
+    version: str
+    mpi: bool
+    gloo: bool
+    nccl: bool
+
+
+@dataclass(frozen=True)
+class MpiLibrary:
+    """The library that mpi4py loads, and mpi4py's own version."""
+
+    description: str
+    mpi4py_version: str
+
+
+def horovod_build() -> HorovodBuild:
+    """Return what Horovod was built with.
+
+    Raises:
+        ImportError: it is missing, or built for another torch or MPI; the text is the loader's.
+    """
+    try:
+        import horovod.torch as hvd
+    except OSError as error:
+        raise ImportError(str(error)) from error
+    return HorovodBuild(version("horovod"), bool(hvd.mpi_built()), bool(hvd.gloo_built()), bool(hvd.nccl_built()))
+
+
+def mpi_library() -> MpiLibrary:
+    """Return the MPI library that mpi4py loads; MPI is not started.
+
+    Raises:
+        ImportError: mpi4py or the library is missing.
+    """
+    import mpi4py
+
+    starts_mpi = mpi4py.rc.initialize
+    mpi4py.rc.initialize = False
+    try:
+        from mpi4py import MPI
+    except RuntimeError as error:
+        raise ImportError(str(error)) from error
+    finally:
+        mpi4py.rc.initialize = starts_mpi
+    return MpiLibrary(MPI.Get_library_version().split(",")[0].rstrip("\0 \n"), mpi4py.__version__)
+
+
+def loaded_mpi_libraries() -> frozenset[Path]:
+    """Return the files of every MPI library that this process has loaded: more than one is a fault."""
+    mapped = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())
+    files = {Path(fields[5]).resolve() for fields in mapped if len(fields) == 6}
+    return frozenset(file for file in files if file.name.startswith("libmpi.so"))
+
+
+def launcher(name: str) -> Path | None:
+    """Return the program `name` (horovodrun, mpirun) of this Python, else the one on the PATH."""
+    recorded = _recorded().get(name)
+    candidates = (recorded, str(Path(sys.prefix) / "bin" / name), name)
+    found = next((path for candidate in candidates if candidate and (path := shutil.which(candidate))), None)
+    return Path(found) if found else None
+
+
+def _recorded() -> dict[str, str]:
+    """Return what the set-up wrote down in the virtual environment; nothing in any other one."""
+    try:
+        lines = (Path(sys.prefix) / "setup.env").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    return {name: value for name, separator, value in (line.partition("=") for line in lines) if separator}

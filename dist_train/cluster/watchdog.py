@@ -1,0 +1,136 @@
+"""Ends the run with a message when a worker dies, hangs or is cut off: the others would wait for it for ever.
+
+Worker 0 hears a beat of every other worker and answers it. Who is silent for `timeout` is lost. The process
+ends from a thread, since the main one may be deep in an allreduce that never returns; the launcher ends the rest.
+
+A beat needs Python's global lock, so a worker that holds it for `timeout` without pause counts as lost. Compiling
+and loading libraries can hold it for seconds: 10 s and more are sensible.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+from dist_train.cluster.addresses import open_datagrams, own_addresses, reachable_from
+from dist_train.cluster.heartbeats import TOKEN_BYTES, Kind
+from dist_train.cluster.watch import Seat, Watch
+from dist_train.cluster.workers import Workers, gather, share_text
+from dist_train.outcome import ExitCode, UsageError, exit_code_of
+
+SHORTEST_TIMEOUT = 3.0
+"""Seconds; a busy machine can keep a healthy process waiting for longer than less."""
+
+_MEETING_SECONDS = 10.0
+_TELLING_SECONDS = 5.0
+"""For writing the message and the status, which can hang as well: a full pipe, a file system that is gone."""
+
+_logger = logging.getLogger("dist_train.cluster")
+
+
+class Watchdog:
+    """Watches from its making to `close`; for a group of one it does nothing. Also a context manager."""
+
+    def __init__(self, watch: Watch | None) -> None:
+        self._watch = watch
+        self._process = os.getpid()
+
+    def absent(self, seconds: float = 1.0) -> str:
+        """Return who does not answer within `seconds`, as "worker 3 (node2, process 4242)", or nothing.
+
+        For a worker whose collective has failed: the error does not say who is gone.
+        """
+        return self._watch.absent(seconds) if self._watch else ""
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Take leave, so that nobody misses this worker; a second call does nothing.
+
+        After an `error` of one worker the others must end within `timeout` too.
+        """
+        watch, self._watch = self._watch, None
+        # a forked child has the object, but neither the thread nor a place among the workers
+        if watch is not None and os.getpid() == self._process:
+            fails = error is not None and exit_code_of(error) != ExitCode.STOPPED
+            watch.close(Kind.FAIL if fails else Kind.LEAVE)
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(error)
+
+
+def end_process() -> None:
+    """End this process at once, with exit code 1."""
+    os._exit(ExitCode.FAULT)
+
+
+def start_watchdog(
+    workers: Workers, *, timeout: float, on_loss: Callable[[str], None], end: Callable[[], None] = end_process
+) -> Watchdog:
+    """Let all workers watch each other; every worker must call it.
+
+    When one is silent for `timeout` seconds, the others say so, call `on_loss(message)` and `end()`, in a thread.
+    Workers that datagrams do not get through to are not watched; a warning names them.
+
+    Raises:
+        UsageError: `timeout` is too short to tell a slow worker from a lost one; on all workers.
+    """
+    if workers.size == 1:
+        return Watchdog(None)
+    if timeout < SHORTEST_TIMEOUT:
+        raise UsageError(
+            f"comm.timeout={timeout:g} is too short to tell a slow worker from a lost one: "
+            f"set {SHORTEST_TIMEOUT:g} or more, or keep the 60 s"
+        )
+    datagrams = open_datagrams()
+    seat = _seat(workers, datagrams)
+
+    def lost(message: str, is_found: bool) -> None:
+        _within(_TELLING_SECONDS, lambda: _tell(message, is_found, on_loss))
+        watch.tell_others(message)
+        end()
+
+    watch = Watch(seat, datagrams, timeout, lost)
+    met = watch.await_answer(min(_MEETING_SECONDS, timeout / 2))
+    unmet = [rank for rank, (missed,) in enumerate(gather(workers, [not met], "watchdog.met")) if missed]
+    if unmet and workers.rank == 0:
+        _logger.warning(
+            "no datagrams (UDP) get through between worker 0 and worker %s: nobody will notice when these hang",
+            ", ".join(map(str, unmet)),
+        )
+    return Watchdog(watch)
+
+
+def _seat(workers: Workers, datagrams: socket.socket) -> Seat:
+    """Return this worker's place, with the token and the addresses that worker 0 chooses."""
+    port = datagrams.getsockname()[1]
+    text = json.dumps([secrets.token_hex(TOKEN_BYTES), port, own_addresses()])
+    token, port, addresses = json.loads(share_text(workers, text, "watchdog.address"))
+    reachable = (reachable_from(datagrams, address) for address in addresses)
+    paths = tuple(None if address is None else (address, port) for address in reachable)
+    return Seat(bytes.fromhex(token), workers.rank, workers.size, paths)
+
+
+def _tell(message: str, is_found: bool, on_loss: Callable[[str], None]) -> None:
+    if is_found:  # else worker 0 has said it, for all
+        print(f"dist-train: {message}", file=sys.stderr)
+    on_loss(message)
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def _within(seconds: float, action: Callable[[], None]) -> None:
+    """Do `action`, and wait no longer than `seconds` for it."""
+    thread = threading.Thread(target=action, name="watchdog-tells", daemon=True)
+    thread.start()
+    thread.join(seconds)

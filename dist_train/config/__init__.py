@@ -1,0 +1,39 @@
+"""Every setting, its default, its check: `load_config(path, overrides)` gives a frozen `Config`."""
+
+from dist_train.config.continuation import Difference, differences
+from dist_train.config.image_format import DATA_SETS, ImageFormat
+from dist_train.config.loading import dump_config, load_config, parse_config
+from dist_train.config.problems import ConfigError
+from dist_train.config.sections import (
+    BatchSettings,
+    CommSettings,
+    Config,
+    DataSettings,
+    ModelSettings,
+    NoiseSchedule,
+    NoiseSettings,
+    OptimizerSettings,
+    PrecisionSettings,
+    ScheduleSettings,
+)
+
+__all__ = [
+    "DATA_SETS",
+    "BatchSettings",
+    "CommSettings",
+    "Config",
+    "ConfigError",
+    "DataSettings",
+    "Difference",
+    "ImageFormat",
+    "ModelSettings",
+    "NoiseSchedule",
+    "NoiseSettings",
+    "OptimizerSettings",
+    "PrecisionSettings",
+    "ScheduleSettings",
+    "differences",
+    "dump_config",
+    "load_config",
+    "parse_config",
+]

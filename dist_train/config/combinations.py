@@ -1,0 +1,158 @@
+"""Settings that do not go together: one row each, with the reason and the cure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dist_train.config.problems import Problem, problem
+from dist_train.config.sections import Config
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """The setting at `path` is wrong where `broken` says so; `wrong` and `allowed` may hold {dotted} settings."""
+
+    path: str
+    broken: Callable[[Config], bool]
+    wrong: str
+    allowed: str = ""
+
+
+def conflicts(config: Config) -> list[Problem]:
+    """Return every combination of settings that makes no sense, with the reason."""
+    return [_problem(rule, config) for rule in _RULES if rule.broken(config)]
+
+
+def _problem(rule: _Rule, config: Config) -> Problem:
+    section, name = rule.path.split(".")
+    value = getattr(getattr(config, section), name)
+    shown = list(value) if isinstance(value, tuple) else value
+    sections = {section: getattr(config, section) for section in type(config).model_fields}
+    return problem(rule.path, rule.wrong.format_map(sections), value=shown, allowed=rule.allowed.format_map(sections))
+
+
+def _normalizes_over_samples(config: Config) -> bool:
+    return config.model.norm in ("batch", "ghost", "sync")
+
+
+def _micro_above_global(config: Config) -> bool:
+    micro = config.batch.micro_size
+    return micro != "auto" and micro > config.batch.global_size
+
+
+def _leaves_one_sample(config: Config) -> bool:
+    micro, whole = config.batch.micro_size, config.batch.global_size
+    if micro == "auto" or micro > whole or whole == 1:
+        return False
+    return _normalizes_over_samples(config) and (whole % micro or micro) == 1
+
+
+_RULES = (
+    _Rule(
+        "metrics.certificate_file",
+        lambda c: (c.metrics.certificate_file is None) != (c.metrics.key_file is None),
+        "TLS needs a certificate and its key; set metrics.certificate_file and metrics.key_file, or neither",
+    ),
+    _Rule(
+        "metrics.token_file",
+        lambda c: c.metrics.token_file is not None and c.metrics.password_file is not None,
+        "a scrape brings a token or a password, not both; set metrics.token_file or metrics.password_file",
+    ),
+    _Rule(
+        "metrics.pushgateway",
+        lambda c: "@" in (c.metrics.pushgateway or ""),
+        "a name or password in the URL would be saved with the run; name the host alone",
+    ),
+    _Rule(
+        "comm.compression",
+        lambda c: c.comm.compression != "none" and c.comm.reduction != "float",
+        "an exact reduction cannot be compressed; set comm.reduction to float",
+    ),
+    _Rule(
+        "comm.op",
+        lambda c: c.comm.op == "adasum" and c.comm.reduction != "float",
+        "adasum is not a sum; set comm.reduction to float",
+    ),
+    _Rule(
+        "comm.op",
+        lambda c: c.comm.op == "adasum" and c.noise.method != "none",
+        "adasum weighs each worker's gradient at its own point, but noise moves that point; "
+        "set comm.op to average or noise.method to none",
+    ),
+    _Rule(
+        "batch.micro_size",
+        _micro_above_global,
+        "a micro-batch is a part of the global batch of {batch.global_size}",
+        "auto, or at most {batch.global_size}",
+    ),
+    _Rule(
+        "batch.global_size",
+        lambda c: c.batch.global_size == 1 and _normalizes_over_samples(c),
+        "one sample is too few for {model.norm} norm",
+        "at least 2, or model.norm none",
+    ),
+    _Rule(
+        "batch.micro_size",
+        _leaves_one_sample,
+        "the last micro-batch would hold one sample, which {model.norm} norm cannot normalize",
+        "auto, or a size that does not leave one sample",
+    ),
+    _Rule(
+        "optimizer.nesterov",
+        lambda c: c.optimizer.name == "sgd" and c.optimizer.nesterov and c.optimizer.momentum == 0,
+        "Nesterov's rule needs a momentum above 0",
+    ),
+    _Rule(
+        "schedule.milestones",
+        lambda c: c.schedule.decay == "step" and not c.schedule.milestones,
+        "a step decay needs the epochs at which it steps",
+    ),
+    _Rule(
+        "schedule.warmup_epochs",
+        lambda c: c.schedule.warmup_epochs > c.run.epochs,
+        "the warm-up is longer than the run",
+        "at most run.epochs, {run.epochs}",
+    ),
+    _Rule(
+        "noise.sharing",
+        lambda c: c.noise.method == "langevin" and c.noise.sharing != "global",
+        "langevin noise stays in the weights, which all workers share; set noise.sharing to global",
+        "global",
+    ),
+    _Rule(
+        "noise.sharing",
+        lambda c: c.noise.method == "sam" and c.noise.sharing != "micro_batch",
+        "sam ascends by each micro-batch's own gradient; set noise.sharing to micro_batch",
+        "micro_batch",
+    ),
+    _Rule(
+        "noise.scale",
+        lambda c: c.noise.method == "sam" and c.noise.scale != "absolute",
+        "sam's ascent has the length noise.amplitude, whatever the weights; set noise.scale to absolute",
+        "absolute",
+    ),
+    _Rule(
+        "noise.sharing",
+        lambda c: c.model.norm == "sync" and c.noise.method == "smoothout" and c.noise.sharing == "worker",
+        "sync norm takes its statistics over all workers, which must then hold the same weights; "
+        "set noise.sharing to global or micro_batch",
+        "global, micro_batch",
+    ),
+    _Rule(
+        "comm.op",
+        lambda c: c.model.norm == "sync" and c.comm.op == "adasum",
+        "adasum combines gradients that workers take alone, but sync norm ties them together; "
+        "set comm.op to average or model.norm to ghost",
+    ),
+    _Rule(
+        "data.root",
+        lambda c: c.data.name == "imagefolder" and c.data.root is None,
+        "an image folder needs its place",
+    ),
+    _Rule(
+        "data.classes",
+        lambda c: c.data.name == "imagefolder" and c.data.classes is None,
+        "an image folder needs its number of classes",
+    ),
+)

@@ -1,0 +1,220 @@
+"""From YAML and overrides to a frozen `Config`, and back."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from dist_train.config.combinations import conflicts
+from dist_train.config.problems import ConfigError, Problem, problem, problems_of
+from dist_train.config.sections import Config
+
+_BASE = "base"
+_COMMAND_LINE = "command line"
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Return the checked configuration of the YAML file at `path`, with `section.key=value` overrides.
+
+    The key `base` names another file, relative to this one, whose settings this one changes.
+
+    Raises:
+        ConfigError: the file cannot be read, or something in it or in the overrides is wrong.
+    """
+    path = Path(path)
+    return parse_config(with_overrides(read_settings(path), overrides), source=str(path))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings of the YAML file at `path` on top of those of its bases, not checked yet.
+
+    Raises:
+        ConfigError: a file cannot be read, or is no mapping.
+    """
+    return _read(path, ())
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return what the YAML file at `path` says, which must be a mapping.
+
+    Raises:
+        ConfigError: it cannot be read, or is none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(str(path), [problem("(file)", f"there is no such file{_nearest_file(path)}")]) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(path), [problem("(file)", f"cannot be read: {error}")]) from None
+    try:
+        # A SafeLoader that refuses duplicate keys and knows 1e-4 to be a number.
+        settings = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(str(path), [problem("(file)", f"not YAML: {' '.join(str(error).split())}")]) from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(str(path), [problem("(file)", "not a mapping of sections", value=settings)])
+    return settings
+
+
+def with_overrides(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return `settings` with `section.key=value` overrides, the later ones on top.
+
+    Raises:
+        ConfigError: some are not of that form.
+    """
+    changed = dict(settings)
+    found: list[Problem] = []
+    for override in overrides:
+        try:
+            _apply(changed, override)
+        except ConfigError as error:
+            found.extend(error.problems)
+    if found:
+        raise ConfigError(_COMMAND_LINE, found)
+    return changed
+
+
+def write_override(path: str, value: object) -> str:
+    """Return the override, of one line, that gives the setting at `path` the `value`."""
+    text = json.dumps(value)
+    if isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) and yaml.load(value, Loader=_Loader) == value:
+        text = value
+    return f"{path}={text}"
+
+
+def parse_config(settings: Mapping[str, Any], *, source: str) -> Config:
+    """Return the checked configuration of nested `settings`; `source` names it in errors.
+
+    Raises:
+        ConfigError: something in it is wrong; every problem is listed.
+    """
+    try:
+        text = json.dumps(settings, default=_refuse)
+        config = Config.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ConfigError(source, problems_of(error, Config)) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(source, [problem("(file)", str(error))]) from None
+    found = conflicts(config)
+    if found:
+        raise ConfigError(source, found)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """Return every setting, resolved, as YAML that `load_config` reads back."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+
+
+def _read(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
+    settings = read_mapping(path)
+    if _BASE not in settings:
+        return settings
+    name = settings.pop(_BASE)
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ConfigError(str(path), [problem(_BASE, "not the name of a file", value=name)])
+    base, seen = path.parent / name, (*seen, os.path.realpath(path))
+    if os.path.realpath(base) in seen:
+        raise ConfigError(str(path), [problem(_BASE, "the file is its own base", value=str(base))])
+    return _merge(_read(base, seen), settings)
+
+
+def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in above.items():
+        inner = merged.get(name)
+        # A schedule of another kind replaces the whole: the parameters of the one below are not its own.
+        replaces = isinstance(value, dict) and "kind" in value
+        merged[name] = (
+            _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) and not replaces else value
+        )
+    return merged
+
+
+def _apply(settings: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    names = path.split(".")
+    if not separator or not all(names):
+        raise ConfigError(
+            _COMMAND_LINE,
+            [problem(override or "''", "not an override", allowed="section.key=value, as in run.seed=1")],
+        )
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(_COMMAND_LINE, [problem(path, f"not YAML: {' '.join(str(error).split())}")]) from None
+    section = settings
+    for name in names[:-1]:
+        inner = section.get(name)
+        if inner is not None and not isinstance(inner, dict):
+            raise ConfigError(_COMMAND_LINE, [problem(path, f"{name} is not a section", value=inner)])
+        section[name] = dict(inner or {})
+        section = section[name]
+    section[names[-1]] = value
+
+
+def _nearest_file(path: Path) -> str:
+    try:
+        names = [entry.name for entry in path.parent.glob("*.y*ml")]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
+
+
+def _refuse(value: object) -> object:
+    raise TypeError(f"{value!r} is not text, a number, true or false, a list or a mapping")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML 1.1 without its traps: duplicate keys pass, 1e-4 reads as text, 2020-01-01 as a date."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return what `node` stands for; a value that does not fit its tag is an error of YAML."""
+        try:
+            return super().construct_object(node, deep)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"not a value of {node.tag.rpartition(':')[2]}", node.start_mark
+            ) from error
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would read as a number."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    names: set[str] = set()
+    for key, _ in node.value:
+        fault = None
+        if not isinstance(key, yaml.ScalarNode):
+            fault = "a key must be one word"
+        elif key.value in names:
+            fault = f"the key {key.value} stands twice"
+        if fault:
+            raise yaml.constructor.ConstructorError(None, None, fault, key.start_mark)
+        names.add(key.value)
+    return dict(loader.construct_pairs(node, deep=True))
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )

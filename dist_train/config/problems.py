@@ -1,0 +1,233 @@
+"""What is wrong with a configuration, said so that it can be mended: path, value, what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Annotated, Any, get_args, get_origin
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fault: the dotted path of the setting, its value (None: not shown), what is wrong, what is allowed."""
+
+    path: str
+    value: object
+    wrong: str
+    allowed: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"  {self.path}: {self.wrong}"]
+        if self.value is not _MISSING:
+            lines.append(f"      value:   {_shorten(self.value)}")
+        if self.allowed:
+            lines.append(f"      allowed: {self.allowed}")
+        return "\n".join(lines)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; its text lists every problem. Exit code 2."""
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        """Keep `problems`, found in `source` (a file's name)."""
+        self.problems = tuple(problems)
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        super().__init__("\n".join([f"{source}: {count}", *map(str, problems)]))
+
+
+def problem(path: str, wrong: str, *, value: object = _MISSING, allowed: str = "") -> Problem:
+    """Return a `Problem` whose value may be left out."""
+    return Problem(path, value, wrong, allowed)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a fault lies: the parts of its path, the section that it is in, its setting where it has one.
+
+    `inside`: it is one of the sections that the setting is a list or a mapping of.
+    """
+
+    names: tuple[int | str, ...]
+    section: type[BaseModel] | None
+    field: FieldInfo | None
+    inside: bool = False
+
+    @property
+    def path(self) -> str:
+        return ".".join(map(str, self.names)) or "(file)"
+
+
+def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
+    """Return one problem for each fault that pydantic found in the input of `model`."""
+    found: dict[str, Problem] = {}
+    for fault in error.errors(include_url=False):
+        place = _locate(fault["loc"], model)
+        kind, path = fault["type"], place.path
+        if path in found:
+            continue
+        if kind == "extra_forbidden":
+            found[path] = _unknown_key(place, model, fault["input"])
+        elif kind == "union_tag_invalid":
+            choices = str(fault["ctx"]["expected_tags"]).replace("'", "")
+            found[path] = problem(f"{path}.kind", "not a kind", value=fault["ctx"]["tag"], allowed=choices)
+        elif kind == "json_invalid":
+            found[path] = problem(path, f"cannot be read: {fault['ctx']['error']}")
+        else:
+            wrong = _WORDS.get(kind) or _plain(fault["msg"])
+            found[path] = problem(path, wrong, value=fault["input"], allowed=_allowed(place))
+    return list(found.values())
+
+
+_WORDS: Mapping[str, str] = MappingProxyType(
+    {
+        "model_type": "not a mapping",
+        "dict_type": "not a mapping",
+        "union_tag_not_found": "a kind is missing",
+        "tuple_type": "not a list",
+        "missing": "missing",
+        "int_type": "not a whole number",
+        "float_type": "not a number",
+        "bool_type": "not true or false",
+        "string_type": "not text",
+        "path_type": "not text",
+        "literal_error": "not one of the choices",
+        "string_pattern_mismatch": "not of this form",
+    }
+)
+
+
+def _locate(location: tuple[int | str, ...], model: type[BaseModel]) -> _Place:
+    """Follow pydantic's location, which also holds the tags of unions and the names of their members."""
+    place = _Place((), None, None)
+    choices: tuple[type[BaseModel], ...] = (model,)
+    for part in location:
+        if choices and _is_collection(place.field) and not place.inside:
+            place = replace(place, names=(*place.names, part), inside=True)
+        elif len(choices) > 1:
+            choices = tuple(choice for choice in choices if part in _kinds(choice))
+        elif choices:
+            field = choices[0].model_fields.get(str(part))
+            place = _Place((*place.names, part), choices[0], field)
+            choices = _models_of(field)
+        elif isinstance(part, int):
+            place = replace(place, names=(*place.names, part))
+    return place
+
+
+def _kinds(model: type[BaseModel]) -> tuple[object, ...]:
+    return get_args(model.model_fields["kind"].annotation)
+
+
+def _unknown_key(place: _Place, model: type[BaseModel], value: object) -> Problem:
+    assert place.section is not None
+    key, here = str(place.names[-1]), list(place.section.model_fields)
+    prefix = "".join(f"{name}." for name in place.names[:-1])
+    close = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
+    if close:
+        return problem(place.path, f"unknown key; did you mean {prefix}{close[0]}?", value=value)
+    paths = _all_paths(model)
+    elsewhere = difflib.get_close_matches(key, [path.rpartition(".")[2] for path in paths], n=1, cutoff=0.8)
+    namesakes = [path for path in paths if elsewhere and path.rpartition(".")[2] == elsewhere[0]]
+    hint = f"; did you mean {' or '.join(namesakes)}?" if namesakes else ""
+    return problem(place.path, f"unknown key{hint}", value=value, allowed=", ".join(here))
+
+
+def _all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
+    paths: list[str] = []
+    for name, field in model.model_fields.items():
+        paths.append(f"{prefix}{name}")
+        inner = _models_of(field)
+        if len(inner) == 1 and not _is_collection(field):
+            paths.extend(_all_paths(inner[0], f"{prefix}{name}."))
+    return paths
+
+
+def _models_of(field: FieldInfo | None) -> tuple[type[BaseModel], ...]:
+    """Return the models that a field, or each of its items, can be: one of a section, one for each kind of a union."""
+    if field is None:
+        return ()
+    return _models_in(field.annotation)
+
+
+def _models_in(annotation: Any) -> tuple[type[BaseModel], ...]:
+    if isinstance(annotation, type) and not get_args(annotation):
+        return (annotation,) if issubclass(annotation, BaseModel) else ()
+    return tuple(model for part in get_args(annotation) for model in _models_in(part))
+
+
+def _is_collection(field: FieldInfo | None) -> bool:
+    return field is not None and get_origin(field.annotation) in (dict, list, tuple)
+
+
+def _allowed(place: _Place) -> str:
+    """Say what a setting takes, from its field: the choices, or the kind of number and its range."""
+    if place.field is None:
+        return ""
+    models = _models_of(place.field)
+    if models:
+        names = dict.fromkeys(name for model in models for name in model.model_fields)
+        section = "a mapping with the keys " + ", ".join(names)
+        if place.inside or not _is_collection(place.field):
+            return section
+        return f"{'names, each with' if get_origin(place.field.annotation) is dict else 'a list, each'} {section}"
+    schema = _leaf_schema(place.field)
+    if isinstance(index := place.names[-1], int):
+        items = schema.get("prefixItems")
+        schema = items[index] if items and index < len(items) else schema.get("items", schema)
+    return " or ".join(filter(None, map(_in_words, schema.get("anyOf", [schema]))))
+
+
+def _leaf_schema(field: FieldInfo) -> Mapping[str, Any]:
+    annotated: Any = field.annotation
+    for constraint in field.metadata:
+        annotated = Annotated[annotated, constraint]
+    return TypeAdapter(annotated).json_schema()
+
+
+def _in_words(schema: Mapping[str, Any]) -> str:
+    if "enum" in schema:
+        return ", ".join(map(str, schema["enum"]))
+    if "const" in schema:
+        return str(schema["const"])
+    kind = str(schema.get("type", ""))
+    if kind == "array":
+        if "prefixItems" in schema:
+            fixed = schema["prefixItems"]
+            return f"a list of {len(fixed)}, each {_in_words(fixed[0])}"
+        return f"a list, each {_in_words(schema['items'])}"
+    words = {
+        "integer": "a whole number",
+        "number": "a number",
+        "boolean": "true or false",
+        "string": "text",
+        "null": "null",
+        "object": "a mapping",
+    }.get(kind, kind)
+    bounds = {
+        "exclusiveMinimum": "above",
+        "minimum": "at least",
+        "exclusiveMaximum": "below",
+        "maximum": "at most",
+    }
+    limits = [f"{word} {schema[name]:g}" for name, word in bounds.items() if name in schema]
+    if "pattern" in schema:
+        limits.append(f"of the form {schema['pattern']}")
+    return " ".join([words, " and ".join(limits)]).strip()
+
+
+def _plain(message: str) -> str:
+    message = message.removeprefix("Input ")
+    return message[:1].lower() + message[1:]
+
+
+def _shorten(value: object) -> str:
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,67 @@
+"""Where the dashboards are on a Grafana server, and the links between them."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders import dashboard
+from grafana_foundation_sdk.models import dashboard as model
+
+TAG = "dist_train"
+ONE_RUN = "dist-train-one-run"
+ALL_RUNS = "dist-train-all-runs"
+RUNBOOK = "dist-train-runbook"
+
+ALERTS = (
+    "DistTrainStalled",
+    "DistTrainNotFinite",
+    "DistTrainAccuracyFalling",
+    "DistTrainThroughputDown",
+    "DistTrainWorkerSlow",
+    "DistTrainCheckpointOld",
+    "DistTrainCheckpointFailing",
+    "DistTrainExporterGone",
+    "DistTrainDisagreement",
+    "DistTrainRequeued",
+)
+"""In the runbook's order."""
+
+
+def runbook_path(alert: str) -> str:
+    """Return the address of an alert's section, without the server."""
+    return f"/d/{RUNBOOK}?viewPanel={ALERTS.index(alert) + 2}#{alert.lower()}"
+
+
+def runbook_link(alert: str) -> dashboard.DashboardLink:
+    """Return a link to what to do about an alert."""
+    return (
+        dashboard.DashboardLink(f"What to do: {alert}")
+        .type(model.DashboardLinkType.LINK)
+        .icon("question-circle")
+        .tooltip("The runbook's section")
+        .url(runbook_path(alert))
+        .target_blank(True)
+    )
+
+
+def runbook_address() -> dashboard.DashboardLink:
+    """Return a link to the whole runbook."""
+    return (
+        dashboard.DashboardLink("Runbook")
+        .type(model.DashboardLinkType.LINK)
+        .icon("question-circle")
+        .tooltip("What each alert means, and what to do")
+        .url(f"/d/{RUNBOOK}")
+    )
+
+
+def siblings() -> dashboard.DashboardLink:
+    """Return a menu of the project's dashboards, which keeps the time and the runs chosen."""
+    return (
+        dashboard.DashboardLink("dist-train")
+        .type(model.DashboardLinkType.DASHBOARDS)
+        .icon("external link")
+        .tooltip("The other dashboards")
+        .tags([TAG])
+        .as_dropdown(True)
+        .include_vars(True)
+        .keep_time(True)
+    )

@@ -1,0 +1,188 @@
+"""Decoded data sets on disk: decoded once per node, mapped by all local workers (one copy in memory).
+
+An entry is two NumPy files and a JSON record with their digests. The record is written last and makes
+the entry exist; every file is written aside and renamed, by one process at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dist_train.atomic import replacing, write_text
+from dist_train.data.images import ImageSet, Split
+from dist_train.data.locks import exclusive
+from dist_train.outcome import UsageError
+
+_LOGGER = logging.getLogger("dist_train.data")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a cache entry is made from; another version of the reader or other bytes make another entry."""
+
+    name: str
+    split: Split
+    reader_version: int
+    files: Sequence[Path]
+
+    def key(self) -> str:
+        """Return the entry's file stem; reads every source file. Raises UsageError when it cannot."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            try:
+                digest.update(f"{path.stat().st_size}:{_file_digest(path)}\n".encode())
+            except OSError as error:
+                raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+        return f"{self.name}-{self.split}-v{self.reader_version}-{digest.hexdigest()[:16]}"
+
+
+@dataclass(frozen=True)
+class _Record:
+    classes: int
+    images_sha256: str
+    labels_sha256: str
+    check: str = ""
+    """Digest of the rest."""
+
+    def checked(self) -> _Record:
+        """Return it with the right `check`."""
+        text = f"{self.classes} {self.images_sha256} {self.labels_sha256}"
+        return replace(self, check=hashlib.sha256(text.encode()).hexdigest())
+
+
+class _DamagedError(Exception):
+    """A cache entry does not hold what was written."""
+
+
+def decoded_once(folder: Path, source: Source, decode: Callable[[], ImageSet]) -> ImageSet:
+    """Return the decoded `source`, mapped from its verified entry in `folder`, which `decode` fills first.
+
+    A damaged entry is made anew, with a warning. Where the folder cannot be used (no permission, disk
+    full, no locks) a warning is logged and the images are decoded into memory.
+    """
+    key = source.key()
+    decoded = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder / f"{key}.lock"):
+            found = _open_sound(folder, key)
+            if found is not None:
+                return found
+            decoded = decode()
+            _write(folder, key, decoded)
+            return _open(folder, key)
+    except (OSError, _DamagedError) as error:
+        _LOGGER.warning(
+            "the cache folder %s cannot be used (%s): decoding %s into this process's own memory. "
+            "Free space there, or set DIST_TRAIN_CACHE to a folder that can be written.",
+            folder,
+            error,
+            source.name,
+        )
+    return replace(decode() if decoded is None else decoded, identity=key)
+
+
+def _open_sound(folder: Path, key: str) -> ImageSet | None:
+    try:
+        return _open(folder, key) if _record_file(folder, key).exists() else None
+    except _DamagedError as error:
+        _LOGGER.warning("the cached data set %s is damaged (%s): decoding it again", folder / key, error)
+        return None
+
+
+def _open(folder: Path, key: str) -> ImageSet:
+    record = _read_record(_record_file(folder, key))
+    images = _map(_images_file(folder, key), record.images_sha256)
+    labels = _map(_labels_file(folder, key), record.labels_sha256)
+    has_form = images.dtype == np.uint8 and images.ndim == 4 and labels.dtype == np.int64
+    if not has_form or labels.shape != images.shape[:1] or not _all_within(labels, record.classes):
+        raise _DamagedError("its files do not hold images and their labels")
+    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), record.classes, key)
+
+
+def _read_record(path: Path) -> _Record:
+    try:
+        record = _Record(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _DamagedError(f"{path.name} is not the record that was written: {error}") from error
+    if record != record.checked():
+        raise _DamagedError(f"{path.name} is not the record that was written")
+    return record
+
+
+def _all_within(labels: NDArray[Any], classes: int) -> bool:
+    return len(labels) == 0 or bool(labels.min() >= 0 and labels.max() < classes)
+
+
+def _map(path: Path, sha256: str) -> NDArray[Any]:
+    """Map `path` copy-on-write: pages are shared with other workers, and torch takes it as writable."""
+    try:
+        found = _file_digest(path)
+    except FileNotFoundError as error:
+        raise _DamagedError(f"{path.name} is missing") from error
+    if found != sha256:
+        raise _DamagedError(f"the SHA-256 of {path.name} is {found[:12]}..., not {sha256[:12]}...")
+    try:
+        return np.load(path, mmap_mode="c", allow_pickle=False)  # type: ignore[no-any-return]
+    except Exception as error:
+        # What NumPy did not write raises errors of nearly any type.
+        raise _DamagedError(f"{path.name} is not an array: {error}") from error
+
+
+def _write(folder: Path, key: str, decoded: ImageSet) -> None:
+    for abandoned in folder.glob(f".{key}.*.part"):
+        # Only the holder of the lock writes here: these are from a process that was killed.
+        abandoned.unlink(missing_ok=True)
+    labels_sha256 = _write_array(_labels_file(folder, key), decoded.labels.numpy())
+    images_sha256 = _write_array(_images_file(folder, key), decoded.images.numpy())
+    record = _Record(decoded.classes, images_sha256, labels_sha256).checked()
+    write_text(_record_file(folder, key), json.dumps(asdict(record)))
+
+
+def _write_array(path: Path, array: NDArray[Any]) -> str:
+    with replacing(path) as file:
+        digested = _DigestedFile(file)
+        np.lib.format.write_array(digested, array, allow_pickle=False)
+    return digested.sha256()
+
+
+class _DigestedFile:
+    """A file to write to, and the digest of what was meant to be written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self._digest.update(content)
+        return self._file.write(content)
+
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _record_file(folder: Path, key: str) -> Path:
+    return folder / f"{key}.json"
+
+
+def _images_file(folder: Path, key: str) -> Path:
+    return folder / f"{key}.images.npy"
+
+
+def _labels_file(folder: Path, key: str) -> Path:
+    return folder / f"{key}.labels.npy"

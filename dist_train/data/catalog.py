@@ -1,0 +1,57 @@
+"""The table of data sets. A new one is a reader and a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from dist_train.config import DataSettings
+from dist_train.data import cifar, fashion_mnist, synthetic
+from dist_train.data.cache import Source, decoded_once
+from dist_train.data.folders import decoded_folder
+from dist_train.data.images import ImageSet, Split
+from dist_train.data.subset import balanced_subset
+
+Reader = Callable[[DataSettings, Split, int], ImageSet]
+"""(settings, split, seed) -> every image of the split; only made-up data depend on the seed."""
+
+
+def load_images(settings: DataSettings, split: Split, seed: int) -> ImageSet:
+    """Return the images of `split`; for training, the subset of `train_size` that the seed chooses.
+
+    Raises UsageError when files are missing or damaged, or hold fewer images than `train_size`.
+    """
+    images = READERS[settings.name](settings, split, seed)
+    assert images.shape == settings.image_format.shape
+    assert images.classes == settings.image_format.classes
+    if split == "train" and settings.train_size is not None:
+        return balanced_subset(images, settings.train_size, seed)
+    return images
+
+
+def _fashion_mnist(settings: DataSettings, split: Split, seed: int) -> ImageSet:
+    files = fashion_mnist.find(settings.root, split)
+    source = Source("fashion-mnist", split, fashion_mnist.VERSION, files)
+    return decoded_once(decoded_folder(), source, lambda: fashion_mnist.decode(files))
+
+
+def _cifar(name: str, archive: cifar.Archive, settings: DataSettings, split: Split, seed: int) -> ImageSet:
+    root = cifar.root_or_default(settings.root)
+    if settings.download:
+        cifar.download(archive, root)
+    files = cifar.find(archive, root, split)
+    source = Source(name, split, cifar.VERSION, files)
+    return decoded_once(decoded_folder(), source, lambda: cifar.decode(archive, root, files, split))
+
+
+def _synthetic(settings: DataSettings, split: Split, seed: int) -> ImageSet:
+    samples = settings.synthetic_samples if split == "train" else max(1, settings.synthetic_samples // 4)
+    return synthetic.make(settings.synthetic_shape, settings.synthetic_classes, samples, split, seed)
+
+
+READERS: Mapping[str, Reader] = {
+    "fashion-mnist": _fashion_mnist,
+    "cifar10": partial(_cifar, "cifar10", cifar.CIFAR10),
+    "cifar100": partial(_cifar, "cifar100", cifar.CIFAR100),
+    "synthetic": _synthetic,
+}

@@ -1,0 +1,282 @@
+"""Who decodes images: the training process itself, or loader processes that work ahead of it."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dist_train.data.decoding import CHANNELS, decode
+from dist_train.data.loader_process import RECORD, SlotForm, Slots, Work
+from dist_train.outcome import FaultError
+
+_SLOT_BYTES = 1 << 20
+_MOST_IMAGES = 32
+_MEMORY_BYTES = 1 << 28
+_MOST_SLOTS = 256
+_WAIT_MILLISECONDS = 200
+_WITHHELD = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+
+
+@dataclass(frozen=True)
+class Order:
+    """A batch to decode. Orders of one `key` give the same images; `work(start, stop)` is a part of it."""
+
+    key: Hashable
+    images: int
+    work: Callable[[int, int], Work]
+
+
+class Decoder(Protocol):
+    """Decodes batches; what is announced may be done ahead."""
+
+    def expect(self, orders: Iterable[Order]) -> None:
+        """Hear what will be fetched next, in this order, in place of what was announced before."""
+
+    def fetch(self, order: Order, out: Tensor) -> None:
+        """Decode a batch into `out`, uint8 [n, 3, size, size] on the CPU.
+
+        Raises:
+            FaultError: a file is damaged, or a loader process is gone.
+        """
+
+    def close(self) -> None:
+        """End the processes, if there are any; may be called again."""
+
+
+class DecodingHere:
+    """Decodes in the calling process when asked."""
+
+    def expect(self, orders: Iterable[Order]) -> None:
+        """Do nothing."""
+
+    def fetch(self, order: Order, out: Tensor) -> None:
+        """Decode a batch into `out`."""
+        work, pixels = order.work(0, order.images), out.numpy()
+        for place, path in enumerate(work.paths):
+            pixels[place] = decode(path, out.shape[-1], None if work.draws is None else work.draws[place])
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+@dataclass(eq=False)
+class _Part:
+    """A part of a batch, as large as a slot takes."""
+
+    start: int
+    stop: int
+    slot: int | None = None
+    is_done: bool = False
+    failure: str | None = None
+
+
+@dataclass(eq=False)
+class _Batch:
+    order: Order
+    parts: list[_Part] = field(default_factory=list)
+
+
+class LoaderProcesses:
+    """Decodes in processes of its own, which start at the first use and stay.
+
+    Parts of batches are handed out in the order of the batches, so that the one that is waited for is
+    always under way. What is done and not fetched yet is bounded by the slots: 256 MiB at most, unless a
+    single image is very large.
+    """
+
+    def __init__(self, processes: int, size: int) -> None:
+        """Decode to `size` pixels square, in so many processes."""
+        assert processes >= 1
+        image_bytes = CHANNELS * size * size
+        self._form = SlotForm(max(1, min(_MOST_IMAGES, _SLOT_BYTES // image_bytes)), size)
+        slots = max(2 * processes, min(_MOST_SLOTS, _MEMORY_BYTES // self._form.slot_bytes))
+        self._free = list(range(slots))
+        self._memory_bytes = slots * self._form.slot_bytes
+        self._count = processes
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._batches: deque[_Batch] = deque()
+        self._under_way: dict[int, _Part | None] = {}
+        """By slot; None for a part that nobody wants any more."""
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that run."""
+        return [process.pid for process in self._processes]
+
+    def expect(self, orders: Iterable[Order]) -> None:
+        """Hear what will be fetched next, and have it begun.
+
+        Raises:
+            FaultError: a loader process is gone.
+        """
+        self._start()
+        earlier, self._batches = self._batches, deque()
+        for order in orders:
+            # Only what keeps its order is kept: parts under way must never stand behind others that are not.
+            while earlier and earlier[0].order.key != order.key:
+                self._forget(earlier.popleft())
+            self._batches.append(earlier.popleft() if earlier else self._cut(order))
+        for batch in earlier:
+            self._forget(batch)
+        self._receive(wait=False)
+        self._check_alive()
+        self._hand_out()
+
+    def fetch(self, order: Order, out: Tensor) -> None:
+        """Return when the batch is in `out`."""
+        if not any(batch.order.key == order.key for batch in self._batches):
+            self.expect([order])
+        while self._batches[0].order.key != order.key:
+            self._forget(self._batches.popleft())
+        for part in self._batches[0].parts:
+            while not part.is_done:
+                self._hand_out()
+                self._receive(wait=True)
+            if part.failure is not None:
+                raise FaultError(part.failure)
+            assert part.slot is not None
+            pixels = self._slots.pixels(part.slot, part.stop - part.start)
+            out[part.start : part.stop] = torch.from_numpy(pixels)
+            self._free.append(part.slot)
+            part.slot = None
+        self._batches.popleft()
+        self._receive(wait=False)
+        self._hand_out()
+
+    def close(self) -> None:
+        """End the processes at once: they hold nothing that could be lost."""
+        if not self._processes:
+            return
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+        self._processes = []
+        for descriptor in (self._requests, self._replies):
+            os.close(descriptor)
+        del self._slots
+        self._batches.clear()
+        self._free = list(range(self._memory_bytes // self._form.slot_bytes))
+        self._under_way.clear()
+
+    def _start(self) -> None:
+        if self._processes:
+            return
+        memory = os.memfd_create("dist_train-images")
+        os.ftruncate(memory, self._memory_bytes)
+        self._slots = Slots(memory, self._form)
+        their_requests, self._requests = os.pipe()
+        self._replies, their_replies = os.pipe()
+        os.set_blocking(self._requests, False)
+        os.set_blocking(self._replies, False)
+        theirs = (their_requests, their_replies, memory)
+        arguments = [*map(str, theirs), str(self._form.images), str(self._form.size)]
+        # A signal to the whole job asks the training process to stop, which still needs its loaders then.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _WITHHELD)
+        try:
+            for _ in range(self._count):
+                self._processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-P", "-m", "dist_train.data.loader_process", *arguments],
+                        pass_fds=theirs,
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.DEVNULL,
+                        env=_environment(),
+                    )
+                )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            for descriptor in theirs:
+                os.close(descriptor)
+
+    def _cut(self, order: Order) -> _Batch:
+        starts = range(0, order.images, self._form.images)
+        return _Batch(order, [_Part(start, min(start + self._form.images, order.images)) for start in starts])
+
+    def _waiting_parts(self) -> Iterator[tuple[Order, _Part]]:
+        for batch in self._batches:
+            for part in batch.parts:
+                if part.slot is None and not part.is_done:
+                    yield batch.order, part
+
+    def _hand_out(self) -> None:
+        """Hand out parts, in order, while there are slots for them."""
+        for order, part in self._waiting_parts():
+            if not self._free:
+                return
+            slot = self._free.pop()
+            self._slots.write_message(slot, order.work(part.start, part.stop).encode())
+            try:
+                os.write(self._requests, slot.to_bytes(RECORD, "little", signed=True))
+            except BlockingIOError:
+                self._free.append(slot)
+                return
+            except BrokenPipeError:
+                self._check_alive()
+                raise
+            part.slot = slot
+            self._under_way[slot] = part
+
+    def _receive(self, *, wait: bool) -> None:
+        """Note the parts that are done; with `wait`, at least one."""
+        while True:
+            try:
+                records = os.read(self._replies, RECORD * _MOST_SLOTS)
+            except BlockingIOError:
+                if not wait:
+                    return
+                self._check_alive()
+                poller = select.poll()
+                poller.register(self._replies, select.POLLIN)
+                poller.poll(_WAIT_MILLISECONDS)
+                continue
+            if not records:
+                self._check_alive(all_gone=True)
+            for place in range(0, len(records), RECORD):
+                self._note(int.from_bytes(records[place : place + RECORD], "little", signed=True))
+            wait = False
+
+    def _note(self, record: int) -> None:
+        slot = ~record if record < 0 else record
+        part = self._under_way.pop(slot)
+        if part is None:
+            self._free.append(slot)
+            return
+        part.is_done = True
+        if record < 0:
+            part.failure = self._slots.message(slot).decode(errors="replace")
+
+    def _forget(self, batch: _Batch) -> None:
+        """Have the slots back, now or when they are done."""
+        for part in batch.parts:
+            if part.slot is None:
+                continue
+            if part.is_done:
+                self._free.append(part.slot)
+            else:
+                self._under_way[part.slot] = None
+
+    def _check_alive(self, *, all_gone: bool = False) -> None:
+        for process in self._processes:
+            code = process.wait() if all_gone else process.poll()
+            if code is None:
+                continue
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            cure = ": where the machine ran out of memory, fewer data.loader_workers need less" if code < 0 else ""
+            raise FaultError(f"the loader process {process.pid}, which decodes images, {how}{cure}")
+
+
+def _environment() -> dict[str, str]:
+    """Return ours, with our module path, and one thread: loaders use one core each."""
+    path = os.pathsep.join(map(os.path.abspath, sys.path))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

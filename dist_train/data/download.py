@@ -1,0 +1,63 @@
+"""Fetching a published archive, whole and with the right digest, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import logging
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from dist_train.atomic import replacing
+from dist_train.data.locks import exclusive
+from dist_train.outcome import UsageError
+
+_LOGGER = logging.getLogger("dist_train.data")
+_TIMEOUT_SECONDS = 30
+_CHUNK = 1 << 20
+
+
+def fetch(url: str, path: Path, sha256: str) -> None:
+    """Download `url` to `path` unless it is there; of several processes one does, the others wait.
+
+    Raises UsageError when there is no network, when the bytes do not have the digest `sha256`, or when
+    the folder cannot be written; `path` is then as it was.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(path.parent / f".{path.name}.lock"):
+            if not path.exists():
+                _LOGGER.info("downloading %s to %s", url, path)
+                _fetch(url, path, sha256)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {path}: {error.strerror or error}. Set data.root to a folder that can be written, "
+            "with space for the archive."
+        ) from error
+
+
+def _fetch(url: str, path: Path, sha256: str) -> None:
+    digest = hashlib.sha256()
+    with replacing(path) as file:
+        for chunk in _chunks(url, path):
+            digest.update(chunk)
+            file.write(chunk)
+        if digest.hexdigest() != sha256:
+            raise UsageError(
+                f"{url} gave {file.tell()} bytes with SHA-256 {digest.hexdigest()}, but {sha256} was "
+                f"published: nothing was kept. Try again, or put {path.name} from a source that you trust "
+                f"into {path.parent}."
+            )
+
+
+def _chunks(url: str, path: Path) -> Iterator[bytes]:
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
+            while chunk := response.read(_CHUNK):
+                yield chunk
+    except (OSError, http.client.HTTPException) as error:
+        raise UsageError(
+            f"cannot download {url}: {error}. On a machine without network access, fetch {path.name} "
+            f"elsewhere and put it into {path.parent}."
+        ) from error

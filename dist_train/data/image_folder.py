@@ -1,0 +1,121 @@
+"""A folder of images, one subfolder a class: which files there are, in an order that the seed shuffles."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dist_train.data.images import Split
+from dist_train.data.subset import balanced_choice
+from dist_train.outcome import UsageError
+from dist_train.randomness import generator
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+_FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("val", "test")}
+_LAYOUT = "an image folder holds train/CLASS/*.jpg and val/CLASS/*.jpg (or test/...)"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a split, in the order of its samples: class names, and each file's name and class."""
+
+    folder: Path
+    classes: tuple[str, ...]
+    names: Sequence[str]
+    labels: Tensor
+    """int64 [files]"""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, sample: int) -> str:
+        """Return the file of `sample`."""
+        return os.path.join(self.folder, self.classes[int(self.labels[sample])], self.names[sample])
+
+    def digest(self) -> str:
+        """Return what names this listing: its classes and files in their order, not what is in the files."""
+        hashed = hashlib.sha256("\0".join((*self.classes, *self.names)).encode("utf-8", "surrogateescape"))
+        hashed.update(self.labels.numpy().tobytes())
+        return hashed.hexdigest()[:16]
+
+    def select(self, samples: Tensor) -> Listing:
+        """Return the listing of `samples`, int64, in their order."""
+        names = [self.names[sample] for sample in samples.tolist()]
+        return Listing(self.folder, self.classes, names, self.labels[samples])
+
+
+def list_split(root: Path, split: Split, classes: int, seed: int) -> Listing:
+    """Return the files of `split` below `root`, shuffled by the seed: any first part of them is of all classes.
+
+    Classes are numbered by their sorted names. Nothing depends on the order in which the file system lists.
+
+    Raises:
+        UsageError: a folder is missing, a class is empty, or there are not `classes` classes.
+    """
+    listing = _scan(_folder(root, split), classes)
+    return listing.select(torch.randperm(len(listing), generator=generator(seed, "image folder", split)))
+
+
+def training_subset(listing: Listing, size: int | None, seed: int) -> Listing:
+    """Return `size` files, as many of each class as there are, in their old order; all of them without `size`.
+
+    Raises:
+        UsageError: there are fewer.
+    """
+    if size is None:
+        return listing
+    return listing.select(balanced_choice(listing.labels, size, len(listing.classes), seed))
+
+
+def check_same_classes(train: Listing, test: Listing) -> None:
+    """Raise UsageError where the two splits name their classes differently."""
+    differing = sorted(set(train.classes) ^ set(test.classes))
+    if differing:
+        raise UsageError(
+            f"{train.folder} and {test.folder} hold different classes: {differing[0]} is in one of them alone"
+        )
+
+
+def _folder(root: Path, split: Split) -> Path:
+    candidates = [root / name for name in _FOLDERS[split]]
+    found = next((folder for folder in candidates if folder.is_dir()), None)
+    if found is None:
+        raise UsageError(f"there is no folder {' or '.join(map(str, candidates))}: {_LAYOUT}; set data.root to it")
+    return found
+
+
+def _scan(folder: Path, classes: int) -> Listing:
+    try:
+        with os.scandir(folder) as entries:
+            class_names = sorted(entry.name for entry in entries if _is_visible(entry) and entry.is_dir())
+        files = [_images_in(folder / name) for name in class_names]
+    except OSError as error:
+        raise UsageError(f"cannot list {error.filename or folder}: {error.strerror or error}") from error
+    if len(class_names) != classes:
+        cure = f"set data.classes to {len(class_names)}" if len(class_names) > 1 else _LAYOUT
+        raise UsageError(f"{folder} holds {len(class_names)} class folders, but data.classes is {classes}: {cure}")
+    for name, images in zip(class_names, files, strict=True):
+        if not images:
+            raise UsageError(
+                f"the class folder {folder / name} holds no image ({', '.join(SUFFIXES)}): "
+                f"fill it, or remove it and set data.classes to {classes - 1}"
+            )
+    counts = torch.tensor([len(images) for images in files])
+    names = [name for images in files for name in images]
+    return Listing(folder, tuple(class_names), names, torch.arange(classes).repeat_interleave(counts))
+
+
+def _images_in(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if _is_visible(entry) and entry.name.lower().endswith(SUFFIXES))
+
+
+def _is_visible(entry: os.DirEntry[str]) -> bool:
+    return not entry.name.startswith(".")

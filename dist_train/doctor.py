@@ -1,0 +1,307 @@
+"""What this machine has for training and what it lacks, one check a function."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from dist_train.config import Config
+
+State = Literal["fine", "note", "fails"]
+"""fine: usable. note: training runs without it. fails: training cannot run here."""
+
+_SET_UP = "run: make setup"
+_GIBIBYTE = 1 << 30
+_LEAST_DISK = _GIBIBYTE
+_LEAST_SHARED_MEMORY = 256 << 20
+_SECONDS_TO_ANSWER = 10
+_MARKS = {"fine": ("ok", "green"), "note": ("note", "yellow"), "fails": ("FAILS", "bold red")}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding; `cure` is empty where nothing needs one."""
+
+    name: str
+    state: State
+    detail: str
+    cure: str = ""
+
+
+def examine(config: Config, data_named: bool) -> tuple[Check, ...]:
+    """Return every finding for a run of `config`; only where `data_named`, its data must be there."""
+    data = check_data(config) if data_named else check_known_data(config)
+    return (
+        check_python(),
+        check_torch(),
+        check_devices(),
+        check_horovod(),
+        check_mpi(),
+        check_launchers(),
+        check_slurm(),
+        *data,
+        check_metrics_port(config),
+        check_shared_memory(),
+        check_disk("run directory", config.run_directory),
+        check_cache(),
+    )
+
+
+def can_train(checks: tuple[Check, ...]) -> bool:
+    """Whether nothing fails."""
+    return all(check.state != "fails" for check in checks)
+
+
+def render(checks: tuple[Check, ...], console: Console) -> None:
+    """Print the findings, each cure below its line, and the verdict."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for check in checks:
+        mark, style = _MARKS[check.state]
+        lines = [Text(check.detail)]
+        if check.cure:
+            lines.append(Text(f"-> {check.cure}", style=style))
+        table.add_row(Text(mark, style=style), Text(check.name, style="bold"), Group(*lines))
+    console.print(table)
+    failing = sum(check.state == "fails" for check in checks)
+    verdict = "training can run here" if not failing else f"training cannot run here: {failing} to mend"
+    console.print(Text(verdict, style="bold green" if not failing else "bold red"))
+
+
+def check_python() -> Check:
+    """Say which Python this is; the package does not install on one that is too old."""
+    return Check("Python", "fine", f"{platform.python_version()} at {sys.executable}")
+
+
+def check_torch() -> Check:
+    """Check that torch loads."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return Check("torch", "fails", f"cannot be loaded: {error}", _SET_UP)
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    return Check("torch", "fine", f"{torch.__version__}, built for {built}")
+
+
+def check_devices() -> Check:
+    """Say what a run would compute on."""
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIBIBYTE
+    processor = f"{cores} CPU cores, {memory:.0f} GiB of memory"
+    try:
+        import torch
+    except (ImportError, OSError):
+        return Check("devices", "note", processor)
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+        return Check("devices", "fine", f"{names}; {processor}")
+    if Path("/dev/nvidia0").exists():
+        return Check(
+            "devices",
+            "note",
+            f"{processor}; there is an NVIDIA GPU, but torch cannot use it",
+            "install a torch that is built for CUDA, and a driver that is new enough for it",
+        )
+    return Check("devices", "fine", f"{processor}, no GPU")
+
+
+def check_horovod() -> Check:
+    """Check that Horovod loads, and what it can carry the workers by."""
+    from dist_train.cluster.inspection import horovod_build
+
+    rebuild = "build it for this torch and MPI: rm -r .venv, then make setup"
+    try:
+        build = horovod_build()
+    except ImportError as error:
+        return Check("Horovod", "fails", f"cannot be loaded: {error}", rebuild)
+    parts = {"MPI": build.mpi, "Gloo": build.gloo, "NCCL": build.nccl}
+    listed = ", ".join(name for name, built in parts.items() if built)
+    detail = f"{build.version}, built with {listed or 'nothing'}"
+    if not (build.mpi or build.gloo):
+        return Check("Horovod", "fails", detail, rebuild)
+    if not (build.mpi and build.gloo):
+        return Check("Horovod", "note", f"{detail} only", rebuild)
+    if not build.nccl and Path("/dev/nvidia0").exists():
+        return Check("Horovod", "note", f"{detail}; the GPUs would be served without NCCL", rebuild)
+    return Check("Horovod", "fine", detail)
+
+
+def check_mpi() -> Check:
+    """Check that mpi4py loads the MPI library that Horovod uses."""
+    from dist_train.cluster.inspection import horovod_build, loaded_mpi_libraries, mpi_library
+
+    try:
+        library = mpi_library()
+    except ImportError as error:
+        return Check("MPI", "note", f"cannot be loaded: {error}", f"for mpirun and srun, {_SET_UP}")
+    detail = f"{library.description}, mpi4py {library.mpi4py_version}"
+    try:
+        horovod_build()
+    except ImportError:
+        return Check("MPI", "fine", detail)
+    files = loaded_mpi_libraries()
+    if len(files) > 1:
+        listed = " and ".join(sorted(map(str, files)))
+        return Check(
+            "MPI",
+            "fails",
+            f"Horovod and mpi4py load two: {listed}",
+            "unset LD_LIBRARY_PATH and MPI4PY_LIBMPI",
+        )
+    return Check("MPI", "fine", f"{detail}, {', '.join(map(str, files))}")
+
+
+def check_launchers() -> Check:
+    """Check the programs that start several workers."""
+    from dist_train.cluster.inspection import launcher
+
+    found = {name: launcher(name) for name in ("horovodrun", "mpirun")}
+    detail = ", ".join(f"{name}: {path or 'missing'}" for name, path in found.items())
+    if all(found.values()):
+        return Check("launchers", "fine", detail)
+    return Check("launchers", "note", detail, f"for several workers, {_SET_UP}")
+
+
+def check_slurm() -> Check:
+    """Say which Slurm is here, and whether it starts MPI programs."""
+    version = _answer("srun", "--version")
+    if version is None:
+        return Check("Slurm", "note", "not on this machine; only slurm/ needs it")
+    kinds = _answer("srun", "--mpi=list") or ""
+    if "pmix" not in kinds:
+        return Check("Slurm", "note", f"{version}, without PMIx", "use mpirun or horovodrun inside the job, not srun")
+    return Check("Slurm", "fine", f"{version}, with PMIx")
+
+
+def check_data(config: Config) -> tuple[Check, ...]:
+    """Check that the files of the configured data set are there; nothing is decoded."""
+    name = config.data.name
+    missing = _missing_data(name, config.data.root)
+    if missing is None:
+        return (Check("data", "fine", f"{name} is here"),)
+    if config.data.download:
+        return (Check("data", "note", f"{name} is not here; data.download fetches it when the run begins"),)
+    detail, _, cure = missing.partition(". ")
+    return (Check("data", "fails", detail, cure),)
+
+
+def check_known_data(config: Config) -> tuple[Check, ...]:
+    """Say which data sets are in their usual places; made-up data need none."""
+    checks = []
+    for name in ("fashion-mnist", "cifar10", "cifar100"):
+        missing = _missing_data(name, None)
+        if missing is None:
+            checks.append(Check("data", "fine", f"{name} is here"))
+        else:
+            detail, _, cure = missing.partition(". ")
+            checks.append(Check("data", "note", detail, cure))
+    return tuple(checks)
+
+
+def check_metrics_port(config: Config) -> Check:
+    """Check that the metrics page can be served where it is to be."""
+    settings = config.metrics
+    if not settings.enabled:
+        return Check("metrics", "fine", "switched off")
+    place = f"{settings.host}:{settings.port}"
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        cure = "set metrics.port to another (0: any free one), or metrics.host to an address of this machine"
+        return Check("metrics", "note", f"{place} cannot be served: {error.strerror}", cure)
+    return Check("metrics", "fine", f"{place} is free")
+
+
+def check_shared_memory() -> Check:
+    """Check the room that workers on one machine talk through."""
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return Check("shared memory", "note", "/dev/shm is missing", "mount a tmpfs there, for MPI and NCCL")
+    detail = f"{free / _GIBIBYTE:.2f} GiB free in /dev/shm"
+    if free < _LEAST_SHARED_MEMORY:
+        return Check("shared memory", "note", detail, "give the container more: --shm-size=1g")
+    return Check("shared memory", "fine", detail)
+
+
+def check_disk(name: str, directory: Path) -> Check:
+    """Check that `directory` can be made or written to, and has room for checkpoints."""
+    existing = next(folder for folder in (directory, *directory.resolve().parents) if folder.exists())
+    cure = "choose another place: run.directory=FOLDER or --run-dir DIR"
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        return Check(name, "fails", f"{existing} cannot be written to", cure)
+    free = shutil.disk_usage(existing).free
+    detail = f"{directory}: {free / _GIBIBYTE:.1f} GiB free"
+    if free < _LEAST_DISK:
+        return Check(name, "fails", detail, f"free at least {_LEAST_DISK / _GIBIBYTE:.0f} GiB, or {cure}")
+    return Check(name, "fine", detail)
+
+
+def check_cache() -> Check:
+    """Check the folder for decoded data."""
+    try:
+        from dist_train.data.folders import decoded_folder
+    except (ImportError, OSError):
+        return Check("cache", "note", "not checked: torch cannot be loaded")
+    check = check_disk("cache", decoded_folder())
+    if check.state == "fails":
+        return Check(check.name, check.state, check.detail, "choose another place: DIST_TRAIN_CACHE=FOLDER")
+    return check
+
+
+def _missing_data(name: str, root: Path | None) -> str | None:
+    """Return what the data room says is missing, and its cure; None where nothing is."""
+    from dist_train.outcome import UsageError
+
+    try:
+        from dist_train.data import cifar, fashion_mnist
+    except (ImportError, OSError) as error:
+        return f"not checked, as torch cannot be loaded ({error}). {_SET_UP}"
+    finders: dict[str, Callable[[Literal["train", "test"]], object]] = {
+        "fashion-mnist": lambda split: fashion_mnist.find(root, split),
+        "cifar10": lambda split: cifar.find(cifar.CIFAR10, cifar.root_or_default(root), split),
+        "cifar100": lambda split: cifar.find(cifar.CIFAR100, cifar.root_or_default(root), split),
+    }
+    if name not in finders:
+        return None
+    try:
+        finders[name]("train")
+        finders[name]("test")
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+def _answer(*command: str) -> str | None:
+    """Return what the program says, or None where it is missing or does not answer."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        answer = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS_TO_ANSWER,
+            stdin=subprocess.DEVNULL,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return (answer.stdout + answer.stderr).strip()

@@ -1,0 +1,1 @@
+"""What is observed of a run: records, and who takes them (console, JSON lines, logs, Prometheus)."""

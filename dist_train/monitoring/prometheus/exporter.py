@@ -1,0 +1,179 @@
+"""The Prometheus exporter, as the trainer sees it: what it is told goes to a process that serves it.
+
+So a scrape never takes the trainer's interpreter, and no step waits: what that process cannot take in is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dist_train.monitoring.event_counts import FILE_NAME, read_counts
+from dist_train.monitoring.prometheus.link import ExporterLink
+from dist_train.monitoring.prometheus.messages import Begin, End, Ending, Failed, Serving, Warned
+from dist_train.monitoring.prometheus.serving_plan import plan_of
+from dist_train.monitoring.prometheus.targets import Process, TargetFile
+from dist_train.monitoring.records import Measurement, Outcome, Record, RunFacts, TrainRecord
+
+if TYPE_CHECKING:
+    from dist_train.config.sections import MetricsSettings
+
+_logger = logging.getLogger(__name__)
+
+_START_SECONDS = 5.0
+_END_SECONDS = 3.0
+_HUNG_SECONDS = 0.5
+
+
+class ExporterError(RuntimeError):
+    """The metrics cannot be served; its text says why."""
+
+
+class Exporter:
+    """Serves a run's metrics from `begin` to `end`, by a process that this constructor starts."""
+
+    def __init__(self, settings: MetricsSettings) -> None:
+        self.address: str | None = None
+        """The URL of the metrics page; None while nothing is served."""
+        self._plan = plan_of(settings)
+        self._target: Path | None = None
+        self._ending: Ending | None = None
+        self._has_begun = False
+        self._reason = ""
+        self._link: ExporterLink | None = None
+        try:
+            self._link = ExporterLink()
+        except OSError as error:
+            self._reason = f"its process cannot be started: {error}"
+
+    @property
+    def process_id(self) -> int | None:
+        """The number of the process that serves; None where there is none."""
+        return None if self._link is None else self._link.process_id
+
+    def begin(self, facts: RunFacts) -> None:
+        """Have the run served. Raises ExporterError where it cannot be."""
+        # read here, before the first event of this launch is counted
+        self._send_surely(Begin(self._plan, facts, _counts(facts.run_directory / FILE_NAME)))
+        deadline = time.monotonic() + _START_SECONDS
+        while self._link is not None and self.address is None and time.monotonic() < deadline:
+            self._listen(deadline - time.monotonic())
+        if self._link is None:
+            raise ExporterError(self._reason)
+        self._has_begun = True
+        if self.address is None:
+            _logger.warning("metrics are not served yet, after %g s; training goes on", _START_SECONDS)
+
+    def record(self, record: Record) -> None:
+        """Send `record` on."""
+        if isinstance(record, TrainRecord):
+            self._send(record)
+        else:
+            # none comes after it that says the same
+            self._send_surely(record)
+        self._listen(0)
+
+    def measurement(self, measurement: Measurement) -> None:
+        """Send `measurement` on."""
+        self._send(measurement)
+
+    def progress(self, step: int) -> None:
+        """Send on that `step` updates are done."""
+        self._send(step)
+
+    def sync(self) -> None:
+        """Do nothing: nothing here is kept."""
+
+    def end(self, outcome: Outcome) -> None:
+        """Have the last values pushed and scraped, as the settings say, and end the process."""
+        seconds = _END_SECONDS
+        if self.address is not None:
+            self._send_surely(End(outcome))
+            self._await_end()
+            seconds = _END_SECONDS if self._ending else _HUNG_SECONDS
+        if self._link is not None:
+            self._link.close(seconds)
+            self._link = None
+        self.address = None
+        self._remove_target()
+
+    def _send(self, message: object) -> None:
+        if self._link is not None:
+            try:
+                self._link.send(message)
+            except OSError:
+                self._listen(0)  # it has said why, or the end of what it said says enough
+
+    def _send_surely(self, message: object) -> None:
+        if self._link is not None:
+            try:
+                self._link.send_surely(message)
+            except OSError:
+                self._listen(0)
+
+    def _listen(self, seconds: float) -> None:
+        """Take what the process has to say, for which it has so many seconds."""
+        if self._link is None:
+            return
+        try:
+            for answer in self._link.answers(seconds):
+                match answer:
+                    case Serving():
+                        self.address, self._target = answer.address, answer.target
+                        _logger.info("metrics at %s", self.address)
+                    case Warned():
+                        _logger.warning("%s", answer.text)
+                    case Ending():
+                        self._ending = answer
+                    case Failed():
+                        self._reason = answer.reason
+        except EOFError:
+            self._lose(self._link)
+
+    def _lose(self, link: ExporterLink) -> None:
+        """Take note that the process is gone. Its target file stays: Prometheus shall see that nobody answers."""
+        self._link = None
+        end = link.close(_END_SECONDS)
+        self._reason = self._reason or end
+        if self._has_begun and self._ending is None:
+            self.address = None
+            _logger.warning("metrics are no longer served; training goes on: %s", self._reason)
+
+    def _await_end(self) -> None:
+        deadline = time.monotonic() + _END_SECONDS
+        while self._link is not None and time.monotonic() < deadline:
+            self._resend()
+            self._listen(0.1 if self._ending is None else max(0.0, deadline - time.monotonic()))
+            if self._ending is not None and self._ending.seconds > 0:
+                deadline = time.monotonic() + self._ending.seconds + _END_SECONDS
+                if self._ending.for_scrape > 0:
+                    _logger.info("waiting up to %g s for a scrape of the last values", self._ending.for_scrape)
+                self._ending = Ending(0.0, 0.0)
+
+    def _resend(self) -> None:
+        assert self._link is not None
+        try:
+            self._link.send_waiting()
+        except OSError:
+            self._listen(0)
+
+    def _remove_target(self) -> None:
+        """Remove the target file where the process did not come to it."""
+        if self._target is None:
+            return
+        try:
+            TargetFile(self._target, "", Process.of(os.getpid())).remove()
+        except OSError as error:
+            _logger.warning("%s cannot be removed: %s", self._target, error.strerror or error)
+        self._target = None
+
+
+def _counts(path: Path) -> Mapping[str, int]:
+    try:
+        return read_counts(path)
+    except (OSError, ValueError):
+        return {}  # whoever counts them has said so

@@ -1,0 +1,227 @@
+"""The exporter's own process: it takes what the trainer sends, and serves it. It ends when the trainer does."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock, Thread
+
+from dist_train.monitoring.prometheus.access import read_credentials, tls_context
+from dist_train.monitoring.prometheus.board import Board
+from dist_train.monitoring.prometheus.http_server import Server, bind
+from dist_train.monitoring.prometheus.messages import Begin, Channel, End, Ending, Failed, Serving, Warned
+from dist_train.monitoring.prometheus.page import MetricsPage
+from dist_train.monitoring.prometheus.table import metrics_of
+from dist_train.monitoring.prometheus.targets import HEARTBEAT_SECONDS, Process, TargetFile, remove_stale, target_file
+from dist_train.monitoring.records import EvaluationRecord, EventRecord, Measurement, Outcome, Record, from_json
+
+RECENT_SECONDS = 60.0
+"""A run that was scraped so lately is waited for with its last values."""
+
+_LOOK_SECONDS = 1.0
+_PAUSE_SECONDS = 0.02
+"""Between readings of the socket, so that fast steps do not wake this process at each one."""
+_POLITENESS = 10
+
+
+def main(descriptor: int, trainer: int) -> None:
+    """Serve what comes over the socket `descriptor`, until it ends or the process `trainer` does."""
+    _settle()
+    channel = Channel(socket.socket(fileno=descriptor))
+    try:
+        begin = _await_begin(channel, trainer)
+        if begin is not None:
+            _Service(channel, trainer, begin).run()
+    except Exception as error:
+        channel.send(Failed(str(error) if isinstance(error, OSError | ValueError) else repr(error)))
+        raise SystemExit(1) from error
+
+
+def _settle() -> None:
+    """Be out of the way: of signals, which are the trainer's; of its cores; of everybody who computes."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    with suppress(OSError):  # a container may forbid it; then it is served all the same
+        os.nice(_POLITENESS)
+        # a launcher binds a worker to its cores, which this process takes over; the kernel keeps to what is allowed
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+
+def _await_begin(channel: Channel, trainer: int) -> Begin | None:
+    while os.getppid() == trainer:
+        select.select([channel], [], [], _LOOK_SECONDS)
+        try:
+            for message in channel.receive():
+                assert isinstance(message, Begin)
+                return message
+        except EOFError:
+            break
+    return None
+
+
+class _Inbox:
+    """Takes messages onto the board; a scrape does so too, and sees all that was sent before it."""
+
+    def __init__(self, channel: Channel, board: Board) -> None:
+        self._channel = channel
+        self._board = board
+        self._lock = Lock()
+        self.outcome: Outcome | None = None
+        self.is_over = False
+        self.wake = os.eventfd(0)
+
+    def take(self) -> None:
+        with self._lock:
+            if self.is_over:
+                return
+            try:
+                for message in self._channel.receive():
+                    match message:
+                        case int():
+                            self._board.progress(message)
+                        case Measurement():
+                            self._board.measurement(message)
+                        case End():
+                            self._board.end(message.outcome)
+                            self.outcome = message.outcome
+                            os.eventfd_write(self.wake, 1)
+                        case _:
+                            self._board.record(message)
+            except EOFError:
+                self.is_over = True
+                os.eventfd_write(self.wake, 1)
+
+
+class _Service:
+    def __init__(self, channel: Channel, trainer: int, begin: Begin) -> None:
+        self._channel = channel
+        self._trainer = trainer
+        self._plan = begin.plan
+        self._facts = begin.facts
+        self._board = Board(begin.facts, begin.counts)
+        self._page = MetricsPage(self._board, begin.facts.rank)
+        self._inbox = _Inbox(channel, self._board)
+        self._target: TargetFile | None = None
+        self._touched = time.monotonic()
+        self._server = self._bind()
+
+    def run(self) -> None:
+        Thread(target=self._server.serve_forever, args=(_LOOK_SECONDS,), name="http", daemon=True).start()
+        try:
+            self._enter_target()
+            host = self._plan.host_for_others(self._facts.node)
+            address = f"{self._plan.scheme}://{host}:{self._server.server_port}/metrics"
+            self._channel.send(Serving(address, None if self._target is None else self._target.path))
+            self._board.recall(_history(self._facts.run_directory / "metrics.jsonl"))
+            while self._inbox.outcome is None and not self._is_over:
+                select.select([self._channel.fileno(), self._inbox.wake], [], [], _LOOK_SECONDS)
+                self._inbox.take()
+                self._heartbeat()
+                time.sleep(_PAUSE_SECONDS)
+            if self._inbox.outcome is not None:
+                self._end(self._inbox.outcome)
+        finally:
+            self._leave_target()
+
+    @property
+    def _is_over(self) -> bool:
+        return self._inbox.is_over or os.getppid() != self._trainer
+
+    def _bind(self) -> Server:
+        plan, is_first = self._plan, self._facts.rank == 0
+        credentials, tls = read_credentials(plan), tls_context(plan)
+
+        def page() -> bytes:
+            self._inbox.take()
+            return self._page.render()
+
+        # the setting's own port is worker 0's
+        port = plan.port if is_first or plan.port == 0 else plan.port + 1
+        server = bind(plan.host, port, page, credentials, tls)
+        if is_first and port not in (0, server.server_port):
+            self._warn(f"metrics port {port} is in use; metrics are at port {server.server_port}")
+        return server
+
+    def _enter_target(self) -> None:
+        directory = self._plan.targets_directory
+        if directory is None:
+            return
+        target = target_file(self._plan, self._facts, self._server.server_port, Process.of(self._trainer))
+        try:
+            target.write()
+            remove_stale(directory)
+        except OSError as error:
+            self._warn(f"Prometheus will not find this run: no target file in {directory}: {error.strerror or error}")
+        else:
+            self._target = target
+
+    def _heartbeat(self) -> None:
+        if self._target is None or time.monotonic() - self._touched < HEARTBEAT_SECONDS:
+            return
+        self._touched = time.monotonic()
+        try:
+            self._target.touch()
+        except OSError as error:
+            path, self._target = self._target.path, None
+            self._warn(f"Prometheus may lose sight of this run: {path} cannot be touched: {error.strerror or error}")
+
+    def _leave_target(self) -> None:
+        target, self._target = self._target, None
+        try:
+            if target is not None:
+                target.remove()
+        except OSError as error:
+            self._warn(f"the target file {target and target.path} cannot be removed: {error.strerror or error}")
+
+    def _end(self, outcome: Outcome) -> None:
+        ended = time.monotonic()
+        patience = self._patience(outcome, ended)
+        if self._plan.pushgateway is None:
+            self._channel.send(Ending(patience, patience))
+            self._await_last_scrape(ended, patience)
+            return
+        from dist_train.monitoring.prometheus.pushing import PUSH_SECONDS, Push
+
+        push = Push(self._plan.pushgateway, metrics_of(self._facts.rank), self._board.snapshot())
+        self._channel.send(Ending(max(patience, PUSH_SECONDS), patience))
+        self._await_last_scrape(ended, patience)
+        warning = push.warning(max(0.0, ended + PUSH_SECONDS - time.monotonic()))
+        if warning:
+            self._warn(warning)
+
+    def _patience(self, outcome: Outcome, ended: float) -> float:
+        last = self._server.last_scrape
+        # a run that was stopped is about to be killed
+        waits = outcome.state in ("finished", "failed") and last is not None and ended - last < RECENT_SECONDS
+        return self._plan.last_scrape_seconds if waits else 0.0
+
+    def _await_last_scrape(self, ended: float, patience: float) -> None:
+        while time.monotonic() < ended + patience and os.getppid() == self._trainer:
+            self._inbox.take()  # the trainer may go away without a word
+            if self._inbox.is_over or (self._server.last_scrape or 0.0) > ended:
+                return
+            time.sleep(_PAUSE_SECONDS)
+
+    def _warn(self, text: str) -> None:
+        with suppress(OSError):  # nobody is there to hear
+            self._channel.send(Warned(text))
+
+
+def _history(path: Path) -> Iterator[Record]:
+    """Yield the evaluations and checkpoints of earlier launches."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return
+    for line in content.split(b"\n"):
+        # most lines are of steps, and there can be millions
+        if b'"eval"' in line or b'"checkpoint"' in line:
+            record = from_json(line)
+            if isinstance(record, EvaluationRecord | EventRecord):
+                yield record

@@ -1,0 +1,160 @@
+"""Target files: how Prometheus (`file_sd_configs`) finds the runs that there are, and none that are gone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dist_train import atomic
+from dist_train.monitoring.prometheus.serving_plan import ServingPlan
+from dist_train.monitoring.records import RunFacts
+
+HEARTBEAT_SECONDS = 60.0
+"""How often a run touches its file."""
+STALE_SECONDS = 300.0
+"""A file that was not touched for so long belongs to nobody."""
+
+_JOB = "dist_train"
+_PROCESS_LABEL = "__dist_train_process"
+"""Prometheus drops labels that begin so once it has found the target."""
+_NAME = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{8}-\d+\.json")
+
+
+class Process(NamedTuple):
+    """A process, told from all others: `space` is its namespace of numbers, `begun` its start in clock ticks."""
+
+    host: str
+    space: str
+    number: int
+    begun: str
+
+    @staticmethod
+    def of(number: int) -> Process:
+        """Return the process with this number on this machine; `begun` is empty where there is none."""
+        return Process(socket.gethostname(), _namespace(), number, _begun(number))
+
+    @staticmethod
+    def parse(text: str) -> Process | None:
+        """Return the process that was written as `text`."""
+        match text.split(" "):
+            case [host, space, number, begun] if number.isdecimal():
+                return Process(host, space, int(number), begun)
+        return None
+
+    def __str__(self) -> str:
+        return f"{self.host} {self.space} {self.number} {self.begun}"
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it is known to have ended; of another machine nothing is known."""
+        if (self.host, self.space) != (socket.gethostname(), _namespace()):
+            return False
+        return _begun(self.number) != self.begun
+
+
+@dataclass(frozen=True)
+class TargetFile:
+    """The file at `path` by which Prometheus finds one worker's metrics, owned by `process`."""
+
+    path: Path
+    content: str
+    process: Process
+
+    def write(self) -> None:
+        """Make the file, and its folder where that is new. Raises OSError."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # the temporary name ends on .part: Prometheus looks for *.json
+        atomic.swap_text(self.path, self.content)
+        # Prometheus seldom runs as the user of the run, whose files are private by default.
+        self.path.chmod(0o644)
+
+    def touch(self) -> None:
+        """Show that the run is there still; write the file anew where somebody removed it. Raises OSError."""
+        try:
+            os.utime(self.path)
+        except FileNotFoundError:
+            self.write()
+
+    def remove(self) -> None:
+        """Remove the file, unless a later launch of the run has taken it over. Raises OSError."""
+        if _owner(self.path) == self.process:
+            self.path.unlink(missing_ok=True)
+
+
+def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: Process) -> TargetFile:
+    """Return the file for the worker of `facts` that serves at `port`."""
+    assert plan.targets_directory is not None
+    node = facts.node or socket.gethostname()
+    labels = {
+        "job": _JOB,
+        "run": facts.name,
+        "slurm_job": facts.slurm_job,
+        "node": node,
+        "worker": str(facts.rank),
+        _PROCESS_LABEL: str(process),
+    }
+    if plan.scheme == "https":
+        labels["__scheme__"] = plan.scheme
+    groups = [{"targets": [f"{plan.host_for_others(node)}:{port}"], "labels": labels}]
+    directory = os.fsencode(facts.run_directory.absolute())
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", facts.name)[:100]
+    mark = hashlib.blake2b(directory, digest_size=4).hexdigest()
+    path = plan.targets_directory / f"{name}-{mark}-{facts.rank}.json"
+    return TargetFile(path, json.dumps(groups, indent=2) + "\n", process)
+
+
+def remove_stale(directory: Path) -> tuple[Path, ...]:
+    """Remove the target files in `directory` whose runs are gone; return their paths. Raises OSError.
+
+    A file is ours by its name and its content; any other is left alone.
+    """
+    removed = []
+    for path in sorted(directory.iterdir()):
+        if not _NAME.fullmatch(path.name):
+            continue
+        with suppress(FileNotFoundError):
+            owner = _owner(path)
+            if owner is None:
+                continue
+            if owner.is_gone or time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
+                removed.append(path)
+    return tuple(removed)
+
+
+def _owner(path: Path) -> Process | None:
+    """Return whose the target file at `path` is; None where it is not one of ours."""
+    try:
+        groups: Any = json.loads(path.read_bytes())
+        [group] = groups
+        labels = group["labels"]
+        if labels["job"] != _JOB:
+            return None
+        return Process.parse(labels[_PROCESS_LABEL])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return "unknown"
+
+
+def _begun(number: int) -> str:
+    """Return when process `number` began, in ticks since the machine did; empty where it is gone or a zombie."""
+    try:
+        stat = Path(f"/proc/{number}/stat").read_text()
+    except OSError:
+        return ""
+    fields = stat.rpartition(")")[2].split()
+    return "" if fields[0] in "ZX" else fields[19]

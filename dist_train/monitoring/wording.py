@@ -1,0 +1,68 @@
+"""Numbers and facts as people read them."""
+
+from __future__ import annotations
+
+import math
+
+from dist_train.monitoring.records import EvaluationRecord, EventRecord, RunFacts
+
+
+def duration(seconds: float) -> str:
+    """Return `seconds` as 2:31, 1:02:31 or 3d 04:05:06."""
+    whole = max(0, round(seconds))
+    days, rest = divmod(whole, 86_400)
+    hours, rest = divmod(rest, 3_600)
+    minutes, rest = divmod(rest, 60)
+    if days:
+        return f"{days}d {hours:02}:{minutes:02}:{rest:02}"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def percent(share: float) -> str:
+    """Return a share in [0, 1] as 87.41 %."""
+    return f"{share * 100:.2f} %" if math.isfinite(share) else "not finite"
+
+
+def rate(per_second: float) -> str:
+    """Return a rate with three digits or more: 1,234 or 12.3."""
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
+
+
+def plural(number: int, word: str) -> str:
+    """Return `number` with `word`, in the plural where it belongs."""
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}{'es' if word.endswith('ch') else 's'}"
+
+
+def current_epoch(facts: RunFacts, step: int) -> str:
+    """Return the epoch that update number `step` belongs to, of how many: 3/30, counted from 1."""
+    return f"{max(1, math.ceil(step / facts.steps_per_epoch))}/{math.ceil(facts.epochs)}"
+
+
+def introduction(facts: RunFacts) -> tuple[str, ...]:
+    """Return the lines that say what is about to be trained."""
+    micro_batches = "micro-batch" if facts.micro_batches == 1 else "micro-batches"
+    lines = [
+        f"{facts.name}: {facts.data}; {facts.model}, {plural(facts.parameters, 'parameter')}; noise {facts.noise}",
+        f"batch {facts.global_size:,} as {facts.micro_batches} {micro_batches} of {facts.micro_size:,} on "
+        f"{plural(facts.world_size, 'worker')} ({facts.controller}), {facts.epochs:.4g} epochs of "
+        f"{plural(facts.steps_per_epoch, 'step')}, {plural(facts.total_steps, 'step')} in all",
+    ]
+    if facts.start_step:
+        lines.append(f"going on from step {facts.start_step:,}")
+    return tuple(lines)
+
+
+def evaluation(facts: RunFacts, record: EvaluationRecord) -> str:
+    """Return an evaluation as one line."""
+    epoch = f"{record.step / facts.steps_per_epoch:.4g}"
+    return (
+        f"epoch {epoch:>4}  step {record.step:>6,}  {record.split:<5}  "
+        f"loss {record.loss:.4f}  accuracy {percent(record.accuracy)}"
+    )
+
+
+def event(record: EventRecord) -> str:
+    """Return an event as one line."""
+    details = ", ".join(f"{name} {value}" for name, value in record.details.items())
+    name = record.event.replace("_", " ")
+    return f"step {record.step:,}: {name} ({details})" if details else f"step {record.step:,}: {name}"

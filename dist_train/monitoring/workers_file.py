@@ -1,0 +1,99 @@
+"""`workers.json`: how the latest step went on every worker, for whoever looks at the run directory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_train import atomic
+from dist_train.monitoring.records import Measurement, Outcome, Record, RunFacts, WorkerMeasurement
+
+_PACE_SECONDS = 1.0
+_FIELDS = tuple(WorkerMeasurement.__dataclass_fields__)
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkersReading:
+    """What `workers.json` holds: `workers` by rank, as they were at `step`; `time` in seconds since 1970."""
+
+    step: int
+    time: float
+    workers: tuple[WorkerMeasurement, ...]
+
+
+class WorkersFile:
+    """An observer that rewrites the file at a measurement, at most once a second, and at the end.
+
+    A disk that refuses costs one warning; the next measurement is tried again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._due = -math.inf
+        self._refused = False
+        self._pending: Measurement | None = None
+
+    def begin(self, facts: RunFacts) -> None:
+        """Do nothing: nothing is measured yet."""
+
+    def record(self, record: Record) -> None:
+        """Do nothing: records are kept in `metrics.jsonl`."""
+
+    def measurement(self, measurement: Measurement) -> None:
+        """Write `measurement` down, where the last one was written long enough ago."""
+        self._pending = measurement
+        if time.monotonic() >= self._due:
+            self._write()
+
+    def progress(self, step: int) -> None:
+        """Do nothing."""
+
+    def sync(self) -> None:
+        """Do nothing: the file is of the moment alone."""
+
+    def end(self, outcome: Outcome) -> None:
+        """Write the last measurement, unless it is there."""
+        self._write()
+
+    def _write(self) -> None:
+        if self._pending is None:
+            return
+        self._due = time.monotonic() + _PACE_SECONDS
+        try:
+            atomic.swap_text(self._path, _to_json(self._pending))
+        except OSError as error:
+            if not self._refused:
+                _logger.warning("%s cannot be written; training goes on: %s", self._path, error)
+            self._refused = True
+        else:
+            self._refused, self._pending = False, None
+
+
+def read_workers(path: Path) -> WorkersReading | None:
+    """Return what the file at `path` holds, null as NaN; None where there is none that can be read."""
+    try:
+        fields = json.loads(path.read_bytes())
+        workers = tuple(_measurement(worker) for worker in fields["workers"])
+        return WorkersReading(int(fields["step"]), float(fields["time"]), workers)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _to_json(measurement: Measurement) -> str:
+    workers = [
+        {name: value if math.isfinite(value) else None for name, value in asdict(worker).items()}
+        for worker in measurement.workers
+    ]
+    return json.dumps({"step": measurement.step, "time": measurement.time, "workers": workers}, allow_nan=False) + "\n"
+
+
+def _measurement(fields: Mapping[str, Any]) -> WorkerMeasurement:
+    values = {name: math.nan if fields[name] is None else float(fields[name]) for name in _FIELDS}
+    return WorkerMeasurement(**values)

@@ -1,0 +1,115 @@
+"""All trainable weights of a model in one buffer, so that an operation on them is one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from dist_train.models.norms import norm_parameters
+
+_ALIGNMENT = 16
+"""Tensors begin at multiples of 16 floats, 64 bytes: a cache line, and the widest vector register."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Where one parameter lies in the buffer: [start, stop), and what kind of weight it is."""
+
+    name: str
+    kind: str
+    shape: torch.Size
+    start: int
+    stop: int
+
+
+class FlatWeights:
+    """The trainable parameters of a model as views of `values` [n], their gradients as views of `gradients` [n].
+
+    Between tensors there is padding, always zero in both.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Move the parameters of `model` into one buffer on their device."""
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.parameters: tuple[nn.Parameter, ...] = tuple(parameter for _, parameter in named)
+        of_norms = norm_parameters(model)
+        segments: list[Segment] = []
+        end = 0
+        for name, parameter in named:
+            kind = "norm" if name in of_norms else "bias" if parameter.dim() < 2 else "weight"
+            segments.append(Segment(name, kind, parameter.shape, end, end + parameter.numel()))
+            end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+        self.segments: tuple[Segment, ...] = tuple(segments)
+        device = self.parameters[0].device
+        self.values = torch.zeros(end, device=device)
+        self.gradients = torch.zeros(end, device=device)
+        own, gradients = self.views_of(self.values), self.views_of(self.gradients)
+        for parameter, view, gradient in zip(self.parameters, own, gradients, strict=True):
+            view.copy_(parameter.detach())
+            parameter.data = view
+            parameter.grad = gradient
+        self._own = own
+
+    def views_of(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return each parameter's part of `values` [n], in its shape."""
+        return tuple(values[segment.start : segment.stop].view(segment.shape) for segment in self.segments)
+
+    @contextmanager
+    def replaced_by(self, views: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Let the model compute with `views`, one for each parameter, within the block; `values` are not touched."""
+        try:
+            for parameter, view in zip(self.parameters, views, strict=True):
+                parameter.data = view
+            yield
+        finally:
+            for parameter, view in zip(self.parameters, self._own, strict=True):
+                parameter.data = view
+
+    @property
+    def count(self) -> int:
+        """Number of trainable weights, padding left out."""
+        return sum(segment.stop - segment.start for segment in self.segments)
+
+    def mask(self, exclude: Sequence[str]) -> torch.Tensor:
+        """Return 1.0 for each weight that `exclude` does not name, else 0.0; padding is 0.0; [n]."""
+        mask = torch.zeros_like(self.values)
+        left_out = set(self.excluded(exclude))
+        for segment in self.segments:
+            if segment not in left_out:
+                mask[segment.start : segment.stop] = 1.0
+        return mask
+
+    @property
+    def filter_lengths(self) -> torch.Tensor:
+        """Return the weights of each filter, one after the other, int64 [filters and paddings].
+
+        A filter is a slice along dimension 0; a tensor of one dimension is one filter as a whole.
+        """
+        lengths: list[int] = []
+        ends = [segment.start for segment in self.segments[1:]] + [len(self.values)]
+        for segment, end in zip(self.segments, ends, strict=True):
+            filters = segment.shape[0] if len(segment.shape) > 1 else 1
+            lengths += [(segment.stop - segment.start) // filters] * filters
+            if end > segment.stop:
+                lengths.append(end - segment.stop)
+        return torch.tensor(lengths, dtype=torch.int64, device=self.values.device)
+
+    def excluded(self, patterns: Sequence[str]) -> list[Segment]:
+        """Return the segments whose kind, or whose name, one of `patterns` names (`*` and `?` as in a shell)."""
+        return [
+            segment
+            for segment in self.segments
+            if any(segment.kind == pattern or fnmatchcase(segment.name, pattern) for pattern in patterns)
+        ]
+
+
+def digest(values: torch.Tensor) -> int:
+    """Return a 64-bit digest of float32 `values` [n], computed on their device; any one changed bit changes it."""
+    bits = values.detach().view(torch.int32).to(torch.int64)
+    odd = torch.arange(1, 2 * len(bits), 2, device=bits.device)
+    return int((bits * odd).sum())

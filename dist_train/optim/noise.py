@@ -1,0 +1,264 @@
+"""What a step does with noise: one method a row. They differ in where a gradient is taken, and in what stays.
+
+A draw is a pure function of (seed, step) and of what `sharing` adds to it, so that workers agree on it
+without talking. Perturbed weights lie in a buffer of their own, which the model computes with meanwhile: the clean ones
+are never written, and (w + n) - n would not be w in floating point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from types import MappingProxyType
+from typing import Protocol
+
+import torch
+
+from dist_train.config import NoiseSettings
+from dist_train.optim.flat_weights import FlatWeights, digest
+from dist_train.optim.noise_draws import NoiseDraws
+from dist_train.optim.noise_schedule import noise_factor
+
+Ascend = Callable[[], None]
+"""Takes the gradient of a micro-batch's loss where the weights are, into the flat gradients."""
+
+
+class Perturbed(Protocol):
+    """Weights under noise, within one step."""
+
+    def visit(self, micro_batch: int, ascend: Ascend) -> None:
+        """Be at the point where the gradient of micro-batch `micro_batch` of the global batch is taken."""
+
+
+class Noise(Protocol):
+    """What a step does with the weights before it takes gradients, and after it has moved them."""
+
+    def amplitude(self, step: int) -> float:
+        """Return a c(t), the amplitude in force at `step`."""
+
+    def perturbed(self, step: int) -> AbstractContextManager[Perturbed]:
+        """Let the model compute with perturbed weights within the block; the clean ones stay, to the bit."""
+
+    def after_update(self, step: int) -> None:
+        """Do what remains once the optimizer has moved the weights in `step`."""
+
+    def digest(self, step: int) -> int:
+        """Return a digest of the noise of `step`, just taken; the same on all workers that agree."""
+
+
+class NoNoise:
+    """Gradients at the weights themselves."""
+
+    def amplitude(self, step: int) -> float:
+        """Return 0."""
+        return 0.0
+
+    @contextmanager
+    def perturbed(self, step: int) -> Iterator[Perturbed]:
+        """Leave the weights as they are."""
+        yield _Still()
+
+    def after_update(self, step: int) -> None:
+        """Do nothing."""
+
+    def digest(self, step: int) -> int:
+        """Return 0."""
+        return 0
+
+
+class SmoothOut:
+    """SmoothOut (Wen et al., arXiv 1805.07898): gradients at perturbed weights, none of it left behind."""
+
+    def __init__(
+        self, settings: NoiseSettings, weights: FlatWeights, *, seed: int, total_steps: int, rank: int
+    ) -> None:
+        """Perturb `weights`; the schedule is laid out over `total_steps` updates."""
+        self._amplitude = _Amplitude(settings, total_steps)
+        self._weights = weights
+        self._share = _SHARINGS[settings.sharing]
+        self._rank = rank
+        self._draws = NoiseDraws(settings, weights, seed)
+        self._perturbed = torch.zeros_like(weights.values)
+        self._views = weights.views_of(self._perturbed)
+
+    def amplitude(self, step: int) -> float:
+        """Return a c(t)."""
+        return self._amplitude(step)
+
+    @contextmanager
+    def perturbed(self, step: int) -> Iterator[Perturbed]:
+        """Let the model compute with perturbed weights within the block."""
+        with self._weights.replaced_by(self._views):
+            yield self._share(self, step, self._rank)
+
+    def move(self, step: int, *indices: int | str) -> None:
+        """Be at the clean weights plus the draw of (`step`, `indices`)."""
+        clean = self._weights.values
+        torch.add(clean, self._draws.draw(clean, step, *indices), alpha=self._amplitude(step), out=self._perturbed)
+
+    def after_update(self, step: int) -> None:
+        """Do nothing: the noise was taken away before the update."""
+
+    def digest(self, step: int) -> int:
+        """Return a digest of the shared draw, or, where draws differ on purpose, of the first one."""
+        if self._share is _OfWorker:
+            self._draws.draw(self._weights.values, step, "worker", 0)
+        elif self._share is _OfMicroBatch:
+            self._draws.draw(self._weights.values, step, 0)
+        return digest(self._draws.values)
+
+
+class Langevin:
+    """Equation 1 of Naganuma and Yokota: theta(t+1) = theta(t) - eta grad E(theta(t)) + delta(t).
+
+    The noise stays. It is part of the update, not of the gradient: momentum does not see it.
+    """
+
+    def __init__(
+        self, settings: NoiseSettings, weights: FlatWeights, *, seed: int, total_steps: int, rank: int
+    ) -> None:
+        """Add noise to `weights`; the schedule is laid out over `total_steps` updates."""
+        self._amplitude = _Amplitude(settings, total_steps)
+        self._weights = weights
+        self._draws = NoiseDraws(settings, weights, seed)
+
+    def amplitude(self, step: int) -> float:
+        """Return a c(t)."""
+        return self._amplitude(step)
+
+    @contextmanager
+    def perturbed(self, step: int) -> Iterator[Perturbed]:
+        """Draw delta(t), scaled by theta(t), and leave the weights as they are: the gradient is taken there."""
+        self._draws.draw(self._weights.values, step)
+        yield _Still()
+
+    def after_update(self, step: int) -> None:
+        """Add delta(t)."""
+        self._weights.values.add_(self._draws.values, alpha=self._amplitude(step))
+
+    def digest(self, step: int) -> int:
+        """Return a digest of the draw."""
+        return digest(self._draws.values)
+
+
+class SharpnessAware:
+    """SAM (Foret et al., arXiv 2010.01412), its ascent taken by each micro-batch's own gradient.
+
+    The gradient is taken at w + rho g / ||g||, where g is the micro-batch's gradient at w and rho the amplitude:
+    two passes for each micro-batch, a function of its samples alone.
+    """
+
+    def __init__(
+        self, settings: NoiseSettings, weights: FlatWeights, *, seed: int, total_steps: int, rank: int
+    ) -> None:
+        """Ascend from `weights`; the schedule is laid out over `total_steps` updates."""
+        self._amplitude = _Amplitude(settings, total_steps)
+        self._weights = weights
+        self._mask = weights.mask(settings.exclude)
+        self._perturbed = torch.zeros_like(weights.values)
+        self._views = weights.views_of(self._perturbed)
+        self._step = 0
+
+    def amplitude(self, step: int) -> float:
+        """Return rho c(t)."""
+        return self._amplitude(step)
+
+    @contextmanager
+    def perturbed(self, step: int) -> Iterator[Perturbed]:
+        """Let the model compute with perturbed weights within the block."""
+        self._step = step
+        with self._weights.replaced_by(self._views):
+            yield self
+
+    def visit(self, micro_batch: int, ascend: Ascend) -> None:
+        """Go uphill from the clean weights by the micro-batch's gradient."""
+        clean = self._weights.values
+        self._perturbed.copy_(clean)
+        self._weights.gradients.zero_()
+        ascend()
+        uphill = self._weights.gradients.mul_(self._mask)
+        length = torch.linalg.vector_norm(uphill).clamp_(min=torch.finfo(uphill.dtype).tiny)
+        torch.add(clean, uphill.div_(length), alpha=self._amplitude(self._step), out=self._perturbed)
+
+    def after_update(self, step: int) -> None:
+        """Do nothing: the ascent was taken back before the update."""
+
+    def digest(self, step: int) -> int:
+        """Return 0: there is no draw to agree on."""
+        return 0
+
+
+class _Amplitude:
+    """a c(t)."""
+
+    def __init__(self, settings: NoiseSettings, total_steps: int) -> None:
+        self._settings = settings
+        self._total_steps = total_steps
+
+    def __call__(self, step: int) -> float:
+        return self._settings.amplitude * noise_factor(self._settings.schedule, step, self._total_steps)
+
+
+class _Still:
+    """The weights as they are."""
+
+    def visit(self, micro_batch: int, ascend: Ascend) -> None:
+        """Stay."""
+
+
+class _Shared:
+    """One draw for all micro-batches of a step, on all workers."""
+
+    def __init__(self, noise: SmoothOut, step: int, rank: int) -> None:
+        noise.move(step)
+
+    def visit(self, micro_batch: int, ascend: Ascend) -> None:
+        """Stay at the point that all share."""
+
+
+class _OfWorker:
+    """One draw for all micro-batches of one worker."""
+
+    def __init__(self, noise: SmoothOut, step: int, rank: int) -> None:
+        noise.move(step, "worker", rank)
+
+    def visit(self, micro_batch: int, ascend: Ascend) -> None:
+        """Stay at the worker's point."""
+
+
+class _OfMicroBatch:
+    """One draw for each micro-batch of the global batch, whichever worker holds it."""
+
+    def __init__(self, noise: SmoothOut, step: int, rank: int) -> None:
+        self._noise = noise
+        self._step = step
+
+    def visit(self, micro_batch: int, ascend: Ascend) -> None:
+        """Move to the micro-batch's own point."""
+        self._noise.move(self._step, micro_batch)
+
+
+_SHARINGS: Mapping[str, Callable[[SmoothOut, int, int], Perturbed]] = MappingProxyType(
+    {"global": _Shared, "worker": _OfWorker, "micro_batch": _OfMicroBatch}
+)
+
+
+class _Method(Protocol):
+    def __call__(
+        self, settings: NoiseSettings, weights: FlatWeights, *, seed: int, total_steps: int, rank: int
+    ) -> Noise: ...
+
+
+_METHODS: Mapping[str, _Method] = MappingProxyType(
+    {
+        "none": lambda settings, weights, *, seed, total_steps, rank: NoNoise(),
+        "smoothout": SmoothOut,
+        "langevin": Langevin,
+        "sam": SharpnessAware,
+    }
+)
+
+
+def build_noise(settings: NoiseSettings, weights: FlatWeights, *, seed: int, total_steps: int, rank: int) -> Noise:
+    """Return the noise that `settings` describe, on `weights`, for worker `rank`."""
+    return _METHODS[settings.method](settings, weights, seed=seed, total_steps=total_steps, rank=rank)

@@ -1,0 +1,151 @@
+"""The update rules: torch's, and LARS and LAMB of timm, with their whole state there from the beginning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dist_train.config import OptimizerSettings
+from dist_train.optim.eager_step import eager_step, mark_methods
+from dist_train.optim.flat_weights import FlatWeights
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters, and whether weight decay and layer-wise adaptation are kept off them."""
+
+    parameters: tuple[nn.Parameter, ...]
+    excluded: bool
+
+
+def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimizer:
+    """Return the optimizer that `settings` name, on `weights`."""
+    left_out = set(weights.excluded(settings.exclude))
+    named = list(zip(weights.segments, weights.parameters, strict=True))
+    groups = [
+        Group(tuple(parameter for segment, parameter in named if (segment in left_out) == excluded), excluded)
+        for excluded in (False, True)
+    ]
+    mark_methods()
+    optimizer = _OPTIMIZERS[settings.name](settings, [group for group in groups if group.parameters])
+    optimizer.step = eager_step(optimizer)  # type: ignore[assignment,method-assign]  # of this one optimizer alone
+    return optimizer
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Let the next update go at `rate`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor of the optimizer's state with a name, in the same order on all workers."""
+    for index, group in enumerate(optimizer.param_groups):
+        for name, value in sorted(group.items()):
+            if isinstance(value, torch.Tensor):
+                yield f"group.{index}.{name}", value
+    for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        for name, value in sorted(optimizer.state[parameter].items()):
+            if isinstance(value, torch.Tensor):
+                yield f"{index}.{name}", value
+
+
+def _sgd(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:
+    optimizer = torch.optim.SGD(
+        _decayed(settings, groups),
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+        fused=True,
+    )
+    if settings.momentum > 0:
+        _begin_state(optimizer, "momentum_buffer")
+    return optimizer
+
+
+def _adam(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:
+    """Weight decay is a part of the gradient, and goes through the moments."""
+    optimizer = torch.optim.Adam(
+        _decayed(settings, groups), lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True
+    )
+    return _begin_moments(optimizer)
+
+
+def _adamw(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:
+    """Weight decay is apart from the gradient (Loshchilov and Hutter, arXiv 1711.05101)."""
+    optimizer = torch.optim.AdamW(
+        _decayed(settings, groups), lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True
+    )
+    return _begin_moments(optimizer)
+
+
+def _lars(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:
+    """You et al., arXiv 1708.03888."""
+    from timm.optim.lars import Lars
+
+    optimizer = Lars(
+        _adapted(settings, groups),
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        trust_coeff=settings.trust,
+    )
+    if settings.momentum > 0:
+        _begin_state(optimizer, "momentum_buffer")
+    return optimizer
+
+
+def _lamb(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:
+    """You et al., arXiv 1904.00962, its moments corrected for their beginning at zero."""
+    from timm.optim.lamb import Lamb
+
+    optimizer = Lamb(
+        _adapted(settings, groups),
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.epsilon,
+        # The global gradient is clipped before: optimizer.clip_norm.
+        max_grad_norm=None,
+    )
+    for group in optimizer.param_groups:
+        group["step"] = torch.zeros(())
+    _begin_state(optimizer, "exp_avg", "exp_avg_sq")
+    return optimizer
+
+
+def _decayed(settings: OptimizerSettings, groups: Sequence[Group]) -> list[dict[str, Any]]:
+    return [
+        {"params": list(group.parameters), "weight_decay": 0.0 if group.excluded else settings.weight_decay}
+        for group in groups
+    ]
+
+
+def _adapted(settings: OptimizerSettings, groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Return groups for timm, which adapts the rate of those that decay, and of those told to always do so."""
+    decayed = _decayed(settings, groups)
+    return [{**options, "always_adapt": not group.excluded} for options, group in zip(decayed, groups, strict=True)]
+
+
+def _begin_moments(optimizer: Optimizer) -> Optimizer:
+    _begin_state(optimizer, "exp_avg", "exp_avg_sq")
+    for parameter, state in optimizer.state.items():
+        state["step"] = torch.zeros((), device=parameter.device)
+    return optimizer
+
+
+def _begin_state(optimizer: Optimizer, *names: str) -> None:
+    """Make the buffers that the first update would make: a broadcast and a checkpoint before it need them too."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for name in names:
+                optimizer.state[parameter][name] = torch.zeros_like(parameter)
+
+
+_OPTIMIZERS: Mapping[str, Callable[[OptimizerSettings, Sequence[Group]], Optimizer]] = MappingProxyType(
+    {"sgd": _sgd, "adam": _adam, "adamw": _adamw, "lars": _lars, "lamb": _lamb}
+)

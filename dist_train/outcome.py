@@ -1,0 +1,45 @@
+"""How a command can end: exit codes, and the errors that lead to them."""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """The exit codes that users and launch scripts rely on."""
+
+    FINISHED = 0
+    FAULT = 1
+    USAGE = 2
+    DIVERGED = 3
+    DISAGREEMENT = 4
+    STOPPED = 75
+
+
+class UsageError(ValueError):
+    """Something that the user can mend; its text says how. Exit code 2."""
+
+
+class FaultError(RuntimeError):
+    """Something broke that is neither the user's doing nor a bug; its text says what. Exit code 1."""
+
+
+class DivergedError(RuntimeError):
+    """The loss or the gradient is not finite, or out of range. Exit code 3."""
+
+
+class DisagreementError(RuntimeError):
+    """Workers hold different weights or noise; its text names them. Exit code 4."""
+
+
+class StoppedError(Exception):
+    """The run saved and stopped because it was asked to. Exit code 75."""
+
+
+def exit_code_of(error: BaseException) -> ExitCode:
+    """Return the exit code that `error` leads to."""
+    codes = (
+        (UsageError, ExitCode.USAGE),
+        (DivergedError, ExitCode.DIVERGED),
+        (DisagreementError, ExitCode.DISAGREEMENT),
+        (StoppedError, ExitCode.STOPPED),
+    )
+    return next((code for kind, code in codes if isinstance(error, kind)), ExitCode.FAULT)

@@ -1,0 +1,204 @@
+"""The runs of a study in their order: name, overrides and checked configuration of each."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_train import atomic
+from dist_train.config import Config, ConfigError, dump_config, parse_config
+from dist_train.config.loading import read_settings, with_overrides, write_override
+from dist_train.config.problems import Problem, problem
+from dist_train.study.study_file import Settings, Study, load_study
+
+STUDY_FILE = "study.yaml"
+BASE_FILE = "base.yaml"
+RUNS_FILE = "runs.json"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run. `arm` is the variant that it shares with the runs of other seeds, `family` the study's arm that the
+    variant is of (the same, without a grid); numbers begin with 1.
+
+    `settings` is what the study says, by dotted path; `overrides` is all that `train` is told beside the base.
+    """
+
+    number: int
+    name: str
+    arm: str
+    family: str
+    title: str
+    seed: int
+    settings: Settings
+    overrides: tuple[str, ...]
+    config: Config
+
+    @property
+    def directory(self) -> Path:
+        """The run's own directory."""
+        return self.config.run_directory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study and its runs; `directory` is the study's folder, `base_file` the configuration that it varies."""
+
+    study: Study
+    file: Path
+    base_file: Path
+    base: Config
+    directory: Path
+    runs: tuple[PlannedRun, ...]
+
+    def run(self, number: int) -> PlannedRun | None:
+        """Return the run of this number; None where there is none."""
+        return self.runs[number - 1] if 1 <= number <= len(self.runs) else None
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """An arm, or one combination of its grid; `origins` says which part of the study file a setting is from."""
+
+    name: str
+    arm: str
+    title: str
+    settings: Settings
+    origins: Mapping[str, str]
+
+
+def plan_study(path: Path, directory: Path | None = None, overrides: Sequence[str] = ()) -> Plan:
+    """Return the study at `path` with its runs, seed by seed, each checked as a whole.
+
+    The runs lie in `directory` (else the base's run.directory), below the study's name. `overrides` go to every run.
+
+    Raises:
+        ConfigError: something in the study, its base, or any of its runs is wrong; every problem is listed once.
+    """
+    study = load_study(path)
+    base_file = Path(os.path.normpath(path.parent / study.base))
+    below = read_settings(base_file)
+    base = parse_config(below, source=str(base_file))
+    with_overrides(below, overrides)
+    folder = (directory or base.run.directory) / study.name
+    planned: list[PlannedRun] = []
+    found: list[Problem] = []
+    for seed, variant in itertools.product(study.seeds, _variants(study)):
+        if seed not in study.seeds_of(variant.arm):
+            continue
+        name = f"{variant.name}-seed-{seed}"
+        own = {"run.name": name, "run.directory": str(folder), "run.seed": seed}
+        words = tuple(write_override(place, value) for place, value in {**variant.settings, **own}.items())
+        try:
+            config = parse_config(with_overrides(below, [*words, *overrides]), source=name)
+        except ConfigError as error:
+            found += (_placed(fault, variant, overrides) for fault in error.problems)
+            continue
+        number = len(planned) + 1
+        words = (*words, *overrides)
+        planned.append(
+            PlannedRun(number, name, variant.name, variant.arm, variant.title, seed, variant.settings, words, config)
+        )
+    found += _twins(planned)
+    if found:
+        # What is wrong in an arm is wrong with every seed.
+        raise ConfigError(str(path), list({str(fault): fault for fault in found}.values()))
+    return Plan(study, path, base_file, base, folder, tuple(planned))
+
+
+def write_plan(plan: Plan) -> None:
+    """Write the study, its base configuration and its runs into the study's folder, for whoever reads the results."""
+    plan.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    study = plan.study.model_dump(mode="json")
+    atomic.write_text(plan.directory / STUDY_FILE, yaml.safe_dump(study, sort_keys=False))
+    atomic.write_text(plan.directory / BASE_FILE, dump_config(plan.base))
+    runs = [
+        {
+            "number": run.number,
+            "name": run.name,
+            "arm": run.arm,
+            "title": run.title,
+            "seed": run.seed,
+            "settings": run.settings,
+            "overrides": run.overrides,
+        }
+        for run in plan.runs
+    ]
+    atomic.write_text(plan.directory / RUNS_FILE, json.dumps(runs, indent=2) + "\n")
+
+
+def _variants(study: Study) -> Iterator[_Variant]:
+    for arm, described in study.arms.items():
+        settings = study.settings_of(arm)
+        origins = dict.fromkeys(settings, "settings")
+        for name in _line(study, arm):
+            origins |= dict.fromkeys(study.arms[name].settings, f"arms.{name}.settings")
+        grid = {**described.grid, **study.grid}
+        origins |= dict.fromkeys(described.grid, f"arms.{arm}.grid") | dict.fromkeys(study.grid, "grid")
+        shorts = _short_names(list(grid))
+        for values in itertools.product(*grid.values()):
+            chosen = dict(zip(grid, values, strict=True))
+            labels = [f"{shorts[path]} {_label(value)}" for path, value in chosen.items()]
+            yield _Variant(
+                name="-".join([arm, *(re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-") for label in labels)]),
+                arm=arm,
+                title=", ".join([described.title or arm, *labels]),
+                settings={**settings, **chosen},
+                origins=origins,
+            )
+
+
+def _line(study: Study, arm: str) -> list[str]:
+    """Return the arms that `arm` is like, the first one first, and itself."""
+    like = study.arms[arm].like
+    return [*(_line(study, like) if like else []), arm]
+
+
+def _short_names(paths: Sequence[str]) -> dict[str, str]:
+    lasts = [path.rpartition(".")[2] for path in paths]
+    return {
+        path: last if lasts.count(last) == 1 else path.replace(".", "_")
+        for path, last in zip(paths, lasts, strict=True)
+    }
+
+
+def _label(value: Any) -> str:
+    if isinstance(value, dict) and "kind" in value:
+        rest = [f"{name} {_label(inner)}" for name, inner in value.items() if name != "kind"]
+        return " ".join([str(value["kind"]), *rest])
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _placed(fault: Problem, variant: _Variant, overrides: Sequence[str]) -> Problem:
+    """Return `fault` with the place in the study file that it is from; as it is, where an override is at fault."""
+
+    def is_of(setting: str) -> bool:
+        return fault.path == setting or fault.path.startswith(f"{setting}.")
+
+    if any(is_of(override.partition("=")[0]) for override in overrides):
+        return fault
+    origins = [f"{origin}.{fault.path}" for setting, origin in variant.origins.items() if is_of(setting)]
+    place = origins[-1] if origins else f"{fault.path} (arm {variant.name})"
+    return Problem(place, fault.value, fault.wrong, fault.allowed)
+
+
+def _twins(runs: Sequence[PlannedRun]) -> Iterator[Problem]:
+    names: dict[str, PlannedRun] = {}
+    settings: dict[str, PlannedRun] = {}
+    for run in runs:
+        if run.name in names:
+            yield problem("arms", "two runs would have the same name", value=run.name)
+            continue
+        names[run.name] = run
+        plain = run.config.model_copy(update={"run": run.config.run.model_copy(update={"name": ""})})
+        twin = settings.setdefault(plain.model_dump_json(), run)
+        if twin is not run:
+            yield problem(f"arms.{run.arm}", f"has the same settings as the arm {twin.arm}")

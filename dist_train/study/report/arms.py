@@ -1,0 +1,289 @@
+"""Runs grouped into arms (the same settings, another seed) and panels (the same global batch)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from dist_train.study.report.measures import Measure
+from dist_train.study.report.numbers import Interval, Summary, paired_difference, summary
+from dist_train.study.report.stored_run import StoredRun
+
+_NO_EFFECT = (
+    "run.name",
+    "run.directory",
+    "run.seed",
+    "run.resume",
+    "run.profile_steps",
+    "run.stop_signal",
+    "data.root",
+    "data.download",
+    "data.loader_workers",
+    "precision.threads",
+    "comm.verify_every",
+    "comm.timeout",
+    "checkpoint.",
+    "metrics.",
+)
+"""Settings that tell no two arms apart: they do not change what a run finds."""
+
+
+_USUAL_NOISE: Mapping[str, object] = {
+    "noise.distribution": "uniform",
+    "noise.scale": "absolute",
+    "noise.sharing": "global",
+    "noise.schedule.kind": "constant",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that is another than the base line's."""
+
+    path: str
+    base: object
+    value: object
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that differ by their seeds alone. `label` says what sets it apart from the base line of its panel.
+
+    `colour` is a number, the same for the same label in all panels.
+    """
+
+    name: str
+    label: str
+    batch: int | None
+    runs: tuple[StoredRun, ...]
+    changes: tuple[Change, ...] = ()
+    colour: int = 0
+    is_base: bool = False
+
+    @property
+    def counted(self) -> tuple[StoredRun, ...]:
+        """Return the runs whose numbers count: the finished ones; without any, those that have measured something."""
+        finished = tuple(run for run in self.runs if run.is_finished)
+        return finished or tuple(run for run in self.runs if run.evaluations or run.train)
+
+    @property
+    def is_provisional(self) -> bool:
+        """Whether its numbers are of runs that have not finished."""
+        return bool(self.counted) and not any(run.is_finished for run in self.runs)
+
+    def summary(self, measure: Measure) -> Summary | None:
+        """Return the mean and the spread of `measure` over the counted runs."""
+        return summary([value for run in self.counted if (value := measure.take(run)) is not None])
+
+    def difference(self, base: Arm, measure: Measure) -> Interval | None:
+        """Return how much `measure` is above that of `base`, paired by seed."""
+        before = {run.seed: value for run in base.counted if (value := measure.take(run)) is not None}
+        after = {run.seed: value for run in self.counted if (value := measure.take(run)) is not None}
+        return paired_difference([(before[seed], after[seed]) for seed in after if seed in before])
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The arms of one global batch; the first is the base line, where there is one."""
+
+    title: str
+    short: str
+    batch: int | None
+    arms: tuple[Arm, ...]
+
+    @property
+    def base(self) -> Arm | None:
+        """Return the arm that the others are compared with."""
+        return next((arm for arm in self.arms if arm.is_base), None)
+
+
+def panels_of(runs: Sequence[StoredRun]) -> tuple[Panel, ...]:
+    """Return the runs in panels by global batch, the smallest first; SB and LB where there are two."""
+    groups = _groups(runs)
+    batches = sorted({_batch(group) for group in groups.values()}, key=lambda size: (size is None, size or 0))
+    panels = []
+    for batch in batches:
+        arms = [_arm(name, group, batch) for name, group in groups.items() if _batch(group) == batch]
+        panels.append(Panel(_title(batch, batches), _short(batch, batches), batch, _labelled(arms)))
+    return _coloured(_with_bases_compared(panels))
+
+
+def changes_between(base: Mapping[str, object], settings: Mapping[str, object]) -> tuple[Change, ...]:
+    """Return the settings that differ and can change what a run finds; without noise, its other settings are none."""
+    before, after = _effective(base), _effective(settings)
+    paths = dict.fromkeys((*after, *before))
+    return tuple(
+        Change(path, before.get(path), after.get(path))
+        for path in paths
+        if not path.startswith(_NO_EFFECT) and before.get(path) != after.get(path) and _is_told(path, before, after)
+    )
+
+
+def _effective(settings: Mapping[str, object]) -> dict[str, object]:
+    if settings.get("noise.method") not in (None, "none"):
+        return dict(settings)
+    return {path: value for path, value in settings.items() if not path.startswith("noise.") or path == "noise.method"}
+
+
+def _is_told(path: str, before: Mapping[str, object], after: Mapping[str, object]) -> bool:
+    """Whether a setting of noise says more than that there now is some: the amplitude, and what is not usual."""
+    appears = path.startswith("noise.") and path not in before
+    return not appears or path == "noise.amplitude" or after.get(path) != _USUAL_NOISE.get(path, after.get(path))
+
+
+def shown(value: object) -> str:
+    """Return the value of a setting as YAML would show it, in short."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(shown, value)) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _groups(runs: Sequence[StoredRun]) -> dict[str, list[StoredRun]]:
+    """Return the runs by arm: the study's where it names one, else those of equal settings."""
+    groups: dict[str, list[StoredRun]] = {}
+    names: dict[tuple[tuple[str, str], ...], str] = {}
+    for run in runs:
+        if run.planned and run.planned.arm:
+            study = run.name.removesuffix(run.planned.name)
+            name = study + run.planned.arm
+        elif run.settings:
+            settings = tuple(
+                (path, shown(value)) for path, value in run.settings.items() if not path.startswith(_NO_EFFECT)
+            )
+            name = names.setdefault(settings, run.name)
+        else:
+            name = run.name
+        groups.setdefault(name, []).append(run)
+    return groups
+
+
+def _settings(runs: Sequence[StoredRun]) -> Mapping[str, object]:
+    return next((run.settings for run in runs if run.settings), {})
+
+
+def _batch(runs: Sequence[StoredRun]) -> int | None:
+    """Return the global batch of an arm, from its overrides where no run of it has begun."""
+    known = next((run.batch for run in runs if run.batch is not None), None)
+    if known is not None:
+        return known
+    for run in runs:
+        for override in run.planned.overrides if run.planned else ():
+            path, _, value = override.partition("=")
+            if path.strip() == "batch.global_size" and value.strip().isdecimal():
+                return int(value)
+    return None
+
+
+def _arm(name: str, runs: Sequence[StoredRun], batch: int | None) -> Arm:
+    title = next((run.planned.title for run in runs if run.planned and run.planned.title), name)
+    return Arm(name, title, batch, tuple(runs))
+
+
+def _labelled(arms: Sequence[Arm]) -> tuple[Arm, ...]:
+    """Return `arms` with the base line first, and each named by what it changes."""
+    base = _choose_base(arms)
+    if base is None:
+        return tuple(arms)
+    settings = _settings(base.runs)
+    labelled = [replace(base, label="base line" if _is_without_noise(base) else base.label, is_base=True)]
+    for arm in arms:
+        if arm is not base:
+            changes = changes_between(settings, _settings(arm.runs)) if _settings(arm.runs) else ()
+            labelled.append(replace(arm, label=_label(arm, changes), changes=changes))
+    labels = [arm.label for arm in labelled]
+    return tuple(
+        arm if labels.count(arm.label) == 1 else replace(arm, label=f"{arm.label} ({arm.name})") for arm in labelled
+    )
+
+
+def _choose_base(arms: Sequence[Arm]) -> Arm | None:
+    known = [arm for arm in arms if _settings(arm.runs)]
+    without = [arm for arm in known if _is_without_noise(arm)]
+    return next(iter(without or known), None)
+
+
+def _is_without_noise(arm: Arm) -> bool:
+    return _settings(arm.runs).get("noise.method") in (None, "none")
+
+
+def _label(arm: Arm, changes: Sequence[Change]) -> str:
+    settings = _settings(arm.runs)
+    if not settings:
+        return arm.label
+    words = [*_noise_in_words(settings, changes), *(_in_words(change) for change in changes if _tells(change))]
+    return ", ".join(words) if words and len(words) <= 5 else arm.label
+
+
+def _tells(change: Change) -> bool:
+    return not change.path.startswith("noise.") and change.path not in ("model.norm_statistics", "batch.micro_size")
+
+
+def _in_words(change: Change) -> str:
+    name = change.path.rpartition(".")[2].replace("_", " ")
+    return shown(change.value) if change.path == "optimizer.name" else f"{name} {shown(change.value)}"
+
+
+def _noise_in_words(settings: Mapping[str, object], changes: Sequence[Change]) -> Iterator[str]:
+    """Yield what sets this noise apart; what is the usual is left unsaid."""
+    if not any(change.path.startswith("noise.") for change in changes):
+        return
+    method = settings.get("noise.method")
+    if method in (None, "none"):
+        yield "no noise"
+        return
+    kind = {"smoothout": settings.get("noise.distribution", "noise"), "sam": "SAM"}.get(str(method), method)
+    yield f"{kind} {shown(settings.get('noise.amplitude'))}"
+    for path in ("noise.scale", "noise.sharing", "noise.schedule.kind"):
+        usual = _USUAL_NOISE[path]
+        value = settings.get(path, usual)
+        if value != usual and method != "sam":
+            yield str(value).replace("_", "-") + (" scale" if path == "noise.scale" else "")
+
+
+def _with_bases_compared(panels: Sequence[Panel]) -> tuple[Panel, ...]:
+    """Return `panels` with the changes of each base line from the first panel's."""
+    first = panels[0].base if panels else None
+    if first is None:
+        return tuple(panels)
+    settings = _settings(first.runs)
+    return tuple(
+        replace(
+            panel,
+            arms=tuple(
+                replace(arm, changes=changes_between(settings, _settings(arm.runs))) if arm.is_base else arm
+                for arm in panel.arms
+            ),
+        )
+        for panel in panels
+    )
+
+
+def _coloured(panels: Sequence[Panel]) -> tuple[Panel, ...]:
+    """Return `panels` with one colour for each label: base lines have the first."""
+    labels = [arm.label for panel in panels for arm in panel.arms if not arm.is_base]
+    colours = {label: index + 1 for index, label in enumerate(dict.fromkeys(labels))}
+    return tuple(
+        replace(
+            panel,
+            arms=tuple(replace(arm, colour=0 if arm.is_base else colours[arm.label]) for arm in panel.arms),
+        )
+        for panel in panels
+    )
+
+
+def _title(batch: int | None, batches: Sequence[int | None]) -> str:
+    if batch is None:
+        return "batch unknown"
+    short = _short(batch, batches)
+    return f"{short}, batch {batch:,}" if short in ("SB", "LB") else short
+
+
+def _short(batch: int | None, batches: Sequence[int | None]) -> str:
+    known = [size for size in batches if size is not None]
+    if batch is not None and len(known) == 2:
+        return "SB" if batch == min(known) else "LB"
+    return "batch unknown" if batch is None else f"batch {batch:,}"

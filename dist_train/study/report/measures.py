@@ -1,0 +1,235 @@
+"""What is measured of a run, one number each: the columns of the tables. A new measure is one new line here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from dist_train.monitoring import wording
+from dist_train.study.report.results import Landscape, Sharpness
+from dist_train.study.report.stored_run import StoredRun
+
+_SHARPNESS = "Basin width and sharpness"
+_RISE = "Expected rise of the loss under noise"
+_COST = "Time and speed"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of a run: `take` gives it, None where the run does not have it; `factor` and `unit` are for reading."""
+
+    key: str
+    title: str
+    explanation: str
+    take: Callable[[StoredRun], float | None]
+    write: Callable[[float], str]
+    factor: float = 1.0
+    unit: str = ""
+    group: str = "Accuracy and loss"
+    """The table that it stands in."""
+    is_bound: Callable[[StoredRun], bool] = lambda run: False
+    """Whether the run's true value is this much or more."""
+
+    def text(self, value: float) -> str:
+        """Return `value` as people read it."""
+        number = self.write(value * self.factor)
+        return f"{number} {self.unit}" if self.unit else number
+
+    def spread(self, mean: float, deviation: float) -> str:
+        """Return `deviation` with as many places as `mean` has."""
+        whole, _, places = self.write(mean * self.factor).replace(",", "").partition(".")
+        is_plain = whole.lstrip("-").isdecimal() and (places.isdecimal() or not places)
+        value = deviation * self.factor
+        return f"{value:,.{len(places)}f}" if is_plain else self.write(value)
+
+
+def measures_of(runs: Sequence[StoredRun]) -> tuple[Measure, ...]:
+    """Return the measures that at least one of `runs` has, in the order of the tables."""
+    candidates = (*_BASIC, *_width_measures(runs), *_sharpness_measures(runs), *_PACE)
+    return tuple(measure for measure in candidates if any(measure.take(run) is not None for run in runs))
+
+
+def sharpness_measures(runs: Sequence[StoredRun]) -> tuple[Measure, ...]:
+    """Return the measures of how sharp a minimum is: those of analyses."""
+    return (*_sharpness_measures(runs), *_width_measures(runs))
+
+
+def final_accuracy(run: StoredRun, split: str = "test") -> float | None:
+    """Return the accuracy of the last evaluation of `split`."""
+    records = run.split(split)
+    return records[-1].accuracy if records else None
+
+
+def commonest_settings(results: Sequence[Landscape | Sharpness]) -> str | None:
+    """Return the settings that most `results` were made with: only such are compared."""
+    texts = [result.settings for result in results]
+    return max(texts, key=texts.count) if texts else None
+
+
+def directions_of(runs: Sequence[StoredRun], kind: str = "direction") -> dict[str, Landscape]:
+    """Return, by name, the landscape of `kind` of each run that has one made with the commonest settings."""
+    found = [item for run in runs for item in run.analyses.landscapes if item.kind == kind]
+    settings = commonest_settings(found)
+    chosen = {}
+    for run in runs:
+        mine = [item for item in run.analyses.landscapes if item.kind == kind and item.settings == settings]
+        if mine:
+            chosen[run.name] = max(mine, key=lambda item: item.step or 0)
+    return chosen
+
+
+def _best(run: StoredRun) -> float | None:
+    return max((record.accuracy for record in run.split("test")), default=None)
+
+
+def _gap(run: StoredRun) -> float | None:
+    train, test = final_accuracy(run, "train"), final_accuracy(run, "test")
+    return None if train is None or test is None else train - test
+
+
+def _loss(split: str) -> Callable[[StoredRun], float | None]:
+    def take(run: StoredRun) -> float | None:
+        records = run.split(split)
+        return records[-1].loss if records else None
+
+    return take
+
+
+def _seconds(run: StoredRun) -> float | None:
+    """Return the time spent in updates; a record stands for all updates since the one before."""
+    before, total = 0, 0.0
+    for record in run.train:
+        if math.isfinite(record.step_seconds):
+            total += record.step_seconds * (record.step - before)
+        before = record.step
+    return total if run.train else None
+
+
+def _images_per_second(run: StoredRun) -> float | None:
+    rates = [record.samples_per_second for record in run.train if math.isfinite(record.samples_per_second)]
+    return median(rates) if rates else None
+
+
+def _width_measures(runs: Sequence[StoredRun]) -> tuple[Measure, ...]:
+    chosen = directions_of(runs)
+    widths = {name: {width.key: width for width in landscape.widths} for name, landscape in chosen.items()}
+    keys = {key: width for found in widths.values() for key, width in found.items()}
+
+    def taking(key: str) -> Callable[[StoredRun], float | None]:
+        def take(run: StoredRun) -> float | None:
+            width = widths.get(run.name, {}).get(key)
+            return width.mean if width else None
+
+        return take
+
+    def bounding(key: str) -> Callable[[StoredRun], bool]:
+        def is_bound(run: StoredRun) -> bool:
+            width = widths.get(run.name, {}).get(key)
+            return width is not None and width.open_ends > 0
+
+        return is_bound
+
+    return tuple(
+        Measure(
+            f"width-{key}",
+            f"basin width, loss under {width.factor} x",
+            f"Interval of alpha along random directions where the training loss stays under {width.factor} times "
+            "its minimum; \u2265 where it ends beyond the line.",
+            taking(key),
+            three_digits,
+            group=_SHARPNESS,
+            is_bound=bounding(key),
+        )
+        for key, width in keys.items()
+    )
+
+
+def _sharpness_measures(runs: Sequence[StoredRun]) -> tuple[Measure, ...]:
+    settings = commonest_settings([item for run in runs for item in run.analyses.sharpness])
+    chosen = {}
+    for run in runs:
+        mine = [item for item in run.analyses.sharpness if item.settings == settings]
+        if mine:
+            chosen[run.name] = max(mine, key=lambda item: item.step or 0)
+    names = dict.fromkeys(name for item in chosen.values() for name in item.measures)
+
+    def taking(name: str) -> Callable[[StoredRun], float | None]:
+        def take(run: StoredRun) -> float | None:
+            return chosen[run.name].measures.get(name) if run.name in chosen else None
+
+        return take
+
+    return tuple(
+        Measure(
+            f"sharpness-{name}",
+            name,
+            sharpness_explanation(name),
+            taking(name),
+            three_digits,
+            group=_RISE if name.startswith("expected rise") else _SHARPNESS,
+        )
+        for name in names
+    )
+
+
+def sharpness_explanation(name: str) -> str:
+    """Return what a measure of sharpness means."""
+    if name.startswith("Keskar"):
+        return "100 (max L - L)/(1 + L), the maximum of the training loss L over a small box around the weights."
+    if name.startswith("expected rise"):
+        return "Mean rise of the training loss under uniform noise of this amplitude on the weights."
+    return "Of the training loss, at the last checkpoint."
+
+
+def three_digits(value: float) -> str:
+    """Return `value` with three digits or more, in plain notation where that is short."""
+    if value and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.2e}"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}" if value else "0"
+
+
+def _two_places(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _four_places(value: float) -> str:
+    return f"{value:.4f}"
+
+
+_BASIC = (
+    Measure("final_test", "final test accuracy", "", final_accuracy, _two_places, 100, "%"),
+    Measure(
+        "best_test",
+        "best test accuracy",
+        "The highest of all evaluations on the test split.",
+        _best,
+        _two_places,
+        100,
+        "%",
+    ),
+    Measure(
+        "final_train",
+        "final train accuracy",
+        "Clean weights, at the last evaluation of the training split.",
+        lambda run: final_accuracy(run, "train"),
+        _two_places,
+        100,
+        "%",
+    ),
+    Measure("gap", "generalization gap", "Final train minus final test accuracy.", _gap, _two_places, 100, "points"),
+    Measure("test_loss", "final test loss", "", _loss("test"), _four_places),
+    Measure("train_loss", "final train loss", "", _loss("train"), _four_places),
+)
+_PACE = (
+    Measure(
+        "seconds",
+        "time in updates",
+        "Sum over all updates, without evaluations.",
+        _seconds,
+        wording.duration,
+        group=_COST,
+    ),
+    Measure("images", "images/s", "Median over the run's records.", _images_per_second, wording.rate, group=_COST),
+)

@@ -1,0 +1,183 @@
+"""A study as it is written down: one YAML file of arms, grids and seeds over one configuration."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dist_train.config.loading import read_mapping
+from dist_train.config.problems import ConfigError, Problem, problem, problems_of
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+_SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)+")
+_OURS = ("run.name", "run.directory", "run.seed", "run.resume")
+
+Settings = dict[str, Any]
+"""Values by dotted path: `noise.amplitude: 0.01`."""
+
+
+_Option = str | int | float | bool | list[str | int | float]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Arm(_Part):
+    """One variant: what it changes, in the base configuration or in another arm's settings."""
+
+    title: str = Field("", description="What figures and tables call it; empty: its name.")
+    like: str | None = Field(None, description="The arm whose settings this one begins with.")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="It is run with these alone; none: with all."
+    )
+    settings: Settings = Field({}, description="Settings that differ, by dotted path.")
+    grid: dict[str, list[Any]] = Field({}, description="Lists of values by dotted path: one variant a combination.")
+
+
+class _Measurement(_Part):
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="Of the runs of these seeds; none: of all.")
+    options: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], _Option] = Field(
+        {}, description="Options of the command, by name, without --; true for those that take no value."
+    )
+
+
+class Interpolation(_Measurement):
+    """`landscape interpolate` between the runs of two arms, seed by seed."""
+
+    kind: Literal["interpolate"]
+    between: tuple[str, str] = Field(description="The two arms.")
+
+
+class _OfArms(_Measurement):
+    arms: tuple[str, ...] = Field((), description="The arms; none: all.")
+
+
+class Direction(_OfArms):
+    """`landscape direction` of each run."""
+
+    kind: Literal["direction"]
+
+
+class Plane(_OfArms):
+    """`landscape plane` of each run."""
+
+    kind: Literal["plane"]
+
+
+class Sharpness(_OfArms):
+    """`sharpness` of each run."""
+
+    kind: Literal["sharpness"]
+
+
+Analysis = Annotated[Interpolation | Direction | Plane | Sharpness, Field(discriminator="kind")]
+
+
+class Study(_Part):
+    """All that a study file says."""
+
+    name: str = Field(pattern=NAME, description="Name of the study's folder.")
+    title: str = Field("", description="What a report calls it; empty: its name.")
+    base: str = Field(min_length=1, description="The configuration that every run begins with; relative to this file.")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, description="Each arm is run with each.")
+    settings: Settings = Field({}, description="What every run changes in the base configuration, by dotted path.")
+    grid: dict[str, list[Any]] = Field({}, description="As in an arm, for all of them.")
+    arms: dict[Annotated[str, Field(pattern=NAME)], Arm] = Field(min_length=1, description="The variants, by name.")
+    analyse: tuple[Analysis, ...] = Field((), description="What is measured once the runs have finished.")
+
+    def settings_of(self, arm: str) -> Settings:
+        """Return the settings of `arm`, with those of the arms that it is like below."""
+        described = self.arms[arm]
+        below = self.settings_of(described.like) if described.like else self.settings
+        return {**below, **described.settings}
+
+    def seeds_of(self, arm: str) -> tuple[int, ...]:
+        """Return the seeds that `arm` is run with."""
+        return self.arms[arm].seeds or self.seeds
+
+
+def load_study(path: Path) -> Study:
+    """Return the study of the YAML file at `path`; its runs' configurations are not looked at.
+
+    Raises:
+        ConfigError: it cannot be read, or something in it is wrong; every problem is listed.
+    """
+    written = read_mapping(path)
+    try:
+        study = Study.model_validate_json(json.dumps(written), strict=True)
+    except ValidationError as error:
+        raise ConfigError(str(path), problems_of(error, Study)) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(str(path), [problem("(file)", str(error))]) from None
+    found = [*_problems_of_settings(study), *_problems_of_arms(study)]
+    if found:
+        raise ConfigError(str(path), found)
+    return study
+
+
+def _problems_of_settings(study: Study) -> Iterator[Problem]:
+    places: list[tuple[str, Settings]] = [("settings", study.settings)]
+    grids: list[tuple[str, dict[str, list[Any]]]] = [("grid", study.grid)]
+    for name, arm in study.arms.items():
+        places.append((f"arms.{name}.settings", arm.settings))
+        grids.append((f"arms.{name}.grid", arm.grid))
+    for place, settings in (*places, *grids):
+        for path, value in settings.items():
+            if path in _OURS:
+                yield problem(f"{place}.{path}", "the study itself sets this for each run", value=value)
+            elif not _SETTING.fullmatch(path):
+                allowed = "the dotted path of a setting, such as noise.amplitude"
+                yield problem(f"{place}.{path}", "not a setting", value=value, allowed=allowed)
+    for place, grid in grids:
+        for path, values in grid.items():
+            if not values:
+                yield problem(f"{place}.{path}", "a list without values would leave no run", value=values)
+    if len(set(study.seeds)) < len(study.seeds):
+        yield problem("seeds", "a seed stands twice", value=list(study.seeds))
+
+
+def _problems_of_arms(study: Study) -> Iterator[Problem]:
+    for name, arm in study.arms.items():
+        if arm.like is not None:
+            if arm.like not in study.arms:
+                yield _unknown_arm(study, f"arms.{name}.like", arm.like)
+            elif _is_like_itself(study, name):
+                yield problem(f"arms.{name}.like", "the arm is like itself, by way of others", value=arm.like)
+        yield from _problems_of_seeds(study, f"arms.{name}.seeds", arm.seeds)
+        for path in sorted(set(arm.grid) & set(study.grid)):
+            yield problem(f"arms.{name}.grid.{path}", "the study's grid has this setting already", value=arm.grid[path])
+    for number, analysis in enumerate(study.analyse):
+        place, arms = ("between", analysis.between) if isinstance(analysis, Interpolation) else ("arms", analysis.arms)
+        for arm_name in arms:
+            if arm_name not in study.arms:
+                yield _unknown_arm(study, f"analyse.{number}.{place}", arm_name)
+        yield from _problems_of_seeds(study, f"analyse.{number}.seeds", analysis.seeds)
+
+
+def _problems_of_seeds(study: Study, path: str, seeds: tuple[int, ...]) -> Iterator[Problem]:
+    unknown = sorted(set(seeds) - set(study.seeds))
+    if unknown:
+        allowed = ", ".join(map(str, study.seeds))
+        yield problem(path, "not a seed of the study", value=unknown[0], allowed=allowed)
+
+
+def _is_like_itself(study: Study, name: str) -> bool:
+    seen = {name}
+    following = study.arms[name].like
+    while following in study.arms and following not in seen:
+        seen.add(following)
+        following = study.arms[following].like
+    return following == name
+
+
+def _unknown_arm(study: Study, path: str, value: str) -> Problem:
+    close = difflib.get_close_matches(value, study.arms, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return problem(path, f"not an arm{hint}", value=value, allowed=", ".join(study.arms))

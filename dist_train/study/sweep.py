@@ -1,0 +1,186 @@
+"""The runs of a study one after another, or some at a time, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from dist_train.monitoring import wording
+from dist_train.outcome import ExitCode
+from dist_train.study.planned_runs import Plan, PlannedRun
+from dist_train.study.run_process import Ended, Launcher, RunProcess, take
+from dist_train.study.standing import Standing, standing_of
+
+_PACE_SECONDS = 0.1
+_INSIST_SECONDS = 2.0
+"""A second signal that comes sooner is taken for the same request."""
+
+Say = Callable[[str], None]
+
+
+class StopWish:
+    """While the block lasts, SIGINT and SIGTERM, and what batch systems send, ask the sweep to stop."""
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+    _INSISTENT = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.is_asked = False
+        self.is_insistent = False
+        self._first = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopWish:
+        """Take over the signals."""
+        self._before = {number: signal.signal(number, self._note) for number in self._SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.is_asked:
+            self.is_asked, self._first = True, time.monotonic()
+        elif number in self._INSISTENT and time.monotonic() - self._first >= _INSIST_SECONDS:
+            self.is_insistent = True
+
+
+@dataclass
+class Tally:
+    """What became of the runs that a sweep was to see to; `busy` are those that others are at."""
+
+    finished: list[PlannedRun] = field(default_factory=list)
+    failed: list[tuple[PlannedRun, str]] = field(default_factory=list)
+    stopped: list[tuple[PlannedRun, str]] = field(default_factory=list)
+    busy: list[tuple[PlannedRun, str]] = field(default_factory=list)
+    left: list[PlannedRun] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """FAULT where a run failed, STOPPED where one is still to be finished."""
+        if self.left or self.stopped:
+            # Asked to stop, a sweep is to be started again, whatever has failed.
+            return ExitCode.STOPPED
+        if self.failed:
+            return ExitCode.FAULT
+        return ExitCode.STOPPED if self.busy else ExitCode.FINISHED
+
+
+def sweep(plan: Plan, runs: Sequence[PlannedRun], jobs: int, launcher: Launcher, say: Say) -> Tally:
+    """See to `runs` in their order, `jobs` at a time; say what happens. A run that fails stops no other.
+
+    Asked by a signal, the runs that go on save and stop, and no other is started.
+    """
+    tally = Tally()
+    waiting = list(runs)
+    going: list[RunProcess] = []
+    with StopWish() as wish:
+        try:
+            told_to_stop = told_to_end = False
+            while waiting or going:
+                while waiting and len(going) < jobs and not wish.is_asked:
+                    started = _begin(plan, waiting.pop(0), launcher, tally, say)
+                    going += [started] if started else []
+                if wish.is_asked and not told_to_stop:
+                    told_to_stop = True
+                    tally.left, waiting = waiting, []
+                    say(f"asked to stop: {wording.plural(len(going), 'run')} to save and end")
+                    for process in going:
+                        process.stop()
+                if wish.is_insistent and not told_to_end:
+                    told_to_end = True
+                    say("asked again: ending them without waiting")
+                    for process in going:
+                        process.end()
+                going = [process for process in going if not _has_ended(process, plan, tally, say)]
+                if going:
+                    time.sleep(_PACE_SECONDS)
+        finally:
+            for process in going:
+                process.stop()
+    return tally
+
+
+def summary(tally: Tally) -> list[str]:
+    """Return in lines what became of the runs: how many finished, and which did not, and why."""
+    lines = [f"{wording.plural(len(tally.finished), 'run')} finished"]
+    for word, runs in (("failed", tally.failed), ("stopped", tally.stopped), ("left to others", tally.busy)):
+        if runs:
+            lines.append(f"{len(runs)} {word}:")
+            lines += [f"  {run.number} {run.name}: {reason or 'no reason given'}" for run, reason in runs]
+    if tally.left:
+        lines.append(f"{wording.plural(len(tally.left), 'run')} not begun")
+    if tally.exit_code == ExitCode.STOPPED:
+        lines.append("the same command goes on")
+    return lines
+
+
+def _begin(plan: Plan, run: PlannedRun, launcher: Launcher, tally: Tally, say: Say) -> RunProcess | None:
+    """Start `run` where there is something to do."""
+    try:
+        return _begin_or_leave(plan, run, launcher, tally, say)
+    except OSError as error:
+        reason = f"cannot be started: {error}"
+        tally.failed.append((run, reason))
+        say(f"{run.number}/{len(plan.runs)} {run.name}: {reason}")
+        return None
+
+
+def _begin_or_leave(plan: Plan, run: PlannedRun, launcher: Launcher, tally: Tally, say: Say) -> RunProcess | None:
+    lock = take(run)
+    standing = standing_of(run)
+    if lock is None:
+        standing = Standing(run, standing.state, "another sweep is at it", "busy")
+    label = f"{run.number}/{len(plan.runs)} {run.name}"
+    match standing.then:
+        case "skip":
+            tally.finished.append(run)
+            say(f"{label}: finished before{_accuracy(standing)}")
+        case "busy":
+            tally.busy.append((run, standing.note))
+            say(f"{label}: {standing.state}, {standing.note}")
+        case "hopeless":
+            tally.failed.append((run, standing.note))
+            say(f"{label}: {standing.state}, {standing.note}")
+        case "start":
+            assert lock is not None
+            place = f", {standing.done:.0%} done" if standing.done else ""
+            say(f"{label}: {'starts' if standing.state == 'waiting' else f'goes on ({standing.state}{place})'}")
+            return RunProcess(plan, run, launcher, lock)
+    if lock is not None:
+        os.close(lock)
+    return None
+
+
+def _has_ended(process: RunProcess, plan: Plan, tally: Tally, say: Say) -> bool:
+    ended = process.ended()
+    if ended is None:
+        return False
+    label = f"{ended.run.number}/{len(plan.runs)} {ended.run.name}"
+    took = wording.duration(ended.seconds)
+    if ended.code == ExitCode.FINISHED:
+        tally.finished.append(ended.run)
+        say(f"{label}: finished in {took}{_accuracy(standing_of(ended.run))}")
+    elif _was_stopped(ended):
+        tally.stopped.append((ended.run, ended.reason))
+        say(f"{label}: stopped after {took}")
+    else:
+        tally.failed.append((ended.run, ended.reason))
+        say(f"{label}: failed after {took}: {ended.reason}")
+    return True
+
+
+def _was_stopped(ended: Ended) -> bool:
+    # A run that did not yet listen dies of the request; there was nothing to save.
+    return ended.code in (ExitCode.STOPPED, -signal.SIGTERM)
+
+
+def _accuracy(standing: Standing) -> str:
+    return "" if standing.accuracy is None else f", test accuracy {wording.percent(standing.accuracy)}"

@@ -1,0 +1,108 @@
+"""Whether all workers run the same code with the same settings on the same data: told before the first step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import socket
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import dist_train
+from dist_train.cluster.workers import Workers, gather, share_text, together
+from dist_train.config import Config
+from dist_train.outcome import UsageError
+from dist_train.training.agreement import minority
+
+_MOST_NAMES = 4
+
+
+def check_alike(workers: Workers, config: Config) -> None:
+    """Compare the code and the settings of all workers; a difference is named, with the first worker that has it.
+
+    Raises:
+        UsageError: they differ; on all workers.
+    """
+    if workers.size == 1:
+        return
+    # The code first: workers of other code may not even share the form of the settings.
+    _compare(workers, "code", code_listing(), "install the same on all nodes")
+    _compare(workers, "settings", settings_listing(config), "start all workers with the same configuration")
+
+
+def check_same_data(workers: Workers, identity: str, place: str) -> None:
+    """Compare what the workers' data sets hold.
+
+    Raises:
+        UsageError: they differ; on all workers.
+    """
+    if workers.size > 1:
+        _compare(workers, "data", {place: identity}, "put the same files on all nodes")
+
+
+def code_listing(folder: Path = Path(dist_train.__file__).parent) -> dict[str, str]:
+    """Return the digest of every source file in `folder`, and the versions of what computes."""
+    files = {
+        str(path.relative_to(folder.parent)): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for path in sorted(folder.rglob("*.py"))
+    }
+    return {**files, "torch": torch.__version__, "numpy": np.__version__, "Python": platform.python_version()}
+
+
+def settings_listing(config: Config) -> dict[str, str]:
+    """Return every setting by its dotted path, as text."""
+    return dict(_leaves(config.model_dump(mode="json"), ""))
+
+
+def _leaves(value: object, path: str) -> list[tuple[str, str]]:
+    if not isinstance(value, dict):
+        return [(path, json.dumps(value))]
+    return [leaf for name, inner in value.items() for leaf in _leaves(inner, f"{path}.{name}" if path else name)]
+
+
+def _compare(workers: Workers, what: str, listing: Mapping[str, str], cure: str) -> None:
+    digests = [digest for (digest,) in gather(workers, [_digest(listing)], f"alike.{what}")]
+    odd = minority(digests)
+    if not odd:
+        return
+    # Where worker 0 is the odd one, another tells what it has and the rest has not.
+    teller = odd[0] if odd[0] != 0 else next(rank for rank in range(workers.size) if rank not in odd)
+    theirs: dict[str, str] = json.loads(share_text(workers, json.dumps(listing), f"alike.{what}.listing"))
+    tell = partial(_tell, workers.rank, teller, what, theirs, listing, odd, cure)
+    together(workers, tell, f"agree with the others on the {what}")
+
+
+def _tell(
+    rank: int,
+    teller: int,
+    what: str,
+    first: Mapping[str, str],
+    own: Mapping[str, str],
+    odd: list[int],
+    cure: str,
+) -> None:
+    if rank != teller:
+        return
+    names = [name for name in {**first, **own} if first.get(name) != own.get(name)]
+    told = [f"{name} ({_short(own, name)} on worker {rank}, {_short(first, name)} on worker 0)" for name in names]
+    more = f" and {len(told) - _MOST_NAMES} more" if len(told) > _MOST_NAMES else ""
+    ranks = ", ".join(map(str, odd))
+    raise UsageError(
+        f"worker{'s' if len(odd) > 1 else ''} {ranks} of this launch differ{'' if len(odd) > 1 else 's'} from the "
+        f"others in {what}, as worker {rank} on {socket.gethostname()} finds: "
+        f"{'; '.join(told[:_MOST_NAMES])}{more}. {cure[0].upper()}{cure[1:]}"
+    )
+
+
+def _short(listing: Mapping[str, str], name: str) -> str:
+    return listing.get(name, "missing")
+
+
+def _digest(listing: Mapping[str, str]) -> int:
+    content = json.dumps(listing, sort_keys=True).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)

@@ -1,0 +1,208 @@
+"""Everything that a run needs, built in order: device, data, model, noise, reduction, trainer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dist_train.cluster.workers import Workers, together
+from dist_train.config import Config
+from dist_train.config.continuation import with_micro_size
+from dist_train.data.loader import open_splits
+from dist_train.data.plan import BatchPlan
+from dist_train.data.source import Splits
+from dist_train.models import build_model
+from dist_train.models.norms import norm_modules
+from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.learning_rate import LearningRate
+from dist_train.optim.noise import build_noise
+from dist_train.optim.optimizers import build_optimizer
+from dist_train.training.alike import check_same_data
+from dist_train.training.checkpoint_writer import CheckpointWriter
+from dist_train.training.checkpoints import Contents
+from dist_train.training.compute import Compute, set_up_compute
+from dist_train.training.loss_scale import DynamicLossScale, NoLossScale
+from dist_train.training.measuring import Measuring, NoMeasuring, WorkerMeasuring, is_measured
+from dist_train.training.micro_size import find_micro_size, forward_and_backward
+from dist_train.training.profiling import build_profiler
+from dist_train.training.progress import Progress, restored_progress, shared_progress
+from dist_train.training.reduction import GradientReduction, build_reduction
+from dist_train.training.restoring import broadcast_state, load_into
+from dist_train.training.run_directory import RunDirectory
+from dist_train.training.session import Session
+from dist_train.training.shares import share_of, shares_micro_batches, sum_over
+from dist_train.training.step import TrainingStep
+from dist_train.training.step_clock import HostTimer, StepClock, build_step_clock
+from dist_train.training.stop_requests import StopRequests
+from dist_train.training.tally import Tally
+from dist_train.training.time_limit import TimeLimit, job_time_limit
+from dist_train.training.trainer import Trainer
+from dist_train.training.usage import UsageReader
+from dist_train.training.weight_norms import WeightNorms
+
+
+def assemble(
+    config: Config,
+    contents: Contents | None,
+    directory: RunDirectory,
+    workers: Workers,
+    session: Session,
+    stop: StopRequests,
+) -> Trainer:
+    """Build the trainer of `config`, at the beginning or where the checkpoint `contents` (worker 0's) left off.
+
+    Raises:
+        UsageError: data are missing, or something does not fit.
+    """
+    set_up = partial(set_up_compute, config.precision, local_rank=workers.local_rank)
+    compute = together(workers, set_up, "set up its device")
+    splits = together(workers, lambda: _open_data(config, compute), "load the data")
+    check_same_data(workers, splits.identity, config.data.name)
+    samples = len(splits.train)
+    steps_per_epoch = together(
+        workers, partial(_steps_per_epoch, config.batch.global_size, samples), "plan the batches"
+    )
+    updates_per_epoch = steps_per_epoch
+    if config.schedule.keep_updates:
+        base_batch = config.schedule.base_batch
+        updates_per_epoch = together(workers, partial(_steps_per_epoch, base_batch, samples), "plan the updates")
+    total_steps = config.run.epochs * updates_per_epoch
+
+    network = build_model(config).to(compute.device)
+    weights = FlatWeights(network)
+    measuring = _measuring(config, compute, weights, workers)
+    optimizer = build_optimizer(config.optimizer, weights)
+    progress = together(workers, partial(_restore, contents, network, optimizer), "restore the checkpoint")
+    progress = shared_progress(workers, progress)
+    broadcast_state(workers, network, weights, optimizer)
+
+    model: nn.Module = network
+    if config.precision.compile:
+        model = cast(nn.Module, torch.compile(network))
+    config = _with_micro_size(config, workers, model, weights, compute)
+    if workers.rank == 0:
+        directory.save_config(config)
+    norms = tuple(norm_modules(network))
+    clock = build_step_clock(compute.device) if is_measured(config.metrics) else StepClock(HostTimer())
+    step = TrainingStep(
+        model=model,
+        weights=weights,
+        norms=norms,
+        samples=splits.train,
+        noise=build_noise(config.noise, weights, seed=config.run.seed, total_steps=total_steps, rank=workers.rank),
+        reduction=_reduction(config, weights, workers),
+        optimizer=optimizer,
+        tally=Tally(workers, norms, compute.device),
+        compute=compute,
+        clip_norm=config.optimizer.clip_norm,
+        loss_scale=DynamicLossScale(progress) if compute.precision == torch.float16 else NoLossScale(),
+        sum_over_workers=sum_over(config.model, workers, clock),
+        clock=clock,
+    )
+
+    def shrink(step: TrainingStep, smaller: int) -> TrainingStep:
+        settled = with_micro_size(config, smaller)
+        if workers.rank == 0:
+            directory.save_config(settled)
+        step.reduction.close()
+        return replace(step, reduction=_reduction(settled, weights, workers))
+
+    writer = None
+    if workers.rank == 0:
+        writer = CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing)
+        optimizer.register_step_pre_hook(lambda *_: _wait_until_copied(writer, clock))
+    return Trainer(
+        config=config,
+        workers=workers,
+        splits=splits,
+        network=network,
+        take_step=step,
+        shrink=shrink,
+        learning_rate=LearningRate(
+            config.schedule,
+            config.optimizer.learning_rate,
+            config.batch.global_size,
+            steps_per_epoch,
+            config.run.epochs,
+            updates_per_epoch,
+        ),
+        total_steps=total_steps,
+        last_step=min(total_steps, config.run.max_steps or total_steps),
+        observers=session.observers,
+        writer=writer,
+        status=session.status,
+        stop=stop,
+        time_limit=job_time_limit() if workers.rank == 0 else TimeLimit(None),
+        progress=progress,
+        profiler=build_profiler(config.run.profile_steps, directory.profile, workers),
+        measuring=measuring,
+    )
+
+
+def _steps_per_epoch(batch_size: int, samples: int) -> int:
+    return BatchPlan(batch_size, 1).steps_per_epoch(samples)
+
+
+def _restore(contents: Contents | None, network: nn.Module, optimizer: Optimizer) -> Progress:
+    if contents is None:
+        return Progress()
+    load_into(contents, network, optimizer)
+    return restored_progress(contents)
+
+
+def _measuring(config: Config, compute: Compute, weights: FlatWeights, workers: Workers) -> Measuring:
+    """Return what measures steps, told on worker 0 the initial weights: `weights` as they are now."""
+    if not is_measured(config.metrics):
+        return NoMeasuring()
+    norms = WeightNorms(weights.values, weights.values.clone()) if workers.rank == 0 else None
+    return WorkerMeasuring(workers, UsageReader(compute.device), norms)
+
+
+def _wait_until_copied(writer: CheckpointWriter, clock: StepClock) -> None:
+    with clock.part("checkpoint_stall"):
+        writer.wait_until_copied()
+
+
+def _open_data(config: Config, compute: Compute) -> Splits:
+    layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+    return open_splits(config.data, config.run.seed, compute.device, layout)
+
+
+def _reduction(config: Config, weights: FlatWeights, workers: Workers) -> GradientReduction:
+    assert config.batch.micro_size != "auto", "decided before"
+    plan = BatchPlan(config.batch.global_size, config.batch.micro_size)
+    share = partial(share_of, config.model, plan, workers.rank, workers.size)
+    mine = together(workers, share, "share out the micro-batches")
+    build = partial(
+        build_reduction,
+        config.comm,
+        weights,
+        workers,
+        micro_batches=len(plan.micro_batches) * (workers.size if shares_micro_batches(config.model) else 1),
+        share=sum(micro_batch.size for micro_batch in mine) / plan.global_size,
+    )
+    return together(workers, build, "set up the reduction")
+
+
+def _with_micro_size(
+    config: Config, workers: Workers, model: nn.Module, weights: FlatWeights, compute: Compute
+) -> Config:
+    """Return `config` with a micro-batch size that fits every worker's device, where it is left open."""
+    if config.batch.micro_size != "auto":
+        return config
+    images = config.data.image_format
+    try_size = forward_and_backward(model, images.shape, images.classes, compute)
+    size = find_micro_size(
+        try_size,
+        global_size=config.batch.global_size,
+        device=compute.device,
+        workers=workers,
+        fewest=max(2, workers.size) if shares_micro_batches(config.model) else 2,
+    )
+    weights.gradients.zero_()
+    return with_micro_size(config, size)

@@ -1,0 +1,58 @@
+"""What is known of a run, and of one launch of it, before its first step."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING
+
+from dist_train.config import Config
+from dist_train.monitoring.records import RunFacts
+from dist_train.training.revision import revision
+from dist_train.training.run_directory import RunDirectory
+from dist_train.training.shares import share_of
+
+if TYPE_CHECKING:
+    from dist_train.training.trainer import Trainer
+
+
+def run_facts(trainer: Trainer, directory: RunDirectory, launched: float) -> RunFacts:
+    """Return the facts of the run of `trainer`, of which a launch began at `launched`, seconds since 1970."""
+    config, plan, workers = trainer.config, trainer.plan, trainer.workers
+    return RunFacts(
+        name=directory.root.name,
+        run_directory=directory.root,
+        model=f"{config.model.name}, width {config.model.width:g}, {config.model.norm} norm",
+        data=config.data.name,
+        parameters=trainer.take_step.weights.count,
+        global_size=plan.global_size,
+        micro_size=plan.micro_size,
+        micro_batches=len(plan.micro_batches),
+        world_size=workers.size,
+        total_steps=trainer.last_step,
+        steps_per_epoch=trainer.learning_rate.steps_per_epoch,
+        epochs=trainer.last_step / trainer.learning_rate.steps_per_epoch,
+        noise=_noise_in_words(config),
+        start_step=trainer.progress.step,
+        controller=workers.controller,
+        rank=workers.rank,
+        micro_batches_of=tuple(len(share_of(config.model, plan, rank, workers.size)) for rank in range(workers.size)),
+        # One worker tells it for all: on a large launch each of them would start git on the same file system.
+        revision=revision() if workers.rank == 0 else "",
+        slurm_job=os.environ.get("SLURM_JOB_ID", ""),
+        node=socket.gethostname(),
+        launched=launched,
+    )
+
+
+def times_requeued() -> int:
+    """Return how often Slurm has started this job anew; 0 where it has not, or this is no job."""
+    count = os.environ.get("SLURM_RESTART_COUNT", "")
+    return int(count) if count.isdecimal() else 0
+
+
+def _noise_in_words(config: Config) -> str:
+    noise = config.noise
+    if noise.method == "none":
+        return "none"
+    return f"{noise.method}, {noise.distribution} {noise.amplitude:g}, {noise.sharing}, {noise.schedule.kind}"

@@ -1,0 +1,90 @@
+"""`micro_size: auto`: the largest micro-batch that fits the device, decided once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.nn import functional
+
+from dist_train.cluster.workers import Workers, gather, together
+from dist_train.outcome import UsageError
+from dist_train.training.compute import Compute, is_out_of_memory
+
+_LARGEST = {"cpu": 128, "cuda": 2048}
+"""On a CPU larger micro-batches are no faster: they leave its caches."""
+
+
+def find_micro_size(
+    try_size: Callable[[int], None], *, global_size: int, device: torch.device, workers: Workers, fewest: int = 2
+) -> int:
+    """Return the largest size that fits on every worker; `try_size` makes a forward and backward pass of it.
+
+    Sizes are powers of two, and at most a worker's even share of the global batch; or a little less, so that no
+    micro-batch has fewer than `fewest` samples.
+
+    Raises:
+        UsageError: not even the smallest fits.
+    """
+    largest = min(_LARGEST[device.type], max(1, global_size // workers.size))
+    fits = together(workers, lambda: _largest_that_fits(try_size, largest), "fit a micro-batch")
+    return without_remnant(min(size for (size,) in gather(workers, [fits], "micro_size")), global_size, fewest)
+
+
+def _largest_that_fits(try_size: Callable[[int], None], largest: int) -> int:
+    fits = 0
+    for size in _candidates(largest):
+        try:
+            try_size(size)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            break
+        fits = size
+    if fits == 0:
+        raise UsageError("not even the smallest micro-batch fits the device's memory: set a smaller model.width")
+    return fits
+
+
+def without_remnant(micro_size: int, global_size: int, fewest: int = 2) -> int:
+    """Return `micro_size`, or less where the last micro-batch would have under `fewest` samples: norms need two."""
+    for size in range(micro_size, fewest - 1, -1):
+        if not 0 < global_size % size < fewest:
+            return size
+    return micro_size
+
+
+def halve(micro_size: int, global_size: int) -> int:
+    """Return the next smaller micro-batch after a size has run out of memory.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if micro_size == 1:
+        raise UsageError("one sample does not fit the device's memory: set a smaller model.width")
+    return without_remnant(-(-micro_size // 2), global_size)
+
+
+def _candidates(largest: int) -> Iterator[int]:
+    """Yield powers of two from 2 (or 1, when it is all there is) up to `largest`."""
+    size = min(2, largest)
+    while size <= largest:
+        yield size
+        size *= 2
+
+
+def forward_and_backward(
+    model: torch.nn.Module, shape: tuple[int, int, int], classes: int, compute: Compute
+) -> Callable[[int], None]:
+    """Return a function that runs `model` both ways on a blank micro-batch of the size given to it."""
+
+    def try_size(size: int) -> None:
+        inputs = torch.zeros(size, *shape, device=compute.device)
+        labels = torch.arange(size, device=compute.device) % classes
+        with compute.autocast():
+            logits = model(inputs)
+        torch.autograd.backward(functional.cross_entropy(logits.float(), labels))
+        if compute.device.type == "cuda":
+            torch.cuda.synchronize(compute.device)
+
+    return try_size

@@ -1,0 +1,62 @@
+"""Norm statistics recomputed from training data with the clean weights (method.md's soundest choice)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from dist_train.cluster.workers import Workers
+from dist_train.data.plan import BatchPlan
+from dist_train.data.source import SampleSource, Wanted
+from dist_train.models.norms import GroupedBatchNorm
+from dist_train.outcome import DivergedError
+from dist_train.randomness import generator
+from dist_train.training.compute import Compute
+from dist_train.training.tally import Tally, absorb_statistics
+
+
+def statistics_samples(training_samples: int, wanted: int, micro_size: int, seed: int) -> torch.Tensor:
+    """Return the training samples that statistics are taken from: a fixed random choice, int64 [about `wanted`].
+
+    One fewer where the last micro-batch would hold a single sample, which has no variance.
+    """
+    order = torch.randperm(training_samples, generator=generator(seed, "norm statistics"))
+    count = min(wanted, training_samples)
+    return order[: count - 1 if count % micro_size == 1 and count > 1 else count]
+
+
+def recompute_statistics(
+    model: nn.Module,
+    norms: Sequence[GroupedBatchNorm],
+    samples: SampleSource,
+    indices: torch.Tensor,
+    *,
+    micro_size: int,
+    compute: Compute,
+    workers: Workers,
+) -> None:
+    """Replace the running statistics of `norms` by those of the training samples `indices`, not augmented.
+
+    They are cut into micro-batches as in training, shared out, and summed as integers.
+
+    Raises:
+        DivergedError: the statistics are not finite, or out of range; on all workers alike.
+    """
+    tally = Tally(workers, norms, compute.device)
+    tally.clear()
+    was_training = model.training
+    model.train()
+    share = BatchPlan(len(indices), micro_size).share(workers.rank, workers.size)
+    samples.expect(Wanted(indices[batch.start : batch.stop], None) for batch in share)
+    with torch.no_grad(), compute.autocast():
+        for batch in share:
+            model(samples.unaugmented(indices[batch.start : batch.stop])[0])
+    model.train(was_training)
+    tally.send()
+    total = tally.result()
+    tally.clear()
+    if total.out_of_range:
+        raise DivergedError("the norms' statistics are not finite or out of range")
+    absorb_statistics(norms, total.statistics, len(indices), momentum=1.0)

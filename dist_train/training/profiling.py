@@ -1,0 +1,89 @@
+"""Where the time of an update goes: torch's trace of each worker, and Horovod's timeline, for a few updates."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from dist_train.cluster.workers import Workers
+
+_FIRST_UPDATES = 2
+"""Updates of a launch that are not profiled: they also allocate, tune and compile."""
+_logger = logging.getLogger("dist_train.training")
+
+
+class Profiler(Protocol):
+    """Looks at the updates of a launch."""
+
+    def after_update(self, step: int) -> None:
+        """Take in that update `step`, counted from 1, has been made."""
+
+    def close(self) -> None:
+        """Write what has been seen so far."""
+
+
+class NoProfiler:
+    """Looks at nothing."""
+
+    def after_update(self, step: int) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class StepProfiler:
+    """Profiles `updates` updates after the first two of a launch; writes Chrome traces into `folder`."""
+
+    def __init__(self, updates: int, folder: Path, workers: Workers) -> None:
+        """Write one trace for each of `workers`, and one timeline of all."""
+        self._last = _FIRST_UPDATES + updates
+        self._folder = folder
+        self._workers = workers
+        self._made = 0
+        self._profile: profile | None = None
+        self._first_step = 0
+
+    def after_update(self, step: int) -> None:
+        """Begin, or end, when it is time; all workers after the same update."""
+        self._made += 1
+        if self._made == _FIRST_UPDATES:
+            self._begin(step + 1)
+        elif self._made == self._last:
+            self.close()
+
+    def close(self) -> None:
+        """Write what has been seen so far."""
+        if self._profile is None:
+            return
+        running, self._profile = self._profile, None
+        self._workers.stop_timeline()
+        running.stop()
+        path = self._folder / f"trace-step-{self._first_step:08d}-rank-{self._workers.rank}.json"
+        try:
+            running.export_chrome_trace(str(path))
+        except (OSError, RuntimeError) as error:
+            _logger.error("the profiler's trace %s could not be written: %s", path, error)
+
+    def _begin(self, first_step: int) -> None:
+        try:
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            _logger.error("nothing is profiled, %s cannot be made: %s", self._folder, error.strerror or error)
+            return
+        self._first_step = first_step
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+        self._workers.start_timeline(self._folder / f"horovod-step-{first_step:08d}.json")
+        self._profile = profile(activities=activities)
+        self._profile.start()
+
+
+def build_profiler(updates: int, folder: Path, workers: Workers) -> Profiler:
+    """Return a profiler of so many updates, writing into `folder`; of none, one that does nothing."""
+    return StepProfiler(updates, folder, workers) if updates else NoProfiler()

@@ -1,0 +1,285 @@
+"""From the gradients of micro-batches to the gradient of the global batch, over all workers.
+
+The flat gradient is cut into buckets. While the last micro-batch of a worker is still in its backward
+pass, each bucket is sent as soon as its gradients are complete, so that the allreduce overlaps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from dist_train.cluster.workers import Pending, Workers
+from dist_train.config import CommSettings
+from dist_train.fixed_point import GRADIENTS
+from dist_train.optim.flat_weights import FlatWeights
+from dist_train.outcome import UsageError
+
+_BUCKET = 1 << 20
+"""Gradients in a bucket, at the least: the last bucket's allreduce is what no backward pass hides."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The parameters `first` to `last` (exclusive), which lie at [start, stop) of the flat gradient."""
+
+    index: int
+    first: int
+    last: int
+    start: int
+    stop: int
+
+
+class Codec(Protocol):
+    """How gradients are summed: over micro-batches here, over workers on the way."""
+
+    def clear(self) -> None:
+        """Begin a step."""
+
+    def add(self, bucket: Bucket) -> None:
+        """Add the gradients of one micro-batch."""
+
+    def send(self, bucket: Bucket, name: str) -> Pending:
+        """Start the sum over the workers."""
+
+    def receive(self, bucket: Bucket) -> None:
+        """Leave the sum where the gradients are."""
+
+    @property
+    def out_of_range(self) -> torch.Tensor:
+        """Whether this worker met a gradient that is not finite or too large; a bool on the device."""
+
+
+class GradientReduction:
+    """One step: `start`, then each micro-batch's backward pass within `micro_batch`, then `send` and `finish`."""
+
+    def __init__(self, weights: FlatWeights, codec: Codec, buckets: Sequence[Bucket]) -> None:
+        """Reduce the gradients of `weights`."""
+        self._weights = weights
+        self._codec = codec
+        self._buckets = tuple(buckets)
+        self._loss_scale = 1.0
+        self._missing: dict[int, int] = {}
+        self._pending: dict[int, Pending] = {}
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, bucket))
+            for bucket in self._buckets
+            for parameter in weights.parameters[bucket.first : bucket.last]
+        ]
+
+    def close(self) -> None:
+        """Let go of the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def out_of_range(self) -> torch.Tensor:
+        """Whether this worker met a gradient that is not finite or too large; a bool on the device."""
+        return self._codec.out_of_range
+
+    def start(self, loss_scale: float = 1.0) -> None:
+        """Begin a step, in which losses are multiplied by `loss_scale`, a power of two, and gradients divided by it."""
+        self._loss_scale = loss_scale
+        self._codec.clear()
+        self._pending.clear()
+        self._missing.clear()
+
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """Take the gradients of the backward pass within the block."""
+        self._weights.gradients.zero_()
+        yield
+        for bucket in self._buckets:
+            self._add(bucket)
+
+    @contextmanager
+    def last_micro_batch(self) -> Iterator[None]:
+        """Take the gradients of the backward pass within the block, and send each bucket once it is complete."""
+        self._weights.gradients.zero_()
+        self._missing = {bucket.index: bucket.last - bucket.first for bucket in self._buckets}
+        try:
+            yield
+            for bucket in self._buckets:
+                if self._missing[bucket.index] > 0:
+                    self._add(bucket)
+        finally:
+            self._missing.clear()
+
+    def send(self) -> None:
+        """Start the sum of what is not under way: all of it, on a worker that had no micro-batch."""
+        for bucket in self._buckets:
+            if bucket.index not in self._pending:
+                self._pending[bucket.index] = self._codec.send(bucket, f"gradient.{bucket.index}")
+
+    def finish(self) -> None:
+        """Return when the gradients of `weights` are those of the global batch."""
+        for bucket in self._buckets:
+            self._pending[bucket.index].wait()
+            self._codec.receive(bucket)
+
+    def _arrived(self, bucket: Bucket, parameter: nn.Parameter) -> None:
+        if bucket.index not in self._missing:
+            return
+        self._missing[bucket.index] -= 1
+        if self._missing[bucket.index] == 0:
+            self._add(bucket)
+            self._pending[bucket.index] = self._codec.send(bucket, f"gradient.{bucket.index}")
+
+    def _add(self, bucket: Bucket) -> None:
+        if self._loss_scale != 1.0:
+            self._weights.gradients[bucket.start : bucket.stop].mul_(1.0 / self._loss_scale)
+        self._codec.add(bucket)
+
+
+class ExactCodec:
+    """Sums of 64-bit integers: the same bits for any number of workers, in any order."""
+
+    def __init__(self, weights: FlatWeights, workers: Workers, terms: int) -> None:
+        """Sum the gradients of `weights`; at most `terms` micro-batches make a global batch."""
+        self._gradients = weights.gradients
+        self._workers = workers
+        self._total = torch.zeros_like(self._gradients, dtype=torch.int64)
+        self._scratch = torch.zeros_like(self._total)
+        self._limit = GRADIENTS.limit / terms
+        self.out_of_range = torch.zeros((), dtype=torch.bool, device=self._gradients.device)
+
+    def clear(self) -> None:
+        """Begin a step."""
+        self._total.zero_()
+        self.out_of_range.zero_()
+
+    def add(self, bucket: Bucket) -> None:
+        """Add the gradients of one micro-batch as integers."""
+        gradients = self._gradients[bucket.start : bucket.stop]
+        low, high = gradients.aminmax()
+        # Written so that a NaN, for which no comparison holds, is out of range.
+        self.out_of_range |= ~((low > -self._limit) & (high < self._limit))
+        scratch = self._scratch[bucket.start : bucket.stop]
+        scratch.copy_(gradients.mul_(2.0**GRADIENTS.bits))
+        self._total[bucket.start : bucket.stop] += scratch
+
+    def send(self, bucket: Bucket, name: str) -> Pending:
+        """Start the sum over the workers."""
+        return self._workers.start_sum(self._total[bucket.start : bucket.stop], name)
+
+    def receive(self, bucket: Bucket) -> None:
+        """Turn the sum back into floats, once."""
+        gradients = self._gradients[bucket.start : bucket.stop]
+        gradients.copy_(self._total[bucket.start : bucket.stop]).mul_(2.0**-GRADIENTS.bits)
+
+
+class FloatCodec:
+    """Sums of float32, or of float16 on the way: fast, and rounded differently on each number of workers."""
+
+    def __init__(self, weights: FlatWeights, workers: Workers, sent_as: torch.dtype) -> None:
+        """Sum the gradients of `weights`, sent between workers as `sent_as`."""
+        self._gradients = weights.gradients
+        self._workers = workers
+        self.total = torch.zeros_like(self._gradients)
+        self._sent = self.total if sent_as == torch.float32 else torch.zeros_like(self.total, dtype=sent_as)
+        self.out_of_range = torch.zeros((), dtype=torch.bool, device=self._gradients.device)
+
+    def clear(self) -> None:
+        """Begin a step."""
+        self.total.zero_()
+        self.out_of_range.zero_()
+
+    def add(self, bucket: Bucket) -> None:
+        """Add the gradients of one micro-batch."""
+        gradients = self._gradients[bucket.start : bucket.stop]
+        self.out_of_range |= ~gradients.sum().isfinite()
+        self.total[bucket.start : bucket.stop] += gradients
+
+    def send(self, bucket: Bucket, name: str) -> Pending:
+        """Start the sum over the workers."""
+        sent = self._sent[bucket.start : bucket.stop]
+        if self._sent is not self.total:
+            sent.copy_(self.total[bucket.start : bucket.stop])
+        return self._workers.start_sum(sent, name)
+
+    def receive(self, bucket: Bucket) -> None:
+        """Leave the sum where the gradients are."""
+        self._gradients[bucket.start : bucket.stop].copy_(self._sent[bucket.start : bucket.stop])
+
+
+class AdasumCodec:
+    """Adasum (arXiv 2006.02924) of the workers' own mean gradients, parameter by parameter."""
+
+    def __init__(self, weights: FlatWeights, workers: Workers, share: float) -> None:
+        """Combine the gradients of `weights`; this worker computes `share` of the global batch."""
+        self._sum = FloatCodec(weights, workers, torch.float32)
+        self._gradients = weights.gradients
+        self._workers = workers
+        self._to_mean = 1.0 / share
+
+    @property
+    def out_of_range(self) -> torch.Tensor:
+        """Whether this worker met a gradient that is not finite."""
+        return self._sum.out_of_range
+
+    def clear(self) -> None:
+        """Begin a step."""
+        self._sum.clear()
+
+    def add(self, bucket: Bucket) -> None:
+        """Add the gradients of one micro-batch."""
+        self._sum.add(bucket)
+
+    def send(self, bucket: Bucket, name: str) -> Pending:
+        """Start the combination over the workers."""
+        mean = self._sum.total[bucket.start : bucket.stop].mul_(self._to_mean)
+        return self._workers.start_adasum(mean, name)
+
+    def receive(self, bucket: Bucket) -> None:
+        """Leave the result where the gradients are."""
+        self._sum.receive(bucket)
+
+
+def build_reduction(
+    settings: CommSettings, weights: FlatWeights, workers: Workers, *, micro_batches: int, share: float
+) -> GradientReduction:
+    """Return the reduction that `settings` name, for a global batch of `micro_batches`.
+
+    `share` is the part of its samples that this worker computes.
+
+    Raises:
+        UsageError: Adasum cannot work with this group.
+    """
+    if settings.op == "adasum":
+        _check_adasum(workers, share)
+        return GradientReduction(weights, AdasumCodec(weights, workers, share), buckets_of(weights, 1))
+    codec: Codec
+    if settings.reduction == "exact":
+        codec = ExactCodec(weights, workers, micro_batches)
+    else:
+        sent_as = torch.float16 if settings.compression == "fp16" else torch.float32
+        codec = FloatCodec(weights, workers, sent_as)
+    return GradientReduction(weights, codec, buckets_of(weights, _BUCKET))
+
+
+def buckets_of(weights: FlatWeights, size: int) -> list[Bucket]:
+    """Return buckets of at least `size` gradients where there are as many, the last parameters' first."""
+    buckets: list[Bucket] = []
+    last = len(weights.segments)
+    stop = len(weights.gradients)
+    for first in range(last - 1, -1, -1):
+        start = weights.segments[first].start
+        if stop - start >= size or first == 0:
+            buckets.append(Bucket(len(buckets), first, last, start, stop))
+            last, stop = first, start
+    return buckets
+
+
+def _check_adasum(workers: Workers, share: float) -> None:
+    if workers.size & (workers.size - 1):
+        raise UsageError(f"adasum needs a power of two of workers, not {workers.size}: set comm.op to average")
+    if workers.controller == "gloo" and not torch.cuda.is_available():
+        raise UsageError("adasum needs MPI on a CPU: start with mpirun, or set comm.op to average")
+    if share == 0:
+        raise UsageError("adasum needs a micro-batch on every worker: set a smaller batch.micro_size")

@@ -1,0 +1,43 @@
+"""The state that all workers begin from: worker 0's, from a checkpoint or fresh."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dist_train.cluster.workers import Workers
+from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.optimizers import state_tensors
+from dist_train.outcome import UsageError
+from dist_train.training.checkpoints import Contents
+
+
+def load_into(contents: Contents, model: nn.Module, optimizer: Optimizer) -> None:
+    """Copy what a checkpoint holds into `model` and `optimizer`.
+
+    Raises:
+        UsageError: it is of another model or optimizer.
+    """
+    try:
+        model.load_state_dict(contents.model)
+        # Right for an optimizer that nothing wraps: a wrapper would forget what is loaded before it.
+        optimizer.load_state_dict({**contents.optimizer})
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"the checkpoint is of another model or optimizer: {error}") from error
+
+
+def broadcast_state(workers: Workers, model: nn.Module, weights: FlatWeights, optimizer: Optimizer) -> None:
+    """Give every worker worker 0's state, the optimizer's first and the parameters last.
+
+    Horovod's own broadcast of the optimizer makes a step on workers without state, and so moves their
+    weights; here every worker has the whole state from the beginning.
+    """
+    for name, tensor in state_tensors(optimizer):
+        workers.broadcast(tensor, f"optimizer.{name}")
+    parameters = {name for name, _ in model.named_parameters()}
+    for name, value in model.state_dict().items():
+        if name not in parameters:
+            workers.broadcast(value, f"buffer.{name}")
+    with torch.no_grad():
+        workers.broadcast(weights.values, "weights")

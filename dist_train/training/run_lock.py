@@ -1,0 +1,137 @@
+"""One launch at a time in a run directory.
+
+The lock is the kernel's, on a file in the directory (flock): it ends with the process that holds it, however that
+ends. Over NFS it is held at the server, which lets go of a dead node's locks when its lease ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from dist_train.outcome import UsageError
+
+PATIENCE_SECONDS = 5.0
+"""A process that was killed may need a moment to be gone."""
+LEASE_SECONDS = 150.0
+"""As long as an NFS server may keep the lock of a node that has died: its lease, usually 90 s, and some more."""
+
+_POLL_SECONDS = 0.05
+_WITHOUT_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
+_LONGEST = 4096
+_logger = logging.getLogger("dist_train.training")
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds the lock, and since when (ISO 8601 in UTC)."""
+
+    host: str
+    pid: int
+    since: str
+    slurm_job: str = ""
+
+
+class RunLock:
+    """A run directory held by this process, until `release` or its end."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._path = path
+        self._descriptor = descriptor
+        self._identity = _identity(os.fstat(descriptor))
+
+    def check(self) -> None:
+        """Raise OSError where the run directory is no longer the one that was locked: gone, moved, or made anew."""
+        if _identity(os.stat(self._path)) != self._identity:
+            raise OSError(errno.ESTALE, "the run directory was moved away and made anew", str(self._path.parent))
+
+    def release(self) -> None:
+        """Let others in; the file stays, since deleting it would let two in."""
+        os.close(self._descriptor)
+
+
+def lock_run(root: Path, path: Path, *, patience: float = PATIENCE_SECONDS, lease: float = LEASE_SECONDS) -> RunLock:
+    """Return the lock of the run directory `root`, whose lock file is `path`.
+
+    Waits `patience` seconds for another process to be gone; `lease` where it is of an earlier start of this same Slurm
+    job, on another node: Slurm has seen it end, only the file server may not know yet.
+
+    Raises:
+        UsageError: another launch is at work there; the text names it.
+        OSError: the file cannot be made.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    begun = time.monotonic()
+    try:
+        while not _try_to_lock(descriptor, path):
+            holder = _read(descriptor)
+            if time.monotonic() - begun >= (lease if _is_predecessor(holder) else patience):
+                raise UsageError(_refusal(root, holder))
+            time.sleep(_POLL_SECONDS)
+        with suppress(OSError):  # on a full disk nobody can be named, and the lock holds all the same
+            _write(descriptor)
+        return RunLock(path, descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _try_to_lock(descriptor: int, path: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise
+        _logger.warning(
+            "%s: this file system has no locks (%s); nothing but you keeps a second job out of the run directory",
+            path,
+            error.strerror,
+        )
+    return True
+
+
+def _write(descriptor: int) -> None:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    holder = Holder(socket.gethostname(), os.getpid(), now, os.environ.get("SLURM_JOB_ID", ""))
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(asdict(holder)).encode() + b"\n", 0)
+
+
+def _read(descriptor: int) -> Holder | None:
+    try:
+        fields = json.loads(os.pread(descriptor, _LONGEST, 0))
+        return Holder(str(fields["host"]), int(fields["pid"]), str(fields["since"]), str(fields["slurm_job"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_predecessor(holder: Holder | None) -> bool:
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return holder is not None and job != "" and holder.slurm_job == job and holder.host != socket.gethostname()
+
+
+def _refusal(root: Path, holder: Holder | None) -> str:
+    if holder is None:
+        who = "another process"
+    else:
+        job = f", Slurm job {holder.slurm_job}" if holder.slurm_job else ""
+        who = f"process {holder.pid} on {holder.host}{job}, since {holder.since}"
+    return (
+        f"{root} is in use by {who}: two launches must not write into one run directory; "
+        f"wait for it or end it, or choose another by run.name or --run-dir"
+    )
+
+
+def _identity(stats: os.stat_result) -> tuple[int, int]:
+    return stats.st_dev, stats.st_ino

@@ -1,0 +1,202 @@
+"""One launch of a run, as those outside see it: status, records, logs, summary."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from dist_train.cluster.workers import PeerFailedError, WorkerLostError, Workers
+from dist_train.config import Config
+from dist_train.config.sections import MetricsSettings
+from dist_train.monitoring.console import open_console
+from dist_train.monitoring.event_counts import EventCounts
+from dist_train.monitoring.json_lines import JsonLines
+from dist_train.monitoring.observers import Observer, Observers
+from dist_train.monitoring.prometheus.exporter import Exporter
+from dist_train.monitoring.records import Detail, EventRecord, Outcome
+from dist_train.monitoring.tensorboard import TensorBoard
+from dist_train.monitoring.workers_file import WorkersFile
+from dist_train.outcome import (
+    DisagreementError,
+    DivergedError,
+    ExitCode,
+    FaultError,
+    StoppedError,
+    exit_code_of,
+)
+from dist_train.status import LAUNCH_VARIABLE, State, StatusFile, read_status
+from dist_train.training.beginning import Beginning
+from dist_train.training.checkpoints import list_checkpoints
+from dist_train.training.facts import run_facts, times_requeued
+from dist_train.training.run_directory import RunDirectory
+from dist_train.training.run_lock import RunLock
+
+if TYPE_CHECKING:
+    from dist_train.training.trainer import Trainer
+
+_logger = logging.getLogger("dist_train.training")
+
+
+class Session:
+    """Tells observers how a launch begins and ends, and `status.json`: on worker 0, and wherever a fault begins."""
+
+    def __init__(
+        self,
+        config: Config,
+        directory: RunDirectory,
+        workers: Workers,
+        observers: Observers,
+        lock: RunLock | None = None,
+    ) -> None:
+        """Begin; the status says `starting`. Worker 0 has the `lock` of the run directory."""
+        self.observers = observers
+        self.status = StatusFile(directory.status, workers.size) if workers.rank == 0 else None
+        self._config = config
+        self._directory = directory
+        self._workers = workers
+        self._lock = lock
+        self._launched = time.time()
+        self._begun = time.monotonic()
+        self._trainer: Trainer | None = None
+        if self.status:
+            self.status.change("starting")
+
+    def begin(self, trainer: Trainer, beginning: Beginning) -> None:
+        """Tell that training begins, and what was found before."""
+        self._trainer = trainer
+        if self.observers:
+            self.observers.begin(run_facts(trainer, self._directory, self._launched))
+        if self.status is None:
+            return
+        step = trainer.progress.step
+        for name, text in beginning.damage.items():
+            _logger.warning("%s; the checkpoint before it is used", text)
+            self._tell("corrupt_checkpoint", path=name)
+        if times_requeued():
+            self._tell("requeued", restart=times_requeued())
+        if beginning.contents is not None:
+            self._tell("resumed", workers=self._workers.size)
+        self.status.change("running", step=step, epoch=trainer.epoch, total_steps=trainer.last_step)
+
+    def before_publishing(self) -> None:
+        """Flush the records that a checkpoint belongs to, before it gets its name. From any thread.
+
+        Raises:
+            OSError: the run directory is not the one that this launch began in.
+        """
+        if self._lock is not None:
+            self._lock.check()
+        self.observers.sync()
+
+    def finish(self) -> Outcome:
+        """Tell that the run is done, and return how it ended."""
+        return self._end("finished", ExitCode.FINISHED, "", is_told=False)
+
+    def fail(self, error: Exception) -> None:
+        """Tell that the launch ends with `error`, once the checkpoint being written is on disk."""
+        if self._trainer is not None:
+            self._trainer.settle_saving()
+        code = exit_code_of(error)
+        # A worker that failed on its own knows why; the others only know that it is lost.
+        is_told = isinstance(error, WorkerLostError | PeerFailedError) and self._another_told()
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, DivergedError):
+            reason = f"{reason}; {self._last_good()}"
+            error.args = (reason,)
+            self._tell("not_finite", reason=reason)
+        if isinstance(error, DisagreementError):
+            self._tell("disagreement", reason=reason)
+        if isinstance(error, FaultError):
+            _logger.info("%s", reason)
+            if not is_told:
+                self._tell_fault(reason)
+        elif code == ExitCode.FAULT:
+            _logger.info("%s", reason, exc_info=error)
+            self._tell_fault(reason)
+        elif not isinstance(error, StoppedError | PeerFailedError):
+            _logger.info("%s", reason)
+        self._end("stopped" if isinstance(error, StoppedError) else "failed", code, reason, is_told=is_told)
+
+    def _tell(self, event: str, **details: Detail) -> None:
+        """Record what all workers know; worker 0 does it for all."""
+        if self._trainer is not None and self._workers.rank == 0:
+            self.observers.record(EventRecord(self._trainer.progress.step, event, time.time(), details))
+
+    def lose(self, message: str) -> None:
+        """Write down that the launch ends because a worker is lost. From any thread; the process ends right after."""
+        _logger.info("%s", message)
+        if self.status:
+            self.status.end("failed", ExitCode.FAULT, message)
+        elif not self._another_told():
+            self._tell_fault(message)
+
+    def _tell_fault(self, reason: str) -> None:
+        """Write the fault down, on whichever worker it happened: it may be the only one that can tell."""
+        if self.status is None:
+            status = StatusFile(self._directory.status, self._workers.size)
+            step = self._trainer.progress.step if self._trainer else 0
+            status.progress(step=step)
+            status.end("failed", ExitCode.FAULT, f"worker {self._workers.rank}: {reason}")
+
+    def _another_told(self) -> bool:
+        """Whether another worker of this launch has written down why it failed."""
+        told = read_status(self._directory.status)
+        launch = os.environ.get(LAUNCH_VARIABLE, "")
+        return told is not None and told.state == "failed" and told.pid != os.getpid() and told.launch == launch
+
+    def _end(self, state: State, code: ExitCode, reason: str, *, is_told: bool) -> Outcome:
+        trainer = self._trainer
+        progress = trainer.progress if trainer else None
+        checkpoints = list_checkpoints(self._directory.checkpoints) if self._workers.rank == 0 else []
+        outcome = Outcome(
+            state=state,
+            reason=reason,
+            exit_code=int(code),
+            step=progress.step if progress else 0,
+            epoch=trainer.epoch if trainer else 0.0,
+            seconds=time.monotonic() - self._begun,
+            train_accuracy=progress.train_accuracy if progress else None,
+            test_accuracy=progress.test_accuracy if progress else None,
+            best_accuracy=progress.best_accuracy if progress else None,
+            samples_per_second=trainer.samples_per_second if trainer else None,
+            last_checkpoint=checkpoints[-1].path if checkpoints else None,
+        )
+        # Before the observers, who may wait for the scrape of the last values: a launcher may not wait as long.
+        if self.status and not is_told:
+            if trainer and progress:
+                self.status.progress(step=progress.step, epoch=trainer.epoch, best_accuracy=progress.best_accuracy)
+            self.status.end(state, code, reason)
+        self.observers.end(outcome)
+        return outcome
+
+    def _last_good(self) -> str:
+        checkpoints = list_checkpoints(self._directory.checkpoints)
+        if not checkpoints:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {checkpoints[-1].path}"
+
+
+def open_session(config: Config, directory: RunDirectory, workers: Workers, lock: RunLock | None = None) -> Session:
+    """Return the session of this launch, with this worker's observers."""
+    make = _observers_of_the_run if workers.rank == 0 else _observers_of_a_worker
+    return Session(config, directory, workers, Observers(make(config.metrics, directory)), lock)
+
+
+def _observers_of_the_run(settings: MetricsSettings, directory: RunDirectory) -> Iterator[Observer]:
+    """Yield worker 0's; what a later one tells the outside, the earlier ones have written down."""
+    yield JsonLines(directory.metrics)
+    yield EventCounts(directory.event_counts)
+    yield open_console()
+    yield WorkersFile(directory.workers)
+    if settings.enabled:
+        yield Exporter(settings)
+    if settings.tensorboard:
+        yield TensorBoard(directory.tensorboard)
+
+
+def _observers_of_a_worker(settings: MetricsSettings, directory: RunDirectory) -> Iterator[Observer]:
+    if settings.enabled and settings.workers == "all":
+        yield Exporter(settings)

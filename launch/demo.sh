@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The demonstration, called by `make demo`.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+
+case ${1:-} in
+    -h | --help)
+        cat <<'EOF'
+usage: launch/demo.sh [section.key=value ...]
+
+  launch/demo.sh run.epochs=3
+
+Two workers train on Fashion-MNIST at a global batch of 8192, with noise, as configs/demo.yaml says but
+for the settings given here; then the learning curve is drawn and the report is written. Makes .venv and
+fetches the images where they are missing.
+
+The environment variables of launch/local.sh and docker/environment.sh count here, too.
+EOF
+        exit 0
+        ;;
+    -*) echo "demo.sh: error: unknown option $1; see demo.sh --help" >&2 && exit 2 ;;
+esac
+python=$root/.venv/bin/python
+
+docker/environment.sh
+images=$(docker/fashion_mnist.sh)
+settings=(configs/demo.yaml "data.root=$images" "$@")
+launch/local.sh -np 2 train "${settings[@]}"
+run=$("$python" -m dist_train config run-directory "${settings[@]}")
+picture=$("$python" -m dist_train curve "$run")
+report=$("$python" -m dist_train report "$run")
+accuracy=$("$python" -c '
+import sys
+from pathlib import Path
+from dist_train.status import read_status
+status = read_status(Path(sys.argv[1]) / "status.json")
+best = status.best_accuracy if status else None
+print("unknown" if best is None else f"{best:.2%}")' "$run")
+printf 'demo: best test accuracy %s; the run is in %s, its learning curve is %s\n' "$accuracy" "$run" "$picture"
+printf 'demo: open the report in a browser: %s\n' "$report"

@@ -1,0 +1,135 @@
+#!/usr/bin/env bash
+# Runs dist_train with horovodrun over Gloo, on this machine or on several by ssh.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+print_help() {
+    cat <<'TEXT'
+usage: launch/horovodrun.sh [-np N] [-H HOST:SLOTS[,HOST:SLOTS...]] COMMAND [ARGUMENT ...]
+
+  launch/horovodrun.sh train configs/demo.yaml
+  launch/horovodrun.sh -np 8 -H node1:4,node2:4 train configs/lb_8192.yaml
+
+Starts N workers with horovodrun, each of them running 'dist-train COMMAND ARGUMENT ...'; they talk
+over Gloo, without MPI.
+
+  -np N        number of workers (all slots of the hosts; 2 without -H)
+  -H HOSTS     machines to run on, and how many workers on each. This one reaches the others by ssh
+               without a password; the project and the run's folder are at the same path on all
+  -h, --help   this text
+
+Environment variables:
+  OMP_NUM_THREADS       threads of a worker (where all workers run here: the cores divided by N)
+  HOROVOD_CYCLE_TIME    milliseconds between Horovod's rounds (5)
+  HOROVOD_GLOO_IFACE    network interface that the workers talk over (what all machines have)
+  DIST_TRAIN_PYTHON     the Python to run, on all machines (.venv/bin/python of the project, else python3)
+
+SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 ask the workers to save and stop; a second Ctrl-C or SIGTERM,
+two seconds or more after the first, ends them at once.
+
+Exit status of a training run: 0 finished, 2 bad usage or configuration, 3 diverged, 4 workers
+disagree, 75 stopped on request after saving (start it again to go on), 1 anything else.
+TEXT
+}
+
+worker_count=
+hosts=
+while (($#)); do
+    case $1 in
+        -np | -n)
+            (($# > 1)) || usage_error "-np takes a number of workers"
+            worker_count=$2
+            check_worker_count "$worker_count"
+            shift 2
+            ;;
+        -H | --hosts)
+            (($# > 1)) || usage_error "-H takes machines: -H node1:4,node2:4"
+            hosts=$2
+            shift 2
+            ;;
+        -h | --help) print_help && exit 0 ;;
+        -*) usage_error "unknown option $1; see $(basename "$0") --help" ;;
+        *) break ;;
+    esac
+done
+(($#)) || usage_error "no command given, for example: launch/horovodrun.sh train configs/demo.yaml"
+if [[ -z $hosts ]]; then
+    exec "$root/launch/local.sh" -np "${worker_count:-2}" "$@"
+fi
+
+is_this_machine() {
+    case $1 in
+        localhost | 127.* | "$(uname -n)" | "$(uname -n | cut -d. -f1)") return 0 ;;
+        *) return 1 ;;
+    esac
+}
+
+# Far machines, by ssh: never a question, and no wait for a machine that does not answer.
+far() {
+    local host=$1
+    shift
+    ssh -o BatchMode=yes -o ConnectTimeout=10 "$host" "$@"
+}
+
+names=()
+slots=0
+for entry in ${hosts//,/ }; do
+    [[ $entry =~ ^([A-Za-z0-9._-]+):([1-9][0-9]*)$ ]] || usage_error "-H takes machines with a number of workers each, -H node1:4,node2:4, not '$entry'"
+    names+=("${BASH_REMATCH[1]}")
+    slots=$((slots + BASH_REMATCH[2]))
+done
+((${#names[@]})) || usage_error "-H takes machines: -H node1:4,node2:4"
+worker_count=${worker_count:-$slots}
+((worker_count <= slots)) || usage_error "$worker_count workers are more than the $slots of -H $hosts"
+
+find_programs
+horovodrun=$(dirname "$python")/horovodrun
+[[ -x $horovodrun ]] || horovodrun=$(command -v horovodrun) || fail "horovodrun is missing; run 'make setup' in $root"
+far_names=()
+for name in "${names[@]}"; do
+    is_this_machine "$name" || far_names+=("$name")
+done
+if ((${#far_names[@]})); then
+    command -v ssh >/dev/null || fail "ssh is missing: horovodrun starts the workers of other machines by it"
+fi
+for name in "${far_names[@]}"; do
+    found=0
+    far "$name" test -x "$(printf %q "$python")" </dev/null || found=$?
+    ((found != 255)) || fail "ssh reaches $name only with a password, or not at all; see 'ssh -o BatchMode=yes $name true'"
+    ((found == 0)) || fail "$name has no $python: the project must be at the same path on all machines"
+done
+check_run "$@"
+
+if ((${#far_names[@]})); then
+    # Cores are counted on this machine, and say nothing about the others.
+    set_worker_environment "${OMP_NUM_THREADS:-}"
+else
+    set_worker_environment "${OMP_NUM_THREADS:-$(threads_each "$worker_count")}"
+fi
+if [[ -z ${HOROVOD_CYCLE_TIME:-} ]]; then
+    worker_environment+=("HOROVOD_CYCLE_TIME=5") # milliseconds; Gloo's threads take the cores more rarely
+fi
+
+# The workers agree on a stop, so that one who knows is enough. horovodrun itself hands nothing on.
+# shellcheck disable=SC2329  # `launch` calls it
+stop_one_worker() {
+    local process
+    for process in $(local_workers); do
+        catches_stop "$process" && kill -USR2 "$process" 2>/dev/null && return 0
+    done
+    ((${#far_names[@]})) || return 1
+    grep -q "\"$launch_id\"" "$run_directory/status.json" 2>/dev/null || return 1
+    on_far_machine "${far_names[0]}" stop_local_workers
+}
+
+# on_far_machine HOST FUNCTION: runs a function of common.sh there, about the processes of this launch.
+on_far_machine() {
+    far "$1" bash -c "$(printf %q ". $(printf %q "$root")/launch/common.sh; launch_id=$launch_id; $2")" </dev/null
+}
+
+launch stop_one_worker "$horovodrun" --gloo -np "$worker_count" -H "$hosts" "${dist_train[@]}" "$@"
+# A worker that hangs outlives the ssh that started it.
+for name in "${far_names[@]}"; do
+    on_far_machine "$name" end_leftovers || say "$name does not answer; workers may be left there"
+done
+finish

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# Runs dist_train with mpirun, on this machine or on the hosts of a host file.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+print_help() {
+    cat <<'EOF'
+usage: launch/mpirun.sh [-np N] [--hostfile FILE] COMMAND [ARGUMENT ...]
+
+  launch/mpirun.sh train configs/demo.yaml
+  launch/mpirun.sh -np 8 --hostfile hosts train configs/lb_8192.yaml
+
+Starts N workers (2 unless told) with mpirun, each of them running 'dist-train COMMAND ARGUMENT ...'.
+
+  -np N            number of workers
+  --hostfile FILE  machines to run on, one a line: 'node1 slots=4'; the project and the run's folder
+                   must be at the same path on all of them. Without it all workers run here, or on
+                   the nodes of the Slurm job
+  -h, --help       this text
+
+SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 ask the workers to save and stop; a second Ctrl-C or SIGTERM,
+two seconds or more after the first, ends them at once.
+
+Environment variables:
+  OMP_NUM_THREADS    threads of a worker (where all workers run here: the cores divided by N)
+  DIST_TRAIN_PYTHON  the Python to run, on all machines (.venv/bin/python of the project, else python3)
+
+Exit status of a training run: 0 finished, 2 bad usage or configuration, 3 diverged, 4 workers
+disagree, 75 stopped on request after saving (start it again to go on), 1 anything else.
+EOF
+}
+
+worker_count=2
+hostfile=
+while (($#)); do
+    case $1 in
+        -np | -n)
+            (($# > 1)) || usage_error "-np takes a number of workers"
+            worker_count=$2
+            shift 2
+            ;;
+        --hostfile)
+            (($# > 1)) || usage_error "--hostfile takes a file"
+            hostfile=$2
+            shift 2
+            ;;
+        -h | --help) print_help && exit 0 ;;
+        -*) usage_error "unknown option $1; see $(basename "$0") --help" ;;
+        *) break ;;
+    esac
+done
+(($#)) || usage_error "no command given, for example: launch/mpirun.sh train configs/demo.yaml"
+check_worker_count "$worker_count"
+if [[ -n $hostfile && ! -r $hostfile ]]; then
+    usage_error "the host file $hostfile cannot be read; write one with a line for each machine: 'node1 slots=4'"
+fi
+find_programs
+need_mpirun
+check_run "$@"
+
+command=("$mpirun" -np "$worker_count" --bind-to none --stdin none)
+if [[ -n $hostfile || ${SLURM_JOB_NUM_NODES:-1} != 1 ]]; then
+    stop=stop_through_mpirun
+    # Cores are counted on this machine, and say nothing about the others.
+    set_worker_environment "${OMP_NUM_THREADS:-}"
+    command+=(--map-by slot)
+    [[ -z $hostfile ]] || command+=(--hostfile "$hostfile")
+else
+    stop=stop_local_workers
+    set_worker_environment "${OMP_NUM_THREADS:-$(threads_each "$worker_count")}"
+    if [[ -z ${OMPI_MCA_btl:-} ]]; then
+        # Shared memory is enough here; Open MPI would complain of networks that it cannot match.
+        worker_environment+=("OMPI_MCA_btl=^tcp")
+    fi
+    command+=(--map-by slot:OVERSUBSCRIBE)
+fi
+
+# mpirun hands only its own variables to other machines.
+while read -r name; do
+    command+=(-x "$name")
+done < <(passed_variables)
+
+launch "$stop" "${command[@]}" "${dist_train[@]}" "$@"
+finish

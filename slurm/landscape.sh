@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# A landscape: loss and accuracy at many points of weight space, shared out over the workers of all nodes by MPI.
+#
+#   TARGETS=runs/lb_8192 OPTIONS="--directions 10" sbatch slurm/landscape.sh
+#   KIND=interpolate TARGETS="runs/sb_128 runs/lb_8192" sbatch --nodes=4 slurm/landscape.sh
+#   sbatch --dependency=afterok:JOB slurm/landscape.sh
+#
+# Points that were finished are kept, whatever ends the job: submitted again it evaluates what is left.
+#
+# What Slurm is asked for; options of sbatch come before these. On other nodes it is the same landscape.
+#SBATCH --job-name=landscape
+#SBATCH --nodes=1-2
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=04:00:00
+#SBATCH --requeue
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+#
+#   KIND              interpolate, direction or plane (direction)
+#   TARGETS           run directories or checkpoints, as words: two for interpolate, else one (runs/lb_8192)
+#   OPTIONS           more words for `dist-train landscape KIND`: "--directions 10 --points 101"
+set -euo pipefail
+
+# Slurm runs a copy of this script, from elsewhere.
+submitted=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null | sed -n '0,/^ *Command=/s/^ *Command=\([^ ]*\).*/\1/p') || submitted=
+for root in "${DIST_TRAIN_ROOT:-}" "${SLURM_SUBMIT_DIR:-}" "${submitted%/*}/.." "${0%/*}/.."; do
+    [[ ! -r $root/slurm/prologue.sh ]] || break
+done
+. "$root/slurm/prologue.sh" || { echo "$0: set DIST_TRAIN_ROOT to the project's folder" >&2 && exit 2; }
+
+landscape_in_job runs/lb_8192

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The paper's large batch: global batch 8192 on all GPUs of the nodes, or on their CPUs where there are none.
+#
+#   sbatch slurm/lb_8192.sh
+#   sbatch --nodes=4 --partition=gpu --time=2:00:00 slurm/lb_8192.sh
+#   CONFIG=configs/demo.yaml OVERRIDES="run.name=short run.max_steps=50" sbatch slurm/lb_8192.sh
+#
+# What Slurm is asked for; options of sbatch come before these. On fewer nodes it is the same run.
+#SBATCH --job-name=lb_8192
+#SBATCH --nodes=1-2
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=04:00:00
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+#
+#   CONFIG            configuration (configs/lb_8192.yaml)
+#   RUN_DIR           the run's own folder (run.directory/run.name, below the folder of submission)
+set -euo pipefail
+
+# Slurm runs a copy of this script, from elsewhere.
+submitted=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null | sed -n 's/^ *Command=\([^ ]*\).*/\1/p') || submitted=
+for root in "${DIST_TRAIN_ROOT:-}" "${SLURM_SUBMIT_DIR:-}" "${submitted%/*}/.." "${0%/*}/.."; do
+    [[ ! -r $root/slurm/prologue.sh ]] || break
+done
+. "$root/slurm/prologue.sh" || { echo "$0: set DIST_TRAIN_ROOT to the project's folder" >&2 && exit 2; }
+
+train_in_job "$root/configs/lb_8192.yaml"

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The paper's small batch: global batch 128, on one GPU. Without GPUs: sbatch --gpus-per-node=0 --cpus-per-task=8
+#
+#   sbatch slurm/sb_128.sh
+#   sbatch --partition=gpu --time=2:00:00 slurm/sb_128.sh
+#   OVERRIDES="run.seed=1 run.name=sb_128-seed-1" sbatch slurm/sb_128.sh
+#
+# What Slurm is asked for; options of sbatch come before these.
+#SBATCH --job-name=sb_128
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=4
+#SBATCH --time=12:00:00
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+#
+#   CONFIG            configuration (configs/sb_128.yaml)
+#   RUN_DIR           the run's own folder (run.directory/run.name, below the folder of submission)
+set -euo pipefail
+
+# Slurm runs a copy of this script, from elsewhere.
+submitted=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null | sed -n 's/^ *Command=\([^ ]*\).*/\1/p') || submitted=
+for root in "${DIST_TRAIN_ROOT:-}" "${SLURM_SUBMIT_DIR:-}" "${submitted%/*}/.." "${0%/*}/.."; do
+    [[ ! -r $root/slurm/prologue.sh ]] || break
+done
+. "$root/slurm/prologue.sh" || { echo "$0: set DIST_TRAIN_ROOT to the project's folder" >&2 && exit 2; }
+
+train_in_job "$root/configs/sb_128.yaml"

@@ -1,0 +1,26 @@
+"""`dist-train`, but until Slurm has requeued the job LIVES times each gradient takes longer, without work for a core.
+
+`python -m tests.cluster.slow_first_lives LIVES ARGUMENTS...`
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from dist_train.cli.main import main
+from dist_train.training.step import TrainingStep
+
+if __name__ == "__main__":
+    lives = int(sys.argv[1])
+    add_gradient = TrainingStep._add_gradient
+
+    def slow(self: TrainingStep, batch: Any, micro_batch: Any, perturbed: Any) -> None:
+        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < lives:
+            time.sleep(0.3)
+        add_gradient(self, batch, micro_batch, perturbed)
+
+    TrainingStep._add_gradient = slow  # type: ignore[method-assign]  # the delay that the test needs
+    raise SystemExit(main(sys.argv[2:]))

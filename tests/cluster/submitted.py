@@ -1,0 +1,51 @@
+"""Runs that are submitted by `sbatch slurm/lb_8192.sh`, two workers a node."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tests.cluster.cluster import ROOT, Cluster, Job, status, wait_for
+from tests.cluster.runs import Undisturbed
+from tests.launching import weights_digest
+
+
+class Submitted:
+    """A run that was submitted."""
+
+    def __init__(self, cluster: Cluster, folder: Path, config: str, *options: str, **environment: str) -> None:
+        self.run = folder / "run"
+        self._cluster = cluster
+        knobs = {"CONFIG": config, "RUN_DIR": str(self.run), "WORKERS_PER_NODE": "2", "LOSS_SECONDS": "10"}
+        self.job = cluster.sbatch(folder, "lb_8192.sh", *options, **{**knobs, **environment})
+
+    def wait_for_step(self, step: int) -> None:
+        wait_for(
+            lambda: status(self.run).get("state") == "running" and status(self.run)["step"] >= step,
+            90,
+            lambda: self._cluster.job(self.job).output,
+        )
+
+    def wait(self) -> Job:
+        return self._cluster.wait(self.job)
+
+
+def assert_equal_to_the_bit(ended: Job, run: Path, undisturbed: Undisturbed) -> None:
+    assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
+    assert status(run)["state"] == "finished"
+    assert weights_digest(run) == undisturbed.weights
+
+
+def training_by(folder: Path, module: str) -> dict[str, str]:
+    """Return the variables that let `module` train in our program's place."""
+    python = folder / "python"
+    python.write_text(
+        f"""#!/bin/bash
+if [[ $1 == -m && $3 == train ]]; then
+    exec {sys.executable} -m {module} "${{@:3}}"
+fi
+exec {sys.executable} "$@"
+"""
+    )
+    python.chmod(0o755)
+    return {"DIST_TRAIN_PYTHON": str(python), "PYTHONPATH": str(ROOT)}

@@ -1,0 +1,60 @@
+"""launch/mpirun.sh with a host file and launch/horovodrun.sh, from one node to another by ssh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dist_train.outcome import ExitCode
+from tests.cluster.cluster import ROOT, Cluster, status
+from tests.cluster.runs import Undisturbed
+from tests.launching import weights_digest
+
+pytestmark = [pytest.mark.workers, pytest.mark.services, pytest.mark.timeout(180)]
+
+
+def test_mpirun_with_a_host_file_ends_as_one_worker_does(
+    cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
+) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node1 slots=2\nnode2 slots=2\n")
+    _assert_equal(cluster, tmp_path, large_batch, "mpirun.sh", "-np", "4", "--hostfile", str(hosts))
+
+
+def test_horovodrun_over_ssh_ends_as_one_worker_does(
+    cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
+) -> None:
+    _assert_equal(cluster, tmp_path, large_batch, "horovodrun.sh", "-np", "4", "-H", "node1:2,node2:2")
+
+
+def test_horovodrun_says_which_machine_it_does_not_reach(
+    cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
+) -> None:
+    script = str(ROOT / "launch/horovodrun.sh")
+    command = (script, "-H", "node1:1,node9:1", "train", large_batch.config, "--run-dir", str(tmp_path / "run"))
+    ended = cluster.on("node1", *command, folder=tmp_path)
+    assert ended.returncode == ExitCode.FAULT
+    assert "ssh reaches node9 only with a password, or not at all" in ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_promise_7_horovodrun_hands_a_request_to_stop_to_machines_far_away(
+    cluster: Cluster, tmp_path: Path, long_run: Undisturbed
+) -> None:
+    run = tmp_path / "run"
+    script = str(ROOT / "launch/horovodrun.sh")
+    command = (script, "-H", "node1:1,node2:1", "train", long_run.config, "run.epochs=10000", "--run-dir", str(run))
+    # From the login node, where no worker runs; a request that comes early is kept for them.
+    ended = cluster.run("timeout", "--foreground", "--preserve-status", "10", *command, folder=tmp_path)
+    assert ended.returncode == ExitCode.STOPPED, ended.stdout + ended.stderr
+    assert status(run)["state"] == "stopped"
+
+
+def _assert_equal(cluster: Cluster, folder: Path, undisturbed: Undisturbed, script: str, *options: str) -> None:
+    run = folder / "run"
+    command = (str(ROOT / "launch" / script), *options, "train", undisturbed.config, "--run-dir", str(run))
+    ended = cluster.on("node1", *command, folder=folder)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert status(run)["world_size"] == 4
+    assert weights_digest(run) == undisturbed.weights

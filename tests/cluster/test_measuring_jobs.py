@@ -1,0 +1,81 @@
+"""A landscape on two nodes once a run has finished, then its report: jobs that wait for each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dist_train.outcome import ExitCode
+from tests.cluster.cluster import ROOT, Cluster, status, wait_for
+
+pytestmark = [pytest.mark.workers, pytest.mark.services, pytest.mark.timeout(240)]
+_TRAIN = {
+    "CONFIG": str(ROOT / "configs/smoke.yaml"),
+    "OVERRIDES": "run.name=smoke batch.global_size=256",
+    "WORKERS_PER_NODE": "1",
+}
+_MEASURE = {"TARGETS": "runs/smoke", "WORKERS_PER_NODE": "2"}
+
+
+def test_a_landscape_waits_for_a_run_and_the_report_for_both(cluster: Cluster, tmp_path: Path) -> None:
+    train = cluster.sbatch(tmp_path, "lb_8192.sh", "--nodes=1", **_TRAIN)
+    options = {"OPTIONS": "--directions 2 --points 5 --samples 256"}
+    measure = cluster.sbatch(tmp_path, "landscape.sh", f"--dependency=afterok:{train}", **_MEASURE, **options)
+    page = cluster.sbatch(tmp_path, "report.sh", f"--dependency=afterok:{measure}", DIRECTORY="runs/smoke")
+    hopeless = cluster.sbatch(tmp_path, "landscape.sh", f"--dependency=afternotok:{train}", **_MEASURE)
+    reported = cluster.wait(page)
+    measured = cluster.job(measure)
+    assert status(tmp_path / "runs/smoke")["state"] == "finished"
+    assert (measured.state, measured.code) == ("COMPLETED", 0), measured.output
+    assert "2 nodes (node[1-2]) x 2 workers" in measured.output
+    [result] = (tmp_path / "runs/smoke/analysis").iterdir()
+    assert (result / "points.csv").read_text().count("\n") == 1 + 2 * 2 * 5
+    assert (reported.state, reported.code) == ("COMPLETED", 0), reported.output
+    text = (tmp_path / "runs/smoke/report.html").read_text()
+    assert "random directions" in text
+    assert cluster.wait(hopeless, 60).state == "CANCELLED"
+
+
+@pytest.mark.lengthy
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+def test_a_landscape_that_is_cancelled_keeps_its_points_and_goes_on(
+    launcher: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    train = cluster.sbatch(tmp_path, "lb_8192.sh", "--nodes=1", **_TRAIN)
+    assert cluster.wait(train).state == "COMPLETED"
+    measure = {**_MEASURE, "KIND": "plane", "OPTIONS": "--points 15 --samples all", "LAUNCHER": launcher}
+    first = cluster.sbatch(tmp_path, "landscape.sh", **measure)
+
+    def kept() -> int:
+        return sum(file.read_text().count('"point"') for file in tmp_path.glob("runs/smoke/analysis/*/partial/*"))
+
+    wait_for(lambda: kept() >= 8, 60, lambda: cluster.job(first).output)
+    cluster.run("scancel", str(first), folder=tmp_path)
+    assert cluster.wait(first).state == "CANCELLED"
+    before = kept()
+    assert 8 <= before < 225
+    assert not list(tmp_path.glob("runs/smoke/analysis/*/points.csv"))
+    second = cluster.sbatch(tmp_path, "landscape.sh", "--nodes=1", **measure)
+    ended = cluster.wait(second)
+    assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
+    [points] = tmp_path.glob("runs/smoke/analysis/*/points.csv")
+    assert points.read_text().count("\n") == 1 + 2 * 225
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--points 3.5", "invalid int value: '3.5'"),
+        ("--points 1", "--points is 1"),
+        ("--points 3", "holds no checkpoint"),
+    ],
+)
+def test_what_is_wrong_with_a_landscape_is_told_once_and_ends_with_2(
+    options: str, message: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    job = cluster.sbatch(tmp_path, "landscape.sh", TARGETS="run", OPTIONS=options, WORKERS_PER_NODE="1")
+    ended = cluster.wait(job)
+    assert (ended.state, ended.code) == ("FAILED", ExitCode.USAGE), ended.output
+    assert ended.output.count(message) == 1, ended.output

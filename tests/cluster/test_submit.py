@@ -1,0 +1,52 @@
+"""`dist-train submit` on a real Slurm."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_train.outcome import ExitCode
+from tests.cluster.cluster import Cluster, status
+from tests.cluster.runs import Undisturbed
+from tests.launching import weights_digest
+
+pytestmark = [pytest.mark.workers, pytest.mark.services, pytest.mark.timeout(180)]
+_SUBMIT = (sys.executable, "-m", "dist_train", "submit")
+
+
+def test_a_submitted_run_finishes(cluster: Cluster, tmp_path: Path, large_batch: Undisturbed) -> None:
+    command = (*_SUBMIT, large_batch.config, "--nodes", "2", "--workers-per-node", "1", "--time", "5")
+    submitted = cluster.run(*command, "--run-dir", "run", "--", "--comment=two words", folder=tmp_path)
+    assert submitted.returncode == 0, submitted.stderr
+    run = tmp_path / "run"
+    assert "global batch 8,192 = 8 micro-batches of 1,024\n2 workers x 4 micro-batches a step\n" in submitted.stdout
+    assert f"run directory  {run}\n" in submitted.stdout
+    found = re.search(r"^job +(\d+)$", submitted.stdout, re.MULTILINE)
+    assert found is not None
+    ended = cluster.wait(int(found[1]))
+    assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
+    assert status(run)["world_size"] == 2
+    assert weights_digest(run) == large_batch.weights
+    assert (run / f"slurm-{found[1]}.log").is_file()
+
+
+def test_a_bad_configuration_never_reaches_the_queue(cluster: Cluster, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("noise: {amplitud: 1}")
+    before = cluster.run("squeue", "--states=all", "--noheader", folder=tmp_path).stdout
+    refused = cluster.run(*_SUBMIT, str(config), folder=tmp_path)
+    assert refused.returncode == ExitCode.USAGE
+    assert "noise.amplitud: unknown key" in refused.stderr
+    assert cluster.run("squeue", "--states=all", "--noheader", folder=tmp_path).stdout == before
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_sbatch_refuses_is_said_in_one_line(cluster: Cluster, tmp_path: Path, large_batch: Undisturbed) -> None:
+    command = (*_SUBMIT, large_batch.config, "--partition", "none", "--run-dir", "run")
+    refused = cluster.run(*command, folder=tmp_path)
+    assert refused.returncode == ExitCode.USAGE
+    assert "sbatch refuses the job" in refused.stderr
+    assert "Traceback" not in refused.stderr

@@ -1,0 +1,188 @@
+"""Real launches of the real program, for tests: alone, under horovodrun with Gloo, under mpirun."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+_BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a launch ended and what it printed."""
+
+    code: int
+    output: str
+
+
+_DIST_TRAIN = ("-m", "dist_train")
+
+
+def command(workers: int, controller: str, *arguments: str, program: Sequence[str] = _DIST_TRAIN) -> list[str]:
+    """Return the command line that runs `dist-train ARGUMENTS`, or another program, on so many workers."""
+    program = [sys.executable, *program, *arguments]
+    match controller:
+        case "alone":
+            assert workers == 1
+            return program
+        case "gloo":
+            launcher = [str(_BIN / "horovodrun"), "-np", str(workers), "--gloo", "--network-interface", "lo"]
+        case "mpi":
+            launcher = ["mpirun", "-np", str(workers), "--bind-to", "none", "--oversubscribe"]
+        case _:
+            raise AssertionError(controller)
+    return [*launcher, *program]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Return this process's environment as a launch needs it: our programs first, no metrics of ours inherited."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX_"))}
+    return {
+        **inherited,
+        "PATH": f"{_BIN}:{inherited['PATH']}",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        **extra,
+    }
+
+
+def launch(
+    workers: int,
+    controller: str,
+    *arguments: str,
+    timeout: float = 120,
+    extra: Mapping[str, str] | None = None,
+    program: Sequence[str] = _DIST_TRAIN,
+) -> Ended:
+    """Run `dist-train ARGUMENTS` on so many workers and wait; nothing of it is left behind."""
+    process = start(workers, controller, *arguments, extra=extra, program=program)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        kill(process)
+    return Ended(process.returncode, output)
+
+
+def start(
+    workers: int,
+    controller: str,
+    *arguments: str,
+    extra: Mapping[str, str] | None = None,
+    program: Sequence[str] = _DIST_TRAIN,
+) -> subprocess.Popen[str]:
+    """Start `dist-train ARGUMENTS` in a session of its own."""
+    return subprocess.Popen(
+        command(workers, controller, *arguments, program=program),
+        env=environment(**(extra or {})),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL everything that `process` started, at once."""
+    for pid in [process.pid, *descendants(process.pid)]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes below `pid`."""
+    found: list[int] = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            for child in map(int, children.read_text().split()):
+                found += [child, *descendants(child)]
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def small_settings(**sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of a run that takes a second: 8 steps an epoch, ghost norm, noise, one thread."""
+    settings: dict[str, dict[str, Any]] = {
+        "run": {"name": "small", "epochs": 4},
+        "data": {"name": "synthetic", "synthetic_samples": 820, "synthetic_shape": [1, 12, 12]},
+        "model": {"width": 0.0625, "ghost_size": 8, "norm_samples": 100},
+        "batch": {"global_size": 100, "micro_size": 16},
+        "noise": {"method": "smoothout", "amplitude": 0.02},
+        "optimizer": {"learning_rate": 0.05},
+        "precision": {"threads": 1},
+        "evaluation": {"batch_size": 50, "train_samples": 120},
+        "metrics": {"enabled": False},
+    }
+    for name, values in sections.items():
+        settings[name] = {**settings.get(name, {}), **values}
+    return settings
+
+
+def write_config(folder: Path, settings: Mapping[str, Any]) -> str:
+    """Write `settings` into `folder` and return the file's path."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(dict(settings)))
+    return str(path)
+
+
+def final_checkpoint(run: Path) -> dict[str, Any]:
+    """Return the contents of the last checkpoint of `run`."""
+    last = max((run / "checkpoints").glob("step-*.pt"))
+    contents: dict[str, Any] = torch.load(last, weights_only=True)
+    return contents
+
+
+def weights_digest(run: Path) -> str:
+    """Return the SHA-256 of all tensors of the last checkpoint's model, in order."""
+    return digest_of(final_checkpoint(run)["model"])
+
+
+def digest_of(state: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of all tensors of `state`, in order."""
+    hashed = hashlib.sha256()
+    for name, tensor in state.items():
+        hashed.update(name.encode())
+        hashed.update(tensor.contiguous().numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the records of `kind` in the run's metrics, as they stand."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+_CLOCKS = {"time", "step_seconds", "samples_per_second"}
+
+
+def results(run: Path, kinds: Sequence[str] = ("train", "eval")) -> list[dict[str, Any]]:
+    """Return what a run recorded, clocks left out: what two equal runs have in common."""
+    return [
+        {name: value for name, value in record.items() if name not in _CLOCKS}
+        for kind in kinds
+        for record in records(run, kind)
+    ]
+
+
+def status(run: Path) -> dict[str, Any]:
+    """Return the run's status."""
+    fields: dict[str, Any] = json.loads((run / "status.json").read_text())
+    return fields

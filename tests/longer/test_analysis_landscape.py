@@ -1,0 +1,291 @@
+"""Landscapes of real checkpoints of a tiny run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_train.analysis import landscape
+from dist_train.analysis.landscape import Finished, Report, Request, make_landscape
+from dist_train.analysis.landscape_files import PointRow, read_landscape
+from dist_train.analysis.landscape_settings import DirectionSettings, LandscapeSettings, MeasureSettings, Statistics
+from dist_train.analysis.point_evaluation import PointEvaluator
+from dist_train.cluster.alone import Alone
+from dist_train.cluster.points import AlonePoints
+from dist_train.data.images import Split
+from dist_train.outcome import UsageError
+from dist_train.training.stored import evaluate_stored
+from tests.unit.small_trainers import build_trainer, small_config
+
+EVERYTHING = MeasureSettings(samples=None, batch_size=16)
+LINE = LandscapeSettings("interpolate", -0.5, 1.5, 5, EVERYTHING)
+DIRECTION = LandscapeSettings("direction", -1.0, 1.0, 3, EVERYTHING, lines=2)
+PLANE = LandscapeSettings("plane", -1.0, 1.0, 3, EVERYTHING)
+
+
+class KilledError(BaseException):
+    """Stands for a SIGKILL."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    build_trainer(small_config(run={"epochs": 4}, checkpoint={"keep": 9}), folder, Alone()).run()
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """An entry for each point that is evaluated."""
+    counted: list[None] = []
+    evaluate = PointEvaluator.evaluate
+
+    def counting(self: PointEvaluator, place: object) -> object:
+        counted.append(None)
+        return evaluate(self, place)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PointEvaluator, "evaluate", counting)
+    return counted
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without figures, which take longer than all else here."""
+    monkeypatch.setattr(landscape, "draw", lambda *_: None)
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}.pt"
+
+
+def silent(done: int, total: int) -> None:
+    pass
+
+
+def made(request: Request, report: Report = silent) -> Finished:
+    finished = make_landscape(replace(request, threads=1), AlonePoints(), report)
+    assert finished is not None
+    return finished
+
+
+def rows(finished: Finished) -> list[PointRow]:
+    return list(read_landscape(finished.folder).rows)
+
+
+def requests(run: Path) -> list[Request]:
+    ends = [checkpoint(run, 3), checkpoint(run, 12)]
+    return [
+        Request(ends, LINE),
+        Request([run], DIRECTION),
+        Request([run], PLANE),
+        Request([run], replace(PLANE, trajectory=True)),
+    ]
+
+
+@pytest.mark.parametrize("statistics", ["interpolated", "recomputed"])
+@pytest.mark.usefixtures("undrawn")
+def test_the_ends_of_a_line_are_what_evaluate_says(run: Path, statistics: Statistics) -> None:
+    measure = replace(EVERYTHING, statistics=statistics)
+    finished = made(Request([checkpoint(run, 3), run], replace(LINE, measure=measure)))
+    splits: tuple[Split, ...] = ("train", "test")
+    for alpha, step in ((0.0, 3), (1.0, 12)):
+        for split in splits:
+            expected = evaluate_stored(checkpoint(run, step), split, [])
+            assert expected is not None
+            [row] = [row for row in rows(finished) if row.alpha == alpha and row.split == split]
+            assert row.loss == pytest.approx(expected["loss"], rel=1e-6)
+            assert row.accuracy == expected["accuracy"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_middle_of_a_direction_and_of_a_plane_is_what_evaluate_says(run: Path) -> None:
+    expected = evaluate_stored(run, "train", [])
+    assert expected is not None
+    for request in requests(run)[1:3]:
+        found = [row for row in rows(made(request)) if (row.alpha, row.beta, row.split) == (0.0, 0.0, "train")]
+        assert len(found) == (2 if request.settings.kind == "direction" else 1)
+        assert [row.loss for row in found] == [pytest.approx(expected["loss"], rel=1e-6)] * len(found)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_directions_and_statistics_make_a_difference(run: Path) -> None:
+    request = requests(run)[1]
+    found = [rows(made(request))]
+    measure = replace(EVERYTHING, statistics="interpolated")
+    found.append(rows(made(replace(request, settings=replace(DIRECTION, measure=measure)))))
+    for choice in (DirectionSettings(seed=1), DirectionSettings("layer"), DirectionSettings(exclude=())):
+        found.append(rows(made(replace(request, settings=replace(DIRECTION, directions=choice)))))
+    losses = [[row.loss for row in result if row.direction == line] for result in found for line in range(2)]
+    assert len({tuple(line) for line in losses}) == len(losses)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_plane_contains_its_first_direction(run: Path) -> None:
+    line = [row for row in rows(made(requests(run)[1])) if row.direction == 0]
+    across = [row for row in rows(made(requests(run)[2])) if row.beta == 0.0]
+    assert line == across
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("which", range(4))
+def test_killed_and_started_again_it_is_the_same_to_the_bit(
+    run: Path, tmp_path: Path, which: int, evaluations: list[None]
+) -> None:
+    request = requests(run)[which]
+    undisturbed = made(replace(request, output=tmp_path / "undisturbed"))
+    total = len(evaluations)
+
+    def kill_at(point: int) -> Callable[[int, int], None]:
+        def report(done: int, _: int) -> None:
+            if done == point:
+                raise KilledError
+
+        return report
+
+    for point in (2, 1):
+        with pytest.raises(KilledError):
+            made(request, kill_at(point))
+    [folder] = (run / "analysis").iterdir()
+    with (folder / "partial" / "worker-0.jsonl").open("a") as partial:
+        partial.write('{"point": 4, "measured": [[0.')
+    evaluations.clear()
+    resumed = made(request)
+    assert len(evaluations) == total - 3
+    assert sorted(path.name for path in folder.iterdir()) == ["points.csv", "settings.json"]
+    for path in folder.iterdir():
+        assert path.read_bytes() == (undisturbed.folder / path.name).read_bytes(), path.name
+    assert resumed.folder == folder
+
+
+def test_a_finished_result_is_only_drawn_again(run: Path, evaluations: list[None]) -> None:
+    request = requests(run)[1]
+    first = made(request)
+    points = (first.folder / "points.csv").read_bytes()
+    picture = (first.folder / "figure.svg").read_bytes()
+    evaluations.clear()
+    again = made(replace(request, scale="log"))
+    assert not evaluations
+    assert again.was_there
+    assert again.folder == first.folder
+    assert (first.folder / "points.csv").read_bytes() == points
+    assert (first.folder / "figure.svg").read_bytes() != picture
+    assert again.widths == first.widths
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_no_result_is_used_for_another_checkpoint_or_setting(run: Path, evaluations: list[None]) -> None:
+    request = Request([run], DIRECTION)
+    measures = [
+        replace(EVERYTHING, **change)
+        for change in (
+            {"samples": 40},
+            {"samples": 40, "subset_seed": 1},
+            {"test_samples": 10},
+            {"statistics": "interpolated"},
+            {"statistics_samples": 20},
+            {"batch_size": 17},
+        )
+    ]
+    choices = [DirectionSettings("layer"), DirectionSettings(seed=1), DirectionSettings(exclude=("norm",))]
+    others = [
+        Request([checkpoint(run, 9)], DIRECTION),
+        Request([run], replace(DIRECTION, points=5)),
+        Request([run], replace(DIRECTION, start=-0.5)),
+        Request([run], replace(DIRECTION, lines=1)),
+        Request([run], PLANE),
+        *(Request([run], replace(DIRECTION, measure=measure)) for measure in measures),
+        *(Request([run], replace(DIRECTION, directions=choice)) for choice in choices),
+    ]
+    folders = [made(request).folder]
+    for other in others:
+        evaluations.clear()
+        folders.append(made(other).folder)
+        assert evaluations, other
+    assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_settings_say_what_it_is_of_and_what_was_found(run: Path) -> None:
+    finished = made(requests(run)[0])
+    fields = json.loads((finished.folder / "settings.json").read_text())
+    assert fields["kind"] == "interpolate"
+    assert [item["step"] for item in fields["checkpoints"]] == [3, 12]
+    record = json.loads(checkpoint(run, 3).with_suffix(".json").read_text())
+    assert fields["checkpoints"][0]["sha256"] == record["sha256"]
+    assert fields["settings"]["samples"] == 100
+    assert fields["settings"]["statistics"] == "recomputed"
+    assert set(fields["widths"]) == {"A", "B"}
+    assert set(fields["widths"]["A"]) == {"2", "10"}
+    states = [torch.load(checkpoint(run, step), weights_only=True)["model"] for step in (3, 12)]
+    squares = sum(
+        float((states[1][name] - states[0][name]).double().square().sum())
+        for name in states[0]
+        if not name.endswith(("running_mean", "running_var"))
+    )
+    assert fields["distances"] == [pytest.approx(squares**0.5, rel=1e-6)]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_network_without_running_statistics_has_a_landscape_too(tmp_path: Path) -> None:
+    build_trainer(small_config(run={"epochs": 1}, model={"norm": "group"}), tmp_path / "run", Alone()).run()
+    finished = made(Request([tmp_path / "run"], DIRECTION))
+    assert read_landscape(finished.folder).settings["statistics"] == "none"
+
+
+class TestRefusals:
+    def test_there_is_no_line_from_a_checkpoint_to_itself(self, run: Path) -> None:
+        with pytest.raises(UsageError, match="are the same checkpoint"):
+            made(Request([run, checkpoint(run, 12)], LINE))
+
+    def test_networks_of_other_shapes_have_no_line_between_them(self, run: Path, tmp_path: Path) -> None:
+        build_trainer(small_config(run={"epochs": 1}, model={"width": 0.0625}), tmp_path / "wide", Alone()).run()
+        with pytest.raises(UsageError, match="holds another network"):
+            made(Request([run, tmp_path / "wide"], LINE))
+
+    def test_networks_of_other_data_have_no_line_between_them(self, run: Path, tmp_path: Path) -> None:
+        build_trainer(small_config(run={"epochs": 1, "seed": 1}), tmp_path / "other", Alone()).run()
+        with pytest.raises(UsageError, match=r"is of other data: its run.seed is 1, not 0"):
+            made(Request([run, tmp_path / "other"], LINE))
+
+    def test_a_trajectory_needs_three_checkpoints(self, run: Path) -> None:
+        with pytest.raises(UsageError, match=r"2 checkpoints up to step-00000006.pt: .* larger checkpoint.keep"):
+            made(Request([checkpoint(run, 6)], replace(PLANE, trajectory=True)))
+
+    def test_a_damaged_checkpoint_is_not_read(self, run: Path) -> None:
+        content = bytearray(checkpoint(run, 12).read_bytes())
+        content[1000] ^= 1
+        checkpoint(run, 12).write_bytes(content)
+        with pytest.raises(UsageError, match="is damaged"):
+            made(Request([run], DIRECTION))
+
+    def test_settings_that_make_no_sense_are_refused(self) -> None:
+        with pytest.raises(UsageError, match=r"--points is 1"):
+            replace(DIRECTION, points=1)
+        with pytest.raises(UsageError, match=r"--range 2 1: the first"):
+            replace(DIRECTION, start=2.0)
+        with pytest.raises(UsageError, match=r"--range -1 nan"):
+            replace(DIRECTION, stop=float("nan"))
+        with pytest.raises(UsageError, match=r"--directions is 0"):
+            replace(DIRECTION, lines=0)
+
+    def test_samples_must_be_positive(self) -> None:
+        with pytest.raises(UsageError, match="--test-samples is 0"):
+            replace(EVERYTHING, test_samples=0)

@@ -1,0 +1,230 @@
+"""`dist-train sharpness`: from a run's checkpoint to a record and a table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_train.analysis.sharpness import measure_sharpness
+from dist_train.analysis.sharpness_record import SharpnessSettings, read_record, read_records
+from dist_train.analysis.stored_subset import choose_samples, cut
+from dist_train.cli.main import main
+from dist_train.cluster.alone import Alone
+from dist_train.outcome import UsageError
+from dist_train.training.stored import evaluate_stored
+from tests.unit.image_folders import write_folder
+from tests.unit.small_trainers import build_trainer, small_config
+
+OPTIONS = [
+    *("--samples", "50", "--batch-size", "20", "--amplitudes", "0.01,0.1", "--draws", "2"),
+    *("--keskar-iterations", "2", "--keskar-dimensions", "3", "--hessian-eigenvalues", "1", "--hessian-probes", "2"),
+    *("--hessian-tolerance", "0.1"),
+]
+QUICK = SharpnessSettings(samples=50, batch_size=20, amplitudes=(0.01,), draws=2, keskar_iterations=1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    build_trainer(small_config(), folder, Alone()).run()
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    for name in ("step-00000006.pt", "step-00000006.json"):
+        (folder / name).write_bytes((trained / "checkpoints" / name).read_bytes())
+    return folder.parent
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_bytes()) for path in sorted((run / "analysis").iterdir())]
+
+
+def test_a_run_is_measured_from_end_to_end(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = run / "checkpoints" / "step-00000006.pt"
+    before = checkpoint.read_bytes()
+    assert main(["sharpness", str(run), *OPTIONS]) == 0
+    assert checkpoint.read_bytes() == before
+    [record] = records(run)
+    digest = hashlib.sha256(before).hexdigest()
+    assert record["checkpoint"] == {"path": str(checkpoint), "sha256": digest, "step": 6}
+    assert len(record["data"]["sha256"]) == 64
+    assert record["data"]["samples"] == record["settings"]["samples"] == 50
+    assert record["settings"]["amplitudes"] == [0.01, 0.1]
+    assert record["keskar"]["full"] > record["keskar"]["subspace"] > 0
+    assert [rise["amplitude"] for rise in record["expected_rise"]] == [0.01, 0.1]
+    assert {"mean", "standard_error", "draws"} < set(record["expected_rise"][0])
+    assert len(record["hessian"]["eigenvalues"]) == 1
+    assert {"trace", "trace_standard_error"} < set(record["hessian"])
+    assert set(record["seconds"]) == {"keskar", "rise", "hessian"}
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == str(next((run / "analysis").iterdir()))
+    assert f"Keskar, full space, epsilon 0.001   {record['keskar']['full']:.4g}"[:30] in "\n".join(printed)
+    assert sum("expected rise" in line for line in printed) == 2
+
+
+def test_what_is_known_is_not_measured_again_and_the_rest_is_added(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sharpness", str(run), *OPTIONS, "--only", "rise"]) == 0
+    [first] = records(run)
+    assert first["keskar"] is first["hessian"] is None
+    assert "Keskar" not in capsys.readouterr().out
+    assert main(["sharpness", str(run), *OPTIONS, "--only", "keskar,rise"]) == 0
+    assert re.findall(r"^(\w+): ", capsys.readouterr().err, re.MULTILINE) == ["keskar"]
+    [second] = records(run)
+    assert second["expected_rise"] == first["expected_rise"]
+    assert second["keskar"] is not None
+    assert main(["sharpness", str(run), *OPTIONS, "--only", "keskar"]) == 0
+    assert "measured before: delete" in capsys.readouterr().err
+
+
+def test_other_settings_or_another_checkpoint_have_a_record_of_their_own(run: Path, trained: Path) -> None:
+    changes: tuple[dict[str, object], ...] = (
+        {},
+        {"seed": 1},
+        {"samples": 40},
+        {"statistics": "batch"},
+    )
+    found = [measure_sharpness(run, QUICK.model_copy(update=change), ["rise"])[0] for change in changes]
+    assert len(list((run / "analysis").iterdir())) == len(changes)
+    means = [record.expected_rise[0].mean for record in found if record.expected_rise]
+    assert len(set(means)) == len(changes)
+    assert found[0].data != found[1].data
+    for name in ("step-00000003.pt", "step-00000003.json"):
+        (run / "checkpoints" / name).write_bytes((trained / "checkpoints" / name).read_bytes())
+    record, path = measure_sharpness(run / "checkpoints" / "step-00000003.pt", QUICK, ["rise"])
+    assert record.checkpoint.step == 3
+    assert len(read_records(run)) == len(changes) + 1
+    assert read_record(path) == record
+
+
+def test_statistics_are_recomputed_as_the_run_itself_does(run: Path, tmp_path: Path) -> None:
+    anew = QUICK.model_copy(update={"statistics": "recomputed"})
+    with_noise = [measure_sharpness(run, settings, ["rise"])[0].loss for settings in (QUICK, anew)]
+    assert with_noise[0] == with_noise[1], "a run with noise stores recomputed statistics"
+    build_trainer(small_config(noise={"method": "none"}), tmp_path / "base", Alone()).run()
+    base = [measure_sharpness(tmp_path / "base", settings, ["rise"])[0].loss for settings in (QUICK, anew)]
+    assert base[0] != base[1]
+
+
+def test_the_loss_over_all_training_images_is_that_of_evaluate(run: Path) -> None:
+    settings = QUICK.model_copy(update={"samples": 100})
+    record, _ = measure_sharpness(run, settings, ["rise"])
+    evaluated = evaluate_stored(run, "train", [])
+    assert evaluated is not None
+    assert record.loss == pytest.approx(evaluated["loss"], rel=1e-6)
+    assert record.accuracy == evaluated["accuracy"]
+
+
+def test_an_image_folder_is_measured_too(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "images")
+    data = {"name": "imagefolder", "root": str(root), "image_size": 8, "classes": 3}
+    config = small_config(data=data, batch={"global_size": 12, "micro_size": 6})
+    build_trainer(config, tmp_path / "run", Alone()).run()
+    record, _ = measure_sharpness(tmp_path / "run", QUICK.model_copy(update={"samples": 24}), ["rise"])
+    evaluated = evaluate_stored(tmp_path / "run", "train", [])
+    assert evaluated is not None
+    assert record.loss == pytest.approx(evaluated["loss"], rel=1e-6)
+
+
+def test_the_same_question_has_the_same_answer(run: Path) -> None:
+    first, path = measure_sharpness(run, QUICK, ["rise", "keskar"])
+    second, copy = measure_sharpness(run, QUICK, ["rise", "keskar"], folder=run / "elsewhere")
+    assert copy == run / "elsewhere" / path.name
+    assert (second.keskar, second.expected_rise, second.data) == (first.keskar, first.expected_rise, first.data)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--only", "keskar,flatness"], "--only takes keskar, rise, hessian, not flatness"),
+        (["--only", ","], "not nothing"),
+        (["--samples", "101"], "--samples 101: there are 100 training images"),
+        (["--samples", "1"], "--samples: input should be greater than or equal to 2"),
+        (["--draws", "1", "--keskar-epsilon", "0"], "--keskar-epsilon: .*; --draws: "),
+        (["--amplitudes", "0.1,-1"], "--amplitudes: "),
+        (["--samples", "50", "--keskar-dimensions", "5000"], "there are 1996 weights"),
+        (["--samples", "50", "--exclude", "nothing.*"], "no weight has this name"),
+        (["--samples", "50", "model.width=1"], "not model.width"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    run: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    assert main(["sharpness", str(run), *options]) == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert not (run / "analysis").exists()
+
+
+def test_what_cannot_be_read_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sharpness", str(tmp_path / "nowhere")]) == 2
+    assert "no such run or checkpoint" in capsys.readouterr().err
+    _, path = measure_sharpness(run, QUICK, ["rise"])
+    path.write_text("{}")
+    with pytest.raises(UsageError, match="delete it and measure again"):
+        measure_sharpness(run, QUICK, ["rise"])
+
+
+def test_words_in_place_of_numbers_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["sharpness", str(run), "--amplitudes", "small"])
+    assert ended.value.code == 2
+    assert "not numbers with commas between them: small" in capsys.readouterr().err
+
+
+def test_several_workers_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    with pytest.raises(UsageError, match="by one process"):
+        measure_sharpness(run, QUICK)
+
+
+def test_the_help_tells_the_settings_and_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sharpness", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, field in SharpnessSettings.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in text
+        value = field.default
+        shown = (
+            ",".join(f"{part:g}" if isinstance(part, float) else part for part in value)
+            if isinstance(value, tuple)
+            else value
+        )
+        stated = f"(default: {shown:g})" if isinstance(shown, int | float) else f"(default: {shown})"
+        assert stated in text or f"{shown}: the stored ones, held (default)" in text, name
+
+
+def test_samples_are_balanced_shuffled_and_chosen_by_the_seed() -> None:
+    labels = torch.arange(200) // 20
+    settings = SharpnessSettings(samples=50)
+    chosen = choose_samples(labels, 10, settings)
+    assert torch.bincount(labels[chosen]).tolist() == [5] * 10
+    assert len(set(labels[chosen[:20]].tolist())) > 4
+    assert torch.equal(chosen, choose_samples(labels, 10, settings))
+    assert not torch.equal(chosen, choose_samples(labels, 10, settings.model_copy(update={"seed": 1})))
+
+
+@pytest.mark.parametrize(("samples", "sizes"), [(50, [20, 30]), (60, [20, 20, 20]), (19, [19]), (21, [21])])
+def test_what_is_left_over_joins_the_last_batch(samples: int, sizes: list[int]) -> None:
+    parts = cut(torch.arange(samples), 20)
+    assert [len(part) for part in parts] == sizes
+    assert torch.equal(torch.cat(parts), torch.arange(samples))

@@ -1,0 +1,294 @@
+"""Every measure of sharpness against what is known in closed form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dist_train.analysis import keskar
+from dist_train.analysis.expected_rise import expected_rises
+from dist_train.analysis.hessian import Probing, largest_eigenvalues, spectrum
+from dist_train.analysis.subset_loss import SubsetLoss, Vector, cross_entropy
+from dist_train.config import NoiseSettings
+from dist_train.data import synthetic
+from dist_train.data.loader import Samples
+from dist_train.models import build_model
+from tests.unit.small_trainers import small_config, state_bits
+
+EPSILON = 1e-3
+
+
+class Parabola:
+    """c + 1/2 sum of h_i (x_i - m_i)^2."""
+
+    def __init__(self, curvatures: Vector, minimum: Vector, point: Vector, least: float) -> None:
+        self.curvatures, self.minimum, self._point, self.least = curvatures, minimum, point, least
+        self.calls = 0
+
+    def point(self) -> Vector:
+        return self._point
+
+    def value_and_gradient(self, point: Vector) -> tuple[float, Vector]:
+        self.calls += 1
+        away = point - self.minimum
+        return self.least + 0.5 * float(self.curvatures @ away**2), self.curvatures * away
+
+    def highest(self) -> float:
+        """Return the maximum over Keskar's box: its corner that is farthest from the minimum."""
+        away = np.abs(self._point - self.minimum) + EPSILON * (np.abs(self._point) + 1)
+        return self.least + 0.5 * float(self.curvatures @ away**2)
+
+
+def a_parabola(weights: int, *, at_minimum: bool, factor: float = 1.0) -> Parabola:
+    random = np.random.default_rng(weights)
+    point = random.normal(size=weights)
+    minimum = point if at_minimum else point + 1e-3 * random.normal(size=weights)
+    return Parabola(factor * 10 ** random.uniform(-2, 2, weights), minimum, point, 0.3 * factor)
+
+
+def sharpness(highest: float, value: float) -> float:
+    return 100 * (highest - value) / (1 + value)
+
+
+class TestKeskar:
+    @pytest.mark.parametrize("at_minimum", [True, False])
+    @pytest.mark.parametrize("weights", [1, 2, 5, 50])
+    def test_on_a_parabola_it_is_the_closed_form(self, weights: int, at_minimum: bool) -> None:
+        loss = a_parabola(weights, at_minimum=at_minimum)
+        expected = sharpness(loss.highest(), loss.value_and_gradient(loss.point())[0])
+        assert keskar.full_space(loss, keskar.Ascent()) == pytest.approx(expected, rel=1e-6)
+
+    @pytest.mark.parametrize("factor", [1e-9, 1e6])
+    def test_the_size_of_the_loss_does_not_end_the_ascent(self, factor: float) -> None:
+        loss = a_parabola(20, at_minimum=False, factor=factor)
+        expected = sharpness(loss.highest(), loss.value_and_gradient(loss.point())[0])
+        assert keskar.full_space(loss, keskar.Ascent()) == pytest.approx(expected, rel=1e-6)
+
+    def test_within_one_direction_it_is_the_closed_form(self) -> None:
+        point = np.random.default_rng(0).normal(size=30)
+        loss = Parabola(np.full(30, 7.0), np.zeros(30), point, 0.1)
+        [direction] = keskar.random_directions(30, 1, seed=3).double().numpy()
+        assert np.linalg.norm(direction) == pytest.approx(1)
+        along = float(direction @ point)
+        radius = EPSILON * (abs(along) + 1)
+        value = 0.1 + 3.5 * float(point @ point)
+        found = keskar.subspace(loss, keskar.Ascent(seed=3), dimensions=1)
+        assert found == pytest.approx(sharpness(value + 3.5 * (2 * radius * abs(along) + radius**2), value), rel=1e-5)
+
+    def test_a_subspace_is_seen_through_its_pseudo_inverse(self) -> None:
+        directions = keskar.random_directions(40, 6, seed=0)
+        point = np.random.default_rng(1).normal(size=40)
+        expected = np.linalg.pinv(directions.double().numpy().T) @ point
+        np.testing.assert_allclose(keskar.coordinates(directions, point), expected, rtol=1e-4)
+
+    def test_a_subspace_is_no_sharper_than_a_box_that_holds_it(self) -> None:
+        loss = a_parabola(60, at_minimum=False)
+        assert 0 < keskar.subspace(loss, keskar.Ascent(), 5) < keskar.full_space(loss, keskar.Ascent(epsilon=3e-3))
+
+    def test_the_point_itself_is_no_start_at_a_minimum(self) -> None:
+        loss = a_parabola(5, at_minimum=True)
+        assert keskar.full_space(loss, keskar.Ascent(starts=1)) == 0
+        assert keskar.full_space(loss, keskar.Ascent(starts=2)) > 0
+
+    def test_it_ends_with_the_iterations(self) -> None:
+        few, many = a_parabola(50, at_minimum=False), a_parabola(50, at_minimum=False)
+        keskar.full_space(few, keskar.Ascent(iterations=1))
+        keskar.full_space(many, keskar.Ascent(iterations=10))
+        assert few.calls <= many.calls <= 100
+
+    def test_the_seed_chooses_subspace_and_starts(self) -> None:
+        loss = a_parabola(60, at_minimum=False)
+        found = [keskar.subspace(loss, keskar.Ascent(seed=seed), 5) for seed in (0, 0, 1)]
+        assert found[0] == found[1] != found[2]
+
+
+INPUTS = torch.linspace(-1, 1, 70 * 6).reshape(70, 6).sin() * torch.arange(1, 7)
+LABELS = torch.arange(70) % 4
+
+
+def half_square(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return half the squared outputs, summed: quadratic in the weights of a linear model."""
+    return outputs.double().square().sum() / 2
+
+
+def linear_model() -> nn.Linear:
+    model = nn.Linear(6, 4)
+    with torch.no_grad():
+        model.weight.copy_(torch.arange(24).reshape(4, 6).cos())
+        model.bias.copy_(torch.arange(4).sin())
+    return model
+
+
+def a_loss(model: nn.Module, *, quadratic: bool = False, threads: int = 1) -> SubsetLoss:
+    batches = [(INPUTS[:40], LABELS[:40]), (INPUTS[40:], LABELS[40:])]
+    return SubsetLoss(model, batches, half_square if quadratic else cross_entropy, threads)
+
+
+def with_ones() -> Vector:
+    ones: Vector = torch.cat([INPUTS, torch.ones(70, 1)], 1).double().numpy()
+    return ones
+
+
+def quadratic_hessian() -> Vector:
+    """Return the Hessian in the weights [4, 6] and biases [4] of the linear model: the same block for every output."""
+    moments = with_ones().T @ with_ones() / 70
+    return reordered(np.kron(np.eye(4), moments))
+
+
+def softmax_hessian(model: nn.Linear) -> Vector:
+    """Return the mean over samples of (diag(p) - p p') x x'."""
+    with torch.no_grad():
+        probabilities = model(INPUTS).double().softmax(1).numpy()
+    blocks = [
+        np.kron(np.diag(p) - np.outer(p, p), np.outer(x, x)) for p, x in zip(probabilities, with_ones(), strict=True)
+    ]
+    return reordered(np.mean(blocks, axis=0))
+
+
+def reordered(hessian: NDArray[Any]) -> Vector:
+    """Return `hessian` of outputs' rows, each with its bias last, in the model's order: weights, then biases."""
+    places = [7 * output + entry for output in range(4) for entry in range(6)] + [7 * output + 6 for output in range(4)]
+    ordered: Vector = hessian[np.ix_(places, places)].astype(np.float64)
+    return ordered
+
+
+class TestExpectedRise:
+    def test_of_a_quadratic_it_is_the_trace_within_its_standard_error(self) -> None:
+        trace = float(np.trace(quadratic_hessian()))
+        loss = a_loss(linear_model(), quadratic=True)
+        for rise in expected_rises(loss, NoiseSettings(), (0.01, 0.1), draws=250, seed=0):
+            expected = rise.amplitude**2 * trace / 6
+            assert abs(rise.mean - expected) < 3 * rise.standard_error
+            assert 0 < rise.standard_error < 0.05 * expected
+            assert rise.draws == 250
+
+    def test_its_standard_error_is_that_of_its_mean(self) -> None:
+        loss = a_loss(linear_model(), quadratic=True)
+        means, errors = [], []
+        for seed in range(40):
+            [rise] = expected_rises(loss, NoiseSettings(), (0.1,), draws=8, seed=seed)
+            means.append(rise.mean)
+            errors.append(rise.standard_error)
+        assert np.std(means) == pytest.approx(np.mean(errors), rel=0.3)
+
+    def test_excluded_weights_do_not_count(self) -> None:
+        loss = a_loss(linear_model(), quadratic=True)
+        [rise] = expected_rises(loss, NoiseSettings(exclude=("bias",)), (0.1,), draws=250, seed=0)
+        trace = float(np.trace(quadratic_hessian()[:24, :24]))
+        assert abs(rise.mean - 0.01 * trace / 6) < 3 * rise.standard_error
+
+    def test_it_scales_as_the_noise_does(self) -> None:
+        model = linear_model()
+        squares = torch.cat([model.weight.detach().reshape(-1), model.bias.detach()]).double().numpy() ** 2
+        expected = 0.01 * float(np.diag(quadratic_hessian()) @ squares) / 6
+        [rise] = expected_rises(a_loss(model, quadratic=True), NoiseSettings(scale="weight"), (0.1,), draws=250, seed=0)
+        assert abs(rise.mean - expected) < 3 * rise.standard_error
+
+
+class TestHessian:
+    def test_eigenvalues_and_trace_of_a_linear_model_are_right_to_a_hundredth(self) -> None:
+        model = linear_model()
+        hessian = softmax_hessian(model)
+        expected = np.sort(np.linalg.eigvalsh(hessian))[::-1]
+        found = spectrum(a_loss(model), Probing(eigenvalues=4, probes=40))
+        np.testing.assert_allclose(found.eigenvalues, expected[:4], rtol=0.01)
+        assert found.trace == pytest.approx(np.trace(hessian), rel=0.01)
+        assert abs(found.trace - np.trace(hessian)) < 4 * found.trace_standard_error
+
+    def test_a_product_is_the_hessian_times_the_vector(self) -> None:
+        model = linear_model()
+        direction = np.random.default_rng(0).normal(size=28)
+        expected = softmax_hessian(model) @ direction
+        np.testing.assert_allclose(a_loss(model).hessian_product(direction), expected, rtol=1e-4, atol=1e-5)
+
+    def test_more_eigenvalues_than_there_are_weights_are_all_but_one(self) -> None:
+        values, vectors = largest_eigenvalues(a_loss(linear_model(), quadratic=True), Probing(eigenvalues=99))
+        assert values.shape == (27,)
+        np.testing.assert_allclose(vectors.T @ vectors, np.eye(27), atol=1e-8)
+
+    def test_deflation_takes_the_large_eigenvalues_out_of_the_trace_s_error(self) -> None:
+        loss = a_loss(linear_model(), quadratic=True)
+        errors = [spectrum(loss, Probing(eigenvalues=number, probes=30)).trace_standard_error for number in (1, 8)]
+        assert errors[1] < 0.5 * errors[0]
+
+
+IMAGES = synthetic.make((1, 8, 8), 10, 30, "train", seed=0)
+
+
+class TestLoss:
+    def network(self) -> nn.Module:
+        return build_model(small_config()).eval()
+
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        samples = Samples(IMAGES, torch.device("cpu"))
+        return [samples.plain(0, 12), samples.plain(12, 24), samples.plain(24, 30)]
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_a_network_s_derivatives_are_those_of_float64(self, training: bool) -> None:
+        model = self.network().train(training)
+        loss = SubsetLoss(model, self.batches())
+        doubled = build_model(small_config()).double().train(training)
+        parameters = tuple(doubled.parameters())
+        total = sum(
+            (
+                functional.cross_entropy(doubled(inputs.double()), labels, reduction="sum")
+                for inputs, labels in self.batches()
+            ),
+            start=torch.zeros((), dtype=torch.float64),
+        ) / len(IMAGES)
+        gradients = torch.autograd.grad(total, parameters, create_graph=True)
+        expected = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        value, gradient = loss.value_and_gradient(loss.point())
+        assert value == pytest.approx(float(total.detach()), rel=1e-6)
+        np.testing.assert_allclose(gradient, expected.detach().numpy(), rtol=1e-3, atol=1e-5)
+        products = torch.autograd.grad(expected @ expected.detach(), parameters)
+        expected_product = torch.cat([product.reshape(-1) for product in products]).numpy()
+        product = loss.hessian_product(expected.detach().numpy())
+        assert np.linalg.norm(product - expected_product) < 1e-3 * np.linalg.norm(expected_product)
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_the_model_is_as_it_was_to_the_bit(self, training: bool) -> None:
+        model = self.network().train(training)
+        before = state_bits(model)
+        loss = SubsetLoss(model, self.batches())
+        away = loss.point() + 1.0
+        assert loss.value_and_gradient(away)[0] != loss.value_and_gradient(loss.point())[0]
+        loss.value_at_flat(loss.clean + 1.0)
+        loss.hessian_product(away)
+        loss.accuracy()
+        assert state_bits(model) == before
+        assert model.training is training
+
+    def test_the_weights_come_back_after_an_error_too(self) -> None:
+        def failing(outputs: Tensor, labels: Tensor) -> Tensor:
+            raise RuntimeError("on purpose")
+
+        model = linear_model()
+        before = state_bits(model)
+        loss = SubsetLoss(model, [(INPUTS, LABELS)], failing)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            loss.value_at_flat(loss.clean + 1.0)
+        assert state_bits(model) == before
+
+    def test_it_has_the_same_bits_with_any_number_of_threads(self) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            found = []
+            for number in (1, 2, 3, 8):
+                loss = SubsetLoss(self.network(), self.batches(), threads=number)
+                value, gradient = loss.value_and_gradient(loss.point() * 1.01)
+                found.append((value, gradient.tobytes(), loss.hessian_product(loss.point()).tobytes()))
+        finally:
+            torch.set_num_threads(threads)
+        assert found == [found[0]] * 4
+
+    def test_a_sample_that_is_sure_has_a_loss_still(self) -> None:
+        outputs, labels = torch.tensor([[30.0, 0.0]]), torch.tensor([0])
+        assert float(cross_entropy(outputs, labels)) == pytest.approx(np.exp(-30.0), rel=1e-2, abs=0)

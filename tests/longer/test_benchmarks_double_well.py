@@ -1,0 +1,41 @@
+"""SmoothOut does what it is for: of a sharp and a flat minimum it ends in the flat one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.double_well import AMPLITUDE, FLAT, INTERVAL, SHARP, barrier, draw, in_the_flat_one, loss, run
+from benchmarks.double_well import smoothed_loss as smoothed
+
+
+def test_the_sharp_minimum_is_as_deep_as_the_flat_one_and_has_half_of_the_starts() -> None:
+    x = torch.linspace(*INTERVAL, 60_001, dtype=torch.float64)
+    values = loss(x)
+    lowest = [float(x[i]) for i in range(1, len(x) - 1) if values[i] < values[i - 1] and values[i] <= values[i + 1]]
+    assert lowest == pytest.approx([SHARP, FLAT], abs=0.1)
+    depths = [float(loss(torch.tensor(minimum, dtype=torch.float64))) for minimum in lowest]
+    assert depths[0] <= depths[1]
+    assert depths == pytest.approx([0, 0], abs=0.03)
+    low, high = INTERVAL
+    assert (high - barrier()) / (high - low) == pytest.approx(0.5, abs=0.02)
+
+
+def test_what_smoothout_descends_is_the_mean_of_the_loss_over_its_noise() -> None:
+    points = torch.tensor([-2.0, SHARP, 0.3, FLAT], dtype=torch.float64)
+    noise = torch.linspace(-AMPLITUDE, AMPLITUDE, 20_001, dtype=torch.float64)
+    means = loss(points[:, None] + noise).mean(dim=1)
+    torch.testing.assert_close(smoothed(points), means, rtol=0, atol=1e-4)
+
+
+def test_of_a_hundred_seeds_smoothout_ends_in_the_flat_one_and_half_of_plain_descent_does(tmp_path: Path) -> None:
+    ends = run(100)
+    assert len(set(ends.starts)) == 100
+    assert in_the_flat_one(ends.smoothed) >= 90
+    assert in_the_flat_one(ends.plain) <= 60
+    # without noise the basin is that of the start
+    assert in_the_flat_one(ends.plain) == in_the_flat_one(ends.starts)
+    draw(ends, tmp_path / "double_well.png")
+    assert (tmp_path / "double_well.png").read_bytes().startswith(b"\x89PNG")

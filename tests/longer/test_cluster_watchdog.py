@@ -1,0 +1,244 @@
+"""The watchdog over real sockets, on workers that are threads."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_train.cluster import watchdog
+from dist_train.cluster.addresses import open_datagrams, own_addresses, reachable_from
+from dist_train.cluster.alone import Alone
+from dist_train.cluster.heartbeats import TOKEN_BYTES, Datagram, Kind, decode, encode
+from dist_train.cluster.watch import Seat, Watch
+from dist_train.cluster.watchdog import Watchdog, start_watchdog
+from dist_train.outcome import StoppedError, UsageError
+from tests.unit.simulated_workers import SimulatedWorkers, on_workers, results
+
+TIMEOUT = 1.2
+TOKEN = b"t" * TOKEN_BYTES
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "SHORTEST_TIMEOUT", TIMEOUT)
+
+
+@dataclass
+class Member:
+    """A worker's watchdog and what it did."""
+
+    rank: int
+    dog: Watchdog
+    messages: list[str] = field(default_factory=list)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def fall_silent(self) -> None:
+        """Say and hear nothing any more, as a stopped process."""
+        assert self.dog._watch is not None
+        self.dog._watch._send = lambda *_: None  # type: ignore[method-assign]  # the fault under test
+        self.dog._watch._receive = lambda: time.sleep(0.05)  # type: ignore[method-assign]
+
+
+def form(workers: SimulatedWorkers) -> Member:
+    messages: list[str] = []
+    ended = threading.Event()
+    return Member(
+        workers.rank,
+        start_watchdog(workers, timeout=TIMEOUT, on_loss=messages.append, end=ended.set),
+        messages,
+        ended,
+    )
+
+
+def scene(act: Callable[[list[Member]], None], size: int = 3) -> list[Member]:
+    members = results(size, form)
+    try:
+        act(members)
+    finally:
+        for member in members:
+            member.dog.close()
+    return members
+
+
+def wait_for_end(members: list[Member], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    for member in members:
+        assert member.ended.wait(max(0.0, until - time.monotonic())), member.rank
+
+
+def test_a_silent_worker_ends_all_others_with_the_message_of_worker_0(capsys: pytest.CaptureFixture[str]) -> None:
+    def act(members: list[Member]) -> None:
+        members[2].fall_silent()
+        begun = time.monotonic()
+        wait_for_end(members[:2], TIMEOUT + 3)
+        assert time.monotonic() - begun > TIMEOUT * 0.7
+
+    members = scene(act)
+    expected = f"worker 2 ({socket.gethostname()}, process {os.getpid()}) has not answered for 1.2 s; the run ends"
+    assert members[0].messages == members[1].messages
+    assert members[0].messages[0].startswith(expected)
+    assert capsys.readouterr().err.count("dist-train: worker 2 (") == 1
+
+
+def test_a_silent_worker_0_is_named_by_everybody() -> None:
+    def act(members: list[Member]) -> None:
+        members[0].fall_silent()
+        wait_for_end(members[1:], TIMEOUT + 3)
+
+    members = scene(act)
+    assert all(member.messages[0].startswith("worker 0 (") for member in members[1:])
+
+
+@pytest.mark.parametrize("error", [None, StoppedError("asked to stop")])
+def test_nobody_misses_a_worker_that_has_left(error: Exception | None) -> None:
+    def act(members: list[Member]) -> None:
+        members[0].dog.close(error)
+        members[2].dog.close(error)
+        time.sleep(TIMEOUT + 1)
+
+    assert [member.messages for member in scene(act)] == [[], [], []]
+
+
+def test_a_worker_that_failed_ends_the_others_that_hang() -> None:
+    def act(members: list[Member]) -> None:
+        with pytest.raises(OSError, match="disk"), members[1].dog:
+            raise OSError("disk")
+        wait_for_end([members[0], members[2]], TIMEOUT + 3)
+
+    members = scene(act)
+    assert members[2].messages[0].startswith("worker 1 (")
+    assert "has failed, and the others have not ended within 1.2 s" in members[2].messages[0]
+
+
+def test_a_status_that_cannot_be_written_does_not_keep_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_TELLING_SECONDS", 0.2)
+    hung, ended = threading.Event(), threading.Event()
+
+    def hang(_: str) -> None:
+        hung.wait(30)
+
+    def form_hanging(workers: SimulatedWorkers) -> Watchdog:
+        return start_watchdog(workers, timeout=TIMEOUT, on_loss=hang, end=ended.set)
+
+    dogs = results(2, form_hanging)
+    Member(1, dogs[1]).fall_silent()
+    assert ended.wait(TIMEOUT + 3)
+    hung.set()
+    for dog in dogs:
+        dog.close()
+
+
+@pytest.mark.parametrize("asking", [0, 1])
+def test_a_roll_call_names_at_once_who_does_not_answer(asking: int) -> None:
+    def act(members: list[Member]) -> None:
+        assert members[asking].dog.absent() == ""
+        missing = 2 if asking == 0 else 0
+        members[missing].fall_silent()
+        time.sleep(0.6)
+        begun = time.monotonic()
+        assert members[asking].dog.absent(0.3).startswith(f"worker {missing} (")
+        assert time.monotonic() - begun < 1
+
+    scene(act)
+
+
+def test_foreign_datagrams_change_nothing() -> None:
+    with closing(open_datagrams()) as stranger:
+        first = Watch(Seat(TOKEN, 0, 2), datagrams := open_datagrams(), TIMEOUT, lambda *_: pytest.fail("lost"))
+        target = (reachable_from(stranger, "127.0.0.1"), datagrams.getsockname()[1])
+        for data in (b"", b"x" * 1500, encode(b"o" * TOKEN_BYTES, Datagram(Kind.BEAT, 1)), TOKEN + b"\xff" * 7):
+            stranger.sendto(data, target)
+        for rank in (0, 2, 2**31):
+            stranger.sendto(encode(TOKEN, Datagram(Kind.BEAT, rank, text="node 1")), target)
+        time.sleep(0.3)
+        assert first._attendance.present == []
+        stranger.sendto(encode(TOKEN, Datagram(Kind.BEAT, 1, text="node 1")), target)
+        time.sleep(0.3)
+        assert first._attendance.present == [1]
+        first.close(Kind.LEAVE)
+
+
+def test_workers_that_cannot_be_reached_are_named_and_not_watched(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(watchdog, "own_addresses", lambda: ["192.0.2.77"])
+    members = scene(lambda members: time.sleep(TIMEOUT + 1), size=2)
+    assert "between worker 0 and worker 1: nobody will notice" in caplog.text
+    assert [member.messages for member in members] == [[], []]
+
+
+def test_a_timeout_too_short_is_refused_on_all_and_alone_there_is_nothing_to_watch() -> None:
+    refused = on_workers(2, lambda workers: start_watchdog(workers, timeout=1.1, on_loss=print))
+    assert [type(error) for error in refused] == [UsageError, UsageError]
+    with start_watchdog(Alone(), timeout=0.1, on_loss=print) as alone:
+        assert alone.absent() == ""
+
+
+def test_a_quiet_watch_takes_no_time_of_its_trainer() -> None:
+    def act(members: list[Member]) -> None:
+        used = time.process_time()
+        time.sleep(2.0)
+        assert time.process_time() - used < 0.1
+
+    scene(act)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.builds(
+        Datagram, st.sampled_from(Kind), st.integers(0, 2**32 - 1), st.integers(0, 2**16 - 1), st.text(max_size=300)
+    ),
+    st.binary(min_size=TOKEN_BYTES, max_size=TOKEN_BYTES),
+)
+def test_datagrams_come_back_and_only_under_their_token(datagram: Datagram, other: bytes) -> None:
+    data = encode(TOKEN, datagram)
+    assert decode(TOKEN, data) == datagram
+    assert decode(other, data) is None or other == TOKEN
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.binary(max_size=60), st.booleans())
+def test_no_bytes_from_outside_are_an_error(data: bytes, has_token: bool) -> None:
+    decode(TOKEN, TOKEN * has_token + data)
+
+
+def test_worker_0_is_found_at_each_of_its_addresses() -> None:
+    addresses = own_addresses()
+    assert addresses[-1] in ("127.0.0.1", "::1", "127.0.1.1"), json.dumps(addresses)
+    for address in addresses:
+        with closing(open_datagrams()) as here, closing(open_datagrams()) as there:
+            path = reachable_from(there, address)
+            if path is None:
+                continue
+            here.setblocking(True)
+            here.settimeout(2)
+            there.sendto(b"found", (path, here.getsockname()[1]))
+            assert here.recv(10) == b"found"
+
+
+def test_the_search_goes_over_all_addresses_until_one_answers() -> None:
+    first = open_datagrams()
+    port = first.getsockname()[1]
+    local = reachable_from(first, "127.0.0.1")
+    second = open_datagrams()
+    paths = ((reachable_from(second, "192.0.2.77") or "", port), None, (local or "", port))
+    lost: list[str] = []
+    watches = [
+        Watch(Seat(TOKEN, 0, 2), first, TIMEOUT, lambda message, _: lost.append(message)),
+        Watch(Seat(TOKEN, 1, 2, paths), second, TIMEOUT, lambda message, _: lost.append(message)),
+    ]
+    assert watches[1].await_answer(2.0)
+    assert watches[1]._path == 2
+    for each in watches:
+        each.close(Kind.LEAVE)
+    assert lost == []

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_train.data.cache import Source, decoded_once
+from dist_train.data.images import ImageSet
+from dist_train.outcome import UsageError
+
+LOGGER = "dist_train.data"
+
+
+def made() -> ImageSet:
+    pixels = torch.arange(40 * 3 * 8 * 8) % 251
+    return ImageSet(pixels.to(torch.uint8).view(40, 3, 8, 8), torch.arange(40) % 10, 10)
+
+
+class Decoder:
+    """Counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> ImageSet:
+        self.calls += 1
+        return made()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    path = tmp_path / "source"
+    path.write_bytes(b"packed images")
+    return Source("pictures", "train", 1, [path])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "cache" / "decoded"
+
+
+def entry_files(folder: Path) -> list[str]:
+    return sorted(path.name.split(".", 1)[1] for path in folder.iterdir())
+
+
+def mapped_files() -> Iterator[tuple[int, int, str]]:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, *_, name = line.split(maxsplit=5)
+        start, stop = (int(address, 16) for address in addresses.split("-"))
+        yield start, stop, name
+
+
+def test_a_data_set_is_decoded_once_and_then_mapped(folder: Path, source: Source) -> None:
+    decode = Decoder()
+    sets = [decoded_once(folder, source, decode) for _ in range(3)]
+    assert decode.calls == 1
+    assert entry_files(folder) == ["images.npy", "json", "labels.npy", "lock"]
+    for images in sets:
+        assert torch.equal(images.images, made().images)
+        assert torch.equal(images.labels, made().labels)
+        assert images.classes == 10
+        address = images.images.data_ptr()
+        mapping = next(name for start, stop, name in mapped_files() if start <= address < stop)
+        assert mapping.endswith("images.npy")
+
+
+def test_a_write_to_mapped_images_does_not_reach_the_cache(folder: Path, source: Source) -> None:
+    decode = Decoder()
+    decoded_once(folder, source, decode).images.zero_()
+    assert torch.equal(decoded_once(folder, source, decode).images, made().images)
+    assert decode.calls == 1
+
+
+def test_other_source_bytes_another_split_or_reader_make_another_entry(folder: Path, source: Source) -> None:
+    decode = Decoder()
+    decoded_once(folder, source, decode)
+    decoded_once(folder, Source("pictures", "test", 1, source.files), decode)
+    decoded_once(folder, Source("pictures", "train", 2, source.files), decode)
+    source.files[0].write_bytes(b"packed imageS")
+    decoded_once(folder, source, decode)
+    assert decode.calls == 4
+
+
+def test_a_copy_of_the_source_elsewhere_shares_the_entry(folder: Path, source: Source, tmp_path: Path) -> None:
+    decode = Decoder()
+    decoded_once(folder, source, decode)
+    copy = tmp_path / "copy"
+    copy.write_bytes(source.files[0].read_bytes())
+    decoded_once(folder, Source("pictures", "train", 1, [copy]), decode)
+    assert decode.calls == 1
+
+
+def test_a_source_that_cannot_be_read_is_a_usage_error(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"cannot read {tmp_path}"):
+        decoded_once(folder, Source("pictures", "train", 1, [tmp_path]), Decoder())
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def change_digest(path: Path) -> None:
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "images_sha256": "0" * 64}))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("images.npy", flip_bit),
+        ("images.npy", cut),
+        ("images.npy", Path.unlink),
+        ("labels.npy", flip_bit),
+        ("labels.npy", Path.unlink),
+        ("json", cut),
+        ("json", change_digest),
+        ("json", lambda path: path.write_text("[]")),
+        ("json", lambda path: path.write_text('{"classes": 10}')),
+        ("json", lambda path: path.write_bytes(b"\xff")),
+    ],
+)
+def test_a_damaged_entry_is_made_anew_with_a_warning(
+    folder: Path, source: Source, name: str, damage: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    decode = Decoder()
+    decoded_once(folder, source, decode)
+    assert callable(damage)
+    damage(next(folder.glob(f"*.{name}")))
+    with caplog.at_level(logging.WARNING, LOGGER):
+        images = decoded_once(folder, source, decode)
+    assert decode.calls == 2
+    assert torch.equal(images.images, made().images)
+    assert ["is damaged" in record.getMessage() for record in caplog.records] == [True]
+    caplog.clear()
+    decoded_once(folder, source, decode)
+    assert decode.calls == 2
+    assert not caplog.records
+
+
+def test_an_entry_without_its_record_does_not_exist_yet(folder: Path, source: Source) -> None:
+    decode = Decoder()
+    decoded_once(folder, source, decode)
+    next(folder.glob("*.json")).unlink()
+    decoded_once(folder, source, decode)
+    assert decode.calls == 2
+
+
+def test_a_folder_that_cannot_be_used_costs_the_cache_not_the_run(
+    tmp_path: Path, source: Source, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    decode = Decoder()
+    images = decoded_once(tmp_path / "file" / "decoded", source, decode)
+    assert decode.calls == 1
+    assert torch.equal(images.images, made().images)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "cannot be used" in message
+    assert "DIST_TRAIN_CACHE" in message
+
+
+def test_an_error_in_the_data_is_not_taken_for_one_of_the_cache(folder: Path, source: Source) -> None:
+    def damaged() -> ImageSet:
+        raise UsageError("the file is damaged")
+
+    with pytest.raises(UsageError, match="the file is damaged"):
+        decoded_once(folder, source, damaged)
+    assert entry_files(folder) == ["lock"]
+
+
+WORKER = """
+import hashlib, logging, resource, sys, time
+from pathlib import Path
+import torch
+from dist_train.data.cache import Source, decoded_once
+from dist_train.data.images import ImageSet
+
+folder, source, journal, mode = sys.argv[1:]
+logging.basicConfig(format="%(message)s")
+
+def decode():
+    with open(journal, "a") as file:
+        file.write("decoded\\n")
+    time.sleep(600 if mode == "hang" else 0.3)
+    pixels = torch.arange(40 * 3 * 8 * 8) % 251
+    return ImageSet(pixels.to(torch.uint8).view(40, 3, 8, 8), torch.arange(40) % 10, 10)
+
+if mode == "full disk":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+images = decoded_once(Path(folder), Source("pictures", "train", 1, [Path(source)]), decode)
+print(hashlib.sha256(images.images.numpy().tobytes() + images.labels.numpy().tobytes()).hexdigest())
+"""
+
+
+def start(folder: Path, source: Source, journal: Path, mode: str = "plain") -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-c",
+        WORKER,
+        str(folder),
+        str(source.files[0]),
+        str(journal),
+        mode,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+
+
+def test_of_several_processes_one_decodes_and_the_others_wait_and_map(
+    folder: Path, source: Source, tmp_path: Path
+) -> None:
+    workers = [start(folder, source, tmp_path / "journal") for _ in range(3)]
+    outputs = [worker.communicate(timeout=60) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * 3, outputs
+    assert len({output for output, _ in outputs}) == 1
+    assert (tmp_path / "journal").read_text() == "decoded\n"
+    assert entry_files(folder) == ["images.npy", "json", "labels.npy", "lock"]
+
+
+def test_a_process_that_dies_while_decoding_holds_nobody_up(folder: Path, source: Source, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    worker = start(folder, source, journal, "hang")
+    limit = time.monotonic() + 60
+    while not journal.exists() and time.monotonic() < limit:
+        time.sleep(0.02)
+    abandoned = folder / f".{source.key()}.images.npy.x1y2.part"
+    abandoned.write_bytes(b"half")
+    worker.send_signal(signal.SIGKILL)
+    worker.communicate(timeout=60)
+    decode = Decoder()
+    assert torch.equal(decoded_once(folder, source, decode).images, made().images)
+    assert decode.calls == 1
+    assert not abandoned.exists()
+
+
+def test_a_full_disk_costs_the_cache_not_the_run(folder: Path, source: Source, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    full = start(folder, source, journal, "full disk")
+    output, errors = full.communicate(timeout=60)
+    assert full.returncode == 0, errors
+    assert "cannot be used" in errors
+    assert "Traceback" not in errors
+    assert journal.read_text() == "decoded\n"
+    assert not list(folder.glob("*.json"))
+    assert not list(folder.glob(".*.part"))
+    spacious = start(folder, source, journal)
+    assert spacious.communicate(timeout=60)[0] == output
+    assert list(folder.glob("*.json"))

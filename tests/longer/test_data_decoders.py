@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dist_train.data import decoders
+from dist_train.data.decoders import LoaderProcesses, Order
+from dist_train.data.decoding import decode
+from dist_train.data.loader_process import Work
+from dist_train.outcome import FaultError
+from tests.unit.image_folders import damage, write_image
+
+SIZE = 8
+FILES = 120
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(FILES):
+        write_image(folder / f"{number}.png", 10 + number % 7, 12, seed=number)
+    return folder
+
+
+@pytest.fixture
+def loaders() -> Iterator[LoaderProcesses]:
+    loaders = LoaderProcesses(2, SIZE)
+    yield loaders
+    loaders.close()
+
+
+def order(folder: Path, *numbers: int) -> Order:
+    paths = [str(folder / f"{number}.png") for number in numbers]
+    return Order(numbers, len(numbers), lambda start, stop: Work(paths[start:stop], None))
+
+
+def expected(folder: Path, *numbers: int) -> Tensor:
+    return torch.from_numpy(np.stack([decode(str(folder / f"{number}.png"), SIZE, None) for number in numbers]))
+
+
+def fetched(loaders: LoaderProcesses, wanted: Order) -> Tensor:
+    out = torch.empty(wanted.images, 3, SIZE, SIZE, dtype=torch.uint8)
+    loaders.fetch(wanted, out)
+    return out
+
+
+def fetch_for_ever(loaders: LoaderProcesses, wanted: Order) -> None:
+    while True:
+        loaders.expect([wanted])
+        fetched(loaders, wanted)
+
+
+def exists(pid: int) -> bool:
+    """Whether the process runs: one that ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids: list[int], seconds: float = 10) -> bool:
+    deadline = time.monotonic() + seconds
+    while any(map(exists, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not any(map(exists, pids))
+
+
+def test_batches_that_were_announced_come_as_they_are(folder: Path, loaders: LoaderProcesses) -> None:
+    batches = [tuple(range(start, start + 40)) for start in range(0, FILES, 40)]
+    loaders.expect(order(folder, *batch) for batch in batches)
+    for batch in batches:
+        assert torch.equal(fetched(loaders, order(folder, *batch)), expected(folder, *batch))
+
+
+def test_announcements_that_are_not_kept_cost_nothing_but_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoders, "_MOST_IMAGES", 3)
+    monkeypatch.setattr(decoders, "_MOST_SLOTS", 4)
+    loaders = LoaderProcesses(2, SIZE)
+    random = np.random.default_rng(0)
+    try:
+        for _ in range(60):
+            batches = [tuple(map(int, random.integers(0, FILES, random.integers(1, 12)))) for _ in range(5)]
+            loaders.expect(order(folder, *batch) for batch in batches)
+            time.sleep(random.choice([0, 0.002, 0.01]))
+            for place in sorted(random.choice(5, random.integers(0, 4))):
+                batch = batches[place]
+                assert torch.equal(fetched(loaders, order(folder, *batch)), expected(folder, *batch))
+            if random.random() < 0.5:
+                loaders.expect(order(folder, *batch) for batch in [(1, 2), *batches[2:]])
+        assert torch.equal(fetched(loaders, order(folder, 5)), expected(folder, 5))
+        assert len(loaders._free) + len(loaders._under_way) == 4, "no slot is lost"
+    finally:
+        loaders.close()
+
+
+def test_work_goes_on_while_nobody_waits(folder: Path, loaders: LoaderProcesses) -> None:
+    batches = [tuple(range(start, start + 60)) for start in (0, 60)]
+    loaders.expect(order(folder, *batch) for batch in batches)
+    fetched(loaders, order(folder, *batches[0]))
+    deadline = time.monotonic() + 10
+    while not all(part.is_done for part in loaders._batches[0].parts) and time.monotonic() < deadline:
+        time.sleep(0.01)
+        loaders._receive(wait=False)
+    assert all(part.is_done for part in loaders._batches[0].parts)
+
+
+def test_processes_start_once_and_stay(folder: Path, loaders: LoaderProcesses) -> None:
+    assert loaders.pids == []
+    fetched(loaders, order(folder, 1))
+    before = loaders.pids
+    fetched(loaders, order(folder, 2))
+    assert len(before) == 2
+    assert loaders.pids == before
+
+
+def test_closing_ends_the_processes_and_may_be_done_again(folder: Path, loaders: LoaderProcesses) -> None:
+    loaders.expect([order(folder, *range(FILES))])
+    pids = loaders.pids
+    loaders.close()
+    loaders.close()
+    assert not any(map(exists, pids))
+    assert torch.equal(fetched(loaders, order(folder, 3)), expected(folder, 3)), "they start again when needed"
+
+
+def test_a_damaged_image_is_told_when_it_is_fetched_not_before(
+    folder: Path, tmp_path: Path, loaders: LoaderProcesses
+) -> None:
+    write_image(tmp_path / "0.png", 20, 20, seed=0)
+    damage(tmp_path / "0.png")
+    loaders.expect([order(folder, 1), order(tmp_path, 0)])
+    fetched(loaders, order(folder, 1))
+    with pytest.raises(FaultError, match=rf"the image {tmp_path}/0\.png cannot be read"):
+        fetched(loaders, order(tmp_path, 0))
+
+
+@pytest.mark.parametrize("killed", [1, 2], ids=["one", "all"])
+def test_a_killed_loader_is_a_fault_that_says_so(folder: Path, loaders: LoaderProcesses, killed: int) -> None:
+    fetched(loaders, order(folder, 1))
+    for pid in loaders.pids[:killed]:
+        os.kill(pid, signal.SIGKILL)
+    begun = time.monotonic()
+    with pytest.raises(FaultError, match=r"the loader process \d+, which decodes images, was ended by SIGKILL"):
+        fetch_for_ever(loaders, order(folder, *range(60)))
+    assert time.monotonic() - begun < 10
+
+
+def test_a_loader_killed_over_its_work_is_noticed_by_who_waits(folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "0.png")
+    loaders = LoaderProcesses(1, SIZE)
+    try:
+        loaders.expect([order(tmp_path, 0)])
+        time.sleep(0.3)
+        os.kill(loaders.pids[0], signal.SIGKILL)
+        with pytest.raises(FaultError, match="was ended by SIGKILL"):
+            fetched(loaders, order(tmp_path, 0))
+    finally:
+        loaders.close()
+
+
+def test_signals_to_the_whole_job_leave_the_loaders_alone(folder: Path, loaders: LoaderProcesses) -> None:
+    loaders.expect([order(folder, 1)])
+    for pid in loaders.pids:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+            os.kill(pid, number)
+    time.sleep(0.2)
+    assert torch.equal(fetched(loaders, order(folder, 1)), expected(folder, 1))
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.parametrize("busy", [True, False], ids=["busy", "idle"])
+def test_no_loader_outlives_a_killed_training_process(folder: Path, busy: bool) -> None:
+    script = f"""
+import sys, time
+from pathlib import Path
+from tests.longer.test_data_decoders import LoaderProcesses, fetched, order
+loaders, folder = LoaderProcesses(2, {SIZE}), Path({str(folder)!r})
+fetched(loaders, order(folder, 1))
+if {busy}:
+    loaders.expect(order(folder, *(list(range({FILES})) * 20)) for _ in range(1))
+print(*loaders.pids, flush=True)
+time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    pids = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(pids) == 2
+    assert all(map(exists, pids))
+    process.kill()
+    process.communicate()
+    assert wait_until_gone(pids)

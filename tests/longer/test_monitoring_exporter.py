@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from dist_train.config.sections import MetricsSettings
+from dist_train.monitoring.observers import Observers
+from dist_train.monitoring.prometheus.exporter import Exporter
+from dist_train.monitoring.records import EvaluationRecord, EventRecord, Outcome, Record, to_json
+from tests.unit.exporting import FACTS, OUTCOME, STOPPED, get, measurement, port_of, scrape, serving, train
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def busy_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def eventually(look: Callable[[], object], seconds: float = 5) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if look():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def is_alive(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def process_of(exporter: Exporter) -> int:
+    assert exporter.process_id is not None
+    return exporter.process_id
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_every_change_is_in_the_next_scrape(tmp_path: Path) -> None:
+    with serving(replace(FACTS, run_directory=tmp_path)) as exporter:
+        for step in range(15, 25):
+            exporter.record(train(step))
+            assert scrape(exporter)["dist_train_step", ()] == step
+        exporter.measurement(measurement(25, workers=1024))
+        values = scrape(exporter)
+        assert values["dist_train_worker_resident_memory_bytes", ("1023",)] == 1e9 + 1023
+        assert values["dist_train_checkpoints_total", ()] == 0
+
+
+def test_what_earlier_launches_counted_and_measured_is_there_from_the_start(tmp_path: Path) -> None:
+    (tmp_path / "counts.json").write_text('{"checkpoint": 7, "requeued": 2}')
+    records: tuple[Record, ...] = (
+        train(7),
+        EvaluationRecord(7, 1.0, "test", 0.5, 0.91, 10_000, 1.0),
+        EvaluationRecord(14, 2.0, "test", 0.6, 0.9, 10_000, 1.0),
+        EventRecord(14, "checkpoint", 1_800_000_000.0, {"bytes": 12}),
+    )
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(to_json, records)) + "\n{torn")
+    with serving(replace(FACTS, run_directory=tmp_path)) as exporter:
+        exporter.record(EventRecord(14, "checkpoint", 1_800_000_100.0, {"bytes": 13}))
+        assert eventually(lambda: ("dist_train_best_accuracy_ratio", ()) in scrape(exporter))
+        values = scrape(exporter)
+    assert values["dist_train_best_accuracy_ratio", ()] == 0.91
+    assert values["dist_train_accuracy_ratio", ("test",)] == 0.9
+    assert values["dist_train_checkpoints_total", ()] == 8
+    assert values["dist_train_requeues_total", ()] == 2
+    assert values["dist_train_checkpoint_size_bytes", ()] == 13
+
+
+def test_a_busy_port_falls_to_the_next_free_one_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    with busy_port() as port, caplog.at_level(logging.INFO), serving(port=port) as exporter:
+        assert port < port_of(exporter) < port + 50
+        assert "dist_train_step" in get(exporter)
+        exporter.record(train(20))
+        assert warnings_of(caplog) == [f"metrics port {port} is in use; metrics are at port {port_of(exporter)}"]
+        assert f"metrics at http://127.0.0.1:{port_of(exporter)}/metrics" in caplog.text
+
+
+def test_the_setting_s_own_port_is_left_to_worker_0(caplog: pytest.LogCaptureFixture) -> None:
+    with busy_port() as port:
+        pass
+    with serving(replace(FACTS, rank=1), port=port) as other, serving(port=port) as first:
+        assert port_of(first) == port < port_of(other)
+        assert "dist_train_step " not in get(other)
+    assert not warnings_of(caplog)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no host.invalid"])
+def test_an_address_that_cannot_be_bound_is_reported_once_and_training_goes_on(
+    host: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    observers = Observers([Exporter(MetricsSettings(host=host))])
+    observers.begin(FACTS)
+    observers.record(train(20))
+    observers.end(OUTCOME)
+    (warning,) = warnings_of(caplog)
+    assert "Exporter failed and is left out" in warning
+
+
+def test_the_end_frees_the_port_and_leaves_no_process(tmp_path: Path) -> None:
+    with serving(outcome=STOPPED, targets_directory=tmp_path / "targets") as exporter:
+        port, process = port_of(exporter), process_of(exporter)
+        assert len(list((tmp_path / "targets").glob("*.json"))) == 1
+    assert exporter.address is None
+    assert not is_alive(process)
+    assert not list((tmp_path / "targets").iterdir())
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+    exporter.end(OUTCOME)
+
+
+def test_an_end_before_the_beginning_leaves_no_process() -> None:
+    exporter = Exporter(MetricsSettings(port=0))
+    process = process_of(exporter)
+    exporter.end(OUTCOME)
+    assert not is_alive(process)
+
+
+def test_a_process_that_is_killed_is_reported_once_and_its_target_stays_to_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(targets_directory=tmp_path) as exporter:
+        os.kill(process_of(exporter), signal.SIGKILL)
+
+        def noticed() -> list[str]:
+            exporter.record(train(20))
+            return warnings_of(caplog)
+
+        assert eventually(noticed)
+        exporter.record(train(21))
+        exporter.measurement(measurement(21))
+        assert list(tmp_path.glob("*.json")), "Prometheus shall see that nobody answers"
+    assert warnings_of(caplog) == ["metrics are no longer served; training goes on: its process was ended by SIGKILL"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_hangs_holds_up_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with serving() as exporter:
+        process = process_of(exporter)
+        os.kill(process, signal.SIGSTOP)
+        began = time.monotonic()
+        for step in range(100_000):
+            exporter.record(train(step))
+        exporter.measurement(measurement(1, workers=1024))
+        assert time.monotonic() - began < 10
+        began = time.monotonic()
+    assert time.monotonic() - began < 8
+    assert not is_alive(process)
+
+
+def test_events_wait_for_a_process_that_is_behind() -> None:
+    with serving() as exporter:
+        os.kill(process_of(exporter), signal.SIGSTOP)
+        for step in range(30_000):
+            exporter.record(train(step))
+        for step in range(10):
+            exporter.record(EventRecord(step, "checkpoint", 1.0, {}))
+        os.kill(process_of(exporter), signal.SIGCONT)
+
+        def counted() -> bool:
+            exporter.record(train(0))
+            return scrape(exporter)["dist_train_checkpoints_total", ()] == 10
+
+        assert eventually(counted)
+
+
+def test_a_targets_directory_that_cannot_be_written_is_reported_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    with serving(targets_directory=tmp_path / "file" / "targets") as exporter:
+        exporter.record(train(20))
+        assert scrape(exporter)["dist_train_step", ()] == 20
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith("Prometheus will not find this run: no target file in")
+
+
+def test_a_pushgateway_that_is_down_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    with busy_port() as port:
+        pass
+    with serving(pushgateway=f"http://127.0.0.1:{port}") as exporter:
+        exporter.record(train(20))
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith(f"the Pushgateway at http://127.0.0.1:{port} did not take the last values: [Errno 111]")
+
+
+def test_the_last_values_are_pushed_as_the_run_s_own_group() -> None:
+    pushed: list[tuple[str, str]] = []
+
+    class Gateway(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            pushed.append((self.path, self.rfile.read(int(self.headers["Content-Length"])).decode()))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Gateway) as gateway:
+        thread = threading.Thread(target=gateway.handle_request)
+        thread.start()
+        url = f"http://127.0.0.1:{gateway.server_port}"
+        with serving(replace(FACTS, name="demo"), STOPPED, pushgateway=url) as exporter:
+            exporter.record(train(20))
+        thread.join()
+    ((path, page),) = pushed
+    assert path == "/metrics/job/dist_train/run/demo"
+    assert 'dist_train_state{state="stopped"} 1.0' in page
+    assert "dist_train_step 210.0" in page
+
+
+def test_a_run_that_is_scraped_waits_for_a_scrape_of_its_last_values() -> None:
+    exporter = Exporter(MetricsSettings(port=0, last_scrape_seconds=10))
+    exporter.begin(FACTS)
+    get(exporter)
+    seen: list[float] = []
+
+    def watch() -> None:
+        time.sleep(0.3)
+        seen.append(scrape(exporter)["dist_train_state", ("finished",)])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.monotonic()
+    exporter.end(OUTCOME)
+    assert 0.25 < time.monotonic() - began < 9
+    watcher.join()
+    assert seen == [1]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "scrapes", "waits"), [(OUTCOME, 1, True), (STOPPED, 1, False), (OUTCOME, 0, False)]
+)
+def test_only_a_run_that_is_scraped_and_was_not_stopped_waits(outcome: Outcome, scrapes: int, waits: bool) -> None:
+    exporter = Exporter(MetricsSettings(port=0, last_scrape_seconds=2))
+    exporter.begin(FACTS)
+    for _ in range(scrapes):
+        get(exporter)
+    began = time.monotonic()
+    exporter.end(outcome)
+    assert (time.monotonic() - began > 1.95) == waits
+
+
+TRAINER = """
+import sys, time
+from dist_train.config.sections import MetricsSettings
+from dist_train.monitoring.prometheus.exporter import Exporter
+from tests.unit.exporting import FACTS, train
+exporter = Exporter(MetricsSettings(port=0, targets_directory=sys.argv[1]))
+exporter.begin(FACTS)
+exporter.record(train(20))
+print(exporter.process_id, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_trainer_that_is_killed_leaves_no_process_no_target_and_no_open_pipe(tmp_path: Path) -> None:
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert trainer.stdout is not None
+    with trainer.stdout as output:
+        line = output.readline()
+        assert line.strip().isdigit(), line.decode() + output.read().decode()
+        process = int(line)
+        (target,) = tmp_path.glob("*.json")
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            os.kill(process, name)
+        trainer.kill()
+        assert select.select([output], [], [], 5)[0]
+        assert output.read() == b"", "the end of the stream, which a launcher waits for"
+        trainer.wait()
+    assert eventually(lambda: not target.exists())
+    assert eventually(lambda: not is_alive(process))
+
+
+def test_the_process_is_lean() -> None:
+    script = (
+        "import sys, dist_train.monitoring.prometheus.process; print(*{name.split('.')[0] for name in sys.modules})"
+    )
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not {"torch", "numpy", "pydantic", "yaml", "rich", "horovod", "mpi4py"} & set(loaded.stdout.split())
+    with serving() as exporter:
+        status = Path(f"/proc/{process_of(exporter)}/status").read_text()
+        resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+        descriptors = sorted(os.readlink(entry) for entry in Path(f"/proc/{process_of(exporter)}/fd").iterdir())
+    assert resident < 60_000
+    kinds = [name.partition(":")[0] for name in descriptors]
+    assert kinds == ["/dev/null", "/dev/null", "anon_inode", "pipe", "socket", "socket"]
+
+
+def test_a_fault_inside_the_process_comes_back_as_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "token").touch()
+    observers = Observers([Exporter(MetricsSettings(port=0, token_file=tmp_path / "token"))])
+    observers.begin(FACTS)
+    observers.end(OUTCOME)
+    (warning,) = warnings_of(caplog)
+    assert f"metrics.token_file: {tmp_path}/token is empty" in warning
+
+
+def test_scrapes_from_many_threads_while_records_come_are_whole() -> None:
+    with serving() as exporter:
+        pages: list[str] = []
+        clients = [threading.Thread(target=lambda: pages.extend(get(exporter) for _ in range(5))) for _ in range(4)]
+        for client in clients:
+            client.start()
+        step = 15
+        while any(client.is_alive() for client in clients):
+            exporter.record(train(step))
+            exporter.record(EventRecord(step, f"event_{step % 50}", 0.0, {}))
+            step += 1
+            time.sleep(0.001)
+    assert len(pages) == 20
+    last = "# TYPE dist_train_device_utilization_ratio gauge"
+    assert all(page.rstrip().rpartition("\n")[2] == last for page in pages)
+
+
+def test_loopback_of_version_6_has_an_address_that_works() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.xfail("this machine has no loopback of version 6")
+    with serving(host="::1") as exporter:
+        assert "dist_train_step" in get(exporter)

@@ -1,0 +1,244 @@
+"""The set-up scripts, run as they are: what they refuse, and what they do not do twice."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+TOOLS = (
+    "bash",
+    "env",
+    "cat",
+    "cut",
+    "dirname",
+    "id",
+    "ls",
+    "mkdir",
+    "mktemp",
+    "rm",
+    "sed",
+    "grep",
+    "head",
+    "sha256sum",
+)
+
+
+def run(*command: str | Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(map(str, command)),
+        env=dict(environment),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def environment(**changes: str) -> dict[str, str]:
+    return {**os.environ, **changes}
+
+
+def bare_path(folder: Path, *programs: str) -> str:
+    """Return a PATH with a few basic programs and `programs` alone."""
+    folder.mkdir()
+    for name in (*TOOLS, *programs):
+        found = shutil.which(name)
+        assert found, name
+        (folder / name).symlink_to(found)
+    return str(folder)
+
+
+WITHOUT_HEADERS = 'echo "mpicxx: Open MPI 5.0.7"; case $1 in --showme*) ;; *) exit 1 ;; esac'
+
+
+def stand_in(folder: Path, **programs: str) -> None:
+    """Write shell programs, each with the text given, into `folder`."""
+    folder.mkdir(exist_ok=True)
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A copy of what the set-up reads, without `.venv`."""
+    copy = tmp_path / "clone"
+    shutil.copytree(ROOT / "docker", copy / "docker")
+    for name in ("pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def record() -> dict[str, str]:
+    """What the set-up of this very checkout recorded."""
+    lines = (ROOT / ".venv" / "setup.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines)
+
+
+def test_a_missing_compiler_is_one_message_with_the_cure(clone: Path, tmp_path: Path) -> None:
+    result = run(
+        clone / "docker/environment.sh",
+        environment={"PATH": bare_path(tmp_path / "bin"), "HOME": str(tmp_path)},
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: g++ is missing")
+    assert "apt-get install g++" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (clone / ".venv").exists()
+
+
+def test_a_python_that_is_missing_or_too_old_is_one_message_with_the_cure(clone: Path) -> None:
+    result = run(clone / "docker/environment.sh", environment=environment(PYTHON="/no/python3"))
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: /no/python3 is missing or older than 3.11")
+    assert not (clone / ".venv").exists()
+
+
+def test_an_unknown_choice_of_mpi_is_refused(clone: Path) -> None:
+    result = run(clone / "docker/environment.sh", environment=environment(DIST_TRAIN_MPI="mpich"))
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "error: DIST_TRAIN_MPI is 'mpich'; it must be system or wheel"
+    assert not (clone / ".venv").exists()
+
+
+def test_an_mpi_without_its_headers_is_refused_where_it_is_asked_for(clone: Path, tmp_path: Path) -> None:
+    # Debian's openmpi-bin has the compiler's wrapper, and libopenmpi-dev the header.
+    stand_in(tmp_path / "bin", mpicxx=WITHOUT_HEADERS, mpirun="")
+    changed = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", DIST_TRAIN_MPI="system")
+    result = run(clone / "docker/environment.sh", environment=changed)
+    assert result.returncode == 1
+    assert "the PATH has no mpicxx that builds a program" in result.stderr.splitlines()[-1]
+    assert "libopenmpi-dev" in result.stderr
+    assert not (clone / ".venv").exists()
+
+
+def test_an_mpi_without_its_headers_is_passed_over_for_the_wheel(clone: Path, tmp_path: Path) -> None:
+    stand_in(tmp_path / "bin", mpicxx=WITHOUT_HEADERS, mpirun="")
+    # A Python that makes no environment: the choice is made and told before.
+    stand_in(tmp_path / "bin", python3='[ "$1" = -c ]')
+    changed = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", PYTHON="python3")
+    changed.pop("DIST_TRAIN_MPI", None)
+    result = run(clone / "docker/environment.sh", environment=changed)
+    assert "and wheel MPI" in result.stderr
+
+
+def test_horovod_is_not_built_with_an_mpi_without_headers(tmp_path: Path) -> None:
+    stand_in(tmp_path / "bin", mpicxx=WITHOUT_HEADERS)
+    (tmp_path / "bin/python3").symlink_to(sys.executable)
+    result = run(
+        ROOT / "docker/horovod_wheel.sh",
+        tmp_path / "bin/python3",
+        environment=environment(DIST_TRAIN_CACHE=str(tmp_path / "cache")),
+    )
+    assert result.returncode == 1
+    assert "libopenmpi-dev" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_second_set_up_does_nothing() -> None:
+    run(ROOT / "docker/environment.sh", environment=environment())
+    result = run(ROOT / "docker/environment.sh", environment=environment())
+    assert result.returncode == 0
+    assert result.stderr == "set-up: .venv is up to date\n"
+
+
+def test_an_mpi_that_is_installed_later_does_not_change_the_choice(tmp_path: Path, record: Mapping[str, str]) -> None:
+    told = "echo 'mpi: Open MPI 4.0.0'"
+    stand_in(tmp_path / "bin", mpicxx=told, mpirun=told)
+    changed = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    result = run(ROOT / "docker/environment.sh", environment=changed)
+    assert result.stderr == "set-up: .venv is up to date\n"
+    assert record["mpi"] in ("wheel", "system")
+    assert Path(record["mpirun"]).is_file()
+
+
+def test_horovod_is_not_built_twice(tmp_path: Path, record: Mapping[str, str]) -> None:
+    kept = Path(record["wheel"])
+    shelf = tmp_path / "wheels" / kept.parent.name
+    shelf.mkdir(parents=True)
+    (shelf / kept.name).write_bytes(b"")
+    result = run(
+        ROOT / "docker/horovod_wheel.sh",
+        sys.executable,
+        environment=environment(DIST_TRAIN_CACHE=str(tmp_path)),
+    )
+    assert result.stdout == f"{shelf / kept.name}\n"
+    assert result.stderr == ""
+
+
+def test_horovod_is_not_built_without_torch(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    result = run(
+        ROOT / "docker/horovod_wheel.sh",
+        tmp_path / "venv/bin/python",
+        environment=environment(PATH=tools, DIST_TRAIN_CACHE=str(tmp_path / "cache")),
+    )
+    assert result.returncode == 1
+    assert "error: torch is not installed" in result.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_fashion_mnist_is_found_without_being_fetched_again(tmp_path: Path) -> None:
+    folder = tmp_path / "datasets" / "fashion-mnist"
+    folder.mkdir(parents=True)
+    for name in FILES:
+        (folder / f"{name}.gz").write_bytes(b"x")
+    result = run(
+        ROOT / "docker/fashion_mnist.sh",
+        environment={
+            "PATH": bare_path(tmp_path / "bin"),
+            "DIST_TRAIN_CACHE": str(tmp_path),
+            "HOME": "/nowhere",
+        },
+    )
+    assert result.returncode == 0
+    assert result.stdout.strip() in (str(folder), "/usr/share/datasets/fashion-mnist")
+
+
+def test_fashion_mnist_that_cannot_be_fetched_is_one_message_with_the_cure(clone: Path, tmp_path: Path) -> None:
+    # This machine may have the Debian package: the copy of the script looks for it elsewhere.
+    script = clone / "docker/fashion_mnist.sh"
+    script.write_text(script.read_text().replace("=/usr/share/datasets", "=/nowhere"))
+    result = run(
+        script,
+        environment={
+            "PATH": bare_path(tmp_path / "bin"),
+            "DIST_TRAIN_CACHE": str(tmp_path),
+            "HOME": "/nowhere",
+        },
+    )
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: Fashion-MNIST is not on this machine")
+    assert "apt-get install dataset-fashion-mnist" in result.stderr
+
+
+def test_missing_debian_packages_are_named_with_the_tests_that_need_them(tmp_path: Path) -> None:
+    path = bare_path(tmp_path / "bin")
+    result = run(ROOT / "docker/debian_packages.sh", environment={"PATH": path, "HOME": str(tmp_path)})
+    assert result.returncode == 0
+    assert "these tests are left out" in result.stderr
+    assert "dataset-fashion-mnist - the tests on real images" in result.stderr
+
+
+def test_no_version_or_build_of_torch_is_pinned() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert "+cpu" not in text
+    # this one has its flavours side by side, told apart by the version
+    assert "==" not in text.replace("grafana-foundation-sdk==", "")

@@ -1,0 +1,59 @@
+"""Promise 1: a step is `global_size` samples whatever the number of workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from dist_train.config import parse_config
+from dist_train.data.loader import open_splits
+from dist_train.data.order import batch_indices, epoch_order
+from dist_train.models import build_model
+from tests.launching import final_checkpoint, launch, records, small_settings, write_config
+
+PLAIN: dict[str, Any] = {
+    "run": {"max_steps": 1},
+    "model": {"norm": "none"},
+    "noise": {"method": "none"},
+    "optimizer": {"learning_rate": 0.5, "momentum": 0.0, "nesterov": False},
+}
+
+
+@pytest.mark.workers
+@pytest.mark.parametrize(("workers", "controller"), [(1, "alone"), (2, "gloo"), (3, "mpi")])
+def test_the_gradient_is_the_mean_over_the_global_batch(tmp_path: Path, workers: int, controller: str) -> None:
+    settings = small_settings(**PLAIN)
+    config = parse_config(settings, source="test")
+    model = build_model(config)
+    train = open_splits(config.data, 0, torch.device("cpu")).train
+    inputs, labels = train.unaugmented(batch_indices(epoch_order(len(train), 0, 0), 0, 100))
+    loss = functional.cross_entropy(model(inputs), labels)
+    loss.backward()
+
+    ended = launch(workers, controller, "train", write_config(tmp_path, settings), "--run-dir", str(tmp_path / "run"))
+    assert ended.code == 0, ended.output
+    [record] = records(tmp_path / "run", "train")
+    assert record["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    trained = final_checkpoint(tmp_path / "run")["model"]
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        expected = parameter.detach() - 0.5 * parameter.grad
+        torch.testing.assert_close(trained[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_fewer_samples_than_one_batch_are_refused(tmp_path: Path) -> None:
+    config = write_config(tmp_path, small_settings(batch={"global_size": 821}))
+    ended = launch(1, "alone", "train", config, "--run-dir", str(tmp_path / "run"))
+    assert ended.code == 2
+    assert "820 training samples are fewer than one global batch of 821" in ended.output
+    assert "Traceback" not in ended.output
+
+
+def test_an_epoch_leaves_another_part_out_each_time() -> None:
+    kept = [set(epoch_order(820, 0, epoch)[:800].tolist()) for epoch in range(3)]
+    assert all(len(samples) == 800 for samples in kept)
+    assert kept[0] != kept[1] != kept[2]

@@ -1,0 +1,61 @@
+"""Promise 3 with every noise: the number of workers does not change a bit of the run, but with a draw per worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launching import launch, records, results, small_settings, status, weights_digest, write_config
+
+pytestmark = pytest.mark.workers
+
+_NOISES: dict[str, tuple[dict[str, Any], int, str]] = {
+    "smoothout": (
+        {"scale": "filter", "distribution": "normal", "amplitude": 0.2, "schedule": {"kind": "linear"}},
+        3,
+        "gloo",
+    ),
+    "langevin": (
+        {"method": "langevin", "scale": "weight", "distribution": "normal", "schedule": {"kind": "exponential"}},
+        3,
+        "mpi",
+    ),
+    "smoothout without norms": ({"scale": "weight", "distribution": "normal", "sharing": "micro_batch"}, 2, "mpi"),
+    "sam": ({"method": "sam", "sharing": "micro_batch", "amplitude": 0.1}, 2, "gloo"),
+}
+
+
+def train(folder: Path, noise: dict[str, Any], workers: int, controller: str, norm: str = "ghost") -> Path:
+    settings = small_settings(
+        run={"max_steps": 10},
+        model={"norm": norm},
+        noise=noise,
+        comm={"verify_every": 1},
+        checkpoint={"every_epochs": 0},
+    )
+    run = folder / f"{controller}-{workers}"
+    ended = launch(workers, controller, "train", write_config(folder, settings), "--run-dir", str(run))
+    assert ended.code == 0, ended.output
+    assert status(run)["world_size"] == workers
+    return run
+
+
+@pytest.mark.parametrize("name", sorted(_NOISES))
+def test_every_bit_is_the_same(tmp_path: Path, name: str) -> None:
+    noise, workers, controller = _NOISES[name]
+    norm = "none" if name.endswith("without norms") else "ghost"
+    alone = train(tmp_path, noise, 1, "alone", norm)
+    together = train(tmp_path, noise, workers, controller, norm)
+    assert len(records(together, "train")) == 10
+    assert weights_digest(together) == weights_digest(alone)
+    assert results(together) == results(alone)
+
+
+def test_a_draw_per_worker_runs_agrees_and_depends_on_the_number_of_workers(tmp_path: Path) -> None:
+    noise = {"sharing": "worker", "scale": "weight", "amplitude": 0.5}
+    two, three = (train(tmp_path, noise, workers, "gloo") for workers in (2, 3))
+    losses = [[record["loss"] for record in records(run, "train")] for run in (two, three)]
+    assert losses[0] != losses[1]
+    assert weights_digest(two) != weights_digest(three)

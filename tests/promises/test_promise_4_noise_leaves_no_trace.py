@@ -1,0 +1,90 @@
+"""Promise 4: noise is the same on every worker, and leaves no trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_train.config import parse_config
+from dist_train.models import build_model
+from tests.launching import (
+    final_checkpoint,
+    launch,
+    records,
+    small_settings,
+    status,
+    weights_digest,
+    write_config,
+)
+
+
+@pytest.mark.workers
+@pytest.mark.parametrize(("sharing", "controller"), [("global", "gloo"), ("micro_batch", "mpi")])
+def test_after_fifty_noisy_steps_at_rate_0_the_weights_are_the_initial_ones(
+    tmp_path: Path, sharing: str, controller: str
+) -> None:
+    settings = small_settings(
+        run={"epochs": 7, "max_steps": 50},
+        optimizer={"learning_rate": 0.0},
+        noise={"sharing": sharing, "amplitude": 0.05},
+        # Every step compares the weights and the noise of all workers, and ends the run where they differ.
+        comm={"verify_every": 1},
+    )
+    ended = launch(2, controller, "train", write_config(tmp_path, settings), "--run-dir", str(tmp_path / "run"))
+    assert ended.code == 0, ended.output
+    assert all(record["noise_amplitude"] == 0.05 for record in records(tmp_path / "run", "train"))
+    saved = final_checkpoint(tmp_path / "run")["model"]
+    for name, parameter in build_model(parse_config(settings, source="test")).named_parameters():
+        assert torch.equal(saved[name], parameter), name
+
+
+@pytest.mark.workers
+@pytest.mark.parametrize(("what", "method"), [("weights", "smoothout"), ("noise", "smoothout"), ("noise", "langevin")])
+def test_one_flipped_bit_on_one_of_three_workers_ends_the_run_with_code_4(
+    tmp_path: Path, what: str, method: str
+) -> None:
+    settings = small_settings(comm={"verify_every": 4}, batch={"global_size": 96}, noise={"method": method})
+    ended = launch(
+        3,
+        "mpi",
+        "train",
+        write_config(tmp_path, settings),
+        "--run-dir",
+        str(tmp_path / "run"),
+        program=["-m", "tests.workers.flipped_bit", what, "1", "6"],
+    )
+    assert ended.code == 4, ended.output
+    assert f"the {what} of worker 1 differ" in ended.output
+    after = status(tmp_path / "run")
+    assert (after["state"], after["exit_code"]) == ("failed", 4)
+    assert 6 <= after["step"] <= 8
+
+
+@pytest.mark.workers
+def test_after_200_steps_on_four_workers_all_hold_the_same_bits(tmp_path: Path) -> None:
+    settings = small_settings(
+        run={"epochs": 25, "max_steps": 200},
+        noise={"scale": "filter"},
+        comm={"verify_every": 1},
+        evaluation={"every_epochs": 0},
+        checkpoint={"every_epochs": 0},
+    )
+    folder = tmp_path / "digests"
+    folder.mkdir()
+    ended = launch(
+        4,
+        "gloo",
+        "train",
+        write_config(tmp_path, settings),
+        "--run-dir",
+        str(tmp_path / "run"),
+        program=["-m", "tests.workers.own_weights", str(folder)],
+        timeout=240,
+    )
+    assert ended.code == 0, ended.output
+    assert status(tmp_path / "run")["step"] == 200
+    digests = [path.read_text() for path in sorted(folder.iterdir())]
+    assert len(digests) == 4
+    assert set(digests) == {weights_digest(tmp_path / "run")}

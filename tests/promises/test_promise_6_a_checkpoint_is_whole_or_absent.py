@@ -1,0 +1,103 @@
+"""Promise 6: a checkpoint is whole or absent; nothing that befalls a disk costs the last good one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_train.config import parse_config
+from dist_train.models import build_model
+from tests.launching import (
+    final_checkpoint,
+    launch,
+    records,
+    results,
+    small_settings,
+    weights_digest,
+    write_config,
+)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 600 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_checkpoint_is_what_design_says(tmp_path: Path) -> None:
+    settings = small_settings(run={"max_steps": 8})
+    ended = launch(1, "alone", "train", write_config(tmp_path, settings), "--run-dir", str(tmp_path / "run"))
+    assert ended.code == 0, ended.output
+    contents = final_checkpoint(tmp_path / "run")
+    assert contents.keys() == {"format", "step", "epoch", "model", "optimizer", "config", "metrics"}
+    build_model(parse_config(contents["config"], source="test")).load_state_dict(contents["model"])
+    assert (contents["step"], contents["epoch"]) == (8, 1.0)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no record"])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(tmp_path: Path, damage: str) -> None:
+    config = write_config(tmp_path, small_settings(checkpoint={"every_steps": 3}))
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert launch(1, "alone", "train", config, "run.max_steps=12", "--run-dir", str(whole)).code == 0
+    assert launch(1, "alone", "train", config, "run.max_steps=8", "--run-dir", str(run)).code == 0
+    last = run / "checkpoints" / "step-00000008.pt"
+    content = last.read_bytes()
+    if damage == "truncated":
+        last.write_bytes(content[:-100])
+    elif damage == "flipped":
+        middle = len(content) // 2
+        last.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    else:
+        last.with_suffix(".json").unlink()
+    ended = launch(1, "alone", "train", config, "run.max_steps=12", "--run-dir", str(run))
+    assert ended.code == 0, ended.output
+    assert "Traceback" not in ended.output
+    [resumed] = [record for record in records(run, "event") if record["event"] == "resumed"]
+    assert resumed["step"] == 6
+    if damage != "no record":
+        assert "step-00000008.pt is damaged" in ended.output
+    assert weights_digest(run) == weights_digest(whole)
+    assert results(run, ["train"]) == results(whole, ["train"])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_is_one_clear_message_and_the_last_good_checkpoint_stays(tmp_path: Path, small_disk: Path) -> None:
+    config = write_config(tmp_path, small_settings(run={"max_steps": 3}, checkpoint={"keep": 1}))
+    run = small_disk / "run"
+    assert launch(1, "alone", "train", config, "--run-dir", str(run)).code == 0
+    good = final_checkpoint(run)
+    (small_disk / "ballast").write_bytes(b"x" * (_free(small_disk) - 20_000))
+    ended = launch(1, "alone", "train", config, "run.max_steps=6", "--run-dir", str(run))
+    assert ended.code == 1
+    assert "No space left on device" in ended.output
+    assert "Traceback" not in ended.output
+    after = final_checkpoint(run)
+    assert after["step"] == 3
+    assert all(torch.equal(after["model"][name], tensor) for name, tensor in good["model"].items())
+    (small_disk / "ballast").unlink()
+    ended = launch(1, "alone", "train", config, "run.max_steps=6", "--run-dir", str(run))
+    assert ended.code == 0, ended.output
+    assert [record["step"] for record in records(run, "train")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_unwritable_folder_is_one_clear_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = write_config(tmp_path, small_settings())
+    ended = launch(1, "alone", "train", config, "--run-dir", str(tmp_path / "file" / "run"))
+    assert ended.code == 2
+    assert "cannot be written" in ended.output
+    assert len(ended.output.splitlines()) == 1
+
+
+def _free(disk: Path) -> int:
+    stats = os.statvfs(disk)
+    return stats.f_bavail * stats.f_frsize

@@ -1,0 +1,75 @@
+"""Promise 7: a signal only sets a flag; the workers agree at the next step boundary, save once, and exit 75."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launching import (
+    descendants,
+    kill,
+    launch,
+    records,
+    small_settings,
+    start,
+    status,
+    weights_digest,
+    write_config,
+)
+
+pytestmark = pytest.mark.workers
+
+
+@pytest.mark.parametrize(
+    ("workers", "controller", "number"),
+    [(1, "alone", signal.SIGTERM), (2, "gloo", signal.SIGUSR2), (2, "mpi", signal.SIGTERM)],
+)
+def test_a_signal_to_one_worker_stops_all_at_one_step(
+    tmp_path: Path, workers: int, controller: str, number: signal.Signals
+) -> None:
+    config = write_config(
+        tmp_path,
+        small_settings(run={"epochs": 500}, evaluation={"every_epochs": 0}, checkpoint={"every_epochs": 0}),
+    )
+    run = tmp_path / "run"
+    process = start(workers, controller, "train", config, "--run-dir", str(run))
+    try:
+        _wait_for(lambda: (run / "metrics.jsonl").exists() and len(records(run, "train")) > 3)
+        os.kill(_workers(process.pid)[-1], number)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        kill(process)
+    if controller != "gloo":  # horovodrun ends with 1 whatever the workers' code was
+        assert process.returncode == 75, output
+        assert "Traceback" not in output
+    after = status(run)
+    assert (after["state"], after["exit_code"]) == ("stopped", 75), output
+    assert [path.name for path in (run / "checkpoints").glob("*.pt")] == [f"step-{after['step']:08d}.pt"]
+
+    step = after["step"]
+    whole = launch(1, "alone", "train", config, f"run.max_steps={step + 5}", "--run-dir", str(tmp_path / "whole"))
+    assert whole.code == 0, whole.output
+    again = launch(workers, controller, "train", config, f"run.max_steps={step + 5}", "--run-dir", str(run))
+    assert again.code == 0, again.output
+    assert weights_digest(run) == weights_digest(tmp_path / "whole")
+
+
+def _workers(pid: int) -> list[int]:
+    """Return the processes at or below `pid` that train."""
+    training = []
+    for candidate in [pid, *descendants(pid)]:
+        words = Path(f"/proc/{candidate}/cmdline").read_bytes().split(b"\0")
+        if b"dist_train" in words and b"horovodrun" not in words[1] and b"mpirun" not in words[0]:
+            training.append(candidate)
+    return training
+
+
+def _wait_for(condition: object) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "nothing happened within a minute"
+        time.sleep(0.02)

@@ -1,0 +1,154 @@
+"""What the dashboards and the rules ask of Prometheus, in a form that gives data for a healthy run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import promql_parser
+import yaml
+
+DOCKER = Path(__file__).parents[2] / "docker"
+DASHBOARDS = DOCKER / "grafana" / "dashboards"
+RULES = DOCKER / "prometheus" / "rules"
+
+NEEDS_A_DEVICE = "_device_"
+"""Part of the names of metrics that are there only where a worker has a device."""
+
+_FILTERS = re.compile(r"(?<![=!~])(==|!=|[<>]=?)(?![~=\"])|\b(and|or|unless)\b")
+
+
+def variables(run: str) -> dict[str, str]:
+    """Return what stands for the variables of Grafana and of the dashboards, when one run is looked at."""
+    return {
+        "datasource": "prometheus",
+        "run": run,
+        "split": ".*",
+        "noise": ".*",
+        "__rate_interval": "30s",
+        "__interval": "15s",
+        "__interval_ms": "15000",
+        "__range": "5m",
+    }
+
+
+def filled(text: str, values: Mapping[str, str]) -> str:
+    """Return `text` with $name and ${name} replaced; KeyError names an unknown variable."""
+    return re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda found: values[found[1] or found[2]], text)
+
+
+def dashboard_queries(dashboard: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the name and the expression, as written, of every query of panels and marks."""
+    for panel in dashboard.get("panels", []):
+        for target in panel.get("targets", []):
+            yield f"{panel['title']}/{target['refId']}", target["expr"]
+    for mark in dashboard.get("annotations", {}).get("list", []):
+        if "target" in mark:
+            yield f"mark {mark['name']}", mark["target"]["expr"]
+
+
+def rules() -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield every rule, with its name."""
+    for path in sorted(RULES.glob("*.yml")):
+        for group in yaml.safe_load(path.read_text(encoding="utf-8"))["groups"]:
+            for rule in group["rules"]:
+                yield rule.get("record") or rule["alert"], rule
+
+
+def dashboard_expressions(run: str) -> dict[str, str]:
+    """Return every query of every dashboard, by a name for messages; those about devices are left out.
+
+    The conditions of marks are taken apart as for alerts.
+    """
+    return {name: text for name, text in _expressions(run).items() if NEEDS_A_DEVICE not in text}
+
+
+def device_expressions(run: str) -> dict[str, str]:
+    """Return every query of every dashboard that is about devices, by a name for messages."""
+    return {name: text for name, text in _expressions(run).items() if NEEDS_A_DEVICE in text}
+
+
+def _expressions(run: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for path in sorted(DASHBOARDS.glob("*.json")):
+        for name, written in dashboard_queries(json.loads(path.read_text(encoding="utf-8"))):
+            expression = filled(written, variables(run))
+            if name.startswith("mark ") and "ALERTS" not in expression:
+                for place, operand in enumerate(operands(expression)):
+                    found[f"{path.stem}: {name} {place}"] = operand
+            elif not name.startswith("mark "):
+                found[f"{path.stem}: {name}"] = expression
+    return found
+
+
+def rule_expressions() -> dict[str, str]:
+    """Return the expression of every recording rule, and of every alert the parts that a healthy run has data for."""
+    found: dict[str, str] = {}
+    for name, rule in rules():
+        if "record" in rule:
+            found[name] = rule["expr"]
+        else:
+            found |= {f"{name} {place}": operand for place, operand in enumerate(operands(rule["expr"]))}
+    return found
+
+
+def operands(expression: str) -> list[str]:
+    """Return the parts of `expression` that its comparisons, `and`, `or` and `unless` stand between.
+
+    Such an expression is empty where nothing is wrong; a part of it that is empty as well has a misspelt name or label.
+    Parts without a series are left out. A look into the past (`offset`) becomes one at the present.
+    """
+    present = re.sub(r"\s+offset\s+\w+", "", expression)
+    return list(dict.fromkeys(_operands(promql_parser.parse(re.sub(r"\[(\w+):\w+\]", r"[\1:15s]", present)))))
+
+
+def _operands(node: promql_parser.Expr) -> Iterator[str]:
+    text = node.prettify()
+    if not any(True for _ in selectors(node)):
+        return
+    if not _FILTERS.search(_without_strings(text)):
+        yield text
+        return
+    for child in _children(node):
+        yield from _operands(child)
+
+
+def selectors(node: promql_parser.Expr) -> Iterator[promql_parser.VectorSelector]:
+    """Yield every selector of series within `node`."""
+    if isinstance(node, promql_parser.VectorSelector):
+        yield node
+    elif isinstance(node, promql_parser.MatrixSelector):
+        yield node.vector_selector
+    else:
+        for child in _children(node):
+            yield from selectors(child)
+
+
+def metric_names(expression: str) -> set[str]:
+    """Return the names of the metrics that `expression` selects; a pattern of names is given as it is written."""
+    names = set()
+    for selector in selectors(promql_parser.parse(expression)):
+        by_label = [matcher.value for matcher in selector.matchers.matchers if matcher.name == "__name__"]
+        names.add(selector.name or by_label[0])
+    return names
+
+
+def _children(node: promql_parser.Expr) -> list[promql_parser.Expr]:
+    match node:
+        case promql_parser.BinaryExpr():
+            return [node.lhs, node.rhs]
+        case promql_parser.Call():
+            return [argument for argument in node.args if isinstance(argument, promql_parser.Expr)]
+        case promql_parser.AggregateExpr():
+            return [node.expr]
+        case promql_parser.ParenExpr() | promql_parser.SubqueryExpr() | promql_parser.UnaryExpr():
+            return [node.expr]
+        case _:
+            return []
+
+
+def _without_strings(text: str) -> str:
+    return re.sub(r'"[^"]*"', '""', text)

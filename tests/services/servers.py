@@ -1,0 +1,174 @@
+"""Real servers for tests: Prometheus, Alertmanager, Pushgateway, and a webhook that takes alerts."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any, TypeVar
+
+Found = TypeVar("Found")
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that is free now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def wait_for(look: Callable[[], Found | None], what: str, timeout: float = 60) -> Found:
+    """Return what `look` finds, as soon as it finds something; it looks ten times a second."""
+    deadline = time.monotonic() + timeout
+    while True:
+        found = look()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"{what}: not within {timeout:g} s"
+        time.sleep(0.1)
+
+
+def fetch(url: str, timeout: float = 10) -> str:
+    """Return what is at `url`."""
+    with urllib.request.urlopen(url, timeout=timeout) as answer:
+        text: str = answer.read().decode()
+        return text
+
+
+@contextmanager
+def _running(command: Sequence[str], ready: str, log: Path) -> Iterator[None]:
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        try:
+
+            def is_ready() -> bool:
+                assert process.poll() is None, log.read_text()
+                try:
+                    fetch(ready)
+                except (urllib.error.URLError, ConnectionError):
+                    return False
+                return True
+
+            wait_for(is_ready, f"{command[0]} is ready")
+            yield
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+Sample = tuple[float, float]
+"""When, in seconds since 1970, and what."""
+
+
+@dataclass(frozen=True)
+class Prometheus:
+    """A Prometheus that runs at `url`."""
+
+    url: str
+
+    def ask(self, path: str, **parameters: str | float) -> Any:
+        """Return the data of an answer of its API."""
+        query = urllib.parse.urlencode(parameters)
+        try:
+            answer = json.loads(fetch(f"{self.url}/api/v1/{path}?{query}"))
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{path} {parameters}: {error.read().decode()}") from error
+        assert answer["status"] == "success", answer
+        return answer["data"]
+
+    def query(self, expression: str) -> list[tuple[Mapping[str, str], float]]:
+        """Return the labels and the value of each series that `expression` gives now."""
+        result = self.ask("query", query=expression)["result"]
+        return [(series["metric"], float(series["value"][1])) for series in result]
+
+    def history(self, selector: str, minutes: int = 30) -> dict[str, list[Sample]]:
+        """Return the samples as they were scraped, of each series of `selector`, by its label `split`."""
+        result = self.ask("query", query=f"{selector}[{minutes}m]")["result"]
+        return {
+            series["metric"].get("split", ""): [(time, float(value)) for time, value in series["values"]]
+            for series in result
+        }
+
+    def firing(self) -> set[str]:
+        """Return the names of the alerts that fire now."""
+        return {alert["labels"]["alertname"] for alert in self.ask("alerts")["alerts"] if alert["state"] == "firing"}
+
+
+@contextmanager
+def prometheus(folder: Path, config: Path) -> Iterator[Prometheus]:
+    """Run a Prometheus with `config` and its data in `folder`."""
+    port = free_port()
+    command = ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}"]
+    command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
+    url = f"http://127.0.0.1:{port}"
+    with _running(command, f"{url}/-/ready", folder / "prometheus.log"):
+        yield Prometheus(url)
+
+
+@contextmanager
+def alertmanager(folder: Path, config: Path) -> Iterator[str]:
+    """Run an Alertmanager with `config`; gives its address, host:port."""
+    address = f"127.0.0.1:{free_port()}"
+    command = ["prometheus-alertmanager", f"--config.file={config}", f"--storage.path={folder / 'alerts'}"]
+    command += [f"--web.listen-address={address}", "--cluster.listen-address=", "--log.level=warn"]
+    with _running(command, f"http://{address}/-/ready", folder / "alertmanager.log"):
+        yield address
+
+
+@contextmanager
+def pushgateway(folder: Path) -> Iterator[str]:
+    """Run a Pushgateway; gives its URL."""
+    url = f"http://127.0.0.1:{free_port()}"
+    command = ["prometheus-pushgateway", f"--web.listen-address={url.removeprefix('http://')}"]
+    with _running(command, f"{url}/-/ready", folder / "pushgateway.log"):
+        yield url
+
+
+@dataclass
+class Webhook:
+    """What came in at `url`, alert by alert."""
+
+    url: str = ""
+    alerts: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def received(self, name: str, status: str) -> Mapping[str, Any] | None:
+        """Return the first alert of this name and status (firing, resolved), if one has come."""
+        for alert in list(self.alerts):
+            if alert["labels"]["alertname"] == name and alert["status"] == status:
+                return alert
+        return None
+
+
+@contextmanager
+def webhook() -> Iterator[Webhook]:
+    """Take alerts as Alertmanager sends them."""
+    taken = Webhook()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            taken.alerts.extend(json.loads(body)["alerts"])
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        taken.url = f"http://127.0.0.1:{server.server_port}/"
+        Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+        yield taken
+        server.shutdown()

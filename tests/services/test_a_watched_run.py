@@ -1,0 +1,271 @@
+"""A run of two workers, watched by what is shipped: Prometheus, its rules, Alertmanager, the dashboards."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dist_train.config.sections import MetricsSettings
+from dist_train.monitoring.prometheus.exporter import Exporter
+from dist_train.monitoring.records import WorkerMeasurement
+from tests.launching import descendants, kill, records, small_settings, start, write_config
+from tests.services.dashboard_page import height_of, screenshot, series_drawn, write_page
+from tests.services.expressions import (
+    NEEDS_A_DEVICE,
+    dashboard_expressions,
+    device_expressions,
+    rule_expressions,
+    variables,
+)
+from tests.services.servers import Prometheus, Webhook, alertmanager, prometheus, wait_for, webhook
+from tests.unit.exporting import FACTS, STOPPED, measurement
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "docker"
+RUN = "watched"
+
+pytestmark = [
+    pytest.mark.services,
+    pytest.mark.workers,
+    pytest.mark.skipif(
+        not (shutil.which("prometheus") and shutil.which("prometheus-alertmanager")),
+        reason="needs the Debian packages prometheus and prometheus-alertmanager",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The run and those who watch it."""
+
+    run: Path
+    job: subprocess.Popen[str]
+    targets: Path
+    prometheus: Prometheus
+    webhook: Webhook
+
+    def trainers(self) -> list[int]:
+        """Return the processes of the two workers: those that no other worker has started."""
+        ours = [pid for pid in descendants(self.job.pid) if is_worker(pid)]
+        return [pid for pid in ours if not is_worker(parent(pid))]
+
+
+def is_worker(pid: int) -> bool:
+    """Whether `pid` runs a worker's program itself, not the shell that starts it."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:4] == [b"-m", b"dist_train", b"train"]
+    except FileNotFoundError:
+        return False
+
+
+def parent(pid: int) -> int:
+    """Return the process that has started `pid`."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[1])
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    folder = tmp_path_factory.mktemp("watched")
+    targets = folder / "targets"
+    targets.mkdir()
+    settings = small_settings(
+        run={"epochs": 1_000_000},
+        checkpoint={"every_epochs": 5},
+        metrics={"enabled": True, "port": 0, "targets_directory": str(targets)},
+    )
+    run = folder / RUN
+    with (
+        webhook() as hook,
+        alertmanager(folder, alertmanager_config(folder, hook.url)) as alerts,
+        prometheus(folder, prometheus_config(folder, targets, alerts)) as server,
+    ):
+        job = start(2, "gloo", "train", write_config(folder, settings), "--run-dir", str(run))
+        try:
+            yield Watched(run, job, targets, server, hook)
+        finally:
+            kill(job)
+
+
+def prometheus_config(folder: Path, targets: Path, alerts: str) -> Path:
+    """Return the shipped configuration with this test's addresses, and its pace made quicker."""
+    settings = yaml.safe_load((SHIPPED / "prometheus/prometheus.yml").read_text())
+    settings["global"] |= {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
+    [job] = [job for job in settings["scrape_configs"] if job["job_name"] == "dist_train"]
+    job["file_sd_configs"] = [{"files": [f"{targets}/*.json"], "refresh_interval": "1s"}]
+    settings["scrape_configs"] = [job]
+    settings["alerting"]["alertmanagers"] = [{"static_configs": [{"targets": [alerts]}]}]
+    settings["rule_files"] = [
+        str(rules_file(folder, path)) for path in sorted((SHIPPED / "prometheus/rules").iterdir())
+    ]
+    path = folder / "prometheus.yml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def rules_file(folder: Path, shipped: Path) -> Path:
+    """Return a copy of shipped rules in which a run that stands still is told after seconds."""
+    rules = yaml.safe_load(shipped.read_text())
+    for group in rules["groups"]:
+        group.pop("interval", None)
+        for rule in group["rules"]:
+            if rule.get("alert") == "DistTrainStalled":
+                assert "120" in rule["expr"]
+                rule["expr"] = rule["expr"].replace("120", "3")
+                rule["for"] = "0s"
+    path = folder / shipped.name
+    path.write_text(yaml.safe_dump(rules))
+    return path
+
+
+def alertmanager_config(folder: Path, url: str) -> Path:
+    """Return the shipped configuration with this test's receiver, and its pace made quicker."""
+    settings = yaml.safe_load((SHIPPED / "alertmanager/alertmanager.yml").read_text())
+    for receiver in settings["receivers"]:
+        for hook in receiver.get("webhook_configs", []):
+            hook.pop("url_file", None)
+            hook["url"] = url
+    for route in [settings["route"], *settings["route"].get("routes", [])]:
+        route |= {"group_wait": "0s", "group_interval": "1s"}
+    path = folder / "alertmanager.yml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_prometheus_finds_the_run_by_its_target_file(watched: Watched) -> None:
+    wait_for(lambda: watched.prometheus.query("dist_train_accuracy_ratio{split='test'}"), "the first evaluation")
+    [target] = watched.prometheus.ask("targets")["activeTargets"]
+    assert target["health"] == "up"
+    labels = target["labels"]
+    assert (labels["run"], labels["worker"], labels["job"]) == (RUN, "0", "dist_train")
+    [(labels, _)] = watched.prometheus.query("dist_train_run_info")
+    assert labels["run"] == RUN
+    assert watched.prometheus.query("dist_train_world_size")[0][1] == 2
+
+
+def test_what_prometheus_holds_is_what_the_run_recorded(watched: Watched) -> None:
+    def enough() -> list[tuple[float, float]] | None:
+        [steps] = watched.prometheus.history("dist_train_step").values()
+        return steps if len(steps) >= 12 else None
+
+    steps = dict(wait_for(enough, "a dozen scrapes"))
+    trained = {record["step"]: record for record in records(watched.run, "train")}
+    series = {
+        ("loss", "batch"): "dist_train_loss",
+        ("accuracy", "batch"): "dist_train_accuracy_ratio",
+        ("learning_rate", ""): "dist_train_learning_rate",
+        ("noise_amplitude", ""): "dist_train_noise_amplitude",
+        ("gradient_norm", ""): "dist_train_gradient_norm",
+    }
+    for (name, split), metric in series.items():
+        samples = [(time, value) for time, value in watched.prometheus.history(metric)[split] if time in steps]
+        assert len(samples) >= 10
+        for time, value in samples:
+            assert value == trained[int(steps[time])][name], (metric, steps[time])
+    evaluated = records(watched.run, "eval")
+    for name, metric in (("loss", "dist_train_loss"), ("accuracy", "dist_train_accuracy_ratio")):
+        history = watched.prometheus.history(metric)
+        for split in ("train", "test"):
+            for time, value in history[split]:
+                if time in steps:
+                    assert value in latest(evaluated, split, name, steps[time]), (metric, split, steps[time])
+
+
+def latest(evaluated: list[dict[str, Any]], split: str, name: str, step: float) -> list[float]:
+    """Return the last two values up to `step`: its own evaluation may be under way."""
+    return [record[name] for record in evaluated if record["split"] == split and record["step"] <= step][-2:]
+
+
+def test_every_expression_of_a_dashboard_or_a_rule_gives_data(watched: Watched) -> None:
+    expressions = {**dashboard_expressions(RUN), **rule_expressions()}
+    assert len(expressions) > 30
+    until_all_answer(watched.prometheus, expressions)
+    assert watched.prometheus.firing() == set()
+
+
+def test_every_expression_about_devices_gives_data_for_a_worker_that_has_one(watched: Watched, tmp_path: Path) -> None:
+    run = tmp_path / "on_a_device"
+    exporter = Exporter(MetricsSettings(port=0, targets_directory=watched.targets))
+    exporter.begin(replace(FACTS, name=run.name, run_directory=run))
+    with_device = WorkerMeasurement(0.2, 0.1, 1e9, device_bytes=6e10, device_peak_bytes=7e10, device_utilization=0.9)
+    exporter.measurement(replace(measurement(15), workers=(with_device, with_device)))
+    expressions = device_expressions(run.name)
+    assert expressions
+    until_all_answer(watched.prometheus, expressions)
+    exporter.end(STOPPED)
+
+
+def until_all_answer(server: Prometheus, expressions: Mapping[str, str]) -> None:
+    """Wait until `server` has data for each of the expressions; name those that it has none for."""
+    missing: dict[str, str] = {}
+
+    def all_answered() -> bool:
+        missing.clear()
+        missing.update({name: text for name, text in expressions.items() if not server.query(text)})
+        return not missing
+
+    try:
+        wait_for(all_answered, "every expression", timeout=40)
+    except AssertionError as error:
+        raise AssertionError(f"no data for {json.dumps(missing, indent=1)}") from error
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs the Debian package chromium")
+@pytest.mark.parametrize("name", ["one_run", "all_runs"])
+def test_every_panel_is_drawn_from_the_live_prometheus(watched: Watched, name: str, tmp_path: Path) -> None:
+    dashboard = json.loads((SHIPPED / f"grafana/dashboards/{name}.json").read_text())
+    dashboard["panels"] = [panel for panel in dashboard["panels"] if not shows_devices_only(panel)]
+    page, picture = tmp_path / f"{name}.html", picture_folder(tmp_path) / f"{name}.png"
+    write_page(page, dashboard, watched.prometheus.url, seconds=60, variables=variables(RUN))
+    empty = [title for title, series in series_drawn(page).items() if not series]
+    assert not empty
+    screenshot(page, picture, width=1400, height=height_of(dashboard))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size > 20_000
+
+
+def shows_devices_only(panel: Mapping[str, Any]) -> bool:
+    """Whether `panel` has nothing to show on a machine without a GPU."""
+    targets = panel.get("targets", [])
+    return bool(targets) and all(NEEDS_A_DEVICE in target["expr"] for target in targets)
+
+
+def picture_folder(otherwise: Path) -> Path:
+    """Return where the pictures go: a folder of the user's choice, to look at them."""
+    folder = Path(os.environ.get("DIST_TRAIN_PICTURES", otherwise))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def test_a_run_that_stands_still_is_told_to_the_webhook_and_so_is_its_going_on(watched: Watched) -> None:
+    workers = watched.trainers()
+    assert len(workers) == 2
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        alert = wait_for(lambda: watched.webhook.received("DistTrainStalled", "firing"), "the alert", timeout=45)
+    finally:
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+    assert alert["labels"]["run"] == RUN
+    assert RUN in alert["annotations"]["summary"]
+    wait_for(lambda: watched.webhook.received("DistTrainStalled", "resolved"), "the alert's end", timeout=45)
+
+
+def test_the_target_file_goes_when_the_run_ends(watched: Watched) -> None:
+    assert list(watched.targets.glob("*.json"))
+    for pid in watched.trainers():
+        os.kill(pid, signal.SIGTERM)
+    watched.job.communicate(timeout=60)
+    assert not list(watched.targets.iterdir())
+    wait_for(lambda: not watched.prometheus.ask("targets")["activeTargets"], "the target is gone")
+    assert watched.prometheus.query("last_over_time(dist_train_state{state='running'}[5m])")

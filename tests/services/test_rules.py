@@ -1,0 +1,137 @@
+"""The rules and the settings of Prometheus and Alertmanager, checked by their own tools."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dist_train.dashboards.links import ALERTS, runbook_path
+from dist_train.dashboards.runbook import sections
+from dist_train.monitoring.prometheus.table import METRICS
+from tests.services.expressions import DOCKER, RULES, metric_names, rules
+
+ROOT = Path(__file__).parents[2]
+TESTS = sorted((DOCKER / "prometheus" / "tests").glob("*.yml"))
+ALERT_RULES = {name: rule for name, rule in rules() if "alert" in rule}
+RECORDED = [name for name, rule in rules() if "record" in rule]
+
+promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="needs the Debian package prometheus")
+pytestmark = pytest.mark.services
+
+
+def run(*command: str | Path) -> str:
+    """Return what a tool says; it has to end well."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@promtool
+def test_promtool_takes_the_settings_and_the_rules() -> None:
+    assert "is valid prometheus config" in run("promtool", "check", "config", DOCKER / "prometheus" / "prometheus.yml")
+    said = run("promtool", "check", "rules", "--lint=all", "--lint-fatal", *sorted(RULES.glob("*.yml")))
+    assert said.count("SUCCESS") == len(list(RULES.glob("*.yml")))
+
+
+@promtool
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
+def test_alerts_fire_and_keep_silent(path: Path) -> None:
+    assert "SUCCESS" in run("promtool", "test", "rules", path)
+
+
+@promtool
+@pytest.mark.parametrize(
+    ("written", "instead", "healthy"),
+    [
+        ("3 * run:dist_train_epoch_duration_seconds", "0 * run:dist_train_epoch_duration_seconds", "steps of 60 s"),
+        ("10 * run:dist_train_step_duration_seconds", "0 * run:dist_train_step_duration_seconds", "steps of 60 s"),
+        ("+ 600)", "+ 120)", "the first step compiles"),
+        ("unless on (run) dist_train_state", "", "gone on in the next Slurm job"),
+        ("and ignoring (state)", "or ignoring (state)", "gone on in the next Slurm job"),
+        ("last_over_time(dist_train_state[1d])", "dist_train_state", "target file could not be taken away"),
+        ('{state="running"}) == 1', '{state="running"}) >= 0', "it is stopping"),
+        ("[1d:1m] offset 15m", "[1m:1m] offset 15m", "events of an earlier launch"),
+        ("max by (run) (max_over_time(dist_train_world_size[1h]))", "dist_train_world_size", "half of the workers"),
+        ("and on (run) run:dist_train_active:max == 1", "", "requeued often, and long over"),
+    ],
+)
+def test_a_coarser_rule_would_be_a_false_alarm(written: str, instead: str, healthy: str, tmp_path: Path) -> None:
+    shutil.copytree(DOCKER / "prometheus", tmp_path / "prometheus")
+    path = tmp_path / "prometheus" / "rules" / "alerts.yml"
+    text = path.read_text(encoding="utf-8")
+    assert written in text
+    path.write_text(text.replace(written, instead), encoding="utf-8")
+    tests = tmp_path / "prometheus" / "tests" / "healthy.yml"
+    command = ["promtool", "test", "rules", f"--run={healthy}", str(tests)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "alertname: DistTrain" in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("amtool"), reason="needs the Debian package prometheus-alertmanager")
+def test_amtool_takes_the_settings_of_alertmanager() -> None:
+    assert "SUCCESS" in run("amtool", "check-config", DOCKER / "alertmanager" / "alertmanager.yml")
+
+
+def expectations() -> list[dict[str, Any]]:
+    """Return every statement of the rules' tests."""
+    return [
+        statement
+        for path in TESTS
+        for test in yaml.safe_load(path.read_text(encoding="utf-8"))["tests"]
+        for statement in test["alert_rule_test"]
+    ]
+
+
+@pytest.mark.parametrize("alert", ALERTS)
+def test_an_alert_is_tested_both_ways_and_explained(alert: str) -> None:
+    rule = ALERT_RULES[alert]
+    tested = [bool(statement["exp_alerts"]) for statement in expectations() if statement["alertname"] == alert]
+    assert set(tested) == {True, False}
+    assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
+    assert "$labels.run" in rule["annotations"]["summary"]
+    assert "$labels.run" in rule["annotations"]["description"]
+    assert rule["labels"]["severity"] in {"critical", "warning"}
+    assert "for" in rule
+    assert rule["annotations"]["runbook_url"].endswith(runbook_path(alert))
+    text = sections((ROOT / "docs" / "runbook.md").read_text(encoding="utf-8"))[alert]
+    assert re.findall(r"\*\*(.+?)\.\*\*", text) == ["Means", "Look at", "Do"]
+
+
+def test_every_alert_is_in_the_table() -> None:
+    assert set(ALERT_RULES) == set(ALERTS)
+
+
+def test_rules_are_of_known_metrics_and_recorded_names_say_their_level() -> None:
+    known = {"up", *RECORDED}
+    for metric in METRICS:
+        suffixes = ("_bucket", "_sum", "_count") if str(metric.kind) == "histogram" else ("",)
+        known |= {metric.name + suffix for suffix in suffixes}
+    for name, rule in rules():
+        for metric_name in metric_names(rule["expr"]):
+            assert any(re.fullmatch(metric_name, one) for one in known), f"{name}: {metric_name}"
+    for name in RECORDED:
+        assert re.fullmatch(r"run(_part|_worker)?:dist_train_[a-z_]+:[a-z0-9_]+", name)
+
+
+def test_inhibitions_name_alerts_that_exist() -> None:
+    settings = yaml.safe_load((DOCKER / "alertmanager" / "alertmanager.yml").read_text(encoding="utf-8"))
+    named = set(re.findall(r"DistTrain\w+", str(settings["inhibit_rules"])))
+    assert named <= set(ALERTS)
+    assert "DistTrainExporterGone" in named
+
+
+def test_compose_is_of_the_compose_specification() -> None:
+    run(
+        str(Path(sys.executable).with_name("check-jsonschema")),
+        "--builtin-schema",
+        "vendor.compose-spec",
+        DOCKER / "compose.yaml",
+    )

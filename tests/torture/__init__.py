@@ -1,0 +1,1 @@
+"""A seeded campaign of faults against real launches of the program."""

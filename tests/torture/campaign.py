@@ -1,0 +1,259 @@
+"""Trials: a run is started, disturbed, started again, until it is done; then its bits are compared."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from threading import Lock
+
+from tests.torture.damage import whole_steps
+from tests.torture.disk import Disk, can_forbid, can_mount
+from tests.torture.faults import FAULTS, METRICS_PORT, Fault, Moment
+from tests.torture.processes import Launch
+from tests.torture.scene import PATIENCE_SECONDS, Scene
+from tests.torture.shim import Shim, build_shim
+from tests.torture.subject import Data, Subject, Truth, copy_code, make_subject, truth_of
+from tests.torture.tally import Tally
+
+_GONE_SECONDS = 60.0
+_MOST_LAUNCHES = 12
+_ENDED = {0, 1, 75}
+_OWN_TRACEBACK = re.compile(r"^(\[\d+\]<\w+>:)?Traceback \(most recent call last\)", re.MULTILINE)
+_TOLD = re.compile(r"dist-train: |ERROR: |WARNING: ")
+
+
+@dataclass(frozen=True)
+class Means:
+    """What this machine lets the campaign do."""
+
+    mounts: bool
+    forbids: bool
+    library: Path | None
+
+    def lacks(self) -> frozenset[str]:
+        """Return the needs that cannot be met."""
+        met = {"mount": self.mounts, "forbid": self.forbids, "shim": self.library is not None}
+        return frozenset(need for need, is_met in met.items() if not is_met)
+
+
+class Campaign:
+    """Runs trials in `folder` until so many faults have hit."""
+
+    def __init__(self, folder: Path, seed: int, epochs: int, say: Callable[[str], None]) -> None:
+        self.folder = folder
+        self.seed = seed
+        self.tally = Tally()
+        self._say = say
+        self._lock = Lock()
+        self._means = Means(can_mount(), _can_forbid(folder), build_shim(folder))
+        self._subjects: dict[Data, Subject] = {}
+        self._truths: dict[Data, Truth] = {}
+        code = copy_code(folder / "code")
+        for data in _DATA:
+            self._subjects[data] = make_subject(folder / data, code, data, epochs)
+
+    @property
+    def left_out(self) -> list[str]:
+        """The kinds of fault that this machine does not allow."""
+        return [fault.kind for fault in FAULTS if fault.needs & self._means.lacks()]
+
+    def run(self, faults: int, jobs: int) -> None:
+        """Run trials, `jobs` at a time, until `faults` have hit."""
+        for data, subject in self._subjects.items():
+            self._truths[data] = self._undisturbed(subject)
+        numbers = iter(range(1_000_000))
+
+        def work() -> None:
+            while True:
+                with self._lock:
+                    left = faults - self.tally.hits
+                    number = next(numbers)
+                if left <= 0:
+                    return
+                self._trial(number, left)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            for done in [pool.submit(work) for _ in range(jobs)]:
+                done.result()
+
+    def _undisturbed(self, subject: Subject) -> Truth:
+        run = self.folder / subject.data / "whole"
+        log = self.folder / f"whole-{subject.data}.log"
+        launch = Launch(1, "alone", subject.arguments(run), log, subject.code, subject.environment())
+        ended = launch.wait(300)
+        launch.kill_all()
+        if not ended or launch.code != 0:
+            raise RuntimeError(f"the undisturbed run failed: {launch.output[-2000:]}")
+        return truth_of(run)
+
+    def _trial(self, number: int, limit: int) -> None:
+        random = Random(f"{self.seed} {number}")
+        folder = self.folder / f"trial-{number}"
+        folder.mkdir()
+        data: Data = "cached" if random.random() < 0.3 else "synthetic"
+        subject = self._subjects[data]
+        if data == "cached":
+            subject = replace(subject, cache=folder / "cache")
+        scene = Scene(
+            subject,
+            folder,
+            Disk(folder / "disk", self._means.mounts),
+            Shim(self._means.library, folder / "shim.state"),
+            random,
+        )
+        begun = time.monotonic()
+        try:
+            trial = Trial(scene, self._means.lacks(), limit)
+            trial.run()
+            wrong = trial.verdict(self._truths[data])
+        finally:
+            scene.close()
+        with self._lock:
+            self.tally.add(trial.hits, [*trial.problems, *wrong], f"trial {number} of seed {self.seed}")
+            hits = self.tally.hits
+        self._say(
+            f"trial {number}: {len(trial.hits)} faults in {scene.launches} launches, "
+            f"{time.monotonic() - begun:.0f} s; {hits} in all" + "".join(f"\n  {p}" for p in [*trial.problems, *wrong])
+        )
+        if not (trial.problems or wrong):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class Trial:
+    """One run's lives."""
+
+    def __init__(self, scene: Scene, lacks: frozenset[str], limit: int) -> None:
+        self.hits: list[str] = []
+        self.problems: list[str] = []
+        self._scene = scene
+        self._lacks = lacks
+        self._limit = limit
+
+    def run(self) -> None:
+        """Disturb the run over a few launches, then let it finish."""
+        disturbed = self._scene.random.randint(3, 5)
+        for life in range(_MOST_LAUNCHES):
+            if self._live(is_disturbed=life < disturbed):
+                return
+        self.problems.append(f"not finished after {_MOST_LAUNCHES} launches")
+
+    def verdict(self, truth: Truth) -> list[str]:
+        """Compare the end with that of the undisturbed run."""
+        try:
+            found = truth_of(self._scene.run)
+        except Exception as error:
+            return [f"wrong: the run's end cannot be read: {error!r}"]
+        wrong = []
+        if found.digest != truth.digest:
+            wrong.append("wrong: other weights than the undisturbed run's")
+        if found.results != truth.results:
+            wrong.append("wrong: other records than the undisturbed run's")
+        return wrong
+
+    def _live(self, *, is_disturbed: bool) -> bool:
+        """Go through one launch; whether the run is done."""
+        scene, random = self._scene, self._scene.random
+        workers, controller = random.choice(_GROUPS)
+        metrics = random.random() < 0.25
+        offers = {"cached"} if scene.subject.data == "cached" else set()
+        offers |= ({"two"} if workers > 1 else set()) | ({"metrics"} if metrics else set())
+        if is_disturbed:
+            self._do(self._draw("rest", random.choice((0, 1, 1, 2)), offers))
+        floor = max(whole_steps(scene.run), default=0)
+        lines = scene.lines()
+        overrides = (
+            ["metrics.enabled=true", "metrics.last_scrape_seconds=0", f"metrics.port={METRICS_PORT}"] if metrics else []
+        )
+        scene.launch = launch = scene.start(workers, controller, *overrides)
+        if is_disturbed:
+            if random.random() < 0.25:
+                time.sleep(random.uniform(0, 4))
+            else:
+                _wait_for_training(scene, launch, lines)
+            self._do(self._draw("work", random.choice((1, 2, 3, 4)), offers))
+            self._do(self._draw("end", 1, offers))
+        ended = launch.wait(PATIENCE_SECONDS if is_disturbed else 3 * PATIENCE_SECONDS)
+        if is_disturbed and not ended and launch.training() and scene.lines() > lines:
+            # What was killed was not needed: the run goes on, as it should.
+            ended = launch.wait(PATIENCE_SECONDS)
+        if not ended:
+            self._problem("hang: the launch has not ended within 60 s", launch)
+        elif left := launch.wait_until_gone(_GONE_SECONDS):
+            self._problem(f"orphans: {len(left)} processes are left", launch)
+        launch.kill_all()
+        for thief in scene.stolen:
+            thief.close()
+        scene.stolen.clear()
+        self._examine(launch, floor)
+        return launch.code == 0 and _is_finished(scene)
+
+    def _draw(self, moment: Moment, count: int, offers: set[str]) -> list[Fault]:
+        needs = {"two", "cached", "metrics"} - offers | set(self._lacks)
+        able = [fault for fault in FAULTS if fault.moment == moment and not fault.needs & needs]
+        return self._scene.random.choices(able, [fault.weight for fault in able], k=count) if able else []
+
+    def _do(self, faults: list[Fault]) -> None:
+        for fault in faults:
+            if len(self.hits) >= self._limit and fault.moment != "end":
+                continue
+            try:
+                hit = fault.do(self._scene)
+            except OSError as error:
+                # The run came in between, as with a folder that it renamed: nothing was hit.
+                hit = False
+                self._scene.complain(f"torture: {fault.kind}: {error!r}")
+            if hit:
+                self.hits.append(fault.kind)
+
+    def _examine(self, launch: Launch, floor: int) -> None:
+        scene = self._scene
+        output = launch.output
+        traceback = _OWN_TRACEBACK.search(output) if launch.controller == "gloo" else "Traceback (most" in output
+        own = [m for m in _OWN_TRACEBACK.finditer(output) if launch.controller != "gloo" or m.group(1)]
+        if traceback and own:
+            self._problem("traceback", launch)
+        highest = max(whole_steps(scene.run), default=0)
+        if highest < floor:
+            self._problem(f"lost: step {floor} was saved, now the last whole checkpoint is {highest}", launch)
+        self.problems += scene.complaints
+        scene.complaints.clear()
+
+    def _problem(self, text: str, launch: Launch) -> None:
+        self.problems.append(
+            f"{text} ({launch.workers} workers, {launch.controller}, code {launch.code}; "
+            f"after {', '.join(self.hits[-6:]) or 'nothing'}): {launch.output[-1500:]!r}"
+        )
+
+
+_DATA: tuple[Data, ...] = ("synthetic", "cached")
+_GROUPS = ((1, "alone"), (1, "alone"), (1, "alone"), (2, "gloo"), (2, "mpi"))
+
+
+def _wait_for_training(scene: Scene, launch: Launch, lines: int) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while launch.code is None and scene.lines() <= lines and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(scene.random.uniform(0, 0.3))
+
+
+def _is_finished(scene: Scene) -> bool:
+    return bool(whole_steps(scene.run)) and whole_steps(scene.run)[-1] == scene.subject.steps
+
+
+def _can_forbid(folder: Path) -> bool:
+    if not can_mount():
+        return can_forbid(folder)
+    disk = Disk(folder / "probe-disk", is_mounted=True)
+    try:
+        return can_forbid(disk.root)
+    finally:
+        disk.close()
+        with suppress(OSError):
+            disk.root.rmdir()

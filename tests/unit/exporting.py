@@ -1,0 +1,97 @@
+"""A run that is exported, for tests: its facts, records, and scrapes of its page."""
+
+from __future__ import annotations
+
+import math
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from dist_train.config.sections import MetricsSettings
+from dist_train.monitoring.prometheus.exporter import Exporter
+from dist_train.monitoring.records import (
+    Measurement,
+    Outcome,
+    RunFacts,
+    StepParts,
+    TrainRecord,
+    WorkerMeasurement,
+)
+
+FACTS = RunFacts(
+    name='a "run"\\',
+    run_directory=Path("runs/demo"),
+    model="vgg9",
+    data="fashion-mnist",
+    parameters=176_106,
+    global_size=8192,
+    micro_size=256,
+    micro_batches=32,
+    world_size=2,
+    total_steps=210,
+    steps_per_epoch=7,
+    epochs=30,
+    noise="smoothout 0.01",
+    start_step=14,
+    controller="gloo",
+    micro_batches_of=(16, 16),
+    revision="0.1.0+abc",
+    slurm_job="4711",
+    node="node1",
+    launched=1_700_000_000.5,
+)
+OUTCOME = Outcome("finished", "", 0, 210, 30.0, 1.0, None, None, None, None, None)
+STOPPED = replace(OUTCOME, state="stopped", exit_code=75)
+
+
+def train(step: int, seconds: float = 0.3) -> TrainRecord:
+    return TrainRecord(step, step / 7, 0.4321, 0.85, 0.4, 0.0123, 1.5, seconds, 16_384.0, 1_700_000_000.0 + step)
+
+
+def measurement(step: int, seconds: float = 0.3, workers: int = 2) -> Measurement:
+    parts = StepParts(0.002, 0.2, 0.01, 0.05, 0.03, 0.0)
+    each = tuple(
+        WorkerMeasurement(0.25 + 0.05 * rank, 0.05, 1e9 + rank, math.nan, math.nan, math.nan) for rank in range(workers)
+    )
+    return Measurement(step, 1_700_000_000.0 + step, seconds, parts, 12.5, 3.25, each)
+
+
+@contextmanager
+def serving(facts: RunFacts = FACTS, outcome: Outcome = OUTCOME, **settings: Any) -> Iterator[Exporter]:
+    exporter = Exporter(MetricsSettings(**{"port": 0, "last_scrape_seconds": 0.0, **settings}))
+    exporter.begin(facts)
+    try:
+        yield exporter
+    finally:
+        exporter.end(outcome)
+
+
+def port_of(exporter: Exporter) -> int:
+    assert exporter.address is not None
+    return int(exporter.address.rsplit(":", 1)[1].split("/")[0])
+
+
+def get(exporter: Exporter, accept: str = "") -> str:
+    assert exporter.address is not None
+    request = urllib.request.Request(exporter.address, headers={"Accept": accept})
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        assert answer.status == 200
+        return str(answer.read().decode())
+
+
+def read(page: str) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Return the samples of `page` by name and label values."""
+    return {
+        (sample.name, tuple(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+    }
+
+
+def scrape(exporter: Exporter) -> dict[tuple[str, tuple[str, ...]], float]:
+    return read(get(exporter))

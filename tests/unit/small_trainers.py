@@ -1,0 +1,67 @@
+"""A trainer of a tiny run on synthetic images, built as the program builds it, on any group of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_train.cluster.workers import Workers
+from dist_train.config import Config, parse_config
+from dist_train.monitoring.observers import Observer, Observers
+from dist_train.training.assembly import assemble
+from dist_train.training.checkpoints import Contents
+from dist_train.training.run_directory import RunDirectory
+from dist_train.training.session import Session
+from dist_train.training.stop_requests import StopRequests
+from dist_train.training.trainer import Trainer
+
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "run": {"name": "small", "epochs": 2},
+    "data": {"name": "synthetic", "synthetic_samples": 100, "synthetic_shape": [1, 8, 8]},
+    "model": {"width": 0.03125, "ghost_size": 4, "norm_samples": 30},
+    "batch": {"global_size": 26, "micro_size": 6},
+    "noise": {"method": "smoothout", "amplitude": 0.02},
+    "optimizer": {"learning_rate": 0.05},
+    "precision": {"threads": 1},
+    "evaluation": {"batch_size": 9, "train_samples": 20},
+    "metrics": {"enabled": False},
+}
+"""Three updates an epoch, of five micro-batches: four of 6 samples and one of 2."""
+
+
+def small_config(**sections: Mapping[str, Any]) -> Config:
+    """Return the settings of the tiny run, changed by `sections`."""
+    names = {*SETTINGS, *sections}
+    merged = {name: {**SETTINGS.get(name, {}), **sections.get(name, {})} for name in names}
+    return parse_config(merged, source="test")
+
+
+def build_trainer(
+    config: Config,
+    folder: Path,
+    workers: Workers,
+    *,
+    observers: Sequence[Observer] = (),
+    contents: Contents | None = None,
+) -> Trainer:
+    """Return the trainer of `config` on one of `workers`, its run directory in `folder`."""
+    directory = RunDirectory(folder)
+    if workers.rank == 0:
+        directory.create()
+    session = Session(config, directory, workers, Observers(observers))
+    return assemble(config, contents, directory, workers, session, StopRequests())
+
+
+def state_bits(model: nn.Module) -> dict[str, bytes]:
+    """Return every tensor of the state of `model` as bytes, to compare to the bit."""
+    return {name: tensor.contiguous().numpy().tobytes() for name, tensor in model.state_dict().items()}
+
+
+def gradient_bits(trainer: Trainer) -> bytes:
+    """Return the flat gradient as bytes."""
+    gradients: torch.Tensor = trainer.take_step.weights.gradients
+    return gradients.numpy().tobytes()

@@ -1,0 +1,77 @@
+"""Widths of basins."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from dist_train.analysis.basin_width import basin_width, describe, summarize
+
+ALPHAS = [-2.0, -1.0, 0.0, 1.0, 2.0]
+
+
+def test_ends_are_interpolated_between_points() -> None:
+    width = basin_width(ALPHAS, [9.0, 4.0, 1.0, 3.0, 9.0], 2.0)
+    assert width is not None
+    assert width.left == pytest.approx(-1 / 3)
+    assert width.right == pytest.approx(0.5)
+    assert width.width == pytest.approx(5 / 6)
+    assert (width.minimum_alpha, width.minimum_loss) == (0.0, 1.0)
+    assert not width.is_open_left
+    assert not width.is_open_right
+
+
+@pytest.mark.parametrize("factor", [2.0, 10.0])
+def test_of_a_parabola_it_is_the_closed_form(factor: float) -> None:
+    alphas = [index / 1000 - 1 for index in range(2001)]
+    width = basin_width(alphas, [0.01 + alpha * alpha for alpha in alphas], factor)
+    assert width is not None
+    assert width.width == pytest.approx(2 * math.sqrt(0.01 * (factor - 1)), rel=1e-4)
+
+
+def test_an_end_beyond_the_line_is_open() -> None:
+    width = basin_width(ALPHAS, [1.5, 1.2, 1.0, 3.0, 9.0], 2.0)
+    assert width is not None
+    assert (width.left, width.is_open_left, width.is_open_right) == (-2.0, True, False)
+    assert "width at least 2.5 (left end open)" in describe(width)
+
+
+def test_what_lies_beyond_a_ridge_does_not_count() -> None:
+    width = basin_width(ALPHAS, [1.0, 9.0, 0.9, 9.0, 1.0], 2.0)
+    assert width is not None
+    assert -1 < width.left < 0 < width.right < 1
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_a_wall(loss: float) -> None:
+    width = basin_width(ALPHAS, [loss, 1.5, 1.0, loss, 9.0], 2.0)
+    assert width is not None
+    assert (width.left, width.right) == (-1.0, 0.0)
+    assert not width.is_open_left
+    assert not width.is_open_right
+
+
+def test_a_line_without_a_finite_loss_has_none() -> None:
+    assert basin_width(ALPHAS, [math.nan] * 5, 2.0) is None
+
+
+def test_the_minimum_is_looked_for_in_its_basin() -> None:
+    width = basin_width(ALPHAS, [0.5, 3.0, 1.0, 3.0, 9.0], 2.0, among=[2, 3, 4])
+    assert width is not None
+    assert width.minimum_alpha == 0.0
+
+
+def test_a_summary_has_mean_deviation_and_each_direction() -> None:
+    widths = [
+        width
+        for direction, losses in enumerate([[9.0, 4.0, 1.0, 4.0, 9.0], [9.0, 3.0, 1.0, 3.0, 9.0]])
+        for factor in (2.0, 10.0)
+        if (width := basin_width(ALPHAS, losses, factor, direction=direction))
+    ]
+    summary = summarize(widths)["A"]
+    assert summary["2"]["mean"] == pytest.approx((2 / 3 + 1) / 2)
+    assert summary["2"]["standard_deviation"] == pytest.approx((1 - 2 / 3) / math.sqrt(2))
+    assert summary["2"]["open"] == 0
+    assert summary["10"]["open"] == 2
+    assert [entry["direction"] for entry in summary["2"]["directions"]] == [0, 1]

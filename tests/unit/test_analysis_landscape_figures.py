@@ -1,0 +1,135 @@
+"""Figures of landscapes."""
+
+from __future__ import annotations
+
+import math
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from dist_train.analysis.landscape_figures import draw_landscape, draw_line
+from dist_train.analysis.landscape_files import SPLITS, Landscape, PointRow
+from dist_train.analysis.landscape_points import Point, axis, line_points, plane_points
+from dist_train.analysis.trajectory import Trajectory
+
+ALPHAS = axis(-1.0, 1.0, 5)
+
+
+def bowl(point: Point, split: str) -> float:
+    return 0.1 + point.alpha**2 + 2 * point.beta**2 + 0.1 * point.direction + (split == "test")
+
+
+def landscape(
+    kind: str, points: Sequence[Point], loss: Callable[[Point, str], float] = bowl, **settings: Any
+) -> Landscape:
+    rows = [
+        PointRow(point.direction, point.alpha, point.beta, split, loss(point, split), 1 / (1 + loss(point, split)))
+        for point in points
+        for split in SPLITS
+    ]
+    checkpoints = [{"path": f"runs/{name}/checkpoints/step-00000007.pt", "step": 7} for name in ("sb", "lb")]
+    fields = {"statistics": "recomputed", "directions": 3, "normalization": "filter", **settings}
+    return Landscape(Path(), kind, checkpoints, fields, {}, rows)
+
+
+def words(output: Path) -> set[str]:
+    content = output.read_text()
+    ElementTree.fromstring(content)
+    return {line.strip()[4:-3].strip() for line in content.splitlines() if line.strip().startswith("<!--")}
+
+
+def test_a_line_between_two_runs_names_what_it_shows(tmp_path: Path) -> None:
+    outputs = [tmp_path / "figure.svg", tmp_path / "figure.png"]
+    draw_landscape(landscape("interpolate", line_points(ALPHAS, 1)), outputs)
+    assert words(outputs[0]) >= {
+        "from sb step 7 (0) to lb step 7 (1); statistics recomputed",
+        "alpha",
+        "loss",
+        "accuracy",
+        "train loss",
+        "test loss",
+        "train accuracy",
+        "test accuracy",
+        "100 %",
+    }
+    assert outputs[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_result_gives_the_same_file(tmp_path: Path) -> None:
+    for name in ("a.svg", "b.svg"):
+        draw_landscape(landscape("direction", line_points(ALPHAS, 3)), [tmp_path / name], "log")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert "sb step 7, 3 random directions, mean and range, normalized by filter; statistics recomputed" in words(
+        tmp_path / "a.svg"
+    )
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_loss_is_blue_on_the_left_and_accuracy_red_on_the_right_train_solid_and_test_dashed(scale: str) -> None:
+    loss = Figure().subplots()
+    accuracy = loss.twinx()
+    shown = landscape("direction", line_points(ALPHAS, 1))
+    draw_line(loss, accuracy, shown, scale)
+    assert loss.get_yscale() == scale
+    assert [str(axes.yaxis.get_label_position()) for axes in (loss, accuracy)] == ["left", "right"]
+    for axes, red_above_blue in ((loss, False), (accuracy, True)):
+        train, test = axes.get_lines()
+        assert [train.get_linestyle(), test.get_linestyle()] == ["-", "--"]
+        for line in (train, test):
+            colour = str(line.get_color())
+            assert (int(colour[1:3], 16) > int(colour[5:], 16)) == red_above_blue
+    assert numpy.asarray(loss.get_lines()[1].get_ydata()).tolist() == [
+        row.loss for row in shown.rows if row.split == "test"
+    ]
+
+
+def test_several_directions_give_mean_and_band() -> None:
+    loss = Figure().subplots()
+    draw_line(loss, loss.twinx(), landscape("direction", line_points(ALPHAS, 3)), "linear")
+    [band] = loss.collections
+    assert numpy.asarray(loss.get_lines()[0].get_ydata()).tolist() == pytest.approx(
+        [0.2 + alpha**2 for alpha in ALPHAS]
+    )
+    edges = band.get_paths()[0].get_extents()
+    assert edges.y0 == pytest.approx(0.1)
+    assert edges.y1 == pytest.approx(1.3)
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_a_plane_is_drawn_as_contours(tmp_path: Path, scale: str) -> None:
+    draw_landscape(landscape("plane", plane_points(ALPHAS, ALPHAS)), [tmp_path / "figure.svg"], scale)
+    assert words(tmp_path / "figure.svg") >= {
+        "alpha",
+        "beta",
+        "loss: train filled, test dashed",
+        "accuracy: train filled, test dashed",
+    }
+
+
+def test_the_way_of_a_run_is_drawn_over_the_plane(tmp_path: Path) -> None:
+    unit = torch.ones(1).double()
+    way = Trajectory((unit, unit), (3, 6, 9), ((0.9, 0.1), (0.5, -0.5), (0.0, 0.0)), (0.9, 0.07))
+    shown = landscape("plane", plane_points(ALPHAS, ALPHAS), trajectory=True)
+    draw_landscape(shown, [tmp_path / "figure.svg"], "log", way)
+    assert words(tmp_path / "figure.svg") >= {
+        "step 3",
+        "alpha (90.0 % of the squared distances)",
+        "beta (7.0 % of the squared distances)",
+    }
+
+
+@pytest.mark.parametrize("kind", ["direction", "plane"])
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_points_without_a_finite_loss_are_left_out(tmp_path: Path, kind: str, everywhere: bool) -> None:
+    def wall(point: Point, split: str) -> float:
+        return math.nan if everywhere or point.alpha > 0.7 else math.inf if point.alpha < -0.7 else bowl(point, split)
+
+    points = plane_points(ALPHAS, ALPHAS) if kind == "plane" else line_points(ALPHAS, 2)
+    draw_landscape(landscape(kind, points, wall), [tmp_path / "figure.svg"], "log")
+    assert "loss" in {word.split(":")[0] for word in words(tmp_path / "figure.svg")} or everywhere

@@ -1,0 +1,148 @@
+"""Loss and accuracy at a place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dist_train.analysis.landscape_points import Interpolation, Place, Point, axis
+from dist_train.analysis.point_evaluation import Batch, PointEvaluator, place_of, variances_of
+from dist_train.cluster.alone import Alone
+from dist_train.data.images import ImageSet
+from dist_train.data.loader import Samples
+from dist_train.models import build_model
+from dist_train.models.norms import norm_modules
+from dist_train.training.compute import Compute
+from dist_train.training.norm_statistics import recompute_statistics
+from tests.unit.small_trainers import small_config
+
+COMPUTE = Compute(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def images(samples: int) -> ImageSet:
+    stream = torch.Generator().manual_seed(5)
+    pixels = torch.randint(0, 256, (samples, 1, 8, 8), generator=stream).to(torch.uint8)
+    return ImageSet(pixels, torch.randint(0, 10, (samples,), generator=stream), 10)
+
+
+def batches(samples: int, size: int) -> list[Batch]:
+    source = Samples(images(samples), torch.device("cpu"))
+    return [source.plain(start, min(start + size, samples)) for start in range(0, samples, size)]
+
+
+def network() -> nn.Module:
+    model = build_model(small_config())
+    with torch.no_grad():
+        for norm in norm_modules(model):
+            norm.running_mean += 0.1
+            norm.running_var *= 0.7
+    return model
+
+
+def squared_error_sum(outputs: Tensor, labels: Tensor) -> Tensor:
+    return 0.5 * (outputs - functional.one_hot(labels, outputs.shape[1])).square().sum()
+
+
+def test_on_a_quadratic_loss_interpolation_is_the_closed_form() -> None:
+    data = batches(70, 16)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
+    stream = torch.Generator().manual_seed(1)
+    first, second = (Place(0.1 * torch.randn(640, generator=stream), torch.zeros(0)) for _ in range(2))
+    inputs = torch.cat([batch[0] for batch in data]).flatten(1).double()
+    targets = functional.one_hot(torch.cat([batch[1] for batch in data]), 10).double()
+    start, end = (inputs @ place.weights.view(10, 64).double().T for place in (first, second))
+    constant = float((start - targets).square().sum()) / 140
+    slope = float(((start - targets) * (end - start)).sum()) / 70
+    curvature = float((end - start).square().sum()) / 140
+    walk = Interpolation(first, second, variances_of(model))
+    with closing(PointEvaluator(model, [data], [], COMPUTE, loss_sum=squared_error_sum)) as evaluator:
+        for alpha in axis(-0.5, 1.5, 41):
+            [measured] = evaluator.evaluate(walk.at(Point(0, alpha)))
+            expected = constant + slope * alpha + curvature * alpha**2
+            assert measured.loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_it_is_the_mean_over_all_samples_of_each_split() -> None:
+    model = network().eval()
+    train, test = batches(50, 16), batches(21, 16)
+    with closing(PointEvaluator(model, [train, test], [], COMPUTE)) as evaluator:
+        measured = evaluator.evaluate(place_of(model))
+    for split, found in zip((train, test), measured, strict=True):
+        inputs, labels = (torch.cat(parts) for parts in zip(*split, strict=True))
+        with torch.no_grad():
+            logits = model(inputs)
+        assert found.loss == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-6)
+        assert found.accuracy == (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("recomputes", [True, False])
+def test_threads_do_not_change_a_bit(threads: int, recomputes: bool) -> None:
+    model = network()
+    train, test = batches(130, 16), batches(50, 16)
+    statistics = batches(60, 12) if recomputes else []
+    origin = place_of(model)
+    found = []
+    for many in (1, threads):
+        with closing(PointEvaluator(model, [train, test], statistics, COMPUTE, threads=many)) as evaluator:
+            places = [Place(origin.weights * scale, origin.statistics) for scale in (1.0, 0.9, 1.2)]
+            found.append([evaluator.evaluate(place) for place in places])
+    assert found[0] == found[1]
+
+
+def test_recomputed_statistics_are_those_that_training_recomputes() -> None:
+    model = network()
+    train = batches(40, 16)
+    with closing(PointEvaluator(model, [train], batches(30, 6), COMPUTE)) as evaluator:
+        recomputed = evaluator.evaluate(place_of(model))
+        assert evaluator.evaluate(place_of(model)) == recomputed, "nothing is left of an evaluation"
+    norms = norm_modules(model)
+    reference = Samples(images(30), torch.device("cpu"))
+    recompute_statistics(model, norms, reference, torch.arange(30), micro_size=6, compute=COMPUTE, workers=Alone())
+    with closing(PointEvaluator(model, [train], [], COMPUTE)) as evaluator:
+        assert evaluator.evaluate(place_of(model)) == recomputed
+
+
+def test_statistics_that_cannot_be_computed_give_nan() -> None:
+    model = network()
+    place = place_of(model)
+    place.weights[:9] = math.nan
+    with closing(PointEvaluator(model, [batches(20, 8)], batches(12, 6), COMPUTE)) as evaluator:
+        [measured] = evaluator.evaluate(place)
+        [clean] = evaluator.evaluate(place_of(model))
+    assert math.isnan(measured.loss)
+    assert math.isnan(measured.accuracy)
+    assert math.isfinite(clean.loss), "a bad point does not spoil the next one"
+
+
+def test_the_network_itself_stays_as_it_was() -> None:
+    model = network()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    place = place_of(model)
+    place.weights.mul_(2.0)
+    with closing(PointEvaluator(model, [batches(20, 8)], batches(12, 6), COMPUTE)) as evaluator:
+        evaluator.evaluate(place)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_variances_are_told_from_means() -> None:
+    model = network()
+    flags = variances_of(model)
+    statistics = place_of(model).statistics
+    assert torch.allclose(statistics[flags], torch.tensor(0.7))
+    assert torch.allclose(statistics[~flags], torch.tensor(0.1))

@@ -1,0 +1,140 @@
+"""The rooms: arrows point one way, and each library is known to one room alone. Read from the imports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "dist_train"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+BELOW: dict[str, set[str]] = {
+    "config": set(),
+    "outcome": set(),
+    "atomic": set(),
+    "fixed_point": set(),
+    "randomness": set(),
+    "status": {"atomic", "outcome"},
+    "cluster": {"outcome", "randomness", "config"},
+}
+"""What each room may import. Those above may also import all that the room below them may."""
+_LEAVES = {"config", "outcome", "atomic", "fixed_point", "randomness", "status"}
+for _room, _allowed in (
+    ("models", _LEAVES),
+    ("data", _LEAVES),
+    ("optim", _LEAVES | {"models"}),
+    ("monitoring", _LEAVES),
+    ("training", _LEAVES | {"cluster", "data", "models", "optim", "monitoring"}),
+):
+    BELOW[_room] = _allowed
+BELOW["dashboards"] = _LEAVES | {"monitoring"}
+for _room in ("study", "analysis", "doctor"):
+    BELOW[_room] = _LEAVES | {"cluster", "data", "models", "optim", "monitoring", "training"}
+BELOW["cli"] = BELOW["study"] | {"study", "analysis", "doctor"}
+
+OWNERS = {
+    "horovod": {"cluster"},
+    "mpi4py": {"cluster"},
+    "prometheus_client": {"monitoring"},
+    "matplotlib": {"analysis", "study"},
+    "jinja2": {"study"},
+    "scipy": {"analysis"},
+    "grafana_foundation_sdk": {"dashboards"},
+}
+_ASKS_WHAT_IS_INSTALLED = {"doctor"}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Yield the dotted name of every module that `path` imports, at its head or within a function."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            assert node.module is not None
+            yield node.module
+            if node.module == "dist_train":
+                yield from (f"dist_train.{name.name}" for name in node.names)
+
+
+def ours(path: Path) -> set[str]:
+    """Return the rooms that `path` imports from."""
+    return {
+        name.split(".")[1]
+        for name in imported(path)
+        if name.startswith("dist_train.") and name.split(".")[1] != "__version__"
+    }
+
+
+def test_a_room_knows_only_rooms_below_it() -> None:
+    upwards = {}
+    for path in FILES:
+        room = room_of(path)
+        allowed = {"cli"} if room in ("__init__", "__main__") else BELOW[room] | {room}
+        if beyond := ours(path) - allowed:
+            upwards[str(path.relative_to(ROOT))] = beyond
+    assert not upwards
+
+
+@pytest.mark.parametrize("library", sorted(OWNERS))
+def test_a_library_is_known_to_its_room_alone(library: str) -> None:
+    rooms = {
+        room_of(path)
+        for path in FILES
+        if any(name == library or name.startswith(f"{library}.") for name in imported(path))
+    }
+    assert rooms
+    assert rooms - _ASKS_WHAT_IS_INSTALLED <= OWNERS[library]
+
+
+def test_no_room_stands_outside_of_this_table() -> None:
+    rooms = {room_of(path) for path in FILES} - {"__init__", "__main__"}
+    assert rooms <= set(BELOW)
+
+
+def test_the_table_has_no_circle() -> None:
+    def reach(room: str, seen: tuple[str, ...]) -> None:
+        assert room not in seen, f"{' > '.join(seen)} > {room}"
+        for below in BELOW[room]:
+            reach(below, (*seen, room))
+
+    reach("cli", ())
+
+
+def test_a_file_has_at_most_400_lines() -> None:
+    assert not [path for path in FILES if len(path.read_text(encoding="utf-8").splitlines()) > 400]
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["dist_train", "dist_train.cli.main", "dist_train.config", "dist_train.outcome", "dist_train.__main__"],
+)
+def test_torch_and_horovod_are_imported_by_the_command_that_needs_them(module: str) -> None:
+    script = f"import sys, {module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    slow = {"torch", "torchvision", "numpy", "horovod", "mpi4py", "matplotlib", "scipy", "prometheus_client"}
+    assert not slow & set(loaded.stdout.split())
+
+
+def test_the_program_reads_no_global_generator() -> None:
+    drawing = {"manual_seed", "seed", "rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial"}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            from_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+            in_place = node.func.attr in {"uniform_", "normal_", "random_", "bernoulli_", "exponential_"}
+            if (from_torch and node.func.attr in drawing) or in_place:
+                assert any(keyword.arg == "generator" for keyword in node.keywords), (
+                    f"{path.relative_to(ROOT)}:{node.lineno} draws from the global generator"
+                )

@@ -1,0 +1,214 @@
+"""The commands: what they print, and the codes that they end with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from dist_train import __version__
+from dist_train.cli.main import main
+from dist_train.config import load_config
+from dist_train.outcome import ExitCode
+from dist_train.status import StatusFile, read_status
+from tests.unit.small_trainers import SETTINGS
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_config(folder: Path, **sections: Any) -> str:
+    path = folder / "config.yaml"
+    names = {*SETTINGS, *sections}
+    merged = {name: {**SETTINGS.get(name, {}), **sections.get(name, {})} for name in names}
+    path.write_text(yaml.safe_dump(merged))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has finished."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert main(["train", write_config(folder), "--run-dir", str(folder / "run")]) == ExitCode.FINISHED
+    return folder / "run"
+
+
+class TestProgram:
+    def test_it_answers_to_help_and_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for arguments, text in ((["--help"], "train"), (["--version"], f"dist-train {__version__}")):
+            with pytest.raises(SystemExit) as ended:
+                main(arguments)
+            assert ended.value.code == 0
+            assert text in capsys.readouterr().out
+
+    @pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["evaluate", "x", "--split", "half"]])
+    def test_bad_usage_ends_with_2(self, arguments: list[str]) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+
+    def test_python_m_is_the_same_program(self) -> None:
+        ended = subprocess.run(
+            [sys.executable, "-m", "dist_train", "config", "check", "nowhere.yaml"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == 2
+        assert "there is no such file" in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+
+class TestConfig:
+    def test_check_says_that_a_file_is_fine_and_warns_of_idle_settings(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = write_config(tmp_path)
+        assert main(["config", "check", path, "data.download=true"]) == 0
+        told = capsys.readouterr()
+        assert told.out == f"{path}: fine\n"
+        assert "warning: data.download has no effect" in told.err
+
+    def test_check_lists_every_fault_and_ends_with_2(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = write_config(tmp_path, run={"sed": 1}, noise={"amplitud": 0.1})
+        assert main(["config", "check", path]) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert "did you mean run.seed?" in told.err
+        assert "did you mean noise.amplitude?" in told.err
+
+    def test_show_prints_every_setting_so_that_it_can_be_loaded(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = write_config(tmp_path)
+        assert main(["config", "show", path, "run.seed=7"]) == 0
+        shown = tmp_path / "shown.yaml"
+        shown.write_text(capsys.readouterr().out)
+        assert load_config(shown) == load_config(path, ["run.seed=7"])
+
+    def test_schema_is_a_json_schema_with_every_section(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["config", "schema"]) == 0
+        schema = json.loads(capsys.readouterr().out)
+        assert {"run", "noise", "comm"} <= set(schema["properties"])
+
+    def test_run_directory_is_where_the_run_lies(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = write_config(tmp_path, run={"name": "a", "directory": "b"})
+        assert main(["config", "run-directory", path]) == 0
+        assert main(["config", "run-directory", path, "run.name=c"]) == 0
+        assert main(["config", "run-directory", path, "--run-dir", "d/e"]) == 0
+        assert capsys.readouterr().out == "b/a\nb/c\nd/e\n"
+
+
+class TestTrain:
+    def test_a_run_leaves_what_is_documented(self, trained: Path) -> None:
+        assert sorted(path.name for path in trained.iterdir()) == [
+            "checkpoints",
+            "config.yaml",
+            "counts.json",
+            "logs",
+            "metrics.jsonl",
+            "run.lock",
+            "status.json",
+        ]
+        status = read_status(trained / "status.json")
+        assert status is not None
+        assert (status.state, status.exit_code, status.step, status.world_size) == ("finished", 0, 6, 1)
+        lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+        assert load_config(trained / "config.yaml").precision.threads == 1
+
+    def test_the_same_command_again_goes_on_with_the_run(self, tmp_path: Path) -> None:
+        config, run = write_config(tmp_path), tmp_path / "run"
+        for until in (2, 5):
+            assert main(["train", config, f"run.max_steps={until}", "--run-dir", str(run)]) == 0
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5]
+        assert [line["step"] for line in lines if line.get("event") == "resumed"] == [2]
+
+    def test_a_bad_configuration_ends_with_2_and_leaves_nothing(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = write_config(tmp_path, optimizer={"learnig_rate": 1})
+        assert main(["train", config, "--run-dir", str(tmp_path / "run")]) == 2
+        assert "did you mean optimizer.learning_rate?" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+    def test_other_settings_than_the_run_began_with_end_with_2(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config, run = write_config(tmp_path, run={"max_steps": 1}), str(tmp_path / "run")
+        assert main(["train", config, "--run-dir", run]) == 0
+        assert main(["train", config, "model.width=0.5", "--run-dir", run]) == 2
+        told = capsys.readouterr().err
+        assert "model.width: 0.03125 when the run began, 0.5 now" in told
+        assert "Traceback" not in told
+
+    def test_a_run_that_diverges_ends_with_3_and_names_the_last_good_checkpoint(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = write_config(
+            tmp_path,
+            model={"norm": "none", "width": 0.25},
+            optimizer={"learning_rate": 1e30},
+            checkpoint={"every_steps": 1},
+        )
+        run = tmp_path / "run"
+        ended = main(["train", config, "--run-dir", str(run)])
+        assert ended == 3
+        told = capsys.readouterr().err
+        assert "not finite or out of range" in told
+        assert "the last good checkpoint is" in told
+        assert "Traceback" not in told
+        status = read_status(run / "status.json")
+        assert status is not None
+        assert (status.state, status.exit_code) == ("failed", 3)
+        assert "step-0000000" in status.reason
+
+
+class TestEvaluate:
+    def test_it_prints_one_line_of_json(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        capsys.readouterr()
+        assert main(["evaluate", str(trained)]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["split"], told["samples"], told["step"]) == ("test", 25, 6)
+        assert main(["evaluate", str(trained), "evaluation.batch_size=10", "--split", "train"]) == 0
+        assert json.loads(capsys.readouterr().out)["samples"] == 100
+
+    def test_a_run_that_is_not_there_ends_with_2(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["evaluate", str(tmp_path / "nowhere")]) == 2
+        assert "there is no such run or checkpoint" in capsys.readouterr().err
+
+
+class TestOutcome:
+    @pytest.mark.parametrize("code", list(ExitCode))
+    def test_it_ends_with_the_code_of_the_last_launch(self, tmp_path: Path, code: ExitCode) -> None:
+        StatusFile(tmp_path / "status.json", 2).end("failed", code, "")
+        assert main(["outcome", str(tmp_path)]) == code
+
+    def test_a_launch_that_died_ends_with_1(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        StatusFile(tmp_path / "status.json", 2).change("running", step=7)
+        assert main(["outcome", str(tmp_path)]) == 1
+        assert "died in state running at step 7" in capsys.readouterr().err
+
+    def test_no_status_and_another_launch_s_status_end_with_1(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert main(["outcome", str(tmp_path)]) == 1
+        monkeypatch.setenv("DIST_TRAIN_LAUNCH", "first")
+        StatusFile(tmp_path / "status.json", 2).end("finished", ExitCode.FINISHED, "")
+        assert main(["outcome", str(tmp_path), "--launch", "first"]) == 0
+        assert main(["outcome", str(tmp_path), "--launch", "second"]) == 1
+
+    def test_a_finished_run_s_is_0(self, trained: Path) -> None:
+        assert main(["outcome", str(trained)]) == 0

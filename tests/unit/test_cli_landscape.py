@@ -1,0 +1,82 @@
+"""`dist-train landscape`: what it prints, and how it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_train.cli.main import main
+from dist_train.cluster.alone import Alone
+from tests.unit.small_trainers import build_trainer, small_config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    build_trainer(small_config(), folder, Alone()).run()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_it_prints_widths_and_the_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["landscape", "direction", str(run), "--points", "3", "--range", "-0.5", "0.5", "--samples", "20"]
+    assert main(words) == 0
+    *widths, folder = capsys.readouterr().out.splitlines()
+    assert len(widths) == 2
+    assert all(line.startswith("direction 0, basin of A: loss under ") for line in widths)
+    assert Path(folder).parent == run / "analysis"
+    assert (Path(folder) / "figure.svg").is_file()
+    assert main(words) == 0
+    told = capsys.readouterr()
+    assert told.out.splitlines() == [*widths, folder]
+    assert "this result was there" in told.err
+
+
+def test_between_two_checkpoints_and_into_another_folder(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run / "checkpoints" / "step-00000003.pt"
+    words = ["landscape", "interpolate", str(first), str(run), "--points", "5", "--output", str(tmp_path / "there")]
+    assert main([*words, "--samples", "all", "precision.channels_last=true"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in told[:-1]] == [f"direction 0, basin of {basin}" for basin in "AABB"]
+    assert Path(told[-1]).parent == tmp_path / "there"
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["direction", "nowhere"], "there is no such run or checkpoint"),
+        (["interpolate", "RUN", "RUN"], "are the same checkpoint"),
+        (["direction", "RUN", "--points", "1"], "--points is 1"),
+        (["direction", "RUN", "--samples", "0"], "--samples is 0"),
+        (["direction", "RUN", "--exclude", "nothing"], "no weight has this name"),
+        (["direction", "RUN", "model.width=2"], "not model.width"),
+        (["plane", "RUN", "--trajectory"], "a trajectory needs three or more"),
+    ],
+)
+def test_bad_input_ends_with_2_and_the_cure(
+    run: Path, words: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["landscape", *(str(run) if word == "RUN" else word for word in words)]) == 2
+    told = capsys.readouterr()
+    assert text in told.err
+    assert told.out == ""
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["sideways"], ["interpolate", "RUN"], ["direction", "RUN", "--samples", "some"], ["plane", "R", "-x"]]
+)
+def test_bad_usage_ends_with_2(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["landscape", *words])
+    assert ended.value.code == 2

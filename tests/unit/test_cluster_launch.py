@@ -1,0 +1,78 @@
+"""What the launcher has said, read from its environment."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from dist_train.cluster import joining
+from dist_train.cluster.alone import Alone
+from dist_train.cluster.launch import Launch, current_launch, read_launch
+from dist_train.outcome import UsageError
+
+MPIRUN = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
+SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}
+HOROVODRUN = {"HOROVOD_SIZE": "2", "HOROVOD_RANK": "1"}
+BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "launch"),
+    [
+        ({}, Launch("alone", 1, 0)),
+        (MPIRUN, Launch("mpirun", 4, 3)),
+        (HOROVODRUN, Launch("horovodrun", 2, 1)),
+        (SRUN, Launch("srun", 8, 2)),
+        # mpirun and horovodrun within a Slurm job see its variables too
+        ({**SRUN, **MPIRUN}, Launch("mpirun", 4, 3)),
+        ({**SRUN, **HOROVODRUN}, Launch("horovodrun", 2, 1)),
+        (BATCH_SCRIPT, Launch("alone", 1, 0)),
+        ({**BATCH_SCRIPT, **HOROVODRUN}, Launch("horovodrun", 2, 1)),
+        ({**MPIRUN, "HOROVOD_CONTROLLER": "mpi"}, Launch("mpirun", 4, 3)),
+    ],
+)
+def test_each_launcher_is_known_by_its_variables(environment: dict[str, str], launch: Launch) -> None:
+    assert read_launch(environment) == launch
+
+
+@pytest.mark.parametrize("name", ["HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"])
+@pytest.mark.parametrize("value", ["gloo", "GLOO"])
+def test_gloo_under_mpirun_is_refused_with_the_cure(name: str, value: str) -> None:
+    with pytest.raises(UsageError, match=f"{name}=gloo does not work under mpirun: unset it"):
+        read_launch({**MPIRUN, name: value})
+    assert read_launch({**HOROVODRUN, name: value}).launcher == "horovodrun"
+
+
+@pytest.mark.parametrize("environment", [{}, {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}])
+def test_a_single_process_is_alone_without_horovod(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    monkeypatch.setattr(joining, "current_launch", lambda: read_launch(environment))
+    workers = joining.join_workers(timeout=1.0, device_type="cpu")
+    assert isinstance(workers, Alone)
+    assert (workers.rank, workers.size, workers.controller) == (0, 1, "alone")
+
+
+def test_the_process_s_own_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "5")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "4")
+    assert current_launch() == Launch("mpirun", 5, 4)
+
+
+def test_workers_that_do_not_meet_are_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(joining, "current_launch", lambda: Launch("mpirun", 3, 0))
+    ended = threading.Event()
+    with joining.meeting_within(0.05, ended.set):
+        assert ended.wait(30)
+    assert "the 3 workers have not all met within 0.05 s" in capsys.readouterr().err
+
+
+def test_workers_that_have_met_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joining, "current_launch", lambda: Launch("mpirun", 3, 0))
+    ended = threading.Event()
+    with joining.meeting_within(0.2, ended.set):
+        pass
+    assert not ended.wait(0.5)

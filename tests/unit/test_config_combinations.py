@@ -1,0 +1,260 @@
+"""Settings that do not go together are refused with the reason; settings without effect are told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dist_train.config import Config, ConfigError, parse_config
+from dist_train.config.idle import _IDLE, idle_settings
+
+FLOAT = {"reduction": "float"}
+NOISE = {"method": "smoothout"}
+
+
+def parse(settings: dict[str, Any]) -> Config:
+    return parse_config(settings, source="here")
+
+
+@pytest.mark.parametrize(
+    ("settings", "path", "reason", "cure"),
+    [
+        (
+            {"comm": {"compression": "fp16"}},
+            "comm.compression",
+            "set comm.reduction to float",
+            {"comm": {"compression": "fp16", **FLOAT}},
+        ),
+        (
+            {"comm": {"op": "adasum"}},
+            "comm.op",
+            "set comm.reduction to float",
+            {"comm": {"op": "adasum", **FLOAT}},
+        ),
+        (
+            {"comm": {"op": "adasum", **FLOAT}, "noise": NOISE},
+            "comm.op",
+            "noise.method to none",
+            {"comm": {"op": "average", **FLOAT}, "noise": NOISE},
+        ),
+        (
+            {"batch": {"global_size": 64, "micro_size": 65}},
+            "batch.micro_size",
+            "a part of the global batch of 64",
+            {"batch": {"global_size": 64, "micro_size": 64}},
+        ),
+        (
+            {"batch": {"global_size": 65, "micro_size": 16}},
+            "batch.micro_size",
+            "one sample, which ghost norm cannot normalize",
+            {"batch": {"global_size": 65, "micro_size": 16}, "model": {"norm": "none"}},
+        ),
+        (
+            {"batch": {"global_size": 64, "micro_size": 1}, "model": {"norm": "batch"}},
+            "batch.micro_size",
+            "one sample, which batch norm cannot normalize",
+            {"batch": {"global_size": 64, "micro_size": 2}, "model": {"norm": "batch"}},
+        ),
+        (
+            {"batch": {"global_size": 1}},
+            "batch.global_size",
+            "too few for ghost norm",
+            {"batch": {"global_size": 1}, "model": {"norm": "none"}},
+        ),
+        (
+            {"optimizer": {"momentum": 0.0}},
+            "optimizer.nesterov",
+            "needs a momentum above 0",
+            {"optimizer": {"momentum": 0.0, "nesterov": False}},
+        ),
+        (
+            {"schedule": {"decay": "step"}},
+            "schedule.milestones",
+            "needs the epochs",
+            {"schedule": {"decay": "step", "milestones": [5]}},
+        ),
+        (
+            {"run": {"epochs": 4}, "schedule": {"warmup_epochs": 4.5}},
+            "schedule.warmup_epochs",
+            "longer than the run",
+            {"run": {"epochs": 4}, "schedule": {"warmup_epochs": 4}},
+        ),
+        (
+            {"noise": {"method": "langevin", "sharing": "worker"}},
+            "noise.sharing",
+            "which all workers share; set noise.sharing to global",
+            {"noise": {"method": "langevin", "sharing": "global", "scale": "filter", "distribution": "normal"}},
+        ),
+        (
+            {"noise": {"method": "langevin", "sharing": "micro_batch"}},
+            "noise.sharing",
+            "which all workers share; set noise.sharing to global",
+            {"noise": {"method": "langevin"}},
+        ),
+        (
+            {"noise": {"method": "sam"}},
+            "noise.sharing",
+            "each micro-batch's own gradient; set noise.sharing to micro_batch",
+            {"noise": {"method": "sam", "sharing": "micro_batch"}},
+        ),
+        (
+            {"noise": {"method": "sam", "sharing": "micro_batch", "scale": "filter"}},
+            "noise.scale",
+            "set noise.scale to absolute",
+            {"noise": {"method": "sam", "sharing": "micro_batch", "scale": "absolute"}},
+        ),
+        *(
+            (
+                {"comm": {"op": "adasum", **FLOAT}, "noise": {"method": method, "sharing": sharing}},
+                "comm.op",
+                "noise.method to none",
+                {"comm": {"op": "adasum", **FLOAT}, "noise": {"method": "none"}},
+            )
+            for method, sharing in (("langevin", "global"), ("sam", "micro_batch"))
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_a_cure(
+    settings: dict[str, Any], path: str, reason: str, cure: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(settings)
+    assert [problem.path for problem in caught.value.problems] == [path]
+    assert reason in str(caught.value)
+    parse(cure)
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameter", "owner"),
+    [
+        ("constant", "gamma", "inverse_power"),
+        ("linear", "steepness", "tanh"),
+        ("cosine", "final_fraction", "exponential"),
+        ("exponential", "gamma", "inverse_power"),
+        ("inverse_power", "steepness", "tanh"),
+        ("tanh", "final_fraction", "exponential"),
+    ],
+)
+def test_a_schedule_s_parameter_belongs_to_its_kind_alone(kind: str, parameter: str, owner: str) -> None:
+    def noise(kind: str) -> dict[str, Any]:
+        return {"noise": {**NOISE, "schedule": {"kind": kind, parameter: 0.5}}}
+
+    with pytest.raises(ConfigError, match=rf"noise\.schedule\.{parameter}"):
+        parse(noise(kind))
+    parse(noise(owner))
+
+
+def test_all_conflicts_are_told_at_once() -> None:
+    with pytest.raises(ConfigError, match="3 problems"):
+        parse(
+            {
+                "comm": {"op": "adasum", "compression": "fp16", **FLOAT},
+                "noise": NOISE,
+                "optimizer": {"momentum": 0.0},
+                "schedule": {"decay": "step"},
+            }
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "idle"),
+    [
+        ({"noise": {"amplitude": 0.1}}, "noise.amplitude has no effect: noise.method is none"),
+        ({"noise": {"sharing": "global"}}, "noise.sharing has no effect: noise.method is none"),
+        ({"noise": {"schedule": {"kind": "cosine"}}}, "noise.schedule has no effect: noise.method is none"),
+        ({"noise": {"exclude": []}}, "noise.exclude has no effect: noise.method is none"),
+        ({"noise": {"distribution": "normal"}}, "noise.distribution has no effect: noise.method is none"),
+        ({"noise": {"scale": "filter"}}, "noise.scale has no effect: noise.method is none"),
+        (
+            {"noise": {"method": "sam", "sharing": "micro_batch", "distribution": "normal"}},
+            "noise.distribution has no effect: sam draws nothing",
+        ),
+        (
+            {"model": {"norm": "batch", "ghost_size": 8}},
+            "model.ghost_size has no effect: model.norm is not ghost",
+        ),
+        (
+            {"model": {"norm": "none", "norm_statistics": "running"}},
+            "model.norm_statistics has no effect: such a norm has no running statistics",
+        ),
+        (
+            {"model": {"norm_samples": 100}},
+            "model.norm_samples has no effect: the norm statistics are not recomputed",
+        ),
+        ({"schedule": {"base_batch": 8}}, "schedule.base_batch has no effect: schedule.scaling is none"),
+        (
+            {"schedule": {"warmup_epochs": 2}},
+            "schedule.warmup_epochs has no effect: schedule.scaling is none, so the rate has no way to rise",
+        ),
+        ({"schedule": {"milestones": [3]}}, "schedule.milestones has no effect: schedule.decay is not step"),
+        ({"schedule": {"factor": 0.5}}, "schedule.factor has no effect: schedule.decay is not step"),
+        ({"data": {"download": True}}, "data.download has no effect: only CIFAR can be downloaded"),
+        (
+            {"data": {"loader_workers": 2}},
+            "data.loader_workers has no effect: this data set is held in memory",
+        ),
+        (
+            {"data": {"synthetic_samples": 9}},
+            "data.synthetic_samples has no effect: data.name is not synthetic",
+        ),
+        (
+            {"data": {"synthetic_shape": [1, 8, 8]}},
+            "data.synthetic_shape has no effect: data.name is not synthetic",
+        ),
+        (
+            {"data": {"synthetic_classes": 3}},
+            "data.synthetic_classes has no effect: data.name is not synthetic",
+        ),
+        (
+            {"metrics": {"enabled": False, "host": "::"}},
+            "metrics.host has no effect: metrics.enabled is false",
+        ),
+        (
+            {"metrics": {"enabled": False, "port": 1}},
+            "metrics.port has no effect: metrics.enabled is false",
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_told(settings: dict[str, Any], idle: str) -> None:
+    assert idle_settings(parse(settings)) == [idle]
+
+
+def test_settings_with_effect_and_settings_not_given_are_not_told() -> None:
+    assert idle_settings(Config()) == []
+    used = {
+        "noise": {**NOISE, "amplitude": 0.1, "sharing": "global", "schedule": {"kind": "cosine"}},
+        "model": {"norm": "ghost", "ghost_size": 8, "norm_samples": 64, "norm_statistics": "auto"},
+        "schedule": {"scaling": "sqrt", "base_batch": 8, "decay": "step", "milestones": [3], "factor": 0.5},
+        "data": {"name": "synthetic", "synthetic_samples": 9, "synthetic_shape": [1, 8, 8]},
+        "metrics": {"host": "::", "port": 1},
+    }
+    assert idle_settings(parse(used)) == []
+    assert idle_settings(parse({"data": {"name": "cifar100", "download": True}})) == []
+
+
+def test_every_setting_that_can_be_idle_is_a_setting() -> None:
+    for path, _, _ in _IDLE:
+        section, name = path.split(".")
+        assert name in type(getattr(Config(), section)).model_fields, path
+
+
+@pytest.mark.parametrize(
+    ("norm", "statistics", "method", "recomputed"),
+    [
+        ("ghost", "auto", "smoothout", True),
+        ("ghost", "auto", "none", False),
+        ("batch", "recomputed", "none", True),
+        ("batch", "running", "smoothout", False),
+        ("none", "recomputed", "smoothout", False),
+    ],
+)
+def test_statistics_are_recomputed_where_noise_is_on_or_where_it_is_asked_for(
+    norm: str, statistics: str, method: str, recomputed: bool
+) -> None:
+    model = {"norm": norm, "norm_statistics": statistics}
+    assert parse({"model": model, "noise": {"method": method}}).recomputes_statistics is recomputed
+
+
+def test_a_warm_up_moves_the_beginning_of_a_decay_also_without_scaling() -> None:
+    assert idle_settings(parse({"schedule": {"warmup_epochs": 2, "decay": "cosine"}})) == []

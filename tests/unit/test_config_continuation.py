@@ -1,0 +1,85 @@
+"""A run may be gone on with only under settings that give the same result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dist_train.config import Config, differences, parse_config
+from dist_train.config.continuation import with_decisions
+
+
+def parse(settings: dict[str, Any]) -> Config:
+    return parse_config(settings, source="here")
+
+
+DECIDED = parse({"batch": {"micro_size": 64}, "precision": {"threads": 2}})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"run": {"name": "other", "directory": "elsewhere", "max_steps": 7, "resume": "never"}},
+        {"run": {"profile_steps": 3}},
+        {"data": {"root": "there", "download": True, "loader_workers": 3}},
+        {"comm": {"verify_every": 1, "timeout": 5.0}},
+        {"evaluation": {"every_epochs": 9, "batch_size": 3}},
+        {"checkpoint": {"every_steps": 3, "keep": 1, "keep_best": False, "background": False}},
+        {"metrics": {"enabled": False, "every_steps": 10}},
+    ],
+)
+def test_what_cannot_change_the_result_may_differ(settings: dict[str, Any]) -> None:
+    assert differences(Config(), parse(settings)) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "path"),
+    [
+        ({"run": {"seed": 1}}, "run.seed"),
+        ({"run": {"epochs": 99}}, "run.epochs"),
+        ({"data": {"train_size": 99}}, "data.train_size"),
+        ({"model": {"width": 0.5}}, "model.width"),
+        ({"batch": {"global_size": 64}}, "batch.global_size"),
+        ({"noise": {"method": "smoothout"}}, "noise.method"),
+        ({"noise": {"exclude": []}}, "noise.exclude"),
+        ({"optimizer": {"momentum": 0.5}}, "optimizer.momentum"),
+        ({"optimizer": {"betas": [0.8, 0.9]}}, "optimizer.betas"),
+        ({"optimizer": {"exclude": []}}, "optimizer.exclude"),
+        ({"schedule": {"keep_updates": True}}, "schedule.keep_updates"),
+        ({"schedule": {"warmup_epochs": 1.0}}, "schedule.warmup_epochs"),
+        ({"precision": {"compute": "bfloat16"}}, "precision.compute"),
+        ({"comm": {"reduction": "float"}}, "comm.reduction"),
+    ],
+)
+def test_what_can_change_the_result_is_told(settings: dict[str, Any], path: str) -> None:
+    assert [difference.path for difference in differences(Config(), parse(settings))] == [path]
+
+
+def test_another_kind_of_schedule_is_a_difference() -> None:
+    [difference] = differences(Config(), parse({"noise": {"schedule": {"kind": "cosine"}}}))
+    assert difference.path.startswith("noise.schedule")
+
+
+def test_a_difference_says_both_values() -> None:
+    [difference] = differences(Config(), parse({"run": {"seed": 7}}))
+    assert str(difference) == "run.seed: 0 when the run began, 7 now"
+
+
+def test_every_difference_is_told() -> None:
+    changed = parse({"run": {"seed": 1}, "model": {"width": 2.0}, "optimizer": {"nesterov": False}})
+    told = [difference.path for difference in differences(Config(), changed)]
+    assert told == ["run.seed", "model.width", "optimizer.nesterov"]
+
+
+def test_what_was_decided_may_be_left_to_auto_again_but_not_set_otherwise() -> None:
+    assert differences(DECIDED, Config()) == []
+    otherwise = parse({"batch": {"micro_size": 32}, "precision": {"threads": 1}})
+    assert [d.path for d in differences(DECIDED, otherwise)] == ["batch.micro_size", "precision.threads"]
+
+
+def test_decisions_fill_in_what_is_left_to_auto_and_nothing_else() -> None:
+    settled = with_decisions(parse({"run": {"seed": 9}}), DECIDED)
+    assert (settled.batch.micro_size, settled.precision.threads, settled.run.seed) == (64, 2, 9)
+    own = parse({"batch": {"micro_size": 16}, "precision": {"threads": 1}})
+    assert with_decisions(own, DECIDED) == own

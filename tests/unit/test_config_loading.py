@@ -1,0 +1,301 @@
+"""YAML, bases and overrides become a `Config`, and a `Config` becomes YAML again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from dist_train.config import Config, ConfigError, dump_config, load_config, parse_config
+
+PROPERTY = settings(deadline=None, max_examples=30)
+
+
+def write(folder: Path, text: str, name: str = "config.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    return path
+
+
+def load(folder: Path, text: str, *overrides: str) -> Config:
+    return load_config(write(folder, text), overrides)
+
+
+def refusal(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(folder, text, *overrides)
+    return str(caught.value)
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
+    assert load(tmp_path, "") == Config()
+    assert load(tmp_path, "# nothing\n") == Config()
+
+
+def test_a_config_is_frozen(tmp_path: Path) -> None:
+    config = load(tmp_path, "run: {seed: 3}")
+    with pytest.raises(ValidationError):
+        config.run.seed = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("1e-4", 1e-4), ("5E+2", 500.0), ("1.e-3", 1e-3), ("0.5", 0.5), ("1", 1.0)]
+)
+def test_numbers_are_read_as_numbers(tmp_path: Path, text: str, number: float) -> None:
+    assert load(tmp_path, f"optimizer: {{learning_rate: {text}}}").optimizer.learning_rate == number
+    assert load(tmp_path, "", f"optimizer.learning_rate={text}").optimizer.learning_rate == number
+
+
+def test_a_date_is_read_as_text(tmp_path: Path) -> None:
+    assert load(tmp_path, "run: {name: 2026-01-31}").run.name == "2026-01-31"
+
+
+@pytest.mark.parametrize(
+    ("text", "twice"),
+    [
+        ("run: {seed: 1}\nrun: {seed: 2}", "run"),
+        ("run:\n  seed: 1\n  name: x\n  seed: 2", "seed"),
+        ("noise: {schedule: {kind: cosine, kind: constant}}", "kind"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, twice: str) -> None:
+    assert f"the key {twice} stands twice" in refusal(tmp_path, text)
+
+
+def test_a_key_that_stands_twice_in_an_override_is_refused(tmp_path: Path) -> None:
+    assert "the key seed stands twice" in refusal(tmp_path, "", "run={seed: 1, seed: 2}")
+
+
+def test_a_missing_file_is_named_with_the_nearest_one(tmp_path: Path) -> None:
+    write(tmp_path, "", "lb_8192.yaml")
+    with pytest.raises(ConfigError, match=r"no such file; did you mean .*lb_8192\.yaml\?"):
+        load_config(tmp_path / "lb_8129.yaml")
+
+
+@pytest.mark.parametrize("name", ["folder.yaml", "a\0b", "x" * 5000])
+def test_a_path_that_cannot_be_read_is_a_config_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / name)
+
+
+def test_a_file_that_is_not_utf_8_is_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"run: {name: \xff}")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "config.yaml")
+
+
+class TestBase:
+    def test_a_file_says_only_what_differs_from_its_base(self, tmp_path: Path) -> None:
+        write(tmp_path, "run: {seed: 1, epochs: 7}\nbatch: {global_size: 64}", "grandparent.yaml")
+        write(tmp_path, "base: grandparent.yaml\nrun: {seed: 2}", "parent.yaml")
+        config = load(tmp_path, "base: parent.yaml\nrun: {name: child}")
+        assert (config.run.seed, config.run.epochs, config.run.name) == (2, 7, "child")
+        assert config.batch.global_size == 64
+
+    def test_a_base_is_found_beside_the_file_that_names_it(self, tmp_path: Path) -> None:
+        (tmp_path / "shared").mkdir()
+        write(tmp_path / "shared", "run: {seed: 5}", "two.yaml")
+        write(tmp_path / "shared", "base: two.yaml", "one.yaml")
+        assert load(tmp_path, "base: shared/one.yaml").run.seed == 5
+
+    def test_a_schedule_of_a_kind_replaces_the_whole_one_below(self, tmp_path: Path) -> None:
+        write(tmp_path, "noise: {method: smoothout, schedule: {kind: cosine}}", "base.yaml")
+        config = load(tmp_path, "base: base.yaml\nnoise: {schedule: {kind: constant}}")
+        assert (config.noise.method, config.noise.schedule.kind) == ("smoothout", "constant")
+
+    def test_a_list_replaces_the_one_below(self, tmp_path: Path) -> None:
+        write(tmp_path, "noise: {exclude: [norm, bias]}", "base.yaml")
+        assert load(tmp_path, "base: base.yaml\nnoise: {exclude: []}").noise.exclude == ()
+
+    @pytest.mark.parametrize("chain", [["config"], ["a", "config"], ["a", "b", "a"], ["../{here}/config"]])
+    def test_a_file_that_is_its_own_base_is_refused(self, tmp_path: Path, chain: list[str]) -> None:
+        names = ["config", *(name.format(here=tmp_path.name) for name in chain)]
+        for name, base in pairwise(names):
+            if "/" not in name:
+                write(tmp_path, f"base: {base}.yaml", f"{name}.yaml")
+        with pytest.raises(ConfigError, match="its own base"):
+            load_config(tmp_path / "config.yaml")
+
+    @pytest.mark.parametrize("base", ["3", "[a]", "null", '""', '"a\\0b"'])
+    def test_a_base_that_names_no_file_is_refused(self, tmp_path: Path, base: str) -> None:
+        assert "base: not the name of a file" in refusal(tmp_path, f"base: {base}")
+
+    def test_a_base_that_is_missing_is_named(self, tmp_path: Path) -> None:
+        assert "nowhere.yaml" in refusal(tmp_path, "base: nowhere.yaml")
+
+    def test_a_fault_in_a_base_is_found(self, tmp_path: Path) -> None:
+        write(tmp_path, "run: {sed: 1}", "base.yaml")
+        assert "did you mean run.seed?" in refusal(tmp_path, "base: base.yaml")
+
+    def test_links_that_go_round_in_circles_are_a_config_error(self, tmp_path: Path) -> None:
+        (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
+        assert "loop.yaml" in refusal(tmp_path, "base: loop.yaml")
+
+
+class TestOverrides:
+    def test_the_later_one_wins_and_the_file_s_other_settings_stay(self, tmp_path: Path) -> None:
+        text = "run: {seed: 1, epochs: 3}"
+        config = load(tmp_path, text, "run.seed=5", "run.seed=6", "noise.schedule.kind=cosine")
+        assert (config.run.seed, config.run.epochs, config.noise.schedule.kind) == (6, 3, "cosine")
+
+    def test_values_are_yaml(self, tmp_path: Path) -> None:
+        config = load(
+            tmp_path,
+            "",
+            "noise.exclude=[bias, 'hidden.*']",
+            "metrics.enabled=false",
+            "run.max_steps=null",
+            "noise.schedule={kind: cosine}",
+            "run.name='1e5'",
+        )
+        assert config.noise.exclude == ("bias", "hidden.*")
+        assert (config.metrics.enabled, config.run.max_steps) == (False, None)
+        assert (config.noise.schedule.kind, config.run.name) == ("cosine", "1e5")
+
+    @pytest.mark.parametrize("override", ["run.seed", "=1", ".seed=1", "run.=1", "run..seed=1", ""])
+    def test_what_is_no_override_is_refused_with_its_form(self, tmp_path: Path, override: str) -> None:
+        text = refusal(tmp_path, "", override)
+        assert "not an override" in text
+        assert "section.key=value" in text
+
+    def test_all_bad_overrides_are_told_at_once(self, tmp_path: Path) -> None:
+        text = refusal(tmp_path, "run: {seed: 1}", "run.seed", "run.seed.deep=3", "run.name=[")
+        assert text.startswith("command line: 3 problems")
+        assert "run.seed.deep: seed is not a section" in text
+        assert "run.name: not YAML" in text
+
+    def test_a_misspelt_override_suggests_the_right_one(self, tmp_path: Path) -> None:
+        assert "did you mean noise.amplitude?" in refusal(tmp_path, "", "noise.amplitud=1")
+
+    def test_the_mapping_that_is_overridden_stays_as_it_was(self) -> None:
+        from dist_train.config.loading import with_overrides
+
+        settings: dict[str, dict[str, int]] = {"run": {"seed": 1}}
+        assert with_overrides(settings, ["run.seed=2"]) == {"run": {"seed": 2}}
+        assert settings == {"run": {"seed": 1}}
+
+
+NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,12}", fullmatch=True)
+WORDS = st.text(max_size=12)
+NUMBERS = st.floats(min_value=0, max_value=1e30, exclude_min=True)
+
+
+@PROPERTY
+@given(
+    name=NAMES,
+    directory=WORDS,
+    seed=st.integers(0, 2**80),
+    amplitude=NUMBERS,
+    exclude=st.lists(WORDS, max_size=3),
+    milestones=st.lists(NUMBERS, max_size=3),
+    micro_size=st.sampled_from([2, 64, "auto"]),
+    max_steps=st.none() | st.integers(1, 10**9),
+    kind=st.sampled_from(["constant", "cosine"]),
+    resume=WORDS,
+)
+@example(
+    name="1e5",
+    directory="2020-01-01",
+    seed=0,
+    amplitude=1e-7,
+    exclude=["1e5", "null", "no", "~", "=", "", "\n", "1_0"],
+    milestones=[],
+    micro_size="auto",
+    max_steps=None,
+    kind="cosine",
+    resume="0x1",
+)
+def test_what_is_dumped_is_loaded_again(tmp_path_factory: pytest.TempPathFactory, **drawn: object) -> None:
+    settings: dict[str, dict[str, object]] = {
+        "run": {name: drawn[name] for name in ("name", "directory", "seed", "max_steps", "resume")},
+        "noise": {
+            "amplitude": drawn["amplitude"],
+            "exclude": drawn["exclude"],
+            "schedule": {"kind": drawn["kind"]},
+        },
+        "schedule": {"milestones": drawn["milestones"]},
+        "batch": {"micro_size": drawn["micro_size"]},
+    }
+    config = parse_config(settings, source="drawn")
+    assert config.run.seed == drawn["seed"]
+    text = dump_config(config)
+    path = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert load_config(path) == config
+    assert dump_config(load_config(path)) == text
+
+
+def test_a_dump_holds_every_setting_and_is_plain_yaml() -> None:
+    assert yaml.safe_load(dump_config(Config())) == Config().model_dump(mode="json")
+
+
+KEYS = st.sampled_from(
+    [
+        *Config.model_fields,
+        *("name", "seed", "epochs", "kind", "schedule", "exclude", "micro_size", "synthetic_shape", "milestones"),
+        *("constant", "cosine", "int", "base", "0", "literal['auto']", "function-plain"),
+    ]
+)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | KEYS
+TREES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | SCALARS, inner, max_size=3),
+    max_leaves=8,
+)
+SETTINGS = st.dictionaries(KEYS, TREES | st.dictionaries(KEYS, TREES, max_size=3), max_size=4)
+FRAGMENTS = st.sampled_from(
+    [
+        *("run", "noise", "base", "kind", ": ", ":", "\n", "\n  ", "- ", "{", "}", "[", "]", ", ", "? ", "<<: "),
+        *("&a ", "*a", "!!int ", "!!bool ", "!!timestamp ", "!!set ", "!!binary ", "!!float ", "!!map ", "!!x "),
+        *("1e5", "0x", "2001-99-99", "~", "'", '"', "|\n", ">", "#", "%", "@", "\t", "=", "9" * 4999, "\\ud800"),
+    ]
+)
+TEXTS = st.lists(FRAGMENTS | st.text(max_size=3), max_size=12).map("".join)
+OVERRIDES = st.lists(st.builds("{}={}".format, st.lists(KEYS, max_size=4).map(".".join), TEXTS) | TEXTS, max_size=3)
+
+
+def only_config_errors(folder: Path, text: str, overrides: Sequence[str]) -> None:
+    loaded: Config | ConfigError
+    try:
+        loaded = load(folder, text, *overrides)
+    except ConfigError as error:
+        loaded = error
+    if isinstance(loaded, ConfigError):
+        assert loaded.problems
+        assert all(problem.path and problem.wrong for problem in loaded.problems)
+
+
+@PROPERTY
+@given(settings=SETTINGS, overrides=OVERRIDES)
+@example(settings={"cosine": 1}, overrides=[])
+@example(settings={"run": {"constant": 1, "cosine": {}}}, overrides=[])
+@example(settings={"noise": {"schedule": {"kind": "cosine", "constant": 1}}}, overrides=[])
+@example(settings={"batch": {"micro_size": {"int": [1]}}}, overrides=[])
+@example(settings={}, overrides=["a." * 5000 + "a=1"])
+def test_any_settings_give_a_config_or_a_config_error(
+    tmp_path_factory: pytest.TempPathFactory, settings: dict[str, object], overrides: list[str]
+) -> None:
+    text = yaml.safe_dump(settings, allow_unicode=False)
+    only_config_errors(tmp_path_factory.getbasetemp(), text, overrides)
+
+
+@PROPERTY
+@given(text=TEXTS, overrides=OVERRIDES)
+@example(text="? [a]\n: b", overrides=["a=? {b: c}\n: d"])
+@example(text="a: !!int b", overrides=["a=!!bool b"])
+@example(text="a: !!timestamp b", overrides=["a=2001-99-99"])
+@example(text="a: " + "9" * 5000, overrides=["a=" + "9" * 5000])
+@example(text='run: {name: "\\ud800"}', overrides=["run.name=\udcff"])
+@example(text="a: " + "[" * 3000, overrides=["a=" + "[" * 3000])
+@example(text="x: &a [*a]", overrides=["x=&a {b: *a}"])
+def test_any_text_gives_a_config_or_a_config_error(
+    tmp_path_factory: pytest.TempPathFactory, text: str, overrides: list[str]
+) -> None:
+    only_config_errors(tmp_path_factory.getbasetemp(), text, overrides)

@@ -1,0 +1,159 @@
+"""Every fault at once: its path, its value, what is allowed, and the nearest key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dist_train.config import Config, ConfigError, parse_config
+
+SCHEDULE_KEYS = "a mapping with the keys kind, final_fraction, gamma, steepness"
+
+
+def refusal(settings: dict[str, Any]) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(settings, source="run.yaml")
+    return caught.value
+
+
+def only_problem(settings: dict[str, Any]) -> str:
+    error = refusal(settings)
+    assert len(error.problems) == 1, str(error)
+    return str(error.problems[0])
+
+
+def test_all_faults_are_told_at_once() -> None:
+    error = refusal(
+        {
+            "run": {"sed": 1, "epochs": 0},
+            "batchh": {"global_size": 64},
+            "noise": {"amplitude": "much", "schedule": {"kind": "cosine", "kindd": 1}},
+            "metrics": {"port": 70000},
+        }
+    )
+    paths = {"run.sed", "run.epochs", "batchh", "noise.amplitude", "noise.schedule.kindd", "metrics.port"}
+    assert {problem.path for problem in error.problems} == paths
+    lines = str(error).splitlines()
+    assert lines[0] == "run.yaml: 6 problems"
+    assert len(lines) <= 24, "one screen"
+
+
+def test_a_fault_is_told_with_its_value_and_what_is_allowed() -> None:
+    assert only_problem({"metrics": {"port": 70000}}).splitlines() == [
+        "  metrics.port: should be less than or equal to 65535",
+        "      value:   70000",
+        "      allowed: a whole number at least 0 and at most 65535",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "wrong", "allowed"),
+    [
+        ("run", "epochs", "ten", "not a whole number", "a whole number above 0"),
+        ("run", "name", "../up", "not of this form", "text of the form ^[A-Za-z0-9][A-Za-z0-9._-]*$"),
+        ("run", "directory", 3, "not text", "text"),
+        ("run", "max_steps", 0, "greater than 0", "a whole number above 0 or null"),
+        ("data", "name", "mnist", "not one of the choices", "fashion-mnist, cifar10, cifar100, imagefolder, synthetic"),
+        ("data", "download", "maybe", "not true or false", "true or false"),
+        ("data", "synthetic_shape", 3, "not a list", "a list of 3, each a whole number above 0"),
+        ("batch", "micro_size", "large", "not a whole number", "a whole number above 0 or auto"),
+        ("optimizer", "momentum", 1.0, "less than 1", "a number at least 0 and below 1"),
+        ("optimizer", "learning_rate", float("nan"), "finite", "a number at least 0"),
+        ("optimizer", "learning_rate", float("inf"), "finite", "a number at least 0"),
+        ("noise", "exclude", "bias", "not a list", "a list, each text"),
+        ("noise", "schedule", "cosine", "not a mapping", SCHEDULE_KEYS),
+        ("noise", "schedule", {}, "a kind is missing", SCHEDULE_KEYS),
+    ],
+)
+def test_each_kind_of_setting_says_what_it_takes(
+    section: str, key: str, value: object, wrong: str, allowed: str
+) -> None:
+    [problem] = refusal({section: {key: value}}).problems
+    assert problem.path == f"{section}.{key}"
+    assert problem.value is value or problem.value == value or value != value
+    assert wrong in problem.wrong
+    assert problem.allowed == allowed
+
+
+def test_a_fault_inside_a_list_is_told_with_its_place() -> None:
+    error = refusal({"data": {"synthetic_shape": [1, 0]}, "schedule": {"milestones": [1.0, "late"]}})
+    told = {problem.path: (problem.wrong, problem.allowed) for problem in error.problems}
+    assert told == {
+        "data.synthetic_shape.1": ("should be greater than 0", "a whole number above 0"),
+        "data.synthetic_shape.2": ("missing", "a whole number above 0"),
+        "schedule.milestones.1": ("not a number", "a number above 0"),
+    }
+
+
+def test_an_unknown_kind_is_told_with_the_kinds() -> None:
+    text = only_problem({"noise": {"schedule": {"kind": "step"}}})
+    assert "noise.schedule.kind: not a kind" in text
+    assert "allowed: constant, linear, cosine, exponential, inverse_power, tanh" in text
+
+
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize(
+    "path", ["run.seed", "run.epochs", "batch.micro_size", "noise.amplitude", "metrics.port", "run.max_steps"]
+)
+def test_true_and_false_are_no_numbers(path: str, value: bool) -> None:
+    section, key = path.split(".")
+    assert f"{path}: not a" in only_problem({section: {key: value}})
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [("run.seed", 1.0), ("run.seed", "1"), ("run.name", 1), ("metrics.enabled", 1)]
+)
+def test_a_value_of_another_type_is_not_bent_into_shape(path: str, value: object) -> None:
+    section, key = path.split(".")
+    assert f"{path}: not " in only_problem({section: {key: value}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "suggestion"),
+    [
+        ({"run": {"sed": 1}}, "run.seed"),
+        ({"optimizer": {"learnig_rate": 1}}, "optimizer.learning_rate"),
+        ({"noise": {"schedule": {"kind": "cosine", "kinds": 1}}}, "noise.schedule.kind"),
+        ({"nois": {}}, "noise"),
+        ({"noise": {"learning_rate": 1}}, "optimizer.learning_rate"),
+        ({"noise": {"lerning_rate": 1}}, "optimizer.learning_rate"),
+        ({"global_size": 8192}, "batch.global_size"),
+        ({"optimizer": {"amplitude": 1}}, "noise.amplitude"),
+        ({"noise": {"every_epochs": 1}}, "evaluation.every_epochs or checkpoint.every_epochs"),
+        ({"run": {"evaluation": {}}}, "evaluation"),
+    ],
+)
+def test_an_unknown_key_suggests_the_nearest_here_else_elsewhere(settings: dict[str, Any], suggestion: str) -> None:
+    assert f"unknown key; did you mean {suggestion}?" in only_problem(settings)
+
+
+def test_a_key_like_no_other_is_told_with_those_of_its_section() -> None:
+    text = only_problem({"comm": {"zzz": 1}})
+    assert "comm.zzz: unknown key\n" in text
+    assert "allowed: reduction, compression, op, verify_every, timeout" in text
+
+
+@pytest.mark.parametrize("key", ["constant", "cosine", "kind", "0"])
+def test_a_key_named_like_a_kind_is_an_unknown_key_where_it_stands(key: str) -> None:
+    assert refusal({key: 1}).problems[0].path == key
+    assert refusal({"run": {key: 1}}).problems[0].path == f"run.{key}"
+
+
+@pytest.mark.parametrize("section", sorted(Config.model_fields))
+@pytest.mark.parametrize("value", [None, 3, "x", [1]])
+def test_a_section_that_is_no_mapping_is_told_with_its_keys(section: str, value: object) -> None:
+    text = only_problem({section: value})
+    assert f"{section}: not a mapping" in text
+    assert "a mapping with the keys" in text
+
+
+def test_long_values_and_values_of_many_lines_stay_on_one_line() -> None:
+    text = only_problem({"run": {"epochs": "many\nlines " * 100}})
+    [value] = [line for line in text.splitlines() if "value:" in line]
+    assert len(value) < 80
+
+
+def test_settings_that_json_cannot_hold_are_refused() -> None:
+    assert "is not text, a number" in only_problem({"run": {"name": b"bytes"}})
+    assert "(file)" in only_problem({"run": {"name": "\ud800"}})

@@ -1,0 +1,72 @@
+"""The configurations that are shipped: the paper's pair, and the demonstration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dist_train.config import Config, load_config
+from dist_train.config.idle import idle_settings
+from dist_train.models import build_model
+
+FOLDER = Path(__file__).parents[2] / "configs"
+SHIPPED = sorted(FOLDER.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_each_loads_and_has_no_idle_setting(path: Path) -> None:
+    assert idle_settings(load_config(path)) == []
+
+
+@pytest.mark.parametrize(("name", "global_size"), [("sb_128", 128), ("lb_8192", 8192)])
+def test_the_paper_s_pair_is_as_the_paper_says(name: str, global_size: int) -> None:
+    config = load_config(FOLDER / f"{name}.yaml")
+    assert config.batch.global_size == global_size
+    assert (config.model.name, config.model.width) == ("vgg9", 1.0)
+    assert (config.data.name, config.data.augment, config.data.normalize) == ("cifar10", "none", False)
+    assert config.run.epochs == 300
+    assert config.schedule.milestones == (150.0, 225.0, 275.0)
+    assert (config.noise.method, config.noise.distribution) == ("smoothout", "uniform")
+    assert sum(parameter.numel() for parameter in build_model(config).parameters()) == 2_789_706
+
+
+def test_the_pair_differs_in_the_batch_the_name_and_the_warm_up_alone() -> None:
+    small, large = (load_config(FOLDER / f"{name}.yaml").model_dump() for name in ("sb_128", "lb_8192"))
+    changed = {
+        f"{section}.{key}" for section in small for key in small[section] if small[section][key] != large[section][key]
+    }
+    assert changed == {"run.name", "batch.global_size", "schedule.warmup_epochs"}
+
+
+def test_the_demonstration_is_a_large_batch_with_noise_on_fashion_mnist() -> None:
+    config = load_config(FOLDER / "demo.yaml")
+    assert (config.data.name, config.batch.global_size, config.model.width) == ("fashion-mnist", 8192, 0.25)
+    assert config.noise.method == "smoothout"
+    assert config.noise.amplitude > 0
+
+
+def test_no_file_repeats_what_its_base_says() -> None:
+    for path in SHIPPED:
+        own = leaves(path)
+        below = leaves(path.parent / own["base"]) if "base" in own else {}
+        assert not {name for name, value in own.items() if below.get(name) == value and name != "base"}, path.name
+
+
+def leaves(path: Path) -> dict[str, Any]:
+    """Return what the file itself says, by dotted path."""
+    found: dict[str, Any] = {}
+    for section, settings in yaml.safe_load(path.read_text()).items():
+        if isinstance(settings, dict):
+            found |= {f"{section}.{key}": value for key, value in settings.items()}
+        else:
+            found[section] = settings
+    return found
+
+
+def test_every_setting_has_a_default_and_every_class_of_the_schema_forbids_other_keys() -> None:
+    schema = Config.model_json_schema()
+    assert "required" not in schema
+    assert all(part["additionalProperties"] is False for part in schema["$defs"].values())

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dist_train.config import DATA_SETS, DataSettings
+from dist_train.data.catalog import READERS, load_images
+from dist_train.data.cifar import CIFAR10, CIFAR100
+from dist_train.data.images import Split
+from dist_train.outcome import UsageError
+from tests.archives import (
+    cifar10_members,
+    cifar100_members,
+    packed_members,
+    write_fashion_mnist,
+    write_members,
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DIST_TRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_every_data_set_that_can_be_configured_has_a_reader() -> None:
+    assert set(READERS) == set(DATA_SETS)
+
+
+def test_fashion_mnist_is_loaded_through_the_cache(tmp_path: Path, cache: Path) -> None:
+    written = write_fashion_mnist(tmp_path)
+    settings = DataSettings(name="fashion-mnist", root=tmp_path)
+    for _ in range(2):
+        assert np.array_equal(load_images(settings, "train", 0).images.numpy(), written.images)
+    assert len(list((cache / "decoded").glob("fashion-mnist-train-v1-*.json"))) == 1
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_cifar_is_loaded_through_the_cache(tmp_path: Path, cache: Path, split: Split) -> None:
+    members, *sets = cifar10_members()
+    (tmp_path / CIFAR10.file).write_bytes(packed_members(CIFAR10.folder, members))
+    members, *finer_sets = cifar100_members()
+    write_members(tmp_path / CIFAR100.folder, members)
+    which = ("train", "test").index(split)
+    coarse = load_images(DataSettings(name="cifar10", root=tmp_path), split, 0)
+    fine = load_images(DataSettings(name="cifar100", root=tmp_path), split, 0)
+    assert np.array_equal(coarse.images.numpy(), sets[which].images)
+    assert np.array_equal(fine.images.numpy(), finer_sets[which].images)
+    assert len(list((cache / "decoded").glob(f"cifar10*-{split}-v1-*.json"))) == 2
+
+
+def test_without_a_root_cifar_is_sought_in_the_cache_folder(cache: Path) -> None:
+    members, train, _ = cifar10_members()
+    write_members(cache / "datasets" / CIFAR10.folder, members)
+    assert np.array_equal(load_images(DataSettings(name="cifar10"), "train", 0).images.numpy(), train.images)
+
+
+def test_a_source_damaged_after_it_was_cached_is_noticed(tmp_path: Path) -> None:
+    write_fashion_mnist(tmp_path)
+    settings = DataSettings(name="fashion-mnist", root=tmp_path)
+    load_images(settings, "train", 0)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UsageError, match="is damaged"):
+        load_images(settings, "train", 0)
+
+
+def test_train_size_takes_a_balanced_part_of_train_and_all_of_test(tmp_path: Path) -> None:
+    write_fashion_mnist(tmp_path, "train", count=40)
+    write_fashion_mnist(tmp_path, "test", count=30)
+    settings = DataSettings(name="fashion-mnist", root=tmp_path, train_size=20)
+    assert torch.bincount(load_images(settings, "train", 0).labels).tolist() == [2] * 10
+    assert len(load_images(settings, "test", 0)) == 30
+    assert not torch.equal(load_images(settings, "train", 0).images, load_images(settings, "train", 1).images)
+
+
+def test_a_train_size_above_what_there_is_is_refused(tmp_path: Path) -> None:
+    write_fashion_mnist(tmp_path, count=40)
+    with pytest.raises(UsageError, match=r"data\.train_size is 41, but there are 40 training images"):
+        load_images(DataSettings(name="fashion-mnist", root=tmp_path, train_size=41), "train", 0)
+
+
+def test_the_synthetic_set_has_the_configured_form_and_leaves_no_file(cache: Path) -> None:
+    settings = DataSettings(name="synthetic", synthetic_samples=50, synthetic_shape=(2, 9, 11), synthetic_classes=4)
+    train, test = load_images(settings, "train", 0), load_images(settings, "test", 0)
+    assert (len(train), len(test), train.shape, train.classes) == (50, 12, (2, 9, 11), 4)
+    assert not cache.exists()

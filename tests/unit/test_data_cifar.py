@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import gzip
+import io
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dist_train.data import cifar
+from dist_train.data.cifar import CIFAR10, CIFAR100
+from dist_train.data.images import ImageSet, Split
+from dist_train.outcome import UsageError
+from tests.archives import (
+    Written,
+    cifar10_members,
+    cifar100_members,
+    packed_members,
+    python2_pickle,
+    write_members,
+)
+
+FUZZ = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def read(root: Path, split: Split = "train", archive: cifar.Archive = CIFAR10) -> ImageSet:
+    return cifar.decode(archive, root, cifar.find(archive, root, split), split)
+
+
+def same(images: ImageSet, written: Written) -> bool:
+    return np.array_equal(images.images.numpy(), written.images) and images.labels.tolist() == written.labels.tolist()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("archive", [CIFAR10, CIFAR100], ids=["10", "100"])
+def test_the_standard_archives_are_read_packed_or_unpacked(
+    tmp_path: Path, packed: bool, archive: cifar.Archive
+) -> None:
+    members, train, test = cifar10_members() if archive is CIFAR10 else cifar100_members()
+    if packed:
+        (tmp_path / archive.file).write_bytes(packed_members(archive.folder, members))
+    else:
+        write_members(tmp_path / archive.folder, members)
+    assert same(read(tmp_path, "train", archive), train)
+    assert same(read(tmp_path, "test", archive), test)
+    assert read(tmp_path, "test", archive).classes == archive.classes
+
+
+def test_reading_an_archive_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / CIFAR10.file).write_bytes(packed_members(CIFAR10.folder, cifar10_members()[0]))
+    read(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [CIFAR10.file]
+
+
+def test_missing_files_are_named_with_every_cure(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as raised:
+        cifar.find(CIFAR10, tmp_path, "train")
+    for part in ("cifar-10-python.tar.gz", "cifar-10-batches-py", "data.download=true", f"into {tmp_path}"):
+        assert part in str(raised.value)
+
+
+def test_a_missing_batch_is_named(tmp_path: Path) -> None:
+    members = cifar10_members()[0]
+    del members["data_batch_3"]
+    write_members(tmp_path / CIFAR10.folder, members)
+    with pytest.raises(UsageError, match="data_batch_3 is missing"):
+        read(tmp_path)
+    (tmp_path / CIFAR10.file).write_bytes(packed_members(CIFAR10.folder, members))
+    with pytest.raises(UsageError, match=r"tar\.gz is damaged: cifar-10-batches-py/data_batch_3 is not in it"):
+        read(tmp_path)
+
+
+ROWS = np.zeros((2, 3072), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"data": ROWS, "labels": [0, 10]}, "label 10, not 0 to 9"),
+        ({"data": ROWS, "labels": [0, -1]}, "label -1, not 0 to 9"),
+        ({"data": ROWS, "labels": [0]}, "2 images but 1 labels"),
+        ({"data": ROWS, "labels": [0, "1"]}, "no list of numbers named labels"),
+        ({"data": ROWS, "fine_labels": [0, 1]}, "no list of numbers named labels"),
+        ({"labels": [0, 1]}, "not rows of 3072 bytes"),
+        ({"data": ROWS[:, 1:], "labels": [0, 1]}, "not rows of 3072 bytes"),
+        ({"data": ROWS[0], "labels": [0, 1]}, "not rows of 3072 bytes"),
+        ({"data": ROWS.astype(np.int64), "labels": [0, 1]}, "not rows of 3072 bytes"),
+        ({"data": "text", "labels": [0, 1]}, "not rows of 3072 bytes"),
+    ],
+)
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_damaged_batch_is_named_with_what_is_wrong_and_the_cure(
+    tmp_path: Path, record: dict[str, object], reason: str, packed: bool
+) -> None:
+    members = {"test_batch": python2_pickle(record)}
+    if packed:
+        (tmp_path / CIFAR10.file).write_bytes(packed_members(CIFAR10.folder, members))
+    else:
+        write_members(tmp_path / CIFAR10.folder, members)
+    with pytest.raises(UsageError, match=rf"test_batch.* is damaged: .*{reason}.*data\.download=true"):
+        read(tmp_path, "test")
+
+
+def test_a_batch_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+    command = f"touch {marker}".encode()
+    content = b"\x80\x02cos\nsystem\nU" + bytes([len(command)]) + command + b"\x85R."
+    pickle.loads(content)
+    assert marker.exists()
+    marker.unlink()
+    write_members(tmp_path / CIFAR10.folder, {"test_batch": content})
+    with pytest.raises(UsageError, match=r"test_batch is damaged: it names os\.system"):
+        read(tmp_path, "test")
+    assert not marker.exists()
+
+
+def test_an_archive_cut_short_is_named(tmp_path: Path) -> None:
+    whole = packed_members(CIFAR10.folder, cifar10_members()[0])
+    path = tmp_path / CIFAR10.file
+    for length in (0, 10, len(whole) // 2, len(whole) - 4):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UsageError, match=rf"{path} is damaged.*Delete {path} and fetch it again"):
+            read(tmp_path)
+
+
+def test_a_member_in_another_folder_or_that_is_no_file_is_not_taken(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        link = tarfile.TarInfo(f"{CIFAR10.folder}/test_batch")
+        link.type = tarfile.SYMTYPE
+        link.linkname = "/etc/passwd"
+        archive.addfile(link)
+        archive.addfile(tarfile.TarInfo("elsewhere/test_batch"))
+    (tmp_path / CIFAR10.file).write_bytes(buffer.getvalue())
+    with pytest.raises(UsageError, match="is damaged"):
+        read(tmp_path, "test")
+
+
+@FUZZ
+@given(st.binary(max_size=600))
+def test_random_bytes_never_give_anything_but_a_usage_error(tmp_path: Path, content: bytes) -> None:
+    packed, unpacked = tmp_path / CIFAR10.file, tmp_path / "test_batch"
+    unpacked.write_bytes(content)
+    with pytest.raises(UsageError):
+        cifar.decode(CIFAR10, tmp_path, [unpacked], "test")
+    for outer in (content, gzip.compress(content)):
+        packed.write_bytes(outer)
+        with pytest.raises(UsageError):
+            cifar.decode(CIFAR10, tmp_path, [packed], "test")
+
+
+MEMBERS, _, TEST = cifar10_members(per_batch=2)
+BATCH = MEMBERS["test_batch"]
+TAR = gzip.decompress(packed_members(CIFAR10.folder, {"test_batch": BATCH}))
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    damaged = bytearray(content)
+    damaged[bit // 8] ^= 1 << (bit % 8)
+    return bytes(damaged)
+
+
+def headers(content: bytes, length: int) -> st.SearchStrategy[int]:
+    """Bits of the first and the last `length` bytes, where the structure lies."""
+    bits = 8 * len(content)
+    return st.integers(0, 8 * length - 1) | st.integers(bits - 8 * length, bits - 1)
+
+
+@FUZZ
+@given(headers(BATCH, 200))
+def test_a_flipped_bit_in_a_batch_is_an_error_or_leaves_a_sound_set(tmp_path: Path, bit: int) -> None:
+    path = tmp_path / "test_batch"
+    path.write_bytes(flipped(BATCH, bit))
+    try:
+        images = cifar.decode(CIFAR10, tmp_path, [path], "test")
+    except UsageError:
+        return
+    assert images.images.shape == (2, 3, 32, 32)
+    assert all(0 <= label < 10 for label in images.labels.tolist())
+
+
+@FUZZ
+@given(st.integers(0, 8 * len(gzip.compress(TAR, 1, mtime=0)) - 1))
+def test_a_flipped_bit_in_an_archive_is_an_error_or_changes_nothing(tmp_path: Path, bit: int) -> None:
+    path = tmp_path / CIFAR10.file
+    path.write_bytes(flipped(gzip.compress(TAR, 1, mtime=0), bit))
+    try:
+        images = cifar.decode(CIFAR10, tmp_path, [path], "test")
+    except UsageError:
+        return
+    assert same(images, TEST)
+
+
+@FUZZ
+@given(st.integers(0, 8 * 1536 - 1))
+def test_a_damaged_tar_header_never_gives_another_error(tmp_path: Path, bit: int) -> None:
+    path = tmp_path / CIFAR10.file
+    path.write_bytes(gzip.compress(flipped(TAR, bit), 1))
+    try:
+        images = cifar.decode(CIFAR10, tmp_path, [path], "test")
+    except UsageError:
+        return
+    assert images.images.shape == (2, 3, 32, 32)

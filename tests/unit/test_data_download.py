@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import http.server
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dist_train.data import cifar
+from dist_train.data.download import fetch
+from dist_train.outcome import UsageError
+from tests.archives import cifar10_members, write_members
+
+CONTENT = b"an archive" * 300_000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@dataclasses.dataclass
+class Site:
+    address: str
+    requests: list[str]
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def __init__(self, requests: list[str], *arguments: object) -> None:
+        self.requests = requests
+        super().__init__(*arguments)  # type: ignore[arg-type]
+
+    def do_GET(self) -> None:
+        self.requests.append(self.path)
+        if self.path == "/absent":
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(CONTENT)))
+        self.end_headers()
+        self.wfile.write(CONTENT[: len(CONTENT) // 2] if self.path == "/cut" else CONTENT)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    requests: list[str] = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, requests)) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield Site(f"http://127.0.0.1:{server.server_port}", requests)
+        server.shutdown()
+        thread.join()
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if not path.name.endswith(".lock")]
+
+
+def test_an_archive_with_the_published_digest_is_kept(site: Site, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "archive.tar.gz"
+    fetch(f"{site.address}/archive", path, SHA256)
+    assert path.read_bytes() == CONTENT
+    assert leftovers(path.parent) == ["archive.tar.gz"]
+
+
+def test_another_digest_is_refused_and_nothing_kept(site: Site, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"SHA-256 {SHA256}, but {'0' * 64} was published: nothing was kept"):
+        fetch(f"{site.address}/archive", tmp_path / "archive.tar.gz", "0" * 64)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_download_cut_short_is_refused_and_nothing_kept(site: Site, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"gave {len(CONTENT) // 2} bytes .* nothing was kept"):
+        fetch(f"{site.address}/cut", tmp_path / "archive.tar.gz", SHA256)
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_without_a_network_the_message_says_what_to_put_where(site: Site, tmp_path: Path, reachable: bool) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        unused = f"http://127.0.0.1:{free.getsockname()[1]}"
+        address = site.address if reachable else unused
+        with pytest.raises(UsageError, match=rf"{address}/absent: .* elsewhere and put it into {tmp_path}"):
+            fetch(f"{address}/absent", tmp_path / "archive.tar.gz", SHA256)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UsageError, match=r"cannot write .*archive\.tar\.gz: .*Set data\.root"):
+        fetch(f"{site.address}/archive", tmp_path / "file" / "archive.tar.gz", SHA256)
+
+
+def test_of_several_that_want_an_archive_one_downloads_it(site: Site, tmp_path: Path) -> None:
+    path = tmp_path / "archive.tar.gz"
+    threads = [threading.Thread(target=fetch, args=(f"{site.address}/archive", path, SHA256)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_bytes() == CONTENT
+    assert site.requests == ["/archive"]
+
+
+def test_cifar_is_downloaded_only_where_something_is_missing(site: Site, tmp_path: Path) -> None:
+    archive = dataclasses.replace(cifar.CIFAR10, url=f"{site.address}/archive", sha256=SHA256)
+    unpacked = tmp_path / "unpacked" / archive.folder
+    write_members(unpacked, cifar10_members()[0])
+    cifar.download(archive, unpacked.parent)
+    assert site.requests == []
+    for _ in range(2):
+        cifar.download(archive, tmp_path)
+    assert site.requests == ["/archive"]
+    assert (tmp_path / archive.file).read_bytes() == CONTENT
+    (unpacked / "data_batch_2").unlink()
+    cifar.download(archive, unpacked.parent)
+    assert (unpacked.parent / archive.file).read_bytes() == CONTENT

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import argparse
+import io
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dist_train import doctor
+from dist_train.cli import doctor_command
+from dist_train.cluster import inspection
+from dist_train.config import Config
+from dist_train.outcome import ExitCode
+from tests.archives import write_fashion_mnist
+
+
+def settings(**sections: dict[str, object]) -> Config:
+    return Config.model_validate(sections)
+
+
+def run_doctor(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    doctor_command.add_parser(parser.add_subparsers())
+    parsed = parser.parse_args(["doctor", *arguments])
+    return int(parsed.run(parsed))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DIST_TRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_machine_that_is_set_up_can_train(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_doctor() == ExitCode.FINISHED
+    printed = capsys.readouterr().out
+    assert "training can run here" in printed
+    for name in ("Python", "torch", "devices", "Horovod", "MPI", "launchers", "Slurm", "metrics", "cache"):
+        assert name in printed
+
+
+def test_data_that_the_configuration_names_must_be_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"data: {{name: cifar10, root: {tmp_path}}}\n")
+    assert run_doctor(str(file), f"run.directory={tmp_path}") == ExitCode.FAULT
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "FAILS data CIFAR-10: found neither" in printed
+    assert "data.download=true" in printed
+    assert "training cannot run here: 1 to mend" in printed
+
+
+def test_data_in_the_named_folder_are_found(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_fashion_mnist(tmp_path, split)
+    (check,) = doctor.check_data(settings(data={"name": "fashion-mnist", "root": str(tmp_path)}))
+    assert check.state == "fine"
+
+
+def test_data_that_the_run_will_fetch_are_no_fault(tmp_path: Path) -> None:
+    (check,) = doctor.check_data(settings(data={"name": "cifar100", "root": str(tmp_path), "download": True}))
+    assert check.state == "note"
+
+
+def test_missing_data_are_no_fault_where_no_configuration_names_them() -> None:
+    checks = doctor.check_known_data(Config())
+    assert len(checks) == 3
+    assert doctor.can_train(checks)
+    assert all(check.cure for check in checks if check.state == "note")
+
+
+def test_a_port_in_use_is_told_with_a_cure() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        check = doctor.check_metrics_port(settings(metrics={"port": taken.getsockname()[1]}))
+    assert check.state == "note"
+    assert "in use" in check.detail
+    assert "metrics.port" in check.cure
+
+
+def test_a_free_port_is_fine() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    assert doctor.check_metrics_port(settings(metrics={"port": port})).state == "fine"
+
+
+def test_a_run_directory_below_a_file_fails(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check = doctor.check_disk("run directory", tmp_path / "file" / "runs")
+    assert check.state == "fails"
+    assert "--run-dir" in check.cure
+
+
+def test_a_disk_without_room_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.check_disk("run directory", tmp_path / "not" / "yet").state == "fine"
+    monkeypatch.setattr(doctor, "_LEAST_DISK", 1 << 60)
+    check = doctor.check_disk("run directory", tmp_path / "not" / "yet")
+    assert check.state == "fails"
+    assert "free at least" in check.cure
+
+
+def test_every_finding_that_is_not_fine_reads_with_its_cure_below_it() -> None:
+    checks = (
+        doctor.Check("one", "fine", "works"),
+        doctor.Check("two", "fails", "is broken", "mend it"),
+    )
+    page = io.StringIO()
+    doctor.render(checks, Console(file=page, width=80))
+    lines = [line.rstrip() for line in page.getvalue().splitlines()]
+    assert lines[0].split() == ["ok", "one", "works"]
+    assert lines[1].split() == ["FAILS", "two", "is", "broken"]
+    assert lines[2].strip() == "-> mend it"
+    assert not doctor.can_train(checks)
+
+
+def test_a_horovod_that_does_not_load_fails_with_a_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "horovod.torch", None)
+    check = doctor.check_horovod()
+    assert check.state == "fails"
+    assert "make setup" in check.cure
+
+
+def test_horovod_and_mpi4py_load_one_mpi() -> None:
+    build = inspection.horovod_build()
+    assert build.mpi
+    assert build.gloo
+    assert "MPI" in inspection.mpi_library().description
+    assert len(inspection.loaded_mpi_libraries()) == 1
+
+
+def test_the_launcher_is_the_one_that_the_set_up_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    program = tmp_path / "elsewhere" / "mpirun"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    (tmp_path / "setup.env").write_text(f"mpi=system\nmpirun={program}\n")
+    assert inspection.launcher("mpirun") == program

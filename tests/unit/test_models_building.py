@@ -1,0 +1,88 @@
+"""Every model with every norm: it learns from each of its weights, on both sizes of images, wherever it is run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from dist_train.config import Config, ModelSettings, parse_config
+from dist_train.models import build_model
+from dist_train.models.norms import GroupedBatchNorm, norm_modules, norm_parameters
+
+MODELS: tuple[str, ...] = get_args(ModelSettings.model_fields["name"].annotation)
+NORMS: tuple[str, ...] = get_args(ModelSettings.model_fields["norm"].annotation)
+
+
+def config(data: str, **model: Any) -> Config:
+    return parse_config({"data": {"name": data}, "model": {"width": 0.0625, "ghost_size": 2, **model}}, source="test")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Let small tensors not wait for threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("data", ["cifar10", "fashion-mnist"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_weight_of_every_model_with_every_norm_has_a_gradient(name: str, norm: str, data: str) -> None:
+    settings = config(data, name=name, norm=norm)
+    model = build_model(settings)
+    images = torch.rand(4, *settings.data.image_format.shape, generator=torch.Generator().manual_seed(0))
+    logits = model(images)
+    assert logits.shape == (4, 10)
+    functional.cross_entropy(logits, torch.arange(4)).backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all(), parameter_name
+        assert parameter.grad.any(), parameter_name
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", MODELS)
+def test_norms_are_known_as_norms_and_begin_as_the_identity(name: str, norm: str) -> None:
+    model = build_model(config("cifar10", name=name, norm=norm))
+    of_norms = norm_parameters(model)
+    by_type = {
+        f"{prefix}.{kind}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, GroupedBatchNorm | nn.GroupNorm)
+        for kind in ("weight", "bias")
+    }
+    assert of_norms == by_type
+    assert bool(of_norms) == (norm != "none")
+    assert bool(norm_modules(model)) == (norm in ("batch", "ghost", "sync"))
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name in of_norms:
+            assert torch.equal(parameter, torch.full_like(parameter, float(parameter_name.endswith("weight"))))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_initial_weights_do_not_depend_on_the_norm(name: str) -> None:
+    with_norms, without = (build_model(config("cifar10", name=name, norm=norm)) for norm in ("group", "none"))
+    state = with_norms.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in without.state_dict().items() if key in state)
+
+
+@pytest.mark.parametrize("name", ["vgg16", "vgg19", "resnet18"])
+@pytest.mark.parametrize("side", [1, 7, 8, 70])
+def test_images_of_any_size_are_taken(name: str, side: int) -> None:
+    data = {"name": "synthetic", "synthetic_shape": [2, side, side], "synthetic_classes": 3}
+    model = build_model(parse_config({"data": data, "model": {"name": name, "width": 0.03}}, source="test"))
+    assert model(torch.zeros(2, 2, side, side)).shape == (2, 3)
+
+
+def test_torchvision_is_loaded_by_the_models_that_need_it() -> None:
+    program = "import sys, dist_train.models; raise SystemExit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

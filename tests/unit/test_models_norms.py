@@ -1,0 +1,290 @@
+"""Batch norm over groups: torch's over each group, with running statistics of the global batch alone."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dist_train.config import ModelSettings
+from dist_train.fixed_point import STATISTICS
+from dist_train.models.norms import (
+    GroupedBatchNorm,
+    channel_groups,
+    norm_factory,
+    norm_modules,
+    norm_parameters,
+    over_workers,
+)
+from tests.unit.simulated_workers import SimulatedWorkers, results
+
+PROPERTY = settings(deadline=None, max_examples=25)
+CHANNELS = 3
+SHAPES = ((), (5, 4))
+
+
+def batch(samples: int, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    source = torch.Generator().manual_seed(seed)
+    return torch.randn(samples, CHANNELS, *shape, generator=source) * 3 + 1
+
+
+def a_norm(group_size: int | None) -> GroupedBatchNorm:
+    norm = GroupedBatchNorm(CHANNELS, group_size)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.5, 2.0, -1.0]))
+        norm.bias.copy_(torch.tensor([0.1, 0.0, 3.0]))
+    return norm
+
+
+def torch_norm(norm: GroupedBatchNorm, shape: tuple[int, ...]) -> nn.Module:
+    reference: nn.Module = nn.BatchNorm2d(CHANNELS) if shape else nn.BatchNorm1d(CHANNELS)
+    reference.load_state_dict(norm.state_dict(), strict=False)
+    return reference
+
+
+def expected_groups(samples: int, group_size: int | None) -> list[slice]:
+    """Whole groups in order; what is left over joins the last one."""
+    if group_size is None or samples < 2 * group_size:
+        return [slice(0, samples)]
+    cuts = [*range(0, samples - group_size + 1, group_size)]
+    cuts[-1:] = [cuts[-1], samples]
+    return [slice(start, stop) for start, stop in pairwise(cuts)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("samples", "group_size", "sizes"),
+    [
+        (8, None, [8]),
+        (8, 8, [8]),
+        (8, 4, [4, 4]),
+        (11, 4, [4, 7]),
+        (7, 4, [7]),
+        (3, 4, [3]),
+        (12, 5, [5, 7]),
+    ],
+)
+def test_each_group_is_normalized_as_torch_does_with_gradients(
+    samples: int, group_size: int | None, sizes: list[int], shape: tuple[int, ...]
+) -> None:
+    groups = expected_groups(samples, group_size)
+    assert [group.stop - group.start for group in groups] == sizes
+    norm = a_norm(group_size)
+    reference = torch_norm(norm, shape)
+    inputs = batch(samples, shape).requires_grad_()
+    twin = inputs.detach().clone().requires_grad_()
+    outputs = norm(inputs)
+    expected = torch.cat([reference(twin[group]) for group in groups])
+    assert torch.equal(outputs, expected)
+
+    upstream = batch(samples, shape, seed=1)
+    outputs.backward(upstream)
+    expected.backward(upstream)
+    torch.testing.assert_close(inputs.grad, twin.grad)
+    torch.testing.assert_close(norm.weight.grad, reference.weight.grad)
+    torch.testing.assert_close(norm.bias.grad, reference.bias.grad)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_evaluation_uses_the_running_averages_and_gathers_nothing(shape: tuple[int, ...]) -> None:
+    norm = a_norm(4)
+    norm.running_mean.copy_(torch.tensor([1.0, 0.0, -1.0]))
+    norm.running_var.copy_(torch.tensor([4.0, 1.0, 0.5]))
+    reference = torch_norm(norm, shape)
+    norm.eval()
+    reference.eval()
+    inputs = batch(10, shape)
+    assert torch.equal(norm(inputs), reference(inputs))
+    assert not norm.pending.any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_running_averages_move_as_torch_s_do_over_one_group(shape: tuple[int, ...]) -> None:
+    norm = a_norm(None)
+    reference = torch_norm(norm, shape)
+    for seed in range(3):
+        inputs = batch(9, shape, seed)
+        norm(inputs)
+        reference(inputs)
+        norm.absorb(norm.pending, 9, momentum=0.1)
+        norm.pending.zero_()
+    torch.testing.assert_close(norm.running_mean, reference.running_mean)
+    torch.testing.assert_close(norm.running_var, reference.running_var)
+
+
+def test_a_forward_pass_alone_leaves_the_running_averages_where_they_are() -> None:
+    norm = a_norm(2)
+    norm(batch(6, ()))
+    assert torch.equal(norm.running_mean, torch.zeros(CHANNELS))
+    assert torch.equal(norm.running_var, torch.ones(CHANNELS))
+    assert norm.pending.any()
+
+
+def test_momentum_one_replaces_the_running_averages_to_the_bit() -> None:
+    norm = a_norm(None)
+    norm.running_mean.fill_(1e9)
+    norm.running_var.fill_(1e9)
+    norm(batch(16, (2, 2)))
+    norm.absorb(norm.pending, 16, momentum=1.0)
+    means = (STATISTICS.decode(norm.pending) / 16).float()
+    assert torch.equal(norm.running_mean, means[0])
+    assert torch.equal(norm.running_var, means[1])
+
+
+@PROPERTY
+@given(
+    micro_sizes=st.lists(st.integers(2, 9), min_size=1, max_size=6),
+    group_size=st.sampled_from([None, 2, 4]),
+    workers=st.integers(1, 7),
+    order=st.randoms(use_true_random=False),
+)
+def test_promise_3_running_statistics_are_a_function_of_the_global_batch_alone(
+    micro_sizes: list[int], group_size: int | None, workers: int, order: Random
+) -> None:
+    samples = sum(micro_sizes)
+    micro_batches = list(torch.split(batch(samples, (3, 3)), micro_sizes))
+
+    alone = a_norm(group_size)
+    for micro_batch in micro_batches:
+        alone(micro_batch)
+    alone.absorb(alone.pending, samples, momentum=0.1)
+
+    order.shuffle(micro_batches)
+    shares = [a_norm(group_size) for _ in range(workers)]
+    for index, micro_batch in enumerate(micro_batches):
+        shares[index % workers](micro_batch)
+    total = torch.stack([norm.pending for norm in shares]).sum(dim=0)
+    for norm in shares:
+        norm.absorb(total, samples, momentum=0.1)
+        assert torch.equal(norm.running_mean, alone.running_mean)
+        assert torch.equal(norm.running_var, alone.running_var)
+
+
+def test_groups_count_by_their_number_of_samples() -> None:
+    norm = GroupedBatchNorm(1, 2)
+    norm(torch.tensor([[0.0], [0.0], [3.0], [3.0], [3.0]]))
+    norm.absorb(norm.pending, 5, momentum=1.0)
+    assert norm.running_mean.item() == pytest.approx(9 / 5)
+
+
+def test_the_state_dict_has_batch_norm_s_names_and_nothing_else() -> None:
+    assert list(GroupedBatchNorm(2).state_dict()) == ["weight", "bias", "running_mean", "running_var"]
+
+
+def test_norm_modules_and_parameters_are_found_by_kind() -> None:
+    first, second = GroupedBatchNorm(3), GroupedBatchNorm(3, 4)
+    model = nn.Sequential(nn.Linear(2, 3), first, nn.Sequential(second))
+    assert norm_modules(model) == [first, second]
+    assert norm_parameters(model) == {"1.weight", "1.bias", "2.0.weight", "2.0.bias"}
+
+
+@pytest.mark.parametrize(("name", "group_size"), [("batch", None), ("ghost", 16), ("sync", None)])
+def test_a_norm_is_built_by_its_name(name: str, group_size: int | None) -> None:
+    norm = norm_factory(ModelSettings(norm=name, ghost_size=16))(7)  # type: ignore[arg-type]
+    assert isinstance(norm, GroupedBatchNorm)
+    assert (norm.group_size, len(norm.weight)) == (group_size, 7)
+
+
+def test_no_norm_leaves_everything_as_it_is() -> None:
+    norm = norm_factory(ModelSettings(norm="none"))(7)
+    inputs = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(norm(inputs), inputs)
+    assert not list(norm.parameters())
+
+
+@pytest.mark.parametrize(
+    ("channels", "most", "least", "groups"),
+    [
+        (64, 32, 2, 32),
+        (48, 32, 2, 24),
+        (20, 32, 2, 10),
+        (7, 32, 2, 1),
+        (9, 4, 2, 3),
+        (1, 32, 2, 1),
+        (64, 1, 2, 1),
+        (64, 32, 8, 8),
+        (4, 32, 8, 1),
+    ],
+)
+def test_channels_are_grouped_as_asked_or_as_near_below_as_they_divide(
+    channels: int, most: int, least: int, groups: int
+) -> None:
+    assert channel_groups(channels, most, least) == groups
+    norm = norm_factory(ModelSettings(norm="group", channel_groups=most))(channels, least=least)
+    assert isinstance(norm, nn.GroupNorm)
+    assert (norm.num_groups, norm.num_channels) == (groups, channels)
+
+
+def test_group_norm_of_a_sample_does_not_depend_on_the_others() -> None:
+    norm = norm_factory(ModelSettings(norm="group", channel_groups=2))(6)
+    inputs = torch.randn(5, 6, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(norm(inputs)[2:4], norm(inputs[2:4]))
+
+
+class TestOverWorkers:
+    """Each worker holds a part of the samples; together they are one group."""
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("cuts", [[4, 4], [1, 6], [3, 2, 4]])
+    @pytest.mark.parametrize("offset", [0.0, 300.0])
+    def test_outputs_and_gradients_are_those_of_batch_norm_over_all_samples(
+        self, shape: tuple[int, ...], cuts: list[int], offset: float
+    ) -> None:
+        samples = sum(cuts)
+        inputs, upstream = batch(samples, shape) + offset, batch(samples, shape, seed=1)
+        parts, upstreams = inputs.split(cuts), upstream.split(cuts)
+        reference = torch_norm(a_norm(None), shape).double()
+        twin = inputs.double().requires_grad_()
+        expected = reference(twin)
+        expected.backward(upstream.double())
+
+        def both_ways(workers: SimulatedWorkers) -> tuple[GroupedBatchNorm, torch.Tensor, torch.Tensor]:
+            norm = a_norm(None)
+            mine = parts[workers.rank].clone().requires_grad_()
+            with over_workers([norm], lambda tensor, name: workers.start_sum(tensor, name).wait()):
+                outputs = norm(mine)
+                outputs.backward(upstreams[workers.rank])
+            assert mine.grad is not None
+            assert workers.names == ["norm.0.forward", "norm.0.backward"]
+            return norm, outputs.detach(), mine.grad
+
+        ended = results(len(cuts), both_ways)
+
+        def assert_near(values: torch.Tensor, others: torch.Tensor | None) -> None:
+            torch.testing.assert_close(values.double(), others, rtol=1e-4, atol=1e-5 * (1 + offset))
+
+        assert_near(torch.cat([outputs for _, outputs, _ in ended]), expected)
+        assert_near(torch.cat([gradient for *_, gradient in ended]), twin.grad)
+        norms = [norm for norm, *_ in ended]
+        for name in ("weight", "bias"):
+            gradients = [gradient for norm in norms if (gradient := norm.get_parameter(name).grad) is not None]
+            assert_near(torch.stack(gradients).sum(dim=0), reference.get_parameter(name).grad)
+        pending = torch.stack([norm.pending for norm in norms]).sum(dim=0)
+        norms[0].absorb(pending, samples, momentum=0.1)
+        torch.testing.assert_close(norms[0].running_mean, reference.get_buffer("running_mean").float())
+        torch.testing.assert_close(norms[0].running_var, reference.get_buffer("running_var").float())
+
+    def test_a_worker_out_of_the_block_normalizes_what_it_has(self) -> None:
+        norm = a_norm(None)
+        with over_workers([norm], lambda tensor, name: pytest.fail("summed outside the block")):
+            pass
+        inputs = batch(6, (2, 2))
+        assert torch.equal(norm(inputs), a_norm(None)(inputs))
+
+    def test_half_precision_inputs_stay_so_and_their_sums_do_not(self) -> None:
+        norm = a_norm(None)
+        seen: list[torch.dtype] = []
+        inputs = batch(6, (2, 2)).bfloat16().requires_grad_()
+        with over_workers([norm], lambda tensor, name: seen.append(tensor.dtype)):
+            outputs = norm(inputs)
+            outputs.float().square().sum().backward()
+        assert outputs.dtype == torch.bfloat16
+        assert inputs.grad is not None
+        assert inputs.grad.dtype == torch.bfloat16
+        assert set(seen) == {torch.float64}
+        torch.testing.assert_close(outputs, a_norm(None)(inputs), rtol=2e-2, atol=2e-2)

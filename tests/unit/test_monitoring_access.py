@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import base64
+import http.client
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_train.config.sections import MetricsSettings
+from dist_train.monitoring.prometheus.access import Credentials, check_access, read_credentials, tls_context
+from dist_train.monitoring.prometheus.http_server import Server, bind
+from dist_train.monitoring.prometheus.serving_plan import plan_of
+from dist_train.outcome import UsageError
+
+
+@contextmanager
+def serving(**settings: Any) -> Iterator[Server]:
+    plan = plan_of(MetricsSettings(**settings))
+    with bind(plan.host, 0, lambda: b"dist_train_step 1\n", read_credentials(plan), tls_context(plan)) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def ask(
+    server: Server, path: str = "/metrics", method: str = "GET", headers: Mapping[str, str] | None = None
+) -> tuple[int, bytes, http.client.HTTPMessage]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=5)
+    try:
+        connection.request(method, path, headers=dict(headers or {}))
+        answer = connection.getresponse()
+        return answer.status, answer.read(), answer.headers
+    finally:
+        connection.close()
+
+
+def basic(login: str) -> str:
+    return "Basic " + base64.b64encode(login.encode()).decode()
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("tls")
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost "
+    command += "-addext subjectAltName=IP:127.0.0.1 -keyout key.pem -out certificate.pem"
+    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+    return folder / "certificate.pem", folder / "key.pem"
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics/", "/debug", "/../etc/passwd", "/healthz/x"])
+def test_nothing_else_is_served(path: str) -> None:
+    with serving() as server:
+        assert ask(server, path)[0] == 404
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "TRACE", "OPTIONS", "CONNECT"])
+@pytest.mark.parametrize("path", ["/metrics", "/elsewhere"])
+def test_nothing_can_be_sent(method: str, path: str) -> None:
+    with serving() as server:
+        status, _, headers = ask(server, path, method)
+        assert (status, headers["Allow"]) == (405, "GET, HEAD")
+
+
+def test_a_head_is_answered_without_a_body() -> None:
+    with serving() as server:
+        status, body, headers = ask(server, method="HEAD")
+        assert (status, body, headers["Content-Length"]) == (200, b"", "18")
+        assert server.last_scrape is None
+
+
+def test_a_health_page_is_served_to_everybody(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret\n")
+    with serving(token_file=tmp_path / "token") as server:
+        assert ask(server, "/healthz?probe=1")[:2] == (200, b"ok\n")
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [
+        "",
+        "Bearer",
+        "Bearer wrong",
+        "Bearer secret2",
+        "Basic secret",
+        basic("secret:secret"),
+        "Basic %%%",
+        "Bearer \xe9",
+    ],
+)
+def test_without_the_right_token_the_answer_is_401(authorization: str, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret\n")
+    with serving(token_file=tmp_path / "token") as server:
+        headers = {"Authorization": authorization} if authorization else {}
+        status, body, answered = ask(server, headers=headers)
+        assert (status, answered["WWW-Authenticate"]) == (401, 'Bearer realm="dist_train"')
+        assert b"dist_train_step" not in body
+        assert server.last_scrape is None
+        assert ask(server, headers={"Authorization": "Bearer secret"})[0] == 200
+        assert ask(server, headers={"Authorization": "bearer  secret"})[0] == 200
+
+
+def test_a_user_and_a_password_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("prometheus:päss:word\n")
+    with serving(password_file=tmp_path / "password") as server:
+        status, _, headers = ask(server, headers={"Authorization": basic("prometheus:pass")})
+        assert (status, headers["WWW-Authenticate"]) == (401, 'Basic realm="dist_train", charset="UTF-8"')
+        assert ask(server, headers={"Authorization": basic("prometheus:päss:word")})[0] == 200
+
+
+def test_with_both_either_is_enough() -> None:
+    credentials = Credentials(b"token", b"user:password")
+    assert credentials.admit("Bearer token")
+    assert credentials.admit(basic("user:password"))
+    assert not credentials.admit("Bearer user:password")
+    assert len(credentials.challenges) == 2
+
+
+def test_over_tls_the_page_is_read_and_plain_http_is_refused(certificate: tuple[Path, Path]) -> None:
+    with serving(certificate_file=certificate[0], key_file=certificate[1]) as server:
+        with pytest.raises((ConnectionError, http.client.HTTPException)):
+            ask(server)
+        trust = ssl.create_default_context(cafile=str(certificate[0]))
+        connection = http.client.HTTPSConnection("127.0.0.1", server.server_port, timeout=5, context=trust)
+        for _ in range(2):
+            connection.request("GET", "/metrics")
+            assert connection.getresponse().read() == b"dist_train_step 1\n"
+        connection.close()
+
+
+def test_tls_is_1_2_at_least(certificate: tuple[Path, Path]) -> None:
+    context = tls_context(plan_of(MetricsSettings(certificate_file=certificate[0], key_file=certificate[1])))
+    assert context is not None
+    assert context.minimum_version == ssl.TLSVersion.TLSv1_2
+
+
+def test_a_client_that_never_shakes_hands_delays_nobody(certificate: tuple[Path, Path]) -> None:
+    with serving(certificate_file=certificate[0], key_file=certificate[1]) as server, ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port), timeout=5))
+        trust = ssl.create_default_context(cafile=str(certificate[0]))
+        connection = http.client.HTTPSConnection("127.0.0.1", server.server_port, timeout=5, context=trust)
+        began = time.monotonic()
+        connection.request("GET", "/metrics")
+        assert connection.getresponse().status == 200
+        assert time.monotonic() - began < 2
+        connection.close()
+
+
+def test_clients_without_end_give_way_to_one_that_asks() -> None:
+    with serving() as server, ExitStack() as stack:
+        idle = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port), timeout=5))
+            for _ in range(200)
+        ]
+        for client in idle[-20:]:
+            client.sendall(b"GET /metrics HTTP/1.1\r\nX-Slow: ")
+        assert ask(server)[0] == 200
+        assert idle[0].recv(1) == b"", "the one that was silent longest is let go"
+        assert threading.active_count() < 64 + 20
+
+
+def test_a_request_with_a_body_ends_its_connection() -> None:
+    with serving() as server:
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=5) as client:
+            client.sendall(
+                b"GET /healthz HTTP/1.1\r\nContent-Length: 40\r\n\r\nGET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
+            )
+            received = b""
+            while chunk := client.recv(4096):
+                received += chunk
+        assert received.count(b"HTTP/1.1") == 1
+
+
+def refusal(**settings: Any) -> str:
+    with pytest.raises(UsageError) as caught:
+        check_access(MetricsSettings(**settings))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["token_file", "password_file", "certificate_file"])
+def test_a_file_that_is_missing_is_named_before_training(key: str, tmp_path: Path) -> None:
+    text = refusal(**{key: tmp_path / "nowhere"})
+    assert text == (
+        f"metrics.{key}: {tmp_path}/nowhere cannot be read (No such file or directory); "
+        "name a file that the trainer may read"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "content", "says"),
+    [
+        ("token_file", "\n", "is empty"),
+        ("token_file", "one\ntwo\n", "more than one line"),
+        ("token_file", "two words", "characters that no HTTP header takes"),
+        ("password_file", "", "is empty"),
+        ("password_file", "password", "must hold user:password"),
+        ("password_file", ":password", "must hold user:password"),
+        ("password_file", "user:", "must hold user:password"),
+        ("certificate_file", "no certificate", "must be PEM"),
+    ],
+)
+def test_a_file_that_is_not_what_it_should_be_is_refused(key: str, content: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text(content)
+    text = refusal(**{key: tmp_path / "file"})
+    assert text.startswith(f"metrics.{key}: ")
+    assert says in text
+
+
+def test_keys_that_cannot_be_used_are_refused(certificate: tuple[Path, Path], tmp_path: Path) -> None:
+    assert "needs metrics.certificate_file" in refusal(key_file=certificate[1])
+    other, encrypted = tmp_path / "other.pem", tmp_path / "encrypted.pem"
+    make = "openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:prime256v1 -out"
+    subprocess.run([*make.split(), str(other)], check=True, capture_output=True)
+    assert "the key its own" in refusal(certificate_file=certificate[0], key_file=other)
+    command = f"openssl pkey -in {certificate[1]} -aes256 -passout pass:abcdef -out {encrypted}"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    assert "is encrypted" in refusal(certificate_file=certificate[0], key_file=encrypted)
+
+
+def test_good_files_are_accepted(certificate: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret")
+    (tmp_path / "password").write_text("user:password\n")
+    check_access(
+        MetricsSettings(
+            token_file=tmp_path / "token",
+            password_file=tmp_path / "password",
+            certificate_file=certificate[0],
+            key_file=certificate[1],
+        )
+    )
+    check_access(MetricsSettings())

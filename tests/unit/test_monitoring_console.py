@@ -1,0 +1,323 @@
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import re
+import select
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+
+from dist_train.monitoring import wording
+from dist_train.monitoring.console import launcher_terminal, open_console
+from dist_train.monitoring.pace import Pace
+from dist_train.monitoring.plain_lines import PlainLines
+from dist_train.monitoring.records import EvaluationRecord, EventRecord, Outcome, RunFacts, TrainRecord
+from dist_train.monitoring.terminal_bar import TerminalBar
+
+FACTS = RunFacts(
+    name="lb_[8192]",
+    run_directory=Path("runs/lb_8192"),
+    model="vgg9",
+    data="fashion-mnist",
+    parameters=176_106,
+    global_size=8192,
+    micro_size=256,
+    micro_batches=32,
+    world_size=2,
+    total_steps=210,
+    steps_per_epoch=7,
+    epochs=30,
+    noise="smoothout 0.01",
+    start_step=14,
+    controller="gloo",
+)
+OUTCOME = Outcome(
+    "finished",
+    "",
+    0,
+    210,
+    30.0,
+    151.2,
+    0.91,
+    0.8741,
+    0.879,
+    12_345.0,
+    Path("runs/lb_8192/checkpoints/step-00000210.pt"),
+)
+
+
+def train(step: int) -> TrainRecord:
+    return TrainRecord(step, step / 7, 0.4321, 0.8512, 0.4, 0.0123, 1.0, 0.5, 16_384.0, 0.0)
+
+
+def evaluation(step: int, accuracy: float) -> EvaluationRecord:
+    return EvaluationRecord(step, step / 7, "test", 0.5, accuracy, 10_000, 0.0)
+
+
+class Terminal:
+    """A real pseudo-terminal: `screen` is what the program writes to, `read` what has come through."""
+
+    def __init__(self, columns: int) -> None:
+        self._master, slave = os.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+        self.device = os.ttyname(slave)
+        self.screen: TextIO = os.fdopen(slave, "w", encoding="utf-8")
+
+    def read(self, seconds: float = 0.1) -> str:
+        """Return what was written; the kernel hands it over a moment later, hence the wait."""
+        content = b""
+        with suppress(OSError):  # the program's end is closed, and all was read
+            while select.select([self._master], [], [], seconds)[0]:
+                content += os.read(self._master, 1 << 20)
+        return content.decode()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self.screen.close()
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        if self._master >= 0:
+            os.close(self._master)
+        self._master = -1
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    pseudo = Terminal(columns=100)
+    yield pseudo
+    pseudo.close()
+
+
+def words(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", text)
+
+
+def drawn(bar: TerminalBar, step: int, terminal: Terminal) -> str:
+    """Return what the bar shows of `step`: it redraws when enough time has passed."""
+    deadline = time.monotonic() + 20
+    while not (shown := words(terminal.read())):
+        assert time.monotonic() < deadline
+        bar.record(train(step))
+    return shown
+
+
+def test_the_bar_shows_progress_and_leaves_the_summary(terminal: Terminal) -> None:
+    bar = TerminalBar(terminal.screen)
+    bar.begin(FACTS)
+    bar.record(evaluation(14, 0.8))
+    bar.record(EventRecord(15, "checkpoint", 0.0, {"file": "x"}))
+    shown = words(terminal.read()) + drawn(bar, 21, terminal)
+    assert "lb_[8192]: fashion-mnist; vgg9, 176,106 parameters; noise smoothout 0.01" in shown
+    assert "batch 8,192 as 32 micro-batches of 256 on 2 workers (gloo)" in shown
+    assert "going on from step 14" in shown
+    assert "epoch    2  step     14  test   loss 0.5000  accuracy 80.00 %  best so far" in shown
+    assert "epoch 3/30" in shown
+    assert "step 21/210" in shown
+    assert "loss 0.4321  accuracy 85.12 %  16,384 images/s  test 80.00 %" in shown
+    assert "saved at 15" in shown
+    bar.end(OUTCOME)
+    summary = words(terminal.read())
+    for fact in (
+        "finished",
+        "210 of 210",
+        "91.00 %",
+        "87.41 %",
+        "87.90 %",
+        "12,345",
+        "2:31",
+        "step-00000210.pt",
+    ):
+        assert fact in summary
+
+
+def test_no_line_of_the_bar_is_wider_than_the_terminal() -> None:
+    narrow = Terminal(columns=60)
+    bar = TerminalBar(narrow.screen)
+    bar.begin(FACTS)
+    narrow.read()
+    lines = drawn(bar, 21, narrow).split("\n")
+    assert len(lines) == 2
+    assert all(0 < len(line) <= 60 for line in lines)
+    bar.end(OUTCOME)
+    narrow.close()
+
+
+def test_the_bar_is_redrawn_a_few_times_a_second_whatever_the_pace_of_steps(terminal: Terminal) -> None:
+    bar = TerminalBar(terminal.screen)
+    bar.begin(FACTS)
+    terminal.read()
+    redraws = 0
+    until = time.monotonic() + 0.65
+    while time.monotonic() < until:
+        for step in range(15, 115):
+            bar.progress(step)
+        redraws += "step" in terminal.read(seconds=0.001)
+    bar.end(OUTCOME)
+    assert 1 <= redraws <= 3
+
+
+def test_what_is_printed_during_the_run_stands_above_the_bar_and_streams_are_given_back(
+    terminal: Terminal,
+) -> None:
+    streams = sys.stdout, sys.stderr
+    bar = TerminalBar(terminal.screen)
+    bar.begin(FACTS)
+    terminal.read()
+    print("a word from elsewhere", file=sys.stderr)
+    shown = terminal.read()
+    assert shown.index("a word from elsewhere") < shown.index("━")
+    bar.end(OUTCOME)
+    assert (sys.stdout, sys.stderr) == streams
+
+
+def test_the_cursor_stays_visible_so_that_a_killed_run_leaves_a_usable_terminal(terminal: Terminal) -> None:
+    bar = TerminalBar(terminal.screen)
+    bar.begin(FACTS)
+    shown = terminal.read()
+    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l")
+    bar.end(OUTCOME)
+
+
+def test_a_terminal_that_goes_away_is_an_error_of_the_bar_alone(terminal: Terminal) -> None:
+    streams = sys.stdout, sys.stderr
+    bar = TerminalBar(terminal.screen)
+    bar.begin(FACTS)
+    terminal.hang_up()
+    with pytest.raises(OSError, match="Input/output"):
+        bar.record(evaluation(14, 0.8))
+    assert (sys.stdout, sys.stderr) == streams
+
+
+@pytest.mark.parametrize("terminal_kind", [True, False])
+def test_a_run_that_fails_before_its_first_step_shows_no_summary(terminal_kind: bool, terminal: Terminal) -> None:
+    observer = TerminalBar(terminal.screen) if terminal_kind else PlainLines(terminal.screen)
+    observer.end(OUTCOME)
+    assert terminal.read() == ""
+
+
+def test_plain_lines_come_at_a_steady_pace_with_every_evaluation_and_event() -> None:
+    page, now = io.StringIO(), [0.0]
+    lines = PlainLines(page, seconds=10, clock=lambda: now[0])
+    lines.begin(FACTS)
+    for step in range(15, 57):
+        now[0] += 1.0
+        lines.record(train(step))
+        lines.progress(step)
+    lines.record(evaluation(56, 0.8741))
+    lines.record(EventRecord(56, "corrupt_checkpoint", 0.0, {"file": "a.pt", "size": 3}))
+    shown = page.getvalue().splitlines()
+    assert shown[2] == "going on from step 14"
+    steps = [line for line in shown if "images/s" in line]
+    assert [line.split("step ")[1].split("/")[0] for line in steps] == ["15", "25", "35", "45", "55"]
+    assert steps[1] == ("epoch 4/30  step 25/210  loss 0.4321  accuracy 85.12 %  16,384 images/s  3:05 left")
+    assert shown[-2] == "epoch    8  step     56  test   loss 0.5000  accuracy 87.41 %"
+    assert shown[-1] == "step 56: corrupt checkpoint (file a.pt, size 3)"
+    lines.end(OUTCOME)
+    assert " last checkpoint  runs/lb_8192/checkpoints/step-00000210.pt\n" in page.getvalue()
+    assert "\x1b" not in page.getvalue()
+    assert page.getvalue().isascii()
+
+
+def test_a_run_goes_on_and_ends_well_when_the_reader_of_its_lines_goes_away(tmp_path: Path) -> None:
+    program = (
+        "from dist_train.monitoring.console import open_console\n"
+        "from dist_train.monitoring.observers import Observers\n"
+        "from tests.unit.test_monitoring_console import FACTS, OUTCOME, evaluation\n"
+        "observers = Observers([open_console()])\n"
+        "observers.begin(FACTS)\n"
+        "for step in range(20_000): observers.record(evaluation(step, 0.5))\n"
+        "observers.end(OUTCOME)\n"
+        "print('still here')\n"
+        "raise SystemExit(7)\n"
+    )
+    root = str(Path(__file__).parents[2])
+    writer = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root
+    )
+    assert writer.stdout is not None
+    assert writer.stderr is not None
+    assert writer.stdout.readline().startswith("lb_[8192]")
+    writer.stdout.close()
+    errors = writer.stderr.read()
+    writer.stderr.close()
+    assert writer.wait() == 7
+    assert errors.count("PlainLines failed and is left out from now on; training goes on") == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "kind"),
+    [
+        ({"TERM": "xterm"}, TerminalBar),
+        ({"TERM": "dumb"}, PlainLines),
+        ({}, PlainLines),
+        ({"TERM": "xterm", "OMPI_COMM_WORLD_RANK": "0"}, PlainLines),
+        ({"TERM": "xterm", "PMIX_RANK": "0"}, PlainLines),
+    ],
+)
+def test_a_terminal_gets_a_bar_unless_a_launcher_only_pretends_to_be_one(
+    environment: dict[str, str], kind: type, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", terminal.screen)
+    assert isinstance(open_console(environment), kind)
+
+
+def test_a_pipe_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert isinstance(open_console({"TERM": "xterm"}), PlainLines)
+
+
+@pytest.mark.parametrize("host", [f"{socket.gethostname()}:", ""])
+def test_a_worker_behind_a_launcher_draws_on_the_terminal_that_the_launch_script_names(
+    host: str, terminal: Terminal
+) -> None:
+    address = f"{host}{terminal.device}"
+    bar = open_console({"TERM": "xterm", "DIST_TRAIN_TERMINAL": address, "PMIX_RANK": "0"})
+    assert isinstance(bar, TerminalBar)
+    bar.begin(FACTS)
+    bar.end(OUTCOME)
+    assert "lb_[8192]" in terminal.read()
+
+
+def test_the_terminal_of_another_host_or_a_file_is_not_drawn_on(terminal: Terminal, tmp_path: Path) -> None:
+    host = socket.gethostname()
+    for address in (
+        "",
+        f"elsewhere:{terminal.device}",
+        f"{host}:/dev/null",
+        f"{host}:/dev/no-such",
+        f"{host}:{tmp_path}",
+    ):
+        assert launcher_terminal(address) is None
+
+
+def test_the_pace_is_that_of_the_last_minute() -> None:
+    pace = Pace()
+    assert pace.seconds_left(100) is None
+    for step in range(100):
+        pace.mark(step, step * 10.0)
+    assert pace.seconds_per_step() == pytest.approx(10)
+    for step in range(100, 2_000):
+        pace.mark(step, 990 + (step - 99) * 0.5)
+    assert pace.seconds_left(2_199) == pytest.approx(100, rel=0.01)
+    assert pace.seconds_left(10) == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (59.6, "1:00"), (151, "2:31"), (3_751, "1:02:31"), (273_906, "3d 04:05:06"), (-1, "0:00")],
+)
+def test_durations_read_as_people_write_them(seconds: float, text: str) -> None:
+    assert wording.duration(seconds) == text

@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_train.monitoring.prometheus.board import Board
+from dist_train.monitoring.prometheus.document import metrics_markdown, with_table
+from dist_train.monitoring.prometheus.page import MetricsPage
+from dist_train.monitoring.prometheus.table import METRICS, Kind, Scope
+from dist_train.monitoring.records import (
+    Detail,
+    EvaluationRecord,
+    EventRecord,
+    RunFacts,
+    TrainRecord,
+    WorkerMeasurement,
+)
+from dist_train.outcome import UsageError
+from tests.unit.exporting import FACTS, OUTCOME, measurement, read, train
+
+ROOT = Path(__file__).parents[2]
+
+
+def page_of(board: Board, rank: int = 0) -> str:
+    return MetricsPage(board, rank).render().decode()
+
+
+def values_of(board: Board, rank: int = 0) -> dict[tuple[str, tuple[str, ...]], float]:
+    return read(page_of(board, rank=rank))
+
+
+def busy_board() -> Board:
+    board = Board(FACTS, {"checkpoint": 5, "requeued": 1})
+    board.recall([EvaluationRecord(7, 1.0, "test", 0.7, 0.88, 10_000, 1.0)])
+    board.record(EventRecord(14, "resumed", 1.0, {}))
+    board.record(train(20))
+    board.record(EvaluationRecord(21, 3.0, "test", 0.5, 0.87, 10_000, 1.0))
+    board.record(EvaluationRecord(28, 4.0, "train", 0.4, 0.9, 60_000, 3.0))
+    details: dict[str, Detail] = {"path": "step-28", "bytes": 1234, "seconds": 2.5, "stall_seconds": 0.125}
+    board.record(EventRecord(28, "checkpoint", 1_800_000_000.0, details))
+    board.measurement(measurement(28, seconds=0.3))
+    board.measurement(measurement(29, seconds=3.0))
+    board.progress(29)
+    return board
+
+
+def test_a_page_reads_back_what_was_recorded() -> None:
+    began = time.time()
+    values = values_of(busy_board())
+    values.pop(("dist_train_time_left_seconds", ()), None)
+    assert began <= values.pop(("dist_train_last_progress_timestamp_seconds", ())) <= time.time()
+    info = next(key for key in values if key[0] == "dist_train_run_info")
+    expected = ["gloo", "fashion-mnist", "8192", "256", "vgg9", "smoothout 0.01", "0.1.0+abc", 'a "run"\\', "4711"]
+    assert list(info[1]) == expected, "in the order of the labels' names"
+    events = {key[1][0]: value for key, value in values.items() if key[0] == "dist_train_events_total"}
+    assert events == {
+        "resumed": 1,
+        "requeued": 1,
+        "signal": 0,
+        "checkpoint": 6,
+        "checkpoint_failed": 0,
+        "corrupt_checkpoint": 0,
+        "not_finite": 0,
+        "disagreement": 0,
+        "micro_size": 0,
+    }
+    states = {key[1][0]: value for key, value in values.items() if key[0] == "dist_train_state"}
+    assert states == {
+        "starting": 0,
+        "running": 1,
+        "stopping": 0,
+        "stopped": 0,
+        "finished": 0,
+        "failed": 0,
+    }
+    left_out = {"dist_train_run_info", "dist_train_events_total", "dist_train_state"}
+    rest = {key: value for key, value in values.items() if key[0] not in left_out and "_duration_" not in key[0]}
+    assert rest == {
+        ("dist_train_step", ()): 29,
+        ("dist_train_planned_steps", ()): 210,
+        ("dist_train_epoch", ()): 29 / 7,
+        ("dist_train_planned_epochs", ()): 30,
+        ("dist_train_samples_total", ()): 29 * 8192,
+        ("dist_train_planned_samples", ()): 210 * 8192,
+        ("dist_train_launch_timestamp_seconds", ()): 1_700_000_000.5,
+        ("dist_train_loss", ("batch",)): 0.4321,
+        ("dist_train_loss", ("test",)): 0.5,
+        ("dist_train_loss", ("train",)): 0.4,
+        ("dist_train_accuracy_ratio", ("batch",)): 0.85,
+        ("dist_train_accuracy_ratio", ("test",)): 0.87,
+        ("dist_train_accuracy_ratio", ("train",)): 0.9,
+        ("dist_train_best_accuracy_ratio", ()): 0.88,
+        ("dist_train_learning_rate", ()): 0.4,
+        ("dist_train_noise_amplitude", ()): 0.0123,
+        ("dist_train_gradient_norm", ()): 1.5,
+        ("dist_train_weight_norm", ()): 12.5,
+        ("dist_train_distance_from_initial", ()): 3.25,
+        ("dist_train_samples_per_second", ()): 16_384,
+        ("dist_train_world_size", ()): 2,
+        ("dist_train_micro_batches", ()): 32,
+        ("dist_train_micro_batch_size", ()): 256,
+        ("dist_train_worker_micro_batches", ("0",)): 16,
+        ("dist_train_worker_micro_batches", ("1",)): 16,
+        ("dist_train_worker_busy_seconds", ("0",)): 0.25,
+        ("dist_train_worker_busy_seconds", ("1",)): 0.3,
+        ("dist_train_worker_wait_seconds", ("0",)): 0.05,
+        ("dist_train_worker_wait_seconds", ("1",)): 0.05,
+        ("dist_train_worker_resident_memory_bytes", ("0",)): 1e9,
+        ("dist_train_worker_resident_memory_bytes", ("1",)): 1e9 + 1,
+        ("dist_train_slowest_worker", ()): 1,
+        ("dist_train_slowest_worker_ratio", ()): pytest.approx(0.3 / 0.275),
+        ("dist_train_checkpoint_timestamp_seconds", ()): 1_800_000_000,
+        ("dist_train_checkpoint_step", ()): 28,
+        ("dist_train_checkpoint_size_bytes", ()): 1234,
+        ("dist_train_checkpoint_stall_seconds", ()): 0.125,
+        ("dist_train_checkpoints_total", ()): 6,
+        ("dist_train_checkpoint_failures_total", ()): 0,
+        ("dist_train_resumes_total", ()): 1,
+        ("dist_train_requeues_total", ()): 1,
+        ("dist_train_signals_total", ()): 0,
+        ("dist_train_disagreements_total", ()): 0,
+        ("dist_train_not_finite_total", ()): 0,
+        ("dist_train_resident_memory_bytes", ()): 1e9,
+    }
+    assert values["dist_train_checkpoint_duration_seconds", ()] == 2.5
+
+
+def test_histograms_count_steps_and_their_parts() -> None:
+    values = values_of(busy_board())
+    steps = {key[1][0]: value for key, value in values.items() if key[0] == "dist_train_step_duration_seconds_bucket"}
+    assert (steps["0.25"], steps["0.5"], steps["2.5"], steps["5.0"], steps["+Inf"]) == (0, 1, 1, 2, 2)
+    assert values["dist_train_step_duration_seconds_count", ()] == 2
+    assert values["dist_train_step_duration_seconds_sum", ()] == 3.3
+    name = "dist_train_step_part_duration_seconds"
+    assert values[f"{name}_sum", ("forward_backward",)] == 0.4
+    assert values[f"{name}_count", ("data_wait",)] == 2
+    assert values[f"{name}_bucket", ("0.001", "data_wait")] == 0
+    assert values[f"{name}_bucket", ("0.005", "data_wait")] == 2
+    assert values[f"{name}_bucket", ("0.0001", "checkpoint_stall")] == 2
+
+
+def test_a_worker_other_than_0_shows_its_own_and_the_run_it_belongs_to() -> None:
+    board = Board(replace(FACTS, rank=3))
+    own = replace(measurement(1), workers=(WorkerMeasurement(0.2, 0.1, 7e8, 1e9, 2e9, 0.75),))
+    board.measurement(own)
+    values = values_of(board, rank=3)
+    assert {key[0] for key in values if "duration" not in key[0]} == {
+        "dist_train_run_info",
+        "dist_train_resident_memory_bytes",
+        "dist_train_device_memory_bytes",
+        "dist_train_device_utilization_ratio",
+    }
+    assert values["dist_train_resident_memory_bytes", ()] == 7e8
+    assert values["dist_train_device_memory_bytes", ()] == 1e9
+    assert values["dist_train_device_utilization_ratio", ()] == 0.75
+    assert values["dist_train_step_duration_seconds_count", ()] == 1
+
+
+def test_time_left_is_the_pace_times_the_steps_left() -> None:
+    board = Board(FACTS)
+    board.progress(20)
+    time.sleep(0.2)
+    board.progress(30)
+    left = values_of(board)["dist_train_time_left_seconds", ()]
+    assert left == pytest.approx(180 * 0.02, rel=0.5)
+
+
+def test_a_loss_that_is_not_finite_is_served_as_such() -> None:
+    board = Board(FACTS)
+    board.record(TrainRecord(1, 0.1, math.nan, 0.5, 0.1, 0.0, math.inf, 0.1, -math.inf, 0.0))
+    values = values_of(board)
+    assert math.isnan(values["dist_train_loss", ("batch",)])
+    assert values["dist_train_gradient_norm", ()] == math.inf
+    assert values["dist_train_samples_per_second", ()] == -math.inf
+
+
+def test_the_state_follows_the_run() -> None:
+    board = Board(FACTS)
+    board.record(EventRecord(20, "signal", 1.0, {}))
+    assert values_of(board)["dist_train_state", ("stopping",)] == 1
+    board.end(replace(OUTCOME, state="failed"))
+    values = values_of(board)
+    assert (values["dist_train_state", ("stopping",)], values["dist_train_state", ("failed",)]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("facts", "now"),
+    [
+        (replace(FACTS, micro_batches=32, micro_batches_of=(11, 11, 10)), (22, 21, 21)),
+        (replace(FACTS, micro_batches=32, micro_batches_of=(32, 32)), (64, 64)),
+    ],
+)
+def test_smaller_micro_batches_are_counted_anew(facts: RunFacts, now: tuple[int, ...]) -> None:
+    board = Board(facts)
+    board.record(EventRecord(20, "micro_size", 1.0, {"before": 256, "now": 128}))
+    values = values_of(board)
+    assert values["dist_train_micro_batch_size", ()] == 128
+    assert values["dist_train_micro_batches", ()] == 64
+    assert tuple(values["dist_train_worker_micro_batches", (str(rank),)] for rank in range(len(now))) == now
+
+
+def test_a_kind_of_event_that_nobody_foresaw_is_counted() -> None:
+    board = Board(FACTS)
+    board.record(EventRecord(20, "eclipse", 1.0, {}))
+    assert values_of(board)["dist_train_events_total", ("eclipse",)] == 1
+
+
+def test_a_page_of_1024_workers_is_small_and_quick() -> None:
+    board = Board(replace(FACTS, world_size=1024, micro_batches_of=(1,) * 1024))
+    one = WorkerMeasurement(0.123456789012345, 0.123456789012345, 1.5e10, 7.123456789e10, 7.23456789e10, 0.987654321)
+    board.measurement(replace(measurement(1), workers=(one,) * 1024))
+    page = MetricsPage(board)
+    seconds = []
+    for step in range(3):
+        board.progress(step)
+        began = time.perf_counter()
+        content = page.render()
+        seconds.append(time.perf_counter() - began)
+    assert len(content) < 2_000_000
+    assert content.count(b'worker="1023"') == 7
+    assert min(seconds) < 0.1
+
+
+def test_the_page_has_the_metrics_of_the_table_and_no_other_from_the_start() -> None:
+    names = [line.split()[2] for line in page_of(Board(FACTS)).splitlines() if line.startswith("# TYPE")]
+    assert names == [metric.name for metric in METRICS]
+
+
+def test_metric_names_follow_the_conventions() -> None:
+    for metric in METRICS:
+        assert metric.name.startswith("dist_train_")
+        assert metric.name.endswith("_total") == (metric.kind is Kind.COUNTER), metric.name
+        assert metric.name.endswith("_info") == (metric.kind is Kind.INFO), metric.name
+        assert metric.name.endswith("_ratio") == (metric.unit == "ratio"), metric.name
+        assert metric.name.endswith("_bytes") == (metric.unit == "bytes"), metric.name
+        assert metric.name.endswith("_seconds") == metric.unit.startswith("seconds"), metric.name
+        assert metric.meaning.endswith("."), metric.name
+        assert "|" not in metric.meaning
+    assert len({metric.name for metric in METRICS}) == len(METRICS)
+
+
+def test_only_the_run_itself_is_on_every_page() -> None:
+    assert [metric.name for metric in METRICS if metric.scope is Scope.BOTH] == ["dist_train_run_info"]
+
+
+def test_the_documentation_has_the_table_as_it_is() -> None:
+    text = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    assert with_table(text) == text, "renew it: python -m dist_train.monitoring.prometheus.document docs/monitoring.md"
+    assert all(f"`{metric.name}`" in metrics_markdown() for metric in METRICS)
+
+
+def test_a_page_without_a_place_for_the_table_is_refused() -> None:
+    with pytest.raises(UsageError, match="no place for the table"):
+        with_table("# Monitoring\n")
+
+
+def test_a_label_keeps_what_would_end_it() -> None:
+    name: Any = 'quote " backslash \\ line\nend'
+    values = values_of(Board(replace(FACTS, name=name)))
+    info = next(key for key in values if key[0] == "dist_train_run_info")
+    assert info[1][7] == name

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import logging
+from threading import Thread
+
+import pytest
+
+from dist_train.monitoring.observers import Observers
+from dist_train.monitoring.records import EventRecord, Measurement, Outcome, Record, RunFacts
+
+EVENT = EventRecord(1, "signal", 0.0, {})
+
+
+class Notebook:
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def begin(self, facts: RunFacts) -> None:
+        self.calls.append("begin")
+
+    def record(self, record: Record) -> None:
+        self.calls.append("record")
+
+    def measurement(self, measurement: Measurement) -> None:
+        self.calls.append("measurement")
+
+    def progress(self, step: int) -> None:
+        self.calls.append(f"progress {step}")
+
+    def sync(self) -> None:
+        self.calls.append("sync")
+
+    def end(self, outcome: Outcome) -> None:
+        self.calls.append("end")
+
+
+class Failing(Notebook):
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def record(self, record: Record) -> None:
+        super().record(record)
+        raise self.error
+
+    def sync(self) -> None:
+        super().sync()
+        raise self.error
+
+
+def test_an_observer_that_raises_is_reported_once_and_dropped_and_the_others_go_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    before, failing, after = Notebook(), Failing(OSError("no space left")), Notebook()
+    observers = Observers([before, failing, after])
+    with caplog.at_level(logging.WARNING):
+        for step in range(3):
+            observers.progress(step)
+            observers.record(EVENT)
+    assert failing.calls == ["progress 0", "record"]
+    assert before.calls == after.calls == ["progress 0", "record", "progress 1", "record", "progress 2", "record"]
+    (warning,) = caplog.records
+    assert "Failing" in warning.getMessage()
+    assert "OSError: no space left" in warning.getMessage()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)])
+def test_what_is_meant_to_end_the_process_passes(error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        Observers([Failing(error)]).record(EVENT)
+
+
+def test_two_threads_that_meet_the_same_failure_report_it_once(caplog: pytest.LogCaptureFixture) -> None:
+    observers = Observers([Failing(OSError("gone")) for _ in range(20)])
+    with caplog.at_level(logging.WARNING):
+        threads = [Thread(target=observers.sync), Thread(target=observers.record, args=(EVENT,))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(caplog.records) == 20

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dist_train.cli.main import main
+from dist_train.monitoring.prometheus import targets
+from dist_train.monitoring.prometheus.serving_plan import ServingPlan
+from dist_train.monitoring.prometheus.targets import Process, TargetFile, remove_stale, target_file
+from tests.unit.exporting import FACTS
+
+
+def plan(directory: Path, host: str = "127.0.0.1", advertised: str | None = None, tls: bool = False) -> ServingPlan:
+    certificate = Path("certificate.pem") if tls else None
+    return ServingPlan(
+        host, 9810, certificate_file=certificate, targets_directory=directory, advertised_host=advertised
+    )
+
+
+def mine(directory: Path, name: str = "demo", rank: int = 0, process: Process | None = None) -> TargetFile:
+    facts = replace(FACTS, name=name, rank=rank, run_directory=directory / "runs" / name)
+    target = target_file(plan(directory), facts, 9811, process or Process.of(os.getpid()))
+    target.write()
+    return target
+
+
+def gone(directory: Path, name: str = "gone") -> TargetFile:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        process = Process.of(child.pid)
+        child.kill()
+    return mine(directory, name, process=process)
+
+
+def age(path: Path, seconds: float) -> None:
+    os.utime(path, (time.time() - seconds,) * 2)
+
+
+def test_the_file_says_where_and_what(tmp_path: Path) -> None:
+    target = target_file(plan(tmp_path, "0.0.0.0", tls=True), FACTS, 9811, Process("host", "pid:[1]", 12, "34"))
+    assert json.loads(target.content) == [
+        {
+            "targets": ["node1:9811"],
+            "labels": {
+                "job": "dist_train",
+                "run": 'a "run"\\',
+                "slurm_job": "4711",
+                "node": "node1",
+                "worker": "0",
+                "__scheme__": "https",
+                "__dist_train_process": "host pid:[1] 12 34",
+            },
+        }
+    ]
+    assert target.path.name.startswith("a__run__-")
+
+
+@pytest.mark.parametrize(
+    ("host", "advertised", "address"),
+    [
+        ("127.0.0.1", None, "127.0.0.1:9811"),
+        ("0.0.0.0", None, "node1:9811"),
+        ("::", None, "node1:9811"),
+        ("fd00::1", None, "[fd00::1]:9811"),
+        ("0.0.0.0", "node1.cluster.example", "node1.cluster.example:9811"),
+    ],
+)
+def test_the_address_is_one_that_others_reach(host: str, advertised: str | None, address: str, tmp_path: Path) -> None:
+    target = target_file(plan(tmp_path, host, advertised), FACTS, 9811, Process.of(1))
+    assert json.loads(target.content)[0]["targets"] == [address]
+
+
+def test_everybody_may_read_the_file_whatever_the_user_s_own_files_are(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        assert mine(tmp_path).path.stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(before)
+
+
+def test_runs_and_workers_have_files_of_their_own(tmp_path: Path) -> None:
+    paths = {
+        mine(tmp_path).path,
+        mine(tmp_path, rank=1).path,
+        mine(tmp_path, "other").path,
+        target_file(plan(tmp_path), replace(FACTS, name="demo"), 9811, Process.of(1)).path,
+    }
+    assert len(paths) == 4
+
+
+def test_no_half_written_file_has_a_name_that_prometheus_looks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[Path]] = []
+    replace_file = os.replace
+
+    def look(temporary: Path, path: Path) -> None:
+        assert temporary.read_text()
+        seen.append(list(tmp_path.glob("*.json")))
+        replace_file(temporary, path)
+
+    monkeypatch.setattr(os, "replace", look)
+    mine(tmp_path)
+    assert seen == [[]]
+
+
+def test_only_what_is_ours_and_gone_is_removed(tmp_path: Path) -> None:
+    living, dead, silent = mine(tmp_path), gone(tmp_path), mine(tmp_path, "silent")
+    far = mine(tmp_path, "far", process=Process("elsewhere", "pid:[1]", 1, "2"))
+    far_and_silent = mine(tmp_path, "far2", process=Process("elsewhere", "pid:[1]", 1, "2"))
+    age(silent.path, 301)
+    age(far.path, 200)
+    age(far_and_silent.path, 301)
+    others = {
+        "hand-made.json": '[{"targets": ["a:1"]}]',
+        "demo-0123abcd-0.json": '[{"targets": ["a:1"], "labels": {"job": "node"}}]',
+        "demo-0123abcd-1.json": "[]",
+        "demo-0123abcd-2.json": "{torn",
+        "notes.txt": "",
+        "copy-of.json": dead.content,
+    }
+    for name, content in others.items():
+        (tmp_path / name).write_text(content)
+        age(tmp_path / name, 1e6)
+    assert set(remove_stale(tmp_path)) == {dead.path, silent.path, far_and_silent.path}
+    assert {path.name for path in tmp_path.iterdir()} == {living.path.name, far.path.name, *others}
+
+
+def test_a_process_of_the_same_number_is_another_one(tmp_path: Path) -> None:
+    process = Process.of(os.getpid())
+    target = mine(tmp_path, process=process._replace(begun="1"))
+    assert remove_stale(tmp_path) == (target.path,)
+
+
+def test_the_end_of_a_launch_leaves_the_file_of_the_next_one(tmp_path: Path) -> None:
+    before = mine(tmp_path, process=Process("elsewhere", "pid:[1]", 1, "2"))
+    now = mine(tmp_path)
+    assert now.path == before.path
+    before.remove()
+    assert now.path.exists()
+    now.remove()
+    assert not now.path.exists()
+    now.remove()
+
+
+def test_a_touched_file_is_new_and_one_that_was_removed_comes_back(tmp_path: Path) -> None:
+    target = mine(tmp_path)
+    age(target.path, 1000)
+    target.touch()
+    assert time.time() - target.path.stat().st_mtime < 60
+    target.path.unlink()
+    target.touch()
+    assert target.path.read_text() == target.content
+
+
+def test_the_heartbeat_is_well_within_the_time_that_is_allowed() -> None:
+    assert targets.HEARTBEAT_SECONDS * 3 < targets.STALE_SECONDS
+
+
+def test_the_command_cleans_where_the_runs_are_entered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "targets"
+    folder.mkdir()
+    living, dead = mine(folder), gone(folder)
+    for name in ("one", "two"):
+        run = tmp_path / "runs" / name
+        run.mkdir(parents=True)
+        (run / "status.json").write_text("{}")
+        (run / "config.yaml").write_text(f"metrics:\n  targets_directory: {folder}\n")
+    assert main(["runs", "--clean", str(tmp_path / "runs")]) == 0
+    assert capsys.readouterr().out == f"removed {dead.path}\n"
+    assert living.path.exists()
+    assert main(["runs", "--clean", str(tmp_path / "runs")]) == 0
+    assert capsys.readouterr().out == f"nothing to clean in {folder}\n"
+
+
+def test_the_command_says_where_no_run_is_entered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", "--clean", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"no run in {tmp_path} has metrics.targets_directory set: nothing to clean\n"
+    assert main(["runs", "--clean", str(tmp_path / "nowhere")]) == 2

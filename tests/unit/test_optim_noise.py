@@ -1,0 +1,218 @@
+"""Promise 4: noise is the same on every worker, and leaves no trace."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dist_train.config import NoiseSettings
+from dist_train.config.sections import CosineSchedule
+from dist_train.models.norms import GroupedBatchNorm
+from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.noise import Noise, build_noise
+from tests.unit.weights_in_force import in_force
+
+PROPERTY = settings(deadline=None, max_examples=25)
+AMPLITUDE = 0.03
+
+
+def weights_of(layers: int = 1) -> FlatWeights:
+    torch.manual_seed(0)
+    blocks = [module for _ in range(layers) for module in (nn.Linear(20, 20), GroupedBatchNorm(20))]
+    return FlatWeights(nn.Sequential(*blocks))
+
+
+def a_noise(weights: FlatWeights, *, seed: int = 0, rank: int = 0, **changes: Any) -> Noise:
+    fields = {"method": "smoothout", "amplitude": AMPLITUDE, "exclude": (), **changes}
+    return build_noise(NoiseSettings(**fields), weights, seed=seed, total_steps=100, rank=rank)
+
+
+def nothing() -> None:
+    """Take no gradient."""
+
+
+def drawn(noise: Noise, weights: FlatWeights, step: int, micro_batch: int = 0) -> torch.Tensor:
+    with noise.perturbed(step) as perturbed:
+        perturbed.visit(micro_batch, nothing)
+        return in_force(weights) - weights.values
+
+
+@pytest.mark.parametrize("sharing", ["global", "worker", "micro_batch"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_promise_4_the_weights_are_restored_to_the_bit_also_when_an_error_passes(sharing: str, fails: bool) -> None:
+    weights = weights_of()
+    noise = a_noise(weights, sharing=sharing, amplitude=1e6)
+    clean = weights.values.clone()
+    for step in range(5):
+        try:
+            with noise.perturbed(step) as perturbed:
+                for micro_batch in (0, 3):
+                    perturbed.visit(micro_batch, nothing)
+                    assert not torch.equal(in_force(weights), clean)
+                if fails:
+                    raise RuntimeError("in the middle of a step")
+        except RuntimeError:
+            assert fails
+        assert torch.equal(in_force(weights).view(torch.int32), clean.view(torch.int32))
+        assert torch.equal(in_force(weights).view(torch.int32), clean.view(torch.int32))
+
+
+def test_weights_that_are_not_finite_come_back_too() -> None:
+    weights = weights_of()
+    weights.values[:3] = torch.tensor([math.inf, math.nan, -0.0])
+    clean = weights.values.clone()
+    with a_noise(weights).perturbed(0):
+        pass
+    assert torch.equal(weights.values.view(torch.int32), clean.view(torch.int32))
+
+
+@PROPERTY
+@given(st.sampled_from(["global", "micro_batch"]), st.integers(0, 2**40), st.integers(0, 2**20), st.integers(0, 64))
+def test_promise_4_two_workers_draw_the_same(sharing: str, seed: int, step: int, micro_batch: int) -> None:
+    one, other = weights_of(), weights_of()
+    first, second = a_noise(one, seed=seed, sharing=sharing), a_noise(other, seed=seed, sharing=sharing)
+    # what the other did before does not matter
+    drawn(second, other, step + 1, 5)
+    torch.manual_seed(step)
+    assert torch.equal(drawn(first, one, step, micro_batch), drawn(second, other, step, micro_batch))
+    assert first.digest(step) == second.digest(step)
+
+
+def test_promise_4_digests_of_different_noise_differ() -> None:
+    weights = weights_of()
+    for sharing in ("global", "micro_batch"):
+        digests = set()
+        for seed in range(3):
+            noise = a_noise(weights, seed=seed, sharing=sharing)
+            for step in range(3):
+                drawn(noise, weights, step, 4)
+                digests.add(noise.digest(step))
+        assert len(digests) == 9
+
+
+def test_a_digest_of_the_micro_batches_noise_does_not_depend_on_which_of_them_was_ours() -> None:
+    weights = weights_of()
+    noise = a_noise(weights, sharing="micro_batch")
+    digests = []
+    for micro_batch in (0, 7):
+        drawn(noise, weights, 3, micro_batch)
+        digests.append(noise.digest(3))
+    assert digests[0] == digests[1]
+
+
+def test_global_noise_is_one_draw_a_step() -> None:
+    weights = weights_of()
+    noise = a_noise(weights)
+    assert torch.equal(drawn(noise, weights, 4, 0), drawn(noise, weights, 4, 9))
+    assert not torch.equal(drawn(noise, weights, 4), drawn(noise, weights, 5))
+
+
+def test_noise_of_workers_is_one_draw_each_whatever_the_micro_batch() -> None:
+    weights = weights_of()
+    noises = [a_noise(weights, rank=rank, sharing="worker") for rank in range(3)]
+    own = [drawn(noise, weights, 4, 0) for noise in noises]
+    assert all(torch.equal(drawn(noise, weights, 4, 9), draw) for noise, draw in zip(noises, own, strict=True))
+    assert not torch.equal(own[0], own[1])
+    assert not torch.equal(own[1], own[2])
+    assert not torch.equal(own[0], drawn(noises[0], weights, 5))
+
+
+def test_workers_whose_noise_differs_on_purpose_agree_by_their_digests() -> None:
+    digests = set()
+    for rank in range(3):
+        weights = weights_of()
+        noise = a_noise(weights, rank=rank, sharing="worker")
+        drawn(noise, weights, 4)
+        digests.add(noise.digest(4))
+    assert len(digests) == 1
+
+
+def test_noise_of_micro_batches_is_one_draw_each_in_any_order() -> None:
+    weights = weights_of()
+    noise = a_noise(weights, sharing="micro_batch")
+    apart = [drawn(noise, weights, 4, micro_batch) for micro_batch in range(4)]
+    with noise.perturbed(4) as perturbed:
+        for micro_batch in (2, 0, 3, 1):
+            perturbed.visit(micro_batch, nothing)
+            assert torch.equal(in_force(weights) - weights.values, apart[micro_batch])
+    assert all(not torch.equal(apart[0], other) for other in apart[1:])
+    assert not torch.equal(apart[1], drawn(noise, weights, 5, 1))
+
+
+@pytest.mark.parametrize(
+    ("exclude", "kept"),
+    [
+        (["norm"], ["1.weight", "1.bias"]),
+        (["bias"], ["0.bias"]),
+        (["0.*"], ["0.weight", "0.bias"]),
+        ([], []),
+    ],
+)
+@pytest.mark.parametrize("sharing", ["global", "worker", "micro_batch"])
+def test_excluded_weights_are_not_moved_and_all_others_are(exclude: list[str], kept: list[str], sharing: str) -> None:
+    weights = weights_of()
+    sample = drawn(a_noise(weights, exclude=exclude, sharing=sharing), weights, 0)
+    still = [s.name for s in weights.segments if not sample[s.start : s.stop].any()]
+    moved = [s.name for s in weights.segments if (sample[s.start : s.stop] != 0).float().mean() > 0.9]
+    assert still == kept
+    assert sorted(still + moved) == sorted(segment.name for segment in weights.segments)
+
+
+def test_the_schedule_scales_the_same_draw() -> None:
+    weights = weights_of()
+    weights.values.zero_()
+    constant, cosine = a_noise(weights), a_noise(weights, schedule=CosineSchedule(kind="cosine"))
+    assert constant.amplitude(50) == AMPLITUDE
+    assert cosine.amplitude(0) == AMPLITUDE
+    assert cosine.amplitude(50) == pytest.approx(AMPLITUDE / 2)
+    assert cosine.amplitude(100) == pytest.approx(0.0)
+    torch.testing.assert_close(drawn(cosine, weights, 50), drawn(constant, weights, 50) / 2)
+
+
+def test_without_a_method_there_is_no_noise() -> None:
+    weights = weights_of()
+    noise = build_noise(NoiseSettings(), weights, seed=0, total_steps=10, rank=0)
+    assert not drawn(noise, weights, 0).any()
+    assert (noise.amplitude(3), noise.digest(3)) == (0.0, 0)
+
+
+def test_promise_2_no_global_generator_is_read_or_moved() -> None:
+    weights = weights_of()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    sample = drawn(a_noise(weights), weights, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert torch.equal(drawn(a_noise(weights), weights, 0), sample)
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kernels: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.kernels.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("scale", "most"), [("absolute", 5), ("weight", 7), ("filter", 15)])
+@pytest.mark.parametrize("sharing", ["global", "micro_batch"])
+def test_a_draw_a_perturbation_and_a_restoration_are_a_handful_of_kernels_for_any_number_of_tensors(
+    sharing: str, scale: str, most: int
+) -> None:
+    counts = []
+    for layers in (1, 25):
+        noise = a_noise(weights_of(layers), sharing=sharing, scale=scale)
+        with _Counting() as counting, noise.perturbed(0) as perturbed:
+            perturbed.visit(0, nothing)
+        counts.append(counting.kernels)
+    assert counts[0] == counts[1]
+    assert len(counts[0]) <= most, counts[0]

@@ -1,0 +1,67 @@
+"""How the amplitude goes over a run: each schedule by its formula, and where it begins and ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+from dist_train.config import NoiseSchedule
+from dist_train.optim.noise_schedule import noise_factor
+
+FORMULAS: dict[str, tuple[dict[str, float], Callable[[int, int], float]]] = {
+    "constant": ({}, lambda t, total: 1.0),
+    "linear": ({}, lambda t, total: 1 - t / total),
+    "cosine": ({}, lambda t, total: (1 + math.cos(math.pi * t / total)) / 2),
+    "exponential": ({"final_fraction": 0.05}, lambda t, total: math.exp(math.log(0.05) * t / total)),
+    "inverse_power": ({"gamma": 0.8}, lambda t, total: 1 / math.pow(1 + t, 0.4)),
+    "tanh": ({"steepness": 6.0}, lambda t, total: (math.tanh(6 * (t / total - 0.5)) + 1) / 2),
+}
+
+
+def schedule(kind: str, **parameters: float) -> Any:
+    return TypeAdapter(NoiseSchedule).validate_python({"kind": kind, **parameters})
+
+
+def test_every_kind_of_schedule_is_tested_here() -> None:
+    kinds = {member.model_fields["kind"].annotation for member in get_args(get_args(NoiseSchedule)[0])}
+    assert {get_args(kind)[0] for kind in kinds} == set(FORMULAS)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.sampled_from(sorted(FORMULAS)), st.integers(1, 100_000), st.data())
+def test_it_has_the_value_of_its_formula_between_0_and_1(kind: str, total: int, data: st.DataObject) -> None:
+    step = data.draw(st.integers(0, total))
+    parameters, formula = FORMULAS[kind]
+    value = noise_factor(schedule(kind, **parameters), step, total)
+    assert value == pytest.approx(formula(step, total), abs=1e-12)
+    assert 0 <= value <= 1
+
+
+@pytest.mark.parametrize("kind", sorted(FORMULAS))
+def test_it_falls_but_for_the_constant_and_the_tanh_which_rises(kind: str) -> None:
+    values = [noise_factor(schedule(kind), step, 50) for step in range(51)]
+    expected = {"constant": values, "tanh": sorted(values)}.get(kind, sorted(values, reverse=True))
+    assert values == expected
+    assert len(set(values)) == (1 if kind == "constant" else 51)
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "last"),
+    [
+        ("constant", 1.0, 1.0),
+        ("linear", 1.0, 0.0),
+        ("cosine", 1.0, 0.0),
+        ("exponential", 1.0, 0.01),
+        ("inverse_power", 1.0, 101**-0.275),
+        ("tanh", (math.tanh(-5) + 1) / 2, (math.tanh(5) + 1) / 2),
+    ],
+)
+def test_it_begins_and_ends_by_its_defaults(kind: str, first: float, last: float) -> None:
+    assert noise_factor(schedule(kind), 0, 100) == pytest.approx(first, abs=1e-12)
+    assert noise_factor(schedule(kind), 100, 100) == pytest.approx(last, abs=1e-12)

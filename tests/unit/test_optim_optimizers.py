@@ -1,0 +1,223 @@
+"""Every update rule by its formulas, its whole state there from the beginning, and what is excluded left alone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import nn
+
+from dist_train.config import OptimizerSettings
+from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.optimizers import build_optimizer, set_learning_rate, state_tensors
+from dist_train.training.checkpoints import Contents
+from dist_train.training.restoring import load_into
+
+RATES = (0.1, 0.4, 0.05, 0.0)
+Name = Literal["sgd", "adam", "adamw", "lars", "lamb"]
+NAMES: tuple[Name, ...] = ("sgd", "adam", "adamw", "lars", "lamb")
+DECAY = 0.05
+
+
+def a_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+
+
+def set_gradients(model: nn.Module, step: int) -> list[torch.Tensor]:
+    """Give `model` the gradients of `step` and return them in double precision."""
+    source = torch.Generator().manual_seed(step)
+    drawn = [torch.randn(parameter.shape, generator=source) for parameter in model.parameters()]
+    for parameter, gradient in zip(model.parameters(), drawn, strict=True):
+        assert parameter.grad is not None
+        parameter.grad.copy_(gradient)
+    return [gradient.double() for gradient in drawn]
+
+
+class Reference:
+    """One parameter's updates by a formula, in double precision."""
+
+    def __init__(self, parameter: nn.Parameter, settings: OptimizerSettings, *, excluded: bool) -> None:
+        self.weight = parameter.detach().double()
+        self.settings = settings
+        self.excluded = excluded
+        self.decay = 0.0 if excluded else settings.weight_decay
+        self.first = torch.zeros_like(self.weight)
+        self.second = torch.zeros_like(self.weight)
+        self.updates = 0
+
+    def moments(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return Adam's direction."""
+        self.updates += 1
+        beta1, beta2 = self.settings.betas
+        self.first = beta1 * self.first + (1 - beta1) * gradient
+        self.second = beta2 * self.second + (1 - beta2) * gradient**2
+        mean, square = self.first / (1 - beta1**self.updates), self.second / (1 - beta2**self.updates)
+        return mean / (square.sqrt() + self.settings.epsilon)
+
+
+def sgd(state: Reference, gradient: torch.Tensor, rate: float) -> None:
+    momentum = state.settings.momentum
+    whole = gradient + state.decay * state.weight
+    state.first = momentum * state.first + whole
+    state.weight = state.weight - rate * (whole + momentum * state.first if state.settings.nesterov else state.first)
+
+
+def adam(state: Reference, gradient: torch.Tensor, rate: float) -> None:
+    state.weight = state.weight - rate * state.moments(gradient + state.decay * state.weight)
+
+
+def adamw(state: Reference, gradient: torch.Tensor, rate: float) -> None:
+    state.weight = state.weight * (1 - rate * state.decay) - rate * state.moments(gradient)
+
+
+def lars(state: Reference, gradient: torch.Tensor, rate: float) -> None:
+    trust = 1.0
+    if not state.excluded:
+        length = float(state.weight.norm())
+        trust = state.settings.trust * length / (float(gradient.norm()) + state.decay * length)
+    state.first = state.settings.momentum * state.first + trust * (gradient + state.decay * state.weight)
+    state.weight = state.weight - rate * state.first
+
+
+def lamb(state: Reference, gradient: torch.Tensor, rate: float) -> None:
+    move = state.moments(gradient) + state.decay * state.weight
+    trust = 1.0 if state.excluded else float(state.weight.norm() / move.norm())
+    state.weight = state.weight - rate * trust * move
+
+
+FORMULAS: Mapping[str, Callable[[Reference, torch.Tensor, float], None]] = {
+    "sgd": sgd,
+    "adam": adam,
+    "adamw": adamw,
+    "lars": lars,
+    "lamb": lamb,
+}
+CASES: list[dict[str, Any]] = [
+    {"name": "sgd", "momentum": 0.0, "nesterov": False},
+    {"name": "sgd", "momentum": 0.9, "nesterov": False},
+    {"name": "sgd", "momentum": 0.9, "nesterov": True},
+    {"name": "sgd", "momentum": 0.5, "nesterov": False, "weight_decay": DECAY},
+    {"name": "sgd", "weight_decay": DECAY, "exclude": ()},
+    {"name": "adam"},
+    {"name": "adam", "betas": (0.8, 0.95), "epsilon": 1e-3, "weight_decay": DECAY},
+    {"name": "adamw", "weight_decay": DECAY},
+    {"name": "adamw", "betas": (0.8, 0.95), "epsilon": 1e-3, "weight_decay": DECAY, "exclude": ("0.*",)},
+    {"name": "lars"},
+    {"name": "lars", "momentum": 0.0, "trust": 0.02},
+    {"name": "lars", "weight_decay": DECAY, "trust": 0.1},
+    {"name": "lars", "weight_decay": DECAY, "exclude": ()},
+    {"name": "lars", "weight_decay": DECAY, "exclude": ("1.weight", "bias")},
+    {"name": "lamb"},
+    {"name": "lamb", "betas": (0.8, 0.95), "epsilon": 1e-3, "weight_decay": DECAY},
+    {"name": "lamb", "weight_decay": DECAY, "exclude": ()},
+    {"name": "lamb", "weight_decay": DECAY, "exclude": ("*.weight",)},
+]
+
+
+@pytest.mark.parametrize("fields", CASES, ids=[str(case) for case in CASES])
+def test_it_follows_its_formula_and_spares_what_is_excluded(fields: dict[str, Any]) -> None:
+    model = a_model()
+    settings = OptimizerSettings(**fields)
+    weights = FlatWeights(model)
+    left_out = {segment.name for segment in weights.excluded(settings.exclude)}
+    references = [
+        Reference(parameter, settings, excluded=name in left_out) for name, parameter in model.named_parameters()
+    ]
+    optimizer = build_optimizer(settings, weights)
+    for step, rate in enumerate(RATES):
+        drawn = set_gradients(model, step)
+        set_learning_rate(optimizer, rate)
+        optimizer.step()
+        for reference, gradient in zip(references, drawn, strict=True):
+            FORMULAS[settings.name](reference, gradient, rate)
+        for parameter, reference in zip(model.parameters(), references, strict=True):
+            torch.testing.assert_close(parameter.detach().double(), reference.weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_promise_4_a_rate_of_zero_moves_no_bit(name: Name) -> None:
+    model = a_model()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = build_optimizer(OptimizerSettings(name=name, weight_decay=0.1), FlatWeights(model))
+    set_learning_rate(optimizer, 0.0)
+    for step in range(3):
+        set_gradients(model, step)
+        optimizer.step()
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_whole_state_is_there_before_the_first_update_and_keeps_its_names(name: Name) -> None:
+    weights = FlatWeights(a_model())
+    optimizer = build_optimizer(OptimizerSettings(name=name), weights)
+    before = [(key, tensor.shape, tensor.dtype) for key, tensor in state_tensors(optimizer)]
+    assert sum(tensor.numel() for _, tensor in state_tensors(optimizer)) >= weights.count
+    optimizer.step()
+    assert [(key, tensor.shape, tensor.dtype) for key, tensor in state_tensors(optimizer)] == before
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_without_momentum_there_is_no_state(name: Literal["sgd", "lars"]) -> None:
+    settings = OptimizerSettings(name=name, momentum=0.0, nesterov=False)
+    optimizer = build_optimizer(settings, FlatWeights(a_model()))
+    optimizer.step()
+    assert list(state_tensors(optimizer)) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("stop", [0, 2])
+def test_promise_5_a_restored_optimizer_goes_on_to_the_bit(name: Name, stop: int) -> None:
+    settings = OptimizerSettings(name=name, weight_decay=DECAY)
+    model, twin = a_model(), a_model()
+    weights, twins = FlatWeights(model), FlatWeights(twin)
+    optimizer = build_optimizer(settings, weights)
+    for step in range(stop):
+        set_gradients(model, step)
+        optimizer.step()
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    stored = torch.load(file, weights_only=True)
+    restored = build_optimizer(settings, twins)
+    load_into(Contents(stop, 0.0, stored["model"], stored["optimizer"], {}, {}), twin, restored)
+    for step in range(stop, 5):
+        for one, its in ((model, optimizer), (twin, restored)):
+            set_gradients(one, step)
+            its.step()
+    assert torch.equal(weights.values, twins.values)
+    ours, theirs = dict(state_tensors(optimizer)), dict(state_tensors(restored))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_promise_5_all_that_an_update_depends_on_is_broadcast(name: Name) -> None:
+    """A worker that was not restored goes on like one that was, given weights and state tensors alone."""
+    settings = OptimizerSettings(name=name, weight_decay=DECAY)
+    model, peer = a_model(), a_model()
+    weights, peers = FlatWeights(model), FlatWeights(peer)
+    optimizer, fresh = build_optimizer(settings, weights), build_optimizer(settings, peers)
+    for step in range(3):
+        set_gradients(model, step)
+        optimizer.step()
+    peers.values.copy_(weights.values)
+    for (_, tensor), (_, other) in zip(state_tensors(optimizer), state_tensors(fresh), strict=True):
+        other.copy_(tensor)
+    for one, its in ((model, optimizer), (peer, fresh)):
+        set_gradients(one, 3)
+        its.step()
+    assert torch.equal(weights.values, peers.values)
+
+
+@pytest.mark.parametrize("exclude", [(), ("norm", "bias"), ("*",)])
+def test_a_group_may_be_empty(exclude: tuple[str, ...]) -> None:
+    model = a_model()
+    for name in NAMES:
+        optimizer = build_optimizer(OptimizerSettings(name=name, exclude=exclude), FlatWeights(model))
+        set_gradients(model, 0)
+        optimizer.step()
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == 4

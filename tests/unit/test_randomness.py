@@ -1,0 +1,128 @@
+"""Promise 2: randomness is a pure function of seed, purpose and indices."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_train.randomness import bits, generator, key, uniform
+
+PROPERTY = settings(deadline=None, max_examples=40)
+SEEDS = st.integers(0, 2**70)
+PURPOSES = st.sampled_from(["noise", "sample order", "initial weights"])
+INDICES = st.lists(st.integers(-5, 2**40) | st.text(max_size=4), max_size=3)
+
+
+def draw(*arguments: int | str) -> list[float]:
+    seed, purpose, *indices = arguments
+    assert isinstance(seed, int)
+    drawn: list[float] = torch.rand(4, generator=generator(seed, str(purpose), *indices)).tolist()
+    return drawn
+
+
+@PROPERTY
+@given(SEEDS, PURPOSES, INDICES)
+def test_promise_2_the_same_arguments_give_the_same_stream(seed: int, purpose: str, indices: list[int | str]) -> None:
+    assert draw(seed, purpose, *indices) == draw(seed, purpose, *indices)
+    assert 0 <= key(seed, purpose, *indices) < 2**63
+
+
+@PROPERTY
+@given(st.lists(st.tuples(SEEDS, PURPOSES, INDICES), min_size=2, max_size=8, unique_by=lambda drawn: str(drawn)))
+def test_different_arguments_give_different_streams(
+    arguments: list[tuple[int, str, list[int | str]]],
+) -> None:
+    keys = {key(seed, purpose, *indices) for seed, purpose, indices in arguments}
+    assert len(keys) == len(arguments)
+
+
+def test_a_number_and_its_text_and_a_shifted_index_are_different_arguments() -> None:
+    alike = [(0, "p", 1, 23), (0, "p", 12, 3), (0, "p", "1", 23), (0, "p", 1), (0, "p"), (0, "p1"), (1, "p")]
+    assert len({key(*arguments) for arguments in alike}) == len(alike)  # type: ignore[arg-type]
+
+
+def split_mix(stream: int, counter: int) -> float:
+    """Return the same as `uniform` in Python's whole numbers: Steele, Lea, Flood (2014)."""
+    word = (1 << 64) - 1
+    state = (stream + (counter + 1) * 0x9E3779B97F4A7C15) & word
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & word
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & word
+    return ((state ^ (state >> 31)) >> 40) / 2**24
+
+
+@PROPERTY
+@given(st.integers(0, 2**63 - 1), st.lists(st.integers(0, 2**62), min_size=1, max_size=5))
+def test_uniform_is_split_mix(stream: int, counters: list[int]) -> None:
+    expected = [split_mix(stream, counter) for counter in counters]
+    assert uniform(stream, torch.tensor(counters)).tolist() == expected
+
+
+def test_a_key_does_not_change_from_release_to_release() -> None:
+    assert key(0, "noise", 3) == 3425774053310225086
+
+
+def test_promise_2_no_global_generator_is_read_or_moved() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = draw(0, "noise")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert draw(0, "noise") == first
+
+
+@PROPERTY
+@given(
+    st.integers(0, 2**63 - 1),
+    st.lists(st.integers(0, 2**50), min_size=1, max_size=30),
+    st.integers(1, 10),
+    st.randoms(use_true_random=False),
+)
+def test_a_counter_s_value_does_not_depend_on_its_company(
+    stream: int, counters: list[int], size: int, random: Random
+) -> None:
+    whole = dict(zip(counters, uniform(stream, torch.tensor(counters)).tolist(), strict=True))
+    shuffled = list(counters)
+    random.shuffle(shuffled)
+    for part in torch.split(torch.tensor(shuffled), size):
+        assert uniform(stream, part).tolist() == [whole[counter] for counter in part.tolist()]
+
+
+@pytest.mark.parametrize("stream", [0, 1, 2**63 - 1, key(7, "crop-flip", 3)])
+def test_values_are_uniform_on_zero_to_one(stream: int) -> None:
+    values = uniform(stream, torch.arange(100_000))
+    assert values.dtype == torch.float32
+    assert values.min() >= 0
+    assert values.max() < 1
+    counts = torch.histc(values, bins=20, min=0, max=1)
+    # 19 degrees of freedom: above 60 once in 100,000 streams
+    assert ((counts - 5000) ** 2 / 5000).sum() < 60
+    neighbours = torch.corrcoef(torch.stack([values[:-1], values[1:]]))[0, 1]
+    assert neighbours.abs() < 0.02
+
+
+def test_streams_are_unrelated() -> None:
+    streams = torch.stack([uniform(key(0, "crop-flip", epoch), torch.arange(20_000)) for epoch in range(4)])
+    between = torch.corrcoef(streams) - torch.eye(4)
+    assert between.abs().max() < 0.04
+
+
+@PROPERTY
+@given(st.integers(0, 2**63 - 1), st.integers(0, 250))
+def test_random_bits_depend_on_their_stream_alone_and_fewer_are_the_first_of_more(stream: int, fours: int) -> None:
+    many = bits(stream, 1000, torch.device("cpu"))
+    assert torch.equal(bits(stream, 4 * fours, torch.device("cpu")), many[: 4 * fours])
+    assert not torch.equal(bits(stream + 1, 1000, torch.device("cpu")), many)
+
+
+def test_each_of_the_16_random_bits_is_set_half_the_time() -> None:
+    numbers = bits(7, 1 << 20, torch.device("cpu")).long() & 0xFFFF
+    shares = torch.tensor([((numbers >> place) & 1).double().mean() for place in range(16)])
+    assert (shares - 0.5).abs().max() < 4 * 0.5 / 2**10
+
+
+def test_random_bits_are_the_same_ones_for_ever() -> None:
+    assert bits(1, 4, torch.device("cpu")).tolist() == [584, 26870, -2906, -288]

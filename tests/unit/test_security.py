@@ -1,0 +1,89 @@
+"""What the program must not do: run what a file says, start a shell, let others read a run, write secrets down."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dist_train.cli.main import main
+from tests.unit.test_cli_commands import write_config
+
+PACKAGE = Path(__file__).parents[2] / "dist_train"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+UNPICKLERS = {
+    # Reads plain values alone; tests/unit/test_data_plain_pickle.py and the fuzzing hold it to that.
+    "dist_train/data/plain_pickle.py",
+    # Messages between a trainer and the exporter that it starts, over a pair of sockets without a name.
+    "dist_train/monitoring/prometheus/messages.py",
+}
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(PACKAGE.parent))
+
+
+def keyword(call: ast.Call, name: str) -> object:
+    for given in call.keywords:
+        if given.arg == name:
+            return given.value.value if isinstance(given.value, ast.Constant) else ast.unparse(given.value)
+    return None
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_nothing_is_evaluated_unpickled_or_given_to_a_shell(path: Path) -> None:
+    imported = {
+        name.name.split(".")[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in (node.names if isinstance(node, ast.Import) else [ast.alias(node.module or "")])
+    }
+    assert not imported & {"shelve", "marshal", "dill", "cloudpickle", "joblib"}
+    assert "pickle" not in imported or named(path) in UNPICKLERS
+    for name, call in calls(path):
+        assert name not in {"eval", "exec", "compile", "os.system", "os.popen", "__import__"}, name
+        assert keyword(call, "shell") is None, f"{name} with a shell"
+        if name == "torch.load":
+            assert keyword(call, "weights_only") is True
+        if name in {"np.load", "numpy.load", "np.lib.format.read_array"}:
+            assert keyword(call, "allow_pickle") is False
+        if name == "yaml.load":
+            assert keyword(call, "Loader") == "_Loader", "the loader of config/loading.py, a SafeLoader"
+        assert name not in {"yaml.full_load", "yaml.unsafe_load", "tempfile.mktemp", "tarfile.extractall"}
+        assert not name.endswith(".extractall")
+
+
+def test_the_loader_of_yaml_is_a_safe_one() -> None:
+    import yaml
+
+    from dist_train.config import loading
+
+    assert issubclass(loading._Loader, yaml.SafeLoader)
+
+
+@pytest.mark.parametrize("file", ["token_file", "password_file"])
+def test_a_run_is_the_user_s_alone_and_holds_no_secret(file: str, tmp_path: Path) -> None:
+    secret = "3f9c0ffee0ddba11"
+    (tmp_path / "secret").write_text(f"{secret}\n" if file == "token_file" else f"user:{secret}\n")
+    settings = {"enabled": True, "port": 0, "last_scrape_seconds": 0}
+    config = write_config(tmp_path, metrics={**settings, file: str(tmp_path / "secret")}, run={"max_steps": 2})
+    before = os.umask(0o022)
+    try:
+        assert main(["train", config, "--run-dir", str(tmp_path / "run")]) == 0
+    finally:
+        os.umask(before)
+    assert (tmp_path / "run").stat().st_mode & 0o077 == 0
+    found = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    assert not found
+    json.loads((tmp_path / "run" / "status.json").read_text())

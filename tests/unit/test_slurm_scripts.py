@@ -1,0 +1,261 @@
+"""The batch scripts as far as they go without Slurm: the command that starts the workers, messages, help."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from dist_train.outcome import ExitCode
+from dist_train.status import StatusFile
+from tests.unit.studies import small_plan, write_study
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh") if path.name != "prologue.sh")
+TWO_NODES = {"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "32"}
+
+
+def start(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    return subprocess.run(
+        [str(ROOT / "slurm" / script), *arguments],
+        env={**kept, "DIST_TRAIN_PYTHON": sys.executable, **variables},
+        cwd="/tmp",
+        capture_output=True,
+        text=True,
+    )
+
+
+def command_of(**variables: str) -> str:
+    ended = start("lb_8192.sh", DRY_RUN="1", **{**TWO_NODES, **variables})
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> str:
+    """A PATH with stand-ins for what this machine may lack; none of them is started."""
+    for name in ("srun", "apptainer", "mpirun"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    return f"{tmp_path}:{os.environ['PATH']}"
+
+
+def test_one_worker_for_each_gpu(programs: str) -> None:
+    command = command_of(PATH=programs, SLURM_GPUS_ON_NODE="8")
+    assert command.startswith("srun --mpi=pmix --nodes=2 --ntasks=16 --ntasks-per-node=8 --cpus-per-task=4 ")
+    assert " --gpus-per-node=8 --gpu-bind=none " in command
+    assert f" {ROOT}/launch/worker.sh {sys.executable} -m dist_train train {ROOT}/configs/lb_8192.yaml" in command
+
+
+def test_without_gpus_one_worker_for_each_task(programs: str) -> None:
+    command = command_of(PATH=programs, SLURM_NTASKS="4")
+    assert " --ntasks=4 --ntasks-per-node=2 --cpus-per-task=16 " in command
+    assert "gpu" not in command
+
+
+def test_the_variables_are_followed(programs: str) -> None:
+    command = command_of(
+        PATH=programs,
+        WORKERS_PER_NODE="3",
+        MPI="pmi2",
+        OVERRIDES="run.seed=1 run.name=other",
+        RUN_DIR="/scratch/run",
+        CONFIG="other.yaml",
+        CPU_BIND="cores",
+        LAUNCHER_OPTIONS="--label --verbose",
+    )
+    assert command.startswith("srun --mpi=pmi2 --nodes=2 --ntasks=6 ")
+    assert " --cpu-bind=cores --label --verbose " in command
+    assert " train other.yaml run.seed=1 run.name=other --run-dir /scratch/run" in command
+
+
+def test_mpirun_gets_what_workers_on_other_nodes_need(programs: str) -> None:
+    command = command_of(PATH=programs, LAUNCHER="mpirun", WORKERS_PER_NODE="2", NETWORK_INTERFACE="ib0")
+    assert "mpirun -np 4 --map-by ppr:2:node:OVERSUBSCRIBE --bind-to none --stdin none " in command
+    for name in ("DIST_TRAIN_LAUNCH", "OMP_NUM_THREADS", "NCCL_SOCKET_IFNAME", "HOROVOD_GLOO_IFACE", "PATH"):
+        assert f" -x {name} " in command
+
+
+def test_an_image_file_is_run_by_apptainer(programs: str, tmp_path: Path) -> None:
+    image = tmp_path / "image.sif"
+    image.touch()
+    command = command_of(PATH=programs, CONTAINER=str(image), SLURM_GPUS_ON_NODE="4", CONTAINER_OPTIONS="--cleanenv")
+    program = f"apptainer exec --nv --bind /tmp --bind {ROOT} --cleanenv {image} python3 -m dist_train"
+    assert f" {ROOT}/launch/worker.sh {program} train " in command
+
+
+def test_any_other_image_is_run_by_pyxis(programs: str) -> None:
+    command = command_of(PATH=programs, CONTAINER="registry.example.org#dist_train:1")
+    assert (
+        f" --container-image=registry.example.org#dist_train:1 --container-mounts=/tmp:/tmp\\,{ROOT}:{ROOT} "
+        f"--container-workdir=/tmp {ROOT}/launch/worker.sh python3 -m dist_train train "
+    ) in command
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"LAUNCHER": "ssh"}, "LAUNCHER is srun or mpirun, not 'ssh'"),
+        ({"WORKERS_PER_NODE": "all"}, "WORKERS_PER_NODE takes a number, 1 or more, not 'all'"),
+        ({"LAUNCHER": "mpirun", "CONTAINER": "image"}, "Pyxis works by srun"),
+        ({"CONTAINER": "/nowhere.sif"}, "CONTAINER /nowhere.sif cannot be read"),
+    ],
+)
+def test_a_bad_variable_is_one_line_and_ends_with_2(programs: str, variables: dict[str, str], message: str) -> None:
+    ended = start("lb_8192.sh", PATH=programs, DRY_RUN="1", **TWO_NODES, **variables)
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_what_slurm_is_asked_for(script: str) -> None:
+    requests = [line for line in (ROOT / "slurm" / script).read_text().splitlines() if line.startswith("#SBATCH")]
+    assert len(requests) > 5
+    ended = start(script, "--help")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert all(f"  {request}\n" in ended.stdout for request in requests)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_arguments_are_refused(script: str) -> None:
+    ended = start(script, "run.seed=1", **TWO_NODES)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "it takes no arguments, but environment variables" in ended.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_started_by_hand_it_says_how(script: str) -> None:
+    ended = start(script)
+    assert ended.returncode == 2
+    assert "this is a batch script: sbatch" in ended.stderr
+
+
+class TestSweep:
+    """Each task of an array trains one run of a study."""
+
+    TASK: Mapping[str, str] = {
+        "SLURM_JOB_ID": "20",
+        "SLURM_ARRAY_JOB_ID": "17",
+        "SLURM_ARRAY_TASK_ID": "2",
+        "SLURM_GPUS_ON_NODE": "1",
+        "DRY_RUN": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+
+    def test_a_task_trains_the_run_of_its_number(self, programs: str, tmp_path: Path) -> None:
+        study = write_study(tmp_path)
+        ended = start(
+            "sweep.sh",
+            PATH=programs,
+            STUDY=str(study),
+            DIRECTORY=str(tmp_path / "some where"),
+            OVERRIDES="data.synthetic_classes=4",
+            **self.TASK,
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.startswith("srun --mpi=pmix --nodes=1 --ntasks=1 ")
+        folder = tmp_path / "some where" / "small"
+        expected = [
+            *(str(tmp_path / "base.yaml"), "noise.amplitude=0.02", "run.name=noisy-seed-0"),
+            *(f'run.directory="{folder}"', "run.seed=0", "data.synthetic_classes=4"),
+        ]
+        assert shlex.split(ended.stdout.partition(" train ")[2]) == expected
+
+    def test_a_task_whose_run_has_finished_ends_at_once(self, programs: str, tmp_path: Path) -> None:
+        plan = small_plan(tmp_path)
+        run = plan.runs[1].directory
+        run.mkdir(parents=True)
+        StatusFile(run / "status.json", 1).end("finished", ExitCode.FINISHED, "")
+        ended = start("sweep.sh", PATH=programs, STUDY=str(plan.file), **self.TASK)
+        assert (ended.returncode, ended.stdout) == (0, "")
+        assert "run 2, noisy-seed-0, has finished" in ended.stderr
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"SLURM_ARRAY_TASK_ID": ""}, "each run is a task of an array: sbatch --array=$(dist-train sweep "),
+            ({"SLURM_ARRAY_TASK_ID": "9"}, "the study small has the runs 1 to 4, not 9"),
+            ({"OVERRIDES": "noise.amplitud=1"}, "noise.amplitud: unknown key"),
+        ],
+    )
+    def test_what_cannot_be_ends_with_2(
+        self, programs: str, tmp_path: Path, changes: dict[str, str], message: str
+    ) -> None:
+        study = str(write_study(tmp_path))
+        ended = start("sweep.sh", **{"PATH": programs, "STUDY": study, **self.TASK, **changes})
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert message in ended.stderr
+
+
+class TestLandscape:
+    """Points shared out over the workers of all nodes."""
+
+    @pytest.fixture
+    def targets(self, tmp_path: Path) -> tuple[str, str]:
+        for name in ("sb", "lb"):
+            (tmp_path / name).mkdir()
+        return str(tmp_path / "sb"), str(tmp_path / "lb")
+
+    @pytest.mark.parametrize(
+        ("launcher", "begins"),
+        [("srun", "srun --mpi=pmix --nodes=2 --ntasks=8 "), ("mpirun", "mpirun -np 8 --map-by ppr:4:node:")],
+    )
+    def test_the_variables_are_followed(
+        self, programs: str, targets: tuple[str, str], launcher: str, begins: str
+    ) -> None:
+        ended = start(
+            "landscape.sh",
+            PATH=programs,
+            DRY_RUN="1",
+            SLURM_GPUS_ON_NODE="4",
+            LAUNCHER=launcher,
+            KIND="interpolate",
+            TARGETS=" ".join(targets),
+            OPTIONS="--points 11 --scale log",
+            OVERRIDES="data.root=/data",
+            **TWO_NODES,
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert begins in ended.stdout
+        words = shlex.split(ended.stdout)
+        wanted = ["interpolate", *targets, "data.root=/data", "--points", "11", "--scale", "log"]
+        assert words[words.index("landscape") + 1 :] == wanted
+
+    @pytest.mark.parametrize(
+        ("variables", "message"),
+        [
+            ({"KIND": "sphere"}, "KIND is interpolate, direction or plane, not 'sphere'"),
+            ({"KIND": "interpolate", "TARGETS": "here"}, "TARGETS takes 2 run directories or checkpoints"),
+            ({"TARGETS": "one two"}, "TARGETS takes 1 run directory or checkpoint"),
+            ({}, "TARGETS: there is no runs/lb_8192 in /tmp"),
+        ],
+    )
+    def test_a_bad_variable_is_one_line_and_ends_with_2(
+        self, programs: str, variables: dict[str, str], message: str
+    ) -> None:
+        ended = start("landscape.sh", PATH=programs, **TWO_NODES, **variables)
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert message in ended.stderr
+        assert len(ended.stderr.splitlines()) == 1
+
+
+class TestReport:
+    """One page, by one process."""
+
+    def test_the_variables_are_followed(self) -> None:
+        ended = start("report.sh", DRY_RUN="1", DIRECTORY="runs/two words", OUTPUT="page.html", SLURM_JOB_ID="17")
+        assert ended.returncode == 0, ended.stderr
+        expected = [sys.executable, "-m", "dist_train", "report", "runs/two words", "-o", "page.html"]
+        assert shlex.split(ended.stdout) == expected
+
+    def test_a_folder_without_runs_is_one_line_and_ends_with_2(self, tmp_path: Path) -> None:
+        ended = start("report.sh", DIRECTORY=str(tmp_path), SLURM_JOB_ID="17", PYTHONPATH=str(ROOT))
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert len(ended.stderr.splitlines()) == 1

@@ -1,0 +1,93 @@
+"""The device, the threads, the precision."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dist_train.config import PrecisionSettings
+from dist_train.outcome import UsageError
+from dist_train.training.compute import is_out_of_memory, set_up_compute, share_of_threads
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("variable", "local_size", "threads"),
+    [("3", 1, 3), ("4,2", 8, 4), ("", 1, 6), ("0", 2, 3), ("many", 4, 1), ("-2", 3, 2), ("", 99, 1)],
+)
+def test_threads_are_what_is_asked_for_else_an_even_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch, variable: str, local_size: int, threads: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    assert share_of_threads(local_size) == threads
+
+
+def test_settings_choose_threads_and_precision() -> None:
+    compute = set_up_compute(PrecisionSettings(threads=1, compute="bfloat16"), local_rank=0)
+    assert torch.get_num_threads() == 1
+    weights = torch.ones(2, 2, device=compute.device)
+    with compute.autocast():
+        assert (weights @ weights).dtype == torch.bfloat16
+    with set_up_compute(PrecisionSettings(threads=1), local_rank=0).autocast():
+        assert (weights @ weights).dtype == torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_float16_on_a_cpu_is_refused_with_the_cure() -> None:
+    with pytest.raises(UsageError, match="float16 needs a GPU; use bfloat16"):
+        set_up_compute(PrecisionSettings(threads=1, compute="float16"), local_rank=0)
+
+
+@pytest.fixture
+def _kernels_as_before() -> Iterator[None]:
+    cudnn = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    cudnn.deterministic, cudnn.benchmark = before[1:]
+
+
+@pytest.mark.usefixtures("_kernels_as_before")
+@pytest.mark.parametrize(("workspace", "kept"), [(None, False), (":16:8", True), (":0:0", False)])
+def test_deterministic_sets_all_that_torch_offers(
+    monkeypatch: pytest.MonkeyPatch, workspace: str | None, kept: bool
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace or "")
+    torch.backends.cudnn.benchmark = True
+    set_up_compute(PrecisionSettings(threads=1, deterministic=True), local_rank=0)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (workspace if kept else ":4096:8")
+
+
+def test_deterministic_is_left_alone_where_it_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    set_up_compute(PrecisionSettings(threads=1), local_rank=0)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("error", "out_of_memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+        (ValueError("x"), False),
+    ],
+)
+def test_a_lack_of_memory_is_told_from_other_errors(error: Exception, out_of_memory: bool) -> None:
+    assert is_out_of_memory(error) is out_of_memory

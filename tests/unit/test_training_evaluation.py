@@ -1,0 +1,155 @@
+"""Every sample of a split counts once, for any number of workers and any size of batches."""
+
+from __future__ import annotations
+
+import math
+from itertools import chain
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dist_train.cluster.alone import Alone
+from dist_train.data import synthetic
+from dist_train.data.images import ImageSet
+from dist_train.data.loader import Samples
+from dist_train.models import build_model
+from dist_train.models.norms import norm_modules
+from dist_train.training.compute import Compute
+from dist_train.training.evaluation import Evaluation, evaluate
+from dist_train.training.norm_statistics import recompute_statistics, statistics_samples
+from tests.unit.simulated_workers import SimulatedWorkers, results
+from tests.unit.small_trainers import small_config, state_bits
+
+CPU = Compute(torch.device("cpu"), torch.float32)
+COUNT = 53
+IMAGES = synthetic.make((1, 8, 8), 10, 60, "test", seed=0)
+
+
+def a_model() -> nn.Module:
+    return build_model(small_config(model={"width": 0.0625}))
+
+
+def samples() -> Samples:
+    return Samples(IMAGES, CPU.device)
+
+
+def evaluated(workers: SimulatedWorkers | Alone, batch_size: int, model: nn.Module | None = None) -> Evaluation:
+    return evaluate(model or a_model(), samples(), COUNT, batch_size=batch_size, compute=CPU, workers=workers)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 53, 500])
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+def test_it_is_the_mean_over_all_samples(workers: int, batch_size: int) -> None:
+    model = a_model().eval()
+    inputs, labels = samples().plain(0, COUNT)
+    with torch.no_grad():
+        logits = model(inputs)
+    for result in results(workers, lambda each: evaluated(each, batch_size)):
+        assert result.loss == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-5)
+        assert result.accuracy == (logits.argmax(1) == labels).sum().item() / COUNT
+        assert result.samples == COUNT
+
+
+@pytest.mark.parametrize("workers", [2, 3, 5, 9])
+def test_promise_3_it_has_the_same_bits_on_any_number_of_workers(workers: int) -> None:
+    [alone] = results(1, lambda each: evaluated(each, 7))
+    assert results(workers, lambda each: evaluated(each, 7)) == [alone] * workers
+
+
+class Counting(nn.Module):
+    """Says for each sample which it is: its label lies in its first pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.seen += (inputs[:, 0, 0, 0] * 255).round().int().tolist()
+        return torch.zeros(len(inputs), 10)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 7, 53])
+def test_each_sample_is_seen_by_exactly_one_worker(workers: int, batch_size: int) -> None:
+    numbered = torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(60, 1, 8, 8).contiguous()
+
+    def see(workers: SimulatedWorkers) -> list[int]:
+        model = Counting()
+        split = Samples(ImageSet(numbered, IMAGES.labels, 10), CPU.device)
+        evaluate(model, split, COUNT, batch_size=batch_size, compute=CPU, workers=workers)
+        return model.seen
+
+    assert sorted(chain.from_iterable(results(workers, see))) == list(range(COUNT))
+
+
+def test_it_leaves_the_model_as_it_was() -> None:
+    for training in (True, False):
+        model = a_model().train(training)
+        before = state_bits(model)
+        evaluated(Alone(), 7, model)
+        assert model.training is training
+        assert all(module.training is training for module in model.modules())
+        assert state_bits(model) == before
+
+
+def test_a_loss_that_is_not_finite_is_nan_on_all_workers() -> None:
+    def blown_up(workers: SimulatedWorkers) -> Evaluation:
+        model = a_model()
+        with torch.no_grad():
+            model.get_parameter("classifier.bias")[0] = math.inf
+        return evaluated(workers, 7, model)
+
+    assert all(math.isnan(result.loss) for result in results(2, blown_up))
+
+
+class TestRecomputedStatistics:
+    def recompute(self, workers: SimulatedWorkers | Alone, micro_size: int = 9, seed: int = 0) -> nn.Module:
+        model = a_model()
+        norms = norm_modules(model)
+        for norm in norms:
+            norm.running_mean.fill_(1e6)
+            norm.running_var.fill_(1e6)
+        recompute_statistics(
+            model,
+            norms,
+            samples(),
+            statistics_samples(60, 40, 16, seed),
+            micro_size=micro_size,
+            compute=CPU,
+            workers=workers,
+        )
+        assert not any(norm.pending.any() for norm in norms)
+        return model
+
+    @pytest.mark.parametrize("workers", [2, 3, 7])
+    def test_promise_3_they_have_the_same_bits_on_any_number_of_workers(self, workers: int) -> None:
+        [alone] = results(1, lambda each: state_bits(self.recompute(each)))
+        ended = results(workers, lambda each: state_bits(self.recompute(each)))
+        assert ended == [alone] * workers
+
+    def test_promise_4_they_replace_the_old_ones_by_those_of_the_weights_as_they_are(self) -> None:
+        model = self.recompute(Alone(), micro_size=40)
+        first = norm_modules(model)[0]
+        inputs, _ = samples().unaugmented(statistics_samples(60, 40, 16, 0))
+        with torch.no_grad():
+            outputs = model.get_submodule("convolution1_1")(inputs)
+        # in groups of 4 samples of 64 pixels each
+        groups = outputs.view(10, 4, -1, 8, 8)
+        torch.testing.assert_close(first.running_mean, outputs.mean(dim=(0, 2, 3)))
+        torch.testing.assert_close(first.running_var, groups.var(dim=(1, 3, 4)).mean(dim=0))
+
+    def test_weights_stay_and_the_model_goes_on_training(self) -> None:
+        model, fresh = self.recompute(Alone()), a_model()
+        assert model.training
+        for (_, parameter), (_, before) in zip(model.named_parameters(), fresh.named_parameters(), strict=True):
+            assert torch.equal(parameter, before)
+            assert parameter.grad is None
+
+    def test_promise_2_the_samples_are_a_fixed_choice_by_the_seed(self) -> None:
+        chosen = statistics_samples(60, 40, 16, 3)
+        assert torch.equal(chosen, statistics_samples(60, 40, 16, 3))
+        assert not torch.equal(chosen, statistics_samples(60, 40, 16, 4))
+        assert len(set(chosen.tolist())) == 40
+        assert len(statistics_samples(60, 400, 16, 3)) == 60

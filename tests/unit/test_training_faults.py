@@ -1,0 +1,177 @@
+"""Faults that a run can meet, and what it makes of them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_train.cli.main import main
+from dist_train.cluster.alone import Alone
+from dist_train.monitoring.reading import read_records
+from dist_train.monitoring.records import EventRecord
+from dist_train.outcome import DivergedError, FaultError, UsageError
+from dist_train.status import StatusFile
+from dist_train.training import checkpoint_writer
+from dist_train.training.checkpoints import list_checkpoints, read_checkpoint, write_checkpoint
+from dist_train.training.stored import evaluate_stored
+from dist_train.training.tally import Tally
+from tests.unit.small_trainers import build_trainer, small_config
+from tests.unit.test_cli_commands import write_config
+from tests.unit.test_training_step import Limited, take
+
+
+def test_statistics_out_of_range_are_a_divergence(tmp_path: Path) -> None:
+    trainer = build_trainer(small_config(), tmp_path, Alone())
+    with torch.no_grad():
+        trainer.network.get_parameter("convolution1_1.weight").mul_(1e7)
+    with pytest.raises(DivergedError, match="out of range"):
+        take(trainer)
+    assert all(norm.running_var.min() >= 0 for norm in trainer.take_step.norms)
+
+
+def test_a_sum_of_losses_out_of_range_is_told() -> None:
+    tally = Tally(Alone(), (), torch.device("cpu"))
+    for _ in range(4):
+        tally.add(torch.tensor(2.0**29.9), torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64))
+    tally.send()
+    total = tally.result()
+    assert total.out_of_range or total.loss > 0
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"batch": {"global_size": 33, "micro_size": "auto"}},
+        {"model": {"norm_samples": 31}},
+        {"batch": {"global_size": 2, "micro_size": "auto"}},
+    ],
+)
+def test_no_micro_batch_of_one_sample_reaches_a_norm(tmp_path: Path, sections: dict[str, Any]) -> None:
+    build_trainer(small_config(run={"max_steps": 2}, **sections), tmp_path, Alone()).run()
+
+
+def test_shrinking_leaves_no_single_sample(tmp_path: Path) -> None:
+    trainer = build_trainer(
+        small_config(batch={"global_size": 34, "micro_size": 22}),
+        tmp_path,
+        Alone(),
+    )
+    trainer.take_step = replace(trainer.take_step, model=Limited(trainer.network, 12))
+    trainer.may_shrink = True
+    trainer.run()
+
+
+def test_status_that_cannot_be_written_does_not_stop(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    file = StatusFile(tmp_path / "gone" / "status.json", 1)
+    (tmp_path / "gone").rmdir()
+    file.progress(step=1)
+    file.change("running")
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_the_last_checkpoint_failing_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", fail)
+    trainer = build_trainer(small_config(checkpoint={"background": background}), tmp_path, Alone())
+    with pytest.raises((OSError, FaultError)):
+        trainer.run()
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_stop_that_could_not_save_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", fail)
+    trainer = build_trainer(small_config(checkpoint={"background": background, "every_steps": 1}), tmp_path, Alone())
+    trainer.stop.request("SIGTERM")
+    with pytest.raises((OSError, FaultError)):
+        trainer.run()
+
+
+def test_overrides_may_follow_an_option(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    assert main(["config", "run-directory", config, "--run-dir", "x", "run.seed=3"]) == 0
+
+
+def test_keep_best_keeps_the_best_of_what_was_saved(tmp_path: Path) -> None:
+    config = small_config(run={"epochs": 8}, checkpoint={"every_epochs": 2, "keep": 1})
+    accuracies = iter([0.1, 0.8, 0.9, 0.2, 0.1, 0.3, 0.1, 0.1])
+    trainer = build_trainer(config, tmp_path, Alone())
+    note = trainer.progress.note_accuracy
+
+    def told(split: str, accuracy: float) -> None:
+        note(split, next(accuracies) if split == "test" else accuracy)
+
+    trainer.progress.note_accuracy = told  # type: ignore[method-assign]  # known accuracies
+    trainer.run()
+    assert [f.step for f in list_checkpoints(tmp_path / "checkpoints")] == [6, 24]
+
+
+def test_an_evaluation_decides_its_own_threads(tmp_path: Path) -> None:
+    build_trainer(small_config(), tmp_path, Alone()).run()
+    evaluate_stored(tmp_path, "test", ["precision.threads=auto"])
+
+
+@pytest.mark.parametrize("override", ["model.width=0.5", "data.synthetic_shape=[1,20,20]", "model.norm=none"])
+def test_an_evaluation_of_another_model_is_refused(tmp_path: Path, override: str) -> None:
+    build_trainer(small_config(), tmp_path, Alone()).run()
+    with pytest.raises(UsageError):
+        evaluate_stored(tmp_path, "test", [override])
+
+
+def test_another_model_s_checkpoint_is_refused(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    assert main(["train", config, "--run-dir", str(tmp_path / "a")]) == 0
+    saved = tmp_path / "a/checkpoints/step-00000003.pt"
+    assert main(["train", config, "model.width=0.25", f"run.resume={saved}", "--run-dir", str(tmp_path / "b")]) == 2
+
+
+def test_another_run_s_checkpoint_with_other_settings_is_refused(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    assert main(["train", config, "--run-dir", str(tmp_path / "a")]) == 0
+    saved = tmp_path / "a/checkpoints/step-00000003.pt"
+    assert (
+        main(["train", config, "optimizer.momentum=0.5", f"run.resume={saved}", "--run-dir", str(tmp_path / "b")]) == 2
+    )
+
+
+def test_checkpoint_config_after_shrinking(tmp_path: Path) -> None:
+    trainer = build_trainer(small_config(), tmp_path, Alone())
+    trainer.take_step = replace(trainer.take_step, model=Limited(trainer.network, 3))
+    trainer.may_shrink = True
+    trainer.run()
+    assert read_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1].path).config["batch"]["micro_size"] == 3
+
+
+def test_the_last_good_checkpoint_is_named_also_when_it_is_still_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.5)
+        return write_checkpoint(*arguments)
+
+    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", slowly)
+    config = write_config(
+        tmp_path,
+        model={"norm": "none", "width": 0.25},
+        optimizer={"learning_rate": 1e30},
+        checkpoint={"every_steps": 1},
+    )
+    run = tmp_path / "run"
+    assert main(["train", config, "--run-dir", str(run)]) == 3
+    assert "the last good checkpoint is" in capsys.readouterr().err
+    events = [record.event for record in read_records(run / "metrics.jsonl") if isinstance(record, EventRecord)]
+    assert "checkpoint" in events

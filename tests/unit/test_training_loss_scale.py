@@ -1,0 +1,155 @@
+"""Float16's loss scale: exact, agreed, lowered by an overflow that costs no update, kept over a resume.
+
+Float16 on a CPU is only for these tests: the set-up refuses it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_train.cluster.alone import Alone
+from dist_train.cluster.workers import Workers
+from dist_train.outcome import DivergedError
+from dist_train.training.compute import Compute
+from dist_train.training.loss_scale import FIRST, HIGHEST, LOWEST, UPDATES_UNTIL_RAISED, DynamicLossScale, NoLossScale
+from dist_train.training.progress import Progress, restored_progress
+from dist_train.training.trainer import Trainer
+from tests.unit.simulated_workers import results
+from tests.unit.small_trainers import build_trainer, gradient_bits, small_config, state_bits
+
+
+def in_half(trainer: Trainer, precision: torch.dtype = torch.float16) -> Trainer:
+    """Return `trainer` as the assembly builds it for float16 on a GPU."""
+    compute = Compute(torch.device("cpu"), precision)
+    trainer.take_step = replace(trainer.take_step, compute=compute, loss_scale=DynamicLossScale(trainer.progress))
+    return trainer
+
+
+def test_an_overflow_halves_it_down_to_a_floor() -> None:
+    scale = DynamicLossScale(Progress())
+    values = [scale.value]
+    while scale.lower():
+        values.append(scale.value)
+    assert values == [FIRST / 2**index for index in range(len(values))]
+    assert values[-1] == LOWEST
+
+
+def test_it_doubles_after_many_updates_without_an_overflow_up_to_a_ceiling() -> None:
+    scale = DynamicLossScale(Progress())
+    for _ in range(UPDATES_UNTIL_RAISED - 1):
+        scale.note_update()
+    assert scale.value == FIRST
+    scale.lower()
+    for _ in range(UPDATES_UNTIL_RAISED - 1):
+        scale.note_update()
+    assert scale.value == FIRST / 2
+    scale.note_update()
+    assert scale.value == FIRST
+    for _ in range(20 * UPDATES_UNTIL_RAISED):
+        scale.note_update()
+    assert scale.value == HIGHEST
+
+
+def test_it_goes_on_with_what_a_checkpoint_holds(tmp_path: Path) -> None:
+    trainer = in_half(build_trainer(small_config(), tmp_path, Alone()))
+    trainer.take_step.loss_scale.lower()
+    for _ in range(5):
+        trainer.take_step.loss_scale.note_update()
+    progress = restored_progress(trainer.contents())
+    assert (progress.loss_scale, progress.updates_since_overflow) == (FIRST / 2, 5)
+    assert DynamicLossScale(progress).value == FIRST / 2
+
+
+def test_without_float16_there_is_none(tmp_path: Path) -> None:
+    trainer = build_trainer(small_config(), tmp_path, Alone())
+    assert isinstance(trainer.take_step.loss_scale, NoLossScale)
+    assert not trainer.take_step.loss_scale.lower()
+    trainer.advance()
+    assert trainer.progress.loss_scale is None
+
+
+def test_in_float32_a_scale_changes_no_bit_of_the_gradient(tmp_path: Path) -> None:
+    """A power of two is exact: what is multiplied and divided by it is what it was."""
+    plain = build_trainer(small_config(), tmp_path / "plain", Alone())
+    scaled = in_half(build_trainer(small_config(), tmp_path / "scaled", Alone()), torch.float32)
+    for trainer in (plain, scaled):
+        trainer.advance()
+    assert gradient_bits(plain) == gradient_bits(scaled)
+    assert state_bits(plain.network) == state_bits(scaled.network)
+
+
+def test_half_precision_finds_about_the_gradient_of_float32(tmp_path: Path) -> None:
+    """With group norm: ghost norm over four samples is so ill-conditioned that any rounding shows, scaled or not."""
+    config = small_config(model={"norm": "group"})
+    half = in_half(build_trainer(config, tmp_path / "half", Alone()))
+    full = build_trainer(config, tmp_path / "full", Alone())
+    for trainer in (half, full):
+        trainer.advance()
+    ours, theirs = half.take_step.weights.gradients, full.take_step.weights.gradients
+    assert not torch.equal(ours, theirs)
+    assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.99
+    assert float(ours.norm() / theirs.norm()) == pytest.approx(1.0, abs=0.02)
+
+
+def test_gradients_too_small_for_float16_survive_through_the_scale(tmp_path: Path) -> None:
+    config = small_config(model={"norm": "group"})
+    scaled = in_half(build_trainer(config, tmp_path / "scaled", Alone()))
+    bare = in_half(build_trainer(config, tmp_path / "bare", Alone()))
+    bare.take_step = replace(bare.take_step, loss_scale=NoLossScale())
+    for trainer in (scaled, bare):
+        trainer.network.register_forward_hook(lambda module, inputs, logits: logits.float() * 2.0**-24)
+        trainer.advance()
+    assert scaled.progress.loss_scale == FIRST
+    assert not bare.take_step.weights.gradients.any()
+    assert scaled.take_step.weights.gradients.count_nonzero() > scaled.take_step.weights.count / 2
+
+
+def test_an_overflow_repeats_the_step_and_skips_no_update(tmp_path: Path) -> None:
+    """The update is the one that the smaller scale would have made from the beginning."""
+    overflowing = in_half(build_trainer(small_config(), tmp_path / "high", Alone()))
+    overflowing.progress.loss_scale = 2.0**40
+    overflowing.advance()
+    settled = overflowing.progress.loss_scale
+    assert settled is not None
+    assert settled < 2.0**40
+    assert overflowing.progress.step == 1
+    calm = in_half(build_trainer(small_config(), tmp_path / "low", Alone()))
+    calm.progress.loss_scale = settled
+    calm.advance()
+    assert calm.progress.loss_scale == settled
+    assert state_bits(overflowing.network) == state_bits(calm.network)
+
+
+def test_all_workers_lower_it_when_one_overflows(tmp_path: Path) -> None:
+    def train(workers: Workers) -> tuple[float | None, dict[str, bytes]]:
+        trainer = in_half(build_trainer(small_config(), tmp_path / f"{workers.size}", workers), torch.float32)
+        if workers.rank == workers.size - 1:
+            trainer.take_step.weights.parameters[0].register_hook(overflow_once())
+        trainer.advance()
+        return trainer.progress.loss_scale, state_bits(trainer.network)
+
+    def overflow_once() -> object:
+        left = [1]
+
+        def spoil(gradient: torch.Tensor) -> torch.Tensor | None:
+            return gradient * float("inf") if left and left.pop() else None
+
+        return spoil
+
+    alone, *rest = results(1, train) + results(3, train)
+    assert alone[0] == FIRST / 2
+    assert all(other == alone for other in rest)
+
+
+def test_an_overflow_at_the_lowest_scale_is_a_divergence(tmp_path: Path) -> None:
+    trainer = in_half(build_trainer(small_config(), tmp_path, Alone()))
+    before = trainer.take_step.weights.values.clone()
+    trainer.take_step.weights.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(DivergedError, match="not finite or out of range"):
+        trainer.advance()
+    assert trainer.progress.loss_scale == LOWEST
+    assert torch.equal(trainer.take_step.weights.values, before)

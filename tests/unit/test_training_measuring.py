@@ -1,0 +1,247 @@
+"""What each worker measures of a step, and how all of it comes to worker 0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_train.cluster.alone import Alone
+from dist_train.cluster.workers import Workers
+from dist_train.models import build_model
+from dist_train.monitoring.records import Measurement, Outcome, Record, RunFacts
+from dist_train.optim.flat_weights import FlatWeights
+from dist_train.outcome import DivergedError, StoppedError
+from dist_train.training.checkpoints import newest_whole
+from dist_train.training.measuring import NoMeasuring
+from dist_train.training.trainer import Trainer
+from dist_train.training.usage import UsageReader
+from dist_train.training.weight_norms import WeightNorms
+from tests.unit.simulated_workers import SimulatedWorkers, on_workers, results
+from tests.unit.small_trainers import build_trainer, small_config, state_bits
+
+ON = {"enabled": True}
+
+
+class Sheet:
+    """An observer that keeps measurements, and the weights as they were when each step was done."""
+
+    def __init__(self) -> None:
+        self.measurements: list[Measurement] = []
+        self.records: list[Record] = []
+        self.weights: dict[int, torch.Tensor] = {}
+        self.trainer: Trainer | None = None
+
+    def begin(self, facts: RunFacts) -> None: ...
+
+    def record(self, record: Record) -> None:
+        self.records.append(record)
+
+    def measurement(self, measurement: Measurement) -> None:
+        self.measurements.append(measurement)
+
+    def progress(self, step: int) -> None:
+        assert self.trainer is not None
+        self.weights[step] = self.trainer.take_step.weights.values.clone()
+
+    def sync(self) -> None: ...
+
+    def end(self, outcome: Outcome) -> None: ...
+
+    @property
+    def steps(self) -> list[int]:
+        return [measurement.step for measurement in self.measurements]
+
+
+def prepare(folder: Path, workers: Workers, *, going_on: bool = False, **sections: Any) -> tuple[Sheet, Trainer]:
+    sheet = Sheet()
+    contents = newest_whole(folder / "checkpoints", lambda path, text: None) if going_on else None
+    trainer = build_trainer(small_config(**sections), folder, workers, observers=[sheet], contents=contents)
+    sheet.trainer = trainer
+    return sheet, trainer
+
+
+def run(folder: Path, workers: Workers, **options: Any) -> tuple[Sheet, Trainer]:
+    sheet, trainer = prepare(folder, workers, **options)
+    trainer.run()
+    return sheet, trainer
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_worker_0_has_every_worker_s_row_and_each_other_its_own(tmp_path: Path, size: int) -> None:
+    sheets = [sheet for sheet, _ in results(size, lambda workers: run(tmp_path, workers, metrics=ON))]
+    for sheet in sheets:
+        assert sheet.steps == [1, 2, 3, 4, 5, 6]
+    for rank, sheet in enumerate(sheets[1:], start=1):
+        for own, all_ in zip(sheet.measurements, sheets[0].measurements, strict=True):
+            assert len(all_.workers) == size
+            assert own.workers[0].busy_seconds == all_.workers[rank].busy_seconds
+            assert own.workers[0].wait_seconds == all_.workers[rank].wait_seconds
+            assert math.isnan(own.weight_norm)
+    for measurement in (m for sheet in sheets for m in sheet.measurements):
+        mine = measurement.workers[0]
+        assert mine.busy_seconds + mine.wait_seconds == pytest.approx(measurement.step_seconds)
+        assert mine.wait_seconds == pytest.approx(measurement.parts.allreduce_wait)
+        assert mine.resident_bytes > 10e6
+        assert math.isnan(mine.device_bytes)
+        assert math.isnan(mine.device_utilization)
+
+
+def test_one_sum_a_measured_step_carries_all_of_it_and_none_where_metrics_are_off(tmp_path: Path) -> None:
+    def names(workers: SimulatedWorkers, **metrics: Any) -> list[str]:
+        trainer = run(tmp_path / str(metrics), workers, metrics=metrics)[1]
+        assert isinstance(trainer.measuring, NoMeasuring) is not any(metrics.get(k) for k in ("enabled", "tensorboard"))
+        return workers.names
+
+    for count, metrics in ((0, {"enabled": False}), (6, ON), (6, {"enabled": False, "tensorboard": True})):
+        for each in results(2, lambda workers, metrics=metrics: names(workers, **metrics)):  # type: ignore[misc]
+            assert each.count("measurements") == count
+
+
+def test_steps_are_measured_at_the_pace_of_the_records_and_at_the_end(tmp_path: Path) -> None:
+    sheets = results(2, lambda workers: run(tmp_path, workers, metrics={**ON, "every_steps": 4})[0])
+    assert [sheet.steps for sheet in sheets] == [[4, 6], [4, 6]]
+
+
+def test_measuring_changes_no_bit_of_the_run(tmp_path: Path) -> None:
+    _, measured = run(tmp_path / "on", Alone(), metrics=ON)
+    _, plain = run(tmp_path / "off", Alone())
+    assert state_bits(measured.network) == state_bits(plain.network)
+
+
+def assert_norms(sheet: Sheet, initial: torch.Tensor) -> None:
+    for measurement in sheet.measurements:
+        values = sheet.weights[measurement.step].double()
+        assert measurement.weight_norm == pytest.approx(float(values.norm()), rel=1e-5)
+        assert measurement.distance == pytest.approx(float((values - initial.double()).norm()), rel=1e-5)
+        assert measurement.distance > 0
+
+
+def test_norm_and_distance_are_of_the_clean_weights_after_the_step_and_from_the_initial_ones_also_after_a_resume(
+    tmp_path: Path,
+) -> None:
+    noise = {"amplitude": 0.5}
+    first, trainer = run(tmp_path, Alone(), metrics=ON, noise=noise, run={"max_steps": 3})
+    second, _ = run(tmp_path, Alone(), going_on=True, metrics=ON, noise=noise)
+    assert (first.steps, second.steps) == ([1, 2, 3], [4, 5, 6])
+    initial = FlatWeights(build_model(trainer.config)).values
+    assert_norms(first, initial)
+    assert_norms(second, initial)
+
+
+def test_norms_are_taken_when_they_are_asked_for_over_any_number_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_train.training.weight_norms._PIECE", 7)
+    values, initial = torch.arange(20.0), torch.ones(20)
+    norms = WeightNorms(values, initial)
+    expected = float(values.norm()), float((values - initial).norm())
+    norms.start()
+    values.zero_()
+    assert norms.result() == pytest.approx(expected)
+
+
+def test_a_checkpoint_s_stall_counts_to_the_next_measured_step_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sheet, trainer = prepare(tmp_path, Alone(), metrics={**ON, "every_steps": 2}, checkpoint={"every_epochs": 1})
+    assert trainer.writer is not None
+    submit = trainer.writer.submit
+
+    def slowly(*arguments: Any) -> None:
+        import time
+
+        time.sleep(0.2)
+        submit(*arguments)
+
+    monkeypatch.setattr(trainer.writer, "submit", slowly)
+    trainer.run()
+    stalls = {measurement.step: measurement.parts.checkpoint_stall for measurement in sheet.measurements}
+    assert stalls[4] >= 0.2, "saved after step 3"
+    assert stalls[2] < 0.1
+    assert stalls[6] < 0.1, "the stall after the last step comes too late to be told"
+
+
+def test_the_last_measurement_is_handed_out_also_when_the_run_is_stopped(tmp_path: Path) -> None:
+    def stopped(workers: SimulatedWorkers) -> list[int]:
+        sheet, trainer = prepare(tmp_path, workers, metrics=ON)
+        trainer.stop.request("SIGTERM")
+        with pytest.raises(StoppedError):
+            trainer.run()
+        return sheet.steps
+
+    assert results(2, stopped) == [[1], [1]]
+
+
+def test_a_run_that_fails_drops_the_measurement_under_way(tmp_path: Path) -> None:
+    sheets: list[Sheet] = []
+
+    def diverge(workers: SimulatedWorkers) -> None:
+        sheet, trainer = prepare(tmp_path, workers, metrics=ON)
+        sheets.append(sheet)
+        trainer.advance()
+        trainer.take_step.weights.values.fill_(math.nan)
+        trainer.run()
+
+    assert all(isinstance(error, DivergedError) for error in on_workers(2, diverge))
+    assert [sheet.steps for sheet in sheets] == [[], []]
+
+
+def test_only_worker_0_hands_out_records(tmp_path: Path) -> None:
+    sheets = [sheet for sheet, _ in results(2, lambda workers: run(tmp_path, workers, metrics=ON))]
+    assert sheets[0].records
+    assert not sheets[1].records
+
+
+def asked(answer: Callable[[], float]) -> tuple[UsageReader, list[torch.device]]:
+    calls: list[torch.device] = []
+
+    def ask(device: torch.device) -> float:
+        calls.append(device)
+        return answer()
+
+    return UsageReader(torch.device("cuda", 1), ask), calls
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch says of the memory of GPU 1."""
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 1000 + device.index)
+    monkeypatch.setattr("torch.cuda.max_memory_reserved", lambda device: 2000 + device.index)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_s_usage_is_what_torch_holds_of_it_and_a_share_read_at_most_once_a_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usage, calls = asked(lambda: 42)
+    read = [usage.read() for _ in range(5)][-1]
+    assert (read.device_bytes, read.device_peak_bytes, read.device_utilization) == (1001, 2001, 0.42)
+    assert calls == [torch.device("cuda", 1)]
+    monkeypatch.setattr("dist_train.training.usage._PACE_SECONDS", 0.0)
+    usage.read()
+    assert len(calls) == 2
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("error", [ModuleNotFoundError("pynvml"), RuntimeError("no driver"), Exception("NVML")])
+def test_where_nothing_answers_the_utilization_is_unknown_and_not_asked_for_again(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dist_train.training.usage._PACE_SECONDS", 0.0)
+
+    def fail() -> float:
+        raise error
+
+    usage, calls = asked(fail)
+    assert all(math.isnan(usage.read().device_utilization) for _ in range(3))
+    assert len(calls) == 1
+
+
+def test_without_the_kernel_s_account_the_resident_memory_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dist_train.training.usage._STATM", tmp_path / "missing")
+    assert math.isnan(UsageReader(torch.device("cpu")).read().resident_bytes)

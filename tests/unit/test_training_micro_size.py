@@ -1,0 +1,109 @@
+"""`micro_size: auto`: the largest that fits every worker's device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dist_train.cluster.alone import Alone
+from dist_train.cluster.workers import Workers
+from dist_train.models import build_model
+from dist_train.outcome import UsageError
+from dist_train.training.compute import Compute
+from dist_train.training.micro_size import find_micro_size, forward_and_backward, halve
+from tests.unit.simulated_workers import results
+from tests.unit.small_trainers import small_config
+
+CPU = torch.device("cpu")
+
+
+def room_for(largest: int, tried: list[int] | None = None) -> Callable[[int], None]:
+    def try_size(size: int) -> None:
+        if tried is not None:
+            tried.append(size)
+        if size > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    return try_size
+
+
+def found(largest: int, global_size: int, workers: Workers, device: str = "cpu") -> int:
+    return find_micro_size(room_for(largest), global_size=global_size, device=torch.device(device), workers=workers)
+
+
+@pytest.mark.parametrize(
+    ("largest", "global_size", "device", "size"),
+    [
+        (10**6, 8192, "cpu", 128),
+        (10**6, 8192, "cuda", 2048),
+        (100, 8192, "cuda", 64),
+        (64, 8192, "cuda", 64),
+        (2, 8192, "cuda", 2),
+        (10**6, 40, "cpu", 32),
+        (10**6, 32, "cpu", 32),
+    ],
+)
+def test_it_is_the_largest_power_of_two_that_fits(largest: int, global_size: int, device: str, size: int) -> None:
+    assert found(largest, global_size, Alone(), device) == size
+
+
+def test_it_is_what_fits_every_worker_and_no_more_than_an_even_share() -> None:
+    assert results(3, lambda each: found((1000, 20, 50)[each.rank], 8192, each)) == [16] * 3
+    assert results(4, lambda each: found(1000, 256, each)) == [64] * 4
+
+
+@pytest.mark.parametrize(("global_size", "fewest", "size"), [(98, 2, 32), (98, 3, 31), (8192, 5, 128), (129, 2, 127)])
+def test_no_micro_batch_has_fewer_samples_than_must_share_it(global_size: int, fewest: int, size: int) -> None:
+    found = find_micro_size(
+        room_for(32 if global_size == 98 else 1000), global_size=global_size, device=CPU, workers=Alone(), fewest=fewest
+    )
+    assert found == size
+    assert global_size % found == 0 or global_size % found >= fewest
+
+
+def test_nothing_larger_is_tried_once_one_does_not_fit() -> None:
+    tried: list[int] = []
+    find_micro_size(room_for(5, tried), global_size=1024, device=torch.device("cuda"), workers=Alone())
+    assert tried == [2, 4, 8]
+
+
+def test_where_nothing_fits_all_workers_say_so() -> None:
+    with pytest.raises(UsageError, match=r"set a smaller model\.width"):
+        results(2, lambda each: found(8 if each.rank else 0, 1024, each))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_a_cpu_s_lack_of_memory_counts_too(error: Exception) -> None:
+    def try_size(size: int) -> None:
+        if size > 8:
+            raise error
+
+    assert find_micro_size(try_size, global_size=1024, device=CPU, workers=Alone()) == 8
+
+
+def test_other_errors_are_not_swallowed() -> None:
+    def try_size(size: int) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        find_micro_size(try_size, global_size=1024, device=CPU, workers=Alone())
+
+
+@pytest.mark.parametrize(("before", "after"), [(128, 64), (7, 4), (3, 2), (2, 1)])
+def test_halving_rounds_up(before: int, after: int) -> None:
+    assert halve(before, 8192) == after
+
+
+def test_a_single_sample_cannot_be_halved() -> None:
+    with pytest.raises(UsageError, match=r"smaller model\.width"):
+        halve(1, 8192)
+
+
+def test_a_trial_runs_the_model_both_ways() -> None:
+    model = build_model(small_config())
+    forward_and_backward(model, (1, 8, 8), 10, Compute(CPU, torch.float32))(4)
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -1,0 +1,87 @@
+"""The profiler looks at a few updates after the first two, and names the phases of an update."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_train.cluster.alone import Alone
+from dist_train.training.profiling import NoProfiler, StepProfiler, build_profiler
+from tests.unit.small_trainers import build_trainer, small_config, state_bits
+
+PHASES = ("perturb", "forward-backward", "restore", "allreduce", "update")
+
+
+class Recorder(Alone):
+    """A worker that notes when its timeline starts and stops."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def start_timeline(self, path: Path) -> None:
+        self.calls.append(path.name)
+
+    def stop_timeline(self) -> None:
+        self.calls.append("stop")
+
+
+def ranges(folder: Path) -> dict[str, dict[str, int]]:
+    """Return how often each trace has each phase."""
+    found = {}
+    for path in sorted(folder.glob("trace-*.json")):
+        events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
+        found[path.name] = {phase: sum(event.get("name") == phase for event in events) for phase in PHASES}
+    return found
+
+
+@pytest.mark.timeout(120)
+def test_a_run_leaves_a_trace_that_names_each_phase_of_each_profiled_update(tmp_path: Path) -> None:
+    trainer = build_trainer(small_config(run={"profile_steps": 2}), tmp_path / "profiled", Alone())
+    trainer.run()
+    trainer.close()
+    assert ranges(tmp_path / "profiled" / "profile") == {
+        "trace-step-00000003-rank-0.json": dict.fromkeys(PHASES, 2),
+    }
+    plain = build_trainer(small_config(), tmp_path / "plain", Alone())
+    plain.run()
+    plain.close()
+    assert not (tmp_path / "plain" / "profile").exists()
+    assert state_bits(trainer.network) == state_bits(plain.network)
+
+
+def test_a_run_that_ends_before_leaves_what_was_seen(tmp_path: Path) -> None:
+    workers = Recorder()
+    profiler = StepProfiler(9, tmp_path / "profile", workers)
+    for step in (41, 42, 43):
+        profiler.after_update(step)
+    profiler.close()
+    profiler.close()
+    assert workers.calls == ["horovod-step-00000043.json", "stop"]
+    assert list(ranges(tmp_path / "profile")) == ["trace-step-00000043-rank-0.json"]
+
+
+def test_a_run_that_ends_before_it_begins_leaves_nothing(tmp_path: Path) -> None:
+    profiler = StepProfiler(9, tmp_path / "profile", Alone())
+    profiler.after_update(1)
+    profiler.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_told_and_costs_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    workers = Recorder()
+    (tmp_path / "file").touch()
+    profiler = StepProfiler(1, tmp_path / "file" / "profile", workers)
+    for step in range(4):
+        profiler.after_update(step)
+    profiler.close()
+    assert "nothing is profiled" in caplog.text
+    assert workers.calls == []
+
+
+def test_no_updates_need_no_profiler(tmp_path: Path) -> None:
+    assert isinstance(build_profiler(0, tmp_path, Alone()), NoProfiler)

@@ -1,0 +1,309 @@
+"""Sums of gradients over micro-batches and workers: exact, float, float16, Adasum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dist_train.cluster.alone import Alone
+from dist_train.cluster.workers import Workers
+from dist_train.config import CommSettings
+from dist_train.optim.flat_weights import FlatWeights
+from dist_train.outcome import UsageError
+from dist_train.training.reduction import (
+    Codec,
+    ExactCodec,
+    FloatCodec,
+    GradientReduction,
+    buckets_of,
+    build_reduction,
+)
+from tests.unit.simulated_workers import SimulatedWorkers, results
+
+PROPERTY = settings(deadline=None, max_examples=40)
+SIZES = [5, 40, 1, 17]
+COUNT = sum(SIZES)
+FLOAT = CommSettings(reduction="float")
+
+Build = Callable[[FlatWeights, Workers], Codec]
+
+
+class Given(nn.Module):
+    """Parameters whose gradients are what is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList([nn.Parameter(torch.zeros(size)) for size in SIZES])
+
+    def loss(self, gradient: Tensor) -> Tensor:
+        """Return a loss whose gradient is `gradient` [COUNT]; a part of NaN's is not used at all."""
+        pieces = zip(self.parts, torch.split(gradient, SIZES), strict=True)
+        return torch.stack([(p * piece).sum() for p, piece in pieces if not piece.isnan().all()]).sum()
+
+
+def reduce(workers: Workers, gradients: list[Tensor], build: Build, bucket: int = 20) -> tuple[Tensor, bool]:
+    """Return the reduced gradient [COUNT] of micro-batches dealt out round robin, and whether ours was out of range."""
+    model = Given()
+    weights = FlatWeights(model)
+    reduction = GradientReduction(weights, build(weights, workers), buckets_of(weights, bucket))
+    mine = gradients[workers.rank :: workers.size]
+    reduction.start()
+    for index, gradient in enumerate(mine):
+        last = index == len(mine) - 1
+        with reduction.last_micro_batch() if last else reduction.micro_batch():
+            torch.autograd.backward(model.loss(gradient))
+    reduction.send()
+    reduction.finish()
+    flat = torch.cat([part.grad for part in model.parts if part.grad is not None])
+    return flat.clone(), bool(reduction.out_of_range)
+
+
+def exact(weights: FlatWeights, workers: Workers) -> Codec:
+    return ExactCodec(weights, workers, terms=16)
+
+
+def as_float32(weights: FlatWeights, workers: Workers) -> Codec:
+    return FloatCodec(weights, workers, torch.float32)
+
+
+def as_float16(weights: FlatWeights, workers: Workers) -> Codec:
+    return FloatCodec(weights, workers, torch.float16)
+
+
+def some_gradients(count: int, scale: float = 1.0, seed: int = 0) -> list[Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    return [torch.randn(COUNT, generator=source) * scale * 10.0 ** (-index) for index in range(count)]
+
+
+@pytest.mark.parametrize("bucket", [1, 20, 1000])
+@pytest.mark.parametrize("workers", [1, 2, 3, 5, 9])
+def test_promise_3_the_exact_sum_has_the_same_bits_for_any_number_of_workers_and_buckets(
+    workers: int, bucket: int
+) -> None:
+    gradients = some_gradients(7)
+    [(alone, _)] = results(1, lambda each: reduce(each, gradients, exact))
+    for reduced, out_of_range in results(workers, lambda each: reduce(each, gradients, exact, bucket)):
+        assert torch.equal(reduced, alone)
+        assert not out_of_range
+
+
+def test_promise_3_the_float_sum_has_not() -> None:
+    gradients = some_gradients(7)
+    sums = [results(size, lambda each: reduce(each, gradients, as_float32))[0][0] for size in (1, 2, 3)]
+    assert not (torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2]))
+
+
+@PROPERTY
+@given(st.integers(1, 16), st.integers(0, 2**30), st.floats(1e-6, 100.0))
+def test_the_exact_sum_is_within_one_rounding_of_the_true_one(count: int, seed: int, scale: float) -> None:
+    gradients = some_gradients(count, scale, seed)
+    reduced, _ = reduce(Alone(), gradients, exact)
+    true = torch.stack([gradient.double() for gradient in gradients]).sum(dim=0)
+    allowed = count * 2.0**-48 + true.abs() * 2.0**-23
+    assert ((reduced.double() - true).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize(("build", "tolerance"), [(as_float32, 1e-6), (as_float16, 2e-3)])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_float_sum_is_right_to_its_rounding(build: Build, tolerance: float, workers: int) -> None:
+    gradients = some_gradients(5)
+    true = torch.stack(gradients).double().sum(dim=0)
+    for reduced, out_of_range in results(workers, lambda each: reduce(each, gradients, build)):
+        assert (reduced.double() - true).abs().max() <= tolerance * true.abs().max()
+        assert not out_of_range
+
+
+@pytest.mark.parametrize("build", [exact, as_float32])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 44, COUNT - 1])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_gradient_that_is_not_finite_is_noted_where_it_is_met(build: Build, bad: float, place: int, at: int) -> None:
+    gradients = some_gradients(3)
+    gradients[at][place] = bad
+    noted = [out_of_range for _, out_of_range in results(3, lambda each: reduce(each, gradients, build))]
+    assert noted == [rank == at for rank in range(3)]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_gradient_too_large_for_the_integers_is_noted(sign: int) -> None:
+    limit = 2.0**14 / 16
+    for value, expected in ((limit * 1.001, True), (limit * 0.999, False)):
+        gradients = [torch.full((COUNT,), sign * value)]
+        reduced, out_of_range = reduce(Alone(), gradients, exact)
+        assert out_of_range is expected
+        assert expected or torch.equal(reduced, gradients[0])
+
+
+def test_as_many_terms_as_were_promised_fit_without_overflow() -> None:
+    gradients = [torch.full((COUNT,), 2.0**14 / 16 * 0.999)] * 16
+    reduced, out_of_range = reduce(Alone(), gradients, exact)
+    assert not out_of_range
+    torch.testing.assert_close(reduced, gradients[0] * 16)
+
+
+def test_float16_that_overflows_is_not_finite_on_all_workers() -> None:
+    gradients = [torch.full((COUNT,), 6e4)] * 2
+    for reduced, _ in results(2, lambda each: reduce(each, gradients, as_float16)):
+        assert not reduced.isfinite().any()
+
+
+@pytest.mark.parametrize("build", [exact, as_float32])
+@pytest.mark.parametrize("unused", [0, 1, 3])
+def test_parameters_that_a_micro_batch_does_not_use_count_as_zero(build: Build, unused: int) -> None:
+    gradients = some_gradients(2)
+    torch.split(gradients[1], SIZES)[unused].fill_(math.nan)
+    expected = gradients[0] + gradients[1].nan_to_num()
+    reduced, out_of_range = reduce(Alone(), gradients, build)
+    torch.testing.assert_close(reduced, expected)
+    assert not out_of_range
+
+
+def test_a_reduction_begins_anew_at_every_step() -> None:
+    model = Given()
+    weights = FlatWeights(model)
+    reduction = GradientReduction(weights, exact(weights, Alone()), buckets_of(weights, 20))
+    for gradient, out_of_range in ((torch.full((COUNT,), 1e9), True), (torch.ones(COUNT), False)):
+        reduction.start()
+        with reduction.last_micro_batch():
+            torch.autograd.backward(model.loss(gradient))
+        reduction.send()
+        reduction.finish()
+        assert bool(reduction.out_of_range) is out_of_range
+    assert torch.equal(weights.gradients[:5], torch.ones(5))
+
+
+def test_buckets_are_sent_within_the_last_backward_pass_alone_and_once() -> None:
+    def names(workers: SimulatedWorkers) -> tuple[list[str], list[str], list[str]]:
+        model = Given()
+        weights = FlatWeights(model)
+        reduction = GradientReduction(weights, exact(weights, workers), buckets_of(weights, 1))
+        reduction.start()
+        with reduction.micro_batch():
+            torch.autograd.backward(model.loss(torch.ones(COUNT)))
+        first = list(workers.names)
+        with reduction.last_micro_batch():
+            torch.autograd.backward(model.loss(torch.ones(COUNT)))
+            during = list(workers.names)
+        reduction.send()
+        reduction.finish()
+        return first, during, list(workers.names)
+
+    for first, during, after in results(2, names):
+        assert first == []
+        assert sorted(during) == [f"gradient.{index}" for index in range(len(SIZES))]
+        assert after == during
+
+
+def test_a_closed_reduction_no_longer_listens() -> None:
+    def names(workers: SimulatedWorkers) -> list[str]:
+        model = Given()
+        weights = FlatWeights(model)
+        reductions = [GradientReduction(weights, exact(weights, workers), buckets_of(weights, 1)) for _ in range(2)]
+        reductions[0].close()
+        for reduction in reductions:
+            reduction.start()
+        with reductions[0].last_micro_batch():
+            torch.autograd.backward(model.loss(torch.ones(COUNT)))
+        return workers.names
+
+    assert results(1, names) == [[]]
+
+
+@PROPERTY
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 200))
+def test_buckets_hold_every_parameter_once_from_the_last_to_the_first(sizes: list[int], least: int) -> None:
+    model = nn.ParameterList([nn.Parameter(torch.zeros(size)) for size in sizes])
+    weights = FlatWeights(model)
+    buckets = buckets_of(weights, least)
+    assert [bucket.index for bucket in buckets] == list(range(len(buckets)))
+    assert (buckets[0].last, buckets[0].stop) == (len(sizes), len(weights.gradients))
+    assert (buckets[-1].first, buckets[-1].start) == (0, 0)
+    for later, earlier in pairwise(buckets):
+        assert (earlier.last, earlier.stop) == (later.first, later.start)
+    for bucket in buckets:
+        assert bucket.start == weights.segments[bucket.first].start
+        assert bucket.stop >= weights.segments[bucket.last - 1].stop
+    assert all(bucket.stop - bucket.start >= least for bucket in buckets[:-1])
+
+
+class TestAdasum:
+    SETTINGS = CommSettings(reduction="float", op="adasum")
+
+    def build(self, workers: Workers, share: float = 0.5) -> GradientReduction:
+        return build_reduction(self.SETTINGS, FlatWeights(Given()), workers, micro_batches=4, share=share)
+
+    def test_it_needs_a_power_of_two_of_workers(self) -> None:
+        with pytest.raises(UsageError, match="power of two of workers, not 3"):
+            results(3, self.build)
+
+    def test_it_needs_mpi_on_a_cpu(self) -> None:
+        if torch.cuda.is_available():
+            pytest.skip("only a CPU needs MPI")
+        with pytest.raises(UsageError, match="needs MPI"):
+            results(2, self.build, controller="gloo")
+
+    def test_it_needs_a_micro_batch_on_every_worker(self) -> None:
+        with pytest.raises(UsageError, match="micro-batch on every worker"):
+            results(2, lambda workers: self.build(workers, float(workers.rank)))
+
+    def reduce(self, workers: Workers, gradients: list[Tensor]) -> list[Tensor]:
+        model = Given()
+        weights = FlatWeights(model)
+        share = len(gradients[workers.rank :: workers.size]) / len(gradients)
+        reduction = build_reduction(self.SETTINGS, weights, workers, micro_batches=4, share=share)
+        reduction.start()
+        *first, last = gradients[workers.rank :: workers.size]
+        for gradient in first:
+            with reduction.micro_batch():
+                torch.autograd.backward(model.loss(gradient))
+        with reduction.last_micro_batch():
+            torch.autograd.backward(model.loss(last))
+        reduction.send()
+        reduction.finish()
+        return [part.grad.clone() for part in model.parts if part.grad is not None]
+
+    def test_alone_it_is_the_mean_gradient(self) -> None:
+        gradients = [gradient / 3 for gradient in some_gradients(3)]
+        reduced = torch.cat(self.reduce(Alone(), gradients))
+        torch.testing.assert_close(reduced, torch.stack(gradients).sum(dim=0))
+
+    def test_two_workers_mean_gradients_are_combined_parameter_by_parameter(self) -> None:
+        # of four micro-batches of a global batch, each already divided by its size
+        gradients = [gradient / 4 for gradient in some_gradients(4)]
+        a, b = (torch.split(2 * (gradients[rank] + gradients[rank + 2]), SIZES) for rank in range(2))
+        for reduced in results(2, lambda workers: self.reduce(workers, gradients)):
+            for part, one, other in zip(reduced, a, b, strict=True):
+                dot = one.dot(other)
+                expected = (1 - dot / (2 * one.dot(one))) * one + (1 - dot / (2 * other.dot(other))) * other
+                torch.testing.assert_close(part, expected)
+
+
+@pytest.mark.parametrize(
+    ("comm", "sent"),
+    [
+        (CommSettings(), torch.int64),
+        (FLOAT, torch.float32),
+        (CommSettings(reduction="float", compression="fp16"), torch.float16),
+    ],
+)
+def test_the_settings_choose_what_is_sent(comm: CommSettings, sent: torch.dtype) -> None:
+    class Noting(Alone):
+        def __init__(self) -> None:
+            self.sent: list[torch.dtype] = []
+
+        def start_sum(self, tensor: Tensor, name: str):  # type: ignore[no-untyped-def]
+            self.sent.append(tensor.dtype)
+            return super().start_sum(tensor, name)
+
+    workers = Noting()
+    reduction = build_reduction(comm, FlatWeights(Given()), workers, micro_batches=1, share=1.0)
+    reduction.start()
+    reduction.send()
+    assert workers.sent == [sent]

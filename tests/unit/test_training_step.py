@@ -1,0 +1,434 @@
+"""One update: Algorithm 1 of SmoothOut over the global batch, whatever the number of workers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dist_train.cluster.alone import Alone
+from dist_train.cluster.workers import Workers
+from dist_train.config import Config
+from dist_train.data.loader import open_splits
+from dist_train.data.order import batch_indices, epoch_order
+from dist_train.data.plan import BatchPlan
+from dist_train.models import build_model
+from dist_train.optim.flat_weights import FlatWeights, Segment
+from dist_train.outcome import DivergedError
+from dist_train.randomness import bits, key
+from dist_train.training.step import GlobalBatch, OutOfMemoryError, Update, clip_gradient
+from dist_train.training.trainer import Trainer
+from tests.unit.simulated_workers import SimulatedWorkers, on_workers, results
+from tests.unit.small_trainers import build_trainer, gradient_bits, small_config, state_bits
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+PLAIN = {"momentum": 0.0, "nesterov": False}
+
+
+def take(trainer: Trainer, step: int = 0, rate: float = 0.05, stop: Callable[[], bool] = lambda: False) -> Update:
+    """Make update `step` of the first epoch."""
+    order = epoch_order(len(trainer.splits.train), trainer.config.run.seed, 0)
+    indices = batch_indices(order, step, trainer.plan.global_size)
+    mine = trainer.plan.share(trainer.workers.rank, trainer.workers.size)
+    return trainer.take_step(GlobalBatch(step, 0, indices, mine), rate, stop)
+
+
+def noise_of(config: Config, step: int, segments: Sequence[Segment], *indices: int | str) -> Iterator[Tensor]:
+    """Yield the draw of each parameter at amplitude 1, before any scale."""
+    u = torch.empty(-(-segments[-1].stop // 16) * 16)
+    stream = key(config.run.seed, "noise", step, *indices)
+    if config.noise.distribution == "uniform":
+        u = (bits(stream, len(u), u.device).float() + 0.5) / 2**15
+    else:
+        u.normal_(0, math.sqrt(1 / 3), generator=torch.Generator().manual_seed(stream))
+    for segment in segments:
+        yield u[segment.start : segment.stop].view(segment.shape) * float(segment.kind != "norm")
+
+
+def scaled(config: Config, u: Tensor, weight: Tensor) -> Tensor:
+    """Return delta at amplitude 1: the table of the method's page."""
+    if config.noise.scale == "absolute":
+        return u
+    if config.noise.scale == "weight":
+        return weight.abs() * u
+    rows = (1, -1) if weight.dim() < 2 else (len(weight), -1)
+    norms = weight.reshape(rows).norm(dim=1), u.reshape(rows).norm(dim=1).clamp_min(1e-30)
+    delta: Tensor = u.reshape(rows) * (norms[0] / norms[1])[:, None]
+    return delta.view(u.shape)
+
+
+def reference(config: Config, step: int, workers: int = 1) -> tuple[dict[str, Tensor], float]:
+    """Perturb, differentiate the mean loss over the whole global batch, restore: the paper's page in plain PyTorch."""
+    model = build_model(config)
+    assert config.batch.micro_size != "auto"
+    segments = FlatWeights(build_model(config)).segments
+    samples = open_splits(config.data, config.run.seed, torch.device("cpu")).train
+    indices = epoch_order(len(samples), config.run.seed, 0)[step * config.batch.global_size :]
+    loss = 0.0
+    for part in BatchPlan(config.batch.global_size, config.batch.micro_size).micro_batches:
+        shares: dict[str, list[int | str]] = {"micro_batch": [part.index], "worker": ["worker", part.index % workers]}
+        clean = [parameter.detach().clone() for parameter in model.parameters()]
+        noise = noise_of(config, step, segments, *shares.get(config.noise.sharing, []))
+        for parameter, u in zip(model.parameters(), noise, strict=True):
+            parameter.data += config.noise.amplitude * scaled(config, u, parameter.data)
+        inputs, labels = samples.micro_batch(indices[part.start : part.stop], 0)
+        share = functional.cross_entropy(model(inputs), labels, reduction="sum") / config.batch.global_size
+        torch.autograd.backward(share)
+        loss += share.item()
+        for parameter, value in zip(model.parameters(), clean, strict=True):
+            parameter.data = value
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, loss
+
+
+def sharpest(config: Config, step: int) -> dict[str, Tensor]:
+    """Ascend by each micro-batch's own gradient, differentiate there, come back: SAM in plain PyTorch."""
+    model = build_model(config)
+    assert config.batch.micro_size != "auto"
+    samples = open_splits(config.data, config.run.seed, torch.device("cpu")).train
+    indices = epoch_order(len(samples), config.run.seed, 0)[step * config.batch.global_size :]
+    parameters = list(model.parameters())
+    moving = [segment.kind != "norm" for segment in FlatWeights(build_model(config)).segments]
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    for part in BatchPlan(config.batch.global_size, config.batch.micro_size).micro_batches:
+        inputs, labels = samples.micro_batch(indices[part.start : part.stop], 0)
+        uphill = torch.autograd.grad(functional.cross_entropy(model(inputs), labels), parameters)
+        length = math.sqrt(sum(float(g.square().sum()) for g, moves in zip(uphill, moving, strict=True) if moves))
+        clean = [parameter.detach().clone() for parameter in parameters]
+        for parameter, g, moves in zip(parameters, uphill, moving, strict=True):
+            parameter.data += config.noise.amplitude / length * g * float(moves)
+        loss = functional.cross_entropy(model(inputs), labels, reduction="sum") / config.batch.global_size
+        for sum_, g in zip(total, torch.autograd.grad(loss, parameters), strict=True):
+            sum_ += g
+        for parameter, value in zip(parameters, clean, strict=True):
+            parameter.data = value
+    return {name: sum_ for (name, _), sum_ in zip(model.named_parameters(), total, strict=True)}
+
+
+def assert_equal_gradients(gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Equal to float32 rounding of the largest, and to what one activation on the edge of its ReLU adds to it."""
+    rounding = 2e-4 * max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=rounding)
+
+
+def gradients_of(trainer: Trainer) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("sharing", "reduction", "distribution", "scale"),
+    [
+        ("global", "exact", "uniform", "absolute"),
+        ("global", "float", "normal", "absolute"),
+        ("micro_batch", "exact", "normal", "filter"),
+        ("micro_batch", "float", "uniform", "weight"),
+        ("worker", "exact", "uniform", "filter"),
+        ("worker", "float", "normal", "weight"),
+    ],
+)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_its_gradient_is_that_of_plain_pytorch_at_the_perturbed_weights(
+    tmp_path: Path, sharing: str, reduction: str, distribution: str, scale: str, workers: int
+) -> None:
+    noise = {"sharing": sharing, "distribution": distribution, "scale": scale, "amplitude": 0.05}
+    config = small_config(model={"width": 0.0625}, noise=noise, comm={"reduction": reduction})
+    expected, loss = reference(config, 1, workers)
+
+    def step(workers: SimulatedWorkers) -> tuple[dict[str, Tensor], Update]:
+        trainer = build_trainer(config, tmp_path, workers)
+        update = take(trainer, 1, rate=0.0)
+        return gradients_of(trainer), update
+
+    for gradients, update in results(workers, step):
+        assert update.loss == pytest.approx(loss, rel=1e-6)
+        norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected.values()))
+        assert update.gradient_norm == pytest.approx(norm, rel=1e-4)
+        assert_equal_gradients(gradients, expected)
+
+
+SAM = {"method": "sam", "amplitude": 0.2, "sharing": "micro_batch"}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("reduction", ["exact", "float"])
+def test_sam_s_gradient_is_that_of_plain_pytorch(tmp_path: Path, reduction: str, workers: int) -> None:
+    config = small_config(model={"width": 0.0625}, noise=SAM, comm={"reduction": reduction})
+    expected = sharpest(config, 1)
+
+    def step(workers: SimulatedWorkers) -> dict[str, Tensor]:
+        trainer = build_trainer(config, tmp_path, workers)
+        before = trainer.take_step.weights.values.clone()
+        take(trainer, 1, rate=0.0)
+        assert torch.equal(trainer.take_step.weights.values, before)
+        return gradients_of(trainer)
+
+    for gradients in results(workers, step):
+        assert_equal_gradients(gradients, expected)
+    plain, _ = reference(small_config(model={"width": 0.0625}, noise={"method": "none", "amplitude": 0.0}), 1)
+    with pytest.raises(AssertionError):
+        assert_equal_gradients(plain, expected)
+
+
+def test_sam_s_statistics_count_each_sample_once(tmp_path: Path) -> None:
+    trainer = build_trainer(small_config(noise={**SAM, "amplitude": 1e-6}), tmp_path, Alone())
+    take(trainer)
+    sam = {name: buffer.clone() for name, buffer in trainer.network.named_buffers() if name.endswith("running_var")}
+    plain = build_trainer(small_config(noise={"method": "none"}), tmp_path, Alone())
+    take(plain)
+    for name, buffer in sam.items():
+        torch.testing.assert_close(buffer, plain.network.get_buffer(name), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("scale", ["absolute", "weight", "filter"])
+def test_langevin_s_updates_are_equation_1_and_its_momentum_has_no_noise(
+    tmp_path: Path, scale: str, nesterov: bool
+) -> None:
+    noise = {"method": "langevin", "amplitude": 0.05, "scale": scale, "schedule": {"kind": "linear"}}
+    config = small_config(noise=noise, optimizer={"momentum": 0.9, "nesterov": nesterov})
+    trainer = build_trainer(config, tmp_path, Alone())
+    segments = trainer.take_step.weights.segments
+    parameters = list(trainer.network.parameters())
+    buffers = [torch.zeros_like(parameter) for parameter in parameters]
+    for step, amplitude in enumerate((0.05, 0.05 * 5 / 6, 0.05 * 4 / 6)):
+        before = [parameter.detach().clone() for parameter in parameters]
+        take(trainer, step, rate=0.1)
+        draws = noise_of(config, step, segments)
+        gradients = [p.grad.clone() for p in parameters if p.grad is not None]
+        for parameter, theta, g, v, u in zip(parameters, before, gradients, buffers, draws, strict=True):
+            v.mul_(0.9).add_(g)
+            descent = g + 0.9 * v if nesterov else v
+            expected = theta - 0.1 * descent + amplitude * scaled(config, u, theta)
+            torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-6)
+            buffer = trainer.take_step.optimizer.state[parameter]["momentum_buffer"]
+            torch.testing.assert_close(buffer, v, rtol=1e-5, atol=1e-6)
+
+
+def test_langevin_s_gradient_is_taken_at_the_weights_themselves_and_a_rate_of_zero_leaves_a_walk(
+    tmp_path: Path,
+) -> None:
+    config = small_config(noise={"method": "langevin", "amplitude": 0.05})
+    plain, _ = reference(small_config(noise={"method": "none", "amplitude": 0.0}), 0)
+    trainer = build_trainer(config, tmp_path, Alone())
+    start = [parameter.detach().clone() for parameter in trainer.network.parameters()]
+    take(trainer, 0, rate=0.0)
+    assert_equal_gradients(gradients_of(trainer), plain)
+    take(trainer, 1, rate=0.0)
+    segments = trainer.take_step.weights.segments
+    draws = (noise_of(config, 0, segments), noise_of(config, 1, segments))
+    for parameter, value, first, second in zip(trainer.network.parameters(), start, *draws, strict=True):
+        torch.testing.assert_close(parameter.detach(), value + 0.05 * first + 0.05 * second, rtol=0, atol=1e-6)
+
+
+def test_the_noise_matters_to_the_reference() -> None:
+    noisy, _ = reference(small_config(), 0)
+    clean, _ = reference(small_config(noise={"method": "none", "amplitude": 0.0}), 0)
+    assert (noisy["classifier.weight"] - clean["classifier.weight"]).abs().max() > 1e-4
+
+
+def test_promise_4_with_a_rate_of_zero_the_weights_stay_to_the_bit(tmp_path: Path) -> None:
+    shared: list[dict[str, Any]] = [{"sharing": sharing} for sharing in ("global", "worker", "micro_batch")]
+    for noise in (*shared, {"scale": "filter", "distribution": "normal"}, SAM):
+        trainer = build_trainer(small_config(noise=noise), tmp_path, Alone())
+        before = trainer.take_step.weights.values.clone()
+        for step in range(3):
+            take(trainer, step, rate=0.0)
+        assert torch.equal(trainer.take_step.weights.values, before)
+
+
+def test_loss_and_accuracy_are_means_over_the_global_batch(tmp_path: Path) -> None:
+    config = small_config(noise={"method": "none"}, model={"norm": "none", "width": 0.0625})
+    trainer = build_trainer(config, tmp_path, Alone())
+    inputs, labels = trainer.splits.train.micro_batch(epoch_order(100, 0, 0)[:26], 0)
+    with torch.no_grad():
+        logits = trainer.network(inputs)
+    update = take(trainer)
+    assert update.loss == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert update.accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_global_gradient_is_clipped_not_each_worker_s(tmp_path: Path, workers: int) -> None:
+    def moved(workers: SimulatedWorkers, clip: float | None) -> tuple[Tensor, Update]:
+        trainer = build_trainer(small_config(optimizer={**PLAIN, "clip_norm": clip}), tmp_path, workers)
+        before = trainer.take_step.weights.values.clone()
+        update = take(trainer, rate=1.0)
+        return trainer.take_step.weights.values - before, update
+
+    for (free, update), (clipped, clipped_update) in results(
+        workers, lambda each: (moved(each, None), moved(each, 0.25))
+    ):
+        assert update.gradient_norm > 0.5
+        assert clipped_update.gradient_norm == update.gradient_norm
+        torch.testing.assert_close(clipped, free * (0.25 / update.gradient_norm), rtol=1e-4, atol=1e-6)
+
+
+def test_a_gradient_within_the_limit_is_not_touched() -> None:
+    gradient = torch.tensor([3.0, 4.0])
+    clip_gradient(gradient, 5.0, 5.0)
+    clip_gradient(gradient, 5.0, None)
+    assert gradient.tolist() == [3.0, 4.0]
+    clip_gradient(gradient, 5.0, 2.5)
+    assert gradient.tolist() == [1.5, 2.0]
+
+
+class Changed:
+    """Samples of which the inputs of one are changed."""
+
+    def __init__(self, samples: Any, sample: int, change: Callable[[Tensor], Tensor]) -> None:
+        self._samples, self._sample, self._change = samples, sample, change
+
+    def micro_batch(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        inputs, labels = self._samples.micro_batch(indices, epoch)
+        return torch.where((indices == self._sample).view(-1, 1, 1, 1), self._change(inputs), inputs), labels
+
+
+@pytest.mark.parametrize("reduction", ["exact", "float"])
+@pytest.mark.parametrize(("workers", "place"), [(1, 0), (2, 25), (3, 7)])
+def test_a_sample_that_is_not_finite_on_one_worker_stops_all_and_leaves_the_weights(
+    tmp_path: Path, reduction: str, workers: int, place: int
+) -> None:
+    states: list[tuple[Tensor, Tensor, dict[str, bytes], dict[str, bytes]]] = []
+
+    def diverge(workers: SimulatedWorkers) -> None:
+        trainer = build_trainer(small_config(comm={"reduction": reduction}), tmp_path, workers)
+        sample = int(epoch_order(100, 0, 0)[place])
+        bad: Any = Changed(trainer.splits.train, sample, lambda inputs: inputs * math.nan)
+        trainer.take_step = replace(trainer.take_step, samples=bad)
+        before, state = trainer.take_step.weights.values.clone(), state_bits(trainer.network)
+        try:
+            take(trainer)
+        finally:
+            states.append((before, trainer.take_step.weights.values, state, state_bits(trainer.network)))
+
+    ended = on_workers(workers, diverge)
+    assert all(isinstance(error, DivergedError) for error in ended), ended
+    assert len(states) == workers
+    for before, after, state_before, state_after in states:
+        assert torch.equal(before, after)
+        assert state_before == state_after
+
+
+def test_a_gradient_out_of_the_integers_range_is_a_divergence_said_so(tmp_path: Path) -> None:
+    def step(workers: Workers, reduction: str) -> Update:
+        config = small_config(model={"norm": "none", "width": 0.0625}, comm={"reduction": reduction})
+        trainer = build_trainer(config, tmp_path, workers)
+        large: Any = Changed(trainer.splits.train, int(epoch_order(100, 0, 0)[3]), lambda inputs: inputs * 1e7)
+        trainer.take_step = replace(trainer.take_step, samples=large)
+        return take(trainer)
+
+    assert step(Alone(), "float").gradient_norm > 16384
+    for error in on_workers(2, lambda workers: step(workers, "exact")):
+        assert isinstance(error, DivergedError)
+        assert "out of range" in str(error)
+
+
+def test_promise_7_one_worker_s_request_to_stop_reaches_all(tmp_path: Path) -> None:
+    def step(workers: SimulatedWorkers, asked: int | None) -> bool:
+        trainer = build_trainer(small_config(), tmp_path, workers)
+        return take(trainer, stop=lambda: workers.rank == asked).stop_requested
+
+    assert results(3, lambda workers: step(workers, 2)) == [True] * 3
+    assert results(3, lambda workers: step(workers, None)) == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("workers", "noise"),
+    [
+        *((workers, {"sharing": "micro_batch"}) for workers in (1, 2, 3, 5, 8)),
+        (3, {"scale": "filter"}),
+        (3, {"scale": "weight", "distribution": "normal", "sharing": "micro_batch"}),
+        (2, {"method": "langevin", "scale": "filter"}),
+        (3, SAM),
+    ],
+)
+def test_promise_3_an_update_has_the_same_bits_on_any_number_of_workers(
+    tmp_path: Path, workers: int, noise: dict[str, Any]
+) -> None:
+    def step(workers: SimulatedWorkers) -> tuple[dict[str, bytes], bytes, Update]:
+        trainer = build_trainer(small_config(noise=noise), tmp_path, workers)
+        update = take(trainer)
+        return state_bits(trainer.network), gradient_bits(trainer), update
+
+    [alone] = results(1, step)
+    assert results(workers, step) == [alone] * workers
+
+
+class Limited(nn.Module):
+    """A network whose device has memory for so many samples at once."""
+
+    def __init__(self, network: nn.Module, largest: int, backward: bool = False) -> None:
+        super().__init__()
+        self.network, self.largest, self.backward = network, largest, backward
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.network(inputs)
+        if len(inputs) > self.largest:
+            if not self.backward:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            outputs.register_hook(self.run_out)
+        return outputs
+
+    @staticmethod
+    def run_out(gradient: Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("short", "sharing", "backward"),
+    [([0], "global", True), ([1], "micro_batch", True), ([0, 1], "global", False), ([1], "global", False)],
+)
+def test_a_run_that_runs_out_of_memory_goes_on_with_smaller_micro_batches(
+    tmp_path: Path, short: list[int], sharing: str, backward: bool
+) -> None:
+    def train(workers: SimulatedWorkers, micro_size: int, folder: str) -> tuple[dict[str, bytes], int, str]:
+        config = small_config(batch={"micro_size": micro_size}, noise={"sharing": sharing})
+        trainer = build_trainer(config, tmp_path / folder, workers)
+        if micro_size > 3 and workers.rank in short:
+            limited = Limited(trainer.network, 3, backward)
+            trainer.take_step = replace(trainer.take_step, model=limited)
+        trainer.may_shrink = True
+        trainer.run()
+        saved = (tmp_path / folder / "config.yaml").read_text()
+        return state_bits(trainer.network), trainer.plan.micro_size, saved
+
+    [expected] = results(1, lambda workers: train(workers, 3, "small"))
+    for state, micro_size, saved in results(2, lambda workers: train(workers, 6, "shrunk")):
+        assert micro_size == 3
+        assert state == expected[0]
+        assert saved == expected[2]
+
+
+def test_a_size_that_was_asked_for_is_not_changed_and_the_weights_are_as_before(tmp_path: Path) -> None:
+    trainer = build_trainer(small_config(), tmp_path, Alone())
+    trainer.take_step = replace(trainer.take_step, model=Limited(trainer.network, 3))
+    before = trainer.take_step.weights.values.clone()
+    with pytest.raises(OutOfMemoryError):
+        trainer.run()
+    assert torch.equal(trainer.take_step.weights.values, before)
+
+
+def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None:
+    trainer = build_trainer(small_config(), tmp_path, Alone())
+    trainer.take_step = replace(trainer.take_step, model=nn.Flatten())
+    trainer.may_shrink = True
+    before = trainer.take_step.weights.values.clone()
+    with pytest.raises((RuntimeError, IndexError)) as caught:
+        trainer.run()
+    assert not isinstance(caught.value, OutOfMemoryError)
+    assert torch.equal(trainer.take_step.weights.values, before)

@@ -1,0 +1,209 @@
+"""Where the time of a step goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_train.cluster.alone import Alone
+from dist_train.monitoring.records import StepParts
+from dist_train.training.step import GlobalBatch
+from dist_train.training.step_clock import DeviceTimer, HostTimer, StepClock, build_step_clock
+from tests.unit.simulated_workers import SimulatedWorkers, results
+from tests.unit.small_trainers import build_trainer, small_config
+from tests.unit.test_training_step import SAM, take
+
+
+class Counted:
+    """A timer that reads the time from a test, and counts how often it was asked how far apart moments are."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+        self.asked = 0
+
+    def now(self) -> tuple[float]:
+        return (self.time,)
+
+    def seconds(self, begun: tuple[float], ended: tuple[float]) -> float:
+        self.asked += 1
+        return ended[0] - begun[0]
+
+
+def test_a_part_within_another_is_taken_out_of_that_one_s_time() -> None:
+    timer = Counted()
+    clock = StepClock(timer)
+    clock.start()
+    timer.time = 1
+    with clock.phase("forward-backward"):
+        timer.time = 3
+        with clock.part("perturb_restore"):
+            timer.time = 7
+            with clock.part("forward_backward"):
+                timer.time = 15
+            timer.time = 31
+        timer.time = 63
+    timer.time = 127
+    with clock.part("allreduce_wait"):
+        timer.time = 255
+    assert timer.asked == 0, "nothing is read while the step goes on"
+    times = clock.times()
+    assert times.parts() == StepParts(
+        data_wait=0, forward_backward=2 + 8 + 32, perturb_restore=4 + 16, allreduce_wait=128, optimizer=0,
+        checkpoint_stall=0,
+    )  # fmt: skip
+    assert times.seconds_of("allreduce_wait") == 128
+
+
+def test_entering_and_leaving_are_timed_what_lies_between_is_not_and_an_error_still_leaves() -> None:
+    timer = Counted()
+    clock = StepClock(timer)
+    left = []
+
+    @contextmanager
+    def slow() -> Iterator[str]:
+        timer.time += 1
+        try:
+            yield "inside"
+        finally:
+            timer.time += 2
+            left.append(timer.time)
+
+    def broken_off() -> None:
+        with clock.ends("perturb", "restore", slow()) as value:
+            assert value == "inside"
+            timer.time += 100
+            raise ZeroDivisionError
+
+    clock.start()
+    with pytest.raises(ZeroDivisionError):
+        broken_off()
+    assert left == [103]
+    assert clock.times().parts().perturb_restore == 3
+
+
+def test_a_step_that_broke_off_leaves_nothing_for_the_next() -> None:
+    timer = Counted()
+    clock = StepClock(timer)
+
+    def broken_off() -> None:
+        with clock.phase("update"):
+            timer.time += 5
+            raise RuntimeError
+
+    clock.start()
+    before = clock.times()
+    with pytest.raises(RuntimeError):
+        broken_off()
+    clock.start()
+    assert not any(asdict(clock.times().parts()).values())
+    assert before.parts().optimizer == 5, "what was taken before stays readable"
+
+
+@pytest.mark.parametrize(
+    "noise", [{}, {"sharing": "micro_batch"}, {"method": "langevin"}, SAM], ids=["smoothout", "each", "langevin", "sam"]
+)
+def test_the_parts_of_a_step_are_there_and_add_up_to_at_most_the_step(tmp_path: Path, noise: dict[str, object]) -> None:
+    trainer = build_trainer(small_config(noise=noise), tmp_path, Alone())
+    begun = time.perf_counter()
+    update = take(trainer)
+    seconds = time.perf_counter() - begun
+    parts = asdict(update.times.parts())
+    assert all(parts[name] > 0 for name in parts), parts
+    assert 0.5 * seconds < sum(parts.values()) <= seconds
+    assert max(parts, key=parts.__getitem__) == "forward_backward"
+
+
+def test_slow_data_a_slow_worker_and_slow_noise_show_in_their_own_parts(tmp_path: Path) -> None:
+    def step(workers: SimulatedWorkers) -> StepParts:
+        trainer = build_trainer(small_config(), tmp_path, workers)
+        take(trainer)
+        if workers.rank == 1:
+            draw = trainer.take_step.noise.perturbed
+            micro_batch = trainer.splits.train.micro_batch
+
+            @contextmanager
+            def slow_noise(step: int) -> Iterator[Any]:
+                time.sleep(0.1)
+                with draw(step) as perturbed:
+                    yield perturbed
+                time.sleep(0.1)
+
+            def slow_data(*arguments: Any) -> Any:
+                time.sleep(0.15)
+                return micro_batch(*arguments)
+
+            trainer.take_step.noise.perturbed = slow_noise  # type: ignore[method-assign]
+            trainer.splits.train.micro_batch = slow_data  # type: ignore[method-assign, assignment]
+        return take(trainer, 1).times.parts()
+
+    quick, slow = results(2, step)
+    assert slow.data_wait >= 2 * 0.15
+    assert slow.perturb_restore >= 0.2
+    assert quick.allreduce_wait >= 0.25
+    assert slow.allreduce_wait < 0.3
+    assert quick.data_wait < 0.15
+
+
+def test_with_sync_norm_the_wait_within_passes_is_a_wait_for_the_others(tmp_path: Path) -> None:
+    config = small_config(model={"norm": "sync"}, noise={"method": "none"})
+
+    def step(workers: SimulatedWorkers) -> StepParts:
+        trainer = build_trainer(config, tmp_path, workers)
+        micro_batch = trainer.splits.train.micro_batch
+
+        def slow_data(*arguments: Any) -> Any:
+            time.sleep(0.05)
+            return micro_batch(*arguments)
+
+        if workers.rank == 1:
+            trainer.splits.train.micro_batch = slow_data  # type: ignore[method-assign, assignment]
+        mine = trainer.plan.slices(workers.rank, workers.size)
+        order = torch.arange(trainer.plan.global_size)
+        return trainer.take_step(GlobalBatch(0, 0, order, mine), 0.05, lambda: False).times.parts()
+
+    quick, slow = results(2, step)
+    assert slow.data_wait >= 5 * 0.05
+    assert quick.allreduce_wait >= 4 * 0.05
+
+
+def test_a_gpu_is_timed_on_its_own_stream() -> None:
+    assert isinstance(build_step_clock(torch.device("cuda"))._timer, DeviceTimer)
+    assert isinstance(build_step_clock(torch.device("cpu"))._timer, HostTimer)
+    timer = HostTimer()
+    assert timer.seconds(timer.now(), timer.now()) >= 0
+
+
+def test_moments_of_a_stream_are_read_as_seconds_after_the_later_one_has_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("record")
+
+        def synchronize(self) -> None:
+            calls.append("synchronize")
+
+        def elapsed_time(self, later: Event) -> float:
+            calls.append("elapsed")
+            return 1500.0
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    clock = StepClock(DeviceTimer())
+    clock.start()
+    with clock.part("optimizer"):
+        pass
+    assert calls == ["record", "record"]
+    assert clock.times().parts().optimizer == 1.5
+    assert calls[2:] == ["synchronize", "elapsed"]

@@ -1,0 +1,48 @@
+"""Promise 7: a signal only sets a flag."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from dist_train.training.stop_requests import StopRequests
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_promise_7_a_signal_sets_the_flag_and_nothing_else(number: signal.Signals) -> None:
+    with StopRequests() as stop:
+        assert not stop.requested()
+        signal.raise_signal(number)
+        assert stop.requested()
+        assert stop.reason == number.name
+
+
+def test_signals_other_than_a_second_interrupt_may_come_again() -> None:
+    with StopRequests() as stop:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.requested()
+
+
+def test_a_second_interrupt_ends_the_process_as_usual() -> None:
+    with StopRequests() as stop:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert stop.requested()
+
+
+def test_the_signals_are_given_back_also_when_an_error_passes() -> None:
+    numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+
+    def broken_off() -> None:
+        with StopRequests():
+            assert [signal.getsignal(number) for number in numbers] != before
+            signal.raise_signal(signal.SIGINT)
+            raise ValueError("passes")
+
+    with pytest.raises(ValueError, match="passes"):
+        broken_off()
+    assert [signal.getsignal(number) for number in numbers] == before

@@ -1,0 +1,120 @@
+"""Evaluation of what a run has saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from dist_train.cluster.alone import Alone
+from dist_train.cluster.workers import Workers
+from dist_train.data.loader import open_splits
+from dist_train.models import build_model
+from dist_train.outcome import UsageError
+from dist_train.training import stored
+from dist_train.training.checkpoints import list_checkpoints, read_checkpoint
+from dist_train.training.stored import evaluate_stored, find_checkpoint, stored_config
+from tests.unit.checkpoint_files import write
+from tests.unit.simulated_workers import results
+from tests.unit.small_trainers import build_trainer, small_config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    build_trainer(small_config(data={"normalize": True}), folder, Alone()).run()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+class TestFinding:
+    def test_a_run_stands_for_its_last_checkpoint(self, run: Path) -> None:
+        assert find_checkpoint(run) == run / "checkpoints" / "step-00000006.pt"
+
+    def test_a_checkpoint_stands_for_itself(self, run: Path) -> None:
+        path = run / "checkpoints" / "step-00000003.pt"
+        assert find_checkpoint(path) == path
+
+    def test_what_is_not_there_is_told(self, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="no such run or checkpoint"):
+            find_checkpoint(tmp_path / "nowhere")
+        with pytest.raises(UsageError, match="holds no checkpoint"):
+            find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("split", "samples"), [("train", 100), ("test", 25)])
+def test_it_is_loss_and_accuracy_over_the_whole_split(run: Path, split: str, samples: int) -> None:
+    result = evaluate_stored(run, split, [])  # type: ignore[arg-type]
+    assert result is not None
+    contents = read_checkpoint(find_checkpoint(run))
+    config = stored_config(contents, [])
+    model = build_model(config).eval()
+    model.load_state_dict(contents.model)
+    inputs, labels = getattr(open_splits(config.data, 0, torch.device("cpu")), split).plain(0, samples)
+    with torch.no_grad():
+        logits = model(inputs)
+    assert result["loss"] == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert result["accuracy"] == (logits.argmax(1) == labels).sum().item() / samples
+    assert (result["samples"], result["split"], result["step"], result["epoch"]) == (samples, split, 6, 2.0)
+    assert result["checkpoint"] == str(find_checkpoint(run))
+
+
+def test_it_is_what_the_run_itself_measured(run: Path) -> None:
+    result = evaluate_stored(run, "test", [])
+    assert result is not None
+    assert result["accuracy"] == list_checkpoints(run / "checkpoints")[-1].metrics["test_accuracy"]
+
+
+def test_promise_3_it_has_the_same_bits_on_any_number_of_workers_and_one_of_them_tells(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluated(workers: Workers) -> dict[str, object] | None:
+        group[workers.rank] = workers
+        ready.wait()
+        return evaluate_stored(run, "test", [])
+
+    import threading
+
+    def joined(**_: object) -> Workers:
+        return next(w for w in group.values() if threads[w.rank] is threading.current_thread())
+
+    expected = evaluate_stored(run, "test", [])
+    group: dict[int, Workers] = {}
+    threads: dict[int, threading.Thread] = {}
+    ready = threading.Barrier(3)
+    monkeypatch.setattr(stored, "join_workers", joined)
+
+    def noted(workers: Workers) -> dict[str, object] | None:
+        threads[workers.rank] = threading.current_thread()
+        return evaluated(workers)
+
+    assert results(3, noted) == [expected, None, None]
+
+
+def test_settings_may_be_overridden_for_this_machine(run: Path) -> None:
+    contents = read_checkpoint(find_checkpoint(run))
+    config = stored_config(contents, ["evaluation.batch_size=3", "data.root=/elsewhere"])
+    assert (config.evaluation.batch_size, config.data.root) == (3, Path("/elsewhere"))
+    assert config.model == stored_config(contents, []).model
+    few = evaluate_stored(run, "test", ["evaluation.batch_size=3"])
+    many = evaluate_stored(run, "test", [])
+    assert few is not None
+    assert many is not None
+    assert few["accuracy"] == many["accuracy"]
+    assert math.isclose(float(str(few["loss"])), float(str(many["loss"])), rel_tol=1e-6)
+
+
+def test_promise_6_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
+    write(tmp_path, 1).path.write_bytes(b"")
+    with pytest.raises(UsageError, match="is damaged"):
+        evaluate_stored(tmp_path / "step-00000001.pt", "test", [])

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dist_train.cluster.alone import Alone
+from dist_train.outcome import StoppedError
+from dist_train.training.checkpoints import list_checkpoints
+from dist_train.training.time_limit import TimeLimit, job_time_limit
+from tests.unit.small_trainers import build_trainer, small_config
+
+
+def first_near(limit: TimeLimit, seconds_a_step: float) -> float:
+    """Return when a run that takes so long for each step is asked to stop."""
+    now = 0.0
+    while not limit.is_near(now):
+        now += seconds_a_step
+    return now
+
+
+def test_a_job_without_a_limit_is_never_near_its_end() -> None:
+    assert not any(TimeLimit(None).is_near(now) for now in (0.0, 1e12))
+
+
+@pytest.mark.parametrize("seconds_a_step", [0.1, 3.0, 40.0])
+@pytest.mark.parametrize("seconds_a_save", [0.0, 2.0, 60.0])
+def test_a_step_and_a_save_fit_in_what_is_left(seconds_a_step: float, seconds_a_save: float) -> None:
+    limit = TimeLimit(1000.0)
+    limit.note_saved(seconds_a_save)
+    asked = first_near(limit, seconds_a_step)
+    assert asked + seconds_a_step + seconds_a_save + 10 <= 1000
+    assert asked > 1000 - 4 * seconds_a_step - 2 * seconds_a_save - 20, "nor much too early"
+
+
+def test_an_evaluation_counts_as_part_of_its_step() -> None:
+    limit = TimeLimit(1000.0)
+    assert not any(limit.is_near(now) for now in (0.0, 1.0, 101.0, 102.0))
+    assert limit.is_near(800.0)
+
+
+def test_a_run_near_its_limit_is_saved_and_stopped(tmp_path: Path) -> None:
+    trainer = build_trainer(small_config(), tmp_path, Alone())
+    trainer.time_limit = TimeLimit(1.0)
+    with pytest.raises(StoppedError):
+        trainer.run()
+    assert trainer.progress.step == 2, "all workers hear of it in the step after"
+    assert [file.step for file in list_checkpoints(tmp_path / "checkpoints")] == [2]
+
+
+def test_the_limit_is_that_of_the_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1000")
+    assert job_time_limit().is_near(990.0)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert not job_time_limit().is_near(990.0)

@@ -1,0 +1,296 @@
+"""The loop: the same bits on any number of workers and over any interruption; what it records and saves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_train.cluster.alone import Alone
+from dist_train.models import build_model
+from dist_train.models.norms import norm_modules
+from dist_train.monitoring.records import (
+    EvaluationRecord,
+    EventRecord,
+    Measurement,
+    Outcome,
+    Record,
+    RunFacts,
+    TrainRecord,
+)
+from dist_train.outcome import StoppedError, UsageError
+from dist_train.training import checkpoint_writer
+from dist_train.training.checkpoints import list_checkpoints, newest_whole, read_checkpoint, write_checkpoint
+from dist_train.training.norm_statistics import recompute_statistics, statistics_samples
+from dist_train.training.stop_requests import StopRequests
+from dist_train.training.trainer import Trainer
+from tests.unit.simulated_workers import SimulatedWorkers, on_workers, results
+from tests.unit.small_trainers import build_trainer, small_config, state_bits
+
+Sections = Mapping[str, Any]
+
+
+class Notebook:
+    """An observer that keeps every record."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def begin(self, facts: RunFacts) -> None: ...
+
+    def record(self, record: Record) -> None:
+        self.records.append(record)
+
+    def measurement(self, measurement: Measurement) -> None: ...
+
+    def progress(self, step: int) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def end(self, outcome: Outcome) -> None: ...
+
+    @property
+    def training(self) -> list[TrainRecord]:
+        return [record for record in self.records if isinstance(record, TrainRecord)]
+
+    @property
+    def events(self) -> list[EventRecord]:
+        return [record for record in self.records if isinstance(record, EventRecord)]
+
+    def measured(self) -> list[tuple[object, ...]]:
+        """What was measured, clocks left out."""
+        measured: list[tuple[object, ...]] = []
+        for record in self.records:
+            match record:
+                case TrainRecord():
+                    measured.append((record.step, record.loss, record.accuracy, record.gradient_norm))
+                case EvaluationRecord():
+                    measured.append((record.step, record.split, record.loss, record.accuracy, record.samples))
+                case EventRecord():
+                    pass
+        return measured
+
+
+def run(
+    folder: Path, workers: SimulatedWorkers | Alone, *, going_on: bool = False, **sections: Any
+) -> tuple[dict[str, bytes], Notebook, Trainer]:
+    notebook = Notebook()
+    contents = None
+    if going_on and workers.rank == 0:
+        contents = newest_whole(folder / "checkpoints", lambda path, text: None)
+        assert contents is not None
+    trainer = build_trainer(
+        small_config(**sections),
+        folder,
+        workers,
+        observers=[notebook] if workers.rank == 0 else [],
+        contents=contents,
+    )
+    trainer.run()
+    return state_bits(trainer.network), notebook, trainer
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], list[tuple[object, ...]]]:
+    [(state, notebook, _)] = results(1, lambda workers: run(tmp_path_factory.mktemp("alone"), workers))
+    return state, notebook.measured()
+
+
+@pytest.mark.parametrize("workers", [2, 3, 5, 7])
+def test_promise_3_the_number_of_workers_does_not_change_a_bit(
+    tmp_path: Path, alone: tuple[dict[str, bytes], list[tuple[object, ...]]], workers: int
+) -> None:
+    ended = results(workers, lambda each: run(tmp_path, each))
+    assert ended[0][1].measured() == alone[1]
+    assert all(state == alone[0] for state, _, _ in ended)
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_promise_3_also_with_other_norms_and_running_statistics(tmp_path: Path, norm: str) -> None:
+    model = {"norm": norm, **({"norm_statistics": "running"} if norm == "batch" else {})}
+    [(expected, _, _)] = results(1, lambda each: run(tmp_path / "1", each, model=model))
+    for state, _, _ in results(3, lambda each: run(tmp_path / "3", each, model=model)):
+        assert state == expected
+
+
+@pytest.mark.parametrize("stops", [[1, 4], [2], [3], [5]])
+def test_promise_5_a_run_that_is_broken_off_and_gone_on_with_ends_with_the_same_bits(
+    tmp_path: Path, alone: tuple[dict[str, bytes], list[tuple[object, ...]]], stops: list[int]
+) -> None:
+    group = [4, 1, 3]
+    for index, until in enumerate([*stops, 6]):
+        ended = results(
+            group[index],
+            lambda each, until=until, index=index: run(  # type: ignore[misc]
+                tmp_path, each, going_on=index > 0, run={"max_steps": until}
+            ),
+        )
+    assert all(state == alone[0] for state, _, _ in ended)
+    expected = [entry for entry in alone[1] if isinstance(entry[0], int) and entry[0] > stops[-1]]
+    assert ended[0][1].measured() == expected
+
+
+def test_every_step_is_recorded_once_with_the_rate_and_the_noise_that_it_was_made_with(tmp_path: Path) -> None:
+    _, notebook, trainer = run(
+        tmp_path,
+        Alone(),
+        schedule={"scaling": "linear", "base_batch": 13, "warmup_epochs": 1},
+        noise={"schedule": {"kind": "cosine"}},
+    )
+    assert [record.step for record in notebook.training] == [1, 2, 3, 4, 5, 6]
+    rates = [record.learning_rate for record in notebook.training]
+    assert rates == pytest.approx([0.05, 0.05 + 0.05 / 3, 0.05 + 0.1 / 3, 0.1, 0.1, 0.1])
+    amplitudes = [record.noise_amplitude for record in notebook.training]
+    assert amplitudes[0] == 0.02
+    assert amplitudes[3] == pytest.approx(0.01)
+    assert all(record.samples_per_second > 0 for record in notebook.training)
+    assert [record.epoch for record in notebook.training] == pytest.approx([s / 3 for s in range(1, 7)])
+    assert trainer.total_steps == trainer.last_step == 6
+
+
+def test_the_pace_of_records_evaluations_and_checkpoints_follows_the_settings(tmp_path: Path) -> None:
+    _, notebook, _ = run(
+        tmp_path,
+        Alone(),
+        run={"epochs": 4},
+        metrics={"every_steps": 5, "enabled": False},
+        evaluation={"every_epochs": 2},
+        checkpoint={"every_epochs": 0, "every_steps": 5, "keep": 10},
+    )
+    assert [record.step for record in notebook.training] == [5, 10, 12]
+    evaluations = [record for record in notebook.records if isinstance(record, EvaluationRecord)]
+    assert [(record.step, record.split, record.samples) for record in evaluations] == [
+        (6, "train", 20),
+        (6, "test", 25),
+        (12, "train", 20),
+        (12, "test", 25),
+    ]
+    assert [file.step for file in list_checkpoints(tmp_path / "checkpoints")] == [5, 10, 12]
+    assert [event.step for event in notebook.events if event.event == "checkpoint"] == [5, 10, 12]
+
+
+def test_schedules_stay_laid_out_over_the_epochs_when_a_run_stops_earlier(tmp_path: Path) -> None:
+    schedule = {"decay": "cosine"}
+    _, whole, _ = run(tmp_path / "whole", Alone(), schedule=schedule)
+    _, part, trainer = run(tmp_path / "part", Alone(), schedule=schedule, run={"max_steps": 4})
+    assert (trainer.total_steps, trainer.last_step) == (6, 4)
+    rates = [record.learning_rate for record in whole.training]
+    assert [record.learning_rate for record in part.training] == rates[:4]
+
+
+def test_a_checkpoint_holds_the_clean_weights_the_progress_and_the_settings(tmp_path: Path) -> None:
+    state, _, trainer = run(tmp_path, Alone(), noise={"amplitude": 10.0})
+    contents = read_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1].path)
+    assert (contents.step, contents.epoch) == (6, 2.0)
+    assert {name: tensor.numpy().tobytes() for name, tensor in contents.model.items()} == state
+    assert contents.config == trainer.config.model_dump(mode="json")
+    assert contents.metrics == trainer.progress.metrics()
+    assert contents.metrics["best_accuracy"] is not None
+
+
+class AskedInStepTwo(StopRequests):
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked = 0
+
+    def requested(self) -> bool:
+        self._asked += 1
+        return self._asked == 2
+
+
+def test_promise_7_a_request_to_stop_on_one_worker_saves_once_and_stops_all(tmp_path: Path) -> None:
+    notebooks: list[Notebook] = []
+
+    def stopped(workers: SimulatedWorkers) -> None:
+        notebook = Notebook()
+        notebooks.append(notebook)
+        trainer = build_trainer(small_config(), tmp_path, workers, observers=[notebook] if workers.rank == 0 else [])
+        if workers.rank == 1:
+            trainer.stop = AskedInStepTwo()
+        trainer.run()
+
+    ended = on_workers(3, stopped)
+    assert all(isinstance(error, StoppedError) for error in ended), ended
+    assert all("stopped on request after step 2" in str(error) for error in ended)
+    assert [file.step for file in list_checkpoints(tmp_path / "checkpoints")] == [2]
+    [events] = [notebook.events for notebook in notebooks if notebook.events]
+    assert [(event.event, event.step) for event in events] == [("signal", 2), ("checkpoint", 2)]
+
+
+def test_a_request_to_stop_at_the_last_step_lets_the_run_finish(tmp_path: Path) -> None:
+    trainer = build_trainer(small_config(run={"max_steps": 1}), tmp_path, Alone())
+    trainer.stop.request("SIGTERM")
+    trainer.run()
+    assert [file.step for file in list_checkpoints(tmp_path / "checkpoints")] == [1]
+
+
+def test_promise_6_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = write_checkpoint
+
+    def fail_at_3(directory: Path, contents: Any, before: Any) -> Any:
+        if contents.step == 3:
+            raise OSError(28, "No space left on device")
+        return write(directory, contents, before)
+
+    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", fail_at_3)
+    _, notebook, trainer = run(tmp_path, Alone())
+    assert trainer.progress.step == 6
+    [failed] = [event for event in notebook.events if event.event == "checkpoint_failed"]
+    assert (failed.step, failed.details["error"]) == (3, "No space left on device")
+    assert [file.step for file in list_checkpoints(tmp_path / "checkpoints")] == [6]
+
+
+def test_fewer_samples_than_one_batch_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="fewer than one global batch of 101"):
+        build_trainer(small_config(batch={"global_size": 101}), tmp_path, Alone())
+
+
+def test_a_trainer_at_its_end_does_nothing(tmp_path: Path) -> None:
+    first, _, _ = run(tmp_path, Alone())
+    again, notebook, _ = run(tmp_path, Alone(), going_on=True)
+    assert again == first
+    assert notebook.measured() == []
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"batch": {"global_size": 33, "micro_size": "auto"}},
+        {"batch": {"global_size": 2, "micro_size": "auto"}},
+        {"model": {"norm_samples": 31}},
+    ],
+)
+def test_no_micro_batch_of_a_single_sample_reaches_a_norm(tmp_path: Path, sections: Sections) -> None:
+    _, _, trainer = run(tmp_path, Alone(), run={"max_steps": 2}, **sections)
+    assert trainer.progress.step == 2
+    assert min(part.size for part in trainer.plan.micro_batches) > 1
+
+
+@pytest.mark.parametrize("statistics", ["auto", "running"])
+def test_promise_4_what_is_evaluated_and_saved_has_statistics_of_the_clean_weights(
+    tmp_path: Path, statistics: str
+) -> None:
+    _, _, trainer = run(
+        tmp_path, Alone(), model={"norm_statistics": statistics}, checkpoint={"every_steps": 2, "keep": 9}
+    )
+    for file in list_checkpoints(tmp_path / "checkpoints"):
+        saved = read_checkpoint(file.path).model
+        model = build_model(trainer.config)
+        model.load_state_dict(saved)
+        recompute_statistics(
+            model,
+            norm_modules(model),
+            trainer.splits.train,
+            statistics_samples(100, 30, 6, 0),
+            micro_size=6,
+            compute=trainer.take_step.compute,
+            workers=Alone(),
+        )
+        recomputed = model.state_dict()
+        same = [torch.equal(saved[name], recomputed[name]) for name in saved if "running" in name]
+        assert all(same) if statistics == "auto" else not any(same), file.step

@@ -1,0 +1,78 @@
+"""Landscapes over real workers: the same files on any number of them, also after a kill."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_train.cli.main import main
+from dist_train.cluster.alone import Alone
+from tests.launching import kill, launch, start
+from tests.unit.small_trainers import build_trainer, small_config
+
+pytestmark = pytest.mark.workers
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    build_trainer(small_config(), folder, Alone()).run()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def command(run: Path, output: Path) -> list[str]:
+    settings = ["--points", "11", "--samples", "60", "--batch-size", "7"]
+    return ["landscape", "plane", str(run), *settings, "--output", str(output)]
+
+
+def files(output: Path) -> dict[str, bytes]:
+    [folder] = output.iterdir()
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def finished_points(output: Path) -> int:
+    return sum(path.read_text().count('"point"') for path in output.glob("*/partial/worker-*.jsonl"))
+
+
+def test_any_number_of_workers_writes_the_same_files_also_after_a_kill(run: Path, tmp_path: Path) -> None:
+    assert main(command(run, tmp_path / "1")) == 0
+    expected = files(tmp_path / "1")
+    assert set(expected) == {"points.csv", "settings.json", "figure.svg", "figure.png"}
+    assert expected["points.csv"].count(b"\n") == 1 + 2 * 121
+    for workers in (2, 3):
+        ended = launch(workers, "mpi", *command(run, tmp_path / f"{workers}"))
+        assert ended.code == 0, ended.output
+        assert files(tmp_path / f"{workers}") == expected
+
+    killed = start(2, "mpi", *command(run, tmp_path / "killed"))
+    try:
+        patience = time.monotonic() + 60
+        while finished_points(tmp_path / "killed") < 8:
+            assert time.monotonic() < patience
+            assert killed.poll() is None, killed.stdout and killed.stdout.read()
+            time.sleep(0.01)
+    finally:
+        kill(killed)
+    kept = finished_points(tmp_path / "killed")
+    assert 8 <= kept < 121
+    assert "points.csv" not in [path.name for path in (tmp_path / "killed").glob("*/*")]
+    again = launch(3, "mpi", *command(run, tmp_path / "killed"))
+    assert again.code == 0, again.output
+    assert files(tmp_path / "killed") == expected
+
+
+def test_all_workers_end_with_2_and_the_fault_is_told_once(run: Path) -> None:
+    ended = launch(2, "mpi", "landscape", "direction", str(run), "--exclude", "nothing")
+    assert ended.code == 2, ended.output
+    assert ended.output.count("no weight has this name") == 1

@@ -1,0 +1,89 @@
+"""A worker that hangs under real launchers: the run ends with its name, and nothing is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launching import descendants, kill, records, small_settings, start, status, write_config
+
+pytestmark = pytest.mark.workers
+
+TIMEOUT = 6.0
+
+
+@pytest.mark.parametrize(("controller", "stopped"), [("gloo", 1), ("mpi", 0)])
+def test_a_stopped_worker_ends_the_run_with_its_name(tmp_path: Path, controller: str, stopped: int) -> None:
+    config = write_config(
+        tmp_path,
+        small_settings(run={"epochs": 5000}, evaluation={"every_epochs": 0}, comm={"timeout": TIMEOUT}),
+    )
+    run = tmp_path / "run"
+    process = start(2, controller, "train", config, "--run-dir", str(run))
+    try:
+        pid = _worker_that_trains(process.pid, stopped, run)
+        everybody = descendants(process.pid)
+        os.kill(pid, signal.SIGSTOP)
+        begun = time.monotonic()
+        output, _ = process.communicate(timeout=60)
+        took = time.monotonic() - begun
+        soon = time.monotonic() + 5
+        while (left := [other for other in everybody if _lives(other)]) and time.monotonic() < soon:
+            time.sleep(0.1)
+    finally:
+        kill(process)
+    assert process.returncode != 0
+    assert output.count(f"worker {stopped} (") == 1, output
+    assert f"process {pid}) has not answered for 4 s; the run ends" in output
+    assert left == []
+    assert took < 45  # horovodrun gives what it ends 10 s
+    after = status(run)
+    assert (after["state"], after["exit_code"]) == ("failed", 1)
+    assert f"process {pid}) has not answered" in after["reason"]
+
+
+def test_a_killed_worker_is_named_by_the_one_that_is_left(tmp_path: Path) -> None:
+    config = write_config(tmp_path, small_settings(run={"epochs": 5000}, evaluation={"every_epochs": 0}))
+    run = tmp_path / "run"
+    process = start(2, "gloo", "train", config, "--run-dir", str(run))
+    try:
+        pid = _worker_that_trains(process.pid, 1, run)
+        os.kill(pid, signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        kill(process)
+    assert process.returncode != 0
+    assert f"process {pid}) does not answer; a worker was lost" in output
+    assert status(run)["reason"].startswith("worker 1 (")
+
+
+def _worker_that_trains(launcher: int, rank: int, run: Path) -> int:
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() or len(records(run, "train")) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return _worker(launcher, rank)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _worker(pid: int, rank: int) -> int:
+    names = {f"HOROVOD_RANK={rank}".encode(), f"OMPI_COMM_WORLD_RANK={rank}".encode()}
+    for candidate in descendants(pid):
+        try:
+            variables = Path(f"/proc/{candidate}/environ").read_bytes().split(b"\0")
+            words = Path(f"/proc/{candidate}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if names & set(variables) and words[1:3] == [b"-m", b"dist_train"]:
+            return candidate
+    raise AssertionError(f"no worker {rank}")
