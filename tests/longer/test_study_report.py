@@ -127,6 +127,41 @@ def test_an_arm_has_the_mean_over_its_seeds(study: Path, page: Page) -> None:
         assert page.of("final_test", arm=treatment.name)[0] == pytest.approx(fmean(values), abs=1e-15)
 
 
+def test_an_arm_has_its_differences_from_the_base_line_paired_by_seed(study: Path, page: Page) -> None:
+    pairs = [
+        [evaluations(study / f"{arm}-seed-{seed}", "test")[-1]["accuracy"] for arm in ("lb", "lb-noise-amplitude-0.01")]
+        for seed in (0, 1, 2)
+    ]
+    [(value, text)] = effects(page, "final_test", "lb-noise-amplitude-0.01")
+    assert value == pytest.approx(fmean(after - before for before, after in pairs), abs=1e-15)
+    assert text == f"{value * 100:+.2f}".replace("-", "\u2212")
+    [(wider, _)] = effects(page, "width-A.2", "lb-noise-amplitude-0.01")
+    widths = [page.of("width-A.2", arm=arm)[0] for arm in ("lb", "lb-noise-amplitude-0.01")]
+    assert wider == pytest.approx(widths[1] - widths[0])
+    assert not effects(page, "final_test", "lb")
+
+
+def test_a_width_that_ends_beyond_the_line_has_no_difference(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    for seed in (0, 1, 2):
+        [path] = (study / f"lb-noise-amplitude-0.01-seed-{seed}").glob("analysis/direction-*/settings.json")
+        settings = json.loads(path.read_text())
+        settings["widths"]["A"]["2"]["open"] = 1
+        path.write_text(json.dumps(settings))
+    page = written(study)
+    assert not effects(page, "width-A.2", "lb-noise-amplitude-0.01")
+    assert effects(page, "width-A.10", "lb-noise-amplitude-0.01")
+
+
+def effects(page: Page, measure: str, arm: str) -> list[tuple[float, str]]:
+    """Return the difference of a measure from the base line's, where the page has it."""
+    return [
+        (float(has["value"]), text)
+        for has, text in page.numbers
+        if has.get("data-effect") == measure and has.get("data-arm") == arm
+    ]
+
+
 def test_a_curve_goes_through_the_means_of_the_evaluations(study: Path, page: Page) -> None:
     runs = [study / f"lb-noise-amplitude-0.01-seed-{seed}" for seed in (0, 1, 2)]
     by_epoch = zip(*(evaluations(run, "test") for run in runs), strict=True)

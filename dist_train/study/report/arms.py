@@ -76,10 +76,13 @@ class Arm:
         return summary([value for run in self.counted if (value := measure.take(run)) is not None])
 
     def difference(self, base: Arm, measure: Measure) -> Interval | None:
-        """Return how much `measure` is above that of `base`, paired by seed."""
-        before = {run.seed: value for run in base.counted if (value := measure.take(run)) is not None}
-        after = {run.seed: value for run in self.counted if (value := measure.take(run)) is not None}
+        """Return how much `measure` is above that of `base`, paired by seed; only of values that are known exactly."""
+        before, after = base._exact(measure), self._exact(measure)
         return paired_difference([(before[seed], after[seed]) for seed in after if seed in before])
+
+    def _exact(self, measure: Measure) -> dict[int | None, float]:
+        values = {run.seed: measure.take(run) for run in self.counted if not measure.is_bound(run)}
+        return {seed: value for seed, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)

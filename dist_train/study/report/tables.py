@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from dist_train.study.report.arms import Arm, Panel
 from dist_train.study.report.measures import Measure, measures_of
-from dist_train.study.report.numbers import Interval
 from dist_train.study.report.stored_run import StoredRun
 
 
@@ -26,14 +25,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class ArmRow:
-    """An arm with its numbers; `difference` is that of its final test accuracy from the base line's."""
+    """An arm with its numbers."""
 
     arm: Arm
     counted: int
     planned: int
     cells: tuple[Cell, ...]
-    difference: str = ""
-    difference_cell: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,6 @@ class ArmTable:
     title: str
     measures: tuple[Measure, ...]
     groups: tuple[tuple[Panel, tuple[ArmRow, ...]], ...]
-    has_differences: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,9 +66,8 @@ def arm_tables(panels: Sequence[Panel]) -> tuple[ArmTable, ...]:
     tables = []
     for title in dict.fromkeys(measure.group for measure in measures):
         chosen = tuple(measure for measure in measures if measure.group == title)
-        groups = tuple((panel, tuple(_arm_row(arm, panel, chosen) for arm in panel.arms)) for panel in panels)
-        has_differences = any(row.difference_cell for _, rows in groups for row in rows)
-        tables.append(ArmTable(title, chosen, groups, has_differences))
+        groups = tuple((panel, tuple(_arm_row(arm, chosen) for arm in panel.arms)) for panel in panels)
+        tables.append(ArmTable(title, chosen, groups))
     return tuple(tables)
 
 
@@ -103,17 +98,8 @@ def run_cells(run: StoredRun, measures: Sequence[Measure]) -> tuple[Cell, ...]:
     return tuple(cells)
 
 
-def _arm_row(arm: Arm, panel: Panel, measures: Sequence[Measure]) -> ArmRow:
-    final = next((measure for measure in measures if measure.key == "final_test"), None)
-    interval = arm.difference(panel.base, final) if final and panel.base and not arm.is_base else None
-    return ArmRow(
-        arm,
-        len(arm.counted),
-        len(arm.runs),
-        tuple(_arm_cell(arm, measure) for measure in measures),
-        _told(interval) if interval else "",
-        interval,
-    )
+def _arm_row(arm: Arm, measures: Sequence[Measure]) -> ArmRow:
+    return ArmRow(arm, len(arm.counted), len(arm.runs), tuple(_arm_cell(arm, measure) for measure in measures))
 
 
 def _arm_cell(arm: Arm, measure: Measure) -> Cell:
@@ -123,13 +109,3 @@ def _arm_cell(arm: Arm, measure: Measure) -> Cell:
     spread = "" if found.deviation is None else measure.spread(found.mean, found.deviation)
     is_bound = any(measure.is_bound(run) for run in arm.counted)
     return Cell(found.mean, measure.write(found.mean * measure.factor), spread, is_bound)
-
-
-def _told(interval: Interval) -> str:
-    """Return a difference of accuracies in percentage points."""
-    ends = f"{_signed(interval.low)} to {_signed(interval.high)}"
-    return f"{_signed(interval.difference)} ({ends})"
-
-
-def _signed(share: float) -> str:
-    return f"{share * 100:+.2f}".replace("-", "\u2212")
