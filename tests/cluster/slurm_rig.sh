@@ -190,7 +190,7 @@ on() {
     local process
     process=$(cat "$rig/process/$1" 2>/dev/null) || fail "$1 is not up"
     shift
-    TMPDIR=$scratch nsenter -t "$process" -m -u -i -n -p --wd="$PWD" -- "$@"
+    TMPDIR=$scratch nsenter -t "$process" -m -u -i -n -p --wdns="$PWD" -- "$@"
 }
 
 start_node() {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,27 @@ def test_a_landscape_waits_for_a_run_and_the_report_for_both(cluster: Cluster, t
     text = (tmp_path / "runs/smoke/report.html").read_text()
     assert "random directions" in text
     assert cluster.wait(hopeless, 60).state == "CANCELLED"
+
+
+@pytest.mark.lengthy
+def test_the_analyses_of_a_study_are_an_array(cluster: Cluster, tmp_path: Path) -> None:
+    lines = re.search(r"^dist-train sweep \S+ --analyses.*\nsbatch .*$", (ROOT / "docs/reproduce.md").read_text(), re.M)
+    assert lines is not None
+    study = str(ROOT / "studies/smoke.yaml")
+    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    commands = f"""
+        set -e
+        PATH=$PWD/.venv/bin:$PATH
+        dist-train sweep {study} --only 1
+        {lines[0].replace("studies/paper.yaml", study).replace("sbatch ", "sbatch --parsable --wait ")}
+    """
+    ended = cluster.run("bash", "-c", commands, folder=tmp_path)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    outputs = [path.read_text() for path in tmp_path.glob("slurm-*.out")]
+    assert len(outputs) == 2, outputs
+    [run] = (tmp_path / "runs/smoke").glob("*-seed-0")
+    assert len(list(run.glob("analysis/direction-*/points.csv"))) == 1, outputs
+    assert len(list(run.glob("analysis/sharpness-*.json"))) == 1, outputs
 
 
 @pytest.mark.lengthy
