@@ -14,7 +14,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Write one HTML page, complete in itself: curves, tables, landscapes, sharpness, settings.",
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="a run, a study, or a folder of runs")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="the page (default: DIR/report.html)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the page (default: DIR/report.html); the tables alone for *.md",
+    )
     parser.set_defaults(run=run)
 
 

@@ -141,6 +141,18 @@ def test_an_arm_has_its_differences_from_the_base_line_paired_by_seed(study: Pat
     assert not effects(page, "final_test", "lb")
 
 
+def test_the_tables_alone_are_markdown_with_the_numbers_of_the_page(study: Path, page: Page, tmp_path: Path) -> None:
+    write_report(study, tmp_path / "tables.md")
+    text = (tmp_path / "tables.md").read_text()
+    accuracy = page.of("final_test", arm="lb")[1]
+    assert f"| LB, base line | 3 | {accuracy} ±" in text
+    [(_, difference)] = effects(page, "final_test", "lb-noise-amplitude-0.01")
+    assert re.search(rf"\| LB, uniform 0.01 \| \**{re.escape(difference)}\** \(", text)
+    assert re.search(r"\| Hessian trace \| \u2212?[01]\.\d\d \(n = 24\) \|", text)
+    for table in text.split("## ")[1:]:
+        assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
+
+
 def test_a_width_that_ends_beyond_the_line_has_no_difference(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     for seed in (0, 1, 2):

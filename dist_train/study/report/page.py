@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dist_train import atomic
+from dist_train import __version__, atomic
 from dist_train.outcome import UsageError
 from dist_train.study.report import facts
 from dist_train.study.report.arms import Arm, panels_of, shown
@@ -21,6 +21,7 @@ from dist_train.study.report.comparisons import sharpness_scatters
 from dist_train.study.report.curves import curve_records, run_curves, study_curves
 from dist_train.study.report.effects import effect_table
 from dist_train.study.report.landscape_charts import landscape_figure, plane_pictures, run_landscapes
+from dist_train.study.report.markdown import tables_in_markdown
 from dist_train.study.report.measures import measures_of
 from dist_train.study.report.reading import Subject, read_subject
 from dist_train.study.report.stored_run import StoredRun
@@ -41,13 +42,13 @@ class Key:
 
 
 def write_report(directory: Path, output: Path) -> Subject:
-    """Write the page of the run, the study or the folder of runs in `directory`.
+    """Write the page of the run, the study or the folder of runs in `directory`; its tables alone to a file *.md.
 
     Raises:
         UsageError: there is no run, or `output` cannot be written.
     """
     subject = read_subject(directory)
-    text = render(subject)
+    text = tables_in_markdown(subject) if output.suffix == ".md" else render(subject)
     try:
         atomic.write_text(output, text)
     except OSError as error:
@@ -82,9 +83,9 @@ def render(subject: Subject, now: datetime | None = None) -> str:
         policy=_policy(style, script),
         style=trusted_style,
         script=trusted_script,
-        versions=facts.versions(),
+        version=__version__,
         commands=facts.commands(subject),
-        environment=facts.environment(subject.runs),
+        environment=(*facts.environment(subject.runs), *facts.versions(subject.runs)),
         **content,
     )
 

@@ -1,0 +1,81 @@
+"""The page's tables of arms as Markdown, for papers and notes: the same numbers, as they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from dist_train.study.report.arms import panels_of
+from dist_train.study.report.comparisons import Scatter, sharpness_scatters
+from dist_train.study.report.effects import Effect, EffectTable, effect_table
+from dist_train.study.report.measures import Measure
+from dist_train.study.report.reading import Subject
+from dist_train.study.report.tables import ArmTable, Cell, arm_tables
+
+_NONE = "\u2013"
+
+
+def tables_in_markdown(subject: Subject) -> str:
+    """Return the tables of arms, their differences from the base line, and the rank correlations."""
+    panels = panels_of(subject.runs)
+    parts = [_section(table.title, _arms(table)) for table in arm_tables(panels)]
+    effects = effect_table(panels)
+    if effects.measures:
+        parts.append(_section("Differences from the base line", _effects(effects)))
+    scatters = sharpness_scatters(panels)
+    if scatters:
+        parts.append(_section("Rank correlation with test accuracy", _correlations(scatters)))
+    return "\n".join(parts)
+
+
+def _section(title: str, rows: Iterator[Sequence[str]]) -> str:
+    head, *body = rows
+    rule = ["---"] * len(head)
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in (head, rule, *body)]
+    return f"## {title}\n\n" + "\n".join(lines) + "\n"
+
+
+def _arms(table: ArmTable) -> Iterator[Sequence[str]]:
+    yield "arm", "n", *map(_heading, table.measures)
+    for panel, rows in table.groups:
+        for row in rows:
+            count = str(row.counted) if row.counted == row.planned else f"{row.counted} of {row.planned}"
+            yield f"{panel.short}, {row.arm.label}", count, *map(_number, row.cells)
+
+
+def _effects(table: EffectTable) -> Iterator[Sequence[str]]:
+    yield "arm", *map(_heading, table.measures)
+    for panel, rows in table.groups:
+        for arm, cells in rows:
+            yield f"{panel.short}, {arm.label}", *map(_effect, cells)
+
+
+def _correlations(scatters: Sequence[Scatter]) -> Iterator[Sequence[str]]:
+    names = list(dict.fromkeys(found.among for scatter in scatters for found in scatter.correlations))
+    yield "measure", *names
+    for scatter in scatters:
+        found = {item.among: item for item in scatter.correlations}
+        cells = (
+            f"{found[name].rho:.2f} (n = {found[name].count})"
+            if name in found and found[name].rho is not None
+            else _NONE
+            for name in names
+        )
+        yield scatter.chart.title, *(cell.replace("-", "\u2212") for cell in cells)
+
+
+def _heading(measure: Measure) -> str:
+    return f"{measure.title}, {measure.unit}" if measure.unit else measure.title
+
+
+def _number(cell: Cell) -> str:
+    if cell.value is None:
+        return _NONE
+    bound = "≥ " if cell.is_bound else ""
+    return f"{bound}{cell.text}{f' ± {cell.spread}' if cell.spread else ''}"
+
+
+def _effect(effect: Effect | None) -> str:
+    if effect is None:
+        return _NONE
+    text = f"**{effect.text}**" if effect.is_clear else effect.text
+    return f"{text} ({effect.ends})"
