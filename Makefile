@@ -17,7 +17,7 @@ test: setup ## every test but the lengthy ones of test-cluster and test-containe
 	@docker/debian_packages.sh
 	$(python) -m pytest -n auto tests/unit
 	$(python) -m pytest -n auto tests/longer
-	$(python) -m pytest -n 2 --dist loadfile -m "not lengthy" tests --ignore tests/unit --ignore tests/longer
+	$(python) -m pytest -n 2 --dist loadfile --reruns 1 -raR -m "not lengthy" tests --ignore tests/unit --ignore tests/longer
 
 test-cluster: setup ## every test on a Slurm of several nodes, also those that wait for its clocks
 	@docker/debian_packages.sh
@@ -30,16 +30,17 @@ test-containers: setup ## build the image of docker/Dockerfile and run it; needs
 test-unit: setup ## the unit tests alone, under a minute
 	$(python) -m pytest -n auto tests/unit
 
-lint: setup ## ruff, mypy, shellcheck and hadolint
+lint: setup ## ruff, mypy, bandit, shellcheck and hadolint
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy $(code)
+	$(python) -m bandit -q -c pyproject.toml -r dist_train
 	.venv/bin/shellcheck launch/*.sh slurm/*.sh docker/*.sh docker/grafana/*.sh tests/cluster/*.sh benchmarks/peers/*.sh .ci/run
 	.venv/bin/hadolint docker/Dockerfile
 
-bench: setup ## the side-by-side performance table; takes hours, `python -m benchmarks --only GROUP` minutes
+bench: setup ## the side-by-side performance table (DEVICE=cuda: on a GPU); takes hours, `python -m benchmarks --only GROUP` minutes
 	@benchmarks/peers/environment.sh
-	$(python) -m benchmarks
+	$(python) -m benchmarks --device $(or $(DEVICE),cpu)
 
 dashboards: setup ## write Grafana's dashboards and the table of metrics anew, from the code
 	$(python) -m dist_train.dashboards docker/grafana/dashboards

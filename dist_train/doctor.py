@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +28,8 @@ _SET_UP = "run: make setup"
 _GIBIBYTE = 1 << 30
 _LEAST_DISK = _GIBIBYTE
 _LEAST_SHARED_MEMORY = 256 << 20
+# only its free space is read
+_SHARED_MEMORY = "/dev/shm"  # nosec B108
 _SECONDS_TO_ANSWER = 10
 _MARKS = {"fine": ("ok", "green"), "note": ("note", "yellow"), "fails": ("FAILS", "bold red")}
 
@@ -40,6 +44,25 @@ class Check:
     cure: str = ""
 
 
+@dataclass(frozen=True)
+class _Library:
+    package: str
+    module: str
+    needed_by: str
+
+
+_LIBRARIES = (
+    _Library("torchvision", "torchvision", "ResNets"),
+    _Library("timm", "timm.optim", "LARS and LAMB"),
+    _Library("pillow", "PIL.Image", "image folders"),
+    _Library("prometheus-client", "prometheus_client", "metrics"),
+    _Library("scipy", "scipy.sparse.linalg", "dist-train sharpness"),
+    _Library("matplotlib", "matplotlib", "figures of landscapes and learning curves"),
+    _Library("jinja2", "jinja2", "dist-train report"),
+    _Library("uniplot", "uniplot", "dist-train watch"),
+)
+
+
 def examine(config: Config, data_named: bool) -> tuple[Check, ...]:
     """Return every finding for a run of `config`; only where `data_named`, its data must be there."""
     data = check_data(config) if data_named else check_known_data(config)
@@ -49,6 +72,7 @@ def examine(config: Config, data_named: bool) -> tuple[Check, ...]:
         check_devices(),
         check_horovod(),
         check_mpi(),
+        check_libraries(),
         check_launchers(),
         check_slurm(),
         *data,
@@ -165,6 +189,20 @@ def check_mpi() -> Check:
     return Check("MPI", "fine", f"{detail}, {', '.join(map(str, files))}")
 
 
+def check_libraries() -> Check:
+    """Check that the libraries load which only some runs and commands need."""
+    found, missing = [], []
+    for library in _LIBRARIES:
+        try:
+            importlib.import_module(library.module)
+            found.append(f"{library.package} {metadata.version(library.package)}")
+        except (ImportError, OSError) as error:
+            missing.append(f"{library.package}, needed by {library.needed_by}, cannot be loaded: {error}")
+    if missing:
+        return Check("libraries", "note", "; ".join((*found, *missing)), _SET_UP)
+    return Check("libraries", "fine", ", ".join(found))
+
+
 def check_launchers() -> Check:
     """Check the programs that start several workers."""
     from dist_train.cluster.inspection import launcher
@@ -232,10 +270,10 @@ def check_metrics_port(config: Config) -> Check:
 def check_shared_memory() -> Check:
     """Check the room that workers on one machine talk through."""
     try:
-        free = shutil.disk_usage("/dev/shm").free
+        free = shutil.disk_usage(_SHARED_MEMORY).free
     except OSError:
-        return Check("shared memory", "note", "/dev/shm is missing", "mount a tmpfs there, for MPI and NCCL")
-    detail = f"{free / _GIBIBYTE:.2f} GiB free in /dev/shm"
+        return Check("shared memory", "note", f"{_SHARED_MEMORY} is missing", "mount a tmpfs there, for MPI and NCCL")
+    detail = f"{free / _GIBIBYTE:.2f} GiB free in {_SHARED_MEMORY}"
     if free < _LEAST_SHARED_MEMORY:
         return Check("shared memory", "note", detail, "give the container more: --shm-size=1g")
     return Check("shared memory", "fine", detail)

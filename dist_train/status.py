@@ -7,9 +7,11 @@ import logging
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from dist_train import atomic
@@ -44,12 +46,14 @@ class Status:
     best_accuracy: float | None
     samples_per_second: float | None
     slurm_job: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Versions by package, and the device, of the last launch that trained; empty where none told."""
 
 
 class StatusFile:
     """The status of this launch, rewritten whole at every change of state and at most once a second between."""
 
-    def __init__(self, path: Path, world_size: int) -> None:
+    def __init__(self, path: Path, world_size: int, environment: Mapping[str, str] = MappingProxyType({})) -> None:
         """Begin in state `starting`; nothing is written yet."""
         self._path = path
         now = _now()
@@ -70,6 +74,7 @@ class StatusFile:
             best_accuracy=None,
             samples_per_second=None,
             slurm_job=os.environ.get("SLURM_JOB_ID", ""),
+            environment=dict(environment),
         )
         self._written = 0.0
         self._refused = False
@@ -105,9 +110,10 @@ class StatusFile:
 def read_status(path: Path) -> Status | None:
     """Return the status at `path`; None where there is none that can be read."""
     try:
-        return Status(**json.loads(path.read_text(encoding="utf-8")))
+        status = Status(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+    return status if isinstance(status.environment, dict) else None
 
 
 def _now() -> str:

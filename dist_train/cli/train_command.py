@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import sys
 from pathlib import Path
 
 from dist_train.outcome import DisagreementError, DivergedError, ExitCode, StoppedError, exit_code_of
+
+_STANDARD_ERROR = 2
+"""The descriptor itself: `sys.stderr` may be replaced by an object that has none."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -25,6 +29,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; the exit code says how it ended."""
+    # a worker that a library's fault kills says where it was
+    faulthandler.enable(file=_STANDARD_ERROR)
+
     from dist_train.config import load_config
     from dist_train.config.idle import idle_settings
 

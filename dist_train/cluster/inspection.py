@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+
+_LONGEST_MPI_VERSION = 8192
+"""MPI_MAX_LIBRARY_VERSION_STRING of MPICH; that of Open MPI is 256."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +61,26 @@ def mpi_library() -> MpiLibrary:
         raise ImportError(str(error)) from error
     finally:
         mpi4py.rc.initialize = starts_mpi
-    return MpiLibrary(MPI.Get_library_version().split(",")[0].rstrip("\0 \n"), mpi4py.__version__)
+    return MpiLibrary(_first_part(MPI.Get_library_version()), mpi4py.__version__)
 
 
 def loaded_mpi_libraries() -> frozenset[Path]:
     """Return the files of every MPI library that this process has loaded: more than one is a fault."""
-    mapped = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    mapped = (line.split(maxsplit=5) for line in lines if "libmpi.so" in line)
     files = {Path(fields[5]).resolve() for fields in mapped if len(fields) == 6}
     return frozenset(file for file in files if file.name.startswith("libmpi.so"))
+
+
+def loaded_mpi_version() -> str:
+    """Return the name and version of the MPI library that this process has loaded; empty where none tells it."""
+    text, length = ctypes.create_string_buffer(_LONGEST_MPI_VERSION), ctypes.c_int()
+    for file in sorted(loaded_mpi_libraries()):
+        # a file that was replaced since, or a library from before MPI 3
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(str(file)).MPI_Get_library_version(text, ctypes.byref(length))
+            return _first_part(text.value.decode(errors="replace"))
+    return ""
 
 
 def launcher(name: str) -> Path | None:
@@ -72,6 +89,10 @@ def launcher(name: str) -> Path | None:
     candidates = (recorded, str(Path(sys.prefix) / "bin" / name), name)
     found = next((path for candidate in candidates if candidate and (path := shutil.which(candidate))), None)
     return Path(found) if found else None
+
+
+def _first_part(version: str) -> str:
+    return version.split(",")[0].rstrip("\0 \n")
 
 
 def _recorded() -> dict[str, str]:

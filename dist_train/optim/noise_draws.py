@@ -41,7 +41,8 @@ def _uniform(noise: torch.Tensor, stream: int) -> None:
 
     They are 2^-15 of the amplitude apart, and take a third of the time of 24 random bits an element.
     """
-    middle = torch.tensor(2.0**-16, device=noise.device)
+    # Filled on the device: a copy from the host would make the host wait for it.
+    middle = torch.full((), 2.0**-16, device=noise.device)
     torch.add(middle, bits(stream, len(noise), noise.device), alpha=2.0**-15, out=noise)
 
 
@@ -61,8 +62,9 @@ def _weight(noise: torch.Tensor, weights: torch.Tensor, lengths: torch.Tensor) -
 
 def _filter(noise: torch.Tensor, weights: torch.Tensor, lengths: torch.Tensor) -> None:
     """Make it u_f ||w_f|| / ||u_f|| for each filter f: AdaSmoothOut (Wen et al., arXiv 1805.07898)."""
-    of_weights = torch.segment_reduce(weights.square(), "sum", lengths=lengths)
-    of_noise = torch.segment_reduce(noise.square(), "sum", lengths=lengths)
+    # Unchecked: to check the lengths, the host would wait for the device.
+    of_weights = torch.segment_reduce(weights.square(), "sum", lengths=lengths, unsafe=True)
+    of_noise = torch.segment_reduce(noise.square(), "sum", lengths=lengths, unsafe=True)
     ratios = (of_weights / of_noise.clamp_(min=torch.finfo(noise.dtype).tiny)).sqrt_()
     noise.mul_(torch.repeat_interleave(ratios, lengths, output_size=len(noise)))
 

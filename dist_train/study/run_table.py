@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_train.monitoring import wording
-from dist_train.monitoring.reading import read_last_records, read_records
+from dist_train.monitoring.reading import read_records
 from dist_train.monitoring.records import EvaluationRecord, TrainRecord
 from dist_train.outcome import UsageError
 
@@ -72,6 +72,20 @@ def read_runs(
         raise UsageError(f"there is no folder {directory}: name the folder that holds the runs")
     moment = now or datetime.now(UTC)
     return tuple(_read_run(path, directory, moment, stale_after) for path in _run_directories(directory))
+
+
+def read_state(directory: Path) -> tuple[str, str]:
+    """Return the state of the run in `directory` as tables show it, and why; of its records only the age counts."""
+    try:
+        status = _read_status(directory / "status.json")
+    except BrokenError as error:
+        return "broken", str(error)
+    return _state(status, directory / "metrics.jsonl", datetime.now(UTC), STALE_AFTER)
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a run has begun in `directory`."""
+    return any((directory / mark).exists() for mark in _MARKS)
 
 
 def render(summaries: tuple[RunSummary, ...], job_states: Mapping[str, str] | None = None) -> Table:
@@ -253,17 +267,14 @@ def _setting(sections: Mapping[str, Any], section: str, key: str) -> Any:
 def _read_metrics(path: Path) -> tuple[tuple[TrainRecord, ...], float | None]:
     """Return the latest training records, and the best test accuracy of all."""
     try:
-        latest = tuple(record for record in read_last_records(path) if isinstance(record, TrainRecord))
-        tested = [
-            record.accuracy
-            for record in read_records(path)
-            if isinstance(record, EvaluationRecord) and record.split == "test"
-        ]
+        records = read_records(path)
     except FileNotFoundError:
         return (), None
     except OSError as error:
         raise BrokenError(f"metrics.jsonl cannot be read: {error.strerror}") from error
-    return latest[-50:], max(tested, default=None)
+    latest = tuple(record for record in records if isinstance(record, TrainRecord))[-50:]
+    tested = [record.accuracy for record in records if isinstance(record, EvaluationRecord) and record.split == "test"]
+    return latest, max(tested, default=None)
 
 
 def _state(status: _Status, metrics: Path, now: datetime, stale_after: timedelta) -> tuple[str, str]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from dist_train.config import Config
 from dist_train.monitoring.records import RunFacts
-from dist_train.training.revision import revision
 from dist_train.training.run_directory import RunDirectory
 from dist_train.training.shares import share_of
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from dist_train.training.trainer import Trainer
 
 
-def run_facts(trainer: Trainer, directory: RunDirectory, launched: float) -> RunFacts:
+def run_facts(trainer: Trainer, directory: RunDirectory, launched: float, revision: str) -> RunFacts:
     """Return the facts of the run of `trainer`, of which a launch began at `launched`, seconds since 1970."""
     config, plan, workers = trainer.config, trainer.plan, trainer.workers
     return RunFacts(
@@ -37,8 +36,7 @@ def run_facts(trainer: Trainer, directory: RunDirectory, launched: float) -> Run
         controller=workers.controller,
         rank=workers.rank,
         micro_batches_of=tuple(len(share_of(config.model, plan, rank, workers.size)) for rank in range(workers.size)),
-        # One worker tells it for all: on a large launch each of them would start git on the same file system.
-        revision=revision() if workers.rank == 0 else "",
+        revision=revision,
         slurm_job=os.environ.get("SLURM_JOB_ID", ""),
         node=socket.gethostname(),
         launched=launched,

@@ -30,7 +30,9 @@ from dist_train.outcome import (
 from dist_train.status import LAUNCH_VARIABLE, State, StatusFile, read_status
 from dist_train.training.beginning import Beginning
 from dist_train.training.checkpoints import list_checkpoints
+from dist_train.training.environment import launch_environment
 from dist_train.training.facts import run_facts, times_requeued
+from dist_train.training.revision import revision
 from dist_train.training.run_directory import RunDirectory
 from dist_train.training.run_lock import RunLock
 
@@ -53,7 +55,7 @@ class Session:
     ) -> None:
         """Begin; the status says `starting`. Worker 0 has the `lock` of the run directory."""
         self.observers = observers
-        self.status = StatusFile(directory.status, workers.size) if workers.rank == 0 else None
+        self.status = _status_file(directory, workers) if workers.rank == 0 else None
         self._config = config
         self._directory = directory
         self._workers = workers
@@ -67,8 +69,10 @@ class Session:
     def begin(self, trainer: Trainer, beginning: Beginning) -> None:
         """Tell that training begins, and what was found before."""
         self._trainer = trainer
+        # One worker tells it for all: on a large launch each of them would start git on the same file system.
+        code = revision() if self.status else ""
         if self.observers:
-            self.observers.begin(run_facts(trainer, self._directory, self._launched))
+            self.observers.begin(run_facts(trainer, self._directory, self._launched, code))
         if self.status is None:
             return
         step = trainer.progress.step
@@ -79,7 +83,10 @@ class Session:
             self._tell("requeued", restart=times_requeued())
         if beginning.contents is not None:
             self._tell("resumed", workers=self._workers.size)
-        self.status.change("running", step=step, epoch=trainer.epoch, total_steps=trainer.last_step)
+        environment = launch_environment(code, self._workers.controller, trainer.take_step.compute.device)
+        self.status.change(
+            "running", step=step, epoch=trainer.epoch, total_steps=trainer.last_step, environment=environment
+        )
 
     def before_publishing(self) -> None:
         """Flush the records that a checkpoint belongs to, before it gets its name. From any thread.
@@ -136,7 +143,7 @@ class Session:
     def _tell_fault(self, reason: str) -> None:
         """Write the fault down, on whichever worker it happened: it may be the only one that can tell."""
         if self.status is None:
-            status = StatusFile(self._directory.status, self._workers.size)
+            status = _status_file(self._directory, self._workers)
             step = self._trainer.progress.step if self._trainer else 0
             status.progress(step=step)
             status.end("failed", ExitCode.FAULT, f"worker {self._workers.rank}: {reason}")
@@ -183,6 +190,12 @@ def open_session(config: Config, directory: RunDirectory, workers: Workers, lock
     """Return the session of this launch, with this worker's observers."""
     make = _observers_of_the_run if workers.rank == 0 else _observers_of_a_worker
     return Session(config, directory, workers, Observers(make(config.metrics, directory)), lock)
+
+
+def _status_file(directory: RunDirectory, workers: Workers) -> StatusFile:
+    """Return the status of this launch; until it trains, the environment is that of the launch before it."""
+    before = read_status(directory.status)
+    return StatusFile(directory.status, workers.size, before.environment if before else {})
 
 
 def _observers_of_the_run(settings: MetricsSettings, directory: RunDirectory) -> Iterator[Observer]:

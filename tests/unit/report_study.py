@@ -9,6 +9,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from dist_train.config import Config, dump_config, parse_config
 from dist_train.monitoring.records import EvaluationRecord, EventRecord, Record, TrainRecord, to_json
@@ -118,7 +119,9 @@ def write_records(directory: Path, records: list[Record]) -> None:
     (directory / "metrics.jsonl").write_text("".join(to_json(record) + "\n" for record in records))
 
 
-def write_status(directory: Path, state: str, step: int, reason: str = "") -> None:
+def write_status(
+    directory: Path, state: str, step: int, reason: str = "", environment: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Write `status.json`."""
     status = Status(
         state=state,  # type: ignore[arg-type]
@@ -136,6 +139,7 @@ def write_status(directory: Path, state: str, step: int, reason: str = "") -> No
         finished="2026-11-24T12:57:09.012+00:00",
         best_accuracy=None,
         samples_per_second=None,
+        environment=dict(environment),
     )
     (directory / "status.json").write_text(json.dumps(asdict(status)))
 

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from dist_train.cli.main import main
-from dist_train.cluster.alone import Alone
-from tests.unit.small_trainers import build_trainer, small_config
+
+pytestmark = pytest.mark.usefixtures("threads_as_before")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    build_trainer(small_config(), folder, Alone()).run()
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-def test_it_prints_widths_and_the_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["landscape", "direction", str(run), "--points", "3", "--range", "-0.5", "0.5", "--samples", "20"]
+def test_it_prints_widths_and_the_folder(trained_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["landscape", "direction", str(trained_run), "--points", "3", "--range", "-0.5", "0.5", "--samples", "20"]
     assert main(words) == 0
     *widths, folder = capsys.readouterr().out.splitlines()
     assert len(widths) == 2
     assert all(line.startswith("direction 0, basin of A: loss under ") for line in widths)
-    assert Path(folder).parent == run / "analysis"
+    assert Path(folder).parent == trained_run / "analysis"
     assert (Path(folder) / "figure.svg").is_file()
     assert main(words) == 0
     told = capsys.readouterr()
@@ -42,11 +26,11 @@ def test_it_prints_widths_and_the_folder(run: Path, capsys: pytest.CaptureFixtur
 
 
 def test_between_two_checkpoints_and_into_another_folder(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = run / "checkpoints" / "step-00000003.pt"
-    words = ["landscape", "interpolate", str(first), str(run), "--points", "5", "--output", str(tmp_path / "there")]
-    assert main([*words, "--samples", "all", "precision.channels_last=true"]) == 0
+    first = trained_run / "checkpoints" / "step-00000003.pt"
+    words = ["landscape", "interpolate", str(first), str(trained_run), "--points", "5"]
+    assert main([*words, "--output", str(tmp_path / "there"), "--samples", "all", "precision.channels_last=true"]) == 0
     told = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in told[:-1]] == [f"direction 0, basin of {basin}" for basin in "AABB"]
     assert Path(told[-1]).parent == tmp_path / "there"
@@ -65,9 +49,9 @@ def test_between_two_checkpoints_and_into_another_folder(
     ],
 )
 def test_bad_input_ends_with_2_and_the_cure(
-    run: Path, words: list[str], text: str, capsys: pytest.CaptureFixture[str]
+    trained_run: Path, words: list[str], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["landscape", *(str(run) if word == "RUN" else word for word in words)]) == 2
+    assert main(["landscape", *(str(trained_run) if word == "RUN" else word for word in words)]) == 2
     told = capsys.readouterr()
     assert text in told.err
     assert told.out == ""

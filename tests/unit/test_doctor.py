@@ -4,6 +4,7 @@ import argparse
 import io
 import socket
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_a_machine_that_is_set_up_can_train(capsys: pytest.CaptureFixture[str]) 
     assert run_doctor() == ExitCode.FINISHED
     printed = capsys.readouterr().out
     assert "training can run here" in printed
-    for name in ("Python", "torch", "devices", "Horovod", "MPI", "launchers", "Slurm", "metrics", "cache"):
+    for name in ("Python", "torch", "devices", "Horovod", "MPI", "libraries", "launchers", "Slurm", "metrics", "cache"):
         assert name in printed
 
 
@@ -118,6 +119,22 @@ def test_a_horovod_that_does_not_load_fails_with_a_cure(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "horovod.torch", None)
     check = doctor.check_horovod()
     assert check.state == "fails"
+    assert "make setup" in check.cure
+
+
+def test_the_libraries_of_analyses_reports_and_models_are_listed_with_their_versions() -> None:
+    check = doctor.check_libraries()
+    assert check.state == "fine"
+    for package in ("torchvision", "timm", "pillow", "prometheus-client", "scipy", "matplotlib", "jinja2", "uniplot"):
+        assert f"{package} {metadata.version(package)}" in check.detail
+
+
+def test_a_library_that_does_not_load_is_named_with_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
+    check = doctor.check_libraries()
+    assert check.state == "note"
+    assert "scipy, needed by dist-train sharpness, cannot be loaded" in check.detail
+    assert f"matplotlib {metadata.version('matplotlib')}" in check.detail
     assert "make setup" in check.cure
 
 

@@ -215,12 +215,12 @@ def test_a_page_of_1024_workers_is_small_and_quick() -> None:
     one = WorkerMeasurement(0.123456789012345, 0.123456789012345, 1.5e10, 7.123456789e10, 7.23456789e10, 0.987654321)
     board.measurement(replace(measurement(1), workers=(one,) * 1024))
     page = MetricsPage(board)
-    seconds = []
+    seconds = []  # of this thread alone: other tests run beside it
     for step in range(3):
         board.progress(step)
-        began = time.perf_counter()
+        began = time.thread_time()
         content = page.render()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.thread_time() - began)
     assert len(content) < 2_000_000
     assert content.count(b'worker="1023"') == 7
     assert min(seconds) < 0.1

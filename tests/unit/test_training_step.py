@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,11 @@ from torch.nn import functional
 
 from dist_train.cluster.alone import Alone
 from dist_train.cluster.workers import Workers
-from dist_train.config import Config
-from dist_train.data.loader import open_splits
 from dist_train.data.order import batch_indices, epoch_order
-from dist_train.data.plan import BatchPlan
-from dist_train.models import build_model
-from dist_train.optim.flat_weights import FlatWeights, Segment
 from dist_train.outcome import DivergedError
-from dist_train.randomness import bits, key
 from dist_train.training.step import GlobalBatch, OutOfMemoryError, Update, clip_gradient
 from dist_train.training.trainer import Trainer
+from tests.unit.plain_step import noise_of, sam_gradients, scaled, smoothout_gradients
 from tests.unit.simulated_workers import SimulatedWorkers, on_workers, results
 from tests.unit.small_trainers import build_trainer, gradient_bits, small_config, state_bits
 
@@ -46,77 +41,6 @@ def take(trainer: Trainer, step: int = 0, rate: float = 0.05, stop: Callable[[],
     indices = batch_indices(order, step, trainer.plan.global_size)
     mine = trainer.plan.share(trainer.workers.rank, trainer.workers.size)
     return trainer.take_step(GlobalBatch(step, 0, indices, mine), rate, stop)
-
-
-def noise_of(config: Config, step: int, segments: Sequence[Segment], *indices: int | str) -> Iterator[Tensor]:
-    """Yield the draw of each parameter at amplitude 1, before any scale."""
-    u = torch.empty(-(-segments[-1].stop // 16) * 16)
-    stream = key(config.run.seed, "noise", step, *indices)
-    if config.noise.distribution == "uniform":
-        u = (bits(stream, len(u), u.device).float() + 0.5) / 2**15
-    else:
-        u.normal_(0, math.sqrt(1 / 3), generator=torch.Generator().manual_seed(stream))
-    for segment in segments:
-        yield u[segment.start : segment.stop].view(segment.shape) * float(segment.kind != "norm")
-
-
-def scaled(config: Config, u: Tensor, weight: Tensor) -> Tensor:
-    """Return delta at amplitude 1: the table of the method's page."""
-    if config.noise.scale == "absolute":
-        return u
-    if config.noise.scale == "weight":
-        return weight.abs() * u
-    rows = (1, -1) if weight.dim() < 2 else (len(weight), -1)
-    norms = weight.reshape(rows).norm(dim=1), u.reshape(rows).norm(dim=1).clamp_min(1e-30)
-    delta: Tensor = u.reshape(rows) * (norms[0] / norms[1])[:, None]
-    return delta.view(u.shape)
-
-
-def reference(config: Config, step: int, workers: int = 1) -> tuple[dict[str, Tensor], float]:
-    """Perturb, differentiate the mean loss over the whole global batch, restore: the paper's page in plain PyTorch."""
-    model = build_model(config)
-    assert config.batch.micro_size != "auto"
-    segments = FlatWeights(build_model(config)).segments
-    samples = open_splits(config.data, config.run.seed, torch.device("cpu")).train
-    indices = epoch_order(len(samples), config.run.seed, 0)[step * config.batch.global_size :]
-    loss = 0.0
-    for part in BatchPlan(config.batch.global_size, config.batch.micro_size).micro_batches:
-        shares: dict[str, list[int | str]] = {"micro_batch": [part.index], "worker": ["worker", part.index % workers]}
-        clean = [parameter.detach().clone() for parameter in model.parameters()]
-        noise = noise_of(config, step, segments, *shares.get(config.noise.sharing, []))
-        for parameter, u in zip(model.parameters(), noise, strict=True):
-            parameter.data += config.noise.amplitude * scaled(config, u, parameter.data)
-        inputs, labels = samples.micro_batch(indices[part.start : part.stop], 0)
-        share = functional.cross_entropy(model(inputs), labels, reduction="sum") / config.batch.global_size
-        torch.autograd.backward(share)
-        loss += share.item()
-        for parameter, value in zip(model.parameters(), clean, strict=True):
-            parameter.data = value
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, loss
-
-
-def sharpest(config: Config, step: int) -> dict[str, Tensor]:
-    """Ascend by each micro-batch's own gradient, differentiate there, come back: SAM in plain PyTorch."""
-    model = build_model(config)
-    assert config.batch.micro_size != "auto"
-    samples = open_splits(config.data, config.run.seed, torch.device("cpu")).train
-    indices = epoch_order(len(samples), config.run.seed, 0)[step * config.batch.global_size :]
-    parameters = list(model.parameters())
-    moving = [segment.kind != "norm" for segment in FlatWeights(build_model(config)).segments]
-    total = [torch.zeros_like(parameter) for parameter in parameters]
-    for part in BatchPlan(config.batch.global_size, config.batch.micro_size).micro_batches:
-        inputs, labels = samples.micro_batch(indices[part.start : part.stop], 0)
-        uphill = torch.autograd.grad(functional.cross_entropy(model(inputs), labels), parameters)
-        length = math.sqrt(sum(float(g.square().sum()) for g, moves in zip(uphill, moving, strict=True) if moves))
-        clean = [parameter.detach().clone() for parameter in parameters]
-        for parameter, g, moves in zip(parameters, uphill, moving, strict=True):
-            parameter.data += config.noise.amplitude / length * g * float(moves)
-        loss = functional.cross_entropy(model(inputs), labels, reduction="sum") / config.batch.global_size
-        for sum_, g in zip(total, torch.autograd.grad(loss, parameters), strict=True):
-            sum_ += g
-        for parameter, value in zip(parameters, clean, strict=True):
-            parameter.data = value
-    return {name: sum_ for (name, _), sum_ in zip(model.named_parameters(), total, strict=True)}
 
 
 def assert_equal_gradients(gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -147,7 +71,7 @@ def test_its_gradient_is_that_of_plain_pytorch_at_the_perturbed_weights(
 ) -> None:
     noise = {"sharing": sharing, "distribution": distribution, "scale": scale, "amplitude": 0.05}
     config = small_config(model={"width": 0.0625}, noise=noise, comm={"reduction": reduction})
-    expected, loss = reference(config, 1, workers)
+    expected, loss = smoothout_gradients(config, 1, workers)
 
     def step(workers: SimulatedWorkers) -> tuple[dict[str, Tensor], Update]:
         trainer = build_trainer(config, tmp_path, workers)
@@ -168,7 +92,7 @@ SAM = {"method": "sam", "amplitude": 0.2, "sharing": "micro_batch"}
 @pytest.mark.parametrize("reduction", ["exact", "float"])
 def test_sam_s_gradient_is_that_of_plain_pytorch(tmp_path: Path, reduction: str, workers: int) -> None:
     config = small_config(model={"width": 0.0625}, noise=SAM, comm={"reduction": reduction})
-    expected = sharpest(config, 1)
+    expected = sam_gradients(config, 1)
 
     def step(workers: SimulatedWorkers) -> dict[str, Tensor]:
         trainer = build_trainer(config, tmp_path, workers)
@@ -179,7 +103,7 @@ def test_sam_s_gradient_is_that_of_plain_pytorch(tmp_path: Path, reduction: str,
 
     for gradients in results(workers, step):
         assert_equal_gradients(gradients, expected)
-    plain, _ = reference(small_config(model={"width": 0.0625}, noise={"method": "none", "amplitude": 0.0}), 1)
+    plain, _ = smoothout_gradients(small_config(model={"width": 0.0625}, noise={"method": "none", "amplitude": 0.0}), 1)
     with pytest.raises(AssertionError):
         assert_equal_gradients(plain, expected)
 
@@ -223,7 +147,7 @@ def test_langevin_s_gradient_is_taken_at_the_weights_themselves_and_a_rate_of_ze
     tmp_path: Path,
 ) -> None:
     config = small_config(noise={"method": "langevin", "amplitude": 0.05})
-    plain, _ = reference(small_config(noise={"method": "none", "amplitude": 0.0}), 0)
+    plain, _ = smoothout_gradients(small_config(noise={"method": "none", "amplitude": 0.0}), 0)
     trainer = build_trainer(config, tmp_path, Alone())
     start = [parameter.detach().clone() for parameter in trainer.network.parameters()]
     take(trainer, 0, rate=0.0)
@@ -236,8 +160,8 @@ def test_langevin_s_gradient_is_taken_at_the_weights_themselves_and_a_rate_of_ze
 
 
 def test_the_noise_matters_to_the_reference() -> None:
-    noisy, _ = reference(small_config(), 0)
-    clean, _ = reference(small_config(noise={"method": "none", "amplitude": 0.0}), 0)
+    noisy, _ = smoothout_gradients(small_config(), 0)
+    clean, _ = smoothout_gradients(small_config(noise={"method": "none", "amplitude": 0.0}), 0)
     assert (noisy["classifier.weight"] - clean["classifier.weight"]).abs().max() > 1e-4
 
 

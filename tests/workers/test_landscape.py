@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from dist_train.cli.main import main
-from dist_train.cluster.alone import Alone
 from tests.launching import kill, launch, start
-from tests.unit.small_trainers import build_trainer, small_config
 
-pytestmark = pytest.mark.workers
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    build_trainer(small_config(), folder, Alone()).run()
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.workers, pytest.mark.usefixtures("threads_as_before")]
 
 
 def command(run: Path, output: Path) -> list[str]:
@@ -45,17 +27,17 @@ def finished_points(output: Path) -> int:
     return sum(path.read_text().count('"point"') for path in output.glob("*/partial/worker-*.jsonl"))
 
 
-def test_any_number_of_workers_writes_the_same_files_also_after_a_kill(run: Path, tmp_path: Path) -> None:
-    assert main(command(run, tmp_path / "1")) == 0
+def test_any_number_of_workers_writes_the_same_files_also_after_a_kill(trained_run: Path, tmp_path: Path) -> None:
+    assert main(command(trained_run, tmp_path / "1")) == 0
     expected = files(tmp_path / "1")
     assert set(expected) == {"points.csv", "settings.json", "figure.svg", "figure.png"}
     assert expected["points.csv"].count(b"\n") == 1 + 2 * 121
     for workers in (2, 3):
-        ended = launch(workers, "mpi", *command(run, tmp_path / f"{workers}"))
+        ended = launch(workers, "mpi", *command(trained_run, tmp_path / f"{workers}"))
         assert ended.code == 0, ended.output
         assert files(tmp_path / f"{workers}") == expected
 
-    killed = start(2, "mpi", *command(run, tmp_path / "killed"))
+    killed = start(2, "mpi", *command(trained_run, tmp_path / "killed"))
     try:
         patience = time.monotonic() + 60
         while finished_points(tmp_path / "killed") < 8:
@@ -67,12 +49,12 @@ def test_any_number_of_workers_writes_the_same_files_also_after_a_kill(run: Path
     kept = finished_points(tmp_path / "killed")
     assert 8 <= kept < 121
     assert "points.csv" not in [path.name for path in (tmp_path / "killed").glob("*/*")]
-    again = launch(3, "mpi", *command(run, tmp_path / "killed"))
+    again = launch(3, "mpi", *command(trained_run, tmp_path / "killed"))
     assert again.code == 0, again.output
     assert files(tmp_path / "killed") == expected
 
 
-def test_all_workers_end_with_2_and_the_fault_is_told_once(run: Path) -> None:
-    ended = launch(2, "mpi", "landscape", "direction", str(run), "--exclude", "nothing")
+def test_all_workers_end_with_2_and_the_fault_is_told_once(trained_run: Path) -> None:
+    ended = launch(2, "mpi", "landscape", "direction", str(trained_run), "--exclude", "nothing")
     assert ended.code == 2, ended.output
     assert ended.output.count("no weight has this name") == 1

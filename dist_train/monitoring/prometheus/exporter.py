@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from dist_train.monitoring.event_counts import FILE_NAME, read_counts
 from dist_train.monitoring.prometheus.link import ExporterLink
-from dist_train.monitoring.prometheus.messages import Begin, End, Ending, Failed, Serving, Warned
+from dist_train.monitoring.prometheus.messages import Begin, End, Ending, Failed, Progress, Serving, ToExporter, Warned
 from dist_train.monitoring.prometheus.serving_plan import plan_of
 from dist_train.monitoring.prometheus.targets import Process, TargetFile
 from dist_train.monitoring.records import Measurement, Outcome, Record, RunFacts, TrainRecord
@@ -83,7 +83,7 @@ class Exporter:
 
     def progress(self, step: int) -> None:
         """Send on that `step` updates are done."""
-        self._send(step)
+        self._send(Progress(step))
 
     def sync(self) -> None:
         """Do nothing: nothing here is kept."""
@@ -101,14 +101,14 @@ class Exporter:
         self.address = None
         self._remove_target()
 
-    def _send(self, message: object) -> None:
+    def _send(self, message: ToExporter) -> None:
         if self._link is not None:
             try:
                 self._link.send(message)
             except OSError:
                 self._listen(0)  # it has said why, or the end of what it said says enough
 
-    def _send_surely(self, message: object) -> None:
+    def _send_surely(self, message: ToExporter) -> None:
         if self._link is not None:
             try:
                 self._link.send_surely(message)
@@ -132,6 +132,10 @@ class Exporter:
                     case Failed():
                         self._reason = answer.reason
         except EOFError:
+            self._lose(self._link)
+        except ValueError as error:
+            # the program's files were exchanged between the start of this process and of that one
+            self._reason = f"its process is of other code: {error}"
             self._lose(self._link)
 
     def _lose(self, link: ExporterLink) -> None:

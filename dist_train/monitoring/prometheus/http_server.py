@@ -48,7 +48,9 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def __init__(self, host: str, port: int, page: Page, credentials: Credentials, tls: ssl.SSLContext | None) -> None:
-        family, _, _, _, address = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0]
+        # an empty metrics.host asks for every interface
+        host = host or "0.0.0.0"  # nosec B104
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.address_family = family
         self.page = page
         self.credentials = credentials

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from signal import Signals
-from typing import Any
 
-from dist_train.monitoring.prometheus.messages import Channel, socket_pair
+from dist_train.monitoring.prometheus.channel import Channel, socket_pair
+from dist_train.monitoring.prometheus.messages import Message, ToExporter
 
 _KEPT = 1000
 _ROOT = Path(__file__).parents[3]
@@ -46,19 +46,19 @@ class ExporterLink:
                 ours.close()
                 raise
         self._channel = Channel(ours)
-        self._waiting: deque[object] = deque(maxlen=_KEPT)
+        self._waiting: deque[ToExporter] = deque(maxlen=_KEPT)
 
     @property
     def process_id(self) -> int:
         """The number of the process."""
         return self._process.pid
 
-    def send(self, message: object) -> None:
+    def send(self, message: ToExporter) -> None:
         """Send `message`, or drop it where the process is behind. Raises OSError where it is gone."""
         if self.send_waiting():
             self._channel.send(message)
 
-    def send_surely(self, message: object) -> None:
+    def send_surely(self, message: ToExporter) -> None:
         """Send `message` now, or before what is sent next. Raises OSError where the process is gone."""
         if not self.send_waiting() or not self._channel.send(message):
             self._waiting.append(message)
@@ -71,11 +71,12 @@ class ExporterLink:
             self._waiting.popleft()
         return True
 
-    def answers(self, seconds: float) -> Iterator[Any]:
+    def answers(self, seconds: float) -> Iterator[Message]:
         """Yield what has come from the process, for which it has so many seconds.
 
         Raises:
             EOFError: the process is gone, and all that it sent has been taken.
+            ValueError: what it sent is no message.
         """
         if seconds > 0:
             select.select([self._channel], [], [], seconds)

@@ -1,20 +1,14 @@
-"""What the trainer and the exporter's process say to each other, and the socket over which they do."""
+"""What the trainer and the exporter's process say to each other."""
 
 from __future__ import annotations
 
-import mmap
-import pickle
-import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from dist_train.monitoring.prometheus.serving_plan import ServingPlan
-from dist_train.monitoring.records import Outcome, RunFacts
-
-_BUFFER_BYTES = 4 << 20
-"""Asked of the kernel, which gives at most twice that; a measurement of 1,024 workers takes about 80 KB."""
+from dist_train.monitoring.records import EvaluationRecord, EventRecord, Measurement, Outcome, RunFacts, TrainRecord
 
 
 @dataclass(frozen=True)
@@ -24,6 +18,13 @@ class Begin:
     plan: ServingPlan
     facts: RunFacts
     counts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """To the exporter: `step` updates are done."""
+
+    step: int
 
 
 @dataclass(frozen=True)
@@ -63,48 +64,6 @@ class Failed:
     reason: str
 
 
-class Channel:
-    """One end of a pair of sockets that carries whole messages, never blocks, and tells when the other end is gone."""
-
-    def __init__(self, end: socket.socket) -> None:
-        end.setblocking(False)
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
-        self._socket = end
-        self._buffer: memoryview | None = None
-
-    def fileno(self) -> int:
-        """Return the descriptor, for select."""
-        return self._socket.fileno()
-
-    def send(self, message: object) -> bool:
-        """Send `message`; False where the buffer is full. Raises OSError where the other end is gone."""
-        try:
-            self._socket.send(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
-        except BlockingIOError:
-            return False
-        return True
-
-    def receive(self) -> Iterator[Any]:
-        """Yield the messages that have come. Raises EOFError after the last one of an end that is gone."""
-        if self._buffer is None:
-            # of which only the pages that messages reach take memory
-            self._buffer = memoryview(mmap.mmap(-1, 2 * _BUFFER_BYTES))
-        while True:
-            try:
-                size = self._socket.recv_into(self._buffer)
-            except BlockingIOError:
-                return
-            except ConnectionResetError:
-                continue  # told once, where the other end had not read all; what it sent comes after
-            if size == 0:
-                raise EOFError
-            yield pickle.loads(self._buffer[:size])
-
-    def close(self) -> None:
-        """Let go of the socket."""
-        self._socket.close()
-
-
-def socket_pair() -> tuple[socket.socket, socket.socket]:
-    """Return two sockets that are connected to each other, for one channel at each end."""
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+ToExporter: TypeAlias = Begin | Progress | TrainRecord | EvaluationRecord | EventRecord | Measurement | End
+FromExporter: TypeAlias = Serving | Warned | Ending | Failed
+Message: TypeAlias = ToExporter | FromExporter

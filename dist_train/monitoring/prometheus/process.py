@@ -14,12 +14,21 @@ from threading import Lock, Thread
 
 from dist_train.monitoring.prometheus.access import read_credentials, tls_context
 from dist_train.monitoring.prometheus.board import Board
+from dist_train.monitoring.prometheus.channel import Channel
 from dist_train.monitoring.prometheus.http_server import Server, bind
-from dist_train.monitoring.prometheus.messages import Begin, Channel, End, Ending, Failed, Serving, Warned
+from dist_train.monitoring.prometheus.messages import Begin, End, Ending, Failed, Progress, Serving, Warned
 from dist_train.monitoring.prometheus.page import MetricsPage
 from dist_train.monitoring.prometheus.table import metrics_of
 from dist_train.monitoring.prometheus.targets import HEARTBEAT_SECONDS, Process, TargetFile, remove_stale, target_file
-from dist_train.monitoring.records import EvaluationRecord, EventRecord, Measurement, Outcome, Record, from_json
+from dist_train.monitoring.records import (
+    EvaluationRecord,
+    EventRecord,
+    Measurement,
+    Outcome,
+    Record,
+    TrainRecord,
+    from_json,
+)
 
 RECENT_SECONDS = 60.0
 """A run that was scraped so lately is waited for with its last values."""
@@ -83,15 +92,15 @@ class _Inbox:
             try:
                 for message in self._channel.receive():
                     match message:
-                        case int():
-                            self._board.progress(message)
+                        case Progress():
+                            self._board.progress(message.step)
                         case Measurement():
                             self._board.measurement(message)
                         case End():
                             self._board.end(message.outcome)
                             self.outcome = message.outcome
                             os.eventfd_write(self.wake, 1)
-                        case _:
+                        case TrainRecord() | EvaluationRecord() | EventRecord():
                             self._board.record(message)
             except EOFError:
                 self.is_over = True

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     # its import would cost the exporter's process half of its memory
     from dist_train.config.sections import MetricsSettings
 
-_EVERYWHERE = frozenset({"", "0.0.0.0", "::"})
+_EVERY_INTERFACE = "0.0.0.0"  # nosec B104
+_EVERYWHERE = frozenset({"", _EVERY_INTERFACE, "::"})
 
 
 @dataclass(frozen=True)

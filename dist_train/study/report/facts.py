@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 
-from dist_train import __version__
 from dist_train.config import Config
 from dist_train.monitoring import wording
 from dist_train.monitoring.records import EventRecord
@@ -18,7 +16,7 @@ from dist_train.study.report.arms import shown
 from dist_train.study.report.reading import Subject
 from dist_train.study.report.stored_run import StoredRun, flat_settings
 
-_PACKAGES = ("torch", "horovod", "numpy", "scipy")
+_NOT_RECORDED = "not recorded"
 
 
 @dataclass(frozen=True)
@@ -110,15 +108,15 @@ def environment(runs: Sequence[StoredRun]) -> tuple[tuple[str, str], ...]:
     return tuple((name, value) for name, value in rows if value)
 
 
-def versions() -> tuple[tuple[str, str], ...]:
-    """Return the versions that this page was made with."""
-    found = [("dist_train", __version__), ("Python", platform.python_version())]
-    for package in _PACKAGES:
-        try:
-            found.append((package, metadata.version(package)))
-        except metadata.PackageNotFoundError:
-            continue
-    return (*found, ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"))
+def versions(runs: Sequence[StoredRun]) -> tuple[tuple[str, str], ...]:
+    """Return what `runs` ran with, as names and values; where they differ, how many of them had which."""
+    told = [run.status.environment for run in runs if run.status]
+    if told and not any(told):
+        return (("versions", _NOT_RECORDED),)
+    names = dict.fromkeys(name for environment in told for name in environment)
+    return tuple(
+        (name, _compared(Counter(str(environment.get(name, _NOT_RECORDED)) for environment in told))) for name in names
+    )
 
 
 def commands(subject: Subject) -> tuple[str, ...]:
@@ -137,6 +135,12 @@ def command_of(run: StoredRun) -> str:
         return ""
     words = shlex.join(run.planned.overrides)
     return f"dist-train train {shlex.quote(str(run.directory.parent / 'base.yaml'))} {words}"
+
+
+def _compared(counts: Counter[str]) -> str:
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "runs differ: " + ", ".join(f"{value} ({count})" for value, count in counts.most_common())
 
 
 def _is_checkpoint(event: EventRecord) -> bool:

@@ -13,11 +13,10 @@ import yaml
 
 from dist_train.outcome import UsageError
 from dist_train.study.report.stored_run import Planned, StoredRun, read_run
+from dist_train.study.run_table import is_run
 
 PLAN = "runs.json"
 """In a study's folder: its runs, in order."""
-
-_MARKS = ("status.json", "metrics.jsonl", "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def read_subject(directory: Path) -> Subject:
         raise UsageError(f"there is no folder {directory}: name a run, a study, or a folder of runs")
     if (directory / PLAN).is_file():
         return Subject(directory, "study", tuple(_study_runs(directory, "")))
-    if _is_run(directory):
+    if is_run(directory):
         return Subject(directory, "run", (read_run(directory, directory.resolve().name),))
     runs = tuple(_runs_below(directory))
     if not runs:
@@ -89,7 +88,7 @@ def _runs_below(directory: Path) -> Iterator[StoredRun]:
         if PLAN in files:
             children.clear()
             yield from _study_runs(path, f"{name}/")
-        elif path != directory and _is_run(path):
+        elif path != directory and is_run(path):
             children.clear()
             yield read_run(path, name)
         children.sort()
@@ -102,7 +101,3 @@ def _study_title(directory: Path) -> str:
         fields = None
     title = (fields.get("title") or fields.get("name")) if isinstance(fields, Mapping) else None
     return str(title or directory.resolve().name)
-
-
-def _is_run(path: Path) -> bool:
-    return any((path / mark).exists() for mark in _MARKS)

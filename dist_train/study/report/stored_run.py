@@ -13,7 +13,7 @@ from dist_train.monitoring.reading import read_records
 from dist_train.monitoring.records import EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.status import Status, read_status
 from dist_train.study.report.results import Analyses, read_analyses
-from dist_train.study.run_table import read_runs
+from dist_train.study.run_table import is_run, read_state
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,11 @@ def read_run(directory: Path, name: str, planned: Planned | None = None) -> Stor
     """Return the run in `directory`; what is wrong with it stands in its state and note, never raised."""
     if not directory.is_dir():
         return StoredRun(directory, name, "missing", "it has not begun: its folder is not there", planned)
-    summaries = read_runs(directory)
-    summary = next((summary for summary in summaries if summary.directory == directory), None)
-    if summary is None:
+    if not is_run(directory):
         return StoredRun(directory, name, "missing", "it has not begun: its folder is empty", planned)
     records, problem = _records(directory / "metrics.jsonl")
     settings, fault = _settings(directory / "config.yaml")
-    state, note = summary.state, summary.note
+    state, note = read_state(directory)
     if problem or fault:
         state, note = "broken", problem or fault
     elif state == "finished" and not any(isinstance(record, EvaluationRecord) for record in records):

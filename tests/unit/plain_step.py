@@ -1,0 +1,89 @@
+"""What the step is held to: an update in plain PyTorch, one parameter and one micro-batch after another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dist_train.config import Config
+from dist_train.data.loader import open_splits
+from dist_train.data.order import epoch_order
+from dist_train.data.plan import BatchPlan
+from dist_train.models import build_model
+from dist_train.optim.flat_weights import FlatWeights, Segment
+from dist_train.randomness import bits, key
+
+
+def noise_of(config: Config, step: int, segments: Sequence[Segment], *indices: int | str) -> Iterator[Tensor]:
+    """Yield the draw of each parameter at amplitude 1, before any scale."""
+    u = torch.empty(-(-segments[-1].stop // 16) * 16)
+    stream = key(config.run.seed, "noise", step, *indices)
+    if config.noise.distribution == "uniform":
+        u = (bits(stream, len(u), u.device).float() + 0.5) / 2**15
+    else:
+        u.normal_(0, math.sqrt(1 / 3), generator=torch.Generator().manual_seed(stream))
+    for segment in segments:
+        yield u[segment.start : segment.stop].view(segment.shape) * float(segment.kind != "norm")
+
+
+def scaled(config: Config, u: Tensor, weight: Tensor) -> Tensor:
+    """Return delta at amplitude 1: the table of the method's page."""
+    if config.noise.scale == "absolute":
+        return u
+    if config.noise.scale == "weight":
+        return weight.abs() * u
+    rows = (1, -1) if weight.dim() < 2 else (len(weight), -1)
+    norms = weight.reshape(rows).norm(dim=1), u.reshape(rows).norm(dim=1).clamp_min(1e-30)
+    delta: Tensor = u.reshape(rows) * (norms[0] / norms[1])[:, None]
+    return delta.view(u.shape)
+
+
+def smoothout_gradients(config: Config, step: int, workers: int = 1) -> tuple[dict[str, Tensor], float]:
+    """Perturb, differentiate the mean loss over the whole global batch, restore: the paper's page in plain PyTorch."""
+    model = build_model(config)
+    assert config.batch.micro_size != "auto"
+    segments = FlatWeights(build_model(config)).segments
+    samples = open_splits(config.data, config.run.seed, torch.device("cpu")).train
+    indices = epoch_order(len(samples), config.run.seed, 0)[step * config.batch.global_size :]
+    loss = 0.0
+    for part in BatchPlan(config.batch.global_size, config.batch.micro_size).micro_batches:
+        shares: dict[str, list[int | str]] = {"micro_batch": [part.index], "worker": ["worker", part.index % workers]}
+        clean = [parameter.detach().clone() for parameter in model.parameters()]
+        noise = noise_of(config, step, segments, *shares.get(config.noise.sharing, []))
+        for parameter, u in zip(model.parameters(), noise, strict=True):
+            parameter.data += config.noise.amplitude * scaled(config, u, parameter.data)
+        inputs, labels = samples.micro_batch(indices[part.start : part.stop], 0)
+        share = functional.cross_entropy(model(inputs), labels, reduction="sum") / config.batch.global_size
+        torch.autograd.backward(share)
+        loss += share.item()
+        for parameter, value in zip(model.parameters(), clean, strict=True):
+            parameter.data = value
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, loss
+
+
+def sam_gradients(config: Config, step: int) -> dict[str, Tensor]:
+    """Ascend by each micro-batch's own gradient, differentiate there, come back: SAM in plain PyTorch."""
+    model = build_model(config)
+    assert config.batch.micro_size != "auto"
+    samples = open_splits(config.data, config.run.seed, torch.device("cpu")).train
+    indices = epoch_order(len(samples), config.run.seed, 0)[step * config.batch.global_size :]
+    parameters = list(model.parameters())
+    moving = [segment.kind != "norm" for segment in FlatWeights(build_model(config)).segments]
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    for part in BatchPlan(config.batch.global_size, config.batch.micro_size).micro_batches:
+        inputs, labels = samples.micro_batch(indices[part.start : part.stop], 0)
+        uphill = torch.autograd.grad(functional.cross_entropy(model(inputs), labels), parameters)
+        length = math.sqrt(sum(float(g.square().sum()) for g, moves in zip(uphill, moving, strict=True) if moves))
+        clean = [parameter.detach().clone() for parameter in parameters]
+        for parameter, g, moves in zip(parameters, uphill, moving, strict=True):
+            parameter.data += config.noise.amplitude / length * g * float(moves)
+        loss = functional.cross_entropy(model(inputs), labels, reduction="sum") / config.batch.global_size
+        for sum_, g in zip(total, torch.autograd.grad(loss, parameters), strict=True):
+            sum_ += g
+        for parameter, value in zip(parameters, clean, strict=True):
+            parameter.data = value
+    return {name: sum_ for (name, _), sum_ in zip(model.named_parameters(), total, strict=True)}

@@ -1,0 +1,32 @@
+"""`dist-train train`: what a worker that dies leaves on its standard error."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.unit.test_cli_commands import write_config
+
+_SCRIPT = """
+import os, resource, signal, sys
+import dist_train.training
+from dist_train.cli.main import main
+
+def train_until_a_library_fails(config, run_directory):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+dist_train.training.train = train_until_a_library_fails
+main(["train", *sys.argv[1:]])
+"""
+
+
+def test_a_worker_that_a_fault_of_memory_kills_says_where_it_was(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _SCRIPT, write_config(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    assert ended.returncode == -signal.SIGSEGV
+    assert "Fatal Python error: Segmentation fault" in ended.stderr
+    assert "in train_until_a_library_fails" in ended.stderr
+    assert 'dist_train/cli/train_command.py", line' in ended.stderr

@@ -1,0 +1,192 @@
+"""Messages between a trainer and its exporter: JSON and back, over a pair of sockets."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import cast
+
+import numpy as np
+import pytest
+
+from dist_train.config.sections import MetricsSettings
+from dist_train.monitoring.prometheus import channel
+from dist_train.monitoring.prometheus.channel import Channel, socket_pair
+from dist_train.monitoring.prometheus.codec import decode, encode
+from dist_train.monitoring.prometheus.exporter import Exporter, ExporterError
+from dist_train.monitoring.prometheus.messages import Begin, End, Ending, Failed, Message, Progress, Serving, Warned
+from dist_train.monitoring.prometheus.serving_plan import ServingPlan
+from dist_train.monitoring.records import EvaluationRecord, EventRecord, Measurement
+from tests.unit.exporting import FACTS, OUTCOME, measurement, train
+
+PLAN = ServingPlan(host="::", port=9400, token_file=Path("/etc/token"), last_scrape_seconds=2.5)
+MESSAGES: tuple[Message, ...] = (
+    Begin(PLAN, FACTS, {"resumed": 2, "checkpoint": 10**12}),
+    Begin(ServingPlan("", 0), replace(FACTS, micro_batches_of=()), {}),
+    Progress(7),
+    train(3),
+    EvaluationRecord(7, 1.0, "test", 0.5, 0.9, 10_000, 1_700_000_000.25),
+    EventRecord(7, "checkpoint", 1.5, {"path": 'a "b"\n\0é', "bytes": 3, "seconds": 0.5, "best": True, "none": None}),
+    replace(measurement(3), workers=()),
+    End(OUTCOME),
+    End(replace(OUTCOME, test_accuracy=0.75, last_checkpoint=Path("runs/demo/checkpoints/step-00000040.pt"))),
+    Serving("http://node1:9400/metrics", Path("targets/demo.json")),
+    Serving("http://node1:9400/metrics", None),
+    Warned("metrics port 9400 is in use"),
+    Ending(5.0, 2.0),
+    Failed("address already in use"),
+)
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_a_message_comes_back_as_it_was(message: Message) -> None:
+    assert decode(encode(message)) == message
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, 5e-324, -0.0, 0.1, 1e300])
+def test_numbers_come_back_to_the_bit(number: float) -> None:
+    returned = decode(encode(replace(train(3), loss=number)))
+    assert repr(returned) == repr(replace(train(3), loss=number))
+
+
+def test_a_measurement_comes_back_with_every_worker_and_what_is_not_a_number() -> None:
+    sent = measurement(3, workers=5)
+    returned = decode(encode(sent))
+    assert isinstance(returned, Measurement)
+    assert repr(returned) == repr(sent)
+    assert math.isnan(returned.workers[4].device_bytes)
+    assert hash(returned.workers), "a tuple, as declared"
+
+
+def test_paths_that_are_no_text_survive() -> None:
+    path = Path(os.fsdecode(b"targets/\xff.json"))
+    assert decode(encode(Serving("", path))) == Serving("", path)
+
+
+def test_scalars_of_numpy_and_mappings_of_other_kinds_come_back_as_plain_ones() -> None:
+    sent = EventRecord(
+        cast(int, np.int64(7)),
+        "resumed",
+        cast(float, np.float32(1.5)),
+        MappingProxyType({"workers": cast(int, np.int32(4)), "seconds": np.float64(0.25)}),
+    )
+    returned = decode(encode(sent))
+    assert returned == EventRecord(7, "resumed", 1.5, {"workers": 4, "seconds": 0.25})
+    assert isinstance(returned, EventRecord)
+    assert (type(returned.step), type(returned.time)) == (int, float)
+
+
+def test_what_has_no_form_in_json_is_refused_when_it_is_sent() -> None:
+    with pytest.raises(TypeError, match="cannot be sent"):
+        encode(Warned(cast(str, object())))
+
+
+def test_a_type_that_is_no_message_is_refused() -> None:
+    for name in ("RunFacts", "ServingPlan", "Path", "Popen", ""):
+        with pytest.raises(ValueError, match=f"no message is a '{name}'"):
+            decode(json.dumps([name, []]).encode())
+
+
+@pytest.mark.parametrize("content", [b"", b"[", b"\xff", b"7", b"[]", b"{}", b'["Progress"]', b"[[], []]"])
+def test_what_is_no_message_is_refused(content: bytes) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011
+        decode(content)
+
+
+@pytest.mark.parametrize(
+    ("message", "field", "value"),
+    [
+        (Progress(7), "step", 7.5),
+        (Progress(7), "step", True),
+        (Progress(7), "step", None),
+        (Ending(1.0, 0.0), "seconds", "1"),
+        (Ending(1.0, 0.0), "seconds", False),
+        (Serving("", None), "target", 5),
+        (Warned(""), "text", ["a"]),
+        (Begin(PLAN, FACTS, {}), "counts", {"resumed": "2"}),
+        (Begin(PLAN, FACTS, {}), "counts", [1]),
+        (Begin(PLAN, FACTS, {}), "plan", ["::", 0]),
+        (measurement(3), "workers", {}),
+        (measurement(3), "workers", [1.0]),
+        (EventRecord(1, "signal", 0.0, {}), "details", {"nested": {}}),
+    ],
+    ids=str,
+)
+def test_fields_that_are_not_as_declared_are_refused(message: Message, field: str, value: object) -> None:
+    name, values = json.loads(encode(message))
+    values[[each.name for each in fields(message)].index(field)] = value
+    with pytest.raises(ValueError):  # noqa: PT011
+        decode(json.dumps([name, values]).encode())
+
+
+@pytest.mark.parametrize("values", [b"[1.0]", b"[1.0, 0.0, 0.0]", b'{"seconds": 1.0, "for_scrape": 0.0}'])
+def test_fields_too_few_or_too_many_are_refused(values: bytes) -> None:
+    with pytest.raises(ValueError, match="not the fields of Ending"):
+        decode(b'["Ending", ' + values + b"]")
+
+
+def test_a_step_of_one_worker_is_written_in_well_under_a_tenth_of_a_millisecond() -> None:
+    assert _seconds_to_write(train(3)) + _seconds_to_write(measurement(3, workers=1)) < 1e-4
+
+
+def test_a_measurement_of_a_thousand_workers_is_written_in_milliseconds_and_fits_a_buffer() -> None:
+    worker = replace(
+        measurement(3).workers[0], device_bytes=12345678912.0, device_peak_bytes=22345678912.0, device_utilization=0.97
+    )
+    everybody = replace(measurement(3), workers=(replace(worker, busy_seconds=1 / 3, wait_seconds=1 / 7),) * 1024)
+    assert _seconds_to_write(everybody) < 0.02
+    assert len(encode(everybody)) < 100_000, "a kernel may give a buffer of no more than 400 KB"
+    ours, theirs = map(Channel, socket_pair())
+    try:
+        assert ours.send(everybody)
+        assert list(theirs.receive()) == [everybody]
+    finally:
+        ours.close()
+        theirs.close()
+
+
+def test_a_full_buffer_drops_no_part_of_a_message() -> None:
+    ours, theirs = map(Channel, socket_pair())
+    try:
+        sent = 0
+        while ours.send(Warned(f"{sent:0100000}")):
+            sent += 1
+        received = list(theirs.receive())
+        assert received == [Warned(f"{number:0100000}") for number in range(sent)]
+        assert sent
+        ours.close()
+        with pytest.raises(EOFError):
+            next(theirs.receive())
+    finally:
+        theirs.close()
+
+
+def test_a_process_that_talks_another_way_is_given_up_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(content: bytes) -> Message:
+        raise ValueError("not a message")
+
+    monkeypatch.setattr(channel, "decode", refuse)
+    exporter = Exporter(MetricsSettings(port=0))
+    process = exporter.process_id
+    assert process is not None
+    with pytest.raises(ExporterError, match="its process is of other code: not a message"):
+        exporter.begin(FACTS)
+    assert exporter.process_id is None
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+
+
+def _seconds_to_write(message: Message) -> float:
+    """Return the least of several tries, in seconds of the processor: the machine may have other work."""
+
+    def seconds() -> float:
+        begun = time.thread_time()
+        encode(message)
+        return time.thread_time() - begun
+
+    return min(seconds() for _ in range(30))
