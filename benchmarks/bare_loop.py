@@ -27,22 +27,23 @@ def bare_vgg9(channels: int, classes: int, width: float) -> nn.Module:
 def bare_loop(
     images: Tensor, labels: Tensor, *, width: float, batch: int, channels_last: bool, precision: torch.dtype
 ) -> Callable[[], None]:
-    """Return a function that makes one update on the next `batch` of shuffled samples."""
-    model = bare_vgg9(images.shape[1], 10, width)
+    """Return a function that makes one update on the next `batch` of shuffled samples, on the device of `images`."""
+    device = images.device
+    model = bare_vgg9(images.shape[1], 10, width).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    order = torch.randperm(len(images))
+    order = torch.randperm(len(images), device=device)
     position = 0
 
     def update() -> None:
         nonlocal order, position
         if position + batch > len(images):
-            order, position = torch.randperm(len(images)), 0
+            order, position = torch.randperm(len(images), device=device), 0
         chosen = order[position : position + batch]
         position += batch
         inputs = images[chosen].to(torch.float32, memory_format=layout).div_(255)
         optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
+        with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
             logits = model(inputs)
         loss = functional.cross_entropy(logits.float(), labels[chosen])
         loss.backward()

@@ -6,17 +6,16 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.launching import measure, module, on_workers, tell
+from benchmarks.plain_evaluation import through_loader
 from benchmarks.subject import settings
 from benchmarks.timing import Ratio, compare, ratio_of
 from dist_train.analysis.directions import random_direction
@@ -29,7 +28,6 @@ from dist_train.training.compute import Compute
 
 _IMAGES = 10_000
 _BATCH = 100
-_SECONDS = "seconds: "
 
 
 def rows(pairs: int) -> Iterator[Ratio]:
@@ -45,7 +43,8 @@ def dataloader_row(pairs: int) -> Ratio:
     evaluator = PointEvaluator(
         model, [_batches(images, labels)], [], Compute(torch.device("cpu"), torch.float32), threads=cores
     )
-    plain = _plain_evaluation(model, images, labels)
+    weights = FlatWeights(model)
+    plain = through_loader(model, images, labels, batch_size=128)
     alphas = iter(axis(-1.0, 1.0, 2 * pairs + 5))
 
     def ours() -> None:
@@ -54,7 +53,8 @@ def dataloader_row(pairs: int) -> Ratio:
 
     def theirs() -> None:
         torch.set_num_threads(cores)
-        plain(walk.at(Point(0, next(alphas))).weights)
+        weights.values.copy_(walk.at(Point(0, next(alphas))).weights)
+        plain()
 
     with closing(evaluator):
         return compare(
@@ -64,6 +64,7 @@ def dataloader_row(pairs: int) -> Ratio:
             pairs=pairs,
             bar=0.5,
             warm_up=1,
+            images=_IMAGES,
         )
 
 
@@ -88,7 +89,7 @@ def main() -> None:
             evaluator.evaluate(walk.at(point))
         workers.together(lambda: None, "end")
     if workers.rank == 0:
-        print(_SECONDS + str(time.perf_counter() - begun), flush=True)
+        tell(time.perf_counter() - begun)
 
 
 def _subject() -> tuple[nn.Module, Tensor, Tensor, Directions]:
@@ -108,46 +109,8 @@ def _batches(images: Tensor, labels: Tensor) -> Sequence[Batch]:
     return list(zip(inputs.split(_BATCH), labels.split(_BATCH), strict=True))
 
 
-class _Images(Dataset[tuple[Tensor, int]]):
-    """Images as torchvision's data sets give them: one by one, as floats."""
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self._images = images
-        self._labels = labels
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._images[index].to(torch.float32).div(255), int(self._labels[index])
-
-
-def _plain_evaluation(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[Tensor], float]:
-    """Return an evaluation as examples have it."""
-    weights = FlatWeights(model)
-    loader = DataLoader(_Images(images, labels), batch_size=128)
-
-    def evaluate(values: Tensor) -> float:
-        weights.values.copy_(values)
-        model.eval()
-        loss, correct = 0.0, 0
-        with torch.no_grad():
-            for inputs, targets in loader:
-                outputs = model(inputs)
-                loss += functional.cross_entropy(outputs, targets, reduction="sum").item()
-                correct += int((outputs.argmax(dim=1) == targets).sum())
-        return loss / len(images) + correct
-
-    return evaluate
-
-
 def _launch(workers: int, points: int) -> float:
-    program = [sys.executable, "-m", "benchmarks.landscape", str(points)]
-    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    launcher = ["mpirun", "-np", str(workers), "--bind-to", "none", "--oversubscribe"]
-    ended = subprocess.run([*launcher, *program], env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    [line] = [line for line in ended.stdout.splitlines() if _SECONDS in line]
-    return float(line.split(_SECONDS, 1)[1])
+    return float(measure(on_workers("mpi", workers, module("benchmarks.landscape", points))))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Ratio:
-    """How long `ours` takes for each second of `theirs`: median and quartiles of the ratios of `pairs` pairs."""
+    """How much `ours` takes of what `theirs` takes: median and quartiles of the ratios of `pairs` pairs."""
 
     row: str
     ours: str
@@ -19,15 +21,24 @@ class Ratio:
     lower: float
     upper: float
     pairs: int
-    seconds_ours: float
-    seconds_theirs: float
+    amount_ours: float
+    amount_theirs: float
+    """Medians of what was measured, in `unit`."""
     bar: float | None
     """What the median must not exceed; None: only stated."""
+    unit: str = "s"
+    images: int = 0
+    """Images that one timing covers; 0: it covers none."""
 
     @property
     def holds(self) -> bool:
         """Whether the bar is reached."""
         return self.bar is None or self.median <= self.bar
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Images a second on our side; None where no images were counted."""
+        return self.images / self.amount_ours if self.images else None
 
 
 def compare(
@@ -38,6 +49,7 @@ def compare(
     pairs: int,
     bar: float | None,
     warm_up: int = 2,
+    images: int = 0,
 ) -> Ratio:
     """Time both sides in turn, the first one alternating, after `warm_up` untimed calls of each."""
     for _ in range(warm_up):
@@ -52,13 +64,22 @@ def compare(
             other = timed(theirs[1])
             mine = timed(ours[1])
         seconds.append((mine, other))
-    return ratio_of(row, ours[0], theirs[0], seconds, bar)
+    return ratio_of(row, ours[0], theirs[0], seconds, bar, images=images)
 
 
-def ratio_of(row: str, ours: str, theirs: str, seconds: list[tuple[float, float]], bar: float | None) -> Ratio:
-    """Return the ratio of pairs of seconds (ours, theirs)."""
-    ratios = [mine / other for mine, other in seconds]
-    lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+def ratio_of(
+    row: str,
+    ours: str,
+    theirs: str,
+    amounts: list[tuple[float, float]],
+    bar: float | None,
+    *,
+    unit: str = "s",
+    images: int = 0,
+) -> Ratio:
+    """Return the ratio of pairs of amounts (ours, theirs), of one pair or more."""
+    ratios = [mine / other for mine, other in amounts]
+    lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive") if ratios[1:] else ratios * 3
     return Ratio(
         row=row,
         ours=ours,
@@ -66,15 +87,24 @@ def ratio_of(row: str, ours: str, theirs: str, seconds: list[tuple[float, float]
         median=median,
         lower=lower,
         upper=upper,
-        pairs=len(seconds),
-        seconds_ours=statistics.median(mine for mine, _ in seconds),
-        seconds_theirs=statistics.median(other for _, other in seconds),
+        pairs=len(amounts),
+        amount_ours=statistics.median(mine for mine, _ in amounts),
+        amount_theirs=statistics.median(other for _, other in amounts),
         bar=bar,
+        unit=unit,
+        images=images,
     )
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Return the seconds that `call` takes."""
+    """Return the seconds that `call` takes, and a GPU in use with what it was given."""
+    _settle()
     begun = time.perf_counter()
     call()
+    _settle()
     return time.perf_counter() - begun
+
+
+def _settle() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -5,15 +5,12 @@ Lightning and Ignite live in `.venv-peers`, made by `benchmarks/peers/environmen
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.peers.work import MARK, Work
+from benchmarks.launching import beside_python, measure, module, on_workers
+from benchmarks.peers.work import Work
 from benchmarks.timing import Ratio, ratio_of
 
 ROOT = Path(__file__).parents[2]
@@ -46,62 +43,42 @@ def rows(work: Work, rounds: int) -> Iterator[Ratio]:
         seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
         for number in range(rounds):
             for peer in (*peers[number % len(peers) :], *peers[: number % len(peers)]):
-                seconds[peer.name].append(_run(peer, shared))
-        ours[workers] = seconds.pop(_OURS.name)
+                seconds[peer.name].append(seconds_of(peer, shared))
+        ours[workers] = seconds.pop(OURS.name)
         for peer in peers[1:]:
             yield ratio_of(
                 f"{_title(work)}, {workers} worker{'s' * (workers > 1)}",
-                _OURS.name,
+                OURS.name,
                 peer.name,
                 list(zip(ours[workers], seconds[peer.name], strict=True)),
                 peer.bar(shared),
+                images=work.batch,
             )
     halves = [one / 2 for one in ours[1]]
     bar = 1 / 0.95 if work.batch == 8192 else None
-    yield ratio_of(f"{_title(work)}, scaling", "2 workers", "half of 1's", list(zip(ours[2], halves, strict=True)), bar)
+    pairs = list(zip(ours[2], halves, strict=True))
+    yield ratio_of(f"{_title(work)}, scaling", "2 workers", "half of 1's", pairs, bar, images=work.batch)
 
 
 def _title(work: Work) -> str:
     return f"width {work.width:g}, batch {work.batch}"
 
 
-def _run(peer: Peer, work: Work) -> float:
-    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1", "OMPI_MCA_mpi_yield_when_idle": "1"}
-    if os.geteuid() == 0:
-        environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    ended = subprocess.run(
-        [*peer.command(peer.module, work.workers), *work.arguments()],
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    told = [line.split(MARK, 1)[1] for line in ended.stdout.splitlines() if MARK in line]
-    if len(told) != 1:
-        raise RuntimeError(f"{peer.name} did not measure ({work}):\n{ended.stdout[-2000:]}{ended.stderr[-4000:]}")
-    return float(json.loads(told[0]))
+def seconds_of(peer: Peer, work: Work) -> float:
+    """Return the seconds of an update of `peer` at `work`."""
+    return float(measure([*peer.command(peer.module, work.workers), *work.arguments()]))
 
 
-def _alone_or_by_mpirun(module: str, workers: int) -> list[str]:
-    program = [sys.executable, "-m", module]
-    if workers == 1:
-        return program
-    return [_beside_python("mpirun"), "-np", str(workers), "--bind-to", "none", "--oversubscribe", *program]
+def _alone_or_by_mpirun(name: str, workers: int) -> list[str]:
+    return on_workers("alone" if workers == 1 else "mpi", workers, module(name))
 
 
-def _by_torchrun(module: str, workers: int) -> list[str]:
-    return [_beside_python("torchrun"), "--standalone", f"--nproc-per-node={workers}", "-m", module]
+def _by_torchrun(name: str, workers: int) -> list[str]:
+    return [beside_python("torchrun"), "--standalone", f"--nproc-per-node={workers}", "-m", name]
 
 
-def _by_itself(module: str, workers: int) -> list[str]:
-    return [str(PEERS_PYTHON), "-m", module]
-
-
-def _beside_python(name: str) -> str:
-    beside = Path(sys.executable).with_name(name)
-    return str(beside) if beside.exists() else name
+def _by_itself(name: str, workers: int) -> list[str]:
+    return [str(PEERS_PYTHON), "-m", name]
 
 
 def _limit(work: Work) -> float | None:
@@ -116,9 +93,9 @@ def _example(work: Work) -> float | None:
     return 1 / 1.3 if work.batch == 8192 else 1.0
 
 
-_OURS = Peer("dist-train", "benchmarks.peers.ours", _alone_or_by_mpirun, (1, 2), _as_fast)
+OURS = Peer("dist-train", "benchmarks.peers.ours", _alone_or_by_mpirun, (1, 2), _as_fast)
 _HERE = (
-    _OURS,
+    OURS,
     Peer("bare PyTorch loop", "benchmarks.peers.bare", _alone_or_by_mpirun, (1,), _limit),
     Peer("PyTorch DDP, Gloo", "benchmarks.peers.ddp", _by_torchrun, (1, 2), _as_fast),
     Peer("Horovod's example", "benchmarks.peers.horovod_example", _alone_or_by_mpirun, (1, 2), _example),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from benchmarks.peers.work import Clock, Work, work_from_arguments
+from benchmarks.shared_folder import shared_folder
 from benchmarks.subject import QUIET, open_trainer, settings
 from dist_train.cluster.joining import join_workers
-from dist_train.cluster.workers import Workers, share_text
+from dist_train.cluster.workers import Workers
 
 
 def train(work: Work, workers: Workers) -> None:
@@ -21,13 +19,12 @@ def train(work: Work, workers: Workers) -> None:
         model={"name": "vgg9", "width": work.width, "norm": "ghost", "ghost_size": work.micro_batch},
         **QUIET,
     )
-    folder = Path(share_text(workers, tempfile.mkdtemp(), "folder"))
-    trainer = open_trainer(config, workers, folder / "run")
     clock = Clock(work)
-    trainer.advance()
-    while not clock.update_ended():
+    with shared_folder(workers) as folder:
+        trainer = open_trainer(config, workers, folder / "run")
         trainer.advance()
-    workers.barrier()
+        while not clock.update_ended():
+            trainer.advance()
     if workers.rank == 0:
         clock.report()
 

@@ -5,7 +5,6 @@ own, without dist_train.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import astuple, dataclass
 
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.bare_loop import bare_vgg9
+from benchmarks.launching import tell
 
-MARK = "peer: "
 LEARNING_RATE = 0.01
 MOMENTUM = 0.9
 
@@ -92,6 +91,6 @@ class Clock:
         return len(self._ends) > self._work.warm_up + self._work.updates
 
     def report(self) -> None:
-        """Print the seconds of one update, the mean over the timed ones."""
+        """Tell the seconds of one update, the mean over the timed ones."""
         ends = self._ends[self._work.warm_up :]
-        print(MARK + json.dumps((ends[-1] - ends[0]) / (len(ends) - 1)), flush=True)
+        tell((ends[-1] - ends[0]) / (len(ends) - 1))

@@ -1,0 +1,140 @@
+"""Settings that might make a step faster, each against the same step without it, VGG9: `--only candidates`.
+
+What an environment variable sets has a process of its own on each side:
+`python -m benchmarks.candidates WIDTH GLOBAL_SIZE UPDATES` tells the seconds of an update.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from ctypes.util import find_library
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.launching import measure, module, on_workers, tell
+from benchmarks.shared_folder import shared_folder
+from benchmarks.subject import QUIET, open_trainer, settings
+from benchmarks.timing import Ratio, compare, ratio_of, timed
+from dist_train.cluster.alone import Alone
+from dist_train.cluster.joining import join_workers
+from dist_train.training.compute import device_type, share_of_threads
+
+_WIDTH, _GLOBAL_SIZE, _UPDATES = 0.25, 128, 10
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Environment variables for our side, on so many workers over MPI; `both` are set on either side."""
+
+    name: str
+    variables: Mapping[str, str]
+    workers: int = 1
+    both: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A candidate that cannot be tried here, and why."""
+
+    name: str
+    reason: str
+
+
+TWO_THREADS: Mapping[str, str] = {"OMP_NUM_THREADS": "2"}
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "compiled": {"compile": True},
+    "channels_last": {"channels_last": True},
+    "bfloat16": {"compute": "bfloat16"},
+    "bfloat16 channels_last": {"compute": "bfloat16", "channels_last": True},
+}
+
+
+def rows(pairs: int) -> Iterator[Ratio]:
+    """Yield a row for each candidate; one that cannot be tried here is told of and left out.
+
+    What the environment sets is for CPUs: allocators, threads, and what carries gradients from memory to memory.
+    """
+    for candidate in from_environment(find_library) if device_type() == "cpu" else ():
+        if isinstance(candidate, Missing):
+            print(f"{candidate.name} is left out: {candidate.reason}", file=sys.stderr)
+        else:
+            yield _environment_row(candidate, pairs)
+    yield from setting_rows(pairs)
+
+
+def from_environment(find: Callable[[str], str | None]) -> Iterator[Candidate | Missing]:
+    """Yield what environment variables set; `find` knows the file of a shared library, as `find_library` does."""
+    yield _preloaded("jemalloc", find("jemalloc"))
+    yield _preloaded("tcmalloc", find("tcmalloc_minimal") or find("tcmalloc"))
+    yield Candidate("OMP_NUM_THREADS=2", TWO_THREADS)
+    yield Candidate("OMP_WAIT_POLICY=passive, 2 threads", {"OMP_WAIT_POLICY": "passive"}, both=TWO_THREADS)
+    if find("iomp5"):
+        intel = {"LD_PRELOAD": str(find("iomp5")), **TWO_THREADS}
+        yield Candidate("KMP_BLOCKTIME=0, 2 threads, preloaded OpenMP", {"KMP_BLOCKTIME": "0"}, both=intel)
+    else:
+        yield Missing("KMP_BLOCKTIME", "neither Intel's OpenMP nor LLVM's is installed, and GNU's has no such time")
+    for milliseconds in ("0.1", "5"):
+        yield Candidate(f"HOROVOD_CYCLE_TIME={milliseconds}", {"HOROVOD_CYCLE_TIME": milliseconds}, workers=2)
+    yield Candidate("HOROVOD_FUSION_THRESHOLD=0", {"HOROVOD_FUSION_THRESHOLD": "0"}, workers=2)
+
+
+def setting_rows(pairs: int) -> Iterator[Ratio]:
+    """Yield the rows of our own settings, in one process; the compilation does not count."""
+    for name, precision in SETTINGS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            changed = settings(_WIDTH, _GLOBAL_SIZE, precision={"threads": 1, **precision}, **QUIET)
+            ours = open_trainer(changed, Alone(), Path(folder) / "changed")
+            theirs = open_trainer(settings(_WIDTH, _GLOBAL_SIZE, **QUIET), Alone(), Path(folder) / "plain")
+            sides = (name, ours.advance), ("without", theirs.advance)
+            yield compare(_title(name), *sides, pairs=pairs, bar=None, warm_up=3, images=_GLOBAL_SIZE)
+            ours.close()
+            theirs.close()
+
+
+def _preloaded(name: str, library: str | None) -> Candidate | Missing:
+    if library is None:
+        return Missing(name, f"the library lib{name} is not installed")
+    return Candidate(name, {"LD_PRELOAD": library})
+
+
+def _environment_row(candidate: Candidate, pairs: int) -> Ratio:
+    command = on_workers(
+        "mpi" if candidate.workers > 1 else "alone",
+        candidate.workers,
+        module("benchmarks.candidates", _WIDTH, _GLOBAL_SIZE, _UPDATES),
+    )
+    seconds = [
+        (float(measure(command, {**candidate.both, **candidate.variables})), float(measure(command, candidate.both)))
+        for _ in range(pairs)
+    ]
+    return ratio_of(_title(candidate.name), candidate.name, "without", seconds, None, images=_GLOBAL_SIZE)
+
+
+def _title(name: str) -> str:
+    return f"candidate {name}, width {_WIDTH:g}, batch {_GLOBAL_SIZE}"
+
+
+def main() -> None:
+    """Train as one of the workers, with the threads that the environment asks for; the first tells the time."""
+    width, global_size, updates = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    workers = join_workers(timeout=600.0, device_type=device_type())
+    precision = {"threads": share_of_threads(workers.local_size)}
+    batch = {"micro_size": max(1, global_size // workers.size)}
+    config = settings(width, global_size, precision=precision, batch=batch, **QUIET)
+    with shared_folder(workers) as folder:
+        trainer = open_trainer(config, workers, folder / "run")
+        for _ in range(3):
+            trainer.advance()
+        seconds = median(timed(trainer.advance) for _ in range(updates))
+        trainer.close()
+    if workers.rank == 0:
+        tell(seconds)
+    workers.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Rows of data preparation: Fashion-MNIST's files, first decoded and cached, later mapped from the cache.
+
+Against torchvision, which reads its unpacked files anew each time and checks nothing. The files hold made-up images.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchvision.datasets import FashionMNIST
+
+from benchmarks.idx_files import write_packed, write_unpacked
+from benchmarks.timing import Ratio, ratio_of, timed
+from dist_train.data import fashion_mnist
+from dist_train.data.cache import Source, decoded_once
+from dist_train.data.images import ImageSet
+
+_IMAGES = 60_000
+
+
+@dataclass(frozen=True)
+class Files:
+    """A training set on disk: as it is fetched, and as torchvision wants it; and where ours is cached."""
+
+    packed: tuple[Path, Path]
+    unpacked: Path
+    cache: Path
+
+
+def rows(pairs: int) -> Iterator[Ratio]:
+    """Yield the rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield from rows_of(write_files(Path(folder), _IMAGES), _IMAGES, pairs)
+
+
+def rows_of(files: Files, count: int, pairs: int) -> Iterator[Ratio]:
+    """Yield the rows of `files`, which hold `count` images; the first reading of all does not count."""
+    first, later, theirs = [], [], []
+    for _ in range(pairs + 1):
+        shutil.rmtree(files.cache, ignore_errors=True)
+        first.append(timed(lambda: prepare(files)))
+        later.append(timed(lambda: prepare(files)))
+        theirs.append(timed(lambda: read_by_torchvision(files)))
+    title = f"data, {count:,} images of 28x28"
+    for row, ours, other, seconds, bar in (
+        (f"{title}, first", "decoded and cached", "torchvision, unpacked files", (first, theirs), None),
+        (f"{title}, later", "verified and mapped", "torchvision, unpacked files", (later, theirs), None),
+        (f"{title}, later", "verified and mapped", "decoded and cached", (later, first), 1.0),
+    ):
+        yield ratio_of(row, ours, other, list(zip(seconds[0][1:], seconds[1][1:], strict=True)), bar, images=count)
+
+
+def write_files(folder: Path, count: int) -> Files:
+    """Write `count` made-up images and their labels into `folder`, in both forms."""
+    write_packed(folder, "train", count)
+    raw = folder / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    write_unpacked(raw, "train", count)
+    write_unpacked(raw, "test", 1)  # only looked for
+    return Files(fashion_mnist.find(folder, "train"), folder, folder / "cache")
+
+
+def prepare(files: Files) -> ImageSet:
+    """Return the images as a run has them: from the cache, which is filled where it has to be."""
+    source = Source("fashion-mnist", "train", fashion_mnist.VERSION, files.packed)
+    return decoded_once(files.cache, source, lambda: fashion_mnist.decode(files.packed))
+
+
+def read_by_torchvision(files: Files) -> FashionMNIST:
+    """Return torchvision's data set of the same images."""
+    return FashionMNIST(str(files.unpacked), train=True)

@@ -1,0 +1,89 @@
+"""The groups of rows, by name, and where each makes sense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from benchmarks import (
+    allocator,
+    candidates,
+    data_preparation,
+    evaluation,
+    kernels,
+    landscape,
+    memory,
+    metrics_cost,
+    noise_cost,
+    one_worker,
+    overlap,
+    perturbation,
+    scaling_efficiency,
+    start_up,
+    two_workers,
+)
+from benchmarks.peers import comparison
+from benchmarks.timing import Ratio
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows, from the number of pairs that are asked for of a step of width 1."""
+
+    rows: Callable[[int], Iterable[Ratio]]
+    devices: tuple[Device, ...] = ("cpu",)
+    """Where they can be measured: what compares allocators or a machine's cores is for CPUs alone."""
+
+
+_ANY: tuple[Device, ...] = ("cpu", "cuda")
+
+GROUPS: Mapping[str, Group] = MappingProxyType(
+    {
+        "checkpoint": Group(lambda pairs: [one_worker.checkpoint_row(pairs)], _ANY),
+        "throughput-0.25": Group(lambda pairs: one_worker.throughput_rows(0.25, 5 * pairs), _ANY),
+        "throughput-1": Group(lambda pairs: one_worker.throughput_rows(1.0, pairs), _ANY),
+        "allocator": Group(lambda pairs: allocator.rows(max(3, pairs // 3))),
+        "perturbation": Group(lambda pairs: [perturbation.perturbation_row(5 * pairs)], _ANY),
+        "noise": Group(noise_cost.sharing_rows, _ANY),
+        "noise-scale": Group(noise_cost.scale_rows, _ANY),
+        "kernels": Group(lambda pairs: kernels.rows(0.25), _ANY),
+        "evaluation": Group(lambda pairs: evaluation.rows(max(1, pairs // 3)), _ANY),
+        "metrics": Group(lambda pairs: [metrics_cost.on_off_row(5 * pairs)], _ANY),
+        "scrapes": Group(lambda pairs: [metrics_cost.scrapes_row()], _ANY),
+        "metrics-page": Group(lambda pairs: metrics_cost.page_rows()),
+        "landscape": Group(lambda pairs: landscape.rows(max(3, pairs // 3))),
+        "start": Group(lambda pairs: (start_up.start_row(which, max(1, pairs // 3)) for which in ("gloo", "mpi"))),
+        "resume": Group(lambda pairs: start_up.resume_rows(max(1, pairs // 3))),
+        "data": Group(data_preparation.rows),
+        "memory": Group(lambda pairs: memory.rows(max(1, pairs // 7))),
+        "reduction-128": Group(lambda pairs: (two_workers.launch(which, 128, 2 * pairs) for which in ("gloo", "mpi"))),
+        "reduction-8192": Group(lambda pairs: [two_workers.launch("gloo", 8192, max(2, pairs // 7))]),
+        "overlap-128": Group(
+            lambda pairs: (row for which in ("gloo", "mpi") for row in overlap.rows(which, 1.0, 128, pairs))
+        ),
+        "overlap-8192": Group(lambda pairs: overlap.rows("mpi", 0.25, 8192, max(1, pairs // 3))),
+        "scaling-0.25": Group(
+            lambda pairs: scaling_efficiency.efficiency_rows(comparison.SMALL_8192, max(1, pairs // 5))
+        ),
+        "scaling-1": Group(
+            lambda pairs: scaling_efficiency.efficiency_rows(comparison.WHOLE_8192, max(1, pairs // 20))
+        ),
+        "oversubscribed": Group(
+            lambda pairs: scaling_efficiency.oversubscribed_rows(comparison.SMALL_8192, max(1, pairs // 5))
+        ),
+        "candidates": Group(lambda pairs: candidates.rows(max(1, pairs // 3)), _ANY),
+        "peers-0.25-128": Group(lambda pairs: comparison.rows(comparison.SMALL, max(3, pairs // 3))),
+        "peers-0.25-8192": Group(lambda pairs: comparison.rows(comparison.SMALL_8192, max(3, pairs // 5))),
+        "peers-1-128": Group(lambda pairs: comparison.rows(comparison.WHOLE, max(3, pairs // 3))),
+        "peers-1-8192": Group(lambda pairs: comparison.rows(comparison.WHOLE_8192, max(1, pairs // 20))),
+    }
+)
+
+
+def groups_on(device: Device) -> dict[str, Group]:
+    """Return the groups that can be measured on `device`."""
+    return {name: group for name, group in GROUPS.items() if device in group.devices}

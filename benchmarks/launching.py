@@ -1,0 +1,86 @@
+"""Programs of several workers, started and waited for; the first worker prints what was measured as marked JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+_MARK = "measured: "
+_ROOT = Path(__file__).parents[1]
+
+
+class NotMeasuredError(RuntimeError):
+    """A program ended without a result; its text holds what it printed."""
+
+
+def tell(measured: object) -> None:
+    """Print what was `measured`, for `measure` to find among whatever else is printed."""
+    print(_MARK + json.dumps(measured), flush=True)
+
+
+def measure(command: Sequence[str], variables: Mapping[str, str] | None = None) -> Any:
+    """Run `command` with `variables` added to its environment, and return what it told.
+
+    Raises:
+        NotMeasuredError: it told nothing.
+    """
+    ended = subprocess.run(
+        command,
+        cwd=_ROOT,
+        env=environment(variables or {}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told = [line.split(_MARK, 1)[1] for line in ended.stdout.splitlines() if _MARK in line]
+    if len(told) != 1:
+        output = f"{ended.stdout[-2000:]}{ended.stderr[-4000:]}"
+        raise NotMeasuredError(f"no result (exit code {ended.returncode}) from {' '.join(command)}:\n{output}")
+    return json.loads(told[0])
+
+
+def environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a program: one thread a worker, MPI allowed to root, then `variables`."""
+    allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.geteuid() == 0 else {}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OMPI_MCA_mpi_yield_when_idle": "1", **allowed, **variables}
+
+
+def on_workers(controller: str, workers: int, program: Sequence[str]) -> list[str]:
+    """Return the command that runs `program` on `workers` workers over `controller`: gloo, mpi, or alone."""
+    return [*_LAUNCHERS[controller](workers), *program]
+
+
+def module(name: str, *arguments: object) -> list[str]:
+    """Return the command line of a module run by this Python."""
+    return [sys.executable, "-m", name, *map(str, arguments)]
+
+
+def beside_python(name: str) -> str:
+    """Return the program `name` of this environment, or the one on the path where it has none."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else name
+
+
+def _alone(workers: int) -> list[str]:
+    assert workers == 1
+    return []
+
+
+_LAUNCHERS: Mapping[str, Callable[[int], list[str]]] = MappingProxyType(
+    {
+        "alone": _alone,
+        "gloo": lambda workers: [
+            beside_python("horovodrun"), "-np", str(workers), "--gloo", "--network-interface", "lo",
+        ],
+        "mpi": lambda workers: [
+            beside_python("mpirun"), "-np", str(workers), "--bind-to", "none", "--oversubscribe",
+        ],
+    }
+)  # fmt: skip

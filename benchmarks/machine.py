@@ -1,0 +1,64 @@
+"""The machine and the versions that figures come from."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from dist_train.training.compute import device_type
+
+_PACKAGES = ("torch", "torchvision", "numpy", "horovod", "mpi4py")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Processor, cores that this process may use, memory in bytes, the device that computes, versions, the day."""
+
+    processor: str
+    cores: int
+    memory_bytes: int
+    device: str
+    versions: Mapping[str, str]
+    date: str
+
+    def in_words(self) -> str:
+        """Return it as one line."""
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        device = "" if self.device == "cpu" else f", {self.device}"
+        return f"{self.cores} cores of {self.processor}{device}, {versions}, {self.date}"
+
+
+def this_machine() -> Machine:
+    """Return the machine that this process runs on."""
+    installed = {name: version for name in _PACKAGES if (version := _version(name))}
+    return Machine(
+        processor=_processor(),
+        cores=len(os.sched_getaffinity(0)),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        device=torch.cuda.get_device_name() if device_type() == "cuda" else "cpu",
+        versions={"Python": platform.python_version(), **installed},
+        date=time.strftime("%Y-%m-%d"),
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

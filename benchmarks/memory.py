@@ -1,0 +1,133 @@
+"""Rows of memory: a worker's peak, and what a second worker adds to its node, as proportional set size.
+
+A page that several processes map counts for each of them by its share: sums over processes are what the node gives.
+
+`mpirun -np 2 python -m benchmarks.memory worker FOLDER` and `python -m benchmarks.memory bare FOLDER` train on the
+images in FOLDER and tell each worker's memory.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+from benchmarks.bare_loop import bare_loop
+from benchmarks.idx_files import write_unpacked
+from benchmarks.launching import measure, module, on_workers, tell
+from benchmarks.subject import QUIET, open_trainer, settings
+from benchmarks.timing import Ratio, ratio_of
+from dist_train.cluster.joining import join_workers
+from dist_train.cluster.workers import gather
+from dist_train.config import Config
+from dist_train.data.catalog import load_images
+
+_IMAGES, _FEW_IMAGES = 200_000, 1_000
+_WIDTH, _MICRO_SIZE, _GLOBAL_SIZE = 1.0, 128, 256
+_UPDATES = 3
+_KIB, _MB = 1024, 1e6
+BAR = 1.1
+"""A tenth for the libraries, shared with whatever runs beside; another copy of the data would be a quarter."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process."""
+
+    proportional: int
+    """Proportional set size: its own pages, and its share of those that it has in common with others."""
+    private: int
+    """The part of it that comes from no file: heap and stacks."""
+    peak: int
+    """The largest resident set that it ever had, shared pages counted in full."""
+
+
+def rows(rounds: int) -> Iterator[Ratio]:
+    """Yield the rows; a round takes about a minute."""
+    with tempfile.TemporaryDirectory() as folder:
+        many, few = Path(folder) / "many", Path(folder) / "few"
+        for images, count in ((many, _IMAGES), (few, _FEW_IMAGES)):
+            images.mkdir()
+            write_unpacked(images, "train", count)
+            write_unpacked(images, "test", _FEW_IMAGES)
+        peaks, added, shares = [], [], []
+        for _ in range(rounds):
+            [one], two, small = _trained(many, 1), _trained(many, 2), _trained(few, 2)
+            [bare] = _memories(module("benchmarks.memory", "bare", many), many)
+            extra = sum(worker.proportional for worker in two) - one.proportional
+            peaks.append((one.peak / _MB, bare.peak / _MB))
+            added.append((extra / _MB, small[1].private / _MB))
+            shares.append((extra / _MB, one.proportional / _MB))
+    title = f"width {_WIDTH:g}, micro-batch {_MICRO_SIZE}, {_IMAGES:,} images"
+    second = f"memory a second worker adds, {title}"
+    yield ratio_of(f"memory, peak of a worker, {title}", "dist-train", "bare PyTorch loop", peaks, None, unit="MB")
+    yield ratio_of(second, "2 workers less 1", "its model, optimizer, activations", added, BAR, unit="MB")
+    yield ratio_of(second, "2 workers less 1", "1 worker", shares, None, unit="MB")
+
+
+def memory_in(rollup: str, status: str) -> Memory:
+    """Return what the texts of /proc/PID/smaps_rollup and /proc/PID/status say."""
+    return Memory(_bytes_of("Pss", rollup), _bytes_of("Pss_Anon", rollup), _bytes_of("VmHWM", status))
+
+
+def _bytes_of(name: str, text: str) -> int:
+    [line] = [line for line in text.splitlines() if line.startswith(f"{name}:")]
+    return int(line.split()[1]) * _KIB
+
+
+def _own_memory() -> Memory:
+    process = Path("/proc/self")
+    return memory_in((process / "smaps_rollup").read_text(), (process / "status").read_text())
+
+
+def _trained(images: Path, workers: int) -> list[Memory]:
+    return _memories(on_workers("mpi", workers, module("benchmarks.memory", "worker", images)), images)
+
+
+def _memories(command: list[str], images: Path) -> list[Memory]:
+    told = measure(command, {"DIST_TRAIN_CACHE": str(images / "cache")})
+    return [Memory(*numbers) for numbers in told]
+
+
+def _settings(images: Path) -> Config:
+    data = {"name": "fashion-mnist", "root": str(images)}
+    batch = {"global_size": _GLOBAL_SIZE, "micro_size": _MICRO_SIZE}
+    return settings(_WIDTH, _GLOBAL_SIZE, **{**QUIET, "data": data, "batch": batch})
+
+
+def _worker(images: Path) -> None:
+    """Train as one of the workers; the first tells everybody's memory."""
+    workers = join_workers(timeout=600.0, device_type="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = open_trainer(_settings(images), workers, Path(folder) / "run")
+        for _ in range(_UPDATES):
+            trainer.advance()
+        workers.barrier()
+        memories = gather(workers, astuple(_own_memory()), "memory")
+        if workers.rank == 0:
+            tell(memories)
+        trainer.close()
+    workers.close()
+
+
+def _bare(images: Path) -> None:
+    """Train by the bare loop, in micro-batches of the same size, and tell the memory."""
+    torch.set_num_threads(1)
+    data = load_images(_settings(images).data, "train", 0)
+    update = bare_loop(
+        data.images, data.labels, width=_WIDTH, batch=_MICRO_SIZE, channels_last=False, precision=torch.float32
+    )
+    for _ in range(_UPDATES):
+        update()
+    tell([astuple(_own_memory())])
+
+
+_ROLES: Mapping[str, Callable[[Path], None]] = MappingProxyType({"worker": _worker, "bare": _bare})
+
+if __name__ == "__main__":
+    _ROLES[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,107 @@
+"""Rows of the wait for the allreduce: sent during the backward pass, as we do, against summed after it.
+
+`mpirun -np 2 python -m benchmarks.overlap WIDTH GLOBAL_SIZE PAIRS` tells the rows.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+
+from benchmarks.launching import measure, module, on_workers, tell
+from benchmarks.shared_folder import shared_folder
+from benchmarks.subject import QUIET, open_trainer, settings
+from benchmarks.timing import Ratio, ratio_of, timed
+from dist_train.cluster.joining import join_workers
+from dist_train.cluster.workers import Workers
+from dist_train.training.reduction import ExactCodec, GradientReduction, buckets_of
+from dist_train.training.trainer import Trainer
+
+_BUCKET = 1 << 20
+_OVERLAPPED, _AFTERWARDS = "sent during the backward pass", "summed after it"
+
+
+class SummedAfterwards(GradientReduction):
+    """Sends nothing before the last backward pass is over."""
+
+    @contextmanager
+    def last_micro_batch(self) -> Iterator[None]:
+        """Take the gradients of the backward pass within the block, as of any other."""
+        with self.micro_batch():
+            yield
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a step, and of its wait for the allreduce."""
+
+    step: float
+    wait: float
+
+
+def summed_afterwards(trainer: Trainer) -> None:
+    """Let `trainer` sum its gradients after the backward pass, exactly as before."""
+    step = trainer.take_step
+    step.reduction.close()
+    codec = ExactCodec(step.weights, trainer.workers, len(trainer.plan.micro_batches))
+    trainer.take_step = replace(
+        step, reduction=SummedAfterwards(step.weights, codec, buckets_of(step.weights, _BUCKET))
+    )
+
+
+def times_of(trainer: Trainer) -> Times:
+    """Make an update and return where its time went."""
+    step = timed(trainer.advance)
+    return Times(step, trainer.take_step.clock.times().seconds_of("allreduce_wait"))
+
+
+def rows(controller: str, width: float, global_size: int, pairs: int) -> Iterator[Ratio]:
+    """Yield the rows of two workers over `controller`."""
+    program = module("benchmarks.overlap", width, global_size, pairs)
+    yield from (Ratio(**row) for row in measure(on_workers(controller, 2, program)))
+
+
+def rows_on(workers: Workers, width: float, global_size: int, pairs: int) -> Iterator[Ratio]:
+    """Measure on one of `workers`, and yield the rows as it sees them."""
+    sections = {**QUIET, "batch": {"micro_size": min(128, global_size // workers.size)}}
+    config = settings(width, global_size, **sections)
+    with shared_folder(workers) as folder:
+        ours, theirs = (open_trainer(config, workers, folder / name) for name in ("overlapped", "afterwards"))
+        summed_afterwards(theirs)
+        measured = [_pair(workers, ours, theirs, turn) for turn in range(pairs + 1)][1:]
+        ours.close()
+        theirs.close()
+    title = f"width {width:g}, batch {global_size}, {workers.size} workers over {workers.controller}"
+    waits = [(mine.wait, other.wait) for mine, other in measured]
+    steps = [(mine.step, other.step) for mine, other in measured]
+    share, without = ([(times.wait, times.step) for times in side] for side in zip(*measured, strict=True))
+    yield ratio_of(f"allreduce wait, {title}", _OVERLAPPED, _AFTERWARDS, waits, None)
+    yield ratio_of(f"step, {title}", _OVERLAPPED, _AFTERWARDS, steps, 1.03, images=global_size)
+    yield ratio_of(f"allreduce wait, {title}", _OVERLAPPED, "its whole step", share, None)
+    yield ratio_of(f"allreduce wait, {title}", _AFTERWARDS, "its whole step", without, None)
+
+
+def _pair(workers: Workers, ours: Trainer, theirs: Trainer, turn: int) -> tuple[Times, Times]:
+    """Return the times of both, begun together by all `workers`; who is first alternates."""
+    sides = [ours, theirs] if turn % 2 == 0 else [theirs, ours]
+    times = []
+    for trainer in sides:
+        workers.barrier()
+        times.append(times_of(trainer))
+    return (times[0], times[1]) if turn % 2 == 0 else (times[1], times[0])
+
+
+def main() -> None:
+    """Measure on every worker, tell on the first."""
+    width, global_size, pairs = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    workers = join_workers(timeout=600.0, device_type="cpu")
+    measured = [asdict(row) for row in rows_on(workers, width, global_size, pairs)]
+    if workers.rank == 0:
+        tell(measured)
+    workers.close()
+
+
+if __name__ == "__main__":
+    main()

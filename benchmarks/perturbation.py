@@ -1,0 +1,50 @@
+"""The perturbation alone: ours on all weights at once, against the reference's way, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.peers.noisy import AMPLITUDE, add_noise
+from benchmarks.peers.work import vgg9
+from benchmarks.timing import Ratio, compare
+from dist_train.config import NoiseSettings
+from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.noise import build_noise
+from dist_train.training.allocator import keep_freed_memory
+from dist_train.training.compute import device_type
+
+BY_TENSOR = "a draw, an addition, a subtraction a tensor"
+
+
+def perturb_ours(width: float) -> Callable[[], object]:
+    """Return what perturbs and restores the weights of VGG9 of `width` as we do."""
+    weights = FlatWeights(vgg9(width).to(device_type()))
+    described = NoiseSettings(method="smoothout", amplitude=AMPLITUDE)
+    noise = build_noise(described, weights, seed=1, total_steps=1, rank=0)
+
+    def perturb() -> None:
+        with noise.perturbed(0) as perturbed:
+            perturbed.visit(0, lambda: None)
+
+    return perturb
+
+
+def perturb_by_tensor(width: float) -> Callable[[], object]:
+    """Return what perturbs and restores the weights of VGG9 of `width` as the reference does."""
+    model = vgg9(width).to(device_type())
+    return lambda: add_noise(model)()
+
+
+def perturbation_row(pairs: int) -> Ratio:
+    """Return the time of perturbing and restoring VGG9 width 1 over that of the reference's way."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    return compare(
+        "perturb and restore, width 1",
+        ("SmoothOut", perturb_ours(1.0)),
+        (BY_TENSOR, perturb_by_tensor(1.0)),
+        pairs=pairs,
+        bar=0.5,
+    )

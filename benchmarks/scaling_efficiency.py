@@ -1,0 +1,42 @@
+"""What further workers cost: two against one, a core each, and more workers than cores; one thread each, over MPI.
+
+Strong: the same global batch on twice the workers. Weak: twice the batch on twice the workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from benchmarks.peers.comparison import OURS, seconds_of
+from benchmarks.peers.work import Work
+from benchmarks.timing import Ratio, ratio_of
+
+BAR = 1 / 0.95
+_MANY = (4, 8)
+
+
+def efficiency_rows(work: Work, rounds: int) -> Iterator[Ratio]:
+    """Yield the strong and the weak row of `work`: a ratio of 1 is an efficiency of 1."""
+    two = replace(work, workers=2)
+    half = replace(work, batch=work.batch // 2)
+    strong, weak = [], []
+    for _ in range(rounds):
+        on_two = seconds_of(OURS, two)
+        strong.append((on_two, seconds_of(OURS, work) / 2))
+        weak.append((on_two, seconds_of(OURS, half)))
+    title = f"width {work.width:g}, batch {work.batch}"
+    yield ratio_of(f"strong scaling, {title}", "2 workers", "half of 1's", strong, BAR, images=work.batch)
+    small = f"1 worker, batch {half.batch}"
+    yield ratio_of(f"weak scaling, {title}", "2 workers", small, weak, BAR, images=work.batch)
+
+
+def oversubscribed_rows(work: Work, rounds: int) -> Iterator[Ratio]:
+    """Yield the time of `work` on more workers over that on two; stated: cores beyond those of the machine are lent."""
+    for many in _MANY:
+        pairs = [
+            (seconds_of(OURS, replace(work, workers=many)), seconds_of(OURS, replace(work, workers=2)))
+            for _ in range(rounds)
+        ]
+        title = f"oversubscribed, width {work.width:g}, batch {work.batch}"
+        yield ratio_of(title, f"{many} workers", "2 workers", pairs, None, images=work.batch)
