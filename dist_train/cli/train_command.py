@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from dist_train.outcome import DisagreementError, DivergedError, ExitCode, StoppedError, exit_code_of
+from dist_train.start_up import without_collection
 
 _STANDARD_ERROR = 2
 """The descriptor itself: `sys.stderr` may be replaced by an object that has none."""
@@ -31,15 +32,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Train; the exit code says how it ended."""
     # a worker that a library's fault kills says where it was
     faulthandler.enable(file=_STANDARD_ERROR)
+    with without_collection():
+        from dist_train.config import load_config
+        from dist_train.config.idle import idle_settings
 
-    from dist_train.config import load_config
-    from dist_train.config.idle import idle_settings
+        config = load_config(arguments.config, arguments.overrides)
 
-    config = load_config(arguments.config, arguments.overrides)
-
-    from dist_train.cluster.launch import current_launch
-    from dist_train.cluster.workers import PeerFailedError
-    from dist_train.training import train
+        from dist_train.cluster.launch import current_launch
+        from dist_train.cluster.workers import PeerFailedError
+        from dist_train.training import train
 
     if current_launch().rank == 0:
         for sentence in idle_settings(config):

@@ -117,7 +117,7 @@ class Watch:
         awakening = select.poll()
         awakening.register(self._wake, select.POLLIN)
         while self._parting is None:
-            awakening.poll(_REST_SECONDS * 1000)
+            awakening.poll(self._rest() * 1000)
             ready = selector.select(max(0.0, due - time.monotonic()))
             if any(key.fd == self._wake for key, _ in ready):
                 os.eventfd_read(self._wake)
@@ -131,6 +131,11 @@ class Watch:
             if message is not None and self._parting is None:
                 self._lost(message, is_found)
                 return
+
+    def _rest(self) -> float:
+        """Return the seconds for which to let lie what comes: none while workers wait to be met."""
+        have_met = len(self._places) == self._seat.size - 1 if self._seat.is_first else self._path is not None
+        return _REST_SECONDS if have_met else 0.0
 
     def _tick(self, now: float) -> float:
         """Beat, and return the seconds to the next."""

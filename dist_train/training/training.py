@@ -18,6 +18,7 @@ from dist_train.monitoring.logs import open_logs
 from dist_train.monitoring.prometheus.access import check_access
 from dist_train.monitoring.records import Outcome
 from dist_train.monitoring.tensorboard import check_tensorboard
+from dist_train.start_up import without_collection
 from dist_train.training.alike import check_alike
 from dist_train.training.assembly import assemble
 from dist_train.training.beginning import Beginning, find_beginning
@@ -56,7 +57,7 @@ def train(config: Config, run_directory: Path | None = None) -> Outcome:
             if session is not None:
                 session.lose(message)
 
-        with meeting_within(config.comm.timeout * _MEETING_SHARE):
+        with without_collection(), meeting_within(config.comm.timeout * _MEETING_SHARE):
             workers = join_workers(
                 timeout=config.comm.timeout, device_type=device_type(), timeline=config.run.profile_steps > 0
             )
@@ -71,7 +72,8 @@ def train(config: Config, run_directory: Path | None = None) -> Outcome:
         stack.enter_context(open_logs(directory.logs, workers.rank))
         session = open_session(settled, directory, workers, lock)
         try:
-            trainer = assemble(settled, beginning.contents, directory, workers, session, stop)
+            with without_collection():
+                trainer = assemble(settled, beginning.contents, directory, workers, session, stop)
             trainer.may_shrink = config.batch.micro_size == "auto"
             session.begin(trainer, beginning)
             stack.callback(trainer.close)

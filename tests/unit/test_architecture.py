@@ -20,11 +20,12 @@ BELOW: dict[str, set[str]] = {
     "atomic": set(),
     "fixed_point": set(),
     "randomness": set(),
+    "start_up": set(),
     "status": {"atomic", "outcome"},
     "cluster": {"outcome", "randomness", "config"},
 }
 """What each room may import. Those above may also import all that the room below them may."""
-_LEAVES = {"config", "outcome", "atomic", "fixed_point", "randomness", "status"}
+_LEAVES = {"config", "outcome", "atomic", "fixed_point", "randomness", "start_up", "status"}
 for _room, _allowed in (
     ("models", _LEAVES),
     ("data", _LEAVES),
