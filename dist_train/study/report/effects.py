@@ -30,17 +30,29 @@ class Effect:
 class EffectTable:
     """Arms by panel; `measures` heads the columns. A cell is None where under two seeds have both values."""
 
+    title: str
     measures: tuple[Measure, ...]
     groups: tuple[tuple[Panel, tuple[tuple[Arm, tuple[Effect | None, ...]], ...]], ...]
 
 
-def effect_table(panels: Sequence[Panel]) -> EffectTable:
-    """Return the differences of all arms but the base lines; without measures where no two seeds can be compared."""
+def effect_tables(panels: Sequence[Panel]) -> tuple[EffectTable, ...]:
+    """Return the differences of all arms but the base lines, a table for each group of measures.
+
+    None where no two seeds can be compared.
+    """
     runs = [run for panel in panels for arm in panel.arms for run in arm.counted]
     basic = tuple(measure for measure in measures_of(runs) if measure.key in _ACCURACIES)
-    candidates = (*basic, *sharpness_measures(runs))
-    every = [[[_effect(arm, panel, measure) for measure in candidates] for arm in panel.arms] for panel in panels]
-    kept = [column for column in range(len(candidates)) if any(row[column] for rows in every for row in rows)]
+    measures = (*basic, *sharpness_measures(runs))
+    tables = (
+        _table(title, panels, [measure for measure in measures if measure.group == title])
+        for title in dict.fromkeys(measure.group for measure in measures)
+    )
+    return tuple(table for table in tables if table.measures)
+
+
+def _table(title: str, panels: Sequence[Panel], measures: Sequence[Measure]) -> EffectTable:
+    every = [[[_effect(arm, panel, measure) for measure in measures] for arm in panel.arms] for panel in panels]
+    kept = [column for column in range(len(measures)) if any(row[column] for rows in every for row in rows)]
     groups = []
     for panel, rows in zip(panels, every, strict=True):
         chosen = tuple(
@@ -48,7 +60,7 @@ def effect_table(panels: Sequence[Panel]) -> EffectTable:
         )
         if chosen:
             groups.append((panel, chosen))
-    return EffectTable(tuple(candidates[column] for column in kept), tuple(groups))
+    return EffectTable(title, tuple(measures[column] for column in kept), tuple(groups))
 
 
 def _effect(arm: Arm, panel: Panel, measure: Measure) -> Effect | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from dist_train.study.report.arms import panels_of
 from dist_train.study.report.comparisons import Scatter, sharpness_scatters
-from dist_train.study.report.effects import Effect, EffectTable, effect_table
+from dist_train.study.report.effects import Effect, EffectTable, effect_tables
 from dist_train.study.report.measures import Measure
 from dist_train.study.report.reading import Subject
 from dist_train.study.report.tables import ArmTable, Cell, arm_tables
@@ -18,9 +18,10 @@ def tables_in_markdown(subject: Subject) -> str:
     """Return the tables of arms, their differences from the base line, and the rank correlations."""
     panels = panels_of(subject.runs)
     parts = [_section(table.title, _arms(table)) for table in arm_tables(panels)]
-    effects = effect_table(panels)
-    if effects.measures:
-        parts.append(_section("Differences from the base line", _effects(effects)))
+    parts += [
+        _section(f"Differences from the base line: {table.title[0].lower()}{table.title[1:]}", _effects(table))
+        for table in effect_tables(panels)
+    ]
     scatters = sharpness_scatters(panels)
     if scatters:
         parts.append(_section("Rank correlation with test accuracy", _correlations(scatters)))

@@ -19,7 +19,7 @@ from dist_train.study.report import facts
 from dist_train.study.report.arms import Arm, panels_of, shown
 from dist_train.study.report.comparisons import sharpness_scatters
 from dist_train.study.report.curves import curve_records, run_curves, study_curves
-from dist_train.study.report.effects import effect_table
+from dist_train.study.report.effects import effect_tables
 from dist_train.study.report.landscape_charts import landscape_figure, plane_pictures, run_landscapes
 from dist_train.study.report.markdown import tables_in_markdown
 from dist_train.study.report.measures import measures_of
@@ -101,7 +101,7 @@ def _of_study(subject: Subject) -> dict[str, Any]:
         "curves": study_curves(panels),
         "trained_noisily": _are_batches(arms),
         "tables": tables,
-        "effects": effect_table(panels),
+        "effects": effect_tables(panels),
         "landscapes": landscape_figure(panels),
         "planes": plane_pictures(subject.runs),
         "scatters": sharpness_scatters(panels),
