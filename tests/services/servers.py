@@ -145,10 +145,10 @@ class Webhook:
     url: str = ""
     alerts: list[Mapping[str, Any]] = field(default_factory=list)
 
-    def received(self, name: str, status: str) -> Mapping[str, Any] | None:
-        """Return the first alert of this name and status (firing, resolved), if one has come."""
+    def received(self, name: str, run: str, status: str) -> Mapping[str, Any] | None:
+        """Return the first alert of this name about `run` with this status (firing, resolved), if one has come."""
         for alert in list(self.alerts):
-            if alert["labels"]["alertname"] == name and alert["status"] == status:
+            if (alert["labels"]["alertname"], alert["labels"].get("run"), alert["status"]) == (name, run, status):
                 return alert
         return None
 
