@@ -247,6 +247,22 @@ def test_a_study_of_which_nothing_has_begun_still_has_a_page(tmp_path: Path) -> 
     assert "LB, batch 8,192" in page.text
 
 
+def test_the_batch_of_an_arm_that_has_not_begun_is_that_of_the_base_configuration(
+    tmp_path: Path,
+) -> None:
+    study = make_study(tmp_path / "study")
+    plan = json.loads((study / "runs.json").read_text())
+    for run in plan:
+        run["overrides"] = [override for override in run["overrides"] if override != "batch.global_size=8192"]
+    (study / "runs.json").write_text(json.dumps(plan))
+    (study / "base.yaml").write_text("batch:\n  global_size: 8192\n")
+    for run_folder in list(runs_of(study)):
+        shutil.rmtree(run_folder)
+    page = written(study)
+    assert "LB, batch 8,192" in page.text
+    assert "unknown" not in page.text
+
+
 def test_a_run_that_goes_on_stands_for_its_arm_until_one_has_finished(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0,))
     write_status(study / "lb-seed-0", "stopped", 40, "asked by SIGTERM")

@@ -169,16 +169,10 @@ def _settings(runs: Sequence[StoredRun]) -> Mapping[str, object]:
 
 
 def _batch(runs: Sequence[StoredRun]) -> int | None:
-    """Return the global batch of an arm, from its overrides where no run of it has begun."""
-    known = next((run.batch for run in runs if run.batch is not None), None)
-    if known is not None:
-        return known
-    for run in runs:
-        for override in run.planned.overrides if run.planned else ():
-            path, _, value = override.partition("=")
-            if path.strip() == "batch.global_size" and value.strip().isdecimal():
-                return int(value)
-    return None
+    """Return the global batch of an arm, from its plan where no run of it has begun."""
+    known = (run.batch for run in runs if run.batch is not None)
+    planned = (run.planned.batch for run in runs if run.planned)
+    return next(known, next(planned, None))
 
 
 def _arm(name: str, runs: Sequence[StoredRun], batch: int | None) -> Arm:

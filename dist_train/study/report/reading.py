@@ -12,11 +12,14 @@ from typing import Literal
 import yaml
 
 from dist_train.outcome import UsageError
-from dist_train.study.report.stored_run import Planned, StoredRun, read_run
+from dist_train.study.report.stored_run import Planned, StoredRun, read_run, read_settings
 from dist_train.study.run_table import is_run
 
 PLAN = "runs.json"
 """In a study's folder: its runs, in order."""
+BASE = "base.yaml"
+"""Beside it: the configuration that they vary."""
+_BATCH = "batch.global_size"
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ def read_plan(path: Path) -> tuple[Planned, ...]:
     try:
         content = json.loads(path.read_bytes())
         entries = content["runs"] if isinstance(content, Mapping) else content
-        return tuple(_planned(entry) for entry in entries)
+        base, _ = read_settings(path.with_name(BASE))
+        return tuple(_planned(entry, base.get(_BATCH)) for entry in entries)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -61,7 +65,7 @@ def read_plan(path: Path) -> tuple[Planned, ...]:
         ) from error
 
 
-def _planned(entry: Mapping[str, object]) -> Planned:
+def _planned(entry: Mapping[str, object], base_batch: object) -> Planned:
     name, seed, overrides = str(entry["name"]), entry.get("seed"), entry.get("overrides") or ()
     if isinstance(overrides, Mapping):
         overrides = [f"{path}={value}" for path, value in overrides.items()]
@@ -73,7 +77,16 @@ def _planned(entry: Mapping[str, object]) -> Planned:
         title=str(entry.get("title") or entry.get("arm") or ""),
         seed=seed if isinstance(seed, int) else None,
         overrides=tuple(map(str, overrides)),
+        batch=_batch(tuple(map(str, overrides)), base_batch),
     )
+
+
+def _batch(overrides: tuple[str, ...], base_batch: object) -> int | None:
+    for override in overrides:
+        path, _, value = override.partition("=")
+        if path.strip() == _BATCH and value.strip().isdecimal():
+            return int(value)
+    return base_batch if isinstance(base_batch, int) else None
 
 
 def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:

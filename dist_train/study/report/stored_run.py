@@ -26,6 +26,8 @@ class Planned:
     """What the study calls the arm."""
     seed: int | None
     overrides: tuple[str, ...]
+    batch: int | None = None
+    """Its global batch; None where neither the run nor the study's base configuration says it."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def read_run(directory: Path, name: str, planned: Planned | None = None) -> Stor
     if not is_run(directory):
         return StoredRun(directory, name, "missing", "it has not begun: its folder is empty", planned)
     records, problem = _records(directory / "metrics.jsonl")
-    settings, fault = _settings(directory / "config.yaml")
+    settings, fault = read_settings(directory / "config.yaml")
     state, note = read_state(directory)
     if problem or fault:
         state, note = "broken", problem or fault
@@ -117,7 +119,8 @@ def _records(path: Path) -> tuple[tuple[Record, ...], str]:
         return (), f"metrics.jsonl cannot be read: {error.strerror}"
 
 
-def _settings(path: Path) -> tuple[Mapping[str, object], str]:
+def read_settings(path: Path) -> tuple[Mapping[str, object], str]:
+    """Return the settings of a configuration file by dotted path; none, and why, where it cannot be read."""
     try:
         sections = yaml.safe_load(path.read_bytes())
     except FileNotFoundError:
