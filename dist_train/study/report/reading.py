@@ -12,13 +12,12 @@ from typing import Literal
 import yaml
 
 from dist_train.outcome import UsageError
+from dist_train.study.planned_runs import BASE_FILE
 from dist_train.study.report.stored_run import Planned, StoredRun, read_run, read_settings
 from dist_train.study.run_table import is_run
 
 PLAN = "runs.json"
 """In a study's folder: its runs, in order."""
-BASE = "base.yaml"
-"""Beside it: the configuration that they vary."""
 _BATCH = "batch.global_size"
 
 
@@ -55,7 +54,7 @@ def read_plan(path: Path) -> tuple[Planned, ...]:
     try:
         content = json.loads(path.read_bytes())
         entries = content["runs"] if isinstance(content, Mapping) else content
-        base, _ = read_settings(path.with_name(BASE))
+        base, _ = read_settings(path.with_name(BASE_FILE))
         return tuple(_planned(entry, base.get(_BATCH)) for entry in entries)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
