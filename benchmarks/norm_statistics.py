@@ -79,7 +79,6 @@ def look(trainer: Trainer) -> Point:
     size = trainer.plan.micro_size
     recompute_statistics(
         trainer.network,
-        trainer.take_step.norms,
         trainer.splits.train,
         statistics_samples(len(trainer.splits.train), trainer.config.model.norm_samples, size, 0),
         micro_size=size,

@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn import functional
 
 from dist_train.analysis.landscape_points import Place
+from dist_train.models.batch_statistics import BatchStatistics
 from dist_train.models.norms import norm_modules
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.training.compute import Compute
-from dist_train.training.tally import absorb_statistics
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Inputs [n, ...] and labels [n] on the device."""
@@ -94,16 +94,14 @@ class PointEvaluator:
         """Take the statistics of the place's weights from training data; False where they are out of range."""
         for lane in self._lanes:
             lane.model.train()
-            for norm in lane.norms:
-                norm.clear()
-        self._spread(self._statistics_batches, lambda lane, batch: lane.model(batch[0]))
+            lane.statistics.clear()
+        self._spread(self._statistics_batches, _see)
         samples = sum(len(labels) for _, labels in self._statistics_batches)
-        sums = sum(torch.cat([norm.pending.flatten() for norm in lane.norms]) for lane in self._lanes)
-        assert isinstance(sums, torch.Tensor)
+        sums = torch.stack([lane.statistics.sums for lane in self._lanes]).sum(dim=0)
         for lane in self._lanes:
-            absorb_statistics(lane.norms, sums, samples, momentum=1.0)
+            lane.statistics.absorb(sums, samples, momentum=1.0)
             lane.model.eval()
-        return not any(bool(norm.out_of_range) for lane in self._lanes for norm in lane.norms)
+        return not any(bool(lane.statistics.out_of_range) for lane in self._lanes)
 
     def _measure(self, lane: _Lane, batch: Batch) -> torch.Tensor:
         inputs, labels = batch
@@ -136,6 +134,7 @@ class _Lane:
         self.model = copy.deepcopy(model).to(device).eval()
         self.weights = FlatWeights(self.model)
         self.norms = norm_modules(self.model)
+        self.statistics = BatchStatistics(self.norms, device)
 
     def move(self, place: Place) -> None:
         """Take the state of `place`."""
@@ -145,6 +144,12 @@ class _Lane:
             for statistic in (norm.running_mean, norm.running_var):
                 statistic.copy_(place.statistics[start : start + len(statistic)])
                 start += len(statistic)
+
+
+def _see(lane: _Lane, batch: Batch) -> torch.Tensor:
+    lane.model(batch[0])
+    lane.statistics.collect()
+    return batch[1]
 
 
 def place_of(model: nn.Module) -> Place:

@@ -99,14 +99,13 @@ def _training_labels(config: Config) -> Tensor:
 
 
 def _recompute(model: nn.Module, samples: SampleSource, config: Config, compute: Compute) -> None:
-    norms = norm_modules(model)
-    if not norms:
+    if not norm_modules(model):
         return
     size = config.batch.micro_size
     assert size != "auto", "a run decides it before it saves"
     indices = statistics_samples(len(samples), config.model.norm_samples, size, config.run.seed)
     try:
-        recompute_statistics(model, norms, samples, indices, micro_size=size, compute=compute, workers=Alone())
+        recompute_statistics(model, samples, indices, micro_size=size, compute=compute, workers=Alone())
     except DivergedError as error:
         raise UsageError(f"there is nothing to measure: {error}") from error
 

@@ -142,7 +142,7 @@ class SubsetLoss:
         finally:
             self.weights.values.copy_(self._clean)
             for norm in self._norms:
-                norm.clear()
+                norm.seen.clear()
 
     def _loss_of(self, batch: Batch) -> Tensor:
         inputs, labels = batch

@@ -1,15 +1,14 @@
-"""Normalization over groups of samples, with statistics that are a function of the global batch alone.
+"""Normalization over groups of samples.
 
-A module never updates its running averages by itself. During a forward pass in training mode it adds
-its groups' means and variances, as integers, to `pending`; when the global batch is complete, whoever
-trains sums `pending` over the workers and calls `absorb`. So neither the number of workers nor the order
-of micro-batches changes a bit of them.
+A module never updates its running averages by itself. During a forward pass in training mode it notes its
+groups' means and variances in `seen`; `batch_statistics.py` makes averages of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
@@ -18,14 +17,19 @@ from torch import nn
 from torch.nn import functional
 
 from dist_train.config import ModelSettings
-from dist_train.fixed_point import STATISTICS
 from dist_train.models.shared_norm import SumOverWorkers, normalize_over_workers
-
-_GROUP_LIMIT = STATISTICS.term_limit(4096)
-"""As many groups as any global batch in use has; their sum cannot leave the range."""
 
 VECTOR_GROUP = 8
 """Fewest channels that group norm puts together where a channel has one value; of two, only the order would stay."""
+
+
+@dataclass(frozen=True)
+class SeenGroup:
+    """Mean and unbiased variance [C] of a group; of its samples, which may lie on several workers, those here."""
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    samples: int
 
 
 class GroupedBatchNorm(nn.Module):
@@ -38,8 +42,6 @@ class GroupedBatchNorm(nn.Module):
 
     running_mean: torch.Tensor
     running_var: torch.Tensor
-    pending: torch.Tensor
-    out_of_range: torch.Tensor
 
     def __init__(self, channels: int, group_size: int | None = None) -> None:
         """Normalize `channels` channels."""
@@ -48,12 +50,12 @@ class GroupedBatchNorm(nn.Module):
         self.epsilon = 1e-5
         self.name = ""
         self.sum_over_workers: SumOverWorkers | None = None
+        self.seen: list[SeenGroup] = []
+        """Groups of forward passes in training mode, in order; to be cleared by whoever makes them."""
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
-        self.register_buffer("pending", torch.zeros(2, channels, dtype=torch.int64), persistent=False)
-        self.register_buffer("out_of_range", torch.zeros((), dtype=torch.bool), persistent=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Normalize over each group in training mode, by the running averages otherwise."""
@@ -72,36 +74,14 @@ class GroupedBatchNorm(nn.Module):
             normalized, mean, variance = normalize_over_workers(
                 group, self.weight, self.bias, self.epsilon, self.sum_over_workers, self.name
             )
-            self._count(group, mean, variance)
-            return normalized
-        # With momentum 1 the running averages become this group's own statistics.
-        mean, variance = torch.zeros_like(self.running_mean), torch.ones_like(self.running_var)
-        normalized = functional.batch_norm(
-            group, mean, variance, self.weight, self.bias, training=True, momentum=1.0, eps=self.epsilon
-        )
-        self._count(group, mean, variance)
+        else:
+            # With momentum 1 the running averages become this group's own statistics.
+            mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+            normalized = functional.batch_norm(
+                group, mean, variance, self.weight, self.bias, training=True, momentum=1.0, eps=self.epsilon
+            )
+        self.seen.append(SeenGroup(mean, variance, group.shape[0]))
         return normalized
-
-    def _count(self, group: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> None:
-        """Let the samples of `group` count; of a group that lies on several workers, those that are here."""
-        weighted = torch.stack([mean, variance]).mul_(float(group.shape[0]))
-        # Written so that a NaN, for which no comparison holds, is out of range.
-        self.out_of_range |= ~(weighted.abs().amax() < _GROUP_LIMIT)
-        self.pending += STATISTICS.encode(weighted)
-
-    def clear(self) -> None:
-        """Begin a global batch."""
-        self.pending.zero_()
-        self.out_of_range.zero_()
-
-    def absorb(self, sums: torch.Tensor, samples: int, momentum: float) -> None:
-        """Move the running averages by `momentum` towards the means that `sums` of `samples` samples give.
-
-        `sums` is `pending` [2, C] summed over the workers; momentum 1 replaces the averages.
-        """
-        means = (STATISTICS.decode(sums) / samples).to(self.running_mean.dtype)
-        self.running_mean.lerp_(means[0], momentum)
-        self.running_var.lerp_(means[1], momentum)
 
 
 def norm_modules(model: nn.Module) -> list[GroupedBatchNorm]:
@@ -112,6 +92,9 @@ def norm_modules(model: nn.Module) -> list[GroupedBatchNorm]:
 @contextmanager
 def over_workers(norms: Sequence[GroupedBatchNorm], sum_over_workers: SumOverWorkers | None) -> Iterator[None]:
     """Normalize, within the block, over the samples of all workers, which make the same passes; None: as always."""
+    if sum_over_workers is None:
+        yield
+        return
     for index, norm in enumerate(norms):
         norm.name, norm.sum_over_workers = f"norm.{index}", sum_over_workers
     try:

@@ -17,6 +17,7 @@ from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.data.source import Splits
 from dist_train.models import build_model
+from dist_train.models.batch_statistics import BatchStatistics
 from dist_train.models.norms import norm_modules
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.learning_rate import LearningRate
@@ -88,16 +89,18 @@ def assemble(
     if workers.rank == 0:
         directory.save_config(config)
     norms = tuple(norm_modules(network))
+    statistics = BatchStatistics(norms, compute.device)
     clock = build_step_clock(compute.device) if is_measured(config.metrics) else StepClock(HostTimer())
     step = TrainingStep(
         model=model,
         weights=weights,
         norms=norms,
+        statistics=statistics,
         samples=splits.train,
         noise=build_noise(config.noise, weights, seed=config.run.seed, total_steps=total_steps, rank=workers.rank),
         reduction=_reduction(config, weights, workers),
         optimizer=optimizer,
-        tally=Tally(workers, norms, compute.device),
+        tally=Tally(workers, statistics, compute.device),
         compute=compute,
         clip_norm=config.optimizer.clip_norm,
         loss_scale=DynamicLossScale(progress) if compute.precision == torch.float16 else NoLossScale(),

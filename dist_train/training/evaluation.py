@@ -12,6 +12,7 @@ from torch.nn import functional
 from dist_train.cluster.workers import Workers
 from dist_train.data.plan import BatchPlan
 from dist_train.data.source import SampleSource, Wanted
+from dist_train.models.batch_statistics import BatchStatistics
 from dist_train.training.compute import Compute
 from dist_train.training.tally import Tally
 
@@ -41,7 +42,7 @@ def evaluate(
     result does not depend on that number. A loss that is not finite is NaN. `after_batch` is called after each
     batch of this worker.
     """
-    tally = Tally(workers, (), compute.device)
+    tally = Tally(workers, BatchStatistics((), compute.device), compute.device)
     was_training = model.training
     model.eval()
     share = BatchPlan(count, batch_size).share(workers.rank, workers.size)

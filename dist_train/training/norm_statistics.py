@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
 from dist_train.cluster.workers import Workers
 from dist_train.data.plan import BatchPlan
 from dist_train.data.source import SampleSource, Wanted
-from dist_train.models.norms import GroupedBatchNorm
+from dist_train.models.batch_statistics import BatchStatistics
+from dist_train.models.norms import norm_modules
 from dist_train.outcome import DivergedError
 from dist_train.randomness import generator
 from dist_train.training.compute import Compute
-from dist_train.training.tally import Tally, absorb_statistics
+from dist_train.training.tally import Tally
 
 
 def statistics_samples(training_samples: int, wanted: int, micro_size: int, seed: int) -> torch.Tensor:
@@ -29,7 +28,6 @@ def statistics_samples(training_samples: int, wanted: int, micro_size: int, seed
 
 def recompute_statistics(
     model: nn.Module,
-    norms: Sequence[GroupedBatchNorm],
     samples: SampleSource,
     indices: torch.Tensor,
     *,
@@ -37,15 +35,15 @@ def recompute_statistics(
     compute: Compute,
     workers: Workers,
 ) -> None:
-    """Replace the running statistics of `norms` by those of the training samples `indices`, not augmented.
+    """Replace the running statistics of the norms of `model` by those of the training samples `indices`, not augmented.
 
     They are cut into micro-batches as in training, shared out, and summed as integers.
 
     Raises:
         DivergedError: the statistics are not finite, or out of range; on all workers alike.
     """
-    tally = Tally(workers, norms, compute.device)
-    tally.clear()
+    statistics = BatchStatistics(norm_modules(model), compute.device)
+    tally = Tally(workers, statistics, compute.device)
     was_training = model.training
     model.train()
     share = BatchPlan(len(indices), micro_size).share(workers.rank, workers.size)
@@ -53,10 +51,10 @@ def recompute_statistics(
     with torch.no_grad(), compute.autocast():
         for batch in share:
             model(samples.unaugmented(indices[batch.start : batch.stop])[0])
+            statistics.collect()
     model.train(was_training)
     tally.send()
     total = tally.result()
-    tally.clear()
     if total.out_of_range:
         raise DivergedError("the norms' statistics are not finite or out of range")
-    absorb_statistics(norms, total.statistics, len(indices), momentum=1.0)
+    statistics.absorb(total.statistics, len(indices), momentum=1.0)

@@ -67,9 +67,10 @@ class GradientReduction:
         self._loss_scale = 1.0
         self._missing: dict[int, int] = {}
         self._pending: dict[int, Pending] = {}
+        # The last bucket is complete when the backward pass is: nobody need watch it.
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, bucket))
-            for bucket in self._buckets
+            for bucket in self._buckets[:-1]
             for parameter in weights.parameters[bucket.first : bucket.last]
         ]
 
@@ -145,13 +146,15 @@ class ExactCodec:
         self._gradients = weights.gradients
         self._workers = workers
         self._total = torch.zeros_like(self._gradients, dtype=torch.int64)
-        self._scratch = torch.zeros_like(self._total)
+        self._begun: set[int] = set()
+        # Memory that a single micro-batch never touches is never taken.
+        self._scratch = torch.empty_like(self._total)
         self._limit = GRADIENTS.limit / terms
         self.out_of_range = torch.zeros((), dtype=torch.bool, device=self._gradients.device)
 
     def clear(self) -> None:
         """Begin a step."""
-        self._total.zero_()
+        self._begun.clear()
         self.out_of_range.zero_()
 
     def add(self, bucket: Bucket) -> None:
@@ -160,13 +163,20 @@ class ExactCodec:
         low, high = gradients.aminmax()
         # Written so that a NaN, for which no comparison holds, is out of range.
         self.out_of_range |= ~((low > -self._limit) & (high < self._limit))
-        scratch = self._scratch[bucket.start : bucket.stop]
-        scratch.copy_(gradients.mul_(2.0**GRADIENTS.bits))
-        self._total[bucket.start : bucket.stop] += scratch
+        gradients.mul_(2.0**GRADIENTS.bits)
+        total = self._total[bucket.start : bucket.stop]
+        if bucket.index in self._begun:
+            total += self._scratch[: len(total)].copy_(gradients)
+        else:
+            total.copy_(gradients)
+            self._begun.add(bucket.index)
 
     def send(self, bucket: Bucket, name: str) -> Pending:
         """Start the sum over the workers."""
-        return self._workers.start_sum(self._total[bucket.start : bucket.stop], name)
+        total = self._total[bucket.start : bucket.stop]
+        if bucket.index not in self._begun:
+            total.zero_()
+        return self._workers.start_sum(total, name)
 
     def receive(self, bucket: Bucket) -> None:
         """Turn the sum back into floats, once."""

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from dist_train.data.plan import MicroBatch
 from dist_train.data.source import SampleSource
+from dist_train.models.batch_statistics import BatchStatistics
 from dist_train.models.norms import GroupedBatchNorm, over_workers
 from dist_train.models.shared_norm import SumOverWorkers
 from dist_train.optim.flat_weights import FlatWeights
@@ -24,7 +25,7 @@ from dist_train.training.compute import Compute, is_out_of_memory
 from dist_train.training.loss_scale import LossScale, NoLossScale
 from dist_train.training.reduction import GradientReduction
 from dist_train.training.step_clock import HostTimer, StepClock, StepTimes
-from dist_train.training.tally import Tally, TallyResult, absorb_statistics
+from dist_train.training.tally import Tally, TallyResult
 
 _STATISTICS_MOMENTUM = 0.1
 
@@ -63,6 +64,8 @@ class TrainingStep:
     model: nn.Module
     weights: FlatWeights
     norms: tuple[GroupedBatchNorm, ...]
+    statistics: BatchStatistics
+    """Of `norms`."""
     samples: SampleSource
     noise: Noise
     reduction: GradientReduction
@@ -94,7 +97,7 @@ class TrainingStep:
             set_learning_rate(self.optimizer, learning_rate)
             self.optimizer.step()
             self.noise.after_update(batch.step)
-            absorb_statistics(self.norms, total.statistics, total.samples, _STATISTICS_MOMENTUM)
+            self.statistics.absorb(total.statistics, total.samples, _STATISTICS_MOMENTUM)
             self.loss_scale.note_update()
         return Update(total.loss, total.accuracy, gradient_norm, total.stop > 0, self.clock.times())
 
@@ -134,6 +137,7 @@ class TrainingStep:
         is_last = micro_batch is batch.micro_batches[-1]
         collecting = self.reduction.last_micro_batch if is_last else self.reduction.micro_batch
         logits, loss_sum = self._forward(inputs, labels)
+        self.statistics.collect()
         self.tally.add(loss_sum, logits, labels)
         with collecting():
             torch.autograd.backward(loss_sum / scaled_size)
@@ -146,14 +150,12 @@ class TrainingStep:
 
     def _ascend(self, inputs: Tensor, labels: Tensor, scaled_size: float) -> None:
         """Take the gradient of the micro-batch's loss, whose direction counts; the norms' statistics leave this out."""
-        pending = [norm.pending.clone() for norm in self.norms]
         with self.clock.part("forward_backward"):
             _, loss_sum = self._forward(inputs, labels)
             torch.autograd.backward(loss_sum / scaled_size)
         if self.sum_over_workers is not None:
             self.sum_over_workers(self.weights.gradients, "ascent")
-        for norm, kept in zip(self.norms, pending, strict=True):
-            norm.pending.copy_(kept)
+        self.statistics.forget()
 
 
 def clip_gradient(gradient: Tensor, norm: float, largest: float | None) -> None:

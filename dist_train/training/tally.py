@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dist_train.cluster.workers import Pending, Workers
 from dist_train.fixed_point import LOSSES
-from dist_train.models.norms import GroupedBatchNorm
+from dist_train.models.batch_statistics import BatchStatistics
 
 _LOSS, _CORRECT, _SAMPLES, _OUT_OF_RANGE, _OUT_OF_MEMORY, _STOP, _SLOTS = range(7)
 
@@ -28,25 +27,26 @@ class TallyResult:
     out_of_memory: int
     stop: int
     statistics: torch.Tensor
-    """The norms' pending statistics, one after the other, int64."""
+    """The sums of `BatchStatistics`."""
 
 
 class Tally:
     """Counts on the device, without waiting for it, until `result` is asked for."""
 
-    def __init__(self, workers: Workers, norms: Sequence[GroupedBatchNorm], device: torch.device) -> None:
-        """Count on `device`, together with the pending statistics of `norms`."""
+    def __init__(self, workers: Workers, statistics: BatchStatistics, device: torch.device) -> None:
+        """Count on `device`, together with `statistics`."""
         self._workers = workers
-        self._norms = tuple(norms)
+        self._statistics = statistics
         self._counts = torch.zeros(_SLOTS, dtype=torch.int64, device=device)
+        self._samples = 0
         self._sent = self._counts
         self._pending: Pending | None = None
 
     def clear(self) -> None:
-        """Begin anew, the norms' pending statistics too."""
+        """Begin anew, the norms' statistics too."""
         self._counts.zero_()
-        for norm in self._norms:
-            norm.clear()
+        self._samples = 0
+        self._statistics.clear()
 
     def add(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Count a micro-batch: the sum of its losses, and how many of its `labels` the `logits` get right."""
@@ -55,7 +55,7 @@ class Tally:
         self._counts[_LOSS] += LOSSES.encode(torch.where(finite, loss, 0.0))
         self._counts[_OUT_OF_RANGE] += ~finite
         self._counts[_CORRECT] += (logits.argmax(dim=1) == labels).sum()
-        self._counts[_SAMPLES] += len(labels)
+        self._samples += len(labels)
 
     def send(
         self, *, out_of_range: torch.Tensor | None = None, out_of_memory: bool = False, stop: bool = False
@@ -63,11 +63,11 @@ class Tally:
         """Start the sum over the workers, with what this worker has to say beside its counts."""
         if out_of_range is not None:
             self._counts[_OUT_OF_RANGE] += out_of_range
-        for norm in self._norms:
-            self._counts[_OUT_OF_RANGE] += norm.out_of_range
+        self._counts[_OUT_OF_RANGE] += self._statistics.out_of_range
+        self._counts[_SAMPLES] = self._samples
         self._counts[_OUT_OF_MEMORY] = int(out_of_memory)
         self._counts[_STOP] = int(stop)
-        self._sent = torch.cat([self._counts, *(norm.pending.flatten() for norm in self._norms)])
+        self._sent = torch.cat([self._counts, self._statistics.sums])
         self._pending = self._workers.start_sum(self._sent, "tally")
 
     def result(self) -> TallyResult:
@@ -85,14 +85,3 @@ class Tally:
             stop=counts[_STOP],
             statistics=self._sent[_SLOTS:],
         )
-
-
-def absorb_statistics(
-    norms: Sequence[GroupedBatchNorm], statistics: torch.Tensor, samples: int, momentum: float
-) -> None:
-    """Move the running averages of `norms` towards the `statistics` of `samples` samples."""
-    start = 0
-    for norm in norms:
-        stop = start + norm.pending.numel()
-        norm.absorb(statistics[start:stop].view_as(norm.pending), samples, momentum)
-        start = stop

@@ -259,7 +259,6 @@ class Trainer:
         count, wanted = len(self.splits.train), self.config.model.norm_samples
         recompute_statistics(
             self.network,
-            self.take_step.norms,
             self.splits.train,
             statistics_samples(count, wanted, self.plan.micro_size, self.config.run.seed),
             micro_size=self.plan.micro_size,

@@ -1,18 +1,15 @@
-"""Batch norm over groups: torch's over each group, with running statistics of the global batch alone."""
+"""Norms: batch norm over groups is torch's over each group."""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from random import Random
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from dist_train.config import ModelSettings
-from dist_train.fixed_point import STATISTICS
+from dist_train.models.batch_statistics import BatchStatistics
 from dist_train.models.norms import (
     GroupedBatchNorm,
     channel_groups,
@@ -23,7 +20,6 @@ from dist_train.models.norms import (
 )
 from tests.unit.simulated_workers import SimulatedWorkers, results
 
-PROPERTY = settings(deadline=None, max_examples=25)
 CHANNELS = 3
 SHAPES = ((), (5, 4))
 
@@ -100,76 +96,19 @@ def test_evaluation_uses_the_running_averages_and_gathers_nothing(shape: tuple[i
     reference.eval()
     inputs = batch(10, shape)
     assert torch.equal(norm(inputs), reference(inputs))
-    assert not norm.pending.any()
+    assert not norm.seen
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_running_averages_move_as_torch_s_do_over_one_group(shape: tuple[int, ...]) -> None:
-    norm = a_norm(None)
-    reference = torch_norm(norm, shape)
-    for seed in range(3):
-        inputs = batch(9, shape, seed)
-        norm(inputs)
-        reference(inputs)
-        norm.absorb(norm.pending, 9, momentum=0.1)
-        norm.pending.zero_()
-    torch.testing.assert_close(norm.running_mean, reference.running_mean)
-    torch.testing.assert_close(norm.running_var, reference.running_var)
-
-
-def test_a_forward_pass_alone_leaves_the_running_averages_where_they_are() -> None:
+def test_a_forward_pass_notes_its_groups_and_leaves_the_running_averages_where_they_are() -> None:
     norm = a_norm(2)
-    norm(batch(6, ()))
+    inputs = batch(7, ())
+    norm(inputs)
     assert torch.equal(norm.running_mean, torch.zeros(CHANNELS))
     assert torch.equal(norm.running_var, torch.ones(CHANNELS))
-    assert norm.pending.any()
-
-
-def test_momentum_one_replaces_the_running_averages_to_the_bit() -> None:
-    norm = a_norm(None)
-    norm.running_mean.fill_(1e9)
-    norm.running_var.fill_(1e9)
-    norm(batch(16, (2, 2)))
-    norm.absorb(norm.pending, 16, momentum=1.0)
-    means = (STATISTICS.decode(norm.pending) / 16).float()
-    assert torch.equal(norm.running_mean, means[0])
-    assert torch.equal(norm.running_var, means[1])
-
-
-@PROPERTY
-@given(
-    micro_sizes=st.lists(st.integers(2, 9), min_size=1, max_size=6),
-    group_size=st.sampled_from([None, 2, 4]),
-    workers=st.integers(1, 7),
-    order=st.randoms(use_true_random=False),
-)
-def test_promise_3_running_statistics_are_a_function_of_the_global_batch_alone(
-    micro_sizes: list[int], group_size: int | None, workers: int, order: Random
-) -> None:
-    samples = sum(micro_sizes)
-    micro_batches = list(torch.split(batch(samples, (3, 3)), micro_sizes))
-
-    alone = a_norm(group_size)
-    for micro_batch in micro_batches:
-        alone(micro_batch)
-    alone.absorb(alone.pending, samples, momentum=0.1)
-
-    order.shuffle(micro_batches)
-    shares = [a_norm(group_size) for _ in range(workers)]
-    for index, micro_batch in enumerate(micro_batches):
-        shares[index % workers](micro_batch)
-    total = torch.stack([norm.pending for norm in shares]).sum(dim=0)
-    for norm in shares:
-        norm.absorb(total, samples, momentum=0.1)
-        assert torch.equal(norm.running_mean, alone.running_mean)
-        assert torch.equal(norm.running_var, alone.running_var)
-
-
-def test_groups_count_by_their_number_of_samples() -> None:
-    norm = GroupedBatchNorm(1, 2)
-    norm(torch.tensor([[0.0], [0.0], [3.0], [3.0], [3.0]]))
-    norm.absorb(norm.pending, 5, momentum=1.0)
-    assert norm.running_mean.item() == pytest.approx(9 / 5)
+    for seen, group in zip(norm.seen, expected_groups(7, 2), strict=True):
+        assert seen.samples == group.stop - group.start
+        torch.testing.assert_close(seen.mean, inputs[group].mean(dim=0))
+        torch.testing.assert_close(seen.variance, inputs[group].var(dim=0))
 
 
 def test_the_state_dict_has_batch_norm_s_names_and_nothing_else() -> None:
@@ -264,8 +203,11 @@ class TestOverWorkers:
         for name in ("weight", "bias"):
             gradients = [gradient for norm in norms if (gradient := norm.get_parameter(name).grad) is not None]
             assert_near(torch.stack(gradients).sum(dim=0), reference.get_parameter(name).grad)
-        pending = torch.stack([norm.pending for norm in norms]).sum(dim=0)
-        norms[0].absorb(pending, samples, momentum=0.1)
+        gathered = [BatchStatistics([norm], torch.device("cpu")) for norm in norms]
+        for statistics in gathered:
+            statistics.collect()
+        sums = torch.stack([statistics.sums for statistics in gathered]).sum(dim=0)
+        gathered[0].absorb(sums, samples, momentum=0.1)
         torch.testing.assert_close(norms[0].running_mean, reference.get_buffer("running_mean").float())
         torch.testing.assert_close(norms[0].running_var, reference.get_buffer("running_var").float())
 

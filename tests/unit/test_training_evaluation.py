@@ -113,14 +113,13 @@ class TestRecomputedStatistics:
             norm.running_var.fill_(1e6)
         recompute_statistics(
             model,
-            norms,
             samples(),
             statistics_samples(60, 40, 16, seed),
             micro_size=micro_size,
             compute=CPU,
             workers=workers,
         )
-        assert not any(norm.pending.any() for norm in norms)
+        assert not any(norm.seen for norm in norms)
         return model
 
     @pytest.mark.parametrize("workers", [2, 3, 7])

@@ -12,6 +12,7 @@ import torch
 
 from dist_train.cli.main import main
 from dist_train.cluster.alone import Alone
+from dist_train.models.batch_statistics import BatchStatistics
 from dist_train.monitoring.reading import read_records
 from dist_train.monitoring.records import EventRecord
 from dist_train.outcome import DivergedError, FaultError, UsageError
@@ -35,7 +36,7 @@ def test_statistics_out_of_range_are_a_divergence(tmp_path: Path) -> None:
 
 
 def test_a_sum_of_losses_out_of_range_is_told() -> None:
-    tally = Tally(Alone(), (), torch.device("cpu"))
+    tally = Tally(Alone(), BatchStatistics((), torch.device("cpu")), torch.device("cpu"))
     for _ in range(4):
         tally.add(torch.tensor(2.0**29.9), torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64))
     tally.send()

@@ -10,8 +10,9 @@ from torch.nn import functional
 
 from dist_train.cluster.alone import Alone
 from dist_train.cluster.workers import Workers
+from dist_train.models.batch_statistics import BatchStatistics
 from dist_train.models.norms import GroupedBatchNorm
-from dist_train.training.tally import Tally, TallyResult, absorb_statistics
+from dist_train.training.tally import Tally, TallyResult
 from tests.unit.simulated_workers import results
 
 CPU = torch.device("cpu")
@@ -21,7 +22,7 @@ LABELS = torch.arange(23) % 4
 
 def count(workers: Workers, size: int) -> TallyResult:
     """Tally micro-batches of `size` of the 23 samples, dealt out round robin."""
-    tally = Tally(workers, (), CPU)
+    tally = Tally(workers, BatchStatistics((), CPU), CPU)
     tally.clear()
     parts = list(zip(torch.split(LOGITS, size), torch.split(LABELS, size), strict=True))
     for logits, labels in parts[workers.rank :: workers.size]:
@@ -43,7 +44,7 @@ def test_promise_3_loss_and_accuracy_are_the_global_means_on_any_number_of_worke
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, 2.0**31])
 def test_a_loss_that_is_not_finite_or_too_large_is_told_by_the_worker_that_met_it(loss: float) -> None:
     def tell(workers: Workers) -> TallyResult:
-        tally = Tally(workers, (), CPU)
+        tally = Tally(workers, BatchStatistics((), CPU), CPU)
         tally.add(torch.tensor(loss if workers.rank == 1 else 1.0), LOGITS[:2], LABELS[:2])
         tally.send()
         return tally.result()
@@ -55,7 +56,7 @@ def test_a_loss_that_is_not_finite_or_too_large_is_told_by_the_worker_that_met_i
 
 def test_what_one_worker_has_to_say_reaches_all() -> None:
     def tell(workers: Workers) -> TallyResult:
-        tally = Tally(workers, (), CPU)
+        tally = Tally(workers, BatchStatistics((), CPU), CPU)
         said = torch.tensor(workers.rank == 0)
         tally.send(out_of_range=said, out_of_memory=workers.rank > 0, stop=workers.rank == 2)
         return tally.result()
@@ -67,12 +68,13 @@ def test_what_one_worker_has_to_say_reaches_all() -> None:
 
 def test_it_begins_anew_with_the_norms_statistics() -> None:
     norm = GroupedBatchNorm(2)
-    tally = Tally(Alone(), (norm,), CPU)
+    statistics = BatchStatistics((norm,), CPU)
+    tally = Tally(Alone(), statistics, CPU)
     norm(torch.ones(3, 2))
+    statistics.collect()
     tally.add(torch.tensor(1.0), LOGITS[:2], LABELS[:2])
     tally.send(stop=True)
     tally.clear()
-    assert not norm.pending.any()
     tally.send()
     total = tally.result()
     assert (total.samples, total.stop) == (0, 0)
@@ -84,12 +86,14 @@ def test_promise_3_statistics_of_all_norms_are_summed_over_the_workers_and_absor
 
     def gather(workers: Workers) -> list[torch.Tensor]:
         norms = (GroupedBatchNorm(3), GroupedBatchNorm(1))
-        tally = Tally(workers, norms, CPU)
+        statistics = BatchStatistics(norms, CPU)
+        tally = Tally(workers, statistics, CPU)
         for part in torch.split(inputs, 3)[workers.rank :: workers.size]:
             norms[0](part)
             norms[1](part[:, :1] * 5)
+            statistics.collect()
         tally.send()
-        absorb_statistics(norms, tally.result().statistics, 12, momentum=1.0)
+        statistics.absorb(tally.result().statistics, 12, momentum=1.0)
         return [value.clone() for norm in norms for value in (norm.running_mean, norm.running_var)]
 
     [alone] = results(1, gather)

@@ -11,7 +11,6 @@ import torch
 
 from dist_train.cluster.alone import Alone
 from dist_train.models import build_model
-from dist_train.models.norms import norm_modules
 from dist_train.monitoring.records import (
     EvaluationRecord,
     EventRecord,
@@ -284,7 +283,6 @@ def test_promise_4_what_is_evaluated_and_saved_has_statistics_of_the_clean_weigh
         model.load_state_dict(saved)
         recompute_statistics(
             model,
-            norm_modules(model),
             trainer.splits.train,
             statistics_samples(100, 30, 6, 0),
             micro_size=6,

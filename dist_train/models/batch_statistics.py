@@ -1,0 +1,61 @@
+"""Running statistics of a model's norms that are a function of the global batch alone.
+
+What the norms saw is added up as integers; when the global batch is complete, whoever trains sums these over the
+workers and calls `absorb`. So neither the number of workers nor the order of micro-batches changes a bit of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dist_train.fixed_point import STATISTICS
+from dist_train.models.norms import GroupedBatchNorm
+
+_LIMIT = STATISTICS.term_limit(4096)
+"""As many groups as any global batch in use has; their sum cannot leave the range."""
+
+
+class BatchStatistics:
+    """`sums`, int64 [2 C of all norms]: norm by norm the means and the variances, times samples, so far."""
+
+    def __init__(self, norms: Sequence[GroupedBatchNorm], device: torch.device) -> None:
+        """Begin a global batch that `norms`, on `device`, are to see."""
+        self._norms = tuple(norms)
+        self._running = [average for norm in norms for average in (norm.running_mean, norm.running_var)]
+        self._lengths = [len(average) for average in self._running]
+        self.sums = torch.zeros(sum(self._lengths), dtype=torch.int64, device=device)
+        self.out_of_range = torch.zeros((), dtype=torch.bool, device=device)
+        """Whether some group's statistics were not finite or too large; a bool on the device."""
+
+    def clear(self) -> None:
+        """Begin a global batch."""
+        self.forget()
+        self.sums.zero_()
+        self.out_of_range.zero_()
+
+    def forget(self) -> None:
+        """Leave out what was seen since the last `collect`."""
+        for norm in self._norms:
+            norm.seen.clear()
+
+    def collect(self) -> None:
+        """Count the groups that were seen since the last time; after every forward pass that counts."""
+        for group in zip(*(norm.seen for norm in self._norms), strict=True):
+            weighted = torch.cat([average for seen in group for average in (seen.mean, seen.variance)])
+            weighted.mul_(float(group[0].samples))
+            # Written so that a NaN, for which no comparison holds, is out of range.
+            self.out_of_range |= ~(weighted.abs().amax() < _LIMIT)
+            self.sums += STATISTICS.encode(weighted)
+        self.forget()
+
+    def absorb(self, sums: Tensor, samples: int, momentum: float) -> None:
+        """Move the running averages by `momentum` towards the means that `sums` of `samples` samples give.
+
+        `sums` are those of all workers; momentum 1 replaces the averages.
+        """
+        means = (STATISTICS.decode(sums) / samples).to(torch.float32)
+        for average, mean in zip(self._running, means.split(self._lengths), strict=True):
+            average.lerp_(mean, momentum)
