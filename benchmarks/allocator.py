@@ -1,6 +1,6 @@
-"""The bare loop with freed memory kept by the process, and as the C library has it; each side a process of its own.
+"""The bare loop with our ways to come by memory, one after the other, and without; each side a process of its own.
 
-`python -m benchmarks.allocator kept|default UPDATES` prints the seconds of one update.
+`python -m benchmarks.allocator default|kept|large WIDTH` prints the seconds of one update.
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ from benchmarks.bare_loop import bare_loop
 from benchmarks.subject import settings
 from benchmarks.timing import Ratio, ratio_of, timed
 from dist_train.data.catalog import load_images
-from dist_train.training.allocator import keep_freed_memory
+from dist_train.training.allocator import ask_for_large_pages, keep_freed_memory
 
 _UPDATES = {0.25: 40, 1.0: 6}
+_WORDS = {"default": "glibc's default", "kept": "freed memory kept", "large": "kept, and pages of 2 MiB"}
 
 
 def rows(pairs: int) -> list[Ratio]:
-    """Return the ratio of the step times for both widths."""
+    """Return the ratios of the step times for both widths."""
     return [
         ratio_of(
             f"allocator, width {width:g}, batch 128, float32, bare loop",
-            "freed memory kept",
-            "glibc's default",
-            [(seconds("kept", width), seconds("default", width)) for _ in range(pairs)],
+            _WORDS[ours],
+            _WORDS[theirs],
+            [(seconds(ours, width), seconds(theirs, width)) for _ in range(pairs)],
             None,
         )
         for width in _UPDATES
+        for ours, theirs in (("kept", "default"), ("large", "kept"))
     ]
 
 
@@ -43,7 +45,9 @@ def main() -> None:
     """Print the seconds of an update."""
     side, width = sys.argv[1], float(sys.argv[2])
     torch.set_num_threads(1)
-    if side == "kept":
+    if side == "large":
+        ask_for_large_pages()
+    if side != "default":
         assert keep_freed_memory()
     data = load_images(settings(width, 128).data, "train", 0)
     update = bare_loop(data.images, data.labels, width=width, batch=128, channels_last=False, precision=torch.float32)

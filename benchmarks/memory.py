@@ -26,6 +26,7 @@ from dist_train.cluster.joining import join_workers
 from dist_train.cluster.workers import gather
 from dist_train.config import Config
 from dist_train.data.catalog import load_images
+from dist_train.training.allocator import ask_for_large_pages
 
 _IMAGES, _FEW_IMAGES = 200_000, 1_000
 _WIDTH, _MICRO_SIZE, _GLOBAL_SIZE = 1.0, 128, 256
@@ -102,6 +103,7 @@ def _settings(images: Path) -> Config:
 
 def _worker(images: Path) -> None:
     """Train as one of the workers; the first tells everybody's memory."""
+    ask_for_large_pages()
     workers = join_workers(timeout=600.0, device_type="cpu")
     with tempfile.TemporaryDirectory() as folder:
         trainer = open_trainer(_settings(images), workers, Path(folder) / "run")

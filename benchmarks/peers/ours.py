@@ -7,6 +7,7 @@ from benchmarks.shared_folder import shared_folder
 from benchmarks.subject import QUIET, open_trainer, settings
 from dist_train.cluster.joining import join_workers
 from dist_train.cluster.workers import Workers
+from dist_train.training.allocator import ask_for_large_pages
 
 
 def train(work: Work, workers: Workers) -> None:
@@ -30,6 +31,7 @@ def train(work: Work, workers: Workers) -> None:
 
 
 if __name__ == "__main__":
+    ask_for_large_pages()
     asked = work_from_arguments()
     joined = join_workers(timeout=600.0, device_type="cpu")
     train(asked, joined)

@@ -41,7 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
         from dist_train.cluster.launch import current_launch
         from dist_train.cluster.workers import PeerFailedError
         from dist_train.training import train
+        from dist_train.training.allocator import ask_for_large_pages
 
+    ask_for_large_pages()
     if current_launch().rank == 0:
         for sentence in idle_settings(config):
             print(f"dist-train: warning: {sentence}", file=sys.stderr)
