@@ -40,7 +40,7 @@ lint: setup ## ruff, mypy, bandit, shellcheck and hadolint
 
 bench: setup ## the side-by-side performance table (DEVICE=cuda: on a GPU); takes hours, `python -m benchmarks --only GROUP` minutes
 	@benchmarks/peers/environment.sh
-	$(python) -m benchmarks --device $(or $(DEVICE),cpu)
+	$(python) -m benchmarks --device $(or $(DEVICE),cpu) --json results/performance-$(or $(DEVICE),cpu).json
 
 dashboards: setup ## write Grafana's dashboards and the table of metrics anew, from the code
 	$(python) -m dist_train.dashboards docker/grafana/dashboards

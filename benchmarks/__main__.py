@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,7 +15,9 @@ from rich.table import Table
 
 from benchmarks.groups import GROUPS, Device, groups_on
 from benchmarks.machine import Machine, this_machine
+from benchmarks.record import Measured, keep, read_record
 from benchmarks.timing import Ratio
+from dist_train.outcome import ExitCode, UsageError
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -25,42 +25,40 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", choices=sorted(GROUPS), action="append", metavar="GROUP", help=", ".join(GROUPS))
     parser.add_argument("--pairs", type=int, default=21, help="pairs of timings of a step of width 1")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows into this file as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows in this file, group by group")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both sides compute")
     arguments = parser.parse_args(words)
-    refusal = _refusal(arguments.device, arguments.only or ())
-    if refusal:
-        print(f"benchmarks: {refusal}", file=sys.stderr)
-        return 2
+    try:
+        _check(arguments.device, arguments.only or ())
+        if arguments.json:
+            read_record(arguments.json)
+    except UsageError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return ExitCode.USAGE
     if arguments.device == "cpu":
         # Both sides take a GPU that they see, in the programs that they start too.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     groups = groups_on(arguments.device)
+    machine = this_machine()
     rows: list[Ratio] = []
     for name in arguments.only or groups:
         print(f"measuring {name} ...", file=sys.stderr)
         with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
-            rows.extend(groups[name].rows(arguments.pairs))
-    machine = this_machine()
+            measured = list(groups[name].rows(arguments.pairs))
+        rows += measured
+        if arguments.json:
+            keep(arguments.json, {name: Measured(machine, measured)})
     Console(width=180).print(_table(machine, rows))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(_record(machine, rows), indent=2) + "\n")
     return 0 if all(row.holds for row in rows) else 1
 
 
-def _refusal(device: Device, names: Sequence[str]) -> str:
-    """Return why the groups `names` cannot be measured on `device`; empty: they can."""
+def _check(device: Device, names: Sequence[str]) -> None:
+    """Raise UsageError where the groups `names` cannot be measured on `device`."""
     if device == "cuda" and not torch.cuda.is_available():
-        return "--device cuda: torch sees no GPU here; see dist-train doctor, or measure with --device cpu"
+        raise UsageError("--device cuda: torch sees no GPU here; see dist-train doctor, or measure with --device cpu")
     elsewhere = [name for name in names if name not in groups_on(device)]
     if elsewhere:
-        return f"--only {' --only '.join(elsewhere)}: measured with --device cpu alone"
-    return ""
-
-
-def _record(machine: Machine, rows: Sequence[Ratio]) -> dict[str, object]:
-    """Return what the JSON file holds."""
-    return {"machine": asdict(machine), "rows": [asdict(row) for row in rows]}
+        raise UsageError(f"--only {' --only '.join(elsewhere)}: measured with --device cpu alone")
 
 
 def _table(machine: Machine, rows: Sequence[Ratio]) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 import benchmarks.__main__ as program
 from benchmarks.groups import GROUPS, Group, groups_on
 from benchmarks.machine import this_machine
+from benchmarks.record import read_record
 from benchmarks.timing import Ratio, compare, ratio_of
 
 ROOT = Path(__file__).parents[2]
@@ -54,12 +54,37 @@ def test_rows_are_kept_with_machine_and_versions(
     output = tmp_path / "rows.json"
     assert program.main(["--only", "data", "--pairs", "4", "--json", str(output)]) == 0
     assert program.main(["--only", "data", "--pairs", "6"]) == 1
-    record = json.loads(output.read_text())
-    assert record["machine"]["versions"]["torch"] == torch.__version__
-    assert record["rows"][0]["median"] == 4.0
+    kept = read_record(output)["data"]
+    assert kept.machine.versions["torch"] == torch.__version__
+    assert kept.rows[0].median == 4.0
     printed = capsys.readouterr().out
     assert "missed" in printed
     assert "hidden" not in printed
+
+
+def test_rows_of_a_group_replace_its_last_ones_beside_those_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(pairs: int) -> list[Ratio]:
+        raise RuntimeError("the machine is gone")
+
+    groups = {"data": Group(one_row), "memory": Group(one_row), "kernels": Group(lost)}
+    monkeypatch.setattr(program, "groups_on", lambda device: groups)
+    output = tmp_path / "rows.json"
+    program.main(["--only", "data", "--only", "memory", "--pairs", "2", "--json", str(output)])
+    with pytest.raises(RuntimeError, match="the machine is gone"):
+        program.main(["--only", "data", "--only", "kernels", "--pairs", "3", "--json", str(output)])
+    assert {name: kept.rows[0].median for name, kept in read_record(output).items()} == {"data": 3.0, "memory": 2.0}
+
+
+@pytest.mark.parametrize("content", ["rows", "[1]", '{"data": 1}', '{"data": {"machine": {}, "rows": []}}'])
+def test_a_file_of_another_kind_is_left_alone(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "notes.json"
+    file.write_text(content)
+    assert program.main(["--only", "data", "--json", str(file)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "name another file" in line
+    assert file.read_text() == content
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from dist_train.marked_text import replaced_between
 from dist_train.monitoring.prometheus.metric import Scope
 from dist_train.monitoring.prometheus.table import METRICS
-from dist_train.outcome import UsageError
 
 BEGIN, END = "<!-- metrics -->", "<!-- end of metrics -->"
 
@@ -26,11 +26,7 @@ def metrics_markdown() -> str:
 
 def with_table(text: str) -> str:
     """Return `text` with the table between its markers renewed. Raises UsageError where it has no markers."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UsageError(f"there is no place for the table: the file needs the lines {BEGIN} and {END}")
-    return f"{before}{begin}\n\n{metrics_markdown()}\n{end}{after}"
+    return replaced_between(text, BEGIN, END, metrics_markdown())
 
 
 def main(path: Path) -> None:

@@ -1,0 +1,47 @@
+"""The tables in `docs/performance.md`; `python -m benchmarks.document RECORD PAGE` renews them from kept rows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.groups import GROUPS
+from benchmarks.record import Measured, read_record
+from benchmarks.timing import Ratio
+from dist_train.marked_text import replaced_between
+
+BEGIN, END = "<!-- rows -->", "<!-- end of rows -->"
+
+_HEAD = ("row", "ours", "theirs", "ratio", "quartiles", "pairs", "ours takes", "bar")
+
+
+def tables(record: Mapping[str, Measured]) -> str:
+    """Return a table for each machine that rows come from, groups in their usual order."""
+    by_machine: dict[str, list[Ratio]] = {}
+    for name in sorted(record, key=list(GROUPS).index):
+        by_machine.setdefault(record[name].machine.in_words(), []).extend(record[name].rows)
+    return "\n".join(f"On {machine}:\n\n{_table(rows)}" for machine, rows in by_machine.items())
+
+
+def _table(rows: list[Ratio]) -> str:
+    lines = [_HEAD, ("---",) * len(_HEAD), *map(_cells, rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _cells(row: Ratio) -> tuple[str, ...]:
+    images = row.images_per_second
+    amount = f"{row.amount_ours:.3g} {row.unit}" + ("" if images is None else f", {images:,.0f} images/s")
+    bar = "stated" if row.bar is None else f"{row.bar:.3f} {'holds' if row.holds else 'missed'}"
+    quartiles = f"{row.lower:.3f}-{row.upper:.3f}"
+    return (row.row, row.ours, row.theirs, f"{row.median:.3f}", quartiles, str(row.pairs), amount, bar)
+
+
+def main(record: Path, page: Path) -> None:
+    """Renew the tables of `page`."""
+    text = replaced_between(page.read_text(encoding="utf-8"), BEGIN, END, tables(read_record(record)))
+    page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
