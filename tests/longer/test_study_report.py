@@ -6,8 +6,6 @@ import argparse
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from statistics import fmean
 
@@ -17,70 +15,8 @@ from dist_train.cli import report_command
 from dist_train.outcome import UsageError
 from dist_train.study.report.page import render, write_report
 from dist_train.study.report.reading import read_subject
+from tests.longer.report_page import Page, evaluations, runs_of, written
 from tests.unit.report_study import config_of, make_run, make_study, treatments, write_status
-
-
-class Page(HTMLParser):
-    """Its numbers, texts, and addresses."""
-
-    def __init__(self, content: str) -> None:
-        super().__init__()
-        self.numbers: list[tuple[dict[str, str], str]] = []
-        self.series: list[tuple[str, list[tuple[float, float, str, float]]]] = []
-        self.addresses: list[str] = []
-        self.policy = ""
-        self._words: list[str] = []
-        self._value: dict[str, str] | None = None
-        self.feed(content)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self._words).split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        attributes = {name: value or "" for name, value in attrs}
-        self._value = attributes if tag == "data" else None
-        self.addresses += [attributes[name] for name in ("href", "src", "srcset", "action") if name in attributes]
-        if attributes.get("http-equiv") == "Content-Security-Policy":
-            self.policy = attributes["content"]
-        if "data-points" in attributes:
-            self.series.append((attributes["data-label"], json.loads(attributes["data-points"])))
-
-    def handle_data(self, data: str) -> None:
-        self._words.append(data)
-        if self._value is not None:
-            self.numbers.append((self._value, data))
-            self._value = None
-
-    def of(self, measure: str, **whose: str) -> tuple[float, str]:
-        """Return the value and the text of a number."""
-        wanted = {"data-measure": measure, **{f"data-{name}": value for name, value in whose.items()}}
-        found = [(float(has["value"]), text) for has, text in self.numbers if wanted.items() <= has.items()]
-        assert len(found) == 1, (wanted, found)
-        return found[0]
-
-
-def written(directory: Path) -> Page:
-    return Page(render(read_subject(directory)))
-
-
-def evaluations(run: Path, split: str) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == "eval" and line["split"] == split]
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_study(tmp_path_factory.mktemp("results") / "fashion")
-
-
-@pytest.fixture(scope="module")
-def page(study: Path) -> Page:
-    return written(study)
-
-
-def runs_of(study: Path) -> Iterator[Path]:
-    return (path.parent for path in sorted(study.glob("*/metrics.jsonl")))
 
 
 def test_every_run_has_the_numbers_of_its_metrics(study: Path, page: Page) -> None:
@@ -125,53 +61,6 @@ def test_an_arm_has_the_mean_over_its_seeds(study: Path, page: Page) -> None:
     for treatment in treatments():
         values = [evaluations(study / f"{treatment.name}-seed-{seed}", "test")[-1]["accuracy"] for seed in (0, 1, 2)]
         assert page.of("final_test", arm=treatment.name)[0] == pytest.approx(fmean(values), abs=1e-15)
-
-
-def test_an_arm_has_its_differences_from_the_base_line_paired_by_seed(study: Path, page: Page) -> None:
-    pairs = [
-        [evaluations(study / f"{arm}-seed-{seed}", "test")[-1]["accuracy"] for arm in ("lb", "lb-noise-amplitude-0.01")]
-        for seed in (0, 1, 2)
-    ]
-    [(value, text)] = effects(page, "final_test", "lb-noise-amplitude-0.01")
-    assert value == pytest.approx(fmean(after - before for before, after in pairs), abs=1e-15)
-    assert text == f"{value * 100:+.2f}".replace("-", "\u2212")
-    [(wider, _)] = effects(page, "width-A.2", "lb-noise-amplitude-0.01")
-    widths = [page.of("width-A.2", arm=arm)[0] for arm in ("lb", "lb-noise-amplitude-0.01")]
-    assert wider == pytest.approx(widths[1] - widths[0])
-    assert not effects(page, "final_test", "lb")
-
-
-def test_the_tables_alone_are_markdown_with_the_numbers_of_the_page(study: Path, page: Page, tmp_path: Path) -> None:
-    write_report(study, tmp_path / "tables.md")
-    text = (tmp_path / "tables.md").read_text()
-    accuracy = page.of("final_test", arm="lb")[1]
-    assert f"| LB, base line | 3 | {accuracy} ±" in text
-    [(_, difference)] = effects(page, "final_test", "lb-noise-amplitude-0.01")
-    assert re.search(rf"\| LB, uniform 0.01 \| \**{re.escape(difference)}\** \(", text)
-    assert re.search(r"\| Hessian trace \| \u2212?[01]\.\d\d \(n = 24\) \|", text)
-    for table in text.split("## ")[1:]:
-        assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
-
-
-def test_a_width_that_ends_beyond_the_line_has_no_difference(tmp_path: Path) -> None:
-    study = make_study(tmp_path / "study")
-    for seed in (0, 1, 2):
-        [path] = (study / f"lb-noise-amplitude-0.01-seed-{seed}").glob("analysis/direction-*/settings.json")
-        settings = json.loads(path.read_text())
-        settings["widths"]["A"]["2"]["open"] = 1
-        path.write_text(json.dumps(settings))
-    page = written(study)
-    assert not effects(page, "width-A.2", "lb-noise-amplitude-0.01")
-    assert effects(page, "width-A.10", "lb-noise-amplitude-0.01")
-
-
-def effects(page: Page, measure: str, arm: str) -> list[tuple[float, str]]:
-    """Return the difference of a measure from the base line's, where the page has it."""
-    return [
-        (float(has["value"]), text)
-        for has, text in page.numbers
-        if has.get("data-effect") == measure and has.get("data-arm") == arm
-    ]
 
 
 def test_a_curve_goes_through_the_means_of_the_evaluations(study: Path, page: Page) -> None:

@@ -1,0 +1,61 @@
+"""Differences from the base line, on the page and in the tables in Markdown."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from dist_train.study.report.page import write_report
+from tests.longer.report_page import Page, evaluations, written
+from tests.unit.report_study import make_study
+
+
+def effects(page: Page, measure: str, arm: str) -> list[tuple[float, str]]:
+    """Return the difference of a measure from the base line's, where the page has it."""
+    return [
+        (float(has["value"]), text)
+        for has, text in page.numbers
+        if has.get("data-effect") == measure and has.get("data-arm") == arm
+    ]
+
+
+def test_an_arm_has_its_differences_from_the_base_line_paired_by_seed(study: Path, page: Page) -> None:
+    pairs = [
+        [evaluations(study / f"{arm}-seed-{seed}", "test")[-1]["accuracy"] for arm in ("lb", "lb-noise-amplitude-0.01")]
+        for seed in (0, 1, 2)
+    ]
+    [(value, text)] = effects(page, "final_test", "lb-noise-amplitude-0.01")
+    assert value == pytest.approx(fmean(after - before for before, after in pairs), abs=1e-15)
+    assert text == f"{value * 100:+.2f}".replace("-", "\u2212")
+    [(wider, _)] = effects(page, "width-A.2", "lb-noise-amplitude-0.01")
+    widths = [page.of("width-A.2", arm=arm)[0] for arm in ("lb", "lb-noise-amplitude-0.01")]
+    assert wider == pytest.approx(widths[1] - widths[0])
+    assert not effects(page, "final_test", "lb")
+
+
+def test_the_tables_alone_are_markdown_with_the_numbers_of_the_page(study: Path, page: Page, tmp_path: Path) -> None:
+    write_report(study, tmp_path / "tables.md")
+    text = (tmp_path / "tables.md").read_text()
+    accuracy = page.of("final_test", arm="lb")[1]
+    assert f"| LB, base line | 3 | {accuracy} ±" in text
+    [(_, difference)] = effects(page, "final_test", "lb-noise-amplitude-0.01")
+    assert re.search(rf"\| LB, uniform 0.01 \| \**{re.escape(difference)}\** \(", text)
+    assert re.search(r"\| Hessian trace \| \u2212?[01]\.\d\d \(n = 24\) \|", text)
+    for table in text.split("## ")[1:]:
+        assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
+
+
+def test_a_width_that_ends_beyond_the_line_has_no_difference(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    for seed in (0, 1, 2):
+        [path] = (study / f"lb-noise-amplitude-0.01-seed-{seed}").glob("analysis/direction-*/settings.json")
+        settings = json.loads(path.read_text())
+        settings["widths"]["A"]["2"]["open"] = 1
+        path.write_text(json.dumps(settings))
+    page = written(study)
+    assert not effects(page, "width-A.2", "lb-noise-amplitude-0.01")
+    assert effects(page, "width-A.10", "lb-noise-amplitude-0.01")
