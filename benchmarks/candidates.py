@@ -86,9 +86,11 @@ def setting_rows(pairs: int) -> Iterator[Ratio]:
     """Yield the rows of our own settings, in one process; the compilation does not count."""
     for name, precision in SETTINGS.items():
         with tempfile.TemporaryDirectory() as folder:
-            changed = settings(_WIDTH, _GLOBAL_SIZE, precision={"threads": 1, **precision}, **QUIET)
+            without = {"threads": 1, "channels_last": False}
+            changed = settings(_WIDTH, _GLOBAL_SIZE, precision={**without, **precision}, **QUIET)
             ours = open_trainer(changed, Alone(), Path(folder) / "changed")
-            theirs = open_trainer(settings(_WIDTH, _GLOBAL_SIZE, **QUIET), Alone(), Path(folder) / "plain")
+            plain = settings(_WIDTH, _GLOBAL_SIZE, precision=without, **QUIET)
+            theirs = open_trainer(plain, Alone(), Path(folder) / "plain")
             sides = (name, ours.advance), ("without", theirs.advance)
             yield compare(_title(name), *sides, pairs=pairs, bar=None, warm_up=3, images=_GLOBAL_SIZE)
             ours.close()

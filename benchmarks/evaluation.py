@@ -14,6 +14,7 @@ from benchmarks.timing import Ratio, compare
 from dist_train.cluster.alone import Alone
 from dist_train.data.images import ImageSet
 from dist_train.data.loader import Samples
+from dist_train.data.pixels import PixelFormat
 from dist_train.models import build_model
 from dist_train.training.compute import set_up_compute
 from dist_train.training.evaluation import evaluate
@@ -49,7 +50,8 @@ def rows_of(subject: Subject, pairs: int) -> Iterator[Ratio]:
     config = settings(subject.width, 128)
     compute = set_up_compute(config.precision, local_rank=0)
     model = build_model(config).to(compute.device)
-    samples = Samples(ImageSet(subject.images, subject.labels, 10), compute.device)
+    pixels = PixelFormat(memory_format=torch.channels_last)
+    samples = Samples(ImageSet(subject.images, subject.labels, 10), compute.device, pixels=pixels)
     count = len(subject.images)
 
     def ours() -> None:

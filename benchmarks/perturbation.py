@@ -12,7 +12,7 @@ from benchmarks.timing import Ratio, compare
 from dist_train.config import NoiseSettings
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import build_noise
-from dist_train.training.allocator import keep_freed_memory
+from dist_train.training.allocator import ask_for_large_pages, keep_freed_memory
 from dist_train.training.compute import device_type
 
 BY_TENSOR = "a draw, an addition, a subtraction a tensor"
@@ -40,6 +40,7 @@ def perturb_by_tensor(width: float) -> Callable[[], object]:
 def perturbation_row(pairs: int) -> Ratio:
     """Return the time of perturbing and restoring VGG9 width 1 over that of the reference's way."""
     torch.set_num_threads(1)
+    ask_for_large_pages()
     keep_freed_memory()
     return compare(
         "perturb and restore, width 1",

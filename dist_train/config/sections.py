@@ -213,7 +213,7 @@ class PrecisionSettings(Section):
     compute: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Precision of forward and backward; float16, with loss scaling, on CUDA alone."
     )
-    channels_last: bool = Field(False, description="Images in channels-last layout: faster convolutions.")
+    channels_last: bool = Field(True, description="Images in channels-last layout: faster convolutions.")
     compile: bool = Field(False, description="Compile the model with torch.compile.")
     deterministic: bool = Field(False, description="Only kernels that give the same bits each time.")
     threads: PositiveInt | Literal["auto"] = Field(

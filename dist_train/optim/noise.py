@@ -43,7 +43,7 @@ class Noise(Protocol):
         """Do what remains once the optimizer has moved the weights in `step`."""
 
     def digest(self, step: int) -> int:
-        """Return a digest of the noise of `step`, just taken; the same on all workers that agree."""
+        """Return a digest of what the noise of `step`, just taken, made; the same on all workers that agree."""
 
 
 class NoNoise:
@@ -77,8 +77,9 @@ class SmoothOut:
         self._weights = weights
         self._share = _SHARINGS[settings.sharing]
         self._rank = rank
-        self._draws = NoiseDraws(settings, weights, seed)
+        # Draws lie where the perturbed weights are to be: a buffer less to go through.
         self._perturbed = torch.zeros_like(weights.values)
+        self._draws = NoiseDraws(settings, weights, seed, self._perturbed)
         self._views = weights.views_of(self._perturbed)
 
     def amplitude(self, step: int) -> float:
@@ -94,18 +95,21 @@ class SmoothOut:
     def move(self, step: int, *indices: int | str) -> None:
         """Be at the clean weights plus the draw of (`step`, `indices`)."""
         clean = self._weights.values
-        torch.add(clean, self._draws.draw(clean, step, *indices), alpha=self._amplitude(step), out=self._perturbed)
+        amplitude = self._amplitude(step)
+        for part in self._draws.parts(clean, step, *indices):
+            noise = self._perturbed[part]
+            torch.add(clean[part], noise, alpha=amplitude, out=noise)
 
     def after_update(self, step: int) -> None:
         """Do nothing: the noise was taken away before the update."""
 
     def digest(self, step: int) -> int:
-        """Return a digest of the shared draw, or, where draws differ on purpose, of the first one."""
+        """Return a digest of the perturbed weights, or, where they differ on purpose, of the first draw."""
         if self._share is _OfWorker:
             self._draws.draw(self._weights.values, step, "worker", 0)
         elif self._share is _OfMicroBatch:
             self._draws.draw(self._weights.values, step, 0)
-        return digest(self._draws.values)
+        return digest(self._perturbed)
 
 
 class Langevin:

@@ -13,6 +13,7 @@ from dist_train.config import Config
 from dist_train.data.loader import open_splits
 from dist_train.data.order import epoch_order
 from dist_train.data.plan import BatchPlan
+from dist_train.data.source import SampleSource
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights, Segment
 from dist_train.randomness import bits, key
@@ -23,7 +24,7 @@ def noise_of(config: Config, step: int, segments: Sequence[Segment], *indices: i
     u = torch.empty(-(-segments[-1].stop // 16) * 16)
     stream = key(config.run.seed, "noise", step, *indices)
     if config.noise.distribution == "uniform":
-        u = (bits(stream, len(u), u.device).float() + 0.5) / 2**15
+        u = (torch.cat([*bits(stream, len(u), u.device)]).float() + 0.5) / 2**15
     else:
         u.normal_(0, math.sqrt(1 / 3), generator=torch.Generator().manual_seed(stream))
     for segment in segments:
@@ -47,7 +48,7 @@ def smoothout_gradients(config: Config, step: int, workers: int = 1) -> tuple[di
     model = build_model(config)
     assert config.batch.micro_size != "auto"
     segments = FlatWeights(build_model(config)).segments
-    samples = open_splits(config.data, config.run.seed, torch.device("cpu")).train
+    samples = _samples(config)
     indices = epoch_order(len(samples), config.run.seed, 0)[step * config.batch.global_size :]
     loss = 0.0
     for part in BatchPlan(config.batch.global_size, config.batch.micro_size).micro_batches:
@@ -69,7 +70,7 @@ def sam_gradients(config: Config, step: int) -> dict[str, Tensor]:
     """Ascend by each micro-batch's own gradient, differentiate there, come back: SAM in plain PyTorch."""
     model = build_model(config)
     assert config.batch.micro_size != "auto"
-    samples = open_splits(config.data, config.run.seed, torch.device("cpu")).train
+    samples = _samples(config)
     indices = epoch_order(len(samples), config.run.seed, 0)[step * config.batch.global_size :]
     parameters = list(model.parameters())
     moving = [segment.kind != "norm" for segment in FlatWeights(build_model(config)).segments]
@@ -87,3 +88,8 @@ def sam_gradients(config: Config, step: int) -> dict[str, Tensor]:
         for parameter, value in zip(parameters, clean, strict=True):
             parameter.data = value
     return {name: sum_ for (name, _), sum_ in zip(model.named_parameters(), total, strict=True)}
+
+
+def _samples(config: Config) -> SampleSource:
+    layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+    return open_splits(config.data, config.run.seed, torch.device("cpu"), memory_format=layout).train

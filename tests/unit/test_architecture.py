@@ -21,11 +21,12 @@ BELOW: dict[str, set[str]] = {
     "fixed_point": set(),
     "randomness": set(),
     "start_up": set(),
+    "marked_text": {"outcome"},
     "status": {"atomic", "outcome"},
     "cluster": {"outcome", "randomness", "config"},
 }
 """What each room may import. Those above may also import all that the room below them may."""
-_LEAVES = {"config", "outcome", "atomic", "fixed_point", "randomness", "start_up", "status"}
+_LEAVES = {"config", "outcome", "atomic", "fixed_point", "randomness", "start_up", "marked_text", "status"}
 for _room, _allowed in (
     ("models", _LEAVES),
     ("data", _LEAVES),

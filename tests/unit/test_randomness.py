@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -110,19 +111,30 @@ def test_streams_are_unrelated() -> None:
     assert between.abs().max() < 0.04
 
 
+def all_bits(stream: int, count: int) -> torch.Tensor:
+    return torch.cat([torch.empty(0, dtype=torch.int16), *bits(stream, count, torch.device("cpu"))])
+
+
 @PROPERTY
 @given(st.integers(0, 2**63 - 1), st.integers(0, 250))
 def test_random_bits_depend_on_their_stream_alone_and_fewer_are_the_first_of_more(stream: int, fours: int) -> None:
-    many = bits(stream, 1000, torch.device("cpu"))
-    assert torch.equal(bits(stream, 4 * fours, torch.device("cpu")), many[: 4 * fours])
-    assert not torch.equal(bits(stream + 1, 1000, torch.device("cpu")), many)
+    many = all_bits(stream, 1000)
+    assert torch.equal(all_bits(stream, 4 * fours), many[: 4 * fours])
+    assert not torch.equal(all_bits(stream + 1, 1000), many)
+
+
+def test_parts_of_random_bits_are_one_stream() -> None:
+    parts = list(bits(5, (1 << 20) - 12, torch.device("cpu")))
+    assert len(parts) > 2
+    whole = torch.from_numpy(numpy.random.SFC64(5).random_raw((1 << 18) - 3).view(numpy.int16))
+    assert torch.equal(torch.cat(parts), whole)
 
 
 def test_each_of_the_16_random_bits_is_set_half_the_time() -> None:
-    numbers = bits(7, 1 << 20, torch.device("cpu")).long() & 0xFFFF
+    numbers = all_bits(7, 1 << 20).long() & 0xFFFF
     shares = torch.tensor([((numbers >> place) & 1).double().mean() for place in range(16)])
     assert (shares - 0.5).abs().max() < 4 * 0.5 / 2**10
 
 
 def test_random_bits_are_the_same_ones_for_ever() -> None:
-    assert bits(1, 4, torch.device("cpu")).tolist() == [584, 26870, -2906, -288]
+    assert all_bits(1, 4).tolist() == [584, 26870, -2906, -288]
