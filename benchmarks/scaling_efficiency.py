@@ -1,12 +1,17 @@
 """What further workers cost: two against one, a core each, and more workers than cores; one thread each, over MPI.
 
-Strong: the same global batch on twice the workers. Weak: twice the batch on twice the workers.
+Strong: the same global batch on twice the workers. Weak: twice the batch on twice the workers. What the cores take
+from each other, memory and clock, is in both; it is left out against two programs that run side by side, each on half
+the batch, and know nothing of each other: the rest is what working together costs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from statistics import fmean
 
 from benchmarks.peers.comparison import OURS, seconds_of
 from benchmarks.peers.work import Work
@@ -17,18 +22,27 @@ _MANY = (4, 8)
 
 
 def efficiency_rows(work: Work, rounds: int) -> Iterator[Ratio]:
-    """Yield the strong and the weak row of `work`: a ratio of 1 is an efficiency of 1."""
+    """Yield the strong and the weak row of `work`, and that against two programs: a ratio of 1 is an efficiency of 1."""
     two = replace(work, workers=2)
     half = replace(work, batch=work.batch // 2)
-    strong, weak = [], []
+    strong, weak, together = [], [], []
     for _ in range(rounds):
         on_two = seconds_of(OURS, two)
         strong.append((on_two, seconds_of(OURS, work) / 2))
         weak.append((on_two, seconds_of(OURS, half)))
+        together.append((on_two, _side_by_side(half)))
     title = f"width {work.width:g}, batch {work.batch}"
     yield ratio_of(f"strong scaling, {title}", "2 workers", "half of 1's", strong, BAR, images=work.batch)
     small = f"1 worker, batch {half.batch}"
     yield ratio_of(f"weak scaling, {title}", "2 workers", small, weak, BAR, images=work.batch)
+    apart = f"2 programs side by side, batch {half.batch} each"
+    yield ratio_of(f"working together, {title}", "2 workers", apart, together, BAR, images=work.batch)
+
+
+def _side_by_side(work: Work) -> float:
+    """Return the seconds of an update of two programs that each do `work` at the same time."""
+    with ThreadPoolExecutor(2) as pool:
+        return fmean(pool.map(partial(seconds_of, OURS), [work, work]))
 
 
 def oversubscribed_rows(work: Work, rounds: int) -> Iterator[Ratio]:
