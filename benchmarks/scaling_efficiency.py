@@ -22,7 +22,7 @@ _MANY = (4, 8)
 
 
 def efficiency_rows(work: Work, rounds: int) -> Iterator[Ratio]:
-    """Yield the strong and the weak row of `work`, and that against two programs: a ratio of 1 is an efficiency of 1."""
+    """Yield the strong and the weak row of `work`, and that against two programs; a ratio of 1: an efficiency of 1."""
     two = replace(work, workers=2)
     half = replace(work, batch=work.batch // 2)
     strong, weak, together = [], [], []
