@@ -1,8 +1,7 @@
 """Checkpoints written while training goes on.
 
-The weights are copied at once: the next step perturbs them. The optimizer's state, which nothing touches
-before the next update, is copied on a thread, as is all the rest done; `wait_until_copied` must be called
-before that update.
+Weights and the optimizer's state, which nothing touches before the next update (noise lies in a buffer of its
+own), are copied on a thread, as is all the rest done; `wait_until_copied` must be called before that update.
 """
 
 from __future__ import annotations
@@ -58,18 +57,20 @@ class CheckpointWriter:
         self._results: list[Written | NotWritten] = []
 
     def submit(self, contents: Contents, best_step: int | None) -> None:
-        """Write `contents` as they are now, in the background where the settings say so."""
+        """Write `contents` as they are now, in the background where the settings say so.
+
+        Their tensors must stay as they are until `wait_until_copied` returns.
+        """
         begun = time.perf_counter()
         self.wait()
-        copied = replace(contents, model=self._copy("model", contents.model))
         stall = time.perf_counter() - begun
         self._copied.clear()
-        self._pending = self._thread.submit(self._write, copied, best_step, begun, stall)
+        self._pending = self._thread.submit(self._write, contents, best_step, begun, stall)
         if not self._settings.background:
             self.wait()
 
     def wait_until_copied(self) -> None:
-        """Wait until the optimizer's state may change."""
+        """Wait until weights and the optimizer's state may change."""
         self._copied.wait()
 
     def results(self) -> list[Written | NotWritten]:
@@ -95,7 +96,11 @@ class CheckpointWriter:
         time.sleep(_YIELD_SECONDS)
         try:
             try:
-                contents = replace(contents, optimizer=self._copy("optimizer", contents.optimizer))
+                contents = replace(
+                    contents,
+                    model=self._copy("model", contents.model),
+                    optimizer=self._copy("optimizer", contents.optimizer),
+                )
             finally:
                 self._copied.set()
             if torch.cuda.is_available():

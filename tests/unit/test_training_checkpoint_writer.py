@@ -31,8 +31,8 @@ def test_what_is_written_is_the_state_at_the_moment_of_submission(tmp_path: Path
     writer = CheckpointWriter(tmp_path, CheckpointSettings(background=background), lambda: wait_for(go))
     state = contents(1)
     writer.submit(state, None)
-    state.model["weight"].fill_(99.0)
     writer.wait_until_copied()
+    state.model["weight"].fill_(99.0)
     state.optimizer["state"][0]["momentum_buffer"].fill_(99.0)
     state.optimizer["param_groups"][0]["lr"] = 99.0
     go.set()
