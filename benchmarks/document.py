@@ -31,7 +31,8 @@ def _table(rows: list[Ratio]) -> str:
 
 def _cells(row: Ratio) -> tuple[str, ...]:
     images = row.images_per_second
-    amount = f"{row.amount_ours:.3g} {row.unit}" + ("" if images is None else f", {images:,.0f} images/s")
+    taken = f"{row.amount_ours:,.0f}" if row.amount_ours >= 1000 else f"{row.amount_ours:.3g}"
+    amount = f"{taken} {row.unit}" + ("" if images is None else f", {images:,.0f} images/s")
     bar = "stated" if row.bar is None else f"{row.bar:.3f} {'holds' if row.holds else 'missed'}"
     quartiles = f"{row.lower:.3f}-{row.upper:.3f}"
     return (row.row, row.ours, row.theirs, f"{row.median:.3f}", quartiles, str(row.pairs), amount, bar)

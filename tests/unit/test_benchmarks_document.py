@@ -13,7 +13,7 @@ from benchmarks.timing import ratio_of
 ROOT = Path(__file__).parents[2]
 MACHINE = Machine("Slow Processor", 2, 1 << 30, "cpu", {"torch": "2.0"}, "2026-01-01")
 FAST = ratio_of("fast", "we", "they", [(1.0, 2.0)], 0.6, images=10)
-STATED = ratio_of("stated", "we", "they", [(30.0, 20.0)], None, unit="MB")
+STATED = ratio_of("stated", "we", "they", [(3e4, 2e4)], None, unit="MB")
 
 
 def test_the_page_shows_the_kept_rows() -> None:
@@ -36,8 +36,8 @@ def test_each_machine_has_a_table_with_its_groups_in_their_usual_order() -> None
     ]
     assert [line for line in lines if "| we |" in line] == [
         "| fast | we | they | 0.500 | 0.500-0.500 | 1 | 1 s, 10 images/s | 0.600 holds |",
-        "| stated | we | they | 1.500 | 1.500-1.500 | 1 | 30 MB | stated |",
-        "| stated | we | they | 1.500 | 1.500-1.500 | 1 | 30 MB | stated |",
+        "| stated | we | they | 1.500 | 1.500-1.500 | 1 | 30,000 MB | stated |",
+        "| stated | we | they | 1.500 | 1.500-1.500 | 1 | 30,000 MB | stated |",
     ]
 
 
