@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_train.cluster.workers import Workers
@@ -28,16 +28,20 @@ def load_into(contents: Contents, model: nn.Module, optimizer: Optimizer) -> Non
 
 
 def broadcast_state(workers: Workers, model: nn.Module, weights: FlatWeights, optimizer: Optimizer) -> None:
-    """Give every worker worker 0's state, the optimizer's first and the parameters last.
+    """Give every worker worker 0's state: the optimizer's, the model's buffers, the weights.
 
     Horovod's own broadcast of the optimizer makes a step on workers without state, and so moves their
-    weights; here every worker has the whole state from the beginning.
+    weights; here every worker has the whole state from the beginning. What is of one type and device travels as
+    one tensor: each broadcast costs a round of all workers.
     """
-    for name, tensor in state_tensors(optimizer):
-        workers.broadcast(tensor, f"optimizer.{name}")
     parameters = {name for name, _ in model.named_parameters()}
-    for name, value in model.state_dict().items():
-        if name not in parameters:
-            workers.broadcast(value, f"buffer.{name}")
+    buffers = [value for name, value in model.state_dict().items() if name not in parameters]
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in (*(tensor for _, tensor in state_tensors(optimizer)), *buffers, weights.values):
+        alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     with torch.no_grad():
-        workers.broadcast(weights.values, "weights")
+        for index, tensors in enumerate(alike.values()):
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            workers.broadcast(flat, f"state.{index}")
+            for tensor, received in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(received.view_as(tensor))
