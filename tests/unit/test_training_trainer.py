@@ -292,3 +292,23 @@ def test_promise_4_what_is_evaluated_and_saved_has_statistics_of_the_clean_weigh
         recomputed = model.state_dict()
         same = [torch.equal(saved[name], recomputed[name]) for name in saved if "running" in name]
         assert all(same) if statistics == "auto" else not any(same), file.step
+
+
+@pytest.mark.parametrize("method", ["smoothout", "langevin", "sam"])
+def test_promise_6_a_slow_copy_still_holds_the_weights_of_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(checkpoint_writer, "_YIELD_SECONDS", 0.2)
+    noise = {"method": method, **({"sharing": "micro_batch"} if method == "sam" else {})}
+    config = small_config(noise=noise, checkpoint={"every_steps": 1, "keep": 9})
+    trainer = build_trainer(config, tmp_path, Alone())
+    after: dict[int, dict[str, torch.Tensor]] = {}
+    for _ in range(3):
+        trainer.advance()
+        after[trainer.progress.step] = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+    trainer.close()
+    files = list_checkpoints(tmp_path / "checkpoints")
+    assert {file.step for file in files} == set(after)
+    for file in files:
+        saved = read_checkpoint(file.path).model
+        assert all(torch.equal(saved[name], value) for name, value in after[file.step].items())
