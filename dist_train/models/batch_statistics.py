@@ -43,12 +43,12 @@ class BatchStatistics:
 
     def collect(self) -> None:
         """Count the groups that were seen since the last time; after every forward pass that counts."""
-        for group in zip(*(norm.seen for norm in self._norms), strict=True):
-            weighted = torch.cat([average for seen in group for average in (seen.mean, seen.variance)])
-            weighted.mul_(float(group[0].samples))
+        for seen in zip(*(norm.seen for norm in self._norms), strict=True):
+            statistics = torch.cat([average for groups in seen for average in (groups.means, groups.variances)], dim=1)
+            weighted = torch.cat([statistics[i : i + 1] * float(size) for i, size in enumerate(seen[0].sizes)])
             # Written so that a NaN, for which no comparison holds, is out of range.
             self.out_of_range |= ~(weighted.abs().amax() < _LIMIT)
-            self.sums += STATISTICS.encode(weighted)
+            self.sums += STATISTICS.encode(weighted).sum(0)
         self.forget()
 
     def absorb(self, sums: Tensor, samples: int, momentum: float) -> None:

@@ -17,26 +17,26 @@ from torch import nn
 from torch.nn import functional
 
 from dist_train.config import ModelSettings
-from dist_train.models.shared_norm import SumOverWorkers, normalize_over_workers
+from dist_train.models.normalization import AcrossRanks, SumOverRanks, normalize
 
 VECTOR_GROUP = 8
 """Fewest channels that group norm puts together where a channel has one value; of two, only the order would stay."""
 
 
 @dataclass(frozen=True)
-class SeenGroup:
-    """Mean and unbiased variance [C] of a group; of its samples, which may lie on several workers, those here."""
+class SeenGroups:
+    """Means and unbiased variances [g, C] of the groups of a pass, and how many samples each has on this rank."""
 
-    mean: torch.Tensor
-    variance: torch.Tensor
-    samples: int
+    means: torch.Tensor
+    variances: torch.Tensor
+    sizes: tuple[int, ...]
 
 
 class GroupedBatchNorm(nn.Module):
     """Batch norm (arXiv 1502.03167) over groups of `group_size` samples, in order: ghost norm (1705.08741).
 
     What is left over joins the last group. Without `group_size` a micro-batch is one group: batch norm; within
-    `over_workers` the group is what all workers bring to the pass: sync norm.
+    `sync_batch_norm` the group is what all ranks bring to the pass: sync norm.
     Takes [n, C] or [n, C, H, W]. The state dict has BatchNorm's names: weight, bias, running_mean, running_var.
     """
 
@@ -48,9 +48,8 @@ class GroupedBatchNorm(nn.Module):
         super().__init__()
         self.group_size = group_size
         self.epsilon = 1e-5
-        self.name = ""
-        self.sum_over_workers: SumOverWorkers | None = None
-        self.seen: list[SeenGroup] = []
+        self.across_ranks: AcrossRanks | None = None
+        self.seen: list[SeenGroups] = []
         """Groups of forward passes in training mode, in order; to be cleared by whoever makes them."""
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -63,25 +62,18 @@ class GroupedBatchNorm(nn.Module):
             return functional.batch_norm(
                 inputs, self.running_mean, self.running_var, self.weight, self.bias, eps=self.epsilon
             )
-        groups = 1 if self.group_size is None else max(1, inputs.shape[0] // self.group_size)
-        if groups == 1:
-            return self._normalize(inputs)
-        cuts = [group * (self.group_size or 0) for group in range(1, groups)]
-        return torch.cat([self._normalize(group) for group in torch.tensor_split(inputs, cuts)])
-
-    def _normalize(self, group: torch.Tensor) -> torch.Tensor:
-        if self.sum_over_workers is not None:
-            normalized, mean, variance = normalize_over_workers(
-                group, self.weight, self.bias, self.epsilon, self.sum_over_workers, self.name
-            )
-        else:
-            # With momentum 1 the running averages become this group's own statistics.
-            mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
-            normalized = functional.batch_norm(
-                group, mean, variance, self.weight, self.bias, training=True, momentum=1.0, eps=self.epsilon
-            )
-        self.seen.append(SeenGroup(mean, variance, group.shape[0]))
+        sizes = self._group_sizes(inputs.shape[0])
+        normalized, means, variances = normalize(
+            inputs, self.weight, self.bias, self.epsilon, sizes, self.across_ranks
+        )
+        self.seen.append(SeenGroups(means, variances, sizes))
         return normalized
+
+    def _group_sizes(self, samples: int) -> tuple[int, ...]:
+        if self.group_size is None or samples < 2 * self.group_size:
+            return (samples,)
+        groups = samples // self.group_size
+        return (*(self.group_size,) * (groups - 1), samples - (groups - 1) * self.group_size)
 
 
 def norm_modules(model: nn.Module) -> list[GroupedBatchNorm]:
@@ -90,18 +82,18 @@ def norm_modules(model: nn.Module) -> list[GroupedBatchNorm]:
 
 
 @contextmanager
-def over_workers(norms: Sequence[GroupedBatchNorm], sum_over_workers: SumOverWorkers | None) -> Iterator[None]:
-    """Normalize, within the block, over the samples of all workers, which make the same passes; None: as always."""
-    if sum_over_workers is None:
+def sync_batch_norm(norms: Sequence[GroupedBatchNorm], sum_over_ranks: SumOverRanks | None) -> Iterator[None]:
+    """Normalize, within the block, over the samples of all ranks, which make the same passes; None: as always."""
+    if sum_over_ranks is None:
         yield
         return
     for index, norm in enumerate(norms):
-        norm.name, norm.sum_over_workers = f"norm.{index}", sum_over_workers
+        norm.across_ranks = AcrossRanks(sum_over_ranks, f"norm.{index}")
     try:
         yield
     finally:
         for norm in norms:
-            norm.sum_over_workers = None
+            norm.across_ranks = None
 
 
 def norm_parameters(model: nn.Module) -> frozenset[str]:

@@ -104,7 +104,7 @@ def assemble(
         compute=compute,
         clip_norm=config.optimizer.clip_norm,
         loss_scale=DynamicLossScale(progress) if compute.precision == torch.float16 else NoLossScale(),
-        sum_over_workers=sum_over(config.model, workers, clock),
+        sum_over_ranks=sum_over(config.model, workers, clock),
         clock=clock,
     )
 

@@ -7,7 +7,7 @@ import torch
 from dist_train.cluster.workers import Workers
 from dist_train.config import ModelSettings
 from dist_train.data.plan import BatchPlan, MicroBatch
-from dist_train.models.shared_norm import SumOverWorkers
+from dist_train.models.normalization import SumOverRanks
 from dist_train.training.step_clock import StepClock
 
 
@@ -25,7 +25,7 @@ def share_of(settings: ModelSettings, plan: BatchPlan, rank: int, size: int) -> 
     return plan.slices(rank, size) if shares_micro_batches(settings) else plan.share(rank, size)
 
 
-def sum_over(settings: ModelSettings, workers: Workers, clock: StepClock) -> SumOverWorkers | None:
+def sum_over(settings: ModelSettings, workers: Workers, clock: StepClock) -> SumOverRanks | None:
     """Return the sum that passes over shared micro-batches need; None where micro-batches are not shared.
 
     `clock` counts it as a wait for the others.
@@ -33,8 +33,8 @@ def sum_over(settings: ModelSettings, workers: Workers, clock: StepClock) -> Sum
     if not shares_micro_batches(settings) or workers.size == 1:
         return None
 
-    def sum_over_workers(tensor: torch.Tensor, name: str) -> None:
+    def sum_over_ranks(tensor: torch.Tensor, name: str) -> None:
         with clock.part("allreduce_wait"):
             workers.start_sum(tensor, name).wait()
 
-    return sum_over_workers
+    return sum_over_ranks

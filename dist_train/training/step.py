@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from dist_train.data.plan import MicroBatch
 from dist_train.data.source import SampleSource
 from dist_train.models.batch_statistics import BatchStatistics
-from dist_train.models.norms import GroupedBatchNorm, over_workers
-from dist_train.models.shared_norm import SumOverWorkers
+from dist_train.models.norms import GroupedBatchNorm, sync_batch_norm
+from dist_train.models.normalization import SumOverRanks
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise, Perturbed
 from dist_train.optim.optimizers import set_learning_rate
@@ -74,7 +74,7 @@ class TrainingStep:
     compute: Compute
     clip_norm: float | None
     loss_scale: LossScale = field(default_factory=NoLossScale)
-    sum_over_workers: SumOverWorkers | None = None
+    sum_over_ranks: SumOverRanks | None = None
     """Where the workers share every micro-batch: what their norms' sums go through."""
     clock: StepClock = field(default_factory=lambda: StepClock(HostTimer()))
 
@@ -106,7 +106,7 @@ class TrainingStep:
         self.tally.clear()
         self.reduction.start(self.loss_scale.value)
         with (
-            over_workers(self.norms, self.sum_over_workers),
+            sync_batch_norm(self.norms, self.sum_over_ranks),
             self.clock.ends("perturb", "restore", self.noise.perturbed(batch.step)) as perturbed,
         ):
             out_of_memory = False
@@ -116,7 +116,7 @@ class TrainingStep:
                         self._add_gradient(batch, micro_batch, perturbed)
             except (RuntimeError, MemoryError) as error:
                 # Others wait for this worker within a pass that they share: they cannot be told.
-                if not is_out_of_memory(error) or self.sum_over_workers is not None:
+                if not is_out_of_memory(error) or self.sum_over_ranks is not None:
                     raise
                 out_of_memory = True
             self.reduction.send()
@@ -153,8 +153,8 @@ class TrainingStep:
         with self.clock.part("forward_backward"):
             _, loss_sum = self._forward(inputs, labels)
             torch.autograd.backward(loss_sum / scaled_size)
-        if self.sum_over_workers is not None:
-            self.sum_over_workers(self.weights.gradients, "ascent")
+        if self.sum_over_ranks is not None:
+            self.sum_over_ranks(self.weights.gradients, "ascent")
         self.statistics.forget()
 
 

@@ -1,0 +1,258 @@
+"""The arithmetic of batch norm (arXiv 1502.03167), over groups of samples and, for sync norm, over ranks.
+
+On CPUs torch's own batch norm adds up a channel of a channels-last tensor in one float32 accumulator: over the 94,080
+values of 120 images of 28x28 that loses three to four digits (docs/norms.md). Here each position of the image is
+first a channel of its own, so that an accumulator sees one value a sample, and the positions are summed pairwise.
+On GPUs torch's kernels are accurate, and one kernel does it all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+SumOverRanks = Callable[[Tensor, str], None]
+"""Replaces a contiguous tensor by its sum over all ranks; the text names the operation, the same on all of them."""
+
+_RUN = 128
+"""Samples that one accumulator adds up at the most."""
+
+
+@dataclass(frozen=True)
+class AcrossRanks:
+    """Where a group's samples lie on several ranks: how their sums are made, and what the operations are called."""
+
+    sum: SumOverRanks
+    name: str
+
+
+def normalize(
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    group_sizes: Sequence[int],
+    across: AcrossRanks | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `inputs` [n, C] or [n, C, H, W] normalized group by group, and the groups' means and variances [g, C].
+
+    Groups are consecutive samples, `group_sizes` of them. `across` makes one group of what all ranks bring; every rank
+    must then call it, with one sample or more. Means and unbiased variances, float32, carry no gradient; the variance
+    of a single value is 0.
+    """
+    operation = _Normalize.apply
+    if across is not None:
+        # A compiled graph cannot wait for other ranks: it ends here, and another begins behind.
+        operation = torch.compiler.disable(operation)
+    normalized: tuple[Tensor, Tensor, Tensor] = operation(inputs, weight, bias, epsilon, tuple(group_sizes), across)
+    return normalized
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        epsilon: float,
+        group_sizes: tuple[int, ...],
+        across: AcrossRanks | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        fused = across is None and _torch_is_accurate(inputs)
+        if not fused:
+            inputs = _channels_last(inputs)
+        outputs = torch.empty_like(inputs)
+        groups = zip(inputs.split(group_sizes), outputs.split(group_sizes), strict=True)
+        if fused:
+            moments = [_normalize_fused(group, weight, bias, epsilon, output) for group, output in groups]
+        else:
+            moments = [_normalize(group, weight, bias, epsilon, output, across) for group, output in groups]
+        means, variances, scales = (torch.stack(of_groups) for of_groups in zip(*moments, strict=True))
+        ctx.save_for_backward(inputs, weight, means, scales)
+        ctx.epsilon, ctx.group_sizes, ctx.across, ctx.fused = epsilon, group_sizes, across, fused
+        ctx.mark_non_differentiable(means, variances)
+        return outputs, means, variances
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight, means, scales = ctx.saved_tensors
+        upstream = upstream if ctx.fused else _channels_last(upstream)
+        of_inputs = torch.empty_like(inputs)
+        groups = zip(
+            inputs.split(ctx.group_sizes),
+            upstream.split(ctx.group_sizes),
+            means.unbind(),
+            scales.unbind(),
+            of_inputs.split(ctx.group_sizes),
+            strict=True,
+        )
+        if ctx.fused:
+            gradients = [_fused_gradients(weight, ctx.epsilon, *group) for group in groups]
+        else:
+            gradients = [_gradients(weight, ctx.across, *group) for group in groups]
+        of_weight, of_bias = (_weighted_sum(of_groups, [1.0] * len(means)) for of_groups in zip(*gradients, strict=True))
+        return of_inputs, of_weight, of_bias, None, None, None
+
+
+def _torch_is_accurate(inputs: Tensor) -> bool:
+    """Whether torch's own batch norm keeps float32's precision for such inputs [n, C] or [n, C, H, W]."""
+    if inputs.is_cuda:
+        return True
+    if inputs.dim() == 2:
+        return len(inputs) <= _RUN
+    return not inputs.is_contiguous(memory_format=torch.channels_last)
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last if images.dim() == 4 else torch.contiguous_format)
+
+
+def _normalize_fused(
+    group: Tensor, weight: Tensor, bias: Tensor, epsilon: float, output: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write the normalized `group` with torch's kernel; return mean, unbiased variance and 1/deviation [C]."""
+    # With momentum 1 the running averages become this group's own statistics.
+    mean, variance = torch.zeros_like(weight), torch.zeros_like(weight)
+    normalized, _, scale = torch.native_batch_norm(group, weight, bias, mean, variance, True, 1.0, epsilon)
+    output.copy_(normalized)
+    return mean, variance, scale
+
+
+def _fused_gradients(
+    weight: Tensor, epsilon: float, group: Tensor, upstream: Tensor, mean: Tensor, scale: Tensor, of_group: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write the gradient of `group` with torch's kernel; return those of weight and bias [C]."""
+    of_inputs, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+        upstream, group, weight, None, None, mean, scale, True, epsilon, [True, True, True]
+    )
+    of_group.copy_(of_inputs)
+    return of_weight, of_bias
+
+
+def _normalize(
+    group: Tensor, weight: Tensor, bias: Tensor, epsilon: float, output: Tensor, across: AcrossRanks | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write the normalized `group`; return mean, unbiased variance and 1/deviation [C]."""
+    mean, variance = _moments(group)
+    values = group.numel() // len(mean)
+    if across is None:
+        unbiased = variance * (values / max(values - 1, 1))
+    else:
+        mean, variance, unbiased = _moments_across_ranks(mean, variance, values, across)
+    scale = (variance + epsilon).rsqrt_()
+    factor = weight * scale
+    _multiply_add(group, factor, torch.addcmul(bias, mean, factor, value=-1.0), output)
+    return mean, unbiased, scale
+
+
+def _gradients(
+    weight: Tensor,
+    across: AcrossRanks | None,
+    group: Tensor,
+    upstream: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    of_group: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Write the gradient of `group`; return those of weight and bias [C], of the samples that are here."""
+    of_weight, of_bias = _gradient_sums(group, upstream, mean, scale)
+    if across is None:
+        share = len(mean) / group.numel()
+        mean_product, mean_gradient = of_weight * share, of_bias * share
+    else:
+        values = of_bias.new_full((1,), group.numel() // len(mean))
+        sums = torch.cat([of_weight, of_bias, values]).double()
+        across.sum(sums, f"{across.name}.backward")
+        mean_product, mean_gradient = (sums[:-1] / sums[-1]).float().chunk(2)
+    factor = weight * scale
+    slope = factor * scale * mean_product
+    term = torch.addcmul(slope * mean, factor, mean_gradient, value=-1.0)
+    _multiply_add(upstream, factor, term, of_group, group, slope.neg_())
+    return of_weight, of_bias
+
+
+def _rows(images: Tensor) -> tuple[Tensor, ...]:
+    """Return `images` as rows of samples, the channels of all positions in columns [H W C], in runs of `_RUN` rows."""
+    if images.dim() == 4:
+        images = images.permute(0, 2, 3, 1)
+    runs: tuple[Tensor, ...] = images.flatten(1).split(_RUN)
+    return runs
+
+
+def _moments(group: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the biased variance [C] of `group`."""
+    if group.is_cuda:
+        variance, mean = torch.var_mean(group.float(), [0, *range(2, group.dim())], correction=0)
+        return mean, variance
+    runs, channels = _rows(group), group.shape[1]
+    moments = [torch.batch_norm_update_stats(run, None, None, 0.0) for run in runs]
+    means, variances = ([columns.view(-1, channels) for columns in kind] for kind in zip(*moments, strict=True))
+    shares = [len(run) / len(group) for run in runs]
+    mean = _weighted_sum([own.mean(0) for own in means], shares)
+    for own, spread in zip(means, variances, strict=True):
+        distance = own - mean
+        spread.addcmul_(distance, distance)
+    return mean, _weighted_sum([spread.mean(0) for spread in variances], shares)
+
+
+def _gradient_sums(group: Tensor, upstream: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums over `group` of `upstream` times the standardized activation, and of `upstream`; [C] each."""
+    if group.is_cuda:
+        dimensions = [0, *range(2, group.dim())]
+        upstream, shape = upstream.float(), (-1, *(1,) * (group.dim() - 2))
+        standard = (group.float() - mean.view(shape)) * scale.view(shape)
+        return (upstream * standard).sum(dimensions), upstream.sum(dimensions)
+    channels, positions = len(mean), group[0].numel() // len(mean)
+    mean, scale = mean.repeat(positions), scale.repeat(positions)
+    sums = [
+        # Of torch's kernel for all gradients only two sums are asked for.
+        torch.ops.aten.native_batch_norm_backward(
+            gradient, run, None, None, None, mean, scale, True, 0.0, [False, True, True]
+        )[1:]
+        for run, gradient in zip(_rows(group), _rows(upstream), strict=True)
+    ]
+    products, totals = ([columns.view(-1, channels).sum(0) for columns in kind] for kind in zip(*sums, strict=True))
+    each = [1.0] * len(sums)
+    return _weighted_sum(products, each), _weighted_sum(totals, each)
+
+
+def _weighted_sum(terms: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    total = terms[0] if weights[0] == 1.0 else terms[0] * weights[0]
+    for term, weight in zip(terms[1:], weights[1:], strict=True):
+        total = torch.add(total, term, alpha=weight)
+    return total
+
+
+def _moments_across_ranks(
+    mean: Tensor, variance: Tensor, values: int, across: AcrossRanks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, biased and unbiased variance [C] over all ranks, from those of the `values` values here."""
+    channels = len(mean)
+    here, spread = mean.double(), variance.double()
+    # In float64 the square of the mean can be taken from the mean of the squares.
+    sums = torch.cat([here * values, (spread + here.square()) * values, here.new_full((1,), values)])
+    across.sum(sums, f"{across.name}.forward")
+    count = sums[-1]
+    here = sums[:channels] / count
+    spread = (sums[channels:-1] / count - here.square()).clamp_(min=0.0)
+    return here.float(), spread.float(), (spread * (count / (count - 1).clamp_(min=1.0))).float()
+
+
+def _multiply_add(
+    images: Tensor, factor: Tensor, term: Tensor, out: Tensor, others: Tensor | None = None, slope: Tensor | None = None
+) -> None:
+    """Write images * factor + others * slope + term, the latter per channel [C], computed in float32, to `out`."""
+    shape = (-1, *(1,) * (images.dim() - 2))
+    single = out.dtype == torch.float32
+    result = torch.addcmul(term.view(shape), images, factor.view(shape), out=out if single else None)
+    if others is not None and slope is not None:
+        result.addcmul_(others.float(), slope.view(shape))
+    if not single:
+        out.copy_(result)
