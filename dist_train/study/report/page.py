@@ -106,6 +106,7 @@ def _of_study(subject: Subject) -> dict[str, Any]:
         "planes": plane_pictures(subject.runs),
         "scatters": sharpness_scatters(panels),
         "runs": run_table(panels),
+        "repeated": [pair for arm in arms for pair in arm.repeated.items()],
         "troubled": [run for run in subject.runs if not run.is_finished],
         "problems": [(run, problem) for run in subject.runs for problem in run.analyses.problems],
         "shared": facts.shared_settings(subject.runs),
