@@ -89,6 +89,17 @@ def directions_of(runs: Sequence[StoredRun], kind: str = "direction") -> dict[st
     return chosen
 
 
+def sharpness_of(runs: Sequence[StoredRun]) -> dict[str, Sharpness]:
+    """Return, by name, the sharpness of each run that has one measured with the commonest settings."""
+    settings = commonest_settings([item for run in runs for item in run.analyses.sharpness])
+    chosen = {}
+    for run in runs:
+        mine = [item for item in run.analyses.sharpness if item.settings == settings]
+        if mine:
+            chosen[run.name] = max(mine, key=lambda item: item.step or 0)
+    return chosen
+
+
 def _best(run: StoredRun) -> float | None:
     return max((record.accuracy for record in run.split("test")), default=None)
 
@@ -191,12 +202,7 @@ def _line_rise(landscape: Landscape, distance: float) -> float | None:
 
 
 def _sharpness_measures(runs: Sequence[StoredRun]) -> tuple[Measure, ...]:
-    settings = commonest_settings([item for run in runs for item in run.analyses.sharpness])
-    chosen = {}
-    for run in runs:
-        mine = [item for item in run.analyses.sharpness if item.settings == settings]
-        if mine:
-            chosen[run.name] = max(mine, key=lambda item: item.step or 0)
+    chosen = sharpness_of(runs)
     names = dict.fromkeys(name for item in chosen.values() for name in item.measures)
 
     def taking(name: str) -> Callable[[StoredRun], float | None]:
