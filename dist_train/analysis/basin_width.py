@@ -13,7 +13,10 @@ FACTORS = (2.0, 10.0)
 
 @dataclass(frozen=True)
 class Width:
-    """The interval [left, right] around a minimum; an open end is the last point of the line: it lies further out."""
+    """The interval [left, right] around a minimum; an open end is the last point of the line: it lies further out.
+
+    `points` of the line lie in it, the minimum among them: with that alone both ends are guessed from points outside.
+    """
 
     direction: int
     basin: str
@@ -24,6 +27,7 @@ class Width:
     right: float
     is_open_left: bool
     is_open_right: bool
+    points: int
 
     @property
     def width(self) -> float:
@@ -52,7 +56,10 @@ def basin_width(
     limit = factor * losses[lowest]
     left, is_open_left = _end(alphas, losses, lowest, -1, limit)
     right, is_open_right = _end(alphas, losses, lowest, 1, limit)
-    return Width(direction, basin, factor, alphas[lowest], losses[lowest], left, right, is_open_left, is_open_right)
+    points = sum(left <= alpha <= right for alpha in alphas)
+    return Width(
+        direction, basin, factor, alphas[lowest], losses[lowest], left, right, is_open_left, is_open_right, points
+    )
 
 
 def _end(alphas: Sequence[float], losses: Sequence[float], start: int, step: int, limit: float) -> tuple[float, bool]:
@@ -90,6 +97,8 @@ def describe(width: Width) -> str:
     ends = {(True, True): "both ends open", (True, False): "left end open", (False, True): "right end open"}
     note = ends.get((width.is_open_left, width.is_open_right))
     least = "at least " if note else ""
+    if not note and width.points < 2:
+        note = "unresolved: no other point of the line lies in it"
     return (
         f"direction {width.direction}, basin of {width.basin}: loss under {width.factor:g} x {width.minimum_loss:.4g} "
         f"(at alpha {width.minimum_alpha:g}) from {width.left:.4g} to {width.right:.4g}: "

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
+from dist_train.study.report.markdown import tables_in_markdown
 from dist_train.study.report.page import render
 from dist_train.study.report.reading import read_subject
 
@@ -49,6 +50,17 @@ class Page(HTMLParser):
         found = [(float(has["value"]), text) for has, text in self.numbers if wanted.items() <= has.items()]
         assert len(found) == 1, (wanted, found)
         return found[0]
+
+
+def cells(directory: Path) -> dict[tuple[str, str, str], str]:
+    """Return the cells of the tables in Markdown, by the table's title, the row's and the column's head."""
+    found = {}
+    for section in tables_in_markdown(read_subject(directory)).split("## ")[1:]:
+        title, *lines = section.splitlines()
+        head, _, *rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")] or [[], []]
+        for name, *values in rows:
+            found.update({(title, name, column): value for column, value in zip(head[1:], values, strict=True)})
+    return found
 
 
 def written(directory: Path) -> Page:

@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
+from dist_train.study.report.arms import panels_of
+from dist_train.study.report.effects import effect_tables
 from dist_train.study.report.markdown import tables_in_markdown
+from dist_train.study.report.measures import TRAIN_LOSS, measures_of
 from dist_train.study.report.page import render
 from dist_train.study.report.reading import Subject, read_subject
+from dist_train.study.report.stored_run import StoredRun
+from dist_train.study.report.tables import run_cells
+from tests.longer.report_page import cells
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "results/fashion"
 NOT_TOLD = "Time and speed"
 """Other work ran on the same cores."""
+SHARPNESS, WIDTH = "Basin width and sharpness", "basin width, loss under 2 x"
+WITH_LOSS = "Rank correlation with final train loss"
+DIFFERENCE = re.compile(r"([+\u2212]\S+)(?: points)? \(([+\u2212]\S+ to [+\u2212][^ ;)]+)\)")
 
 
 @pytest.fixture(scope="module")
 def subject() -> Subject:
     return read_subject(STUDY)
+
+
+@pytest.fixture(scope="module")
+def told() -> str:
+    """Return docs/results.md, with its lines joined."""
+    return " ".join((ROOT / "docs/results.md").read_text().split())
+
+
+def run_of(subject: Subject, name: str) -> StoredRun:
+    return next(run for run in subject.runs if run.name == name)
 
 
 def test_the_tables_of_the_results_are_those_of_the_numbers(subject: Subject) -> None:
@@ -30,6 +51,88 @@ def test_the_tables_of_the_results_are_those_of_the_numbers(subject: Subject) ->
             continue
         missing = [line for line in lines if line.startswith("| ") and line not in told and set(line) - set("| -")]
         assert not missing, title
+
+
+def test_every_difference_in_the_text_is_one_of_the_tables(subject: Subject, told: str) -> None:
+    tables = tables_in_markdown(subject).replace("*", "")
+    found = DIFFERENCE.findall(told)
+    assert len(found) > 25
+    unknown = [(mean, ends) for mean, ends in found if f" {mean} ({ends};" not in tables]
+    assert not unknown
+
+
+def test_what_the_summary_calls_clear_has_an_interval_without_zero(subject: Subject) -> None:
+    tables = tables_in_markdown(subject)
+    lines = (ROOT / "docs/results.md").read_text().partition("| | clear | not clear |")[2].partition("\n\n")[0]
+    for line in lines.splitlines()[2:]:
+        _, _, clear, unclear, _ = line.split("|")
+        assert all(f" **{mean}** ({ends};" in tables for mean, ends in DIFFERENCE.findall(clear))
+        assert all(f" {mean} ({ends};" in tables for mean, ends in DIFFERENCE.findall(unclear))
+
+
+def test_the_runs_of_one_seed_have_the_numbers_of_their_runs(subject: Subject, told: str) -> None:
+    keys = ("final_test", "final_train", "test_loss", "line-rise-0.1", "sharpness-Hessian trace")
+    by_key = {measure.key: measure for measure in measures_of(subject.runs)}
+    for name in ("lb-seed-0", "lb-cosine-seed-0", "lb-micro-seed-0", "lb-sam-seed-0"):
+        numbers = [cell.text for cell in run_cells(run_of(subject, name), [by_key[key] for key in keys])]
+        assert f"| {' | '.join(numbers)} |" in told
+
+
+def test_widths_follow_the_training_loss_as_the_text_says(told: str) -> None:
+    table = cells(STUDY)
+    widths = {table[WITH_LOSS, f"basin width, loss under {factor} x", "all runs"].split()[0] for factor in (2, 10)}
+    assert widths == {"0.97"}
+    assert "over the 30 runs their rank correlation with the training loss is 0.97 at both factors" in told
+    for quoted, rows, among in (
+        (
+            "(rank correlation {} and {} over all runs)",
+            ("expected rise at 0.1", "loss rise at \u03b1 = 0.5"),
+            "all runs",
+        ),
+        ("do not over all runs ({} and {})", ("loss rise at \u03b1 = 0.1", "Hessian trace"), "all runs"),
+        ("but do within LB ({} and {})", ("loss rise at \u03b1 = 0.1", "Hessian trace"), "LB"),
+    ):
+        assert quoted.format(*(table[WITH_LOSS, row, among].split()[0] for row in rows)) in told
+
+
+def test_the_parabolas_of_the_unresolved_widths_are_those_of_the_lines_points(subject: Subject, told: str) -> None:
+    widths = []
+    for seed in (0, 1, 2):
+        [landscape] = [
+            item for item in run_of(subject, f"sb-seed-{seed}").analyses.landscapes if item.kind == "direction"
+        ]
+        for line in landscape.lines("train"):
+            loss = {round(point.alpha, 9): point.loss for point in line}
+            slope, bend = (loss[0.1] - loss[-0.1]) / 0.2, (loss[0.1] + loss[-0.1] - 2 * loss[0.0]) / 0.02
+            widths.append(math.sqrt(slope**2 + 4 * bend * loss[0.0]) / bend)
+    assert f"a parabola through the same three points gives {fmean(widths):.3f}" in told
+
+
+def test_counts_and_shares_in_the_text_are_those_of_the_numbers(subject: Subject, told: str) -> None:
+    panels = panels_of(subject.runs)
+    effects = [
+        cell for table in effect_tables(panels) for _, rows in table.groups for _, row in rows for cell in row if cell
+    ]
+    assert f"Of the {sum(bool(effect.ends) for effect in effects)} intervals" in told
+    rises = next(measure for measure in measures_of(subject.runs) if measure.title == "expected rise at 0.0001")
+    means = [found.mean for panel in panels for arm in panel.arms if (found := arm.summary(rises))]
+    assert (sum(mean < 0 for mean in means), len(means)) == (5, 12)
+    assert "negative in five of the twelve rows" in told
+    loss = {arm.label: arm.summary(TRAIN_LOSS) for arm in panels[1].arms}
+    base, scaled = loss["base line"], loss["uniform 0.1, filter scale"]
+    assert base is not None
+    assert scaled is not None
+    assert f"{scaled.mean:.4f} against {base.mean:.4f}" in told
+    widths = [
+        cells(STUDY)[SHARPNESS, f"LB, {row}", WIDTH].split()[0] for row in ("uniform 0.1, filter scale", "base line")
+    ]
+    assert f"{widths[0]} against {widths[1]}" in told
+    factor = float(widths[0]) / float(widths[1])
+    assert f"makes it {math.sqrt(scaled.mean / base.mean):.2f} times as wide, not {factor:.2f} times" in told
+    shares = [run_of(subject, f"lb-seed-{seed}").split("train")[-1].accuracy for seed in (0, 1, 2)]
+    assert f"({', '.join(f'{100 * share:.2f}' for share in shares)} by seed)" in told
+    accuracies = [record.accuracy for record in run_of(subject, "lb-noise-amplitude-0.001-seed-2").split("train")]
+    assert f"fell back to {100 * min(accuracies):.1f} % of the training data at epoch 12" in told
 
 
 def test_the_page_has_the_numbers_that_lie_beside_it(subject: Subject) -> None:

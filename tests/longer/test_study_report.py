@@ -189,7 +189,7 @@ def test_landscapes_made_with_other_settings_are_not_mixed(tmp_path: Path) -> No
     fields["settings"]["statistics"] = "interpolated"
     settings.write_text(json.dumps(fields))
     page = written(study)
-    assert "1 results made with other settings are not drawn" in page.text
+    assert "1 results made with other settings or at earlier steps are not drawn" in page.text
     assert "width-A.2" not in {has.get("data-measure") for has, _ in page.numbers if has.get("data-run") == "sb-seed-0"}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from statistics import fmean
@@ -10,8 +9,7 @@ from statistics import fmean
 import pytest
 
 from dist_train.study.report.page import write_report
-from tests.longer.report_page import Page, evaluations, written
-from tests.unit.report_study import make_study
+from tests.longer.report_page import Page, evaluations
 
 
 def effects(page: Page, measure: str, arm: str) -> list[tuple[float, str]]:
@@ -34,7 +32,17 @@ def test_an_arm_has_its_differences_from_the_base_line_paired_by_seed(study: Pat
     [(wider, _)] = effects(page, "width-A.2", "lb-noise-amplitude-0.01")
     widths = [page.of("width-A.2", arm=arm)[0] for arm in ("lb", "lb-noise-amplitude-0.01")]
     assert wider == pytest.approx(widths[1] - widths[0])
-    assert not effects(page, "final_test", "lb")
+    assert not effects(page, "final_test", "sb")
+
+
+def test_a_base_line_has_its_differences_from_that_of_the_smallest_batch(study: Path, page: Page) -> None:
+    pairs = [
+        [evaluations(study / f"{arm}-seed-{seed}", "test")[-1]["accuracy"] for arm in ("sb", "lb")]
+        for seed in (0, 1, 2)
+    ]
+    [(value, _)] = effects(page, "final_test", "lb")
+    assert value == pytest.approx(fmean(after - before for before, after in pairs), abs=1e-15)
+    assert "base line, from that of SB" in page.text
 
 
 def test_the_tables_alone_are_markdown_with_the_numbers_of_the_page(study: Path, page: Page, tmp_path: Path) -> None:
@@ -47,15 +55,3 @@ def test_the_tables_alone_are_markdown_with_the_numbers_of_the_page(study: Path,
     assert re.search(r"\| Hessian trace \| \u2212?[01]\.\d\d \(n = 24\) \|", text)
     for table in text.split("## ")[1:]:
         assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
-
-
-def test_a_width_that_ends_beyond_the_line_has_no_difference(tmp_path: Path) -> None:
-    study = make_study(tmp_path / "study")
-    for seed in (0, 1, 2):
-        [path] = (study / f"lb-noise-amplitude-0.01-seed-{seed}").glob("analysis/direction-*/settings.json")
-        settings = json.loads(path.read_text())
-        settings["widths"]["A"]["2"]["open"] = 1
-        path.write_text(json.dumps(settings))
-    page = written(study)
-    assert not effects(page, "width-A.2", "lb-noise-amplitude-0.01")
-    assert effects(page, "width-A.10", "lb-noise-amplitude-0.01")

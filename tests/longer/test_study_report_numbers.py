@@ -39,6 +39,31 @@ def test_a_difference_is_paired() -> None:
     assert paired_difference([(1.0, 2.0)]) is None
 
 
+def test_a_mean_of_lower_bounds_is_one_and_has_no_deviation() -> None:
+    found = summary([1.0, 2.0, 4.0], censored=1)
+    assert found is not None
+    assert (found.mean, found.deviation, found.count, found.censored) == (fmean([1, 2, 4]), None, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "sign", "censored"),
+    [
+        ((False, False), (False, False), "", 0),
+        ((False, True), (False, False), "\u2265", 1),
+        ((True, False), (False, False), "\u2264", 1),
+        ((True, False), (False, True), None, 2),
+        ((True, True), (False, False), None, 1),
+    ],
+)
+def test_a_difference_with_a_lower_bound_is_a_bound_without_an_interval(
+    first: tuple[bool, bool], second: tuple[bool, bool], sign: str | None, censored: int
+) -> None:
+    found = paired_difference([(1.0, 2.0), (5.0, 9.0)], [first, second])
+    assert found is not None
+    assert (found.difference, found.sign, found.count, found.censored) == (2.5, sign, 2, censored)
+    assert math.isnan(found.low) == math.isnan(found.high) == (censored > 0)
+
+
 def test_a_rank_correlation_knows_order_alone_and_shares_the_ranks_of_ties() -> None:
     assert spearman([1, 2, 3, 400], [10, 20, 30, 31]) == pytest.approx(1)
     assert spearman([1, 2, 3, 4], [8, 4, 2, 1]) == pytest.approx(-1)

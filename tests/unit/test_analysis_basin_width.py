@@ -37,6 +37,14 @@ def test_an_end_beyond_the_line_is_open() -> None:
     assert "width at least 2.5 (left end open)" in describe(width)
 
 
+@pytest.mark.parametrize(("losses", "points"), [([9.0, 4.0, 1.0, 4.0, 9.0], 1), ([9.0, 4.0, 1.0, 1.5, 9.0], 2)])
+def test_a_basin_without_a_second_point_is_unresolved(losses: list[float], points: int) -> None:
+    width = basin_width(ALPHAS, losses, 2.0)
+    assert width is not None
+    assert width.points == points
+    assert ("unresolved" in describe(width)) == (points == 1)
+
+
 def test_what_lies_beyond_a_ridge_does_not_count() -> None:
     width = basin_width(ALPHAS, [1.0, 9.0, 0.9, 9.0, 1.0], 2.0)
     assert width is not None

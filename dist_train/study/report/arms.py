@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dist_train.study.report.measures import Measure
 from dist_train.study.report.numbers import Interval, Summary, paired_difference, summary
@@ -59,12 +60,20 @@ class Arm:
     changes: tuple[Change, ...] = ()
     colour: int = 0
     is_base: bool = False
+    repeated: Mapping[str, str] = field(default_factory=dict)
+    """Those of `runs` that are duplicates, and the runs that count in their place, by name."""
 
     @property
     def counted(self) -> tuple[StoredRun, ...]:
-        """Return the runs whose numbers count: the finished ones; without any, those that have measured something."""
-        finished = tuple(run for run in self.runs if run.is_finished)
-        return finished or tuple(run for run in self.runs if run.evaluations or run.train)
+        """Return the runs whose numbers count, each seed once: the finished ones, else those that have begun."""
+        distinct = [run for run in self.runs if run.name not in self.repeated]
+        finished = tuple(run for run in distinct if run.is_finished)
+        return finished or tuple(run for run in distinct if run.evaluations or run.train)
+
+    @property
+    def seeds(self) -> int:
+        """Return the number of runs that are wanted, each seed once."""
+        return len(self.runs) - len(self.repeated)
 
     @property
     def is_provisional(self) -> bool:
@@ -72,17 +81,27 @@ class Arm:
         return bool(self.counted) and not any(run.is_finished for run in self.runs)
 
     def summary(self, measure: Measure) -> Summary | None:
-        """Return the mean and the spread of `measure` over the counted runs."""
-        return summary([value for run in self.counted if (value := measure.take(run)) is not None])
+        """Return the mean and the spread of `measure` over the counted runs that have it."""
+        found = self.measured(measure)
+        return summary([value for _, value in found], sum(measure.is_bound(run) for run, _ in found))
 
     def difference(self, base: Arm, measure: Measure) -> Interval | None:
-        """Return how much `measure` is above that of `base`, paired by seed; only of values that are known exactly."""
-        before, after = base._exact(measure), self._exact(measure)
-        return paired_difference([(before[seed], after[seed]) for seed in after if seed in before])
+        """Return how much `measure` is above that of `base`, over the seeds of which both have it."""
+        pairs = self.pairs(base, measure)
+        return paired_difference(
+            [(before, after) for (_, before), (_, after) in pairs],
+            [(measure.is_bound(first), measure.is_bound(second)) for (first, _), (second, _) in pairs],
+        )
 
-    def _exact(self, measure: Measure) -> dict[int | None, float]:
-        values = {run.seed: measure.take(run) for run in self.counted if not measure.is_bound(run)}
-        return {seed: value for seed, value in values.items() if value is not None}
+    def pairs(self, base: Arm, measure: Measure) -> list[tuple[tuple[StoredRun, float], tuple[StoredRun, float]]]:
+        """Return the runs of `base` and of this arm with equal seeds, and their values, where both have one."""
+        before = {run.seed: (run, value) for run, value in base.measured(measure) if run.seed is not None}
+        return [(before[run.seed], (run, value)) for run, value in self.measured(measure) if run.seed in before]
+
+    def measured(self, measure: Measure) -> list[tuple[StoredRun, float]]:
+        """Return the counted runs that have a finite value of `measure`, and the values."""
+        found = ((run, measure.take(run)) for run in self.counted)
+        return [(run, value) for run, value in found if value is not None and math.isfinite(value)]
 
 
 @dataclass(frozen=True)
@@ -109,6 +128,32 @@ def panels_of(runs: Sequence[StoredRun]) -> tuple[Panel, ...]:
         arms = [_arm(name, group, batch) for name, group in groups.items() if _batch(group) == batch]
         panels.append(Panel(_title(batch, batches), _short(batch, batches), batch, _labelled(arms)))
     return _coloured(_with_bases_compared(panels))
+
+
+def duplicates_of(runs: Sequence[StoredRun]) -> dict[str, str]:
+    """Return the runs that repeat the settings and the seed of another, with that one's name, which counts.
+
+    It is the finished one, else the one with more steps, then with more analyses, then the first by name.
+    """
+    best: dict[tuple[tuple[tuple[str, str], ...], int], StoredRun] = {}
+    repeated = {}
+    for run in sorted(runs, key=_preference):
+        if run.seed is not None and run.settings:
+            kept = best.setdefault((_found_by(run), run.seed), run)
+            if kept is not run:
+                repeated[run.name] = kept.name
+    return repeated
+
+
+def _preference(run: StoredRun) -> tuple[bool, int, int, str]:
+    steps = max((*(record.step for record in run.train), *(record.step for record in run.evaluations)), default=0)
+    analyses = len(run.analyses.landscapes) + len(run.analyses.sharpness)
+    return not run.is_finished, -steps, -analyses, run.name
+
+
+def _found_by(run: StoredRun) -> tuple[tuple[str, str], ...]:
+    """Return the settings that can change what `run` finds, but for the seed."""
+    return tuple((path, shown(value)) for path, value in run.settings.items() if not path.startswith(_NO_EFFECT))
 
 
 def changes_between(base: Mapping[str, object], settings: Mapping[str, object]) -> tuple[Change, ...]:
@@ -154,10 +199,7 @@ def _groups(runs: Sequence[StoredRun]) -> dict[str, list[StoredRun]]:
             study = run.name.removesuffix(run.planned.name)
             name = study + run.planned.arm
         elif run.settings:
-            settings = tuple(
-                (path, shown(value)) for path, value in run.settings.items() if not path.startswith(_NO_EFFECT)
-            )
-            name = names.setdefault(settings, run.name)
+            name = names.setdefault(_found_by(run), run.name)
         else:
             name = run.name
         groups.setdefault(name, []).append(run)
@@ -177,7 +219,7 @@ def _batch(runs: Sequence[StoredRun]) -> int | None:
 
 def _arm(name: str, runs: Sequence[StoredRun], batch: int | None) -> Arm:
     title = next((run.planned.title for run in runs if run.planned and run.planned.title), name)
-    return Arm(name, title, batch, tuple(runs))
+    return Arm(name, title, batch, tuple(runs), repeated=duplicates_of(runs))
 
 
 def _labelled(arms: Sequence[Arm]) -> tuple[Arm, ...]:

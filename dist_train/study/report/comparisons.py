@@ -2,70 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dist_train.study.report.arms import Arm, Panel
+from dist_train.study.report.arms import Arm, Panel, duplicates_of
 from dist_train.study.report.chart import Chart, Point, Series
-from dist_train.study.report.measures import Measure, final_accuracy, sharpness_measures
+from dist_train.study.report.measures import FINAL_ACCURACY, TRAIN_LOSS, Measure, sharpness_measures
 from dist_train.study.report.numbers import spearman
 from dist_train.study.report.scales import Axis, linear_axis, percent_tick, plain
+from dist_train.study.report.stored_run import StoredRun
+from dist_train.study.report.tables import limits
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rank correlation with test accuracy, among `count` runs; None where they are too few."""
+    """Spearman's rank correlation with `other`, among the runs that `note` counts; None where they are too few.
 
+    A censored value has the rank of its bound.
+    """
+
+    other: str
     among: str
     rho: float | None
-    count: int
+    note: str
 
 
 @dataclass(frozen=True)
 class Scatter:
-    """One measure of sharpness against test accuracy."""
+    """One measure of sharpness against test accuracy, and its correlations with that and with the training loss."""
 
     chart: Chart
     correlations: tuple[Correlation, ...]
 
 
+@dataclass(frozen=True)
+class _Related:
+    arm: Arm
+    run: StoredRun
+    value: float
+    other: float
+
+
 def sharpness_scatters(panels: Sequence[Panel]) -> tuple[Scatter, ...]:
-    """Return a scatter for every measure of sharpness that at least two finished runs have."""
+    """Return a scatter for every measure of sharpness that at least two finished runs have; duplicates left out."""
     runs = [run for panel in panels for arm in panel.arms for run in arm.counted if run.is_finished]
+    # two studies in one folder may hold the same run
+    repeated = duplicates_of(runs)
+    distinct = {run.name for run in runs if run.name not in repeated}
     scatters: list[Scatter] = []
     for measure in sharpness_measures(runs):
-        pairs = {panel.title: _pairs(panel.arms, measure) for panel in panels}
-        everything = [pair for found in pairs.values() for pair in found]
-        if len(everything) < 2:
+        with_accuracy = [_related(panel, distinct, measure, FINAL_ACCURACY) for panel in panels]
+        if sum(map(len, with_accuracy)) < 2:
             continue
-        correlations = [_correlation("all runs", everything)]
-        if sum(bool(found) for found in pairs.values()) > 1:
-            correlations += [_correlation(panel.short, pairs[panel.title]) for panel in panels if pairs[panel.title]]
-        scatters.append(Scatter(_chart(len(scatters), measure, panels), tuple(correlations)))
+        with_loss = [_related(panel, distinct, measure, TRAIN_LOSS) for panel in panels]
+        correlations = (
+            *_correlations(measure, FINAL_ACCURACY, panels, with_accuracy),
+            *_correlations(measure, TRAIN_LOSS, panels, with_loss),
+        )
+        scatters.append(Scatter(_chart(len(scatters), measure, panels, with_accuracy), correlations))
     return tuple(scatters)
 
 
-def _pairs(arms: Sequence[Arm], measure: Measure) -> list[tuple[float, float]]:
+def _related(panel: Panel, distinct: Collection[str], measure: Measure, other: Measure) -> list[_Related]:
+    """Return the runs of `panel` that have both, with both values."""
     return [
-        (value, accuracy)
-        for arm in arms
-        for run in arm.counted
-        if run.is_finished
-        and (value := measure.take(run)) is not None
-        and (accuracy := final_accuracy(run)) is not None
+        _Related(arm, run, value, second)
+        for arm in panel.arms
+        for run, value in arm.measured(measure)
+        if run.name in distinct and (second := other.take(run)) is not None
     ]
 
 
-def _correlation(among: str, pairs: Sequence[tuple[float, float]]) -> Correlation:
-    return Correlation(among, spearman([x for x, _ in pairs], [y for _, y in pairs]), len(pairs))
+def _correlations(
+    measure: Measure, other: Measure, panels: Sequence[Panel], related: Sequence[Sequence[_Related]]
+) -> Iterator[Correlation]:
+    """Yield the correlation over all runs, and over each batch size where there are several."""
+    groups = [(panel.short, found) for panel, found in zip(panels, related, strict=True) if found]
+    everything = ("all runs", [item for _, found in groups for item in found])
+    for among, found in [everything, *(groups if len(groups) > 1 else [])]:
+        rho = spearman([item.value for item in found], [item.other for item in found])
+        censored = sum(measure.is_bound(item.run) for item in found)
+        unresolved = sum(measure.is_unresolved(item.run) for item in found)
+        yield Correlation(other.title, among, rho, limits(len(found), censored, unresolved))
 
 
-def _chart(index: int, measure: Measure, panels: Sequence[Panel]) -> Chart:
+def _chart(index: int, measure: Measure, panels: Sequence[Panel], related: Sequence[Sequence[_Related]]) -> Chart:
     series = []
-    for number, panel in enumerate(panels):
+    for number, (panel, found) in enumerate(zip(panels, related, strict=True)):
         for arm in panel.arms:
-            points = tuple(_points(arm, panel, measure))
+            points = tuple(_point(item, panel, measure) for item in found if item.arm is arm)
             if points:
                 form: Literal["dots", "squares"] = "dots" if number % 2 == 0 else "squares"
                 series.append(Series(f"{panel.short}, {arm.label}", f"s{arm.colour}", points, form))
@@ -79,12 +105,8 @@ def _chart(index: int, measure: Measure, panels: Sequence[Panel]) -> Chart:
     return Chart(f"scatter-{index}", measure.title, description, axis, accuracy, tuple(series))
 
 
-def _points(arm: Arm, panel: Panel, measure: Measure) -> list[Point]:
-    points = []
-    for run in arm.counted:
-        value, accuracy = measure.take(run), final_accuracy(run)
-        if run.is_finished and value is not None and accuracy is not None:
-            seed = "" if run.seed is None else f", seed {run.seed}"
-            text = f"{panel.short}, {arm.label}{seed}: {measure.text(value)}, test {accuracy * 100:.2f} %"
-            points.append(Point(value, accuracy, text))
-    return points
+def _point(item: _Related, panel: Panel, measure: Measure) -> Point:
+    seed = "" if item.run.seed is None else f", seed {item.run.seed}"
+    value = measure.told(item.run, item.value)
+    text = f"{panel.short}, {item.arm.label}{seed}: {value}, test {item.other * 100:.2f} %"
+    return Point(item.value, item.other, text)

@@ -124,7 +124,7 @@ def _mean_curve(arm: Arm, split: str, take: Callable[[Measurement], float]) -> t
 
 
 def _plain_curve(records: Sequence[EvaluationRecord], take: Callable[[Measurement], float]) -> tuple[Point, ...]:
-    return tuple(Point(record.epoch, take(record), _told(take, take(record), None, 1)) for record in records)
+    return tuple(Point(record.epoch, take(record), _told(take, take(record), None, None)) for record in records)
 
 
 def _thinned(records: Sequence[TrainRecord], take: Callable[[TrainRecord], float]) -> tuple[Point, ...]:
@@ -140,12 +140,12 @@ def _thinned(records: Sequence[TrainRecord], take: Callable[[TrainRecord], float
     return tuple(points)
 
 
-def _told(take: Callable[[Measurement], float], mean: float, deviation: float | None, count: int) -> str:
+def _told(take: Callable[[Measurement], float], mean: float, deviation: float | None, count: int | None) -> str:
     if take is accuracy:
         text = f"{mean * 100:.2f}" + (f" ± {deviation * 100:.2f}" if deviation is not None else "") + " %"
     else:
         text = f"{mean:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else "")
-    return f"{text} (n = {count})" if count > 1 else text
+    return f"{text} (n = {count})" if count is not None else text
 
 
 def _axis(name: str, take: Callable[[Measurement], float], curves: Sequence[Sequence[Point]]) -> Axis:

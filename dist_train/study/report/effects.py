@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dist_train.study.report.arms import Arm, Panel
 from dist_train.study.report.measures import Measure, measures_of, sharpness_measures
 from dist_train.study.report.numbers import Interval
+from dist_train.study.report.tables import limits
 
-_ACCURACIES = ("final_test", "gap")
+_BASIC = ("final_test", "final_train", "gap", "test_loss", "train_loss")
 
 
 @dataclass(frozen=True)
 class Effect:
-    """A difference from the base line as it is read, and the exact one."""
+    """A difference from the base line as it is read, and the exact one; `note` as in a Cell.
+
+    A bound has its sign in `text` and no `ends`; `text` is empty where nothing is known.
+    """
 
     interval: Interval
     text: str
     ends: str
+    note: str
 
     @property
     def is_clear(self) -> bool:
@@ -32,16 +37,30 @@ class EffectTable:
 
     title: str
     measures: tuple[Measure, ...]
-    groups: tuple[tuple[Panel, tuple[tuple[Arm, tuple[Effect | None, ...]], ...]], ...]
+    groups: tuple[tuple[Panel, tuple[tuple[EffectRow, tuple[Effect | None, ...]], ...]], ...]
+
+
+@dataclass(frozen=True)
+class EffectRow:
+    """An arm and the one that it is compared with; `is_provisional` where the runs of either have not finished."""
+
+    arm: Arm
+    base: Arm
+    label: str
+
+    @property
+    def is_provisional(self) -> bool:
+        """Whether the difference is of runs that have not finished."""
+        return self.arm.is_provisional or self.base.is_provisional
 
 
 def effect_tables(panels: Sequence[Panel]) -> tuple[EffectTable, ...]:
-    """Return the differences of all arms but the base lines, a table for each group of measures.
+    """Return the differences from the base line of the same batch, and of base lines from that of the smallest batch.
 
-    None where no two seeds can be compared.
+    A table for each group of measures; none where no two seeds can be compared.
     """
     runs = [run for panel in panels for arm in panel.arms for run in arm.counted]
-    basic = tuple(measure for measure in measures_of(runs) if measure.key in _ACCURACIES)
+    basic = tuple(measure for measure in measures_of(runs) if measure.key in _BASIC)
     measures = (*basic, *sharpness_measures(runs))
     tables = (
         _table(title, panels, [measure for measure in measures if measure.group == title])
@@ -51,26 +70,39 @@ def effect_tables(panels: Sequence[Panel]) -> tuple[EffectTable, ...]:
 
 
 def _table(title: str, panels: Sequence[Panel], measures: Sequence[Measure]) -> EffectTable:
-    every = [[[_effect(arm, panel, measure) for measure in measures] for arm in panel.arms] for panel in panels]
-    kept = [column for column in range(len(measures)) if any(row[column] for rows in every for row in rows)]
+    every = [
+        (panel, [(row, [_effect(row, measure) for measure in measures]) for row in _rows(panel, panels[0])])
+        for panel in panels
+    ]
+    kept = [column for column in range(len(measures)) if any(cells[column] for _, rows in every for _, cells in rows)]
     groups = []
-    for panel, rows in zip(panels, every, strict=True):
-        chosen = tuple(
-            (arm, tuple(row[column] for column in kept)) for arm, row in zip(panel.arms, rows, strict=True) if any(row)
-        )
+    for panel, rows in every:
+        chosen = tuple((row, tuple(cells[column] for column in kept)) for row, cells in rows if any(cells))
         if chosen:
             groups.append((panel, chosen))
     return EffectTable(title, tuple(measures[column] for column in kept), tuple(groups))
 
 
-def _effect(arm: Arm, panel: Panel, measure: Measure) -> Effect | None:
-    if panel.base is None or arm.is_base:
-        return None
-    interval = arm.difference(panel.base, measure)
+def _rows(panel: Panel, first: Panel) -> Iterator[EffectRow]:
+    for arm in panel.arms:
+        if not arm.is_base and panel.base is not None:
+            yield EffectRow(arm, panel.base, arm.label)
+        elif arm.is_base and panel is not first and first.base is not None:
+            yield EffectRow(arm, first.base, f"{arm.label}, from that of {first.short}")
+
+
+def _effect(row: EffectRow, measure: Measure) -> Effect | None:
+    interval = row.arm.difference(row.base, measure)
     if interval is None:
         return None
+    pairs = row.arm.pairs(row.base, measure)
+    unresolved = sum(any(measure.is_unresolved(run) for run, _ in pair) for pair in pairs)
+    note = limits(interval.count, interval.censored, unresolved)
+    if interval.censored:
+        sign = interval.sign
+        return Effect(interval, f"{sign} {_signed(measure, interval.difference)}" if sign else "", "", note)
     low, high = (_signed(measure, value) for value in (interval.low, interval.high))
-    return Effect(interval, _signed(measure, interval.difference), f"{low} to {high}")
+    return Effect(interval, _signed(measure, interval.difference), f"{low} to {high}", note)
 
 
 def _signed(measure: Measure, value: float) -> str:

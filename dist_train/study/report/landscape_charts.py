@@ -16,6 +16,7 @@ from dist_train.study.report.numbers import summary
 from dist_train.study.report.results import Landscape, LandscapePoint
 from dist_train.study.report.scales import Axis, height_axis, percent_tick, plain, span_axis
 from dist_train.study.report.stored_run import StoredRun
+from dist_train.study.report.tables import limits
 
 _LETTERS = string.ascii_lowercase * 4
 
@@ -37,7 +38,7 @@ class LandscapeFigure:
     between: tuple[Chart, ...] = ()
     settings: tuple[tuple[str, str], ...] = ()
     left_out: int = 0
-    """Results along directions that were made with other settings, which are not drawn."""
+    """Results along directions that were made with other settings or at an earlier step, which are not drawn."""
 
 
 @dataclass(frozen=True)
@@ -245,6 +246,8 @@ def _mean_line(
             continue
         spread = found.deviation
         text = f"{found.mean * 100:.2f} %" if name == "accuracy" else three_digits(found.mean)
+        if found.count < len(lines):
+            text += f" (on {found.count} of {len(lines)} lines)"
         points.append(
             Point(
                 alpha,
@@ -263,14 +266,15 @@ def _widths(landscapes: Sequence[Landscape]) -> str:
     told = []
     for key, first in {width.key: width for width in widths}.items():
         chosen = [width for width in widths if width.key == key]
-        found = summary([width.mean for width in chosen])
+        found = summary([width.mean for width in chosen], sum(width.open_ends > 0 for width in chosen))
         if found:
             mean = three_digits(found.mean)
             places = len(mean.partition(".")[2])
             spread = f" ± {found.deviation:.{places}f}" if found.deviation is not None else ""
-            least = "at least " if any(width.open_ends for width in chosen) else ""
+            least = "\u2265 " if found.censored else ""
             where = f" of {first.basin}" if len(basins) > 1 else ""
-            told.append(f"{least}{mean}{spread}{where} (loss under {first.factor} x)")
+            note = limits(found.count, found.censored, sum(width.unresolved > 0 for width in chosen))
+            told.append(f"{least}{mean}{spread}{where} (loss under {first.factor} x; {note})")
     return "width " + "; ".join(told) if told else ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from dist_train.study.report.arms import panels_of
+from dist_train.study.report.arms import Panel, panels_of
 from dist_train.study.report.comparisons import Scatter, sharpness_scatters
 from dist_train.study.report.effects import Effect, EffectTable, effect_tables
 from dist_train.study.report.measures import Measure
@@ -12,19 +12,22 @@ from dist_train.study.report.reading import Subject
 from dist_train.study.report.tables import ArmTable, Cell, arm_tables
 
 _NONE = "\u2013"
+_UNFINISHED = " (not finished)"
 
 
 def tables_in_markdown(subject: Subject) -> str:
     """Return the tables of arms, their differences from the base line, and the rank correlations."""
     panels = panels_of(subject.runs)
-    parts = [_section(table.title, _arms(table)) for table in arm_tables(panels)]
+    parts = [_left_out(panels)] if any(arm.repeated for panel in panels for arm in panel.arms) else []
+    parts += [_section(table.title, _arms(table)) for table in arm_tables(panels)]
     parts += [
         _section(f"Differences from the base line: {table.title[0].lower()}{table.title[1:]}", _effects(table))
         for table in effect_tables(panels)
     ]
     scatters = sharpness_scatters(panels)
     if scatters:
-        parts.append(_section("Rank correlation with test accuracy", _correlations(scatters)))
+        for other in dict.fromkeys(found.other for scatter in scatters for found in scatter.correlations):
+            parts.append(_section(f"Rank correlation with {other}", _correlations(scatters, other)))
     return "\n".join(parts)
 
 
@@ -35,30 +38,36 @@ def _section(title: str, rows: Iterator[Sequence[str]]) -> str:
     return f"## {title}\n\n" + "\n".join(lines) + "\n"
 
 
+def _left_out(panels: Sequence[Panel]) -> str:
+    repeated = [pair for panel in panels for arm in panel.arms for pair in arm.repeated.items()]
+    lines = [f"- {name}: the settings and seed of {kept}, which counts" for name, kept in repeated]
+    return "## Left out as duplicates\n\n" + "\n".join(lines) + "\n"
+
+
 def _arms(table: ArmTable) -> Iterator[Sequence[str]]:
-    yield "arm", "n", *map(_heading, table.measures)
+    yield "arm", "seeds", *map(_heading, table.measures)
     for panel, rows in table.groups:
         for row in rows:
             count = str(row.counted) if row.counted == row.planned else f"{row.counted} of {row.planned}"
-            yield f"{panel.short}, {row.arm.label}", count, *map(_number, row.cells)
+            label = f"{row.arm.label}{_UNFINISHED if row.arm.is_provisional else ''}"
+            yield f"{panel.short}, {label}", count, *map(_number, row.cells)
 
 
 def _effects(table: EffectTable) -> Iterator[Sequence[str]]:
     yield "arm", *map(_heading, table.measures)
     for panel, rows in table.groups:
-        for arm, cells in rows:
-            yield f"{panel.short}, {arm.label}", *map(_effect, cells)
+        for row, cells in rows:
+            yield f"{panel.short}, {row.label}{_UNFINISHED if row.is_provisional else ''}", *map(_effect, cells)
 
 
-def _correlations(scatters: Sequence[Scatter]) -> Iterator[Sequence[str]]:
-    names = list(dict.fromkeys(found.among for scatter in scatters for found in scatter.correlations))
+def _correlations(scatters: Sequence[Scatter], other: str) -> Iterator[Sequence[str]]:
+    chosen = [(scatter, [item for item in scatter.correlations if item.other == other]) for scatter in scatters]
+    names = list(dict.fromkeys(item.among for _, items in chosen for item in items))
     yield "measure", *names
-    for scatter in scatters:
-        found = {item.among: item for item in scatter.correlations}
+    for scatter, items in chosen:
+        found = {item.among: item for item in items}
         cells = (
-            f"{found[name].rho:.2f} (n = {found[name].count})"
-            if name in found and found[name].rho is not None
-            else _NONE
+            f"{found[name].rho:.2f} ({found[name].note})" if name in found and found[name].rho is not None else _NONE
             for name in names
         )
         yield scatter.chart.title, *(cell.replace("-", "\u2212") for cell in cells)
@@ -72,11 +81,11 @@ def _number(cell: Cell) -> str:
     if cell.value is None:
         return _NONE
     bound = "≥ " if cell.is_bound else ""
-    return f"{bound}{cell.text}{f' ± {cell.spread}' if cell.spread else ''}"
+    return f"{bound}{cell.text}{f' ± {cell.spread}' if cell.spread else ''}{f' ({cell.note})' if cell.note else ''}"
 
 
 def _effect(effect: Effect | None) -> str:
     if effect is None:
         return _NONE
-    text = f"**{effect.text}**" if effect.is_clear else effect.text
-    return f"{text} ({effect.ends})"
+    text = f"**{effect.text}**" if effect.is_clear else effect.text or "unknown"
+    return f"{text} ({'; '.join(part for part in (effect.ends, effect.note) if part)})"

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 
 from dist_train.monitoring import wording
-from dist_train.study.report.results import Landscape, Sharpness
+from dist_train.study.report.results import BasinWidth, Landscape, Sharpness
 from dist_train.study.report.stored_run import StoredRun
 
 _SHARPNESS = "Basin width and sharpness"
 _RISE = "Expected rise of the loss under noise"
 _COST = "Time and speed"
+_LINE_DISTANCES = (0.1, 0.5)
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,18 @@ class Measure:
     """The table that it stands in."""
     is_bound: Callable[[StoredRun], bool] = lambda run: False
     """Whether the run's true value is this much or more."""
+    is_unresolved: Callable[[StoredRun], bool] = lambda run: False
+    """Whether the run's value rests on points too far apart."""
 
     def text(self, value: float) -> str:
         """Return `value` as people read it."""
         number = self.write(value * self.factor)
         return f"{number} {self.unit}" if self.unit else number
+
+    def told(self, run: StoredRun, value: float) -> str:
+        """Return the `value` of `run` as people read it, with what limits it."""
+        bound = "\u2265 " if self.is_bound(run) else ""
+        return f"{bound}{self.text(value)}{' (unresolved)' if self.is_unresolved(run) else ''}"
 
     def spread(self, mean: float, deviation: float) -> str:
         """Return `deviation` with as many places as `mean` has."""
@@ -47,19 +55,20 @@ class Measure:
 
 def measures_of(runs: Sequence[StoredRun]) -> tuple[Measure, ...]:
     """Return the measures that at least one of `runs` has, in the order of the tables."""
-    candidates = (*_BASIC, *_width_measures(runs), *_sharpness_measures(runs), *_PACE)
+    lines = (*_width_measures(runs), *_line_rise_measures(runs))
+    candidates = (*_BASIC, *lines, *_sharpness_measures(runs), *_PACE)
     return tuple(measure for measure in candidates if any(measure.take(run) is not None for run in runs))
 
 
 def sharpness_measures(runs: Sequence[StoredRun]) -> tuple[Measure, ...]:
     """Return the measures of how sharp a minimum is: those of analyses."""
-    return (*_sharpness_measures(runs), *_width_measures(runs))
+    return (*_sharpness_measures(runs), *_width_measures(runs), *_line_rise_measures(runs))
 
 
 def final_accuracy(run: StoredRun, split: str = "test") -> float | None:
-    """Return the accuracy of the last evaluation of `split`."""
-    records = run.split(split)
-    return records[-1].accuracy if records else None
+    """Return the accuracy of the last evaluation of `split`; None where that is not finite."""
+    record = run.last(split)
+    return record.accuracy if record else None
 
 
 def commonest_settings(results: Sequence[Landscape | Sharpness]) -> str | None:
@@ -80,6 +89,17 @@ def directions_of(runs: Sequence[StoredRun], kind: str = "direction") -> dict[st
     return chosen
 
 
+def sharpness_of(runs: Sequence[StoredRun]) -> dict[str, Sharpness]:
+    """Return, by name, the sharpness of each run that has one measured with the commonest settings."""
+    settings = commonest_settings([item for run in runs for item in run.analyses.sharpness])
+    chosen = {}
+    for run in runs:
+        mine = [item for item in run.analyses.sharpness if item.settings == settings]
+        if mine:
+            chosen[run.name] = max(mine, key=lambda item: item.step or 0)
+    return chosen
+
+
 def _best(run: StoredRun) -> float | None:
     return max((record.accuracy for record in run.split("test")), default=None)
 
@@ -91,8 +111,8 @@ def _gap(run: StoredRun) -> float | None:
 
 def _loss(split: str) -> Callable[[StoredRun], float | None]:
     def take(run: StoredRun) -> float | None:
-        records = run.split(split)
-        return records[-1].loss if records else None
+        record = run.last(split)
+        return record.loss if record else None
 
     return take
 
@@ -124,35 +144,65 @@ def _width_measures(runs: Sequence[StoredRun]) -> tuple[Measure, ...]:
 
         return take
 
-    def bounding(key: str) -> Callable[[StoredRun], bool]:
-        def is_bound(run: StoredRun) -> bool:
+    def with_some(key: str, take: Callable[[BasinWidth], int]) -> Callable[[StoredRun], bool]:
+        def has(run: StoredRun) -> bool:
             width = widths.get(run.name, {}).get(key)
-            return width is not None and width.open_ends > 0
+            return width is not None and take(width) > 0
 
-        return is_bound
+        return has
 
     return tuple(
         Measure(
             f"width-{key}",
             f"basin width, loss under {width.factor} x",
             f"Interval of alpha along random directions where the training loss stays under {width.factor} times "
-            "its minimum; \u2265 where it ends beyond the line.",
+            "its minimum, and so relative to the loss that was reached. \u2265: it ends beyond the line (censored). "
+            "Unresolved: in a direction no point of the line but the minimum lies in it.",
             taking(key),
             three_digits,
             group=_SHARPNESS,
-            is_bound=bounding(key),
+            is_bound=with_some(key, lambda width: width.open_ends),
+            is_unresolved=with_some(key, lambda width: width.unresolved),
         )
         for key, width in keys.items()
     )
 
 
+def _line_rise_measures(runs: Sequence[StoredRun]) -> tuple[Measure, ...]:
+    chosen = directions_of(runs)
+
+    def taking(distance: float) -> Callable[[StoredRun], float | None]:
+        rises = {name: _line_rise(landscape, distance) for name, landscape in chosen.items()}
+        return lambda run: rises.get(run.name)
+
+    return tuple(
+        Measure(
+            f"line-rise-{distance:g}",
+            f"loss rise at \u03b1 = {distance:g}",
+            "How much the training loss rises to this distance along the same directions, in absolute numbers; mean "
+            "over both sides and the directions.",
+            taking(distance),
+            three_digits,
+            group=_SHARPNESS,
+        )
+        for distance in _LINE_DISTANCES
+    )
+
+
+def _line_rise(landscape: Landscape, distance: float) -> float | None:
+    """Return the mean rise of the training loss to `distance` from the solution; None where a line lacks a point."""
+    rises = []
+    for line in landscape.lines("train"):
+        losses = {round(point.alpha, 9): point.loss for point in line}
+        if not {0.0, distance, -distance} <= losses.keys():
+            return None
+        rises += [losses[distance] - losses[0.0], losses[-distance] - losses[0.0]]
+    mean = fmean(rises) if rises else math.nan
+    return mean if math.isfinite(mean) else None
+
+
 def _sharpness_measures(runs: Sequence[StoredRun]) -> tuple[Measure, ...]:
-    settings = commonest_settings([item for run in runs for item in run.analyses.sharpness])
-    chosen = {}
-    for run in runs:
-        mine = [item for item in run.analyses.sharpness if item.settings == settings]
-        if mine:
-            chosen[run.name] = max(mine, key=lambda item: item.step or 0)
+    chosen = sharpness_of(runs)
     names = dict.fromkeys(name for item in chosen.values() for name in item.measures)
 
     def taking(name: str) -> Callable[[StoredRun], float | None]:
@@ -198,8 +248,10 @@ def _four_places(value: float) -> str:
     return f"{value:.4f}"
 
 
+FINAL_ACCURACY = Measure("final_test", "final test accuracy", "", final_accuracy, _two_places, 100, "%")
+TRAIN_LOSS = Measure("train_loss", "final train loss", "", _loss("train"), _four_places)
 _BASIC = (
-    Measure("final_test", "final test accuracy", "", final_accuracy, _two_places, 100, "%"),
+    FINAL_ACCURACY,
     Measure(
         "best_test",
         "best test accuracy",
@@ -220,7 +272,7 @@ _BASIC = (
     ),
     Measure("gap", "generalization gap", "Final train minus final test accuracy.", _gap, _two_places, 100, "points"),
     Measure("test_loss", "final test loss", "", _loss("test"), _four_places),
-    Measure("train_loss", "final train loss", "", _loss("train"), _four_places),
+    TRAIN_LOSS,
 )
 _PACE = (
     Measure(

@@ -6,32 +6,47 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Literal
+
+Sign = Literal["", "\u2265", "\u2264"]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean of `count` values; `deviation` is their sample standard deviation, None for a single one."""
+    """Mean of `count` values; `deviation` is their sample standard deviation, None for a single one.
+
+    `censored` of the values are lower bounds: then the mean is one too, and the deviation is not known.
+    """
 
     mean: float
     deviation: float | None
     count: int
+    censored: int = 0
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference of two means with its 95 % confidence interval."""
+    """A mean difference of `count` pairs with its 95 % confidence interval.
+
+    In `censored` pairs a value is a lower bound. The difference is then at least, or at most, so much; `sign` is empty
+    where it is exact, None where nothing is known. A bound has no interval: its ends are NaN.
+    """
 
     difference: float
     low: float
     high: float
+    count: int
+    censored: int = 0
+    sign: Sign | None = ""
 
 
-def summary(values: Sequence[float]) -> Summary | None:
-    """Return the summary of the finite `values`; None where there are none."""
+def summary(values: Sequence[float], censored: int = 0) -> Summary | None:
+    """Return the summary of the finite `values`, `censored` of them lower bounds; None where there are none."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return None
-    return Summary(fmean(finite), stdev(finite) if len(finite) > 1 else None, len(finite))
+    deviation = stdev(finite) if len(finite) > 1 and not censored else None
+    return Summary(fmean(finite), deviation, len(finite), censored)
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
@@ -53,14 +68,24 @@ def _ranks(values: Sequence[float]) -> list[float]:
     return [first[value] + (count[value] - 1) / 2 for value in values]
 
 
-def paired_difference(pairs: Sequence[tuple[float, float]]) -> Interval | None:
-    """Return the mean of second minus first with Student's interval; None for under two pairs."""
+def paired_difference(
+    pairs: Sequence[tuple[float, float]], bounds: Sequence[tuple[bool, bool]] = ()
+) -> Interval | None:
+    """Return the mean of second minus first with Student's interval; None for under two pairs.
+
+    `bounds` says of each pair which of the two are lower bounds.
+    """
     differences = [after - before for before, after in pairs]
     if len(differences) < 2:
         return None
-    mean = fmean(differences)
-    half = student_quantile(0.975, len(differences) - 1) * stdev(differences) / math.sqrt(len(differences))
-    return Interval(mean, mean - half, mean + half)
+    mean, count = fmean(differences), len(differences)
+    if any(map(any, bounds)):
+        # a larger second lifts the mean and a larger first lowers it; either may widen the interval without limit
+        at_most, at_least = (any(side) for side in zip(*bounds, strict=True))
+        sign: Sign | None = None if at_most and at_least else "\u2265" if at_least else "\u2264"
+        return Interval(mean, math.nan, math.nan, count, sum(map(any, bounds)), sign)
+    half = student_quantile(0.975, count - 1) * stdev(differences) / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half, count)
 
 
 def student_quantile(probability: float, freedom: int) -> float:

@@ -22,7 +22,7 @@ from dist_train.study.report.curves import curve_records, run_curves, study_curv
 from dist_train.study.report.effects import effect_tables
 from dist_train.study.report.landscape_charts import landscape_figure, plane_pictures, run_landscapes
 from dist_train.study.report.markdown import tables_in_markdown
-from dist_train.study.report.measures import measures_of
+from dist_train.study.report.measures import measures_of, sharpness_of
 from dist_train.study.report.reading import Subject, read_subject
 from dist_train.study.report.stored_run import StoredRun
 from dist_train.study.report.strip import strip_plot
@@ -105,7 +105,9 @@ def _of_study(subject: Subject) -> dict[str, Any]:
         "landscapes": landscape_figure(panels),
         "planes": plane_pictures(subject.runs),
         "scatters": sharpness_scatters(panels),
+        "sharpness_left_out": _sharpness_left_out([run for arm in arms for run in arm.counted]),
         "runs": run_table(panels),
+        "repeated": [pair for arm in arms for pair in arm.repeated.items()],
         "troubled": [run for run in subject.runs if not run.is_finished],
         "problems": [(run, problem) for run in subject.runs for problem in run.analyses.problems],
         "shared": facts.shared_settings(subject.runs),
@@ -128,6 +130,11 @@ def _of_run(run: StoredRun) -> dict[str, Any]:
         "problems": run.analyses.problems,
         "keys": (),
     }
+
+
+def _sharpness_left_out(runs: Sequence[StoredRun]) -> int:
+    """Return how many results were made with other settings or at an earlier step, and stand in no table."""
+    return sum(len(run.analyses.sharpness) for run in runs) - len(sharpness_of(runs))
 
 
 def _are_batches(arms: Sequence[Arm]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,15 @@ class LandscapePoint:
 class BasinWidth:
     """Mean over directions of the interval where the training loss stays under `factor` times its minimum.
 
-    In `open_ends` directions the basin ends beyond the line: the width is at least so much.
+    In `open_ends` directions the basin ends beyond the line: the width is at least so much. In `unresolved` directions
+    none of the line's points but the minimum lies in the basin: there both ends are guessed from points outside.
     """
 
     basin: str
     factor: str
     mean: float
     open_ends: int
+    unresolved: int = 0
 
     @property
     def key(self) -> str:
@@ -145,7 +147,7 @@ def _landscape(folder: Path, digests: frozenset[str]) -> Landscape:
         tuple(_run_of(checkpoint) for checkpoint in checkpoints),
         _step(checkpoints[0]),
         _comparable(fields.get("settings")),
-        tuple(_widths(fields.get("widths"))),
+        tuple(_widths(fields.get("widths"), points)),
         points,
     )
 
@@ -162,11 +164,22 @@ def _run_of(checkpoint: object) -> str:
     return path.parent.parent.name if path.parent.name == "checkpoints" else path.parent.name
 
 
-def _widths(fields: object) -> Iterator[BasinWidth]:
+def _widths(fields: object, points: Sequence[LandscapePoint]) -> Iterator[BasinWidth]:
     for basin, by_factor in fields.items() if isinstance(fields, Mapping) else ():
         for factor, width in by_factor.items() if isinstance(by_factor, Mapping) else ():
             if isinstance(width, Mapping) and isinstance(width.get("mean"), int | float):
-                yield BasinWidth(str(basin), str(factor), float(width["mean"]), int(width.get("open") or 0))
+                unresolved = sum(_is_unresolved(line, points) for line in width.get("directions") or ())
+                yield BasinWidth(str(basin), str(factor), float(width["mean"]), int(width.get("open") or 0), unresolved)
+
+
+def _is_unresolved(line: object, points: Sequence[LandscapePoint]) -> bool:
+    """Whether one point of the line, the minimum, lies in the basin at the most."""
+    match line:
+        case {"direction": number, "left": int() | float() as left, "right": int() | float() as right}:
+            mine = (point.alpha for point in points if point.split == "train" and point.direction == number)
+            return sum(left <= alpha <= right for alpha in mine) < 2
+        case _:
+            return False
 
 
 def _point(row: Mapping[str, str]) -> LandscapePoint:

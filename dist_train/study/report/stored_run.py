@@ -64,13 +64,18 @@ class StoredRun:
         size = self.settings.get("batch.global_size")
         return size if isinstance(size, int) else None
 
+    def last(self, split: str) -> EvaluationRecord | None:
+        """Return the last evaluation of `split`; None without one, and where it is not finite."""
+        found = [record for record in self.evaluations if record.split == split][-1:]
+        return next(filter(_is_finite, found), None)
+
     def split(self, split: str) -> tuple[EvaluationRecord, ...]:
         """Return the evaluations of `split`, in order, but for those that are not finite."""
-        return tuple(
-            record
-            for record in self.evaluations
-            if record.split == split and math.isfinite(record.accuracy) and math.isfinite(record.loss)
-        )
+        return tuple(record for record in self.evaluations if record.split == split and _is_finite(record))
+
+
+def _is_finite(record: EvaluationRecord) -> bool:
+    return math.isfinite(record.accuracy) and math.isfinite(record.loss)
 
 
 def read_run(directory: Path, name: str, planned: Planned | None = None) -> StoredRun:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 from markupsafe import Markup
@@ -10,6 +9,7 @@ from markupsafe import Markup
 from dist_train.study.report.arms import Arm, Panel
 from dist_train.study.report.measures import Measure
 from dist_train.study.report.scales import Axis, linear_axis, plain
+from dist_train.study.report.tables import arm_cell
 
 _WIDTH, _ROW, _LEFT, _RIGHT, _FOOT = 400, 34, 10, 10, 34
 
@@ -30,8 +30,7 @@ def strip_plot(panels: Sequence[Panel], measure: Measure) -> tuple[tuple[Panel, 
 
 
 def _values(arm: Arm, measure: Measure) -> list[float]:
-    found = (measure.take(run) for run in arm.counted)
-    return [value for value in found if value is not None and math.isfinite(value)]
+    return [value for _, value in arm.measured(measure)]
 
 
 def _draw(panel: Panel, measure: Measure, axis: Axis) -> Iterator[Markup]:
@@ -74,23 +73,17 @@ def _row(arm: Arm, measure: Measure, axis: Axis, top: float) -> Iterator[Markup]
     yield Markup('<line class="mean" x1="{:.1f}" x2="{:.1f}" y1="{:g}" y2="{:g}"/>').format(
         middle, middle, y - 6, y + 6
     )
-    for run in arm.counted:
-        value = measure.take(run)
-        if value is not None and math.isfinite(value):
-            seed = "" if run.seed is None else f"seed {run.seed}: "
-            yield Markup('<circle class="mark" cx="{:.1f}" cy="{:g}" r="4"><title>{}{}</title></circle>').format(
-                _place(axis, value * measure.factor), y, seed, measure.text(value)
-            )
+    for run, value in arm.measured(measure):
+        seed = "" if run.seed is None else f"seed {run.seed}: "
+        yield Markup('<circle class="mark" cx="{:.1f}" cy="{:g}" r="4"><title>{}{}</title></circle>').format(
+            _place(axis, value * measure.factor), y, seed, measure.told(run, value)
+        )
     yield Markup("</g>")
 
 
 def _told(arm: Arm, measure: Measure) -> str:
-    summary = arm.summary(measure)
-    assert summary is not None
-    mean = measure.write(summary.mean * measure.factor)
-    if summary.deviation is None:
-        return f"{mean}, n = 1"
-    return f"{mean} ± {measure.spread(summary.mean, summary.deviation)}, n = {summary.count}"
+    cell = arm_cell(arm, measure)
+    return f"{'≥ ' if cell.is_bound else ''}{cell.text}{f' ± {cell.spread}' if cell.spread else ''}, {cell.note}"
 
 
 def _place(axis: Axis, value: float) -> float:

@@ -14,18 +14,19 @@ from dist_train.study.report.stored_run import StoredRun
 class Cell:
     """A number as it is read, `spread` with it; `value` is the exact one. Without a value there is none to show.
 
-    `is_bound`: the true one is this much or more.
+    `is_bound`: the true one is this much or more. `note`: of how many runs it is, and what limits it.
     """
 
     value: float | None = None
     text: str = ""
     spread: str = ""
     is_bound: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class ArmRow:
-    """An arm with its numbers."""
+    """An arm with its numbers; `counted` of its `planned` seeds have finished."""
 
     arm: Arm
     counted: int
@@ -44,12 +45,17 @@ class ArmTable:
 
 @dataclass(frozen=True)
 class RunRow:
-    """A run with its numbers."""
+    """A run with its numbers; `is_counted` where it has finished, and is not a duplicate."""
 
     run: StoredRun
     arm: Arm
     panel: Panel
     cells: tuple[Cell, ...]
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether its numbers are results."""
+        return self.run.is_finished and self.run.name not in self.arm.repeated
 
 
 @dataclass(frozen=True)
@@ -93,19 +99,33 @@ def run_cells(run: StoredRun, measures: Sequence[Measure]) -> tuple[Cell, ...]:
         cells.append(
             Cell()
             if value is None
-            else Cell(value, measure.write(value * measure.factor), is_bound=measure.is_bound(run))
+            else Cell(
+                value,
+                measure.write(value * measure.factor),
+                is_bound=measure.is_bound(run),
+                note="unresolved" if measure.is_unresolved(run) else "",
+            )
         )
     return tuple(cells)
 
 
 def _arm_row(arm: Arm, measures: Sequence[Measure]) -> ArmRow:
-    return ArmRow(arm, len(arm.counted), len(arm.runs), tuple(_arm_cell(arm, measure) for measure in measures))
+    return ArmRow(arm, len(arm.counted), arm.seeds, tuple(arm_cell(arm, measure) for measure in measures))
 
 
-def _arm_cell(arm: Arm, measure: Measure) -> Cell:
+def arm_cell(arm: Arm, measure: Measure) -> Cell:
+    """Return the mean of `measure` over the runs that have it."""
     found = arm.summary(measure)
     if found is None:
         return Cell()
     spread = "" if found.deviation is None else measure.spread(found.mean, found.deviation)
-    is_bound = any(measure.is_bound(run) for run in arm.counted)
-    return Cell(found.mean, measure.write(found.mean * measure.factor), spread, is_bound)
+    unresolved = sum(measure.is_unresolved(run) for run, _ in arm.measured(measure))
+    note = limits(found.count, found.censored, unresolved)
+    return Cell(found.mean, measure.write(found.mean * measure.factor), spread, found.censored > 0, note)
+
+
+def limits(count: int, censored: int, unresolved: int) -> str:
+    """Return what a reader must know of a mean over `count` values: n = 3, 1 censored, 2 unresolved."""
+    told = [f"n = {count}"]
+    told += [f"{number} {word}" for number, word in ((censored, "censored"), (unresolved, "unresolved")) if number]
+    return ", ".join(told)
