@@ -31,6 +31,12 @@ class Identity:
     settings: Mapping[str, Any]
 
     @property
+    def name(self) -> str:
+        """The name of the result's folder: precision and layout, which show in the last digits, and a digest."""
+        layout = "channels_last" if self.settings["channels_last"] else "contiguous"
+        return f"{self.kind}-{self.settings['compute']}-{layout}-{self.key}"
+
+    @property
     def key(self) -> str:
         """A digest of the checkpoints' contents (not their places) and the settings, 16 hexadecimal digits."""
         fields = [self.kind, [checkpoint["sha256"] for checkpoint in self.checkpoints], self.settings]
@@ -68,7 +74,7 @@ class LandscapeFolder:
     def __init__(self, parent: Path, identity: Identity) -> None:
         """Name the folder; nothing is written yet."""
         self.identity = identity
-        self.path = parent / f"{identity.kind}-{identity.key}"
+        self.path = parent / identity.name
         self.points = self.path / "points.csv"
         self.settings = self.path / "settings.json"
         self._finished_points = self.path / "partial"

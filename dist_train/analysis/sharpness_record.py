@@ -57,10 +57,15 @@ class MeasuredCheckpoint(_Part):
 
 
 class MeasuredData(_Part):
-    """The images that the loss was taken over; the digest is of inputs and labels as the network reads them."""
+    """The images that the loss was taken over; the digest is of inputs and labels as the network reads them.
+
+    `layout` and `compute` are those of the images in memory and of the arithmetic: both show in the last digits.
+    """
 
     samples: int
     sha256: str
+    layout: Literal["channels_last", "contiguous"] = "channels_last"
+    compute: Literal["float32"] = "float32"
 
 
 class KeskarResult(_Part):
@@ -122,9 +127,9 @@ def settings_from(values: dict[str, object]) -> SharpnessSettings:
 
 def record_path(folder: Path, checkpoint: MeasuredCheckpoint, data: MeasuredData, settings: SharpnessSettings) -> Path:
     """Return where in `folder` the record of this checkpoint's bytes, these data and these settings lies."""
-    parts = [FORMAT, checkpoint.sha256, data.sha256, settings.model_dump(mode="json")]
+    parts = [FORMAT, checkpoint.sha256, data.model_dump(mode="json"), settings.model_dump(mode="json")]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return folder / f"sharpness-{digest[:12]}.json"
+    return folder / f"sharpness-{data.compute}-{data.layout}-{digest[:12]}.json"
 
 
 def read_record(path: Path) -> SharpnessRecord:

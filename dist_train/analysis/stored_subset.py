@@ -62,7 +62,12 @@ def open_stored_subset(stored: Stored, settings: SharpnessSettings, overrides: S
         batches = tuple(map(splits.train.unaugmented, parts))
     model.train(settings.statistics == "batch")
     checkpoint = MeasuredCheckpoint(path=str(stored.path), sha256=stored.sha256, step=stored.contents.step)
-    data = MeasuredData(samples=len(chosen), sha256=_digest(batches))
+    data = MeasuredData(
+        samples=len(chosen),
+        sha256=_digest(batches),
+        layout="channels_last" if precision.channels_last else "contiguous",
+        compute="float32",
+    )
     threads = share_of_threads(1) if precision.threads == "auto" else precision.threads
     # A GPU is kept busy by one.
     return StoredSubset(model, batches, checkpoint, data, threads if compute.device.type == "cpu" else 1)

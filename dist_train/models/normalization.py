@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 SumOverRanks = Callable[[Tensor, str], None]
 """Replaces a contiguous tensor by its sum over all ranks; the text names the operation, the same on all of them."""
@@ -74,15 +73,20 @@ class _Normalize(torch.autograd.Function):
         else:
             moments = [_normalize(group, weight, bias, epsilon, output, across) for group, output in groups]
         means, variances, scales = (torch.stack(of_groups) for of_groups in zip(*moments, strict=True))
-        ctx.save_for_backward(inputs, weight, means, scales)
+        ctx.save_for_backward(inputs, weight, bias, means, scales)
         ctx.epsilon, ctx.group_sizes, ctx.across, ctx.fused = epsilon, group_sizes, across, fused
         ctx.mark_non_differentiable(means, variances)
         return outputs, means, variances
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight, means, scales = ctx.saved_tensors
+        inputs, weight, bias, means, scales = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # The gradient is to be differentiated again, as for a Hessian: by operations that can be.
+            assert ctx.across is None, "sync norm has first derivatives only"
+            groups = [_plain(group, weight, bias, ctx.epsilon) for group in inputs.split(ctx.group_sizes)]
+            leaves = (inputs, weight, bias)
+            return *torch.autograd.grad(torch.cat(groups), leaves, upstream, create_graph=True), None, None, None
         upstream = upstream if ctx.fused else _channels_last(upstream)
         of_inputs = torch.empty_like(inputs)
         groups = zip(
@@ -97,8 +101,19 @@ class _Normalize(torch.autograd.Function):
             gradients = [_fused_gradients(weight, ctx.epsilon, *group) for group in groups]
         else:
             gradients = [_gradients(weight, ctx.across, *group) for group in groups]
-        of_weight, of_bias = (_weighted_sum(of_groups, [1.0] * len(means)) for of_groups in zip(*gradients, strict=True))
+        of_weight, of_bias = (
+            _weighted_sum(of_groups, [1.0] * len(means)) for of_groups in zip(*gradients, strict=True)
+        )
         return of_inputs, of_weight, of_bias, None, None, None
+
+
+def _plain(group: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """Return the normalized `group`, by operations that torch can differentiate any number of times."""
+    dimensions = [0, *range(2, group.dim())]
+    centered = group - group.mean(dimensions, keepdim=True)
+    scale = (centered.square().mean(dimensions, keepdim=True) + epsilon).rsqrt()
+    shape = (-1, *(1,) * (group.dim() - 2))
+    return centered * (scale * weight.view(shape)) + bias.view(shape)
 
 
 def _torch_is_accurate(inputs: Tensor) -> bool:

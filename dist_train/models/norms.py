@@ -63,9 +63,7 @@ class GroupedBatchNorm(nn.Module):
                 inputs, self.running_mean, self.running_var, self.weight, self.bias, eps=self.epsilon
             )
         sizes = self._group_sizes(inputs.shape[0])
-        normalized, means, variances = normalize(
-            inputs, self.weight, self.bias, self.epsilon, sizes, self.across_ranks
-        )
+        normalized, means, variances = normalize(inputs, self.weight, self.bias, self.epsilon, sizes, self.across_ranks)
         self.seen.append(SeenGroups(means, variances, sizes))
         return normalized
 

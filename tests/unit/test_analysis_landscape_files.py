@@ -16,7 +16,11 @@ from dist_train.outcome import UsageError
 
 
 def identity(sha256: str = "ab", kind: str = "direction", path: str = "a.pt", **settings: Any) -> Identity:
-    return Identity(kind, [{"path": path, "sha256": sha256, "step": 3}], {"points": 2, **settings})
+    return Identity(
+        kind,
+        [{"path": path, "sha256": sha256, "step": 3}],
+        {"points": 2, "compute": "float32", "channels_last": True, **settings},
+    )
 
 
 def measured(loss: float) -> list[Measured]:

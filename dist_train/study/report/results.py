@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_INCIDENTAL = frozenset({"data_digest", "device", "channels_last", "batch_size", "statistics_batch", "threads"})
+_INCIDENTAL = frozenset({"data_digest", "device", "batch_size", "statistics_batch", "threads"})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,285 @@
+"""Losses and gradients in the default settings, against float64.
+
+ReLU and max pooling make the loss piecewise smooth, and a rounding may fall on the other side of an edge, where the
+gradient is another one. So the reference takes the same side at each edge as the network did: it computes in float64
+what the network computes, and every difference is a rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dist_train.config import Config
+from dist_train.data.order import batch_indices, epoch_order
+from dist_train.data.plan import BatchPlan
+from dist_train.models import build_model
+from dist_train.models.normalization import normalize
+from dist_train.models.norms import GroupedBatchNorm
+from dist_train.training.step import GlobalBatch
+from dist_train.training.trainer import Trainer
+from tests.archives import idx_bytes
+from tests.unit.simulated_workers import SimulatedWorkers, results
+from tests.unit.small_trainers import build_trainer, small_config
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def images_on_black(count: int, seed: int = 0) -> Tensor:
+    """Return [count, 1, 28, 28]: like clothes, bright patches on a background of one value."""
+    source = torch.Generator().manual_seed(seed)
+    images = torch.rand(count, 1, 28, 28, generator=source)
+    inside = torch.zeros(count, 1, 28, 28)
+    for image, (top, left) in zip(inside, torch.randint(2, 12, (count, 2), generator=source).tolist(), strict=True):
+        image[:, top : top + 14, left : left + 10] = 1.0
+    return images * inside
+
+
+class Reference(nn.Module):
+    """Torch's batch norm over each group, on contiguous tensors: accurate in float64."""
+
+    def __init__(self, norm: GroupedBatchNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        size = self.norm.group_size or len(inputs)
+        cuts = [group * size for group in range(1, max(1, len(inputs) // size))]
+        weight, bias = self.norm.weight, self.norm.bias
+        parts = torch.tensor_split(inputs.contiguous(), cuts)
+        return torch.cat([functional.batch_norm(part, None, None, weight, bias, training=True) for part in parts])
+
+
+def replace_norms(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, GroupedBatchNorm):
+            setattr(module, name, Reference(child))
+        elif not isinstance(child, Reference):
+            replace_norms(child)
+
+
+def sides_taken(model: nn.Module, inputs: Tensor, precision: torch.dtype) -> list[Tensor]:
+    """Return, in the order of the forward pass, which inputs each ReLU passed and each max pooling took."""
+    sides: list[Tensor] = []
+
+    def note_relu(module: nn.Module, _: Any, output: Tensor) -> None:
+        sides.append(output.detach() > 0)
+
+    def note_pool(module: nn.MaxPool2d, arguments: tuple[Tensor], _: Any) -> None:
+        options = {"kernel_size": module.kernel_size, "stride": module.stride, "padding": module.padding}
+        inputs = arguments[0].detach().contiguous()
+        sides.append(functional.max_pool2d(inputs, ceil_mode=module.ceil_mode, return_indices=True, **options)[1])
+
+    hooks = [module.register_forward_hook(note_relu) for module in model.modules() if isinstance(module, nn.ReLU)]
+    hooks += [module.register_forward_hook(note_pool) for module in model.modules() if isinstance(module, nn.MaxPool2d)]
+    with torch.no_grad(), torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
+        model(inputs)
+    for hook in hooks:
+        hook.remove()
+    return sides
+
+
+def take_sides(model: nn.Module, sides: list[Tensor]) -> None:
+    """Let the ReLUs and max poolings of `model` do as `sides` say, whatever their inputs are."""
+    waiting = iter(sides)
+
+    def relu(_: nn.Module, inputs: tuple[Tensor], __: Tensor) -> Tensor:
+        return inputs[0] * next(waiting)
+
+    def pool(_: nn.Module, inputs: tuple[Tensor], __: Tensor) -> Tensor:
+        indices = next(waiting)
+        return inputs[0].flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
+
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+            module.register_forward_hook(relu)
+        elif isinstance(module, nn.MaxPool2d):
+            module.register_forward_hook(pool)
+
+
+def loss_and_gradient(
+    model: nn.Module, inputs: Tensor, labels: Tensor, samples: int, precision: torch.dtype = torch.float32
+) -> tuple[float, Tensor]:
+    """Return the sum of the losses over `samples`, and its gradient, float64 [weights]."""
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=precision, enabled=precision == torch.bfloat16):
+        logits = model(inputs)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    loss = functional.cross_entropy(logits, labels, reduction="sum") / samples
+    torch.autograd.backward(loss)
+    return float(loss.detach()), torch.cat(
+        [p.grad.double().flatten() for p in model.parameters() if p.grad is not None]
+    )
+
+
+def in_float64(
+    model: nn.Module, inputs: Tensor, labels: Tensor, samples: int, precision: torch.dtype = torch.float32
+) -> tuple[float, Tensor]:
+    """Return what `loss_and_gradient` would without a rounding, on the sides of all edges that `model` takes."""
+    sides = sides_taken(copy.deepcopy(model), inputs, precision)
+    reference = copy.deepcopy(model).double()
+    replace_norms(reference)
+    take_sides(reference, sides)
+    return loss_and_gradient(reference, inputs.double().contiguous(), labels, samples)
+
+
+def distance(values: Tensor, expected: Tensor) -> float:
+    return float((values.double() - expected).norm() / expected.norm())
+
+
+CASES = [
+    ("vgg9", "ghost", 120, 120),
+    ("vgg9", "ghost", 32, 128),
+    ("vgg9", "batch", 32, 3),
+    ("vgg9", "sync", 32, 16),
+    ("vgg9", "group", 32, 16),
+    ("vgg9", "none", 32, 16),
+    ("resnet18", "ghost", 120, 120),
+    ("resnet18", "ghost", 32, 128),
+    ("resnet18", "batch", 32, 2),
+    ("resnet18", "sync", 32, 16),
+    ("resnet18", "group", 32, 16),
+    ("resnet18", "none", 32, 16),
+]
+
+
+def step_config(folder: Path, name: str, norm: str, ghost_size: int, micro_size: int, batches: int) -> Config:
+    """Return default settings of a run whose first global batch is of `batches` micro-batches."""
+    count = batches * micro_size
+    pixels = (images_on_black(count) * 255).round().to(torch.uint8)[:, 0].numpy()
+    labels = (np.arange(count) % 10).astype(np.uint8)
+    folder.mkdir()
+    for stem in ("train", "t10k"):
+        (folder / f"{stem}-images-idx3-ubyte").write_bytes(idx_bytes(pixels))
+        (folder / f"{stem}-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
+    return small_config(
+        data={"name": "fashion-mnist", "root": str(folder)},
+        model={"name": name, "width": 0.125, "norm": norm, "ghost_size": ghost_size, "norm_samples": 30},
+        batch={"global_size": count, "micro_size": micro_size},
+        noise={"method": "none"},
+    )
+
+
+@pytest.mark.parametrize(("name", "norm", "ghost_size", "micro_size"), CASES)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_s_gradient_is_right_to_a_ten_thousandth_of_its_norm(
+    tmp_path: Path, name: str, norm: str, ghost_size: int, micro_size: int, ranks: int
+) -> None:
+    config = step_config(tmp_path / "data", name, norm, ghost_size, micro_size, batches=ranks)
+    assert config.precision.compute == "float32"
+    assert config.precision.channels_last
+
+    def step(workers: SimulatedWorkers) -> tuple[float, Tensor, Trainer]:
+        trainer = build_trainer(config, tmp_path / "run", workers)
+        order = epoch_order(len(trainer.splits.train), config.run.seed, 0)
+        share = trainer.plan.slices if norm == "sync" else trainer.plan.share
+        indices = batch_indices(order, 0, config.batch.global_size)
+        batch = GlobalBatch(0, 0, indices, share(workers.rank, workers.size))
+        update = trainer.take_step(batch, 0.0, lambda: False)
+        gradients = [p.grad.double().flatten() for p in trainer.network.parameters() if p.grad is not None]
+        return update.loss, torch.cat(gradients), trainer
+
+    ended = results(ranks, step)
+    *_, trainer = ended[0]
+    expected_loss, expected = 0.0, torch.zeros(())
+    order = epoch_order(len(trainer.splits.train), config.run.seed, 0)
+    for part in BatchPlan(config.batch.global_size, micro_size).micro_batches:
+        inputs, labels = trainer.splits.train.micro_batch(order[part.start : part.stop], 0)
+        loss, gradient = in_float64(build_model(config), inputs, labels, config.batch.global_size)
+        expected_loss, expected = expected_loss + loss, expected + gradient
+    for loss, gradient, _ in ended:
+        assert loss == pytest.approx(expected_loss, rel=3e-6)
+        assert distance(gradient, expected) < 1e-4
+
+
+@pytest.mark.parametrize(("name", "norm", "ghost_size", "samples"), [CASES[1], CASES[4], CASES[7], CASES[10]])
+def test_bfloat16_loses_no_more_than_its_own_rounding(name: str, norm: str, ghost_size: int, samples: int) -> None:
+    settings = {"name": name, "width": 0.125, "norm": norm, "ghost_size": ghost_size}
+    model = build_model(small_config(data={"synthetic_shape": [1, 28, 28]}, model=settings))
+    inputs, labels = images_on_black(samples), torch.arange(samples) % 10
+    plain = copy.deepcopy(model)
+    replace_norms(plain)
+
+    def error(network: nn.Module, images: Tensor) -> float:
+        _, expected = in_float64(network, images, labels, samples, torch.bfloat16)
+        return distance(loss_and_gradient(network, images, labels, samples, torch.bfloat16)[1], expected)
+
+    ours = error(model, inputs.contiguous(memory_format=torch.channels_last))
+    assert ours < 1.25 * error(plain, inputs)
+    assert ours < 0.1
+
+
+@pytest.mark.parametrize("samples", [2, 7, 128, 300])
+@pytest.mark.parametrize("shape", [(6,), (16, 28, 28), (3, 1, 5)])
+def test_a_norm_keeps_float32_s_precision_also_where_most_values_are_the_same(
+    samples: int, shape: tuple[int, ...]
+) -> None:
+    source = torch.Generator().manual_seed(1)
+    inputs = torch.randn(samples, *shape, generator=source)
+    upstream = torch.ones_like(inputs)
+    if samples > 2:
+        alike = torch.rand(samples, 1, *shape[1:], generator=source) < 0.5
+        inputs, upstream = torch.where(alike, 0.3, inputs), torch.where(alike, 0.0, upstream)
+    inputs, upstream = inputs + 1.0, upstream + 0.1 * torch.randn(samples, *shape, generator=source)
+    weight, bias = torch.randn(shape[0], generator=source), torch.randn(shape[0], generator=source)
+
+    def run(dtype: torch.dtype, layout: torch.memory_format) -> list[Tensor]:
+        images = inputs.to(dtype, copy=True).contiguous(memory_format=layout).requires_grad_()
+        leaves = [images, *(value.to(dtype, copy=True).requires_grad_() for value in (weight, bias))]
+        if dtype == torch.float64:
+            outputs = functional.batch_norm(images, None, None, leaves[1], leaves[2], training=True)
+        else:
+            outputs, means, variances = normalize(images, leaves[1], leaves[2], 1e-5, (samples,))
+            exact = inputs.double().transpose(0, 1).flatten(1)
+            assert distance(means[0], exact.mean(1)) < 1e-6
+            assert distance(variances[0], exact.var(1)) < 2e-6
+        return [outputs.detach(), *torch.autograd.grad(outputs, leaves, upstream.to(dtype))]
+
+    expected = run(torch.float64, torch.contiguous_format)
+    layouts = [torch.contiguous_format, *([torch.channels_last] if len(shape) == 3 else [])]
+    for layout in layouts:
+        outputs, of_inputs, of_weight, of_bias = run(torch.float32, layout)
+        assert distance(outputs, expected[0]) < 2e-6
+        # Of two samples only the sign is left, and the gradient is a small difference of large numbers.
+        assert distance(of_inputs, expected[1]) < (1e-2 if samples == 2 and len(shape) == 1 else 1e-5)
+        assert distance(of_weight, expected[2]) < 1e-4
+        assert distance(of_bias, expected[3]) < 1e-5
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(6, 3, 4, 4), (6, 3)])
+def test_a_norm_s_second_derivatives_are_right(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    source = torch.Generator().manual_seed(0)
+    values = [torch.randn(size, generator=source) for size in (shape, (3,), (3,))]
+    directions = [torch.randn(size, generator=source) for size in (shape, (3,), (3,))]
+
+    def second(dtype: torch.dtype, layout: torch.memory_format) -> tuple[Tensor, ...]:
+        images = values[0].to(dtype).contiguous(memory_format=layout if len(shape) == 4 else torch.contiguous_format)
+        leaves = [value.to(dtype, copy=True).requires_grad_() for value in (images, *values[1:])]
+        if dtype == torch.float64:
+            parts = (functional.batch_norm(part, None, None, *leaves[1:], training=True) for part in leaves[0].split(3))
+            outputs = torch.cat([*parts])
+        else:
+            outputs, _, _ = normalize(leaves[0], leaves[1], leaves[2], 1e-5, (3, 3))
+        gradients = torch.autograd.grad(outputs.pow(3).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(gradients, leaves, [direction.to(dtype) for direction in directions])
+
+    for found, expected in zip(
+        second(torch.float32, layout), second(torch.float64, torch.contiguous_format), strict=True
+    ):
+        assert distance(found, expected) < 1e-5
