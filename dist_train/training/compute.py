@@ -13,6 +13,16 @@ from dist_train.outcome import UsageError
 from dist_train.training.allocator import keep_freed_memory
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # what cublasCreate gives where its workspace does not fit
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "_ALLOCATION_FAILED",  # cuDNN 9's, of host and device
+    "valid cuDNN algorithm to run convolution",  # each of them wants more workspace than there is
+    "unable to find an engine to execute",
+)
 
 
 @dataclass(frozen=True)
@@ -67,5 +77,7 @@ def share_of_threads(local_size: int) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that a device's memory is full."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Whether `error` says that a device's memory is full, in the words of torch or of CUDA's libraries."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
