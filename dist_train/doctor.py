@@ -139,9 +139,7 @@ def check_devices(asked: Device) -> Check:
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(found.count))
         return Check("devices", "fine", f"{names}: at most {found.count} ranks on this node; {processor}")
     if not signs.present and asked != "cuda":
-        return Check(
-            "devices", "fine", f"{processor}, no GPU for this process; {devices.why_no_gpu(signs)}".rstrip("; ")
-        )
+        return Check("devices", "fine", f"{processor}; {devices.why_no_gpu(signs) or 'no GPU'}")
     why = devices.obstacle(signs, found)
     state: State = "note" if asked == "cpu" else "fails"
     there = f"there are GPUs ({signs})" if signs.present else "there is no GPU"

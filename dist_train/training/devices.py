@@ -154,7 +154,7 @@ def obstacle(signs: GpuSigns, found: TorchGpus) -> Obstacle:
             f"{found.built_for}",
             f"update the driver, or install a torch that is built for CUDA {major}",
         )
-    if signs.denied:
+    if signs.denied and signs.denied == signs.files:
         return Obstacle(
             f"no permission to open {', '.join(signs.denied)}",
             "ask the scheduler for GPUs (--gpus-per-node), or the administrator for access to the device files",
