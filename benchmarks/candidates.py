@@ -21,7 +21,8 @@ from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, compare, ratio_of, timed
 from dist_train.cluster.alone import Alone
 from dist_train.cluster.joining import join_workers
-from dist_train.training.compute import device_type, share_of_threads
+from dist_train.training.compute import share_of_threads
+from dist_train.training.devices import device_type
 
 _WIDTH, _GLOBAL_SIZE, _UPDATES = 0.25, 128, 10
 

@@ -17,6 +17,7 @@ from dist_train.data.loader import Samples
 from dist_train.data.pixels import PixelFormat
 from dist_train.models import build_model
 from dist_train.training.compute import set_up_compute
+from dist_train.training.devices import choose_device
 from dist_train.training.evaluation import evaluate
 
 _IMAGES = {0.25: 10_000, 1.0: 2_000}
@@ -48,7 +49,7 @@ def rows(pairs: int) -> Iterator[Ratio]:
 def rows_of(subject: Subject, pairs: int) -> Iterator[Ratio]:
     """Yield our time over that of each plain evaluation, of the same network on the same images."""
     config = settings(subject.width, 128)
-    compute = set_up_compute(config.precision, local_rank=0)
+    compute = set_up_compute(config.precision, choose_device(config.run.device, local_rank=0))
     model = build_model(config).to(compute.device)
     pixels = PixelFormat(memory_format=torch.channels_last)
     samples = Samples(ImageSet(subject.images, subject.labels, 10), compute.device, pixels=pixels)

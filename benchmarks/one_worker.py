@@ -15,7 +15,7 @@ from benchmarks.timing import Ratio, compare, ratio_of, timed
 from dist_train.cluster.alone import Alone
 from dist_train.data.catalog import load_images
 from dist_train.training.checkpoint_writer import CheckpointWriter, Written
-from dist_train.training.compute import device_type
+from dist_train.training.devices import device_type
 
 WATCHED: Mapping[str, Mapping[str, Any]] = {
     "metrics": {"enabled": True, "port": 0},

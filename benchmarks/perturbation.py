@@ -13,7 +13,7 @@ from dist_train.config import NoiseSettings
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import build_noise
 from dist_train.training.allocator import ask_for_large_pages, keep_freed_memory
-from dist_train.training.compute import device_type
+from dist_train.training.devices import device_type
 
 BY_TENSOR = "a draw, an addition, a subtraction a tensor"
 

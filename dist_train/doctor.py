@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_train.config import Config
+from dist_train.config.sections import Device
 
 State = Literal["fine", "note", "fails"]
 """fine: usable. note: training runs without it. fails: training cannot run here."""
@@ -54,6 +55,7 @@ class _Library:
 _LIBRARIES = (
     _Library("torchvision", "torchvision", "ResNets"),
     _Library("timm", "timm.optim", "LARS and LAMB"),
+    _Library("nvidia-ml-py", "pynvml", "the utilization of GPUs"),
     _Library("pillow", "PIL.Image", "image folders"),
     _Library("prometheus-client", "prometheus_client", "metrics"),
     _Library("scipy", "scipy.sparse.linalg", "dist-train sharpness"),
@@ -69,8 +71,8 @@ def examine(config: Config, data_named: bool) -> tuple[Check, ...]:
     return (
         check_python(),
         check_torch(),
-        check_devices(),
-        check_horovod(),
+        check_devices(config.run.device),
+        check_horovod(config.run.device),
         check_mpi(),
         check_libraries(),
         check_launchers(),
@@ -121,30 +123,31 @@ def check_torch() -> Check:
     return Check("torch", "fine", f"{torch.__version__}, built for {built}")
 
 
-def check_devices() -> Check:
-    """Say what a run would compute on."""
+def check_devices(asked: Device) -> Check:
+    """Say what a run would compute on that is `asked` for a device, and why not on GPUs that torch cannot use."""
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIBIBYTE
     processor = f"{cores} CPU cores, {memory:.0f} GiB of memory"
     try:
         import torch
+
+        from dist_train.training import devices
     except (ImportError, OSError):
         return Check("devices", "note", processor)
-    if torch.cuda.is_available():
-        names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-        return Check("devices", "fine", f"{names}; {processor}")
-    if Path("/dev/nvidia0").exists():
-        return Check(
-            "devices",
-            "note",
-            f"{processor}; there is an NVIDIA GPU, but torch cannot use it",
-            "install a torch that is built for CUDA, and a driver that is new enough for it",
-        )
-    return Check("devices", "fine", f"{processor}, no GPU")
+    signs, found = devices.find_gpus(os.environ), devices.torch_gpus()
+    if found.count:
+        names = ", ".join(torch.cuda.get_device_name(index) for index in range(found.count))
+        return Check("devices", "fine", f"{names}: at most {found.count} ranks on this node; {processor}")
+    if not signs.present and asked != "cuda":
+        return Check("devices", "fine", f"{processor}; {devices.why_no_gpu(signs) or 'no GPU'}")
+    why = devices.obstacle(signs, found)
+    state: State = "note" if asked == "cpu" else "fails"
+    there = f"there are GPUs ({signs})" if signs.present else "there is no GPU"
+    return Check("devices", state, f"{processor}; {there}: {why.reason}", f"{why.fix}; or run.device=cpu")
 
 
-def check_horovod() -> Check:
-    """Check that Horovod loads, and what it can carry the workers by."""
+def check_horovod(asked: Device) -> Check:
+    """Check that Horovod loads, and what it can carry the ranks by on the device that is `asked` for."""
     from dist_train.cluster.inspection import horovod_build
 
     rebuild = "build it for this torch and MPI: rm -r .venv, then make setup"
@@ -157,10 +160,16 @@ def check_horovod() -> Check:
     detail = f"{build.version}, built with {listed or 'nothing'}"
     if not (build.mpi or build.gloo):
         return Check("Horovod", "fails", detail, rebuild)
+    if not build.nccl and asked != "cpu":
+        from dist_train.training.devices import torch_gpus
+
+        found = torch_gpus()
+        if found.built_for:
+            # one rank alone has nobody to talk to
+            state: State = "fails" if found.count > 1 else "note"
+            return Check("Horovod", state, f"{detail}: without NCCL there can be one rank on GPUs, no more", rebuild)
     if not (build.mpi and build.gloo):
         return Check("Horovod", "note", f"{detail} only", rebuild)
-    if not build.nccl and Path("/dev/nvidia0").exists():
-        return Check("Horovod", "note", f"{detail}; the GPUs would be served without NCCL", rebuild)
     return Check("Horovod", "fine", detail)
 
 

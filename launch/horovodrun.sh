@@ -20,7 +20,7 @@ over Gloo, without MPI.
 
 Environment variables:
   OMP_NUM_THREADS       threads of a worker (where all workers run here: the cores divided by N)
-  HOROVOD_CYCLE_TIME    milliseconds between Horovod's rounds (5)
+  HOROVOD_CYCLE_TIME    milliseconds between Horovod's rounds (5; on GPUs 1)
   HOROVOD_GLOO_IFACE    network interface that the workers talk over (what all machines have)
   DIST_TRAIN_PYTHON     the Python to run, on all machines (.venv/bin/python of the project, else python3)
 
@@ -105,9 +105,6 @@ if ((${#far_names[@]})); then
     set_worker_environment "${OMP_NUM_THREADS:-}"
 else
     set_worker_environment "${OMP_NUM_THREADS:-$(threads_each "$worker_count")}"
-fi
-if [[ -z ${HOROVOD_CYCLE_TIME:-} ]]; then
-    worker_environment+=("HOROVOD_CYCLE_TIME=5") # milliseconds; Gloo's threads take the cores more rarely
 fi
 
 # The workers agree on a stop, so that one who knows is enough. horovodrun itself hands nothing on.

@@ -23,7 +23,7 @@ two seconds or more after the first, ends them at once.
 
 Environment variables:
   OMP_NUM_THREADS     threads of a worker (the cores divided by N)
-  HOROVOD_CYCLE_TIME  milliseconds between Horovod's rounds (5)
+  HOROVOD_CYCLE_TIME  milliseconds between Horovod's rounds (5; on GPUs 1)
   DIST_TRAIN_PYTHON   the Python to run (.venv/bin/python of the project, else python3)
 
 Exit status of a training run: 0 finished, 2 bad usage or configuration, 3 diverged, 4 workers
@@ -58,8 +58,5 @@ horovodrun=$(dirname "$python")/horovodrun
 [[ -x $horovodrun ]] || horovodrun=$(command -v horovodrun) || fail "horovodrun is missing; run 'make setup' in $root"
 check_run "$@"
 set_worker_environment "${OMP_NUM_THREADS:-$(threads_each "$worker_count")}"
-if [[ -z ${HOROVOD_CYCLE_TIME:-} ]]; then
-    worker_environment+=("HOROVOD_CYCLE_TIME=5") # milliseconds; Gloo's threads take the cores more rarely
-fi
 launch stop_local_workers "$horovodrun" --gloo -np "$worker_count" "$python" -m dist_train "$@"
 finish

@@ -25,6 +25,7 @@ from dist_train.outcome import UsageError
 from dist_train.randomness import generator
 from dist_train.training.checkpoints import Contents, read_checkpoint
 from dist_train.training.compute import Compute, set_up_compute
+from dist_train.training.devices import choose_device
 from dist_train.training.norm_statistics import statistics_samples
 from dist_train.training.stored import find_checkpoint, stored_config
 
@@ -105,8 +106,9 @@ def open_subject(stored: Stored, overrides: Sequence[str], measure: MeasureSetti
     """
     config = stored_config(stored.contents, overrides)
     # One thread an operation: bits that do not depend on how many cores a worker has.
-    changes = {"threads": 1} if measure.precision == "run" else {"threads": 1, "compute": "float32"}
-    compute = set_up_compute(config.precision.model_copy(update=changes), local_rank=local_rank)
+    changes = {"threads": 1} if measure.precision == "run" else {"threads": 1, "compute": "float32", "tf32": False}
+    device = choose_device(config.run.device, local_rank=local_rank)
+    compute = set_up_compute(config.precision.model_copy(update=changes), device)
     # On a CPU this layout takes half the time, whatever the run used.
     channels_last = config.precision.channels_last or compute.device.type == "cpu"
     layout = torch.channels_last if channels_last else torch.contiguous_format

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -61,20 +60,19 @@ def measure_sharpness(
     if current_launch().size > 1:
         raise UsageError("sharpness is measured by one process: start it without a launcher")
     stored = read_stored(target)
-    with _whole_float32():
-        subset = open_stored_subset(stored, settings, overrides)
-        file = record_path(folder or analysis_folder(stored.path), subset.checkpoint, subset.data, settings)
-        known = read_record(file) if file.exists() else None
-        if known is not None and all(map(known.has, measures)):
-            tell(f"measured before: delete {file} to measure again")
-            return known, file
-        loss = SubsetLoss(subset.model, subset.batches, threads=subset.threads)
-        check_exclusions(loss.weights, settings.exclude)
-        record = known or _begin(subset, loss, settings)
-        for measure in MEASURES:
-            if measure in measures and not record.has(measure):
-                record = _take(measure, loss, record, tell)
-                write_record(file, record)
+    subset = open_stored_subset(stored, settings, overrides)
+    file = record_path(folder or analysis_folder(stored.path), subset.checkpoint, subset.data, settings)
+    known = read_record(file) if file.exists() else None
+    if known is not None and all(map(known.has, measures)):
+        tell(f"measured before: delete {file} to measure again")
+        return known, file
+    loss = SubsetLoss(subset.model, subset.batches, threads=subset.threads)
+    check_exclusions(loss.weights, settings.exclude)
+    record = known or _begin(subset, loss, settings)
+    for measure in MEASURES:
+        if measure in measures and not record.has(measure):
+            record = _take(measure, loss, record, tell)
+            write_record(file, record)
     return record, file
 
 
@@ -145,13 +143,3 @@ def _take_hessian(loss: SubsetLoss, settings: SharpnessSettings) -> Mapping[str,
 _TAKERS: Mapping[Measure, Callable[[SubsetLoss, SharpnessSettings], Mapping[str, object]]] = MappingProxyType(
     {"keskar": _take_keskar, "rise": _take_rise, "hessian": _take_hessian}
 )
-
-
-@contextmanager
-def _whole_float32() -> Iterator[None]:
-    """Within the block convolutions on a GPU use whole float32, not TF32, whose errors would pass for curvature."""
-    cudnn = torch.backends.cudnn
-    with cudnn.flags(
-        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
-    ):
-        yield

@@ -24,6 +24,7 @@ from dist_train.models.norms import norm_modules
 from dist_train.outcome import DivergedError, UsageError
 from dist_train.randomness import generator
 from dist_train.training.compute import Compute, set_up_compute, share_of_threads
+from dist_train.training.devices import choose_device
 from dist_train.training.norm_statistics import recompute_statistics, statistics_samples
 from dist_train.training.stored import stored_config
 
@@ -48,7 +49,9 @@ def open_stored_subset(stored: Stored, settings: SharpnessSettings, overrides: S
     """
     config = stored_config(stored.contents, overrides)
     precision = config.precision
-    compute = set_up_compute(precision.model_copy(update={"compute": "float32", "threads": 1}), local_rank=0)
+    # TF32's errors would pass for curvature.
+    exactly = precision.model_copy(update={"compute": "float32", "tf32": False, "threads": 1})
+    compute = set_up_compute(exactly, choose_device(config.run.device, local_rank=0))
     layout = torch.channels_last if precision.channels_last else torch.contiguous_format
     chosen = choose_samples(_training_labels(config), config.data.image_format.classes, settings)
     model = model_of(stored, config).to(compute.device)

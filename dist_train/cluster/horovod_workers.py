@@ -26,7 +26,7 @@ class HorovodWorkers:
         Raises:
             UsageError: Horovod is missing, or sees another number of workers than were launched.
         """
-        _set_environment(timeout, device_type)
+        set_environment(timeout, device_type, launch.launcher)
         if timeline:
             os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
         self._hvd = _import_horovod()
@@ -107,13 +107,18 @@ def _lost(error: Exception) -> str:
     return f"a worker was lost, so the others stop: {' '.join(str(error).split())}"
 
 
-def _set_environment(timeout: float, device_type: str) -> None:
-    """Set what Horovod and MPI read when they start; what the user has set stays."""
+def set_environment(timeout: float, device_type: str, launcher: str) -> None:
+    """Set what Horovod and MPI read when they start; what the user has set stays, where it is not wrong."""
     seconds = str(max(1, round(timeout)))
     os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, round(timeout / 2))))
     os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", seconds)
     # Gloo does not know who is lost: the watchdog, which does, must come first.
     os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(max(60, round(3 * timeout))))
+    # Batched, Horovod's copies into the fusion buffer of a GPU multiply by a double, also by 1: integers above 2^53,
+    # as in the exact reduction, lose their last bits (BatchedScaledD2DMemcpy of its cuda_kernels.cu).
+    os.environ["HOROVOD_BATCH_D2D_MEMCOPIES"] = "0"
+    # Milliseconds. On CPUs, Gloo's threads take the cores that compute, the more often the shorter it is.
+    os.environ.setdefault("HOROVOD_CYCLE_TIME", "5" if device_type == "cpu" and launcher == "horovodrun" else "1")
     if device_type == "cpu":
         # Open MPI polls without pause while it waits, and so takes the core that computes.
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")

@@ -50,6 +50,12 @@ def _leaves_one_sample(config: Config) -> bool:
 
 _RULES = (
     _Rule(
+        "precision.compute",
+        lambda c: c.precision.compute == "float16" and c.run.device == "cpu",
+        "float16 needs a GPU; use bfloat16, or set run.device to cuda",
+        "float32, bfloat16",
+    ),
+    _Rule(
         "metrics.certificate_file",
         lambda c: (c.metrics.certificate_file is None) != (c.metrics.key_file is None),
         "TLS needs a certificate and its key; set metrics.certificate_file and metrics.key_file, or neither",

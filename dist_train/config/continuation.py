@@ -28,7 +28,7 @@ _FREE = frozenset(
         "metrics",
     }
 )
-_DECIDED_ONCE = frozenset({"batch.micro_size", "precision.threads"})
+_DECIDED_ONCE = ("run.device", "batch.micro_size", "precision.threads", "precision.deterministic")
 
 
 @dataclass(frozen=True)
@@ -46,32 +46,48 @@ class Difference:
 def differences(before: Config, after: Config) -> list[Difference]:
     """Return the settings that can change a run's result and differ between its beginning and now.
 
-    What a run decided once from its device (`auto`) may be left to `auto` again.
+    What a run decided once from its device (`auto`) may be left to `auto` again. A run from before `run.device` has
+    decided none.
     """
     return [
         difference
         for difference in _differences(before, after, "")
-        if not (difference.path in _DECIDED_ONCE and difference.after == "auto")
+        if difference.path not in _DECIDED_ONCE or "auto" not in (difference.before, difference.after)
     ]
 
 
 def with_decisions(config: Config, decided: Config) -> Config:
     """Return `config` with what was left to `auto` as `decided` has it."""
-    if config.batch.micro_size == "auto":
-        config = with_micro_size(config, decided.batch.micro_size)
-    if config.precision.threads == "auto":
-        config = with_threads(config, decided.precision.threads)
+    for path in _DECIDED_ONCE:
+        section, name = path.split(".")
+        if getattr(getattr(config, section), name) == "auto":
+            config = _with_setting(config, section, name, getattr(getattr(decided, section), name))
     return config
+
+
+def with_device(config: Config, device: Literal["cpu", "cuda"]) -> Config:
+    """Return `config` with `device`, and with deterministic kernels where they are left open and it asks for them."""
+    config = _with_setting(config, "run", "device", device)
+    if config.precision.deterministic != "auto":
+        return config
+    # integer sums give the same bits only where the kernels before them do
+    deterministic = device == "cuda" and config.comm.reduction == "exact"
+    return _with_setting(config, "precision", "deterministic", deterministic)
 
 
 def with_micro_size(config: Config, micro_size: int | Literal["auto"]) -> Config:
     """Return `config` with another `batch.micro_size`."""
-    return config.model_copy(update={"batch": config.batch.model_copy(update={"micro_size": micro_size})})
+    return _with_setting(config, "batch", "micro_size", micro_size)
 
 
 def with_threads(config: Config, threads: int | Literal["auto"]) -> Config:
     """Return `config` with another `precision.threads`."""
-    return config.model_copy(update={"precision": config.precision.model_copy(update={"threads": threads})})
+    return _with_setting(config, "precision", "threads", threads)
+
+
+def _with_setting(config: Config, section: str, name: str, value: object) -> Config:
+    changed = getattr(config, section).model_copy(update={name: value})
+    return config.model_copy(update={section: changed})
 
 
 def _differences(before: BaseModel, after: BaseModel, prefix: str) -> Iterator[Difference]:

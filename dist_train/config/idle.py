@@ -80,6 +80,7 @@ _IDLE: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("schedule.milestones", lambda c: c.schedule.decay != "step", "schedule.decay is not step"),
     ("schedule.factor", lambda c: c.schedule.decay != "step", "schedule.decay is not step"),
     ("schedule.power", lambda c: c.schedule.decay != "poly", "schedule.decay is not poly"),
+    ("precision.tf32", lambda c: c.run.device == "cpu", "run.device is cpu"),
     ("data.download", lambda c: not c.data.name.startswith("cifar"), "only CIFAR can be downloaded"),
     ("data.loader_workers", _not_a_folder, "this data set is held in memory"),
     ("data.image_size", _not_a_folder, "data.name is not imagefolder"),

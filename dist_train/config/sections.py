@@ -14,6 +14,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Device = Literal["auto", "cpu", "cuda"]
 
 
 class Section(BaseModel):
@@ -28,6 +29,11 @@ class RunSettings(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run's directory.")
     directory: Path = Field(Path("runs"), description="Folder that holds the run directories.")
     seed: NonNegativeInt = Field(0, description="All randomness is a function of it.")
+    device: Device = Field(
+        "auto",
+        description="Where the ranks compute. auto: on the GPUs, where there are any; GPUs that torch cannot use are "
+        "an error, not a run on the CPU. Decided when a run begins, and kept on a resume.",
+    )
     epochs: PositiveInt = Field(10, description="Passes over the training data; schedules are laid out over them.")
     max_steps: PositiveInt | None = Field(None, description="Stop after this many updates.")
     profile_steps: NonNegativeInt = Field(0, description="Updates of which a profiler trace is written.")
@@ -215,7 +221,13 @@ class PrecisionSettings(Section):
     )
     channels_last: bool = Field(True, description="Images in channels-last layout: faster convolutions.")
     compile: bool = Field(False, description="Compile the model with torch.compile.")
-    deterministic: bool = Field(False, description="Only kernels that give the same bits each time.")
+    tf32: bool = Field(
+        False, description="On a GPU, float32 convolutions and matrix products may round their inputs to TF32."
+    )
+    deterministic: bool | Literal["auto"] = Field(
+        "auto",
+        description="Only kernels that give the same bits each time; auto: on a GPU, where comm.reduction is exact.",
+    )
     threads: PositiveInt | Literal["auto"] = Field(
         "auto", description="CPU threads of a worker; auto: OMP_NUM_THREADS, else the cores shared out."
     )

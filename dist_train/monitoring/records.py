@@ -136,6 +136,8 @@ class RunFacts:
     node: str = ""
     launched: float = 0.0
     """When this launch began, in seconds since 1970."""
+    device: str = ""
+    """What this worker computes on, in words for people."""
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ def introduction(facts: RunFacts) -> tuple[str, ...]:
         f"{plural(facts.world_size, 'worker')} ({facts.controller}), {facts.epochs:.4g} epochs of "
         f"{plural(facts.steps_per_epoch, 'step')}, {plural(facts.total_steps, 'step')} in all",
     ]
+    if facts.device:
+        lines.append(f"on {facts.device}")
     if facts.start_step:
         lines.append(f"going on from step {facts.start_step:,}")
     return tuple(lines)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from dist_train.cluster.workers import Workers, together
 from dist_train.config import Config
-from dist_train.config.continuation import with_micro_size
+from dist_train.config.continuation import with_device, with_micro_size
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.data.source import Splits
@@ -27,6 +27,7 @@ from dist_train.training.alike import check_same_data
 from dist_train.training.checkpoint_writer import CheckpointWriter
 from dist_train.training.checkpoints import Contents
 from dist_train.training.compute import Compute, set_up_compute
+from dist_train.training.devices import share_out_devices
 from dist_train.training.loss_scale import DynamicLossScale, NoLossScale
 from dist_train.training.measuring import Measuring, NoMeasuring, WorkerMeasuring, is_measured
 from dist_train.training.micro_size import find_micro_size, forward_and_backward
@@ -60,8 +61,9 @@ def assemble(
     Raises:
         UsageError: data are missing, or something does not fit.
     """
-    set_up = partial(set_up_compute, config.precision, local_rank=workers.local_rank)
-    compute = together(workers, set_up, "set up its device")
+    device = share_out_devices(workers, config.run.device)
+    config = with_device(config, "cuda" if device.type == "cuda" else "cpu")
+    compute = together(workers, partial(set_up_compute, config.precision, device), "set up its device")
     splits = together(workers, lambda: _open_data(config, compute), "load the data")
     check_same_data(workers, splits.identity, config.data.name)
     samples = len(splits.train)

@@ -103,7 +103,7 @@ class CheckpointWriter:
                 )
             finally:
                 self._copied.set()
-            if torch.cuda.is_available():
+            if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             file = write_checkpoint(self._directory, contents, self._before_publishing)
             prune(self._directory, keep=self._settings.keep, best_step=best_step)

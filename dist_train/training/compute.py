@@ -13,6 +13,16 @@ from dist_train.outcome import UsageError
 from dist_train.training.allocator import keep_freed_memory
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # what cublasCreate gives where its workspace does not fit
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "_ALLOCATION_FAILED",  # cuDNN 9's, of host and device
+    "valid cuDNN algorithm to run convolution",  # each of them wants more workspace than there is
+    "unable to find an engine to execute",
+)
 
 
 @dataclass(frozen=True)
@@ -27,34 +37,35 @@ class Compute:
         return torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32)
 
 
-def device_type() -> str:
-    """Return cuda where there is a GPU, else cpu."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def set_up_compute(settings: PrecisionSettings, *, local_rank: int) -> Compute:
-    """Set threads, memory and kernels as `settings` say and return the worker's device and precision.
+def set_up_compute(settings: PrecisionSettings, device: torch.device) -> Compute:
+    """Set threads, memory and kernels as `settings` say and return how the rank computes on `device`.
 
     Raises:
         UsageError: the device cannot compute so.
     """
     assert settings.threads != "auto", "decided before"
-    if settings.compute == "float16" and device_type() != "cuda":
+    if settings.compute == "float16" and device.type != "cuda":
         raise UsageError("precision.compute: float16 needs a GPU; use bfloat16")
     torch.set_num_threads(settings.threads)
     keep_freed_memory()
-    if settings.deterministic:
-        # cuBLAS reads it when it first starts; other values than these two are refused by torch.
-        if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
-            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(mode=True)
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.benchmark = False
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+    # torch's newer fp32_precision says the same; once that is set, torch.compile fails to read these (2.15).
+    torch.backends.cuda.matmul.allow_tf32 = settings.tf32
+    torch.backends.cudnn.allow_tf32 = settings.tf32
+    if settings.deterministic is True:
+        _keep_to_deterministic_kernels()
     return Compute(device, _PRECISIONS[settings.compute])
+
+
+def _keep_to_deterministic_kernels() -> None:
+    # cuBLAS reads it when it first starts; other values than these two are refused by torch.
+    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(mode=True)
+    # It helps to find reads of what nobody has written, at the price of a kernel for every new tensor.
+    # the property is given to the module at run time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
 
 
 def share_of_threads(local_size: int) -> int:
@@ -66,5 +77,7 @@ def share_of_threads(local_size: int) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that a device's memory is full."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Whether `error` says that a device's memory is full, in the words of torch or of CUDA's libraries."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)

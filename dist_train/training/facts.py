@@ -6,8 +6,12 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
+import torch
+
 from dist_train.config import Config
 from dist_train.monitoring.records import RunFacts
+from dist_train.training.devices import find_gpus, why_no_gpu
+from dist_train.training.environment import device_name
 from dist_train.training.run_directory import RunDirectory
 from dist_train.training.shares import share_of
 
@@ -32,6 +36,7 @@ def run_facts(trainer: Trainer, directory: RunDirectory, launched: float, revisi
         steps_per_epoch=trainer.learning_rate.steps_per_epoch,
         epochs=trainer.last_step / trainer.learning_rate.steps_per_epoch,
         noise=_noise_in_words(config),
+        device=device_in_words(config, trainer.take_step.compute.device),
         start_step=trainer.progress.step,
         controller=workers.controller,
         rank=workers.rank,
@@ -54,3 +59,12 @@ def _noise_in_words(config: Config) -> str:
     if noise.method == "none":
         return "none"
     return f"{noise.method}, {noise.distribution} {noise.amplitude:g}, {noise.sharing}, {noise.schedule.kind}"
+
+
+def device_in_words(config: Config, device: torch.device) -> str:
+    """Return the device's name; with it, of a GPU, how it keeps to the same bits, and of a CPU, why it is no GPU."""
+    remark = why_no_gpu(find_gpus(os.environ))
+    if device.type == "cuda":
+        exact = ", since comm.reduction is exact" if config.comm.reduction == "exact" else ""
+        remark = f"deterministic kernels alone{exact}" if config.precision.deterministic is True else ""
+    return "; ".join(filter(None, (device_name(device), remark)))

@@ -34,16 +34,26 @@ def find_micro_size(
 def _largest_that_fits(try_size: Callable[[int], None], largest: int) -> int:
     fits = 0
     for size in _candidates(largest):
-        try:
-            try_size(size)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
+        if not _fits(try_size, size):
             break
         fits = size
     if fits == 0:
         raise UsageError("not even the smallest micro-batch fits the device's memory: set a smaller model.width")
     return fits
+
+
+def _fits(try_size: Callable[[int], None], size: int) -> bool:
+    try:
+        try_size(size)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        # The allocator keeps a trial's blocks, of which those for the next size are no part. Without a GPU in use it
+        # does nothing.
+        torch.cuda.empty_cache()
+    return True
 
 
 def without_remnant(micro_size: int, global_size: int, fewest: int = 2) -> int:

@@ -77,7 +77,7 @@ class StepProfiler:
             return
         self._first_step = first_step
         activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             activities.append(ProfilerActivity.CUDA)
         self._workers.start_timeline(self._folder / f"horovod-step-{first_step:08d}.json")
         self._profile = profile(activities=activities)

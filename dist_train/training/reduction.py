@@ -262,7 +262,7 @@ def build_reduction(
         UsageError: Adasum cannot work with this group.
     """
     if settings.op == "adasum":
-        _check_adasum(workers, share)
+        _check_adasum(workers, share, weights.values.device)
         return GradientReduction(weights, AdasumCodec(weights, workers, share), buckets_of(weights, 1))
     codec: Codec
     if settings.reduction == "exact":
@@ -286,10 +286,10 @@ def buckets_of(weights: FlatWeights, size: int) -> list[Bucket]:
     return buckets
 
 
-def _check_adasum(workers: Workers, share: float) -> None:
+def _check_adasum(workers: Workers, share: float, device: torch.device) -> None:
     if workers.size & (workers.size - 1):
         raise UsageError(f"adasum needs a power of two of workers, not {workers.size}: set comm.op to average")
-    if workers.controller == "gloo" and not torch.cuda.is_available():
+    if workers.controller == "gloo" and device.type == "cpu":
         raise UsageError("adasum needs MPI on a CPU: start with mpirun, or set comm.op to average")
     if share == 0:
         raise UsageError("adasum needs a micro-batch on every worker: set a smaller batch.micro_size")

@@ -19,10 +19,13 @@ from dist_train.data.loader import open_splits
 from dist_train.models import build_model
 from dist_train.outcome import UsageError
 from dist_train.training.checkpoints import Contents, list_checkpoints, read_checkpoint
-from dist_train.training.compute import device_type, set_up_compute, share_of_threads
+from dist_train.training.compute import set_up_compute, share_of_threads
+from dist_train.training.devices import device_type, share_out_devices
 from dist_train.training.evaluation import evaluate
 
-_HARMLESS = frozenset({"precision.compute", "precision.channels_last", "precision.compile", "precision.threads"})
+_HARMLESS = frozenset(
+    {"run.device", *(f"precision.{name}" for name in ("compute", "channels_last", "compile", "threads", "tf32"))}
+)
 
 
 def find_checkpoint(target: Path) -> Path:
@@ -54,7 +57,7 @@ def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dic
         config = stored_config(contents, overrides)
         if config.precision.threads == "auto":
             config = with_threads(config, share_of_threads(workers.local_size))
-        compute = set_up_compute(config.precision, local_rank=workers.local_rank)
+        compute = set_up_compute(config.precision, share_out_devices(workers, config.run.device))
         layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
         splits = together(
             workers,
@@ -88,13 +91,14 @@ def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dic
 
 
 def stored_config(contents: Contents, overrides: Sequence[str]) -> Config:
-    """Return the configuration in a checkpoint, with `section.key=value` overrides.
+    """Return the configuration in a checkpoint, with `section.key=value` overrides, for whichever device is here.
 
     Raises:
         UsageError: an override would change the model or its data.
     """
     stored = parse_config(dict(contents.config), source="the checkpoint")
     settings = yaml.safe_load(dump_config(stored))
+    settings["run"]["device"] = "auto"
     config = parse_config(with_overrides(settings, overrides), source="the checkpoint")
     changed = [difference for difference in differences(stored, config) if difference.path not in _HARMLESS]
     if changed:

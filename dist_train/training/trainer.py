@@ -156,8 +156,7 @@ class Trainer:
     def _shrink(self) -> None:
         smaller = halve(self.plan.micro_size, self.plan.global_size)
         self._event("micro_size", before=self.plan.micro_size, now=smaller, reason="out of memory")
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         self.plan = BatchPlan(self.plan.global_size, smaller)
         self.config = with_micro_size(self.config, smaller)
         self._settings = self.config.model_dump(mode="json")

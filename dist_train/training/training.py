@@ -22,7 +22,8 @@ from dist_train.start_up import without_collection
 from dist_train.training.alike import check_alike
 from dist_train.training.assembly import assemble
 from dist_train.training.beginning import Beginning, find_beginning
-from dist_train.training.compute import device_type, share_of_threads
+from dist_train.training.compute import share_of_threads
+from dist_train.training.devices import device_type
 from dist_train.training.run_directory import RunDirectory, told_as_faults
 from dist_train.training.run_lock import RunLock, lock_run
 from dist_train.training.session import Session, open_session
@@ -59,7 +60,9 @@ def train(config: Config, run_directory: Path | None = None) -> Outcome:
 
         with without_collection(), meeting_within(config.comm.timeout * _MEETING_SHARE):
             workers = join_workers(
-                timeout=config.comm.timeout, device_type=device_type(), timeline=config.run.profile_steps > 0
+                timeout=config.comm.timeout,
+                device_type=device_type(config.run.device),
+                timeline=config.run.profile_steps > 0,
             )
             stack.callback(workers.close)
             check_alike(workers, config)

@@ -1,4 +1,7 @@
-"""The small runs of the cluster tests, and the same runs undisturbed: alone, on one worker."""
+"""The small runs of the cluster tests, and the same runs undisturbed: alone, on one worker.
+
+They are for the CPU: the cluster's GPUs are null devices, and no run takes the CPU in their place unasked.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ _COMMON: Mapping[str, Any] = {
 }
 LARGE_BATCH: Mapping[str, Any] = {
     **_COMMON,
-    "run": {"name": "large", "epochs": 2},
+    "run": {"name": "large", "epochs": 2, "device": "cpu"},
     "data": {**_SHAPE, "synthetic_samples": 16384},
     "batch": {"global_size": 8192, "micro_size": 1024},
     "evaluation": {"every_epochs": 0, "train_samples": 100},
@@ -29,7 +32,7 @@ LARGE_BATCH: Mapping[str, Any] = {
 """Global batch 8192, four updates."""
 LONG: Mapping[str, Any] = {
     **_COMMON,
-    "run": {"name": "long", "epochs": 25},
+    "run": {"name": "long", "epochs": 25, "device": "cpu"},
     "data": {**_SHAPE, "synthetic_samples": 800},
     "batch": {"global_size": 64, "micro_size": 16},
     "optimizer": {"learning_rate": 0.001},

@@ -134,6 +134,15 @@ def test_a_run_that_crashes_at_the_same_step_is_given_up(
     assert found["reason"].endswith(("was killed by signal 9", "srun: error: node1: task 0: Killed"))
 
 
+def test_gpus_that_torch_cannot_use_are_refused_and_the_job_is_not_requeued(
+    cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
+) -> None:
+    submitted = Submitted(cluster, tmp_path, large_batch.config, "--gpus-per-node=2", OVERRIDES="run.device=auto")
+    ended = submitted.wait()
+    assert (ended.state, ended.code, ended.restarts) == ("FAILED", ExitCode.USAGE, 0), ended.output
+    assert ended.output.count("torch cannot use any") == 1, ended.output
+
+
 def test_a_bad_configuration_ends_the_job_before_a_worker_starts(cluster: Cluster, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("noise: {amplitud: 1}")

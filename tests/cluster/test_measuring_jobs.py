@@ -13,10 +13,10 @@ from tests.cluster.cluster import ROOT, Cluster, status, wait_for
 pytestmark = [pytest.mark.workers, pytest.mark.services, pytest.mark.timeout(240)]
 _TRAIN = {
     "CONFIG": str(ROOT / "configs/smoke.yaml"),
-    "OVERRIDES": "run.name=smoke batch.global_size=256",
+    "OVERRIDES": "run.name=smoke batch.global_size=256 run.device=cpu",
     "WORKERS_PER_NODE": "1",
 }
-_MEASURE = {"TARGETS": "runs/smoke", "WORKERS_PER_NODE": "2"}
+_MEASURE = {"TARGETS": "runs/smoke", "WORKERS_PER_NODE": "2", "OVERRIDES": "run.device=cpu"}
 
 
 def test_a_landscape_waits_for_a_run_and_the_report_for_both(cluster: Cluster, tmp_path: Path) -> None:
@@ -44,11 +44,14 @@ def test_the_analyses_of_a_study_are_an_array(cluster: Cluster, tmp_path: Path) 
     assert lines is not None
     study = str(ROOT / "studies/smoke.yaml")
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    # The cluster's GPUs are null devices, which torch cannot use.
+    commands_of_study = lines[0].replace("studies/paper.yaml", study).replace(" --gpus-per-node=1", "")
+    commands_of_study = commands_of_study.replace("sbatch ", "sbatch --parsable --wait ")
     commands = f"""
         set -e
         PATH=$PWD/.venv/bin:$PATH
         dist-train sweep {study} --only 1
-        {lines[0].replace("studies/paper.yaml", study).replace("sbatch ", "sbatch --parsable --wait ")}
+        {commands_of_study}
     """
     ended = cluster.run("bash", "-c", commands, folder=tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -23,7 +23,7 @@ def test_a_task_is_requeued_alone_and_of_an_array_with_one_killed_only_that_one_
 ) -> None:
     study = tmp_path / "study.yaml"
     arms = {f"momentum-{number}": {"settings": {"optimizer.momentum": number / 10}} for number in (1, 5, 9)}
-    base = write_config(tmp_path, {**LONG, "run": {"directory": str(tmp_path / "runs"), "epochs": 25}})
+    base = write_config(tmp_path, {**LONG, "run": {"directory": str(tmp_path / "runs"), "epochs": 25, "device": "cpu"}})
     study.write_text(yaml.safe_dump({"name": "array", "base": base, "seeds": [0, 1], "arms": arms}))
     options = ("--gpus-per-node=0", "--cpus-per-task=1", "--mem=0")
     runs = [tmp_path / "runs" / "array" / f"{arm}-seed-{seed}" for seed in (0, 1) for arm in arms]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
 
-from dist_train.cluster import joining
+from dist_train.cluster import horovod_workers, joining
 from dist_train.cluster.alone import Alone
 from dist_train.cluster.launch import Launch, current_launch, read_launch
 from dist_train.outcome import UsageError
@@ -76,3 +77,20 @@ def test_workers_that_have_met_are_left_alone(monkeypatch: pytest.MonkeyPatch) -
     with joining.meeting_within(0.2, ended.set):
         pass
     assert not ended.wait(0.5)
+
+
+@pytest.mark.parametrize(
+    ("device", "launcher", "milliseconds"),
+    [("cpu", "horovodrun", "5"), ("cpu", "mpirun", "1"), ("cuda", "horovodrun", "1"), ("cuda", "srun", "1")],
+)
+def test_horovod_takes_turns_at_the_device_s_pace_and_copies_integers_whole(
+    device: str, launcher: str, milliseconds: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment: dict[str, str] = {"HOROVOD_BATCH_D2D_MEMCOPIES": "1"}
+    monkeypatch.setattr(os, "environ", environment)
+    horovod_workers.set_environment(60.0, device, launcher)
+    assert environment["HOROVOD_CYCLE_TIME"] == milliseconds
+    assert environment["HOROVOD_BATCH_D2D_MEMCOPIES"] == "0"
+    environment["HOROVOD_CYCLE_TIME"] = "0.5"
+    horovod_workers.set_environment(60.0, device, launcher)
+    assert environment["HOROVOD_CYCLE_TIME"] == "0.5"

@@ -21,6 +21,12 @@ def parse(settings: dict[str, Any]) -> Config:
     ("settings", "path", "reason", "cure"),
     [
         (
+            {"precision": {"compute": "float16"}, "run": {"device": "cpu"}},
+            "precision.compute",
+            "set run.device to cuda",
+            {"precision": {"compute": "float16"}, "run": {"device": "cuda"}},
+        ),
+        (
             {"comm": {"compression": "fp16"}},
             "comm.compression",
             "set comm.reduction to float",
@@ -189,6 +195,7 @@ def test_all_conflicts_are_told_at_once() -> None:
         ),
         ({"schedule": {"milestones": [3]}}, "schedule.milestones has no effect: schedule.decay is not step"),
         ({"schedule": {"factor": 0.5}}, "schedule.factor has no effect: schedule.decay is not step"),
+        ({"precision": {"tf32": True}, "run": {"device": "cpu"}}, "precision.tf32 has no effect: run.device is cpu"),
         ({"data": {"download": True}}, "data.download has no effect: only CIFAR can be downloaded"),
         (
             {"data": {"loader_workers": 2}},

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from dist_train.config import Config, differences, parse_config
-from dist_train.config.continuation import with_decisions
+from dist_train.config.continuation import with_decisions, with_device
 
 
 def parse(settings: dict[str, Any]) -> Config:
     return parse_config(settings, source="here")
 
 
-DECIDED = parse({"batch": {"micro_size": 64}, "precision": {"threads": 2}})
+DECIDED = parse(
+    {
+        "run": {"device": "cuda"},
+        "batch": {"micro_size": 64},
+        "precision": {"threads": 2, "deterministic": True},
+    }
+)
 
 
 @pytest.mark.parametrize(
@@ -74,12 +80,47 @@ def test_every_difference_is_told() -> None:
 
 def test_what_was_decided_may_be_left_to_auto_again_but_not_set_otherwise() -> None:
     assert differences(DECIDED, Config()) == []
-    otherwise = parse({"batch": {"micro_size": 32}, "precision": {"threads": 1}})
-    assert [d.path for d in differences(DECIDED, otherwise)] == ["batch.micro_size", "precision.threads"]
+    otherwise = parse(
+        {
+            "run": {"device": "cpu"},
+            "batch": {"micro_size": 32},
+            "precision": {"threads": 1, "deterministic": False},
+        }
+    )
+    told = [difference.path for difference in differences(DECIDED, otherwise)]
+    assert told == ["run.device", "batch.micro_size", "precision.deterministic", "precision.threads"]
+
+
+def test_a_run_from_before_the_device_was_recorded_may_name_one() -> None:
+    assert differences(Config(), parse({"run": {"device": "cpu"}})) == []
 
 
 def test_decisions_fill_in_what_is_left_to_auto_and_nothing_else() -> None:
     settled = with_decisions(parse({"run": {"seed": 9}}), DECIDED)
     assert (settled.batch.micro_size, settled.precision.threads, settled.run.seed) == (64, 2, 9)
-    own = parse({"batch": {"micro_size": 16}, "precision": {"threads": 1}})
+    assert (settled.run.device, settled.precision.deterministic) == ("cuda", True)
+    own = parse(
+        {
+            "run": {"device": "cpu"},
+            "batch": {"micro_size": 16},
+            "precision": {"threads": 1, "deterministic": False},
+        }
+    )
     assert with_decisions(own, DECIDED) == own
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "deterministic"),
+    [
+        ("cuda", {}, True),
+        ("cuda", {"comm": {"reduction": "float"}}, False),
+        ("cuda", {"precision": {"deterministic": False}}, False),
+        ("cpu", {}, False),
+        ("cpu", {"precision": {"deterministic": True}}, True),
+    ],
+)
+def test_an_exact_reduction_on_gpus_asks_for_deterministic_kernels(
+    device: Literal["cpu", "cuda"], settings: dict[str, Any], deterministic: bool
+) -> None:
+    decided = with_device(parse(settings), device)
+    assert (decided.run.device, decided.precision.deterministic) == (device, deterministic)

@@ -10,6 +10,7 @@ import yaml
 
 from dist_train.config import Config, load_config
 from dist_train.config.idle import idle_settings
+from dist_train.data.plan import BatchPlan
 from dist_train.models import build_model
 
 FOLDER = Path(__file__).parents[2] / "configs"
@@ -38,7 +39,15 @@ def test_the_pair_differs_in_the_batch_the_name_and_the_warm_up_alone() -> None:
     changed = {
         f"{section}.{key}" for section in small for key in small[section] if small[section][key] != large[section][key]
     }
-    assert changed == {"run.name", "batch.global_size", "schedule.warmup_epochs"}
+    assert changed == {"run.name", "batch.global_size", "batch.micro_size", "schedule.warmup_epochs"}
+
+
+def test_the_large_batch_is_the_same_run_on_1_to_64_ranks_none_of_which_is_idle() -> None:
+    config = load_config(FOLDER / "lb_8192.yaml")
+    assert isinstance(config.batch.micro_size, int)
+    assert config.batch.micro_size % config.model.ghost_size == 0
+    plan = BatchPlan(config.batch.global_size, config.batch.micro_size)
+    assert all(plan.share(rank, 64) for rank in range(64))
 
 
 def test_the_demonstration_is_a_large_batch_with_noise_on_fashion_mnist() -> None:

@@ -8,13 +8,16 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from dist_train import doctor
 from dist_train.cli import doctor_command
 from dist_train.cluster import inspection
 from dist_train.config import Config
+from dist_train.config.sections import Device
 from dist_train.outcome import ExitCode
+from dist_train.training import devices
 from tests.archives import write_fashion_mnist
 
 
@@ -115,9 +118,51 @@ def test_every_finding_that_is_not_fine_reads_with_its_cure_below_it() -> None:
     assert not doctor.can_train(checks)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and torch can use it")
+def test_gpus_that_torch_cannot_use_fail_unless_the_run_is_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    check = doctor.check_devices("auto")
+    assert check.state == "fails"
+    assert "CUDA_VISIBLE_DEVICES=0,1" in check.detail
+    assert "run.device=cpu" in check.cure
+    assert doctor.check_devices("cpu").state == "note"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and torch can use it")
+def test_a_machine_without_gpus_is_fine_unless_the_run_asks_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert doctor.check_devices("auto").state == "fine"
+    assert doctor.check_devices("cpu").state == "fine"
+    check = doctor.check_devices("cuda")
+    assert check.state == "fails"
+    assert "run.device=cpu" in check.cure
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "nccl", "state"),
+    [
+        ("auto", 2, False, "fails"),
+        ("auto", 1, False, "note"),
+        # a login node
+        ("auto", 0, False, "note"),
+        ("cpu", 2, False, "fine"),
+        ("auto", 2, True, "fine"),
+    ],
+)
+def test_a_horovod_without_nccl_beside_a_torch_for_gpus_is_told(
+    asked: Device, gpus: int, nccl: bool, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = inspection.HorovodBuild("0.28.1", mpi=True, gloo=True, nccl=nccl)
+    monkeypatch.setattr(inspection, "horovod_build", lambda: build)
+    monkeypatch.setattr(devices, "torch_gpus", lambda: devices.TorchGpus("2.15.0", "CUDA 13.2", gpus))
+    check = doctor.check_horovod(asked)
+    assert check.state == state
+    assert bool(check.cure) is (state != "fine")
+
+
 def test_a_horovod_that_does_not_load_fails_with_a_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "horovod.torch", None)
-    check = doctor.check_horovod()
+    check = doctor.check_horovod("auto")
     assert check.state == "fails"
     assert "make setup" in check.cure
 
@@ -125,7 +170,17 @@ def test_a_horovod_that_does_not_load_fails_with_a_cure(monkeypatch: pytest.Monk
 def test_the_libraries_of_analyses_reports_and_models_are_listed_with_their_versions() -> None:
     check = doctor.check_libraries()
     assert check.state == "fine"
-    for package in ("torchvision", "timm", "pillow", "prometheus-client", "scipy", "matplotlib", "jinja2", "uniplot"):
+    for package in (
+        "torchvision",
+        "timm",
+        "nvidia-ml-py",
+        "pillow",
+        "prometheus-client",
+        "scipy",
+        "matplotlib",
+        "jinja2",
+        "uniplot",
+    ):
         assert f"{package} {metadata.version(package)}" in check.detail
 
 

@@ -24,7 +24,10 @@ NO_KNOBS = {
 KEPT_OVER_OURS = {"HOROVOD_GLOO_IFACE"}
 """Horovod's settings that batch scripts keep over NETWORK_INTERFACE."""
 
-PASSED_ON = {"launch/horovodrun.sh": {"HOROVOD_GLOO_IFACE"}}
+PASSED_ON = {
+    "launch/horovodrun.sh": {"HOROVOD_GLOO_IFACE", "HOROVOD_CYCLE_TIME"},
+    "launch/local.sh": {"HOROVOD_CYCLE_TIME"},
+}
 """Horovod reads them; the script hands its environment on."""
 
 

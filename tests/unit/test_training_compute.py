@@ -12,6 +12,8 @@ from dist_train.config import PrecisionSettings
 from dist_train.outcome import UsageError
 from dist_train.training.compute import is_out_of_memory, set_up_compute, share_of_threads
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture(autouse=True)
 def _threads_as_before() -> Iterator[None]:
@@ -33,28 +35,29 @@ def test_threads_are_what_is_asked_for_else_an_even_share_of_the_cores(
 
 
 def test_settings_choose_threads_and_precision() -> None:
-    compute = set_up_compute(PrecisionSettings(threads=1, compute="bfloat16"), local_rank=0)
+    compute = set_up_compute(PrecisionSettings(threads=1, compute="bfloat16"), CPU)
     assert torch.get_num_threads() == 1
     weights = torch.ones(2, 2, device=compute.device)
     with compute.autocast():
         assert (weights @ weights).dtype == torch.bfloat16
-    with set_up_compute(PrecisionSettings(threads=1), local_rank=0).autocast():
+    with set_up_compute(PrecisionSettings(threads=1), CPU).autocast():
         assert (weights @ weights).dtype == torch.float32
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_float16_on_a_cpu_is_refused_with_the_cure() -> None:
     with pytest.raises(UsageError, match="float16 needs a GPU; use bfloat16"):
-        set_up_compute(PrecisionSettings(threads=1, compute="float16"), local_rank=0)
+        set_up_compute(PrecisionSettings(threads=1, compute="float16"), CPU)
 
 
 @pytest.fixture
 def _kernels_as_before() -> Iterator[None]:
     cudnn = torch.backends.cudnn
     before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    tf32 = cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     yield
     torch.use_deterministic_algorithms(before[0])
     cudnn.deterministic, cudnn.benchmark = before[1:]
+    cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 @pytest.mark.usefixtures("_kernels_as_before")
@@ -64,24 +67,44 @@ def test_deterministic_sets_all_that_torch_offers(
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace or "")
     torch.backends.cudnn.benchmark = True
-    set_up_compute(PrecisionSettings(threads=1, deterministic=True), local_rank=0)
+    set_up_compute(PrecisionSettings(threads=1, deterministic=True), CPU)
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
     assert torch.backends.cudnn.deterministic
     assert not torch.backends.cudnn.benchmark
+    assert torch.utils.deterministic.fill_uninitialized_memory is False  # type: ignore[attr-defined]  # set at run time
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (workspace if kept else ":4096:8")
 
 
 def test_deterministic_is_left_alone_where_it_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    set_up_compute(PrecisionSettings(threads=1), local_rank=0)
+    set_up_compute(PrecisionSettings(threads=1), CPU)
     assert not torch.are_deterministic_algorithms_enabled()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+@pytest.mark.usefixtures("_kernels_as_before")
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_what_the_settings_say_for_convolutions_and_products(tf32: bool) -> None:
+    set_up_compute(PrecisionSettings(threads=1, tf32=tf32), CPU)
+    assert torch.backends.cudnn.allow_tf32 is tf32
+    assert torch.backends.cuda.matmul.allow_tf32 is tf32
+    assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+    assert PrecisionSettings().tf32 is False
 
 
 @pytest.mark.parametrize(
     ("error", "out_of_memory"),
     [
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
+        (RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"), True),
+        (RuntimeError("FIND was unable to find an engine to execute this computation"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"), False),
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (MemoryError(), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),

@@ -63,6 +63,14 @@ def test_no_micro_batch_has_fewer_samples_than_must_share_it(global_size: int, f
     assert global_size % found == 0 or global_size % found >= fewest
 
 
+def test_what_a_trial_leaves_in_the_allocator_is_given_back_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    emptied: list[list[int]] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append([*tried]))
+    find_micro_size(room_for(5, tried), global_size=1024, device=torch.device("cuda"), workers=Alone())
+    assert emptied == [[2], [2, 4], [2, 4, 8]]
+
+
 def test_nothing_larger_is_tried_once_one_does_not_fit() -> None:
     tried: list[int] = []
     find_micro_size(room_for(5, tried), global_size=1024, device=torch.device("cuda"), workers=Alone())

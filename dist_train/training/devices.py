@@ -1,0 +1,279 @@
+"""Which device a rank computes on: a GPU where there are any, and never the CPU in place of GPUs that torch cannot use.
+
+What the scheduler and the driver say of GPUs is compared with what torch finds. Where they differ, the reason is told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import socket
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dist_train.cluster.inspection import horovod_build
+from dist_train.cluster.workers import Workers, gather, together
+from dist_train.config.sections import Device
+from dist_train.outcome import UsageError
+
+_COUNTS = ("SLURM_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK", "SLURM_GPUS_PER_SOCKET")
+_LISTS = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "CUDA_VISIBLE_DEVICES")
+_NONE_VISIBLE = ("", "-1")
+_SLURM_S_NONE = "NoDevFiles"
+_ON_THE_CPU = "run.device=cpu trains on the CPU"
+_CUDA_TORCH = "install a torch that is built for CUDA (make setup, without DEVICE=cpu)"
+
+
+@dataclass(frozen=True)
+class GpuSigns:
+    """What speaks for GPUs here.
+
+    `named`: variables of the scheduler or the user that name some, as NAME=VALUE. `files`: the driver's device files;
+    `denied`: those that this process may not open. `driver`: the loaded driver's version, empty where there is none.
+    `withheld`: the scheduler has given this job none of the node's.
+    """
+
+    named: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    denied: tuple[str, ...] = ()
+    driver: str = ""
+    withheld: bool = False
+
+    @property
+    def present(self) -> bool:
+        """Whether there are GPUs that this process is meant to use."""
+        return bool(self.named or self.files or self.driver) and not self.withheld
+
+    def __str__(self) -> str:
+        driver = (f"NVIDIA driver {self.driver}",) if self.driver else ()
+        return ", ".join((*self.named, *self.files, *driver))
+
+
+@dataclass(frozen=True)
+class TorchGpus:
+    """This torch's version, the CUDA (or ROCm) that it is built for, how many GPUs it can use, and why it can use none.
+
+    `built_for` is empty for a CPU build, `error` where there is nothing to say.
+    """
+
+    version: str
+    built_for: str
+    count: int
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why torch cannot use the GPUs, and how to fix it."""
+
+    reason: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a rank computes: `gpu` is the same number for two ranks of the same GPU, 0 on a CPU.
+
+    `visible`: the GPUs that the rank sees; `ranks`: the ranks of its node.
+    """
+
+    gpu: int
+    visible: int
+    ranks: int
+
+
+def _may_open(path: Path) -> bool:
+    return os.access(path, os.R_OK | os.W_OK)
+
+
+def find_gpus(
+    environment: Mapping[str, str], root: Path = Path("/"), may_open: Callable[[Path], bool] = _may_open
+) -> GpuSigns:
+    """Return what `environment`, and the files of the driver below `root`, say of GPUs.
+
+    Who sets CUDA_VISIBLE_DEVICES to nothing, or -1, wants none.
+    """
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in _NONE_VISIBLE:
+        return GpuSigns()
+    counted = [name for name in _COUNTS if re.search(r"[1-9]\d*$", environment.get(name, "").partition("(")[0])]
+    listed = [name for name in _LISTS if environment.get(name, "").strip() not in ("", _SLURM_S_NONE)]
+    named = tuple(f"{name}={environment[name]}" for name in (*counted, *listed))
+    files = sorted(path for path in (root / "dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal())
+    denied = [path for path in files if not may_open(path)]
+    # A node's device files are there for every job; those of a job without GPUs may not open them.
+    withheld = "SLURM_JOB_ID" in environment and not named and bool(files) and denied == files
+    return GpuSigns(named, _names(files, root), _names(denied, root), _driver_version(root), withheld)
+
+
+def _names(files: Sequence[Path], root: Path) -> tuple[str, ...]:
+    return tuple(f"/{path.relative_to(root)}" for path in files)
+
+
+def _driver_version(root: Path) -> str:
+    try:
+        text = (root / "proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
+    return found[0] if found else "of unknown version"
+
+
+def torch_gpus() -> TorchGpus:
+    """Return what this torch finds; where it is built for GPUs and can use none, it is asked why."""
+    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    if not (torch.version.cuda or torch.version.hip):
+        return TorchGpus(torch.__version__, "", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they say what the error says
+        if torch.cuda.is_available():
+            return TorchGpus(torch.__version__, built_for, torch.cuda.device_count())
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            return TorchGpus(torch.__version__, built_for, 0, " ".join(str(error).split()))
+    return TorchGpus(torch.__version__, built_for, 0)
+
+
+def obstacle(signs: GpuSigns, found: TorchGpus) -> Obstacle:
+    """Return why torch can use no GPU here, the likeliest reason first."""
+    if not found.built_for:
+        return Obstacle(f"this torch ({found.version}) is built for CPUs alone", _CUDA_TORCH)
+    if too_old := re.search(r"found version (\d+)", found.error):
+        major, minor = divmod(int(too_old[1]) // 10, 100)
+        driver = f"NVIDIA driver {signs.driver}".strip()
+        return Obstacle(
+            f"the {driver} is too old: it is for CUDA {major}.{minor}, and this torch ({found.version}) is built for "
+            f"{found.built_for}",
+            f"update the driver, or install a torch that is built for CUDA {major}",
+        )
+    if signs.denied and signs.denied == signs.files:
+        return Obstacle(
+            f"no permission to open {', '.join(signs.denied)}",
+            "ask the scheduler for GPUs (--gpus-per-node), or the administrator for access to the device files",
+        )
+    if signs.driver and not signs.files:
+        return Obstacle(
+            f"the NVIDIA driver {signs.driver} is loaded, but there is no device file /dev/nvidia0",
+            "in a container, pass the GPUs on: docker run --gpus all, apptainer exec --nv",
+        )
+    told = f": torch says {found.error!r}" if found.error else ""
+    if not signs.driver:
+        return Obstacle(
+            f"no NVIDIA driver is loaded on {socket.gethostname()}{told}",
+            "load the driver, or start on a node that has GPUs",
+        )
+    return Obstacle(f"the NVIDIA driver {signs.driver} is loaded, but gives no GPU{told}", "see nvidia-smi, and dmesg")
+
+
+def kind_of_device(asked: Device, signs: GpuSigns, found: TorchGpus) -> Literal["cpu", "cuda"]:
+    """Return what a rank computes on that was `asked` for a device.
+
+    Raises:
+        UsageError: a GPU is asked for, or `signs` speak for some, and torch can use none.
+    """
+    if asked == "cpu" or (asked == "auto" and not found.count and not signs.present):
+        return "cpu"
+    if found.count:
+        return "cuda"
+    why = obstacle(signs, found)
+    asks = "run.device is cuda" if asked == "cuda" else f"there are GPUs here ({signs})"
+    raise UsageError(f"{asks}, but torch cannot use any: {why.reason}. Either {why.fix}; or {_ON_THE_CPU}")
+
+
+def device_type(asked: Device = "auto") -> Literal["cpu", "cuda"]:
+    """Return what a rank that is `asked` for a device can compute on, before anything is refused."""
+    return "cuda" if asked != "cpu" and torch_gpus().count else "cpu"
+
+
+def choose_device(asked: Device, *, local_rank: int) -> torch.device:
+    """Return the device that is `asked` for; of several GPUs that of the rank's number on its node, in turn.
+
+    Raises:
+        UsageError: there are GPUs here, or one is asked for, and torch cannot use them.
+    """
+    if asked == "cpu":
+        return torch.device("cpu")
+    found = torch_gpus()
+    if kind_of_device(asked, find_gpus(os.environ), found) == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % found.count)
+    try:
+        torch.ones(1, device=device)
+    except RuntimeError as error:
+        # another process has it to itself, it is of a newer kind than this torch knows, or it is broken
+        raise UsageError(
+            f"{device} cannot be used: {' '.join(str(error).split())}. Choose others by CUDA_VISIBLE_DEVICES, "
+            f"or a torch that is built for them; or {_ON_THE_CPU}"
+        ) from error
+    torch.cuda.set_device(device)
+    return device
+
+
+def share_out_devices(workers: Workers, asked: Device) -> torch.device:
+    """Return this rank's device: the same kind on all ranks, and a GPU for each where it is GPUs.
+
+    Raises:
+        UsageError: it cannot be so; on all ranks alike.
+    """
+    device = together(workers, partial(choose_device, asked, local_rank=workers.local_rank), "use its device")
+    if workers.size > 1:
+        gpu, visible = (_identity(device), torch.cuda.device_count()) if device.type == "cuda" else (0, 0)
+        rows = gather(workers, [gpu, visible, workers.local_size], "devices")
+        seats = [Seat(*row) for row in rows]
+        together(workers, partial(check_seats, seats, lambda: horovod_build().nccl), "share out the GPUs")
+    return device
+
+
+def check_seats(seats: Sequence[Seat], has_nccl: Callable[[], bool]) -> None:
+    """Refuse ranks on devices of two kinds, two ranks on one GPU, and GPUs that Horovod cannot reduce on.
+
+    Raises:
+        UsageError: `seats`, one a rank, are such.
+    """
+    without = [str(rank) for rank, seat in enumerate(seats) if not seat.gpu]
+    if len(without) == len(seats):
+        return
+    if without:
+        raise UsageError(
+            f"rank {', '.join(without)} of {len(seats)} has no GPU, the others have: start all on nodes with GPUs; "
+            f"or {_ON_THE_CPU}"
+        )
+    owners: dict[int, int] = {}
+    for rank, seat in enumerate(seats):
+        first = owners.setdefault(seat.gpu, rank)
+        if first != rank:
+            raise UsageError(
+                f"ranks {first} and {rank} would share a GPU: their node has {seat.ranks} ranks and "
+                f"{seat.visible} GPU{'s' if seat.visible > 1 else ''} for them. Start at most one rank for each GPU; "
+                f"or {_ON_THE_CPU}"
+            )
+    if not has_nccl():
+        raise UsageError(
+            f"{len(seats)} ranks on GPUs need a Horovod that is built with NCCL: without it the first broadcast never "
+            f"ends. Build it anew (rm -r .venv, then make setup), or start one rank; or {_ON_THE_CPU}"
+        )
+
+
+def _identity(device: torch.device) -> int:
+    """Return a number, not 0, that is the GPU's own on every node, however a process counts its GPUs."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", f"{visible} {device.index}")
+    content = f"{socket.gethostname()} {uuid}".encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True) or 1
+
+
+def why_no_gpu(signs: GpuSigns) -> str:
+    """Return why a rank that was left to choose computes on the CPU; empty where nobody would ask."""
+    if signs.withheld:
+        return "the scheduler has given this job none of the node's GPUs"
+    if torch.version.cuda and not signs.present:
+        return f"no GPU is visible here, though this torch is built for CUDA {torch.version.cuda}"
+    return ""
