@@ -44,12 +44,11 @@ def normalize(
     must then call it, with one sample or more. Means and unbiased variances, float32, carry no gradient; the variance
     of a single value is 0.
     """
-    operation = _Normalize.apply
+    operation: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Normalize.apply
     if across is not None:
         # A compiled graph cannot wait for other ranks: it ends here, and another begins behind.
         operation = torch.compiler.disable(operation)
-    normalized: tuple[Tensor, Tensor, Tensor] = operation(inputs, weight, bias, epsilon, tuple(group_sizes), across)
-    return normalized
+    return operation(inputs, weight, bias, epsilon, tuple(group_sizes), across)
 
 
 class _Normalize(torch.autograd.Function):
@@ -84,9 +83,9 @@ class _Normalize(torch.autograd.Function):
         if torch.is_grad_enabled():
             # The gradient is to be differentiated again, as for a Hessian: by operations that can be.
             assert ctx.across is None, "sync norm has first derivatives only"
-            groups = [_plain(group, weight, bias, ctx.epsilon) for group in inputs.split(ctx.group_sizes)]
+            again = torch.cat([_plain(group, weight, bias, ctx.epsilon) for group in inputs.split(ctx.group_sizes)])
             leaves = (inputs, weight, bias)
-            return *torch.autograd.grad(torch.cat(groups), leaves, upstream, create_graph=True), None, None, None
+            return *torch.autograd.grad(again, leaves, upstream, create_graph=True), None, None, None
         upstream = upstream if ctx.fused else _channels_last(upstream)
         of_inputs = torch.empty_like(inputs)
         groups = zip(

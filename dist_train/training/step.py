@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from dist_train.data.plan import MicroBatch
 from dist_train.data.source import SampleSource
 from dist_train.models.batch_statistics import BatchStatistics
-from dist_train.models.norms import GroupedBatchNorm, sync_batch_norm
 from dist_train.models.normalization import SumOverRanks
+from dist_train.models.norms import GroupedBatchNorm, sync_batch_norm
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise, Perturbed
 from dist_train.optim.optimizers import set_learning_rate

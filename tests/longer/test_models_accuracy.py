@@ -272,8 +272,9 @@ def test_a_norm_s_second_derivatives_are_right(shape: tuple[int, ...], layout: t
         images = values[0].to(dtype).contiguous(memory_format=layout if len(shape) == 4 else torch.contiguous_format)
         leaves = [value.to(dtype, copy=True).requires_grad_() for value in (images, *values[1:])]
         if dtype == torch.float64:
-            parts = (functional.batch_norm(part, None, None, *leaves[1:], training=True) for part in leaves[0].split(3))
-            outputs = torch.cat([*parts])
+            weight, bias = leaves[1:]
+            parts = leaves[0].split(3)
+            outputs = torch.cat([functional.batch_norm(part, None, None, weight, bias, True) for part in parts])
         else:
             outputs, _, _ = normalize(leaves[0], leaves[1], leaves[2], 1e-5, (3, 3))
         gradients = torch.autograd.grad(outputs.pow(3).sum(), leaves, create_graph=True)
