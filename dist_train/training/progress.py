@@ -21,6 +21,8 @@ class Progress:
     best_saved_step: int | None = None
     best_saved_accuracy: float | None = None
     """The best checkpoint: of those saved at an evaluation the one with the highest test accuracy."""
+    non_finite_step: int | None = None
+    """The latest step after which an evaluation, or the weights, were not finite; its checkpoint is never the best."""
     test_accuracy: float | None = None
     train_accuracy: float | None = None
     loss_scale: float | None = None
@@ -30,6 +32,11 @@ class Progress:
     def metrics(self) -> Mapping[str, float | int | None]:
         """Return what a checkpoint keeps of it beside the step."""
         return {name: value for name, value in asdict(self).items() if name != "step"}
+
+    def note_non_finite(self) -> None:
+        """Take in that the evaluation of this step is not finite: it has no accuracy."""
+        self.non_finite_step = self.step
+        self.train_accuracy = self.test_accuracy = None
 
     def note_accuracy(self, split: str, accuracy: float) -> None:
         """Take in the accuracy of an evaluation just made."""

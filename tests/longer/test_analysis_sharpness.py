@@ -129,7 +129,6 @@ def test_the_loss_over_all_training_images_is_that_of_evaluate(run: Path) -> Non
     settings = QUICK.model_copy(update={"samples": 100})
     record, _ = measure_sharpness(run, settings, ["rise"])
     evaluated = evaluate_stored(run, "train", [])
-    assert evaluated is not None
     assert record.loss == pytest.approx(evaluated["loss"], rel=1e-6)
     assert record.accuracy == evaluated["accuracy"]
 
@@ -141,7 +140,6 @@ def test_an_image_folder_is_measured_too(tmp_path: Path) -> None:
     build_trainer(config, tmp_path / "run", Alone()).run()
     record, _ = measure_sharpness(tmp_path / "run", QUICK.model_copy(update={"samples": 24}), ["rise"])
     evaluated = evaluate_stored(tmp_path / "run", "train", [])
-    assert evaluated is not None
     assert record.loss == pytest.approx(evaluated["loss"], rel=1e-6)
 
 
