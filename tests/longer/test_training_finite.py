@@ -24,7 +24,16 @@ from dist_train.training import train
 from dist_train.training.checkpoints import list_checkpoints, read_checkpoint
 from tests.unit.image_folders import write_folder
 
-SIZES = {"vgg9": 8, "vgg16": 32, "vgg19": 32, "resnet18": 8, "resnet50": 8}
+NETWORKS = {
+    "vgg9": (8, 0.03125),
+    "vgg16": (32, 0.03125),
+    "vgg19": (32, 0.03125),
+    "resnet18": (8, 0.125),
+    "resnet50": (8, 0.0625),
+}
+"""Side of the images, and a width at which no convolution of 1 x 1 and stride 2 has fewer than 8 channels: in channels-
+last layout the backward pass of torch 2.13 on a CPU then writes outside its memory."""
+PRECISIONS = ["float32", "bfloat16", *(["float16"] if torch.cuda.is_available() else [])]
 NOISE = (
     {"method": "none"},
     {"method": "smoothout"},
@@ -41,8 +50,8 @@ def powers(least: int, most: int) -> st.SearchStrategy[float]:
 @st.composite
 def runs(draw: st.DrawFn) -> dict[str, dict[str, Any]]:
     """Draw the settings of a run of one to three updates; `data.root` of an image folder is left open."""
-    model = draw(st.sampled_from(sorted(SIZES)))
-    size = SIZES[model]
+    model = draw(st.sampled_from(sorted(NETWORKS)))
+    size, width = NETWORKS[model]
     synthetic = {"name": "synthetic", "synthetic_samples": 16, "synthetic_shape": [1, size, size]}
     folder = {"name": "imagefolder", "image_size": size, "classes": 3}
     micro_size = draw(st.sampled_from([2, 3, 4, 8]))
@@ -52,7 +61,7 @@ def runs(draw: st.DrawFn) -> dict[str, dict[str, Any]]:
         "data": {**draw(st.sampled_from([synthetic, folder])), "normalize": draw(st.booleans())},
         "model": {
             "name": model,
-            "width": draw(st.sampled_from([0.03125, 0.0625])),
+            "width": width,
             "norm": draw(st.sampled_from(["batch", "ghost", "sync", "group", "none"])),
             "ghost_size": draw(st.integers(2, 4)),
             "norm_statistics": draw(st.sampled_from(["auto", "running", "recomputed"])),
@@ -67,11 +76,11 @@ def runs(draw: st.DrawFn) -> dict[str, dict[str, Any]]:
         },
         "precision": {
             "threads": 1,
-            "compute": draw(st.sampled_from(["float32", "bfloat16", "float16"])),
+            "compute": draw(st.sampled_from(PRECISIONS)),
             "channels_last": draw(st.booleans()),
         },
         "evaluation": {"every_epochs": draw(st.integers(0, 1)), "batch_size": 5, "train_samples": 7},
-        "checkpoint": {"every_steps": draw(st.integers(0, 1))},
+        "checkpoint": {"every_steps": draw(st.sampled_from([None, 1]))},
         "metrics": {"enabled": False},
     }
 
@@ -90,6 +99,7 @@ def test_every_number_that_is_not_finite_has_its_event_and_exit_code(
 ) -> None:
     if changes["data"]["name"] == "imagefolder":
         changes["data"]["root"] = str(images)
+    Path("/tmp/fin/last.json").write_text(json.dumps(changes))
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         check(run, code_of(changes, run))
