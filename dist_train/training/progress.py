@@ -21,13 +21,13 @@ class Progress:
     best_saved_step: int | None = None
     best_saved_accuracy: float | None = None
     """The best checkpoint: of those saved at an evaluation the one with the highest test accuracy."""
-    non_finite_step: int | None = None
-    """The latest step after which an evaluation, or the weights, were not finite; its checkpoint is never the best."""
     test_accuracy: float | None = None
     train_accuracy: float | None = None
     loss_scale: float | None = None
     updates_since_overflow: int | None = None
     """Since the loss scale was last changed; both where there is one, in float16."""
+    non_finite_step: int | None = None
+    """The latest step after which an evaluation, or the weights, were not finite; its checkpoint is never the best."""
 
     def metrics(self) -> Mapping[str, float | int | None]:
         """Return what a checkpoint keeps of it beside the step."""

@@ -17,7 +17,8 @@ from dist_train.analysis.sharpness_record import SharpnessSettings, read_record,
 from dist_train.analysis.stored_subset import choose_samples, cut
 from dist_train.cli.main import main
 from dist_train.cluster.alone import Alone
-from dist_train.outcome import UsageError
+from dist_train.outcome import ExitCode, UsageError
+from dist_train.training.checkpoints import read_checkpoint, write_checkpoint
 from dist_train.training.stored import evaluate_stored
 from tests.unit.image_folders import write_folder
 from tests.unit.small_trainers import build_trainer, small_config
@@ -114,6 +115,14 @@ def test_other_settings_or_another_checkpoint_have_a_record_of_their_own(run: Pa
     assert record.checkpoint.step == 3
     assert len(read_records(run)) == len(changes) + 1
     assert read_record(path) == record
+
+
+def test_a_loss_that_is_not_finite_ends_it_with_3(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    contents = read_checkpoint(run / "checkpoints" / "step-00000006.pt")
+    contents.model["classifier.bias"][0] = torch.inf
+    write_checkpoint(run / "checkpoints", contents, lambda: None)
+    assert main(["sharpness", str(run), *OPTIONS]) == ExitCode.DIVERGED
+    assert "the loss is not finite" in capsys.readouterr().err
 
 
 def test_statistics_are_recomputed_as_the_run_itself_does(run: Path, tmp_path: Path) -> None:
