@@ -23,7 +23,7 @@ class FaultError(RuntimeError):
 
 
 class DivergedError(RuntimeError):
-    """The loss or the gradient is not finite, or out of range. Exit code 3."""
+    """A loss, a gradient or the last evaluation is not finite, or out of range. Exit code 3."""
 
 
 class DisagreementError(RuntimeError):

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from dist_train import atomic
+from dist_train.json_text import json_text
 from dist_train.outcome import ExitCode
 
 State = Literal["starting", "running", "stopping", "stopped", "finished", "failed"]
@@ -98,7 +99,7 @@ class StatusFile:
         self._written = time.monotonic()
         self.current = replace(self.current, updated=_now())
         try:
-            atomic.swap_text(self._path, json.dumps(asdict(self.current), indent=2) + "\n")
+            atomic.swap_text(self._path, json_text(asdict(self.current), indent=2) + "\n")
         except OSError as error:
             if not self._refused:
                 _logger.warning("%s cannot be written; training goes on: %s", self._path, error)

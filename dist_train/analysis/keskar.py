@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -116,13 +117,15 @@ def _starts(dimensions: int, ascent: Ascent) -> list[Vector]:
 
 
 def _climb(within: Callable[[Vector], tuple[float, Vector]], start: Vector, iterations: int) -> float:
-    """Return the highest value that an ascent from `start` within the unit box meets.
+    """Return the highest value that an ascent from `start` within the unit box meets; infinite where one is NaN.
 
     L-BFGS-B takes its first step along the gradient as it is, and stops where values or gradients seem small, both
     in absolute numbers. The loss of a network that has learnt its samples is so flat that it would not even begin.
     So the loss is scaled, and only the number of iterations ends the ascent.
     """
     value, gradient = within(start)
+    if not math.isfinite(value):
+        return math.inf
     steepness = float(np.abs(gradient).mean())
     scale = _FIRST_STEP / steepness if steepness > 0 else 1.0
     highest = value
@@ -130,7 +133,8 @@ def _climb(within: Callable[[Vector], tuple[float, Vector]], start: Vector, iter
     def descend(inside: Vector) -> tuple[float, Vector]:
         nonlocal highest
         met, slope = within(inside)
-        highest = max(highest, met)
+        # max would pass over a NaN: a loss that has left the range of numbers has no highest value.
+        highest = max(highest, met) if math.isfinite(met) else math.inf
         return scale * (value - met), -scale * slope
 
     minimize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -55,6 +56,8 @@ class Finished:
     folder: Path
     widths: Sequence[Width]
     was_there: bool
+    not_finite: int
+    """Rows of points.csv whose loss is not finite."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,12 @@ def make_landscape(request: Request, workers: PointWorkers, report: Report) -> F
         _measure_all(folder, subject, course, workers, request.threads, report)
     if workers.rank != 0:
         return None
-    widths = _widths(settings, course.points, read_landscape(folder.path).rows)
-    folder.save_settings({"widths": summarize(widths), **course.found})
+    rows = read_landscape(folder.path).rows
+    widths = _widths(settings, course.points, rows)
+    not_finite = sum(not math.isfinite(row.loss) for row in rows)
+    folder.save_settings({"widths": summarize(widths), "not_finite": not_finite, **course.found})
     draw(folder.path, request.scale, course.trajectory)
-    return Finished(folder.path, widths, was_there)
+    return Finished(folder.path, widths, was_there, not_finite)
 
 
 def analysis_folder(checkpoint: Path) -> Path:

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 from dist_train import atomic
 from dist_train.analysis.landscape_points import Point
 from dist_train.analysis.point_evaluation import Measured
+from dist_train.json_text import json_text
 from dist_train.outcome import UsageError
 
 SPLITS = ("train", "test")
@@ -100,7 +102,7 @@ class LandscapeFolder:
         """Write settings.json, with what was `found` beside what was asked for."""
         identity = self.identity
         fields = {"kind": identity.kind, "checkpoints": list(identity.checkpoints), "settings": dict(identity.settings)}
-        text = json.dumps({**fields, "widths": {}, **found}, indent=2)
+        text = json_text({**fields, "widths": {}, **found}, indent=2)
         atomic.write_text(self.settings, text + "\n")
 
     def is_complete(self) -> bool:
@@ -114,7 +116,7 @@ class LandscapeFolder:
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     fields = json.loads(line)
-                    found[int(fields["point"])] = [Measured(*map(float, pair)) for pair in fields["measured"]]
+                    found[int(fields["point"])] = [Measured(*map(_number, pair)) for pair in fields["measured"]]
                 except (ValueError, KeyError, TypeError):
                     continue
         return found
@@ -163,7 +165,7 @@ class FinishedPoints:
 
     def add(self, index: int, measured: Sequence[Measured]) -> None:
         """Keep what was measured at point number `index`."""
-        self._file.write(json.dumps({"point": index, "measured": measured}) + "\n")
+        self._file.write(json_text({"point": index, "measured": measured}) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -193,6 +195,10 @@ def find_landscapes(analysis: Path) -> list[Path]:
     """Return the folders of the finished results below a run's folder `analysis`, in the order of their names."""
     kinds = ("interpolate", "direction", "plane")
     return sorted(path.parent for path in analysis.glob("*-*/points.csv") if path.parent.name.split("-")[0] in kinds)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _row(line: Mapping[str, str]) -> PointRow:

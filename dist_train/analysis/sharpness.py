@@ -26,7 +26,6 @@ from dist_train.analysis.sharpness_record import (
     RiseResult,
     SharpnessRecord,
     SharpnessSettings,
-    finite,
     read_record,
     record_path,
     write_record,
@@ -35,7 +34,8 @@ from dist_train.analysis.stored_subset import StoredSubset, open_stored_subset
 from dist_train.analysis.subset_loss import SubsetLoss
 from dist_train.cluster.launch import current_launch
 from dist_train.config import NoiseSettings
-from dist_train.outcome import UsageError
+from dist_train.json_text import finite
+from dist_train.outcome import DivergedError, UsageError
 
 Told = Callable[[str], None]
 """Hears, in words, what is being done."""
@@ -56,6 +56,7 @@ def measure_sharpness(
 
     Raises:
         UsageError: what is asked for cannot be measured, or the record cannot be written.
+        DivergedError: the loss or the norms' statistics are not finite: there is nothing to measure.
     """
     if current_launch().size > 1:
         raise UsageError("sharpness is measured by one process: start it without a launcher")
@@ -79,7 +80,7 @@ def measure_sharpness(
 def _begin(subset: StoredSubset, loss: SubsetLoss, settings: SharpnessSettings) -> SharpnessRecord:
     value = loss.value_at_flat(loss.clean)
     if not math.isfinite(value):
-        raise UsageError(f"{subset.checkpoint.path}: the loss is not finite: there is nothing to measure")
+        raise DivergedError(f"{subset.checkpoint.path}: the loss is not finite: there is nothing to measure")
     if settings.keskar_dimensions > loss.count:
         raise UsageError(f"--keskar-dimensions {settings.keskar_dimensions}: there are {loss.count} weights")
     return SharpnessRecord(
@@ -135,7 +136,9 @@ def _take_hessian(loss: SubsetLoss, settings: SharpnessSettings) -> Mapping[str,
     )
     return {
         "hessian": HessianResult(
-            eigenvalues=found.eigenvalues, trace=found.trace, trace_standard_error=found.trace_standard_error
+            eigenvalues=tuple(map(finite, found.eigenvalues)),
+            trace=finite(found.trace),
+            trace_standard_error=finite(found.trace_standard_error),
         )
     }
 

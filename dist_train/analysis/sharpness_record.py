@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -85,11 +84,11 @@ class RiseResult(_Part):
 
 
 class HessianResult(_Part):
-    """The largest eigenvalues, largest first, and the trace."""
+    """The largest eigenvalues, largest first, and the trace; None where a number left the range."""
 
-    eigenvalues: tuple[float, ...]
-    trace: float
-    trace_standard_error: float
+    eigenvalues: tuple[float | None, ...]
+    trace: float | None
+    trace_standard_error: float | None
 
 
 class SharpnessRecord(_Part):
@@ -162,8 +161,3 @@ def write_record(path: Path, record: SharpnessRecord) -> None:
         atomic.write_text(path, record.model_dump_json(indent=2) + "\n")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def finite(number: float) -> float | None:
-    """Return `number`, or None where it is none."""
-    return number if math.isfinite(number) else None

@@ -115,7 +115,7 @@ def _recompute(model: nn.Module, samples: SampleSource, config: Config, compute:
     try:
         recompute_statistics(model, samples, indices, micro_size=size, compute=compute, workers=Alone())
     except DivergedError as error:
-        raise UsageError(f"there is nothing to measure: {error}") from error
+        raise DivergedError(f"there is nothing to measure: {error}") from error
 
 
 def _digest(batches: Sequence[Batch]) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
+from dist_train.cluster.launch import current_launch
 from dist_train.outcome import ExitCode
 
 
@@ -23,10 +25,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate and print."""
+    """Evaluate and print; a loss that is not finite is null, and the exit code 3."""
     from dist_train.training.stored import evaluate_stored
 
     result = evaluate_stored(arguments.target, arguments.split, arguments.overrides)
-    if result is not None:
-        print(json.dumps(result))
-    return ExitCode.FINISHED
+    is_finite = result["loss"] is not None
+    if current_launch().rank == 0:
+        print(json.dumps(result, allow_nan=False), flush=True)
+        if not is_finite:
+            print(f"dist-train: the {arguments.split} loss of {result['checkpoint']} is not finite", file=sys.stderr)
+    return ExitCode.FINISHED if is_finite else ExitCode.DIVERGED

@@ -60,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     if finished is not None:
         if finished.was_there:
             print("nothing to evaluate: this result was there", file=sys.stderr)
+        if finished.not_finite:
+            print(f"the loss is not finite in {finished.not_finite} rows of points.csv", file=sys.stderr)
         for width in finished.widths:
             print(describe(width))
         print(finished.folder)

@@ -26,7 +26,7 @@ from dist_train.cli import (
     watch_command,
 )
 from dist_train.cluster.launch import current_launch
-from dist_train.outcome import ExitCode, FaultError, UsageError
+from dist_train.outcome import DivergedError, ExitCode, FaultError, UsageError, exit_code_of
 
 _COMMANDS = (
     train_command,
@@ -52,14 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _told_once():
             parsed = parse(list(sys.argv[1:] if arguments is None else arguments))
         return int(parsed.run(parsed))
-    except (UsageError, FaultError) as error:
-        return _refuse(error)
+    except (UsageError, FaultError, DivergedError) as error:
+        return _refuse(error, exit_code_of(error))
     except ValueError as error:
         from dist_train.config import ConfigError
 
         if not isinstance(error, ConfigError):
             raise
-        return _refuse(error)
+        return _refuse(error, ExitCode.USAGE)
     except BrokenPipeError:
         # The reader of our output has gone; there is nobody left to tell.
         sys.stderr.close()
@@ -107,6 +107,6 @@ def _take_late_overrides(parser: argparse.ArgumentParser, parsed: argparse.Names
         parsed.overrides = [*parsed.overrides, *rest]
 
 
-def _refuse(error: Exception) -> int:
+def _refuse(error: Exception, code: ExitCode) -> int:
     print(f"dist-train: {error}", file=sys.stderr)
-    return ExitCode.FAULT if isinstance(error, FaultError) else ExitCode.USAGE
+    return code

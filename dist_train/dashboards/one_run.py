@@ -342,7 +342,14 @@ def _incidents(built: dashboard.Dashboard) -> None:
             1,
             RED,
         ),
-        ("Not finite", "Losses or gradients that were NaN or infinite.", "not_finite", "DistTrainNotFinite", 1, RED),
+        (
+            "Not finite",
+            "Losses, gradients or last evaluations that were NaN or infinite.",
+            "not_finite",
+            "DistTrainNotFinite",
+            1,
+            RED,
+        ),
     ):
         built.with_panel(
             number(

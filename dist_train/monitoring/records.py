@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from dist_train.json_text import json_text
+
 Detail: TypeAlias = str | int | float | bool | None
 
 
@@ -172,7 +174,7 @@ def to_json(record: Record) -> str:
             assert not _RESERVED & record.details.keys(), f"reserved names in {sorted(record.details)}"
             fields = {"kind": "event", "step": record.step, "event": record.event}
             fields |= {**record.details, "time": record.time}
-    return json.dumps({name: _finite(value) for name, value in fields.items()}, allow_nan=False)
+    return json_text(fields)
 
 
 def from_json(line: str | bytes) -> Record | None:
@@ -199,10 +201,6 @@ def from_json(line: str | bytes) -> Record | None:
 
 
 _TRAIN_NUMBERS = tuple(name for name in TrainRecord.__dataclass_fields__ if name != "step")
-
-
-def _finite(value: Detail) -> Detail:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _numbers(fields: Mapping[str, Any], *names: str) -> dict[str, float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train import atomic
+from dist_train.json_text import json_text
 from dist_train.monitoring.records import Measurement, Outcome, Record, RunFacts, WorkerMeasurement
 
 _PACE_SECONDS = 1.0
@@ -87,11 +88,8 @@ def read_workers(path: Path) -> WorkersReading | None:
 
 
 def _to_json(measurement: Measurement) -> str:
-    workers = [
-        {name: value if math.isfinite(value) else None for name, value in asdict(worker).items()}
-        for worker in measurement.workers
-    ]
-    return json.dumps({"step": measurement.step, "time": measurement.time, "workers": workers}, allow_nan=False) + "\n"
+    workers = [asdict(worker) for worker in measurement.workers]
+    return json_text({"step": measurement.step, "time": measurement.time, "workers": workers}) + "\n"
 
 
 def _measurement(fields: Mapping[str, Any]) -> WorkerMeasurement:

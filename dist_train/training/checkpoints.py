@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dist_train import atomic
+from dist_train.json_text import json_text
 from dist_train.outcome import UsageError
 
 FORMAT = 1
@@ -102,7 +103,7 @@ def write_checkpoint(directory: Path, contents: Contents, before_publishing: Cal
         "metrics": dict(contents.metrics),
     }
     try:
-        atomic.write_text(record, json.dumps(fields, indent=2) + "\n")
+        atomic.write_text(record, json_text(fields, indent=2) + "\n")
     except OSError:
         path.unlink(missing_ok=True)
         raise

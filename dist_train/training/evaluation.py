@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,18 +13,21 @@ from torch.nn import functional
 from dist_train.cluster.workers import Workers
 from dist_train.data.plan import BatchPlan
 from dist_train.data.source import SampleSource, Wanted
-from dist_train.models.batch_statistics import BatchStatistics
 from dist_train.training.compute import Compute
-from dist_train.training.tally import Tally
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss and accuracy of `samples` samples."""
+    """Mean loss and accuracy of `samples` samples; the loss is NaN or infinite where a sample's is."""
 
     loss: float
     accuracy: float
     samples: int
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the loss is a number."""
+        return math.isfinite(self.loss)
 
 
 def evaluate(
@@ -38,23 +42,27 @@ def evaluate(
 ) -> Evaluation:
     """Return loss and accuracy of `model` on the first `count` of `samples`, the same on all workers.
 
-    The split is cut into batches in order, whatever the number of workers, and summed as integers: the
-    result does not depend on that number. A loss that is not finite is NaN. `after_batch` is called after each
+    The split is cut into batches in order, whatever the number of workers, and each batch's sum has a slot of its
+    own: the result does not depend on that number. Losses are float64, so that any finite float32 logits have a
+    finite loss. A sample whose loss is not finite counts as classified wrongly. `after_batch` is called after each
     batch of this worker.
     """
-    tally = Tally(workers, BatchStatistics((), compute.device), compute.device)
+    plan = BatchPlan(count, batch_size)
+    sums = torch.zeros(2, len(plan.micro_batches), dtype=torch.float64, device=compute.device)
     was_training = model.training
     model.eval()
-    share = BatchPlan(count, batch_size).share(workers.rank, workers.size)
+    share = plan.share(workers.rank, workers.size)
     samples.expect(Wanted(torch.arange(batch.start, batch.stop), None) for batch in share)
     with torch.inference_mode(), compute.autocast():
         for batch in share:
             inputs, labels = samples.plain(batch.start, batch.stop)
-            logits = model(inputs).float()
-            tally.add(functional.cross_entropy(logits, labels, reduction="sum"), logits, labels)
+            logits = model(inputs).double()
+            losses = functional.cross_entropy(logits, labels, reduction="none")
+            sums[0, batch.index] = losses.sum()
+            sums[1, batch.index] = ((logits.argmax(dim=1) == labels) & losses.isfinite()).sum()
             after_batch()
     model.train(was_training)
-    tally.send()
-    total = tally.result()
-    assert total.samples == count, "every sample is counted once"
-    return Evaluation(float("nan") if total.out_of_range else total.loss, total.accuracy, count)
+    # Every slot is zero but on one worker: a float sum over the workers is exact.
+    workers.start_sum(sums, "evaluation").wait()
+    losses_of_batches, correct = sums.tolist()
+    return Evaluation(math.fsum(losses_of_batches) / count, sum(correct) / count, count)

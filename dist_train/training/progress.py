@@ -26,10 +26,17 @@ class Progress:
     loss_scale: float | None = None
     updates_since_overflow: int | None = None
     """Since the loss scale was last changed; both where there is one, in float16."""
+    non_finite_step: int | None = None
+    """The latest step after which an evaluation, or the weights, were not finite; its checkpoint is never the best."""
 
     def metrics(self) -> Mapping[str, float | int | None]:
         """Return what a checkpoint keeps of it beside the step."""
         return {name: value for name, value in asdict(self).items() if name != "step"}
+
+    def note_non_finite(self) -> None:
+        """Take in that the evaluation of this step is not finite: it has no accuracy."""
+        self.non_finite_step = self.step
+        self.train_accuracy = self.test_accuracy = None
 
     def note_accuracy(self, split: str, accuracy: float) -> None:
         """Take in the accuracy of an evaluation just made."""

@@ -181,9 +181,8 @@ class Session:
 
     def _last_good(self) -> str:
         checkpoints = list_checkpoints(self._directory.checkpoints)
-        if not checkpoints:
-            return "there is no checkpoint yet"
-        return f"the last good checkpoint is {checkpoints[-1].path}"
+        good = [file for file in checkpoints if file.metrics.get("non_finite_step") != file.step]
+        return f"the last good checkpoint is {good[-1].path}" if good else "there is no good checkpoint"
 
 
 def open_session(config: Config, directory: RunDirectory, workers: Workers, lock: RunLock | None = None) -> Session:

@@ -16,6 +16,7 @@ from dist_train.config.continuation import with_threads
 from dist_train.config.loading import with_overrides
 from dist_train.data.images import Split
 from dist_train.data.loader import open_splits
+from dist_train.json_text import finite
 from dist_train.models import build_model
 from dist_train.outcome import UsageError
 from dist_train.training.checkpoints import Contents, list_checkpoints, read_checkpoint
@@ -44,8 +45,10 @@ def find_checkpoint(target: Path) -> Path:
     return files[-1].path
 
 
-def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dict[str, object] | None:
-    """Return step, loss and accuracy of a stored model on the whole of `split`; None on workers but the first.
+def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dict[str, object]:
+    """Return step, loss (None where it is not finite) and accuracy of a stored model on the whole of `split`.
+
+    The same on all workers.
 
     The norm statistics are those of the checkpoint: they belong to its clean weights.
     """
@@ -77,14 +80,12 @@ def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dic
             workers=workers,
         )
         workers.barrier()
-    if workers.rank != 0:
-        return None
     return {
         "checkpoint": str(path),
         "step": contents.step,
         "epoch": contents.epoch,
         "split": split,
-        "loss": result.loss,
+        "loss": finite(result.loss),
         "accuracy": result.accuracy,
         "samples": result.samples,
     }

@@ -20,7 +20,7 @@ from dist_train.data.source import Splits, Wanted
 from dist_train.monitoring.observers import Observers
 from dist_train.monitoring.records import Detail, EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.optim.learning_rate import LearningRate
-from dist_train.outcome import FaultError, StoppedError
+from dist_train.outcome import DivergedError, FaultError, StoppedError
 from dist_train.status import StatusFile
 from dist_train.training.agreement import verify_agreement
 from dist_train.training.checkpoint_writer import CheckpointWriter, NotWritten
@@ -96,7 +96,7 @@ class Trainer:
 
         Raises:
             StoppedError: asked to stop, and saved.
-            DivergedError: the loss or the gradient is not finite.
+            DivergedError: the loss or the gradient is not finite, or the last evaluation.
             DisagreementError: workers hold different weights or noise.
             FaultError: the last checkpoint could not be written, or a worker is gone.
         """
@@ -104,6 +104,8 @@ class Trainer:
             self.advance()
         self._hand_out_measurement()
         self._finish_saving()
+        if self.progress.non_finite_step == self.progress.step:
+            raise DivergedError(f"the last evaluation, after step {self.progress.step}, is not finite")
 
     def close(self) -> None:
         """Wait for what is being written, whatever became of it, and let go of the data."""
@@ -229,6 +231,7 @@ class Trainer:
         self._settle_statistics()
         settings = self.config.evaluation
         train_samples = min(settings.train_samples, len(self.splits.train))
+        not_finite = [] if bool(self.take_step.weights.values.isfinite().all()) else ["weights"]
         for split, samples, count in (
             ("train", self.splits.train, train_samples),
             ("test", self.splits.test, len(self.splits.test)),
@@ -249,7 +252,13 @@ class Trainer:
                     self.progress.step, self.epoch, split, result.loss, result.accuracy, count, time.time()
                 )
             )
-            self.progress.note_accuracy(split, result.accuracy)
+            if result.is_finite:
+                self.progress.note_accuracy(split, result.accuracy)
+            else:
+                not_finite.append(f"{split} loss")
+        if not_finite:
+            self.progress.note_non_finite()
+            self._event("non_finite_evaluation", what=", ".join(not_finite))
 
     def _settle_statistics(self) -> None:
         """Have norm statistics that belong to the clean weights, once a step."""

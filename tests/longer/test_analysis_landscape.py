@@ -109,7 +109,6 @@ def test_the_ends_of_a_line_are_what_evaluate_says(run: Path, statistics: Statis
     for alpha, step in ((0.0, 3), (1.0, 12)):
         for split in splits:
             expected = evaluate_stored(checkpoint(run, step), split, [])
-            assert expected is not None
             [row] = [row for row in rows(finished) if row.alpha == alpha and row.split == split]
             assert row.loss == pytest.approx(expected["loss"], rel=1e-6)
             assert row.accuracy == expected["accuracy"]
@@ -118,7 +117,6 @@ def test_the_ends_of_a_line_are_what_evaluate_says(run: Path, statistics: Statis
 @pytest.mark.usefixtures("undrawn")
 def test_the_middle_of_a_direction_and_of_a_plane_is_what_evaluate_says(run: Path) -> None:
     expected = evaluate_stored(run, "train", [])
-    assert expected is not None
     for request in requests(run)[1:3]:
         found = [row for row in rows(made(request)) if (row.alpha, row.beta, row.split) == (0.0, 0.0, "train")]
         assert len(found) == (2 if request.settings.kind == "direction" else 1)

@@ -17,7 +17,8 @@ from dist_train.analysis.sharpness_record import SharpnessSettings, read_record,
 from dist_train.analysis.stored_subset import choose_samples, cut
 from dist_train.cli.main import main
 from dist_train.cluster.alone import Alone
-from dist_train.outcome import UsageError
+from dist_train.outcome import ExitCode, UsageError
+from dist_train.training.checkpoints import read_checkpoint, write_checkpoint
 from dist_train.training.stored import evaluate_stored
 from tests.unit.image_folders import write_folder
 from tests.unit.small_trainers import build_trainer, small_config
@@ -116,6 +117,14 @@ def test_other_settings_or_another_checkpoint_have_a_record_of_their_own(run: Pa
     assert read_record(path) == record
 
 
+def test_a_loss_that_is_not_finite_ends_it_with_3(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    contents = read_checkpoint(run / "checkpoints" / "step-00000006.pt")
+    contents.model["classifier.bias"][0] = torch.inf
+    write_checkpoint(run / "checkpoints", contents, lambda: None)
+    assert main(["sharpness", str(run), *OPTIONS]) == ExitCode.DIVERGED
+    assert "the loss is not finite" in capsys.readouterr().err
+
+
 def test_statistics_are_recomputed_as_the_run_itself_does(run: Path, tmp_path: Path) -> None:
     anew = QUICK.model_copy(update={"statistics": "recomputed"})
     with_noise = [measure_sharpness(run, settings, ["rise"])[0].loss for settings in (QUICK, anew)]
@@ -129,7 +138,6 @@ def test_the_loss_over_all_training_images_is_that_of_evaluate(run: Path) -> Non
     settings = QUICK.model_copy(update={"samples": 100})
     record, _ = measure_sharpness(run, settings, ["rise"])
     evaluated = evaluate_stored(run, "train", [])
-    assert evaluated is not None
     assert record.loss == pytest.approx(evaluated["loss"], rel=1e-6)
     assert record.accuracy == evaluated["accuracy"]
 
@@ -141,7 +149,6 @@ def test_an_image_folder_is_measured_too(tmp_path: Path) -> None:
     build_trainer(config, tmp_path / "run", Alone()).run()
     record, _ = measure_sharpness(tmp_path / "run", QUICK.model_copy(update={"samples": 24}), ["rise"])
     evaluated = evaluate_stored(tmp_path / "run", "train", [])
-    assert evaluated is not None
     assert record.loss == pytest.approx(evaluated["loss"], rel=1e-6)
 
 

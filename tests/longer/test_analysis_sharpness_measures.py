@@ -64,6 +64,18 @@ class TestKeskar:
         expected = sharpness(loss.highest(), loss.value_and_gradient(loss.point())[0])
         assert keskar.full_space(loss, keskar.Ascent()) == pytest.approx(expected, rel=1e-6)
 
+    @pytest.mark.parametrize("lost", [np.nan, np.inf])
+    @pytest.mark.parametrize("calls", [2, 3])
+    def test_a_loss_that_leaves_the_range_of_numbers_has_no_highest_value(self, lost: float, calls: int) -> None:
+        class Lost(Parabola):
+            def value_and_gradient(self, point: Vector) -> tuple[float, Vector]:
+                value, gradient = super().value_and_gradient(point)
+                return (lost if self.calls > calls else value), gradient
+
+        known = a_parabola(5, at_minimum=False)
+        loss = Lost(known.curvatures, known.minimum, known.point(), known.least)
+        assert keskar.full_space(loss, keskar.Ascent()) == np.inf
+
     @pytest.mark.parametrize("factor", [1e-9, 1e6])
     def test_the_size_of_the_loss_does_not_end_the_ascent(self, factor: float) -> None:
         loss = a_parabola(20, at_minimum=False, factor=factor)

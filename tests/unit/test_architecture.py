@@ -18,15 +18,16 @@ BELOW: dict[str, set[str]] = {
     "config": set(),
     "outcome": set(),
     "atomic": set(),
+    "json_text": set(),
     "fixed_point": set(),
     "randomness": set(),
     "start_up": set(),
     "marked_text": {"outcome"},
-    "status": {"atomic", "outcome"},
+    "status": {"atomic", "json_text", "outcome"},
     "cluster": {"outcome", "randomness", "config"},
 }
 """What each room may import. Those above may also import all that the room below them may."""
-_LEAVES = {"config", "outcome", "atomic", "fixed_point", "randomness", "start_up", "marked_text", "status"}
+_LEAVES = {"config", "outcome", "atomic", "json_text", "fixed_point", "randomness", "start_up", "marked_text", "status"}
 for _room, _allowed in (
     ("models", _LEAVES),
     ("data", _LEAVES),

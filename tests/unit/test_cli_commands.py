@@ -175,6 +175,32 @@ class TestTrain:
         assert (status.state, status.exit_code) == ("failed", 3)
         assert "step-0000000" in status.reason
 
+    def test_a_last_evaluation_that_is_not_finite_ends_it_with_3_every_time(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = write_config(
+            tmp_path,
+            run={"max_steps": 1},
+            model={"norm": "none"},
+            noise={"method": "none"},
+            optimizer={"learning_rate": 1e38},
+        )
+        run = tmp_path / "run"
+        for _ in range(2):
+            assert main(["train", config, "--run-dir", str(run)]) == ExitCode.DIVERGED
+            told = capsys.readouterr()
+            assert "the last evaluation, after step 1, is not finite; there is no good checkpoint" in told.err
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        [event] = [line for line in lines if line.get("event") == "non_finite_evaluation"]
+        assert (event["step"], event["what"]) == (1, "train loss, test loss")
+        assert [line["loss"] for line in lines if line["kind"] == "eval"] == [None, None]
+        record = json.loads((run / "checkpoints" / "step-00000001.json").read_text())
+        assert record["metrics"]["test_accuracy"] is record["metrics"]["best_saved_step"] is None
+        assert main(["evaluate", str(run)]) == ExitCode.DIVERGED
+        told = capsys.readouterr()
+        assert json.loads(told.out)["loss"] is None
+        assert "not finite" in told.err
+
 
 class TestEvaluate:
     def test_it_prints_one_line_of_json(self, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,19 @@ def test_it_prints_widths_and_the_folder(trained_run: Path, capsys: pytest.Captu
     told = capsys.readouterr()
     assert told.out.splitlines() == [*widths, folder]
     assert "this result was there" in told.err
+
+
+def test_points_whose_loss_is_not_finite_are_told(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["landscape", "direction", str(trained_run), "--points", "3", "--range", "0", "1e38"]
+    words += ["--samples", "20", "--output", str(tmp_path), "--normalization", "none"]
+    for _ in range(2):
+        assert main(words) == 0
+        told = capsys.readouterr()
+        assert "the loss is not finite in 4 rows of points.csv" in told.err
+    settings = json.loads((Path(told.out.splitlines()[-1]) / "settings.json").read_text())
+    assert settings["not_finite"] == 4
 
 
 def test_between_two_checkpoints_and_into_another_folder(

@@ -66,6 +66,7 @@ def test_a_page_reads_back_what_was_recorded() -> None:
         "checkpoint_failed": 0,
         "corrupt_checkpoint": 0,
         "not_finite": 0,
+        "non_finite_evaluation": 0,
         "disagreement": 0,
         "micro_size": 0,
     }

@@ -101,7 +101,23 @@ def test_a_loss_that_is_not_finite_is_nan_on_all_workers() -> None:
             model.get_parameter("classifier.bias")[0] = math.inf
         return evaluated(workers, 7, model)
 
-    assert all(math.isnan(result.loss) for result in results(2, blown_up))
+    for result in results(2, blown_up):
+        assert math.isnan(result.loss)
+        assert result.accuracy == 0.0, "a sample without a loss is not classified rightly"
+
+
+@pytest.mark.parametrize("scale", [1e7, 1e20, 3e38])
+def test_a_loss_is_a_number_wherever_the_outputs_are(scale: float) -> None:
+    def far_off(workers: SimulatedWorkers) -> Evaluation:
+        model = a_model()
+        with torch.no_grad():
+            model.get_parameter("classifier.bias")[0] = scale
+        return evaluated(workers, 7, model)
+
+    _, labels = samples().plain(0, COUNT)
+    expected = scale * (labels != 0).sum().item() / COUNT
+    for size in (1, 3):
+        assert [result.loss for result in results(size, far_off)] == [pytest.approx(expected, rel=1e-6)] * size
 
 
 class TestRecomputedStatistics:

@@ -30,6 +30,7 @@ EVENTS = (
     "checkpoint_failed",
     "corrupt_checkpoint",
     "not_finite",
+    "non_finite_evaluation",
     "disagreement",
     "micro_size",
 )

@@ -265,7 +265,7 @@ EVENTS = (
     _counter(
         "dist_train_not_finite_total",
         "events",
-        "Losses or gradients that were not finite, over all launches.",
+        "Losses, gradients or last evaluations that were not finite, over all launches.",
         _events("not_finite"),
     ),
     Metric(

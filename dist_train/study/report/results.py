@@ -206,8 +206,9 @@ def _measures(fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     hessian = fields.get("hessian")
     if isinstance(hessian, Mapping):
         eigenvalues = hessian.get("eigenvalues")
-        if isinstance(eigenvalues, list) and eigenvalues:
-            yield "largest Hessian eigenvalue", max(map(float, eigenvalues))
+        known = [float(value) for value in eigenvalues if value is not None] if isinstance(eigenvalues, list) else []
+        if known:
+            yield "largest Hessian eigenvalue", max(known)
         for name, value in flat_numbers({"Hessian trace": hessian.get("trace")}):
             yield name, value
     for name, value in flat_numbers(fields.get("keskar")):

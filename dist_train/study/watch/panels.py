@@ -17,7 +17,9 @@ from dist_train.monitoring.workers_file import WorkersReading
 from dist_train.study.run_table import COLOURS
 from dist_train.study.watch.run import Snapshot, silence_in_words
 
-_BAD_EVENTS = frozenset({"checkpoint_failed", "corrupt_checkpoint", "not_finite", "disagreement"})
+_BAD_EVENTS = frozenset(
+    {"checkpoint_failed", "corrupt_checkpoint", "not_finite", "non_finite_evaluation", "disagreement"}
+)
 
 
 def header(run: Snapshot, columns: int) -> Group:
