@@ -37,7 +37,7 @@ def expected_rises(
     clean = loss.value_at_flat(loss.clean)
     rises = np.empty((len(amplitudes), draws))
     for draw in range(draws):
-        direction = source.draw(loss.clean, draw, "expected rise")
+        direction = source.draw(loss.clean, 1.0, draw, "expected rise")
         for row, amplitude in enumerate(amplitudes):
             there, opposite = (
                 loss.value_at_flat(torch.add(loss.clean, direction, alpha=sign * amplitude)) for sign in (1, -1)

@@ -95,10 +95,8 @@ class SmoothOut:
     def move(self, step: int, *indices: int | str) -> None:
         """Be at the clean weights plus the draw of (`step`, `indices`)."""
         clean = self._weights.values
-        amplitude = self._amplitude(step)
-        for part in self._draws.parts(clean, step, *indices):
-            noise = self._perturbed[part]
-            torch.add(clean[part], noise, alpha=amplitude, out=noise)
+        for part in self._draws.parts(clean, self._amplitude(step), step, *indices):
+            self._perturbed[part].add_(clean[part])
 
     def after_update(self, step: int) -> None:
         """Do nothing: the noise was taken away before the update."""
@@ -106,9 +104,9 @@ class SmoothOut:
     def digest(self, step: int) -> int:
         """Return a digest of the perturbed weights, or, where they differ on purpose, of the first draw."""
         if self._share is _OfWorker:
-            self._draws.draw(self._weights.values, step, "worker", 0)
+            self._draws.draw(self._weights.values, self._amplitude(step), step, "worker", 0)
         elif self._share is _OfMicroBatch:
-            self._draws.draw(self._weights.values, step, 0)
+            self._draws.draw(self._weights.values, self._amplitude(step), step, 0)
         return digest(self._perturbed)
 
 
@@ -133,12 +131,12 @@ class Langevin:
     @contextmanager
     def perturbed(self, step: int) -> Iterator[Perturbed]:
         """Draw delta(t), scaled by theta(t), and leave the weights as they are: the gradient is taken there."""
-        self._draws.draw(self._weights.values, step)
+        self._draws.draw(self._weights.values, self._amplitude(step), step)
         yield _Still()
 
     def after_update(self, step: int) -> None:
         """Add delta(t)."""
-        self._weights.values.add_(self._draws.values, alpha=self._amplitude(step))
+        self._weights.values.add_(self._draws.values)
 
     def digest(self, step: int) -> int:
         """Return a digest of the draw."""

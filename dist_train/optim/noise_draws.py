@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,89 +19,141 @@ from dist_train.optim.flat_weights import FlatWeights
 from dist_train.randomness import bits, key
 
 _DEVIATION_OF_UNIFORM = 3.0**-0.5
+_LARGEST = 2**15 - 1
+_SQUARES = 2.0**40
+"""Squares of weights are summed as multiples of its inverse."""
 
 
 class NoiseDraws:
-    """Draws of one kind for one set of weights, into one buffer: a draw is a handful of kernels."""
+    """Draws of one kind for one set of weights, into one buffer; bit-identical on CPUs and GPUs.
+
+    What is drawn are integers; they, and each scale, are turned into floats by single operations, whose rounding
+    IEEE 754 defines: no sum of floats, no function beyond a root, no multiplication and addition that may be fused.
+    """
 
     def __init__(self, settings: NoiseSettings, weights: FlatWeights, seed: int, values: Tensor | None = None) -> None:
         """Draw into `values` [n] (none: new ones), as `settings` say.
 
         A draw depends on `seed` and on what it is asked for, on nothing else.
         """
-        self._distribute = _DISTRIBUTIONS[settings.distribution]
+        self._distribution = _DISTRIBUTIONS[settings.distribution](weights.values.device)
         self._scale = _SCALES[settings.scale]
         self._seed = seed
         self._still = (weights.mask(settings.exclude) == 0).nonzero()[:, 0]
         self._places: list[int] = self._still.tolist()
-        self._lengths = weights.filter_lengths
+        self._filters = _Filters(weights.filter_lengths)
         self.values = torch.zeros_like(weights.values) if values is None else values
 
-    def draw(self, weights: Tensor, step: int, *indices: int | str) -> Tensor:
-        """Return the noise of (`step`, `indices`) at amplitude 1 for flat `weights` [n]; excluded weights get 0.
+    def draw(self, weights: Tensor, amplitude: float, step: int, *indices: int | str) -> Tensor:
+        """Return the noise of (`step`, `indices`) at `amplitude` for flat `weights` [n]; excluded weights get 0.
 
         The tensor is `values`: the next draw overwrites it.
         """
-        deque(self.parts(weights, step, *indices), maxlen=0)
+        deque(self.parts(weights, amplitude, step, *indices), maxlen=0)
         return self.values
 
-    def parts(self, weights: Tensor, step: int, *indices: int | str) -> Iterator[slice]:
+    def parts(self, weights: Tensor, amplitude: float, step: int, *indices: int | str) -> Iterator[slice]:
         """Make the same draw, and yield where in `values` each part lies once it is there."""
-        drawn = self._distribute(self.values, key(self._seed, "noise", step, *indices))
-        for part in self._scale(self.values, weights, self._lengths, drawn):
+        drawn = self._integers(key(self._seed, "noise", step, *indices))
+        for part in self._scale(self.values, weights, self._filters, drawn, amplitude, self._distribution.unit):
             first, last = bisect_left(self._places, part.start), bisect_left(self._places, part.stop)
             self.values.index_fill_(0, self._still[first:last], 0.0)
             yield part
 
-
-def _uniform(noise: Tensor, stream: int) -> Iterator[slice]:
-    """Fill `noise` with 65,536 equally likely, equally spaced values between -1 and 1, of mean 0 and variance 1/3.
-
-    They are 2^-15 of the amplitude apart, and take a third of the time of 24 random bits an element.
-    """
-    # Filled on the device: a copy from the host would make the host wait for it.
-    middle = torch.full((), 2.0**-16, device=noise.device)
-    start = 0
-    for integers in bits(stream, len(noise), noise.device):
-        part = slice(start, start + len(integers))
-        # Apart: an addition of two types takes three times as long as a conversion and an addition.
-        torch.add(middle, noise[part].copy_(integers), alpha=2.0**-15, out=noise[part])
-        yield part
-        start = part.stop
+    def _integers(self, stream: int) -> Iterator[slice]:
+        """Fill `values` with the integers of a draw."""
+        start = 0
+        for random in bits(stream, len(self.values), self.values.device):
+            part = slice(start, start + len(random))
+            self.values[part].copy_(self._distribution.integers(random))
+            yield part
+            start = part.stop
 
 
-def _normal(noise: Tensor, stream: int) -> Iterator[slice]:
-    """Fill `noise` normally, with the variance of the uniform, 1/3."""
-    noise.normal_(0.0, _DEVIATION_OF_UNIFORM, generator=torch.Generator(noise.device).manual_seed(stream))
-    yield slice(0, len(noise))
+class _Distribution(Protocol):
+    """Integers between -32,767 and 32,767, of mean 0; times `unit` their variance is 1/3."""
+
+    unit: float
+
+    def integers(self, random: Tensor) -> Tensor:
+        """Return int16 of the distribution from int16 of random bits, which may be overwritten."""
 
 
-def _absolute(noise: Tensor, weights: Tensor, lengths: Tensor, drawn: Iterator[slice]) -> Iterator[slice]:
-    """Leave the draw u as it is: the amplitude is in the weights' own unit."""
-    return drawn
+class _Uniform:
+    """The 32,768 odd integers, equally likely."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.unit = 2.0**-15
+
+    def integers(self, random: Tensor) -> Tensor:
+        return random.bitwise_or_(1)
 
 
-def _weight(noise: Tensor, weights: Tensor, lengths: Tensor, drawn: Iterator[slice]) -> Iterator[slice]:
-    """Make it u |w|, element by element."""
+class _Normal:
+    """The quantiles of 65,536 equally likely parts of the normal distribution, rounded; the outermost is 4.3 sigma."""
+
+    def __init__(self, device: torch.device) -> None:
+        middles = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
+        quantiles = torch.special.ndtri(middles)
+        integers = (quantiles * (_LARGEST / quantiles[-1])).round()
+        self.unit = _DEVIATION_OF_UNIFORM / float(integers.square().mean().sqrt())
+        self._integers = integers.to(torch.int16).to(device)
+
+    def integers(self, random: Tensor) -> Tensor:
+        quantiles: Tensor = self._integers[random.to(torch.int32).add_(2**15)]
+        return quantiles
+
+
+class _Filters:
+    """Which of the flat weights are a filter's."""
+
+    def __init__(self, lengths: Tensor) -> None:
+        self._lengths = lengths
+        self._last = lengths.cumsum(0) - 1
+        self._count = int(lengths.sum())
+
+    def sum(self, integers: Tensor) -> Tensor:
+        """Return the sums of int64 `integers` [n] over each filter, float64 [filters]."""
+        ends = integers.cumsum(0)[self._last]
+        return torch.diff(ends, prepend=torch.zeros_like(ends[:1])).to(torch.float64)
+
+    def repeat(self, values: Tensor) -> Tensor:
+        """Return `values` [filters] for each weight [n]."""
+        return torch.repeat_interleave(values, self._lengths, output_size=self._count)
+
+
+def _absolute(
+    noise: Tensor, weights: Tensor, filters: _Filters, drawn: Iterator[slice], amplitude: float, unit: float
+) -> Iterator[slice]:
+    """Make it a u: the amplitude is in the weights' own unit."""
     for part in drawn:
-        noise[part].mul_(weights[part].abs())
+        noise[part].mul_(amplitude * unit)
         yield part
 
 
-def _filter(noise: Tensor, weights: Tensor, lengths: Tensor, drawn: Iterator[slice]) -> Iterator[slice]:
-    """Make it u_f ||w_f|| / ||u_f|| for each filter f: AdaSmoothOut (Wen et al., arXiv 1805.07898)."""
+def _weight(
+    noise: Tensor, weights: Tensor, filters: _Filters, drawn: Iterator[slice], amplitude: float, unit: float
+) -> Iterator[slice]:
+    """Make it a u |w|, element by element."""
+    for part in drawn:
+        noise[part].mul_(amplitude * unit).mul_(weights[part].abs())
+        yield part
+
+
+def _filter(
+    noise: Tensor, weights: Tensor, filters: _Filters, drawn: Iterator[slice], amplitude: float, unit: float
+) -> Iterator[slice]:
+    """Make it a u_f ||w_f|| / ||u_f|| for each filter f: AdaSmoothOut (Wen et al., arXiv 1805.07898)."""
     deque(drawn, maxlen=0)
-    # Unchecked: to check the lengths, the host would wait for the device.
-    of_weights = torch.segment_reduce(weights.square(), "sum", lengths=lengths, unsafe=True)
-    of_noise = torch.segment_reduce(noise.square(), "sum", lengths=lengths, unsafe=True)
-    ratios = (of_weights / of_noise.clamp_(min=torch.finfo(noise.dtype).tiny)).sqrt_()
-    noise.mul_(torch.repeat_interleave(ratios, lengths, output_size=len(noise)))
+    of_weights = filters.sum(weights.square().mul_(_SQUARES).to(torch.int64))
+    of_noise = filters.sum(noise.to(torch.int64).square_())
+    ratios = (of_weights / of_noise.clamp_(min=1.0)).sqrt_().mul_(amplitude * _SQUARES**-0.5)
+    noise.mul_(filters.repeat(ratios.to(noise.dtype)))
     yield slice(0, len(noise))
 
 
-_DISTRIBUTIONS: Mapping[str, Callable[[Tensor, int], Iterator[slice]]] = MappingProxyType(
-    {"uniform": _uniform, "normal": _normal}
+_DISTRIBUTIONS: Mapping[str, Callable[[torch.device], _Distribution]] = MappingProxyType(
+    {"uniform": _Uniform, "normal": _Normal}
 )
-_SCALES: Mapping[str, Callable[[Tensor, Tensor, Tensor, Iterator[slice]], Iterator[slice]]] = MappingProxyType(
-    {"absolute": _absolute, "weight": _weight, "filter": _filter}
-)
+_Scale = Callable[[Tensor, Tensor, _Filters, Iterator[slice], float, float], Iterator[slice]]
+_SCALES: Mapping[str, _Scale] = MappingProxyType({"absolute": _absolute, "weight": _weight, "filter": _filter})

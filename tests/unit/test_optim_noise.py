@@ -208,7 +208,7 @@ _VIEWS = ("aten.slice.", "aten.lift_fresh.")
 """These only name a part of what is there."""
 
 
-@pytest.mark.parametrize(("scale", "most"), [("absolute", 5), ("weight", 7), ("filter", 15)])
+@pytest.mark.parametrize(("scale", "most"), [("absolute", 5), ("weight", 7), ("filter", 29)])
 @pytest.mark.parametrize("sharing", ["global", "micro_batch"])
 def test_a_draw_a_perturbation_and_a_restoration_are_a_handful_of_kernels_for_any_number_of_tensors(
     sharing: str, scale: str, most: int

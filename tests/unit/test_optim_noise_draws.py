@@ -87,7 +87,11 @@ def settings(distribution: Distribution = "uniform", scale: Scale = "absolute", 
 def draw(distribution: Distribution, scale: Scale, step: int = STEP, index: int | str | None = None) -> Tensor:
     """Return the noise at amplitude 1, [n], in float64."""
     indices = [] if index is None else [index]
-    return NoiseDraws(settings(distribution, scale), weights(), seed=3).draw(weights().values, step, *indices).double()
+    return (
+        NoiseDraws(settings(distribution, scale), weights(), seed=3)
+        .draw(weights().values, 1.0, step, *indices)
+        .double()
+    )
 
 
 def part(name: str, values: Tensor) -> Tensor:
@@ -198,7 +202,7 @@ def test_draws_of_steps_micro_batches_workers_and_seeds_are_independent(distribu
         draw(distribution, "absolute", *indices)
         for indices in ((STEP,), (STEP + 1,), (STEP + 2,), (STEP, 0), (STEP, 1), (STEP, "worker"))
     ]
-    draws.append(NoiseDraws(settings(distribution), weights(), seed=4).draw(weights().values, STEP).double())
+    draws.append(NoiseDraws(settings(distribution), weights(), seed=4).draw(weights().values, 1.0, STEP).double())
     values = torch.stack([part("wide", noise).flatten() for noise in draws]).float()
     limit = 4 / math.sqrt(COUNT)
     for signal in (values, values.square()):
@@ -209,5 +213,5 @@ def test_draws_of_steps_micro_batches_workers_and_seeds_are_independent(distribu
 
 def test_a_filter_of_zeros_gets_no_noise() -> None:
     flat = FlatWeights(nn.ParameterList([torch.zeros(4, 5)]))
-    noise = NoiseDraws(settings(scale="filter"), flat, seed=0).draw(flat.values, 0)
+    noise = NoiseDraws(settings(scale="filter"), flat, seed=0).draw(flat.values, 1.0, 0)
     assert noise.count_nonzero() == 0

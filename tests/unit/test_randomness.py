@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from random import Random
 
-import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.randomness import bits, generator, key, uniform
+from dist_train.randomness import bits, generator, hash_by_torch, key, uniform
 
 PROPERTY = settings(deadline=None, max_examples=40)
 SEEDS = st.integers(0, 2**70)
@@ -112,7 +111,9 @@ def test_streams_are_unrelated() -> None:
 
 
 def all_bits(stream: int, count: int) -> torch.Tensor:
-    return torch.cat([torch.empty(0, dtype=torch.int16), *bits(stream, count, torch.device("cpu"))])
+    return torch.cat(
+        [torch.empty(0, dtype=torch.int16), *(part.clone() for part in bits(stream, count, torch.device("cpu")))]
+    )
 
 
 @PROPERTY
@@ -123,10 +124,30 @@ def test_random_bits_depend_on_their_stream_alone_and_fewer_are_the_first_of_mor
     assert not torch.equal(all_bits(stream + 1, 1000), many)
 
 
+def by_definition(stream: int, number: int) -> int:
+    """Return the hash at position `number`, in whole numbers."""
+    state = (number * 0x9E3779B9 + stream) % 2**32
+    state ^= state >> 16
+    state = (state * 0x7FEB352D + (stream >> 32)) % 2**32
+    state ^= state >> 15
+    state = state * 0x846CA68B % 2**32
+    return state ^ state >> 16
+
+
+@PROPERTY
+@given(st.integers(0, 2**63 - 1), st.integers(0, 2**31 - 60))
+def test_random_bits_are_the_hash_by_numpy_and_by_torch_s_operations_that_a_gpu_has(stream: int, first: int) -> None:
+    expected = [by_definition(stream, number) for number in range(first, first + 50)]
+    numbers = torch.arange(first, first + 50, dtype=torch.int32)
+    assert [number % 2**32 for number in hash_by_torch(numbers, stream).tolist()] == expected
+    start = [by_definition(stream, number) for number in range(50)]
+    assert [number % 2**32 for number in all_bits(stream, 100).view(torch.int32).tolist()] == start
+
+
 def test_parts_of_random_bits_are_one_stream() -> None:
-    parts = list(bits(5, (1 << 20) - 12, torch.device("cpu")))
+    parts = [part.clone() for part in bits(5, (1 << 20) - 12, torch.device("cpu"))]
     assert len(parts) > 2
-    whole = torch.from_numpy(numpy.random.SFC64(5).random_raw((1 << 18) - 3).view(numpy.int16))
+    whole = hash_by_torch(torch.arange((1 << 19) - 6, dtype=torch.int32), 5).view(torch.int16)
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -137,4 +158,4 @@ def test_each_of_the_16_random_bits_is_set_half_the_time() -> None:
 
 
 def test_random_bits_are_the_same_ones_for_ever() -> None:
-    assert all_bits(1, 4).tolist() == [584, 26870, -2906, -288]
+    assert all_bits(1, 4).tolist() == [-28480, 26761, 22068, -24752]
