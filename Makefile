@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cluster test-containers test-unit lint bench dashboards clean
+.PHONY: help setup demo test test-cluster test-containers test-unit lint bench gpu dashboards clean
 
 python := .venv/bin/python
 code := $(wildcard dist_train tests benchmarks)
@@ -41,6 +41,9 @@ lint: setup ## ruff, mypy, bandit, shellcheck and hadolint
 bench: setup ## the side-by-side performance table (DEVICE=cuda: on a GPU); takes hours, `python -m benchmarks --only GROUP` minutes
 	@benchmarks/peers/environment.sh
 	$(python) -m benchmarks --device $(or $(DEVICE),cpu) --json results/performance-$(or $(DEVICE),cpu).json
+
+gpu: setup ## on a machine with a GPU: the promises, memory, speed and a profile on one page, runs/gpu.md; nine minutes
+	$(python) -m benchmarks.gpu
 
 dashboards: setup ## write Grafana's dashboards and the table of metrics anew, from the code
 	$(python) -m dist_train.dashboards docker/grafana/dashboards

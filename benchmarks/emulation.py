@@ -64,7 +64,7 @@ _WRITTEN_ALONE = frozenset({"copy_", "fill_", "zero_"})
 class Job:
     """What is to be emulated: rank 0 of `ranks` ranks makes a step of the configuration `sections`.
 
-    `plain`: plain PyTorch computes its share instead (batch norm, fused SGD), `plain` samples in a pass; 0: it does not.
+    `plain`: plain PyTorch (batch norm, fused SGD) computes its share instead, so many samples in a pass; 0: not.
     """
 
     sections: Mapping[str, Mapping[str, Any]]
@@ -129,7 +129,7 @@ class _Watch(TorchDispatchMode):
     """Counts what works on the device, and answers the host's questions about values that there are not."""
 
     def __init__(self, samples: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
         self._samples = samples
         self.operators: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()

@@ -1,0 +1,250 @@
+"""`make gpu`: what is to be known of a GPU, on one page, in nine minutes: promises, waits, memory, speed, a profile.
+
+Each part is a process of its own. One that fails, or takes more than its time, is written down, and the next begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.groups import Device, groups_on
+from benchmarks.launching import NotMeasuredError, environment, measure, module, on_workers, tell
+from benchmarks.machine import this_machine
+from benchmarks.subject import QUIET, open_trainer, settings
+from dist_train.cluster.alone import Alone
+from dist_train.config import NoiseSettings, dump_config
+from dist_train.models import build_model
+from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.noise_draws import NoiseDraws
+from dist_train.outcome import ExitCode
+from dist_train.training.checkpoints import list_checkpoints, read_checkpoint
+from dist_train.training.devices import find_gpus
+from dist_train.training.stored import find_checkpoint
+
+_NOISE = {"method": "smoothout", "amplitude": 1e-3}
+_PAIRS = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a part found, in Markdown, and whether everything is as promised."""
+
+    text: str
+    holds: bool = True
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Write the page, and say by the exit code: 0 every part holds, 1 not, 2 there is no GPU."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: to try the parts without a GPU")
+    parser.add_argument("--page", type=Path, default=Path("runs/gpu.md"), metavar="FILE", help="where the page goes")
+    parser.add_argument("--only", action="append", metavar="PART", help=f"{', '.join(PARTS)}, or a group of benchmarks")
+    parser.add_argument("--seconds", type=float, default=520, help="what all parts may take together")
+    parser.add_argument("--part-seconds", type=float, default=100, help="what one part may take")
+    parser.add_argument("--tell", metavar="PART", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(words)
+    device: Device = arguments.device
+    if device == "cuda" and not torch.cuda.is_available():
+        print("gpu: torch sees no GPU here; see dist-train doctor", file=sys.stderr)
+        return ExitCode.USAGE
+    known = (*PARTS, *groups_on(device))
+    if unknown := set(arguments.only or ()) - set(known):
+        print(f"gpu: no part is called {', '.join(sorted(unknown))}: {', '.join(known)}", file=sys.stderr)
+        return ExitCode.USAGE
+    if arguments.tell:
+        with tempfile.TemporaryDirectory() as folder:
+            found = PARTS[arguments.tell](device, Path(folder))
+        tell([found.text, found.holds])
+        return 0
+    return _write_page(arguments.page, device, arguments.only or known, arguments)
+
+
+def _write_page(page: Path, device: Device, parts: Sequence[str], limits: argparse.Namespace) -> int:
+    page.parent.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + limits.seconds
+    driver = find_gpus(os.environ).driver or "none"
+    lines = [f"# {this_machine().in_words()}", "", f"NVIDIA driver {driver}, CUDA of torch {torch.version.cuda}.", ""]
+    failed = 0
+    for name in parts:
+        print(f"{name} ...", file=sys.stderr)
+        begun = time.monotonic()
+        found = _found(name, device, min(limits.part_seconds, end - begun))
+        failed += not found.holds
+        lines += [f"## {name}: {'holds' if found.holds else 'FAILED'}", "", found.text, ""]
+        lines += [f"{time.monotonic() - begun:.0f} s.", ""]
+        # What is there already is kept, whatever becomes of the parts to come.
+        page.write_text("\n".join(lines), encoding="utf-8")
+    print(page)
+    return 1 if failed else 0
+
+
+def _found(name: str, device: Device, seconds: float) -> Finding:
+    """Return what the part, or the group of rows, `name` found within `seconds`; a failure is a finding."""
+    if seconds <= 0:
+        return Finding("No time was left for it.", holds=False)
+    if name not in PARTS:
+        return _rows(name, device, seconds)
+    try:
+        text, holds = measure(_limited(seconds, module("benchmarks.gpu", "--device", device, "--tell", name)))
+    except NotMeasuredError as error:
+        return Finding(f"```\n{error}\n```", holds=False)
+    return Finding(text, holds)
+
+
+def _limited(seconds: float, command: Sequence[str]) -> list[str]:
+    """Return `command`, ended with all that it started after `seconds`."""
+    return ["timeout", "--kill-after=5", f"{seconds:.0f}", *command]
+
+
+def _rows(group: str, device: Device, seconds: float) -> Finding:
+    command = module("benchmarks", "--device", device, "--only", group, "--pairs", _PAIRS)
+    ended = subprocess.run(_limited(seconds, command), env=environment({}), capture_output=True, text=True)
+    # 1: a bar is missed, which the table says.
+    said = ended.stdout or f"Exit code {ended.returncode}.\n{ended.stderr[-2000:]}"
+    return Finding(f"```\n{said.rstrip()}\n```", ended.returncode == 0)
+
+
+def same_bits(device: Device, folder: Path) -> Finding:
+    """Train twice, once killed and then resumed, and as the one rank of a Horovod job: are the weights the same?"""
+    updates, every = (1000, 50) if device == "cuda" else (8, 1)
+    sections = {**QUIET, "checkpoint": {"every_epochs": 0, "every_steps": every}, "batch": {"micro_size": 64}}
+    sections["run"] = {"device": device, "max_steps": updates}
+    config = folder / "config.yaml"
+    config.write_text(dump_config(settings(0.25, 256, noise=_NOISE, **sections)))
+
+    def command(name: str, controller: str = "alone") -> list[str]:
+        return on_workers(controller, 1, module("dist_train", "train", config, "--run-dir", folder / name))
+
+    _kill_at_checkpoint(command("killed"), folder / "killed")
+    digests = {}
+    for name, controller in (("first", "alone"), ("second", "alone"), ("killed", "alone"), ("horovodrun", "gloo")):
+        _run(command(name, controller))
+        digests[name] = _digest(folder / name)
+    rows = [f"| {name} | {digest} |" for name, digest in digests.items()]
+    return Finding("\n".join(["| run | weights |", "|---|---|", *rows]), len(set(digests.values())) == 1)
+
+
+def _run(command: Sequence[str]) -> None:
+    ended = subprocess.run(command, env=environment({}), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if ended.returncode:
+        raise NotMeasuredError(f"exit code {ended.returncode} from {' '.join(command)}:\n{ended.stderr[-3000:]}")
+
+
+def _kill_at_checkpoint(command: Sequence[str], run: Path) -> None:
+    """Start `command` and kill it as soon as there is a checkpoint."""
+    process = subprocess.Popen(
+        command, env=environment({}), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not list_checkpoints(run / "checkpoints"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    if process.wait() != -signal.SIGKILL:
+        raise NotMeasuredError(f"exit code {process.returncode} before it could be killed: {' '.join(command)}")
+
+
+def _digest(run: Path) -> str:
+    """Return a digest of the weights and statistics in the last checkpoint of `run`."""
+    contents = read_checkpoint(find_checkpoint(run))
+    digest = hashlib.blake2b(str(contents.step).encode(), digest_size=8)
+    for name, value in contents.model.items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def same_draws(device: Device, folder: Path) -> Finding:
+    """Draw each kind of noise on the device and on the CPU: are the bits the same?"""
+    lines, holds = ["| noise | draws |", "|---|---|"], True
+    for distribution, scale in itertools.product(("uniform", "normal"), ("absolute", "weight", "filter")):
+        noise = NoiseSettings.model_validate({"distribution": distribution, "scale": scale})
+        drawn = []
+        for place in (torch.device(device), torch.device("cpu")):
+            weights = FlatWeights(build_model(settings(1.0, 128)).to(place))
+            drawn.append(NoiseDraws(noise, weights, seed=1).draw(weights.values, 0.01, 3).cpu())
+        same = torch.equal(*drawn)
+        holds = holds and same
+        lines.append(f"| {distribution}, {scale} | {'equal' if same else 'DIFFERENT'} |")
+    return Finding("\n".join(lines), holds)
+
+
+def no_waits(device: Device, folder: Path) -> Finding:
+    """Run the tests of a step under torch's sync debug mode; on a CPU those that need no GPU."""
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    command = module("pytest", "-q", "-p", "no:cacheprovider", "tests/unit/test_training_device.py")
+    ended = subprocess.run(
+        command, cwd=Path(__file__).parents[1], env=environment(hidden), capture_output=True, text=True
+    )
+    return Finding(f"```\n{ended.stdout[-3000:].rstrip()}\n```", ended.returncode == 0)
+
+
+def peak_memory(device: Device, folder: Path) -> Finding:
+    """Tell the peak of updates of VGG9 of width 1, in small passes and in large ones."""
+    lines = ["| samples in a pass | peak |", "|---|---|"]
+    for size in (128, 1024) if device == "cuda" else (16, 32):
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        for _ in _updates(device, folder / str(size), 1.0, size):
+            pass
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = torch.cuda.max_memory_allocated() if device == "cuda" else used
+        lines.append(f"| {size} | {peak / 1e6:,.0f} MB |")
+    return Finding("\n".join(lines))
+
+
+def step_profile(device: Device, folder: Path) -> Finding:
+    """Tell what an update of VGG9 of width 1 with noise spends its time on."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    updates = _updates(device, folder / "run", 1.0, 1024 if device == "cuda" else 16)
+    next(updates)
+    with profile(activities=activities) as profiled:
+        for _ in updates:
+            pass
+        if device == "cuda":
+            torch.cuda.synchronize()
+    by = f"self_{device}_time_total"
+    table = profiled.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=50)
+    return Finding(f"```\n{table}\n```")
+
+
+def _updates(device: Device, folder: Path, width: float, size: int) -> Iterator[None]:
+    """Make three updates of `size` samples in one pass, one at a time."""
+    sections = {**QUIET, "run": {"device": device}, "batch": {"micro_size": size}, "data": {"synthetic_samples": 4096}}
+    trainer = open_trainer(settings(width, size, noise=_NOISE, **sections), Alone(), folder)
+    try:
+        for _ in range(3):
+            trainer.advance()
+            yield
+    finally:
+        trainer.close()
+
+
+PARTS: Mapping[str, Callable[[Device, Path], Finding]] = MappingProxyType(
+    {
+        "same-bits": same_bits,
+        "same-draws": same_draws,
+        "no-waits": no_waits,
+        "peak-memory": peak_memory,
+        "profile": step_profile,
+    }
+)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
