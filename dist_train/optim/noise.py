@@ -98,6 +98,14 @@ class SmoothOut:
         for part in self._draws.parts(clean, self._amplitude(step), step, *indices):
             self._perturbed[part].add_(clean[part])
 
+    def lost_in(self, precision: torch.dtype, step: int) -> float:
+        """Return which share of the weights under noise a cast to `precision` leaves where they were in `step`."""
+        clean = self._weights.values
+        self.move(step)
+        noisy = self._perturbed != clean
+        lost = noisy & (self._perturbed.to(precision) == clean.to(precision))
+        return float(lost.sum() / noisy.sum().clamp_(min=1))
+
     def after_update(self, step: int) -> None:
         """Do nothing: the noise was taken away before the update."""
 

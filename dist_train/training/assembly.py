@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -21,7 +22,7 @@ from dist_train.models.batch_statistics import BatchStatistics
 from dist_train.models.norms import norm_modules
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.learning_rate import LearningRate
-from dist_train.optim.noise import build_noise
+from dist_train.optim.noise import Noise, SmoothOut, build_noise
 from dist_train.optim.optimizers import build_optimizer
 from dist_train.training.alike import check_same_data
 from dist_train.training.checkpoint_writer import CheckpointWriter
@@ -46,6 +47,11 @@ from dist_train.training.time_limit import TimeLimit, job_time_limit
 from dist_train.training.trainer import Trainer
 from dist_train.training.usage import UsageReader
 from dist_train.training.weight_norms import WeightNorms
+
+_logger = logging.getLogger("dist_train.training")
+
+_LOST_NOISE = 0.01
+"""The share of weights without noise from which on a run warns of it."""
 
 
 def assemble(
@@ -93,13 +99,16 @@ def assemble(
     norms = tuple(norm_modules(network))
     statistics = BatchStatistics(norms, compute.device)
     clock = build_step_clock(compute.device) if is_measured(config.metrics) else StepClock(HostTimer())
+    noise = build_noise(config.noise, weights, seed=config.run.seed, total_steps=total_steps, rank=workers.rank)
+    if workers.rank == 0:
+        _warn_of_lost_noise(noise, compute.precision, progress.step)
     step = TrainingStep(
         model=model,
         weights=weights,
         norms=norms,
         statistics=statistics,
         samples=splits.train,
-        noise=build_noise(config.noise, weights, seed=config.run.seed, total_steps=total_steps, rank=workers.rank),
+        noise=noise,
         reduction=_reduction(config, weights, workers),
         optimizer=optimizer,
         tally=Tally(workers, statistics, compute.device),
@@ -166,6 +175,22 @@ def _measuring(config: Config, compute: Compute, weights: FlatWeights, workers: 
         return NoMeasuring()
     norms = WeightNorms(weights.values, weights.values.clone()) if workers.rank == 0 else None
     return WorkerMeasuring(workers, UsageReader(compute.device), norms)
+
+
+def _warn_of_lost_noise(noise: Noise, precision: torch.dtype, step: int) -> None:
+    """Say so where the precision of forward passes is too coarse for some of the noise."""
+    if precision == torch.float32 or not isinstance(noise, SmoothOut):
+        return
+    lost = noise.lost_in(precision, step)
+    if lost > _LOST_NOISE:
+        _logger.warning(
+            "precision.compute: %s rounds the noise away on %.0f %% of the weights (amplitude %g at step %d); "
+            "float32 keeps it, or raise noise.amplitude",
+            str(precision).removeprefix("torch."),
+            100 * lost,
+            noise.amplitude(step),
+            step,
+        )
 
 
 def _wait_until_copied(writer: CheckpointWriter, clock: StepClock) -> None:

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_train.config import NoiseSettings
+from dist_train.config import NoiseSettings, parse_config
 from dist_train.config.sections import CosineSchedule
+from dist_train.models import build_model
 from dist_train.models.norms import GroupedBatchNorm
 from dist_train.optim.flat_weights import FlatWeights
-from dist_train.optim.noise import Noise, build_noise
+from dist_train.optim.noise import Noise, SmoothOut, build_noise
 from tests.unit.weights_in_force import in_force
 
 PROPERTY = settings(deadline=None, max_examples=25)
@@ -221,3 +222,15 @@ def test_a_draw_a_perturbation_and_a_restoration_are_a_handful_of_kernels_for_an
         counts.append(counting.kernels)
     assert counts[0] == counts[1]
     assert len(counts[0]) <= most, counts[0]
+
+
+@pytest.mark.parametrize(("amplitude", "share"), [(1e-2, 0.01), (1e-3, 0.13), (1e-4, 0.65)])
+def test_the_share_of_weights_whose_noise_bfloat16_loses_is_that_of_the_method_s_page(
+    amplitude: float, share: float
+) -> None:
+    data = {"name": "synthetic", "synthetic_shape": [1, 28, 28]}
+    model = build_model(parse_config({"data": data, "model": {"name": "vgg9", "width": 0.25}}, source="test"))
+    noise = a_noise(FlatWeights(model), amplitude=amplitude, exclude=("norm",))
+    assert isinstance(noise, SmoothOut)
+    assert noise.lost_in(torch.bfloat16, 0) == pytest.approx(share, abs=0.006)
+    assert noise.lost_in(torch.float32, 0) == 0
