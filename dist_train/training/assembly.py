@@ -102,6 +102,9 @@ def assemble(
     noise = build_noise(config.noise, weights, seed=config.run.seed, total_steps=total_steps, rank=workers.rank)
     if workers.rank == 0:
         _warn_of_lost_noise(noise, compute.precision, progress.step)
+    writer = None
+    if workers.rank == 0:
+        writer = CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing)
     step = TrainingStep(
         model=model,
         weights=weights,
@@ -117,6 +120,7 @@ def assemble(
         loss_scale=DynamicLossScale(progress) if compute.precision == torch.float16 else NoLossScale(),
         sum_over_ranks=sum_over(config.model, workers, clock),
         clock=clock,
+        wait_for_checkpoint_copy=writer.wait_until_copied if writer else lambda: None,
     )
 
     def shrink(step: TrainingStep, smaller: int) -> TrainingStep:
@@ -126,10 +130,6 @@ def assemble(
         step.reduction.close()
         return replace(step, reduction=_reduction(settled, weights, workers))
 
-    writer = None
-    if workers.rank == 0:
-        writer = CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing)
-        optimizer.register_step_pre_hook(lambda *_: _wait_until_copied(writer, clock))
     return Trainer(
         config=config,
         workers=workers,
@@ -191,11 +191,6 @@ def _warn_of_lost_noise(noise: Noise, precision: torch.dtype, step: int) -> None
             noise.amplitude(step),
             step,
         )
-
-
-def _wait_until_copied(writer: CheckpointWriter, clock: StepClock) -> None:
-    with clock.part("checkpoint_stall"):
-        writer.wait_until_copied()
 
 
 def _open_data(config: Config, compute: Compute) -> Splits:
