@@ -88,6 +88,19 @@ chosen_device() {
     esac
 }
 
+need_compiler() {
+    have g++ || fail "g++ is missing, Horovod cannot be built; install it: apt-get install g++ (or load your cluster's gcc module)"
+    have make || fail "make is missing, Horovod cannot be built; install it: apt-get install make"
+}
+
+# need_headers PYTHON: Debian keeps them in a package of their own.
+need_headers() {
+    local headers
+    headers=$("$1" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
+    [[ -f $headers/Python.h ]] ||
+        fail "the headers of $1 are missing, Horovod cannot be built; install them: apt-get install $(basename "$headers")-dev"
+}
+
 # Whether programs can be built with the mpicxx on the PATH: Debian's openmpi-bin brings mpicxx without the header.
 mpi_builds() {
     have mpicxx && printf '#include <mpi.h>\nint main() { return MPI_Finalize(); }\n' |

