@@ -115,7 +115,8 @@ elif [[ $device != cpu && $cuda != none ]]; then
         fail "nvcc for CUDA ${cuda%%.*} is missing: Horovod cannot be built for torch $torch_version with NCCL.
   There is none on the PATH, in CUDA_HOME or in /usr/local/cuda that builds for it; PyPI has them from CUDA 13 on.
   - Install the CUDA $cuda toolkit, or load your cluster's module, and run this again;
-  - or take a torch for CUDA 13, which needs no toolkit, but a driver of release 580 or later;
+  - or take a torch for CUDA 13, which needs no toolkit, but a driver of release 580 or later:
+    $python -m pip install --upgrade torch torchvision
   - $cpu_way"
     fi
     gpu=-cuda$cuda-nccl$(nccl_release "$nccl_headers")-nvcc$nvcc_used
