@@ -93,6 +93,11 @@ def on_its_own(**changes: str) -> dict[str, str]:
     return {name: value for name, value in environment(**changes).items() if name not in dropped or name in changes}
 
 
+@pytest.fixture(autouse=True)
+def logs_are_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
 def screen(result: subprocess.CompletedProcess[str]) -> str:
     """The message of a set-up that failed, which has to fit on one screen."""
     assert result.returncode == 1, result.stderr
@@ -242,9 +247,7 @@ def test_an_index_out_of_reach_is_one_screen(clone: Path) -> None:
     result = run(clone / "docker/environment.sh", environment=on_its_own(PYTHON=sys.executable, **UNREACHABLE))
     text = screen(result)
     assert "package index cannot be reached" in text
-    log = Path(text.splitlines()[-1].removeprefix("the whole log: "))
-    assert "127.0.0.1" in log.read_text()
-    log.unlink()
+    assert Path(text.splitlines()[-1].removeprefix("the whole log: ")).is_file()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk that is small")
@@ -264,7 +267,7 @@ def test_without_nvcc_horovod_is_not_built_for_cpus_instead(cuda_python: Path, t
     assert not list(tmp_path.glob("cache/wheels/*"))
 
 
-def test_without_nvcc_for_cuda_12_the_ways_on_are_named(cuda_python: Path, tmp_path: Path) -> None:
+def test_without_nvcc_for_cuda_12_the_message_says_what_to_do(cuda_python: Path, tmp_path: Path) -> None:
     (version,) = (tmp_path / "venv").glob("lib/python*/site-packages/torch/version.py")
     version.write_text("__version__ = '2.8.0+cu128'\ncuda = '12.8'\n")
     text = screen(build_horovod(cuda_python, tmp_path / "cache"))
