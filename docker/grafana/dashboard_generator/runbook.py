@@ -6,9 +6,9 @@ import re
 
 from grafana_foundation_sdk.models import dashboard as model
 
-from dist_train.dashboards.frame import frame
-from dist_train.dashboards.links import ALERTS, RUNBOOK
-from dist_train.dashboards.panels import words
+from dashboard_generator.frame import frame
+from dashboard_generator.links import ALERTS, RUNBOOK
+from dashboard_generator.panels import words
 
 
 def sections(markdown: str) -> dict[str, str]:

@@ -1,12 +1,12 @@
-"""`python -m dist_train.dashboards DIRECTORY`: write every dashboard as JSON."""
+"""`python -m dashboard_generator DIRECTORY`: write every dashboard as JSON."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from dist_train.dashboards import all_runs, one_run, runbook
-from dist_train.dashboards.frame import to_json
+from dashboard_generator import all_runs, one_run, runbook
+from dashboard_generator.frame import to_json
 
 
 def generate(runbook_markdown: str) -> dict[str, str]:
@@ -20,7 +20,7 @@ def generate(runbook_markdown: str) -> dict[str, str]:
 
 def main() -> None:
     """Write the files named on the command line."""
-    parser = argparse.ArgumentParser(prog="python -m dist_train.dashboards", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m dashboard_generator", description=__doc__)
     parser.add_argument("directory", type=Path, help="where to write the JSON files")
     parser.add_argument("--runbook", type=Path, default=Path("docs/runbook.md"), help="the text of the runbook")
     arguments = parser.parse_args()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.models import dashboard as model
 
-from dist_train.dashboards.frame import choice, event, frame, one_choice, row, source_choice
-from dist_train.dashboards.links import ONE_RUN
-from dist_train.dashboards.panels import (
+from dashboard_generator.frame import choice, event, frame, one_choice, row, source_choice
+from dashboard_generator.links import ONE_RUN
+from dashboard_generator.panels import (
     BLUE,
     GREEN,
     GREY,

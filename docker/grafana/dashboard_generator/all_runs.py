@@ -5,10 +5,10 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.models import dashboard as model
 
-from dist_train.dashboards.frame import choice, event, frame, row, source_choice
-from dist_train.dashboards.links import ALL_RUNS
-from dist_train.dashboards.one_run import STATES, state_number
-from dist_train.dashboards.panels import RED, Look, Query, bars, curves, logarithmic, number, states
+from dashboard_generator.frame import choice, event, frame, row, source_choice
+from dashboard_generator.links import ALL_RUNS
+from dashboard_generator.one_run import STATES, state_number
+from dashboard_generator.panels import RED, Look, Query, bars, curves, logarithmic, number, states
 
 KIND = "batch {{global_batch}}, {{noise}}: {{run}}"
 """A legend that says by what the runs differ."""

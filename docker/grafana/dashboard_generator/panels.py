@@ -14,7 +14,7 @@ from grafana_foundation_sdk.models import dashboard as model
 from grafana_foundation_sdk.models import prometheus as prometheus_model
 from grafana_foundation_sdk.models.text import TextMode
 
-from dist_train.dashboards.links import runbook_link
+from dashboard_generator.links import runbook_link
 
 SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
 GREEN, YELLOW, RED, BLUE, GREY = "green", "yellow", "red", "blue", "text"
