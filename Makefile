@@ -2,7 +2,7 @@
 .PHONY: help setup demo test test-cluster test-containers test-cuda-build test-unit lint bench dashboards clean
 
 python := .venv/bin/python
-code := $(wildcard dist_train tests benchmarks)
+code := $(wildcard dist_train tests benchmarks docker/grafana/dashboard_generator)
 
 help: ## show this list
 	@sed -nE 's/^([a-z-]+):[^#]*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "make %-15s %s\n", $$1, $$2 }'
@@ -47,7 +47,7 @@ bench: setup ## the side-by-side performance table (DEVICE=cuda: on a GPU); take
 	$(python) -m benchmarks --device $(or $(DEVICE),cpu) --json results/performance-$(or $(DEVICE),cpu).json
 
 dashboards: setup ## write Grafana's dashboards and the table of metrics anew, from the code
-	$(python) -m dist_train.dashboards docker/grafana/dashboards
+	PYTHONPATH=docker/grafana $(python) -m dashboard_generator docker/grafana/dashboards
 	$(python) -m dist_train.monitoring.prometheus.document docs/monitoring.md
 
 clean: ## remove what was made here, except runs and the caches outside this folder
