@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cluster test-containers test-cuda-build test-unit lint bench dashboards clean
+.PHONY: help setup demo test test-cluster test-containers test-cuda-build test-unit test-hermetic lint bench dashboards clean
 
 python := .venv/bin/python
 code := $(wildcard dist_train tests benchmarks docker/grafana/dashboard_generator)
@@ -18,7 +18,7 @@ test: setup ## every test but the lengthy ones of test-cluster, test-containers 
 	@docker/debian_packages.sh
 	$(python) -m pytest -n auto tests/unit
 	$(python) -m pytest -n auto -m "not lengthy" tests/longer
-	$(python) -m pytest -n 2 --dist loadfile --reruns 1 -raR -m "not lengthy" tests --ignore tests/unit --ignore tests/longer
+	$(python) -m pytest -n 2 --dist loadfile -m "not lengthy" tests --ignore tests/unit --ignore tests/longer
 
 test-cluster: setup ## every test on a Slurm of several nodes, also those that wait for its clocks
 	@docker/debian_packages.sh
@@ -33,6 +33,9 @@ test-cuda-build: setup ## set up against PyPI's torch for CUDA in a folder of it
 
 test-unit: setup ## the unit tests alone, under a minute
 	$(python) -m pytest -n auto tests/unit
+
+test-hermetic: setup ## the unit tests again in a copy of the checkout, after a demo, in a random order, from another folder
+	$(python) -m pytest -m lengthy tests/longer/test_hermetic.py
 
 lint: setup ## ruff, mypy, bandit, shellcheck and hadolint
 	$(python) -m ruff check .

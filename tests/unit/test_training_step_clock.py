@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from dist_train.training.step_clock import DeviceTimer, HostTimer, StepClock, bu
 from tests.unit.simulated_workers import SimulatedWorkers, results
 from tests.unit.small_trainers import build_trainer, small_config
 from tests.unit.test_training_step import SAM, take
+from tests.waiting import wait_for
 
 
 class Counted:
@@ -82,13 +84,19 @@ def test_a_step_that_broke_off_leaves_nothing_for_the_next() -> None:
 )
 def test_the_parts_of_a_step_are_there_and_add_up_to_at_most_the_step(tmp_path: Path, noise: dict[str, object]) -> None:
     trainer = build_trainer(small_config(noise=noise), tmp_path, Alone())
-    begun = time.perf_counter()
-    update = take(trainer)
-    seconds = time.perf_counter() - begun
-    parts = asdict(update.times.parts())
-    assert all(parts[name] > 0 for name in parts), parts
-    assert 0.5 * seconds < sum(parts.values()) <= seconds
-    assert max(parts, key=parts.__getitem__) == "forward_backward"
+    steps = itertools.count()
+
+    def most_is_in_its_parts() -> bool:
+        begun = time.perf_counter()
+        update = take(trainer, next(steps))
+        seconds = time.perf_counter() - begun
+        parts = asdict(update.times.parts())
+        assert all(parts[name] > 0 for name in parts), parts
+        assert sum(parts.values()) <= seconds
+        return 0.5 * seconds < sum(parts.values()) and max(parts, key=parts.__getitem__) == "forward_backward"
+
+    # Other programs may interrupt a step anywhere, but not every step.
+    wait_for(most_is_in_its_parts, "a step of which most is forward and backward")
 
 
 def test_slow_data_a_slow_worker_and_slow_noise_show_in_their_own_parts(tmp_path: Path) -> None:
@@ -121,8 +129,8 @@ def test_slow_data_a_slow_worker_and_slow_noise_show_in_their_own_parts(tmp_path
     assert slow.data_wait >= 2 * 0.15
     assert slow.perturb_restore >= 0.2
     assert quick.allreduce_wait >= 0.25
-    assert slow.allreduce_wait < 0.3
-    assert quick.data_wait < 0.15
+    assert slow.allreduce_wait < quick.allreduce_wait
+    assert quick.data_wait < slow.data_wait
 
 
 def test_with_sync_norm_the_wait_within_passes_is_a_wait_for_the_others(tmp_path: Path) -> None:
