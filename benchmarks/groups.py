@@ -22,6 +22,7 @@ from benchmarks import (
     perturbation,
     scaling_efficiency,
     start_up,
+    traffic,
     two_workers,
 )
 from benchmarks.peers import comparison
@@ -51,6 +52,7 @@ GROUPS: Mapping[str, Group] = MappingProxyType(
         "noise": Group(noise_cost.sharing_rows, _ANY),
         "noise-scale": Group(noise_cost.scale_rows, _ANY),
         "kernels": Group(lambda pairs: kernels.rows(0.25), _ANY),
+        "traffic": Group(lambda pairs: traffic.rows()),
         "evaluation": Group(lambda pairs: evaluation.rows(max(1, pairs // 3)), _ANY),
         "metrics": Group(lambda pairs: [metrics_cost.on_off_row(5 * pairs)], _ANY),
         "scrapes": Group(lambda pairs: [metrics_cost.scrapes_row()], _ANY),

@@ -136,8 +136,11 @@ class _Staged:
 
 
 def _fits(images: ImageSet, device: torch.device) -> bool:
-    """Whether the images take less than a quarter of the device's free memory; a CPU holds them anyway."""
-    if device.type != "cuda":
+    """Whether the images take less than a quarter of the device's free memory.
+
+    A CPU holds them anyway, and so does a GPU that is only emulated.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
         return True
     free, _ = torch.cuda.mem_get_info(device)
     return images.images.nbytes < free // _RESIDENT_PART

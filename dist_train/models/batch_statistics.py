@@ -7,6 +7,7 @@ workers and calls `absorb`. So neither the number of workers nor the order of mi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -44,8 +45,12 @@ class BatchStatistics:
     def collect(self) -> None:
         """Count the groups that were seen since the last time; after every forward pass that counts."""
         for seen in zip(*(norm.seen for norm in self._norms), strict=True):
-            statistics = torch.cat([average for groups in seen for average in (groups.means, groups.variances)], dim=1)
-            weighted = torch.cat([statistics[i : i + 1] * float(size) for i, size in enumerate(seen[0].sizes)])
+            weighted = torch.cat([average for groups in seen for average in (groups.means, groups.variances)], dim=1)
+            start = 0
+            for size, alike in groupby(seen[0].sizes):
+                stop = start + len(list(alike))
+                weighted[start:stop].mul_(size)
+                start = stop
             # Written so that a NaN, for which no comparison holds, is out of range.
             self.out_of_range |= ~(weighted.abs().amax() < _LIMIT)
             self.sums += STATISTICS.encode(weighted).sum(0)
@@ -57,5 +62,5 @@ class BatchStatistics:
         `sums` are those of all workers; momentum 1 replaces the averages.
         """
         means = (STATISTICS.decode(sums) / samples).to(torch.float32)
-        for average, mean in zip(self._running, means.split(self._lengths), strict=True):
-            average.lerp_(mean, momentum)
+        if self._norms:
+            torch._foreach_lerp_(self._running, list(means.split(self._lengths)), momentum)

@@ -8,7 +8,7 @@ On GPUs torch's kernels are accurate, and one kernel does it all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,13 +71,14 @@ class _Normalize(torch.autograd.Function):
         outputs = torch.empty_like(inputs)
         groups = zip(inputs.split(group_sizes), outputs.split(group_sizes), strict=True)
         if fused:
-            moments = [_normalize_fused(group, weight, bias, epsilon, output) for group, output in groups]
+            means, variances, scales = _normalize_fused(groups, len(group_sizes), weight, bias, epsilon)
         else:
             moments = [_normalize(group, weight, bias, epsilon, output, across) for group, output in groups]
-        means, variances, scales = (torch.stack(of_groups) for of_groups in zip(*moments, strict=True))
+            means, variances, scales = (torch.stack(of_groups) for of_groups in zip(*moments, strict=True))
         ctx.save_for_backward(inputs, weight, bias, means, scales)
         ctx.epsilon, ctx.group_sizes, ctx.across, ctx.fused = epsilon, group_sizes, across, fused
         ctx.mark_non_differentiable(means, variances)
+        ctx.set_materialize_grads(False)
         return outputs, means, variances
 
     @staticmethod
@@ -90,23 +91,25 @@ class _Normalize(torch.autograd.Function):
             leaves = (inputs, weight, bias)
             return *torch.autograd.grad(again, leaves, upstream, create_graph=True), None, None, None
         upstream = upstream if ctx.fused else _channels_last(upstream)
-        of_inputs = torch.empty_like(inputs)
         groups = zip(
             inputs.split(ctx.group_sizes),
             upstream.split(ctx.group_sizes),
             means.unbind(),
             scales.unbind(),
-            of_inputs.split(ctx.group_sizes),
             strict=True,
         )
         values = max(ctx.group_sizes) * inputs[0, 0].numel()
         if ctx.fused or (ctx.across is None and values <= _FEW_VALUES):
-            gradients = [_fused_gradients(weight, ctx.epsilon, *group) for group in groups]
+            of_inputs, of_weight, of_bias = _fused_gradients(weight, ctx.epsilon, groups)
         else:
-            gradients = [_gradients(weight, ctx.across, *group) for group in groups]
-        of_weight, of_bias = (
-            kind[0] if len(kind) == 1 else torch.stack(kind).sum(0) for kind in zip(*gradients, strict=True)
-        )
+            of_inputs = torch.empty_like(inputs)
+            outputs = of_inputs.split(ctx.group_sizes)
+            gradients = [
+                _gradients(weight, ctx.across, *group, out) for group, out in zip(groups, outputs, strict=True)
+            ]
+            of_weight, of_bias = (
+                kind[0] if len(kind) == 1 else torch.stack(kind).sum(0) for kind in zip(*gradients, strict=True)
+            )
         return of_inputs, of_weight, of_bias, None, None, None
 
 
@@ -133,25 +136,38 @@ def _channels_last(images: Tensor) -> Tensor:
 
 
 def _normalize_fused(
-    group: Tensor, weight: Tensor, bias: Tensor, epsilon: float, output: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Write the normalized `group` with torch's kernel; return mean, unbiased variance and 1/deviation [C]."""
-    # With momentum 1 the running averages become this group's own statistics.
-    mean, variance = torch.zeros_like(weight), torch.zeros_like(weight)
-    normalized, _, scale = torch.native_batch_norm(group, weight, bias, mean, variance, True, 1.0, epsilon)
-    output.copy_(normalized)
-    return mean, variance, scale
+    groups: Iterable[tuple[Tensor, Tensor]], count: int, weight: Tensor, bias: Tensor, epsilon: float
+) -> tuple[Tensor, ...]:
+    """Write `count` groups, normalized with torch's kernel, each to its output.
+
+    Return means, unbiased variances and 1/deviations [g, C].
+    """
+    moments = weight.new_zeros(4, count, len(weight))
+    for (group, output), own in zip(groups, moments.unbind(1), strict=True):
+        mean, variance, scale, again = own.unbind()
+        # With momentum 1 the running averages become this group's own statistics.
+        torch.native_batch_norm(group, weight, bias, mean, variance, True, 1.0, epsilon, out=(output, again, scale))
+    return moments[:3].unbind()
 
 
 def _fused_gradients(
-    weight: Tensor, epsilon: float, group: Tensor, upstream: Tensor, mean: Tensor, scale: Tensor, of_group: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Write the gradient of `group` with torch's kernel; return those of weight and bias [C]."""
-    of_inputs, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-        upstream, group, weight, None, None, mean, scale, True, epsilon, [True, True, True]
-    )
-    of_group.copy_(of_inputs)
-    return of_weight, of_bias
+    weight: Tensor, epsilon: float, groups: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of the inputs, and of weight and bias [C], by torch's kernel for each of `groups`.
+
+    A group is its inputs, their upstream gradient, its mean and 1/deviation.
+    """
+    kernel = torch.ops.aten.native_batch_norm_backward
+    gradients = [
+        kernel(upstream, group, weight, None, None, mean, scale, True, epsilon, [True, True, True])
+        for group, upstream, mean, scale in groups
+    ]
+    if len(gradients) == 1:
+        [(of_inputs, of_weight, of_bias)] = gradients
+        return of_inputs, of_weight, of_bias
+    parts, of_weights, of_biases = zip(*gradients, strict=True)
+    of_weight, of_bias = torch.stack((*of_weights, *of_biases)).view(2, len(parts), -1).sum(1).unbind()
+    return torch.cat(parts), of_weight, of_bias
 
 
 def _normalize(

@@ -39,9 +39,9 @@ class NoiseDraws:
         self._distribution = _DISTRIBUTIONS[settings.distribution](weights.values.device)
         self._scale = _SCALES[settings.scale]
         self._seed = seed
-        self._still = (weights.mask(settings.exclude) == 0).nonzero()[:, 0]
-        self._places: list[int] = self._still.tolist()
-        self._filters = _Filters(weights.filter_lengths)
+        self._places = weights.places_without(settings.exclude)
+        self._still = torch.tensor(self._places, dtype=torch.int64, device=weights.values.device)
+        self._filters = _Filters(weights.filter_lengths, len(weights.values))
         self.values = torch.zeros_like(weights.values) if values is None else values
 
     def draw(self, weights: Tensor, amplitude: float, step: int, *indices: int | str) -> Tensor:
@@ -107,10 +107,11 @@ class _Normal:
 class _Filters:
     """Which of the flat weights are a filter's."""
 
-    def __init__(self, lengths: Tensor) -> None:
+    def __init__(self, lengths: Tensor, count: int) -> None:
+        """Cut `count` weights into filters of `lengths`."""
         self._lengths = lengths
         self._last = lengths.cumsum(0) - 1
-        self._count = int(lengths.sum())
+        self._count = count
 
     def sum(self, integers: Tensor) -> Tensor:
         """Return the sums of int64 `integers` [n] over each filter, float64 [filters]."""

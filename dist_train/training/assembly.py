@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -16,7 +17,7 @@ from dist_train.config import Config
 from dist_train.config.continuation import with_device, with_micro_size
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
-from dist_train.data.source import Splits
+from dist_train.data.source import SampleSource, Splits
 from dist_train.models import build_model
 from dist_train.models.batch_statistics import BatchStatistics
 from dist_train.models.norms import norm_modules
@@ -29,7 +30,7 @@ from dist_train.training.checkpoint_writer import CheckpointWriter
 from dist_train.training.checkpoints import Contents
 from dist_train.training.compute import Compute, set_up_compute
 from dist_train.training.devices import share_out_devices
-from dist_train.training.loss_scale import DynamicLossScale, NoLossScale
+from dist_train.training.loss_scale import DynamicLossScale, LossScale, NoLossScale
 from dist_train.training.measuring import Measuring, NoMeasuring, WorkerMeasuring, is_measured
 from dist_train.training.micro_size import find_micro_size, forward_and_backward
 from dist_train.training.profiling import build_profiler
@@ -96,32 +97,26 @@ def assemble(
     config = _with_micro_size(config, workers, model, weights, compute)
     if workers.rank == 0:
         directory.save_config(config)
-    norms = tuple(norm_modules(network))
-    statistics = BatchStatistics(norms, compute.device)
     clock = build_step_clock(compute.device) if is_measured(config.metrics) else StepClock(HostTimer())
-    noise = build_noise(config.noise, weights, seed=config.run.seed, total_steps=total_steps, rank=workers.rank)
-    if workers.rank == 0:
-        _warn_of_lost_noise(noise, compute.precision, progress.step)
     writer = None
     if workers.rank == 0:
         writer = CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing)
-    step = TrainingStep(
-        model=model,
-        weights=weights,
-        norms=norms,
-        statistics=statistics,
-        samples=splits.train,
-        noise=noise,
-        reduction=_reduction(config, weights, workers),
-        optimizer=optimizer,
-        tally=Tally(workers, statistics, compute.device),
-        compute=compute,
-        clip_norm=config.optimizer.clip_norm,
+    step = build_step(
+        config,
+        model,
+        weights,
+        splits.train,
+        optimizer,
+        workers,
+        compute,
         loss_scale=DynamicLossScale(progress) if compute.precision == torch.float16 else NoLossScale(),
-        sum_over_ranks=sum_over(config.model, workers, clock),
         clock=clock,
+        total_steps=total_steps,
         wait_for_checkpoint_copy=writer.wait_until_copied if writer else lambda: None,
     )
+
+    if workers.rank == 0:
+        _warn_of_lost_noise(step.noise, compute.precision, progress.step)
 
     def shrink(step: TrainingStep, smaller: int) -> TrainingStep:
         settled = with_micro_size(config, smaller)
@@ -155,6 +150,46 @@ def assemble(
         progress=progress,
         profiler=build_profiler(config.run.profile_steps, directory.profile, workers),
         measuring=measuring,
+    )
+
+
+def build_step(
+    config: Config,
+    model: nn.Module,
+    weights: FlatWeights,
+    samples: SampleSource,
+    optimizer: Optimizer,
+    workers: Workers,
+    compute: Compute,
+    *,
+    loss_scale: LossScale,
+    clock: StepClock,
+    total_steps: int,
+    wait_for_checkpoint_copy: Callable[[], None] = lambda: None,
+) -> TrainingStep:
+    """Return the step of `config`, its micro-batch decided, on `weights` of `model`, which computes as `compute` says.
+
+    Raises:
+        UsageError: the reduction does not fit this group of workers.
+    """
+    norms = tuple(norm_modules(model))
+    statistics = BatchStatistics(norms, compute.device)
+    return TrainingStep(
+        model=model,
+        weights=weights,
+        norms=norms,
+        statistics=statistics,
+        samples=samples,
+        noise=build_noise(config.noise, weights, seed=config.run.seed, total_steps=total_steps, rank=workers.rank),
+        reduction=_reduction(config, weights, workers),
+        optimizer=optimizer,
+        tally=Tally(workers, statistics, compute.device),
+        compute=compute,
+        clip_norm=config.optimizer.clip_norm,
+        loss_scale=loss_scale,
+        sum_over_ranks=sum_over(config.model, workers, clock),
+        clock=clock,
+        wait_for_checkpoint_copy=wait_for_checkpoint_copy,
     )
 
 

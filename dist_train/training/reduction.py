@@ -180,8 +180,8 @@ class ExactCodec:
 
     def receive(self, bucket: Bucket) -> None:
         """Turn the sum back into floats, once."""
-        gradients = self._gradients[bucket.start : bucket.stop]
-        gradients.copy_(self._total[bucket.start : bucket.stop]).mul_(2.0**-GRADIENTS.bits)
+        part = slice(bucket.start, bucket.stop)
+        torch.mul(self._total[part], 2.0**-GRADIENTS.bits, out=self._gradients[part])
 
 
 class FloatCodec:

@@ -52,9 +52,10 @@ class Tally:
         """Count a micro-batch: the sum of its losses, and how many of its `labels` the `logits` get right."""
         loss = loss_sum.detach().to(torch.float64)
         finite = loss.abs() < _TERM_LIMIT
-        self._counts[_LOSS] += LOSSES.encode(torch.where(finite, loss, 0.0))
-        self._counts[_OUT_OF_RANGE] += ~finite
-        self._counts[_CORRECT] += (logits.argmax(dim=1) == labels).sum()
+        # An assignment to an element would copy it onto itself.
+        self._counts[_LOSS].add_(LOSSES.encode(torch.where(finite, loss, 0.0)))
+        self._counts[_OUT_OF_RANGE].add_(~finite)
+        self._counts[_CORRECT].add_((logits.argmax(dim=1) == labels).sum())
         self._samples += len(labels)
 
     def send(
@@ -62,8 +63,8 @@ class Tally:
     ) -> None:
         """Start the sum over the workers, with what this worker has to say beside its counts."""
         if out_of_range is not None:
-            self._counts[_OUT_OF_RANGE] += out_of_range
-        self._counts[_OUT_OF_RANGE] += self._statistics.out_of_range
+            self._counts[_OUT_OF_RANGE].add_(out_of_range)
+        self._counts[_OUT_OF_RANGE].add_(self._statistics.out_of_range)
         self._counts[_SAMPLES] = self._samples
         self._counts[_OUT_OF_MEMORY] = int(out_of_memory)
         self._counts[_STOP] = int(stop)

@@ -1,0 +1,330 @@
+"""A step on a GPU that is not there: its tensors have a device, a type and a shape, and no values (torch's FakeTensor).
+
+It shows operators that mix devices, where the host waits for the device, and how much memory a step goes through. On
+torch's CPU build autograd needs a small library, preloaded: `emulate` starts a process of its own with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import dist_train
+from benchmarks.bare_loop import bare_vgg9
+from dist_train.cluster.alone import Alone
+from dist_train.config import Config, parse_config
+from dist_train.data.loader import open_splits
+from dist_train.data.plan import BatchPlan
+from dist_train.models import build_model
+from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.optimizers import build_optimizer, optimizer_step
+from dist_train.outcome import UsageError
+from dist_train.training.assembly import build_step
+from dist_train.training.compute import Compute
+from dist_train.training.loss_scale import DynamicLossScale, NoLossScale
+from dist_train.training.progress import Progress
+from dist_train.training.shares import share_of
+from dist_train.training.step import GlobalBatch
+from dist_train.training.step_clock import HostTimer, StepClock
+
+KNOWN_WAITS = frozenset({"training/tally.py:result", "training/step.py:__call__"})
+"""Where a step may wait for the device: for the sum over the ranks, and for the norm of the gradient."""
+
+_DEVICE = torch.device("cuda", 0)
+_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PACKAGE = Path(dist_train.__file__).parent
+_SLOT_OF_SAMPLES = 2
+"""Of the tally, which is the one that a step compares with what it knows."""
+_NO_KERNEL = frozenset({"alias", "detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty"})
+_FUSED = frozenset({"_fused_sgd_", "_fused_adam_", "_fused_adamw_"})
+_WRITTEN_ALONE = frozenset({"copy_", "fill_", "zero_"})
+"""Operators that write their first argument and do not read it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be emulated: rank 0 of `ranks` ranks makes a step of the configuration `sections`.
+
+    `plain`: plain PyTorch computes its share instead (batch norm, fused SGD), `plain` samples in a pass; 0: ours does.
+    """
+
+    sections: Mapping[str, Mapping[str, Any]]
+    ranks: int = 1
+    plain: int = 0
+
+
+@dataclass(frozen=True)
+class Emulated:
+    """Operators that work on the device, the bytes that they read and write, and by place how often the host waits.
+
+    `mixed`: operators that got tensors of two devices; `error`: why the step ended early, empty where it did not.
+    """
+
+    operators: int
+    bytes: int
+    waits: Mapping[str, int]
+    mixed: tuple[str, ...]
+    error: str
+
+
+def emulate(jobs: Sequence[Job]) -> list[Emulated]:
+    """Return what each of `jobs` does, in a process of its own.
+
+    Raises:
+        UsageError: this torch cannot be had to do it here.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        if not torch.version.cuda:
+            environment["LD_PRELOAD"] = str(_library(Path(folder)))
+        ended = subprocess.run(
+            [sys.executable, "-m", "benchmarks.emulation"],
+            input=json.dumps([asdict(job) for job in jobs]),
+            env=environment,
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+        )
+    if ended.returncode:
+        raise UsageError(f"torch {torch.__version__} emulates no GPU here: {ended.stderr[-2000:]}")
+    return [Emulated(**{**found, "mixed": tuple(found["mixed"])}) for found in json.loads(ended.stdout)]
+
+
+def _library(folder: Path) -> Path:
+    """Return what is to be preloaded, compiled into `folder`."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise UsageError("a GPU is emulated on torch's CPU build with a C++ compiler: install g++")
+    of_torch, library = Path(torch.__file__).parent, folder / "stand_in_gpu.so"
+    libraries = of_torch / "lib"
+    command = [compiler, "-std=c++20", "-shared", "-fPIC", f"-I{of_torch / 'include'}"]
+    command += [f"-I{sysconfig.get_path('include')}", str(Path(__file__).with_name("stand_in_gpu.cpp"))]
+    command += ["-o", str(library), f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"]
+    compiled = subprocess.run(command, capture_output=True, text=True)
+    if compiled.returncode:
+        raise UsageError(f"torch {torch.__version__} is not known well enough to emulate: {compiled.stderr[-2000:]}")
+    return library
+
+
+class _Watch(TorchDispatchMode):
+    """Counts what works on the device, and answers the host's questions about values that there are not."""
+
+    def __init__(self, samples: int) -> None:
+        super().__init__()
+        self._samples = samples
+        self.operators: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
+        self.mixed: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._opname
+        if name == "_local_scalar_dense":
+            return self._value(args[0])
+        if name == "_pin_memory":
+            return args[0].clone()
+        # FakeTensor does not know fused optimizers, which return nothing.
+        result = None if name in _FUSED else func(*args, **kwargs)
+        inputs, outputs = _tensors((args, kwargs)), _tensors(result)
+        places = {tensor.device.type for tensor in (*inputs, *outputs) if tensor.dim() or tensor.is_cuda}
+        if "cuda" not in places or func.namespace != "aten" or name in _NO_KERNEL:
+            return result
+        if "cpu" in places:
+            if name not in ("_to_copy", "copy_"):
+                self.mixed.append(f"{func} in {_place()}")
+            elif not kwargs.get("non_blocking", args[2:] == (True,)):
+                self.waits[_place()] += 1
+        if not _only_looks(func):
+            self.operators[name] += 1
+            self.bytes[name] += _bytes(func, args, kwargs, result)
+        return result
+
+    def _value(self, tensor: Tensor) -> bool | int | float:
+        if tensor.is_cuda:
+            place = _place()
+            self.waits[place] += 1
+            if place == "training/tally.py:result":
+                return self._samples if tensor.storage_offset() == _SLOT_OF_SAMPLES else 0
+        return 1.0 if tensor.is_floating_point() else tensor.dtype != torch.bool and 0
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _only_looks(func: Any) -> bool:
+    """Whether what `func` returns lies where its argument does."""
+    returned = [value.alias_info for value in func._schema.returns]
+    return bool(returned) and all(info is not None and not info.is_write for info in returned)
+
+
+def _bytes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> int:
+    """Return the bytes that `func` reads and writes."""
+    total = 0
+    given = {**dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)), **kwargs}
+    for index, argument in enumerate(func._schema.arguments):
+        size = sum(tensor.nbytes for tensor in _tensors(given.get(argument.name)))
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        reads = not written or not (argument.is_out or (index == 0 and func._opname in _WRITTEN_ALONE))
+        total += size * (written + reads)
+    results = result if isinstance(result, tuple | list) and len(func._schema.returns) > 1 else (result,)
+    for value, described in zip(results, func._schema.returns, strict=False):
+        if described.alias_info is None:
+            total += sum(tensor.nbytes for tensor in _tensors(value))
+    return total
+
+
+def _place() -> str:
+    """Return the innermost function of the package that is being run, as FILE:FUNCTION."""
+    frame = sys._getframe()
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(_PACKAGE):
+            return f"{path.relative_to(_PACKAGE)}:{frame.f_code.co_name}"
+        frame = frame.f_back  # type: ignore[assignment]  # None behind the outermost
+    return "elsewhere"
+
+
+class _Compute(Compute):
+    """How a GPU computes: torch's own context declines to cast for a GPU that is not there."""
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Let forward passes within the block use the precision."""
+        torch.set_autocast_dtype("cuda", self.precision)
+        torch.set_autocast_enabled("cuda", self.precision != torch.float32)
+        torch.autocast_increment_nesting()
+        try:
+            yield
+        finally:
+            if torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()
+            torch.set_autocast_enabled("cuda", False)
+
+
+class _Rank0(Alone):
+    """Rank 0 of `size` ranks, all of which bring nothing."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+def _on_device(network: nn.Module) -> nn.Module:
+    """Return `network`, its values forgotten, on the device."""
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device=_DEVICE)))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=_DEVICE))
+    return network
+
+
+def _our_step(config: Config, network: nn.Module, ranks: int) -> Callable[[], object]:
+    """Return what makes one update as the program does, `network` being the model of `config`."""
+    workers, compute = _Rank0(ranks), _Compute(_DEVICE, _PRECISIONS[config.precision.compute])
+    layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+    splits = open_splits(config.data, config.run.seed, _DEVICE, layout)
+    weights = FlatWeights(network)
+    step = build_step(
+        config,
+        network,
+        weights,
+        splits.train,
+        build_optimizer(config.optimizer, weights),
+        workers,
+        compute,
+        loss_scale=DynamicLossScale(Progress()) if compute.precision == torch.float16 else NoLossScale(),
+        clock=StepClock(HostTimer()),
+        total_steps=100,
+    )
+    assert config.batch.micro_size != "auto", "to be named"
+    plan = BatchPlan(config.batch.global_size, config.batch.micro_size)
+    mine = share_of(config.model, plan, 0, ranks)
+    batch = GlobalBatch(0, 0, torch.arange(config.batch.global_size), mine)
+    return lambda: step(batch, 0.1, lambda: False)
+
+
+def _plain_step(config: Config, network: nn.Module, samples: int, size: int) -> Callable[[], object]:
+    """Return what makes one update of `samples` samples as plain PyTorch does, `size` in a pass."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True, fused=True)
+    images, labels = open_splits(config.data, 0, torch.device("cpu")).train.plain(0, samples)
+    images, labels = images.to(torch.uint8).to(_DEVICE), labels.to(_DEVICE)
+    chosen = torch.arange(samples, device=_DEVICE)
+
+    def update() -> None:
+        optimizer.zero_grad()
+        for part in chosen.split(size):
+            inputs = images[part].to(torch.float32, memory_format=torch.channels_last).div_(255)
+            loss = functional.cross_entropy(network(inputs), labels[part], reduction="sum") / samples
+            loss.backward()
+        optimizer_step(optimizer)
+
+    return update
+
+
+def _emulated(job: Job) -> tuple[Emulated, Counter[str], Counter[str]]:
+    """Return what `job` does, and its operators and bytes by operator."""
+    config = parse_config(job.sections, source="emulation")
+    images, share = config.data.image_format, config.batch.global_size // job.ranks
+    network = bare_vgg9(images.shape[0], images.classes, config.model.width) if job.plain else build_model(config)
+    watch = _Watch(config.batch.global_size)
+    error = ""
+    with FakeTensorMode(), watch:
+        try:
+            on_device = _on_device(network)
+            step = (
+                _plain_step(config, on_device, share, job.plain)
+                if job.plain
+                else _our_step(config, on_device, job.ranks)
+            )
+            if job.plain:
+                step()  # the optimizer makes its state; ours has it from the beginning
+            for counter in (watch.operators, watch.bytes, watch.waits):
+                counter.clear()
+            optimizer_step(optimizer)
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure} in {_where(failure)}"
+    work = sum(watch.operators.values()), sum(watch.bytes.values())
+    return Emulated(*work, dict(watch.waits), tuple(watch.mixed), error), watch.operators, watch.bytes
+
+
+def _where(failure: BaseException) -> str:
+    """Return the line of the package that `failure` comes from."""
+    lines = []
+    trace = failure.__traceback__
+    while trace is not None:
+        path = Path(trace.tb_frame.f_code.co_filename)
+        if path.is_relative_to(_PACKAGE):
+            lines.append(f"{path.relative_to(_PACKAGE)}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    return lines[-1] if lines else "the emulation"
+
+
+def _all(jobs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    for job in jobs:
+        yield asdict(_emulated(Job(**job))[0])
+
+
+if __name__ == "__main__":
+    print(json.dumps(list(_all(json.load(sys.stdin)))))

@@ -1,0 +1,65 @@
+"""A whole step on a GPU that is not there: nothing mixes devices, and the host waits only where it is known to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.emulation import KNOWN_WAITS, Emulated, Job, emulate
+from tests.unit.small_trainers import SETTINGS
+
+pytestmark = pytest.mark.timeout(900)
+Sections = dict[str, dict[str, Any]]
+
+NOISE: list[Sections] = [
+    {"noise": {"method": "none"}},
+    {"noise": {"method": "sam", "sharing": "micro_batch"}},
+    *({"noise": {"method": "langevin", "scale": scale}} for scale in ("absolute", "weight", "filter")),
+    *(
+        {"noise": {"method": "smoothout", "scale": scale, "sharing": sharing, "distribution": distribution}}
+        for scale in ("absolute", "weight", "filter")
+        for sharing in ("global", "worker", "micro_batch")
+        for distribution in ("uniform", "normal")
+    ),
+]
+NORMS: list[Sections] = [
+    {"model": {"norm": norm}, "precision": {"compute": compute}, "run": {"device": "cuda"}}
+    for norm in ("batch", "ghost", "sync", "group", "none")
+    for compute in ("float32", "bfloat16", "float16")
+]
+OPTIMIZERS: list[Sections] = [
+    {"optimizer": {"name": name, "weight_decay": 0.01, "clip_norm": 1.0}}
+    for name in ("sgd", "adam", "adamw", "lars", "lamb")
+]
+REDUCTIONS: list[Sections] = [
+    {"comm": {"reduction": "exact"}},
+    {"comm": {"reduction": "float"}},
+    {"comm": {"reduction": "float", "compression": "fp16"}},
+    {"comm": {"reduction": "float", "op": "adasum"}, "noise": {"method": "none"}},
+]
+MODELS: list[Sections] = [
+    {"model": {"name": "resnet18"}},
+    {"precision": {"channels_last": False}},
+    {"model": {"ghost_size": 2}, "data": {"augment": "crop-flip"}},
+]
+CASES = [*NOISE, *NORMS, *OPTIMIZERS, *REDUCTIONS, *MODELS]
+
+
+@pytest.fixture(scope="module")
+def emulated() -> dict[str, Emulated]:
+    names = {*SETTINGS, *(name for case in CASES for name in case)}
+    small = {**SETTINGS, "batch": {"global_size": 16, "micro_size": 4}, "model": {"width": 0.03125, "ghost_size": 2}}
+    jobs = [Job({name: {**small.get(name, {}), **case.get(name, {})} for name in names}, ranks=2) for case in CASES]
+    return dict(zip(map(str, CASES), emulate(jobs), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_mixes_no_devices_and_waits_only_where_it_reads_its_result(
+    emulated: dict[str, Emulated], case: Sections
+) -> None:
+    found = emulated[str(case)]
+    assert found.error == ""
+    assert found.mixed == ()
+    assert found.waits.keys() == KNOWN_WAITS
+    assert found.operators > 0
