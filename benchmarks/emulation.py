@@ -128,7 +128,7 @@ class _Watch(TorchDispatchMode):
     """Counts what works on the device, and answers the host's questions about values that there are not."""
 
     def __init__(self, samples: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
         self._samples = samples
         self.operators: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
@@ -302,7 +302,7 @@ def _emulated(job: Job) -> tuple[Emulated, Counter[str], Counter[str]]:
                 step()  # the optimizer makes its state; ours has it from the beginning
             for counter in (watch.operators, watch.bytes, watch.waits):
                 counter.clear()
-            optimizer_step(optimizer)
+            step()
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure} in {_where(failure)}"
     work = sum(watch.operators.values()), sum(watch.bytes.values())
