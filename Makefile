@@ -1,34 +1,41 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cluster test-containers test-unit lint bench gpu dashboards clean
+.PHONY: help setup demo test test-cluster test-containers test-cuda-build test-unit test-hermetic lint bench gpu dashboards clean
 
 python := .venv/bin/python
-code := $(wildcard dist_train tests benchmarks)
+code := $(wildcard dist_train tests benchmarks docker/grafana/dashboard_generator)
 
 help: ## show this list
 	@sed -nE 's/^([a-z-]+):[^#]*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "make %-15s %s\n", $$1, $$2 }'
 
-setup: ## make .venv with everything in it (PYTHON=python3.12 and DIST_TRAIN_MPI=system|wheel choose)
-	@docker/environment.sh
+# The device that `make bench` measures on is no choice of how Horovod is built.
+setup: ## make .venv with everything in it (PYTHON=python3.12, DIST_TRAIN_MPI=system|wheel and DEVICE=cpu|cuda choose)
+	@DEVICE=$(if $(filter bench,$(MAKECMDGOALS)),,$(DEVICE)) docker/environment.sh
 
 demo: ## train on Fashion-MNIST with two workers, and write a report to open
 	@launch/demo.sh
 
-test: setup ## every test but the lengthy ones of test-cluster and test-containers; as root, installs the Debian packages that some need
+test: setup ## every test but the lengthy ones of test-cluster, test-containers and test-cuda-build; as root, installs the Debian packages that some need
 	@docker/debian_packages.sh
 	$(python) -m pytest -n auto tests/unit
-	$(python) -m pytest -n auto tests/longer
-	$(python) -m pytest -n 2 --dist loadfile --reruns 1 -raR -m "not lengthy" tests --ignore tests/unit --ignore tests/longer
+	$(python) -m pytest -n auto -m "not lengthy" tests/longer
+	$(python) -m pytest -n 2 --dist loadfile -m "not lengthy" tests --ignore tests/unit --ignore tests/longer
 
 test-cluster: setup ## every test on a Slurm of several nodes, also those that wait for its clocks
 	@docker/debian_packages.sh
 	$(python) -m pytest tests/cluster
 
-test-containers: setup ## build the image of docker/Dockerfile and run it; needs root, and a few minutes
+test-containers: setup ## build the images of docker/Dockerfile, for CPUs and for CUDA, and run them; needs root, 35 GiB and half an hour
 	@docker/debian_packages.sh
 	$(python) -m pytest tests/containers
 
+test-cuda-build: setup ## set up against PyPI's torch for CUDA in a folder of its own, without a GPU: 3 GB to download, ten minutes
+	$(python) -m pytest tests/longer/test_cuda_build.py
+
 test-unit: setup ## the unit tests alone, under a minute
 	$(python) -m pytest -n auto tests/unit
+
+test-hermetic: setup ## the unit tests again in a copy of the checkout, after a demo, in a random order, from another folder
+	$(python) -m pytest -m lengthy tests/longer/test_hermetic.py
 
 lint: setup ## ruff, mypy, bandit, shellcheck and hadolint
 	$(python) -m ruff check .
@@ -46,7 +53,7 @@ gpu: setup ## on a machine with a GPU: the promises, memory, speed and a profile
 	$(python) -m benchmarks.gpu
 
 dashboards: setup ## write Grafana's dashboards and the table of metrics anew, from the code
-	$(python) -m dist_train.dashboards docker/grafana/dashboards
+	PYTHONPATH=docker/grafana $(python) -m dashboard_generator docker/grafana/dashboards
 	$(python) -m dist_train.monitoring.prometheus.document docs/monitoring.md
 
 clean: ## remove what was made here, except runs and the caches outside this folder

@@ -80,10 +80,11 @@ def descend(noise_settings: NoiseSettings, start: float, seed: int) -> float:
         torch.autograd.backward(loss(position))
 
     for step in range(STEPS):
-        with noise.perturbed(step) as perturbed:
-            perturbed.visit(0, ascend)
-            weights.gradients.zero_()
-            ascend()
+        noise.perturb(step)
+        noise.perturb_for(0, ascend)
+        weights.gradients.zero_()
+        ascend()
+        noise.restore()
         optimizer.step()
         noise.after_update(step)
     return float(weights.values[0])

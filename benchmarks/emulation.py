@@ -34,9 +34,8 @@ from dist_train.config import Config, parse_config
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.models import build_model
-from dist_train.optim.eager_step import eager_step
 from dist_train.optim.flat_weights import FlatWeights
-from dist_train.optim.optimizers import build_optimizer
+from dist_train.optim.optimizers import build_optimizer, optimizer_step
 from dist_train.outcome import UsageError
 from dist_train.training.assembly import build_step
 from dist_train.training.compute import Compute
@@ -64,7 +63,7 @@ _WRITTEN_ALONE = frozenset({"copy_", "fill_", "zero_"})
 class Job:
     """What is to be emulated: rank 0 of `ranks` ranks makes a step of the configuration `sections`.
 
-    `plain`: plain PyTorch (batch norm, fused SGD) computes its share instead, so many samples in a pass; 0: not.
+    `plain`: plain PyTorch computes its share instead (batch norm, fused SGD), `plain` samples in a pass; 0: ours does.
     """
 
     sections: Mapping[str, Mapping[str, Any]]
@@ -129,7 +128,7 @@ class _Watch(TorchDispatchMode):
     """Counts what works on the device, and answers the host's questions about values that there are not."""
 
     def __init__(self, samples: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
         self._samples = samples
         self.operators: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
@@ -269,7 +268,6 @@ def _our_step(config: Config, network: nn.Module, ranks: int) -> Callable[[], ob
 def _plain_step(config: Config, network: nn.Module, samples: int, size: int) -> Callable[[], object]:
     """Return what makes one update of `samples` samples as plain PyTorch does, `size` in a pass."""
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True, fused=True)
-    step = eager_step(optimizer)
     images, labels = open_splits(config.data, 0, torch.device("cpu")).train.plain(0, samples)
     images, labels = images.to(torch.uint8).to(_DEVICE), labels.to(_DEVICE)
     chosen = torch.arange(samples, device=_DEVICE)
@@ -280,7 +278,7 @@ def _plain_step(config: Config, network: nn.Module, samples: int, size: int) -> 
             inputs = images[part].to(torch.float32, memory_format=torch.channels_last).div_(255)
             loss = functional.cross_entropy(network(inputs), labels[part], reduction="sum") / samples
             loss.backward()
-        step()
+        optimizer_step(optimizer)
 
     return update
 

@@ -25,8 +25,9 @@ def perturb_ours(width: float) -> Callable[[], object]:
     noise = build_noise(described, weights, seed=1, total_steps=1, rank=0)
 
     def perturb() -> None:
-        with noise.perturbed(0) as perturbed:
-            perturbed.visit(0, lambda: None)
+        noise.perturb(0)
+        noise.perturb_for(0, lambda: None)
+        noise.restore()
 
     return perturb
 

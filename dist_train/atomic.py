@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +52,8 @@ def flush_directory(directory: Path) -> None:
 
 def swap_text(path: Path, content: str) -> None:
     """Write `content` to `path`, whole or not at all, without waiting for the disk: for what is often rewritten."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Named after the machine, too: processes of two nodes may have the same number.
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         temporary.write_text(content, encoding="utf-8")
         os.replace(temporary, path)

@@ -86,9 +86,12 @@ class StatusFile:
         self._write()
 
     def progress(self, **fields: object) -> None:
-        """Take note of `fields`; write when the last time is long enough ago."""
+        """Take note of `fields`; write when the last time is long enough ago.
+
+        A failure that another rank of this launch has written down stays: this one may be a step behind it.
+        """
         self.current = replace(self.current, **fields)  # type: ignore[arg-type]  # checked by replace
-        if time.monotonic() - self._written >= _PACE_SECONDS:
+        if time.monotonic() - self._written >= _PACE_SECONDS and not another_failed(self._path):
             self._write()
 
     def end(self, state: State, exit_code: ExitCode, reason: str) -> None:
@@ -115,6 +118,15 @@ def read_status(path: Path) -> Status | None:
     except (OSError, ValueError, TypeError):
         return None
     return status if isinstance(status.environment, dict) else None
+
+
+def another_failed(path: Path) -> bool:
+    """Whether another process of this launch has written into the status at `path` that it failed."""
+    status = read_status(path)
+    if status is None or status.state != "failed" or status.launch != os.environ.get(LAUNCH_VARIABLE, ""):
+        return False
+    # Processes of two nodes may have the same number.
+    return (status.host, status.pid) != (socket.gethostname(), os.getpid())
 
 
 def _now() -> str:

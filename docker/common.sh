@@ -11,7 +11,7 @@ say() {
     printf '%s\n' "$*" >&2
 }
 
-# fail TEXT: one message that says the cure, and the end.
+# fail TEXT: one message that says how to fix it, and the end.
 fail() {
     printf 'error: %s\n' "$*" >&2
     exit 1
@@ -19,6 +19,86 @@ fail() {
 
 have() {
     command -v "$1" >/dev/null 2>&1
+}
+
+# new_log NAME: the path of an empty log file; /dev/null where no disk has room for one.
+new_log() {
+    mktemp "${TMPDIR:-/tmp}/dist_train-$1-XXXXXX.log" 2>/dev/null || echo /dev/null
+}
+
+log=/dev/null
+remove_log() {
+    [[ $log == /dev/null ]] || rm -f "$log"
+}
+
+# logged COMMAND...: its output goes to $log, and its end into $ending, which no full disk can take away.
+ending=
+logged() {
+    ending=$("$@" 2>&1 </dev/null | { tee -a "$log" 2>/dev/null || true; } | tail -n 2000)
+}
+
+# known_cause: what to do, where the log tells that a disk is full or that the network is at fault.
+known_cause() {
+    case $ending in
+        *"No space left on device"* | *"Disk quota exceeded"* | *"not enough free disk space"*)
+            printf '%s\n' "A disk is full. Free some space, or name folders on another disk: DIST_TRAIN_CACHE for Horovod," \
+                "TMPDIR for temporary files, PIP_CACHE_DIR for downloads; a clone elsewhere for .venv. Free now:"
+            df -h --output=avail,target "$root" "${TMPDIR:-/tmp}" "$HOME" 2>/dev/null | sed 1d | sort -u
+            ;;
+        *"Failed to establish a new connection"* | *"Temporary failure in name resolution"* | *"Network is unreachable"* | \
+            *"Connection refused"* | *"Could not fetch URL"* | *"Read timed out"* | *"ConnectTimeoutError"* | *"ProxyError"* | \
+            *"NewConnectionError"* | *"CERTIFICATE_VERIFY_FAILED"* | *"from versions: none"*)
+            printf '%s\n' "The package index cannot be reached. Check the network; where a proxy, a mirror or a certificate of your own" \
+                "is needed, tell pip: HTTPS_PROXY, PIP_INDEX_URL, PIP_CERT. On a cluster, run it on a login node."
+            ;;
+    esac
+}
+
+# telling_lines: of the log's end, the first errors that it names and its last lines.
+telling_lines() {
+    local last errors
+    last=$(tail -n 6 <<<"$ending")
+    errors=$(grep -E '(error|Error|ERROR)[: ]|Could NOT|undefined reference|No space left' <<<"$ending" |
+        grep -vE 'CalledProcessError|subprocess-exited|egg_info|^ *(raise|File) ' | grep -vxFf <(printf '%s\n' "$last") |
+        head -n 5 || true)
+    printf '%s\n' ${errors:+"$errors" ...} "$last" | cut -c1-160 | sed 's/^/  | /'
+}
+
+# give_up WHAT [ADVICE...]: one screen: what failed, what to do, the end of the log, where the whole log is; and the end.
+give_up() {
+    local what=$1 known
+    shift
+    known=$(known_cause)
+    {
+        printf 'error: %s\n' "$what"
+        [[ -z $known ]] || printf '  %s\n' "${known//$'\n'/$'\n'  }"
+        (($# == 0)) || printf '  %s\n' "$@"
+        printf 'the end of the log:\n'
+        telling_lines
+        [[ ! -s $log ]] || printf 'the whole log: %s\n' "$log"
+    } >&2
+    exit 1
+}
+
+# chosen_device: cpu or cuda where DEVICE says so; nothing leaves it to what torch is built for.
+chosen_device() {
+    case ${DEVICE:-} in
+        "" | cpu | cuda) printf '%s\n' "${DEVICE:-}" ;;
+        *) fail "DEVICE is '$DEVICE'; it must be cpu or cuda" ;;
+    esac
+}
+
+need_compiler() {
+    have g++ || fail "g++ is missing, Horovod cannot be built; install it: apt-get install g++ (or load your cluster's gcc module)"
+    have make || fail "make is missing, Horovod cannot be built; install it: apt-get install make"
+}
+
+# need_headers PYTHON: Debian keeps them in a package of their own.
+need_headers() {
+    local headers
+    headers=$("$1" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
+    [[ -f $headers/Python.h ]] ||
+        fail "the headers of $1 are missing, Horovod cannot be built; install them: apt-get install $(basename "$headers")-dev"
 }
 
 # Whether programs can be built with the mpicxx on the PATH: Debian's openmpi-bin brings mpicxx without the header.

@@ -6,7 +6,7 @@ set -euo pipefail
 
 # package: the tests that need it
 needed=(
-    "dataset-fashion-mnist: the tests on real images (make test also looks for the files in $cache/datasets)"
+    "dataset-fashion-mnist: the tests on real images"
     "openssl: the test of the commands in docs/monitoring.md"
     "prometheus: the tests of the exporter, the rules and the alerts (tests/services)"
     "prometheus-alertmanager: the test of an alert on its way to a webhook (tests/services)"

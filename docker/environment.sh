@@ -5,11 +5,16 @@
 #   DIST_TRAIN_MPI=wheel docker/environment.sh       system: the Open MPI whose mpicxx is on the PATH;
 #                                                    wheel: PyPI's Open MPI inside .venv (needs no root);
 #                                                    default: system where one can be built with, else wheel
+#   DEVICE=cpu docker/environment.sh                 cpu: Horovod without NCCL, also beside a torch with CUDA;
+#                                                    cuda: with NCCL, or refused;
+#                                                    default: with NCCL where torch has CUDA
 #
 # The choice of MPI is made once, when .venv is made, and stays, whatever is installed on the machine
-# later: Horovod, mpi4py and mpirun must be of one MPI. .venv/setup.env records it.
+# later: Horovod, mpi4py and mpirun must be of one MPI. DEVICE stays until another is named. .venv/setup.env
+# records both.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/cuda.sh"
 cd "$root"
 
 venv=$root/.venv
@@ -40,8 +45,25 @@ recorded() {
     [[ -f $record ]] && sed -n "s/^$1=//p" "$record"
 }
 
+# The nvcc that built Horovod, and its release: as recorded where another node lacks it.
+builder() {
+    local nvcc release
+    nvcc=$(recorded nvcc || true)
+    release=$(nvcc_release "$nvcc" || true)
+    printf '%s %s\n' "$nvcc" "${release:-$(recorded nvcc_release || true)}"
+}
+
+# digest PYTHON-VERSION: of all that .venv is made from, torch's version and CUDA, NCCL and nvcc among it.
 digest() {
-    { cat pyproject.toml setup.py docker/common.sh docker/environment.sh docker/horovod_wheel.sh; printf '%s %s' "$root" "$1"; } | sha256sum | cut -d' ' -f1
+    local packages
+    packages=$(echo "$venv"/lib/python*/site-packages)
+    {
+        cat pyproject.toml setup.py docker/{common,cuda,environment,horovod_wheel}.sh
+        cat "$packages/torch/version.py" 2>/dev/null || true
+        find "$packages" -maxdepth 1 -name 'nvidia_nccl*.dist-info' -printf '%f\n' 2>/dev/null || true
+        builder
+        printf '%s %s %s' "$root" "$1" "$device"
+    } | sha256sum | cut -d' ' -f1
 }
 
 choose_mpi() {
@@ -58,6 +80,10 @@ choose_mpi() {
         echo wheel
     fi
 }
+
+device=$(chosen_device)
+device=${device:-$(recorded device || true)}
+export DEVICE=$device
 
 # What stands: keep it unless it is broken, or another Python or MPI is asked for by name.
 if [[ -e $venv ]]; then
@@ -78,23 +104,31 @@ if [[ -e $venv ]]; then
     fi
 fi
 
-have g++ || fail "g++ is missing, Horovod cannot be built; install it: apt-get install g++ (or load your cluster's gcc module)"
+need_compiler
+
+# In two steps, because the first hides what the second says.
+make_venv() {
+    "$base" -m venv --without-pip "$venv" && "$venv/bin/python" -m ensurepip --default-pip
+}
+
+log=$(new_log setup)
+trap '(($?)) || remove_log' EXIT
 
 if [[ ! -e $venv ]]; then
     base=$(find_python)
     mpi=$(choose_mpi)
     say "set-up: making .venv with Python $(version_of "$base") and $mpi MPI"
-    "$base" -m venv "$venv" || {
+    need_headers "$base"
+    logged make_venv || {
         rm -rf "$venv"
-        fail "'$base -m venv' failed; on Debian install its venv module: apt-get install python3-venv"
+        give_up "'$base -m venv' failed" "On Debian it needs a package: apt-get install python3-venv."
     }
-    printf 'mpi=%s\n' "$mpi" >"$record"
+    printf 'mpi=%s\n' "$mpi" >"$record" || fail "cannot write to $venv"
 fi
 python=$venv/bin/python
 
 pip_install() {
-    "$python" -m pip install --quiet "$@" ||
-        fail "pip could not install: $*; see its message above (is a package index within reach?)"
+    logged "$python" -m pip install "$@" || give_up "pip could not install: $*" "Then run this again; what is installed stays."
 }
 
 requirements() {
@@ -106,7 +140,7 @@ print(*(r for r in project["dependencies"] if any(r.startswith(name) for name in
 EOF
 }
 
-say "set-up: installing torch"
+say "set-up: installing torch (minutes, where it is a build for CUDA: 3 GB)"
 mapfile -t first < <(requirements torch numpy setuptools pyyaml)
 pip_install "${first[@]}" wheel packaging cffi cloudpickle psutil
 if [[ $mpi == wheel ]]; then
@@ -129,17 +163,25 @@ fi
 say "set-up: installing dist_train and the rest"
 pip_install --no-build-isolation --editable '.[test,lint,dev]'
 
-"$python" - <<'EOF' || fail "Horovod was built, but does not load; make it anew: rm -rf .venv, empty the wheel cache ($cache/wheels), 'make setup'"
+check() {
+    "$python" - <<'END'
+import os
 import horovod.torch as hvd
+import torch
 from mpi4py import MPI
 assert hvd.mpi_built() and hvd.gloo_built()
-EOF
+assert hvd.nccl_built() or torch.version.cuda is None or os.environ["DEVICE"] == "cpu"
+END
+}
+logged check || give_up "Horovod was built, but does not load" \
+    "Make it anew: rm -rf .venv, empty the wheel cache ($cache/wheels), 'make setup'."
 
-cat >"$record.new" <<EOF
-mpi=$mpi
-mpirun=$mpirun
-wheel=$wheel
-digest=$(digest "$(version_of "$python")")
-EOF
-mv "$record.new" "$record"
+nvcc=$(cat "$(dirname "$wheel")/nvcc" 2>/dev/null || true)
+write_record() {
+    printf '%s\n' "mpi=$mpi" "mpirun=$mpirun" "device=$device" "wheel=$wheel" "nvcc=$nvcc" \
+        "nvcc_release=$(nvcc_release "$nvcc" || true)" "$@" >"$record.new" || fail "cannot write to $venv"
+    mv "$record.new" "$record"
+}
+write_record
+write_record "digest=$(digest "$(version_of "$python")")" # of the record, too
 say "set-up: done; '. .venv/bin/activate' puts dist-train on your PATH"

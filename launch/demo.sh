@@ -26,6 +26,14 @@ python=$root/.venv/bin/python
 docker/environment.sh
 images=$(docker/fashion_mnist.sh)
 settings=(configs/demo.yaml "data.root=$images" "$@")
+"$python" - <<'EOF'
+import torch
+
+if torch.version.cuda is None:
+    print(f"demo: torch {torch.__version__} is built for CPUs: training on the CPU")
+elif not torch.cuda.is_available():
+    print("demo: no GPU found: training on the CPU")
+EOF
 launch/local.sh -np 2 train "${settings[@]}"
 run=$("$python" -m dist_train config run-directory "${settings[@]}")
 picture=$("$python" -m dist_train curve "$run")

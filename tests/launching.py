@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import yaml
 
+from tests.waiting import PATIENCE
+
 _BIN = Path(sys.executable).parent
 
 
@@ -62,7 +64,7 @@ def launch(
     workers: int,
     controller: str,
     *arguments: str,
-    timeout: float = 120,
+    timeout: float = PATIENCE,
     extra: Mapping[str, str] | None = None,
     program: Sequence[str] = _DIST_TRAIN,
 ) -> Ended:

@@ -191,12 +191,6 @@ def read_landscape(folder: Path) -> Landscape:
         raise UsageError(f"{folder} holds a damaged landscape: {error}") from error
 
 
-def find_landscapes(analysis: Path) -> list[Path]:
-    """Return the folders of the finished results below a run's folder `analysis`, in the order of their names."""
-    kinds = ("interpolate", "direction", "plane")
-    return sorted(path.parent for path in analysis.glob("*-*/points.csv") if path.parent.name.split("-")[0] in kinds)
-
-
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 

@@ -1,4 +1,4 @@
-"""`dist-train config check|show|schema|run-directory`."""
+"""`dist-train config check|show|schema|run-directory|path`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from dist_train.outcome import ExitCode
+from dist_train.outcome import ExitCode, UsageError
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,6 +24,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         command.add_argument("overrides", nargs="*", metavar="section.key=value")
         command.add_argument("--run-dir", type=Path, metavar="DIR", help="the run's own directory")
         command.set_defaults(run=action)
+    path = actions.add_parser("path", help="print where a file lies that comes with the program")
+    path.add_argument("file", type=Path, metavar="FILE", help="such as dist_train:slurm/lb_8192.sh")
+    path.set_defaults(run=_path)
     schema = actions.add_parser("schema", help="print the JSON schema of a configuration")
     schema.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="not needed")
     schema.set_defaults(run=_schema)
@@ -52,6 +55,16 @@ def _run_directory(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     print(config.run_directory if arguments.run_dir is None else arguments.run_dir)
+    return ExitCode.FINISHED
+
+
+def _path(arguments: argparse.Namespace) -> int:
+    from dist_train.config.loading import located
+
+    path = located(arguments.file).absolute()
+    if not path.is_file():
+        raise UsageError(f"there is no file at {path}")
+    print(path)
     return ExitCode.FINISHED
 
 

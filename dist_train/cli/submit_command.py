@@ -39,13 +39,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Check, show, submit. Raises UsageError and ConfigError before anything reaches the queue."""
     from dist_train.config import load_config
     from dist_train.config.idle import idle_settings
+    from dist_train.config.loading import located
     from dist_train.study.submission import Submission, describe_batch, project_root, write_script
 
     config = load_config(arguments.config, arguments.overrides)
     directory = (arguments.run_dir or config.run_directory).absolute()
     submission = Submission(
         root=project_root(),
-        config_file=arguments.config.absolute(),
+        config_file=located(arguments.config).absolute(),
         overrides=tuple(arguments.overrides),
         run_directory=directory,
         name=config.run.name,

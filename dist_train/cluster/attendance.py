@@ -53,10 +53,6 @@ class Attendance:
         """The workers that are watched."""
         return sorted(self._heard)
 
-    def has_left(self, rank: int) -> bool:
-        """Whether `rank` has said that it leaves."""
-        return rank in self._left
-
     def unheard_since(self, moment: float) -> list[int]:
         """Return those that have said nothing since `moment`."""
         return sorted(rank for rank, heard in self._heard.items() if heard < moment)

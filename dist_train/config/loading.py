@@ -17,14 +17,35 @@ from dist_train.config.combinations import conflicts
 from dist_train.config.problems import ConfigError, Problem, problem, problems_of
 from dist_train.config.sections import Config
 
+SHIPPED = "dist_train:"
+"""Begins the name of a file that comes with the program, as in `dist_train:configs/demo.yaml`."""
+
 _BASE = "base"
 _COMMAND_LINE = "command line"
+
+
+def shipped_folder() -> Path:
+    """Return the folder of configs, studies, launch and slurm: a checkout, or `share` of an installed package."""
+    package = Path(__file__).resolve().parents[1]
+    share = package / "share"
+    return share if share.is_dir() else package.parent
+
+
+def located(path: Path) -> Path:
+    """Return where the file at `path` is, which may be the name of a shipped one."""
+    return shipped_folder() / str(path).removeprefix(SHIPPED) if str(path).startswith(SHIPPED) else path
+
+
+def based_on(path: Path, name: str) -> Path:
+    """Return the file that the one at `path` calls `name`: relative to it, absolute, or shipped."""
+    return Path(name) if name.startswith(SHIPPED) else located(path).parent / name
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Return the checked configuration of the YAML file at `path`, with `section.key=value` overrides.
 
-    The key `base` names another file, relative to this one, whose settings this one changes.
+    A `path` such as `dist_train:configs/demo.yaml` is that of a file that comes with the program. The key `base` names
+    another file, relative to this one, whose settings this one changes.
 
     Raises:
         ConfigError: the file cannot be read, or something in it or in the overrides is wrong.
@@ -49,7 +70,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         ConfigError: it cannot be read, or is none.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = located(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(str(path), [problem("(file)", f"there is no such file{_nearest_file(path)}")]) from None
     except (OSError, ValueError) as error:
@@ -123,8 +144,8 @@ def _read(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     name = settings.pop(_BASE)
     if not isinstance(name, str) or not name or "\0" in name:
         raise ConfigError(str(path), [problem(_BASE, "not the name of a file", value=name)])
-    base, seen = path.parent / name, (*seen, os.path.realpath(path))
-    if os.path.realpath(base) in seen:
+    base, seen = based_on(path, name), (*seen, os.path.realpath(located(path)))
+    if os.path.realpath(located(base)) in seen:
         raise ConfigError(str(path), [problem(_BASE, "the file is its own base", value=str(base))])
     return _merge(_read(base, seen), settings)
 
@@ -165,7 +186,7 @@ def _apply(settings: dict[str, Any], override: str) -> None:
 
 def _nearest_file(path: Path) -> str:
     try:
-        names = [entry.name for entry in path.parent.glob("*.y*ml")]
+        names = [entry.name for entry in located(path).parent.glob("*.y*ml")]
     except OSError:
         return ""
     close = difflib.get_close_matches(path.name, names, n=1)

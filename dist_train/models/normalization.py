@@ -21,6 +21,9 @@ SumOverRanks = Callable[[Tensor, str], None]
 _RUN = 128
 """Samples that one accumulator adds up at the most."""
 
+_FEW_VALUES = 8192
+"""Values of a channel up to which torch's backward pass keeps its error, given accurate moments, below 2e-5."""
+
 
 @dataclass(frozen=True)
 class AcrossRanks:
@@ -95,7 +98,8 @@ class _Normalize(torch.autograd.Function):
             scales.unbind(),
             strict=True,
         )
-        if ctx.fused:
+        values = max(ctx.group_sizes) * inputs[0, 0].numel()
+        if ctx.fused or (ctx.across is None and values <= _FEW_VALUES):
             of_inputs, of_weight, of_bias = _fused_gradients(weight, ctx.epsilon, groups)
         else:
             of_inputs = torch.empty_like(inputs)
@@ -104,7 +108,7 @@ class _Normalize(torch.autograd.Function):
                 _gradients(weight, ctx.across, *group, out) for group, out in zip(groups, outputs, strict=True)
             ]
             of_weight, of_bias = (
-                _weighted_sum(of_groups, [1.0] * len(means)) for of_groups in zip(*gradients, strict=True)
+                kind[0] if len(kind) == 1 else torch.stack(kind).sum(0) for kind in zip(*gradients, strict=True)
             )
         return of_inputs, of_weight, of_bias, None, None, None
 
@@ -208,12 +212,9 @@ def _gradients(
     return of_weight, of_bias
 
 
-def _rows(images: Tensor) -> tuple[Tensor, ...]:
-    """Return `images` as rows of samples, the channels of all positions in columns [H W C], in runs of `_RUN` rows."""
-    if images.dim() == 4:
-        images = images.permute(0, 2, 3, 1)
-    runs: tuple[Tensor, ...] = images.flatten(1).split(_RUN)
-    return runs
+def _columns(images: Tensor) -> Tensor:
+    """Return `images` [n, C] or, in channels-last layout, [n, C, H, W] as they lie in memory: [n, H W C]."""
+    return images.permute(0, 2, 3, 1).flatten(1) if images.dim() == 4 else images
 
 
 def _moments(group: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,15 +222,21 @@ def _moments(group: Tensor) -> tuple[Tensor, Tensor]:
     if group.is_cuda:
         variance, mean = torch.var_mean(group.float(), [0, *range(2, group.dim())], correction=0)
         return mean, variance
-    runs, channels = _rows(group), group.shape[1]
-    moments = [torch.batch_norm_update_stats(run, None, None, 0.0) for run in runs]
-    means, variances = ([columns.view(-1, channels) for columns in kind] for kind in zip(*moments, strict=True))
-    shares = [len(run) / len(group) for run in runs]
-    mean = _weighted_sum([own.mean(0) for own in means], shares)
-    for own, spread in zip(means, variances, strict=True):
-        distance = own - mean
-        spread.addcmul_(distance, distance)
-    return mean, _weighted_sum([spread.mean(0) for spread in variances], shares)
+    if len(group) > _RUN:
+        runs = group.split(_RUN)
+        means, variances = (torch.stack(kind) for kind in zip(*map(_moments, runs), strict=True))
+        shares = torch.tensor([[len(run) / len(group)] for run in runs])
+        return _moments_of_parts(means, variances, shares)
+    means, variances = torch.batch_norm_update_stats(_columns(group), None, None, 0.0)
+    positions = (-1, group.shape[1])
+    return _moments_of_parts(means.view(positions), variances.view(positions), group.shape[1] / len(means))
+
+
+def _moments_of_parts(means: Tensor, variances: Tensor, shares: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return mean and variance [C] of a whole, from those of its parts [parts, C] and their shares in it."""
+    mean = (means * shares).sum(0)
+    distances = means - mean
+    return mean, (torch.addcmul(variances, distances, distances) * shares).sum(0)
 
 
 def _gradient_sums(group: Tensor, upstream: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,25 +246,27 @@ def _gradient_sums(group: Tensor, upstream: Tensor, mean: Tensor, scale: Tensor)
         upstream, shape = upstream.float(), (-1, *(1,) * (group.dim() - 2))
         standard = (group.float() - mean.view(shape)) * scale.view(shape)
         return (upstream * standard).sum(dimensions), upstream.sum(dimensions)
-    channels, positions = len(mean), group[0].numel() // len(mean)
-    mean, scale = mean.repeat(positions), scale.repeat(positions)
-    sums = [
-        # Of torch's kernel for all gradients only two sums are asked for.
-        torch.ops.aten.native_batch_norm_backward(
-            gradient, run, None, None, None, mean, scale, True, 0.0, [False, True, True]
-        )[1:]
-        for run, gradient in zip(_rows(group), _rows(upstream), strict=True)
-    ]
-    products, totals = ([columns.view(-1, channels).sum(0) for columns in kind] for kind in zip(*sums, strict=True))
-    each = [1.0] * len(sums)
-    return _weighted_sum(products, each), _weighted_sum(totals, each)
-
-
-def _weighted_sum(terms: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    total = terms[0] if weights[0] == 1.0 else terms[0] * weights[0]
-    for term, weight in zip(terms[1:], weights[1:], strict=True):
-        total = torch.add(total, term, alpha=weight)
-    return total
+    if len(group) > _RUN:
+        runs = zip(group.split(_RUN), upstream.split(_RUN), strict=True)
+        sums = [_gradient_sums(run, gradient, mean, scale) for run, gradient in runs]
+        products, totals = (torch.stack(kind).sum(0) for kind in zip(*sums, strict=True))
+        return products, totals
+    columns, channels = _columns(group), len(mean)
+    positions = columns.shape[1] // channels
+    # Of torch's kernel for all gradients only two sums are asked for.
+    _, products, totals = torch.ops.aten.native_batch_norm_backward(
+        _columns(upstream),
+        columns,
+        None,
+        None,
+        None,
+        mean.repeat(positions),
+        scale.repeat(positions),
+        True,
+        0.0,
+        [False, True, True],
+    )
+    return products.view(positions, channels).sum(0), totals.view(positions, channels).sum(0)
 
 
 def _moments_across_ranks(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -60,16 +59,14 @@ class FlatWeights:
         """Return each parameter's part of `values` [n], in its shape."""
         return tuple(values[segment.start : segment.stop].view(segment.shape) for segment in self.segments)
 
-    @contextmanager
-    def replaced_by(self, views: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Let the model compute with `views`, one for each parameter, within the block; `values` are not touched."""
-        try:
-            for parameter, view in zip(self.parameters, views, strict=True):
-                parameter.data = view
-            yield
-        finally:
-            for parameter, view in zip(self.parameters, self._own, strict=True):
-                parameter.data = view
+    def compute_with(self, views: Sequence[torch.Tensor]) -> None:
+        """Let the model compute with `views`, one for each parameter; `values` are not touched."""
+        for parameter, view in zip(self.parameters, views, strict=True):
+            parameter.data = view
+
+    def compute_with_own(self) -> None:
+        """Let the model compute with `values` again."""
+        self.compute_with(self._own)
 
     @property
     def count(self) -> int:

@@ -1,14 +1,13 @@
 """What a step does with noise: one method a row. They differ in where a gradient is taken, and in what stays.
 
-A draw is a pure function of (seed, step) and of what `sharing` adds to it, so that workers agree on it
-without talking. Perturbed weights lie in a buffer of their own, which the model computes with meanwhile: the clean ones
+A draw is a pure function of (seed, step) and of what `sharing` adds to it, so that ranks agree on it without
+communication. Perturbed weights lie in a buffer of their own, which the model computes with meanwhile: the clean ones
 are never written, and (w + n) - n would not be w in floating point.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
@@ -23,51 +22,36 @@ Ascend = Callable[[], None]
 """Takes the gradient of a micro-batch's loss where the weights are, into the flat gradients."""
 
 
-class Perturbed(Protocol):
-    """Weights under noise, within one step."""
-
-    def visit(self, micro_batch: int, ascend: Ascend) -> None:
-        """Be at the point where the gradient of micro-batch `micro_batch` of the global batch is taken."""
-
-
-class Noise(Protocol):
-    """What a step does with the weights before it takes gradients, and after it has moved them."""
+class Noise:
+    """What a step does with the weights around its gradients; here: nothing, the method `none`."""
 
     def amplitude(self, step: int) -> float:
         """Return a c(t), the amplitude in force at `step`."""
+        return 0.0
 
-    def perturbed(self, step: int) -> AbstractContextManager[Perturbed]:
-        """Let the model compute with perturbed weights within the block; the clean ones stay, to the bit."""
+    def perturb(self, step: int) -> None:
+        """Let the model compute with perturbed weights; the clean ones are not written."""
+
+    def perturb_for(self, micro_batch: int, ascend: Ascend) -> None:
+        """Move to the point of micro-batch `micro_batch` of the global batch, where it has one of its own."""
+
+    def restore(self) -> None:
+        """Let the model compute with the clean weights again."""
 
     def after_update(self, step: int) -> None:
         """Do what remains once the optimizer has moved the weights in `step`."""
 
     def digest(self, step: int) -> int:
-        """Return a digest of what the noise of `step`, just taken, made; the same on all workers that agree."""
-
-
-class NoNoise:
-    """Gradients at the weights themselves."""
-
-    def amplitude(self, step: int) -> float:
-        """Return 0."""
-        return 0.0
-
-    @contextmanager
-    def perturbed(self, step: int) -> Iterator[Perturbed]:
-        """Leave the weights as they are."""
-        yield _Still()
-
-    def after_update(self, step: int) -> None:
-        """Do nothing."""
-
-    def digest(self, step: int) -> int:
-        """Return 0."""
+        """Return a digest of what the noise of `step`, just taken, made; the same on all ranks that agree."""
         return 0
 
 
-class SmoothOut:
-    """SmoothOut (Wen et al., arXiv 1805.07898): gradients at perturbed weights, none of it left behind."""
+class SmoothOut(Noise):
+    """SmoothOut (Wen et al., arXiv 1805.07898): gradients at perturbed weights, none of it left behind.
+
+    `sharing: global` is one draw a step; `worker` one for each rank; `micro_batch` one for each micro-batch of the
+    global batch, whichever rank holds it.
+    """
 
     def __init__(
         self, settings: NoiseSettings, weights: FlatWeights, *, seed: int, total_steps: int, rank: int
@@ -75,8 +59,9 @@ class SmoothOut:
         """Perturb `weights`; the schedule is laid out over `total_steps` updates."""
         self._amplitude = _Amplitude(settings, total_steps)
         self._weights = weights
-        self._share = _SHARINGS[settings.sharing]
+        self._sharing = settings.sharing
         self._rank = rank
+        self._step = 0
         # Draws lie where the perturbed weights are to be: a buffer less to go through.
         self._perturbed = torch.zeros_like(weights.values)
         self._draws = NoiseDraws(settings, weights, seed, self._perturbed)
@@ -86,11 +71,23 @@ class SmoothOut:
         """Return a c(t)."""
         return self._amplitude(step)
 
-    @contextmanager
-    def perturbed(self, step: int) -> Iterator[Perturbed]:
-        """Let the model compute with perturbed weights within the block."""
-        with self._weights.replaced_by(self._views):
-            yield self._share(self, step, self._rank)
+    def perturb(self, step: int) -> None:
+        """Move to the point that the step's micro-batches share, if they do."""
+        self._step = step
+        self._weights.compute_with(self._views)
+        if self._sharing == "global":
+            self.move(step)
+        elif self._sharing == "worker":
+            self.move(step, "worker", self._rank)
+
+    def perturb_for(self, micro_batch: int, ascend: Ascend) -> None:
+        """Move to the micro-batch's own point, if it has one."""
+        if self._sharing == "micro_batch":
+            self.move(self._step, micro_batch)
+
+    def restore(self) -> None:
+        """Let the model compute with the clean weights again."""
+        self._weights.compute_with_own()
 
     def move(self, step: int, *indices: int | str) -> None:
         """Be at the clean weights plus the draw of (`step`, `indices`)."""
@@ -98,19 +95,24 @@ class SmoothOut:
         for part in self._draws.parts(clean, self._amplitude(step), step, *indices):
             self._perturbed[part].add_(clean[part])
 
-    def after_update(self, step: int) -> None:
-        """Do nothing: the noise was taken away before the update."""
+    def lost_in(self, precision: torch.dtype, step: int) -> float:
+        """Return which share of the weights under noise a cast to `precision` leaves where they were in `step`."""
+        clean = self._weights.values
+        self.move(step)
+        noisy = self._perturbed != clean
+        lost = noisy & (self._perturbed.to(precision) == clean.to(precision))
+        return float(lost.sum() / noisy.sum().clamp_(min=1))
 
     def digest(self, step: int) -> int:
         """Return a digest of the perturbed weights, or, where they differ on purpose, of the first draw."""
-        if self._share is _OfWorker:
+        if self._sharing == "worker":
             self._draws.draw(self._weights.values, self._amplitude(step), step, "worker", 0)
-        elif self._share is _OfMicroBatch:
+        elif self._sharing == "micro_batch":
             self._draws.draw(self._weights.values, self._amplitude(step), step, 0)
         return digest(self._perturbed)
 
 
-class Langevin:
+class Langevin(Noise):
     """Equation 1 of Naganuma and Yokota: theta(t+1) = theta(t) - eta grad E(theta(t)) + delta(t).
 
     The noise stays. It is part of the update, not of the gradient: momentum does not see it.
@@ -128,11 +130,9 @@ class Langevin:
         """Return a c(t)."""
         return self._amplitude(step)
 
-    @contextmanager
-    def perturbed(self, step: int) -> Iterator[Perturbed]:
+    def perturb(self, step: int) -> None:
         """Draw delta(t), scaled by theta(t), and leave the weights as they are: the gradient is taken there."""
         self._draws.draw(self._weights.values, self._amplitude(step), step)
-        yield _Still()
 
     def after_update(self, step: int) -> None:
         """Add delta(t)."""
@@ -143,7 +143,7 @@ class Langevin:
         return digest(self._draws.values)
 
 
-class SharpnessAware:
+class SharpnessAware(Noise):
     """SAM (Foret et al., arXiv 2010.01412), its ascent taken by each micro-batch's own gradient.
 
     The gradient is taken at w + rho g / ||g||, where g is the micro-batch's gradient at w and rho the amplitude:
@@ -165,14 +165,12 @@ class SharpnessAware:
         """Return rho c(t)."""
         return self._amplitude(step)
 
-    @contextmanager
-    def perturbed(self, step: int) -> Iterator[Perturbed]:
-        """Let the model compute with perturbed weights within the block."""
+    def perturb(self, step: int) -> None:
+        """Let the model compute with weights of its own, which each micro-batch then moves."""
         self._step = step
-        with self._weights.replaced_by(self._views):
-            yield self
+        self._weights.compute_with(self._views)
 
-    def visit(self, micro_batch: int, ascend: Ascend) -> None:
+    def perturb_for(self, micro_batch: int, ascend: Ascend) -> None:
         """Go uphill from the clean weights by the micro-batch's gradient."""
         clean = self._weights.values
         self._perturbed.copy_(clean)
@@ -182,12 +180,9 @@ class SharpnessAware:
         length = torch.linalg.vector_norm(uphill).clamp_(min=torch.finfo(uphill.dtype).tiny)
         torch.add(clean, uphill.div_(length), alpha=self._amplitude(self._step), out=self._perturbed)
 
-    def after_update(self, step: int) -> None:
-        """Do nothing: the ascent was taken back before the update."""
-
-    def digest(self, step: int) -> int:
-        """Return 0: there is no draw to agree on."""
-        return 0
+    def restore(self) -> None:
+        """Let the model compute with the clean weights again."""
+        self._weights.compute_with_own()
 
 
 class _Amplitude:
@@ -201,50 +196,6 @@ class _Amplitude:
         return self._settings.amplitude * noise_factor(self._settings.schedule, step, self._total_steps)
 
 
-class _Still:
-    """The weights as they are."""
-
-    def visit(self, micro_batch: int, ascend: Ascend) -> None:
-        """Stay."""
-
-
-class _Shared:
-    """One draw for all micro-batches of a step, on all workers."""
-
-    def __init__(self, noise: SmoothOut, step: int, rank: int) -> None:
-        noise.move(step)
-
-    def visit(self, micro_batch: int, ascend: Ascend) -> None:
-        """Stay at the point that all share."""
-
-
-class _OfWorker:
-    """One draw for all micro-batches of one worker."""
-
-    def __init__(self, noise: SmoothOut, step: int, rank: int) -> None:
-        noise.move(step, "worker", rank)
-
-    def visit(self, micro_batch: int, ascend: Ascend) -> None:
-        """Stay at the worker's point."""
-
-
-class _OfMicroBatch:
-    """One draw for each micro-batch of the global batch, whichever worker holds it."""
-
-    def __init__(self, noise: SmoothOut, step: int, rank: int) -> None:
-        self._noise = noise
-        self._step = step
-
-    def visit(self, micro_batch: int, ascend: Ascend) -> None:
-        """Move to the micro-batch's own point."""
-        self._noise.move(self._step, micro_batch)
-
-
-_SHARINGS: Mapping[str, Callable[[SmoothOut, int, int], Perturbed]] = MappingProxyType(
-    {"global": _Shared, "worker": _OfWorker, "micro_batch": _OfMicroBatch}
-)
-
-
 class _Method(Protocol):
     def __call__(
         self, settings: NoiseSettings, weights: FlatWeights, *, seed: int, total_steps: int, rank: int
@@ -253,7 +204,7 @@ class _Method(Protocol):
 
 _METHODS: Mapping[str, _Method] = MappingProxyType(
     {
-        "none": lambda settings, weights, *, seed, total_steps, rank: NoNoise(),
+        "none": lambda settings, weights, *, seed, total_steps, rank: Noise(),
         "smoothout": SmoothOut,
         "langevin": Langevin,
         "sam": SharpnessAware,
@@ -262,5 +213,5 @@ _METHODS: Mapping[str, _Method] = MappingProxyType(
 
 
 def build_noise(settings: NoiseSettings, weights: FlatWeights, *, seed: int, total_steps: int, rank: int) -> Noise:
-    """Return the noise that `settings` describe, on `weights`, for worker `rank`."""
+    """Return the noise that `settings` describe, on `weights`, for `rank`."""
     return _METHODS[settings.method](settings, weights, seed=seed, total_steps=total_steps, rank=rank)

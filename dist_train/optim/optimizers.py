@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dist_train.config import OptimizerSettings
-from dist_train.optim.eager_step import eager_step, mark_methods
 from dist_train.optim.flat_weights import FlatWeights
+
+_MARK = "__dynamo_disable"
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,8 @@ def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimi
         Group(tuple(parameter for segment, parameter in named if (segment in left_out) == excluded), excluded)
         for excluded in (False, True)
     ]
-    mark_methods()
+    _pass_by_the_compiler()
     optimizer = _OPTIMIZERS[settings.name](settings, [group for group in groups if group.parameters])
-    optimizer.step = eager_step(optimizer)  # type: ignore[assignment,method-assign]  # of this one optimizer alone
     return optimizer
 
 
@@ -42,6 +43,13 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Let the next update go at `rate`."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def optimizer_step(optimizer: Optimizer) -> None:
+    """Do what `optimizer.step()` does, under torch's wrappers, which load its compiler: a second of every rank."""
+    update = inspect.unwrap(type(optimizer).step)
+    with torch.no_grad():
+        update(optimizer)
 
 
 def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
@@ -149,3 +157,17 @@ def _begin_state(optimizer: Optimizer, *names: str) -> None:
 _OPTIMIZERS: Mapping[str, Callable[[OptimizerSettings, Sequence[Group]], Optimizer]] = MappingProxyType(
     {"sgd": _sgd, "adam": _adam, "adamw": _adamw, "lars": _lars, "lamb": _lamb}
 )
+
+
+def _pass_by_the_compiler() -> None:
+    """Let the methods of `Optimizer` that torch's compiler passes by be called without loading it.
+
+    torch (`torch/_compile.py`) keeps under `_MARK` what it calls in place of such a method. Where it keeps that
+    elsewhere, nothing changes.
+    """
+    for wrapper in vars(Optimizer).values():
+        if not isinstance(wrapper, FunctionType) or _MARK not in wrapper.__code__.co_consts:
+            continue
+        method = getattr(wrapper, "__wrapped__", None)
+        if isinstance(method, FunctionType) and not hasattr(method, _MARK):
+            setattr(method, _MARK, method)

@@ -15,7 +15,7 @@ import yaml
 
 from dist_train import atomic
 from dist_train.config import Config, ConfigError, dump_config, parse_config
-from dist_train.config.loading import read_settings, with_overrides, write_override
+from dist_train.config.loading import based_on, read_settings, with_overrides, write_override
 from dist_train.config.problems import Problem, problem
 from dist_train.study.study_file import Settings, Study, load_study
 
@@ -84,7 +84,7 @@ def plan_study(path: Path, directory: Path | None = None, overrides: Sequence[st
         ConfigError: something in the study, its base, or any of its runs is wrong; every problem is listed once.
     """
     study = load_study(path)
-    base_file = Path(os.path.normpath(path.parent / study.base))
+    base_file = Path(os.path.normpath(based_on(path, study.base)))
     below = read_settings(base_file)
     base = parse_config(below, source=str(base_file))
     with_overrides(below, overrides)

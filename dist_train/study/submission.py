@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_train.config import Config
+from dist_train.config.loading import shipped_folder
 from dist_train.data.plan import BatchPlan
 from dist_train.outcome import UsageError
 
@@ -43,14 +44,14 @@ class Submission:
 
 
 def project_root() -> Path:
-    """Return the project's folder, which the batch scripts lie in.
+    """Return the folder of the launch and batch scripts.
 
     Raises:
-        UsageError: this is an installed package without them.
+        UsageError: they have been removed.
     """
-    root = Path(__file__).resolve().parents[2]
+    root = shipped_folder()
     if not (root / "slurm" / "prologue.sh").is_file():
-        raise UsageError(f"there are no batch scripts at {root / 'slurm'}: submit from a checkout of the project")
+        raise UsageError(f"there are no batch scripts at {root / 'slurm'}: install dist_train again")
     return root
 
 

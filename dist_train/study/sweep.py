@@ -24,7 +24,10 @@ Say = Callable[[str], None]
 
 
 class StopWish:
-    """While the block lasts, SIGINT and SIGTERM, and what batch systems send, ask the sweep to stop."""
+    """While the block lasts, SIGINT and SIGTERM, and what batch systems send, ask the sweep to stop.
+
+    What is ignored already stays so: SIGHUP under nohup, SIGINT in what a script starts in the background.
+    """
 
     _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
     _INSISTENT = (signal.SIGTERM, signal.SIGINT)
@@ -37,7 +40,8 @@ class StopWish:
 
     def __enter__(self) -> StopWish:
         """Take over the signals."""
-        self._before = {number: signal.signal(number, self._note) for number in self._SIGNALS}
+        heeded = [number for number in self._SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:

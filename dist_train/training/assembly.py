@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -21,7 +23,7 @@ from dist_train.models.batch_statistics import BatchStatistics
 from dist_train.models.norms import norm_modules
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.learning_rate import LearningRate
-from dist_train.optim.noise import build_noise
+from dist_train.optim.noise import Noise, SmoothOut, build_noise
 from dist_train.optim.optimizers import build_optimizer
 from dist_train.training.alike import check_same_data
 from dist_train.training.checkpoint_writer import CheckpointWriter
@@ -46,6 +48,11 @@ from dist_train.training.time_limit import TimeLimit, job_time_limit
 from dist_train.training.trainer import Trainer
 from dist_train.training.usage import UsageReader
 from dist_train.training.weight_norms import WeightNorms
+
+_logger = logging.getLogger("dist_train.training")
+
+_LOST_NOISE = 0.01
+"""The share of weights without noise from which on a run warns of it."""
 
 
 def assemble(
@@ -91,6 +98,9 @@ def assemble(
     if workers.rank == 0:
         directory.save_config(config)
     clock = build_step_clock(compute.device) if is_measured(config.metrics) else StepClock(HostTimer())
+    writer = None
+    if workers.rank == 0:
+        writer = CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing)
     step = build_step(
         config,
         model,
@@ -102,7 +112,11 @@ def assemble(
         loss_scale=DynamicLossScale(progress) if compute.precision == torch.float16 else NoLossScale(),
         clock=clock,
         total_steps=total_steps,
+        wait_for_checkpoint_copy=writer.wait_until_copied if writer else lambda: None,
     )
+
+    if workers.rank == 0:
+        _warn_of_lost_noise(step.noise, compute.precision, progress.step)
 
     def shrink(step: TrainingStep, smaller: int) -> TrainingStep:
         settled = with_micro_size(config, smaller)
@@ -111,10 +125,6 @@ def assemble(
         step.reduction.close()
         return replace(step, reduction=_reduction(settled, weights, workers))
 
-    writer = None
-    if workers.rank == 0:
-        writer = CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing)
-        optimizer.register_step_pre_hook(lambda *_: _wait_until_copied(writer, clock))
     return Trainer(
         config=config,
         workers=workers,
@@ -155,6 +165,7 @@ def build_step(
     loss_scale: LossScale,
     clock: StepClock,
     total_steps: int,
+    wait_for_checkpoint_copy: Callable[[], None] = lambda: None,
 ) -> TrainingStep:
     """Return the step of `config`, its micro-batch decided, on `weights` of `model`, which computes as `compute` says.
 
@@ -178,6 +189,7 @@ def build_step(
         loss_scale=loss_scale,
         sum_over_ranks=sum_over(config.model, workers, clock),
         clock=clock,
+        wait_for_checkpoint_copy=wait_for_checkpoint_copy,
     )
 
 
@@ -200,9 +212,20 @@ def _measuring(config: Config, compute: Compute, weights: FlatWeights, workers: 
     return WorkerMeasuring(workers, UsageReader(compute.device), norms)
 
 
-def _wait_until_copied(writer: CheckpointWriter, clock: StepClock) -> None:
-    with clock.part("checkpoint_stall"):
-        writer.wait_until_copied()
+def _warn_of_lost_noise(noise: Noise, precision: torch.dtype, step: int) -> None:
+    """Say so where the precision of forward passes is too coarse for some of the noise."""
+    if precision == torch.float32 or not isinstance(noise, SmoothOut):
+        return
+    lost = noise.lost_in(precision, step)
+    if lost > _LOST_NOISE:
+        _logger.warning(
+            "precision.compute: %s rounds the noise away on %.0f %% of the weights (amplitude %g at step %d); "
+            "float32 keeps it, or raise noise.amplitude",
+            str(precision).removeprefix("torch."),
+            100 * lost,
+            noise.amplitude(step),
+            step,
+        )
 
 
 def _open_data(config: Config, compute: Compute) -> Splits:

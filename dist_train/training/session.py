@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -27,7 +26,7 @@ from dist_train.outcome import (
     StoppedError,
     exit_code_of,
 )
-from dist_train.status import LAUNCH_VARIABLE, State, StatusFile, read_status
+from dist_train.status import State, StatusFile, another_failed, read_status
 from dist_train.training.beginning import Beginning
 from dist_train.training.checkpoints import list_checkpoints
 from dist_train.training.environment import launch_environment
@@ -47,7 +46,6 @@ class Session:
 
     def __init__(
         self,
-        config: Config,
         directory: RunDirectory,
         workers: Workers,
         observers: Observers,
@@ -56,7 +54,6 @@ class Session:
         """Begin; the status says `starting`. Worker 0 has the `lock` of the run directory."""
         self.observers = observers
         self.status = _status_file(directory, workers) if workers.rank == 0 else None
-        self._config = config
         self._directory = directory
         self._workers = workers
         self._lock = lock
@@ -108,7 +105,7 @@ class Session:
             self._trainer.settle_saving()
         code = exit_code_of(error)
         # A worker that failed on its own knows why; the others only know that it is lost.
-        is_told = isinstance(error, WorkerLostError | PeerFailedError) and self._another_told()
+        is_told = isinstance(error, WorkerLostError | PeerFailedError) and another_failed(self._directory.status)
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, DivergedError):
             reason = f"{reason}; {self._last_good()}"
@@ -133,11 +130,16 @@ class Session:
             self.observers.record(EventRecord(self._trainer.progress.step, event, time.time(), details))
 
     def lose(self, message: str) -> None:
-        """Write down that the launch ends because a worker is lost. From any thread; the process ends right after."""
+        """Write down that the launch ends because a worker is lost. From any thread; the process ends right after.
+
+        What a worker has written of its own failure stays: it says more.
+        """
         _logger.info("%s", message)
+        if another_failed(self._directory.status):
+            return
         if self.status:
             self.status.end("failed", ExitCode.FAULT, message)
-        elif not self._another_told():
+        else:
             self._tell_fault(message)
 
     def _tell_fault(self, reason: str) -> None:
@@ -147,12 +149,6 @@ class Session:
             step = self._trainer.progress.step if self._trainer else 0
             status.progress(step=step)
             status.end("failed", ExitCode.FAULT, f"worker {self._workers.rank}: {reason}")
-
-    def _another_told(self) -> bool:
-        """Whether another worker of this launch has written down why it failed."""
-        told = read_status(self._directory.status)
-        launch = os.environ.get(LAUNCH_VARIABLE, "")
-        return told is not None and told.state == "failed" and told.pid != os.getpid() and told.launch == launch
 
     def _end(self, state: State, code: ExitCode, reason: str, *, is_told: bool) -> Outcome:
         trainer = self._trainer
@@ -188,7 +184,7 @@ class Session:
 def open_session(config: Config, directory: RunDirectory, workers: Workers, lock: RunLock | None = None) -> Session:
     """Return the session of this launch, with this worker's observers."""
     make = _observers_of_the_run if workers.rank == 0 else _observers_of_a_worker
-    return Session(config, directory, workers, Observers(make(config.metrics, directory)), lock)
+    return Session(directory, workers, Observers(make(config.metrics, directory)), lock)
 
 
 def _status_file(directory: RunDirectory, workers: Workers) -> StatusFile:

@@ -18,8 +18,8 @@ from dist_train.models.batch_statistics import BatchStatistics
 from dist_train.models.normalization import SumOverRanks
 from dist_train.models.norms import GroupedBatchNorm, sync_batch_norm
 from dist_train.optim.flat_weights import FlatWeights
-from dist_train.optim.noise import Noise, Perturbed
-from dist_train.optim.optimizers import set_learning_rate
+from dist_train.optim.noise import Noise
+from dist_train.optim.optimizers import optimizer_step, set_learning_rate
 from dist_train.outcome import DivergedError
 from dist_train.training.compute import Compute, is_out_of_memory
 from dist_train.training.loss_scale import LossScale, NoLossScale
@@ -77,63 +77,71 @@ class TrainingStep:
     sum_over_ranks: SumOverRanks | None = None
     """Where the workers share every micro-batch: what their norms' sums go through."""
     clock: StepClock = field(default_factory=lambda: StepClock(HostTimer()))
+    wait_for_checkpoint_copy: Callable[[], None] = lambda: None
+    """Returns when weights and the optimizer's state may change: a checkpoint's copy of them is made."""
 
     def __call__(self, batch: GlobalBatch, learning_rate: float, stop_requested: Callable[[], bool]) -> Update:
         """Update the weights by the gradient of `batch` at the perturbed weights.
 
         Raises:
-            DivergedError: the loss or the gradient is not finite, or out of range; on all workers alike.
-            OutOfMemoryError: on all workers alike, when a micro-batch fits the device of one of them no more.
-            WorkerLostError: a worker is gone.
+            DivergedError: the loss or the gradient is not finite, or out of range; on all ranks alike.
+            OutOfMemoryError: on all ranks alike, when a micro-batch fits the device of one of them no more.
+            WorkerLostError: a rank is gone.
         """
         self.clock.start()
-        total = self._reduce_gradient(batch, stop_requested)
+        total = self._gradient(batch, stop_requested)
         while total.out_of_range and not total.out_of_memory and self.loss_scale.lower():
-            total = self._reduce_gradient(batch, stop_requested)
+            total = self._gradient(batch, stop_requested)
         gradient_norm = float(torch.linalg.vector_norm(self.weights.gradients))
         _check(total, gradient_norm, batch)
         with self.clock.phase("update"):
             clip_gradient(self.weights.gradients, gradient_norm, self.clip_norm)
+            with self.clock.part("checkpoint_stall"):
+                self.wait_for_checkpoint_copy()
             set_learning_rate(self.optimizer, learning_rate)
-            self.optimizer.step()
+            optimizer_step(self.optimizer)
             self.noise.after_update(batch.step)
             self.statistics.absorb(total.statistics, total.samples, _STATISTICS_MOMENTUM)
             self.loss_scale.note_update()
         return Update(total.loss, total.accuracy, gradient_norm, total.stop > 0, self.clock.times())
 
-    def _reduce_gradient(self, batch: GlobalBatch, stop_requested: Callable[[], bool]) -> TallyResult:
+    def _gradient(self, batch: GlobalBatch, stop_requested: Callable[[], bool]) -> TallyResult:
         """Leave the gradient of `batch` at the perturbed weights where gradients are; the weights are clean again."""
         self.tally.clear()
         self.reduction.start(self.loss_scale.value)
-        with (
-            sync_batch_norm(self.norms, self.sum_over_ranks),
-            self.clock.ends("perturb", "restore", self.noise.perturbed(batch.step)) as perturbed,
-        ):
-            out_of_memory = False
-            try:
-                with self.clock.phase("forward-backward"):
-                    for micro_batch in batch.micro_batches:
-                        self._add_gradient(batch, micro_batch, perturbed)
-            except (RuntimeError, MemoryError) as error:
-                # Others wait for this worker within a pass that they share: they cannot be told.
-                if not is_out_of_memory(error) or self.sum_over_ranks is not None:
-                    raise
-                out_of_memory = True
-            self.reduction.send()
-            self.tally.send(
-                out_of_range=self.reduction.out_of_range, out_of_memory=out_of_memory, stop=stop_requested()
-            )
+        try:
+            with self.clock.phase("perturb"):
+                self.noise.perturb(batch.step)
+            with self.clock.phase("forward-backward"), sync_batch_norm(self.norms, self.sum_over_ranks):
+                fits = self._add_gradients(batch)
+        finally:
+            with self.clock.phase("restore"):
+                self.noise.restore()
+        self.reduction.send()
+        self.tally.send(out_of_range=self.reduction.out_of_range, out_of_memory=not fits, stop=stop_requested())
         with self.clock.phase("allreduce"):
             total = self.tally.result()
             self.reduction.finish()
         return total
 
-    def _add_gradient(self, batch: GlobalBatch, micro_batch: MicroBatch, perturbed: Perturbed) -> None:
+    def _add_gradients(self, batch: GlobalBatch) -> bool:
+        """Add up the gradients of this rank's micro-batches; return whether they fitted its device."""
+        try:
+            for micro_batch in batch.micro_batches:
+                self._add_gradient(batch, micro_batch)
+        except (RuntimeError, MemoryError) as error:
+            # Others wait for this rank within a pass that they share: they cannot be told.
+            if not is_out_of_memory(error) or self.sum_over_ranks is not None:
+                raise
+            return False
+        return True
+
+    def _add_gradient(self, batch: GlobalBatch, micro_batch: MicroBatch) -> None:
         with self.clock.part("data_wait"):
             inputs, labels = self.samples.micro_batch(batch.indices[micro_batch.start : micro_batch.stop], batch.epoch)
         scaled_size = len(batch.indices) / self.loss_scale.value
         with self.clock.part("perturb_restore"):
-            perturbed.visit(micro_batch.index, partial(self._ascend, inputs, labels, scaled_size))
+            self.noise.perturb_for(micro_batch.index, partial(self._ascend, inputs, labels, scaled_size))
         is_last = micro_batch is batch.micro_batches[-1]
         collecting = self.reduction.last_micro_batch if is_last else self.reduction.micro_batch
         logits, loss_sum = self._forward(inputs, labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
@@ -32,7 +32,6 @@ _PART_OF: Mapping[Phase, Part] = MappingProxyType(
     }
 )
 
-Value = TypeVar("Value")
 Moment = TypeVar("Moment")
 
 
@@ -132,18 +131,6 @@ class StepClock:
         """Count the block to the part that `phase` is, and name it in the profiler's trace."""
         with record_function(phase), self.part(_PART_OF[phase]):
             yield
-
-    @contextmanager
-    def ends(self, entering: Phase, leaving: Phase, context: AbstractContextManager[Value]) -> Iterator[Value]:
-        """Be within `context`: the phase `entering` is the way in, `leaving` the way out, however the block ends."""
-        with ExitStack() as within:
-            with self.phase(entering):
-                value = within.enter_context(context)
-            try:
-                yield value
-            finally:
-                with self.phase(leaving):
-                    within.close()
 
     def _turn_to(self, part: Part | None) -> None:
         self._marks.append((part, self._timer.now()))

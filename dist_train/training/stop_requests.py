@@ -12,7 +12,8 @@ _ALWAYS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 class StopRequests:
     """While the block lasts, SIGTERM, SIGINT and SIGUSR2 are noted instead of ending the process.
 
-    A second SIGINT ends it as usual, for whoever does not want to wait.
+    A second SIGINT ends it as usual, for whoever does not want to wait. Where SIGINT is ignored already, as in what a
+    script starts in the background, it stays ignored.
     """
 
     def __init__(self, stop_signal: str = "SIGUSR2") -> None:
@@ -25,7 +26,8 @@ class StopRequests:
     def __enter__(self) -> StopRequests:
         """Take over the signals."""
         for number in self._signals:
-            self._before[number] = signal.signal(number, self._note)
+            if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -8,10 +8,11 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).parents[2]
 RIG = Path(__file__).with_name("slurm_rig.sh")
@@ -86,9 +87,9 @@ class Cluster:
         assert found is not None
         return found[1]
 
-    def wait(self, job: int | str, seconds: float = 120) -> Job:
+    def wait(self, job: int | str, seconds: float = PATIENCE) -> Job:
         """Return the job once it has ended for good."""
-        wait_for(lambda: self.job(job).state in _ENDED, seconds, lambda: self.job(job).output)
+        wait_for(lambda: self.job(job).state in _ENDED, lambda: self.job(job).output, seconds)
         return self.job(job)
 
     def control(self, *arguments: str) -> None:
@@ -128,14 +129,6 @@ class Cluster:
             text=True,
             timeout=180,
         )
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60, story: Callable[[], str] = str) -> None:
-    """Wait until `condition` holds; where it does not in time, fail with `story`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"took longer than {seconds:g} s\n{story()}"
-        time.sleep(0.2)
 
 
 def status(run: Path) -> dict[str, Any]:

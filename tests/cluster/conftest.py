@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster.cluster import Cluster, wait_for, what_is_missing
+from tests.cluster.cluster import Cluster, what_is_missing
 from tests.cluster.runs import large_batch, long_run
+from tests.waiting import wait_for
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +25,7 @@ def _booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def cluster(_booted: Cluster) -> Iterator[Cluster]:
     """Two nodes; after the test nothing of a job may be left on them."""
     yield _booted
-    wait_for(lambda: not _booted.processes(), 20, lambda: f"left behind: {_booted.processes()}")
+    wait_for(lambda: not _booted.processes(), lambda: f"left behind: {_booted.processes()}")
 
 
 __all__ = ["cluster", "large_batch", "long_run"]

@@ -16,10 +16,10 @@ if __name__ == "__main__":
     worker, step = map(int, sys.argv[1:3])
     add_gradient = TrainingStep._add_gradient
 
-    def failing(self: TrainingStep, batch: Any, micro_batch: Any, perturbed: Any) -> None:
+    def failing(self: TrainingStep, batch: Any, micro_batch: Any) -> None:
         if batch.step + 1 == step and current_launch().rank == worker:
             raise OSError("the disk of this node is gone")
-        add_gradient(self, batch, micro_batch, perturbed)
+        add_gradient(self, batch, micro_batch)
 
     TrainingStep._add_gradient = failing  # type: ignore[method-assign]  # the fault under test
     raise SystemExit(main(sys.argv[3:]))

@@ -17,10 +17,10 @@ if __name__ == "__main__":
     lives = int(sys.argv[1])
     add_gradient = TrainingStep._add_gradient
 
-    def slow(self: TrainingStep, batch: Any, micro_batch: Any, perturbed: Any) -> None:
+    def slow(self: TrainingStep, batch: Any, micro_batch: Any) -> None:
         if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < lives:
             time.sleep(0.3)
-        add_gradient(self, batch, micro_batch, perturbed)
+        add_gradient(self, batch, micro_batch)
 
     TrainingStep._add_gradient = slow  # type: ignore[method-assign]  # the delay that the test needs
     raise SystemExit(main(sys.argv[2:]))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from tests.cluster.cluster import ROOT, Cluster, Job, status, wait_for
+from tests.cluster.cluster import ROOT, Cluster, Job, status
 from tests.cluster.runs import Undisturbed
 from tests.launching import weights_digest
+from tests.waiting import wait_for
 
 
 class Submitted:
@@ -19,12 +22,12 @@ class Submitted:
         knobs = {"CONFIG": config, "RUN_DIR": str(self.run), "WORKERS_PER_NODE": "2", "LOSS_SECONDS": "10"}
         self.job = cluster.sbatch(folder, "lb_8192.sh", *options, **{**knobs, **environment})
 
+    def wait_for(self, condition: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Wait until the run's status, empty where there is none yet, is as `condition` says."""
+        wait_for(lambda: condition(status(self.run)), lambda: self._cluster.job(self.job).output)
+
     def wait_for_step(self, step: int) -> None:
-        wait_for(
-            lambda: status(self.run).get("state") == "running" and status(self.run)["step"] >= step,
-            90,
-            lambda: self._cluster.job(self.job).output,
-        )
+        self.wait_for(lambda found: found.get("state") == "running" and found["step"] >= step)
 
     def wait(self) -> Job:
         return self._cluster.wait(self.job)

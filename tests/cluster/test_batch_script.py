@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from dist_train.outcome import ExitCode
-from tests.cluster.cluster import Cluster, status, wait_for
+from tests.cluster.cluster import Cluster, status
 from tests.cluster.runs import Undisturbed
 from tests.cluster.submitted import Submitted, assert_equal_to_the_bit, training_by
+from tests.waiting import wait_for
 
-pytestmark = [pytest.mark.workers, pytest.mark.services, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.workers, pytest.mark.services]
 
 
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
@@ -35,7 +36,7 @@ def test_a_run_that_meets_its_time_limit_saves_and_goes_on_by_itself(
     submitted.wait_for_step(5)
     # The shortest limit is a minute: set now, it is already time for the signal.
     cluster.control("update", f"jobid={submitted.job}", "timelimit=1")
-    wait_for(lambda: cluster.job(submitted.job).restarts == 1, 60, lambda: cluster.job(submitted.job).output)
+    wait_for(lambda: cluster.job(submitted.job).restarts == 1, lambda: cluster.job(submitted.job).output)
     assert status(submitted.run)["state"] == "stopped"
     cluster.control("update", f"jobid={submitted.job}", "timelimit=10")
     ended = submitted.wait()

@@ -11,7 +11,7 @@ from tests.cluster.cluster import ROOT, Cluster, status
 from tests.cluster.runs import Undisturbed
 from tests.launching import weights_digest
 
-pytestmark = [pytest.mark.workers, pytest.mark.services, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.workers, pytest.mark.services]
 
 
 def test_mpirun_with_a_host_file_ends_as_one_worker_does(

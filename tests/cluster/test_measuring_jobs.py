@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from dist_train.outcome import ExitCode
-from tests.cluster.cluster import ROOT, Cluster, status, wait_for
+from tests.cluster.cluster import ROOT, Cluster, status
+from tests.waiting import wait_for
 
-pytestmark = [pytest.mark.workers, pytest.mark.services, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.workers, pytest.mark.services]
 _TRAIN = {
     "CONFIG": str(ROOT / "configs/smoke.yaml"),
     "OVERRIDES": "run.name=smoke batch.global_size=256 run.device=cpu",
@@ -35,7 +36,7 @@ def test_a_landscape_waits_for_a_run_and_the_report_for_both(cluster: Cluster, t
     assert (reported.state, reported.code) == ("COMPLETED", 0), reported.output
     text = (tmp_path / "runs/smoke/report.html").read_text()
     assert "random directions" in text
-    assert cluster.wait(hopeless, 60).state == "CANCELLED"
+    assert cluster.wait(hopeless).state == "CANCELLED"
 
 
 @pytest.mark.lengthy
@@ -75,7 +76,7 @@ def test_a_landscape_that_is_cancelled_keeps_its_points_and_goes_on(
     def kept() -> int:
         return sum(file.read_text().count('"point"') for file in tmp_path.glob("runs/smoke/analysis/*/partial/*"))
 
-    wait_for(lambda: kept() >= 8, 60, lambda: cluster.job(first).output)
+    wait_for(lambda: kept() >= 8, lambda: cluster.job(first).output)
     cluster.run("scancel", str(first), folder=tmp_path)
     assert cluster.wait(first).state == "CANCELLED"
     before = kept()

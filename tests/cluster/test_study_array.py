@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cluster.cluster import ROOT, Cluster, status, wait_for
+from tests.cluster.cluster import ROOT, Cluster, status
 from tests.cluster.runs import LONG
 from tests.launching import write_config
+from tests.waiting import wait_for
 
-pytestmark = [pytest.mark.workers, pytest.mark.services, pytest.mark.lengthy, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.workers, pytest.mark.services, pytest.mark.lengthy]
 TASKS = range(1, 7)
 KILLED = 4
 REQUEUED = 6  # the last task has the number of the whole array
@@ -44,9 +45,9 @@ def test_a_task_is_requeued_alone_and_of_an_array_with_one_killed_only_that_one_
 
     first = submit()
     requeued = runs[REQUEUED - 1]
-    wait_for(lambda: status(killed).get("step", 0) >= 30, 120, lambda: cluster.job(f"{first}_{KILLED}").output)
+    wait_for(lambda: status(killed).get("step", 0) >= 30, lambda: cluster.job(f"{first}_{KILLED}").output)
     cluster.run("scancel", "--full", "--signal=KILL", f"{first}_{KILLED}", folder=tmp_path)
-    wait_for(lambda: status(requeued).get("step", 0) >= 30, 120, lambda: cluster.job(f"{first}_{REQUEUED}").output)
+    wait_for(lambda: status(requeued).get("step", 0) >= 30, lambda: cluster.job(f"{first}_{REQUEUED}").output)
     cluster.run("scancel", "--batch", "--signal=USR1", f"{first}_{REQUEUED}", folder=tmp_path)
     ended = {task: cluster.wait(f"{first}_{task}") for task in TASKS}
     assert {task for task in TASKS if ended[task].state == "COMPLETED"} == set(TASKS) - {KILLED}

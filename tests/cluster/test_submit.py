@@ -13,7 +13,7 @@ from tests.cluster.cluster import Cluster, status
 from tests.cluster.runs import Undisturbed
 from tests.launching import weights_digest
 
-pytestmark = [pytest.mark.workers, pytest.mark.services, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.workers, pytest.mark.services]
 _SUBMIT = (sys.executable, "-m", "dist_train", "submit")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,3 +33,17 @@ def image(engine: Engine) -> str:
     """The trainer's image, built from docker/Dockerfile as it is."""
     engine.build("dist-train", ROOT / "docker" / "Dockerfile")
     return "localhost/dist-train"
+
+
+@pytest.fixture(scope="session")
+def cuda_image(engine: Engine) -> str:
+    """The same with the torch that pip gives everybody, which is built for CUDA."""
+    if shutil.disk_usage("/tmp").free < 35 * 2**30:
+        pytest.skip("the image for CUDA needs 35 GiB below /tmp")
+    engine.build(
+        "dist-train-cuda",
+        ROOT / "docker" / "Dockerfile",
+        timeout=3000,
+        pip_without=("find-links", "constraint"),
+    )
+    return "localhost/dist-train-cuda"

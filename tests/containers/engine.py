@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import tarfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -102,8 +102,10 @@ class Engine:
         system.unlink()
         python.unlink()
 
-    def build(self, tag: str, file: Path, context: Path = ROOT, timeout: float = 1500) -> None:
-        """Build the image `tag`; pip finds what the machine's own pip finds."""
+    def build(
+        self, tag: str, file: Path, context: Path = ROOT, timeout: float = 1500, pip_without: Collection[str] = ()
+    ) -> None:
+        """Build the image `tag`; pip finds what the machine's own pip finds without the settings `pip_without`."""
         self.call(
             "buildah",
             "bud",
@@ -112,7 +114,7 @@ class Engine:
             "--format=docker",
             f"--ulimit=nofile={resource.getrlimit(resource.RLIMIT_NOFILE)[1]}",
             f"--ulimit=nproc={resource.getrlimit(resource.RLIMIT_NPROC)[1]}",
-            *(f"--volume={source}:{target}" for source, target in self._build_mounts().items()),
+            *(f"--volume={source}:{target}" for source, target in self._build_mounts(pip_without).items()),
             f"--file={file}",
             f"--tag={tag}",
             context,
@@ -127,7 +129,7 @@ class Engine:
             "podman", "run", "--rm", "--network=host", *options, image, *words, timeout=timeout, check=check
         )
 
-    def _build_mounts(self) -> dict[str, str]:
+    def _build_mounts(self, pip_without: Collection[str]) -> dict[str, str]:
         settings = {"disable-pip-version-check": "true"}
         mounts = {}
         certificates = ssl.get_default_verify_paths().cafile
@@ -135,7 +137,7 @@ class Engine:
             # Not at the system's own path: the package ca-certificates writes there.
             mounts[certificates] = "/run/machine/ca.crt:ro"
             settings["cert"] = "/run/machine/ca.crt"
-        pip = _pip_settings()
+        pip = {name: value for name, value in _pip_settings().items() if name not in pip_without}
         for name in ("find-links", "constraint"):
             if name in pip and Path(pip[name]).exists():
                 mounts[pip[name]] = f"/run/machine/{name}:ro"

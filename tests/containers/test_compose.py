@@ -18,7 +18,8 @@ import yaml
 
 from tests.containers.engine import PYTHON_IMAGE, ROOT, Engine
 from tests.containers.test_image import fashion_mnist
-from tests.services.servers import fetch, wait_for
+from tests.services.servers import fetch
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.services, pytest.mark.workers, pytest.mark.lengthy, pytest.mark.timeout(1800)]
 

@@ -23,14 +23,10 @@ from dist_train.cluster.watch import Seat, Watch
 from dist_train.cluster.watchdog import Watchdog, start_watchdog
 from dist_train.outcome import StoppedError, UsageError
 from tests.unit.simulated_workers import SimulatedWorkers, on_workers, results
+from tests.waiting import PATIENCE, wait_for
 
-TIMEOUT = 1.2
+TIMEOUT = watchdog.SHORTEST_TIMEOUT
 TOKEN = b"t" * TOKEN_BYTES
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog, "SHORTEST_TIMEOUT", TIMEOUT)
 
 
 @dataclass
@@ -70,21 +66,22 @@ def scene(act: Callable[[list[Member]], None], size: int = 3) -> list[Member]:
     return members
 
 
-def wait_for_end(members: list[Member], seconds: float) -> None:
-    until = time.monotonic() + seconds
+def wait_for_end(members: list[Member]) -> None:
     for member in members:
-        assert member.ended.wait(max(0.0, until - time.monotonic())), member.rank
+        assert member.ended.wait(PATIENCE), member.rank
 
 
 def test_a_silent_worker_ends_all_others_with_the_message_of_worker_0(capsys: pytest.CaptureFixture[str]) -> None:
     def act(members: list[Member]) -> None:
         members[2].fall_silent()
         begun = time.monotonic()
-        wait_for_end(members[:2], TIMEOUT + 3)
+        wait_for_end(members[:2])
         assert time.monotonic() - begun > TIMEOUT * 0.7
 
     members = scene(act)
-    expected = f"worker 2 ({socket.gethostname()}, process {os.getpid()}) has not answered for 1.2 s; the run ends"
+    expected = (
+        f"worker 2 ({socket.gethostname()}, process {os.getpid()}) has not answered for {TIMEOUT:g} s; the run ends"
+    )
     assert members[0].messages == members[1].messages
     assert members[0].messages[0].startswith(expected)
     assert capsys.readouterr().err.count("dist-train: worker 2 (") == 1
@@ -93,7 +90,7 @@ def test_a_silent_worker_ends_all_others_with_the_message_of_worker_0(capsys: py
 def test_a_silent_worker_0_is_named_by_everybody() -> None:
     def act(members: list[Member]) -> None:
         members[0].fall_silent()
-        wait_for_end(members[1:], TIMEOUT + 3)
+        wait_for_end(members[1:])
 
     members = scene(act)
     assert all(member.messages[0].startswith("worker 0 (") for member in members[1:])
@@ -113,11 +110,11 @@ def test_a_worker_that_failed_ends_the_others_that_hang() -> None:
     def act(members: list[Member]) -> None:
         with pytest.raises(OSError, match="disk"), members[1].dog:
             raise OSError("disk")
-        wait_for_end([members[0], members[2]], TIMEOUT + 3)
+        wait_for_end([members[0], members[2]])
 
     members = scene(act)
     assert members[2].messages[0].startswith("worker 1 (")
-    assert "has failed, and the others have not ended within 1.2 s" in members[2].messages[0]
+    assert f"has failed, and the others have not ended within {TIMEOUT:g} s" in members[2].messages[0]
 
 
 def test_a_status_that_cannot_be_written_does_not_keep_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,14 +122,14 @@ def test_a_status_that_cannot_be_written_does_not_keep_the_process(monkeypatch: 
     hung, ended = threading.Event(), threading.Event()
 
     def hang(_: str) -> None:
-        hung.wait(30)
+        hung.wait(PATIENCE)
 
     def form_hanging(workers: SimulatedWorkers) -> Watchdog:
         return start_watchdog(workers, timeout=TIMEOUT, on_loss=hang, end=ended.set)
 
     dogs = results(2, form_hanging)
     Member(1, dogs[1]).fall_silent()
-    assert ended.wait(TIMEOUT + 3)
+    assert ended.wait(PATIENCE)
     hung.set()
     for dog in dogs:
         dog.close()
@@ -145,9 +142,7 @@ def test_a_roll_call_names_at_once_who_does_not_answer(asking: int) -> None:
         missing = 2 if asking == 0 else 0
         members[missing].fall_silent()
         time.sleep(0.6)
-        begun = time.monotonic()
-        assert members[asking].dog.absent(0.3).startswith(f"worker {missing} (")
-        assert time.monotonic() - begun < 1
+        assert members[asking].dog.absent(1.5).startswith(f"worker {missing} (")
 
     scene(act)
 
@@ -163,8 +158,7 @@ def test_foreign_datagrams_change_nothing() -> None:
         time.sleep(0.3)
         assert first._attendance.present == []
         stranger.sendto(encode(TOKEN, Datagram(Kind.BEAT, 1, text="node 1")), target)
-        time.sleep(0.3)
-        assert first._attendance.present == [1]
+        wait_for(lambda: first._attendance.present == [1], "the beat of its own worker")
         first.close(Kind.LEAVE)
 
 
@@ -178,7 +172,7 @@ def test_workers_that_cannot_be_reached_are_named_and_not_watched(
 
 
 def test_a_timeout_too_short_is_refused_on_all_and_alone_there_is_nothing_to_watch() -> None:
-    refused = on_workers(2, lambda workers: start_watchdog(workers, timeout=1.1, on_loss=print))
+    refused = on_workers(2, lambda workers: start_watchdog(workers, timeout=TIMEOUT - 0.1, on_loss=print))
     assert [type(error) for error in refused] == [UsageError, UsageError]
     with start_watchdog(Alone(), timeout=0.1, on_loss=print) as alone:
         assert alone.absent() == ""
@@ -188,7 +182,7 @@ def test_a_quiet_watch_takes_no_time_of_its_trainer() -> None:
     def act(members: list[Member]) -> None:
         used = time.process_time()
         time.sleep(2.0)
-        assert time.process_time() - used < 0.1
+        assert time.process_time() - used < 0.3
 
     scene(act)
 
@@ -221,7 +215,7 @@ def test_worker_0_is_found_at_each_of_its_addresses() -> None:
             if path is None:
                 continue
             here.setblocking(True)
-            here.settimeout(2)
+            here.settimeout(PATIENCE)
             there.sendto(b"found", (path, here.getsockname()[1]))
             assert here.recv(10) == b"found"
 
@@ -237,7 +231,7 @@ def test_the_search_goes_over_all_addresses_until_one_answers() -> None:
         Watch(Seat(TOKEN, 0, 2), first, TIMEOUT, lambda message, _: lost.append(message)),
         Watch(Seat(TOKEN, 1, 2, paths), second, TIMEOUT, lambda message, _: lost.append(message)),
     ]
-    assert watches[1].await_answer(2.0)
+    assert watches[1].await_answer(PATIENCE)
     assert watches[1]._path == 2
     for each in watches:
         each.close(Kind.LEAVE)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from dist_train.data.cache import Source, decoded_once
 from dist_train.data.images import ImageSet
 from dist_train.outcome import UsageError
+from tests.waiting import PATIENCE, wait_for
 
 LOGGER = "dist_train.data"
 
@@ -226,7 +226,7 @@ def test_of_several_processes_one_decodes_and_the_others_wait_and_map(
     folder: Path, source: Source, tmp_path: Path
 ) -> None:
     workers = [start(folder, source, tmp_path / "journal") for _ in range(3)]
-    outputs = [worker.communicate(timeout=60) for worker in workers]
+    outputs = [worker.communicate(timeout=PATIENCE) for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * 3, outputs
     assert len({output for output, _ in outputs}) == 1
     assert (tmp_path / "journal").read_text() == "decoded\n"
@@ -236,13 +236,11 @@ def test_of_several_processes_one_decodes_and_the_others_wait_and_map(
 def test_a_process_that_dies_while_decoding_holds_nobody_up(folder: Path, source: Source, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     worker = start(folder, source, journal, "hang")
-    limit = time.monotonic() + 60
-    while not journal.exists() and time.monotonic() < limit:
-        time.sleep(0.02)
+    wait_for(journal.exists, "the worker decodes")
     abandoned = folder / f".{source.key()}.images.npy.x1y2.part"
     abandoned.write_bytes(b"half")
     worker.send_signal(signal.SIGKILL)
-    worker.communicate(timeout=60)
+    worker.communicate(timeout=PATIENCE)
     decode = Decoder()
     assert torch.equal(decoded_once(folder, source, decode).images, made().images)
     assert decode.calls == 1
@@ -252,7 +250,7 @@ def test_a_process_that_dies_while_decoding_holds_nobody_up(folder: Path, source
 def test_a_full_disk_costs_the_cache_not_the_run(folder: Path, source: Source, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     full = start(folder, source, journal, "full disk")
-    output, errors = full.communicate(timeout=60)
+    output, errors = full.communicate(timeout=PATIENCE)
     assert full.returncode == 0, errors
     assert "cannot be used" in errors
     assert "Traceback" not in errors
@@ -260,5 +258,5 @@ def test_a_full_disk_costs_the_cache_not_the_run(folder: Path, source: Source, t
     assert not list(folder.glob("*.json"))
     assert not list(folder.glob(".*.part"))
     spacious = start(folder, source, journal)
-    assert spacious.communicate(timeout=60)[0] == output
+    assert spacious.communicate(timeout=PATIENCE)[0] == output
     assert list(folder.glob("*.json"))

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 FILES = (
@@ -81,6 +82,54 @@ def clone(tmp_path: Path) -> Path:
     for name in ("pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, copy / name)
     return copy
+
+
+UNREACHABLE = {"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull}
+
+
+def on_its_own(**changes: str) -> dict[str, str]:
+    """This environment, changed, without what the machine tells pip and what is asked of the set-up."""
+    dropped = ("PIP_FIND_LINKS", "PIP_CONSTRAINT", "DEVICE", "DIST_TRAIN_NVCC", "CUDA_HOME", "DIST_TRAIN_MPI")
+    return {name: value for name, value in environment(**changes).items() if name not in dropped or name in changes}
+
+
+@pytest.fixture(autouse=True)
+def logs_are_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
+def screen(result: subprocess.CompletedProcess[str]) -> str:
+    """The message of a set-up that failed, which has to fit on one screen."""
+    assert result.returncode == 1, result.stderr
+    text = result.stderr[result.stderr.index("error: ") :]
+    assert len(text.splitlines()) <= 24
+    assert "Traceback" not in text
+    return text
+
+
+@pytest.fixture
+def cuda_python(tmp_path: Path) -> Path:
+    """A Python whose torch says that it is built for CUDA 13.2: what the scripts read of torch, and nothing else."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    tools = next(path for path in sys.path if path.endswith("site-packages"))
+    (packages / "tools.pth").write_text(f"{tools}\n")
+    for name, text in {
+        "torch/__init__.py": "from . import version\n__version__ = version.__version__",
+        "torch/version.py": "__version__ = '2.15.0+cu132'\ncuda = '13.2'",
+        "torch/include/torch/all.h": "#if __cplusplus < 202002L\n#error C++20 is required\n#endif",
+        "nvidia/nccl/include/nccl.h": "#define NCCL_MAJOR 2\n#define NCCL_MINOR 30\n#define NCCL_PATCH 7",
+        "nvidia/nccl/lib/libnccl.so.2": "",
+    }.items():
+        (packages / name).parent.mkdir(parents=True, exist_ok=True)
+        (packages / name).write_text(f"{text}\n")
+    return tmp_path / "venv" / "bin" / "python"
+
+
+def build_horovod(python: Path, cache: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+    tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    variables = on_its_own(PATH=tools, DIST_TRAIN_CACHE=str(cache), DIST_TRAIN_NVCC="wheel", **UNREACHABLE) | changes
+    return run(ROOT / "docker/horovod_wheel.sh", python, environment=variables)
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +241,63 @@ def test_horovod_is_not_built_without_torch(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "error: torch is not installed" in result.stderr
     assert not (tmp_path / "cache").exists()
+
+
+def test_an_index_out_of_reach_is_one_screen(clone: Path) -> None:
+    result = run(clone / "docker/environment.sh", environment=on_its_own(PYTHON=sys.executable, **UNREACHABLE))
+    text = screen(result)
+    assert "package index cannot be reached" in text
+    assert Path(text.splitlines()[-1].removeprefix("the whole log: ")).is_file()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk that is small")
+def test_a_full_disk_is_one_screen(clone: Path) -> None:
+    disk = clone.parent / "disk"
+    disk.mkdir()
+    script = 'mount -t tmpfs -o size=4m none "$0" && cp -r "$1"/* "$0" && exec "$0/docker/environment.sh"'
+    command = ("unshare", "--mount", "bash", "-c", script, disk, clone)
+    assert "disk is full" in screen(run(*command, environment=on_its_own(PYTHON=sys.executable)))
+
+
+def test_without_nvcc_horovod_is_not_built_for_cpus_instead(cuda_python: Path, tmp_path: Path) -> None:
+    text = screen(build_horovod(cuda_python, tmp_path / "cache"))
+    assert text.startswith("error: nvcc for CUDA 13.2 cannot be fetched")
+    assert "toolkit" in text
+    assert "DEVICE=cpu make setup" in text
+    assert not list(tmp_path.glob("cache/wheels/*"))
+
+
+def test_without_nvcc_for_cuda_12_the_message_says_what_to_do(cuda_python: Path, tmp_path: Path) -> None:
+    (version,) = (tmp_path / "venv").glob("lib/python*/site-packages/torch/version.py")
+    version.write_text("__version__ = '2.8.0+cu128'\ncuda = '12.8'\n")
+    text = screen(build_horovod(cuda_python, tmp_path / "cache"))
+    assert "CUDA 12.8 toolkit" in text
+    assert "DEVICE=cpu make setup" in text
+
+
+def test_without_nccl_horovod_is_not_built_for_cpus_instead(cuda_python: Path, tmp_path: Path) -> None:
+    (nccl,) = (tmp_path / "venv").glob("lib/python*/site-packages/nvidia")
+    shutil.rmtree(nccl)
+    if any(Path(place, "include/nccl.h").exists() for place in ("/usr", "/usr/local/cuda")):
+        pytest.skip("this machine has NCCL")
+    text = screen(build_horovod(cuda_python, tmp_path / "cache"))
+    assert text.startswith("error: NCCL is missing")
+    assert "DEVICE=cpu make setup" in text
+
+
+def test_device_names_what_horovod_is_built_for(cuda_python: Path, tmp_path: Path) -> None:
+    for_cpus = build_horovod(cuda_python, tmp_path / "cache", DEVICE="cpu")
+    assert "could not fetch Horovod's source" in screen(for_cpus)
+    assert "NCCL" not in for_cpus.stderr
+    assert "nvcc" in screen(build_horovod(cuda_python, tmp_path / "cache", DEVICE="cuda"))
+    assert "must be cpu or cuda" in screen(build_horovod(cuda_python, tmp_path / "cache", DEVICE="cuda:0"))
+
+
+def test_a_torch_for_cpus_is_refused_where_gpus_are_asked_for(tmp_path: Path) -> None:
+    if torch.version.cuda is not None:
+        pytest.skip("torch has CUDA")
+    result = build_horovod(Path(sys.executable), tmp_path / "cache", DEVICE="cuda")
+    assert "built for CPUs" in screen(result)
 
 
 def test_fashion_mnist_is_found_without_being_fetched_again(tmp_path: Path) -> None:

@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,15 +16,9 @@ from dist_train.outcome import ExitCode
 from dist_train.status import read_status
 from tests.launching import environment, kill, launch
 from tests.unit.studies import write_study
+from tests.waiting import PATIENCE, wait_for
 
 LONG = {"run.epochs": 2000, "checkpoint.every_epochs": 0, "evaluation.every_epochs": 0}
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 90
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 class Sweep:
@@ -56,7 +48,7 @@ def test_it_stops_with_its_runs_saved_and_the_same_command_goes_on(tmp_path: Pat
     sweep = Sweep(tmp_path)
     try:
         sweep.process.send_signal(number)
-        told, _ = sweep.process.communicate(timeout=60)
+        told, _ = sweep.process.communicate(timeout=PATIENCE)
     finally:
         kill(sweep.process)
     assert sweep.process.returncode == ExitCode.STOPPED, told

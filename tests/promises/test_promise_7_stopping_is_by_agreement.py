@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,13 @@ from tests.launching import (
     descendants,
     kill,
     launch,
-    records,
     small_settings,
     start,
     status,
     weights_digest,
     write_config,
 )
+from tests.waiting import PATIENCE, wait_for_lines
 
 pytestmark = pytest.mark.workers
 
@@ -38,9 +37,9 @@ def test_a_signal_to_one_worker_stops_all_at_one_step(
     run = tmp_path / "run"
     process = start(workers, controller, "train", config, "--run-dir", str(run))
     try:
-        _wait_for(lambda: (run / "metrics.jsonl").exists() and len(records(run, "train")) > 3)
+        wait_for_lines(run / "metrics.jsonl", 4)
         os.kill(_workers(process.pid)[-1], number)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=PATIENCE)
     finally:
         kill(process)
     if controller != "gloo":  # horovodrun ends with 1 whatever the workers' code was
@@ -66,10 +65,3 @@ def _workers(pid: int) -> list[int]:
         if b"dist_train" in words and b"horovodrun" not in words[1] and b"mpirun" not in words[0]:
             training.append(candidate)
     return training
-
-
-def _wait_for(condition: object) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "nothing happened within a minute"
-        time.sleep(0.02)

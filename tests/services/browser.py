@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.waiting import PATIENCE
+
 _FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -26,7 +28,6 @@ _FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
-_PATIENCE_SECONDS = 60.0
 
 
 class Page:
@@ -116,7 +117,7 @@ class Page:
             self._waiting.append(self._next())
 
     def _next(self) -> dict[str, Any]:
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+        deadline = time.monotonic() + PATIENCE
         while b"\0" not in self._buffer:
             assert time.monotonic() < deadline
             content = os.read(self._from, 1 << 20)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any
 
-Found = TypeVar("Found")
+from tests.waiting import PATIENCE, wait_for
 
 
 def free_port() -> int:
@@ -27,18 +26,7 @@ def free_port() -> int:
         return port
 
 
-def wait_for(look: Callable[[], Found | None], what: str, timeout: float = 60) -> Found:
-    """Return what `look` finds, as soon as it finds something; it looks ten times a second."""
-    deadline = time.monotonic() + timeout
-    while True:
-        found = look()
-        if found:
-            return found
-        assert time.monotonic() < deadline, f"{what}: not within {timeout:g} s"
-        time.sleep(0.1)
-
-
-def fetch(url: str, timeout: float = 10) -> str:
+def fetch(url: str, timeout: float = PATIENCE) -> str:
     """Return what is at `url`."""
     with urllib.request.urlopen(url, timeout=timeout) as answer:
         text: str = answer.read().decode()
@@ -64,7 +52,7 @@ def _running(command: Sequence[str], ready: str, log: Path) -> Iterator[None]:
         finally:
             process.terminate()
             try:
-                process.wait(timeout=10)
+                process.wait(timeout=PATIENCE)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -134,6 +122,8 @@ def pushgateway(folder: Path) -> Iterator[str]:
     """Run a Pushgateway; gives its URL."""
     url = f"http://127.0.0.1:{free_port()}"
     command = ["prometheus-pushgateway", f"--web.listen-address={url.removeprefix('http://')}"]
+    # Debian's default is a file of the machine, with what its own Pushgateway and earlier ones have kept.
+    command += [f"--persistence.file={folder / 'pushed'}"]
     with _running(command, f"{url}/-/ready", folder / "pushgateway.log"):
         yield url
 

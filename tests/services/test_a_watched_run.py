@@ -27,8 +27,9 @@ from tests.services.expressions import (
     rule_expressions,
     variables,
 )
-from tests.services.servers import Prometheus, Webhook, alertmanager, prometheus, wait_for, webhook
+from tests.services.servers import Prometheus, Webhook, alertmanager, prometheus, webhook
 from tests.unit.exporting import FACTS, STOPPED, measurement
+from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "docker"
@@ -214,7 +215,7 @@ def until_all_answer(server: Prometheus, expressions: Mapping[str, str]) -> None
         return not missing
 
     try:
-        wait_for(all_answered, "every expression", timeout=40)
+        wait_for(all_answered, "every expression")
     except AssertionError as error:
         raise AssertionError(f"no data for {json.dumps(missing, indent=1)}") from error
 
@@ -252,19 +253,19 @@ def test_a_run_that_stands_still_is_told_to_the_webhook_and_so_is_its_going_on(w
     for pid in workers:
         os.kill(pid, signal.SIGSTOP)
     try:
-        alert = wait_for(lambda: watched.webhook.received("DistTrainStalled", RUN, "firing"), "the alert", timeout=45)
+        alert = wait_for(lambda: watched.webhook.received("DistTrainStalled", RUN, "firing"), "the alert")
     finally:
         for pid in workers:
             os.kill(pid, signal.SIGCONT)
     assert RUN in alert["annotations"]["summary"]
-    wait_for(lambda: watched.webhook.received("DistTrainStalled", RUN, "resolved"), "the alert's end", timeout=45)
+    wait_for(lambda: watched.webhook.received("DistTrainStalled", RUN, "resolved"), "the alert's end")
 
 
 def test_the_target_file_goes_when_the_run_ends(watched: Watched) -> None:
     assert list(watched.targets.glob("*.json"))
     for pid in watched.trainers():
         os.kill(pid, signal.SIGTERM)
-    watched.job.communicate(timeout=60)
+    watched.job.communicate(timeout=PATIENCE)
     assert not list(watched.targets.iterdir())
     wait_for(lambda: not watched.prometheus.ask("targets")["activeTargets"], "the target is gone")
     assert watched.prometheus.query("last_over_time(dist_train_state{state='running'}[5m])")

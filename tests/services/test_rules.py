@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from dashboard_generator.links import ALERTS, runbook_path
+from dashboard_generator.runbook import sections
 
-from dist_train.dashboards.links import ALERTS, runbook_path
-from dist_train.dashboards.runbook import sections
 from dist_train.monitoring.prometheus.table import METRICS
 from tests.services.expressions import DOCKER, RULES, metric_names, rules
 

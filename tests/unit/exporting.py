@@ -22,6 +22,7 @@ from dist_train.monitoring.records import (
     TrainRecord,
     WorkerMeasurement,
 )
+from tests.waiting import PATIENCE
 
 FACTS = RunFacts(
     name='a "run"\\',
@@ -79,7 +80,7 @@ def port_of(exporter: Exporter) -> int:
 def get(exporter: Exporter, accept: str = "") -> str:
     assert exporter.address is not None
     request = urllib.request.Request(exporter.address, headers={"Accept": accept})
-    with urllib.request.urlopen(request, timeout=5) as answer:
+    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
         assert answer.status == 200
         return str(answer.read().decode())
 

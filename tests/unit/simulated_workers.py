@@ -12,10 +12,9 @@ from typing import TypeVar
 import torch
 
 from dist_train.cluster.workers import Pending, WorkerLostError
+from tests.waiting import PATIENCE
 
 Result = TypeVar("Result")
-
-_PATIENCE = 30.0
 
 
 @dataclass
@@ -111,7 +110,7 @@ class SimulatedWorkers:
 
         def finish() -> None:
             with group.changed:
-                group.changed.wait_for(lambda: group.lost or len(operation.tensors) == group.size, timeout=_PATIENCE)
+                group.changed.wait_for(lambda: group.lost or len(operation.tensors) == group.size, timeout=PATIENCE)
                 if len(operation.tensors) < group.size:
                     raise WorkerLostError(f"{name}: only workers {sorted(operation.tensors)} came")
             with torch.no_grad():

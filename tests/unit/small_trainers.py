@@ -52,7 +52,7 @@ def build_trainer(
     directory = RunDirectory(folder)
     if workers.rank == 0:
         directory.create()
-    session = Session(config, directory, workers, Observers(observers))
+    session = Session(directory, workers, Observers(observers))
     return assemble(config, contents, directory, workers, session, StopRequests())
 
 

@@ -36,7 +36,6 @@ for _room, _allowed in (
     ("training", _LEAVES | {"cluster", "data", "models", "optim", "monitoring"}),
 ):
     BELOW[_room] = _allowed
-BELOW["dashboards"] = _LEAVES | {"monitoring"}
 for _room in ("study", "analysis", "doctor"):
     BELOW[_room] = _LEAVES | {"cluster", "data", "models", "optim", "monitoring", "training"}
 BELOW["cli"] = BELOW["study"] | {"study", "analysis", "doctor"}
@@ -48,7 +47,6 @@ OWNERS = {
     "matplotlib": {"analysis", "study"},
     "jinja2": {"study"},
     "scipy": {"analysis"},
-    "grafana_foundation_sdk": {"dashboards"},
 }
 _ASKS_WHAT_IS_INSTALLED = {"doctor"}
 

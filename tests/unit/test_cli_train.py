@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from tests.unit.test_cli_commands import write_config
+from tests.waiting import PATIENCE
 
 _SCRIPT = """
 import os, resource, signal, sys
@@ -25,7 +26,7 @@ main(["train", *sys.argv[1:]])
 
 def test_a_worker_that_a_fault_of_memory_kills_says_where_it_was(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _SCRIPT, write_config(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=Path(__file__).parents[2])
     assert ended.returncode == -signal.SIGSEGV
     assert "Fatal Python error: Segmentation fault" in ended.stderr
     assert "in train_until_a_library_fails" in ended.stderr

@@ -21,6 +21,7 @@ from dist_train.cli.main import main
 from dist_train.outcome import ExitCode
 from dist_train.status import StatusFile
 from tests.unit.test_cli_commands import write_config
+from tests.waiting import PATIENCE
 
 STYLES = re.compile(r"\x1b\[[0-9;]*m")
 SCREEN, BACK, CURSOR = "\x1b[?1049h", "\x1b[?1049l", "\x1b[?25h"
@@ -41,8 +42,8 @@ class Watching:
     terminal: int
     shown: str = ""
 
-    def until(self, text: str, seconds: float = 30.0) -> None:
-        deadline = time.monotonic() + seconds
+    def until(self, text: str) -> None:
+        deadline = time.monotonic() + PATIENCE
         while text not in STYLES.sub("", self.shown):
             left = deadline - time.monotonic()
             assert left > 0, f"{text!r} is not in {self.shown[-2000:]!r}"
@@ -59,7 +60,7 @@ class Watching:
             if not content:
                 break
             self.shown += content.decode(errors="replace")
-        return self.process.wait(30.0)
+        return self.process.wait(PATIENCE)
 
 
 @pytest.fixture
@@ -74,8 +75,6 @@ def watching(tmp_path: Path) -> Iterator[tuple[StatusFile, Watching]]:
         stdout=terminal,
         stderr=terminal,
         start_new_session=True,
-        # a shell that starts these tests in the background has them ignore Ctrl-C
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         env={**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"},
     )
     os.close(terminal)

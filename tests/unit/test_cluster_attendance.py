@@ -78,7 +78,6 @@ def test_who_has_left_is_not_missed_and_late_words_do_not_bring_it_back() -> Non
     watched.leave(1)
     watched.hear(1, 1.0)
     assert watched.present == [2]
-    assert watched.has_left(1)
     watched.leave(2)
     for now in range(0, 200, 5):
         assert watched.silent(now) == []

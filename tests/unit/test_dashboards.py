@@ -13,10 +13,10 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from dashboard_generator.__main__ import generate
+from dashboard_generator.links import ALERTS, RUNBOOK, runbook_path
+from dashboard_generator.runbook import sections
 
-from dist_train.dashboards.__main__ import generate
-from dist_train.dashboards.links import ALERTS, RUNBOOK, runbook_path
-from dist_train.dashboards.runbook import sections
 from dist_train.monitoring.prometheus.table import METRICS
 from tests.services.expressions import DASHBOARDS, DOCKER, dashboard_queries, filled, metric_names, rules, variables
 

@@ -7,7 +7,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ from dist_train.monitoring.records import (
     from_json,
     to_json,
 )
+from tests.waiting import wait_for
 
 OUTCOME = Outcome("finished", "", 0, 1, 1.0, 1.0, None, None, None, None, None)
 
@@ -266,10 +266,7 @@ def test_a_process_killed_while_it_writes_leaves_whole_lines_that_a_resume_goes_
     )
     writer = subprocess.Popen([sys.executable, "-c", program, str(path), str(Path(__file__).parent)])
     try:
-        deadline = time.monotonic() + 30
-        while not (path.exists() and path.stat().st_size > 20_000):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(lambda: path.exists() and path.stat().st_size > 20_000, "records")
     finally:
         writer.kill()
         writer.wait()

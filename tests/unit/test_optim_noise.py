@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_train.config import NoiseSettings
+from dist_train.config import NoiseSettings, parse_config
 from dist_train.config.sections import CosineSchedule
+from dist_train.models import build_model
 from dist_train.models.norms import GroupedBatchNorm
 from dist_train.optim.flat_weights import FlatWeights
-from dist_train.optim.noise import Noise, build_noise
-from tests.unit.weights_in_force import in_force
+from dist_train.optim.noise import Noise, SmoothOut, build_noise
+from tests.unit.weights_in_force import in_force, perturbed
 
 PROPERTY = settings(deadline=None, max_examples=25)
 AMPLITUDE = 0.03
@@ -39,8 +40,8 @@ def nothing() -> None:
 
 
 def drawn(noise: Noise, weights: FlatWeights, step: int, micro_batch: int = 0) -> torch.Tensor:
-    with noise.perturbed(step) as perturbed:
-        perturbed.visit(micro_batch, nothing)
+    with perturbed(noise, step):
+        noise.perturb_for(micro_batch, nothing)
         return in_force(weights) - weights.values
 
 
@@ -52,9 +53,9 @@ def test_promise_4_the_weights_are_restored_to_the_bit_also_when_an_error_passes
     clean = weights.values.clone()
     for step in range(5):
         try:
-            with noise.perturbed(step) as perturbed:
+            with perturbed(noise, step):
                 for micro_batch in (0, 3):
-                    perturbed.visit(micro_batch, nothing)
+                    noise.perturb_for(micro_batch, nothing)
                     assert not torch.equal(in_force(weights), clean)
                 if fails:
                     raise RuntimeError("in the middle of a step")
@@ -68,7 +69,7 @@ def test_weights_that_are_not_finite_come_back_too() -> None:
     weights = weights_of()
     weights.values[:3] = torch.tensor([math.inf, math.nan, -0.0])
     clean = weights.values.clone()
-    with a_noise(weights).perturbed(0):
+    with perturbed(a_noise(weights), 0):
         pass
     assert torch.equal(weights.values.view(torch.int32), clean.view(torch.int32))
 
@@ -138,9 +139,9 @@ def test_noise_of_micro_batches_is_one_draw_each_in_any_order() -> None:
     weights = weights_of()
     noise = a_noise(weights, sharing="micro_batch")
     apart = [drawn(noise, weights, 4, micro_batch) for micro_batch in range(4)]
-    with noise.perturbed(4) as perturbed:
+    with perturbed(noise, 4):
         for micro_batch in (2, 0, 3, 1):
-            perturbed.visit(micro_batch, nothing)
+            noise.perturb_for(micro_batch, nothing)
             assert torch.equal(in_force(weights) - weights.values, apart[micro_batch])
     assert all(not torch.equal(apart[0], other) for other in apart[1:])
     assert not torch.equal(apart[1], drawn(noise, weights, 5, 1))
@@ -216,8 +217,20 @@ def test_a_draw_a_perturbation_and_a_restoration_are_a_handful_of_kernels_for_an
     counts = []
     for layers in (1, 25):
         noise = a_noise(weights_of(layers), sharing=sharing, scale=scale)
-        with _Counting() as counting, noise.perturbed(0) as perturbed:
-            perturbed.visit(0, nothing)
+        with _Counting() as counting, perturbed(noise, 0):
+            noise.perturb_for(0, nothing)
         counts.append(counting.kernels)
     assert counts[0] == counts[1]
     assert len(counts[0]) <= most, counts[0]
+
+
+@pytest.mark.parametrize(("amplitude", "share"), [(1e-2, 0.01), (1e-3, 0.13), (1e-4, 0.65)])
+def test_the_share_of_weights_whose_noise_bfloat16_loses_is_that_of_the_method_s_page(
+    amplitude: float, share: float
+) -> None:
+    data = {"name": "synthetic", "synthetic_shape": [1, 28, 28]}
+    model = build_model(parse_config({"data": data, "model": {"name": "vgg9", "width": 0.25}}, source="test"))
+    noise = a_noise(FlatWeights(model), amplitude=amplitude, exclude=("norm",))
+    assert isinstance(noise, SmoothOut)
+    assert noise.lost_in(torch.bfloat16, 0) == pytest.approx(share, abs=0.006)
+    assert noise.lost_in(torch.float32, 0) == 0

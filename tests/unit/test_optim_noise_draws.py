@@ -17,7 +17,7 @@ from dist_train.models.norms import GroupedBatchNorm
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import build_noise
 from dist_train.optim.noise_draws import NoiseDraws
-from tests.unit.weights_in_force import in_force
+from tests.unit.weights_in_force import in_force, perturbed
 
 COUNT = 10**6
 FILTERS = 1000
@@ -176,7 +176,7 @@ def test_a_step_s_noise_is_the_draw_times_amplitude_and_schedule(
         settings(distribution, scale, schedule={"kind": kind, **parameters}), flat, seed=3, total_steps=STEPS, rank=0
     )
     assert noise.amplitude(STEP) == pytest.approx(AMPLITUDE * factor)
-    with noise.perturbed(STEP):
+    with perturbed(noise, STEP):
         moved = in_force(flat) - flat.values
     expected = draw(distribution, scale).float() * (AMPLITUDE * factor)
     torch.testing.assert_close(moved, expected, rtol=0, atol=2e-6 * float(flat.values.abs().max()))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ from torch import nn
 
 from dist_train.config import OptimizerSettings
 from dist_train.optim.flat_weights import FlatWeights
-from dist_train.optim.optimizers import build_optimizer, set_learning_rate, state_tensors
+from dist_train.optim.optimizers import build_optimizer, optimizer_step, set_learning_rate, state_tensors
 from dist_train.training.checkpoints import Contents
 from dist_train.training.restoring import load_into
 
@@ -221,3 +223,48 @@ def test_a_group_may_be_empty(exclude: tuple[str, ...]) -> None:
         set_gradients(model, 0)
         optimizer.step()
         assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
+
+
+def optimizer_of(kind: type[torch.optim.Optimizer], **options: Any) -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 7))
+    optimizer = kind([weight], lr=0.1, **options)  # type: ignore[call-arg]  # every kind has a rate
+    return optimizer, weight
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "fused": True}),
+        (torch.optim.Adam, {"fused": True}),
+        (torch.optim.AdamW, {"weight_decay": 0.1}),
+    ],
+)
+def test_optimizer_step_does_bit_for_bit_what_the_optimizer_s_own_step_does(
+    kind: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> None:
+    (theirs, expected), (other, weight) = optimizer_of(kind, **options), optimizer_of(kind, **options)
+    for update in range(3):
+        for parameter in (expected, weight):
+            parameter.grad = torch.full((7,), 0.5 + update)
+        theirs.step()
+        optimizer_step(other)
+        assert torch.equal(expected, weight)
+        assert weight.requires_grad
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_an_update_does_not_load_torch_s_compiler(name: str) -> None:
+    script = f"""
+import sys, torch
+from dist_train.config import OptimizerSettings
+from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.optimizers import build_optimizer, optimizer_step
+weights = FlatWeights(torch.nn.Linear(3, 2))
+optimizer = build_optimizer(OptimizerSettings(name="{name}"), weights)
+optimizer.load_state_dict(optimizer.state_dict())
+weights.gradients.fill_(1.0)
+optimizer_step(optimizer)
+print("torch._dynamo" in sys.modules)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "False"

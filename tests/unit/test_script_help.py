@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 LAUNCH = ("launch/local.sh", "launch/mpirun.sh", "launch/horovodrun.sh", "launch/demo.sh")
 BATCH = tuple(sorted(f"slurm/{path.name}" for path in (ROOT / "slurm").glob("*.sh") if path.name != "prologue.sh"))
@@ -52,7 +54,7 @@ def variables_read(script: str) -> set[str]:
 
 def variables_named(script: str) -> set[str]:
     """Return the names that `script --help` lists, one at the beginning of a line."""
-    ended = subprocess.run([str(ROOT / script), "--help"], capture_output=True, text=True, timeout=30)
+    ended = subprocess.run([str(ROOT / script), "--help"], capture_output=True, text=True, timeout=PATIENCE)
     assert (ended.returncode, ended.stderr) == (0, "")
     return set(re.findall(r"^  ([A-Z][A-Z0-9_]+) ", ended.stdout, re.MULTILINE))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.outcome import ExitCode
-from dist_train.status import LAUNCH_VARIABLE, StatusFile, read_status
+from dist_train.status import LAUNCH_VARIABLE, StatusFile, another_failed, read_status
 
 
 @pytest.fixture
@@ -65,6 +65,30 @@ def test_the_end_says_how_and_when(path: Path) -> None:
     )
     assert fields["finished"] >= fields["started"]
     assert fields["updated"].endswith("+00:00")
+
+
+@pytest.mark.parametrize(
+    ("told", "is_another"),
+    [
+        ({"host": "node2"}, True),
+        ({"pid": 1}, True),
+        ({}, False),
+        ({"host": "node2", "launch": "an earlier one"}, False),
+        ({"host": "node2", "state": "running"}, False),
+    ],
+)
+def test_a_failure_that_another_process_of_the_launch_told_is_not_overwritten_by_progress(
+    path: Path, told: dict[str, object], is_another: bool
+) -> None:
+    file = StatusFile(path, 2)
+    file.change("failed", reason="the disk is gone")
+    path.write_text(json.dumps(json.loads(path.read_text()) | told))
+    assert another_failed(path) == is_another
+    late = StatusFile(path, 2)
+    late.progress(step=7)
+    status = read_status(path)
+    assert status is not None
+    assert (status.state == "failed") == is_another
 
 
 def test_a_field_that_there_is_not_is_refused(path: Path) -> None:

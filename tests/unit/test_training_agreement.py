@@ -8,10 +8,11 @@ from torch import nn
 
 from dist_train.config import NoiseSettings
 from dist_train.optim.flat_weights import FlatWeights
-from dist_train.optim.noise import NoNoise, SmoothOut
+from dist_train.optim.noise import Noise, SmoothOut
 from dist_train.outcome import DisagreementError
 from dist_train.training.agreement import minority, verify_agreement
 from tests.unit.simulated_workers import SimulatedWorkers, on_workers
+from tests.unit.weights_in_force import perturbed
 
 
 def weights_of() -> FlatWeights:
@@ -23,7 +24,7 @@ def test_promise_4_a_single_flipped_bit_names_its_worker_on_all_workers() -> Non
         weights = weights_of()
         if workers.rank == 2:
             weights.values.view(torch.int32)[7] ^= 1
-        verify_agreement(workers, weights, NoNoise(), 9)
+        verify_agreement(workers, weights, Noise(), 9)
 
     for error in on_workers(4, check):
         assert isinstance(error, DisagreementError)
@@ -35,7 +36,7 @@ def test_promise_4_other_noise_names_its_worker_on_all_workers() -> None:
         weights = weights_of()
         settings = NoiseSettings(method="smoothout", exclude=())
         noise = SmoothOut(settings, weights, seed=int(workers.rank in (1, 3)), total_steps=10, rank=workers.rank)
-        with noise.perturbed(0):
+        with perturbed(noise, 0):
             pass
         verify_agreement(workers, weights, noise, 0)
 
@@ -46,7 +47,7 @@ def test_promise_4_other_noise_names_its_worker_on_all_workers() -> None:
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_workers_that_agree_go_on(size: int) -> None:
-    ended = on_workers(size, lambda workers: verify_agreement(workers, weights_of(), NoNoise(), 0))
+    ended = on_workers(size, lambda workers: verify_agreement(workers, weights_of(), Noise(), 0))
     assert ended == [None] * size
 
 

@@ -224,8 +224,9 @@ def test_a_run_on_the_cpu_says_why_where_torch_is_built_for_gpus(monkeypatch: py
     ],
 )
 def test_a_run_does_not_take_the_cpu_in_place_of_gpus_unasked(
-    workers: int, controller: str, sign: Mapping[str, str], tmp_path: Path
+    workers: int, controller: str, sign: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     config, run = write_config(tmp_path, small_settings(run={"max_steps": 1})), str(tmp_path / "run")
     refused = launch(workers, controller, "train", config, "--run-dir", run, extra=sign)
     assert refused.code == (ExitCode.USAGE if controller == "alone" else ExitCode.FAULT), refused.output

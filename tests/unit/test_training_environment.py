@@ -95,7 +95,7 @@ def test_a_launch_that_fails_before_it_trains_leaves_what_the_one_before_recorde
     train(small_config(), tmp_path)
     before = read_status(tmp_path / "status.json")
 
-    session = Session(small_config(), RunDirectory(tmp_path), Alone(), Observers())
+    session = Session(RunDirectory(tmp_path), Alone(), Observers())
     session.fail(FaultError("no data"))
     after = read_status(tmp_path / "status.json")
     assert before is not None
@@ -108,7 +108,7 @@ def test_another_worker_s_fault_leaves_what_worker_0_recorded(tmp_path: Path) ->
     train(small_config(), tmp_path)
 
     def launch(workers: Workers) -> None:
-        session = Session(small_config(), RunDirectory(tmp_path), workers, Observers())
+        session = Session(RunDirectory(tmp_path), workers, Observers())
         workers.barrier()
         if workers.rank == 1:
             session.fail(FaultError("its disk is gone"))

@@ -37,7 +37,6 @@ def ranges(folder: Path) -> dict[str, dict[str, int]]:
     return found
 
 
-@pytest.mark.timeout(120)
 def test_a_run_leaves_a_trace_that_names_each_phase_of_each_profiled_update(tmp_path: Path) -> None:
     trainer = build_trainer(small_config(run={"profile_steps": 2}), tmp_path / "profiled", Alone())
     trainer.run()

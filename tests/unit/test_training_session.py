@@ -61,7 +61,7 @@ def begun(folder: Path, workers: SimulatedWorkers | Alone, *, going_on: bool = F
     if workers.rank == 0:
         directory.create()
     contents = newest_whole(directory.checkpoints, lambda path, text: None) if going_on else None
-    session = Session(config, directory, workers, Observers([told]))
+    session = Session(directory, workers, Observers([told]))
     trainer = assemble(config, contents, directory, workers, session, StopRequests())
     session.begin(trainer, Beginning(config, contents))
     return session, told

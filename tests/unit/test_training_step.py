@@ -356,3 +356,14 @@ def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(tmp_path: Pa
         trainer.run()
     assert not isinstance(caught.value, OutOfMemoryError)
     assert torch.equal(trainer.take_step.weights.values, before)
+
+
+@pytest.mark.parametrize(
+    ("compute", "amplitude", "warned"), [("bfloat16", 1e-4, True), ("bfloat16", 0.5, False), ("float32", 1e-4, False)]
+)
+def test_a_run_warns_of_noise_that_its_precision_rounds_away(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, compute: str, amplitude: float, warned: bool
+) -> None:
+    config = small_config(noise={"amplitude": amplitude}, precision={"compute": compute})
+    build_trainer(config, tmp_path, Alone())
+    assert ("precision.compute" in caplog.text) == warned

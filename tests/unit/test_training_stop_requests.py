@@ -33,6 +33,17 @@ def test_a_second_interrupt_ends_the_process_as_usual() -> None:
         assert stop.requested()
 
 
+def test_an_interrupt_that_is_ignored_already_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequests() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop.requested()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_the_signals_are_given_back_also_when_an_error_passes() -> None:
     numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]

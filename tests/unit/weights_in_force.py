@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.noise import Noise
+
+
+@contextmanager
+def perturbed(noise: Noise, step: int) -> Iterator[None]:
+    """Be at the perturbed weights within the block, as the training step is."""
+    try:
+        noise.perturb(step)
+        yield
+    finally:
+        noise.restore()
 
 
 def in_force(weights: FlatWeights) -> torch.Tensor:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests.launching import environment, small_settings
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("configuration", "watching", "monitoring"))]
@@ -58,7 +59,7 @@ def test_a_documented_command_works(folder: Path, page: str, command: str) -> No
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from tests.launching import (
     weights_digest,
     write_config,
 )
+from tests.waiting import PATIENCE, wait_for_lines
 
 pytestmark = pytest.mark.workers
 
@@ -91,12 +91,9 @@ def test_a_killed_worker_ends_the_others_with_one_message(tmp_path: Path) -> Non
     run = tmp_path / "run"
     process = start(2, "gloo", "train", config, "--run-dir", str(run))
     try:
-        deadline = time.monotonic() + 60
-        while not (run / "metrics.jsonl").exists() or len(records(run, "train")) < 4:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for_lines(run / "metrics.jsonl", 4)
         os.kill(_worker(process.pid, rank=1), signal.SIGKILL)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=PATIENCE)
     finally:
         kill(process)
     assert process.returncode != 0

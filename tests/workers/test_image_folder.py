@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from tests.launching import (
     write_config,
 )
 from tests.unit.image_folders import damage, write_folder
+from tests.waiting import PATIENCE, wait_for_lines, wait_until_gone
 
 pytestmark = pytest.mark.workers
 
@@ -54,13 +54,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("folder"), per_class=32)
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def loaders_of(pid: int) -> list[int]:
     """Return the loader processes below `pid`."""
     found = []
@@ -72,15 +65,6 @@ def loaders_of(pid: int) -> list[int]:
         if "dist_train.data.loader_process" in words:
             found.append(child)
     return found
-
-
-def wait_for_steps(run: Path, lines: int) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_bytes().count(b"\n") >= lines:
-            return
-        time.sleep(0.01)
-    raise AssertionError("the run has not begun to train")
 
 
 def test_promise_3_one_worker_without_loaders_and_two_with_one_each_end_with_equal_bits(
@@ -104,16 +88,13 @@ def test_promise_5_a_killed_run_goes_on_to_the_bit_and_leaves_no_loader(root: Pa
 
     run = tmp_path / "run"
     process = start(2, "mpi", "train", config, "--run-dir", str(run))
-    wait_for_steps(run, 12)
+    wait_for_lines(run / "metrics.jsonl", 12)
     loaders = loaders_of(process.pid)
     assert len(loaders) == 2
     kill_all_but(process.pid, loaders)
     assert process.poll() is None or process.returncode != 0
     kill(process)
-    deadline = time.monotonic() + 10
-    while any(map(is_running, loaders)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not any(map(is_running, loaders)), "loaders end with the process that they work for"
+    wait_until_gone(loaders)  # they end with the process that they work for
 
     config = write_config(tmp_path, folder_settings(root, 2, run={"epochs": 20}, checkpoint={"every_steps": 4}))
     ended = launch(1, "alone", "train", config, "--run-dir", str(run))
@@ -146,9 +127,9 @@ def test_a_killed_loader_ends_the_run_with_a_reason(root: Path, tmp_path: Path) 
     run = tmp_path / "run"
     process = start(1, "alone", "train", config, "--run-dir", str(run))
     try:
-        wait_for_steps(run, 5)
+        wait_for_lines(run / "metrics.jsonl", 5)
         os.kill(loaders_of(process.pid)[0], signal.SIGKILL)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=PATIENCE)
     finally:
         kill(process)
     assert process.returncode == 1, output
@@ -162,9 +143,9 @@ def test_ctrl_c_saves_and_stops_although_the_whole_group_gets_it(root: Path, tmp
     run = tmp_path / "run"
     process = start(1, "alone", "train", config, "--run-dir", str(run))
     try:
-        wait_for_steps(run, 5)
+        wait_for_lines(run / "metrics.jsonl", 5)
         os.killpg(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=PATIENCE)
     finally:
         kill(process)
     assert process.returncode == 75, output

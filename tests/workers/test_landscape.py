@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 
 from dist_train.cli.main import main
 from tests.launching import kill, launch, start
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.workers, pytest.mark.usefixtures("threads_as_before")]
 
@@ -39,11 +39,8 @@ def test_any_number_of_workers_writes_the_same_files_also_after_a_kill(trained_r
 
     killed = start(2, "mpi", *command(trained_run, tmp_path / "killed"))
     try:
-        patience = time.monotonic() + 60
-        while finished_points(tmp_path / "killed") < 8:
-            assert time.monotonic() < patience
-            assert killed.poll() is None, killed.stdout and killed.stdout.read()
-            time.sleep(0.01)
+        wait_for(lambda: killed.poll() is not None or finished_points(tmp_path / "killed") >= 8, "eight points")
+        assert killed.poll() is None, killed.stdout and killed.stdout.read()
     finally:
         kill(killed)
     kept = finished_points(tmp_path / "killed")

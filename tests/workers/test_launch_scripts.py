@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from dist_train.outcome import ExitCode
+from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).parents[2]
 LOCAL = (str(ROOT / "launch/local.sh"),)
@@ -33,7 +34,7 @@ checkpoint: {every_epochs: 0}
 metrics: {enabled: false}
 """
 
-pytestmark = [pytest.mark.workers, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.workers
 
 
 @pytest.fixture
@@ -48,10 +49,11 @@ def mark() -> Iterator[str]:
     """A variable that every process of the test carries; after the test, none may be left."""
     name = f"DIST_TRAIN_TEST_{os.getpid()}_{time.monotonic_ns()}"
     yield name
-    left = wait_until_gone(name, seconds=15)
-    for process in left:
-        os.kill(int(process), signal.SIGKILL)
-    assert not left, "processes were left behind"
+    try:
+        wait_for(lambda: not carrying(name), "processes were left behind")
+    finally:
+        for process in carrying(name):
+            os.kill(int(process), signal.SIGKILL)
 
 
 def carrying(name: str) -> set[str]:
@@ -62,13 +64,6 @@ def carrying(name: str) -> set[str]:
             return False
 
     return {path.name for path in Path("/proc").iterdir() if path.name.isdigit() and carries(path)}
-
-
-def wait_until_gone(name: str, seconds: float) -> set[str]:
-    end = time.monotonic() + seconds
-    while (left := carrying(name)) and time.monotonic() < end:
-        time.sleep(0.1)
-    return left
 
 
 def start(mark: str, *command: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
@@ -83,7 +78,7 @@ def start(mark: str, *command: str, environment: Mapping[str, str] | None = None
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE)
     return process.returncode, out, err
 
 
@@ -95,12 +90,9 @@ def status(run: Path) -> dict[str, Any]:
     return read
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 90
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "took too long"
-        time.sleep(0.05)
+def while_it_runs(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    wait_for(lambda: process.poll() is not None or condition(), "it is under way")
+    assert process.poll() is None, process.communicate()
 
 
 def is_under_way(run: Path) -> bool:
@@ -135,7 +127,7 @@ def test_the_progress_bar_goes_around_the_launcher_to_the_terminal(
         while chunk := os.read(terminal, 65536):
             shown += chunk
     os.close(terminal)
-    assert process.wait(timeout=60) == ExitCode.FINISHED, shown
+    assert process.wait(timeout=PATIENCE) == ExitCode.FINISHED, shown
     assert b"\x1b[2K" in shown, "no line was redrawn"
 
 
@@ -146,7 +138,7 @@ def test_promise_7_a_signal_to_the_script_saves_and_ends_with_75(
 ) -> None:
     run = tmp_path / "run"
     process = start(mark, *launcher, "train", configuration, "--run-dir", str(run))
-    wait_for(lambda: is_under_way(run), process)
+    while_it_runs(process, lambda: is_under_way(run))
     process.send_signal(number)
     code, _, err = finish(process)
     assert code == ExitCode.STOPPED, err
@@ -162,7 +154,7 @@ def test_promise_7_a_signal_before_the_workers_are_ready_is_kept_for_them(
 ) -> None:
     run = tmp_path / "run"
     process = start(mark, *launcher, "train", configuration, "--run-dir", str(run))
-    wait_for(lambda: any_worker(mark), process)
+    while_it_runs(process, lambda: any_worker(mark))
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)
     assert code == ExitCode.STOPPED, err
@@ -195,7 +187,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_1(
 ) -> None:
     run = tmp_path / "run"
     process = start(mark, *launcher, "train", configuration, "--run-dir", str(run))
-    wait_for(lambda: is_under_way(run), process)
+    while_it_runs(process, lambda: is_under_way(run))
     os.kill(status(run)["pid"], signal.SIGKILL)
     code, _, _ = finish(process)
     assert code == ExitCode.FAULT
@@ -207,10 +199,10 @@ def test_the_workers_do_not_outlive_a_script_that_is_killed(
 ) -> None:
     run = tmp_path / "run"
     process = start(mark, *launcher, "train", configuration, "--run-dir", str(run))
-    wait_for(lambda: is_under_way(run), process)
+    while_it_runs(process, lambda: is_under_way(run))
     process.kill()
     process.communicate()
-    assert not wait_until_gone(mark, seconds=30)
+    wait_for(lambda: not carrying(mark), "the workers outlive the script")
 
 
 def test_an_outcome_of_an_earlier_launch_does_not_count(configuration: str, tmp_path: Path, mark: str) -> None:
@@ -270,7 +262,7 @@ def test_workers_of_a_host_file_stop_on_request(configuration: str, tmp_path: Pa
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost slots=2\n")
     process = start(mark, *MPIRUN, "--hostfile", str(hosts), "train", configuration, "--run-dir", str(run))
-    wait_for(lambda: is_under_way(run), process)
+    while_it_runs(process, lambda: is_under_way(run))
     process.terminate()
     code, _, err = finish(process)
     assert code == ExitCode.STOPPED, err

@@ -20,6 +20,7 @@ from tests.launching import (
     weights_digest,
     write_config,
 )
+from tests.waiting import lines_of, wait_for_lines
 
 pytestmark = pytest.mark.workers
 
@@ -69,23 +70,14 @@ def test_promise_5_killed_and_gone_on_with_to_the_bit(tmp_path: Path, name: str)
     moments = random.Random(name)
     for _ in range(3):
         process = start(2, "gloo", "train", config, "--run-dir", str(run))
-        seen, deadline = _lines(run), time.monotonic() + 60
-        while _lines(run) <= seen and time.monotonic() < deadline:
-            time.sleep(0.01)
+        seen = lines_of(run / "metrics.jsonl")
+        wait_for_lines(run / "metrics.jsonl", seen + 1)
         time.sleep(moments.uniform(0.0, 0.5))
         assert process.poll() is None, "the run ended before it could be killed; make it longer"
         kill(process)
-        assert _lines(run) > seen
     ended = launch(2, "gloo", "train", config, "--run-dir", str(run))
     assert ended.code == 0, ended.output
     assert status(run)["state"] == "finished"
     assert any(event["event"] == "resumed" for event in records(run, "event"))
     assert weights_digest(run) == weights_digest(whole)
     assert results(run) == results(whole)
-
-
-def _lines(run: Path) -> int:
-    try:
-        return (run / "metrics.jsonl").read_bytes().count(b"\n")
-    except FileNotFoundError:
-        return 0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.launching import descendants, kill, records, small_settings, start, status, write_config
+from tests.launching import descendants, kill, small_settings, start, status, write_config
+from tests.waiting import PATIENCE, wait_for_lines, wait_until_gone
 
 pytestmark = pytest.mark.workers
 
@@ -28,19 +28,13 @@ def test_a_stopped_worker_ends_the_run_with_its_name(tmp_path: Path, controller:
         pid = _worker_that_trains(process.pid, stopped, run)
         everybody = descendants(process.pid)
         os.kill(pid, signal.SIGSTOP)
-        begun = time.monotonic()
-        output, _ = process.communicate(timeout=60)
-        took = time.monotonic() - begun
-        soon = time.monotonic() + 5
-        while (left := [other for other in everybody if _lives(other)]) and time.monotonic() < soon:
-            time.sleep(0.1)
+        output, _ = process.communicate(timeout=PATIENCE)
+        wait_until_gone(everybody)
     finally:
         kill(process)
     assert process.returncode != 0
     assert output.count(f"worker {stopped} (") == 1, output
     assert f"process {pid}) has not answered for 4 s; the run ends" in output
-    assert left == []
-    assert took < 45  # horovodrun gives what it ends 10 s
     after = status(run)
     assert (after["state"], after["exit_code"]) == ("failed", 1)
     assert f"process {pid}) has not answered" in after["reason"]
@@ -53,7 +47,7 @@ def test_a_killed_worker_is_named_by_the_one_that_is_left(tmp_path: Path) -> Non
     try:
         pid = _worker_that_trains(process.pid, 1, run)
         os.kill(pid, signal.SIGKILL)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=PATIENCE)
     finally:
         kill(process)
     assert process.returncode != 0
@@ -62,18 +56,8 @@ def test_a_killed_worker_is_named_by_the_one_that_is_left(tmp_path: Path) -> Non
 
 
 def _worker_that_trains(launcher: int, rank: int, run: Path) -> int:
-    deadline = time.monotonic() + 60
-    while not (run / "metrics.jsonl").exists() or len(records(run, "train")) < 4:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_lines(run / "metrics.jsonl", 4)
     return _worker(launcher, rank)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def _worker(pid: int, rank: int) -> int:

@@ -1,1 +1,0 @@
-"""Grafana's dashboards as code. `python -m dist_train.dashboards DIRECTORY` writes them as JSON."""

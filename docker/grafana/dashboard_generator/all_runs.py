@@ -1,0 +1,204 @@
+"""The dashboard of all runs side by side: small batch, large batch, and large batch with noise."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders import dashboard
+from grafana_foundation_sdk.models import dashboard as model
+
+from dashboard_generator.frame import choice, event, frame, row, source_choice
+from dashboard_generator.links import ALL_RUNS
+from dashboard_generator.one_run import STATES, state_number
+from dashboard_generator.panels import RED, Look, Query, bars, curves, logarithmic, number, states
+
+KIND = "batch {{global_batch}}, {{noise}}: {{run}}"
+"""A legend that says by what the runs differ."""
+
+
+def _with_kind(expression: str) -> str:
+    """Return `expression` with the labels by which runs differ: model, global batch, noise."""
+    return _joined(expression, 'dist_train_run_info{run=~"$run", noise=~"$noise"}')
+
+
+def _joined(expression: str, info: str) -> str:
+    kinds = f"max by (run, model, global_batch, noise) ({info})"
+    return f"{expression} * on (run) group_left (model, global_batch, noise) {kinds}"
+
+
+def _of(metric: str) -> str:
+    return _with_kind(f'max by (run) ({metric}{{run=~"$run"}})')
+
+
+def _last_of(metric: str) -> str:
+    """Return the last value within the time range of the dashboard, also of runs that have ended."""
+    value = _within(f'{metric}{{run=~"$run"}}')
+    return _joined(f"max by (run) ({value})", _within('dist_train_run_info{run=~"$run", noise=~"$noise"}'))
+
+
+def _within(selector: str) -> str:
+    return f"last_over_time({selector}[$__range])"
+
+
+def _by_split(metric: str) -> str:
+    return _with_kind(f'max by (run, split) ({metric}{{run=~"$run", split=~"$split"}})')
+
+
+def build() -> model.Dashboard:
+    """Return the dashboard."""
+    built = frame(
+        ALL_RUNS,
+        "dist-train: all runs",
+        "Runs side by side: does a large batch with noise learn what a small batch learns, and how much sooner?",
+    )
+    built.with_variable(source_choice())
+    built.with_variable(choice("run", "Runs", "The runs to compare", "label_values(dist_train_state, run)"))
+    built.with_variable(
+        choice("noise", "Noise", "Kinds of weight noise", 'label_values(dist_train_run_info{run=~"$run"}, noise)')
+    )
+    built.with_variable(
+        choice(
+            "split",
+            "Split",
+            "batch: training batches as trained; train, test: whole splits, clean weights",
+            'label_values(dist_train_loss{run=~"$run"}, split)',
+        )
+    )
+    firing = 'max by (run, alertname) (ALERTS{run=~"$run", alertstate="firing"}) > 0'
+    built.annotation(event("Alerts", RED, firing, "{{run}}: {{alertname}}"))
+    for section in (_overview, _learning, _cost):
+        section(built)
+    return built.build()
+
+
+def _overview(built: dashboard.Dashboard) -> None:
+    built.with_row(row("All runs"))
+    built.with_panel(
+        states(
+            Look("State", "The state of each run over time; the gaps are times without an exporter.", "none", 16, 9),
+            Query(state_number(), "{{run}}"),
+            STATES,
+        )
+    )
+    built.with_panel(
+        number(
+            Look("At work", "Runs that are starting, running or stopping.", "none", 4, 9),
+            Query('sum(run:dist_train_active:max{run=~"$run"})', "runs"),
+        )
+    )
+    built.with_panel(
+        number(
+            Look("Firing alerts", "Alerts about these runs that fire now.", "none", 4, 9),
+            Query('count(ALERTS{run=~"$run", alertstate="firing"}) or vector(0)', "alerts"),
+            "green",
+            (1, RED),
+        )
+    )
+
+
+def _learning(built: dashboard.Dashboard) -> None:
+    built.with_row(row("Small batch, large batch, noise"))
+    built.with_panel(
+        curves(
+            Look(
+                "Accuracy",
+                "Share of samples classified rightly, by run and split.",
+                "percentunit",
+                12,
+                11,
+                "DistTrainAccuracyFalling",
+            ),
+            Query(_by_split("dist_train_accuracy_ratio"), f"{KIND} {{{{split}}}}"),
+        )
+        .min(0)
+        .max(1)
+    )
+    loss = Look("Loss", "Mean loss, by run and split.", "none", 12, 11, "DistTrainNotFinite")
+    built.with_panel(logarithmic(curves(loss, Query(_by_split("dist_train_loss"), f"{KIND} {{{{split}}}}"))))
+    built.with_panel(
+        bars(
+            Look(
+                "Best accuracy",
+                "On the test split: the large batch falls short, noise is to close the gap.",
+                "percentunit",
+                8,
+                10,
+            ),
+            Query(_last_of("dist_train_best_accuracy_ratio"), KIND),
+        ).max(1)
+    )
+    built.with_panel(
+        bars(
+            Look("Epochs done", "Compare accuracies at equal epochs.", "none", 8, 10),
+            Query(_last_of("dist_train_epoch"), KIND),
+        )
+    )
+    built.with_panel(
+        bars(
+            Look(
+                "Distance from the start", "How far the weights have moved: large batches stay nearer.", "none", 8, 10
+            ),
+            Query(_last_of("dist_train_distance_from_initial"), KIND),
+        )
+    )
+    for title, description, metric in (
+        ("Noise amplitude", "Of the weight noise in force; 0 without noise.", "dist_train_noise_amplitude"),
+        ("Learning rate", "Of the latest step.", "dist_train_learning_rate"),
+        ("Gradient norm", "Euclidean norm of the global gradient before clipping.", "dist_train_gradient_norm"),
+    ):
+        built.with_panel(curves(Look(title, description, "none"), Query(_of(metric), KIND)))
+
+
+def _cost(built: dashboard.Dashboard) -> None:
+    built.with_row(row("What it costs"))
+    built.with_panel(
+        curves(
+            Look("Samples per second", "All workers of a run together.", "ops", 8, 9, "DistTrainThroughputDown"),
+            Query(_of("dist_train_samples_per_second"), KIND),
+        ).min(0)
+    )
+    p95 = 'run:dist_train_step_duration_seconds:p95_rate5m{run=~"$run"}'
+    built.with_panel(
+        curves(
+            Look(
+                "Duration of a step, 95 %",
+                "Nineteen of twenty steps of the last five minutes took no longer.",
+                "s",
+                8,
+                9,
+                "DistTrainStalled",
+            ),
+            Query(_with_kind(p95), KIND),
+        ).min(0)
+    )
+    built.with_panel(
+        curves(
+            Look(
+                "Share of the step spent waiting",
+                "For the gradients of the other workers.",
+                "percentunit",
+                8,
+                9,
+                "DistTrainWorkerSlow",
+            ),
+            Query(
+                'run_part:dist_train_step_part_duration_seconds:share_rate5m{run=~"$run", part="allreduce_wait"}',
+                "{{run}}",
+            ),
+        ).min(0)
+    )
+    for title, description, unit, expression in (
+        ("Progress", "Steps done of those planned.", "percentunit", 'run:dist_train_progress:ratio{run=~"$run"}'),
+        (
+            "Time left",
+            "To the last step, at the present pace.",
+            "s",
+            'max by (run) (dist_train_time_left_seconds{run=~"$run"})',
+        ),
+        ("Workers", "Workers that train together.", "none", 'max by (run) (dist_train_world_size{run=~"$run"})'),
+        (
+            "Requeues",
+            "Times that Slurm put the run back into its queue.",
+            "none",
+            'max by (run) (dist_train_requeues_total{run=~"$run"})',
+        ),
+    ):
+        built.with_panel(bars(Look(title, description, unit, 6), Query(expression, "{{run}}")))

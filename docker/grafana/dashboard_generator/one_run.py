@@ -1,0 +1,400 @@
+"""The dashboard of one run in depth."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders import dashboard
+from grafana_foundation_sdk.models import dashboard as model
+
+from dashboard_generator.frame import choice, event, frame, one_choice, row, source_choice
+from dashboard_generator.links import ONE_RUN
+from dashboard_generator.panels import (
+    BLUE,
+    GREEN,
+    GREY,
+    RED,
+    YELLOW,
+    Look,
+    Query,
+    curves,
+    limited,
+    logarithmic,
+    number,
+    stacked,
+    states,
+)
+
+STATES = (
+    (0, "starting", GREY),
+    (1, "running", GREEN),
+    (2, "stopping", YELLOW),
+    (3, "stopped", YELLOW),
+    (4, "finished", BLUE),
+    (5, "failed", RED),
+)
+
+
+def _of(metric: str, *labels: str) -> str:
+    """Return the run's series of a metric: one for each value of `labels`, whatever launch they come from."""
+    return f'max by ({", ".join(("run", *labels))}) ({metric}{{run=~"$run"}})'
+
+
+def _by_split(metric: str) -> str:
+    return f'max by (run, split) ({metric}{{run=~"$run", split=~"$split"}})'
+
+
+def state_number() -> str:
+    """Return an expression whose value is the place of a run's state in `STATES`."""
+    return " or ".join(
+        f'{value} + 0 * (max by (run) (dist_train_state{{run=~"$run", state="{word}"}}) > 0)'
+        for value, word, _ in STATES
+    )
+
+
+def build() -> model.Dashboard:
+    """Return the dashboard."""
+    built = frame(
+        ONE_RUN,
+        "dist-train: one run",
+        "One run in depth: where it is, how it learns, where its time goes, what happened.",
+    )
+    built.with_variable(source_choice())
+    built.with_variable(one_choice("run", "Run", "The run to look at", "label_values(dist_train_state, run)"))
+    built.with_variable(
+        choice(
+            "split",
+            "Split",
+            "batch: training batches as trained; train, test: whole splits, clean weights",
+            'label_values(dist_train_loss{run=~"$run"}, split)',
+        )
+    )
+    _events(built)
+    for section in (_status, _learning, _speed, _checkpoints, _incidents, _memory):
+        section(built)
+    return built.build()
+
+
+def _events(built: dashboard.Dashboard) -> None:
+    for name, colour, metric in (
+        ("Checkpoints", BLUE, "dist_train_checkpoints_total"),
+        ("Signals", YELLOW, "dist_train_signals_total"),
+        ("Failed checkpoints", RED, "dist_train_checkpoint_failures_total"),
+    ):
+        built.annotation(event(name, colour, f"{_of_changes(metric)} > 0", name))
+    launch = f"time() - {_of('dist_train_launch_timestamp_seconds')} < $__interval_ms / 1000"
+    built.annotation(event("Launches", GREEN, launch, "Launch"))
+
+
+def _of_changes(metric: str) -> str:
+    return f'max by (run) (changes({metric}{{run=~"$run"}}[$__interval]))'
+
+
+def _status(built: dashboard.Dashboard) -> None:
+    built.with_row(row("Now"))
+    built.with_panel(
+        states(
+            Look("State", "The state of the run over time; the gaps are times without an exporter.", "none", 12, 4),
+            Query(state_number(), "{{run}}"),
+            STATES,
+        )
+    )
+    small = (
+        (Look("Progress", "Steps done of those planned.", "percentunit", 3, 4), "run:dist_train_progress:ratio"),
+        (Look("Epoch", "Epochs done, with their fraction.", "none", 3, 4), "dist_train_epoch"),
+        (Look("Time left", "To the last step, at the present pace.", "s", 3, 4), "dist_train_time_left_seconds"),
+        (
+            Look("Best accuracy", "Best accuracy on the test split so far.", "percentunit", 3, 4),
+            "dist_train_best_accuracy_ratio",
+        ),
+    )
+    for look, metric in small:
+        built.with_panel(number(look, Query(_of(metric), "{{run}}")))
+    built.with_panel(
+        number(
+            Look("Firing alerts", "Alerts about this run that fire now.", "none", 3, 4),
+            Query('count(ALERTS{run=~"$run", alertstate="firing"}) or vector(0)', "alerts"),
+            GREEN,
+            (1, RED),
+        )
+    )
+    built.with_panel(
+        number(
+            Look(
+                "Since the last step",
+                "Much more than a step takes: the run stands still.",
+                "s",
+                3,
+                4,
+                "DistTrainStalled",
+            ),
+            Query(f"time() - {_of('dist_train_last_progress_timestamp_seconds')}", "{{run}}"),
+            GREEN,
+            (120, RED),
+        )
+    )
+    for title, description, unit, metric in (
+        ("Workers", "Workers that train together.", "none", "dist_train_world_size"),
+        ("Micro-batches", "Micro-batches of one step, over all workers.", "none", "dist_train_micro_batches"),
+        ("Micro-batch", "Samples of one micro-batch.", "none", "dist_train_micro_batch_size"),
+        ("Epochs planned", "Epochs of the whole run.", "none", "dist_train_planned_epochs"),
+        ("Samples", "Training samples used since the run's first step.", "short", "dist_train_samples_total"),
+        ("Samples planned", "Training samples of the whole run.", "short", "dist_train_planned_samples"),
+    ):
+        built.with_panel(number(Look(title, description, unit, 3, 4), Query(_of(metric), "{{run}}")))
+
+
+def _learning(built: dashboard.Dashboard) -> None:
+    built.with_row(row("Learning"))
+    loss = Look(
+        "Loss", "Mean loss by split; `batch` is that of the perturbed weights.", "none", 12, 9, "DistTrainNotFinite"
+    )
+    accuracy = Look(
+        "Accuracy",
+        "Share of samples classified rightly, by split, and the best on the test split.",
+        "percentunit",
+        12,
+        9,
+        "DistTrainAccuracyFalling",
+    )
+    built.with_panel(logarithmic(curves(loss, Query(_by_split("dist_train_loss"), "{{split}}"))))
+    built.with_panel(
+        curves(
+            accuracy,
+            Query(_by_split("dist_train_accuracy_ratio"), "{{split}}"),
+            Query(_of("dist_train_best_accuracy_ratio"), "best"),
+        )
+        .min(0)
+        .max(1)
+    )
+    for title, description, metric in (
+        ("Learning rate", "Of the latest step.", "dist_train_learning_rate"),
+        ("Noise amplitude", "Of the weight noise in force.", "dist_train_noise_amplitude"),
+        ("Gradient norm", "Euclidean norm of the global gradient before clipping.", "dist_train_gradient_norm"),
+        ("Weight norm", "Euclidean norm of the clean weights.", "dist_train_weight_norm"),
+        (
+            "Distance from the start",
+            "Euclidean distance of the clean weights from the initial ones.",
+            "dist_train_distance_from_initial",
+        ),
+    ):
+        built.with_panel(curves(Look(title, description, "none"), Query(_of(metric), "{{run}}")))
+    built.with_panel(
+        curves(
+            Look("Steps", "Optimizer updates done, planned, and in the last checkpoint.", "none"),
+            Query(_of("dist_train_step"), "done"),
+            Query(_of("dist_train_planned_steps"), "planned"),
+            Query(_of("dist_train_checkpoint_step"), "in the last checkpoint"),
+        ).min(0)
+    )
+
+
+def _speed(built: dashboard.Dashboard) -> None:
+    built.with_row(row("Speed"))
+    built.with_panel(
+        curves(
+            Look(
+                "Samples per second",
+                "All workers together, and the run's own last hour.",
+                "ops",
+                8,
+                9,
+                "DistTrainThroughputDown",
+            ),
+            Query(_of("dist_train_samples_per_second"), "now"),
+            Query('run:dist_train_samples_per_second:avg1h{run=~"$run"}', "mean of an hour"),
+        ).min(0)
+    )
+    buckets = 'sum by (le) (rate(dist_train_step_duration_seconds_bucket{run=~"$run"}[$__rate_interval]))'
+    built.with_panel(
+        curves(
+            Look("Duration of a step", "Quantiles over the workers that are scraped.", "s", 8, 9, "DistTrainStalled"),
+            *(
+                Query(f"histogram_quantile({share}, {buckets})", words)
+                for share, words in ((0.5, "median"), (0.95, "95 %"), (0.99, "99 %"))
+            ),
+        ).min(0)
+    )
+    parts = 'sum by (part) (rate(dist_train_step_part_duration_seconds_sum{run=~"$run"}[$__rate_interval]))'
+    steps = 'sum(rate(dist_train_step_duration_seconds_count{run=~"$run"}[$__rate_interval]))'
+    built.with_panel(
+        stacked(
+            Look(
+                "Parts of the step",
+                "Mean time of each part of a step. What is missing to the step's duration is none of these.",
+                "s",
+                8,
+                9,
+                "DistTrainThroughputDown",
+            ),
+            Query(f"{parts} / on () group_left () {steps}", "{{part}}"),
+        )
+    )
+    for title, description, metric in (
+        (
+            "Time at work, by worker",
+            "Time of a step without the wait for the others.",
+            "dist_train_worker_busy_seconds",
+        ),
+        ("Time waiting, by worker", "Time of a step spent waiting for the others.", "dist_train_worker_wait_seconds"),
+    ):
+        built.with_panel(curves(Look(title, description, "s", 12), Query(_of(metric, "worker"), "{{worker}}")).min(0))
+    built.with_panel(
+        limited(
+            curves(
+                Look(
+                    "Time for a micro-batch, by worker",
+                    "Over that of the median worker; 1 is like the others.",
+                    "none",
+                    12,
+                    8,
+                    "DistTrainWorkerSlow",
+                ),
+                Query('run_worker:dist_train_worker_busy_seconds:over_median_avg5m{run=~"$run"}', "{{worker}}"),
+            ),
+            GREEN,
+            (1.3, RED),
+        )
+    )
+    built.with_panel(
+        curves(
+            Look("Slowest worker: how slow", "Its time at work over that of the median worker.", "none", 6),
+            Query(_of("dist_train_slowest_worker_ratio"), "{{run}}"),
+        )
+    )
+    built.with_panel(
+        curves(
+            Look(
+                "Slowest worker: which",
+                "Its number. One line that stays put is one worker; a comb is chance.",
+                "none",
+                6,
+            ),
+            Query(_of("dist_train_slowest_worker"), "{{run}}"),
+        )
+    )
+
+
+def _checkpoints(built: dashboard.Dashboard) -> None:
+    built.with_row(row("Checkpoints"))
+    built.with_panel(
+        limited(
+            curves(
+                Look(
+                    "Age of the last checkpoint",
+                    "So much work is lost if the run fails now.",
+                    "s",
+                    6,
+                    8,
+                    "DistTrainCheckpointOld",
+                ),
+                Query('run:dist_train_checkpoint_age_seconds:min{run=~"$run"}', "{{run}}"),
+            ).min(0),
+            GREEN,
+            (7200, RED),
+        )
+    )
+    built.with_panel(
+        curves(
+            Look("Size", "Of the latest checkpoint.", "bytes", 6),
+            Query(_of("dist_train_checkpoint_size_bytes"), "{{run}}"),
+        ).min(0)
+    )
+    built.with_panel(
+        curves(
+            Look("Time to write", "Until it was durable, and how much of that training stood still.", "s", 6),
+            Query(_of("dist_train_checkpoint_duration_seconds"), "until durable"),
+            Query(_of("dist_train_checkpoint_stall_seconds"), "training stood still"),
+        ).min(0)
+    )
+    built.with_panel(
+        number(
+            Look("Written", "Checkpoints written, over all launches.", "none", 3, 8),
+            Query(_of("dist_train_checkpoints_total"), "{{run}}"),
+        )
+    )
+    built.with_panel(
+        number(
+            Look(
+                "Failed checkpoints",
+                "Checkpoints that could not be written, over all launches.",
+                "none",
+                3,
+                8,
+                "DistTrainCheckpointFailing",
+            ),
+            Query(_of("dist_train_checkpoint_failures_total"), "{{run}}"),
+            GREEN,
+            (1, RED),
+        )
+    )
+
+
+def _incidents(built: dashboard.Dashboard) -> None:
+    built.with_row(row("Events, over all launches"))
+    for title, description, metric, alert, limit, colour in (
+        ("Resumes", "Launches that went on from a checkpoint.", "resumes", None, 1, BLUE),
+        ("Requeues", "Times that Slurm put the run back into its queue.", "requeues", "DistTrainRequeued", 4, YELLOW),
+        ("Signals", "Signals that asked the run to stop.", "signals", None, 1, BLUE),
+        (
+            "Disagreements",
+            "Times that the workers' weights or noise differed.",
+            "disagreements",
+            "DistTrainDisagreement",
+            1,
+            RED,
+        ),
+        (
+            "Not finite",
+            "Losses, gradients or last evaluations that were NaN or infinite.",
+            "not_finite",
+            "DistTrainNotFinite",
+            1,
+            RED,
+        ),
+    ):
+        built.with_panel(
+            number(
+                Look(title, description, "none", 3, 7, alert),
+                Query(_of(f"dist_train_{metric}_total"), "{{run}}"),
+                GREEN,
+                (limit, colour),
+            )
+        )
+    built.with_panel(
+        curves(
+            Look("Events by kind", "Every kind of event, counted over all launches.", "none", 9, 7),
+            Query(_of("dist_train_events_total", "event"), "{{event}}"),
+        ).min(0)
+    )
+
+
+def _memory(built: dashboard.Dashboard) -> None:
+    built.with_row(row("Memory and devices"))
+    built.with_panel(
+        curves(
+            Look("Resident memory", "Of each worker's process.", "bytes"),
+            Query(_of("dist_train_worker_resident_memory_bytes", "worker"), "{{worker}}"),
+        ).min(0)
+    )
+    built.with_panel(
+        curves(
+            Look(
+                "Device memory",
+                "Held by each worker, and the most that it has held. Nothing without a device.",
+                "bytes",
+            ),
+            Query(_of("dist_train_worker_device_memory_bytes", "worker"), "{{worker}}"),
+            Query(_of("dist_train_worker_device_memory_peak_bytes", "worker"), "{{worker}}, most"),
+        ).min(0)
+    )
+    built.with_panel(
+        curves(
+            Look(
+                "Device utilization",
+                "Share of time that the device was at work. Nothing where NVML is not there.",
+                "percentunit",
+            ),
+            Query(_of("dist_train_worker_device_utilization_ratio", "worker"), "{{worker}}"),
+        )
+        .min(0)
+        .max(1)
+    )

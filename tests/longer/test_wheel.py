@@ -1,0 +1,90 @@
+"""The wheel has what an installed program needs, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ("configs", "studies", "launch", "slurm")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the wheel made of the source distribution, as a package index would have both."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for path in ROOT.iterdir():
+        # Not what was made here: environments, runs, data.
+        if path.name in {"tests", "benchmarks", "docs", "docker", "dist_train", *SHIPPED}:
+            shutil.copytree(path, source / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif path.is_file():
+            shutil.copy(path, source)
+    build = "from setuptools import build_meta; build_meta.build_sdist('dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    [sdist] = (source / "dist").iterdir()
+    pip("wheel", "--no-build-isolation", "--wheel-dir", str(folder / "wheels"), str(sdist))
+    [made] = (folder / "wheels").iterdir()
+    return made
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("installed")
+    pip("install", "--target", str(target), str(wheel))
+    return target
+
+
+def pip(*words: str) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *words, "--no-deps", "--no-index"]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def run(installed: Path, *words: str) -> str:
+    """Return what the installed program prints; its folder is empty but for itself."""
+    command = [sys.executable, "-m", "dist_train", *words]
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    return subprocess.run(command, cwd=installed, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+def test_the_wheel_holds_the_package_and_the_shipped_files_alone(wheel: Path) -> None:
+    package = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "dist_train").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    shipped = {
+        f"dist_train/share/{path.relative_to(ROOT)}" for folder in SHIPPED for path in (ROOT / folder).iterdir()
+    } - {"dist_train/share/launch/demo.sh"}
+    names = set(ZipFile(wheel).namelist())
+    assert {name for name in names if ".dist-info/" not in name} == package | shipped
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+def test_a_shipped_configuration_is_found_by_its_name(installed: Path, config: str) -> None:
+    assert run(installed, "config", "check", f"dist_train:configs/{config}")
+
+
+def test_a_shipped_study_finds_its_base(installed: Path) -> None:
+    assert run(installed, "sweep", "dist_train:studies/smoke.yaml", "--list")
+
+
+def test_shipped_scripts_can_be_run(installed: Path) -> None:
+    script = Path(run(installed, "config", "path", "dist_train:launch/local.sh").strip())
+    assert script == installed / "dist_train/share/launch/local.sh"
+    assert "usage" in subprocess.run([script, "--help"], check=True, capture_output=True, text=True).stdout
+
+
+def test_a_submitted_script_sources_the_installed_prologue(installed: Path) -> None:
+    share = installed / "dist_train/share"
+    script = run(installed, "submit", "dist_train:configs/demo.yaml", "--dry-run")
+    assert f"\nroot={share}\n" in script
+    assert f"train {share}/configs/demo.yaml " in script
+    assert (share / "slurm/prologue.sh").is_file()
