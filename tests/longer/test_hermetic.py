@@ -28,8 +28,8 @@ pytestmark = [pytest.mark.lengthy, pytest.mark.timeout(3600)]
 
 
 def files_of(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return the size and the time of the last change of each file below `folder`."""
-    found = {path: path.lstat() for path in folder.rglob("*") if not path.is_dir()}
+    """Return the size and the time of the last change of each file below `folder`, but for Python's own bytecode."""
+    found = {path: path.lstat() for path in folder.rglob("*") if path.suffix != ".pyc" and not path.is_dir()}
     return {str(path.relative_to(folder)): (status.st_size, status.st_mtime_ns) for path, status in found.items()}
 
 

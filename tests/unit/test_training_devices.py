@@ -13,7 +13,7 @@ from dist_train.cluster.workers import PeerFailedError
 from dist_train.config import Config
 from dist_train.config.continuation import with_device
 from dist_train.config.sections import Device
-from dist_train.outcome import ExitCode, UsageError
+from dist_train.outcome import UsageError
 from dist_train.training.devices import (
     GpuSigns,
     Seat,
@@ -29,7 +29,6 @@ from dist_train.training.devices import (
     why_no_gpu,
 )
 from dist_train.training.facts import device_in_words
-from tests.launching import launch, small_settings, status, write_config
 from tests.unit.simulated_workers import results
 
 CPU_BUILD = TorchGpus("2.13.0+cpu", "", 0)
@@ -212,30 +211,3 @@ def test_a_run_on_the_cpu_says_why_where_torch_is_built_for_gpus(monkeypatch: py
     assert why_no_gpu(GpuSigns(("SLURM_JOB_GPUS=0",))) == ""
     monkeypatch.setattr(torch.version, "cuda", None)
     assert why_no_gpu(NOTHING) == ""
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and torch can use it")
-@pytest.mark.parametrize(
-    ("workers", "controller", "sign"),
-    [
-        (1, "alone", {"SLURM_GPUS_ON_NODE": "4"}),
-        (1, "alone", {"CUDA_VISIBLE_DEVICES": "0"}),
-        pytest.param(2, "gloo", {"CUDA_VISIBLE_DEVICES": "0,1"}, marks=pytest.mark.workers),
-    ],
-)
-def test_a_run_does_not_take_the_cpu_in_place_of_gpus_unasked(
-    workers: int, controller: str, sign: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    config, run = write_config(tmp_path, small_settings(run={"max_steps": 1})), str(tmp_path / "run")
-    refused = launch(workers, controller, "train", config, "--run-dir", run, extra=sign)
-    assert refused.code == (ExitCode.USAGE if controller == "alone" else ExitCode.FAULT), refused.output
-    [name] = sign
-    assert refused.output.count(f"({name}={sign[name]}), but torch cannot use any: ") == 1, refused.output
-    found = status(tmp_path / "run")
-    assert (found["state"], found["exit_code"]) == ("failed", ExitCode.USAGE)
-    taken = launch(workers, controller, "train", config, "run.device=cpu", "--run-dir", run, extra=sign)
-    assert taken.code == 0, taken.output
-    # a run that began on the CPU goes on there
-    resumed = launch(workers, controller, "train", config, "--run-dir", run, extra=sign)
-    assert resumed.code == 0, resumed.output
