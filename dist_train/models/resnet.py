@@ -6,7 +6,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from dist_train.config import ImageFormat
 from dist_train.models.norms import NormFactory
@@ -15,6 +16,17 @@ from dist_train.models.width import scaled
 _STAGES = (64, 128, 256, 512)
 _SMALL = 64
 """Images of up to so many pixels a side keep their size through the stem, as is usual for CIFAR."""
+
+_FEWEST_CHANNELS = 8
+"""With fewer, torch 2.13's backward pass of a strided 1x1 convolution in channels-last layout corrupts the heap."""
+
+
+class _StridedPointwise(nn.Conv2d):
+    """A 1x1 convolution that leaves out pixels before it computes, instead of computing with a stride."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows, columns = self.stride
+        return functional.conv2d(input[:, :, ::rows, ::columns], self.weight)
 
 
 def resnet18(images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
@@ -52,7 +64,8 @@ def _resnet(
         stride = 1 if stage == 1 else 2
         shortcut = None
         if stride > 1 or channels != outputs:
-            shortcut = nn.Sequential(nn.Conv2d(channels, outputs, 1, stride, bias=False), norm(outputs))
+            pointwise = nn.Conv2d if channels >= _FEWEST_CHANNELS else _StridedPointwise
+            shortcut = nn.Sequential(pointwise(channels, outputs, 1, stride, bias=False), norm(outputs))
         first = block(channels, planes[stage - 1], stride, shortcut, norm_layer=norm)
         others = [block(outputs, planes[stage - 1], norm_layer=norm) for _ in range(depth - 1)]
         layers[f"layer{stage}"] = nn.Sequential(first, *others)

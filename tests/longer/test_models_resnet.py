@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -64,3 +66,24 @@ def test_drawing_the_initial_weights_moves_no_global_generator() -> None:
     torch.manual_seed(7)
     again = build("resnet18", width=0.0625).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_narrow_network_s_strided_shortcuts_compute_what_torch_s_would() -> None:
+    """In a process of its own: where torch 2.13 is left to do it, the heap is corrupted, sooner or later."""
+    model = build("resnet18", (3, 16, 16), width=0.03125, norm="none")
+    shortcut = model.get_submodule("layer2.0.downsample.0")
+    images = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    reference = nn.functional.conv2d(images, shortcut.get_parameter("weight"), None, 2)
+    torch.testing.assert_close(shortcut(images), reference)
+    script = """
+import torch
+from dist_train.config import parse_config
+from dist_train.models import build_model
+sections = {"data": {"name": "synthetic"}, "model": {"name": "resnet18", "width": 0.03125, "norm": "none"}}
+model = build_model(parse_config(sections, source="test"))
+for _ in range(20):
+    images = torch.randn(8, *model[0].weight.shape[1:2], 8, 8).to(memory_format=torch.channels_last)
+    model(images).square().sum().backward()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
