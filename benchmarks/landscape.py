@@ -83,11 +83,11 @@ def main() -> None:
     points = [Point(0, alpha) for alpha in axis(-1.0, 1.0, int(sys.argv[1]))]
     with closing(PointEvaluator(model, [data], [], Compute(torch.device("cpu"), torch.float32))) as evaluator:
         evaluator.evaluate(walk.at(points[0]))
-        workers.together(lambda: None, "begin")
+        workers.run_on_all_ranks(lambda: None, "begin")
         begun = time.perf_counter()
         for point in deal(points, workers.rank, workers.size):
             evaluator.evaluate(walk.at(point))
-        workers.together(lambda: None, "end")
+        workers.run_on_all_ranks(lambda: None, "end")
     if workers.rank == 0:
         tell(time.perf_counter() - begun)
 

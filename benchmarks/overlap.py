@@ -16,7 +16,7 @@ from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, ratio_of, timed
 from dist_train.cluster.joining import join_workers
 from dist_train.cluster.workers import Workers
-from dist_train.training.reduction import ExactCodec, GradientReduction, buckets_of
+from dist_train.training.reduction import ExactAccumulator, GradientReduction, buckets_of
 from dist_train.training.trainer import Trainer
 
 _BUCKET = 1 << 20
@@ -45,9 +45,9 @@ def summed_afterwards(trainer: Trainer) -> None:
     """Let `trainer` sum its gradients after the backward pass, exactly as before."""
     step = trainer.take_step
     step.reduction.close()
-    codec = ExactCodec(step.weights, trainer.workers, len(trainer.plan.micro_batches))
+    accumulator = ExactAccumulator(step.weights, trainer.workers, len(trainer.plan.micro_batches))
     trainer.take_step = replace(
-        step, reduction=SummedAfterwards(step.weights, codec, buckets_of(step.weights, _BUCKET))
+        step, reduction=SummedAfterwards(step.weights, accumulator, buckets_of(step.weights, _BUCKET))
     )
 
 

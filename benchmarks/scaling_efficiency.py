@@ -25,18 +25,18 @@ def efficiency_rows(work: Work, rounds: int) -> Iterator[Ratio]:
     """Yield the strong and the weak row of `work`, and that against two programs; a ratio of 1: an efficiency of 1."""
     two = replace(work, workers=2)
     half = replace(work, batch=work.batch // 2)
-    strong, weak, together = [], [], []
+    strong, weak, run_on_all_ranks = [], [], []
     for _ in range(rounds):
         on_two = seconds_of(OURS, two)
         strong.append((on_two, seconds_of(OURS, work) / 2))
         weak.append((on_two, seconds_of(OURS, half)))
-        together.append((on_two, _side_by_side(half)))
+        run_on_all_ranks.append((on_two, _side_by_side(half)))
     title = f"width {work.width:g}, batch {work.batch}"
     yield ratio_of(f"strong scaling, {title}", "2 workers", "half of 1's", strong, BAR, images=work.batch)
     small = f"1 worker, batch {half.batch}"
     yield ratio_of(f"weak scaling, {title}", "2 workers", small, weak, BAR, images=work.batch)
     apart = f"2 programs side by side, batch {half.batch} each"
-    yield ratio_of(f"working together, {title}", "2 workers", apart, together, BAR, images=work.batch)
+    yield ratio_of(f"working together, {title}", "2 workers", apart, run_on_all_ranks, BAR, images=work.batch)
 
 
 def _side_by_side(work: Work) -> float:

@@ -26,7 +26,7 @@ import torch
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import timed
 from dist_train.cluster.joining import join_workers
-from dist_train.cluster.workers import Workers, share_text
+from dist_train.cluster.workers import Workers, broadcast_str
 
 CONTROLLERS = ("mpi", "gloo")
 CYCLE_MILLISECONDS = {"mpi": 1.0, "gloo": 5.0}
@@ -204,11 +204,11 @@ def _allreduces(workers: Workers) -> Iterator[dict[str, object]]:
 
 
 def _sum(workers: Workers, tensor: torch.Tensor, name: str) -> None:
-    workers.start_sum(tensor, name).wait()
+    workers.allreduce_async(tensor, name).wait()
 
 
 def _steps(workers: Workers, updates: int, width: float, global_size: int) -> dict[str, object]:
-    folder = Path(share_text(workers, tempfile.mkdtemp(), "folder"))
+    folder = Path(broadcast_str(workers, tempfile.mkdtemp(), "folder"))
     sections = {**QUIET, "batch": {"micro_size": MICRO_SIZE}, "noise": {"method": "smoothout", "amplitude": 1e-4}}
     trainer = open_trainer(settings(width, global_size, **sections), workers, folder / "run")
     trainer.advance()

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dist_train.cluster.workers import Workers, share_text
+from dist_train.cluster.workers import Workers, broadcast_str
 
 
 @contextmanager
 def shared_folder(workers: Workers) -> Iterator[Path]:
     """Yield the folder, the same for all `workers`; after the block they wait for each other."""
     made = tempfile.mkdtemp() if workers.rank == 0 else ""
-    folder = Path(share_text(workers, made, "folder"))
+    folder = Path(broadcast_str(workers, made, "folder"))
     yield folder
     workers.barrier()
     if workers.rank == 0:

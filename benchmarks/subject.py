@@ -9,7 +9,7 @@ from typing import Any
 from dist_train.cluster.workers import Workers
 from dist_train.config import Config, parse_config
 from dist_train.training.assembly import assemble
-from dist_train.training.beginning import Beginning
+from dist_train.training.resume_point import ResumePoint
 from dist_train.training.run_directory import RunDirectory
 from dist_train.training.session import open_session
 from dist_train.training.stop_requests import StopRequests
@@ -45,5 +45,5 @@ def open_trainer(config: Config, workers: Workers, directory: Path) -> Trainer:
     run.create()
     session = open_session(config, run, workers)
     trainer = assemble(config, None, run, workers, session, StopRequests())
-    session.begin(trainer, Beginning(config))
+    session.begin(trainer, ResumePoint(config))
     return trainer

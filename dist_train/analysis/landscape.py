@@ -78,17 +78,19 @@ def make_landscape(request: Request, workers: PointWorkers, report: Report) -> F
         UsageError: checkpoints, data or settings do not fit; the folder cannot be written.
     """
     settings = request.settings
-    stored = workers.together(lambda: [read_stored(target) for target in request.targets], "read the checkpoints")
+    stored = workers.run_on_all_ranks(
+        lambda: [read_stored(target) for target in request.targets], "read the checkpoints"
+    )
 
     def opened() -> tuple[Subject, _Course]:
         subject = open_subject(stored[0], request.overrides, settings.measure, local_rank=workers.local_rank)
         return subject, _course(settings, stored, subject)
 
-    subject, course = workers.together(opened, "open the checkpoints and their data")
+    subject, course = workers.run_on_all_ranks(opened, "open the checkpoints and their data")
     checkpoints = [checkpoint.record() for checkpoint in course.checkpoints]
     identity = Identity(settings.kind, checkpoints, {**settings.record(), **subject.record()})
     folder = LandscapeFolder(request.output or analysis_folder(stored[0].path), identity)
-    was_there = workers.together(lambda: workers.rank == 0 and _begin(folder), "begin the result")
+    was_there = workers.run_on_all_ranks(lambda: workers.rank == 0 and _begin(folder), "begin the result")
     if not workers.share(was_there):
         _measure_all(folder, subject, course, workers, request.threads, report)
     if workers.rank != 0:
@@ -179,7 +181,7 @@ def _measure_all(
                 kept.add(*rows[-1])
         return rows
 
-    rows = workers.collect(workers.together(measured, "evaluate its points"))
+    rows = workers.collect(workers.run_on_all_ranks(measured, "evaluate its points"))
     if workers.rank == 0:
         folder.write_points(course.points, {**finished, **dict(rows)})
         folder.forget_partial()

@@ -18,7 +18,7 @@ from dist_train.analysis.point_evaluation import Batch, place_of
 from dist_train.config import Config
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
-from dist_train.data.source import SampleSource, Splits, Wanted
+from dist_train.data.source import BatchRequest, SampleSource, Splits
 from dist_train.models import build_model
 from dist_train.models.norms import norm_modules
 from dist_train.outcome import UsageError
@@ -190,7 +190,7 @@ def _subset(samples: SampleSource, wanted: int | None, seed: int) -> torch.Tenso
 def _batches(samples: SampleSource, indices: torch.Tensor, batch_size: int) -> list[Batch]:
     cut = BatchPlan(len(indices), batch_size).micro_batches
     parts = [indices[batch.start : batch.stop] for batch in cut]
-    samples.expect(Wanted(part, None) for part in parts)
+    samples.prefetch(BatchRequest(part, None) for part in parts)
     return [samples.unaugmented(part) for part in parts]
 
 

@@ -18,7 +18,7 @@ from dist_train.config import Config
 from dist_train.data.catalog import load_images
 from dist_train.data.image_folder import list_split, training_subset
 from dist_train.data.loader import open_splits
-from dist_train.data.source import SampleSource, Wanted
+from dist_train.data.source import BatchRequest, SampleSource
 from dist_train.data.subset import balanced_choice
 from dist_train.models.norms import norm_modules
 from dist_train.outcome import DivergedError, UsageError
@@ -61,7 +61,7 @@ def open_stored_subset(stored: Stored, settings: SharpnessSettings, overrides: S
         if settings.statistics == "recomputed":
             _recompute(model, splits.train, config, compute)
         parts = cut(chosen, settings.batch_size)
-        splits.train.expect(Wanted(part, None) for part in parts)
+        splits.train.prefetch(BatchRequest(part, None) for part in parts)
         batches = tuple(map(splits.train.unaugmented, parts))
     model.train(settings.statistics == "batch")
     checkpoint = MeasuredCheckpoint(path=str(stored.path), sha256=stored.sha256, step=stored.contents.step)

@@ -34,10 +34,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _check(arguments: argparse.Namespace) -> int:
     from dist_train.config import load_config
-    from dist_train.config.idle import idle_settings
+    from dist_train.config.unused import unused_settings
 
     config = load_config(arguments.config, arguments.overrides)
-    for sentence in idle_settings(config):
+    for sentence in unused_settings(config):
         print(f"dist-train: warning: {sentence}", file=sys.stderr)
     print(f"{arguments.config}: fine")
     return ExitCode.FINISHED

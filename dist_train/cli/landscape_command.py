@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dist_train.outcome import ExitCode
 
     workers = join_points()
-    request = workers.together(lambda: _request(arguments), "read the options")
+    request = workers.run_on_all_ranks(lambda: _request(arguments), "read the options")
     report = _Progress(workers.size).report if workers.rank == 0 else _silent
     finished = make_landscape(request, workers, report)
     if finished is not None:

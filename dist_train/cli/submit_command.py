@@ -38,8 +38,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(arguments: argparse.Namespace) -> int:
     """Check, show, submit. Raises UsageError and ConfigError before anything reaches the queue."""
     from dist_train.config import load_config
-    from dist_train.config.idle import idle_settings
     from dist_train.config.loading import located
+    from dist_train.config.unused import unused_settings
     from dist_train.study.submission import Submission, describe_batch, project_root, write_script
 
     config = load_config(arguments.config, arguments.overrides)
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         options=tuple(arguments.sbatch_options),
     )
     plan = describe_batch(config, submission.workers)
-    for sentence in idle_settings(config):
+    for sentence in unused_settings(config):
         print(f"dist-train: warning: {sentence}", file=sys.stderr)
     # What a dry run prints can be piped into a file, and is then the script alone.
     print("\n".join(plan), file=sys.stderr if arguments.dry_run else sys.stdout)

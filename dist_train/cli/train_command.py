@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     faulthandler.enable(file=_STANDARD_ERROR)
     with without_collection():
         from dist_train.config import load_config
-        from dist_train.config.idle import idle_settings
+        from dist_train.config.unused import unused_settings
 
         config = load_config(arguments.config, arguments.overrides)
 
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     ask_for_large_pages()
     if current_launch().rank == 0:
-        for sentence in idle_settings(config):
+        for sentence in unused_settings(config):
             print(f"dist-train: warning: {sentence}", file=sys.stderr)
     try:
         train(config, arguments.run_dir)

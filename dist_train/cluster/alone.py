@@ -23,11 +23,11 @@ class Alone:
     local_size = 1
     controller = "alone"
 
-    def start_sum(self, tensor: torch.Tensor, name: str) -> Pending:
+    def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Leave `tensor` as it is."""
         return _Done()
 
-    def start_adasum(self, tensor: torch.Tensor, name: str) -> Pending:
+    def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Leave `tensor` as it is."""
         return _Done()
 

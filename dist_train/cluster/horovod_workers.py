@@ -38,11 +38,11 @@ class HorovodWorkers:
         self.local_size: int = self._hvd.local_size()
         self.controller = "mpi" if self._hvd.mpi_enabled() else "gloo"
 
-    def start_sum(self, tensor: torch.Tensor, name: str) -> Pending:
+    def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Start to replace the contiguous `tensor` by its sum over all workers."""
         return self._start(lambda: self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum))
 
-    def start_adasum(self, tensor: torch.Tensor, name: str) -> Pending:
+    def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Start to replace `tensor` by its Adasum over all workers."""
         return self._start(lambda: self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Adasum))
 
@@ -52,7 +52,7 @@ class HorovodWorkers:
 
     def barrier(self) -> None:
         """Wait for all workers."""
-        self.start_sum(torch.zeros(1, dtype=torch.int64), "barrier").wait()
+        self.allreduce_async(torch.zeros(1, dtype=torch.int64), "barrier").wait()
 
     def start_timeline(self, path: Path) -> None:
         """Start to write Horovod's timeline to `path`, on worker 0; one that the user has asked for goes on instead."""

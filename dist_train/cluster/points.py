@@ -25,7 +25,7 @@ class PointWorkers(Place, Protocol):
     def collect(self, values: Sequence[Value]) -> list[Value]:
         """Return the values of all workers, one worker after the other, on worker 0; nothing on the others."""
 
-    def together(self, action: Callable[[], Value], name: str) -> Value:
+    def run_on_all_ranks(self, action: Callable[[], Value], name: str) -> Value:
         """Return `action()`; when it fails on some workers, fail on all, after all have tried.
 
         Raises:
@@ -49,7 +49,7 @@ class AlonePoints:
         """Return `values`."""
         return list(values)
 
-    def together(self, action: Callable[[], Value], name: str) -> Value:
+    def run_on_all_ranks(self, action: Callable[[], Value], name: str) -> Value:
         """Return `action()`."""
         return action()
 
@@ -75,7 +75,7 @@ class MpiPoints:
         collected: list[Sequence[Value]] | None = self._communicator.gather(values, root=0)
         return [value for part in collected or () for value in part]
 
-    def together(self, action: Callable[[], Value], name: str) -> Value:
+    def run_on_all_ranks(self, action: Callable[[], Value], name: str) -> Value:
         """Return `action()`; when it fails on some workers, fail on all, after all have tried."""
         failure: Exception | None = None
         try:

@@ -29,7 +29,7 @@ _FAREWELL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Seat:
+class Endpoint:
     """A worker's place among the `size` of a launch; `paths` are worker 0's addresses as this worker may use them."""
 
     token: bytes
@@ -49,9 +49,11 @@ class Watch:
     `is_found` is false where worker 0 has told this one.
     """
 
-    def __init__(self, seat: Seat, datagrams: socket.socket, timeout: float, lost: Callable[[str, bool], None]) -> None:
+    def __init__(
+        self, endpoint: Endpoint, datagrams: socket.socket, timeout: float, lost: Callable[[str, bool], None]
+    ) -> None:
         """Start; the socket is this object's from now on. `timeout` is in seconds."""
-        self._seat = seat
+        self._endpoint = endpoint
         self._datagrams = datagrams
         self._timeout = timeout
         self._beat = min(_LONGEST_BEAT, timeout / _BEATS_IN_TIMEOUT)
@@ -72,7 +74,7 @@ class Watch:
 
     def await_answer(self, seconds: float) -> bool:
         """Return whether worker 0 and this worker have found each other."""
-        if self._seat.is_first:
+        if self._endpoint.is_first:
             return True
         with self._changed:
             return self._changed.wait_for(lambda: self._path is not None, seconds)
@@ -100,7 +102,7 @@ class Watch:
 
     def tell_others(self, message: str) -> None:
         """Let all others end with `message`; only worker 0 knows how to reach them. For the thread in `lost`."""
-        if self._seat.is_first:
+        if self._endpoint.is_first:
             for rank in self._attendance.present:
                 self._send(Datagram(Kind.LOST, 0, text=message), self._addresses[rank])
 
@@ -134,12 +136,12 @@ class Watch:
 
     def _rest(self) -> float:
         """Return the seconds for which to let lie what comes: none while workers wait to be met."""
-        have_met = len(self._places) == self._seat.size - 1 if self._seat.is_first else self._path is not None
+        have_met = len(self._places) == self._endpoint.size - 1 if self._endpoint.is_first else self._path is not None
         return _REST_SECONDS if have_met else 0.0
 
     def _tick(self, now: float) -> float:
         """Beat, and return the seconds to the next."""
-        if self._seat.is_first:
+        if self._endpoint.is_first:
             return self._beat
         self._send_up(Kind.BEAT, now)
         return _SEARCH_SECONDS if self._path is None else self._beat
@@ -157,15 +159,15 @@ class Watch:
     def _send_up(self, kind: Kind, now: float) -> None:
         """Send to worker 0: where it has answered, else to all its addresses."""
         searching = self._is_searching(now)
-        for number, path in enumerate(self._seat.paths):
+        for number, path in enumerate(self._endpoint.paths):
             if path is not None and (searching or number == self._path):
-                self._send(Datagram(kind, self._seat.rank, number, self._place), path)
+                self._send(Datagram(kind, self._endpoint.rank, number, self._place), path)
 
     def _answer_calls(self) -> None:
         if not self._is_calling:
             return
         self._is_calling = False
-        if not self._seat.is_first:
+        if not self._endpoint.is_first:
             self._send_up(Kind.BEAT, time.monotonic())
             return
         for rank in self._attendance.present:
@@ -179,14 +181,14 @@ class Watch:
                     data, source = self._datagrams.recvfrom(LARGEST)
                 except BlockingIOError:
                     break
-                datagram = decode(self._seat.token, data)
-                if datagram is not None and datagram.rank < self._seat.size:
+                datagram = decode(self._endpoint.token, data)
+                if datagram is not None and datagram.rank < self._endpoint.size:
                     self._take(datagram, source[:2])
             self._changed.notify_all()
 
     def _take(self, datagram: Datagram, source: Address) -> None:
         now, rank, kind = time.monotonic(), datagram.rank, datagram.kind
-        if self._seat.is_first == (rank == 0):
+        if self._endpoint.is_first == (rank == 0):
             return  # worker 0 hears the others, the others hear worker 0
         match kind:
             case Kind.BEAT:
@@ -194,7 +196,7 @@ class Watch:
                 self._addresses[rank] = source
                 self._send(Datagram(Kind.ANSWER, 0, datagram.path, self._place), source)
             case Kind.ANSWER:
-                if self._is_searching(now) and datagram.path < len(self._seat.paths):
+                if self._is_searching(now) and datagram.path < len(self._endpoint.paths):
                     self._path = datagram.path
                 self._answered = now
                 self._hear(datagram, now)
@@ -205,7 +207,7 @@ class Watch:
                 if kind is Kind.FAIL and rank in self._places:
                     self._attendance.fail(rank, now)
                 self._attendance.leave(rank)
-                self._send(Datagram(Kind.FAREWELL, self._seat.rank), source)
+                self._send(Datagram(Kind.FAREWELL, self._endpoint.rank), source)
             case Kind.FAREWELL:
                 self._attendance.leave(rank)
             case Kind.LOST:
@@ -223,9 +225,9 @@ class Watch:
         """Say goodbye until all have heard it, or cannot be reached."""
         selector.unregister(self._wake)
         for _ in range(_FAREWELLS):
-            if not self._seat.is_first:
+            if not self._endpoint.is_first:
                 self._send_up(parting, time.monotonic())
-            for rank in self._attendance.present if self._seat.is_first else ():
+            for rank in self._attendance.present if self._endpoint.is_first else ():
                 self._send(Datagram(parting, 0), self._addresses[rank])
             if not self._attendance.present:
                 return
@@ -236,4 +238,4 @@ class Watch:
 
     def _send(self, datagram: Datagram, address: Address) -> None:
         with suppress(OSError):  # as good as lost on the way: the next beat, or the silence, tells
-            self._datagrams.sendto(encode(self._seat.token, datagram), address)
+            self._datagrams.sendto(encode(self._endpoint.token, datagram), address)

@@ -21,8 +21,8 @@ from types import TracebackType
 
 from dist_train.cluster.addresses import open_datagrams, own_addresses, reachable_from
 from dist_train.cluster.heartbeats import TOKEN_BYTES, Kind
-from dist_train.cluster.watch import Seat, Watch
-from dist_train.cluster.workers import Workers, gather, share_text
+from dist_train.cluster.watch import Endpoint, Watch
+from dist_train.cluster.workers import Workers, broadcast_str, gather
 from dist_train.outcome import ExitCode, UsageError, exit_code_of
 
 SHORTEST_TIMEOUT = 3.0
@@ -93,14 +93,14 @@ def start_watchdog(
             f"set {SHORTEST_TIMEOUT:g} or more, or keep the 60 s"
         )
     datagrams = open_datagrams()
-    seat = _seat(workers, datagrams)
+    endpoint = _endpoint(workers, datagrams)
 
     def lost(message: str, is_found: bool) -> None:
         _within(_TELLING_SECONDS, lambda: _tell(message, is_found, on_loss))
         watch.tell_others(message)
         end()
 
-    watch = Watch(seat, datagrams, timeout, lost)
+    watch = Watch(endpoint, datagrams, timeout, lost)
     met = watch.await_answer(min(_MEETING_SECONDS, timeout / 2))
     unmet = [rank for rank, (missed,) in enumerate(gather(workers, [not met], "watchdog.met")) if missed]
     if unmet and workers.rank == 0:
@@ -111,14 +111,14 @@ def start_watchdog(
     return Watchdog(watch)
 
 
-def _seat(workers: Workers, datagrams: socket.socket) -> Seat:
+def _endpoint(workers: Workers, datagrams: socket.socket) -> Endpoint:
     """Return this worker's place, with the token and the addresses that worker 0 chooses."""
     port = datagrams.getsockname()[1]
     text = json.dumps([secrets.token_hex(TOKEN_BYTES), port, own_addresses()])
-    token, port, addresses = json.loads(share_text(workers, text, "watchdog.address"))
+    token, port, addresses = json.loads(broadcast_str(workers, text, "watchdog.address"))
     reachable = (reachable_from(datagrams, address) for address in addresses)
     paths = tuple(None if address is None else (address, port) for address in reachable)
-    return Seat(bytes.fromhex(token), workers.rank, workers.size, paths)
+    return Endpoint(bytes.fromhex(token), workers.rank, workers.size, paths)
 
 
 def _tell(message: str, is_found: bool, on_loss: Callable[[str], None]) -> None:

@@ -55,10 +55,10 @@ class Workers(Place, Protocol):
     def controller(self) -> str:
         """What carries the group: alone, mpi or gloo."""
 
-    def start_sum(self, tensor: torch.Tensor, name: str) -> Pending:
+    def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Start to replace the contiguous `tensor` by its sum over all workers."""
 
-    def start_adasum(self, tensor: torch.Tensor, name: str) -> Pending:
+    def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Start to replace `tensor` by its Adasum over all workers (arXiv 2006.02924)."""
 
     def broadcast(self, tensor: torch.Tensor, name: str) -> None:
@@ -81,12 +81,12 @@ def gather(workers: Workers, values: Sequence[int], name: str) -> list[list[int]
     """Return every worker's `values` (64-bit integers, as many on each), in the order of the workers."""
     slots = torch.zeros(workers.size, len(values), dtype=torch.int64)
     slots[workers.rank] = torch.tensor(values, dtype=torch.int64)
-    workers.start_sum(slots, name).wait()
+    workers.allreduce_async(slots, name).wait()
     gathered: list[list[int]] = slots.tolist()
     return gathered
 
 
-def share_text(workers: Workers, text: str, name: str) -> str:
+def broadcast_str(workers: Workers, text: str, name: str) -> str:
     """Return worker 0's `text`; what the others pass is not used."""
     encoded = torch.tensor(list(text.encode()), dtype=torch.int64)
     length = torch.tensor([len(encoded)], dtype=torch.int64)
@@ -98,7 +98,7 @@ def share_text(workers: Workers, text: str, name: str) -> str:
     return bytes(encoded.tolist()).decode()
 
 
-def together(workers: Workers, action: Callable[[], Result], name: str) -> Result:
+def run_on_all_ranks(workers: Workers, action: Callable[[], Result], name: str) -> Result:
     """Return `action()`; when it fails on some workers, fail on all, so that none waits for ever.
 
     The first of those that failed raises its own error, so that it is reported once.

@@ -39,7 +39,7 @@ class Order:
 class Decoder(Protocol):
     """Decodes batches; what is announced may be done ahead."""
 
-    def expect(self, orders: Iterable[Order]) -> None:
+    def prefetch(self, orders: Iterable[Order]) -> None:
         """Hear what will be fetched next, in this order, in place of what was announced before."""
 
     def fetch(self, order: Order, out: Tensor) -> None:
@@ -53,10 +53,10 @@ class Decoder(Protocol):
         """End the processes, if there are any; may be called again."""
 
 
-class DecodingHere:
+class InProcessDecoder:
     """Decodes in the calling process when asked."""
 
-    def expect(self, orders: Iterable[Order]) -> None:
+    def prefetch(self, orders: Iterable[Order]) -> None:
         """Do nothing."""
 
     def fetch(self, order: Order, out: Tensor) -> None:
@@ -113,7 +113,7 @@ class LoaderProcesses:
         """The processes that run."""
         return [process.pid for process in self._processes]
 
-    def expect(self, orders: Iterable[Order]) -> None:
+    def prefetch(self, orders: Iterable[Order]) -> None:
         """Hear what will be fetched next, and have it begun.
 
         Raises:
@@ -135,7 +135,7 @@ class LoaderProcesses:
     def fetch(self, order: Order, out: Tensor) -> None:
         """Return when the batch is in `out`."""
         if not any(batch.order.key == order.key for batch in self._batches):
-            self.expect([order])
+            self.prefetch([order])
         while self._batches[0].order.key != order.key:
             self._forget(self._batches.popleft())
         for part in self._batches[0].parts:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from dist_train.config import DataSettings
-from dist_train.data.decoders import Decoder, DecodingHere, LoaderProcesses, Order
+from dist_train.data.decoders import Decoder, InProcessDecoder, LoaderProcesses, Order
 from dist_train.data.decoding import CHANNELS, DRAWS
 from dist_train.data.image_folder import Listing, check_same_classes, list_split, training_subset
 from dist_train.data.loader_process import Work
 from dist_train.data.pixels import PixelFormat, statistics_of_parts
-from dist_train.data.source import Splits, Wanted
+from dist_train.data.source import BatchRequest, Splits
 from dist_train.data.transfer import move, staging_buffer
 from dist_train.outcome import FaultError, UsageError
 from dist_train.randomness import key, uniform
@@ -52,36 +52,36 @@ class FolderSamples:
 
     def micro_batch(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """Return augmented inputs [n, C, H, W] and labels int64 [n] for `indices`, int64 [n] on the CPU."""
-        return self._fetch(Wanted(indices, epoch))
+        return self._fetch(BatchRequest(indices, epoch))
 
     def unaugmented(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return inputs and labels of `indices`, int64 [n] on the CPU, not augmented."""
-        return self._fetch(Wanted(indices, None))
+        return self._fetch(BatchRequest(indices, None))
 
     def plain(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return inputs and labels of the samples `start` to `stop` (exclusive), not augmented."""
         return self.unaugmented(torch.arange(start, stop))
 
-    def expect(self, batches: Iterable[Wanted]) -> None:
+    def prefetch(self, batches: Iterable[BatchRequest]) -> None:
         """Have the loader processes begin what will be asked for next."""
-        self._decoder.expect(map(self._order, batches))
+        self._decoder.prefetch(map(self._order, batches))
 
     def close(self) -> None:
         """End the loader processes, also for those who share them."""
         self._decoder.close()
 
-    def decoded(self, wanted: Wanted) -> Tensor:
+    def decoded(self, wanted: BatchRequest) -> Tensor:
         """Return images as bytes, uint8 [n, C, H, W], ready to be copied to the device."""
         images = staging_buffer((wanted.indices.numel(), *self.shape), torch.uint8, self._device)
         self._decoder.fetch(self._order(wanted), images)
         return images
 
-    def _fetch(self, wanted: Wanted) -> tuple[Tensor, Tensor]:
+    def _fetch(self, wanted: BatchRequest) -> tuple[Tensor, Tensor]:
         images = self.decoded(wanted).to(self._device, non_blocking=True)
         labels = move(self._listing.labels[wanted.indices], self._device)
         return self._pixels.convert(images), labels
 
-    def _order(self, wanted: Wanted) -> Order:
+    def _order(self, wanted: BatchRequest) -> Order:
         indices = wanted.indices
         epoch = wanted.epoch if self._augments else None
 
@@ -114,7 +114,7 @@ def open_folder(settings: DataSettings, seed: int, device: torch.device, pixels:
     check_same_classes(train_files, test_files)
     train_files = training_subset(train_files, settings.train_size, seed)
     size = settings.image_size
-    decoder: Decoder = LoaderProcesses(settings.loader_workers, size) if settings.loader_workers else DecodingHere()
+    decoder: Decoder = LoaderProcesses(settings.loader_workers, size) if settings.loader_workers else InProcessDecoder()
     if settings.normalize:
         plain = FolderSamples(train_files, decoder, size, torch.device("cpu"))
         try:
@@ -131,6 +131,6 @@ def open_folder(settings: DataSettings, seed: int, device: torch.device, pixels:
 
 def _first_images(samples: FolderSamples, count: int) -> Iterator[Tensor]:
     """Yield the first images, which the seed has shuffled to the front, in parts."""
-    parts = [Wanted(part, None) for part in torch.split(torch.arange(min(count, len(samples))), _STATISTICS_PART)]
-    samples.expect(parts)
+    parts = [BatchRequest(part, None) for part in torch.split(torch.arange(min(count, len(samples))), _STATISTICS_PART)]
+    samples.prefetch(parts)
     return map(samples.decoded, parts)

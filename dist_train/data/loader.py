@@ -14,7 +14,7 @@ from dist_train.data.catalog import load_images
 from dist_train.data.folder_samples import open_folder
 from dist_train.data.images import ImageSet
 from dist_train.data.pixels import PixelFormat, channel_statistics
-from dist_train.data.source import Splits, Wanted
+from dist_train.data.source import BatchRequest, Splits
 from dist_train.data.transfer import move, staging_buffer
 
 _RESIDENT_PART = 4
@@ -60,7 +60,7 @@ class Samples:
         images, labels = self._store.span(start, stop)
         return self._pixels.convert(images), labels
 
-    def expect(self, batches: Iterable[Wanted]) -> None:
+    def prefetch(self, batches: Iterable[BatchRequest]) -> None:
         """Do nothing: all samples are at hand."""
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Wanted:
+class BatchRequest:
     """A micro-batch to come: its samples, int64 [n] on the CPU, and the epoch that augments them (none: plain)."""
 
     indices: Tensor
@@ -39,7 +39,7 @@ class SampleSource(Protocol):
     def plain(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return inputs and labels of the samples `start` to `stop` (exclusive), not augmented."""
 
-    def expect(self, batches: Iterable[Wanted]) -> None:
+    def prefetch(self, batches: Iterable[BatchRequest]) -> None:
         """Hear what will be asked for next, in this order, in place of what was announced before.
 
         It changes when work is done, never a result.

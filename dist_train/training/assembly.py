@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dist_train.cluster.workers import Workers, together
+from dist_train.cluster.workers import Workers, run_on_all_ranks
 from dist_train.config import Config
 from dist_train.config.continuation import with_device, with_micro_size
 from dist_train.data.loader import open_splits
@@ -25,10 +25,10 @@ from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.learning_rate import LearningRate
 from dist_train.optim.noise import Noise, SmoothOut, build_noise
 from dist_train.optim.optimizers import build_optimizer
-from dist_train.training.alike import check_same_data
 from dist_train.training.checkpoint_writer import CheckpointWriter
 from dist_train.training.checkpoints import Contents
 from dist_train.training.compute import Compute, set_up_compute
+from dist_train.training.consistency import check_same_data
 from dist_train.training.devices import share_out_devices
 from dist_train.training.loss_scale import DynamicLossScale, LossScale, NoLossScale
 from dist_train.training.measuring import Measuring, NoMeasuring, WorkerMeasuring, is_measured
@@ -70,24 +70,26 @@ def assemble(
     """
     device = share_out_devices(workers, config.run.device)
     config = with_device(config, "cuda" if device.type == "cuda" else "cpu")
-    compute = together(workers, partial(set_up_compute, config.precision, device), "set up its device")
-    splits = together(workers, lambda: _open_data(config, compute), "load the data")
+    compute = run_on_all_ranks(workers, partial(set_up_compute, config.precision, device), "set up its device")
+    splits = run_on_all_ranks(workers, lambda: _open_data(config, compute), "load the data")
     check_same_data(workers, splits.identity, config.data.name)
     samples = len(splits.train)
-    steps_per_epoch = together(
+    steps_per_epoch = run_on_all_ranks(
         workers, partial(_steps_per_epoch, config.batch.global_size, samples), "plan the batches"
     )
     updates_per_epoch = steps_per_epoch
     if config.schedule.keep_updates:
         base_batch = config.schedule.base_batch
-        updates_per_epoch = together(workers, partial(_steps_per_epoch, base_batch, samples), "plan the updates")
+        updates_per_epoch = run_on_all_ranks(
+            workers, partial(_steps_per_epoch, base_batch, samples), "plan the updates"
+        )
     total_steps = config.run.epochs * updates_per_epoch
 
     network = build_model(config).to(compute.device)
     weights = FlatWeights(network)
     measuring = _measuring(config, compute, weights, workers)
     optimizer = build_optimizer(config.optimizer, weights)
-    progress = together(workers, partial(_restore, contents, network, optimizer), "restore the checkpoint")
+    progress = run_on_all_ranks(workers, partial(_restore, contents, network, optimizer), "restore the checkpoint")
     progress = shared_progress(workers, progress)
     broadcast_state(workers, network, weights, optimizer)
 
@@ -237,7 +239,7 @@ def _reduction(config: Config, weights: FlatWeights, workers: Workers) -> Gradie
     assert config.batch.micro_size != "auto", "decided before"
     plan = BatchPlan(config.batch.global_size, config.batch.micro_size)
     share = partial(share_of, config.model, plan, workers.rank, workers.size)
-    mine = together(workers, share, "share out the micro-batches")
+    mine = run_on_all_ranks(workers, share, "share out the micro-batches")
     build = partial(
         build_reduction,
         config.comm,
@@ -246,7 +248,7 @@ def _reduction(config: Config, weights: FlatWeights, workers: Workers) -> Gradie
         micro_batches=len(plan.micro_batches) * (workers.size if shares_micro_batches(config.model) else 1),
         share=sum(micro_batch.size for micro_batch in mine) / plan.global_size,
     )
-    return together(workers, build, "set up the reduction")
+    return run_on_all_ranks(workers, build, "set up the reduction")
 
 
 def _with_micro_size(

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from dist_train.cluster.inspection import horovod_build
-from dist_train.cluster.workers import Workers, gather, together
+from dist_train.cluster.workers import Workers, gather, run_on_all_ranks
 from dist_train.config.sections import Device
 from dist_train.outcome import UsageError
 
@@ -78,7 +78,7 @@ class Obstacle:
 
 
 @dataclass(frozen=True)
-class Seat:
+class Placement:
     """Where a rank computes: `gpu` is the same number for two ranks of the same GPU, 0 on a CPU.
 
     `visible`: the GPUs that the rank sees; `ranks`: the ranks of its node.
@@ -223,42 +223,42 @@ def share_out_devices(workers: Workers, asked: Device) -> torch.device:
     Raises:
         UsageError: it cannot be so; on all ranks alike.
     """
-    device = together(workers, partial(choose_device, asked, local_rank=workers.local_rank), "use its device")
+    device = run_on_all_ranks(workers, partial(choose_device, asked, local_rank=workers.local_rank), "use its device")
     if workers.size > 1:
         gpu, visible = (_identity(device), torch.cuda.device_count()) if device.type == "cuda" else (0, 0)
         rows = gather(workers, [gpu, visible, workers.local_size], "devices")
-        seats = [Seat(*row) for row in rows]
-        together(workers, partial(check_seats, seats, lambda: horovod_build().nccl), "share out the GPUs")
+        placements = [Placement(*row) for row in rows]
+        run_on_all_ranks(workers, partial(check_seats, placements, lambda: horovod_build().nccl), "share out the GPUs")
     return device
 
 
-def check_seats(seats: Sequence[Seat], has_nccl: Callable[[], bool]) -> None:
+def check_seats(placements: Sequence[Placement], has_nccl: Callable[[], bool]) -> None:
     """Refuse ranks on devices of two kinds, two ranks on one GPU, and GPUs that Horovod cannot reduce on.
 
     Raises:
         UsageError: `seats`, one a rank, are such.
     """
-    without = [str(rank) for rank, seat in enumerate(seats) if not seat.gpu]
-    if len(without) == len(seats):
+    without = [str(rank) for rank, placement in enumerate(placements) if not placement.gpu]
+    if len(without) == len(placements):
         return
     if without:
         raise UsageError(
-            f"rank {', '.join(without)} of {len(seats)} has no GPU, the others have: start all on nodes with GPUs; "
-            f"or {_ON_THE_CPU}"
+            f"rank {', '.join(without)} of {len(placements)} has no GPU, the others have: start all on nodes with "
+            f"GPUs; or {_ON_THE_CPU}"
         )
     owners: dict[int, int] = {}
-    for rank, seat in enumerate(seats):
-        first = owners.setdefault(seat.gpu, rank)
+    for rank, placement in enumerate(placements):
+        first = owners.setdefault(placement.gpu, rank)
         if first != rank:
             raise UsageError(
-                f"ranks {first} and {rank} would share a GPU: their node has {seat.ranks} ranks and "
-                f"{seat.visible} GPU{'s' if seat.visible > 1 else ''} for them. Start at most one rank for each GPU; "
-                f"or {_ON_THE_CPU}"
+                f"ranks {first} and {rank} would share a GPU: their node has {placement.ranks} ranks and "
+                f"{placement.visible} GPU{'s' if placement.visible > 1 else ''} for them. Start at most one rank for "
+                f"each GPU; or {_ON_THE_CPU}"
             )
     if not has_nccl():
         raise UsageError(
-            f"{len(seats)} ranks on GPUs need a Horovod that is built with NCCL: without it the first broadcast never "
-            f"ends. Build it anew (rm -r .venv, then make setup), or start one rank; or {_ON_THE_CPU}"
+            f"{len(placements)} ranks on GPUs need a Horovod that is built with NCCL: without it the first broadcast "
+            f"never ends. Build it anew (rm -r .venv, then make setup), or start one rank; or {_ON_THE_CPU}"
         )
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from dist_train.cluster.workers import Workers
 from dist_train.data.plan import BatchPlan
-from dist_train.data.source import SampleSource, Wanted
+from dist_train.data.source import BatchRequest, SampleSource
 from dist_train.training.compute import Compute
 
 
@@ -52,7 +52,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     share = plan.share(workers.rank, workers.size)
-    samples.expect(Wanted(torch.arange(batch.start, batch.stop), None) for batch in share)
+    samples.prefetch(BatchRequest(torch.arange(batch.start, batch.stop), None) for batch in share)
     with torch.inference_mode(), compute.autocast():
         for batch in share:
             inputs, labels = samples.plain(batch.start, batch.stop)
@@ -63,6 +63,6 @@ def evaluate(
             after_batch()
     model.train(was_training)
     # Every slot is zero but on one worker: a float sum over the workers is exact.
-    workers.start_sum(sums, "evaluation").wait()
+    workers.allreduce_async(sums, "evaluation").wait()
     losses_of_batches, correct = sums.tolist()
     return Evaluation(math.fsum(losses_of_batches) / count, sum(correct) / count, count)

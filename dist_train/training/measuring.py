@@ -95,7 +95,7 @@ class WorkerMeasuring:
         slots[self._workers.rank] = torch.tensor(astuple(mine), dtype=torch.float64)
         if self._norms is not None:
             self._norms.start()
-        pending = self._workers.start_sum(slots, "measurements")
+        pending = self._workers.allreduce_async(slots, "measurements")
         self._started = _Started(step, time.time(), seconds, self._stall_seconds, times, slots, pending)
         self._stall_seconds = 0.0
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional
 
-from dist_train.cluster.workers import Workers, gather, together
+from dist_train.cluster.workers import Workers, gather, run_on_all_ranks
 from dist_train.outcome import UsageError
 from dist_train.training.compute import Compute, is_out_of_memory
 
@@ -27,8 +27,10 @@ def find_micro_size(
         UsageError: not even the smallest fits.
     """
     largest = min(_LARGEST[device.type], max(1, global_size // workers.size))
-    fits = together(workers, lambda: _largest_that_fits(try_size, largest), "fit a micro-batch")
-    return without_remnant(min(size for (size,) in gather(workers, [fits], "micro_size")), global_size, fewest)
+    fits = run_on_all_ranks(workers, lambda: _largest_that_fits(try_size, largest), "fit a micro-batch")
+    return avoid_short_last_micro_batch(
+        min(size for (size,) in gather(workers, [fits], "micro_size")), global_size, fewest
+    )
 
 
 def _largest_that_fits(try_size: Callable[[int], None], largest: int) -> int:
@@ -56,7 +58,7 @@ def _fits(try_size: Callable[[int], None], size: int) -> bool:
     return True
 
 
-def without_remnant(micro_size: int, global_size: int, fewest: int = 2) -> int:
+def avoid_short_last_micro_batch(micro_size: int, global_size: int, fewest: int = 2) -> int:
     """Return `micro_size`, or less where the last micro-batch would have under `fewest` samples: norms need two."""
     for size in range(micro_size, fewest - 1, -1):
         if not 0 < global_size % size < fewest:
@@ -72,7 +74,7 @@ def halve(micro_size: int, global_size: int) -> int:
     """
     if micro_size == 1:
         raise UsageError("one sample does not fit the device's memory: set a smaller model.width")
-    return without_remnant(-(-micro_size // 2), global_size)
+    return avoid_short_last_micro_batch(-(-micro_size // 2), global_size)
 
 
 def _candidates(largest: int) -> Iterator[int]:

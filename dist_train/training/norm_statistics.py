@@ -7,7 +7,7 @@ from torch import nn
 
 from dist_train.cluster.workers import Workers
 from dist_train.data.plan import BatchPlan
-from dist_train.data.source import SampleSource, Wanted
+from dist_train.data.source import BatchRequest, SampleSource
 from dist_train.models.batch_statistics import BatchStatistics
 from dist_train.models.norms import norm_modules
 from dist_train.outcome import DivergedError
@@ -47,7 +47,7 @@ def recompute_statistics(
     was_training = model.training
     model.train()
     share = BatchPlan(len(indices), micro_size).share(workers.rank, workers.size)
-    samples.expect(Wanted(indices[batch.start : batch.stop], None) for batch in share)
+    samples.prefetch(BatchRequest(indices[batch.start : batch.stop], None) for batch in share)
     with torch.no_grad(), compute.autocast():
         for batch in share:
             model(samples.unaugmented(indices[batch.start : batch.stop])[0])

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from dist_train.cluster.workers import Workers, share_text
+from dist_train.cluster.workers import Workers, broadcast_str
 from dist_train.training.checkpoints import Contents
 
 
@@ -63,5 +63,5 @@ def restored_progress(contents: Contents) -> Progress:
 
 def shared_progress(workers: Workers, progress: Progress) -> Progress:
     """Return worker 0's progress."""
-    fields = json.loads(share_text(workers, json.dumps(asdict(progress)), "progress"))
+    fields = json.loads(broadcast_str(workers, json.dumps(asdict(progress)), "progress"))
     return Progress(**fields)

@@ -36,7 +36,7 @@ class Bucket:
     stop: int
 
 
-class Codec(Protocol):
+class GradientAccumulator(Protocol):
     """How gradients are summed: over micro-batches here, over workers on the way."""
 
     def clear(self) -> None:
@@ -59,10 +59,10 @@ class Codec(Protocol):
 class GradientReduction:
     """One step: `start`, then each micro-batch's backward pass within `micro_batch`, then `send` and `finish`."""
 
-    def __init__(self, weights: FlatWeights, codec: Codec, buckets: Sequence[Bucket]) -> None:
+    def __init__(self, weights: FlatWeights, accumulator: GradientAccumulator, buckets: Sequence[Bucket]) -> None:
         """Reduce the gradients of `weights`."""
         self._weights = weights
-        self._codec = codec
+        self._accumulator = accumulator
         self._buckets = tuple(buckets)
         self._loss_scale = 1.0
         self._missing: dict[int, int] = {}
@@ -82,12 +82,12 @@ class GradientReduction:
     @property
     def out_of_range(self) -> torch.Tensor:
         """Whether this worker met a gradient that is not finite or too large; a bool on the device."""
-        return self._codec.out_of_range
+        return self._accumulator.out_of_range
 
     def start(self, loss_scale: float = 1.0) -> None:
         """Begin a step, in which losses are multiplied by `loss_scale`, a power of two, and gradients divided by it."""
         self._loss_scale = loss_scale
-        self._codec.clear()
+        self._accumulator.clear()
         self._pending.clear()
         self._missing.clear()
 
@@ -116,13 +116,13 @@ class GradientReduction:
         """Start the sum of what is not under way: all of it, on a worker that had no micro-batch."""
         for bucket in self._buckets:
             if bucket.index not in self._pending:
-                self._pending[bucket.index] = self._codec.send(bucket, f"gradient.{bucket.index}")
+                self._pending[bucket.index] = self._accumulator.send(bucket, f"gradient.{bucket.index}")
 
     def finish(self) -> None:
         """Return when the gradients of `weights` are those of the global batch."""
         for bucket in self._buckets:
             self._pending[bucket.index].wait()
-            self._codec.receive(bucket)
+            self._accumulator.receive(bucket)
 
     def _arrived(self, bucket: Bucket, parameter: nn.Parameter) -> None:
         if bucket.index not in self._missing:
@@ -130,15 +130,15 @@ class GradientReduction:
         self._missing[bucket.index] -= 1
         if self._missing[bucket.index] == 0:
             self._add(bucket)
-            self._pending[bucket.index] = self._codec.send(bucket, f"gradient.{bucket.index}")
+            self._pending[bucket.index] = self._accumulator.send(bucket, f"gradient.{bucket.index}")
 
     def _add(self, bucket: Bucket) -> None:
         if self._loss_scale != 1.0:
             self._weights.gradients[bucket.start : bucket.stop].mul_(1.0 / self._loss_scale)
-        self._codec.add(bucket)
+        self._accumulator.add(bucket)
 
 
-class ExactCodec:
+class ExactAccumulator:
     """Sums of 64-bit integers: the same bits for any number of workers, in any order."""
 
     def __init__(self, weights: FlatWeights, workers: Workers, terms: int) -> None:
@@ -176,7 +176,7 @@ class ExactCodec:
         total = self._total[bucket.start : bucket.stop]
         if bucket.index not in self._begun:
             total.zero_()
-        return self._workers.start_sum(total, name)
+        return self._workers.allreduce_async(total, name)
 
     def receive(self, bucket: Bucket) -> None:
         """Turn the sum back into floats, once."""
@@ -184,7 +184,7 @@ class ExactCodec:
         torch.mul(self._total[part], 2.0**-GRADIENTS.bits, out=self._gradients[part])
 
 
-class FloatCodec:
+class FloatAccumulator:
     """Sums of float32, or of float16 on the way: fast, and rounded differently on each number of workers."""
 
     def __init__(self, weights: FlatWeights, workers: Workers, sent_as: torch.dtype) -> None:
@@ -211,19 +211,19 @@ class FloatCodec:
         sent = self._sent[bucket.start : bucket.stop]
         if self._sent is not self.total:
             sent.copy_(self.total[bucket.start : bucket.stop])
-        return self._workers.start_sum(sent, name)
+        return self._workers.allreduce_async(sent, name)
 
     def receive(self, bucket: Bucket) -> None:
         """Leave the sum where the gradients are."""
         self._gradients[bucket.start : bucket.stop].copy_(self._sent[bucket.start : bucket.stop])
 
 
-class AdasumCodec:
+class AdasumAccumulator:
     """Adasum (arXiv 2006.02924) of the workers' own mean gradients, parameter by parameter."""
 
     def __init__(self, weights: FlatWeights, workers: Workers, share: float) -> None:
         """Combine the gradients of `weights`; this worker computes `share` of the global batch."""
-        self._sum = FloatCodec(weights, workers, torch.float32)
+        self._sum = FloatAccumulator(weights, workers, torch.float32)
         self._gradients = weights.gradients
         self._workers = workers
         self._to_mean = 1.0 / share
@@ -244,7 +244,7 @@ class AdasumCodec:
     def send(self, bucket: Bucket, name: str) -> Pending:
         """Start the combination over the workers."""
         mean = self._sum.total[bucket.start : bucket.stop].mul_(self._to_mean)
-        return self._workers.start_adasum(mean, name)
+        return self._workers.adasum_async(mean, name)
 
     def receive(self, bucket: Bucket) -> None:
         """Leave the result where the gradients are."""
@@ -263,14 +263,14 @@ def build_reduction(
     """
     if settings.op == "adasum":
         _check_adasum(workers, share, weights.values.device)
-        return GradientReduction(weights, AdasumCodec(weights, workers, share), buckets_of(weights, 1))
-    codec: Codec
+        return GradientReduction(weights, AdasumAccumulator(weights, workers, share), buckets_of(weights, 1))
+    accumulator: GradientAccumulator
     if settings.reduction == "exact":
-        codec = ExactCodec(weights, workers, micro_batches)
+        accumulator = ExactAccumulator(weights, workers, micro_batches)
     else:
         sent_as = torch.float16 if settings.compression == "fp16" else torch.float32
-        codec = FloatCodec(weights, workers, sent_as)
-    return GradientReduction(weights, codec, buckets_of(weights, _BUCKET))
+        accumulator = FloatAccumulator(weights, workers, sent_as)
+    return GradientReduction(weights, accumulator, buckets_of(weights, _BUCKET))
 
 
 def buckets_of(weights: FlatWeights, size: int) -> list[Bucket]:

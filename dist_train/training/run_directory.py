@@ -94,7 +94,7 @@ class RunDirectory:
 
 
 @contextmanager
-def told_as_faults(directory: RunDirectory) -> Iterator[None]:
+def oserror_to_fault(directory: RunDirectory) -> Iterator[None]:
     """Have an OSError of the block, of a disk that is full or gone, as a FaultError that says what to do."""
     try:
         yield

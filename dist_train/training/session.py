@@ -27,10 +27,10 @@ from dist_train.outcome import (
     exit_code_of,
 )
 from dist_train.status import State, StatusFile, another_failed, read_status
-from dist_train.training.beginning import Beginning
 from dist_train.training.checkpoints import list_checkpoints
 from dist_train.training.environment import launch_environment
 from dist_train.training.facts import run_facts, times_requeued
+from dist_train.training.resume_point import ResumePoint
 from dist_train.training.revision import revision
 from dist_train.training.run_directory import RunDirectory
 from dist_train.training.run_lock import RunLock
@@ -63,7 +63,7 @@ class Session:
         if self.status:
             self.status.change("starting")
 
-    def begin(self, trainer: Trainer, beginning: Beginning) -> None:
+    def begin(self, trainer: Trainer, resume_point: ResumePoint) -> None:
         """Tell that training begins, and what was found before."""
         self._trainer = trainer
         # One worker tells it for all: on a large launch each of them would start git on the same file system.
@@ -73,12 +73,12 @@ class Session:
         if self.status is None:
             return
         step = trainer.progress.step
-        for name, text in beginning.damage.items():
+        for name, text in resume_point.damage.items():
             _logger.warning("%s; the checkpoint before it is used", text)
             self._tell("corrupt_checkpoint", path=name)
         if times_requeued():
             self._tell("requeued", restart=times_requeued())
-        if beginning.contents is not None:
+        if resume_point.contents is not None:
             self._tell("resumed", workers=self._workers.size)
         environment = launch_environment(code, self._workers.controller, trainer.take_step.compute.device)
         self.status.change(

@@ -35,6 +35,6 @@ def sum_over(settings: ModelSettings, workers: Workers, clock: StepClock) -> Sum
 
     def sum_over_ranks(tensor: torch.Tensor, name: str) -> None:
         with clock.part("allreduce_wait"):
-            workers.start_sum(tensor, name).wait()
+            workers.allreduce_async(tensor, name).wait()
 
     return sum_over_ranks

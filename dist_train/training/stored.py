@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from dist_train.cluster.joining import join_workers
-from dist_train.cluster.workers import together
+from dist_train.cluster.workers import run_on_all_ranks
 from dist_train.config import Config, differences, dump_config, parse_config
 from dist_train.config.continuation import with_threads
 from dist_train.config.loading import with_overrides
@@ -56,13 +56,13 @@ def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dic
         workers = join_workers(timeout=60.0, device_type=device_type())
         stack.callback(workers.close)
         path = find_checkpoint(target)
-        contents = together(workers, lambda: read_checkpoint(path), "read the checkpoint")
+        contents = run_on_all_ranks(workers, lambda: read_checkpoint(path), "read the checkpoint")
         config = stored_config(contents, overrides)
         if config.precision.threads == "auto":
             config = with_threads(config, share_of_threads(workers.local_size))
         compute = set_up_compute(config.precision, share_out_devices(workers, config.run.device))
         layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
-        splits = together(
+        splits = run_on_all_ranks(
             workers,
             lambda: open_splits(config.data, config.run.seed, compute.device, layout),
             "load the data",

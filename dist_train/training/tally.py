@@ -69,7 +69,7 @@ class Tally:
         self._counts[_OUT_OF_MEMORY] = int(out_of_memory)
         self._counts[_STOP] = int(stop)
         self._sent = torch.cat([self._counts, self._statistics.sums])
-        self._pending = self._workers.start_sum(self._sent, "tally")
+        self._pending = self._workers.allreduce_async(self._sent, "tally")
 
     def result(self) -> TallyResult:
         """Wait for the sum and return it."""

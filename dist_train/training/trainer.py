@@ -16,7 +16,7 @@ from dist_train.config import Config
 from dist_train.config.continuation import with_micro_size
 from dist_train.data.order import batch_indices, epoch_order
 from dist_train.data.plan import BatchPlan
-from dist_train.data.source import Splits, Wanted
+from dist_train.data.source import BatchRequest, Splits
 from dist_train.monitoring.observers import Observers
 from dist_train.monitoring.records import Detail, EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.optim.learning_rate import LearningRate
@@ -120,7 +120,7 @@ class Trainer:
         if epoch != self._order_of:
             self._order_of, self._order = epoch, self._epoch_order(epoch)
         begun = time.perf_counter()
-        self.splits.train.expect(self._coming())
+        self.splits.train.prefetch(self._coming())
         update = self._step(epoch, batch_indices(self._order, index, self.plan.global_size))
         if update is not None:
             self._after_step(update, time.perf_counter() - begun)
@@ -128,14 +128,14 @@ class Trainer:
     def _epoch_order(self, epoch: int) -> Tensor:
         return epoch_order(len(self.splits.train), self.config.run.seed, epoch)
 
-    def _coming(self) -> Iterator[Wanted]:
+    def _coming(self) -> Iterator[BatchRequest]:
         """Yield this worker's micro-batches of this update and the next."""
         for step in range(self.progress.step, min(self.progress.step + 2, self.last_step)):
             epoch, index = divmod(step, self.learning_rate.steps_per_epoch)
             order = self._order if epoch == self._order_of else self._epoch_order(epoch)
             indices = batch_indices(order, index, self.plan.global_size)
             for micro_batch in share_of(self.config.model, self.plan, self.workers.rank, self.workers.size):
-                yield Wanted(indices[micro_batch.start : micro_batch.stop], epoch)
+                yield BatchRequest(indices[micro_batch.start : micro_batch.stop], epoch)
 
     def _step(self, epoch: int, indices: Tensor) -> Update | None:
         """Make one update; None where it has to be tried again with a smaller micro-batch."""

@@ -19,7 +19,7 @@ from dist_train.cluster import watchdog
 from dist_train.cluster.addresses import open_datagrams, own_addresses, reachable_from
 from dist_train.cluster.alone import Alone
 from dist_train.cluster.heartbeats import TOKEN_BYTES, Datagram, Kind, decode, encode
-from dist_train.cluster.watch import Seat, Watch
+from dist_train.cluster.watch import Endpoint, Watch
 from dist_train.cluster.watchdog import Watchdog, start_watchdog
 from dist_train.outcome import StoppedError, UsageError
 from tests.unit.simulated_workers import SimulatedWorkers, on_workers, results
@@ -149,7 +149,7 @@ def test_a_roll_call_names_at_once_who_does_not_answer(asking: int) -> None:
 
 def test_foreign_datagrams_change_nothing() -> None:
     with closing(open_datagrams()) as stranger:
-        first = Watch(Seat(TOKEN, 0, 2), datagrams := open_datagrams(), TIMEOUT, lambda *_: pytest.fail("lost"))
+        first = Watch(Endpoint(TOKEN, 0, 2), datagrams := open_datagrams(), TIMEOUT, lambda *_: pytest.fail("lost"))
         target = (reachable_from(stranger, "127.0.0.1"), datagrams.getsockname()[1])
         for data in (b"", b"x" * 1500, encode(b"o" * TOKEN_BYTES, Datagram(Kind.BEAT, 1)), TOKEN + b"\xff" * 7):
             stranger.sendto(data, target)
@@ -228,8 +228,8 @@ def test_the_search_goes_over_all_addresses_until_one_answers() -> None:
     paths = ((reachable_from(second, "192.0.2.77") or "", port), None, (local or "", port))
     lost: list[str] = []
     watches = [
-        Watch(Seat(TOKEN, 0, 2), first, TIMEOUT, lambda message, _: lost.append(message)),
-        Watch(Seat(TOKEN, 1, 2, paths), second, TIMEOUT, lambda message, _: lost.append(message)),
+        Watch(Endpoint(TOKEN, 0, 2), first, TIMEOUT, lambda message, _: lost.append(message)),
+        Watch(Endpoint(TOKEN, 1, 2, paths), second, TIMEOUT, lambda message, _: lost.append(message)),
     ]
     assert watches[1].await_answer(PATIENCE)
     assert watches[1]._path == 2

@@ -57,13 +57,13 @@ def fetched(loaders: LoaderProcesses, wanted: Order) -> Tensor:
 
 def fetch_for_ever(loaders: LoaderProcesses, wanted: Order) -> None:
     while True:
-        loaders.expect([wanted])
+        loaders.prefetch([wanted])
         fetched(loaders, wanted)
 
 
 def test_batches_that_were_announced_come_as_they_are(folder: Path, loaders: LoaderProcesses) -> None:
     batches = [tuple(range(start, start + 40)) for start in range(0, FILES, 40)]
-    loaders.expect(order(folder, *batch) for batch in batches)
+    loaders.prefetch(order(folder, *batch) for batch in batches)
     for batch in batches:
         assert torch.equal(fetched(loaders, order(folder, *batch)), expected(folder, *batch))
 
@@ -76,13 +76,13 @@ def test_announcements_that_are_not_kept_cost_nothing_but_time(folder: Path, mon
     try:
         for _ in range(60):
             batches = [tuple(map(int, random.integers(0, FILES, random.integers(1, 12)))) for _ in range(5)]
-            loaders.expect(order(folder, *batch) for batch in batches)
+            loaders.prefetch(order(folder, *batch) for batch in batches)
             time.sleep(random.choice([0, 0.002, 0.01]))
             for place in sorted(random.choice(5, random.integers(0, 4))):
                 batch = batches[place]
                 assert torch.equal(fetched(loaders, order(folder, *batch)), expected(folder, *batch))
             if random.random() < 0.5:
-                loaders.expect(order(folder, *batch) for batch in [(1, 2), *batches[2:]])
+                loaders.prefetch(order(folder, *batch) for batch in [(1, 2), *batches[2:]])
         assert torch.equal(fetched(loaders, order(folder, 5)), expected(folder, 5))
         assert len(loaders._free) + len(loaders._under_way) == 4, "no slot is lost"
     finally:
@@ -91,7 +91,7 @@ def test_announcements_that_are_not_kept_cost_nothing_but_time(folder: Path, mon
 
 def test_work_goes_on_while_nobody_waits(folder: Path, loaders: LoaderProcesses) -> None:
     batches = [tuple(range(start, start + 60)) for start in (0, 60)]
-    loaders.expect(order(folder, *batch) for batch in batches)
+    loaders.prefetch(order(folder, *batch) for batch in batches)
     fetched(loaders, order(folder, *batches[0]))
 
     def is_decoded() -> bool:
@@ -111,7 +111,7 @@ def test_processes_start_once_and_stay(folder: Path, loaders: LoaderProcesses) -
 
 
 def test_closing_ends_the_processes_and_may_be_done_again(folder: Path, loaders: LoaderProcesses) -> None:
-    loaders.expect([order(folder, *range(FILES))])
+    loaders.prefetch([order(folder, *range(FILES))])
     pids = loaders.pids
     loaders.close()
     loaders.close()
@@ -124,7 +124,7 @@ def test_a_damaged_image_is_told_when_it_is_fetched_not_before(
 ) -> None:
     write_image(tmp_path / "0.png", 20, 20, seed=0)
     damage(tmp_path / "0.png")
-    loaders.expect([order(folder, 1), order(tmp_path, 0)])
+    loaders.prefetch([order(folder, 1), order(tmp_path, 0)])
     fetched(loaders, order(folder, 1))
     with pytest.raises(FaultError, match=rf"the image {tmp_path}/0\.png cannot be read"):
         fetched(loaders, order(tmp_path, 0))
@@ -143,7 +143,7 @@ def test_a_loader_killed_over_its_work_is_noticed_by_who_waits(folder: Path, tmp
     os.mkfifo(tmp_path / "0.png")
     loaders = LoaderProcesses(1, SIZE)
     try:
-        loaders.expect([order(tmp_path, 0)])
+        loaders.prefetch([order(tmp_path, 0)])
         with (tmp_path / "0.png").open("wb"):  # which waits until the loader has opened it, too
             os.kill(loaders.pids[0], signal.SIGKILL)
         with pytest.raises(FaultError, match="was ended by SIGKILL"):
@@ -153,7 +153,7 @@ def test_a_loader_killed_over_its_work_is_noticed_by_who_waits(folder: Path, tmp
 
 
 def test_signals_to_the_whole_job_leave_the_loaders_alone(folder: Path, loaders: LoaderProcesses) -> None:
-    loaders.expect([order(folder, 1)])
+    loaders.prefetch([order(folder, 1)])
     for pid in loaders.pids:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
             os.kill(pid, number)

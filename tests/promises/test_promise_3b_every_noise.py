@@ -47,10 +47,10 @@ def test_every_bit_is_the_same(tmp_path: Path, name: str) -> None:
     noise, workers, controller = _NOISES[name]
     norm = "none" if name.endswith("without norms") else "ghost"
     alone = train(tmp_path, noise, 1, "alone", norm)
-    together = train(tmp_path, noise, workers, controller, norm)
-    assert len(records(together, "train")) == 10
-    assert weights_digest(together) == weights_digest(alone)
-    assert results(together) == results(alone)
+    run_on_all_ranks = train(tmp_path, noise, workers, controller, norm)
+    assert len(records(run_on_all_ranks, "train")) == 10
+    assert weights_digest(run_on_all_ranks) == weights_digest(alone)
+    assert results(run_on_all_ranks) == results(alone)
 
 
 def test_a_draw_per_worker_runs_agrees_and_depends_on_the_number_of_workers(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ class SimulatedWorkers:
         self.names: list[str] = []
         """The operations that this worker has started, in order."""
 
-    def start_sum(self, tensor: torch.Tensor, name: str) -> Pending:
+    def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Bring `tensor`; `wait` puts the sum in its place, in the order of the ranks."""
 
         def add(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -68,7 +68,7 @@ class SimulatedWorkers:
 
         return self._start(tensor, name, add)
 
-    def start_adasum(self, tensor: torch.Tensor, name: str) -> Pending:
+    def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Bring `tensor`; two workers' are combined as arXiv 2006.02924 says."""
 
         def combine(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -87,7 +87,7 @@ class SimulatedWorkers:
 
     def barrier(self) -> None:
         """Wait for all workers."""
-        self.start_sum(torch.zeros(1, dtype=torch.int64), "barrier").wait()
+        self.allreduce_async(torch.zeros(1, dtype=torch.int64), "barrier").wait()
 
     def start_timeline(self, path: Path) -> None:
         """Do nothing."""

@@ -27,7 +27,7 @@ def test_alone_no_mpi_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(workers, AlonePoints)
     assert workers.share("a") == "a"
     assert workers.collect(["a", "b"]) == ["a", "b"]
-    assert workers.together(lambda: 3, "count") == 3
+    assert workers.run_on_all_ranks(lambda: 3, "count") == 3
 
 
 def test_gloo_is_refused_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:

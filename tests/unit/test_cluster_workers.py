@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_train.cluster.alone import Alone
-from dist_train.cluster.workers import PeerFailedError, gather, share_text, together
+from dist_train.cluster.workers import PeerFailedError, broadcast_str, gather, run_on_all_ranks
 from dist_train.outcome import UsageError
 from tests.unit.simulated_workers import SimulatedWorkers, on_workers, results
 
@@ -25,14 +25,14 @@ def test_every_worker_learns_every_value_in_the_order_of_the_ranks(size: int) ->
 @given(st.text(max_size=30), st.sampled_from(SIZES))
 def test_worker_0_s_text_reaches_all(text: str, size: int) -> None:
     def share(workers: SimulatedWorkers) -> str:
-        return share_text(workers, "not used" if workers.rank else text, "test")
+        return broadcast_str(workers, "not used" if workers.rank else text, "test")
 
     assert results(size, share) == [text] * size
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_what_succeeds_everywhere_gives_each_worker_its_own_result(size: int) -> None:
-    squares = results(size, lambda workers: together(workers, lambda: workers.rank**2, "square"))
+    squares = results(size, lambda workers: run_on_all_ranks(workers, lambda: workers.rank**2, "square"))
     assert squares == [rank**2 for rank in range(size)]
 
 
@@ -43,7 +43,7 @@ def test_what_fails_somewhere_fails_everywhere_and_is_told_once(failing: list[in
             if workers.rank in failing:
                 raise FileNotFoundError(f"on {workers.rank}")
 
-        together(workers, action, "open the data")
+        run_on_all_ranks(workers, action, "open the data")
 
     ended = on_workers(4, act)
     for rank, error in enumerate(ended):
@@ -59,7 +59,7 @@ def test_what_fails_somewhere_fails_everywhere_and_is_told_once(failing: list[in
 def test_alone_a_sum_is_the_value_itself_and_an_error_its_own() -> None:
     values = torch.tensor([1, 2, 3])
     workers = Alone()
-    for start in (workers.start_sum, workers.start_adasum):
+    for start in (workers.allreduce_async, workers.adasum_async):
         start(values, "test").wait()
     workers.broadcast(values, "test")
     workers.barrier()
@@ -70,4 +70,4 @@ def test_alone_a_sum_is_the_value_itself_and_an_error_its_own() -> None:
         raise KeyError("own")
 
     with pytest.raises(KeyError, match="own"):
-        together(workers, fail, "act")
+        run_on_all_ranks(workers, fail, "act")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dist_train.config import Config, ConfigError, parse_config
-from dist_train.config.idle import _IDLE, idle_settings
+from dist_train.config.unused import _IDLE, unused_settings
 
 FLOAT = {"reduction": "float"}
 NOISE = {"method": "smoothout"}
@@ -224,11 +224,11 @@ def test_all_conflicts_are_told_at_once() -> None:
     ],
 )
 def test_a_setting_without_effect_is_told(settings: dict[str, Any], idle: str) -> None:
-    assert idle_settings(parse(settings)) == [idle]
+    assert unused_settings(parse(settings)) == [idle]
 
 
 def test_settings_with_effect_and_settings_not_given_are_not_told() -> None:
-    assert idle_settings(Config()) == []
+    assert unused_settings(Config()) == []
     used = {
         "noise": {**NOISE, "amplitude": 0.1, "sharing": "global", "schedule": {"kind": "cosine"}},
         "model": {"norm": "ghost", "ghost_size": 8, "norm_samples": 64, "norm_statistics": "auto"},
@@ -236,8 +236,8 @@ def test_settings_with_effect_and_settings_not_given_are_not_told() -> None:
         "data": {"name": "synthetic", "synthetic_samples": 9, "synthetic_shape": [1, 8, 8]},
         "metrics": {"host": "::", "port": 1},
     }
-    assert idle_settings(parse(used)) == []
-    assert idle_settings(parse({"data": {"name": "cifar100", "download": True}})) == []
+    assert unused_settings(parse(used)) == []
+    assert unused_settings(parse({"data": {"name": "cifar100", "download": True}})) == []
 
 
 def test_every_setting_that_can_be_idle_is_a_setting() -> None:
@@ -264,4 +264,4 @@ def test_statistics_are_recomputed_where_noise_is_on_or_where_it_is_asked_for(
 
 
 def test_a_warm_up_moves_the_beginning_of_a_decay_also_without_scaling() -> None:
-    assert idle_settings(parse({"schedule": {"warmup_epochs": 2, "decay": "cosine"}})) == []
+    assert unused_settings(parse({"schedule": {"warmup_epochs": 2, "decay": "cosine"}})) == []

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from dist_train.config import Config, load_config
-from dist_train.config.idle import idle_settings
+from dist_train.config.unused import unused_settings
 from dist_train.data.plan import BatchPlan
 from dist_train.models import build_model
 
@@ -19,7 +19,7 @@ SHIPPED = sorted(FOLDER.glob("*.yaml"))
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_each_loads_and_has_no_idle_setting(path: Path) -> None:
-    assert idle_settings(load_config(path)) == []
+    assert unused_settings(load_config(path)) == []
 
 
 @pytest.mark.parametrize(("name", "global_size"), [("sb_128", 128), ("lb_8192", 8192)])

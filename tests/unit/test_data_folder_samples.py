@@ -17,7 +17,7 @@ from dist_train.data.folder_samples import augmentation_draws
 from dist_train.data.image_folder import list_split
 from dist_train.data.loader import open_splits
 from dist_train.data.pixels import channel_statistics
-from dist_train.data.source import Splits, Wanted
+from dist_train.data.source import BatchRequest, Splits
 from dist_train.outcome import FaultError, UsageError
 from tests.unit.image_folders import damage, write_folder
 
@@ -82,7 +82,7 @@ def test_promise_2_no_number_of_loaders_and_no_grouping_changes_a_bit(
     parts = [part for part in torch.tensor_split(wanted, cuts[cuts < len(indices)]) if len(part)]
     for splits in opened.values():
         if announced:
-            splits.train.expect(Wanted(part, epoch) for part in parts)
+            splits.train.prefetch(BatchRequest(part, epoch) for part in parts)
         found = torch.cat([splits.train.micro_batch(part, epoch)[0] for part in parts])
         assert torch.equal(found, expected.to(torch.float32) / 255)
 
@@ -100,9 +100,9 @@ def test_an_evaluation_amid_what_was_announced_changes_nothing(opened: dict[int,
     train, test = opened[loaders].train, opened[loaders].test
     batches = [torch.arange(0, 10), torch.arange(10, 20)]
     expected = [opened[0].train.micro_batch(batch, 1)[0] for batch in batches]
-    train.expect(Wanted(batch, 1) for batch in batches)
+    train.prefetch(BatchRequest(batch, 1) for batch in batches)
     assert torch.equal(train.micro_batch(batches[0], 1)[0], expected[0])
-    test.expect([Wanted(torch.arange(12), None)])
+    test.prefetch([BatchRequest(torch.arange(12), None)])
     assert torch.equal(test.plain(0, 12)[0], opened[0].test.plain(0, 12)[0])
     assert torch.equal(train.micro_batch(batches[1], 1)[0], expected[1])
 

@@ -187,7 +187,7 @@ class TestSyncBatchNorm:
         def both_ways(workers: SimulatedWorkers) -> tuple[GroupedBatchNorm, torch.Tensor, torch.Tensor]:
             norm = a_norm(None)
             mine = parts[workers.rank].clone().requires_grad_()
-            with sync_batch_norm([norm], lambda tensor, name: workers.start_sum(tensor, name).wait()):
+            with sync_batch_norm([norm], lambda tensor, name: workers.allreduce_async(tensor, name).wait()):
                 outputs = norm(mine)
                 outputs.backward(upstreams[workers.rank])
             assert mine.grad is not None

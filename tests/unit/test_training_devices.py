@@ -16,7 +16,7 @@ from dist_train.config.sections import Device
 from dist_train.outcome import UsageError
 from dist_train.training.devices import (
     GpuSigns,
-    Seat,
+    Placement,
     TorchGpus,
     check_seats,
     choose_device,
@@ -147,28 +147,28 @@ def test_the_cpu_is_taken_where_it_is_asked_for() -> None:
 
 
 def test_each_rank_has_a_gpu_of_its_own() -> None:
-    check_seats([Seat(11, 2, 2), Seat(12, 2, 2)], lambda: True)
+    check_seats([Placement(11, 2, 2), Placement(12, 2, 2)], lambda: True)
     # a scheduler may show each rank its own GPU alone; two nodes have others
-    check_seats([Seat(number, 1, 2) for number in (11, 12, 13, 14)], lambda: True)
-    check_seats([Seat(0, 0, 2), Seat(0, 0, 2)], lambda: False)
+    check_seats([Placement(number, 1, 2) for number in (11, 12, 13, 14)], lambda: True)
+    check_seats([Placement(0, 0, 2), Placement(0, 0, 2)], lambda: False)
 
 
 @pytest.mark.parametrize(
     ("seats", "reason"),
     [
-        ([Seat(11, 2, 3), Seat(12, 2, 3), Seat(11, 2, 3)], "ranks 0 and 2 .*3 ranks and 2 GPUs"),
-        ([Seat(11, 1, 2), Seat(11, 1, 2)], "2 ranks and 1 GPU for"),
-        ([Seat(11, 1, 1), Seat(0, 0, 1)], "rank 1 of 2 has no GPU"),
+        ([Placement(11, 2, 3), Placement(12, 2, 3), Placement(11, 2, 3)], "ranks 0 and 2 .*3 ranks and 2 GPUs"),
+        ([Placement(11, 1, 2), Placement(11, 1, 2)], "2 ranks and 1 GPU for"),
+        ([Placement(11, 1, 1), Placement(0, 0, 1)], "rank 1 of 2 has no GPU"),
     ],
 )
-def test_ranks_that_would_share_a_gpu_or_have_none_are_refused(seats: Sequence[Seat], reason: str) -> None:
+def test_ranks_that_would_share_a_gpu_or_have_none_are_refused(placements: Sequence[Placement], reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
-        check_seats(seats, lambda: True)
+        check_seats(placements, lambda: True)
 
 
 def test_several_ranks_on_gpus_need_nccl() -> None:
     with pytest.raises(UsageError, match="NCCL"):
-        check_seats([Seat(11, 2, 2), Seat(12, 2, 2)], lambda: False)
+        check_seats([Placement(11, 2, 2), Placement(12, 2, 2)], lambda: False)
 
 
 def test_ranks_agree_on_their_devices_and_are_refused_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,9 @@ from dist_train.outcome import FaultError
 from dist_train.status import read_status
 from dist_train.training.environment import device_name, launch_environment
 from dist_train.training.revision import revision
+from dist_train.training.run import train
 from dist_train.training.run_directory import RunDirectory
 from dist_train.training.session import Session
-from dist_train.training.training import train
 from tests.unit.simulated_workers import results
 from tests.unit.small_trainers import small_config
 

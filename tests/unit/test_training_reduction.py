@@ -18,9 +18,9 @@ from dist_train.config import CommSettings
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
 from dist_train.training.reduction import (
-    Codec,
-    ExactCodec,
-    FloatCodec,
+    ExactAccumulator,
+    FloatAccumulator,
+    GradientAccumulator,
     GradientReduction,
     buckets_of,
     build_reduction,
@@ -32,7 +32,7 @@ SIZES = [5, 40, 1, 17]
 COUNT = sum(SIZES)
 FLOAT = CommSettings(reduction="float")
 
-Build = Callable[[FlatWeights, Workers], Codec]
+Build = Callable[[FlatWeights, Workers], GradientAccumulator]
 
 
 class Given(nn.Module):
@@ -65,16 +65,16 @@ def reduce(workers: Workers, gradients: list[Tensor], build: Build, bucket: int 
     return flat.clone(), bool(reduction.out_of_range)
 
 
-def exact(weights: FlatWeights, workers: Workers) -> Codec:
-    return ExactCodec(weights, workers, terms=16)
+def exact(weights: FlatWeights, workers: Workers) -> GradientAccumulator:
+    return ExactAccumulator(weights, workers, terms=16)
 
 
-def as_float32(weights: FlatWeights, workers: Workers) -> Codec:
-    return FloatCodec(weights, workers, torch.float32)
+def as_float32(weights: FlatWeights, workers: Workers) -> GradientAccumulator:
+    return FloatAccumulator(weights, workers, torch.float32)
 
 
-def as_float16(weights: FlatWeights, workers: Workers) -> Codec:
-    return FloatCodec(weights, workers, torch.float16)
+def as_float16(weights: FlatWeights, workers: Workers) -> GradientAccumulator:
+    return FloatAccumulator(weights, workers, torch.float16)
 
 
 def some_gradients(count: int, scale: float = 1.0, seed: int = 0) -> list[Tensor]:
@@ -296,9 +296,9 @@ def test_the_settings_choose_what_is_sent(comm: CommSettings, sent: torch.dtype)
         def __init__(self) -> None:
             self.sent: list[torch.dtype] = []
 
-        def start_sum(self, tensor: Tensor, name: str):  # type: ignore[no-untyped-def]
+        def allreduce_async(self, tensor: Tensor, name: str):  # type: ignore[no-untyped-def]
             self.sent.append(tensor.dtype)
-            return super().start_sum(tensor, name)
+            return super().allreduce_async(tensor, name)
 
     workers = Noting()
     reduction = build_reduction(comm, FlatWeights(Given()), workers, micro_batches=1, share=1.0)

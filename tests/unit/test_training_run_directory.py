@@ -10,7 +10,7 @@ import pytest
 
 from dist_train.config import Config, load_config, parse_config
 from dist_train.outcome import FaultError, UsageError
-from dist_train.training.run_directory import RunDirectory, told_as_faults
+from dist_train.training.run_directory import RunDirectory, oserror_to_fault
 from tests.unit.checkpoint_files import write
 
 
@@ -67,5 +67,5 @@ def test_its_folders_are_the_user_s_alone(tmp_path: Path) -> None:
 def test_a_disk_that_fails_is_told_with_the_cure(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     told = r"No space left on device: .*metrics\.jsonl; the checkpoints in .* as they were"
-    with pytest.raises(FaultError, match=told), told_as_faults(directory):
+    with pytest.raises(FaultError, match=told), oserror_to_fault(directory):
         raise OSError(28, "No space left on device", str(directory.metrics))

@@ -18,13 +18,13 @@ from dist_train.monitoring.reading import read_records
 from dist_train.monitoring.records import EventRecord, Measurement, Outcome, Record, RunFacts
 from dist_train.outcome import DisagreementError, DivergedError, StoppedError, UsageError
 from dist_train.training.assembly import assemble
-from dist_train.training.beginning import Beginning
 from dist_train.training.checkpoints import newest_whole
+from dist_train.training.resume_point import ResumePoint
 from dist_train.training.revision import revision
+from dist_train.training.run import train
 from dist_train.training.run_directory import RunDirectory
 from dist_train.training.session import Session, open_session
 from dist_train.training.stop_requests import StopRequests
-from dist_train.training.training import train
 from tests.unit.simulated_workers import SimulatedWorkers, results
 from tests.unit.small_trainers import small_config
 from tests.unit.test_cli_commands import write_config
@@ -63,7 +63,7 @@ def begun(folder: Path, workers: SimulatedWorkers | Alone, *, going_on: bool = F
     contents = newest_whole(directory.checkpoints, lambda path, text: None) if going_on else None
     session = Session(directory, workers, Observers([told]))
     trainer = assemble(config, contents, directory, workers, session, StopRequests())
-    session.begin(trainer, Beginning(config, contents))
+    session.begin(trainer, ResumePoint(config, contents))
     return session, told
 
 

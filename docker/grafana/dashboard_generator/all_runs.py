@@ -8,7 +8,7 @@ from grafana_foundation_sdk.models import dashboard as model
 from dashboard_generator.frame import choice, event, frame, row, source_choice
 from dashboard_generator.links import ALL_RUNS
 from dashboard_generator.one_run import STATES, state_number
-from dashboard_generator.panels import RED, Look, Query, bars, curves, logarithmic, number, states
+from dashboard_generator.panels import RED, PanelSpec, Query, bars, curves, logarithmic, number, states
 
 KIND = "batch {{global_batch}}, {{noise}}: {{run}}"
 """A legend that says by what the runs differ."""
@@ -73,20 +73,22 @@ def _overview(built: dashboard.Dashboard) -> None:
     built.with_row(row("All runs"))
     built.with_panel(
         states(
-            Look("State", "The state of each run over time; the gaps are times without an exporter.", "none", 16, 9),
+            PanelSpec(
+                "State", "The state of each run over time; the gaps are times without an exporter.", "none", 16, 9
+            ),
             Query(state_number(), "{{run}}"),
             STATES,
         )
     )
     built.with_panel(
         number(
-            Look("At work", "Runs that are starting, running or stopping.", "none", 4, 9),
+            PanelSpec("At work", "Runs that are starting, running or stopping.", "none", 4, 9),
             Query('sum(run:dist_train_active:max{run=~"$run"})', "runs"),
         )
     )
     built.with_panel(
         number(
-            Look("Firing alerts", "Alerts about these runs that fire now.", "none", 4, 9),
+            PanelSpec("Firing alerts", "Alerts about these runs that fire now.", "none", 4, 9),
             Query('count(ALERTS{run=~"$run", alertstate="firing"}) or vector(0)', "alerts"),
             "green",
             (1, RED),
@@ -98,7 +100,7 @@ def _learning(built: dashboard.Dashboard) -> None:
     built.with_row(row("Small batch, large batch, noise"))
     built.with_panel(
         curves(
-            Look(
+            PanelSpec(
                 "Accuracy",
                 "Share of samples classified rightly, by run and split.",
                 "percentunit",
@@ -111,11 +113,11 @@ def _learning(built: dashboard.Dashboard) -> None:
         .min(0)
         .max(1)
     )
-    loss = Look("Loss", "Mean loss, by run and split.", "none", 12, 11, "DistTrainNotFinite")
+    loss = PanelSpec("Loss", "Mean loss, by run and split.", "none", 12, 11, "DistTrainNotFinite")
     built.with_panel(logarithmic(curves(loss, Query(_by_split("dist_train_loss"), f"{KIND} {{{{split}}}}"))))
     built.with_panel(
         bars(
-            Look(
+            PanelSpec(
                 "Best accuracy",
                 "On the test split: the large batch falls short, noise is to close the gap.",
                 "percentunit",
@@ -127,13 +129,13 @@ def _learning(built: dashboard.Dashboard) -> None:
     )
     built.with_panel(
         bars(
-            Look("Epochs done", "Compare accuracies at equal epochs.", "none", 8, 10),
+            PanelSpec("Epochs done", "Compare accuracies at equal epochs.", "none", 8, 10),
             Query(_last_of("dist_train_epoch"), KIND),
         )
     )
     built.with_panel(
         bars(
-            Look(
+            PanelSpec(
                 "Distance from the start", "How far the weights have moved: large batches stay nearer.", "none", 8, 10
             ),
             Query(_last_of("dist_train_distance_from_initial"), KIND),
@@ -144,21 +146,21 @@ def _learning(built: dashboard.Dashboard) -> None:
         ("Learning rate", "Of the latest step.", "dist_train_learning_rate"),
         ("Gradient norm", "Euclidean norm of the global gradient before clipping.", "dist_train_gradient_norm"),
     ):
-        built.with_panel(curves(Look(title, description, "none"), Query(_of(metric), KIND)))
+        built.with_panel(curves(PanelSpec(title, description, "none"), Query(_of(metric), KIND)))
 
 
 def _cost(built: dashboard.Dashboard) -> None:
     built.with_row(row("What it costs"))
     built.with_panel(
         curves(
-            Look("Samples per second", "All workers of a run together.", "ops", 8, 9, "DistTrainThroughputDown"),
+            PanelSpec("Samples per second", "All workers of a run together.", "ops", 8, 9, "DistTrainThroughputDown"),
             Query(_of("dist_train_samples_per_second"), KIND),
         ).min(0)
     )
     p95 = 'run:dist_train_step_duration_seconds:p95_rate5m{run=~"$run"}'
     built.with_panel(
         curves(
-            Look(
+            PanelSpec(
                 "Duration of a step, 95 %",
                 "Nineteen of twenty steps of the last five minutes took no longer.",
                 "s",
@@ -171,7 +173,7 @@ def _cost(built: dashboard.Dashboard) -> None:
     )
     built.with_panel(
         curves(
-            Look(
+            PanelSpec(
                 "Share of the step spent waiting",
                 "For the gradients of the other workers.",
                 "percentunit",
@@ -201,4 +203,4 @@ def _cost(built: dashboard.Dashboard) -> None:
             'max by (run) (dist_train_requeues_total{run=~"$run"})',
         ),
     ):
-        built.with_panel(bars(Look(title, description, unit, 6), Query(expression, "{{run}}")))
+        built.with_panel(bars(PanelSpec(title, description, unit, 6), Query(expression, "{{run}}")))

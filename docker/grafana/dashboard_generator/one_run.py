@@ -13,7 +13,7 @@ from dashboard_generator.panels import (
     GREY,
     RED,
     YELLOW,
-    Look,
+    PanelSpec,
     Query,
     curves,
     limited,
@@ -92,17 +92,19 @@ def _status(built: dashboard.Dashboard) -> None:
     built.with_row(row("Now"))
     built.with_panel(
         states(
-            Look("State", "The state of the run over time; the gaps are times without an exporter.", "none", 12, 4),
+            PanelSpec(
+                "State", "The state of the run over time; the gaps are times without an exporter.", "none", 12, 4
+            ),
             Query(state_number(), "{{run}}"),
             STATES,
         )
     )
     small = (
-        (Look("Progress", "Steps done of those planned.", "percentunit", 3, 4), "run:dist_train_progress:ratio"),
-        (Look("Epoch", "Epochs done, with their fraction.", "none", 3, 4), "dist_train_epoch"),
-        (Look("Time left", "To the last step, at the present pace.", "s", 3, 4), "dist_train_time_left_seconds"),
+        (PanelSpec("Progress", "Steps done of those planned.", "percentunit", 3, 4), "run:dist_train_progress:ratio"),
+        (PanelSpec("Epoch", "Epochs done, with their fraction.", "none", 3, 4), "dist_train_epoch"),
+        (PanelSpec("Time left", "To the last step, at the present pace.", "s", 3, 4), "dist_train_time_left_seconds"),
         (
-            Look("Best accuracy", "Best accuracy on the test split so far.", "percentunit", 3, 4),
+            PanelSpec("Best accuracy", "Best accuracy on the test split so far.", "percentunit", 3, 4),
             "dist_train_best_accuracy_ratio",
         ),
     )
@@ -110,7 +112,7 @@ def _status(built: dashboard.Dashboard) -> None:
         built.with_panel(number(look, Query(_of(metric), "{{run}}")))
     built.with_panel(
         number(
-            Look("Firing alerts", "Alerts about this run that fire now.", "none", 3, 4),
+            PanelSpec("Firing alerts", "Alerts about this run that fire now.", "none", 3, 4),
             Query('count(ALERTS{run=~"$run", alertstate="firing"}) or vector(0)', "alerts"),
             GREEN,
             (1, RED),
@@ -118,7 +120,7 @@ def _status(built: dashboard.Dashboard) -> None:
     )
     built.with_panel(
         number(
-            Look(
+            PanelSpec(
                 "Since the last step",
                 "Much more than a step takes: the run stands still.",
                 "s",
@@ -139,15 +141,15 @@ def _status(built: dashboard.Dashboard) -> None:
         ("Samples", "Training samples used since the run's first step.", "short", "dist_train_samples_total"),
         ("Samples planned", "Training samples of the whole run.", "short", "dist_train_planned_samples"),
     ):
-        built.with_panel(number(Look(title, description, unit, 3, 4), Query(_of(metric), "{{run}}")))
+        built.with_panel(number(PanelSpec(title, description, unit, 3, 4), Query(_of(metric), "{{run}}")))
 
 
 def _learning(built: dashboard.Dashboard) -> None:
     built.with_row(row("Learning"))
-    loss = Look(
+    loss = PanelSpec(
         "Loss", "Mean loss by split; `batch` is that of the perturbed weights.", "none", 12, 9, "DistTrainNotFinite"
     )
-    accuracy = Look(
+    accuracy = PanelSpec(
         "Accuracy",
         "Share of samples classified rightly, by split, and the best on the test split.",
         "percentunit",
@@ -176,10 +178,10 @@ def _learning(built: dashboard.Dashboard) -> None:
             "dist_train_distance_from_initial",
         ),
     ):
-        built.with_panel(curves(Look(title, description, "none"), Query(_of(metric), "{{run}}")))
+        built.with_panel(curves(PanelSpec(title, description, "none"), Query(_of(metric), "{{run}}")))
     built.with_panel(
         curves(
-            Look("Steps", "Optimizer updates done, planned, and in the last checkpoint.", "none"),
+            PanelSpec("Steps", "Optimizer updates done, planned, and in the last checkpoint.", "none"),
             Query(_of("dist_train_step"), "done"),
             Query(_of("dist_train_planned_steps"), "planned"),
             Query(_of("dist_train_checkpoint_step"), "in the last checkpoint"),
@@ -191,7 +193,7 @@ def _speed(built: dashboard.Dashboard) -> None:
     built.with_row(row("Speed"))
     built.with_panel(
         curves(
-            Look(
+            PanelSpec(
                 "Samples per second",
                 "All workers together, and the run's own last hour.",
                 "ops",
@@ -206,7 +208,9 @@ def _speed(built: dashboard.Dashboard) -> None:
     buckets = 'sum by (le) (rate(dist_train_step_duration_seconds_bucket{run=~"$run"}[$__rate_interval]))'
     built.with_panel(
         curves(
-            Look("Duration of a step", "Quantiles over the workers that are scraped.", "s", 8, 9, "DistTrainStalled"),
+            PanelSpec(
+                "Duration of a step", "Quantiles over the workers that are scraped.", "s", 8, 9, "DistTrainStalled"
+            ),
             *(
                 Query(f"histogram_quantile({share}, {buckets})", words)
                 for share, words in ((0.5, "median"), (0.95, "95 %"), (0.99, "99 %"))
@@ -217,7 +221,7 @@ def _speed(built: dashboard.Dashboard) -> None:
     steps = 'sum(rate(dist_train_step_duration_seconds_count{run=~"$run"}[$__rate_interval]))'
     built.with_panel(
         stacked(
-            Look(
+            PanelSpec(
                 "Parts of the step",
                 "Mean time of each part of a step. What is missing to the step's duration is none of these.",
                 "s",
@@ -236,11 +240,13 @@ def _speed(built: dashboard.Dashboard) -> None:
         ),
         ("Time waiting, by worker", "Time of a step spent waiting for the others.", "dist_train_worker_wait_seconds"),
     ):
-        built.with_panel(curves(Look(title, description, "s", 12), Query(_of(metric, "worker"), "{{worker}}")).min(0))
+        built.with_panel(
+            curves(PanelSpec(title, description, "s", 12), Query(_of(metric, "worker"), "{{worker}}")).min(0)
+        )
     built.with_panel(
         limited(
             curves(
-                Look(
+                PanelSpec(
                     "Time for a micro-batch, by worker",
                     "Over that of the median worker; 1 is like the others.",
                     "none",
@@ -256,13 +262,13 @@ def _speed(built: dashboard.Dashboard) -> None:
     )
     built.with_panel(
         curves(
-            Look("Slowest worker: how slow", "Its time at work over that of the median worker.", "none", 6),
+            PanelSpec("Slowest worker: how slow", "Its time at work over that of the median worker.", "none", 6),
             Query(_of("dist_train_slowest_worker_ratio"), "{{run}}"),
         )
     )
     built.with_panel(
         curves(
-            Look(
+            PanelSpec(
                 "Slowest worker: which",
                 "Its number. One line that stays put is one worker; a comb is chance.",
                 "none",
@@ -278,7 +284,7 @@ def _checkpoints(built: dashboard.Dashboard) -> None:
     built.with_panel(
         limited(
             curves(
-                Look(
+                PanelSpec(
                     "Age of the last checkpoint",
                     "So much work is lost if the run fails now.",
                     "s",
@@ -294,26 +300,26 @@ def _checkpoints(built: dashboard.Dashboard) -> None:
     )
     built.with_panel(
         curves(
-            Look("Size", "Of the latest checkpoint.", "bytes", 6),
+            PanelSpec("Size", "Of the latest checkpoint.", "bytes", 6),
             Query(_of("dist_train_checkpoint_size_bytes"), "{{run}}"),
         ).min(0)
     )
     built.with_panel(
         curves(
-            Look("Time to write", "Until it was durable, and how much of that training stood still.", "s", 6),
+            PanelSpec("Time to write", "Until it was durable, and how much of that training stood still.", "s", 6),
             Query(_of("dist_train_checkpoint_duration_seconds"), "until durable"),
             Query(_of("dist_train_checkpoint_stall_seconds"), "training stood still"),
         ).min(0)
     )
     built.with_panel(
         number(
-            Look("Written", "Checkpoints written, over all launches.", "none", 3, 8),
+            PanelSpec("Written", "Checkpoints written, over all launches.", "none", 3, 8),
             Query(_of("dist_train_checkpoints_total"), "{{run}}"),
         )
     )
     built.with_panel(
         number(
-            Look(
+            PanelSpec(
                 "Failed checkpoints",
                 "Checkpoints that could not be written, over all launches.",
                 "none",
@@ -353,7 +359,7 @@ def _incidents(built: dashboard.Dashboard) -> None:
     ):
         built.with_panel(
             number(
-                Look(title, description, "none", 3, 7, alert),
+                PanelSpec(title, description, "none", 3, 7, alert),
                 Query(_of(f"dist_train_{metric}_total"), "{{run}}"),
                 GREEN,
                 (limit, colour),
@@ -361,7 +367,7 @@ def _incidents(built: dashboard.Dashboard) -> None:
         )
     built.with_panel(
         curves(
-            Look("Events by kind", "Every kind of event, counted over all launches.", "none", 9, 7),
+            PanelSpec("Events by kind", "Every kind of event, counted over all launches.", "none", 9, 7),
             Query(_of("dist_train_events_total", "event"), "{{event}}"),
         ).min(0)
     )
@@ -371,13 +377,13 @@ def _memory(built: dashboard.Dashboard) -> None:
     built.with_row(row("Memory and devices"))
     built.with_panel(
         curves(
-            Look("Resident memory", "Of each worker's process.", "bytes"),
+            PanelSpec("Resident memory", "Of each worker's process.", "bytes"),
             Query(_of("dist_train_worker_resident_memory_bytes", "worker"), "{{worker}}"),
         ).min(0)
     )
     built.with_panel(
         curves(
-            Look(
+            PanelSpec(
                 "Device memory",
                 "Held by each worker, and the most that it has held. Nothing without a device.",
                 "bytes",
@@ -388,7 +394,7 @@ def _memory(built: dashboard.Dashboard) -> None:
     )
     built.with_panel(
         curves(
-            Look(
+            PanelSpec(
                 "Device utilization",
                 "Share of time that the device was at work. Nothing where NVML is not there.",
                 "percentunit",

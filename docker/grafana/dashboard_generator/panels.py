@@ -30,7 +30,7 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Look:
+class PanelSpec:
     """What a panel shows and where. `width` is of 24 columns, `height` in rows; `alert` names what it helps with."""
 
     title: str
@@ -61,11 +61,11 @@ def thresholds(first: str, *steps: tuple[float, str]) -> dashboard.ThresholdsCon
     return dashboard.ThresholdsConfig().mode(model.ThresholdsMode.ABSOLUTE).steps(colours)
 
 
-def _links(look: Look) -> list[cog.Builder[model.DashboardLink]]:
+def _links(look: PanelSpec) -> list[cog.Builder[model.DashboardLink]]:
     return [] if look.alert is None else [runbook_link(look.alert)]
 
 
-def curves(look: Look, *queries: Query) -> timeseries.Panel:
+def curves(look: PanelSpec, *queries: Query) -> timeseries.Panel:
     """Return lines over time, with their last, least and greatest values in the legend."""
     legend = (
         common.VizLegendOptions()
@@ -110,13 +110,13 @@ def logarithmic(panel: timeseries.Panel) -> timeseries.Panel:
     return panel.scale_distribution(common.ScaleDistributionConfig().type(common_model.ScaleDistribution.LOG).log(10))
 
 
-def stacked(look: Look, *queries: Query) -> timeseries.Panel:
+def stacked(look: PanelSpec, *queries: Query) -> timeseries.Panel:
     """Return filled areas on top of each other."""
     stacking = common.StackingConfig().mode(common_model.StackingMode.NORMAL).group("A")
     return curves(look, *queries).fill_opacity(40).line_width(0).stacking(stacking).min(0)
 
 
-def number(look: Look, query: Query, first: str = BLUE, *steps: tuple[float, str]) -> stat.Panel:
+def number(look: PanelSpec, query: Query, first: str = BLUE, *steps: tuple[float, str]) -> stat.Panel:
     """Return the latest value in large type, coloured by thresholds."""
     return (
         stat.Panel()
@@ -137,7 +137,7 @@ def number(look: Look, query: Query, first: str = BLUE, *steps: tuple[float, str
     )
 
 
-def bars(look: Look, query: Query) -> bargauge.Panel:
+def bars(look: PanelSpec, query: Query) -> bargauge.Panel:
     """Return one horizontal bar for each series, by its latest value."""
     return (
         bargauge.Panel()
@@ -157,7 +157,7 @@ def bars(look: Look, query: Query) -> bargauge.Panel:
     )
 
 
-def states(look: Look, query: Query, words: Sequence[tuple[int, str, str]]) -> statetimeline.Panel:
+def states(look: PanelSpec, query: Query, words: Sequence[tuple[int, str, str]]) -> statetimeline.Panel:
     """Return a band for each series whose colours say what its value means: (value, word, colour)."""
     meanings = {
         str(value): model.ValueMappingResult(text=word, color=colour, index=index)

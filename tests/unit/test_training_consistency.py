@@ -9,8 +9,13 @@ import pytest
 from dist_train.cluster.workers import PeerFailedError
 from dist_train.config import parse_config
 from dist_train.outcome import UsageError
-from dist_train.training import alike
-from dist_train.training.alike import check_alike, check_same_data, code_listing, settings_listing
+from dist_train.training import consistency
+from dist_train.training.consistency import (
+    check_consistent_across_ranks,
+    check_same_data,
+    code_listing,
+    settings_listing,
+)
 from tests.unit.simulated_workers import SimulatedWorkers, on_workers, results
 
 CONFIG = parse_config({}, source="test")
@@ -26,12 +31,14 @@ def told(ended: list[Exception | None]) -> str:
 
 
 def test_equal_workers_go_on() -> None:
-    assert results(3, lambda workers: check_alike(workers, CONFIG)) == [None] * 3
+    assert results(3, lambda workers: check_consistent_across_ranks(workers, CONFIG)) == [None] * 3
 
 
 @pytest.mark.parametrize("odd", [0, 1, 2])
 def test_another_setting_is_named_with_both_values_and_the_worker(odd: int) -> None:
-    ended = on_workers(3, lambda workers: check_alike(workers, OTHER if workers.rank == odd else CONFIG))
+    ended = on_workers(
+        3, lambda workers: check_consistent_across_ranks(workers, OTHER if workers.rank == odd else CONFIG)
+    )
     message = told(ended)
     assert f"worker {odd} of this launch differs from the others in settings" in message
     assert "optimizer.learning_rate (" in message
@@ -39,7 +46,9 @@ def test_another_setting_is_named_with_both_values_and_the_worker(odd: int) -> N
 
 
 def test_of_two_workers_the_one_that_is_not_worker_0_is_named() -> None:
-    message = told(on_workers(2, lambda workers: check_alike(workers, OTHER if workers.rank == 0 else CONFIG)))
+    message = told(
+        on_workers(2, lambda workers: check_consistent_across_ranks(workers, OTHER if workers.rank == 0 else CONFIG))
+    )
     assert "worker 1 of this launch differs" in message
     assert "0.7 on worker 0" in message
 
@@ -53,7 +62,7 @@ def test_another_source_file_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     listings = [before, before, code_listing(package)]
 
     def check(workers: SimulatedWorkers) -> None:
-        alike._compare(workers, "code", listings[workers.rank], "install the same on all nodes")
+        consistency._compare(workers, "code", listings[workers.rank], "install the same on all nodes")
 
     message = told(on_workers(3, check))
     assert "worker 2 of this launch differs from the others in code" in message

@@ -14,7 +14,7 @@ from dist_train.training.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
-class Beginning:
+class ResumePoint:
     """Settings, with what an earlier launch decided; the checkpoint to go on from; damaged ones and their faults."""
 
     config: Config
@@ -22,7 +22,7 @@ class Beginning:
     damage: Mapping[str, str] = field(default_factory=dict)
 
 
-def find_beginning(config: Config, directory: RunDirectory) -> Beginning:
+def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
     """Return where a launch of `config` in `directory` begins.
 
     Raises:
@@ -34,7 +34,7 @@ def find_beginning(config: Config, directory: RunDirectory) -> Beginning:
             raise UsageError(
                 f"{directory.root} already holds a run: choose another run.name, or go on with it by run.resume=auto"
             )
-        return Beginning(config)
+        return ResumePoint(config)
     named = None if config.run.resume == "auto" else Path(config.run.resume)
     damage: dict[str, str] = {}
     contents = None
@@ -44,8 +44,8 @@ def find_beginning(config: Config, directory: RunDirectory) -> Beginning:
         # Another run's checkpoint is where this one begins; requeued, it goes on from its own.
         contents = read_checkpoint(named)
     if contents is None:
-        return Beginning(config, None, damage)
-    return Beginning(_settled(config, contents), contents, damage)
+        return ResumePoint(config, None, damage)
+    return ResumePoint(_settled(config, contents), contents, damage)
 
 
 def _settled(config: Config, contents: Contents) -> Config:

@@ -10,7 +10,7 @@ import yaml
 
 from dist_train.cluster.joining import join_workers, meeting_within
 from dist_train.cluster.watchdog import start_watchdog
-from dist_train.cluster.workers import WorkerLostError, Workers, gather, share_text, together
+from dist_train.cluster.workers import WorkerLostError, Workers, broadcast_str, gather, run_on_all_ranks
 from dist_train.config import Config, dump_config, parse_config
 from dist_train.config.continuation import with_threads
 from dist_train.monitoring.json_lines import rewind
@@ -19,12 +19,12 @@ from dist_train.monitoring.prometheus.access import check_access
 from dist_train.monitoring.records import Outcome
 from dist_train.monitoring.tensorboard import check_tensorboard
 from dist_train.start_up import without_collection
-from dist_train.training.alike import check_alike
 from dist_train.training.assembly import assemble
-from dist_train.training.beginning import Beginning, find_beginning
 from dist_train.training.compute import share_of_threads
+from dist_train.training.consistency import check_consistent_across_ranks
 from dist_train.training.devices import device_type
-from dist_train.training.run_directory import RunDirectory, told_as_faults
+from dist_train.training.resume_point import ResumePoint, find_resume_point
+from dist_train.training.run_directory import RunDirectory, oserror_to_fault
 from dist_train.training.run_lock import RunLock, lock_run
 from dist_train.training.session import Session, open_session
 from dist_train.training.stop_requests import StopRequests
@@ -50,7 +50,7 @@ def train(config: Config, run_directory: Path | None = None) -> Outcome:
         FaultError: the run directory could not be written, or something else broke that is nobody's doing.
     """
     directory = RunDirectory(config.run_directory if run_directory is None else run_directory)
-    with told_as_faults(directory), ExitStack() as stack:
+    with oserror_to_fault(directory), ExitStack() as stack:
         stop = stack.enter_context(StopRequests(config.run.stop_signal))
         session: Session | None = None
 
@@ -65,20 +65,20 @@ def train(config: Config, run_directory: Path | None = None) -> Outcome:
                 timeline=config.run.profile_steps > 0,
             )
             stack.callback(workers.close)
-            check_alike(workers, config)
+            check_consistent_across_ranks(workers, config)
             watchdog = stack.enter_context(
                 start_watchdog(workers, timeout=config.comm.timeout * _SILENT_SHARE, on_loss=lose)
             )
         begin = partial(_begin, config, directory, workers, stack)
-        beginning, lock = together(workers, begin, "open the run directory")
-        settled = _shared_config(workers, beginning.config)
+        resume_point, lock = run_on_all_ranks(workers, begin, "open the run directory")
+        settled = _shared_config(workers, resume_point.config)
         stack.enter_context(open_logs(directory.logs, workers.rank))
         session = open_session(settled, directory, workers, lock)
         try:
             with without_collection():
-                trainer = assemble(settled, beginning.contents, directory, workers, session, stop)
+                trainer = assemble(settled, resume_point.contents, directory, workers, session, stop)
             trainer.may_shrink = config.batch.micro_size == "auto"
-            session.begin(trainer, beginning)
+            session.begin(trainer, resume_point)
             stack.callback(trainer.close)
             trainer.run()
             workers.barrier()
@@ -92,10 +92,10 @@ def train(config: Config, run_directory: Path | None = None) -> Outcome:
 
 def _begin(
     config: Config, directory: RunDirectory, workers: Workers, stack: ExitStack
-) -> tuple[Beginning, RunLock | None]:
+) -> tuple[ResumePoint, RunLock | None]:
     """Lock the run directory, on worker 0, and look at what there is to go on with; the others only take part."""
     if workers.rank != 0:
-        return Beginning(config), None
+        return ResumePoint(config), None
     if config.metrics.enabled:
         check_access(config.metrics)
     if config.metrics.tensorboard:
@@ -103,14 +103,14 @@ def _begin(
     directory.create()
     lock = lock_run(directory.root, directory.lock)
     stack.callback(lock.release)
-    beginning = find_beginning(config, directory)
-    rewind(directory.metrics, beginning.contents.step if beginning.contents else 0)
-    return beginning, lock
+    resume_point = find_resume_point(config, directory)
+    rewind(directory.metrics, resume_point.contents.step if resume_point.contents else 0)
+    return resume_point, lock
 
 
 def _shared_config(workers: Workers, config: Config) -> Config:
     """Return worker 0's settings, with the number of threads decided for all."""
-    text = share_text(workers, dump_config(config), "config")
+    text = broadcast_str(workers, dump_config(config), "config")
     config = parse_config(yaml.safe_load(text), source="worker 0")
     threads = min(threads for (threads,) in gather(workers, [share_of_threads(workers.local_size)], "threads"))
     if config.precision.threads != "auto":

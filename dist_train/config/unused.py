@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dist_train.config.sections import Config
 
 
-def idle_settings(config: Config) -> list[str]:
+def unused_settings(config: Config) -> list[str]:
     """Return one sentence for each setting that was given and has no effect beside the others."""
     return [
         f"{path} has no effect: {reason}"

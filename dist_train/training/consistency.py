@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import dist_train
-from dist_train.cluster.workers import Workers, gather, share_text, together
+from dist_train.cluster.workers import Workers, broadcast_str, gather, run_on_all_ranks
 from dist_train.config import Config
 from dist_train.outcome import UsageError
 from dist_train.training.agreement import minority
@@ -22,7 +22,7 @@ from dist_train.training.agreement import minority
 _MOST_NAMES = 4
 
 
-def check_alike(workers: Workers, config: Config) -> None:
+def check_consistent_across_ranks(workers: Workers, config: Config) -> None:
     """Compare the code and the settings of all workers; a difference is named, with the first worker that has it.
 
     Raises:
@@ -72,9 +72,9 @@ def _compare(workers: Workers, what: str, listing: Mapping[str, str], cure: str)
         return
     # Where worker 0 is the odd one, another tells what it has and the rest has not.
     teller = odd[0] if odd[0] != 0 else next(rank for rank in range(workers.size) if rank not in odd)
-    theirs: dict[str, str] = json.loads(share_text(workers, json.dumps(listing), f"alike.{what}.listing"))
+    theirs: dict[str, str] = json.loads(broadcast_str(workers, json.dumps(listing), f"alike.{what}.listing"))
     tell = partial(_tell, workers.rank, teller, what, theirs, listing, odd, cure)
-    together(workers, tell, f"agree with the others on the {what}")
+    run_on_all_ranks(workers, tell, f"agree with the others on the {what}")
 
 
 def _tell(
