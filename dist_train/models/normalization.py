@@ -227,7 +227,10 @@ def _moments(group: Tensor) -> tuple[Tensor, Tensor]:
         means, variances = (torch.stack(kind) for kind in zip(*map(_moments, runs), strict=True))
         shares = torch.tensor([[len(run) / len(group)] for run in runs])
         return _moments_of_parts(means, variances, shares)
-    means, variances = torch.batch_norm_update_stats(_columns(group), None, None, 0.0)
+    columns = _columns(group)
+    # Of half precision the kernel keeps float32 moments only where it is given float32 averages to move.
+    averages = None if columns.dtype == torch.float32 else columns.new_zeros(columns.shape[1], dtype=torch.float32)
+    means, variances = torch.batch_norm_update_stats(columns, averages, averages, 0.0)
     positions = (-1, group.shape[1])
     return _moments_of_parts(means.view(positions), variances.view(positions), group.shape[1] / len(means))
 

@@ -284,3 +284,13 @@ def test_a_norm_s_second_derivatives_are_right(shape: tuple[int, ...], layout: t
         second(torch.float32, layout), second(torch.float64, torch.contiguous_format), strict=True
     ):
         assert distance(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("samples", [2, 120, 300])
+def test_moments_of_half_precision_images_are_float32_s(samples: int, precision: torch.dtype) -> None:
+    images = images_on_black(samples).expand(-1, 3, -1, -1).to(precision).contiguous(memory_format=torch.channels_last)
+    _, means, variances = normalize(images, torch.ones(3), torch.zeros(3), 1e-5, (samples,))
+    exact = images.double().transpose(0, 1).flatten(1)
+    assert distance(means[0], exact.mean(1)) < 1e-6
+    assert distance(variances[0], exact.var(1)) < 2e-6

@@ -76,6 +76,7 @@ def test_a_set_stays_on_a_gpu_only_when_it_takes_less_than_a_quarter_of_its_free
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     images = made()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for free, fits in ((4 * images.images.nbytes, False), (4 * images.images.nbytes + 4, True)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
         assert loader._fits(images, torch.device("cuda")) is fits

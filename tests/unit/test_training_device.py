@@ -75,14 +75,14 @@ def test_every_part_of_a_step_but_the_reading_of_its_result_is_forbidden_to_wait
     step = trainer.take_step
     parts: dict[str, Any] = {
         name: Noting(getattr(step, name), partial(note, name))
-        for name in ("samples", "tally", "reduction", "optimizer")
+        for name in ("samples", "tally", "reduction", "statistics")
     }
     trainer.take_step = replace(step, **parts)
     trainer.advance()
     allowed = [index for index, (_, state) in enumerate(seen) if state == "default"]
     assert [seen[index][0] for index in allowed] == ["tally", "reduction"]
     assert allowed == [allowed[0], allowed[0] + 1]
-    assert seen[-1] == ("optimizer", "error")
+    assert seen[-1] == ("statistics", "error")
     assert modes[-1] == "default"
 
 

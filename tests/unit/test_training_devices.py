@@ -154,7 +154,7 @@ def test_each_rank_has_a_gpu_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seats", "reason"),
+    ("placements", "reason"),
     [
         ([Placement(11, 2, 3), Placement(12, 2, 3), Placement(11, 2, 3)], "ranks 0 and 2 .*3 ranks and 2 GPUs"),
         ([Placement(11, 1, 2), Placement(11, 1, 2)], "2 ranks and 1 GPU for"),
