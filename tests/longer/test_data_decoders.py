@@ -173,7 +173,7 @@ from tests.longer.test_data_decoders import LoaderProcesses, fetched, order
 loaders, folder = LoaderProcesses(2, {SIZE}), Path({str(folder)!r})
 fetched(loaders, order(folder, 1))
 if {busy}:
-    loaders.expect(order(folder, *(list(range({FILES})) * 20)) for _ in range(1))
+    loaders.prefetch(order(folder, *(list(range({FILES})) * 20)) for _ in range(1))
 print(*loaders.pids, flush=True)
 time.sleep(60)
 """
