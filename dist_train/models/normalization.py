@@ -47,6 +47,13 @@ def normalize(
     must then call it, with one sample or more. Means and unbiased variances, float32, carry no gradient; the variance
     of a single value is 0.
     """
+    if torch.compiler.is_compiling() and across is None:
+        # The compiler fuses plain operations, and cannot see into a kernel's writes to parts of a tensor.
+        groups = inputs.split(list(group_sizes))
+        outputs = torch.cat([_plain(group, weight, bias, epsilon) for group in groups])
+        moments = [torch.var_mean(group.detach().float(), [0, *range(2, group.dim())]) for group in groups]
+        variances, means = (torch.stack(kind) for kind in zip(*moments, strict=True))
+        return outputs, means, variances
     operation: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Normalize.apply
     if across is not None:
         # A compiled graph cannot wait for other ranks: it ends here, and another begins behind.
@@ -116,10 +123,11 @@ class _Normalize(torch.autograd.Function):
 def _plain(group: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
     """Return the normalized `group`, by operations that torch can differentiate any number of times."""
     dimensions = [0, *range(2, group.dim())]
-    centered = group - group.mean(dimensions, keepdim=True)
+    values = group.float()
+    centered = values - values.mean(dimensions, keepdim=True)
     scale = (centered.square().mean(dimensions, keepdim=True) + epsilon).rsqrt()
     shape = (-1, *(1,) * (group.dim() - 2))
-    return centered * (scale * weight.view(shape)) + bias.view(shape)
+    return (centered * (scale * weight.view(shape)) + bias.view(shape)).to(group.dtype)
 
 
 def _torch_is_accurate(inputs: Tensor) -> bool:
