@@ -15,7 +15,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/cuda.sh"
 
 version=0.28.1
-recipe=2 # raise it when the way of building changes: wheels of another recipe are not taken from the cache
+recipe=3 # raise it when the way of building changes: wheels of another recipe are not taken from the cache
 device=$(chosen_device)
 
 case ${DIST_TRAIN_NVCC:-} in
@@ -154,6 +154,8 @@ source=$work/horovod-$version
 
 # Horovod asks for C++14, torch for more.
 sed -i "s/CMAKE_CXX_STANDARD 14/CMAKE_CXX_STANDARD $standard/" "$source/CMakeLists.txt" "$source/horovod/torch/CMakeLists.txt"
+# Its flatbuffers assigns to a constant, which g++ 14 sees also where nobody calls it.
+sed -i 's/const size_type count_;/size_type count_;/' "$source/third_party/flatbuffers/include/flatbuffers/stl_emulation.h"
 # RPATH rather than RUNPATH: a stray LD_LIBRARY_PATH must not bring in another MPI.
 sed -i "/^set(CMAKE_CXX_STANDARD_REQUIRED ON)/a \\
 set(CMAKE_BUILD_WITH_INSTALL_RPATH ON)\\
@@ -164,6 +166,8 @@ grep -q CMAKE_INSTALL_RPATH "$source/CMakeLists.txt" || fail "Horovod's CMakeLis
 
 export HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
 export HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1
+# Horovod forgets to include these, and the standard library of g++ 14 brings them along in fewer places.
+export CXXFLAGS="${CXXFLAGS:-} -include stdexcept -include string -include cstdint -include memory -include functional"
 export CMAKE_POLICY_VERSION_MINIMUM=3.5 # CMake 4 refuses what Horovod's parts ask for
 MAKEFLAGS=-j$(nproc)
 export MAKEFLAGS
