@@ -10,7 +10,7 @@ import pytest
 
 from tests.containers.engine import ROOT, Engine
 
-pytestmark = [pytest.mark.services, pytest.mark.workers, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.services, pytest.mark.workers, pytest.mark.lengthy, pytest.mark.timeout(1800)]
 
 # The demonstration, cut short.
 SHORT = ("configs/demo.yaml", "run.max_steps=2", "batch.global_size=256", "evaluation.train_samples=200")
