@@ -11,7 +11,7 @@ help: ## show this list
 setup: ## make .venv with everything in it (PYTHON=python3.12, DIST_TRAIN_MPI=system|wheel and DEVICE=cpu|cuda choose)
 	@DEVICE=$(if $(filter bench,$(MAKECMDGOALS)),,$(DEVICE)) docker/environment.sh
 
-demo: ## train on Fashion-MNIST with two workers, and write a report to open
+demo: ## train on Fashion-MNIST with two ranks, and write a report to open
 	@launch/demo.sh
 
 test: setup ## every test but the lengthy ones of test-cluster, test-containers and test-cuda-build; as root, installs the Debian packages that some need

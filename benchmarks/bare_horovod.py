@@ -14,7 +14,7 @@ from benchmarks.launching import tell
 
 
 def main() -> None:
-    """Sum one number over the workers, and tell the time since the epoch."""
+    """Sum one number over the ranks, and tell the time since the epoch."""
     hvd.init()
     hvd.allreduce(torch.ones(1), name="one")
     if hvd.rank() == 0:

@@ -15,12 +15,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.launching import measure, module, on_workers, tell
+from benchmarks.launching import measure, module, on_ranks, tell
 from benchmarks.shared_folder import shared_folder
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, compare, ratio_of, timed
 from dist_train.cluster.alone import Alone
-from dist_train.cluster.joining import join_workers
+from dist_train.cluster.joining import join_ranks
 from dist_train.training.compute import share_of_threads
 from dist_train.training.devices import device_type
 
@@ -29,11 +29,11 @@ _WIDTH, _GLOBAL_SIZE, _UPDATES = 0.25, 128, 10
 
 @dataclass(frozen=True)
 class Candidate:
-    """Environment variables for our side, on so many workers over MPI; `both` are set on either side."""
+    """Environment variables for our side, on so many ranks over MPI; `both` are set on either side."""
 
     name: str
     variables: Mapping[str, str]
-    workers: int = 1
+    ranks: int = 1
     both: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -79,8 +79,8 @@ def from_environment(find: Callable[[str], str | None]) -> Iterator[Candidate | 
     else:
         yield Missing("KMP_BLOCKTIME", "neither Intel's OpenMP nor LLVM's is installed, and GNU's has no such time")
     for milliseconds in ("0.1", "5"):
-        yield Candidate(f"HOROVOD_CYCLE_TIME={milliseconds}", {"HOROVOD_CYCLE_TIME": milliseconds}, workers=2)
-    yield Candidate("HOROVOD_FUSION_THRESHOLD=0", {"HOROVOD_FUSION_THRESHOLD": "0"}, workers=2)
+        yield Candidate(f"HOROVOD_CYCLE_TIME={milliseconds}", {"HOROVOD_CYCLE_TIME": milliseconds}, ranks=2)
+    yield Candidate("HOROVOD_FUSION_THRESHOLD=0", {"HOROVOD_FUSION_THRESHOLD": "0"}, ranks=2)
 
 
 def setting_rows(pairs: int) -> Iterator[Ratio]:
@@ -105,9 +105,9 @@ def _preloaded(name: str, library: str | None) -> Candidate | Missing:
 
 
 def _environment_row(candidate: Candidate, pairs: int) -> Ratio:
-    command = on_workers(
-        "mpi" if candidate.workers > 1 else "alone",
-        candidate.workers,
+    command = on_ranks(
+        "mpi" if candidate.ranks > 1 else "alone",
+        candidate.ranks,
         module("benchmarks.candidates", _WIDTH, _GLOBAL_SIZE, _UPDATES),
     )
     seconds = [
@@ -122,21 +122,21 @@ def _title(name: str) -> str:
 
 
 def main() -> None:
-    """Train as one of the workers, with the threads that the environment asks for; the first tells the time."""
+    """Train as one of the ranks, with the threads that the environment asks for; the first tells the time."""
     width, global_size, updates = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    workers = join_workers(timeout=600.0, device_type=device_type())
-    precision = {"threads": share_of_threads(workers.local_size)}
-    batch = {"micro_size": max(1, global_size // workers.size)}
+    comm = join_ranks(timeout=600.0, device_type=device_type())
+    precision = {"threads": share_of_threads(comm.local_size)}
+    batch = {"micro_size": max(1, global_size // comm.size)}
     config = settings(width, global_size, precision=precision, batch=batch, **QUIET)
-    with shared_folder(workers) as folder:
-        trainer = open_trainer(config, workers, folder / "run")
+    with shared_folder(comm) as folder:
+        trainer = open_trainer(config, comm, folder / "run")
         for _ in range(3):
             trainer.advance()
         seconds = median(timed(trainer.advance) for _ in range(updates))
         trainer.close()
-    if workers.rank == 0:
+    if comm.rank == 0:
         tell(seconds)
-    workers.close()
+    comm.close()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A worker is lost: Horovod Elastic against a restart from the last checkpoint, both really run on this machine.
+"""A rank is lost: Horovod Elastic against a restart from the last checkpoint, both really run on this machine.
 
-`python -m benchmarks.elastic [--repeats N] [--json FILE]`. Two workers train VGG9 at width 0.25 on two cores over
+`python -m benchmarks.elastic [--repeats N] [--json FILE]`. Two ranks train VGG9 at width 0.25 on two cores over
 Gloo; one of them is killed, or stopped (SIGSTOP), or raises an exception. Ours is started again by its launch script
-on one worker; Elastic goes on by itself.
+on one rank; Elastic continues by itself.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _ROOT = Path(__file__).resolve().parent.parent
 _LAUNCH = str(_ROOT / "launch" / "local.sh")
 STEPS = 24
 HIT_AFTER = 8
-"""Updates that are done when the worker is lost."""
+"""Updates that are done when the rank is lost."""
 STOPPED_TIMEOUT = 15.0
-"""`comm.timeout` of our run whose worker is stopped; the default is 60 s."""
+"""`comm.timeout` of our run whose rank is stopped; the default is 60 s."""
 PATIENCE = 60.0
 """Seconds without an update after which a run counts as hanging."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What became of a run that lost a worker; seconds are None where no update came within `PATIENCE`."""
+    """What became of a run that lost a rank; seconds are None where no update came within `PATIENCE`."""
 
     who: str
     what: str
@@ -72,14 +72,14 @@ def settle(who: str, what: str, before: Steps, hit: float, after: Steps, ended: 
 
 
 def ours(what: str, every_steps: int, folder: Path) -> Loss:
-    """Run ours, take a worker from it by `what`, and start it again on one worker."""
+    """Run ours, take a rank from it by `what`, and start it again on one rank."""
     config = _write_config(folder, every_steps)
     run = folder / "run"
     with _started([_LAUNCH, "-np", "2", "train", config]) as process:
         before = _await(lambda: _our_steps(run), HIT_AFTER, time.time() + PATIENCE)
-        worker = _worker_of(process.pid, rank=1)
+        rank = _rank_of(process.pid, rank=1)
         hit = time.time()
-        os.kill(worker, {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[what])
+        os.kill(rank, {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[what])
         process.wait()
         before, ended = _our_steps(run), time.time()
     with _started([_LAUNCH, "-np", "1", "train", config]) as process:
@@ -89,19 +89,19 @@ def ours(what: str, every_steps: int, folder: Path) -> Loss:
 
 
 def elastic(what: str, folder: Path) -> Loss:
-    """Run Horovod Elastic and take a worker from it by `what`."""
+    """Run Horovod Elastic and take a rank from it by `what`."""
     fail_at = HIT_AFTER + 1 if what == "exception" else 0
     with _started(_elastic_command(folder, fail_at)) as process:
         before = _await(lambda: _elastic_steps(folder), HIT_AFTER, time.time() + PATIENCE)
         hit = time.time()
         if what != "exception":
-            worker = int((folder / "worker-1").read_text())
+            rank = int((folder / "rank-1").read_text())
             before, hit = _elastic_steps(folder), time.time()
-            os.kill(worker, {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[what])
+            os.kill(rank, {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[what])
         else:
             before, hit = before[:HIT_AFTER], before[HIT_AFTER - 1][1]
         done = len(before)
-        # An update that was under way may still end with the lost worker's gradients.
+        # An update that was under way may still end with the lost rank's gradients.
         with suppress(TimeoutError):
             _await(lambda: _elastic_steps(folder), done + 3, time.time() + PATIENCE)
         after = _elastic_steps(folder)[done:]
@@ -192,14 +192,14 @@ def _below(pid: int) -> list[int]:
     return found
 
 
-def _worker_of(pid: int, rank: int) -> int:
-    """Return the process of worker `rank` below the launcher `pid`: the first one that carries its number."""
+def _rank_of(pid: int, rank: int) -> int:
+    """Return the process of rank `rank` below the launcher `pid`: the first one that carries its number."""
     wanted = f"HOROVOD_RANK={rank}".encode()
     for child in _below(pid):
         with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             if wanted in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
                 return child
-    raise RuntimeError(f"there is no worker {rank} below process {pid}")
+    raise RuntimeError(f"there is no rank {rank} below process {pid}")
 
 
 def _await(steps: Callable[[], Steps], count: int, deadline: float) -> Steps:
@@ -237,7 +237,7 @@ def _in_folder(run: Callable[[Path], Loss], digest: Callable[[Path], str], expec
 
 
 def measure(repeats: int) -> list[Loss]:
-    """Return every loss of a worker that was tried; both sides in turn."""
+    """Return every loss of a rank that was tried; both sides in turn."""
     folder = Path(tempfile.mkdtemp(prefix="elastic-"))
     ours_expected, elastic_expected = undisturbed(folder)
     shutil.rmtree(folder)
@@ -254,7 +254,7 @@ def measure(repeats: int) -> list[Loss]:
 
 def table_of(losses: Sequence[Loss]) -> Table:
     """Return a row for each side and event: medians, and how many runs there were."""
-    table = Table(title="A worker of two is lost", title_justify="left")
+    table = Table(title="A rank of two is lost", title_justify="left")
     for column in ("", "loss", "next update, s", "launcher ended, s", "updates lost", "same bits", "runs"):
         table.add_column(column, justify="left" if column in ("", "loss") else "right")
     for who, what in dict.fromkeys((loss.who, loss.what) for loss in losses):
@@ -279,7 +279,7 @@ def _median(values: Sequence[float | None], missing: str) -> str:
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.elastic", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3, help="times that a worker is killed on each side")
+    parser.add_argument("--repeats", type=int, default=3, help="times that a rank is killed on each side")
     parser.add_argument("--json", type=Path, help="write every loss into this file as well")
     arguments = parser.parse_args()
     losses = measure(arguments.repeats)

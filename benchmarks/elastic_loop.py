@@ -1,7 +1,7 @@
-"""VGG9 under Horovod Elastic, as its users write it: every update is committed. A worker of `benchmarks.elastic`.
+"""VGG9 under Horovod Elastic, as its users write it: every update is committed. A rank of `benchmarks.elastic`.
 
-`horovodrun ... python -m benchmarks.elastic_loop FOLDER STEPS FAIL_AT`; worker 0 appends a line for each update to
-FOLDER/steps, every worker writes its process id to FOLDER/worker-<rank>. At update FAIL_AT, unless 0, the worker that
+`horovodrun ... python -m benchmarks.elastic_loop FOLDER STEPS FAIL_AT`; rank 0 appends a line for each update to
+FOLDER/steps, every rank writes its process id to FOLDER/rank-<rank>. At update FAIL_AT, unless 0, the rank that
 began as number 1 raises an exception.
 """
 
@@ -23,11 +23,11 @@ from benchmarks.elastic_task import GLOBAL_SIZE, WIDTH
 
 
 def main() -> None:
-    """Train to the end, whatever becomes of the other workers."""
+    """Train to the end, whatever becomes of the other ranks."""
     folder, steps, fail_at = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     hvd.init()
-    (folder / f"worker-{hvd.rank()}").write_text(str(os.getpid()))
+    (folder / f"rank-{hvd.rank()}").write_text(str(os.getpid()))
     began_as = hvd.rank()
     torch.manual_seed(0)
     model = bare_vgg9(3, 10, WIDTH)

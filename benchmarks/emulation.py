@@ -242,7 +242,7 @@ def _on_device(network: nn.Module) -> nn.Module:
 
 def _our_step(config: Config, network: nn.Module, ranks: int) -> Callable[[], object]:
     """Return what makes one update as the program does, `network` being the model of `config`."""
-    workers, compute = _Rank0(ranks), _Compute(_DEVICE, _PRECISIONS[config.precision.compute])
+    comm, compute = _Rank0(ranks), _Compute(_DEVICE, _PRECISIONS[config.precision.compute])
     layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
     splits = open_splits(config.data, config.run.seed, _DEVICE, layout)
     weights = FlatWeights(network)
@@ -252,7 +252,7 @@ def _our_step(config: Config, network: nn.Module, ranks: int) -> Callable[[], ob
         weights,
         splits.train,
         build_optimizer(config.optimizer, weights),
-        workers,
+        comm,
         compute,
         loss_scale=DynamicLossScale(Progress()) if compute.precision == torch.float16 else NoLossScale(),
         clock=StepClock(HostTimer()),

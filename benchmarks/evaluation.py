@@ -56,7 +56,7 @@ def rows_of(subject: Subject, pairs: int) -> Iterator[Ratio]:
     count = len(subject.images)
 
     def ours() -> None:
-        evaluate(model, samples, count, batch_size=subject.batch_size, compute=compute, workers=Alone())
+        evaluate(model, samples, count, batch_size=subject.batch_size, compute=compute, comm=Alone())
 
     there = subject.images.to(compute.device), subject.labels.to(compute.device)
     loader = through_loader(model, subject.images, subject.labels, batch_size=subject.batch_size)

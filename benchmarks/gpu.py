@@ -24,7 +24,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.groups import Device, groups_on
-from benchmarks.launching import NotMeasuredError, environment, measure, module, on_workers, tell
+from benchmarks.launching import NotMeasuredError, environment, measure, module, on_ranks, tell
 from benchmarks.machine import this_machine
 from benchmarks.subject import QUIET, open_trainer, settings
 from dist_train.cluster.alone import Alone
@@ -129,7 +129,7 @@ def same_bits(device: Device, folder: Path) -> Finding:
     config.write_text(dump_config(settings(0.25, 256, noise=_NOISE, **sections)))
 
     def command(name: str, controller: str = "alone") -> list[str]:
-        return on_workers(controller, 1, module("dist_train", "train", config, "--run-dir", folder / name))
+        return on_ranks(controller, 1, module("dist_train", "train", config, "--run-dir", folder / name))
 
     _kill_at_checkpoint(command("killed"), folder / "killed")
     digests = {}

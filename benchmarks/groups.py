@@ -17,13 +17,13 @@ from benchmarks import (
     memory,
     metrics_cost,
     noise_cost,
-    one_worker,
+    one_rank,
     overlap,
     perturbation,
     scaling_efficiency,
     start_up,
     traffic,
-    two_workers,
+    two_ranks,
 )
 from benchmarks.peers import comparison
 from benchmarks.timing import Ratio
@@ -44,9 +44,9 @@ _ANY: tuple[Device, ...] = ("cpu", "cuda")
 
 GROUPS: Mapping[str, Group] = MappingProxyType(
     {
-        "checkpoint": Group(lambda pairs: [one_worker.checkpoint_row(pairs)], _ANY),
-        "throughput-0.25": Group(lambda pairs: one_worker.throughput_rows(0.25, 5 * pairs), _ANY),
-        "throughput-1": Group(lambda pairs: one_worker.throughput_rows(1.0, pairs), _ANY),
+        "checkpoint": Group(lambda pairs: [one_rank.checkpoint_row(pairs)], _ANY),
+        "throughput-0.25": Group(lambda pairs: one_rank.throughput_rows(0.25, 5 * pairs), _ANY),
+        "throughput-1": Group(lambda pairs: one_rank.throughput_rows(1.0, pairs), _ANY),
         "allocator": Group(lambda pairs: allocator.rows(max(3, pairs // 3))),
         "perturbation": Group(lambda pairs: [perturbation.perturbation_row(5 * pairs)], _ANY),
         "noise": Group(noise_cost.sharing_rows, _ANY),
@@ -62,8 +62,8 @@ GROUPS: Mapping[str, Group] = MappingProxyType(
         "resume": Group(lambda pairs: start_up.resume_rows(max(1, pairs // 3))),
         "data": Group(data_preparation.rows),
         "memory": Group(lambda pairs: memory.rows(max(1, pairs // 7))),
-        "reduction-128": Group(lambda pairs: (two_workers.launch(which, 128, 2 * pairs) for which in ("gloo", "mpi"))),
-        "reduction-8192": Group(lambda pairs: [two_workers.launch("gloo", 8192, max(2, pairs // 7))]),
+        "reduction-128": Group(lambda pairs: (two_ranks.launch(which, 128, 2 * pairs) for which in ("gloo", "mpi"))),
+        "reduction-8192": Group(lambda pairs: [two_ranks.launch("gloo", 8192, max(2, pairs // 7))]),
         "overlap-128": Group(
             lambda pairs: (row for which in ("gloo", "mpi") for row in overlap.rows(which, 1.0, 128, pairs))
         ),

@@ -1,4 +1,4 @@
-"""Points of a landscape: against a plain evaluation through a DataLoader, and on two workers against one.
+"""Points of a landscape: against a plain evaluation through a DataLoader, and on two ranks against one.
 
 `mpirun -np 2 python -m benchmarks.landscape POINTS` prints the seconds that so many points take.
 """
@@ -14,7 +14,7 @@ from contextlib import closing
 import torch
 from torch import Tensor, nn
 
-from benchmarks.launching import measure, module, on_workers, tell
+from benchmarks.launching import measure, module, on_ranks, tell
 from benchmarks.plain_evaluation import through_loader
 from benchmarks.subject import settings
 from benchmarks.timing import Ratio, compare, ratio_of
@@ -69,26 +69,26 @@ def dataloader_row(pairs: int) -> Ratio:
 
 
 def scaling_row(pairs: int) -> Ratio:
-    """Return the time of eight points on two workers over that on one, one core each."""
+    """Return the time of eight points on two ranks over that on one, one core each."""
     seconds = [(_launch(2, 8), _launch(1, 8)) for _ in range(max(2, pairs // 2))]
-    return ratio_of("landscape, eight points, a core a worker", "2 workers", "1 worker", seconds, 1 / 1.8)
+    return ratio_of("landscape, eight points, a core a rank", "2 ranks", "1 rank", seconds, 1 / 1.8)
 
 
 def main() -> None:
-    """Evaluate this worker's share of the points, and print on the first how long it took until all were done."""
-    workers = join_points()
+    """Evaluate this rank's share of the points, and print on the first how long it took until all were done."""
+    ranks = join_points()
     torch.set_num_threads(1)
     model, images, labels, walk = _subject()
     data = _batches(images, labels)
     points = [Point(0, alpha) for alpha in axis(-1.0, 1.0, int(sys.argv[1]))]
     with closing(PointEvaluator(model, [data], [], Compute(torch.device("cpu"), torch.float32))) as evaluator:
         evaluator.evaluate(walk.at(points[0]))
-        workers.run_on_all_ranks(lambda: None, "begin")
+        ranks.run_on_all_ranks(lambda: None, "begin")
         begun = time.perf_counter()
-        for point in deal(points, workers.rank, workers.size):
+        for point in deal(points, ranks.rank, ranks.size):
             evaluator.evaluate(walk.at(point))
-        workers.run_on_all_ranks(lambda: None, "end")
-    if workers.rank == 0:
+        ranks.run_on_all_ranks(lambda: None, "end")
+    if ranks.rank == 0:
         tell(time.perf_counter() - begun)
 
 
@@ -109,8 +109,8 @@ def _batches(images: Tensor, labels: Tensor) -> Sequence[Batch]:
     return list(zip(inputs.split(_BATCH), labels.split(_BATCH), strict=True))
 
 
-def _launch(workers: int, points: int) -> float:
-    return float(measure(on_workers("mpi", workers, module("benchmarks.landscape", points))))
+def _launch(ranks: int, points: int) -> float:
+    return float(measure(on_ranks("mpi", ranks, module("benchmarks.landscape", points))))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launching import NotMeasuredError, environment, module, on_workers
+from benchmarks.launching import NotMeasuredError, environment, module, on_ranks
 from benchmarks.subject import settings
 from dist_train.config import dump_config
 
@@ -20,7 +20,7 @@ _SECTIONS: Mapping[str, Mapping[str, Any]] = {
     "data": {"synthetic_samples": 512},
     "metrics": {"port": 0},
 }
-"""A batch of 128 as two workers take it, SmoothOut, metrics served."""
+"""A batch of 128 as two ranks take it, SmoothOut, metrics served."""
 
 
 def write_settings(folder: Path, width: float) -> Path:
@@ -30,7 +30,7 @@ def write_settings(folder: Path, width: float) -> Path:
     return path
 
 
-def seconds_to_step(step: int, config: Path, run: Path, *, controller: str, workers: int) -> float:
+def seconds_to_step(step: int, config: Path, run: Path, *, controller: str, ranks: int) -> float:
     """Run until `step` is done, and return the seconds from the launch to then; the rest of the run does not count.
 
     Raises:
@@ -38,7 +38,7 @@ def seconds_to_step(step: int, config: Path, run: Path, *, controller: str, work
     """
     program = module("dist_train", "train", config, f"run.max_steps={step}", "--run-dir", run)
     begun = time.time()
-    _finish(on_workers(controller, workers, program))
+    _finish(on_ranks(controller, ranks, program))
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     [done] = [record["time"] for record in records if record["kind"] == "train" and record["step"] == step]
     return float(done - begun)

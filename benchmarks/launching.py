@@ -1,4 +1,4 @@
-"""Programs of several workers, started and waited for; the first worker prints what was measured as marked JSON."""
+"""Programs of several ranks, started and waited for; the first rank prints what was measured as marked JSON."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def measure(command: Sequence[str], variables: Mapping[str, str] | None = None) 
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a program: one thread a worker, MPI allowed to root, then `variables`."""
+    """Return the environment of a program: one thread a rank, MPI allowed to root, then `variables`."""
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.geteuid() == 0 else {}
     return {**os.environ, "OMP_NUM_THREADS": "1", "OMPI_MCA_mpi_yield_when_idle": "1", **allowed, **variables}
 
 
-def on_workers(controller: str, workers: int, program: Sequence[str]) -> list[str]:
-    """Return the command that runs `program` on `workers` workers over `controller`: gloo, mpi, or alone."""
-    return [*_LAUNCHERS[controller](workers), *program]
+def on_ranks(controller: str, ranks: int, program: Sequence[str]) -> list[str]:
+    """Return the command that runs `program` on `ranks` ranks over `controller`: gloo, mpi, or alone."""
+    return [*_LAUNCHERS[controller](ranks), *program]
 
 
 def module(name: str, *arguments: object) -> list[str]:
@@ -68,19 +68,19 @@ def beside_python(name: str) -> str:
     return str(beside) if beside.exists() else name
 
 
-def _alone(workers: int) -> list[str]:
-    assert workers == 1
+def _alone(ranks: int) -> list[str]:
+    assert ranks == 1
     return []
 
 
 _LAUNCHERS: Mapping[str, Callable[[int], list[str]]] = MappingProxyType(
     {
         "alone": _alone,
-        "gloo": lambda workers: [
-            beside_python("horovodrun"), "-np", str(workers), "--gloo", "--network-interface", "lo",
+        "gloo": lambda ranks: [
+            beside_python("horovodrun"), "-np", str(ranks), "--gloo", "--network-interface", "lo",
         ],
-        "mpi": lambda workers: [
-            beside_python("mpirun"), "-np", str(workers), "--bind-to", "none", "--oversubscribe",
+        "mpi": lambda ranks: [
+            beside_python("mpirun"), "-np", str(ranks), "--bind-to", "none", "--oversubscribe",
         ],
     }
 )  # fmt: skip

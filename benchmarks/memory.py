@@ -1,9 +1,9 @@
-"""Rows of memory: a worker's peak, and what a second worker adds to its node, as proportional set size.
+"""Rows of memory: a rank's peak, and what a second rank adds to its node, as proportional set size.
 
 A page that several processes map counts for each of them by its share: sums over processes are what the node gives.
 
-`mpirun -np 2 python -m benchmarks.memory worker FOLDER` and `python -m benchmarks.memory bare FOLDER` train on the
-images in FOLDER and tell each worker's memory.
+`mpirun -np 2 python -m benchmarks.memory rank FOLDER` and `python -m benchmarks.memory bare FOLDER` train on the
+images in FOLDER and tell each rank's memory.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 
 from benchmarks.bare_loop import bare_loop
 from benchmarks.idx_files import write_unpacked
-from benchmarks.launching import measure, module, on_workers, tell
+from benchmarks.launching import measure, module, on_ranks, tell
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, ratio_of
-from dist_train.cluster.joining import join_workers
-from dist_train.cluster.workers import gather
+from dist_train.cluster.communicator import gather
+from dist_train.cluster.joining import join_ranks
 from dist_train.config import Config
 from dist_train.data.catalog import load_images
 from dist_train.training.allocator import ask_for_large_pages
@@ -60,15 +60,15 @@ def rows(rounds: int) -> Iterator[Ratio]:
         for _ in range(rounds):
             [one], two, small = _trained(many, 1), _trained(many, 2), _trained(few, 2)
             [bare] = _memories(module("benchmarks.memory", "bare", many), many)
-            extra = sum(worker.proportional for worker in two) - one.proportional
+            extra = sum(rank.proportional for rank in two) - one.proportional
             peaks.append((one.peak / _MB, bare.peak / _MB))
             added.append((extra / _MB, small[1].private / _MB))
             shares.append((extra / _MB, one.proportional / _MB))
     title = f"width {_WIDTH:g}, micro-batch {_MICRO_SIZE}, {_IMAGES:,} images"
-    second = f"memory a second worker adds, {title}"
-    yield ratio_of(f"memory, peak of a worker, {title}", "dist-train", "bare PyTorch loop", peaks, None, unit="MB")
-    yield ratio_of(second, "2 workers less 1", "its model, optimizer, activations", added, BAR, unit="MB")
-    yield ratio_of(second, "2 workers less 1", "1 worker", shares, None, unit="MB")
+    second = f"memory a second rank adds, {title}"
+    yield ratio_of(f"memory, peak of a rank, {title}", "dist-train", "bare PyTorch loop", peaks, None, unit="MB")
+    yield ratio_of(second, "2 ranks less 1", "its model, optimizer, activations", added, BAR, unit="MB")
+    yield ratio_of(second, "2 ranks less 1", "1 rank", shares, None, unit="MB")
 
 
 def memory_in(rollup: str, status: str) -> Memory:
@@ -86,8 +86,8 @@ def _own_memory() -> Memory:
     return memory_in((process / "smaps_rollup").read_text(), (process / "status").read_text())
 
 
-def _trained(images: Path, workers: int) -> list[Memory]:
-    return _memories(on_workers("mpi", workers, module("benchmarks.memory", "worker", images)), images)
+def _trained(images: Path, ranks: int) -> list[Memory]:
+    return _memories(on_ranks("mpi", ranks, module("benchmarks.memory", "rank", images)), images)
 
 
 def _memories(command: list[str], images: Path) -> list[Memory]:
@@ -101,20 +101,20 @@ def _settings(images: Path) -> Config:
     return settings(_WIDTH, _GLOBAL_SIZE, **{**QUIET, "data": data, "batch": batch})
 
 
-def _worker(images: Path) -> None:
-    """Train as one of the workers; the first tells everybody's memory."""
+def _rank(images: Path) -> None:
+    """Train as one of the ranks; the first tells everybody's memory."""
     ask_for_large_pages()
-    workers = join_workers(timeout=600.0, device_type="cpu")
+    comm = join_ranks(timeout=600.0, device_type="cpu")
     with tempfile.TemporaryDirectory() as folder:
-        trainer = open_trainer(_settings(images), workers, Path(folder) / "run")
+        trainer = open_trainer(_settings(images), comm, Path(folder) / "run")
         for _ in range(_UPDATES):
             trainer.advance()
-        workers.barrier()
-        memories = gather(workers, astuple(_own_memory()), "memory")
-        if workers.rank == 0:
+        comm.barrier()
+        memories = gather(comm, astuple(_own_memory()), "memory")
+        if comm.rank == 0:
             tell(memories)
         trainer.close()
-    workers.close()
+    comm.close()
 
 
 def _bare(images: Path) -> None:
@@ -129,7 +129,7 @@ def _bare(images: Path) -> None:
     tell([astuple(_own_memory())])
 
 
-_ROLES: Mapping[str, Callable[[Path], None]] = MappingProxyType({"worker": _worker, "bare": _bare})
+_ROLES: Mapping[str, Callable[[Path], None]] = MappingProxyType({"rank": _rank, "bare": _bare})
 
 if __name__ == "__main__":
     _ROLES[sys.argv[1]](Path(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""What it costs to be watched: metrics on against off, under many scrapes against none, the page of many workers."""
+"""What it costs to be watched: metrics on against off, under many scrapes against none, the page of many ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.timing import Ratio, compare, ratio_of, timed
 from dist_train.cluster.alone import Alone
 from dist_train.monitoring.prometheus.board import Board
 from dist_train.monitoring.prometheus.page import MetricsPage
-from dist_train.monitoring.records import Measurement, Outcome, RunFacts, StepParts, WorkerMeasurement
+from dist_train.monitoring.records import Measurement, Outcome, RankMeasurement, RunFacts, StepParts
 from dist_train.training.trainer import Trainer
 
 _MEASURED: Mapping[str, Mapping[str, Any]] = {
@@ -26,7 +26,7 @@ _MEASURED: Mapping[str, Mapping[str, Any]] = {
     "metrics": {"enabled": True, "port": 0, "every_steps": 1, "last_scrape_seconds": 0},
 }
 _WIDTH = 0.25
-_WORKERS = 1024
+_RANKS = 1024
 _SCRAPES = 1000
 _SECONDS = 20.0
 _TURN_SECONDS = 1.0
@@ -73,7 +73,7 @@ def scrapes_row() -> Ratio:
 
 
 def page_rows() -> Iterator[Ratio]:
-    """Yield time and size of the page of 1,024 workers, over what they may be."""
+    """Yield time and size of the page of 1,024 ranks, over what they may be."""
     facts = RunFacts(
         name="bench",
         run_directory=Path("bench"),
@@ -82,21 +82,21 @@ def page_rows() -> Iterator[Ratio]:
         parameters=25_557_032,
         global_size=65_536,
         micro_size=64,
-        micro_batches=_WORKERS,
-        world_size=_WORKERS,
+        micro_batches=_RANKS,
+        world_size=_RANKS,
         total_steps=1_000,
         steps_per_epoch=20,
         epochs=50,
         noise="none",
         start_step=0,
         controller="mpi",
-        micro_batches_of=(1,) * _WORKERS,
+        micro_batches_of=(1,) * _RANKS,
     )
     board = Board(facts)
     page = MetricsPage(board)
-    one = WorkerMeasurement(0.123456789, 0.0123456789, 1.6e10, 7.1e10, 7.2e10, 0.987654321)
+    one = RankMeasurement(0.123456789, 0.0123456789, 1.6e10, 7.1e10, 7.2e10, 0.987654321)
     parts = StepParts(0.001, 0.1, 0.01, 0.02, 0.005, 0.0)
-    measurement = Measurement(1, 1.7e9, 0.2, parts, 100.0, 1.0, tuple(replace(one) for _ in range(_WORKERS)))
+    measurement = Measurement(1, 1.7e9, 0.2, parts, 100.0, 1.0, tuple(replace(one) for _ in range(_RANKS)))
 
     def render() -> None:
         board.measurement(measurement)
@@ -104,9 +104,9 @@ def page_rows() -> Iterator[Ratio]:
 
     render()
     seconds = [(timed(render), 0.1) for _ in range(21)]
-    yield ratio_of(f"page of {_WORKERS:,} workers: time", "rendered anew", "0.1 s", seconds, 1.0)
+    yield ratio_of(f"page of {_RANKS:,} ranks: time", "rendered anew", "0.1 s", seconds, 1.0)
     sizes = [(float(len(page.render())), 2e6)]
-    yield ratio_of(f"page of {_WORKERS:,} workers: size", "rendered anew", "2 MB", sizes, 1.0, unit="bytes")
+    yield ratio_of(f"page of {_RANKS:,} ranks: size", "rendered anew", "2 MB", sizes, 1.0, unit="bytes")
 
 
 class _Load:

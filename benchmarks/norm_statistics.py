@@ -83,7 +83,7 @@ def look(trainer: Trainer) -> Point:
         statistics_samples(len(trainer.splits.train), trainer.config.model.norm_samples, size, 0),
         micro_size=size,
         compute=trainer.take_step.compute,
-        workers=trainer.workers,
+        comm=trainer.comm,
     )
     recomputed = _evaluate(trainer)
     for name, buffer in trainer.network.named_buffers():
@@ -98,7 +98,7 @@ def _evaluate(trainer: Trainer) -> Evaluation:
         _TEST_SAMPLES,
         batch_size=trainer.config.evaluation.batch_size,
         compute=trainer.take_step.compute,
-        workers=trainer.workers,
+        comm=trainer.comm,
     )
 
 

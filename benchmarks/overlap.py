@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
-from benchmarks.launching import measure, module, on_workers, tell
+from benchmarks.launching import measure, module, on_ranks, tell
 from benchmarks.shared_folder import shared_folder
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, ratio_of, timed
-from dist_train.cluster.joining import join_workers
-from dist_train.cluster.workers import Workers
+from dist_train.cluster.communicator import Communicator
+from dist_train.cluster.joining import join_ranks
 from dist_train.training.reduction import ExactAccumulator, GradientReduction, buckets_of
 from dist_train.training.trainer import Trainer
 
@@ -45,7 +45,7 @@ def summed_afterwards(trainer: Trainer) -> None:
     """Let `trainer` sum its gradients after the backward pass, exactly as before."""
     step = trainer.take_step
     step.reduction.close()
-    accumulator = ExactAccumulator(step.weights, trainer.workers, len(trainer.plan.micro_batches))
+    accumulator = ExactAccumulator(step.weights, trainer.comm, len(trainer.plan.micro_batches))
     trainer.take_step = replace(
         step, reduction=SummedAfterwards(step.weights, accumulator, buckets_of(step.weights, _BUCKET))
     )
@@ -58,22 +58,22 @@ def times_of(trainer: Trainer) -> Times:
 
 
 def rows(controller: str, width: float, global_size: int, pairs: int) -> Iterator[Ratio]:
-    """Yield the rows of two workers over `controller`."""
+    """Yield the rows of two ranks over `controller`."""
     program = module("benchmarks.overlap", width, global_size, pairs)
-    yield from (Ratio(**row) for row in measure(on_workers(controller, 2, program)))
+    yield from (Ratio(**row) for row in measure(on_ranks(controller, 2, program)))
 
 
-def rows_on(workers: Workers, width: float, global_size: int, pairs: int) -> Iterator[Ratio]:
-    """Measure on one of `workers`, and yield the rows as it sees them."""
-    sections = {**QUIET, "batch": {"micro_size": min(128, global_size // workers.size)}}
+def rows_on(comm: Communicator, width: float, global_size: int, pairs: int) -> Iterator[Ratio]:
+    """Measure on one of `ranks`, and yield the rows as it sees them."""
+    sections = {**QUIET, "batch": {"micro_size": min(128, global_size // comm.size)}}
     config = settings(width, global_size, **sections)
-    with shared_folder(workers) as folder:
-        ours, theirs = (open_trainer(config, workers, folder / name) for name in ("overlapped", "afterwards"))
+    with shared_folder(comm) as folder:
+        ours, theirs = (open_trainer(config, comm, folder / name) for name in ("overlapped", "afterwards"))
         summed_afterwards(theirs)
-        measured = [_pair(workers, ours, theirs, turn) for turn in range(pairs + 1)][1:]
+        measured = [_pair(comm, ours, theirs, turn) for turn in range(pairs + 1)][1:]
         ours.close()
         theirs.close()
-    title = f"width {width:g}, batch {global_size}, {workers.size} workers over {workers.controller}"
+    title = f"width {width:g}, batch {global_size}, {comm.size} ranks over {comm.controller}"
     waits = [(mine.wait, other.wait) for mine, other in measured]
     steps = [(mine.step, other.step) for mine, other in measured]
     share, without = ([(times.wait, times.step) for times in side] for side in zip(*measured, strict=True))
@@ -83,24 +83,24 @@ def rows_on(workers: Workers, width: float, global_size: int, pairs: int) -> Ite
     yield ratio_of(f"allreduce wait, {title}", _AFTERWARDS, "its whole step", without, None)
 
 
-def _pair(workers: Workers, ours: Trainer, theirs: Trainer, turn: int) -> tuple[Times, Times]:
-    """Return the times of both, begun together by all `workers`; who is first alternates."""
+def _pair(comm: Communicator, ours: Trainer, theirs: Trainer, turn: int) -> tuple[Times, Times]:
+    """Return the times of both, begun together by all `ranks`; who is first alternates."""
     sides = [ours, theirs] if turn % 2 == 0 else [theirs, ours]
     times = []
     for trainer in sides:
-        workers.barrier()
+        comm.barrier()
         times.append(times_of(trainer))
     return (times[0], times[1]) if turn % 2 == 0 else (times[1], times[0])
 
 
 def main() -> None:
-    """Measure on every worker, tell on the first."""
+    """Measure on every rank, tell on the first."""
     width, global_size, pairs = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    workers = join_workers(timeout=600.0, device_type="cpu")
-    measured = [asdict(row) for row in rows_on(workers, width, global_size, pairs)]
-    if workers.rank == 0:
+    comm = join_ranks(timeout=600.0, device_type="cpu")
+    measured = [asdict(row) for row in rows_on(comm, width, global_size, pairs)]
+    if comm.rank == 0:
         tell(measured)
-    workers.close()
+    comm.close()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The time of an update on N workers: measured here, fitted, and foretold for clusters.
+"""The time of an update on N ranks: measured here, fitted, and foretold for clusters.
 
 `python -m benchmarks.scaling [--measure] [--json FILE] [options of the cluster]` prints tables. Without `--measure` it
 goes by what was recorded in `benchmarks/scaling.json`.
@@ -23,7 +23,7 @@ from benchmarks.scaling_model import (
     Job,
     Link,
     Network,
-    idle_workers,
+    idle_ranks,
     step_seconds,
 )
 from benchmarks.scaling_subjects import Check, Fabric, checks, jitter_of, published, vgg9
@@ -31,7 +31,7 @@ from benchmarks.scaling_subjects import Check, Fabric, checks, jitter_of, publis
 RECORD = Path(__file__).with_suffix(".json")
 GLOBAL_SIZE = 8192
 MICRO_SIZE = 128
-WORKERS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
+RANKS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 _TALLY = 8 * (7 + 2 * 1408)
 """Counts, and the statistics of VGG9's 1,408 normalized channels."""
 
@@ -47,9 +47,9 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Forecast:
-    """An update of VGG9 at batch 8192 on so many workers; the efficiency is over one with micro-batches of 128."""
+    """An update of VGG9 at batch 8192 on so many ranks; the efficiency is over one with micro-batches of 128."""
 
-    workers: int
+    ranks: int
     micro_size: int
     milliseconds: float
     images_per_second: float
@@ -62,44 +62,44 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Knob:
-    """By how much a setting changes the time of an update: a factor for each number of workers."""
+    """By how much a setting changes the time of an update: a factor for each number of ranks."""
 
     setting: str
     factors: tuple[float, ...]
 
 
-KNOB_WORKERS = (8, 64, 256, 1024)
+KNOB_RANKS = (8, 64, 256, 1024)
 
 
-def forecast(job: Job, cluster: Cluster, workers: int) -> Forecast:
-    """Return the update of `job` on so many workers of `cluster`."""
+def forecast(job: Job, cluster: Cluster, ranks: int) -> Forecast:
+    """Return the update of `job` on so many ranks of `cluster`."""
     parts = (cluster.compute, cluster.network, cluster.horovod)
-    seconds = step_seconds(job, *parts, workers)
+    seconds = step_seconds(job, *parts, ranks)
     alone = step_seconds(replace(job, micro_size=MICRO_SIZE), *parts, 1)
     return Forecast(
-        workers=workers,
+        ranks=ranks,
         micro_size=job.micro_size,
         milliseconds=1000 * seconds.total,
         images_per_second=job.global_size / seconds.total,
-        efficiency=alone.total / (workers * seconds.total),
+        efficiency=alone.total / (ranks * seconds.total),
         exposed=1000 * seconds.exposed,
         hidden=1000 * seconds.hidden,
         waiting=1000 * seconds.waiting,
-        idle=idle_workers(job, workers),
+        idle=idle_ranks(job, ranks),
     )
 
 
-def busy_job(job: Job, workers: int) -> Job:
-    """Return `job` with micro-batches small enough that no worker idles."""
-    return replace(job, micro_size=min(job.micro_size, max(1, job.global_size // workers)))
+def busy_job(job: Job, ranks: int) -> Job:
+    """Return `job` with micro-batches small enough that no rank idles."""
+    return replace(job, micro_size=min(job.micro_size, max(1, job.global_size // ranks)))
 
 
 def knobs(job: Job, cluster: Cluster) -> Iterator[Knob]:
-    """Yield the settings one by one, each against the cluster and the job as they are, no worker idle."""
+    """Yield the settings one by one, each against the cluster and the job as they are, no rank idle."""
     horovod, network = cluster.horovod, cluster.network
     slow = replace(network.between, bandwidth=network.between.bandwidth / 4)
     changes: tuple[tuple[str, Job | None, Cluster], ...] = (
-        ("batch.micro_size 128, workers idle", job, cluster),
+        ("batch.micro_size 128, ranks idle", job, cluster),
         ("batch.micro_size halved", replace(job, micro_size=0), cluster),
         ("comm.reduction float", replace(job, weight_bytes=4), cluster),
         ("the same, compression fp16", replace(job, weight_bytes=2), cluster),
@@ -110,14 +110,14 @@ def knobs(job: Job, cluster: Cluster) -> Iterator[Knob]:
         ("rings alone (NCCL_ALGO=Ring)", None, replace(cluster, network=replace(network, algorithm="ring"))),
         ("HOROVOD_HIERARCHICAL_ALLREDUCE", None, replace(cluster, network=replace(network, algorithm="hierarchical"))),
         ("a quarter of the bandwidth between nodes", None, replace(cluster, network=replace(network, between=slow))),
-        ("workers that are twice as fast", None, replace(cluster, compute=_twice(cluster.compute))),
+        ("ranks that are twice as fast", None, replace(cluster, compute=_twice(cluster.compute))),
     )
     for setting, changed, place in changes:
-        yield Knob(setting, tuple(_factor(job, changed, cluster, place, workers) for workers in KNOB_WORKERS))
+        yield Knob(setting, tuple(_factor(job, changed, cluster, place, ranks) for ranks in KNOB_RANKS))
 
 
-def _factor(job: Job, changed: Job | None, cluster: Cluster, place: Cluster, workers: int) -> float:
-    plain = busy_job(job, workers)
+def _factor(job: Job, changed: Job | None, cluster: Cluster, place: Cluster, ranks: int) -> float:
+    plain = busy_job(job, ranks)
     if changed is None:
         other = plain
     elif changed.micro_size == 0:
@@ -125,8 +125,8 @@ def _factor(job: Job, changed: Job | None, cluster: Cluster, place: Cluster, wor
     elif changed == job:
         other = job
     else:
-        other = busy_job(changed, workers)
-    return forecast(other, place, workers).milliseconds / forecast(plain, cluster, workers).milliseconds
+        other = busy_job(changed, ranks)
+    return forecast(other, place, ranks).milliseconds / forecast(plain, cluster, ranks).milliseconds
 
 
 def _twice(compute: Compute) -> Compute:
@@ -149,7 +149,7 @@ class Fits:
 
 
 def fit(measurements: Measurements) -> Fits:
-    """Fit the machine that was measured: first its sums alone, then the pace of the workers."""
+    """Fit the machine that was measured: first its sums alone, then the pace of the ranks."""
     machines, sums = {}, {}
     for controller in CONTROLLERS:
         machines[controller], sums[controller] = fit_machine(measurements, controller)
@@ -174,9 +174,9 @@ def main() -> None:
     jitter = fitted_jitter if arguments.jitter is None else arguments.jitter / 100
     cluster = _cluster(arguments, jitter)
     job = vgg9_job()
-    cut = [(workers, forecast(job, cluster, workers)) for workers in WORKERS]
+    cut = [(ranks, forecast(job, cluster, ranks)) for ranks in RANKS]
     rows = [row for _, row in cut]
-    rows += [forecast(busy_job(job, workers), cluster, workers) for workers in WORKERS if idle_workers(job, workers)]
+    rows += [forecast(busy_job(job, ranks), cluster, ranks) for ranks in RANKS if idle_ranks(job, ranks)]
     found = checks(figures, fabric, fitted_jitter)
     changes = list(knobs(job, cluster))
     console = Console(width=130)
@@ -204,7 +204,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=20_000.0, help="images/s of a GPU on large micro-batches")
     parser.add_argument("--least", type=float, default=3.0, help="ms that a micro-batch of any size takes")
     parser.add_argument("--fixed", type=float, default=1.0, help="ms of an update that do not depend on the batch")
-    parser.add_argument("--jitter", type=float, help="deviation of a worker's time in %% (from the published figures)")
+    parser.add_argument("--jitter", type=float, help="deviation of a rank's time in %% (from the published figures)")
     parser.add_argument("--node-size", type=int, default=8, help="GPUs of a node")
     parser.add_argument("--within", type=float, nargs=2, default=(5.0, 150.0), help="in a node: latency us, GB/s")
     parser.add_argument("--between", type=float, nargs=2, default=(10.0, 11.25), help="a node's network: us, GB/s")
@@ -237,14 +237,14 @@ def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
 
 def _measured(measurements: Measurements, fits: Fits) -> Iterator[Table]:
     place = f"{measurements.machine}, {measurements.date}"
-    columns = ["workers", "met, s", "ended, s", "sum, ms", "new name, ms"]
+    columns = ["ranks", "met, s", "ended, s", "sum, ms", "new name, ms"]
     starts = _table(f"Start-up and coordination: {place}", ["over"], columns)
-    tiny = {(row.controller, row.workers, row.kind): row.seconds for row in measurements.allreduces if row.length == 1}
+    tiny = {(row.controller, row.ranks, row.kind): row.seconds for row in measurements.allreduces if row.length == 1}
     for start in measurements.startups:
-        known, new = (tiny[start.controller, start.workers, kind] for kind in ("known", "new"))
+        known, new = (tiny[start.controller, start.ranks, kind] for kind in ("known", "new"))
         starts.add_row(
             start.controller,
-            str(start.workers),
+            str(start.ranks),
             f"{start.met:.1f}",
             f"{start.whole:.1f}",
             f"{1000 * known:.2f}",
@@ -261,15 +261,15 @@ def _measured(measurements: Measurements, fits: Fits) -> Iterator[Table]:
         f"width {width:g}: {1 / pace.sample:.0f} images/s and {1000 * pace.fixed:.0f} ms an update"
         for width, pace in fits.paces.items()
     )
-    yield _residuals(f"Updates, a worker alone on its core: {paces}", fits.steps)
+    yield _residuals(f"Updates, a rank alone on its core: {paces}", fits.steps)
 
 
 def _residuals(title: str, residuals: Sequence[Residual]) -> Table:
-    table = _table(title, ["what"], ["workers", "measured, ms", "model, ms", "model / measured", "fitted"])
+    table = _table(title, ["what"], ["ranks", "measured, ms", "model, ms", "model / measured", "fitted"])
     for row in residuals:
         table.add_row(
             row.what,
-            str(row.workers),
+            str(row.ranks),
             f"{1000 * row.measured:.2f}",
             f"{1000 * row.modelled:.2f}",
             f"{row.ratio:.2f}",
@@ -307,7 +307,7 @@ def _forecasts(rows: Sequence[Forecast]) -> Table:
     table = _table("VGG9, batch 8192, exact reduction", [], columns)
     for row in rows:
         table.add_row(
-            f"{row.workers:,}",
+            f"{row.ranks:,}",
             str(row.micro_size),
             f"{row.milliseconds:.2f}",
             f"{row.images_per_second:,.0f}",
@@ -321,7 +321,7 @@ def _forecasts(rows: Sequence[Forecast]) -> Table:
 
 
 def _knobs(changes: Sequence[Knob]) -> Table:
-    table = _table("Time of an update, as a factor", ["setting"], [f"{workers:,} GPUs" for workers in KNOB_WORKERS])
+    table = _table("Time of an update, as a factor", ["setting"], [f"{ranks:,} GPUs" for ranks in KNOB_RANKS])
     for change in changes:
         table.add_row(change.setting, *(f"{factor:.2f}" for factor in change.factors))
     return table

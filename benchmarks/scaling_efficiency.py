@@ -1,6 +1,6 @@
-"""What further workers cost: two against one, a core each, and more workers than cores; one thread each, over MPI.
+"""What further ranks cost: two against one, a core each, and more ranks than cores; one thread each, over MPI.
 
-Strong: the same global batch on twice the workers. Weak: twice the batch on twice the workers. What the cores take
+Strong: the same global batch on twice the ranks. Weak: twice the batch on twice the ranks. What the cores take
 from each other, memory and clock, is in both; it is left out against two programs that run side by side, each on half
 the batch, and know nothing of each other: the rest is what working together costs.
 """
@@ -23,7 +23,7 @@ _MANY = (4, 8)
 
 def efficiency_rows(work: Work, rounds: int) -> Iterator[Ratio]:
     """Yield the strong and the weak row of `work`, and that against two programs; a ratio of 1: an efficiency of 1."""
-    two = replace(work, workers=2)
+    two = replace(work, ranks=2)
     half = replace(work, batch=work.batch // 2)
     strong, weak, run_on_all_ranks = [], [], []
     for _ in range(rounds):
@@ -32,11 +32,11 @@ def efficiency_rows(work: Work, rounds: int) -> Iterator[Ratio]:
         weak.append((on_two, seconds_of(OURS, half)))
         run_on_all_ranks.append((on_two, _side_by_side(half)))
     title = f"width {work.width:g}, batch {work.batch}"
-    yield ratio_of(f"strong scaling, {title}", "2 workers", "half of 1's", strong, BAR, images=work.batch)
-    small = f"1 worker, batch {half.batch}"
-    yield ratio_of(f"weak scaling, {title}", "2 workers", small, weak, BAR, images=work.batch)
+    yield ratio_of(f"strong scaling, {title}", "2 ranks", "half of 1's", strong, BAR, images=work.batch)
+    small = f"1 rank, batch {half.batch}"
+    yield ratio_of(f"weak scaling, {title}", "2 ranks", small, weak, BAR, images=work.batch)
     apart = f"2 programs side by side, batch {half.batch} each"
-    yield ratio_of(f"working together, {title}", "2 workers", apart, run_on_all_ranks, BAR, images=work.batch)
+    yield ratio_of(f"working together, {title}", "2 ranks", apart, run_on_all_ranks, BAR, images=work.batch)
 
 
 def _side_by_side(work: Work) -> float:
@@ -46,11 +46,11 @@ def _side_by_side(work: Work) -> float:
 
 
 def oversubscribed_rows(work: Work, rounds: int) -> Iterator[Ratio]:
-    """Yield the time of `work` on more workers over that on two; stated: cores beyond those of the machine are lent."""
+    """Yield the time of `work` on more ranks over that on two; stated: cores beyond those of the machine are lent."""
     for many in _MANY:
         pairs = [
-            (seconds_of(OURS, replace(work, workers=many)), seconds_of(OURS, replace(work, workers=2)))
+            (seconds_of(OURS, replace(work, ranks=many)), seconds_of(OURS, replace(work, ranks=2)))
             for _ in range(rounds)
         ]
         title = f"oversubscribed, width {work.width:g}, batch {work.batch}"
-        yield ratio_of(title, f"{many} workers", "2 workers", pairs, None, images=work.batch)
+        yield ratio_of(title, f"{many} ranks", "2 ranks", pairs, None, images=work.batch)

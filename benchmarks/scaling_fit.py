@@ -32,7 +32,7 @@ class Residual:
     """A measured time beside the model's; `is_fitted` is false where the fit did not see it."""
 
     what: str
-    workers: int
+    ranks: int
     measured: float
     modelled: float
     is_fitted: bool
@@ -45,51 +45,49 @@ class Residual:
 
 @dataclass(frozen=True)
 class Machine:
-    """One node of `cores` cores: workers beyond them share the cores, and everything takes longer in proportion."""
+    """One node of `cores` cores: ranks beyond them share the cores, and everything takes longer in proportion."""
 
     cores: int
     horovod: Horovod
     link: Link
 
-    def slowdown(self, workers: int) -> float:
-        """Return by how much the work of each worker is slower than on a core of its own."""
-        return max(1.0, workers / self.cores)
+    def slowdown(self, ranks: int) -> float:
+        """Return by how much the work of each rank is slower than on a core of its own."""
+        return max(1.0, ranks / self.cores)
 
-    def network(self, workers: int) -> Network:
-        """Return what the workers see of each other."""
-        slow = self.slowdown(workers)
+    def network(self, ranks: int) -> Network:
+        """Return what the ranks see of each other."""
+        slow = self.slowdown(ranks)
         link = Link(self.link.latency * slow, self.link.bandwidth / slow)
-        return Network(link, link, node_size=workers, algorithm="ring")
+        return Network(link, link, node_size=ranks, algorithm="ring")
 
-    def sum_seconds(self, workers: int, size: float) -> float:
+    def sum_seconds(self, ranks: int, size: float) -> float:
         """Return the time of one sum after another: each waits for a cycle, unless the one before took longer."""
-        return max(self.horovod.cycle, self.work_seconds(workers, size))
+        return max(self.horovod.cycle, self.work_seconds(ranks, size))
 
-    def work_seconds(self, workers: int, size: float) -> float:
+    def work_seconds(self, ranks: int, size: float) -> float:
         """Return the time of a sum without the cycle."""
-        hops = 2 * math.log2(workers) * self.horovod.hop * self.slowdown(workers) if workers > 1 else 0.0
-        return hops + allreduce_seconds(self.network(workers), workers, size)
+        hops = 2 * math.log2(ranks) * self.horovod.hop * self.slowdown(ranks) if ranks > 1 else 0.0
+        return hops + allreduce_seconds(self.network(ranks), ranks, size)
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a worker computes on a core of its own: seconds of a sample, and once in an update."""
+    """How fast a rank computes on a core of its own: seconds of a sample, and once in an update."""
 
     sample: float
     fixed: float
 
 
 def fit_machine(measurements: Measurements, controller: str) -> tuple[Machine, list[Residual]]:
-    """Return the link and the agreement that fit the sums of 2 and 4 workers best, in the ratio of the times.
+    """Return the link and the agreement that fit the sums of 2 and 4 ranks best, in the ratio of the times.
 
-    The sums of more workers are compared, not fitted.
+    The sums of more ranks are compared, not fitted.
     """
     rows = [
-        row
-        for row in measurements.allreduces
-        if row.controller == controller and row.workers > 1 and row.kind == "known"
+        row for row in measurements.allreduces if row.controller == controller and row.ranks > 1 and row.kind == "known"
     ]
-    seen = [row for row in rows if row.workers <= 4]
+    seen = [row for row in rows if row.ranks <= 4]
     cycle = CYCLE_MILLISECONDS[controller] / 1000
 
     def machine(logarithms: Sequence[float]) -> Machine:
@@ -98,7 +96,7 @@ def fit_machine(measurements: Measurements, controller: str) -> tuple[Machine, l
 
     def errors(logarithms: Sequence[float]) -> list[float]:
         candidate = machine(logarithms)
-        return [math.log(candidate.sum_seconds(row.workers, row.length * BYTES) / row.seconds) for row in seen]
+        return [math.log(candidate.sum_seconds(row.ranks, row.length * BYTES) / row.seconds) for row in seen]
 
     starts = [(math.log(hop), math.log(bandwidth)) for hop in (1e-4, 5e-4, 2e-3) for bandwidth in (1e9, 5e9)]
     solutions = [least_squares(errors, start, method="dogbox") for start in starts]
@@ -107,23 +105,23 @@ def fit_machine(measurements: Measurements, controller: str) -> tuple[Machine, l
 
 
 def _allreduce_residual(machine: Machine, row: Allreduce) -> Residual:
-    modelled = machine.sum_seconds(row.workers, row.length * BYTES)
+    modelled = machine.sum_seconds(row.ranks, row.length * BYTES)
     what = f"sum of {row.length * BYTES:,} bytes"
-    return Residual(what, row.workers, row.seconds, modelled, is_fitted=row.workers <= 4)
+    return Residual(what, row.ranks, row.seconds, modelled, is_fitted=row.ranks <= 4)
 
 
-def step_on(machine: Machine, pace: Pace, job: Job, workers: int) -> float:
-    """Return the seconds of an update of `job` on so many workers of `machine`."""
-    slow = machine.slowdown(workers)
+def step_on(machine: Machine, pace: Pace, job: Job, ranks: int) -> float:
+    """Return the seconds of an update of `job` on so many ranks of `machine`."""
+    slow = machine.slowdown(ranks)
     micro_batch = slow * pace.sample * job.micro_size
     exposed, _ = communication(
         messages(job),
         backward=(1 - FORWARD) * micro_batch,
-        network=machine.network(workers),
+        network=machine.network(ranks),
         horovod=Horovod(machine.horovod.cycle, machine.horovod.hop * slow),
-        workers=workers,
+        ranks=ranks,
     )
-    return micro_batches_of_busiest(job, workers) * micro_batch + slow * pace.fixed + exposed
+    return micro_batches_of_busiest(job, ranks) * micro_batch + slow * pace.fixed + exposed
 
 
 def fit_pace(
@@ -131,21 +129,19 @@ def fit_pace(
 ) -> tuple[Pace, list[Residual]]:
     """Return the pace that fits the updates of one `width` best, in the ratio of the times, and all its residuals.
 
-    Communication is what the sums alone gave; only the pace is fitted, to 1 and 2 workers. Four share two cores.
+    Communication is what the sums alone gave; only the pace is fitted, to 1 and 2 ranks. Four share two cores.
     """
     rows = [row for row in measurements.steps if row.width == width]
-    seen = [row for row in rows if row.workers <= 2]
+    seen = [row for row in rows if row.ranks <= 2]
 
     def modelled(pace: Pace) -> Callable[[Step], float]:
-        return lambda row: step_on(
-            machines[row.controller], pace, Job(layers, row.global_size, MICRO_SIZE), row.workers
-        )
+        return lambda row: step_on(machines[row.controller], pace, Job(layers, row.global_size, MICRO_SIZE), row.ranks)
 
     def errors(logarithms: Sequence[float]) -> list[float]:
         of = modelled(Pace(math.exp(logarithms[0]), math.exp(logarithms[1])))
         return [math.log(of(row) / row.seconds) for row in seen]
 
-    alone = [row for row in seen if row.workers == 1]
+    alone = [row for row in seen if row.ranks == 1]
     start = math.log(float(numpy.median([row.seconds / row.global_size for row in alone])))
     solution = least_squares(errors, (start, math.log(1e-3)), bounds=((-20, -14), (5, 2)))
     pace = Pace(math.exp(solution.x[0]), math.exp(solution.x[1]))
@@ -153,15 +149,15 @@ def fit_pace(
     return pace, [
         Residual(
             f"{row.controller}, width {row.width:g}, batch {row.global_size}",
-            row.workers,
+            row.ranks,
             row.seconds,
             of(row),
-            is_fitted=row.workers <= 2,
+            is_fitted=row.ranks <= 2,
         )
         for row in rows
     ]
 
 
 def compute_of(pace: Pace) -> Compute:
-    """Return a worker of that pace for the model."""
+    """Return a rank of that pace for the model."""
     return Compute(rate=1 / pace.sample, fixed=pace.fixed)

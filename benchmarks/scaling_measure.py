@@ -1,7 +1,7 @@
 """What `benchmarks.scaling` is fitted to: start-up, allreduces and steps of real launches on this machine.
 
-Every worker runs `python -m benchmarks.scaling_measure allreduce` or
-`... steps UPDATES WIDTH GLOBAL_SIZE`; worker 0 prints what was measured as JSON. All workers compute with one thread.
+Every rank runs `python -m benchmarks.scaling_measure allreduce` or
+`... steps UPDATES WIDTH GLOBAL_SIZE`; rank 0 prints what was measured as JSON. All ranks compute with one thread.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ import torch
 
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import timed
-from dist_train.cluster.joining import join_workers
-from dist_train.cluster.workers import Workers, broadcast_str
+from dist_train.cluster.communicator import Communicator, broadcast_str
+from dist_train.cluster.joining import join_ranks
 
 CONTROLLERS = ("mpi", "gloo")
 CYCLE_MILLISECONDS = {"mpi": 1.0, "gloo": 5.0}
 """Horovod's own, and what `launch/local.sh` sets."""
-ALLREDUCE_WORKERS = (1, 2, 4, 8, 16)
-STEP_WORKERS = (1, 2, 4)
+ALLREDUCE_RANKS = (1, 2, 4, 8, 16)
+STEP_RANKS = (1, 2, 4)
 _LENGTHS = (1, 1 << 10, 1 << 14, 1 << 17, 1 << 20, 2_789_712)
 """64-bit integers of an allreduce; the last are all of VGG9's gradients."""
 SUBJECTS = ((0.25, 256), (0.25, 1024), (1.0, 256))
-"""Width and global batch of the steps that are timed; micro-batches of 64, so that four workers have one each."""
+"""Width and global batch of the steps that are timed; micro-batches of 64, so that four ranks have one each."""
 MICRO_SIZE = 64
 _MARK = "measured: "
 
 
 @dataclass(frozen=True)
 class Startup:
-    """Seconds from the launcher's start until all workers have met, and until the launcher has ended."""
+    """Seconds from the launcher's start until all ranks have met, and until the launcher has ended."""
 
     controller: str
-    workers: int
+    ranks: int
     met: float
     whole: float
 
 
 @dataclass(frozen=True)
 class Allreduce:
-    """Median and least seconds of the sum of `length` 64-bit integers over the workers.
+    """Median and least seconds of the sum of `length` 64-bit integers over the ranks.
 
     `kind` is known (the same name again, as in training) or new (a name that is seen for the first time).
     """
 
     controller: str
-    workers: int
+    ranks: int
     length: int
     kind: str
     seconds: float
@@ -71,7 +71,7 @@ class Step:
     """Median and least seconds of an update."""
 
     controller: str
-    workers: int
+    ranks: int
     width: float
     global_size: int
     seconds: float
@@ -104,28 +104,25 @@ def read_measurements(path: Path) -> Measurements:
 
 
 def measure(machine: str, updates: int, launches: int) -> Measurements:
-    """Launch workers over MPI and Gloo and return what they measured; some minutes.
+    """Launch ranks over MPI and Gloo and return what they measured; some minutes.
 
-    Every launch is made `launches` times, but those of more than four workers once.
+    Every launch is made `launches` times, but those of more than four ranks once.
     """
     startups: list[Startup] = []
     allreduces: list[Allreduce] = []
     steps: list[Step] = []
     for controller in CONTROLLERS:
-        for workers in ALLREDUCE_WORKERS:
-            times = launches if workers <= max(STEP_WORKERS) else 1
-            met, whole, rows = zip(*(_launch(controller, workers, "allreduce") for _ in range(times)), strict=True)
-            startups.append(Startup(controller, workers, statistics.median(met), statistics.median(whole)))
-            allreduces += [Allreduce(controller, workers, **entry) for entry in _pooled(rows, ("length", "kind"))]
+        for ranks in ALLREDUCE_RANKS:
+            times = launches if ranks <= max(STEP_RANKS) else 1
+            met, whole, rows = zip(*(_launch(controller, ranks, "allreduce") for _ in range(times)), strict=True)
+            startups.append(Startup(controller, ranks, statistics.median(met), statistics.median(whole)))
+            allreduces += [Allreduce(controller, ranks, **entry) for entry in _pooled(rows, ("length", "kind"))]
         for width, global_size in SUBJECTS:
             subject = ("steps", str(updates), str(width), str(global_size))
-            rounds = [
-                {workers: _launch(controller, workers, *subject)[2] for workers in STEP_WORKERS}
-                for _ in range(launches)
-            ]
-            for workers in STEP_WORKERS:
-                [entry] = _pooled([each[workers] for each in rounds], ("width", "global_size"))
-                steps.append(Step(controller, workers, **entry))
+            rounds = [{ranks: _launch(controller, ranks, *subject)[2] for ranks in STEP_RANKS} for _ in range(launches)]
+            for ranks in STEP_RANKS:
+                [entry] = _pooled([each[ranks] for each in rounds], ("width", "global_size"))
+                steps.append(Step(controller, ranks, **entry))
     cores = len(os.sched_getaffinity(0))
     date = time.strftime("%Y-%m-%d")
     return Measurements(machine, date, cores, tuple(startups), tuple(allreduces), tuple(steps))
@@ -145,11 +142,11 @@ def machine_name() -> str:
     return f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def _launch(controller: str, workers: int, *arguments: str) -> tuple[float, float, list[dict[str, Any]]]:
-    """Return the seconds until the workers had met and until the launcher ended, and what they measured."""
+def _launch(controller: str, ranks: int, *arguments: str) -> tuple[float, float, list[dict[str, Any]]]:
+    """Return the seconds until the ranks had met and until the launcher ended, and what they measured."""
     launcher = {
-        "gloo": [str(Path(sys.executable).parent / "horovodrun"), "-np", str(workers), "--gloo"],
-        "mpi": ["mpirun", "-np", str(workers), "--bind-to", "none", "--oversubscribe"],
+        "gloo": [str(Path(sys.executable).parent / "horovodrun"), "-np", str(ranks), "--gloo"],
+        "mpi": ["mpirun", "-np", str(ranks), "--bind-to", "none", "--oversubscribe"],
     }[controller]
     environment = {
         **os.environ,
@@ -176,22 +173,22 @@ def _launch(controller: str, workers: int, *arguments: str) -> tuple[float, floa
 
 
 def main() -> None:
-    """Measure on every worker, print on the first."""
-    workers = join_workers(timeout=600.0, device_type="cpu")
-    workers.barrier()
+    """Measure on every rank, print on the first."""
+    comm = join_ranks(timeout=600.0, device_type="cpu")
+    comm.barrier()
     met = time.time()
     torch.set_num_threads(1)
     if sys.argv[1] == "allreduce":
-        entries = list(_allreduces(workers))
+        entries = list(_allreduces(comm))
     else:
-        entries = [_steps(workers, int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))]
-    workers.barrier()
-    if workers.rank == 0:
+        entries = [_steps(comm, int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))]
+    comm.barrier()
+    if comm.rank == 0:
         print(_MARK + json.dumps({"met": met, "entries": entries}), flush=True)
-    workers.close()
+    comm.close()
 
 
-def _allreduces(workers: Workers) -> Iterator[dict[str, object]]:
+def _allreduces(comm: Communicator) -> Iterator[dict[str, object]]:
     for kind in ("known", "new"):
         for length in _LENGTHS if kind == "known" else _LENGTHS[:1]:
             repeats = 40 if length <= 1 << 14 else 10
@@ -199,23 +196,23 @@ def _allreduces(workers: Workers) -> Iterator[dict[str, object]]:
             seconds = []
             for repeat in range(repeats + 3):
                 name = f"{kind}.{length}" + (f".{repeat}" if kind == "new" else "")
-                seconds.append(timed(partial(_sum, workers, tensor, name)))
+                seconds.append(timed(partial(_sum, comm, tensor, name)))
             yield {"length": length, "kind": kind, **_summary(seconds[3:])}
 
 
-def _sum(workers: Workers, tensor: torch.Tensor, name: str) -> None:
-    workers.allreduce_async(tensor, name).wait()
+def _sum(comm: Communicator, tensor: torch.Tensor, name: str) -> None:
+    comm.allreduce_async(tensor, name).wait()
 
 
-def _steps(workers: Workers, updates: int, width: float, global_size: int) -> dict[str, object]:
-    folder = Path(broadcast_str(workers, tempfile.mkdtemp(), "folder"))
+def _steps(comm: Communicator, updates: int, width: float, global_size: int) -> dict[str, object]:
+    folder = Path(broadcast_str(comm, tempfile.mkdtemp(), "folder"))
     sections = {**QUIET, "batch": {"micro_size": MICRO_SIZE}, "noise": {"method": "smoothout", "amplitude": 1e-4}}
-    trainer = open_trainer(settings(width, global_size, **sections), workers, folder / "run")
+    trainer = open_trainer(settings(width, global_size, **sections), comm, folder / "run")
     trainer.advance()
     seconds = [timed(trainer.advance) for _ in range(updates)]
     trainer.close()
-    workers.barrier()
-    if workers.rank == 0:
+    comm.barrier()
+    if comm.rank == 0:
         shutil.rmtree(folder)
     return {"width": width, "global_size": global_size, **_summary(seconds)}
 

@@ -1,4 +1,4 @@
-"""The time of an update on any number of workers, from compute, network and Horovod's cycle; pure functions.
+"""The time of an update on any number of ranks, from compute, network and Horovod's cycle; pure functions.
 
 All times are seconds, sizes bytes, bandwidths bytes a second. What is left out: the reading of data, checkpoints,
 evaluations, and other jobs on the network.
@@ -35,7 +35,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Network:
-    """Nodes of `node_size` workers; `between` has the bandwidth of a node, one way, for all its workers."""
+    """Nodes of `node_size` ranks; `between` has the bandwidth of a node, one way, for all its ranks."""
 
     within: Link
     between: Link
@@ -45,9 +45,9 @@ class Network:
 
 @dataclass(frozen=True)
 class Horovod:
-    """How Horovod begins an operation: in the next cycle of `cycle` seconds, once all workers have asked for it.
+    """How Horovod begins an operation: in the next cycle of `cycle` seconds, once all ranks have asked for it.
 
-    To agree takes `hop` seconds for each doubling of the workers, there and back.
+    To agree takes `hop` seconds for each doubling of the ranks, there and back.
     """
 
     cycle: float
@@ -56,10 +56,10 @@ class Horovod:
 
 @dataclass(frozen=True)
 class Compute:
-    """A worker: `rate` samples a second, at least `least` seconds for a forward and backward pass of any size.
+    """A rank: `rate` samples a second, at least `least` seconds for a forward and backward pass of any size.
 
-    `fixed` is what every worker does once in an update: noise, optimizer, bookkeeping. `jitter` is the standard
-    deviation of a worker's time from update to update, as a part of it: all wait for the slowest.
+    `fixed` is what every rank does once in an update: noise, optimizer, bookkeeping. `jitter` is the standard
+    deviation of a rank's time from update to update, as a part of it: all wait for the slowest.
     """
 
     rate: float
@@ -86,7 +86,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Message:
-    """A sum over the workers: its size, and how far the backward pass is (0 to 1) when it can begin."""
+    """A sum over the ranks: its size, and how far the backward pass is (0 to 1) when it can begin."""
 
     size: int
     ready: float
@@ -94,7 +94,7 @@ class Message:
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """An update: `compute` of the worker that has most to do, `waiting` for the slowest one, `exposed`
+    """An update: `compute` of the rank that has most to do, `waiting` for the slowest one, `exposed`
     communication that no backward pass hides, and `fixed`. `hidden` communication costs nothing.
     """
 
@@ -110,24 +110,24 @@ class StepSeconds:
         return self.compute + self.waiting + self.exposed + self.fixed
 
 
-def allreduce_seconds(network: Network, workers: int, size: float) -> float:
+def allreduce_seconds(network: Network, ranks: int, size: float) -> float:
     """Return how long a sum of `size` bytes takes once it has begun.
 
-    ring: every worker sends 2 (N-1)/N of the message to its neighbour. The message crosses every link twice, and
+    ring: every rank sends 2 (N-1)/N of the message to its neighbour. The message crosses every link twice, and
     goes at the pace of the slowest. hierarchical: a ring in each node, and rings between the nodes, each with a
     part of the message. tree: between the nodes a double binary tree, whose latency grows with the logarithm.
     fastest: ring or tree, as NCCL chooses for each message.
     """
     if network.algorithm == "fastest":
         choices: tuple[Algorithm, ...] = ("ring", "tree")
-        return min(allreduce_seconds(replace(network, algorithm=choice), workers, size) for choice in choices)
-    nodes = math.ceil(workers / network.node_size)
-    local = min(workers, network.node_size)
+        return min(allreduce_seconds(replace(network, algorithm=choice), ranks, size) for choice in choices)
+    nodes = math.ceil(ranks / network.node_size)
+    local = min(ranks, network.node_size)
     if network.algorithm == "ring":
         crossing = nodes if nodes > 1 else 0
-        share = 2 * (workers - 1) / workers
+        share = 2 * (ranks - 1) / ranks
         slowest = min(network.within.bandwidth, network.between.bandwidth) if crossing else network.within.bandwidth
-        latency = (workers - crossing) * network.within.latency + crossing * network.between.latency
+        latency = (ranks - crossing) * network.within.latency + crossing * network.between.latency
         return share * (latency + size / slowest)
     inside = 2 * (local - 1) * (network.within.latency + size / local / network.within.bandwidth)
     if network.algorithm == "hierarchical":
@@ -140,11 +140,11 @@ def _beyond_one(nodes: int, size: float, network: Network) -> float:
     return size / network.between.bandwidth if nodes > 1 else 0.0
 
 
-def agreement_seconds(horovod: Horovod, workers: int) -> float:
-    """Return how long an operation waits before it begins: half a cycle, and until all workers know of each other."""
-    if workers == 1:
+def agreement_seconds(horovod: Horovod, ranks: int) -> float:
+    """Return how long an operation waits before it begins: half a cycle, and until all ranks know of each other."""
+    if ranks == 1:
         return 0.0
-    return horovod.cycle / 2 + 2 * math.log2(workers) * horovod.hop
+    return horovod.cycle / 2 + 2 * math.log2(ranks) * horovod.hop
 
 
 def messages(job: Job) -> list[Message]:
@@ -170,64 +170,64 @@ def messages(job: Job) -> list[Message]:
     return sent
 
 
-def micro_batches_of_busiest(job: Job, workers: int) -> int:
-    """Return how many micro-batches the worker has that has most of them."""
-    return math.ceil(math.ceil(job.global_size / job.micro_size) / workers)
+def micro_batches_of_busiest(job: Job, ranks: int) -> int:
+    """Return how many micro-batches the rank has that has most of them."""
+    return math.ceil(math.ceil(job.global_size / job.micro_size) / ranks)
 
 
-def idle_workers(job: Job, workers: int) -> int:
-    """Return how many workers have no micro-batch."""
-    return max(0, workers - math.ceil(job.global_size / job.micro_size))
+def idle_ranks(job: Job, ranks: int) -> int:
+    """Return how many ranks have no micro-batch."""
+    return max(0, ranks - math.ceil(job.global_size / job.micro_size))
 
 
-def slowest_of(workers: int) -> float:
+def slowest_of(ranks: int) -> float:
     """Return the mean of the largest of so many standard normal numbers, by Blom's approximation; 0 for one."""
-    return NormalDist().inv_cdf((workers - 0.375) / (workers + 0.25))
+    return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
 
 
 def communication(
-    sums: Sequence[Message], *, backward: float, network: Network, horovod: Horovod, workers: int
+    sums: Sequence[Message], *, backward: float, network: Network, horovod: Horovod, ranks: int
 ) -> tuple[float, float]:
     """Return the seconds of all `sums` beyond the end of a backward pass of `backward` seconds, and before it.
 
     One sum at a time; each begins when it is ready, agreed upon, and the one before it is done.
     """
-    if workers == 1:
+    if ranks == 1:
         return 0.0, 0.0
     free, hidden = -backward, 0.0
     for message in sums:
-        ready = backward * (message.ready - 1.0) + agreement_seconds(horovod, workers)
+        ready = backward * (message.ready - 1.0) + agreement_seconds(horovod, ranks)
         begun = max(ready, free)
-        free = begun + allreduce_seconds(network, workers, message.size)
+        free = begun + allreduce_seconds(network, ranks, message.size)
         hidden += min(free, 0.0) - min(begun, 0.0)
     return max(0.0, free), hidden
 
 
-def step_seconds(job: Job, compute: Compute, network: Network, horovod: Horovod, workers: int) -> StepSeconds:
-    """Return the time of an update on so many workers."""
-    count = micro_batches_of_busiest(job, workers)
+def step_seconds(job: Job, compute: Compute, network: Network, horovod: Horovod, ranks: int) -> StepSeconds:
+    """Return the time of an update on so many ranks."""
+    count = micro_batches_of_busiest(job, ranks)
     micro_batch = max(min(job.micro_size, job.global_size) / compute.rate, compute.least)
     busy = count * micro_batch
     exposed, hidden = communication(
-        messages(job), backward=(1 - FORWARD) * micro_batch, network=network, horovod=horovod, workers=workers
+        messages(job), backward=(1 - FORWARD) * micro_batch, network=network, horovod=horovod, ranks=ranks
     )
     return StepSeconds(
         compute=busy,
-        waiting=busy * compute.jitter * slowest_of(workers),
+        waiting=busy * compute.jitter * slowest_of(ranks),
         exposed=exposed,
         hidden=hidden,
         fixed=compute.fixed,
     )
 
 
-def efficiency(job: Job, compute: Compute, network: Network, horovod: Horovod, workers: int) -> float:
-    """Return the speed-up over one worker for the same global batch, over the number of workers."""
+def efficiency(job: Job, compute: Compute, network: Network, horovod: Horovod, ranks: int) -> float:
+    """Return the speed-up over one rank for the same global batch, over the number of ranks."""
     alone = step_seconds(job, compute, network, horovod, 1).total
-    return alone / (workers * step_seconds(job, compute, network, horovod, workers).total)
+    return alone / (ranks * step_seconds(job, compute, network, horovod, ranks).total)
 
 
-def weak_efficiency(job: Job, compute: Compute, network: Network, horovod: Horovod, workers: int) -> float:
-    """Return one worker's time over that of so many, for a batch that each of them has: `job.global_size` a worker."""
+def weak_efficiency(job: Job, compute: Compute, network: Network, horovod: Horovod, ranks: int) -> float:
+    """Return one rank's time over that of so many, for a batch that each of them has: `job.global_size` a rank."""
     alone = step_seconds(job, compute, network, horovod, 1)
-    larger = replace(job, global_size=job.global_size * workers)
-    return alone.total / step_seconds(larger, compute, network, horovod, workers).total
+    larger = replace(job, global_size=job.global_size * ranks)
+    return alone.total / step_seconds(larger, compute, network, horovod, ranks).total

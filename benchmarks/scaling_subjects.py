@@ -52,7 +52,7 @@ class Fabric:
 
 @dataclass(frozen=True)
 class Check:
-    """A published efficiency beside the model's, without waiting for slow workers and with it."""
+    """A published efficiency beside the model's, without waiting for slow ranks and with it."""
 
     name: str
     transport: str
@@ -61,7 +61,7 @@ class Check:
     with_jitter: float
 
 
-PUBLISHED_WORKERS = 512
+PUBLISHED_RANKS = 512
 _PUBLISHED_HOROVOD = Horovod(cycle=5e-3, hop=20e-6)
 
 
@@ -116,7 +116,7 @@ def modelled(figure: Published, fabric: Fabric, transport: str, jitter: float) -
     """Return the efficiency on 512 GPUs by the model."""
     compute = Compute(figure.rate, jitter=jitter)
     network = fabric.network(transport)
-    return weak_efficiency(published_job(figure), compute, network, _PUBLISHED_HOROVOD, PUBLISHED_WORKERS)
+    return weak_efficiency(published_job(figure), compute, network, _PUBLISHED_HOROVOD, PUBLISHED_RANKS)
 
 
 def jitter_of(figure: Published, fabric: Fabric) -> float:

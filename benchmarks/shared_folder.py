@@ -1,4 +1,4 @@
-"""A temporary folder that all workers of a node use, removed once they are done."""
+"""A temporary folder that all ranks of a node use, removed once they are done."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dist_train.cluster.workers import Workers, broadcast_str
+from dist_train.cluster.communicator import Communicator, broadcast_str
 
 
 @contextmanager
-def shared_folder(workers: Workers) -> Iterator[Path]:
-    """Yield the folder, the same for all `workers`; after the block they wait for each other."""
-    made = tempfile.mkdtemp() if workers.rank == 0 else ""
-    folder = Path(broadcast_str(workers, made, "folder"))
+def shared_folder(comm: Communicator) -> Iterator[Path]:
+    """Yield the folder, the same for all `ranks`; after the block they wait for each other."""
+    made = tempfile.mkdtemp() if comm.rank == 0 else ""
+    folder = Path(broadcast_str(comm, made, "folder"))
     yield folder
-    workers.barrier()
-    if workers.rank == 0:
+    comm.barrier()
+    if comm.rank == 0:
         shutil.rmtree(folder)

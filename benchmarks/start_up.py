@@ -1,4 +1,4 @@
-"""Rows of a start: two workers from the launch to the first step done, and a resume to its first."""
+"""Rows of a start: two ranks from the launch to the first step done, and a resume to its first."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.launched_run import seconds_to_step, write_settings
-from benchmarks.launching import measure, module, on_workers
+from benchmarks.launching import measure, module, on_ranks
 from benchmarks.timing import Ratio, ratio_of
 
 BAR = 1.3
 
 
 def start_row(controller: str, pairs: int) -> Ratio:
-    """Return our start on two workers over that of a bare Horovod program, which ends with its one allreduce."""
+    """Return our start on two ranks over that of a bare Horovod program, which ends with its one allreduce."""
     with tempfile.TemporaryDirectory() as folder:
         config = write_settings(Path(folder), 0.25)
         seconds = []
         for pair in range(pairs):
             run = Path(folder) / f"run-{pair}"
-            ours = seconds_to_step(1, config, run, controller=controller, workers=2)
+            ours = seconds_to_step(1, config, run, controller=controller, ranks=2)
             seconds.append((ours, bare_horovod(controller)))
-    return ratio_of(f"start, 2 workers over {controller}", "to the first step", "bare Horovod", seconds, BAR)
+    return ratio_of(f"start, 2 ranks over {controller}", "to the first step", "bare Horovod", seconds, BAR)
 
 
 def resume_rows(pairs: int) -> Iterator[Ratio]:
@@ -34,13 +34,13 @@ def resume_rows(pairs: int) -> Iterator[Ratio]:
             seconds = []
             for pair in range(pairs):
                 run = Path(folder) / f"run-{pair}"
-                first = seconds_to_step(1, config, run, controller="mpi", workers=2)
-                seconds.append((seconds_to_step(2, config, run, controller="mpi", workers=2), first))
-        row = f"resume, 2 workers over mpi, width {width:g}"
+                first = seconds_to_step(1, config, run, controller="mpi", ranks=2)
+                seconds.append((seconds_to_step(2, config, run, controller="mpi", ranks=2), first))
+        row = f"resume, 2 ranks over mpi, width {width:g}"
         yield ratio_of(row, "resumed, to the first step", "first start, to the first step", seconds, None)
 
 
 def bare_horovod(controller: str) -> float:
-    """Return the seconds from the launch of the bare program on two workers until its allreduce was done."""
+    """Return the seconds from the launch of the bare program on two ranks until its allreduce was done."""
     begun = time.time()
-    return float(measure(on_workers(controller, 2, module("benchmarks.bare_horovod")))) - begun
+    return float(measure(on_ranks(controller, 2, module("benchmarks.bare_horovod")))) - begun

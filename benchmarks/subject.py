@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_train.cluster.workers import Workers
+from dist_train.cluster.communicator import Communicator
 from dist_train.config import Config, parse_config
 from dist_train.training.assembly import assemble
 from dist_train.training.resume_point import ResumePoint
@@ -39,11 +39,11 @@ def settings(width: float, global_size: int, **sections: Mapping[str, Any]) -> C
     return parse_config(base, source="benchmark")
 
 
-def open_trainer(config: Config, workers: Workers, directory: Path) -> Trainer:
+def open_trainer(config: Config, comm: Communicator, directory: Path) -> Trainer:
     """Return the trainer of `config` in a new run directory, ready for its first update."""
     run = RunDirectory(directory)
     run.create()
-    session = open_session(config, run, workers)
-    trainer = assemble(config, None, run, workers, session, StopRequests())
+    session = open_session(config, run, comm)
+    trainer = assemble(config, None, run, comm, session, StopRequests())
     session.begin(trainer, ResumePoint(config))
     return trainer

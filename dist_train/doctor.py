@@ -37,12 +37,12 @@ _MARKS = {"fine": ("ok", "green"), "note": ("note", "yellow"), "fails": ("FAILS"
 
 @dataclass(frozen=True)
 class Check:
-    """One finding; `cure` is empty where nothing needs one."""
+    """One finding; `fix` is empty where nothing needs one."""
 
     name: str
     state: State
     detail: str
-    cure: str = ""
+    fix: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def can_train(checks: tuple[Check, ...]) -> bool:
 
 
 def render(checks: tuple[Check, ...], console: Console) -> None:
-    """Print the findings, each cure below its line, and the verdict."""
+    """Print the findings, each fix below its line, and the verdict."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
@@ -99,8 +99,8 @@ def render(checks: tuple[Check, ...], console: Console) -> None:
     for check in checks:
         mark, style = _MARKS[check.state]
         lines = [Text(check.detail)]
-        if check.cure:
-            lines.append(Text(f"-> {check.cure}", style=style))
+        if check.fix:
+            lines.append(Text(f"-> {check.fix}", style=style))
         table.add_row(Text(mark, style=style), Text(check.name, style="bold"), Group(*lines))
     console.print(table)
     failing = sum(check.state == "fails" for check in checks)
@@ -213,14 +213,14 @@ def check_libraries() -> Check:
 
 
 def check_launchers() -> Check:
-    """Check the programs that start several workers."""
+    """Check the programs that start several ranks."""
     from dist_train.cluster.inspection import launcher
 
     found = {name: launcher(name) for name in ("horovodrun", "mpirun")}
     detail = ", ".join(f"{name}: {path or 'missing'}" for name, path in found.items())
     if all(found.values()):
         return Check("launchers", "fine", detail)
-    return Check("launchers", "note", detail, f"for several workers, {_SET_UP}")
+    return Check("launchers", "note", detail, f"for several ranks, {_SET_UP}")
 
 
 def check_slurm() -> Check:
@@ -242,8 +242,8 @@ def check_data(config: Config) -> tuple[Check, ...]:
         return (Check("data", "fine", f"{name} is here"),)
     if config.data.download:
         return (Check("data", "note", f"{name} is not here; data.download fetches it when the run begins"),)
-    detail, _, cure = missing.partition(". ")
-    return (Check("data", "fails", detail, cure),)
+    detail, _, fix = missing.partition(". ")
+    return (Check("data", "fails", detail, fix),)
 
 
 def check_known_data(config: Config) -> tuple[Check, ...]:
@@ -254,8 +254,8 @@ def check_known_data(config: Config) -> tuple[Check, ...]:
         if missing is None:
             checks.append(Check("data", "fine", f"{name} is here"))
         else:
-            detail, _, cure = missing.partition(". ")
-            checks.append(Check("data", "note", detail, cure))
+            detail, _, fix = missing.partition(". ")
+            checks.append(Check("data", "note", detail, fix))
     return tuple(checks)
 
 
@@ -271,13 +271,13 @@ def check_metrics_port(config: Config) -> Check:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
     except OSError as error:
-        cure = "set metrics.port to another (0: any free one), or metrics.host to an address of this machine"
-        return Check("metrics", "note", f"{place} cannot be served: {error.strerror}", cure)
+        fix = "set metrics.port to another (0: any free one), or metrics.host to an address of this machine"
+        return Check("metrics", "note", f"{place} cannot be served: {error.strerror}", fix)
     return Check("metrics", "fine", f"{place} is free")
 
 
 def check_shared_memory() -> Check:
-    """Check the room that workers on one machine talk through."""
+    """Check the room that ranks on one machine talk through."""
     try:
         free = shutil.disk_usage(_SHARED_MEMORY).free
     except OSError:
@@ -291,13 +291,13 @@ def check_shared_memory() -> Check:
 def check_disk(name: str, directory: Path) -> Check:
     """Check that `directory` can be made or written to, and has room for checkpoints."""
     existing = next(folder for folder in (directory, *directory.resolve().parents) if folder.exists())
-    cure = "choose another place: run.directory=FOLDER or --run-dir DIR"
+    fix = "choose another place: run.directory=FOLDER or --run-dir DIR"
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        return Check(name, "fails", f"{existing} cannot be written to", cure)
+        return Check(name, "fails", f"{existing} cannot be written to", fix)
     free = shutil.disk_usage(existing).free
     detail = f"{directory}: {free / _GIBIBYTE:.1f} GiB free"
     if free < _LEAST_DISK:
-        return Check(name, "fails", detail, f"free at least {_LEAST_DISK / _GIBIBYTE:.0f} GiB, or {cure}")
+        return Check(name, "fails", detail, f"free at least {_LEAST_DISK / _GIBIBYTE:.0f} GiB, or {fix}")
     return Check(name, "fine", detail)
 
 
@@ -314,7 +314,7 @@ def check_cache() -> Check:
 
 
 def _missing_data(name: str, root: Path | None) -> str | None:
-    """Return what the data room says is missing, and its cure; None where nothing is."""
+    """Return what the data room says is missing, and its fix; None where nothing is."""
     from dist_train.outcome import UsageError
 
     try:

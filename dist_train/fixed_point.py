@@ -1,7 +1,7 @@
 """Sums whose value does not depend on their order: floats as 64-bit integers at a power-of-two scale.
 
 Floating-point addition is not associative, so a float sum depends on how its terms are dealt out to
-workers. Integer addition is associative. A power of two scales a float32 exactly, so one rounding, that
+ranks. Integer addition is associative. A power of two scales a float32 exactly, so one rounding, that
 of the value itself to a multiple of 2^-bits, is all that is lost.
 """
 

@@ -27,7 +27,7 @@ class DivergedError(RuntimeError):
 
 
 class DisagreementError(RuntimeError):
-    """Workers hold different weights or noise; its text names them. Exit code 4."""
+    """Ranks hold different weights or noise; its text names them. Exit code 4."""
 
 
 class StoppedError(Exception):

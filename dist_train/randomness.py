@@ -1,7 +1,7 @@
 """Randomness as a pure function of (seed, purpose, indices): nothing to save, nothing to replay.
 
 Every random choice of a run takes its own generator from here, so that no global generator is read
-and any step can be reproduced alone, on any worker.
+and any step can be reproduced alone, on any rank.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _logger = logging.getLogger("dist_train.status")
 
 @dataclass(frozen=True)
 class Status:
-    """The fields of `status.json`; times are ISO 8601 in UTC, `exit_code` is None while the run goes on."""
+    """The fields of `status.json`; times are ISO 8601 in UTC, `exit_code` is None while the run continues."""
 
     state: State
     step: int
@@ -105,7 +105,7 @@ class StatusFile:
             atomic.swap_text(self._path, json_text(asdict(self.current), indent=2) + "\n")
         except OSError as error:
             if not self._refused:
-                _logger.warning("%s cannot be written; training goes on: %s", self._path, error)
+                _logger.warning("%s cannot be written; training continues: %s", self._path, error)
             self._refused = True
         else:
             self._refused = False

@@ -23,8 +23,8 @@ for folder in "$installed" "$kept"; do
     fi
 done
 
-cure="put its four files (train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz) into $kept, or, with root: apt-get install $package"
-{ have apt-get && have dpkg; } || fail "Fashion-MNIST is not on this machine, and there is no apt to fetch it with; $cure"
+fix="put its four files (train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz) into $kept, or, with root: apt-get install $package"
+{ have apt-get && have dpkg; } || fail "Fashion-MNIST is not on this machine, and there is no apt to fetch it with; $fix"
 
 say "fetching Fashion-MNIST (Debian's package $package, 29 MB)"
 mkdir -p "$cache/datasets" || fail "cannot write to $cache; set DIST_TRAIN_CACHE to a folder that you can write to"
@@ -44,11 +44,11 @@ if ! download -o "APT::Sandbox::User=$(id -un)"; then
     mkdir -p "$work/state/lists/partial" "$work/cache/archives/partial"
     if ! { apt-get "${own_lists[@]}" update >>"$log" 2>&1 && download "${own_lists[@]}"; }; then
         tail -n 5 "$log" >&2
-        fail "apt could not fetch $package; $cure"
+        fail "apt could not fetch $package; $fix"
     fi
 fi
 { dpkg -x "$work/$package"_*.deb "$work/unpacked" && complete "$work/unpacked$installed"; } ||
-    fail "Debian's package $package is damaged or laid out anew; $cure"
+    fail "Debian's package $package is damaged or laid out anew; $fix"
 
 mv -T "$work/unpacked$installed" "$kept" 2>/dev/null || complete "$kept" || fail "cannot write to $kept"
 printf '%s\n' "$kept"

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # Shared by the launch scripts; sourced, never run.
 #
-# Launchers lose their workers' exit codes and are careless with signals. So a script that launches
-# a training run checks the configuration alone before, hands a request to stop to the workers
+# Launchers lose their ranks' exit codes and are careless with signals. So a script that launches
+# a training run checks the configuration alone before, hands a request to stop to the ranks
 # itself, and takes its exit status from what the run wrote into status.json.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,7 +10,7 @@ usage_status=2
 stopped_status=75
 escalate_after=2 # seconds: a second signal that comes sooner is taken for the same request
 
-# A request to stop: the workers save and end. A second one ends them without saving.
+# A request to stop: the ranks save and end. A second one ends them without saving.
 stop_signals=0
 first_stop=0
 end_now=0
@@ -45,9 +45,9 @@ fail() {
     exit 1
 }
 
-# check_worker_count N
-check_worker_count() {
-    [[ $1 =~ ^[1-9][0-9]*$ ]] || usage_error "-np takes a number of workers, 1 or more, not '$1'"
+# check_rank_count N
+check_rank_count() {
+    [[ $1 =~ ^[1-9][0-9]*$ ]] || usage_error "-np takes a number of ranks, 1 or more, not '$1'"
 }
 
 # Sets `python`, `mpirun` and the words that start our program, from .venv where there is one, else from the PATH (a
@@ -77,41 +77,41 @@ need_mpirun() {
     [[ -n $mpirun ]] || fail "mpirun is missing; install Open MPI (apt-get install openmpi-bin, or your cluster's module), or run 'make setup' in $root"
 }
 
-# threads_each N: the cores of this machine shared out between N workers.
+# threads_each N: the cores of this machine shared out between N ranks.
 threads_each() {
     local threads=$(($(nproc) / $1))
     echo $((threads > 0 ? threads : 1))
 }
 
-# set_worker_environment THREADS: what every worker gets, as NAME=VALUE words in the array
-# `worker_environment`; without THREADS each worker decides itself. Also sets `launch_id`.
-set_worker_environment() {
+# set_rank_environment THREADS: what every rank gets, as NAME=VALUE words in the array
+# `rank_environment`; without THREADS each rank decides itself. Also sets `launch_id`.
+set_rank_environment() {
     local threads=$1
     launch_id=$(od -An -N8 -tx8 /dev/urandom | tr -d ' \n')
-    worker_environment=("DIST_TRAIN_LAUNCH=$launch_id")
-    # Launchers put a pipe between a worker and the terminal; the progress bar goes around it.
+    rank_environment=("DIST_TRAIN_LAUNCH=$launch_id")
+    # Launchers put a pipe between a rank and the terminal; the progress bar goes around it.
     if [[ -t 1 ]]; then
         local terminal
         { terminal=$(tty <&3); } 3>&1
-        worker_environment+=("DIST_TRAIN_TERMINAL=$(uname -n):$terminal")
+        rank_environment+=("DIST_TRAIN_TERMINAL=$(uname -n):$terminal")
     fi
     if [[ -n $threads ]]; then
-        worker_environment+=("OMP_NUM_THREADS=$threads")
+        rank_environment+=("OMP_NUM_THREADS=$threads")
     fi
     if [[ ! -e /dev/nvidia0 && -z ${OMPI_MCA_mpi_yield_when_idle:-} ]]; then
         # Open MPI polls without pause otherwise, and takes the core that the training needs.
-        worker_environment+=("OMPI_MCA_mpi_yield_when_idle=1")
+        rank_environment+=("OMPI_MCA_mpi_yield_when_idle=1")
     fi
     if [[ $(id -u) == 0 ]]; then
-        worker_environment+=("OMPI_ALLOW_RUN_AS_ROOT=1" "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1")
+        rank_environment+=("OMPI_ALLOW_RUN_AS_ROOT=1" "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1")
     fi
 }
 
-# The names of the variables that workers on other machines need, for launchers that pass only what they are told.
+# The names of the variables that ranks on other machines need, for launchers that pass only what they are told.
 passed_variables() {
     local name
     {
-        printf '%s\n' "${worker_environment[@]%%=*}"
+        printf '%s\n' "${rank_environment[@]%%=*}"
         for name in $(compgen -e); do
             case $name in
                 PATH | LD_LIBRARY_PATH | PYTHONPATH | OMP_NUM_THREADS | MKL_NUM_THREADS | HOROVOD_* | NCCL_* | CUDA_VISIBLE_DEVICES) printf '%s\n' "$name" ;;
@@ -150,8 +150,8 @@ launched_processes() {
     grep -lz "^DIST_TRAIN_LAUNCH=$launch_id\$" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3 || true
 }
 
-# The workers on this machine, one id a line; not their children, who carry a rank as well.
-local_workers() {
+# The ranks on this machine, one id a line; not their children, who carry a rank as well.
+local_ranks() {
     local process parent
     local -A ranked=()
     for process in $(launched_processes); do
@@ -165,7 +165,7 @@ local_workers() {
     done
 }
 
-# catches_stop PROCESS: a worker that has not yet installed its handlers would die of the signal.
+# catches_stop PROCESS: a rank that has not yet installed its handlers would die of the signal.
 catches_stop() {
     local caught
     caught=$(sed -n 's/^SigCgt:\t//p' "/proc/$1/status" 2>/dev/null) || return 1
@@ -173,27 +173,27 @@ catches_stop() {
 }
 
 # What a launch script sets before `launch`.
-worker_count=1
+rank_count=1
 launcher=
 
-# Ways to hand a request to stop to the workers; each succeeds once every worker has it.
-# All workers are on this machine: each is told by itself.
+# Ways to hand a request to stop to the ranks; each succeeds once every rank has it.
+# All ranks are on this machine: each is told by itself.
 declare -A told=()
-stop_local_workers() {
+stop_local_ranks() {
     local process count=0
-    for process in $(local_workers); do
+    for process in $(local_ranks); do
         if [[ -z ${told[$process]:-} ]] && catches_stop "$process" && kill -USR2 "$process" 2>/dev/null; then
             told[$process]=1
         fi
         count=$((count + 1))
     done
-    ((count > 0 && ${#told[@]} >= worker_count))
+    ((count > 0 && ${#told[@]} >= rank_count))
 }
 
-# Workers are on other machines too: mpirun forwards SIGUSR2 to all, once they are ready for it.
+# Ranks are on other machines too: mpirun forwards SIGUSR2 to all, once they are ready for it.
 stop_through_mpirun() {
     local process count=0
-    for process in $(local_workers); do
+    for process in $(local_ranks); do
         catches_stop "$process" || return 1
         count=$((count + 1))
     done
@@ -203,7 +203,7 @@ stop_through_mpirun() {
     kill -USR2 "$launcher"
 }
 
-deaths= # a file for what launch/worker.sh says of a worker that was killed; srun, where it could not, of its node's tasks
+deaths= # a file for what launch/rank.sh says of a rank that was killed; srun, where it could not, of its node's tasks
 tidy_output() {
     trap '' TERM INT USR1 USR2 HUP
     exec sed -u -E ${deaths:+-e "/was killed by signal|^srun: error: .*: tasks? .*: Killed$/w $deaths"} -f "$root/launch/output.sed"
@@ -227,7 +227,7 @@ launch() {
     filters+=($!)
     exec {errors}> >(tidy_output >&2)
     filters+=($!)
-    env -u HOROVOD_RANK -u OMPI_COMM_WORLD_RANK "${worker_environment[@]}" "${guard[@]}" "$@" </dev/null 1>&"$output" 2>&"$errors" &
+    env -u HOROVOD_RANK -u OMPI_COMM_WORLD_RANK "${rank_environment[@]}" "${guard[@]}" "$@" </dev/null 1>&"$output" 2>&"$errors" &
     launcher=$!
     exec {output}>&- {errors}>&-
 
@@ -235,7 +235,7 @@ launch() {
         launcher_status=0
         if ((stop_signals && !handed_on)); then
             if ((!announced)); then
-                say "asked to stop: the workers save and end"
+                say "asked to stop: the ranks save and end"
                 announced=1
             fi
             if "$stop"; then
@@ -247,7 +247,7 @@ launch() {
             fi
         fi
         if ((end_now && !ended_now)); then
-            say "asked again: ending the workers without waiting for them"
+            say "asked again: ending the ranks without waiting for them"
             kill -TERM "$launcher" 2>/dev/null || true
             ended_now=1
         fi

@@ -11,7 +11,7 @@ usage: launch/demo.sh [section.key=value ...]
 
   launch/demo.sh run.epochs=3
 
-Two workers train on Fashion-MNIST at a global batch of 8192, with noise, as configs/demo.yaml says but
+Two ranks train on Fashion-MNIST at a global batch of 8192, with noise, as configs/demo.yaml says but
 for the settings given here; then the learning curve is drawn and the report is written. Makes .venv and
 fetches the images where they are missing.
 

@@ -10,36 +10,36 @@ usage: launch/horovodrun.sh [-np N] [-H HOST:SLOTS[,HOST:SLOTS...]] COMMAND [ARG
   launch/horovodrun.sh train configs/demo.yaml
   launch/horovodrun.sh -np 8 -H node1:4,node2:4 train configs/lb_8192.yaml
 
-Starts N workers with horovodrun, each of them running 'dist-train COMMAND ARGUMENT ...'; they talk
+Starts N ranks with horovodrun, each of them running 'dist-train COMMAND ARGUMENT ...'; they talk
 over Gloo, without MPI.
 
-  -np N        number of workers (all slots of the hosts; 2 without -H)
-  -H HOSTS     machines to run on, and how many workers on each. This one reaches the others by ssh
+  -np N        number of ranks (all slots of the hosts; 2 without -H)
+  -H HOSTS     machines to run on, and how many ranks on each. This one reaches the others by ssh
                without a password; the project and the run's folder are at the same path on all
   -h, --help   this text
 
 Environment variables:
-  OMP_NUM_THREADS       threads of a worker (where all workers run here: the cores divided by N)
+  OMP_NUM_THREADS       threads of a rank (where all ranks run here: the cores divided by N)
   HOROVOD_CYCLE_TIME    milliseconds between Horovod's rounds (5; on GPUs 1)
-  HOROVOD_GLOO_IFACE    network interface that the workers talk over (what all machines have)
+  HOROVOD_GLOO_IFACE    network interface that the ranks talk over (what all machines have)
   DIST_TRAIN_PYTHON     the Python to run, on all machines (.venv/bin/python of the project, else python3)
 
-SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 ask the workers to save and stop; a second Ctrl-C or SIGTERM,
+SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 ask the ranks to save and stop; a second Ctrl-C or SIGTERM,
 two seconds or more after the first, ends them at once.
 
-Exit status of a training run: 0 finished, 2 bad usage or configuration, 3 diverged, 4 workers
-disagree, 75 stopped on request after saving (start it again to go on), 1 anything else.
+Exit status of a training run: 0 finished, 2 bad usage or configuration, 3 diverged, 4 ranks
+disagree, 75 stopped on request after saving (start it again to resume), 1 anything else.
 TEXT
 }
 
-worker_count=
+rank_count=
 hosts=
 while (($#)); do
     case $1 in
         -np | -n)
-            (($# > 1)) || usage_error "-np takes a number of workers"
-            worker_count=$2
-            check_worker_count "$worker_count"
+            (($# > 1)) || usage_error "-np takes a number of ranks"
+            rank_count=$2
+            check_rank_count "$rank_count"
             shift 2
             ;;
         -H | --hosts)
@@ -54,7 +54,7 @@ while (($#)); do
 done
 (($#)) || usage_error "no command given, for example: launch/horovodrun.sh train configs/demo.yaml"
 if [[ -z $hosts ]]; then
-    exec "$root/launch/local.sh" -np "${worker_count:-2}" "$@"
+    exec "$root/launch/local.sh" -np "${rank_count:-2}" "$@"
 fi
 
 is_this_machine() {
@@ -74,13 +74,13 @@ far() {
 names=()
 slots=0
 for entry in ${hosts//,/ }; do
-    [[ $entry =~ ^([A-Za-z0-9._-]+):([1-9][0-9]*)$ ]] || usage_error "-H takes machines with a number of workers each, -H node1:4,node2:4, not '$entry'"
+    [[ $entry =~ ^([A-Za-z0-9._-]+):([1-9][0-9]*)$ ]] || usage_error "-H takes machines with a number of ranks each, -H node1:4,node2:4, not '$entry'"
     names+=("${BASH_REMATCH[1]}")
     slots=$((slots + BASH_REMATCH[2]))
 done
 ((${#names[@]})) || usage_error "-H takes machines: -H node1:4,node2:4"
-worker_count=${worker_count:-$slots}
-((worker_count <= slots)) || usage_error "$worker_count workers are more than the $slots of -H $hosts"
+rank_count=${rank_count:-$slots}
+((rank_count <= slots)) || usage_error "$rank_count ranks are more than the $slots of -H $hosts"
 
 find_programs
 horovodrun=$(dirname "$python")/horovodrun
@@ -90,7 +90,7 @@ for name in "${names[@]}"; do
     is_this_machine "$name" || far_names+=("$name")
 done
 if ((${#far_names[@]})); then
-    command -v ssh >/dev/null || fail "ssh is missing: horovodrun starts the workers of other machines by it"
+    command -v ssh >/dev/null || fail "ssh is missing: horovodrun starts the ranks of other machines by it"
 fi
 for name in "${far_names[@]}"; do
     found=0
@@ -102,21 +102,21 @@ check_run "$@"
 
 if ((${#far_names[@]})); then
     # Cores are counted on this machine, and say nothing about the others.
-    set_worker_environment "${OMP_NUM_THREADS:-}"
+    set_rank_environment "${OMP_NUM_THREADS:-}"
 else
-    set_worker_environment "${OMP_NUM_THREADS:-$(threads_each "$worker_count")}"
+    set_rank_environment "${OMP_NUM_THREADS:-$(threads_each "$rank_count")}"
 fi
 
-# The workers agree on a stop, so that one who knows is enough. horovodrun itself hands nothing on.
+# The ranks agree on a stop, so that one who knows is enough. horovodrun itself hands nothing on.
 # shellcheck disable=SC2329  # `launch` calls it
-stop_one_worker() {
+stop_one_rank() {
     local process
-    for process in $(local_workers); do
+    for process in $(local_ranks); do
         catches_stop "$process" && kill -USR2 "$process" 2>/dev/null && return 0
     done
     ((${#far_names[@]})) || return 1
     grep -q "\"$launch_id\"" "$run_directory/status.json" 2>/dev/null || return 1
-    on_far_machine "${far_names[0]}" stop_local_workers
+    on_far_machine "${far_names[0]}" stop_local_ranks
 }
 
 # on_far_machine HOST FUNCTION: runs a function of common.sh there, about the processes of this launch.
@@ -124,9 +124,9 @@ on_far_machine() {
     far "$1" bash -c "$(printf %q ". $(printf %q "$root")/launch/common.sh; launch_id=$launch_id; $2")" </dev/null
 }
 
-launch stop_one_worker "$horovodrun" --gloo -np "$worker_count" -H "$hosts" "${dist_train[@]}" "$@"
-# A worker that hangs outlives the ssh that started it.
+launch stop_one_rank "$horovodrun" --gloo -np "$rank_count" -H "$hosts" "${dist_train[@]}" "$@"
+# A rank that hangs outlives the ssh that started it.
 for name in "${far_names[@]}"; do
-    on_far_machine "$name" end_leftovers || say "$name does not answer; workers may be left there"
+    on_far_machine "$name" end_leftovers || say "$name does not answer; ranks may be left there"
 done
 finish

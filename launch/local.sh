@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs dist_train with several Horovod workers on this machine.
+# Runs dist_train with several Horovod ranks on this machine.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -10,34 +10,34 @@ usage: launch/local.sh [-np N] [--gloo | --mpi] COMMAND [ARGUMENT ...]
   launch/local.sh train configs/demo.yaml
   launch/local.sh -np 4 train configs/lb_8192.yaml run.seed=1 --run-dir runs/seed-1
 
-Starts N workers (2 unless told) on this machine with horovodrun, each of them running
+Starts N ranks (2 unless told) on this machine with horovodrun, each of them running
 'dist-train COMMAND ARGUMENT ...'.
 
-  -np N       number of workers
-  --gloo      the workers talk over Gloo (the default)
-  --mpi       the workers talk over MPI; launch/mpirun.sh starts them
+  -np N       number of ranks
+  --gloo      the ranks talk over Gloo (the default)
+  --mpi       the ranks talk over MPI; launch/mpirun.sh starts them
   -h, --help  this text
 
-SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 ask the workers to save and stop; a second Ctrl-C or SIGTERM,
+SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 ask the ranks to save and stop; a second Ctrl-C or SIGTERM,
 two seconds or more after the first, ends them at once.
 
 Environment variables:
-  OMP_NUM_THREADS     threads of a worker (the cores divided by N)
+  OMP_NUM_THREADS     threads of a rank (the cores divided by N)
   HOROVOD_CYCLE_TIME  milliseconds between Horovod's rounds (5; on GPUs 1)
   DIST_TRAIN_PYTHON   the Python to run (.venv/bin/python of the project, else python3)
 
-Exit status of a training run: 0 finished, 2 bad usage or configuration, 3 diverged, 4 workers
-disagree, 75 stopped on request after saving (start it again to go on), 1 anything else.
+Exit status of a training run: 0 finished, 2 bad usage or configuration, 3 diverged, 4 ranks
+disagree, 75 stopped on request after saving (start it again to resume), 1 anything else.
 EOF
 }
 
-worker_count=2
+rank_count=2
 transport=gloo
 while (($#)); do
     case $1 in
         -np | -n)
-            (($# > 1)) || usage_error "-np takes a number of workers"
-            worker_count=$2
+            (($# > 1)) || usage_error "-np takes a number of ranks"
+            rank_count=$2
             shift 2
             ;;
         --gloo) transport=gloo && shift ;;
@@ -48,15 +48,15 @@ while (($#)); do
     esac
 done
 (($#)) || usage_error "no command given, for example: launch/local.sh train configs/demo.yaml"
-check_worker_count "$worker_count"
+check_rank_count "$rank_count"
 if [[ $transport == mpi ]]; then
     # Not horovodrun --mpi: it leaves its mpirun behind when it is ended.
-    exec "$root/launch/mpirun.sh" -np "$worker_count" "$@"
+    exec "$root/launch/mpirun.sh" -np "$rank_count" "$@"
 fi
 find_programs
 horovodrun=$(dirname "$python")/horovodrun
 [[ -x $horovodrun ]] || horovodrun=$(command -v horovodrun) || fail "horovodrun is missing; run 'make setup' in $root"
 check_run "$@"
-set_worker_environment "${OMP_NUM_THREADS:-$(threads_each "$worker_count")}"
-launch stop_local_workers "$horovodrun" --gloo -np "$worker_count" "$python" -m dist_train "$@"
+set_rank_environment "${OMP_NUM_THREADS:-$(threads_each "$rank_count")}"
+launch stop_local_ranks "$horovodrun" --gloo -np "$rank_count" "$python" -m dist_train "$@"
 finish

@@ -10,33 +10,33 @@ usage: launch/mpirun.sh [-np N] [--hostfile FILE] COMMAND [ARGUMENT ...]
   launch/mpirun.sh train configs/demo.yaml
   launch/mpirun.sh -np 8 --hostfile hosts train configs/lb_8192.yaml
 
-Starts N workers (2 unless told) with mpirun, each of them running 'dist-train COMMAND ARGUMENT ...'.
+Starts N ranks (2 unless told) with mpirun, each of them running 'dist-train COMMAND ARGUMENT ...'.
 
-  -np N            number of workers
+  -np N            number of ranks
   --hostfile FILE  machines to run on, one a line: 'node1 slots=4'; the project and the run's folder
-                   must be at the same path on all of them. Without it all workers run here, or on
+                   must be at the same path on all of them. Without it all ranks run here, or on
                    the nodes of the Slurm job
   -h, --help       this text
 
-SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 ask the workers to save and stop; a second Ctrl-C or SIGTERM,
+SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 ask the ranks to save and stop; a second Ctrl-C or SIGTERM,
 two seconds or more after the first, ends them at once.
 
 Environment variables:
-  OMP_NUM_THREADS    threads of a worker (where all workers run here: the cores divided by N)
+  OMP_NUM_THREADS    threads of a rank (where all ranks run here: the cores divided by N)
   DIST_TRAIN_PYTHON  the Python to run, on all machines (.venv/bin/python of the project, else python3)
 
-Exit status of a training run: 0 finished, 2 bad usage or configuration, 3 diverged, 4 workers
-disagree, 75 stopped on request after saving (start it again to go on), 1 anything else.
+Exit status of a training run: 0 finished, 2 bad usage or configuration, 3 diverged, 4 ranks
+disagree, 75 stopped on request after saving (start it again to resume), 1 anything else.
 EOF
 }
 
-worker_count=2
+rank_count=2
 hostfile=
 while (($#)); do
     case $1 in
         -np | -n)
-            (($# > 1)) || usage_error "-np takes a number of workers"
-            worker_count=$2
+            (($# > 1)) || usage_error "-np takes a number of ranks"
+            rank_count=$2
             shift 2
             ;;
         --hostfile)
@@ -50,7 +50,7 @@ while (($#)); do
     esac
 done
 (($#)) || usage_error "no command given, for example: launch/mpirun.sh train configs/demo.yaml"
-check_worker_count "$worker_count"
+check_rank_count "$rank_count"
 if [[ -n $hostfile && ! -r $hostfile ]]; then
     usage_error "the host file $hostfile cannot be read; write one with a line for each machine: 'node1 slots=4'"
 fi
@@ -58,19 +58,19 @@ find_programs
 need_mpirun
 check_run "$@"
 
-command=("$mpirun" -np "$worker_count" --bind-to none --stdin none)
+command=("$mpirun" -np "$rank_count" --bind-to none --stdin none)
 if [[ -n $hostfile || ${SLURM_JOB_NUM_NODES:-1} != 1 ]]; then
     stop=stop_through_mpirun
     # Cores are counted on this machine, and say nothing about the others.
-    set_worker_environment "${OMP_NUM_THREADS:-}"
+    set_rank_environment "${OMP_NUM_THREADS:-}"
     command+=(--map-by slot)
     [[ -z $hostfile ]] || command+=(--hostfile "$hostfile")
 else
-    stop=stop_local_workers
-    set_worker_environment "${OMP_NUM_THREADS:-$(threads_each "$worker_count")}"
+    stop=stop_local_ranks
+    set_rank_environment "${OMP_NUM_THREADS:-$(threads_each "$rank_count")}"
     if [[ -z ${OMPI_MCA_btl:-} ]]; then
         # Shared memory is enough here; Open MPI would complain of networks that it cannot match.
-        worker_environment+=("OMPI_MCA_btl=^tcp")
+        rank_environment+=("OMPI_MCA_btl=^tcp")
     fi
     command+=(--map-by slot:OVERSUBSCRIBE)
 fi

@@ -1,6 +1,6 @@
-# What launchers add to the workers' output, and the user need not read; see common.sh.
+# What launchers add to the ranks' output, and the user need not read; see common.sh.
 
-# horovodrun's traceback about a worker that did not end with 0: the line before it says which one.
+# horovodrun's traceback about a rank that did not end with 0: the line before it says which one.
 /^Traceback \(most recent call last\):$/{
     :traceback
     /\nExit code: /!{
@@ -15,7 +15,7 @@
     }
 }
 /^Process [0-9]+ exit with status code (2|3|4|75)\.$/d
-/^Terminating remaining workers after failure of Process [0-9]+\.$/d
+/^Terminating remaining ranks after failure of Process [0-9]+\.$/d
 
 # mpirun's notice about the same, when the code is one of ours: status.json says it better.
 /^-{60,}$/{
@@ -32,5 +32,5 @@
     }
 }
 
-# horovodrun puts its worker's rank before each line; worker 0 speaks for the run without it.
+# horovodrun puts the rank before each line; rank 0 speaks for the run without it.
 s/^\[0\]<std(out|err)>://

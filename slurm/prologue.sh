@@ -10,20 +10,20 @@
 #   CONTAINER_OPTIONS more words for `apptainer exec`, or for srun with Pyxis
 #   DRY_RUN           1: print the command that would be started, and end
 #
-# of jobs with workers
+# of jobs with ranks
 #   OVERRIDES         settings that differ from the configuration, as words: "run.seed=1 data.root=/data"
 #   LAUNCHER          srun or mpirun (srun)
 #   MPI               what srun --mpi takes; `srun --mpi=list` says what there is (pmix)
-#   WORKERS_PER_NODE  (one for each GPU; without GPUs one for each task of the job, else one)
-#   OMP_NUM_THREADS   threads of a worker (its cores: --cpus-per-task, else the node's shared out)
-#   LOSS_SECONDS      srun: how long the other workers may take to end once one has ended (40)
-#   NETWORK_INTERFACE interface that workers talk over, such as ib0 (what MPI, NCCL and Gloo choose)
-#   CPU_BIND          srun --cpu-bind (Slurm's choice: each worker on its own cores)
+#   RANKS_PER_NODE  (one for each GPU; without GPUs one for each task of the job, else one)
+#   OMP_NUM_THREADS   threads of a rank (its cores: --cpus-per-task, else the node's shared out)
+#   LOSS_SECONDS      srun: how long the other ranks may take to end once one has ended (40)
+#   NETWORK_INTERFACE interface that ranks talk over, such as ib0 (what MPI, NCCL and Gloo choose)
+#   CPU_BIND          srun --cpu-bind (Slurm's choice: each rank on its own cores)
 #   LAUNCHER_OPTIONS  more words for srun or mpirun
 #
 # of training
 #   MAX_REQUEUES      requeues in a row without a new checkpoint, after which the run is given up (3)
-#   The job ends with the run's own exit status: 0 finished, 2 bad usage or configuration, 3 diverged, 4 workers
+#   The job ends with the run's own exit status: 0 finished, 2 bad usage or configuration, 3 diverged, 4 ranks
 #   disagree, 75 stopped after saving, 1 anything else. After 75 and 1 it is requeued, by scontrol.
 
 : "${root:?the batch script says where the project is}"
@@ -79,13 +79,13 @@ read_allocation() {
 
 share_nodes_out() {
     local tasks=${SLURM_NTASKS:-$nodes}
-    workers_here=${WORKERS_PER_NODE:-}
-    if [[ -z $workers_here ]]; then
-        workers_here=$((gpus > 0 ? gpus : (tasks + nodes - 1) / nodes))
+    ranks_here=${RANKS_PER_NODE:-}
+    if [[ -z $ranks_here ]]; then
+        ranks_here=$((gpus > 0 ? gpus : (tasks + nodes - 1) / nodes))
     fi
-    [[ $workers_here =~ ^[1-9][0-9]*$ ]] || usage_error "WORKERS_PER_NODE takes a number, 1 or more, not '$workers_here'"
-    worker_count=$((nodes * workers_here))
-    cores_each=${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_ON_NODE:-1} / workers_here))}
+    [[ $ranks_here =~ ^[1-9][0-9]*$ ]] || usage_error "RANKS_PER_NODE takes a number, 1 or more, not '$ranks_here'"
+    rank_count=$((nodes * ranks_here))
+    cores_each=${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_ON_NODE:-1} / ranks_here))}
     ((cores_each > 0)) || cores_each=1
 }
 
@@ -99,7 +99,7 @@ choose_network() {
     export HOROVOD_GLOO_IFACE=${HOROVOD_GLOO_IFACE:-$NETWORK_INTERFACE}
 }
 
-# Sets `dist_train`, how our program is started here and in the workers, and for Pyxis `container_options` of srun.
+# Sets `dist_train`, how our program is started here and in the ranks, and for Pyxis `container_options` of srun.
 find_our_program() {
     container_options=()
     local words
@@ -112,7 +112,7 @@ find_our_program() {
             [[ -r $image ]] || usage_error "CONTAINER $image cannot be read on $(uname -n)"
             local devices=()
             ((gpus == 0)) || devices=(--nv)
-            # Slurm's PMIx meets its workers in a folder that it names in their environment, below /tmp or the spool.
+            # Slurm's PMIx meets its ranks in a folder that it names in their environment, below /tmp or the spool.
             dist_train=(apptainer exec "${devices[@]}" --bind "$PWD" --bind "$root" "${words[@]}" "$image" python3 -m dist_train)
             ;;
         *)
@@ -123,28 +123,28 @@ find_our_program() {
     mpirun=$(command -v mpirun) || mpirun=
 }
 
-# Sets `command`: what starts the workers by `by`, but for our program's arguments.
+# Sets `command`: what starts the ranks by `by`, but for our program's arguments.
 compose_command() {
     local more name
     read_words more "${LAUNCHER_OPTIONS:-}"
     case $by in
         srun)
             command -v srun >/dev/null || fail "srun is missing on $(uname -n)"
-            # Not --kill-on-bad-exit: worker 0 may still be writing how the run ended when another has left.
-            command=(srun "--mpi=${MPI:-pmix}" "--nodes=$nodes" "--ntasks=$worker_count" "--ntasks-per-node=$workers_here"
+            # Not --kill-on-bad-exit: rank 0 may still be writing how the run ended when another has left.
+            command=(srun "--mpi=${MPI:-pmix}" "--nodes=$nodes" "--ntasks=$rank_count" "--ntasks-per-node=$ranks_here"
                 "--cpus-per-task=$cores_each" --export=ALL --input=none --kill-on-bad-exit=0 "--wait=${LOSS_SECONDS:-40}")
-            # A step has the GPUs that it asks for. All workers of a node see all of them, and each takes the one of its
+            # A step has the GPUs that it asks for. All ranks of a node see all of them, and each takes the one of its
             # number: NCCL uses NVLink only between GPUs that a process can see.
             ((gpus == 0)) || command+=("--gpus-per-node=$gpus" --gpu-bind=none)
-            ((${SLURM_CPUS_ON_NODE:-1} >= workers_here * cores_each)) || command+=(--overcommit)
+            ((${SLURM_CPUS_ON_NODE:-1} >= ranks_here * cores_each)) || command+=(--overcommit)
             [[ -z ${CPU_BIND:-} ]] || command+=("--cpu-bind=$CPU_BIND")
             command+=("${container_options[@]}")
             ;;
         mpirun)
             ((!${#container_options[@]})) || usage_error "Pyxis works by srun: leave LAUNCHER out, or give CONTAINER a .sif file"
             need_mpirun
-            # Each worker may use all cores of the node: bound to one, its threads would queue up there.
-            command=("$mpirun" -np "$worker_count" --map-by "ppr:$workers_here:node:OVERSUBSCRIBE" --bind-to none --stdin none)
+            # Each rank may use all cores of the node: bound to one, its threads would queue up there.
+            command=("$mpirun" -np "$rank_count" --map-by "ppr:$ranks_here:node:OVERSUBSCRIBE" --bind-to none --stdin none)
             # mpirun starts its daemons by srun, which gives them the GPUs that this asks for.
             ((gpus == 0)) || export SLURM_GPUS_PER_NODE=$gpus
             while read -r name; do
@@ -153,7 +153,7 @@ compose_command() {
             ;;
         *) usage_error "LAUNCHER is srun or mpirun, not '$by'" ;;
     esac
-    command+=("${more[@]}" "$root/launch/worker.sh")
+    command+=("${more[@]}" "$root/launch/rank.sh")
     if ((${#container_options[@]})); then
         command+=(python3 -m dist_train)
     else
@@ -161,7 +161,7 @@ compose_command() {
     fi
 }
 
-# srun and mpirun hand SIGUSR2 to all workers; they are ready for it once the run has a status.
+# srun and mpirun hand SIGUSR2 to all ranks; they are ready for it once the run has a status.
 stop_through_launcher() {
     grep -q "\"$launch_id\"" "$run_directory/status.json" 2>/dev/null || return 1
     kill -USR2 "$launcher"
@@ -174,7 +174,7 @@ stop_at_once() {
 
 # train_in_job DEFAULT_CONFIGURATION: runs `train` as the variables say.
 train_in_job() {
-    answer_help 'of jobs with workers' 'of training'
+    answer_help 'of jobs with ranks' 'of training'
     local overrides directory=()
     read_words overrides "${OVERRIDES:-}"
     [[ -z ${RUN_DIR:-} ]] || directory=(--run-dir "$RUN_DIR")
@@ -183,7 +183,7 @@ train_in_job() {
 
 # sweep_in_job DEFAULT_STUDY: trains the run that has this array task's number in the study, unless it has finished.
 sweep_in_job() {
-    answer_help 'of jobs with workers' 'of training'
+    answer_help 'of jobs with ranks' 'of training'
     local study=${STUDY:-$1} overrides words directory=() status=0
     [[ -n ${SLURM_ARRAY_TASK_ID:-} ]] ||
         usage_error "each run is a task of an array: sbatch --array=\$(dist-train sweep $study --array) slurm/sweep.sh"
@@ -199,7 +199,7 @@ sweep_in_job() {
 
 # landscape_in_job DEFAULT_TARGETS: runs `landscape` as the variables say.
 landscape_in_job() {
-    answer_help 'of jobs with workers'
+    answer_help 'of jobs with ranks'
     local kind=${KIND:-direction} targets target count what options overrides
     read_words targets "${TARGETS:-$1}"
     read_words options "${OPTIONS:-}"
@@ -213,9 +213,9 @@ landscape_in_job() {
     for target in "${targets[@]}"; do
         [[ -e $target ]] || usage_error "TARGETS: there is no $target in $PWD"
     done
-    prepare_workers
+    prepare_ranks
     launch_or_show stop_at_once landscape "$kind" "${targets[@]}" "${overrides[@]}" "${options[@]}"
-    # srun and mpirun hand on the code of bad options, which all workers end with.
+    # srun and mpirun hand on the code of bad options, which all ranks end with.
     case $launcher_status in
         0 | "$usage_status") exit "$launcher_status" ;;
     esac
@@ -235,13 +235,13 @@ report_in_job() {
 }
 
 # Sets all that `launch_or_show` needs.
-prepare_workers() {
+prepare_ranks() {
     by=${LAUNCHER:-srun}
     read_allocation
     share_nodes_out
     choose_network
     find_our_program
-    set_worker_environment "${OMP_NUM_THREADS:-$cores_each}"
+    set_rank_environment "${OMP_NUM_THREADS:-$cores_each}"
     compose_command
 }
 
@@ -258,9 +258,9 @@ launch_or_show() {
     shift
     show_alone "${command[@]}" "$@"
     check_run "$@"
-    say "$nodes nodes (${SLURM_JOB_NODELIST:-$(uname -n)}) x $workers_here workers, $gpus GPUs a node, by $by; $1 ${run_directory:-${*:2}}"
+    say "$nodes nodes (${SLURM_JOB_NODELIST:-$(uname -n)}) x $ranks_here ranks, $gpus GPUs a node, by $by; $1 ${run_directory:-${*:2}}"
     [[ -z ${SLURM_RESTART_COUNT:-} ]] || say "restart $SLURM_RESTART_COUNT"
-    # What its parent says of a worker that was killed.
+    # What its parent says of a rank that was killed.
     deaths=$(mktemp)
     trap 'rm -f "$deaths"' EXIT
     launch "$stop" "${command[@]}" "$@"
@@ -268,8 +268,8 @@ launch_or_show() {
 
 # run_in_job train CONFIG [ARGUMENT ...]: a training job from here to its end.
 run_in_job() {
-    answer_help 'of jobs with workers' 'of training'
-    prepare_workers
+    answer_help 'of jobs with ranks' 'of training'
+    prepare_ranks
     launch_or_show stop_through_launcher "$@"
     end_job
 }
@@ -291,7 +291,7 @@ requeue_job() {
         say "not requeued by itself: Slurm is ending the job ($state), and requeues it where it preempted it"
         exit "$1"
     fi
-    # The worker that died first, where its parent could say so; else what srun says, of all nodes.
+    # The rank that died first, where its parent could say so; else what srun says, of all nodes.
     death=$(grep -m 1 'was killed by signal' "$deaths" || paste -s -d ';' "$deaths")
     # Not 75 where the run is given up: a site may requeue by that status.
     "${dist_train[@]}" requeue "$run_directory" --launch "$launch_id" --limit "${MAX_REQUEUES:-3}" --death "$death" || exit 1

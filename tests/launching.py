@@ -32,17 +32,17 @@ class Ended:
 _DIST_TRAIN = ("-m", "dist_train")
 
 
-def command(workers: int, controller: str, *arguments: str, program: Sequence[str] = _DIST_TRAIN) -> list[str]:
-    """Return the command line that runs `dist-train ARGUMENTS`, or another program, on so many workers."""
+def command(ranks: int, controller: str, *arguments: str, program: Sequence[str] = _DIST_TRAIN) -> list[str]:
+    """Return the command line that runs `dist-train ARGUMENTS`, or another program, on so many ranks."""
     program = [sys.executable, *program, *arguments]
     match controller:
         case "alone":
-            assert workers == 1
+            assert ranks == 1
             return program
         case "gloo":
-            launcher = [str(_BIN / "horovodrun"), "-np", str(workers), "--gloo", "--network-interface", "lo"]
+            launcher = [str(_BIN / "horovodrun"), "-np", str(ranks), "--gloo", "--network-interface", "lo"]
         case "mpi":
-            launcher = ["mpirun", "-np", str(workers), "--bind-to", "none", "--oversubscribe"]
+            launcher = ["mpirun", "-np", str(ranks), "--bind-to", "none", "--oversubscribe"]
         case _:
             raise AssertionError(controller)
     return [*launcher, *program]
@@ -61,15 +61,15 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def launch(
-    workers: int,
+    ranks: int,
     controller: str,
     *arguments: str,
     timeout: float = PATIENCE,
     extra: Mapping[str, str] | None = None,
     program: Sequence[str] = _DIST_TRAIN,
 ) -> Ended:
-    """Run `dist-train ARGUMENTS` on so many workers and wait; nothing of it is left behind."""
-    process = start(workers, controller, *arguments, extra=extra, program=program)
+    """Run `dist-train ARGUMENTS` on so many ranks and wait; nothing of it is left behind."""
+    process = start(ranks, controller, *arguments, extra=extra, program=program)
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:
@@ -78,7 +78,7 @@ def launch(
 
 
 def start(
-    workers: int,
+    ranks: int,
     controller: str,
     *arguments: str,
     extra: Mapping[str, str] | None = None,
@@ -86,7 +86,7 @@ def start(
 ) -> subprocess.Popen[str]:
     """Start `dist-train ARGUMENTS` in a session of its own."""
     return subprocess.Popen(
-        command(workers, controller, *arguments, program=program),
+        command(ranks, controller, *arguments, program=program),
         env=environment(**(extra or {})),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Plain PyTorch on data in memory, one worker: the limit. `noisy.py` adds SmoothOut as its reference does."""
+"""Plain PyTorch on data in memory, one rank: the limit. `noisy.py` adds SmoothOut as its reference does."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.launching import beside_python, measure, module, on_workers
+from benchmarks.launching import beside_python, measure, module, on_ranks
 from benchmarks.peers.work import Work
 from benchmarks.timing import Ratio, ratio_of
 
@@ -20,44 +20,44 @@ SMALL = Work(0.25, 128, 1, updates=60, warm_up=10)
 SMALL_8192 = Work(0.25, 8192, 1, updates=2, warm_up=1)
 WHOLE = Work(1.0, 128, 1, updates=6, warm_up=2)
 WHOLE_8192 = Work(1.0, 8192, 1, updates=1, warm_up=0)
-"""The work of one worker; two workers do it as well."""
+"""The work of one rank; two ranks do it as well."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A program, how it is started on some workers, and the largest ratio of our step time to its own."""
+    """A program, how it is started on some ranks, and the largest ratio of our step time to its own."""
 
     name: str
     module: str
     command: Callable[[str, int], list[str]]
-    workers: tuple[int, ...]
+    ranks: tuple[int, ...]
     bar: Callable[[Work], float | None]
 
 
 def rows(work: Work, rounds: int) -> Iterator[Ratio]:
-    """Yield our step time over each peer's, with one worker and two, and ours with two over ours with one."""
+    """Yield our step time over each peer's, with one rank and two, and ours with two over ours with one."""
     ours: dict[int, list[float]] = {}
-    for workers in (1, 2):
-        shared = replace(work, workers=workers)
-        peers = [peer for peer in _peers() if workers in peer.workers]
+    for ranks in (1, 2):
+        shared = replace(work, ranks=ranks)
+        peers = [peer for peer in _peers() if ranks in peer.ranks]
         seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
         for number in range(rounds):
             for peer in (*peers[number % len(peers) :], *peers[: number % len(peers)]):
                 seconds[peer.name].append(seconds_of(peer, shared))
-        ours[workers] = seconds.pop(OURS.name)
+        ours[ranks] = seconds.pop(OURS.name)
         for peer in peers[1:]:
             yield ratio_of(
-                f"{_title(work)}, {workers} worker{'s' * (workers > 1)}",
+                f"{_title(work)}, {ranks} rank{'s' * (ranks > 1)}",
                 OURS.name,
                 peer.name,
-                list(zip(ours[workers], seconds[peer.name], strict=True)),
+                list(zip(ours[ranks], seconds[peer.name], strict=True)),
                 peer.bar(shared),
                 images=work.batch,
             )
     halves = [one / 2 for one in ours[1]]
     bar = 1 / 0.95 if work.batch == 8192 else None
     pairs = list(zip(ours[2], halves, strict=True))
-    yield ratio_of(f"{_title(work)}, scaling", "2 workers", "half of 1's", pairs, bar, images=work.batch)
+    yield ratio_of(f"{_title(work)}, scaling", "2 ranks", "half of 1's", pairs, bar, images=work.batch)
 
 
 def _title(work: Work) -> str:
@@ -66,18 +66,18 @@ def _title(work: Work) -> str:
 
 def seconds_of(peer: Peer, work: Work) -> float:
     """Return the seconds of an update of `peer` at `work`."""
-    return float(measure([*peer.command(peer.module, work.workers), *work.arguments()]))
+    return float(measure([*peer.command(peer.module, work.ranks), *work.arguments()]))
 
 
-def _alone_or_by_mpirun(name: str, workers: int) -> list[str]:
-    return on_workers("alone" if workers == 1 else "mpi", workers, module(name))
+def _alone_or_by_mpirun(name: str, ranks: int) -> list[str]:
+    return on_ranks("alone" if ranks == 1 else "mpi", ranks, module(name))
 
 
-def _by_torchrun(name: str, workers: int) -> list[str]:
-    return [beside_python("torchrun"), "--standalone", f"--nproc-per-node={workers}", "-m", name]
+def _by_torchrun(name: str, ranks: int) -> list[str]:
+    return [beside_python("torchrun"), "--standalone", f"--nproc-per-node={ranks}", "-m", name]
 
 
-def _by_itself(name: str, workers: int) -> list[str]:
+def _by_itself(name: str, ranks: int) -> list[str]:
     return [str(PEERS_PYTHON), "-m", name]
 
 

@@ -13,12 +13,12 @@ from benchmarks.peers.work import Clock, Work, images_and_labels, sgd, vgg9, wor
 
 
 def train(work: Work) -> None:
-    """Make the updates on this worker's share of each batch, data in memory."""
+    """Make the updates on this rank's share of each batch, data in memory."""
     images, labels = images_and_labels(work.samples)
     model = DistributedDataParallel(vgg9(work.width))
     optimizer = sgd(model)
     clock = Clock(work)
-    share = work.batch // work.workers
+    share = work.batch // work.ranks
     shuffle = torch.Generator().manual_seed(1)
     while True:
         order = torch.randperm(len(images), generator=shuffle)

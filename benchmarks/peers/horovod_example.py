@@ -1,5 +1,5 @@
-"""The style of Horovod's own examples: a DataLoader with a worker process, `backward_passes_per_step`, and the loss and
-the accuracy of every batch averaged over the workers.
+"""The style of Horovod's own examples: a DataLoader with a rank process, `backward_passes_per_step`, and the loss and
+the accuracy of every batch averaged over the ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
 
 class Metric:
-    """A value averaged over workers and batches, as in the examples."""
+    """A value averaged over ranks and batches, as in the examples."""
 
     def __init__(self, name: str) -> None:
         """Begin at nothing."""
@@ -43,7 +43,7 @@ class Metric:
         self._count = 0
 
     def update(self, value: Tensor) -> None:
-        """Add the workers' mean of `value`."""
+        """Add the ranks' mean of `value`."""
         self._sum += hvd.allreduce(value.detach().cpu(), name=self._name)
         self._count += 1
 
@@ -52,7 +52,7 @@ def train(work: Work) -> None:
     """Make the updates."""
     data = Pictures(work.samples)
     sampler: DistributedSampler[tuple[Tensor, int]] = DistributedSampler(data, num_replicas=hvd.size(), rank=hvd.rank())
-    share = work.batch // work.workers
+    share = work.batch // work.ranks
     loader = DataLoader(data, batch_size=share, sampler=sampler, num_workers=1, drop_last=True)
     model = vgg9(work.width)
     optimizer = hvd.DistributedOptimizer(

@@ -16,7 +16,7 @@ def train(local_rank: int, work: Work) -> None:
     """Make the updates."""
     loader = idist.auto_dataloader(
         TensorDataset(*images_and_labels(work.samples)),
-        batch_size=work.micro_batch * work.workers,
+        batch_size=work.micro_batch * work.ranks,
         shuffle=True,
         drop_last=True,
     )
@@ -48,6 +48,6 @@ def train(local_rank: int, work: Work) -> None:
 
 if __name__ == "__main__":
     asked = work_from_arguments()
-    processes = {"backend": "gloo", "nproc_per_node": asked.workers} if asked.workers > 1 else {}
+    processes = {"backend": "gloo", "nproc_per_node": asked.ranks} if asked.ranks > 1 else {}
     with idist.Parallel(**processes) as parallel:
         parallel.run(train, asked)

@@ -54,8 +54,8 @@ def train(work: Work) -> None:
     timing = Timing(work)
     trainer = lightning.Trainer(
         accelerator="cpu",
-        devices=work.workers,
-        strategy="ddp" if work.workers > 1 else "auto",
+        devices=work.ranks,
+        strategy="ddp" if work.ranks > 1 else "auto",
         accumulate_grad_batches=work.passes,
         max_epochs=-1,
         callbacks=[timing],

@@ -5,12 +5,12 @@ from __future__ import annotations
 from benchmarks.peers.work import Clock, Work, work_from_arguments
 from benchmarks.shared_folder import shared_folder
 from benchmarks.subject import QUIET, open_trainer, settings
-from dist_train.cluster.joining import join_workers
-from dist_train.cluster.workers import Workers
+from dist_train.cluster.communicator import Communicator
+from dist_train.cluster.joining import join_ranks
 from dist_train.training.allocator import ask_for_large_pages
 
 
-def train(work: Work, workers: Workers) -> None:
+def train(work: Work, comm: Communicator) -> None:
     """Make the updates."""
     config = settings(
         work.width,
@@ -21,18 +21,18 @@ def train(work: Work, workers: Workers) -> None:
         **QUIET,
     )
     clock = Clock(work)
-    with shared_folder(workers) as folder:
-        trainer = open_trainer(config, workers, folder / "run")
+    with shared_folder(comm) as folder:
+        trainer = open_trainer(config, comm, folder / "run")
         trainer.advance()
         while not clock.update_ended():
             trainer.advance()
-    if workers.rank == 0:
+    if comm.rank == 0:
         clock.report()
 
 
 if __name__ == "__main__":
     ask_for_large_pages()
     asked = work_from_arguments()
-    joined = join_workers(timeout=600.0, device_type="cpu")
+    joined = join_ranks(timeout=600.0, device_type="cpu")
     train(asked, joined)
     joined.close()

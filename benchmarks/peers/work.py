@@ -20,23 +20,23 @@ MOMENTUM = 0.9
 
 @dataclass(frozen=True)
 class Work:
-    """`updates` timed updates of VGG9 of `width` on `batch` samples by all `workers`, after `warm_up` untimed ones."""
+    """`updates` timed updates of VGG9 of `width` on `batch` samples by all `ranks`, after `warm_up` untimed ones."""
 
     width: float
     batch: int
-    workers: int
+    ranks: int
     updates: int
     warm_up: int
 
     @property
     def micro_batch(self) -> int:
         """Samples of one forward and backward pass."""
-        return min(128, self.batch // self.workers)
+        return min(128, self.batch // self.ranks)
 
     @property
     def passes(self) -> int:
-        """Passes of a worker in one update."""
-        return self.batch // self.workers // self.micro_batch
+        """Passes of a rank in one update."""
+        return self.batch // self.ranks // self.micro_batch
 
     @property
     def samples(self) -> int:
@@ -52,7 +52,7 @@ def work_from_arguments() -> Work:
     """Return the work that the command line names, and set one thread, as for everybody."""
     parser = argparse.ArgumentParser()
     parser.add_argument("width", type=float)
-    for name in ("batch", "workers", "updates", "warm_up"):
+    for name in ("batch", "ranks", "updates", "warm_up"):
         parser.add_argument(name, type=int)
     work = Work(**vars(parser.parse_args()))
     torch.set_num_threads(1)

@@ -26,13 +26,13 @@ from dist_train.analysis.landscape_settings import LandscapeSettings
 from dist_train.analysis.landscape_subject import Stored, Subject, open_subject, place_in, read_stored
 from dist_train.analysis.point_evaluation import Measured, PointEvaluator, variances_of
 from dist_train.analysis.trajectory import Trajectory, run_checkpoints, trace
-from dist_train.cluster.points import PointWorkers, deal
+from dist_train.cluster.points import PointRanks, deal
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
 from dist_train.training.compute import share_of_threads
 
 Report = Callable[[int, int], None]
-"""(finished, total) points of this worker."""
+"""(finished, total) points of this rank."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Request:
     output: Path | None = None
     """Folder that the result's folder is made in; None: `analysis` in the first target's run directory."""
     threads: int | None = None
-    """CPU threads of a worker; None: the node's cores shared out. The result does not depend on it."""
+    """CPU threads of a rank; None: the node's cores shared out. The result does not depend on it."""
     scale: Literal["linear", "log"] = "linear"
 
 
@@ -71,29 +71,27 @@ class _Course:
     trajectory: Trajectory | None = None
 
 
-def make_landscape(request: Request, workers: PointWorkers, report: Report) -> Finished | None:
-    """Evaluate what is not there yet, and draw; None on workers but the first.
+def make_landscape(request: Request, ranks: PointRanks, report: Report) -> Finished | None:
+    """Evaluate what is not there yet, and draw; None on ranks but the first.
 
     Raises:
         UsageError: checkpoints, data or settings do not fit; the folder cannot be written.
     """
     settings = request.settings
-    stored = workers.run_on_all_ranks(
-        lambda: [read_stored(target) for target in request.targets], "read the checkpoints"
-    )
+    stored = ranks.run_on_all_ranks(lambda: [read_stored(target) for target in request.targets], "read the checkpoints")
 
     def opened() -> tuple[Subject, _Course]:
-        subject = open_subject(stored[0], request.overrides, settings.measure, local_rank=workers.local_rank)
+        subject = open_subject(stored[0], request.overrides, settings.measure, local_rank=ranks.local_rank)
         return subject, _course(settings, stored, subject)
 
-    subject, course = workers.run_on_all_ranks(opened, "open the checkpoints and their data")
+    subject, course = ranks.run_on_all_ranks(opened, "open the checkpoints and their data")
     checkpoints = [checkpoint.record() for checkpoint in course.checkpoints]
     identity = Identity(settings.kind, checkpoints, {**settings.record(), **subject.record()})
     folder = LandscapeFolder(request.output or analysis_folder(stored[0].path), identity)
-    was_there = workers.run_on_all_ranks(lambda: workers.rank == 0 and _begin(folder), "begin the result")
-    if not workers.share(was_there):
-        _measure_all(folder, subject, course, workers, request.threads, report)
-    if workers.rank != 0:
+    was_there = ranks.run_on_all_ranks(lambda: ranks.rank == 0 and _begin(folder), "begin the result")
+    if not ranks.share(was_there):
+        _measure_all(folder, subject, course, ranks, request.threads, report)
+    if ranks.rank != 0:
         return None
     rows = read_landscape(folder.path).rows
     widths = _widths(settings, course.points, rows)
@@ -111,7 +109,7 @@ def analysis_folder(checkpoint: Path) -> Path:
 
 def draw(folder: Path, scale: str, trajectory: Trajectory | None) -> None:
     """Draw the figures of the finished result in `folder`."""
-    # matplotlib takes most of a second to load, and only the first worker draws.
+    # matplotlib takes most of a second to load, and only the first rank draws.
     from dist_train.analysis.landscape_figures import draw_landscape
 
     draw_landscape(read_landscape(folder), [folder / "figure.svg", folder / "figure.png"], scale, trajectory)
@@ -155,14 +153,14 @@ def _measure_all(
     folder: LandscapeFolder,
     subject: Subject,
     course: _Course,
-    workers: PointWorkers,
+    ranks: PointRanks,
     threads: int | None,
     report: Report,
 ) -> None:
-    """Share the points that nobody has finished yet out over the workers, and write them all."""
-    finished = workers.share(folder.finished() if workers.rank == 0 else {})
+    """Share the points that nobody has finished yet out over the ranks, and write them all."""
+    finished = ranks.share(folder.finished() if ranks.rank == 0 else {})
     numbers = range(len(course.points))
-    mine = deal([number for number in numbers if number not in finished], workers.rank, workers.size)
+    mine = deal([number for number in numbers if number not in finished], ranks.rank, ranks.size)
 
     def measured() -> list[tuple[int, list[Measured]]]:
         data = subject.data
@@ -171,18 +169,18 @@ def _measure_all(
             [data.train, data.test],
             data.statistics,
             subject.compute,
-            threads=threads or share_of_threads(workers.local_size),
+            threads=threads or share_of_threads(ranks.local_size),
         )
         rows = []
-        with closing(evaluator), closing(folder.open_finished(workers.rank)) as kept:
+        with closing(evaluator), closing(folder.open_finished(ranks.rank)) as kept:
             for done, number in enumerate(mine):
                 report(done, len(mine))
                 rows.append((number, evaluator.evaluate(course.walk.at(course.points[number]))))
                 kept.add(*rows[-1])
         return rows
 
-    rows = workers.collect(workers.run_on_all_ranks(measured, "evaluate its points"))
-    if workers.rank == 0:
+    rows = ranks.collect(ranks.run_on_all_ranks(measured, "evaluate its points"))
+    if ranks.rank == 0:
         folder.write_points(course.points, {**finished, **dict(rows)})
         folder.forget_partial()
 

@@ -112,7 +112,7 @@ class LandscapeFolder:
     def finished(self) -> dict[int, list[Measured]]:
         """Return the points that earlier launches have finished, by number; a line cut off by a kill is none."""
         found: dict[int, list[Measured]] = {}
-        for path in sorted(self._finished_points.glob("worker-*.jsonl")):
+        for path in sorted(self._finished_points.glob("rank-*.jsonl")):
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     fields = json.loads(line)
@@ -122,11 +122,11 @@ class LandscapeFolder:
         return found
 
     def open_finished(self, rank: int) -> FinishedPoints:
-        """Return where worker `rank` keeps the points that it finishes."""
-        return FinishedPoints(self._finished_points / f"worker-{rank}.jsonl")
+        """Return where rank `rank` keeps the points that it finishes."""
+        return FinishedPoints(self._finished_points / f"rank-{rank}.jsonl")
 
     def write_points(self, points: Sequence[Point], measured: Mapping[int, Sequence[Measured]]) -> None:
-        """Write points.csv, whole or not at all; numbers read back to the bit."""
+        """Write points.csv, whole or not at all; numbers read back bit-identically."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(_COLUMNS)
@@ -136,7 +136,7 @@ class LandscapeFolder:
         atomic.write_text(self.points, text.getvalue())
 
     def forget_partial(self) -> None:
-        """Remove the workers' files: the points are in points.csv."""
+        """Remove the ranks' files: the points are in points.csv."""
         shutil.rmtree(self._finished_points, ignore_errors=True)
 
     def _check(self) -> None:
@@ -155,7 +155,7 @@ class LandscapeFolder:
 
 
 class FinishedPoints:
-    """A file that one worker adds its finished points to, one a line."""
+    """A file that one rank adds its finished points to, one a line."""
 
     def __init__(self, path: Path) -> None:
         """Open the file, to be closed."""

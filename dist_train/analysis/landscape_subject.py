@@ -105,7 +105,7 @@ def open_subject(stored: Stored, overrides: Sequence[str], measure: MeasureSetti
         UsageError: the settings do not fit, or data are missing.
     """
     config = stored_config(stored.contents, overrides)
-    # One thread an operation: bits that do not depend on how many cores a worker has.
+    # One thread an operation: bits that do not depend on how many cores a rank has.
     changes = {"threads": 1} if measure.precision == "run" else {"threads": 1, "compute": "float32", "tf32": False}
     device = choose_device(config.run.device, local_rank=local_rank)
     compute = set_up_compute(config.precision.model_copy(update=changes), device)

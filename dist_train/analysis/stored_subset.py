@@ -1,4 +1,4 @@
-"""A checkpoint's network, and the training images that its loss is taken over, on this worker's device."""
+"""A checkpoint's network, and the training images that its loss is taken over, on this rank's device."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _recompute(model: nn.Module, samples: SampleSource, config: Config, compute:
     assert size != "auto", "a run decides it before it saves"
     indices = statistics_samples(len(samples), config.model.norm_samples, size, config.run.seed)
     try:
-        recompute_statistics(model, samples, indices, micro_size=size, compute=compute, workers=Alone())
+        recompute_statistics(model, samples, indices, micro_size=size, compute=compute, comm=Alone())
     except DivergedError as error:
         raise DivergedError(f"there is nothing to measure: {error}") from error
 

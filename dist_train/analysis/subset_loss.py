@@ -37,7 +37,7 @@ class SubsetLoss:
     """The mean loss of `batches` as a function of the weights of `model`: passes in float32, vectors in float64.
 
     Whether norms use their running statistics or each batch's own is the model's own mode, eval or train.
-    Between calls the model holds its clean weights, those it came with, to the bit.
+    Between calls the model holds its clean weights, those it came with bit-identically.
 
     Several threads take batches in turn, and sums go by the batches' order: with one thread an operation (which is
     for the caller to set) the result's bits do not depend on how many there are.
@@ -135,7 +135,7 @@ class SubsetLoss:
 
     @contextmanager
     def _at(self, values: Tensor) -> Iterator[None]:
-        """Be at flat `values` within the block; after it the clean weights are back, to the bit."""
+        """Be at flat `values` within the block; after it the clean weights are back bit-identically."""
         try:
             self.weights.values.copy_(values)
             yield

@@ -11,7 +11,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "doctor",
         help="what this machine has and lacks for training",
-        description="Say what this machine has and lacks; each line that needs one names a cure. "
+        description="Say what this machine has and lacks; each line that needs one names a fix. "
         "Ends with 0 where training can run here, 1 otherwise.",
     )
     parser.add_argument(

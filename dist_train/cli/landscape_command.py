@@ -20,8 +20,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "landscape",
         help="loss and accuracy along a line or over a plane in weight space",
-        description="Evaluate a network at many points of weight space, shared out over the workers of mpirun or "
-        "srun; write the points as CSV, and figures. The same command goes on where a killed one ended.",
+        description="Evaluate a network at many points of weight space, shared out over the ranks of mpirun or "
+        "srun; write the points as CSV, and figures. The same command resumes where a killed one ended.",
     )
     kinds = parser.add_subparsers(title="kinds", metavar="KIND", dest="kind", required=True)
     line = kinds.add_parser("interpolate", help="the line through two checkpoints")
@@ -53,10 +53,10 @@ def run(arguments: argparse.Namespace) -> int:
     from dist_train.cluster.points import join_points
     from dist_train.outcome import ExitCode
 
-    workers = join_points()
-    request = workers.run_on_all_ranks(lambda: _request(arguments), "read the options")
-    report = _Progress(workers.size).report if workers.rank == 0 else _silent
-    finished = make_landscape(request, workers, report)
+    ranks = join_points()
+    request = ranks.run_on_all_ranks(lambda: _request(arguments), "read the options")
+    report = _Progress(ranks.size).report if ranks.rank == 0 else _silent
+    finished = make_landscape(request, ranks, report)
     if finished is not None:
         if finished.was_there:
             print("nothing to evaluate: this result was there", file=sys.stderr)
@@ -129,7 +129,7 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=("float32", "run"), default="float32", help="run: as precision.compute says"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a worker (default: its share)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a rank (default: its share)")
     parser.add_argument("--scale", choices=("linear", "log"), default="linear", help="scale of the loss in the figures")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder for the result's folder (default: RUN/analysis)"
@@ -172,14 +172,14 @@ def _request(arguments: argparse.Namespace) -> Request:
 
 
 def _silent(done: int, total: int) -> None:
-    """Leave the talking to the first worker."""
+    """Leave the talking to the first rank."""
 
 
 class _Progress:
-    """What the first worker says of its own points, every few seconds."""
+    """What the first rank says of its own points, every few seconds."""
 
-    def __init__(self, workers: int) -> None:
-        self._whose = "points" if workers == 1 else f"points of the first of {workers} workers"
+    def __init__(self, ranks: int) -> None:
+        self._whose = "points" if ranks == 1 else f"points of the first of {ranks} ranks"
         self._begun = self._told = time.monotonic()
 
     def report(self, done: int, total: int) -> None:

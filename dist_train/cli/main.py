@@ -83,7 +83,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def _told_once() -> AbstractContextManager[object]:
-    """Let only the first worker of a launch complain of the arguments: all workers have the same ones."""
+    """Let only the first rank of a launch complain of the arguments: all ranks have the same ones."""
     return nullcontext() if current_launch().rank == 0 else redirect_stderr(io.StringIO())
 
 

@@ -16,7 +16,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="whether a run that did not finish is to be started again, for batch scripts",
         description="Decide whether a run that did not finish is to be started again, count it in RUN/requeues.json, "
         "and say why. Exit code 0: requeue it. 1: do not; it has finished, cannot go better (bad configuration, "
-        "diverged, workers disagree), or has used up its requeues without progress: then its status.json says "
+        "diverged, ranks disagree), or has used up its requeues without progress: then its status.json says "
         "failed, and the reason.",
     )
     parser.add_argument("run_directory", type=Path, metavar="RUN")
@@ -24,7 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--limit", type=_count, default=3, metavar="N", help="requeues in a row without a new checkpoint (default: 3)"
     )
     parser.add_argument("--launch", default=None, metavar="ID", help="the last launch's DIST_TRAIN_LAUNCH")
-    parser.add_argument("--death", default="", metavar="TEXT", help="what is known of a worker that was killed")
+    parser.add_argument("--death", default="", metavar="TEXT", help="what is known of a rank that was killed")
     parser.set_defaults(run=run)
 
 

@@ -16,7 +16,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "submit",
         help="check a run and submit it to Slurm",
         description="Check CONFIG, show how the batch is shared out, and submit the run by sbatch. It is requeued "
-        "when it is preempted, meets its time limit, or loses a node, and goes on to the bit. "
+        "when it is preempted, meets its time limit, or loses a node, and resumes bit-identically. "
         "Options of sbatch follow --, each in one word: -- --account=me --gpus-per-node=4.",
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
@@ -24,10 +24,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run's own directory")
     parser.add_argument("--nodes", type=_nodes, default="1", metavar="N", help="nodes, or a range 1-4 (default: 1)")
     parser.add_argument(
-        "--workers-per-node",
+        "--ranks-per-node",
         type=_count,
         metavar="K",
-        help="workers of a node (default: one for each GPU; without GPUs one)",
+        help="ranks of a node (default: one for each GPU; without GPUs one)",
     )
     parser.add_argument("--time", metavar="T", help="time limit, as sbatch has it: 4:00:00 (default: the partition's)")
     parser.add_argument("--partition", metavar="P", help="partition (default: the cluster's)")
@@ -51,12 +51,12 @@ def run(arguments: argparse.Namespace) -> int:
         run_directory=directory,
         name=config.run.name,
         nodes=arguments.nodes,
-        workers_per_node=arguments.workers_per_node,
+        ranks_per_node=arguments.ranks_per_node,
         time=arguments.time,
         partition=arguments.partition,
         options=tuple(arguments.sbatch_options),
     )
-    plan = describe_batch(config, submission.workers)
+    plan = describe_batch(config, submission.ranks)
     for sentence in unused_settings(config):
         print(f"dist-train: warning: {sentence}", file=sys.stderr)
     # What a dry run prints can be piped into a file, and is then the script alone.

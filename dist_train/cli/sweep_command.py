@@ -1,4 +1,4 @@
-"""`dist-train sweep STUDY [section.key=value ...] [--list] [--only N] [--jobs K] [--workers W] [--directory DIR]`."""
+"""`dist-train sweep STUDY [section.key=value ...] [--list] [--only N] [--jobs K] [--ranks W] [--directory DIR]`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the command's arguments."""
     parser = subparsers.add_parser(
         "sweep",
-        help="every run of a study, skipping the finished, going on with the broken",
-        description="Train every run of STUDY (arms x grid x seeds) that has not finished, each in a process of its "
-        "own. The same command goes on where it was stopped. Exit status: 0 all have finished, 1 some failed (they "
-        "are named), 2 the study is wrong, 75 stopped after saving, or others are still at some runs.",
+        help="every run of a study, skipping the finished, resuming the broken",
+        description="Train every run of STUDY (variants x grid x seeds) that has not finished, each in a process of its "
+        "own. The same command resumes where it was stopped. Exit status: 0 all have finished, 1 some failed "
+        "(they are named), 2 the study is wrong, 75 stopped after saving, or others are still at some runs.",
     )
     parser.add_argument("study", type=Path, metavar="STUDY", help="a YAML file, see docs/studies.md")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of every run")
     parser.add_argument("--only", type=_count, metavar="N", help="the run of this number alone; its output is shown")
     parser.add_argument("--jobs", type=_count, default=1, metavar="K", help="runs at a time (default: 1)")
-    parser.add_argument("--workers", type=_count, default=1, metavar="W", help="workers of a run (default: 1)")
+    parser.add_argument("--ranks", type=_count, default=1, metavar="W", help="ranks of a run (default: 1)")
     parser.add_argument(
         "--directory", type=Path, metavar="DIR", help="folder of studies (default: the base's run.directory, runs)"
     )
@@ -81,7 +81,7 @@ def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ..
 
     alone = arguments.only is not None
     jobs = min(arguments.jobs, len(runs))
-    launcher = Launcher(arguments.workers, share_of_threads(jobs, arguments.workers), to_terminal=alone)
+    launcher = Launcher(arguments.ranks, share_of_threads(jobs, arguments.ranks), to_terminal=alone)
     launcher.command(plan, runs[0])
     write_plan(plan)
     print(f"study {plan.study.name}: {len(runs)} of {len(plan.runs)} runs, {jobs} at a time, in {plan.directory}")

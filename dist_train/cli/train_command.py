@@ -19,8 +19,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "train",
         help="one training run, alone or under horovodrun, mpirun, srun",
-        description="Train as CONFIG says, going on with the run that the run directory holds. "
-        "The same command under horovodrun, mpirun or srun --mpi=pmix trains on many workers.",
+        description="Train as CONFIG says, resuming the run that the run directory holds. "
+        "The same command under horovodrun, mpirun or srun --mpi=pmix trains on many ranks.",
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from it")
@@ -30,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; the exit code says how it ended."""
-    # a worker that a library's fault kills says where it was
+    # a rank that a library's fault kills says where it was
     faulthandler.enable(file=_STANDARD_ERROR)
     with without_collection():
         from dist_train.config import load_config
@@ -38,8 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
 
         config = load_config(arguments.config, arguments.overrides)
 
+        from dist_train.cluster.communicator import PeerFailedError
         from dist_train.cluster.launch import current_launch
-        from dist_train.cluster.workers import PeerFailedError
         from dist_train.training import train
         from dist_train.training.allocator import ask_for_large_pages
 

@@ -1,4 +1,4 @@
-"""`dist-train watch RUN [--interval SECONDS] [--once]`: a run as it goes on, from its directory alone."""
+"""`dist-train watch RUN [--interval SECONDS] [--once]`: a run as it continues, from its directory alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "watch",
         help="a live view of a run, from any machine that sees its directory",
-        description="Show a run as it goes on, from its directory alone, until it ends. Ctrl-C ends the view, "
+        description="Show a run as it continues, from its directory alone, until it ends. Ctrl-C ends the view, "
         "not the run. Where the output is no terminal, the run is shown once.",
     )
     parser.add_argument("directory", type=Path, metavar="RUN", help="a run directory, or a folder's name below runs/")

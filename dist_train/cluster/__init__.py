@@ -1,1 +1,1 @@
-"""The workers of a run: who they are, and what they can say to each other."""
+"""The ranks of a run: who they are, and what they can say to each other."""

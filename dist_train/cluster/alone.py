@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dist_train.cluster.workers import Pending
+from dist_train.cluster.communicator import Pending
 
 
 class _Done:
@@ -15,7 +15,7 @@ class _Done:
 
 
 class Alone:
-    """The only worker: every sum is the value itself."""
+    """The only rank: every sum is the value itself."""
 
     rank = 0
     size = 1

@@ -14,14 +14,14 @@ _MOST_NAMES = 8
 
 @dataclass(frozen=True)
 class Peer:
-    """Where a worker runs."""
+    """Where a rank runs."""
 
     node: str
     process: str
 
 
 class Attendance:
-    """The other workers that one worker watches. A worker is watched from the first time that it is heard."""
+    """The other ranks that one rank watches. A rank is watched from the first time that it is heard."""
 
     def __init__(self, *, timeout: float, beat: float, now: float) -> None:
         """Begin at `now`; who is silent for `timeout` is lost. `silent` is to be asked once a `beat`, at least."""
@@ -50,7 +50,7 @@ class Attendance:
 
     @property
     def present(self) -> list[int]:
-        """The workers that are watched."""
+        """The ranks that are watched."""
         return sorted(self._heard)
 
     def unheard_since(self, moment: float) -> list[int]:
@@ -60,7 +60,7 @@ class Attendance:
     def silent(self, now: float) -> list[int]:
         """Return those that are lost; nobody right after the watcher has slept: all get `timeout` anew.
 
-        A node that dies takes several workers: once one is lost, those that have been silent for nearly as
+        A node that dies takes several ranks: once one is lost, those that have been silent for nearly as
         long are named with it.
         """
         slept = now - self._looked > _PAUSE * self._beat
@@ -75,29 +75,29 @@ class Attendance:
         return self.unheard_since(now - self._timeout + _STREAK * self._beat)
 
     def overstayed(self, now: float) -> int | None:
-        """Return the worker whose error should have ended this one by now."""
+        """Return the rank whose error should have ended this one by now."""
         if self._failed is None or now - self._failed[1] < self._timeout:
             return None
         return self._failed[0]
 
 
-def name_workers(ranks: list[int], peers: Mapping[int, Peer]) -> str:
-    """Return "worker 3 (node2, process 4242)", for several likewise; of very many the first, and how many more."""
+def name_ranks(ranks: list[int], peers: Mapping[int, Peer]) -> str:
+    """Return "rank 3 (node2, process 4242)", for several likewise; of very many the first, and how many more."""
     named = [f"{rank} ({peers[rank].node}, process {peers[rank].process})" for rank in ranks[:_MOST_NAMES]]
     more = len(ranks) - len(named)
     ending = f" and {more} more" if more else ""
-    return f"worker{'s' if len(ranks) > 1 else ''} {', '.join(named)}{ending}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(named)}{ending}"
 
 
 def loss_message(ranks: list[int], peers: Mapping[int, Peer], timeout: float) -> str:
     """Return what the user is told when `ranks` are lost."""
     verb = "have" if len(ranks) > 1 else "has"
-    return f"{name_workers(ranks, peers)} {verb} not answered for {timeout:g} s; {_CURE}"
+    return f"{name_ranks(ranks, peers)} {verb} not answered for {timeout:g} s; {_FIX}"
 
 
 def overstay_message(rank: int, peers: Mapping[int, Peer], timeout: float) -> str:
-    """Return what the user is told when a worker still runs `timeout` after `rank` has failed."""
-    return f"{name_workers([rank], peers)} has failed, and the others have not ended within {timeout:g} s; {_CURE}"
+    """Return what the user is told when a rank still runs `timeout` after `rank` has failed."""
+    return f"{name_ranks([rank], peers)} has failed, and the others have not ended within {timeout:g} s; {_FIX}"
 
 
-_CURE = "the run ends; start the same command again to go on from the last checkpoint"
+_FIX = "the run ends; start the same command again to resume from the last checkpoint"

@@ -17,9 +17,9 @@ class Kind(IntEnum):
     """What a datagram means."""
 
     BEAT = 1
-    """A worker lives. Its text is the worker's place."""
+    """A rank lives. Its text is the rank's place."""
     ANSWER = 2
-    """Worker 0 lives, and has heard a beat."""
+    """Rank 0 lives, and has heard a beat."""
     CALL = 3
     """As ANSWER, and a beat is wanted at once."""
     LEAVE = 4
@@ -34,7 +34,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Datagram:
-    """A message from worker `rank`; `path` is the number of worker 0's address that the beat was sent to."""
+    """A message from rank `rank`; `path` is the number of rank 0's address that the beat was sent to."""
 
     kind: Kind
     rank: int

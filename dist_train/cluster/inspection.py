@@ -1,4 +1,4 @@
-"""What carries the workers on this machine: Horovod's build, the MPI library, the launchers."""
+"""What carries the ranks on this machine: Horovod's build, the MPI library, the launchers."""
 
 from __future__ import annotations
 

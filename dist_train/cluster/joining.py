@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from dist_train.cluster.alone import Alone
+from dist_train.cluster.communicator import Communicator
 from dist_train.cluster.launch import current_launch
-from dist_train.cluster.workers import Workers
 from dist_train.outcome import ExitCode
 
 _HEAD_START_SECONDS = 2.0
-"""Worker 0 tells for all; the others do when it is the one that hangs."""
+"""Rank 0 tells for all; the others do when it is the one that hangs."""
 
 
 @contextmanager
 def meeting_within(seconds: float, end: Callable[[], None] | None = None) -> Iterator[None]:
-    """End this process with a message where the block, in which all workers meet, takes longer than `seconds`.
+    """End this process with a message where the block, in which all ranks meet, takes longer than `seconds`.
 
     Until they have met, nobody knows who is missing; the others would wait for ever.
     """
@@ -27,7 +27,7 @@ def meeting_within(seconds: float, end: Callable[[], None] | None = None) -> Ite
 
     def give_up() -> None:
         print(
-            f"dist-train: the {launch.size} workers have not all met within {seconds:g} s: one has not started, hangs, "
+            f"dist-train: the {launch.size} ranks have not all met within {seconds:g} s: one has not started, hangs, "
             f"or cannot be reached; start again, or raise comm.timeout where starting takes so long",
             file=sys.stderr,
             flush=True,
@@ -50,7 +50,7 @@ def _end_process() -> None:
     os._exit(ExitCode.FAULT)
 
 
-def join_workers(*, timeout: float, device_type: str, timeline: bool = False) -> Workers:
+def join_ranks(*, timeout: float, device_type: str, timeline: bool = False) -> Communicator:
     """Join the group that the launcher started, or be alone where there was no launcher.
 
     A `timeline` can be written where it is asked for here: Horovod must know when it starts.
@@ -61,6 +61,6 @@ def join_workers(*, timeout: float, device_type: str, timeline: bool = False) ->
     launch = current_launch()
     if launch.size == 1 and launch.launcher in ("alone", "srun"):
         return Alone()
-    from dist_train.cluster.horovod_workers import HorovodWorkers
+    from dist_train.cluster.horovod import HorovodCommunicator
 
-    return HorovodWorkers(launch, timeout=timeout, device_type=device_type, timeline=timeline)
+    return HorovodCommunicator(launch, timeout=timeout, device_type=device_type, timeline=timeline)

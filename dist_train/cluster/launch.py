@@ -11,7 +11,7 @@ from dist_train.outcome import UsageError
 
 @dataclass(frozen=True)
 class Launch:
-    """The launcher that started this process, the number of workers that it was asked for, our number."""
+    """The launcher that started this process, the number of ranks that it was asked for, our number."""
 
     launcher: str
     size: int
@@ -22,7 +22,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
     """Return how this process was launched: by horovodrun, mpirun, srun, or alone.
 
     Raises:
-        UsageError: the environment asks Horovod for what is known to crash or to part the workers.
+        UsageError: the environment asks Horovod for what is known to crash or to part the ranks.
     """
     if "OMPI_COMM_WORLD_SIZE" in environment:
         launch = Launch("mpirun", int(environment["OMPI_COMM_WORLD_SIZE"]), int(environment["OMPI_COMM_WORLD_RANK"]))

@@ -1,4 +1,4 @@
-"""Work that falls into independent points, shared out over the workers of mpirun or srun by mpi4py; alone without."""
+"""Work that falls into independent points, shared out over the ranks of mpirun or srun by mpi4py; alone without."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from dist_train.cluster.communicator import PeerFailedError, Place
 from dist_train.cluster.launch import current_launch
-from dist_train.cluster.workers import PeerFailedError, Place
 from dist_train.outcome import UsageError
 
 if TYPE_CHECKING:
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 
-class PointWorkers(Place, Protocol):
-    """The workers that share points, seen from one of them. Every worker must call the same operations."""
+class PointRanks(Place, Protocol):
+    """The ranks that share points, seen from one of them. Every rank must call the same operations."""
 
     def share(self, value: Value) -> Value:
-        """Return worker 0's `value`; what the others pass is not used."""
+        """Return rank 0's `value`; what the others pass is not used."""
 
     def collect(self, values: Sequence[Value]) -> list[Value]:
-        """Return the values of all workers, one worker after the other, on worker 0; nothing on the others."""
+        """Return the values of all ranks, one rank after the other, on rank 0; nothing on the others."""
 
     def run_on_all_ranks(self, action: Callable[[], Value], name: str) -> Value:
-        """Return `action()`; when it fails on some workers, fail on all, after all have tried.
+        """Return `action()`; when it fails on some ranks, fail on all, after all have tried.
 
         Raises:
             PeerFailedError: on those whose action did not fail, naming those that failed.
@@ -34,7 +34,7 @@ class PointWorkers(Place, Protocol):
 
 
 class AlonePoints:
-    """The only worker: no MPI."""
+    """The only rank: no MPI."""
 
     rank = 0
     size = 1
@@ -55,10 +55,10 @@ class AlonePoints:
 
 
 class MpiPoints:
-    """The workers of an MPI communicator."""
+    """The ranks of an MPI communicator."""
 
     def __init__(self, communicator: Comm, local: Comm) -> None:
-        """Take the communicator of all workers, and that of those on this node."""
+        """Take the communicator of all ranks, and that of those on this node."""
         self._communicator = communicator
         self.rank = communicator.Get_rank()
         self.size = communicator.Get_size()
@@ -66,17 +66,17 @@ class MpiPoints:
         self.local_size = local.Get_size()
 
     def share(self, value: Value) -> Value:
-        """Return worker 0's `value`."""
+        """Return rank 0's `value`."""
         shared: Value = self._communicator.bcast(value, root=0)
         return shared
 
     def collect(self, values: Sequence[Value]) -> list[Value]:
-        """Return the values of all workers on worker 0; nothing on the others."""
+        """Return the values of all ranks on rank 0; nothing on the others."""
         collected: list[Sequence[Value]] | None = self._communicator.gather(values, root=0)
         return [value for part in collected or () for value in part]
 
     def run_on_all_ranks(self, action: Callable[[], Value], name: str) -> Value:
-        """Return `action()`; when it fails on some workers, fail on all, after all have tried."""
+        """Return `action()`; when it fails on some ranks, fail on all, after all have tried."""
         failure: Exception | None = None
         try:
             result = action()
@@ -88,12 +88,12 @@ class MpiPoints:
         if failure is not None and (failed[0] == self.rank or not isinstance(failure, UsageError)):
             raise failure
         if failed:
-            raise PeerFailedError(f"worker {', '.join(map(str, failed))} could not {name}; see its message")
+            raise PeerFailedError(f"rank {', '.join(map(str, failed))} could not {name}; see its message")
         return result
 
 
-def join_points() -> PointWorkers:
-    """Return the workers that mpirun or srun started, or one alone.
+def join_points() -> PointRanks:
+    """Return the ranks that mpirun or srun started, or one alone.
 
     Raises:
         UsageError: the launcher does not carry MPI, or mpi4py is missing.
@@ -108,17 +108,17 @@ def join_points() -> PointWorkers:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise UsageError(f"mpi4py cannot be used ({error}): run make setup, or start one worker alone") from error
+        raise UsageError(f"mpi4py cannot be used ({error}): run make setup, or start one rank alone") from error
     communicator = MPI.COMM_WORLD
     if communicator.Get_size() != launch.size:
         raise UsageError(
-            f"{launch.launcher} started {launch.size} workers, but MPI sees {communicator.Get_size()}: "
+            f"{launch.launcher} started {launch.size} ranks, but MPI sees {communicator.Get_size()}: "
             f"start with the mpirun of mpi4py's MPI, or srun --mpi=pmix; see dist-train doctor"
         )
     return MpiPoints(communicator, communicator.Split_type(MPI.COMM_TYPE_SHARED))
 
 
 def deal(points: Sequence[Value], rank: int, size: int) -> Sequence[Value]:
-    """Return those of `points` that worker `rank` of `size` has to do, round robin."""
+    """Return those of `points` that rank `rank` of `size` has to do, round robin."""
     assert 0 <= rank < size
     return points[rank::size]

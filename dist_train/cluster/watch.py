@@ -1,4 +1,4 @@
-"""The thread that beats for one worker and listens to the others."""
+"""The thread that beats for one rank and listens to the others."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from dist_train.cluster.addresses import Address
-from dist_train.cluster.attendance import Attendance, Peer, loss_message, name_workers, overstay_message
+from dist_train.cluster.attendance import Attendance, Peer, loss_message, name_ranks, overstay_message
 from dist_train.cluster.heartbeats import LARGEST, Datagram, Kind, decode, encode
 
 _BEATS_IN_TIMEOUT = 6
 _LONGEST_BEAT = 5.0
 _SEARCH_SECONDS = 0.2
-"""Between beats until worker 0 has answered."""
+"""Between beats until rank 0 has answered."""
 _LOST_SIGHT = 2.5
-"""Beats without an answer, after which all addresses of worker 0 are tried again."""
+"""Beats without an answer, after which all addresses of rank 0 are tried again."""
 _REST_SECONDS = 0.1
-"""After taking what has come, so that very many workers do not wake worker 0 for each of their beats."""
+"""After taking what has come, so that very many ranks do not wake rank 0 for each of their beats."""
 _FAREWELLS = 3
 _FAREWELL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A worker's place among the `size` of a launch; `paths` are worker 0's addresses as this worker may use them."""
+    """A rank's place among the `size` of a launch; `paths` are rank 0's addresses as this rank may use them."""
 
     token: bytes
     rank: int
@@ -39,14 +39,14 @@ class Endpoint:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is worker 0, whom all others beat to."""
+        """Whether this is rank 0, whom all others beat to."""
         return self.rank == 0
 
 
 class Watch:
-    """Beats, and calls `lost(message, is_found)` in its own thread when a worker is lost, then ends.
+    """Beats, and calls `lost(message, is_found)` in its own thread when a rank is lost, then ends.
 
-    `is_found` is false where worker 0 has told this one.
+    `is_found` is false where rank 0 has told this one.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Watch:
         self._thread.start()
 
     def await_answer(self, seconds: float) -> bool:
-        """Return whether worker 0 and this worker have found each other."""
+        """Return whether rank 0 and this rank have found each other."""
         if self._endpoint.is_first:
             return True
         with self._changed:
@@ -82,7 +82,7 @@ class Watch:
     def absent(self, seconds: float) -> str:
         """Call the roll, for so long at most: return who does not answer, as a user may be told; else nothing.
 
-        Worker 0 calls all, the others call worker 0.
+        Rank 0 calls all, the others call rank 0.
         """
         moment = time.monotonic()
         with self._changed:
@@ -90,7 +90,7 @@ class Watch:
             os.eventfd_write(self._wake, 1)
             self._changed.wait_for(lambda: not self._attendance.unheard_since(moment), seconds)
             missing = self._attendance.unheard_since(moment)
-            return name_workers(missing, self._places) if missing else ""
+            return name_ranks(missing, self._places) if missing else ""
 
     def close(self, parting: Kind) -> None:
         """Take leave of the others, and end."""
@@ -101,7 +101,7 @@ class Watch:
         os.close(self._wake)
 
     def tell_others(self, message: str) -> None:
-        """Let all others end with `message`; only worker 0 knows how to reach them. For the thread in `lost`."""
+        """Let all others end with `message`; only rank 0 knows how to reach them. For the thread in `lost`."""
         if self._endpoint.is_first:
             for rank in self._attendance.present:
                 self._send(Datagram(Kind.LOST, 0, text=message), self._addresses[rank])
@@ -135,7 +135,7 @@ class Watch:
                 return
 
     def _rest(self) -> float:
-        """Return the seconds for which to let lie what comes: none while workers wait to be met."""
+        """Return the seconds for which to let lie what comes: none while ranks wait to be met."""
         have_met = len(self._places) == self._endpoint.size - 1 if self._endpoint.is_first else self._path is not None
         return _REST_SECONDS if have_met else 0.0
 
@@ -157,7 +157,7 @@ class Watch:
         return None
 
     def _send_up(self, kind: Kind, now: float) -> None:
-        """Send to worker 0: where it has answered, else to all its addresses."""
+        """Send to rank 0: where it has answered, else to all its addresses."""
         searching = self._is_searching(now)
         for number, path in enumerate(self._endpoint.paths):
             if path is not None and (searching or number == self._path):
@@ -189,7 +189,7 @@ class Watch:
     def _take(self, datagram: Datagram, source: Address) -> None:
         now, rank, kind = time.monotonic(), datagram.rank, datagram.kind
         if self._endpoint.is_first == (rank == 0):
-            return  # worker 0 hears the others, the others hear worker 0
+            return  # rank 0 hears the others, the others hear rank 0
         match kind:
             case Kind.BEAT:
                 self._hear(datagram, now)

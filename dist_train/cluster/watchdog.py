@@ -1,9 +1,9 @@
-"""Ends the run with a message when a worker dies, hangs or is cut off: the others would wait for it for ever.
+"""Ends the run with a message when a rank dies, hangs or is cut off: the others would wait for it for ever.
 
-Worker 0 hears a beat of every other worker and answers it. Who is silent for `timeout` is lost. The process
+Rank 0 hears a beat of every other rank and answers it. Who is silent for `timeout` is lost. The process
 ends from a thread, since the main one may be deep in an allreduce that never returns; the launcher ends the rest.
 
-A beat needs Python's global lock, so a worker that holds it for `timeout` without pause counts as lost. Compiling
+A beat needs Python's global lock, so a rank that holds it for `timeout` without pause counts as lost. Compiling
 and loading libraries can hold it for seconds: 10 s and more are sensible.
 """
 
@@ -20,9 +20,9 @@ from collections.abc import Callable
 from types import TracebackType
 
 from dist_train.cluster.addresses import open_datagrams, own_addresses, reachable_from
+from dist_train.cluster.communicator import Communicator, broadcast_str, gather
 from dist_train.cluster.heartbeats import TOKEN_BYTES, Kind
 from dist_train.cluster.watch import Endpoint, Watch
-from dist_train.cluster.workers import Workers, broadcast_str, gather
 from dist_train.outcome import ExitCode, UsageError, exit_code_of
 
 SHORTEST_TIMEOUT = 3.0
@@ -43,19 +43,19 @@ class Watchdog:
         self._process = os.getpid()
 
     def absent(self, seconds: float = 1.0) -> str:
-        """Return who does not answer within `seconds`, as "worker 3 (node2, process 4242)", or nothing.
+        """Return who does not answer within `seconds`, as "rank 3 (node2, process 4242)", or nothing.
 
-        For a worker whose collective has failed: the error does not say who is gone.
+        For a rank whose collective has failed: the error does not say who is gone.
         """
         return self._watch.absent(seconds) if self._watch else ""
 
     def close(self, error: BaseException | None = None) -> None:
-        """Take leave, so that nobody misses this worker; a second call does nothing.
+        """Take leave, so that nobody misses this rank; a second call does nothing.
 
-        After an `error` of one worker the others must end within `timeout` too.
+        After an `error` of one rank the others must end within `timeout` too.
         """
         watch, self._watch = self._watch, None
-        # a forked child has the object, but neither the thread nor a place among the workers
+        # a forked child has the object, but neither the thread nor a place among the ranks
         if watch is not None and os.getpid() == self._process:
             fails = error is not None and exit_code_of(error) != ExitCode.STOPPED
             watch.close(Kind.FAIL if fails else Kind.LEAVE)
@@ -75,25 +75,25 @@ def end_process() -> None:
 
 
 def start_watchdog(
-    workers: Workers, *, timeout: float, on_loss: Callable[[str], None], end: Callable[[], None] = end_process
+    comm: Communicator, *, timeout: float, on_loss: Callable[[str], None], end: Callable[[], None] = end_process
 ) -> Watchdog:
-    """Let all workers watch each other; every worker must call it.
+    """Let all ranks watch each other; every rank must call it.
 
     When one is silent for `timeout` seconds, the others say so, call `on_loss(message)` and `end()`, in a thread.
-    Workers that datagrams do not get through to are not watched; a warning names them.
+    Ranks that datagrams do not get through to are not watched; a warning names them.
 
     Raises:
-        UsageError: `timeout` is too short to tell a slow worker from a lost one; on all workers.
+        UsageError: `timeout` is too short to tell a slow rank from a lost one; on all ranks.
     """
-    if workers.size == 1:
+    if comm.size == 1:
         return Watchdog(None)
     if timeout < SHORTEST_TIMEOUT:
         raise UsageError(
-            f"comm.timeout={timeout:g} is too short to tell a slow worker from a lost one: "
+            f"comm.timeout={timeout:g} is too short to tell a slow rank from a lost one: "
             f"set {SHORTEST_TIMEOUT:g} or more, or keep the 60 s"
         )
     datagrams = open_datagrams()
-    endpoint = _endpoint(workers, datagrams)
+    endpoint = _endpoint(comm, datagrams)
 
     def lost(message: str, is_found: bool) -> None:
         _within(_TELLING_SECONDS, lambda: _tell(message, is_found, on_loss))
@@ -102,27 +102,27 @@ def start_watchdog(
 
     watch = Watch(endpoint, datagrams, timeout, lost)
     met = watch.await_answer(min(_MEETING_SECONDS, timeout / 2))
-    unmet = [rank for rank, (missed,) in enumerate(gather(workers, [not met], "watchdog.met")) if missed]
-    if unmet and workers.rank == 0:
+    unmet = [rank for rank, (missed,) in enumerate(gather(comm, [not met], "watchdog.met")) if missed]
+    if unmet and comm.rank == 0:
         _logger.warning(
-            "no datagrams (UDP) get through between worker 0 and worker %s: nobody will notice when these hang",
+            "no datagrams (UDP) get through between rank 0 and rank %s: nobody will notice when these hang",
             ", ".join(map(str, unmet)),
         )
     return Watchdog(watch)
 
 
-def _endpoint(workers: Workers, datagrams: socket.socket) -> Endpoint:
-    """Return this worker's place, with the token and the addresses that worker 0 chooses."""
+def _endpoint(comm: Communicator, datagrams: socket.socket) -> Endpoint:
+    """Return this rank's place, with the token and the addresses that rank 0 chooses."""
     port = datagrams.getsockname()[1]
     text = json.dumps([secrets.token_hex(TOKEN_BYTES), port, own_addresses()])
-    token, port, addresses = json.loads(broadcast_str(workers, text, "watchdog.address"))
+    token, port, addresses = json.loads(broadcast_str(comm, text, "watchdog.address"))
     reachable = (reachable_from(datagrams, address) for address in addresses)
     paths = tuple(None if address is None else (address, port) for address in reachable)
-    return Endpoint(bytes.fromhex(token), workers.rank, workers.size, paths)
+    return Endpoint(bytes.fromhex(token), comm.rank, comm.size, paths)
 
 
 def _tell(message: str, is_found: bool, on_loss: Callable[[str], None]) -> None:
-    if is_found:  # else worker 0 has said it, for all
+    if is_found:  # else rank 0 has said it, for all
         print(f"dist-train: {message}", file=sys.stderr)
     on_loss(message)
     sys.stdout.flush()

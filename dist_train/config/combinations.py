@@ -1,4 +1,4 @@
-"""Settings that do not go together: one row each, with the reason and the cure."""
+"""Settings that do not go together: one row each, with the reason and the fix."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ _RULES = (
     _Rule(
         "comm.op",
         lambda c: c.comm.op == "adasum" and c.noise.method != "none",
-        "adasum weighs each worker's gradient at its own point, but noise moves that point; "
+        "adasum weighs each rank's gradient at its own point, but noise moves that point; "
         "set comm.op to average or noise.method to none",
     ),
     _Rule(
@@ -123,7 +123,7 @@ _RULES = (
     _Rule(
         "noise.sharing",
         lambda c: c.noise.method == "langevin" and c.noise.sharing != "global",
-        "langevin noise stays in the weights, which all workers share; set noise.sharing to global",
+        "langevin noise stays in the weights, which all ranks share; set noise.sharing to global",
         "global",
     ),
     _Rule(
@@ -140,15 +140,15 @@ _RULES = (
     ),
     _Rule(
         "noise.sharing",
-        lambda c: c.model.norm == "sync" and c.noise.method == "smoothout" and c.noise.sharing == "worker",
-        "sync norm takes its statistics over all workers, which must then hold the same weights; "
+        lambda c: c.model.norm == "sync" and c.noise.method == "smoothout" and c.noise.sharing == "rank",
+        "sync norm takes its statistics over all ranks, which must then hold the same weights; "
         "set noise.sharing to global or micro_batch",
         "global, micro_batch",
     ),
     _Rule(
         "comm.op",
         lambda c: c.model.norm == "sync" and c.comm.op == "adasum",
-        "adasum combines gradients that workers take alone, but sync norm ties them together; "
+        "adasum combines gradients that ranks take alone, but sync norm ties them together; "
         "set comm.op to average or model.norm to ghost",
     ),
     _Rule(

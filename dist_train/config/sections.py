@@ -24,7 +24,7 @@ class Section(BaseModel):
 
 
 class RunSettings(Section):
-    """What the run is called, where it lies, how long it goes on."""
+    """The run's name, place and length."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run's directory.")
     directory: Path = Field(Path("runs"), description="Folder that holds the run directories.")
@@ -42,7 +42,7 @@ class RunSettings(Section):
     )
     resume: str = Field(
         "auto",
-        description="auto: go on from the last checkpoint, if any. never: start anew. Or a checkpoint's path.",
+        description="auto: resume from the last checkpoint, if any. never: start anew. Or a checkpoint's path.",
     )
 
 
@@ -81,7 +81,7 @@ class ModelSettings(Section):
     norm: Literal["batch", "ghost", "sync", "group", "none"] = Field(
         "ghost",
         description="batch: over a micro-batch. ghost: over groups of `ghost_size` samples. "
-        "sync: over a micro-batch that all workers share. group: over groups of channels of each sample.",
+        "sync: over a micro-batch that all ranks share. group: over groups of channels of each sample.",
     )
     ghost_size: Annotated[int, Field(ge=2)] = Field(128, description="Samples that ghost norm normalizes together.")
     channel_groups: PositiveInt = Field(32, description="Groups of channels of group norm, where they divide.")
@@ -98,7 +98,7 @@ class ModelSettings(Section):
 class BatchSettings(Section):
     """The global batch and how it is cut."""
 
-    global_size: PositiveInt = Field(8192, description="Samples of one update, over all workers.")
+    global_size: PositiveInt = Field(8192, description="Samples of one update, over all ranks.")
     micro_size: PositiveInt | Literal["auto"] = Field(
         "auto", description="Samples of one forward and backward pass; auto: what fits the device."
     )
@@ -165,9 +165,9 @@ class NoiseSettings(Section):
         "absolute",
         description="absolute: a c(t) u. weight: times |w|. filter: each filter's draw with the filter's own norm.",
     )
-    sharing: Literal["global", "worker", "micro_batch"] = Field(
+    sharing: Literal["global", "rank", "micro_batch"] = Field(
         "global",
-        description="How many draws a step. global: one for all. worker: one each. micro_batch: one per micro-batch.",
+        description="How many draws a step. global: one for all. rank: one each. micro_batch: one per micro-batch.",
     )
     schedule: NoiseSchedule = Field(default_factory=ConstantSchedule, description="c(t), the decay of the amplitude.")
     exclude: tuple[str, ...] = Field(
@@ -229,23 +229,23 @@ class PrecisionSettings(Section):
         description="Only kernels that give the same bits each time; auto: on a GPU, where comm.reduction is exact.",
     )
     threads: PositiveInt | Literal["auto"] = Field(
-        "auto", description="CPU threads of a worker; auto: OMP_NUM_THREADS, else the cores shared out."
+        "auto", description="CPU threads of a rank; auto: OMP_NUM_THREADS, else the cores shared out."
     )
 
 
 class CommSettings(Section):
-    """What the workers say to each other."""
+    """What the ranks say to each other."""
 
     reduction: Literal["exact", "float"] = Field(
-        "exact", description="exact: gradients summed as integers, the same bits on any number of workers."
+        "exact", description="exact: gradients summed as integers, the same bits on any number of ranks."
     )
     compression: Literal["none", "fp16"] = Field("none", description="Gradients sent as float16 (float only).")
     op: Literal["average", "adasum"] = Field(
-        "average", description="How workers' gradients combine (adasum: float only)."
+        "average", description="How ranks' gradients combine (adasum: float only)."
     )
     verify_every: NonNegativeInt = Field(100, description="Steps between agreement checks; 0: none.")
     timeout: Annotated[float, Field(ge=5)] = Field(
-        60.0, description="Seconds within which the run ends when a worker does not answer."
+        60.0, description="Seconds within which the run ends when a rank does not answer."
     )
 
 
@@ -264,7 +264,7 @@ class CheckpointSettings(Section):
     every_steps: PositiveInt | None = Field(None, description="Also after every so many updates.")
     keep: PositiveInt = Field(3, description="Checkpoints kept, the last ones.")
     keep_best: bool = Field(True, description="Also keep the one with the best test accuracy.")
-    background: bool = Field(True, description="Write while training goes on.")
+    background: bool = Field(True, description="Write while training continues.")
 
 
 class MetricsSettings(Section):
@@ -275,8 +275,8 @@ class MetricsSettings(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         9810, description="The next free one from here; 0: any free port."
     )
-    workers: Literal["first", "all"] = Field(
-        "first", description="Who serves metrics. first: worker 0, those of the run. all: every worker its own too."
+    ranks: Literal["first", "all"] = Field(
+        "first", description="Who serves metrics. first: rank 0, those of the run. all: every rank its own too."
     )
     every_steps: PositiveInt = Field(1, description="Steps between training records.")
     token_file: Path | None = Field(None, description="File with the bearer token that a scrape must bring.")

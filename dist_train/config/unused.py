@@ -93,7 +93,7 @@ _IDLE: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         for name in (
             "host",
             "port",
-            "workers",
+            "ranks",
             "token_file",
             "password_file",
             "certificate_file",

@@ -1,4 +1,4 @@
-"""Decoded data sets on disk: decoded once per node, mapped by all local workers (one copy in memory).
+"""Decoded data sets on disk: decoded once per node, mapped by all local ranks (one copy in memory).
 
 An entry is two NumPy files and a JSON record with their digests. The record is written last and makes
 the entry exist; every file is written aside and renamed, by one process at a time.
@@ -125,7 +125,7 @@ def _all_within(labels: NDArray[Any], classes: int) -> bool:
 
 
 def _map(path: Path, sha256: str) -> NDArray[Any]:
-    """Map `path` copy-on-write: pages are shared with other workers, and torch takes it as writable."""
+    """Map `path` copy-on-write: pages are shared with other ranks, and torch takes it as writable."""
     try:
         found = _file_digest(path)
     except FileNotFoundError as error:

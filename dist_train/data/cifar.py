@@ -39,7 +39,7 @@ class Archive:
     url: str
     sha256: str
 
-    def cure(self, root: Path) -> str:
+    def fix(self, root: Path) -> str:
         """Say how to come by the files."""
         return (
             f"Set data.download=true to fetch {self.title}, or put {self.file} (from {self.url}), "
@@ -93,22 +93,22 @@ def find(archive: Archive, root: Path, split: Split) -> tuple[Path, ...]:
     if packed.is_file():
         return (packed,)
     if len(missing) < len(unpacked):
-        raise UsageError(f"{archive.title}: {missing[0]} is missing. {archive.cure(root)}")
-    raise UsageError(f"{archive.title}: found neither {packed} nor {unpacked[0].parent}. {archive.cure(root)}")
+        raise UsageError(f"{archive.title}: {missing[0]} is missing. {archive.fix(root)}")
+    raise UsageError(f"{archive.title}: found neither {packed} nor {unpacked[0].parent}. {archive.fix(root)}")
 
 
 def decode(archive: Archive, root: Path, files: Sequence[Path], split: Split) -> ImageSet:
     """Return the images and labels in what `find` found; UsageError when anything in it is damaged."""
     packed = files[0].name == archive.file
-    cure = (
+    fix = (
         f"Delete {files[0] if packed else files[0].parent} and fetch it again: set data.download=true, or "
         f"put {archive.file} (from {archive.url}) into {root}."
     )
     if packed:
-        contents = _unpack(files[0], archive, archive.batches[split], cure)
+        contents = _unpack(files[0], archive, archive.batches[split], fix)
     else:
-        contents = {str(path): _read(path, cure) for path in files}
-    batches = [_batch(content, place, archive, cure) for place, content in contents.items()]
+        contents = {str(path): _read(path, fix) for path in files}
+    batches = [_batch(content, place, archive, fix) for place, content in contents.items()]
     pixels = np.concatenate([images for images, _ in batches]).reshape(-1, *_SHAPE)
     labels = np.concatenate([labels for _, labels in batches])
     return ImageSet(torch.from_numpy(pixels), torch.from_numpy(labels), archive.classes)
@@ -122,14 +122,14 @@ def _missing(archive: Archive, root: Path, split: Split) -> list[Path]:
     return [path for path in _unpacked(archive, root, split) if not path.is_file()]
 
 
-def _read(path: Path, cure: str) -> bytes:
+def _read(path: Path, fix: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}. {cure}") from error
+        raise UsageError(f"cannot read {path}: {error.strerror or error}. {fix}") from error
 
 
-def _unpack(path: Path, archive: Archive, names: tuple[str, ...], cure: str) -> dict[str, bytes]:
+def _unpack(path: Path, archive: Archive, names: tuple[str, ...], fix: str) -> dict[str, bytes]:
     """Return the members `names` of the packed archive by their place; nothing is written anywhere."""
     found: dict[str, bytes] = {}
     try:
@@ -146,30 +146,30 @@ def _unpack(path: Path, archive: Archive, names: tuple[str, ...], cure: str) -> 
     except Exception as error:
         # Damaged archives raise errors of nearly any type, of gzip, zlib and tarfile.
         if isinstance(error, OSError) and error.errno is not None:
-            raise UsageError(f"cannot read {path}: {error.strerror}. {cure}") from error
-        raise UsageError(f"{path} is damaged: it cannot be unpacked ({error}). {cure}") from error
+            raise UsageError(f"cannot read {path}: {error.strerror}. {fix}") from error
+        raise UsageError(f"{path} is damaged: it cannot be unpacked ({error}). {fix}") from error
     missing = [name for name in names if name not in found]
     if missing:
-        raise UsageError(f"{path} is damaged: {archive.folder}/{missing[0]} is not in it. {cure}")
+        raise UsageError(f"{path} is damaged: {archive.folder}/{missing[0]} is not in it. {fix}")
     return {f"{archive.folder}/{name} in {path}": found[name] for name in names}
 
 
-def _batch(content: bytes, place: str, archive: Archive, cure: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _batch(content: bytes, place: str, archive: Archive, fix: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     try:
         record = load_record(content)
     except PlainPickleError as error:
-        raise UsageError(f"{place} is damaged: {error}. {cure}") from error
+        raise UsageError(f"{place} is damaged: {error}. {fix}") from error
     pixels = record.get("data")
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != _PIXELS:
-        raise UsageError(f"{place} is damaged: its data are not rows of {_PIXELS} bytes. {cure}")
+        raise UsageError(f"{place} is damaged: its data are not rows of {_PIXELS} bytes. {fix}")
     labels = _labels(record.get(archive.label_key))
     if labels is None:
-        raise UsageError(f"{place} is damaged: it has no list of numbers named {archive.label_key}. {cure}")
+        raise UsageError(f"{place} is damaged: it has no list of numbers named {archive.label_key}. {fix}")
     if len(labels) != len(pixels):
-        raise UsageError(f"{place} is damaged: {len(pixels)} images but {len(labels)} labels. {cure}")
+        raise UsageError(f"{place} is damaged: {len(pixels)} images but {len(labels)} labels. {fix}")
     outside = next((label for label in labels if not 0 <= label < archive.classes), None)
     if outside is not None:
-        raise UsageError(f"{place} is damaged: it holds the label {outside}, not 0 to {archive.classes - 1}. {cure}")
+        raise UsageError(f"{place} is damaged: it holds the label {outside}, not 0 to {archive.classes - 1}. {fix}")
     return pixels, np.array(labels, dtype=np.int64)
 
 

@@ -272,8 +272,8 @@ class LoaderProcesses:
             if code is None:
                 continue
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            cure = ": where the machine ran out of memory, fewer data.loader_workers need less" if code < 0 else ""
-            raise FaultError(f"the loader process {process.pid}, which decodes images, {how}{cure}")
+            fix = ": where the machine ran out of memory, fewer data.loader_workers need less" if code < 0 else ""
+            raise FaultError(f"the loader process {process.pid}, which decodes images, {how}{fix}")
 
 
 def _environment() -> dict[str, str]:

@@ -20,7 +20,7 @@ _STEMS = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 _SIDE = 28
-_CURE = (
+_FIX = (
     "Fetch the files with `apt-get install dataset-fashion-mnist` (without root: `docker/fashion_mnist.sh`), "
     "or set data.root to a folder that holds the four IDX files (plain or .gz)."
 )
@@ -40,26 +40,24 @@ def find(root: Path | None, split: Split) -> tuple[Path, Path]:
     missing = [stem for stem in _STEMS[split] if all(_existing(folder, stem) is None for folder in folders)]
     names = " and ".join(f"{stem}[.gz]" for stem in missing or _STEMS[split])
     places = " or ".join(map(str, folders))
-    raise UsageError(f"Fashion-MNIST: {names} not found in {places}. {_CURE}")
+    raise UsageError(f"Fashion-MNIST: {names} not found in {places}. {_FIX}")
 
 
 def decode(files: tuple[Path, Path]) -> ImageSet:
     """Return the images and labels in the two files; UsageError when they are damaged or do not fit."""
     images_file, labels_file = files
-    pixels = read_idx(images_file, 3, _CURE)
-    labels = read_idx(labels_file, 1, _CURE)
+    pixels = read_idx(images_file, 3, _FIX)
+    labels = read_idx(labels_file, 1, _FIX)
     if len(pixels) == 0 or pixels.shape[1:] != (_SIDE, _SIDE):
         found = " x ".join(map(str, pixels.shape))
-        raise UsageError(f"{images_file} is damaged: it holds {found} pixels, not images of 28 x 28. {_CURE}")
+        raise UsageError(f"{images_file} is damaged: it holds {found} pixels, not images of 28 x 28. {_FIX}")
     if len(labels) != len(pixels):
         raise UsageError(
             f"{images_file} holds {len(pixels)} images but {labels_file} holds {len(labels)} labels: "
-            f"one of them is damaged. {_CURE}"
+            f"one of them is damaged. {_FIX}"
         )
     if labels.max() >= CLASSES:
-        raise UsageError(
-            f"{labels_file} is damaged: it holds the label {labels.max()}, not 0 to {CLASSES - 1}. {_CURE}"
-        )
+        raise UsageError(f"{labels_file} is damaged: it holds the label {labels.max()}, not 0 to {CLASSES - 1}. {_FIX}")
     # The arrays are views of bytearrays, hence writable, so that torch takes them as they are.
     return ImageSet(torch.from_numpy(pixels).unsqueeze(1), torch.from_numpy(labels).long(), CLASSES)
 

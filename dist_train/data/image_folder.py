@@ -99,8 +99,8 @@ def _scan(folder: Path, classes: int) -> Listing:
     except OSError as error:
         raise UsageError(f"cannot list {error.filename or folder}: {error.strerror or error}") from error
     if len(class_names) != classes:
-        cure = f"set data.classes to {len(class_names)}" if len(class_names) > 1 else _LAYOUT
-        raise UsageError(f"{folder} holds {len(class_names)} class folders, but data.classes is {classes}: {cure}")
+        fix = f"set data.classes to {len(class_names)}" if len(class_names) > 1 else _LAYOUT
+        raise UsageError(f"{folder} holds {len(class_names)} class folders, but data.classes is {classes}: {fix}")
     for name, images in zip(class_names, files, strict=True):
         if not images:
             raise UsageError(

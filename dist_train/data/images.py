@@ -15,7 +15,7 @@ Split = Literal["train", "test"]
 class ImageSet:
     """Images uint8 [N, C, H, W], labels int64 [N] in 0..classes-1, both on the CPU.
 
-    The tensors may be views of a file that all local workers map: treat them as read-only. (A write
+    The tensors may be views of a file that all local ranks map: treat them as read-only. (A write
     would stay in this process; it never reaches the file.)
     """
 

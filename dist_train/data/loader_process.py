@@ -36,7 +36,7 @@ class Work:
     draws: Sequence[Sequence[float]] | None
 
     def encode(self) -> bytes:
-        """Return it as a message; every number comes back to the bit, every path to the byte."""
+        """Return it as a message; every number comes back bit-identically, every path to the byte."""
         return json.dumps([self.paths, self.draws]).encode()
 
 

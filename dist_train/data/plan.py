@@ -1,4 +1,4 @@
-"""The global batch: cut into micro-batches, dealt out to any number of workers."""
+"""The global batch: cut into micro-batches, dealt out to any number of ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MicroBatch:
 class BatchPlan:
     """How `global_size` samples are cut into micro-batches of `micro_size` and dealt out.
 
-    The cut does not depend on the number of workers, so that neither do the gradients that are summed.
+    The cut does not depend on the number of ranks, so that neither do the gradients that are summed.
     """
 
     global_size: int
@@ -46,26 +46,26 @@ class BatchPlan:
         )
 
     def share(self, rank: int, size: int) -> tuple[MicroBatch, ...]:
-        """Return what worker `rank` of `size` computes, round robin by index.
+        """Return what rank `rank` of `size` computes, round robin by index.
 
-        Nobody holds more than one above another; with more workers than micro-batches some hold none.
+        Nobody holds more than one above another; with more ranks than micro-batches some hold none.
         """
         assert 0 <= rank < size
         return self.micro_batches[rank::size]
 
     def slices(self, rank: int, size: int) -> tuple[MicroBatch, ...]:
-        """Return what worker `rank` of `size` computes where all share every micro-batch: an even part of each.
+        """Return what rank `rank` of `size` computes where all share every micro-batch: an even part of each.
 
         Raises:
-            UsageError: some micro-batch has fewer samples than there are workers.
+            UsageError: some micro-batch has fewer samples than there are ranks.
         """
         assert 0 <= rank < size
         smallest = self.micro_batches[-1]
         if smallest.size < size:
             raise UsageError(
-                f"all workers share every micro-batch, but one has only {smallest.size} samples for {size} workers: "
+                f"all ranks share every micro-batch, but one has only {smallest.size} samples for {size} ranks: "
                 f"set batch.micro_size so that even the last micro-batch of batch.global_size {self.global_size} "
-                f"has at least {size} samples, or start fewer workers"
+                f"has at least {size} samples, or start fewer ranks"
             )
         return tuple(
             MicroBatch(

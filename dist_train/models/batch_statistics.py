@@ -1,7 +1,7 @@
 """Running statistics of a model's norms that are a function of the global batch alone.
 
 What the norms saw is added up as integers; when the global batch is complete, whoever trains sums these over the
-workers and calls `absorb`. So neither the number of workers nor the order of micro-batches changes a bit of them.
+ranks and calls `absorb`. So neither the number of ranks nor the order of micro-batches changes a bit of them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class BatchStatistics:
     def absorb(self, sums: Tensor, samples: int, momentum: float) -> None:
         """Move the running averages by `momentum` towards the means that `sums` of `samples` samples give.
 
-        `sums` are those of all workers; momentum 1 replaces the averages.
+        `sums` are those of all ranks; momentum 1 replaces the averages.
         """
         means = (STATISTICS.decode(sums) / samples).to(torch.float32)
         if self._norms:

@@ -1,4 +1,4 @@
-"""What worker 0 shows: a progress bar on a terminal, plain lines elsewhere."""
+"""What rank 0 shows: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dist_train.monitoring.plain_lines import PlainLines
 from dist_train.monitoring.terminal_bar import TerminalBar
 
 TERMINAL_VARIABLE = "DIST_TRAIN_TERMINAL"
-"""Set by launch scripts to `[host:]/dev/pts/N`, for launchers put a pipe between a worker and it."""
+"""Set by launch scripts to `[host:]/dev/pts/N`, for launchers put a pipe between a rank and it."""
 
 _PSEUDO_TERMINALS_OF_LAUNCHERS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 
@@ -25,7 +25,7 @@ def open_console(environment: Mapping[str, str] = os.environ) -> Observer:
     terminal = launcher_terminal(environment.get(TERMINAL_VARIABLE, ""))
     if terminal is not None:
         return TerminalBar(terminal)
-    # mpirun gives every worker a pseudo-terminal, also when its own output goes to a file
+    # mpirun gives every rank a pseudo-terminal, also when its own output goes to a file
     launched = any(name in environment for name in _PSEUDO_TERMINALS_OF_LAUNCHERS)
     if sys.stdout.isatty() and not launched:
         return TerminalBar(sys.stdout)

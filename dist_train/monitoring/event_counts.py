@@ -59,7 +59,7 @@ class EventCounts:
             atomic.swap_text(self._path, json.dumps(dict(sorted(self._counts.items())), indent=2) + "\n")
         except OSError as error:
             if not self._refused:
-                _logger.warning("%s cannot be written; training goes on: %s", self._path, error)
+                _logger.warning("%s cannot be written; training continues: %s", self._path, error)
             self._refused = True
         else:
             self._refused = False

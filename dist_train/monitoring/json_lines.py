@@ -96,7 +96,7 @@ class JsonLines:
 
 
 def rewind(path: Path, step: int) -> None:
-    """Make `path` what it was when the checkpoint at `step` was saved, for a run that goes on from it.
+    """Make `path` what it was when the checkpoint at `step` was saved, for a run that resumes from it.
 
     Drops torn lines, records after `step`, second records of one (kind, step, split or event), and
     `resumed` events at `step` itself, since this resume writes its own. Whole or not at all. A file

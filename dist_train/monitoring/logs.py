@@ -1,4 +1,4 @@
-"""One log file per worker, through the `dist_train` logger."""
+"""One log file per rank, through the `dist_train` logger."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LOGGER = "dist_train"
 
 
 class Logs:
-    """The open log of a worker; `close` ends it. Also a context manager."""
+    """The open log of a rank; `close` ends it. Also a context manager."""
 
     def __init__(self, path: Path, handlers: tuple[logging.Handler, ...]) -> None:
         self.path = path
@@ -33,7 +33,7 @@ class Logs:
 
 
 def open_logs(directory: Path, rank: int, level: int = logging.INFO) -> Logs:
-    """Send the `dist_train` logger to `directory`/rank-`rank`.log, and worker 0's warnings to stderr as well.
+    """Send the `dist_train` logger to `directory`/rank-`rank`.log, and rank 0's warnings to stderr as well.
 
     Takes the place of a log opened before in this process. Raises OSError where the file cannot be opened.
     """
@@ -54,7 +54,7 @@ def open_logs(directory: Path, rank: int, level: int = logging.INFO) -> Logs:
 
 
 class _RankFile(logging.FileHandler):
-    """Appends to the worker's file; when that fails, says so once and gives up."""
+    """Appends to the rank's file; when that fails, says so once and gives up."""
 
     def __init__(self, path: Path, rank: int) -> None:
         super().__init__(path, encoding="utf-8")

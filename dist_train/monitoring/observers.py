@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
-    """Takes what a run hands out. It may raise: it is then dropped, and the run goes on."""
+    """Takes what a run hands out. It may raise: it is then dropped, and the run continues."""
 
     def begin(self, facts: RunFacts) -> None:
         """The run is about to do its first step."""
@@ -22,7 +22,7 @@ class Observer(Protocol):
         """Something was measured, or happened."""
 
     def measurement(self, measurement: Measurement) -> None:
-        """How a step went on every worker; at most once per `metrics.every_steps`."""
+        """How a step went on every rank; at most once per `metrics.every_steps`."""
 
     def progress(self, step: int) -> None:
         """`step` updates are done; called at every one and within evaluations, so it must cost next to nothing."""
@@ -81,5 +81,5 @@ class Observers:
                 return
             self._observers = tuple(observer for observer in self._observers if observer is not failed)
         name, reason = type(failed).__name__, f"{type(error).__name__}: {error}"
-        logger.warning("%s failed and is left out from now on; training goes on: %s", name, reason)
+        logger.warning("%s failed and is left out from now on; training continues: %s", name, reason)
         logger.debug("where %s failed", name, exc_info=error)

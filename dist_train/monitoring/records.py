@@ -59,7 +59,7 @@ class EventRecord:
 
 @dataclass(frozen=True)
 class StepParts:
-    """Seconds that one worker spent in the parts of one step; what is left of the step is none of these."""
+    """Seconds that one rank spent in the parts of one step; what is left of the step is none of these."""
 
     data_wait: float
     """Until the micro-batches were on the device."""
@@ -67,15 +67,15 @@ class StepParts:
     perturb_restore: float
     """Drawing noise, adding it, and restoring the clean weights."""
     allreduce_wait: float
-    """For gradients and counts of the others, once this worker's own were done."""
+    """For gradients and counts of the others, once this rank's own were done."""
     optimizer: float
     checkpoint_stall: float
     """Until training could go on after a checkpoint was begun."""
 
 
 @dataclass(frozen=True)
-class WorkerMeasurement:
-    """What one worker measured of itself at one step."""
+class RankMeasurement:
+    """What one rank measured of itself at one step."""
 
     busy_seconds: float
     """Time of the step without the wait for the others."""
@@ -91,19 +91,19 @@ class WorkerMeasurement:
 
 @dataclass(frozen=True)
 class Measurement:
-    """How one step went on this worker and on all. Not part of `metrics.jsonl`: it does not repeat on a resume."""
+    """How one step went on this rank and on all. Not part of `metrics.jsonl`: it does not repeat on a resume."""
 
     step: int
     time: float
     step_seconds: float
     parts: StepParts
-    """This worker's own."""
+    """This rank's own."""
     weight_norm: float
     """Euclidean norm of the clean weights after the step."""
     distance: float
     """Euclidean distance of the clean weights from the initial ones."""
-    workers: tuple[WorkerMeasurement, ...]
-    """By rank; of the one worker itself where it is not worker 0."""
+    ranks: tuple[RankMeasurement, ...]
+    """By rank; of the one rank itself where it is not rank 0."""
 
 
 Record: TypeAlias = TrainRecord | EvaluationRecord | EventRecord
@@ -129,9 +129,9 @@ class RunFacts:
     start_step: int
     controller: str
     rank: int = 0
-    """Of the worker that this is told to."""
+    """Of the rank that this is told to."""
     micro_batches_of: tuple[int, ...] = ()
-    """Micro-batches of each worker, by rank."""
+    """Micro-batches of each rank, by rank."""
     revision: str = ""
     """Version of dist_train, with the commit where it runs from a repository."""
     slurm_job: str = ""
@@ -139,7 +139,7 @@ class RunFacts:
     launched: float = 0.0
     """When this launch began, in seconds since 1970."""
     device: str = ""
-    """What this worker computes on, in words for people."""
+    """What this rank computes on, in words for people."""
 
 
 @dataclass(frozen=True)

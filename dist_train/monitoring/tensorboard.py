@@ -27,7 +27,7 @@ def check_tensorboard() -> None:
 class TensorBoard:
     """An observer that adds one event file a launch to `directory`.
 
-    A run that goes on from a checkpoint declares what earlier launches wrote after it void.
+    A run that resumes from a checkpoint declares what earlier launches wrote after it void.
     """
 
     def __init__(self, directory: Path) -> None:

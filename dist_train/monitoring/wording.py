@@ -44,13 +44,13 @@ def introduction(facts: RunFacts) -> tuple[str, ...]:
     lines = [
         f"{facts.name}: {facts.data}; {facts.model}, {plural(facts.parameters, 'parameter')}; noise {facts.noise}",
         f"batch {facts.global_size:,} as {facts.micro_batches} {micro_batches} of {facts.micro_size:,} on "
-        f"{plural(facts.world_size, 'worker')} ({facts.controller}), {facts.epochs:.4g} epochs of "
+        f"{plural(facts.world_size, 'rank')} ({facts.controller}), {facts.epochs:.4g} epochs of "
         f"{plural(facts.steps_per_epoch, 'step')}, {plural(facts.total_steps, 'step')} in all",
     ]
     if facts.device:
         lines.append(f"on {facts.device}")
     if facts.start_step:
-        lines.append(f"going on from step {facts.start_step:,}")
+        lines.append(f"resuming from step {facts.start_step:,}")
     return tuple(lines)
 
 

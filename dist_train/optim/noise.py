@@ -49,7 +49,7 @@ class Noise:
 class SmoothOut(Noise):
     """SmoothOut (Wen et al., arXiv 1805.07898): gradients at perturbed weights, none of it left behind.
 
-    `sharing: global` is one draw a step; `worker` one for each rank; `micro_batch` one for each micro-batch of the
+    `sharing: global` is one draw a step; `rank` one for each rank; `micro_batch` one for each micro-batch of the
     global batch, whichever rank holds it.
     """
 
@@ -77,8 +77,8 @@ class SmoothOut(Noise):
         self._weights.compute_with(self._views)
         if self._sharing == "global":
             self.move(step)
-        elif self._sharing == "worker":
-            self.move(step, "worker", self._rank)
+        elif self._sharing == "rank":
+            self.move(step, "rank", self._rank)
 
     def perturb_for(self, micro_batch: int, ascend: Ascend) -> None:
         """Move to the micro-batch's own point, if it has one."""
@@ -105,8 +105,8 @@ class SmoothOut(Noise):
 
     def digest(self, step: int) -> int:
         """Return a digest of the perturbed weights, or, where they differ on purpose, of the first draw."""
-        if self._sharing == "worker":
-            self._draws.draw(self._weights.values, self._amplitude(step), step, "worker", 0)
+        if self._sharing == "rank":
+            self._draws.draw(self._weights.values, self._amplitude(step), step, "rank", 0)
         elif self._sharing == "micro_batch":
             self._draws.draw(self._weights.values, self._amplitude(step), step, 0)
         return digest(self._perturbed)

@@ -53,7 +53,7 @@ def optimizer_step(optimizer: Optimizer) -> None:
 
 
 def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of the optimizer's state with a name, in the same order on all workers."""
+    """Yield every tensor of the optimizer's state with a name, in the same order on all ranks."""
     for index, group in enumerate(optimizer.param_groups):
         for name, value in sorted(group.items()):
             if isinstance(value, torch.Tensor):

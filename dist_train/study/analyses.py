@@ -11,7 +11,7 @@ from dist_train.study.study_file import Analysis, Interpolation, Sharpness, Stud
 def analysis_commands(study: Study, runs: Sequence[PlannedRun]) -> Iterator[tuple[str, ...]]:
     """Yield the arguments of `dist-train` for each measurement of `runs`, those that have finished.
 
-    An arm with a grid stands for all its variants; `interpolate` takes those of one arm with those of the other.
+    A variant with a grid stands for all its variants; `interpolate` takes those of one variant with those of the other.
     """
     for analysis in study.analyse:
         command = ("sharpness",) if isinstance(analysis, Sharpness) else ("landscape", analysis.kind)
@@ -22,10 +22,10 @@ def analysis_commands(study: Study, runs: Sequence[PlannedRun]) -> Iterator[tupl
 def _subjects(study: Study, analysis: Analysis, runs: Sequence[PlannedRun]) -> Iterator[tuple[PlannedRun, ...]]:
     chosen = [run for run in runs if not analysis.seeds or run.seed in analysis.seeds]
     if isinstance(analysis, Interpolation):
-        first, second = ([run for run in chosen if run.family == arm] for arm in analysis.between)
+        first, second = ([run for run in chosen if run.family == variant] for variant in analysis.between)
         yield from ((one, other) for one in first for other in second if one.seed == other.seed)
     else:
-        yield from ((run,) for run in chosen if run.family in (analysis.arms or study.arms))
+        yield from ((run,) for run in chosen if run.family in (analysis.variants or study.variants))
 
 
 def _options(analysis: Analysis) -> Iterator[str]:

@@ -26,15 +26,15 @@ RUNS_FILE = "runs.json"
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run. `arm` is the variant that it shares with the runs of other seeds, `family` the study's arm that the
-    variant is of (the same, without a grid); numbers begin with 1.
+    """One run. Runs that differ only in their seed share a `variant`; the points of a grid share a `family`, which is
+    the variant itself without a grid. Numbers begin with 1.
 
     `settings` is what the study says, by dotted path; `overrides` is all that `train` is told beside the base.
     """
 
     number: int
     name: str
-    arm: str
+    variant: str
     family: str
     title: str
     seed: int
@@ -66,10 +66,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Variant:
-    """An arm, or one combination of its grid; `origins` says which part of the study file a setting is from."""
+    """A variant, or one combination of its grid; `origins` says which part of the study file a setting is from."""
 
     name: str
-    arm: str
+    variant: str
     title: str
     settings: Settings
     origins: Mapping[str, str]
@@ -92,7 +92,7 @@ def plan_study(path: Path, directory: Path | None = None, overrides: Sequence[st
     planned: list[PlannedRun] = []
     found: list[Problem] = []
     for seed, variant in itertools.product(study.seeds, _variants(study)):
-        if seed not in study.seeds_of(variant.arm):
+        if seed not in study.seeds_of(variant.variant):
             continue
         name = f"{variant.name}-seed-{seed}"
         own = {"run.name": name, "run.directory": str(folder), "run.seed": seed}
@@ -105,11 +105,13 @@ def plan_study(path: Path, directory: Path | None = None, overrides: Sequence[st
         number = len(planned) + 1
         words = (*words, *overrides)
         planned.append(
-            PlannedRun(number, name, variant.name, variant.arm, variant.title, seed, variant.settings, words, config)
+            PlannedRun(
+                number, name, variant.name, variant.variant, variant.title, seed, variant.settings, words, config
+            )
         )
     found += _twins(planned)
     if found:
-        # What is wrong in an arm is wrong with every seed.
+        # What is wrong in a variant is wrong with every seed.
         raise ConfigError(str(path), list({str(fault): fault for fault in found}.values()))
     return Plan(study, path, base_file, base, folder, tuple(planned))
 
@@ -124,7 +126,7 @@ def write_plan(plan: Plan) -> None:
         {
             "number": run.number,
             "name": run.name,
-            "arm": run.arm,
+            "variant": run.variant,
             "title": run.title,
             "seed": run.seed,
             "settings": run.settings,
@@ -136,30 +138,30 @@ def write_plan(plan: Plan) -> None:
 
 
 def _variants(study: Study) -> Iterator[_Variant]:
-    for arm, described in study.arms.items():
-        settings = study.settings_of(arm)
+    for variant, described in study.variants.items():
+        settings = study.settings_of(variant)
         origins = dict.fromkeys(settings, "settings")
-        for name in _line(study, arm):
-            origins |= dict.fromkeys(study.arms[name].settings, f"arms.{name}.settings")
+        for name in _line(study, variant):
+            origins |= dict.fromkeys(study.variants[name].settings, f"variants.{name}.settings")
         grid = {**described.grid, **study.grid}
-        origins |= dict.fromkeys(described.grid, f"arms.{arm}.grid") | dict.fromkeys(study.grid, "grid")
+        origins |= dict.fromkeys(described.grid, f"variants.{variant}.grid") | dict.fromkeys(study.grid, "grid")
         shorts = _short_names(list(grid))
         for values in itertools.product(*grid.values()):
             chosen = dict(zip(grid, values, strict=True))
             labels = [f"{shorts[path]} {_label(value)}" for path, value in chosen.items()]
             yield _Variant(
-                name="-".join([arm, *(re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-") for label in labels)]),
-                arm=arm,
-                title=", ".join([described.title or arm, *labels]),
+                name="-".join([variant, *(re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-") for label in labels)]),
+                variant=variant,
+                title=", ".join([described.title or variant, *labels]),
                 settings={**settings, **chosen},
                 origins=origins,
             )
 
 
-def _line(study: Study, arm: str) -> list[str]:
-    """Return the arms that `arm` is like, the first one first, and itself."""
-    like = study.arms[arm].like
-    return [*(_line(study, like) if like else []), arm]
+def _line(study: Study, variant: str) -> list[str]:
+    """Return the variants that `variant` is like, the first one first, and itself."""
+    like = study.variants[variant].like
+    return [*(_line(study, like) if like else []), variant]
 
 
 def _short_names(paths: Sequence[str]) -> dict[str, str]:
@@ -186,7 +188,7 @@ def _placed(fault: Problem, variant: _Variant, overrides: Sequence[str]) -> Prob
     if any(is_of(override.partition("=")[0]) for override in overrides):
         return fault
     origins = [f"{origin}.{fault.path}" for setting, origin in variant.origins.items() if is_of(setting)]
-    place = origins[-1] if origins else f"{fault.path} (arm {variant.name})"
+    place = origins[-1] if origins else f"{fault.path} (variant {variant.name})"
     return Problem(place, fault.value, fault.wrong, fault.allowed)
 
 
@@ -195,10 +197,10 @@ def _twins(runs: Sequence[PlannedRun]) -> Iterator[Problem]:
     settings: dict[str, PlannedRun] = {}
     for run in runs:
         if run.name in names:
-            yield problem("arms", "two runs would have the same name", value=run.name)
+            yield problem("variants", "two runs would have the same name", value=run.name)
             continue
         names[run.name] = run
         plain = run.config.model_copy(update={"run": run.config.run.model_copy(update={"name": ""})})
         twin = settings.setdefault(plain.model_dump_json(), run)
         if twin is not run:
-            yield problem(f"arms.{run.arm}", f"has the same settings as the arm {twin.arm}")
+            yield problem(f"variants.{run.variant}", f"has the same settings as the variant {twin.variant}")

@@ -36,7 +36,7 @@ class Decision:
 def decide(run: Path, limit: int, launch: str | None = None, death: str = "") -> Decision:
     """Decide about `run`, whose last launch (called `launch`, where that is known) has ended, and count.
 
-    `death` is what is known of a worker that was killed: the others may have had no time to write it down. A run that
+    `death` is what is known of a rank that was killed: the others may have had no time to write it down. A run that
     has been requeued `limit` times in a row without a new checkpoint is given up: its status says so.
     """
     status = read_status(run / "status.json")
@@ -60,7 +60,7 @@ def decide(run: Path, limit: int, launch: str | None = None, death: str = "") ->
         return Decision(False, reason)
     write_requeues(run, Requeues(count + 1, step))
     place = f"from step {step}" if step else "from the beginning"
-    return Decision(True, f"goes on {place}, requeue {count + 1} of at most {limit} without a new checkpoint")
+    return Decision(True, f"continues {place}, requeue {count + 1} of at most {limit} without a new checkpoint")
 
 
 def newest_step(run: Path) -> int:

@@ -23,9 +23,9 @@ _LOCK_FILE = "sweep.lock"
 
 @dataclass(frozen=True)
 class Launcher:
-    """How runs are started: on so many workers each, with so many threads a worker."""
+    """How runs are started: on so many ranks each, with so many threads a rank."""
 
-    workers: int = 1
+    ranks: int = 1
     threads: int = 1
     to_terminal: bool = False
     """Whether a run's output is shown, and not kept in its logs."""
@@ -34,12 +34,12 @@ class Launcher:
         """Return the command line of `run`.
 
         Raises:
-            UsageError: several workers are asked for, but this is no checkout of the project, with its launch scripts.
+            UsageError: several ranks are asked for, but this is no checkout of the project, with its launch scripts.
         """
-        if self.workers == 1:
+        if self.ranks == 1:
             program = [sys.executable, "-m", "dist_train"]
         else:
-            program = [str(project_root() / "launch" / "local.sh"), "-np", str(self.workers)]
+            program = [str(project_root() / "launch" / "local.sh"), "-np", str(self.ranks)]
         # A sweep that is killed takes its runs along: they save and stop.
         guard = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
         return [*guard, *program, *train_arguments(plan, run)]
@@ -65,9 +65,9 @@ def train_arguments(plan: Plan, run: PlannedRun) -> tuple[str, ...]:
     return ("train", str(plan.base_file), *run.overrides)
 
 
-def share_of_threads(jobs: int, workers: int) -> int:
-    """Return the threads of a worker, when so many runs on so many workers share this machine's cores."""
-    return max(1, len(os.sched_getaffinity(0)) // (jobs * workers))
+def share_of_threads(jobs: int, ranks: int) -> int:
+    """Return the threads of a rank, when so many runs on so many ranks share this machine's cores."""
+    return max(1, len(os.sched_getaffinity(0)) // (jobs * ranks))
 
 
 class RunProcess:
@@ -77,14 +77,14 @@ class RunProcess:
         """Start `run`; `lock` is held as long as it, or we, live."""
         self.run = run
         self._lock = lock
-        self._by_script = launcher.workers > 1
+        self._by_script = launcher.ranks > 1
         self._begun = time.monotonic()
         self._before = read_status(run.directory / "status.json")
         self._log = None if launcher.to_terminal else run.directory / "logs" / LOG_FILE
         self._process = self._start(launcher.command(plan, run), launcher.environment())
 
     def ended(self) -> Ended | None:
-        """Return how the run ended; None while it goes on."""
+        """Return how the run ended; None while it continues."""
         code = self._process.poll()
         if code is None:
             return None
@@ -97,7 +97,7 @@ class RunProcess:
 
     def end(self) -> None:
         """End the run without waiting for it to save."""
-        # The launch script takes a second request so, and ends its workers.
+        # The launch script takes a second request so, and ends its ranks.
         self._process.send_signal(signal.SIGTERM if self._by_script else signal.SIGKILL)
 
     def _start(self, command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:

@@ -94,7 +94,7 @@ def render(summaries: tuple[RunSummary, ...], job_states: Mapping[str, str] | No
     table.add_column("run", overflow="fold")
     for heading in ("state", "model", "data"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("batch", "workers", "epoch", "step", "done", "best", "images/s", "left"):
+    for heading in ("batch", "ranks", "epoch", "step", "done", "best", "images/s", "left"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("note", overflow="fold")
     if job_states:
@@ -283,12 +283,12 @@ def _state(status: _Status, metrics: Path, now: datetime, stale_after: timedelta
     seen = _last_sign(status, metrics)
     if status.host == socket.gethostname() and status.pid is not None:
         if not process_runs(status.pid, seen):
-            return "lost", f"its process {status.pid} is gone; start it again to go on"
+            return "lost", f"its process {status.pid} is gone; start it again to resume"
         return status.state, status.reason
     if seen is None or now - seen > stale_after:
         silence = "never seen" if seen is None else f"silent for {wording.duration((now - seen).total_seconds())}"
         where = f" on {status.host}" if status.host else ""
-        return "lost", f"{silence}{where}; start it again to go on"
+        return "lost", f"{silence}{where}; start it again to resume"
     return status.state, status.reason
 
 

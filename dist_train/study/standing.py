@@ -24,7 +24,7 @@ from dist_train.study.planned_runs import PlannedRun
 from dist_train.study.requeues import newest_step
 from dist_train.study.run_table import ALIVE, COLOURS, RunSummary, read_runs
 
-Next = Literal["start", "skip", "busy", "hopeless"]
+Next = Literal["start", "skip", "busy", "unrecoverable"]
 _ENOUGH = 1 << 20  # bytes at the end of metrics.jsonl, in which the last evaluation is found
 _JOB_GOES_ON = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED")
 
@@ -61,7 +61,7 @@ def render(standings: Sequence[Standing]) -> Table:
     """Return the runs as a table."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column("number", justify="right", no_wrap=True)
-    for heading in ("run", "arm"):
+    for heading in ("run", "variant"):
         table.add_column(heading, overflow="fold")
     table.add_column("seed", justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
@@ -73,7 +73,7 @@ def render(standings: Sequence[Standing]) -> Table:
         table.add_row(
             str(run.number),
             Text(run.name),
-            Text(run.arm),
+            Text(run.variant),
             str(run.seed),
             Text(standing.state, style=COLOURS.get(standing.state, "")),
             "" if standing.done is None else f"{standing.done:.0%}",
@@ -103,13 +103,13 @@ def _next(run: PlannedRun, state: str, note: str) -> tuple[Next, str]:
     anew = f"move {run.directory} away to run it anew"
     # Without a checkpoint there is nothing that the settings must agree with.
     if changed and (state == "finished" or newest_step(run.directory)):
-        return "hopeless", f"began with other settings ({'; '.join(map(str, changed))}); {anew}"
+        return "unrecoverable", f"began with other settings ({'; '.join(map(str, changed))}); {anew}"
     if state == "finished":
         same_end = began is None or began.run.max_steps == run.config.run.max_steps
         return ("skip", note) if same_end else ("start", "run.max_steps is another now")
     status = read_status(run.directory / "status.json")
     if status is not None and status.exit_code == ExitCode.DIVERGED and not changed:
-        return "hopeless", f"{note}; {anew}"
+        return "unrecoverable", f"{note}; {anew}"
     return "start", note
 
 

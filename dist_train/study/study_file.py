@@ -1,4 +1,4 @@
-"""A study as it is written down: one YAML file of arms, grids and seeds over one configuration."""
+"""A study as it is written down: one YAML file of variants, grids and seeds over one configuration."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Arm(_Part):
-    """One variant: what it changes, in the base configuration or in another arm's settings."""
+class Variant(_Part):
+    """One variant: what it changes, in the base configuration or in another variant's settings."""
 
     title: str = Field("", description="What figures and tables call it; empty: its name.")
-    like: str | None = Field(None, description="The arm whose settings this one begins with.")
+    like: str | None = Field(None, description="The variant whose settings this one begins with.")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         (), description="It is run with these alone; none: with all."
     )
@@ -49,29 +49,29 @@ class _Measurement(_Part):
 
 
 class Interpolation(_Measurement):
-    """`landscape interpolate` between the runs of two arms, seed by seed."""
+    """`landscape interpolate` between the runs of two variants, seed by seed."""
 
     kind: Literal["interpolate"]
-    between: tuple[str, str] = Field(description="The two arms.")
+    between: tuple[str, str] = Field(description="The two variants.")
 
 
-class _OfArms(_Measurement):
-    arms: tuple[str, ...] = Field((), description="The arms; none: all.")
+class _OfVariants(_Measurement):
+    variants: tuple[str, ...] = Field((), description="The variants; none: all.")
 
 
-class Direction(_OfArms):
+class Direction(_OfVariants):
     """`landscape direction` of each run."""
 
     kind: Literal["direction"]
 
 
-class Plane(_OfArms):
+class Plane(_OfVariants):
     """`landscape plane` of each run."""
 
     kind: Literal["plane"]
 
 
-class Sharpness(_OfArms):
+class Sharpness(_OfVariants):
     """`sharpness` of each run."""
 
     kind: Literal["sharpness"]
@@ -86,21 +86,25 @@ class Study(_Part):
     name: str = Field(pattern=NAME, description="Name of the study's folder.")
     title: str = Field("", description="What a report calls it; empty: its name.")
     base: str = Field(min_length=1, description="The configuration that every run begins with; relative to this file.")
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, description="Each arm is run with each.")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (0,), min_length=1, description="Each variant is run with each."
+    )
     settings: Settings = Field({}, description="What every run changes in the base configuration, by dotted path.")
-    grid: dict[str, list[Any]] = Field({}, description="As in an arm, for all of them.")
-    arms: dict[Annotated[str, Field(pattern=NAME)], Arm] = Field(min_length=1, description="The variants, by name.")
+    grid: dict[str, list[Any]] = Field({}, description="As in a variant, for all of them.")
+    variants: dict[Annotated[str, Field(pattern=NAME)], Variant] = Field(
+        min_length=1, description="The variants, by name."
+    )
     analyse: tuple[Analysis, ...] = Field((), description="What is measured once the runs have finished.")
 
-    def settings_of(self, arm: str) -> Settings:
-        """Return the settings of `arm`, with those of the arms that it is like below."""
-        described = self.arms[arm]
+    def settings_of(self, variant: str) -> Settings:
+        """Return the settings of `variant`, with those of the variants that it is like below."""
+        described = self.variants[variant]
         below = self.settings_of(described.like) if described.like else self.settings
         return {**below, **described.settings}
 
-    def seeds_of(self, arm: str) -> tuple[int, ...]:
-        """Return the seeds that `arm` is run with."""
-        return self.arms[arm].seeds or self.seeds
+    def seeds_of(self, variant: str) -> tuple[int, ...]:
+        """Return the seeds that `variant` is run with."""
+        return self.variants[variant].seeds or self.seeds
 
 
 def load_study(path: Path) -> Study:
@@ -116,7 +120,7 @@ def load_study(path: Path) -> Study:
         raise ConfigError(str(path), problems_of(error, Study)) from None
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(str(path), [problem("(file)", str(error))]) from None
-    found = [*_problems_of_settings(study), *_problems_of_arms(study)]
+    found = [*_problems_of_settings(study), *_problems_of_variants(study)]
     if found:
         raise ConfigError(str(path), found)
     return study
@@ -125,9 +129,9 @@ def load_study(path: Path) -> Study:
 def _problems_of_settings(study: Study) -> Iterator[Problem]:
     places: list[tuple[str, Settings]] = [("settings", study.settings)]
     grids: list[tuple[str, dict[str, list[Any]]]] = [("grid", study.grid)]
-    for name, arm in study.arms.items():
-        places.append((f"arms.{name}.settings", arm.settings))
-        grids.append((f"arms.{name}.grid", arm.grid))
+    for name, variant in study.variants.items():
+        places.append((f"variants.{name}.settings", variant.settings))
+        grids.append((f"variants.{name}.grid", variant.grid))
     for place, settings in (*places, *grids):
         for path, value in settings.items():
             if path in _OURS:
@@ -143,21 +147,27 @@ def _problems_of_settings(study: Study) -> Iterator[Problem]:
         yield problem("seeds", "a seed stands twice", value=list(study.seeds))
 
 
-def _problems_of_arms(study: Study) -> Iterator[Problem]:
-    for name, arm in study.arms.items():
-        if arm.like is not None:
-            if arm.like not in study.arms:
-                yield _unknown_arm(study, f"arms.{name}.like", arm.like)
+def _problems_of_variants(study: Study) -> Iterator[Problem]:
+    for name, variant in study.variants.items():
+        if variant.like is not None:
+            if variant.like not in study.variants:
+                yield _unknown_variant(study, f"variants.{name}.like", variant.like)
             elif _is_like_itself(study, name):
-                yield problem(f"arms.{name}.like", "the arm is like itself, by way of others", value=arm.like)
-        yield from _problems_of_seeds(study, f"arms.{name}.seeds", arm.seeds)
-        for path in sorted(set(arm.grid) & set(study.grid)):
-            yield problem(f"arms.{name}.grid.{path}", "the study's grid has this setting already", value=arm.grid[path])
+                yield problem(
+                    f"variants.{name}.like", "the variant is like itself, by way of others", value=variant.like
+                )
+        yield from _problems_of_seeds(study, f"variants.{name}.seeds", variant.seeds)
+        for path in sorted(set(variant.grid) & set(study.grid)):
+            yield problem(
+                f"variants.{name}.grid.{path}", "the study's grid has this setting already", value=variant.grid[path]
+            )
     for number, analysis in enumerate(study.analyse):
-        place, arms = ("between", analysis.between) if isinstance(analysis, Interpolation) else ("arms", analysis.arms)
-        for arm_name in arms:
-            if arm_name not in study.arms:
-                yield _unknown_arm(study, f"analyse.{number}.{place}", arm_name)
+        place, variants = (
+            ("between", analysis.between) if isinstance(analysis, Interpolation) else ("variants", analysis.variants)
+        )
+        for variant_name in variants:
+            if variant_name not in study.variants:
+                yield _unknown_variant(study, f"analyse.{number}.{place}", variant_name)
         yield from _problems_of_seeds(study, f"analyse.{number}.seeds", analysis.seeds)
 
 
@@ -170,14 +180,14 @@ def _problems_of_seeds(study: Study, path: str, seeds: tuple[int, ...]) -> Itera
 
 def _is_like_itself(study: Study, name: str) -> bool:
     seen = {name}
-    following = study.arms[name].like
-    while following in study.arms and following not in seen:
+    following = study.variants[name].like
+    while following in study.variants and following not in seen:
         seen.add(following)
-        following = study.arms[following].like
+        following = study.variants[following].like
     return following == name
 
 
-def _unknown_arm(study: Study, path: str, value: str) -> Problem:
-    close = difflib.get_close_matches(value, study.arms, n=1)
+def _unknown_variant(study: Study, path: str, value: str) -> Problem:
+    close = difflib.get_close_matches(value, study.variants, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    return problem(path, f"not an arm{hint}", value=value, allowed=", ".join(study.arms))
+    return problem(path, f"not a variant{hint}", value=value, allowed=", ".join(study.variants))

@@ -26,7 +26,7 @@ class Submission:
     run_directory: Path
     name: str
     nodes: str = "1"
-    workers_per_node: int | None = None
+    ranks_per_node: int | None = None
     time: str | None = None
     partition: str | None = None
     options: tuple[str, ...] = ()
@@ -37,9 +37,9 @@ class Submission:
         return self.run_directory / "slurm-%j.log"
 
     @property
-    def workers(self) -> int | None:
-        """The most workers there can be; None where it is the nodes' GPUs that decide."""
-        each = self.workers_per_node or _gpus(self.options)
+    def ranks(self) -> int | None:
+        """The most ranks there can be; None where it is the nodes' GPUs that decide."""
+        each = self.ranks_per_node or _gpus(self.options)
         return None if each is None else each * int(self.nodes.split("-")[-1])
 
 
@@ -76,14 +76,14 @@ def write_script(submission: Submission) -> str:
         "--run-dir",
         str(submission.run_directory),
     ]
-    workers = submission.workers_per_node
+    ranks = submission.ranks_per_node
     return "\n".join(
         (
             "#!/usr/bin/env bash",
             *(f"#SBATCH {_quoted(request)}" for request in requests),
             "set -euo pipefail",
             f"root={shlex.quote(str(submission.root))}",
-            *([f"export WORKERS_PER_NODE={workers}"] if workers else []),
+            *([f"export RANKS_PER_NODE={ranks}"] if ranks else []),
             '. "$root/slurm/prologue.sh"',
             f"run_in_job {shlex.join(run)}",
             "",
@@ -91,42 +91,42 @@ def write_script(submission: Submission) -> str:
     )
 
 
-def describe_batch(config: Config, workers: int | None) -> tuple[str, ...]:
+def describe_batch(config: Config, ranks: int | None) -> tuple[str, ...]:
     """Return, in lines, how the global batch is cut and dealt out.
 
     Raises:
-        UsageError: so many workers cannot share it.
+        UsageError: so many ranks cannot share it.
     """
     size, micro_size = config.batch.global_size, config.batch.micro_size
     if micro_size == "auto":
-        who = "workers" if workers is None else f"{workers:,} workers"
+        who = "ranks" if ranks is None else f"{ranks:,} ranks"
         return (
-            f"global batch {size:,} = {who} x micro-batches of a worker x samples of a micro-batch",
+            f"global batch {size:,} = {who} x micro-batches of a rank x samples of a micro-batch",
             "micro-batch    decided on the node when the run begins, then kept: the largest that fits its memory, at "
-            "most a worker's even share",
-            *((_dealt(0, None),) if workers is None else ()),
+            "most a rank's even share",
+            *((_dealt(0, None),) if ranks is None else ()),
         )
     plan = BatchPlan(size, micro_size)
     count = len(plan.micro_batches)
-    if config.model.norm == "sync" and workers:
-        plan.slices(0, workers)
+    if config.model.norm == "sync" and ranks:
+        plan.slices(0, ranks)
     last = plan.micro_batches[-1].size
     remnant = "" if last == micro_size else f", the last of {last:,}"
-    return (f"global batch {size:,} = {count:,} micro-batches of {micro_size:,}{remnant}", _dealt(count, workers))
+    return (f"global batch {size:,} = {count:,} micro-batches of {micro_size:,}{remnant}", _dealt(count, ranks))
 
 
-def _dealt(count: int, workers: int | None) -> str:
-    if workers is None:
-        return "dealt out to one worker for each GPU of the nodes (without GPUs: one a node)"
-    fewest, most = count // workers, -(-count // workers)
+def _dealt(count: int, ranks: int | None) -> str:
+    if ranks is None:
+        return "dealt out to one rank for each GPU of the nodes (without GPUs: one a node)"
+    fewest, most = count // ranks, -(-count // ranks)
     each = f"{most:,}" if fewest == most else f"{fewest:,} or {most:,}"
-    idle = f"; {workers - count:,} workers have nothing to do" if workers > count else ""
-    return f"{workers:,} workers x {each} micro-batches a step{idle}"
+    idle = f"; {ranks - count:,} ranks have nothing to do" if ranks > count else ""
+    return f"{ranks:,} ranks x {each} micro-batches a step{idle}"
 
 
 def _resources(submission: Submission) -> list[str]:
     """Return whole nodes, unless the user's options say what part of them."""
-    each = submission.workers_per_node
+    each = submission.ranks_per_node
     if _gpus(submission.options) is not None:
         return [f"--ntasks-per-node={each or _gpus(submission.options)}"]
     if any(option.startswith(("--ntasks", "-n", "--exclusive", "--gpus", "-G")) for option in submission.options):

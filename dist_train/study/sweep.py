@@ -122,7 +122,7 @@ def summary(tally: Tally) -> list[str]:
     if tally.left:
         lines.append(f"{wording.plural(len(tally.left), 'run')} not begun")
     if tally.exit_code == ExitCode.STOPPED:
-        lines.append("the same command goes on")
+        lines.append("the same command continues")
     return lines
 
 
@@ -150,13 +150,13 @@ def _begin_or_leave(plan: Plan, run: PlannedRun, launcher: Launcher, tally: Tall
         case "busy":
             tally.busy.append((run, standing.note))
             say(f"{label}: {standing.state}, {standing.note}")
-        case "hopeless":
+        case "unrecoverable":
             tally.failed.append((run, standing.note))
             say(f"{label}: {standing.state}, {standing.note}")
         case "start":
             assert lock is not None
             place = f", {standing.done:.0%} done" if standing.done else ""
-            say(f"{label}: {'starts' if standing.state == 'waiting' else f'goes on ({standing.state}{place})'}")
+            say(f"{label}: {'starts' if standing.state == 'waiting' else f'continues ({standing.state}{place})'}")
             return RunProcess(plan, run, launcher, lock)
     if lock is not None:
         os.close(lock)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dist_train.cluster.workers import Workers, run_on_all_ranks
+from dist_train.cluster.communicator import Communicator, run_on_all_ranks
 from dist_train.config import Config
 from dist_train.config.continuation import with_device, with_micro_size
 from dist_train.data.loader import open_splits
@@ -31,7 +31,7 @@ from dist_train.training.compute import Compute, set_up_compute
 from dist_train.training.consistency import check_same_data
 from dist_train.training.devices import share_out_devices
 from dist_train.training.loss_scale import DynamicLossScale, LossScale, NoLossScale
-from dist_train.training.measuring import Measuring, NoMeasuring, WorkerMeasuring, is_measured
+from dist_train.training.measuring import Measuring, NoMeasuring, RankMeasuring, is_measured
 from dist_train.training.micro_size import find_micro_size, forward_and_backward
 from dist_train.training.profiling import build_profiler
 from dist_train.training.progress import Progress, restored_progress, shared_progress
@@ -59,49 +59,47 @@ def assemble(
     config: Config,
     contents: Contents | None,
     directory: RunDirectory,
-    workers: Workers,
+    comm: Communicator,
     session: Session,
     stop: StopRequests,
 ) -> Trainer:
-    """Build the trainer of `config`, at the beginning or where the checkpoint `contents` (worker 0's) left off.
+    """Build the trainer of `config`, at the beginning or where the checkpoint `contents` (rank 0's) left off.
 
     Raises:
         UsageError: data are missing, or something does not fit.
     """
-    device = share_out_devices(workers, config.run.device)
+    device = share_out_devices(comm, config.run.device)
     config = with_device(config, "cuda" if device.type == "cuda" else "cpu")
-    compute = run_on_all_ranks(workers, partial(set_up_compute, config.precision, device), "set up its device")
-    splits = run_on_all_ranks(workers, lambda: _open_data(config, compute), "load the data")
-    check_same_data(workers, splits.identity, config.data.name)
+    compute = run_on_all_ranks(comm, partial(set_up_compute, config.precision, device), "set up its device")
+    splits = run_on_all_ranks(comm, lambda: _open_data(config, compute), "load the data")
+    check_same_data(comm, splits.identity, config.data.name)
     samples = len(splits.train)
     steps_per_epoch = run_on_all_ranks(
-        workers, partial(_steps_per_epoch, config.batch.global_size, samples), "plan the batches"
+        comm, partial(_steps_per_epoch, config.batch.global_size, samples), "plan the batches"
     )
     updates_per_epoch = steps_per_epoch
     if config.schedule.keep_updates:
         base_batch = config.schedule.base_batch
-        updates_per_epoch = run_on_all_ranks(
-            workers, partial(_steps_per_epoch, base_batch, samples), "plan the updates"
-        )
+        updates_per_epoch = run_on_all_ranks(comm, partial(_steps_per_epoch, base_batch, samples), "plan the updates")
     total_steps = config.run.epochs * updates_per_epoch
 
     network = build_model(config).to(compute.device)
     weights = FlatWeights(network)
-    measuring = _measuring(config, compute, weights, workers)
+    measuring = _measuring(config, compute, weights, comm)
     optimizer = build_optimizer(config.optimizer, weights)
-    progress = run_on_all_ranks(workers, partial(_restore, contents, network, optimizer), "restore the checkpoint")
-    progress = shared_progress(workers, progress)
-    broadcast_state(workers, network, weights, optimizer)
+    progress = run_on_all_ranks(comm, partial(_restore, contents, network, optimizer), "restore the checkpoint")
+    progress = shared_progress(comm, progress)
+    broadcast_state(comm, network, weights, optimizer)
 
     model: nn.Module = network
     if config.precision.compile:
         model = cast(nn.Module, torch.compile(network))
-    config = _with_micro_size(config, workers, model, weights, compute)
-    if workers.rank == 0:
+    config = _with_micro_size(config, comm, model, weights, compute)
+    if comm.rank == 0:
         directory.save_config(config)
     clock = build_step_clock(compute.device) if is_measured(config.metrics) else StepClock(HostTimer())
     writer = None
-    if workers.rank == 0:
+    if comm.rank == 0:
         writer = CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing)
     step = build_step(
         config,
@@ -109,7 +107,7 @@ def assemble(
         weights,
         splits.train,
         optimizer,
-        workers,
+        comm,
         compute,
         loss_scale=DynamicLossScale(progress) if compute.precision == torch.float16 else NoLossScale(),
         clock=clock,
@@ -117,19 +115,19 @@ def assemble(
         wait_for_checkpoint_copy=writer.wait_until_copied if writer else lambda: None,
     )
 
-    if workers.rank == 0:
+    if comm.rank == 0:
         _warn_of_lost_noise(step.noise, compute.precision, progress.step)
 
     def shrink(step: TrainingStep, smaller: int) -> TrainingStep:
         settled = with_micro_size(config, smaller)
-        if workers.rank == 0:
+        if comm.rank == 0:
             directory.save_config(settled)
         step.reduction.close()
-        return replace(step, reduction=_reduction(settled, weights, workers))
+        return replace(step, reduction=_reduction(settled, weights, comm))
 
     return Trainer(
         config=config,
-        workers=workers,
+        comm=comm,
         splits=splits,
         network=network,
         take_step=step,
@@ -148,9 +146,9 @@ def assemble(
         writer=writer,
         status=session.status,
         stop=stop,
-        time_limit=job_time_limit() if workers.rank == 0 else TimeLimit(None),
+        time_limit=job_time_limit() if comm.rank == 0 else TimeLimit(None),
         progress=progress,
-        profiler=build_profiler(config.run.profile_steps, directory.profile, workers),
+        profiler=build_profiler(config.run.profile_steps, directory.profile, comm),
         measuring=measuring,
     )
 
@@ -161,7 +159,7 @@ def build_step(
     weights: FlatWeights,
     samples: SampleSource,
     optimizer: Optimizer,
-    workers: Workers,
+    comm: Communicator,
     compute: Compute,
     *,
     loss_scale: LossScale,
@@ -172,7 +170,7 @@ def build_step(
     """Return the step of `config`, its micro-batch decided, on `weights` of `model`, which computes as `compute` says.
 
     Raises:
-        UsageError: the reduction does not fit this group of workers.
+        UsageError: the reduction does not fit this group of ranks.
     """
     norms = tuple(norm_modules(model))
     statistics = BatchStatistics(norms, compute.device)
@@ -182,14 +180,14 @@ def build_step(
         norms=norms,
         statistics=statistics,
         samples=samples,
-        noise=build_noise(config.noise, weights, seed=config.run.seed, total_steps=total_steps, rank=workers.rank),
-        reduction=_reduction(config, weights, workers),
+        noise=build_noise(config.noise, weights, seed=config.run.seed, total_steps=total_steps, rank=comm.rank),
+        reduction=_reduction(config, weights, comm),
         optimizer=optimizer,
-        tally=Tally(workers, statistics, compute.device),
+        tally=Tally(comm, statistics, compute.device),
         compute=compute,
         clip_norm=config.optimizer.clip_norm,
         loss_scale=loss_scale,
-        sum_over_ranks=sum_over(config.model, workers, clock),
+        sum_over_ranks=sum_over(config.model, comm, clock),
         clock=clock,
         wait_for_checkpoint_copy=wait_for_checkpoint_copy,
     )
@@ -206,12 +204,12 @@ def _restore(contents: Contents | None, network: nn.Module, optimizer: Optimizer
     return restored_progress(contents)
 
 
-def _measuring(config: Config, compute: Compute, weights: FlatWeights, workers: Workers) -> Measuring:
-    """Return what measures steps, told on worker 0 the initial weights: `weights` as they are now."""
+def _measuring(config: Config, compute: Compute, weights: FlatWeights, comm: Communicator) -> Measuring:
+    """Return what measures steps, told on rank 0 the initial weights: `weights` as they are now."""
     if not is_measured(config.metrics):
         return NoMeasuring()
-    norms = WeightNorms(weights.values, weights.values.clone()) if workers.rank == 0 else None
-    return WorkerMeasuring(workers, UsageReader(compute.device), norms)
+    norms = WeightNorms(weights.values, weights.values.clone()) if comm.rank == 0 else None
+    return RankMeasuring(comm, UsageReader(compute.device), norms)
 
 
 def _warn_of_lost_noise(noise: Noise, precision: torch.dtype, step: int) -> None:
@@ -235,26 +233,26 @@ def _open_data(config: Config, compute: Compute) -> Splits:
     return open_splits(config.data, config.run.seed, compute.device, layout)
 
 
-def _reduction(config: Config, weights: FlatWeights, workers: Workers) -> GradientReduction:
+def _reduction(config: Config, weights: FlatWeights, comm: Communicator) -> GradientReduction:
     assert config.batch.micro_size != "auto", "decided before"
     plan = BatchPlan(config.batch.global_size, config.batch.micro_size)
-    share = partial(share_of, config.model, plan, workers.rank, workers.size)
-    mine = run_on_all_ranks(workers, share, "share out the micro-batches")
+    share = partial(share_of, config.model, plan, comm.rank, comm.size)
+    mine = run_on_all_ranks(comm, share, "share out the micro-batches")
     build = partial(
         build_reduction,
         config.comm,
         weights,
-        workers,
-        micro_batches=len(plan.micro_batches) * (workers.size if shares_micro_batches(config.model) else 1),
+        comm,
+        micro_batches=len(plan.micro_batches) * (comm.size if shares_micro_batches(config.model) else 1),
         share=sum(micro_batch.size for micro_batch in mine) / plan.global_size,
     )
-    return run_on_all_ranks(workers, build, "set up the reduction")
+    return run_on_all_ranks(comm, build, "set up the reduction")
 
 
 def _with_micro_size(
-    config: Config, workers: Workers, model: nn.Module, weights: FlatWeights, compute: Compute
+    config: Config, comm: Communicator, model: nn.Module, weights: FlatWeights, compute: Compute
 ) -> Config:
-    """Return `config` with a micro-batch size that fits every worker's device, where it is left open."""
+    """Return `config` with a micro-batch size that fits every rank's device, where it is left open."""
     if config.batch.micro_size != "auto":
         return config
     images = config.data.image_format
@@ -263,8 +261,8 @@ def _with_micro_size(
         try_size,
         global_size=config.batch.global_size,
         device=compute.device,
-        workers=workers,
-        fewest=max(2, workers.size) if shares_micro_batches(config.model) else 2,
+        comm=comm,
+        fewest=max(2, comm.size) if shares_micro_batches(config.model) else 2,
     )
     weights.gradients.zero_()
     return with_micro_size(config, size)

@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on.
+"""Checkpoints written while training continues.
 
 Weights and the optimizer's state, which nothing touches before the next update (noise lies in a buffer of its
 own), are copied on a thread, as is all the rest done; `wait_until_copied` must be called before that update.

@@ -1,4 +1,4 @@
-"""The device that a worker computes on, and how: threads, precision, memory."""
+"""The device that a rank computes on, and how: threads, precision, memory."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _keep_to_deterministic_kernels() -> None:
 
 
 def share_of_threads(local_size: int) -> int:
-    """Return the CPU threads of a worker: OMP_NUM_THREADS where it is set, else this node's cores shared out."""
+    """Return the CPU threads of a rank: OMP_NUM_THREADS where it is set, else this node's cores shared out."""
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     if asked.isdecimal() and int(asked) > 0:
         return int(asked)

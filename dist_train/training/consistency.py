@@ -1,4 +1,4 @@
-"""Whether all workers run the same code with the same settings on the same data: told before the first step."""
+"""Whether all ranks run the same code with the same settings on the same data: told before the first step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import dist_train
-from dist_train.cluster.workers import Workers, broadcast_str, gather, run_on_all_ranks
+from dist_train.cluster.communicator import Communicator, broadcast_str, gather, run_on_all_ranks
 from dist_train.config import Config
 from dist_train.outcome import UsageError
 from dist_train.training.agreement import minority
@@ -22,27 +22,27 @@ from dist_train.training.agreement import minority
 _MOST_NAMES = 4
 
 
-def check_consistent_across_ranks(workers: Workers, config: Config) -> None:
-    """Compare the code and the settings of all workers; a difference is named, with the first worker that has it.
+def check_consistent_across_ranks(comm: Communicator, config: Config) -> None:
+    """Compare the code and the settings of all ranks; a difference is named, with the first rank that has it.
 
     Raises:
-        UsageError: they differ; on all workers.
+        UsageError: they differ; on all ranks.
     """
-    if workers.size == 1:
+    if comm.size == 1:
         return
-    # The code first: workers of other code may not even share the form of the settings.
-    _compare(workers, "code", code_listing(), "install the same on all nodes")
-    _compare(workers, "settings", settings_listing(config), "start all workers with the same configuration")
+    # The code first: ranks of other code may not even share the form of the settings.
+    _compare(comm, "code", code_listing(), "install the same on all nodes")
+    _compare(comm, "settings", settings_listing(config), "start all ranks with the same configuration")
 
 
-def check_same_data(workers: Workers, identity: str, place: str) -> None:
-    """Compare what the workers' data sets hold.
+def check_same_data(comm: Communicator, identity: str, place: str) -> None:
+    """Compare what the ranks' data sets hold.
 
     Raises:
-        UsageError: they differ; on all workers.
+        UsageError: they differ; on all ranks.
     """
-    if workers.size > 1:
-        _compare(workers, "data", {place: identity}, "put the same files on all nodes")
+    if comm.size > 1:
+        _compare(comm, "data", {place: identity}, "put the same files on all nodes")
 
 
 def code_listing(folder: Path = Path(dist_train.__file__).parent) -> dict[str, str]:
@@ -65,16 +65,16 @@ def _leaves(value: object, path: str) -> list[tuple[str, str]]:
     return [leaf for name, inner in value.items() for leaf in _leaves(inner, f"{path}.{name}" if path else name)]
 
 
-def _compare(workers: Workers, what: str, listing: Mapping[str, str], cure: str) -> None:
-    digests = [digest for (digest,) in gather(workers, [_digest(listing)], f"alike.{what}")]
+def _compare(comm: Communicator, what: str, listing: Mapping[str, str], fix: str) -> None:
+    digests = [digest for (digest,) in gather(comm, [_digest(listing)], f"alike.{what}")]
     odd = minority(digests)
     if not odd:
         return
-    # Where worker 0 is the odd one, another tells what it has and the rest has not.
-    teller = odd[0] if odd[0] != 0 else next(rank for rank in range(workers.size) if rank not in odd)
-    theirs: dict[str, str] = json.loads(broadcast_str(workers, json.dumps(listing), f"alike.{what}.listing"))
-    tell = partial(_tell, workers.rank, teller, what, theirs, listing, odd, cure)
-    run_on_all_ranks(workers, tell, f"agree with the others on the {what}")
+    # Where rank 0 is the odd one, another tells what it has and the rest has not.
+    teller = odd[0] if odd[0] != 0 else next(rank for rank in range(comm.size) if rank not in odd)
+    theirs: dict[str, str] = json.loads(broadcast_str(comm, json.dumps(listing), f"alike.{what}.listing"))
+    tell = partial(_tell, comm.rank, teller, what, theirs, listing, odd, fix)
+    run_on_all_ranks(comm, tell, f"agree with the others on the {what}")
 
 
 def _tell(
@@ -84,18 +84,18 @@ def _tell(
     first: Mapping[str, str],
     own: Mapping[str, str],
     odd: list[int],
-    cure: str,
+    fix: str,
 ) -> None:
     if rank != teller:
         return
     names = [name for name in {**first, **own} if first.get(name) != own.get(name)]
-    told = [f"{name} ({_short(own, name)} on worker {rank}, {_short(first, name)} on worker 0)" for name in names]
+    told = [f"{name} ({_short(own, name)} on rank {rank}, {_short(first, name)} on rank 0)" for name in names]
     more = f" and {len(told) - _MOST_NAMES} more" if len(told) > _MOST_NAMES else ""
     ranks = ", ".join(map(str, odd))
     raise UsageError(
-        f"worker{'s' if len(odd) > 1 else ''} {ranks} of this launch differ{'' if len(odd) > 1 else 's'} from the "
-        f"others in {what}, as worker {rank} on {socket.gethostname()} finds: "
-        f"{'; '.join(told[:_MOST_NAMES])}{more}. {cure[0].upper()}{cure[1:]}"
+        f"rank{'s' if len(odd) > 1 else ''} {ranks} of this launch differ{'' if len(odd) > 1 else 's'} from the "
+        f"others in {what}, as rank {rank} on {socket.gethostname()} finds: "
+        f"{'; '.join(told[:_MOST_NAMES])}{more}. {fix[0].upper()}{fix[1:]}"
     )
 
 

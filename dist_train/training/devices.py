@@ -18,8 +18,8 @@ from typing import Literal
 
 import torch
 
+from dist_train.cluster.communicator import Communicator, gather, run_on_all_ranks
 from dist_train.cluster.inspection import horovod_build
-from dist_train.cluster.workers import Workers, gather, run_on_all_ranks
 from dist_train.config.sections import Device
 from dist_train.outcome import UsageError
 
@@ -217,18 +217,18 @@ def choose_device(asked: Device, *, local_rank: int) -> torch.device:
     return device
 
 
-def share_out_devices(workers: Workers, asked: Device) -> torch.device:
+def share_out_devices(comm: Communicator, asked: Device) -> torch.device:
     """Return this rank's device: the same kind on all ranks, and a GPU for each where it is GPUs.
 
     Raises:
         UsageError: it cannot be so; on all ranks alike.
     """
-    device = run_on_all_ranks(workers, partial(choose_device, asked, local_rank=workers.local_rank), "use its device")
-    if workers.size > 1:
+    device = run_on_all_ranks(comm, partial(choose_device, asked, local_rank=comm.local_rank), "use its device")
+    if comm.size > 1:
         gpu, visible = (_identity(device), torch.cuda.device_count()) if device.type == "cuda" else (0, 0)
-        rows = gather(workers, [gpu, visible, workers.local_size], "devices")
+        rows = gather(comm, [gpu, visible, comm.local_size], "devices")
         placements = [Placement(*row) for row in rows]
-        run_on_all_ranks(workers, partial(check_seats, placements, lambda: horovod_build().nccl), "share out the GPUs")
+        run_on_all_ranks(comm, partial(check_seats, placements, lambda: horovod_build().nccl), "share out the GPUs")
     return device
 
 

@@ -15,7 +15,7 @@ from dist_train.cluster.inspection import loaded_mpi_version
 def launch_environment(revision: str, controller: str, device: torch.device) -> dict[str, str]:
     """Return names and versions for `status.json`.
 
-    `revision` is dist_train's own; `controller` carries the workers, by which MPI is used or not.
+    `revision` is dist_train's own; `controller` carries the ranks, by which MPI is used or not.
     """
     return {
         "dist_train": revision,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def run_facts(trainer: Trainer, directory: RunDirectory, launched: float, revision: str) -> RunFacts:
     """Return the facts of the run of `trainer`, of which a launch began at `launched`, seconds since 1970."""
-    config, plan, workers = trainer.config, trainer.plan, trainer.workers
+    config, plan, ranks = trainer.config, trainer.plan, trainer.comm
     return RunFacts(
         name=directory.root.name,
         run_directory=directory.root,
@@ -31,16 +31,16 @@ def run_facts(trainer: Trainer, directory: RunDirectory, launched: float, revisi
         global_size=plan.global_size,
         micro_size=plan.micro_size,
         micro_batches=len(plan.micro_batches),
-        world_size=workers.size,
+        world_size=ranks.size,
         total_steps=trainer.last_step,
         steps_per_epoch=trainer.learning_rate.steps_per_epoch,
         epochs=trainer.last_step / trainer.learning_rate.steps_per_epoch,
         noise=_noise_in_words(config),
         device=device_in_words(config, trainer.take_step.compute.device),
         start_step=trainer.progress.step,
-        controller=workers.controller,
-        rank=workers.rank,
-        micro_batches_of=tuple(len(share_of(config.model, plan, rank, workers.size)) for rank in range(workers.size)),
+        controller=ranks.controller,
+        rank=ranks.rank,
+        micro_batches_of=tuple(len(share_of(config.model, plan, rank, ranks.size)) for rank in range(ranks.size)),
         revision=revision,
         slurm_job=os.environ.get("SLURM_JOB_ID", ""),
         node=socket.gethostname(),

@@ -15,7 +15,7 @@ _logger = logging.getLogger("dist_train.training")
 
 
 class LossScale(Protocol):
-    """What a loss is multiplied by, and its gradients divided by; the same on all workers."""
+    """What a loss is multiplied by, and its gradients divided by; the same on all ranks."""
 
     @property
     def value(self) -> float:

@@ -1,4 +1,4 @@
-"""How a step went on every worker: told in one small sum, which travels while the next step is made."""
+"""How a step went on every rank: told in one small sum, which travels while the next step is made."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Protocol
 
 import torch
 
-from dist_train.cluster.workers import Pending, Workers
+from dist_train.cluster.communicator import Communicator, Pending
 from dist_train.config.sections import MetricsSettings
-from dist_train.monitoring.records import Measurement, WorkerMeasurement
+from dist_train.monitoring.records import Measurement, RankMeasurement
 from dist_train.training.step_clock import StepTimes
 from dist_train.training.usage import UsageReader
 from dist_train.training.weight_norms import WeightNorms
 
-_FIELDS = len(fields(WorkerMeasurement))
+_FIELDS = len(fields(RankMeasurement))
 
 
 def is_measured(settings: MetricsSettings) -> bool:
-    """Whether anyone looks at measurements; settings alone decide, so that all workers do alike."""
+    """Whether anyone looks at measurements; settings alone decide, so that all ranks do alike."""
     return settings.enabled or settings.tensorboard
 
 
 class Measuring(Protocol):
-    """Measures steps. All workers must call `start` after the same steps, and `result` between two of them."""
+    """Measures steps. All ranks must call `start` after the same steps, and `result` between two of them."""
 
     def note_stall(self, seconds: float) -> None:
         """Count `seconds` in which a checkpoint held up the training to the next step that is measured."""
@@ -61,15 +61,15 @@ class _Started:
     stall_seconds: float
     times: StepTimes
     slots: torch.Tensor
-    """Float64 [workers, fields]: a row for each worker, which the sum fills."""
+    """Float64 [ranks, fields]: a row for each rank, which the sum fills."""
     sum: Pending
 
 
-class WorkerMeasuring:
-    """Measures the steps of one of `workers`; where it has `norms`, the weights' too."""
+class RankMeasuring:
+    """Measures the steps of one of `ranks`; where it has `norms`, the weights' too."""
 
-    def __init__(self, workers: Workers, usage: UsageReader, norms: WeightNorms | None) -> None:
-        self._workers = workers
+    def __init__(self, comm: Communicator, usage: UsageReader, norms: WeightNorms | None) -> None:
+        self._comm = comm
         self._usage = usage
         self._norms = norms
         self._stall_seconds = 0.0
@@ -83,7 +83,7 @@ class WorkerMeasuring:
         """Measure `step`, counted from 1, just made in `seconds`; waits for nobody."""
         assert self._started is None, "the result of the one before comes first"
         waited, usage = times.seconds_of("allreduce_wait"), self._usage.read()
-        mine = WorkerMeasurement(
+        mine = RankMeasurement(
             busy_seconds=max(0.0, seconds - waited),
             wait_seconds=waited,
             resident_bytes=usage.resident_bytes,
@@ -91,11 +91,11 @@ class WorkerMeasuring:
             device_peak_bytes=usage.device_peak_bytes,
             device_utilization=usage.device_utilization,
         )
-        slots = torch.zeros(self._workers.size, _FIELDS, dtype=torch.float64)
-        slots[self._workers.rank] = torch.tensor(astuple(mine), dtype=torch.float64)
+        slots = torch.zeros(self._comm.size, _FIELDS, dtype=torch.float64)
+        slots[self._comm.rank] = torch.tensor(astuple(mine), dtype=torch.float64)
         if self._norms is not None:
             self._norms.start()
-        pending = self._workers.allreduce_async(slots, "measurements")
+        pending = self._comm.allreduce_async(slots, "measurements")
         self._started = _Started(step, time.time(), seconds, self._stall_seconds, times, slots, pending)
         self._stall_seconds = 0.0
 
@@ -108,7 +108,7 @@ class WorkerMeasuring:
         rows = started.slots.tolist()
         parts = started.times.parts()
         norm, distance = self._norms.result() if self._norms is not None else (math.nan, math.nan)
-        rank = self._workers.rank
+        rank = self._comm.rank
         return Measurement(
             step=started.step,
             time=started.time,
@@ -116,5 +116,5 @@ class WorkerMeasuring:
             parts=replace(parts, checkpoint_stall=parts.checkpoint_stall + started.stall_seconds),
             weight_norm=norm,
             distance=distance,
-            workers=tuple(WorkerMeasurement(*row) for row in (rows if rank == 0 else rows[rank : rank + 1])),
+            ranks=tuple(RankMeasurement(*row) for row in (rows if rank == 0 else rows[rank : rank + 1])),
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional
 
-from dist_train.cluster.workers import Workers, gather, run_on_all_ranks
+from dist_train.cluster.communicator import Communicator, gather, run_on_all_ranks
 from dist_train.outcome import UsageError
 from dist_train.training.compute import Compute, is_out_of_memory
 
@@ -16,20 +16,20 @@ _LARGEST = {"cpu": 128, "cuda": 2048}
 
 
 def find_micro_size(
-    try_size: Callable[[int], None], *, global_size: int, device: torch.device, workers: Workers, fewest: int = 2
+    try_size: Callable[[int], None], *, global_size: int, device: torch.device, comm: Communicator, fewest: int = 2
 ) -> int:
-    """Return the largest size that fits on every worker; `try_size` makes a forward and backward pass of it.
+    """Return the largest size that fits on every rank; `try_size` makes a forward and backward pass of it.
 
-    Sizes are powers of two, and at most a worker's even share of the global batch; or a little less, so that no
+    Sizes are powers of two, and at most a rank's even share of the global batch; or a little less, so that no
     micro-batch has fewer than `fewest` samples.
 
     Raises:
         UsageError: not even the smallest fits.
     """
-    largest = min(_LARGEST[device.type], max(1, global_size // workers.size))
-    fits = run_on_all_ranks(workers, lambda: _largest_that_fits(try_size, largest), "fit a micro-batch")
+    largest = min(_LARGEST[device.type], max(1, global_size // comm.size))
+    fits = run_on_all_ranks(comm, lambda: _largest_that_fits(try_size, largest), "fit a micro-batch")
     return avoid_short_last_micro_batch(
-        min(size for (size,) in gather(workers, [fits], "micro_size")), global_size, fewest
+        min(size for (size,) in gather(comm, [fits], "micro_size")), global_size, fewest
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dist_train.cluster.workers import Workers
+from dist_train.cluster.communicator import Communicator
 from dist_train.data.plan import BatchPlan
 from dist_train.data.source import BatchRequest, SampleSource
 from dist_train.models.batch_statistics import BatchStatistics
@@ -33,20 +33,20 @@ def recompute_statistics(
     *,
     micro_size: int,
     compute: Compute,
-    workers: Workers,
+    comm: Communicator,
 ) -> None:
     """Replace the running statistics of the norms of `model` by those of the training samples `indices`, not augmented.
 
     They are cut into micro-batches as in training, shared out, and summed as integers.
 
     Raises:
-        DivergedError: the statistics are not finite, or out of range; on all workers alike.
+        DivergedError: the statistics are not finite, or out of range; on all ranks alike.
     """
     statistics = BatchStatistics(norm_modules(model), compute.device)
-    tally = Tally(workers, statistics, compute.device)
+    tally = Tally(comm, statistics, compute.device)
     was_training = model.training
     model.train()
-    share = BatchPlan(len(indices), micro_size).share(workers.rank, workers.size)
+    share = BatchPlan(len(indices), micro_size).share(comm.rank, comm.size)
     samples.prefetch(BatchRequest(indices[batch.start : batch.stop], None) for batch in share)
     with torch.no_grad(), compute.autocast():
         for batch in share:

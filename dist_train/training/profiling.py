@@ -1,4 +1,4 @@
-"""Where the time of an update goes: torch's trace of each worker, and Horovod's timeline, for a few updates."""
+"""Where the time of an update goes: torch's trace of each rank, and Horovod's timeline, for a few updates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dist_train.cluster.workers import Workers
+from dist_train.cluster.communicator import Communicator
 
 _FIRST_UPDATES = 2
 """Updates of a launch that are not profiled: they also allocate, tune and compile."""
@@ -39,17 +39,17 @@ class NoProfiler:
 class StepProfiler:
     """Profiles `updates` updates after the first two of a launch; writes Chrome traces into `folder`."""
 
-    def __init__(self, updates: int, folder: Path, workers: Workers) -> None:
-        """Write one trace for each of `workers`, and one timeline of all."""
+    def __init__(self, updates: int, folder: Path, comm: Communicator) -> None:
+        """Write one trace for each of `ranks`, and one timeline of all."""
         self._last = _FIRST_UPDATES + updates
         self._folder = folder
-        self._workers = workers
+        self._comm = comm
         self._made = 0
         self._profile: profile | None = None
         self._first_step = 0
 
     def after_update(self, step: int) -> None:
-        """Begin, or end, when it is time; all workers after the same update."""
+        """Begin, or end, when it is time; all ranks after the same update."""
         self._made += 1
         if self._made == _FIRST_UPDATES:
             self._begin(step + 1)
@@ -61,9 +61,9 @@ class StepProfiler:
         if self._profile is None:
             return
         running, self._profile = self._profile, None
-        self._workers.stop_timeline()
+        self._comm.stop_timeline()
         running.stop()
-        path = self._folder / f"trace-step-{self._first_step:08d}-rank-{self._workers.rank}.json"
+        path = self._folder / f"trace-step-{self._first_step:08d}-rank-{self._comm.rank}.json"
         try:
             running.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as error:
@@ -79,11 +79,11 @@ class StepProfiler:
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_initialized():
             activities.append(ProfilerActivity.CUDA)
-        self._workers.start_timeline(self._folder / f"horovod-step-{first_step:08d}.json")
+        self._comm.start_timeline(self._folder / f"horovod-step-{first_step:08d}.json")
         self._profile = profile(activities=activities)
         self._profile.start()
 
 
-def build_profiler(updates: int, folder: Path, workers: Workers) -> Profiler:
+def build_profiler(updates: int, folder: Path, comm: Communicator) -> Profiler:
     """Return a profiler of so many updates, writing into `folder`; of none, one that does nothing."""
-    return StepProfiler(updates, folder, workers) if updates else NoProfiler()
+    return StepProfiler(updates, folder, comm) if updates else NoProfiler()

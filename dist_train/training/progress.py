@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from dist_train.cluster.workers import Workers, broadcast_str
+from dist_train.cluster.communicator import Communicator, broadcast_str
 from dist_train.training.checkpoints import Contents
 
 
@@ -61,7 +61,7 @@ def restored_progress(contents: Contents) -> Progress:
     return Progress(step=contents.step, **known)  # type: ignore[arg-type]  # as metrics() wrote them
 
 
-def shared_progress(workers: Workers, progress: Progress) -> Progress:
-    """Return worker 0's progress."""
-    fields = json.loads(broadcast_str(workers, json.dumps(asdict(progress)), "progress"))
+def shared_progress(comm: Communicator, progress: Progress) -> Progress:
+    """Return rank 0's progress."""
+    fields = json.loads(broadcast_str(comm, json.dumps(asdict(progress)), "progress"))
     return Progress(**fields)

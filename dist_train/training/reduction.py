@@ -1,6 +1,6 @@
-"""From the gradients of micro-batches to the gradient of the global batch, over all workers.
+"""From the gradients of micro-batches to the gradient of the global batch, over all ranks.
 
-The flat gradient is cut into buckets. While the last micro-batch of a worker is still in its backward
+The flat gradient is cut into buckets. While the last micro-batch of a rank is still in its backward
 pass, each bucket is sent as soon as its gradients are complete, so that the allreduce overlaps it.
 """
 
@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from dist_train.cluster.workers import Pending, Workers
+from dist_train.cluster.communicator import Communicator, Pending
 from dist_train.config import CommSettings
 from dist_train.fixed_point import GRADIENTS
 from dist_train.optim.flat_weights import FlatWeights
@@ -37,7 +37,7 @@ class Bucket:
 
 
 class GradientAccumulator(Protocol):
-    """How gradients are summed: over micro-batches here, over workers on the way."""
+    """How gradients are summed: over micro-batches here, over ranks on the way."""
 
     def clear(self) -> None:
         """Begin a step."""
@@ -46,14 +46,14 @@ class GradientAccumulator(Protocol):
         """Add the gradients of one micro-batch."""
 
     def send(self, bucket: Bucket, name: str) -> Pending:
-        """Start the sum over the workers."""
+        """Start the sum over the ranks."""
 
     def receive(self, bucket: Bucket) -> None:
         """Leave the sum where the gradients are."""
 
     @property
     def out_of_range(self) -> torch.Tensor:
-        """Whether this worker met a gradient that is not finite or too large; a bool on the device."""
+        """Whether this rank met a gradient that is not finite or too large; a bool on the device."""
 
 
 class GradientReduction:
@@ -81,7 +81,7 @@ class GradientReduction:
 
     @property
     def out_of_range(self) -> torch.Tensor:
-        """Whether this worker met a gradient that is not finite or too large; a bool on the device."""
+        """Whether this rank met a gradient that is not finite or too large; a bool on the device."""
         return self._accumulator.out_of_range
 
     def start(self, loss_scale: float = 1.0) -> None:
@@ -113,7 +113,7 @@ class GradientReduction:
             self._missing.clear()
 
     def send(self) -> None:
-        """Start the sum of what is not under way: all of it, on a worker that had no micro-batch."""
+        """Start the sum of what is not under way: all of it, on a rank that had no micro-batch."""
         for bucket in self._buckets:
             if bucket.index not in self._pending:
                 self._pending[bucket.index] = self._accumulator.send(bucket, f"gradient.{bucket.index}")
@@ -139,12 +139,12 @@ class GradientReduction:
 
 
 class ExactAccumulator:
-    """Sums of 64-bit integers: the same bits for any number of workers, in any order."""
+    """Sums of 64-bit integers: the same bits for any number of ranks, in any order."""
 
-    def __init__(self, weights: FlatWeights, workers: Workers, terms: int) -> None:
+    def __init__(self, weights: FlatWeights, comm: Communicator, terms: int) -> None:
         """Sum the gradients of `weights`; at most `terms` micro-batches make a global batch."""
         self._gradients = weights.gradients
-        self._workers = workers
+        self._comm = comm
         self._total = torch.zeros_like(self._gradients, dtype=torch.int64)
         self._begun: set[int] = set()
         # Memory that a single micro-batch never touches is never taken.
@@ -172,11 +172,11 @@ class ExactAccumulator:
             self._begun.add(bucket.index)
 
     def send(self, bucket: Bucket, name: str) -> Pending:
-        """Start the sum over the workers."""
+        """Start the sum over the ranks."""
         total = self._total[bucket.start : bucket.stop]
         if bucket.index not in self._begun:
             total.zero_()
-        return self._workers.allreduce_async(total, name)
+        return self._comm.allreduce_async(total, name)
 
     def receive(self, bucket: Bucket) -> None:
         """Turn the sum back into floats, once."""
@@ -185,12 +185,12 @@ class ExactAccumulator:
 
 
 class FloatAccumulator:
-    """Sums of float32, or of float16 on the way: fast, and rounded differently on each number of workers."""
+    """Sums of float32, or of float16 on the way: fast, and rounded differently on each number of ranks."""
 
-    def __init__(self, weights: FlatWeights, workers: Workers, sent_as: torch.dtype) -> None:
-        """Sum the gradients of `weights`, sent between workers as `sent_as`."""
+    def __init__(self, weights: FlatWeights, comm: Communicator, sent_as: torch.dtype) -> None:
+        """Sum the gradients of `weights`, sent between ranks as `sent_as`."""
         self._gradients = weights.gradients
-        self._workers = workers
+        self._comm = comm
         self.total = torch.zeros_like(self._gradients)
         self._sent = self.total if sent_as == torch.float32 else torch.zeros_like(self.total, dtype=sent_as)
         self.out_of_range = torch.zeros((), dtype=torch.bool, device=self._gradients.device)
@@ -207,11 +207,11 @@ class FloatAccumulator:
         self.total[bucket.start : bucket.stop] += gradients
 
     def send(self, bucket: Bucket, name: str) -> Pending:
-        """Start the sum over the workers."""
+        """Start the sum over the ranks."""
         sent = self._sent[bucket.start : bucket.stop]
         if self._sent is not self.total:
             sent.copy_(self.total[bucket.start : bucket.stop])
-        return self._workers.allreduce_async(sent, name)
+        return self._comm.allreduce_async(sent, name)
 
     def receive(self, bucket: Bucket) -> None:
         """Leave the sum where the gradients are."""
@@ -219,18 +219,18 @@ class FloatAccumulator:
 
 
 class AdasumAccumulator:
-    """Adasum (arXiv 2006.02924) of the workers' own mean gradients, parameter by parameter."""
+    """Adasum (arXiv 2006.02924) of the ranks' own mean gradients, parameter by parameter."""
 
-    def __init__(self, weights: FlatWeights, workers: Workers, share: float) -> None:
-        """Combine the gradients of `weights`; this worker computes `share` of the global batch."""
-        self._sum = FloatAccumulator(weights, workers, torch.float32)
+    def __init__(self, weights: FlatWeights, comm: Communicator, share: float) -> None:
+        """Combine the gradients of `weights`; this rank computes `share` of the global batch."""
+        self._sum = FloatAccumulator(weights, comm, torch.float32)
         self._gradients = weights.gradients
-        self._workers = workers
+        self._comm = comm
         self._to_mean = 1.0 / share
 
     @property
     def out_of_range(self) -> torch.Tensor:
-        """Whether this worker met a gradient that is not finite."""
+        """Whether this rank met a gradient that is not finite."""
         return self._sum.out_of_range
 
     def clear(self) -> None:
@@ -242,9 +242,9 @@ class AdasumAccumulator:
         self._sum.add(bucket)
 
     def send(self, bucket: Bucket, name: str) -> Pending:
-        """Start the combination over the workers."""
+        """Start the combination over the ranks."""
         mean = self._sum.total[bucket.start : bucket.stop].mul_(self._to_mean)
-        return self._workers.adasum_async(mean, name)
+        return self._comm.adasum_async(mean, name)
 
     def receive(self, bucket: Bucket) -> None:
         """Leave the result where the gradients are."""
@@ -252,24 +252,24 @@ class AdasumAccumulator:
 
 
 def build_reduction(
-    settings: CommSettings, weights: FlatWeights, workers: Workers, *, micro_batches: int, share: float
+    settings: CommSettings, weights: FlatWeights, comm: Communicator, *, micro_batches: int, share: float
 ) -> GradientReduction:
     """Return the reduction that `settings` name, for a global batch of `micro_batches`.
 
-    `share` is the part of its samples that this worker computes.
+    `share` is the part of its samples that this rank computes.
 
     Raises:
         UsageError: Adasum cannot work with this group.
     """
     if settings.op == "adasum":
-        _check_adasum(workers, share, weights.values.device)
-        return GradientReduction(weights, AdasumAccumulator(weights, workers, share), buckets_of(weights, 1))
+        _check_adasum(comm, share, weights.values.device)
+        return GradientReduction(weights, AdasumAccumulator(weights, comm, share), buckets_of(weights, 1))
     accumulator: GradientAccumulator
     if settings.reduction == "exact":
-        accumulator = ExactAccumulator(weights, workers, micro_batches)
+        accumulator = ExactAccumulator(weights, comm, micro_batches)
     else:
         sent_as = torch.float16 if settings.compression == "fp16" else torch.float32
-        accumulator = FloatAccumulator(weights, workers, sent_as)
+        accumulator = FloatAccumulator(weights, comm, sent_as)
     return GradientReduction(weights, accumulator, buckets_of(weights, _BUCKET))
 
 
@@ -286,10 +286,10 @@ def buckets_of(weights: FlatWeights, size: int) -> list[Bucket]:
     return buckets
 
 
-def _check_adasum(workers: Workers, share: float, device: torch.device) -> None:
-    if workers.size & (workers.size - 1):
-        raise UsageError(f"adasum needs a power of two of workers, not {workers.size}: set comm.op to average")
-    if workers.controller == "gloo" and device.type == "cpu":
+def _check_adasum(comm: Communicator, share: float, device: torch.device) -> None:
+    if comm.size & (comm.size - 1):
+        raise UsageError(f"adasum needs a power of two of ranks, not {comm.size}: set comm.op to average")
+    if comm.controller == "gloo" and device.type == "cpu":
         raise UsageError("adasum needs MPI on a CPU: start with mpirun, or set comm.op to average")
     if share == 0:
-        raise UsageError("adasum needs a micro-batch on every worker: set a smaller batch.micro_size")
+        raise UsageError("adasum needs a micro-batch on every rank: set a smaller batch.micro_size")

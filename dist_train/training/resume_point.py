@@ -1,4 +1,4 @@
-"""What a launch begins with: nothing, or a checkpoint that it may go on from."""
+"""What a launch begins with: nothing, or a checkpoint that it may resume from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dist_train.training.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Settings, with what an earlier launch decided; the checkpoint to go on from; damaged ones and their faults."""
+    """Settings, with what an earlier launch decided; the checkpoint to resume from; damaged ones and their faults."""
 
     config: Config
     contents: Contents | None = None
@@ -26,13 +26,13 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
     """Return where a launch of `config` in `directory` begins.
 
     Raises:
-        UsageError: there is a run that `config` must not, or cannot, go on with.
+        UsageError: there is a run that `config` must not, or cannot, resume.
     """
     checkpoints = directory.checkpoints
     if config.run.resume == "never":
         if any(checkpoints.glob("step-*.pt")):
             raise UsageError(
-                f"{directory.root} already holds a run: choose another run.name, or go on with it by run.resume=auto"
+                f"{directory.root} already holds a run: choose another run.name, or resume it by run.resume=auto"
             )
         return ResumePoint(config)
     named = None if config.run.resume == "auto" else Path(config.run.resume)
@@ -41,7 +41,7 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
     if named is None or named.resolve().parent != checkpoints.resolve():
         contents = newest_whole(checkpoints, lambda path, text: damage.update({path.name: text}))
     if contents is None and named is not None:
-        # Another run's checkpoint is where this one begins; requeued, it goes on from its own.
+        # Another run's checkpoint is where this one begins; requeued, it resumes from its own.
         contents = read_checkpoint(named)
     if contents is None:
         return ResumePoint(config, None, damage)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from dist_train.cluster.joining import join_workers, meeting_within
+from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_str, gather, run_on_all_ranks
+from dist_train.cluster.joining import join_ranks, meeting_within
 from dist_train.cluster.watchdog import start_watchdog
-from dist_train.cluster.workers import WorkerLostError, Workers, broadcast_str, gather, run_on_all_ranks
 from dist_train.config import Config, dump_config, parse_config
 from dist_train.config.continuation import with_threads
 from dist_train.monitoring.json_lines import rewind
@@ -30,23 +30,23 @@ from dist_train.training.session import Session, open_session
 from dist_train.training.stop_requests import StopRequests
 
 _SILENT_SHARE = 2 / 3
-"""Of `comm.timeout`: after so much silence a worker is lost; the rest is for the launcher, which ends the others."""
+"""Of `comm.timeout`: after so much silence a rank is lost; the rest is for the launcher, which ends the others."""
 
 _MEETING_SHARE = 2.0
-"""Of `comm.timeout`: so long the workers may take to meet; on a large launch some start much later than others."""
+"""Of `comm.timeout`: so long the ranks may take to meet; on a large launch some start much later than others."""
 
 
 def train(config: Config, run_directory: Path | None = None) -> Outcome:
-    """Train as `config` says, in `run_directory` (else `run.directory`/`run.name`), going on with a run there.
+    """Train as `config` says, in `run_directory` (else `run.directory`/`run.name`), resuming a run there.
 
-    Every worker of a launch calls it; without a launcher there is one worker.
+    Every rank of a launch calls it; without a launcher there is one rank.
 
     Raises:
         UsageError: something that the user can mend.
-        DivergedError: the loss or the gradient is not finite; on all workers.
-        DisagreementError: workers hold different weights or noise; on all workers.
-        StoppedError: asked to stop, and saved; on all workers.
-        WorkerLostError: a worker is gone.
+        DivergedError: the loss or the gradient is not finite; on all ranks.
+        DisagreementError: ranks hold different weights or noise; on all ranks.
+        StoppedError: asked to stop, and saved; on all ranks.
+        RankLostError: a rank is gone.
         FaultError: the run directory could not be written, or something else broke that is nobody's doing.
     """
     directory = RunDirectory(config.run_directory if run_directory is None else run_directory)
@@ -59,31 +59,31 @@ def train(config: Config, run_directory: Path | None = None) -> Outcome:
                 session.lose(message)
 
         with without_collection(), meeting_within(config.comm.timeout * _MEETING_SHARE):
-            workers = join_workers(
+            comm = join_ranks(
                 timeout=config.comm.timeout,
                 device_type=device_type(config.run.device),
                 timeline=config.run.profile_steps > 0,
             )
-            stack.callback(workers.close)
-            check_consistent_across_ranks(workers, config)
+            stack.callback(comm.close)
+            check_consistent_across_ranks(comm, config)
             watchdog = stack.enter_context(
-                start_watchdog(workers, timeout=config.comm.timeout * _SILENT_SHARE, on_loss=lose)
+                start_watchdog(comm, timeout=config.comm.timeout * _SILENT_SHARE, on_loss=lose)
             )
-        begin = partial(_begin, config, directory, workers, stack)
-        resume_point, lock = run_on_all_ranks(workers, begin, "open the run directory")
-        settled = _shared_config(workers, resume_point.config)
-        stack.enter_context(open_logs(directory.logs, workers.rank))
-        session = open_session(settled, directory, workers, lock)
+        begin = partial(_begin, config, directory, comm, stack)
+        resume_point, lock = run_on_all_ranks(comm, begin, "open the run directory")
+        settled = _shared_config(comm, resume_point.config)
+        stack.enter_context(open_logs(directory.logs, comm.rank))
+        session = open_session(settled, directory, comm, lock)
         try:
             with without_collection():
-                trainer = assemble(settled, resume_point.contents, directory, workers, session, stop)
+                trainer = assemble(settled, resume_point.contents, directory, comm, session, stop)
             trainer.may_shrink = config.batch.micro_size == "auto"
             session.begin(trainer, resume_point)
             stack.callback(trainer.close)
             trainer.run()
-            workers.barrier()
+            comm.barrier()
         except Exception as error:
-            if isinstance(error, WorkerLostError) and (missing := watchdog.absent()):
+            if isinstance(error, RankLostError) and (missing := watchdog.absent()):
                 error.args = (f"{missing} does not answer; {error}",)
             session.fail(error)
             raise
@@ -91,10 +91,10 @@ def train(config: Config, run_directory: Path | None = None) -> Outcome:
 
 
 def _begin(
-    config: Config, directory: RunDirectory, workers: Workers, stack: ExitStack
+    config: Config, directory: RunDirectory, comm: Communicator, stack: ExitStack
 ) -> tuple[ResumePoint, RunLock | None]:
-    """Lock the run directory, on worker 0, and look at what there is to go on with; the others only take part."""
-    if workers.rank != 0:
+    """Lock the run directory, on rank 0, and look at what there is to resume; the others only take part."""
+    if comm.rank != 0:
         return ResumePoint(config), None
     if config.metrics.enabled:
         check_access(config.metrics)
@@ -108,11 +108,11 @@ def _begin(
     return resume_point, lock
 
 
-def _shared_config(workers: Workers, config: Config) -> Config:
-    """Return worker 0's settings, with the number of threads decided for all."""
-    text = broadcast_str(workers, dump_config(config), "config")
-    config = parse_config(yaml.safe_load(text), source="worker 0")
-    threads = min(threads for (threads,) in gather(workers, [share_of_threads(workers.local_size)], "threads"))
+def _shared_config(comm: Communicator, config: Config) -> Config:
+    """Return rank 0's settings, with the number of threads decided for all."""
+    text = broadcast_str(comm, dump_config(config), "config")
+    config = parse_config(yaml.safe_load(text), source="rank 0")
+    threads = min(threads for (threads,) in gather(comm, [share_of_threads(comm.local_size)], "threads"))
     if config.precision.threads != "auto":
         return config
     return with_threads(config, threads)

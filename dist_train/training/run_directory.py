@@ -45,9 +45,9 @@ class RunDirectory:
         return self.root / "counts.json"
 
     @property
-    def workers(self) -> Path:
-        """How the last step went on each worker."""
-        return self.root / "workers.json"
+    def ranks(self) -> Path:
+        """How the last step went on each rank."""
+        return self.root / "ranks.json"
 
     @property
     def tensorboard(self) -> Path:
@@ -61,7 +61,7 @@ class RunDirectory:
 
     @property
     def logs(self) -> Path:
-        """Folder of the workers' logs."""
+        """Folder of the ranks' logs."""
         return self.root / "logs"
 
     @property

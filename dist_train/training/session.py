@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from dist_train.cluster.workers import PeerFailedError, WorkerLostError, Workers
+from dist_train.cluster.communicator import Communicator, PeerFailedError, RankLostError
 from dist_train.config import Config
 from dist_train.config.sections import MetricsSettings
 from dist_train.monitoring.console import open_console
@@ -15,9 +15,9 @@ from dist_train.monitoring.event_counts import EventCounts
 from dist_train.monitoring.json_lines import JsonLines
 from dist_train.monitoring.observers import Observer, Observers
 from dist_train.monitoring.prometheus.exporter import Exporter
+from dist_train.monitoring.ranks_file import RanksFile
 from dist_train.monitoring.records import Detail, EventRecord, Outcome
 from dist_train.monitoring.tensorboard import TensorBoard
-from dist_train.monitoring.workers_file import WorkersFile
 from dist_train.outcome import (
     DisagreementError,
     DivergedError,
@@ -42,20 +42,20 @@ _logger = logging.getLogger("dist_train.training")
 
 
 class Session:
-    """Tells observers how a launch begins and ends, and `status.json`: on worker 0, and wherever a fault begins."""
+    """Tells observers how a launch begins and ends, and `status.json`: on rank 0, and wherever a fault begins."""
 
     def __init__(
         self,
         directory: RunDirectory,
-        workers: Workers,
+        comm: Communicator,
         observers: Observers,
         lock: RunLock | None = None,
     ) -> None:
-        """Begin; the status says `starting`. Worker 0 has the `lock` of the run directory."""
+        """Begin; the status says `starting`. Rank 0 has the `lock` of the run directory."""
         self.observers = observers
-        self.status = _status_file(directory, workers) if workers.rank == 0 else None
+        self.status = _status_file(directory, comm) if comm.rank == 0 else None
         self._directory = directory
-        self._workers = workers
+        self._comm = comm
         self._lock = lock
         self._launched = time.time()
         self._begun = time.monotonic()
@@ -66,7 +66,7 @@ class Session:
     def begin(self, trainer: Trainer, resume_point: ResumePoint) -> None:
         """Tell that training begins, and what was found before."""
         self._trainer = trainer
-        # One worker tells it for all: on a large launch each of them would start git on the same file system.
+        # One rank tells it for all: on a large launch each of them would start git on the same file system.
         code = revision() if self.status else ""
         if self.observers:
             self.observers.begin(run_facts(trainer, self._directory, self._launched, code))
@@ -79,8 +79,8 @@ class Session:
         if times_requeued():
             self._tell("requeued", restart=times_requeued())
         if resume_point.contents is not None:
-            self._tell("resumed", workers=self._workers.size)
-        environment = launch_environment(code, self._workers.controller, trainer.take_step.compute.device)
+            self._tell("resumed", ranks=self._comm.size)
+        environment = launch_environment(code, self._comm.controller, trainer.take_step.compute.device)
         self.status.change(
             "running", step=step, epoch=trainer.epoch, total_steps=trainer.last_step, environment=environment
         )
@@ -104,8 +104,8 @@ class Session:
         if self._trainer is not None:
             self._trainer.settle_saving()
         code = exit_code_of(error)
-        # A worker that failed on its own knows why; the others only know that it is lost.
-        is_told = isinstance(error, WorkerLostError | PeerFailedError) and another_failed(self._directory.status)
+        # A rank that failed on its own knows why; the others only know that it is lost.
+        is_told = isinstance(error, RankLostError | PeerFailedError) and another_failed(self._directory.status)
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, DivergedError):
             reason = f"{reason}; {self._last_good()}"
@@ -125,14 +125,14 @@ class Session:
         self._end("stopped" if isinstance(error, StoppedError) else "failed", code, reason, is_told=is_told)
 
     def _tell(self, event: str, **details: Detail) -> None:
-        """Record what all workers know; worker 0 does it for all."""
-        if self._trainer is not None and self._workers.rank == 0:
+        """Record what all ranks know; rank 0 does it for all."""
+        if self._trainer is not None and self._comm.rank == 0:
             self.observers.record(EventRecord(self._trainer.progress.step, event, time.time(), details))
 
     def lose(self, message: str) -> None:
-        """Write down that the launch ends because a worker is lost. From any thread; the process ends right after.
+        """Write down that the launch ends because a rank is lost. From any thread; the process ends right after.
 
-        What a worker has written of its own failure stays: it says more.
+        What a rank has written of its own failure stays: it says more.
         """
         _logger.info("%s", message)
         if another_failed(self._directory.status):
@@ -143,17 +143,17 @@ class Session:
             self._tell_fault(message)
 
     def _tell_fault(self, reason: str) -> None:
-        """Write the fault down, on whichever worker it happened: it may be the only one that can tell."""
+        """Write the fault down, on whichever rank it happened: it may be the only one that can tell."""
         if self.status is None:
-            status = _status_file(self._directory, self._workers)
+            status = _status_file(self._directory, self._comm)
             step = self._trainer.progress.step if self._trainer else 0
             status.progress(step=step)
-            status.end("failed", ExitCode.FAULT, f"worker {self._workers.rank}: {reason}")
+            status.end("failed", ExitCode.FAULT, f"rank {self._comm.rank}: {reason}")
 
     def _end(self, state: State, code: ExitCode, reason: str, *, is_told: bool) -> Outcome:
         trainer = self._trainer
         progress = trainer.progress if trainer else None
-        checkpoints = list_checkpoints(self._directory.checkpoints) if self._workers.rank == 0 else []
+        checkpoints = list_checkpoints(self._directory.checkpoints) if self._comm.rank == 0 else []
         outcome = Outcome(
             state=state,
             reason=reason,
@@ -181,30 +181,30 @@ class Session:
         return f"the last good checkpoint is {good[-1].path}" if good else "there is no good checkpoint"
 
 
-def open_session(config: Config, directory: RunDirectory, workers: Workers, lock: RunLock | None = None) -> Session:
-    """Return the session of this launch, with this worker's observers."""
-    make = _observers_of_the_run if workers.rank == 0 else _observers_of_a_worker
-    return Session(directory, workers, Observers(make(config.metrics, directory)), lock)
+def open_session(config: Config, directory: RunDirectory, comm: Communicator, lock: RunLock | None = None) -> Session:
+    """Return the session of this launch, with this rank's observers."""
+    make = _observers_of_the_run if comm.rank == 0 else _observers_of_a_rank
+    return Session(directory, comm, Observers(make(config.metrics, directory)), lock)
 
 
-def _status_file(directory: RunDirectory, workers: Workers) -> StatusFile:
+def _status_file(directory: RunDirectory, comm: Communicator) -> StatusFile:
     """Return the status of this launch; until it trains, the environment is that of the launch before it."""
     before = read_status(directory.status)
-    return StatusFile(directory.status, workers.size, before.environment if before else {})
+    return StatusFile(directory.status, comm.size, before.environment if before else {})
 
 
 def _observers_of_the_run(settings: MetricsSettings, directory: RunDirectory) -> Iterator[Observer]:
-    """Yield worker 0's; what a later one tells the outside, the earlier ones have written down."""
+    """Yield rank 0's; what a later one tells the outside, the earlier ones have written down."""
     yield JsonLines(directory.metrics)
     yield EventCounts(directory.event_counts)
     yield open_console()
-    yield WorkersFile(directory.workers)
+    yield RanksFile(directory.ranks)
     if settings.enabled:
         yield Exporter(settings)
     if settings.tensorboard:
         yield TensorBoard(directory.tensorboard)
 
 
-def _observers_of_a_worker(settings: MetricsSettings, directory: RunDirectory) -> Iterator[Observer]:
-    if settings.enabled and settings.workers == "all":
+def _observers_of_a_rank(settings: MetricsSettings, directory: RunDirectory) -> Iterator[Observer]:
+    if settings.enabled and settings.ranks == "all":
         yield Exporter(settings)

@@ -33,7 +33,7 @@ _STATISTICS_MOMENTUM = 0.1
 @dataclass(frozen=True)
 class Update:
     """What an update was: mean loss and accuracy at the perturbed weights, the norm of the global gradient
-    before it was clipped, and whether some worker was asked to stop. `times` are this worker's own.
+    before it was clipped, and whether some rank was asked to stop. `times` are this rank's own.
     """
 
     loss: float
@@ -44,12 +44,12 @@ class Update:
 
 
 class OutOfMemoryError(RuntimeError):
-    """A micro-batch does not fit the device of some worker; the weights are as before the step."""
+    """A micro-batch does not fit the device of some rank; the weights are as before the step."""
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The samples of one update, int64 [global_size], the same on all workers, and which part is ours."""
+    """The samples of one update, int64 [global_size], the same on all ranks, and which part is ours."""
 
     step: int
     epoch: int
@@ -75,7 +75,7 @@ class TrainingStep:
     clip_norm: float | None
     loss_scale: LossScale = field(default_factory=NoLossScale)
     sum_over_ranks: SumOverRanks | None = None
-    """Where the workers share every micro-batch: what their norms' sums go through."""
+    """Where the ranks share every micro-batch: what their norms' sums go through."""
     clock: StepClock = field(default_factory=lambda: StepClock(HostTimer()))
     wait_for_checkpoint_copy: Callable[[], None] = lambda: None
     """Returns when weights and the optimizer's state may change: a checkpoint's copy of them is made."""
@@ -86,7 +86,7 @@ class TrainingStep:
         Raises:
             DivergedError: the loss or the gradient is not finite, or out of range; on all ranks alike.
             OutOfMemoryError: on all ranks alike, when a micro-batch fits the device of one of them no more.
-            WorkerLostError: a rank is gone.
+            RankLostError: a rank is gone.
         """
         self.clock.start()
         total = self._gradient(batch, stop_requested)
@@ -174,7 +174,7 @@ def clip_gradient(gradient: Tensor, norm: float, largest: float | None) -> None:
 
 def _check(total: TallyResult, gradient_norm: float, batch: GlobalBatch) -> None:
     if total.out_of_memory:
-        raise OutOfMemoryError(f"{total.out_of_memory} workers ran out of memory in step {batch.step + 1}")
+        raise OutOfMemoryError(f"{total.out_of_memory} ranks ran out of memory in step {batch.step + 1}")
     if total.out_of_range or not math.isfinite(gradient_norm):
         raise DivergedError(
             f"the loss, the gradient or the activations of step {batch.step + 1} are not finite or out of range"

@@ -36,7 +36,7 @@ class StopRequests:
             signal.signal(number, handler)
 
     def requested(self) -> bool:
-        """Whether this worker was asked to stop."""
+        """Whether this rank was asked to stop."""
         return self.reason is not None
 
     def request(self, reason: str) -> None:

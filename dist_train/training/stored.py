@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from dist_train.cluster.joining import join_workers
-from dist_train.cluster.workers import run_on_all_ranks
+from dist_train.cluster.communicator import run_on_all_ranks
+from dist_train.cluster.joining import join_ranks
 from dist_train.config import Config, differences, dump_config, parse_config
 from dist_train.config.continuation import with_threads
 from dist_train.config.loading import with_overrides
@@ -48,22 +48,22 @@ def find_checkpoint(target: Path) -> Path:
 def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dict[str, object]:
     """Return step, loss (None where it is not finite) and accuracy of a stored model on the whole of `split`.
 
-    The same on all workers.
+    The same on all ranks.
 
     The norm statistics are those of the checkpoint: they belong to its clean weights.
     """
     with ExitStack() as stack:
-        workers = join_workers(timeout=60.0, device_type=device_type())
-        stack.callback(workers.close)
+        comm = join_ranks(timeout=60.0, device_type=device_type())
+        stack.callback(comm.close)
         path = find_checkpoint(target)
-        contents = run_on_all_ranks(workers, lambda: read_checkpoint(path), "read the checkpoint")
+        contents = run_on_all_ranks(comm, lambda: read_checkpoint(path), "read the checkpoint")
         config = stored_config(contents, overrides)
         if config.precision.threads == "auto":
-            config = with_threads(config, share_of_threads(workers.local_size))
-        compute = set_up_compute(config.precision, share_out_devices(workers, config.run.device))
+            config = with_threads(config, share_of_threads(comm.local_size))
+        compute = set_up_compute(config.precision, share_out_devices(comm, config.run.device))
         layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
         splits = run_on_all_ranks(
-            workers,
+            comm,
             lambda: open_splits(config.data, config.run.seed, compute.device, layout),
             "load the data",
         )
@@ -77,9 +77,9 @@ def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dic
             len(samples),
             batch_size=config.evaluation.batch_size,
             compute=compute,
-            workers=workers,
+            comm=comm,
         )
-        workers.barrier()
+        comm.barrier()
     return {
         "checkpoint": str(path),
         "step": contents.step,

@@ -1,4 +1,4 @@
-"""What the workers tell each other in every step, in one small sum of integers."""
+"""What the ranks tell each other in every step, in one small sum of integers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_train.cluster.workers import Pending, Workers
+from dist_train.cluster.communicator import Communicator, Pending
 from dist_train.fixed_point import LOSSES
 from dist_train.models.batch_statistics import BatchStatistics
 
@@ -18,7 +18,7 @@ _TERM_LIMIT = LOSSES.term_limit(4096)
 
 @dataclass(frozen=True)
 class TallyResult:
-    """The sum over all workers: mean loss and accuracy of `samples` samples, and how many workers say what."""
+    """The sum over all ranks: mean loss and accuracy of `samples` samples, and how many ranks say what."""
 
     loss: float
     accuracy: float
@@ -33,9 +33,9 @@ class TallyResult:
 class Tally:
     """Counts on the device, without waiting for it, until `result` is asked for."""
 
-    def __init__(self, workers: Workers, statistics: BatchStatistics, device: torch.device) -> None:
+    def __init__(self, comm: Communicator, statistics: BatchStatistics, device: torch.device) -> None:
         """Count on `device`, together with `statistics`."""
-        self._workers = workers
+        self._comm = comm
         self._statistics = statistics
         self._counts = torch.zeros(_SLOTS, dtype=torch.int64, device=device)
         self._samples = 0
@@ -61,7 +61,7 @@ class Tally:
     def send(
         self, *, out_of_range: torch.Tensor | None = None, out_of_memory: bool = False, stop: bool = False
     ) -> None:
-        """Start the sum over the workers, with what this worker has to say beside its counts."""
+        """Start the sum over the ranks, with what this rank has to say beside its counts."""
         if out_of_range is not None:
             self._counts[_OUT_OF_RANGE].add_(out_of_range)
         self._counts[_OUT_OF_RANGE].add_(self._statistics.out_of_range)
@@ -69,7 +69,7 @@ class Tally:
         self._counts[_OUT_OF_MEMORY] = int(out_of_memory)
         self._counts[_STOP] = int(stop)
         self._sent = torch.cat([self._counts, self._statistics.sums])
-        self._pending = self._workers.allreduce_async(self._sent, "tally")
+        self._pending = self._comm.allreduce_async(self._sent, "tally")
 
     def result(self) -> TallyResult:
         """Wait for the sum and return it."""

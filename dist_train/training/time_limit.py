@@ -1,11 +1,11 @@
-"""The end of a job's time, foreseen: a run that is stopped in time is saved, and goes on in the next job."""
+"""The end of a job's time, foreseen: a run that is stopped in time is saved, and resumes in the next job."""
 
 from __future__ import annotations
 
 from dist_train.cluster.slurm import current_job, job_end
 
 _TO_END_SECONDS = 15.0
-"""For the workers to leave, and for the batch script to requeue the job."""
+"""For the ranks to leave, and for the batch script to requeue the job."""
 
 
 class TimeLimit:
@@ -25,7 +25,7 @@ class TimeLimit:
     def is_near(self, now: float) -> bool:
         """Note that a step is done, and return whether the run must be asked to stop now, since later is too late.
 
-        All workers learn of it in the next step, which may be as long as the longest so far, with its evaluation, as
+        All ranks learn of it in the next step, which may be as long as the longest so far, with its evaluation, as
         may the one before the next chance to ask; the checkpoint may take twice its longest time.
         """
         if self._end is None:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dist_train.cluster.workers import Workers
+from dist_train.cluster.communicator import Communicator
 from dist_train.config import Config
 from dist_train.config.continuation import with_micro_size
 from dist_train.data.order import batch_indices, epoch_order
@@ -44,7 +44,7 @@ class Trainer:
     """Trains until `last_step`. What it needs is handed to it: see `assembly.py`."""
 
     config: Config
-    workers: Workers
+    comm: Communicator
     splits: Splits
     network: nn.Module
     """The model itself; `take_step` may have a compiled one on the same weights."""
@@ -58,7 +58,7 @@ class Trainer:
     """Updates after which the run ends."""
     observers: Observers
     writer: CheckpointWriter | None
-    """On worker 0 alone, as is `status`."""
+    """On rank 0 alone, as is `status`."""
     status: StatusFile | None
     stop: StopRequests
     progress: Progress
@@ -97,8 +97,8 @@ class Trainer:
         Raises:
             StoppedError: asked to stop, and saved.
             DivergedError: the loss or the gradient is not finite, or the last evaluation.
-            DisagreementError: workers hold different weights or noise.
-            FaultError: the last checkpoint could not be written, or a worker is gone.
+            DisagreementError: ranks hold different weights or noise.
+            FaultError: the last checkpoint could not be written, or a rank is gone.
         """
         while self.progress.step < self.last_step:
             self.advance()
@@ -129,18 +129,18 @@ class Trainer:
         return epoch_order(len(self.splits.train), self.config.run.seed, epoch)
 
     def _coming(self) -> Iterator[BatchRequest]:
-        """Yield this worker's micro-batches of this update and the next."""
+        """Yield this rank's micro-batches of this update and the next."""
         for step in range(self.progress.step, min(self.progress.step + 2, self.last_step)):
             epoch, index = divmod(step, self.learning_rate.steps_per_epoch)
             order = self._order if epoch == self._order_of else self._epoch_order(epoch)
             indices = batch_indices(order, index, self.plan.global_size)
-            for micro_batch in share_of(self.config.model, self.plan, self.workers.rank, self.workers.size):
+            for micro_batch in share_of(self.config.model, self.plan, self.comm.rank, self.comm.size):
                 yield BatchRequest(indices[micro_batch.start : micro_batch.stop], epoch)
 
     def _step(self, epoch: int, indices: Tensor) -> Update | None:
         """Make one update; None where it has to be tried again with a smaller micro-batch."""
         step = self.progress.step
-        micro_batches = share_of(self.config.model, self.plan, self.workers.rank, self.workers.size)
+        micro_batches = share_of(self.config.model, self.plan, self.comm.rank, self.comm.size)
         try:
             update = self.take_step(
                 GlobalBatch(step, epoch, indices, micro_batches),
@@ -175,7 +175,7 @@ class Trainer:
             self.measuring.start(step, seconds, update.times)
         every = self.config.comm.verify_every
         if every and (step % every == 0 or step == self.last_step):
-            verify_agreement(self.workers, self.take_step.weights, self.take_step.noise, step - 1)
+            verify_agreement(self.comm, self.take_step.weights, self.take_step.noise, step - 1)
         if self._is_due(self.config.evaluation.every_epochs):
             self._evaluate()
         every_steps = self.config.checkpoint.every_steps
@@ -209,7 +209,7 @@ class Trainer:
         return every_epochs > 0 and step % (every_epochs * per_epoch) == 0
 
     def _record(self, update: Update, seconds: float) -> None:
-        if self.workers.rank != 0:
+        if self.comm.rank != 0:
             return
         made = self.progress.step - 1
         self.observers.record(
@@ -244,7 +244,7 @@ class Trainer:
                 count,
                 batch_size=settings.batch_size,
                 compute=self.take_step.compute,
-                workers=self.workers,
+                comm=self.comm,
                 after_batch=partial(self.observers.progress, self.progress.step),
             )
             self._tell(
@@ -271,7 +271,7 @@ class Trainer:
             statistics_samples(count, wanted, self.plan.micro_size, self.config.run.seed),
             micro_size=self.plan.micro_size,
             compute=self.take_step.compute,
-            workers=self.workers,
+            comm=self.comm,
         )
         self._statistics_at = self.progress.step
 
@@ -343,12 +343,12 @@ class Trainer:
         if self.status:
             self.status.change("stopping")
         self._hand_out_measurement()
-        self._event("signal", signal=self.stop.reason or "on another worker")
+        self._event("signal", signal=self.stop.reason or "on another rank")
         if self._saved_at != self.progress.step:
             self._save()
         self._finish_saving()
         raise StoppedError(
-            f"stopped on request after step {self.progress.step}; saved: the same command goes on from there"
+            f"stopped on request after step {self.progress.step}; saved: the same command resumes from there"
         )
 
     def _event(self, name: str, **details: Detail) -> None:
@@ -358,8 +358,8 @@ class Trainer:
         self._tell(EventRecord(step, name, time.time(), details))
 
     def _tell(self, record: Record) -> None:
-        """Record what all workers know; worker 0 does it for all."""
-        if self.workers.rank == 0:
+        """Record what all ranks know; rank 0 does it for all."""
+        if self.comm.rank == 0:
             self.observers.record(record)
 
 

@@ -1,4 +1,4 @@
-"""What a worker takes of its machine: memory, and its device's memory and time. Reading never fails a run."""
+"""What a rank takes of its machine: memory, and its device's memory and time. Reading never fails a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The small runs of the cluster tests, and the same runs undisturbed: alone, on one worker.
+"""The small runs of the cluster tests, and the same runs undisturbed: alone, on one rank.
 
 They are for the CPU: the cluster's GPUs are null devices, and no run takes the CPU in their place unasked.
 """
@@ -44,7 +44,7 @@ LONG: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """A configuration, and the digest of the weights that its run ends with on one worker."""
+    """A configuration, and the digest of the weights that its run ends with on one rank."""
 
     config: str
     weights: str

@@ -36,7 +36,7 @@ memory=64000
 # For the files of PMIx and Open MPI, which each node must have to itself.
 scratch=$rig/scratch
 export SLURM_CONF=$rig/slurm.conf
-# Jobs inherit these from sbatch: mpirun runs as root, and does not bind the workers of two nodes to the same cores.
+# Jobs inherit these from sbatch: mpirun runs as root, and does not bind the ranks of two nodes to the same cores.
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PRTE_MCA_hwloc_default_binding_policy=none
 
 fail() {

@@ -1,4 +1,4 @@
-"""Runs that are submitted by `sbatch slurm/lb_8192.sh`, two workers a node."""
+"""Runs that are submitted by `sbatch slurm/lb_8192.sh`, two ranks a node."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Submitted:
     def __init__(self, cluster: Cluster, folder: Path, config: str, *options: str, **environment: str) -> None:
         self.run = folder / "run"
         self._cluster = cluster
-        knobs = {"CONFIG": config, "RUN_DIR": str(self.run), "WORKERS_PER_NODE": "2", "LOSS_SECONDS": "10"}
+        knobs = {"CONFIG": config, "RUN_DIR": str(self.run), "RANKS_PER_NODE": "2", "LOSS_SECONDS": "10"}
         self.job = cluster.sbatch(folder, "lb_8192.sh", *options, **{**knobs, **environment})
 
     def wait_for(self, condition: Callable[[Mapping[str, Any]], bool]) -> None:
@@ -33,7 +33,7 @@ class Submitted:
         return self._cluster.wait(self.job)
 
 
-def assert_equal_to_the_bit(ended: Job, run: Path, undisturbed: Undisturbed) -> None:
+def assert_equal_bit_identically(ended: Job, run: Path, undisturbed: Undisturbed) -> None:
     assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
     assert status(run)["state"] == "finished"
     assert weights_digest(run) == undisturbed.weights

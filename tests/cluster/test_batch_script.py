@@ -1,4 +1,4 @@
-"""`sbatch slurm/lb_8192.sh`: two nodes with two workers each end as one worker does; faults, losses, requeues."""
+"""`sbatch slurm/lb_8192.sh`: two nodes with two ranks each end as one rank does; faults, losses, requeues."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import pytest
 from dist_train.outcome import ExitCode
 from tests.cluster.cluster import Cluster, status
 from tests.cluster.runs import Undisturbed
-from tests.cluster.submitted import Submitted, assert_equal_to_the_bit, training_by
+from tests.cluster.submitted import Submitted, assert_equal_bit_identically, training_by
 from tests.waiting import wait_for
 
-pytestmark = [pytest.mark.workers, pytest.mark.services]
+pytestmark = [pytest.mark.ranks, pytest.mark.services]
 
 
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
-def test_two_nodes_end_as_one_worker_does(
+def test_two_nodes_end_as_one_rank_does(
     launcher: str, cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
 ) -> None:
     submitted = Submitted(cluster, tmp_path, large_batch.config, LAUNCHER=launcher)
     ended = submitted.wait()
-    assert_equal_to_the_bit(ended, submitted.run, large_batch)
+    assert_equal_bit_identically(ended, submitted.run, large_batch)
     assert status(submitted.run)["world_size"] == 4, ended.output
-    assert "2 nodes (node[1-2]) x 2 workers" in ended.output
+    assert "2 nodes (node[1-2]) x 2 ranks" in ended.output
 
 
 @pytest.mark.lengthy
@@ -40,8 +40,8 @@ def test_a_run_that_meets_its_time_limit_saves_and_goes_on_by_itself(
     assert status(submitted.run)["state"] == "stopped"
     cluster.control("update", f"jobid={submitted.job}", "timelimit=10")
     ended = submitted.wait()
-    assert_equal_to_the_bit(ended, submitted.run, long_run)
-    assert "goes on from step" in ended.output
+    assert_equal_bit_identically(ended, submitted.run, long_run)
+    assert "resumes from step" in ended.output
 
 
 @pytest.mark.lengthy
@@ -53,9 +53,9 @@ def test_a_run_with_too_little_time_is_requeued_again_and_again_until_it_has_fin
     python = training_by(tmp_path, "tests.cluster.slow_first_lives 3")
     submitted = Submitted(cluster, tmp_path, long_run.config, "--time=1", "--signal=B:USR1@1", **python)
     ended = cluster.wait(submitted.job, 500)
-    assert_equal_to_the_bit(ended, submitted.run, long_run)
+    assert_equal_bit_identically(ended, submitted.run, long_run)
     assert ended.restarts == 3, ended.output
-    assert ended.output.count("goes on from step") == 3, ended.output
+    assert ended.output.count("resumes from step") == 3, ended.output
 
 
 @pytest.mark.lengthy
@@ -70,7 +70,7 @@ def test_a_run_that_is_preempted_goes_on_when_the_other_job_is_done(
     assert urgent.returncode == 0, urgent.stderr
     ended = submitted.wait()
     assert ended.restarts >= 1
-    assert_equal_to_the_bit(ended, submitted.run, long_run)
+    assert_equal_bit_identically(ended, submitted.run, long_run)
 
 
 @pytest.mark.lengthy
@@ -80,12 +80,12 @@ def test_a_run_that_is_requeued_by_hand_goes_on(cluster: Cluster, tmp_path: Path
     cluster.control("requeue", str(submitted.job))
     ended = submitted.wait()
     assert ended.restarts == 1
-    assert_equal_to_the_bit(ended, submitted.run, long_run)
+    assert_equal_bit_identically(ended, submitted.run, long_run)
 
 
 @pytest.mark.lengthy
 @pytest.mark.parametrize("lost", ["node2", "node1"], ids=["another node", "the batch host"])
-def test_a_run_that_loses_a_node_goes_on_with_half_the_workers(
+def test_a_run_that_loses_a_node_goes_on_with_half_the_ranks(
     lost: str, cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:
     submitted = Submitted(cluster, tmp_path, long_run.config)
@@ -96,7 +96,7 @@ def test_a_run_that_loses_a_node_goes_on_with_half_the_workers(
         ended = submitted.wait()
     finally:
         cluster.start_node(lost)
-    assert_equal_to_the_bit(ended, submitted.run, long_run)
+    assert_equal_bit_identically(ended, submitted.run, long_run)
     assert ended.restarts >= 1  # Slurm itself may start it twice when the batch host is lost
     assert status(submitted.run)["world_size"] == 2
 
@@ -121,7 +121,7 @@ def test_a_run_that_crashes_at_the_same_step_is_given_up(
         tmp_path,
         long_run.config,
         "--nodes=1",
-        WORKERS_PER_NODE="1",
+        RANKS_PER_NODE="1",
         MAX_REQUEUES=limit,
         **training_by(tmp_path, "tests.cluster.crash_at_step 40"),
     )
@@ -144,7 +144,7 @@ def test_gpus_that_torch_cannot_use_are_refused_and_the_job_is_not_requeued(
     assert ended.output.count("torch cannot use any") == 1, ended.output
 
 
-def test_a_bad_configuration_ends_the_job_before_a_worker_starts(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_bad_configuration_ends_the_job_before_a_rank_starts(cluster: Cluster, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("noise: {amplitud: 1}")
     submitted = Submitted(cluster, tmp_path, str(config))

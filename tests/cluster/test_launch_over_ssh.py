@@ -11,10 +11,10 @@ from tests.cluster.cluster import ROOT, Cluster, status
 from tests.cluster.runs import Undisturbed
 from tests.launching import weights_digest
 
-pytestmark = [pytest.mark.workers, pytest.mark.services]
+pytestmark = [pytest.mark.ranks, pytest.mark.services]
 
 
-def test_mpirun_with_a_host_file_ends_as_one_worker_does(
+def test_mpirun_with_a_host_file_ends_as_one_rank_does(
     cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
 ) -> None:
     hosts = tmp_path / "hosts"
@@ -22,9 +22,7 @@ def test_mpirun_with_a_host_file_ends_as_one_worker_does(
     _assert_equal(cluster, tmp_path, large_batch, "mpirun.sh", "-np", "4", "--hostfile", str(hosts))
 
 
-def test_horovodrun_over_ssh_ends_as_one_worker_does(
-    cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
-) -> None:
+def test_horovodrun_over_ssh_ends_as_one_rank_does(cluster: Cluster, tmp_path: Path, large_batch: Undisturbed) -> None:
     _assert_equal(cluster, tmp_path, large_batch, "horovodrun.sh", "-np", "4", "-H", "node1:2,node2:2")
 
 
@@ -45,7 +43,7 @@ def test_promise_7_horovodrun_hands_a_request_to_stop_to_machines_far_away(
     run = tmp_path / "run"
     script = str(ROOT / "launch/horovodrun.sh")
     command = (script, "-H", "node1:1,node2:1", "train", long_run.config, "run.epochs=10000", "--run-dir", str(run))
-    # From the login node, where no worker runs; a request that comes early is kept for them.
+    # From the login node, where no rank runs; a request that comes early is kept for them.
     ended = cluster.run("timeout", "--foreground", "--preserve-status", "10", *command, folder=tmp_path)
     assert ended.returncode == ExitCode.STOPPED, ended.stdout + ended.stderr
     assert status(run)["state"] == "stopped"

@@ -11,13 +11,13 @@ from dist_train.outcome import ExitCode
 from tests.cluster.cluster import ROOT, Cluster, status
 from tests.waiting import wait_for
 
-pytestmark = [pytest.mark.workers, pytest.mark.services]
+pytestmark = [pytest.mark.ranks, pytest.mark.services]
 _TRAIN = {
     "CONFIG": str(ROOT / "configs/smoke.yaml"),
     "OVERRIDES": "run.name=smoke batch.global_size=256 run.device=cpu",
-    "WORKERS_PER_NODE": "1",
+    "RANKS_PER_NODE": "1",
 }
-_MEASURE = {"TARGETS": "runs/smoke", "WORKERS_PER_NODE": "2", "OVERRIDES": "run.device=cpu"}
+_MEASURE = {"TARGETS": "runs/smoke", "RANKS_PER_NODE": "2", "OVERRIDES": "run.device=cpu"}
 
 
 def test_a_landscape_waits_for_a_run_and_the_report_for_both(cluster: Cluster, tmp_path: Path) -> None:
@@ -25,18 +25,18 @@ def test_a_landscape_waits_for_a_run_and_the_report_for_both(cluster: Cluster, t
     options = {"OPTIONS": "--directions 2 --points 5 --samples 256"}
     measure = cluster.sbatch(tmp_path, "landscape.sh", f"--dependency=afterok:{train}", **_MEASURE, **options)
     page = cluster.sbatch(tmp_path, "report.sh", f"--dependency=afterok:{measure}", DIRECTORY="runs/smoke")
-    hopeless = cluster.sbatch(tmp_path, "landscape.sh", f"--dependency=afternotok:{train}", **_MEASURE)
+    unrecoverable = cluster.sbatch(tmp_path, "landscape.sh", f"--dependency=afternotok:{train}", **_MEASURE)
     reported = cluster.wait(page)
     measured = cluster.job(measure)
     assert status(tmp_path / "runs/smoke")["state"] == "finished"
     assert (measured.state, measured.code) == ("COMPLETED", 0), measured.output
-    assert "2 nodes (node[1-2]) x 2 workers" in measured.output
+    assert "2 nodes (node[1-2]) x 2 ranks" in measured.output
     [result] = (tmp_path / "runs/smoke/analysis").iterdir()
     assert (result / "points.csv").read_text().count("\n") == 1 + 2 * 2 * 5
     assert (reported.state, reported.code) == ("COMPLETED", 0), reported.output
     text = (tmp_path / "runs/smoke/report.html").read_text()
     assert "random directions" in text
-    assert cluster.wait(hopeless).state == "CANCELLED"
+    assert cluster.wait(unrecoverable).state == "CANCELLED"
 
 
 @pytest.mark.lengthy
@@ -101,7 +101,7 @@ def test_what_is_wrong_with_a_landscape_is_told_once_and_ends_with_2(
     options: str, message: str, cluster: Cluster, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
-    job = cluster.sbatch(tmp_path, "landscape.sh", TARGETS="run", OPTIONS=options, WORKERS_PER_NODE="1")
+    job = cluster.sbatch(tmp_path, "landscape.sh", TARGETS="run", OPTIONS=options, RANKS_PER_NODE="1")
     ended = cluster.wait(job)
     assert (ended.state, ended.code) == ("FAILED", ExitCode.USAGE), ended.output
     assert ended.output.count(message) == 1, ended.output

@@ -13,7 +13,7 @@ from tests.cluster.runs import LONG
 from tests.launching import write_config
 from tests.waiting import wait_for
 
-pytestmark = [pytest.mark.workers, pytest.mark.services, pytest.mark.lengthy]
+pytestmark = [pytest.mark.ranks, pytest.mark.services, pytest.mark.lengthy]
 TASKS = range(1, 7)
 KILLED = 4
 REQUEUED = 6  # the last task has the number of the whole array
@@ -23,16 +23,16 @@ def test_a_task_is_requeued_alone_and_of_an_array_with_one_killed_only_that_one_
     cluster: Cluster, tmp_path: Path
 ) -> None:
     study = tmp_path / "study.yaml"
-    arms = {f"momentum-{number}": {"settings": {"optimizer.momentum": number / 10}} for number in (1, 5, 9)}
+    variants = {f"momentum-{number}": {"settings": {"optimizer.momentum": number / 10}} for number in (1, 5, 9)}
     base = write_config(tmp_path, {**LONG, "run": {"directory": str(tmp_path / "runs"), "epochs": 25, "device": "cpu"}})
-    study.write_text(yaml.safe_dump({"name": "array", "base": base, "seeds": [0, 1], "arms": arms}))
+    study.write_text(yaml.safe_dump({"name": "array", "base": base, "seeds": [0, 1], "variants": variants}))
     options = ("--gpus-per-node=0", "--cpus-per-task=1", "--mem=0")
-    runs = [tmp_path / "runs" / "array" / f"{arm}-seed-{seed}" for seed in (0, 1) for arm in arms]
+    runs = [tmp_path / "runs" / "array" / f"{variant}-seed-{seed}" for seed in (0, 1) for variant in variants]
     killed = runs[KILLED - 1]
 
     def submit() -> int:
         return cluster.sbatch(
-            tmp_path, "sweep.sh", "--array=1-6", *options, STUDY=str(study), WORKERS_PER_NODE="1", PYTHONPATH=str(ROOT)
+            tmp_path, "sweep.sh", "--array=1-6", *options, STUDY=str(study), RANKS_PER_NODE="1", PYTHONPATH=str(ROOT)
         )
 
     def left() -> str:

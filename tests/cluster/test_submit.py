@@ -13,16 +13,16 @@ from tests.cluster.cluster import Cluster, status
 from tests.cluster.runs import Undisturbed
 from tests.launching import weights_digest
 
-pytestmark = [pytest.mark.workers, pytest.mark.services]
+pytestmark = [pytest.mark.ranks, pytest.mark.services]
 _SUBMIT = (sys.executable, "-m", "dist_train", "submit")
 
 
 def test_a_submitted_run_finishes(cluster: Cluster, tmp_path: Path, large_batch: Undisturbed) -> None:
-    command = (*_SUBMIT, large_batch.config, "--nodes", "2", "--workers-per-node", "1", "--time", "5")
+    command = (*_SUBMIT, large_batch.config, "--nodes", "2", "--ranks-per-node", "1", "--time", "5")
     submitted = cluster.run(*command, "--run-dir", "run", "--", "--comment=two words", folder=tmp_path)
     assert submitted.returncode == 0, submitted.stderr
     run = tmp_path / "run"
-    assert "global batch 8,192 = 8 micro-batches of 1,024\n2 workers x 4 micro-batches a step\n" in submitted.stdout
+    assert "global batch 8,192 = 8 micro-batches of 1,024\n2 ranks x 4 micro-batches a step\n" in submitted.stdout
     assert f"run directory  {run}\n" in submitted.stdout
     found = re.search(r"^job +(\d+)$", submitted.stdout, re.MULTILINE)
     assert found is not None

@@ -21,7 +21,7 @@ from tests.containers.test_image import fashion_mnist
 from tests.services.servers import fetch
 from tests.waiting import wait_for
 
-pytestmark = [pytest.mark.services, pytest.mark.workers, pytest.mark.lengthy, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.services, pytest.mark.ranks, pytest.mark.lengthy, pytest.mark.timeout(1800)]
 
 COMPOSE = ROOT / "docker" / "compose.yaml"
 SERVERS = {"prometheus": "prometheus", "alertmanager": "prometheus-alertmanager"}

@@ -1,4 +1,4 @@
-"""docker/Dockerfile, built for CPUs: what is in the image, and two workers that train in it."""
+"""docker/Dockerfile, built for CPUs: what is in the image, and two ranks that train in it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from tests.containers.engine import ROOT, Engine
 
-pytestmark = [pytest.mark.services, pytest.mark.workers, pytest.mark.lengthy, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.services, pytest.mark.ranks, pytest.mark.lengthy, pytest.mark.timeout(1800)]
 
 # The demonstration, cut short.
 SHORT = ("configs/demo.yaml", "run.max_steps=2", "batch.global_size=256", "evaluation.train_samples=200")
@@ -32,7 +32,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("script", ["mpirun.sh", "local.sh"])
-def test_two_workers_train_in_it(engine: Engine, image: str, runs: Path, script: str) -> None:
+def test_two_ranks_train_in_it(engine: Engine, image: str, runs: Path, script: str) -> None:
     mounts = (f"--volume={fashion_mnist()}:/data:ro", f"--volume={runs}:/opt/dist_train/runs")
     words = ("-np", "2", "train", *SHORT, "data.root=/data")
     engine.run(image, *words, options=(*mounts, f"--entrypoint=launch/{script}"), timeout=240)

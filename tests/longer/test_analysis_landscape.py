@@ -144,7 +144,7 @@ def test_a_plane_contains_its_first_direction(run: Path) -> None:
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("which", range(4))
-def test_killed_and_started_again_it_is_the_same_to_the_bit(
+def test_killed_and_started_again_it_is_the_same_bit_identically(
     run: Path, tmp_path: Path, which: int, evaluations: list[None]
 ) -> None:
     request = requests(run)[which]
@@ -162,7 +162,7 @@ def test_killed_and_started_again_it_is_the_same_to_the_bit(
         with pytest.raises(KilledError):
             made(request, kill_at(point))
     [folder] = (run / "analysis").iterdir()
-    with (folder / "partial" / "worker-0.jsonl").open("a") as partial:
+    with (folder / "partial" / "rank-0.jsonl").open("a") as partial:
         partial.write('{"point": 4, "measured": [[0.')
     evaluations.clear()
     resumed = made(request)

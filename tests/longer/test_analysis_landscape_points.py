@@ -39,7 +39,7 @@ def test_points_come_line_by_line_and_row_by_row() -> None:
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 1000))
-def test_the_ends_of_a_line_are_the_checkpoints_to_the_bit(seed: int) -> None:
+def test_the_ends_of_a_line_are_the_checkpoints_bit_identically(seed: int) -> None:
     stream = torch.Generator().manual_seed(seed)
     first, second = (Place(torch.randn(50, generator=stream), torch.rand(4, generator=stream)) for _ in range(2))
     walk = Interpolation(first, second, torch.tensor([False, False, True, True]))

@@ -197,7 +197,7 @@ def test_words_in_place_of_numbers_are_refused(run: Path, capsys: pytest.Capture
     assert "not numbers with commas between them: small" in capsys.readouterr().err
 
 
-def test_several_workers_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_ranks_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
     with pytest.raises(UsageError, match="by one process"):

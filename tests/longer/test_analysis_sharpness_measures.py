@@ -265,7 +265,7 @@ class TestLoss:
         assert np.linalg.norm(product - expected_product) < 1e-3 * np.linalg.norm(expected_product)
 
     @pytest.mark.parametrize("training", [False, True])
-    def test_the_model_is_as_it_was_to_the_bit(self, training: bool) -> None:
+    def test_the_model_is_as_it_was_bit_identically(self, training: bool) -> None:
         model = self.network().train(training)
         before = state_bits(model)
         loss = SubsetLoss(model, self.batches())

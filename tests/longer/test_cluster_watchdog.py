@@ -1,4 +1,4 @@
-"""The watchdog over real sockets, on workers that are threads."""
+"""The watchdog over real sockets, on ranks that are threads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dist_train.cluster.heartbeats import TOKEN_BYTES, Datagram, Kind, decode, e
 from dist_train.cluster.watch import Endpoint, Watch
 from dist_train.cluster.watchdog import Watchdog, start_watchdog
 from dist_train.outcome import StoppedError, UsageError
-from tests.unit.simulated_workers import SimulatedWorkers, on_workers, results
+from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.waiting import PATIENCE, wait_for
 
 TIMEOUT = watchdog.SHORTEST_TIMEOUT
@@ -31,7 +31,7 @@ TOKEN = b"t" * TOKEN_BYTES
 
 @dataclass
 class Member:
-    """A worker's watchdog and what it did."""
+    """A rank's watchdog and what it did."""
 
     rank: int
     dog: Watchdog
@@ -45,12 +45,12 @@ class Member:
         self.dog._watch._receive = lambda: time.sleep(0.05)  # type: ignore[method-assign]
 
 
-def form(workers: SimulatedWorkers) -> Member:
+def form(comm: SimulatedRanks) -> Member:
     messages: list[str] = []
     ended = threading.Event()
     return Member(
-        workers.rank,
-        start_watchdog(workers, timeout=TIMEOUT, on_loss=messages.append, end=ended.set),
+        comm.rank,
+        start_watchdog(comm, timeout=TIMEOUT, on_loss=messages.append, end=ended.set),
         messages,
         ended,
     )
@@ -71,7 +71,7 @@ def wait_for_end(members: list[Member]) -> None:
         assert member.ended.wait(PATIENCE), member.rank
 
 
-def test_a_silent_worker_ends_all_others_with_the_message_of_worker_0(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_silent_rank_ends_all_others_with_the_message_of_rank_0(capsys: pytest.CaptureFixture[str]) -> None:
     def act(members: list[Member]) -> None:
         members[2].fall_silent()
         begun = time.monotonic()
@@ -80,24 +80,24 @@ def test_a_silent_worker_ends_all_others_with_the_message_of_worker_0(capsys: py
 
     members = scene(act)
     expected = (
-        f"worker 2 ({socket.gethostname()}, process {os.getpid()}) has not answered for {TIMEOUT:g} s; the run ends"
+        f"rank 2 ({socket.gethostname()}, process {os.getpid()}) has not answered for {TIMEOUT:g} s; the run ends"
     )
     assert members[0].messages == members[1].messages
     assert members[0].messages[0].startswith(expected)
-    assert capsys.readouterr().err.count("dist-train: worker 2 (") == 1
+    assert capsys.readouterr().err.count("dist-train: rank 2 (") == 1
 
 
-def test_a_silent_worker_0_is_named_by_everybody() -> None:
+def test_a_silent_rank_0_is_named_by_everybody() -> None:
     def act(members: list[Member]) -> None:
         members[0].fall_silent()
         wait_for_end(members[1:])
 
     members = scene(act)
-    assert all(member.messages[0].startswith("worker 0 (") for member in members[1:])
+    assert all(member.messages[0].startswith("rank 0 (") for member in members[1:])
 
 
 @pytest.mark.parametrize("error", [None, StoppedError("asked to stop")])
-def test_nobody_misses_a_worker_that_has_left(error: Exception | None) -> None:
+def test_nobody_misses_a_rank_that_has_left(error: Exception | None) -> None:
     def act(members: list[Member]) -> None:
         members[0].dog.close(error)
         members[2].dog.close(error)
@@ -106,14 +106,14 @@ def test_nobody_misses_a_worker_that_has_left(error: Exception | None) -> None:
     assert [member.messages for member in scene(act)] == [[], [], []]
 
 
-def test_a_worker_that_failed_ends_the_others_that_hang() -> None:
+def test_a_rank_that_failed_ends_the_others_that_hang() -> None:
     def act(members: list[Member]) -> None:
         with pytest.raises(OSError, match="disk"), members[1].dog:
             raise OSError("disk")
         wait_for_end([members[0], members[2]])
 
     members = scene(act)
-    assert members[2].messages[0].startswith("worker 1 (")
+    assert members[2].messages[0].startswith("rank 1 (")
     assert f"has failed, and the others have not ended within {TIMEOUT:g} s" in members[2].messages[0]
 
 
@@ -124,8 +124,8 @@ def test_a_status_that_cannot_be_written_does_not_keep_the_process(monkeypatch: 
     def hang(_: str) -> None:
         hung.wait(PATIENCE)
 
-    def form_hanging(workers: SimulatedWorkers) -> Watchdog:
-        return start_watchdog(workers, timeout=TIMEOUT, on_loss=hang, end=ended.set)
+    def form_hanging(comm: SimulatedRanks) -> Watchdog:
+        return start_watchdog(comm, timeout=TIMEOUT, on_loss=hang, end=ended.set)
 
     dogs = results(2, form_hanging)
     Member(1, dogs[1]).fall_silent()
@@ -142,7 +142,7 @@ def test_a_roll_call_names_at_once_who_does_not_answer(asking: int) -> None:
         missing = 2 if asking == 0 else 0
         members[missing].fall_silent()
         time.sleep(0.6)
-        assert members[asking].dog.absent(1.5).startswith(f"worker {missing} (")
+        assert members[asking].dog.absent(1.5).startswith(f"rank {missing} (")
 
     scene(act)
 
@@ -158,21 +158,21 @@ def test_foreign_datagrams_change_nothing() -> None:
         time.sleep(0.3)
         assert first._attendance.present == []
         stranger.sendto(encode(TOKEN, Datagram(Kind.BEAT, 1, text="node 1")), target)
-        wait_for(lambda: first._attendance.present == [1], "the beat of its own worker")
+        wait_for(lambda: first._attendance.present == [1], "the beat of its own rank")
         first.close(Kind.LEAVE)
 
 
-def test_workers_that_cannot_be_reached_are_named_and_not_watched(
+def test_ranks_that_cannot_be_reached_are_named_and_not_watched(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(watchdog, "own_addresses", lambda: ["192.0.2.77"])
     members = scene(lambda members: time.sleep(TIMEOUT + 1), size=2)
-    assert "between worker 0 and worker 1: nobody will notice" in caplog.text
+    assert "between rank 0 and rank 1: nobody will notice" in caplog.text
     assert [member.messages for member in members] == [[], []]
 
 
 def test_a_timeout_too_short_is_refused_on_all_and_alone_there_is_nothing_to_watch() -> None:
-    refused = on_workers(2, lambda workers: start_watchdog(workers, timeout=TIMEOUT - 0.1, on_loss=print))
+    refused = on_ranks(2, lambda comm: start_watchdog(comm, timeout=TIMEOUT - 0.1, on_loss=print))
     assert [type(error) for error in refused] == [UsageError, UsageError]
     with start_watchdog(Alone(), timeout=0.1, on_loss=print) as alone:
         assert alone.absent() == ""
@@ -206,7 +206,7 @@ def test_no_bytes_from_outside_are_an_error(data: bytes, has_token: bool) -> Non
     decode(TOKEN, TOKEN * has_token + data)
 
 
-def test_worker_0_is_found_at_each_of_its_addresses() -> None:
+def test_rank_0_is_found_at_each_of_its_addresses() -> None:
     addresses = own_addresses()
     assert addresses[-1] in ("127.0.0.1", "::1", "127.0.1.1"), json.dumps(addresses)
     for address in addresses:

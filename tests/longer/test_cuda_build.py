@@ -24,7 +24,7 @@ assert total.tolist() == [2**62 + 1, -3], total
 print("the sum is right")
 """
 
-pytestmark = [pytest.mark.lengthy, pytest.mark.workers, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.lengthy, pytest.mark.ranks, pytest.mark.timeout(3600)]
 
 
 def as_elsewhere() -> dict[str, str]:
@@ -60,7 +60,7 @@ def test_nvcc_and_nccl_come_from_packages(made: Path) -> None:
 
 
 @pytest.mark.parametrize("launcher", ["horovodrun --gloo -np 2", "mpirun -np 2 --oversubscribe --bind-to none"])
-def test_two_workers_on_the_cpu_sum_integers(made: Path, launcher: str) -> None:
+def test_two_ranks_on_the_cpu_sum_integers(made: Path, launcher: str) -> None:
     (made / "sum.py").write_text(SUM)
     program, *options = launcher.split()
     path = record(made)["mpirun"] if program == "mpirun" else str(made / ".venv/bin" / program)

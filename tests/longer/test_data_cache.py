@@ -182,7 +182,7 @@ def test_an_error_in_the_data_is_not_taken_for_one_of_the_cache(folder: Path, so
     assert entry_files(folder) == ["lock"]
 
 
-WORKER = """
+RANK = """
 import hashlib, logging, resource, sys, time
 from pathlib import Path
 import torch
@@ -212,7 +212,7 @@ def start(folder: Path, source: Source, journal: Path, mode: str = "plain") -> s
         "-W",
         "error",
         "-c",
-        WORKER,
+        RANK,
         str(folder),
         str(source.files[0]),
         str(journal),
@@ -225,9 +225,9 @@ def start(folder: Path, source: Source, journal: Path, mode: str = "plain") -> s
 def test_of_several_processes_one_decodes_and_the_others_wait_and_map(
     folder: Path, source: Source, tmp_path: Path
 ) -> None:
-    workers = [start(folder, source, tmp_path / "journal") for _ in range(3)]
-    outputs = [worker.communicate(timeout=PATIENCE) for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * 3, outputs
+    ranks = [start(folder, source, tmp_path / "journal") for _ in range(3)]
+    outputs = [rank.communicate(timeout=PATIENCE) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * 3, outputs
     assert len({output for output, _ in outputs}) == 1
     assert (tmp_path / "journal").read_text() == "decoded\n"
     assert entry_files(folder) == ["images.npy", "json", "labels.npy", "lock"]
@@ -235,12 +235,12 @@ def test_of_several_processes_one_decodes_and_the_others_wait_and_map(
 
 def test_a_process_that_dies_while_decoding_holds_nobody_up(folder: Path, source: Source, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
-    worker = start(folder, source, journal, "hang")
-    wait_for(journal.exists, "the worker decodes")
+    rank = start(folder, source, journal, "hang")
+    wait_for(journal.exists, "the rank decodes")
     abandoned = folder / f".{source.key()}.images.npy.x1y2.part"
     abandoned.write_bytes(b"half")
-    worker.send_signal(signal.SIGKILL)
-    worker.communicate(timeout=PATIENCE)
+    rank.send_signal(signal.SIGKILL)
+    rank.communicate(timeout=PATIENCE)
     decode = Decoder()
     assert torch.equal(decoded_once(folder, source, decode).images, made().images)
     assert decode.calls == 1

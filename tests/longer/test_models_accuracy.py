@@ -27,7 +27,7 @@ from dist_train.models.norms import GroupedBatchNorm
 from dist_train.training.step import GlobalBatch
 from dist_train.training.trainer import Trainer
 from tests.archives import idx_bytes
-from tests.unit.simulated_workers import SimulatedWorkers, results
+from tests.unit.simulated_ranks import SimulatedRanks, results
 from tests.unit.small_trainers import build_trainer, small_config
 
 
@@ -184,12 +184,12 @@ def test_a_step_s_gradient_is_right_to_a_ten_thousandth_of_its_norm(
     assert config.precision.compute == "float32"
     assert config.precision.channels_last
 
-    def step(workers: SimulatedWorkers) -> tuple[float, Tensor, Trainer]:
-        trainer = build_trainer(config, tmp_path / "run", workers)
+    def step(comm: SimulatedRanks) -> tuple[float, Tensor, Trainer]:
+        trainer = build_trainer(config, tmp_path / "run", comm)
         order = epoch_order(len(trainer.splits.train), config.run.seed, 0)
         share = trainer.plan.slices if norm == "sync" else trainer.plan.share
         indices = batch_indices(order, 0, config.batch.global_size)
-        batch = GlobalBatch(0, 0, indices, share(workers.rank, workers.size))
+        batch = GlobalBatch(0, 0, indices, share(comm.rank, comm.size))
         update = trainer.take_step(batch, 0.0, lambda: False)
         gradients = [p.grad.double().flatten() for p in trainer.network.parameters() if p.grad is not None]
         return update.loss, torch.cat(gradients), trainer

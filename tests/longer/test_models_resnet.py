@@ -1,4 +1,4 @@
-"""Residual networks: torchvision's to the bit on large images, adapted to small ones, at any width."""
+"""Residual networks: torchvision's bit-identically on large images, adapted to small ones, at any width."""
 
 from __future__ import annotations
 

@@ -47,9 +47,9 @@ def test_every_change_is_in_the_next_scrape(tmp_path: Path) -> None:
         for step in range(15, 25):
             exporter.record(train(step))
             assert scrape(exporter)["dist_train_step", ()] == step
-        exporter.measurement(measurement(25, workers=1024))
+        exporter.measurement(measurement(25, ranks=1024))
         values = scrape(exporter)
-        assert values["dist_train_worker_resident_memory_bytes", ("1023",)] == 1e9 + 1023
+        assert values["dist_train_rank_resident_memory_bytes", ("1023",)] == 1e9 + 1023
         assert values["dist_train_checkpoints_total", ()] == 0
 
 
@@ -82,7 +82,7 @@ def test_a_busy_port_falls_to_the_next_free_one_and_says_so_once(caplog: pytest.
         assert f"metrics at http://127.0.0.1:{port_of(exporter)}/metrics" in caplog.text
 
 
-def test_the_setting_s_own_port_is_left_to_worker_0(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_setting_s_own_port_is_left_to_rank_0(caplog: pytest.LogCaptureFixture) -> None:
     with busy_port() as port:
         pass
     with serving(replace(FACTS, rank=1), port=port) as other, serving(port=port) as first:
@@ -136,7 +136,7 @@ def test_a_process_that_is_killed_is_reported_once_and_its_target_stays_to_the_e
         exporter.record(train(21))
         exporter.measurement(measurement(21))
         assert list(tmp_path.glob("*.json")), "Prometheus shall see that nobody answers"
-    assert warnings_of(caplog) == ["metrics are no longer served; training goes on: its process was ended by SIGKILL"]
+    assert warnings_of(caplog) == ["metrics are no longer served; training continues: its process was ended by SIGKILL"]
     assert not list(tmp_path.iterdir())
 
 
@@ -146,7 +146,7 @@ def test_a_process_that_hangs_holds_up_nothing(caplog: pytest.LogCaptureFixture)
         os.kill(process, signal.SIGSTOP)
         for step in range(100_000):
             exporter.record(train(step))
-        exporter.measurement(measurement(1, workers=1024))
+        exporter.measurement(measurement(1, ranks=1024))
     assert not is_alive(process)
 
 

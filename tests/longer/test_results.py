@@ -10,7 +10,6 @@ from statistics import fmean
 
 import pytest
 
-from dist_train.study.report.arms import panels_of
 from dist_train.study.report.effects import effect_tables
 from dist_train.study.report.markdown import tables_in_markdown
 from dist_train.study.report.measures import TRAIN_LOSS, measures_of
@@ -18,6 +17,7 @@ from dist_train.study.report.page import render
 from dist_train.study.report.reading import Subject, read_subject
 from dist_train.study.report.stored_run import StoredRun
 from dist_train.study.report.tables import run_cells
+from dist_train.study.report.variants import panels_of
 from tests.longer.report_page import cells
 
 ROOT = Path(__file__).parents[2]
@@ -125,10 +125,10 @@ def test_counts_and_shares_in_the_text_are_those_of_the_numbers(study: Path, sub
     ]
     assert f"Of the {sum(bool(effect.ends) for effect in effects)} intervals" in told
     rises = next(measure for measure in measures_of(subject.runs) if measure.title == "expected rise at 0.0001")
-    means = [found.mean for panel in panels for arm in panel.arms if (found := arm.summary(rises))]
+    means = [found.mean for panel in panels for variant in panel.variants if (found := variant.summary(rises))]
     assert (sum(mean < 0 for mean in means), len(means)) == (5, 12)
     assert "negative in five of the twelve rows" in told
-    loss = {arm.label: arm.summary(TRAIN_LOSS) for arm in panels[1].arms}
+    loss = {variant.label: variant.summary(TRAIN_LOSS) for variant in panels[1].variants}
     base, scaled = loss["base line"], loss["uniform 0.1, filter scale"]
     assert base is not None
     assert scaled is not None

@@ -139,7 +139,7 @@ def record() -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines)
 
 
-def test_a_missing_compiler_is_one_message_with_the_cure(clone: Path, tmp_path: Path) -> None:
+def test_a_missing_compiler_is_one_message_with_the_fix(clone: Path, tmp_path: Path) -> None:
     result = run(
         clone / "docker/environment.sh",
         environment={"PATH": bare_path(tmp_path / "bin"), "HOME": str(tmp_path)},
@@ -151,7 +151,7 @@ def test_a_missing_compiler_is_one_message_with_the_cure(clone: Path, tmp_path: 
     assert not (clone / ".venv").exists()
 
 
-def test_a_python_that_is_missing_or_too_old_is_one_message_with_the_cure(clone: Path) -> None:
+def test_a_python_that_is_missing_or_too_old_is_one_message_with_the_fix(clone: Path) -> None:
     result = run(clone / "docker/environment.sh", environment=environment(PYTHON="/no/python3"))
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: /no/python3 is missing or older than 3.11")
@@ -317,7 +317,7 @@ def test_fashion_mnist_is_found_without_being_fetched_again(tmp_path: Path) -> N
     assert result.stdout.strip() in (str(folder), "/usr/share/datasets/fashion-mnist")
 
 
-def test_fashion_mnist_that_cannot_be_fetched_is_one_message_with_the_cure(clone: Path, tmp_path: Path) -> None:
+def test_fashion_mnist_that_cannot_be_fetched_is_one_message_with_the_fix(clone: Path, tmp_path: Path) -> None:
     # This machine may have the Debian package: the copy of the script looks for it elsewhere.
     script = clone / "docker/fashion_mnist.sh"
     script.write_text(script.read_text().replace("=/usr/share/datasets", "=/nowhere"))

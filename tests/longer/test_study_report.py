@@ -57,10 +57,10 @@ def test_a_record_of_several_updates_counts_for_all_of_them(tmp_path: Path) -> N
     assert seconds == pytest.approx(10 * sum(json.loads(line)["step_seconds"] for line in sparse))
 
 
-def test_an_arm_has_the_mean_over_its_seeds(study: Path, page: Page) -> None:
+def test_an_variant_has_the_mean_over_its_seeds(study: Path, page: Page) -> None:
     for treatment in treatments():
         values = [evaluations(study / f"{treatment.name}-seed-{seed}", "test")[-1]["accuracy"] for seed in (0, 1, 2)]
-        assert page.of("final_test", arm=treatment.name)[0] == pytest.approx(fmean(values), abs=1e-15)
+        assert page.of("final_test", variant=treatment.name)[0] == pytest.approx(fmean(values), abs=1e-15)
 
 
 def test_a_curve_goes_through_the_means_of_the_evaluations(study: Path, page: Page) -> None:
@@ -107,7 +107,7 @@ def test_lines_between_two_solutions_and_planes_are_shown(page: Page) -> None:
     assert [address for address in page.addresses if address.startswith("data:image/svg+xml;base64,")]
 
 
-def test_an_arm_is_told_by_what_it_changes(page: Page) -> None:
+def test_an_variant_is_told_by_what_it_changes(page: Page) -> None:
     assert "uniform 0.03 noise.method=smoothout (none) noise.amplitude=0.03" in page.text
     assert "batch.global_size=8192 (128)" in page.text
 
@@ -123,7 +123,7 @@ def test_a_missing_a_failed_and_a_broken_run_are_named_and_not_counted(tmp_path:
     assert "lb-seed-1 failed the loss is not finite at step 40" in page.text
     assert "sb-seed-0 broken it has no metrics.jsonl" in page.text
     only = evaluations(study / "lb-seed-0", "test")[-1]["accuracy"]
-    assert page.of("final_test", arm="lb")[0] == only
+    assert page.of("final_test", variant="lb")[0] == only
     assert "1 of 3" in page.text
 
 
@@ -136,7 +136,7 @@ def test_a_study_of_which_nothing_has_begun_still_has_a_page(tmp_path: Path) -> 
     assert "LB, batch 8,192" in page.text
 
 
-def test_the_batch_of_an_arm_that_has_not_begun_is_that_of_the_base_configuration(
+def test_the_batch_of_an_variant_that_has_not_begun_is_that_of_the_base_configuration(
     tmp_path: Path,
 ) -> None:
     study = make_study(tmp_path / "study")
@@ -152,12 +152,12 @@ def test_the_batch_of_an_arm_that_has_not_begun_is_that_of_the_base_configuratio
     assert "unknown" not in page.text
 
 
-def test_a_run_that_goes_on_stands_for_its_arm_until_one_has_finished(tmp_path: Path) -> None:
+def test_a_run_that_goes_on_stands_for_its_variant_until_one_has_finished(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0,))
     write_status(study / "lb-seed-0", "stopped", 40, "asked by SIGTERM")
     page = written(study)
     assert "base line not finished" in page.text
-    assert page.of("final_test", arm="lb")[0] == evaluations(study / "lb-seed-0", "test")[-1]["accuracy"]
+    assert page.of("final_test", variant="lb")[0] == evaluations(study / "lb-seed-0", "test")[-1]["accuracy"]
 
 
 def test_results_of_another_checkpoint_are_not_shown(tmp_path: Path) -> None:
@@ -217,8 +217,8 @@ def test_runs_of_a_folder_are_put_together_by_their_settings(tmp_path: Path) -> 
             make_run(tmp_path / name, treatment, seed, settings)
     page = written(tmp_path)
     values = [evaluations(tmp_path / f"lb-{seed}", "test")[-1]["accuracy"] for seed in (0, 1)]
-    assert page.of("final_test", arm="lb-0")[0] == pytest.approx(fmean(values))
-    assert "batch 8,192: 2 arms" in page.text
+    assert page.of("final_test", variant="lb-0")[0] == pytest.approx(fmean(values))
+    assert "batch 8,192: 2 variants" in page.text
 
 
 def test_a_folder_of_studies_holds_the_runs_of_each(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_what_runs_say_is_never_markup(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)" in content
 
 
-def test_arms_beyond_the_colours_have_them_again_dashed(tmp_path: Path) -> None:
+def test_variants_beyond_the_colours_have_them_again_dashed(tmp_path: Path) -> None:
     for number in range(12):
         settings = {"batch.global_size": 8192, "noise.method": "smoothout", "noise.amplitude": (number + 1) / 1000}
         make_run(tmp_path / f"run-{number}", treatments()[4], number, {**treatments()[4].settings, **settings})
@@ -256,7 +256,7 @@ def test_arms_beyond_the_colours_have_them_again_dashed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "complaint"), [("{torn", "is not a list of runs"), ('[{"seed": 1}]', "is not a list of runs")]
 )
-def test_a_broken_plan_is_an_error_with_its_cure(tmp_path: Path, content: str, complaint: str) -> None:
+def test_a_broken_plan_is_an_error_with_its_fix(tmp_path: Path, content: str, complaint: str) -> None:
     (tmp_path / "runs.json").write_text(content)
     with pytest.raises(UsageError, match=complaint):
         read_subject(tmp_path)

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from dist_train.monitoring.records import EvaluationRecord, Record
-from dist_train.study.report.arms import panels_of
 from dist_train.study.report.comparisons import sharpness_scatters
 from dist_train.study.report.page import render
 from dist_train.study.report.reading import read_subject
+from dist_train.study.report.variants import panels_of
 from tests.longer.report_page import cells, evaluations, written
 from tests.unit.report_study import make_run, make_study, treatments, write_records, write_status
 
@@ -78,7 +78,8 @@ def test_a_cell_counts_the_seeds_that_have_its_measure(tmp_path: Path) -> None:
     assert table[WITH_ACCURACY, TRACE, "all runs"].endswith("(n = 15)")
     assert table[WITH_LOSS, TRACE, "all runs"].endswith("(n = 15)")
     [shown] = re.findall(
-        rf"data-measure=\"sharpness-{TRACE}\" data-arm=\"{NOISY}\">[^<]*</data>(.{{0,40}})", render(read_subject(study))
+        rf"data-measure=\"sharpness-{TRACE}\" data-variant=\"{NOISY}\">[^<]*</data>(.{{0,40}})",
+        render(read_subject(study)),
     )
     assert shown.startswith('<span class="ends">n = 1<')
 
@@ -123,7 +124,7 @@ def test_the_same_configuration_and_seed_counts_once(tmp_path: Path) -> None:
     twins(tmp_path, "lb-0-again")
     page, table = written(tmp_path), cells(tmp_path)
     values = [evaluations(tmp_path / name, "test")[-1]["accuracy"] for name in ("lb-0", "lb-1")]
-    assert page.of("final_test", arm="lb-0")[0] == pytest.approx(fmean(values), abs=1e-15)
+    assert page.of("final_test", variant="lb-0")[0] == pytest.approx(fmean(values), abs=1e-15)
     [row] = {row for title, row, _ in table if title == ACCURACY}
     assert table[ACCURACY, row, TEST] == f"{fmean(values) * 100:.2f} \u00b1 {stdev(values) * 100:.2f} (n = 2)"
     assert table[SHARPNESS, row, TRACE].endswith("(n = 2)")
@@ -177,11 +178,11 @@ def test_of_duplicates_the_finished_one_counts_then_the_one_with_most(
     for name, do in harm.items():
         do(tmp_path / name)
     [panel] = panels_of(read_subject(tmp_path).runs)
-    [arm] = panel.arms
+    [variant] = panel.variants
     left_out = ({"lb-0", "lb-0-again"} - {kept}).pop()
-    assert arm.repeated == {left_out: kept}
-    assert arm.seeds == 2
-    assert left_out not in {run.name for run in arm.counted}
+    assert variant.repeated == {left_out: kept}
+    assert variant.seeds == 2
+    assert left_out not in {run.name for run in variant.counted}
 
 
 def test_a_run_of_two_studies_is_one_point_of_a_correlation(tmp_path: Path) -> None:

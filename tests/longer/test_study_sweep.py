@@ -1,4 +1,4 @@
-"""A sweep: which runs it starts and in what order, what it says of those that fail, and how it goes on."""
+"""A sweep: which runs it starts and in what order, what it says of those that fail, and how it continues."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ class TestOrder:
         monkeypatch.setenv("OMP_NUM_THREADS", "3")
         assert Launcher(threads=5).environment()["OMP_NUM_THREADS"] == "3"
 
-    def test_several_workers_are_started_by_the_launch_script(self, tmp_path: Path) -> None:
+    def test_several_ranks_are_started_by_the_launch_script(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
-        command = Launcher(workers=3).command(plan, plan.runs[0])
+        command = Launcher(ranks=3).command(plan, plan.runs[0])
         script = next(word for word in command if word.endswith("launch/local.sh"))
         assert command[command.index(script) + 1 :][:4] == ["-np", "3", "train", str(plan.base_file)]
         assert Launcher().environment()["DIST_TRAIN_PYTHON"] == sys.executable
@@ -125,7 +125,7 @@ class TestGoingOn:
     def test_the_finished_are_skipped_and_the_broken_are_started(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path, seeds=[0, 1, 2])
         pretend(plan.runs[0], "finished", ExitCode.FINISHED)
-        pretend(plan.runs[1], "failed", ExitCode.FAULT, "a worker died")
+        pretend(plan.runs[1], "failed", ExitCode.FAULT, "a rank died")
         pretend(plan.runs[2], "stopped", ExitCode.STOPPED)
         pretend(plan.runs[3], "running", host="elsewhere", updated="2020-01-01T00:00:00+00:00")
         say = Sayings()
@@ -143,7 +143,7 @@ class TestGoingOn:
             pretend(run, "finished", ExitCode.FINISHED)
         after = small_plan(tmp_path, settings={"optimizer.momentum": 0.5})
         standing = standing_of(after.runs[0])
-        assert standing.then == "hopeless"
+        assert standing.then == "unrecoverable"
         assert "optimizer.momentum: 0.9 when the run began, 0.5 now" in standing.note
         assert run_all(after, "exit 0").exit_code == ExitCode.FAULT
 
@@ -181,7 +181,7 @@ class TestStopping:
         assert names(tally.left) == names(plan.runs[2:])
         assert tally.exit_code == ExitCode.STOPPED
         assert "asked to stop: 2 runs to save and end" in say
-        assert summary(tally)[-2:] == ["2 runs not begun", "the same command goes on"]
+        assert summary(tally)[-2:] == ["2 runs not begun", "the same command continues"]
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
     def test_whoever_insists_waits_no_longer(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,8 +203,8 @@ def test_numbers_are_written_as_slurm_takes_them() -> None:
 
 class TestCommand:
     def test_real_runs_are_trained_named_and_skipped(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-        arms = {"plain": {"settings": {"noise.method": "none"}}, "diverges": DIVERGES}
-        study = str(write_study(tmp_path, arms=arms, seeds=[0]))
+        variants = {"plain": {"settings": {"noise.method": "none"}}, "diverges": DIVERGES}
+        study = str(write_study(tmp_path, variants=variants, seeds=[0]))
         runs = tmp_path / "runs" / "small"
         assert main(["sweep", study, "--only", "1"]) == 0
         assert "noise none" in capfd.readouterr().out

@@ -24,7 +24,7 @@ LONG = {"run.epochs": 2000, "checkpoint.every_epochs": 0, "evaluation.every_epoc
 class Sweep:
     def __init__(self, folder: Path) -> None:
         self.study = str(write_study(folder, settings=LONG, seeds=[0]))
-        self.runs = [folder / "runs" / "small" / f"{arm}-seed-0" for arm in ("plain", "noisy")]
+        self.runs = [folder / "runs" / "small" / f"{variant}-seed-0" for variant in ("plain", "noisy")]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "dist_train", "sweep", self.study, "--jobs", "2"],
             env=environment(),
@@ -57,7 +57,7 @@ def test_it_stops_with_its_runs_saved_and_the_same_command_goes_on(tmp_path: Pat
     saved = [status.step for run in sweep.runs if (status := read_status(run / "status.json"))]
     ended = launch(1, "alone", "sweep", sweep.study, f"run.max_steps={max(saved) + 3}", "--jobs", "2")
     assert ended.code == 0, ended.output
-    assert ended.output.count("goes on (stopped") == 2
+    assert ended.output.count("continues (stopped") == 2
     assert sweep.states() == ["finished", "finished"]
     for run, step in zip(sweep.runs, saved, strict=True):
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -77,9 +77,9 @@ def test_one_that_is_killed_takes_its_runs_along(tmp_path: Path) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_a_run_on_two_workers(tmp_path: Path) -> None:
+def test_a_run_on_two_ranks(tmp_path: Path) -> None:
     study = str(write_study(tmp_path, seeds=[0]))
-    ended = launch(1, "alone", "sweep", study, "run.max_steps=2", "--workers", "2", "--only", "1")
+    ended = launch(1, "alone", "sweep", study, "run.max_steps=2", "--ranks", "2", "--only", "1")
     assert ended.code == 0, ended.output
     status = read_status(tmp_path / "runs" / "small" / "plain-seed-0" / "status.json")
     assert status is not None

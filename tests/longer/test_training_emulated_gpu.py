@@ -19,7 +19,7 @@ NOISE: list[Sections] = [
     *(
         {"noise": {"method": "smoothout", "scale": scale, "sharing": sharing, "distribution": distribution}}
         for scale in ("absolute", "weight", "filter")
-        for sharing in ("global", "worker", "micro_batch")
+        for sharing in ("global", "rank", "micro_batch")
         for distribution in ("uniform", "normal")
     ),
 ]

@@ -1,4 +1,4 @@
-"""Promise 1: a step is `global_size` samples whatever the number of workers."""
+"""Promise 1: a step is `global_size` samples whatever the number of ranks."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ PLAIN: dict[str, Any] = {
 }
 
 
-@pytest.mark.workers
-@pytest.mark.parametrize(("workers", "controller"), [(1, "alone"), (2, "gloo"), (3, "mpi")])
-def test_the_gradient_is_the_mean_over_the_global_batch(tmp_path: Path, workers: int, controller: str) -> None:
+@pytest.mark.ranks
+@pytest.mark.parametrize(("ranks", "controller"), [(1, "alone"), (2, "gloo"), (3, "mpi")])
+def test_the_gradient_is_the_mean_over_the_global_batch(tmp_path: Path, ranks: int, controller: str) -> None:
     settings = small_settings(**PLAIN)
     config = parse_config(settings, source="test")
     model = build_model(config)
@@ -34,7 +34,7 @@ def test_the_gradient_is_the_mean_over_the_global_batch(tmp_path: Path, workers:
     loss = functional.cross_entropy(model(inputs), labels)
     loss.backward()
 
-    ended = launch(workers, controller, "train", write_config(tmp_path, settings), "--run-dir", str(tmp_path / "run"))
+    ended = launch(ranks, controller, "train", write_config(tmp_path, settings), "--run-dir", str(tmp_path / "run"))
     assert ended.code == 0, ended.output
     [record] = records(tmp_path / "run", "train")
     assert record["loss"] == pytest.approx(loss.item(), rel=1e-6)

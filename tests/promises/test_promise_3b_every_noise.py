@@ -1,4 +1,4 @@
-"""Promise 3 with every noise: the number of workers does not change a bit of the run, but with a draw per worker."""
+"""Promise 3 with every noise: the number of ranks does not change a bit of the run, but with a draw per rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from tests.launching import launch, records, results, small_settings, status, weights_digest, write_config
 
-pytestmark = pytest.mark.workers
+pytestmark = pytest.mark.ranks
 
 _NOISES: dict[str, tuple[dict[str, Any], int, str]] = {
     "smoothout": (
@@ -27,7 +27,7 @@ _NOISES: dict[str, tuple[dict[str, Any], int, str]] = {
 }
 
 
-def train(folder: Path, noise: dict[str, Any], workers: int, controller: str, norm: str = "ghost") -> Path:
+def train(folder: Path, noise: dict[str, Any], ranks: int, controller: str, norm: str = "ghost") -> Path:
     settings = small_settings(
         run={"max_steps": 10},
         model={"norm": norm},
@@ -35,27 +35,27 @@ def train(folder: Path, noise: dict[str, Any], workers: int, controller: str, no
         comm={"verify_every": 1},
         checkpoint={"every_epochs": 0},
     )
-    run = folder / f"{controller}-{workers}"
-    ended = launch(workers, controller, "train", write_config(folder, settings), "--run-dir", str(run))
+    run = folder / f"{controller}-{ranks}"
+    ended = launch(ranks, controller, "train", write_config(folder, settings), "--run-dir", str(run))
     assert ended.code == 0, ended.output
-    assert status(run)["world_size"] == workers
+    assert status(run)["world_size"] == ranks
     return run
 
 
 @pytest.mark.parametrize("name", sorted(_NOISES))
 def test_every_bit_is_the_same(tmp_path: Path, name: str) -> None:
-    noise, workers, controller = _NOISES[name]
+    noise, ranks, controller = _NOISES[name]
     norm = "none" if name.endswith("without norms") else "ghost"
     alone = train(tmp_path, noise, 1, "alone", norm)
-    run_on_all_ranks = train(tmp_path, noise, workers, controller, norm)
+    run_on_all_ranks = train(tmp_path, noise, ranks, controller, norm)
     assert len(records(run_on_all_ranks, "train")) == 10
     assert weights_digest(run_on_all_ranks) == weights_digest(alone)
     assert results(run_on_all_ranks) == results(alone)
 
 
-def test_a_draw_per_worker_runs_agrees_and_depends_on_the_number_of_workers(tmp_path: Path) -> None:
-    noise = {"sharing": "worker", "scale": "weight", "amplitude": 0.5}
-    two, three = (train(tmp_path, noise, workers, "gloo") for workers in (2, 3))
+def test_a_draw_per_rank_runs_agrees_and_depends_on_the_number_of_ranks(tmp_path: Path) -> None:
+    noise = {"sharing": "rank", "scale": "weight", "amplitude": 0.5}
+    two, three = (train(tmp_path, noise, ranks, "gloo") for ranks in (2, 3))
     losses = [[record["loss"] for record in records(run, "train")] for run in (two, three)]
     assert losses[0] != losses[1]
     assert weights_digest(two) != weights_digest(three)

@@ -1,4 +1,4 @@
-"""Promise 4: noise is the same on every worker, and leaves no trace."""
+"""Promise 4: noise is the same on every rank, and leaves no trace."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.launching import (
 )
 
 
-@pytest.mark.workers
+@pytest.mark.ranks
 @pytest.mark.parametrize(("sharing", "controller"), [("global", "gloo"), ("micro_batch", "mpi")])
 def test_after_fifty_noisy_steps_at_rate_0_the_weights_are_the_initial_ones(
     tmp_path: Path, sharing: str, controller: str
@@ -29,7 +29,7 @@ def test_after_fifty_noisy_steps_at_rate_0_the_weights_are_the_initial_ones(
         run={"epochs": 7, "max_steps": 50},
         optimizer={"learning_rate": 0.0},
         noise={"sharing": sharing, "amplitude": 0.05},
-        # Every step compares the weights and the noise of all workers, and ends the run where they differ.
+        # Every step compares the weights and the noise of all ranks, and ends the run where they differ.
         comm={"verify_every": 1},
     )
     ended = launch(2, controller, "train", write_config(tmp_path, settings), "--run-dir", str(tmp_path / "run"))
@@ -40,11 +40,9 @@ def test_after_fifty_noisy_steps_at_rate_0_the_weights_are_the_initial_ones(
         assert torch.equal(saved[name], parameter), name
 
 
-@pytest.mark.workers
+@pytest.mark.ranks
 @pytest.mark.parametrize(("what", "method"), [("weights", "smoothout"), ("noise", "smoothout"), ("noise", "langevin")])
-def test_one_flipped_bit_on_one_of_three_workers_ends_the_run_with_code_4(
-    tmp_path: Path, what: str, method: str
-) -> None:
+def test_one_flipped_bit_on_one_of_three_ranks_ends_the_run_with_code_4(tmp_path: Path, what: str, method: str) -> None:
     settings = small_settings(comm={"verify_every": 4}, batch={"global_size": 96}, noise={"method": method})
     ended = launch(
         3,
@@ -53,17 +51,17 @@ def test_one_flipped_bit_on_one_of_three_workers_ends_the_run_with_code_4(
         write_config(tmp_path, settings),
         "--run-dir",
         str(tmp_path / "run"),
-        program=["-m", "tests.workers.flipped_bit", what, "1", "6"],
+        program=["-m", "tests.ranks.flipped_bit", what, "1", "6"],
     )
     assert ended.code == 4, ended.output
-    assert f"the {what} of worker 1 differ" in ended.output
+    assert f"the {what} of rank 1 differ" in ended.output
     after = status(tmp_path / "run")
     assert (after["state"], after["exit_code"]) == ("failed", 4)
     assert 6 <= after["step"] <= 8
 
 
-@pytest.mark.workers
-def test_after_200_steps_on_four_workers_all_hold_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.ranks
+def test_after_200_steps_on_four_ranks_all_hold_the_same_bits(tmp_path: Path) -> None:
     settings = small_settings(
         run={"epochs": 25, "max_steps": 200},
         noise={"scale": "filter"},
@@ -80,7 +78,7 @@ def test_after_200_steps_on_four_workers_all_hold_the_same_bits(tmp_path: Path) 
         write_config(tmp_path, settings),
         "--run-dir",
         str(tmp_path / "run"),
-        program=["-m", "tests.workers.own_weights", str(folder)],
+        program=["-m", "tests.ranks.own_weights", str(folder)],
         timeout=240,
     )
     assert ended.code == 0, ended.output

@@ -1,4 +1,4 @@
-"""Promise 7: a signal only sets a flag; the workers agree at the next step boundary, save once, and exit 75."""
+"""Promise 7: a signal only sets a flag; the ranks agree at the next step boundary, save once, and exit 75."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from tests.launching import (
 )
 from tests.waiting import PATIENCE, wait_for_lines
 
-pytestmark = pytest.mark.workers
+pytestmark = pytest.mark.ranks
 
 
 @pytest.mark.parametrize(
-    ("workers", "controller", "number"),
+    ("ranks", "controller", "number"),
     [(1, "alone", signal.SIGTERM), (2, "gloo", signal.SIGUSR2), (2, "mpi", signal.SIGTERM)],
 )
-def test_a_signal_to_one_worker_stops_all_at_one_step(
-    tmp_path: Path, workers: int, controller: str, number: signal.Signals
+def test_a_signal_to_one_rank_stops_all_at_one_step(
+    tmp_path: Path, ranks: int, controller: str, number: signal.Signals
 ) -> None:
     config = write_config(
         tmp_path,
         small_settings(run={"epochs": 500}, evaluation={"every_epochs": 0}, checkpoint={"every_epochs": 0}),
     )
     run = tmp_path / "run"
-    process = start(workers, controller, "train", config, "--run-dir", str(run))
+    process = start(ranks, controller, "train", config, "--run-dir", str(run))
     try:
         wait_for_lines(run / "metrics.jsonl", 4)
-        os.kill(_workers(process.pid)[-1], number)
+        os.kill(_ranks(process.pid)[-1], number)
         output, _ = process.communicate(timeout=PATIENCE)
     finally:
         kill(process)
-    if controller != "gloo":  # horovodrun ends with 1 whatever the workers' code was
+    if controller != "gloo":  # horovodrun ends with 1 whatever the ranks' code was
         assert process.returncode == 75, output
         assert "Traceback" not in output
     after = status(run)
@@ -52,12 +52,12 @@ def test_a_signal_to_one_worker_stops_all_at_one_step(
     step = after["step"]
     whole = launch(1, "alone", "train", config, f"run.max_steps={step + 5}", "--run-dir", str(tmp_path / "whole"))
     assert whole.code == 0, whole.output
-    again = launch(workers, controller, "train", config, f"run.max_steps={step + 5}", "--run-dir", str(run))
+    again = launch(ranks, controller, "train", config, f"run.max_steps={step + 5}", "--run-dir", str(run))
     assert again.code == 0, again.output
     assert weights_digest(run) == weights_digest(tmp_path / "whole")
 
 
-def _workers(pid: int) -> list[int]:
+def _ranks(pid: int) -> list[int]:
     """Return the processes at or below `pid` that train."""
     training = []
     for candidate in [pid, *descendants(pid)]:

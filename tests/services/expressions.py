@@ -16,7 +16,7 @@ DASHBOARDS = DOCKER / "grafana" / "dashboards"
 RULES = DOCKER / "prometheus" / "rules"
 
 NEEDS_A_DEVICE = "_device_"
-"""Part of the names of metrics that are there only where a worker has a device."""
+"""Part of the names of metrics that are there only where a rank has a device."""
 
 _FILTERS = re.compile(r"(?<![=!~])(==|!=|[<>]=?)(?![~=\"])|\b(and|or|unless)\b")
 

@@ -1,4 +1,4 @@
-"""A run of two workers, watched by what is shipped: Prometheus, its rules, Alertmanager, the dashboards."""
+"""A run of two ranks, watched by what is shipped: Prometheus, its rules, Alertmanager, the dashboards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import yaml
 
 from dist_train.config.sections import MetricsSettings
 from dist_train.monitoring.prometheus.exporter import Exporter
-from dist_train.monitoring.records import WorkerMeasurement
+from dist_train.monitoring.records import RankMeasurement
 from tests.launching import descendants, kill, records, small_settings, start, write_config
 from tests.services.dashboard_page import height_of, screenshot, series_drawn, write_page
 from tests.services.expressions import (
@@ -37,7 +37,7 @@ RUN = "watched"
 
 pytestmark = [
     pytest.mark.services,
-    pytest.mark.workers,
+    pytest.mark.ranks,
     pytest.mark.skipif(
         not (shutil.which("prometheus") and shutil.which("prometheus-alertmanager")),
         reason="needs the Debian packages prometheus and prometheus-alertmanager",
@@ -56,13 +56,13 @@ class Watched:
     webhook: Webhook
 
     def trainers(self) -> list[int]:
-        """Return the processes of the two workers: those that no other worker has started."""
-        ours = [pid for pid in descendants(self.job.pid) if is_worker(pid)]
-        return [pid for pid in ours if not is_worker(parent(pid))]
+        """Return the processes of the two ranks: those that no other rank has started."""
+        ours = [pid for pid in descendants(self.job.pid) if is_rank(pid)]
+        return [pid for pid in ours if not is_rank(parent(pid))]
 
 
-def is_worker(pid: int) -> bool:
-    """Whether `pid` runs a worker's program itself, not the shell that starts it."""
+def is_rank(pid: int) -> bool:
+    """Whether `pid` runs a rank's program itself, not the shell that starts it."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:4] == [b"-m", b"dist_train", b"train"]
     except FileNotFoundError:
@@ -147,7 +147,7 @@ def test_prometheus_finds_the_run_by_its_target_file(watched: Watched) -> None:
     [target] = watched.prometheus.ask("targets")["activeTargets"]
     assert target["health"] == "up"
     labels = target["labels"]
-    assert (labels["run"], labels["worker"], labels["job"]) == (RUN, "0", "dist_train")
+    assert (labels["run"], labels["rank"], labels["job"]) == (RUN, "0", "dist_train")
     [(labels, _)] = watched.prometheus.query("dist_train_run_info")
     assert labels["run"] == RUN
     assert watched.prometheus.query("dist_train_world_size")[0][1] == 2
@@ -193,12 +193,12 @@ def test_every_expression_of_a_dashboard_or_a_rule_gives_data(watched: Watched) 
     assert watched.prometheus.firing() == set()
 
 
-def test_every_expression_about_devices_gives_data_for_a_worker_that_has_one(watched: Watched, tmp_path: Path) -> None:
+def test_every_expression_about_devices_gives_data_for_a_rank_that_has_one(watched: Watched, tmp_path: Path) -> None:
     run = tmp_path / "on_a_device"
     exporter = Exporter(MetricsSettings(port=0, targets_directory=watched.targets))
     exporter.begin(replace(FACTS, name=run.name, run_directory=run))
-    with_device = WorkerMeasurement(0.2, 0.1, 1e9, device_bytes=6e10, device_peak_bytes=7e10, device_utilization=0.9)
-    exporter.measurement(replace(measurement(15), workers=(with_device, with_device)))
+    with_device = RankMeasurement(0.2, 0.1, 1e9, device_bytes=6e10, device_peak_bytes=7e10, device_utilization=0.9)
+    exporter.measurement(replace(measurement(15), ranks=(with_device, with_device)))
     expressions = device_expressions(run.name)
     assert expressions
     until_all_answer(watched.prometheus, expressions)
@@ -248,14 +248,14 @@ def picture_folder(otherwise: Path) -> Path:
 
 
 def test_a_run_that_stands_still_is_told_to_the_webhook_and_so_is_its_going_on(watched: Watched) -> None:
-    workers = watched.trainers()
-    assert len(workers) == 2
-    for pid in workers:
+    ranks = watched.trainers()
+    assert len(ranks) == 2
+    for pid in ranks:
         os.kill(pid, signal.SIGSTOP)
     try:
         alert = wait_for(lambda: watched.webhook.received("DistTrainStalled", RUN, "firing"), "the alert")
     finally:
-        for pid in workers:
+        for pid in ranks:
             os.kill(pid, signal.SIGCONT)
     assert RUN in alert["annotations"]["summary"]
     wait_for(lambda: watched.webhook.received("DistTrainStalled", RUN, "resolved"), "the alert's end")

@@ -67,7 +67,7 @@ def test_prometheus_finds_a_run_by_its_target_file_with_token_and_tls(tmp_path: 
             )
             assert checked.returncode == 0, checked.stdout + checked.stderr
             exporter.measurement(measurement(20))
-            found = wait_for(lambda: server.query("dist_train_worker_busy_seconds"), "the run is scraped")
+            found = wait_for(lambda: server.query("dist_train_rank_busy_seconds"), "the run is scraped")
             series = {tuple(sorted(labels.items())): value for labels, value in found}
             assert len(series) == 2
             [step] = server.query("dist_train_step")
@@ -79,7 +79,7 @@ def test_prometheus_finds_a_run_by_its_target_file_with_token_and_tls(tmp_path: 
                 "run": "demo",
                 "slurm_job": "4711",
                 "node": "node1",
-                "worker": "0",
+                "rank": "0",
             }
             with pytest.raises(OSError, match=r"reset|closed|disconnected"):
                 urllib.request.urlopen(f"http://{step[0]['instance']}/metrics", timeout=60)
@@ -105,7 +105,7 @@ def test_the_last_values_of_a_short_run_are_at_the_pushgateway(tmp_path: Path) -
     lines = page.splitlines()
     states = [line for line in lines if line.startswith("dist_train_state{") and 'state="finished"' in line]
     assert states == ['dist_train_state{instance="",job="dist_train",run="short/run",state="finished"} 1']
-    busy = [line for line in lines if line.startswith("dist_train_worker_busy_seconds{")]
+    busy = [line for line in lines if line.startswith("dist_train_rank_busy_seconds{")]
     assert len(busy) == 2
     failed = [line for line in lines if line.startswith("push_failure_time_seconds{")]
     assert len(failed) == 2

@@ -58,7 +58,7 @@ def test_alerts_fire_and_keep_silent(path: Path) -> None:
         ("last_over_time(dist_train_state[1d])", "dist_train_state", "target file could not be taken away"),
         ('{state="running"}) == 1', '{state="running"}) >= 0', "it is stopping"),
         ("[1d:1m] offset 15m", "[1m:1m] offset 15m", "events of an earlier launch"),
-        ("max by (run) (max_over_time(dist_train_world_size[1h]))", "dist_train_world_size", "half of the workers"),
+        ("max by (run) (max_over_time(dist_train_world_size[1h]))", "dist_train_world_size", "half of the ranks"),
         ("and on (run) run:dist_train_active:max == 1", "", "requeued often, and long over"),
     ],
 )
@@ -118,7 +118,7 @@ def test_rules_are_of_known_metrics_and_recorded_names_say_their_level() -> None
         for metric_name in metric_names(rule["expr"]):
             assert any(re.fullmatch(metric_name, one) for one in known), f"{name}: {metric_name}"
     for name in RECORDED:
-        assert re.fullmatch(r"run(_part|_worker)?:dist_train_[a-z_]+:[a-z0-9_]+", name)
+        assert re.fullmatch(r"run(_part|_rank)?:dist_train_[a-z_]+:[a-z0-9_]+", name)
 
 
 def test_inhibitions_name_alerts_that_exist() -> None:

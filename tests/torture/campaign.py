@@ -160,10 +160,10 @@ class Trial:
     def _live(self, *, is_disturbed: bool) -> bool:
         """Go through one launch; whether the run is done."""
         scene, random = self._scene, self._scene.random
-        workers, controller = random.choice(_GROUPS)
+        ranks, controller = random.choice(_GROUPS)
         metrics = random.random() < 0.25
         offers = {"cached"} if scene.subject.data == "cached" else set()
-        offers |= ({"two"} if workers > 1 else set()) | ({"metrics"} if metrics else set())
+        offers |= ({"two"} if ranks > 1 else set()) | ({"metrics"} if metrics else set())
         if is_disturbed:
             self._do(self._draw("rest", random.choice((0, 1, 1, 2)), offers))
         floor = max(whole_steps(scene.run), default=0)
@@ -171,7 +171,7 @@ class Trial:
         overrides = (
             ["metrics.enabled=true", "metrics.last_scrape_seconds=0", f"metrics.port={METRICS_PORT}"] if metrics else []
         )
-        scene.launch = launch = scene.start(workers, controller, *overrides)
+        scene.launch = launch = scene.start(ranks, controller, *overrides)
         if is_disturbed:
             if random.random() < 0.25:
                 time.sleep(random.uniform(0, 4))
@@ -181,7 +181,7 @@ class Trial:
             self._do(self._draw("end", 1, offers))
         ended = launch.wait(PATIENCE_SECONDS if is_disturbed else 3 * PATIENCE_SECONDS)
         if is_disturbed and not ended and launch.training() and scene.lines() > lines:
-            # What was killed was not needed: the run goes on, as it should.
+            # What was killed was not needed: the run continues, as it should.
             ended = launch.wait(PATIENCE_SECONDS)
         if not ended:
             self._problem("hang: the launch has not ended within 60 s", launch)
@@ -227,7 +227,7 @@ class Trial:
 
     def _problem(self, text: str, launch: Launch) -> None:
         self.problems.append(
-            f"{text} ({launch.workers} workers, {launch.controller}, code {launch.code}; "
+            f"{text} ({launch.ranks} ranks, {launch.controller}, code {launch.code}; "
             f"after {', '.join(self.hits[-6:]) or 'nothing'}): {launch.output[-1500:]!r}"
         )
 

@@ -44,7 +44,7 @@ def _kill_one(scene: Scene) -> bool:
     return send(scene.random.choice(members), signal.SIGKILL)
 
 
-def _kill_worker(scene: Scene) -> bool:
+def _kill_rank(scene: Scene) -> bool:
     training = scene.at_work.training()
     return bool(training) and send(scene.random.choice(training), signal.SIGKILL)
 
@@ -55,7 +55,7 @@ def _ask_to_stop(scene: Scene) -> bool:
 
 
 def _hang(scene: Scene) -> bool:
-    """Stop a worker for ever: the others must notice, and end the run."""
+    """Stop a rank for ever: the others must notice, and end the run."""
     training = scene.at_work.training()
     return len(training) > 1 and send(scene.random.choice(training), signal.SIGSTOP)
 
@@ -118,7 +118,7 @@ def _start_second(scene: Scene) -> bool:
         second.kill_all()
     elif second.code != 2 or "is in use by process" not in second.output or "Traceback" in second.output:
         if not first.training():
-            # It had ended meanwhile, and the second went on with its run, as it should.
+            # It had ended meanwhile, and the second resumed its run, as it should.
             return False
         scene.complain(f"second job: code {second.code}, it said: {second.output[-500:]}")
     if before and not whole_steps(scene.run):
@@ -170,20 +170,20 @@ def _damage_all(scene: Scene) -> bool:
 
 
 def _odd(what: str) -> Callable[[Scene], bool]:
-    def start_odd_worker(scene: Scene) -> bool:
+    def start_odd_rank(scene: Scene) -> bool:
         before = whole_steps(scene.run)
         odd = str(scene.random.randrange(2))
-        launch = scene.start(2, "gloo", program=("-m", "tests.torture.odd_worker", what, odd))
+        launch = scene.start(2, "gloo", program=("-m", "tests.torture.odd_rank", what, odd))
         if not launch.wait(PATIENCE_SECONDS):
-            scene.complain(f"hang: a worker of other {what} was not refused within 60 s")
-        elif launch.code == 0 or f"worker 1 of this launch differs from the others in {what}" not in launch.output:
+            scene.complain(f"hang: a rank of other {what} was not refused within 60 s")
+        elif launch.code == 0 or f"rank 1 of this launch differs from the others in {what}" not in launch.output:
             scene.complain(f"other {what}: code {launch.code}, it said: {launch.output[-800:]}")
         elif before != whole_steps(scene.run):
             scene.complain(f"lost: a launch with other {what} cost checkpoints")
         launch.kill_all()
         return True
 
-    return start_odd_worker
+    return start_odd_rank
 
 
 def _pass_time(scene: Scene, least: float, most: float) -> None:
@@ -196,7 +196,7 @@ METRICS_PORT = 19810
 FAULTS: tuple[Fault, ...] = (
     Fault("SIGKILL of every process", "end", _kill_all, 4),
     Fault("SIGKILL of one process", "end", _kill_one, 4),
-    Fault("SIGKILL of a worker", "end", _kill_worker, 2, frozenset({"two"})),
+    Fault("SIGKILL of a rank", "end", _kill_rank, 2, frozenset({"two"})),
     Fault("SIGTERM or SIGUSR2", "end", _ask_to_stop, 2),
     Fault("SIGSTOP for ever", "end", _hang, 1, frozenset({"two"})),
     Fault("SIGSTOP, then SIGCONT", "work", _stop_and_continue, 3),
@@ -210,7 +210,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("damaged checkpoint", "rest", _damage_checkpoint, 4),
     Fault("every checkpoint damaged", "rest", _damage_all, 0.3),
     Fault("damaged cache", "rest", _damage_cache, 3, frozenset({"cached"})),
-    Fault("a worker of other code", "rest", _odd("code"), 0.3),
-    Fault("a worker of other settings", "rest", _odd("settings"), 0.3),
-    Fault("a worker of other data", "rest", _odd("data"), 0.5, frozenset({"cached", "mount"})),
+    Fault("a rank of other code", "rest", _odd("code"), 0.3),
+    Fault("a rank of other settings", "rest", _odd("settings"), 0.3),
+    Fault("a rank of other data", "rest", _odd("data"), 0.5, frozenset({"cached", "mount"})),
 )

@@ -19,11 +19,11 @@ _SCAN_SECONDS = 0.1
 
 
 class Launch:
-    """`dist-train ARGUMENTS`, of the program in the folder `code`, on so many workers; its output in a file."""
+    """`dist-train ARGUMENTS`, of the program in the folder `code`, on so many ranks; its output in a file."""
 
     def __init__(
         self,
-        workers: int,
+        ranks: int,
         controller: str,
         arguments: Sequence[str],
         log: Path,
@@ -31,13 +31,13 @@ class Launch:
         extra: Mapping[str, str],
         program: Sequence[str] = ("-m", "dist_train"),
     ) -> None:
-        self.workers = workers
+        self.ranks = ranks
         self.controller = controller
         self._mark = uuid.uuid4().hex
         self._log = log
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                command(workers, controller, *arguments, program=program),
+                command(ranks, controller, *arguments, program=program),
                 cwd=code,
                 env=environment(**extra, **{_MARK: self._mark}),
                 stdin=subprocess.DEVNULL,
@@ -53,7 +53,7 @@ class Launch:
 
     @property
     def code(self) -> int | None:
-        """The exit code; None while the launch goes on."""
+        """The exit code; None while the launch continues."""
         return self._process.poll()
 
     @property

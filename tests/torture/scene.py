@@ -45,11 +45,11 @@ class Scene:
         assert self.launch is not None
         return self.launch
 
-    def start(self, workers: int, controller: str, *overrides: str, program: tuple[str, ...] = ()) -> Launch:
+    def start(self, ranks: int, controller: str, *overrides: str, program: tuple[str, ...] = ()) -> Launch:
         """Start a launch on the run directory."""
         self.launches += 1
         return Launch(
-            workers,
+            ranks,
             controller,
             self.subject.arguments(self.run, *overrides),
             self.folder / f"output-{self.launches}.log",

@@ -9,7 +9,7 @@ import pytest
 from tests.torture.campaign import Campaign
 
 
-@pytest.mark.workers
+@pytest.mark.ranks
 @pytest.mark.timeout(600)
 def test_nothing_is_lost_in_a_short_campaign(tmp_path: Path) -> None:
     said: list[str] = []

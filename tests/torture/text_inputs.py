@@ -107,7 +107,7 @@ settings:
   run.epochs: 3
 grid:
   optimizer.learning_rate: [0.1, 0.2]
-arms:
+variants:
   small:
     settings:
       batch.global_size: 128
@@ -120,7 +120,7 @@ analyse:
   - kind: interpolate
     between: [small, large]
   - kind: sharpness
-    arms: [small]
+    variants: [small]
     options: {samples: 5}
 """
 
@@ -131,9 +131,9 @@ analyse:
             study = load_study(path)
         except ConfigError as error:
             return refused(error)
-        for arm in study.arms:
-            study.settings_of(arm)
-            study.seeds_of(arm)
+        for variant in study.variants:
+            study.settings_of(variant)
+            study.seeds_of(variant)
         return True
 
     return Kind("study files", mutated_text(whole, (*_WORDS, "small", "large", "like: large")), check)

@@ -17,10 +17,10 @@ from dist_train.monitoring.prometheus.exporter import Exporter
 from dist_train.monitoring.records import (
     Measurement,
     Outcome,
+    RankMeasurement,
     RunFacts,
     StepParts,
     TrainRecord,
-    WorkerMeasurement,
 )
 from tests.waiting import PATIENCE
 
@@ -54,10 +54,10 @@ def train(step: int, seconds: float = 0.3) -> TrainRecord:
     return TrainRecord(step, step / 7, 0.4321, 0.85, 0.4, 0.0123, 1.5, seconds, 16_384.0, 1_700_000_000.0 + step)
 
 
-def measurement(step: int, seconds: float = 0.3, workers: int = 2) -> Measurement:
+def measurement(step: int, seconds: float = 0.3, ranks: int = 2) -> Measurement:
     parts = StepParts(0.002, 0.2, 0.01, 0.05, 0.03, 0.0)
     each = tuple(
-        WorkerMeasurement(0.25 + 0.05 * rank, 0.05, 1e9 + rank, math.nan, math.nan, math.nan) for rank in range(workers)
+        RankMeasurement(0.25 + 0.05 * rank, 0.05, 1e9 + rank, math.nan, math.nan, math.nan) for rank in range(ranks)
     )
     return Measurement(step, 1_700_000_000.0 + step, seconds, parts, 12.5, 3.25, each)
 

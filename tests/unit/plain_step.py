@@ -52,7 +52,7 @@ def scaled(config: Config, u: Tensor, weight: Tensor) -> Tensor:
     return delta.view(u.shape)
 
 
-def smoothout_gradients(config: Config, step: int, workers: int = 1) -> tuple[dict[str, Tensor], float]:
+def smoothout_gradients(config: Config, step: int, ranks: int = 1) -> tuple[dict[str, Tensor], float]:
     """Perturb, differentiate the mean loss over the whole global batch, restore: the paper's page in plain PyTorch."""
     model = build_model(config)
     assert config.batch.micro_size != "auto"
@@ -61,7 +61,7 @@ def smoothout_gradients(config: Config, step: int, workers: int = 1) -> tuple[di
     indices = epoch_order(len(samples), config.run.seed, 0)[step * config.batch.global_size :]
     loss = 0.0
     for part in BatchPlan(config.batch.global_size, config.batch.micro_size).micro_batches:
-        shares: dict[str, list[int | str]] = {"micro_batch": [part.index], "worker": ["worker", part.index % workers]}
+        shares: dict[str, list[int | str]] = {"micro_batch": [part.index], "rank": ["rank", part.index % ranks]}
         clean = [parameter.detach().clone() for parameter in model.parameters()]
         noise = noise_of(config, step, segments, *shares.get(config.noise.sharing, []))
         for parameter, u in zip(model.parameters(), noise, strict=True):

@@ -20,7 +20,7 @@ BEGAN = 1_795_000_000.0
 
 @dataclass(frozen=True)
 class Treatment:
-    """An arm: its settings, and what comes of it."""
+    """A variant: its settings, and what comes of it."""
 
     name: str
     title: str
@@ -71,7 +71,7 @@ def make_study(directory: Path, seeds: tuple[int, ...] = (0, 1, 2)) -> Path:
                 {
                     "number": len(planned) + 1,
                     "name": name,
-                    "arm": treatment.name,
+                    "variant": treatment.name,
                     "title": treatment.title,
                     "seed": seed,
                     "settings": dict(treatment.settings),

@@ -1,4 +1,4 @@
-"""A trainer of a tiny run on synthetic images, built as the program builds it, on any group of workers."""
+"""A trainer of a tiny run on synthetic images, built as the program builds it, on any group of ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_train.cluster.workers import Workers
+from dist_train.cluster.communicator import Communicator
 from dist_train.config import Config, parse_config
 from dist_train.monitoring.observers import Observer, Observers
 from dist_train.training.assembly import assemble
@@ -43,21 +43,21 @@ def small_config(**sections: Mapping[str, Any]) -> Config:
 def build_trainer(
     config: Config,
     folder: Path,
-    workers: Workers,
+    comm: Communicator,
     *,
     observers: Sequence[Observer] = (),
     contents: Contents | None = None,
 ) -> Trainer:
-    """Return the trainer of `config` on one of `workers`, its run directory in `folder`."""
+    """Return the trainer of `config` on one of `ranks`, its run directory in `folder`."""
     directory = RunDirectory(folder)
-    if workers.rank == 0:
+    if comm.rank == 0:
         directory.create()
-    session = Session(directory, workers, Observers(observers))
-    return assemble(config, contents, directory, workers, session, StopRequests())
+    session = Session(directory, comm, Observers(observers))
+    return assemble(config, contents, directory, comm, session, StopRequests())
 
 
 def state_bits(model: nn.Module) -> dict[str, bytes]:
-    """Return every tensor of the state of `model` as bytes, to compare to the bit."""
+    """Return every tensor of the state of `model` as bytes, to compare bit-identically."""
     return {name: tensor.contiguous().numpy().tobytes() for name, tensor in model.state_dict().items()}
 
 

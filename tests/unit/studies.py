@@ -12,14 +12,14 @@ from tests.unit.small_trainers import SETTINGS
 
 
 def write_study(folder: Path, **changes: Any) -> Path:
-    """Write a study of two arms and two seeds, changed by `changes`, and its base; return its path."""
+    """Write a study of two variants and two seeds, changed by `changes`, and its base; return its path."""
     base = {**SETTINGS, "run": {**SETTINGS["run"], "directory": str(folder / "runs")}}
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
     study = {
         "name": "small",
         "base": "base.yaml",
         "seeds": [0, 1],
-        "arms": {"plain": {"settings": {"noise.method": "none"}}, "noisy": {"settings": {"noise.amplitude": 0.02}}},
+        "variants": {"plain": {"settings": {"noise.method": "none"}}, "noisy": {"settings": {"noise.amplitude": 0.02}}},
         **changes,
     }
     path = folder / "study.yaml"

@@ -33,7 +33,7 @@ def test_the_key_names_contents_and_settings_and_not_the_place() -> None:
     assert len({one.key for one in keys}) == len(keys)
 
 
-def test_numbers_are_read_back_to_the_bit(tmp_path: Path) -> None:
+def test_numbers_are_read_back_bit_identically(tmp_path: Path) -> None:
     folder = LandscapeFolder(tmp_path, identity())
     folder.begin()
     assert not folder.is_complete()
@@ -60,7 +60,7 @@ def test_finished_points_are_kept_whatever_a_kill_leaves(tmp_path: Path) -> None
         kept = folder.open_finished(rank)
         kept.add(rank, measured(rank / 3))
         kept.close()
-    partial = folder.path / "partial" / "worker-0.jsonl"
+    partial = folder.path / "partial" / "rank-0.jsonl"
     whole = partial.read_bytes()
     for cut in range(1, len(whole) - 1):
         partial.write_bytes(whole[:cut])

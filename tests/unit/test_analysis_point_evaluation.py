@@ -111,7 +111,7 @@ def test_recomputed_statistics_are_those_that_training_recomputes() -> None:
         recomputed = evaluator.evaluate(place_of(model))
         assert evaluator.evaluate(place_of(model)) == recomputed, "nothing is left of an evaluation"
     reference = Samples(images(30), torch.device("cpu"))
-    recompute_statistics(model, reference, torch.arange(30), micro_size=6, compute=COMPUTE, workers=Alone())
+    recompute_statistics(model, reference, torch.arange(30), micro_size=6, compute=COMPUTE, comm=Alone())
     with closing(PointEvaluator(model, [train], [], COMPUTE)) as evaluator:
         assert evaluator.evaluate(place_of(model)) == recomputed
 

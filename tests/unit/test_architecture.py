@@ -28,16 +28,16 @@ BELOW: dict[str, set[str]] = {
 }
 """What each room may import. Those above may also import all that the room below them may."""
 _LEAVES = {"config", "outcome", "atomic", "json_text", "fixed_point", "randomness", "start_up", "marked_text", "status"}
-for _room, _allowed in (
+for _layer, _allowed in (
     ("models", _LEAVES),
     ("data", _LEAVES),
     ("optim", _LEAVES | {"models"}),
     ("monitoring", _LEAVES),
     ("training", _LEAVES | {"cluster", "data", "models", "optim", "monitoring"}),
 ):
-    BELOW[_room] = _allowed
-for _room in ("study", "analysis", "doctor"):
-    BELOW[_room] = _LEAVES | {"cluster", "data", "models", "optim", "monitoring", "training"}
+    BELOW[_layer] = _allowed
+for _layer in ("study", "analysis", "doctor"):
+    BELOW[_layer] = _LEAVES | {"cluster", "data", "models", "optim", "monitoring", "training"}
 BELOW["cli"] = BELOW["study"] | {"study", "analysis", "doctor"}
 
 OWNERS = {
@@ -51,7 +51,7 @@ OWNERS = {
 _ASKS_WHAT_IS_INSTALLED = {"doctor"}
 
 
-def room_of(path: Path) -> str:
+def layer_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -77,10 +77,10 @@ def ours(path: Path) -> set[str]:
     }
 
 
-def test_a_room_knows_only_rooms_below_it() -> None:
+def test_a_layer_knows_only_layers_below_it() -> None:
     upwards = {}
     for path in FILES:
-        room = room_of(path)
+        room = layer_of(path)
         allowed = {"cli"} if room in ("__init__", "__main__") else BELOW[room] | {room}
         if beyond := ours(path) - allowed:
             upwards[str(path.relative_to(ROOT))] = beyond
@@ -88,19 +88,19 @@ def test_a_room_knows_only_rooms_below_it() -> None:
 
 
 @pytest.mark.parametrize("library", sorted(OWNERS))
-def test_a_library_is_known_to_its_room_alone(library: str) -> None:
-    rooms = {
-        room_of(path)
+def test_a_library_is_known_to_its_layer_alone(library: str) -> None:
+    layers = {
+        layer_of(path)
         for path in FILES
         if any(name == library or name.startswith(f"{library}.") for name in imported(path))
     }
-    assert rooms
-    assert rooms - _ASKS_WHAT_IS_INSTALLED <= OWNERS[library]
+    assert layers
+    assert layers - _ASKS_WHAT_IS_INSTALLED <= OWNERS[library]
 
 
-def test_no_room_stands_outside_of_this_table() -> None:
-    rooms = {room_of(path) for path in FILES} - {"__init__", "__main__"}
-    assert rooms <= set(BELOW)
+def test_no_layer_stands_outside_of_this_table() -> None:
+    layers = {layer_of(path) for path in FILES} - {"__init__", "__main__"}
+    assert layers <= set(BELOW)
 
 
 def test_the_table_has_no_circle() -> None:

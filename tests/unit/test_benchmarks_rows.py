@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import data_preparation, evaluation, kernels, overlap, scaling_efficiency, start_up
 from benchmarks.candidates import Candidate, Missing, from_environment
-from benchmarks.launching import NotMeasuredError, measure, module, on_workers
+from benchmarks.launching import NotMeasuredError, measure, module, on_ranks
 from benchmarks.memory import Memory, memory_in
 from benchmarks.noise_cost import SCALES
 from benchmarks.peers.comparison import SMALL_8192, Peer
@@ -20,10 +20,10 @@ from benchmarks.peers.work import Work
 from benchmarks.plain_evaluation import in_memory, through_loader
 from benchmarks.subject import settings
 from dist_train.cluster.alone import Alone
-from dist_train.cluster.workers import Workers
+from dist_train.cluster.communicator import Communicator
 from dist_train.models import build_model
 from dist_train.training.trainer import Trainer
-from tests.unit.simulated_workers import results
+from tests.unit.simulated_ranks import results
 from tests.unit.small_trainers import build_trainer, small_config, state_bits
 
 
@@ -44,12 +44,12 @@ def test_variables_reach_the_program() -> None:
     assert measure(program, {"A": "b", "OMP_NUM_THREADS": "2"}) == ["b", "2"]
 
 
-def test_workers_are_launched_by_what_carries_them() -> None:
+def test_ranks_are_launched_by_what_carries_them() -> None:
     program = module("a.module", 1, 0.5)
     assert program == [sys.executable, "-m", "a.module", "1", "0.5"]
-    assert on_workers("alone", 1, program) == program
+    assert on_ranks("alone", 1, program) == program
     for controller, launcher in (("mpi", "mpirun"), ("gloo", "horovodrun")):
-        command = on_workers(controller, 3, program)
+        command = on_ranks(controller, 3, program)
         assert command[0].endswith(launcher)
         assert command[1:3] == ["-np", "3"]
         assert command[-5:] == program
@@ -79,16 +79,16 @@ def test_all_readings_of_the_data_give_the_same_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_summing_after_the_backward_pass_gives_the_same_weights(tmp_path: Path, size: int) -> None:
-    def train(workers: Workers, prepare: Callable[[Trainer], None], name: str) -> dict[str, bytes]:
-        trainer = build_trainer(small_config(), tmp_path / name, workers)
+    def train(comm: Communicator, prepare: Callable[[Trainer], None], name: str) -> dict[str, bytes]:
+        trainer = build_trainer(small_config(), tmp_path / name, comm)
         prepare(trainer)
         times = [overlap.times_of(trainer) for _ in range(3)]
         assert all(0 <= each.wait < each.step for each in times)
         trainer.close()
         return state_bits(trainer.network)
 
-    ours = results(size, lambda workers: train(workers, lambda trainer: None, "ours"))
-    theirs = results(size, lambda workers: train(workers, overlap.summed_afterwards, "theirs"))
+    ours = results(size, lambda comm: train(comm, lambda trainer: None, "ours"))
+    theirs = results(size, lambda comm: train(comm, overlap.summed_afterwards, "theirs"))
     assert ours == theirs
 
 
@@ -124,12 +124,12 @@ def test_a_candidate_that_is_not_installed_is_told_of() -> None:
     assert "libtcmalloc" in bare["tcmalloc"].reason if isinstance(bare["tcmalloc"], Missing) else False
     whole = {entry.name: entry for entry in from_environment(lambda name: f"lib{name}.so.1")}
     assert whole["jemalloc"] == Candidate("jemalloc", {"LD_PRELOAD": "libjemalloc.so.1"})
-    assert {entry.workers for entry in whole.values() if isinstance(entry, Candidate)} == {1, 2}
+    assert {entry.ranks for entry in whole.values() if isinstance(entry, Candidate)} == {1, 2}
 
 
-def test_efficiency_is_against_the_same_share_on_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_efficiency_is_against_the_same_share_on_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     def seconds(peer: Peer, work: Work) -> float:
-        return work.batch / work.workers * (1.1 if work.workers > 1 else 1.0)
+        return work.batch / work.ranks * (1.1 if work.ranks > 1 else 1.0)
 
     monkeypatch.setattr(scaling_efficiency, "seconds_of", seconds)
     strong, weak, run_on_all_ranks = scaling_efficiency.efficiency_rows(SMALL_8192, 2)

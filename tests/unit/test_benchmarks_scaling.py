@@ -35,7 +35,7 @@ from benchmarks.scaling_model import (
     allreduce_seconds,
     communication,
     efficiency,
-    idle_workers,
+    idle_ranks,
     messages,
     micro_batches_of_busiest,
     slowest_of,
@@ -84,30 +84,30 @@ def test_a_trees_latency_grows_with_the_logarithm_of_the_nodes() -> None:
 
 
 @given(networks, sizes)
-def test_one_worker_sends_nothing(network: Network, size: int) -> None:
+def test_one_rank_sends_nothing(network: Network, size: int) -> None:
     assert allreduce_seconds(network, 1, size) == 0.0
     assert agreement_seconds(_HOROVOD, 1) == 0.0
-    assert communication([Message(size, 1.0)], backward=1.0, network=network, horovod=_HOROVOD, workers=1) == (0, 0)
+    assert communication([Message(size, 1.0)], backward=1.0, network=network, horovod=_HOROVOD, ranks=1) == (0, 0)
 
 
 @given(networks, counts, sizes, sizes)
-def test_a_larger_sum_never_takes_less(network: Network, workers: int, size: int, more: int) -> None:
-    assert allreduce_seconds(network, workers, size) <= allreduce_seconds(network, workers, size + more)
+def test_a_larger_sum_never_takes_less(network: Network, ranks: int, size: int, more: int) -> None:
+    assert allreduce_seconds(network, ranks, size) <= allreduce_seconds(network, ranks, size + more)
 
 
 @given(networks, counts, st.integers(1 << 20, 1 << 30))
-def test_no_algorithm_beats_the_link_that_all_must_cross(network: Network, workers: int, size: int) -> None:
-    nodes = math.ceil(workers / network.node_size)
+def test_no_algorithm_beats_the_link_that_all_must_cross(network: Network, ranks: int, size: int) -> None:
+    nodes = math.ceil(ranks / network.node_size)
     if nodes > 1:
         least = 2 * (nodes - 1) / nodes * size / network.between.bandwidth
-        assert allreduce_seconds(network, workers, size) >= least * (1 - 1e-9)
+        assert allreduce_seconds(network, ranks, size) >= least * (1 - 1e-9)
 
 
 @given(counts, sizes, st.integers(1, 16))
-def test_the_fastest_is_no_slower_than_ring_and_tree(workers: int, size: int, node_size: int) -> None:
+def test_the_fastest_is_no_slower_than_ring_and_tree(ranks: int, size: int, node_size: int) -> None:
     def seconds(algorithm: Algorithm) -> float:
         network = Network(_WITHIN, _BETWEEN, node_size)
-        return allreduce_seconds(replace(network, algorithm=algorithm), workers, size)
+        return allreduce_seconds(replace(network, algorithm=algorithm), ranks, size)
 
     assert seconds("fastest") == min(seconds("ring"), seconds("tree"))
 
@@ -138,11 +138,11 @@ def test_the_tally_travels_with_integers_and_apart_from_floats() -> None:
 
 
 @given(st.integers(1, 10_000), st.integers(1, 10_000), st.integers(1, 300))
-def test_shares_are_those_of_the_batch_plan(global_size: int, micro_size: int, workers: int) -> None:
+def test_shares_are_those_of_the_batch_plan(global_size: int, micro_size: int, ranks: int) -> None:
     job, plan = replace(_JOB, global_size=global_size, micro_size=micro_size), BatchPlan(global_size, micro_size)
-    shares = [len(plan.share(rank, workers)) for rank in range(workers)]
-    assert micro_batches_of_busiest(job, workers) == max(shares)
-    assert idle_workers(job, workers) == shares.count(0)
+    shares = [len(plan.share(rank, ranks)) for rank in range(ranks)]
+    assert micro_batches_of_busiest(job, ranks) == max(shares)
+    assert idle_ranks(job, ranks) == shares.count(0)
 
 
 def test_the_slowest_of_one_is_no_slower_than_the_mean() -> None:
@@ -154,7 +154,7 @@ def test_the_slowest_of_one_is_no_slower_than_the_mean() -> None:
 def test_a_long_backward_pass_hides_all_but_the_last_sum() -> None:
     network = Network(_WITHIN, _BETWEEN, 1, "ring")
     sums = [Message(1_000_000, 0.1), Message(1_000_000, 0.5), Message(500, 1.0)]
-    exposed, hidden = communication(sums, backward=10.0, network=network, horovod=_HOROVOD, workers=4)
+    exposed, hidden = communication(sums, backward=10.0, network=network, horovod=_HOROVOD, ranks=4)
     assert exposed == pytest.approx(agreement_seconds(_HOROVOD, 4) + allreduce_seconds(network, 4, 500))
     assert hidden == pytest.approx(2 * allreduce_seconds(network, 4, 1_000_000))
 
@@ -162,13 +162,13 @@ def test_a_long_backward_pass_hides_all_but_the_last_sum() -> None:
 def test_without_a_backward_pass_nothing_is_hidden() -> None:
     network = Network(_WITHIN, _BETWEEN, 1, "ring")
     sums = [Message(1_000_000, 0.1), Message(2_000_000, 1.0)]
-    exposed, hidden = communication(sums, backward=0.0, network=network, horovod=_HOROVOD, workers=4)
+    exposed, hidden = communication(sums, backward=0.0, network=network, horovod=_HOROVOD, ranks=4)
     whole = sum(allreduce_seconds(network, 4, message.size) for message in sums)
     assert exposed == pytest.approx(agreement_seconds(_HOROVOD, 4) + whole)
     assert hidden == 0.0
 
 
-def test_one_workers_update_is_its_compute_and_nothing_else() -> None:
+def test_one_ranks_update_is_its_compute_and_nothing_else() -> None:
     seconds = step_seconds(_JOB, _COMPUTE, Network(_WITHIN, _BETWEEN, 4), _HOROVOD, 1)
     assert seconds.total == pytest.approx(8192 / 20_000 + 1e-3)
     assert (seconds.waiting, seconds.exposed, seconds.hidden) == (0.0, 0.0, 0.0)
@@ -176,24 +176,24 @@ def test_one_workers_update_is_its_compute_and_nothing_else() -> None:
 
 @settings(max_examples=60)
 @given(networks, counts)
-def test_scaling_is_never_better_than_perfect(network: Network, workers: int) -> None:
-    assert 0 < efficiency(_JOB, _COMPUTE, network, _HOROVOD, workers) <= 1 + 1e-9
-    assert 0 < weak_efficiency(_JOB, _COMPUTE, network, _HOROVOD, workers) <= 1 + 1e-9
+def test_scaling_is_never_better_than_perfect(network: Network, ranks: int) -> None:
+    assert 0 < efficiency(_JOB, _COMPUTE, network, _HOROVOD, ranks) <= 1 + 1e-9
+    assert 0 < weak_efficiency(_JOB, _COMPUTE, network, _HOROVOD, ranks) <= 1 + 1e-9
 
 
 @settings(max_examples=60)
 @given(networks, counts, st.floats(1.0, 100.0))
-def test_more_bandwidth_never_makes_an_update_slower(network: Network, workers: int, factor: float) -> None:
+def test_more_bandwidth_never_makes_an_update_slower(network: Network, ranks: int, factor: float) -> None:
     faster = replace(network, between=Link(_BETWEEN.latency, _BETWEEN.bandwidth * factor))
-    before = step_seconds(_JOB, _COMPUTE, network, _HOROVOD, workers).total
-    assert step_seconds(_JOB, _COMPUTE, faster, _HOROVOD, workers).total <= before + 1e-12
+    before = step_seconds(_JOB, _COMPUTE, network, _HOROVOD, ranks).total
+    assert step_seconds(_JOB, _COMPUTE, faster, _HOROVOD, ranks).total <= before + 1e-12
 
 
 @settings(max_examples=60)
 @given(networks, counts)
-def test_floats_are_no_slower_than_integers(network: Network, workers: int) -> None:
-    exact = step_seconds(_JOB, _COMPUTE, network, _HOROVOD, workers).total
-    floating = step_seconds(replace(_JOB, weight_bytes=4), _COMPUTE, network, _HOROVOD, workers).total
+def test_floats_are_no_slower_than_integers(network: Network, ranks: int) -> None:
+    exact = step_seconds(_JOB, _COMPUTE, network, _HOROVOD, ranks).total
+    floating = step_seconds(replace(_JOB, weight_bytes=4), _COMPUTE, network, _HOROVOD, ranks).total
     assert floating <= exact + 1e-12
 
 
@@ -232,16 +232,16 @@ _MACHINES = {
 def _made_up() -> Measurements:
     """Return what a machine that is exactly as the model says would measure."""
     sums = tuple(
-        Allreduce(controller, workers, length, "known", machine.sum_seconds(workers, 8 * length), 0.0)
+        Allreduce(controller, ranks, length, "known", machine.sum_seconds(ranks, 8 * length), 0.0)
         for controller, machine in _MACHINES.items()
-        for workers in (2, 4, 8)
+        for ranks in (2, 4, 8)
         for length in (1, 100_000, 3_000_000, 10_000_000)
     )
     pace = Pace(sample=0.002, fixed=0.01)
     steps = tuple(
-        Step(controller, workers, 0.25, size, step_on(machine, pace, Job(_LAYERS, size, MICRO_SIZE), workers), 0.0)
+        Step(controller, ranks, 0.25, size, step_on(machine, pace, Job(_LAYERS, size, MICRO_SIZE), ranks), 0.0)
         for controller, machine in _MACHINES.items()
-        for workers in (1, 2, 4)
+        for ranks in (1, 2, 4)
         for size in (256, 1024)
     )
     return Measurements("made up", "today", 2, (), sums, steps)
@@ -252,18 +252,18 @@ def test_the_fit_finds_the_machine_that_made_the_figures(controller: str) -> Non
     machine, residuals = fit_machine(_made_up(), controller)
     assert machine.link.bandwidth == pytest.approx(_MACHINES[controller].link.bandwidth, rel=0.01)
     assert [residual.ratio for residual in residuals] == pytest.approx([1.0] * len(residuals), rel=0.02)
-    assert {residual.workers for residual in residuals if not residual.is_fitted} == {8}
+    assert {residual.ranks for residual in residuals if not residual.is_fitted} == {8}
 
 
-def test_the_fit_finds_the_pace_of_the_workers() -> None:
+def test_the_fit_finds_the_pace_of_the_ranks() -> None:
     pace, residuals = fit_pace(_made_up(), _MACHINES, 0.25, _LAYERS)
     assert (pace.sample, pace.fixed) == pytest.approx((0.002, 0.01), rel=0.01)
     assert [residual.ratio for residual in residuals] == pytest.approx([1.0] * len(residuals), rel=0.01)
 
 
-def test_workers_beyond_the_cores_share_them() -> None:
+def test_ranks_beyond_the_cores_share_them() -> None:
     machine = _MACHINES["mpi"]
-    assert [machine.slowdown(workers) for workers in (1, 2, 4)] == [1.0, 1.0, 2.0]
+    assert [machine.slowdown(ranks) for ranks in (1, 2, 4)] == [1.0, 1.0, 2.0]
     assert machine.work_seconds(4, 1e9) > 2 * machine.work_seconds(2, 1e9)
 
 
@@ -274,11 +274,11 @@ def test_what_is_recorded_can_be_read_and_fitted() -> None:
     assert len(fits.steps) == len(measurements.steps)
 
 
-def test_no_worker_idles_with_smaller_micro_batches() -> None:
+def test_no_rank_idles_with_smaller_micro_batches() -> None:
     job = Job(vgg9(), 8192, 128)
-    assert idle_workers(job, 1024) == 960
+    assert idle_ranks(job, 1024) == 960
     assert busy_job(job, 1024).micro_size == 8
-    assert idle_workers(busy_job(job, 1024), 1024) == 0
+    assert idle_ranks(busy_job(job, 1024), 1024) == 0
     assert busy_job(job, 8) == job
 
 
@@ -286,7 +286,7 @@ def test_a_knob_that_changes_nothing_has_factor_one() -> None:
     cluster = Cluster(_COMPUTE, Network(_WITHIN, _BETWEEN, 8), _HOROVOD)
     job = Job(vgg9(), 8192, 128)
     factors = {knob.setting: knob.factors for knob in knobs(job, cluster)}
-    assert factors["batch.micro_size 128, workers idle"][:2] == (1.0, 1.0)
+    assert factors["batch.micro_size 128, ranks idle"][:2] == (1.0, 1.0)
     assert factors["HOROVOD_CYCLE_TIME 5"][1] > 1.0
     assert factors["comm.reduction float"][1] < 1.0
     assert forecast(job, cluster, 1).efficiency == pytest.approx(1.0)

@@ -62,7 +62,7 @@ def test_between_two_checkpoints_and_into_another_folder(
         (["plane", "RUN", "--trajectory"], "a trajectory needs three or more"),
     ],
 )
-def test_bad_input_ends_with_2_and_the_cure(
+def test_bad_input_ends_with_2_and_the_fix(
     trained_run: Path, words: list[str], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["landscape", *(str(trained_run) if word == "RUN" else word for word in words)]) == 2

@@ -48,15 +48,15 @@ def test_a_dry_run_prints_the_script_and_submits_nothing(
     assert main([*arguments, *late]) == ExitCode.FINISHED
     printed = capsys.readouterr()
     assert printed.out.replace(str(tmp_path), "FOLDER").replace(str(project_root()), "ROOT") == SCRIPT
-    assert "32 workers x 2 micro-batches a step" in printed.err
+    assert "32 ranks x 2 micro-batches a step" in printed.err
     assert sorted(tmp_path.iterdir()) == [config]
 
 
 def test_without_a_word_on_resources_it_asks_for_whole_nodes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["submit", str(config), "--workers-per-node", "2", "--dry-run"]) == ExitCode.FINISHED
+    assert main(["submit", str(config), "--ranks-per-node", "2", "--dry-run"]) == ExitCode.FINISHED
     script = capsys.readouterr().out
     assert "#SBATCH --exclusive\n#SBATCH --mem=0\n" in script
-    assert "export WORKERS_PER_NODE=2\n" in script
+    assert "export RANKS_PER_NODE=2\n" in script
 
 
 def test_a_bad_configuration_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,7 +66,7 @@ def test_a_bad_configuration_is_refused(config: Path, capsys: pytest.CaptureFixt
     assert "noise.amplitud: unknown key" in printed.err
 
 
-@pytest.mark.parametrize("option", [["--nodes", "0"], ["--nodes", "4-2"], ["--workers-per-node", "none"]])
+@pytest.mark.parametrize("option", [["--nodes", "0"], ["--nodes", "4-2"], ["--ranks-per-node", "none"]])
 def test_bad_options_are_refused(config: Path, option: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["submit", str(config), *option])
@@ -74,19 +74,19 @@ def test_bad_options_are_refused(config: Path, option: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "workers", "lines"),
+    ("settings", "ranks", "lines"),
     [
         (
             ("batch.micro_size=128",),
             4,
-            ("global batch 8,192 = 64 micro-batches of 128", "4 workers x 16 micro-batches a step"),
+            ("global batch 8,192 = 64 micro-batches of 128", "4 ranks x 16 micro-batches a step"),
         ),
         (
             ("batch.micro_size=1000",),
             4,
             (
                 "global batch 8,192 = 9 micro-batches of 1,000, the last of 192",
-                "4 workers x 2 or 3 micro-batches a step",
+                "4 ranks x 2 or 3 micro-batches a step",
             ),
         ),
         (
@@ -94,26 +94,26 @@ def test_bad_options_are_refused(config: Path, option: list[str]) -> None:
             3,
             (
                 "global batch 8,192 = 2 micro-batches of 4,096",
-                "3 workers x 0 or 1 micro-batches a step; 1 workers have nothing to do",
+                "3 ranks x 0 or 1 micro-batches a step; 1 ranks have nothing to do",
             ),
         ),
         (
             ("batch.micro_size=auto",),
             4,
             (
-                "global batch 8,192 = 4 workers x micro-batches of a worker x samples of a micro-batch",
+                "global batch 8,192 = 4 ranks x micro-batches of a rank x samples of a micro-batch",
                 "micro-batch    decided on the node when the run begins, then kept: the largest that fits its memory, "
-                "at most a worker's even share",
+                "at most a rank's even share",
             ),
         ),
         (
             ("batch.micro_size=auto",),
             None,
             (
-                "global batch 8,192 = workers x micro-batches of a worker x samples of a micro-batch",
+                "global batch 8,192 = ranks x micro-batches of a rank x samples of a micro-batch",
                 "micro-batch    decided on the node when the run begins, then kept: the largest that fits its memory, "
-                "at most a worker's even share",
-                "dealt out to one worker for each GPU of the nodes (without GPUs: one a node)",
+                "at most a rank's even share",
+                "dealt out to one rank for each GPU of the nodes (without GPUs: one a node)",
             ),
         ),
         (
@@ -121,17 +121,17 @@ def test_bad_options_are_refused(config: Path, option: list[str]) -> None:
             None,
             (
                 "global batch 8,192 = 64 micro-batches of 128",
-                "dealt out to one worker for each GPU of the nodes (without GPUs: one a node)",
+                "dealt out to one rank for each GPU of the nodes (without GPUs: one a node)",
             ),
         ),
     ],
 )
 def test_the_plan_says_who_computes_what(
-    config: Path, settings: tuple[str, ...], workers: int | None, lines: tuple[str, ...]
+    config: Path, settings: tuple[str, ...], ranks: int | None, lines: tuple[str, ...]
 ) -> None:
-    assert describe_batch(load_config(config, settings), workers) == lines
+    assert describe_batch(load_config(config, settings), ranks) == lines
 
 
-def test_more_workers_than_can_share_a_micro_batch_are_refused(config: Path) -> None:
-    with pytest.raises(UsageError, match="start fewer workers"):
+def test_more_ranks_than_can_share_a_micro_batch_are_refused(config: Path) -> None:
+    with pytest.raises(UsageError, match="start fewer ranks"):
         describe_batch(load_config(config, ("model.norm=sync",)), 200)

@@ -1,4 +1,4 @@
-"""`dist-train train`: what a worker that dies leaves on its standard error."""
+"""`dist-train train`: what a rank that dies leaves on its standard error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ main(["train", *sys.argv[1:]])
 """
 
 
-def test_a_worker_that_a_fault_of_memory_kills_says_where_it_was(tmp_path: Path) -> None:
+def test_a_rank_that_a_fault_of_memory_kills_says_where_it_was(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _SCRIPT, write_config(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=Path(__file__).parents[2])
     assert ended.returncode == -signal.SIGSEGV

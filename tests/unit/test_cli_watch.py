@@ -65,7 +65,7 @@ class Watching:
 
 @pytest.fixture
 def watching(tmp_path: Path) -> Iterator[tuple[StatusFile, Watching]]:
-    """A run that goes on, and the command that watches it."""
+    """A run that continues, and the command that watches it."""
     status = StatusFile(tmp_path / "status.json", 1)
     status.change("running", step=3, total_steps=10)
     controlling, terminal = pty.openpty()
@@ -119,7 +119,7 @@ def test_what_it_shows_of_a_real_run_are_its_numbers(
     assert main(["watch", str(run), "--once"]) == ExitCode.FINISHED
     told = capsys.readouterr().out
     assert "\x1b" not in told
-    for fact in ("tiny  finished", "epoch 2 of 2", "step 6/6", "synthetic, batch 26, 1 worker", "noise smoothout 0.02"):
+    for fact in ("tiny  finished", "epoch 2 of 2", "step 6/6", "synthetic, batch 26, 1 rank", "noise smoothout 0.02"):
         assert fact in told, fact
     assert "learning rate" in told
     assert "accuracy  batch" in told

@@ -7,7 +7,7 @@ from itertools import accumulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.cluster.attendance import Attendance, Peer, loss_message, name_workers, overstay_message
+from dist_train.cluster.attendance import Attendance, Peer, loss_message, name_ranks, overstay_message
 
 TIMEOUT, BEAT = 60.0, 5.0
 PLACES = {rank: Peer(f"node{rank // 2}", str(4240 + rank)) for rank in range(40)}
@@ -36,7 +36,7 @@ def test_nobody_is_named_who_was_heard_within_the_timeout(looks: list[float], si
 
 @settings(deadline=None, max_examples=50)
 @given(last=st.floats(0.0, 100.0), pace=st.floats(0.2, BEAT))
-def test_a_silent_worker_is_named_within_the_timeout_and_a_beat(last: float, pace: float) -> None:
+def test_a_silent_rank_is_named_within_the_timeout_and_a_beat(last: float, pace: float) -> None:
     watched, now = attendance(1, 2), 0.0
     while True:
         now += pace
@@ -63,7 +63,7 @@ def test_a_watcher_that_slept_gives_everybody_the_whole_timeout_anew(sleep: floa
     assert watched.overstayed(woken + TIMEOUT) == 2
 
 
-def test_all_workers_of_a_dead_node_are_named_together() -> None:
+def test_all_ranks_of_a_dead_node_are_named_together() -> None:
     watched = attendance(1, 2, 3)
     for now in range(5, 60, 5):
         watched.hear(3, now)
@@ -99,13 +99,13 @@ def test_a_roll_call_finds_those_who_have_said_nothing_since() -> None:
     assert watched.unheard_since(4.0) == [1]
 
 
-def test_messages_name_workers_node_and_process_and_the_cure() -> None:
-    cure = "the run ends; start the same command again to go on from the last checkpoint"
-    assert loss_message([3], PLACES, 60.0) == f"worker 3 (node1, process 4243) has not answered for 60 s; {cure}"
+def test_messages_name_ranks_node_and_process_and_the_fix() -> None:
+    fix = "the run ends; start the same command again to resume from the last checkpoint"
+    assert loss_message([3], PLACES, 60.0) == f"rank 3 (node1, process 4243) has not answered for 60 s; {fix}"
     assert loss_message([2, 3], PLACES, 4.5) == (
-        f"workers 2 (node1, process 4242), 3 (node1, process 4243) have not answered for 4.5 s; {cure}"
+        f"ranks 2 (node1, process 4242), 3 (node1, process 4243) have not answered for 4.5 s; {fix}"
     )
     assert overstay_message(1, PLACES, 60.0) == (
-        f"worker 1 (node0, process 4241) has failed, and the others have not ended within 60 s; {cure}"
+        f"rank 1 (node0, process 4241) has failed, and the others have not ended within 60 s; {fix}"
     )
-    assert name_workers(list(range(40)), PLACES).endswith("7 (node3, process 4247) and 32 more")
+    assert name_ranks(list(range(40)), PLACES).endswith("7 (node3, process 4247) and 32 more")

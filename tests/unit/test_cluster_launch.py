@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from dist_train.cluster import horovod_workers, joining
+from dist_train.cluster import horovod, joining
 from dist_train.cluster.alone import Alone
 from dist_train.cluster.launch import Launch, current_launch, read_launch
 from dist_train.outcome import UsageError
@@ -39,7 +39,7 @@ def test_each_launcher_is_known_by_its_variables(environment: dict[str, str], la
 
 @pytest.mark.parametrize("name", ["HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"])
 @pytest.mark.parametrize("value", ["gloo", "GLOO"])
-def test_gloo_under_mpirun_is_refused_with_the_cure(name: str, value: str) -> None:
+def test_gloo_under_mpirun_is_refused_with_the_fix(name: str, value: str) -> None:
     with pytest.raises(UsageError, match=f"{name}=gloo does not work under mpirun: unset it"):
         read_launch({**MPIRUN, name: value})
     assert read_launch({**HOROVODRUN, name: value}).launcher == "horovodrun"
@@ -50,9 +50,9 @@ def test_a_single_process_is_alone_without_horovod(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
 ) -> None:
     monkeypatch.setattr(joining, "current_launch", lambda: read_launch(environment))
-    workers = joining.join_workers(timeout=1.0, device_type="cpu")
-    assert isinstance(workers, Alone)
-    assert (workers.rank, workers.size, workers.controller) == (0, 1, "alone")
+    comm = joining.join_ranks(timeout=1.0, device_type="cpu")
+    assert isinstance(comm, Alone)
+    assert (comm.rank, comm.size, comm.controller) == (0, 1, "alone")
 
 
 def test_the_process_s_own_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,17 +61,17 @@ def test_the_process_s_own_environment_is_read(monkeypatch: pytest.MonkeyPatch) 
     assert current_launch() == Launch("mpirun", 5, 4)
 
 
-def test_workers_that_do_not_meet_are_not_waited_for(
+def test_ranks_that_do_not_meet_are_not_waited_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(joining, "current_launch", lambda: Launch("mpirun", 3, 0))
     ended = threading.Event()
     with joining.meeting_within(0.05, ended.set):
         assert ended.wait(30)
-    assert "the 3 workers have not all met within 0.05 s" in capsys.readouterr().err
+    assert "the 3 ranks have not all met within 0.05 s" in capsys.readouterr().err
 
 
-def test_workers_that_have_met_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_have_met_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joining, "current_launch", lambda: Launch("mpirun", 3, 0))
     ended = threading.Event()
     with joining.meeting_within(0.2, ended.set):
@@ -88,9 +88,9 @@ def test_horovod_takes_turns_at_the_device_s_pace_and_copies_integers_whole(
 ) -> None:
     environment: dict[str, str] = {"HOROVOD_BATCH_D2D_MEMCOPIES": "1"}
     monkeypatch.setattr(os, "environ", environment)
-    horovod_workers.set_environment(60.0, device, launcher)
+    horovod.set_environment(60.0, device, launcher)
     assert environment["HOROVOD_CYCLE_TIME"] == milliseconds
     assert environment["HOROVOD_BATCH_D2D_MEMCOPIES"] == "0"
     environment["HOROVOD_CYCLE_TIME"] = "0.5"
-    horovod_workers.set_environment(60.0, device, launcher)
+    horovod.set_environment(60.0, device, launcher)
     assert environment["HOROVOD_CYCLE_TIME"] == "0.5"

@@ -1,4 +1,4 @@
-"""Points shared out over workers."""
+"""Points shared out over ranks."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def test_alone_no_mpi_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_ID", "HOROVOD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    workers = join_points()
-    assert isinstance(workers, AlonePoints)
-    assert workers.share("a") == "a"
-    assert workers.collect(["a", "b"]) == ["a", "b"]
-    assert workers.run_on_all_ranks(lambda: 3, "count") == 3
+    ranks = join_points()
+    assert isinstance(ranks, AlonePoints)
+    assert ranks.share("a") == "a"
+    assert ranks.collect(["a", "b"]) == ["a", "b"]
+    assert ranks.run_on_all_ranks(lambda: 3, "count") == 3
 
 
-def test_gloo_is_refused_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gloo_is_refused_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMPI_COMM_WORLD_SIZE", raising=False)
     monkeypatch.setenv("HOROVOD_SIZE", "2")
     monkeypatch.setenv("HOROVOD_RANK", "0")

@@ -18,7 +18,7 @@ def parse(settings: dict[str, Any]) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("settings", "path", "reason", "cure"),
+    ("settings", "path", "reason", "fix"),
     [
         (
             {"precision": {"compute": "float16"}, "run": {"device": "cpu"}},
@@ -87,15 +87,15 @@ def parse(settings: dict[str, Any]) -> Config:
             {"run": {"epochs": 4}, "schedule": {"warmup_epochs": 4}},
         ),
         (
-            {"noise": {"method": "langevin", "sharing": "worker"}},
+            {"noise": {"method": "langevin", "sharing": "rank"}},
             "noise.sharing",
-            "which all workers share; set noise.sharing to global",
+            "which all ranks share; set noise.sharing to global",
             {"noise": {"method": "langevin", "sharing": "global", "scale": "filter", "distribution": "normal"}},
         ),
         (
             {"noise": {"method": "langevin", "sharing": "micro_batch"}},
             "noise.sharing",
-            "which all workers share; set noise.sharing to global",
+            "which all ranks share; set noise.sharing to global",
             {"noise": {"method": "langevin"}},
         ),
         (
@@ -121,14 +121,14 @@ def parse(settings: dict[str, Any]) -> Config:
         ),
     ],
 )
-def test_what_does_not_go_together_is_refused_with_a_cure(
-    settings: dict[str, Any], path: str, reason: str, cure: dict[str, Any]
+def test_what_does_not_go_together_is_refused_with_a_fix(
+    settings: dict[str, Any], path: str, reason: str, fix: dict[str, Any]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(settings)
     assert [problem.path for problem in caught.value.problems] == [path]
     assert reason in str(caught.value)
-    parse(cure)
+    parse(fix)
 
 
 @pytest.mark.parametrize(

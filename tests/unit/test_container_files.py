@@ -46,7 +46,7 @@ def test_apptainer_takes_the_image_that_the_dockerfile_makes() -> None:
     assert re.findall(r"^%(\w+)", DEFINITION, flags=re.MULTILINE) == ["test", "help"]
 
 
-def test_compose_trains_with_two_workers_where_prometheus_looks() -> None:
+def test_compose_trains_with_two_ranks_where_prometheus_looks() -> None:
     services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
     train = services["train"]
     assert train["profiles"] == ["train"]

@@ -26,12 +26,12 @@ SHIPPED = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in s
 SCHEMA = json.loads((ROOT / "tests" / "services" / "grafana_dashboard.schema.json").read_text(encoding="utf-8"))
 CHECK = jsonschema.Draft7Validator(SCHEMA)
 
-OF_ONE_WORKER = {
+OF_ONE_RANK = {
     "dist_train_resident_memory_bytes",
     "dist_train_device_memory_bytes",
     "dist_train_device_utilization_ratio",
 }
-"""Shown for all workers at once by the metrics `dist_train_worker_...`."""
+"""Shown for all ranks at once by the metrics `dist_train_rank_...`."""
 
 dashboard = pytest.mark.parametrize("name", sorted(SHIPPED))
 
@@ -72,7 +72,7 @@ def test_every_metric_is_on_a_dashboard() -> None:
     while behind := {metric for name in shown & set(recorded) for metric in recorded[name]} - shown:
         shown |= behind
     plain = {re.sub("_(bucket|sum|count)$", "", metric) for metric in shown}
-    assert {metric.name for metric in METRICS} - plain == OF_ONE_WORKER
+    assert {metric.name for metric in METRICS} - plain == OF_ONE_RANK
 
 
 @dashboard

@@ -56,7 +56,7 @@ def test_reading_an_archive_writes_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [CIFAR10.file]
 
 
-def test_missing_files_are_named_with_every_cure(tmp_path: Path) -> None:
+def test_missing_files_are_named_with_every_fix(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as raised:
         cifar.find(CIFAR10, tmp_path, "train")
     for part in ("cifar-10-python.tar.gz", "cifar-10-batches-py", "data.download=true", f"into {tmp_path}"):
@@ -93,7 +93,7 @@ ROWS = np.zeros((2, 3072), dtype=np.uint8)
     ],
 )
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_damaged_batch_is_named_with_what_is_wrong_and_the_cure(
+def test_a_damaged_batch_is_named_with_what_is_wrong_and_the_fix(
     tmp_path: Path, record: dict[str, object], reason: str, packed: bool
 ) -> None:
     members = {"test_batch": python2_pickle(record)}

@@ -16,7 +16,7 @@ from dist_train.outcome import UsageError
 from tests.archives import idx_bytes, random_set, write_fashion_mnist
 
 FUZZ = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
-CURE = r"apt-get install dataset-fashion-mnist.*docker/fashion_mnist\.sh"
+FIX = r"apt-get install dataset-fashion-mnist.*docker/fashion_mnist\.sh"
 
 
 def read(root: Path, split: Split = "train") -> ImageSet:
@@ -47,7 +47,7 @@ def test_without_a_root_the_cache_folder_is_searched_after_debians(
 def test_a_missing_file_is_named_with_the_places_and_the_commands(tmp_path: Path) -> None:
     write_fashion_mnist(tmp_path)
     (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(UsageError, match=rf"train-labels-idx1-ubyte\[\.gz\] not found in {tmp_path}\. .*{CURE}"):
+    with pytest.raises(UsageError, match=rf"train-labels-idx1-ubyte\[\.gz\] not found in {tmp_path}\. .*{FIX}"):
         fashion_mnist.find(tmp_path, "train")
 
 
@@ -79,13 +79,13 @@ def header(count: int, height: int = 28, width: int = 28, magic: int = 0x803) ->
     ],
 )
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_damaged_file_is_named_with_what_is_wrong_and_the_cure(
+def test_a_damaged_file_is_named_with_what_is_wrong_and_the_fix(
     tmp_path: Path, content: bytes, reason: str, packed: bool
 ) -> None:
     write_fashion_mnist(tmp_path, packed=packed)
     path = fashion_mnist.find(tmp_path, "train")[0]
     path.write_bytes(gzip.compress(content) if packed else content)
-    with pytest.raises(UsageError, match=rf"{path} is damaged: .*{reason}.*{CURE}"):
+    with pytest.raises(UsageError, match=rf"{path} is damaged: .*{reason}.*{FIX}"):
         read(tmp_path)
 
 

@@ -35,7 +35,7 @@ def test_statistics_are_those_of_the_pixels(count: int) -> None:
     assert statistics.deviation == pytest.approx(exact.std(1, correction=0).tolist(), rel=1e-9)
 
 
-def test_statistics_do_not_depend_on_the_order_of_the_images_to_the_bit() -> None:
+def test_statistics_do_not_depend_on_the_order_of_the_images_bit_identically() -> None:
     images = torch.randint(0, 256, (9000, 2, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     assert channel_statistics(images) == channel_statistics(images.flip(0))
 

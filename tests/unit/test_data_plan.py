@@ -1,4 +1,4 @@
-"""Promise 1: the batch is global, whatever the number of workers."""
+"""Promise 1: the batch is global, whatever the number of ranks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dist_train.data.plan import BatchPlan, MicroBatch
 from dist_train.outcome import UsageError
 
 PLANS = st.builds(BatchPlan, st.integers(1, 2000), st.integers(1, 2500))
-WORKERS = st.integers(1, 70)
+RANKS = st.integers(1, 70)
 
 
 @settings(deadline=None, max_examples=100)
-@given(PLANS, WORKERS)
+@given(PLANS, RANKS)
 def test_promise_1_every_sample_of_the_global_batch_is_computed_exactly_once(plan: BatchPlan, size: int) -> None:
     held = chain.from_iterable(plan.share(rank, size) for rank in range(size))
     samples = sorted(chain.from_iterable(range(part.start, part.stop) for part in held))
@@ -24,15 +24,15 @@ def test_promise_1_every_sample_of_the_global_batch_is_computed_exactly_once(pla
 
 
 @settings(deadline=None, max_examples=100)
-@given(PLANS, WORKERS)
+@given(PLANS, RANKS)
 def test_promise_1_nobody_holds_more_than_one_micro_batch_above_another(plan: BatchPlan, size: int) -> None:
     loads = [len(plan.share(rank, size)) for rank in range(size)]
     assert max(loads) - min(loads) <= 1
 
 
 @settings(deadline=None, max_examples=100)
-@given(PLANS, WORKERS)
-def test_promise_1_the_cut_does_not_depend_on_the_number_of_workers(plan: BatchPlan, size: int) -> None:
+@given(PLANS, RANKS)
+def test_promise_1_the_cut_does_not_depend_on_the_number_of_ranks(plan: BatchPlan, size: int) -> None:
     held = chain.from_iterable(plan.share(rank, size) for rank in range(size))
     assert tuple(sorted(held, key=lambda part: part.index)) == plan.micro_batches
 
@@ -53,7 +53,7 @@ def test_a_share_is_dealt_round_robin() -> None:
     assert plan.share(2, 3) == (MicroBatch(2, 6, 9),)
 
 
-def test_more_workers_than_micro_batches_leaves_some_without_work() -> None:
+def test_more_ranks_than_micro_batches_leaves_some_without_work() -> None:
     assert [len(BatchPlan(8, 4).share(rank, 5)) for rank in range(5)] == [1, 1, 0, 0, 0]
 
 
@@ -62,14 +62,14 @@ def test_what_is_left_of_an_epoch_after_its_last_whole_batch_is_left_out() -> No
     assert BatchPlan(60000, 256).steps_per_epoch(60000) == 1
 
 
-def test_promise_1_fewer_samples_than_one_batch_are_refused_with_both_numbers_and_the_cure() -> None:
+def test_promise_1_fewer_samples_than_one_batch_are_refused_with_both_numbers_and_the_fix() -> None:
     with pytest.raises(UsageError, match=r"100 training samples .* batch of 128: set batch\.global_size"):
         BatchPlan(128, 32).steps_per_epoch(100)
 
 
 @settings(deadline=None, max_examples=100)
 @given(PLANS, st.integers(1, 9))
-def test_slices_cut_every_micro_batch_evenly_over_all_workers_in_order(plan: BatchPlan, size: int) -> None:
+def test_slices_cut_every_micro_batch_evenly_over_all_ranks_in_order(plan: BatchPlan, size: int) -> None:
     if plan.micro_batches[-1].size < size:
         with pytest.raises(UsageError, match=r"set batch\.micro_size"):
             plan.slices(0, size)

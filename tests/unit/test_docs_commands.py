@@ -1,6 +1,6 @@
 """The commands in README and docs: those that are too long to run are at least ones that the programs take.
 
-`tests/workers/test_documented_commands.py` runs those of the pages on the daily work.
+`tests/ranks/test_documented_commands.py` runs those of the pages on the daily work.
 """
 
 from __future__ import annotations

@@ -72,15 +72,15 @@ def test_missing_data_are_no_fault_where_no_configuration_names_them() -> None:
     checks = doctor.check_known_data(Config())
     assert len(checks) == 3
     assert doctor.can_train(checks)
-    assert all(check.cure for check in checks if check.state == "note")
+    assert all(check.fix for check in checks if check.state == "note")
 
 
-def test_a_port_in_use_is_told_with_a_cure() -> None:
+def test_a_port_in_use_is_told_with_a_fix() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         check = doctor.check_metrics_port(settings(metrics={"port": taken.getsockname()[1]}))
     assert check.state == "note"
     assert "in use" in check.detail
-    assert "metrics.port" in check.cure
+    assert "metrics.port" in check.fix
 
 
 def test_a_free_port_is_fine() -> None:
@@ -93,7 +93,7 @@ def test_a_run_directory_below_a_file_fails(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     check = doctor.check_disk("run directory", tmp_path / "file" / "runs")
     assert check.state == "fails"
-    assert "--run-dir" in check.cure
+    assert "--run-dir" in check.fix
 
 
 def test_a_disk_without_room_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,10 +101,10 @@ def test_a_disk_without_room_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(doctor, "_LEAST_DISK", 1 << 60)
     check = doctor.check_disk("run directory", tmp_path / "not" / "yet")
     assert check.state == "fails"
-    assert "free at least" in check.cure
+    assert "free at least" in check.fix
 
 
-def test_every_finding_that_is_not_fine_reads_with_its_cure_below_it() -> None:
+def test_every_finding_that_is_not_fine_reads_with_its_fix_below_it() -> None:
     checks = (
         doctor.Check("one", "fine", "works"),
         doctor.Check("two", "fails", "is broken", "mend it"),
@@ -124,7 +124,7 @@ def test_gpus_that_torch_cannot_use_fail_unless_the_run_is_for_the_cpu(monkeypat
     check = doctor.check_devices("auto")
     assert check.state == "fails"
     assert "CUDA_VISIBLE_DEVICES=0,1" in check.detail
-    assert "run.device=cpu" in check.cure
+    assert "run.device=cpu" in check.fix
     assert doctor.check_devices("cpu").state == "note"
 
 
@@ -135,7 +135,7 @@ def test_a_machine_without_gpus_is_fine_unless_the_run_asks_for_one(monkeypatch:
     assert doctor.check_devices("cpu").state == "fine"
     check = doctor.check_devices("cuda")
     assert check.state == "fails"
-    assert "run.device=cpu" in check.cure
+    assert "run.device=cpu" in check.fix
 
 
 @pytest.mark.parametrize(
@@ -157,14 +157,14 @@ def test_a_horovod_without_nccl_beside_a_torch_for_gpus_is_told(
     monkeypatch.setattr(devices, "torch_gpus", lambda: devices.TorchGpus("2.15.0", "CUDA 13.2", gpus))
     check = doctor.check_horovod(asked)
     assert check.state == state
-    assert bool(check.cure) is (state != "fine")
+    assert bool(check.fix) is (state != "fine")
 
 
-def test_a_horovod_that_does_not_load_fails_with_a_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_horovod_that_does_not_load_fails_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "horovod.torch", None)
     check = doctor.check_horovod("auto")
     assert check.state == "fails"
-    assert "make setup" in check.cure
+    assert "make setup" in check.fix
 
 
 def test_the_libraries_of_analyses_reports_and_models_are_listed_with_their_versions() -> None:
@@ -190,7 +190,7 @@ def test_a_library_that_does_not_load_is_named_with_what_needs_it(monkeypatch: p
     assert check.state == "note"
     assert "scipy, needed by dist-train sharpness, cannot be loaded" in check.detail
     assert f"matplotlib {metadata.version('matplotlib')}" in check.detail
-    assert "make setup" in check.cure
+    assert "make setup" in check.fix
 
 
 def test_horovod_and_mpi4py_load_one_mpi() -> None:

@@ -40,7 +40,7 @@ def test_a_value_loses_less_than_one_unit_of_the_last_place(
 
 @PROPERTY
 @given(REPRESENTATIONS, st.lists(st.integers(-(2**52), 2**52), min_size=1, max_size=20))
-def test_what_can_be_represented_comes_back_to_the_bit(fixed: FixedPoint, integers: list[int]) -> None:
+def test_what_can_be_represented_comes_back_bit_identically(fixed: FixedPoint, integers: list[int]) -> None:
     values = torch.tensor(integers, dtype=torch.float64) * 2.0**-fixed.bits
     assert torch.equal(fixed.decode(fixed.encode(values)), values)
 

@@ -48,7 +48,7 @@ def test_the_running_averages_move_as_torch_s_do_over_one_group(shape: tuple[int
     torch.testing.assert_close(norm.running_var, reference.running_var)
 
 
-def test_momentum_one_replaces_the_running_averages_to_the_bit() -> None:
+def test_momentum_one_replaces_the_running_averages_bit_identically() -> None:
     norm = GroupedBatchNorm(CHANNELS)
     norm.running_mean.fill_(1e9)
     norm.running_var.fill_(1e9)
@@ -62,11 +62,11 @@ def test_momentum_one_replaces_the_running_averages_to_the_bit() -> None:
 @given(
     micro_sizes=st.lists(st.integers(2, 9), min_size=1, max_size=6),
     group_size=st.sampled_from([None, 2, 4]),
-    workers=st.integers(1, 7),
+    ranks=st.integers(1, 7),
     order=st.randoms(use_true_random=False),
 )
 def test_promise_3_running_statistics_are_a_function_of_the_global_batch_alone(
-    micro_sizes: list[int], group_size: int | None, workers: int, order: Random
+    micro_sizes: list[int], group_size: int | None, ranks: int, order: Random
 ) -> None:
     samples = sum(micro_sizes)
     micro_batches = list(torch.split(batch(samples, (3, 3)), micro_sizes))
@@ -75,8 +75,8 @@ def test_promise_3_running_statistics_are_a_function_of_the_global_batch_alone(
     statistics.absorb(statistics.sums, samples, momentum=0.1)
 
     order.shuffle(micro_batches)
-    norms = [GroupedBatchNorm(CHANNELS, group_size) for _ in range(workers)]
-    shares = [see(norm, micro_batches[rank::workers]) for rank, norm in enumerate(norms)]
+    norms = [GroupedBatchNorm(CHANNELS, group_size) for _ in range(ranks)]
+    shares = [see(norm, micro_batches[rank::ranks]) for rank, norm in enumerate(norms)]
     total = torch.stack([share.sums for share in shares]).sum(dim=0)
     for norm, share in zip(norms, shares, strict=True):
         share.absorb(total, samples, momentum=0.1)

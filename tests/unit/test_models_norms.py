@@ -18,7 +18,7 @@ from dist_train.models.norms import (
     norm_parameters,
     sync_batch_norm,
 )
-from tests.unit.simulated_workers import SimulatedWorkers, results
+from tests.unit.simulated_ranks import SimulatedRanks, results
 
 CHANNELS = 3
 SHAPES = ((), (5, 4))
@@ -168,7 +168,7 @@ def test_group_norm_of_a_sample_does_not_depend_on_the_others() -> None:
 
 
 class TestSyncBatchNorm:
-    """Each worker holds a part of the samples; together they are one group."""
+    """Each rank holds a part of the samples; together they are one group."""
 
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("cuts", [[4, 4], [1, 6], [3, 2, 4]])
@@ -184,14 +184,14 @@ class TestSyncBatchNorm:
         expected = reference(twin)
         expected.backward(upstream.double())
 
-        def both_ways(workers: SimulatedWorkers) -> tuple[GroupedBatchNorm, torch.Tensor, torch.Tensor]:
+        def both_ways(comm: SimulatedRanks) -> tuple[GroupedBatchNorm, torch.Tensor, torch.Tensor]:
             norm = a_norm(None)
-            mine = parts[workers.rank].clone().requires_grad_()
-            with sync_batch_norm([norm], lambda tensor, name: workers.allreduce_async(tensor, name).wait()):
+            mine = parts[comm.rank].clone().requires_grad_()
+            with sync_batch_norm([norm], lambda tensor, name: comm.allreduce_async(tensor, name).wait()):
                 outputs = norm(mine)
-                outputs.backward(upstreams[workers.rank])
+                outputs.backward(upstreams[comm.rank])
             assert mine.grad is not None
-            assert workers.names == ["norm.0.forward", "norm.0.backward"]
+            assert comm.names == ["norm.0.forward", "norm.0.backward"]
             return norm, outputs.detach(), mine.grad
 
         ended = results(len(cuts), both_ways)
@@ -213,7 +213,7 @@ class TestSyncBatchNorm:
         torch.testing.assert_close(norms[0].running_mean, reference.get_buffer("running_mean").float())
         torch.testing.assert_close(norms[0].running_var, reference.get_buffer("running_var").float())
 
-    def test_a_worker_out_of_the_block_normalizes_what_it_has(self) -> None:
+    def test_a_rank_out_of_the_block_normalizes_what_it_has(self) -> None:
         norm = a_norm(None)
         with sync_batch_norm([norm], lambda tensor, name: pytest.fail("summed outside the block")):
             pass

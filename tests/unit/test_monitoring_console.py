@@ -124,8 +124,8 @@ def test_the_bar_shows_progress_and_leaves_the_summary(terminal: Terminal) -> No
     bar.record(EventRecord(15, "checkpoint", 0.0, {"file": "x"}))
     shown = words(terminal.read()) + drawn(bar, 21, terminal)
     assert "lb_[8192]: fashion-mnist; vgg9, 176,106 parameters; noise smoothout 0.01" in shown
-    assert "batch 8,192 as 32 micro-batches of 256 on 2 workers (gloo)" in shown
-    assert "going on from step 14" in shown
+    assert "batch 8,192 as 32 micro-batches of 256 on 2 ranks (gloo)" in shown
+    assert "resuming from step 14" in shown
     assert "epoch    2  step     14  test   loss 0.5000  accuracy 80.00 %  best so far" in shown
     assert "epoch 3/30" in shown
     assert "step 21/210" in shown
@@ -222,7 +222,7 @@ def test_plain_lines_come_at_a_steady_pace_with_every_evaluation_and_event() -> 
     lines.record(evaluation(56, 0.8741))
     lines.record(EventRecord(56, "corrupt_checkpoint", 0.0, {"file": "a.pt", "size": 3}))
     shown = page.getvalue().splitlines()
-    assert shown[2:4] == ["on one card", "going on from step 14"]
+    assert shown[2:4] == ["on one card", "resuming from step 14"]
     steps = [line for line in shown if "images/s" in line]
     assert [line.split("step ")[1].split("/")[0] for line in steps] == ["15", "25", "35", "45", "55"]
     assert steps[1] == ("epoch 4/30  step 25/210  loss 0.4321  accuracy 85.12 %  16,384 images/s  3:05 left")
@@ -257,7 +257,7 @@ def test_a_run_goes_on_and_ends_well_when_the_reader_of_its_lines_goes_away(tmp_
     errors = writer.stderr.read()
     writer.stderr.close()
     assert writer.wait() == 7
-    assert errors.count("PlainLines failed and is left out from now on; training goes on") == 1
+    assert errors.count("PlainLines failed and is left out from now on; training continues") == 1
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_a_pipe_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("host", [f"{socket.gethostname()}:", ""])
-def test_a_worker_behind_a_launcher_draws_on_the_terminal_that_the_launch_script_names(
+def test_a_rank_behind_a_launcher_draws_on_the_terminal_that_the_launch_script_names(
     host: str, terminal: Terminal
 ) -> None:
     address = f"{host}{terminal.device}"

@@ -41,7 +41,7 @@ def evaluation(step: int, split: str = "test") -> EvaluationRecord:
 
 
 def event(step: int, name: str) -> EventRecord:
-    return EventRecord(step, name, 5.0, {"workers": 2})
+    return EventRecord(step, name, 5.0, {"ranks": 2})
 
 
 small_steps = st.integers(0, 6)
@@ -186,8 +186,8 @@ def test_rewind_of_a_file_that_is_not_there_makes_none(tmp_path: Path) -> None:
 
 def test_rewind_keeps_lines_of_kinds_that_it_does_not_know(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    line = '{"kind": "worker", "step": 1, "rank": 3}\n'
-    path.write_text(line + '{"kind": "worker", "step": 4}\n')
+    line = '{"kind": "rank", "step": 1, "rank": 3}\n'
+    path.write_text(line + '{"kind": "rank", "step": 4}\n')
     rewind(path, 1)
     assert path.read_text() == line
 

@@ -28,7 +28,7 @@ def test_a_line_tells_time_level_and_rank(tmp_path: Path) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO    rank 3  step 7\n", logs.path.read_text())
 
 
-def test_warnings_of_worker_0_also_go_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warnings_of_rank_0_also_go_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_logs(tmp_path, rank=0):
         logger.info("only in the file")
         logger.warning("the port is in use")
@@ -36,7 +36,7 @@ def test_warnings_of_worker_0_also_go_to_stderr(tmp_path: Path, capsys: pytest.C
     assert "only in the file" in (tmp_path / "rank-0.log").read_text()
 
 
-def test_other_workers_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_logs(tmp_path, rank=1):
         logger.warning("the port is in use")
     assert capsys.readouterr().err == ""

@@ -32,7 +32,7 @@ MESSAGES: tuple[Message, ...] = (
     train(3),
     EvaluationRecord(7, 1.0, "test", 0.5, 0.9, 10_000, 1_700_000_000.25),
     EventRecord(7, "checkpoint", 1.5, {"path": 'a "b"\n\0é', "bytes": 3, "seconds": 0.5, "best": True, "none": None}),
-    replace(measurement(3), workers=()),
+    replace(measurement(3), ranks=()),
     End(OUTCOME),
     End(replace(OUTCOME, test_accuracy=0.75, last_checkpoint=Path("runs/demo/checkpoints/step-00000040.pt"))),
     Serving("http://node1:9400/metrics", Path("targets/demo.json")),
@@ -49,18 +49,18 @@ def test_a_message_comes_back_as_it_was(message: Message) -> None:
 
 
 @pytest.mark.parametrize("number", [math.inf, -math.inf, 5e-324, -0.0, 0.1, 1e300])
-def test_numbers_come_back_to_the_bit(number: float) -> None:
+def test_numbers_come_back_bit_identically(number: float) -> None:
     returned = decode(encode(replace(train(3), loss=number)))
     assert repr(returned) == repr(replace(train(3), loss=number))
 
 
-def test_a_measurement_comes_back_with_every_worker_and_what_is_not_a_number() -> None:
-    sent = measurement(3, workers=5)
+def test_a_measurement_comes_back_with_every_rank_and_what_is_not_a_number() -> None:
+    sent = measurement(3, ranks=5)
     returned = decode(encode(sent))
     assert isinstance(returned, Measurement)
     assert repr(returned) == repr(sent)
-    assert math.isnan(returned.workers[4].device_bytes)
-    assert hash(returned.workers), "a tuple, as declared"
+    assert math.isnan(returned.ranks[4].device_bytes)
+    assert hash(returned.ranks), "a tuple, as declared"
 
 
 def test_paths_that_are_no_text_survive() -> None:
@@ -73,10 +73,10 @@ def test_scalars_of_numpy_and_mappings_of_other_kinds_come_back_as_plain_ones() 
         cast(int, np.int64(7)),
         "resumed",
         cast(float, np.float32(1.5)),
-        MappingProxyType({"workers": cast(int, np.int32(4)), "seconds": np.float64(0.25)}),
+        MappingProxyType({"ranks": cast(int, np.int32(4)), "seconds": np.float64(0.25)}),
     )
     returned = decode(encode(sent))
-    assert returned == EventRecord(7, "resumed", 1.5, {"workers": 4, "seconds": 0.25})
+    assert returned == EventRecord(7, "resumed", 1.5, {"ranks": 4, "seconds": 0.25})
     assert isinstance(returned, EventRecord)
     assert (type(returned.step), type(returned.time)) == (int, float)
 
@@ -111,8 +111,8 @@ def test_what_is_no_message_is_refused(content: bytes) -> None:
         (Begin(PLAN, FACTS, {}), "counts", {"resumed": "2"}),
         (Begin(PLAN, FACTS, {}), "counts", [1]),
         (Begin(PLAN, FACTS, {}), "plan", ["::", 0]),
-        (measurement(3), "workers", {}),
-        (measurement(3), "workers", [1.0]),
+        (measurement(3), "ranks", {}),
+        (measurement(3), "ranks", [1.0]),
         (EventRecord(1, "signal", 0.0, {}), "details", {"nested": {}}),
     ],
     ids=str,
@@ -130,15 +130,15 @@ def test_fields_too_few_or_too_many_are_refused(values: bytes) -> None:
         decode(b'["Ending", ' + values + b"]")
 
 
-def test_a_step_of_one_worker_is_written_in_well_under_a_tenth_of_a_millisecond() -> None:
-    assert _seconds_to_write(train(3)) + _seconds_to_write(measurement(3, workers=1)) < 1e-4
+def test_a_step_of_one_rank_is_written_in_well_under_a_tenth_of_a_millisecond() -> None:
+    assert _seconds_to_write(train(3)) + _seconds_to_write(measurement(3, ranks=1)) < 1e-4
 
 
-def test_a_measurement_of_a_thousand_workers_is_written_in_milliseconds_and_fits_a_buffer() -> None:
-    worker = replace(
-        measurement(3).workers[0], device_bytes=12345678912.0, device_peak_bytes=22345678912.0, device_utilization=0.97
+def test_a_measurement_of_a_thousand_ranks_is_written_in_milliseconds_and_fits_a_buffer() -> None:
+    rank = replace(
+        measurement(3).ranks[0], device_bytes=12345678912.0, device_peak_bytes=22345678912.0, device_utilization=0.97
     )
-    everybody = replace(measurement(3), workers=(replace(worker, busy_seconds=1 / 3, wait_seconds=1 / 7),) * 1024)
+    everybody = replace(measurement(3), ranks=(replace(rank, busy_seconds=1 / 3, wait_seconds=1 / 7),) * 1024)
     assert _seconds_to_write(everybody) < 0.02
     assert len(encode(everybody)) < 100_000, "a kernel may give a buffer of no more than 400 KB"
     ours, theirs = map(Channel, socket_pair())

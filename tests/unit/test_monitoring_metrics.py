@@ -16,9 +16,9 @@ from dist_train.monitoring.records import (
     Detail,
     EvaluationRecord,
     EventRecord,
+    RankMeasurement,
     RunFacts,
     TrainRecord,
-    WorkerMeasurement,
 )
 from dist_train.outcome import UsageError
 from tests.unit.exporting import FACTS, OUTCOME, measurement, read, train
@@ -105,16 +105,16 @@ def test_a_page_reads_back_what_was_recorded() -> None:
         ("dist_train_world_size", ()): 2,
         ("dist_train_micro_batches", ()): 32,
         ("dist_train_micro_batch_size", ()): 256,
-        ("dist_train_worker_micro_batches", ("0",)): 16,
-        ("dist_train_worker_micro_batches", ("1",)): 16,
-        ("dist_train_worker_busy_seconds", ("0",)): 0.25,
-        ("dist_train_worker_busy_seconds", ("1",)): 0.3,
-        ("dist_train_worker_wait_seconds", ("0",)): 0.05,
-        ("dist_train_worker_wait_seconds", ("1",)): 0.05,
-        ("dist_train_worker_resident_memory_bytes", ("0",)): 1e9,
-        ("dist_train_worker_resident_memory_bytes", ("1",)): 1e9 + 1,
-        ("dist_train_slowest_worker", ()): 1,
-        ("dist_train_slowest_worker_ratio", ()): pytest.approx(0.3 / 0.275),
+        ("dist_train_rank_micro_batches", ("0",)): 16,
+        ("dist_train_rank_micro_batches", ("1",)): 16,
+        ("dist_train_rank_busy_seconds", ("0",)): 0.25,
+        ("dist_train_rank_busy_seconds", ("1",)): 0.3,
+        ("dist_train_rank_wait_seconds", ("0",)): 0.05,
+        ("dist_train_rank_wait_seconds", ("1",)): 0.05,
+        ("dist_train_rank_resident_memory_bytes", ("0",)): 1e9,
+        ("dist_train_rank_resident_memory_bytes", ("1",)): 1e9 + 1,
+        ("dist_train_slowest_rank", ()): 1,
+        ("dist_train_slowest_rank_ratio", ()): pytest.approx(0.3 / 0.275),
         ("dist_train_checkpoint_timestamp_seconds", ()): 1_800_000_000,
         ("dist_train_checkpoint_step", ()): 28,
         ("dist_train_checkpoint_size_bytes", ()): 1234,
@@ -145,9 +145,9 @@ def test_histograms_count_steps_and_their_parts() -> None:
     assert values[f"{name}_bucket", ("0.0001", "checkpoint_stall")] == 2
 
 
-def test_a_worker_other_than_0_shows_its_own_and_the_run_it_belongs_to() -> None:
+def test_a_rank_other_than_0_shows_its_own_and_the_run_it_belongs_to() -> None:
     board = Board(replace(FACTS, rank=3))
-    own = replace(measurement(1), workers=(WorkerMeasurement(0.2, 0.1, 7e8, 1e9, 2e9, 0.75),))
+    own = replace(measurement(1), ranks=(RankMeasurement(0.2, 0.1, 7e8, 1e9, 2e9, 0.75),))
     board.measurement(own)
     values = values_of(board, rank=3)
     assert {key[0] for key in values if "duration" not in key[0]} == {
@@ -204,7 +204,7 @@ def test_smaller_micro_batches_are_counted_anew(facts: RunFacts, now: tuple[int,
     values = values_of(board)
     assert values["dist_train_micro_batch_size", ()] == 128
     assert values["dist_train_micro_batches", ()] == 64
-    assert tuple(values["dist_train_worker_micro_batches", (str(rank),)] for rank in range(len(now))) == now
+    assert tuple(values["dist_train_rank_micro_batches", (str(rank),)] for rank in range(len(now))) == now
 
 
 def test_a_kind_of_event_that_nobody_foresaw_is_counted() -> None:
@@ -213,10 +213,10 @@ def test_a_kind_of_event_that_nobody_foresaw_is_counted() -> None:
     assert values_of(board)["dist_train_events_total", ("eclipse",)] == 1
 
 
-def test_a_page_of_1024_workers_is_small_and_quick() -> None:
+def test_a_page_of_1024_ranks_is_small_and_quick() -> None:
     board = Board(replace(FACTS, world_size=1024, micro_batches_of=(1,) * 1024))
-    one = WorkerMeasurement(0.123456789012345, 0.123456789012345, 1.5e10, 7.123456789e10, 7.23456789e10, 0.987654321)
-    board.measurement(replace(measurement(1), workers=(one,) * 1024))
+    one = RankMeasurement(0.123456789012345, 0.123456789012345, 1.5e10, 7.123456789e10, 7.23456789e10, 0.987654321)
+    board.measurement(replace(measurement(1), ranks=(one,) * 1024))
     page = MetricsPage(board)
     seconds = []  # of this thread alone: other tests run beside it
     for step in range(3):
@@ -225,7 +225,7 @@ def test_a_page_of_1024_workers_is_small_and_quick() -> None:
         content = page.render()
         seconds.append(time.thread_time() - began)
     assert len(content) < 2_000_000
-    assert content.count(b'worker="1023"') == 7
+    assert content.count(b'rank="1023"') == 7
     assert min(seconds) < 0.1
 
 

@@ -50,8 +50,8 @@ def test_an_evaluation_record_has_the_fields_of_the_contract_in_its_order() -> N
 
 
 def test_the_details_of_an_event_stand_beside_its_name() -> None:
-    line = to_json(EventRecord(3, "resumed", 7.5, {"file": "a\nb.pt", "workers": 2}))
-    assert line == '{"kind": "event", "step": 3, "event": "resumed", "file": "a\\nb.pt", "workers": 2, "time": 7.5}'
+    line = to_json(EventRecord(3, "resumed", 7.5, {"file": "a\nb.pt", "ranks": 2}))
+    assert line == '{"kind": "event", "step": 3, "event": "resumed", "file": "a\\nb.pt", "ranks": 2, "time": 7.5}'
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])

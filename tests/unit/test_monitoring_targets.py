@@ -51,7 +51,7 @@ def test_the_file_says_where_and_what(tmp_path: Path) -> None:
                 "run": 'a "run"\\',
                 "slurm_job": "4711",
                 "node": "node1",
-                "worker": "0",
+                "rank": "0",
                 "__scheme__": "https",
                 "__dist_train_process": "host pid:[1] 12 34",
             },
@@ -83,7 +83,7 @@ def test_everybody_may_read_the_file_whatever_the_user_s_own_files_are(tmp_path:
         os.umask(before)
 
 
-def test_runs_and_workers_have_files_of_their_own(tmp_path: Path) -> None:
+def test_runs_and_ranks_have_files_of_their_own(tmp_path: Path) -> None:
     paths = {
         mine(tmp_path).path,
         mine(tmp_path, rank=1).path,

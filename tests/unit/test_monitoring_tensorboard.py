@@ -14,10 +14,10 @@ from dist_train.monitoring.records import (
     EventRecord,
     Measurement,
     Outcome,
+    RankMeasurement,
     RunFacts,
     StepParts,
     TrainRecord,
-    WorkerMeasurement,
 )
 from dist_train.monitoring.tensorboard import TensorBoard, check_tensorboard
 from dist_train.outcome import UsageError
@@ -25,7 +25,7 @@ from dist_train.outcome import UsageError
 pytest.importorskip("tensorboard")
 FACTS = RunFacts("small", Path("run"), "m", "d", 9, 26, 6, 5, 1, 8, 3, 2.0, "none", 0, "none")
 OUTCOME = Outcome("finished", "", 0, 8, 2.0, 1.0, None, None, None, None, None)
-WORKER = WorkerMeasurement(0.4, 0.1, 2e9, math.nan, math.nan, math.nan)
+RANK = RankMeasurement(0.4, 0.1, 2e9, math.nan, math.nan, math.nan)
 
 
 def train(step: int, loss: float) -> TrainRecord:
@@ -39,7 +39,7 @@ def write(directory: Path, steps: range, loss: float) -> TensorBoard:
     for step in steps:
         board.record(train(step, loss))
         parts = StepParts(0.5, 0.25, 0.125, 0.0625, 0.0, 1.0)
-        board.measurement(Measurement(step, 1000.0 + step, 0.5, parts, 4.0, 1.5, (WORKER,)))
+        board.measurement(Measurement(step, 1000.0 + step, 0.5, parts, 4.0, 1.5, (RANK,)))
     return board
 
 
@@ -102,7 +102,7 @@ def test_what_was_synced_is_there_although_the_run_goes_on(tmp_path: Path) -> No
     board.end(OUTCOME)
 
 
-def test_without_the_package_the_error_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_error_names_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     check_tensorboard()
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "tensorboard"]:

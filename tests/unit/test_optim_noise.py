@@ -1,4 +1,4 @@
-"""Promise 4: noise is the same on every worker, and leaves no trace."""
+"""Promise 4: noise is the same on every rank, and leaves no trace."""
 
 from __future__ import annotations
 
@@ -45,9 +45,11 @@ def drawn(noise: Noise, weights: FlatWeights, step: int, micro_batch: int = 0) -
         return in_force(weights) - weights.values
 
 
-@pytest.mark.parametrize("sharing", ["global", "worker", "micro_batch"])
+@pytest.mark.parametrize("sharing", ["global", "rank", "micro_batch"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_promise_4_the_weights_are_restored_to_the_bit_also_when_an_error_passes(sharing: str, fails: bool) -> None:
+def test_promise_4_the_weights_are_restored_bit_identically_also_when_an_error_passes(
+    sharing: str, fails: bool
+) -> None:
     weights = weights_of()
     noise = a_noise(weights, sharing=sharing, amplitude=1e6)
     clean = weights.values.clone()
@@ -76,7 +78,7 @@ def test_weights_that_are_not_finite_come_back_too() -> None:
 
 @PROPERTY
 @given(st.sampled_from(["global", "micro_batch"]), st.integers(0, 2**40), st.integers(0, 2**20), st.integers(0, 64))
-def test_promise_4_two_workers_draw_the_same(sharing: str, seed: int, step: int, micro_batch: int) -> None:
+def test_promise_4_two_ranks_draw_the_same(sharing: str, seed: int, step: int, micro_batch: int) -> None:
     one, other = weights_of(), weights_of()
     first, second = a_noise(one, seed=seed, sharing=sharing), a_noise(other, seed=seed, sharing=sharing)
     # what the other did before does not matter
@@ -115,9 +117,9 @@ def test_global_noise_is_one_draw_a_step() -> None:
     assert not torch.equal(drawn(noise, weights, 4), drawn(noise, weights, 5))
 
 
-def test_noise_of_workers_is_one_draw_each_whatever_the_micro_batch() -> None:
+def test_noise_of_ranks_is_one_draw_each_whatever_the_micro_batch() -> None:
     weights = weights_of()
-    noises = [a_noise(weights, rank=rank, sharing="worker") for rank in range(3)]
+    noises = [a_noise(weights, rank=rank, sharing="rank") for rank in range(3)]
     own = [drawn(noise, weights, 4, 0) for noise in noises]
     assert all(torch.equal(drawn(noise, weights, 4, 9), draw) for noise, draw in zip(noises, own, strict=True))
     assert not torch.equal(own[0], own[1])
@@ -125,11 +127,11 @@ def test_noise_of_workers_is_one_draw_each_whatever_the_micro_batch() -> None:
     assert not torch.equal(own[0], drawn(noises[0], weights, 5))
 
 
-def test_workers_whose_noise_differs_on_purpose_agree_by_their_digests() -> None:
+def test_ranks_whose_noise_differs_on_purpose_agree_by_their_digests() -> None:
     digests = set()
     for rank in range(3):
         weights = weights_of()
-        noise = a_noise(weights, rank=rank, sharing="worker")
+        noise = a_noise(weights, rank=rank, sharing="rank")
         drawn(noise, weights, 4)
         digests.add(noise.digest(4))
     assert len(digests) == 1
@@ -156,7 +158,7 @@ def test_noise_of_micro_batches_is_one_draw_each_in_any_order() -> None:
         ([], []),
     ],
 )
-@pytest.mark.parametrize("sharing", ["global", "worker", "micro_batch"])
+@pytest.mark.parametrize("sharing", ["global", "rank", "micro_batch"])
 def test_excluded_weights_are_not_moved_and_all_others_are(exclude: list[str], kept: list[str], sharing: str) -> None:
     weights = weights_of()
     sample = drawn(a_noise(weights, exclude=exclude, sharing=sharing), weights, 0)

@@ -197,10 +197,10 @@ def test_excluded_weights_and_padding_get_exactly_nothing(scale: Scale, distribu
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_draws_of_steps_micro_batches_workers_and_seeds_are_independent(distribution: Distribution) -> None:
+def test_draws_of_steps_micro_batches_ranks_and_seeds_are_independent(distribution: Distribution) -> None:
     draws = [
         draw(distribution, "absolute", *indices)
-        for indices in ((STEP,), (STEP + 1,), (STEP + 2,), (STEP, 0), (STEP, 1), (STEP, "worker"))
+        for indices in ((STEP,), (STEP + 1,), (STEP + 2,), (STEP, 0), (STEP, 1), (STEP, "rank"))
     ]
     draws.append(NoiseDraws(settings(distribution), weights(), seed=4).draw(weights().values, 1.0, STEP).double())
     values = torch.stack([part("wide", noise).flatten() for noise in draws]).float()

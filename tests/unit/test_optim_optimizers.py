@@ -172,7 +172,7 @@ def test_without_momentum_there_is_no_state(name: Literal["sgd", "lars"]) -> Non
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("stop", [0, 2])
-def test_promise_5_a_restored_optimizer_goes_on_to_the_bit(name: Name, stop: int) -> None:
+def test_promise_5_a_restored_optimizer_resumes_bit_identically(name: Name, stop: int) -> None:
     settings = OptimizerSettings(name=name, weight_decay=DECAY)
     model, twin = a_model(), a_model()
     weights, twins = FlatWeights(model), FlatWeights(twin)
@@ -198,7 +198,7 @@ def test_promise_5_a_restored_optimizer_goes_on_to_the_bit(name: Name, stop: int
 
 @pytest.mark.parametrize("name", NAMES)
 def test_promise_5_all_that_an_update_depends_on_is_broadcast(name: Name) -> None:
-    """A worker that was not restored goes on like one that was, given weights and state tensors alone."""
+    """A rank that was not restored continues like one that was, given weights and state tensors alone."""
     settings = OptimizerSettings(name=name, weight_decay=DECAY)
     model, peer = a_model(), a_model()
     weights, peers = FlatWeights(model), FlatWeights(peer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_train.cluster.workers import PeerFailedError, WorkerLostError
+from dist_train.cluster.communicator import PeerFailedError, RankLostError
 from dist_train.outcome import (
     DisagreementError,
     DivergedError,
@@ -38,7 +38,7 @@ def test_the_numbers_are_the_documented_ones() -> None:
         (DisagreementError("x"), 4),
         (StoppedError("x"), 75),
         (FaultError("x"), 1),
-        (WorkerLostError("x"), 1),
+        (RankLostError("x"), 1),
         (OSError("x"), 1),
         (ValueError("x"), 1),
     ],

@@ -1,4 +1,4 @@
-"""The batch scripts as far as they go without Slurm: the command that starts the workers, messages, help."""
+"""The batch scripts as far as they go without Slurm: the command that starts the ranks, messages, help."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def programs(tmp_path: Path) -> str:
     return f"{tmp_path}:{os.environ['PATH']}"
 
 
-def test_one_worker_for_each_gpu(programs: str) -> None:
+def test_one_rank_for_each_gpu(programs: str) -> None:
     command = command_of(PATH=programs, SLURM_GPUS_ON_NODE="8")
     assert command.startswith("srun --mpi=pmix --nodes=2 --ntasks=16 --ntasks-per-node=8 --cpus-per-task=4 ")
     assert " --gpus-per-node=8 --gpu-bind=none " in command
-    assert f" {ROOT}/launch/worker.sh {sys.executable} -m dist_train train {ROOT}/configs/lb_8192.yaml" in command
+    assert f" {ROOT}/launch/rank.sh {sys.executable} -m dist_train train {ROOT}/configs/lb_8192.yaml" in command
 
 
-def test_without_gpus_one_worker_for_each_task(programs: str) -> None:
+def test_without_gpus_one_rank_for_each_task(programs: str) -> None:
     command = command_of(PATH=programs, SLURM_NTASKS="4")
     assert " --ntasks=4 --ntasks-per-node=2 --cpus-per-task=16 " in command
     assert "gpu" not in command
@@ -62,7 +62,7 @@ def test_without_gpus_one_worker_for_each_task(programs: str) -> None:
 def test_the_variables_are_followed(programs: str) -> None:
     command = command_of(
         PATH=programs,
-        WORKERS_PER_NODE="3",
+        RANKS_PER_NODE="3",
         MPI="pmi2",
         OVERRIDES="run.seed=1 run.name=other",
         RUN_DIR="/scratch/run",
@@ -75,8 +75,8 @@ def test_the_variables_are_followed(programs: str) -> None:
     assert " train other.yaml run.seed=1 run.name=other --run-dir /scratch/run" in command
 
 
-def test_mpirun_gets_what_workers_on_other_nodes_need(programs: str) -> None:
-    command = command_of(PATH=programs, LAUNCHER="mpirun", WORKERS_PER_NODE="2", NETWORK_INTERFACE="ib0")
+def test_mpirun_gets_what_ranks_on_other_nodes_need(programs: str) -> None:
+    command = command_of(PATH=programs, LAUNCHER="mpirun", RANKS_PER_NODE="2", NETWORK_INTERFACE="ib0")
     assert "mpirun -np 4 --map-by ppr:2:node:OVERSUBSCRIBE --bind-to none --stdin none " in command
     for name in ("DIST_TRAIN_LAUNCH", "OMP_NUM_THREADS", "NCCL_SOCKET_IFNAME", "HOROVOD_GLOO_IFACE", "PATH"):
         assert f" -x {name} " in command
@@ -87,14 +87,14 @@ def test_an_image_file_is_run_by_apptainer(programs: str, tmp_path: Path) -> Non
     image.touch()
     command = command_of(PATH=programs, CONTAINER=str(image), SLURM_GPUS_ON_NODE="4", CONTAINER_OPTIONS="--cleanenv")
     program = f"apptainer exec --nv --bind /tmp --bind {ROOT} --cleanenv {image} python3 -m dist_train"
-    assert f" {ROOT}/launch/worker.sh {program} train " in command
+    assert f" {ROOT}/launch/rank.sh {program} train " in command
 
 
 def test_any_other_image_is_run_by_pyxis(programs: str) -> None:
     command = command_of(PATH=programs, CONTAINER="registry.example.org#dist_train:1")
     assert (
         f" --container-image=registry.example.org#dist_train:1 --container-mounts=/tmp:/tmp\\,{ROOT}:{ROOT} "
-        f"--container-workdir=/tmp {ROOT}/launch/worker.sh python3 -m dist_train train "
+        f"--container-workdir=/tmp {ROOT}/launch/rank.sh python3 -m dist_train train "
     ) in command
 
 
@@ -102,7 +102,7 @@ def test_any_other_image_is_run_by_pyxis(programs: str) -> None:
     ("variables", "message"),
     [
         ({"LAUNCHER": "ssh"}, "LAUNCHER is srun or mpirun, not 'ssh'"),
-        ({"WORKERS_PER_NODE": "all"}, "WORKERS_PER_NODE takes a number, 1 or more, not 'all'"),
+        ({"RANKS_PER_NODE": "all"}, "RANKS_PER_NODE takes a number, 1 or more, not 'all'"),
         ({"LAUNCHER": "mpirun", "CONTAINER": "image"}, "Pyxis works by srun"),
         ({"CONTAINER": "/nowhere.sif"}, "CONTAINER /nowhere.sif cannot be read"),
     ],
@@ -195,7 +195,7 @@ class TestSweep:
 
 
 class TestLandscape:
-    """Points shared out over the workers of all nodes."""
+    """Points shared out over the ranks of all nodes."""
 
     @pytest.fixture
     def targets(self, tmp_path: Path) -> tuple[str, str]:

@@ -49,13 +49,13 @@ def test_a_run_without_progress_is_given_up_after_the_limit(run: Path) -> None:
     for _ in range(3):
         end(run, ExitCode.FAULT)
         assert decide(run, limit=3).requeue
-    end(run, ExitCode.FAULT, "worker 1: it broke")
+    end(run, ExitCode.FAULT, "rank 1: it broke")
     assert not decide(run, limit=3).requeue
     status = read_status(run / "status.json")
     assert status is not None
     assert (status.state, status.exit_code, status.step) == ("failed", ExitCode.FAULT, 7)
     assert status.reason == (
-        "given up after 3 requeues in a row without a checkpoint after step 5; the last time: worker 1: it broke"
+        "given up after 3 requeues in a row without a checkpoint after step 5; the last time: rank 1: it broke"
     )
 
 
@@ -82,9 +82,9 @@ def test_a_run_that_never_wrote_a_status_is_requeued_and_given_up_too(tmp_path: 
     assert status.reason.endswith("the last time: it ended before it wrote a status")
 
 
-def test_without_requeues_the_reason_is_the_fault_itself_and_names_the_worker_that_was_killed(run: Path) -> None:
+def test_without_requeues_the_reason_is_the_fault_itself_and_names_the_rank_that_was_killed(run: Path) -> None:
     StatusFile(run / "status.json", world_size=4).change("running", step=7)
-    death = "worker 3 (node2, process 42) was killed by signal 9"
+    death = "rank 3 (node2, process 42) was killed by signal 9"
     assert not decide(run, limit=0, death=death).requeue
     status = read_status(run / "status.json")
     assert status is not None

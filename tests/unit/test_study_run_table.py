@@ -143,7 +143,7 @@ def test_a_run_whose_process_was_killed_is_lost(state: str, tmp_path: Path) -> N
         process.wait()
     run = only_run(tmp_path)
     assert run.state == "lost"
-    assert run.note == f"its process {process.pid} is gone; start it again to go on"
+    assert run.note == f"its process {process.pid} is gone; start it again to resume"
     assert run.seconds_left is None
 
 
@@ -157,7 +157,7 @@ def test_a_run_on_another_host_is_lost_when_it_has_been_silent_for_long(tmp_path
     os.utime(run / "metrics.jsonl", (0, 0))
     assert only_run(tmp_path, NOW + timedelta(minutes=9)).state == "running"
     late = only_run(tmp_path, NOW + timedelta(minutes=11))
-    assert (late.state, late.note) == ("lost", "silent for 11:00 on node7; start it again to go on")
+    assert (late.state, late.note) == ("lost", "silent for 11:00 on node7; start it again to resume")
 
 
 def test_a_metrics_file_that_grows_is_a_sign_of_life(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_the_command_prints_one_whole_line_a_run_into_a_pipe(
     make_run(tmp_path / "z[bold]", state="failed", reason="the loss is not finite at step 80", exit_code=3)
     assert run_command(str(tmp_path)) == 0
     lines = [re.sub(r"\s{2,}", "  ", line.strip()) for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert lines[0] == "run  state  model  data  batch  workers  epoch  step  done  best  images/s  left  note"
+    assert lines[0] == "run  state  model  data  batch  ranks  epoch  step  done  best  images/s  left  note"
     assert lines[2] == (f"{long_name}  finished  vgg9  fashion-mnist  8,192  2  30  210/210  100%  88.12 %  1,234")
     assert lines[3] == (
         "z[bold]  failed  vgg9  fashion-mnist  8,192  2  11  80/210  38%  the loss is not finite at step 80"

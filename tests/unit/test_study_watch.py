@@ -16,17 +16,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from dist_train.monitoring.ranks_file import RanksFile
 from dist_train.monitoring.records import (
     EvaluationRecord,
     EventRecord,
     Measurement,
+    RankMeasurement,
     Record,
     StepParts,
     TrainRecord,
-    WorkerMeasurement,
     to_json,
 )
-from dist_train.monitoring.workers_file import WorkersFile
 from dist_train.outcome import ExitCode, UsageError
 from dist_train.status import StatusFile
 from dist_train.study.watch.history import History, Point, ThinnedCurve
@@ -77,19 +77,19 @@ def write_status(directory: Path, **changes: object) -> None:
     (directory / "status.json").write_text(json.dumps({**status, **changes}))
 
 
-def write_workers(directory: Path, count: int) -> None:
-    """Write as many workers, of which the second is the slowest."""
-    workers = tuple(
-        WorkerMeasurement(0.9 if rank == 1 else 0.3 + rank / 10_000, 0.05, 2**31, math.nan, math.nan, math.nan)
+def write_ranks(directory: Path, count: int) -> None:
+    """Write as many ranks, of which the second is the slowest."""
+    ranks = tuple(
+        RankMeasurement(0.9 if rank == 1 else 0.3 + rank / 10_000, 0.05, 2**31, math.nan, math.nan, math.nan)
         for rank in range(count)
     )
     parts = StepParts(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    WorkersFile(directory / "workers.json").measurement(Measurement(STEPS, NOW, 0.9, parts, 1.0, 1.0, workers))
+    RanksFile(directory / "ranks.json").measurement(Measurement(STEPS, NOW, 0.9, parts, 1.0, 1.0, ranks))
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A run that goes on, on another host."""
+    """A run that continues, on another host."""
     run = tmp_path / "demo"
     (run / "checkpoints").mkdir(parents=True)
     for step in (30, 40):
@@ -97,7 +97,7 @@ def directory(tmp_path: Path) -> Path:
     (run / "config.yaml").write_text(CONFIG)
     write_records(run, records())
     write_status(run)
-    write_workers(run, 4)
+    write_ranks(run, 4)
     return run
 
 
@@ -125,7 +125,7 @@ class TestFacts:
         shown = words(drawn(look(directory)))
         for fact in (
             "demo running",
-            "vgg9, fashion-mnist, batch 8,192, 4 workers",
+            "vgg9, fashion-mnist, batch 8,192, 4 ranks",
             "epoch 4 of 10",
             "step 40/100",
             "2:00 left",
@@ -142,29 +142,29 @@ class TestFacts:
         ):
             assert fact in shown, fact
 
-    def test_the_slowest_worker_is_marked(self, directory: Path) -> None:
+    def test_the_slowest_rank_is_marked(self, directory: Path) -> None:
         shown = words(drawn(look(directory)))
-        assert "workers at step 40" in shown
+        assert "ranks at step 40" in shown
         assert "1 900 ms 50 ms 2.0 GiB slowest" in shown
         assert shown.count("slowest") == 1
 
-    def test_of_a_thousand_workers_the_slowest_and_a_summary_are_shown(self, directory: Path) -> None:
-        write_workers(directory, 1024)
+    def test_of_a_thousand_ranks_the_slowest_and_a_summary_are_shown(self, directory: Path) -> None:
+        write_ranks(directory, 1024)
         shown = drawn(look(directory), 140, 60)
         assert "1 900 ms 50 ms 2.0 GiB slowest" in words(shown)
-        assert "1,024 workers (least, median, most): busy 300 ms, 351 ms, 900 ms" in words(shown)
+        assert "1,024 ranks (least, median, most): busy 300 ms, 351 ms, 900 ms" in words(shown)
         listed = re.findall(r"│ +(\d+) +\d+ ms +50 ms", shown)
         assert listed == ["1", *(str(rank) for rank in range(1023, 1014, -1))]
 
-    def test_workers_of_an_earlier_launch_are_not_shown(self, directory: Path) -> None:
+    def test_ranks_of_an_earlier_launch_are_not_shown(self, directory: Path) -> None:
         write_status(directory, started=datetime.fromtimestamp(NOW + 60, UTC).isoformat())
-        assert look(directory).workers is None
+        assert look(directory).ranks is None
 
     def test_events_are_shown_with_their_age_and_checkpoints_are_not_among_them(self, directory: Path) -> None:
-        event = EventRecord(20, "not_finite", NOW - 57.0, {"worker": 3})
+        event = EventRecord(20, "not_finite", NOW - 57.0, {"rank": 3})
         write_records(directory, [*records(), event])
         shown = words(drawn(look(directory)))
-        assert "1 min ago step 20: not finite (worker 3)" in shown
+        assert "1 min ago step 20: not finite (rank 3)" in shown
         assert ": checkpoint (" not in shown
 
     def test_numbers_that_are_not_finite_are_said_so_and_drawn_as_gaps(self, directory: Path) -> None:
@@ -176,13 +176,13 @@ class TestFacts:
         assert "gradient norm not finite" in shown
 
     @pytest.mark.parametrize("size", [(60, 20), (60, 50), (80, 24), (89, 30), (90, 24), (100, 35), (250, 80)])
-    @pytest.mark.parametrize("workers", [0, 1, 4, 1024])
+    @pytest.mark.parametrize("ranks", [0, 1, 4, 1024])
     def test_whatever_the_size_the_essentials_are_there(
-        self, directory: Path, size: tuple[int, int], workers: int
+        self, directory: Path, size: tuple[int, int], ranks: int
     ) -> None:
-        (directory / "workers.json").unlink()
-        if workers:
-            write_workers(directory, workers)
+        (directory / "ranks.json").unlink()
+        if ranks:
+            write_ranks(directory, ranks)
         shown = words(drawn(look(directory), *size)).replace("\N{NO-BREAK SPACE}", " ")
         for fact in ("demo running", "step 40/100", "2:00 left", "last sign of life", "test 0.0875", "images/s"):
             assert fact in shown, fact
@@ -191,7 +191,7 @@ class TestFacts:
 
     def test_a_run_that_has_done_nothing_yet_is_shown_too(self, directory: Path) -> None:
         (directory / "metrics.jsonl").unlink()
-        (directory / "workers.json").unlink()
+        (directory / "ranks.json").unlink()
         (directory / "checkpoints").rename(directory / "moved")
         write_status(directory, state="starting", step=0, epoch=0.0, total_steps=None, samples_per_second=None)
         shown = words(drawn(look(directory)))
@@ -202,11 +202,11 @@ class TestFacts:
 
 class TestPlan:
     @pytest.mark.parametrize("columns", [40, 60, 89, 90, 200])
-    @pytest.mark.parametrize("workers", [0, 1, 16, 1024])
-    def test_parts_fill_the_height_and_never_more(self, columns: int, workers: int) -> None:
+    @pytest.mark.parametrize("ranks", [0, 1, 16, 1024])
+    def test_parts_fill_the_height_and_never_more(self, columns: int, ranks: int) -> None:
         for rows in range(1, 100):
-            parts = plan(columns, rows, workers)
-            heights = (parts.curves, parts.accuracy, parts.rates, parts.workers, parts.events)
+            parts = plan(columns, rows, ranks)
+            heights = (parts.curves, parts.accuracy, parts.rates, parts.ranks, parts.events)
             assert min(heights) >= 0
             assert sum(heights) == max(0, rows - 5)
             if rows >= 20:
@@ -370,7 +370,7 @@ class TestFinding:
         monkeypatch.chdir(tmp_path)
         assert find_run(Path("demo")) == Path("runs/demo")
 
-    def test_what_is_no_run_is_refused_with_the_cure(self, tmp_path: Path) -> None:
+    def test_what_is_no_run_is_refused_with_the_fix(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="neither nowhere nor runs/nowhere is a folder"):
             find_run(Path("nowhere"))
         with pytest.raises(UsageError, match=r"holds no run: it has no status\.json; name a run's own directory"):

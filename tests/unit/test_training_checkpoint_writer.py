@@ -1,4 +1,4 @@
-"""Checkpoints are written from a copy while training goes on; a fault is reported, not raised."""
+"""Checkpoints are written from a copy while training continues; a fault is reported, not raised."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_settings_choose_threads_and_precision() -> None:
         assert (weights @ weights).dtype == torch.float32
 
 
-def test_float16_on_a_cpu_is_refused_with_the_cure() -> None:
+def test_float16_on_a_cpu_is_refused_with_the_fix() -> None:
     with pytest.raises(UsageError, match="float16 needs a GPU; use bfloat16"):
         set_up_compute(PrecisionSettings(threads=1, compute="float16"), CPU)
 

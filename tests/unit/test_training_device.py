@@ -1,4 +1,4 @@
-"""On a GPU the host runs ahead: until a step asks for the sum over the workers, nothing in it waits for the device."""
+"""On a GPU the host runs ahead: until a step asks for the sum over the ranks, nothing in it waits for the device."""
 
 from __future__ import annotations
 

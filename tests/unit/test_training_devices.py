@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_train.cluster.workers import PeerFailedError
+from dist_train.cluster.communicator import PeerFailedError
 from dist_train.config import Config
 from dist_train.config.continuation import with_device
 from dist_train.config.sections import Device
@@ -29,7 +29,7 @@ from dist_train.training.devices import (
     why_no_gpu,
 )
 from dist_train.training.facts import device_in_words
-from tests.unit.simulated_workers import results
+from tests.unit.simulated_ranks import results
 
 CPU_BUILD = TorchGpus("2.13.0+cpu", "", 0)
 NO_DRIVER = TorchGpus("2.15.0+cu132", "CUDA 13.2", 0, "Found no NVIDIA driver on your system. Please check")
@@ -180,7 +180,7 @@ def test_ranks_agree_on_their_devices_and_are_refused_together(monkeypatch: pyte
 
     def refused(each: object) -> None:
         try:
-            share_out_devices(each, "cuda")  # type: ignore[arg-type]  # `results` gives its own workers
+            share_out_devices(each, "cuda")  # type: ignore[arg-type]  # `results` gives its own ranks
         except UsageError as error:
             errors.append(type(error))
 

@@ -13,8 +13,8 @@ import torch
 
 from dist_train.cluster import inspection
 from dist_train.cluster.alone import Alone
+from dist_train.cluster.communicator import Communicator
 from dist_train.cluster.inspection import horovod_build, loaded_mpi_version, mpi_library
-from dist_train.cluster.workers import Workers
 from dist_train.monitoring.observers import Observers
 from dist_train.outcome import FaultError
 from dist_train.status import read_status
@@ -23,7 +23,7 @@ from dist_train.training.revision import revision
 from dist_train.training.run import train
 from dist_train.training.run_directory import RunDirectory
 from dist_train.training.session import Session
-from tests.unit.simulated_workers import results
+from tests.unit.simulated_ranks import results
 from tests.unit.small_trainers import small_config
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def test_the_versions_are_those_of_what_computes() -> None:
 
 
 @pytest.mark.parametrize("controller", ["gloo", "alone"])
-def test_mpi_that_does_not_carry_the_workers_is_not_told_as_used(controller: str) -> None:
+def test_mpi_that_does_not_carry_the_ranks_is_not_told_as_used(controller: str) -> None:
     assert launch_environment("", controller, CPU)["MPI"] == f"not used ({controller})"
 
 
@@ -74,9 +74,9 @@ def test_a_package_that_is_missing_is_told_so(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_processor_has_its_name_or_else_its_architecture(tmp_path: Path) -> None:
     (tmp_path / "x86").write_text("processor\t: 0\nmodel name\t: Abacus 9000: fast\n\nmodel name\t: another\n")
-    (tmp_path / "arm").write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
+    (tmp_path / "variant").write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
     assert device_name(CPU, tmp_path / "x86") == "Abacus 9000: fast"
-    assert device_name(CPU, tmp_path / "arm") == platform.machine()
+    assert device_name(CPU, tmp_path / "variant") == platform.machine()
     assert device_name(CPU, tmp_path / "missing") == platform.machine()
 
 
@@ -104,19 +104,19 @@ def test_a_launch_that_fails_before_it_trains_leaves_what_the_one_before_recorde
     assert after.environment
 
 
-def test_another_worker_s_fault_leaves_what_worker_0_recorded(tmp_path: Path) -> None:
+def test_another_rank_s_fault_leaves_what_rank_0_recorded(tmp_path: Path) -> None:
     train(small_config(), tmp_path)
 
-    def launch(workers: Workers) -> None:
-        session = Session(RunDirectory(tmp_path), workers, Observers())
-        workers.barrier()
-        if workers.rank == 1:
+    def launch(comm: Communicator) -> None:
+        session = Session(RunDirectory(tmp_path), comm, Observers())
+        comm.barrier()
+        if comm.rank == 1:
             session.fail(FaultError("its disk is gone"))
 
     results(2, launch)
     after = read_status(tmp_path / "status.json")
     assert after is not None
-    assert after.reason == "worker 1: its disk is gone"
+    assert after.reason == "rank 1: its disk is gone"
     assert after.environment
 
 

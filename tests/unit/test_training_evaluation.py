@@ -1,4 +1,4 @@
-"""Every sample of a split counts once, for any number of workers and any size of batches."""
+"""Every sample of a split counts once, for any number of ranks and any size of batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dist_train.models.norms import norm_modules
 from dist_train.training.compute import Compute
 from dist_train.training.evaluation import Evaluation, evaluate
 from dist_train.training.norm_statistics import recompute_statistics, statistics_samples
-from tests.unit.simulated_workers import SimulatedWorkers, results
+from tests.unit.simulated_ranks import SimulatedRanks, results
 from tests.unit.small_trainers import small_config, state_bits
 
 CPU = Compute(torch.device("cpu"), torch.float32)
@@ -35,27 +35,27 @@ def samples() -> Samples:
     return Samples(IMAGES, CPU.device)
 
 
-def evaluated(workers: SimulatedWorkers | Alone, batch_size: int, model: nn.Module | None = None) -> Evaluation:
-    return evaluate(model or a_model(), samples(), COUNT, batch_size=batch_size, compute=CPU, workers=workers)
+def evaluated(comm: SimulatedRanks | Alone, batch_size: int, model: nn.Module | None = None) -> Evaluation:
+    return evaluate(model or a_model(), samples(), COUNT, batch_size=batch_size, compute=CPU, comm=comm)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 53, 500])
-@pytest.mark.parametrize("workers", [1, 2, 3, 5])
-def test_it_is_the_mean_over_all_samples(workers: int, batch_size: int) -> None:
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_it_is_the_mean_over_all_samples(ranks: int, batch_size: int) -> None:
     model = a_model().eval()
     inputs, labels = samples().plain(0, COUNT)
     with torch.no_grad():
         logits = model(inputs)
-    for result in results(workers, lambda each: evaluated(each, batch_size)):
+    for result in results(ranks, lambda each: evaluated(each, batch_size)):
         assert result.loss == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-5)
         assert result.accuracy == (logits.argmax(1) == labels).sum().item() / COUNT
         assert result.samples == COUNT
 
 
-@pytest.mark.parametrize("workers", [2, 3, 5, 9])
-def test_promise_3_it_has_the_same_bits_on_any_number_of_workers(workers: int) -> None:
+@pytest.mark.parametrize("ranks", [2, 3, 5, 9])
+def test_promise_3_it_has_the_same_bits_on_any_number_of_ranks(ranks: int) -> None:
     [alone] = results(1, lambda each: evaluated(each, 7))
-    assert results(workers, lambda each: evaluated(each, 7)) == [alone] * workers
+    assert results(ranks, lambda each: evaluated(each, 7)) == [alone] * ranks
 
 
 class Counting(nn.Module):
@@ -70,18 +70,18 @@ class Counting(nn.Module):
         return torch.zeros(len(inputs), 10)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("batch_size", [1, 7, 53])
-def test_each_sample_is_seen_by_exactly_one_worker(workers: int, batch_size: int) -> None:
+def test_each_sample_is_seen_by_exactly_one_rank(ranks: int, batch_size: int) -> None:
     numbered = torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(60, 1, 8, 8).contiguous()
 
-    def see(workers: SimulatedWorkers) -> list[int]:
+    def see(comm: SimulatedRanks) -> list[int]:
         model = Counting()
         split = Samples(ImageSet(numbered, IMAGES.labels, 10), CPU.device)
-        evaluate(model, split, COUNT, batch_size=batch_size, compute=CPU, workers=workers)
+        evaluate(model, split, COUNT, batch_size=batch_size, compute=CPU, comm=comm)
         return model.seen
 
-    assert sorted(chain.from_iterable(results(workers, see))) == list(range(COUNT))
+    assert sorted(chain.from_iterable(results(ranks, see))) == list(range(COUNT))
 
 
 def test_it_leaves_the_model_as_it_was() -> None:
@@ -94,12 +94,12 @@ def test_it_leaves_the_model_as_it_was() -> None:
         assert state_bits(model) == before
 
 
-def test_a_loss_that_is_not_finite_is_nan_on_all_workers() -> None:
-    def blown_up(workers: SimulatedWorkers) -> Evaluation:
+def test_a_loss_that_is_not_finite_is_nan_on_all_ranks() -> None:
+    def blown_up(comm: SimulatedRanks) -> Evaluation:
         model = a_model()
         with torch.no_grad():
             model.get_parameter("classifier.bias")[0] = math.inf
-        return evaluated(workers, 7, model)
+        return evaluated(comm, 7, model)
 
     for result in results(2, blown_up):
         assert math.isnan(result.loss)
@@ -108,11 +108,11 @@ def test_a_loss_that_is_not_finite_is_nan_on_all_workers() -> None:
 
 @pytest.mark.parametrize("scale", [1e7, 1e20, 3e38])
 def test_a_loss_is_a_number_wherever_the_outputs_are(scale: float) -> None:
-    def far_off(workers: SimulatedWorkers) -> Evaluation:
+    def far_off(comm: SimulatedRanks) -> Evaluation:
         model = a_model()
         with torch.no_grad():
             model.get_parameter("classifier.bias")[0] = scale
-        return evaluated(workers, 7, model)
+        return evaluated(comm, 7, model)
 
     _, labels = samples().plain(0, COUNT)
     expected = scale * (labels != 0).sum().item() / COUNT
@@ -121,7 +121,7 @@ def test_a_loss_is_a_number_wherever_the_outputs_are(scale: float) -> None:
 
 
 class TestRecomputedStatistics:
-    def recompute(self, workers: SimulatedWorkers | Alone, micro_size: int = 9, seed: int = 0) -> nn.Module:
+    def recompute(self, comm: SimulatedRanks | Alone, micro_size: int = 9, seed: int = 0) -> nn.Module:
         model = a_model()
         norms = norm_modules(model)
         for norm in norms:
@@ -133,16 +133,16 @@ class TestRecomputedStatistics:
             statistics_samples(60, 40, 16, seed),
             micro_size=micro_size,
             compute=CPU,
-            workers=workers,
+            comm=comm,
         )
         assert not any(norm.seen for norm in norms)
         return model
 
-    @pytest.mark.parametrize("workers", [2, 3, 7])
-    def test_promise_3_they_have_the_same_bits_on_any_number_of_workers(self, workers: int) -> None:
+    @pytest.mark.parametrize("ranks", [2, 3, 7])
+    def test_promise_3_they_have_the_same_bits_on_any_number_of_ranks(self, ranks: int) -> None:
         [alone] = results(1, lambda each: state_bits(self.recompute(each)))
-        ended = results(workers, lambda each: state_bits(self.recompute(each)))
-        assert ended == [alone] * workers
+        ended = results(ranks, lambda each: state_bits(self.recompute(each)))
+        assert ended == [alone] * ranks
 
     def test_promise_4_they_replace_the_old_ones_by_those_of_the_weights_as_they_are(self) -> None:
         model = self.recompute(Alone(), micro_size=40)

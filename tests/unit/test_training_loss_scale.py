@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from dist_train.cluster.alone import Alone
-from dist_train.cluster.workers import Workers
+from dist_train.cluster.communicator import Communicator
 from dist_train.outcome import DivergedError
 from dist_train.training.compute import Compute
 from dist_train.training.loss_scale import FIRST, HIGHEST, LOWEST, UPDATES_UNTIL_RAISED, DynamicLossScale, NoLossScale
 from dist_train.training.progress import Progress, restored_progress
 from dist_train.training.trainer import Trainer
-from tests.unit.simulated_workers import results
+from tests.unit.simulated_ranks import results
 from tests.unit.small_trainers import build_trainer, gradient_bits, small_config, state_bits
 
 
@@ -124,10 +124,10 @@ def test_an_overflow_repeats_the_step_and_skips_no_update(tmp_path: Path) -> Non
     assert state_bits(overflowing.network) == state_bits(calm.network)
 
 
-def test_all_workers_lower_it_when_one_overflows(tmp_path: Path) -> None:
-    def train(workers: Workers) -> tuple[float | None, dict[str, bytes]]:
-        trainer = in_half(build_trainer(small_config(), tmp_path / f"{workers.size}", workers), torch.float32)
-        if workers.rank == workers.size - 1:
+def test_all_ranks_lower_it_when_one_overflows(tmp_path: Path) -> None:
+    def train(comm: Communicator) -> tuple[float | None, dict[str, bytes]]:
+        trainer = in_half(build_trainer(small_config(), tmp_path / f"{comm.size}", comm), torch.float32)
+        if comm.rank == comm.size - 1:
             trainer.take_step.weights.parameters[0].register_hook(overflow_once())
         trainer.advance()
         return trainer.progress.loss_scale, state_bits(trainer.network)

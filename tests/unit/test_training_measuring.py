@@ -1,4 +1,4 @@
-"""What each worker measures of a step, and how all of it comes to worker 0."""
+"""What each rank measures of a step, and how all of it comes to rank 0."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dist_train.cluster.alone import Alone
-from dist_train.cluster.workers import Workers
+from dist_train.cluster.communicator import Communicator
 from dist_train.models import build_model
 from dist_train.monitoring.records import Measurement, Outcome, Record, RunFacts
 from dist_train.optim.flat_weights import FlatWeights
@@ -22,7 +22,7 @@ from dist_train.training.measuring import NoMeasuring
 from dist_train.training.trainer import Trainer
 from dist_train.training.usage import UsageReader
 from dist_train.training.weight_norms import WeightNorms
-from tests.unit.simulated_workers import SimulatedWorkers, on_workers, results
+from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import build_trainer, small_config, state_bits
 
 ON = {"enabled": True}
@@ -58,33 +58,33 @@ class Sheet:
         return [measurement.step for measurement in self.measurements]
 
 
-def prepare(folder: Path, workers: Workers, *, going_on: bool = False, **sections: Any) -> tuple[Sheet, Trainer]:
+def prepare(folder: Path, comm: Communicator, *, going_on: bool = False, **sections: Any) -> tuple[Sheet, Trainer]:
     sheet = Sheet()
     contents = newest_whole(folder / "checkpoints", lambda path, text: None) if going_on else None
-    trainer = build_trainer(small_config(**sections), folder, workers, observers=[sheet], contents=contents)
+    trainer = build_trainer(small_config(**sections), folder, comm, observers=[sheet], contents=contents)
     sheet.trainer = trainer
     return sheet, trainer
 
 
-def run(folder: Path, workers: Workers, **options: Any) -> tuple[Sheet, Trainer]:
-    sheet, trainer = prepare(folder, workers, **options)
+def run(folder: Path, comm: Communicator, **options: Any) -> tuple[Sheet, Trainer]:
+    sheet, trainer = prepare(folder, comm, **options)
     trainer.run()
     return sheet, trainer
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_worker_0_has_every_worker_s_row_and_each_other_its_own(tmp_path: Path, size: int) -> None:
-    sheets = [sheet for sheet, _ in results(size, lambda workers: run(tmp_path, workers, metrics=ON))]
+def test_rank_0_has_every_rank_s_row_and_each_other_its_own(tmp_path: Path, size: int) -> None:
+    sheets = [sheet for sheet, _ in results(size, lambda comm: run(tmp_path, comm, metrics=ON))]
     for sheet in sheets:
         assert sheet.steps == [1, 2, 3, 4, 5, 6]
     for rank, sheet in enumerate(sheets[1:], start=1):
         for own, all_ in zip(sheet.measurements, sheets[0].measurements, strict=True):
-            assert len(all_.workers) == size
-            assert own.workers[0].busy_seconds == all_.workers[rank].busy_seconds
-            assert own.workers[0].wait_seconds == all_.workers[rank].wait_seconds
+            assert len(all_.ranks) == size
+            assert own.ranks[0].busy_seconds == all_.ranks[rank].busy_seconds
+            assert own.ranks[0].wait_seconds == all_.ranks[rank].wait_seconds
             assert math.isnan(own.weight_norm)
     for measurement in (m for sheet in sheets for m in sheet.measurements):
-        mine = measurement.workers[0]
+        mine = measurement.ranks[0]
         assert mine.busy_seconds + mine.wait_seconds == pytest.approx(measurement.step_seconds)
         assert mine.wait_seconds == pytest.approx(measurement.parts.allreduce_wait)
         assert mine.resident_bytes > 10e6
@@ -93,18 +93,18 @@ def test_worker_0_has_every_worker_s_row_and_each_other_its_own(tmp_path: Path, 
 
 
 def test_one_sum_a_measured_step_carries_all_of_it_and_none_where_metrics_are_off(tmp_path: Path) -> None:
-    def names(workers: SimulatedWorkers, **metrics: Any) -> list[str]:
-        trainer = run(tmp_path / str(metrics), workers, metrics=metrics)[1]
+    def names(comm: SimulatedRanks, **metrics: Any) -> list[str]:
+        trainer = run(tmp_path / str(metrics), comm, metrics=metrics)[1]
         assert isinstance(trainer.measuring, NoMeasuring) is not any(metrics.get(k) for k in ("enabled", "tensorboard"))
-        return workers.names
+        return comm.names
 
     for count, metrics in ((0, {"enabled": False}), (6, ON), (6, {"enabled": False, "tensorboard": True})):
-        for each in results(2, lambda workers, metrics=metrics: names(workers, **metrics)):  # type: ignore[misc]
+        for each in results(2, lambda comm, metrics=metrics: names(comm, **metrics)):  # type: ignore[misc]
             assert each.count("measurements") == count
 
 
 def test_steps_are_measured_at_the_pace_of_the_records_and_at_the_end(tmp_path: Path) -> None:
-    sheets = results(2, lambda workers: run(tmp_path, workers, metrics={**ON, "every_steps": 4})[0])
+    sheets = results(2, lambda comm: run(tmp_path, comm, metrics={**ON, "every_steps": 4})[0])
     assert [sheet.steps for sheet in sheets] == [[4, 6], [4, 6]]
 
 
@@ -164,8 +164,8 @@ def test_a_checkpoint_s_stall_counts_to_the_next_measured_step_once(
 
 
 def test_the_last_measurement_is_handed_out_also_when_the_run_is_stopped(tmp_path: Path) -> None:
-    def stopped(workers: SimulatedWorkers) -> list[int]:
-        sheet, trainer = prepare(tmp_path, workers, metrics=ON)
+    def stopped(comm: SimulatedRanks) -> list[int]:
+        sheet, trainer = prepare(tmp_path, comm, metrics=ON)
         trainer.stop.request("SIGTERM")
         with pytest.raises(StoppedError):
             trainer.run()
@@ -177,19 +177,19 @@ def test_the_last_measurement_is_handed_out_also_when_the_run_is_stopped(tmp_pat
 def test_a_run_that_fails_drops_the_measurement_under_way(tmp_path: Path) -> None:
     sheets: list[Sheet] = []
 
-    def diverge(workers: SimulatedWorkers) -> None:
-        sheet, trainer = prepare(tmp_path, workers, metrics=ON)
+    def diverge(comm: SimulatedRanks) -> None:
+        sheet, trainer = prepare(tmp_path, comm, metrics=ON)
         sheets.append(sheet)
         trainer.advance()
         trainer.take_step.weights.values.fill_(math.nan)
         trainer.run()
 
-    assert all(isinstance(error, DivergedError) for error in on_workers(2, diverge))
+    assert all(isinstance(error, DivergedError) for error in on_ranks(2, diverge))
     assert [sheet.steps for sheet in sheets] == [[], []]
 
 
-def test_only_worker_0_hands_out_records(tmp_path: Path) -> None:
-    sheets = [sheet for sheet, _ in results(2, lambda workers: run(tmp_path, workers, metrics=ON))]
+def test_only_rank_0_hands_out_records(tmp_path: Path) -> None:
+    sheets = [sheet for sheet, _ in results(2, lambda comm: run(tmp_path, comm, metrics=ON))]
     assert sheets[0].records
     assert not sheets[1].records
 

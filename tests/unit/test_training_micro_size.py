@@ -1,4 +1,4 @@
-"""`micro_size: auto`: the largest that fits every worker's device."""
+"""`micro_size: auto`: the largest that fits every rank's device."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from dist_train.cluster.alone import Alone
-from dist_train.cluster.workers import Workers
+from dist_train.cluster.communicator import Communicator
 from dist_train.models import build_model
 from dist_train.outcome import UsageError
 from dist_train.training.compute import Compute
 from dist_train.training.micro_size import find_micro_size, forward_and_backward, halve
-from tests.unit.simulated_workers import results
+from tests.unit.simulated_ranks import results
 from tests.unit.small_trainers import small_config
 
 CPU = torch.device("cpu")
@@ -29,8 +29,8 @@ def room_for(largest: int, tried: list[int] | None = None) -> Callable[[int], No
     return try_size
 
 
-def found(largest: int, global_size: int, workers: Workers, device: str = "cpu") -> int:
-    return find_micro_size(room_for(largest), global_size=global_size, device=torch.device(device), workers=workers)
+def found(largest: int, global_size: int, comm: Communicator, device: str = "cpu") -> int:
+    return find_micro_size(room_for(largest), global_size=global_size, device=torch.device(device), comm=comm)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_it_is_the_largest_power_of_two_that_fits(largest: int, global_size: int
     assert found(largest, global_size, Alone(), device) == size
 
 
-def test_it_is_what_fits_every_worker_and_no_more_than_an_even_share() -> None:
+def test_it_is_what_fits_every_rank_and_no_more_than_an_even_share() -> None:
     assert results(3, lambda each: found((1000, 20, 50)[each.rank], 8192, each)) == [16] * 3
     assert results(4, lambda each: found(1000, 256, each)) == [64] * 4
 
@@ -57,7 +57,7 @@ def test_it_is_what_fits_every_worker_and_no_more_than_an_even_share() -> None:
 @pytest.mark.parametrize(("global_size", "fewest", "size"), [(98, 2, 32), (98, 3, 31), (8192, 5, 128), (129, 2, 127)])
 def test_no_micro_batch_has_fewer_samples_than_must_share_it(global_size: int, fewest: int, size: int) -> None:
     found = find_micro_size(
-        room_for(32 if global_size == 98 else 1000), global_size=global_size, device=CPU, workers=Alone(), fewest=fewest
+        room_for(32 if global_size == 98 else 1000), global_size=global_size, device=CPU, comm=Alone(), fewest=fewest
     )
     assert found == size
     assert global_size % found == 0 or global_size % found >= fewest
@@ -67,17 +67,17 @@ def test_what_a_trial_leaves_in_the_allocator_is_given_back_before_the_next(monk
     tried: list[int] = []
     emptied: list[list[int]] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append([*tried]))
-    find_micro_size(room_for(5, tried), global_size=1024, device=torch.device("cuda"), workers=Alone())
+    find_micro_size(room_for(5, tried), global_size=1024, device=torch.device("cuda"), comm=Alone())
     assert emptied == [[2], [2, 4], [2, 4, 8]]
 
 
 def test_nothing_larger_is_tried_once_one_does_not_fit() -> None:
     tried: list[int] = []
-    find_micro_size(room_for(5, tried), global_size=1024, device=torch.device("cuda"), workers=Alone())
+    find_micro_size(room_for(5, tried), global_size=1024, device=torch.device("cuda"), comm=Alone())
     assert tried == [2, 4, 8]
 
 
-def test_where_nothing_fits_all_workers_say_so() -> None:
+def test_where_nothing_fits_all_ranks_say_so() -> None:
     with pytest.raises(UsageError, match=r"set a smaller model\.width"):
         results(2, lambda each: found(8 if each.rank else 0, 1024, each))
 
@@ -90,7 +90,7 @@ def test_a_cpu_s_lack_of_memory_counts_too(error: Exception) -> None:
         if size > 8:
             raise error
 
-    assert find_micro_size(try_size, global_size=1024, device=CPU, workers=Alone()) == 8
+    assert find_micro_size(try_size, global_size=1024, device=CPU, comm=Alone()) == 8
 
 
 def test_other_errors_are_not_swallowed() -> None:
@@ -98,7 +98,7 @@ def test_other_errors_are_not_swallowed() -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        find_micro_size(try_size, global_size=1024, device=CPU, workers=Alone())
+        find_micro_size(try_size, global_size=1024, device=CPU, comm=Alone())
 
 
 @pytest.mark.parametrize(("before", "after"), [(128, 64), (7, 4), (3, 2), (2, 1)])

@@ -16,7 +16,7 @@ PHASES = ("perturb", "forward-backward", "restore", "allreduce", "update")
 
 
 class Recorder(Alone):
-    """A worker that notes when its timeline starts and stops."""
+    """A rank that notes when its timeline starts and stops."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -52,13 +52,13 @@ def test_a_run_leaves_a_trace_that_names_each_phase_of_each_profiled_update(tmp_
 
 
 def test_a_run_that_ends_before_leaves_what_was_seen(tmp_path: Path) -> None:
-    workers = Recorder()
-    profiler = StepProfiler(9, tmp_path / "profile", workers)
+    comm = Recorder()
+    profiler = StepProfiler(9, tmp_path / "profile", comm)
     for step in (41, 42, 43):
         profiler.after_update(step)
     profiler.close()
     profiler.close()
-    assert workers.calls == ["horovod-step-00000043.json", "stop"]
+    assert comm.calls == ["horovod-step-00000043.json", "stop"]
     assert list(ranges(tmp_path / "profile")) == ["trace-step-00000043-rank-0.json"]
 
 
@@ -72,14 +72,14 @@ def test_a_run_that_ends_before_it_begins_leaves_nothing(tmp_path: Path) -> None
 def test_a_folder_that_cannot_be_made_is_told_and_costs_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    workers = Recorder()
+    comm = Recorder()
     (tmp_path / "file").touch()
-    profiler = StepProfiler(1, tmp_path / "file" / "profile", workers)
+    profiler = StepProfiler(1, tmp_path / "file" / "profile", comm)
     for step in range(4):
         profiler.after_update(step)
     profiler.close()
     assert "nothing is profiled" in caplog.text
-    assert workers.calls == []
+    assert comm.calls == []
 
 
 def test_no_updates_need_no_profiler(tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
-"""How far a run is: kept in a checkpoint, the same on all workers."""
+"""How far a run is: kept in a checkpoint, the same on all ranks."""
 
 from __future__ import annotations
 
 from dist_train.training.progress import Progress, restored_progress, shared_progress
 from tests.unit.checkpoint_files import contents
-from tests.unit.simulated_workers import results
+from tests.unit.simulated_ranks import results
 
 
 def test_the_best_is_the_first_of_the_highest_test_accuracies() -> None:
@@ -29,7 +29,7 @@ def test_it_comes_back_from_a_checkpoint() -> None:
     assert restored_progress(contents(7, metrics={})) == Progress(7)
 
 
-def test_every_worker_has_worker_0_s() -> None:
+def test_every_rank_has_rank_0_s() -> None:
     progress = Progress(7, 0.8, 5, None, None, None, 0.9)
     shared = results(3, lambda each: shared_progress(each, Progress() if each.rank else progress))
     assert shared == [progress] * 3

@@ -1,4 +1,4 @@
-"""Sums of gradients over micro-batches and workers: exact, float, float16, Adasum."""
+"""Sums of gradients over micro-batches and ranks: exact, float, float16, Adasum."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dist_train.cluster.alone import Alone
-from dist_train.cluster.workers import Workers
+from dist_train.cluster.communicator import Communicator
 from dist_train.config import CommSettings
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
@@ -25,14 +25,14 @@ from dist_train.training.reduction import (
     buckets_of,
     build_reduction,
 )
-from tests.unit.simulated_workers import SimulatedWorkers, results
+from tests.unit.simulated_ranks import SimulatedRanks, results
 
 PROPERTY = settings(deadline=None, max_examples=40)
 SIZES = [5, 40, 1, 17]
 COUNT = sum(SIZES)
 FLOAT = CommSettings(reduction="float")
 
-Build = Callable[[FlatWeights, Workers], GradientAccumulator]
+Build = Callable[[FlatWeights, Communicator], GradientAccumulator]
 
 
 class Given(nn.Module):
@@ -48,12 +48,12 @@ class Given(nn.Module):
         return torch.stack([(p * piece).sum() for p, piece in pieces if not piece.isnan().all()]).sum()
 
 
-def reduce(workers: Workers, gradients: list[Tensor], build: Build, bucket: int = 20) -> tuple[Tensor, bool]:
+def reduce(comm: Communicator, gradients: list[Tensor], build: Build, bucket: int = 20) -> tuple[Tensor, bool]:
     """Return the reduced gradient [COUNT] of micro-batches dealt out round robin, and whether ours was out of range."""
     model = Given()
     weights = FlatWeights(model)
-    reduction = GradientReduction(weights, build(weights, workers), buckets_of(weights, bucket))
-    mine = gradients[workers.rank :: workers.size]
+    reduction = GradientReduction(weights, build(weights, comm), buckets_of(weights, bucket))
+    mine = gradients[comm.rank :: comm.size]
     reduction.start()
     for index, gradient in enumerate(mine):
         last = index == len(mine) - 1
@@ -65,16 +65,16 @@ def reduce(workers: Workers, gradients: list[Tensor], build: Build, bucket: int 
     return flat.clone(), bool(reduction.out_of_range)
 
 
-def exact(weights: FlatWeights, workers: Workers) -> GradientAccumulator:
-    return ExactAccumulator(weights, workers, terms=16)
+def exact(weights: FlatWeights, comm: Communicator) -> GradientAccumulator:
+    return ExactAccumulator(weights, comm, terms=16)
 
 
-def as_float32(weights: FlatWeights, workers: Workers) -> GradientAccumulator:
-    return FloatAccumulator(weights, workers, torch.float32)
+def as_float32(weights: FlatWeights, comm: Communicator) -> GradientAccumulator:
+    return FloatAccumulator(weights, comm, torch.float32)
 
 
-def as_float16(weights: FlatWeights, workers: Workers) -> GradientAccumulator:
-    return FloatAccumulator(weights, workers, torch.float16)
+def as_float16(weights: FlatWeights, comm: Communicator) -> GradientAccumulator:
+    return FloatAccumulator(weights, comm, torch.float16)
 
 
 def some_gradients(count: int, scale: float = 1.0, seed: int = 0) -> list[Tensor]:
@@ -83,13 +83,11 @@ def some_gradients(count: int, scale: float = 1.0, seed: int = 0) -> list[Tensor
 
 
 @pytest.mark.parametrize("bucket", [1, 20, 1000])
-@pytest.mark.parametrize("workers", [1, 2, 3, 5, 9])
-def test_promise_3_the_exact_sum_has_the_same_bits_for_any_number_of_workers_and_buckets(
-    workers: int, bucket: int
-) -> None:
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 9])
+def test_promise_3_the_exact_sum_has_the_same_bits_for_any_number_of_ranks_and_buckets(ranks: int, bucket: int) -> None:
     gradients = some_gradients(7)
     [(alone, _)] = results(1, lambda each: reduce(each, gradients, exact))
-    for reduced, out_of_range in results(workers, lambda each: reduce(each, gradients, exact, bucket)):
+    for reduced, out_of_range in results(ranks, lambda each: reduce(each, gradients, exact, bucket)):
         assert torch.equal(reduced, alone)
         assert not out_of_range
 
@@ -111,11 +109,11 @@ def test_the_exact_sum_is_within_one_rounding_of_the_true_one(count: int, seed: 
 
 
 @pytest.mark.parametrize(("build", "tolerance"), [(as_float32, 1e-6), (as_float16, 2e-3)])
-@pytest.mark.parametrize("workers", [1, 3])
-def test_the_float_sum_is_right_to_its_rounding(build: Build, tolerance: float, workers: int) -> None:
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_float_sum_is_right_to_its_rounding(build: Build, tolerance: float, ranks: int) -> None:
     gradients = some_gradients(5)
     true = torch.stack(gradients).double().sum(dim=0)
-    for reduced, out_of_range in results(workers, lambda each: reduce(each, gradients, build)):
+    for reduced, out_of_range in results(ranks, lambda each: reduce(each, gradients, build)):
         assert (reduced.double() - true).abs().max() <= tolerance * true.abs().max()
         assert not out_of_range
 
@@ -148,7 +146,7 @@ def test_as_many_terms_as_were_promised_fit_without_overflow() -> None:
     torch.testing.assert_close(reduced, gradients[0] * 16)
 
 
-def test_float16_that_overflows_is_not_finite_on_all_workers() -> None:
+def test_float16_that_overflows_is_not_finite_on_all_ranks() -> None:
     gradients = [torch.full((COUNT,), 6e4)] * 2
     for reduced, _ in results(2, lambda each: reduce(each, gradients, as_float16)):
         assert not reduced.isfinite().any()
@@ -180,20 +178,20 @@ def test_a_reduction_begins_anew_at_every_step() -> None:
 
 
 def test_buckets_but_the_last_are_sent_within_the_last_backward_pass_and_each_once() -> None:
-    def names(workers: SimulatedWorkers) -> tuple[list[str], list[str], list[str]]:
+    def names(comm: SimulatedRanks) -> tuple[list[str], list[str], list[str]]:
         model = Given()
         weights = FlatWeights(model)
-        reduction = GradientReduction(weights, exact(weights, workers), buckets_of(weights, 1))
+        reduction = GradientReduction(weights, exact(weights, comm), buckets_of(weights, 1))
         reduction.start()
         with reduction.micro_batch():
             torch.autograd.backward(model.loss(torch.ones(COUNT)))
-        first = list(workers.names)
+        first = list(comm.names)
         with reduction.last_micro_batch():
             torch.autograd.backward(model.loss(torch.ones(COUNT)))
-            during = list(workers.names)
+            during = list(comm.names)
         reduction.send()
         reduction.finish()
-        return first, during, list(workers.names)
+        return first, during, list(comm.names)
 
     for first, during, after in results(2, names):
         assert first == []
@@ -202,16 +200,16 @@ def test_buckets_but_the_last_are_sent_within_the_last_backward_pass_and_each_on
 
 
 def test_a_closed_reduction_no_longer_listens() -> None:
-    def names(workers: SimulatedWorkers) -> list[str]:
+    def names(comm: SimulatedRanks) -> list[str]:
         model = Given()
         weights = FlatWeights(model)
-        reductions = [GradientReduction(weights, exact(weights, workers), buckets_of(weights, 1)) for _ in range(2)]
+        reductions = [GradientReduction(weights, exact(weights, comm), buckets_of(weights, 1)) for _ in range(2)]
         reductions[0].close()
         for reduction in reductions:
             reduction.start()
         with reductions[0].last_micro_batch():
             torch.autograd.backward(model.loss(torch.ones(COUNT)))
-        return workers.names
+        return comm.names
 
     assert results(1, names) == [[]]
 
@@ -236,28 +234,28 @@ def test_buckets_hold_every_parameter_once_from_the_last_to_the_first(sizes: lis
 class TestAdasum:
     SETTINGS = CommSettings(reduction="float", op="adasum")
 
-    def build(self, workers: Workers, share: float = 0.5) -> GradientReduction:
-        return build_reduction(self.SETTINGS, FlatWeights(Given()), workers, micro_batches=4, share=share)
+    def build(self, comm: Communicator, share: float = 0.5) -> GradientReduction:
+        return build_reduction(self.SETTINGS, FlatWeights(Given()), comm, micro_batches=4, share=share)
 
-    def test_it_needs_a_power_of_two_of_workers(self) -> None:
-        with pytest.raises(UsageError, match="power of two of workers, not 3"):
+    def test_it_needs_a_power_of_two_of_ranks(self) -> None:
+        with pytest.raises(UsageError, match="power of two of ranks, not 3"):
             results(3, self.build)
 
     def test_it_needs_mpi_on_a_cpu(self) -> None:
         with pytest.raises(UsageError, match="needs MPI"):
             results(2, self.build, controller="gloo")
 
-    def test_it_needs_a_micro_batch_on_every_worker(self) -> None:
-        with pytest.raises(UsageError, match="micro-batch on every worker"):
-            results(2, lambda workers: self.build(workers, float(workers.rank)))
+    def test_it_needs_a_micro_batch_on_every_rank(self) -> None:
+        with pytest.raises(UsageError, match="micro-batch on every rank"):
+            results(2, lambda comm: self.build(comm, float(comm.rank)))
 
-    def reduce(self, workers: Workers, gradients: list[Tensor]) -> list[Tensor]:
+    def reduce(self, comm: Communicator, gradients: list[Tensor]) -> list[Tensor]:
         model = Given()
         weights = FlatWeights(model)
-        share = len(gradients[workers.rank :: workers.size]) / len(gradients)
-        reduction = build_reduction(self.SETTINGS, weights, workers, micro_batches=4, share=share)
+        share = len(gradients[comm.rank :: comm.size]) / len(gradients)
+        reduction = build_reduction(self.SETTINGS, weights, comm, micro_batches=4, share=share)
         reduction.start()
-        *first, last = gradients[workers.rank :: workers.size]
+        *first, last = gradients[comm.rank :: comm.size]
         for gradient in first:
             with reduction.micro_batch():
                 torch.autograd.backward(model.loss(gradient))
@@ -272,11 +270,11 @@ class TestAdasum:
         reduced = torch.cat(self.reduce(Alone(), gradients))
         torch.testing.assert_close(reduced, torch.stack(gradients).sum(dim=0))
 
-    def test_two_workers_mean_gradients_are_combined_parameter_by_parameter(self) -> None:
+    def test_two_ranks_mean_gradients_are_combined_parameter_by_parameter(self) -> None:
         # of four micro-batches of a global batch, each already divided by its size
         gradients = [gradient / 4 for gradient in some_gradients(4)]
         a, b = (torch.split(2 * (gradients[rank] + gradients[rank + 2]), SIZES) for rank in range(2))
-        for reduced in results(2, lambda workers: self.reduce(workers, gradients)):
+        for reduced in results(2, lambda comm: self.reduce(comm, gradients)):
             for part, one, other in zip(reduced, a, b, strict=True):
                 dot = one.dot(other)
                 expected = (1 - dot / (2 * one.dot(one))) * one + (1 - dot / (2 * other.dot(other))) * other
@@ -284,14 +282,14 @@ class TestAdasum:
 
 
 @pytest.mark.parametrize(
-    ("comm", "sent"),
+    ("settings", "sent"),
     [
         (CommSettings(), torch.int64),
         (FLOAT, torch.float32),
         (CommSettings(reduction="float", compression="fp16"), torch.float16),
     ],
 )
-def test_the_settings_choose_what_is_sent(comm: CommSettings, sent: torch.dtype) -> None:
+def test_the_settings_choose_what_is_sent(settings: CommSettings, sent: torch.dtype) -> None:
     class Noting(Alone):
         def __init__(self) -> None:
             self.sent: list[torch.dtype] = []
@@ -300,8 +298,8 @@ def test_the_settings_choose_what_is_sent(comm: CommSettings, sent: torch.dtype)
             self.sent.append(tensor.dtype)
             return super().allreduce_async(tensor, name)
 
-    workers = Noting()
-    reduction = build_reduction(comm, FlatWeights(Given()), workers, micro_batches=1, share=1.0)
+    comm = Noting()
+    reduction = build_reduction(settings, FlatWeights(Given()), comm, micro_batches=1, share=1.0)
     reduction.start()
     reduction.send()
-    assert workers.sent == [sent]
+    assert comm.sent == [sent]

@@ -64,7 +64,7 @@ def test_its_folders_are_the_user_s_alone(tmp_path: Path) -> None:
         assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_disk_that_fails_is_told_with_the_cure(tmp_path: Path) -> None:
+def test_a_disk_that_fails_is_told_with_the_fix(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     told = r"No space left on device: .*metrics\.jsonl; the checkpoints in .* as they were"
     with pytest.raises(FaultError, match=told), oserror_to_fault(directory):

@@ -25,7 +25,7 @@ from dist_train.training.run import train
 from dist_train.training.run_directory import RunDirectory
 from dist_train.training.session import Session, open_session
 from dist_train.training.stop_requests import StopRequests
-from tests.unit.simulated_workers import SimulatedWorkers, results
+from tests.unit.simulated_ranks import SimulatedRanks, results
 from tests.unit.small_trainers import small_config
 from tests.unit.test_cli_commands import write_config
 
@@ -56,25 +56,23 @@ class Told:
         self.ends.append(outcome)
 
 
-def begun(folder: Path, workers: SimulatedWorkers | Alone, *, going_on: bool = False) -> tuple[Session, Told]:
+def begun(folder: Path, comm: SimulatedRanks | Alone, *, going_on: bool = False) -> tuple[Session, Told]:
     told, config, directory = Told(), small_config(), RunDirectory(folder)
-    if workers.rank == 0:
+    if comm.rank == 0:
         directory.create()
     contents = newest_whole(directory.checkpoints, lambda path, text: None) if going_on else None
-    session = Session(directory, workers, Observers([told]))
-    trainer = assemble(config, contents, directory, workers, session, StopRequests())
+    session = Session(directory, comm, Observers([told]))
+    trainer = assemble(config, contents, directory, comm, session, StopRequests())
     session.begin(trainer, ResumePoint(config, contents))
     return session, told
 
 
-def test_every_worker_s_observers_are_told_the_facts_and_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_rank_s_observers_are_told_the_facts_and_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     before = time.time()
 
-    def launch(workers: SimulatedWorkers) -> Told:
-        session, told = begun(tmp_path / "run", workers)
+    def launch(comm: SimulatedRanks) -> Told:
+        session, told = begun(tmp_path / "run", comm)
         session.finish()
         return told
 
@@ -111,16 +109,16 @@ def test_a_job_that_slurm_has_started_anew_says_so(
     ("error", "event"),
     [
         (DivergedError("the loss is not finite"), "not_finite"),
-        (DisagreementError("worker 2 holds other weights"), "disagreement"),
+        (DisagreementError("rank 2 holds other weights"), "disagreement"),
         (StoppedError("stopped"), None),
         (UsageError("no"), None),
     ],
 )
-def test_how_a_run_fails_is_an_event_before_its_end_on_worker_0(
+def test_how_a_run_fails_is_an_event_before_its_end_on_rank_0(
     tmp_path: Path, error: Exception, event: str | None
 ) -> None:
-    def launch(workers: SimulatedWorkers) -> Told:
-        session, told = begun(tmp_path, workers)
+    def launch(comm: SimulatedRanks) -> Told:
+        session, told = begun(tmp_path, comm)
         session.fail(type(error)(*error.args))
         return told
 
@@ -152,8 +150,8 @@ def test_a_run_that_diverged_goes_on_from_its_checkpoint_and_its_record_of_it_is
     [
         ({"enabled": False}, [], []),
         ({"enabled": True}, ["Exporter"], []),
-        ({"enabled": True, "workers": "all"}, ["Exporter"], ["Exporter"]),
-        ({"enabled": False, "workers": "all", "tensorboard": True}, ["TensorBoard"], []),
+        ({"enabled": True, "ranks": "all"}, ["Exporter"], ["Exporter"]),
+        ({"enabled": False, "ranks": "all", "tensorboard": True}, ["TensorBoard"], []),
     ],
 )
 def test_who_watches_follows_the_settings(
@@ -162,15 +160,15 @@ def test_who_watches_follows_the_settings(
     directory = RunDirectory(tmp_path)
     directory.create()
 
-    def names(workers: SimulatedWorkers) -> list[str]:
-        session = open_session(small_config(metrics=metrics), directory, workers)
+    def names(comm: SimulatedRanks) -> list[str]:
+        session = open_session(small_config(metrics=metrics), directory, comm)
         observers = [type(observer).__name__ for observer in session.observers._observers]
         session.finish()
         return observers
 
     opened = results(2, names)
     assert opened[0][:2] == ["JsonLines", "EventCounts"]
-    assert opened[0][3:] == ["WorkersFile", *first]
+    assert opened[0][3:] == ["RanksFile", *first]
     assert opened[1] == others
 
 

@@ -1,4 +1,4 @@
-"""One update: Algorithm 1 of SmoothOut over the global batch, whatever the number of workers."""
+"""One update: Algorithm 1 of SmoothOut over the global batch, whatever the number of ranks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_train.cluster.alone import Alone
-from dist_train.cluster.workers import Workers
+from dist_train.cluster.communicator import Communicator
 from dist_train.data.order import batch_indices, epoch_order
 from dist_train.outcome import DivergedError
 from dist_train.training.step import GlobalBatch, OutOfMemoryError, Update, clip_gradient
 from dist_train.training.trainer import Trainer
 from tests.unit.plain_step import noise_of, sam_gradients, scaled, smoothout_gradients
-from tests.unit.simulated_workers import SimulatedWorkers, on_workers, results
+from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import build_trainer, gradient_bits, small_config, state_bits
 
 
@@ -39,7 +39,7 @@ def take(trainer: Trainer, step: int = 0, rate: float = 0.05, stop: Callable[[],
     """Make update `step` of the first epoch."""
     order = epoch_order(len(trainer.splits.train), trainer.config.run.seed, 0)
     indices = batch_indices(order, step, trainer.plan.global_size)
-    mine = trainer.plan.share(trainer.workers.rank, trainer.workers.size)
+    mine = trainer.plan.share(trainer.comm.rank, trainer.comm.size)
     return trainer.take_step(GlobalBatch(step, 0, indices, mine), rate, stop)
 
 
@@ -61,24 +61,24 @@ def gradients_of(trainer: Trainer) -> dict[str, Tensor]:
         ("global", "float", "normal", "absolute"),
         ("micro_batch", "exact", "normal", "filter"),
         ("micro_batch", "float", "uniform", "weight"),
-        ("worker", "exact", "uniform", "filter"),
-        ("worker", "float", "normal", "weight"),
+        ("rank", "exact", "uniform", "filter"),
+        ("rank", "float", "normal", "weight"),
     ],
 )
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_its_gradient_is_that_of_plain_pytorch_at_the_perturbed_weights(
-    tmp_path: Path, sharing: str, reduction: str, distribution: str, scale: str, workers: int
+    tmp_path: Path, sharing: str, reduction: str, distribution: str, scale: str, ranks: int
 ) -> None:
     noise = {"sharing": sharing, "distribution": distribution, "scale": scale, "amplitude": 0.05}
     config = small_config(model={"width": 0.0625}, noise=noise, comm={"reduction": reduction})
-    expected, loss = smoothout_gradients(config, 1, workers)
+    expected, loss = smoothout_gradients(config, 1, ranks)
 
-    def step(workers: SimulatedWorkers) -> tuple[dict[str, Tensor], Update]:
-        trainer = build_trainer(config, tmp_path, workers)
+    def step(comm: SimulatedRanks) -> tuple[dict[str, Tensor], Update]:
+        trainer = build_trainer(config, tmp_path, comm)
         update = take(trainer, 1, rate=0.0)
         return gradients_of(trainer), update
 
-    for gradients, update in results(workers, step):
+    for gradients, update in results(ranks, step):
         assert update.loss == pytest.approx(loss, rel=1e-6)
         norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected.values()))
         assert update.gradient_norm == pytest.approx(norm, rel=1e-4)
@@ -88,20 +88,20 @@ def test_its_gradient_is_that_of_plain_pytorch_at_the_perturbed_weights(
 SAM = {"method": "sam", "amplitude": 0.2, "sharing": "micro_batch"}
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("reduction", ["exact", "float"])
-def test_sam_s_gradient_is_that_of_plain_pytorch(tmp_path: Path, reduction: str, workers: int) -> None:
+def test_sam_s_gradient_is_that_of_plain_pytorch(tmp_path: Path, reduction: str, ranks: int) -> None:
     config = small_config(model={"width": 0.0625}, noise=SAM, comm={"reduction": reduction})
     expected = sam_gradients(config, 1)
 
-    def step(workers: SimulatedWorkers) -> dict[str, Tensor]:
-        trainer = build_trainer(config, tmp_path, workers)
+    def step(comm: SimulatedRanks) -> dict[str, Tensor]:
+        trainer = build_trainer(config, tmp_path, comm)
         before = trainer.take_step.weights.values.clone()
         take(trainer, 1, rate=0.0)
         assert torch.equal(trainer.take_step.weights.values, before)
         return gradients_of(trainer)
 
-    for gradients in results(workers, step):
+    for gradients in results(ranks, step):
         assert_equal_gradients(gradients, expected)
     plain, _ = smoothout_gradients(small_config(model={"width": 0.0625}, noise={"method": "none", "amplitude": 0.0}), 1)
     with pytest.raises(AssertionError):
@@ -165,8 +165,8 @@ def test_the_noise_matters_to_the_reference() -> None:
     assert (noisy["classifier.weight"] - clean["classifier.weight"]).abs().max() > 1e-4
 
 
-def test_promise_4_with_a_rate_of_zero_the_weights_stay_to_the_bit(tmp_path: Path) -> None:
-    shared: list[dict[str, Any]] = [{"sharing": sharing} for sharing in ("global", "worker", "micro_batch")]
+def test_promise_4_with_a_rate_of_zero_the_weights_stay_bit_identically(tmp_path: Path) -> None:
+    shared: list[dict[str, Any]] = [{"sharing": sharing} for sharing in ("global", "rank", "micro_batch")]
     for noise in (*shared, {"scale": "filter", "distribution": "normal"}, SAM):
         trainer = build_trainer(small_config(noise=noise), tmp_path, Alone())
         before = trainer.take_step.weights.values.clone()
@@ -186,17 +186,18 @@ def test_loss_and_accuracy_are_means_over_the_global_batch(tmp_path: Path) -> No
     assert update.accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_the_global_gradient_is_clipped_not_each_worker_s(tmp_path: Path, workers: int) -> None:
-    def moved(workers: SimulatedWorkers, clip: float | None) -> tuple[Tensor, Update]:
-        trainer = build_trainer(small_config(optimizer={**PLAIN, "clip_norm": clip}), tmp_path, workers)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_global_gradient_is_clipped_not_each_rank_s(tmp_path: Path, ranks: int) -> None:
+    def moved(comm: SimulatedRanks, clip: float | None) -> tuple[Tensor, Update]:
+        trainer = build_trainer(small_config(optimizer={**PLAIN, "clip_norm": clip}), tmp_path, comm)
         before = trainer.take_step.weights.values.clone()
         update = take(trainer, rate=1.0)
         return trainer.take_step.weights.values - before, update
 
-    for (free, update), (clipped, clipped_update) in results(
-        workers, lambda each: (moved(each, None), moved(each, 0.25))
-    ):
+    def both(comm: SimulatedRanks) -> tuple[tuple[Tensor, Update], tuple[Tensor, Update]]:
+        return moved(comm, None), moved(comm, 0.25)
+
+    for (free, update), (clipped, clipped_update) in results(ranks, both):
         assert update.gradient_norm > 0.5
         assert clipped_update.gradient_norm == update.gradient_norm
         torch.testing.assert_close(clipped, free * (0.25 / update.gradient_norm), rtol=1e-4, atol=1e-6)
@@ -223,14 +224,14 @@ class Changed:
 
 
 @pytest.mark.parametrize("reduction", ["exact", "float"])
-@pytest.mark.parametrize(("workers", "place"), [(1, 0), (2, 25), (3, 7)])
-def test_a_sample_that_is_not_finite_on_one_worker_stops_all_and_leaves_the_weights(
-    tmp_path: Path, reduction: str, workers: int, place: int
+@pytest.mark.parametrize(("ranks", "place"), [(1, 0), (2, 25), (3, 7)])
+def test_a_sample_that_is_not_finite_on_one_rank_stops_all_and_leaves_the_weights(
+    tmp_path: Path, reduction: str, ranks: int, place: int
 ) -> None:
     states: list[tuple[Tensor, Tensor, dict[str, bytes], dict[str, bytes]]] = []
 
-    def diverge(workers: SimulatedWorkers) -> None:
-        trainer = build_trainer(small_config(comm={"reduction": reduction}), tmp_path, workers)
+    def diverge(comm: SimulatedRanks) -> None:
+        trainer = build_trainer(small_config(comm={"reduction": reduction}), tmp_path, comm)
         sample = int(epoch_order(100, 0, 0)[place])
         bad: Any = Changed(trainer.splits.train, sample, lambda inputs: inputs * math.nan)
         trainer.take_step = replace(trainer.take_step, samples=bad)
@@ -240,57 +241,57 @@ def test_a_sample_that_is_not_finite_on_one_worker_stops_all_and_leaves_the_weig
         finally:
             states.append((before, trainer.take_step.weights.values, state, state_bits(trainer.network)))
 
-    ended = on_workers(workers, diverge)
+    ended = on_ranks(ranks, diverge)
     assert all(isinstance(error, DivergedError) for error in ended), ended
-    assert len(states) == workers
+    assert len(states) == ranks
     for before, after, state_before, state_after in states:
         assert torch.equal(before, after)
         assert state_before == state_after
 
 
 def test_a_gradient_out_of_the_integers_range_is_a_divergence_said_so(tmp_path: Path) -> None:
-    def step(workers: Workers, reduction: str) -> Update:
+    def step(comm: Communicator, reduction: str) -> Update:
         config = small_config(model={"norm": "none", "width": 0.0625}, comm={"reduction": reduction})
-        trainer = build_trainer(config, tmp_path, workers)
+        trainer = build_trainer(config, tmp_path, comm)
         large: Any = Changed(trainer.splits.train, int(epoch_order(100, 0, 0)[3]), lambda inputs: inputs * 1e7)
         trainer.take_step = replace(trainer.take_step, samples=large)
         return take(trainer)
 
     assert step(Alone(), "float").gradient_norm > 16384
-    for error in on_workers(2, lambda workers: step(workers, "exact")):
+    for error in on_ranks(2, lambda comm: step(comm, "exact")):
         assert isinstance(error, DivergedError)
         assert "out of range" in str(error)
 
 
-def test_promise_7_one_worker_s_request_to_stop_reaches_all(tmp_path: Path) -> None:
-    def step(workers: SimulatedWorkers, asked: int | None) -> bool:
-        trainer = build_trainer(small_config(), tmp_path, workers)
-        return take(trainer, stop=lambda: workers.rank == asked).stop_requested
+def test_promise_7_one_rank_s_request_to_stop_reaches_all(tmp_path: Path) -> None:
+    def step(comm: SimulatedRanks, asked: int | None) -> bool:
+        trainer = build_trainer(small_config(), tmp_path, comm)
+        return take(trainer, stop=lambda: comm.rank == asked).stop_requested
 
-    assert results(3, lambda workers: step(workers, 2)) == [True] * 3
-    assert results(3, lambda workers: step(workers, None)) == [False] * 3
+    assert results(3, lambda comm: step(comm, 2)) == [True] * 3
+    assert results(3, lambda comm: step(comm, None)) == [False] * 3
 
 
 @pytest.mark.parametrize(
-    ("workers", "noise"),
+    ("ranks", "noise"),
     [
-        *((workers, {"sharing": "micro_batch"}) for workers in (1, 2, 3, 5, 8)),
+        *((comm, {"sharing": "micro_batch"}) for comm in (1, 2, 3, 5, 8)),
         (3, {"scale": "filter"}),
         (3, {"scale": "weight", "distribution": "normal", "sharing": "micro_batch"}),
         (2, {"method": "langevin", "scale": "filter"}),
         (3, SAM),
     ],
 )
-def test_promise_3_an_update_has_the_same_bits_on_any_number_of_workers(
-    tmp_path: Path, workers: int, noise: dict[str, Any]
+def test_promise_3_an_update_has_the_same_bits_on_any_number_of_ranks(
+    tmp_path: Path, ranks: int, noise: dict[str, Any]
 ) -> None:
-    def step(workers: SimulatedWorkers) -> tuple[dict[str, bytes], bytes, Update]:
-        trainer = build_trainer(small_config(noise=noise), tmp_path, workers)
+    def step(comm: SimulatedRanks) -> tuple[dict[str, bytes], bytes, Update]:
+        trainer = build_trainer(small_config(noise=noise), tmp_path, comm)
         update = take(trainer)
         return state_bits(trainer.network), gradient_bits(trainer), update
 
     [alone] = results(1, step)
-    assert results(workers, step) == [alone] * workers
+    assert results(ranks, step) == [alone] * ranks
 
 
 class Limited(nn.Module):
@@ -320,10 +321,10 @@ class Limited(nn.Module):
 def test_a_run_that_runs_out_of_memory_goes_on_with_smaller_micro_batches(
     tmp_path: Path, short: list[int], sharing: str, backward: bool
 ) -> None:
-    def train(workers: SimulatedWorkers, micro_size: int, folder: str) -> tuple[dict[str, bytes], int, str]:
+    def train(comm: SimulatedRanks, micro_size: int, folder: str) -> tuple[dict[str, bytes], int, str]:
         config = small_config(batch={"micro_size": micro_size}, noise={"sharing": sharing})
-        trainer = build_trainer(config, tmp_path / folder, workers)
-        if micro_size > 3 and workers.rank in short:
+        trainer = build_trainer(config, tmp_path / folder, comm)
+        if micro_size > 3 and comm.rank in short:
             limited = Limited(trainer.network, 3, backward)
             trainer.take_step = replace(trainer.take_step, model=limited)
         trainer.may_shrink = True
@@ -331,8 +332,8 @@ def test_a_run_that_runs_out_of_memory_goes_on_with_smaller_micro_batches(
         saved = (tmp_path / folder / "config.yaml").read_text()
         return state_bits(trainer.network), trainer.plan.micro_size, saved
 
-    [expected] = results(1, lambda workers: train(workers, 3, "small"))
-    for state, micro_size, saved in results(2, lambda workers: train(workers, 6, "shrunk")):
+    [expected] = results(1, lambda comm: train(comm, 3, "small"))
+    for state, micro_size, saved in results(2, lambda comm: train(comm, 6, "shrunk")):
         assert micro_size == 3
         assert state == expected[0]
         assert saved == expected[2]

@@ -15,7 +15,7 @@ from dist_train.cluster.alone import Alone
 from dist_train.monitoring.records import StepParts
 from dist_train.training.step import GlobalBatch
 from dist_train.training.step_clock import DeviceTimer, HostTimer, StepClock, build_step_clock
-from tests.unit.simulated_workers import SimulatedWorkers, results
+from tests.unit.simulated_ranks import SimulatedRanks, results
 from tests.unit.small_trainers import build_trainer, small_config
 from tests.unit.test_training_step import SAM, take
 from tests.waiting import wait_for
@@ -52,7 +52,7 @@ def test_a_part_within_another_is_taken_out_of_that_one_s_time() -> None:
     timer.time = 127
     with clock.part("allreduce_wait"):
         timer.time = 255
-    assert timer.asked == 0, "nothing is read while the step goes on"
+    assert timer.asked == 0, "nothing is read while the step continues"
     times = clock.times()
     assert times.parts() == StepParts(
         data_wait=0, forward_backward=2 + 8 + 32, perturb_restore=4 + 16, allreduce_wait=128, optimizer=0,
@@ -99,11 +99,11 @@ def test_the_parts_of_a_step_are_there_and_add_up_to_at_most_the_step(tmp_path: 
     wait_for(most_is_in_its_parts, "a step of which most is forward and backward")
 
 
-def test_slow_data_a_slow_worker_and_slow_noise_show_in_their_own_parts(tmp_path: Path) -> None:
-    def step(workers: SimulatedWorkers) -> StepParts:
-        trainer = build_trainer(small_config(), tmp_path, workers)
+def test_slow_data_a_slow_rank_and_slow_noise_show_in_their_own_parts(tmp_path: Path) -> None:
+    def step(comm: SimulatedRanks) -> StepParts:
+        trainer = build_trainer(small_config(), tmp_path, comm)
         take(trainer)
-        if workers.rank == 1:
+        if comm.rank == 1:
             noise = trainer.take_step.noise
             perturb, restore = noise.perturb, noise.restore
             micro_batch = trainer.splits.train.micro_batch
@@ -136,17 +136,17 @@ def test_slow_data_a_slow_worker_and_slow_noise_show_in_their_own_parts(tmp_path
 def test_with_sync_norm_the_wait_within_passes_is_a_wait_for_the_others(tmp_path: Path) -> None:
     config = small_config(model={"norm": "sync"}, noise={"method": "none"})
 
-    def step(workers: SimulatedWorkers) -> StepParts:
-        trainer = build_trainer(config, tmp_path, workers)
+    def step(comm: SimulatedRanks) -> StepParts:
+        trainer = build_trainer(config, tmp_path, comm)
         micro_batch = trainer.splits.train.micro_batch
 
         def slow_data(*arguments: Any) -> Any:
             time.sleep(0.05)
             return micro_batch(*arguments)
 
-        if workers.rank == 1:
+        if comm.rank == 1:
             trainer.splits.train.micro_batch = slow_data  # type: ignore[method-assign, assignment]
-        mine = trainer.plan.slices(workers.rank, workers.size)
+        mine = trainer.plan.slices(comm.rank, comm.size)
         order = torch.arange(trainer.plan.global_size)
         return trainer.take_step(GlobalBatch(0, 0, order, mine), 0.05, lambda: False).times.parts()
 

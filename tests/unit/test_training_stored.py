@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from dist_train.cluster.alone import Alone
-from dist_train.cluster.workers import Workers
+from dist_train.cluster.communicator import Communicator
 from dist_train.data.loader import open_splits
 from dist_train.models import build_model
 from dist_train.outcome import UsageError
@@ -19,7 +19,7 @@ from dist_train.training import stored
 from dist_train.training.checkpoints import list_checkpoints, read_checkpoint
 from dist_train.training.stored import evaluate_stored, find_checkpoint, stored_config
 from tests.unit.checkpoint_files import write
-from tests.unit.simulated_workers import results
+from tests.unit.simulated_ranks import results
 from tests.unit.small_trainers import build_trainer, small_config
 
 
@@ -73,26 +73,26 @@ def test_it_is_what_the_run_itself_measured(run: Path) -> None:
     assert result["accuracy"] == list_checkpoints(run / "checkpoints")[-1].metrics["test_accuracy"]
 
 
-def test_promise_3_it_has_the_same_bits_on_any_number_of_workers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def evaluated(workers: Workers) -> dict[str, object]:
-        group[workers.rank] = workers
+def test_promise_3_it_has_the_same_bits_on_any_number_of_ranks(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluated(comm: Communicator) -> dict[str, object]:
+        group[comm.rank] = comm
         ready.wait()
         return evaluate_stored(run, "test", [])
 
     import threading
 
-    def joined(**_: object) -> Workers:
+    def joined(**_: object) -> Communicator:
         return next(w for w in group.values() if threads[w.rank] is threading.current_thread())
 
     expected = evaluate_stored(run, "test", [])
-    group: dict[int, Workers] = {}
+    group: dict[int, Communicator] = {}
     threads: dict[int, threading.Thread] = {}
     ready = threading.Barrier(3)
-    monkeypatch.setattr(stored, "join_workers", joined)
+    monkeypatch.setattr(stored, "join_ranks", joined)
 
-    def noted(workers: Workers) -> dict[str, object]:
-        threads[workers.rank] = threading.current_thread()
-        return evaluated(workers)
+    def noted(comm: Communicator) -> dict[str, object]:
+        threads[comm.rank] = threading.current_thread()
+        return evaluated(comm)
 
     assert results(3, noted) == [expected] * 3
 

@@ -1,4 +1,4 @@
-"""What the workers tell each other in a step, in one sum of integers."""
+"""What the ranks tell each other in a step, in one sum of integers."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ import torch
 from torch.nn import functional
 
 from dist_train.cluster.alone import Alone
-from dist_train.cluster.workers import Workers
+from dist_train.cluster.communicator import Communicator
 from dist_train.models.batch_statistics import BatchStatistics
 from dist_train.models.norms import GroupedBatchNorm
 from dist_train.training.tally import Tally, TallyResult
-from tests.unit.simulated_workers import results
+from tests.unit.simulated_ranks import results
 
 CPU = torch.device("cpu")
 LOGITS = torch.randn(23, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(23) % 4
 
 
-def count(workers: Workers, size: int) -> TallyResult:
+def count(comm: Communicator, size: int) -> TallyResult:
     """Tally micro-batches of `size` of the 23 samples, dealt out round robin."""
-    tally = Tally(workers, BatchStatistics((), CPU), CPU)
+    tally = Tally(comm, BatchStatistics((), CPU), CPU)
     tally.clear()
     parts = list(zip(torch.split(LOGITS, size), torch.split(LABELS, size), strict=True))
-    for logits, labels in parts[workers.rank :: workers.size]:
+    for logits, labels in parts[comm.rank :: comm.size]:
         tally.add(functional.cross_entropy(logits, labels, reduction="sum"), logits, labels)
     tally.send()
     return tally.result()
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 7])
-def test_promise_3_loss_and_accuracy_are_the_global_means_on_any_number_of_workers(workers: int) -> None:
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_promise_3_loss_and_accuracy_are_the_global_means_on_any_number_of_ranks(ranks: int) -> None:
     alone = count(Alone(), 5)
     assert alone.loss == pytest.approx(functional.cross_entropy(LOGITS, LABELS).item(), rel=1e-6)
     assert alone.accuracy == (LOGITS.argmax(1) == LABELS).sum().item() / 23
     assert (alone.samples, alone.out_of_range, alone.out_of_memory, alone.stop) == (23, 0, 0, 0)
-    for total in results(workers, lambda each: count(each, 5)):
+    for total in results(ranks, lambda each: count(each, 5)):
         assert (total.loss, total.accuracy, total.samples) == (alone.loss, alone.accuracy, 23)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, 2.0**31])
-def test_a_loss_that_is_not_finite_or_too_large_is_told_by_the_worker_that_met_it(loss: float) -> None:
-    def tell(workers: Workers) -> TallyResult:
-        tally = Tally(workers, BatchStatistics((), CPU), CPU)
-        tally.add(torch.tensor(loss if workers.rank == 1 else 1.0), LOGITS[:2], LABELS[:2])
+def test_a_loss_that_is_not_finite_or_too_large_is_told_by_the_rank_that_met_it(loss: float) -> None:
+    def tell(comm: Communicator) -> TallyResult:
+        tally = Tally(comm, BatchStatistics((), CPU), CPU)
+        tally.add(torch.tensor(loss if comm.rank == 1 else 1.0), LOGITS[:2], LABELS[:2])
         tally.send()
         return tally.result()
 
@@ -54,11 +54,11 @@ def test_a_loss_that_is_not_finite_or_too_large_is_told_by_the_worker_that_met_i
         assert math.isfinite(total.loss)
 
 
-def test_what_one_worker_has_to_say_reaches_all() -> None:
-    def tell(workers: Workers) -> TallyResult:
-        tally = Tally(workers, BatchStatistics((), CPU), CPU)
-        said = torch.tensor(workers.rank == 0)
-        tally.send(out_of_range=said, out_of_memory=workers.rank > 0, stop=workers.rank == 2)
+def test_what_one_rank_has_to_say_reaches_all() -> None:
+    def tell(comm: Communicator) -> TallyResult:
+        tally = Tally(comm, BatchStatistics((), CPU), CPU)
+        said = torch.tensor(comm.rank == 0)
+        tally.send(out_of_range=said, out_of_memory=comm.rank > 0, stop=comm.rank == 2)
         return tally.result()
 
     for total in results(3, tell):
@@ -81,14 +81,14 @@ def test_it_begins_anew_with_the_norms_statistics() -> None:
     assert not total.statistics.any()
 
 
-def test_promise_3_statistics_of_all_norms_are_summed_over_the_workers_and_absorbed_in_order() -> None:
+def test_promise_3_statistics_of_all_norms_are_summed_over_the_ranks_and_absorbed_in_order() -> None:
     inputs = torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
 
-    def gather(workers: Workers) -> list[torch.Tensor]:
+    def gather(comm: Communicator) -> list[torch.Tensor]:
         norms = (GroupedBatchNorm(3), GroupedBatchNorm(1))
         statistics = BatchStatistics(norms, CPU)
-        tally = Tally(workers, statistics, CPU)
-        for part in torch.split(inputs, 3)[workers.rank :: workers.size]:
+        tally = Tally(comm, statistics, CPU)
+        for part in torch.split(inputs, 3)[comm.rank :: comm.size]:
             norms[0](part)
             norms[1](part[:, :1] * 5)
             statistics.collect()

@@ -44,7 +44,7 @@ def test_a_run_near_its_limit_is_saved_and_stopped(tmp_path: Path) -> None:
     trainer.time_limit = TimeLimit(1.0)
     with pytest.raises(StoppedError):
         trainer.run()
-    assert trainer.progress.step == 2, "all workers hear of it in the step after"
+    assert trainer.progress.step == 2, "all ranks hear of it in the step after"
     assert [file.step for file in list_checkpoints(tmp_path / "checkpoints")] == [2]
 
 

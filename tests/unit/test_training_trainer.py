@@ -1,4 +1,4 @@
-"""The loop: the same bits on any number of workers and over any interruption; what it records and saves."""
+"""The loop: the same bits on any number of ranks and over any interruption; what it records and saves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dist_train.training.checkpoints import list_checkpoints, newest_whole, read
 from dist_train.training.norm_statistics import recompute_statistics, statistics_samples
 from dist_train.training.stop_requests import StopRequests
 from dist_train.training.trainer import Trainer
-from tests.unit.simulated_workers import SimulatedWorkers, on_workers, results
+from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import build_trainer, small_config, state_bits
 
 Sections = Mapping[str, Any]
@@ -74,18 +74,18 @@ class Notebook:
 
 
 def run(
-    folder: Path, workers: SimulatedWorkers | Alone, *, going_on: bool = False, **sections: Any
+    folder: Path, comm: SimulatedRanks | Alone, *, going_on: bool = False, **sections: Any
 ) -> tuple[dict[str, bytes], Notebook, Trainer]:
     notebook = Notebook()
     contents = None
-    if going_on and workers.rank == 0:
+    if going_on and comm.rank == 0:
         contents = newest_whole(folder / "checkpoints", lambda path, text: None)
         assert contents is not None
     trainer = build_trainer(
         small_config(**sections),
         folder,
-        workers,
-        observers=[notebook] if workers.rank == 0 else [],
+        comm,
+        observers=[notebook] if comm.rank == 0 else [],
         contents=contents,
     )
     trainer.run()
@@ -94,15 +94,15 @@ def run(
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], list[tuple[object, ...]]]:
-    [(state, notebook, _)] = results(1, lambda workers: run(tmp_path_factory.mktemp("alone"), workers))
+    [(state, notebook, _)] = results(1, lambda comm: run(tmp_path_factory.mktemp("alone"), comm))
     return state, notebook.measured()
 
 
-@pytest.mark.parametrize("workers", [2, 3, 5, 7])
-def test_promise_3_the_number_of_workers_does_not_change_a_bit(
-    tmp_path: Path, alone: tuple[dict[str, bytes], list[tuple[object, ...]]], workers: int
+@pytest.mark.parametrize("ranks", [2, 3, 5, 7])
+def test_promise_3_the_number_of_ranks_does_not_change_a_bit(
+    tmp_path: Path, alone: tuple[dict[str, bytes], list[tuple[object, ...]]], ranks: int
 ) -> None:
-    ended = results(workers, lambda each: run(tmp_path, each))
+    ended = results(ranks, lambda each: run(tmp_path, each))
     assert ended[0][1].measured() == alone[1]
     assert all(state == alone[0] for state, _, _ in ended)
 
@@ -200,18 +200,18 @@ class AskedInStepTwo(StopRequests):
         return self._asked == 2
 
 
-def test_promise_7_a_request_to_stop_on_one_worker_saves_once_and_stops_all(tmp_path: Path) -> None:
+def test_promise_7_a_request_to_stop_on_one_rank_saves_once_and_stops_all(tmp_path: Path) -> None:
     notebooks: list[Notebook] = []
 
-    def stopped(workers: SimulatedWorkers) -> None:
+    def stopped(comm: SimulatedRanks) -> None:
         notebook = Notebook()
         notebooks.append(notebook)
-        trainer = build_trainer(small_config(), tmp_path, workers, observers=[notebook] if workers.rank == 0 else [])
-        if workers.rank == 1:
+        trainer = build_trainer(small_config(), tmp_path, comm, observers=[notebook] if comm.rank == 0 else [])
+        if comm.rank == 1:
             trainer.stop = AskedInStepTwo()
         trainer.run()
 
-    ended = on_workers(3, stopped)
+    ended = on_ranks(3, stopped)
     assert all(isinstance(error, StoppedError) for error in ended), ended
     assert all("stopped on request after step 2" in str(error) for error in ended)
     assert [file.step for file in list_checkpoints(tmp_path / "checkpoints")] == [2]
@@ -287,7 +287,7 @@ def test_promise_4_what_is_evaluated_and_saved_has_statistics_of_the_clean_weigh
             statistics_samples(100, 30, 6, 0),
             micro_size=6,
             compute=trainer.take_step.compute,
-            workers=Alone(),
+            comm=Alone(),
         )
         recomputed = model.state_dict()
         same = [torch.equal(saved[name], recomputed[name]) for name in saved if "running" in name]

@@ -54,11 +54,11 @@ class Buckets:
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """How a global batch is cut: `count` micro-batches of `size` samples, `of_workers` by rank."""
+    """How a global batch is cut: `count` micro-batches of `size` samples, `of_ranks` by rank."""
 
     size: int
     count: int
-    of_workers: tuple[int, ...]
+    of_ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -205,11 +205,11 @@ class Board:
 
 def _cut_anew(before: MicroBatches, global_size: int, size: int) -> MicroBatches:
     count = -(-global_size // size)
-    workers = len(before.of_workers)
-    if sum(before.of_workers) > before.count:
-        # each worker has a part of every micro-batch
-        return MicroBatches(size, count, (count,) * workers)
-    return MicroBatches(size, count, tuple(len(range(rank, count, workers)) for rank in range(workers)))
+    ranks = len(before.of_ranks)
+    if sum(before.of_ranks) > before.count:
+        # each rank has a part of every micro-batch
+        return MicroBatches(size, count, (count,) * ranks)
+    return MicroBatches(size, count, tuple(len(range(rank, count, ranks)) for rank in range(ranks)))
 
 
 class _Histogram:

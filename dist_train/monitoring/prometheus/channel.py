@@ -10,7 +10,7 @@ from dist_train.monitoring.prometheus.codec import decode, encode
 from dist_train.monitoring.prometheus.messages import Message
 
 _BUFFER_BYTES = 4 << 20
-"""Asked of the kernel, which gives at most twice that; a measurement of 1,024 workers takes about 90 KB."""
+"""Asked of the kernel, which gives at most twice that; a measurement of 1,024 ranks takes about 90 KB."""
 
 
 class Channel:

@@ -1,6 +1,6 @@
 """Messages as JSON and back: `[type, [value, ...]]`, read as the dataclass of that name declares its fields.
 
-Values without names: with them a measurement of many workers would take three times the room, and a socket's buffer may
+Values without names: with them a measurement of many ranks would take three times the room, and a socket's buffer may
 hold 400 KB only. The standard library alone: pydantic would add half to the memory of the exporter's process. Both ends
 are ours, so NaN and infinities stand as Python's JSON writes them.
 """

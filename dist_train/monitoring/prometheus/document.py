@@ -11,7 +11,7 @@ from dist_train.monitoring.prometheus.table import METRICS
 
 BEGIN, END = "<!-- metrics -->", "<!-- end of metrics -->"
 
-_PAGES = {Scope.RUN: "worker 0", Scope.WORKER: "every worker, its own", Scope.BOTH: "every worker"}
+_PAGES = {Scope.RUN: "rank 0", Scope.RANK: "every rank, its own", Scope.BOTH: "every rank"}
 
 
 def metrics_markdown() -> str:

@@ -66,7 +66,7 @@ class Exporter:
             raise ExporterError(self._reason)
         self._has_begun = True
         if self.address is None:
-            _logger.warning("metrics are not served yet, after %g s; training goes on", _START_SECONDS)
+            _logger.warning("metrics are not served yet, after %g s; training continues", _START_SECONDS)
 
     def record(self, record: Record) -> None:
         """Send `record` on."""
@@ -145,7 +145,7 @@ class Exporter:
         self._reason = self._reason or end
         if self._has_begun and self._ending is None:
             self.address = None
-            _logger.warning("metrics are no longer served; training goes on: %s", self._reason)
+            _logger.warning("metrics are no longer served; training continues: %s", self._reason)
 
     def _await_end(self) -> None:
         deadline = time.monotonic() + _END_SECONDS

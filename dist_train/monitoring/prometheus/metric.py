@@ -23,9 +23,9 @@ class Scope(StrEnum):
     """What a metric tells about, and so on whose page it is."""
 
     RUN = "run"
-    """The run: on worker 0's page alone."""
-    WORKER = "worker"
-    """The worker that serves it: on every page."""
+    """The run: on rank 0's page alone."""
+    RANK = "rank"
+    """The rank that serves it: on every page."""
     BOTH = "run, on every page"
 
 

@@ -12,7 +12,7 @@ from dist_train.monitoring.prometheus.registry import registry_of
 from dist_train.monitoring.prometheus.table import metrics_of
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
-"""The form that every Prometheus reads. For 1,024 workers OpenMetrics would take twice as long to write."""
+"""The form that every Prometheus reads. For 1,024 ranks OpenMetrics would take twice as long to write."""
 
 _OLDEST_PAGE = 1.0
 
@@ -21,7 +21,7 @@ class MetricsPage:
     """Renders a board; scrapes that come while nothing has changed share one page, for a second at most."""
 
     def __init__(self, board: Board, rank: int = 0) -> None:
-        """Take the metrics of the page of worker `rank`."""
+        """Take the metrics of the page of rank `rank`."""
         self._board = board
         self._metrics = metrics_of(rank)
         self._lock = Lock()

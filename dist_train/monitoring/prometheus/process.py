@@ -58,7 +58,7 @@ def _settle() -> None:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     with suppress(OSError):  # a container may forbid it; then it is served all the same
         os.nice(_POLITENESS)
-        # a launcher binds a worker to its cores, which this process takes over; the kernel keeps to what is allowed
+        # a launcher binds a rank to its cores, which this process takes over; the kernel keeps to what is allowed
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
 
@@ -150,7 +150,7 @@ class _Service:
             self._inbox.take()
             return self._page.render()
 
-        # the setting's own port is worker 0's
+        # the setting's own port is rank 0's
         port = plan.port if is_first or plan.port == 0 else plan.port + 1
         server = bind(plan.host, port, page, credentials, tls)
         if is_first and port not in (0, server.server_port):

@@ -15,7 +15,7 @@ JOB = "dist_train"
 
 
 class Push:
-    """One push in the background. A run's own group is replaced: job and run, and the worker other than 0."""
+    """One push in the background. A run's own group is replaced: job and run, and the rank other than 0."""
 
     def __init__(self, gateway: str, metrics: tuple[Metric, ...], now: Snapshot) -> None:
         """Begin to push `metrics` of `now` to the Pushgateway at the URL `gateway`."""
@@ -23,7 +23,7 @@ class Push:
         self._reason = f"no answer within {PUSH_SECONDS:g} s"
         self._group = {"run": now.facts.name}
         if now.facts.rank:
-            self._group["worker"] = str(now.facts.rank)
+            self._group["rank"] = str(now.facts.rank)
         self._thread = Thread(target=self._push, args=(registry_of(metrics, now),), name="push", daemon=True)
         self._thread.start()
 

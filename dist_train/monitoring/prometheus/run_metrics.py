@@ -101,7 +101,7 @@ PROGRESS = (
     _counter(
         "dist_train_samples_total",
         "samples",
-        "Training samples used since the run's first step, on all workers together.",
+        "Training samples used since the run's first step, on all ranks together.",
         lambda now: one(now.step * now.facts.global_size),
     ),
     _gauge(
@@ -187,7 +187,7 @@ LEARNING = (
     _gauge(
         "dist_train_samples_per_second",
         "samples per second",
-        "Training throughput of all workers together.",
+        "Training throughput of all ranks together.",
         _train(lambda record: record.samples_per_second),
     ),
 )
@@ -241,7 +241,7 @@ EVENTS = (
     _counter(
         "dist_train_resumes_total",
         "launches",
-        "Launches that went on from a checkpoint.",
+        "Launches that resumed from a checkpoint.",
         _events("resumed"),
     ),
     _counter(
@@ -253,13 +253,13 @@ EVENTS = (
     _counter(
         "dist_train_signals_total",
         "signals",
-        "Requests to stop, by a signal to some worker, over all launches.",
+        "Requests to stop, by a signal to some rank, over all launches.",
         _events("signal"),
     ),
     _counter(
         "dist_train_disagreements_total",
         "events",
-        "Agreement checks in which workers held different weights or noise, over all launches.",
+        "Agreement checks in which ranks held different weights or noise, over all launches.",
         _events("disagreement"),
     ),
     _counter(

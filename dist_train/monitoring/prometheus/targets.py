@@ -62,7 +62,7 @@ class Process(NamedTuple):
 
 @dataclass(frozen=True)
 class TargetFile:
-    """The file at `path` by which Prometheus finds one worker's metrics, owned by `process`."""
+    """The file at `path` by which Prometheus finds one rank's metrics, owned by `process`."""
 
     path: Path
     content: str
@@ -90,7 +90,7 @@ class TargetFile:
 
 
 def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: Process) -> TargetFile:
-    """Return the file for the worker of `facts` that serves at `port`."""
+    """Return the file for the rank of `facts` that serves at `port`."""
     assert plan.targets_directory is not None
     node = facts.node or socket.gethostname()
     labels = {
@@ -98,7 +98,7 @@ def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: Process)
         "run": facts.name,
         "slurm_job": facts.slurm_job,
         "node": node,
-        "worker": str(facts.rank),
+        "rank": str(facts.rank),
         _PROCESS_LABEL: str(process),
     }
     if plan.scheme == "https":

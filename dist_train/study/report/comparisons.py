@@ -1,4 +1,4 @@
-"""Arms against each other: test accuracy of every seed, and sharpness against test accuracy."""
+"""Variants against each other: test accuracy of every seed, and sharpness against test accuracy."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dist_train.study.report.arms import Arm, Panel, duplicates_of
 from dist_train.study.report.chart import Chart, Point, Series
 from dist_train.study.report.measures import FINAL_ACCURACY, TRAIN_LOSS, Measure, sharpness_measures
 from dist_train.study.report.numbers import spearman
 from dist_train.study.report.scales import Axis, linear_axis, percent_tick, plain
 from dist_train.study.report.stored_run import StoredRun
 from dist_train.study.report.tables import limits
+from dist_train.study.report.variants import Panel, Variant, duplicates_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Scatter:
 
 @dataclass(frozen=True)
 class _Related:
-    arm: Arm
+    variant: Variant
     run: StoredRun
     value: float
     other: float
@@ -46,7 +46,7 @@ class _Related:
 
 def sharpness_scatters(panels: Sequence[Panel]) -> tuple[Scatter, ...]:
     """Return a scatter for every measure of sharpness that at least two finished runs have; duplicates left out."""
-    runs = [run for panel in panels for arm in panel.arms for run in arm.counted if run.is_finished]
+    runs = [run for panel in panels for variant in panel.variants for run in variant.counted if run.is_finished]
     # two studies in one folder may hold the same run
     repeated = duplicates_of(runs)
     distinct = {run.name for run in runs if run.name not in repeated}
@@ -67,9 +67,9 @@ def sharpness_scatters(panels: Sequence[Panel]) -> tuple[Scatter, ...]:
 def _related(panel: Panel, distinct: Collection[str], measure: Measure, other: Measure) -> list[_Related]:
     """Return the runs of `panel` that have both, with both values."""
     return [
-        _Related(arm, run, value, second)
-        for arm in panel.arms
-        for run, value in arm.measured(measure)
+        _Related(variant, run, value, second)
+        for variant in panel.variants
+        for run, value in variant.measured(measure)
         if run.name in distinct and (second := other.take(run)) is not None
     ]
 
@@ -90,11 +90,11 @@ def _correlations(
 def _chart(index: int, measure: Measure, panels: Sequence[Panel], related: Sequence[Sequence[_Related]]) -> Chart:
     series = []
     for number, (panel, found) in enumerate(zip(panels, related, strict=True)):
-        for arm in panel.arms:
-            points = tuple(_point(item, panel, measure) for item in found if item.arm is arm)
+        for variant in panel.variants:
+            points = tuple(_point(item, panel, measure) for item in found if item.variant is variant)
             if points:
                 form: Literal["dots", "squares"] = "dots" if number % 2 == 0 else "squares"
-                series.append(Series(f"{panel.short}, {arm.label}", f"s{arm.colour}", points, form))
+                series.append(Series(f"{panel.short}, {variant.label}", f"s{variant.colour}", points, form))
     x = [point.x for item in series for point in item.points]
     y = [point.y for item in series for point in item.points]
     axis = linear_axis(measure.title, x, plain, margin=0.08)
@@ -108,5 +108,5 @@ def _chart(index: int, measure: Measure, panels: Sequence[Panel], related: Seque
 def _point(item: _Related, panel: Panel, measure: Measure) -> Point:
     seed = "" if item.run.seed is None else f", seed {item.run.seed}"
     value = measure.told(item.run, item.value)
-    text = f"{panel.short}, {item.arm.label}{seed}: {value}, test {item.other * 100:.2f} %"
+    text = f"{panel.short}, {item.variant.label}{seed}: {value}, test {item.other * 100:.2f} %"
     return Point(item.value, item.other, text)

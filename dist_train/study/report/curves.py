@@ -1,4 +1,4 @@
-"""Learning curves: of arms, mean and spread over seeds (figure 2), and of one run."""
+"""Learning curves: of variants, mean and spread over seeds (figure 2), and of one run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 from dist_train.monitoring.records import EvaluationRecord, TrainRecord
-from dist_train.study.report.arms import Arm, Panel
 from dist_train.study.report.chart import Chart, Point, Series
 from dist_train.study.report.measures import three_digits
 from dist_train.study.report.numbers import summary
 from dist_train.study.report.scales import Axis, linear_axis, loss_axis, percent_tick, plain
 from dist_train.study.report.stored_run import StoredRun
+from dist_train.study.report.variants import Panel, Variant
 
 _MOST_POINTS = 400
 _SETTLED = 0.35
@@ -26,7 +26,9 @@ def study_curves(panels: Sequence[Panel]) -> tuple[tuple[Chart, ...], ...]:
     rows: list[tuple[Chart, ...]] = []
     for name, split, take in _ROWS:
         curves = {
-            panel.title: [(arm, points) for arm in panel.arms if (points := _mean_curve(arm, split, take))]
+            panel.title: [
+                (variant, points) for variant in panel.variants if (points := _mean_curve(variant, split, take))
+            ]
             for panel in panels
         }
         if not any(curves.values()):
@@ -98,9 +100,9 @@ def curve_records(run: StoredRun, split: str) -> tuple[Measurement, ...]:
     return evaluated if evaluated or split == "test" else run.train
 
 
-def _mean_curve(arm: Arm, split: str, take: Callable[[Measurement], float]) -> tuple[Point, ...]:
+def _mean_curve(variant: Variant, split: str, take: Callable[[Measurement], float]) -> tuple[Point, ...]:
     values: dict[int, list[tuple[float, float]]] = {}
-    for run in arm.counted:
+    for run in variant.counted:
         for record in curve_records(run, split):
             if math.isfinite(take(record)):
                 values.setdefault(record.step, []).append((record.epoch, take(record)))
@@ -165,10 +167,10 @@ def _settled(points: Sequence[Point]) -> Iterator[float]:
 
 
 def _curve_chart(
-    key: str, panel: Panel, name: str, axis: Axis, curves: Sequence[tuple[Arm, tuple[Point, ...]]]
+    key: str, panel: Panel, name: str, axis: Axis, curves: Sequence[tuple[Variant, tuple[Point, ...]]]
 ) -> Chart:
-    series = tuple(Series(arm.label, f"s{arm.colour}", points) for arm, points in curves)
-    ends = "; ".join(f"{arm.label} {points[-1].text}" for arm, points in curves)
+    series = tuple(Series(variant.label, f"s{variant.colour}", points) for variant, points in curves)
+    ends = "; ".join(f"{variant.label} {points[-1].text}" for variant, points in curves)
     description = f"{name} against epochs, {panel.title}. At the end: {ends}."
     return Chart(key, panel.title, description, _epochs(series), axis, series)
 

@@ -1,14 +1,14 @@
-"""What each arm does to accuracy, width and sharpness: its difference from the base line, with its interval."""
+"""What each variant does to accuracy, width and sharpness: its difference from the base line, with its interval."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dist_train.study.report.arms import Arm, Panel
 from dist_train.study.report.measures import Measure, measures_of, sharpness_measures
 from dist_train.study.report.numbers import Interval
 from dist_train.study.report.tables import limits
+from dist_train.study.report.variants import Panel, Variant
 
 _BASIC = ("final_test", "final_train", "gap", "test_loss", "train_loss")
 
@@ -33,7 +33,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class EffectTable:
-    """Arms by panel; `measures` heads the columns. A cell is None where under two seeds have both values."""
+    """Variants by panel; `measures` heads the columns. A cell is None where under two seeds have both values."""
 
     title: str
     measures: tuple[Measure, ...]
@@ -42,16 +42,16 @@ class EffectTable:
 
 @dataclass(frozen=True)
 class EffectRow:
-    """An arm and the one that it is compared with; `is_provisional` where the runs of either have not finished."""
+    """A variant and the one that it is compared with; `is_provisional` where the runs of either have not finished."""
 
-    arm: Arm
-    base: Arm
+    variant: Variant
+    base: Variant
     label: str
 
     @property
     def is_provisional(self) -> bool:
         """Whether the difference is of runs that have not finished."""
-        return self.arm.is_provisional or self.base.is_provisional
+        return self.variant.is_provisional or self.base.is_provisional
 
 
 def effect_tables(panels: Sequence[Panel]) -> tuple[EffectTable, ...]:
@@ -59,7 +59,7 @@ def effect_tables(panels: Sequence[Panel]) -> tuple[EffectTable, ...]:
 
     A table for each group of measures; none where no two seeds can be compared.
     """
-    runs = [run for panel in panels for arm in panel.arms for run in arm.counted]
+    runs = [run for panel in panels for variant in panel.variants for run in variant.counted]
     basic = tuple(measure for measure in measures_of(runs) if measure.key in _BASIC)
     measures = (*basic, *sharpness_measures(runs))
     tables = (
@@ -84,18 +84,18 @@ def _table(title: str, panels: Sequence[Panel], measures: Sequence[Measure]) -> 
 
 
 def _rows(panel: Panel, first: Panel) -> Iterator[EffectRow]:
-    for arm in panel.arms:
-        if not arm.is_base and panel.base is not None:
-            yield EffectRow(arm, panel.base, arm.label)
-        elif arm.is_base and panel is not first and first.base is not None:
-            yield EffectRow(arm, first.base, f"{arm.label}, from that of {first.short}")
+    for variant in panel.variants:
+        if not variant.is_base and panel.base is not None:
+            yield EffectRow(variant, panel.base, variant.label)
+        elif variant.is_base and panel is not first and first.base is not None:
+            yield EffectRow(variant, first.base, f"{variant.label}, from that of {first.short}")
 
 
 def _effect(row: EffectRow, measure: Measure) -> Effect | None:
-    interval = row.arm.difference(row.base, measure)
+    interval = row.variant.difference(row.base, measure)
     if interval is None:
         return None
-    pairs = row.arm.pairs(row.base, measure)
+    pairs = row.variant.pairs(row.base, measure)
     unresolved = sum(any(measure.is_unresolved(run) for run, _ in pair) for pair in pairs)
     note = limits(interval.count, interval.censored, unresolved)
     if interval.censored:

@@ -12,9 +12,9 @@ from pathlib import Path
 from dist_train.config import Config
 from dist_train.monitoring import wording
 from dist_train.monitoring.records import EventRecord
-from dist_train.study.report.arms import shown
 from dist_train.study.report.reading import Subject
 from dist_train.study.report.stored_run import StoredRun, flat_settings
+from dist_train.study.report.variants import shown
 
 _NOT_RECORDED = "not recorded"
 
@@ -100,7 +100,7 @@ def environment(runs: Sequence[StoredRun]) -> tuple[tuple[str, str], ...]:
     known = [run.status for run in runs if run.status]
     rows = [
         ("hosts", _listed(status.host for status in known)),
-        ("workers", _listed(f"{status.world_size}" for status in known)),
+        ("ranks", _listed(f"{status.world_size}" for status in known)),
         ("Slurm jobs", _listed(status.slurm_job for status in known)),
         ("last launch began", _span([status.started for status in known])),
         ("ended", _span([status.finished for status in known if status.finished])),

@@ -9,7 +9,6 @@ import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from dist_train.study.report.arms import Arm, Panel
 from dist_train.study.report.chart import Chart, Point, Series
 from dist_train.study.report.measures import commonest_settings, directions_of, final_accuracy, three_digits
 from dist_train.study.report.numbers import summary
@@ -17,6 +16,7 @@ from dist_train.study.report.results import Landscape, LandscapePoint
 from dist_train.study.report.scales import Axis, height_axis, percent_tick, plain, span_axis
 from dist_train.study.report.stored_run import StoredRun
 from dist_train.study.report.tables import limits
+from dist_train.study.report.variants import Panel, Variant
 
 _LETTERS = string.ascii_lowercase * 4
 
@@ -31,7 +31,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class LandscapeFigure:
-    """Figure 3: panels as in the paper, the other arms' panels, and what the drawing rests on."""
+    """Figure 3: panels as in the paper, the other variants' panels, and what the drawing rests on."""
 
     panels: tuple[Chart, ...] = ()
     others: tuple[Chart, ...] = ()
@@ -43,19 +43,19 @@ class LandscapeFigure:
 
 @dataclass(frozen=True)
 class _Drawn:
-    arm: Arm
+    variant: Variant
     panel: Panel
     landscapes: tuple[Landscape, ...]
 
     @property
     def title(self) -> str:
         """Return the words over its panel: SB, uniform 0.01."""
-        return f"{self.panel.short}, {self.arm.label}"
+        return f"{self.panel.short}, {self.variant.label}"
 
 
 def landscape_figure(panels: Sequence[Panel]) -> LandscapeFigure:
-    """Return figure 3 of `panels`: base line and one noise arm of each, then the other arms."""
-    runs = [run for panel in panels for arm in panel.arms for run in arm.counted]
+    """Return figure 3 of `panels`: base line and one noise variant of each, then the other variants."""
+    runs = [run for panel in panels for variant in panel.variants for run in variant.counted]
     chosen = directions_of(runs)
     drawn = list(_drawn(panels, chosen))
     first = _as_in_the_paper(drawn)
@@ -100,35 +100,35 @@ def plane_pictures(runs: Sequence[StoredRun]) -> tuple[Picture, ...]:
 
 def _drawn(panels: Sequence[Panel], chosen: Mapping[str, Landscape]) -> Iterator[_Drawn]:
     for panel in panels:
-        for arm in panel.arms:
-            found = tuple(chosen[run.name] for run in arm.counted if run.name in chosen)
+        for variant in panel.variants:
+            found = tuple(chosen[run.name] for run in variant.counted if run.name in chosen)
             if found:
-                yield _Drawn(arm, panel, found)
+                yield _Drawn(variant, panel, found)
 
 
 def _as_in_the_paper(drawn: Sequence[_Drawn]) -> list[_Drawn]:
-    """Return base line and one noise arm by panel: among those of all panels the best one of the largest batch."""
+    """Return base line and one noise variant by panel: among those of all panels the best one of the largest batch."""
     by_panel: dict[str, list[_Drawn]] = {}
     for item in drawn:
         by_panel.setdefault(item.panel.title, []).append(item)
-    noisy = [[item for item in group if not item.arm.is_base] for group in by_panel.values()]
-    labels = [{item.arm.label for item in group} for group in noisy if group]
+    noisy = [[item for item in group if not item.variant.is_base] for group in by_panel.values()]
+    labels = [{item.variant.label for item in group} for group in noisy if group]
     common = set.intersection(*labels) if labels else set()
-    candidates = [item for group in noisy for item in group if item.arm.label in common or not common]
+    candidates = [item for group in noisy for item in group if item.variant.label in common or not common]
     if not candidates:
-        return [item for item in drawn if item.arm.is_base]
+        return [item for item in drawn if item.variant.is_base]
     largest = max(item.panel.batch or 0 for item in candidates)
     best = max((item for item in candidates if (item.panel.batch or 0) == largest), key=_test_accuracy)
-    return [item for item in drawn if item.arm.is_base or item.arm.label == best.arm.label]
+    return [item for item in drawn if item.variant.is_base or item.variant.label == best.variant.label]
 
 
 def _letter(item: _Drawn, panels: Sequence[Panel]) -> str:
     """Return the panel's letter, as in the paper: a and b for SB without and with noise, c and d for LB."""
-    return _LETTERS[2 * panels.index(item.panel) + (0 if item.arm.is_base else 1)]
+    return _LETTERS[2 * panels.index(item.panel) + (0 if item.variant.is_base else 1)]
 
 
 def _test_accuracy(item: _Drawn) -> float:
-    found = summary([value for run in item.arm.counted if (value := final_accuracy(run)) is not None])
+    found = summary([value for run in item.variant.counted if (value := final_accuracy(run)) is not None])
     return found.mean if found else 0.0
 
 
@@ -184,18 +184,21 @@ def _single(key: str, landscapes: Sequence[Landscape], title: str) -> Chart:
 
 
 def _between(panels: Sequence[Panel]) -> tuple[Chart, ...]:
-    """Return a chart for every pair of arms with lines between their runs, the mean over these."""
+    """Return a chart for every pair of variants with lines between their runs, the mean over these."""
     names = {
-        run.directory.name: f"{panel.short}, {arm.label}" for panel in panels for arm in panel.arms for run in arm.runs
+        run.directory.name: f"{panel.short}, {variant.label}"
+        for panel in panels
+        for variant in panel.variants
+        for run in variant.runs
     }
     pairs: dict[str, list[Landscape]] = {}
     for panel in panels:
-        for arm in panel.arms:
-            for run in arm.counted:
+        for variant in panel.variants:
+            for run in variant.counted:
                 for item in run.analyses.landscapes:
                     if item.kind == "interpolate":
                         other = names.get(item.runs[-1], item.runs[-1])
-                        pairs.setdefault(f"{panel.short}, {arm.label} (0) to {other} (1)", []).append(item)
+                        pairs.setdefault(f"{panel.short}, {variant.label} (0) to {other} (1)", []).append(item)
     return tuple(
         _single(f"between-{index}", _alike(found), title) for index, (title, found) in enumerate(pairs.items())
     )

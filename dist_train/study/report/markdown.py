@@ -1,25 +1,25 @@
-"""The page's tables of arms as Markdown, for papers and notes: the same numbers, as they are read."""
+"""The page's tables of variants as Markdown, for papers and notes: the same numbers, as they are read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from dist_train.study.report.arms import Panel, panels_of
 from dist_train.study.report.comparisons import Scatter, sharpness_scatters
 from dist_train.study.report.effects import Effect, EffectTable, effect_tables
 from dist_train.study.report.measures import Measure
 from dist_train.study.report.reading import Subject
-from dist_train.study.report.tables import ArmTable, Cell, arm_tables
+from dist_train.study.report.tables import Cell, VariantTable, variant_tables
+from dist_train.study.report.variants import Panel, panels_of
 
 _NONE = "\u2013"
 _UNFINISHED = " (not finished)"
 
 
 def tables_in_markdown(subject: Subject) -> str:
-    """Return the tables of arms, their differences from the base line, and the rank correlations."""
+    """Return the tables of variants, their differences from the base line, and the rank correlations."""
     panels = panels_of(subject.runs)
-    parts = [_left_out(panels)] if any(arm.repeated for panel in panels for arm in panel.arms) else []
-    parts += [_section(table.title, _arms(table)) for table in arm_tables(panels)]
+    parts = [_left_out(panels)] if any(variant.repeated for panel in panels for variant in panel.variants) else []
+    parts += [_section(table.title, _variants(table)) for table in variant_tables(panels)]
     parts += [
         _section(f"Differences from the base line: {table.title[0].lower()}{table.title[1:]}", _effects(table))
         for table in effect_tables(panels)
@@ -39,22 +39,22 @@ def _section(title: str, rows: Iterator[Sequence[str]]) -> str:
 
 
 def _left_out(panels: Sequence[Panel]) -> str:
-    repeated = [pair for panel in panels for arm in panel.arms for pair in arm.repeated.items()]
+    repeated = [pair for panel in panels for variant in panel.variants for pair in variant.repeated.items()]
     lines = [f"- {name}: the settings and seed of {kept}, which counts" for name, kept in repeated]
     return "## Left out as duplicates\n\n" + "\n".join(lines) + "\n"
 
 
-def _arms(table: ArmTable) -> Iterator[Sequence[str]]:
-    yield "arm", "seeds", *map(_heading, table.measures)
+def _variants(table: VariantTable) -> Iterator[Sequence[str]]:
+    yield "variant", "seeds", *map(_heading, table.measures)
     for panel, rows in table.groups:
         for row in rows:
             count = str(row.counted) if row.counted == row.planned else f"{row.counted} of {row.planned}"
-            label = f"{row.arm.label}{_UNFINISHED if row.arm.is_provisional else ''}"
+            label = f"{row.variant.label}{_UNFINISHED if row.variant.is_provisional else ''}"
             yield f"{panel.short}, {label}", count, *map(_number, row.cells)
 
 
 def _effects(table: EffectTable) -> Iterator[Sequence[str]]:
-    yield "arm", *map(_heading, table.measures)
+    yield "variant", *map(_heading, table.measures)
     for panel, rows in table.groups:
         for row, cells in rows:
             yield f"{panel.short}, {row.label}{_UNFINISHED if row.is_provisional else ''}", *map(_effect, cells)

@@ -16,7 +16,6 @@ from markupsafe import Markup
 from dist_train import __version__, atomic
 from dist_train.outcome import UsageError
 from dist_train.study.report import facts
-from dist_train.study.report.arms import Arm, panels_of, shown
 from dist_train.study.report.comparisons import sharpness_scatters
 from dist_train.study.report.curves import curve_records, run_curves, study_curves
 from dist_train.study.report.effects import effect_tables
@@ -26,11 +25,12 @@ from dist_train.study.report.measures import measures_of, sharpness_of
 from dist_train.study.report.reading import Subject, read_subject
 from dist_train.study.report.stored_run import StoredRun
 from dist_train.study.report.strip import strip_plot
-from dist_train.study.report.tables import arm_tables, run_cells, run_table
+from dist_train.study.report.tables import run_cells, run_table, variant_tables
+from dist_train.study.report.variants import Variant, panels_of, shown
 
 _FOLDER = Path(__file__).parent
 _COLOURS = 9
-"""Colours of the style sheet beside the base line's; further arms have them again, dashed."""
+"""Colours of the style sheet beside the base line's; further variants have them again, dashed."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def render(subject: Subject, now: datetime | None = None) -> str:
     content = _of_run(only) if only else _of_study(subject)
     script = (_FOLDER / "script.js").read_text(encoding="utf-8")
     style = (_FOLDER / "style.css").read_text(encoding="utf-8") + _series_rules(content["keys"])
-    # files of this folder and numbers of arms; what runs say of themselves is escaped
+    # files of this folder and numbers of variants; what runs say of themselves is escaped
     trusted_style, trusted_script = Markup(style), Markup(script)  # nosec B704
     template = environment.get_template("run.html.jinja" if only else "study.html.jinja")
     return template.render(
@@ -92,27 +92,29 @@ def render(subject: Subject, now: datetime | None = None) -> str:
 
 def _of_study(subject: Subject) -> dict[str, Any]:
     panels = panels_of(subject.runs)
-    tables = arm_tables(panels)
-    arms = [arm for panel in panels for arm in panel.arms]
+    tables = variant_tables(panels)
+    variants = [variant for panel in panels for variant in panel.variants]
     strip_measure = next((measure for table in tables for measure in table.measures), None)
     return {
         "panels": panels,
         "strips": strip_plot(panels, strip_measure) if strip_measure else (),
         "curves": study_curves(panels),
-        "trained_noisily": _are_batches(arms),
+        "trained_noisily": _are_batches(variants),
         "tables": tables,
         "effects": effect_tables(panels),
         "landscapes": landscape_figure(panels),
         "planes": plane_pictures(subject.runs),
         "scatters": sharpness_scatters(panels),
-        "sharpness_left_out": _sharpness_left_out([run for arm in arms for run in arm.counted]),
+        "sharpness_left_out": _sharpness_left_out([run for variant in variants for run in variant.counted]),
         "runs": run_table(panels),
-        "repeated": [pair for arm in arms for pair in arm.repeated.items()],
+        "repeated": [pair for variant in variants for pair in variant.repeated.items()],
         "troubled": [run for run in subject.runs if not run.is_finished],
         "problems": [(run, problem) for run in subject.runs for problem in run.analyses.problems],
         "shared": facts.shared_settings(subject.runs),
         "again": [(run, command) for run in subject.runs if (command := facts.command_of(run))],
-        "keys": tuple(dict.fromkeys(Key(f"s{arm.colour}", arm.label) for arm in arms if arm.counted)),
+        "keys": tuple(
+            dict.fromkeys(Key(f"s{variant.colour}", variant.label) for variant in variants if variant.counted)
+        ),
     }
 
 
@@ -137,9 +139,11 @@ def _sharpness_left_out(runs: Sequence[StoredRun]) -> int:
     return sum(len(run.analyses.sharpness) for run in runs) - len(sharpness_of(runs))
 
 
-def _are_batches(arms: Sequence[Arm]) -> bool:
+def _are_batches(variants: Sequence[Variant]) -> bool:
     """Whether a curve of the training split is made of updates, for want of evaluations."""
-    return any(curve_records(run, "train") and not run.split("train") for arm in arms for run in arm.counted)
+    return any(
+        curve_records(run, "train") and not run.split("train") for variant in variants for run in variant.counted
+    )
 
 
 def _sentence(text: str) -> str:

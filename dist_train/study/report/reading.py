@@ -72,8 +72,8 @@ def _planned(entry: Mapping[str, object], base_batch: object) -> Planned:
         raise TypeError(f"overrides of {name}: {overrides!r}")
     return Planned(
         name=name,
-        arm=str(entry.get("arm") or ""),
-        title=str(entry.get("title") or entry.get("arm") or ""),
+        variant=str(entry.get("variant") or ""),
+        title=str(entry.get("title") or entry.get("variant") or ""),
         seed=seed if isinstance(seed, int) else None,
         overrides=tuple(map(str, overrides)),
         batch=_batch(tuple(map(str, overrides)), base_batch),

@@ -21,9 +21,9 @@ class Planned:
     """What a study says of one of its runs."""
 
     name: str
-    arm: str
+    variant: str
     title: str
-    """What the study calls the arm."""
+    """What the study calls the variant."""
     seed: int | None
     overrides: tuple[str, ...]
     batch: int | None = None

@@ -1,13 +1,13 @@
-"""The tables of the page: arms, runs, and what sets arms apart."""
+"""The tables of the page: variants, runs, and what sets variants apart."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dist_train.study.report.arms import Arm, Panel
 from dist_train.study.report.measures import Measure, measures_of
 from dist_train.study.report.stored_run import StoredRun
+from dist_train.study.report.variants import Panel, Variant
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,22 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class ArmRow:
-    """An arm with its numbers; `counted` of its `planned` seeds have finished."""
+class VariantRow:
+    """A variant with its numbers; `counted` of its `planned` seeds have finished."""
 
-    arm: Arm
+    variant: Variant
     counted: int
     planned: int
     cells: tuple[Cell, ...]
 
 
 @dataclass(frozen=True)
-class ArmTable:
-    """Arms by panel; `measures` heads the columns."""
+class VariantTable:
+    """Variants by panel; `measures` heads the columns."""
 
     title: str
     measures: tuple[Measure, ...]
-    groups: tuple[tuple[Panel, tuple[ArmRow, ...]], ...]
+    groups: tuple[tuple[Panel, tuple[VariantRow, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class RunRow:
     """A run with its numbers; `is_counted` where it has finished, and is not a duplicate."""
 
     run: StoredRun
-    arm: Arm
+    variant: Variant
     panel: Panel
     cells: tuple[Cell, ...]
 
     @property
     def is_counted(self) -> bool:
         """Whether its numbers are results."""
-        return self.run.is_finished and self.run.name not in self.arm.repeated
+        return self.run.is_finished and self.run.name not in self.variant.repeated
 
 
 @dataclass(frozen=True)
@@ -66,27 +66,27 @@ class RunTable:
     rows: tuple[RunRow, ...]
 
 
-def arm_tables(panels: Sequence[Panel]) -> tuple[ArmTable, ...]:
+def variant_tables(panels: Sequence[Panel]) -> tuple[VariantTable, ...]:
     """Return a table for each group of measures."""
-    measures = measures_of([run for panel in panels for arm in panel.arms for run in arm.counted])
+    measures = measures_of([run for panel in panels for variant in panel.variants for run in variant.counted])
     tables = []
     for title in dict.fromkeys(measure.group for measure in measures):
         chosen = tuple(measure for measure in measures if measure.group == title)
-        groups = tuple((panel, tuple(_arm_row(arm, chosen) for arm in panel.arms)) for panel in panels)
-        tables.append(ArmTable(title, chosen, groups))
+        groups = tuple((panel, tuple(_variant_row(variant, chosen) for variant in panel.variants)) for panel in panels)
+        tables.append(VariantTable(title, chosen, groups))
     return tuple(tables)
 
 
 def run_table(panels: Sequence[Panel]) -> RunTable:
     """Return every run with all that is measured of it."""
-    measures = measures_of([run for panel in panels for arm in panel.arms for run in arm.runs])
+    measures = measures_of([run for panel in panels for variant in panel.variants for run in variant.runs])
     return RunTable(
         measures,
         tuple(
-            RunRow(run, arm, panel, run_cells(run, measures))
+            RunRow(run, variant, panel, run_cells(run, measures))
             for panel in panels
-            for arm in panel.arms
-            for run in arm.runs
+            for variant in panel.variants
+            for run in variant.runs
         ),
     )
 
@@ -109,17 +109,19 @@ def run_cells(run: StoredRun, measures: Sequence[Measure]) -> tuple[Cell, ...]:
     return tuple(cells)
 
 
-def _arm_row(arm: Arm, measures: Sequence[Measure]) -> ArmRow:
-    return ArmRow(arm, len(arm.counted), arm.seeds, tuple(arm_cell(arm, measure) for measure in measures))
+def _variant_row(variant: Variant, measures: Sequence[Measure]) -> VariantRow:
+    return VariantRow(
+        variant, len(variant.counted), variant.seeds, tuple(variant_cell(variant, measure) for measure in measures)
+    )
 
 
-def arm_cell(arm: Arm, measure: Measure) -> Cell:
+def variant_cell(variant: Variant, measure: Measure) -> Cell:
     """Return the mean of `measure` over the runs that have it."""
-    found = arm.summary(measure)
+    found = variant.summary(measure)
     if found is None:
         return Cell()
     spread = "" if found.deviation is None else measure.spread(found.mean, found.deviation)
-    unresolved = sum(measure.is_unresolved(run) for run, _ in arm.measured(measure))
+    unresolved = sum(measure.is_unresolved(run) for run, _ in variant.measured(measure))
     note = limits(found.count, found.censored, unresolved)
     return Cell(found.mean, measure.write(found.mean * measure.factor), spread, found.censored > 0, note)
 

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_train.monitoring import wording
-from dist_train.monitoring.records import EventRecord, WorkerMeasurement
-from dist_train.monitoring.workers_file import WorkersReading
+from dist_train.monitoring.ranks_file import RanksReading
+from dist_train.monitoring.records import EventRecord, RankMeasurement
 from dist_train.study.run_table import COLOURS
 from dist_train.study.watch.run import Snapshot, silence_in_words
 
@@ -70,30 +70,30 @@ def rate_pairs(run: Snapshot) -> list[tuple[str, str]]:
     return [*pairs, ("checkpoints", _checkpoints(run))]
 
 
-def workers(reading: WorkersReading, rows: int) -> Group:
-    """Return the workers, the slowest marked; of more than fit the slowest, and a summary of all."""
-    slowest_first = sorted(range(len(reading.workers)), key=lambda rank: -_number(reading.workers[rank].busy_seconds))
+def ranks(reading: RanksReading, rows: int) -> Group:
+    """Return the ranks, the slowest marked; of more than fit the slowest, and a summary of all."""
+    slowest_first = sorted(range(len(reading.ranks)), key=lambda rank: -_number(reading.ranks[rank].busy_seconds))
     fitting = max(1, rows - 1)
     complete = len(slowest_first) <= fitting
     shown = sorted(slowest_first) if complete else slowest_first[: max(1, fitting - 1)]
-    has_device = any(math.isfinite(worker.device_bytes) for worker in reading.workers)
+    has_device = any(math.isfinite(each.device_bytes) for each in reading.ranks)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for heading in ("worker", "busy", "wait", "memory", *(("device", "in use") if has_device else ()), ""):
+    for heading in ("rank", "busy", "wait", "memory", *(("device", "in use") if has_device else ()), ""):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for rank in shown:
-        worker = reading.workers[rank]
-        marked = rank == slowest_first[0] and len(reading.workers) > 1
-        device = (_bytes(worker.device_bytes), _share(worker.device_utilization)) if has_device else ()
+        measured = reading.ranks[rank]
+        marked = rank == slowest_first[0] and len(reading.ranks) > 1
+        device = (_bytes(measured.device_bytes), _share(measured.device_utilization)) if has_device else ()
         table.add_row(
             str(rank),
-            _time(worker.busy_seconds),
-            _time(worker.wait_seconds),
-            _bytes(worker.resident_bytes),
+            _time(measured.busy_seconds),
+            _time(measured.wait_seconds),
+            _bytes(measured.resident_bytes),
             *device,
             "slowest" if marked else "",
             style="yellow" if marked else "",
         )
-    return Group(table) if complete else Group(table, _summary(reading.workers))
+    return Group(table) if complete else Group(table, _summary(reading.ranks))
 
 
 def events(run: Snapshot, rows: int) -> Group:
@@ -116,7 +116,7 @@ def _facts(run: Snapshot) -> Text:
     if settings.global_size:
         facts.append(f"batch {settings.global_size:,}")
     if status is not None:
-        facts.append(wording.plural(status.world_size, "worker"))
+        facts.append(wording.plural(status.world_size, "rank"))
     if settings.noise:
         facts.append(f"noise {settings.noise}")
     return Text(", ".join(facts), style="dim", no_wrap=True, overflow="ellipsis")
@@ -178,17 +178,17 @@ def _event(record: EventRecord, now: float) -> Text:
     return line.append(wording.event(record), style="red" if record.event in _BAD_EVENTS else "")
 
 
-def _summary(measured: Sequence[WorkerMeasurement]) -> Text:
+def _summary(measured: Sequence[RankMeasurement]) -> Text:
     def spread(name: str, values: Sequence[float], word: Callable[[float], str]) -> str:
         known = [value for value in values if math.isfinite(value)]
         return f"{name} {word(min(known))}, {word(median(known))}, {word(max(known))}" if known else f"{name} ?"
 
     parts = [
-        spread("busy", [worker.busy_seconds for worker in measured], _time),
-        spread("wait", [worker.wait_seconds for worker in measured], _time),
-        spread("memory", [worker.resident_bytes for worker in measured], _bytes),
+        spread("busy", [rank.busy_seconds for rank in measured], _time),
+        spread("wait", [rank.wait_seconds for rank in measured], _time),
+        spread("memory", [rank.resident_bytes for rank in measured], _bytes),
     ]
-    text = f"{wording.plural(len(measured), 'worker')} (least, median, most): {'; '.join(parts)}"
+    text = f"{wording.plural(len(measured), 'rank')} (least, median, most): {'; '.join(parts)}"
     return Text(text, style="dim", no_wrap=True, overflow="ellipsis")
 
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from dist_train.monitoring import wording
-from dist_train.monitoring.workers_file import WorkersReading, read_workers
+from dist_train.monitoring.ranks_file import RanksReading, read_ranks
 from dist_train.outcome import UsageError
 from dist_train.status import Status, read_status
 from dist_train.study.run_table import ALIVE, BrokenError, Settings, process_runs, read_settings
@@ -38,7 +38,7 @@ class Snapshot:
     status: Status | None
     settings: Settings
     history: History
-    workers: WorkersReading | None
+    ranks: RanksReading | None
     step: int
     total_steps: int | None
     epoch: float
@@ -91,7 +91,7 @@ class WatchedRun:
         self._history = History()
         self._status: Status | None = None
         self._settings = Settings()
-        self._workers: WorkersReading | None = None
+        self._ranks: RanksReading | None = None
         self._stamps: dict[str, tuple[int, int, int] | None] = {}
         self._changed_at: float | None = None
         """When a look, but the first, found something new (monotonic)."""
@@ -103,9 +103,9 @@ class WatchedRun:
         if self._has_changed("status.json"):
             news = True
             self._status = read_status(self._directory / "status.json") or self._status
-        if self._has_changed("workers.json"):
+        if self._has_changed("ranks.json"):
             news = True
-            self._workers = read_workers(self._directory / "workers.json") or self._workers
+            self._ranks = read_ranks(self._directory / "ranks.json") or self._ranks
         if self._has_changed("config.yaml"):
             with suppress(BrokenError):
                 self._settings = read_settings(self._directory / "config.yaml")
@@ -150,7 +150,7 @@ class WatchedRun:
             status=status,
             settings=self._settings,
             history=history,
-            workers=self._workers if _is_of_this_launch(self._workers, status) else None,
+            ranks=self._ranks if _is_of_this_launch(self._ranks, status) else None,
             step=step,
             total_steps=total_steps,
             epoch=step / per_epoch if per_epoch else (status.epoch if status else 0.0),
@@ -184,7 +184,7 @@ def _state(status: Status | None, silence: float | None, now: float) -> tuple[st
     if status.state in ALIVE and here and silence is not None and silence > _GONE_AFTER:
         seen = datetime.fromtimestamp(now - silence, UTC)
         if not process_runs(status.pid, seen):
-            return "lost", f"its process {status.pid} is gone; start it again to go on"
+            return "lost", f"its process {status.pid} is gone; start it again to resume"
     return status.state, status.reason
 
 
@@ -200,8 +200,8 @@ def _patience(history: History) -> float:
     return _SILENT_UNKNOWN if gap is None else max(_SILENT_AFTER, _SILENT_GAPS * gap)
 
 
-def _is_of_this_launch(workers: WorkersReading | None, status: Status | None) -> bool:
-    return workers is not None and (status is None or workers.time >= seconds_of(status.started) - 1.0)
+def _is_of_this_launch(ranks: RanksReading | None, status: Status | None) -> bool:
+    return ranks is not None and (status is None or ranks.time >= seconds_of(status.started) - 1.0)
 
 
 def seconds_of(moment: str) -> float:

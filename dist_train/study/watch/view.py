@@ -31,24 +31,24 @@ _BORDER = 2
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows of each part; 0: left out. `wide`: the curves, and rates and workers, stand side by side."""
+    """Rows of each part; 0: left out. `wide`: the curves, and rates and ranks, stand side by side."""
 
     wide: bool
     curves: int
     accuracy: int
     """Rows of the accuracy below the loss; always 0 where they stand side by side."""
     rates: int
-    workers: int
-    """Rows of the workers below the rates; always 0 where they stand side by side."""
+    ranks: int
+    """Rows of the ranks below the rates; always 0 where they stand side by side."""
     events: int
 
 
-def plan(columns: int, rows: int, worker_count: int) -> Plan:
+def plan(columns: int, rows: int, rank_count: int) -> Plan:
     """Return what is shown in a terminal of that size; from 60 x 20 on the loss and the rates always are."""
     left = max(0, rows - _HEADER)
-    workers = min(worker_count, _SLOWEST + 1) + 1 + _BORDER if worker_count else 0
+    ranks = min(rank_count, _SLOWEST + 1) + 1 + _BORDER if rank_count else 0
     if columns >= _WIDE:
-        rates = max(_RATES, workers)
+        rates = max(_RATES, ranks)
         while rates > _RATES and left - rates - _EVENTS < _GOOD_CURVES:
             rates -= 1
         events = _EVENTS if left - rates - _EVENTS >= _GOOD_CURVES else 0
@@ -60,19 +60,19 @@ def plan(columns: int, rows: int, worker_count: int) -> Plan:
     least = LEAST_HEIGHT + 1
     accuracy = least if left >= 2 * least else 0
     left -= accuracy
-    shown_workers = workers if left - workers >= least else 0
-    left -= shown_workers
+    shown_ranks = ranks if left - ranks >= least else 0
+    left -= shown_ranks
     events = _EVENTS if left - _EVENTS >= least else 0
     left -= events
     # what is over goes to both curves alike
     share = (left - accuracy) // 2 if accuracy and left > accuracy else 0
-    return Plan(False, left - share, accuracy + share, rates, shown_workers, events)
+    return Plan(False, left - share, accuracy + share, rates, shown_ranks, events)
 
 
 def frame(run: Snapshot, columns: int, rows: int) -> Layout:
     """Return the run as `rows` lines of `columns`."""
-    worker_count = len(run.workers.workers) if run.workers else 0
-    parts = plan(columns, rows, worker_count)
+    rank_count = len(run.ranks.ranks) if run.ranks else 0
+    parts = plan(columns, rows, rank_count)
     body = _side_by_side(run, columns, parts) if parts.wide else _below_each_other(run, columns, parts)
     if parts.events:
         body.append(_sized(Panel(panels.events(run, parts.events - _BORDER), title="events"), parts.events))
@@ -115,7 +115,7 @@ def _side_by_side(run: Snapshot, columns: int, parts: Plan) -> list[Layout]:
         return [curves]
     narrow = min(half, _RATES_COLUMNS)
     rates = _column(Panel(panels.rates(run), title="rates"), narrow)
-    beside = _column(_workers_panel(run, parts.rates), columns - narrow)
+    beside = _column(_ranks_panel(run, parts.rates), columns - narrow)
     return [curves, _row(parts.rates, rates, beside)]
 
 
@@ -126,16 +126,16 @@ def _below_each_other(run: Snapshot, columns: int, parts: Plan) -> list[Layout]:
     shown.append(_sized(draw_loss(run.history, columns, parts.curves), parts.curves))
     if parts.accuracy:
         shown.append(_sized(draw_accuracy(run.history, columns, parts.accuracy), parts.accuracy))
-    if parts.workers:
-        shown.append(_sized(_workers_panel(run, parts.workers), parts.workers))
+    if parts.ranks:
+        shown.append(_sized(_ranks_panel(run, parts.ranks), parts.ranks))
     return shown
 
 
-def _workers_panel(run: Snapshot, rows: int) -> Panel:
-    if run.workers is None:
-        return Panel(Text("not measured yet", style="dim"), title="workers")
-    title = f"workers at step {run.workers.step:,}"
-    return Panel(panels.workers(run.workers, rows - _BORDER), title=title)
+def _ranks_panel(run: Snapshot, rows: int) -> Panel:
+    if run.ranks is None:
+        return Panel(Text("not measured yet", style="dim"), title="ranks")
+    title = f"ranks at step {run.ranks.step:,}"
+    return Panel(panels.ranks(run.ranks, rows - _BORDER), title=title)
 
 
 def _sized(content: RenderableType, rows: int) -> Layout:

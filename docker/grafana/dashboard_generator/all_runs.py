@@ -153,7 +153,7 @@ def _cost(built: dashboard.Dashboard) -> None:
     built.with_row(row("What it costs"))
     built.with_panel(
         curves(
-            PanelSpec("Samples per second", "All workers of a run together.", "ops", 8, 9, "DistTrainThroughputDown"),
+            PanelSpec("Samples per second", "All ranks of a run together.", "ops", 8, 9, "DistTrainThroughputDown"),
             Query(_of("dist_train_samples_per_second"), KIND),
         ).min(0)
     )
@@ -175,11 +175,11 @@ def _cost(built: dashboard.Dashboard) -> None:
         curves(
             PanelSpec(
                 "Share of the step spent waiting",
-                "For the gradients of the other workers.",
+                "For the gradients of the other ranks.",
                 "percentunit",
                 8,
                 9,
-                "DistTrainWorkerSlow",
+                "DistTrainRankSlow",
             ),
             Query(
                 'run_part:dist_train_step_part_duration_seconds:share_rate5m{run=~"$run", part="allreduce_wait"}',
@@ -195,7 +195,7 @@ def _cost(built: dashboard.Dashboard) -> None:
             "s",
             'max by (run) (dist_train_time_left_seconds{run=~"$run"})',
         ),
-        ("Workers", "Workers that train together.", "none", 'max by (run) (dist_train_world_size{run=~"$run"})'),
+        ("Ranks", "Ranks that train together.", "none", 'max by (run) (dist_train_world_size{run=~"$run"})'),
         (
             "Requeues",
             "Times that Slurm put the run back into its queue.",

@@ -15,7 +15,7 @@ ALERTS = (
     "DistTrainNotFinite",
     "DistTrainAccuracyFalling",
     "DistTrainThroughputDown",
-    "DistTrainWorkerSlow",
+    "DistTrainRankSlow",
     "DistTrainCheckpointOld",
     "DistTrainCheckpointFailing",
     "DistTrainExporterGone",

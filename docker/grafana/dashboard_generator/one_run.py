@@ -134,8 +134,8 @@ def _status(built: dashboard.Dashboard) -> None:
         )
     )
     for title, description, unit, metric in (
-        ("Workers", "Workers that train together.", "none", "dist_train_world_size"),
-        ("Micro-batches", "Micro-batches of one step, over all workers.", "none", "dist_train_micro_batches"),
+        ("Ranks", "Ranks that train together.", "none", "dist_train_world_size"),
+        ("Micro-batches", "Micro-batches of one step, over all ranks.", "none", "dist_train_micro_batches"),
         ("Micro-batch", "Samples of one micro-batch.", "none", "dist_train_micro_batch_size"),
         ("Epochs planned", "Epochs of the whole run.", "none", "dist_train_planned_epochs"),
         ("Samples", "Training samples used since the run's first step.", "short", "dist_train_samples_total"),
@@ -195,7 +195,7 @@ def _speed(built: dashboard.Dashboard) -> None:
         curves(
             PanelSpec(
                 "Samples per second",
-                "All workers together, and the run's own last hour.",
+                "All ranks together, and the run's own last hour.",
                 "ops",
                 8,
                 9,
@@ -209,7 +209,7 @@ def _speed(built: dashboard.Dashboard) -> None:
     built.with_panel(
         curves(
             PanelSpec(
-                "Duration of a step", "Quantiles over the workers that are scraped.", "s", 8, 9, "DistTrainStalled"
+                "Duration of a step", "Quantiles over the ranks that are scraped.", "s", 8, 9, "DistTrainStalled"
             ),
             *(
                 Query(f"histogram_quantile({share}, {buckets})", words)
@@ -234,27 +234,25 @@ def _speed(built: dashboard.Dashboard) -> None:
     )
     for title, description, metric in (
         (
-            "Time at work, by worker",
+            "Time at work, by rank",
             "Time of a step without the wait for the others.",
-            "dist_train_worker_busy_seconds",
+            "dist_train_rank_busy_seconds",
         ),
-        ("Time waiting, by worker", "Time of a step spent waiting for the others.", "dist_train_worker_wait_seconds"),
+        ("Time waiting, by rank", "Time of a step spent waiting for the others.", "dist_train_rank_wait_seconds"),
     ):
-        built.with_panel(
-            curves(PanelSpec(title, description, "s", 12), Query(_of(metric, "worker"), "{{worker}}")).min(0)
-        )
+        built.with_panel(curves(PanelSpec(title, description, "s", 12), Query(_of(metric, "rank"), "{{rank}}")).min(0))
     built.with_panel(
         limited(
             curves(
                 PanelSpec(
-                    "Time for a micro-batch, by worker",
-                    "Over that of the median worker; 1 is like the others.",
+                    "Time for a micro-batch, by rank",
+                    "Over that of the median rank; 1 is like the others.",
                     "none",
                     12,
                     8,
-                    "DistTrainWorkerSlow",
+                    "DistTrainRankSlow",
                 ),
-                Query('run_worker:dist_train_worker_busy_seconds:over_median_avg5m{run=~"$run"}', "{{worker}}"),
+                Query('run_rank:dist_train_rank_busy_seconds:over_median_avg5m{run=~"$run"}', "{{rank}}"),
             ),
             GREEN,
             (1.3, RED),
@@ -262,19 +260,19 @@ def _speed(built: dashboard.Dashboard) -> None:
     )
     built.with_panel(
         curves(
-            PanelSpec("Slowest worker: how slow", "Its time at work over that of the median worker.", "none", 6),
-            Query(_of("dist_train_slowest_worker_ratio"), "{{run}}"),
+            PanelSpec("Slowest rank: how slow", "Its time at work over that of the median rank.", "none", 6),
+            Query(_of("dist_train_slowest_rank_ratio"), "{{run}}"),
         )
     )
     built.with_panel(
         curves(
             PanelSpec(
-                "Slowest worker: which",
-                "Its number. One line that stays put is one worker; a comb is chance.",
+                "Slowest rank: which",
+                "Its number. One line that stays put is one rank; a comb is chance.",
                 "none",
                 6,
             ),
-            Query(_of("dist_train_slowest_worker"), "{{run}}"),
+            Query(_of("dist_train_slowest_rank"), "{{run}}"),
         )
     )
 
@@ -337,12 +335,12 @@ def _checkpoints(built: dashboard.Dashboard) -> None:
 def _incidents(built: dashboard.Dashboard) -> None:
     built.with_row(row("Events, over all launches"))
     for title, description, metric, alert, limit, colour in (
-        ("Resumes", "Launches that went on from a checkpoint.", "resumes", None, 1, BLUE),
+        ("Resumes", "Launches that resumed from a checkpoint.", "resumes", None, 1, BLUE),
         ("Requeues", "Times that Slurm put the run back into its queue.", "requeues", "DistTrainRequeued", 4, YELLOW),
         ("Signals", "Signals that asked the run to stop.", "signals", None, 1, BLUE),
         (
             "Disagreements",
-            "Times that the workers' weights or noise differed.",
+            "Times that the ranks' weights or noise differed.",
             "disagreements",
             "DistTrainDisagreement",
             1,
@@ -377,19 +375,19 @@ def _memory(built: dashboard.Dashboard) -> None:
     built.with_row(row("Memory and devices"))
     built.with_panel(
         curves(
-            PanelSpec("Resident memory", "Of each worker's process.", "bytes"),
-            Query(_of("dist_train_worker_resident_memory_bytes", "worker"), "{{worker}}"),
+            PanelSpec("Resident memory", "Of each rank's process.", "bytes"),
+            Query(_of("dist_train_rank_resident_memory_bytes", "rank"), "{{rank}}"),
         ).min(0)
     )
     built.with_panel(
         curves(
             PanelSpec(
                 "Device memory",
-                "Held by each worker, and the most that it has held. Nothing without a device.",
+                "Held by each rank, and the most that it has held. Nothing without a device.",
                 "bytes",
             ),
-            Query(_of("dist_train_worker_device_memory_bytes", "worker"), "{{worker}}"),
-            Query(_of("dist_train_worker_device_memory_peak_bytes", "worker"), "{{worker}}, most"),
+            Query(_of("dist_train_rank_device_memory_bytes", "rank"), "{{rank}}"),
+            Query(_of("dist_train_rank_device_memory_peak_bytes", "rank"), "{{rank}}, most"),
         ).min(0)
     )
     built.with_panel(
@@ -399,7 +397,7 @@ def _memory(built: dashboard.Dashboard) -> None:
                 "Share of time that the device was at work. Nothing where NVML is not there.",
                 "percentunit",
             ),
-            Query(_of("dist_train_worker_device_utilization_ratio", "worker"), "{{worker}}"),
+            Query(_of("dist_train_rank_device_utilization_ratio", "rank"), "{{rank}}"),
         )
         .min(0)
         .max(1)

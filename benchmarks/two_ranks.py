@@ -1,0 +1,57 @@
+"""Rows that need two ranks; every rank runs this module, rank 0 prints the rows as JSON.
+
+`horovodrun -np 2 --gloo python -m benchmarks.two_ranks GLOBAL_SIZE PAIRS`
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+
+from benchmarks.launching import measure, module, on_ranks, tell
+from benchmarks.shared_folder import shared_folder
+from benchmarks.subject import QUIET, open_trainer, settings
+from benchmarks.timing import Ratio, compare
+from dist_train.cluster.communicator import Communicator
+from dist_train.cluster.joining import join_ranks
+
+
+def reduction_row(comm: Communicator, global_size: int, pairs: int) -> Ratio:
+    """Return the step time of the exact reduction over the float one, VGG9 width 1."""
+    with shared_folder(comm) as folder:
+        sides = {
+            reduction: open_trainer(
+                settings(1.0, global_size, **{**QUIET, "comm": {"verify_every": 0, "reduction": reduction}}),
+                comm,
+                folder / reduction,
+            )
+            for reduction in ("exact", "float")
+        }
+        return compare(
+            f"reduction, width 1, batch {global_size}, {comm.size} ranks over {comm.controller}",
+            ("exact", sides["exact"].advance),
+            ("float", sides["float"].advance),
+            pairs=pairs,
+            bar=1.03 if global_size == 8192 else None,
+            warm_up=1,
+            images=global_size,
+        )
+
+
+def launch(controller: str, global_size: int, pairs: int) -> Ratio:
+    """Run this module on two ranks and return its row."""
+    return Ratio(**measure(on_ranks(controller, 2, module("benchmarks.two_ranks", global_size, pairs))))
+
+
+def main() -> None:
+    """Measure on every rank, print on the first."""
+    global_size, pairs = map(int, sys.argv[1:])
+    comm = join_ranks(timeout=600.0, device_type="cpu")
+    row = reduction_row(comm, global_size, pairs)
+    if comm.rank == 0:
+        tell(asdict(row))
+    comm.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The ranks over Horovod, which carries them by MPI, Gloo or NCCL."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dist_train.cluster.communicator import Pending, RankLostError
+from dist_train.cluster.launch import Launch
+from dist_train.outcome import UsageError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+class HorovodCommunicator:
+    """The group that the launcher started. Horovod lives as long as this object is open."""
+
+    def __init__(self, launch: Launch, *, timeout: float, device_type: str, timeline: bool) -> None:
+        """Join the group; `timeout` is in seconds.
+
+        Raises:
+            UsageError: Horovod is missing, or sees another number of ranks than were launched.
+        """
+        set_environment(timeout, device_type, launch.launcher)
+        if timeline:
+            os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
+        self._hvd = _import_horovod()
+        self._hvd.init()
+        self._check_size(launch)
+        self.rank: int = self._hvd.rank()
+        self.size: int = self._hvd.size()
+        self.local_rank: int = self._hvd.local_rank()
+        self.local_size: int = self._hvd.local_size()
+        self.controller = "mpi" if self._hvd.mpi_enabled() else "gloo"
+
+    def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
+        """Start to replace the contiguous `tensor` by its sum over all ranks."""
+        return self._start(lambda: self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum))
+
+    def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
+        """Start to replace `tensor` by its Adasum over all ranks."""
+        return self._start(lambda: self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Adasum))
+
+    def broadcast(self, tensor: torch.Tensor, name: str) -> None:
+        """Replace `tensor` by rank 0's."""
+        self._start(lambda: self._hvd.broadcast_async_(tensor, root_rank=0, name=name)).wait()
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.allreduce_async(torch.zeros(1, dtype=torch.int64), "barrier").wait()
+
+    def start_timeline(self, path: Path) -> None:
+        """Start to write Horovod's timeline to `path`, on rank 0; one that the user has asked for continues instead."""
+        if _timeline_is_ours():
+            self._hvd.start_timeline(str(path))
+
+    def stop_timeline(self) -> None:
+        """Write no more of it."""
+        if _timeline_is_ours():
+            self._hvd.stop_timeline()
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._hvd.shutdown()
+
+    def _start(self, operation: Callable[[], int]) -> Pending:
+        try:
+            return _Operation(self._hvd, operation())
+        except self._hvd.HorovodInternalError as error:
+            raise RankLostError(_lost(error)) from error
+
+    def _check_size(self, launch: Launch) -> None:
+        seen: int = self._hvd.size()
+        if seen == launch.size:
+            return
+        self._hvd.shutdown()
+        fix = {
+            "srun": "start with srun --mpi=pmix, and build Horovod against that MPI",
+            "mpirun": "Horovod must be built against the MPI of this mpirun: see dist-train doctor",
+        }.get(launch.launcher, "see dist-train doctor")
+        raise UsageError(f"{launch.launcher} started {launch.size} ranks, but Horovod sees {seen}: {fix}")
+
+
+class _Operation:
+    def __init__(self, hvd: ModuleType, handle: int) -> None:
+        self._hvd = hvd
+        self._handle = handle
+
+    def wait(self) -> None:
+        """Return when the result is there."""
+        try:
+            self._hvd.synchronize(self._handle)
+        except self._hvd.HorovodInternalError as error:
+            raise RankLostError(_lost(error)) from error
+
+
+def _timeline_is_ours() -> bool:
+    return os.environ.get("HOROVOD_TIMELINE") == "DYNAMIC"
+
+
+def _lost(error: Exception) -> str:
+    return f"a rank was lost, so the others stop: {' '.join(str(error).split())}"
+
+
+def set_environment(timeout: float, device_type: str, launcher: str) -> None:
+    """Set what Horovod and MPI read when they start; what the user has set stays, where it is not wrong."""
+    seconds = str(max(1, round(timeout)))
+    os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, round(timeout / 2))))
+    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", seconds)
+    # Gloo does not know who is lost: the watchdog, which does, must come first.
+    os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(max(60, round(3 * timeout))))
+    # Batched, Horovod's copies into the fusion buffer of a GPU multiply by a double, also by 1: integers above 2^53,
+    # as in the exact reduction, lose their last bits (BatchedScaledD2DMemcpy of its cuda_kernels.cu).
+    os.environ["HOROVOD_BATCH_D2D_MEMCOPIES"] = "0"
+    # Milliseconds. On CPUs, Gloo's threads take the cores that compute, the more often the shorter it is.
+    os.environ.setdefault("HOROVOD_CYCLE_TIME", "5" if device_type == "cpu" and launcher == "horovodrun" else "1")
+    if device_type == "cpu":
+        # Open MPI polls without pause while it waits, and so takes the core that computes.
+        os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+
+
+def _import_horovod() -> Any:
+    try:
+        import horovod.torch as hvd
+        from horovod.common.exceptions import HorovodInternalError
+    except ImportError as error:
+        raise UsageError(f"Horovod cannot be loaded ({error}): run make setup, or see dist-train doctor") from error
+    hvd.HorovodInternalError = HorovodInternalError
+    return hvd

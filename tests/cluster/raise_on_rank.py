@@ -1,0 +1,25 @@
+"""`dist-train`, but one rank has a fault of its own, an exception, when it comes to a step.
+
+`python -m tests.cluster.raise_on_rank RANK STEP ARGUMENTS...`
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from dist_train.cli.main import main
+from dist_train.cluster.launch import current_launch
+from dist_train.training.step import TrainingStep
+
+if __name__ == "__main__":
+    rank, step = map(int, sys.argv[1:3])
+    add_gradient = TrainingStep._add_gradient
+
+    def failing(self: TrainingStep, batch: Any, micro_batch: Any) -> None:
+        if batch.step + 1 == step and current_launch().rank == rank:
+            raise OSError("the disk of this node is gone")
+        add_gradient(self, batch, micro_batch)
+
+    TrainingStep._add_gradient = failing  # type: ignore[method-assign]  # the fault under test
+    raise SystemExit(main(sys.argv[3:]))

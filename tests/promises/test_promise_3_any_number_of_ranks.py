@@ -1,0 +1,90 @@
+"""Promise 3: the number of ranks does not change a bit of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.launching import (
+    final_checkpoint,
+    launch,
+    records,
+    results,
+    small_settings,
+    status,
+    weights_digest,
+    write_config,
+)
+
+pytestmark = pytest.mark.ranks
+
+GROUPS = [(ranks, controller) for controller in ("gloo", "mpi") for ranks in (2, 3, 4)]
+
+
+def thirty_steps(folder: Path, sharing: str) -> str:
+    return write_config(
+        folder,
+        small_settings(
+            run={"max_steps": 30},
+            noise={"sharing": sharing},
+            comm={"verify_every": 1},
+            checkpoint={"every_epochs": 0},
+        ),
+    )
+
+
+@pytest.fixture(scope="module", params=["global", "micro_batch"])
+def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A run of 30 steps on one rank; its global batch of 100 samples is no multiple of 3."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = thirty_steps(folder, request.param)
+    ended = launch(1, "alone", "train", config, "--run-dir", str(folder / "alone"))
+    assert ended.code == 0, ended.output
+    return config, folder / "alone"
+
+
+@pytest.mark.parametrize(("ranks", "controller"), GROUPS)
+def test_every_bit_is_the_same(alone: tuple[str, Path], tmp_path: Path, ranks: int, controller: str) -> None:
+    config, reference = alone
+    ended = launch(ranks, controller, "train", config, "--run-dir", str(tmp_path / "run"))
+    assert ended.code == 0, ended.output
+    assert status(tmp_path / "run")["world_size"] == ranks
+    assert len(records(tmp_path / "run", "train")) == 30
+    assert weights_digest(tmp_path / "run") == weights_digest(reference)
+    assert results(tmp_path / "run") == results(reference)
+
+
+def test_also_when_a_run_stops_on_four_and_goes_on_on_one_and_then_three(tmp_path: Path) -> None:
+    config = thirty_steps(tmp_path, "micro_batch")
+    whole = launch(1, "alone", "train", config, "--run-dir", str(tmp_path / "whole"))
+    assert whole.code == 0, whole.output
+    run = tmp_path / "run"
+    for ranks, controller, until in ((4, "gloo", 11), (1, "alone", 19), (3, "mpi", 30)):
+        ended = launch(ranks, controller, "train", config, f"run.max_steps={until}", "--run-dir", str(run))
+        assert ended.code == 0, ended.output
+    assert weights_digest(run) == weights_digest(tmp_path / "whole")
+    assert results(run, ["train"]) == results(tmp_path / "whole", ["train"])
+
+
+def test_also_with_more_ranks_than_micro_batches(tmp_path: Path) -> None:
+    config = write_config(tmp_path, small_settings(run={"max_steps": 5}, batch={"micro_size": 64}))
+    for ranks, controller in ((1, "alone"), (3, "gloo")):
+        ended = launch(ranks, controller, "train", config, "--run-dir", str(tmp_path / controller))
+        assert ended.code == 0, ended.output
+    assert weights_digest(tmp_path / "gloo") == weights_digest(tmp_path / "alone")
+
+
+def test_float_reduction_agrees_in_the_first_step_to_a_millionth(tmp_path: Path) -> None:
+    config = write_config(tmp_path, small_settings(run={"max_steps": 1}, comm={"reduction": "float"}))
+    first = []
+    for ranks, controller in ((1, "alone"), (2, "gloo"), (3, "mpi")):
+        run = tmp_path / f"{ranks}"
+        ended = launch(ranks, controller, "train", config, "--run-dir", str(run))
+        assert ended.code == 0, ended.output
+        [record] = records(run, "train")
+        first.append((record["loss"], record["gradient_norm"], final_checkpoint(run)["model"]["hidden.weight"]))
+    for loss, norm, weight in first[1:]:
+        assert loss == pytest.approx(first[0][0], rel=1e-6)
+        assert norm == pytest.approx(first[0][1], rel=1e-6)
+        assert (weight - first[0][2]).abs().max() <= 1e-6 * first[0][2].abs().max()

@@ -1,0 +1,33 @@
+"""Every rank begins with weights and momentum of its own; after the broadcast all hold rank 0's, unmoved."""
+
+from __future__ import annotations
+
+import torch
+
+from dist_train.cluster.communicator import gather
+from dist_train.cluster.joining import join_ranks
+from dist_train.config import parse_config
+from dist_train.models import build_model
+from dist_train.optim.flat_weights import FlatWeights, digest
+from dist_train.optim.optimizers import build_optimizer, state_tensors
+from dist_train.training.restoring import broadcast_state
+from tests.launching import small_settings
+
+if __name__ == "__main__":
+    comm = join_ranks(timeout=60.0, device_type="cpu")
+    settings = small_settings(run={"seed": comm.rank}, optimizer={"weight_decay": 0.1})
+    config = parse_config(settings, source="test")
+    model = build_model(config)
+    weights = FlatWeights(model)
+    optimizer = build_optimizer(config.optimizer, weights)
+    for _, tensor in state_tensors(optimizer):
+        tensor.fill_(comm.rank + 1.0)
+    before = gather(comm, [digest(weights.values)], "before")
+    assert before[0] != before[1]
+    broadcast_state(comm, model, weights, optimizer)
+    assert digest(weights.values) == before[0][0]
+    assert all(bool((tensor == 1.0).all()) for _, tensor in state_tensors(optimizer))
+    assert torch.equal(next(model.parameters()).flatten(), weights.values[: next(model.parameters()).numel()])
+    print("equal", flush=True)
+    comm.barrier()
+    comm.close()

@@ -1,0 +1,137 @@
+"""What Horovod, MPI and Gloo do to the unwary, met by the real program."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.launching import (
+    descendants,
+    kill,
+    launch,
+    records,
+    results,
+    small_settings,
+    start,
+    status,
+    weights_digest,
+    write_config,
+)
+from tests.waiting import PATIENCE, wait_for_lines
+
+pytestmark = pytest.mark.ranks
+
+
+def test_precision_layout_clipping_augmentation_and_schedules_keep_the_bits(tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path,
+        small_settings(
+            run={"max_steps": 10},
+            data={"augment": "crop-flip", "normalize": True},
+            precision={"threads": 1, "compute": "bfloat16", "channels_last": True},
+            optimizer={"clip_norm": 0.5, "weight_decay": 1e-3},
+            schedule={
+                "scaling": "linear",
+                "base_batch": 50,
+                "warmup_epochs": 1,
+                "decay": "step",
+                "milestones": [1],
+            },
+        ),
+    )
+    for name, ranks, controller in (("alone", 1, "alone"), ("two", 2, "mpi")):
+        ended = launch(ranks, controller, "train", config, "--run-dir", str(tmp_path / name))
+        assert ended.code == 0, ended.output
+    assert weights_digest(tmp_path / "two") == weights_digest(tmp_path / "alone")
+    assert results(tmp_path / "two") == results(tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("controller", "comm"),
+    [
+        ("mpi", {"reduction": "float", "op": "adasum"}),
+        ("gloo", {"reduction": "float", "compression": "fp16"}),
+    ],
+)
+def test_adasum_and_float16_learn(tmp_path: Path, controller: str, comm: dict[str, str]) -> None:
+    settings = small_settings(comm={**comm, "verify_every": 1}, noise={"method": "none"})
+    ended = launch(2, controller, "train", write_config(tmp_path, settings), "--run-dir", str(tmp_path / "run"))
+    assert ended.code == 0, ended.output
+    losses = [record["loss"] for record in records(tmp_path / "run", "train")]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_adasum_over_gloo_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    settings = small_settings(comm={"reduction": "float", "op": "adasum"}, noise={"method": "none"})
+    ended = launch(2, "gloo", "train", write_config(tmp_path, settings), "--run-dir", str(tmp_path / "run"))
+    assert ended.output.count("adasum needs MPI on a CPU") == 1
+    assert status(tmp_path / "run")["exit_code"] == 2
+
+
+@pytest.mark.parametrize("variable", ["HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"])
+def test_gloo_under_mpirun_is_refused_before_it_can_crash(tmp_path: Path, variable: str) -> None:
+    config = write_config(tmp_path, small_settings())
+    ended = launch(2, "mpi", "train", config, "--run-dir", str(tmp_path / "run"), extra={variable: "gloo"})
+    assert ended.code == 2
+    assert f"{variable}=gloo does not work under mpirun" in ended.output
+    assert "Traceback" not in ended.output
+
+
+def test_state_is_broadcast_without_moving_the_weights(tmp_path: Path) -> None:
+    ended = launch(2, "gloo", program=["-m", "tests.ranks.broadcast_state"])
+    assert ended.code == 0, ended.output
+    assert ended.output.count("equal") == 2
+
+
+def test_a_killed_rank_ends_the_others_with_one_message(tmp_path: Path) -> None:
+    config = write_config(tmp_path, small_settings(run={"epochs": 500}, evaluation={"every_epochs": 0}))
+    run = tmp_path / "run"
+    process = start(2, "gloo", "train", config, "--run-dir", str(run))
+    try:
+        wait_for_lines(run / "metrics.jsonl", 4)
+        os.kill(_rank(process.pid, rank=1), signal.SIGKILL)
+        output, _ = process.communicate(timeout=PATIENCE)
+    finally:
+        kill(process)
+    assert process.returncode != 0
+    assert "a rank was lost" in output
+    after = status(run)
+    assert (after["state"], after["exit_code"]) == ("failed", 1)
+
+
+def test_a_diverged_run_ends_with_code_3_on_all_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    config = write_config(tmp_path, small_settings(checkpoint={"every_steps": 1}, model={"norm": "none"}))
+    run = tmp_path / "run"
+    assert launch(1, "alone", "train", config, "run.max_steps=2", "--run-dir", str(run)).code == 0
+    before = weights_digest(run)
+    ended = launch(
+        2,
+        "mpi",
+        "train",
+        config,
+        "--run-dir",
+        str(run),
+        program=["-m", "tests.ranks.poisoned_gradient", "1", "4"],
+    )
+    assert ended.code == 3, ended.output
+    assert "Traceback" not in ended.output
+    after = status(run)
+    assert (after["state"], after["exit_code"], after["step"]) == ("failed", 3, 3)
+    assert "the activations of step 4 are not finite" in after["reason"]
+    assert str(run / "checkpoints" / "step-00000003.pt") in after["reason"]
+    assert weights_digest(run) != before
+
+
+def _rank(pid: int, rank: int) -> int:
+    for candidate in descendants(pid):
+        try:
+            variables = Path(f"/proc/{candidate}/environ").read_bytes().split(b"\0")
+            words = Path(f"/proc/{candidate}/cmdline").read_bytes().split(b"\0")
+        except FileNotFoundError:
+            continue
+        if f"HOROVOD_RANK={rank}".encode() in variables and words[1:3] == [b"-m", b"dist_train"]:
+            return candidate
+    raise AssertionError(f"no rank {rank}")

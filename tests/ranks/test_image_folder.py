@@ -1,0 +1,170 @@
+"""Image folders by the real program: the same bits for any number of ranks and loaders, kills, damage."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launching import (
+    descendants,
+    kill,
+    launch,
+    results,
+    small_settings,
+    start,
+    status,
+    weights_digest,
+    write_config,
+)
+from tests.unit.image_folders import damage, write_folder
+from tests.waiting import PATIENCE, wait_for_lines, wait_until_gone
+
+pytestmark = pytest.mark.ranks
+
+
+def folder_settings(root: Path, loaders: int, **sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of a small run on an image folder: 96 training images, 3 steps an epoch."""
+    data = {
+        "name": "imagefolder",
+        "root": str(root),
+        "classes": 3,
+        "image_size": 16,
+        "augment": "crop-flip",
+        "normalize": True,
+        "loader_workers": loaders,
+    }
+    whole: dict[str, Mapping[str, Any]] = {
+        "data": data,
+        "batch": {"global_size": 30, "micro_size": 8},
+        "evaluation": {"batch_size": 5, "train_samples": 20},
+        **sections,
+    }
+    settings = small_settings(**whole)
+    settings["data"] = data
+    return settings
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("folder"), per_class=32)
+
+
+def loaders_of(pid: int) -> list[int]:
+    """Return the loader processes below `pid`."""
+    found = []
+    for child in descendants(pid):
+        try:
+            words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if "dist_train.data.loader_process" in words:
+            found.append(child)
+    return found
+
+
+def test_promise_3_one_rank_without_loaders_and_two_with_one_each_end_with_equal_bits(
+    root: Path, tmp_path: Path
+) -> None:
+    for name, ranks, controller, loaders in (("alone", 1, "alone", 0), ("mpi", 2, "mpi", 1), ("gloo", 2, "gloo", 1)):
+        config = write_config(tmp_path, folder_settings(root, loaders))
+        ended = launch(ranks, controller, "train", config, "--run-dir", str(tmp_path / name))
+        assert ended.code == 0, ended.output
+    for name in ("mpi", "gloo"):
+        assert weights_digest(tmp_path / name) == weights_digest(tmp_path / "alone")
+        assert results(tmp_path / name) == results(tmp_path / "alone")
+    assert {record["split"] for record in results(tmp_path / "mpi", ["eval"])} == {"train", "test"}
+
+
+def test_promise_5_a_killed_run_resumes_bit_identically_and_leaves_no_loader(root: Path, tmp_path: Path) -> None:
+    settings = folder_settings(root, 1, run={"epochs": 20}, checkpoint={"every_steps": 4})
+    config = write_config(tmp_path, settings)
+    whole = launch(1, "alone", "train", config, "--run-dir", str(tmp_path / "whole"))
+    assert whole.code == 0, whole.output
+
+    run = tmp_path / "run"
+    process = start(2, "mpi", "train", config, "--run-dir", str(run))
+    wait_for_lines(run / "metrics.jsonl", 12)
+    loaders = loaders_of(process.pid)
+    assert len(loaders) == 2
+    kill_all_but(process.pid, loaders)
+    assert process.poll() is None or process.returncode != 0
+    kill(process)
+    wait_until_gone(loaders)  # they end with the process that they work for
+
+    config = write_config(tmp_path, folder_settings(root, 2, run={"epochs": 20}, checkpoint={"every_steps": 4}))
+    ended = launch(1, "alone", "train", config, "--run-dir", str(run))
+    assert ended.code == 0, ended.output
+    assert any(record["event"] == "resumed" for record in results(run, ["event"]))
+    assert weights_digest(run) == weights_digest(tmp_path / "whole")
+    assert results(run) == results(tmp_path / "whole")
+
+
+def kill_all_but(pid: int, spared: list[int]) -> None:
+    for child in {pid, *descendants(pid)} - set(spared):
+        try:
+            os.kill(child, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def test_a_damaged_image_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    broken = damage(write_folder(tmp_path / "folder", per_class=32) / "train" / "bee" / "0007.png")
+    config = write_config(tmp_path, folder_settings(tmp_path / "folder", 1))
+    ended = launch(2, "mpi", "train", config, "data.normalize=false", "--run-dir", str(tmp_path / "run"))
+    assert ended.code == 1
+    assert f"dist-train: the image {broken} cannot be read" in ended.output
+    assert "Traceback" not in ended.output
+    assert str(broken) in status(tmp_path / "run")["reason"]
+
+
+def test_a_killed_loader_ends_the_run_with_a_reason(root: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, folder_settings(root, 1, run={"epochs": 500}, evaluation={"every_epochs": 0}))
+    run = tmp_path / "run"
+    process = start(1, "alone", "train", config, "--run-dir", str(run))
+    try:
+        wait_for_lines(run / "metrics.jsonl", 5)
+        os.kill(loaders_of(process.pid)[0], signal.SIGKILL)
+        output, _ = process.communicate(timeout=PATIENCE)
+    finally:
+        kill(process)
+    assert process.returncode == 1, output
+    assert "which decodes images, was ended by SIGKILL" in output
+    assert "Traceback" not in output
+    assert "which decodes images" in status(run)["reason"]
+
+
+def test_ctrl_c_saves_and_stops_although_the_whole_group_gets_it(root: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, folder_settings(root, 2, run={"epochs": 500}, evaluation={"every_epochs": 0}))
+    run = tmp_path / "run"
+    process = start(1, "alone", "train", config, "--run-dir", str(run))
+    try:
+        wait_for_lines(run / "metrics.jsonl", 5)
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=PATIENCE)
+    finally:
+        kill(process)
+    assert process.returncode == 75, output
+    assert "Traceback" not in output
+
+
+def test_another_number_of_classes_is_refused_before_training(root: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, folder_settings(root, 1))
+    ended = launch(2, "mpi", "train", config, "data.classes=4", "--run-dir", str(tmp_path / "run"))
+    assert ended.code == 2
+    assert ended.output.count("set data.classes to 3") == 1
+    assert "Traceback" not in ended.output
+
+
+def test_a_stored_model_is_evaluated_on_the_folder(root: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, folder_settings(root, 1, run={"max_steps": 2}))
+    run = tmp_path / "run"
+    assert launch(1, "alone", "train", config, "--run-dir", str(run)).code == 0
+    ended = launch(1, "alone", "evaluate", str(run), "--split", "test")
+    assert ended.code == 0, ended.output
+    final = next(record for record in results(run, ["eval"]) if record["split"] == "test")
+    assert f"{final['loss']:.4f}"[:5] in ended.output

@@ -1,0 +1,268 @@
+"""launch/local.sh and launch/mpirun.sh on real runs: exit status, requests to stop, no process left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_train.outcome import ExitCode
+from tests.waiting import PATIENCE, wait_for
+
+ROOT = Path(__file__).parents[2]
+LOCAL = (str(ROOT / "launch/local.sh"),)
+MPIRUN = (str(ROOT / "launch/mpirun.sh"),)
+LAUNCHERS = pytest.mark.parametrize("launcher", [LOCAL, MPIRUN], ids=["horovodrun", "mpirun"])
+CONFIGURATION = """
+run: {name: tiny, epochs: 100000}
+data: {name: synthetic, synthetic_samples: 128, synthetic_shape: [1, 28, 28]}
+model: {width: 0.0625, norm: ghost, ghost_size: 16}
+batch: {global_size: 64, micro_size: 16}
+optimizer: {learning_rate: 0.001}
+evaluation: {every_epochs: 0}
+checkpoint: {every_epochs: 0}
+metrics: {enabled: false}
+"""
+
+pytestmark = pytest.mark.ranks
+
+
+@pytest.fixture
+def configuration(tmp_path: Path) -> str:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(CONFIGURATION)
+    return str(file)
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """A variable that every process of the test carries; after the test, none may be left."""
+    name = f"DIST_TRAIN_TEST_{os.getpid()}_{time.monotonic_ns()}"
+    yield name
+    try:
+        wait_for(lambda: not carrying(name), "processes were left behind")
+    finally:
+        for process in carrying(name):
+            os.kill(int(process), signal.SIGKILL)
+
+
+def carrying(name: str) -> set[str]:
+    def carries(process: Path) -> bool:
+        try:
+            return f"{name}=".encode() in (process / "environ").read_bytes()
+        except OSError:
+            return False
+
+    return {path.name for path in Path("/proc").iterdir() if path.name.isdigit() and carries(path)}
+
+
+def start(mark: str, *command: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        env={**os.environ, mark: "1", **(environment or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=PATIENCE)
+    return process.returncode, out, err
+
+
+def status(run: Path) -> dict[str, Any]:
+    try:
+        read: dict[str, Any] = json.loads((run / "status.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return read
+
+
+def while_it_runs(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    wait_for(lambda: process.poll() is not None or condition(), "it is under way")
+    assert process.poll() is None, process.communicate()
+
+
+def is_under_way(run: Path) -> bool:
+    found = status(run)
+    return bool(found.get("state") == "running" and found["step"] > 0)
+
+
+@LAUNCHERS
+def test_a_run_that_finishes_ends_with_0(
+    launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str
+) -> None:
+    run = tmp_path / "run"
+    process = start(mark, *launcher, "train", configuration, "run.max_steps=3", "--run-dir", str(run))
+    code, out, err = finish(process)
+    assert code == ExitCode.FINISHED, err
+    assert status(run)["state"] == "finished"
+    assert status(run)["world_size"] == 2
+    assert "[0]<stdout>" not in out
+
+
+@LAUNCHERS
+def test_the_progress_bar_goes_around_the_launcher_to_the_terminal(
+    launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str
+) -> None:
+    terminal, end = pty.openpty()
+    command = (*launcher, "train", configuration, "run.max_steps=20", "--run-dir", str(tmp_path / "run"))
+    environment = {**os.environ, mark: "1", "TERM": "xterm"}
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=end, stderr=end)
+    os.close(end)
+    shown = b""
+    with contextlib.suppress(OSError):  # a terminal whose programs have all ended gives an I/O error
+        while chunk := os.read(terminal, 65536):
+            shown += chunk
+    os.close(terminal)
+    assert process.wait(timeout=PATIENCE) == ExitCode.FINISHED, shown
+    assert b"\x1b[2K" in shown, "no line was redrawn"
+
+
+@LAUNCHERS
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2], ids=lambda number: number.name)
+def test_promise_7_a_signal_to_the_script_saves_and_ends_with_75(
+    launcher: tuple[str, ...], number: signal.Signals, configuration: str, tmp_path: Path, mark: str
+) -> None:
+    run = tmp_path / "run"
+    process = start(mark, *launcher, "train", configuration, "--run-dir", str(run))
+    while_it_runs(process, lambda: is_under_way(run))
+    process.send_signal(number)
+    code, _, err = finish(process)
+    assert code == ExitCode.STOPPED, err
+    found = status(run)
+    assert found["state"] == "stopped"
+    assert (run / "checkpoints" / f"step-{found['step']:08d}.pt").is_file()
+    assert "Traceback" not in err
+
+
+@LAUNCHERS
+def test_promise_7_a_signal_before_the_ranks_are_ready_is_kept_for_them(
+    launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str
+) -> None:
+    run = tmp_path / "run"
+    process = start(mark, *launcher, "train", configuration, "--run-dir", str(run))
+    while_it_runs(process, lambda: any_rank(mark))
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == ExitCode.STOPPED, err
+    assert status(run)["state"] == "stopped"
+
+
+def any_rank(mark: str) -> bool:
+    def ranked(process: str) -> bool:
+        try:
+            variables = Path(f"/proc/{process}/environ").read_bytes()
+        except OSError:
+            return False
+        return re.search(rb"\0(HOROVOD_RANK|OMPI_COMM_WORLD_RANK)=", variables) is not None
+
+    return any(ranked(process) for process in carrying(mark))
+
+
+@LAUNCHERS
+def test_a_diverged_run_ends_with_3(launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str) -> None:
+    run = tmp_path / "run"
+    settings = ("optimizer.learning_rate=1e30", "model.norm=none", "run.max_steps=200")
+    code, _, err = finish(start(mark, *launcher, "train", configuration, *settings, "--run-dir", str(run)))
+    assert code == ExitCode.DIVERGED, err
+    assert status(run)["state"] == "failed"
+
+
+@LAUNCHERS
+def test_a_rank_that_is_killed_ends_the_run_with_1(
+    launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str
+) -> None:
+    run = tmp_path / "run"
+    process = start(mark, *launcher, "train", configuration, "--run-dir", str(run))
+    while_it_runs(process, lambda: is_under_way(run))
+    os.kill(status(run)["pid"], signal.SIGKILL)
+    code, _, _ = finish(process)
+    assert code == ExitCode.FAULT
+
+
+@LAUNCHERS
+def test_the_ranks_do_not_outlive_a_script_that_is_killed(
+    launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str
+) -> None:
+    run = tmp_path / "run"
+    process = start(mark, *launcher, "train", configuration, "--run-dir", str(run))
+    while_it_runs(process, lambda: is_under_way(run))
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not carrying(mark), "the ranks outlive the script")
+
+
+def test_an_outcome_of_an_earlier_launch_does_not_count(configuration: str, tmp_path: Path, mark: str) -> None:
+    run = tmp_path / "run"
+    command = (*MPIRUN, "train", configuration, "run.max_steps=2", "--run-dir", str(run))
+    assert finish(start(mark, *command))[0] == ExitCode.FINISHED
+    # Horovod refuses this under mpirun, before the run writes a status.
+    code, _, _ = finish(start(mark, *command, environment={"HOROVOD_CONTROLLER": "gloo"}))
+    assert code != ExitCode.FINISHED
+
+
+@LAUNCHERS
+def test_a_bad_configuration_is_told_once_and_nothing_is_launched(
+    launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str
+) -> None:
+    run = tmp_path / "run"
+    code, out, err = finish(
+        start(mark, *launcher, "-np", "3", "train", configuration, "noise.amplitud=1", "--run-dir", str(run))
+    )
+    assert code == ExitCode.USAGE
+    assert err.count("noise.amplitud: unknown key") == 1
+    assert err.count("dist-train:") == 1
+    assert out == ""
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "no command given"),
+        (("train",), "train takes a configuration"),
+        (("-np", "none", "train", "x.yaml"), "-np takes a number of ranks, 1 or more, not 'none'"),
+        (("--wrong", "train", "x.yaml"), "unknown option --wrong"),
+    ],
+)
+@LAUNCHERS
+def test_bad_usage_is_one_line_and_ends_with_2(
+    launcher: tuple[str, ...], arguments: tuple[str, ...], message: str, mark: str
+) -> None:
+    code, out, err = finish(start(mark, *launcher, *arguments))
+    assert code == ExitCode.USAGE
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert out == ""
+
+
+@LAUNCHERS
+def test_help_says_how_it_is_used(launcher: tuple[str, ...], mark: str) -> None:
+    code, out, err = finish(start(mark, *launcher, "--help"))
+    assert code == 0
+    assert out.startswith("usage: launch/")
+    assert err == ""
+
+
+def test_ranks_of_a_host_file_stop_on_request(configuration: str, tmp_path: Path, mark: str) -> None:
+    run = tmp_path / "run"
+    hosts = tmp_path / "hosts"
+    hosts.write_text("localhost slots=2\n")
+    process = start(mark, *MPIRUN, "--hostfile", str(hosts), "train", configuration, "--run-dir", str(run))
+    while_it_runs(process, lambda: is_under_way(run))
+    process.terminate()
+    code, _, err = finish(process)
+    assert code == ExitCode.STOPPED, err

@@ -1,0 +1,27 @@
+"""`run.profile_steps` in a real launch: every rank's trace, and Horovod's timeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.launching import launch, small_settings, write_config
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("controller", ["gloo", "mpi"])
+def test_two_ranks_leave_their_traces_and_the_timeline(tmp_path: Path, controller: str) -> None:
+    config = write_config(tmp_path, small_settings(run={"max_steps": 6, "profile_steps": 2}))
+    ended = launch(2, controller, "train", config, "--run-dir", str(tmp_path / "run"))
+    assert ended.code == 0, ended.output
+    folder = tmp_path / "run" / "profile"
+    for rank in (0, 1):
+        events = json.loads((folder / f"trace-step-00000003-rank-{rank}.json").read_text())["traceEvents"]
+        for phase in ("perturb", "forward-backward", "allreduce", "update"):
+            assert sum(event.get("name") == phase for event in events) == 2
+    timeline = json.loads((folder / "horovod-step-00000003.json").read_text())
+    tensors = {event["args"].get("name") for event in timeline if event.get("name") == "process_name"}
+    assert {"allreduce.gradient.0", "allreduce.tally"} <= tensors
+    assert any(event.get("name") == "NEGOTIATE_ALLREDUCE" for event in timeline)

@@ -1,0 +1,73 @@
+"""What a group of ranks can say to each other, whatever carries it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_train.cluster.alone import Alone
+from dist_train.cluster.communicator import PeerFailedError, broadcast_str, gather, run_on_all_ranks
+from dist_train.outcome import UsageError
+from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
+
+SIZES = [1, 2, 3, 5]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_rank_learns_every_value_in_the_order_of_the_ranks(size: int) -> None:
+    gathered = results(size, lambda comm: gather(comm, [comm.rank, -(2**63), 2**63 - 1], "test"))
+    assert gathered == [[[rank, -(2**63), 2**63 - 1] for rank in range(size)]] * size
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.text(max_size=30), st.sampled_from(SIZES))
+def test_rank_0_s_text_reaches_all(text: str, size: int) -> None:
+    def share(comm: SimulatedRanks) -> str:
+        return broadcast_str(comm, "not used" if comm.rank else text, "test")
+
+    assert results(size, share) == [text] * size
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_succeeds_everywhere_gives_each_rank_its_own_result(size: int) -> None:
+    squares = results(size, lambda comm: run_on_all_ranks(comm, lambda: comm.rank**2, "square"))
+    assert squares == [rank**2 for rank in range(size)]
+
+
+@pytest.mark.parametrize("failing", [[0], [2], [1, 3], [0, 1, 2, 3]])
+def test_what_fails_somewhere_fails_everywhere_and_is_told_once(failing: list[int]) -> None:
+    def act(comm: SimulatedRanks) -> None:
+        def action() -> None:
+            if comm.rank in failing:
+                raise FileNotFoundError(f"on {comm.rank}")
+
+        run_on_all_ranks(comm, action, "open the data")
+
+    ended = on_ranks(4, act)
+    for rank, error in enumerate(ended):
+        if rank == failing[0]:
+            assert isinstance(error, FileNotFoundError)
+            assert str(error) == f"on {rank}"
+        else:
+            assert isinstance(error, PeerFailedError)
+            assert isinstance(error, UsageError)
+            assert f"rank {', '.join(map(str, failing))} could not open the data" in str(error)
+
+
+def test_alone_a_sum_is_the_value_itself_and_an_error_its_own() -> None:
+    values = torch.tensor([1, 2, 3])
+    comm = Alone()
+    for start in (comm.allreduce_async, comm.adasum_async):
+        start(values, "test").wait()
+    comm.broadcast(values, "test")
+    comm.barrier()
+    comm.close()
+    assert values.tolist() == [1, 2, 3]
+
+    def fail() -> None:
+        raise KeyError("own")
+
+    with pytest.raises(KeyError, match="own"):
+        run_on_all_ranks(comm, fail, "act")
