@@ -21,8 +21,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "sweep",
         help="every run of a study, skipping the finished, resuming the broken",
-        description="Train every run of STUDY (variants x grid x seeds) that has not finished, each in a process of its "
-        "own. The same command resumes where it was stopped. Exit status: 0 all have finished, 1 some failed "
+        description="Train every run of STUDY (variants x grid x seeds) that has not finished, each in a process of "
+        "its own. The same command resumes where it was stopped. Exit status: 0 all have finished, 1 some failed "
         "(they are named), 2 the study is wrong, 75 stopped after saving, or others are still at some runs.",
     )
     parser.add_argument("study", type=Path, metavar="STUDY", help="a YAML file, see docs/studies.md")
