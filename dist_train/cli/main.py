@@ -15,6 +15,7 @@ from dist_train.cli import (
     doctor_command,
     evaluate_command,
     landscape_command,
+    launch_command,
     outcome_command,
     report_command,
     requeue_command,
@@ -30,6 +31,7 @@ from dist_train.outcome import DivergedError, ExitCode, FaultError, UsageError, 
 
 _COMMANDS = (
     train_command,
+    launch_command,
     submit_command,
     sweep_command,
     evaluate_command,

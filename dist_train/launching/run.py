@@ -62,6 +62,7 @@ def train(config: Config, run_directory: Path | None = None) -> Outcome:
             comm = join_ranks(
                 timeout=config.comm.timeout,
                 device_type=device_type(config.run.device),
+                engine=config.comm.engine,
                 timeline=config.run.profile_steps > 0,
             )
             stack.callback(comm.close)
