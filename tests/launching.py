@@ -1,4 +1,4 @@
-"""Real launches of the real program, for tests: alone, under horovodrun with Gloo, under mpirun."""
+"""Real launches of the real program, for tests: alone, by dist-train launch, under horovodrun with Gloo, mpirun."""
 
 from __future__ import annotations
 
@@ -39,6 +39,11 @@ def command(ranks: int, controller: str, *arguments: str, program: Sequence[str]
         case "alone":
             assert ranks == 1
             return program
+        case "torch":
+            assert tuple(program[1:3]) == _DIST_TRAIN, "dist-train launch starts commands of ours"
+            return [sys.executable, *_DIST_TRAIN, "launch", "-np", str(ranks), *arguments]
+        case "torchrun":
+            return [str(_BIN / "torchrun"), "--nproc-per-node", str(ranks), "--no-python", *program]
         case "gloo":
             launcher = [str(_BIN / "horovodrun"), "-np", str(ranks), "--gloo", "--network-interface", "lo"]
         case "mpi":

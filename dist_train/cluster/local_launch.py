@@ -21,16 +21,21 @@ _INSISTING = {signal.SIGTERM, signal.SIGINT}
 _INSIST_SECONDS = 2.0
 """A second signal that comes sooner is taken for the same request."""
 _LOOK_SECONDS = 0.2
-_TERMINATE_SECONDS = 5.0
+_LOSS_SECONDS = 40.0
+"""After one rank has failed: the watchdogs of the others notice, and rank 0 writes how the run ended."""
+_AFTER_RANK_0_SECONDS = 3.0
+"""Rank 0 alone writes: what is left when it has ended hangs."""
+_TERMINATE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 _OTHER_LAUNCHERS = ("OMPI_", "PMIX_", "HOROVOD_RANK", "HOROVOD_SIZE", "TORCHELASTIC_")
 
 
-def launch_ranks(command: Sequence[str], size: int, *, loss_seconds: float = 40.0) -> int:
+def launch_ranks(command: Sequence[str], size: int) -> int:
     """Run `command` as `size` ranks on this machine to their end, and return the exit code of the launch.
 
     SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 ask the ranks to save and stop; a second SIGTERM or SIGINT ends them.
-    When one rank fails, the others have `loss_seconds` to end. Call it from a process without threads.
+    When one rank fails, the others end by themselves; one that does not is ended. Call it from a process without
+    threads.
 
     Returns:
         What the first rank to fail returned; 1 where a signal ended it; 0 where none failed.
@@ -40,7 +45,7 @@ def launch_ranks(command: Sequence[str], size: int, *, loss_seconds: float = 40.
     with socket.create_server(("127.0.0.1", 0), backlog=max(128, size)) as listener:
         ranks = [_start(command, rank, size, listener, mask) for rank in range(size)]
     try:
-        return _Ranks(ranks, loss_seconds).wait(watched)
+        return _Ranks(ranks).wait(watched)
     finally:
         for rank in ranks:
             rank.kill()
@@ -48,14 +53,14 @@ def launch_ranks(command: Sequence[str], size: int, *, loss_seconds: float = 40.
 
 
 class _Ranks:
-    def __init__(self, processes: Sequence[subprocess.Popen[bytes]], loss_seconds: float) -> None:
+    def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
         self._processes = processes
-        self._loss_seconds = loss_seconds
         self._first_failure: int | None = None
         self._deadline: float | None = None
         self._asked_at: float | None = None
         self._asked: set[int] = set()
         self._ended: set[int] = set()
+        self._is_ending = False
 
     def wait(self, watched: set[signal.Signals]) -> int:
         while len(self._ended) < len(self._processes):
@@ -65,6 +70,10 @@ class _Ranks:
             self._collect()
             if self._asked_at is not None:
                 self._ask_to_stop()
+            if self._first_failure is not None and self._deadline is None:
+                self._deadline = time.monotonic() + _LOSS_SECONDS
+            if 0 in self._ended and self._deadline is not None:
+                self._deadline = min(self._deadline, time.monotonic() + _AFTER_RANK_0_SECONDS)
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._end_all()
         return self._first_failure or ExitCode.FINISHED
@@ -84,11 +93,10 @@ class _Ranks:
             if code is None or rank in self._ended:
                 continue
             self._ended.add(rank)
-            if code < 0:
+            if code < 0 and not self._is_ending:
                 _say(f"rank {rank} (process {process.pid}) was killed by {signal.Signals(-code).name}")
             if code != 0 and self._first_failure is None:
                 self._first_failure = code if code > 0 else ExitCode.FAULT
-                self._deadline = self._deadline or time.monotonic() + self._loss_seconds
 
     def _ask_to_stop(self) -> None:
         """Ask each rank once it can be asked: before it catches the signal it would die of it."""
@@ -98,6 +106,7 @@ class _Ranks:
                 self._asked.add(rank)
 
     def _end_all(self) -> None:
+        self._is_ending = True
         left = [process for process in self._processes if process.poll() is None]
         for process in left:
             process.terminate()
