@@ -54,7 +54,7 @@ gpu: setup ## on a machine with a GPU: the promises, memory, speed and a profile
 
 dashboards: setup ## write Grafana's dashboards and the table of metrics anew, from the code
 	PYTHONPATH=docker/grafana $(python) -m dashboard_generator docker/grafana/dashboards
-	$(python) -m dist_train.monitoring.prometheus.document docs/monitoring.md
+	$(python) -m dist_train.monitoring.prometheus.page docs/monitoring.md
 
 clean: ## remove what was made here, except runs and the caches outside this folder
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -14,7 +14,7 @@ from benchmarks.bare_loop import bare_loop
 from benchmarks.subject import settings
 from benchmarks.timing import Ratio, ratio_of, timed
 from dist_train.data.catalog import load_images
-from dist_train.training.allocator import ask_for_large_pages, keep_freed_memory
+from dist_train.start_up import ask_for_large_pages, keep_freed_memory
 
 _UPDATES = {0.25: 40, 1.0: 6}
 _WORDS = {"default": "glibc's default", "kept": "freed memory kept", "large": "kept, and pages of 2 MiB"}

@@ -19,10 +19,10 @@ from benchmarks.launching import measure, module, on_ranks, tell
 from benchmarks.shared_folder import shared_folder
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, compare, ratio_of, timed
-from dist_train.cluster.alone import Alone
+from dist_train.cluster.communicator import Alone
+from dist_train.cluster.devices import device_type
 from dist_train.cluster.joining import join_ranks
 from dist_train.training.compute import share_of_threads
-from dist_train.training.devices import device_type
 
 _WIDTH, _GLOBAL_SIZE, _UPDATES = 0.25, 128, 10
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.groups import GROUPS
 from benchmarks.record import Measured, read_record
 from benchmarks.timing import Ratio
-from dist_train.marked_text import replaced_between
+from dist_train.monitoring.prometheus.page import replaced_between
 
 BEGIN, END = "<!-- rows -->", "<!-- end of rows -->"
 

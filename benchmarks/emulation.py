@@ -29,23 +29,22 @@ from torch.utils._pytree import tree_leaves
 
 import dist_train
 from benchmarks.bare_loop import bare_vgg9
-from dist_train.cluster.alone import Alone
+from dist_train.checkpoint.state import Progress
+from dist_train.cluster.communicator import Alone
 from dist_train.config import Config, parse_config
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
+from dist_train.launching.assembly import build_step
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.optimizers import build_optimizer, optimizer_step
 from dist_train.outcome import UsageError
-from dist_train.training.assembly import build_step
-from dist_train.training.compute import Compute
-from dist_train.training.loss_scale import DynamicLossScale, NoLossScale
-from dist_train.training.progress import Progress
-from dist_train.training.shares import share_of
+from dist_train.training.compute import Compute, DynamicLossScale, NoLossScale
+from dist_train.training.measuring import HostTimer, StepClock
+from dist_train.training.micro_batches import share_of
 from dist_train.training.step import GlobalBatch
-from dist_train.training.step_clock import HostTimer, StepClock
 
-KNOWN_WAITS = frozenset({"training/tally.py:result", "training/step.py:__call__"})
+KNOWN_WAITS = frozenset({"training/reduction.py:result", "training/step.py:__call__"})
 """Where a step may wait for the device: for the sum over the ranks, and for the norm of the gradient."""
 
 _DEVICE = torch.device("cuda", 0)
@@ -164,7 +163,7 @@ class _Watch(TorchDispatchMode):
         if tensor.is_cuda:
             place = _place()
             self.waits[place] += 1
-            if place == "training/tally.py:result":
+            if place == "training/reduction.py:result":
                 return self._samples if tensor.storage_offset() == _SLOT_OF_SAMPLES else 0
         return 1.0 if tensor.is_floating_point() else tensor.dtype != torch.bool and 0
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from benchmarks.plain_evaluation import in_memory, through_loader
 from benchmarks.subject import settings
 from benchmarks.timing import Ratio, compare
-from dist_train.cluster.alone import Alone
+from dist_train.cluster.communicator import Alone
+from dist_train.cluster.devices import choose_device
 from dist_train.data.images import ImageSet
 from dist_train.data.loader import Samples
 from dist_train.data.pixels import PixelFormat
 from dist_train.models import build_model
 from dist_train.training.compute import set_up_compute
-from dist_train.training.devices import choose_device
 from dist_train.training.evaluation import evaluate
 
 _IMAGES = {0.25: 10_000, 1.0: 2_000}

@@ -14,8 +14,8 @@ from benchmarks.noise_cost import SCALES
 from benchmarks.perturbation import BY_TENSOR, perturb_by_tensor, perturb_ours
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, ratio_of
-from dist_train.cluster.alone import Alone
-from dist_train.training.devices import device_type
+from dist_train.cluster.communicator import Alone
+from dist_train.cluster.devices import device_type
 
 _NO_KERNEL = frozenset(
     f"aten::{name}"

@@ -19,8 +19,7 @@ from benchmarks.plain_evaluation import through_loader
 from benchmarks.subject import settings
 from benchmarks.timing import Ratio, compare, ratio_of
 from dist_train.analysis.directions import random_direction
-from dist_train.analysis.landscape_points import Directions, Point, axis
-from dist_train.analysis.point_evaluation import Batch, PointEvaluator, place_of
+from dist_train.analysis.landscape_points import Batch, Directions, Point, PointEvaluator, axis, place_of
 from dist_train.cluster.points import deal, join_points
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dist_train.training.devices import device_type
+from dist_train.cluster.devices import device_type
 
 _PACKAGES = ("torch", "torchvision", "numpy", "horovod", "mpi4py")
 

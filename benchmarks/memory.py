@@ -26,7 +26,7 @@ from dist_train.cluster.communicator import gather
 from dist_train.cluster.joining import join_ranks
 from dist_train.config import Config
 from dist_train.data.catalog import load_images
-from dist_train.training.allocator import ask_for_large_pages
+from dist_train.start_up import ask_for_large_pages
 
 _IMAGES, _FEW_IMAGES = 200_000, 1_000
 _WIDTH, _MICRO_SIZE, _GLOBAL_SIZE = 1.0, 128, 256

@@ -15,10 +15,10 @@ from typing import Any
 
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, compare, ratio_of, timed
-from dist_train.cluster.alone import Alone
+from dist_train.cluster.communicator import Alone
 from dist_train.monitoring.prometheus.board import Board
 from dist_train.monitoring.prometheus.page import MetricsPage
-from dist_train.monitoring.records import Measurement, Outcome, RankMeasurement, RunFacts, StepParts
+from dist_train.rundir.records import Measurement, Outcome, RankMeasurement, RunFacts, StepParts
 from dist_train.training.trainer import Trainer
 
 _MEASURED: Mapping[str, Mapping[str, Any]] = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, compare
-from dist_train.cluster.alone import Alone
+from dist_train.cluster.communicator import Alone
 
 SHARINGS = ("global", "micro_batch")
 SCALES = ("absolute", "weight", "filter")

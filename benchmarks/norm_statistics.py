@@ -16,9 +16,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.subject import QUIET, open_trainer, settings
-from dist_train.cluster.alone import Alone
-from dist_train.training.evaluation import Evaluation, evaluate
-from dist_train.training.norm_statistics import recompute_statistics, statistics_samples
+from dist_train.cluster.communicator import Alone
+from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples
 from dist_train.training.trainer import Trainer
 
 _AMPLITUDES = (0.0, 0.05, 0.15)

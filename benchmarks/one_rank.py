@@ -12,10 +12,10 @@ import torch
 from benchmarks.bare_loop import bare_loop
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import Ratio, compare, ratio_of, timed
-from dist_train.cluster.alone import Alone
+from dist_train.checkpoint.writer import CheckpointWriter, Written
+from dist_train.cluster.communicator import Alone
+from dist_train.cluster.devices import device_type
 from dist_train.data.catalog import load_images
-from dist_train.training.checkpoint_writer import CheckpointWriter, Written
-from dist_train.training.devices import device_type
 
 WATCHED: Mapping[str, Mapping[str, Any]] = {
     "metrics": {"enabled": True, "port": 0},

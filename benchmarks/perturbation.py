@@ -9,11 +9,11 @@ import torch
 from benchmarks.peers.noisy import AMPLITUDE, add_noise
 from benchmarks.peers.work import vgg9
 from benchmarks.timing import Ratio, compare
+from dist_train.cluster.devices import device_type
 from dist_train.config import NoiseSettings
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import build_noise
-from dist_train.training.allocator import ask_for_large_pages, keep_freed_memory
-from dist_train.training.devices import device_type
+from dist_train.start_up import ask_for_large_pages, keep_freed_memory
 
 BY_TENSOR = "a draw, an addition, a subtraction a tensor"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from benchmarks.machine import Machine
 from benchmarks.timing import Ratio
-from dist_train import atomic
 from dist_train.outcome import UsageError
+from dist_train.rundir import atomic
 
 
 @dataclass(frozen=True)

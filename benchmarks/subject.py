@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dist_train.checkpoint.state import ResumePoint
 from dist_train.cluster.communicator import Communicator
 from dist_train.config import Config, parse_config
-from dist_train.training.assembly import assemble
-from dist_train.training.resume_point import ResumePoint
-from dist_train.training.run_directory import RunDirectory
-from dist_train.training.session import open_session
-from dist_train.training.stop_requests import StopRequests
+from dist_train.launching.assembly import assemble
+from dist_train.launching.session import open_session
+from dist_train.rundir.paths import RunDirectory
+from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
 
 QUIET: Mapping[str, Mapping[str, Any]] = {

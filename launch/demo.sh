@@ -41,7 +41,7 @@ report=$("$python" -m dist_train report "$run")
 accuracy=$("$python" -c '
 import sys
 from pathlib import Path
-from dist_train.status import read_status
+from dist_train.rundir.status import read_status
 status = read_status(Path(sys.argv[1]) / "status.json")
 best = status.best_accuracy if status else None
 print("unknown" if best is None else f"{best:.2%}")' "$run")

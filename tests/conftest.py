@@ -96,7 +96,7 @@ def _own_places(_surroundings: Path) -> Iterator[None]:
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a tiny run that has finished; a module's tests share it."""
     # here, since tests of scripts and containers do without torch
-    from dist_train.cluster.alone import Alone
+    from dist_train.cluster.communicator import Alone
     from tests.unit.small_trainers import build_trainer, small_config
 
     folder = tmp_path_factory.mktemp("trained") / "run"

@@ -7,7 +7,7 @@ from benchmarks.shared_folder import shared_folder
 from benchmarks.subject import QUIET, open_trainer, settings
 from dist_train.cluster.communicator import Communicator
 from dist_train.cluster.joining import join_ranks
-from dist_train.training.allocator import ask_for_large_pages
+from dist_train.start_up import ask_for_large_pages
 
 
 def train(work: Work, comm: Communicator) -> None:

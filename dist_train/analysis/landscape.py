@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dist_train.analysis.basin_width import FACTORS, Width, basin_width, summarize
-from dist_train.analysis.directions import check_exclusions, random_direction
-from dist_train.analysis.landscape_files import Identity, LandscapeFolder, PointRow, read_landscape
+from dist_train.analysis.directions import Trajectory, check_exclusions, random_direction, run_checkpoints, trace
+from dist_train.analysis.landscape_files import Identity, LandscapeFolder, LandscapeSettings, PointRow, read_landscape
 from dist_train.analysis.landscape_points import (
     Directions,
     Interpolation,
+    Measured,
     Plane,
     Point,
+    PointEvaluator,
     Walk,
     axis,
     line_points,
     plane_points,
+    variances_of,
 )
-from dist_train.analysis.landscape_settings import LandscapeSettings
 from dist_train.analysis.landscape_subject import Stored, Subject, open_subject, place_in, read_stored
-from dist_train.analysis.point_evaluation import Measured, PointEvaluator, variances_of
-from dist_train.analysis.trajectory import Trajectory, run_checkpoints, trace
 from dist_train.cluster.points import PointRanks, deal
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError

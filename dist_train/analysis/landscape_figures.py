@@ -14,9 +14,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
 
-from dist_train import atomic
+from dist_train.analysis.directions import Trajectory
 from dist_train.analysis.landscape_files import SPLITS, Landscape
-from dist_train.analysis.trajectory import Trajectory
+from dist_train.rundir import atomic
 
 _LOSS_COLOUR, _ACCURACY_COLOUR = "#0B4FB3", "#C8201E"
 _DASHES = {"train": "-", "test": (0, (4, 2))}

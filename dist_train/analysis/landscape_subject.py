@@ -12,21 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_train.analysis.landscape_points import Place
-from dist_train.analysis.landscape_settings import MeasureSettings
-from dist_train.analysis.point_evaluation import Batch, place_of
+from dist_train.analysis.landscape_files import MeasureSettings
+from dist_train.analysis.landscape_points import Batch, Place, place_of
+from dist_train.checkpoint.files import Contents, read_checkpoint
+from dist_train.cluster.devices import choose_device
 from dist_train.config import Config
+from dist_train.data.images import BatchRequest, SampleSource, Splits
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
-from dist_train.data.source import BatchRequest, SampleSource, Splits
 from dist_train.models import build_model
 from dist_train.models.norms import norm_modules
 from dist_train.outcome import UsageError
 from dist_train.randomness import generator
-from dist_train.training.checkpoints import Contents, read_checkpoint
 from dist_train.training.compute import Compute, set_up_compute
-from dist_train.training.devices import choose_device
-from dist_train.training.norm_statistics import statistics_samples
+from dist_train.training.evaluation import statistics_samples
 from dist_train.training.stored import find_checkpoint, stored_config
 
 _logger = logging.getLogger("dist_train.analysis")

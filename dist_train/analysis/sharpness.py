@@ -12,12 +12,10 @@ import scipy
 import torch
 
 from dist_train import __version__
-from dist_train.analysis import keskar
 from dist_train.analysis.directions import check_exclusions
-from dist_train.analysis.expected_rise import expected_rises
-from dist_train.analysis.hessian import Probing, spectrum
 from dist_train.analysis.landscape import analysis_folder
 from dist_train.analysis.landscape_subject import read_stored
+from dist_train.analysis.sharpness_measures import Ascent, Probing, expected_rises, full_space, spectrum, subspace
 from dist_train.analysis.sharpness_record import (
     MEASURES,
     HessianResult,
@@ -30,12 +28,11 @@ from dist_train.analysis.sharpness_record import (
     record_path,
     write_record,
 )
-from dist_train.analysis.stored_subset import StoredSubset, open_stored_subset
-from dist_train.analysis.subset_loss import SubsetLoss
+from dist_train.analysis.subset_loss import StoredSubset, SubsetLoss, open_stored_subset
 from dist_train.cluster.launch import current_launch
 from dist_train.config import NoiseSettings
-from dist_train.json_text import finite
 from dist_train.outcome import DivergedError, UsageError
+from dist_train.rundir.atomic import finite
 
 Told = Callable[[str], None]
 """Hears, in words, what is being done."""
@@ -104,11 +101,11 @@ def _take(measure: Measure, loss: SubsetLoss, record: SharpnessRecord, tell: Tol
 
 
 def _take_keskar(loss: SubsetLoss, settings: SharpnessSettings) -> Mapping[str, object]:
-    ascent = keskar.Ascent(settings.keskar_epsilon, settings.keskar_iterations, settings.keskar_starts, settings.seed)
+    ascent = Ascent(settings.keskar_epsilon, settings.keskar_iterations, settings.keskar_starts, settings.seed)
     return {
         "keskar": KeskarResult(
-            full=finite(keskar.full_space(loss, ascent)),
-            subspace=finite(keskar.subspace(loss, ascent, settings.keskar_dimensions)),
+            full=finite(full_space(loss, ascent)),
+            subspace=finite(subspace(loss, ascent, settings.keskar_dimensions)),
         )
     }
 

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
-from dist_train import atomic
 from dist_train.outcome import UsageError
+from dist_train.rundir import atomic
 
 FORMAT = 1
 AtLeastTwo = Annotated[int, Field(ge=2)]

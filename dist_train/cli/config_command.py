@@ -34,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _check(arguments: argparse.Namespace) -> int:
     from dist_train.config import load_config
-    from dist_train.config.unused import unused_settings
+    from dist_train.config.combinations import unused_settings
 
     config = load_config(arguments.config, arguments.overrides)
     for sentence in unused_settings(config):

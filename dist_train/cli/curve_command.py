@@ -27,7 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(arguments: argparse.Namespace) -> int:
     """Draw the picture and print its path. Raises UsageError where there is nothing to draw."""
     from dist_train.outcome import ExitCode, UsageError
-    from dist_train.study.learning_curve import draw_learning_curve
+    from dist_train.report.learning_curve import draw_learning_curve
 
     if arguments.output is None and len(arguments.runs) > 1:
         raise UsageError("several runs go into one picture: say where with -o FILE")

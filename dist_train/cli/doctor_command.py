@@ -25,8 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the findings. Raises ConfigError where the configuration is bad."""
     from rich.console import Console
 
-    from dist_train import doctor
     from dist_train.config import Config, load_config
+    from dist_train.launching import doctor
     from dist_train.outcome import ExitCode
 
     named = arguments.config is not None

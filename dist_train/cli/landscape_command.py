@@ -142,7 +142,7 @@ def _number_or_all(text: str) -> int | None:
 
 def _request(arguments: argparse.Namespace) -> Request:
     from dist_train.analysis.landscape import Request
-    from dist_train.analysis.landscape_settings import DirectionSettings, LandscapeSettings, MeasureSettings
+    from dist_train.analysis.landscape_files import DirectionSettings, LandscapeSettings, MeasureSettings
 
     directions = DirectionSettings()
     if arguments.kind != "interpolate":

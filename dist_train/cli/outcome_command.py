@@ -24,7 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Return the launch's exit code; say why where it is not 0."""
-    from dist_train.status import read_status
+    from dist_train.rundir.status import read_status
 
     status = read_status(arguments.run_directory / "status.json")
     if status is None or (arguments.launch is not None and status.launch != arguments.launch):

@@ -27,7 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page and print its path. Raises UsageError where there is no run, or the page cannot be written."""
     from dist_train.outcome import ExitCode
-    from dist_train.study.report.page import write_report
+    from dist_train.report.page import write_report
 
     output = arguments.output or arguments.directory / "report.html"
     write_report(arguments.directory, output)

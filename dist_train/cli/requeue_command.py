@@ -30,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Return 0 where the run is to be started again, else 1."""
-    from dist_train.study.requeues import decide
+    from dist_train.sweep.standing import decide
 
     decision = decide(arguments.run_directory, arguments.limit, arguments.launch, arguments.death)
     verdict = "requeue" if decision.requeue else "do not requeue"

@@ -30,9 +30,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _show(directory: Path) -> int:
     from rich.console import Console
 
-    from dist_train.cluster.slurm import job_states
+    from dist_train.cluster.launch import job_states
     from dist_train.outcome import ExitCode
-    from dist_train.study.run_table import read_runs, render
+    from dist_train.watch.run_table import read_runs, render
 
     runs = read_runs(directory)
     if not runs:
@@ -51,7 +51,7 @@ def _show(directory: Path) -> int:
 def _clean(directory: Path) -> int:
     from dist_train.monitoring.prometheus.targets import remove_stale
     from dist_train.outcome import ExitCode, UsageError
-    from dist_train.study.run_targets import targets_directories
+    from dist_train.watch.run_table import targets_directories
 
     folders = targets_directories(directory)
     if not folders:

@@ -38,9 +38,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(arguments: argparse.Namespace) -> int:
     """Check, show, submit. Raises UsageError and ConfigError before anything reaches the queue."""
     from dist_train.config import load_config
+    from dist_train.config.combinations import unused_settings
     from dist_train.config.loading import located
-    from dist_train.config.unused import unused_settings
-    from dist_train.study.submission import Submission, describe_batch, project_root, write_script
+    from dist_train.sweep.submission import Submission, describe_batch, project_root, write_script
 
     config = load_config(arguments.config, arguments.overrides)
     directory = (arguments.run_dir or config.run_directory).absolute()
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(script, end="")
         return ExitCode.FINISHED
 
-    from dist_train.cluster.slurm import submit
+    from dist_train.cluster.launch import submit
 
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     job = submit(script, ())

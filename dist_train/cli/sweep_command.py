@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from dist_train.outcome import ExitCode, UsageError
 
 if TYPE_CHECKING:
-    from dist_train.study.planned_runs import Plan, PlannedRun
+    from dist_train.sweep.planned_runs import Plan, PlannedRun
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -61,7 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Look at the whole study, then do what is asked. Raises UsageError and ConfigError before anything starts."""
-    from dist_train.study.planned_runs import plan_study
+    from dist_train.sweep.planned_runs import plan_study
 
     plan = plan_study(arguments.study, arguments.directory, arguments.overrides)
     runs: tuple[PlannedRun, ...] = plan.runs
@@ -75,9 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
-    from dist_train.study.planned_runs import write_plan
-    from dist_train.study.run_process import Launcher, share_of_threads
-    from dist_train.study.sweep import summary, sweep
+    from dist_train.sweep.planned_runs import write_plan
+    from dist_train.sweep.sweep import Launcher, share_of_threads, summary, sweep
 
     alone = arguments.only is not None
     jobs = min(arguments.jobs, len(runs))
@@ -94,7 +93,7 @@ def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ..
 def _list(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
     from rich.console import Console
 
-    from dist_train.study.standing import render, standing_of
+    from dist_train.sweep.standing import render, standing_of
 
     console = Console(highlight=False)
     table = render([standing_of(run) for run in runs])
@@ -107,7 +106,7 @@ def _list(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...
 
 
 def _array(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
-    from dist_train.study.standing import as_ranges, standing_of
+    from dist_train.sweep.standing import as_ranges, standing_of
 
     left = [run.number for run in runs if standing_of(run).then == "start"]
     if not left:
@@ -118,9 +117,9 @@ def _array(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ..
 
 
 def _arguments(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
-    from dist_train.study.planned_runs import write_plan
-    from dist_train.study.run_process import train_arguments
-    from dist_train.study.standing import standing_of
+    from dist_train.sweep.planned_runs import write_plan
+    from dist_train.sweep.standing import standing_of
+    from dist_train.sweep.sweep import train_arguments
 
     if arguments.only is None:
         raise UsageError("--arguments are those of one run: say which by --only")
@@ -139,8 +138,8 @@ def _arguments(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun
 
 
 def _analyses(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
-    from dist_train.study.analyses import analysis_commands
-    from dist_train.study.standing import standing_of
+    from dist_train.sweep.planned_runs import analysis_commands
+    from dist_train.sweep.standing import standing_of
 
     for command in analysis_commands(plan.study, [run for run in runs if standing_of(run).then == "skip"]):
         print(shlex.join(["dist-train", *command]))

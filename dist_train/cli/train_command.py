@@ -34,14 +34,14 @@ def run(arguments: argparse.Namespace) -> int:
     faulthandler.enable(file=_STANDARD_ERROR)
     with without_collection():
         from dist_train.config import load_config
-        from dist_train.config.unused import unused_settings
+        from dist_train.config.combinations import unused_settings
 
         config = load_config(arguments.config, arguments.overrides)
 
         from dist_train.cluster.communicator import PeerFailedError
         from dist_train.cluster.launch import current_launch
-        from dist_train.training import train
-        from dist_train.training.allocator import ask_for_large_pages
+        from dist_train.launching import train
+        from dist_train.start_up import ask_for_large_pages
 
     ask_for_large_pages()
     if current_launch().rank == 0:

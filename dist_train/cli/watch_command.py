@@ -34,8 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from dist_train.outcome import ExitCode
-    from dist_train.study.watch.live import show_once, watch
-    from dist_train.study.watch.run import WatchedRun, find_run
+    from dist_train.watch.run import WatchedRun, find_run
+    from dist_train.watch.view import show_once, watch
 
     watched = WatchedRun(find_run(arguments.directory))
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -1,4 +1,4 @@
-"""What a group of ranks can do, whatever carries it."""
+"""What a group of ranks can do, whatever carries it; and the group of one."""
 
 from __future__ import annotations
 
@@ -121,3 +121,41 @@ def run_on_all_ranks(comm: Communicator, action: Callable[[], Result], name: str
 
 class PeerFailedError(UsageError):
     """Another rank failed and has said why."""
+
+
+class _Done:
+    def wait(self) -> None:
+        """Return at once."""
+
+
+class Alone:
+    """The only rank: every sum is the value itself."""
+
+    rank = 0
+    size = 1
+    local_rank = 0
+    local_size = 1
+    controller = "alone"
+
+    def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
+        """Leave `tensor` as it is."""
+        return _Done()
+
+    def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
+        """Leave `tensor` as it is."""
+        return _Done()
+
+    def broadcast(self, tensor: torch.Tensor, name: str) -> None:
+        """Leave `tensor` as it is."""
+
+    def barrier(self) -> None:
+        """Return at once."""
+
+    def start_timeline(self, path: Path) -> None:
+        """Do nothing: there are no operations."""
+
+    def stop_timeline(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Return at once."""

@@ -8,8 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from dist_train.cluster.alone import Alone
-from dist_train.cluster.communicator import Communicator
+from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.cluster.launch import current_launch
 from dist_train.outcome import ExitCode
 

@@ -1,10 +1,13 @@
-"""What the launcher has said about this process, read from its environment."""
+"""What the launcher says about this process through its environment, and what Slurm says about jobs."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from dist_train.outcome import UsageError
 
@@ -45,3 +48,93 @@ def _refuse_gloo_under_mpi(environment: Mapping[str, str]) -> None:
     for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
         if environment.get(name, "").lower() == "gloo":
             raise UsageError(f"{name}=gloo does not work under mpirun: unset it, or start with horovodrun --gloo")
+
+
+_ANSWER_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """The job that this process belongs to.
+
+    `end` is when its time limit ends it, in seconds since 1970; None where Slurm has not said. `gpus_per_node` is 0
+    where the job has none.
+    """
+
+    id: str
+    end: float | None
+    nodes: int
+    gpus_per_node: int
+    restarts: int
+
+    def seconds_left(self, now: float) -> float | None:
+        """Return the seconds until the time limit; None where it is not known."""
+        return None if self.end is None else self.end - now
+
+
+def read_job(environment: Mapping[str, str]) -> SlurmJob | None:
+    """Return the job that `environment` tells of; None outside of Slurm."""
+    job = environment.get("SLURM_JOB_ID", "")
+    if not job:
+        return None
+    return SlurmJob(
+        id=job,
+        end=_number(environment, "SLURM_JOB_END_TIME") or None,
+        nodes=_number(environment, "SLURM_JOB_NUM_NODES") or 1,
+        gpus_per_node=_number(environment, "SLURM_GPUS_ON_NODE") or 0,
+        restarts=_number(environment, "SLURM_RESTART_COUNT") or 0,
+    )
+
+
+def current_job() -> SlurmJob | None:
+    """Return the job of this very process."""
+    return read_job(os.environ)
+
+
+def job_states(jobs: Sequence[str]) -> dict[str, str]:
+    """Return Slurm's state (PENDING, RUNNING, COMPLETING, ...) of those of `jobs` that it still knows.
+
+    Nothing where there is no Slurm, or where it does not answer.
+    """
+    if not jobs:
+        return {}
+    # One unknown id among several is no error to squeue; alone, it is.
+    # %A is the number that a task of an array knows as its own, %i is not.
+    lines = _ask("squeue", "--noheader", "--states=all", "--format=%A %T", f"--jobs={','.join(jobs)}")
+    return dict(line.split(maxsplit=1) for line in (lines or "").splitlines() if " " in line)
+
+
+def job_end(job: str) -> float | None:
+    """Return when the time limit ends `job`, in seconds since 1970; None where Slurm does not say."""
+    answer = _ask("squeue", "--noheader", "--format=%e", f"--jobs={job}")
+    try:
+        return datetime.fromisoformat((answer or "").strip()).timestamp()
+    except ValueError:
+        return None
+
+
+def submit(script: str, options: Sequence[str]) -> str:
+    """Hand the batch script to sbatch, with `options` before those that it names; return the job's id.
+
+    Raises:
+        UsageError: sbatch is missing, or refuses.
+    """
+    if shutil.which("sbatch") is None:
+        raise UsageError("sbatch is missing: submit from a login node of the cluster, or look with --dry-run")
+    ended = subprocess.run(["sbatch", "--parsable", *options], input=script, capture_output=True, text=True)
+    if ended.returncode != 0:
+        raise UsageError(f"sbatch refuses the job: {ended.stderr.strip()}")
+    return ended.stdout.strip().split(";")[0]
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    text = environment.get(name, "")
+    return int(text) if text.isdecimal() else None
+
+
+def _ask(*command: str) -> str | None:
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return ended.stdout if ended.returncode == 0 else None

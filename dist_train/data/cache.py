@@ -6,10 +6,13 @@ the entry exist; every file is written aside and renamed, by one process at a ti
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,12 +21,30 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_train.atomic import replacing, write_text
 from dist_train.data.images import ImageSet, Split
-from dist_train.data.locks import exclusive
 from dist_train.outcome import UsageError
+from dist_train.rundir.atomic import replacing, write_text
 
 _LOGGER = logging.getLogger("dist_train.data")
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` alone, waiting for whoever holds it; a holder that dies lets go of it.
+
+    The file stays behind, empty: deleting a lock file would let two in. Raises OSError when the file
+    cannot be made or its file system has no locks.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _LOGGER.info("waiting for the process that holds %s", path)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from functools import partial
 from dist_train.config import DataSettings
 from dist_train.data import cifar, fashion_mnist, synthetic
 from dist_train.data.cache import Source, decoded_once
-from dist_train.data.folders import decoded_folder
+from dist_train.data.download import decoded_folder
 from dist_train.data.images import ImageSet, Split
-from dist_train.data.subset import balanced_subset
+from dist_train.data.plan import balanced_subset
 
 Reader = Callable[[DataSettings, Split, int], ImageSet]
 """(settings, split, seed) -> every image of the split; only made-up data depend on the seed."""

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_train.data.download import fetch
-from dist_train.data.folders import data_sets_folder
+from dist_train.data.download import data_sets_folder, fetch
 from dist_train.data.images import ImageSet, Split
 from dist_train.data.plain_pickle import PlainPickleError, load_record
 from dist_train.outcome import UsageError

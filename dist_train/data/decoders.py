@@ -15,8 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dist_train.data.decoding import CHANNELS, decode
-from dist_train.data.loader_process import RECORD, SlotForm, Slots, Work
+from dist_train.data.decoding import CHANNELS, RECORD, SlotForm, Slots, Work, decode
 from dist_train.outcome import FaultError
 
 _SLOT_BYTES = 1 << 20
@@ -187,7 +186,7 @@ class LoaderProcesses:
             for _ in range(self._count):
                 self._processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-P", "-m", "dist_train.data.loader_process", *arguments],
+                        [sys.executable, "-P", "-m", "dist_train.data.decoding", *arguments],
                         pass_fds=theirs,
                         stdin=subprocess.DEVNULL,
                         stdout=subprocess.DEVNULL,

@@ -1,17 +1,38 @@
-"""Fetching a published archive, whole and with the right digest, or not at all."""
+"""Where data lies on this machine, and how a published archive is fetched."""
 
 from __future__ import annotations
 
 import hashlib
 import http.client
 import logging
+import os
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from dist_train.atomic import replacing
-from dist_train.data.locks import exclusive
+from dist_train.data.cache import exclusive
 from dist_train.outcome import UsageError
+from dist_train.rundir.atomic import replacing
+
+
+def cache_folder() -> Path:
+    """Return `$DIST_TRAIN_CACHE`, else `dist_train` in `$XDG_CACHE_HOME`, else `~/.cache/dist_train`."""
+    named = os.environ.get("DIST_TRAIN_CACHE")
+    if named:
+        return Path(named).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path("~/.cache").expanduser()) / "dist_train"
+
+
+def data_sets_folder() -> Path:
+    """Return the folder in the cache where the set-up scripts and downloads put data sets."""
+    return cache_folder() / "datasets"
+
+
+def decoded_folder() -> Path:
+    """Return the folder in the cache that holds decoded data sets."""
+    return cache_folder() / "decoded"
+
 
 _LOGGER = logging.getLogger("dist_train.data")
 _TIMEOUT_SECONDS = 30

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from dist_train.config import DataSettings
 from dist_train.data.decoders import Decoder, InProcessDecoder, LoaderProcesses, Order
-from dist_train.data.decoding import CHANNELS, DRAWS
+from dist_train.data.decoding import CHANNELS, DRAWS, Work
 from dist_train.data.image_folder import Listing, check_same_classes, list_split, training_subset
-from dist_train.data.loader_process import Work
-from dist_train.data.pixels import PixelFormat, statistics_of_parts
-from dist_train.data.source import BatchRequest, Splits
-from dist_train.data.transfer import move, staging_buffer
+from dist_train.data.images import BatchRequest, Splits
+from dist_train.data.pixels import PixelFormat, move, staging_buffer, statistics_of_parts
 from dist_train.outcome import FaultError, UsageError
 from dist_train.randomness import key, uniform
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_train.data.images import Split
-from dist_train.data.subset import balanced_choice
+from dist_train.data.plan import balanced_choice
 from dist_train.outcome import UsageError
 from dist_train.randomness import generator
 

@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from dist_train.config import DataSettings
-from dist_train.data.augmentation import AUGMENTATIONS, unchanged
 from dist_train.data.catalog import load_images
 from dist_train.data.folder_samples import open_folder
-from dist_train.data.images import ImageSet
-from dist_train.data.pixels import PixelFormat, channel_statistics
-from dist_train.data.source import BatchRequest, Splits
-from dist_train.data.transfer import move, staging_buffer
+from dist_train.data.images import BatchRequest, ImageSet, Splits
+from dist_train.data.pixels import AUGMENTATIONS, PixelFormat, channel_statistics, move, staging_buffer, unchanged
 
 _RESIDENT_PART = 4
 

@@ -1,11 +1,16 @@
-"""The global batch: cut into micro-batches, dealt out to any number of ranks."""
+"""Which samples a step computes: the part of the data set, their order, the global batch cut into micro-batches."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+from torch import Tensor
+
+from dist_train.data.images import ImageSet
 from dist_train.outcome import UsageError
+from dist_train.randomness import generator
 
 
 @dataclass(frozen=True)
@@ -84,3 +89,53 @@ class BatchPlan:
                 f"set batch.global_size to at most {samples}, or train on more samples (data.train_size)"
             )
         return samples // self.global_size
+
+
+def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
+    """Return a permutation of 0..samples-1, int64 [samples] on the CPU."""
+    return torch.randperm(samples, generator=generator(seed, "sample order", epoch))
+
+
+def batch_indices(order: Tensor, step_in_epoch: int, global_size: int) -> Tensor:
+    """Return the samples of one global batch, int64 [global_size], a view of `order`.
+
+    What is left of `order` after its last whole batch belongs to no step; it is another part each epoch.
+    """
+    start = step_in_epoch * global_size
+    assert 0 <= start <= order.numel() - global_size
+    return order[start : start + global_size]
+
+
+def balanced_subset(images: ImageSet, size: int, seed: int) -> ImageSet:
+    """Return `size` images chosen by the seed, as many of each class as there are, in their old order.
+
+    A larger subset of the same seed contains the smaller. Raises UsageError when there are fewer images.
+    """
+    chosen = balanced_choice(images.labels, size, images.classes, seed)
+    if size == len(images):
+        return images
+    return ImageSet(images.images[chosen], images.labels[chosen], images.classes, images.identity)
+
+
+def balanced_choice(labels: Tensor, size: int, classes: int, seed: int) -> Tensor:
+    """Return which of the samples with `labels` such a subset holds, int64 [size], ascending.
+
+    Raises UsageError when there are fewer.
+    """
+    if size > labels.numel():
+        raise UsageError(
+            f"data.train_size is {size}, but there are {labels.numel()} training images: "
+            f"set it to at most {labels.numel()}, or leave it out"
+        )
+    return _chosen(labels, size, classes, seed)
+
+
+def _chosen(labels: Tensor, size: int, classes: int, seed: int) -> Tensor:
+    """Shuffle, then take the first of every class, then the second of every class, and so on."""
+    shuffled = torch.randperm(labels.numel(), generator=generator(seed, "training subset"))
+    by_class = torch.argsort(labels[shuffled], stable=True)
+    counts = torch.bincount(labels, minlength=classes)
+    first_of_class = torch.cumsum(counts, 0) - counts
+    turn = torch.empty_like(by_class)
+    turn[by_class] = torch.arange(labels.numel()) - first_of_class.repeat_interleave(counts)
+    return shuffled[torch.argsort(turn, stable=True)[:size]].sort().values

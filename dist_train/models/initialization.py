@@ -1,4 +1,4 @@
-"""Initial weights as a pure function of the seed and the parameter's name."""
+"""Initial weights as a pure function of the seed and the parameter's name; the width of layers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from torch import nn
 
 from dist_train.models.norms import norm_parameters
 from dist_train.randomness import generator
+
+
+def scaled(channels: int, width: float) -> int:
+    """Return `channels` times `width`, rounded; at least one."""
+    return max(1, round(channels * width))
 
 
 def initialize(model: nn.Module, seed: int) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_train.config import ImageFormat
+from dist_train.models.initialization import scaled
 from dist_train.models.norms import NormFactory
-from dist_train.models.width import scaled
 
 _STAGES = (64, 128, 256, 512)
 _SMALL = 64

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from dist_train.config import ImageFormat
+from dist_train.models.initialization import scaled
 from dist_train.models.norms import VECTOR_GROUP, NormFactory
-from dist_train.models.width import scaled
 
 _POOL = None
 _VGG9 = (64, 64, _POOL, 128, 128, _POOL, 256, 256, 256, _POOL)

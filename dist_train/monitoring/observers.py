@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from threading import Lock
 from typing import Protocol
 
-from dist_train.monitoring.records import Measurement, Outcome, Record, RunFacts
+from dist_train.rundir.records import Measurement, Outcome, Record, RunFacts
 
 logger = logging.getLogger(__name__)
 

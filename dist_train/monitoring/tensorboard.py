@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_train.monitoring.records import EvaluationRecord, Measurement, Outcome, Record, RunFacts, TrainRecord
 from dist_train.outcome import UsageError
+from dist_train.rundir.records import EvaluationRecord, Measurement, Outcome, Record, RunFacts, TrainRecord
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -1,10 +1,15 @@
-"""Numbers and facts as people read them."""
+"""What a run says to people: facts, rates, remaining time, its summary."""
 
 from __future__ import annotations
 
 import math
+from collections import deque
 
-from dist_train.monitoring.records import EvaluationRecord, EventRecord, RunFacts
+from rich.box import Box
+from rich.table import Table
+from rich.text import Text
+
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Outcome, RunFacts
 
 
 def duration(seconds: float) -> str:
@@ -68,3 +73,74 @@ def event(record: EventRecord) -> str:
     details = ", ".join(f"{name} {value}" for name, value in record.details.items())
     name = record.event.replace("_", " ")
     return f"step {record.step:,}: {name} ({details})" if details else f"step {record.step:,}: {name}"
+
+
+_MARK_SECONDS = 1.0
+_MARKS = 60
+
+
+class Pace:
+    """Seconds per step over the last minute or more, with all that happens between steps."""
+
+    def __init__(self) -> None:
+        self._marks: deque[tuple[float, int]] = deque(maxlen=_MARKS)
+        self._latest: tuple[float, int] | None = None
+
+    def mark(self, step: int, now: float) -> None:
+        """Note that `step` updates were done at `now` (seconds, monotonic)."""
+        self._latest = (now, step)
+        if not self._marks or now - self._marks[-1][0] >= _MARK_SECONDS:
+            self._marks.append((now, step))
+
+    def seconds_per_step(self) -> float | None:
+        """Return the pace; None before two marks at different steps."""
+        if self._latest is None:
+            return None
+        seconds, steps = self._latest[0] - self._marks[0][0], self._latest[1] - self._marks[0][1]
+        return seconds / steps if steps > 0 else None
+
+    def seconds_left(self, total_steps: int) -> float | None:
+        """Return how long the steps up to `total_steps` will take; None while the pace is not known."""
+        pace = self.seconds_per_step()
+        if pace is None or self._latest is None:
+            return None
+        return max(0, total_steps - self._latest[1]) * pace
+
+
+_COLOURS = {"finished": "green", "stopped": "yellow", "failed": "red"}
+
+
+def summary_table(facts: RunFacts, outcome: Outcome, box: Box | None) -> Table:
+    """Return how the run ended, one fact a row."""
+    title = Text(facts.name, style="bold")
+    table = Table(box=box, show_header=False, title=title, title_justify="left")
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in _rows(facts, outcome):
+        table.add_row(name, value)
+    return table
+
+
+def _rows(facts: RunFacts, outcome: Outcome) -> list[tuple[str, Text]]:
+    state = Text(outcome.state, style=f"bold {_COLOURS.get(outcome.state, 'white')}")
+    if outcome.reason:
+        state.append(f": {outcome.reason}", style="default not bold")
+    state.append(f" (exit code {outcome.exit_code})" if outcome.exit_code else "", style="default not bold")
+    accuracies = {
+        "train accuracy": outcome.train_accuracy,
+        "test accuracy": outcome.test_accuracy,
+        "best accuracy": outcome.best_accuracy,
+    }
+    rows = [
+        ("state", state),
+        ("steps", Text(f"{outcome.step:,} of {facts.total_steps:,}")),
+        ("epochs", Text(f"{outcome.epoch:.4g} of {facts.epochs:.4g}")),
+        *((name, Text(percent(share))) for name, share in accuracies.items() if share is not None),
+    ]
+    if outcome.samples_per_second is not None:
+        rows.append(("images/s", Text(rate(outcome.samples_per_second))))
+    rows.append(("time", Text(duration(outcome.seconds))))
+    if outcome.last_checkpoint is not None:
+        rows.append(("last checkpoint", Text(str(outcome.last_checkpoint))))
+    rows.append(("run directory", Text(str(facts.run_directory))))
+    return rows

@@ -16,7 +16,7 @@ import torch
 from dist_train.config import NoiseSettings
 from dist_train.optim.flat_weights import FlatWeights, digest
 from dist_train.optim.noise_draws import NoiseDraws
-from dist_train.optim.noise_schedule import noise_factor
+from dist_train.optim.schedules import noise_factor
 
 Ascend = Callable[[], None]
 """Takes the gradient of a micro-batch's loss where the weights are, into the flat gradients."""

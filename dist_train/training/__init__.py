@@ -1,5 +1,1 @@
-"""The training of a run: `train(config, run_directory)`."""
-
-from dist_train.training.run import train
-
-__all__ = ["train"]
+"""The training loop: one update after another, each of them Algorithm 1 over the global batch."""

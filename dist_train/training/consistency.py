@@ -1,4 +1,4 @@
-"""Whether all ranks run the same code with the same settings on the same data: told before the first step."""
+"""Whether all ranks run the same code, settings and data, and hold the same weights and noise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import hashlib
 import json
 import platform
 import socket
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +17,34 @@ import torch
 import dist_train
 from dist_train.cluster.communicator import Communicator, broadcast_str, gather, run_on_all_ranks
 from dist_train.config import Config
-from dist_train.outcome import UsageError
-from dist_train.training.agreement import minority
+from dist_train.optim.flat_weights import FlatWeights, digest
+from dist_train.optim.noise import Noise
+from dist_train.outcome import DisagreementError, UsageError
+
+
+def verify_agreement(comm: Communicator, weights: FlatWeights, noise: Noise, step: int) -> None:
+    """Compare digests of the clean weights and of the noise of update `step`, just made, over all ranks.
+
+    Raises:
+        DisagreementError: they differ; the text names what differs and the ranks that are in the minority.
+    """
+    digests = gather(comm, [digest(weights.values), noise.digest(step)], "agreement")
+    for index, what in enumerate(("weights", "noise")):
+        odd = minority([row[index] for row in digests])
+        if odd:
+            names = ", ".join(map(str, odd))
+            raise DisagreementError(
+                f"after step {step + 1} the {what} of rank{'s' if len(odd) > 1 else ''} {names} "
+                f"differ from those of the others"
+            )
+
+
+def minority(digests: Sequence[int]) -> list[int]:
+    """Return the ranks whose digest is not the most frequent one; of equally frequent ones, rank 0's is right."""
+    counts = Counter(digests)
+    right = max(counts, key=lambda value: (counts[value], value == digests[0]))
+    return [rank for rank, value in enumerate(digests) if value != right]
+
 
 _MOST_NAMES = 4
 

@@ -1,20 +1,247 @@
-"""How a step went on every rank: told in one small sum, which travels while the next step is made."""
+"""How long the parts of a step take on every rank, and what the rank uses of its machine."""
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields, replace
-from typing import Protocol
+from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
+from torch import Tensor
+from torch.profiler import record_function
 
 from dist_train.cluster.communicator import Communicator, Pending
 from dist_train.config.sections import MetricsSettings
-from dist_train.monitoring.records import Measurement, RankMeasurement
-from dist_train.training.step_clock import StepTimes
-from dist_train.training.usage import UsageReader
-from dist_train.training.weight_norms import WeightNorms
+from dist_train.rundir.records import Measurement, RankMeasurement, StepParts
+
+Part = Literal["data_wait", "forward_backward", "perturb_restore", "allreduce_wait", "optimizer", "checkpoint_stall"]
+"""A field of `StepParts`."""
+
+Phase = Literal["perturb", "forward-backward", "restore", "allreduce", "update"]
+"""What the profiler calls a part of the training step."""
+
+_PART_OF: Mapping[Phase, Part] = MappingProxyType(
+    {
+        "perturb": "perturb_restore",
+        "forward-backward": "forward_backward",
+        "restore": "perturb_restore",
+        "allreduce": "allreduce_wait",
+        "update": "optimizer",
+    }
+)
+
+Moment = TypeVar("Moment")
+
+
+class Timer(Protocol[Moment]):
+    """Takes moments, without waiting for anything, and tells how far apart they were."""
+
+    def now(self) -> Moment:
+        """Return this moment."""
+
+    def seconds(self, begun: Moment, ended: Moment) -> float:
+        """Return the seconds between two moments, the later of which has come."""
+
+
+class HostTimer:
+    """Moments of this process: right where the processor itself computes."""
+
+    def now(self) -> float:
+        """Return this moment."""
+        return time.perf_counter()
+
+    def seconds(self, begun: float, ended: float) -> float:
+        """Return the seconds between two moments."""
+        return ended - begun
+
+
+class DeviceTimer:
+    """Moments of the current stream of a GPU, which is behind the process that fills it."""
+
+    def now(self) -> torch.cuda.Event:
+        """Return the moment in which the stream has done what it was given so far."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, begun: torch.cuda.Event, ended: torch.cuda.Event) -> float:
+        """Return the seconds between two moments; wait for the later one where the stream is not there yet."""
+        ended.synchronize()
+        return float(begun.elapsed_time(ended)) / 1000
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """The moments of one step, and the part that began with each; None: what is not part of anything."""
+
+    timer: Timer[Any]
+    marks: Sequence[tuple[Part | None, Any]]
+
+    def seconds_of(self, part: Part) -> float:
+        """Return the seconds of `part` alone, as soon as that is over."""
+        return sum(self.timer.seconds(begun, ended) for (of, begun), (_, ended) in pairwise(self.marks) if of == part)
+
+    def parts(self) -> StepParts:
+        """Return the seconds of every part; on a device ask after its next synchronization, to wait for nothing."""
+        seconds: defaultdict[Part, float] = defaultdict(float)
+        for (part, begun), (_, ended) in pairwise(self.marks):
+            if part is not None:
+                seconds[part] += self.timer.seconds(begun, ended)
+        return StepParts(
+            data_wait=seconds["data_wait"],
+            forward_backward=seconds["forward_backward"],
+            perturb_restore=seconds["perturb_restore"],
+            allreduce_wait=seconds["allreduce_wait"],
+            optimizer=seconds["optimizer"],
+            checkpoint_stall=seconds["checkpoint_stall"],
+        )
+
+
+class StepClock:
+    """Notes when parts of a step begin and end. A part within another is taken out of that one's time."""
+
+    def __init__(self, timer: Timer[Any]) -> None:
+        self._timer = timer
+        self._marks: list[tuple[Part | None, Any]] = []
+        self._current: Part | None = None
+
+    def start(self) -> None:
+        """Begin a step."""
+        self._marks = []
+        self._current = None
+
+    def times(self) -> StepTimes:
+        """Return what was noted since the step began."""
+        return StepTimes(self._timer, self._marks)
+
+    @contextmanager
+    def part(self, part: Part) -> Iterator[None]:
+        """Count the block to `part`."""
+        outer = self._current
+        self._turn_to(part)
+        try:
+            yield
+        finally:
+            self._turn_to(outer)
+
+    @contextmanager
+    def phase(self, phase: Phase) -> Iterator[None]:
+        """Count the block to the part that `phase` is, and name it in the profiler's trace."""
+        with record_function(phase), self.part(_PART_OF[phase]):
+            yield
+
+    def _turn_to(self, part: Part | None) -> None:
+        self._marks.append((part, self._timer.now()))
+        self._current = part
+
+
+def build_step_clock(device: torch.device) -> StepClock:
+    """Return a clock for steps on `device`."""
+    return StepClock(DeviceTimer() if device.type == "cuda" else HostTimer())
+
+
+_STATM = Path("/proc/self/statm")
+_PACE_SECONDS = 1.0
+"""NVML averages over about as long, and takes a millisecond to answer; memory changes no faster."""
+_logger = logging.getLogger("dist_train.training")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes, and the share of the last second in which the device was at work; NaN where it is not known."""
+
+    resident_bytes: float
+    device_bytes: float
+    device_peak_bytes: float
+    device_utilization: float
+
+
+class UsageReader:
+    """Reads this process's usage, and that of `device`."""
+
+    def __init__(
+        self, device: torch.device, ask_utilization: Callable[[torch.device], float] = torch.cuda.utilization
+    ) -> None:
+        """`ask_utilization` gives percent, and raises where nothing can answer: it is then not asked again."""
+        self._device = device
+        self._is_cuda = device.type == "cuda"
+        self._ask = ask_utilization
+        self._answers = self._is_cuda
+        self._read_at = -math.inf
+        self._usage = Usage(math.nan, math.nan, math.nan, math.nan)
+
+    def read(self) -> Usage:
+        """Return the usage, at most a second old."""
+        if time.monotonic() - self._read_at >= _PACE_SECONDS:
+            self._read_at = time.monotonic()
+            self._usage = self._read()
+        return self._usage
+
+    def _read(self) -> Usage:
+        held = peak = math.nan
+        if self._is_cuda:
+            held = float(torch.cuda.memory_reserved(self._device))
+            peak = float(torch.cuda.max_memory_reserved(self._device))
+        return Usage(_resident_bytes(), held, peak, self._utilization())
+
+    def _utilization(self) -> float:
+        if not self._answers:
+            return math.nan
+        try:
+            return self._ask(self._device) / 100
+        except Exception as error:  # NVML's errors have no base in common with torch's
+            self._answers = False
+            _logger.info("the device's utilization is not known: %s", " ".join(str(error).split()))
+            return math.nan
+
+
+def _resident_bytes() -> float:
+    try:
+        pages = int(_STATM.read_bytes().split()[1])
+    except (OSError, ValueError, IndexError):
+        return math.nan
+    return float(pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+_PIECE = 1 << 20
+"""Weights that are compared at once: a difference that stays in the cache costs no pass through memory."""
+
+
+class WeightNorms:
+    """The Euclidean norms of `values` [n] and of `values` - `initial`, computed on their device without waiting."""
+
+    def __init__(self, values: Tensor, initial: Tensor) -> None:
+        assert values.shape == initial.shape
+        self._values = values
+        self._initial = initial
+        self._norms = torch.zeros(2, pin_memory=values.is_cuda)
+        self._copied = torch.cuda.Event() if values.is_cuda else None
+
+    def start(self) -> None:
+        """Take the norms of the values as they are now."""
+        pieces = zip(self._values.split(_PIECE), self._initial.split(_PIECE), strict=True)
+        distances = torch.stack([torch.linalg.vector_norm(values - initial) for values, initial in pieces])
+        norms = torch.stack([torch.linalg.vector_norm(self._values), torch.linalg.vector_norm(distances)])
+        self._norms.copy_(norms, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    def result(self) -> tuple[float, float]:
+        """Return the norm and the distance; waits only where the device has not come to them yet."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        norm, distance = self._norms.tolist()
+        return norm, distance
+
 
 _FIELDS = len(fields(RankMeasurement))
 

@@ -12,20 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
+from dist_train.data.images import SampleSource
 from dist_train.data.plan import MicroBatch
-from dist_train.data.source import SampleSource
-from dist_train.models.batch_statistics import BatchStatistics
 from dist_train.models.normalization import SumOverRanks
-from dist_train.models.norms import GroupedBatchNorm, sync_batch_norm
+from dist_train.models.norms import BatchStatistics, GroupedBatchNorm, sync_batch_norm
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import optimizer_step, set_learning_rate
 from dist_train.outcome import DivergedError
-from dist_train.training.compute import Compute, is_out_of_memory
-from dist_train.training.loss_scale import LossScale, NoLossScale
-from dist_train.training.reduction import GradientReduction
-from dist_train.training.step_clock import HostTimer, StepClock, StepTimes
-from dist_train.training.tally import Tally, TallyResult
+from dist_train.training.compute import Compute, LossScale, NoLossScale, is_out_of_memory
+from dist_train.training.measuring import HostTimer, StepClock, StepTimes
+from dist_train.training.reduction import GradientReduction, Tally, TallyResult
 
 _STATISTICS_MOMENTUM = 0.1
 

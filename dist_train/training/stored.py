@@ -9,19 +9,19 @@ from pathlib import Path
 import torch
 import yaml
 
+from dist_train.checkpoint.files import Contents, list_checkpoints, read_checkpoint
 from dist_train.cluster.communicator import run_on_all_ranks
+from dist_train.cluster.devices import device_type, share_out_devices
 from dist_train.cluster.joining import join_ranks
 from dist_train.config import Config, differences, dump_config, parse_config
-from dist_train.config.continuation import with_threads
 from dist_train.config.loading import with_overrides
+from dist_train.config.resuming import with_threads
 from dist_train.data.images import Split
 from dist_train.data.loader import open_splits
-from dist_train.json_text import finite
 from dist_train.models import build_model
 from dist_train.outcome import UsageError
-from dist_train.training.checkpoints import Contents, list_checkpoints, read_checkpoint
+from dist_train.rundir.atomic import finite
 from dist_train.training.compute import set_up_compute, share_of_threads
-from dist_train.training.devices import device_type, share_out_devices
 from dist_train.training.evaluation import evaluate
 
 _HARMLESS = frozenset(

@@ -11,30 +11,26 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from dist_train.checkpoint.files import Contents
+from dist_train.checkpoint.state import Progress
+from dist_train.checkpoint.writer import CheckpointWriter, NotWritten
 from dist_train.cluster.communicator import Communicator
 from dist_train.config import Config
-from dist_train.config.continuation import with_micro_size
-from dist_train.data.order import batch_indices, epoch_order
-from dist_train.data.plan import BatchPlan
-from dist_train.data.source import BatchRequest, Splits
+from dist_train.config.resuming import with_micro_size
+from dist_train.data.images import BatchRequest, Splits
+from dist_train.data.plan import BatchPlan, batch_indices, epoch_order
 from dist_train.monitoring.observers import Observers
-from dist_train.monitoring.records import Detail, EvaluationRecord, EventRecord, Record, TrainRecord
-from dist_train.optim.learning_rate import LearningRate
+from dist_train.optim.schedules import LearningRate
 from dist_train.outcome import DivergedError, FaultError, StoppedError
-from dist_train.status import StatusFile
-from dist_train.training.agreement import verify_agreement
-from dist_train.training.checkpoint_writer import CheckpointWriter, NotWritten
-from dist_train.training.checkpoints import Contents
-from dist_train.training.evaluation import evaluate
+from dist_train.rundir.records import Detail, EvaluationRecord, EventRecord, Record, TrainRecord
+from dist_train.rundir.status import StatusFile
+from dist_train.training.consistency import verify_agreement
+from dist_train.training.evaluation import evaluate, recompute_statistics, statistics_samples
 from dist_train.training.measuring import Measuring, NoMeasuring
-from dist_train.training.micro_size import halve
-from dist_train.training.norm_statistics import recompute_statistics, statistics_samples
+from dist_train.training.micro_batches import halve, share_of
 from dist_train.training.profiling import NoProfiler, Profiler
-from dist_train.training.progress import Progress
-from dist_train.training.shares import share_of
 from dist_train.training.step import GlobalBatch, OutOfMemoryError, TrainingStep, Update
-from dist_train.training.stop_requests import StopRequests
-from dist_train.training.time_limit import TimeLimit
+from dist_train.training.stopping import StopRequests, TimeLimit
 
 _logger = logging.getLogger("dist_train.training")
 

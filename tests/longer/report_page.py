@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
-from dist_train.study.report.markdown import tables_in_markdown
-from dist_train.study.report.page import render
-from dist_train.study.report.reading import read_subject
+from dist_train.report.page import render, tables_in_markdown
+from dist_train.report.stored_run import read_subject
 
 
 class Page(HTMLParser):

@@ -13,10 +13,16 @@ import torch
 
 from dist_train.analysis import landscape
 from dist_train.analysis.landscape import Finished, Report, Request, make_landscape
-from dist_train.analysis.landscape_files import PointRow, read_landscape
-from dist_train.analysis.landscape_settings import DirectionSettings, LandscapeSettings, MeasureSettings, Statistics
-from dist_train.analysis.point_evaluation import PointEvaluator
-from dist_train.cluster.alone import Alone
+from dist_train.analysis.landscape_files import (
+    DirectionSettings,
+    LandscapeSettings,
+    MeasureSettings,
+    PointRow,
+    Statistics,
+    read_landscape,
+)
+from dist_train.analysis.landscape_points import PointEvaluator
+from dist_train.cluster.communicator import Alone
 from dist_train.cluster.points import AlonePoints
 from dist_train.data.images import Split
 from dist_train.outcome import UsageError

@@ -14,11 +14,11 @@ import torch
 
 from dist_train.analysis.sharpness import measure_sharpness
 from dist_train.analysis.sharpness_record import SharpnessSettings, read_record, read_records
-from dist_train.analysis.stored_subset import choose_samples, cut
+from dist_train.analysis.subset_loss import choose_samples, cut
+from dist_train.checkpoint.files import read_checkpoint, write_checkpoint
 from dist_train.cli.main import main
-from dist_train.cluster.alone import Alone
+from dist_train.cluster.communicator import Alone
 from dist_train.outcome import ExitCode, UsageError
-from dist_train.training.checkpoints import read_checkpoint, write_checkpoint
 from dist_train.training.stored import evaluate_stored
 from tests.unit.image_folders import write_folder
 from tests.unit.small_trainers import build_trainer, small_config

@@ -11,9 +11,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_train.analysis import keskar
-from dist_train.analysis.expected_rise import expected_rises
-from dist_train.analysis.hessian import Probing, largest_eigenvalues, spectrum
+from dist_train.analysis.sharpness_measures import (
+    Ascent,
+    Probing,
+    coordinates,
+    expected_rises,
+    full_space,
+    largest_eigenvalues,
+    random_directions,
+    spectrum,
+    subspace,
+)
 from dist_train.analysis.subset_loss import SubsetLoss, Vector, cross_entropy
 from dist_train.config import NoiseSettings
 from dist_train.data import synthetic
@@ -62,7 +70,7 @@ class TestKeskar:
     def test_on_a_parabola_it_is_the_closed_form(self, weights: int, at_minimum: bool) -> None:
         loss = a_parabola(weights, at_minimum=at_minimum)
         expected = sharpness(loss.highest(), loss.value_and_gradient(loss.point())[0])
-        assert keskar.full_space(loss, keskar.Ascent()) == pytest.approx(expected, rel=1e-6)
+        assert full_space(loss, Ascent()) == pytest.approx(expected, rel=1e-6)
 
     @pytest.mark.parametrize("lost", [np.nan, np.inf])
     @pytest.mark.parametrize("calls", [2, 3])
@@ -74,49 +82,49 @@ class TestKeskar:
 
         known = a_parabola(5, at_minimum=False)
         loss = Lost(known.curvatures, known.minimum, known.point(), known.least)
-        assert keskar.full_space(loss, keskar.Ascent()) == np.inf
+        assert full_space(loss, Ascent()) == np.inf
 
     @pytest.mark.parametrize("factor", [1e-9, 1e6])
     def test_the_size_of_the_loss_does_not_end_the_ascent(self, factor: float) -> None:
         loss = a_parabola(20, at_minimum=False, factor=factor)
         expected = sharpness(loss.highest(), loss.value_and_gradient(loss.point())[0])
-        assert keskar.full_space(loss, keskar.Ascent()) == pytest.approx(expected, rel=1e-6)
+        assert full_space(loss, Ascent()) == pytest.approx(expected, rel=1e-6)
 
     def test_within_one_direction_it_is_the_closed_form(self) -> None:
         point = np.random.default_rng(0).normal(size=30)
         loss = Parabola(np.full(30, 7.0), np.zeros(30), point, 0.1)
-        [direction] = keskar.random_directions(30, 1, seed=3).double().numpy()
+        [direction] = random_directions(30, 1, seed=3).double().numpy()
         assert np.linalg.norm(direction) == pytest.approx(1)
         along = float(direction @ point)
         radius = EPSILON * (abs(along) + 1)
         value = 0.1 + 3.5 * float(point @ point)
-        found = keskar.subspace(loss, keskar.Ascent(seed=3), dimensions=1)
+        found = subspace(loss, Ascent(seed=3), dimensions=1)
         assert found == pytest.approx(sharpness(value + 3.5 * (2 * radius * abs(along) + radius**2), value), rel=1e-5)
 
     def test_a_subspace_is_seen_through_its_pseudo_inverse(self) -> None:
-        directions = keskar.random_directions(40, 6, seed=0)
+        directions = random_directions(40, 6, seed=0)
         point = np.random.default_rng(1).normal(size=40)
         expected = np.linalg.pinv(directions.double().numpy().T) @ point
-        np.testing.assert_allclose(keskar.coordinates(directions, point), expected, rtol=1e-4)
+        np.testing.assert_allclose(coordinates(directions, point), expected, rtol=1e-4)
 
     def test_a_subspace_is_no_sharper_than_a_box_that_holds_it(self) -> None:
         loss = a_parabola(60, at_minimum=False)
-        assert 0 < keskar.subspace(loss, keskar.Ascent(), 5) < keskar.full_space(loss, keskar.Ascent(epsilon=3e-3))
+        assert 0 < subspace(loss, Ascent(), 5) < full_space(loss, Ascent(epsilon=3e-3))
 
     def test_the_point_itself_is_no_start_at_a_minimum(self) -> None:
         loss = a_parabola(5, at_minimum=True)
-        assert keskar.full_space(loss, keskar.Ascent(starts=1)) == 0
-        assert keskar.full_space(loss, keskar.Ascent(starts=2)) > 0
+        assert full_space(loss, Ascent(starts=1)) == 0
+        assert full_space(loss, Ascent(starts=2)) > 0
 
     def test_it_ends_with_the_iterations(self) -> None:
         few, many = a_parabola(50, at_minimum=False), a_parabola(50, at_minimum=False)
-        keskar.full_space(few, keskar.Ascent(iterations=1))
-        keskar.full_space(many, keskar.Ascent(iterations=10))
+        full_space(few, Ascent(iterations=1))
+        full_space(many, Ascent(iterations=10))
         assert few.calls <= many.calls <= 100
 
     def test_the_seed_chooses_subspace_and_starts(self) -> None:
         loss = a_parabola(60, at_minimum=False)
-        found = [keskar.subspace(loss, keskar.Ascent(seed=seed), 5) for seed in (0, 0, 1)]
+        found = [subspace(loss, Ascent(seed=seed), 5) for seed in (0, 0, 1)]
         assert found[0] == found[1] != found[2]
 
 

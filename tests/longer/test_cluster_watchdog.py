@@ -16,11 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_train.cluster import watchdog
-from dist_train.cluster.addresses import open_datagrams, own_addresses, reachable_from
-from dist_train.cluster.alone import Alone
-from dist_train.cluster.heartbeats import TOKEN_BYTES, Datagram, Kind, decode, encode
-from dist_train.cluster.watch import Endpoint, Watch
-from dist_train.cluster.watchdog import Watchdog, start_watchdog
+from dist_train.cluster.communicator import Alone
+from dist_train.cluster.heartbeats import (
+    TOKEN_BYTES,
+    Datagram,
+    Kind,
+    decode,
+    encode,
+    open_datagrams,
+    own_addresses,
+    reachable_from,
+)
+from dist_train.cluster.watchdog import Endpoint, Watch, Watchdog, start_watchdog
 from dist_train.outcome import StoppedError, UsageError
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.waiting import PATIENCE, wait_for

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from dist_train.data import decoders
 from dist_train.data.decoders import LoaderProcesses, Order
-from dist_train.data.decoding import decode
-from dist_train.data.loader_process import Work
+from dist_train.data.decoding import Work, decode
 from dist_train.outcome import FaultError
 from tests.unit.image_folders import damage, write_image
 from tests.waiting import is_alive, wait_for, wait_until_gone

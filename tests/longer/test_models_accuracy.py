@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_train.config import Config
-from dist_train.data.order import batch_indices, epoch_order
-from dist_train.data.plan import BatchPlan
+from dist_train.data.plan import BatchPlan, batch_indices, epoch_order
 from dist_train.models import build_model
 from dist_train.models.normalization import normalize
 from dist_train.models.norms import GroupedBatchNorm

@@ -20,7 +20,7 @@ import pytest
 from dist_train.config.sections import MetricsSettings
 from dist_train.monitoring.observers import Observers
 from dist_train.monitoring.prometheus.exporter import Exporter
-from dist_train.monitoring.records import EvaluationRecord, EventRecord, Outcome, Record, to_json
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Outcome, Record, to_json
 from tests.unit.exporting import FACTS, OUTCOME, STOPPED, get, measurement, port_of, scrape, serving, train
 from tests.waiting import PATIENCE, is_alive, wait_for
 

@@ -10,14 +10,12 @@ from statistics import fmean
 
 import pytest
 
-from dist_train.study.report.effects import effect_tables
-from dist_train.study.report.markdown import tables_in_markdown
-from dist_train.study.report.measures import TRAIN_LOSS, measures_of
-from dist_train.study.report.page import render
-from dist_train.study.report.reading import Subject, read_subject
-from dist_train.study.report.stored_run import StoredRun
-from dist_train.study.report.tables import run_cells
-from dist_train.study.report.variants import panels_of
+from dist_train.report.comparisons import effect_tables
+from dist_train.report.measures import TRAIN_LOSS, measures_of
+from dist_train.report.page import render, tables_in_markdown
+from dist_train.report.stored_run import StoredRun, Subject, read_subject
+from dist_train.report.tables import run_cells
+from dist_train.report.variants import panels_of
 from tests.longer.report_page import cells
 
 ROOT = Path(__file__).parents[2]

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from dist_train.checkpoint.files import list_checkpoints, read_checkpoint
 from dist_train.cli.main import main
 from dist_train.config import parse_config
 from dist_train.data.loader import open_splits
+from dist_train.launching import train
 from dist_train.models import build_model
 from dist_train.outcome import DivergedError, ExitCode
-from dist_train.training import train
-from dist_train.training.checkpoints import list_checkpoints, read_checkpoint
 from tests.unit.image_folders import write_folder
 
 NETWORKS = {

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from dist_train.config import parse_config
 from dist_train.data.loader import open_splits
-from dist_train.data.order import batch_indices, epoch_order
+from dist_train.data.plan import batch_indices, epoch_order
 from dist_train.models import build_model
 from tests.launching import final_checkpoint, launch, records, small_settings, write_config
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from dist_train.checkpoint.state import broadcast_state
 from dist_train.cluster.communicator import gather
 from dist_train.cluster.joining import join_ranks
 from dist_train.config import parse_config
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights, digest
 from dist_train.optim.optimizers import build_optimizer, state_tensors
-from dist_train.training.restoring import broadcast_state
 from tests.launching import small_settings
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import yaml
 
 from dist_train.config.sections import MetricsSettings
 from dist_train.monitoring.prometheus.exporter import Exporter
-from dist_train.monitoring.records import RankMeasurement
+from dist_train.rundir.records import RankMeasurement
 from tests.launching import descendants, kill, records, small_settings, start, write_config
 from tests.services.dashboard_page import height_of, screenshot, series_drawn, write_page
 from tests.services.expressions import (

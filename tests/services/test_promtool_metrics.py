@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dist_train.monitoring.records import EvaluationRecord, EventRecord
+from dist_train.rundir.records import EvaluationRecord, EventRecord
 from tests.services.servers import fetch, prometheus, pushgateway
 from tests.unit.exporting import FACTS, OUTCOME, get, measurement, serving, train
 from tests.waiting import wait_for

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.study.report.page import write_report
+from dist_train.report.page import write_report
 from tests.services.browser import Page, browser
 from tests.unit.report_study import make_run, make_study, treatments, write_status
 

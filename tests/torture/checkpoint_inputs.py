@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from hypothesis import strategies as st
 
+from dist_train.checkpoint.files import Contents, read_checkpoint, write_checkpoint
 from dist_train.config import Config
 from dist_train.outcome import UsageError
-from dist_train.training.checkpoints import Contents, read_checkpoint, write_checkpoint
 from tests.torture.kind import Call, Kind, refused
 from tests.torture.mutation import mutated
 

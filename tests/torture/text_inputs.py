@@ -9,7 +9,7 @@ import yaml
 from hypothesis import strategies as st
 
 from dist_train.config import Config, ConfigError, dump_config, load_config, parse_config
-from dist_train.study.study_file import load_study
+from dist_train.sweep.study_file import load_study
 from tests.torture.kind import Kind, refused
 from tests.torture.mutation import mutated_text
 

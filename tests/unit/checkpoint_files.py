@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dist_train.training.checkpoints import CheckpointFile, Contents, write_checkpoint
+from dist_train.checkpoint.files import CheckpointFile, Contents, write_checkpoint
 
 
 def contents(step: int, **changes: Any) -> Contents:

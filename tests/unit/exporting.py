@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dist_train.config.sections import MetricsSettings
 from dist_train.monitoring.prometheus.exporter import Exporter
-from dist_train.monitoring.records import (
+from dist_train.rundir.records import (
     Measurement,
     Outcome,
     RankMeasurement,

@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from dist_train.config import Config
+from dist_train.data.images import SampleSource
 from dist_train.data.loader import open_splits
-from dist_train.data.order import epoch_order
-from dist_train.data.plan import BatchPlan
-from dist_train.data.source import SampleSource
+from dist_train.data.plan import BatchPlan, epoch_order
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights, Segment
 from dist_train.randomness import bits, key

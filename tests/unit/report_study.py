@@ -12,8 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from dist_train.config import Config, dump_config, parse_config
-from dist_train.monitoring.records import EvaluationRecord, EventRecord, Record, TrainRecord, to_json
-from dist_train.status import Status
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, to_json
+from dist_train.rundir.status import Status
 
 BEGAN = 1_795_000_000.0
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_train.checkpoint.files import Contents
 from dist_train.cluster.communicator import Communicator
 from dist_train.config import Config, parse_config
+from dist_train.launching.assembly import assemble
+from dist_train.launching.session import Session
 from dist_train.monitoring.observers import Observer, Observers
-from dist_train.training.assembly import assemble
-from dist_train.training.checkpoints import Contents
-from dist_train.training.run_directory import RunDirectory
-from dist_train.training.session import Session
-from dist_train.training.stop_requests import StopRequests
+from dist_train.rundir.paths import RunDirectory
+from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from dist_train.study.planned_runs import Plan, plan_study
+from dist_train.sweep.planned_runs import Plan, plan_study
 from tests.unit.small_trainers import SETTINGS
 
 

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from dist_train.analysis.landscape_files import Identity, LandscapeFolder, read_landscape
-from dist_train.analysis.landscape_points import Point
-from dist_train.analysis.point_evaluation import Measured
+from dist_train.analysis.landscape_points import Measured, Point
 from dist_train.outcome import UsageError
 
 

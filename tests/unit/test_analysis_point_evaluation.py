@@ -11,15 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_train.analysis.landscape_points import Interpolation, Place, Point, axis
-from dist_train.analysis.point_evaluation import Batch, PointEvaluator, place_of, variances_of
-from dist_train.cluster.alone import Alone
+from dist_train.analysis.landscape_points import (
+    Batch,
+    Interpolation,
+    Place,
+    Point,
+    PointEvaluator,
+    axis,
+    place_of,
+    variances_of,
+)
+from dist_train.cluster.communicator import Alone
 from dist_train.data.images import ImageSet
 from dist_train.data.loader import Samples
 from dist_train.models import build_model
 from dist_train.models.norms import norm_modules
 from dist_train.training.compute import Compute
-from dist_train.training.norm_statistics import recompute_statistics
+from dist_train.training.evaluation import recompute_statistics
 from tests.unit.small_trainers import small_config
 
 COMPUTE = Compute(torch.device("cpu"), torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_train.analysis.trajectory import Trajectory, principal_plane
+from dist_train.analysis.directions import Trajectory, principal_plane
 from dist_train.outcome import UsageError
 
 

@@ -19,8 +19,7 @@ from benchmarks.peers.comparison import SMALL_8192, Peer
 from benchmarks.peers.work import Work
 from benchmarks.plain_evaluation import in_memory, through_loader
 from benchmarks.subject import settings
-from dist_train.cluster.alone import Alone
-from dist_train.cluster.communicator import Communicator
+from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.models import build_model
 from dist_train.training.trainer import Trainer
 from tests.unit.simulated_ranks import results

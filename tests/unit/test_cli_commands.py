@@ -17,7 +17,7 @@ from dist_train import __version__
 from dist_train.cli.main import main
 from dist_train.config import load_config
 from dist_train.outcome import ExitCode
-from dist_train.status import StatusFile, read_status
+from dist_train.rundir.status import StatusFile, read_status
 from tests.unit.small_trainers import SETTINGS
 
 

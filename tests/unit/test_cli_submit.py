@@ -10,7 +10,7 @@ import yaml
 from dist_train.cli.main import main
 from dist_train.config import load_config
 from dist_train.outcome import ExitCode, UsageError
-from dist_train.study.submission import describe_batch, project_root
+from dist_train.sweep.submission import describe_batch, project_root
 
 SCRIPT = """\
 #!/usr/bin/env bash

@@ -12,14 +12,14 @@ from tests.waiting import PATIENCE
 
 _SCRIPT = """
 import os, resource, signal, sys
-import dist_train.training
+import dist_train.launching
 from dist_train.cli.main import main
 
 def train_until_a_library_fails(config, run_directory):
     os.kill(os.getpid(), signal.SIGSEGV)
 
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-dist_train.training.train = train_until_a_library_fails
+dist_train.launching.train = train_until_a_library_fails
 main(["train", *sys.argv[1:]])
 """
 

@@ -19,7 +19,7 @@ import torch
 
 from dist_train.cli.main import main
 from dist_train.outcome import ExitCode
-from dist_train.status import StatusFile
+from dist_train.rundir.status import StatusFile
 from tests.unit.test_cli_commands import write_config
 from tests.waiting import PATIENCE
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from dist_train.cluster import horovod, joining
-from dist_train.cluster.alone import Alone
+from dist_train.cluster.communicator import Alone
 from dist_train.cluster.launch import Launch, current_launch, read_launch
 from dist_train.outcome import UsageError
 

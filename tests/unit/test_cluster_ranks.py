@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.cluster.alone import Alone
-from dist_train.cluster.communicator import PeerFailedError, broadcast_str, gather, run_on_all_ranks
+from dist_train.cluster.communicator import Alone, PeerFailedError, broadcast_str, gather, run_on_all_ranks
 from dist_train.outcome import UsageError
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 

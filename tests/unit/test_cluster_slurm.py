@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.cluster.slurm import SlurmJob, job_end, job_states, read_job, submit
+from dist_train.cluster.launch import SlurmJob, job_end, job_states, read_job, submit
 from dist_train.outcome import UsageError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dist_train.config import Config, ConfigError, parse_config
-from dist_train.config.unused import _IDLE, unused_settings
+from dist_train.config.combinations import _IDLE, unused_settings
 
 FLOAT = {"reduction": "float"}
 NOISE = {"method": "smoothout"}

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from dist_train.config import Config, load_config
-from dist_train.config.unused import unused_settings
+from dist_train.config.combinations import unused_settings
 from dist_train.data.plan import BatchPlan
 from dist_train.models import build_model
 

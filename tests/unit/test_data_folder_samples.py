@@ -15,9 +15,9 @@ from dist_train.data import folder_samples
 from dist_train.data.decoding import decode
 from dist_train.data.folder_samples import augmentation_draws
 from dist_train.data.image_folder import list_split
+from dist_train.data.images import BatchRequest, Splits
 from dist_train.data.loader import open_splits
 from dist_train.data.pixels import channel_statistics
-from dist_train.data.source import BatchRequest, Splits
 from dist_train.outcome import FaultError, UsageError
 from tests.unit.image_folders import damage, write_folder
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.data.order import batch_indices, epoch_order
+from dist_train.data.plan import batch_indices, epoch_order
 
 
 @settings(deadline=None, max_examples=50)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_train.data.images import ImageSet
-from dist_train.data.subset import balanced_subset
+from dist_train.data.plan import balanced_subset
 from dist_train.outcome import UsageError
 
 

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dist_train.fixed_point import STATISTICS
-from dist_train.models.batch_statistics import BatchStatistics
-from dist_train.models.norms import GroupedBatchNorm, norm_modules
+from dist_train.models.norms import BatchStatistics, GroupedBatchNorm, norm_modules
 
 PROPERTY = settings(deadline=None, max_examples=25)
 CHANNELS = 3

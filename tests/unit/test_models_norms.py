@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dist_train.config import ModelSettings
-from dist_train.models.batch_statistics import BatchStatistics
 from dist_train.models.norms import (
+    BatchStatistics,
     GroupedBatchNorm,
     channel_groups,
     norm_factory,

@@ -15,8 +15,14 @@ from typing import Any
 import pytest
 
 from dist_train.config.sections import MetricsSettings
-from dist_train.monitoring.prometheus.access import Credentials, check_access, read_credentials, tls_context
-from dist_train.monitoring.prometheus.http_server import Server, bind
+from dist_train.monitoring.prometheus.http_server import (
+    Credentials,
+    Server,
+    bind,
+    check_access,
+    read_credentials,
+    tls_context,
+)
 from dist_train.monitoring.prometheus.serving_plan import plan_of
 from dist_train.outcome import UsageError
 from tests.waiting import PATIENCE

@@ -19,11 +19,9 @@ from typing import TextIO
 import pytest
 
 from dist_train.monitoring import wording
-from dist_train.monitoring.console import launcher_terminal, open_console
-from dist_train.monitoring.pace import Pace
-from dist_train.monitoring.plain_lines import PlainLines
-from dist_train.monitoring.records import EvaluationRecord, EventRecord, Outcome, RunFacts, TrainRecord
-from dist_train.monitoring.terminal_bar import TerminalBar
+from dist_train.monitoring.console import PlainLines, TerminalBar, launcher_terminal, open_console
+from dist_train.monitoring.wording import Pace
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Outcome, RunFacts, TrainRecord
 from tests.waiting import wait_for
 
 FACTS = RunFacts(

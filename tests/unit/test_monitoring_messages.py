@@ -15,13 +15,24 @@ import numpy as np
 import pytest
 
 from dist_train.config.sections import MetricsSettings
-from dist_train.monitoring.prometheus import channel
-from dist_train.monitoring.prometheus.channel import Channel, socket_pair
-from dist_train.monitoring.prometheus.codec import decode, encode
+from dist_train.monitoring.prometheus import messages
 from dist_train.monitoring.prometheus.exporter import Exporter, ExporterError
-from dist_train.monitoring.prometheus.messages import Begin, End, Ending, Failed, Message, Progress, Serving, Warned
+from dist_train.monitoring.prometheus.messages import (
+    Begin,
+    Channel,
+    End,
+    Ending,
+    Failed,
+    Message,
+    Progress,
+    Serving,
+    Warned,
+    decode,
+    encode,
+    socket_pair,
+)
 from dist_train.monitoring.prometheus.serving_plan import ServingPlan
-from dist_train.monitoring.records import EvaluationRecord, EventRecord, Measurement
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Measurement
 from tests.unit.exporting import FACTS, OUTCOME, measurement, train
 
 PLAN = ServingPlan(host="::", port=9400, token_file=Path("/etc/token"), last_scrape_seconds=2.5)
@@ -170,7 +181,7 @@ def test_a_process_that_talks_another_way_is_given_up_with_the_reason(monkeypatc
     def refuse(content: bytes) -> Message:
         raise ValueError("not a message")
 
-    monkeypatch.setattr(channel, "decode", refuse)
+    monkeypatch.setattr(messages, "decode", refuse)
     exporter = Exporter(MetricsSettings(port=0))
     process = exporter.process_id
     assert process is not None

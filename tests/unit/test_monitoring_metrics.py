@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from dist_train.monitoring.prometheus.board import Board
-from dist_train.monitoring.prometheus.document import metrics_markdown, with_table
-from dist_train.monitoring.prometheus.page import MetricsPage
-from dist_train.monitoring.prometheus.table import METRICS, Kind, Scope
-from dist_train.monitoring.records import (
+from dist_train.monitoring.prometheus.page import MetricsPage, metrics_markdown, with_table
+from dist_train.monitoring.prometheus.rank_metrics import METRICS, Kind, Scope
+from dist_train.outcome import UsageError
+from dist_train.rundir.records import (
     Detail,
     EvaluationRecord,
     EventRecord,
@@ -20,7 +20,6 @@ from dist_train.monitoring.records import (
     RunFacts,
     TrainRecord,
 )
-from dist_train.outcome import UsageError
 from tests.unit.exporting import FACTS, OUTCOME, measurement, read, train
 
 ROOT = Path(__file__).parents[2]
@@ -253,7 +252,7 @@ def test_only_the_run_itself_is_on_every_page() -> None:
 
 def test_the_documentation_has_the_table_as_it_is() -> None:
     text = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
-    assert with_table(text) == text, "renew it: python -m dist_train.monitoring.prometheus.document docs/monitoring.md"
+    assert with_table(text) == text, "renew it: python -m dist_train.monitoring.prometheus.page docs/monitoring.md"
     assert all(f"`{metric.name}`" in metrics_markdown() for metric in METRICS)
 
 

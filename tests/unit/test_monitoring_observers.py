@@ -6,7 +6,7 @@ from threading import Thread
 import pytest
 
 from dist_train.monitoring.observers import Observers
-from dist_train.monitoring.records import EventRecord, Measurement, Outcome, Record, RunFacts
+from dist_train.rundir.records import EventRecord, Measurement, Outcome, Record, RunFacts
 
 EVENT = EventRecord(1, "signal", 0.0, {})
 

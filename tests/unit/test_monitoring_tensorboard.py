@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.monitoring.records import (
+from dist_train.monitoring.tensorboard import TensorBoard, check_tensorboard
+from dist_train.outcome import UsageError
+from dist_train.rundir.records import (
     EvaluationRecord,
     EventRecord,
     Measurement,
@@ -19,8 +21,6 @@ from dist_train.monitoring.records import (
     StepParts,
     TrainRecord,
 )
-from dist_train.monitoring.tensorboard import TensorBoard, check_tensorboard
-from dist_train.outcome import UsageError
 
 pytest.importorskip("tensorboard")
 FACTS = RunFacts("small", Path("run"), "m", "d", 9, 26, 6, 5, 1, 8, 3, 2.0, "none", 0, "none")

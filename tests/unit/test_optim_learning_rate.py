@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.cluster.alone import Alone
+from dist_train.cluster.communicator import Alone
 from dist_train.config import ScheduleSettings
-from dist_train.optim.learning_rate import LearningRate
+from dist_train.optim.schedules import LearningRate
 from tests.unit.small_trainers import build_trainer, small_config
 
 STEPS = 10

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from dist_train.config import NoiseSchedule
-from dist_train.optim.noise_schedule import noise_factor
+from dist_train.optim.schedules import noise_factor
 
 FORMULAS: dict[str, tuple[dict[str, float], Callable[[int, int], float]]] = {
     "constant": ({}, lambda t, total: 1.0),

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+from dist_train.checkpoint.files import Contents
+from dist_train.checkpoint.state import load_into
 from dist_train.config import OptimizerSettings
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.optimizers import build_optimizer, optimizer_step, set_learning_rate, state_tensors
-from dist_train.training.checkpoints import Contents
-from dist_train.training.restoring import load_into
 
 RATES = (0.1, 0.4, 0.05, 0.0)
 Name = Literal["sgd", "adam", "adamw", "lars", "lamb"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dist_train.checkpoint.files import DamagedCheckpointError
 from dist_train.cluster.communicator import PeerFailedError, RankLostError
 from dist_train.outcome import (
     DisagreementError,
@@ -14,7 +15,6 @@ from dist_train.outcome import (
     UsageError,
     exit_code_of,
 )
-from dist_train.training.checkpoints import DamagedCheckpointError
 
 
 def test_the_numbers_are_the_documented_ones() -> None:

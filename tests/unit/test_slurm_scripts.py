@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.outcome import ExitCode
-from dist_train.status import StatusFile
+from dist_train.rundir.status import StatusFile
 from tests.unit.studies import small_plan, write_study
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from dist_train.config import NoiseSettings
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise, SmoothOut
 from dist_train.outcome import DisagreementError
-from dist_train.training.agreement import minority, verify_agreement
+from dist_train.training.consistency import minority, verify_agreement
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks
 from tests.unit.weights_in_force import perturbed
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train.cluster.alone import Alone
-from dist_train.training.step_clock import HostTimer, Part, StepClock
+from dist_train.cluster.communicator import Alone
+from dist_train.training.measuring import HostTimer, Part, StepClock
 from dist_train.training.trainer import Trainer
 from tests.unit.small_trainers import build_trainer, small_config
 

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_train.cluster.alone import Alone
+from dist_train.cluster.communicator import Alone
 from dist_train.data import synthetic
 from dist_train.data.images import ImageSet
 from dist_train.data.loader import Samples
 from dist_train.models import build_model
 from dist_train.models.norms import norm_modules
 from dist_train.training.compute import Compute
-from dist_train.training.evaluation import Evaluation, evaluate
-from dist_train.training.norm_statistics import recompute_statistics, statistics_samples
+from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples
 from tests.unit.simulated_ranks import SimulatedRanks, results
 from tests.unit.small_trainers import small_config, state_bits
 

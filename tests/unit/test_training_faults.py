@@ -10,17 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from dist_train.checkpoint import writer
+from dist_train.checkpoint.files import list_checkpoints, read_checkpoint, write_checkpoint
 from dist_train.cli.main import main
-from dist_train.cluster.alone import Alone
-from dist_train.models.batch_statistics import BatchStatistics
-from dist_train.monitoring.reading import read_records
-from dist_train.monitoring.records import EventRecord
+from dist_train.cluster.communicator import Alone
+from dist_train.models.norms import BatchStatistics
 from dist_train.outcome import DivergedError, FaultError, UsageError
-from dist_train.status import StatusFile
-from dist_train.training import checkpoint_writer
-from dist_train.training.checkpoints import list_checkpoints, read_checkpoint, write_checkpoint
+from dist_train.rundir.records import EventRecord, read_records
+from dist_train.rundir.status import StatusFile
+from dist_train.training.reduction import Tally
 from dist_train.training.stored import evaluate_stored
-from dist_train.training.tally import Tally
 from tests.unit.small_trainers import build_trainer, small_config
 from tests.unit.test_cli_commands import write_config
 from tests.unit.test_training_step import Limited, take
@@ -82,7 +81,7 @@ def test_the_last_checkpoint_failing_is_a_fault(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", fail)
+    monkeypatch.setattr(writer, "write_checkpoint", fail)
     trainer = build_trainer(small_config(checkpoint={"background": background}), tmp_path, Alone())
     with pytest.raises((OSError, FaultError)):
         trainer.run()
@@ -95,7 +94,7 @@ def test_a_stop_that_could_not_save_is_a_fault(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", fail)
+    monkeypatch.setattr(writer, "write_checkpoint", fail)
     trainer = build_trainer(small_config(checkpoint={"background": background, "every_steps": 1}), tmp_path, Alone())
     trainer.stop.request("SIGTERM")
     with pytest.raises((OSError, FaultError)):
@@ -164,7 +163,7 @@ def test_the_last_good_checkpoint_is_named_also_when_it_is_still_being_written(
         time.sleep(0.5)
         return write_checkpoint(*arguments)
 
-    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", slowly)
+    monkeypatch.setattr(writer, "write_checkpoint", slowly)
     config = write_config(
         tmp_path,
         model={"norm": "none", "width": 0.25},

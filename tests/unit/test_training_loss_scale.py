@@ -11,12 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_train.cluster.alone import Alone
-from dist_train.cluster.communicator import Communicator
+from dist_train.checkpoint.state import Progress, restored_progress
+from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.outcome import DivergedError
-from dist_train.training.compute import Compute
-from dist_train.training.loss_scale import FIRST, HIGHEST, LOWEST, UPDATES_UNTIL_RAISED, DynamicLossScale, NoLossScale
-from dist_train.training.progress import Progress, restored_progress
+from dist_train.training.compute import (
+    FIRST,
+    HIGHEST,
+    LOWEST,
+    UPDATES_UNTIL_RAISED,
+    Compute,
+    DynamicLossScale,
+    NoLossScale,
+)
 from dist_train.training.trainer import Trainer
 from tests.unit.simulated_ranks import results
 from tests.unit.small_trainers import build_trainer, gradient_bits, small_config, state_bits

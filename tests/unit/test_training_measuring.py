@@ -11,17 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train.cluster.alone import Alone
-from dist_train.cluster.communicator import Communicator
+from dist_train.checkpoint.files import newest_whole
+from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.models import build_model
-from dist_train.monitoring.records import Measurement, Outcome, Record, RunFacts
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import DivergedError, StoppedError
-from dist_train.training.checkpoints import newest_whole
-from dist_train.training.measuring import NoMeasuring
+from dist_train.rundir.records import Measurement, Outcome, Record, RunFacts
+from dist_train.training.measuring import NoMeasuring, UsageReader, WeightNorms
 from dist_train.training.trainer import Trainer
-from dist_train.training.usage import UsageReader
-from dist_train.training.weight_norms import WeightNorms
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import build_trainer, small_config, state_bits
 
@@ -135,7 +132,7 @@ def test_norm_and_distance_are_of_the_clean_weights_after_the_step_and_from_the_
 
 
 def test_norms_are_taken_when_they_are_asked_for_over_any_number_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dist_train.training.weight_norms._PIECE", 7)
+    monkeypatch.setattr("dist_train.training.measuring._PIECE", 7)
     values, initial = torch.arange(20.0), torch.ones(20)
     norms = WeightNorms(values, initial)
     expected = float(values.norm()), float((values - initial).norm())
@@ -219,7 +216,7 @@ def test_a_gpu_s_usage_is_what_torch_holds_of_it_and_a_share_read_at_most_once_a
     read = [usage.read() for _ in range(5)][-1]
     assert (read.device_bytes, read.device_peak_bytes, read.device_utilization) == (1001, 2001, 0.42)
     assert calls == [torch.device("cuda", 1)]
-    monkeypatch.setattr("dist_train.training.usage._PACE_SECONDS", 0.0)
+    monkeypatch.setattr("dist_train.training.measuring._PACE_SECONDS", 0.0)
     usage.read()
     assert len(calls) == 2
 
@@ -229,7 +226,7 @@ def test_a_gpu_s_usage_is_what_torch_holds_of_it_and_a_share_read_at_most_once_a
 def test_where_nothing_answers_the_utilization_is_unknown_and_not_asked_for_again(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dist_train.training.usage._PACE_SECONDS", 0.0)
+    monkeypatch.setattr("dist_train.training.measuring._PACE_SECONDS", 0.0)
 
     def fail() -> float:
         raise error
@@ -242,5 +239,5 @@ def test_where_nothing_answers_the_utilization_is_unknown_and_not_asked_for_agai
 def test_without_the_kernel_s_account_the_resident_memory_is_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dist_train.training.usage._STATM", tmp_path / "missing")
+    monkeypatch.setattr("dist_train.training.measuring._STATM", tmp_path / "missing")
     assert math.isnan(UsageReader(torch.device("cpu")).read().resident_bytes)

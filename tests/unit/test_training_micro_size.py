@@ -7,12 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dist_train.cluster.alone import Alone
-from dist_train.cluster.communicator import Communicator
+from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.models import build_model
 from dist_train.outcome import UsageError
 from dist_train.training.compute import Compute
-from dist_train.training.micro_size import find_micro_size, forward_and_backward, halve
+from dist_train.training.micro_batches import find_micro_size, forward_and_backward, halve
 from tests.unit.simulated_ranks import results
 from tests.unit.small_trainers import small_config
 

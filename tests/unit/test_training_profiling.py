@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dist_train.cluster.alone import Alone
+from dist_train.cluster.communicator import Alone
 from dist_train.training.profiling import NoProfiler, StepProfiler, build_profiler
 from tests.unit.small_trainers import build_trainer, small_config, state_bits
 

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dist_train.cluster.alone import Alone
-from dist_train.cluster.communicator import Communicator
+from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.config import CommSettings
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError

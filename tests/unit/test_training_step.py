@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_train.cluster.alone import Alone
-from dist_train.cluster.communicator import Communicator
-from dist_train.data.order import batch_indices, epoch_order
+from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.data.plan import batch_indices, epoch_order
 from dist_train.outcome import DivergedError
 from dist_train.training.step import GlobalBatch, OutOfMemoryError, Update, clip_gradient
 from dist_train.training.trainer import Trainer

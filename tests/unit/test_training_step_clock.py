@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train.cluster.alone import Alone
-from dist_train.monitoring.records import StepParts
+from dist_train.cluster.communicator import Alone
+from dist_train.rundir.records import StepParts
+from dist_train.training.measuring import DeviceTimer, HostTimer, StepClock, build_step_clock
 from dist_train.training.step import GlobalBatch
-from dist_train.training.step_clock import DeviceTimer, HostTimer, StepClock, build_step_clock
 from tests.unit.simulated_ranks import SimulatedRanks, results
 from tests.unit.small_trainers import build_trainer, small_config
 from tests.unit.test_training_step import SAM, take

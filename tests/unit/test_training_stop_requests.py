@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from dist_train.training.stop_requests import StopRequests
+from dist_train.training.stopping import StopRequests
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])

@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dist_train.cluster.alone import Alone
-from dist_train.cluster.communicator import Communicator
-from dist_train.models.batch_statistics import BatchStatistics
-from dist_train.models.norms import GroupedBatchNorm
-from dist_train.training.tally import Tally, TallyResult
+from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.models.norms import BatchStatistics, GroupedBatchNorm
+from dist_train.training.reduction import Tally, TallyResult
 from tests.unit.simulated_ranks import results
 
 CPU = torch.device("cpu")

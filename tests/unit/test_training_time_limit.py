@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.cluster.alone import Alone
+from dist_train.checkpoint.files import list_checkpoints
+from dist_train.cluster.communicator import Alone
 from dist_train.outcome import StoppedError
-from dist_train.training.checkpoints import list_checkpoints
-from dist_train.training.time_limit import TimeLimit, job_time_limit
+from dist_train.training.stopping import TimeLimit, job_time_limit
 from tests.unit.small_trainers import build_trainer, small_config
 
 

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train.cluster.alone import Alone
+from dist_train.checkpoint import writer
+from dist_train.checkpoint.files import list_checkpoints, newest_whole, read_checkpoint, write_checkpoint
+from dist_train.cluster.communicator import Alone
 from dist_train.models import build_model
-from dist_train.monitoring.records import (
+from dist_train.outcome import StoppedError, UsageError
+from dist_train.rundir.records import (
     EvaluationRecord,
     EventRecord,
     Measurement,
@@ -20,11 +23,8 @@ from dist_train.monitoring.records import (
     RunFacts,
     TrainRecord,
 )
-from dist_train.outcome import StoppedError, UsageError
-from dist_train.training import checkpoint_writer
-from dist_train.training.checkpoints import list_checkpoints, newest_whole, read_checkpoint, write_checkpoint
-from dist_train.training.norm_statistics import recompute_statistics, statistics_samples
-from dist_train.training.stop_requests import StopRequests
+from dist_train.training.evaluation import recompute_statistics, statistics_samples
+from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import build_trainer, small_config, state_bits
@@ -236,7 +236,7 @@ def test_promise_6_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_
             raise OSError(28, "No space left on device")
         return write(directory, contents, before)
 
-    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", fail_at_3)
+    monkeypatch.setattr(writer, "write_checkpoint", fail_at_3)
     _, notebook, trainer = run(tmp_path, Alone())
     assert trainer.progress.step == 6
     [failed] = [event for event in notebook.events if event.event == "checkpoint_failed"]
@@ -298,7 +298,7 @@ def test_promise_4_what_is_evaluated_and_saved_has_statistics_of_the_clean_weigh
 def test_promise_6_a_slow_copy_still_holds_the_weights_of_its_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    monkeypatch.setattr(checkpoint_writer, "_YIELD_SECONDS", 0.2)
+    monkeypatch.setattr(writer, "_YIELD_SECONDS", 0.2)
     noise = {"method": method, **({"sharing": "micro_batch"} if method == "sam" else {})}
     config = small_config(noise=noise, checkpoint={"every_steps": 1, "keep": 9})
     trainer = build_trainer(config, tmp_path, Alone())

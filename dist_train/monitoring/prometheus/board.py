@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from threading import Lock
 
-from dist_train.monitoring.pace import Pace
-from dist_train.monitoring.records import (
+from dist_train.monitoring.wording import Pace
+from dist_train.rundir.records import (
     EvaluationRecord,
     EventRecord,
     Measurement,

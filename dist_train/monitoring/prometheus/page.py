@@ -1,15 +1,71 @@
-"""The page that Prometheus reads, made from the metrics table when it is asked for."""
+"""The page of metrics in the text format, and the table of metrics in the documentation."""
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Iterable
+from itertools import accumulate
+from pathlib import Path
 from threading import Lock
 
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
 
-from dist_train.monitoring.prometheus.board import Board
-from dist_train.monitoring.prometheus.registry import registry_of
-from dist_train.monitoring.prometheus.table import metrics_of
+from dist_train.monitoring.prometheus.board import Board, Buckets, Snapshot
+from dist_train.monitoring.prometheus.metric import Kind, Metric, Scope
+from dist_train.monitoring.prometheus.rank_metrics import METRICS, metrics_of
+from dist_train.outcome import UsageError
+
+
+def registry_of(metrics: tuple[Metric, ...], now: Snapshot) -> CollectorRegistry:
+    """Return a registry of prometheus_client that holds `metrics` as they are `now`."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Table(metrics, now))
+    return registry
+
+
+class _Table(Collector):
+    def __init__(self, metrics: tuple[Metric, ...], now: Snapshot) -> None:
+        self._metrics = metrics
+        self._now = now
+
+    def collect(self) -> Iterable[Family]:
+        return [_family(metric, self._now) for metric in self._metrics]
+
+
+def _family(metric: Metric, now: Snapshot) -> Family:
+    name, meaning, labels = metric.name, metric.meaning, metric.labels
+    match metric.kind:
+        case Kind.HISTOGRAM:
+            histogram = HistogramMetricFamily(name, meaning, labels=labels)
+            for reading in metric.take(now):
+                assert isinstance(reading.value, Buckets), name
+                histogram.add_metric(reading.labels, _cumulative(reading.value), reading.value.total)
+            return histogram
+        case Kind.INFO:
+            info = InfoMetricFamily(name.removesuffix("_info"), meaning)
+            for reading in metric.take(now):
+                info.add_metric([], dict(zip(labels, reading.labels, strict=True)))
+            return info
+        case Kind.COUNTER:
+            family: CounterMetricFamily | GaugeMetricFamily
+            family = CounterMetricFamily(name, meaning, labels=labels)
+        case Kind.GAUGE:
+            family = GaugeMetricFamily(name, meaning, labels=labels)
+    for reading in metric.take(now):
+        assert not isinstance(reading.value, Buckets), name
+        family.add_metric(reading.labels, reading.value)
+    return family
+
+
+def _cumulative(buckets: Buckets) -> list[tuple[str, float]]:
+    bounds = [*(str(bound) for bound in buckets.bounds), "+Inf"]
+    return list(zip(bounds, (float(count) for count in accumulate(buckets.counts)), strict=True))
+
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 """The form that every Prometheus reads. For 1,024 ranks OpenMetrics would take twice as long to write."""
@@ -36,3 +92,41 @@ class MetricsPage:
                 self._page = generate_latest(registry_of(self._metrics, now))
                 self._version, self._made = now.version, time.monotonic()
             return self._page
+
+
+def replaced_between(text: str, begin: str, end: str, content: str) -> str:
+    """Return `text` with `content` between the lines `begin` and `end`. Raises UsageError where it has no markers."""
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise UsageError(f"there is no place for the table: the file needs the lines {begin} and {end}")
+    return f"{before}{begin}\n\n{content}\n{end}{after}"
+
+
+BEGIN, END = "<!-- metrics -->", "<!-- end of metrics -->"
+
+_PAGES = {Scope.RUN: "rank 0", Scope.RANK: "every rank, its own", Scope.BOTH: "every rank"}
+
+
+def metrics_markdown() -> str:
+    """Return the table: name, kind, labels, unit, meaning, and whose page has it."""
+    lines = ["| metric | kind | labels | unit | meaning | page of |", "|---|---|---|---|---|---|"]
+    for metric in METRICS:
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        cells = (f"`{metric.name}`", metric.kind.value, labels, metric.unit, metric.meaning, _PAGES[metric.scope])
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(text: str) -> str:
+    """Return `text` with the table between its markers renewed. Raises UsageError where it has no markers."""
+    return replaced_between(text, BEGIN, END, metrics_markdown())
+
+
+def main(path: Path) -> None:
+    """Renew the table in the file at `path`."""
+    path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

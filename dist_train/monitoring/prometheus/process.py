@@ -1,4 +1,4 @@
-"""The exporter's own process: it takes what the trainer sends, and serves it. It ends when the trainer does."""
+"""The last values of a run, handed to a Pushgateway: for runs that end before anyone scrapes them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Lock, Thread
 
-from dist_train.monitoring.prometheus.access import read_credentials, tls_context
-from dist_train.monitoring.prometheus.board import Board
-from dist_train.monitoring.prometheus.channel import Channel
-from dist_train.monitoring.prometheus.http_server import Server, bind
-from dist_train.monitoring.prometheus.messages import Begin, End, Ending, Failed, Progress, Serving, Warned
-from dist_train.monitoring.prometheus.page import MetricsPage
-from dist_train.monitoring.prometheus.table import metrics_of
+from prometheus_client import CollectorRegistry, push_to_gateway
+
+from dist_train.monitoring.prometheus.board import Board, Snapshot
+from dist_train.monitoring.prometheus.http_server import Server, bind, read_credentials, tls_context
+from dist_train.monitoring.prometheus.messages import Begin, Channel, End, Ending, Failed, Progress, Serving, Warned
+from dist_train.monitoring.prometheus.metric import Metric
+from dist_train.monitoring.prometheus.page import MetricsPage, registry_of
+from dist_train.monitoring.prometheus.rank_metrics import metrics_of
 from dist_train.monitoring.prometheus.targets import HEARTBEAT_SECONDS, Process, TargetFile, remove_stale, target_file
-from dist_train.monitoring.records import (
+from dist_train.rundir.records import (
     EvaluationRecord,
     EventRecord,
     Measurement,
@@ -29,6 +30,39 @@ from dist_train.monitoring.records import (
     TrainRecord,
     from_json,
 )
+
+PUSH_SECONDS = 5.0
+JOB = "dist_train"
+
+
+class Push:
+    """One push in the background. A run's own group is replaced: job and run, and the rank other than 0."""
+
+    def __init__(self, gateway: str, metrics: tuple[Metric, ...], now: Snapshot) -> None:
+        """Begin to push `metrics` of `now` to the Pushgateway at the URL `gateway`."""
+        self._gateway = gateway
+        self._reason = f"no answer within {PUSH_SECONDS:g} s"
+        self._group = {"run": now.facts.name}
+        if now.facts.rank:
+            self._group["rank"] = str(now.facts.rank)
+        self._thread = Thread(target=self._push, args=(registry_of(metrics, now),), name="push", daemon=True)
+        self._thread.start()
+
+    def warning(self, seconds: float = PUSH_SECONDS) -> str | None:
+        """Wait for the end of the push, for so many seconds at most; return what went wrong, if anything did."""
+        self._thread.join(seconds)
+        if not self._reason:
+            return None
+        return f"the Pushgateway at {self._gateway} did not take the last values: {self._reason}"
+
+    def _push(self, registry: CollectorRegistry) -> None:
+        try:
+            push_to_gateway(self._gateway, JOB, registry, grouping_key=self._group, timeout=PUSH_SECONDS)
+        except Exception as error:  # urllib lets through whatever a broken server provokes
+            self._reason = str(getattr(error, "reason", None) or error) or type(error).__name__
+        else:
+            self._reason = ""
+
 
 RECENT_SECONDS = 60.0
 """A run that was scraped so lately is waited for with its last values."""
@@ -195,7 +229,6 @@ class _Service:
             self._channel.send(Ending(patience, patience))
             self._await_last_scrape(ended, patience)
             return
-        from dist_train.monitoring.prometheus.pushing import PUSH_SECONDS, Push
 
         push = Push(self._plan.pushgateway, metrics_of(self._facts.rank), self._board.snapshot())
         self._channel.send(Ending(max(patience, PUSH_SECONDS), patience))

@@ -1,4 +1,7 @@
-"""The metrics of the ranks: all of them as rank 0 hears of them, and each one's own."""
+"""The metrics of the ranks: all of them as rank 0 hears of them, and each one's own; the table of all metrics.
+
+A new metric is one row in `run_metrics.py` or `rank_metrics.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from statistics import median
 
 from dist_train.monitoring.prometheus.board import Snapshot
 from dist_train.monitoring.prometheus.metric import Kind, Metric, Reading, Scope, one
-from dist_train.monitoring.records import RankMeasurement
+from dist_train.monitoring.prometheus.run_metrics import BATCH, CHECKPOINTS, EVENTS, LEARNING, PROGRESS
+from dist_train.rundir.records import RankMeasurement
 
 
 def _each(take: Callable[[RankMeasurement], float]) -> Callable[[Snapshot], Iterable[Reading]]:
@@ -176,3 +180,13 @@ OWN = (
         scope=Scope.RANK,
     ),
 )
+
+
+__all__ = ["BATCH", "METRICS", "Kind", "Metric", "Scope", "metrics_of"]
+
+METRICS: tuple[Metric, ...] = (*PROGRESS, *LEARNING, *ALL_RANKS, *CHECKPOINTS, *EVENTS, *OWN)
+
+
+def metrics_of(rank: int) -> tuple[Metric, ...]:
+    """Return the metrics on the page of rank `rank`."""
+    return tuple(metric for metric in METRICS if rank == 0 or metric.scope is not Scope.RUN)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from dist_train.monitoring.prometheus.board import STATES, Snapshot
 from dist_train.monitoring.prometheus.metric import Kind, Metric, Reading, Scope, one
-from dist_train.monitoring.records import Measurement, TrainRecord
+from dist_train.rundir.records import Measurement, TrainRecord
 
 BATCH = "batch"
 """The value of the label `split` for what was measured on the training batches themselves."""

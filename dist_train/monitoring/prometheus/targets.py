@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dist_train import atomic
 from dist_train.monitoring.prometheus.serving_plan import ServingPlan
-from dist_train.monitoring.records import RunFacts
+from dist_train.rundir import atomic
+from dist_train.rundir.records import RunFacts
 
 HEARTBEAT_SECONDS = 60.0
 """How often a run touches its file."""

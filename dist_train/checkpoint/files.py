@@ -1,0 +1,221 @@
+"""Checkpoint files: whole or absent, with a digest that is verified before anything is read from them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_train.outcome import UsageError
+from dist_train.rundir import atomic
+from dist_train.rundir.atomic import json_text
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})\.pt")
+_KINDS: Mapping[str, type | tuple[type, ...]] = {
+    "step": int,
+    "epoch": (float, int),
+    "model": dict,
+    "optimizer": dict,
+    "config": dict,
+    "metrics": dict,
+}
+_logger = logging.getLogger("dist_train.checkpoints")
+
+Metrics = Mapping[str, float | int | None]
+
+
+class DamagedCheckpointError(UsageError):
+    """A checkpoint's bytes are not those that were written."""
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """A checkpoint on disk, as the record beside it says."""
+
+    path: Path
+    step: int
+    epoch: float
+    sha256: str
+    size: int
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds: plain tensors and values."""
+
+    step: int
+    epoch: float
+    model: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, Any]
+    config: Mapping[str, Any]
+    metrics: Metrics
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the dictionary that `torch.load(path, weights_only=True)` gives."""
+        return {
+            "format": FORMAT,
+            "step": self.step,
+            "epoch": self.epoch,
+            "model": dict(self.model),
+            "optimizer": dict(self.optimizer),
+            "config": dict(self.config),
+            "metrics": dict(self.metrics),
+        }
+
+
+def write_checkpoint(directory: Path, contents: Contents, before_publishing: Callable[[], None]) -> CheckpointFile:
+    """Write `contents` into `directory`; `before_publishing` is called when the bytes are on disk, unnamed.
+
+    The record with the digest comes last: a checkpoint without it is not whole, and is never read.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; what was there is untouched.
+    """
+    path = directory / f"step-{contents.step:08d}.pt"
+    record = path.with_suffix(".json")
+    buffer = io.BytesIO()
+    torch.save(contents.to_dict(), buffer)
+    content = buffer.getbuffer()
+    digest = hashlib.sha256(content).hexdigest()
+    with atomic.replacing(path) as file:
+        file.write(content)
+        # A full disk may show only now, and must show while an earlier record is still there.
+        file.flush()
+        os.fsync(file.fileno())
+        before_publishing()
+        record.unlink(missing_ok=True)
+    fields = {
+        "sha256": digest,
+        "bytes": len(content),
+        "step": contents.step,
+        "epoch": contents.epoch,
+        "metrics": dict(contents.metrics),
+    }
+    try:
+        atomic.write_text(record, json_text(fields, indent=2) + "\n")
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    return CheckpointFile(path, contents.step, contents.epoch, digest, len(content), contents.metrics)
+
+
+def list_checkpoints(directory: Path) -> list[CheckpointFile]:
+    """Return the checkpoints in `directory` that have a readable record, the earliest first; not verified."""
+    found = []
+    for path in _step_files(directory):
+        try:
+            found.append(_read_record(path))
+        except DamagedCheckpointError:
+            _logger.debug("%s has no readable record", path)
+    return sorted(found, key=lambda file: file.step)
+
+
+def read_checkpoint(path: Path) -> Contents:
+    """Return what the checkpoint at `path` holds, once its digest has been verified.
+
+    Raises:
+        DamagedCheckpointError: a byte of it, or its record, is not as it was written.
+        UsageError: there is no such file, or it is of another format.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: there is no such checkpoint")
+    record = _read_record(path)
+    content = path.read_bytes()
+    if len(content) != record.size:
+        raise DamagedCheckpointError(f"{path} is damaged: {len(content)} bytes instead of {record.size}")
+    if hashlib.sha256(content).hexdigest() != record.sha256:
+        raise DamagedCheckpointError(f"{path} is damaged: its SHA-256 is not the one in {record.path.stem}.json")
+    try:
+        fields = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:
+        # What torch did not write raises errors of nearly any type, with advice that nobody should follow.
+        raise DamagedCheckpointError(f"{path} is damaged: it cannot be read ({type(error).__name__})") from error
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise UsageError(f"{path} is not a checkpoint of format {FORMAT}")
+    return _contents(path, fields)
+
+
+def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
+    for name, kind in _KINDS.items():
+        if not isinstance(fields.get(name), kind):
+            raise UsageError(f"{path} is not a checkpoint of format {FORMAT}: its {name} is not what it must be")
+    if not all(isinstance(tensor, torch.Tensor) for tensor in fields["model"].values()):
+        raise UsageError(f"{path} is not a checkpoint of format {FORMAT}: its model holds more than tensors")
+    return Contents(**{name: fields[name] for name in _KINDS})
+
+
+def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) -> Contents | None:
+    """Return the latest checkpoint that is whole; None when there is no checkpoint.
+
+    Each damaged one is reported and set aside as `*.damaged`.
+
+    Raises:
+        UsageError: there are checkpoints, and none of them is whole.
+    """
+    if not directory.is_dir():
+        return None
+    paths = sorted(_step_files(directory), key=_step_of, reverse=True)
+    damaged = 0
+    for path in paths:
+        try:
+            return read_checkpoint(path)
+        except DamagedCheckpointError as error:
+            if path.with_suffix(".json").exists():
+                damaged += 1
+                report_damage(path, str(error))
+                path.rename(path.with_suffix(".pt.damaged"))
+            else:
+                # A kill between the two renames: never published, so nothing is lost.
+                path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
+    if damaged:
+        raise UsageError(
+            f"every checkpoint in {directory} is damaged (set aside as *.damaged): "
+            f"start anew in another directory (run.name), or name a whole one by run.resume=PATH"
+        )
+    return None
+
+
+def prune(directory: Path, *, keep: int, best_step: int | None) -> None:
+    """Delete all but the last `keep` checkpoints and the one of `best_step`."""
+    files = list_checkpoints(directory)
+    for file in files[:-keep]:
+        if file.step != best_step:
+            # The record first: without it the rest is not taken for a checkpoint.
+            file.path.with_suffix(".json").unlink(missing_ok=True)
+            file.path.unlink(missing_ok=True)
+
+
+def _step_files(directory: Path) -> list[Path]:
+    return [path for path in directory.glob("step-*.pt") if _NAME.fullmatch(path.name)]
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
+
+
+def _read_record(path: Path) -> CheckpointFile:
+    record = path.with_suffix(".json")
+    try:
+        fields = json.loads(record.read_text(encoding="utf-8"))
+        return CheckpointFile(
+            path,
+            int(fields["step"]),
+            float(fields["epoch"]),
+            str(fields["sha256"]),
+            int(fields["bytes"]),
+            dict(fields["metrics"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"{path} is damaged: its record {record.name} cannot be read") from error

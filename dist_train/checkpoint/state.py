@@ -1,0 +1,160 @@
+"""How far a run is, which checkpoint it resumes from, and the state that all ranks begin from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dist_train.checkpoint.files import Contents, newest_whole, read_checkpoint
+from dist_train.cluster.communicator import Communicator, broadcast_str
+from dist_train.config import Config, differences, parse_config
+from dist_train.config.resuming import with_decisions
+from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.optimizers import state_tensors
+from dist_train.outcome import UsageError
+from dist_train.rundir.paths import RunDirectory
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Settings, with what an earlier launch decided; the checkpoint to resume from; damaged ones and their faults."""
+
+    config: Config
+    contents: Contents | None = None
+    damage: Mapping[str, str] = field(default_factory=dict)
+
+
+def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
+    """Return where a launch of `config` in `directory` begins.
+
+    Raises:
+        UsageError: there is a run that `config` must not, or cannot, resume.
+    """
+    checkpoints = directory.checkpoints
+    if config.run.resume == "never":
+        if any(checkpoints.glob("step-*.pt")):
+            raise UsageError(
+                f"{directory.root} already holds a run: choose another run.name, or resume it by run.resume=auto"
+            )
+        return ResumePoint(config)
+    named = None if config.run.resume == "auto" else Path(config.run.resume)
+    damage: dict[str, str] = {}
+    contents = None
+    if named is None or named.resolve().parent != checkpoints.resolve():
+        contents = newest_whole(checkpoints, lambda path, text: damage.update({path.name: text}))
+    if contents is None and named is not None:
+        # Another run's checkpoint is where this one begins; requeued, it resumes from its own.
+        contents = read_checkpoint(named)
+    if contents is None:
+        return ResumePoint(config, None, damage)
+    return ResumePoint(_settled(config, contents), contents, damage)
+
+
+def _settled(config: Config, contents: Contents) -> Config:
+    """Return `config` with what the run that saved `contents` decided when it began."""
+    begun = parse_config(dict(contents.config), source="the checkpoint")
+    changed = differences(begun, config)
+    if changed:
+        raise UsageError(
+            f"the run that saved step {contents.step} began with other settings; restore them, "
+            f"or begin a new run in another directory (run.name):\n"
+            + "\n".join(f"  {difference}" for difference in changed)
+        )
+    return with_decisions(config, begun)
+
+
+@dataclass
+class Progress:
+    """All that a checkpoint needs beside the weights and the optimizer's state; accuracies are in [0, 1]."""
+
+    step: int = 0
+    best_accuracy: float | None = None
+    evaluated_step: int | None = None
+    """Where `test_accuracy` was measured."""
+    best_saved_step: int | None = None
+    best_saved_accuracy: float | None = None
+    """The best checkpoint: of those saved at an evaluation the one with the highest test accuracy."""
+    test_accuracy: float | None = None
+    train_accuracy: float | None = None
+    loss_scale: float | None = None
+    updates_since_overflow: int | None = None
+    """Since the loss scale was last changed; both where there is one, in float16."""
+    non_finite_step: int | None = None
+    """The latest step after which an evaluation, or the weights, were not finite; its checkpoint is never the best."""
+
+    def metrics(self) -> Mapping[str, float | int | None]:
+        """Return what a checkpoint keeps of it beside the step."""
+        return {name: value for name, value in asdict(self).items() if name != "step"}
+
+    def note_non_finite(self) -> None:
+        """Take in that the evaluation of this step is not finite: it has no accuracy."""
+        self.non_finite_step = self.step
+        self.train_accuracy = self.test_accuracy = None
+
+    def note_accuracy(self, split: str, accuracy: float) -> None:
+        """Take in the accuracy of an evaluation just made."""
+        if split == "train":
+            self.train_accuracy = accuracy
+            return
+        self.test_accuracy, self.evaluated_step = accuracy, self.step
+        if self.best_accuracy is None or accuracy > self.best_accuracy:
+            self.best_accuracy = accuracy
+
+    def note_saved(self) -> None:
+        """Take in that a checkpoint of this step is being saved."""
+        if self.test_accuracy is None or self.evaluated_step != self.step:
+            return
+        if self.best_saved_accuracy is None or self.test_accuracy > self.best_saved_accuracy:
+            self.best_saved_step, self.best_saved_accuracy = self.step, self.test_accuracy
+
+
+def restored_progress(contents: Contents) -> Progress:
+    """Return the progress that a checkpoint holds."""
+    known = {name: contents.metrics.get(name) for name in Progress().metrics()}
+    return Progress(step=contents.step, **known)  # type: ignore[arg-type]  # as metrics() wrote them
+
+
+def shared_progress(comm: Communicator, progress: Progress) -> Progress:
+    """Return rank 0's progress."""
+    fields = json.loads(broadcast_str(comm, json.dumps(asdict(progress)), "progress"))
+    return Progress(**fields)
+
+
+def load_into(contents: Contents, model: nn.Module, optimizer: Optimizer) -> None:
+    """Copy what a checkpoint holds into `model` and `optimizer`.
+
+    Raises:
+        UsageError: it is of another model or optimizer.
+    """
+    try:
+        model.load_state_dict(contents.model)
+        # Right for an optimizer that nothing wraps: a wrapper would forget what is loaded before it.
+        optimizer.load_state_dict({**contents.optimizer})
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"the checkpoint is of another model or optimizer: {error}") from error
+
+
+def broadcast_state(comm: Communicator, model: nn.Module, weights: FlatWeights, optimizer: Optimizer) -> None:
+    """Give every rank rank 0's state: the optimizer's, the model's buffers, the weights.
+
+    Horovod's own broadcast of the optimizer makes a step on ranks without state, and so moves their
+    weights; here every rank has the whole state from the beginning. What is of one type and device travels as
+    one tensor: each broadcast costs a round of all ranks.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    buffers = [value for name, value in model.state_dict().items() if name not in parameters]
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in (*(tensor for _, tensor in state_tensors(optimizer)), *buffers, weights.values):
+        alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    with torch.no_grad():
+        for index, tensors in enumerate(alike.values()):
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            comm.broadcast(flat, f"state.{index}")
+            for tensor, received in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(received.view_as(tensor))

@@ -1,0 +1,102 @@
+"""Whether a run may be resumed under other settings than it began with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel
+
+from dist_train.config.sections import Config
+
+_FREE = frozenset(
+    {
+        "run.name",
+        "run.directory",
+        "run.max_steps",
+        "run.profile_steps",
+        "run.resume",
+        "run.stop_signal",
+        "data.root",
+        "data.download",
+        "data.loader_workers",
+        "comm.verify_every",
+        "comm.timeout",
+        "evaluation",
+        "checkpoint",
+        "metrics",
+    }
+)
+_DECIDED_ONCE = ("run.device", "batch.micro_size", "precision.threads", "precision.deterministic")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting that differs: its path, and its values in the first and the second configuration."""
+
+    path: str
+    before: object
+    after: object
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.before} when the run began, {self.after} now"
+
+
+def differences(before: Config, after: Config) -> list[Difference]:
+    """Return the settings that can change a run's result and differ between its beginning and now.
+
+    What a run decided once from its device (`auto`) may be left to `auto` again. A run from before `run.device` has
+    decided none.
+    """
+    return [
+        difference
+        for difference in _differences(before, after, "")
+        if difference.path not in _DECIDED_ONCE or "auto" not in (difference.before, difference.after)
+    ]
+
+
+def with_decisions(config: Config, decided: Config) -> Config:
+    """Return `config` with what was left to `auto` as `decided` has it."""
+    for path in _DECIDED_ONCE:
+        section, name = path.split(".")
+        if getattr(getattr(config, section), name) == "auto":
+            config = _with_setting(config, section, name, getattr(getattr(decided, section), name))
+    return config
+
+
+def with_device(config: Config, device: Literal["cpu", "cuda"]) -> Config:
+    """Return `config` with `device`, and with deterministic kernels where they are left open and it asks for them."""
+    config = _with_setting(config, "run", "device", device)
+    if config.precision.deterministic != "auto":
+        return config
+    # integer sums give the same bits only where the kernels before them do
+    deterministic = device == "cuda" and config.comm.reduction == "exact"
+    return _with_setting(config, "precision", "deterministic", deterministic)
+
+
+def with_micro_size(config: Config, micro_size: int | Literal["auto"]) -> Config:
+    """Return `config` with another `batch.micro_size`."""
+    return _with_setting(config, "batch", "micro_size", micro_size)
+
+
+def with_threads(config: Config, threads: int | Literal["auto"]) -> Config:
+    """Return `config` with another `precision.threads`."""
+    return _with_setting(config, "precision", "threads", threads)
+
+
+def _with_setting(config: Config, section: str, name: str, value: object) -> Config:
+    changed = getattr(config, section).model_copy(update={name: value})
+    return config.model_copy(update={section: changed})
+
+
+def _differences(before: BaseModel, after: BaseModel, prefix: str) -> Iterator[Difference]:
+    for name in type(before).model_fields:
+        path = f"{prefix}{name}"
+        if path in _FREE:
+            continue
+        old, new = getattr(before, name), getattr(after, name, None)
+        if isinstance(old, BaseModel) and isinstance(new, BaseModel) and type(old) is type(new):
+            yield from _differences(old, new, f"{path}.")
+        elif old != new:
+            yield Difference(path, old, new)

@@ -1,0 +1,275 @@
+"""Everything that a run needs, built in order: device, data, model, noise, reduction, trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dist_train.checkpoint.files import Contents
+from dist_train.checkpoint.state import Progress, broadcast_state, load_into, restored_progress, shared_progress
+from dist_train.checkpoint.writer import CheckpointWriter
+from dist_train.cluster.communicator import Communicator, run_on_all_ranks
+from dist_train.cluster.devices import share_out_devices
+from dist_train.config import Config
+from dist_train.config.resuming import with_device, with_micro_size
+from dist_train.data.images import SampleSource, Splits
+from dist_train.data.loader import open_splits
+from dist_train.data.plan import BatchPlan
+from dist_train.launching.session import Session
+from dist_train.models import build_model
+from dist_train.models.norms import BatchStatistics, norm_modules
+from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.noise import Noise, SmoothOut, build_noise
+from dist_train.optim.optimizers import build_optimizer
+from dist_train.optim.schedules import LearningRate
+from dist_train.rundir.paths import RunDirectory
+from dist_train.training.compute import Compute, DynamicLossScale, LossScale, NoLossScale, set_up_compute
+from dist_train.training.consistency import check_same_data
+from dist_train.training.measuring import (
+    HostTimer,
+    Measuring,
+    NoMeasuring,
+    RankMeasuring,
+    StepClock,
+    UsageReader,
+    WeightNorms,
+    build_step_clock,
+    is_measured,
+)
+from dist_train.training.micro_batches import (
+    find_micro_size,
+    forward_and_backward,
+    share_of,
+    shares_micro_batches,
+    sum_over,
+)
+from dist_train.training.profiling import build_profiler
+from dist_train.training.reduction import GradientReduction, Tally, build_reduction
+from dist_train.training.step import TrainingStep
+from dist_train.training.stopping import StopRequests, TimeLimit, job_time_limit
+from dist_train.training.trainer import Trainer
+
+_logger = logging.getLogger("dist_train.training")
+
+_LOST_NOISE = 0.01
+"""The share of weights without noise from which on a run warns of it."""
+
+
+def assemble(
+    config: Config,
+    contents: Contents | None,
+    directory: RunDirectory,
+    comm: Communicator,
+    session: Session,
+    stop: StopRequests,
+) -> Trainer:
+    """Build the trainer of `config`, at the beginning or where the checkpoint `contents` (rank 0's) left off.
+
+    Raises:
+        UsageError: data are missing, or something does not fit.
+    """
+    device = share_out_devices(comm, config.run.device)
+    config = with_device(config, "cuda" if device.type == "cuda" else "cpu")
+    compute = run_on_all_ranks(comm, partial(set_up_compute, config.precision, device), "set up its device")
+    splits = run_on_all_ranks(comm, lambda: _open_data(config, compute), "load the data")
+    check_same_data(comm, splits.identity, config.data.name)
+    samples = len(splits.train)
+    steps_per_epoch = run_on_all_ranks(
+        comm, partial(_steps_per_epoch, config.batch.global_size, samples), "plan the batches"
+    )
+    updates_per_epoch = steps_per_epoch
+    if config.schedule.keep_updates:
+        base_batch = config.schedule.base_batch
+        updates_per_epoch = run_on_all_ranks(comm, partial(_steps_per_epoch, base_batch, samples), "plan the updates")
+    total_steps = config.run.epochs * updates_per_epoch
+
+    network = build_model(config).to(compute.device)
+    weights = FlatWeights(network)
+    measuring = _measuring(config, compute, weights, comm)
+    optimizer = build_optimizer(config.optimizer, weights)
+    progress = run_on_all_ranks(comm, partial(_restore, contents, network, optimizer), "restore the checkpoint")
+    progress = shared_progress(comm, progress)
+    broadcast_state(comm, network, weights, optimizer)
+
+    model: nn.Module = network
+    if config.precision.compile:
+        model = cast(nn.Module, torch.compile(network))
+    config = _with_micro_size(config, comm, model, weights, compute)
+    if comm.rank == 0:
+        directory.save_config(config)
+    clock = build_step_clock(compute.device) if is_measured(config.metrics) else StepClock(HostTimer())
+    writer = None
+    if comm.rank == 0:
+        writer = CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing)
+    step = build_step(
+        config,
+        model,
+        weights,
+        splits.train,
+        optimizer,
+        comm,
+        compute,
+        loss_scale=DynamicLossScale(progress) if compute.precision == torch.float16 else NoLossScale(),
+        clock=clock,
+        total_steps=total_steps,
+        wait_for_checkpoint_copy=writer.wait_until_copied if writer else lambda: None,
+    )
+
+    if comm.rank == 0:
+        _warn_of_lost_noise(step.noise, compute.precision, progress.step)
+
+    def shrink(step: TrainingStep, smaller: int) -> TrainingStep:
+        settled = with_micro_size(config, smaller)
+        if comm.rank == 0:
+            directory.save_config(settled)
+        step.reduction.close()
+        return replace(step, reduction=_reduction(settled, weights, comm))
+
+    return Trainer(
+        config=config,
+        comm=comm,
+        splits=splits,
+        network=network,
+        take_step=step,
+        shrink=shrink,
+        learning_rate=LearningRate(
+            config.schedule,
+            config.optimizer.learning_rate,
+            config.batch.global_size,
+            steps_per_epoch,
+            config.run.epochs,
+            updates_per_epoch,
+        ),
+        total_steps=total_steps,
+        last_step=min(total_steps, config.run.max_steps or total_steps),
+        observers=session.observers,
+        writer=writer,
+        status=session.status,
+        stop=stop,
+        time_limit=job_time_limit() if comm.rank == 0 else TimeLimit(None),
+        progress=progress,
+        profiler=build_profiler(config.run.profile_steps, directory.profile, comm),
+        measuring=measuring,
+    )
+
+
+def build_step(
+    config: Config,
+    model: nn.Module,
+    weights: FlatWeights,
+    samples: SampleSource,
+    optimizer: Optimizer,
+    comm: Communicator,
+    compute: Compute,
+    *,
+    loss_scale: LossScale,
+    clock: StepClock,
+    total_steps: int,
+    wait_for_checkpoint_copy: Callable[[], None] = lambda: None,
+) -> TrainingStep:
+    """Return the step of `config`, its micro-batch decided, on `weights` of `model`, which computes as `compute` says.
+
+    Raises:
+        UsageError: the reduction does not fit this group of ranks.
+    """
+    norms = tuple(norm_modules(model))
+    statistics = BatchStatistics(norms, compute.device)
+    return TrainingStep(
+        model=model,
+        weights=weights,
+        norms=norms,
+        statistics=statistics,
+        samples=samples,
+        noise=build_noise(config.noise, weights, seed=config.run.seed, total_steps=total_steps, rank=comm.rank),
+        reduction=_reduction(config, weights, comm),
+        optimizer=optimizer,
+        tally=Tally(comm, statistics, compute.device),
+        compute=compute,
+        clip_norm=config.optimizer.clip_norm,
+        loss_scale=loss_scale,
+        sum_over_ranks=sum_over(config.model, comm, clock),
+        clock=clock,
+        wait_for_checkpoint_copy=wait_for_checkpoint_copy,
+    )
+
+
+def _steps_per_epoch(batch_size: int, samples: int) -> int:
+    return BatchPlan(batch_size, 1).steps_per_epoch(samples)
+
+
+def _restore(contents: Contents | None, network: nn.Module, optimizer: Optimizer) -> Progress:
+    if contents is None:
+        return Progress()
+    load_into(contents, network, optimizer)
+    return restored_progress(contents)
+
+
+def _measuring(config: Config, compute: Compute, weights: FlatWeights, comm: Communicator) -> Measuring:
+    """Return what measures steps, told on rank 0 the initial weights: `weights` as they are now."""
+    if not is_measured(config.metrics):
+        return NoMeasuring()
+    norms = WeightNorms(weights.values, weights.values.clone()) if comm.rank == 0 else None
+    return RankMeasuring(comm, UsageReader(compute.device), norms)
+
+
+def _warn_of_lost_noise(noise: Noise, precision: torch.dtype, step: int) -> None:
+    """Say so where the precision of forward passes is too coarse for some of the noise."""
+    if precision == torch.float32 or not isinstance(noise, SmoothOut):
+        return
+    lost = noise.lost_in(precision, step)
+    if lost > _LOST_NOISE:
+        _logger.warning(
+            "precision.compute: %s rounds the noise away on %.0f %% of the weights (amplitude %g at step %d); "
+            "float32 keeps it, or raise noise.amplitude",
+            str(precision).removeprefix("torch."),
+            100 * lost,
+            noise.amplitude(step),
+            step,
+        )
+
+
+def _open_data(config: Config, compute: Compute) -> Splits:
+    layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+    return open_splits(config.data, config.run.seed, compute.device, layout)
+
+
+def _reduction(config: Config, weights: FlatWeights, comm: Communicator) -> GradientReduction:
+    assert config.batch.micro_size != "auto", "decided before"
+    plan = BatchPlan(config.batch.global_size, config.batch.micro_size)
+    share = partial(share_of, config.model, plan, comm.rank, comm.size)
+    mine = run_on_all_ranks(comm, share, "share out the micro-batches")
+    build = partial(
+        build_reduction,
+        config.comm,
+        weights,
+        comm,
+        micro_batches=len(plan.micro_batches) * (comm.size if shares_micro_batches(config.model) else 1),
+        share=sum(micro_batch.size for micro_batch in mine) / plan.global_size,
+    )
+    return run_on_all_ranks(comm, build, "set up the reduction")
+
+
+def _with_micro_size(
+    config: Config, comm: Communicator, model: nn.Module, weights: FlatWeights, compute: Compute
+) -> Config:
+    """Return `config` with a micro-batch size that fits every rank's device, where it is left open."""
+    if config.batch.micro_size != "auto":
+        return config
+    images = config.data.image_format
+    try_size = forward_and_backward(model, images.shape, images.classes, compute)
+    size = find_micro_size(
+        try_size,
+        global_size=config.batch.global_size,
+        device=compute.device,
+        comm=comm,
+        fewest=max(2, comm.size) if shares_micro_batches(config.model) else 2,
+    )
+    weights.gradients.zero_()
+    return with_micro_size(config, size)

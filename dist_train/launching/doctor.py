@@ -1,0 +1,354 @@
+"""What this machine has for training and what it lacks, one check a function."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from dist_train.config import Config
+from dist_train.config.sections import Device
+
+State = Literal["fine", "note", "fails"]
+"""fine: usable. note: training runs without it. fails: training cannot run here."""
+
+_SET_UP = "run: make setup"
+_GIBIBYTE = 1 << 30
+_LEAST_DISK = _GIBIBYTE
+_LEAST_SHARED_MEMORY = 256 << 20
+# only its free space is read
+_SHARED_MEMORY = "/dev/shm"  # nosec B108
+_SECONDS_TO_ANSWER = 10
+_MARKS = {"fine": ("ok", "green"), "note": ("note", "yellow"), "fails": ("FAILS", "bold red")}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding; `fix` is empty where nothing needs one."""
+
+    name: str
+    state: State
+    detail: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class _Library:
+    package: str
+    module: str
+    needed_by: str
+
+
+_LIBRARIES = (
+    _Library("torchvision", "torchvision", "ResNets"),
+    _Library("timm", "timm.optim", "LARS and LAMB"),
+    _Library("nvidia-ml-py", "pynvml", "the utilization of GPUs"),
+    _Library("pillow", "PIL.Image", "image folders"),
+    _Library("prometheus-client", "prometheus_client", "metrics"),
+    _Library("scipy", "scipy.sparse.linalg", "dist-train sharpness"),
+    _Library("matplotlib", "matplotlib", "figures of landscapes and learning curves"),
+    _Library("jinja2", "jinja2", "dist-train report"),
+    _Library("uniplot", "uniplot", "dist-train watch"),
+)
+
+
+def examine(config: Config, data_named: bool) -> tuple[Check, ...]:
+    """Return every finding for a run of `config`; only where `data_named`, its data must be there."""
+    data = check_data(config) if data_named else check_known_data(config)
+    return (
+        check_python(),
+        check_torch(),
+        check_devices(config.run.device),
+        check_horovod(config.run.device),
+        check_mpi(),
+        check_libraries(),
+        check_launchers(),
+        check_slurm(),
+        *data,
+        check_metrics_port(config),
+        check_shared_memory(),
+        check_disk("run directory", config.run_directory),
+        check_cache(),
+    )
+
+
+def can_train(checks: tuple[Check, ...]) -> bool:
+    """Whether nothing fails."""
+    return all(check.state != "fails" for check in checks)
+
+
+def render(checks: tuple[Check, ...], console: Console) -> None:
+    """Print the findings, each fix below its line, and the verdict."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for check in checks:
+        mark, style = _MARKS[check.state]
+        lines = [Text(check.detail)]
+        if check.fix:
+            lines.append(Text(f"-> {check.fix}", style=style))
+        table.add_row(Text(mark, style=style), Text(check.name, style="bold"), Group(*lines))
+    console.print(table)
+    failing = sum(check.state == "fails" for check in checks)
+    verdict = "training can run here" if not failing else f"training cannot run here: {failing} to mend"
+    console.print(Text(verdict, style="bold green" if not failing else "bold red"))
+
+
+def check_python() -> Check:
+    """Say which Python this is; the package does not install on one that is too old."""
+    return Check("Python", "fine", f"{platform.python_version()} at {sys.executable}")
+
+
+def check_torch() -> Check:
+    """Check that torch loads."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return Check("torch", "fails", f"cannot be loaded: {error}", _SET_UP)
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    return Check("torch", "fine", f"{torch.__version__}, built for {built}")
+
+
+def check_devices(asked: Device) -> Check:
+    """Say what a run would compute on that is `asked` for a device, and why not on GPUs that torch cannot use."""
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIBIBYTE
+    processor = f"{cores} CPU cores, {memory:.0f} GiB of memory"
+    try:
+        import torch
+
+        from dist_train.cluster import devices
+    except (ImportError, OSError):
+        return Check("devices", "note", processor)
+    signs, found = devices.find_gpus(os.environ), devices.torch_gpus()
+    if found.count:
+        names = ", ".join(torch.cuda.get_device_name(index) for index in range(found.count))
+        return Check("devices", "fine", f"{names}: at most {found.count} ranks on this node; {processor}")
+    if not signs.present and asked != "cuda":
+        return Check("devices", "fine", f"{processor}; {devices.why_no_gpu(signs) or 'no GPU'}")
+    why = devices.obstacle(signs, found)
+    state: State = "note" if asked == "cpu" else "fails"
+    there = f"there are GPUs ({signs})" if signs.present else "there is no GPU"
+    return Check("devices", state, f"{processor}; {there}: {why.reason}", f"{why.fix}; or run.device=cpu")
+
+
+def check_horovod(asked: Device) -> Check:
+    """Check that Horovod loads, and what it can carry the ranks by on the device that is `asked` for."""
+    from dist_train.cluster.inspection import horovod_build
+
+    rebuild = "build it for this torch and MPI: rm -r .venv, then make setup"
+    try:
+        build = horovod_build()
+    except ImportError as error:
+        return Check("Horovod", "fails", f"cannot be loaded: {error}", rebuild)
+    parts = {"MPI": build.mpi, "Gloo": build.gloo, "NCCL": build.nccl}
+    listed = ", ".join(name for name, built in parts.items() if built)
+    detail = f"{build.version}, built with {listed or 'nothing'}"
+    if not (build.mpi or build.gloo):
+        return Check("Horovod", "fails", detail, rebuild)
+    if not build.nccl and asked != "cpu":
+        from dist_train.cluster.devices import torch_gpus
+
+        found = torch_gpus()
+        if found.built_for:
+            # one rank alone has nobody to talk to
+            state: State = "fails" if found.count > 1 else "note"
+            return Check("Horovod", state, f"{detail}: without NCCL there can be one rank on GPUs, no more", rebuild)
+    if not (build.mpi and build.gloo):
+        return Check("Horovod", "note", f"{detail} only", rebuild)
+    return Check("Horovod", "fine", detail)
+
+
+def check_mpi() -> Check:
+    """Check that mpi4py loads the MPI library that Horovod uses."""
+    from dist_train.cluster.inspection import horovod_build, loaded_mpi_libraries, mpi_library
+
+    try:
+        library = mpi_library()
+    except ImportError as error:
+        return Check("MPI", "note", f"cannot be loaded: {error}", f"for mpirun and srun, {_SET_UP}")
+    detail = f"{library.description}, mpi4py {library.mpi4py_version}"
+    try:
+        horovod_build()
+    except ImportError:
+        return Check("MPI", "fine", detail)
+    files = loaded_mpi_libraries()
+    if len(files) > 1:
+        listed = " and ".join(sorted(map(str, files)))
+        return Check(
+            "MPI",
+            "fails",
+            f"Horovod and mpi4py load two: {listed}",
+            "unset LD_LIBRARY_PATH and MPI4PY_LIBMPI",
+        )
+    return Check("MPI", "fine", f"{detail}, {', '.join(map(str, files))}")
+
+
+def check_libraries() -> Check:
+    """Check that the libraries load which only some runs and commands need."""
+    found, missing = [], []
+    for library in _LIBRARIES:
+        try:
+            importlib.import_module(library.module)
+            found.append(f"{library.package} {metadata.version(library.package)}")
+        except (ImportError, OSError) as error:
+            missing.append(f"{library.package}, needed by {library.needed_by}, cannot be loaded: {error}")
+    if missing:
+        return Check("libraries", "note", "; ".join((*found, *missing)), _SET_UP)
+    return Check("libraries", "fine", ", ".join(found))
+
+
+def check_launchers() -> Check:
+    """Check the programs that start several ranks."""
+    from dist_train.cluster.inspection import launcher
+
+    found = {name: launcher(name) for name in ("horovodrun", "mpirun")}
+    detail = ", ".join(f"{name}: {path or 'missing'}" for name, path in found.items())
+    if all(found.values()):
+        return Check("launchers", "fine", detail)
+    return Check("launchers", "note", detail, f"for several ranks, {_SET_UP}")
+
+
+def check_slurm() -> Check:
+    """Say which Slurm is here, and whether it starts MPI programs."""
+    version = _answer("srun", "--version")
+    if version is None:
+        return Check("Slurm", "note", "not on this machine; only slurm/ needs it")
+    kinds = _answer("srun", "--mpi=list") or ""
+    if "pmix" not in kinds:
+        return Check("Slurm", "note", f"{version}, without PMIx", "use mpirun or horovodrun inside the job, not srun")
+    return Check("Slurm", "fine", f"{version}, with PMIx")
+
+
+def check_data(config: Config) -> tuple[Check, ...]:
+    """Check that the files of the configured data set are there; nothing is decoded."""
+    name = config.data.name
+    missing = _missing_data(name, config.data.root)
+    if missing is None:
+        return (Check("data", "fine", f"{name} is here"),)
+    if config.data.download:
+        return (Check("data", "note", f"{name} is not here; data.download fetches it when the run begins"),)
+    detail, _, fix = missing.partition(". ")
+    return (Check("data", "fails", detail, fix),)
+
+
+def check_known_data(config: Config) -> tuple[Check, ...]:
+    """Say which data sets are in their usual places; made-up data need none."""
+    checks = []
+    for name in ("fashion-mnist", "cifar10", "cifar100"):
+        missing = _missing_data(name, None)
+        if missing is None:
+            checks.append(Check("data", "fine", f"{name} is here"))
+        else:
+            detail, _, fix = missing.partition(". ")
+            checks.append(Check("data", "note", detail, fix))
+    return tuple(checks)
+
+
+def check_metrics_port(config: Config) -> Check:
+    """Check that the metrics page can be served where it is to be."""
+    settings = config.metrics
+    if not settings.enabled:
+        return Check("metrics", "fine", "switched off")
+    place = f"{settings.host}:{settings.port}"
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        fix = "set metrics.port to another (0: any free one), or metrics.host to an address of this machine"
+        return Check("metrics", "note", f"{place} cannot be served: {error.strerror}", fix)
+    return Check("metrics", "fine", f"{place} is free")
+
+
+def check_shared_memory() -> Check:
+    """Check the room that ranks on one machine talk through."""
+    try:
+        free = shutil.disk_usage(_SHARED_MEMORY).free
+    except OSError:
+        return Check("shared memory", "note", f"{_SHARED_MEMORY} is missing", "mount a tmpfs there, for MPI and NCCL")
+    detail = f"{free / _GIBIBYTE:.2f} GiB free in {_SHARED_MEMORY}"
+    if free < _LEAST_SHARED_MEMORY:
+        return Check("shared memory", "note", detail, "give the container more: --shm-size=1g")
+    return Check("shared memory", "fine", detail)
+
+
+def check_disk(name: str, directory: Path) -> Check:
+    """Check that `directory` can be made or written to, and has room for checkpoints."""
+    existing = next(folder for folder in (directory, *directory.resolve().parents) if folder.exists())
+    fix = "choose another place: run.directory=FOLDER or --run-dir DIR"
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        return Check(name, "fails", f"{existing} cannot be written to", fix)
+    free = shutil.disk_usage(existing).free
+    detail = f"{directory}: {free / _GIBIBYTE:.1f} GiB free"
+    if free < _LEAST_DISK:
+        return Check(name, "fails", detail, f"free at least {_LEAST_DISK / _GIBIBYTE:.0f} GiB, or {fix}")
+    return Check(name, "fine", detail)
+
+
+def check_cache() -> Check:
+    """Check the folder for decoded data."""
+    try:
+        from dist_train.data.download import decoded_folder
+    except (ImportError, OSError):
+        return Check("cache", "note", "not checked: torch cannot be loaded")
+    check = check_disk("cache", decoded_folder())
+    if check.state == "fails":
+        return Check(check.name, check.state, check.detail, "choose another place: DIST_TRAIN_CACHE=FOLDER")
+    return check
+
+
+def _missing_data(name: str, root: Path | None) -> str | None:
+    """Return what the data room says is missing, and its fix; None where nothing is."""
+    from dist_train.outcome import UsageError
+
+    try:
+        from dist_train.data import cifar, fashion_mnist
+    except (ImportError, OSError) as error:
+        return f"not checked, as torch cannot be loaded ({error}). {_SET_UP}"
+    finders: dict[str, Callable[[Literal["train", "test"]], object]] = {
+        "fashion-mnist": lambda split: fashion_mnist.find(root, split),
+        "cifar10": lambda split: cifar.find(cifar.CIFAR10, cifar.root_or_default(root), split),
+        "cifar100": lambda split: cifar.find(cifar.CIFAR100, cifar.root_or_default(root), split),
+    }
+    if name not in finders:
+        return None
+    try:
+        finders[name]("train")
+        finders[name]("test")
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+def _answer(*command: str) -> str | None:
+    """Return what the program says, or None where it is missing or does not answer."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        answer = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS_TO_ANSWER,
+            stdin=subprocess.DEVNULL,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return (answer.stdout + answer.stderr).strip()

@@ -1,0 +1,143 @@
+"""What a launch records of itself: revision, versions, device, and what is known before the first step."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+import dist_train
+from dist_train.cluster.devices import find_gpus, why_no_gpu
+from dist_train.cluster.inspection import loaded_mpi_version
+from dist_train.config import Config
+from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.records import RunFacts
+from dist_train.training.micro_batches import share_of
+
+_PATIENCE_SECONDS = 5.0
+
+
+def revision(root: Path = Path(dist_train.__file__).parents[1]) -> str:
+    """Return dist_train's version, and the commit where `root`, which holds the package, is a git repository.
+
+    Such as `0.1.0 (063e7bc-dirty)`: dirty where files differ from the commit. Without git the version alone.
+    """
+    commit = _commit(root) if (root / ".git").exists() else ""
+    return f"{dist_train.__version__} ({commit})" if commit else dist_train.__version__
+
+
+def _commit(root: Path) -> str:
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=_PATIENCE_SECONDS,
+            # Looking must not write: others may share the repository.
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return ""
+    return described.stdout.strip()
+
+
+def launch_environment(revision: str, controller: str, device: torch.device) -> dict[str, str]:
+    """Return names and versions for `status.json`.
+
+    `revision` is dist_train's own; `controller` carries the ranks, by which MPI is used or not.
+    """
+    return {
+        "dist_train": revision,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": _installed("torchvision"),
+        "Horovod": _installed("horovod"),
+        "MPI": (loaded_mpi_version() or "unknown") if controller == "mpi" else f"not used ({controller})",
+        "NumPy": np.__version__,
+        "device": device_name(device),
+    }
+
+
+def device_name(device: torch.device, processors: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the name of the GPU, or of the processor as `processors` tells it, else its architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = processors.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    # not told on every architecture
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.machine()
+
+
+def _installed(package: str) -> str:
+    # importing it only for its version would delay the first step
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if TYPE_CHECKING:
+    from dist_train.training.trainer import Trainer
+
+
+def run_facts(trainer: Trainer, directory: RunDirectory, launched: float, revision: str) -> RunFacts:
+    """Return the facts of the run of `trainer`, of which a launch began at `launched`, seconds since 1970."""
+    config, plan, ranks = trainer.config, trainer.plan, trainer.comm
+    return RunFacts(
+        name=directory.root.name,
+        run_directory=directory.root,
+        model=f"{config.model.name}, width {config.model.width:g}, {config.model.norm} norm",
+        data=config.data.name,
+        parameters=trainer.take_step.weights.count,
+        global_size=plan.global_size,
+        micro_size=plan.micro_size,
+        micro_batches=len(plan.micro_batches),
+        world_size=ranks.size,
+        total_steps=trainer.last_step,
+        steps_per_epoch=trainer.learning_rate.steps_per_epoch,
+        epochs=trainer.last_step / trainer.learning_rate.steps_per_epoch,
+        noise=_noise_in_words(config),
+        device=device_in_words(config, trainer.take_step.compute.device),
+        start_step=trainer.progress.step,
+        controller=ranks.controller,
+        rank=ranks.rank,
+        micro_batches_of=tuple(len(share_of(config.model, plan, rank, ranks.size)) for rank in range(ranks.size)),
+        revision=revision,
+        slurm_job=os.environ.get("SLURM_JOB_ID", ""),
+        node=socket.gethostname(),
+        launched=launched,
+    )
+
+
+def times_requeued() -> int:
+    """Return how often Slurm has started this job anew; 0 where it has not, or this is no job."""
+    count = os.environ.get("SLURM_RESTART_COUNT", "")
+    return int(count) if count.isdecimal() else 0
+
+
+def _noise_in_words(config: Config) -> str:
+    noise = config.noise
+    if noise.method == "none":
+        return "none"
+    return f"{noise.method}, {noise.distribution} {noise.amplitude:g}, {noise.sharing}, {noise.schedule.kind}"
+
+
+def device_in_words(config: Config, device: torch.device) -> str:
+    """Return the device's name; with it, of a GPU, how it keeps to the same bits, and of a CPU, why it is no GPU."""
+    remark = why_no_gpu(find_gpus(os.environ))
+    if device.type == "cuda":
+        exact = ", since comm.reduction is exact" if config.comm.reduction == "exact" else ""
+        remark = f"deterministic kernels alone{exact}" if config.precision.deterministic is True else ""
+    return "; ".join(filter(None, (device_name(device), remark)))

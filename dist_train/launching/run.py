@@ -1,0 +1,118 @@
+"""A run from beginning to end: `train(config, run_directory)`."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import yaml
+
+from dist_train.checkpoint.state import ResumePoint, find_resume_point
+from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_str, gather, run_on_all_ranks
+from dist_train.cluster.devices import device_type
+from dist_train.cluster.joining import join_ranks, meeting_within
+from dist_train.cluster.watchdog import start_watchdog
+from dist_train.config import Config, dump_config, parse_config
+from dist_train.config.resuming import with_threads
+from dist_train.launching.assembly import assemble
+from dist_train.launching.session import Session, open_session
+from dist_train.monitoring.logs import open_logs
+from dist_train.monitoring.prometheus.http_server import check_access
+from dist_train.monitoring.tensorboard import check_tensorboard
+from dist_train.rundir.lock import RunLock, lock_run
+from dist_train.rundir.metrics_file import rewind
+from dist_train.rundir.paths import RunDirectory, oserror_to_fault
+from dist_train.rundir.records import Outcome
+from dist_train.start_up import without_collection
+from dist_train.training.compute import share_of_threads
+from dist_train.training.consistency import check_consistent_across_ranks
+from dist_train.training.stopping import StopRequests
+
+_SILENT_SHARE = 2 / 3
+"""Of `comm.timeout`: after so much silence a rank is lost; the rest is for the launcher, which ends the others."""
+
+_MEETING_SHARE = 2.0
+"""Of `comm.timeout`: so long the ranks may take to meet; on a large launch some start much later than others."""
+
+
+def train(config: Config, run_directory: Path | None = None) -> Outcome:
+    """Train as `config` says, in `run_directory` (else `run.directory`/`run.name`), resuming a run there.
+
+    Every rank of a launch calls it; without a launcher there is one rank.
+
+    Raises:
+        UsageError: something that the user can mend.
+        DivergedError: the loss or the gradient is not finite; on all ranks.
+        DisagreementError: ranks hold different weights or noise; on all ranks.
+        StoppedError: asked to stop, and saved; on all ranks.
+        RankLostError: a rank is gone.
+        FaultError: the run directory could not be written, or something else broke that is nobody's doing.
+    """
+    directory = RunDirectory(config.run_directory if run_directory is None else run_directory)
+    with oserror_to_fault(directory), ExitStack() as stack:
+        stop = stack.enter_context(StopRequests(config.run.stop_signal))
+        session: Session | None = None
+
+        def lose(message: str) -> None:
+            if session is not None:
+                session.lose(message)
+
+        with without_collection(), meeting_within(config.comm.timeout * _MEETING_SHARE):
+            comm = join_ranks(
+                timeout=config.comm.timeout,
+                device_type=device_type(config.run.device),
+                timeline=config.run.profile_steps > 0,
+            )
+            stack.callback(comm.close)
+            check_consistent_across_ranks(comm, config)
+            watchdog = stack.enter_context(
+                start_watchdog(comm, timeout=config.comm.timeout * _SILENT_SHARE, on_loss=lose)
+            )
+        begin = partial(_begin, config, directory, comm, stack)
+        resume_point, lock = run_on_all_ranks(comm, begin, "open the run directory")
+        settled = _shared_config(comm, resume_point.config)
+        stack.enter_context(open_logs(directory.logs, comm.rank))
+        session = open_session(settled, directory, comm, lock)
+        try:
+            with without_collection():
+                trainer = assemble(settled, resume_point.contents, directory, comm, session, stop)
+            trainer.may_shrink = config.batch.micro_size == "auto"
+            session.begin(trainer, resume_point)
+            stack.callback(trainer.close)
+            trainer.run()
+            comm.barrier()
+        except Exception as error:
+            if isinstance(error, RankLostError) and (missing := watchdog.absent()):
+                error.args = (f"{missing} does not answer; {error}",)
+            session.fail(error)
+            raise
+        return session.finish()
+
+
+def _begin(
+    config: Config, directory: RunDirectory, comm: Communicator, stack: ExitStack
+) -> tuple[ResumePoint, RunLock | None]:
+    """Lock the run directory, on rank 0, and look at what there is to resume; the others only take part."""
+    if comm.rank != 0:
+        return ResumePoint(config), None
+    if config.metrics.enabled:
+        check_access(config.metrics)
+    if config.metrics.tensorboard:
+        check_tensorboard()
+    directory.create()
+    lock = lock_run(directory.root, directory.lock)
+    stack.callback(lock.release)
+    resume_point = find_resume_point(config, directory)
+    rewind(directory.metrics, resume_point.contents.step if resume_point.contents else 0)
+    return resume_point, lock
+
+
+def _shared_config(comm: Communicator, config: Config) -> Config:
+    """Return rank 0's settings, with the number of threads decided for all."""
+    text = broadcast_str(comm, dump_config(config), "config")
+    config = parse_config(yaml.safe_load(text), source="rank 0")
+    threads = min(threads for (threads,) in gather(comm, [share_of_threads(comm.local_size)], "threads"))
+    if config.precision.threads != "auto":
+        return config
+    return with_threads(config, threads)

@@ -1,0 +1,109 @@
+"""The learning rate and the amplitude of noise as functions of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from dist_train.config import NoiseSchedule, ScheduleSettings
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """The rate as a function of the update, for a run of `epochs` epochs."""
+
+    settings: ScheduleSettings
+    base: float
+    global_size: int
+    steps_per_epoch: int
+    """Updates of a pass over the data."""
+    epochs: int
+    updates_per_epoch: int | None = None
+    """Updates that count as an epoch of the schedule; none: those of a pass over the data."""
+
+    @property
+    def peak(self) -> float:
+        """The rate after the warm-up, scaled for the global batch."""
+        return self.base * _SCALINGS[self.settings.scaling](self.global_size / self.settings.base_batch)
+
+    def at(self, step: int) -> float:
+        """Return the rate of update `step`, counted from 0."""
+        epoch = step / (self.updates_per_epoch or self.steps_per_epoch)
+        warmup = self.settings.warmup_epochs
+        if epoch < warmup:
+            return self.base + (self.peak - self.base) * epoch / warmup
+        return self.peak * _DECAYS[self.settings.decay](self, epoch)
+
+
+def _constant(rate: LearningRate, epoch: float) -> float:
+    return 1.0
+
+
+def _step(rate: LearningRate, epoch: float) -> float:
+    return rate.settings.factor ** sum(epoch >= milestone for milestone in rate.settings.milestones)
+
+
+def _cosine(rate: LearningRate, epoch: float) -> float:
+    return (1.0 + math.cos(math.pi * _part_after_warmup(rate, epoch))) / 2.0
+
+
+def _poly(rate: LearningRate, epoch: float) -> float:
+    return float((1.0 - _part_after_warmup(rate, epoch)) ** rate.settings.power)
+
+
+def _part_after_warmup(rate: LearningRate, epoch: float) -> float:
+    """Return how much of what follows the warm-up is over, in [0, 1]."""
+    warmup = rate.settings.warmup_epochs
+    return min(1.0, (epoch - warmup) / (rate.epochs - warmup)) if rate.epochs > warmup else 0.0
+
+
+_SCALINGS: Mapping[str, Callable[[float], float]] = MappingProxyType(
+    {"none": lambda ratio: 1.0, "linear": lambda ratio: ratio, "sqrt": math.sqrt}
+)
+_DECAYS: Mapping[str, Callable[[LearningRate, float], float]] = MappingProxyType(
+    {"constant": _constant, "step": _step, "cosine": _cosine, "poly": _poly}
+)
+
+
+def noise_factor(schedule: NoiseSchedule, step: int, total_steps: int) -> float:
+    """Return c(t) at update `step`, counted from 0, of `total_steps`."""
+    return _FACTORS[schedule.kind](schedule, step, total_steps)
+
+
+def _constant_amplitude(schedule: Any, step: int, total_steps: int) -> float:
+    return 1.0
+
+
+def _cosine_amplitude(schedule: Any, step: int, total_steps: int) -> float:
+    return (1.0 + math.cos(math.pi * step / total_steps)) / 2.0
+
+
+def _linear(schedule: Any, step: int, total_steps: int) -> float:
+    return 1.0 - step / total_steps
+
+
+def _exponential(schedule: Any, step: int, total_steps: int) -> float:
+    return float(schedule.final_fraction ** (step / total_steps))
+
+
+def _inverse_power(schedule: Any, step: int, total_steps: int) -> float:
+    return float((1.0 + step) ** (-schedule.gamma / 2.0))
+
+
+def _tanh(schedule: Any, step: int, total_steps: int) -> float:
+    return (math.tanh(schedule.steepness * (step / total_steps - 0.5)) + 1.0) / 2.0
+
+
+_FACTORS: Mapping[str, Callable[[Any, int, int], float]] = MappingProxyType(
+    {
+        "constant": _constant_amplitude,
+        "linear": _linear,
+        "cosine": _cosine_amplitude,
+        "exponential": _exponential,
+        "inverse_power": _inverse_power,
+        "tanh": _tanh,
+    }
+)

@@ -1,0 +1,333 @@
+"""Runs grouped into variants (the same settings, another seed) and panels (the same global batch)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from dist_train.report.measures import Measure
+from dist_train.report.numbers import Interval, Summary, paired_difference, summary
+from dist_train.report.stored_run import StoredRun
+
+_NO_EFFECT = (
+    "run.name",
+    "run.directory",
+    "run.seed",
+    "run.resume",
+    "run.profile_steps",
+    "run.stop_signal",
+    "data.root",
+    "data.download",
+    "data.loader_workers",
+    "precision.threads",
+    "comm.verify_every",
+    "comm.timeout",
+    "checkpoint.",
+    "metrics.",
+)
+"""Settings that tell no two variants apart: they do not change what a run finds."""
+
+
+_USUAL_NOISE: Mapping[str, object] = {
+    "noise.distribution": "uniform",
+    "noise.scale": "absolute",
+    "noise.sharing": "global",
+    "noise.schedule.kind": "constant",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that is another than the base line's."""
+
+    path: str
+    base: object
+    value: object
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Runs that differ by their seeds alone. `label` says what sets it apart from the base line of its panel.
+
+    `colour` is a number, the same for the same label in all panels.
+    """
+
+    name: str
+    label: str
+    batch: int | None
+    runs: tuple[StoredRun, ...]
+    changes: tuple[Change, ...] = ()
+    colour: int = 0
+    is_base: bool = False
+    repeated: Mapping[str, str] = field(default_factory=dict)
+    """Those of `runs` that are duplicates, and the runs that count in their place, by name."""
+
+    @property
+    def counted(self) -> tuple[StoredRun, ...]:
+        """Return the runs whose numbers count, each seed once: the finished ones, else those that have begun."""
+        distinct = [run for run in self.runs if run.name not in self.repeated]
+        finished = tuple(run for run in distinct if run.is_finished)
+        return finished or tuple(run for run in distinct if run.evaluations or run.train)
+
+    @property
+    def seeds(self) -> int:
+        """Return the number of runs that are wanted, each seed once."""
+        return len(self.runs) - len(self.repeated)
+
+    @property
+    def is_provisional(self) -> bool:
+        """Whether its numbers are of runs that have not finished."""
+        return bool(self.counted) and not any(run.is_finished for run in self.runs)
+
+    def summary(self, measure: Measure) -> Summary | None:
+        """Return the mean and the spread of `measure` over the counted runs that have it."""
+        found = self.measured(measure)
+        return summary([value for _, value in found], sum(measure.is_bound(run) for run, _ in found))
+
+    def difference(self, base: Variant, measure: Measure) -> Interval | None:
+        """Return how much `measure` is above that of `base`, over the seeds of which both have it."""
+        pairs = self.pairs(base, measure)
+        return paired_difference(
+            [(before, after) for (_, before), (_, after) in pairs],
+            [(measure.is_bound(first), measure.is_bound(second)) for (first, _), (second, _) in pairs],
+        )
+
+    def pairs(self, base: Variant, measure: Measure) -> list[tuple[tuple[StoredRun, float], tuple[StoredRun, float]]]:
+        """Return the runs of `base` and of this variant with equal seeds, and their values, where both have one."""
+        before = {run.seed: (run, value) for run, value in base.measured(measure) if run.seed is not None}
+        return [(before[run.seed], (run, value)) for run, value in self.measured(measure) if run.seed in before]
+
+    def measured(self, measure: Measure) -> list[tuple[StoredRun, float]]:
+        """Return the counted runs that have a finite value of `measure`, and the values."""
+        found = ((run, measure.take(run)) for run in self.counted)
+        return [(run, value) for run, value in found if value is not None and math.isfinite(value)]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The variants of one global batch; the first is the base line, where there is one."""
+
+    title: str
+    short: str
+    batch: int | None
+    variants: tuple[Variant, ...]
+
+    @property
+    def base(self) -> Variant | None:
+        """Return the variant that the others are compared with."""
+        return next((variant for variant in self.variants if variant.is_base), None)
+
+
+def panels_of(runs: Sequence[StoredRun]) -> tuple[Panel, ...]:
+    """Return the runs in panels by global batch, the smallest first; SB and LB where there are two."""
+    groups = _groups(runs)
+    batches = sorted({_batch(group) for group in groups.values()}, key=lambda size: (size is None, size or 0))
+    panels = []
+    for batch in batches:
+        variants = [_variant(name, group, batch) for name, group in groups.items() if _batch(group) == batch]
+        panels.append(Panel(_title(batch, batches), _short(batch, batches), batch, _labelled(variants)))
+    return _coloured(_with_bases_compared(panels))
+
+
+def duplicates_of(runs: Sequence[StoredRun]) -> dict[str, str]:
+    """Return the runs that repeat the settings and the seed of another, with that one's name, which counts.
+
+    It is the finished one, else the one with more steps, then with more analyses, then the first by name.
+    """
+    best: dict[tuple[tuple[tuple[str, str], ...], int], StoredRun] = {}
+    repeated = {}
+    for run in sorted(runs, key=_preference):
+        if run.seed is not None and run.settings:
+            kept = best.setdefault((_found_by(run), run.seed), run)
+            if kept is not run:
+                repeated[run.name] = kept.name
+    return repeated
+
+
+def _preference(run: StoredRun) -> tuple[bool, int, int, str]:
+    steps = max((*(record.step for record in run.train), *(record.step for record in run.evaluations)), default=0)
+    analyses = len(run.analyses.landscapes) + len(run.analyses.sharpness)
+    return not run.is_finished, -steps, -analyses, run.name
+
+
+def _found_by(run: StoredRun) -> tuple[tuple[str, str], ...]:
+    """Return the settings that can change what `run` finds, but for the seed."""
+    return tuple((path, shown(value)) for path, value in run.settings.items() if not path.startswith(_NO_EFFECT))
+
+
+def changes_between(base: Mapping[str, object], settings: Mapping[str, object]) -> tuple[Change, ...]:
+    """Return the settings that differ and can change what a run finds; without noise, its other settings are none."""
+    before, after = _effective(base), _effective(settings)
+    paths = dict.fromkeys((*after, *before))
+    return tuple(
+        Change(path, before.get(path), after.get(path))
+        for path in paths
+        if not path.startswith(_NO_EFFECT) and before.get(path) != after.get(path) and _is_told(path, before, after)
+    )
+
+
+def _effective(settings: Mapping[str, object]) -> dict[str, object]:
+    if settings.get("noise.method") not in (None, "none"):
+        return dict(settings)
+    return {path: value for path, value in settings.items() if not path.startswith("noise.") or path == "noise.method"}
+
+
+def _is_told(path: str, before: Mapping[str, object], after: Mapping[str, object]) -> bool:
+    """Whether a setting of noise says more than that there now is some: the amplitude, and what is not usual."""
+    appears = path.startswith("noise.") and path not in before
+    return not appears or path == "noise.amplitude" or after.get(path) != _USUAL_NOISE.get(path, after.get(path))
+
+
+def shown(value: object) -> str:
+    """Return the value of a setting as YAML would show it, in short."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(shown, value)) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _groups(runs: Sequence[StoredRun]) -> dict[str, list[StoredRun]]:
+    """Return the runs by variant: the study's where it names one, else those of equal settings."""
+    groups: dict[str, list[StoredRun]] = {}
+    names: dict[tuple[tuple[str, str], ...], str] = {}
+    for run in runs:
+        if run.planned and run.planned.variant:
+            study = run.name.removesuffix(run.planned.name)
+            name = study + run.planned.variant
+        elif run.settings:
+            name = names.setdefault(_found_by(run), run.name)
+        else:
+            name = run.name
+        groups.setdefault(name, []).append(run)
+    return groups
+
+
+def _settings(runs: Sequence[StoredRun]) -> Mapping[str, object]:
+    return next((run.settings for run in runs if run.settings), {})
+
+
+def _batch(runs: Sequence[StoredRun]) -> int | None:
+    """Return the global batch of a variant, from its plan where no run of it has begun."""
+    known = (run.batch for run in runs if run.batch is not None)
+    planned = (run.planned.batch for run in runs if run.planned)
+    return next(known, next(planned, None))
+
+
+def _variant(name: str, runs: Sequence[StoredRun], batch: int | None) -> Variant:
+    title = next((run.planned.title for run in runs if run.planned and run.planned.title), name)
+    return Variant(name, title, batch, tuple(runs), repeated=duplicates_of(runs))
+
+
+def _labelled(variants: Sequence[Variant]) -> tuple[Variant, ...]:
+    """Return `variants` with the base line first, and each named by what it changes."""
+    base = _choose_base(variants)
+    if base is None:
+        return tuple(variants)
+    settings = _settings(base.runs)
+    labelled = [replace(base, label="base line" if _is_without_noise(base) else base.label, is_base=True)]
+    for variant in variants:
+        if variant is not base:
+            changes = changes_between(settings, _settings(variant.runs)) if _settings(variant.runs) else ()
+            labelled.append(replace(variant, label=_label(variant, changes), changes=changes))
+    labels = [variant.label for variant in labelled]
+    return tuple(
+        variant if labels.count(variant.label) == 1 else replace(variant, label=f"{variant.label} ({variant.name})")
+        for variant in labelled
+    )
+
+
+def _choose_base(variants: Sequence[Variant]) -> Variant | None:
+    known = [variant for variant in variants if _settings(variant.runs)]
+    without = [variant for variant in known if _is_without_noise(variant)]
+    return next(iter(without or known), None)
+
+
+def _is_without_noise(variant: Variant) -> bool:
+    return _settings(variant.runs).get("noise.method") in (None, "none")
+
+
+def _label(variant: Variant, changes: Sequence[Change]) -> str:
+    settings = _settings(variant.runs)
+    if not settings:
+        return variant.label
+    words = [*_noise_in_words(settings, changes), *(_in_words(change) for change in changes if _tells(change))]
+    return ", ".join(words) if words and len(words) <= 5 else variant.label
+
+
+def _tells(change: Change) -> bool:
+    return not change.path.startswith("noise.") and change.path not in ("model.norm_statistics", "batch.micro_size")
+
+
+def _in_words(change: Change) -> str:
+    name = change.path.rpartition(".")[2].replace("_", " ")
+    return shown(change.value) if change.path == "optimizer.name" else f"{name} {shown(change.value)}"
+
+
+def _noise_in_words(settings: Mapping[str, object], changes: Sequence[Change]) -> Iterator[str]:
+    """Yield what sets this noise apart; what is the usual is left unsaid."""
+    if not any(change.path.startswith("noise.") for change in changes):
+        return
+    method = settings.get("noise.method")
+    if method in (None, "none"):
+        yield "no noise"
+        return
+    kind = {"smoothout": settings.get("noise.distribution", "noise"), "sam": "SAM"}.get(str(method), method)
+    yield f"{kind} {shown(settings.get('noise.amplitude'))}"
+    for path in ("noise.scale", "noise.sharing", "noise.schedule.kind"):
+        usual = _USUAL_NOISE[path]
+        value = settings.get(path, usual)
+        if value != usual and method != "sam":
+            yield str(value).replace("_", "-") + (" scale" if path == "noise.scale" else "")
+
+
+def _with_bases_compared(panels: Sequence[Panel]) -> tuple[Panel, ...]:
+    """Return `panels` with the changes of each base line from the first panel's."""
+    first = panels[0].base if panels else None
+    if first is None:
+        return tuple(panels)
+    settings = _settings(first.runs)
+    return tuple(
+        replace(
+            panel,
+            variants=tuple(
+                replace(variant, changes=changes_between(settings, _settings(variant.runs)))
+                if variant.is_base
+                else variant
+                for variant in panel.variants
+            ),
+        )
+        for panel in panels
+    )
+
+
+def _coloured(panels: Sequence[Panel]) -> tuple[Panel, ...]:
+    """Return `panels` with one colour for each label: base lines have the first."""
+    labels = [variant.label for panel in panels for variant in panel.variants if not variant.is_base]
+    colours = {label: index + 1 for index, label in enumerate(dict.fromkeys(labels))}
+    return tuple(
+        replace(
+            panel,
+            variants=tuple(
+                replace(variant, colour=0 if variant.is_base else colours[variant.label]) for variant in panel.variants
+            ),
+        )
+        for panel in panels
+    )
+
+
+def _title(batch: int | None, batches: Sequence[int | None]) -> str:
+    if batch is None:
+        return "batch unknown"
+    short = _short(batch, batches)
+    return f"{short}, batch {batch:,}" if short in ("SB", "LB") else short
+
+
+def _short(batch: int | None, batches: Sequence[int | None]) -> str:
+    known = [size for size in batches if size is not None]
+    if batch is not None and len(known) == 2:
+        return "SB" if batch == min(known) else "LB"
+    return "batch unknown" if batch is None else f"batch {batch:,}"

@@ -1,0 +1,85 @@
+"""Files that are whole or absent: written aside, flushed to disk, renamed into place. JSON that every reader takes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path`; it becomes `path`, durably, when the block ends well.
+
+    When the block raises, `path` is as it was and the temporary file is gone.
+    """
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    flush_directory(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, whole or not at all, and flush it to disk."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write `content` to `path` in UTF-8, whole or not at all, and flush it to disk."""
+    write_bytes(path, content.encode())
+
+
+def flush_directory(directory: Path) -> None:
+    """Flush the names in `directory` to disk, so that a rename survives a power failure."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def swap_text(path: Path, content: str) -> None:
+    """Write `content` to `path`, whole or not at all, without waiting for the disk: for what is often rewritten."""
+    # Named after the machine, too: processes of two nodes may have the same number.
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def finite(number: float) -> float | None:
+    """Return `number`, or None where it is NaN or infinite."""
+    return number if math.isfinite(number) else None
+
+
+def json_text(value: object, indent: int | None = None) -> str:
+    """Return `value`, of plain mappings, sequences and scalars, as JSON; numbers that are not finite become null."""
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+def _plain(value: object) -> object:
+    match value:
+        case float():
+            return finite(value)
+        case Mapping():
+            return {key: _plain(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [_plain(inner) for inner in value]
+    return value

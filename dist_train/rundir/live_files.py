@@ -1,0 +1,166 @@
+"""`events.json` and `ranks.json`: counts of events, and the latest step on every rank, rewritten as a run proceeds."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_train.rundir import atomic
+from dist_train.rundir.atomic import json_text
+from dist_train.rundir.records import EventRecord, Measurement, Outcome, RankMeasurement, Record, RunFacts
+
+FILE_NAME = "counts.json"
+"""In the run directory."""
+
+_logger = logging.getLogger(__name__)
+
+
+class EventCounts:
+    """Counts every event record into `path`, on top of what it holds; a resume does not rewind it."""
+
+    def __init__(self, path: Path) -> None:
+        """Read what is there; a broken file is reported, and the counts begin anew."""
+        self._path = path
+        self._refused = False
+        try:
+            self._counts = Counter(read_counts(path))
+        except (OSError, ValueError) as error:
+            _logger.warning("%s cannot be used, the counts of events begin anew: %s", path, error)
+            self._counts = Counter()
+            self._write()
+
+    def begin(self, facts: RunFacts) -> None:
+        """Do nothing: the file is read already."""
+
+    def record(self, record: Record) -> None:
+        """Count an event, in memory and in the file."""
+        if isinstance(record, EventRecord):
+            self._counts[record.event] += 1
+            self._write()
+
+    def measurement(self, measurement: Measurement) -> None:
+        """Do nothing: these are not events."""
+
+    def progress(self, step: int) -> None:
+        """Do nothing: these are not events."""
+
+    def sync(self) -> None:
+        """Do nothing: a count lost to a power failure is not worth the wait."""
+
+    def end(self, outcome: Outcome) -> None:
+        """Try once more to write what the disk refused."""
+        if self._refused:
+            self._write()
+
+    def _write(self) -> None:
+        try:
+            atomic.swap_text(self._path, json.dumps(dict(sorted(self._counts.items())), indent=2) + "\n")
+        except OSError as error:
+            if not self._refused:
+                _logger.warning("%s cannot be written; training continues: %s", self._path, error)
+            self._refused = True
+        else:
+            self._refused = False
+
+
+def read_counts(path: Path) -> Mapping[str, int]:
+    """Return the counts in `path`, none where it is not there. Raises OSError or ValueError where it is broken."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    counts = json.loads(content)
+    if not isinstance(counts, dict):
+        raise ValueError("it does not hold counts by kind of event")
+    for event, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(f"the count of {event!r} is not a whole number: {count!r}")
+    return counts
+
+
+_PACE_SECONDS = 1.0
+_FIELDS = tuple(RankMeasurement.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class RanksReading:
+    """What `ranks.json` holds: `ranks` by rank, as they were at `step`; `time` in seconds since 1970."""
+
+    step: int
+    time: float
+    ranks: tuple[RankMeasurement, ...]
+
+
+class RanksFile:
+    """An observer that rewrites the file at a measurement, at most once a second, and at the end.
+
+    A disk that refuses costs one warning; the next measurement is tried again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._due = -math.inf
+        self._refused = False
+        self._pending: Measurement | None = None
+
+    def begin(self, facts: RunFacts) -> None:
+        """Do nothing: nothing is measured yet."""
+
+    def record(self, record: Record) -> None:
+        """Do nothing: records are kept in `metrics.jsonl`."""
+
+    def measurement(self, measurement: Measurement) -> None:
+        """Write `measurement` down, where the last one was written long enough ago."""
+        self._pending = measurement
+        if time.monotonic() >= self._due:
+            self._write()
+
+    def progress(self, step: int) -> None:
+        """Do nothing."""
+
+    def sync(self) -> None:
+        """Do nothing: the file is of the moment alone."""
+
+    def end(self, outcome: Outcome) -> None:
+        """Write the last measurement, unless it is there."""
+        self._write()
+
+    def _write(self) -> None:
+        if self._pending is None:
+            return
+        self._due = time.monotonic() + _PACE_SECONDS
+        try:
+            atomic.swap_text(self._path, _to_json(self._pending))
+        except OSError as error:
+            if not self._refused:
+                _logger.warning("%s cannot be written; training continues: %s", self._path, error)
+            self._refused = True
+        else:
+            self._refused, self._pending = False, None
+
+
+def read_ranks(path: Path) -> RanksReading | None:
+    """Return what the file at `path` holds, null as NaN; None where there is none that can be read."""
+    try:
+        fields = json.loads(path.read_bytes())
+        ranks = tuple(_measurement(rank) for rank in fields["ranks"])
+        return RanksReading(int(fields["step"]), float(fields["time"]), ranks)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _to_json(measurement: Measurement) -> str:
+    ranks = [asdict(rank) for rank in measurement.ranks]
+    return json_text({"step": measurement.step, "time": measurement.time, "ranks": ranks}) + "\n"
+
+
+def _measurement(fields: Mapping[str, Any]) -> RankMeasurement:
+    values = {name: math.nan if fields[name] is None else float(fields[name]) for name in _FIELDS}
+    return RankMeasurement(**values)

@@ -1,0 +1,133 @@
+"""`status.json`: what a run is doing, for launch scripts, tables and people."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from dist_train.outcome import ExitCode
+from dist_train.rundir import atomic
+from dist_train.rundir.atomic import json_text
+
+State = Literal["starting", "running", "stopping", "stopped", "finished", "failed"]
+
+LAUNCH_VARIABLE = "DIST_TRAIN_LAUNCH"
+"""Names this launch, so that a launch script can tell its own outcome from an earlier one's."""
+
+_PACE_SECONDS = 1.0
+_logger = logging.getLogger("dist_train.rundir.status")
+
+
+@dataclass(frozen=True)
+class Status:
+    """The fields of `status.json`; times are ISO 8601 in UTC, `exit_code` is None while the run continues."""
+
+    state: State
+    step: int
+    epoch: float
+    total_steps: int | None
+    world_size: int
+    reason: str
+    exit_code: int | None
+    launch: str
+    host: str
+    pid: int
+    started: str
+    updated: str
+    finished: str | None
+    best_accuracy: float | None
+    samples_per_second: float | None
+    slurm_job: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Versions by package, and the device, of the last launch that trained; empty where none told."""
+
+
+class StatusFile:
+    """The status of this launch, rewritten whole at every change of state and at most once a second between."""
+
+    def __init__(self, path: Path, world_size: int, environment: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Begin in state `starting`; nothing is written yet."""
+        self._path = path
+        now = _now()
+        self.current = Status(
+            state="starting",
+            step=0,
+            epoch=0.0,
+            total_steps=None,
+            world_size=world_size,
+            reason="",
+            exit_code=None,
+            launch=os.environ.get(LAUNCH_VARIABLE, ""),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=now,
+            updated=now,
+            finished=None,
+            best_accuracy=None,
+            samples_per_second=None,
+            slurm_job=os.environ.get("SLURM_JOB_ID", ""),
+            environment=dict(environment),
+        )
+        self._written = 0.0
+        self._refused = False
+
+    def change(self, state: State, **fields: object) -> None:
+        """Enter `state` and write at once."""
+        self.current = replace(self.current, state=state, **fields)  # type: ignore[arg-type]  # checked by replace
+        self._write()
+
+    def progress(self, **fields: object) -> None:
+        """Take note of `fields`; write when the last time is long enough ago.
+
+        A failure that another rank of this launch has written down stays: this one may be a step behind it.
+        """
+        self.current = replace(self.current, **fields)  # type: ignore[arg-type]  # checked by replace
+        if time.monotonic() - self._written >= _PACE_SECONDS and not another_failed(self._path):
+            self._write()
+
+    def end(self, state: State, exit_code: ExitCode, reason: str) -> None:
+        """Enter the last state of this launch."""
+        self.change(state, exit_code=int(exit_code), reason=reason, finished=_now())
+
+    def _write(self) -> None:
+        self._written = time.monotonic()
+        self.current = replace(self.current, updated=_now())
+        try:
+            atomic.swap_text(self._path, json_text(asdict(self.current), indent=2) + "\n")
+        except OSError as error:
+            if not self._refused:
+                _logger.warning("%s cannot be written; training continues: %s", self._path, error)
+            self._refused = True
+        else:
+            self._refused = False
+
+
+def read_status(path: Path) -> Status | None:
+    """Return the status at `path`; None where there is none that can be read."""
+    try:
+        status = Status(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return status if isinstance(status.environment, dict) else None
+
+
+def another_failed(path: Path) -> bool:
+    """Whether another process of this launch has written into the status at `path` that it failed."""
+    status = read_status(path)
+    if status is None or status.state != "failed" or status.launch != os.environ.get(LAUNCH_VARIABLE, ""):
+        return False
+    # Processes of two nodes may have the same number.
+    return (status.host, status.pid) != (socket.gethostname(), os.getpid())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

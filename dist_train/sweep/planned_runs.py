@@ -1,0 +1,237 @@
+"""The runs of a study in their order: name, overrides, checked configuration, and the analyses that follow them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_train.config import Config, ConfigError, dump_config, parse_config
+from dist_train.config.loading import based_on, read_settings, with_overrides, write_override
+from dist_train.config.problems import Problem, problem
+from dist_train.rundir import atomic
+from dist_train.sweep.study_file import Analysis, Interpolation, Settings, Sharpness, Study, load_study
+
+STUDY_FILE = "study.yaml"
+BASE_FILE = "base.yaml"
+RUNS_FILE = "runs.json"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run. Runs that differ only in their seed share a `variant`; the points of a grid share a `family`, which is
+    the variant itself without a grid. Numbers begin with 1.
+
+    `settings` is what the study says, by dotted path; `overrides` is all that `train` is told beside the base.
+    """
+
+    number: int
+    name: str
+    variant: str
+    family: str
+    title: str
+    seed: int
+    settings: Settings
+    overrides: tuple[str, ...]
+    config: Config
+
+    @property
+    def directory(self) -> Path:
+        """The run's own directory."""
+        return self.config.run_directory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study and its runs; `directory` is the study's folder, `base_file` the configuration that it varies."""
+
+    study: Study
+    file: Path
+    base_file: Path
+    base: Config
+    directory: Path
+    runs: tuple[PlannedRun, ...]
+
+    def run(self, number: int) -> PlannedRun | None:
+        """Return the run of this number; None where there is none."""
+        return self.runs[number - 1] if 1 <= number <= len(self.runs) else None
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """A variant, or one combination of its grid; `origins` says which part of the study file a setting is from."""
+
+    name: str
+    variant: str
+    title: str
+    settings: Settings
+    origins: Mapping[str, str]
+
+
+def plan_study(path: Path, directory: Path | None = None, overrides: Sequence[str] = ()) -> Plan:
+    """Return the study at `path` with its runs, seed by seed, each checked as a whole.
+
+    The runs lie in `directory` (else the base's run.directory), below the study's name. `overrides` go to every run.
+
+    Raises:
+        ConfigError: something in the study, its base, or any of its runs is wrong; every problem is listed once.
+    """
+    study = load_study(path)
+    base_file = Path(os.path.normpath(based_on(path, study.base)))
+    below = read_settings(base_file)
+    base = parse_config(below, source=str(base_file))
+    with_overrides(below, overrides)
+    folder = (directory or base.run.directory) / study.name
+    planned: list[PlannedRun] = []
+    found: list[Problem] = []
+    for seed, variant in itertools.product(study.seeds, _variants(study)):
+        if seed not in study.seeds_of(variant.variant):
+            continue
+        name = f"{variant.name}-seed-{seed}"
+        own = {"run.name": name, "run.directory": str(folder), "run.seed": seed}
+        words = tuple(write_override(place, value) for place, value in {**variant.settings, **own}.items())
+        try:
+            config = parse_config(with_overrides(below, [*words, *overrides]), source=name)
+        except ConfigError as error:
+            found += (_placed(fault, variant, overrides) for fault in error.problems)
+            continue
+        number = len(planned) + 1
+        words = (*words, *overrides)
+        planned.append(
+            PlannedRun(
+                number, name, variant.name, variant.variant, variant.title, seed, variant.settings, words, config
+            )
+        )
+    found += _twins(planned)
+    if found:
+        # What is wrong in a variant is wrong with every seed.
+        raise ConfigError(str(path), list({str(fault): fault for fault in found}.values()))
+    return Plan(study, path, base_file, base, folder, tuple(planned))
+
+
+def write_plan(plan: Plan) -> None:
+    """Write the study, its base configuration and its runs into the study's folder, for whoever reads the results."""
+    plan.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    study = plan.study.model_dump(mode="json")
+    atomic.write_text(plan.directory / STUDY_FILE, yaml.safe_dump(study, sort_keys=False))
+    atomic.write_text(plan.directory / BASE_FILE, dump_config(plan.base))
+    runs = [
+        {
+            "number": run.number,
+            "name": run.name,
+            "variant": run.variant,
+            "title": run.title,
+            "seed": run.seed,
+            "settings": run.settings,
+            "overrides": run.overrides,
+        }
+        for run in plan.runs
+    ]
+    atomic.write_text(plan.directory / RUNS_FILE, json.dumps(runs, indent=2) + "\n")
+
+
+def _variants(study: Study) -> Iterator[_Variant]:
+    for variant, described in study.variants.items():
+        settings = study.settings_of(variant)
+        origins = dict.fromkeys(settings, "settings")
+        for name in _line(study, variant):
+            origins |= dict.fromkeys(study.variants[name].settings, f"variants.{name}.settings")
+        grid = {**described.grid, **study.grid}
+        origins |= dict.fromkeys(described.grid, f"variants.{variant}.grid") | dict.fromkeys(study.grid, "grid")
+        shorts = _short_names(list(grid))
+        for values in itertools.product(*grid.values()):
+            chosen = dict(zip(grid, values, strict=True))
+            labels = [f"{shorts[path]} {_label(value)}" for path, value in chosen.items()]
+            yield _Variant(
+                name="-".join([variant, *(re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-") for label in labels)]),
+                variant=variant,
+                title=", ".join([described.title or variant, *labels]),
+                settings={**settings, **chosen},
+                origins=origins,
+            )
+
+
+def _line(study: Study, variant: str) -> list[str]:
+    """Return the variants that `variant` is like, the first one first, and itself."""
+    like = study.variants[variant].like
+    return [*(_line(study, like) if like else []), variant]
+
+
+def _short_names(paths: Sequence[str]) -> dict[str, str]:
+    lasts = [path.rpartition(".")[2] for path in paths]
+    return {
+        path: last if lasts.count(last) == 1 else path.replace(".", "_")
+        for path, last in zip(paths, lasts, strict=True)
+    }
+
+
+def _label(value: Any) -> str:
+    if isinstance(value, dict) and "kind" in value:
+        rest = [f"{name} {_label(inner)}" for name, inner in value.items() if name != "kind"]
+        return " ".join([str(value["kind"]), *rest])
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _placed(fault: Problem, variant: _Variant, overrides: Sequence[str]) -> Problem:
+    """Return `fault` with the place in the study file that it is from; as it is, where an override is at fault."""
+
+    def is_of(setting: str) -> bool:
+        return fault.path == setting or fault.path.startswith(f"{setting}.")
+
+    if any(is_of(override.partition("=")[0]) for override in overrides):
+        return fault
+    origins = [f"{origin}.{fault.path}" for setting, origin in variant.origins.items() if is_of(setting)]
+    place = origins[-1] if origins else f"{fault.path} (variant {variant.name})"
+    return Problem(place, fault.value, fault.wrong, fault.allowed)
+
+
+def _twins(runs: Sequence[PlannedRun]) -> Iterator[Problem]:
+    names: dict[str, PlannedRun] = {}
+    settings: dict[str, PlannedRun] = {}
+    for run in runs:
+        if run.name in names:
+            yield problem("variants", "two runs would have the same name", value=run.name)
+            continue
+        names[run.name] = run
+        plain = run.config.model_copy(update={"run": run.config.run.model_copy(update={"name": ""})})
+        twin = settings.setdefault(plain.model_dump_json(), run)
+        if twin is not run:
+            yield problem(f"variants.{run.variant}", f"has the same settings as the variant {twin.variant}")
+
+
+def analysis_commands(study: Study, runs: Sequence[PlannedRun]) -> Iterator[tuple[str, ...]]:
+    """Yield the arguments of `dist-train` for each measurement of `runs`, those that have finished.
+
+    A variant with a grid stands for all its variants; `interpolate` takes those of one variant with those of the other.
+    """
+    for analysis in study.analyse:
+        command = ("sharpness",) if isinstance(analysis, Sharpness) else ("landscape", analysis.kind)
+        for subjects in _subjects(study, analysis, runs):
+            yield (*command, *(str(run.directory) for run in subjects), *_options(analysis))
+
+
+def _subjects(study: Study, analysis: Analysis, runs: Sequence[PlannedRun]) -> Iterator[tuple[PlannedRun, ...]]:
+    chosen = [run for run in runs if not analysis.seeds or run.seed in analysis.seeds]
+    if isinstance(analysis, Interpolation):
+        first, second = ([run for run in chosen if run.family == variant] for variant in analysis.between)
+        yield from ((one, other) for one in first for other in second if one.seed == other.seed)
+    else:
+        yield from ((run,) for run in chosen if run.family in (analysis.variants or study.variants))
+
+
+def _options(analysis: Analysis) -> Iterator[str]:
+    for name, value in analysis.options.items():
+        if value is False:
+            continue
+        yield f"--{name}"
+        if isinstance(value, list):
+            yield from map(str, value)
+        elif value is not True:
+            yield str(value)

@@ -1,0 +1,332 @@
+"""The runs of a study one after another, or some at a time, each in a process of its own."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from dist_train.monitoring import wording
+from dist_train.outcome import ExitCode
+from dist_train.rundir.status import read_status
+from dist_train.sweep.planned_runs import Plan, PlannedRun
+from dist_train.sweep.standing import Standing, standing_of
+from dist_train.sweep.submission import project_root
+
+LOG_FILE = "output.log"
+_LOCK_FILE = "sweep.lock"
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """How runs are started: on so many ranks each, with so many threads a rank."""
+
+    ranks: int = 1
+    threads: int = 1
+    to_terminal: bool = False
+    """Whether a run's output is shown, and not kept in its logs."""
+
+    def command(self, plan: Plan, run: PlannedRun) -> list[str]:
+        """Return the command line of `run`.
+
+        Raises:
+            UsageError: several ranks are asked for, but this is no checkout of the project, with its launch scripts.
+        """
+        if self.ranks == 1:
+            program = [sys.executable, "-m", "dist_train"]
+        else:
+            program = [str(project_root() / "launch" / "local.sh"), "-np", str(self.ranks)]
+        # A sweep that is killed takes its runs along: they save and stop.
+        guard = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+        return [*guard, *program, *train_arguments(plan, run)]
+
+    def environment(self) -> Mapping[str, str]:
+        """Return the variables that the run gets."""
+        ours = {"OMP_NUM_THREADS": str(self.threads), "DIST_TRAIN_PYTHON": sys.executable}
+        return {**ours, **os.environ}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: its exit code, and why where that is not 0."""
+
+    run: PlannedRun
+    code: int
+    reason: str
+    seconds: float
+
+
+def train_arguments(plan: Plan, run: PlannedRun) -> tuple[str, ...]:
+    """Return the arguments of `dist-train` that train `run`."""
+    return ("train", str(plan.base_file), *run.overrides)
+
+
+def share_of_threads(jobs: int, ranks: int) -> int:
+    """Return the threads of a rank, when so many runs on so many ranks share this machine's cores."""
+    return max(1, len(os.sched_getaffinity(0)) // (jobs * ranks))
+
+
+class RunProcess:
+    """A run that has been started."""
+
+    def __init__(self, plan: Plan, run: PlannedRun, launcher: Launcher, lock: int) -> None:
+        """Start `run`; `lock` is held as long as it, or we, live."""
+        self.run = run
+        self._lock = lock
+        self._by_script = launcher.ranks > 1
+        self._begun = time.monotonic()
+        self._before = read_status(run.directory / "status.json")
+        self._log = None if launcher.to_terminal else run.directory / "logs" / LOG_FILE
+        self._process = self._start(launcher.command(plan, run), launcher.environment())
+
+    def ended(self) -> Ended | None:
+        """Return how the run ended; None while it continues."""
+        code = self._process.poll()
+        if code is None:
+            return None
+        os.close(self._lock)
+        return Ended(self.run, code, "" if code == 0 else self._reason(code), time.monotonic() - self._begun)
+
+    def stop(self) -> None:
+        """Ask the run to save and stop."""
+        self._process.send_signal(signal.SIGTERM)
+
+    def end(self) -> None:
+        """End the run without waiting for it to save."""
+        # The launch script takes a second request so, and ends its ranks.
+        self._process.send_signal(signal.SIGTERM if self._by_script else signal.SIGKILL)
+
+    def _start(self, command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        # In a session of its own, a Ctrl-C at the terminal comes to the sweep alone, which hands it on.
+        if self._log is None:
+            return subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, pass_fds=[self._lock], start_new_session=True
+            )
+        self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with self._log.open("ab") as log:
+            return subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[self._lock],
+                start_new_session=True,
+            )
+
+    def _reason(self, code: int) -> str:
+        status = read_status(self.run.directory / "status.json")
+        if status is not None and status != self._before and status.exit_code == code:
+            return status.reason
+        if code < 0:
+            where = f" at step {status.step}" if status is not None and status != self._before else ""
+            return f"ended by {signal.Signals(-code).name}{where}"
+        if code == ExitCode.STOPPED:
+            return "stopped before it began"
+        return self._last_words() or f"ended with {code}"
+
+    def _last_words(self) -> str:
+        if self._log is None:
+            return ""
+        try:
+            lines = self._log.read_text(encoding="utf-8", errors="replace").split("dist-train: ")[-1].splitlines()
+        except OSError:
+            return ""
+        return " ".join(" ".join(lines[:20]).split())
+
+
+def take(run: PlannedRun) -> int | None:
+    """Return a descriptor that holds `run` for this sweep alone; None where another process holds it."""
+    run.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(run.directory / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        # A file system without locks: the run's status alone says whether someone is at it.
+        return descriptor
+    return descriptor
+
+
+_PACE_SECONDS = 0.1
+_INSIST_SECONDS = 2.0
+"""A second signal that comes sooner is taken for the same request."""
+
+Say = Callable[[str], None]
+
+
+class StopWish:
+    """While the block lasts, SIGINT and SIGTERM, and what batch systems send, ask the sweep to stop.
+
+    What is ignored already stays so: SIGHUP under nohup, SIGINT in what a script starts in the background.
+    """
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+    _INSISTENT = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.is_asked = False
+        self.is_insistent = False
+        self._first = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopWish:
+        """Take over the signals."""
+        heeded = [number for number in self._SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heeded}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.is_asked:
+            self.is_asked, self._first = True, time.monotonic()
+        elif number in self._INSISTENT and time.monotonic() - self._first >= _INSIST_SECONDS:
+            self.is_insistent = True
+
+
+@dataclass
+class Tally:
+    """What became of the runs that a sweep was to see to; `busy` are those that others are at."""
+
+    finished: list[PlannedRun] = field(default_factory=list)
+    failed: list[tuple[PlannedRun, str]] = field(default_factory=list)
+    stopped: list[tuple[PlannedRun, str]] = field(default_factory=list)
+    busy: list[tuple[PlannedRun, str]] = field(default_factory=list)
+    left: list[PlannedRun] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """FAULT where a run failed, STOPPED where one is still to be finished."""
+        if self.left or self.stopped:
+            # Asked to stop, a sweep is to be started again, whatever has failed.
+            return ExitCode.STOPPED
+        if self.failed:
+            return ExitCode.FAULT
+        return ExitCode.STOPPED if self.busy else ExitCode.FINISHED
+
+
+def sweep(plan: Plan, runs: Sequence[PlannedRun], jobs: int, launcher: Launcher, say: Say) -> Tally:
+    """See to `runs` in their order, `jobs` at a time; say what happens. A run that fails stops no other.
+
+    Asked by a signal, the runs that go on save and stop, and no other is started.
+    """
+    tally = Tally()
+    waiting = list(runs)
+    going: list[RunProcess] = []
+    with StopWish() as wish:
+        try:
+            told_to_stop = told_to_end = False
+            while waiting or going:
+                while waiting and len(going) < jobs and not wish.is_asked:
+                    started = _begin(plan, waiting.pop(0), launcher, tally, say)
+                    going += [started] if started else []
+                if wish.is_asked and not told_to_stop:
+                    told_to_stop = True
+                    tally.left, waiting = waiting, []
+                    say(f"asked to stop: {wording.plural(len(going), 'run')} to save and end")
+                    for process in going:
+                        process.stop()
+                if wish.is_insistent and not told_to_end:
+                    told_to_end = True
+                    say("asked again: ending them without waiting")
+                    for process in going:
+                        process.end()
+                going = [process for process in going if not _has_ended(process, plan, tally, say)]
+                if going:
+                    time.sleep(_PACE_SECONDS)
+        finally:
+            for process in going:
+                process.stop()
+    return tally
+
+
+def summary(tally: Tally) -> list[str]:
+    """Return in lines what became of the runs: how many finished, and which did not, and why."""
+    lines = [f"{wording.plural(len(tally.finished), 'run')} finished"]
+    for word, runs in (("failed", tally.failed), ("stopped", tally.stopped), ("left to others", tally.busy)):
+        if runs:
+            lines.append(f"{len(runs)} {word}:")
+            lines += [f"  {run.number} {run.name}: {reason or 'no reason given'}" for run, reason in runs]
+    if tally.left:
+        lines.append(f"{wording.plural(len(tally.left), 'run')} not begun")
+    if tally.exit_code == ExitCode.STOPPED:
+        lines.append("the same command continues")
+    return lines
+
+
+def _begin(plan: Plan, run: PlannedRun, launcher: Launcher, tally: Tally, say: Say) -> RunProcess | None:
+    """Start `run` where there is something to do."""
+    try:
+        return _begin_or_leave(plan, run, launcher, tally, say)
+    except OSError as error:
+        reason = f"cannot be started: {error}"
+        tally.failed.append((run, reason))
+        say(f"{run.number}/{len(plan.runs)} {run.name}: {reason}")
+        return None
+
+
+def _begin_or_leave(plan: Plan, run: PlannedRun, launcher: Launcher, tally: Tally, say: Say) -> RunProcess | None:
+    lock = take(run)
+    standing = standing_of(run)
+    if lock is None:
+        standing = Standing(run, standing.state, "another sweep is at it", "busy")
+    label = f"{run.number}/{len(plan.runs)} {run.name}"
+    match standing.then:
+        case "skip":
+            tally.finished.append(run)
+            say(f"{label}: finished before{_accuracy(standing)}")
+        case "busy":
+            tally.busy.append((run, standing.note))
+            say(f"{label}: {standing.state}, {standing.note}")
+        case "unrecoverable":
+            tally.failed.append((run, standing.note))
+            say(f"{label}: {standing.state}, {standing.note}")
+        case "start":
+            assert lock is not None
+            place = f", {standing.done:.0%} done" if standing.done else ""
+            say(f"{label}: {'starts' if standing.state == 'waiting' else f'continues ({standing.state}{place})'}")
+            return RunProcess(plan, run, launcher, lock)
+    if lock is not None:
+        os.close(lock)
+    return None
+
+
+def _has_ended(process: RunProcess, plan: Plan, tally: Tally, say: Say) -> bool:
+    ended = process.ended()
+    if ended is None:
+        return False
+    label = f"{ended.run.number}/{len(plan.runs)} {ended.run.name}"
+    took = wording.duration(ended.seconds)
+    if ended.code == ExitCode.FINISHED:
+        tally.finished.append(ended.run)
+        say(f"{label}: finished in {took}{_accuracy(standing_of(ended.run))}")
+    elif _was_stopped(ended):
+        tally.stopped.append((ended.run, ended.reason))
+        say(f"{label}: stopped after {took}")
+    else:
+        tally.failed.append((ended.run, ended.reason))
+        say(f"{label}: failed after {took}: {ended.reason}")
+    return True
+
+
+def _was_stopped(ended: Ended) -> bool:
+    # A run that did not yet listen dies of the request; there was nothing to save.
+    return ended.code in (ExitCode.STOPPED, -signal.SIGTERM)
+
+
+def _accuracy(standing: Standing) -> str:
+    return "" if standing.accuracy is None else f", test accuracy {wording.percent(standing.accuracy)}"

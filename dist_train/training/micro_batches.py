@@ -1,0 +1,136 @@
+"""Which micro-batches a rank computes, and how large they are with `micro_size: auto`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.nn import functional
+
+from dist_train.cluster.communicator import Communicator, gather, run_on_all_ranks
+from dist_train.config import ModelSettings
+from dist_train.data.plan import BatchPlan, MicroBatch
+from dist_train.models.normalization import SumOverRanks
+from dist_train.outcome import UsageError
+from dist_train.training.compute import Compute, is_out_of_memory
+from dist_train.training.measuring import StepClock
+
+
+def shares_micro_batches(settings: ModelSettings) -> bool:
+    """Whether all ranks compute a part of every micro-batch, because its samples are normalized together."""
+    return settings.norm == "sync"
+
+
+def share_of(settings: ModelSettings, plan: BatchPlan, rank: int, size: int) -> tuple[MicroBatch, ...]:
+    """Return what rank `rank` of `size` computes of a global batch.
+
+    Raises:
+        UsageError: a micro-batch that all share has fewer samples than there are ranks.
+    """
+    return plan.slices(rank, size) if shares_micro_batches(settings) else plan.share(rank, size)
+
+
+def sum_over(settings: ModelSettings, comm: Communicator, clock: StepClock) -> SumOverRanks | None:
+    """Return the sum that passes over shared micro-batches need; None where micro-batches are not shared.
+
+    `clock` counts it as a wait for the others.
+    """
+    if not shares_micro_batches(settings) or comm.size == 1:
+        return None
+
+    def sum_over_ranks(tensor: torch.Tensor, name: str) -> None:
+        with clock.part("allreduce_wait"):
+            comm.allreduce_async(tensor, name).wait()
+
+    return sum_over_ranks
+
+
+_LARGEST = {"cpu": 128, "cuda": 2048}
+"""On a CPU larger micro-batches are no faster: they leave its caches."""
+
+
+def find_micro_size(
+    try_size: Callable[[int], None], *, global_size: int, device: torch.device, comm: Communicator, fewest: int = 2
+) -> int:
+    """Return the largest size that fits on every rank; `try_size` makes a forward and backward pass of it.
+
+    Sizes are powers of two, and at most a rank's even share of the global batch; or a little less, so that no
+    micro-batch has fewer than `fewest` samples.
+
+    Raises:
+        UsageError: not even the smallest fits.
+    """
+    largest = min(_LARGEST[device.type], max(1, global_size // comm.size))
+    fits = run_on_all_ranks(comm, lambda: _largest_that_fits(try_size, largest), "fit a micro-batch")
+    return avoid_short_last_micro_batch(
+        min(size for (size,) in gather(comm, [fits], "micro_size")), global_size, fewest
+    )
+
+
+def _largest_that_fits(try_size: Callable[[int], None], largest: int) -> int:
+    fits = 0
+    for size in _candidates(largest):
+        if not _fits(try_size, size):
+            break
+        fits = size
+    if fits == 0:
+        raise UsageError("not even the smallest micro-batch fits the device's memory: set a smaller model.width")
+    return fits
+
+
+def _fits(try_size: Callable[[int], None], size: int) -> bool:
+    try:
+        try_size(size)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        # The allocator keeps a trial's blocks, of which those for the next size are no part. Without a GPU in use it
+        # does nothing.
+        torch.cuda.empty_cache()
+    return True
+
+
+def avoid_short_last_micro_batch(micro_size: int, global_size: int, fewest: int = 2) -> int:
+    """Return `micro_size`, or less where the last micro-batch would have under `fewest` samples: norms need two."""
+    for size in range(micro_size, fewest - 1, -1):
+        if not 0 < global_size % size < fewest:
+            return size
+    return micro_size
+
+
+def halve(micro_size: int, global_size: int) -> int:
+    """Return the next smaller micro-batch after a size has run out of memory.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if micro_size == 1:
+        raise UsageError("one sample does not fit the device's memory: set a smaller model.width")
+    return avoid_short_last_micro_batch(-(-micro_size // 2), global_size)
+
+
+def _candidates(largest: int) -> Iterator[int]:
+    """Yield powers of two from 2 (or 1, when it is all there is) up to `largest`."""
+    size = min(2, largest)
+    while size <= largest:
+        yield size
+        size *= 2
+
+
+def forward_and_backward(
+    model: torch.nn.Module, shape: tuple[int, int, int], classes: int, compute: Compute
+) -> Callable[[int], None]:
+    """Return a function that runs `model` both ways on a blank micro-batch of the size given to it."""
+
+    def try_size(size: int) -> None:
+        inputs = torch.zeros(size, *shape, device=compute.device)
+        labels = torch.arange(size, device=compute.device) % classes
+        with compute.autocast():
+            logits = model(inputs)
+        torch.autograd.backward(functional.cross_entropy(logits.float(), labels))
+        if compute.device.type == "cuda":
+            torch.cuda.synchronize(compute.device)
+
+    return try_size

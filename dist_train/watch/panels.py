@@ -1,0 +1,219 @@
+"""The parts of the live view of a run, each as something that rich draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import fmean, median
+
+from rich.console import Group
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from dist_train.monitoring import wording
+from dist_train.rundir.live_files import RanksReading
+from dist_train.rundir.records import EventRecord, RankMeasurement
+from dist_train.watch.run import Snapshot, silence_in_words
+from dist_train.watch.run_table import COLOURS
+
+_BAD_EVENTS = frozenset(
+    {"checkpoint_failed", "corrupt_checkpoint", "not_finite", "non_finite_evaluation", "disagreement"}
+)
+
+
+def header(run: Snapshot, columns: int) -> Group:
+    """Return four lines: what is trained and its state, the bar, the last sign of life."""
+    state = Text(no_wrap=True, overflow="ellipsis")
+    state.append(run.name, style="bold").append("  ")
+    state.append(run.state, style=f"bold {COLOURS.get(run.state, 'yellow')}")
+    if run.reason:
+        state.append(f": {run.reason}")
+    return Group(state, _facts(run), _bar(run, columns), _sign_of_life(run))
+
+
+def rates(run: Snapshot) -> Table:
+    """Return the latest rates, one a line."""
+    table = _facts_table()
+    for name, value in rate_pairs(run):
+        table.add_row(name, value)
+    return table
+
+
+def in_lines(pairs: Sequence[tuple[str, str]]) -> Text:
+    """Return names and values as running text, for narrow terminals."""
+    line = Text()
+    for name, value in pairs:
+        # spaces that do not break keep a number with its name
+        line.append(f"{name} ".replace(" ", "\N{NO-BREAK SPACE}"), style="dim")
+        line.append(value.replace(" ", "\N{NO-BREAK SPACE}")).append("  ")
+    return line
+
+
+def rate_pairs(run: Snapshot) -> list[tuple[str, str]]:
+    """Return what is known of the run's pace and of the latest update."""
+    latest = run.history.latest[-1] if run.history.latest else None
+    pairs = []
+    if latest is not None:
+        recent = run.history.latest
+        seconds = fmean(record.step_seconds for record in recent)
+        pairs = [
+            ("images/s", wording.rate(fmean(record.samples_per_second for record in recent))),
+            ("step time", f"{seconds * 1_000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"),
+            ("learning rate", f"{latest.learning_rate:.4g}"),
+            ("noise", f"{latest.noise_amplitude:.3g}"),
+            ("gradient norm", f"{latest.gradient_norm:.4g}" if math.isfinite(latest.gradient_norm) else "not finite"),
+        ]
+    best = run.history.best_accuracy()
+    if best is not None:
+        pairs.append(("best test", wording.percent(best)))
+    return [*pairs, ("checkpoints", _checkpoints(run))]
+
+
+def ranks(reading: RanksReading, rows: int) -> Group:
+    """Return the ranks, the slowest marked; of more than fit the slowest, and a summary of all."""
+    slowest_first = sorted(range(len(reading.ranks)), key=lambda rank: -_number(reading.ranks[rank].busy_seconds))
+    fitting = max(1, rows - 1)
+    complete = len(slowest_first) <= fitting
+    shown = sorted(slowest_first) if complete else slowest_first[: max(1, fitting - 1)]
+    has_device = any(math.isfinite(each.device_bytes) for each in reading.ranks)
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for heading in ("rank", "busy", "wait", "memory", *(("device", "in use") if has_device else ()), ""):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for rank in shown:
+        measured = reading.ranks[rank]
+        marked = rank == slowest_first[0] and len(reading.ranks) > 1
+        device = (_bytes(measured.device_bytes), _share(measured.device_utilization)) if has_device else ()
+        table.add_row(
+            str(rank),
+            _time(measured.busy_seconds),
+            _time(measured.wait_seconds),
+            _bytes(measured.resident_bytes),
+            *device,
+            "slowest" if marked else "",
+            style="yellow" if marked else "",
+        )
+    return Group(table) if complete else Group(table, _summary(reading.ranks))
+
+
+def events(run: Snapshot, rows: int) -> Group:
+    """Return the latest events, the newest last."""
+    if not run.history.events:
+        return Group(Text("none", style="dim"))
+    return Group(*(_event(record, run.now) for record in list(run.history.events)[-rows:]))
+
+
+def accuracy_pairs(run: Snapshot) -> list[tuple[str, str]]:
+    """Return the latest accuracies, for a view without their curves."""
+    latest = run.history.latest[-1] if run.history.latest else None
+    pairs = [] if latest is None else [("accuracy", wording.percent(latest.accuracy))]
+    return [*pairs, *((name, wording.percent(each[-1].accuracy)) for name, each in run.history.evaluations.items())]
+
+
+def _facts(run: Snapshot) -> Text:
+    settings, status = run.settings, run.status
+    facts = [str(fact) for fact in (settings.model, settings.data) if fact]
+    if settings.global_size:
+        facts.append(f"batch {settings.global_size:,}")
+    if status is not None:
+        facts.append(wording.plural(status.world_size, "rank"))
+    if settings.noise:
+        facts.append(f"noise {settings.noise}")
+    return Text(", ".join(facts), style="dim", no_wrap=True, overflow="ellipsis")
+
+
+def _bar(run: Snapshot, columns: int) -> Table:
+    bar = Table.grid(expand=True, padding=(0, 2, 0, 0))
+    bar.width = columns
+    for ratio in (None, 1, None, None):
+        bar.add_column(ratio=ratio, no_wrap=True)
+    planned = f" of {run.epochs:.4g}" if run.epochs else ""
+    of_steps = f"/{run.total_steps:,}" if run.total_steps else ""
+    left = "" if run.seconds_left is None else f"{wording.duration(run.seconds_left)} left"
+    bar.add_row(
+        Text.assemble(("epoch ", "dim"), (f"{run.epoch:.4g}{planned}", "bold")),
+        ProgressBar(
+            run.total_steps or 1,
+            run.step if run.total_steps else 0,
+            complete_style="green",
+            finished_style="green",
+        ),
+        Text.assemble(("step ", "dim"), f"{run.step:,}{of_steps}"),
+        Text(left, style="cyan"),
+    )
+    return bar
+
+
+def _sign_of_life(run: Snapshot) -> Text:
+    line = Text(no_wrap=True, overflow="ellipsis")
+    if run.problem:
+        line.append(run.problem, style="bold red").append("  ")
+    if run.silence is None:
+        return line.append("no sign of life yet", style="dim")
+    age = silence_in_words(run.silence)
+    if run.is_over and run.state != "lost":
+        line.append(f"ended {age} ago", style="dim")
+    elif run.silent:
+        line.append(f"no sign of life for {age}", style="bold red")
+    else:
+        line.append(f"last sign of life {age} ago", style="dim")
+    if run.status is not None and run.status.host:
+        line.append(f" on {run.status.host}, process {run.status.pid}", style="dim")
+    return line
+
+
+def _checkpoints(run: Snapshot) -> str:
+    if not run.checkpoints:
+        return "none yet"
+    last = f"step {run.checkpoints[-1]:,}"
+    record = run.history.checkpoints[-1] if run.history.checkpoints else None
+    if record is not None and record.step == run.checkpoints[-1]:
+        last += f", {silence_in_words(max(0.0, run.now - record.time))} ago"
+    return f"{last} ({len(run.checkpoints)} kept)"
+
+
+def _event(record: EventRecord, now: float) -> Text:
+    age = f"{silence_in_words(max(0.0, now - record.time))} ago"
+    line = Text(no_wrap=True, overflow="ellipsis").append(f"{age:>10}  ", style="dim")
+    return line.append(wording.event(record), style="red" if record.event in _BAD_EVENTS else "")
+
+
+def _summary(measured: Sequence[RankMeasurement]) -> Text:
+    def spread(name: str, values: Sequence[float], word: Callable[[float], str]) -> str:
+        known = [value for value in values if math.isfinite(value)]
+        return f"{name} {word(min(known))}, {word(median(known))}, {word(max(known))}" if known else f"{name} ?"
+
+    parts = [
+        spread("busy", [rank.busy_seconds for rank in measured], _time),
+        spread("wait", [rank.wait_seconds for rank in measured], _time),
+        spread("memory", [rank.resident_bytes for rank in measured], _bytes),
+    ]
+    text = f"{wording.plural(len(measured), 'rank')} (least, median, most): {'; '.join(parts)}"
+    return Text(text, style="dim", no_wrap=True, overflow="ellipsis")
+
+
+def _facts_table() -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    return table
+
+
+def _number(value: float) -> float:
+    return value if math.isfinite(value) else -math.inf
+
+
+def _time(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return ""
+    return f"{seconds * 1_000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _bytes(size: float) -> str:
+    if not math.isfinite(size):
+        return ""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def _share(share: float) -> str:
+    return f"{share:.0%}" if math.isfinite(share) else ""

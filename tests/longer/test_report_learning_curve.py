@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import argparse
+import struct
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from dist_train.cli import curve_command
+from dist_train.outcome import UsageError
+from dist_train.report.learning_curve import draw_learning_curve
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, to_json
+
+
+def train(step: int, noise: float = 0.01, loss: float = 1.0) -> TrainRecord:
+    return TrainRecord(step, step / 7, loss / step, 0.5, 0.1 * min(1, step / 14), noise, 1.0, 0.5, 100.0, 0.0)
+
+
+def evaluation(step: int, split: str = "test") -> EvaluationRecord:
+    return EvaluationRecord(step, step / 7, split, 1 / step, 0.6 + step / 1000, 100, 0.0)
+
+
+def make_run(directory: Path, records: Sequence[Record], torn: str = "") -> Path:
+    directory.mkdir(parents=True)
+    content = "".join(to_json(record) + "\n" for record in records) + torn
+    (directory / "metrics.jsonl").write_text(content)
+    return directory
+
+
+def long_run(directory: Path) -> Path:
+    records: list[Record] = []
+    for step in range(1, 71):
+        records.append(train(step))
+        if step % 7 == 0:
+            records += [evaluation(step), evaluation(step, "train")]
+    return make_run(directory, records)
+
+
+def svg(output: Path) -> str:
+    content = output.read_text()
+    ElementTree.fromstring(content)
+    return content
+
+
+def words(output: Path) -> set[str]:
+    """The texts of an SVG picture: matplotlib names each in a comment beside its outlines."""
+    lines = svg(output).splitlines()
+    return {line.strip()[4:-3].strip() for line in lines if line.strip().startswith("<!--")}
+
+
+def test_a_png_is_drawn_at_a_size_for_reading(tmp_path: Path) -> None:
+    output = tmp_path / "curve.png"
+    draw_learning_curve([long_run(tmp_path / "lb")], output)
+    content = output.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", content[16:24])
+    assert width > 1000
+    assert height > 1000
+
+
+def test_an_svg_names_what_it_shows(tmp_path: Path) -> None:
+    output = tmp_path / "curve.svg"
+    draw_learning_curve([long_run(tmp_path / "lb_8192")], output)
+    assert words(output) >= {
+        "lb_8192",
+        "loss",
+        "accuracy",
+        "epoch",
+        "train, each batch",
+        "train, whole split",
+        "test",
+        "learning rate (peak 0.1)",
+        "noise amplitude (peak 0.01)",
+        "best test accuracy 67.00 %, epoch 10",
+    }
+
+
+def test_the_same_run_gives_the_same_file(tmp_path: Path) -> None:
+    run = long_run(tmp_path / "lb")
+    outputs = [tmp_path / "a.svg", tmp_path / "b.svg"]
+    for output in outputs:
+        draw_learning_curve([run], output)
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+
+
+def test_several_runs_are_told_apart_by_name(tmp_path: Path) -> None:
+    output = tmp_path / "curves.svg"
+    runs = [long_run(tmp_path / f"run{index}") for index in range(9)]
+    runs.append(make_run(tmp_path / "young", [train(1), train(2)]))
+    draw_learning_curve(runs, output)
+    assert words(output) >= {"10 runs", *(f"run{index}" for index in range(9)), "young (train only)"}
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [train(1)],
+        [train(1), train(2), train(3)],
+        [evaluation(7)],
+        [EvaluationRecord(0, 0.0, "test", 2.3, 0.1, 100, 0.0)],
+        [train(1, noise=0.0), EventRecord(1, "resumed", 0.0, {})],
+        [train(step, loss=float("nan") if step > 2 else 1.0) for step in range(1, 6)],
+        [train(step, loss=10.0**-step) for step in range(1, 9)],
+    ],
+    ids=["one step", "no evaluation", "only an evaluation", "step 0", "no noise", "not finite", "wide range"],
+)
+def test_a_run_with_little_to_show_is_drawn_without_a_warning(records: list[Record], tmp_path: Path) -> None:
+    output = tmp_path / "curve.svg"
+    draw_learning_curve([make_run(tmp_path / "lb", records)], output)
+    assert "loss" in words(output)
+
+
+def test_a_long_run_makes_no_large_picture(tmp_path: Path) -> None:
+    output = tmp_path / "curve.svg"
+    draw_learning_curve([make_run(tmp_path / "sb", [train(step) for step in range(1, 20_000)])], output)
+    assert output.stat().st_size < 400_000
+
+
+def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+    whole, torn = tmp_path / "whole.svg", tmp_path / "torn.svg"
+    draw_learning_curve([make_run(tmp_path / "a" / "lb", [train(1), train(2)])], whole)
+    line = to_json(train(3))[:50]
+    draw_learning_curve([make_run(tmp_path / "b" / "lb", [train(1), train(2)], line)], torn)
+    assert torn.read_bytes() == whole.read_bytes()
+
+
+def test_epochs_are_right_also_where_records_count_whole_epochs_only(tmp_path: Path) -> None:
+    exact, whole = tmp_path / "exact.svg", tmp_path / "whole.svg"
+    draw_learning_curve([long_run(tmp_path / "a" / "lb")], exact)
+    records: list[Record] = []
+    for step in range(1, 71):
+        fields = train(step)
+        records.append(TrainRecord(**{**vars(fields), "epoch": step // 7}))
+        if step % 7 == 0:
+            records += [evaluation(step), evaluation(step, "train")]
+    draw_learning_curve([make_run(tmp_path / "b" / "lb", records)], whole)
+    assert whole.read_bytes() == exact.read_bytes()
+
+
+def test_what_cannot_be_drawn_is_one_clear_error(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "lb", [train(1)])
+    (tmp_path / "empty").mkdir()
+    begun = make_run(tmp_path / "begun", [EventRecord(0, "started", 0.0, {})])
+    with pytest.raises(UsageError, match=r"must end in \.png or \.svg"):
+        draw_learning_curve([run], tmp_path / "curve.pdf")
+    with pytest.raises(UsageError, match="there is no folder"):
+        draw_learning_curve([run], tmp_path / "nowhere" / "curve.png")
+    with pytest.raises(UsageError, match=r"empty has no metrics\.jsonl"):
+        draw_learning_curve([run, tmp_path / "empty"], tmp_path / "curve.png")
+    with pytest.raises(UsageError, match=r"missing has no metrics\.jsonl"):
+        draw_learning_curve([tmp_path / "missing"], tmp_path / "curve.png")
+    with pytest.raises(UsageError, match=r"cannot read .*metrics\.jsonl"):
+        draw_learning_curve([run / "metrics.jsonl"], tmp_path / "curve.png")
+    with pytest.raises(UsageError, match="holds no measurement yet"):
+        draw_learning_curve([begun], tmp_path / "curve.png")
+    with pytest.raises(UsageError, match="name at least one"):
+        draw_learning_curve([], tmp_path / "curve.png")
+    assert not (tmp_path / "curve.png").exists()
+
+
+def run_command(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    curve_command.add_parser(parser.add_subparsers())
+    arguments = parser.parse_args(["curve", *words])
+    return int(arguments.run(arguments))
+
+
+def test_the_command_draws_into_the_run_directory_and_prints_the_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = long_run(tmp_path / "lb")
+    assert run_command(str(run)) == 0
+    assert capsys.readouterr().out == f"{run}/learning_curve.png\n"
+    assert (run / "learning_curve.png").stat().st_size > 10_000
+
+
+def test_the_command_draws_several_runs_where_it_is_told_to(tmp_path: Path) -> None:
+    runs = [str(long_run(tmp_path / name)) for name in ("lb", "sb")]
+    with pytest.raises(UsageError, match="-o FILE"):
+        run_command(*runs)
+    assert run_command(*runs, "-o", str(tmp_path / "both.svg")) == 0
+    assert {"lb", "sb"} <= words(tmp_path / "both.svg")

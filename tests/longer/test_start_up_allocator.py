@@ -1,0 +1,98 @@
+"""Freed memory stays with the process, and large arrays lie in large pages."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.unit.test_cli_commands import write_config
+
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+pytestmark = pytest.mark.skipif(
+    "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="the setting is one of glibc's allocator"
+)
+
+# Sixteen times an array of 64 MiB (16,384 pages), freed each time.
+PROGRAM = """
+import resource
+from dist_train.start_up import keep_freed_memory
+{call}
+SIZE = 1 << 26
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+b"x" * SIZE
+before = faults()
+for _ in range(16):
+    b"x" * SIZE
+print(kept, faults() - before)
+"""
+
+
+def kept_and_faults(call: str, **variables: str) -> tuple[str, int]:
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(call=call)],
+        env={**os.environ, **variables},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    kept, faults = result.stdout.split()
+    return kept, int(faults)
+
+
+def test_an_array_reuses_the_pages_of_the_freed_one() -> None:
+    _, without = kept_and_faults("kept = None")
+    kept, faults = kept_and_faults("kept = keep_freed_memory()")
+    assert kept == "True"
+    assert faults < 1000
+    assert without > 1000, "the test's own reason is gone: pages are reused without it"
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"MALLOC_MMAP_THRESHOLD_": "1000000"}, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1000000"}],
+)
+def test_what_the_user_has_set_stays(variables: dict[str, str]) -> None:
+    kept, faults = kept_and_faults("kept = keep_freed_memory()", **variables)
+    assert kept == "False"
+    assert faults > 1000
+
+
+LARGE_PAGES = """
+import sys
+import torch
+from dist_train.cli.main import main
+assert main(["train", *sys.argv[1:]]) == 0
+array = torch.ones(1 << 24)
+with open("/proc/self/smaps") as regions:
+    print(sum(int(line.split()[1]) for line in regions if line.startswith("AnonHugePages:")))
+"""
+
+
+def large_page_kilobytes(folder: Path, **variables: str) -> int:
+    """Return the memory in pages of 2 MiB of a process that has trained, and then made an array of 64 MiB."""
+    config = write_config(folder)
+    result = subprocess.run(
+        [sys.executable, "-c", LARGE_PAGES, str(config), "--run-dir", str(folder / "run")],
+        env={**os.environ, **variables},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return int(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(
+    not (SETTING.exists() and "[madvise]" in SETTING.read_text()),
+    reason=f"{SETTING} says that large pages are given to all, or to none",
+)
+def test_training_asks_for_large_pages_before_its_first_array_unless_the_user_has_set_it(tmp_path: Path) -> None:
+    for name in ("asked", "left"):
+        (tmp_path / name).mkdir()
+    assert large_page_kilobytes(tmp_path / "asked") > 1 << 15
+    assert large_page_kilobytes(tmp_path / "left", THP_MEM_ALLOC_ENABLE="0") == 0

@@ -1,0 +1,86 @@
+"""A sweep of real runs that is stopped, and started again; one that is killed takes its runs along."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from dist_train.outcome import ExitCode
+from dist_train.rundir.status import read_status
+from tests.launching import environment, kill, launch
+from tests.unit.studies import write_study
+from tests.waiting import PATIENCE, wait_for
+
+LONG = {"run.epochs": 2000, "checkpoint.every_epochs": 0, "evaluation.every_epochs": 0}
+
+
+class Sweep:
+    def __init__(self, folder: Path) -> None:
+        self.study = str(write_study(folder, settings=LONG, seeds=[0]))
+        self.runs = [folder / "runs" / "small" / f"{variant}-seed-0" for variant in ("plain", "noisy")]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "dist_train", "sweep", self.study, "--jobs", "2"],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        wait_for(lambda: all(self.is_training(run) for run in self.runs))
+
+    def is_training(self, run: Path) -> bool:
+        status = read_status(run / "status.json")
+        return status is not None and status.state == "running" and status.step > 2
+
+    def states(self) -> list[str]:
+        return [status.state if (status := read_status(run / "status.json")) else "" for run in self.runs]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_stops_with_its_runs_saved_and_the_same_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+    sweep = Sweep(tmp_path)
+    try:
+        sweep.process.send_signal(number)
+        told, _ = sweep.process.communicate(timeout=PATIENCE)
+    finally:
+        kill(sweep.process)
+    assert sweep.process.returncode == ExitCode.STOPPED, told
+    assert sweep.states() == ["stopped", "stopped"]
+    assert "2 stopped:" in told
+    saved = [status.step for run in sweep.runs if (status := read_status(run / "status.json"))]
+    ended = launch(1, "alone", "sweep", sweep.study, f"run.max_steps={max(saved) + 3}", "--jobs", "2")
+    assert ended.code == 0, ended.output
+    assert ended.output.count("continues (stopped") == 2
+    assert sweep.states() == ["finished", "finished"]
+    for run, step in zip(sweep.runs, saved, strict=True):
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in records if record.get("event") == "resumed"] == [step]
+
+
+def test_one_that_is_killed_takes_its_runs_along(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path)
+    pids = [status.pid for run in sweep.runs if (status := read_status(run / "status.json"))]
+    try:
+        os.kill(sweep.process.pid, signal.SIGKILL)
+        wait_for(lambda: sweep.states() == ["stopped", "stopped"])
+    finally:
+        kill(sweep.process)
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_a_run_on_two_ranks(tmp_path: Path) -> None:
+    study = str(write_study(tmp_path, seeds=[0]))
+    ended = launch(1, "alone", "sweep", study, "run.max_steps=2", "--ranks", "2", "--only", "1")
+    assert ended.code == 0, ended.output
+    status = read_status(tmp_path / "runs" / "small" / "plain-seed-0" / "status.json")
+    assert status is not None
+    assert (status.state, status.world_size) == ("finished", 2)

@@ -1,0 +1,267 @@
+"""Promise 6: a checkpoint is whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_train.checkpoint.files import (
+    Contents,
+    DamagedCheckpointError,
+    list_checkpoints,
+    newest_whole,
+    prune,
+    read_checkpoint,
+    write_checkpoint,
+)
+from dist_train.outcome import UsageError
+from dist_train.rundir import atomic
+from tests.unit.checkpoint_files import contents, write
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def newest(folder: Path) -> tuple[Contents | None, dict[str, str]]:
+    damage: dict[str, str] = {}
+    found = newest_whole(folder, lambda path, text: damage.update({path.name: text}))
+    return found, damage
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    file = write(tmp_path, 40)
+    assert names(tmp_path) == ["step-00000040.json", "step-00000040.pt"]
+    read = read_checkpoint(file.path)
+    assert (read.step, read.epoch, read.config, read.metrics) == (
+        40,
+        10.0,
+        {"run": {"seed": 0}},
+        {"best_accuracy": 0.5, "best_step": 1},
+    )
+    assert torch.equal(read.model["weight"], torch.full((3,), 40.0))
+    assert torch.equal(read.optimizer["state"][0]["momentum_buffer"], torch.full((3,), 40.0))
+
+
+def test_a_checkpoint_is_a_plain_dict_with_a_record_beside_it(tmp_path: Path) -> None:
+    file = write(tmp_path, 40)
+    fields = torch.load(file.path, weights_only=True)
+    assert list(fields) == ["format", "step", "epoch", "model", "optimizer", "config", "metrics"]
+    record = json.loads(file.path.with_suffix(".json").read_text())
+    content = file.path.read_bytes()
+    assert record == {
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+        "step": 40,
+        "epoch": 10.0,
+        "metrics": {"best_accuracy": 0.5, "best_step": 1},
+    }
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    folder = tmp_path_factory.mktemp("damage")
+    small = {"model": {"w": torch.ones(2)}, "optimizer": {}, "config": {}, "metrics": {}}
+    file = write(folder, 1, **small)
+    return file.path, file.path.read_bytes()
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.floats(0, 1, exclude_max=True), st.integers(1, 255))
+def test_promise_6_a_change_of_any_byte_is_found(pristine: tuple[Path, bytes], place: float, change: int) -> None:
+    path, content = pristine
+    damaged = bytearray(content)
+    damaged[int(place * len(content))] ^= change
+    path.write_bytes(damaged)
+    with pytest.raises(DamagedCheckpointError, match="SHA-256"):
+        read_checkpoint(path)
+    path.write_bytes(content)
+    read_checkpoint(path)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.floats(0, 1, exclude_max=True))
+def test_promise_6_a_truncated_one_is_found(pristine: tuple[Path, bytes], part: float) -> None:
+    path, content = pristine
+    path.write_bytes(content[: int(part * len(content))])
+    with pytest.raises(DamagedCheckpointError, match=rf"bytes instead of {len(content)}"):
+        read_checkpoint(path)
+    path.write_bytes(content + b"x")
+    with pytest.raises(DamagedCheckpointError):
+        read_checkpoint(path)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("record", [None, "", "{", "[]", "{}", '{"sha256": "x", "bytes": "many"}', "\0"])
+def test_promise_6_a_record_that_cannot_be_read_is_damage(tmp_path: Path, record: str | None) -> None:
+    file = write(tmp_path, 1)
+    path = file.path.with_suffix(".json")
+    if record is None:
+        path.unlink()
+    else:
+        path.write_text(record)
+    with pytest.raises(DamagedCheckpointError, match=r"its record step-00000001\.json cannot be read"):
+        read_checkpoint(file.path)
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_what_is_no_checkpoint_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such checkpoint"):
+        read_checkpoint(tmp_path / "step-00000001.pt")
+    file = write(tmp_path, 1)
+    torch.save({"format": 99}, file.path)
+    record = json.loads(file.path.with_suffix(".json").read_text())
+    content = file.path.read_bytes()
+    record.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    file.path.with_suffix(".json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match="format 1"):
+        read_checkpoint(file.path)
+
+
+class TestNewestWhole:
+    def test_there_is_none_at_the_beginning(self, tmp_path: Path) -> None:
+        assert newest(tmp_path) == (None, {})
+        assert newest(tmp_path / "nowhere") == (None, {})
+
+    def test_it_is_the_one_of_the_last_step(self, tmp_path: Path) -> None:
+        for step in (7, 40, 12):
+            write(tmp_path, step)
+        found, damage = newest(tmp_path)
+        assert found is not None
+        assert (found.step, damage) == (40, {})
+
+    def test_promise_6_a_damaged_one_is_reported_and_set_aside_and_the_one_before_used(self, tmp_path: Path) -> None:
+        for step in (1, 2, 3):
+            write(tmp_path, step)
+        for step in (2, 3):
+            path = tmp_path / f"step-{step:08d}.pt"
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+        found, damage = newest(tmp_path)
+        assert found is not None
+        assert found.step == 1
+        assert list(damage) == ["step-00000003.pt", "step-00000002.pt"]
+        assert all("SHA-256" in text for text in damage.values())
+        assert names(tmp_path) == [
+            "step-00000001.json",
+            "step-00000001.pt",
+            "step-00000002.pt.damaged",
+            "step-00000003.pt.damaged",
+        ]
+        again, damage = newest(tmp_path)
+        assert again is not None
+        assert (again.step, damage) == (1, {})
+
+    def test_promise_6_one_without_a_record_was_never_published(self, tmp_path: Path) -> None:
+        write(tmp_path, 1)
+        write(tmp_path, 2).path.with_suffix(".json").unlink()
+        found, damage = newest(tmp_path)
+        assert found is not None
+        assert (found.step, damage) == (1, {})
+
+    def test_when_every_one_is_damaged_the_run_does_not_silently_start_anew(self, tmp_path: Path) -> None:
+        for step in (1, 2):
+            write(tmp_path, step).path.write_bytes(b"")
+        with pytest.raises(UsageError, match=r"every checkpoint .* is damaged .* run\.resume=PATH"):
+            newest(tmp_path)
+        assert names(tmp_path) == ["step-00000001.pt.damaged", "step-00000002.pt.damaged"]
+
+    def test_other_files_are_not_taken_for_checkpoints(self, tmp_path: Path) -> None:
+        write(tmp_path, 1)
+        for name in ("step-x.pt", "step-00000009.pt.damaged", ".step-00000009.pt.abc.part", "best.pt"):
+            (tmp_path / name).write_bytes(b"?")
+        found, damage = newest(tmp_path)
+        assert found is not None
+        assert (found.step, damage) == (1, {})
+
+
+class TestPrune:
+    @pytest.mark.parametrize(
+        ("keep", "best", "left"),
+        [
+            (1, None, [9]),
+            (3, None, [7, 8, 9]),
+            (99, None, [5, 6, 7, 8, 9]),
+            (2, 5, [5, 8, 9]),
+            (2, 9, [8, 9]),
+            (2, 1, [8, 9]),
+        ],
+    )
+    def test_the_last_ones_and_the_best_are_kept(
+        self, tmp_path: Path, keep: int, best: int | None, left: list[int]
+    ) -> None:
+        for step in range(5, 10):
+            write(tmp_path, step)
+        prune(tmp_path, keep=keep, best_step=best)
+        assert [file.step for file in list_checkpoints(tmp_path)] == left
+        assert len(names(tmp_path)) == 2 * len(left)
+
+    def test_steps_are_counted_as_numbers(self, tmp_path: Path) -> None:
+        for step in (99_999_999, 100_000_000):
+            write(tmp_path, step)
+        prune(tmp_path, keep=1, best_step=None)
+        assert [file.step for file in list_checkpoints(tmp_path)] == [100_000_000]
+
+
+def test_promise_6_a_full_disk_is_an_error_and_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):
+        write(tmp_path, 2)
+    with pytest.raises(OSError, match="full"):
+        write(tmp_path, 1, epoch=99.0)
+    monkeypatch.undo()
+    found, damage = newest(tmp_path)
+    assert found is not None
+    assert (found.step, found.epoch, damage) == (1, 0.25, {})
+    assert names(tmp_path) == ["step-00000001.json", "step-00000001.pt"]
+
+
+def test_promise_6_records_are_on_disk_before_the_checkpoint_has_its_name(tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+    write_checkpoint(tmp_path, contents(3), lambda: seen.append(names(tmp_path)))
+    assert [name for name in seen[0] if name.startswith("step")] == []
+
+
+@pytest.mark.parametrize("point", ["before", "between"])
+def test_promise_6_a_writer_that_is_killed_leaves_the_one_before(tmp_path: Path, point: str) -> None:
+    script = """
+        import os, signal, sys
+        from pathlib import Path
+        from dist_train.rundir import atomic
+        from tests.unit.checkpoint_files import contents, write
+        from dist_train.checkpoint.files import write_checkpoint
+        folder, point = Path(sys.argv[1]), sys.argv[2]
+        write(folder, 1)
+        die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        if point == "between":
+            atomic.write_text = die
+        write_checkpoint(folder, contents(2), die if point == "before" else lambda: None)
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), point],
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert ended.returncode == -signal.SIGKILL
+    found, damage = newest(tmp_path)
+    assert found is not None
+    assert (found.step, damage) == (1, {})
+
+
+def test_atomic_is_what_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr(atomic, "flush_directory", lambda folder: written.append(folder))
+    write(tmp_path, 1)
+    assert written == [tmp_path, tmp_path]

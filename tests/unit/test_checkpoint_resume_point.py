@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dist_train.checkpoint.files import write_checkpoint
+from dist_train.checkpoint.state import find_resume_point
+from dist_train.config import Config
+from dist_train.outcome import UsageError
+from dist_train.rundir.paths import RunDirectory
+from tests.unit.checkpoint_files import contents
+from tests.unit.test_training_run_directory import DECIDED, parse
+
+
+def run_with(root: Path, *steps: int) -> RunDirectory:
+    directory = RunDirectory(root)
+    directory.create()
+    for step in steps:
+        saved = contents(step, config=DECIDED.model_dump(mode="json"))
+        write_checkpoint(directory.checkpoints, saved, lambda: None)
+    return directory
+
+
+def test_a_new_run_takes_its_settings_as_they_are(tmp_path: Path) -> None:
+    resume_point = find_resume_point(parse(run={"seed": 5}), run_with(tmp_path))
+    assert (resume_point.config, resume_point.contents) == (parse(run={"seed": 5}), None)
+
+
+def test_a_run_is_gone_on_with_from_its_last_step_under_what_it_decided(tmp_path: Path) -> None:
+    config = parse(run={"max_steps": 9}, metrics={"enabled": False})
+    resume_point = find_resume_point(config, run_with(tmp_path, 2, 4))
+    assert resume_point.contents is not None
+    assert resume_point.contents.step == 4
+    assert (resume_point.config.batch.micro_size, resume_point.config.precision.threads) == (64, 2)
+    assert (resume_point.config.run.max_steps, resume_point.config.metrics.enabled) == (9, False)
+
+
+def test_promise_5_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        find_resume_point(parse(run={"seed": 1}, optimizer={"learning_rate": 0.5}), run_with(tmp_path, 4))
+    assert "run.seed: 0 when the run began, 1 now" in str(caught.value)
+    assert "optimizer.learning_rate: 0.1 when the run began, 0.5 now" in str(caught.value)
+
+
+def test_a_run_that_is_never_to_be_gone_on_with_is_refused_where_there_is_one(tmp_path: Path) -> None:
+    never = parse(run={"resume": "never"})
+    assert find_resume_point(never, run_with(tmp_path)).contents is None
+    with pytest.raises(UsageError, match=r"already holds a run: choose another run\.name"):
+        find_resume_point(never, run_with(tmp_path, 4))
+
+
+def test_another_run_s_checkpoint_is_only_a_beginning(tmp_path: Path) -> None:
+    source = run_with(tmp_path / "source", 2, 4).checkpoints / "step-00000002.pt"
+    config = parse(run={"resume": str(source)})
+    first = find_resume_point(config, run_with(tmp_path / "new")).contents
+    again = find_resume_point(config, run_with(tmp_path / "new", 7)).contents
+    assert first is not None
+    assert again is not None
+    assert (first.step, again.step) == (2, 7)
+
+
+def test_a_checkpoint_of_the_run_itself_takes_it_back(tmp_path: Path) -> None:
+    directory = run_with(tmp_path, 2, 4)
+    config = parse(run={"resume": str(directory.checkpoints / "step-00000002.pt")})
+    found = find_resume_point(config, directory).contents
+    assert found is not None
+    assert found.step == 2
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
+    directory = run_with(tmp_path, 2, 4)
+    (directory.checkpoints / "step-00000004.pt").write_bytes(b"")
+    resume_point = find_resume_point(Config(), directory)
+    assert resume_point.contents is not None
+    assert resume_point.contents.step == 2
+    assert list(resume_point.damage) == ["step-00000004.pt"]

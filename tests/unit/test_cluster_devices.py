@@ -1,0 +1,213 @@
+"""Where a rank computes: what speaks for GPUs, why torch cannot use them, and who may share which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_train.cluster.communicator import PeerFailedError
+from dist_train.cluster.devices import (
+    GpuSigns,
+    Placement,
+    TorchGpus,
+    check_seats,
+    choose_device,
+    device_type,
+    find_gpus,
+    kind_of_device,
+    obstacle,
+    share_out_devices,
+    torch_gpus,
+    why_no_gpu,
+)
+from dist_train.config import Config
+from dist_train.config.resuming import with_device
+from dist_train.config.sections import Device
+from dist_train.launching.provenance import device_in_words
+from dist_train.outcome import UsageError
+from tests.unit.simulated_ranks import results
+
+CPU_BUILD = TorchGpus("2.13.0+cpu", "", 0)
+NO_DRIVER = TorchGpus("2.15.0+cu132", "CUDA 13.2", 0, "Found no NVIDIA driver on your system. Please check")
+TOO_OLD = TorchGpus(
+    "2.15.0+cu132", "CUDA 13.2", 0, "The NVIDIA driver on your system is too old (found version 11040). Please"
+)
+TWO_GPUS = TorchGpus("2.15.0+cu132", "CUDA 13.2", 2)
+NOTHING = GpuSigns()
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    """The root of a machine with a driver and two GPUs."""
+    (tmp_path / "dev").mkdir()
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null"):
+        (tmp_path / "dev" / name).touch()
+    driver = tmp_path / "proc/driver/nvidia/version"
+    driver.parent.mkdir(parents=True)
+    driver.write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13 16:14:05 UTC 2021\n"
+        "GCC version:  gcc version 12.2.0 (Debian 12.2.0-14)\n"
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({}, ()),
+        ({"SLURM_GPUS_ON_NODE": "4"}, ("SLURM_GPUS_ON_NODE=4",)),
+        ({"SLURM_GPUS_PER_NODE": "a100:2"}, ("SLURM_GPUS_PER_NODE=a100:2",)),
+        ({"SLURM_GPUS_PER_NODE": "0", "SLURM_GPUS_ON_NODE": "a100:0", "SLURM_GPUS": ""}, ()),
+        # these are numbers of GPUs, of which the first is 0
+        ({"SLURM_JOB_GPUS": "0"}, ("SLURM_JOB_GPUS=0",)),
+        ({"SLURM_STEP_GPUS": "2,3"}, ("SLURM_STEP_GPUS=2,3",)),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, ("CUDA_VISIBLE_DEVICES=0",)),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-1a2b"}, ("CUDA_VISIBLE_DEVICES=GPU-1a2b",)),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, ()),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles", "SLURM_JOB_GPUS": "1"}, ("SLURM_JOB_GPUS=1",)),
+        ({"CUDA_VISIBLE_DEVICES": "", "SLURM_GPUS_ON_NODE": "4"}, ()),
+        ({"CUDA_VISIBLE_DEVICES": "-1", "SLURM_GPUS_ON_NODE": "4"}, ()),
+    ],
+)
+def test_variables_name_gpus(environment: Mapping[str, str], named: Sequence[str], tmp_path: Path) -> None:
+    signs = find_gpus(environment, tmp_path)
+    assert signs.named == named
+    assert signs.present is bool(named)
+
+
+def test_the_driver_s_files_speak_for_gpus_unless_the_user_wants_none(machine: Path) -> None:
+    signs = find_gpus({}, machine)
+    assert signs == GpuSigns((), ("/dev/nvidia0", "/dev/nvidia1"), (), "470.57.02")
+    assert signs.present
+    assert find_gpus({"CUDA_VISIBLE_DEVICES": ""}, machine) == NOTHING
+
+
+def test_a_job_without_gpus_on_a_node_that_has_some_computes_on_the_cpu(machine: Path) -> None:
+    job = {"SLURM_JOB_ID": "7"}
+    signs = find_gpus(job, machine, lambda path: False)
+    assert not signs.present
+    assert "has given this job none" in why_no_gpu(signs)
+    assert kind_of_device("auto", signs, NO_DRIVER) == "cpu"
+    # outside of a job nobody has said that there are none; nor does a job whose GPUs may be opened
+    for environment, may_open in (({}, False), (job, True), ({**job, "SLURM_JOB_GPUS": "0"}, False)):
+        answer: Callable[[Path], bool] = partial(_answer, may_open)
+        assert find_gpus(environment, machine, answer).present
+
+
+def _answer(answer: bool, path: Path) -> bool:
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("asked", "signs", "found", "kind"),
+    [
+        ("auto", NOTHING, CPU_BUILD, "cpu"),
+        ("auto", NOTHING, NO_DRIVER, "cpu"),
+        ("auto", NOTHING, TWO_GPUS, "cuda"),
+        ("cuda", NOTHING, TWO_GPUS, "cuda"),
+        ("cpu", NOTHING, TWO_GPUS, "cpu"),
+        ("cpu", GpuSigns(("SLURM_JOB_GPUS=0",)), CPU_BUILD, "cpu"),
+    ],
+)
+def test_what_is_there_is_taken(asked: Device, signs: GpuSigns, found: TorchGpus, kind: str) -> None:
+    assert kind_of_device(asked, signs, found) == kind
+
+
+@pytest.mark.parametrize(
+    ("signs", "found", "reason"),
+    [
+        (GpuSigns(("SLURM_GPUS_ON_NODE=4",)), CPU_BUILD, "built for CPUs alone"),
+        (GpuSigns(files=("/dev/nvidia0",), driver="470.57.02"), TOO_OLD, "470.57.02 .* CUDA 11.4.* CUDA 13.2"),
+        (GpuSigns(files=("/dev/nvidia0",), denied=("/dev/nvidia0",), driver="580"), NO_DRIVER, "open /dev/nvidia0"),
+        (GpuSigns(driver="580.65.06"), NO_DRIVER, "580.65.06 .*no device file .*--gpus all"),
+        (GpuSigns(("CUDA_VISIBLE_DEVICES=0",)), NO_DRIVER, "no NVIDIA driver .*Found no NVIDIA driver"),
+        (GpuSigns(files=("/dev/nvidia0",), driver="580"), NO_DRIVER, "580 is loaded, but gives no GPU"),
+    ],
+)
+def test_gpus_that_torch_cannot_use_are_refused_with_the_reason(signs: GpuSigns, found: TorchGpus, reason: str) -> None:
+    for asked in ("auto", "cuda"):
+        with pytest.raises(UsageError, match=f"{reason}.*run.device=cpu"):
+            kind_of_device(asked, signs, found)
+    assert obstacle(signs, found).fix
+
+
+def test_a_gpu_that_is_asked_for_must_be_there() -> None:
+    with pytest.raises(UsageError, match=r"run\.device is cuda.*no NVIDIA driver"):
+        kind_of_device("cuda", NOTHING, NO_DRIVER)
+
+
+def test_the_cpu_is_taken_where_it_is_asked_for() -> None:
+    assert choose_device("cpu", local_rank=3) == torch.device("cpu")
+    assert device_type("cpu") == "cpu"
+    assert torch_gpus().version == torch.__version__
+
+
+def test_each_rank_has_a_gpu_of_its_own() -> None:
+    check_seats([Placement(11, 2, 2), Placement(12, 2, 2)], lambda: True)
+    # a scheduler may show each rank its own GPU alone; two nodes have others
+    check_seats([Placement(number, 1, 2) for number in (11, 12, 13, 14)], lambda: True)
+    check_seats([Placement(0, 0, 2), Placement(0, 0, 2)], lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("placements", "reason"),
+    [
+        ([Placement(11, 2, 3), Placement(12, 2, 3), Placement(11, 2, 3)], "ranks 0 and 2 .*3 ranks and 2 GPUs"),
+        ([Placement(11, 1, 2), Placement(11, 1, 2)], "2 ranks and 1 GPU for"),
+        ([Placement(11, 1, 1), Placement(0, 0, 1)], "rank 1 of 2 has no GPU"),
+    ],
+)
+def test_ranks_that_would_share_a_gpu_or_have_none_are_refused(placements: Sequence[Placement], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        check_seats(placements, lambda: True)
+
+
+def test_several_ranks_on_gpus_need_nccl() -> None:
+    with pytest.raises(UsageError, match="NCCL"):
+        check_seats([Placement(11, 2, 2), Placement(12, 2, 2)], lambda: False)
+
+
+def test_ranks_agree_on_their_devices_and_are_refused_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert results(3, lambda each: share_out_devices(each, "cpu").type) == ["cpu"] * 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    if torch_gpus().count:
+        pytest.skip("torch was using a GPU before the variable hid it")
+    errors: list[type[Exception]] = []
+
+    def refused(each: object) -> None:
+        try:
+            share_out_devices(each, "cuda")  # type: ignore[arg-type]  # `results` gives its own ranks
+        except UsageError as error:
+            errors.append(type(error))
+
+    results(3, refused)
+    assert sorted(error.__name__ for error in errors) == ["PeerFailedError", "PeerFailedError", "UsageError"]
+    assert PeerFailedError in errors
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "card 1; deterministic kernels alone, since comm.reduction is exact"),
+        ({"comm": {"reduction": "float"}}, "card 1"),
+        ({"precision": {"deterministic": True}, "comm": {"reduction": "float"}}, "card 1; deterministic kernels alone"),
+    ],
+)
+def test_a_run_on_gpus_says_how_it_keeps_to_the_same_bits(
+    settings: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    config = with_device(Config.model_validate(settings), "cuda")
+    assert device_in_words(config, torch.device("cuda", 1)) == words
+
+
+def test_a_run_on_the_cpu_says_why_where_torch_is_built_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    assert "built for CUDA 13.2" in why_no_gpu(NOTHING)
+    assert why_no_gpu(GpuSigns(("SLURM_JOB_GPUS=0",))) == ""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert why_no_gpu(NOTHING) == ""

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import argparse
+import io
+import socket
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from dist_train.cli import doctor_command
+from dist_train.cluster import devices, inspection
+from dist_train.config import Config
+from dist_train.config.sections import Device
+from dist_train.launching import doctor
+from dist_train.outcome import ExitCode
+from tests.archives import write_fashion_mnist
+
+
+def settings(**sections: dict[str, object]) -> Config:
+    return Config.model_validate(sections)
+
+
+def run_doctor(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    doctor_command.add_parser(parser.add_subparsers())
+    parsed = parser.parse_args(["doctor", *arguments])
+    return int(parsed.run(parsed))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DIST_TRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_machine_that_is_set_up_can_train(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_doctor() == ExitCode.FINISHED
+    printed = capsys.readouterr().out
+    assert "training can run here" in printed
+    for name in ("Python", "torch", "devices", "Horovod", "MPI", "libraries", "launchers", "Slurm", "metrics", "cache"):
+        assert name in printed
+
+
+def test_data_that_the_configuration_names_must_be_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"data: {{name: cifar10, root: {tmp_path}}}\n")
+    assert run_doctor(str(file), f"run.directory={tmp_path}") == ExitCode.FAULT
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "FAILS data CIFAR-10: found neither" in printed
+    assert "data.download=true" in printed
+    assert "training cannot run here: 1 to mend" in printed
+
+
+def test_data_in_the_named_folder_are_found(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_fashion_mnist(tmp_path, split)
+    (check,) = doctor.check_data(settings(data={"name": "fashion-mnist", "root": str(tmp_path)}))
+    assert check.state == "fine"
+
+
+def test_data_that_the_run_will_fetch_are_no_fault(tmp_path: Path) -> None:
+    (check,) = doctor.check_data(settings(data={"name": "cifar100", "root": str(tmp_path), "download": True}))
+    assert check.state == "note"
+
+
+def test_missing_data_are_no_fault_where_no_configuration_names_them() -> None:
+    checks = doctor.check_known_data(Config())
+    assert len(checks) == 3
+    assert doctor.can_train(checks)
+    assert all(check.fix for check in checks if check.state == "note")
+
+
+def test_a_port_in_use_is_told_with_a_fix() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        check = doctor.check_metrics_port(settings(metrics={"port": taken.getsockname()[1]}))
+    assert check.state == "note"
+    assert "in use" in check.detail
+    assert "metrics.port" in check.fix
+
+
+def test_a_free_port_is_fine() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    assert doctor.check_metrics_port(settings(metrics={"port": port})).state == "fine"
+
+
+def test_a_run_directory_below_a_file_fails(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check = doctor.check_disk("run directory", tmp_path / "file" / "runs")
+    assert check.state == "fails"
+    assert "--run-dir" in check.fix
+
+
+def test_a_disk_without_room_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.check_disk("run directory", tmp_path / "not" / "yet").state == "fine"
+    monkeypatch.setattr(doctor, "_LEAST_DISK", 1 << 60)
+    check = doctor.check_disk("run directory", tmp_path / "not" / "yet")
+    assert check.state == "fails"
+    assert "free at least" in check.fix
+
+
+def test_every_finding_that_is_not_fine_reads_with_its_fix_below_it() -> None:
+    checks = (
+        doctor.Check("one", "fine", "works"),
+        doctor.Check("two", "fails", "is broken", "mend it"),
+    )
+    page = io.StringIO()
+    doctor.render(checks, Console(file=page, width=80))
+    lines = [line.rstrip() for line in page.getvalue().splitlines()]
+    assert lines[0].split() == ["ok", "one", "works"]
+    assert lines[1].split() == ["FAILS", "two", "is", "broken"]
+    assert lines[2].strip() == "-> mend it"
+    assert not doctor.can_train(checks)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and torch can use it")
+def test_gpus_that_torch_cannot_use_fail_unless_the_run_is_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    check = doctor.check_devices("auto")
+    assert check.state == "fails"
+    assert "CUDA_VISIBLE_DEVICES=0,1" in check.detail
+    assert "run.device=cpu" in check.fix
+    assert doctor.check_devices("cpu").state == "note"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and torch can use it")
+def test_a_machine_without_gpus_is_fine_unless_the_run_asks_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert doctor.check_devices("auto").state == "fine"
+    assert doctor.check_devices("cpu").state == "fine"
+    check = doctor.check_devices("cuda")
+    assert check.state == "fails"
+    assert "run.device=cpu" in check.fix
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "nccl", "state"),
+    [
+        ("auto", 2, False, "fails"),
+        ("auto", 1, False, "note"),
+        # a login node
+        ("auto", 0, False, "note"),
+        ("cpu", 2, False, "fine"),
+        ("auto", 2, True, "fine"),
+    ],
+)
+def test_a_horovod_without_nccl_beside_a_torch_for_gpus_is_told(
+    asked: Device, gpus: int, nccl: bool, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = inspection.HorovodBuild("0.28.1", mpi=True, gloo=True, nccl=nccl)
+    monkeypatch.setattr(inspection, "horovod_build", lambda: build)
+    monkeypatch.setattr(devices, "torch_gpus", lambda: devices.TorchGpus("2.15.0", "CUDA 13.2", gpus))
+    check = doctor.check_horovod(asked)
+    assert check.state == state
+    assert bool(check.fix) is (state != "fine")
+
+
+def test_a_horovod_that_does_not_load_fails_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "horovod.torch", None)
+    check = doctor.check_horovod("auto")
+    assert check.state == "fails"
+    assert "make setup" in check.fix
+
+
+def test_the_libraries_of_analyses_reports_and_models_are_listed_with_their_versions() -> None:
+    check = doctor.check_libraries()
+    assert check.state == "fine"
+    for package in (
+        "torchvision",
+        "timm",
+        "nvidia-ml-py",
+        "pillow",
+        "prometheus-client",
+        "scipy",
+        "matplotlib",
+        "jinja2",
+        "uniplot",
+    ):
+        assert f"{package} {metadata.version(package)}" in check.detail
+
+
+def test_a_library_that_does_not_load_is_named_with_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
+    check = doctor.check_libraries()
+    assert check.state == "note"
+    assert "scipy, needed by dist-train sharpness, cannot be loaded" in check.detail
+    assert f"matplotlib {metadata.version('matplotlib')}" in check.detail
+    assert "make setup" in check.fix
+
+
+def test_horovod_and_mpi4py_load_one_mpi() -> None:
+    build = inspection.horovod_build()
+    assert build.mpi
+    assert build.gloo
+    assert "MPI" in inspection.mpi_library().description
+    assert len(inspection.loaded_mpi_libraries()) == 1
+
+
+def test_the_launcher_is_the_one_that_the_set_up_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    program = tmp_path / "elsewhere" / "mpirun"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    (tmp_path / "setup.env").write_text(f"mpi=system\nmpirun={program}\n")
+    assert inspection.launcher("mpirun") == program

@@ -1,0 +1,126 @@
+"""What a launch records of what it runs on."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dist_train.cluster import inspection
+from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.cluster.inspection import horovod_build, loaded_mpi_version, mpi_library
+from dist_train.launching.provenance import device_name, launch_environment, revision
+from dist_train.launching.run import train
+from dist_train.launching.session import Session
+from dist_train.monitoring.observers import Observers
+from dist_train.outcome import FaultError
+from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.status import read_status
+from tests.unit.simulated_ranks import results
+from tests.unit.small_trainers import small_config
+
+CPU = torch.device("cpu")
+
+
+def test_the_versions_are_those_of_what_computes() -> None:
+    horovod_build()  # loads MPI, as a launch over MPI does
+    assert launch_environment("1.0 (abc)", "mpi", CPU) == {
+        "dist_train": "1.0 (abc)",
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": metadata.version("torchvision"),
+        "Horovod": metadata.version("horovod"),
+        "MPI": mpi_library().description,
+        "NumPy": np.__version__,
+        "device": device_name(CPU),
+    }
+
+
+@pytest.mark.parametrize("controller", ["gloo", "alone"])
+def test_mpi_that_does_not_carry_the_ranks_is_not_told_as_used(controller: str) -> None:
+    assert launch_environment("", controller, CPU)["MPI"] == f"not used ({controller})"
+
+
+def test_the_loaded_mpi_is_the_one_that_mpi4py_describes() -> None:
+    horovod_build()
+    assert loaded_mpi_version() == mpi_library().description
+
+
+def test_an_mpi_that_does_not_tell_its_version_is_unknown_and_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import _ctypes
+
+    files = frozenset({tmp_path / "libmpi.so.40 (deleted)", Path(_ctypes.__file__)})
+    monkeypatch.setattr(inspection, "loaded_mpi_libraries", lambda: files)
+    assert loaded_mpi_version() == ""
+    assert launch_environment("", "mpi", CPU)["MPI"] == "unknown"
+
+
+def test_a_package_that_is_missing_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(package: str) -> str:
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert launch_environment("", "alone", CPU)["Horovod"] == "not installed"
+
+
+def test_a_processor_has_its_name_or_else_its_architecture(tmp_path: Path) -> None:
+    (tmp_path / "x86").write_text("processor\t: 0\nmodel name\t: Abacus 9000: fast\n\nmodel name\t: another\n")
+    (tmp_path / "variant").write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
+    assert device_name(CPU, tmp_path / "x86") == "Abacus 9000: fast"
+    assert device_name(CPU, tmp_path / "variant") == platform.machine()
+    assert device_name(CPU, tmp_path / "missing") == platform.machine()
+
+
+def test_a_gpu_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    assert device_name(torch.device("cuda", 1)) == "card 1"
+
+
+def test_a_run_records_what_it_ran_on(tmp_path: Path) -> None:
+    train(small_config(), tmp_path)
+    recorded = json.loads((tmp_path / "status.json").read_text())["environment"]
+    assert recorded == launch_environment(revision(), "alone", CPU)
+
+
+def test_a_launch_that_fails_before_it_trains_leaves_what_the_one_before_recorded(tmp_path: Path) -> None:
+    train(small_config(), tmp_path)
+    before = read_status(tmp_path / "status.json")
+
+    session = Session(RunDirectory(tmp_path), Alone(), Observers())
+    session.fail(FaultError("no data"))
+    after = read_status(tmp_path / "status.json")
+    assert before is not None
+    assert after is not None
+    assert (after.state, after.environment) == ("failed", before.environment)
+    assert after.environment
+
+
+def test_another_rank_s_fault_leaves_what_rank_0_recorded(tmp_path: Path) -> None:
+    train(small_config(), tmp_path)
+
+    def launch(comm: Communicator) -> None:
+        session = Session(RunDirectory(tmp_path), comm, Observers())
+        comm.barrier()
+        if comm.rank == 1:
+            session.fail(FaultError("its disk is gone"))
+
+    results(2, launch)
+    after = read_status(tmp_path / "status.json")
+    assert after is not None
+    assert after.reason == "rank 1: its disk is gone"
+    assert after.environment
+
+
+def test_a_status_whose_environment_is_none_is_no_status(tmp_path: Path) -> None:
+    train(small_config(), tmp_path)
+    path = tmp_path / "status.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "environment": 5}))
+    assert read_status(path) is None
+    assert train(small_config(), tmp_path).state == "finished"

@@ -1,0 +1,211 @@
+"""What is told of a launch: facts before it, events at its beginning and end, and who watches."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+import dist_train
+from dist_train.checkpoint.files import newest_whole
+from dist_train.checkpoint.state import ResumePoint
+from dist_train.cli.main import main
+from dist_train.cluster.communicator import Alone
+from dist_train.launching.assembly import assemble
+from dist_train.launching.provenance import revision
+from dist_train.launching.run import train
+from dist_train.launching.session import Session, open_session
+from dist_train.monitoring.observers import Observers
+from dist_train.outcome import DisagreementError, DivergedError, StoppedError, UsageError
+from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.records import EventRecord, Measurement, Outcome, Record, RunFacts, read_records
+from dist_train.training.stopping import StopRequests
+from tests.unit.simulated_ranks import SimulatedRanks, results
+from tests.unit.small_trainers import small_config
+from tests.unit.test_cli_commands import write_config
+
+
+class Told:
+    """An observer that keeps what it is told, in order."""
+
+    def __init__(self) -> None:
+        self.facts: list[RunFacts] = []
+        self.events: list[EventRecord] = []
+        self.ends: list[Outcome] = []
+
+    def begin(self, facts: RunFacts) -> None:
+        self.facts.append(facts)
+
+    def record(self, record: Record) -> None:
+        assert not self.ends, "nothing comes after the end"
+        if isinstance(record, EventRecord):
+            self.events.append(record)
+
+    def measurement(self, measurement: Measurement) -> None: ...
+
+    def progress(self, step: int) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def end(self, outcome: Outcome) -> None:
+        self.ends.append(outcome)
+
+
+def begun(folder: Path, comm: SimulatedRanks | Alone, *, going_on: bool = False) -> tuple[Session, Told]:
+    told, config, directory = Told(), small_config(), RunDirectory(folder)
+    if comm.rank == 0:
+        directory.create()
+    contents = newest_whole(directory.checkpoints, lambda path, text: None) if going_on else None
+    session = Session(directory, comm, Observers([told]))
+    trainer = assemble(config, contents, directory, comm, session, StopRequests())
+    session.begin(trainer, ResumePoint(config, contents))
+    return session, told
+
+
+def test_every_rank_s_observers_are_told_the_facts_and_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    before = time.time()
+
+    def launch(comm: SimulatedRanks) -> Told:
+        session, told = begun(tmp_path / "run", comm)
+        session.finish()
+        return told
+
+    for rank, told in enumerate(results(3, launch)):
+        [facts] = told.facts
+        assert (facts.rank, facts.world_size, facts.name) == (rank, 3, "run")
+        assert facts.micro_batches_of == (2, 2, 1), "five micro-batches in all"
+        assert (facts.slurm_job, facts.node) == ("4711", socket.gethostname())
+        assert before <= facts.launched <= time.time()
+        assert facts.revision.startswith(dist_train.__version__) == (rank == 0)
+        assert [end.state for end in told.ends] == ["finished"]
+
+
+def test_outside_of_slurm_there_is_no_job_and_nothing_was_requeued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    _, told = begun(tmp_path, Alone())
+    assert told.facts[0].slurm_job == ""
+    assert told.events == []
+
+
+@pytest.mark.parametrize(("count", "events"), [("0", []), ("2", [("requeued", {"restart": 2})]), ("x", [])])
+def test_a_job_that_slurm_has_started_anew_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: str, events: list[object]
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+    _, told = begun(tmp_path, Alone())
+    assert [(event.event, dict(event.details)) for event in told.events] == events
+
+
+@pytest.mark.parametrize(
+    ("error", "event"),
+    [
+        (DivergedError("the loss is not finite"), "not_finite"),
+        (DisagreementError("rank 2 holds other weights"), "disagreement"),
+        (StoppedError("stopped"), None),
+        (UsageError("no"), None),
+    ],
+)
+def test_how_a_run_fails_is_an_event_before_its_end_on_rank_0(
+    tmp_path: Path, error: Exception, event: str | None
+) -> None:
+    def launch(comm: SimulatedRanks) -> Told:
+        session, told = begun(tmp_path, comm)
+        session.fail(type(error)(*error.args))
+        return told
+
+    first, second = results(2, launch)
+    assert [record.event for record in first.events] == ([event] if event else [])
+    assert all(str(error) in str(record.details["reason"]) for record in first.events)
+    assert second.events == []
+    assert len(first.ends) == len(second.ends) == 1
+
+
+def test_a_run_that_diverged_goes_on_from_its_checkpoint_and_its_record_of_it_is_gone(tmp_path: Path) -> None:
+    settings = {"model": {"norm": "none", "width": 0.25}, "checkpoint": {"every_steps": 1}}
+    config = write_config(tmp_path, optimizer={"learning_rate": 1e30}, **settings)
+    run = tmp_path / "run"
+
+    def events() -> list[EventRecord]:
+        return [record for record in read_records(run / "metrics.jsonl") if isinstance(record, EventRecord)]
+
+    assert main(["train", config, "--run-dir", str(run)]) == 3
+    [told] = [event for event in events() if event.event == "not_finite"]
+    assert "not finite" in str(told.details["reason"])
+    assert main(["train", config, "--run-dir", str(run), "run.resume=auto"]) == 3
+    assert len([event for event in events() if event.event == "not_finite"]) == 1
+    assert [event.event for event in events()].count("resumed") == 1
+
+
+@pytest.mark.parametrize(
+    ("metrics", "first", "others"),
+    [
+        ({"enabled": False}, [], []),
+        ({"enabled": True}, ["Exporter"], []),
+        ({"enabled": True, "ranks": "all"}, ["Exporter"], ["Exporter"]),
+        ({"enabled": False, "ranks": "all", "tensorboard": True}, ["TensorBoard"], []),
+    ],
+)
+def test_who_watches_follows_the_settings(
+    tmp_path: Path, metrics: dict[str, object], first: list[str], others: list[str]
+) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.create()
+
+    def names(comm: SimulatedRanks) -> list[str]:
+        session = open_session(small_config(metrics=metrics), directory, comm)
+        observers = [type(observer).__name__ for observer in session.observers._observers]
+        session.finish()
+        return observers
+
+    opened = results(2, names)
+    assert opened[0][:2] == ["JsonLines", "EventCounts"]
+    assert opened[0][3:] == ["RanksFile", *first]
+    assert opened[1] == others
+
+
+def test_a_token_that_cannot_be_read_is_said_before_training_starts(tmp_path: Path) -> None:
+    metrics = {"enabled": True, "port": 0, "token_file": str(tmp_path / "missing")}
+    with pytest.raises(UsageError, match="missing"):
+        train(small_config(metrics=metrics), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ("-c", "user.name=someone", "-c", "user.email=someone@example.org")
+    subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
+
+
+def test_the_revision_names_the_commit_and_whether_files_differ_from_it(tmp_path: Path) -> None:
+    version = dist_train.__version__
+    assert revision(tmp_path) == version, "no repository"
+    git(tmp_path, "init")
+    assert revision(tmp_path) == version, "no commit yet"
+    (tmp_path / "file").write_text("1")
+    git(tmp_path, "add", "file")
+    git(tmp_path, "commit", "-m", "first")
+    git(tmp_path, "tag", "-m", "named", "v9")
+    clean = revision(tmp_path)
+    assert re.fullmatch(rf"{re.escape(version)} \([0-9a-f]{{7,}}\)", clean)
+    (tmp_path / "file").write_text("2")
+    assert revision(tmp_path) == f"{clean[:-1]}-dirty)"
+
+
+def test_a_package_below_another_s_repository_is_not_of_that_commit(tmp_path: Path) -> None:
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "another project")
+    (tmp_path / "site-packages").mkdir()
+    assert revision(tmp_path / "site-packages") == dist_train.__version__
+
+
+def test_without_git_the_revision_is_the_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert revision(tmp_path) == dist_train.__version__

@@ -1,0 +1,83 @@
+"""What a report says of where its runs come from: the versions that they ran with, as they recorded them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dist_train.report.facts import versions
+from dist_train.report.page import render
+from dist_train.report.stored_run import StoredRun, Subject, read_run, read_subject
+from tests.unit.report_study import make_run, treatments, write_status
+
+RECORDED = {"dist_train": "0.0.9 (abc1234)", "Python": "3.9.1", "torch": "1.2.3+cu99", "device": "Abacus & Sons"}
+
+
+def run_with(folder: Path, environment: Mapping[str, str], name: str = "run") -> StoredRun:
+    directory = folder / name
+    directory.mkdir()
+    write_status(directory, "finished", 7, environment=environment)
+    return read_run(directory, name)
+
+
+def test_versions_are_those_that_the_run_recorded(tmp_path: Path) -> None:
+    assert versions([run_with(tmp_path, RECORDED)]) == tuple(RECORDED.items())
+
+
+def test_where_runs_differ_it_is_said_how_many_had_which(tmp_path: Path) -> None:
+    runs = [
+        run_with(tmp_path, {**RECORDED, "torch": torch_version} if torch_version else {}, f"run-{number}")
+        for number, torch_version in enumerate(["1.2.3", "1.2.4", "1.2.4", ""])
+    ]
+    told = dict(versions(runs))
+    assert told["torch"] == "runs differ: 1.2.4 (2), 1.2.3 (1), not recorded (1)"
+    assert dict(versions(runs[:3]))["Python"] == "3.9.1"
+
+
+def test_runs_that_recorded_none_say_so(tmp_path: Path) -> None:
+    directory = tmp_path / "old"
+    directory.mkdir()
+    write_status(directory, "finished", 7)
+    fields = json.loads((directory / "status.json").read_text())
+    del fields["environment"]
+    (directory / "status.json").write_text(json.dumps(fields))
+    assert versions([read_run(directory, "old")]) == (("versions", "not recorded"),)
+
+
+def test_runs_that_have_not_begun_count_for_nothing(tmp_path: Path) -> None:
+    missing = read_run(tmp_path / "missing", "missing")
+    assert versions([missing]) == ()
+    assert versions([run_with(tmp_path, RECORDED), missing]) == tuple(RECORDED.items())
+
+
+def test_the_page_shows_the_runs_versions_and_none_of_this_machine_s(tmp_path: Path) -> None:
+    treatment = treatments()[0]
+    directory = make_run(tmp_path / "run", treatment, 0, dict(treatment.settings))
+    write_status(directory, "finished", 200, environment=RECORDED)
+    page = render(read_subject(directory))
+    assert "<div><dt>torch</dt><dd>1.2.3+cu99</dd></div>" in page
+    assert "<div><dt>device</dt><dd>Abacus &amp; Sons</dd></div>" in page
+    for version in (torch.__version__, np.__version__):
+        assert version not in page
+
+
+def test_a_run_s_records_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    treatment = treatments()[0]
+    directory = make_run(tmp_path / "run", treatment, 0, dict(treatment.settings))
+    opened: list[str] = []
+    genuine = Path.open
+
+    def counting(path: Path, *arguments: object, **named: object) -> object:
+        opened.append(path.name)
+        return genuine(path, *arguments, **named)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", counting)
+    subject: Subject = read_subject(directory)
+    render(subject)
+    assert len(subject.runs[0].train) == treatment.epochs * treatment.steps_per_epoch
+    assert opened.count("metrics.jsonl") == 1

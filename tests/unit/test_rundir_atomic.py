@@ -1,0 +1,116 @@
+"""Files that are whole or absent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dist_train.rundir import atomic
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("write", [atomic.write_text, atomic.swap_text])
+def test_the_text_is_there_and_nothing_else(tmp_path: Path, write: Callable[[Path, str], None]) -> None:
+    for text in ("first, and longer", "zweite ä"):
+        write(tmp_path / "file", text)
+        assert (tmp_path / "file").read_text(encoding="utf-8") == text
+        assert names(tmp_path) == ["file"]
+
+
+def test_a_block_that_raises_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> None:
+    atomic.write_bytes(tmp_path / "file", b"old")
+
+    def broken_off() -> None:
+        with atomic.replacing(tmp_path / "file") as file:
+            file.write(b"new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken_off()
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_the_name_appears_only_when_the_block_has_ended(tmp_path: Path) -> None:
+    with atomic.replacing(tmp_path / "file") as file:
+        file.write(b"new")
+        assert "file" not in names(tmp_path)
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_disk_that_fails_leaves_the_old_file_and_no_temporary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    atomic.write_bytes(tmp_path / "file", b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(OSError, match="No space left"):
+        atomic.write_bytes(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_the_bytes_are_on_disk_before_the_name_is_and_the_name_before_the_call_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        calls.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).suffix or "folder")
+        fsync(descriptor)
+
+    def noted_replace(source: str, target: Path) -> None:
+        calls.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    atomic.write_bytes(tmp_path / "file", b"new")
+    assert calls == [".part", "rename", "folder"]
+
+
+WRITER = """
+    import sys, time
+    from pathlib import Path
+    from dist_train.rundir import atomic
+    with atomic.replacing(Path(sys.argv[1])) as file:
+        file.write(b"half of the new")
+        file.flush()
+        print("written", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_promise_6_a_writer_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    atomic.write_bytes(target, b"old")
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(WRITER), str(target)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "written\n"
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert target.read_bytes() == b"old"
+    atomic.write_bytes(target, b"newer")
+    assert target.read_bytes() == b"newer"
+
+
+def test_a_folder_that_is_not_there_is_an_error_of_the_system(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        atomic.write_text(tmp_path / "nowhere" / "file", "text")

@@ -1,0 +1,149 @@
+"""One launch at a time in a run directory: the second is told who is there, and a dead owner keeps nobody out."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from dist_train.outcome import UsageError
+from dist_train.rundir.lock import RunLock, lock_run
+
+_HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def lock(root: Path, *, patience: float = 0.0, lease: float = 0.0) -> RunLock:
+    return lock_run(root, root / "run.lock", patience=patience, lease=lease)
+
+
+@contextmanager
+def held_by_another(root: Path) -> Iterator[subprocess.Popen[str]]:
+    """Have another process hold the lock of `root`."""
+    process = subprocess.Popen([sys.executable, "-c", _HOLD, str(root / "run.lock")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_second_is_refused_and_told_who_is_there(tmp_path: Path) -> None:
+    first = lock(tmp_path)
+    with pytest.raises(UsageError, match="is in use by") as refused:
+        lock(tmp_path)
+    message = str(refused.value)
+    assert f"{tmp_path} is in use by process {os.getpid()} on {socket.gethostname()}, since 20" in message
+    assert "--run-dir" in message
+    first.release()
+
+
+def test_a_dead_owner_does_not_keep_it(tmp_path: Path) -> None:
+    with held_by_another(tmp_path) as other:
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        lock(tmp_path).release()
+
+
+def test_an_owner_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
+    with held_by_another(tmp_path) as other:
+        threading.Timer(0.3, other.kill).start()
+        lock(tmp_path, patience=60).release()
+        assert other.wait() == -signal.SIGKILL
+
+
+def test_it_can_be_taken_again_once_it_is_released(tmp_path: Path) -> None:
+    for _ in range(2):
+        lock(tmp_path).release()
+
+
+def test_what_a_process_starts_does_not_inherit_it(tmp_path: Path) -> None:
+    held = lock(tmp_path)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        held.release()
+        lock(tmp_path).release()
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_requeued_job_waits_for_the_lease_of_the_node_that_it_ran_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.lock"
+    path.write_text(json.dumps({"host": "node-that-died", "pid": 1, "since": "2026", "slurm_job": "77"}))
+    descriptor = os.open(path, os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        monkeypatch.setenv("SLURM_JOB_ID", "77")
+        begun = time.monotonic()
+        with pytest.raises(UsageError, match="process 1 on node-that-died, Slurm job 77"):
+            lock(tmp_path, lease=0.4)
+        assert time.monotonic() - begun >= 0.4
+        monkeypatch.setenv("SLURM_JOB_ID", "78")
+        begun = time.monotonic()
+        with pytest.raises(UsageError, match="in use"):
+            lock(tmp_path, lease=60.0)
+        assert time.monotonic() - begun < 30
+    finally:
+        os.close(descriptor)
+
+
+def test_a_lock_file_that_says_nothing_is_still_a_lock(tmp_path: Path) -> None:
+    first = lock(tmp_path)
+    (tmp_path / "run.lock").write_bytes(b"\xff{")
+    with pytest.raises(UsageError, match="in use by another process"):
+        lock(tmp_path)
+    first.release()
+
+
+def test_without_locks_a_warning_says_that_nobody_is_kept_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    lock(tmp_path).release()
+    assert "has no locks" in caplog.text
+
+
+def test_a_directory_made_anew_is_not_the_one_that_was_locked(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    root.mkdir()
+    held = lock(root)
+    held.check()
+    root.rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError):
+        held.check()
+    root.mkdir()
+    other = lock(root)
+    with pytest.raises(OSError, match="made anew"):
+        held.check()
+    other.release()
+    held.release()
+
+
+def test_only_the_user_may_read_the_lock(tmp_path: Path) -> None:
+    lock(tmp_path).release()
+    assert (tmp_path / "run.lock").stat().st_mode & 0o777 == 0o600

@@ -1,0 +1,71 @@
+"""Where a run lies, and whether it may be gone on with."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_train.config import Config, load_config, parse_config
+from dist_train.outcome import FaultError, UsageError
+from dist_train.rundir.paths import RunDirectory, oserror_to_fault
+from tests.unit.checkpoint_files import write
+
+
+def parse(**sections: Any) -> Config:
+    return parse_config(sections, source="test")
+
+
+DECIDED = parse(batch={"micro_size": 64}, precision={"threads": 2})
+
+
+def begun(folder: Path, *steps: int) -> RunDirectory:
+    """A run that began with `DECIDED` and has saved checkpoints at `steps`."""
+    directory = RunDirectory(folder / "run")
+    directory.create()
+    directory.save_config(DECIDED)
+    for step in steps:
+        write(directory.checkpoints, step)
+    return directory
+
+
+def test_its_folders_are_made_and_may_be_there_already(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "a" / "b")
+    for _ in range(2):
+        directory.create()
+        assert directory.checkpoints.is_dir()
+        assert directory.logs.is_dir()
+        assert sorted(path.name for path in directory.root.iterdir()) == ["checkpoints", "logs"]
+
+
+@pytest.mark.parametrize("blocked", ["run", "run/checkpoints"])
+def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path, blocked: str) -> None:
+    path = tmp_path / blocked
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("a file in the way")
+    with pytest.raises(UsageError, match=r"cannot be written: .*; choose another by run\.directory or --run-dir"):
+        RunDirectory(tmp_path / "run").create()
+
+
+def test_saved_settings_are_read_back(tmp_path: Path) -> None:
+    assert load_config(begun(tmp_path).config) == DECIDED
+
+
+def test_its_folders_are_the_user_s_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        directory = RunDirectory(tmp_path / "runs" / "run")
+        directory.create()
+    finally:
+        os.umask(before)
+    for folder in (directory.root, directory.checkpoints, directory.logs):
+        assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_disk_that_fails_is_told_with_the_fix(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    told = r"No space left on device: .*metrics\.jsonl; the checkpoints in .* as they were"
+    with pytest.raises(FaultError, match=told), oserror_to_fault(directory):
+        raise OSError(28, "No space left on device", str(directory.metrics))

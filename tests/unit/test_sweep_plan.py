@@ -1,0 +1,226 @@
+"""A study's file: which runs it stands for, and what is said where it is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dist_train.cli import landscape_command, sharpness_command
+from dist_train.config import ConfigError, load_config
+from dist_train.config.loading import with_overrides, write_override
+from dist_train.sweep.planned_runs import analysis_commands, plan_study, write_plan
+from tests.unit.studies import small_plan, write_study
+
+SHIPPED = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
+
+
+def faults(folder: Path, **changes: Any) -> list[str]:
+    with pytest.raises(ConfigError) as refused:
+        small_plan(folder, **changes)
+    return [str(fault) for fault in refused.value.problems]
+
+
+class TestRuns:
+    def test_they_are_every_variant_with_every_seed_seed_by_seed(self, tmp_path: Path) -> None:
+        plan = small_plan(tmp_path)
+        assert [(run.number, run.name, run.variant, run.seed) for run in plan.runs] == [
+            (1, "plain-seed-0", "plain", 0),
+            (2, "noisy-seed-0", "noisy", 0),
+            (3, "plain-seed-1", "plain", 1),
+            (4, "noisy-seed-1", "noisy", 1),
+        ]
+        assert [run.config.run.seed for run in plan.runs] == [0, 0, 1, 1]
+        assert [run.config.noise.method for run in plan.runs] == ["none", "smoothout"] * 2
+        assert plan.runs[3].directory == tmp_path / "runs" / "small" / "noisy-seed-1"
+
+    def test_an_variant_with_seeds_of_its_own_is_run_with_these_alone(self, tmp_path: Path) -> None:
+        variants = {"often": {}, "once": {"seeds": [2], "settings": {"optimizer.momentum": 0.5}}}
+        assert [run.name for run in small_plan(tmp_path, variants=variants, seeds=[1, 2]).runs] == [
+            "often-seed-1",
+            "often-seed-2",
+            "once-seed-2",
+        ]
+        [fault] = faults(tmp_path, variants={**variants, "once": {"seeds": [3]}}, seeds=[1, 2])
+        assert " ".join(fault.split()) == "variants.once.seeds: not a seed of the study value: 3 allowed: 1, 2"
+
+    def test_an_variant_begins_with_the_settings_of_the_variant_that_it_is_like(self, tmp_path: Path) -> None:
+        variants = {
+            "first": {"settings": {"model.width": 0.0625, "noise.amplitude": 0.3}},
+            "second": {"like": "first", "settings": {"noise.amplitude": 0.2}},
+            "third": {"like": "second", "settings": {"optimizer.momentum": 0.5}},
+        }
+        settings = {"optimizer.momentum": 0.7, "model.width": 0.5}
+        configs = [run.config for run in small_plan(tmp_path, variants=variants, settings=settings, seeds=[0]).runs]
+        assert [config.noise.amplitude for config in configs] == [0.3, 0.2, 0.2]
+        assert [config.model.width for config in configs] == [0.0625] * 3
+        assert [config.optimizer.momentum for config in configs] == [0.7, 0.7, 0.5]
+
+    def test_a_grid_is_every_combination_and_each_is_an_variant_of_its_own(self, tmp_path: Path) -> None:
+        schedules = [{"kind": "cosine"}, {"kind": "exponential", "final_fraction": 0.5}]
+        variants = {"noisy": {"title": "Noise", "grid": {"noise.schedule": schedules}}}
+        plan = small_plan(tmp_path, variants=variants, grid={"noise.amplitude": [1e-4, 0.1]}, seeds=[5])
+        assert [run.name for run in plan.runs] == [
+            "noisy-schedule-cosine-amplitude-0.0001-seed-5",
+            "noisy-schedule-cosine-amplitude-0.1-seed-5",
+            "noisy-schedule-exponential-final_fraction-0.5-amplitude-0.0001-seed-5",
+            "noisy-schedule-exponential-final_fraction-0.5-amplitude-0.1-seed-5",
+        ]
+        assert plan.runs[0].title == "Noise, schedule cosine, amplitude 0.0001"
+        assert len({run.variant for run in plan.runs}) == 4
+        assert plan.runs[3].config.noise.schedule.model_dump() == {"kind": "exponential", "final_fraction": 0.5}
+        assert plan.runs[3].config.noise.amplitude == 0.1
+
+    def test_what_train_is_told_gives_the_planned_configuration(self, tmp_path: Path) -> None:
+        variants = {"one": {"settings": {"noise.exclude": ["bias", "a b*"], "noise.schedule": {"kind": "linear"}}}}
+        plan = plan_study(write_study(tmp_path, variants=variants), tmp_path / "a 'b'", ["data.synthetic_classes=4"])
+        for run in plan.runs:
+            assert load_config(plan.base_file, run.overrides) == run.config
+            assert run.config.data.synthetic_classes == 4
+            assert not any("\n" in word for word in run.overrides)
+        assert plan.directory == tmp_path / "a 'b'" / "small"
+
+    def test_the_study_s_folder_says_what_its_runs_are(self, tmp_path: Path) -> None:
+        plan = small_plan(tmp_path)
+        write_plan(plan)
+        assert load_config(plan.directory / "base.yaml") == plan.base
+        assert yaml.safe_load((plan.directory / "study.yaml").read_text())["seeds"] == [0, 1]
+        last = json.loads((plan.directory / "runs.json").read_text())[-1]
+        assert (last["number"], last["name"], last["variant"], last["seed"]) == (4, "noisy-seed-1", "noisy", 1)
+        assert last["settings"] == {"noise.amplitude": 0.02}
+
+
+class TestFaults:
+    def test_all_are_told_at_once_each_with_its_place(self, tmp_path: Path) -> None:
+        variants = {
+            "plain": {"settings": {"noise.amplitud": 1}},
+            "noisy": {"grid": {"noise.amplitude": [0.1, -1]}},
+        }
+        found = faults(tmp_path, variants=variants, settings={"model.width": "wide"})
+        assert found == [
+            "  settings.model.width: not a number\n      value:   wide\n      allowed: a number above 0",
+            "  variants.plain.settings.noise.amplitud: unknown key; did you mean noise.amplitude?\n      value:   1",
+            "  variants.noisy.grid.noise.amplitude: should be greater than or equal to 0\n      value:   -1\n"
+            "      allowed: a number at least 0",
+        ]
+
+    def test_an_unknown_key_has_the_nearest_one(self, tmp_path: Path) -> None:
+        found = faults(tmp_path, seed=[1], variants={"a": {"setings": {}}})
+        assert any("seed: unknown key; did you mean seeds?" in fault for fault in found)
+        assert any("variants.a.setings: unknown key; did you mean variants.a.settings?" in fault for fault in found)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"name": "a/b"}, "name: not of this form"),
+            ({"variants": {}}, "variants: "),
+            (
+                {"variants": {"a": 3}},
+                "variants.a: not a mapping\n      value:   3\n      allowed: a mapping with the keys ti",
+            ),
+            ({"variants": 3}, "variants: not a mapping\n      value:   3\n      allowed: names, each with a mapping"),
+            ({"seeds": []}, "seeds: "),
+            ({"seeds": [1, 1]}, "seeds: a seed stands twice"),
+            ({"seeds": [-1]}, "seeds.0: should be greater than or equal to 0"),
+            ({"settings": {"run.seed": 3}}, "settings.run.seed: the study itself sets this"),
+            ({"settings": {"noise": {"amplitude": 1}}}, "settings.noise: not a setting"),
+            ({"grid": {"noise.amplitude": []}}, "grid.noise.amplitude: a list without values"),
+            ({"variants": {"a": {"like": "b"}, "bb": {}}}, "variants.a.like: not a variant"),
+            ({"variants": {"a": {"like": "b"}, "b": {"like": "a"}}}, "variants.a.like: the variant is like itself"),
+            ({"variants": {"a": {}, "b": {"settings": {}}}}, "variants.b: has the same settings as the variant a"),
+            ({"analyse": [{"kind": "directon"}]}, "analyse.0.kind: not a kind"),
+            ({"analyse": [{"kind": "direction", "variants": ["plian"]}]}, "not a variant; did you mean plain?"),
+            ({"analyse": [{"kind": "interpolate", "between": ["plain"]}]}, "analyse.0.between.1: missing"),
+            ({"analyse": [{"kind": "sharpness", "seeds": [7]}]}, "analyse.0.seeds: not a seed of the study"),
+            (
+                {"analyse": [{"kind": "plane", "variant": []}]},
+                "analyse.0.variant: unknown key; did you mean analyse.0.variants?",
+            ),
+        ],
+    )
+    def test_each_is_named(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+        assert any(message in fault for fault in faults(tmp_path, **changes)), faults(tmp_path, **changes)
+
+    def test_a_grid_that_would_give_one_name_twice_is_refused(self, tmp_path: Path) -> None:
+        found = faults(tmp_path, variants={"a": {"grid": {"noise.exclude": [["x y"], ["x  y"]]}}})
+        assert any("two runs would have the same name" in fault for fault in found)
+
+    def test_a_base_that_is_not_there_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"bas\.yaml: 1 problem\n.*no such file; did you mean .*base\.yaml"):
+            small_plan(tmp_path, base="bas.yaml")
+
+    def test_settings_that_do_not_go_together_are_found_before_anything_starts(self, tmp_path: Path) -> None:
+        found = faults(tmp_path, variants={"a": {"settings": {"noise.method": "sam"}}})
+        assert any("set noise.sharing to micro_batch" in fault and "variant a" in fault for fault in found)
+
+
+@pytest.mark.parametrize(
+    "value", [1e-05, 0.1, 3, True, None, "cosine", "true", "1e-4", "2020-01-01", [1, "a, b"], {"a": "#"}]
+)
+def test_an_override_is_read_back_as_it_was(value: object) -> None:
+    word = write_override("section.key", value)
+    assert with_overrides({}, [word]) == {"section": {"key": value}}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+class TestShipped:
+    def test_every_run_is_valid(self, path: Path) -> None:
+        assert plan_study(path).runs
+
+    def test_what_the_norm_averages_over_is_the_same_in_every_variant(self, path: Path) -> None:
+        configs = [run.config for run in plan_study(path).runs]
+        assert len({(config.model.norm, config.model.ghost_size) for config in configs}) == 1
+        assert all(config.recomputes_statistics for config in configs)
+        assert all(config.batch.micro_size != "auto" for config in configs)
+
+
+def test_the_paper_s_study_has_the_paper_s_runs() -> None:
+    plan = plan_study(next(path for path in SHIPPED if path.stem == "paper"))
+    for size in (128, 8192):
+        plain = [run.config for run in plan.runs if run.config.batch.global_size == size]
+        amplitudes = {
+            config.noise.amplitude
+            for config in plain
+            if config.noise.method == "smoothout" and config.noise.scale == "absolute"
+        }
+        assert amplitudes == {0.1, 0.01, 0.001, 0.0001}
+        assert sum(config.noise.method == "none" for config in plain) == 3
+    assert all((run.config.data.name, run.config.run.epochs) == ("cifar10", 300) for run in plan.runs)
+    assert {run.seed for run in plan.runs} == {0, 1, 2}
+
+
+class TestAnalyses:
+    def test_each_finished_run_has_its_commands(self, tmp_path: Path) -> None:
+        analyse = [
+            {"kind": "interpolate", "between": ["plain", "noisy"]},
+            {"kind": "direction", "variants": ["noisy"], "seeds": [1], "options": {"range": [-2, 2.5], "points": 5}},
+            {"kind": "plane", "variants": ["plain"], "options": {"trajectory": True}},
+        ]
+        plan = small_plan(
+            tmp_path, variants={"plain": {}, "noisy": {"grid": {"noise.amplitude": [1, 2]}}}, analyse=analyse
+        )
+        folder = f"{tmp_path}/runs/small/"
+        commands = [" ".join(command).replace(folder, "") for command in analysis_commands(plan.study, plan.runs[1:])]
+        assert commands == [
+            "landscape interpolate plain-seed-1 noisy-amplitude-1-seed-1",
+            "landscape interpolate plain-seed-1 noisy-amplitude-2-seed-1",
+            "landscape direction noisy-amplitude-1-seed-1 --range -2 2.5 --points 5",
+            "landscape direction noisy-amplitude-2-seed-1 --range -2 2.5 --points 5",
+            "landscape plane plain-seed-1 --trajectory",
+        ]
+
+    @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+    def test_the_shipped_ones_are_commands_that_there_are(self, path: Path) -> None:
+        parser = argparse.ArgumentParser()
+        subparsers = parser.add_subparsers()
+        landscape_command.add_parser(subparsers)
+        sharpness_command.add_parser(subparsers)
+        plan = plan_study(path)
+        commands = list(analysis_commands(plan.study, plan.runs))
+        assert len(commands) >= len(plan.study.analyse)
+        for command in commands:
+            parser.parse_args(command)

@@ -1,0 +1,395 @@
+"""A run seen from its directory: what is shown of it, at every size and in every state."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import socket
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dist_train.outcome import ExitCode, UsageError
+from dist_train.rundir.live_files import RanksFile
+from dist_train.rundir.records import (
+    EvaluationRecord,
+    EventRecord,
+    Measurement,
+    RankMeasurement,
+    Record,
+    StepParts,
+    TrainRecord,
+    to_json,
+)
+from dist_train.rundir.status import StatusFile
+from dist_train.watch.history import History, Point, ThinnedCurve
+from dist_train.watch.run import Snapshot, WatchedRun, find_run
+from dist_train.watch.view import frame, plan, summary
+
+NOW = datetime(2024, 5, 6, 12, 0, tzinfo=UTC).timestamp()
+CONFIG = "data: {name: fashion-mnist}\nmodel: {name: vgg9}\nbatch: {global_size: 8192}\n"
+STEPS = 40
+PER_EPOCH = 10
+
+
+def records(steps: int = STEPS, seconds: float = 2.0, last: float = NOW) -> list[Record]:
+    """Return a run of `steps` updates, one each `seconds`, the last one made at `last`."""
+    made: list[Record] = []
+    for step in range(1, steps + 1):
+        when, epoch = last - (steps - step) * seconds, step / PER_EPOCH
+        made.append(TrainRecord(step, epoch, 4.0 / step, 0.7, 0.125, 0.01, 1.5, 0.25, 32_768.0, when))
+        if step % PER_EPOCH == 0:
+            made.append(EvaluationRecord(step, epoch, "train", 3.0 / step, 0.8, 100, when))
+            made.append(EvaluationRecord(step, epoch, "test", 3.5 / step, 0.6 + step / 1000, 100, when))
+            made.append(EventRecord(step, "checkpoint", when, {"bytes": 10}))
+    return made
+
+
+def write_records(directory: Path, made: Iterable[Record]) -> None:
+    (directory / "metrics.jsonl").write_text("".join(to_json(record) + "\n" for record in made))
+
+
+def write_status(directory: Path, **changes: object) -> None:
+    status = {
+        "state": "running",
+        "step": STEPS,
+        "epoch": STEPS / PER_EPOCH,
+        "total_steps": 100,
+        "world_size": 4,
+        "reason": "",
+        "exit_code": None,
+        "launch": "",
+        "host": "another-host",
+        "pid": 7,
+        "started": datetime.fromtimestamp(NOW - 600, UTC).isoformat(),
+        "updated": datetime.fromtimestamp(NOW, UTC).isoformat(),
+        "finished": None,
+        "best_accuracy": None,
+        "samples_per_second": 30_000.0,
+    }
+    (directory / "status.json").write_text(json.dumps({**status, **changes}))
+
+
+def write_ranks(directory: Path, count: int) -> None:
+    """Write as many ranks, of which the second is the slowest."""
+    ranks = tuple(
+        RankMeasurement(0.9 if rank == 1 else 0.3 + rank / 10_000, 0.05, 2**31, math.nan, math.nan, math.nan)
+        for rank in range(count)
+    )
+    parts = StepParts(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    RanksFile(directory / "ranks.json").measurement(Measurement(STEPS, NOW, 0.9, parts, 1.0, 1.0, ranks))
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A run that continues, on another host."""
+    run = tmp_path / "demo"
+    (run / "checkpoints").mkdir(parents=True)
+    for step in (30, 40):
+        (run / "checkpoints" / f"step-{step:08}.json").write_text("{}")
+    (run / "config.yaml").write_text(CONFIG)
+    write_records(run, records())
+    write_status(run)
+    write_ranks(run, 4)
+    return run
+
+
+def look(directory: Path, now: float = NOW + 3.0) -> Snapshot:
+    return WatchedRun(directory).look(now)
+
+
+def drawn(run: Snapshot, columns: int = 100, rows: int = 36) -> str:
+    console = Console(file=io.StringIO(), width=columns, height=rows, color_system=None, force_terminal=False)
+    console.print(frame(run, columns, rows), height=rows)
+    text = console.file.getvalue()  # type: ignore[attr-defined]  # it is a StringIO
+    lines = text.splitlines()
+    assert len(lines) == rows
+    assert max(map(len, lines)) <= columns
+    return str(text)
+
+
+def words(text: str) -> str:
+    """Return `text` with single spaces, to look for facts whatever their columns are."""
+    return re.sub(r"\s+", " ", text)
+
+
+class TestFacts:
+    def test_a_running_run_shows_how_far_and_how_well(self, directory: Path) -> None:
+        shown = words(drawn(look(directory)))
+        for fact in (
+            "demo running",
+            "vgg9, fashion-mnist, batch 8,192, 4 ranks",
+            "epoch 4 of 10",
+            "step 40/100",
+            "2:00 left",
+            "last sign of life 3 s ago on another-host, process 7",
+            "loss batch 0.1 train 0.075 test 0.0875",
+            "accuracy batch 70.0 % train 80.0 % test 64.0 %",
+            "images/s 32,768",
+            "step time 250 ms",
+            "learning rate 0.125",
+            "noise 0.01",
+            "gradient norm 1.5",
+            "best test 64.00 %",
+            "step 40, 3 s ago (2 kept)",
+        ):
+            assert fact in shown, fact
+
+    def test_the_slowest_rank_is_marked(self, directory: Path) -> None:
+        shown = words(drawn(look(directory)))
+        assert "ranks at step 40" in shown
+        assert "1 900 ms 50 ms 2.0 GiB slowest" in shown
+        assert shown.count("slowest") == 1
+
+    def test_of_a_thousand_ranks_the_slowest_and_a_summary_are_shown(self, directory: Path) -> None:
+        write_ranks(directory, 1024)
+        shown = drawn(look(directory), 140, 60)
+        assert "1 900 ms 50 ms 2.0 GiB slowest" in words(shown)
+        assert "1,024 ranks (least, median, most): busy 300 ms, 351 ms, 900 ms" in words(shown)
+        listed = re.findall(r"│ +(\d+) +\d+ ms +50 ms", shown)
+        assert listed == ["1", *(str(rank) for rank in range(1023, 1014, -1))]
+
+    def test_ranks_of_an_earlier_launch_are_not_shown(self, directory: Path) -> None:
+        write_status(directory, started=datetime.fromtimestamp(NOW + 60, UTC).isoformat())
+        assert look(directory).ranks is None
+
+    def test_events_are_shown_with_their_age_and_checkpoints_are_not_among_them(self, directory: Path) -> None:
+        event = EventRecord(20, "not_finite", NOW - 57.0, {"rank": 3})
+        write_records(directory, [*records(), event])
+        shown = words(drawn(look(directory)))
+        assert "1 min ago step 20: not finite (rank 3)" in shown
+        assert ": checkpoint (" not in shown
+
+    def test_numbers_that_are_not_finite_are_said_so_and_drawn_as_gaps(self, directory: Path) -> None:
+        nan = math.nan
+        made = [*records(), TrainRecord(41, 4.1, nan, 0.1, 0.1, 0.01, nan, 0.3, 9.0, NOW)]
+        write_records(directory, made)
+        shown = words(drawn(look(directory)))
+        assert "loss batch not finite" in shown
+        assert "gradient norm not finite" in shown
+
+    @pytest.mark.parametrize("size", [(60, 20), (60, 50), (80, 24), (89, 30), (90, 24), (100, 35), (250, 80)])
+    @pytest.mark.parametrize("ranks", [0, 1, 4, 1024])
+    def test_whatever_the_size_the_essentials_are_there(
+        self, directory: Path, size: tuple[int, int], ranks: int
+    ) -> None:
+        (directory / "ranks.json").unlink()
+        if ranks:
+            write_ranks(directory, ranks)
+        shown = words(drawn(look(directory), *size)).replace("\N{NO-BREAK SPACE}", " ")
+        for fact in ("demo running", "step 40/100", "2:00 left", "last sign of life", "test 0.0875", "images/s"):
+            assert fact in shown, fact
+        assert re.search(r"accuracy (batch )?70\.0", shown)
+        assert re.search("[\u2801-\u28ff]{2}", shown), "no curve"
+
+    def test_a_run_that_has_done_nothing_yet_is_shown_too(self, directory: Path) -> None:
+        (directory / "metrics.jsonl").unlink()
+        (directory / "ranks.json").unlink()
+        (directory / "checkpoints").rename(directory / "moved")
+        write_status(directory, state="starting", step=0, epoch=0.0, total_steps=None, samples_per_second=None)
+        shown = words(drawn(look(directory)))
+        assert "demo starting" in shown
+        assert "nothing measured yet" in shown
+        assert "checkpoints none yet" in shown
+
+
+class TestPlan:
+    @pytest.mark.parametrize("columns", [40, 60, 89, 90, 200])
+    @pytest.mark.parametrize("ranks", [0, 1, 16, 1024])
+    def test_parts_fill_the_height_and_never_more(self, columns: int, ranks: int) -> None:
+        for rows in range(1, 100):
+            parts = plan(columns, rows, ranks)
+            heights = (parts.curves, parts.accuracy, parts.rates, parts.ranks, parts.events)
+            assert min(heights) >= 0
+            assert sum(heights) == max(0, rows - 5)
+            if rows >= 20:
+                assert parts.curves >= 7
+                assert parts.rates >= 2
+
+
+class TestSilence:
+    @pytest.mark.parametrize(
+        ("pace", "silence", "is_long"),
+        [(2.0, 50.0, False), (2.0, 70.0, True), (30.0, 140.0, False), (30.0, 170.0, True)],
+    )
+    def test_silence_is_long_against_the_run_s_own_pace(
+        self, directory: Path, pace: float, silence: float, is_long: bool
+    ) -> None:
+        write_records(directory, records(seconds=pace))
+        run = look(directory, NOW + silence)
+        assert run.silent is is_long
+        assert ("no sign of life for" in drawn(run)) is is_long
+
+    def test_it_says_for_how_long(self, directory: Path) -> None:
+        assert "no sign of life for 3 min on another-host" in drawn(look(directory, NOW + 180.0))
+
+    def test_time_between_two_launches_is_nobody_s_pace(self, directory: Path) -> None:
+        resumed = EventRecord(STEPS, "resumed", NOW + 100_000.0, {})
+        later = [
+            TrainRecord(step, step / PER_EPOCH, 0.1, 0.7, 0.1, 0.0, 1.0, 2.0, 9.0, NOW + 100_000.0 + 2 * (step - STEPS))
+            for step in range(STEPS + 1, STEPS + 6)
+        ]
+        write_records(directory, [*records(), resumed, *later])
+        run = look(directory, NOW + 100_010.0)
+        assert run.seconds_left == pytest.approx(2.0 * 55)
+        assert run.history.longest_gap() == pytest.approx(2.0)
+
+    def test_a_clock_that_is_wrong_is_not_silence_while_things_change(self, directory: Path) -> None:
+        watched, an_hour_on = WatchedRun(directory), NOW + 3600.0
+        assert watched.look(an_hour_on).silent
+        with (directory / "metrics.jsonl").open("a") as file:
+            file.write(to_json(TrainRecord(41, 4.1, 0.1, 0.7, 0.1, 0.0, 1.0, 2.0, 9.0, NOW)) + "\n")
+        run = watched.look(an_hour_on + 1.0)
+        assert not run.silent
+        assert run.silence is not None
+        assert run.silence < 1.0
+
+    def test_a_process_of_this_host_that_is_gone_is_lost(self, directory: Path) -> None:
+        write_status(directory, host=socket.gethostname(), pid=2**22 + 1)
+        assert look(directory, NOW + 3.0).state == "running"
+        run = look(directory, NOW + 20.0)
+        assert (run.state, run.is_over) == ("lost", True)
+        assert "its process 4194305 is gone" in drawn(run)
+
+    def test_a_process_of_this_host_that_lives_is_not(self, directory: Path) -> None:
+        status = StatusFile(directory / "status.json", 4)
+        status.change("running", step=STEPS, total_steps=100)
+        assert status.current.pid == os.getpid()
+        assert WatchedRun(directory).look(time.time() + 3600.0).state == "running"
+
+
+class TestFollowing:
+    def test_new_records_are_added_to_the_old(self, directory: Path) -> None:
+        write_records(directory, records()[:20])
+        watched = WatchedRun(directory)
+        few = watched.look(NOW).history.latest[-1].step
+        write_records(directory, records())
+        run = watched.look(NOW)
+        assert few < STEPS == run.history.latest[-1].step
+        assert len(run.history.batches.points()) == STEPS
+
+    def test_a_run_that_is_rewound_shows_only_what_is_left(self, directory: Path) -> None:
+        watched = WatchedRun(directory)
+        watched.look(NOW)
+        write_records(directory, records(20))
+        write_status(directory, step=20, epoch=2.0)
+        run = watched.look(NOW)
+        assert run.step == 20
+        assert [point.step for point in run.history.batches.points()] == list(range(1, 21))
+        assert len(run.history.evaluations["test"]) == 2
+
+    def test_torn_lines_are_passed_over(self, directory: Path) -> None:
+        lines = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (directory / "metrics.jsonl").write_text("".join([*lines[:5], lines[5][:30] + "\n", *lines[6:]]) + '{"kind')
+        run = look(directory)
+        assert len(run.history.batches.points()) == STEPS - 1
+        assert run.problem == ""
+
+    def test_a_status_that_cannot_be_read_for_a_moment_leaves_the_last_one(self, directory: Path) -> None:
+        watched = WatchedRun(directory)
+        before = watched.look(NOW).status
+        (directory / "status.json").write_text("{")
+        assert watched.look(NOW).status == before
+
+    def test_a_run_without_a_readable_status_is_shown_and_said_so(self, directory: Path) -> None:
+        (directory / "status.json").unlink()
+        shown = drawn(look(directory))
+        assert "unknown: status.json is not there" in shown
+        assert "step 40" in shown
+
+    def test_a_long_run_is_read_and_drawn_within_a_second(self, directory: Path) -> None:
+        steps, per_epoch = 100_000, 1_000
+        lines = []
+        for step in range(1, steps + 1):
+            lines.append(
+                f'{{"kind": "train", "step": {step}, "epoch": {step / per_epoch}, "loss": 0.5, "accuracy": 0.75, '
+                f'"learning_rate": 0.1, "noise_amplitude": 0.01, "gradient_norm": 1.25, "step_seconds": 0.1, '
+                f'"samples_per_second": 81920.0, "time": {NOW - (steps - step) / 10}}}\n'
+            )
+            if step % per_epoch == 0:
+                lines.append(to_json(EvaluationRecord(step, step / per_epoch, "test", 0.5, 0.8, 100, NOW)) + "\n")
+        (directory / "metrics.jsonl").write_text("".join(lines))
+        seconds = []  # the least of three: other programs share the caches
+        for _ in range(3):
+            begun = time.process_time()
+            run = WatchedRun(directory).look(NOW)
+            drawn(run)
+            seconds.append(time.process_time() - begun)
+        assert min(seconds) < 1.0
+        assert len(run.history.evaluations["test"]) == steps // per_epoch
+        assert [record.step for record in run.history.latest] == list(range(steps - 59, steps + 1))
+        points = run.history.batches.points()
+        assert len(points) < 10_000
+        assert points[-1].step > 0.99 * steps
+
+
+class TestEnd:
+    def test_a_run_that_has_ended_is_over_and_summed_up(self, directory: Path) -> None:
+        watched = WatchedRun(directory)
+        assert not watched.look(NOW).is_over
+        finished = datetime.fromtimestamp(NOW, UTC).isoformat()
+        write_status(directory, state="failed", reason="the loss is not finite", exit_code=3, finished=finished)
+        run = watched.look(NOW + 99.0)
+        assert run.is_over
+        assert run.seconds_left is None
+        console = Console(file=io.StringIO(), width=400)
+        console.print(summary(run, box=None))
+        told = words(console.file.getvalue())  # type: ignore[attr-defined]  # it is a StringIO
+        for fact in (
+            "state failed: the loss is not finite (exit code 3)",
+            "steps 40 of 100",
+            "train accuracy 80.00 %",
+            "best accuracy 64.00 %",
+            "time 10:00",
+            "step-00000040.pt",
+        ):
+            assert fact in told, fact
+
+    @pytest.mark.parametrize("state", ["finished", "stopped", "failed"])
+    def test_silence_after_the_end_is_not_remarked_upon(self, directory: Path, state: str) -> None:
+        write_status(directory, state=state, exit_code=int(ExitCode.FINISHED))
+        run = look(directory, NOW + 600.0)
+        assert not run.silent
+        assert "ended 10 min ago" in drawn(run)
+
+
+class TestFinding:
+    def test_a_directory_or_a_name_below_runs(
+        self, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert find_run(directory) == directory
+        (tmp_path / "runs").mkdir()
+        directory.rename(tmp_path / "runs" / "demo")
+        monkeypatch.chdir(tmp_path)
+        assert find_run(Path("demo")) == Path("runs/demo")
+
+    def test_what_is_no_run_is_refused_with_the_fix(self, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="neither nowhere nor runs/nowhere is a folder"):
+            find_run(Path("nowhere"))
+        with pytest.raises(UsageError, match=r"holds no run: it has no status\.json; name a run's own directory"):
+            find_run(tmp_path)
+
+
+class TestHistory:
+    def test_a_thinned_curve_keeps_its_shape_in_bounded_memory(self) -> None:
+        curve = ThinnedCurve(most=16)
+        for step in range(1, 10_001):
+            curve.append(Point(step, 2.0 * step, 0.5))
+        points = curve.points()
+        assert 16 <= len(points) <= 33
+        assert points[-1].step > 9_500
+        assert all(point.loss == pytest.approx(2.0 * point.step) for point in points)
+
+    def test_lines_that_are_no_records_change_nothing(self) -> None:
+        history = History()
+        history.take([b"", b"{", b"[]", b'{"kind": "train"}', b'{"kind": "of another version"}'])
+        assert history.batches.points() == []
+        assert history.best_accuracy() is None
+        assert history.seconds_left(10) is None

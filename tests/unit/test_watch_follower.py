@@ -1,0 +1,80 @@
+"""A file that another process writes: every whole line once, whatever happens to the file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_train.watch.history import Follower, News
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "metrics.jsonl"
+
+
+def append(path: Path, content: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(content)
+
+
+def test_a_file_that_is_not_there_yet_has_no_news(path: Path) -> None:
+    follower = Follower(path)
+    assert follower.look() == News()
+    path.write_bytes(b"1\n2\n")
+    assert follower.look() == News((b"1", b"2"))
+    assert follower.look() == News()
+
+
+def test_a_torn_line_waits_until_it_is_whole(path: Path) -> None:
+    follower = Follower(path)
+    path.write_bytes(b"1\n2")
+    assert follower.look() == News((b"1",))
+    append(path, b"2\n")
+    assert follower.look() == News((b"22",))
+
+
+@pytest.mark.parametrize("content", [b"1\n", b"1\n3\n", b"5\n6\n7\n", b""])
+def test_a_file_cut_back_or_written_anew_is_read_anew(path: Path, content: bytes) -> None:
+    path.write_bytes(b"1\n2\n")
+    follower = Follower(path)
+    follower.look()
+    path.write_bytes(content)
+    assert follower.look() == News(tuple(content.split()), anew=True)
+
+
+def test_another_file_in_its_place_is_read_anew(path: Path, tmp_path: Path) -> None:
+    path.write_bytes(b"1\n2\n")
+    follower = Follower(path)
+    follower.look()
+    other = tmp_path / "other"
+    other.write_bytes(b"1\n2\n3\n")
+    os.replace(other, path)
+    assert follower.look() == News((b"1", b"2", b"3"), anew=True)
+
+
+def test_a_file_that_vanishes_makes_all_void_once(path: Path) -> None:
+    path.write_bytes(b"1\n")
+    follower = Follower(path)
+    follower.look()
+    path.unlink()
+    assert follower.look() == News(anew=True)
+    assert follower.look() == News()
+
+
+@settings(deadline=None, max_examples=50)
+@given(pieces=st.lists(st.binary(max_size=400).map(lambda piece: piece.replace(b"\r", b"\n")), max_size=12))
+def test_however_lines_arrive_each_is_read_once(pieces: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("followed") / "file"
+    follower = Follower(path)
+    seen: list[bytes] = []
+    for piece in pieces:
+        append(path, piece)
+        news = follower.look()
+        assert not news.anew
+        seen.extend(news.lines)
+    assert seen == b"".join(pieces).split(b"\n")[:-1]
