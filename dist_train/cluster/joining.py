@@ -52,9 +52,7 @@ def _end_process() -> None:
     os._exit(ExitCode.FAULT)
 
 
-def join_ranks(
-    *, timeout: float, device_type: str, engine: Engine = "auto", timeline: bool = False
-) -> Communicator:
+def join_ranks(*, timeout: float, device_type: str, engine: Engine = "auto", timeline: bool = False) -> Communicator:
     """Join the group that the launcher started, or be alone where there was no launcher.
 
     A `timeline` can be written where it is asked for here: Horovod must know when it starts.

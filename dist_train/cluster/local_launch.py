@@ -149,7 +149,7 @@ def _start(
         env=environment,
         pass_fds=(fd,) if rank == 0 else (),
         start_new_session=True,  # Ctrl-C at a terminal is for the launcher alone
-        preexec_fn=prepare,  # noqa: PLW1509  # there are no threads
+        preexec_fn=prepare,  # there are no threads
     )
 
 

@@ -25,7 +25,12 @@ pytestmark = pytest.mark.ranks
 
 @pytest.mark.parametrize(
     ("ranks", "controller", "number"),
-    [(1, "alone", signal.SIGTERM), (2, "torch", signal.SIGTERM), (2, "gloo", signal.SIGUSR2), (2, "mpi", signal.SIGTERM)],
+    [
+        (1, "alone", signal.SIGTERM),
+        (2, "torch", signal.SIGTERM),
+        (2, "gloo", signal.SIGUSR2),
+        (2, "mpi", signal.SIGTERM),
+    ],
 )
 def test_a_signal_to_one_rank_stops_all_at_one_step(
     tmp_path: Path, ranks: int, controller: str, number: signal.Signals
@@ -62,6 +67,11 @@ def _ranks(pid: int) -> list[int]:
     training = []
     for candidate in [pid, *descendants(pid)]:
         words = Path(f"/proc/{candidate}/cmdline").read_bytes().split(b"\0")
-        if b"dist_train" in words and b"launch" not in words and b"horovodrun" not in words[1] and b"mpirun" not in words[0]:
+        if (
+            b"dist_train" in words
+            and b"launch" not in words
+            and b"horovodrun" not in words[1]
+            and b"mpirun" not in words[0]
+        ):
             training.append(candidate)
     return training
