@@ -20,7 +20,7 @@ from dist_train.outcome import ExitCode
 from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).parents[2]
-LOCAL = (str(ROOT / "launch/local.sh"),)
+LOCAL = (str(ROOT / "launch/local.sh"), "--gloo")
 MPIRUN = (str(ROOT / "launch/mpirun.sh"),)
 LAUNCHERS = pytest.mark.parametrize("launcher", [LOCAL, MPIRUN], ids=["horovodrun", "mpirun"])
 CONFIGURATION = """

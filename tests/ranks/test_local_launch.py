@@ -125,3 +125,12 @@ def test_srun_s_variables_are_enough(tmp_path: Path) -> None:
     outputs = [task.communicate(timeout=PATIENCE)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], outputs
     assert weights_digest(tmp_path / "run") == weights_digest(tmp_path / "alone")
+
+
+def test_the_launch_script_starts_ranks_so_unless_it_is_told_otherwise(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "launch/local.sh"
+    config = write_config(tmp_path, small_settings(run={"max_steps": 2}))
+    command = [str(script), "-np", "2", "train", config, "--run-dir", str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert result.returncode == 0, result.stderr
+    assert "2 ranks (torch-gloo)" in result.stdout
