@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from threading import Lock
+from typing import Literal
 
 from tests.torture.damage import whole_steps
 from tests.torture.disk import Disk, can_forbid, can_mount
@@ -43,14 +44,28 @@ class Means:
         return frozenset(need for need, is_met in met.items() if not is_met)
 
 
+Engine = Literal["all", "torch", "horovod"]
+Groups = Sequence[tuple[int, str]]
+_TORCH: Groups = ((2, "torch"), (3, "torch"))
+_HOROVOD: Groups = ((2, "gloo"), (2, "mpi"))
+GROUPS: Mapping[Engine, Groups] = {
+    "all": ((1, "alone"), (1, "alone"), (1, "alone"), *_TORCH, *_HOROVOD),
+    "torch": ((1, "alone"), *_TORCH),
+    "horovod": ((1, "alone"), *_HOROVOD),
+}
+
+
 class Campaign:
     """Runs trials in `folder` until so many faults have hit."""
 
-    def __init__(self, folder: Path, seed: int, epochs: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, seed: int, epochs: int, say: Callable[[str], None], engine: Engine = "all"
+    ) -> None:
         self.folder = folder
         self.seed = seed
         self.tally = Tally()
         self._say = say
+        self._groups = GROUPS[engine]
         self._lock = Lock()
         self._means = Means(can_mount(), _can_forbid(folder), build_shim(folder))
         self._subjects: dict[Data, Subject] = {}
@@ -110,7 +125,7 @@ class Campaign:
         )
         begun = time.monotonic()
         try:
-            trial = Trial(scene, self._means.lacks(), limit)
+            trial = Trial(scene, self._means.lacks(), limit, self._groups)
             trial.run()
             wrong = trial.verdict(self._truths[data])
         finally:
@@ -129,12 +144,13 @@ class Campaign:
 class Trial:
     """One run's lives."""
 
-    def __init__(self, scene: Scene, lacks: frozenset[str], limit: int) -> None:
+    def __init__(self, scene: Scene, lacks: frozenset[str], limit: int, groups: Groups) -> None:
         self.hits: list[str] = []
         self.problems: list[str] = []
         self._scene = scene
         self._lacks = lacks
         self._limit = limit
+        self._groups = groups
 
     def run(self) -> None:
         """Disturb the run over a few launches, then let it finish."""
@@ -160,7 +176,7 @@ class Trial:
     def _live(self, *, is_disturbed: bool) -> bool:
         """Go through one launch; whether the run is done."""
         scene, random = self._scene, self._scene.random
-        ranks, controller = random.choice(_GROUPS)
+        ranks, controller = random.choice(self._groups)
         metrics = random.random() < 0.25
         offers = {"cached"} if scene.subject.data == "cached" else set()
         offers |= ({"two"} if ranks > 1 else set()) | ({"metrics"} if metrics else set())
@@ -233,7 +249,6 @@ class Trial:
 
 
 _DATA: tuple[Data, ...] = ("synthetic", "cached")
-_GROUPS = ((1, "alone"), (1, "alone"), (1, "alone"), (2, "gloo"), (2, "mpi"))
 
 
 def _wait_for_training(scene: Scene, launch: Launch, lines: int) -> None:
