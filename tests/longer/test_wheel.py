@@ -109,7 +109,14 @@ def test_two_ranks_train_where_there_is_neither_a_compiler_nor_mpi(wheel: Path, 
     variables = {**os.environ, "PATH": str(programs)}
     variables.pop("PYTHONPATH", None)
     subprocess.run([programs / "pip", "install", "--quiet", str(wheel)], env=variables, check=True)
-    words = ("train", "dist_train:configs/demo.yaml", "data.name=synthetic", "run.max_steps=2", "metrics.enabled=false")
+    words = (
+        "train",
+        "dist_train:configs/demo.yaml",
+        "data.name=synthetic",
+        "data.synthetic_samples=8192",
+        "run.max_steps=2",
+        "metrics.enabled=false",
+    )
     command = [programs / "dist-train", "launch", "-np", "2", *words, "--run-dir", str(tmp_path / "run")]
     ended = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
