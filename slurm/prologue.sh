@@ -13,7 +13,7 @@
 # of jobs with ranks
 #   OVERRIDES         settings that differ from the configuration, as words: "run.seed=1 data.root=/data"
 #   LAUNCHER          srun or mpirun (srun)
-#   MPI               what srun --mpi takes; `srun --mpi=list` says what there is (pmix)
+#   MPI               what srun --mpi takes; `srun --mpi=list` says what there is (pmix; none with comm.engine=torch)
 #   RANKS_PER_NODE  (one for each GPU; without GPUs one for each task of the job, else one)
 #   OMP_NUM_THREADS   threads of a rank (its cores: --cpus-per-task, else the node's shared out)
 #   LOSS_SECONDS      srun: how long the other ranks may take to end once one has ended (40)
@@ -97,6 +97,7 @@ choose_network() {
     export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$NETWORK_INTERFACE}
     export OMPI_MCA_btl_tcp_if_include=${OMPI_MCA_btl_tcp_if_include:-$NETWORK_INTERFACE}
     export HOROVOD_GLOO_IFACE=${HOROVOD_GLOO_IFACE:-$NETWORK_INTERFACE}
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$NETWORK_INTERFACE}
 }
 
 # Sets `dist_train`, how our program is started here and in the ranks, and for Pyxis `container_options` of srun.
@@ -131,7 +132,7 @@ compose_command() {
         srun)
             command -v srun >/dev/null || fail "srun is missing on $(uname -n)"
             # Not --kill-on-bad-exit: rank 0 may still be writing how the run ended when another has left.
-            command=(srun "--mpi=${MPI:-pmix}" "--nodes=$nodes" "--ntasks=$rank_count" "--ntasks-per-node=$ranks_here"
+            command=(srun "--mpi=${MPI:-$(mpi_of_engine)}" "--nodes=$nodes" "--ntasks=$rank_count" "--ntasks-per-node=$ranks_here"
                 "--cpus-per-task=$cores_each" --export=ALL --input=none --kill-on-bad-exit=0 "--wait=${LOSS_SECONDS:-40}")
             # A step has the GPUs that it asks for. All ranks of a node see all of them, and each takes the one of its
             # number: NCCL uses NVLink only between GPUs that a process can see.
