@@ -45,6 +45,19 @@ class RunDirectory:
         """Folder of landscapes and sharpness records."""
         self.learning_curve = root / "learning_curve.png"
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a run has left something here."""
+        return any(path.exists() for path in (self.status, self.metrics, self.checkpoints))
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the file of the checkpoint at `step`."""
+        return self.checkpoints / f"step-{step:08d}.pt"
+
+    def checkpoint_records(self) -> tuple[Path, ...]:
+        """Return the records beside the checkpoints that are whole, by step."""
+        return tuple(sorted(self.checkpoints.glob("step-*.json")))
+
     @classmethod
     def of_checkpoint(cls, checkpoint: Path) -> RunDirectory:
         """Return the run that the file `checkpoint` belongs to; its own folder where it lies in no run's."""
