@@ -132,7 +132,7 @@ compose_command() {
         srun)
             command -v srun >/dev/null || fail "srun is missing on $(uname -n)"
             # Not --kill-on-bad-exit: rank 0 may still be writing how the run ended when another has left.
-            command=(srun "--mpi=${MPI:-$(mpi_of_engine)}" "--nodes=$nodes" "--ntasks=$rank_count" "--ntasks-per-node=$ranks_here"
+            command=(srun "--mpi=${MPI:-$default_mpi}" "--nodes=$nodes" "--ntasks=$rank_count" "--ntasks-per-node=$ranks_here"
                 "--cpus-per-task=$cores_each" --export=ALL --input=none --kill-on-bad-exit=0 "--wait=${LOSS_SECONDS:-40}")
             # A step has the GPUs that it asks for. All ranks of a node see all of them, and each takes the one of its
             # number: NCCL uses NVLink only between GPUs that a process can see.
@@ -235,7 +235,7 @@ report_in_job() {
     exec "${dist_train[@]}" "${words[@]}"
 }
 
-# Sets all that `launch_or_show` needs.
+# Sets all that `launch_or_show` needs; for a training run, by its CONFIG and overrides.
 prepare_ranks() {
     by=${LAUNCHER:-srun}
     read_allocation
@@ -243,6 +243,11 @@ prepare_ranks() {
     choose_network
     find_our_program
     set_rank_environment "${OMP_NUM_THREADS:-$cores_each}"
+    # torch.distributed needs nothing of MPI. What is wrong with the configuration is said later, by check_run.
+    default_mpi=pmix
+    if (($#)) && [[ -z ${MPI:-} && $by == srun && $("${dist_train[@]}" config engine "$@" 2>/dev/null) == torch ]]; then
+        default_mpi=none
+    fi
     compose_command
 }
 
@@ -270,7 +275,7 @@ launch_or_show() {
 # run_in_job train CONFIG [ARGUMENT ...]: a training job from here to its end.
 run_in_job() {
     answer_help 'of jobs with ranks' 'of training'
-    prepare_ranks
+    prepare_ranks "${@:2}"
     launch_or_show stop_through_launcher "$@"
     end_job
 }

@@ -29,6 +29,7 @@ from dist_train.analysis.landscape_subject import Stored, Subject, open_subject,
 from dist_train.cluster.points import PointRanks, deal
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
+from dist_train.rundir.paths import RunDirectory
 from dist_train.training.compute import share_of_threads
 
 Report = Callable[[int, int], None]
@@ -87,7 +88,7 @@ def make_landscape(request: Request, ranks: PointRanks, report: Report) -> Finis
     subject, course = ranks.run_on_all_ranks(opened, "open the checkpoints and their data")
     checkpoints = [checkpoint.record() for checkpoint in course.checkpoints]
     identity = Identity(settings.kind, checkpoints, {**settings.record(), **subject.record()})
-    folder = LandscapeFolder(request.output or analysis_folder(stored[0].path), identity)
+    folder = LandscapeFolder(request.output or RunDirectory.of_checkpoint(stored[0].path.resolve()).analysis, identity)
     was_there = ranks.run_on_all_ranks(lambda: ranks.rank == 0 and _begin(folder), "begin the result")
     if not ranks.share(was_there):
         _measure_all(folder, subject, course, ranks, request.threads, report)
@@ -99,12 +100,6 @@ def make_landscape(request: Request, ranks: PointRanks, report: Report) -> Finis
     folder.save_settings({"widths": summarize(widths), "not_finite": not_finite, **course.found})
     draw(folder.path, request.scale, course.trajectory)
     return Finished(folder.path, widths, was_there, not_finite)
-
-
-def analysis_folder(checkpoint: Path) -> Path:
-    """Return where results of `checkpoint` lie: in its run directory."""
-    folder = checkpoint.resolve().parent
-    return (folder.parent if folder.name == "checkpoints" else folder) / "analysis"
 
 
 def draw(folder: Path, scale: str, trajectory: Trajectory | None) -> None:

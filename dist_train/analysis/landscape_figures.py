@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dist_train.analysis.directions import Trajectory
 from dist_train.analysis.landscape_files import SPLITS, Landscape
 from dist_train.rundir import atomic
+from dist_train.rundir.paths import RunDirectory
 
 _LOSS_COLOUR, _ACCURACY_COLOUR = "#0B4FB3", "#C8201E"
 _DASHES = {"train": "-", "test": (0, (4, 2))}
@@ -179,7 +180,10 @@ def _share(trajectory: Trajectory | None, index: int) -> str:
 
 def _title(landscape: Landscape) -> str:
     settings = landscape.settings
-    names = [f"{_run(Path(item['path']))} step {item['step']}" for item in landscape.checkpoints]
+    names = [
+        f"{RunDirectory.of_checkpoint(Path(item['path'])).root.name} step {item['step']}"
+        for item in landscape.checkpoints
+    ]
     match landscape.kind:
         case "interpolate":
             what = f"from {names[0]} (0) to {names[1]} (1)"
@@ -191,8 +195,3 @@ def _title(landscape: Landscape) -> str:
             way = "principal directions" if "trajectory" in settings else "two random directions"
             what = f"{names[-1]}, {way}"
     return f"{what}; statistics {settings['statistics']}"
-
-
-def _run(checkpoint: Path) -> str:
-    folder = checkpoint.parent
-    return (folder.parent if folder.name == "checkpoints" else folder).name

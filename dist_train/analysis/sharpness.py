@@ -13,7 +13,6 @@ import torch
 
 from dist_train import __version__
 from dist_train.analysis.directions import check_exclusions
-from dist_train.analysis.landscape import analysis_folder
 from dist_train.analysis.landscape_subject import read_stored
 from dist_train.analysis.sharpness_measures import Ascent, Probing, expected_rises, full_space, spectrum, subspace
 from dist_train.analysis.sharpness_record import (
@@ -33,6 +32,7 @@ from dist_train.cluster.launch import current_launch
 from dist_train.config import NoiseSettings
 from dist_train.outcome import DivergedError, UsageError
 from dist_train.rundir.atomic import finite
+from dist_train.rundir.paths import RunDirectory
 
 Told = Callable[[str], None]
 """Hears, in words, what is being done."""
@@ -59,7 +59,9 @@ def measure_sharpness(
         raise UsageError("sharpness is measured by one process: start it without a launcher")
     stored = read_stored(target)
     subset = open_stored_subset(stored, settings, overrides)
-    file = record_path(folder or analysis_folder(stored.path), subset.checkpoint, subset.data, settings)
+    file = record_path(
+        folder or RunDirectory.of_checkpoint(stored.path.resolve()).analysis, subset.checkpoint, subset.data, settings
+    )
     known = read_record(file) if file.exists() else None
     if known is not None and all(map(known.has, measures)):
         tell(f"measured before: delete {file} to measure again")

@@ -145,11 +145,6 @@ def read_record(path: Path) -> SharpnessRecord:
         raise UsageError(f"{path} is damaged, or of another version: delete it and measure again") from error
 
 
-def read_records(run: Path) -> tuple[SharpnessRecord, ...]:
-    """Return every sharpness record of the run directory `run`, by file name. Raises UsageError as `read_record`."""
-    return tuple(read_record(path) for path in sorted((run / "analysis").glob("sharpness-*.json")))
-
-
 def write_record(path: Path, record: SharpnessRecord) -> None:
     """Write `record` to `path`, whole or not at all.
 

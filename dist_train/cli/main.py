@@ -1,4 +1,4 @@
-"""The program `dist-train`: one module a command; torch is imported by the commands that need it."""
+"""The program `dist-train`: every command parses, calls and prints; torch is imported by those that need it."""
 
 from __future__ import annotations
 
@@ -9,49 +9,37 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 
 from dist_train import __version__
-from dist_train.cli import (
-    config_command,
-    curve_command,
-    doctor_command,
-    evaluate_command,
-    landscape_command,
-    launch_command,
-    outcome_command,
-    report_command,
-    requeue_command,
-    runs_command,
-    sharpness_command,
-    submit_command,
-    sweep_command,
-    train_command,
-    watch_command,
-)
+from dist_train.cli.analysis_commands import add_landscape, add_sharpness
+from dist_train.cli.config_commands import add_config_command, add_doctor
+from dist_train.cli.run_commands import add_evaluate, add_launch, add_outcome, add_requeue, add_train
+from dist_train.cli.sweep_commands import add_submit, add_sweep
+from dist_train.cli.view_commands import add_curve, add_report, add_runs, add_watch
 from dist_train.cluster.launch import current_launch
 from dist_train.outcome import DivergedError, ExitCode, FaultError, UsageError, exit_code_of
 
 _COMMANDS = (
-    train_command,
-    launch_command,
-    submit_command,
-    sweep_command,
-    evaluate_command,
-    landscape_command,
-    sharpness_command,
-    runs_command,
-    watch_command,
-    curve_command,
-    report_command,
-    doctor_command,
-    config_command,
-    outcome_command,
-    requeue_command,
+    add_train,
+    add_launch,
+    add_submit,
+    add_sweep,
+    add_evaluate,
+    add_landscape,
+    add_sharpness,
+    add_runs,
+    add_watch,
+    add_curve,
+    add_report,
+    add_doctor,
+    add_config_command,
+    add_outcome,
+    add_requeue,
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments` (else the command line) name and return its exit code."""
     try:
-        with _told_once():
+        with _errors_of_one_rank():
             parsed = parse(list(sys.argv[1:] if arguments is None else arguments))
         return int(parsed.run(parsed))
     except (UsageError, FaultError, DivergedError) as error:
@@ -63,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _refuse(error, ExitCode.USAGE)
     except BrokenPipeError:
-        # The reader of our output has gone; there is nobody left to tell.
+        # The reader of our output has gone.
         sys.stderr.close()
         return ExitCode.FAULT
 
@@ -77,14 +65,14 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="dist-train", description="Training at very large batch sizes.")
     parser.add_argument("--version", action="version", version=f"dist-train {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in _COMMANDS:
-        command.add_parser(subparsers)
+    for add_command in _COMMANDS:
+        add_command(subparsers)
     parsed, rest = _parse(parser, words)
     _take_late_overrides(parser, parsed, rest)
     return parsed
 
 
-def _told_once() -> AbstractContextManager[object]:
+def _errors_of_one_rank() -> AbstractContextManager[object]:
     """Let only the first rank of a launch complain of the arguments: all ranks have the same ones."""
     return nullcontext() if current_launch().rank == 0 else redirect_stderr(io.StringIO())
 

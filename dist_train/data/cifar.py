@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
+import pickle
+import pickletools
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +18,6 @@ from numpy.typing import NDArray
 
 from dist_train.data.download import data_sets_folder, fetch
 from dist_train.data.images import ImageSet, Split
-from dist_train.data.plain_pickle import PlainPickleError, load_record
 from dist_train.outcome import UsageError
 
 VERSION = 1
@@ -23,6 +25,8 @@ _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32
 _MEMBER_LIMIT = 1 << 30
 _CHUNK = 1 << 20
+_MOST_TUPLES = 64
+"""A batch has about five; hashing very deeply nested ones overflows the interpreter's stack."""
 
 
 @dataclass(frozen=True)
@@ -155,14 +159,16 @@ def _unpack(path: Path, archive: Archive, names: tuple[str, ...], fix: str) -> d
 
 def _batch(content: bytes, place: str, archive: Archive, fix: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     try:
-        record = load_record(content)
-    except PlainPickleError as error:
-        raise UsageError(f"{place} is damaged: {error}. {fix}") from error
+        record = _unpickle(content)
+    except Exception as error:
+        # Damaged pickles raise errors of nearly any type, MemoryError included.
+        reason = error if isinstance(error, pickle.UnpicklingError) else f"no sound pickle ({type(error).__name__})"
+        raise UsageError(f"{place} is damaged: {reason}. {fix}") from error
     pixels = record.get("data")
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != _PIXELS:
+    if not isinstance(pixels, np.ndarray) or pixels.ndim != 2 or pixels.shape[1] != _PIXELS:
         raise UsageError(f"{place} is damaged: its data are not rows of {_PIXELS} bytes. {fix}")
-    labels = _labels(record.get(archive.label_key))
-    if labels is None:
+    labels = record.get(archive.label_key)
+    if not isinstance(labels, list) or not all(type(label) is int for label in labels):
         raise UsageError(f"{place} is damaged: it has no list of numbers named {archive.label_key}. {fix}")
     if len(labels) != len(pixels):
         raise UsageError(f"{place} is damaged: {len(pixels)} images but {len(labels)} labels. {fix}")
@@ -172,8 +178,45 @@ def _batch(content: bytes, place: str, archive: Archive, fix: str) -> tuple[NDAr
     return pixels, np.array(labels, dtype=np.int64)
 
 
-def _labels(value: Any) -> list[int] | None:
-    values = value.tolist() if isinstance(value, np.ndarray) else value
-    if not isinstance(values, list) or not all(type(label) is int for label in values):
-        return None
-    return values
+class _StandIn:
+    """An array or an element type as a pickle describes it. NumPy's own crash the interpreter on hostile states."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def array(self) -> NDArray[np.uint8] | None:
+        """Return the array of bytes that this stands for; None where it is of another type."""
+        _, shape, element, is_column_first, content = self.state
+        if element.arguments[0] not in (b"u1", "u1"):
+            return None
+        return np.frombuffer(content, np.uint8).reshape(shape, order="F" if is_column_first else "C")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Admits what a batch needs and refuses every other name, as Python's documentation has it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        # A new function each time: a pickle can set attributes of what it is handed.
+        if module.removeprefix("numpy.") in ("core.multiarray", "_core.multiarray") and name == "_reconstruct":
+            return lambda *arguments: _StandIn(*arguments)
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+            return lambda *arguments: _StandIn(*arguments)
+        if (module, name) == ("_codecs", "encode"):
+            return lambda text, encoding: str.encode(text, {"latin1": "latin1"}[encoding])
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which a batch does not need")
+
+
+def _unpickle(content: bytes) -> dict[str, object]:
+    """Return the dictionary pickled in `content`, arrays of bytes as such; runs nothing that it names."""
+    tuples = 0
+    for opcode, argument, _ in pickletools.genops(content):  # raises where a length is beyond the end
+        tuples += "TUPLE" in opcode.name
+        if tuples > _MOST_TUPLES or (opcode.name.endswith("PUT") and int(argument) > len(content)):
+            raise pickle.UnpicklingError("it has more tuples, or a higher memo number, than a batch needs")
+    record = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+    named = {key.decode() if isinstance(key, bytes) else key: value for key, value in record.items()}
+    return {name: value.array() if isinstance(value, _StandIn) else value for name, value in named.items()}

@@ -14,9 +14,9 @@ import yaml
 
 from dist_train.outcome import UsageError
 from dist_train.report.results import Analyses, read_analyses
+from dist_train.rundir.paths import StudyDirectory
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, read_records
 from dist_train.rundir.status import Status, read_status
-from dist_train.sweep.planned_runs import BASE_FILE
 from dist_train.watch.run_table import is_run, read_state
 
 
@@ -179,7 +179,7 @@ def read_plan(path: Path) -> tuple[Planned, ...]:
     try:
         content = json.loads(path.read_bytes())
         entries = content["runs"] if isinstance(content, Mapping) else content
-        base, _ = read_settings(path.with_name(BASE_FILE))
+        base, _ = read_settings(StudyDirectory(path.parent).base)
         return tuple(_planned(entry, base.get(_BATCH)) for entry in entries)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error

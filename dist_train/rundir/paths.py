@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from dist_train.config import Config, dump_config
@@ -13,61 +12,57 @@ from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir import atomic
 
 
-@dataclass(frozen=True)
 class RunDirectory:
     """The files of a run below `root`."""
 
-    root: Path
-
-    @property
-    def config(self) -> Path:
+    def __init__(self, root: Path) -> None:
+        """Name the files; nothing is made yet."""
+        self.root = root
+        self.config = root / "config.yaml"
         """Every setting, resolved."""
-        return self.root / "config.yaml"
-
-    @property
-    def status(self) -> Path:
-        """What the run is doing."""
-        return self.root / "status.json"
-
-    @property
-    def metrics(self) -> Path:
+        self.status = root / "status.json"
+        self.metrics = root / "metrics.jsonl"
         """One record a line."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def lock(self) -> Path:
+        self.event_counts = root / "counts.json"
+        """How often each event has happened, over all launches."""
+        self.ranks = root / "ranks.json"
+        """The last measured step on each rank."""
+        self.requeues = root / "requeues.json"
+        """How often the batch system has started the run again without progress."""
+        self.lock = root / "run.lock"
         """Held by the launch that is at work here."""
-        return self.root / "run.lock"
-
-    @property
-    def event_counts(self) -> Path:
-        """How often what has happened, over all launches."""
-        return self.root / "counts.json"
-
-    @property
-    def ranks(self) -> Path:
-        """How the last step went on each rank."""
-        return self.root / "ranks.json"
-
-    @property
-    def tensorboard(self) -> Path:
+        self.sweep_lock = root / "sweep.lock"
+        """Held by the sweep that is at work here."""
+        self.checkpoints = root / "checkpoints"
+        self.logs = root / "logs"
+        self.output_log = self.logs / "output.log"
+        """What the processes of a sweep's run print."""
+        self.tensorboard = root / "tensorboard"
         """Folder of TensorBoard's event files, where they were asked for."""
-        return self.root / "tensorboard"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.root / "checkpoints"
-
-    @property
-    def logs(self) -> Path:
-        """Folder of the ranks' logs."""
-        return self.root / "logs"
-
-    @property
-    def profile(self) -> Path:
+        self.profile = root / "profile"
         """Folder of profiler traces, where they were asked for."""
-        return self.root / "profile"
+        self.analysis = root / "analysis"
+        """Folder of landscapes and sharpness records."""
+        self.learning_curve = root / "learning_curve.png"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a run has left something here."""
+        return any(path.exists() for path in (self.status, self.metrics, self.checkpoints))
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the file of the checkpoint at `step`."""
+        return self.checkpoints / f"step-{step:08d}.pt"
+
+    def checkpoint_records(self) -> tuple[Path, ...]:
+        """Return the records beside the checkpoints that are whole, by step."""
+        return tuple(sorted(self.checkpoints.glob("step-*.json")))
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Path) -> RunDirectory:
+        """Return the run that the file `checkpoint` belongs to; its own folder where it lies in no run's."""
+        folder = checkpoint.parent
+        return cls(folder.parent if folder.name == "checkpoints" else folder)
 
     def create(self) -> None:
         """Make the folders, for the user alone where they are new.
@@ -91,6 +86,19 @@ class RunDirectory:
     def save_config(self, config: Config) -> None:
         """Save every setting."""
         atomic.write_text(self.config, dump_config(config))
+
+
+class StudyDirectory:
+    """The files of a study below `root`; its runs are the folders beside them."""
+
+    def __init__(self, root: Path) -> None:
+        """Name the files; nothing is made yet."""
+        self.root = root
+        self.study = root / "study.yaml"
+        self.base = root / "base.yaml"
+        """The configuration that the runs vary, resolved."""
+        self.runs = root / "runs.json"
+        """The planned runs, in their order."""
 
 
 @contextmanager

@@ -17,11 +17,8 @@ from dist_train.config import Config, ConfigError, dump_config, parse_config
 from dist_train.config.loading import based_on, read_settings, with_overrides, write_override
 from dist_train.config.problems import Problem, problem
 from dist_train.rundir import atomic
+from dist_train.rundir.paths import RunDirectory, StudyDirectory
 from dist_train.sweep.study_file import Analysis, Interpolation, Settings, Sharpness, Study, load_study
-
-STUDY_FILE = "study.yaml"
-BASE_FILE = "base.yaml"
-RUNS_FILE = "runs.json"
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,11 @@ class PlannedRun:
     def directory(self) -> Path:
         """The run's own directory."""
         return self.config.run_directory
+
+    @property
+    def files(self) -> RunDirectory:
+        """The files in it."""
+        return RunDirectory(self.directory)
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,9 @@ def plan_study(path: Path, directory: Path | None = None, overrides: Sequence[st
 def write_plan(plan: Plan) -> None:
     """Write the study, its base configuration and its runs into the study's folder, for whoever reads the results."""
     plan.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    study = plan.study.model_dump(mode="json")
-    atomic.write_text(plan.directory / STUDY_FILE, yaml.safe_dump(study, sort_keys=False))
-    atomic.write_text(plan.directory / BASE_FILE, dump_config(plan.base))
+    study, files = plan.study.model_dump(mode="json"), StudyDirectory(plan.directory)
+    atomic.write_text(files.study, yaml.safe_dump(study, sort_keys=False))
+    atomic.write_text(files.base, dump_config(plan.base))
     runs = [
         {
             "number": run.number,
@@ -134,7 +136,7 @@ def write_plan(plan: Plan) -> None:
         }
         for run in plan.runs
     ]
-    atomic.write_text(plan.directory / RUNS_FILE, json.dumps(runs, indent=2) + "\n")
+    atomic.write_text(files.runs, json.dumps(runs, indent=2) + "\n")
 
 
 def _variants(study: Study) -> Iterator[_Variant]:

@@ -20,12 +20,12 @@ from dist_train.config import Config, ConfigError, differences, load_config
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode
 from dist_train.rundir import atomic
+from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EvaluationRecord, read_last_records
 from dist_train.rundir.status import Status, StatusFile, read_status
 from dist_train.sweep.planned_runs import PlannedRun
 from dist_train.watch.run_table import ALIVE, COLOURS, RunSummary, read_runs
 
-COUNT_FILE = "requeues.json"
 _CHECKPOINT = re.compile(r"step-(\d+)\.pt")
 _HOPELESS = frozenset({ExitCode.USAGE, ExitCode.DIVERGED, ExitCode.DISAGREEMENT})
 
@@ -52,7 +52,7 @@ def decide(run: Path, limit: int, launch: str | None = None, death: str = "") ->
     `death` is what is known of a rank that was killed: the others may have had no time to write it down. A run that
     has been requeued `limit` times in a row without a new checkpoint is given up: its status says so.
     """
-    status = read_status(run / "status.json")
+    status = read_status(RunDirectory(run).status)
     if status is not None and launch is not None and status.launch != launch:
         status = replace(status, exit_code=None, reason="the last launch ended before it wrote a status")
     if status is not None and status.exit_code == ExitCode.FINISHED:
@@ -78,14 +78,14 @@ def decide(run: Path, limit: int, launch: str | None = None, death: str = "") ->
 
 def newest_step(run: Path) -> int:
     """Return the step of the newest checkpoint in `run`; 0 where there is none."""
-    matches = (_CHECKPOINT.fullmatch(path.name) for path in (run / "checkpoints").glob("step-*.pt"))
+    matches = (_CHECKPOINT.fullmatch(path.name) for path in RunDirectory(run).checkpoints.glob("step-*.pt"))
     return max((int(match[1]) for match in matches if match), default=0)
 
 
 def read_requeues(run: Path) -> Requeues:
     """Return what has been counted; nothing where there is no count that can be read."""
     try:
-        return Requeues(**json.loads((run / COUNT_FILE).read_text(encoding="utf-8")))
+        return Requeues(**json.loads(RunDirectory(run).requeues.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return Requeues()
 
@@ -93,7 +93,7 @@ def read_requeues(run: Path) -> Requeues:
 def write_requeues(run: Path, requeues: Requeues) -> None:
     """Write the count down."""
     run.mkdir(mode=0o700, parents=True, exist_ok=True)
-    atomic.write_text(run / COUNT_FILE, json.dumps(asdict(requeues)) + "\n")
+    atomic.write_text(RunDirectory(run).requeues, json.dumps(asdict(requeues)) + "\n")
 
 
 def _end_of(status: Status | None, death: str) -> str:
@@ -108,10 +108,10 @@ def _end_of(status: Status | None, death: str) -> str:
 def _give_up(run: Path, status: Status | None, reason: str) -> None:
     """Let the run's status say that it has failed; whoever requeues it by hand gets all tries anew."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    last = status or StatusFile(run / "status.json", world_size=0).current
+    last = status or StatusFile(RunDirectory(run).status, world_size=0).current
     ended = replace(last, state="failed", exit_code=int(ExitCode.FAULT), reason=reason, updated=now, finished=now)
     run.mkdir(mode=0o700, parents=True, exist_ok=True)
-    atomic.write_text(run / "status.json", json.dumps(asdict(ended), indent=2) + "\n")
+    atomic.write_text(RunDirectory(run).status, json.dumps(asdict(ended), indent=2) + "\n")
     write_requeues(run, Requeues(0, newest_step(run)))
 
 
@@ -145,7 +145,7 @@ def standing_of(run: PlannedRun) -> Standing:
         state, note = "lost", gone
     then, why = _next(run, state, note)
     done = summary.step / summary.total_steps if summary.step is not None and summary.total_steps else None
-    return Standing(run, state, why, then, done, _last_accuracy(run.directory / "metrics.jsonl"))
+    return Standing(run, state, why, then, done, _last_accuracy(run.files.metrics))
 
 
 def render(standings: Sequence[Standing]) -> Table:
@@ -198,7 +198,7 @@ def _next(run: PlannedRun, state: str, note: str) -> tuple[Next, str]:
     if state == "finished":
         same_end = began is None or began.run.max_steps == run.config.run.max_steps
         return ("skip", note) if same_end else ("start", "run.max_steps is another now")
-    status = read_status(run.directory / "status.json")
+    status = read_status(run.files.status)
     if status is not None and status.exit_code == ExitCode.DIVERGED and not changed:
         return "unrecoverable", f"{note}; {anew}"
     return "start", note
@@ -206,7 +206,7 @@ def _next(run: PlannedRun, state: str, note: str) -> tuple[Next, str]:
 
 def _begun_config(run: PlannedRun) -> Config | None:
     with suppress(ConfigError):
-        return load_config(run.directory / "config.yaml")
+        return load_config(run.files.config)
     return None
 
 

@@ -21,9 +21,6 @@ from dist_train.sweep.planned_runs import Plan, PlannedRun
 from dist_train.sweep.standing import Standing, standing_of
 from dist_train.sweep.submission import project_root
 
-LOG_FILE = "output.log"
-_LOCK_FILE = "sweep.lock"
-
 
 @dataclass(frozen=True)
 class Launcher:
@@ -83,8 +80,8 @@ class RunProcess:
         self._lock = lock
         self._by_script = launcher.ranks > 1
         self._begun = time.monotonic()
-        self._before = read_status(run.directory / "status.json")
-        self._log = None if launcher.to_terminal else run.directory / "logs" / LOG_FILE
+        self._before = read_status(run.files.status)
+        self._log = None if launcher.to_terminal else run.files.output_log
         self._process = self._start(launcher.command(plan, run), launcher.environment())
 
     def ended(self) -> Ended | None:
@@ -123,7 +120,7 @@ class RunProcess:
             )
 
     def _reason(self, code: int) -> str:
-        status = read_status(self.run.directory / "status.json")
+        status = read_status(self.run.files.status)
         if status is not None and status != self._before and status.exit_code == code:
             return status.reason
         if code < 0:
@@ -146,7 +143,7 @@ class RunProcess:
 def take(run: PlannedRun) -> int | None:
     """Return a descriptor that holds `run` for this sweep alone; None where another process holds it."""
     run.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(run.directory / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(run.files.sweep_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

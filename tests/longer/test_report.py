@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -11,7 +10,7 @@ from statistics import fmean
 
 import pytest
 
-from dist_train.cli import report_command
+from dist_train.cli.main import parse
 from dist_train.outcome import UsageError
 from dist_train.report.page import render, write_report
 from dist_train.report.stored_run import read_subject
@@ -277,9 +276,7 @@ def test_a_page_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 
 def test_the_command_writes_into_the_folder_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", treatments()[0], 0, treatments()[0].settings)
-    parser = argparse.ArgumentParser()
-    report_command.add_parser(parser.add_subparsers())
-    arguments = parser.parse_args(["report", str(run)])
+    arguments = parse(["report", str(run)])
     assert arguments.run(arguments) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     assert (run / "report.html").read_text().startswith("<!doctype html>")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import struct
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.cli import curve_command
+from dist_train.cli.main import parse
 from dist_train.outcome import UsageError
 from dist_train.report.learning_curve import draw_learning_curve
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, to_json
@@ -161,9 +160,7 @@ def test_what_cannot_be_drawn_is_one_clear_error(tmp_path: Path) -> None:
 
 
 def run_command(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    curve_command.add_parser(parser.add_subparsers())
-    arguments = parser.parse_args(["curve", *words])
+    arguments = parse(["curve", *words])
     return int(arguments.run(arguments))
 
 

@@ -10,7 +10,7 @@ from dist_train.config import Config
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
 from tests.unit.checkpoint_files import contents
-from tests.unit.test_training_run_directory import DECIDED, parse
+from tests.unit.test_rundir_paths import DECIDED, parse
 
 
 def run_with(root: Path, *steps: int) -> RunDirectory:

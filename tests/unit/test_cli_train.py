@@ -30,4 +30,4 @@ def test_a_rank_that_a_fault_of_memory_kills_says_where_it_was(tmp_path: Path) -
     assert ended.returncode == -signal.SIGSEGV
     assert "Fatal Python error: Segmentation fault" in ended.stderr
     assert "in train_until_a_library_fails" in ended.stderr
-    assert 'dist_train/cli/train_command.py", line' in ended.stderr
+    assert 'dist_train/cli/run_commands.py", line' in ended.stderr

@@ -5,6 +5,7 @@ import io
 import pickle
 import tarfile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -105,17 +106,72 @@ def test_a_damaged_batch_is_named_with_what_is_wrong_and_the_fix(
         read(tmp_path, "test")
 
 
-def test_a_batch_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    marker = tmp_path / "executed"
-    command = f"touch {marker}".encode()
-    content = b"\x80\x02cos\nsystem\nU" + bytes([len(command)]) + command + b"\x85R."
-    pickle.loads(content)
-    assert marker.exists()
-    marker.unlink()
-    write_members(tmp_path / CIFAR10.folder, {"test_batch": content})
-    with pytest.raises(UsageError, match=r"test_batch is damaged: it names os\.system"):
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_batches_that_python_3_has_written_anew_are_read(
+    tmp_path: Path, protocol: int, order: Literal["C", "F"]
+) -> None:
+    members, _, test = cifar10_members()
+    batch = pickle.loads(members["test_batch"], encoding="bytes")
+    for record in (batch, {key.decode(): value for key, value in batch.items()}):
+        again = {
+            name: np.asarray(value, order=order) if name in (b"data", "data") else value
+            for name, value in record.items()
+        }
+        write_members(tmp_path / CIFAR10.folder, {"test_batch": pickle.dumps(again, protocol)})
+        assert same(read(tmp_path, "test"), test)
+
+
+COMMAND = b"U\x0atouch here\x85R"
+ARRAY = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+MALICIOUS = {
+    "global": b"\x80\x02cos\nsystem\n" + COMMAND + b".",
+    "in a list": b"\x80\x02}U\x06labels](K\x01cos\nsystem\n" + COMMAND + b"es.",
+    "stack global": b"\x80\x04\x8c\x02os\x8c\x06system\x93" + COMMAND + b".",
+    "instance": b"(S'touch here'\nios\nsystem\n.",
+    "object": b"\x80\x02(cos\nsystem\nU\x0atouch hereo.",
+    "eval": b"\x80\x02cbuiltins\neval\nU\x021+\x85R.",
+    "dotted name": b"\x80\x04\x8c\x05numpy\x8c\x0edtype.__init__\x93)R.",
+    "numpy's own loader": b"\x80\x02cnumpy\nload\nU\x01x\x85R.",
+    "extension": b"\x80\x02\x82\x01.",
+    "persistent": b"\x80\x02U\x01xQ.",
+    "new object": b"\x80\x02cnumpy\nndarray\n)\x81.",
+    "other encoding": b"\x80\x02}U\x01ac_codecs\nencode\nX\x01\x00\x00\x00aX\x04\x00\x00\x00zlib\x86Rs.",
+    "after the record": pickle.dumps({"labels": [1]}, 2)[:-1] + b"cos\nsystem\n" + COMMAND + b"0.",
+    "memo number": b"\x80\x02}r\xff\xff\xff\xff.",
+    "memo number in text": b"}p4294967295\n.",
+    "length": b"\x80\x05}\x96\xff\xff\xff\xff\xff\x00\x00\x00abc.",
+    "deep key": b"\x80\x02})" + b"\x85" * 3_000_000 + b"K\x01s.",
+    "array of objects": b"\x80\x02}U\x04data" + ARRAY + b"(K\x01K\x01\x85cnumpy\ndtype\nU\x02O8K\x00K\x01\x87R"
+    b"\x89U\x08abcdefghtbs.",
+}
+
+
+@pytest.mark.parametrize("kind", MALICIOUS)
+def test_a_batch_that_holds_more_than_plain_data_is_refused_and_runs_nothing(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_members(tmp_path / CIFAR10.folder, {"test_batch": MALICIOUS[kind]})
+    with pytest.raises(UsageError):
         read(tmp_path, "test")
-    assert not marker.exists()
+    assert not Path("here").exists()
+    if kind == "global":
+        pickle.loads(MALICIOUS[kind])
+        assert Path("here").exists(), "the pickle would do no harm elsewhere"
+
+
+def test_a_batch_cannot_change_what_the_next_one_is_read_with(tmp_path: Path) -> None:
+    poison = b"}U\x0c__setstate__Ns"
+    names = (b"cnumpy\nndarray\n", b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\n_reconstruct\n", b"c_codecs\nencode\n")
+    for name in names:
+        for state in (poison + b"b", b"N" + poison + b"\x86b"):
+            write_members(tmp_path / CIFAR10.folder, {"test_batch": b"\x80\x02" + name + state + b"."})
+            with pytest.raises(UsageError):
+                read(tmp_path, "test")
+    members, _, test = cifar10_members()
+    write_members(tmp_path / CIFAR10.folder, members)
+    assert same(read(tmp_path, "test"), test)
 
 
 def test_an_archive_cut_short_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import io
 import socket
 import sys
@@ -11,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from dist_train.cli import doctor_command
+from dist_train.cli.main import parse
 from dist_train.cluster import devices, inspection
 from dist_train.config import Config
 from dist_train.config.sections import Device
@@ -25,9 +24,7 @@ def settings(**sections: dict[str, object]) -> Config:
 
 
 def run_doctor(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    doctor_command.add_parser(parser.add_subparsers())
-    parsed = parser.parse_args(["doctor", *arguments])
+    parsed = parse(["doctor", *arguments])
     return int(parsed.run(parsed))
 
 

@@ -16,8 +16,8 @@ from tests.unit.test_cli_commands import write_config
 PACKAGE = Path(__file__).parents[2] / "dist_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-UNPICKLER = "dist_train/data/plain_pickle.py"
-"""Reads plain values alone; tests/unit/test_data_plain_pickle.py and the fuzzing hold it to that."""
+UNPICKLER = "dist_train/data/cifar.py"
+"""Admits what CIFAR's batches need; tests/unit/test_data_cifar.py and the fuzzing hold it to that."""
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:

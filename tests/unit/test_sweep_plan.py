@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dist_train.cli import landscape_command, sharpness_command
+from dist_train.cli.main import parse
 from dist_train.config import ConfigError, load_config
 from dist_train.config.loading import with_overrides, write_override
 from dist_train.sweep.planned_runs import analysis_commands, plan_study, write_plan
@@ -215,12 +214,8 @@ class TestAnalyses:
 
     @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
     def test_the_shipped_ones_are_commands_that_there_are(self, path: Path) -> None:
-        parser = argparse.ArgumentParser()
-        subparsers = parser.add_subparsers()
-        landscape_command.add_parser(subparsers)
-        sharpness_command.add_parser(subparsers)
         plan = plan_study(path)
         commands = list(analysis_commands(plan.study, plan.runs))
         assert len(commands) >= len(plan.study.analyse)
         for command in commands:
-            parser.parse_args(command)
+            parse(list(command))

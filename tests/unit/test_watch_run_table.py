@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -16,7 +15,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from dist_train.cli import runs_command
+from dist_train.cli.main import parse
 from dist_train.outcome import UsageError
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, to_json
 from dist_train.watch.run_table import RunSummary, read_runs, render
@@ -213,9 +212,7 @@ def test_a_folder_that_is_not_there_is_an_error_of_the_user(tmp_path: Path) -> N
 
 
 def run_command(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    runs_command.add_parser(parser.add_subparsers())
-    arguments = parser.parse_args(["runs", *words])
+    arguments = parse(["runs", *words])
     return int(arguments.run(arguments))
 
 

@@ -1,4 +1,4 @@
-"""`dist-train sweep STUDY [section.key=value ...] [--list] [--only N] [--jobs K] [--ranks W] [--directory DIR]`."""
+"""`dist-train sweep` and `submit`: the runs of a study, and a run as a batch job."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dist_train.cli.common import Subparsers, add_config, count, print_table, warn_of_unused
 from dist_train.outcome import ExitCode, UsageError
 
 if TYPE_CHECKING:
     from dist_train.sweep.planned_runs import Plan, PlannedRun
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command's arguments."""
+def add_sweep(subparsers: Subparsers) -> None:
+    """Add `sweep STUDY [section.key=value ...] [--list] [--only N] [--jobs K] [--ranks W] [--directory DIR]`."""
     parser = subparsers.add_parser(
         "sweep",
         help="every run of a study, skipping the finished, resuming the broken",
@@ -27,9 +28,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("study", type=Path, metavar="STUDY", help="a YAML file, see docs/studies.md")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of every run")
-    parser.add_argument("--only", type=_count, metavar="N", help="the run of this number alone; its output is shown")
-    parser.add_argument("--jobs", type=_count, default=1, metavar="K", help="runs at a time (default: 1)")
-    parser.add_argument("--ranks", type=_count, default=1, metavar="W", help="ranks of a run (default: 1)")
+    parser.add_argument("--only", type=count, metavar="N", help="the run of this number alone; its output is shown")
+    parser.add_argument("--jobs", type=count, default=1, metavar="K", help="runs at a time (default: 1)")
+    parser.add_argument("--ranks", type=count, default=1, metavar="W", help="ranks of a run (default: 1)")
     parser.add_argument(
         "--directory", type=Path, metavar="DIR", help="folder of studies (default: the base's run.directory, runs)"
     )
@@ -56,11 +57,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         const=_analyses,
         help="print the commands that measure the finished runs as the study says, one a line",
     )
-    parser.set_defaults(run=run, action=_sweep)
+    parser.set_defaults(run=_study, action=_sweep)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Look at the whole study, then do what is asked. Raises UsageError and ConfigError before anything starts."""
+def _study(arguments: argparse.Namespace) -> int:
     from dist_train.sweep.planned_runs import plan_study
 
     plan = plan_study(arguments.study, arguments.directory, arguments.overrides)
@@ -91,17 +91,9 @@ def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ..
 
 
 def _list(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
-    from rich.console import Console
-
     from dist_train.sweep.standing import render, standing_of
 
-    console = Console(highlight=False)
-    table = render([standing_of(run) for run in runs])
-    if not console.is_terminal:
-        # a file or a pipe has no width that a line must fit
-        endless = console.options.update(width=10_000)
-        console.width = max(console.width, console.measure(table, options=endless).maximum)
-    console.print(table)
+    print_table(render([standing_of(run) for run in runs]))
     return ExitCode.FINISHED
 
 
@@ -152,7 +144,71 @@ def _say(text: str) -> None:
     print(f"{datetime.now():%H:%M:%S}  {text}", flush=True)
 
 
-def _count(text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"takes a number, 1 or more, not {text!r}")
-    return int(text)
+def add_submit(subparsers: Subparsers) -> None:
+    """Add `submit CONFIG [section.key=value ...] [--nodes N ...] [--dry-run] [-- sbatch options]`."""
+    parser = subparsers.add_parser(
+        "submit",
+        help="check a run and submit it to Slurm",
+        description="Check CONFIG, show how the batch is shared out, and submit the run by sbatch. It is requeued "
+        "when it is preempted, meets its time limit, or loses a node, and resumes bit-identically. "
+        "Options of sbatch follow --, each in one word: -- --account=me --gpus-per-node=4.",
+    )
+    add_config(parser)
+    parser.add_argument("--nodes", type=_nodes, default="1", metavar="N", help="nodes, or a range 1-4 (default: 1)")
+    parser.add_argument(
+        "--ranks-per-node",
+        type=count,
+        metavar="K",
+        help="ranks of a node (default: one for each GPU; without GPUs one)",
+    )
+    parser.add_argument("--time", metavar="T", help="time limit, as sbatch has it: 4:00:00 (default: the partition's)")
+    parser.add_argument("--partition", metavar="P", help="partition (default: the cluster's)")
+    parser.add_argument("--dry-run", action="store_true", help="print the batch script, and submit nothing")
+    parser.set_defaults(run=_submit, sbatch_options=[])
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from dist_train.config import load_config
+    from dist_train.config.loading import located
+    from dist_train.sweep.submission import Submission, describe_batch, project_root, write_script
+
+    config = load_config(arguments.config, arguments.overrides)
+    directory = (arguments.run_dir or config.run_directory).absolute()
+    submission = Submission(
+        root=project_root(),
+        config_file=located(arguments.config).absolute(),
+        overrides=tuple(arguments.overrides),
+        run_directory=directory,
+        name=config.run.name,
+        nodes=arguments.nodes,
+        ranks_per_node=arguments.ranks_per_node,
+        time=arguments.time,
+        partition=arguments.partition,
+        options=tuple(arguments.sbatch_options),
+    )
+    plan = describe_batch(config, submission.ranks)
+    warn_of_unused(config)
+    # What a dry run prints can be piped into a file, and is then the script alone.
+    print("\n".join(plan), file=sys.stderr if arguments.dry_run else sys.stdout)
+    script = write_script(submission)
+    if arguments.dry_run:
+        print(script, end="")
+        return ExitCode.FINISHED
+
+    from dist_train.cluster.launch import submit
+
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    job = submit(script, ())
+    print(f"job            {job}")
+    print(f"run directory  {directory}")
+    print(f"watch it       dist-train runs {directory.parent}")
+    print(f"               tail -F {str(submission.log).replace('%j', job)}")
+    print(f"               squeue --jobs {job}; scancel {job}")
+    return ExitCode.FINISHED
+
+
+def _nodes(text: str) -> str:
+    match = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", text)
+    if match is None or (match[2] and int(match[2]) < int(match[1])):
+        raise argparse.ArgumentTypeError(f"takes a number of nodes, or a range such as 1-4, not {text!r}")
+    return text

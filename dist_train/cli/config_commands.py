@@ -1,28 +1,27 @@
-"""`dist-train config check|show|schema|run-directory|path`."""
+"""`dist-train config` and `doctor`: what a configuration says, and what this machine has for it."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
+from dist_train.cli.common import Subparsers, add_config, warn_of_unused
 from dist_train.outcome import ExitCode, UsageError
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command's arguments."""
+def add_config_command(subparsers: Subparsers) -> None:
+    """Add `config check|show|run-directory|engine|path|schema`."""
     parser = subparsers.add_parser("config", help="check a configuration, or show it resolved")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, text, action in (
         ("check", "say what is wrong with it, or that nothing is", _check),
         ("show", "print every setting, resolved", _show),
         ("run-directory", "print where its run lies", _run_directory),
+        ("engine", "print what carries its ranks under srun: horovod or torch", _engine),
     ):
         command = actions.add_parser(name, help=text, description=text)
-        command.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
-        command.add_argument("overrides", nargs="*", metavar="section.key=value")
-        command.add_argument("--run-dir", type=Path, metavar="DIR", help="the run's own directory")
+        add_config(command)
         command.set_defaults(run=action)
     path = actions.add_parser("path", help="print where a file lies that comes with the program")
     path.add_argument("file", type=Path, metavar="FILE", help="such as dist_train:slurm/lb_8192.sh")
@@ -34,11 +33,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _check(arguments: argparse.Namespace) -> int:
     from dist_train.config import load_config
-    from dist_train.config.combinations import unused_settings
 
-    config = load_config(arguments.config, arguments.overrides)
-    for sentence in unused_settings(config):
-        print(f"dist-train: warning: {sentence}", file=sys.stderr)
+    warn_of_unused(load_config(arguments.config, arguments.overrides))
     print(f"{arguments.config}: fine")
     return ExitCode.FINISHED
 
@@ -58,6 +54,15 @@ def _run_directory(arguments: argparse.Namespace) -> int:
     return ExitCode.FINISHED
 
 
+def _engine(arguments: argparse.Namespace) -> int:
+    from dist_train.cluster.joining import engine_of, is_installed
+    from dist_train.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    print(engine_of("srun", config.comm.engine, is_installed("horovod")))
+    return ExitCode.FINISHED
+
+
 def _path(arguments: argparse.Namespace) -> int:
     from dist_train.config.loading import located
 
@@ -73,3 +78,31 @@ def _schema(arguments: argparse.Namespace) -> int:
 
     print(json.dumps(Config.model_json_schema(), indent=2))
     return ExitCode.FINISHED
+
+
+def add_doctor(subparsers: Subparsers) -> None:
+    """Add `doctor [CONFIG [section.key=value ...]]`."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="what this machine has and lacks for training",
+        description="Say what this machine has and lacks; each line that needs one names a fix. "
+        "Ends with 0 where training can run here, 1 otherwise.",
+    )
+    parser.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG", help="also check what this configuration needs"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from it")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from dist_train.config import Config, load_config
+    from dist_train.launching import doctor
+
+    named = arguments.config is not None
+    config = load_config(arguments.config, arguments.overrides) if named else Config()
+    checks = doctor.examine(config, data_named=named)
+    doctor.render(checks, Console(highlight=False, soft_wrap=False))
+    return ExitCode.FINISHED if doctor.can_train(checks) else ExitCode.FAULT

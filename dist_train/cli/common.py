@@ -1,0 +1,49 @@
+"""What several commands share: arguments, warnings, and tables for a terminal or a pipe."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dist_train.config import Config
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add CONFIG, its overrides, and --run-dir."""
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from it")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run's own directory")
+
+
+def count(text: str) -> int:
+    """Return the whole number above 0 that `text` writes."""
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"takes a number, 1 or more, not {text!r}")
+    return int(text)
+
+
+def warn_of_unused(config: Config) -> None:
+    """Print a warning for each setting of `config` that has no effect."""
+    from dist_train.config.combinations import unused_settings
+
+    for sentence in unused_settings(config):
+        print(f"dist-train: warning: {sentence}", file=sys.stderr)
+
+
+def print_table(table: Table) -> None:
+    """Print `table`; whole lines where the output is no terminal, which has no width to fit."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        endless = console.options.update(width=10_000)
+        console.width = max(console.width, console.measure(table, options=endless).maximum)
+    console.print(table)

@@ -1,0 +1,171 @@
+"""`dist-train train`, `evaluate`, and, for scripts, `outcome` and `requeue`."""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+import sys
+from pathlib import Path
+
+from dist_train.cli.common import Subparsers, add_config, warn_of_unused
+from dist_train.cluster.launch import current_launch
+from dist_train.outcome import DisagreementError, DivergedError, ExitCode, StoppedError, UsageError, exit_code_of
+from dist_train.start_up import without_collection
+
+_STANDARD_ERROR = 2
+"""The descriptor itself: `sys.stderr` may be replaced by an object that has none."""
+
+
+def add_train(subparsers: Subparsers) -> None:
+    """Add `train CONFIG [section.key=value ...] [--run-dir DIR]`."""
+    parser = subparsers.add_parser(
+        "train",
+        help="one training run, alone or under torchrun, horovodrun, mpirun, srun",
+        description="Train as CONFIG says, resuming the run that the run directory holds. "
+        "The same command under torchrun, horovodrun, mpirun or srun trains on many ranks.",
+    )
+    add_config(parser)
+    parser.set_defaults(run=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    # a rank that a library's fault kills says where it was
+    faulthandler.enable(file=_STANDARD_ERROR)
+    with without_collection():
+        from dist_train.config import load_config
+
+        config = load_config(arguments.config, arguments.overrides)
+
+        from dist_train.cluster.communicator import PeerFailedError
+        from dist_train.launching import train
+        from dist_train.start_up import ask_for_large_pages
+
+    ask_for_large_pages()
+    if current_launch().rank == 0:
+        warn_of_unused(config)
+    try:
+        train(config, arguments.run_dir)
+    except PeerFailedError:
+        return ExitCode.USAGE
+    except (DivergedError, DisagreementError, StoppedError) as error:
+        if current_launch().rank == 0:
+            print(f"dist-train: {error}", file=sys.stderr)
+        return exit_code_of(error)
+    return ExitCode.FINISHED
+
+
+def add_launch(subparsers: Subparsers) -> None:
+    """Add `launch [-np N] COMMAND ...`."""
+    parser = subparsers.add_parser(
+        "launch",
+        help="a command on several ranks of this machine, without MPI or Horovod",
+        description="Run `dist-train COMMAND ...` as N ranks on this machine, which talk by torch.distributed. "
+        "SIGTERM, SIGINT and SIGUSR2 ask the ranks to save and stop. The exit status is the command's own.",
+    )
+    parser.add_argument("-np", type=int, default=2, metavar="N", help="number of ranks (2)")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="such as train CONFIG")
+    parser.set_defaults(run=_launch)
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    from dist_train.cli.main import parse
+    from dist_train.cluster.local_launch import launch_ranks
+
+    words = list(arguments.command)
+    if not words:
+        raise UsageError("no command given, for example: dist-train launch -np 2 train configs/demo.yaml")
+    if arguments.np < 1:
+        raise UsageError(f"-np takes a number of ranks, 1 or more, not {arguments.np}")
+    command = parse(words)
+    if words[0] == "train":
+        from dist_train.config import load_config
+
+        load_config(command.config, command.overrides)  # one message, not one a rank
+    return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np)
+
+
+def add_evaluate(subparsers: Subparsers) -> None:
+    """Add `evaluate RUN_OR_CHECKPOINT [--split train|test]`."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="loss and accuracy of a checkpoint",
+        description="Print loss and accuracy of a checkpoint, or of a run's last one, as one line of JSON.",
+    )
+    parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory or a checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="data.root=DIR, for instance")
+    parser.add_argument("--split", choices=("train", "test"), default="test")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from dist_train.training.stored import evaluate_stored
+
+    result = evaluate_stored(arguments.target, arguments.split, arguments.overrides)
+    is_finite = result["loss"] is not None
+    if current_launch().rank == 0:
+        print(json.dumps(result, allow_nan=False), flush=True)
+        if not is_finite:
+            print(f"dist-train: the {arguments.split} loss of {result['checkpoint']} is not finite", file=sys.stderr)
+    return ExitCode.FINISHED if is_finite else ExitCode.DIVERGED
+
+
+def add_outcome(subparsers: Subparsers) -> None:
+    """Add `outcome RUN`: the exit code of a launch, for scripts whose launcher loses it."""
+    parser = subparsers.add_parser(
+        "outcome",
+        help="the exit code of a run's last launch, from its status.json",
+        description="End with the exit code that the run's last launch wrote into status.json; "
+        "1 where it wrote none, or where the launch was another than --launch.",
+    )
+    parser.add_argument("run_directory", type=Path, metavar="RUN")
+    parser.add_argument("--launch", default=None, metavar="ID", help="the launch's DIST_TRAIN_LAUNCH")
+    parser.set_defaults(run=_outcome)
+
+
+def _outcome(arguments: argparse.Namespace) -> int:
+    from dist_train.rundir.paths import RunDirectory
+    from dist_train.rundir.status import read_status
+
+    status = read_status(RunDirectory(arguments.run_directory).status)
+    if status is None or (arguments.launch is not None and status.launch != arguments.launch):
+        print(f"dist-train: the launch left no status in {arguments.run_directory}", file=sys.stderr)
+        return ExitCode.FAULT
+    if status.exit_code is None:
+        print(f"dist-train: the launch died in state {status.state} at step {status.step}", file=sys.stderr)
+        return ExitCode.FAULT
+    return status.exit_code
+
+
+def add_requeue(subparsers: Subparsers) -> None:
+    """Add `requeue RUN --limit N`: whether a batch script should requeue its job."""
+    parser = subparsers.add_parser(
+        "requeue",
+        help="whether a run that did not finish is to be started again, for batch scripts",
+        description="Decide whether a run that did not finish is to be started again, count it in RUN/requeues.json, "
+        "and say why. Exit code 0: requeue it. 1: do not; it has finished, cannot go better (bad configuration, "
+        "diverged, ranks disagree), or has used up its requeues without progress: then its status.json says "
+        "failed, and the reason.",
+    )
+    parser.add_argument("run_directory", type=Path, metavar="RUN")
+    parser.add_argument(
+        "--limit", type=_limit, default=3, metavar="N", help="requeues in a row without a new checkpoint (default: 3)"
+    )
+    parser.add_argument("--launch", default=None, metavar="ID", help="the last launch's DIST_TRAIN_LAUNCH")
+    parser.add_argument("--death", default="", metavar="TEXT", help="what is known of a rank that was killed")
+    parser.set_defaults(run=_requeue)
+
+
+def _requeue(arguments: argparse.Namespace) -> int:
+    from dist_train.sweep.standing import decide
+
+    decision = decide(arguments.run_directory, arguments.limit, arguments.launch, arguments.death)
+    verdict = "requeue" if decision.requeue else "do not requeue"
+    print(f"dist-train: {verdict}: {decision.why}", file=sys.stderr)
+    return ExitCode.FINISHED if decision.requeue else ExitCode.FAULT
+
+
+def _limit(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"takes a number, 0 or more, not {text!r}")
+    return int(text)

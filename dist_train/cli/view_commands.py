@@ -1,0 +1,173 @@
+"""`dist-train runs`, `watch`, `curve` and `report`: what runs have left, as tables, views and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import os
+import sys
+from pathlib import Path
+
+from dist_train.cli.common import Subparsers, print_table
+from dist_train.outcome import ExitCode, UsageError
+
+_COLUMNS, _ROWS = 100, 36
+"""Of what is not printed on a terminal."""
+
+
+def add_runs(subparsers: Subparsers) -> None:
+    """Add `runs [DIR] [--clean]`."""
+    text = "a table of runs: state, progress, best accuracy, images/s, time left"
+    parser = subparsers.add_parser("runs", help=text, description=text[0].upper() + text[1:] + ".")
+    parser.add_argument(
+        "directory", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="folder (default: runs)"
+    )
+    parser.add_argument(
+        "--clean",
+        dest="run",
+        action="store_const",
+        const=_clean,
+        help="instead, remove the target files of runs that are gone from where these runs enter themselves for "
+        "Prometheus (metrics.targets_directory)",
+    )
+    parser.set_defaults(run=_runs)
+
+
+def _runs(arguments: argparse.Namespace) -> int:
+    from dist_train.cluster.launch import job_states
+    from dist_train.watch.run_table import read_runs, render
+
+    runs = read_runs(arguments.directory)
+    if runs:
+        print_table(render(runs, job_states([run.slurm_job for run in runs if run.slurm_job])))
+    else:
+        print(f"no runs in {arguments.directory}")
+    return ExitCode.FINISHED
+
+
+def _clean(arguments: argparse.Namespace) -> int:
+    from dist_train.monitoring.prometheus.targets import remove_stale
+    from dist_train.watch.run_table import targets_directories
+
+    folders = targets_directories(arguments.directory)
+    if not folders:
+        print(f"no run in {arguments.directory} has metrics.targets_directory set: nothing to clean")
+    for folder in folders:
+        try:
+            removed = remove_stale(folder)
+        except FileNotFoundError:
+            removed = ()
+        except OSError as error:
+            raise UsageError(
+                f"{folder} cannot be cleaned ({error.strerror or error}); use an account that may write there"
+            ) from error
+        for path in removed:
+            print(f"removed {path}")
+        if not removed:
+            print(f"nothing to clean in {folder}")
+    return ExitCode.FINISHED
+
+
+def add_watch(subparsers: Subparsers) -> None:
+    """Add `watch RUN [--interval SECONDS] [--once]`."""
+    parser = subparsers.add_parser(
+        "watch",
+        help="a live view of a run, from any machine that sees its directory",
+        description="Show a run as it continues, from its directory alone, until it ends. Ctrl-C ends the view, "
+        "not the run. Where the output is no terminal, the run is shown once.",
+    )
+    parser.add_argument("directory", type=Path, metavar="RUN", help="a run directory, or a folder's name below runs/")
+    parser.add_argument(
+        "--interval", type=_seconds, default=1.0, metavar="SECONDS", help="time between two looks (default: 1)"
+    )
+    parser.add_argument("--once", action="store_true", help="show the run as it is now, and end")
+    parser.set_defaults(run=_watch)
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from dist_train.watch.run import WatchedRun, find_run
+    from dist_train.watch.view import show_once, watch
+
+    watched = WatchedRun(find_run(arguments.directory))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # curves are drawn with characters that not every encoding has
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_size("COLUMNS", _COLUMNS), height=_size("LINES", _ROWS))
+    if arguments.once or not console.is_terminal or console.is_dumb_terminal:
+        show_once(watched, console)
+    else:
+        watch(watched, console, arguments.interval)
+    return ExitCode.FINISHED
+
+
+def _size(variable: str, usual: int) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() and int(text) else usual
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise argparse.ArgumentTypeError("must be a number of seconds above 0")
+    return seconds
+
+
+def add_curve(subparsers: Subparsers) -> None:
+    """Add `curve RUN ... [-o FILE]`."""
+    parser = subparsers.add_parser(
+        "curve",
+        help="the learning curve of a run as a picture",
+        description="Draw loss and accuracy against epoch, of one run or of several to compare.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="a .png or .svg file (default: RUN/learning_curve.png; needed for several runs)",
+    )
+    parser.set_defaults(run=_curve)
+
+
+def _curve(arguments: argparse.Namespace) -> int:
+    from dist_train.report.learning_curve import draw_learning_curve
+    from dist_train.rundir.paths import RunDirectory
+
+    if arguments.output is None and len(arguments.runs) > 1:
+        raise UsageError("several runs go into one picture: say where with -o FILE")
+    output = arguments.output or RunDirectory(arguments.runs[0]).learning_curve
+    draw_learning_curve(arguments.runs, output)
+    print(output)
+    return ExitCode.FINISHED
+
+
+def add_report(subparsers: Subparsers) -> None:
+    """Add `report DIR [-o FILE]`."""
+    parser = subparsers.add_parser(
+        "report",
+        help="one HTML page of a run, a study, or a folder of runs",
+        description="Write one HTML page, complete in itself: curves, tables, landscapes, sharpness, settings.",
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a run, a study, or a folder of runs")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the page (default: DIR/report.html); the tables alone for *.md",
+    )
+    parser.set_defaults(run=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from dist_train.report.page import write_report
+
+    output = arguments.output or arguments.directory / "report.html"
+    write_report(arguments.directory, output)
+    print(output)
+    return ExitCode.FINISHED
