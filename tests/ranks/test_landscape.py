@@ -32,8 +32,8 @@ def test_any_number_of_ranks_writes_the_same_files_also_after_a_kill(trained_run
     expected = files(tmp_path / "1")
     assert set(expected) == {"points.csv", "settings.json", "figure.svg", "figure.png"}
     assert expected["points.csv"].count(b"\n") == 1 + 2 * 121
-    for ranks in (2, 3):
-        ended = launch(ranks, "mpi", *command(trained_run, tmp_path / f"{ranks}"))
+    for ranks, controller in ((2, "torch"), (3, "mpi")):
+        ended = launch(ranks, controller, *command(trained_run, tmp_path / f"{ranks}"))
         assert ended.code == 0, ended.output
         assert files(tmp_path / f"{ranks}") == expected
 
