@@ -21,12 +21,12 @@ from rich.text import Text
 from dist_train.monitoring import wording
 from dist_train.monitoring.observers import Observer
 from dist_train.monitoring.wording import Pace, summary_table
-from dist_train.rundir.records import EvaluationRecord, EventRecord, Measurement, Outcome, Record, RunFacts, TrainRecord
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Outcome, Record, RunFacts, TrainRecord
 
 _WIDTH = 120
 
 
-class PlainLines:
+class PlainLines(Observer):
     """Writes one line each `seconds` at most, and one for every evaluation and event; each is flushed."""
 
     def __init__(self, stream: TextIO, seconds: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -56,15 +56,6 @@ class PlainLines:
                 self._write(wording.evaluation(self._facts, record))
             case EventRecord():
                 self._write(wording.event(record))
-
-    def measurement(self, measurement: Measurement) -> None:
-        """Do nothing: this is for charts."""
-
-    def progress(self, step: int) -> None:
-        """Do nothing: lines come from records."""
-
-    def sync(self) -> None:
-        """Do nothing: every line is flushed."""
 
     def end(self, outcome: Outcome) -> None:
         """Write the summary, of a run that has begun."""
@@ -105,7 +96,7 @@ _REDRAW_SHARE = 1 / 300
 _WIDEST = 110
 
 
-class TerminalBar:
+class TerminalBar(Observer):
     """Redraws at most five times a second, and more seldom where drawing is slow. No thread of its own."""
 
     def __init__(self, terminal: TextIO) -> None:
@@ -150,17 +141,11 @@ class TerminalBar:
             case EventRecord():
                 self._print(Text(wording.event(record), style="yellow"))
 
-    def measurement(self, measurement: Measurement) -> None:
-        """Do nothing: this is for charts."""
-
     def progress(self, step: int) -> None:
         """Move the bar, where it is time to."""
         self._step = max(self._step, step)
         if time.monotonic() >= self._next:
             self._draw()
-
-    def sync(self) -> None:
-        """Do nothing: nothing here is kept."""
 
     def end(self, outcome: Outcome) -> None:
         """Take the bar away and print the summary, of a run that has begun."""

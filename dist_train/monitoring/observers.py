@@ -1,4 +1,4 @@
-"""Who watches a run, and the promise that no watcher can stop it."""
+"""Observers of a run, and the promise that none of them can stop it."""
 
 from __future__ import annotations
 
@@ -13,29 +13,38 @@ logger = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
-    """Takes what a run hands out. It may raise: it is then dropped, and the run continues."""
+    """The calls that a run makes, in their order; a subclass overrides those that it needs, the others do nothing.
+
+    A call may raise: the observer is then dropped, and the run continues.
+    """
 
     def begin(self, facts: RunFacts) -> None:
         """The run is about to do its first step."""
+        return
 
     def record(self, record: Record) -> None:
         """Something was measured, or happened."""
+        return
 
     def measurement(self, measurement: Measurement) -> None:
-        """How a step went on every rank; at most once per `metrics.every_steps`."""
+        """What a step took on every rank; at most once per `metrics.every_steps`."""
+        return
 
     def progress(self, step: int) -> None:
         """`step` updates are done; called at every one and within evaluations, so it must cost next to nothing."""
+        return
 
     def sync(self) -> None:
         """Flush to disk what was recorded; called, from any thread, before a checkpoint becomes durable."""
+        return
 
     def end(self, outcome: Outcome) -> None:
-        """The run has ended, well or not; let go of everything."""
+        """The run has ended, well or not; release everything."""
+        return
 
 
-class Observers:
-    """Hands everything on to each observer; one that raises is reported once and dropped."""
+class Observers(Observer):
+    """Passes every call to each observer; one that raises is reported once and dropped."""
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
         self._observers = tuple(observers)
@@ -45,19 +54,19 @@ class Observers:
         return bool(self._observers)
 
     def begin(self, facts: RunFacts) -> None:
-        """Tell every observer that the run begins."""
+        """Pass `begin` on."""
         self._each(lambda observer: observer.begin(facts))
 
     def record(self, record: Record) -> None:
-        """Hand `record` to every observer."""
+        """Pass `record` on."""
         self._each(lambda observer: observer.record(record))
 
     def measurement(self, measurement: Measurement) -> None:
-        """Hand `measurement` to every observer."""
+        """Pass `measurement` on."""
         self._each(lambda observer: observer.measurement(measurement))
 
     def progress(self, step: int) -> None:
-        """Tell every observer that `step` updates are done."""
+        """Pass `progress` on."""
         self._each(lambda observer: observer.progress(step))
 
     def sync(self) -> None:
@@ -65,7 +74,7 @@ class Observers:
         self._each(lambda observer: observer.sync())
 
     def end(self, outcome: Outcome) -> None:
-        """Tell every observer that the run has ended."""
+        """Pass `end` on."""
         self._each(lambda observer: observer.end(outcome))
 
     def _each(self, call: Callable[[Observer], None]) -> None:

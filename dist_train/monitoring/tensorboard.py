@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dist_train.monitoring.observers import Observer
 from dist_train.outcome import UsageError
 from dist_train.rundir.records import EvaluationRecord, Measurement, Outcome, Record, RunFacts, TrainRecord
 
@@ -24,7 +25,7 @@ def check_tensorboard() -> None:
         ) from error
 
 
-class TensorBoard:
+class TensorBoard(Observer):
     """An observer that adds one event file a launch to `directory`.
 
     A run that resumes from a checkpoint declares what earlier launches wrote after it void.
@@ -68,9 +69,6 @@ class TensorBoard:
             "weights/distance_from_initial": measurement.distance,
         }
         self._add(norms | parts, measurement.step, measurement.time)
-
-    def progress(self, step: int) -> None:
-        """Do nothing: a step without a record leaves no point."""
 
     def sync(self) -> None:
         """Flush what was added. May be called from any thread."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from signal import Signals
 from typing import TYPE_CHECKING
 
+from dist_train.monitoring.observers import Observer
 from dist_train.monitoring.prometheus.messages import (
     Begin,
     Channel,
@@ -136,7 +137,7 @@ class ExporterError(RuntimeError):
     """The metrics cannot be served; its text says why."""
 
 
-class Exporter:
+class Exporter(Observer):
     """Serves a run's metrics from `begin` to `end`, by a process that this constructor starts."""
 
     def __init__(self, settings: MetricsSettings) -> None:
@@ -187,9 +188,6 @@ class Exporter:
     def progress(self, step: int) -> None:
         """Send on that `step` updates are done."""
         self._send(Progress(step))
-
-    def sync(self) -> None:
-        """Do nothing: nothing here is kept."""
 
     def end(self, outcome: Outcome) -> None:
         """Have the last values pushed and scraped, as the settings say, and end the process."""
