@@ -11,16 +11,17 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TextIO
 
-from rich.box import ROUNDED
+from rich.box import ROUNDED, Box
 from rich.console import Console, Group
+from rich.constrain import Constrain
 from rich.live import Live
-from rich.progress_bar import ProgressBar
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from dist_train.monitoring import wording
 from dist_train.monitoring.observers import Observer
-from dist_train.monitoring.wording import Pace, summary_table
+from dist_train.monitoring.wording import Pace
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Outcome, Record, RunFacts, TrainRecord
 
 _WIDTH = 120
@@ -80,20 +81,24 @@ class PlainLines(Observer):
             self._stream.write(text + "\n")
             self._stream.flush()
         except BrokenPipeError:
-            self._close_the_pipe()
+            # or Python's exit fails, with code 120, on what is left in the stream's buffer
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
             raise
-
-    def _close_the_pipe(self) -> None:
-        """Let what is left in the stream's buffer go nowhere, or Python's exit fails on it with code 120."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
 
 
 _REDRAW_SECONDS = 0.2
 _REDRAW_SHARE = 1 / 300
 """The most of the training's time that drawing may take."""
 _WIDEST = 110
+
+
+class _Terminal(Console):
+    """A console that reports a closed pipe as what it is; the library's own way is to end the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError("the terminal is closed")
 
 
 class TerminalBar(Observer):
@@ -103,6 +108,15 @@ class TerminalBar(Observer):
         self._terminal = terminal
         self._console = _Terminal(file=terminal, force_terminal=True, highlight=False, soft_wrap=False)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
+        self._bar = Progress(
+            TextColumn("[dim]epoch[/] [bold]{task.fields[epoch]}"),
+            BarColumn(None, complete_style="green", finished_style="green"),
+            TextColumn("[dim]step[/] {task.completed:,}/{task.total:,}"),
+            TextColumn("[cyan]{task.fields[left]}"),
+            console=self._console,
+            auto_refresh=False,
+            expand=True,
+        )
         self._pace = Pace()
         self._next = 0.0
         self._facts: RunFacts | None = None
@@ -116,6 +130,7 @@ class TerminalBar(Observer):
         """Say what is about to be trained, and draw the bar."""
         self._facts = facts
         self._step = facts.start_step
+        self._task = self._bar.add_task("", total=facts.total_steps, epoch="", left="")
         self._fit()
         first, *rest = wording.introduction(facts)
         self._console.print(Text(first, style="bold"))
@@ -199,18 +214,9 @@ class TerminalBar(Observer):
         facts = self._facts
         assert facts is not None, "begin comes first"
         seconds = self._pace.seconds_left(facts.total_steps)
-        left = Text("") if seconds is None else Text(f"{wording.duration(seconds)} left", style="cyan")
-        bar = Table.grid(expand=True, padding=(0, 2, 0, 0))
-        bar.width = min(self._console.width, _WIDEST)
-        for ratio in (None, 1, None, None):
-            bar.add_column(ratio=ratio, no_wrap=True)
-        bar.add_row(
-            Text.assemble(("epoch ", "dim"), (wording.current_epoch(facts, self._step), "bold")),
-            ProgressBar(facts.total_steps, self._step, complete_style="green", finished_style="green"),
-            Text.assemble(("step ", "dim"), f"{self._step:,}/{facts.total_steps:,}"),
-            left,
-        )
-        return Group(bar, self._measurements())
+        left = "" if seconds is None else f"{wording.duration(seconds)} left"
+        self._bar.update(self._task, completed=self._step, epoch=wording.current_epoch(facts, self._step), left=left)
+        return Group(Constrain(self._bar, _WIDEST), self._measurements())
 
     def _measurements(self) -> Text:
         train = self._train
@@ -235,11 +241,35 @@ class TerminalBar(Observer):
         return line
 
 
-class _Terminal(Console):
-    """A console that reports a closed pipe as what it is; the library's own way is to end the process."""
+def summary_table(facts: RunFacts, outcome: Outcome, box: Box | None) -> Table:
+    """Return how the run ended, one fact a row."""
+    reason = f": {outcome.reason}" if outcome.reason else ""
+    code = f" (exit code {outcome.exit_code})" if outcome.exit_code else ""
+    colour = {"finished": "green", "stopped": "yellow", "failed": "red"}.get(outcome.state, "white")
+    speed = outcome.samples_per_second
+    rows = {
+        "state": Text.assemble((outcome.state, f"bold {colour}"), reason, code),
+        "steps": f"{outcome.step:,} of {facts.total_steps:,}",
+        "epochs": f"{outcome.epoch:.4g} of {facts.epochs:.4g}",
+        "train accuracy": _percent(outcome.train_accuracy),
+        "test accuracy": _percent(outcome.test_accuracy),
+        "best accuracy": _percent(outcome.best_accuracy),
+        "images/s": None if speed is None else wording.rate(speed),
+        "time": wording.duration(outcome.seconds),
+        "last checkpoint": outcome.last_checkpoint,
+        "run directory": facts.run_directory,
+    }
+    table = Table(box=box, show_header=False, title=Text(facts.name, style="bold"), title_justify="left")
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, value if isinstance(value, Text) else Text(str(value)))
+    return table
 
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError("the terminal is closed")
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else wording.percent(share)
 
 
 TERMINAL_VARIABLE = "DIST_TRAIN_TERMINAL"
@@ -253,13 +283,11 @@ def open_console(environment: Mapping[str, str] = os.environ) -> Observer:
     if environment.get("TERM", "dumb") in ("dumb", "unknown"):
         return PlainLines(sys.stdout)
     terminal = launcher_terminal(environment.get(TERMINAL_VARIABLE, ""))
-    if terminal is not None:
-        return TerminalBar(terminal)
     # mpirun gives every rank a pseudo-terminal, also when its own output goes to a file
     launched = any(name in environment for name in _PSEUDO_TERMINALS_OF_LAUNCHERS)
-    if sys.stdout.isatty() and not launched:
-        return TerminalBar(sys.stdout)
-    return PlainLines(sys.stdout)
+    if terminal is None and sys.stdout.isatty() and not launched:
+        terminal = sys.stdout
+    return PlainLines(sys.stdout) if terminal is None else TerminalBar(terminal)
 
 
 def launcher_terminal(address: str) -> TextIO | None:
