@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dist_train.monitoring.prometheus.board import Board
+from dist_train.monitoring.prometheus.metrics import METRICS, Kind, Scope
 from dist_train.monitoring.prometheus.page import MetricsPage, metrics_markdown, with_table
-from dist_train.monitoring.prometheus.rank_metrics import METRICS, Kind, Scope
 from dist_train.outcome import UsageError
 from dist_train.rundir.records import (
     Detail,

@@ -1,4 +1,4 @@
-"""The trainer's hold on the exporter's process: starts it, sends to it without ever waiting, sees it end.
+"""The trainer's end of the exporter: starts its process, sends to it without ever waiting, sees it end.
 
 So a scrape never takes the trainer's interpreter, and no step waits: what that process cannot take in is dropped.
 """
@@ -13,7 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from signal import Signals
 from typing import TYPE_CHECKING
@@ -161,8 +161,11 @@ class Exporter(Observer):
 
     def begin(self, facts: RunFacts) -> None:
         """Have the run served. Raises ExporterError where it cannot be."""
-        # read here, before the first event of this launch is counted
-        self._send_surely(Begin(self._plan, facts, _counts(facts.run_directory / FILE_NAME)))
+        counts: Mapping[str, int] = {}
+        # read here, before the first event of this launch is counted; whoever counts them reports an error
+        with suppress(OSError, ValueError):
+            counts = read_counts(facts.run_directory / FILE_NAME)
+        self._send_surely(Begin(self._plan, facts, counts))
         deadline = time.monotonic() + _START_SECONDS
         while self._link is not None and self.address is None and time.monotonic() < deadline:
             self._listen(deadline - time.monotonic())
@@ -203,18 +206,21 @@ class Exporter(Observer):
         self._remove_target()
 
     def _send(self, message: ToExporter) -> None:
-        if self._link is not None:
-            try:
+        with self._noticing_its_end():
+            if self._link is not None:
                 self._link.send(message)
-            except OSError:
-                self._listen(0)  # it has said why, or the end of what it said says enough
 
     def _send_surely(self, message: ToExporter) -> None:
-        if self._link is not None:
-            try:
+        with self._noticing_its_end():
+            if self._link is not None:
                 self._link.send_surely(message)
-            except OSError:
-                self._listen(0)
+
+    @contextmanager
+    def _noticing_its_end(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self._listen(0)  # it has said why, or the end of what it said says enough
 
     def _listen(self, seconds: float) -> None:
         """Take what the process has to say, for which it has so many seconds."""
@@ -251,20 +257,14 @@ class Exporter(Observer):
     def _await_end(self) -> None:
         deadline = time.monotonic() + _END_SECONDS
         while self._link is not None and time.monotonic() < deadline:
-            self._resend()
+            with self._noticing_its_end():
+                self._link.send_waiting()
             self._listen(0.1 if self._ending is None else max(0.0, deadline - time.monotonic()))
             if self._ending is not None and self._ending.seconds > 0:
                 deadline = time.monotonic() + self._ending.seconds + _END_SECONDS
                 if self._ending.for_scrape > 0:
                     _logger.info("waiting up to %g s for a scrape of the last values", self._ending.for_scrape)
                 self._ending = Ending(0.0, 0.0)
-
-    def _resend(self) -> None:
-        assert self._link is not None
-        try:
-            self._link.send_waiting()
-        except OSError:
-            self._listen(0)
 
     def _remove_target(self) -> None:
         """Remove the target file where the process did not come to it."""
@@ -275,10 +275,3 @@ class Exporter(Observer):
         except OSError as error:
             _logger.warning("%s cannot be removed: %s", self._target, error.strerror or error)
         self._target = None
-
-
-def _counts(path: Path) -> Mapping[str, int]:
-    try:
-        return read_counts(path)
-    except (OSError, ValueError):
-        return {}  # whoever counts them has said so

@@ -1,4 +1,10 @@
-"""The HTTP server of the metrics page, and who may read it: TLS, users, bearer tokens."""
+"""The HTTP server of the metrics page, and who may read it: TLS, users, bearer tokens.
+
+prometheus_client writes the page (`page.py`). Its server (`start_http_server`) is not used, since it lacks what ours
+consists of: tokens and users; a limit on clients and on the time that they may take; TLS handshakes in threads of their
+own, where one silent client stops all others there; connections that are kept between scrapes (HTTP/1.1); one page for
+many scrapes; `/healthz`, and 404 for all but `/metrics`; the next free port; when the latest scrape was.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +12,11 @@ import base64
 import binascii
 import errno
 import hmac
-import logging
 import socket
 import ssl
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -134,13 +140,11 @@ def _content(path: Path, key: str) -> bytes:
         ) from error
 
 
-_logger = logging.getLogger(__name__)
-
 _PORTS = 50
 _CONNECTIONS = 64
 _HANDSHAKE_SECONDS = 10.0
 _IDLE_SECONDS = 120.0
-"""Longer than Prometheus waits between scrapes, as a rule: it keeps its connections."""
+"""Longer than most intervals between scrapes: Prometheus keeps its connections."""
 _PLAIN = "text/plain; charset=utf-8"
 
 Page = Callable[[], bytes]
@@ -197,11 +201,8 @@ class Server(ThreadingHTTPServer):
                 oldest = min(self._clients, key=self._clients.__getitem__)
                 del self._clients[oldest]
                 # of the plain socket: its thread may be reading by TLS, and finds the end of the stream
-                with_no_tls = socket.socket.shutdown
-                try:
-                    with_no_tls(oldest, socket.SHUT_RDWR)
-                except OSError:
-                    _logger.debug("the client that gives way is gone already")
+                with suppress(OSError):
+                    socket.socket.shutdown(oldest, socket.SHUT_RDWR)
             self._clients[request] = time.monotonic()
         super().process_request(request, client_address)
 
@@ -218,8 +219,7 @@ class Server(ThreadingHTTPServer):
                 self._clients[client] = time.monotonic()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Keep the faults of clients to the debug log."""
-        _logger.debug("a client of the metrics page failed: %s", client_address, exc_info=True)
+        """Ignore a client that failed: nobody reads the log of the exporter's process."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -22,7 +22,7 @@ HEARTBEAT_SECONDS = 60.0
 STALE_SECONDS = 300.0
 """A file that was not touched for so long belongs to nobody."""
 
-_JOB = "dist_train"
+JOB = "dist_train"
 _PROCESS_LABEL = "__dist_train_process"
 """Prometheus drops labels that begin so once it has found the target."""
 _NAME = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{8}-\d+\.json")
@@ -94,7 +94,7 @@ def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: Process)
     assert plan.targets_directory is not None
     node = facts.node or socket.gethostname()
     labels = {
-        "job": _JOB,
+        "job": JOB,
         "run": facts.name,
         "slurm_job": facts.slurm_job,
         "node": node,
@@ -136,7 +136,7 @@ def _owner(path: Path) -> Process | None:
         groups: Any = json.loads(path.read_bytes())
         [group] = groups
         labels = group["labels"]
-        if labels["job"] != _JOB:
+        if labels["job"] != JOB:
             return None
         return Process.parse(labels[_PROCESS_LABEL])
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
