@@ -5,52 +5,33 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 _LOGGER = "dist_train"
 
 
-class Logs:
-    """The open log of a rank; `close` ends it. Also a context manager."""
+@contextmanager
+def open_logs(directory: Path, rank: int, level: int = logging.INFO) -> Iterator[Path]:
+    """Send the `dist_train` logger to `directory`/rank-`rank`.log, which is yielded, and rank 0's warnings to stderr.
 
-    def __init__(self, path: Path, handlers: tuple[logging.Handler, ...]) -> None:
-        self.path = path
-        self._handlers = handlers
-
-    def close(self) -> None:
-        """Write nothing more; a second call does nothing."""
-        for handler in self._handlers:
-            logging.getLogger(_LOGGER).removeHandler(handler)
-            handler.close()
-
-    def __enter__(self) -> Logs:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-
-def open_logs(directory: Path, rank: int, level: int = logging.INFO) -> Logs:
-    """Send the `dist_train` logger to `directory`/rank-`rank`.log, and rank 0's warnings to stderr as well.
-
-    Takes the place of a log opened before in this process. Raises OSError where the file cannot be opened.
+    Raises OSError where the file cannot be opened.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"rank-{rank}.log"
-    handlers: tuple[logging.Handler, ...] = (_RankFile(path, rank),)
-    if rank == 0:
-        handlers += (_Stderr(),)
+    handlers = [_RankFile(path, rank), *([_Stderr()] if rank == 0 else ())]
     logger = logging.getLogger(_LOGGER)
-    for handler in list(logger.handlers):
-        if isinstance(handler, _RankFile | _Stderr):
-            logger.removeHandler(handler)
-            handler.close()
     logger.setLevel(level)
     for handler in handlers:
         logger.addHandler(handler)
-    return Logs(path, handlers)
+    try:
+        yield path
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
 
 
 class _RankFile(logging.FileHandler):

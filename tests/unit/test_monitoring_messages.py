@@ -26,12 +26,12 @@ from dist_train.monitoring.prometheus.messages import (
     Message,
     Progress,
     Serving,
+    ServingPlan,
     Warned,
     decode,
     encode,
     socket_pair,
 )
-from dist_train.monitoring.prometheus.serving_plan import ServingPlan
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Measurement
 from tests.unit.exporting import FACTS, OUTCOME, measurement, train
 

@@ -11,7 +11,7 @@ import pytest
 
 from dist_train.cli.main import main
 from dist_train.monitoring.prometheus import targets
-from dist_train.monitoring.prometheus.serving_plan import ServingPlan
+from dist_train.monitoring.prometheus.messages import ServingPlan
 from dist_train.monitoring.prometheus.targets import Process, TargetFile, remove_stale, target_file
 from tests.unit.exporting import FACTS
 

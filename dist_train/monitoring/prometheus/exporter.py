@@ -30,9 +30,9 @@ from dist_train.monitoring.prometheus.messages import (
     Serving,
     ToExporter,
     Warned,
+    plan_of,
     socket_pair,
 )
-from dist_train.monitoring.prometheus.serving_plan import plan_of
 from dist_train.monitoring.prometheus.targets import Process, TargetFile
 from dist_train.rundir.live_files import FILE_NAME, read_counts
 from dist_train.rundir.records import Measurement, Outcome, Record, RunFacts, TrainRecord

@@ -26,8 +26,8 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from dist_train.monitoring.prometheus.messages import ServingPlan, plan_of
 from dist_train.monitoring.prometheus.page import CONTENT_TYPE
-from dist_train.monitoring.prometheus.serving_plan import ServingPlan, plan_of
 from dist_train.outcome import UsageError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dist_train.monitoring.prometheus.serving_plan import ServingPlan
+from dist_train.monitoring.prometheus.messages import ServingPlan
 from dist_train.rundir import atomic
 from dist_train.rundir.records import RunFacts
 
