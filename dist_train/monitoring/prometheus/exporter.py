@@ -25,7 +25,6 @@ from dist_train.monitoring.prometheus.messages import (
     End,
     Ending,
     Failed,
-    Message,
     Progress,
     Serving,
     ToExporter,
@@ -45,8 +44,8 @@ _CHILD = (
 )
 
 
-class ExporterLink:
-    """A process that has begun, and the channel to it."""
+class _Link:
+    """The exporter's process, and the channel to it."""
 
     def __init__(self) -> None:
         """Start the process, in a tenth of a second that nobody waits for. Raises OSError."""
@@ -56,7 +55,7 @@ class ExporterLink:
             command = [sys.executable, "-P", "-c", _CHILD, str(_ROOT), str(descriptor), str(os.getpid())]
             try:
                 # none of the trainer's files stays open in it: a launcher would wait for its end
-                self._process = subprocess.Popen(
+                self.process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -67,60 +66,39 @@ class ExporterLink:
             except OSError:
                 ours.close()
                 raise
-        self._channel = Channel(ours)
+        self.channel = Channel(ours)
         self._waiting: deque[ToExporter] = deque(maxlen=_KEPT)
 
-    @property
-    def process_id(self) -> int:
-        """The number of the process."""
-        return self._process.pid
-
     def send(self, message: ToExporter) -> None:
-        """Send `message`, or drop it where the process is behind. Raises OSError where it is gone."""
-        if self.send_waiting():
-            self._channel.send(message)
-
-    def send_surely(self, message: ToExporter) -> None:
-        """Send `message` now, or before what is sent next. Raises OSError where the process is gone."""
-        if not self.send_waiting() or not self._channel.send(message):
+        """Send `message`. Where the process is behind, it waits for the next call, or is dropped if later ones repeat
+        what it says. Raises OSError where the process is gone.
+        """
+        sent = self.send_waiting() and self.channel.send(message)
+        if not sent and not isinstance(message, TrainRecord | Measurement | Progress):
             self._waiting.append(message)
 
     def send_waiting(self) -> bool:
-        """Send what waits for room; return whether nothing waits any more. Raises OSError."""
+        """Send what waits for space in the buffer; return whether all is sent. Raises OSError."""
         while self._waiting:
-            if not self._channel.send(self._waiting[0]):
+            if not self.channel.send(self._waiting[0]):
                 return False
             self._waiting.popleft()
         return True
 
-    def answers(self, seconds: float) -> Iterator[Message]:
-        """Yield what has come from the process, for which it has so many seconds.
-
-        Raises:
-            EOFError: the process is gone, and all that it sent has been taken.
-            ValueError: what it sent is no message.
-        """
-        if seconds > 0:
-            select.select([self._channel], [], [], seconds)
-        return self._channel.receive()
-
     def close(self, seconds: float) -> str:
         """Have the process end, by force after so many seconds; return how it ended, in words."""
-        self._channel.close()
+        self.channel.close()
         try:
-            self._process.wait(seconds)
+            _, errors = self.process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        assert self._process.stderr is not None
-        with self._process.stderr as errors:
-            os.set_blocking(errors.fileno(), False)
-            said = (errors.read() or b"").decode(errors="replace").strip()
-        status = self._process.returncode
+            self.process.kill()
+            _, errors = self.process.communicate()
+        status = self.process.returncode
         if status < 0:
             with suppress(ValueError):
                 return f"its process was ended by {Signals(-status).name}"
-        return said.rpartition("\n")[2] or f"its process ended with code {status}"
+        last_line = errors.decode(errors="replace").strip().rpartition("\n")[2]
+        return last_line or f"its process ended with code {status}"
 
 
 if TYPE_CHECKING:
@@ -148,16 +126,16 @@ class Exporter(Observer):
         self._ending: Ending | None = None
         self._has_begun = False
         self._reason = ""
-        self._link: ExporterLink | None = None
+        self._link: _Link | None = None
         try:
-            self._link = ExporterLink()
+            self._link = _Link()
         except OSError as error:
             self._reason = f"its process cannot be started: {error}"
 
     @property
     def process_id(self) -> int | None:
         """The number of the process that serves; None where there is none."""
-        return None if self._link is None else self._link.process_id
+        return None if self._link is None else self._link.process.pid
 
     def begin(self, facts: RunFacts) -> None:
         """Have the run served. Raises ExporterError where it cannot be."""
@@ -165,7 +143,7 @@ class Exporter(Observer):
         # read here, before the first event of this launch is counted; whoever counts them reports an error
         with suppress(OSError, ValueError):
             counts = read_counts(facts.run_directory / FILE_NAME)
-        self._send_surely(Begin(self._plan, facts, counts))
+        self._send(Begin(self._plan, facts, counts))
         deadline = time.monotonic() + _START_SECONDS
         while self._link is not None and self.address is None and time.monotonic() < deadline:
             self._listen(deadline - time.monotonic())
@@ -176,27 +154,23 @@ class Exporter(Observer):
             _logger.warning("metrics are not served yet, after %g s; training continues", _START_SECONDS)
 
     def record(self, record: Record) -> None:
-        """Send `record` on."""
-        if isinstance(record, TrainRecord):
-            self._send(record)
-        else:
-            # none comes after it that says the same
-            self._send_surely(record)
+        """Send `record`."""
+        self._send(record)
         self._listen(0)
 
     def measurement(self, measurement: Measurement) -> None:
-        """Send `measurement` on."""
+        """Send `measurement`."""
         self._send(measurement)
 
     def progress(self, step: int) -> None:
-        """Send on that `step` updates are done."""
+        """Send that `step` updates are done."""
         self._send(Progress(step))
 
     def end(self, outcome: Outcome) -> None:
         """Have the last values pushed and scraped, as the settings say, and end the process."""
         seconds = _END_SECONDS
         if self.address is not None:
-            self._send_surely(End(outcome))
+            self._send(End(outcome))
             self._await_end()
             seconds = _END_SECONDS if self._ending else _HUNG_SECONDS
         if self._link is not None:
@@ -210,11 +184,6 @@ class Exporter(Observer):
             if self._link is not None:
                 self._link.send(message)
 
-    def _send_surely(self, message: ToExporter) -> None:
-        with self._noticing_its_end():
-            if self._link is not None:
-                self._link.send_surely(message)
-
     @contextmanager
     def _noticing_its_end(self) -> Iterator[None]:
         try:
@@ -226,8 +195,10 @@ class Exporter(Observer):
         """Take what the process has to say, for which it has so many seconds."""
         if self._link is None:
             return
+        if seconds > 0:
+            select.select([self._link.channel], [], [], seconds)
         try:
-            for answer in self._link.answers(seconds):
+            for answer in self._link.channel.receive():
                 match answer:
                     case Serving():
                         self.address, self._target = answer.address, answer.target
@@ -245,7 +216,7 @@ class Exporter(Observer):
             self._reason = f"its process is of other code: {error}"
             self._lose(self._link)
 
-    def _lose(self, link: ExporterLink) -> None:
+    def _lose(self, link: _Link) -> None:
         """Take note that the process is gone. Its target file stays: Prometheus shall see that nobody answers."""
         self._link = None
         end = link.close(_END_SECONDS)
