@@ -1,14 +1,16 @@
-"""A run on the console: lines in a log, a bar on a terminal."""
+"""What a run says: lines or a bar on the console, and a log file for each rank."""
 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TextIO
 
 from rich.box import ROUNDED, Box
@@ -223,20 +225,18 @@ class TerminalBar(Observer):
         line = Text(no_wrap=True, overflow="ellipsis")
         if train is None:
             return line.append("waiting for the first step", style="dim")
-        pairs = [
-            ("loss ", f"{train.loss:.4f}"),
-            ("accuracy ", wording.percent(train.accuracy)),
-            ("", f"{wording.rate(train.samples_per_second)} images/s"),
-        ]
-        if self._test is not None:
-            pairs.append(("test ", wording.percent(self._test.accuracy)))
-        pairs.append(("rate ", f"{train.learning_rate:.3g}"))
-        if train.noise_amplitude:
-            pairs.append(("noise ", f"{train.noise_amplitude:.2g}"))
-        if self._saved is not None:
-            pairs.append(("saved at ", f"{self._saved:,}"))
-        for name, value in pairs:
-            line.append(name, style="dim").append(value).append("  ")
+        values = {
+            "loss ": f"{train.loss:.4f}",
+            "accuracy ": wording.percent(train.accuracy),
+            "": f"{wording.rate(train.samples_per_second)} images/s",
+            "test ": "" if self._test is None else wording.percent(self._test.accuracy),
+            "rate ": f"{train.learning_rate:.3g}",
+            "noise ": f"{train.noise_amplitude:.2g}" if train.noise_amplitude else "",
+            "saved at ": "" if self._saved is None else f"{self._saved:,}",
+        }
+        for name, value in values.items():
+            if value:
+                line.append(name, style="dim").append(value).append("  ")
         line.rstrip()
         return line
 
@@ -247,13 +247,12 @@ def summary_table(facts: RunFacts, outcome: Outcome, box: Box | None) -> Table:
     code = f" (exit code {outcome.exit_code})" if outcome.exit_code else ""
     colour = {"finished": "green", "stopped": "yellow", "failed": "red"}.get(outcome.state, "white")
     speed = outcome.samples_per_second
+    accuracies = {"train": outcome.train_accuracy, "test": outcome.test_accuracy, "best": outcome.best_accuracy}
     rows = {
         "state": Text.assemble((outcome.state, f"bold {colour}"), reason, code),
         "steps": f"{outcome.step:,} of {facts.total_steps:,}",
         "epochs": f"{outcome.epoch:.4g} of {facts.epochs:.4g}",
-        "train accuracy": _percent(outcome.train_accuracy),
-        "test accuracy": _percent(outcome.test_accuracy),
-        "best accuracy": _percent(outcome.best_accuracy),
+        **{f"{name} accuracy": wording.percent(share) for name, share in accuracies.items() if share is not None},
         "images/s": None if speed is None else wording.rate(speed),
         "time": wording.duration(outcome.seconds),
         "last checkpoint": outcome.last_checkpoint,
@@ -266,10 +265,6 @@ def summary_table(facts: RunFacts, outcome: Outcome, box: Box | None) -> Table:
         if value is not None:
             table.add_row(name, value if isinstance(value, Text) else Text(str(value)))
     return table
-
-
-def _percent(share: float | None) -> str | None:
-    return None if share is None else wording.percent(share)
 
 
 TERMINAL_VARIABLE = "DIST_TRAIN_TERMINAL"
@@ -303,3 +298,65 @@ def launcher_terminal(address: str) -> TextIO | None:
         os.close(descriptor)
         return None
     return os.fdopen(descriptor, "w", encoding="utf-8")
+
+
+_LOGGER = "dist_train"
+
+
+@contextmanager
+def open_logs(directory: Path, rank: int, level: int = logging.INFO) -> Iterator[Path]:
+    """Send the `dist_train` logger to `directory`/rank-`rank`.log, which is yielded, and rank 0's warnings to stderr.
+
+    Raises OSError where the file cannot be opened.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"rank-{rank}.log"
+    handlers = [_RankFile(path, rank), *([_Stderr()] if rank == 0 else ())]
+    logger = logging.getLogger(_LOGGER)
+    logger.setLevel(level)
+    for handler in handlers:
+        logger.addHandler(handler)
+    try:
+        yield path
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+class _RankFile(logging.FileHandler):
+    """Appends to the rank's file; when that fails, says so once and gives up."""
+
+    def __init__(self, path: Path, rank: int) -> None:
+        super().__init__(path, encoding="utf-8")
+        form = logging.Formatter(
+            f"%(asctime)s.%(msecs)03dZ %(levelname)-7s rank {rank}  %(message)s", "%Y-%m-%dT%H:%M:%S"
+        )
+        form.converter = time.gmtime
+        self.setFormatter(form)
+
+    def close(self) -> None:
+        with suppress(OSError):  # what was left to flush was reported when it was written
+            super().close()
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name is logging's)
+        logging.getLogger(_LOGGER).removeHandler(self)
+        if sys.stderr is not None:
+            with suppress(OSError, ValueError):
+                reason = sys.exc_info()[1]
+                print(f"{self.baseFilename} cannot be written, logging ends: {reason}", file=sys.stderr)
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Warnings and above, to whatever `sys.stderr` is at the time: a progress bar may stand in for it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self, logging.WARNING)
+        self.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name is logging's)
+        logging.getLogger(_LOGGER).removeHandler(self)

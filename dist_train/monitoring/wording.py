@@ -41,10 +41,9 @@ def current_epoch(facts: RunFacts, step: int) -> str:
 
 def introduction(facts: RunFacts) -> tuple[str, ...]:
     """Return the lines that say what is about to be trained."""
-    micro_batches = "micro-batch" if facts.micro_batches == 1 else "micro-batches"
     lines = [
         f"{facts.name}: {facts.data}; {facts.model}, {plural(facts.parameters, 'parameter')}; noise {facts.noise}",
-        f"batch {facts.global_size:,} as {facts.micro_batches} {micro_batches} of {facts.micro_size:,} on "
+        f"batch {facts.global_size:,} as {plural(facts.micro_batches, 'micro-batch')} of {facts.micro_size:,} on "
         f"{plural(facts.world_size, 'rank')} ({facts.controller}), {facts.epochs:.4g} epochs of "
         f"{plural(facts.steps_per_epoch, 'step')}, {plural(facts.total_steps, 'step')} in all",
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.monitoring.logs import open_logs
+from dist_train.monitoring.console import open_logs
 
 logger = logging.getLogger("dist_train.somewhere")
 

@@ -32,7 +32,7 @@ from dist_train.monitoring.prometheus.messages import (
     plan_of,
     socket_pair,
 )
-from dist_train.monitoring.prometheus.targets import Process, TargetFile
+from dist_train.monitoring.prometheus.targets import TargetFile, identity_of
 from dist_train.rundir.live_files import FILE_NAME, read_counts
 from dist_train.rundir.records import Measurement, Outcome, Record, RunFacts, TrainRecord
 
@@ -242,7 +242,7 @@ class Exporter(Observer):
         if self._target is None:
             return
         try:
-            TargetFile(self._target, "", Process.of(os.getpid())).remove()
+            TargetFile(self._target, "", identity_of(os.getpid())).remove()
         except OSError as error:
             _logger.warning("%s cannot be removed: %s", self._target, error.strerror or error)
         self._target = None

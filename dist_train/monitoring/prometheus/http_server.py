@@ -9,7 +9,6 @@ many scrapes; `/healthz`, and 404 for all but `/metrics`; the next free port; wh
 from __future__ import annotations
 
 import base64
-import binascii
 import errno
 import hmac
 import socket
@@ -43,20 +42,10 @@ class Credentials:
 
     def admit(self, authorization: str) -> bool:
         """Return whether a request with this Authorization header may read."""
-        if self.token is None and self.login is None:
-            return True
+        secrets = {"bearer": self.token, "basic": self.login and base64.b64encode(self.login)}
         scheme, _, value = authorization.partition(" ")
-        given = value.strip().encode("utf-8", "surrogateescape")
-        match scheme.lower():
-            case "bearer":
-                return self.token is not None and hmac.compare_digest(given, self.token)
-            case "basic":
-                try:
-                    login = base64.b64decode(given, validate=True)
-                except binascii.Error:
-                    return False
-                return self.login is not None and hmac.compare_digest(login, self.login)
-        return False
+        secret, given = secrets.get(scheme.lower()), value.strip().encode("utf-8", "surrogateescape")
+        return not any(secrets.values()) or (secret is not None and hmac.compare_digest(given, secret))
 
     @property
     def challenges(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import os
 import socket
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
@@ -57,21 +57,9 @@ class ServingPlan:
 def plan_of(settings: MetricsSettings) -> ServingPlan:
     """Return what the exporter's process needs of `settings`."""
 
-    def absolute(path: Path | None) -> Path | None:
-        return None if path is None else path.expanduser().absolute()
-
-    return ServingPlan(
-        host=settings.host,
-        port=settings.port,
-        token_file=absolute(settings.token_file),
-        password_file=absolute(settings.password_file),
-        certificate_file=absolute(settings.certificate_file),
-        key_file=absolute(settings.key_file),
-        targets_directory=absolute(settings.targets_directory),
-        advertised_host=settings.advertised_host,
-        pushgateway=settings.pushgateway,
-        last_scrape_seconds=settings.last_scrape_seconds,
-    )
+    values = {field.name: getattr(settings, field.name) for field in fields(ServingPlan)}
+    paths = {name: path.expanduser().absolute() for name, path in values.items() if isinstance(path, Path)}
+    return ServingPlan(**values | paths)
 
 
 @dataclass(frozen=True)

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from operator import attrgetter
 from statistics import median
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from dist_train.monitoring.prometheus.board import STATES, Buckets, Snapshot
-from dist_train.rundir.records import Measurement, RankMeasurement, TrainRecord
+from dist_train.rundir.records import EvaluationRecord, TrainRecord
 
-
-class Kind(StrEnum):
-    """The kinds of metric, by Prometheus' names."""
-
-    GAUGE = "gauge"
-    COUNTER = "counter"
-    HISTOGRAM = "histogram"
-    INFO = "info"
+Kind: TypeAlias = Literal["gauge", "counter", "histogram", "info"]
 
 
 class Scope(StrEnum):
@@ -69,15 +63,13 @@ def _one(value: float | Buckets | None) -> tuple[Reading, ...]:
 
 
 def _gauge(name: str, meaning: str, value: Callable[[Snapshot], float | None], unit: str = "") -> Metric:
-    return Metric(name, Kind.GAUGE, meaning, lambda now: _one(value(now)), unit_in_words=unit)
+    return Metric(name, "gauge", meaning, lambda now: _one(value(now)), unit_in_words=unit)
 
 
-def _of_train(name: str, meaning: str, value: Callable[[TrainRecord], float], unit: str = "") -> Metric:
-    return _gauge(name, meaning, lambda now: None if now.train is None else value(now.train), unit)
-
-
-def _of_measured(name: str, meaning: str, value: Callable[[Measurement], float]) -> Metric:
-    return _gauge(name, meaning, lambda now: None if now.measured is None else value(now.measured))
+def _of(path: str, name: str, meaning: str, unit: str = "") -> Metric:
+    """Return the gauge of a snapshot's field within a record, `record.field`; it has no reading without the record."""
+    record, field = path.split(".")
+    return _gauge(name, meaning, lambda now: getattr(getattr(now, record), field, None), unit)
 
 
 def _of_checkpoint(name: str, meaning: str, detail: str) -> Metric:
@@ -89,39 +81,38 @@ def _of_checkpoint(name: str, meaning: str, detail: str) -> Metric:
 
 
 def _of_events(name: str, meaning: str, event: str, unit: str) -> Metric:
-    return Metric(name, Kind.COUNTER, meaning, lambda now: _one(now.events[event]), unit_in_words=unit)
+    return Metric(name, "counter", meaning, lambda now: _one(now.events[event]), unit_in_words=unit)
 
 
-def _of_ranks(name: str, meaning: str, value: Callable[[RankMeasurement], float]) -> Metric:
+def _of_ranks(name: str, meaning: str, field: str) -> Metric:
     def take(now: Snapshot) -> Iterable[Reading]:
-        values = enumerate(map(value, now.measured.ranks if now.measured else ()))
+        values = enumerate(map(attrgetter(field), now.measured.ranks if now.measured else ()))
         return (Reading(number, (str(rank),)) for rank, number in values if not math.isnan(number))
 
-    return Metric(name, Kind.GAUGE, meaning, take, ("rank",))
+    return Metric(name, "gauge", meaning, take, ("rank",))
 
 
-def _of_this_rank(name: str, meaning: str, value: Callable[[RankMeasurement], float]) -> Metric:
+def _of_this_rank(name: str, meaning: str, field: str) -> Metric:
     def take(now: Snapshot) -> Iterable[Reading]:
         ranks = now.measured.ranks if now.measured else ()
         # a rank other than 0 hears of itself alone
         own = ranks[now.facts.rank : now.facts.rank + 1] or ranks[:1]
-        return (Reading(number) for number in map(value, own) if not math.isnan(number))
+        return (Reading(number) for number in map(attrgetter(field), own) if not math.isnan(number))
 
-    return Metric(name, Kind.GAUGE, meaning, take, scope=Scope.RANK)
+    return Metric(name, "gauge", meaning, take, scope=Scope.RANK)
 
 
 BATCH = "batch"
 """The value of the label `split` for what was measured on the training batches themselves."""
 
 
-def _loss(now: Snapshot) -> Iterable[Reading]:
-    batch = {} if now.train is None else {BATCH: now.train}
-    return (Reading(record.loss, (split,)) for split, record in {**batch, **now.evaluations}.items())
+def _by_split(field: str) -> _Take:
+    def take(now: Snapshot) -> Iterable[Reading]:
+        batch = {BATCH: now.train} if now.train else {}
+        records: Mapping[str, TrainRecord | EvaluationRecord] = {**batch, **now.evaluations}
+        return (Reading(getattr(record, field), (split,)) for split, record in records.items())
 
-
-def _accuracy(now: Snapshot) -> Iterable[Reading]:
-    batch = {} if now.train is None else {BATCH: now.train}
-    return (Reading(record.accuracy, (split,)) for split, record in {**batch, **now.evaluations}.items())
+    return take
 
 
 def _run_info(now: Snapshot) -> Iterable[Reading]:
@@ -148,7 +139,7 @@ def _slowest_ratio(now: Snapshot) -> float | None:
 METRICS: tuple[Metric, ...] = (
     Metric(
         "dist_train_run_info",
-        Kind.INFO,
+        "info",
         "What runs; always 1.",
         _run_info,
         ("run", "model", "data", "global_batch", "micro_batch", "noise", "revision", "slurm_job", "controller"),
@@ -156,33 +147,23 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "dist_train_state",
-        Kind.GAUGE,
+        "gauge",
         "1 for the state that the run is in, 0 for the others.",
         lambda now: (Reading(float(state == now.state), (state,)) for state in STATES),
         ("state",),
     ),
     _gauge("dist_train_step", "Optimizer updates done.", lambda now: now.step, "updates"),
-    _gauge(
-        "dist_train_planned_steps",
-        "Optimizer updates at which the run ends.",
-        lambda now: now.facts.total_steps,
-        "updates",
-    ),
+    _of("facts.total_steps", "dist_train_planned_steps", "Optimizer updates at which the run ends.", "updates"),
     _gauge(
         "dist_train_epoch",
         "Epochs done, with their fraction.",
         lambda now: now.step / now.facts.steps_per_epoch,
         "epochs",
     ),
-    _gauge(
-        "dist_train_planned_epochs",
-        "Epochs over which the schedules are laid out.",
-        lambda now: now.facts.epochs,
-        "epochs",
-    ),
+    _of("facts.epochs", "dist_train_planned_epochs", "Epochs over which the schedules are laid out.", "epochs"),
     Metric(
         "dist_train_samples_total",
-        Kind.COUNTER,
+        "counter",
         "Training samples used since the run's first step, on all ranks together.",
         lambda now: _one(now.step * now.facts.global_size),
         unit_in_words="samples",
@@ -210,55 +191,47 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "dist_train_loss",
-        Kind.GAUGE,
+        "gauge",
         "Latest mean loss: of the global batch at the weights that it was trained at (batch), "
         "of a whole split at the clean weights (train, test).",
-        _loss,
+        _by_split("loss"),
         ("split",),
         unit_in_words="nats",
     ),
     Metric(
         "dist_train_accuracy_ratio",
-        Kind.GAUGE,
+        "gauge",
         "Latest share of samples classified rightly, by split as for the loss.",
-        _accuracy,
+        _by_split("accuracy"),
         ("split",),
     ),
     _gauge("dist_train_best_accuracy_ratio", "Best test accuracy of the run.", lambda now: now.best_accuracy),
-    _of_train("dist_train_learning_rate", "Learning rate of the latest step.", lambda record: record.learning_rate),
-    _of_train(
-        "dist_train_noise_amplitude", "Amplitude of the weight noise in force.", lambda record: record.noise_amplitude
-    ),
-    _of_train(
-        "dist_train_gradient_norm",
-        "Euclidean norm of the global gradient, before clipping.",
-        lambda record: record.gradient_norm,
-    ),
-    _of_measured(
-        "dist_train_weight_norm", "Euclidean norm of the clean weights.", lambda measured: measured.weight_norm
-    ),
-    _of_measured(
+    _of("train.learning_rate", "dist_train_learning_rate", "Learning rate of the latest step."),
+    _of("train.noise_amplitude", "dist_train_noise_amplitude", "Amplitude of the weight noise in force."),
+    _of("train.gradient_norm", "dist_train_gradient_norm", "Euclidean norm of the global gradient, before clipping."),
+    _of("measured.weight_norm", "dist_train_weight_norm", "Euclidean norm of the clean weights."),
+    _of(
+        "measured.distance",
         "dist_train_distance_from_initial",
         "Euclidean distance of the clean weights from the initial ones.",
-        lambda measured: measured.distance,
     ),
-    _of_train(
+    _of(
+        "train.samples_per_second",
         "dist_train_samples_per_second",
         "Training throughput of all ranks together.",
-        lambda record: record.samples_per_second,
         "samples per second",
     ),
-    _gauge("dist_train_world_size", "Ranks that train together.", lambda now: now.facts.world_size, "ranks"),
-    _gauge(
+    _of("facts.world_size", "dist_train_world_size", "Ranks that train together.", "ranks"),
+    _of(
+        "micro_batches.count",
         "dist_train_micro_batches",
         "Micro-batches of a step, of all ranks together.",
-        lambda now: now.micro_batches.count,
         "micro-batches",
     ),
-    _gauge("dist_train_micro_batch_size", "Samples of a micro-batch.", lambda now: now.micro_batches.size, "samples"),
+    _of("micro_batches.size", "dist_train_micro_batch_size", "Samples of a micro-batch.", "samples"),
     Metric(
         "dist_train_rank_micro_batches",
-        Kind.GAUGE,
+        "gauge",
         "Micro-batches of a step that the rank computes.",
         lambda now: (Reading(count, (str(rank),)) for rank, count in enumerate(now.micro_batches.of_ranks)),
         ("rank",),
@@ -267,46 +240,31 @@ METRICS: tuple[Metric, ...] = (
     _of_ranks(
         "dist_train_rank_busy_seconds",
         "Time of the latest measured step that the rank did not wait for the others.",
-        lambda rank: rank.busy_seconds,
+        "busy_seconds",
     ),
     _of_ranks(
         "dist_train_rank_wait_seconds",
         "Time of the latest measured step that the rank waited for the others.",
-        lambda rank: rank.wait_seconds,
+        "wait_seconds",
     ),
-    _of_ranks(
-        "dist_train_rank_resident_memory_bytes", "Resident memory of the rank.", lambda rank: rank.resident_bytes
-    ),
-    _of_ranks(
-        "dist_train_rank_device_memory_bytes",
-        "Memory of its device that the rank holds.",
-        lambda rank: rank.device_bytes,
-    ),
+    _of_ranks("dist_train_rank_resident_memory_bytes", "Resident memory of the rank.", "resident_bytes"),
+    _of_ranks("dist_train_rank_device_memory_bytes", "Memory of its device that the rank holds.", "device_bytes"),
     _of_ranks(
         "dist_train_rank_device_memory_peak_bytes",
         "The most memory of its device that the rank has held.",
-        lambda rank: rank.device_peak_bytes,
+        "device_peak_bytes",
     ),
     _of_ranks(
         "dist_train_rank_device_utilization_ratio",
         "Share of time in which the rank's device was at work, where NVML tells.",
-        lambda rank: rank.device_utilization,
+        "device_utilization",
     ),
     _gauge(
         "dist_train_slowest_rank", "Number of the rank that was busy longest in the latest measured step.", _slowest
     ),
     _gauge("dist_train_slowest_rank_ratio", "Busy time of the slowest rank over the median of all.", _slowest_ratio),
-    _gauge(
-        "dist_train_checkpoint_timestamp_seconds",
-        "When the latest checkpoint was on disk.",
-        lambda now: None if now.checkpoint is None else now.checkpoint.time,
-    ),
-    _gauge(
-        "dist_train_checkpoint_step",
-        "Step of the latest checkpoint.",
-        lambda now: None if now.checkpoint is None else now.checkpoint.step,
-        "updates",
-    ),
+    _of("checkpoint.time", "dist_train_checkpoint_timestamp_seconds", "When the latest checkpoint was on disk."),
+    _of("checkpoint.step", "dist_train_checkpoint_step", "Step of the latest checkpoint.", "updates"),
     _of_checkpoint("dist_train_checkpoint_size_bytes", "Size of the latest checkpoint.", "bytes"),
     _of_checkpoint(
         "dist_train_checkpoint_duration_seconds", "Time until the latest checkpoint was on disk.", "seconds"
@@ -350,7 +308,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "dist_train_events_total",
-        Kind.COUNTER,
+        "counter",
         "What happened to the run, by kind of event, over all launches.",
         lambda now: (Reading(count, (event,)) for event, count in now.events.items()),
         ("event",),
@@ -358,30 +316,26 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "dist_train_step_duration_seconds",
-        Kind.HISTOGRAM,
+        "histogram",
         "Time of a step, of every step that is measured (metrics.every_steps).",
         lambda now: _one(now.step_seconds),
         scope=Scope.RANK,
     ),
     Metric(
         "dist_train_step_part_duration_seconds",
-        Kind.HISTOGRAM,
+        "histogram",
         "Time of the parts of a measured step: data_wait, forward_backward, perturb_restore, allreduce_wait, "
         "optimizer, checkpoint_stall.",
         lambda now: (Reading(buckets, (part,)) for part, buckets in now.part_seconds.items()),
         ("part",),
         Scope.RANK,
     ),
-    _of_this_rank(
-        "dist_train_resident_memory_bytes", "Resident memory of this rank.", lambda rank: rank.resident_bytes
-    ),
-    _of_this_rank(
-        "dist_train_device_memory_bytes", "Memory of its device that this rank holds.", lambda rank: rank.device_bytes
-    ),
+    _of_this_rank("dist_train_resident_memory_bytes", "Resident memory of this rank.", "resident_bytes"),
+    _of_this_rank("dist_train_device_memory_bytes", "Memory of its device that this rank holds.", "device_bytes"),
     _of_this_rank(
         "dist_train_device_utilization_ratio",
         "Share of time in which this rank's device was at work, where NVML tells.",
-        lambda rank: rank.device_utilization,
+        "device_utilization",
     ),
 )
 

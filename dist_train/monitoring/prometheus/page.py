@@ -8,13 +8,12 @@ from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from dist_train.monitoring.prometheus.board import Board, Buckets, Snapshot
-from dist_train.monitoring.prometheus.metrics import METRICS, Kind, Metric, metrics_of
+from dist_train.monitoring.prometheus.metrics import METRICS, Metric, metrics_of
 from dist_train.outcome import UsageError
 
 
@@ -31,33 +30,19 @@ class Families(Collector):
 
 
 def _family(metric: Metric, now: Snapshot) -> Family:
-    name, meaning, labels = metric.name, metric.meaning, metric.labels
-    match metric.kind:
-        case Kind.HISTOGRAM:
-            histogram = HistogramMetricFamily(name, meaning, labels=labels)
-            for reading in metric.take(now):
-                assert isinstance(reading.value, Buckets), name
-                histogram.add_metric(reading.labels, _cumulative(reading.value), reading.value.total)
-            return histogram
-        case Kind.INFO:
-            info = InfoMetricFamily(name.removesuffix("_info"), meaning)
-            for reading in metric.take(now):
-                info.add_metric([], dict(zip(labels, reading.labels, strict=True)))
-            return info
-        case Kind.COUNTER:
-            family: CounterMetricFamily | GaugeMetricFamily
-            family = CounterMetricFamily(name, meaning, labels=labels)
-        case Kind.GAUGE:
-            family = GaugeMetricFamily(name, meaning, labels=labels)
-    for reading in metric.take(now):
-        assert not isinstance(reading.value, Buckets), name
-        family.add_metric(reading.labels, reading.value)
+    name = metric.name
+    # the library adds these endings to a family's name
+    family = Family(name.removesuffix("_total").removesuffix("_info"), metric.meaning, metric.kind)
+    for value, label_values in metric.take(now):
+        labels = dict(zip(metric.labels, label_values, strict=True))
+        if isinstance(value, Buckets):
+            for bound, count in zip((*value.bounds, "+Inf"), accumulate(value.counts), strict=True):
+                family.add_sample(f"{name}_bucket", {**labels, "le": str(bound)}, count)
+            family.add_sample(f"{name}_count", labels, sum(value.counts))
+            family.add_sample(f"{name}_sum", labels, value.total)
+        else:
+            family.add_sample(name, labels, value)
     return family
-
-
-def _cumulative(buckets: Buckets) -> list[tuple[str, float]]:
-    bounds = [*(str(bound) for bound in buckets.bounds), "+Inf"]
-    return list(zip(bounds, (float(count) for count in accumulate(buckets.counts)), strict=True))
 
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
@@ -101,7 +86,7 @@ def metrics_markdown() -> str:
     lines = ["| metric | kind | labels | unit | meaning | page of |", "|---|---|---|---|---|---|"]
     for metric in METRICS:
         labels = ", ".join(f"`{label}`" for label in metric.labels)
-        cells = (f"`{metric.name}`", metric.kind.value, labels, metric.unit, metric.meaning, metric.scope.value)
+        cells = (f"`{metric.name}`", metric.kind, labels, metric.unit, metric.meaning, metric.scope.value)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -14,28 +14,13 @@ from threading import Lock, Thread
 
 from prometheus_client import push_to_gateway
 
+from dist_train.monitoring.prometheus import targets
 from dist_train.monitoring.prometheus.board import Board, Snapshot
 from dist_train.monitoring.prometheus.http_server import Server, bind, read_credentials, tls_context
 from dist_train.monitoring.prometheus.messages import Begin, Channel, End, Ending, Failed, Progress, Serving, Warned
 from dist_train.monitoring.prometheus.metrics import metrics_of
 from dist_train.monitoring.prometheus.page import Families, MetricsPage
-from dist_train.monitoring.prometheus.targets import (
-    HEARTBEAT_SECONDS,
-    JOB,
-    Process,
-    TargetFile,
-    remove_stale,
-    target_file,
-)
-from dist_train.rundir.records import (
-    EvaluationRecord,
-    EventRecord,
-    Measurement,
-    Outcome,
-    Record,
-    TrainRecord,
-    from_json,
-)
+from dist_train.rundir.records import Measurement, Outcome, Record, TrainRecord, from_json
 
 PUSH_SECONDS = 5.0
 
@@ -50,12 +35,14 @@ class _Push(Thread):
         super().__init__(name="push", daemon=True)
         self._gateway, self._now = gateway, now
         self._reason = f"no answer within {PUSH_SECONDS:g} s"
+        self.start()
 
     def run(self) -> None:
         facts = self._now.facts
         group = {"run": facts.name} | ({"rank": str(facts.rank)} if facts.rank else {})
+        page = Families(metrics_of(facts.rank), self._now)
         try:
-            push_to_gateway(self._gateway, JOB, Families(metrics_of(facts.rank), self._now), group, PUSH_SECONDS)
+            push_to_gateway(self._gateway, targets.JOB, page, group, PUSH_SECONDS)
         except Exception as error:  # urllib lets through whatever a broken server provokes
             self._reason = str(getattr(error, "reason", None) or error) or type(error).__name__
         else:
@@ -137,7 +124,8 @@ class _Inbox:
                             self._board.end(message.outcome)
                             self.outcome = message.outcome
                             os.eventfd_write(self.wake, 1)
-                        case TrainRecord() | EvaluationRecord() | EventRecord():
+                        case _:
+                            assert isinstance(message, Record), "the trainer sends nothing else"
                             self._board.record(message)
             except EOFError:
                 self.is_over = True
@@ -153,7 +141,7 @@ class _Service:
         self._board = Board(begin.facts, begin.counts)
         self._page = MetricsPage(self._board, begin.facts.rank)
         self._inbox = _Inbox(channel, self._board)
-        self._target: TargetFile | None = None
+        self._target: targets.TargetFile | None = None
         self._touched = time.monotonic()
         self._server = self._bind()
 
@@ -198,14 +186,16 @@ class _Service:
         directory = self._plan.targets_directory
         if directory is None:
             return
-        target = target_file(self._plan, self._facts, self._server.server_port, Process.of(self._trainer))
+        target = targets.target_file(
+            self._plan, self._facts, self._server.server_port, targets.identity_of(self._trainer)
+        )
         with self._warning(f"Prometheus will not find this run: no target file in {directory}"):
             target.write()
-            remove_stale(directory)
+            targets.remove_stale(directory)
             self._target = target
 
     def _heartbeat(self) -> None:
-        if self._target is None or time.monotonic() - self._touched < HEARTBEAT_SECONDS:
+        if self._target is None or time.monotonic() - self._touched < targets.HEARTBEAT_SECONDS:
             return
         self._touched = time.monotonic()
         target, self._target = self._target, None
@@ -229,15 +219,11 @@ class _Service:
     def _end(self, outcome: Outcome) -> None:
         ended = time.monotonic()
         patience = self._patience(outcome, ended)
-        if self._plan.pushgateway is None:
-            self._channel.send(Ending(patience, patience))
-            self._await_last_scrape(ended, patience)
-            return
-        push = _Push(self._plan.pushgateway, self._board.snapshot())
-        push.start()
-        self._channel.send(Ending(max(patience, PUSH_SECONDS), patience))
+        gateway = self._plan.pushgateway
+        push = _Push(gateway, self._board.snapshot()) if gateway else None
+        self._channel.send(Ending(max(patience, PUSH_SECONDS) if push else patience, patience))
         self._await_last_scrape(ended, patience)
-        if warning := push.warning(max(0.0, ended + PUSH_SECONDS - time.monotonic())):
+        if push and (warning := push.warning(max(0.0, ended + PUSH_SECONDS - time.monotonic()))):
             self._warn(warning)
 
     def _patience(self, outcome: Outcome, ended: float) -> float:
@@ -268,5 +254,5 @@ def _history(path: Path) -> Iterator[Record]:
         # most lines are of steps, and there can be millions
         if b'"eval"' in line or b'"checkpoint"' in line:
             record = from_json(line)
-            if isinstance(record, EvaluationRecord | EventRecord):
+            if record is not None and not isinstance(record, TrainRecord):
                 yield record
