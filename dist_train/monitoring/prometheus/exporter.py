@@ -140,7 +140,7 @@ class Exporter(Observer):
     def begin(self, facts: RunFacts) -> None:
         """Have the run served. Raises ExporterError where it cannot be."""
         counts: Mapping[str, int] = {}
-        # read here, before the first event of this launch is counted; whoever counts them reports an error
+        # read here, before the first event of this launch is counted; the observer that counts them reports errors
         with suppress(OSError, ValueError):
             counts = read_counts(facts.run_directory / FILE_NAME)
         self._send(Begin(self._plan, facts, counts))

@@ -110,7 +110,7 @@ class Ending:
 
 @dataclass(frozen=True)
 class Failed:
-    """From the exporter: it cannot go on."""
+    """From the exporter: it cannot continue."""
 
     reason: str
 
@@ -228,7 +228,7 @@ class Channel:
             except BlockingIOError:
                 return
             except ConnectionResetError:
-                continue  # told once, where the other end had not read all; what it sent comes after
+                continue  # reported once, where the other end had not read all; what it sent follows
             if size == 0:
                 raise EOFError
             yield decode(self._buffer[:size])

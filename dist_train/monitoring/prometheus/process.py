@@ -234,7 +234,7 @@ class _Service:
 
     def _await_last_scrape(self, ended: float, patience: float) -> None:
         while time.monotonic() < ended + patience and os.getppid() == self._trainer:
-            self._inbox.take()  # the trainer may go away without a word
+            self._inbox.take()  # the trainer may end unannounced
             if self._inbox.is_over or (self._server.last_scrape or 0.0) > ended:
                 return
             time.sleep(_PAUSE_SECONDS)
