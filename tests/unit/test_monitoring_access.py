@@ -23,7 +23,7 @@ from dist_train.monitoring.prometheus.http_server import (
     read_credentials,
     tls_context,
 )
-from dist_train.monitoring.prometheus.serving_plan import plan_of
+from dist_train.monitoring.prometheus.messages import plan_of
 from dist_train.outcome import UsageError
 from tests.waiting import PATIENCE
 
