@@ -34,8 +34,8 @@ from dist_train.outcome import DivergedError, UsageError
 from dist_train.rundir.atomic import finite
 from dist_train.rundir.paths import RunDirectory
 
-Told = Callable[[str], None]
-"""Hears, in words, what is being done."""
+Report = Callable[[str], None]
+"""Takes a line for the user about what is being done."""
 
 
 def measure_sharpness(
@@ -44,7 +44,7 @@ def measure_sharpness(
     measures: Collection[Measure] = MEASURES,
     overrides: Sequence[str] = (),
     folder: Path | None = None,
-    tell: Told = lambda text: None,
+    report: Report = lambda text: None,
 ) -> tuple[SharpnessRecord, Path]:
     """Return what is known of the checkpoint `target`, or of the run's last, once `measures` are taken, and where.
 
@@ -64,14 +64,14 @@ def measure_sharpness(
     )
     known = read_record(file) if file.exists() else None
     if known is not None and all(map(known.has, measures)):
-        tell(f"measured before: delete {file} to measure again")
+        report(f"measured before: delete {file} to measure again")
         return known, file
     loss = SubsetLoss(subset.model, subset.batches, threads=subset.threads)
     check_exclusions(loss.weights, settings.exclude)
     record = known or _begin(subset, loss, settings)
     for measure in MEASURES:
         if measure in measures and not record.has(measure):
-            record = _take(measure, loss, record, tell)
+            record = _take(measure, loss, record, report)
             write_record(file, record)
     return record, file
 
@@ -93,12 +93,12 @@ def _begin(subset: StoredSubset, loss: SubsetLoss, settings: SharpnessSettings) 
     )
 
 
-def _take(measure: Measure, loss: SubsetLoss, record: SharpnessRecord, tell: Told) -> SharpnessRecord:
+def _take(measure: Measure, loss: SubsetLoss, record: SharpnessRecord, report: Report) -> SharpnessRecord:
     """Return `record` with `measure` added."""
     begun = time.monotonic()
     found = _TAKERS[measure](loss, record.settings)
     seconds = round(time.monotonic() - begun, 1)
-    tell(f"{measure}: {seconds:g} s")
+    report(f"{measure}: {seconds:g} s")
     return record.model_copy(update={**found, "seconds": {**record.seconds, measure: seconds}})
 
 

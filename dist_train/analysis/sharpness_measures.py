@@ -74,7 +74,7 @@ class Curved(Protocol):
 
 @dataclass(frozen=True)
 class Probing:
-    """How the Hessian is felt out: eigenvalues to a relative error of `tolerance`, the trace by `probes` vectors."""
+    """How the Hessian is probed: eigenvalues to a relative error of `tolerance`, the trace by `probes` vectors."""
 
     eigenvalues: int = 5
     tolerance: float = 1e-3
@@ -137,7 +137,7 @@ def trace_with_error(
 
 
 _FIRST_STEP = 100.0
-"""How far the first step goes along a coordinate of average slope, where 1 is the way to the wall of the box."""
+"""Length of the first step along a coordinate of average slope, in half widths of the box."""
 
 
 class SmoothLoss(Protocol):
@@ -165,7 +165,7 @@ class Ascent:
 
 
 def full_space(loss: SmoothLoss, ascent: Ascent) -> float:
-    """Return 100 (max L(x + y) - L(x)) / (1 + L(x)) over |y_i| <= epsilon (|x_i| + 1), every weight for itself."""
+    """Return 100 (max L(x + y) - L(x)) / (1 + L(x)) over |y_i| <= epsilon (|x_i| + 1) for each weight i."""
     point = loss.point()
     radii = ascent.epsilon * (np.abs(point) + 1.0)
 

@@ -176,23 +176,23 @@ def _request(arguments: argparse.Namespace) -> Request:
 
 
 def _silent(done: int, total: int) -> None:
-    """Leave the talking to the first rank."""
+    """Print nothing: rank 0 reports."""
 
 
 class _Progress:
-    """What the first rank says of its own points, every few seconds."""
+    """Prints the progress of rank 0's own points every few seconds."""
 
     def __init__(self, ranks: int) -> None:
         self._whose = "points" if ranks == 1 else f"points of the first of {ranks} ranks"
-        self._begun = self._told = time.monotonic()
+        self._begun = self._reported = time.monotonic()
 
     def report(self, done: int, total: int) -> None:
-        """Say how far it is, and how long it will take."""
+        """Print how far it is and the time left."""
         now = time.monotonic()
         if done == 0:
-            self._begun = self._told = now
-        elif now - self._told >= _REPORT_SECONDS:
-            self._told = now
+            self._begun = self._reported = now
+        elif now - self._reported >= _REPORT_SECONDS:
+            self._reported = now
             pace = (now - self._begun) / done
             text = f"{done} of {total} {self._whose}, {pace:.2g} s each, {pace * (total - done):.0f} s left"
             print(text, file=sys.stderr, flush=True)
@@ -270,7 +270,12 @@ def _sharpness(arguments: argparse.Namespace) -> int:
     given = vars(arguments)
     settings = settings_from({name: given[name] for name in SharpnessSettings.model_fields if name in given})
     record, path = measure_sharpness(
-        arguments.target, settings, _measures(arguments.only), arguments.overrides, arguments.output, tell=_tell
+        arguments.target,
+        settings,
+        _measures(arguments.only),
+        arguments.overrides,
+        arguments.output,
+        report=_to_stderr,
     )
     print("\n".join(_table(record)))
     print(path)
@@ -297,7 +302,7 @@ def _measures(text: str) -> list[Measure]:
     return [measure for measure in MEASURES if measure in named]
 
 
-def _tell(text: str) -> None:
+def _to_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

@@ -131,7 +131,7 @@ def rank_environment(environment: Mapping[str, str], rank: int, size: int, port:
 
 
 def _start(
-    command: Sequence[str], rank: int, size: int, listener: socket.socket, mask: set[signal.Signals]
+    command: Sequence[str], rank: int, size: int, listener: socket.socket, mask: set[int | signal.Signals]
 ) -> subprocess.Popen[bytes]:
     parent, libc = os.getpid(), ctypes.CDLL(None)
 

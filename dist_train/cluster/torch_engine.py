@@ -63,7 +63,7 @@ class TorchCommunicator:
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Start to replace the contiguous `tensor` by its sum over all ranks."""
         options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp.SUM
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.SUM)
         return _start(lambda: self._group(tensor).allreduce([tensor], options), name)
 
     def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:

@@ -313,7 +313,8 @@ class MetricsSettings(Section):
     certificate_file: Path | None = Field(None, description="TLS certificate (PEM), with its chain; none: plain HTTP.")
     key_file: Path | None = Field(None, description="Private key (PEM) of the TLS certificate.")
     targets_directory: Path | None = Field(
-        None, description="Folder where Prometheus looks for targets (file_sd); the run enters itself while it lasts."
+        None,
+        description="Folder where Prometheus looks for targets (file_sd); the run is listed while it lasts.",
     )
     advertised_host: str | None = Field(
         None, description="Host in the target file; none: the node's name, or `host` where that is one address."

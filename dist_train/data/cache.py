@@ -30,7 +30,7 @@ _LOGGER = logging.getLogger("dist_train.data")
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` alone, waiting for whoever holds it; a holder that dies lets go of it.
+    """Hold the lock file `path` alone, waiting for the process that holds it; the lock ends with its holder.
 
     The file stays behind, empty: deleting a lock file would let two in. Raises OSError when the file
     cannot be made or its file system has no locks.

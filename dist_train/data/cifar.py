@@ -215,7 +215,9 @@ def _unpickle(content: bytes) -> dict[str, object]:
     tuples = 0
     for opcode, argument, _ in pickletools.genops(content):  # raises where a length is beyond the end
         tuples += "TUPLE" in opcode.name
-        if tuples > _MOST_TUPLES or (opcode.name.endswith("PUT") and int(argument) > len(content)):
+        if tuples > _MOST_TUPLES or (
+            opcode.name.endswith("PUT") and isinstance(argument, int) and argument > len(content)
+        ):
             raise pickle.UnpicklingError("it has more tuples, or a higher memo number, than a batch needs")
     record = _Unpickler(io.BytesIO(content), encoding="bytes").load()
     named = {key.decode() if isinstance(key, bytes) else key: value for key, value in record.items()}

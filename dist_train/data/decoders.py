@@ -1,4 +1,4 @@
-"""Who decodes images: the training process itself, or loader processes that work ahead of it."""
+"""Decoding images: in the training process, or ahead of it in loader processes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Decoder(Protocol):
     """Decodes batches; what is announced may be done ahead."""
 
     def prefetch(self, orders: Iterable[Order]) -> None:
-        """Hear what will be fetched next, in this order, in place of what was announced before."""
+        """Announce what will be fetched next, in this order; replaces earlier announcements."""
 
     def fetch(self, order: Order, out: Tensor) -> None:
         """Decode a batch into `out`, uint8 [n, 3, size, size] on the CPU.
@@ -105,7 +105,7 @@ class LoaderProcesses:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._batches: deque[_Batch] = deque()
         self._under_way: dict[int, _Part | None] = {}
-        """By slot; None for a part that nobody wants any more."""
+        """By slot; None for a part that is no longer wanted."""
 
     @property
     def pids(self) -> list[int]:
@@ -113,7 +113,7 @@ class LoaderProcesses:
         return [process.pid for process in self._processes]
 
     def prefetch(self, orders: Iterable[Order]) -> None:
-        """Hear what will be fetched next, and have it begun.
+        """Begin to decode what will be fetched next.
 
         Raises:
             FaultError: a loader process is gone.

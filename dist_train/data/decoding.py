@@ -140,7 +140,7 @@ class SlotForm:
 
     @property
     def message_bytes(self) -> int:
-        """Room for a message; memory that is never written takes none."""
+        """Space for a message; pages that are never written take no memory."""
         return _whole_pages(_LENGTH + 1024 + self.images * _WORDS)
 
     @property
@@ -162,7 +162,7 @@ class Slots:
         self._map = mmap.mmap(memory, 0)
 
     def write_message(self, slot: int, message: bytes) -> None:
-        """Put `message`, cut off where there is no more room, into a slot."""
+        """Put `message`, cut off where a slot ends, into a slot."""
         message = message[: self._form.message_bytes - _LENGTH]
         start = slot * self._form.slot_bytes
         self._map[start : start + _LENGTH] = len(message).to_bytes(_LENGTH, "little")
@@ -189,7 +189,7 @@ def done(slot: int, *, failed: bool) -> bytes:
 
 
 def serve(requests: int, replies: int, slots: Slots, size: int) -> None:
-    """Decode until nobody asks any more."""
+    """Decode until the pipe of requests is closed."""
     while record := os.read(requests, RECORD):
         slot = int.from_bytes(record, "little", signed=True)
         failed = False

@@ -73,13 +73,13 @@ class SampleSource(Protocol):
         """Return inputs and labels of the samples `start` to `stop` (exclusive), not augmented."""
 
     def prefetch(self, batches: Iterable[BatchRequest]) -> None:
-        """Hear what will be asked for next, in this order, in place of what was announced before.
+        """Begin to prepare what will be asked for next, in this order; replaces earlier announcements.
 
-        It changes when work is done, never a result.
+        Changes when work is done, never a result.
         """
 
     def close(self) -> None:
-        """Let go of whatever prepares samples; may be called again."""
+        """Stop what prepares samples; may be called again."""
 
 
 @dataclass(frozen=True)

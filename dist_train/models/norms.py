@@ -1,9 +1,9 @@
 """Normalization over groups of samples, with running statistics that depend on the global batch alone.
 
-A module never updates its running averages by itself. During a forward pass in training mode it notes its
+A module never updates its own running averages. During a forward pass in training mode it notes its
 groups' means and variances in `seen`; `batch_statistics.py` makes averages of them.
 
-What the norms saw is added up as integers; when the global batch is complete, whoever trains sums these over the
+What the norms saw is added up as integers; when the global batch is complete, the trainer sums these over the
 ranks and calls `absorb`. So neither the number of ranks nor the order of micro-batches changes a bit of them.
 """
 
@@ -55,7 +55,7 @@ class GroupedBatchNorm(nn.Module):
         self.epsilon = 1e-5
         self.across_ranks: AcrossRanks | None = None
         self.seen: list[SeenGroups] = []
-        """Groups of forward passes in training mode, in order; to be cleared by whoever makes them."""
+        """Groups of forward passes in training mode, in order; cleared by the caller."""
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))

@@ -40,7 +40,7 @@ def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimi
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Let the next update go at `rate`."""
+    """Set the learning rate of the next update."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
@@ -78,7 +78,7 @@ def _sgd(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:
 
 
 def _adam(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:
-    """Weight decay is a part of the gradient, and goes through the moments."""
+    """Weight decay is a part of the gradient, moments included."""
     optimizer = torch.optim.Adam(
         _decayed(settings, groups), lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True
     )
@@ -134,7 +134,7 @@ def _decayed(settings: OptimizerSettings, groups: Sequence[Group]) -> list[dict[
 
 
 def _adapted(settings: OptimizerSettings, groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Return groups for timm, which adapts the rate of those that decay, and of those told to always do so."""
+    """Return groups for timm, which adapts the rate of those that decay, and of those that always adapt."""
     decayed = _decayed(settings, groups)
     return [{**options, "always_adapt": not group.excluded} for options, group in zip(decayed, groups, strict=True)]
 

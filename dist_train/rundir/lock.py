@@ -1,7 +1,7 @@
 """One launch at a time in a run directory.
 
 The lock is the kernel's, on a file in the directory (flock): it ends with the process that holds it, however that
-ends. Over NFS it is held at the server, which lets go of a dead node's locks when its lease ends.
+ends. Over NFS it is held at the server, which releases a dead node's locks when its lease ends.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _logger = logging.getLogger("dist_train.training")
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds the lock, and since when (ISO 8601 in UTC)."""
+    """The holder of the lock, and since when (ISO 8601 in UTC)."""
 
     host: str
     pid: int
@@ -55,7 +55,7 @@ class RunLock:
             raise OSError(errno.ESTALE, "the run directory was moved away and made anew", str(self._path.parent))
 
     def release(self) -> None:
-        """Let others in; the file stays, since deleting it would let two in."""
+        """Release the lock; the file stays, since deleting it would let two in."""
         os.close(self._descriptor)
 
 

@@ -1,4 +1,4 @@
-"""What a run tells about itself: the records of `metrics.jsonl` and others, and how they are read back."""
+"""The records of a run, in `metrics.jsonl` and elsewhere, and how they are read back."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ class StepParts:
     """For gradients and counts of the others, once this rank's own were done."""
     optimizer: float
     checkpoint_stall: float
-    """Until training could go on after a checkpoint was begun."""
+    """Until training could continue after a checkpoint was begun."""
 
 
 @dataclass(frozen=True)
 class RankMeasurement:
-    """What one rank measured of itself at one step."""
+    """What one rank measured at one step."""
 
     busy_seconds: float
     """Time of the step without the wait for the others."""
@@ -91,7 +91,7 @@ class RankMeasurement:
 
 @dataclass(frozen=True)
 class Measurement:
-    """How one step went on this rank and on all. Not part of `metrics.jsonl`: it does not repeat on a resume."""
+    """One step's times on this rank and on all. Not part of `metrics.jsonl`: it does not repeat on a resume."""
 
     step: int
     time: float
@@ -129,7 +129,7 @@ class RunFacts:
     start_step: int
     controller: str
     rank: int = 0
-    """Of the rank that this is told to."""
+    """The rank that these facts are for."""
     micro_batches_of: tuple[int, ...] = ()
     """Micro-batches of each rank, by rank."""
     revision: str = ""

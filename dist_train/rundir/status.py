@@ -21,7 +21,7 @@ from dist_train.rundir.atomic import json_text
 State = Literal["starting", "running", "stopping", "stopped", "finished", "failed"]
 
 LAUNCH_VARIABLE = "DIST_TRAIN_LAUNCH"
-"""Names this launch, so that a launch script can tell its own outcome from an earlier one's."""
+"""Names this launch, so that a launch script does not take an earlier launch's outcome for its own."""
 
 _PACE_SECONDS = 1.0
 _logger = logging.getLogger("dist_train.rundir.status")
@@ -48,7 +48,7 @@ class Status:
     samples_per_second: float | None
     slurm_job: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Versions by package, and the device, of the last launch that trained; empty where none told."""
+    """Versions by package, and the device, of the last launch that trained; empty where unknown."""
 
 
 class StatusFile:

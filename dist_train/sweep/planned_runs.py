@@ -26,7 +26,7 @@ class PlannedRun:
     """One run. Runs that differ only in their seed share a `variant`; the points of a grid share a `family`, which is
     the variant itself without a grid. Numbers begin with 1.
 
-    `settings` is what the study says, by dotted path; `overrides` is all that `train` is told beside the base.
+    `settings` is what the study says, by dotted path; `overrides` are the arguments of `train` beside the base.
     """
 
     number: int
@@ -119,7 +119,7 @@ def plan_study(path: Path, directory: Path | None = None, overrides: Sequence[st
 
 
 def write_plan(plan: Plan) -> None:
-    """Write the study, its base configuration and its runs into the study's folder, for whoever reads the results."""
+    """Write the study, its base configuration and its runs into the study's folder."""
     plan.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     study, files = plan.study.model_dump(mode="json"), StudyDirectory(plan.directory)
     atomic.write_text(files.study, yaml.safe_dump(study, sort_keys=False))
@@ -161,7 +161,7 @@ def _variants(study: Study) -> Iterator[_Variant]:
 
 
 def _line(study: Study, variant: str) -> list[str]:
-    """Return the variants that `variant` is like, the first one first, and itself."""
+    """Return the chain of variants that `variant` is like, the first one first, then `variant`."""
     like = study.variants[variant].like
     return [*(_line(study, like) if like else []), variant]
 

@@ -27,7 +27,7 @@ from dist_train.sweep.planned_runs import PlannedRun
 from dist_train.watch.run_table import ALIVE, COLOURS, RunSummary, read_runs
 
 _CHECKPOINT = re.compile(r"step-(\d+)\.pt")
-_HOPELESS = frozenset({ExitCode.USAGE, ExitCode.DIVERGED, ExitCode.DISAGREEMENT})
+_UNRECOVERABLE = frozenset({ExitCode.USAGE, ExitCode.DIVERGED, ExitCode.DISAGREEMENT})
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def decide(run: Path, limit: int, launch: str | None = None, death: str = "") ->
         status = replace(status, exit_code=None, reason="the last launch ended before it wrote a status")
     if status is not None and status.exit_code == ExitCode.FINISHED:
         return Decision(False, "the run has finished")
-    if status is not None and status.exit_code in _HOPELESS:
+    if status is not None and status.exit_code in _UNRECOVERABLE:
         return Decision(False, f"the run would end in the same way: {status.reason}")
     step = newest_step(run)
     before = read_requeues(run)
@@ -106,7 +106,7 @@ def _end_of(status: Status | None, death: str) -> str:
 
 
 def _give_up(run: Path, status: Status | None, reason: str) -> None:
-    """Let the run's status say that it has failed; whoever requeues it by hand gets all tries anew."""
+    """Set the run's status to failed; a requeue by hand begins the count anew."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     last = status or StatusFile(RunDirectory(run).status, world_size=0).current
     ended = replace(last, state="failed", exit_code=int(ExitCode.FAULT), reason=reason, updated=now, finished=now)
@@ -117,13 +117,13 @@ def _give_up(run: Path, status: Status | None, reason: str) -> None:
 
 Next = Literal["start", "skip", "busy", "unrecoverable"]
 _ENOUGH = 1 << 20  # bytes at the end of metrics.jsonl, in which the last evaluation is found
-_JOB_GOES_ON = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED")
+_JOB_IS_ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED")
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How a run stands. `then`: what a sweep does with it: start it, skip it (finished), leave it to whoever is at it,
-    or name it as one that would only fail again. `accuracy` is that of the last evaluation on the test set.
+    """How a run stands, and what a sweep does `then`: start it, skip it where it has finished, leave it where another
+    process is at it, or report it as unrecoverable. `accuracy` is that of the last evaluation on the test set.
     """
 
     run: PlannedRun
@@ -211,7 +211,7 @@ def _begun_config(run: PlannedRun) -> Config | None:
 
 
 def _job_is_gone(summary: RunSummary) -> str:
-    """Return why a run that seems alive is not: its Slurm job has ended, or it is ours, of an earlier life."""
+    """Return why a run that seems alive is not: its Slurm job has ended, or is ours, requeued."""
     if not summary.slurm_job:
         return ""
     ours = current_job()
@@ -219,7 +219,7 @@ def _job_is_gone(summary: RunSummary) -> str:
         return "the job was started again"
     state = job_states([summary.slurm_job]).get(summary.slurm_job, "")
     word = re.match(r"[A-Z_]*", state)
-    return f"its job {summary.slurm_job} is {state}" if word and word[0] and word[0] not in _JOB_GOES_ON else ""
+    return f"its job {summary.slurm_job} is {state}" if word and word[0] and word[0] not in _JOB_IS_ALIVE else ""
 
 
 def _last_accuracy(metrics: Path) -> float | None:

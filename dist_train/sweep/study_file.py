@@ -153,9 +153,7 @@ def _problems_of_variants(study: Study) -> Iterator[Problem]:
             if variant.like not in study.variants:
                 yield _unknown_variant(study, f"variants.{name}.like", variant.like)
             elif _is_like_itself(study, name):
-                yield problem(
-                    f"variants.{name}.like", "the variant is like itself, by way of others", value=variant.like
-                )
+                yield problem(f"variants.{name}.like", "the variant is like itself, through others", value=variant.like)
         yield from _problems_of_seeds(study, f"variants.{name}.seeds", variant.seeds)
         for path in sorted(set(variant.grid) & set(study.grid)):
             yield problem(

@@ -111,8 +111,8 @@ def describe_batch(config: Config, ranks: int | None) -> tuple[str, ...]:
     if config.model.norm == "sync" and ranks:
         plan.slices(0, ranks)
     last = plan.micro_batches[-1].size
-    remnant = "" if last == micro_size else f", the last of {last:,}"
-    return (f"global batch {size:,} = {count:,} micro-batches of {micro_size:,}{remnant}", _dealt(count, ranks))
+    shorter = "" if last == micro_size else f", the last of {last:,}"
+    return (f"global batch {size:,} = {count:,} micro-batches of {micro_size:,}{shorter}", _dealt(count, ranks))
 
 
 def _dealt(count: int, ranks: int | None) -> str:
@@ -131,7 +131,7 @@ def _resources(submission: Submission) -> list[str]:
         return [f"--ntasks-per-node={each or _gpus(submission.options)}"]
     if any(option.startswith(("--ntasks", "-n", "--exclusive", "--gpus", "-G")) for option in submission.options):
         return []
-    # With a node to itself a job has all of its GPUs, without a word of how many or what they are called.
+    # A job with whole nodes has all of their GPUs: their number and names need not be given.
     return ["--exclusive", "--mem=0"]
 
 

@@ -102,7 +102,7 @@ class RunProcess:
         self._process.send_signal(signal.SIGTERM if self._by_script else signal.SIGKILL)
 
     def _start(self, command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        # In a session of its own, a Ctrl-C at the terminal comes to the sweep alone, which hands it on.
+        # In a session of its own, a Ctrl-C at the terminal reaches the sweep alone, which forwards it.
         if self._log is None:
             return subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, pass_fds=[self._lock], start_new_session=True
@@ -162,7 +162,7 @@ _INSIST_SECONDS = 2.0
 Say = Callable[[str], None]
 
 
-class StopWish:
+class StopRequest:
     """While the block lasts, SIGINT and SIGTERM, and what batch systems send, ask the sweep to stop.
 
     What is ignored already stays so: SIGHUP under nohup, SIGINT in what a script starts in the background.
@@ -177,7 +177,7 @@ class StopWish:
         self._first = 0.0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> StopWish:
+    def __enter__(self) -> StopRequest:
         """Take over the signals."""
         heeded = [number for number in self._SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._note) for number in heeded}
@@ -197,7 +197,7 @@ class StopWish:
 
 @dataclass
 class Tally:
-    """What became of the runs that a sweep was to see to; `busy` are those that others are at."""
+    """The outcome of a sweep's runs; `busy` are those that other processes are at."""
 
     finished: list[PlannedRun] = field(default_factory=list)
     failed: list[tuple[PlannedRun, str]] = field(default_factory=list)
@@ -217,28 +217,28 @@ class Tally:
 
 
 def sweep(plan: Plan, runs: Sequence[PlannedRun], jobs: int, launcher: Launcher, say: Say) -> Tally:
-    """See to `runs` in their order, `jobs` at a time; say what happens. A run that fails stops no other.
+    """Run `runs` in their order, `jobs` at a time; `say` what happens. A run that fails stops no other.
 
-    Asked by a signal, the runs that go on save and stop, and no other is started.
+    On a signal the runs at work save and stop, and no other is started.
     """
     tally = Tally()
     waiting = list(runs)
     going: list[RunProcess] = []
-    with StopWish() as wish:
+    with StopRequest() as request:
         try:
-            told_to_stop = told_to_end = False
+            was_stopped = was_killed = False
             while waiting or going:
-                while waiting and len(going) < jobs and not wish.is_asked:
+                while waiting and len(going) < jobs and not request.is_asked:
                     started = _begin(plan, waiting.pop(0), launcher, tally, say)
                     going += [started] if started else []
-                if wish.is_asked and not told_to_stop:
-                    told_to_stop = True
+                if request.is_asked and not was_stopped:
+                    was_stopped = True
                     tally.left, waiting = waiting, []
                     say(f"asked to stop: {wording.plural(len(going), 'run')} to save and end")
                     for process in going:
                         process.stop()
-                if wish.is_insistent and not told_to_end:
-                    told_to_end = True
+                if request.is_insistent and not was_killed:
+                    was_killed = True
                     say("asked again: ending them without waiting")
                     for process in going:
                         process.end()

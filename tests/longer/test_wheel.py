@@ -108,7 +108,7 @@ def test_two_ranks_train_where_there_is_neither_a_compiler_nor_mpi(wheel: Path, 
     programs = tmp_path / "venv/bin"
     variables = {**os.environ, "PATH": str(programs)}
     variables.pop("PYTHONPATH", None)
-    subprocess.run([programs / "pip", "install", "--quiet", str(wheel)], env=variables, check=True)
+    subprocess.run([str(programs / "pip"), "install", "--quiet", str(wheel)], env=variables, check=True)
     words = (
         "train",
         "dist_train:configs/demo.yaml",
@@ -117,7 +117,7 @@ def test_two_ranks_train_where_there_is_neither_a_compiler_nor_mpi(wheel: Path, 
         "run.max_steps=2",
         "metrics.enabled=false",
     )
-    command = [programs / "dist-train", "launch", "-np", "2", *words, "--run-dir", str(tmp_path / "run")]
+    command = [str(programs / "dist-train"), "launch", "-np", "2", *words, "--run-dir", str(tmp_path / "run")]
     ended = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert "2 ranks (torch-gloo)" in ended.stdout
