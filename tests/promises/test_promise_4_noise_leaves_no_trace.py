@@ -79,7 +79,6 @@ def test_after_200_steps_on_four_ranks_all_hold_the_same_bits(tmp_path: Path) ->
         "--run-dir",
         str(tmp_path / "run"),
         program=["-m", "tests.ranks.own_weights", str(folder)],
-        timeout=240,
     )
     assert ended.code == 0, ended.output
     assert status(tmp_path / "run")["step"] == 200

@@ -14,10 +14,10 @@ pytestmark = pytest.mark.ranks
 
 Sections = Mapping[str, Mapping[str, Any]]
 
-SYNC: dict[str, Sections] = {
-    "without noise": {"noise": {"method": "none"}},
-    "smoothout": {"noise": {"method": "smoothout", "sharing": "micro_batch"}},
-    "sam": {"noise": {"method": "sam", "sharing": "micro_batch", "scale": "absolute"}},
+SYNC: dict[str, tuple[Sections, int, str]] = {
+    "without noise": ({"noise": {"method": "none"}}, 3, "mpi"),
+    "smoothout": ({"noise": {"method": "smoothout", "sharing": "micro_batch"}}, 3, "mpi"),
+    "sam": ({"noise": {"method": "sam", "sharing": "micro_batch", "scale": "absolute"}}, 2, "gloo"),
 }
 
 
@@ -32,19 +32,19 @@ def trained(folder: Path, ranks: int, controller: str, sections: Sections, *over
 
 @pytest.mark.parametrize("name", SYNC)
 def test_sync_norm_over_ranks_is_batch_norm_over_the_same_micro_batch(tmp_path: Path, name: str) -> None:
-    sections = {**SYNC[name], "run": {"max_steps": 3}, "comm": {"verify_every": 1}}
+    noise, ranks, controller = SYNC[name]
+    sections = {**noise, "run": {"max_steps": 3}, "comm": {"verify_every": 1}}
     batch = trained(tmp_path / "batch", 1, "alone", sections, "model.norm=batch")
     alone = trained(tmp_path / "alone", 1, "alone", sections, "model.norm=sync")
     assert weights_digest(alone) == weights_digest(batch)
     first, *_, last = records(batch, "train")
-    for ranks, controller in ((2, "gloo"), (3, "mpi")):
-        run = trained(tmp_path / f"{ranks}", ranks, controller, sections, "model.norm=sync")
-        other_first, *_, other_last = records(run, "train")
-        assert other_first["loss"] == pytest.approx(first["loss"], rel=1e-5)
-        assert other_first["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-5)
-        assert other_last["loss"] == pytest.approx(last["loss"], rel=1e-3)
-        evaluations = [record["loss"] for record in records(run, "eval")]
-        assert evaluations == pytest.approx([record["loss"] for record in records(batch, "eval")], rel=1e-2)
+    run = trained(tmp_path / f"{ranks}", ranks, controller, sections, "model.norm=sync")
+    other_first, *_, other_last = records(run, "train")
+    assert other_first["loss"] == pytest.approx(first["loss"], rel=1e-5)
+    assert other_first["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-5)
+    assert other_last["loss"] == pytest.approx(last["loss"], rel=1e-3)
+    evaluations = [record["loss"] for record in records(run, "eval")]
+    assert evaluations == pytest.approx([record["loss"] for record in records(batch, "eval")], rel=1e-2)
 
 
 def test_ghost_norm_of_each_rank_alone_is_something_else(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from dist_train.monitoring.records import EvaluationRecord, EventRecord
 from tests.services.servers import fetch, prometheus, pushgateway
 from tests.unit.exporting import FACTS, OUTCOME, get, measurement, serving, train
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE, wait_for
 
 pytestmark = [
     pytest.mark.services,
@@ -82,10 +82,10 @@ def test_prometheus_finds_a_run_by_its_target_file_with_token_and_tls(tmp_path: 
                 "rank": "0",
             }
             with pytest.raises(OSError, match=r"reset|closed|disconnected"):
-                urllib.request.urlopen(f"http://{step[0]['instance']}/metrics", timeout=60)
+                urllib.request.urlopen(f"http://{step[0]['instance']}/metrics", timeout=PATIENCE)
             with pytest.raises(urllib.error.URLError, match="self-signed"):
                 urllib.request.urlopen(
-                    f"https://{step[0]['instance']}/metrics", timeout=60, context=ssl.create_default_context()
+                    f"https://{step[0]['instance']}/metrics", timeout=PATIENCE, context=ssl.create_default_context()
                 )
         assert not list(targets.iterdir())
         # the scrape of the last values was waited for
