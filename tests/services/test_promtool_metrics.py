@@ -45,8 +45,8 @@ def test_prometheus_finds_a_run_by_its_target_file_with_token_and_tls(tmp_path: 
     config = tmp_path / "prometheus.yml"
     job = {
         "job_name": "anything",
-        "scrape_interval": "200ms",
-        "scrape_timeout": "200ms",
+        "scrape_interval": "1s",
+        "scrape_timeout": "1s",
         "honor_labels": True,
         "file_sd_configs": [{"files": [f"{targets}/*.json"], "refresh_interval": "1s"}],
         "authorization": {"credentials_file": str(tmp_path / "token")},
@@ -59,7 +59,7 @@ def test_prometheus_finds_a_run_by_its_target_file_with_token_and_tls(tmp_path: 
         "key_file": tmp_path / "key.pem",
     }
     facts = replace(FACTS, name="demo")
-    settings: dict[str, Any] = {"targets_directory": targets, "last_scrape_seconds": 5, **access}
+    settings: dict[str, Any] = {"targets_directory": targets, "last_scrape_seconds": PATIENCE, **access}
     with prometheus(tmp_path, config) as server:
         with serving(facts, OUTCOME, **settings) as exporter:
             checked = subprocess.run(
