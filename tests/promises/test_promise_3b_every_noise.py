@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.launching import launch, records, results, small_settings, status, weights_digest, write_config
+from tests.launching import launch, records, results, small_settings, status, train_alone, weights_digest, write_config
 
 pytestmark = pytest.mark.ranks
 
@@ -36,8 +36,11 @@ def train(folder: Path, noise: dict[str, Any], ranks: int, controller: str, norm
         checkpoint={"every_epochs": 0},
     )
     run = folder / f"{controller}-{ranks}"
-    ended = launch(ranks, controller, "train", write_config(folder, settings), "--run-dir", str(run))
-    assert ended.code == 0, ended.output
+    if ranks == 1:
+        train_alone(write_config(folder, settings), run)
+    else:
+        ended = launch(ranks, controller, "train", write_config(folder, settings), "--run-dir", str(run))
+        assert ended.code == 0, ended.output
     assert status(run)["world_size"] == ranks
     return run
 

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import kill, launch, results, small_settings, start, status, weights_digest, write_config
+from tests.launching import (
+    kill,
+    launch,
+    results,
+    small_settings,
+    start,
+    status,
+    train_alone,
+    weights_digest,
+    write_config,
+)
 from tests.waiting import lines_of, wait_for_lines
 
 KILLS = 6
@@ -26,8 +36,7 @@ def test_kills_of_the_whole_job_at_random_moments(tmp_path: Path) -> None:
             checkpoint={"every_steps": 3},
         ),
     )
-    whole = launch(1, "alone", "train", config, "--run-dir", str(tmp_path / "whole"))
-    assert whole.code == 0, whole.output
+    train_alone(config, tmp_path / "whole")
 
     moments = random.Random(0)
     run = tmp_path / "run"

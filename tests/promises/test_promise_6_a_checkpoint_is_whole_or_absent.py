@@ -19,6 +19,7 @@ from tests.launching import (
     records,
     results,
     small_settings,
+    train_alone,
     weights_digest,
     write_config,
 )
@@ -50,8 +51,7 @@ def undamaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undamaged")
     config = write_config(folder, small_settings(checkpoint={"every_steps": 3}))
     for name, steps in (("whole", 12), ("run", 8)):
-        run = str(folder / name)
-        assert launch(1, "alone", "train", config, f"run.max_steps={steps}", "--run-dir", run).code == 0
+        train_alone(config, folder / name, f"run.max_steps={steps}")
     return folder
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.launching import launch, records, results, small_settings, status, weights_digest, write_config
+from tests.launching import launch, records, results, small_settings, status, train_alone, weights_digest, write_config
 
 pytestmark = pytest.mark.ranks
 
@@ -24,8 +24,11 @@ SYNC: dict[str, tuple[Sections, int, str]] = {
 def trained(folder: Path, ranks: int, controller: str, sections: Sections, *overrides: str) -> Path:
     folder.mkdir()
     config = write_config(folder, small_settings(**sections))
-    ended = launch(ranks, controller, "train", config, *overrides, "--run-dir", str(folder / "run"))
-    assert ended.code == 0, ended.output
+    if ranks == 1:
+        train_alone(config, folder / "run", *overrides)
+    else:
+        ended = launch(ranks, controller, "train", config, *overrides, "--run-dir", str(folder / "run"))
+        assert ended.code == 0, ended.output
     assert status(folder / "run")["world_size"] == ranks
     return folder / "run"
 
@@ -71,7 +74,7 @@ def test_sync_norm_finds_a_micro_batch_that_can_be_shared(tmp_path: Path) -> Non
         "batch": {"global_size": 98, "micro_size": "auto"},
         "run": {"max_steps": 1},
     }
-    assert len(records(trained(tmp_path / "auto", 3, "gloo", sections), "train")) == 1
+    assert len(records(trained(tmp_path / "auto", 3, "mpi", sections), "train")) == 1
 
 
 @pytest.mark.parametrize(
@@ -82,6 +85,6 @@ def test_sync_norm_finds_a_micro_batch_that_can_be_shared(tmp_path: Path) -> Non
 def test_promise_3_every_bit_is_the_same_on_two_ranks(tmp_path: Path, model: Mapping[str, Any]) -> None:
     sections: Sections = {"model": {**model, "channel_groups": 4}, "run": {"max_steps": 4}, "comm": {"verify_every": 1}}
     alone = trained(tmp_path / "alone", 1, "alone", sections)
-    both = trained(tmp_path / "both", 2, "gloo", sections)
+    both = trained(tmp_path / "both", 2, "mpi", sections)
     assert weights_digest(both) == weights_digest(alone)
     assert results(both) == results(alone)

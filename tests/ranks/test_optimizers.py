@@ -17,6 +17,7 @@ from tests.launching import (
     small_settings,
     start,
     status,
+    train_alone,
     weights_digest,
     write_config,
 )
@@ -38,8 +39,7 @@ def test_promise_3_two_ranks_end_with_the_bits_of_one_also_gone_on_with(tmp_path
         small_settings(run={"max_steps": 16}, optimizer=optimizer(name), comm={"verify_every": 1}),
     )
     alone, run = tmp_path / "alone", tmp_path / "run"
-    ended = launch(1, "alone", "train", config, "--run-dir", str(alone))
-    assert ended.code == 0, ended.output
+    train_alone(config, alone)
     for steps, controller in ((11, "mpi"), (16, "gloo")):
         ended = launch(2, controller, "train", config, f"run.max_steps={steps}", "--run-dir", str(run))
         assert ended.code == 0, ended.output
@@ -65,8 +65,7 @@ def test_promise_5_killed_and_gone_on_with_bit_identically(tmp_path: Path, name:
         ),
     )
     whole, run = tmp_path / "whole", tmp_path / "run"
-    ended = launch(1, "alone", "train", config, "--run-dir", str(whole))
-    assert ended.code == 0, ended.output
+    train_alone(config, whole)
     moments = random.Random(name)
     for controller in ("gloo", "mpi"):
         process = start(2, controller, "train", config, "--run-dir", str(run))
