@@ -43,11 +43,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "command",
     # each once, where it stands first
-    dict.fromkeys(
-        command
-        for page in PAGES
-        for command in commands(page)
-        if not re.match(r"(\w+=\S+ )*make ", command) and not command.startswith(NEEDS_MORE)
+    list(
+        dict.fromkeys(
+            command
+            for page in PAGES
+            for command in commands(page)
+            if not re.match(r"(\w+=\S+ )*make ", command) and not command.startswith(NEEDS_MORE)
+        )
     ),
 )
 def test_a_documented_command_works(folder: Path, command: str) -> None:
