@@ -7,6 +7,11 @@ code := $(wildcard dist_train tests benchmarks docker/grafana/dashboard_generato
 help: ## show this list
 	@sed -nE 's/^([a-z-]+):[^#]*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "make %-15s %s\n", $$1, $$2 }'
 
+# A file's tests share what they set up. Files that take minutes come first, so that all lanes end together.
+by_file := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+long_files := tests/torture/ tests/cluster/ tests/ranks/ tests/promises/
+slow_tests := $(long_files) $(filter-out $(long_files) tests/unit/,$(dir $(wildcard tests/*/__init__.py)))
+
 # The device that `make bench` measures on is no choice of how Horovod is built.
 setup: ## make .venv with everything in it (PYTHON=python3.12, DIST_TRAIN_MPI=system|wheel and DEVICE=cpu|cuda choose)
 	@DEVICE=$(if $(filter bench,$(MAKECMDGOALS)),,$(DEVICE)) docker/environment.sh
@@ -17,8 +22,7 @@ demo: ## train on Fashion-MNIST with two ranks, and write a report to open
 test: setup ## every test but the lengthy ones of test-cluster, test-containers and test-cuda-build; as root, installs the Debian packages that some need
 	@docker/debian_packages.sh
 	$(python) -m pytest -n auto tests/unit
-	$(python) -m pytest -n auto -m "not lengthy" tests/longer
-	$(python) -m pytest -n 2 --dist loadfile -m "not lengthy" tests --ignore tests/unit --ignore tests/longer
+	$(python) -m pytest $(by_file) -m "not lengthy" $(slow_tests)
 
 test-cluster: setup ## every test on a Slurm of several nodes, also those that wait for its clocks
 	@docker/debian_packages.sh

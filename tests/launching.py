@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 
+from dist_train.cli.main import main
 from tests.waiting import PATIENCE
 
 _BIN = Path(sys.executable).parent
@@ -80,6 +83,20 @@ def launch(
     finally:
         kill(process)
     return Ended(process.returncode, output)
+
+
+def train_alone(config: str, run: Path, *overrides: str) -> None:
+    """Train in this process to the end: the run that others are compared with costs no start of its own."""
+    variables, threads = dict(os.environ), torch.get_num_threads()
+    output = io.StringIO()
+    try:
+        with redirect_stdout(output), redirect_stderr(output):
+            code = main(["train", config, *overrides, "--run-dir", str(run)])
+    finally:
+        torch.set_num_threads(threads)
+        os.environ.clear()
+        os.environ.update(variables)
+    assert code == 0, output.getvalue()
 
 
 def start(

@@ -50,7 +50,6 @@ def test_a_run_that_meets_its_time_limit_saves_and_resumes_by_itself(
 
 
 @pytest.mark.lengthy
-@pytest.mark.timeout(600)
 def test_a_run_with_too_little_time_is_requeued_again_and_again_until_it_has_finished(
     cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:

@@ -15,6 +15,7 @@ from tests.launching import (
     small_settings,
     start,
     status,
+    train_alone,
     weights_digest,
     write_config,
 )
@@ -55,8 +56,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(
     assert [path.name for path in (run / "checkpoints").glob("*.pt")] == [f"step-{after['step']:08d}.pt"]
 
     step = after["step"]
-    whole = launch(1, "alone", "train", config, f"run.max_steps={step + 5}", "--run-dir", str(tmp_path / "whole"))
-    assert whole.code == 0, whole.output
+    train_alone(config, tmp_path / "whole", f"run.max_steps={step + 5}")
     again = launch(ranks, controller, "train", config, f"run.max_steps={step + 5}", "--run-dir", str(run))
     assert again.code == 0, again.output
     assert weights_digest(run) == weights_digest(tmp_path / "whole")

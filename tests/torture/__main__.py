@@ -35,7 +35,7 @@ def main() -> int:
         arguments.seed,
         arguments.epochs,
         lambda text: console.print(text, markup=False),
-        arguments.engine,
+        engine=arguments.engine,
     )
     campaign.run(arguments.faults, arguments.jobs)
     seconds = time.monotonic() - begun
