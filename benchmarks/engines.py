@@ -1,4 +1,4 @@
-"""Rows of the engines: torch.distributed against Horovod over MPI, and a start against a bare torch.distributed program.
+"""Rows of the engines: torch.distributed against Horovod over MPI, and our start against a bare program.
 
 `torchrun --nproc-per-node 2 -m benchmarks.engines sum|step|bare` tells what two ranks measured; mpirun likewise.
 """
