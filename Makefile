@@ -1,11 +1,16 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cluster test-containers test-cuda-build test-unit test-hermetic lint bench gpu dashboards clean
+.PHONY: help setup demo test test-cluster test-containers test-wheel test-cuda-build test-unit test-hermetic lint bench gpu dashboards clean
 
 python := .venv/bin/python
 code := $(wildcard dist_train tests benchmarks docker/grafana/dashboard_generator)
 
 help: ## show this list
 	@sed -nE 's/^([a-z-]+):[^#]*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "make %-15s %s\n", $$1, $$2 }'
+
+# A file's tests share what they set up. Files that take minutes come first, so that all lanes end together.
+by_file := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+long_files := tests/torture/ tests/cluster/ tests/ranks/ tests/promises/
+slow_tests := $(long_files) $(filter-out $(long_files) tests/unit/,$(dir $(wildcard tests/*/__init__.py)))
 
 # The device that `make bench` measures on is no choice of how Horovod is built.
 setup: ## make .venv with everything in it (PYTHON=python3.12, DIST_TRAIN_MPI=system|wheel and DEVICE=cpu|cuda choose)
@@ -17,8 +22,7 @@ demo: ## train on Fashion-MNIST with two ranks, and write a report to open
 test: setup ## every test but the lengthy ones of test-cluster, test-containers and test-cuda-build; as root, installs the Debian packages that some need
 	@docker/debian_packages.sh
 	$(python) -m pytest -n auto tests/unit
-	$(python) -m pytest -n auto -m "not lengthy" tests/longer
-	$(python) -m pytest -n 2 --dist loadfile -m "not lengthy" tests --ignore tests/unit --ignore tests/longer
+	$(python) -m pytest $(by_file) -m "not lengthy" $(slow_tests)
 
 test-cluster: setup ## every test on a Slurm of several nodes, also those that wait for its clocks
 	@docker/debian_packages.sh
@@ -27,6 +31,9 @@ test-cluster: setup ## every test on a Slurm of several nodes, also those that w
 test-containers: setup ## build the images of docker/Dockerfile, for CPUs and for CUDA, and run them; needs root, 35 GiB and half an hour
 	@docker/debian_packages.sh
 	$(python) -m pytest tests/containers
+
+test-wheel: setup ## install the wheel where there is neither a compiler nor MPI, and train on two ranks: torch to download
+	$(python) -m pytest -m lengthy tests/longer/test_wheel.py
 
 test-cuda-build: setup ## set up against PyPI's torch for CUDA in a folder of its own, without a GPU: 3 GB to download, ten minutes
 	$(python) -m pytest tests/longer/test_cuda_build.py

@@ -32,7 +32,7 @@ from rich.table import Table
 from benchmarks.elastic_task import GLOBAL_SIZE, MICRO_SIZE, WIDTH
 
 _ROOT = Path(__file__).resolve().parent.parent
-_LAUNCH = str(_ROOT / "launch" / "local.sh")
+_LAUNCH = str(_ROOT / "launch" / "horovodrun.sh")
 STEPS = 24
 HIT_AFTER = 8
 """Updates that are done when the rank is lost."""

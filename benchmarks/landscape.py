@@ -20,6 +20,7 @@ from benchmarks.subject import settings
 from benchmarks.timing import Ratio, compare, ratio_of
 from dist_train.analysis.directions import random_direction
 from dist_train.analysis.landscape_points import Batch, Directions, Point, PointEvaluator, axis, place_of
+from dist_train.cluster.communicator import run_on_all_ranks
 from dist_train.cluster.points import deal, join_points
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
@@ -75,19 +76,19 @@ def scaling_row(pairs: int) -> Ratio:
 
 def main() -> None:
     """Evaluate this rank's share of the points, and print on the first how long it took until all were done."""
-    ranks = join_points()
+    comm = join_points()
     torch.set_num_threads(1)
     model, images, labels, walk = _subject()
     data = _batches(images, labels)
     points = [Point(0, alpha) for alpha in axis(-1.0, 1.0, int(sys.argv[1]))]
     with closing(PointEvaluator(model, [data], [], Compute(torch.device("cpu"), torch.float32))) as evaluator:
         evaluator.evaluate(walk.at(points[0]))
-        ranks.run_on_all_ranks(lambda: None, "begin")
+        run_on_all_ranks(comm, lambda: None, "begin")
         begun = time.perf_counter()
-        for point in deal(points, ranks.rank, ranks.size):
+        for point in deal(points, comm.rank, comm.size):
             evaluator.evaluate(walk.at(point))
-        ranks.run_on_all_ranks(lambda: None, "end")
-    if ranks.rank == 0:
+        run_on_all_ranks(comm, lambda: None, "end")
+    if comm.rank == 0:
         tell(time.perf_counter() - begun)
 
 

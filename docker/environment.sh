@@ -136,7 +136,8 @@ requirements() {
 import sys, tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 wanted = sys.argv[1:]
-print(*(r for r in project["dependencies"] if any(r.startswith(name) for name in wanted)), sep="\n")
+every = project["dependencies"] + project["optional-dependencies"]["horovod"]
+print(*(r for r in every if any(r.startswith(name) for name in wanted)), sep="\n")
 EOF
 }
 
@@ -161,7 +162,7 @@ if [[ $(recorded wheel || true) != "$wheel" ]]; then
     pip_install --force-reinstall --no-deps "$wheel"
 fi
 say "set-up: installing dist_train and the rest"
-pip_install --no-build-isolation --editable '.[test,lint,dev]'
+pip_install --no-build-isolation --editable '.[dev]'
 
 check() {
     "$python" - <<'END'

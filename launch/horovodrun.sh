@@ -54,7 +54,7 @@ while (($#)); do
 done
 (($#)) || usage_error "no command given, for example: launch/horovodrun.sh train configs/demo.yaml"
 if [[ -z $hosts ]]; then
-    exec "$root/launch/local.sh" -np "${rank_count:-2}" "$@"
+    exec "$root/launch/local.sh" --gloo -np "${rank_count:-2}" "$@"
 fi
 
 is_this_machine() {

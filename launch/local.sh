@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Runs dist_train with several Horovod ranks on this machine.
+# Runs dist_train with several ranks on this machine.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 print_help() {
     cat <<'EOF'
-usage: launch/local.sh [-np N] [--gloo | --mpi] COMMAND [ARGUMENT ...]
+usage: launch/local.sh [-np N] [--torch | --gloo | --mpi] COMMAND [ARGUMENT ...]
 
   launch/local.sh train configs/demo.yaml
   launch/local.sh -np 4 train configs/lb_8192.yaml run.seed=1 --run-dir runs/seed-1
 
-Starts N ranks (2 unless told) on this machine with horovodrun, each of them running
-'dist-train COMMAND ARGUMENT ...'.
+Starts N ranks (2 by default) on this machine, each of them running 'dist-train COMMAND ARGUMENT ...'.
 
   -np N       number of ranks
-  --gloo      the ranks talk over Gloo (the default)
-  --mpi       the ranks talk over MPI; launch/mpirun.sh starts them
+  --torch     the ranks talk by torch.distributed; 'dist-train launch' starts them (the default)
+  --gloo      the ranks talk by Horovod over Gloo; horovodrun starts them
+  --mpi       the ranks talk by Horovod over MPI; launch/mpirun.sh starts them
   -h, --help  this text
 
 SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 ask the ranks to save and stop; a second Ctrl-C or SIGTERM,
@@ -32,7 +32,7 @@ EOF
 }
 
 rank_count=2
-transport=gloo
+transport=torch
 while (($#)); do
     case $1 in
         -np | -n)
@@ -40,6 +40,7 @@ while (($#)); do
             rank_count=$2
             shift 2
             ;;
+        --torch) transport=torch && shift ;;
         --gloo) transport=gloo && shift ;;
         --mpi) transport=mpi && shift ;;
         -h | --help) print_help && exit 0 ;;
@@ -54,6 +55,7 @@ if [[ $transport == mpi ]]; then
     exec "$root/launch/mpirun.sh" -np "$rank_count" "$@"
 fi
 find_programs
+[[ $transport != torch ]] || exec "$python" -m dist_train launch -np "$rank_count" "$@"
 horovodrun=$(dirname "$python")/horovodrun
 [[ -x $horovodrun ]] || horovodrun=$(command -v horovodrun) || fail "horovodrun is missing; run 'make setup' in $root"
 check_run "$@"

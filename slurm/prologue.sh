@@ -13,7 +13,7 @@
 # of jobs with ranks
 #   OVERRIDES         settings that differ from the configuration, as words: "run.seed=1 data.root=/data"
 #   LAUNCHER          srun or mpirun (srun)
-#   MPI               what srun --mpi takes; `srun --mpi=list` says what there is (pmix)
+#   MPI               what srun --mpi takes; `srun --mpi=list` says what there is (pmix; none with comm.engine=torch)
 #   RANKS_PER_NODE  (one for each GPU; without GPUs one for each task of the job, else one)
 #   OMP_NUM_THREADS   threads of a rank (its cores: --cpus-per-task, else the node's shared out)
 #   LOSS_SECONDS      srun: how long the other ranks may take to end once one has ended (40)
@@ -97,6 +97,7 @@ choose_network() {
     export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$NETWORK_INTERFACE}
     export OMPI_MCA_btl_tcp_if_include=${OMPI_MCA_btl_tcp_if_include:-$NETWORK_INTERFACE}
     export HOROVOD_GLOO_IFACE=${HOROVOD_GLOO_IFACE:-$NETWORK_INTERFACE}
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$NETWORK_INTERFACE}
 }
 
 # Sets `dist_train`, how our program is started here and in the ranks, and for Pyxis `container_options` of srun.
@@ -131,7 +132,7 @@ compose_command() {
         srun)
             command -v srun >/dev/null || fail "srun is missing on $(uname -n)"
             # Not --kill-on-bad-exit: rank 0 may still be writing how the run ended when another has left.
-            command=(srun "--mpi=${MPI:-pmix}" "--nodes=$nodes" "--ntasks=$rank_count" "--ntasks-per-node=$ranks_here"
+            command=(srun "--mpi=${MPI:-$default_mpi}" "--nodes=$nodes" "--ntasks=$rank_count" "--ntasks-per-node=$ranks_here"
                 "--cpus-per-task=$cores_each" --export=ALL --input=none --kill-on-bad-exit=0 "--wait=${LOSS_SECONDS:-40}")
             # A step has the GPUs that it asks for. All ranks of a node see all of them, and each takes the one of its
             # number: NCCL uses NVLink only between GPUs that a process can see.
@@ -234,7 +235,7 @@ report_in_job() {
     exec "${dist_train[@]}" "${words[@]}"
 }
 
-# Sets all that `launch_or_show` needs.
+# Sets all that `launch_or_show` needs; for a training run, by its CONFIG and overrides.
 prepare_ranks() {
     by=${LAUNCHER:-srun}
     read_allocation
@@ -242,6 +243,11 @@ prepare_ranks() {
     choose_network
     find_our_program
     set_rank_environment "${OMP_NUM_THREADS:-$cores_each}"
+    # torch.distributed needs nothing of MPI. What is wrong with the configuration is said later, by check_run.
+    default_mpi=pmix
+    if (($#)) && [[ -z ${MPI:-} && $by == srun && $("${dist_train[@]}" config engine "$@" 2>/dev/null) == torch ]]; then
+        default_mpi=none
+    fi
     compose_command
 }
 
@@ -269,7 +275,7 @@ launch_or_show() {
 # run_in_job train CONFIG [ARGUMENT ...]: a training job from here to its end.
 run_in_job() {
     answer_help 'of jobs with ranks' 'of training'
-    prepare_ranks
+    prepare_ranks "${@:2}"
     launch_or_show stop_through_launcher "$@"
     end_job
 }

@@ -1,14 +1,16 @@
-"""Real launches of the real program, for tests: alone, under horovodrun with Gloo, under mpirun."""
+"""Real launches of the real program, for tests: alone, by dist-train launch, under horovodrun with Gloo, mpirun."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 
+from dist_train.cli.main import main
 from tests.waiting import PATIENCE
 
 _BIN = Path(sys.executable).parent
@@ -39,6 +42,11 @@ def command(ranks: int, controller: str, *arguments: str, program: Sequence[str]
         case "alone":
             assert ranks == 1
             return program
+        case "torch":
+            assert tuple(program[1:3]) == _DIST_TRAIN, "dist-train launch starts commands of ours"
+            return [sys.executable, *_DIST_TRAIN, "launch", "-np", str(ranks), *arguments]
+        case "torchrun":
+            return [str(_BIN / "torchrun"), "--nproc-per-node", str(ranks), "--no-python", *program]
         case "gloo":
             launcher = [str(_BIN / "horovodrun"), "-np", str(ranks), "--gloo", "--network-interface", "lo"]
         case "mpi":
@@ -75,6 +83,20 @@ def launch(
     finally:
         kill(process)
     return Ended(process.returncode, output)
+
+
+def train_alone(config: str, run: Path, *overrides: str) -> None:
+    """Train in this process to the end: the run that others are compared with costs no start of its own."""
+    variables, threads = dict(os.environ), torch.get_num_threads()
+    output = io.StringIO()
+    try:
+        with redirect_stdout(output), redirect_stderr(output):
+            code = main(["train", config, *overrides, "--run-dir", str(run)])
+    finally:
+        torch.set_num_threads(threads)
+        os.environ.clear()
+        os.environ.update(variables)
+    assert code == 0, output.getvalue()
 
 
 def start(

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 Found = TypeVar("Found")
 
-PATIENCE = 150.0
+PATIENCE = 300.0
 """Seconds after which something counts as hanging, also on a busy machine."""
 
 

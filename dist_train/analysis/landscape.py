@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -15,7 +16,6 @@ from dist_train.analysis.landscape_files import Identity, LandscapeFolder, Lands
 from dist_train.analysis.landscape_points import (
     Directions,
     Interpolation,
-    Measured,
     Plane,
     Point,
     PointEvaluator,
@@ -26,7 +26,8 @@ from dist_train.analysis.landscape_points import (
     variances_of,
 )
 from dist_train.analysis.landscape_subject import Stored, Subject, open_subject, place_in, read_stored
-from dist_train.cluster.points import PointRanks, deal
+from dist_train.cluster.communicator import Communicator, broadcast_str, run_on_all_ranks
+from dist_train.cluster.points import deal
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
@@ -72,27 +73,27 @@ class _Course:
     trajectory: Trajectory | None = None
 
 
-def make_landscape(request: Request, ranks: PointRanks, report: Report) -> Finished | None:
+def make_landscape(request: Request, comm: Communicator, report: Report) -> Finished | None:
     """Evaluate what is not there yet, and draw; None on ranks but the first.
 
     Raises:
         UsageError: checkpoints, data or settings do not fit; the folder cannot be written.
     """
     settings = request.settings
-    stored = ranks.run_on_all_ranks(lambda: [read_stored(target) for target in request.targets], "read the checkpoints")
+    stored = run_on_all_ranks(comm, lambda: [read_stored(target) for target in request.targets], "read the checkpoints")
 
     def opened() -> tuple[Subject, _Course]:
-        subject = open_subject(stored[0], request.overrides, settings.measure, local_rank=ranks.local_rank)
+        subject = open_subject(stored[0], request.overrides, settings.measure, local_rank=comm.local_rank)
         return subject, _course(settings, stored, subject)
 
-    subject, course = ranks.run_on_all_ranks(opened, "open the checkpoints and their data")
+    subject, course = run_on_all_ranks(comm, opened, "open the checkpoints and their data")
     checkpoints = [checkpoint.record() for checkpoint in course.checkpoints]
     identity = Identity(settings.kind, checkpoints, {**settings.record(), **subject.record()})
     folder = LandscapeFolder(request.output or RunDirectory.of_checkpoint(stored[0].path.resolve()).analysis, identity)
-    was_there = ranks.run_on_all_ranks(lambda: ranks.rank == 0 and _begin(folder), "begin the result")
-    if not ranks.share(was_there):
-        _measure_all(folder, subject, course, ranks, request.threads, report)
-    if ranks.rank != 0:
+    was_there = run_on_all_ranks(comm, lambda: comm.rank == 0 and _begin(folder), "begin the result")
+    if not json.loads(broadcast_str(comm, json.dumps(was_there), "result")):
+        _measure_all(folder, subject, course, comm, request.threads, report)
+    if comm.rank != 0:
         return None
     rows = read_landscape(folder.path).rows
     widths = _widths(settings, course.points, rows)
@@ -148,35 +149,32 @@ def _measure_all(
     folder: LandscapeFolder,
     subject: Subject,
     course: _Course,
-    ranks: PointRanks,
+    comm: Communicator,
     threads: int | None,
     report: Report,
 ) -> None:
     """Share the points that nobody has finished yet out over the ranks, and write them all."""
-    finished = ranks.share(folder.finished() if ranks.rank == 0 else {})
     numbers = range(len(course.points))
-    mine = deal([number for number in numbers if number not in finished], ranks.rank, ranks.size)
+    left = sorted(set(numbers).difference(folder.finished())) if comm.rank == 0 else []
+    mine = deal(json.loads(broadcast_str(comm, json.dumps(left), "points")), comm.rank, comm.size)
 
-    def measured() -> list[tuple[int, list[Measured]]]:
+    def measure() -> None:
         data = subject.data
         evaluator = PointEvaluator(
             subject.model,
             [data.train, data.test],
             data.statistics,
             subject.compute,
-            threads=threads or share_of_threads(ranks.local_size),
+            threads=threads or share_of_threads(comm.local_size),
         )
-        rows = []
-        with closing(evaluator), closing(folder.open_finished(ranks.rank)) as kept:
+        with closing(evaluator), closing(folder.open_finished(comm.rank)) as kept:
             for done, number in enumerate(mine):
                 report(done, len(mine))
-                rows.append((number, evaluator.evaluate(course.walk.at(course.points[number]))))
-                kept.add(*rows[-1])
-        return rows
+                kept.add(number, evaluator.evaluate(course.walk.at(course.points[number])))
 
-    rows = ranks.collect(ranks.run_on_all_ranks(measured, "evaluate its points"))
-    if ranks.rank == 0:
-        folder.write_points(course.points, {**finished, **dict(rows)})
+    run_on_all_ranks(comm, measure, "evaluate its points")
+    if comm.rank == 0:
+        folder.write_points(course.points, folder.finished())
         folder.forget_partial()
 
 

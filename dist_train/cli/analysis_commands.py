@@ -54,12 +54,13 @@ def add_landscape(subparsers: Subparsers) -> None:
 def _landscape(arguments: argparse.Namespace) -> int:
     from dist_train.analysis.basin_width import describe
     from dist_train.analysis.landscape import make_landscape
+    from dist_train.cluster.communicator import run_on_all_ranks
     from dist_train.cluster.points import join_points
 
-    ranks = join_points()
-    request = ranks.run_on_all_ranks(lambda: _request(arguments), "read the options")
-    report = _Progress(ranks.size).report if ranks.rank == 0 else _silent
-    finished = make_landscape(request, ranks, report)
+    comm = join_points()
+    request = run_on_all_ranks(comm, lambda: _request(arguments), "read the options")
+    report = _Progress(comm.size).report if comm.rank == 0 else _silent
+    finished = make_landscape(request, comm, report)
     if finished is not None:
         if finished.was_there:
             print("nothing to evaluate: this result was there", file=sys.stderr)

@@ -11,13 +11,14 @@ from dist_train.outcome import ExitCode, UsageError
 
 
 def add_config_command(subparsers: Subparsers) -> None:
-    """Add `config check|show|run-directory|path|schema`."""
+    """Add `config check|show|run-directory|engine|path|schema`."""
     parser = subparsers.add_parser("config", help="check a configuration, or show it resolved")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, text, action in (
         ("check", "say what is wrong with it, or that nothing is", _check),
         ("show", "print every setting, resolved", _show),
         ("run-directory", "print where its run lies", _run_directory),
+        ("engine", "print what carries its ranks under srun: horovod or torch", _engine),
     ):
         command = actions.add_parser(name, help=text, description=text)
         add_config(command)
@@ -50,6 +51,15 @@ def _run_directory(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     print(config.run_directory if arguments.run_dir is None else arguments.run_dir)
+    return ExitCode.FINISHED
+
+
+def _engine(arguments: argparse.Namespace) -> int:
+    from dist_train.cluster.joining import engine_of, is_installed
+    from dist_train.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    print(engine_of("srun", config.comm.engine, is_installed("horovod")))
     return ExitCode.FINISHED
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dist_train.cli.common import Subparsers, add_config, warn_of_unused
 from dist_train.cluster.launch import current_launch
-from dist_train.outcome import DisagreementError, DivergedError, ExitCode, StoppedError, exit_code_of
+from dist_train.outcome import DisagreementError, DivergedError, ExitCode, StoppedError, UsageError, exit_code_of
 from dist_train.start_up import without_collection
 
 _STANDARD_ERROR = 2
@@ -21,9 +21,9 @@ def add_train(subparsers: Subparsers) -> None:
     """Add `train CONFIG [section.key=value ...] [--run-dir DIR]`."""
     parser = subparsers.add_parser(
         "train",
-        help="one training run, alone or under horovodrun, mpirun, srun",
+        help="one training run, alone or under torchrun, horovodrun, mpirun, srun",
         description="Train as CONFIG says, resuming the run that the run directory holds. "
-        "The same command under horovodrun, mpirun or srun --mpi=pmix trains on many ranks.",
+        "The same command under torchrun, horovodrun, mpirun or srun trains on many ranks.",
     )
     add_config(parser)
     parser.set_defaults(run=_train)
@@ -53,6 +53,36 @@ def _train(arguments: argparse.Namespace) -> int:
             print(f"dist-train: {error}", file=sys.stderr)
         return exit_code_of(error)
     return ExitCode.FINISHED
+
+
+def add_launch(subparsers: Subparsers) -> None:
+    """Add `launch [-np N] COMMAND ...`."""
+    parser = subparsers.add_parser(
+        "launch",
+        help="a command on several ranks of this machine, without MPI or Horovod",
+        description="Run `dist-train COMMAND ...` as N ranks on this machine, which talk by torch.distributed. "
+        "SIGTERM, SIGINT and SIGUSR2 ask the ranks to save and stop. The exit status is the command's own.",
+    )
+    parser.add_argument("-np", type=int, default=2, metavar="N", help="number of ranks (2)")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="such as train CONFIG")
+    parser.set_defaults(run=_launch)
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    from dist_train.cli.main import parse
+    from dist_train.cluster.local_launch import launch_ranks
+
+    words = list(arguments.command)
+    if not words:
+        raise UsageError("no command given, for example: dist-train launch -np 2 train configs/demo.yaml")
+    if arguments.np < 1:
+        raise UsageError(f"-np takes a number of ranks, 1 or more, not {arguments.np}")
+    command = parse(words)
+    if words[0] == "train":
+        from dist_train.config import load_config
+
+        load_config(command.config, command.overrides)  # one message, not one a rank
+    return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np)
 
 
 def add_evaluate(subparsers: Subparsers) -> None:

@@ -53,7 +53,11 @@ class Communicator(Place, Protocol):
 
     @property
     def controller(self) -> str:
-        """What carries the group: alone, mpi or gloo."""
+        """What carries the group: alone, Horovod's mpi or gloo, torch-gloo or torch-nccl."""
+
+    @property
+    def has_nccl(self) -> bool:
+        """Whether the group can sum tensors of GPUs."""
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Start to replace the contiguous `tensor` by its sum over all ranks."""
@@ -136,6 +140,7 @@ class Alone:
     local_rank = 0
     local_size = 1
     controller = "alone"
+    has_nccl = True
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Leave `tensor` as it is."""

@@ -19,7 +19,6 @@ from typing import Literal
 import torch
 
 from dist_train.cluster.communicator import Communicator, gather, run_on_all_ranks
-from dist_train.cluster.inspection import horovod_build
 from dist_train.config.sections import Device
 from dist_train.outcome import UsageError
 
@@ -228,15 +227,15 @@ def share_out_devices(comm: Communicator, asked: Device) -> torch.device:
         gpu, visible = (_identity(device), torch.cuda.device_count()) if device.type == "cuda" else (0, 0)
         rows = gather(comm, [gpu, visible, comm.local_size], "devices")
         placements = [Placement(*row) for row in rows]
-        run_on_all_ranks(comm, partial(check_seats, placements, lambda: horovod_build().nccl), "share out the GPUs")
+        run_on_all_ranks(comm, partial(check_placements, placements, comm.has_nccl), "share out the GPUs")
     return device
 
 
-def check_seats(placements: Sequence[Placement], has_nccl: Callable[[], bool]) -> None:
-    """Refuse ranks on devices of two kinds, two ranks on one GPU, and GPUs that Horovod cannot reduce on.
+def check_placements(placements: Sequence[Placement], has_nccl: bool) -> None:
+    """Refuse ranks on devices of two kinds, two ranks on one GPU, and GPUs that the engine cannot reduce on.
 
     Raises:
-        UsageError: `seats`, one a rank, are such.
+        UsageError: `placements`, one a rank, are such.
     """
     without = [str(rank) for rank, placement in enumerate(placements) if not placement.gpu]
     if len(without) == len(placements):
@@ -255,10 +254,11 @@ def check_seats(placements: Sequence[Placement], has_nccl: Callable[[], bool]) -
                 f"{placement.visible} GPU{'s' if placement.visible > 1 else ''} for them. Start at most one rank for "
                 f"each GPU; or {_ON_THE_CPU}"
             )
-    if not has_nccl():
+    if not has_nccl:
         raise UsageError(
-            f"{len(placements)} ranks on GPUs need a Horovod that is built with NCCL: without it the first broadcast "
-            f"never ends. Build it anew (rm -r .venv, then make setup), or start one rank; or {_ON_THE_CPU}"
+            f"{len(placements)} ranks on GPUs need NCCL, which this Horovod is built without: the first broadcast "
+            f"would never end. Set comm.engine=torch, or build Horovod anew (rm -r .venv, then make setup), or start "
+            f"one rank; or {_ON_THE_CPU}"
         )
 
 

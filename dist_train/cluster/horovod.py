@@ -38,6 +38,11 @@ class HorovodCommunicator:
         self.local_size: int = self._hvd.local_size()
         self.controller = "mpi" if self._hvd.mpi_enabled() else "gloo"
 
+    @property
+    def has_nccl(self) -> bool:
+        """Whether this Horovod is built with NCCL."""
+        return bool(self._hvd.nccl_built())
+
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Start to replace the contiguous `tensor` by its sum over all ranks."""
         return self._start(lambda: self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum))

@@ -7,9 +7,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Literal
 
 from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.cluster.launch import current_launch
+from dist_train.config.sections import Engine
 from dist_train.outcome import ExitCode
 
 _HEAD_START_SECONDS = 2.0
@@ -49,7 +52,7 @@ def _end_process() -> None:
     os._exit(ExitCode.FAULT)
 
 
-def join_ranks(*, timeout: float, device_type: str, timeline: bool = False) -> Communicator:
+def join_ranks(*, timeout: float, device_type: str, engine: Engine = "auto", timeline: bool = False) -> Communicator:
     """Join the group that the launcher started, or be alone where there was no launcher.
 
     A `timeline` can be written where it is asked for here: Horovod must know when it starts.
@@ -58,8 +61,26 @@ def join_ranks(*, timeout: float, device_type: str, timeline: bool = False) -> C
         UsageError: the group that was asked for cannot be formed.
     """
     launch = current_launch()
-    if launch.size == 1 and launch.launcher in ("alone", "srun"):
+    if launch.size == 1 and launch.launcher != "horovodrun" and launch.launcher != "mpirun":
         return Alone()
+    if engine_of(launch.launcher, engine, is_installed("horovod")) == "torch":
+        from dist_train.cluster.torch_engine import TorchCommunicator
+
+        return TorchCommunicator(launch, timeout=timeout, device_type=device_type)
     from dist_train.cluster.horovod import HorovodCommunicator
 
     return HorovodCommunicator(launch, timeout=timeout, device_type=device_type, timeline=timeline)
+
+
+def engine_of(launcher: str, asked: Engine, has_horovod: bool) -> Literal["horovod", "torch"]:
+    """Return the engine of a launch that is `asked` for one."""
+    if asked != "auto":
+        return asked
+    if launcher in ("horovodrun", "mpirun"):
+        return "horovod"
+    return "horovod" if launcher == "srun" and has_horovod else "torch"
+
+
+def is_installed(module: str) -> bool:
+    """Whether `module` can be found, without loading it."""
+    return find_spec(module) is not None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,16 +15,35 @@ from dist_train.outcome import UsageError
 
 
 @dataclass(frozen=True)
+class StoreAddress:
+    """Where the ranks of a launch meet by torch.distributed.
+
+    `is_served`: the launcher serves the store; else rank 0 does, on the listening socket `listen_fd` where it has one.
+    `prefix` keeps apart launches that share a store.
+    """
+
+    host: str
+    port: int
+    prefix: str = "dist_train"
+    is_served: bool = False
+    listen_fd: int | None = None
+
+
+@dataclass(frozen=True)
 class Launch:
-    """The launcher that started this process, the number of ranks that it was asked for, our number."""
+    """The launcher that started this process, the number of ranks that it was asked for, our number.
+
+    `store`: where the ranks can meet by torch.distributed; None where the launcher does not say.
+    """
 
     launcher: str
     size: int
     rank: int
+    store: StoreAddress | None = None
 
 
 def read_launch(environment: Mapping[str, str]) -> Launch:
-    """Return how this process was launched: by horovodrun, mpirun, srun, or alone.
+    """Return how this process was launched: by horovodrun, mpirun, srun, torchrun, dist-train launch, or alone.
 
     Raises:
         UsageError: the environment asks Horovod for what is known to crash or to part the ranks.
@@ -31,12 +52,50 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
         launch = Launch("mpirun", int(environment["OMPI_COMM_WORLD_SIZE"]), int(environment["OMPI_COMM_WORLD_RANK"]))
         _refuse_gloo_under_mpi(environment)
         return launch
+    # torchrun may itself run within a step of Slurm.
+    if LISTEN_FD in environment or "TORCHELASTIC_RUN_ID" in environment:
+        launcher = "dist-train launch" if LISTEN_FD in environment else "torchrun"
+        return Launch(launcher, int(environment["WORLD_SIZE"]), int(environment["RANK"]), _store_of_torch(environment))
     # A batch script has SLURM_NTASKS too; only the tasks of srun have a step of their own.
     if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment and "HOROVOD_RANK" not in environment:
-        return Launch("srun", int(environment.get("SLURM_STEP_NUM_TASKS", "1")), int(environment["SLURM_PROCID"]))
+        size = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+        return Launch("srun", size, int(environment["SLURM_PROCID"]), _store_of_slurm(environment))
     if "HOROVOD_SIZE" in environment:
         return Launch("horovodrun", int(environment["HOROVOD_SIZE"]), int(environment["HOROVOD_RANK"]))
     return Launch("alone", 1, 0)
+
+
+LISTEN_FD = "DIST_TRAIN_LISTEN_FD"
+"""Set by `dist-train launch`: rank 0's listening socket for the store; -1 for the other ranks."""
+
+_SLURM_PORTS = range(15000, 30000)
+"""Below the ports that Linux gives to clients."""
+
+
+def _store_of_torch(environment: Mapping[str, str]) -> StoreAddress:
+    listen_fd = int(environment.get(LISTEN_FD, "-1"))
+    run = f"{environment.get('TORCHELASTIC_RUN_ID', '')}.{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return StoreAddress(
+        environment["MASTER_ADDR"],
+        int(environment["MASTER_PORT"]),
+        prefix=f"dist_train.{run}",
+        is_served=environment.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True",
+        listen_fd=listen_fd if listen_fd >= 0 else None,
+    )
+
+
+def _store_of_slurm(environment: Mapping[str, str]) -> StoreAddress | None:
+    """Return the first node of the step and a port that follows from its number; MASTER_ADDR and MASTER_PORT win."""
+    nodes = environment.get("SLURM_STEP_NODELIST", "")
+    first = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
+    if first is None and "MASTER_ADDR" not in environment:
+        return None
+    host = "".join(part or "" for part in first.groups()) if first else ""
+    step = f"{environment.get('SLURM_JOB_ID', '')}.{environment['SLURM_STEP_ID']}"
+    port = _SLURM_PORTS[zlib.crc32(step.encode()) % len(_SLURM_PORTS)]
+    return StoreAddress(
+        environment.get("MASTER_ADDR", host), int(environment.get("MASTER_PORT", port)), prefix=f"dist_train.{step}"
+    )
 
 
 def current_launch() -> Launch:

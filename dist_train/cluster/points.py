@@ -1,12 +1,15 @@
-"""Work that falls into independent points, shared out over the ranks of mpirun or srun by mpi4py; alone without."""
+"""Independent points of work, shared out over ranks: by mpi4py under mpirun and srun, else as training is."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
 
-from dist_train.cluster.communicator import PeerFailedError, Place
+import torch
+
+from dist_train.cluster.communicator import Alone, Communicator, Pending
+from dist_train.cluster.joining import join_ranks
 from dist_train.cluster.launch import current_launch
 from dist_train.outcome import UsageError
 
@@ -15,47 +18,15 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-
-class PointRanks(Place, Protocol):
-    """The ranks that share points, seen from one of them. Every rank must call the same operations."""
-
-    def share(self, value: Value) -> Value:
-        """Return rank 0's `value`; what the others pass is not used."""
-
-    def collect(self, values: Sequence[Value]) -> list[Value]:
-        """Return the values of all ranks, one rank after the other, on rank 0; nothing on the others."""
-
-    def run_on_all_ranks(self, action: Callable[[], Value], name: str) -> Value:
-        """Return `action()`; when it fails on some ranks, fail on all, after all have tried.
-
-        Raises:
-            PeerFailedError: on those whose action did not fail, naming those that failed.
-        """
+_TIMEOUT = 8 * 3600.0
+"""Seconds; a rank that is done waits for those that still evaluate."""
 
 
-class AlonePoints:
-    """The only rank: no MPI."""
+class MpiCommunicator(Alone):
+    """The ranks of an MPI communicator, for tensors of the host."""
 
-    rank = 0
-    size = 1
-    local_rank = 0
-    local_size = 1
-
-    def share(self, value: Value) -> Value:
-        """Return `value`."""
-        return value
-
-    def collect(self, values: Sequence[Value]) -> list[Value]:
-        """Return `values`."""
-        return list(values)
-
-    def run_on_all_ranks(self, action: Callable[[], Value], name: str) -> Value:
-        """Return `action()`."""
-        return action()
-
-
-class MpiPoints:
-    """The ranks of an MPI communicator."""
+    controller = "mpi4py"
+    has_nccl = False
 
     def __init__(self, communicator: Comm, local: Comm) -> None:
         """Take the communicator of all ranks, and that of those on this node."""
@@ -65,57 +36,48 @@ class MpiPoints:
         self.local_rank = local.Get_rank()
         self.local_size = local.Get_size()
 
-    def share(self, value: Value) -> Value:
-        """Return rank 0's `value`."""
-        shared: Value = self._communicator.bcast(value, root=0)
-        return shared
+    def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
+        """Replace the contiguous `tensor` by its sum over all ranks."""
+        from mpi4py import MPI
 
-    def collect(self, values: Sequence[Value]) -> list[Value]:
-        """Return the values of all ranks on rank 0; nothing on the others."""
-        collected: list[Sequence[Value]] | None = self._communicator.gather(values, root=0)
-        return [value for part in collected or () for value in part]
+        self._communicator.Allreduce(MPI.IN_PLACE, tensor.numpy())
+        return super().allreduce_async(tensor, name)
 
-    def run_on_all_ranks(self, action: Callable[[], Value], name: str) -> Value:
-        """Return `action()`; when it fails on some ranks, fail on all, after all have tried."""
-        failure: Exception | None = None
-        try:
-            result = action()
-        except Exception as error:
-            failure = error
-        outcomes: list[bool] = self._communicator.allgather(failure is not None)
-        failed = [rank for rank, bad in enumerate(outcomes) if bad]
-        # One of them tells, where all have met the same fault.
-        if failure is not None and (failed[0] == self.rank or not isinstance(failure, UsageError)):
-            raise failure
-        if failed:
-            raise PeerFailedError(f"rank {', '.join(map(str, failed))} could not {name}; see its message")
-        return result
+    def broadcast(self, tensor: torch.Tensor, name: str) -> None:
+        """Replace `tensor` by rank 0's."""
+        self._communicator.Bcast(tensor.numpy(), root=0)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self._communicator.Barrier()
 
 
-def join_points() -> PointRanks:
-    """Return the ranks that mpirun or srun started, or one alone.
+def join_points() -> Communicator:
+    """Return the ranks that the launcher started, or one alone.
 
     Raises:
         UsageError: the launcher does not carry MPI, or mpi4py is missing.
     """
     launch = current_launch()
     if launch.size == 1:
-        return AlonePoints()
+        return Alone()
+    if launch.launcher not in ("mpirun", "srun", "horovodrun"):
+        return join_ranks(timeout=_TIMEOUT, device_type="cpu", engine="torch")
     if launch.launcher == "horovodrun":
-        raise UsageError("points are shared out by MPI: start with mpirun or srun instead of horovodrun --gloo")
+        raise UsageError("points are not shared out by Horovod: start with dist-train launch, mpirun or srun")
     # Open MPI polls without pause while it waits, and so takes the core that computes.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise UsageError(f"mpi4py cannot be used ({error}): run make setup, or start one rank alone") from error
+        raise UsageError(f"mpi4py cannot be used ({error}): run make setup, or start with dist-train launch") from error
     communicator = MPI.COMM_WORLD
     if communicator.Get_size() != launch.size:
         raise UsageError(
             f"{launch.launcher} started {launch.size} ranks, but MPI sees {communicator.Get_size()}: "
             f"start with the mpirun of mpi4py's MPI, or srun --mpi=pmix; see dist-train doctor"
         )
-    return MpiPoints(communicator, communicator.Split_type(MPI.COMM_TYPE_SHARED))
+    return MpiCommunicator(communicator, communicator.Split_type(MPI.COMM_TYPE_SHARED))
 
 
 def deal(points: Sequence[Value], rank: int, size: int) -> Sequence[Value]:

@@ -254,9 +254,17 @@ class PrecisionSettings(Section):
     )
 
 
+Engine = Literal["auto", "horovod", "torch"]
+
+
 class CommSettings(Section):
     """What the ranks say to each other."""
 
+    engine: Engine = Field(
+        "auto",
+        description="What carries the ranks. auto: Horovod under horovodrun and mpirun, and under srun where it is "
+        "installed; else torch.distributed.",
+    )
     reduction: Literal["exact", "float"] = Field(
         "exact", description="exact: gradients summed as integers, the same bits on any number of ranks."
     )

@@ -149,25 +149,26 @@ def check_devices(asked: Device) -> Check:
 def check_horovod(asked: Device) -> Check:
     """Check that Horovod loads, and what it can carry the ranks by on the device that is `asked` for."""
     from dist_train.cluster.inspection import horovod_build
+    from dist_train.cluster.joining import is_installed
 
     rebuild = "build it for this torch and MPI: rm -r .venv, then make setup"
     try:
         build = horovod_build()
     except ImportError as error:
-        return Check("Horovod", "fails", f"cannot be loaded: {error}", rebuild)
+        detail = "not installed: ranks talk by torch.distributed" if not is_installed("horovod") else str(error)
+        return Check("Horovod", "note", detail, f"for horovodrun and mpirun, {_SET_UP}")
     parts = {"MPI": build.mpi, "Gloo": build.gloo, "NCCL": build.nccl}
     listed = ", ".join(name for name, built in parts.items() if built)
     detail = f"{build.version}, built with {listed or 'nothing'}"
     if not (build.mpi or build.gloo):
-        return Check("Horovod", "fails", detail, rebuild)
+        return Check("Horovod", "note", detail, rebuild)
     if not build.nccl and asked != "cpu":
         from dist_train.cluster.devices import torch_gpus
 
         found = torch_gpus()
         if found.built_for:
-            # one rank alone has nobody to talk to
-            state: State = "fails" if found.count > 1 else "note"
-            return Check("Horovod", state, f"{detail}: without NCCL there can be one rank on GPUs, no more", rebuild)
+            how = "set comm.engine=torch for several ranks on GPUs, or rm -r .venv, then make setup"
+            return Check("Horovod", "note", f"{detail}: without NCCL it carries one rank on GPUs, no more", how)
     if not (build.mpi and build.gloo):
         return Check("Horovod", "note", f"{detail} only", rebuild)
     return Check("Horovod", "fine", detail)

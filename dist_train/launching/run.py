@@ -17,9 +17,9 @@ from dist_train.config import Config, dump_config, parse_config
 from dist_train.config.resuming import with_threads
 from dist_train.launching.assembly import assemble
 from dist_train.launching.session import Session, open_session
-from dist_train.monitoring.logs import open_logs
+from dist_train.monitoring.console import open_logs
+from dist_train.monitoring.observers import check_tensorboard
 from dist_train.monitoring.prometheus.http_server import check_access
-from dist_train.monitoring.tensorboard import check_tensorboard
 from dist_train.rundir.lock import RunLock, lock_run
 from dist_train.rundir.metrics_file import rewind
 from dist_train.rundir.paths import RunDirectory, oserror_to_fault
@@ -62,6 +62,7 @@ def train(config: Config, run_directory: Path | None = None) -> Outcome:
             comm = join_ranks(
                 timeout=config.comm.timeout,
                 device_type=device_type(config.run.device),
+                engine=config.comm.engine,
                 timeline=config.run.profile_steps > 0,
             )
             stack.callback(comm.close)

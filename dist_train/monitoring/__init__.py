@@ -1,1 +1,1 @@
-"""What is observed of a run: records, and who takes them (console, JSON lines, logs, Prometheus)."""
+"""Observers of a run: the console, log files, TensorBoard, and the exporter that Prometheus scrapes."""

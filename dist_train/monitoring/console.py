@@ -1,32 +1,35 @@
-"""A run on the console: lines in a log, a bar on a terminal."""
+"""What a run says: lines or a bar on the console, and a log file for each rank."""
 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TextIO
 
-from rich.box import ROUNDED
+from rich.box import ROUNDED, Box
 from rich.console import Console, Group
+from rich.constrain import Constrain
 from rich.live import Live
-from rich.progress_bar import ProgressBar
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from dist_train.monitoring import wording
 from dist_train.monitoring.observers import Observer
-from dist_train.monitoring.wording import Pace, summary_table
-from dist_train.rundir.records import EvaluationRecord, EventRecord, Measurement, Outcome, Record, RunFacts, TrainRecord
+from dist_train.monitoring.wording import Pace
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Outcome, Record, RunFacts, TrainRecord
 
 _WIDTH = 120
 
 
-class PlainLines:
+class PlainLines(Observer):
     """Writes one line each `seconds` at most, and one for every evaluation and event; each is flushed."""
 
     def __init__(self, stream: TextIO, seconds: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -57,15 +60,6 @@ class PlainLines:
             case EventRecord():
                 self._write(wording.event(record))
 
-    def measurement(self, measurement: Measurement) -> None:
-        """Do nothing: this is for charts."""
-
-    def progress(self, step: int) -> None:
-        """Do nothing: lines come from records."""
-
-    def sync(self) -> None:
-        """Do nothing: every line is flushed."""
-
     def end(self, outcome: Outcome) -> None:
         """Write the summary, of a run that has begun."""
         if self._facts is None:
@@ -89,14 +83,11 @@ class PlainLines:
             self._stream.write(text + "\n")
             self._stream.flush()
         except BrokenPipeError:
-            self._close_the_pipe()
+            # or Python's exit fails, with code 120, on what is left in the stream's buffer
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
             raise
-
-    def _close_the_pipe(self) -> None:
-        """Let what is left in the stream's buffer go nowhere, or Python's exit fails on it with code 120."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
 
 
 _REDRAW_SECONDS = 0.2
@@ -105,13 +96,29 @@ _REDRAW_SHARE = 1 / 300
 _WIDEST = 110
 
 
-class TerminalBar:
+class _Terminal(Console):
+    """A console that reports a closed pipe as what it is; the library's own way is to end the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError("the terminal is closed")
+
+
+class TerminalBar(Observer):
     """Redraws at most five times a second, and more seldom where drawing is slow. No thread of its own."""
 
     def __init__(self, terminal: TextIO) -> None:
         self._terminal = terminal
         self._console = _Terminal(file=terminal, force_terminal=True, highlight=False, soft_wrap=False)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
+        self._bar = Progress(
+            TextColumn("[dim]epoch[/] [bold]{task.fields[epoch]}"),
+            BarColumn(None, complete_style="green", finished_style="green"),
+            TextColumn("[dim]step[/] {task.completed:,}/{task.total:,}"),
+            TextColumn("[cyan]{task.fields[left]}"),
+            console=self._console,
+            auto_refresh=False,
+            expand=True,
+        )
         self._pace = Pace()
         self._next = 0.0
         self._facts: RunFacts | None = None
@@ -125,6 +132,7 @@ class TerminalBar:
         """Say what is about to be trained, and draw the bar."""
         self._facts = facts
         self._step = facts.start_step
+        self._task = self._bar.add_task("", total=facts.total_steps, epoch="", left="")
         self._fit()
         first, *rest = wording.introduction(facts)
         self._console.print(Text(first, style="bold"))
@@ -150,17 +158,11 @@ class TerminalBar:
             case EventRecord():
                 self._print(Text(wording.event(record), style="yellow"))
 
-    def measurement(self, measurement: Measurement) -> None:
-        """Do nothing: this is for charts."""
-
     def progress(self, step: int) -> None:
         """Move the bar, where it is time to."""
         self._step = max(self._step, step)
         if time.monotonic() >= self._next:
             self._draw()
-
-    def sync(self) -> None:
-        """Do nothing: nothing here is kept."""
 
     def end(self, outcome: Outcome) -> None:
         """Take the bar away and print the summary, of a run that has begun."""
@@ -214,47 +216,55 @@ class TerminalBar:
         facts = self._facts
         assert facts is not None, "begin comes first"
         seconds = self._pace.seconds_left(facts.total_steps)
-        left = Text("") if seconds is None else Text(f"{wording.duration(seconds)} left", style="cyan")
-        bar = Table.grid(expand=True, padding=(0, 2, 0, 0))
-        bar.width = min(self._console.width, _WIDEST)
-        for ratio in (None, 1, None, None):
-            bar.add_column(ratio=ratio, no_wrap=True)
-        bar.add_row(
-            Text.assemble(("epoch ", "dim"), (wording.current_epoch(facts, self._step), "bold")),
-            ProgressBar(facts.total_steps, self._step, complete_style="green", finished_style="green"),
-            Text.assemble(("step ", "dim"), f"{self._step:,}/{facts.total_steps:,}"),
-            left,
-        )
-        return Group(bar, self._measurements())
+        left = "" if seconds is None else f"{wording.duration(seconds)} left"
+        self._bar.update(self._task, completed=self._step, epoch=wording.current_epoch(facts, self._step), left=left)
+        return Group(Constrain(self._bar, _WIDEST), self._measurements())
 
     def _measurements(self) -> Text:
         train = self._train
         line = Text(no_wrap=True, overflow="ellipsis")
         if train is None:
             return line.append("waiting for the first step", style="dim")
-        pairs = [
-            ("loss ", f"{train.loss:.4f}"),
-            ("accuracy ", wording.percent(train.accuracy)),
-            ("", f"{wording.rate(train.samples_per_second)} images/s"),
-        ]
-        if self._test is not None:
-            pairs.append(("test ", wording.percent(self._test.accuracy)))
-        pairs.append(("rate ", f"{train.learning_rate:.3g}"))
-        if train.noise_amplitude:
-            pairs.append(("noise ", f"{train.noise_amplitude:.2g}"))
-        if self._saved is not None:
-            pairs.append(("saved at ", f"{self._saved:,}"))
-        for name, value in pairs:
-            line.append(name, style="dim").append(value).append("  ")
+        values = {
+            "loss ": f"{train.loss:.4f}",
+            "accuracy ": wording.percent(train.accuracy),
+            "": f"{wording.rate(train.samples_per_second)} images/s",
+            "test ": "" if self._test is None else wording.percent(self._test.accuracy),
+            "rate ": f"{train.learning_rate:.3g}",
+            "noise ": f"{train.noise_amplitude:.2g}" if train.noise_amplitude else "",
+            "saved at ": "" if self._saved is None else f"{self._saved:,}",
+        }
+        for name, value in values.items():
+            if value:
+                line.append(name, style="dim").append(value).append("  ")
         line.rstrip()
         return line
 
 
-class _Terminal(Console):
-    """A console that reports a closed pipe as what it is; the library's own way is to end the process."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError("the terminal is closed")
+def summary_table(facts: RunFacts, outcome: Outcome, box: Box | None) -> Table:
+    """Return how the run ended, one fact a row."""
+    reason = f": {outcome.reason}" if outcome.reason else ""
+    code = f" (exit code {outcome.exit_code})" if outcome.exit_code else ""
+    colour = {"finished": "green", "stopped": "yellow", "failed": "red"}.get(outcome.state, "white")
+    speed = outcome.samples_per_second
+    accuracies = {"train": outcome.train_accuracy, "test": outcome.test_accuracy, "best": outcome.best_accuracy}
+    rows = {
+        "state": Text.assemble((outcome.state, f"bold {colour}"), reason, code),
+        "steps": f"{outcome.step:,} of {facts.total_steps:,}",
+        "epochs": f"{outcome.epoch:.4g} of {facts.epochs:.4g}",
+        **{f"{name} accuracy": wording.percent(share) for name, share in accuracies.items() if share is not None},
+        "images/s": None if speed is None else wording.rate(speed),
+        "time": wording.duration(outcome.seconds),
+        "last checkpoint": outcome.last_checkpoint,
+        "run directory": facts.run_directory,
+    }
+    table = Table(box=box, show_header=False, title=Text(facts.name, style="bold"), title_justify="left")
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, value if isinstance(value, Text) else Text(str(value)))
+    return table
 
 
 TERMINAL_VARIABLE = "DIST_TRAIN_TERMINAL"
@@ -268,13 +278,11 @@ def open_console(environment: Mapping[str, str] = os.environ) -> Observer:
     if environment.get("TERM", "dumb") in ("dumb", "unknown"):
         return PlainLines(sys.stdout)
     terminal = launcher_terminal(environment.get(TERMINAL_VARIABLE, ""))
-    if terminal is not None:
-        return TerminalBar(terminal)
     # mpirun gives every rank a pseudo-terminal, also when its own output goes to a file
     launched = any(name in environment for name in _PSEUDO_TERMINALS_OF_LAUNCHERS)
-    if sys.stdout.isatty() and not launched:
-        return TerminalBar(sys.stdout)
-    return PlainLines(sys.stdout)
+    if terminal is None and sys.stdout.isatty() and not launched:
+        terminal = sys.stdout
+    return PlainLines(sys.stdout) if terminal is None else TerminalBar(terminal)
 
 
 def launcher_terminal(address: str) -> TextIO | None:
@@ -290,3 +298,65 @@ def launcher_terminal(address: str) -> TextIO | None:
         os.close(descriptor)
         return None
     return os.fdopen(descriptor, "w", encoding="utf-8")
+
+
+_LOGGER = "dist_train"
+
+
+@contextmanager
+def open_logs(directory: Path, rank: int, level: int = logging.INFO) -> Iterator[Path]:
+    """Send the `dist_train` logger to `directory`/rank-`rank`.log, which is yielded, and rank 0's warnings to stderr.
+
+    Raises OSError where the file cannot be opened.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"rank-{rank}.log"
+    handlers = [_RankFile(path, rank), *([_Stderr()] if rank == 0 else ())]
+    logger = logging.getLogger(_LOGGER)
+    logger.setLevel(level)
+    for handler in handlers:
+        logger.addHandler(handler)
+    try:
+        yield path
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+class _RankFile(logging.FileHandler):
+    """Appends to the rank's file; when that fails, says so once and gives up."""
+
+    def __init__(self, path: Path, rank: int) -> None:
+        super().__init__(path, encoding="utf-8")
+        form = logging.Formatter(
+            f"%(asctime)s.%(msecs)03dZ %(levelname)-7s rank {rank}  %(message)s", "%Y-%m-%dT%H:%M:%S"
+        )
+        form.converter = time.gmtime
+        self.setFormatter(form)
+
+    def close(self) -> None:
+        with suppress(OSError):  # what was left to flush was reported when it was written
+            super().close()
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name is logging's)
+        logging.getLogger(_LOGGER).removeHandler(self)
+        if sys.stderr is not None:
+            with suppress(OSError, ValueError):
+                reason = sys.exc_info()[1]
+                print(f"{self.baseFilename} cannot be written, logging ends: {reason}", file=sys.stderr)
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Warnings and above, to whatever `sys.stderr` is at the time: a progress bar may stand in for it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self, logging.WARNING)
+        self.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name is logging's)
+        logging.getLogger(_LOGGER).removeHandler(self)

@@ -1,41 +1,56 @@
-"""Who watches a run, and the promise that no watcher can stop it."""
+"""Observers of a run, the promise that none of them can stop it, and the one that writes TensorBoard's files."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
 from threading import Lock
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from dist_train.rundir.records import Measurement, Outcome, Record, RunFacts
+from dist_train.outcome import UsageError
+from dist_train.rundir.records import EvaluationRecord, Measurement, Outcome, Record, RunFacts, TrainRecord
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
-    """Takes what a run hands out. It may raise: it is then dropped, and the run continues."""
+    """The calls that a run makes, in their order; a subclass overrides those that it needs, the others do nothing.
+
+    A call may raise: the observer is then dropped, and the run continues.
+    """
 
     def begin(self, facts: RunFacts) -> None:
         """The run is about to do its first step."""
+        return
 
     def record(self, record: Record) -> None:
         """Something was measured, or happened."""
+        return
 
     def measurement(self, measurement: Measurement) -> None:
-        """How a step went on every rank; at most once per `metrics.every_steps`."""
+        """What a step took on every rank; at most once per `metrics.every_steps`."""
+        return
 
     def progress(self, step: int) -> None:
         """`step` updates are done; called at every one and within evaluations, so it must cost next to nothing."""
+        return
 
     def sync(self) -> None:
         """Flush to disk what was recorded; called, from any thread, before a checkpoint becomes durable."""
+        return
 
     def end(self, outcome: Outcome) -> None:
-        """The run has ended, well or not; let go of everything."""
+        """The run has ended, well or not; release everything."""
+        return
 
 
-class Observers:
-    """Hands everything on to each observer; one that raises is reported once and dropped."""
+class Observers(Observer):
+    """Passes every call to each observer; one that raises is reported once and dropped."""
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
         self._observers = tuple(observers)
@@ -45,19 +60,19 @@ class Observers:
         return bool(self._observers)
 
     def begin(self, facts: RunFacts) -> None:
-        """Tell every observer that the run begins."""
+        """Pass `begin` on."""
         self._each(lambda observer: observer.begin(facts))
 
     def record(self, record: Record) -> None:
-        """Hand `record` to every observer."""
+        """Pass `record` on."""
         self._each(lambda observer: observer.record(record))
 
     def measurement(self, measurement: Measurement) -> None:
-        """Hand `measurement` to every observer."""
+        """Pass `measurement` on."""
         self._each(lambda observer: observer.measurement(measurement))
 
     def progress(self, step: int) -> None:
-        """Tell every observer that `step` updates are done."""
+        """Pass `progress` on."""
         self._each(lambda observer: observer.progress(step))
 
     def sync(self) -> None:
@@ -65,7 +80,7 @@ class Observers:
         self._each(lambda observer: observer.sync())
 
     def end(self, outcome: Outcome) -> None:
-        """Tell every observer that the run has ended."""
+        """Pass `end` on."""
         self._each(lambda observer: observer.end(outcome))
 
     def _each(self, call: Callable[[Observer], None]) -> None:
@@ -83,3 +98,73 @@ class Observers:
         name, reason = type(failed).__name__, f"{type(error).__name__}: {error}"
         logger.warning("%s failed and is left out from now on; training continues: %s", name, reason)
         logger.debug("where %s failed", name, exc_info=error)
+
+
+def check_tensorboard() -> None:
+    """Raise UsageError where TensorBoard is not installed; to be called before training starts."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401  # the import is the check
+    except ImportError as error:
+        raise UsageError(
+            "metrics.tensorboard is true, but TensorBoard is not installed: "
+            "pip install 'dist_train[tensorboard]', or set metrics.tensorboard to false"
+        ) from error
+
+
+class TensorBoard(Observer):
+    """An observer that adds one event file a launch to `directory`.
+
+    A run that resumes from a checkpoint declares what earlier launches wrote after it void.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._writer: SummaryWriter | None = None
+
+    def begin(self, facts: RunFacts) -> None:
+        """Open this launch's file. Raises ImportError without TensorBoard."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        # All of the checkpoint's own step was recorded, and flushed, before the checkpoint: it stays.
+        self._writer = SummaryWriter(self._directory, purge_step=facts.start_step + 1)
+
+    def record(self, record: Record) -> None:
+        """Add the numbers of `record`; an event has none."""
+        match record:
+            case TrainRecord():
+                numbers = {
+                    "loss/batch": record.loss,
+                    "accuracy/batch": record.accuracy,
+                    "optimizer/learning_rate": record.learning_rate,
+                    "optimizer/noise_amplitude": record.noise_amplitude,
+                    "optimizer/gradient_norm": record.gradient_norm,
+                    "speed/samples_per_second": record.samples_per_second,
+                    "speed/step_seconds": record.step_seconds,
+                }
+                self._add(numbers, record.step, record.time)
+            case EvaluationRecord(split=split):
+                numbers = {f"loss/{split}": record.loss, f"accuracy/{split}": record.accuracy}
+                self._add(numbers, record.step, record.time)
+                self.sync()
+
+    def measurement(self, measurement: Measurement) -> None:
+        """Add the weights' norms and the parts of the step."""
+        parts = {f"step_parts/{name}": seconds for name, seconds in asdict(measurement.parts).items()}
+        norms = {"weights/norm": measurement.weight_norm, "weights/distance_from_initial": measurement.distance}
+        self._add(norms | parts, measurement.step, measurement.time)
+
+    def sync(self) -> None:
+        """Flush what was added. May be called from any thread."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def end(self, outcome: Outcome) -> None:
+        """Flush and close."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _add(self, numbers: dict[str, float], step: int, moment: float) -> None:
+        assert self._writer is not None, "begin comes first"
+        for tag, value in numbers.items():
+            self._writer.add_scalar(tag, value, step, walltime=moment)

@@ -1,15 +1,11 @@
-"""What a run says to people: facts, rates, remaining time, its summary."""
+"""Facts of a run in words: rates, remaining time, records as one line; without rich, for the exporter's process."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 
-from rich.box import Box
-from rich.table import Table
-from rich.text import Text
-
-from dist_train.rundir.records import EvaluationRecord, EventRecord, Outcome, RunFacts
+from dist_train.rundir.records import EvaluationRecord, EventRecord, RunFacts
 
 
 def duration(seconds: float) -> str:
@@ -45,10 +41,9 @@ def current_epoch(facts: RunFacts, step: int) -> str:
 
 def introduction(facts: RunFacts) -> tuple[str, ...]:
     """Return the lines that say what is about to be trained."""
-    micro_batches = "micro-batch" if facts.micro_batches == 1 else "micro-batches"
     lines = [
         f"{facts.name}: {facts.data}; {facts.model}, {plural(facts.parameters, 'parameter')}; noise {facts.noise}",
-        f"batch {facts.global_size:,} as {facts.micro_batches} {micro_batches} of {facts.micro_size:,} on "
+        f"batch {facts.global_size:,} as {plural(facts.micro_batches, 'micro-batch')} of {facts.micro_size:,} on "
         f"{plural(facts.world_size, 'rank')} ({facts.controller}), {facts.epochs:.4g} epochs of "
         f"{plural(facts.steps_per_epoch, 'step')}, {plural(facts.total_steps, 'step')} in all",
     ]
@@ -105,42 +100,3 @@ class Pace:
         if pace is None or self._latest is None:
             return None
         return max(0, total_steps - self._latest[1]) * pace
-
-
-_COLOURS = {"finished": "green", "stopped": "yellow", "failed": "red"}
-
-
-def summary_table(facts: RunFacts, outcome: Outcome, box: Box | None) -> Table:
-    """Return how the run ended, one fact a row."""
-    title = Text(facts.name, style="bold")
-    table = Table(box=box, show_header=False, title=title, title_justify="left")
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
-    for name, value in _rows(facts, outcome):
-        table.add_row(name, value)
-    return table
-
-
-def _rows(facts: RunFacts, outcome: Outcome) -> list[tuple[str, Text]]:
-    state = Text(outcome.state, style=f"bold {_COLOURS.get(outcome.state, 'white')}")
-    if outcome.reason:
-        state.append(f": {outcome.reason}", style="default not bold")
-    state.append(f" (exit code {outcome.exit_code})" if outcome.exit_code else "", style="default not bold")
-    accuracies = {
-        "train accuracy": outcome.train_accuracy,
-        "test accuracy": outcome.test_accuracy,
-        "best accuracy": outcome.best_accuracy,
-    }
-    rows = [
-        ("state", state),
-        ("steps", Text(f"{outcome.step:,} of {facts.total_steps:,}")),
-        ("epochs", Text(f"{outcome.epoch:.4g} of {facts.epochs:.4g}")),
-        *((name, Text(percent(share))) for name, share in accuracies.items() if share is not None),
-    ]
-    if outcome.samples_per_second is not None:
-        rows.append(("images/s", Text(rate(outcome.samples_per_second))))
-    rows.append(("time", Text(duration(outcome.seconds))))
-    if outcome.last_checkpoint is not None:
-        rows.append(("last checkpoint", Text(str(outcome.last_checkpoint))))
-    rows.append(("run directory", Text(str(facts.run_directory))))
-    return rows

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Protocol
 
 import torch
@@ -115,9 +116,7 @@ class GradientReduction:
 
     def send(self) -> None:
         """Start the sum of what is not under way: all of it, on a rank that had no micro-batch."""
-        for bucket in self._buckets:
-            if bucket.index not in self._pending:
-                self._pending[bucket.index] = self._accumulator.send(bucket, f"gradient.{bucket.index}")
+        self._send_before(len(self._buckets))
 
     def finish(self) -> None:
         """Return when the gradients of `weights` are those of the global batch."""
@@ -131,6 +130,12 @@ class GradientReduction:
         self._missing[bucket.index] -= 1
         if self._missing[bucket.index] == 0:
             self._add(bucket)
+            complete = takewhile(lambda each: self._missing[each.index] == 0, self._buckets)
+            self._send_before(len(list(complete)))
+
+    def _send_before(self, stop: int) -> None:
+        """Start the sums of the buckets before `stop`, in order: torch.distributed matches operations by order."""
+        for bucket in self._buckets[len(self._pending) : stop]:
             self._pending[bucket.index] = self._accumulator.send(bucket, f"gradient.{bucket.index}")
 
     def _add(self, bucket: Bucket) -> None:
@@ -288,6 +293,8 @@ def buckets_of(weights: FlatWeights, size: int) -> list[Bucket]:
 
 
 def _check_adasum(comm: Communicator, share: float, device: torch.device) -> None:
+    if comm.controller.startswith("torch"):
+        raise UsageError("torch.distributed has no Adasum: set comm.engine=horovod, or comm.op=average")
     if comm.size & (comm.size - 1):
         raise UsageError(f"adasum needs a power of two of ranks, not {comm.size}: set comm.op to average")
     if comm.controller == "gloo" and device.type == "cpu":

@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from dist_train.monitoring.wording import summary_table
+from dist_train.monitoring.console import summary_table
 from dist_train.rundir.records import Outcome, RunFacts
 from dist_train.watch import panels
 from dist_train.watch.curves import LEAST_HEIGHT, draw_accuracy, draw_loss

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.launching import launch, weights_digest, write_config
+from tests.launching import train_alone, weights_digest, write_config
 
 _SHAPE = {"name": "synthetic", "synthetic_shape": [1, 8, 8]}
 _MODEL = {"width": 0.0625, "norm": "ghost", "ghost_size": 16, "norm_samples": 64}
@@ -64,6 +64,5 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
 
 def _train_alone(folder: Path, settings: Mapping[str, Any]) -> Undisturbed:
     config = write_config(folder, settings)
-    ended = launch(1, "alone", "train", config, "--run-dir", str(folder / "run"))
-    assert ended.code == 0, ended.output
+    train_alone(config, folder / "run")
     return Undisturbed(config, weights_digest(folder / "run"))

@@ -24,7 +24,7 @@ Needs root with CAP_SYS_ADMIN, and the Debian packages slurm-wlm openssh-server 
 
   SLURM_RIG_DIR      folder of its files (/tmp/slurm_rig)
   SLURM_RIG_NETWORK  first three numbers of the nodes' addresses (10.77.0)
-  SLURM_RIG_TIMEOUT  seconds after which a node that does not answer is down (10)
+  SLURM_RIG_TIMEOUT  seconds after which a node that does not answer is down (60)
 TEXT
 }
 
@@ -83,7 +83,7 @@ SelectTypeParameters=CR_Core
 GresTypes=gpu
 MpiDefault=none
 ReturnToService=2
-SlurmdTimeout=${SLURM_RIG_TIMEOUT:-10}
+SlurmdTimeout=${SLURM_RIG_TIMEOUT:-60}
 KillWait=5
 MinJobAge=3600
 PreemptType=preempt/partition_prio
@@ -163,7 +163,7 @@ boot() {
     setsid unshare --mount --uts --ipc --net --pid --fork --kill-child=KILL --mount-proc \
         bash "$rig/init.sh" "$name" </dev/null >>"$rig/log/$name.init" 2>&1 &
     outer=$!
-    for _ in {1..200}; do
+    for _ in {1..6000}; do
         if [[ -e $rig/run/$name.booted ]]; then
             inner=$(cut -d' ' -f1 "/proc/$outer/task/$outer/children" 2>/dev/null) || inner=
             [[ -z $inner ]] || break
@@ -214,7 +214,7 @@ up() {
     for ((number = 1; number <= count; number++)); do
         start_node "node$number"
     done
-    for _ in {1..300}; do
+    for _ in {1..3000}; do
         all_idle "$count" && return
         sleep 0.1
     done
@@ -227,7 +227,7 @@ kill_node() {
     local process
     process=$(cat "$rig/process/$1" 2>/dev/null) || return 0
     kill -KILL "$process" 2>/dev/null || true
-    for _ in {1..200}; do
+    for _ in {1..2000}; do
         [[ -e /proc/$process ]] || break
         sleep 0.05
     done

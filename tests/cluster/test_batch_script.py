@@ -15,11 +15,16 @@ from tests.waiting import wait_for
 pytestmark = [pytest.mark.ranks, pytest.mark.services]
 
 
-@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
-def test_two_nodes_end_as_one_rank_does(
-    launcher: str, cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
-) -> None:
-    submitted = Submitted(cluster, tmp_path, large_batch.config, LAUNCHER=launcher)
+STARTED = {
+    "srun": {"LAUNCHER": "srun"},
+    "mpirun": {"LAUNCHER": "mpirun"},
+    "torch": {"LAUNCHER": "srun", "OVERRIDES": "comm.engine=torch"},
+}
+
+
+@pytest.mark.parametrize("by", list(STARTED))
+def test_two_nodes_end_as_one_rank_does(by: str, cluster: Cluster, tmp_path: Path, large_batch: Undisturbed) -> None:
+    submitted = Submitted(cluster, tmp_path, large_batch.config, **STARTED[by])
     ended = submitted.wait()
     assert_equal_bit_identically(ended, submitted.run, large_batch)
     assert status(submitted.run)["world_size"] == 4, ended.output
@@ -27,7 +32,7 @@ def test_two_nodes_end_as_one_rank_does(
 
 
 @pytest.mark.lengthy
-def test_a_run_that_meets_its_time_limit_saves_and_goes_on_by_itself(
+def test_a_run_that_meets_its_time_limit_saves_and_resumes_by_itself(
     cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:
     # Slurm looks at time limits every 30 s.
@@ -45,7 +50,6 @@ def test_a_run_that_meets_its_time_limit_saves_and_goes_on_by_itself(
 
 
 @pytest.mark.lengthy
-@pytest.mark.timeout(600)
 def test_a_run_with_too_little_time_is_requeued_again_and_again_until_it_has_finished(
     cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:
@@ -59,10 +63,11 @@ def test_a_run_with_too_little_time_is_requeued_again_and_again_until_it_has_fin
 
 
 @pytest.mark.lengthy
-def test_a_run_that_is_preempted_goes_on_when_the_other_job_is_done(
-    cluster: Cluster, tmp_path: Path, long_run: Undisturbed
+@pytest.mark.parametrize("by", ["mpirun", "torch"])
+def test_a_run_that_is_preempted_resumes_when_the_other_job_is_done(
+    by: str, cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:
-    submitted = Submitted(cluster, tmp_path, long_run.config, LAUNCHER="mpirun")
+    submitted = Submitted(cluster, tmp_path, long_run.config, **STARTED[by])
     submitted.wait_for_step(20)
     urgent = cluster.run(
         "sbatch", "--partition=high", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=true", folder=tmp_path
@@ -74,7 +79,7 @@ def test_a_run_that_is_preempted_goes_on_when_the_other_job_is_done(
 
 
 @pytest.mark.lengthy
-def test_a_run_that_is_requeued_by_hand_goes_on(cluster: Cluster, tmp_path: Path, long_run: Undisturbed) -> None:
+def test_a_run_that_is_requeued_by_hand_resumes(cluster: Cluster, tmp_path: Path, long_run: Undisturbed) -> None:
     submitted = Submitted(cluster, tmp_path, long_run.config)
     submitted.wait_for_step(20)
     cluster.control("requeue", str(submitted.job))
@@ -85,10 +90,11 @@ def test_a_run_that_is_requeued_by_hand_goes_on(cluster: Cluster, tmp_path: Path
 
 @pytest.mark.lengthy
 @pytest.mark.parametrize("lost", ["node2", "node1"], ids=["another node", "the batch host"])
-def test_a_run_that_loses_a_node_goes_on_with_half_the_ranks(
-    lost: str, cluster: Cluster, tmp_path: Path, long_run: Undisturbed
+@pytest.mark.parametrize("by", ["srun", "torch"])
+def test_a_run_that_loses_a_node_resumes_with_half_the_ranks(
+    lost: str, by: str, cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:
-    submitted = Submitted(cluster, tmp_path, long_run.config)
+    submitted = Submitted(cluster, tmp_path, long_run.config, **STARTED[by])
     submitted.wait_for_step(50)
     assert cluster.batch_host(submitted.job) == "node1"
     cluster.kill_node(lost)

@@ -11,6 +11,7 @@ from dist_train.outcome import ExitCode
 from tests.cluster.cluster import Cluster, status
 from tests.cluster.runs import Undisturbed
 from tests.cluster.submitted import Submitted, training_by
+from tests.waiting import PATIENCE
 
 # That nothing of a job is left on a node is looked at after every test, by its fixture.
 pytestmark = [pytest.mark.ranks, pytest.mark.services]
@@ -25,7 +26,7 @@ def disturb(cluster: Cluster, submitted: Submitted, signal: str) -> tuple[str, f
     return rank, time.monotonic()
 
 
-def reason_of_failure(cluster: Cluster, submitted: Submitted, seconds: float = 60) -> str:
+def reason_of_failure(cluster: Cluster, submitted: Submitted, seconds: float = PATIENCE) -> str:
     """Return the reason in the status of a job that fails by itself, within so many seconds."""
     ended = cluster.wait(submitted.job, seconds)
     assert (ended.state, ended.code, ended.restarts) == ("FAILED", ExitCode.FAULT, 0), ended.output

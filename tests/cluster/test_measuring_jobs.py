@@ -89,19 +89,9 @@ def test_a_landscape_that_is_cancelled_keeps_its_points_and_goes_on(
     assert points.read_text().count("\n") == 1 + 2 * 225
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--points 3.5", "invalid int value: '3.5'"),
-        ("--points 1", "--points is 1"),
-        ("--points 3", "holds no checkpoint"),
-    ],
-)
-def test_what_is_wrong_with_a_landscape_is_told_once_and_ends_with_2(
-    options: str, message: str, cluster: Cluster, tmp_path: Path
-) -> None:
+def test_what_is_wrong_with_a_landscape_is_told_once_and_ends_with_2(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    job = cluster.sbatch(tmp_path, "landscape.sh", TARGETS="run", OPTIONS=options, RANKS_PER_NODE="1")
+    job = cluster.sbatch(tmp_path, "landscape.sh", TARGETS="run", OPTIONS="--points 3", RANKS_PER_NODE="1")
     ended = cluster.wait(job)
     assert (ended.state, ended.code) == ("FAILED", ExitCode.USAGE), ended.output
-    assert ended.output.count(message) == 1, ended.output
+    assert ended.output.count("holds no checkpoint") == 1, ended.output

@@ -23,7 +23,6 @@ from dist_train.analysis.landscape_files import (
 )
 from dist_train.analysis.landscape_points import PointEvaluator
 from dist_train.cluster.communicator import Alone
-from dist_train.cluster.points import AlonePoints
 from dist_train.data.images import Split
 from dist_train.outcome import UsageError
 from dist_train.training.stored import evaluate_stored
@@ -87,7 +86,7 @@ def silent(done: int, total: int) -> None:
 
 
 def made(request: Request, report: Report = silent) -> Finished:
-    finished = make_landscape(replace(request, threads=1), AlonePoints(), report)
+    finished = make_landscape(replace(request, threads=1), Alone(), report)
     assert finished is not None
     return finished
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu import PARTS, main
+from benchmarks.gpu import PARTS, main, same_bits
+from benchmarks.subject import settings
+from dist_train.config import Config
 from dist_train.outcome import ExitCode
 
 
@@ -18,13 +22,23 @@ def test_without_a_gpu_it_is_refused_in_one_line(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "page.md").exists()
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("part", [*PARTS, "kernels"])
+@pytest.mark.parametrize("part", [*(part for part in PARTS if part != "same-bits"), "kernels"])
 def test_each_part_holds_on_a_cpu(tmp_path: Path, part: str) -> None:
     page = tmp_path / "page.md"
     code = main(["--device", "cpu", "--only", part, "--page", str(page), "--part-seconds", "500"])
     assert f"## {part}: holds" in page.read_text()
     assert code == 0
+
+
+def test_runs_that_are_killed_resumed_and_launched_have_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def narrow(width: float, global_size: int, **sections: Mapping[str, Any]) -> Config:
+        return settings(width / 8, global_size, **sections)
+
+    monkeypatch.setattr("benchmarks.gpu.settings", narrow)
+    found = same_bits("cpu", tmp_path)
+    assert found.holds, found.text
 
 
 def test_a_part_that_takes_too_long_is_written_down_and_the_next_begins(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.waiting import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 FILES = (
     "train-images-idx3-ubyte",
@@ -43,7 +45,7 @@ def run(*command: str | Path, environment: Mapping[str, str]) -> subprocess.Comp
         env=dict(environment),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
         stdin=subprocess.DEVNULL,
     )

@@ -21,33 +21,32 @@ pytestmark = pytest.mark.skipif(
 PROGRAM = """
 import resource
 from dist_train.start_up import keep_freed_memory
-{call}
 SIZE = 1 << 26
 def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-b"x" * SIZE
-before = faults()
-for _ in range(16):
     b"x" * SIZE
-print(kept, faults() - before)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(16):
+        b"x" * SIZE
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(), keep_freed_memory(), faults())
 """
 
 
-def kept_and_faults(call: str, **variables: str) -> tuple[str, int]:
+def faults_and_kept(**variables: str) -> tuple[int, str, int]:
+    """Return the page faults before the setting is made, whether it was made, and the page faults after."""
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(call=call)],
+        [sys.executable, "-c", PROGRAM],
         env={**os.environ, **variables},
         check=True,
         capture_output=True,
         text=True,
     )
-    kept, faults = result.stdout.split()
-    return kept, int(faults)
+    without, kept, faults = result.stdout.split()
+    return int(without), kept, int(faults)
 
 
 def test_an_array_reuses_the_pages_of_the_freed_one() -> None:
-    _, without = kept_and_faults("kept = None")
-    kept, faults = kept_and_faults("kept = keep_freed_memory()")
+    without, kept, faults = faults_and_kept()
     assert kept == "True"
     assert faults < 1000
     assert without > 1000, "the test's own reason is gone: pages are reused without it"
@@ -58,7 +57,7 @@ def test_an_array_reuses_the_pages_of_the_freed_one() -> None:
     [{"MALLOC_MMAP_THRESHOLD_": "1000000"}, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1000000"}],
 )
 def test_what_the_user_has_set_stays(variables: dict[str, str]) -> None:
-    kept, faults = kept_and_faults("kept = keep_freed_memory()", **variables)
+    _, kept, faults = faults_and_kept(**variables)
     assert kept == "False"
     assert faults > 1000
 

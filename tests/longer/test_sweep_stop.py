@@ -10,8 +10,6 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import pytest
-
 from dist_train.outcome import ExitCode
 from dist_train.rundir.status import read_status
 from tests.launching import environment, kill, launch
@@ -43,11 +41,11 @@ class Sweep:
         return [status.state if (status := read_status(run / "status.json")) else "" for run in self.runs]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_stops_with_its_runs_saved_and_the_same_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+# SIGTERM: TestStopping of test_study_sweep.py.
+def test_it_stops_with_its_runs_saved_and_the_same_command_goes_on(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path)
     try:
-        sweep.process.send_signal(number)
+        sweep.process.send_signal(signal.SIGINT)
         told, _ = sweep.process.communicate(timeout=PATIENCE)
     finally:
         kill(sweep.process)

@@ -16,8 +16,8 @@ SHIPPED = ("configs", "studies", "launch", "slurm")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the wheel made of the source distribution, as a package index would have both."""
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return the source distribution and the wheel made of it, as a package index would have both."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
@@ -32,7 +32,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [sdist] = (source / "dist").iterdir()
     pip("wheel", "--no-build-isolation", "--wheel-dir", str(folder / "wheels"), str(sdist))
     [made] = (folder / "wheels").iterdir()
-    return made
+    return sdist, made
+
+
+@pytest.fixture(scope="module")
+def wheel(distributions: tuple[Path, Path]) -> Path:
+    return distributions[1]
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +93,31 @@ def test_a_submitted_script_sources_the_installed_prologue(installed: Path) -> N
     assert f"\nroot={share}\n" in script
     assert f"train {share}/configs/demo.yaml " in script
     assert (share / "slurm/prologue.sh").is_file()
+
+
+def test_the_metadata_pass_the_index_s_check(distributions: tuple[Path, Path]) -> None:
+    pytest.importorskip("twine", reason="needs twine, which make setup installs")
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, distributions)]
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.lengthy
+def test_two_ranks_train_where_there_is_neither_a_compiler_nor_mpi(wheel: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    programs = tmp_path / "venv/bin"
+    variables = {**os.environ, "PATH": str(programs)}
+    variables.pop("PYTHONPATH", None)
+    subprocess.run([str(programs / "pip"), "install", "--quiet", str(wheel)], env=variables, check=True)
+    words = (
+        "train",
+        "dist_train:configs/demo.yaml",
+        "data.name=synthetic",
+        "data.synthetic_samples=8192",
+        "run.max_steps=2",
+        "metrics.enabled=false",
+    )
+    command = [str(programs / "dist-train"), "launch", "-np", "2", *words, "--run-dir", str(tmp_path / "run")]
+    ended = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "2 ranks (torch-gloo)" in ended.stdout

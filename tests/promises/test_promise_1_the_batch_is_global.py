@@ -24,7 +24,7 @@ PLAIN: dict[str, Any] = {
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("ranks", "controller"), [(1, "alone"), (2, "gloo"), (3, "mpi")])
+@pytest.mark.parametrize(("ranks", "controller"), [(1, "alone"), (2, "torch"), (3, "mpi")])
 def test_the_gradient_is_the_mean_over_the_global_batch(tmp_path: Path, ranks: int, controller: str) -> None:
     settings = small_settings(**PLAIN)
     config = parse_config(settings, source="test")

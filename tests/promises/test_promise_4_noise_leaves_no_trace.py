@@ -41,7 +41,7 @@ def test_after_fifty_noisy_steps_at_rate_0_the_weights_are_the_initial_ones(
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("what", "method"), [("weights", "smoothout"), ("noise", "smoothout"), ("noise", "langevin")])
+@pytest.mark.parametrize(("what", "method"), [("weights", "smoothout"), ("noise", "langevin")])
 def test_one_flipped_bit_on_one_of_three_ranks_ends_the_run_with_code_4(tmp_path: Path, what: str, method: str) -> None:
     settings = small_settings(comm={"verify_every": 4}, batch={"global_size": 96}, noise={"method": method})
     ended = launch(
@@ -79,7 +79,6 @@ def test_after_200_steps_on_four_ranks_all_hold_the_same_bits(tmp_path: Path) ->
         "--run-dir",
         str(tmp_path / "run"),
         program=["-m", "tests.ranks.own_weights", str(folder)],
-        timeout=240,
     )
     assert ended.code == 0, ended.output
     assert status(tmp_path / "run")["step"] == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.launching import (
     records,
     results,
     small_settings,
+    train_alone,
     weights_digest,
     write_config,
 )
@@ -43,12 +45,22 @@ def test_a_checkpoint_is_what_design_says(tmp_path: Path) -> None:
     assert (contents["step"], contents["epoch"]) == (8, 1.0)
 
 
+@pytest.fixture(scope="module")
+def undamaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run `whole` of 12 steps, and `run`, which has stopped after 8."""
+    folder = tmp_path_factory.mktemp("undamaged")
+    config = write_config(folder, small_settings(checkpoint={"every_steps": 3}))
+    for name, steps in (("whole", 12), ("run", 8)):
+        train_alone(config, folder / name, f"run.max_steps={steps}")
+    return folder
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no record"])
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(tmp_path: Path, damage: str) -> None:
-    config = write_config(tmp_path, small_settings(checkpoint={"every_steps": 3}))
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    assert launch(1, "alone", "train", config, "run.max_steps=12", "--run-dir", str(whole)).code == 0
-    assert launch(1, "alone", "train", config, "run.max_steps=8", "--run-dir", str(run)).code == 0
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
+    undamaged: Path, tmp_path: Path, damage: str
+) -> None:
+    config, whole, run = str(undamaged / "config.yaml"), undamaged / "whole", tmp_path / "run"
+    shutil.copytree(undamaged / "run", run)
     last = run / "checkpoints" / "step-00000008.pt"
     content = last.read_bytes()
     if damage == "truncated":

@@ -15,6 +15,7 @@ from tests.launching import (
     small_settings,
     start,
     status,
+    train_alone,
     weights_digest,
     write_config,
 )
@@ -25,7 +26,12 @@ pytestmark = pytest.mark.ranks
 
 @pytest.mark.parametrize(
     ("ranks", "controller", "number"),
-    [(1, "alone", signal.SIGTERM), (2, "gloo", signal.SIGUSR2), (2, "mpi", signal.SIGTERM)],
+    [
+        (1, "alone", signal.SIGTERM),
+        (2, "torch", signal.SIGTERM),
+        (2, "gloo", signal.SIGUSR2),
+        (2, "mpi", signal.SIGTERM),
+    ],
 )
 def test_a_signal_to_one_rank_stops_all_at_one_step(
     tmp_path: Path, ranks: int, controller: str, number: signal.Signals
@@ -50,8 +56,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(
     assert [path.name for path in (run / "checkpoints").glob("*.pt")] == [f"step-{after['step']:08d}.pt"]
 
     step = after["step"]
-    whole = launch(1, "alone", "train", config, f"run.max_steps={step + 5}", "--run-dir", str(tmp_path / "whole"))
-    assert whole.code == 0, whole.output
+    train_alone(config, tmp_path / "whole", f"run.max_steps={step + 5}")
     again = launch(ranks, controller, "train", config, f"run.max_steps={step + 5}", "--run-dir", str(run))
     assert again.code == 0, again.output
     assert weights_digest(run) == weights_digest(tmp_path / "whole")
@@ -62,6 +67,11 @@ def _ranks(pid: int) -> list[int]:
     training = []
     for candidate in [pid, *descendants(pid)]:
         words = Path(f"/proc/{candidate}/cmdline").read_bytes().split(b"\0")
-        if b"dist_train" in words and b"horovodrun" not in words[1] and b"mpirun" not in words[0]:
+        if (
+            b"dist_train" in words
+            and b"launch" not in words
+            and b"horovodrun" not in words[1]
+            and b"mpirun" not in words[0]
+        ):
             training.append(candidate)
     return training

@@ -12,9 +12,10 @@ from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights, digest
 from dist_train.optim.optimizers import build_optimizer, state_tensors
 from tests.launching import small_settings
+from tests.waiting import PATIENCE
 
 if __name__ == "__main__":
-    comm = join_ranks(timeout=60.0, device_type="cpu")
+    comm = join_ranks(timeout=PATIENCE, device_type="cpu")
     settings = small_settings(run={"seed": comm.rank}, optimizer={"weight_decay": 0.1})
     config = parse_config(settings, source="test")
     model = build_model(config)

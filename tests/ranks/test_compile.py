@@ -24,7 +24,7 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one_under_noise(tmp_path: Path
             noise={"amplitude": 0.2, "sharing": "micro_batch"},
         )
         config = write_config(tmp_path, settings)
-        ended = launch(1, "alone", "train", config, *overrides, "--run-dir", str(tmp_path / name), timeout=240)
+        ended = launch(1, "alone", "train", config, *overrides, "--run-dir", str(tmp_path / name))
         assert ended.code == 0, ended.output
         losses[name] = [record["loss"] for record in records(tmp_path / name, "train")]
     assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-3)

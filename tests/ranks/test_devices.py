@@ -19,7 +19,6 @@ pytestmark = pytest.mark.ranks
     ("ranks", "controller", "sign"),
     [
         (1, "alone", {"SLURM_GPUS_ON_NODE": "4"}),
-        (1, "alone", {"CUDA_VISIBLE_DEVICES": "0"}),
         (2, "gloo", {"CUDA_VISIBLE_DEVICES": "0,1"}),
     ],
 )

@@ -17,6 +17,7 @@ from tests.launching import (
     small_settings,
     start,
     status,
+    train_alone,
     weights_digest,
     write_config,
 )
@@ -42,9 +43,9 @@ def test_precision_layout_clipping_augmentation_and_schedules_keep_the_bits(tmp_
             },
         ),
     )
-    for name, ranks, controller in (("alone", 1, "alone"), ("two", 2, "mpi")):
-        ended = launch(ranks, controller, "train", config, "--run-dir", str(tmp_path / name))
-        assert ended.code == 0, ended.output
+    train_alone(config, tmp_path / "alone")
+    ended = launch(2, "mpi", "train", config, "--run-dir", str(tmp_path / "two"))
+    assert ended.code == 0, ended.output
     assert weights_digest(tmp_path / "two") == weights_digest(tmp_path / "alone")
     assert results(tmp_path / "two") == results(tmp_path / "alone")
 
@@ -105,7 +106,7 @@ def test_a_killed_rank_ends_the_others_with_one_message(tmp_path: Path) -> None:
 def test_a_diverged_run_ends_with_code_3_on_all_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     config = write_config(tmp_path, small_settings(checkpoint={"every_steps": 1}, model={"norm": "none"}))
     run = tmp_path / "run"
-    assert launch(1, "alone", "train", config, "run.max_steps=2", "--run-dir", str(run)).code == 0
+    train_alone(config, run, "run.max_steps=2")
     before = weights_digest(run)
     ended = launch(
         2,

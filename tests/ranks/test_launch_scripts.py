@@ -20,7 +20,7 @@ from dist_train.outcome import ExitCode
 from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).parents[2]
-LOCAL = (str(ROOT / "launch/local.sh"),)
+LOCAL = (str(ROOT / "launch/local.sh"), "--gloo")
 MPIRUN = (str(ROOT / "launch/mpirun.sh"),)
 LAUNCHERS = pytest.mark.parametrize("launcher", [LOCAL, MPIRUN], ids=["horovodrun", "mpirun"])
 CONFIGURATION = """
@@ -131,8 +131,11 @@ def test_the_progress_bar_goes_around_the_launcher_to_the_terminal(
     assert b"\x1b[2K" in shown, "no line was redrawn"
 
 
-@LAUNCHERS
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [(LOCAL, signal.SIGTERM), (LOCAL, signal.SIGUSR2), (MPIRUN, signal.SIGINT), (MPIRUN, signal.SIGUSR2)],
+    ids=["horovodrun-SIGTERM", "horovodrun-SIGUSR2", "mpirun-SIGINT", "mpirun-SIGUSR2"],
+)
 def test_promise_7_a_signal_to_the_script_saves_and_ends_with_75(
     launcher: tuple[str, ...], number: signal.Signals, configuration: str, tmp_path: Path, mark: str
 ) -> None:

@@ -17,6 +17,7 @@ from tests.launching import (
     small_settings,
     start,
     status,
+    train_alone,
     weights_digest,
     write_config,
 )
@@ -38,10 +39,9 @@ def test_promise_3_two_ranks_end_with_the_bits_of_one_also_gone_on_with(tmp_path
         small_settings(run={"max_steps": 16}, optimizer=optimizer(name), comm={"verify_every": 1}),
     )
     alone, run = tmp_path / "alone", tmp_path / "run"
-    ended = launch(1, "alone", "train", config, "--run-dir", str(alone))
-    assert ended.code == 0, ended.output
-    for steps in (11, 16):
-        ended = launch(2, "gloo", "train", config, f"run.max_steps={steps}", "--run-dir", str(run))
+    train_alone(config, alone)
+    for steps, controller in ((11, "mpi"), (16, "torch")):
+        ended = launch(2, controller, "train", config, f"run.max_steps={steps}", "--run-dir", str(run))
         assert ended.code == 0, ended.output
     assert weights_digest(run) == weights_digest(alone)
     assert results(run, ["train"]) == results(alone, ["train"])
@@ -65,17 +65,16 @@ def test_promise_5_killed_and_gone_on_with_bit_identically(tmp_path: Path, name:
         ),
     )
     whole, run = tmp_path / "whole", tmp_path / "run"
-    ended = launch(1, "alone", "train", config, "--run-dir", str(whole))
-    assert ended.code == 0, ended.output
+    train_alone(config, whole)
     moments = random.Random(name)
-    for _ in range(3):
-        process = start(2, "gloo", "train", config, "--run-dir", str(run))
+    for controller in ("torch", "mpi"):
+        process = start(2, controller, "train", config, "--run-dir", str(run))
         seen = lines_of(run / "metrics.jsonl")
-        wait_for_lines(run / "metrics.jsonl", seen + 1)
-        time.sleep(moments.uniform(0.0, 0.5))
+        wait_for_lines(run / "metrics.jsonl", seen + moments.randint(1, 20))
+        time.sleep(moments.uniform(0.0, 0.02))
         assert process.poll() is None, "the run ended before it could be killed; make it longer"
         kill(process)
-    ended = launch(2, "gloo", "train", config, "--run-dir", str(run))
+    ended = launch(2, "mpi", "train", config, "--run-dir", str(run))
     assert ended.code == 0, ended.output
     assert status(run)["state"] == "finished"
     assert any(event["event"] == "resumed" for event in records(run, "event"))

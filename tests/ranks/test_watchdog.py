@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ranks
 TIMEOUT = 6.0
 
 
-@pytest.mark.parametrize(("controller", "stopped"), [("gloo", 1), ("mpi", 0)])
+@pytest.mark.parametrize(("controller", "stopped"), [("torch", 1), ("torch", 0), ("gloo", 1), ("mpi", 0)])
 def test_a_stopped_rank_ends_the_run_with_its_name(tmp_path: Path, controller: str, stopped: int) -> None:
     config = write_config(
         tmp_path,
@@ -40,10 +40,11 @@ def test_a_stopped_rank_ends_the_run_with_its_name(tmp_path: Path, controller: s
     assert f"process {pid}) has not answered" in after["reason"]
 
 
-def test_a_killed_rank_is_named_by_the_one_that_is_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize("controller", ["torch", "gloo"])
+def test_a_killed_rank_is_named_by_the_one_that_is_left(tmp_path: Path, controller: str) -> None:
     config = write_config(tmp_path, small_settings(run={"epochs": 5000}, evaluation={"every_epochs": 0}))
     run = tmp_path / "run"
-    process = start(2, "gloo", "train", config, "--run-dir", str(run))
+    process = start(2, controller, "train", config, "--run-dir", str(run))
     try:
         pid = _rank_that_trains(process.pid, 1, run)
         os.kill(pid, signal.SIGKILL)
@@ -61,7 +62,7 @@ def _rank_that_trains(launcher: int, rank: int, run: Path) -> int:
 
 
 def _rank(pid: int, rank: int) -> int:
-    names = {f"HOROVOD_RANK={rank}".encode(), f"OMPI_COMM_WORLD_RANK={rank}".encode()}
+    names = {f"HOROVOD_RANK={rank}".encode(), f"OMPI_COMM_WORLD_RANK={rank}".encode(), f"RANK={rank}".encode()}
     for candidate in descendants(pid):
         try:
             variables = Path(f"/proc/{candidate}/environ").read_bytes().split(b"\0")

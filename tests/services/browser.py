@@ -162,4 +162,4 @@ def browser() -> Iterator[Page]:
             os.close(we_write)
             os.close(we_read)
             process.terminate()
-            process.wait(timeout=30)
+            process.wait(timeout=PATIENCE)

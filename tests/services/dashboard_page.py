@@ -13,6 +13,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from tests.waiting import PATIENCE
+
 _TEMPLATE = Path(__file__).with_name("dashboard_page.html")
 _PLACE = "SETTINGS"
 _ROW_HEIGHT = 36
@@ -87,4 +89,4 @@ def _chromium(*arguments: str) -> str:
     flags += ["--disable-background-networking", "--disable-component-update", "--virtual-time-budget=20000"]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = ["chromium", *flags, f"--user-data-dir={profile}", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout

@@ -100,7 +100,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 def prometheus_config(folder: Path, targets: Path, alerts: str) -> Path:
     """Return the shipped configuration with this test's addresses, and its pace made quicker."""
     settings = yaml.safe_load((SHIPPED / "prometheus/prometheus.yml").read_text())
-    settings["global"] |= {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
+    settings["global"] |= {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "500ms"}
     [job] = [job for job in settings["scrape_configs"] if job["job_name"] == "dist_train"]
     job["file_sd_configs"] = [{"files": [f"{targets}/*.json"], "refresh_interval": "1s"}]
     settings["scrape_configs"] = [job]
@@ -121,7 +121,7 @@ def rules_file(folder: Path, shipped: Path) -> Path:
         for rule in group["rules"]:
             if rule.get("alert") == "DistTrainStalled":
                 assert "120" in rule["expr"]
-                rule["expr"] = rule["expr"].replace("120", "3")
+                rule["expr"] = rule["expr"].replace("120", "6")
                 rule["for"] = "0s"
     path = folder / shipped.name
     path.write_text(yaml.safe_dump(rules))
@@ -144,13 +144,18 @@ def alertmanager_config(folder: Path, url: str) -> Path:
 
 def test_prometheus_finds_the_run_by_its_target_file(watched: Watched) -> None:
     wait_for(lambda: watched.prometheus.query("dist_train_accuracy_ratio{split='test'}"), "the first evaluation")
-    [target] = watched.prometheus.ask("targets")["activeTargets"]
-    assert target["health"] == "up"
-    labels = target["labels"]
+
+    def found() -> dict[str, str] | None:
+        [target] = watched.prometheus.ask("targets")["activeTargets"]
+        labels: dict[str, str] = target["labels"]
+        return labels if target["health"] == "up" else None
+
+    labels = wait_for(found, "a scrape that succeeds")
     assert (labels["run"], labels["rank"], labels["job"]) == (RUN, "0", "dist_train")
-    [(labels, _)] = watched.prometheus.query("dist_train_run_info")
-    assert labels["run"] == RUN
-    assert watched.prometheus.query("dist_train_world_size")[0][1] == 2
+    [(info, _)] = wait_for(lambda: watched.prometheus.query("dist_train_run_info"))
+    assert info["run"] == RUN
+    [(_, size)] = wait_for(lambda: watched.prometheus.query("dist_train_world_size"))
+    assert size == 2
 
 
 def test_what_prometheus_holds_is_what_the_run_recorded(watched: Watched) -> None:

@@ -17,7 +17,7 @@ import pytest
 from dist_train.rundir.records import EvaluationRecord, EventRecord
 from tests.services.servers import fetch, prometheus, pushgateway
 from tests.unit.exporting import FACTS, OUTCOME, get, measurement, serving, train
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE, wait_for
 
 pytestmark = [
     pytest.mark.services,
@@ -45,8 +45,8 @@ def test_prometheus_finds_a_run_by_its_target_file_with_token_and_tls(tmp_path: 
     config = tmp_path / "prometheus.yml"
     job = {
         "job_name": "anything",
-        "scrape_interval": "200ms",
-        "scrape_timeout": "200ms",
+        "scrape_interval": "1s",
+        "scrape_timeout": "1s",
         "honor_labels": True,
         "file_sd_configs": [{"files": [f"{targets}/*.json"], "refresh_interval": "1s"}],
         "authorization": {"credentials_file": str(tmp_path / "token")},
@@ -59,7 +59,7 @@ def test_prometheus_finds_a_run_by_its_target_file_with_token_and_tls(tmp_path: 
         "key_file": tmp_path / "key.pem",
     }
     facts = replace(FACTS, name="demo")
-    settings: dict[str, Any] = {"targets_directory": targets, "last_scrape_seconds": 5, **access}
+    settings: dict[str, Any] = {"targets_directory": targets, "last_scrape_seconds": PATIENCE, **access}
     with prometheus(tmp_path, config) as server:
         with serving(facts, OUTCOME, **settings) as exporter:
             checked = subprocess.run(
@@ -82,10 +82,10 @@ def test_prometheus_finds_a_run_by_its_target_file_with_token_and_tls(tmp_path: 
                 "rank": "0",
             }
             with pytest.raises(OSError, match=r"reset|closed|disconnected"):
-                urllib.request.urlopen(f"http://{step[0]['instance']}/metrics", timeout=60)
+                urllib.request.urlopen(f"http://{step[0]['instance']}/metrics", timeout=PATIENCE)
             with pytest.raises(urllib.error.URLError, match="self-signed"):
                 urllib.request.urlopen(
-                    f"https://{step[0]['instance']}/metrics", timeout=60, context=ssl.create_default_context()
+                    f"https://{step[0]['instance']}/metrics", timeout=PATIENCE, context=ssl.create_default_context()
                 )
         assert not list(targets.iterdir())
         # the scrape of the last values was waited for

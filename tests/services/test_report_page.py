@@ -51,8 +51,7 @@ def pictures(otherwise: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("width", "dark"), list(zip(WIDTHS, (False, True), strict=True)), ids=["light", "dark"])
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_a_page_is_whole(
     pages: dict[str, Path], tab: Page, tmp_path: Path, subject: str, width: int, dark: bool

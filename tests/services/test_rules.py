@@ -14,7 +14,7 @@ import yaml
 from dashboard_generator.links import ALERTS, runbook_path
 from dashboard_generator.runbook import sections
 
-from dist_train.monitoring.prometheus.rank_metrics import METRICS
+from dist_train.monitoring.prometheus.metrics import METRICS
 from tests.services.expressions import DOCKER, RULES, metric_names, rules
 
 ROOT = Path(__file__).parents[2]

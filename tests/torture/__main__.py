@@ -1,4 +1,4 @@
-"""`python -m tests.torture [--faults N] [--seed S] [--jobs K] [--json FILE]`."""
+"""`python -m tests.torture [--faults N] [--seed S] [--jobs K] [--engine E] [--json FILE]`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.torture.campaign import Campaign
+from tests.torture.campaign import GROUPS, Campaign
 
 
 def main() -> int:
@@ -24,12 +24,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=max(1, len(os.sched_getaffinity(0)) // 2), help="trials at a time")
     parser.add_argument("--epochs", type=int, default=80, help="length of the tortured run, 4 updates each")
+    parser.add_argument("--engine", choices=sorted(GROUPS), default="all", help="what carries the ranks")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     console = Console(width=max(120, Console().width))
     folder = Path(tempfile.mkdtemp(prefix="torture-"))
     begun = time.monotonic()
-    campaign = Campaign(folder, arguments.seed, arguments.epochs, lambda text: console.print(text, markup=False))
+    campaign = Campaign(
+        folder,
+        arguments.seed,
+        arguments.epochs,
+        lambda text: console.print(text, markup=False),
+        engine=arguments.engine,
+    )
     campaign.run(arguments.faults, arguments.jobs)
     seconds = time.monotonic() - begun
     tally = campaign.tally

@@ -5,24 +5,24 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from threading import Lock
+from typing import Literal
 
 from tests.torture.damage import whole_steps
 from tests.torture.disk import Disk, can_forbid, can_mount
 from tests.torture.faults import FAULTS, METRICS_PORT, Fault, Moment
 from tests.torture.processes import Launch
-from tests.torture.scene import PATIENCE_SECONDS, Scene
+from tests.torture.scene import Scene
 from tests.torture.shim import Shim, build_shim
 from tests.torture.subject import Data, Subject, Truth, copy_code, make_subject, truth_of
 from tests.torture.tally import Tally
 
-_GONE_SECONDS = 60.0
 _MOST_LAUNCHES = 12
 _ENDED = {0, 1, 75}
 _OWN_TRACEBACK = re.compile(r"^(\[\d+\]<\w+>:)?Traceback \(most recent call last\)", re.MULTILINE)
@@ -43,14 +43,35 @@ class Means:
         return frozenset(need for need, is_met in met.items() if not is_met)
 
 
-class Campaign:
-    """Runs trials in `folder` until so many faults have hit."""
+Engine = Literal["all", "torch", "horovod"]
+Groups = Sequence[tuple[int, str]]
+_TORCH: Groups = ((2, "torch"), (3, "torch"))
+_HOROVOD: Groups = ((2, "gloo"), (2, "mpi"))
+GROUPS: Mapping[Engine, Groups] = {
+    "all": ((1, "alone"), (1, "alone"), (1, "alone"), *_TORCH, *_HOROVOD),
+    "torch": ((1, "alone"), *_TORCH),
+    "horovod": ((1, "alone"), *_HOROVOD),
+}
 
-    def __init__(self, folder: Path, seed: int, epochs: int, say: Callable[[str], None]) -> None:
+
+class Campaign:
+    """Runs trials in `folder` until so many faults have hit; what takes longer than `patience` seconds hangs."""
+
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        epochs: int,
+        say: Callable[[str], None],
+        patience: float = 60.0,
+        engine: Engine = "all",
+    ) -> None:
         self.folder = folder
         self.seed = seed
+        self.patience = patience
         self.tally = Tally()
         self._say = say
+        self._groups = GROUPS[engine]
         self._lock = Lock()
         self._means = Means(can_mount(), _can_forbid(folder), build_shim(folder))
         self._subjects: dict[Data, Subject] = {}
@@ -87,7 +108,7 @@ class Campaign:
         run = self.folder / subject.data / "whole"
         log = self.folder / f"whole-{subject.data}.log"
         launch = Launch(1, "alone", subject.arguments(run), log, subject.code, subject.environment())
-        ended = launch.wait(300)
+        ended = launch.wait(5 * self.patience)
         launch.kill_all()
         if not ended or launch.code != 0:
             raise RuntimeError(f"the undisturbed run failed: {launch.output[-2000:]}")
@@ -107,10 +128,11 @@ class Campaign:
             Disk(folder / "disk", self._means.mounts),
             Shim(self._means.library, folder / "shim.state"),
             random,
+            self.patience,
         )
         begun = time.monotonic()
         try:
-            trial = Trial(scene, self._means.lacks(), limit)
+            trial = Trial(scene, self._means.lacks(), limit, self._groups)
             trial.run()
             wrong = trial.verdict(self._truths[data])
         finally:
@@ -129,12 +151,13 @@ class Campaign:
 class Trial:
     """One run's lives."""
 
-    def __init__(self, scene: Scene, lacks: frozenset[str], limit: int) -> None:
+    def __init__(self, scene: Scene, lacks: frozenset[str], limit: int, groups: Groups) -> None:
         self.hits: list[str] = []
         self.problems: list[str] = []
         self._scene = scene
         self._lacks = lacks
         self._limit = limit
+        self._groups = groups
 
     def run(self) -> None:
         """Disturb the run over a few launches, then let it finish."""
@@ -160,7 +183,7 @@ class Trial:
     def _live(self, *, is_disturbed: bool) -> bool:
         """Go through one launch; whether the run is done."""
         scene, random = self._scene, self._scene.random
-        ranks, controller = random.choice(_GROUPS)
+        ranks, controller = random.choice(self._groups)
         metrics = random.random() < 0.25
         offers = {"cached"} if scene.subject.data == "cached" else set()
         offers |= ({"two"} if ranks > 1 else set()) | ({"metrics"} if metrics else set())
@@ -179,13 +202,13 @@ class Trial:
                 _wait_for_training(scene, launch, lines)
             self._do(self._draw("work", random.choice((1, 2, 3, 4)), offers))
             self._do(self._draw("end", 1, offers))
-        ended = launch.wait(PATIENCE_SECONDS if is_disturbed else 3 * PATIENCE_SECONDS)
+        ended = launch.wait(scene.patience if is_disturbed else 3 * scene.patience)
         if is_disturbed and not ended and launch.training() and scene.lines() > lines:
             # What was killed was not needed: the run continues, as it should.
-            ended = launch.wait(PATIENCE_SECONDS)
+            ended = launch.wait(scene.patience)
         if not ended:
-            self._problem("hang: the launch has not ended within 60 s", launch)
-        elif left := launch.wait_until_gone(_GONE_SECONDS):
+            self._problem(f"hang: the launch has not ended within {scene.patience:g} s", launch)
+        elif left := launch.wait_until_gone(scene.patience):
             self._problem(f"orphans: {len(left)} processes are left", launch)
         launch.kill_all()
         for thief in scene.stolen:
@@ -233,11 +256,10 @@ class Trial:
 
 
 _DATA: tuple[Data, ...] = ("synthetic", "cached")
-_GROUPS = ((1, "alone"), (1, "alone"), (1, "alone"), (2, "gloo"), (2, "mpi"))
 
 
 def _wait_for_training(scene: Scene, launch: Launch, lines: int) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + scene.patience
     while launch.code is None and scene.lines() <= lines and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(scene.random.uniform(0, 0.3))

@@ -13,7 +13,7 @@ from typing import Literal
 from tests.torture.damage import damage_cache, damage_checkpoint, damage_every_checkpoint, whole_steps
 from tests.torture.disk import vanished
 from tests.torture.processes import send
-from tests.torture.scene import PATIENCE_SECONDS, Scene
+from tests.torture.scene import Scene
 
 Moment = Literal["rest", "work", "end"]
 Need = Literal["mount", "forbid", "shim", "two", "cached", "metrics", "cached two mount"]
@@ -113,8 +113,8 @@ def _start_second(scene: Scene) -> bool:
         return False
     before = whole_steps(scene.run)
     second = scene.start(1, "alone")
-    if not second.wait(PATIENCE_SECONDS):
-        scene.complain("hang: the second job was not refused within 60 s")
+    if not second.wait(scene.patience):
+        scene.complain(f"hang: the second job was not refused within {scene.patience:g} s")
         second.kill_all()
     elif second.code != 2 or "is in use by process" not in second.output or "Traceback" in second.output:
         if not first.training():
@@ -160,7 +160,7 @@ def _damage_all(scene: Scene) -> bool:
     if not damage_every_checkpoint(scene.run, scene.random):
         return False
     refused = scene.start(1, "alone")
-    if not refused.wait(PATIENCE_SECONDS):
+    if not refused.wait(scene.patience):
         scene.complain("hang: a run without a whole checkpoint does not end")
         refused.kill_all()
     elif refused.code != 2 or "is damaged" not in refused.output or "Traceback" in refused.output:
@@ -174,8 +174,8 @@ def _odd(what: str) -> Callable[[Scene], bool]:
         before = whole_steps(scene.run)
         odd = str(scene.random.randrange(2))
         launch = scene.start(2, "gloo", program=("-m", "tests.torture.odd_rank", what, odd))
-        if not launch.wait(PATIENCE_SECONDS):
-            scene.complain(f"hang: a rank of other {what} was not refused within 60 s")
+        if not launch.wait(scene.patience):
+            scene.complain(f"hang: a rank of other {what} was not refused within {scene.patience:g} s")
         elif launch.code == 0 or f"rank 1 of this launch differs from the others in {what}" not in launch.output:
             scene.complain(f"other {what}: code {launch.code}, it said: {launch.output[-800:]}")
         elif before != whole_steps(scene.run):

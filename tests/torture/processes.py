@@ -138,6 +138,6 @@ def _trains(pid: int) -> bool:
 def _rank(pid: int) -> int:
     for variable in _variables(pid):
         name, _, value = variable.partition(b"=")
-        if name in (b"HOROVOD_RANK", b"OMPI_COMM_WORLD_RANK"):
+        if name in (b"HOROVOD_RANK", b"OMPI_COMM_WORLD_RANK", b"RANK"):
             return int(value)
     return 0

@@ -13,9 +13,6 @@ from tests.torture.processes import Launch
 from tests.torture.shim import Shim
 from tests.torture.subject import Subject
 
-PATIENCE_SECONDS = 60.0
-"""Longer than this nothing may take that ought to end."""
-
 
 @dataclass
 class Scene:
@@ -26,6 +23,8 @@ class Scene:
     disk: Disk
     shim: Shim
     random: Random
+    patience: float
+    """Seconds: longer than this nothing may take that ought to end."""
     launch: Launch | None = None
     stolen: list[socket.socket] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)

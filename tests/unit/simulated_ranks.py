@@ -54,6 +54,7 @@ class SimulatedRanks:
         self.local_rank = rank
         self.local_size = group.size
         self.controller = group.controller
+        self.has_nccl = False
         self.names: list[str] = []
         """The operations that this rank has started, in order."""
 

@@ -32,6 +32,7 @@ BELOW = {
 OWNERS = {
     "horovod": {"cluster"},
     "mpi4py": {"cluster"},
+    "msgspec": {"monitoring"},
     "prometheus_client": {"monitoring"},
     "matplotlib": {"analysis", "report"},
     "jinja2": {"report"},

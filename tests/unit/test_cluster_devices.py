@@ -14,7 +14,7 @@ from dist_train.cluster.devices import (
     GpuSigns,
     Placement,
     TorchGpus,
-    check_seats,
+    check_placements,
     choose_device,
     device_type,
     find_gpus,
@@ -147,10 +147,10 @@ def test_the_cpu_is_taken_where_it_is_asked_for() -> None:
 
 
 def test_each_rank_has_a_gpu_of_its_own() -> None:
-    check_seats([Placement(11, 2, 2), Placement(12, 2, 2)], lambda: True)
+    check_placements([Placement(11, 2, 2), Placement(12, 2, 2)], True)
     # a scheduler may show each rank its own GPU alone; two nodes have others
-    check_seats([Placement(number, 1, 2) for number in (11, 12, 13, 14)], lambda: True)
-    check_seats([Placement(0, 0, 2), Placement(0, 0, 2)], lambda: False)
+    check_placements([Placement(number, 1, 2) for number in (11, 12, 13, 14)], True)
+    check_placements([Placement(0, 0, 2), Placement(0, 0, 2)], False)
 
 
 @pytest.mark.parametrize(
@@ -163,12 +163,12 @@ def test_each_rank_has_a_gpu_of_its_own() -> None:
 )
 def test_ranks_that_would_share_a_gpu_or_have_none_are_refused(placements: Sequence[Placement], reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
-        check_seats(placements, lambda: True)
+        check_placements(placements, True)
 
 
 def test_several_ranks_on_gpus_need_nccl() -> None:
     with pytest.raises(UsageError, match="NCCL"):
-        check_seats([Placement(11, 2, 2), Placement(12, 2, 2)], lambda: False)
+        check_placements([Placement(11, 2, 2), Placement(12, 2, 2)], False)
 
 
 def test_ranks_agree_on_their_devices_and_are_refused_together(monkeypatch: pytest.MonkeyPatch) -> None:

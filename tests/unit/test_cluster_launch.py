@@ -9,12 +9,34 @@ import pytest
 
 from dist_train.cluster import horovod, joining
 from dist_train.cluster.communicator import Alone
-from dist_train.cluster.launch import Launch, current_launch, read_launch
+from dist_train.cluster.joining import engine_of
+from dist_train.cluster.launch import Launch, StoreAddress, current_launch, read_launch
+from dist_train.cluster.torch_engine import TorchCommunicator
+from dist_train.config.sections import Engine
 from dist_train.outcome import UsageError
 
 MPIRUN = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}
 HOROVODRUN = {"HOROVOD_SIZE": "2", "HOROVOD_RANK": "1"}
+STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[03-05,7],x"}
+STEP_STORE = StoreAddress("n03", 18719, "dist_train.7.0")
+NAMED_STORE = StoreAddress("ib0", 99, "dist_train.7.0")
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "MASTER_ADDR": "n1",
+    "MASTER_PORT": "29400",
+    "TORCHELASTIC_RUN_ID": "r",
+    "TORCHELASTIC_RESTART_COUNT": "2",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+OURS = {
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "4711",
+    "DIST_TRAIN_LISTEN_FD": "5",
+}
 BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
 
 
@@ -25,6 +47,11 @@ BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
         (MPIRUN, Launch("mpirun", 4, 3)),
         (HOROVODRUN, Launch("horovodrun", 2, 1)),
         (SRUN, Launch("srun", 8, 2)),
+        ({**SRUN, **STEP}, Launch("srun", 8, 2, STEP_STORE)),
+        ({**SRUN, **STEP, "MASTER_ADDR": "ib0", "MASTER_PORT": "99"}, Launch("srun", 8, 2, NAMED_STORE)),
+        (TORCHRUN, Launch("torchrun", 4, 3, StoreAddress("n1", 29400, "dist_train.r.2", is_served=True))),
+        ({**SRUN, **TORCHRUN}, Launch("torchrun", 4, 3, StoreAddress("n1", 29400, "dist_train.r.2", is_served=True))),
+        (OURS, Launch("dist-train launch", 2, 0, StoreAddress("127.0.0.1", 4711, "dist_train..0", listen_fd=5))),
         # mpirun and horovodrun within a Slurm job see its variables too
         ({**SRUN, **MPIRUN}, Launch("mpirun", 4, 3)),
         ({**SRUN, **HOROVODRUN}, Launch("horovodrun", 2, 1)),
@@ -94,3 +121,28 @@ def test_horovod_takes_turns_at_the_device_s_pace_and_copies_integers_whole(
     environment["HOROVOD_CYCLE_TIME"] = "0.5"
     horovod.set_environment(60.0, device, launcher)
     assert environment["HOROVOD_CYCLE_TIME"] == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "asked", "has_horovod", "engine"),
+    [
+        ("horovodrun", "auto", True, "horovod"),
+        ("mpirun", "auto", True, "horovod"),
+        ("torchrun", "auto", True, "torch"),
+        ("dist-train launch", "auto", True, "torch"),
+        ("srun", "auto", True, "horovod"),
+        ("srun", "auto", False, "torch"),
+        ("srun", "torch", True, "torch"),
+        ("torchrun", "horovod", True, "horovod"),
+    ],
+)
+def test_the_engine_follows_the_launcher_unless_it_is_named(
+    launcher: str, asked: Engine, has_horovod: bool, engine: str
+) -> None:
+    assert engine_of(launcher, asked, has_horovod) == engine
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
+def test_torch_is_refused_where_the_launcher_names_no_place_to_meet(launcher: str) -> None:
+    with pytest.raises(UsageError):
+        TorchCommunicator(Launch(launcher, 2, 0), timeout=5.0, device_type="cpu")

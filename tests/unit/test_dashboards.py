@@ -17,7 +17,7 @@ from dashboard_generator.__main__ import generate
 from dashboard_generator.links import ALERTS, RUNBOOK, runbook_path
 from dashboard_generator.runbook import sections
 
-from dist_train.monitoring.prometheus.rank_metrics import METRICS
+from dist_train.monitoring.prometheus.metrics import METRICS
 from tests.services.expressions import DASHBOARDS, DOCKER, dashboard_queries, filled, metric_names, rules, variables
 
 ROOT = Path(__file__).parents[2]

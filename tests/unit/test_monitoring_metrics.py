@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dist_train.monitoring.prometheus.board import Board
+from dist_train.monitoring.prometheus.metrics import METRICS, Scope
 from dist_train.monitoring.prometheus.page import MetricsPage, metrics_markdown, with_table
-from dist_train.monitoring.prometheus.rank_metrics import METRICS, Kind, Scope
 from dist_train.outcome import UsageError
 from dist_train.rundir.records import (
     Detail,
@@ -236,8 +236,8 @@ def test_the_page_has_the_metrics_of_the_table_and_no_other_from_the_start() -> 
 def test_metric_names_follow_the_conventions() -> None:
     for metric in METRICS:
         assert metric.name.startswith("dist_train_")
-        assert metric.name.endswith("_total") == (metric.kind is Kind.COUNTER), metric.name
-        assert metric.name.endswith("_info") == (metric.kind is Kind.INFO), metric.name
+        assert metric.name.endswith("_total") == (metric.kind == "counter"), metric.name
+        assert metric.name.endswith("_info") == (metric.kind == "info"), metric.name
         assert metric.name.endswith("_ratio") == (metric.unit == "ratio"), metric.name
         assert metric.name.endswith("_bytes") == (metric.unit == "bytes"), metric.name
         assert metric.name.endswith("_seconds") == metric.unit.startswith("seconds"), metric.name

@@ -5,8 +5,9 @@ from threading import Thread
 
 import pytest
 
-from dist_train.monitoring.observers import Observers
+from dist_train.monitoring.observers import Observer, Observers
 from dist_train.rundir.records import EventRecord, Measurement, Outcome, Record, RunFacts
+from tests.unit.exporting import FACTS, OUTCOME, measurement
 
 EVENT = EventRecord(1, "signal", 0.0, {})
 
@@ -62,6 +63,26 @@ def test_an_observer_that_raises_is_reported_once_and_dropped_and_the_others_go_
     (warning,) = caplog.records
     assert "Failing" in warning.getMessage()
     assert "OSError: no space left" in warning.getMessage()
+
+
+def test_an_observer_overrides_only_what_it_needs(caplog: pytest.LogCaptureFixture) -> None:
+    class Steps(Observer):
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def progress(self, step: int) -> None:
+            self.steps.append(step)
+
+    observer = Steps()
+    observers = Observers([observer])
+    observers.begin(FACTS)
+    observers.record(EVENT)
+    observers.measurement(measurement(1))
+    observers.progress(1)
+    observers.sync()
+    observers.end(OUTCOME)
+    assert observer.steps == [1]
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)])

@@ -11,8 +11,8 @@ import pytest
 
 from dist_train.cli.main import main
 from dist_train.monitoring.prometheus import targets
-from dist_train.monitoring.prometheus.serving_plan import ServingPlan
-from dist_train.monitoring.prometheus.targets import Process, TargetFile, remove_stale, target_file
+from dist_train.monitoring.prometheus.messages import ServingPlan
+from dist_train.monitoring.prometheus.targets import TargetFile, identity_of, remove_stale, target_file
 from tests.unit.exporting import FACTS
 
 
@@ -23,16 +23,16 @@ def plan(directory: Path, host: str = "127.0.0.1", advertised: str | None = None
     )
 
 
-def mine(directory: Path, name: str = "demo", rank: int = 0, process: Process | None = None) -> TargetFile:
+def mine(directory: Path, name: str = "demo", rank: int = 0, process: str | None = None) -> TargetFile:
     facts = replace(FACTS, name=name, rank=rank, run_directory=directory / "runs" / name)
-    target = target_file(plan(directory), facts, 9811, process or Process.of(os.getpid()))
+    target = target_file(plan(directory), facts, 9811, process or identity_of(os.getpid()))
     target.write()
     return target
 
 
 def gone(directory: Path, name: str = "gone") -> TargetFile:
     with subprocess.Popen(["sleep", "60"]) as child:
-        process = Process.of(child.pid)
+        process = identity_of(child.pid)
         child.kill()
     return mine(directory, name, process=process)
 
@@ -42,7 +42,7 @@ def age(path: Path, seconds: float) -> None:
 
 
 def test_the_file_says_where_and_what(tmp_path: Path) -> None:
-    target = target_file(plan(tmp_path, "0.0.0.0", tls=True), FACTS, 9811, Process("host", "pid:[1]", 12, "34"))
+    target = target_file(plan(tmp_path, "0.0.0.0", tls=True), FACTS, 9811, "host pid:[1] 12 34")
     assert json.loads(target.content) == [
         {
             "targets": ["node1:9811"],
@@ -71,7 +71,7 @@ def test_the_file_says_where_and_what(tmp_path: Path) -> None:
     ],
 )
 def test_the_address_is_one_that_others_reach(host: str, advertised: str | None, address: str, tmp_path: Path) -> None:
-    target = target_file(plan(tmp_path, host, advertised), FACTS, 9811, Process.of(1))
+    target = target_file(plan(tmp_path, host, advertised), FACTS, 9811, identity_of(1))
     assert json.loads(target.content)[0]["targets"] == [address]
 
 
@@ -88,7 +88,7 @@ def test_runs_and_ranks_have_files_of_their_own(tmp_path: Path) -> None:
         mine(tmp_path).path,
         mine(tmp_path, rank=1).path,
         mine(tmp_path, "other").path,
-        target_file(plan(tmp_path), replace(FACTS, name="demo"), 9811, Process.of(1)).path,
+        target_file(plan(tmp_path), replace(FACTS, name="demo"), 9811, identity_of(1)).path,
     }
     assert len(paths) == 4
 
@@ -111,8 +111,8 @@ def test_no_half_written_file_has_a_name_that_prometheus_looks_for(
 
 def test_only_what_is_ours_and_gone_is_removed(tmp_path: Path) -> None:
     living, dead, silent = mine(tmp_path), gone(tmp_path), mine(tmp_path, "silent")
-    far = mine(tmp_path, "far", process=Process("elsewhere", "pid:[1]", 1, "2"))
-    far_and_silent = mine(tmp_path, "far2", process=Process("elsewhere", "pid:[1]", 1, "2"))
+    far = mine(tmp_path, "far", process="elsewhere pid:[1] 1 2")
+    far_and_silent = mine(tmp_path, "far2", process="elsewhere pid:[1] 1 2")
     age(silent.path, 301)
     age(far.path, 200)
     age(far_and_silent.path, 301)
@@ -132,13 +132,13 @@ def test_only_what_is_ours_and_gone_is_removed(tmp_path: Path) -> None:
 
 
 def test_a_process_of_the_same_number_is_another_one(tmp_path: Path) -> None:
-    process = Process.of(os.getpid())
-    target = mine(tmp_path, process=process._replace(begun="1"))
+    process = identity_of(os.getpid())
+    target = mine(tmp_path, process=f"{process.rpartition(' ')[0]} 1")
     assert remove_stale(tmp_path) == (target.path,)
 
 
 def test_the_end_of_a_launch_leaves_the_file_of_the_next_one(tmp_path: Path) -> None:
-    before = mine(tmp_path, process=Process("elsewhere", "pid:[1]", 1, "2"))
+    before = mine(tmp_path, process="elsewhere pid:[1] 1 2")
     now = mine(tmp_path)
     assert now.path == before.path
     before.remove()

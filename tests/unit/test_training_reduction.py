@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -302,3 +303,25 @@ def test_the_settings_choose_what_is_sent(settings: CommSettings, sent: torch.dt
     reduction.start()
     reduction.send()
     assert comm.sent == [sent]
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_every_rank_sends_its_buckets_in_one_order_whatever_order_gradients_arrive_in(seed: int) -> None:
+    """torch.distributed matches operations by order: sums would mix silently otherwise."""
+
+    def sent(comm: SimulatedRanks) -> list[str]:
+        choose = random.Random(f"{seed} {comm.rank}")
+        model = Given()
+        weights = FlatWeights(model)
+        reduction = GradientReduction(weights, exact(weights, comm), buckets_of(weights, 1))
+        reduction.start()
+        for left in reversed(range(choose.randrange(3))):
+            used = choose.sample(list(model.parts), choose.randint(1, len(SIZES)))
+            with reduction.micro_batch() if left else reduction.last_micro_batch():
+                torch.autograd.backward(torch.stack([part.sum() for part in used]).sum())
+        reduction.send()
+        reduction.finish()
+        return comm.names
+
+    orders = results(3, sent)
+    assert orders == [[f"gradient.{index}" for index in range(len(SIZES))]] * 3

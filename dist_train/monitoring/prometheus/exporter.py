@@ -1,4 +1,4 @@
-"""The trainer's hold on the exporter's process: starts it, sends to it without ever waiting, sees it end.
+"""The trainer's end of the exporter: starts its process, sends to it without ever waiting, sees it end.
 
 So a scrape never takes the trainer's interpreter, and no step waits: what that process cannot take in is dropped.
 """
@@ -13,26 +13,26 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from signal import Signals
 from typing import TYPE_CHECKING
 
+from dist_train.monitoring.observers import Observer
 from dist_train.monitoring.prometheus.messages import (
     Begin,
     Channel,
     End,
     Ending,
     Failed,
-    Message,
     Progress,
     Serving,
     ToExporter,
     Warned,
+    plan_of,
     socket_pair,
 )
-from dist_train.monitoring.prometheus.serving_plan import plan_of
-from dist_train.monitoring.prometheus.targets import Process, TargetFile
+from dist_train.monitoring.prometheus.targets import TargetFile, identity_of
 from dist_train.rundir.live_files import FILE_NAME, read_counts
 from dist_train.rundir.records import Measurement, Outcome, Record, RunFacts, TrainRecord
 
@@ -44,8 +44,8 @@ _CHILD = (
 )
 
 
-class ExporterLink:
-    """A process that has begun, and the channel to it."""
+class _Link:
+    """The exporter's process, and the channel to it."""
 
     def __init__(self) -> None:
         """Start the process, in a tenth of a second that nobody waits for. Raises OSError."""
@@ -55,7 +55,7 @@ class ExporterLink:
             command = [sys.executable, "-P", "-c", _CHILD, str(_ROOT), str(descriptor), str(os.getpid())]
             try:
                 # none of the trainer's files stays open in it: a launcher would wait for its end
-                self._process = subprocess.Popen(
+                self.process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -66,60 +66,39 @@ class ExporterLink:
             except OSError:
                 ours.close()
                 raise
-        self._channel = Channel(ours)
+        self.channel = Channel(ours)
         self._waiting: deque[ToExporter] = deque(maxlen=_KEPT)
 
-    @property
-    def process_id(self) -> int:
-        """The number of the process."""
-        return self._process.pid
-
     def send(self, message: ToExporter) -> None:
-        """Send `message`, or drop it where the process is behind. Raises OSError where it is gone."""
-        if self.send_waiting():
-            self._channel.send(message)
-
-    def send_surely(self, message: ToExporter) -> None:
-        """Send `message` now, or before what is sent next. Raises OSError where the process is gone."""
-        if not self.send_waiting() or not self._channel.send(message):
+        """Send `message`. Where the process is behind, it waits for the next call, or is dropped if later ones repeat
+        what it says. Raises OSError where the process is gone.
+        """
+        sent = self.send_waiting() and self.channel.send(message)
+        if not sent and not isinstance(message, TrainRecord | Measurement | Progress):
             self._waiting.append(message)
 
     def send_waiting(self) -> bool:
-        """Send what waits for room; return whether nothing waits any more. Raises OSError."""
+        """Send what waits for space in the buffer; return whether all is sent. Raises OSError."""
         while self._waiting:
-            if not self._channel.send(self._waiting[0]):
+            if not self.channel.send(self._waiting[0]):
                 return False
             self._waiting.popleft()
         return True
 
-    def answers(self, seconds: float) -> Iterator[Message]:
-        """Yield what has come from the process, for which it has so many seconds.
-
-        Raises:
-            EOFError: the process is gone, and all that it sent has been taken.
-            ValueError: what it sent is no message.
-        """
-        if seconds > 0:
-            select.select([self._channel], [], [], seconds)
-        return self._channel.receive()
-
     def close(self, seconds: float) -> str:
         """Have the process end, by force after so many seconds; return how it ended, in words."""
-        self._channel.close()
+        self.channel.close()
         try:
-            self._process.wait(seconds)
+            _, errors = self.process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        assert self._process.stderr is not None
-        with self._process.stderr as errors:
-            os.set_blocking(errors.fileno(), False)
-            said = (errors.read() or b"").decode(errors="replace").strip()
-        status = self._process.returncode
+            self.process.kill()
+            _, errors = self.process.communicate()
+        status = self.process.returncode
         if status < 0:
             with suppress(ValueError):
                 return f"its process was ended by {Signals(-status).name}"
-        return said.rpartition("\n")[2] or f"its process ended with code {status}"
+        last_line = errors.decode(errors="replace").strip().rpartition("\n")[2]
+        return last_line or f"its process ended with code {status}"
 
 
 if TYPE_CHECKING:
@@ -136,7 +115,7 @@ class ExporterError(RuntimeError):
     """The metrics cannot be served; its text says why."""
 
 
-class Exporter:
+class Exporter(Observer):
     """Serves a run's metrics from `begin` to `end`, by a process that this constructor starts."""
 
     def __init__(self, settings: MetricsSettings) -> None:
@@ -147,21 +126,24 @@ class Exporter:
         self._ending: Ending | None = None
         self._has_begun = False
         self._reason = ""
-        self._link: ExporterLink | None = None
+        self._link: _Link | None = None
         try:
-            self._link = ExporterLink()
+            self._link = _Link()
         except OSError as error:
             self._reason = f"its process cannot be started: {error}"
 
     @property
     def process_id(self) -> int | None:
         """The number of the process that serves; None where there is none."""
-        return None if self._link is None else self._link.process_id
+        return None if self._link is None else self._link.process.pid
 
     def begin(self, facts: RunFacts) -> None:
         """Have the run served. Raises ExporterError where it cannot be."""
-        # read here, before the first event of this launch is counted
-        self._send_surely(Begin(self._plan, facts, _counts(facts.run_directory / FILE_NAME)))
+        counts: Mapping[str, int] = {}
+        # read here, before the first event of this launch is counted; the observer that counts them reports errors
+        with suppress(OSError, ValueError):
+            counts = read_counts(facts.run_directory / FILE_NAME)
+        self._send(Begin(self._plan, facts, counts))
         deadline = time.monotonic() + _START_SECONDS
         while self._link is not None and self.address is None and time.monotonic() < deadline:
             self._listen(deadline - time.monotonic())
@@ -172,30 +154,23 @@ class Exporter:
             _logger.warning("metrics are not served yet, after %g s; training continues", _START_SECONDS)
 
     def record(self, record: Record) -> None:
-        """Send `record` on."""
-        if isinstance(record, TrainRecord):
-            self._send(record)
-        else:
-            # none comes after it that says the same
-            self._send_surely(record)
+        """Send `record`."""
+        self._send(record)
         self._listen(0)
 
     def measurement(self, measurement: Measurement) -> None:
-        """Send `measurement` on."""
+        """Send `measurement`."""
         self._send(measurement)
 
     def progress(self, step: int) -> None:
-        """Send on that `step` updates are done."""
+        """Send that `step` updates are done."""
         self._send(Progress(step))
-
-    def sync(self) -> None:
-        """Do nothing: nothing here is kept."""
 
     def end(self, outcome: Outcome) -> None:
         """Have the last values pushed and scraped, as the settings say, and end the process."""
         seconds = _END_SECONDS
         if self.address is not None:
-            self._send_surely(End(outcome))
+            self._send(End(outcome))
             self._await_end()
             seconds = _END_SECONDS if self._ending else _HUNG_SECONDS
         if self._link is not None:
@@ -205,25 +180,25 @@ class Exporter:
         self._remove_target()
 
     def _send(self, message: ToExporter) -> None:
-        if self._link is not None:
-            try:
+        with self._noticing_its_end():
+            if self._link is not None:
                 self._link.send(message)
-            except OSError:
-                self._listen(0)  # it has said why, or the end of what it said says enough
 
-    def _send_surely(self, message: ToExporter) -> None:
-        if self._link is not None:
-            try:
-                self._link.send_surely(message)
-            except OSError:
-                self._listen(0)
+    @contextmanager
+    def _noticing_its_end(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self._listen(0)  # it has said why, or the end of what it said says enough
 
     def _listen(self, seconds: float) -> None:
         """Take what the process has to say, for which it has so many seconds."""
         if self._link is None:
             return
+        if seconds > 0:
+            select.select([self._link.channel], [], [], seconds)
         try:
-            for answer in self._link.answers(seconds):
+            for answer in self._link.channel.receive():
                 match answer:
                     case Serving():
                         self.address, self._target = answer.address, answer.target
@@ -241,7 +216,7 @@ class Exporter:
             self._reason = f"its process is of other code: {error}"
             self._lose(self._link)
 
-    def _lose(self, link: ExporterLink) -> None:
+    def _lose(self, link: _Link) -> None:
         """Take note that the process is gone. Its target file stays: Prometheus shall see that nobody answers."""
         self._link = None
         end = link.close(_END_SECONDS)
@@ -253,7 +228,8 @@ class Exporter:
     def _await_end(self) -> None:
         deadline = time.monotonic() + _END_SECONDS
         while self._link is not None and time.monotonic() < deadline:
-            self._resend()
+            with self._noticing_its_end():
+                self._link.send_waiting()
             self._listen(0.1 if self._ending is None else max(0.0, deadline - time.monotonic()))
             if self._ending is not None and self._ending.seconds > 0:
                 deadline = time.monotonic() + self._ending.seconds + _END_SECONDS
@@ -261,26 +237,12 @@ class Exporter:
                     _logger.info("waiting up to %g s for a scrape of the last values", self._ending.for_scrape)
                 self._ending = Ending(0.0, 0.0)
 
-    def _resend(self) -> None:
-        assert self._link is not None
-        try:
-            self._link.send_waiting()
-        except OSError:
-            self._listen(0)
-
     def _remove_target(self) -> None:
         """Remove the target file where the process did not come to it."""
         if self._target is None:
             return
         try:
-            TargetFile(self._target, "", Process.of(os.getpid())).remove()
+            TargetFile(self._target, "", identity_of(os.getpid())).remove()
         except OSError as error:
             _logger.warning("%s cannot be removed: %s", self._target, error.strerror or error)
         self._target = None
-
-
-def _counts(path: Path) -> Mapping[str, int]:
-    try:
-        return read_counts(path)
-    except (OSError, ValueError):
-        return {}  # whoever counts them has said so

@@ -1,16 +1,21 @@
-"""The HTTP server of the metrics page, and who may read it: TLS, users, bearer tokens."""
+"""The HTTP server of the metrics page, and who may read it: TLS, users, bearer tokens.
+
+prometheus_client writes the page (`page.py`). Its server (`start_http_server`) is not used, since it lacks what ours
+consists of: tokens and users; a limit on clients and on the time that they may take; TLS handshakes in threads of their
+own, where one silent client stops all others there; connections that are kept between scrapes (HTTP/1.1); one page for
+many scrapes; `/healthz`, and 404 for all but `/metrics`; the next free port; when the latest scrape was.
+"""
 
 from __future__ import annotations
 
 import base64
-import binascii
 import errno
 import hmac
-import logging
 import socket
 import ssl
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,8 +25,8 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from dist_train.monitoring.prometheus.messages import ServingPlan, plan_of
 from dist_train.monitoring.prometheus.page import CONTENT_TYPE
-from dist_train.monitoring.prometheus.serving_plan import ServingPlan, plan_of
 from dist_train.outcome import UsageError
 
 if TYPE_CHECKING:
@@ -37,20 +42,10 @@ class Credentials:
 
     def admit(self, authorization: str) -> bool:
         """Return whether a request with this Authorization header may read."""
-        if self.token is None and self.login is None:
-            return True
+        secrets = {"bearer": self.token, "basic": self.login and base64.b64encode(self.login)}
         scheme, _, value = authorization.partition(" ")
-        given = value.strip().encode("utf-8", "surrogateescape")
-        match scheme.lower():
-            case "bearer":
-                return self.token is not None and hmac.compare_digest(given, self.token)
-            case "basic":
-                try:
-                    login = base64.b64decode(given, validate=True)
-                except binascii.Error:
-                    return False
-                return self.login is not None and hmac.compare_digest(login, self.login)
-        return False
+        secret, given = secrets.get(scheme.lower()), value.strip().encode("utf-8", "surrogateescape")
+        return not any(secrets.values()) or (secret is not None and hmac.compare_digest(given, secret))
 
     @property
     def challenges(self) -> tuple[str, ...]:
@@ -134,13 +129,11 @@ def _content(path: Path, key: str) -> bytes:
         ) from error
 
 
-_logger = logging.getLogger(__name__)
-
 _PORTS = 50
 _CONNECTIONS = 64
 _HANDSHAKE_SECONDS = 10.0
 _IDLE_SECONDS = 120.0
-"""Longer than Prometheus waits between scrapes, as a rule: it keeps its connections."""
+"""Longer than most intervals between scrapes: Prometheus keeps its connections."""
 _PLAIN = "text/plain; charset=utf-8"
 
 Page = Callable[[], bytes]
@@ -197,11 +190,8 @@ class Server(ThreadingHTTPServer):
                 oldest = min(self._clients, key=self._clients.__getitem__)
                 del self._clients[oldest]
                 # of the plain socket: its thread may be reading by TLS, and finds the end of the stream
-                with_no_tls = socket.socket.shutdown
-                try:
-                    with_no_tls(oldest, socket.SHUT_RDWR)
-                except OSError:
-                    _logger.debug("the client that gives way is gone already")
+                with suppress(OSError):
+                    socket.socket.shutdown(oldest, socket.SHUT_RDWR)
             self._clients[request] = time.monotonic()
         super().process_request(request, client_address)
 
@@ -218,8 +208,7 @@ class Server(ThreadingHTTPServer):
                 self._clients[client] = time.monotonic()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Keep the faults of clients to the debug log."""
-        _logger.debug("a client of the metrics page failed: %s", client_address, exc_info=True)
+        """Ignore a client that failed: nobody reads the log of the exporter's process."""
 
 
 class _Handler(BaseHTTPRequestHandler):

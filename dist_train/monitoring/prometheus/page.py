@@ -3,94 +3,69 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from dist_train.monitoring.prometheus.board import Board, Buckets, Snapshot
-from dist_train.monitoring.prometheus.metric import Kind, Metric, Scope
-from dist_train.monitoring.prometheus.rank_metrics import METRICS, metrics_of
+from dist_train.monitoring.prometheus.metrics import METRICS, Metric, metrics_of
 from dist_train.outcome import UsageError
 
 
-def registry_of(metrics: tuple[Metric, ...], now: Snapshot) -> CollectorRegistry:
-    """Return a registry of prometheus_client that holds `metrics` as they are `now`."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Table(metrics, now))
-    return registry
+class Families(Collector):
+    """A registry of prometheus_client, as `generate_latest` takes one: `metrics` as they are `now`."""
 
-
-class _Table(Collector):
     def __init__(self, metrics: tuple[Metric, ...], now: Snapshot) -> None:
         self._metrics = metrics
         self._now = now
 
     def collect(self) -> Iterable[Family]:
+        """Return the metrics with their values."""
         return [_family(metric, self._now) for metric in self._metrics]
 
 
 def _family(metric: Metric, now: Snapshot) -> Family:
-    name, meaning, labels = metric.name, metric.meaning, metric.labels
-    match metric.kind:
-        case Kind.HISTOGRAM:
-            histogram = HistogramMetricFamily(name, meaning, labels=labels)
-            for reading in metric.take(now):
-                assert isinstance(reading.value, Buckets), name
-                histogram.add_metric(reading.labels, _cumulative(reading.value), reading.value.total)
-            return histogram
-        case Kind.INFO:
-            info = InfoMetricFamily(name.removesuffix("_info"), meaning)
-            for reading in metric.take(now):
-                info.add_metric([], dict(zip(labels, reading.labels, strict=True)))
-            return info
-        case Kind.COUNTER:
-            family: CounterMetricFamily | GaugeMetricFamily
-            family = CounterMetricFamily(name, meaning, labels=labels)
-        case Kind.GAUGE:
-            family = GaugeMetricFamily(name, meaning, labels=labels)
-    for reading in metric.take(now):
-        assert not isinstance(reading.value, Buckets), name
-        family.add_metric(reading.labels, reading.value)
+    name = metric.name
+    # the library adds these endings to a family's name
+    family = Family(name.removesuffix("_total").removesuffix("_info"), metric.meaning, metric.kind)
+    for value, label_values in metric.take(now):
+        labels = dict(zip(metric.labels, label_values, strict=True))
+        if isinstance(value, Buckets):
+            for bound, count in zip((*value.bounds, "+Inf"), accumulate(value.counts), strict=True):
+                family.add_sample(f"{name}_bucket", {**labels, "le": str(bound)}, count)
+            family.add_sample(f"{name}_count", labels, sum(value.counts))
+            family.add_sample(f"{name}_sum", labels, value.total)
+        else:
+            family.add_sample(name, labels, value)
     return family
-
-
-def _cumulative(buckets: Buckets) -> list[tuple[str, float]]:
-    bounds = [*(str(bound) for bound in buckets.bounds), "+Inf"]
-    return list(zip(bounds, (float(count) for count in accumulate(buckets.counts)), strict=True))
 
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 """The form that every Prometheus reads. For 1,024 ranks OpenMetrics would take twice as long to write."""
 
-_OLDEST_PAGE = 1.0
-
 
 class MetricsPage:
-    """Renders a board; scrapes that come while nothing has changed share one page, for a second at most."""
+    """Renders a board; scrapes that come while nothing has changed share one page."""
 
     def __init__(self, board: Board, rank: int = 0) -> None:
         """Take the metrics of the page of rank `rank`."""
         self._board = board
         self._metrics = metrics_of(rank)
         self._lock = Lock()
+        self._shown: Snapshot | None = None
         self._page = b""
-        self._version, self._made = -1, 0.0
 
     def render(self) -> bytes:
         """Return the page, of type `CONTENT_TYPE`."""
         with self._lock:
-            if self._version != self._board.version or time.monotonic() - self._made > _OLDEST_PAGE:
-                now = self._board.snapshot()
-                self._page = generate_latest(registry_of(self._metrics, now))
-                self._version, self._made = now.version, time.monotonic()
+            now = self._board.snapshot()
+            if now is not self._shown:
+                self._page, self._shown = generate_latest(Families(self._metrics, now)), now
             return self._page
 
 
@@ -105,15 +80,13 @@ def replaced_between(text: str, begin: str, end: str, content: str) -> str:
 
 BEGIN, END = "<!-- metrics -->", "<!-- end of metrics -->"
 
-_PAGES = {Scope.RUN: "rank 0", Scope.RANK: "every rank, its own", Scope.BOTH: "every rank"}
-
 
 def metrics_markdown() -> str:
     """Return the table: name, kind, labels, unit, meaning, and whose page has it."""
     lines = ["| metric | kind | labels | unit | meaning | page of |", "|---|---|---|---|---|---|"]
     for metric in METRICS:
         labels = ", ".join(f"`{label}`" for label in metric.labels)
-        cells = (f"`{metric.name}`", metric.kind.value, labels, metric.unit, metric.meaning, _PAGES[metric.scope])
+        cells = (f"`{metric.name}`", metric.kind, labels, metric.unit, metric.meaning, metric.scope.value)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -123,10 +96,6 @@ def with_table(text: str) -> str:
     return replaced_between(text, BEGIN, END, metrics_markdown())
 
 
-def main(path: Path) -> None:
-    """Renew the table in the file at `path`."""
-    path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    page = Path(sys.argv[1])
+    page.write_text(with_table(page.read_text(encoding="utf-8")), encoding="utf-8")

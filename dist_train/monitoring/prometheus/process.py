@@ -1,4 +1,4 @@
-"""The last values of a run, handed to a Pushgateway: for runs that end before anyone scrapes them."""
+"""The exporter's process: serves what the trainer sends, keeps the target file alive, pushes the last values."""
 
 from __future__ import annotations
 
@@ -8,60 +8,50 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock, Thread
 
-from prometheus_client import CollectorRegistry, push_to_gateway
+from prometheus_client import push_to_gateway
 
+from dist_train.monitoring.prometheus import targets
 from dist_train.monitoring.prometheus.board import Board, Snapshot
 from dist_train.monitoring.prometheus.http_server import Server, bind, read_credentials, tls_context
 from dist_train.monitoring.prometheus.messages import Begin, Channel, End, Ending, Failed, Progress, Serving, Warned
-from dist_train.monitoring.prometheus.metric import Metric
-from dist_train.monitoring.prometheus.page import MetricsPage, registry_of
-from dist_train.monitoring.prometheus.rank_metrics import metrics_of
-from dist_train.monitoring.prometheus.targets import HEARTBEAT_SECONDS, Process, TargetFile, remove_stale, target_file
-from dist_train.rundir.records import (
-    EvaluationRecord,
-    EventRecord,
-    Measurement,
-    Outcome,
-    Record,
-    TrainRecord,
-    from_json,
-)
+from dist_train.monitoring.prometheus.metrics import metrics_of
+from dist_train.monitoring.prometheus.page import Families, MetricsPage
+from dist_train.rundir.records import Measurement, Outcome, Record, TrainRecord, from_json
 
 PUSH_SECONDS = 5.0
-JOB = "dist_train"
 
 
-class Push:
-    """One push in the background. A run's own group is replaced: job and run, and the rank other than 0."""
+class _Push(Thread):
+    """Pushes the values of `now` to the Pushgateway at the URL `gateway`, for runs that end before a scrape.
 
-    def __init__(self, gateway: str, metrics: tuple[Metric, ...], now: Snapshot) -> None:
-        """Begin to push `metrics` of `now` to the Pushgateway at the URL `gateway`."""
-        self._gateway = gateway
+    It replaces the run's own group: job and run, and the rank other than 0.
+    """
+
+    def __init__(self, gateway: str, now: Snapshot) -> None:
+        super().__init__(name="push", daemon=True)
+        self._gateway, self._now = gateway, now
         self._reason = f"no answer within {PUSH_SECONDS:g} s"
-        self._group = {"run": now.facts.name}
-        if now.facts.rank:
-            self._group["rank"] = str(now.facts.rank)
-        self._thread = Thread(target=self._push, args=(registry_of(metrics, now),), name="push", daemon=True)
-        self._thread.start()
+        self.start()
 
-    def warning(self, seconds: float = PUSH_SECONDS) -> str | None:
-        """Wait for the end of the push, for so many seconds at most; return what went wrong, if anything did."""
-        self._thread.join(seconds)
-        if not self._reason:
-            return None
-        return f"the Pushgateway at {self._gateway} did not take the last values: {self._reason}"
-
-    def _push(self, registry: CollectorRegistry) -> None:
+    def run(self) -> None:
+        facts = self._now.facts
+        group = {"run": facts.name} | ({"rank": str(facts.rank)} if facts.rank else {})
+        page = Families(metrics_of(facts.rank), self._now)
         try:
-            push_to_gateway(self._gateway, JOB, registry, grouping_key=self._group, timeout=PUSH_SECONDS)
+            push_to_gateway(self._gateway, targets.JOB, page, group, PUSH_SECONDS)
         except Exception as error:  # urllib lets through whatever a broken server provokes
             self._reason = str(getattr(error, "reason", None) or error) or type(error).__name__
         else:
             self._reason = ""
+
+    def warning(self, seconds: float) -> str:
+        """Wait for the end of the push, for so many seconds at most; return what went wrong, or nothing."""
+        self.join(seconds)
+        return self._reason and f"the Pushgateway at {self._gateway} did not take the last values: {self._reason}"
 
 
 RECENT_SECONDS = 60.0
@@ -134,7 +124,8 @@ class _Inbox:
                             self._board.end(message.outcome)
                             self.outcome = message.outcome
                             os.eventfd_write(self.wake, 1)
-                        case TrainRecord() | EvaluationRecord() | EventRecord():
+                        case _:
+                            assert isinstance(message, Record), "the trainer sends nothing else"
                             self._board.record(message)
             except EOFError:
                 self.is_over = True
@@ -150,7 +141,7 @@ class _Service:
         self._board = Board(begin.facts, begin.counts)
         self._page = MetricsPage(self._board, begin.facts.rank)
         self._inbox = _Inbox(channel, self._board)
-        self._target: TargetFile | None = None
+        self._target: targets.TargetFile | None = None
         self._touched = time.monotonic()
         self._server = self._bind()
 
@@ -195,46 +186,44 @@ class _Service:
         directory = self._plan.targets_directory
         if directory is None:
             return
-        target = target_file(self._plan, self._facts, self._server.server_port, Process.of(self._trainer))
-        try:
+        target = targets.target_file(
+            self._plan, self._facts, self._server.server_port, targets.identity_of(self._trainer)
+        )
+        with self._warning(f"Prometheus will not find this run: no target file in {directory}"):
             target.write()
-            remove_stale(directory)
-        except OSError as error:
-            self._warn(f"Prometheus will not find this run: no target file in {directory}: {error.strerror or error}")
-        else:
+            targets.remove_stale(directory)
             self._target = target
 
     def _heartbeat(self) -> None:
-        if self._target is None or time.monotonic() - self._touched < HEARTBEAT_SECONDS:
+        if self._target is None or time.monotonic() - self._touched < targets.HEARTBEAT_SECONDS:
             return
         self._touched = time.monotonic()
-        try:
-            self._target.touch()
-        except OSError as error:
-            path, self._target = self._target.path, None
-            self._warn(f"Prometheus may lose sight of this run: {path} cannot be touched: {error.strerror or error}")
+        target, self._target = self._target, None
+        with self._warning(f"Prometheus may lose sight of this run: {target.path} cannot be touched"):
+            target.touch()
+            self._target = target
 
     def _leave_target(self) -> None:
         target, self._target = self._target, None
-        try:
-            if target is not None:
+        if target is not None:
+            with self._warning(f"the target file {target.path} cannot be removed"):
                 target.remove()
+
+    @contextmanager
+    def _warning(self, text: str) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            self._warn(f"the target file {target and target.path} cannot be removed: {error.strerror or error}")
+            self._warn(f"{text}: {error.strerror or error}")
 
     def _end(self, outcome: Outcome) -> None:
         ended = time.monotonic()
         patience = self._patience(outcome, ended)
-        if self._plan.pushgateway is None:
-            self._channel.send(Ending(patience, patience))
-            self._await_last_scrape(ended, patience)
-            return
-
-        push = Push(self._plan.pushgateway, metrics_of(self._facts.rank), self._board.snapshot())
-        self._channel.send(Ending(max(patience, PUSH_SECONDS), patience))
+        gateway = self._plan.pushgateway
+        push = _Push(gateway, self._board.snapshot()) if gateway else None
+        self._channel.send(Ending(max(patience, PUSH_SECONDS) if push else patience, patience))
         self._await_last_scrape(ended, patience)
-        warning = push.warning(max(0.0, ended + PUSH_SECONDS - time.monotonic()))
-        if warning:
+        if push and (warning := push.warning(max(0.0, ended + PUSH_SECONDS - time.monotonic()))):
             self._warn(warning)
 
     def _patience(self, outcome: Outcome, ended: float) -> float:
@@ -245,7 +234,7 @@ class _Service:
 
     def _await_last_scrape(self, ended: float, patience: float) -> None:
         while time.monotonic() < ended + patience and os.getppid() == self._trainer:
-            self._inbox.take()  # the trainer may go away without a word
+            self._inbox.take()  # the trainer may end unannounced
             if self._inbox.is_over or (self._server.last_scrape or 0.0) > ended:
                 return
             time.sleep(_PAUSE_SECONDS)
@@ -265,5 +254,5 @@ def _history(path: Path) -> Iterator[Record]:
         # most lines are of steps, and there can be millions
         if b'"eval"' in line or b'"checkpoint"' in line:
             record = from_json(line)
-            if isinstance(record, EvaluationRecord | EventRecord):
+            if record is not None and not isinstance(record, TrainRecord):
                 yield record

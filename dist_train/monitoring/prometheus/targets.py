@@ -11,9 +11,9 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from dist_train.monitoring.prometheus.serving_plan import ServingPlan
+from dist_train.monitoring.prometheus.messages import ServingPlan
 from dist_train.rundir import atomic
 from dist_train.rundir.records import RunFacts
 
@@ -22,51 +22,34 @@ HEARTBEAT_SECONDS = 60.0
 STALE_SECONDS = 300.0
 """A file that was not touched for so long belongs to nobody."""
 
-_JOB = "dist_train"
+JOB = "dist_train"
 _PROCESS_LABEL = "__dist_train_process"
 """Prometheus drops labels that begin so once it has found the target."""
+_IDENTITY = re.compile(r"\S+ \S+ \d+ \d*")
 _NAME = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{8}-\d+\.json")
 
 
-class Process(NamedTuple):
-    """A process, told from all others: `space` is its namespace of numbers, `begun` its start in clock ticks."""
+def identity_of(number: int) -> str:
+    """Return what tells the process with this number on this machine from all others; it ends there if there is none.
 
-    host: str
-    space: str
-    number: int
-    begun: str
+    Host, namespace of process numbers, number, start in clock ticks.
+    """
+    return f"{socket.gethostname()} {_namespace()} {number} {_begun(number)}"
 
-    @staticmethod
-    def of(number: int) -> Process:
-        """Return the process with this number on this machine; `begun` is empty where there is none."""
-        return Process(socket.gethostname(), _namespace(), number, _begun(number))
 
-    @staticmethod
-    def parse(text: str) -> Process | None:
-        """Return the process that was written as `text`."""
-        match text.split(" "):
-            case [host, space, number, begun] if number.isdecimal():
-                return Process(host, space, int(number), begun)
-        return None
-
-    def __str__(self) -> str:
-        return f"{self.host} {self.space} {self.number} {self.begun}"
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether it is known to have ended; of another machine nothing is known."""
-        if (self.host, self.space) != (socket.gethostname(), _namespace()):
-            return False
-        return _begun(self.number) != self.begun
+def _is_gone(process: str) -> bool:
+    """Return whether it is known to have ended; of another machine nothing is known."""
+    host, space, number, _ = process.split(" ")
+    return (host, space) == (socket.gethostname(), _namespace()) and identity_of(int(number)) != process
 
 
 @dataclass(frozen=True)
 class TargetFile:
-    """The file at `path` by which Prometheus finds one rank's metrics, owned by `process`."""
+    """The file at `path` by which Prometheus finds one rank's metrics, owned by the process of identity `process`."""
 
     path: Path
     content: str
-    process: Process
+    process: str
 
     def write(self) -> None:
         """Make the file, and its folder where that is new. Raises OSError."""
@@ -89,17 +72,17 @@ class TargetFile:
             self.path.unlink(missing_ok=True)
 
 
-def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: Process) -> TargetFile:
+def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: str) -> TargetFile:
     """Return the file for the rank of `facts` that serves at `port`."""
     assert plan.targets_directory is not None
     node = facts.node or socket.gethostname()
     labels = {
-        "job": _JOB,
+        "job": JOB,
         "run": facts.name,
         "slurm_job": facts.slurm_job,
         "node": node,
         "rank": str(facts.rank),
-        _PROCESS_LABEL: str(process),
+        _PROCESS_LABEL: process,
     }
     if plan.scheme == "https":
         labels["__scheme__"] = plan.scheme
@@ -124,21 +107,22 @@ def remove_stale(directory: Path) -> tuple[Path, ...]:
             owner = _owner(path)
             if owner is None:
                 continue
-            if owner.is_gone or time.time() - path.stat().st_mtime > STALE_SECONDS:
+            if _is_gone(owner) or time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()
                 removed.append(path)
     return tuple(removed)
 
 
-def _owner(path: Path) -> Process | None:
+def _owner(path: Path) -> str | None:
     """Return whose the target file at `path` is; None where it is not one of ours."""
     try:
         groups: Any = json.loads(path.read_bytes())
         [group] = groups
         labels = group["labels"]
-        if labels["job"] != _JOB:
+        if labels["job"] != JOB:
             return None
-        return Process.parse(labels[_PROCESS_LABEL])
+        match = _IDENTITY.fullmatch(labels[_PROCESS_LABEL])
+        return match and match[0]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 

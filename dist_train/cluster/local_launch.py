@@ -1,0 +1,166 @@
+"""Several ranks on this machine by torch.distributed: what `dist-train launch` does."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dist_train.cluster.launch import LISTEN_FD
+from dist_train.outcome import ExitCode
+
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
+_INSISTING = {signal.SIGTERM, signal.SIGINT}
+_INSIST_SECONDS = 2.0
+"""A second signal that comes sooner is taken for the same request."""
+_LOOK_SECONDS = 0.2
+_LOSS_SECONDS = 40.0
+"""After one rank has failed: the watchdogs of the others notice, and rank 0 writes how the run ended."""
+_AFTER_RANK_0_SECONDS = 3.0
+"""Rank 0 alone writes: what is left when it has ended hangs."""
+_TERMINATE_SECONDS = 2.0
+_PR_SET_PDEATHSIG = 1
+_OTHER_LAUNCHERS = ("OMPI_", "PMIX_", "HOROVOD_RANK", "HOROVOD_SIZE", "TORCHELASTIC_")
+
+
+def launch_ranks(command: Sequence[str], size: int) -> int:
+    """Run `command` as `size` ranks on this machine to their end, and return the exit code of the launch.
+
+    SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 ask the ranks to save and stop; a second SIGTERM or SIGINT ends them.
+    When one rank fails, the others end by themselves; one that does not is ended. Call it from a process without
+    threads.
+
+    Returns:
+        What the first rank to fail returned; 1 where a signal ended it; 0 where none failed.
+    """
+    watched = _STOP_SIGNALS | {signal.SIGCHLD}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    with socket.create_server(("127.0.0.1", 0), backlog=max(128, size)) as listener:
+        ranks = [_start(command, rank, size, listener, mask) for rank in range(size)]
+    try:
+        return _Ranks(ranks).wait(watched)
+    finally:
+        for rank in ranks:
+            rank.kill()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+class _Ranks:
+    def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+        self._processes = processes
+        self._first_failure: int | None = None
+        self._deadline: float | None = None
+        self._asked_at: float | None = None
+        self._asked: set[int] = set()
+        self._ended: set[int] = set()
+        self._is_ending = False
+
+    def wait(self, watched: set[signal.Signals]) -> int:
+        while len(self._ended) < len(self._processes):
+            received = signal.sigtimedwait(watched, _LOOK_SECONDS)
+            if received is not None and received.si_signo in _STOP_SIGNALS:
+                self._note_request(signal.Signals(received.si_signo))
+            self._collect()
+            if self._asked_at is not None:
+                self._ask_to_stop()
+            if self._first_failure is not None and self._deadline is None:
+                self._deadline = time.monotonic() + _LOSS_SECONDS
+            if 0 in self._ended and self._deadline is not None:
+                self._deadline = min(self._deadline, time.monotonic() + _AFTER_RANK_0_SECONDS)
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                self._end_all()
+        return self._first_failure or ExitCode.FINISHED
+
+    def _note_request(self, name: signal.Signals) -> None:
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+            _say("asked to stop: the ranks save and end")
+        elif name in _INSISTING and now - self._asked_at >= _INSIST_SECONDS:
+            _say("asked again: ending the ranks without waiting for them")
+            self._deadline = now
+
+    def _collect(self) -> None:
+        for rank, process in enumerate(self._processes):
+            code = process.poll()
+            if code is None or rank in self._ended:
+                continue
+            self._ended.add(rank)
+            if code < 0 and not self._is_ending:
+                _say(f"rank {rank} (process {process.pid}) was killed by {signal.Signals(-code).name}")
+            if code != 0 and self._first_failure is None:
+                self._first_failure = code if code > 0 else ExitCode.FAULT
+
+    def _ask_to_stop(self) -> None:
+        """Ask each rank once it can be asked: before it catches the signal it would die of it."""
+        for rank, process in enumerate(self._processes):
+            if rank not in self._asked and process.poll() is None and _catches(process.pid, signal.SIGUSR2):
+                process.send_signal(signal.SIGUSR2)
+                self._asked.add(rank)
+
+    def _end_all(self) -> None:
+        self._is_ending = True
+        left = [process for process in self._processes if process.poll() is None]
+        for process in left:
+            process.terminate()
+        until = time.monotonic() + _TERMINATE_SECONDS
+        for process in left:
+            try:
+                process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def rank_environment(environment: Mapping[str, str], rank: int, size: int, port: int, listen_fd: int) -> dict[str, str]:
+    """Return the environment of a rank: torch's own variables, threads, and nothing of another launcher."""
+    kept = {name: value for name, value in environment.items() if not name.startswith(_OTHER_LAUNCHERS)}
+    threads = max(1, len(os.sched_getaffinity(0)) // size)
+    kept.setdefault("OMP_NUM_THREADS", str(threads))
+    kept.setdefault("DIST_TRAIN_LAUNCH", secrets.token_hex(8))
+    place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, LISTEN_FD: listen_fd if rank == 0 else -1}
+    return {**kept, **{name: str(value) for name, value in {**place, **meeting}.items()}}
+
+
+def _start(
+    command: Sequence[str], rank: int, size: int, listener: socket.socket, mask: set[int | signal.Signals]
+) -> subprocess.Popen[bytes]:
+    parent, libc = os.getpid(), ctypes.CDLL(None)
+
+    def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(ExitCode.FAULT)
+
+    fd = listener.fileno()
+    environment = rank_environment(os.environ, rank, size, listener.getsockname()[1], fd)
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        pass_fds=(fd,) if rank == 0 else (),
+        start_new_session=True,  # Ctrl-C at a terminal is for the launcher alone
+        preexec_fn=prepare,  # there are no threads
+    )
+
+
+def _catches(process: int, name: signal.Signals) -> bool:
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (name - 1) & 1)
+
+
+def _say(text: str) -> None:
+    print(f"dist-train launch: {text}", file=sys.stderr, flush=True)

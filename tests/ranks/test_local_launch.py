@@ -1,0 +1,136 @@
+"""`dist-train launch`: the exit codes of its ranks, requests to stop, ranks that die; and torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from dist_train.outcome import ExitCode
+from tests.launching import (
+    descendants,
+    kill,
+    launch,
+    small_settings,
+    start,
+    status,
+    weights_digest,
+    write_config,
+)
+from tests.waiting import PATIENCE, wait_for_lines, wait_until_gone
+
+pytestmark = pytest.mark.ranks
+
+ENDLESS = small_settings(run={"epochs": 5000}, evaluation={"every_epochs": 0}, checkpoint={"every_epochs": 0})
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> subprocess.Popen[str]:
+    process = start(2, "torch", "train", write_config(tmp_path, ENDLESS), "--run-dir", str(tmp_path / "run"))
+    wait_for_lines(tmp_path / "run/metrics.jsonl", 4)
+    return process
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Wait for the launcher and all that it started."""
+    left = descendants(process.pid)
+    try:
+        output, _ = process.communicate(timeout=PATIENCE)
+        wait_until_gone(left)
+    finally:
+        kill(process)
+    return process.returncode, output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_to_the_launcher_stops_the_ranks_which_save(
+    running: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    running.send_signal(number)
+    code, output = ended(running)
+    assert code == ExitCode.STOPPED, output
+    after = status(tmp_path / "run")
+    assert (after["state"], after["exit_code"]) == ("stopped", ExitCode.STOPPED)
+    assert (tmp_path / f"run/checkpoints/step-{after['step']:08d}.pt").exists()
+
+
+def test_a_signal_before_the_ranks_can_take_it_stops_them_too(tmp_path: Path) -> None:
+    process = start(2, "torch", "train", write_config(tmp_path, ENDLESS), "--run-dir", str(tmp_path / "run"))
+    while len(descendants(process.pid)) < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    code, output = ended(process)
+    assert code == ExitCode.STOPPED, output
+
+
+def test_a_second_signal_ends_ranks_that_hang(running: subprocess.Popen[str]) -> None:
+    for pid in descendants(running.pid):
+        os.kill(pid, signal.SIGSTOP)
+    running.send_signal(signal.SIGTERM)
+    time.sleep(2.5)  # sooner, a second signal is taken for the same request
+    running.send_signal(signal.SIGTERM)
+    code, output = ended(running)
+    assert code == ExitCode.FAULT, output
+
+
+def test_a_killed_rank_ends_the_launch_with_1(running: subprocess.Popen[str], tmp_path: Path) -> None:
+    os.kill(descendants(running.pid)[1], signal.SIGKILL)
+    code, output = ended(running)
+    assert code == ExitCode.FAULT
+    assert status(tmp_path / "run")["state"] == "failed"
+    assert "SIGKILL" in output
+
+
+def test_ranks_die_with_their_launcher(running: subprocess.Popen[str]) -> None:
+    ranks = descendants(running.pid)
+    running.kill()
+    wait_until_gone(ranks)
+    kill(running)
+
+
+@pytest.mark.parametrize(
+    ("settings", "code"),
+    [
+        ({"noise": {"amplitude": -1}}, ExitCode.USAGE),
+        ({"optimizer": {"learning_rate": 1e30}}, ExitCode.DIVERGED),
+        ({"comm": {"reduction": "float", "op": "adasum"}}, ExitCode.USAGE),
+    ],
+)
+def test_the_exit_code_is_that_of_the_ranks(tmp_path: Path, settings: dict[str, dict[str, object]], code: int) -> None:
+    config = write_config(tmp_path, small_settings(**settings))
+    result = launch(2, "torch", "train", config, "--run-dir", str(tmp_path / "run"))
+    assert result.code == code, result.output
+    assert "Traceback" not in result.output
+
+
+def test_torchrun_gives_the_same_weights(tmp_path: Path) -> None:
+    config = write_config(tmp_path, small_settings(run={"max_steps": 5}))
+    for ranks, controller in ((1, "alone"), (2, "torchrun")):
+        result = launch(ranks, controller, "train", config, "--run-dir", str(tmp_path / controller))
+        assert result.code == 0, result.output
+    assert weights_digest(tmp_path / "torchrun") == weights_digest(tmp_path / "alone")
+
+
+def test_srun_s_variables_are_enough(tmp_path: Path) -> None:
+    config = write_config(tmp_path, small_settings(run={"max_steps": 5}))
+    whole = launch(1, "alone", "train", config, "--run-dir", str(tmp_path / "alone"))
+    assert whole.code == 0, whole.output
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
+    command = ("train", config, "comm.engine=torch", "--run-dir", str(tmp_path / "run"))
+    tasks = [start(1, "alone", *command, extra={**step, "SLURM_PROCID": str(rank)}) for rank in range(2)]
+    outputs = [task.communicate(timeout=PATIENCE)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert weights_digest(tmp_path / "run") == weights_digest(tmp_path / "alone")
+
+
+def test_the_launch_script_starts_ranks_so_unless_it_is_told_otherwise(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "launch/local.sh"
+    config = write_config(tmp_path, small_settings(run={"max_steps": 2}))
+    command = [str(script), "-np", "2", "train", config, "--run-dir", str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert result.returncode == 0, result.stderr
+    assert "2 ranks (torch-gloo)" in result.stdout
