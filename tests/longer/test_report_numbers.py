@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_train.report.chart import Axis, linear_axis, loss_axis, plain
-from dist_train.report.numbers import paired_difference, spearman, student_quantile, summary
+from dist_train.report.numbers import paired_difference, spearman, summary
 
 
 def test_a_summary_has_the_sample_deviation() -> None:
@@ -25,10 +25,14 @@ def test_a_single_value_has_no_deviation_and_none_has_no_summary() -> None:
 
 
 @pytest.mark.parametrize(
-    ("freedom", "quantile"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (5, 2.57058), (10, 2.22814), (29, 2.04523)]
+    ("pairs", "quantile"), [(2, 12.7062), (3, 4.30265), (4, 3.18245), (6, 2.57058), (11, 2.22814), (30, 2.04523)]
 )
-def test_students_quantile_is_that_of_the_tables(freedom: int, quantile: float) -> None:
-    assert student_quantile(0.975, freedom) == pytest.approx(quantile, abs=1e-4)
+def test_an_interval_has_students_quantile_of_the_tables(pairs: int, quantile: float) -> None:
+    differences = [float(number**2) for number in range(pairs)]
+    found = paired_difference([(0.0, difference) for difference in differences])
+    assert found is not None
+    half = quantile * stdev(differences) / math.sqrt(pairs)
+    assert (found.low, found.high) == pytest.approx((found.difference - half, found.difference + half), rel=1e-4)
 
 
 def test_a_difference_is_paired() -> None:
