@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,86 +16,86 @@ from markupsafe import Markup
 from dist_train import __version__
 from dist_train.outcome import UsageError
 from dist_train.report import facts
-from dist_train.report.comparisons import Effect, EffectTable, Scatter, effect_tables, sharpness_scatters, strip_plot
-from dist_train.report.curves import curve_records, run_curves, study_curves
+from dist_train.report.chart import svg
+from dist_train.report.figures import (
+    Correlation,
+    Scatter,
+    curve_records,
+    run_curves,
+    sharpness_scatters,
+    strip_plot,
+    study_curves,
+)
 from dist_train.report.landscape_charts import landscape_figure, plane_pictures, run_landscapes
-from dist_train.report.measures import Measure, measures_of, sharpness_of
+from dist_train.report.measures import measures_of, sharpness_of
 from dist_train.report.stored_run import StoredRun, Subject, read_subject
-from dist_train.report.tables import Cell, VariantTable, run_cells, run_table, variant_tables
-from dist_train.report.variants import Panel, Variant, panels_of, shown
+from dist_train.report.tables import Cell, Effect, Row, effect_tables, run_cells, run_rows, variant_tables
+from dist_train.report.variants import Panel, panels_of, shown
 from dist_train.rundir import atomic
 
 _NONE = "\u2013"
-_UNFINISHED = " (not finished)"
 
 
 def tables_in_markdown(subject: Subject) -> str:
     """Return the tables of variants, their differences from the base line, and the rank correlations."""
     panels = panels_of(subject.runs)
-    parts = [_left_out(panels)] if any(variant.repeated for panel in panels for variant in panel.variants) else []
-    parts += [_section(table.title, _variants(table)) for table in variant_tables(panels)]
-    parts += [
-        _section(f"Differences from the base line: {table.title[0].lower()}{table.title[1:]}", _effects(table))
-        for table in effect_tables(panels)
-    ]
+    repeated = _repeated(panels)
+    parts = []
+    if repeated:
+        lines = "".join(f"- {name}: the settings and seed of {kept}, which counts\n" for name, kept in repeated)
+        parts.append(f"## Left out as duplicates\n\n{lines}")
+    for table in variant_tables(panels):
+        rows = [
+            [*_label(panel, row), _of(len(row.variant.counted), row.variant.seeds), *map(_number, row.cells)]
+            for panel, group in table.groups
+            for row in group
+        ]
+        parts.append(_section(table.title, ["variant", "seeds", *(each.heading for each in table.measures)], rows))
+    for effects in effect_tables(panels):
+        rows = [[*_label(panel, row), *map(_effect, row.cells)] for panel, group in effects.groups for row in group]
+        title = f"Differences from the base line: {effects.title[0].lower()}{effects.title[1:]}"
+        parts.append(_section(title, ["variant", *(each.heading for each in effects.measures)], rows))
     scatters = sharpness_scatters(panels)
-    if scatters:
-        for other in dict.fromkeys(found.other for scatter in scatters for found in scatter.correlations):
-            parts.append(_section(f"Rank correlation with {other}", _correlations(scatters, other)))
+    for other in dict.fromkeys(found.other for scatter in scatters for found in scatter.correlations):
+        parts.append(_correlations(scatters, other))
     return "\n".join(parts)
 
 
-def _section(title: str, rows: Iterator[Sequence[str]]) -> str:
-    head, *body = rows
-    rule = ["---"] * len(head)
-    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in (head, rule, *body)]
+def _section(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in (head, ["---"] * len(head), *rows)]
     return f"## {title}\n\n" + "\n".join(lines) + "\n"
 
 
-def _left_out(panels: Sequence[Panel]) -> str:
-    repeated = [pair for panel in panels for variant in panel.variants for pair in variant.repeated.items()]
-    lines = [f"- {name}: the settings and seed of {kept}, which counts" for name, kept in repeated]
-    return "## Left out as duplicates\n\n" + "\n".join(lines) + "\n"
+def _repeated(panels: Sequence[Panel]) -> list[tuple[str, str]]:
+    return [pair for panel in panels for variant in panel.variants for pair in variant.repeated.items()]
 
 
-def _variants(table: VariantTable) -> Iterator[Sequence[str]]:
-    yield "variant", "seeds", *map(_heading, table.measures)
-    for panel, rows in table.groups:
-        for row in rows:
-            count = str(row.counted) if row.counted == row.planned else f"{row.counted} of {row.planned}"
-            label = f"{row.variant.label}{_UNFINISHED if row.variant.is_provisional else ''}"
-            yield f"{panel.short}, {label}", count, *map(_number, row.cells)
+def _label(panel: Panel, row: Row[Any]) -> list[str]:
+    return [f"{panel.short}, {row.label}{' (not finished)' if row.is_provisional else ''}"]
 
 
-def _effects(table: EffectTable) -> Iterator[Sequence[str]]:
-    yield "variant", *map(_heading, table.measures)
-    for panel, rows in table.groups:
-        for row, cells in rows:
-            yield f"{panel.short}, {row.label}{_UNFINISHED if row.is_provisional else ''}", *map(_effect, cells)
+def _of(count: int, planned: int) -> str:
+    return str(count) if count == planned else f"{count} of {planned}"
 
 
-def _correlations(scatters: Sequence[Scatter], other: str) -> Iterator[Sequence[str]]:
-    chosen = [(scatter, [item for item in scatter.correlations if item.other == other]) for scatter in scatters]
-    names = list(dict.fromkeys(item.among for _, items in chosen for item in items))
-    yield "measure", *names
-    for scatter, items in chosen:
-        found = {item.among: item for item in items}
-        cells = (
-            f"{found[name].rho:.2f} ({found[name].note})" if name in found and found[name].rho is not None else _NONE
-            for name in names
-        )
-        yield scatter.chart.title, *(cell.replace("-", "\u2212") for cell in cells)
+def _correlations(scatters: Sequence[Scatter], other: str) -> str:
+    chosen = {
+        scatter.chart.title: {found.among: found for found in scatter.correlations if found.other == other}
+        for scatter in scatters
+    }
+    names = list(dict.fromkeys(among for found in chosen.values() for among in found))
+    rows = [[title, *(_correlation(found.get(name)) for name in names)] for title, found in chosen.items()]
+    return _section(f"Rank correlation with {other}", ["measure", *names], rows)
 
 
-def _heading(measure: Measure) -> str:
-    return f"{measure.title}, {measure.unit}" if measure.unit else measure.title
+def _correlation(found: Correlation | None) -> str:
+    if found is None or found.rho is None:
+        return _NONE
+    return f"{found.rho:.2f} ({found.note})".replace("-", "\u2212")
 
 
 def _number(cell: Cell) -> str:
-    if cell.value is None:
-        return _NONE
-    bound = "≥ " if cell.is_bound else ""
-    return f"{bound}{cell.text}{f' ± {cell.spread}' if cell.spread else ''}{f' ({cell.note})' if cell.note else ''}"
+    return _NONE if cell.value is None else f"{cell.as_text}{f' ({cell.note})' if cell.note else ''}"
 
 
 def _effect(effect: Effect | None) -> str:
@@ -144,8 +144,7 @@ def render(subject: Subject, now: datetime | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["shown"] = shown
-    environment.filters["sentence"] = _sentence
+    environment.filters |= {"shown": shown, "svg": svg, "sentence": lambda text: text[:1].upper() + text[1:]}
     only = subject.runs[0] if subject.kind == "run" else None
     content = _of_run(only) if only else _of_study(subject)
     script = (_FOLDER / "script.js").read_text(encoding="utf-8")
@@ -171,27 +170,29 @@ def _of_study(subject: Subject) -> dict[str, Any]:
     panels = panels_of(subject.runs)
     tables = variant_tables(panels)
     variants = [variant for panel in panels for variant in panel.variants]
-    strip_measure = next((measure for table in tables for measure in table.measures), None)
+    counted = [run for variant in variants for run in variant.counted]
+    measures = measures_of([run for variant in variants for run in variant.runs])
+    keys = (Key(f"s{variant.colour}", variant.label) for variant in variants if variant.counted)
     return {
         "panels": panels,
-        "strips": strip_plot(panels, strip_measure) if strip_measure else (),
+        "strips": strip_plot(panels, tables[0].measures[0]) if tables else (),
         "curves": study_curves(panels),
-        "trained_noisily": _are_batches(variants),
+        # a curve of the training split is made of updates, for want of evaluations
+        "trained_noisily": any(curve_records(run, "train") and not run.split("train") for run in counted),
         "tables": tables,
         "effects": effect_tables(panels),
         "landscapes": landscape_figure(panels),
         "planes": plane_pictures(subject.runs),
         "scatters": sharpness_scatters(panels),
-        "sharpness_left_out": _sharpness_left_out([run for variant in variants for run in variant.counted]),
-        "runs": run_table(panels),
-        "repeated": [pair for variant in variants for pair in variant.repeated.items()],
+        "sharpness_left_out": sum(len(run.analyses.sharpness) for run in counted) - len(sharpness_of(counted)),
+        "measures": measures,
+        "runs": run_rows(panels, measures),
+        "repeated": _repeated(panels),
         "troubled": [run for run in subject.runs if not run.is_finished],
         "problems": [(run, problem) for run in subject.runs for problem in run.analyses.problems],
         "shared": facts.shared_settings(subject.runs),
         "again": [(run, command) for run in subject.runs if (command := facts.command_of(run))],
-        "keys": tuple(
-            dict.fromkeys(Key(f"s{variant.colour}", variant.label) for variant in variants if variant.counted)
-        ),
+        "keys": tuple(dict.fromkeys(keys)),
     }
 
 
@@ -203,28 +204,12 @@ def _of_run(run: StoredRun) -> dict[str, Any]:
         "curves": run_curves(run),
         "landscapes": run_landscapes(run),
         "planes": plane_pictures([run]),
-        "sections": facts.sections_of(run),
-        "checkpoints": facts.checkpoints_of(run),
+        "sections": facts.sections_of(run.settings),
+        "checkpoints": tuple(facts.checkpoints_of(run)),
         "events": facts.events_of(run),
         "problems": run.analyses.problems,
         "keys": (),
     }
-
-
-def _sharpness_left_out(runs: Sequence[StoredRun]) -> int:
-    """Return how many results were made with other settings or at an earlier step, and stand in no table."""
-    return sum(len(run.analyses.sharpness) for run in runs) - len(sharpness_of(runs))
-
-
-def _are_batches(variants: Sequence[Variant]) -> bool:
-    """Whether a curve of the training split is made of updates, for want of evaluations."""
-    return any(
-        curve_records(run, "train") and not run.split("train") for variant in variants for run in variant.counted
-    )
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _series_rules(keys: Sequence[Key]) -> str:

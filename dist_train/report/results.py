@@ -1,4 +1,4 @@
-"""Reads what analyses of a run's checkpoints left in its folder `analysis`."""
+"""What analyses of a run's checkpoints have left in its directory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dist_train.rundir.paths import RunDirectory
 
 _INCIDENTAL = frozenset({"data_digest", "device", "batch_size", "statistics_batch", "threads"})
 
@@ -62,16 +64,11 @@ class Landscape:
 
     def lines(self, split: str) -> tuple[tuple[LandscapePoint, ...], ...]:
         """Return the points of `split` by direction, each ordered by alpha."""
-        directions = sorted({point.direction for point in self.points if point.split == split})
-        return tuple(
-            tuple(
-                sorted(
-                    (point for point in self.points if point.split == split and point.direction == direction),
-                    key=lambda point: point.alpha,
-                )
-            )
-            for direction in directions
-        )
+        lines: dict[int, list[LandscapePoint]] = {}
+        for point in sorted(self.points, key=lambda point: (point.direction, point.alpha)):
+            if point.split == split:
+                lines.setdefault(point.direction, []).append(point)
+        return tuple(map(tuple, lines.values()))
 
 
 @dataclass(frozen=True)
@@ -92,36 +89,46 @@ class Analyses:
     sharpness: tuple[Sharpness, ...] = ()
     problems: tuple[str, ...] = ()
 
+    def of_kind(self, kind: str) -> tuple[Landscape, ...]:
+        """Return the landscapes of one kind."""
+        return tuple(item for item in self.landscapes if item.kind == kind)
+
 
 class _UnusableError(Exception):
     """A result that cannot be shown; its text says why."""
 
 
-def read_analyses(run_directory: Path) -> Analyses:
-    """Return the results below `run_directory`; those of other checkpoints than its own count as problems."""
-    folder = run_directory / "analysis"
-    digests = _digests(run_directory / "checkpoints")
+def read_analyses(directory: RunDirectory) -> Analyses:
+    """Return the results of a run; those of other checkpoints than its own count as problems."""
+    digests = frozenset(filter(None, map(_digest_of, directory.checkpoint_records())))
     landscapes: list[Landscape] = []
     sharpness: list[Sharpness] = []
     problems: list[str] = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    for path in sorted(directory.analysis.iterdir()) if directory.analysis.is_dir() else ():
         try:
             if (path / "settings.json").is_file():
                 landscapes.append(_landscape(path, digests))
-            elif path.name.startswith("sharpness-") and path.suffix == ".json":
+            elif path.match("sharpness-*.json"):
                 sharpness.append(_sharpness(path, digests))
         except _UnusableError as error:
             problems.append(f"{path.name}: {error}")
     return Analyses(tuple(landscapes), tuple(sharpness), tuple(problems))
 
 
-def flat_numbers(fields: object, prefix: str = "") -> Iterator[tuple[str, float]]:
+def _digest_of(path: Path) -> str:
+    try:
+        return _digest(_json(path))
+    except _UnusableError:
+        return ""  # the checkpoint's own reader reports it
+
+
+def _flat_numbers(fields: object, name: str) -> Iterator[tuple[str, float]]:
     """Yield the finite numbers within nested JSON objects under dotted names."""
     if isinstance(fields, Mapping):
-        for name, value in fields.items():
-            yield from flat_numbers(value, f"{prefix}.{name}" if prefix else str(name))
+        for inner, value in fields.items():
+            yield from _flat_numbers(value, f"{name}.{inner}" if name else str(inner))
     elif isinstance(fields, int | float) and not isinstance(fields, bool) and math.isfinite(fields):
-        yield prefix, float(fields)
+        yield name, float(fields)
 
 
 def _landscape(folder: Path, digests: frozenset[str]) -> Landscape:
@@ -209,24 +216,13 @@ def _measures(fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         known = [float(value) for value in eigenvalues if value is not None] if isinstance(eigenvalues, list) else []
         if known:
             yield "largest Hessian eigenvalue", max(known)
-        for name, value in flat_numbers({"Hessian trace": hessian.get("trace")}):
-            yield name, value
-    for name, value in flat_numbers(fields.get("keskar")):
+        yield from _flat_numbers(hessian.get("trace"), "Hessian trace")
+    for name, value in _flat_numbers(fields.get("keskar"), ""):
         yield f"Keskar, {name.replace('full', 'full space')}", value
     rises = fields.get("expected_rise")
     for rise in rises if isinstance(rises, list) else ():
         if isinstance(rise, Mapping) and isinstance(rise.get("mean"), int | float):
             yield f"expected rise at {rise.get('amplitude'):g}", float(rise["mean"])
-
-
-def _digests(folder: Path) -> frozenset[str]:
-    found = set()
-    for path in folder.glob("step-*.json"):
-        try:
-            found.add(_digest(_json(path)))
-        except _UnusableError:
-            continue  # the checkpoint's own reader reports it
-    return frozenset(digest for digest in found if digest)
 
 
 def _json(path: Path) -> dict[str, Any]:

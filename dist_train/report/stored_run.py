@@ -14,24 +14,28 @@ import yaml
 
 from dist_train.outcome import UsageError
 from dist_train.report.results import Analyses, read_analyses
-from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, read_records
+from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import Status, read_status
-from dist_train.sweep.planned_runs import BASE_FILE
-from dist_train.watch.run_table import is_run, read_state
+from dist_train.sweep.planned_runs import BASE_FILE, RUNS_FILE, STUDY_FILE
+from dist_train.watch.run_table import BrokenError, read_measurements, read_settings, read_state
+
+_BATCH = "batch.global_size"
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What a study says of one of its runs."""
+    """What a study says of one of its runs; `title` is what it calls the variant.
+
+    `batch` is None where neither the run nor the study's base configuration says it.
+    """
 
     name: str
     variant: str
     title: str
-    """What the study calls the variant."""
     seed: int | None
     overrides: tuple[str, ...]
     batch: int | None = None
-    """Its global batch; None where neither the run nor the study's base configuration says it."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class StoredRun:
     @property
     def batch(self) -> int | None:
         """Return the global batch."""
-        size = self.settings.get("batch.global_size")
+        size = self.settings.get(_BATCH)
         return size if isinstance(size, int) else None
 
     def last(self, split: str) -> EvaluationRecord | None:
@@ -82,68 +86,37 @@ def _is_finite(record: EvaluationRecord) -> bool:
     return math.isfinite(record.accuracy) and math.isfinite(record.loss)
 
 
-def read_run(directory: Path, name: str, planned: Planned | None = None) -> StoredRun:
-    """Return the run in `directory`; what is wrong with it stands in its state and note, never raised."""
-    if not directory.is_dir():
-        return StoredRun(directory, name, "missing", "it has not begun: its folder is not there", planned)
-    if not is_run(directory):
-        return StoredRun(directory, name, "missing", "it has not begun: its folder is empty", planned)
-    records, problem = _records(directory / "metrics.jsonl")
-    settings, fault = read_settings(directory / "config.yaml")
+def read_run(root: Path, name: str, planned: Planned | None = None) -> StoredRun:
+    """Return the run in `root`; what is wrong with it stands in its state and note, never raised."""
+    directory = RunDirectory(root)
+    if not directory.has_begun:
+        what = "empty" if root.is_dir() else "not there"
+        return StoredRun(root, name, "missing", f"it has not begun: its folder is {what}", planned)
     state, note = read_state(directory)
-    if problem or fault:
-        state, note = "broken", problem or fault
-    elif state == "finished" and not any(isinstance(record, EvaluationRecord) for record in records):
-        state, note = "broken", "it has finished, but metrics.jsonl holds no evaluation"
+    records: tuple[Record, ...] = ()
+    settings: Mapping[str, object] = {}
+    try:
+        settings = read_settings(directory.config)
+        records = read_measurements(directory.metrics)
+        if not directory.metrics.exists():
+            raise BrokenError(f"it has no {directory.metrics.name}")
+        if state == "finished" and not any(isinstance(record, EvaluationRecord) for record in records):
+            raise BrokenError(f"it has finished, but {directory.metrics.name} holds no evaluation")
+    except BrokenError as error:
+        state, note = "broken", str(error)
     return StoredRun(
-        directory=directory,
+        directory=root,
         name=name,
         state=state,
         note=note,
         planned=planned,
         settings=settings,
-        status=read_status(directory / "status.json"),
+        status=read_status(directory.status),
         train=tuple(record for record in records if isinstance(record, TrainRecord)),
         evaluations=tuple(record for record in records if isinstance(record, EvaluationRecord)),
         events=tuple(record for record in records if isinstance(record, EventRecord)),
         analyses=read_analyses(directory),
     )
-
-
-def flat_settings(sections: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield the settings of nested `sections` under dotted paths, in their order."""
-    for name, value in sections.items():
-        if isinstance(value, Mapping):
-            yield from flat_settings(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _records(path: Path) -> tuple[tuple[Record, ...], str]:
-    try:
-        return read_records(path), ""
-    except FileNotFoundError:
-        return (), "it has no metrics.jsonl"
-    except OSError as error:
-        return (), f"metrics.jsonl cannot be read: {error.strerror}"
-
-
-def read_settings(path: Path) -> tuple[Mapping[str, object], str]:
-    """Return the settings of a configuration file by dotted path; none, and why, where it cannot be read."""
-    try:
-        sections = yaml.safe_load(path.read_bytes())
-    except FileNotFoundError:
-        return {}, ""
-    except (OSError, yaml.YAMLError) as error:
-        return {}, f"config.yaml cannot be read: {str(error).splitlines()[0]}"
-    return (
-        (dict(flat_settings(sections)), "") if isinstance(sections, Mapping) else ({}, "config.yaml holds no settings")
-    )
-
-
-PLAN = "runs.json"
-"""In a study's folder: its runs, in order."""
-_BATCH = "batch.global_size"
 
 
 @dataclass(frozen=True)
@@ -157,16 +130,24 @@ class Subject:
     @property
     def title(self) -> str:
         """Return what the study calls itself, else the folder's name."""
-        return _study_title(self.directory) if self.kind == "study" else self.directory.resolve().name
+        name = self.directory.resolve().name
+        if self.kind == "study":
+            try:
+                fields = yaml.safe_load((self.directory / STUDY_FILE).read_bytes())
+            except (OSError, yaml.YAMLError):
+                fields = None
+            if isinstance(fields, Mapping):
+                return str(fields.get("title") or fields.get("name") or name)
+        return name
 
 
 def read_subject(directory: Path) -> Subject:
     """Return the runs of `directory`. Raises UsageError where it is no folder, or there is no run in it."""
     if not directory.is_dir():
         raise UsageError(f"there is no folder {directory}: name a run, a study, or a folder of runs")
-    if (directory / PLAN).is_file():
+    if (directory / RUNS_FILE).is_file():
         return Subject(directory, "study", tuple(_study_runs(directory, "")))
-    if is_run(directory):
+    if RunDirectory(directory).has_begun:
         return Subject(directory, "run", (read_run(directory, directory.resolve().name),))
     runs = tuple(_runs_below(directory))
     if not runs:
@@ -174,67 +155,50 @@ def read_subject(directory: Path) -> Subject:
     return Subject(directory, "folder", runs)
 
 
-def read_plan(path: Path) -> tuple[Planned, ...]:
-    """Return the runs that a study's `runs.json` names. Raises UsageError where it cannot be used."""
+def _runs_below(directory: Path) -> Iterator[StoredRun]:
+    for folder, children, files in os.walk(directory):
+        path = Path(folder)
+        name = str(path.relative_to(directory))
+        if RUNS_FILE in files:
+            children.clear()
+            yield from _study_runs(path, f"{name}/")
+        elif RunDirectory(path).has_begun:
+            children.clear()
+            yield read_run(path, name)
+        children.sort()
+
+
+def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:
+    path = directory / RUNS_FILE
+    try:
+        base = read_settings(directory / BASE_FILE).get(_BATCH)
+    except BrokenError:
+        base = None
     try:
         content = json.loads(path.read_bytes())
         entries = content["runs"] if isinstance(content, Mapping) else content
-        base, _ = read_settings(path.with_name(BASE_FILE))
-        return tuple(_planned(entry, base.get(_BATCH)) for entry in entries)
+        plan = [_planned(entry, base) for entry in entries]
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{path} is not a list of runs ({error!r}): start the study's sweep again, which writes it"
         ) from error
+    for planned in plan:
+        yield read_run(directory / planned.name, prefix + planned.name, planned)
 
 
 def _planned(entry: Mapping[str, object], base_batch: object) -> Planned:
     name, seed, overrides = str(entry["name"]), entry.get("seed"), entry.get("overrides") or ()
-    if isinstance(overrides, Mapping):
-        overrides = [f"{path}={value}" for path, value in overrides.items()]
     if not isinstance(overrides, list | tuple):
         raise TypeError(f"overrides of {name}: {overrides!r}")
+    settings = dict(str(override).split("=", 1) for override in overrides)
+    batch = settings.get(_BATCH, base_batch)
     return Planned(
         name=name,
         variant=str(entry.get("variant") or ""),
         title=str(entry.get("title") or entry.get("variant") or ""),
         seed=seed if isinstance(seed, int) else None,
         overrides=tuple(map(str, overrides)),
-        batch=_batch(tuple(map(str, overrides)), base_batch),
+        batch=int(str(batch)) if str(batch).isdecimal() else None,
     )
-
-
-def _batch(overrides: tuple[str, ...], base_batch: object) -> int | None:
-    for override in overrides:
-        path, _, value = override.partition("=")
-        if path.strip() == _BATCH and value.strip().isdecimal():
-            return int(value)
-    return base_batch if isinstance(base_batch, int) else None
-
-
-def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:
-    for planned in read_plan(directory / PLAN):
-        yield read_run(directory / planned.name, prefix + planned.name, planned)
-
-
-def _runs_below(directory: Path) -> Iterator[StoredRun]:
-    for folder, children, files in os.walk(directory):
-        path = Path(folder)
-        name = str(path.relative_to(directory))
-        if PLAN in files:
-            children.clear()
-            yield from _study_runs(path, f"{name}/")
-        elif path != directory and is_run(path):
-            children.clear()
-            yield read_run(path, name)
-        children.sort()
-
-
-def _study_title(directory: Path) -> str:
-    try:
-        fields = yaml.safe_load((directory / "study.yaml").read_bytes())
-    except (OSError, yaml.YAMLError):
-        fields = None
-    title = (fields.get("title") or fields.get("name")) if isinstance(fields, Mapping) else None
-    return str(title or directory.resolve().name)

@@ -1,13 +1,18 @@
-"""The tables of the page: variants, runs, and what sets variants apart."""
+"""The tables of the page: variants, their differences from the base line, and every run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from dist_train.report.measures import Measure, measures_of
+from dist_train.report.measures import Measure, measures_of, sharpness_measures
+from dist_train.report.numbers import Interval
 from dist_train.report.stored_run import StoredRun
 from dist_train.report.variants import Panel, Variant
+
+_EFFECTS = ("final_test", "final_train", "gap", "test_loss", "train_loss")
+_Content = TypeVar("_Content")
 
 
 @dataclass(frozen=True)
@@ -23,96 +28,75 @@ class Cell:
     is_bound: bool = False
     note: str = ""
 
+    @property
+    def as_text(self) -> str:
+        """Return the number with its bound and spread."""
+        return f"{'≥ ' if self.is_bound else ''}{self.text}{f' ± {self.spread}' if self.spread else ''}"
+
 
 @dataclass(frozen=True)
-class VariantRow:
-    """A variant with its numbers; `counted` of its `planned` seeds have finished."""
+class Effect:
+    """A difference from the base line as it is read, and the exact one; `note` as in a Cell.
+
+    A bound has its sign in `text` and no `ends`; `text` is empty where nothing is known.
+    """
+
+    interval: Interval
+    text: str
+    ends: str
+    note: str
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.interval.low > 0 or self.interval.high < 0
+
+
+@dataclass(frozen=True)
+class Row(Generic[_Content]):
+    """A variant's cells under its `label`; `is_provisional` where they are of runs that have not finished."""
 
     variant: Variant
-    counted: int
-    planned: int
-    cells: tuple[Cell, ...]
+    label: str
+    is_provisional: bool
+    cells: tuple[_Content, ...]
 
 
 @dataclass(frozen=True)
-class VariantTable:
+class Table(Generic[_Content]):
     """Variants by panel; `measures` heads the columns."""
 
     title: str
     measures: tuple[Measure, ...]
-    groups: tuple[tuple[Panel, tuple[VariantRow, ...]], ...]
+    groups: tuple[tuple[Panel, tuple[Row[_Content], ...]], ...]
 
 
 @dataclass(frozen=True)
 class RunRow:
-    """A run with its numbers; `is_counted` where it has finished, and is not a duplicate."""
+    """A run with its numbers; `is_counted` where these are results: it has finished, and is not a duplicate."""
 
     run: StoredRun
     variant: Variant
-    panel: Panel
     cells: tuple[Cell, ...]
-
-    @property
-    def is_counted(self) -> bool:
-        """Whether its numbers are results."""
-        return self.run.is_finished and self.run.name not in self.variant.repeated
+    is_counted: bool
 
 
-@dataclass(frozen=True)
-class RunTable:
-    """Every run, also those that are missing."""
-
-    measures: tuple[Measure, ...]
-    rows: tuple[RunRow, ...]
-
-
-def variant_tables(panels: Sequence[Panel]) -> tuple[VariantTable, ...]:
+def variant_tables(panels: Sequence[Panel]) -> tuple[Table[Cell], ...]:
     """Return a table for each group of measures."""
-    measures = measures_of([run for panel in panels for variant in panel.variants for run in variant.counted])
-    tables = []
-    for title in dict.fromkeys(measure.group for measure in measures):
-        chosen = tuple(measure for measure in measures if measure.group == title)
-        groups = tuple((panel, tuple(_variant_row(variant, chosen) for variant in panel.variants)) for panel in panels)
-        tables.append(VariantTable(title, chosen, groups))
-    return tuple(tables)
-
-
-def run_table(panels: Sequence[Panel]) -> RunTable:
-    """Return every run with all that is measured of it."""
-    measures = measures_of([run for panel in panels for variant in panel.variants for run in variant.runs])
-    return RunTable(
-        measures,
-        tuple(
-            RunRow(run, variant, panel, run_cells(run, measures))
-            for panel in panels
-            for variant in panel.variants
-            for run in variant.runs
-        ),
-    )
-
-
-def run_cells(run: StoredRun, measures: Sequence[Measure]) -> tuple[Cell, ...]:
-    """Return the numbers of `run`."""
-    cells = []
-    for measure in measures:
-        value = measure.take(run)
-        cells.append(
-            Cell()
-            if value is None
-            else Cell(
-                value,
-                measure.write(value * measure.factor),
-                is_bound=measure.is_bound(run),
-                note="unresolved" if measure.is_unresolved(run) else "",
-            )
+    measures = measures_of(_counted(panels))
+    return tuple(
+        Table(
+            title,
+            chosen,
+            tuple((panel, tuple(_variant_row(variant, chosen) for variant in panel.variants)) for panel in panels),
         )
-    return tuple(cells)
-
-
-def _variant_row(variant: Variant, measures: Sequence[Measure]) -> VariantRow:
-    return VariantRow(
-        variant, len(variant.counted), variant.seeds, tuple(variant_cell(variant, measure) for measure in measures)
+        for title, chosen in _grouped(measures)
     )
+
+
+def _variant_row(variant: Variant, measures: Sequence[Measure]) -> Row[Cell]:
+    cells = tuple(variant_cell(variant, measure) for measure in measures)
+    return Row(variant, variant.label, variant.is_provisional, cells)
 
 
 def variant_cell(variant: Variant, measure: Measure) -> Cell:
@@ -128,6 +112,91 @@ def variant_cell(variant: Variant, measure: Measure) -> Cell:
 
 def limits(count: int, censored: int, unresolved: int) -> str:
     """Return what a reader must know of a mean over `count` values: n = 3, 1 censored, 2 unresolved."""
-    told = [f"n = {count}"]
-    told += [f"{number} {word}" for number, word in ((censored, "censored"), (unresolved, "unresolved")) if number]
-    return ", ".join(told)
+    words = ((censored, "censored"), (unresolved, "unresolved"))
+    return ", ".join([f"n = {count}", *(f"{number} {word}" for number, word in words if number)])
+
+
+def run_rows(panels: Sequence[Panel], measures: Sequence[Measure]) -> tuple[RunRow, ...]:
+    """Return every run with its numbers, also those that are missing."""
+    return tuple(
+        RunRow(run, variant, run_cells(run, measures), run.is_finished and run.name not in variant.repeated)
+        for panel in panels
+        for variant in panel.variants
+        for run in variant.runs
+    )
+
+
+def run_cells(run: StoredRun, measures: Sequence[Measure]) -> tuple[Cell, ...]:
+    """Return the numbers of `run`."""
+    cells = []
+    for measure in measures:
+        value = measure.take(run)
+        if value is None:
+            cells.append(Cell())
+        else:
+            note = "unresolved" if measure.is_unresolved(run) else ""
+            bound = measure.is_bound(run)
+            cells.append(Cell(value, measure.write(value * measure.factor), is_bound=bound, note=note))
+    return tuple(cells)
+
+
+def effect_tables(panels: Sequence[Panel]) -> tuple[Table[Effect | None], ...]:
+    """Return the differences from the base line of the same batch, and of base lines from that of the smallest batch.
+
+    A table for each group of measures, without those of which no two seeds can be compared.
+    """
+    runs = _counted(panels)
+    basic = [measure for measure in measures_of(runs) if measure.key in _EFFECTS]
+    tables = (_effect_table(title, panels, group) for title, group in _grouped([*basic, *sharpness_measures(runs)]))
+    return tuple(table for table in tables if table.measures)
+
+
+def _effect_table(title: str, panels: Sequence[Panel], measures: Sequence[Measure]) -> Table[Effect | None]:
+    every = [(panel, list(_effect_rows(panel, panels[0], measures))) for panel in panels]
+    kept = [at for at in range(len(measures)) if any(row.cells[at] for _, rows in every for row in rows)]
+    groups = []
+    for panel, rows in every:
+        chosen = tuple(
+            Row(row.variant, row.label, row.is_provisional, tuple(row.cells[at] for at in kept))
+            for row in rows
+            if any(row.cells)
+        )
+        if chosen:
+            groups.append((panel, chosen))
+    return Table(title, tuple(measures[at] for at in kept), tuple(groups))
+
+
+def _effect_rows(panel: Panel, first: Panel, measures: Sequence[Measure]) -> Iterator[Row[Effect | None]]:
+    for variant in panel.variants:
+        base, label = panel.base, variant.label
+        if variant.is_base:
+            base, label = first.base if panel is not first else None, f"{label}, from that of {first.short}"
+        if base is not None:
+            cells = tuple(_effect(variant, base, measure) for measure in measures)
+            yield Row(variant, label, variant.is_provisional or base.is_provisional, cells)
+
+
+def _effect(variant: Variant, base: Variant, measure: Measure) -> Effect | None:
+    interval = variant.difference(base, measure)
+    if interval is None:
+        return None
+    unresolved = sum(any(measure.is_unresolved(run) for run, _ in pair) for pair in variant.pairs(base, measure))
+    note = limits(interval.count, interval.censored, unresolved)
+    difference, low, high = (_signed(measure, each) for each in (interval.difference, interval.low, interval.high))
+    if interval.censored:
+        return Effect(interval, f"{interval.sign} {difference}" if interval.sign else "", "", note)
+    return Effect(interval, difference, f"{low} to {high}", note)
+
+
+def _signed(measure: Measure, value: float) -> str:
+    sign = "" if value == 0 else "+" if value > 0 else "\u2212"
+    return sign + measure.write(abs(value) * measure.factor)
+
+
+def _counted(panels: Sequence[Panel]) -> list[StoredRun]:
+    return [run for panel in panels for variant in panel.variants for run in variant.counted]
+
+
+def _grouped(measures: Sequence[Measure]) -> Iterator[tuple[str, tuple[Measure, ...]]]:
+    for title in dict.fromkeys(measure.group for measure in measures):
+        yield title, tuple(measure for measure in measures if measure.group == title)

@@ -60,6 +60,11 @@ class RunDirectory:
         return self.root / "checkpoints"
 
     @property
+    def analysis(self) -> Path:
+        """Folder of what was measured on the checkpoints."""
+        return self.root / "analysis"
+
+    @property
     def logs(self) -> Path:
         """Folder of the ranks' logs."""
         return self.root / "logs"
@@ -68,6 +73,19 @@ class RunDirectory:
     def profile(self) -> Path:
         """Folder of profiler traces, where they were asked for."""
         return self.root / "profile"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a run has left something here."""
+        return any(path.exists() for path in (self.status, self.metrics, self.checkpoints))
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the file of the checkpoint at `step`."""
+        return self.checkpoints / f"step-{step:08d}.pt"
+
+    def checkpoint_records(self) -> tuple[Path, ...]:
+        """Return the records beside the checkpoints that are whole, by step."""
+        return tuple(sorted(self.checkpoints.glob("step-*.json")))
 
     def create(self) -> None:
         """Make the folders, for the user alone where they are new.

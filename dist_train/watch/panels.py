@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from statistics import fmean, median
 
@@ -10,10 +11,13 @@ from rich.console import Group
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+from uniplot import plot_to_string
 
 from dist_train.monitoring import wording
 from dist_train.rundir.live_files import RanksReading
 from dist_train.rundir.records import EventRecord, RankMeasurement
+from dist_train.watch.figure import ACCURACY, BATCH, Chart, Measured, Quantity, learning_curve
+from dist_train.watch.history import History
 from dist_train.watch.run import Snapshot, silence_in_words
 from dist_train.watch.run_table import COLOURS
 
@@ -34,9 +38,11 @@ def header(run: Snapshot, columns: int) -> Group:
 
 def rates(run: Snapshot) -> Table:
     """Return the latest rates, one a line."""
-    table = _facts_table()
-    for name, value in rate_pairs(run):
-        table.add_row(name, value)
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    for row in rate_pairs(run):
+        table.add_row(*row)
     return table
 
 
@@ -108,6 +114,59 @@ def accuracy_pairs(run: Snapshot) -> list[tuple[str, str]]:
     latest = run.history.latest[-1] if run.history.latest else None
     pairs = [] if latest is None else [("accuracy", wording.percent(latest.accuracy))]
     return [*pairs, *((name, wording.percent(each[-1].accuracy)) for name, each in run.history.evaluations.items())]
+
+
+LEAST_HEIGHT = 7
+_FRAME = 4
+"""Lines that are not the curves themselves: heading, border, labels below."""
+_CURVE_COLOURS = {BATCH: "cyan", "train": "yellow", "test": "magenta"}
+
+
+def curves(history: History, quantity: Quantity, columns: int, rows: int) -> Group:
+    """Return loss or accuracy so far, a heading and curves made of characters."""
+    batches = history.batches.points()
+    chart = learning_curve(quantity, Measured("", batches, history.evaluations, history.steps_per_epoch), columns)
+    heading = Text(no_wrap=True, overflow="ellipsis").append(quantity.name, style="bold")
+    latest = [("batch", BATCH, record) for record in [*batches, *history.latest][-1:]]
+    for name, style, record in (*latest, *((split, split, found[-1]) for split, found in history.evaluations.items())):
+        value = _shortly(quantity, quantity.take(record))
+        heading.append("  ").append(f"{name} {value}", style=_CURVE_COLOURS.get(style, "green"))
+    return Group(heading, _plot(chart, quantity, columns, max(1, rows - _FRAME)))
+
+
+def _shortly(quantity: Quantity, value: float) -> str:
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value * 100:.1f} %" if quantity is ACCURACY else f"{value:.3g}"
+
+
+def _plot(chart: Chart | None, quantity: Quantity, columns: int, rows: int) -> Text:
+    series = [each for each in chart.series if any(math.isfinite(point.y) for point in each.points)] if chart else []
+    if chart is None or not series:
+        return Text("nothing measured yet", style="dim")
+    least = 0.0 if chart.left.is_logarithmic else -math.inf
+    plot = plot_to_string(
+        [[point.y * quantity.factor if point.y > least else math.nan for point in each.points] for each in series],
+        [[point.x for point in each.points] for each in series],
+        lines=[True] * len(series),
+        color=[_CURVE_COLOURS.get(each.style, "green") for each in series],
+        character_set="braille",
+        rounded_corners=True,
+        width=columns,
+        height=rows,
+        line_length_hard_cap=columns,
+        x_min=0.0,
+        x_gridlines=[],
+        y_gridlines=[],
+        y_unit=quantity.unit,
+        y_as_log=chart.left.is_logarithmic,
+    )
+    *lines, labels = plot.split("\n")
+    # the axis' name in the widest gap of the labels below
+    gap = max(re.finditer(" +", labels), key=lambda match: len(match[0]), default=None)
+    if gap is not None and len(gap[0]) >= len(chart.x.title) + 2:
+        labels = labels[: gap.start()] + chart.x.title.center(len(gap[0])) + labels[gap.end() :]
+    return Text.from_ansi("\n".join([*lines, labels]), no_wrap=True)
 
 
 def _facts(run: Snapshot) -> Text:
@@ -190,13 +249,6 @@ def _summary(measured: Sequence[RankMeasurement]) -> Text:
     ]
     text = f"{wording.plural(len(measured), 'rank')} (least, median, most): {'; '.join(parts)}"
     return Text(text, style="dim", no_wrap=True, overflow="ellipsis")
-
-
-def _facts_table() -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(no_wrap=True, overflow="ellipsis")
-    return table
 
 
 def _number(value: float) -> float:

@@ -16,8 +16,10 @@ from rich.text import Text
 from dist_train.monitoring.wording import summary_table
 from dist_train.rundir.records import Outcome, RunFacts
 from dist_train.watch import panels
-from dist_train.watch.curves import LEAST_HEIGHT, draw_accuracy, draw_loss
-from dist_train.watch.run import Snapshot, WatchedRun, seconds_of
+from dist_train.watch.figure import ACCURACY, LOSS
+from dist_train.watch.panels import LEAST_HEIGHT
+from dist_train.watch.run import Snapshot, WatchedRun
+from dist_train.watch.run_table import seconds_of
 
 _HEADER = 5
 """Four lines and an empty one."""
@@ -89,7 +91,6 @@ def summary(run: Snapshot, box: Box | None) -> Table:
     train, test = history.evaluated("train"), history.evaluated("test")
     started = run.now if status is None else seconds_of(status.started)
     ended = run.now if status is None else seconds_of(status.finished or status.updated)
-    checkpoint = f"step-{run.checkpoints[-1]:08d}.pt" if run.checkpoints else None
     outcome = Outcome(
         state=run.state,
         reason=run.reason,
@@ -101,7 +102,7 @@ def summary(run: Snapshot, box: Box | None) -> Table:
         test_accuracy=test.accuracy if test else None,
         best_accuracy=history.best_accuracy(),
         samples_per_second=status.samples_per_second if status else None,
-        last_checkpoint=run.directory / "checkpoints" / checkpoint if checkpoint else None,
+        last_checkpoint=run.run.checkpoint(run.checkpoints[-1]) if run.checkpoints else None,
     )
     return summary_table(_facts(run), outcome, box=box)
 
@@ -110,8 +111,8 @@ def _side_by_side(run: Snapshot, columns: int, parts: Plan) -> list[Layout]:
     half = columns // 2
     curves = _row(
         parts.curves,
-        _column(draw_loss(run.history, half - 1, parts.curves), half),
-        _column(draw_accuracy(run.history, columns - half, parts.curves), columns - half),
+        _column(panels.curves(run.history, LOSS, half - 1, parts.curves), half),
+        _column(panels.curves(run.history, ACCURACY, columns - half, parts.curves), columns - half),
     )
     if not parts.rates:
         return [curves]
@@ -125,9 +126,9 @@ def _below_each_other(run: Snapshot, columns: int, parts: Plan) -> list[Layout]:
     accuracies = [] if parts.accuracy else panels.accuracy_pairs(run)
     pairs = [*accuracies, *panels.rate_pairs(run)]
     shown = [_sized(panels.in_lines(pairs), parts.rates)] if parts.rates else []
-    shown.append(_sized(draw_loss(run.history, columns, parts.curves), parts.curves))
+    shown.append(_sized(panels.curves(run.history, LOSS, columns, parts.curves), parts.curves))
     if parts.accuracy:
-        shown.append(_sized(draw_accuracy(run.history, columns, parts.accuracy), parts.accuracy))
+        shown.append(_sized(panels.curves(run.history, ACCURACY, columns, parts.accuracy), parts.accuracy))
     if parts.ranks:
         shown.append(_sized(_ranks_panel(run, parts.ranks), parts.ranks))
     return shown
@@ -159,7 +160,7 @@ def _facts(run: Snapshot) -> RunFacts:
     steps = run.total_steps or run.step
     return RunFacts(
         name=run.name,
-        run_directory=run.directory,
+        run_directory=run.run.root,
         model=run.settings.model or "",
         data=run.settings.data or "",
         parameters=0,
