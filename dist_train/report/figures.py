@@ -9,8 +9,15 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from dist_train.report.chart import WIDTH, element, line, mark, text, ticks
-from dist_train.report.measures import FINAL_ACCURACY, TRAIN_LOSS, Measure, sharpness_measures
-from dist_train.report.numbers import Summary, spearman, summary
+from dist_train.report.measures import (
+    FINAL_ACCURACY,
+    TRAIN_LOSS,
+    Measure,
+    Summary,
+    sharpness_measures,
+    spearman,
+    summary,
+)
 from dist_train.report.stored_run import StoredRun
 from dist_train.report.tables import limits, variant_cell
 from dist_train.report.variants import Panel, Variant, duplicates_of

@@ -10,10 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dist_train.report.figures import mean_points
-from dist_train.report.measures import commonest_settings, directions_of
-from dist_train.report.numbers import Summary, summary
-from dist_train.report.results import Landscape
-from dist_train.report.stored_run import StoredRun
+from dist_train.report.measures import Summary, commonest_settings, directions_of, summary
+from dist_train.report.stored_run import Landscape, StoredRun
 from dist_train.report.tables import limits
 from dist_train.report.variants import Panel, Variant
 from dist_train.watch.figure import (

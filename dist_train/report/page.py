@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from dist_train import __version__
 from dist_train.outcome import UsageError
-from dist_train.report import facts
+from dist_train.report import tables
 from dist_train.report.chart import svg
 from dist_train.report.figures import (
     Correlation,
@@ -160,26 +160,26 @@ def render(subject: Subject, now: datetime | None = None) -> str:
         style=trusted_style,
         script=trusted_script,
         version=__version__,
-        commands=facts.commands(subject),
-        environment=(*facts.environment(subject.runs), *facts.versions(subject.runs)),
+        commands=tables.commands(subject),
+        environment=(*tables.environment(subject.runs), *tables.versions(subject.runs)),
         **content,
     )
 
 
 def _of_study(subject: Subject) -> dict[str, Any]:
     panels = panels_of(subject.runs)
-    tables = variant_tables(panels)
+    of_variants = variant_tables(panels)
     variants = [variant for panel in panels for variant in panel.variants]
     counted = [run for variant in variants for run in variant.counted]
     measures = measures_of([run for variant in variants for run in variant.runs])
     keys = (Key(f"s{variant.colour}", variant.label) for variant in variants if variant.counted)
     return {
         "panels": panels,
-        "strips": strip_plot(panels, tables[0].measures[0]) if tables else (),
+        "strips": strip_plot(panels, of_variants[0].measures[0]) if of_variants else (),
         "curves": study_curves(panels),
         # a curve of the training split is made of updates, for want of evaluations
         "trained_noisily": any(curve_records(run, "train") and not run.split("train") for run in counted),
-        "tables": tables,
+        "tables": of_variants,
         "effects": effect_tables(panels),
         "landscapes": landscape_figure(panels),
         "planes": plane_pictures(subject.runs),
@@ -190,8 +190,8 @@ def _of_study(subject: Subject) -> dict[str, Any]:
         "repeated": _repeated(panels),
         "troubled": [run for run in subject.runs if not run.is_finished],
         "problems": [(run, problem) for run in subject.runs for problem in run.analyses.problems],
-        "shared": facts.shared_settings(subject.runs),
-        "again": [(run, command) for run in subject.runs if (command := facts.command_of(run))],
+        "shared": tables.shared_settings(subject.runs),
+        "again": [(run, command) for run in subject.runs if (command := tables.command_of(run))],
         "keys": tuple(dict.fromkeys(keys)),
     }
 
@@ -204,9 +204,9 @@ def _of_run(run: StoredRun) -> dict[str, Any]:
         "curves": run_curves(run),
         "landscapes": run_landscapes(run),
         "planes": plane_pictures([run]),
-        "sections": facts.sections_of(run.settings),
-        "checkpoints": tuple(facts.checkpoints_of(run)),
-        "events": facts.events_of(run),
+        "sections": tables.sections_of(run.settings),
+        "checkpoints": tuple(tables.checkpoints_of(run)),
+        "events": tables.events_of(run),
         "problems": run.analyses.problems,
         "keys": (),
     }

@@ -1,24 +1,249 @@
-"""One run as its directory shows it, and which runs a report is of."""
+"""One run as its directory shows it, with its analyses; and which runs a report is of."""
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
 from dist_train.outcome import UsageError
-from dist_train.report.results import Analyses, read_analyses
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import Status, read_status
 from dist_train.sweep.planned_runs import BASE_FILE, RUNS_FILE, STUDY_FILE
 from dist_train.watch.run_table import BrokenError, read_measurements, read_settings, read_state
+
+_INCIDENTAL = frozenset({"data_digest", "device", "batch_size", "statistics_batch", "threads"})
+
+
+@dataclass(frozen=True)
+class LandscapePoint:
+    """Loss and accuracy (in [0, 1]) of a split at one place; `beta` is 0 on a line."""
+
+    direction: int
+    alpha: float
+    beta: float
+    split: str
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class BasinWidth:
+    """Mean over directions of the interval where the training loss stays under `factor` times its minimum.
+
+    In `open_ends` directions the basin ends beyond the line: the width is at least so much. In `unresolved` directions
+    none of the line's points but the minimum lies in the basin: there both ends are guessed from points outside.
+    """
+
+    basin: str
+    factor: str
+    mean: float
+    open_ends: int
+    unresolved: int = 0
+
+    @property
+    def key(self) -> str:
+        """Return what tells it from the others of its result."""
+        return f"{self.basin}.{self.factor}"
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """One result: `kind` is interpolate, direction or plane; `settings` is JSON text, equal where results compare.
+
+    `runs` names the runs of its checkpoints, two for a line between them.
+    """
+
+    folder: Path
+    kind: str
+    runs: tuple[str, ...]
+    step: int | None
+    settings: str
+    widths: tuple[BasinWidth, ...]
+    points: tuple[LandscapePoint, ...]
+
+    def lines(self, split: str) -> tuple[tuple[LandscapePoint, ...], ...]:
+        """Return the points of `split` by direction, each ordered by alpha."""
+        lines: dict[int, list[LandscapePoint]] = {}
+        for point in sorted(self.points, key=lambda point: (point.direction, point.alpha)):
+            if point.split == split:
+                lines.setdefault(point.direction, []).append(point)
+        return tuple(map(tuple, lines.values()))
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """Measures of one checkpoint by name, in the order of the file."""
+
+    path: Path
+    step: int | None
+    settings: str
+    measures: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Analyses:
+    """All results of a run; `problems` names the files that are of no use, and why."""
+
+    landscapes: tuple[Landscape, ...] = ()
+    sharpness: tuple[Sharpness, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    def of_kind(self, kind: str) -> tuple[Landscape, ...]:
+        """Return the landscapes of one kind."""
+        return tuple(item for item in self.landscapes if item.kind == kind)
+
+
+class _UnusableError(Exception):
+    """A result that cannot be shown; its text says why."""
+
+
+def read_analyses(directory: RunDirectory) -> Analyses:
+    """Return the results of a run; those of other checkpoints than its own count as problems."""
+    digests: set[str] = set()
+    for path in directory.checkpoint_records():
+        with suppress(_UnusableError):  # the checkpoint's own reader reports it
+            digests.add(_Source.of(_json(path)).digest)
+    landscapes: list[Landscape] = []
+    sharpness: list[Sharpness] = []
+    problems: list[str] = []
+    for path in sorted(directory.analysis.iterdir()) if directory.analysis.is_dir() else ():
+        try:
+            if (path / "settings.json").is_file():
+                landscapes.append(_landscape(path, digests - {""}))
+            elif path.match("sharpness-*.json"):
+                sharpness.append(_sharpness(path, digests - {""}))
+        except _UnusableError as error:
+            problems.append(f"{path.name}: {error}")
+    return Analyses(tuple(landscapes), tuple(sharpness), tuple(problems))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The checkpoint that a result is of."""
+
+    run: str
+    step: int | None
+    digest: str
+
+    @classmethod
+    def of(cls, fields: object) -> _Source:
+        known = fields if isinstance(fields, Mapping) else {}
+        folder, step = Path(str(known.get("path") or "")).parent, known.get("step")
+        run = folder.parent.name if folder.name == RunDirectory(Path()).checkpoints.name else folder.name
+        return cls(run, step if isinstance(step, int) else None, str(known.get("sha256") or ""))
+
+
+def _landscape(folder: Path, digests: Collection[str]) -> Landscape:
+    fields = _json(folder / "settings.json")
+    kind, checkpoints = fields.get("kind"), fields.get("checkpoints")
+    if not isinstance(checkpoints, list) or not checkpoints or not isinstance(kind, str):
+        raise _UnusableError("settings.json names no kind or no checkpoint")
+    sources = [_Source.of(checkpoint) for checkpoint in checkpoints]
+    # where two checkpoints are joined, the other may be another run's
+    if digests and not any(source.digest in digests for source in sources):
+        raise _UnusableError("it is of checkpoints that this run does not have")
+    try:
+        with (folder / "points.csv").open(newline="", encoding="utf-8") as file:
+            points = tuple(_point(row) for row in csv.DictReader(file))
+    except OSError as error:
+        raise _UnusableError(f"points.csv cannot be read: {error.strerror}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise _UnusableError(f"points.csv is not as it should be: {error!r}") from error
+    if not points:
+        raise _UnusableError("points.csv holds no point")
+    widths = tuple(_widths(fields.get("widths"), points))
+    runs = tuple(source.run for source in sources)
+    return Landscape(folder, kind, runs, sources[0].step, _comparable(fields.get("settings")), widths, points)
+
+
+def _comparable(settings: object) -> str:
+    """Return what results must share to be compared; not how they were computed, nor which images a seed chose."""
+    if isinstance(settings, Mapping):
+        settings = {name: value for name, value in settings.items() if name not in _INCIDENTAL}
+    return json.dumps(settings, sort_keys=True)
+
+
+def _widths(fields: object, points: Sequence[LandscapePoint]) -> Iterator[BasinWidth]:
+    for basin, by_factor in _items(fields):
+        for factor, width in _items(by_factor):
+            match width:
+                case {"mean": int() | float() as mean}:
+                    unresolved = sum(_is_unresolved(line, points) for line in width.get("directions") or ())
+                    yield BasinWidth(basin, factor, float(mean), int(width.get("open") or 0), unresolved)
+
+
+def _is_unresolved(line: object, points: Sequence[LandscapePoint]) -> bool:
+    """Whether one point of the line, the minimum, lies in the basin at the most."""
+    match line:
+        case {"direction": number, "left": int() | float() as left, "right": int() | float() as right}:
+            mine = (point.alpha for point in points if point.split == "train" and point.direction == number)
+            return sum(left <= alpha <= right for alpha in mine) < 2
+    return False
+
+
+def _point(row: Mapping[str, str]) -> LandscapePoint:
+    alpha, beta = float(row["alpha"]), float(row["beta"] or 0)
+    loss, accuracy = float(row["loss"] or "nan"), float(row["accuracy"] or "nan")
+    return LandscapePoint(int(row["direction"] or 0), alpha, beta, row["split"], loss, accuracy)
+
+
+def _sharpness(path: Path, digests: Collection[str]) -> Sharpness:
+    fields = _json(path)
+    source = _Source.of(fields.get("checkpoint"))
+    if digests and source.digest not in digests:
+        raise _UnusableError("it is of a checkpoint that this run does not have")
+    return Sharpness(path, source.step, _comparable(fields.get("settings")), dict(_measures(fields)))
+
+
+def _measures(fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the measures under the names that readers see."""
+    hessian = dict(_items(fields.get("hessian")))
+    known = [float(value) for value in hessian.get("eigenvalues") or () if value is not None]
+    if known:
+        yield "largest Hessian eigenvalue", max(known)
+    yield from _flat_numbers(hessian.get("trace"), "Hessian trace")
+    for name, value in _flat_numbers(fields.get("keskar"), ""):
+        yield f"Keskar, {name.replace('full', 'full space')}", value
+    for rise in fields.get("expected_rise") or ():
+        match rise:
+            case {"amplitude": int() | float() as amplitude, "mean": int() | float() as mean}:
+                yield f"expected rise at {amplitude:g}", float(mean)
+
+
+def _flat_numbers(fields: object, name: str) -> Iterator[tuple[str, float]]:
+    """Yield the finite numbers within nested JSON objects under dotted names."""
+    for inner, value in _items(fields):
+        yield from _flat_numbers(value, f"{name}.{inner}" if name else inner)
+    if isinstance(fields, int | float) and not isinstance(fields, bool) and math.isfinite(fields):
+        yield name, float(fields)
+
+
+def _items(fields: object) -> Iterator[tuple[str, Any]]:
+    """Yield the fields of a JSON object; none of anything else."""
+    yield from fields.items() if isinstance(fields, dict) else ()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_bytes())
+    except OSError as error:
+        raise _UnusableError(f"{path.name} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise _UnusableError(f"{path.name} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise _UnusableError(f"{path.name} holds no result")
+    return fields
+
 
 _BATCH = "batch.global_size"
 
@@ -104,19 +329,11 @@ def read_run(root: Path, name: str, planned: Planned | None = None) -> StoredRun
             raise BrokenError(f"it has finished, but {directory.metrics.name} holds no evaluation")
     except BrokenError as error:
         state, note = "broken", str(error)
-    return StoredRun(
-        directory=root,
-        name=name,
-        state=state,
-        note=note,
-        planned=planned,
-        settings=settings,
-        status=read_status(directory.status),
-        train=tuple(record for record in records if isinstance(record, TrainRecord)),
-        evaluations=tuple(record for record in records if isinstance(record, EvaluationRecord)),
-        events=tuple(record for record in records if isinstance(record, EventRecord)),
-        analyses=read_analyses(directory),
-    )
+    train = tuple(record for record in records if isinstance(record, TrainRecord))
+    evaluations = tuple(record for record in records if isinstance(record, EvaluationRecord))
+    events = tuple(record for record in records if isinstance(record, EventRecord))
+    status, analyses = read_status(directory.status), read_analyses(directory)
+    return StoredRun(root, name, state, note, planned, settings, status, train, evaluations, events, analyses)
 
 
 @dataclass(frozen=True)

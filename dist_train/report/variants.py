@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dist_train.report.measures import Measure
-from dist_train.report.numbers import Interval, Summary, paired_difference, summary
+from dist_train.report.measures import Interval, Measure, Summary, paired_difference, summary
 from dist_train.report.stored_run import StoredRun
 
 _NO_EFFECT = (

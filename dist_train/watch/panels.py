@@ -78,7 +78,12 @@ def rate_pairs(run: Snapshot) -> list[tuple[str, str]]:
 
 def ranks(reading: RanksReading, rows: int) -> Group:
     """Return the ranks, the slowest marked; of more than fit the slowest, and a summary of all."""
-    slowest_first = sorted(range(len(reading.ranks)), key=lambda rank: -_number(reading.ranks[rank].busy_seconds))
+
+    def busy(rank: int) -> float:
+        seconds = reading.ranks[rank].busy_seconds
+        return seconds if math.isfinite(seconds) else -math.inf
+
+    slowest_first = sorted(range(len(reading.ranks)), key=busy, reverse=True)
     fitting = max(1, rows - 1)
     complete = len(slowest_first) <= fitting
     shown = sorted(slowest_first) if complete else slowest_first[: max(1, fitting - 1)]
@@ -249,10 +254,6 @@ def _summary(measured: Sequence[RankMeasurement]) -> Text:
     ]
     text = f"{wording.plural(len(measured), 'rank')} (least, median, most): {'; '.join(parts)}"
     return Text(text, style="dim", no_wrap=True, overflow="ellipsis")
-
-
-def _number(value: float) -> float:
-    return value if math.isfinite(value) else -math.inf
 
 
 def _time(seconds: float) -> str:

@@ -111,14 +111,14 @@ def _side_by_side(run: Snapshot, columns: int, parts: Plan) -> list[Layout]:
     half = columns // 2
     curves = _row(
         parts.curves,
-        _column(panels.curves(run.history, LOSS, half - 1, parts.curves), half),
-        _column(panels.curves(run.history, ACCURACY, columns - half, parts.curves), columns - half),
+        _sized(panels.curves(run.history, LOSS, half - 1, parts.curves), half),
+        _sized(panels.curves(run.history, ACCURACY, columns - half, parts.curves), columns - half),
     )
     if not parts.rates:
         return [curves]
     narrow = min(half, _RATES_COLUMNS)
-    rates = _column(Panel(panels.rates(run), title="rates"), narrow)
-    beside = _column(_ranks_panel(run, parts.rates), columns - narrow)
+    rates = _sized(Panel(panels.rates(run), title="rates"), narrow)
+    beside = _sized(_ranks_panel(run, parts.rates), columns - narrow)
     return [curves, _row(parts.rates, rates, beside)]
 
 
@@ -141,12 +141,9 @@ def _ranks_panel(run: Snapshot, rows: int) -> Panel:
     return Panel(panels.ranks(run.ranks, rows - _BORDER), title=title)
 
 
-def _sized(content: RenderableType, rows: int) -> Layout:
-    return Layout(content, size=rows)
-
-
-def _column(content: RenderableType, columns: int) -> Layout:
-    return Layout(content, size=columns)
+def _sized(content: RenderableType, size: int) -> Layout:
+    """Return `content` as so many rows, or columns, of what it is put into."""
+    return Layout(content, size=size)
 
 
 def _row(rows: int, *columns: Layout) -> Layout:
@@ -184,43 +181,25 @@ _LEAST_COLUMNS, _LEAST_ROWS = 60, 20
 
 def show_once(run: WatchedRun, console: Console) -> None:
     """Print the run as it is now, as high as the terminal."""
-    _print_frame(run.look(), console)
+    columns, rows = max(_LEAST_COLUMNS, console.width), max(_LEAST_ROWS, console.height - 1)
+    console.print(frame(run.look(), columns, rows), width=columns, height=rows, crop=False)
 
 
 def watch(run: WatchedRun, console: Console, interval: float) -> None:
     """Show the run, looking every `interval` seconds, until it ends or the user presses Ctrl-C; then sum it up."""
-    seen = run.look()
-    if seen.is_over:
-        _print_frame(seen, console)
+    if run.look().is_over:
+        show_once(run, console)
         return
     try:
         with Live(console=console, screen=True, auto_refresh=False) as live:
-            while not seen.is_over:
-                _draw(seen, live)
-                _wait(interval, seen, live)
-                seen = run.look()
+            while not (seen := run.look()).is_over:
+                size, until = None, time.monotonic() + interval
+                while time.monotonic() < until:
+                    # also where the terminal has changed its size
+                    if live.console.size != size:
+                        size = live.console.size
+                        live.update(frame(seen, size.width, size.height), refresh=True)
+                    time.sleep(max(0.0, min(until - time.monotonic(), _RESIZE_SECONDS)))
     except KeyboardInterrupt:
         return
     console.print(summary(seen, box=ROUNDED))
-
-
-def _draw(seen: Snapshot, live: Live) -> None:
-    size = live.console.size
-    live.update(frame(seen, size.width, size.height), refresh=True)
-
-
-def _wait(interval: float, seen: Snapshot, live: Live) -> None:
-    """Wait, and draw again where the terminal has changed its size."""
-    size = live.console.size
-    until = time.monotonic() + interval
-    while (left := until - time.monotonic()) > 0:
-        time.sleep(min(left, _RESIZE_SECONDS))
-        if live.console.size != size:
-            size = live.console.size
-            _draw(seen, live)
-
-
-def _print_frame(seen: Snapshot, console: Console) -> None:
-    columns = max(_LEAST_COLUMNS, console.width)
-    rows = max(_LEAST_ROWS, console.height - 1)
-    console.print(frame(seen, columns, rows), width=columns, height=rows, crop=False)
