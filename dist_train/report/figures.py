@@ -6,9 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup
-
-from dist_train.report.chart import WIDTH, element, line, mark, text, ticks
+from dist_train.report.chart import WIDTH
 from dist_train.report.measures import (
     FINAL_ACCURACY,
     TRAIN_LOSS,
@@ -108,65 +106,66 @@ def _curve_chart(key: str, panel: Panel, axis: Axis, series: tuple[Series, ...])
     return Chart(key, panel.title, description, epochs_axis(series), axis, series)
 
 
-_ROW, _RIM, _FOOT = 34, 10, 34
+@dataclass(frozen=True)
+class StripRow:
+    """A variant's mean and standard deviation, and its values with their words, in the measure's unit."""
+
+    label: str
+    value: str
+    colour: int
+    mean: float
+    spread: float | None
+    values: tuple[tuple[float, str], ...]
 
 
-def strip_plot(panels: Sequence[Panel], measure: Measure) -> tuple[tuple[Panel, Markup], ...]:
+@dataclass(frozen=True)
+class Strip:
+    """The variants of a panel, a row each, along one axis."""
+
+    panel: Panel
+    key: str
+    title: str
+    axis: Axis
+    rows: tuple[StripRow, ...]
+    width: int = WIDTH
+    rim: int = 10
+
+    def x(self, value: float) -> float:
+        """Return the place of `value`."""
+        return self.rim + min(1.0, max(0.0, self.axis.share(value))) * (self.width - 2 * self.rim)
+
+
+def strips(panels: Sequence[Panel], measure: Measure) -> tuple[Strip, ...]:
     """Return, for each panel, its variants' values of `measure` on one axis that all panels share."""
-    shown = [(panel, [variant for variant in panel.variants if variant.measured(measure)]) for panel in panels]
-    values = [
-        value * measure.factor for _, variants in shown for each in variants for _, value in each.measured(measure)
-    ]
-    axis = linear_axis(measure.heading, values, plain)
-    return tuple((panel, _strip(panel, variants, measure, axis)) for panel, variants in shown if variants)
-
-
-def _strip(panel: Panel, variants: Sequence[Variant], measure: Measure, axis: Axis) -> Markup:
-    bottom = 6 + _ROW * len(variants)
-    key = f"strip-{'none' if panel.batch is None else panel.batch}-title"
-    words = "; ".join(f"{variant.label} {_value(variant, measure)}" for variant in variants)
-    axes = []
-    for tick in ticks(axis):
-        x = _place(axis, tick)
-        axes += [line("grid", x, x, 4, bottom), text(x, bottom + 13, axis.write(tick))]
-    axes.append(text(WIDTH / 2, bottom + 29, axis.title, style="name"))
-    rows = [_strip_row(variant, measure, axis, 6 + _ROW * index) for index, variant in enumerate(variants)]
-    title = element("title", f"{panel.title}, {measure.title}: {words}", id=key)
-    return element(
-        "svg",
-        Markup("").join([title, element("g", Markup("").join(axes), class_="axes"), *rows]),
-        viewBox=f"0 0 {WIDTH} {bottom + _FOOT}",
-        role="img",
-        aria_labelledby=key,
+    rows = [tuple(_strip_rows(panel, measure)) for panel in panels]
+    axis = linear_axis(measure.heading, [value for each in rows for row in each for value, _ in row.values], plain)
+    return tuple(
+        Strip(
+            panel,
+            f"strip-{'none' if panel.batch is None else panel.batch}",
+            f"{panel.title}, {measure.title}",
+            axis,
+            own,
+        )
+        for panel, own in zip(panels, rows, strict=True)
+        if own
     )
 
 
-def _strip_row(variant: Variant, measure: Measure, axis: Axis, top: int) -> Markup:
-    found = variant.summary(measure)
-    assert found is not None
-    y = top + 21
-    middle = found.mean * measure.factor
-    parts = [
-        text(_RIM, top + 10, variant.label, "start", "variant"),
-        text(WIDTH - _RIM, top + 10, _value(variant, measure), "end", "value"),
-    ]
-    if found.deviation is not None:
-        spread = found.deviation * measure.factor
-        parts.append(line("spread", _place(axis, middle - spread), _place(axis, middle + spread), y, y))
-    parts.append(line("mean", _place(axis, middle), _place(axis, middle), y - 6, y + 6))
-    for run, value in variant.measured(measure):
-        seed = "" if run.seed is None else f"seed {run.seed}: "
-        parts.append(mark(_place(axis, value * measure.factor), y, seed + measure.described(run, value), radius=4))
-    return element("g", Markup("").join(parts), class_=f"series s{variant.colour}")
-
-
-def _value(variant: Variant, measure: Measure) -> str:
-    cell = variant_cell(variant, measure)
-    return f"{cell.as_text}, {cell.note}"
-
-
-def _place(axis: Axis, value: float) -> float:
-    return _RIM + min(1.0, max(0.0, axis.share(value))) * (WIDTH - 2 * _RIM)
+def _strip_rows(panel: Panel, measure: Measure) -> Iterator[StripRow]:
+    for variant in panel.variants:
+        if found := variant.summary(measure):
+            cell = variant_cell(variant, measure)
+            spread = None if found.deviation is None else found.deviation * measure.factor
+            values = tuple(
+                (
+                    value * measure.factor,
+                    f"{'' if run.seed is None else f'seed {run.seed}: '}{measure.described(run, value)}",
+                )
+                for run, value in variant.measured(measure)
+            )
+            words = f"{cell.as_text}, {cell.note}"
+            yield StripRow(variant.label, words, variant.colour, found.mean * measure.factor, spread, values)
 
 
 @dataclass(frozen=True)

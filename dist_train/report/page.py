@@ -16,14 +16,14 @@ from markupsafe import Markup
 from dist_train import __version__
 from dist_train.outcome import UsageError
 from dist_train.report import tables
-from dist_train.report.chart import svg
+from dist_train.report.chart import Frame, ticks
 from dist_train.report.figures import (
     Correlation,
     Scatter,
     curve_records,
     run_curves,
     sharpness_scatters,
-    strip_plot,
+    strips,
     study_curves,
 )
 from dist_train.report.landscape_charts import landscape_figure, plane_pictures, run_landscapes
@@ -144,7 +144,12 @@ def render(subject: Subject, now: datetime | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shown": shown, "svg": svg, "sentence": lambda text: text[:1].upper() + text[1:]}
+    environment.filters |= {
+        "shown": shown,
+        "frame": Frame.of,
+        "ticks": ticks,
+        "sentence": lambda text: text[:1].upper() + text[1:],
+    }
     only = subject.runs[0] if subject.kind == "run" else None
     content = _of_run(only) if only else _of_study(subject)
     script = (_FOLDER / "script.js").read_text(encoding="utf-8")
@@ -175,7 +180,7 @@ def _of_study(subject: Subject) -> dict[str, Any]:
     keys = (Key(f"s{variant.colour}", variant.label) for variant in variants if variant.counted)
     return {
         "panels": panels,
-        "strips": strip_plot(panels, of_variants[0].measures[0]) if of_variants else (),
+        "strips": strips(panels, of_variants[0].measures[0]) if of_variants else (),
         "curves": study_curves(panels),
         # a curve of the training split is made of updates, for want of evaluations
         "trained_noisily": any(curve_records(run, "train") and not run.split("train") for run in counted),
