@@ -18,8 +18,6 @@ from dist_train.outcome import UsageError
 from dist_train.report import tables
 from dist_train.report.chart import Frame, ticks
 from dist_train.report.figures import (
-    Correlation,
-    Scatter,
     curve_records,
     run_curves,
     sharpness_scatters,
@@ -29,81 +27,9 @@ from dist_train.report.figures import (
 from dist_train.report.landscape_charts import landscape_figure, plane_pictures, run_landscapes
 from dist_train.report.measures import measures_of, sharpness_of
 from dist_train.report.stored_run import StoredRun, Subject, read_subject
-from dist_train.report.tables import Cell, Effect, Row, effect_tables, run_cells, run_rows, variant_tables
+from dist_train.report.tables import effect_tables, run_cells, run_rows, variant_tables
 from dist_train.report.variants import Panel, panels_of, shown
 from dist_train.rundir import atomic
-
-_NONE = "\u2013"
-
-
-def tables_in_markdown(subject: Subject) -> str:
-    """Return the tables of variants, their differences from the base line, and the rank correlations."""
-    panels = panels_of(subject.runs)
-    repeated = _repeated(panels)
-    parts = []
-    if repeated:
-        lines = "".join(f"- {name}: the settings and seed of {kept}, which counts\n" for name, kept in repeated)
-        parts.append(f"## Left out as duplicates\n\n{lines}")
-    for table in variant_tables(panels):
-        rows = [
-            [*_label(panel, row), _of(len(row.variant.counted), row.variant.seeds), *map(_number, row.cells)]
-            for panel, group in table.groups
-            for row in group
-        ]
-        parts.append(_section(table.title, ["variant", "seeds", *(each.heading for each in table.measures)], rows))
-    for effects in effect_tables(panels):
-        rows = [[*_label(panel, row), *map(_effect, row.cells)] for panel, group in effects.groups for row in group]
-        title = f"Differences from the base line: {effects.title[0].lower()}{effects.title[1:]}"
-        parts.append(_section(title, ["variant", *(each.heading for each in effects.measures)], rows))
-    scatters = sharpness_scatters(panels)
-    for other in dict.fromkeys(found.other for scatter in scatters for found in scatter.correlations):
-        parts.append(_correlations(scatters, other))
-    return "\n".join(parts)
-
-
-def _section(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in (head, ["---"] * len(head), *rows)]
-    return f"## {title}\n\n" + "\n".join(lines) + "\n"
-
-
-def _repeated(panels: Sequence[Panel]) -> list[tuple[str, str]]:
-    return [pair for panel in panels for variant in panel.variants for pair in variant.repeated.items()]
-
-
-def _label(panel: Panel, row: Row[Any]) -> list[str]:
-    return [f"{panel.short}, {row.label}{' (not finished)' if row.is_provisional else ''}"]
-
-
-def _of(count: int, planned: int) -> str:
-    return str(count) if count == planned else f"{count} of {planned}"
-
-
-def _correlations(scatters: Sequence[Scatter], other: str) -> str:
-    chosen = {
-        scatter.chart.title: {found.among: found for found in scatter.correlations if found.other == other}
-        for scatter in scatters
-    }
-    names = list(dict.fromkeys(among for found in chosen.values() for among in found))
-    rows = [[title, *(_correlation(found.get(name)) for name in names)] for title, found in chosen.items()]
-    return _section(f"Rank correlation with {other}", ["measure", *names], rows)
-
-
-def _correlation(found: Correlation | None) -> str:
-    if found is None or found.rho is None:
-        return _NONE
-    return f"{found.rho:.2f} ({found.note})".replace("-", "\u2212")
-
-
-def _number(cell: Cell) -> str:
-    return _NONE if cell.value is None else f"{cell.as_text}{f' ({cell.note})' if cell.note else ''}"
-
-
-def _effect(effect: Effect | None) -> str:
-    if effect is None:
-        return _NONE
-    text = f"**{effect.text}**" if effect.is_clear else effect.text or "unknown"
-    return f"{text} ({'; '.join(part for part in (effect.ends, effect.note) if part)})"
-
 
 _FOLDER = Path(__file__).parent
 _COLOURS = 9
@@ -116,6 +42,28 @@ class Key:
 
     style: str
     label: str
+
+
+def tables_in_markdown(subject: Subject) -> str:
+    """Return the tables of variants, their differences from the base line, and the rank correlations."""
+    panels = panels_of(subject.runs)
+    scatters = sharpness_scatters(panels)
+    groups: dict[str, list[str]] = {}
+    for found in (found for scatter in scatters for found in scatter.correlations):
+        if found.among not in groups.setdefault(found.other, []):
+            groups[found.other].append(found.among)
+    text = (
+        _environment()
+        .get_template("tables.md.jinja")
+        .render(
+            repeated=_repeated(panels),
+            tables=variant_tables(panels),
+            effects=effect_tables(panels),
+            scatters=scatters,
+            correlations=groups,
+        )
+    )
+    return f"{text.rstrip()}\n" if text.strip() else ""
 
 
 def write_report(directory: Path, output: Path) -> Subject:
@@ -137,19 +85,7 @@ def write_report(directory: Path, output: Path) -> Subject:
 
 def render(subject: Subject, now: datetime | None = None) -> str:
     """Return the page as HTML."""
-    environment = Environment(
-        loader=FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "shown": shown,
-        "frame": Frame.of,
-        "ticks": ticks,
-        "sentence": lambda text: text[:1].upper() + text[1:],
-    }
+    environment = _environment()
     only = subject.runs[0] if subject.kind == "run" else None
     content = _of_run(only) if only else _of_study(subject)
     script = (_FOLDER / "script.js").read_text(encoding="utf-8")
@@ -169,6 +105,27 @@ def render(subject: Subject, now: datetime | None = None) -> str:
         environment=(*tables.environment(subject.runs), *tables.versions(subject.runs)),
         **content,
     )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=lambda name: name is None or not name.endswith(".md.jinja"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "shown": shown,
+        "frame": Frame.of,
+        "ticks": ticks,
+        "sentence": lambda text: text[:1].upper() + text[1:],
+    }
+    return environment
+
+
+def _repeated(panels: Sequence[Panel]) -> list[tuple[str, str]]:
+    return [pair for panel in panels for variant in panel.variants for pair in variant.repeated.items()]
 
 
 def _of_study(subject: Subject) -> dict[str, Any]:
