@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from dist_train.report.chart import WIDTH
 from dist_train.report.measures import (
@@ -107,65 +108,33 @@ def _curve_chart(key: str, panel: Panel, axis: Axis, series: tuple[Series, ...])
 
 
 @dataclass(frozen=True)
-class StripRow:
-    """A variant's mean and standard deviation, and its values with their words, in the measure's unit."""
-
-    label: str
-    value: str
-    colour: int
-    mean: float
-    spread: float | None
-    values: tuple[tuple[float, str], ...]
-
-
-@dataclass(frozen=True)
 class Strip:
-    """The variants of a panel, a row each, along one axis."""
+    """Those variants of a panel that have `measure`, a row each, along one axis in the measure's unit."""
 
     panel: Panel
-    key: str
-    title: str
+    measure: Measure
+    variants: tuple[Variant, ...]
     axis: Axis
-    rows: tuple[StripRow, ...]
     width: int = WIDTH
     rim: int = 10
 
     def x(self, value: float) -> float:
-        """Return the place of `value`."""
-        return self.rim + min(1.0, max(0.0, self.axis.share(value))) * (self.width - 2 * self.rim)
+        """Return the place of a value of the measure."""
+        share = self.axis.share(value * self.measure.factor)
+        return self.rim + min(1.0, max(0.0, share)) * (self.width - 2 * self.rim)
+
+    def words(self, variant: Variant) -> str:
+        """Return the mean of a variant as people read it."""
+        cell = variant_cell(variant, self.measure)
+        return f"{cell.as_text}, {cell.note}"
 
 
 def strips(panels: Sequence[Panel], measure: Measure) -> tuple[Strip, ...]:
     """Return, for each panel, its variants' values of `measure` on one axis that all panels share."""
-    rows = [tuple(_strip_rows(panel, measure)) for panel in panels]
-    axis = linear_axis(measure.heading, [value for each in rows for row in each for value, _ in row.values], plain)
-    return tuple(
-        Strip(
-            panel,
-            f"strip-{'none' if panel.batch is None else panel.batch}",
-            f"{panel.title}, {measure.title}",
-            axis,
-            own,
-        )
-        for panel, own in zip(panels, rows, strict=True)
-        if own
-    )
-
-
-def _strip_rows(panel: Panel, measure: Measure) -> Iterator[StripRow]:
-    for variant in panel.variants:
-        if found := variant.summary(measure):
-            cell = variant_cell(variant, measure)
-            spread = None if found.deviation is None else found.deviation * measure.factor
-            values = tuple(
-                (
-                    value * measure.factor,
-                    f"{'' if run.seed is None else f'seed {run.seed}: '}{measure.described(run, value)}",
-                )
-                for run, value in variant.measured(measure)
-            )
-            words = f"{cell.as_text}, {cell.note}"
-            yield StripRow(variant.label, words, variant.colour, found.mean * measure.factor, spread, values)
+    shown = [(panel, tuple(each for each in panel.variants if each.measured(measure))) for panel in panels]
+    values = [value for _, variants in shown for each in variants for _, value in each.measured(measure)]
+    axis = linear_axis(measure.heading, [value * measure.factor for value in values], plain)
+    return tuple(Strip(panel, measure, variants, axis) for panel, variants in shown if variants)
 
 
 @dataclass(frozen=True)
@@ -191,8 +160,10 @@ class Scatter:
 
 @dataclass(frozen=True)
 class _Related:
-    """A run that has both measures, and their values."""
+    """A run that has two measures, and their values; `form` tells panels apart."""
 
+    panel: Panel
+    form: Literal["dots", "squares"]
     variant: Variant
     run: StoredRun
     value: float
@@ -203,63 +174,58 @@ def sharpness_scatters(panels: Sequence[Panel]) -> tuple[Scatter, ...]:
     """Return a scatter for every measure of sharpness that at least two finished runs have; duplicates left out."""
     runs = [run for panel in panels for variant in panel.variants for run in variant.counted if run.is_finished]
     # two studies in one folder may hold the same run
-    repeated = duplicates_of(runs)
-    distinct = {run.name for run in runs if run.name not in repeated}
+    distinct = {run.name for run in runs} - duplicates_of(runs).keys()
     scatters: list[Scatter] = []
     for measure in sharpness_measures(runs):
-        related = {
-            other.title: [_related(panel, distinct, measure, other) for panel in panels]
-            for other in (FINAL_ACCURACY, TRAIN_LOSS)
-        }
-        with_accuracy = related[FINAL_ACCURACY.title]
-        if sum(map(len, with_accuracy)) >= 2:
-            correlations = [each for other in related for each in _correlations(measure, other, panels, related[other])]
-            scatters.append(Scatter(_scatter(len(scatters), measure, panels, with_accuracy), tuple(correlations)))
+        with_accuracy = _related(panels, distinct, measure, FINAL_ACCURACY)
+        if len(with_accuracy) >= 2:
+            with_loss = _related(panels, distinct, measure, TRAIN_LOSS)
+            correlations = (
+                *_correlations(measure, FINAL_ACCURACY.title, with_accuracy),
+                *_correlations(measure, TRAIN_LOSS.title, with_loss),
+            )
+            scatters.append(Scatter(_scatter(f"scatter-{len(scatters)}", measure, with_accuracy), correlations))
     return tuple(scatters)
 
 
-def _related(panel: Panel, distinct: Collection[str], measure: Measure, other: Measure) -> list[_Related]:
+def _related(panels: Sequence[Panel], distinct: Collection[str], measure: Measure, other: Measure) -> list[_Related]:
     return [
-        _Related(variant, run, value, second)
+        _Related(panel, "squares" if number % 2 else "dots", variant, run, value, second)
+        for number, panel in enumerate(panels)
         for variant in panel.variants
         for run, value in variant.measured(measure)
         if run.name in distinct and (second := other.take(run)) is not None
     ]
 
 
-def _correlations(
-    measure: Measure, other: str, panels: Sequence[Panel], related: Sequence[Sequence[_Related]]
-) -> Iterator[Correlation]:
+def _correlations(measure: Measure, other: str, related: Sequence[_Related]) -> Iterator[Correlation]:
     """Yield the correlation over all runs, and over each batch size where there are several."""
-    groups = [(panel.short, found) for panel, found in zip(panels, related, strict=True) if found]
-    everything = ("all runs", [item for _, found in groups for item in found])
-    for among, found in [everything, *(groups if len(groups) > 1 else [])]:
+    shorts = dict.fromkeys(item.panel.short for item in related)
+    for among in ("all runs", *(shorts if len(shorts) > 1 else ())):
+        found = [item for item in related if among in ("all runs", item.panel.short)]
         rho = spearman([item.value for item in found], [item.other for item in found])
         censored = sum(measure.is_bound(item.run) for item in found)
         unresolved = sum(measure.is_unresolved(item.run) for item in found)
         yield Correlation(other, among, rho, limits(len(found), censored, unresolved))
 
 
-def _scatter(index: int, measure: Measure, panels: Sequence[Panel], related: Sequence[Sequence[_Related]]) -> Chart:
+def _scatter(key: str, measure: Measure, related: Sequence[_Related]) -> Chart:
+    groups: dict[tuple[str, str], list[_Related]] = {}
+    for item in related:
+        groups.setdefault((f"{item.panel.short}, {item.variant.label}", f"s{item.variant.colour}"), []).append(item)
     series = []
-    for number, (panel, found) in enumerate(zip(panels, related, strict=True)):
-        for variant in panel.variants:
-            points = tuple(_point(item, panel, measure) for item in found if item.variant is variant)
-            if points:
-                label, style = f"{panel.short}, {variant.label}", f"s{variant.colour}"
-                series.append(Series(label, style, points, "squares" if number % 2 else "dots"))
-    x = [point.x for item in series for point in item.points]
-    y = [point.y for item in series for point in item.points]
+    for (label, style), found in groups.items():
+        points = []
+        for item in found:
+            seed = "" if item.run.seed is None else f", seed {item.run.seed}"
+            value = measure.described(item.run, item.value)
+            words = f"{label}{seed}: {value}, test {item.other * 100:.2f} %"
+            points.append(Point(item.value, item.other, words))
+        series.append(Series(label, style, tuple(points), found[0].form))
+    x = [item.value for item in related]
     axis = linear_axis(measure.title, x, plain, margin=0.08)
     if min(x) > 0 and max(x) / min(x) > 30:
         axis = Axis(measure.title, min(x) / 1.4, max(x) * 1.4, plain, is_logarithmic=True)
     description = f"{measure.title} against final test accuracy, {len(x)} runs."
-    accuracy = linear_axis("final test accuracy, %", y, percent_tick, margin=0.1)
-    return Chart(f"scatter-{index}", measure.title, description, axis, accuracy, tuple(series))
-
-
-def _point(item: _Related, panel: Panel, measure: Measure) -> Point:
-    seed = "" if item.run.seed is None else f", seed {item.run.seed}"
-    value = measure.described(item.run, item.value)
-    words = f"{panel.short}, {item.variant.label}{seed}: {value}, test {item.other * 100:.2f} %"
-    return Point(item.value, item.other, words)
+    accuracy = linear_axis("final test accuracy, %", [item.other for item in related], percent_tick, margin=0.1)
+    return Chart(key, measure.title, description, axis, accuracy, tuple(series))

@@ -35,14 +35,6 @@ _Axes = tuple[Axis, Axis, Axis]
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A figure that an analysis has drawn; `address` holds all of it."""
-
-    title: str
-    address: str
-
-
-@dataclass(frozen=True)
 class LandscapeFigure:
     """Figure 3: panels as in the paper, the other variants' panels, and what the drawing rests on."""
 
@@ -100,16 +92,16 @@ def run_landscapes(run: StoredRun) -> tuple[Chart, ...]:
     return tuple(charts)
 
 
-def plane_pictures(runs: Sequence[StoredRun]) -> tuple[Picture, ...]:
-    """Return the figures of planes, as they were drawn, for a page that may fetch nothing."""
+def plane_pictures(runs: Sequence[StoredRun]) -> list[tuple[str, str]]:
+    """Return title and content, as a data URL, of the figures of planes as they were drawn."""
     pictures = []
     for run in runs:
         for item in run.analyses.of_kind("plane"):
             path = item.folder / "figure.svg"
             if path.is_file():
                 content = base64.b64encode(path.read_bytes()).decode()
-                pictures.append(Picture(f"{run.name}{_step(item)}", f"data:image/svg+xml;base64,{content}"))
-    return tuple(pictures)
+                pictures.append((f"{run.name}{_step(item)}", f"data:image/svg+xml;base64,{content}"))
+    return pictures
 
 
 def _step(landscape: Landscape) -> str:

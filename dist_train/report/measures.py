@@ -253,41 +253,29 @@ def _sharpness_measures(runs: Sequence[StoredRun]) -> Iterator[Measure]:
         yield Measure(f"sharpness-{title}", title, explanation, _looked_up(values), group=group)
 
 
-_TWO, _FOUR = "{:.2f}".format, "{:.4f}".format
-FINAL_ACCURACY = Measure("final_test", "final test accuracy", "", _last("accuracy", "test"), _TWO, 100, "%")
+def _accuracy(
+    key: str, title: str, explanation: str, take: Callable[[StoredRun], float | None], unit: str = "%"
+) -> Measure:
+    return Measure(key, title, explanation, take, "{:.2f}".format, 100, unit)
+
+
+def _best(run: StoredRun) -> float | None:
+    return max((record.accuracy for record in run.split("test")), default=None)
+
+
+_FOUR, _CLEAN = "{:.4f}".format, "Clean weights, at the last evaluation of the training split."
+FINAL_ACCURACY = _accuracy("final_test", "final test accuracy", "", _last("accuracy", "test"))
 TRAIN_LOSS = Measure("train_loss", "final train loss", "", _last("loss", "train"), _FOUR)
 _BASIC = (
     FINAL_ACCURACY,
-    Measure(
-        "best_test",
-        "best test accuracy",
-        "The highest of all evaluations on the test split.",
-        lambda run: max((record.accuracy for record in run.split("test")), default=None),
-        _TWO,
-        100,
-        "%",
-    ),
-    Measure(
-        "final_train",
-        "final train accuracy",
-        "Clean weights, at the last evaluation of the training split.",
-        _last("accuracy", "train"),
-        _TWO,
-        100,
-        "%",
-    ),
-    Measure("gap", "generalization gap", "Final train minus final test accuracy.", _gap, _TWO, 100, "points"),
+    _accuracy("best_test", "best test accuracy", "The highest of all evaluations on the test split.", _best),
+    _accuracy("final_train", "final train accuracy", _CLEAN, _last("accuracy", "train")),
+    _accuracy("gap", "generalization gap", "Final train minus final test accuracy.", _gap, "points"),
     Measure("test_loss", "final test loss", "", _last("loss", "test"), _FOUR),
     TRAIN_LOSS,
 )
+_UPDATES = "Sum over all updates, without evaluations."
 _PACE = (
-    Measure(
-        "seconds",
-        "time in updates",
-        "Sum over all updates, without evaluations.",
-        _seconds,
-        wording.duration,
-        group=_COST,
-    ),
+    Measure("seconds", "time in updates", _UPDATES, _seconds, wording.duration, group=_COST),
     Measure("images", "images/s", "Median over the run's records.", _images_per_second, wording.rate, group=_COST),
 )

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dist_train import __version__
+from dist_train.monitoring import wording
 from dist_train.outcome import UsageError
 from dist_train.report import tables
 from dist_train.report.chart import Frame, ticks
@@ -27,9 +28,10 @@ from dist_train.report.figures import (
 from dist_train.report.landscape_charts import landscape_figure, plane_pictures, run_landscapes
 from dist_train.report.measures import measures_of, sharpness_of
 from dist_train.report.stored_run import StoredRun, Subject, read_subject
-from dist_train.report.tables import effect_tables, run_cells, run_rows, variant_tables
+from dist_train.report.tables import effect_tables, run_cells, variant_tables
 from dist_train.report.variants import Panel, panels_of, shown
 from dist_train.rundir import atomic
+from dist_train.rundir.paths import RunDirectory
 
 _FOLDER = Path(__file__).parent
 _COLOURS = 9
@@ -148,7 +150,7 @@ def _of_study(subject: Subject) -> dict[str, Any]:
         "scatters": sharpness_scatters(panels),
         "sharpness_left_out": sum(len(run.analyses.sharpness) for run in counted) - len(sharpness_of(counted)),
         "measures": measures,
-        "runs": run_rows(panels, measures),
+        "runs": [(run, variant, run_cells(run, measures)) for variant in variants for run in variant.runs],
         "repeated": _repeated(panels),
         "troubled": [run for run in subject.runs if not run.is_finished],
         "problems": [(run, problem) for run in subject.runs for problem in run.analyses.problems],
@@ -167,8 +169,9 @@ def _of_run(run: StoredRun) -> dict[str, Any]:
         "landscapes": run_landscapes(run),
         "planes": plane_pictures([run]),
         "sections": tables.sections_of(run.settings),
-        "checkpoints": tuple(tables.checkpoints_of(run)),
-        "events": tables.events_of(run),
+        "checkpoints": [event for event in run.events if event.event == "checkpoint" and event.details.get("path")],
+        "kept": {path.name for path in RunDirectory(run.directory).checkpoints.glob("*.pt")},
+        "events": [wording.event(event) for event in run.events if event.event != "checkpoint"],
         "problems": run.analyses.problems,
         "keys": (),
     }

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import yaml
 
 from dist_train.outcome import UsageError
-from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.paths import BrokenFileError, RunDirectory
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import Status, read_status
 from dist_train.sweep.planned_runs import BASE_FILE, RUNS_FILE, STUDY_FILE
-from dist_train.watch.run_table import BrokenError, read_measurements, read_settings, read_state
+from dist_train.watch.run_table import read_measurements, read_settings, read_state
 
 _INCIDENTAL = frozenset({"data_digest", "device", "batch_size", "statistics_batch", "threads"})
 
@@ -84,7 +84,6 @@ class Landscape:
 class Sharpness:
     """Measures of one checkpoint by name, in the order of the file."""
 
-    path: Path
     step: int | None
     settings: str
     measures: Mapping[str, float]
@@ -103,15 +102,11 @@ class Analyses:
         return tuple(item for item in self.landscapes if item.kind == kind)
 
 
-class _UnusableError(Exception):
-    """A result that cannot be shown; its text says why."""
-
-
 def read_analyses(directory: RunDirectory) -> Analyses:
     """Return the results of a run; those of other checkpoints than its own count as problems."""
     digests: set[str] = set()
     for path in directory.checkpoint_records():
-        with suppress(_UnusableError):  # the checkpoint's own reader reports it
+        with suppress(BrokenFileError):  # the checkpoint's own reader reports it
             digests.add(_Source.of(_json(path)).digest)
     landscapes: list[Landscape] = []
     sharpness: list[Sharpness] = []
@@ -122,7 +117,7 @@ def read_analyses(directory: RunDirectory) -> Analyses:
                 landscapes.append(_landscape(path, digests - {""}))
             elif path.match("sharpness-*.json"):
                 sharpness.append(_sharpness(path, digests - {""}))
-        except _UnusableError as error:
+        except BrokenFileError as error:
             problems.append(f"{path.name}: {error}")
     return Analyses(tuple(landscapes), tuple(sharpness), tuple(problems))
 
@@ -147,20 +142,18 @@ def _landscape(folder: Path, digests: Collection[str]) -> Landscape:
     fields = _json(folder / "settings.json")
     kind, checkpoints = fields.get("kind"), fields.get("checkpoints")
     if not isinstance(checkpoints, list) or not checkpoints or not isinstance(kind, str):
-        raise _UnusableError("settings.json names no kind or no checkpoint")
+        raise BrokenFileError("settings.json names no kind or no checkpoint")
     sources = [_Source.of(checkpoint) for checkpoint in checkpoints]
     # where two checkpoints are joined, the other may be another run's
     if digests and not any(source.digest in digests for source in sources):
-        raise _UnusableError("it is of checkpoints that this run does not have")
+        raise BrokenFileError("it is of checkpoints that this run does not have")
     try:
         with (folder / "points.csv").open(newline="", encoding="utf-8") as file:
             points = tuple(_point(row) for row in csv.DictReader(file))
-    except OSError as error:
-        raise _UnusableError(f"points.csv cannot be read: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise _UnusableError(f"points.csv is not as it should be: {error!r}") from error
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise BrokenFileError(f"points.csv is not as it should be: {error!r}") from error
     if not points:
-        raise _UnusableError("points.csv holds no point")
+        raise BrokenFileError("points.csv holds no point")
     widths = tuple(_widths(fields.get("widths"), points))
     runs = tuple(source.run for source in sources)
     return Landscape(folder, kind, runs, sources[0].step, _comparable(fields.get("settings")), widths, points)
@@ -201,8 +194,8 @@ def _sharpness(path: Path, digests: Collection[str]) -> Sharpness:
     fields = _json(path)
     source = _Source.of(fields.get("checkpoint"))
     if digests and source.digest not in digests:
-        raise _UnusableError("it is of a checkpoint that this run does not have")
-    return Sharpness(path, source.step, _comparable(fields.get("settings")), dict(_measures(fields)))
+        raise BrokenFileError("it is of a checkpoint that this run does not have")
+    return Sharpness(source.step, _comparable(fields.get("settings")), dict(_measures(fields)))
 
 
 def _measures(fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -237,11 +230,11 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_bytes())
     except OSError as error:
-        raise _UnusableError(f"{path.name} cannot be read: {error.strerror}") from error
+        raise BrokenFileError(f"{path.name} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise _UnusableError(f"{path.name} is not JSON: {error}") from error
+        raise BrokenFileError(f"{path.name} is not JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise _UnusableError(f"{path.name} holds no result")
+        raise BrokenFileError(f"{path.name} holds no result")
     return fields
 
 
@@ -299,8 +292,8 @@ class StoredRun:
 
     def last(self, split: str) -> EvaluationRecord | None:
         """Return the last evaluation of `split`; None without one, and where it is not finite."""
-        found = [record for record in self.evaluations if record.split == split][-1:]
-        return next(filter(_is_finite, found), None)
+        last = next((record for record in reversed(self.evaluations) if record.split == split), None)
+        return last if last and _is_finite(last) else None
 
     def split(self, split: str) -> tuple[EvaluationRecord, ...]:
         """Return the evaluations of `split`, in order, but for those that are not finite."""
@@ -324,10 +317,10 @@ def read_run(root: Path, name: str, planned: Planned | None = None) -> StoredRun
         settings = read_settings(directory.config)
         records = read_measurements(directory.metrics)
         if not directory.metrics.exists():
-            raise BrokenError(f"it has no {directory.metrics.name}")
+            raise BrokenFileError(f"it has no {directory.metrics.name}")
         if state == "finished" and not any(isinstance(record, EvaluationRecord) for record in records):
-            raise BrokenError(f"it has finished, but {directory.metrics.name} holds no evaluation")
-    except BrokenError as error:
+            raise BrokenFileError(f"it has finished, but {directory.metrics.name} holds no evaluation")
+    except BrokenFileError as error:
         state, note = "broken", str(error)
     train = tuple(record for record in records if isinstance(record, TrainRecord))
     evaluations = tuple(record for record in records if isinstance(record, EvaluationRecord))
@@ -347,15 +340,11 @@ class Subject:
     @property
     def title(self) -> str:
         """Return what the study calls itself, else the folder's name."""
-        name = self.directory.resolve().name
-        if self.kind == "study":
-            try:
-                fields = yaml.safe_load((self.directory / STUDY_FILE).read_bytes())
-            except (OSError, yaml.YAMLError):
-                fields = None
-            if isinstance(fields, Mapping):
-                return str(fields.get("title") or fields.get("name") or name)
-        return name
+        fields = None
+        with suppress(OSError, yaml.YAMLError):
+            fields = yaml.safe_load((self.directory / STUDY_FILE).read_bytes()) if self.kind == "study" else None
+        title = (fields.get("title") or fields.get("name")) if isinstance(fields, Mapping) else None
+        return str(title or self.directory.resolve().name)
 
 
 def read_subject(directory: Path) -> Subject:
@@ -387,14 +376,11 @@ def _runs_below(directory: Path) -> Iterator[StoredRun]:
 
 def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:
     path = directory / RUNS_FILE
-    try:
+    base: object = None
+    with suppress(BrokenFileError):
         base = read_settings(directory / BASE_FILE).get(_BATCH)
-    except BrokenError:
-        base = None
     try:
-        content = json.loads(path.read_bytes())
-        entries = content["runs"] if isinstance(content, Mapping) else content
-        plan = [_planned(entry, base) for entry in entries]
+        plan = [_planned(entry, base) for entry in json.loads(path.read_bytes())]
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

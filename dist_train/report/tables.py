@@ -7,11 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Generic, TypeVar
 
 from dist_train.config import Config
-from dist_train.monitoring import wording
 from dist_train.report.measures import Interval, Measure, measures_of, sharpness_measures
 from dist_train.report.stored_run import StoredRun, Subject
 from dist_train.report.variants import Panel, Variant, shown
@@ -79,16 +77,6 @@ class Table(Generic[_Content]):
     groups: tuple[tuple[Panel, tuple[Row[_Content], ...]], ...]
 
 
-@dataclass(frozen=True)
-class RunRow:
-    """A run with its numbers; `is_counted` where these are results: it has finished, and is not a duplicate."""
-
-    run: StoredRun
-    variant: Variant
-    cells: tuple[Cell, ...]
-    is_counted: bool
-
-
 def variant_tables(panels: Sequence[Panel]) -> tuple[Table[Cell], ...]:
     """Return a table for each group of measures."""
     measures = measures_of(_counted(panels))
@@ -122,16 +110,6 @@ def limits(count: int, censored: int, unresolved: int) -> str:
     """Return what a reader must know of a mean over `count` values: n = 3, 1 censored, 2 unresolved."""
     words = ((censored, "censored"), (unresolved, "unresolved"))
     return ", ".join([f"n = {count}", *(f"{number} {word}" for number, word in words if number)])
-
-
-def run_rows(panels: Sequence[Panel], measures: Sequence[Measure]) -> tuple[RunRow, ...]:
-    """Return every run with its numbers, also those that are missing."""
-    return tuple(
-        RunRow(run, variant, run_cells(run, measures), run.is_finished and run.name not in variant.repeated)
-        for panel in panels
-        for variant in panel.variants
-        for run in variant.runs
-    )
 
 
 def run_cells(run: StoredRun, measures: Sequence[Measure]) -> tuple[Cell, ...]:
@@ -213,64 +191,28 @@ def _grouped(measures: Sequence[Measure]) -> Iterator[tuple[str, tuple[Measure, 
 _NOT_RECORDED = "not recorded"
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A setting of a run; `is_default` where nobody has chosen it."""
-
-    name: str
-    value: str
-    is_default: bool
+Sections = Mapping[str, Sequence[tuple[str, str, bool]]]
+"""Settings by section: name, value, and whether it is the default."""
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint that was written; `is_kept` while its file is there."""
-
-    step: int
-    name: str
-    size: str
-    seconds: str
-    is_kept: bool
-
-
-def sections_of(settings: Mapping[str, object]) -> dict[str, list[Setting]]:
+def sections_of(settings: Mapping[str, object]) -> Sections:
     """Return `settings`, which are by dotted path, by section."""
     defaults = dict(flat_settings(Config().model_dump(mode="json")))
-    sections: dict[str, list[Setting]] = {}
+    sections: dict[str, list[tuple[str, str, bool]]] = {}
     for path, value in settings.items():
         section, _, name = path.partition(".")
         is_default = path in defaults and defaults[path] == value
-        sections.setdefault(section, []).append(Setting(name or section, shown(value), is_default))
+        sections.setdefault(section, []).append((name or section, shown(value), is_default))
     return sections
 
 
-def shared_settings(runs: Sequence[StoredRun]) -> dict[str, list[Setting]]:
+def shared_settings(runs: Sequence[StoredRun]) -> Sections:
     """Return the settings that all of `runs` have in common, by section."""
     first, *others = [run.settings for run in runs if run.settings] or [{}]
     missing = object()
     return sections_of(
         {path: value for path, value in first.items() if all(each.get(path, missing) == value for each in others)}
     )
-
-
-def checkpoints_of(run: StoredRun) -> Iterator[Checkpoint]:
-    """Yield the checkpoints that `run` has recorded, in order."""
-    for event in run.events:
-        name = Path(str(event.details.get("path") or "")).name
-        if event.event == "checkpoint" and name:
-            size, seconds = event.details.get("bytes"), event.details.get("seconds")
-            yield Checkpoint(
-                event.step,
-                name,
-                f"{size / 1e6:.2f} MB" if isinstance(size, int | float) else "",
-                f"{seconds:.2f} s" if isinstance(seconds, int | float) else "",
-                (RunDirectory(run.directory).checkpoints / name).is_file(),
-            )
-
-
-def events_of(run: StoredRun) -> tuple[str, ...]:
-    """Return what happened to `run` beside its checkpoints, one line each."""
-    return tuple(wording.event(event) for event in run.events if event.event != "checkpoint")
 
 
 def environment(runs: Sequence[StoredRun]) -> tuple[tuple[str, str], ...]:

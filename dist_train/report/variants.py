@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from dist_train.report.measures import Interval, Measure, Summary, paired_difference, summary
 from dist_train.report.stored_run import StoredRun
+from dist_train.rundir.records import EvaluationRecord, TrainRecord
 
 _NO_EFFECT = (
     "run.name",
@@ -131,11 +132,11 @@ def panels_of(runs: Sequence[StoredRun]) -> tuple[Panel, ...]:
         shorts |= dict(zip(known, ("SB", "LB"), strict=True))
     colours: dict[str, int] = {}
     first: Mapping[str, object] | None = None
-    panels = []
+    panels: list[Panel] = []
     for batch in batches:
         members = {name: group for name, group in groups.items() if sizes[name] == batch}
         base = _choose_base(members)
-        if first is None and not panels and base is not None:
+        if base is not None and not panels:
             first = _settings(members[base])
         variants = []
         for name, label in _labels(members, base).items():
@@ -176,7 +177,8 @@ def duplicates_of(runs: Sequence[StoredRun]) -> dict[str, str]:
 
 
 def _preference(run: StoredRun) -> tuple[bool, int, int, str]:
-    steps = max((record.step for record in (*run.train, *run.evaluations)), default=0)
+    records: tuple[TrainRecord | EvaluationRecord, ...] = (*run.train, *run.evaluations)
+    steps = max((record.step for record in records), default=0)
     analyses = len(run.analyses.landscapes) + len(run.analyses.sharpness)
     return not run.is_finished, -steps, -analyses, run.name
 

@@ -13,6 +13,10 @@ from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir import atomic
 
 
+class BrokenFileError(Exception):
+    """A file of a run that cannot be read; its text says why."""
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """The files of a run below `root`."""

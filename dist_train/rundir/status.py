@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from dist_train.outcome import ExitCode
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text
+from dist_train.rundir.paths import BrokenFileError
 
 State = Literal["starting", "running", "stopping", "stopped", "finished", "failed"]
 
@@ -115,33 +116,29 @@ class StatusFile:
             self._refused = False
 
 
-class BrokenStatusError(Exception):
-    """A status that cannot be read; its text says why."""
-
-
 def load_status(path: Path) -> Status:
     """Return the status at `path`; fields of a later version are passed over.
 
     Raises:
-        BrokenStatusError: it is not there, cannot be read, or is no status.
+        BrokenFileError: it is not there, cannot be read, or is no status.
     """
     try:
         return _STATUS.validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise BrokenStatusError(f"no {path.name}") from None
+        raise BrokenFileError(f"no {path.name}") from None
     except OSError as error:
-        raise BrokenStatusError(f"{path.name} cannot be read: {error.strerror}") from error
+        raise BrokenFileError(f"{path.name} cannot be read: {error.strerror}") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = "".join(f"{name}: " for name in first["loc"])
-        raise BrokenStatusError(f"{path.name} is no status of a run: {place}{first['msg']}") from error
+        raise BrokenFileError(f"{path.name} is no status of a run: {place}{first['msg']}") from error
 
 
 def read_status(path: Path) -> Status | None:
     """Return the status at `path`; None where there is none that can be read."""
     try:
         return load_status(path)
-    except BrokenStatusError:
+    except BrokenFileError:
         return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -141,13 +141,6 @@ class History:
         accuracies = [record.accuracy for record in self.evaluations.get("test", ())]
         return max(filter(math.isfinite, accuracies), default=None)
 
-    def seconds_left(self, total_steps: int) -> float | None:
-        """Return the time up to `total_steps` at the pace of the latest records; None while it is not known."""
-        pace = Pace()
-        for record in self.latest:
-            pace.mark(record.step, record.time)
-        return pace.seconds_left(total_steps)
-
     def longest_gap(self) -> float | None:
         """Return the longest time between two of the latest records, in seconds; None for fewer than three."""
         if len(self.moments) < 3:
@@ -172,6 +165,14 @@ class History:
                     self.latest.clear()
                     self.moments.clear()
         self.moments.append(record.time)
+
+
+def seconds_left(latest: Iterable[TrainRecord], total_steps: int) -> float | None:
+    """Return the time up to `total_steps` at the pace of the latest records; None while it is not known."""
+    pace = Pace()
+    for record in latest:
+        pace.mark(record.step, record.time)
+    return pace.seconds_left(total_steps)
 
 
 def _mean(points: Sequence[Point]) -> Point:

@@ -12,12 +12,11 @@ from pathlib import Path
 from dist_train.monitoring import wording
 from dist_train.outcome import UsageError
 from dist_train.rundir.live_files import RanksReading, read_ranks
-from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.paths import BrokenFileError, RunDirectory
 from dist_train.rundir.status import Status, read_status
-from dist_train.watch.history import Follower, History
+from dist_train.watch.history import Follower, History, seconds_left
 from dist_train.watch.run_table import (
     ALIVE,
-    BrokenError,
     Settings,
     process_is_gone,
     process_runs,
@@ -114,7 +113,7 @@ class WatchedRun:
             news = True
             self._ranks = read_ranks(self._run.ranks) or self._ranks
         if self._has_changed(self._run.config):
-            with suppress(BrokenError):
+            with suppress(BrokenFileError):
                 self._settings = Settings.of(read_settings(self._run.config))
         if news and not first:
             self._changed_at = time.monotonic()
@@ -161,7 +160,7 @@ class WatchedRun:
             total_steps=total_steps,
             epoch=step / per_epoch if per_epoch else (status.epoch if status else 0.0),
             epochs=total_steps / per_epoch if total_steps and per_epoch else None,
-            seconds_left=history.seconds_left(total_steps) if alive and total_steps else None,
+            seconds_left=seconds_left(history.latest, total_steps) if alive and total_steps else None,
             silence=silence,
             silent=alive and silence is not None and silence > patience,
             checkpoints=tuple(_steps(self._run)),

@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean
 
 import yaml
 from rich.box import SIMPLE_HEAD
@@ -18,9 +17,10 @@ from rich.text import Text
 
 from dist_train.monitoring import wording
 from dist_train.outcome import UsageError
-from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.paths import BrokenFileError, RunDirectory
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
-from dist_train.rundir.status import BrokenStatusError, Status, load_status
+from dist_train.rundir.status import Status, load_status
+from dist_train.watch.history import seconds_left
 
 _STALE_AFTER = 600.0
 """How many seconds a run on another host may be silent before it counts as lost."""
@@ -69,7 +69,7 @@ def read_state(directory: RunDirectory) -> tuple[str, str]:
     """Return the state of a run as tables show it, and why; of its records only the age counts."""
     try:
         return _state(load_status(directory.status), directory, datetime.now(UTC).timestamp())
-    except BrokenStatusError as error:
+    except BrokenFileError as error:
         return "broken", str(error)
 
 
@@ -118,17 +118,13 @@ def _runs_below(directory: Path) -> Iterator[RunDirectory]:
         children.sort()
 
 
-class BrokenError(Exception):
-    """A file of a run that cannot be read; its text says why."""
-
-
 def _read_run(run: RunDirectory, root: Path, now: float) -> RunSummary:
     name = run.root.name if run.root == root else str(run.root.relative_to(root))
     try:
         status = load_status(run.status)
         settings = Settings.of(read_settings(run.config))
         records = read_measurements(run.metrics)
-    except (BrokenStatusError, BrokenError) as error:
+    except BrokenFileError as error:
         return RunSummary(run.root, name, "broken", str(error))
     state, note = _state(status, run, now)
     latest = [record for record in records if isinstance(record, TrainRecord)][-50:]
@@ -145,7 +141,7 @@ def _read_run(run: RunDirectory, root: Path, now: float) -> RunSummary:
         world_size=status.world_size,
         best_accuracy=max(tested, default=None) if status.best_accuracy is None else status.best_accuracy,
         samples_per_second=pace if status.samples_per_second is None else status.samples_per_second,
-        seconds_left=_seconds_left(status, latest) if state in ALIVE else None,
+        seconds_left=seconds_left(latest, status.total_steps) if state in ALIVE and status.total_steps else None,
         slurm_job=status.slurm_job,
         **asdict(settings),
     )
@@ -175,18 +171,18 @@ class Settings:
 def read_settings(path: Path) -> Mapping[str, object]:
     """Return the settings in `path` by dotted path, of whatever version; none where it is not there.
 
-    Raises BrokenError where they cannot be read.
+    Raises BrokenFileError where they cannot be read.
     """
     try:
         sections = yaml.safe_load(path.read_bytes())
     except FileNotFoundError:
         return {}  # the run has not got so far
     except OSError as error:
-        raise BrokenError(f"{path.name} cannot be read: {error.strerror}") from error
+        raise BrokenFileError(f"{path.name} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise BrokenError(f"{path.name} is not YAML: {str(error).splitlines()[0]}") from error
+        raise BrokenFileError(f"{path.name} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(sections, dict):
-        raise BrokenError(f"{path.name} holds no settings")
+        raise BrokenFileError(f"{path.name} holds no settings")
     return dict(flat_settings(sections))
 
 
@@ -200,13 +196,13 @@ def flat_settings(sections: Mapping[str, object], prefix: str = "") -> Iterator[
 
 
 def read_measurements(path: Path) -> tuple[Record, ...]:
-    """Return the records in `path`, none where it is not there. Raises BrokenError where it cannot be read."""
+    """Return the records in `path`, none where it is not there. Raises BrokenFileError where it cannot be read."""
     try:
         return read_records(path)
     except FileNotFoundError:
         return ()
     except OSError as error:
-        raise BrokenError(f"{path.name} cannot be read: {error.strerror}") from error
+        raise BrokenFileError(f"{path.name} cannot be read: {error.strerror}") from error
 
 
 def _state(status: Status, run: RunDirectory, now: float) -> tuple[str, str]:
@@ -251,17 +247,6 @@ def process_runs(pid: int, seen: float) -> bool:
     return begun <= seen + 2.0
 
 
-def _seconds_left(status: Status, latest: Sequence[TrainRecord]) -> float | None:
-    """Return the time to the last step at the pace of the latest records, with what happens between steps."""
-    if status.total_steps is None or not latest:
-        return None
-    first, last = latest[0], latest[-1]
-    steps_left = max(0, status.total_steps - max(status.step, last.step))
-    if last.step > first.step and last.time > first.time:
-        return steps_left * (last.time - first.time) / (last.step - first.step)
-    return steps_left * fmean(record.step_seconds for record in latest)
-
-
 def targets_directories(directory: Path) -> tuple[Path, ...]:
     """Return the `metrics.targets_directory` of the runs at or below `directory`, each folder once.
 
@@ -269,7 +254,7 @@ def targets_directories(directory: Path) -> tuple[Path, ...]:
     """
     folders: dict[Path, None] = {}
     for run in _runs_below(directory):
-        with suppress(BrokenError):  # the table of runs tells of it
+        with suppress(BrokenFileError):  # the table of runs tells of it
             folder = read_settings(run.config).get("metrics.targets_directory")
             if isinstance(folder, str):
                 folders[Path(folder).expanduser().absolute()] = None
