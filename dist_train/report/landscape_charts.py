@@ -6,7 +6,7 @@ import base64
 import json
 import math
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dist_train.report.figures import mean_points
@@ -60,7 +60,12 @@ def landscape_figure(panels: Sequence[Panel]) -> LandscapeFigure:
     """Return figure 3 of `panels`: base line and one noise variant of each, then the other variants."""
     runs = [run for panel in panels for variant in panel.variants for run in variant.counted]
     chosen = directions_of(runs)
-    drawn = list(_drawn(panels, chosen))
+    drawn = [
+        _Drawn(variant, panel, f"{panel.short}, {variant.label}", found)
+        for panel in panels
+        for variant in panel.variants
+        if (found := tuple(chosen[run.name] for run in variant.counted if run.name in chosen))
+    ]
     first = _as_in_the_paper(drawn)
     rest = [item for item in drawn if item not in first]
     # on the same axes: only so can their widths be compared
@@ -68,7 +73,9 @@ def landscape_figure(panels: Sequence[Panel]) -> LandscapeFigure:
     settings = json.loads(next(iter(chosen.values())).settings) if chosen else None
     return LandscapeFigure(
         panels=tuple(
-            _around(f"landscape-{index}", item, _letter(item, panels), axes) for index, item in enumerate(first)
+            # letters as in the paper: a and b for SB without and with noise, c and d for LB
+            _around(f"landscape-{at}", item, _LETTERS[2 * panels.index(item.panel) + (not item.variant.is_base)], axes)
+            for at, item in enumerate(first)
         ),
         others=tuple(_around(f"landscape-other-{index}", item, "", axes) for index, item in enumerate(rest)),
         between=_between(panels),
@@ -108,14 +115,6 @@ def _step(landscape: Landscape) -> str:
     return f", step {landscape.step:,}" if landscape.step is not None else ""
 
 
-def _drawn(panels: Sequence[Panel], chosen: Mapping[str, Landscape]) -> Iterator[_Drawn]:
-    for panel in panels:
-        for variant in panel.variants:
-            found = tuple(chosen[run.name] for run in variant.counted if run.name in chosen)
-            if found:
-                yield _Drawn(variant, panel, f"{panel.short}, {variant.label}", found)
-
-
 def _as_in_the_paper(drawn: Sequence[_Drawn]) -> list[_Drawn]:
     """Return base line and one noise variant by panel: among those of all panels the best one of the largest batch."""
     noisy = [item for item in drawn if not item.variant.is_base]
@@ -128,11 +127,6 @@ def _as_in_the_paper(drawn: Sequence[_Drawn]) -> list[_Drawn]:
     best = max(candidates, key=lambda item: (item.panel.batch or 0, _test_accuracy(item.variant)), default=None)
     label = best.variant.label if best else None
     return [item for item in drawn if item.variant.is_base or item.variant.label == label]
-
-
-def _letter(item: _Drawn, panels: Sequence[Panel]) -> str:
-    """Return the panel's letter, as in the paper: a and b for SB without and with noise, c and d for LB."""
-    return _LETTERS[2 * panels.index(item.panel) + (0 if item.variant.is_base else 1)]
 
 
 def _test_accuracy(variant: Variant) -> float:

@@ -141,10 +141,9 @@ def _plot_schedule(axes: Axes, run: Measured, colours: Sequence[str]) -> None:
         if chart := rate_curve(quantity, run, _MOST_POINTS):
             points = chart.series[0].points
             peak = max(point.y for point in points if math.isfinite(point.y))
-            label = f"{quantity.name} (peak {peak:.3g})"
-            shares = [point.y / peak for point in points]
-            marker = "." if len(points) == 1 else ""
-            axes.plot([point.x for point in points], shares, dashes, color=colour, lw=1.2, marker=marker, label=label)
+            x, shares = [point.x for point in points], [point.y / peak for point in points]
+            look = {"color": colour, "lw": 1.2, "marker": "." if len(points) == 1 else ""}
+            axes.plot(x, shares, dashes, label=f"{quantity.name} (peak {peak:.3g})", **look)
 
 
 def _scale(axes: Axes, quantity: Quantity, charts: Sequence[Chart]) -> None:

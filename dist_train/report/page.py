@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,7 @@ from dist_train.monitoring import wording
 from dist_train.outcome import UsageError
 from dist_train.report import tables
 from dist_train.report.chart import Frame, ticks
-from dist_train.report.figures import (
-    curve_records,
-    run_curves,
-    sharpness_scatters,
-    strips,
-    study_curves,
-)
+from dist_train.report.figures import curve_records, run_curves, sharpness_scatters, strips, study_curves
 from dist_train.report.landscape_charts import landscape_figure, plane_pictures, run_landscapes
 from dist_train.report.measures import measures_of, sharpness_of
 from dist_train.report.stored_run import StoredRun, Subject, read_subject
@@ -38,32 +31,20 @@ _COLOURS = 9
 """Colours of the style sheet beside the base line's; further variants have them again, dashed."""
 
 
-@dataclass(frozen=True)
-class Key:
-    """A series that the reader can switch on and off: a class of the style sheet and its words."""
-
-    style: str
-    label: str
-
-
 def tables_in_markdown(subject: Subject) -> str:
     """Return the tables of variants, their differences from the base line, and the rank correlations."""
     panels = panels_of(subject.runs)
     scatters = sharpness_scatters(panels)
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, dict[str, None]] = {}
     for found in (found for scatter in scatters for found in scatter.correlations):
-        if found.among not in groups.setdefault(found.other, []):
-            groups[found.other].append(found.among)
-    text = (
-        _environment()
-        .get_template("tables.md.jinja")
-        .render(
-            repeated=_repeated(panels),
-            tables=variant_tables(panels),
-            effects=effect_tables(panels),
-            scatters=scatters,
-            correlations=groups,
-        )
+        groups.setdefault(found.other, {})[found.among] = None
+    template = _environment().get_template("tables.md.jinja")
+    text = template.render(
+        repeated=_repeated(panels),
+        tables=variant_tables(panels),
+        effects=effect_tables(panels),
+        scatters=scatters,
+        correlations={other: list(among) for other, among in groups.items()},
     )
     return f"{text.rstrip()}\n" if text.strip() else ""
 
@@ -79,9 +60,7 @@ def write_report(directory: Path, output: Path) -> Subject:
     try:
         atomic.write_text(output, text)
     except OSError as error:
-        raise UsageError(
-            f"cannot write {output} ({error.strerror or error}): choose another file with -o FILE"
-        ) from error
+        raise UsageError(f"cannot write {output} ({error.strerror or error}): choose another with -o FILE") from error
     return subject
 
 
@@ -136,7 +115,6 @@ def _of_study(subject: Subject) -> dict[str, Any]:
     variants = [variant for panel in panels for variant in panel.variants]
     counted = [run for variant in variants for run in variant.counted]
     measures = measures_of([run for variant in variants for run in variant.runs])
-    keys = (Key(f"s{variant.colour}", variant.label) for variant in variants if variant.counted)
     return {
         "panels": panels,
         "strips": strips(panels, of_variants[0].measures[0]) if of_variants else (),
@@ -156,7 +134,7 @@ def _of_study(subject: Subject) -> dict[str, Any]:
         "problems": [(run, problem) for run in subject.runs for problem in run.analyses.problems],
         "shared": tables.shared_settings(subject.runs),
         "again": [(run, command) for run in subject.runs if (command := tables.command_of(run))],
-        "keys": tuple(dict.fromkeys(keys)),
+        "keys": {f"s{variant.colour}": variant.label for variant in variants if variant.counted},
     }
 
 
@@ -173,21 +151,21 @@ def _of_run(run: StoredRun) -> dict[str, Any]:
         "kept": {path.name for path in RunDirectory(run.directory).checkpoints.glob("*.pt")},
         "events": [wording.event(event) for event in run.events if event.event != "checkpoint"],
         "problems": run.analyses.problems,
-        "keys": (),
+        "keys": {},
     }
 
 
-def _series_rules(keys: Sequence[Key]) -> str:
+def _series_rules(styles: Iterable[str]) -> str:
     """Return the rules that give each series its colour, and hide it while its box is not ticked."""
-    styles = [*(key.style for key in keys), "loss", "accuracy", "train", "test"]
+    own = tuple(styles)
     rules = [
         f".figure:has(input[value={style}]:not(:checked)) .series.{style}{{display:none}}"
-        for style in dict.fromkeys(styles)
+        for style in (*own, "loss", "accuracy", "train", "test")
     ]
-    for key in keys:
-        number = int(key.style[1:])
+    for style in own:
+        number = int(style[1:])
         if number > _COLOURS:
-            rules.append(f".{key.style}{{--c:var(--c{(number - 1) % _COLOURS + 1});--dash:7 3}}")
+            rules.append(f".{style}{{--c:var(--c{(number - 1) % _COLOURS + 1});--dash:7 3}}")
     return "\n".join(rules) + "\n"
 
 

@@ -108,9 +108,7 @@ def read_analyses(directory: RunDirectory) -> Analyses:
     for path in directory.checkpoint_records():
         with suppress(BrokenFileError):  # the checkpoint's own reader reports it
             digests.add(_Source.of(_json(path)).digest)
-    landscapes: list[Landscape] = []
-    sharpness: list[Sharpness] = []
-    problems: list[str] = []
+    landscapes, sharpness, problems = [], [], []
     for path in sorted(directory.analysis.iterdir()) if directory.analysis.is_dir() else ():
         try:
             if (path / "settings.json").is_file():
@@ -229,10 +227,8 @@ def _items(fields: object) -> Iterator[tuple[str, Any]]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_bytes())
-    except OSError as error:
-        raise BrokenFileError(f"{path.name} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise BrokenFileError(f"{path.name} is not JSON: {error}") from error
+    except (OSError, ValueError) as error:
+        raise BrokenFileError(f"{path.name} cannot be read, or is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise BrokenFileError(f"{path.name} holds no result")
     return fields
@@ -258,7 +254,10 @@ class Planned:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run. `state` is status.json's, or `lost`, `broken` or `missing`, and `note` says why."""
+    """A run. `state` is status.json's, or `lost`, `broken` or `missing`, and `note` says why.
+
+    `settings` is by dotted path, and empty where config.yaml is missing or broken.
+    """
 
     directory: Path
     name: str
@@ -266,7 +265,6 @@ class StoredRun:
     note: str
     planned: Planned | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
-    """By dotted path; empty where config.yaml is missing or broken."""
     status: Status | None = None
     train: tuple[TrainRecord, ...] = ()
     evaluations: tuple[EvaluationRecord, ...] = ()
@@ -381,27 +379,21 @@ def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:
         base = read_settings(directory / BASE_FILE).get(_BATCH)
     try:
         plan = [_planned(entry, base) for entry in json.loads(path.read_bytes())]
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{path} is not a list of runs ({error!r}): start the study's sweep again, which writes it"
-        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is not a list of runs ({error!r}): start the study's sweep again") from error
     for planned in plan:
         yield read_run(directory / planned.name, prefix + planned.name, planned)
 
 
-def _planned(entry: Mapping[str, object], base_batch: object) -> Planned:
-    name, seed, overrides = str(entry["name"]), entry.get("seed"), entry.get("overrides") or ()
-    if not isinstance(overrides, list | tuple):
-        raise TypeError(f"overrides of {name}: {overrides!r}")
-    settings = dict(str(override).split("=", 1) for override in overrides)
-    batch = settings.get(_BATCH, base_batch)
+def _planned(entry: Mapping[str, Any], base_batch: object) -> Planned:
+    overrides = tuple(map(str, entry.get("overrides") or ()))
+    batch = str(dict(override.split("=", 1) for override in overrides).get(_BATCH, base_batch))
+    variant, seed = str(entry.get("variant") or ""), entry.get("seed")
     return Planned(
-        name=name,
-        variant=str(entry.get("variant") or ""),
-        title=str(entry.get("title") or entry.get("variant") or ""),
+        name=str(entry["name"]),
+        variant=variant,
+        title=str(entry.get("title") or variant),
         seed=seed if isinstance(seed, int) else None,
-        overrides=tuple(map(str, overrides)),
-        batch=int(str(batch)) if str(batch).isdecimal() else None,
+        overrides=overrides,
+        batch=int(batch) if batch.isdecimal() else None,
     )

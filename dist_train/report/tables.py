@@ -79,20 +79,14 @@ class Table(Generic[_Content]):
 
 def variant_tables(panels: Sequence[Panel]) -> tuple[Table[Cell], ...]:
     """Return a table for each group of measures."""
-    measures = measures_of(_counted(panels))
-    return tuple(
-        Table(
-            title,
-            chosen,
-            tuple((panel, tuple(_variant_row(variant, chosen) for variant in panel.variants)) for panel in panels),
-        )
-        for title, chosen in _grouped(measures)
-    )
-
-
-def _variant_row(variant: Variant, measures: Sequence[Measure]) -> Row[Cell]:
-    cells = tuple(variant_cell(variant, measure) for measure in measures)
-    return Row(variant, variant.label, variant.is_provisional, cells)
+    tables = []
+    for title, chosen in _grouped(measures_of(_counted(panels))):
+        groups = []
+        for panel in panels:
+            numbers = [(each, tuple(variant_cell(each, measure) for measure in chosen)) for each in panel.variants]
+            groups.append((panel, tuple(Row(each, each.label, each.is_provisional, cells) for each, cells in numbers)))
+        tables.append(Table(title, chosen, tuple(groups)))
+    return tuple(tables)
 
 
 def variant_cell(variant: Variant, measure: Measure) -> Cell:

@@ -28,7 +28,6 @@ _NO_EFFECT = (
 )
 """Settings that tell no two variants apart: they do not change what a run finds."""
 
-
 _USUAL_NOISE: Mapping[str, object] = {
     "noise.distribution": "uniform",
     "noise.scale": "absolute",
@@ -191,24 +190,20 @@ def _found_by(run: StoredRun) -> tuple[tuple[str, str], ...]:
 def changes_between(base: Mapping[str, object], settings: Mapping[str, object]) -> tuple[Change, ...]:
     """Return the settings that differ and can change what a run finds; without noise, its other settings are none."""
     before, after = _effective(base), _effective(settings)
-    paths = dict.fromkeys((*after, *before))
-    return tuple(
-        Change(path, before.get(path), after.get(path))
-        for path in paths
-        if not path.startswith(_NO_EFFECT) and before.get(path) != after.get(path) and _is_told(path, before, after)
-    )
+    changes = []
+    for path in dict.fromkeys((*after, *before)):
+        old, new = before.get(path), after.get(path)
+        # of a noise that appears only the amplitude is worth a word, and what is not usual
+        is_usual = path.startswith("noise.") and path not in before and new == _USUAL_NOISE.get(path, new)
+        if old != new and not path.startswith(_NO_EFFECT) and (not is_usual or path == "noise.amplitude"):
+            changes.append(Change(path, old, new))
+    return tuple(changes)
 
 
 def _effective(settings: Mapping[str, object]) -> dict[str, object]:
     """Return `settings` without those of a noise that there is not."""
     kept = "noise." if not _is_without_noise(settings) else "noise.method"
     return {path: value for path, value in settings.items() if not path.startswith("noise.") or path.startswith(kept)}
-
-
-def _is_told(path: str, before: Mapping[str, object], after: Mapping[str, object]) -> bool:
-    """Whether a setting of noise says more than that there now is some: the amplitude, and what is not usual."""
-    appears = path.startswith("noise.") and path not in before
-    return not appears or path == "noise.amplitude" or after.get(path) != _USUAL_NOISE.get(path, after.get(path))
 
 
 def shown(value: object) -> str:
@@ -267,19 +262,17 @@ def _labels(members: Mapping[str, Sequence[StoredRun]], base: str | None) -> dic
             words = ["base line"]
         elif name != base and base is not None and own:
             changes = changes_between(_settings(members[base]), own)
-            words = [*_noise_in_words(own, changes), *(_in_words(change) for change in changes if _tells(change))]
+            words = [*_noise_in_words(own, changes), *_others_in_words(changes)]
         labels[name] = ", ".join(words) if 0 < len(words) <= 5 else title
     every = list(labels.values())
     return {name: label if every.count(label) == 1 else f"{label} ({name})" for name, label in labels.items()}
 
 
-def _tells(change: Change) -> bool:
-    return not change.path.startswith("noise.") and change.path not in ("model.norm_statistics", "batch.micro_size")
-
-
-def _in_words(change: Change) -> str:
-    name = change.path.rpartition(".")[2].replace("_", " ")
-    return shown(change.value) if change.path == "optimizer.name" else f"{name} {shown(change.value)}"
+def _others_in_words(changes: Sequence[Change]) -> Iterator[str]:
+    for change in changes:
+        if not change.path.startswith(("noise.", "model.norm_statistics", "batch.micro_size")):
+            name = change.path.rpartition(".")[2].replace("_", " ")
+            yield shown(change.value) if change.path == "optimizer.name" else f"{name} {shown(change.value)}"
 
 
 def _noise_in_words(settings: Mapping[str, object], changes: Sequence[Change]) -> Iterator[str]:

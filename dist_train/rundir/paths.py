@@ -91,6 +91,11 @@ class RunDirectory:
         """Return the records beside the checkpoints that are whole, by step."""
         return tuple(sorted(self.checkpoints.glob("step-*.json")))
 
+    def checkpoint_steps(self) -> tuple[int, ...]:
+        """Return the steps of the checkpoints that are whole, in order."""
+        steps = (path.stem.removeprefix("step-") for path in self.checkpoint_records())
+        return tuple(sorted(int(step) for step in steps if step.isdigit()))
+
     def create(self) -> None:
         """Make the folders, for the user alone where they are new.
 

@@ -93,10 +93,9 @@ class ThinnedCurve:
     def append(self, point: Point) -> None:
         """Add a point at the end."""
         self._open.append(point)
-        if len(self._open) < self._size:
-            return
-        self._points.append(_mean(self._open))
-        self._open.clear()
+        if len(self._open) == self._size:
+            self._points.append(_mean(self._open))
+            self._open.clear()
         if len(self._points) >= 2 * self._most:
             self._points = [_mean(self._points[at : at + 2]) for at in range(0, len(self._points), 2)]
             self._size *= 2

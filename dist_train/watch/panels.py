@@ -15,7 +15,7 @@ from uniplot import plot_to_string
 
 from dist_train.monitoring import wording
 from dist_train.rundir.live_files import RanksReading
-from dist_train.rundir.records import EventRecord, RankMeasurement
+from dist_train.rundir.records import RankMeasurement
 from dist_train.watch.figure import ACCURACY, BATCH, Chart, Measured, Quantity, learning_curve
 from dist_train.watch.history import History
 from dist_train.watch.run import Snapshot, silence_in_words
@@ -78,12 +78,8 @@ def rate_pairs(run: Snapshot) -> list[tuple[str, str]]:
 
 def ranks(reading: RanksReading, rows: int) -> Group:
     """Return the ranks, the slowest marked; of more than fit the slowest, and a summary of all."""
-
-    def busy(rank: int) -> float:
-        seconds = reading.ranks[rank].busy_seconds
-        return seconds if math.isfinite(seconds) else -math.inf
-
-    slowest_first = sorted(range(len(reading.ranks)), key=busy, reverse=True)
+    seconds = [each.busy_seconds if math.isfinite(each.busy_seconds) else -math.inf for each in reading.ranks]
+    slowest_first = sorted(range(len(seconds)), key=lambda rank: -seconds[rank])
     fitting = max(1, rows - 1)
     complete = len(slowest_first) <= fitting
     shown = sorted(slowest_first) if complete else slowest_first[: max(1, fitting - 1)]
@@ -94,7 +90,9 @@ def ranks(reading: RanksReading, rows: int) -> Group:
     for rank in shown:
         measured = reading.ranks[rank]
         marked = rank == slowest_first[0] and len(reading.ranks) > 1
-        device = (_bytes(measured.device_bytes), _share(measured.device_utilization)) if has_device else ()
+        share = measured.device_utilization
+        in_use = f"{share:.0%}" if math.isfinite(share) else ""
+        device = (_bytes(measured.device_bytes), in_use) if has_device else ()
         table.add_row(
             str(rank),
             _time(measured.busy_seconds),
@@ -109,9 +107,12 @@ def ranks(reading: RanksReading, rows: int) -> Group:
 
 def events(run: Snapshot, rows: int) -> Group:
     """Return the latest events, the newest last."""
-    if not run.history.events:
-        return Group(Text("none", style="dim"))
-    return Group(*(_event(record, run.now) for record in list(run.history.events)[-rows:]))
+    lines = []
+    for record in list(run.history.events)[-rows:]:
+        age = f"{silence_in_words(max(0.0, run.now - record.time))} ago"
+        line = Text(no_wrap=True, overflow="ellipsis").append(f"{age:>10}  ", style="dim")
+        lines.append(line.append(wording.event(record), style="red" if record.event in _BAD_EVENTS else ""))
+    return Group(*lines or [Text("none", style="dim")])
 
 
 def accuracy_pairs(run: Snapshot) -> list[tuple[str, str]]:
@@ -197,10 +198,7 @@ def _bar(run: Snapshot, columns: int) -> Table:
     bar.add_row(
         Text.assemble(("epoch ", "dim"), (f"{run.epoch:.4g}{planned}", "bold")),
         ProgressBar(
-            run.total_steps or 1,
-            run.step if run.total_steps else 0,
-            complete_style="green",
-            finished_style="green",
+            run.total_steps or 1, run.step if run.total_steps else 0, complete_style="green", finished_style="green"
         ),
         Text.assemble(("step ", "dim"), f"{run.step:,}{of_steps}"),
         Text(left, style="cyan"),
@@ -236,12 +234,6 @@ def _checkpoints(run: Snapshot) -> str:
     return f"{last} ({len(run.checkpoints)} kept)"
 
 
-def _event(record: EventRecord, now: float) -> Text:
-    age = f"{silence_in_words(max(0.0, now - record.time))} ago"
-    line = Text(no_wrap=True, overflow="ellipsis").append(f"{age:>10}  ", style="dim")
-    return line.append(wording.event(record), style="red" if record.event in _BAD_EVENTS else "")
-
-
 def _summary(measured: Sequence[RankMeasurement]) -> Text:
     def spread(name: str, values: Sequence[float], word: Callable[[float], str]) -> str:
         known = [value for value in values if math.isfinite(value)]
@@ -266,7 +258,3 @@ def _bytes(size: float) -> str:
     if not math.isfinite(size):
         return ""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-
-
-def _share(share: float) -> str:
-    return f"{share:.0%}" if math.isfinite(share) else ""

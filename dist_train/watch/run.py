@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,7 @@ from dist_train.rundir.live_files import RanksReading, read_ranks
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
 from dist_train.rundir.status import Status, read_status
 from dist_train.watch.history import Follower, History, seconds_left
-from dist_train.watch.run_table import (
-    ALIVE,
-    Settings,
-    process_is_gone,
-    process_runs,
-    read_settings,
-    seconds_of,
-)
+from dist_train.watch.run_table import ALIVE, Settings, process_is_gone, process_runs, read_settings, seconds_of
 
 _SILENT_AFTER = 60.0
 """Seconds without a sign of life that are worth no word, however fast the run is."""
@@ -36,7 +28,12 @@ _GONE_AFTER = 10.0
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that is shown of a run. `state` is status.json's, or `lost` or `unknown`; times are in seconds."""
+    """All that is shown of a run. `state` is status.json's, or `lost` or `unknown`; times are in seconds.
+
+    None stands for what is not known yet. `silence` is the time since the last sign of life, `silent` whether that is
+    long for this run, `checkpoints` the steps of those that are there. `problem` says what cannot be read at the
+    moment, and why. `now` is in seconds since 1970.
+    """
 
     run: RunDirectory
     state: str
@@ -49,18 +46,12 @@ class Snapshot:
     total_steps: int | None
     epoch: float
     epochs: float | None
-    """Planned; None while it is not known."""
     seconds_left: float | None
     silence: float | None
-    """Since the last sign of life; None where there was none."""
     silent: bool
-    """Whether that is long for this run."""
     checkpoints: tuple[int, ...]
-    """Steps of the checkpoints that are there."""
     problem: str
-    """What cannot be read at the moment, and why; else empty."""
     now: float
-    """Seconds since 1970."""
 
     @property
     def name(self) -> str:
@@ -163,7 +154,7 @@ class WatchedRun:
             seconds_left=seconds_left(history.latest, total_steps) if alive and total_steps else None,
             silence=silence,
             silent=alive and silence is not None and silence > patience,
-            checkpoints=tuple(_steps(self._run)),
+            checkpoints=self._run.checkpoint_steps(),
             problem=problem,
             now=now,
         )
@@ -190,13 +181,6 @@ def _state(run: RunDirectory, status: Status | None, silence: float | None, now:
     if is_here and is_silent and not process_runs(status.pid, now - (silence or 0.0)):
         return process_is_gone(status)
     return status.state, status.reason
-
-
-def _steps(run: RunDirectory) -> Iterator[int]:
-    for path in run.checkpoint_records():
-        step = path.stem.removeprefix("step-")
-        if step.isdigit():
-            yield int(step)
 
 
 def silence_in_words(seconds: float) -> str:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from rich.box import ROUNDED, Box
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.layout import Layout
 from rich.live import Live
 from rich.panel import Panel
@@ -79,9 +79,9 @@ def frame(run: Snapshot, columns: int, rows: int) -> Layout:
     parts = plan(columns, rows, rank_count)
     body = _side_by_side(run, columns, parts) if parts.wide else _below_each_other(run, columns, parts)
     if parts.events:
-        body.append(_sized(Panel(panels.events(run, parts.events - _BORDER), title="events"), parts.events))
+        body.append(Layout(Panel(panels.events(run, parts.events - _BORDER), title="events"), size=parts.events))
     layout = Layout()
-    layout.split_column(_sized(panels.header(run, columns), _HEADER), *body)
+    layout.split_column(Layout(panels.header(run, columns), size=_HEADER), *body)
     return layout
 
 
@@ -111,26 +111,26 @@ def _side_by_side(run: Snapshot, columns: int, parts: Plan) -> list[Layout]:
     half = columns // 2
     curves = _row(
         parts.curves,
-        _sized(panels.curves(run.history, LOSS, half - 1, parts.curves), half),
-        _sized(panels.curves(run.history, ACCURACY, columns - half, parts.curves), columns - half),
+        Layout(panels.curves(run.history, LOSS, half - 1, parts.curves), size=half),
+        Layout(panels.curves(run.history, ACCURACY, columns - half, parts.curves), size=columns - half),
     )
     if not parts.rates:
         return [curves]
     narrow = min(half, _RATES_COLUMNS)
-    rates = _sized(Panel(panels.rates(run), title="rates"), narrow)
-    beside = _sized(_ranks_panel(run, parts.rates), columns - narrow)
+    rates = Layout(Panel(panels.rates(run), title="rates"), size=narrow)
+    beside = Layout(_ranks_panel(run, parts.rates), size=columns - narrow)
     return [curves, _row(parts.rates, rates, beside)]
 
 
 def _below_each_other(run: Snapshot, columns: int, parts: Plan) -> list[Layout]:
     accuracies = [] if parts.accuracy else panels.accuracy_pairs(run)
     pairs = [*accuracies, *panels.rate_pairs(run)]
-    shown = [_sized(panels.in_lines(pairs), parts.rates)] if parts.rates else []
-    shown.append(_sized(panels.curves(run.history, LOSS, columns, parts.curves), parts.curves))
+    shown = [Layout(panels.in_lines(pairs), size=parts.rates)] if parts.rates else []
+    shown.append(Layout(panels.curves(run.history, LOSS, columns, parts.curves), size=parts.curves))
     if parts.accuracy:
-        shown.append(_sized(panels.curves(run.history, ACCURACY, columns, parts.accuracy), parts.accuracy))
+        shown.append(Layout(panels.curves(run.history, ACCURACY, columns, parts.accuracy), size=parts.accuracy))
     if parts.ranks:
-        shown.append(_sized(_ranks_panel(run, parts.ranks), parts.ranks))
+        shown.append(Layout(_ranks_panel(run, parts.ranks), size=parts.ranks))
     return shown
 
 
@@ -139,11 +139,6 @@ def _ranks_panel(run: Snapshot, rows: int) -> Panel:
         return Panel(Text("not measured yet", style="dim"), title="ranks")
     title = f"ranks at step {run.ranks.step:,}"
     return Panel(panels.ranks(run.ranks, rows - _BORDER), title=title)
-
-
-def _sized(content: RenderableType, size: int) -> Layout:
-    """Return `content` as so many rows, or columns, of what it is put into."""
-    return Layout(content, size=size)
 
 
 def _row(rows: int, *columns: Layout) -> Layout:
