@@ -142,7 +142,7 @@ def _plot_schedule(axes: Axes, run: Measured, colours: Sequence[str]) -> None:
             points = chart.series[0].points
             peak = max(point.y for point in points if math.isfinite(point.y))
             x, shares = [point.x for point in points], [point.y / peak for point in points]
-            look = {"color": colour, "lw": 1.2, "marker": "." if len(points) == 1 else ""}
+            look: dict[str, Any] = {"color": colour, "lw": 1.2, "marker": "." if len(points) == 1 else ""}
             axes.plot(x, shares, dashes, label=f"{quantity.name} (peak {peak:.3g})", **look)
 
 
