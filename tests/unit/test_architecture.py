@@ -36,7 +36,7 @@ OWNERS = {
     "prometheus_client": {"monitoring"},
     "matplotlib": {"analysis", "report"},
     "jinja2": {"report"},
-    "scipy": {"analysis"},
+    "scipy": {"analysis", "report"},
 }
 _ASKS_WHAT_IS_INSTALLED = {"launching"}
 
