@@ -131,7 +131,7 @@ def test_an_unknown_key_suggests_the_nearest_here_else_elsewhere(settings: dict[
 def test_a_key_like_no_other_is_told_with_those_of_its_section() -> None:
     text = only_problem({"comm": {"zzz": 1}})
     assert "comm.zzz: unknown key\n" in text
-    assert "allowed: reduction, compression, op, verify_every, timeout" in text
+    assert "allowed: engine, reduction, compression, op, verify_every, timeout" in text
 
 
 @pytest.mark.parametrize("key", ["constant", "cosine", "kind", "0"])
