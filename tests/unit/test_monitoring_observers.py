@@ -12,7 +12,7 @@ from tests.unit.exporting import FACTS, OUTCOME, measurement
 EVENT = EventRecord(1, "signal", 0.0, {})
 
 
-class Notebook:
+class Notebook(Observer):
     def __init__(self) -> None:
         self.calls: list[str] = []
 
