@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dist_train.cluster.communicator import Pending, RankLostError
+from dist_train.cluster.communicator import Communicator, Pending, RankLostError
 from dist_train.cluster.launch import Launch
 from dist_train.outcome import UsageError
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
-class HorovodCommunicator:
+class HorovodCommunicator(Communicator):
     """The group that the launcher started. Horovod lives as long as this object is open."""
 
     def __init__(self, launch: Launch, *, timeout: float, device_type: str, timeline: bool) -> None:
@@ -32,16 +32,12 @@ class HorovodCommunicator:
         self._hvd = _import_horovod()
         self._hvd.init()
         self._check_size(launch)
-        self.rank: int = self._hvd.rank()
-        self.size: int = self._hvd.size()
-        self.local_rank: int = self._hvd.local_rank()
-        self.local_size: int = self._hvd.local_size()
+        self.rank = self._hvd.rank()
+        self.size = self._hvd.size()
+        self.local_rank = self._hvd.local_rank()
+        self.local_size = self._hvd.local_size()
         self.controller = "mpi" if self._hvd.mpi_enabled() else "gloo"
-
-    @property
-    def has_nccl(self) -> bool:
-        """Whether this Horovod is built with NCCL."""
-        return bool(self._hvd.nccl_built())
+        self.has_nccl = bool(self._hvd.nccl_built())
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Start to replace the contiguous `tensor` by its sum over all ranks."""
@@ -55,17 +51,13 @@ class HorovodCommunicator:
         """Replace `tensor` by rank 0's."""
         self._start(lambda: self._hvd.broadcast_async_(tensor, root_rank=0, name=name)).wait()
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.allreduce_async(torch.zeros(1, dtype=torch.int64), "barrier").wait()
-
     def start_timeline(self, path: Path) -> None:
         """Start to write Horovod's timeline to `path`, on rank 0; one that the user has asked for continues instead."""
         if _timeline_is_ours():
             self._hvd.start_timeline(str(path))
 
     def stop_timeline(self) -> None:
-        """Write no more of it."""
+        """Stop writing it."""
         if _timeline_is_ours():
             self._hvd.stop_timeline()
 
@@ -97,7 +89,6 @@ class _Operation:
         self._handle = handle
 
     def wait(self) -> None:
-        """Return when the result is there."""
         try:
             self._hvd.synchronize(self._handle)
         except self._hvd.HorovodInternalError as error:

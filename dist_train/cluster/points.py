@@ -22,14 +22,13 @@ _TIMEOUT = 8 * 3600.0
 """Seconds; a rank that is done waits for those that still evaluate."""
 
 
-class MpiCommunicator(Alone):
+class MpiCommunicator(Communicator):
     """The ranks of an MPI communicator, for tensors of the host."""
-
-    controller = "mpi4py"
-    has_nccl = False
 
     def __init__(self, communicator: Comm, local: Comm) -> None:
         """Take the communicator of all ranks, and that of those on this node."""
+        self.controller = "mpi4py"
+        self.has_nccl = False
         self._communicator = communicator
         self.rank = communicator.Get_rank()
         self.size = communicator.Get_size()
@@ -46,10 +45,6 @@ class MpiCommunicator(Alone):
     def broadcast(self, tensor: torch.Tensor, name: str) -> None:
         """Replace `tensor` by rank 0's."""
         self._communicator.Bcast(tensor.numpy(), root=0)
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self._communicator.Barrier()
 
 
 def join_points() -> Communicator:

@@ -13,13 +13,12 @@ import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dist_train.cluster.communicator import Pending, RankLostError, gather
+from dist_train.cluster.communicator import Communicator, Pending, RankLostError, gather
 from dist_train.cluster.launch import Launch, StoreAddress
 from dist_train.outcome import UsageError
 
@@ -27,7 +26,7 @@ _MEETING = timedelta(minutes=30)
 """For the store; whoever starts the ranks gives up much earlier (`meeting_within`)."""
 
 
-class TorchCommunicator:
+class TorchCommunicator(Communicator):
     """The group that the launcher started, over torch.distributed."""
 
     def __init__(self, launch: Launch, *, timeout: float, device_type: str) -> None:
@@ -43,22 +42,18 @@ class TorchCommunicator:
             )
         self.rank = launch.rank
         self.size = launch.size
-        self._store = _open_store(launch, launch.store)
+        store = _open_store(launch, launch.store)
         # The watchdog, which knows who is lost, must come first.
-        self._timeout = timedelta(seconds=max(60.0, 3 * timeout))
-        self._host = _gloo(self._group_store("host"), self.rank, self.size, self._timeout)
-        self._device = None
+        patience = timedelta(seconds=max(60.0, 3 * timeout))
+        self._host = dist.ProcessGroupGloo(dist.PrefixStore("host", store), self.rank, self.size, patience)
+        self._device: dist.ProcessGroupNCCL | None = None
         if device_type == "cuda":
-            self._device = _nccl(self._group_store("device"), self.rank, self.size, self._timeout)
-        self.controller = "torch-gloo" if self._device is None else "torch-nccl"
+            self._device = _nccl(dist.PrefixStore("device", store), self.rank, self.size, patience)
+        self.has_nccl = self._device is not None
+        self.controller = "torch-nccl" if self.has_nccl else "torch-gloo"
         nodes = [node for (node,) in gather(self, [_node_id()], "nodes")]
         self.local_rank = nodes[: self.rank].count(nodes[self.rank])
         self.local_size = nodes.count(nodes[self.rank])
-
-    @property
-    def has_nccl(self) -> bool:
-        """Whether sums of GPU tensors go over NCCL."""
-        return self._device is not None
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Start to replace the contiguous `tensor` by its sum over all ranks."""
@@ -80,16 +75,6 @@ class TorchCommunicator:
         options.rootRank = 0
         _start(lambda: self._group(tensor).broadcast([tensor], options), name).wait()
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.allreduce_async(torch.zeros(1, dtype=torch.int64), "barrier").wait()
-
-    def start_timeline(self, path: Path) -> None:
-        """Write nothing: the profiler's trace shows torch's own operations."""
-
-    def stop_timeline(self) -> None:
-        """Write nothing."""
-
     def close(self) -> None:
         """Leave the group."""
         if self._device is not None:
@@ -98,9 +83,6 @@ class TorchCommunicator:
 
     def _group(self, tensor: torch.Tensor) -> Any:
         return self._device if tensor.is_cuda else self._host
-
-    def _group_store(self, name: str) -> dist.Store:
-        return dist.PrefixStore(name, self._store)
 
 
 class _Work:
@@ -145,10 +127,6 @@ def _open_store(launch: Launch, address: StoreAddress) -> dist.Store:
             f"Name another place by MASTER_ADDR and MASTER_PORT"
         ) from error
     return dist.PrefixStore(address.prefix, store)
-
-
-def _gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
-    return dist.ProcessGroupGloo(store, rank, size, timeout)
 
 
 def _nccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
