@@ -39,7 +39,7 @@ from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.optimizers import build_optimizer, optimizer_step
 from dist_train.outcome import UsageError
-from dist_train.training.compute import Compute, DynamicLossScale, NoLossScale
+from dist_train.training.compute import Compute, DynamicLossScale, LossScale
 from dist_train.training.measuring import HostTimer, StepClock
 from dist_train.training.micro_batches import share_of
 from dist_train.training.step import GlobalBatch
@@ -253,7 +253,7 @@ def _our_step(config: Config, network: nn.Module, ranks: int) -> Callable[[], ob
         build_optimizer(config.optimizer, weights),
         comm,
         compute,
-        loss_scale=DynamicLossScale(Progress()) if compute.precision == torch.float16 else NoLossScale(),
+        loss_scale=DynamicLossScale(Progress()) if compute.precision == torch.float16 else LossScale(),
         clock=StepClock(HostTimer()),
         total_steps=100,
     )

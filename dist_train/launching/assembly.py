@@ -30,12 +30,11 @@ from dist_train.optim.noise import Noise, SmoothOut, build_noise
 from dist_train.optim.optimizers import build_optimizer
 from dist_train.optim.schedules import LearningRate
 from dist_train.rundir.paths import RunDirectory
-from dist_train.training.compute import Compute, DynamicLossScale, LossScale, NoLossScale, set_up_compute
+from dist_train.training.compute import Compute, DynamicLossScale, LossScale, set_up_compute
 from dist_train.training.consistency import check_same_data
 from dist_train.training.measuring import (
     HostTimer,
     Measuring,
-    NoMeasuring,
     RankMeasuring,
     StepClock,
     UsageReader,
@@ -116,7 +115,7 @@ def assemble(
         optimizer,
         comm,
         compute,
-        loss_scale=DynamicLossScale(progress) if compute.precision == torch.float16 else NoLossScale(),
+        loss_scale=DynamicLossScale(progress) if compute.precision == torch.float16 else LossScale(),
         clock=clock,
         total_steps=total_steps,
         wait_for_checkpoint_copy=writer.wait_until_copied if writer else lambda: None,
@@ -214,7 +213,7 @@ def _restore(contents: Contents | None, network: nn.Module, optimizer: Optimizer
 def _measuring(config: Config, compute: Compute, weights: FlatWeights, comm: Communicator) -> Measuring:
     """Return what measures steps, told on rank 0 the initial weights: `weights` as they are now."""
     if not is_measured(config.metrics):
-        return NoMeasuring()
+        return Measuring()
     norms = WeightNorms(weights.values, weights.values.clone()) if comm.rank == 0 else None
     return RankMeasuring(comm, UsageReader(compute.device), norms)
 

@@ -20,7 +20,7 @@ from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import optimizer_step, set_learning_rate
 from dist_train.outcome import DivergedError
-from dist_train.training.compute import Compute, LossScale, NoLossScale, is_out_of_memory
+from dist_train.training.compute import Compute, LossScale, is_out_of_memory
 from dist_train.training.measuring import HostTimer, StepClock, StepTimes
 from dist_train.training.reduction import GradientReduction, Tally, TallyResult
 
@@ -70,7 +70,7 @@ class TrainingStep:
     tally: Tally
     compute: Compute
     clip_norm: float | None
-    loss_scale: LossScale = field(default_factory=NoLossScale)
+    loss_scale: LossScale = field(default_factory=LossScale)
     sum_over_ranks: SumOverRanks | None = None
     """Where the ranks share every micro-batch: what their norms' sums go through."""
     clock: StepClock = field(default_factory=lambda: StepClock(HostTimer()))

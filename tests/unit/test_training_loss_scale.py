@@ -21,7 +21,7 @@ from dist_train.training.compute import (
     UPDATES_UNTIL_RAISED,
     Compute,
     DynamicLossScale,
-    NoLossScale,
+    LossScale,
 )
 from dist_train.training.trainer import Trainer
 from tests.unit.simulated_ranks import results
@@ -72,7 +72,7 @@ def test_it_goes_on_with_what_a_checkpoint_holds(tmp_path: Path) -> None:
 
 def test_without_float16_there_is_none(tmp_path: Path) -> None:
     trainer = build_trainer(small_config(), tmp_path, Alone())
-    assert isinstance(trainer.take_step.loss_scale, NoLossScale)
+    assert type(trainer.take_step.loss_scale) is LossScale
     assert not trainer.take_step.loss_scale.lower()
     trainer.advance()
     assert trainer.progress.loss_scale is None
@@ -105,7 +105,7 @@ def test_gradients_too_small_for_float16_survive_through_the_scale(tmp_path: Pat
     config = small_config(model={"norm": "group"})
     scaled = in_half(build_trainer(config, tmp_path / "scaled", Alone()))
     bare = in_half(build_trainer(config, tmp_path / "bare", Alone()))
-    bare.take_step = replace(bare.take_step, loss_scale=NoLossScale())
+    bare.take_step = replace(bare.take_step, loss_scale=LossScale())
     for trainer in (scaled, bare):
         trainer.network.register_forward_hook(lambda module, inputs, logits: logits.float() * 2.0**-24)
         trainer.advance()
