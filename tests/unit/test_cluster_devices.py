@@ -27,7 +27,7 @@ from dist_train.cluster.devices import (
 from dist_train.config import Config
 from dist_train.config.resuming import with_device
 from dist_train.config.sections import Device
-from dist_train.launching.provenance import device_in_words
+from dist_train.launching.provenance import describe_device
 from dist_train.outcome import UsageError
 from tests.unit.simulated_ranks import results
 
@@ -202,7 +202,7 @@ def test_a_run_on_gpus_says_how_it_keeps_to_the_same_bits(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
     config = with_device(Config.model_validate(settings), "cuda")
-    assert device_in_words(config, torch.device("cuda", 1)) == words
+    assert describe_device(config, torch.device("cuda", 1)) == words
 
 
 def test_a_run_on_the_cpu_says_why_where_torch_is_built_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
