@@ -36,11 +36,6 @@ def _normalizes_over_samples(config: Config) -> bool:
     return config.model.norm in ("batch", "ghost", "sync")
 
 
-def _micro_above_global(config: Config) -> bool:
-    micro = config.batch.micro_size
-    return micro != "auto" and micro > config.batch.global_size
-
-
 def _leaves_one_sample(config: Config) -> bool:
     micro, whole = config.batch.micro_size, config.batch.global_size
     if micro == "auto" or micro > whole or whole == 1:
@@ -88,7 +83,7 @@ _RULES = (
     ),
     _Rule(
         "batch.micro_size",
-        _micro_above_global,
+        lambda c: c.batch.micro_size != "auto" and c.batch.micro_size > c.batch.global_size,
         "a micro-batch is a part of the global batch of {batch.global_size}",
         "auto, or at most {batch.global_size}",
     ),
@@ -166,24 +161,13 @@ _RULES = (
 
 def unused_settings(config: Config) -> list[str]:
     """Return one sentence for each setting that was given and has no effect beside the others."""
-    return [
-        f"{path} has no effect: {reason}"
-        for path, condition, reason in _IDLE
-        if _was_given(config, path) and condition(config)
-    ]
-
-
-def _was_given(config: Config, path: str) -> bool:
-    section, name = path.split(".")
-    return name in getattr(config, section).model_fields_set
+    sections = {name: getattr(config, name) for name in type(config).model_fields}
+    given = {f"{section}.{name}" for section, settings in sections.items() for name in settings.model_fields_set}
+    return [f"{path} has no effect: {why}" for path, is_unused, why in _UNUSED if path in given and is_unused(config)]
 
 
 def _no_noise(config: Config) -> bool:
     return config.noise.method == "none"
-
-
-def _no_draw(config: Config) -> bool:
-    return config.noise.method == "sam"
 
 
 def _not_synthetic(config: Config) -> bool:
@@ -198,32 +182,24 @@ def _no_moments(config: Config) -> bool:
     return config.optimizer.name in ("sgd", "lars")
 
 
-def _no_momentum(config: Config) -> bool:
-    return config.optimizer.name not in ("sgd", "lars")
-
-
 def _no_way_up(config: Config) -> bool:
     # cosine and poly begin to fall at the end of the warm-up
     return config.schedule.scaling == "none" and config.schedule.decay in ("constant", "step")
 
 
-def _no_exporter(config: Config) -> bool:
-    return not config.metrics.enabled
-
-
-_IDLE: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
+_UNUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("noise.amplitude", _no_noise, "noise.method is none"),
     ("noise.sharing", _no_noise, "noise.method is none"),
     ("noise.schedule", _no_noise, "noise.method is none"),
     ("noise.exclude", _no_noise, "noise.method is none"),
     ("noise.distribution", _no_noise, "noise.method is none"),
-    ("noise.distribution", _no_draw, "sam draws nothing"),
+    ("noise.distribution", lambda c: c.noise.method == "sam", "sam draws nothing"),
     ("noise.scale", _no_noise, "noise.method is none"),
     ("model.ghost_size", lambda c: c.model.norm != "ghost", "model.norm is not ghost"),
     ("model.channel_groups", lambda c: c.model.norm != "group", "model.norm is not group"),
     ("model.norm_statistics", lambda c: c.model.norm in ("group", "none"), "such a norm has no running statistics"),
     ("model.norm_samples", lambda c: not c.recomputes_statistics, "the norm statistics are not recomputed"),
-    ("optimizer.momentum", _no_momentum, "this optimizer has betas instead"),
+    ("optimizer.momentum", lambda c: c.optimizer.name not in ("sgd", "lars"), "this optimizer has betas instead"),
     ("optimizer.nesterov", lambda c: c.optimizer.name != "sgd", "optimizer.name is not sgd"),
     ("optimizer.betas", _no_moments, "this optimizer has momentum instead"),
     ("optimizer.epsilon", _no_moments, "this optimizer does not use it"),
@@ -246,7 +222,7 @@ _IDLE: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("data.synthetic_shape", _not_synthetic, "data.name is not synthetic"),
     ("data.synthetic_classes", _not_synthetic, "data.name is not synthetic"),
     *(
-        (f"metrics.{name}", _no_exporter, "metrics.enabled is false")
+        (f"metrics.{name}", lambda c: not c.metrics.enabled, "metrics.enabled is false")
         for name in (
             "host",
             "port",

@@ -65,10 +65,10 @@ def test_an_svg_names_what_it_shows(tmp_path: Path) -> None:
     assert words(output) >= {
         "lb_8192",
         "loss",
-        "accuracy",
+        "accuracy, %",
         "epoch",
         "train, each batch",
-        "train, whole split",
+        "train",
         "test",
         "learning rate (peak 0.1)",
         "noise amplitude (peak 0.01)",

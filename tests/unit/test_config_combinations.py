@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dist_train.config import Config, ConfigError, parse_config
-from dist_train.config.combinations import _IDLE, unused_settings
+from dist_train.config.combinations import _UNUSED, unused_settings
 
 FLOAT = {"reduction": "float"}
 NOISE = {"method": "smoothout"}
@@ -241,7 +241,7 @@ def test_settings_with_effect_and_settings_not_given_are_not_told() -> None:
 
 
 def test_every_setting_that_can_be_idle_is_a_setting() -> None:
-    for path, _, _ in _IDLE:
+    for path, _, _ in _UNUSED:
         section, name = path.split(".")
         assert name in type(getattr(Config(), section)).model_fields, path
 

@@ -29,7 +29,7 @@ from dist_train.rundir.records import (
     to_json,
 )
 from dist_train.rundir.status import StatusFile
-from dist_train.watch.history import History, Point, ThinnedCurve
+from dist_train.watch.history import History, Point, ThinnedCurve, seconds_left
 from dist_train.watch.run import Snapshot, WatchedRun, find_run
 from dist_train.watch.view import frame, plan, summary
 
@@ -392,4 +392,4 @@ class TestHistory:
         history.take([b"", b"{", b"[]", b'{"kind": "train"}', b'{"kind": "of another version"}'])
         assert history.batches.points() == []
         assert history.best_accuracy() is None
-        assert history.seconds_left(10) is None
+        assert seconds_left(history.latest, 10) is None

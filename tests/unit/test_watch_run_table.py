@@ -43,7 +43,7 @@ def make_run(directory: Path, records: Sequence[Record] = (), config: str | None
         "epoch": 11,
         "total_steps": 210,
         "world_size": 2,
-        "reason": None,
+        "reason": "",
         "exit_code": None,
         "launch": "horovodrun",
         "host": socket.gethostname(),
@@ -98,7 +98,7 @@ def test_what_status_json_knows_better_is_taken_from_it(tmp_path: Path) -> None:
 
 
 def test_a_run_that_has_not_done_a_step_is_shown(tmp_path: Path) -> None:
-    make_run(tmp_path / "lb", state="starting", step=0, epoch=0, total_steps=None, world_size=None)
+    make_run(tmp_path / "lb", state="starting", step=0, epoch=0, total_steps=None)
     run = only_run(tmp_path)
     assert (run.state, run.step, run.total_steps, run.seconds_left, run.best_accuracy) == (
         "starting",
@@ -169,15 +169,10 @@ def test_a_metrics_file_that_grows_is_a_sign_of_life(tmp_path: Path) -> None:
     ("name", "content", "why"),
     [
         ("status.json", None, "no status.json"),
-        ("status.json", '{"state": "runn', "status.json is not JSON"),
-        ("status.json", "[]", "status.json names no state"),
-        ("status.json", '{"state": "flying", "step": 1}', "status.json names no state"),
-        ("status.json", '{"state": "running"}', "status.json is not as it should be: KeyError('step')"),
-        (
-            "status.json",
-            '{"state": "running", "step": 1, "epoch": 1, "updated": "yesterday"}',
-            "status.json is not as it should be: ValueError",
-        ),
+        ("status.json", '{"state": "runn', "status.json is no status"),
+        ("status.json", "[]", "status.json is no status"),
+        ("status.json", '{"state": "flying", "step": 1}', "status.json is no status"),
+        ("status.json", '{"state": "running"}', "status.json is no status"),
         ("config.yaml", "run: {name", "config.yaml is not YAML"),
         ("config.yaml", "", "config.yaml holds no settings"),
     ],
