@@ -16,6 +16,8 @@ Result = TypeVar("Result")
 class RankLostError(FaultError):
     """A rank has died or no longer answers, so that the group cannot go on. Exit code 1."""
 
+    code = "rank-lost"
+
 
 class Pending(Protocol):
     """An operation under way."""
@@ -125,6 +127,8 @@ def run_on_all_ranks(comm: Communicator, action: Callable[[], Result], name: str
 
 class PeerFailedError(UsageError):
     """Another rank failed and has said why."""
+
+    code = "peer-failed"
 
 
 class _Done:
