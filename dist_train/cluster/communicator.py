@@ -16,6 +16,8 @@ Result = TypeVar("Result")
 class RankLostError(FaultError):
     """A rank has died or no longer answers, so that the group cannot continue. Exit code 1."""
 
+    code = "rank-lost"
+
 
 class Pending(Protocol):
     """An operation under way."""
@@ -123,3 +125,5 @@ def run_on_all_ranks(comm: Communicator, action: Callable[[], Result], name: str
 
 class PeerFailedError(UsageError):
     """Another rank failed and has said why."""
+
+    code = "peer-failed"

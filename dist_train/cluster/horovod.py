@@ -80,7 +80,9 @@ class HorovodCommunicator(Communicator):
             "srun": "start with srun --mpi=pmix, and build Horovod against that MPI",
             "mpirun": "Horovod must be built against the MPI of this mpirun: see dist-train doctor",
         }.get(launch.launcher, "see dist-train doctor")
-        raise UsageError(f"{launch.launcher} started {launch.size} ranks, but Horovod sees {seen}: {fix}")
+        raise UsageError(
+            f"{launch.launcher} started {launch.size} ranks, but Horovod sees {seen}: {fix}", code="rank-count"
+        )
 
 
 class _Operation:
@@ -125,6 +127,8 @@ def _import_horovod() -> Any:
         import horovod.torch as hvd
         from horovod.common.exceptions import HorovodInternalError
     except ImportError as error:
-        raise UsageError(f"Horovod cannot be loaded ({error}): run make setup, or see dist-train doctor") from error
+        raise UsageError(
+            f"Horovod cannot be loaded ({error}): run make setup, or see dist-train doctor", code="horovod-missing"
+        ) from error
     hvd.HorovodInternalError = HorovodInternalError
     return hvd

@@ -106,7 +106,10 @@ def current_launch() -> Launch:
 def _refuse_gloo_under_mpi(environment: Mapping[str, str]) -> None:
     for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
         if environment.get(name, "").lower() == "gloo":
-            raise UsageError(f"{name}=gloo does not work under mpirun: unset it, or start with horovodrun --gloo")
+            raise UsageError(
+                f"{name}=gloo does not work under mpirun: unset it, or start with horovodrun --gloo",
+                code="gloo-under-mpirun",
+            )
 
 
 _ANSWER_SECONDS = 20
@@ -179,10 +182,12 @@ def submit(script: str, options: Sequence[str]) -> str:
         UsageError: sbatch is missing, or refuses.
     """
     if shutil.which("sbatch") is None:
-        raise UsageError("sbatch is missing: submit from a login node of the cluster, or look with --dry-run")
+        raise UsageError(
+            "sbatch is missing: submit from a login node of the cluster, or look with --dry-run", code="sbatch-missing"
+        )
     ended = subprocess.run(["sbatch", "--parsable", *options], input=script, capture_output=True, text=True)
     if ended.returncode != 0:
-        raise UsageError(f"sbatch refuses the job: {ended.stderr.strip()}")
+        raise UsageError(f"sbatch refuses the job: {ended.stderr.strip()}", code="sbatch-refused")
     return ended.stdout.strip().split(";")[0]
 
 

@@ -38,7 +38,8 @@ class TorchCommunicator(Communicator):
         if launch.store is None:
             raise UsageError(
                 f"comm.engine=torch cannot find the other ranks under {launch.launcher}: "
-                f"start with dist-train launch, torchrun or srun, or set comm.engine=horovod"
+                f"start with dist-train launch, torchrun or srun, or set comm.engine=horovod",
+                code="launcher-unsupported",
             )
         self.rank = launch.rank
         self.size = launch.size
@@ -67,7 +68,9 @@ class TorchCommunicator(Communicator):
         Raises:
             UsageError: always; torch.distributed has no Adasum.
         """
-        raise UsageError("torch.distributed has no Adasum: set comm.engine=horovod, or comm.op=average")
+        raise UsageError(
+            "torch.distributed has no Adasum: set comm.engine=horovod, or comm.op=average", code="adasum-engine"
+        )
 
     def broadcast(self, tensor: torch.Tensor, name: str) -> None:
         """Replace `tensor` by rank 0's."""
@@ -124,7 +127,8 @@ def _open_store(launch: Launch, address: StoreAddress) -> dist.Store:
         where = f"{address.host}:{address.port}"
         raise UsageError(
             f"the ranks cannot meet at {where}: {' '.join(str(error).split())}. "
-            f"Name another place by MASTER_ADDR and MASTER_PORT"
+            f"Name another place by MASTER_ADDR and MASTER_PORT",
+            code="ranks-cannot-meet",
         ) from error
     return dist.PrefixStore(address.prefix, store)
 

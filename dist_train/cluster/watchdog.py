@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 
-from dist_train.cluster.communicator import Communicator, broadcast_str, gather
+from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_str, gather
 from dist_train.cluster.heartbeats import (
     LARGEST,
     TOKEN_BYTES,
@@ -334,7 +334,8 @@ def start_watchdog(
     if timeout < SHORTEST_TIMEOUT:
         raise UsageError(
             f"comm.timeout={timeout:g} is too short to tell a slow rank from a lost one: "
-            f"set {SHORTEST_TIMEOUT:g} or more, or keep the 60 s"
+            f"set {SHORTEST_TIMEOUT:g} or more, or keep the 60 s",
+            code="timeout-too-short",
         )
     datagrams = open_datagrams()
     endpoint = _endpoint(comm, datagrams)
@@ -367,7 +368,7 @@ def _endpoint(comm: Communicator, datagrams: socket.socket) -> Endpoint:
 
 def _tell(message: str, is_found: bool, on_loss: Callable[[str], None]) -> None:
     if is_found:  # else rank 0 has said it, for all
-        print(f"dist-train: {message}", file=sys.stderr)
+        print(f"dist-train: {message} [{RankLostError.code}]", file=sys.stderr)
     on_loss(message)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -47,7 +47,7 @@ def set_up_compute(settings: PrecisionSettings, device: torch.device) -> Compute
     """
     assert settings.threads != "auto", "decided before"
     if settings.compute == "float16" and device.type != "cuda":
-        raise UsageError("precision.compute: float16 needs a GPU; use bfloat16")
+        raise UsageError("precision.compute: float16 needs a GPU; use bfloat16", code="float16-on-cpu")
     torch.set_num_threads(settings.threads)
     keep_freed_memory()
     # torch's newer fp32_precision says the same; once that is set, torch.compile fails to read these (2.15).

@@ -35,7 +35,8 @@ def verify_agreement(comm: Communicator, weights: FlatWeights, noise: Noise, ste
             names = ", ".join(map(str, odd))
             raise DisagreementError(
                 f"after step {step + 1} the {what} of rank{'s' if len(odd) > 1 else ''} {names} "
-                f"differ from those of the others"
+                f"differ from those of the others",
+                code=f"{what}-differ",
             )
 
 
@@ -122,7 +123,8 @@ def _tell(
     raise UsageError(
         f"rank{'s' if len(odd) > 1 else ''} {ranks} of this launch differ{'' if len(odd) > 1 else 's'} from the "
         f"others in {what}, as rank {rank} on {socket.gethostname()} finds: "
-        f"{'; '.join(told[:_MOST_NAMES])}{more}. {fix[0].upper()}{fix[1:]}"
+        f"{'; '.join(told[:_MOST_NAMES])}{more}. {fix[0].upper()}{fix[1:]}",
+        code=f"ranks-differ-in-{what}",
     )
 
 

@@ -112,5 +112,5 @@ def recompute_statistics(
     tally.send()
     total = tally.result()
     if total.out_of_range:
-        raise DivergedError("the norms' statistics are not finite or out of range")
+        raise DivergedError("the norms' statistics are not finite or out of range", code="statistics-not-finite")
     statistics.absorb(total.statistics, len(indices), momentum=1.0)

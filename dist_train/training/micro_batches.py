@@ -74,7 +74,10 @@ def _largest_that_fits(try_size: Callable[[int], None], largest: int) -> int:
             break
         fits = size
     if fits == 0:
-        raise UsageError("not even the smallest micro-batch fits the device's memory: set a smaller model.width")
+        raise UsageError(
+            "not even the smallest micro-batch fits the device's memory: set a smaller model.width",
+            code="out-of-memory",
+        )
     return fits
 
 
@@ -107,7 +110,7 @@ def halve(micro_size: int, global_size: int) -> int:
         UsageError: there is none.
     """
     if micro_size == 1:
-        raise UsageError("one sample does not fit the device's memory: set a smaller model.width")
+        raise UsageError("one sample does not fit the device's memory: set a smaller model.width", code="out-of-memory")
     return avoid_short_last_micro_batch(-(-micro_size // 2), global_size)
 
 

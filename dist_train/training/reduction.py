@@ -275,13 +275,21 @@ def buckets_of(weights: FlatWeights, size: int) -> list[Bucket]:
 
 def _check_adasum(comm: Communicator, share: float, device: torch.device) -> None:
     if comm.controller.startswith("torch"):
-        raise UsageError("torch.distributed has no Adasum: set comm.engine=horovod, or comm.op=average")
+        raise UsageError(
+            "torch.distributed has no Adasum: set comm.engine=horovod, or comm.op=average", code="adasum-engine"
+        )
     if comm.size & (comm.size - 1):
-        raise UsageError(f"adasum needs a power of two of ranks, not {comm.size}: set comm.op to average")
+        raise UsageError(
+            f"adasum needs a power of two of ranks, not {comm.size}: set comm.op to average", code="adasum-rank-count"
+        )
     if comm.controller == "gloo" and device.type == "cpu":
-        raise UsageError("adasum needs MPI on a CPU: start with mpirun, or set comm.op to average")
+        raise UsageError(
+            "adasum needs MPI on a CPU: start with mpirun, or set comm.op to average", code="adasum-without-mpi"
+        )
     if share == 0:
-        raise UsageError("adasum needs a micro-batch on every rank: set a smaller batch.micro_size")
+        raise UsageError(
+            "adasum needs a micro-batch on every rank: set a smaller batch.micro_size", code="adasum-idle-rank"
+        )
 
 
 _LOSS, _CORRECT, _SAMPLES, _OUT_OF_RANGE, _OUT_OF_MEMORY, _STOP, _SLOTS = range(7)

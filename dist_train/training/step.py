@@ -174,6 +174,7 @@ def _check(total: TallyResult, gradient_norm: float, batch: GlobalBatch) -> None
         raise OutOfMemoryError(f"{total.out_of_memory} ranks ran out of memory in step {batch.step + 1}")
     if total.out_of_range or not math.isfinite(gradient_norm):
         raise DivergedError(
-            f"the loss, the gradient or the activations of step {batch.step + 1} are not finite or out of range"
+            f"the loss, the gradient or the activations of step {batch.step + 1} are not finite or out of range",
+            code="step-not-finite",
         )
     assert total.samples == len(batch.indices), "every sample of the global batch is counted once"

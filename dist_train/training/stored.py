@@ -38,10 +38,10 @@ def find_checkpoint(target: Path) -> Path:
     if target.is_file():
         return target
     if not target.is_dir():
-        raise UsageError(f"{target}: there is no such run or checkpoint")
+        raise UsageError(f"{target}: there is no such run or checkpoint", code="target-missing")
     files = list_checkpoints(target / "checkpoints")
     if not files:
-        raise UsageError(f"{target} holds no checkpoint")
+        raise UsageError(f"{target} holds no checkpoint", code="no-checkpoint")
     return files[-1].path
 
 
@@ -105,6 +105,7 @@ def stored_config(contents: Contents, overrides: Sequence[str]) -> Config:
     if changed:
         raise UsageError(
             "an evaluation takes only settings that leave the model and its data what they are, not "
-            + ", ".join(difference.path for difference in changed)
+            + ", ".join(difference.path for difference in changed),
+            code="settings-changed",
         )
     return config

@@ -99,7 +99,9 @@ class Trainer:
         self._hand_out_measurement()
         self._finish_saving()
         if self.progress.non_finite_step == self.progress.step:
-            raise DivergedError(f"the last evaluation, after step {self.progress.step}, is not finite")
+            raise DivergedError(
+                f"the last evaluation, after step {self.progress.step}, is not finite", code="evaluation-not-finite"
+            )
 
     def close(self) -> None:
         """Wait for what is being written, whatever became of it, and let go of the data."""
@@ -308,7 +310,8 @@ class Trainer:
         if failed is not None and failed.step == self._saved_at:
             raise FaultError(
                 f"the last checkpoint, of step {failed.step}, could not be written: {_describe(failed.error)}; "
-                f"the earlier ones are untouched: make room and run the same command again"
+                f"the earlier ones are untouched: make room and run the same command again",
+                code="checkpoint-not-written",
             ) from failed.error
 
     def _stop(self) -> None:

@@ -14,6 +14,7 @@ from dist_train.cluster.launch import Launch, StoreAddress, current_launch, read
 from dist_train.cluster.torch_engine import TorchCommunicator
 from dist_train.config.sections import Engine
 from dist_train.outcome import UsageError
+from tests.raising import raises
 
 MPIRUN = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}
@@ -67,7 +68,7 @@ def test_each_launcher_is_known_by_its_variables(environment: dict[str, str], la
 @pytest.mark.parametrize("name", ["HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"])
 @pytest.mark.parametrize("value", ["gloo", "GLOO"])
 def test_gloo_under_mpirun_is_refused_with_the_fix(name: str, value: str) -> None:
-    with pytest.raises(UsageError, match=f"{name}=gloo does not work under mpirun: unset it"):
+    with raises(UsageError, "gloo-under-mpirun"):
         read_launch({**MPIRUN, name: value})
     assert read_launch({**HOROVODRUN, name: value}).launcher == "horovodrun"
 

@@ -8,6 +8,7 @@ import pytest
 
 from dist_train.cluster.launch import SlurmJob, job_end, job_states, read_job, submit
 from dist_train.outcome import UsageError
+from tests.raising import raises
 
 
 def test_outside_of_slurm_there_is_no_job() -> None:
@@ -37,7 +38,7 @@ def test_without_slurm_nothing_is_known_of_a_job(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", str(tmp_path))
     assert job_states(["17"]) == {}
     assert job_end("17") is None
-    with pytest.raises(UsageError, match="sbatch is missing"):
+    with raises(UsageError, "sbatch-missing"):
         submit("#!/bin/bash", ())
 
 
