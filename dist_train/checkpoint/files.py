@@ -63,15 +63,8 @@ class Contents:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the dictionary that `torch.load(path, weights_only=True)` gives."""
-        return {
-            "format": FORMAT,
-            "step": self.step,
-            "epoch": self.epoch,
-            "model": dict(self.model),
-            "optimizer": dict(self.optimizer),
-            "config": dict(self.config),
-            "metrics": dict(self.metrics),
-        }
+        plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(self).items()}
+        return {"format": FORMAT, **plain}
 
 
 def write_checkpoint(directory: Path, contents: Contents, before_publishing: Callable[[], None]) -> CheckpointFile:

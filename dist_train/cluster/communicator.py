@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -19,8 +20,18 @@ class RankLostError(FaultError):
     code = "rank-lost"
 
 
-class Pending(Protocol):
-    """An operation under way."""
+@contextmanager
+def naming_lost_ranks(kind: type[Exception], operation: str = "") -> Iterator[None]:
+    """Raise RankLostError in place of the engine's `kind` of error within the block."""
+    try:
+        yield
+    except kind as error:
+        text = " ".join(str(error).split())
+        raise RankLostError(f"a rank was lost, so the others stop: {operation}{text}") from error
+
+
+class Pending:
+    """An operation under way; here one that is done."""
 
     def wait(self) -> None:
         """Return when the operation's result is in its tensor.
@@ -28,11 +39,6 @@ class Pending(Protocol):
         Raises:
             RankLostError: a rank was lost meanwhile.
         """
-
-
-class _Done:
-    def wait(self) -> None:
-        pass
 
 
 class Communicator:
@@ -54,11 +60,11 @@ class Communicator:
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Start to replace the contiguous `tensor` by its sum over all ranks."""
-        return _Done()
+        return Pending()
 
     def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Start to replace `tensor` by its Adasum over all ranks (arXiv 2006.02924)."""
-        return _Done()
+        return Pending()
 
     def broadcast(self, tensor: torch.Tensor, name: str) -> None:
         """Replace `tensor` by rank 0's."""

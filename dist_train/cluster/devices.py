@@ -1,6 +1,6 @@
 """Which device a rank computes on: a GPU where there are any, and never the CPU in place of GPUs that torch cannot use.
 
-What the scheduler and the driver say of GPUs is compared with what torch finds. Where they differ, the reason is told.
+What the scheduler and the driver say of GPUs is compared with what torch finds; a message says why they differ.
 """
 
 from __future__ import annotations
@@ -89,12 +89,10 @@ class Placement:
     ranks: int
 
 
-def _may_open(path: Path) -> bool:
-    return os.access(path, os.R_OK | os.W_OK)
-
-
 def find_gpus(
-    environment: Mapping[str, str], root: Path = Path("/"), may_open: Callable[[Path], bool] = _may_open
+    environment: Mapping[str, str],
+    root: Path = Path("/"),
+    may_open: Callable[[Path], bool] = lambda path: os.access(path, os.R_OK | os.W_OK),
 ) -> GpuSigns:
     """Return what `environment`, and the files of the driver below `root`, say of GPUs.
 
@@ -167,15 +165,15 @@ def obstacle(signs: GpuSigns, found: TorchGpus) -> Obstacle:
             "in a container, pass the GPUs on: docker run --gpus all, apptainer exec --nv",
             code="gpu-without-device-file",
         )
-    told = f": torch says {found.error!r}" if found.error else ""
+    detail = f": torch says {found.error!r}" if found.error else ""
     if not signs.driver:
         return Obstacle(
-            f"no NVIDIA driver is loaded on {socket.gethostname()}{told}",
+            f"no NVIDIA driver is loaded on {socket.gethostname()}{detail}",
             "load the driver, or start on a node that has GPUs",
             code="gpu-without-driver",
         )
     return Obstacle(
-        f"the NVIDIA driver {signs.driver} is loaded, but gives no GPU{told}",
+        f"the NVIDIA driver {signs.driver} is loaded, but gives no GPU{detail}",
         "see nvidia-smi, and dmesg",
         code="gpu-silent",
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dist_train.cluster.communicator import Communicator, Pending, RankLostError
+from dist_train.cluster.communicator import Communicator, Pending, naming_lost_ranks
 from dist_train.cluster.launch import Launch
 from dist_train.outcome import UsageError
 
@@ -66,10 +66,8 @@ class HorovodCommunicator(Communicator):
         self._hvd.shutdown()
 
     def _start(self, operation: Callable[[], int]) -> Pending:
-        try:
+        with naming_lost_ranks(self._hvd.HorovodInternalError):
             return _Operation(self._hvd, operation())
-        except self._hvd.HorovodInternalError as error:
-            raise RankLostError(_lost(error)) from error
 
     def _check_size(self, launch: Launch) -> None:
         seen: int = self._hvd.size()
@@ -85,24 +83,18 @@ class HorovodCommunicator(Communicator):
         )
 
 
-class _Operation:
+class _Operation(Pending):
     def __init__(self, hvd: ModuleType, handle: int) -> None:
         self._hvd = hvd
         self._handle = handle
 
     def wait(self) -> None:
-        try:
+        with naming_lost_ranks(self._hvd.HorovodInternalError):
             self._hvd.synchronize(self._handle)
-        except self._hvd.HorovodInternalError as error:
-            raise RankLostError(_lost(error)) from error
 
 
 def _timeline_is_ours() -> bool:
     return os.environ.get("HOROVOD_TIMELINE") == "DYNAMIC"
-
-
-def _lost(error: Exception) -> str:
-    return f"a rank was lost, so the others stop: {' '.join(str(error).split())}"
 
 
 def set_environment(timeout: float, device_type: str, launcher: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_train.cluster.communicator import Communicator, Pending, RankLostError, gather
+from dist_train.cluster.communicator import Communicator, Pending, gather, naming_lost_ranks
 from dist_train.cluster.launch import Launch, StoreAddress
 from dist_train.outcome import UsageError
 
@@ -88,28 +88,20 @@ class TorchCommunicator(Communicator):
         return self._device if tensor.is_cuda else self._host
 
 
-class _Work:
+class _Work(Pending):
     def __init__(self, work: Any, name: str) -> None:
         self._work = work
         self._name = name
 
     def wait(self) -> None:
         """Return when the result is there; for a tensor of a GPU, when the current stream will wait for it."""
-        try:
+        with naming_lost_ranks(RuntimeError, f"{self._name}: "):
             self._work.wait()
-        except RuntimeError as error:
-            raise RankLostError(_lost(self._name, error)) from error
 
 
 def _start(operation: Callable[[], Any], name: str) -> Pending:
-    try:
+    with naming_lost_ranks(RuntimeError, f"{name}: "):
         return _Work(operation(), name)
-    except RuntimeError as error:
-        raise RankLostError(_lost(name, error)) from error
-
-
-def _lost(name: str, error: Exception) -> str:
-    return f"a rank was lost, so the others stop: {name}: {' '.join(str(error).split())}"
 
 
 def _open_store(launch: Launch, address: StoreAddress) -> dist.Store:

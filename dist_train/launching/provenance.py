@@ -119,12 +119,6 @@ def run_facts(trainer: Trainer, directory: RunDirectory, launched: float, revisi
     )
 
 
-def times_requeued() -> int:
-    """Return how often Slurm has started this job anew; 0 where it has not, or this is no job."""
-    count = os.environ.get("SLURM_RESTART_COUNT", "")
-    return int(count) if count.isdecimal() else 0
-
-
 def describe_device(config: Config, device: torch.device) -> str:
     """Return the device's name; with it, of a GPU, how it keeps to the same bits, and of a CPU, why it is no GPU."""
     remark = why_no_gpu(find_gpus(os.environ))

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from dist_train.checkpoint.files import list_checkpoints
 from dist_train.checkpoint.state import Progress, ResumePoint
 from dist_train.cluster.communicator import Communicator, PeerFailedError, RankLostError
+from dist_train.cluster.launch import current_job
 from dist_train.config import Config
 from dist_train.config.sections import MetricsSettings
-from dist_train.launching.provenance import launch_environment, revision, run_facts, times_requeued
+from dist_train.launching.provenance import launch_environment, revision, run_facts
 from dist_train.monitoring.console import open_console
 from dist_train.monitoring.observers import Observer, Observers, TensorBoard
 from dist_train.monitoring.prometheus.exporter import Exporter
@@ -60,8 +61,9 @@ class Session:
         for name, text in resume_point.damage.items():
             _logger.warning("%s; the checkpoint before it is used", text)
             self._record_event("corrupt_checkpoint", path=name)
-        if restarts := times_requeued():
-            self._record_event("requeued", restart=restarts)
+        job = current_job()
+        if job is not None and job.restarts:
+            self._record_event("requeued", restart=job.restarts)
         if resume_point.contents is not None:
             self._record_event("resumed", ranks=self._comm.size)
         self.status.change(

@@ -8,7 +8,6 @@ import platform
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -98,38 +97,28 @@ def _compare(comm: Communicator, what: str, listing: Mapping[str, str], fix: str
     odd = minority(digests)
     if not odd:
         return
-    # Where rank 0 is the odd one, another tells what it has and the rest has not.
-    teller = odd[0] if odd[0] != 0 else next(rank for rank in range(comm.size) if rank not in odd)
-    theirs: dict[str, str] = json.loads(broadcast_str(comm, json.dumps(listing), f"alike.{what}.listing"))
-    tell = partial(_tell, comm.rank, teller, what, theirs, listing, odd, fix)
-    run_on_all_ranks(comm, tell, f"agree with the others on the {what}")
+    # Where rank 0 is the odd one, another says what it has and the rest has not.
+    reporter = odd[0] if odd[0] != 0 else next(rank for rank in range(comm.size) if rank not in odd)
+    first: dict[str, str] = json.loads(broadcast_str(comm, json.dumps(listing), f"alike.{what}.listing"))
 
+    def report() -> None:
+        if comm.rank != reporter:
+            return
+        names = [name for name in {**first, **listing} if first.get(name) != listing.get(name)]
+        found = [
+            f"{name} ({listing.get(name, 'missing')} on rank {comm.rank}, {first.get(name, 'missing')} on rank 0)"
+            for name in names
+        ]
+        more = f" and {len(found) - _MOST_NAMES} more" if len(found) > _MOST_NAMES else ""
+        ranks = ", ".join(map(str, odd))
+        raise UsageError(
+            f"rank{'s' if len(odd) > 1 else ''} {ranks} of this launch differ{'' if len(odd) > 1 else 's'} from the "
+            f"others in {what}, as rank {comm.rank} on {socket.gethostname()} finds: "
+            f"{'; '.join(found[:_MOST_NAMES])}{more}. {fix[0].upper()}{fix[1:]}",
+            code=f"ranks-differ-in-{what}",
+        )
 
-def _tell(
-    rank: int,
-    teller: int,
-    what: str,
-    first: Mapping[str, str],
-    own: Mapping[str, str],
-    odd: list[int],
-    fix: str,
-) -> None:
-    if rank != teller:
-        return
-    names = [name for name in {**first, **own} if first.get(name) != own.get(name)]
-    told = [f"{name} ({_short(own, name)} on rank {rank}, {_short(first, name)} on rank 0)" for name in names]
-    more = f" and {len(told) - _MOST_NAMES} more" if len(told) > _MOST_NAMES else ""
-    ranks = ", ".join(map(str, odd))
-    raise UsageError(
-        f"rank{'s' if len(odd) > 1 else ''} {ranks} of this launch differ{'' if len(odd) > 1 else 's'} from the "
-        f"others in {what}, as rank {rank} on {socket.gethostname()} finds: "
-        f"{'; '.join(told[:_MOST_NAMES])}{more}. {fix[0].upper()}{fix[1:]}",
-        code=f"ranks-differ-in-{what}",
-    )
-
-
-def _short(listing: Mapping[str, str], name: str) -> str:
-    return listing.get(name, "missing")
+    run_on_all_ranks(comm, report, f"agree with the others on the {what}")
 
 
 def _digest(listing: Mapping[str, str]) -> int:

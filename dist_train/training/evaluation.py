@@ -28,11 +28,6 @@ class Evaluation:
     accuracy: float
     samples: int
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether the loss is a number."""
-        return math.isfinite(self.loss)
-
 
 def evaluate(
     model: nn.Module,

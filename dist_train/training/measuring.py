@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from dist_train.cluster.communicator import Communicator
-from dist_train.config.sections import MetricsSettings
 from dist_train.rundir.records import Measurement, RankMeasurement, StepParts
 
 Part = Literal["data_wait", "forward_backward", "perturb_restore", "allreduce_wait", "optimizer", "checkpoint_stall"]
@@ -216,15 +215,10 @@ class WeightNorms:
         return norm, distance
 
 
-def is_measured(settings: MetricsSettings) -> bool:
-    """Whether anyone looks at measurements; settings alone decide, so that all ranks do alike."""
-    return settings.enabled or settings.tensorboard
-
-
 class Measuring:
     """Measures steps; all ranks must call `start` after the same steps, and `result` between two of them.
 
-    Here: nothing, since nobody looks.
+    Here: nothing. Settings alone decide whether steps are measured, so that all ranks do alike.
     """
 
     def note_stall(self, seconds: float) -> None:

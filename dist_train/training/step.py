@@ -127,7 +127,7 @@ class TrainingStep:
             for micro_batch in batch.micro_batches:
                 self._add_gradient(batch, micro_batch)
         except (RuntimeError, MemoryError) as error:
-            # Others wait for this rank within a pass that they share: they cannot be told.
+            # Others wait for this rank within a pass that they share: they cannot learn of it.
             if not is_out_of_memory(error) or self.sum_over_ranks is not None:
                 raise
             return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,9 +49,7 @@ def find_checkpoint(target: Path) -> Path:
 def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dict[str, object]:
     """Return step, loss (None where it is not finite) and accuracy of a stored model on the whole of `split`.
 
-    The same on all ranks.
-
-    The norm statistics are those of the checkpoint: they belong to its clean weights.
+    The same on all ranks. The norm statistics are those of the checkpoint: they belong to its clean weights.
     """
     with ExitStack() as stack:
         comm = join_ranks(timeout=60.0, device_type=device_type())
@@ -62,23 +61,15 @@ def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dic
             config = with_threads(config, share_of_threads(comm.local_size))
         compute = set_up_compute(config.precision, share_out_devices(comm, config.run.device))
         layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
-        splits = run_on_all_ranks(
-            comm,
-            lambda: open_splits(config.data, config.run.seed, compute.device, layout),
-            "load the data",
-        )
+        open_data = partial(open_splits, config.data, config.run.seed, compute.device, layout)
+        splits = run_on_all_ranks(comm, open_data, "load the data")
         stack.callback(splits.close)
         model = build_model(config)
         model.load_state_dict(contents.model)
+        model.to(compute.device)
         samples = splits.train if split == "train" else splits.test
-        result = evaluate(
-            model.to(compute.device),
-            samples,
-            len(samples),
-            batch_size=config.evaluation.batch_size,
-            compute=compute,
-            comm=comm,
-        )
+        batch_size = config.evaluation.batch_size
+        result = evaluate(model, samples, len(samples), batch_size=batch_size, compute=compute, comm=comm)
         comm.barrier()
     return {
         "checkpoint": str(path),

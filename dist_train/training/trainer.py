@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -233,7 +234,7 @@ class Trainer:
                     self.progress.step, self.epoch, split, result.loss, result.accuracy, count, time.time()
                 )
             )
-            if result.is_finite:
+            if math.isfinite(result.loss):
                 self.progress.note_accuracy(split, result.accuracy)
             else:
                 not_finite.append(f"{split} loss")

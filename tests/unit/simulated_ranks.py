@@ -34,7 +34,7 @@ class _Group:
         self.lost = False
 
 
-class _Waiting:
+class _Waiting(Pending):
     def __init__(self, finish: Callable[[], None]) -> None:
         self._finish = finish
 

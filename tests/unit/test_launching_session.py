@@ -100,6 +100,7 @@ def test_outside_of_slurm_there_is_no_job_and_nothing_was_requeued(
 def test_a_job_that_slurm_has_started_anew_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: str, events: list[object]
 ) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", count)
     _, told = begun(tmp_path, Alone())
     assert [(event.event, dict(event.details)) for event in told.events] == events
