@@ -129,11 +129,7 @@ def shared_progress(comm: Communicator, progress: Progress) -> Progress:
 
 
 def load_into(contents: Contents, model: nn.Module, optimizer: Optimizer) -> None:
-    """Copy what a checkpoint holds into `model` and `optimizer`.
-
-    Raises:
-        UsageError: it is of another model or optimizer.
-    """
+    """Copy a checkpoint into `model` and `optimizer`; raise UsageError where it is of others."""
     try:
         model.load_state_dict(contents.model)
         # Right for an optimizer that nothing wraps: a wrapper would forget what is loaded before it.

@@ -34,11 +34,7 @@ class Pending:
     """An operation under way; here one that is done."""
 
     def wait(self) -> None:
-        """Return when the operation's result is in its tensor.
-
-        Raises:
-            RankLostError: a rank was lost meanwhile.
-        """
+        """Return when the operation's result is in its tensor; raise RankLostError where a rank is lost meanwhile."""
 
 
 class Communicator:

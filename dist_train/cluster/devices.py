@@ -227,11 +227,7 @@ def choose_device(asked: Device, *, local_rank: int) -> torch.device:
 
 
 def share_out_devices(comm: Communicator, asked: Device) -> torch.device:
-    """Return this rank's device: the same kind on all ranks, and a GPU for each where it is GPUs.
-
-    Raises:
-        UsageError: it cannot be so; on all ranks alike.
-    """
+    """Return this rank's device, of the same kind on all ranks, each its own GPU; else raise UsageError on all."""
     device = run_on_all_ranks(comm, partial(choose_device, asked, local_rank=comm.local_rank), "use its device")
     if comm.size > 1:
         gpu, visible = (_identity(device), torch.cuda.device_count()) if device.type == "cuda" else (0, 0)
@@ -242,11 +238,7 @@ def share_out_devices(comm: Communicator, asked: Device) -> torch.device:
 
 
 def check_placements(placements: Sequence[Placement], has_nccl: bool) -> None:
-    """Refuse ranks on devices of two kinds, two ranks on one GPU, and GPUs that the engine cannot reduce on.
-
-    Raises:
-        UsageError: `placements`, one a rank, are such.
-    """
+    """Raise UsageError for devices of two kinds, two ranks on one GPU, and GPUs that the engine cannot reduce on."""
     without = [str(rank) for rank, placement in enumerate(placements) if not placement.gpu]
     if len(without) == len(placements):
         return

@@ -38,11 +38,7 @@ def horovod_build() -> HorovodBuild:
 
 
 def mpi_library() -> str:
-    """Return the name and version of the MPI library that mpi4py loads; MPI is not started.
-
-    Raises:
-        ImportError: mpi4py or the library is missing.
-    """
+    """Return the MPI library that mpi4py loads, without starting it; raise ImportError where either is missing."""
     import mpi4py
 
     starts_mpi = mpi4py.rc.initialize

@@ -63,11 +63,7 @@ class TorchCommunicator(Communicator):
         return _start(lambda: self._group(tensor).allreduce([tensor], options), name)
 
     def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        """Refuse.
-
-        Raises:
-            UsageError: always; torch.distributed has no Adasum.
-        """
+        """Raise UsageError: torch.distributed has no Adasum."""
         raise UsageError(
             "torch.distributed has no Adasum: set comm.engine=horovod, or comm.op=average", code="adasum-engine"
         )

@@ -68,11 +68,7 @@ def assemble(
     session: Session,
     stop: StopRequests,
 ) -> Trainer:
-    """Build the trainer of `config`, at the beginning or where the checkpoint `contents` (rank 0's) left off.
-
-    Raises:
-        UsageError: data are missing, or something does not fit.
-    """
+    """Build the trainer of `config`, at the beginning or where the checkpoint `contents` (rank 0's) left off."""
     device = share_out_devices(comm, config.run.device)
     config = with_device(config, "cuda" if device.type == "cuda" else "cpu")
     compute = run_on_all_ranks(comm, partial(set_up_compute, config.precision, device), "set up its device")

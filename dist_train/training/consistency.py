@@ -50,11 +50,7 @@ _MOST_NAMES = 4
 
 
 def check_consistent_across_ranks(comm: Communicator, config: Config) -> None:
-    """Compare the code and the settings of all ranks; a difference is named, with the first rank that has it.
-
-    Raises:
-        UsageError: they differ; on all ranks.
-    """
+    """Raise UsageError on all ranks where their code or settings differ; it names what differs, and where."""
     if comm.size == 1:
         return
     # The code first: ranks of other code may not even share the form of the settings.
@@ -63,11 +59,7 @@ def check_consistent_across_ranks(comm: Communicator, config: Config) -> None:
 
 
 def check_same_data(comm: Communicator, identity: str, place: str) -> None:
-    """Compare what the ranks' data sets hold.
-
-    Raises:
-        UsageError: they differ; on all ranks.
-    """
+    """Raise UsageError on all ranks where their data sets hold different data."""
     if comm.size > 1:
         _compare(comm, "data", {place: identity}, "put the same files on all nodes")
 

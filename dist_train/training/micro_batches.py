@@ -102,11 +102,7 @@ def avoid_short_last_micro_batch(micro_size: int, global_size: int, fewest: int 
 
 
 def halve(micro_size: int, global_size: int) -> int:
-    """Return the next smaller micro-batch after a size has run out of memory.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """Return the next smaller micro-batch after a size has run out of memory; raise UsageError where there is none."""
     if micro_size == 1:
         raise UsageError("one sample does not fit the device's memory: set a smaller model.width", code="out-of-memory")
     return avoid_short_last_micro_batch(-(-micro_size // 2), global_size)

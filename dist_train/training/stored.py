@@ -31,11 +31,7 @@ _HARMLESS = frozenset(
 
 
 def find_checkpoint(target: Path) -> Path:
-    """Return `target` if it is a file, else the last checkpoint of the run directory `target`.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """Return `target` if it is a file, else the last checkpoint of that run; raise UsageError where there is none."""
     if target.is_file():
         return target
     if not target.is_dir():
