@@ -5,7 +5,6 @@ What the scheduler and the driver say of GPUs is compared with what torch finds;
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import socket
@@ -18,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from dist_train.cluster.communicator import Communicator, gather, run_on_all_ranks
+from dist_train.cluster.communicator import Communicator, gather, run_on_all_ranks, signed_digest
 from dist_train.config.sections import Device
 from dist_train.outcome import UsageError
 
@@ -271,8 +270,7 @@ def _identity(device: torch.device) -> int:
     """Return a number, not 0, that is the GPU's own on every node, however a process counts its GPUs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", f"{visible} {device.index}")
-    content = f"{socket.gethostname()} {uuid}".encode()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True) or 1
+    return signed_digest(f"{socket.gethostname()} {uuid}".encode()) or 1
 
 
 def why_no_gpu(signs: GpuSigns) -> str:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dist_train.cluster.communicator import Communicator, Pending, naming_lost_ranks
 from dist_train.cluster.launch import Launch
 from dist_train.outcome import UsageError
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 
 class HorovodCommunicator(Communicator):
@@ -29,15 +26,32 @@ class HorovodCommunicator(Communicator):
         set_environment(timeout, device_type, launch.launcher)
         if timeline:
             os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
-        self._hvd = _import_horovod()
-        self._hvd.init()
-        self._check_size(launch)
-        self.rank = self._hvd.rank()
-        self.size = self._hvd.size()
-        self.local_rank = self._hvd.local_rank()
-        self.local_size = self._hvd.local_size()
-        self.controller = "mpi" if self._hvd.mpi_enabled() else "gloo"
-        self.has_nccl = bool(self._hvd.nccl_built())
+        try:
+            import horovod.torch as hvd
+            from horovod.common.exceptions import HorovodInternalError
+        except ImportError as error:
+            raise UsageError(
+                f"Horovod cannot be loaded ({error}): run make setup, or see dist-train doctor", code="horovod-missing"
+            ) from error
+        self._hvd = hvd
+        self._rank_lost = HorovodInternalError
+        hvd.init()
+        if hvd.size() != launch.size:
+            seen = hvd.size()
+            hvd.shutdown()
+            fix = {
+                "srun": "start with srun --mpi=pmix, and build Horovod against that MPI",
+                "mpirun": "Horovod must be built against the MPI of this mpirun: see dist-train doctor",
+            }.get(launch.launcher, "see dist-train doctor")
+            raise UsageError(
+                f"{launch.launcher} started {launch.size} ranks, but Horovod sees {seen}: {fix}", code="rank-count"
+            )
+        self.rank = hvd.rank()
+        self.size = hvd.size()
+        self.local_rank = hvd.local_rank()
+        self.local_size = hvd.local_size()
+        self.controller = "mpi" if hvd.mpi_enabled() else "gloo"
+        self.has_nccl = bool(hvd.nccl_built())
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Start to replace the contiguous `tensor` by its sum over all ranks."""
@@ -66,31 +80,18 @@ class HorovodCommunicator(Communicator):
         self._hvd.shutdown()
 
     def _start(self, operation: Callable[[], int]) -> Pending:
-        with naming_lost_ranks(self._hvd.HorovodInternalError):
-            return _Operation(self._hvd, operation())
-
-    def _check_size(self, launch: Launch) -> None:
-        seen: int = self._hvd.size()
-        if seen == launch.size:
-            return
-        self._hvd.shutdown()
-        fix = {
-            "srun": "start with srun --mpi=pmix, and build Horovod against that MPI",
-            "mpirun": "Horovod must be built against the MPI of this mpirun: see dist-train doctor",
-        }.get(launch.launcher, "see dist-train doctor")
-        raise UsageError(
-            f"{launch.launcher} started {launch.size} ranks, but Horovod sees {seen}: {fix}", code="rank-count"
-        )
+        with naming_lost_ranks(self._rank_lost):
+            return _Operation(partial(self._hvd.synchronize, operation()), self._rank_lost)
 
 
 class _Operation(Pending):
-    def __init__(self, hvd: ModuleType, handle: int) -> None:
-        self._hvd = hvd
-        self._handle = handle
+    def __init__(self, synchronize: Callable[[], object], rank_lost: type[Exception]) -> None:
+        self._synchronize = synchronize
+        self._rank_lost = rank_lost
 
     def wait(self) -> None:
-        with naming_lost_ranks(self._hvd.HorovodInternalError):
-            self._hvd.synchronize(self._handle)
+        with naming_lost_ranks(self._rank_lost):
+            self._synchronize()
 
 
 def _timeline_is_ours() -> bool:
@@ -112,15 +113,3 @@ def set_environment(timeout: float, device_type: str, launcher: str) -> None:
     if device_type == "cpu":
         # Open MPI polls without pause while it waits, and so takes the core that computes.
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-
-
-def _import_horovod() -> Any:
-    try:
-        import horovod.torch as hvd
-        from horovod.common.exceptions import HorovodInternalError
-    except ImportError as error:
-        raise UsageError(
-            f"Horovod cannot be loaded ({error}): run make setup, or see dist-train doctor", code="horovod-missing"
-        ) from error
-    hvd.HorovodInternalError = HorovodInternalError
-    return hvd

@@ -49,7 +49,12 @@ def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
         UsageError: the environment asks Horovod for what is known to crash or to part the ranks.
     """
     if "OMPI_COMM_WORLD_SIZE" in environment:
-        _refuse_gloo_under_mpi(environment)
+        for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
+            if environment.get(name, "").lower() == "gloo":
+                raise UsageError(
+                    f"{name}=gloo does not work under mpirun: unset it, or start with horovodrun --gloo",
+                    code="gloo-under-mpirun",
+                )
         return Launch("mpirun", int(environment["OMPI_COMM_WORLD_SIZE"]), int(environment["OMPI_COMM_WORLD_RANK"]))
     # torchrun may itself run within a step of Slurm.
     if LISTEN_FD in environment or "TORCHELASTIC_RUN_ID" in environment:
@@ -95,15 +100,6 @@ def _store_of_slurm(environment: Mapping[str, str]) -> StoreAddress | None:
     return StoreAddress(
         environment.get("MASTER_ADDR", host), int(environment.get("MASTER_PORT", port)), prefix=f"dist_train.{step}"
     )
-
-
-def _refuse_gloo_under_mpi(environment: Mapping[str, str]) -> None:
-    for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
-        if environment.get(name, "").lower() == "gloo":
-            raise UsageError(
-                f"{name}=gloo does not work under mpirun: unset it, or start with horovodrun --gloo",
-                code="gloo-under-mpirun",
-            )
 
 
 _ANSWER_SECONDS = 20

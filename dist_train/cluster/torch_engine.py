@@ -8,7 +8,6 @@ ranks must start the same operations in the same order, from one thread. The tra
 
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_train.cluster.communicator import Communicator, Pending, gather, naming_lost_ranks
+from dist_train.cluster.communicator import Communicator, Pending, gather, naming_lost_ranks, signed_digest
 from dist_train.cluster.launch import Launch, StoreAddress
 from dist_train.outcome import UsageError
 
@@ -52,7 +51,7 @@ class TorchCommunicator(Communicator):
             self._device = _nccl(dist.PrefixStore("device", store), self.rank, self.size, patience)
         self.has_nccl = self._device is not None
         self.controller = "torch-nccl" if self.has_nccl else "torch-gloo"
-        nodes = [node for (node,) in gather(self, [_node_id()], "nodes")]
+        nodes = [node for (node,) in gather(self, [signed_digest(socket.gethostname().encode())], "nodes")]
         self.local_rank = nodes[: self.rank].count(nodes[self.rank])
         self.local_size = nodes.count(nodes[self.rank])
 
@@ -127,8 +126,3 @@ def _nccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return dist.ProcessGroupNCCL(store, rank, size, options)
-
-
-def _node_id() -> int:
-    digest = hashlib.blake2b(socket.gethostname().encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)

@@ -63,7 +63,7 @@ def examine(config: Config, data_named: bool) -> tuple[Check, ...]:
     """Return every finding for a run of `config`; only where `data_named`, its data must be there."""
     data = (check_data(config),) if data_named else check_known_data()
     return (
-        check_python(),
+        Check("Python", "fine", f"{platform.python_version()} at {sys.executable}"),
         check_torch(),
         check_devices(config.run.device),
         check_horovod(config.run.device),
@@ -98,11 +98,6 @@ def render(checks: tuple[Check, ...], console: Console) -> None:
     failing = sum(check.state == "fails" for check in checks)
     verdict = "training can run here" if not failing else f"training cannot run here: {failing} to mend"
     console.print(Text(verdict, style="bold green" if not failing else "bold red"))
-
-
-def check_python() -> Check:
-    """Say which Python this is; the package does not install on one that is too old."""
-    return Check("Python", "fine", f"{platform.python_version()} at {sys.executable}")
 
 
 def check_torch() -> Check:

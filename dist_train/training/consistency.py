@@ -14,7 +14,13 @@ import numpy as np
 import torch
 
 import dist_train
-from dist_train.cluster.communicator import Communicator, broadcast_str, gather, run_on_all_ranks
+from dist_train.cluster.communicator import (
+    Communicator,
+    broadcast_str,
+    gather,
+    run_on_all_ranks,
+    signed_digest,
+)
 from dist_train.config import Config
 from dist_train.optim.flat_weights import FlatWeights, digest
 from dist_train.optim.noise import Noise
@@ -85,8 +91,8 @@ def _leaves(value: object, path: str) -> list[tuple[str, str]]:
 
 
 def _compare(comm: Communicator, what: str, listing: Mapping[str, str], fix: str) -> None:
-    digests = [digest for (digest,) in gather(comm, [_digest(listing)], f"alike.{what}")]
-    odd = minority(digests)
+    content = json.dumps(listing, sort_keys=True).encode()
+    odd = minority([each for (each,) in gather(comm, [signed_digest(content)], f"alike.{what}")])
     if not odd:
         return
     # Where rank 0 is the odd one, another says what it has and the rest has not.
@@ -111,8 +117,3 @@ def _compare(comm: Communicator, what: str, listing: Mapping[str, str], fix: str
         )
 
     run_on_all_ranks(comm, report, f"agree with the others on the {what}")
-
-
-def _digest(listing: Mapping[str, str]) -> int:
-    content = json.dumps(listing, sort_keys=True).encode()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
