@@ -46,9 +46,12 @@ def check_exclusions(weights: FlatWeights, exclude: Sequence[str]) -> None:
     kinds = {"norm", "bias", "weight"}
     for pattern in exclude:
         if pattern not in kinds and not weights.excluded([pattern]):
-            raise UsageError(f"--exclude {pattern}: no weight has this name; names are {_names(weights.segments)}")
+            raise UsageError(
+                f"--exclude {pattern}: no weight has this name; names are {_names(weights.segments)}",
+                code="no-such-weight",
+            )
     if len(weights.excluded(exclude)) == len(weights.segments):
-        raise UsageError("--exclude leaves no weight to move")
+        raise UsageError("--exclude leaves no weight to move", code="nothing-to-move")
 
 
 def _names(segments: Sequence[Segment]) -> str:
@@ -121,7 +124,8 @@ def run_checkpoints(last: Path) -> list[Stored]:
     if len(paths) < 3:
         raise UsageError(
             f"{last.parent} holds {len(paths)} checkpoints up to {last.name}: a trajectory needs three or more; "
-            f"train with a larger checkpoint.keep"
+            f"train with a larger checkpoint.keep",
+            code="too-few-checkpoints",
         )
     return [read_stored(path) for path in paths]
 
@@ -147,7 +151,7 @@ def principal_plane(
     values, vectors = torch.linalg.eigh(products)
     values, vectors = values.flip(0), vectors.flip(1)
     if not values[1] > 1e-12 * values[0]:
-        raise UsageError("the checkpoints lie on a line, or on a point: they span no plane")
+        raise UsageError("the checkpoints lie on a line, or on a point: they span no plane", code="no-plane")
     directions = []
     for index in range(2):
         vector = vectors[:, index]

@@ -74,9 +74,11 @@ def _launch(arguments: argparse.Namespace) -> int:
 
     words = list(arguments.command)
     if not words:
-        raise UsageError("no command given, for example: dist-train launch -np 2 train configs/demo.yaml")
+        raise UsageError(
+            "no command given, for example: dist-train launch -np 2 train configs/demo.yaml", code="no-command"
+        )
     if arguments.np < 1:
-        raise UsageError(f"-np takes a number of ranks, 1 or more, not {arguments.np}")
+        raise UsageError(f"-np takes a number of ranks, 1 or more, not {arguments.np}", code="option-range")
     command = parse(words)
     if words[0] == "train":
         from dist_train.config import load_config
