@@ -53,7 +53,9 @@ def environment(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def on_ranks(controller: str, ranks: int, program: Sequence[str]) -> list[str]:
-    """Return the command that runs `program` on `ranks` ranks over `controller`: gloo, mpi, or alone."""
+    """Return the command that runs `program` on `ranks` ranks over `controller`: torch, gloo, mpi, or alone."""
+    if controller == "torch" and list(program[:3]) == module("dist_train"):
+        return [*program[:3], "launch", "-np", str(ranks), *program[3:]]
     return [*_LAUNCHERS[controller](ranks), *program]
 
 
@@ -76,6 +78,7 @@ def _alone(ranks: int) -> list[str]:
 _LAUNCHERS: Mapping[str, Callable[[int], list[str]]] = MappingProxyType(
     {
         "alone": _alone,
+        "torch": lambda ranks: [beside_python("torchrun"), "--nproc-per-node", str(ranks), "--no-python"],
         "gloo": lambda ranks: [
             beside_python("horovodrun"), "-np", str(ranks), "--gloo", "--network-interface", "lo",
         ],

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Whether what this container trains is alive: no run of its own has been without a word in status.json for too long.
+# Whether what this container trains is alive: no run of its own has left status.json unchanged for too long.
 # A container that trains nothing is well.
 #
 #   HEALTH_RUNS     the folder of runs (/opt/dist_train/runs); those of studies, one folder deeper, are seen as well

@@ -12,7 +12,7 @@ import torch
 
 from dist_train.analysis.landscape_subject import Stored, Subject, place_in, read_stored
 from dist_train.checkpoint.files import list_checkpoints
-from dist_train.optim.flat_weights import FlatWeights, Segment
+from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
 from dist_train.randomness import generator
 
@@ -46,16 +46,10 @@ def check_exclusions(weights: FlatWeights, exclude: Sequence[str]) -> None:
     kinds = {"norm", "bias", "weight"}
     for pattern in exclude:
         if pattern not in kinds and not weights.excluded([pattern]):
-            raise UsageError(
-                f"--exclude {pattern}: no weight has this name; names are {_names(weights.segments)}",
-                code="no-such-weight",
-            )
+            names = ", ".join(segment.name for segment in weights.segments)
+            raise UsageError(f"--exclude {pattern}: no weight has this name; names are {names}", code="no-such-weight")
     if len(weights.excluded(exclude)) == len(weights.segments):
         raise UsageError("--exclude leaves no weight to move", code="nothing-to-move")
-
-
-def _names(segments: Sequence[Segment]) -> str:
-    return ", ".join(segment.name for segment in segments)
 
 
 def _by_filter(drawn: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -71,12 +65,8 @@ def _by_layer(drawn: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return length * drawn
 
 
-def _as_drawn(drawn: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    return drawn
-
-
 NORMALIZATIONS: Mapping[str, Normalize] = MappingProxyType(
-    {"filter": _by_filter, "layer": _by_layer, "none": _as_drawn}
+    {"filter": _by_filter, "layer": _by_layer, "none": lambda drawn, weights: drawn}
 )
 """How a drawn direction is scaled. none: as drawn, each component of variance 1."""
 

@@ -177,7 +177,7 @@ def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) ->
     """
     if not directory.is_dir():
         return None
-    paths = sorted(_step_files(directory), key=_step_of, reverse=True)
+    paths = sorted(_step_files(directory), key=lambda path: int(path.stem.removeprefix("step-")), reverse=True)
     damaged = 0
     for path in paths:
         try:
@@ -212,10 +212,6 @@ def prune(directory: Path, *, keep: int, best_step: int | None) -> None:
 
 def _step_files(directory: Path) -> list[Path]:
     return [path for path in directory.glob("step-*.pt") if _NAME.fullmatch(path.name)]
-
-
-def _step_of(path: Path) -> int:
-    return int(path.stem.removeprefix("step-"))
 
 
 def _read_record(path: Path) -> CheckpointFile:

@@ -10,7 +10,15 @@ from pathlib import Path
 
 from dist_train.cli.common import Subparsers, add_config, warn_of_unused
 from dist_train.cluster.launch import current_launch
-from dist_train.outcome import DisagreementError, DivergedError, ExitCode, StoppedError, UsageError, exit_code_of
+from dist_train.outcome import (
+    DisagreementError,
+    DivergedError,
+    ExitCode,
+    StoppedError,
+    UsageError,
+    exit_code_of,
+    text_with_code,
+)
 from dist_train.start_up import without_collection
 
 _STANDARD_ERROR = 2
@@ -50,7 +58,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return ExitCode.USAGE
     except (DivergedError, DisagreementError, StoppedError) as error:
         if current_launch().rank == 0:
-            print(f"dist-train: {error}", file=sys.stderr)
+            print(f"dist-train: {text_with_code(error)}", file=sys.stderr)
         return exit_code_of(error)
     return ExitCode.FINISHED
 

@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 class RankLostError(FaultError):
-    """A rank has died or no longer answers, so that the group cannot go on. Exit code 1."""
+    """A rank has died or no longer answers, so that the group cannot continue. Exit code 1."""
 
     code = "rank-lost"
 

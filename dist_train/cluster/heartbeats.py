@@ -94,7 +94,7 @@ class Kind(IntEnum):
     LEAVE = 4
     """The sender leaves for a good reason: do not miss it."""
     FAIL = 5
-    """The sender leaves by an error: the others cannot go on without it."""
+    """The sender leaves by an error: the others cannot continue without it."""
     FAREWELL = 6
     """The leave was heard."""
     LOST = 7

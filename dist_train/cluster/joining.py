@@ -16,7 +16,7 @@ from dist_train.config.sections import Engine
 from dist_train.outcome import ExitCode
 
 _HEAD_START_SECONDS = 2.0
-"""Rank 0 tells for all; the others do when it is the one that hangs."""
+"""Rank 0 reports for all; the others do when it is the one that hangs."""
 
 
 @contextmanager

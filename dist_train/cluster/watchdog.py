@@ -108,7 +108,7 @@ class Watch:
             return self._changed.wait_for(lambda: self._path is not None, seconds)
 
     def absent(self, seconds: float) -> str:
-        """Call the roll, for so long at most: return who does not answer, as a user may be told; else nothing.
+        """Probe all peers, for `seconds` at most: return who does not answer, in words for people; else nothing.
 
         Rank 0 calls all, the others call rank 0.
         """

@@ -126,7 +126,7 @@ def _open(folder: Path, key: str) -> ImageSet:
     images = _map(_images_file(folder, key), record.images_sha256)
     labels = _map(_labels_file(folder, key), record.labels_sha256)
     has_form = images.dtype == np.uint8 and images.ndim == 4 and labels.dtype == np.int64
-    if not has_form or labels.shape != images.shape[:1] or not _all_within(labels, record.classes):
+    if not has_form or labels.shape != images.shape[:1] or not np.all((labels >= 0) & (labels < record.classes)):
         raise _DamagedError("its files do not hold images and their labels")
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), record.classes, key)
 
@@ -139,10 +139,6 @@ def _read_record(path: Path) -> _Record:
     if record != record.checked():
         raise _DamagedError(f"{path.name} is not the record that was written")
     return record
-
-
-def _all_within(labels: NDArray[Any], classes: int) -> bool:
-    return len(labels) == 0 or bool(labels.min() >= 0 and labels.max() < classes)
 
 
 def _map(path: Path, sha256: str) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""From a configuration to an initialized network."""
+"""From a configuration to an initialized network; initial weights depend on the seed and the name alone."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from dist_train.config import Config, ImageFormat
-from dist_train.models.initialization import initialize
-from dist_train.models.norms import NormFactory, norm_factory
+from dist_train.models.norms import NormFactory, norm_factory, norm_parameters
 from dist_train.models.resnet import resnet18, resnet50
 from dist_train.models.vgg import vgg9, vgg16, vgg19
+from dist_train.randomness import generator
 
 _MODELS: Mapping[str, Callable[[ImageFormat, float, NormFactory], nn.Module]] = MappingProxyType(
     {"vgg9": vgg9, "vgg16": vgg16, "vgg19": vgg19, "resnet18": resnet18, "resnet50": resnet50}
@@ -30,3 +30,21 @@ def build_model(config: Config) -> nn.Module:
         model = _MODELS[settings.name](config.data.image_format, settings.width, norm_factory(settings))
     initialize(model, config.run.seed)
     return model
+
+
+def initialize(model: nn.Module, seed: int) -> None:
+    """Set weights after He et al. (arXiv 1502.01852), biases to 0, norms to the identity.
+
+    Each parameter has its own stream, drawn on the CPU, so that the device does not matter.
+    """
+    of_norms = norm_parameters(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in of_norms:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            elif parameter.dim() < 2:
+                parameter.zero_()
+            else:
+                fan_in = parameter[0].numel()
+                sample = torch.empty(parameter.shape).normal_(generator=generator(seed, "initial weights", name))
+                parameter.copy_(sample.mul_((2.0 / fan_in) ** 0.5))

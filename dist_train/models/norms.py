@@ -1,7 +1,7 @@
 """Normalization over groups of samples, with running statistics that depend on the global batch alone.
 
 A module never updates its own running averages. During a forward pass in training mode it notes its
-groups' means and variances in `seen`; `batch_statistics.py` makes averages of them.
+groups' means and variances in `seen`; `BatchStatistics` makes averages of them.
 
 What the norms saw is added up as integers; when the global batch is complete, the trainer sums these over the
 ranks and calls `absorb`. So neither the number of ranks nor the order of micro-batches changes a bit of them.

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_train.config import ImageFormat
-from dist_train.models.initialization import scaled
 from dist_train.models.norms import NormFactory
 
 _STAGES = (64, 128, 256, 512)
@@ -57,7 +56,7 @@ def _resnet(
     width: float,
     norm: NormFactory,
 ) -> nn.Module:
-    planes = [scaled(channels, width) for channels in _STAGES]
+    planes = [max(1, round(channels * width)) for channels in _STAGES]
     layers = _stem(images, planes[0], norm)
     inputs = [planes[0], *(channels * expansion for channels in planes)]
     for stage, ((channels, outputs), depth) in enumerate(zip(pairwise(inputs), depths, strict=True), start=1):

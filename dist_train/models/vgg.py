@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from torch import nn
 
 from dist_train.config import ImageFormat
-from dist_train.models.initialization import scaled
 from dist_train.models.norms import VECTOR_GROUP, NormFactory
 
 _POOL = None
@@ -24,7 +23,7 @@ def vgg9(images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
     Takes [n, C, H, W], gives [n, classes].
     """
     layers, features = _body(_VGG9, images, width, norm)
-    hidden = scaled(_HIDDEN, width)
+    hidden = max(1, round(_HIDDEN * width))
     layers["hidden"] = nn.Linear(features, hidden)
     layers["hidden_norm"] = norm(hidden, least=VECTOR_GROUP)
     layers["hidden_relu"] = nn.ReLU(inplace=True)
@@ -68,8 +67,9 @@ def _body(
             height, breadth = -(-height // 2), -(-breadth // 2)
             block, place = block + 1, 1
             continue
-        layers[f"convolution{block}_{place}"] = nn.Conv2d(channels, scaled(outputs, width), 3, padding=1)
-        channels = scaled(outputs, width)
+        scaled = max(1, round(outputs * width))
+        layers[f"convolution{block}_{place}"] = nn.Conv2d(channels, scaled, 3, padding=1)
+        channels = scaled
         layers[f"norm{block}_{place}"] = norm(channels)
         layers[f"relu{block}_{place}"] = nn.ReLU(inplace=True)
         place += 1

@@ -38,22 +38,6 @@ class LearningRate:
         return self.peak * _DECAYS[self.settings.decay](self, epoch)
 
 
-def _constant(rate: LearningRate, epoch: float) -> float:
-    return 1.0
-
-
-def _step(rate: LearningRate, epoch: float) -> float:
-    return rate.settings.factor ** sum(epoch >= milestone for milestone in rate.settings.milestones)
-
-
-def _cosine(rate: LearningRate, epoch: float) -> float:
-    return (1.0 + math.cos(math.pi * _part_after_warmup(rate, epoch))) / 2.0
-
-
-def _poly(rate: LearningRate, epoch: float) -> float:
-    return float((1.0 - _part_after_warmup(rate, epoch)) ** rate.settings.power)
-
-
 def _part_after_warmup(rate: LearningRate, epoch: float) -> float:
     """Return how much of what follows the warm-up is over, in [0, 1]."""
     warmup = rate.settings.warmup_epochs
@@ -64,46 +48,27 @@ _SCALINGS: Mapping[str, Callable[[float], float]] = MappingProxyType(
     {"none": lambda ratio: 1.0, "linear": lambda ratio: ratio, "sqrt": math.sqrt}
 )
 _DECAYS: Mapping[str, Callable[[LearningRate, float], float]] = MappingProxyType(
-    {"constant": _constant, "step": _step, "cosine": _cosine, "poly": _poly}
+    {
+        "constant": lambda rate, epoch: 1.0,
+        "step": lambda rate, epoch: rate.settings.factor ** sum(epoch >= one for one in rate.settings.milestones),
+        "cosine": lambda rate, epoch: (1.0 + math.cos(math.pi * _part_after_warmup(rate, epoch))) / 2.0,
+        "poly": lambda rate, epoch: float((1.0 - _part_after_warmup(rate, epoch)) ** rate.settings.power),
+    }
 )
 
 
 def noise_factor(schedule: NoiseSchedule, step: int, total_steps: int) -> float:
     """Return c(t) at update `step`, counted from 0, of `total_steps`."""
-    return _FACTORS[schedule.kind](schedule, step, total_steps)
-
-
-def _constant_amplitude(schedule: Any, step: int, total_steps: int) -> float:
-    return 1.0
-
-
-def _cosine_amplitude(schedule: Any, step: int, total_steps: int) -> float:
-    return (1.0 + math.cos(math.pi * step / total_steps)) / 2.0
-
-
-def _linear(schedule: Any, step: int, total_steps: int) -> float:
-    return 1.0 - step / total_steps
-
-
-def _exponential(schedule: Any, step: int, total_steps: int) -> float:
-    return float(schedule.final_fraction ** (step / total_steps))
-
-
-def _inverse_power(schedule: Any, step: int, total_steps: int) -> float:
-    return float((1.0 + step) ** (-schedule.gamma / 2.0))
-
-
-def _tanh(schedule: Any, step: int, total_steps: int) -> float:
-    return (math.tanh(schedule.steepness * (step / total_steps - 0.5)) + 1.0) / 2.0
+    return float(_FACTORS[schedule.kind](schedule, step, total_steps))
 
 
 _FACTORS: Mapping[str, Callable[[Any, int, int], float]] = MappingProxyType(
     {
-        "constant": _constant_amplitude,
-        "linear": _linear,
-        "cosine": _cosine_amplitude,
-        "exponential": _exponential,
-        "inverse_power": _inverse_power,
-        "tanh": _tanh,
+        "constant": lambda schedule, step, total: 1.0,
+        "linear": lambda schedule, step, total: 1.0 - step / total,
+        "cosine": lambda schedule, step, total: (1.0 + math.cos(math.pi * step / total)) / 2.0,
+        "exponential": lambda schedule, step, total: schedule.final_fraction ** (step / total),
+        "inverse_power": lambda schedule, step, total: (1.0 + step) ** (-schedule.gamma / 2.0),
+        "tanh": lambda schedule, step, total: (math.tanh(schedule.steepness * (step / total - 0.5)) + 1.0) / 2.0,
     }
 )

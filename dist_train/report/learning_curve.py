@@ -1,30 +1,46 @@
-"""Loss and accuracy against epoch, drawn from `metrics.jsonl`; one run, or several to compare."""
+"""Loss and accuracy against epoch as a picture file, drawn from `metrics.jsonl`: one run, or several to compare."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from dist_train.outcome import UsageError
 from dist_train.rundir import atomic
-from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
+from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.records import read_records
+from dist_train.watch.figure import (
+    ACCURACY,
+    BATCH,
+    LEARNING_RATE,
+    LOSS,
+    NOISE,
+    Chart,
+    Measured,
+    Quantity,
+    learning_curve,
+    measured_of,
+    rate_curve,
+)
 
 _FORMATS = {".png", ".svg"}
-_TRAIN_COLOUR, _TEST_COLOUR, _NOISE_COLOUR = "#0072B2", "#D55E00", "#009E73"
-_RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_BLUE, _RED, _GREEN = "#0072B2", "#D55E00", "#009E73"
+_RUN_COLOURS = (_BLUE, _RED, _GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, which colour-blind people tell apart (its yellow is too faint for lines)."""
 _RUN_DASHES = ("-", (0, (6, 2)), (0, (1, 1.5)))
+_LOOKS: Mapping[str, Mapping[str, Any]] = {
+    BATCH: {"color": _BLUE, "lw": 1.2, "alpha": 0.55},
+    "train": {"color": _BLUE, "lw": 1.5, "linestyle": "--", "marker": "s"},
+    "test": {"color": _RED, "lw": 1.5, "marker": "o"},
+}
 _MOST_POINTS = 1_000
-_LOG_RANGE = 15.0
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -34,6 +50,7 @@ _STYLE: dict[Any, Any] = {
     "grid.color": "#e4e4e4",
     "axes.edgecolor": "#606060",
     "axes.axisbelow": True,
+    "lines.markersize": 3.5,
     "legend.frameon": False,
     "svg.fonttype": "path",
     "svg.hashsalt": "dist_train",
@@ -46,76 +63,59 @@ def draw_learning_curve(run_directories: Sequence[Path], output: Path) -> None:
     Raises UsageError for another suffix, a folder that does not exist, or a run without measurements.
     """
     if output.suffix.lower() not in _FORMATS:
-        raise UsageError(f"cannot draw {output}: the name must end in .png or .svg")
+        raise UsageError(f"cannot draw {output}: the name must end in .png or .svg", code="output-form")
     if not output.parent.is_dir():
-        raise UsageError(f"cannot draw {output}: there is no folder {output.parent}")
-    curves = [_read(directory) for directory in run_directories]
-    if not curves:
-        raise UsageError("no run to draw: name at least one run directory")
-    with rc_context(_STYLE):
-        figure = _draw(curves)
-        with atomic.replacing(output) as file:
-            # no date: the same run gives the same file
-            metadata = {"Date": None} if output.suffix.lower() == ".svg" else None
-            figure.savefig(file, format=output.suffix[1:].lower(), dpi=160, metadata=metadata)
+        raise UsageError(f"cannot draw {output}: there is no folder {output.parent}", code="folder-missing")
+    runs = [_read(RunDirectory(directory)) for directory in run_directories]
+    if not runs:
+        raise UsageError("no run to draw: name at least one run directory", code="no-run-named")
+    with rc_context(_STYLE), atomic.replacing(output) as file:
+        # no date: the same run gives the same file
+        metadata = {"Date": None} if output.suffix.lower() == ".svg" else None
+        _draw(runs).savefig(file, format=output.suffix[1:].lower(), dpi=160, metadata=metadata)
 
 
-@dataclass(frozen=True)
-class _Curve:
-    """What a run measured; `steps_per_epoch` is 1 where no epoch is known, and x then counts steps."""
-
-    name: str
-    train: tuple[TrainRecord, ...]
-    evaluations: tuple[EvaluationRecord, ...]
-    steps_per_epoch: int
-
-    def split(self, split: str) -> tuple[EvaluationRecord, ...]:
-        return tuple(record for record in self.evaluations if record.split == split)
-
-    def epochs(self, records: Iterable[TrainRecord | EvaluationRecord]) -> list[float]:
-        return [record.step / self.steps_per_epoch for record in records]
-
-
-def _read(directory: Path) -> _Curve:
-    path = directory / "metrics.jsonl"
+def _read(directory: RunDirectory) -> Measured:
+    path = directory.metrics
     try:
         records = read_records(path)
     except FileNotFoundError:
-        raise UsageError(f"{directory} has no metrics.jsonl: name the directory of a run that has begun") from None
+        raise UsageError(
+            f"{directory.root} has no {path.name}: name the directory of a run that has begun", code="no-run-here"
+        ) from None
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    train = tuple(record for record in records if isinstance(record, TrainRecord))
-    evaluations = tuple(record for record in records if isinstance(record, EvaluationRecord))
-    if not train and not evaluations:
-        raise UsageError(f"{path} holds no measurement yet: the run has not done a step")
-    return _Curve(directory.resolve().name, train, evaluations, _steps_per_epoch(records))
+        raise UsageError(f"cannot read {path}: {error.strerror}", code="records-unreadable") from error
+    run = measured_of(directory.root.resolve().name, records)
+    if not run.train and not any(run.evaluations.values()):
+        raise UsageError(f"{path} holds no measurement yet: the run has not done a step", code="no-measurement")
+    return run
 
 
-def _steps_per_epoch(records: Iterable[Record]) -> int:
-    measured = [record for record in records if isinstance(record, TrainRecord | EvaluationRecord)]
-    # the least of them, so that it is exact also where `epoch` counts whole epochs only
-    ratios = [record.step / record.epoch for record in measured if record.step and record.epoch > 0]
-    return max(1, round(min(ratios, default=1)))
-
-
-def _draw(curves: Sequence[_Curve]) -> Figure:
+def _draw(runs: Sequence[Measured]) -> Figure:
     figure = Figure(figsize=(7.2, 7.6), layout="constrained")
     loss, accuracy, schedule = figure.subplots(3, 1, sharex=True, height_ratios=(5, 5, 1.7))
-    if len(curves) == 1:
-        _draw_one(curves[0], loss, accuracy, schedule)
-        figure.suptitle(curves[0].name, fontweight="bold", x=0.01, ha="left")
+    is_one = len(runs) == 1
+    for axes, quantity in ((loss, LOSS), (accuracy, ACCURACY)):
+        charts = [chart for run in runs if (chart := learning_curve(quantity, run, _MOST_POINTS))]
+        for index, (run, chart) in enumerate(zip(runs, charts, strict=True)):
+            labels = {series.style: series.label for series in chart.series}
+            if not is_one:
+                labels = {"test": run.name} if "test" in labels else {BATCH: f"{run.name} (train only)"}
+            _plot(axes, chart, _LOOKS if is_one else _looks_among_many(index), labels)
+        _scale(axes, quantity, charts)
+        schedule.set_xlabel(charts[0].x.title)
+    _legend(loss, 3 if is_one else 2)
+    for index, run in enumerate(runs):
+        colours = ("#404040", _GREEN) if is_one else (_RUN_COLOURS[index % len(_RUN_COLOURS)],) * 2
+        _plot_schedule(schedule, run, colours)
+    if is_one:
+        _annotate_best(accuracy, runs[0])
+        _legend(schedule, 2)
     else:
-        for index, curve in enumerate(curves):
-            _draw_among_many(curve, index, loss, accuracy, schedule)
-        figure.suptitle(f"{len(curves)} runs", fontweight="bold", x=0.01, ha="left")
-    loss.set_ylabel("loss")
-    _choose_scale(loss)
-    accuracy.set_ylabel("accuracy")
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
-    schedule.set_ylabel("share of peak")
-    schedule.set_ylim(-0.06, 1.12)
-    schedule.set_yticks([0, 0.5, 1])
-    schedule.set_xlabel("epoch" if any(curve.steps_per_epoch != 1 for curve in curves) else "step")
+        _note(loss, "bold: test; faint: train, each batch")
+        _note(schedule, "solid: learning rate; dashed: noise amplitude")
+    figure.suptitle(runs[0].name if is_one else f"{len(runs)} runs", fontweight="bold", x=0.01, ha="left")
+    schedule.set(ylabel="share of peak", ylim=(-0.06, 1.12), yticks=[0, 0.5, 1])
     schedule.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
     schedule.margins(x=0.01)
     schedule.set_xlim(left=0)
@@ -123,155 +123,56 @@ def _draw(curves: Sequence[_Curve]) -> Figure:
     return figure
 
 
-def _draw_one(curve: _Curve, loss: Axes, accuracy: Axes, schedule: Axes) -> None:
-    for axes, take in ((loss, _loss), (accuracy, _accuracy)):
-        _plot_train(axes, curve, take, "train, each batch", _TRAIN_COLOUR, "-", 0.55)
-        _plot_split(axes, curve, "train", take, "train, whole split", _TRAIN_COLOUR, "--", "s")
-        _plot_split(axes, curve, "test", take, "test", _TEST_COLOUR, "-", "o")
-    _annotate_best(accuracy, curve)
-    _legend(loss, 3)
-    rate = _peak(curve, _learning_rate)
-    noise = _peak(curve, _noise_amplitude)
-    if rate:
-        _plot_train(
-            schedule,
-            curve,
-            lambda it: it.learning_rate / rate,
-            f"learning rate (peak {rate:.3g})",
-            "#404040",
-            "-",
-        )
-    if noise:
-        label = f"noise amplitude (peak {noise:.3g})"
-        _plot_train(schedule, curve, lambda it: it.noise_amplitude / noise, label, _NOISE_COLOUR, "--")
-    _legend(schedule, 2)
+def _looks_among_many(index: int) -> Mapping[str, Mapping[str, Any]]:
+    turn, number = divmod(index, len(_RUN_COLOURS))
+    look = {"color": _RUN_COLOURS[number], "linestyle": _RUN_DASHES[turn % len(_RUN_DASHES)]}
+    return {BATCH: {**look, "lw": 1.2, "alpha": 0.4}, "test": {**look, "lw": 1.5, "marker": "o"}}
 
 
-def _draw_among_many(curve: _Curve, index: int, loss: Axes, accuracy: Axes, schedule: Axes) -> None:
-    colour = _RUN_COLOURS[index % len(_RUN_COLOURS)]
-    dashes = _RUN_DASHES[index // len(_RUN_COLOURS) % len(_RUN_DASHES)]
-    for axes, take in ((loss, _loss), (accuracy, _accuracy)):
-        _plot_train(axes, curve, take, "", colour, dashes, 0.4)
-        _plot_split(axes, curve, "test", take, curve.name, colour, dashes, "o")
-    if not curve.split("test"):
-        loss.plot([], [], color=colour, linestyle=dashes, label=f"{curve.name} (train only)")
-    loss.set_title("bold: test; faint: train, each batch", fontsize=9, loc="right", color="#606060")
-    _legend(loss, 2)
-    if rate := _peak(curve, _learning_rate):
-        _plot_train(schedule, curve, lambda it: it.learning_rate / rate, "", colour, "-")
-    if noise := _peak(curve, _noise_amplitude):
-        _plot_train(schedule, curve, lambda it: it.noise_amplitude / noise, "", colour, (0, (1, 1)))
-    schedule.set_title("solid: learning rate; dotted: noise amplitude", fontsize=9, loc="right", color="#606060")
+def _plot(axes: Axes, chart: Chart, looks: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> None:
+    for series in chart.series:
+        if series.style in looks:
+            look = {"marker": "." if len(series.points) == 1 else "", **looks[series.style]}
+            every = math.ceil(len(series.points) / 30) if "marker" in looks[series.style] else 1
+            x, y = [point.x for point in series.points], [point.y for point in series.points]
+            axes.plot(x, y, label=labels.get(series.style), markevery=every, **look)
 
 
-def _plot_train(
-    axes: Axes,
-    curve: _Curve,
-    take: Callable[[TrainRecord], float],
-    label: str,
-    colour: str,
-    dashes: str | tuple[float, tuple[float, ...]],
-    strength: float = 1.0,
-) -> None:
-    if not curve.train:
-        return
-    epochs, values = _thin(curve.epochs(curve.train), [take(record) for record in curve.train])
-    marker = "." if len(epochs) == 1 else ""
-    axes.plot(
-        epochs,
-        values,
-        label=label or None,
-        color=colour,
-        linestyle=dashes,
-        lw=1.2,
-        alpha=strength,
-        marker=marker,
-    )
+def _plot_schedule(axes: Axes, run: Measured, colours: Sequence[str]) -> None:
+    for quantity, colour, dashes in zip((LEARNING_RATE, NOISE), colours, ("-", "--"), strict=True):
+        if chart := rate_curve(quantity, run, _MOST_POINTS):
+            points = chart.series[0].points
+            peak = max(point.y for point in points if math.isfinite(point.y))
+            x, shares = [point.x for point in points], [point.y / peak for point in points]
+            look: dict[str, Any] = {"color": colour, "lw": 1.2, "marker": "." if len(points) == 1 else ""}
+            axes.plot(x, shares, dashes, label=f"{quantity.name} (peak {peak:.3g})", **look)
 
 
-def _plot_split(
-    axes: Axes,
-    curve: _Curve,
-    split: str,
-    take: Callable[[EvaluationRecord], float],
-    label: str,
-    colour: str,
-    dashes: str | tuple[float, tuple[float, ...]],
-    marker: str,
-) -> None:
-    records = curve.split(split)
-    if not records:
-        return
-    every = max(1, math.ceil(len(records) / 30))
-    axes.plot(
-        curve.epochs(records),
-        [take(record) for record in records],
-        label=label,
-        color=colour,
-        linestyle=dashes,
-        lw=1.5,
-        marker=marker,
-        markersize=3.5,
-        markevery=every,
-    )
+def _scale(axes: Axes, quantity: Quantity, charts: Sequence[Chart]) -> None:
+    axis = quantity.axis(quantity.title, [series.points for chart in charts for series in chart.series])
+    axes.set_ylabel(axis.title)
+    if axis.is_logarithmic:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif axis.low == 0:
+        axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: axis.write(value)))
 
 
-def _annotate_best(axes: Axes, curve: _Curve) -> None:
-    test = [record for record in curve.split("test") if math.isfinite(record.accuracy)]
-    if not test:
-        return
-    best = max(test, key=_accuracy)
-    axes.axhline(best.accuracy, color=_TEST_COLOUR, lw=0.8, ls=":")
-    text = f"best test accuracy {best.accuracy * 100:.2f} %, epoch {best.step / curve.steps_per_epoch:.4g}"
-    axes.set_title(text, fontsize=9, loc="right", color=_TEST_COLOUR)
+def _annotate_best(axes: Axes, run: Measured) -> None:
+    test = [record for record in run.evaluations["test"] if math.isfinite(record.accuracy)]
+    if test:
+        best = max(test, key=ACCURACY.take)
+        axes.axhline(best.accuracy, color=_RED, lw=0.8, ls=":")
+        where = f"epoch {best.step / run.steps_per_epoch:.4g}" if run.steps_per_epoch else f"step {best.step}"
+        _note(axes, f"best test accuracy {ACCURACY.text(best.accuracy)}, {where}", _RED)
+
+
+def _note(axes: Axes, text: str, colour: str = "#606060") -> None:
+    axes.set_title(text, fontsize=9, loc="right", color=colour)
 
 
 def _legend(axes: Axes, columns: int) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, fontsize=9, borderaxespad=0.2)
-
-
-def _choose_scale(axes: Axes) -> None:
-    """Use a logarithmic axis where the curves span a range that a linear one would hide."""
-    values = [value for line in axes.get_lines() for value in numpy.asarray(line.get_ydata(), dtype=float)]
-    positive = [value for value in values if math.isfinite(value) and value > 0]
-    if positive and max(positive) / min(positive) > _LOG_RANGE:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    else:
-        axes.set_ylim(bottom=0)
-
-
-def _thin(epochs: list[float], values: list[float]) -> tuple[list[float], list[float]]:
-    """Return means over equal chunks, so that no line has more than `_MOST_POINTS` points."""
-    size = math.ceil(len(epochs) / _MOST_POINTS)
-    if size <= 1:
-        return epochs, values
-    starts = range(0, len(epochs), size)
-    return [_mean(epochs[at : at + size]) for at in starts], [_mean(values[at : at + size]) for at in starts]
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
-
-
-def _peak(curve: _Curve, take: Callable[[TrainRecord], float]) -> float:
-    return max((value for record in curve.train if math.isfinite(value := take(record))), default=0.0)
-
-
-def _loss(record: TrainRecord | EvaluationRecord) -> float:
-    return record.loss
-
-
-def _accuracy(record: TrainRecord | EvaluationRecord) -> float:
-    return record.accuracy
-
-
-def _learning_rate(record: TrainRecord) -> float:
-    return record.learning_rate
-
-
-def _noise_amplitude(record: TrainRecord) -> float:
-    return record.noise_amplitude

@@ -1,20 +1,95 @@
-"""What is measured of a run, one number each: the columns of the tables. A new measure is one new line here."""
+"""What is measured of a run, one number each, and means, intervals and rank correlations of such numbers.
+
+A new measure, a column of the tables, is one new line here.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import fmean, median, stdev
+from typing import Literal, TypeVar
+
+from scipy import stats
 
 from dist_train.monitoring import wording
-from dist_train.report.results import BasinWidth, Landscape, Sharpness
-from dist_train.report.stored_run import StoredRun
+from dist_train.report.stored_run import Landscape, Sharpness, StoredRun
+from dist_train.watch.figure import three_digits
+
+Sign = Literal["", "\u2265", "\u2264"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean of `count` values; `deviation` is their sample standard deviation, None for a single one.
+
+    `censored` of the values are lower bounds: then the mean is one too, and the deviation is not known.
+    """
+
+    mean: float
+    deviation: float | None
+    count: int
+    censored: int = 0
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean difference of `count` pairs with its 95 % confidence interval.
+
+    In `censored` pairs a value is a lower bound. The difference is then at least, or at most, so much; `sign` is empty
+    where it is exact, None where nothing is known. A bound has no interval: its ends are NaN.
+    """
+
+    difference: float
+    low: float
+    high: float
+    count: int
+    censored: int = 0
+    sign: Sign | None = ""
+
+
+def summary(values: Sequence[float], censored: int = 0) -> Summary | None:
+    """Return the summary of the finite `values`, `censored` of them lower bounds; None where there are none."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return None
+    deviation = stdev(finite) if len(finite) > 1 and not censored else None
+    return Summary(fmean(finite), deviation, len(finite), censored)
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Return the rank correlation; None for under three pairs, or where one side does not vary."""
+    if len(first) < 3 or len(set(first)) < 2 or len(set(second)) < 2:
+        return None
+    return float(stats.spearmanr(first, second).statistic)
+
+
+def paired_difference(
+    pairs: Sequence[tuple[float, float]], bounds: Sequence[tuple[bool, bool]] = ()
+) -> Interval | None:
+    """Return the mean of second minus first with Student's interval; None for under two pairs.
+
+    `bounds` says of each pair which of the two are lower bounds.
+    """
+    differences = [after - before for before, after in pairs]
+    if len(differences) < 2:
+        return None
+    mean, count = fmean(differences), len(differences)
+    if any(map(any, bounds)):
+        # a larger second lifts the mean and a larger first lowers it; either may widen the interval without limit
+        at_most, at_least = (any(side) for side in zip(*bounds, strict=True))
+        sign: Sign | None = None if at_most and at_least else "\u2265" if at_least else "\u2264"
+        return Interval(mean, math.nan, math.nan, count, sum(map(any, bounds)), sign)
+    half = float(stats.t.ppf(0.975, count - 1)) * stdev(differences) / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half, count)
+
 
 _SHARPNESS = "Basin width and sharpness"
 _RISE = "Expected rise of the loss under noise"
 _COST = "Time and speed"
 _LINE_DISTANCES = (0.1, 0.5)
+_Result = TypeVar("_Result", Landscape, Sharpness)
 
 
 @dataclass(frozen=True)
@@ -25,7 +100,7 @@ class Measure:
     title: str
     explanation: str
     take: Callable[[StoredRun], float | None]
-    write: Callable[[float], str]
+    write: Callable[[float], str] = three_digits
     factor: float = 1.0
     unit: str = ""
     group: str = "Accuracy and loss"
@@ -35,15 +110,15 @@ class Measure:
     is_unresolved: Callable[[StoredRun], bool] = lambda run: False
     """Whether the run's value rests on points too far apart."""
 
-    def text(self, value: float) -> str:
-        """Return `value` as people read it."""
-        number = self.write(value * self.factor)
-        return f"{number} {self.unit}" if self.unit else number
+    @property
+    def heading(self) -> str:
+        """Return its title with its unit."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
 
-    def told(self, run: StoredRun, value: float) -> str:
-        """Return the `value` of `run` as people read it, with what limits it."""
-        bound = "\u2265 " if self.is_bound(run) else ""
-        return f"{bound}{self.text(value)}{' (unresolved)' if self.is_unresolved(run) else ''}"
+    def described(self, run: StoredRun, value: float) -> str:
+        """Return the `value` of `run` as people read it, with its unit and what limits it."""
+        bound, limit = "\u2265 " if self.is_bound(run) else "", " (unresolved)" if self.is_unresolved(run) else ""
+        return f"{bound}{self.write(value * self.factor)}{f' {self.unit}' if self.unit else ''}{limit}"
 
     def spread(self, mean: float, deviation: float) -> str:
         """Return `deviation` with as many places as `mean` has."""
@@ -55,66 +130,49 @@ class Measure:
 
 def measures_of(runs: Sequence[StoredRun]) -> tuple[Measure, ...]:
     """Return the measures that at least one of `runs` has, in the order of the tables."""
-    lines = (*_width_measures(runs), *_line_rise_measures(runs))
-    candidates = (*_BASIC, *lines, *_sharpness_measures(runs), *_PACE)
+    candidates = (*_BASIC, *_line_measures(runs), *_sharpness_measures(runs), *_PACE)
     return tuple(measure for measure in candidates if any(measure.take(run) is not None for run in runs))
 
 
 def sharpness_measures(runs: Sequence[StoredRun]) -> tuple[Measure, ...]:
     """Return the measures of how sharp a minimum is: those of analyses."""
-    return (*_sharpness_measures(runs), *_width_measures(runs), *_line_rise_measures(runs))
+    return (*_sharpness_measures(runs), *_line_measures(runs))
 
 
-def final_accuracy(run: StoredRun, split: str = "test") -> float | None:
-    """Return the accuracy of the last evaluation of `split`; None where that is not finite."""
-    record = run.last(split)
-    return record.accuracy if record else None
-
-
-def commonest_settings(results: Sequence[Landscape | Sharpness]) -> str | None:
+def commonest_settings(results: Sequence[Landscape] | Sequence[Sharpness]) -> str | None:
     """Return the settings that most `results` were made with: only such are compared."""
     texts = [result.settings for result in results]
     return max(texts, key=texts.count) if texts else None
 
 
-def directions_of(runs: Sequence[StoredRun], kind: str = "direction") -> dict[str, Landscape]:
-    """Return, by name, the landscape of `kind` of each run that has one made with the commonest settings."""
-    found = [item for run in runs for item in run.analyses.landscapes if item.kind == kind]
-    settings = commonest_settings(found)
-    chosen = {}
-    for run in runs:
-        mine = [item for item in run.analyses.landscapes if item.kind == kind and item.settings == settings]
-        if mine:
-            chosen[run.name] = max(mine, key=lambda item: item.step or 0)
-    return chosen
+def directions_of(runs: Sequence[StoredRun]) -> dict[str, Landscape]:
+    """Return, by name, each run's landscape along directions that was made with the commonest settings."""
+    return _comparable({run.name: run.analyses.of_kind("direction") for run in runs})
 
 
 def sharpness_of(runs: Sequence[StoredRun]) -> dict[str, Sharpness]:
-    """Return, by name, the sharpness of each run that has one measured with the commonest settings."""
-    settings = commonest_settings([item for run in runs for item in run.analyses.sharpness])
-    chosen = {}
-    for run in runs:
-        mine = [item for item in run.analyses.sharpness if item.settings == settings]
-        if mine:
-            chosen[run.name] = max(mine, key=lambda item: item.step or 0)
-    return chosen
+    """Return, by name, each run's sharpness that was measured with the commonest settings."""
+    return _comparable({run.name: run.analyses.sharpness for run in runs})
 
 
-def _best(run: StoredRun) -> float | None:
-    return max((record.accuracy for record in run.split("test")), default=None)
+def _comparable(results: Mapping[str, Sequence[_Result]]) -> dict[str, _Result]:
+    settings = commonest_settings([item for found in results.values() for item in found])
+    comparable = {name: [item for item in found if item.settings == settings] for name, found in results.items()}
+    return {name: max(found, key=lambda item: item.step or 0) for name, found in comparable.items() if found}
+
+
+def _last(name: str, split: str) -> Callable[[StoredRun], float | None]:
+    def take(run: StoredRun) -> float | None:
+        record = run.last(split)
+        value: float | None = getattr(record, name, None)
+        return value
+
+    return take
 
 
 def _gap(run: StoredRun) -> float | None:
-    train, test = final_accuracy(run, "train"), final_accuracy(run, "test")
-    return None if train is None or test is None else train - test
-
-
-def _loss(split: str) -> Callable[[StoredRun], float | None]:
-    def take(run: StoredRun) -> float | None:
-        record = run.last(split)
-        return record.loss if record else None
-
-    return take
+    train, test = run.last("train"), run.last("test")
+    return None if train is None or test is None else train.accuracy - test.accuracy
 
 
 def _seconds(run: StoredRun) -> float | None:
@@ -132,61 +190,40 @@ def _images_per_second(run: StoredRun) -> float | None:
     return median(rates) if rates else None
 
 
-def _width_measures(runs: Sequence[StoredRun]) -> tuple[Measure, ...]:
+def _looked_up(values: Mapping[str, float]) -> Callable[[StoredRun], float | None]:
+    return lambda run: values.get(run.name)
+
+
+def _among(names: Collection[str]) -> Callable[[StoredRun], bool]:
+    return lambda run: run.name in names
+
+
+def _line_measures(runs: Sequence[StoredRun]) -> Iterator[Measure]:
+    """Yield the widths of the basin along directions, and how much the loss rises along them."""
     chosen = directions_of(runs)
-    widths = {name: {width.key: width for width in landscape.widths} for name, landscape in chosen.items()}
-    keys = {key: width for found in widths.values() for key, width in found.items()}
-
-    def taking(key: str) -> Callable[[StoredRun], float | None]:
-        def take(run: StoredRun) -> float | None:
-            width = widths.get(run.name, {}).get(key)
-            return width.mean if width else None
-
-        return take
-
-    def with_some(key: str, take: Callable[[BasinWidth], int]) -> Callable[[StoredRun], bool]:
-        def has(run: StoredRun) -> bool:
-            width = widths.get(run.name, {}).get(key)
-            return width is not None and take(width) > 0
-
-        return has
-
-    return tuple(
-        Measure(
+    for key, factor in {width.key: width.factor for item in chosen.values() for width in item.widths}.items():
+        widths = {name: width for name, item in chosen.items() for width in item.widths if width.key == key}
+        yield Measure(
             f"width-{key}",
-            f"basin width, loss under {width.factor} x",
-            f"Interval of alpha along random directions where the training loss stays under {width.factor} times "
+            f"basin width, loss under {factor} x",
+            f"Interval of alpha along random directions where the training loss stays under {factor} times "
             "its minimum, and so relative to the loss that was reached. \u2265: it ends beyond the line (censored). "
             "Unresolved: in a direction no point of the line but the minimum lies in it.",
-            taking(key),
-            three_digits,
+            _looked_up({name: width.mean for name, width in widths.items()}),
             group=_SHARPNESS,
-            is_bound=with_some(key, lambda width: width.open_ends),
-            is_unresolved=with_some(key, lambda width: width.unresolved),
+            is_bound=_among({name for name, width in widths.items() if width.open_ends}),
+            is_unresolved=_among({name for name, width in widths.items() if width.unresolved}),
         )
-        for key, width in keys.items()
-    )
-
-
-def _line_rise_measures(runs: Sequence[StoredRun]) -> tuple[Measure, ...]:
-    chosen = directions_of(runs)
-
-    def taking(distance: float) -> Callable[[StoredRun], float | None]:
-        rises = {name: _line_rise(landscape, distance) for name, landscape in chosen.items()}
-        return lambda run: rises.get(run.name)
-
-    return tuple(
-        Measure(
+    for distance in _LINE_DISTANCES:
+        rises = {name: rise for name, item in chosen.items() if (rise := _line_rise(item, distance)) is not None}
+        yield Measure(
             f"line-rise-{distance:g}",
             f"loss rise at \u03b1 = {distance:g}",
             "How much the training loss rises to this distance along the same directions, in absolute numbers; mean "
             "over both sides and the directions.",
-            taking(distance),
-            three_digits,
+            _looked_up(rises),
             group=_SHARPNESS,
         )
-        for distance in _LINE_DISTANCES
-    )
 
 
 def _line_rise(landscape: Landscape, distance: float) -> float | None:
@@ -201,87 +238,44 @@ def _line_rise(landscape: Landscape, distance: float) -> float | None:
     return mean if math.isfinite(mean) else None
 
 
-def _sharpness_measures(runs: Sequence[StoredRun]) -> tuple[Measure, ...]:
-    chosen = sharpness_of(runs)
-    names = dict.fromkeys(name for item in chosen.values() for name in item.measures)
-
-    def taking(name: str) -> Callable[[StoredRun], float | None]:
-        def take(run: StoredRun) -> float | None:
-            return chosen[run.name].measures.get(name) if run.name in chosen else None
-
-        return take
-
-    return tuple(
-        Measure(
-            f"sharpness-{name}",
-            name,
-            sharpness_explanation(name),
-            taking(name),
-            three_digits,
-            group=_RISE if name.startswith("expected rise") else _SHARPNESS,
-        )
-        for name in names
-    )
+def _sharpness_measures(runs: Sequence[StoredRun]) -> Iterator[Measure]:
+    chosen = {name: item.measures for name, item in sharpness_of(runs).items()}
+    for title in dict.fromkeys(title for measures in chosen.values() for title in measures):
+        explanation = "Of the training loss, at the last checkpoint."
+        if title.startswith("Keskar"):
+            explanation = (
+                "100 (max L - L)/(1 + L), the maximum of the training loss L over a small box around the weights."
+            )
+        elif title.startswith("expected rise"):
+            explanation = "Mean rise of the training loss under uniform noise of this amplitude on the weights."
+        values = {name: measures[title] for name, measures in chosen.items() if title in measures}
+        group = _RISE if title.startswith("expected rise") else _SHARPNESS
+        yield Measure(f"sharpness-{title}", title, explanation, _looked_up(values), group=group)
 
 
-def sharpness_explanation(name: str) -> str:
-    """Return what a measure of sharpness means."""
-    if name.startswith("Keskar"):
-        return "100 (max L - L)/(1 + L), the maximum of the training loss L over a small box around the weights."
-    if name.startswith("expected rise"):
-        return "Mean rise of the training loss under uniform noise of this amplitude on the weights."
-    return "Of the training loss, at the last checkpoint."
+def _accuracy(
+    key: str, title: str, explanation: str, take: Callable[[StoredRun], float | None], unit: str = "%"
+) -> Measure:
+    return Measure(key, title, explanation, take, "{:.2f}".format, 100, unit)
 
 
-def three_digits(value: float) -> str:
-    """Return `value` with three digits or more, in plain notation where that is short."""
-    if value and not 1e-3 <= abs(value) < 1e6:
-        return f"{value:.2e}"
-    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}" if value else "0"
+def _best(run: StoredRun) -> float | None:
+    return max((record.accuracy for record in run.split("test")), default=None)
 
 
-def _two_places(value: float) -> str:
-    return f"{value:.2f}"
-
-
-def _four_places(value: float) -> str:
-    return f"{value:.4f}"
-
-
-FINAL_ACCURACY = Measure("final_test", "final test accuracy", "", final_accuracy, _two_places, 100, "%")
-TRAIN_LOSS = Measure("train_loss", "final train loss", "", _loss("train"), _four_places)
+_FOUR, _CLEAN = "{:.4f}".format, "Clean weights, at the last evaluation of the training split."
+FINAL_ACCURACY = _accuracy("final_test", "final test accuracy", "", _last("accuracy", "test"))
+TRAIN_LOSS = Measure("train_loss", "final train loss", "", _last("loss", "train"), _FOUR)
 _BASIC = (
     FINAL_ACCURACY,
-    Measure(
-        "best_test",
-        "best test accuracy",
-        "The highest of all evaluations on the test split.",
-        _best,
-        _two_places,
-        100,
-        "%",
-    ),
-    Measure(
-        "final_train",
-        "final train accuracy",
-        "Clean weights, at the last evaluation of the training split.",
-        lambda run: final_accuracy(run, "train"),
-        _two_places,
-        100,
-        "%",
-    ),
-    Measure("gap", "generalization gap", "Final train minus final test accuracy.", _gap, _two_places, 100, "points"),
-    Measure("test_loss", "final test loss", "", _loss("test"), _four_places),
+    _accuracy("best_test", "best test accuracy", "The highest of all evaluations on the test split.", _best),
+    _accuracy("final_train", "final train accuracy", _CLEAN, _last("accuracy", "train")),
+    _accuracy("gap", "generalization gap", "Final train minus final test accuracy.", _gap, "points"),
+    Measure("test_loss", "final test loss", "", _last("loss", "test"), _FOUR),
     TRAIN_LOSS,
 )
+_UPDATES = "Sum over all updates, without evaluations."
 _PACE = (
-    Measure(
-        "seconds",
-        "time in updates",
-        "Sum over all updates, without evaluations.",
-        _seconds,
-        wording.duration,
-        group=_COST,
-    ),
+    Measure("seconds", "time in updates", _UPDATES, _seconds, wording.duration, group=_COST),
     Measure("images", "images/s", "Median over the run's records.", _images_per_second, wording.rate, group=_COST),
 )

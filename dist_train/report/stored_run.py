@@ -1,42 +1,262 @@
-"""One run as its directory shows it, and which runs a report is of."""
+"""One run as its directory shows it, with its analyses; and which runs a report is of."""
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
 from dist_train.outcome import UsageError
-from dist_train.report.results import Analyses, read_analyses
-from dist_train.rundir.paths import StudyDirectory
-from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, read_records
+from dist_train.rundir.paths import BrokenFileError, RunDirectory, StudyDirectory
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import Status, read_status
-from dist_train.watch.run_table import is_run, read_state
+from dist_train.watch.run_table import read_measurements, read_settings, read_state
+
+_INCIDENTAL = frozenset({"data_digest", "device", "batch_size", "statistics_batch", "threads"})
+
+
+@dataclass(frozen=True)
+class LandscapePoint:
+    """Loss and accuracy (in [0, 1]) of a split at one place; `beta` is 0 on a line."""
+
+    direction: int
+    alpha: float
+    beta: float
+    split: str
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class BasinWidth:
+    """Mean over directions of the interval where the training loss stays under `factor` times its minimum.
+
+    In `open_ends` directions the basin ends beyond the line: the width is at least so much. In `unresolved` directions
+    none of the line's points but the minimum lies in the basin: there both ends are guessed from points outside.
+    """
+
+    basin: str
+    factor: str
+    mean: float
+    open_ends: int
+    unresolved: int = 0
+
+    @property
+    def key(self) -> str:
+        """Return what tells it from the others of its result."""
+        return f"{self.basin}.{self.factor}"
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """One result: `kind` is interpolate, direction or plane; `settings` is JSON text, equal where results compare.
+
+    `runs` names the runs of its checkpoints, two for a line between them.
+    """
+
+    folder: Path
+    kind: str
+    runs: tuple[str, ...]
+    step: int | None
+    settings: str
+    widths: tuple[BasinWidth, ...]
+    points: tuple[LandscapePoint, ...]
+
+    def lines(self, split: str) -> tuple[tuple[LandscapePoint, ...], ...]:
+        """Return the points of `split` by direction, each ordered by alpha."""
+        lines: dict[int, list[LandscapePoint]] = {}
+        for point in sorted(self.points, key=lambda point: (point.direction, point.alpha)):
+            if point.split == split:
+                lines.setdefault(point.direction, []).append(point)
+        return tuple(map(tuple, lines.values()))
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """Measures of one checkpoint by name, in the order of the file."""
+
+    step: int | None
+    settings: str
+    measures: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Analyses:
+    """All results of a run; `problems` names the files that are of no use, and why."""
+
+    landscapes: tuple[Landscape, ...] = ()
+    sharpness: tuple[Sharpness, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    def of_kind(self, kind: str) -> tuple[Landscape, ...]:
+        """Return the landscapes of one kind."""
+        return tuple(item for item in self.landscapes if item.kind == kind)
+
+
+def read_analyses(directory: RunDirectory) -> Analyses:
+    """Return the results of a run; those of other checkpoints than its own count as problems."""
+    digests: set[str] = set()
+    for path in directory.checkpoint_records():
+        with suppress(BrokenFileError):  # the checkpoint's own reader reports it
+            digests.add(_Source.of(_json(path)).digest)
+    landscapes, sharpness, problems = [], [], []
+    for path in sorted(directory.analysis.iterdir()) if directory.analysis.is_dir() else ():
+        try:
+            if (path / "settings.json").is_file():
+                landscapes.append(_landscape(path, digests - {""}))
+            elif path.match("sharpness-*.json"):
+                sharpness.append(_sharpness(path, digests - {""}))
+        except BrokenFileError as error:
+            problems.append(f"{path.name}: {error}")
+    return Analyses(tuple(landscapes), tuple(sharpness), tuple(problems))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The checkpoint that a result is of."""
+
+    run: str
+    step: int | None
+    digest: str
+
+    @classmethod
+    def of(cls, fields: object) -> _Source:
+        known = fields if isinstance(fields, Mapping) else {}
+        folder, step = Path(str(known.get("path") or "")).parent, known.get("step")
+        run = folder.parent.name if folder.name == RunDirectory(Path()).checkpoints.name else folder.name
+        return cls(run, step if isinstance(step, int) else None, str(known.get("sha256") or ""))
+
+
+def _landscape(folder: Path, digests: Collection[str]) -> Landscape:
+    fields = _json(folder / "settings.json")
+    kind, checkpoints = fields.get("kind"), fields.get("checkpoints")
+    if not isinstance(checkpoints, list) or not checkpoints or not isinstance(kind, str):
+        raise BrokenFileError("settings.json names no kind or no checkpoint")
+    sources = [_Source.of(checkpoint) for checkpoint in checkpoints]
+    # where two checkpoints are joined, the other may be another run's
+    if digests and not any(source.digest in digests for source in sources):
+        raise BrokenFileError("it is of checkpoints that this run does not have")
+    try:
+        with (folder / "points.csv").open(newline="", encoding="utf-8") as file:
+            points = tuple(_point(row) for row in csv.DictReader(file))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise BrokenFileError(f"points.csv is not as it should be: {error!r}") from error
+    if not points:
+        raise BrokenFileError("points.csv holds no point")
+    widths = tuple(_widths(fields.get("widths"), points))
+    runs = tuple(source.run for source in sources)
+    return Landscape(folder, kind, runs, sources[0].step, _comparable(fields.get("settings")), widths, points)
+
+
+def _comparable(settings: object) -> str:
+    """Return what results must share to be compared; not how they were computed, nor which images a seed chose."""
+    if isinstance(settings, Mapping):
+        settings = {name: value for name, value in settings.items() if name not in _INCIDENTAL}
+    return json.dumps(settings, sort_keys=True)
+
+
+def _widths(fields: object, points: Sequence[LandscapePoint]) -> Iterator[BasinWidth]:
+    for basin, by_factor in _items(fields):
+        for factor, width in _items(by_factor):
+            match width:
+                case {"mean": int() | float() as mean}:
+                    unresolved = sum(_is_unresolved(line, points) for line in width.get("directions") or ())
+                    yield BasinWidth(basin, factor, float(mean), int(width.get("open") or 0), unresolved)
+
+
+def _is_unresolved(line: object, points: Sequence[LandscapePoint]) -> bool:
+    """Whether one point of the line, the minimum, lies in the basin at the most."""
+    match line:
+        case {"direction": number, "left": int() | float() as left, "right": int() | float() as right}:
+            mine = (point.alpha for point in points if point.split == "train" and point.direction == number)
+            return sum(left <= alpha <= right for alpha in mine) < 2
+    return False
+
+
+def _point(row: Mapping[str, str]) -> LandscapePoint:
+    alpha, beta = float(row["alpha"]), float(row["beta"] or 0)
+    loss, accuracy = float(row["loss"] or "nan"), float(row["accuracy"] or "nan")
+    return LandscapePoint(int(row["direction"] or 0), alpha, beta, row["split"], loss, accuracy)
+
+
+def _sharpness(path: Path, digests: Collection[str]) -> Sharpness:
+    fields = _json(path)
+    source = _Source.of(fields.get("checkpoint"))
+    if digests and source.digest not in digests:
+        raise BrokenFileError("it is of a checkpoint that this run does not have")
+    return Sharpness(source.step, _comparable(fields.get("settings")), dict(_measures(fields)))
+
+
+def _measures(fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the measures under the names that readers see."""
+    hessian = dict(_items(fields.get("hessian")))
+    known = [float(value) for value in hessian.get("eigenvalues") or () if value is not None]
+    if known:
+        yield "largest Hessian eigenvalue", max(known)
+    yield from _flat_numbers(hessian.get("trace"), "Hessian trace")
+    for name, value in _flat_numbers(fields.get("keskar"), ""):
+        yield f"Keskar, {name.replace('full', 'full space')}", value
+    for rise in fields.get("expected_rise") or ():
+        match rise:
+            case {"amplitude": int() | float() as amplitude, "mean": int() | float() as mean}:
+                yield f"expected rise at {amplitude:g}", float(mean)
+
+
+def _flat_numbers(fields: object, name: str) -> Iterator[tuple[str, float]]:
+    """Yield the finite numbers within nested JSON objects under dotted names."""
+    for inner, value in _items(fields):
+        yield from _flat_numbers(value, f"{name}.{inner}" if name else inner)
+    if isinstance(fields, int | float) and not isinstance(fields, bool) and math.isfinite(fields):
+        yield name, float(fields)
+
+
+def _items(fields: object) -> Iterator[tuple[str, Any]]:
+    """Yield the fields of a JSON object; none of anything else."""
+    yield from fields.items() if isinstance(fields, dict) else ()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BrokenFileError(f"{path.name} cannot be read, or is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise BrokenFileError(f"{path.name} holds no result")
+    return fields
+
+
+_BATCH = "batch.global_size"
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What a study says of one of its runs."""
+    """What a study says of one of its runs; `title` is what it calls the variant.
+
+    `batch` is None where neither the run nor the study's base configuration says it.
+    """
 
     name: str
     variant: str
     title: str
-    """What the study calls the variant."""
     seed: int | None
     overrides: tuple[str, ...]
     batch: int | None = None
-    """Its global batch; None where neither the run nor the study's base configuration says it."""
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run. `state` is status.json's, or `lost`, `broken` or `missing`, and `note` says why."""
+    """A run. `state` is status.json's, or `lost`, `broken` or `missing`, and `note` says why.
+
+    `settings` is by dotted path, and empty where config.yaml is missing or broken.
+    """
 
     directory: Path
     name: str
@@ -44,7 +264,6 @@ class StoredRun:
     note: str
     planned: Planned | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
-    """By dotted path; empty where config.yaml is missing or broken."""
     status: Status | None = None
     train: tuple[TrainRecord, ...] = ()
     evaluations: tuple[EvaluationRecord, ...] = ()
@@ -65,13 +284,13 @@ class StoredRun:
     @property
     def batch(self) -> int | None:
         """Return the global batch."""
-        size = self.settings.get("batch.global_size")
+        size = self.settings.get(_BATCH)
         return size if isinstance(size, int) else None
 
     def last(self, split: str) -> EvaluationRecord | None:
         """Return the last evaluation of `split`; None without one, and where it is not finite."""
-        found = [record for record in self.evaluations if record.split == split][-1:]
-        return next(filter(_is_finite, found), None)
+        last = next((record for record in reversed(self.evaluations) if record.split == split), None)
+        return last if last and _is_finite(last) else None
 
     def split(self, split: str) -> tuple[EvaluationRecord, ...]:
         """Return the evaluations of `split`, in order, but for those that are not finite."""
@@ -82,68 +301,29 @@ def _is_finite(record: EvaluationRecord) -> bool:
     return math.isfinite(record.accuracy) and math.isfinite(record.loss)
 
 
-def read_run(directory: Path, name: str, planned: Planned | None = None) -> StoredRun:
-    """Return the run in `directory`; what is wrong with it stands in its state and note, never raised."""
-    if not directory.is_dir():
-        return StoredRun(directory, name, "missing", "it has not begun: its folder is not there", planned)
-    if not is_run(directory):
-        return StoredRun(directory, name, "missing", "it has not begun: its folder is empty", planned)
-    records, problem = _records(directory / "metrics.jsonl")
-    settings, fault = read_settings(directory / "config.yaml")
+def read_run(root: Path, name: str, planned: Planned | None = None) -> StoredRun:
+    """Return the run in `root`; what is wrong with it stands in its state and note, never raised."""
+    directory = RunDirectory(root)
+    if not directory.has_begun:
+        what = "empty" if root.is_dir() else "not there"
+        return StoredRun(root, name, "missing", f"it has not begun: its folder is {what}", planned)
     state, note = read_state(directory)
-    if problem or fault:
-        state, note = "broken", problem or fault
-    elif state == "finished" and not any(isinstance(record, EvaluationRecord) for record in records):
-        state, note = "broken", "it has finished, but metrics.jsonl holds no evaluation"
-    return StoredRun(
-        directory=directory,
-        name=name,
-        state=state,
-        note=note,
-        planned=planned,
-        settings=settings,
-        status=read_status(directory / "status.json"),
-        train=tuple(record for record in records if isinstance(record, TrainRecord)),
-        evaluations=tuple(record for record in records if isinstance(record, EvaluationRecord)),
-        events=tuple(record for record in records if isinstance(record, EventRecord)),
-        analyses=read_analyses(directory),
-    )
-
-
-def flat_settings(sections: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield the settings of nested `sections` under dotted paths, in their order."""
-    for name, value in sections.items():
-        if isinstance(value, Mapping):
-            yield from flat_settings(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _records(path: Path) -> tuple[tuple[Record, ...], str]:
+    records: tuple[Record, ...] = ()
+    settings: Mapping[str, object] = {}
     try:
-        return read_records(path), ""
-    except FileNotFoundError:
-        return (), "it has no metrics.jsonl"
-    except OSError as error:
-        return (), f"metrics.jsonl cannot be read: {error.strerror}"
-
-
-def read_settings(path: Path) -> tuple[Mapping[str, object], str]:
-    """Return the settings of a configuration file by dotted path; none, and why, where it cannot be read."""
-    try:
-        sections = yaml.safe_load(path.read_bytes())
-    except FileNotFoundError:
-        return {}, ""
-    except (OSError, yaml.YAMLError) as error:
-        return {}, f"config.yaml cannot be read: {str(error).splitlines()[0]}"
-    return (
-        (dict(flat_settings(sections)), "") if isinstance(sections, Mapping) else ({}, "config.yaml holds no settings")
-    )
-
-
-PLAN = "runs.json"
-"""In a study's folder: its runs, in order."""
-_BATCH = "batch.global_size"
+        settings = read_settings(directory.config)
+        records = read_measurements(directory.metrics)
+        if not directory.metrics.exists():
+            raise BrokenFileError(f"it has no {directory.metrics.name}")
+        if state == "finished" and not any(isinstance(record, EvaluationRecord) for record in records):
+            raise BrokenFileError(f"it has finished, but {directory.metrics.name} holds no evaluation")
+    except BrokenFileError as error:
+        state, note = "broken", str(error)
+    train = tuple(record for record in records if isinstance(record, TrainRecord))
+    evaluations = tuple(record for record in records if isinstance(record, EvaluationRecord))
+    events = tuple(record for record in records if isinstance(record, EventRecord))
+    status, analyses = read_status(directory.status), read_analyses(directory)
+    return StoredRun(root, name, state, note, planned, settings, status, train, evaluations, events, analyses)
 
 
 @dataclass(frozen=True)
@@ -157,84 +337,68 @@ class Subject:
     @property
     def title(self) -> str:
         """Return what the study calls itself, else the folder's name."""
-        return _study_title(self.directory) if self.kind == "study" else self.directory.resolve().name
+        fields = None
+        with suppress(OSError, yaml.YAMLError):
+            fields = yaml.safe_load(StudyDirectory(self.directory).study.read_bytes()) if self.kind == "study" else None
+        title = (fields.get("title") or fields.get("name")) if isinstance(fields, Mapping) else None
+        return str(title or self.directory.resolve().name)
 
 
 def read_subject(directory: Path) -> Subject:
     """Return the runs of `directory`. Raises UsageError where it is no folder, or there is no run in it."""
     if not directory.is_dir():
-        raise UsageError(f"there is no folder {directory}: name a run, a study, or a folder of runs")
-    if (directory / PLAN).is_file():
+        raise UsageError(
+            f"there is no folder {directory}: name a run, a study, or a folder of runs", code="folder-missing"
+        )
+    if StudyDirectory(directory).runs.is_file():
         return Subject(directory, "study", tuple(_study_runs(directory, "")))
-    if is_run(directory):
+    if RunDirectory(directory).has_begun:
         return Subject(directory, "run", (read_run(directory, directory.resolve().name),))
     runs = tuple(_runs_below(directory))
     if not runs:
-        raise UsageError(f"there is no run at or below {directory}: name a run, a study, or a folder of runs")
-    return Subject(directory, "folder", runs)
-
-
-def read_plan(path: Path) -> tuple[Planned, ...]:
-    """Return the runs that a study's `runs.json` names. Raises UsageError where it cannot be used."""
-    try:
-        content = json.loads(path.read_bytes())
-        entries = content["runs"] if isinstance(content, Mapping) else content
-        base, _ = read_settings(StudyDirectory(path.parent).base)
-        return tuple(_planned(entry, base.get(_BATCH)) for entry in entries)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"{path} is not a list of runs ({error!r}): start the study's sweep again, which writes it"
-        ) from error
-
-
-def _planned(entry: Mapping[str, object], base_batch: object) -> Planned:
-    name, seed, overrides = str(entry["name"]), entry.get("seed"), entry.get("overrides") or ()
-    if isinstance(overrides, Mapping):
-        overrides = [f"{path}={value}" for path, value in overrides.items()]
-    if not isinstance(overrides, list | tuple):
-        raise TypeError(f"overrides of {name}: {overrides!r}")
-    return Planned(
-        name=name,
-        variant=str(entry.get("variant") or ""),
-        title=str(entry.get("title") or entry.get("variant") or ""),
-        seed=seed if isinstance(seed, int) else None,
-        overrides=tuple(map(str, overrides)),
-        batch=_batch(tuple(map(str, overrides)), base_batch),
-    )
-
-
-def _batch(overrides: tuple[str, ...], base_batch: object) -> int | None:
-    for override in overrides:
-        path, _, value = override.partition("=")
-        if path.strip() == _BATCH and value.strip().isdecimal():
-            return int(value)
-    return base_batch if isinstance(base_batch, int) else None
-
-
-def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:
-    for planned in read_plan(directory / PLAN):
-        yield read_run(directory / planned.name, prefix + planned.name, planned)
+            f"there is no run at or below {directory}: name a run, a study, or a folder of runs", code="no-run-here"
+        )
+    return Subject(directory, "folder", runs)
 
 
 def _runs_below(directory: Path) -> Iterator[StoredRun]:
     for folder, children, files in os.walk(directory):
         path = Path(folder)
         name = str(path.relative_to(directory))
-        if PLAN in files:
+        if StudyDirectory(Path()).runs.name in files:
             children.clear()
             yield from _study_runs(path, f"{name}/")
-        elif path != directory and is_run(path):
+        elif RunDirectory(path).has_begun:
             children.clear()
             yield read_run(path, name)
         children.sort()
 
 
-def _study_title(directory: Path) -> str:
+def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:
+    path = StudyDirectory(directory).runs
+    base: object = None
+    with suppress(BrokenFileError):
+        base = read_settings(StudyDirectory(directory).base).get(_BATCH)
     try:
-        fields = yaml.safe_load((directory / "study.yaml").read_bytes())
-    except (OSError, yaml.YAMLError):
-        fields = None
-    title = (fields.get("title") or fields.get("name")) if isinstance(fields, Mapping) else None
-    return str(title or directory.resolve().name)
+        plan = [_planned(entry, base) for entry in json.loads(path.read_bytes())]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{path} is not a list of runs ({error!r}): start the study's sweep again", code="plan-damaged"
+        ) from error
+    for planned in plan:
+        yield read_run(directory / planned.name, prefix + planned.name, planned)
+
+
+def _planned(entry: Mapping[str, Any], base_batch: object) -> Planned:
+    overrides = tuple(map(str, entry.get("overrides") or ()))
+    batch = str(dict(override.split("=", 1) for override in overrides).get(_BATCH, base_batch))
+    variant, seed = str(entry.get("variant") or ""), entry.get("seed")
+    return Planned(
+        name=str(entry["name"]),
+        variant=variant,
+        title=str(entry.get("title") or variant),
+        seed=seed if isinstance(seed, int) else None,
+        overrides=overrides,
+        batch=int(batch) if batch.isdecimal() else None,
+    )

@@ -1,13 +1,23 @@
-"""The tables of the page: variants, runs, and what sets variants apart."""
+"""The tables of the page: variants, differences from the base line, runs; and what it takes to run them again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from typing import Generic, TypeVar
 
-from dist_train.report.measures import Measure, measures_of
-from dist_train.report.stored_run import StoredRun
-from dist_train.report.variants import Panel, Variant
+from dist_train.config import Config
+from dist_train.report.measures import Interval, Measure, measures_of, sharpness_measures
+from dist_train.report.stored_run import StoredRun, Subject
+from dist_train.report.variants import Panel, Variant, shown
+from dist_train.rundir.paths import RunDirectory, StudyDirectory
+from dist_train.watch.run_table import flat_settings
+
+_EFFECTS = ("final_test", "final_train", "gap", "test_loss", "train_loss")
+_Content = TypeVar("_Content")
 
 
 @dataclass(frozen=True)
@@ -23,96 +33,59 @@ class Cell:
     is_bound: bool = False
     note: str = ""
 
+    @property
+    def as_text(self) -> str:
+        """Return the number with its bound and spread."""
+        return f"{'≥ ' if self.is_bound else ''}{self.text}{f' ± {self.spread}' if self.spread else ''}"
+
 
 @dataclass(frozen=True)
-class VariantRow:
-    """A variant with its numbers; `counted` of its `planned` seeds have finished."""
+class Effect:
+    """A difference from the base line as it is read, and the exact one; `note` as in a Cell.
+
+    A bound has its sign in `text` and no `ends`; `text` is empty where nothing is known.
+    """
+
+    interval: Interval
+    text: str
+    ends: str
+    note: str
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.interval.low > 0 or self.interval.high < 0
+
+
+@dataclass(frozen=True)
+class Row(Generic[_Content]):
+    """A variant's cells under its `label`; `is_provisional` where they are of runs that have not finished."""
 
     variant: Variant
-    counted: int
-    planned: int
-    cells: tuple[Cell, ...]
+    label: str
+    is_provisional: bool
+    cells: tuple[_Content, ...]
 
 
 @dataclass(frozen=True)
-class VariantTable:
+class Table(Generic[_Content]):
     """Variants by panel; `measures` heads the columns."""
 
     title: str
     measures: tuple[Measure, ...]
-    groups: tuple[tuple[Panel, tuple[VariantRow, ...]], ...]
+    groups: tuple[tuple[Panel, tuple[Row[_Content], ...]], ...]
 
 
-@dataclass(frozen=True)
-class RunRow:
-    """A run with its numbers; `is_counted` where it has finished, and is not a duplicate."""
-
-    run: StoredRun
-    variant: Variant
-    panel: Panel
-    cells: tuple[Cell, ...]
-
-    @property
-    def is_counted(self) -> bool:
-        """Whether its numbers are results."""
-        return self.run.is_finished and self.run.name not in self.variant.repeated
-
-
-@dataclass(frozen=True)
-class RunTable:
-    """Every run, also those that are missing."""
-
-    measures: tuple[Measure, ...]
-    rows: tuple[RunRow, ...]
-
-
-def variant_tables(panels: Sequence[Panel]) -> tuple[VariantTable, ...]:
+def variant_tables(panels: Sequence[Panel]) -> tuple[Table[Cell], ...]:
     """Return a table for each group of measures."""
-    measures = measures_of([run for panel in panels for variant in panel.variants for run in variant.counted])
     tables = []
-    for title in dict.fromkeys(measure.group for measure in measures):
-        chosen = tuple(measure for measure in measures if measure.group == title)
-        groups = tuple((panel, tuple(_variant_row(variant, chosen) for variant in panel.variants)) for panel in panels)
-        tables.append(VariantTable(title, chosen, groups))
+    for title, chosen in _grouped(measures_of(_counted(panels))):
+        groups = []
+        for panel in panels:
+            numbers = [(each, tuple(variant_cell(each, measure) for measure in chosen)) for each in panel.variants]
+            groups.append((panel, tuple(Row(each, each.label, each.is_provisional, cells) for each, cells in numbers)))
+        tables.append(Table(title, chosen, tuple(groups)))
     return tuple(tables)
-
-
-def run_table(panels: Sequence[Panel]) -> RunTable:
-    """Return every run with all that is measured of it."""
-    measures = measures_of([run for panel in panels for variant in panel.variants for run in variant.runs])
-    return RunTable(
-        measures,
-        tuple(
-            RunRow(run, variant, panel, run_cells(run, measures))
-            for panel in panels
-            for variant in panel.variants
-            for run in variant.runs
-        ),
-    )
-
-
-def run_cells(run: StoredRun, measures: Sequence[Measure]) -> tuple[Cell, ...]:
-    """Return the numbers of `run`."""
-    cells = []
-    for measure in measures:
-        value = measure.take(run)
-        cells.append(
-            Cell()
-            if value is None
-            else Cell(
-                value,
-                measure.write(value * measure.factor),
-                is_bound=measure.is_bound(run),
-                note="unresolved" if measure.is_unresolved(run) else "",
-            )
-        )
-    return tuple(cells)
-
-
-def _variant_row(variant: Variant, measures: Sequence[Measure]) -> VariantRow:
-    return VariantRow(
-        variant, len(variant.counted), variant.seeds, tuple(variant_cell(variant, measure) for measure in measures)
-    )
 
 
 def variant_cell(variant: Variant, measure: Measure) -> Cell:
@@ -128,6 +101,167 @@ def variant_cell(variant: Variant, measure: Measure) -> Cell:
 
 def limits(count: int, censored: int, unresolved: int) -> str:
     """Return what a reader must know of a mean over `count` values: n = 3, 1 censored, 2 unresolved."""
-    told = [f"n = {count}"]
-    told += [f"{number} {word}" for number, word in ((censored, "censored"), (unresolved, "unresolved")) if number]
-    return ", ".join(told)
+    words = ((censored, "censored"), (unresolved, "unresolved"))
+    return ", ".join([f"n = {count}", *(f"{number} {word}" for number, word in words if number)])
+
+
+def run_cells(run: StoredRun, measures: Sequence[Measure]) -> tuple[Cell, ...]:
+    """Return the numbers of `run`."""
+    cells = []
+    for measure in measures:
+        value = measure.take(run)
+        if value is None:
+            cells.append(Cell())
+        else:
+            note = "unresolved" if measure.is_unresolved(run) else ""
+            bound = measure.is_bound(run)
+            cells.append(Cell(value, measure.write(value * measure.factor), is_bound=bound, note=note))
+    return tuple(cells)
+
+
+def effect_tables(panels: Sequence[Panel]) -> tuple[Table[Effect | None], ...]:
+    """Return the differences from the base line of the same batch, and of base lines from that of the smallest batch.
+
+    A table for each group of measures, without those of which no two seeds can be compared.
+    """
+    runs = _counted(panels)
+    basic = [measure for measure in measures_of(runs) if measure.key in _EFFECTS]
+    tables = (_effect_table(title, panels, group) for title, group in _grouped([*basic, *sharpness_measures(runs)]))
+    return tuple(table for table in tables if table.measures)
+
+
+def _effect_table(title: str, panels: Sequence[Panel], measures: Sequence[Measure]) -> Table[Effect | None]:
+    every = [(panel, list(_effect_rows(panel, panels[0], measures))) for panel in panels]
+    kept = [at for at in range(len(measures)) if any(row.cells[at] for _, rows in every for row in rows)]
+    groups = []
+    for panel, rows in every:
+        chosen = tuple(
+            Row(row.variant, row.label, row.is_provisional, tuple(row.cells[at] for at in kept))
+            for row in rows
+            if any(row.cells)
+        )
+        if chosen:
+            groups.append((panel, chosen))
+    return Table(title, tuple(measures[at] for at in kept), tuple(groups))
+
+
+def _effect_rows(panel: Panel, first: Panel, measures: Sequence[Measure]) -> Iterator[Row[Effect | None]]:
+    for variant in panel.variants:
+        base, label = panel.base, variant.label
+        if variant.is_base:
+            base, label = first.base if panel is not first else None, f"{label}, from that of {first.short}"
+        if base is not None:
+            cells = tuple(_effect(variant, base, measure) for measure in measures)
+            yield Row(variant, label, variant.is_provisional or base.is_provisional, cells)
+
+
+def _effect(variant: Variant, base: Variant, measure: Measure) -> Effect | None:
+    interval = variant.difference(base, measure)
+    if interval is None:
+        return None
+    unresolved = sum(any(measure.is_unresolved(run) for run, _ in pair) for pair in variant.pairs(base, measure))
+    note = limits(interval.count, interval.censored, unresolved)
+    difference, low, high = (_signed(measure, each) for each in (interval.difference, interval.low, interval.high))
+    if interval.censored:
+        return Effect(interval, f"{interval.sign} {difference}" if interval.sign else "", "", note)
+    return Effect(interval, difference, f"{low} to {high}", note)
+
+
+def _signed(measure: Measure, value: float) -> str:
+    sign = "" if value == 0 else "+" if value > 0 else "\u2212"
+    return sign + measure.write(abs(value) * measure.factor)
+
+
+def _counted(panels: Sequence[Panel]) -> list[StoredRun]:
+    return [run for panel in panels for variant in panel.variants for run in variant.counted]
+
+
+def _grouped(measures: Sequence[Measure]) -> Iterator[tuple[str, tuple[Measure, ...]]]:
+    for title in dict.fromkeys(measure.group for measure in measures):
+        yield title, tuple(measure for measure in measures if measure.group == title)
+
+
+_NOT_RECORDED = "not recorded"
+
+
+Sections = Mapping[str, Sequence[tuple[str, str, bool]]]
+"""Settings by section: name, value, and whether it is the default."""
+
+
+def sections_of(settings: Mapping[str, object]) -> Sections:
+    """Return `settings`, which are by dotted path, by section."""
+    defaults = dict(flat_settings(Config().model_dump(mode="json")))
+    sections: dict[str, list[tuple[str, str, bool]]] = {}
+    for path, value in settings.items():
+        section, _, name = path.partition(".")
+        is_default = path in defaults and defaults[path] == value
+        sections.setdefault(section, []).append((name or section, shown(value), is_default))
+    return sections
+
+
+def shared_settings(runs: Sequence[StoredRun]) -> Sections:
+    """Return the settings that all of `runs` have in common, by section."""
+    first, *others = [run.settings for run in runs if run.settings] or [{}]
+    missing = object()
+    return sections_of(
+        {path: value for path, value in first.items() if all(each.get(path, missing) == value for each in others)}
+    )
+
+
+def environment(runs: Sequence[StoredRun]) -> tuple[tuple[str, str], ...]:
+    """Return where and when `runs` ran, as names and values."""
+    known = [run.status for run in runs if run.status]
+    rows = (
+        ("hosts", _listed(status.host for status in known)),
+        ("ranks", _listed(f"{status.world_size}" for status in known)),
+        ("Slurm jobs", _listed(status.slurm_job for status in known)),
+        ("last launch began", _span([status.started for status in known])),
+        ("ended", _span([status.finished for status in known if status.finished])),
+    )
+    return tuple((name, value) for name, value in rows if value)
+
+
+def versions(runs: Sequence[StoredRun]) -> tuple[tuple[str, str], ...]:
+    """Return what `runs` ran with, as names and values; where they differ, how many of them had which."""
+    recorded = [run.status.environment for run in runs if run.status]
+    if recorded and not any(recorded):
+        return (("versions", _NOT_RECORDED),)
+    rows = []
+    for name in dict.fromkeys(name for environment in recorded for name in environment):
+        counts = Counter(environment.get(name, _NOT_RECORDED) for environment in recorded).most_common()
+        differ = "runs differ: " + ", ".join(f"{value} ({count})" for value, count in counts)
+        rows.append((name, differ if len(counts) > 1 else counts[0][0]))
+    return tuple(rows)
+
+
+def commands(subject: Subject) -> tuple[str, ...]:
+    """Return the commands that make the runs, and this page, again."""
+    folder = shlex.quote(str(subject.directory))
+    report = f"dist-train report {folder}"
+    if subject.kind != "run":
+        return (report,)
+    name = subject.runs[0].settings.get("run.name", "run")
+    config = shlex.quote(str(RunDirectory(subject.directory).config))
+    return (f"dist-train train {config} run.name={name}-again run.resume=never", report)
+
+
+def command_of(run: StoredRun) -> str:
+    """Return the command that makes `run` of a study again; empty where its study does not say it."""
+    if run.planned is None or not run.planned.overrides:
+        return ""
+    return shlex.join(["dist-train", "train", str(StudyDirectory(run.directory.parent).base), *run.planned.overrides])
+
+
+def _listed(values: Iterable[str]) -> str:
+    return ", ".join(sorted({value for value in values if value}))
+
+
+def _span(moments: Sequence[str]) -> str:
+    try:
+        known = sorted(datetime.fromisoformat(moment) for moment in moments)
+    except ValueError:
+        return ""
+    if not known:
+        return ""
+    first, last = (f"{moment:%Y-%m-%d %H:%M} UTC" for moment in (known[0], known[-1]))
+    return first if first == last else f"{first} to {last}"

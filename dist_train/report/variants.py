@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from dist_train.report.measures import Measure
-from dist_train.report.numbers import Interval, Summary, paired_difference, summary
+from dist_train.report.measures import Interval, Measure, Summary, paired_difference, summary
 from dist_train.report.stored_run import StoredRun
+from dist_train.rundir.records import EvaluationRecord, TrainRecord
 
 _NO_EFFECT = (
     "run.name",
@@ -27,7 +27,6 @@ _NO_EFFECT = (
     "metrics.",
 )
 """Settings that tell no two variants apart: they do not change what a run finds."""
-
 
 _USUAL_NOISE: Mapping[str, object] = {
     "noise.distribution": "uniform",
@@ -120,14 +119,45 @@ class Panel:
 
 
 def panels_of(runs: Sequence[StoredRun]) -> tuple[Panel, ...]:
-    """Return the runs in panels by global batch, the smallest first; SB and LB where there are two."""
+    """Return the runs in panels by global batch, the smallest first; SB and LB where there are two.
+
+    A label has one colour in all panels, base lines the first. The changes of a base line are from the first panel's.
+    """
     groups = _groups(runs)
-    batches = sorted({_batch(group) for group in groups.values()}, key=lambda size: (size is None, size or 0))
-    panels = []
+    sizes = {name: _batch(group) for name, group in groups.items()}
+    batches = sorted(set(sizes.values()), key=lambda size: (size is None, size or 0))
+    shorts = {size: "batch unknown" if size is None else f"batch {size:,}" for size in batches}
+    if len(known := [size for size in batches if size is not None]) == 2:
+        shorts |= dict(zip(known, ("SB", "LB"), strict=True))
+    colours: dict[str, int] = {}
+    first: Mapping[str, object] | None = None
+    panels: list[Panel] = []
     for batch in batches:
-        variants = [_variant(name, group, batch) for name, group in groups.items() if _batch(group) == batch]
-        panels.append(Panel(_title(batch, batches), _short(batch, batches), batch, _labelled(variants)))
-    return _coloured(_with_bases_compared(panels))
+        members = {name: group for name, group in groups.items() if sizes[name] == batch}
+        base = _choose_base(members)
+        if base is not None and not panels:
+            first = _settings(members[base])
+        variants = []
+        for name, label in _labels(members, base).items():
+            own = _settings(members[name])
+            reference = first if name == base else _settings(members[base]) if base is not None and own else None
+            variants.append(
+                Variant(
+                    name,
+                    label,
+                    batch,
+                    tuple(members[name]),
+                    () if reference is None else changes_between(reference, own),
+                    0 if name == base else colours.setdefault(label, len(colours) + 1),
+                    name == base,
+                    duplicates_of(members[name]),
+                )
+            )
+        short = shorts[batch]
+        panels.append(
+            Panel(f"{short}, batch {batch:,}" if short in ("SB", "LB") else short, short, batch, tuple(variants))
+        )
+    return tuple(panels)
 
 
 def duplicates_of(runs: Sequence[StoredRun]) -> dict[str, str]:
@@ -146,7 +176,8 @@ def duplicates_of(runs: Sequence[StoredRun]) -> dict[str, str]:
 
 
 def _preference(run: StoredRun) -> tuple[bool, int, int, str]:
-    steps = max((*(record.step for record in run.train), *(record.step for record in run.evaluations)), default=0)
+    records: tuple[TrainRecord | EvaluationRecord, ...] = (*run.train, *run.evaluations)
+    steps = max((record.step for record in records), default=0)
     analyses = len(run.analyses.landscapes) + len(run.analyses.sharpness)
     return not run.is_finished, -steps, -analyses, run.name
 
@@ -159,24 +190,20 @@ def _found_by(run: StoredRun) -> tuple[tuple[str, str], ...]:
 def changes_between(base: Mapping[str, object], settings: Mapping[str, object]) -> tuple[Change, ...]:
     """Return the settings that differ and can change what a run finds; without noise, its other settings are none."""
     before, after = _effective(base), _effective(settings)
-    paths = dict.fromkeys((*after, *before))
-    return tuple(
-        Change(path, before.get(path), after.get(path))
-        for path in paths
-        if not path.startswith(_NO_EFFECT) and before.get(path) != after.get(path) and _is_told(path, before, after)
-    )
+    changes = []
+    for path in dict.fromkeys((*after, *before)):
+        old, new = before.get(path), after.get(path)
+        # of a noise that appears only the amplitude is worth a word, and what is not usual
+        is_usual = path.startswith("noise.") and path not in before and new == _USUAL_NOISE.get(path, new)
+        if old != new and not path.startswith(_NO_EFFECT) and (not is_usual or path == "noise.amplitude"):
+            changes.append(Change(path, old, new))
+    return tuple(changes)
 
 
 def _effective(settings: Mapping[str, object]) -> dict[str, object]:
-    if settings.get("noise.method") not in (None, "none"):
-        return dict(settings)
-    return {path: value for path, value in settings.items() if not path.startswith("noise.") or path == "noise.method"}
-
-
-def _is_told(path: str, before: Mapping[str, object], after: Mapping[str, object]) -> bool:
-    """Whether a setting of noise says more than that there now is some: the amplitude, and what is not usual."""
-    appears = path.startswith("noise.") and path not in before
-    return not appears or path == "noise.amplitude" or after.get(path) != _USUAL_NOISE.get(path, after.get(path))
+    """Return `settings` without those of a noise that there is not."""
+    kept = "noise." if not _is_without_noise(settings) else "noise.method"
+    return {path: value for path, value in settings.items() if not path.startswith("noise.") or path.startswith(kept)}
 
 
 def shown(value: object) -> str:
@@ -195,13 +222,11 @@ def _groups(runs: Sequence[StoredRun]) -> dict[str, list[StoredRun]]:
     groups: dict[str, list[StoredRun]] = {}
     names: dict[tuple[tuple[str, str], ...], str] = {}
     for run in runs:
+        name = run.name
         if run.planned and run.planned.variant:
-            study = run.name.removesuffix(run.planned.name)
-            name = study + run.planned.variant
+            name = name.removesuffix(run.planned.name) + run.planned.variant
         elif run.settings:
-            name = names.setdefault(_found_by(run), run.name)
-        else:
-            name = run.name
+            name = names.setdefault(_found_by(run), name)
         groups.setdefault(name, []).append(run)
     return groups
 
@@ -212,122 +237,55 @@ def _settings(runs: Sequence[StoredRun]) -> Mapping[str, object]:
 
 def _batch(runs: Sequence[StoredRun]) -> int | None:
     """Return the global batch of a variant, from its plan where no run of it has begun."""
-    known = (run.batch for run in runs if run.batch is not None)
-    planned = (run.planned.batch for run in runs if run.planned)
-    return next(known, next(planned, None))
+    sizes = (*(run.batch for run in runs), *(run.planned.batch for run in runs if run.planned))
+    return next((size for size in sizes if size is not None), None)
 
 
-def _variant(name: str, runs: Sequence[StoredRun], batch: int | None) -> Variant:
-    title = next((run.planned.title for run in runs if run.planned and run.planned.title), name)
-    return Variant(name, title, batch, tuple(runs), repeated=duplicates_of(runs))
+def _choose_base(members: Mapping[str, Sequence[StoredRun]]) -> str | None:
+    """Return the first variant without noise, else the first that has begun."""
+    known = [name for name, runs in members.items() if _settings(runs)]
+    return next((name for name in known if _is_without_noise(_settings(members[name]))), next(iter(known), None))
 
 
-def _labelled(variants: Sequence[Variant]) -> tuple[Variant, ...]:
-    """Return `variants` with the base line first, and each named by what it changes."""
-    base = _choose_base(variants)
-    if base is None:
-        return tuple(variants)
-    settings = _settings(base.runs)
-    labelled = [replace(base, label="base line" if _is_without_noise(base) else base.label, is_base=True)]
-    for variant in variants:
-        if variant is not base:
-            changes = changes_between(settings, _settings(variant.runs)) if _settings(variant.runs) else ()
-            labelled.append(replace(variant, label=_label(variant, changes), changes=changes))
-    labels = [variant.label for variant in labelled]
-    return tuple(
-        variant if labels.count(variant.label) == 1 else replace(variant, label=f"{variant.label} ({variant.name})")
-        for variant in labelled
-    )
+def _is_without_noise(settings: Mapping[str, object]) -> bool:
+    return settings.get("noise.method") in (None, "none")
 
 
-def _choose_base(variants: Sequence[Variant]) -> Variant | None:
-    known = [variant for variant in variants if _settings(variant.runs)]
-    without = [variant for variant in known if _is_without_noise(variant)]
-    return next(iter(without or known), None)
+def _labels(members: Mapping[str, Sequence[StoredRun]], base: str | None) -> dict[str, str]:
+    """Return the labels of the variants by name, the base line first; each says what it changes."""
+    labels = {}
+    for name in sorted(members, key=lambda name: name != base):
+        title = next((run.planned.title for run in members[name] if run.planned and run.planned.title), name)
+        own = _settings(members[name])
+        words: list[str] = []
+        if name == base and _is_without_noise(own):
+            words = ["base line"]
+        elif name != base and base is not None and own:
+            changes = changes_between(_settings(members[base]), own)
+            words = [*_noise_in_words(own, changes), *_others_in_words(changes)]
+        labels[name] = ", ".join(words) if 0 < len(words) <= 5 else title
+    every = list(labels.values())
+    return {name: label if every.count(label) == 1 else f"{label} ({name})" for name, label in labels.items()}
 
 
-def _is_without_noise(variant: Variant) -> bool:
-    return _settings(variant.runs).get("noise.method") in (None, "none")
-
-
-def _label(variant: Variant, changes: Sequence[Change]) -> str:
-    settings = _settings(variant.runs)
-    if not settings:
-        return variant.label
-    words = [*_noise_in_words(settings, changes), *(_in_words(change) for change in changes if _tells(change))]
-    return ", ".join(words) if words and len(words) <= 5 else variant.label
-
-
-def _tells(change: Change) -> bool:
-    return not change.path.startswith("noise.") and change.path not in ("model.norm_statistics", "batch.micro_size")
-
-
-def _in_words(change: Change) -> str:
-    name = change.path.rpartition(".")[2].replace("_", " ")
-    return shown(change.value) if change.path == "optimizer.name" else f"{name} {shown(change.value)}"
+def _others_in_words(changes: Sequence[Change]) -> Iterator[str]:
+    for change in changes:
+        if not change.path.startswith(("noise.", "model.norm_statistics", "batch.micro_size")):
+            name = change.path.rpartition(".")[2].replace("_", " ")
+            yield shown(change.value) if change.path == "optimizer.name" else f"{name} {shown(change.value)}"
 
 
 def _noise_in_words(settings: Mapping[str, object], changes: Sequence[Change]) -> Iterator[str]:
     """Yield what sets this noise apart; what is the usual is left unsaid."""
     if not any(change.path.startswith("noise.") for change in changes):
         return
-    method = settings.get("noise.method")
-    if method in (None, "none"):
+    if _is_without_noise(settings):
         yield "no noise"
         return
-    kind = {"smoothout": settings.get("noise.distribution", "noise"), "sam": "SAM"}.get(str(method), method)
+    method = str(settings["noise.method"])
+    kind = {"smoothout": settings.get("noise.distribution", "noise"), "sam": "SAM"}.get(method, method)
     yield f"{kind} {shown(settings.get('noise.amplitude'))}"
     for path in ("noise.scale", "noise.sharing", "noise.schedule.kind"):
-        usual = _USUAL_NOISE[path]
-        value = settings.get(path, usual)
-        if value != usual and method != "sam":
+        value = settings.get(path, _USUAL_NOISE[path])
+        if value != _USUAL_NOISE[path] and method != "sam":
             yield str(value).replace("_", "-") + (" scale" if path == "noise.scale" else "")
-
-
-def _with_bases_compared(panels: Sequence[Panel]) -> tuple[Panel, ...]:
-    """Return `panels` with the changes of each base line from the first panel's."""
-    first = panels[0].base if panels else None
-    if first is None:
-        return tuple(panels)
-    settings = _settings(first.runs)
-    return tuple(
-        replace(
-            panel,
-            variants=tuple(
-                replace(variant, changes=changes_between(settings, _settings(variant.runs)))
-                if variant.is_base
-                else variant
-                for variant in panel.variants
-            ),
-        )
-        for panel in panels
-    )
-
-
-def _coloured(panels: Sequence[Panel]) -> tuple[Panel, ...]:
-    """Return `panels` with one colour for each label: base lines have the first."""
-    labels = [variant.label for panel in panels for variant in panel.variants if not variant.is_base]
-    colours = {label: index + 1 for index, label in enumerate(dict.fromkeys(labels))}
-    return tuple(
-        replace(
-            panel,
-            variants=tuple(
-                replace(variant, colour=0 if variant.is_base else colours[variant.label]) for variant in panel.variants
-            ),
-        )
-        for panel in panels
-    )
-
-
-def _title(batch: int | None, batches: Sequence[int | None]) -> str:
-    if batch is None:
-        return "batch unknown"
-    short = _short(batch, batches)
-    return f"{short}, batch {batch:,}" if short in ("SB", "LB") else short
-
-
-def _short(batch: int | None, batches: Sequence[int | None]) -> str:
-    known = [size for size in batches if size is not None]
-    if batch is not None and len(known) == 2:
-        return "SB" if batch == min(known) else "LB"
-    return "batch unknown" if batch is None else f"batch {batch:,}"

@@ -16,9 +16,6 @@ from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text
 from dist_train.rundir.records import EventRecord, Measurement, Outcome, RankMeasurement, Record, RunFacts
 
-FILE_NAME = "counts.json"
-"""In the run directory."""
-
 _logger = logging.getLogger(__name__)
 
 

@@ -12,6 +12,10 @@ from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir import atomic
 
 
+class BrokenFileError(Exception):
+    """A file of a run that cannot be read; its text says why."""
+
+
 class RunDirectory:
     """The files of a run below `root`."""
 
@@ -63,6 +67,11 @@ class RunDirectory:
         """Return the run that the file `checkpoint` belongs to; its own folder where it lies in no run's."""
         folder = checkpoint.parent
         return cls(folder.parent if folder.name == "checkpoints" else folder)
+
+    def checkpoint_steps(self) -> tuple[int, ...]:
+        """Return the steps of the checkpoints that are whole, in order."""
+        steps = (path.stem.removeprefix("step-") for path in self.checkpoint_records())
+        return tuple(sorted(int(step) for step in steps if step.isdigit()))
 
     def create(self) -> None:
         """Make the folders, for the user alone where they are new.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
@@ -14,9 +13,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from dist_train.outcome import ExitCode
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text
+from dist_train.rundir.paths import BrokenFileError
 
 State = Literal["starting", "running", "stopping", "stopped", "finished", "failed"]
 
@@ -49,6 +51,9 @@ class Status:
     slurm_job: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Versions by package, and the device, of the last launch that trained; empty where unknown."""
+
+
+_STATUS = TypeAdapter(Status)
 
 
 class StatusFile:
@@ -111,13 +116,30 @@ class StatusFile:
             self._refused = False
 
 
+def load_status(path: Path) -> Status:
+    """Return the status at `path`; fields of a later version are passed over.
+
+    Raises:
+        BrokenFileError: it is not there, cannot be read, or is no status.
+    """
+    try:
+        return _STATUS.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise BrokenFileError(f"no {path.name}") from None
+    except OSError as error:
+        raise BrokenFileError(f"{path.name} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"{name}: " for name in first["loc"])
+        raise BrokenFileError(f"{path.name} is no status of a run: {place}{first['msg']}") from error
+
+
 def read_status(path: Path) -> Status | None:
     """Return the status at `path`; None where there is none that can be read."""
     try:
-        status = Status(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return load_status(path)
+    except BrokenFileError:
         return None
-    return status if isinstance(status.environment, dict) else None
 
 
 def another_failed(path: Path) -> bool:

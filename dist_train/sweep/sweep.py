@@ -311,18 +311,14 @@ def _has_ended(process: RunProcess, plan: Plan, tally: Tally, say: Say) -> bool:
     if ended.code == ExitCode.FINISHED:
         tally.finished.append(ended.run)
         say(f"{label}: finished in {took}{_accuracy(standing_of(ended.run))}")
-    elif _was_stopped(ended):
+    elif ended.code in (ExitCode.STOPPED, -signal.SIGTERM):
+        # A run without its signal handlers yet dies of the request; there was nothing to save.
         tally.stopped.append((ended.run, ended.reason))
         say(f"{label}: stopped after {took}")
     else:
         tally.failed.append((ended.run, ended.reason))
         say(f"{label}: failed after {took}: {ended.reason}")
     return True
-
-
-def _was_stopped(ended: Ended) -> bool:
-    # A run that did not yet listen dies of the request; there was nothing to save.
-    return ended.code in (ExitCode.STOPPED, -signal.SIGTERM)
 
 
 def _accuracy(standing: Standing) -> str:

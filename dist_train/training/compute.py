@@ -124,7 +124,7 @@ class DynamicLossScale:
     """Halved by each overflow, doubled after many updates without one; kept in the progress, which is saved."""
 
     def __init__(self, progress: Progress) -> None:
-        """Go on from the factor in `progress`, or begin there."""
+        """Continue with the factor in `progress`, or begin there."""
         self._progress = progress
         if progress.loss_scale is None:
             progress.loss_scale, progress.updates_since_overflow = FIRST, 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -42,34 +42,23 @@ class Follower:
         try:
             with self._path.open("rb") as file:
                 state = os.fstat(file.fileno())
-                anew = not self._is_the_same(state, os.pread(file.fileno(), len(self._before), self._checked_from))
+                identity = (state.st_dev, state.st_ino)
+                before = os.pread(file.fileno(), len(self._before), self._offset - len(self._before))
+                known = (identity, self._before) if state.st_size >= self._offset else None
+                anew = self._file is not None and known != (self._file, before)
                 if anew:
                     self._forget()
-                self._file = (state.st_dev, state.st_ino)
+                self._file = identity
                 file.seek(self._offset)
                 content = file.read()
         except FileNotFoundError:
             had_something = self._offset > 0
             self._forget()
             return News(anew=had_something)
-        return News(self._take(content), anew)
-
-    @property
-    def _checked_from(self) -> int:
-        return self._offset - len(self._before)
-
-    def _is_the_same(self, state: os.stat_result, before: bytes) -> bool:
-        if self._file is None:
-            return True
-        return self._file == (state.st_dev, state.st_ino) and state.st_size >= self._offset and before == self._before
-
-    def _take(self, content: bytes) -> tuple[bytes, ...]:
         whole = content[: content.rfind(b"\n") + 1]
-        if not whole:
-            return ()
         self._offset += len(whole)
         self._before = (self._before + whole[-_REMEMBERED:])[-_REMEMBERED:]
-        return tuple(whole[:-1].split(b"\n"))
+        return News(tuple(whole.split(b"\n")[:-1]), anew)
 
     def _forget(self) -> None:
         self._file, self._offset, self._before = None, 0, b""
@@ -77,7 +66,7 @@ class Follower:
 
 _MOST_POINTS = 2_048
 _PARSED_AT_ONCE = 8_192
-"""Of more training records than these at once, every so many are read: a curve needs no more."""
+"""Of more lines than these at once, every so many training records, and the latest, are read: a curve needs no more."""
 _LATEST = 60
 _EVENTS = 50
 _TRAIN_MARK = b'{"kind": "train"'
@@ -104,10 +93,9 @@ class ThinnedCurve:
     def append(self, point: Point) -> None:
         """Add a point at the end."""
         self._open.append(point)
-        if len(self._open) < self._size:
-            return
-        self._points.append(_mean(self._open))
-        self._open.clear()
+        if len(self._open) == self._size:
+            self._points.append(_mean(self._open))
+            self._open.clear()
         if len(self._points) >= 2 * self._most:
             self._points = [_mean(self._points[at : at + 2]) for at in range(0, len(self._points), 2)]
             self._size *= 2
@@ -136,27 +124,21 @@ class History:
 
     def take(self, lines: Sequence[bytes]) -> None:
         """Take in lines of `metrics.jsonl`; those that are torn or not understood are passed over."""
-        for line in _worth_reading(lines):
-            record = from_json(line)
-            if record is not None:
+        stride = max(1, math.ceil(len(lines) / _PARSED_AT_ONCE))
+        latest = len(lines) - 2 * _LATEST
+        for at, line in enumerate(lines):
+            is_read = at % stride == 0 or at >= latest or not line.startswith(_TRAIN_MARK)
+            if is_read and (record := from_json(line)) is not None:
                 self._add(record)
 
     def evaluated(self, split: str) -> EvaluationRecord | None:
         """Return the latest evaluation of `split`."""
-        records = self.evaluations.get(split)
-        return records[-1] if records else None
+        return next(reversed(self.evaluations.get(split, [])), None)
 
     def best_accuracy(self) -> float | None:
         """Return the highest accuracy on the test split."""
         accuracies = [record.accuracy for record in self.evaluations.get("test", ())]
         return max(filter(math.isfinite, accuracies), default=None)
-
-    def seconds_left(self, total_steps: int) -> float | None:
-        """Return the time up to `total_steps` at the pace of the latest records; None while it is not known."""
-        pace = Pace()
-        for record in self.latest:
-            pace.mark(record.step, record.time)
-        return pace.seconds_left(total_steps)
 
     def longest_gap(self) -> float | None:
         """Return the longest time between two of the latest records, in seconds; None for fewer than three."""
@@ -177,28 +159,20 @@ class History:
                 self.checkpoints.append(record)
             case EventRecord():
                 self.events.append(record)
-        if isinstance(record, EventRecord) and record.event == "resumed":
-            # the time between two launches says nothing about the pace of either
-            self.latest.clear()
-            self.moments.clear()
+                if record.event == "resumed":
+                    # the time between two launches says nothing about the pace of either
+                    self.latest.clear()
+                    self.moments.clear()
         self.moments.append(record.time)
 
 
-def _worth_reading(lines: Sequence[bytes]) -> Sequence[bytes]:
-    """Return the lines without most of the training records, where there are very many; the latest all stay."""
-    stride = math.ceil(len(lines) / _PARSED_AT_ONCE)
-    if stride <= 1:
-        return lines
-    latest = len(lines) - 2 * _LATEST
-    return [
-        line for at, line in enumerate(lines) if at % stride == 0 or at >= latest or not line.startswith(_TRAIN_MARK)
-    ]
+def seconds_left(latest: Iterable[TrainRecord], total_steps: int) -> float | None:
+    """Return the time up to `total_steps` at the pace of the latest records; None while it is not known."""
+    pace = Pace()
+    for record in latest:
+        pace.mark(record.step, record.time)
+    return pace.seconds_left(total_steps)
 
 
 def _mean(points: Sequence[Point]) -> Point:
-    count = len(points)
-    return Point(
-        sum(point.step for point in points) / count,
-        sum(point.loss for point in points) / count,
-        sum(point.accuracy for point in points) / count,
-    )
+    return Point(*(sum(values) / len(points) for values in zip(*map(astuple, points), strict=True)))

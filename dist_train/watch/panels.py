@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from statistics import fmean, median
 
@@ -10,10 +11,13 @@ from rich.console import Group
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+from uniplot import plot_to_string
 
 from dist_train.monitoring import wording
 from dist_train.rundir.live_files import RanksReading
-from dist_train.rundir.records import EventRecord, RankMeasurement
+from dist_train.rundir.records import RankMeasurement
+from dist_train.watch.figure import ACCURACY, BATCH, Chart, Measured, Quantity, learning_curve
+from dist_train.watch.history import History
 from dist_train.watch.run import Snapshot, silence_in_words
 from dist_train.watch.run_table import COLOURS
 
@@ -34,9 +38,11 @@ def header(run: Snapshot, columns: int) -> Group:
 
 def rates(run: Snapshot) -> Table:
     """Return the latest rates, one a line."""
-    table = _facts_table()
-    for name, value in rate_pairs(run):
-        table.add_row(name, value)
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    for row in rate_pairs(run):
+        table.add_row(*row)
     return table
 
 
@@ -72,7 +78,8 @@ def rate_pairs(run: Snapshot) -> list[tuple[str, str]]:
 
 def ranks(reading: RanksReading, rows: int) -> Group:
     """Return the ranks, the slowest marked; of more than fit the slowest, and a summary of all."""
-    slowest_first = sorted(range(len(reading.ranks)), key=lambda rank: -_number(reading.ranks[rank].busy_seconds))
+    seconds = [each.busy_seconds if math.isfinite(each.busy_seconds) else -math.inf for each in reading.ranks]
+    slowest_first = sorted(range(len(seconds)), key=lambda rank: -seconds[rank])
     fitting = max(1, rows - 1)
     complete = len(slowest_first) <= fitting
     shown = sorted(slowest_first) if complete else slowest_first[: max(1, fitting - 1)]
@@ -83,7 +90,9 @@ def ranks(reading: RanksReading, rows: int) -> Group:
     for rank in shown:
         measured = reading.ranks[rank]
         marked = rank == slowest_first[0] and len(reading.ranks) > 1
-        device = (_bytes(measured.device_bytes), _share(measured.device_utilization)) if has_device else ()
+        share = measured.device_utilization
+        in_use = f"{share:.0%}" if math.isfinite(share) else ""
+        device = (_bytes(measured.device_bytes), in_use) if has_device else ()
         table.add_row(
             str(rank),
             _time(measured.busy_seconds),
@@ -98,9 +107,12 @@ def ranks(reading: RanksReading, rows: int) -> Group:
 
 def events(run: Snapshot, rows: int) -> Group:
     """Return the latest events, the newest last."""
-    if not run.history.events:
-        return Group(Text("none", style="dim"))
-    return Group(*(_event(record, run.now) for record in list(run.history.events)[-rows:]))
+    lines = []
+    for record in list(run.history.events)[-rows:]:
+        age = f"{silence_in_words(max(0.0, run.now - record.time))} ago"
+        line = Text(no_wrap=True, overflow="ellipsis").append(f"{age:>10}  ", style="dim")
+        lines.append(line.append(wording.event(record), style="red" if record.event in _BAD_EVENTS else ""))
+    return Group(*lines or [Text("none", style="dim")])
 
 
 def accuracy_pairs(run: Snapshot) -> list[tuple[str, str]]:
@@ -108,6 +120,59 @@ def accuracy_pairs(run: Snapshot) -> list[tuple[str, str]]:
     latest = run.history.latest[-1] if run.history.latest else None
     pairs = [] if latest is None else [("accuracy", wording.percent(latest.accuracy))]
     return [*pairs, *((name, wording.percent(each[-1].accuracy)) for name, each in run.history.evaluations.items())]
+
+
+LEAST_HEIGHT = 7
+_FRAME = 4
+"""Lines that are not the curves themselves: heading, border, labels below."""
+_CURVE_COLOURS = {BATCH: "cyan", "train": "yellow", "test": "magenta"}
+
+
+def curves(history: History, quantity: Quantity, columns: int, rows: int) -> Group:
+    """Return loss or accuracy so far, a heading and curves made of characters."""
+    batches = history.batches.points()
+    chart = learning_curve(quantity, Measured("", batches, history.evaluations, history.steps_per_epoch), columns)
+    heading = Text(no_wrap=True, overflow="ellipsis").append(quantity.name, style="bold")
+    latest = [("batch", BATCH, record) for record in [*batches, *history.latest][-1:]]
+    for name, style, record in (*latest, *((split, split, found[-1]) for split, found in history.evaluations.items())):
+        value = _shortly(quantity, quantity.take(record))
+        heading.append("  ").append(f"{name} {value}", style=_CURVE_COLOURS.get(style, "green"))
+    return Group(heading, _plot(chart, quantity, columns, max(1, rows - _FRAME)))
+
+
+def _shortly(quantity: Quantity, value: float) -> str:
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value * 100:.1f} %" if quantity is ACCURACY else f"{value:.3g}"
+
+
+def _plot(chart: Chart | None, quantity: Quantity, columns: int, rows: int) -> Text:
+    series = [each for each in chart.series if any(math.isfinite(point.y) for point in each.points)] if chart else []
+    if chart is None or not series:
+        return Text("nothing measured yet", style="dim")
+    least = 0.0 if chart.left.is_logarithmic else -math.inf
+    plot = plot_to_string(
+        [[point.y * quantity.factor if point.y > least else math.nan for point in each.points] for each in series],
+        [[point.x for point in each.points] for each in series],
+        lines=[True] * len(series),
+        color=[_CURVE_COLOURS.get(each.style, "green") for each in series],
+        character_set="braille",
+        rounded_corners=True,
+        width=columns,
+        height=rows,
+        line_length_hard_cap=columns,
+        x_min=0.0,
+        x_gridlines=[],
+        y_gridlines=[],
+        y_unit=quantity.unit,
+        y_as_log=chart.left.is_logarithmic,
+    )
+    *lines, labels = plot.split("\n")
+    # the axis' name in the widest gap of the labels below
+    gap = max(re.finditer(" +", labels), key=lambda match: len(match[0]), default=None)
+    if gap is not None and len(gap[0]) >= len(chart.x.title) + 2:
+        labels = labels[: gap.start()] + chart.x.title.center(len(gap[0])) + labels[gap.end() :]
+    return Text.from_ansi("\n".join([*lines, labels]), no_wrap=True)
 
 
 def _facts(run: Snapshot) -> Text:
@@ -133,10 +198,7 @@ def _bar(run: Snapshot, columns: int) -> Table:
     bar.add_row(
         Text.assemble(("epoch ", "dim"), (f"{run.epoch:.4g}{planned}", "bold")),
         ProgressBar(
-            run.total_steps or 1,
-            run.step if run.total_steps else 0,
-            complete_style="green",
-            finished_style="green",
+            run.total_steps or 1, run.step if run.total_steps else 0, complete_style="green", finished_style="green"
         ),
         Text.assemble(("step ", "dim"), f"{run.step:,}{of_steps}"),
         Text(left, style="cyan"),
@@ -172,12 +234,6 @@ def _checkpoints(run: Snapshot) -> str:
     return f"{last} ({len(run.checkpoints)} kept)"
 
 
-def _event(record: EventRecord, now: float) -> Text:
-    age = f"{silence_in_words(max(0.0, now - record.time))} ago"
-    line = Text(no_wrap=True, overflow="ellipsis").append(f"{age:>10}  ", style="dim")
-    return line.append(wording.event(record), style="red" if record.event in _BAD_EVENTS else "")
-
-
 def _summary(measured: Sequence[RankMeasurement]) -> Text:
     def spread(name: str, values: Sequence[float], word: Callable[[float], str]) -> str:
         known = [value for value in values if math.isfinite(value)]
@@ -192,17 +248,6 @@ def _summary(measured: Sequence[RankMeasurement]) -> Text:
     return Text(text, style="dim", no_wrap=True, overflow="ellipsis")
 
 
-def _facts_table() -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(no_wrap=True, overflow="ellipsis")
-    return table
-
-
-def _number(value: float) -> float:
-    return value if math.isfinite(value) else -math.inf
-
-
 def _time(seconds: float) -> str:
     if not math.isfinite(seconds):
         return ""
@@ -213,7 +258,3 @@ def _bytes(size: float) -> str:
     if not math.isfinite(size):
         return ""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-
-
-def _share(share: float) -> str:
-    return f"{share:.0%}" if math.isfinite(share) else ""

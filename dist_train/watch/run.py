@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from dist_train.monitoring import wording
 from dist_train.outcome import UsageError
 from dist_train.rundir.live_files import RanksReading, read_ranks
+from dist_train.rundir.paths import BrokenFileError, RunDirectory
 from dist_train.rundir.status import Status, read_status
-from dist_train.watch.history import Follower, History
-from dist_train.watch.run_table import ALIVE, BrokenError, Settings, process_runs, read_settings
+from dist_train.watch.history import Follower, History, seconds_left
+from dist_train.watch.run_table import ALIVE, Settings, process_is_gone, process_runs, read_settings, seconds_of
 
 _SILENT_AFTER = 60.0
 """Seconds without a sign of life that are worth no word, however fast the run is."""
@@ -29,9 +28,14 @@ _GONE_AFTER = 10.0
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that is shown of a run. `state` is status.json's, or `lost` or `unknown`; times are in seconds."""
+    """All that is shown of a run. `state` is status.json's, or `lost` or `unknown`; times are in seconds.
 
-    directory: Path
+    None stands for what is not known yet. `silence` is the time since the last sign of life, `silent` whether that is
+    long for this run, `checkpoints` the steps of those that are there. `problem` says what cannot be read at the
+    moment, and why. `now` is in seconds since 1970.
+    """
+
+    run: RunDirectory
     state: str
     reason: str
     status: Status | None
@@ -42,23 +46,17 @@ class Snapshot:
     total_steps: int | None
     epoch: float
     epochs: float | None
-    """Planned; None while it is not known."""
     seconds_left: float | None
     silence: float | None
-    """Since the last sign of life; None where there was none."""
     silent: bool
-    """Whether that is long for this run."""
     checkpoints: tuple[int, ...]
-    """Steps of the checkpoints that are there."""
     problem: str
-    """What cannot be read at the moment, and why; else empty."""
     now: float
-    """Seconds since 1970."""
 
     @property
     def name(self) -> str:
         """The directory's own name."""
-        return self.directory.resolve().name
+        return self.run.root.resolve().name
 
     @property
     def is_over(self) -> bool:
@@ -68,30 +66,31 @@ class Snapshot:
 
 def find_run(name: Path) -> Path:
     """Return the directory of the run `name`: a directory, or a folder below runs/. Raises UsageError."""
-    for directory in (name, Path("runs") / name):
-        if directory.is_dir():
-            break
-    else:
-        raise UsageError(f"there is no run {name}: neither {name} nor {Path('runs') / name} is a folder")
-    if not any((directory / mark).exists() for mark in ("status.json", "metrics.jsonl")):
+    below = Path("runs") / name
+    root = next((folder for folder in (name, below) if folder.is_dir()), None)
+    if root is None:
+        raise UsageError(f"there is no run {name}: neither {name} nor {below} is a folder", code="run-missing")
+    run = RunDirectory(root)
+    if not run.status.exists() and not run.metrics.exists():
         raise UsageError(
-            f"{directory} holds no run: it has no status.json; name a run's own directory "
-            f"(`dist-train runs {directory}` lists those below a folder)"
+            f"{root} holds no run: it has no {run.status.name}; name a run's own directory "
+            f"(`dist-train runs {root}` lists those below a folder)",
+            code="no-run-here",
         )
-    return directory
+    return root
 
 
 class WatchedRun:
     """Looks at a run directory again and again, and reads what is new in it."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._follower = Follower(directory / "metrics.jsonl")
+        self._run = RunDirectory(directory)
+        self._follower = Follower(self._run.metrics)
         self._history = History()
         self._status: Status | None = None
         self._settings = Settings()
         self._ranks: RanksReading | None = None
-        self._stamps: dict[str, tuple[int, int, int] | None] = {}
+        self._stamps: dict[Path, tuple[int, int, int] | None] = {}
         self._changed_at: float | None = None
         """When a look, but the first, found something new (monotonic)."""
 
@@ -99,15 +98,15 @@ class WatchedRun:
         """Return the run as it is at `now` (seconds since 1970; else at this moment)."""
         first = not self._stamps
         problem, news = self._follow()
-        if self._has_changed("status.json"):
+        if self._has_changed(self._run.status):
             news = True
-            self._status = read_status(self._directory / "status.json") or self._status
-        if self._has_changed("ranks.json"):
+            self._status = read_status(self._run.status) or self._status
+        if self._has_changed(self._run.ranks):
             news = True
-            self._ranks = read_ranks(self._directory / "ranks.json") or self._ranks
-        if self._has_changed("config.yaml"):
-            with suppress(BrokenError):
-                self._settings = read_settings(self._directory / "config.yaml")
+            self._ranks = read_ranks(self._run.ranks) or self._ranks
+        if self._has_changed(self._run.config):
+            with suppress(BrokenFileError):
+                self._settings = Settings.of(read_settings(self._run.config))
         if news and not first:
             self._changed_at = time.monotonic()
         return self._snapshot(problem, time.time() if now is None else now)
@@ -117,47 +116,46 @@ class WatchedRun:
         try:
             news = self._follower.look()
         except OSError as error:
-            return f"metrics.jsonl cannot be read: {error.strerror}", False
+            return f"{self._run.metrics.name} cannot be read: {error.strerror}", False
         if news.anew:
             self._history.clear()
         self._history.take(news.lines)
         return "", bool(news.lines or news.anew)
 
-    def _has_changed(self, name: str) -> bool:
-        try:
-            state = os.stat(self._directory / name)
-        except OSError:
-            stamp = None
-        else:
+    def _has_changed(self, path: Path) -> bool:
+        stamp = None
+        with suppress(OSError):
+            state = path.stat()
             stamp = (state.st_ino, state.st_size, state.st_mtime_ns)
-        before, self._stamps[name] = self._stamps.get(name), stamp
+        before, self._stamps[path] = self._stamps.get(path), stamp
         return stamp is not None and stamp != before
 
     def _snapshot(self, problem: str, now: float) -> Snapshot:
-        status, history = self._status, self._history
+        status, history, ranks = self._status, self._history, self._ranks
         silence = self._silence(now)
-        state, reason = _state(status, silence, now)
-        latest = history.latest[-1].step if history.latest else 0
-        step = max(status.step if status else 0, latest)
-        total_steps = status.total_steps if status else None
-        per_epoch = history.steps_per_epoch
+        state, reason = _state(self._run, status, silence, now)
+        total_steps, per_epoch = status.total_steps if status else None, history.steps_per_epoch
+        step = max(status.step if status else 0, history.latest[-1].step if history.latest else 0)
         alive = state in ALIVE
+        gap = history.longest_gap()
+        patience = _SILENT_UNKNOWN if gap is None else max(_SILENT_AFTER, _SILENT_GAPS * gap)
+        of_this_launch = ranks and (status is None or ranks.time >= seconds_of(status.started) - 1.0)
         return Snapshot(
-            directory=self._directory,
+            run=self._run,
             state=state,
             reason=reason,
             status=status,
             settings=self._settings,
             history=history,
-            ranks=self._ranks if _is_of_this_launch(self._ranks, status) else None,
+            ranks=ranks if of_this_launch else None,
             step=step,
             total_steps=total_steps,
             epoch=step / per_epoch if per_epoch else (status.epoch if status else 0.0),
             epochs=total_steps / per_epoch if total_steps and per_epoch else None,
-            seconds_left=history.seconds_left(total_steps) if alive and total_steps else None,
+            seconds_left=seconds_left(history.latest, total_steps) if alive and total_steps else None,
             silence=silence,
-            silent=alive and silence is not None and silence > _patience(history),
-            checkpoints=_checkpoints(self._directory / "checkpoints"),
+            silent=alive and silence is not None and silence > patience,
+            checkpoints=self._run.checkpoint_steps(),
             problem=problem,
             now=now,
         )
@@ -176,14 +174,13 @@ class WatchedRun:
         return silence if self._changed_at is None else min(silence, time.monotonic() - self._changed_at)
 
 
-def _state(status: Status | None, silence: float | None, now: float) -> tuple[str, str]:
+def _state(run: RunDirectory, status: Status | None, silence: float | None, now: float) -> tuple[str, str]:
     if status is None:
-        return "unknown", "status.json is not there, or not of this version"
-    here = status.host == socket.gethostname()
-    if status.state in ALIVE and here and silence is not None and silence > _GONE_AFTER:
-        seen = datetime.fromtimestamp(now - silence, UTC)
-        if not process_runs(status.pid, seen):
-            return "lost", f"its process {status.pid} is gone; start it again to resume"
+        return "unknown", f"{run.status.name} is not there, or not of this version"
+    is_here = status.state in ALIVE and status.host == socket.gethostname()
+    is_silent = silence is not None and silence > _GONE_AFTER
+    if is_here and is_silent and not process_runs(status.pid, now - (silence or 0.0)):
+        return process_is_gone(status)
     return status.state, status.reason
 
 
@@ -192,26 +189,3 @@ def silence_in_words(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 3_600 else wording.duration(seconds)
-
-
-def _patience(history: History) -> float:
-    gap = history.longest_gap()
-    return _SILENT_UNKNOWN if gap is None else max(_SILENT_AFTER, _SILENT_GAPS * gap)
-
-
-def _is_of_this_launch(ranks: RanksReading | None, status: Status | None) -> bool:
-    return ranks is not None and (status is None or ranks.time >= seconds_of(status.started) - 1.0)
-
-
-def seconds_of(moment: str) -> float:
-    """Return a time of `status.json` in seconds since 1970; 0 where it is not one."""
-    try:
-        return datetime.fromisoformat(moment).timestamp()
-    except ValueError:
-        return 0.0
-
-
-def _checkpoints(folder: Path) -> tuple[int, ...]:
-    """Return the steps of the checkpoints that are whole, that is: have their record."""
-    steps = (path.stem.removeprefix("step-") for path in folder.glob("step-*.json"))
-    return tuple(sorted(int(step) for step in steps if step.isdigit()))

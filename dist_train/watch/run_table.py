@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
 import yaml
 from rich.box import SIMPLE_HEAD
@@ -20,18 +17,17 @@ from rich.text import Text
 
 from dist_train.monitoring import wording
 from dist_train.outcome import UsageError
-from dist_train.rundir.records import EvaluationRecord, TrainRecord, read_records
+from dist_train.rundir.paths import BrokenFileError, RunDirectory
+from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
+from dist_train.rundir.status import Status, load_status
+from dist_train.watch.history import seconds_left
 
-STALE_AFTER = timedelta(minutes=10)
-"""How long a run on another host may be silent before it counts as lost."""
+_STALE_AFTER = 600.0
+"""How many seconds a run on another host may be silent before it counts as lost."""
 
 ALIVE = frozenset({"starting", "running", "stopping"})
-_KNOWN = ALIVE | {"stopped", "finished", "failed"}
-_MARKS = ("status.json", "metrics.jsonl", "checkpoints")
 COLOURS = {
-    "starting": "cyan",
-    "running": "cyan",
-    "stopping": "cyan",
+    **dict.fromkeys(ALIVE, "cyan"),
     "stopped": "yellow",
     "finished": "green",
     "failed": "red",
@@ -63,31 +59,21 @@ class RunSummary:
     """Slurm's number of the job that the run was in last; empty outside of Slurm."""
 
 
-def read_runs(
-    directory: Path, now: datetime | None = None, stale_after: timedelta = STALE_AFTER
-) -> tuple[RunSummary, ...]:
+def read_runs(directory: Path, now: datetime | None = None) -> tuple[RunSummary, ...]:
     """Return every run at or below `directory`, by path. Raises UsageError where that is no folder."""
-    if not directory.is_dir():
-        raise UsageError(f"there is no folder {directory}: name the folder that holds the runs")
-    moment = now or datetime.now(UTC)
-    return tuple(_read_run(path, directory, moment, stale_after) for path in _run_directories(directory))
+    moment = (now or datetime.now(UTC)).timestamp()
+    return tuple(_read_run(run, directory, moment) for run in _runs_below(directory))
 
 
-def read_state(directory: Path) -> tuple[str, str]:
-    """Return the state of the run in `directory` as tables show it, and why; of its records only the age counts."""
+def read_state(directory: RunDirectory) -> tuple[str, str]:
+    """Return the state of a run as tables show it, and why; of its records only the age counts."""
     try:
-        status = _read_status(directory / "status.json")
-    except BrokenError as error:
+        return _state(load_status(directory.status), directory, datetime.now(UTC).timestamp())
+    except BrokenFileError as error:
         return "broken", str(error)
-    return _state(status, directory / "metrics.jsonl", datetime.now(UTC), STALE_AFTER)
 
 
-def is_run(directory: Path) -> bool:
-    """Whether a run has begun in `directory`."""
-    return any((directory / mark).exists() for mark in _MARKS)
-
-
-def render(summaries: tuple[RunSummary, ...], job_states: Mapping[str, str] | None = None) -> Table:
+def render(summaries: Sequence[RunSummary], job_states: Mapping[str, str] | None = None) -> Table:
     """Return the runs as a table; where `job_states` has Slurm's states of their jobs, with those."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column("run", overflow="fold")
@@ -99,16 +85,10 @@ def render(summaries: tuple[RunSummary, ...], job_states: Mapping[str, str] | No
     if job_states:
         table.add_column("slurm", no_wrap=True)
     for run in summaries:
-        slurm = (Text(f"{run.slurm_job} {job_states.get(run.slurm_job, '')}".strip()),) if job_states else ()
-        table.add_row(
-            Text(run.name),
-            Text(run.state, style=COLOURS.get(run.state, "")),
-            Text(run.model or ""),
-            Text(run.data or ""),
-            *(Text(cell) for cell in _numbers(run)),
-            Text(run.note),
-            *slurm,
-        )
+        slurm = [f"{run.slurm_job} {job_states.get(run.slurm_job, '')}".strip()] if job_states else []
+        state = Text(run.state, style=COLOURS.get(run.state, ""))
+        words = [run.model or "", run.data or "", *_numbers(run), run.note, *slurm]
+        table.add_row(Text(run.name), state, *map(Text, words))
     return table
 
 
@@ -127,29 +107,31 @@ def _numbers(run: RunSummary) -> tuple[str, ...]:
     )
 
 
-def _run_directories(directory: Path) -> Iterator[Path]:
-    for folder, children, files in os.walk(directory):
-        if any(mark in files or mark in children for mark in _MARKS):
+def _runs_below(directory: Path) -> Iterator[RunDirectory]:
+    if not directory.is_dir():
+        raise UsageError(f"there is no folder {directory}: name the folder that holds the runs", code="folder-missing")
+    for folder, children, _ in os.walk(directory):
+        run = RunDirectory(Path(folder))
+        if run.has_begun:
             children.clear()
-            yield Path(folder)
+            yield run
         children.sort()
 
 
-class BrokenError(Exception):
-    """A run directory that cannot be read; its text says why."""
-
-
-def _read_run(path: Path, root: Path, now: datetime, stale_after: timedelta) -> RunSummary:
-    name = path.name if path == root else str(path.relative_to(root))
+def _read_run(run: RunDirectory, root: Path, now: float) -> RunSummary:
+    name = run.root.name if run.root == root else str(run.root.relative_to(root))
     try:
-        status = _read_status(path / "status.json")
-        settings = read_settings(path / "config.yaml")
-        latest, best = _read_metrics(path / "metrics.jsonl")
-    except BrokenError as error:
-        return RunSummary(path, name, "broken", str(error))
-    state, note = _state(status, path / "metrics.jsonl", now, stale_after)
+        status = load_status(run.status)
+        settings = Settings.of(read_settings(run.config))
+        records = read_measurements(run.metrics)
+    except BrokenFileError as error:
+        return RunSummary(run.root, name, "broken", str(error))
+    state, note = _state(status, run, now)
+    latest = [record for record in records if isinstance(record, TrainRecord)][-50:]
+    tested = [record.accuracy for record in records if isinstance(record, EvaluationRecord) and record.split == "test"]
+    pace = latest[-1].samples_per_second if latest else None
     return RunSummary(
-        directory=path,
+        directory=run.root,
         name=name,
         state=state,
         note=note,
@@ -157,32 +139,12 @@ def _read_run(path: Path, root: Path, now: datetime, stale_after: timedelta) -> 
         total_steps=status.total_steps,
         epoch=status.epoch,
         world_size=status.world_size,
-        best_accuracy=status.best_accuracy if status.best_accuracy is not None else best,
-        samples_per_second=_throughput(status, latest),
-        seconds_left=_seconds_left(status, latest) if state in ALIVE else None,
-        model=settings.model,
-        data=settings.data,
-        global_size=settings.global_size,
-        noise=settings.noise,
+        best_accuracy=max(tested, default=None) if status.best_accuracy is None else status.best_accuracy,
+        samples_per_second=pace if status.samples_per_second is None else status.samples_per_second,
+        seconds_left=seconds_left(latest, status.total_steps) if state in ALIVE and status.total_steps else None,
         slurm_job=status.slurm_job,
+        **asdict(settings),
     )
-
-
-@dataclass(frozen=True)
-class _Status:
-    state: str
-    reason: str
-    step: int
-    epoch: float
-    total_steps: int | None
-    world_size: int | None
-    host: str
-    pid: int | None
-    started: datetime | None
-    updated: datetime | None
-    best_accuracy: float | None
-    samples_per_second: float | None
-    slurm_job: str
 
 
 @dataclass(frozen=True)
@@ -194,112 +156,84 @@ class Settings:
     global_size: int | None = None
     noise: str | None = None
 
-
-def _read_status(path: Path) -> _Status:
-    try:
-        fields = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise BrokenError("no status.json") from None
-    except OSError as error:
-        raise BrokenError(f"status.json cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise BrokenError(f"status.json is not JSON: {error}") from error
-    if not isinstance(fields, dict) or fields.get("state") not in _KNOWN:
-        raise BrokenError("status.json names no state of a run")
-    try:
-        return _Status(
-            state=fields["state"],
-            reason=str(fields.get("reason") or ""),
-            step=int(fields["step"]),
-            epoch=float(fields["epoch"]),
-            total_steps=_optional(int, fields.get("total_steps")),
-            world_size=_optional(int, fields.get("world_size")),
-            host=str(fields.get("host") or ""),
-            pid=_optional(int, fields.get("pid")),
-            started=_optional(_moment, fields.get("started")),
-            updated=_optional(_moment, fields.get("updated")),
-            best_accuracy=_optional(float, fields.get("best_accuracy")),
-            samples_per_second=_optional(float, fields.get("samples_per_second")),
-            slurm_job=str(fields.get("slurm_job") or ""),
+    @classmethod
+    def of(cls, settings: Mapping[str, object]) -> Settings:
+        """Return what a table shows of `settings`, by dotted path."""
+        model, data, method, amplitude = (
+            None if (value := settings.get(path)) is None else str(value)
+            for path in ("model.name", "data.name", "noise.method", "noise.amplitude")
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise BrokenError(f"status.json is not as it should be: {error!r}") from error
+        size = settings.get("batch.global_size")
+        noise = method if method in (None, "none") or amplitude is None else f"{method} {amplitude}"
+        return cls(model, data, size if isinstance(size, int) else None, noise)
 
 
-def _optional(read: Any, value: object) -> Any:
-    return None if value is None else read(value)
+def read_settings(path: Path) -> Mapping[str, object]:
+    """Return the settings in `path` by dotted path, of whatever version; none where it is not there.
 
-
-def _moment(text: str) -> datetime:
-    moment = datetime.fromisoformat(text)
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-
-
-def read_settings(path: Path) -> Settings:
-    """Return what a table shows; the rest of the file may be of another version. Raises BrokenError."""
+    Raises BrokenFileError where they cannot be read.
+    """
     try:
         sections = yaml.safe_load(path.read_bytes())
     except FileNotFoundError:
-        return Settings()  # it has not got so far
+        return {}  # the run has not got so far
     except OSError as error:
-        raise BrokenError(f"config.yaml cannot be read: {error.strerror}") from error
+        raise BrokenFileError(f"{path.name} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise BrokenError(f"config.yaml is not YAML: {str(error).splitlines()[0]}") from error
+        raise BrokenFileError(f"{path.name} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(sections, dict):
-        raise BrokenError("config.yaml holds no settings")
-    size = _setting(sections, "batch", "global_size")
-    method = _setting(sections, "noise", "method")
-    amplitude = _setting(sections, "noise", "amplitude")
-    return Settings(
-        model=_setting(sections, "model", "name"),
-        data=_setting(sections, "data", "name"),
-        global_size=size if isinstance(size, int) else None,
-        noise=method if method in (None, "none") or amplitude is None else f"{method} {amplitude}",
-    )
+        raise BrokenFileError(f"{path.name} holds no settings")
+    return dict(flat_settings(sections))
 
 
-def _setting(sections: Mapping[str, Any], section: str, key: str) -> Any:
-    values = sections.get(section)
-    return values.get(key) if isinstance(values, dict) else None
+def flat_settings(sections: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the settings of nested `sections` under dotted paths, in their order."""
+    for name, value in sections.items():
+        if isinstance(value, Mapping):
+            yield from flat_settings(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
-def _read_metrics(path: Path) -> tuple[tuple[TrainRecord, ...], float | None]:
-    """Return the latest training records, and the best test accuracy of all."""
+def read_measurements(path: Path) -> tuple[Record, ...]:
+    """Return the records in `path`, none where it is not there. Raises BrokenFileError where it cannot be read."""
     try:
-        records = read_records(path)
+        return read_records(path)
     except FileNotFoundError:
-        return (), None
+        return ()
     except OSError as error:
-        raise BrokenError(f"metrics.jsonl cannot be read: {error.strerror}") from error
-    latest = tuple(record for record in records if isinstance(record, TrainRecord))[-50:]
-    tested = [record.accuracy for record in records if isinstance(record, EvaluationRecord) and record.split == "test"]
-    return latest, max(tested, default=None)
+        raise BrokenFileError(f"{path.name} cannot be read: {error.strerror}") from error
 
 
-def _state(status: _Status, metrics: Path, now: datetime, stale_after: timedelta) -> tuple[str, str]:
+def _state(status: Status, run: RunDirectory, now: float) -> tuple[str, str]:
     if status.state not in ALIVE:
         return status.state, status.reason
-    seen = _last_sign(status, metrics)
-    if status.host == socket.gethostname() and status.pid is not None:
-        if not process_runs(status.pid, seen):
-            return "lost", f"its process {status.pid} is gone; start it again to resume"
-        return status.state, status.reason
-    if seen is None or now - seen > stale_after:
-        silence = "never seen" if seen is None else f"silent for {wording.duration((now - seen).total_seconds())}"
+    seen = max(seconds_of(status.updated), seconds_of(status.started))
+    with suppress(OSError):
+        seen = max(seen, run.metrics.stat().st_mtime)
+    if status.host == socket.gethostname():
+        return (status.state, status.reason) if process_runs(status.pid, seen) else process_is_gone(status)
+    if now - seen > _STALE_AFTER:
         where = f" on {status.host}" if status.host else ""
-        return "lost", f"{silence}{where}; start it again to resume"
+        return "lost", f"silent for {wording.duration(now - seen)}{where}; start it again to resume"
     return status.state, status.reason
 
 
-def _last_sign(status: _Status, metrics: Path) -> datetime | None:
-    signs = [moment for moment in (status.updated, status.started) if moment is not None]
-    with suppress(OSError):
-        signs.append(datetime.fromtimestamp(metrics.stat().st_mtime, UTC))
-    return max(signs, default=None)
+def process_is_gone(status: Status) -> tuple[str, str]:
+    """Return the state of a run whose process is no more, and why."""
+    return "lost", f"its process {status.pid} is gone; start it again to resume"
 
 
-def process_runs(pid: int, seen: datetime | None) -> bool:
-    """Whether process `pid` lives and is the one last seen at `seen`, not a later one of its number."""
+def seconds_of(moment: str) -> float:
+    """Return a time of `status.json` in seconds since 1970; 0 where it is not one."""
+    try:
+        return datetime.fromisoformat(moment).timestamp()
+    except ValueError:
+        return 0.0
+
+
+def process_runs(pid: int, seen: float) -> bool:
+    """Whether process `pid` lives and is the one last seen at `seen` (since 1970), not a later one of its number."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
         boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
@@ -310,24 +244,7 @@ def process_runs(pid: int, seen: datetime | None) -> bool:
         return False
     begun = int(boot.split()[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
     # the boot time is known to the second only
-    return seen is None or begun <= seen.timestamp() + 2.0
-
-
-def _throughput(status: _Status, latest: tuple[TrainRecord, ...]) -> float | None:
-    if status.samples_per_second is not None:
-        return status.samples_per_second
-    return latest[-1].samples_per_second if latest else None
-
-
-def _seconds_left(status: _Status, latest: tuple[TrainRecord, ...]) -> float | None:
-    """Return the time to the last step at the pace of the latest records, with what happens between steps."""
-    if status.total_steps is None:
-        return None
-    step = max(status.step, latest[-1].step) if latest else status.step
-    steps_left = max(0, status.total_steps - step)
-    if len(latest) >= 2 and latest[-1].step > latest[0].step and latest[-1].time > latest[0].time:
-        return steps_left * (latest[-1].time - latest[0].time) / (latest[-1].step - latest[0].step)
-    return steps_left * fmean(record.step_seconds for record in latest) if latest else None
+    return begun <= seen + 2.0
 
 
 def targets_directories(directory: Path) -> tuple[Path, ...]:
@@ -336,12 +253,9 @@ def targets_directories(directory: Path) -> tuple[Path, ...]:
     Raises UsageError where `directory` is no folder.
     """
     folders: dict[Path, None] = {}
-    for run in read_runs(directory):
-        try:
-            sections = yaml.safe_load((run.directory / "config.yaml").read_bytes())
-            folder = sections["metrics"]["targets_directory"]
-        except (OSError, yaml.YAMLError, TypeError, KeyError):
-            continue  # the table of runs tells of it
-        if isinstance(folder, str):
-            folders[Path(folder).expanduser().absolute()] = None
+    for run in _runs_below(directory):
+        with suppress(BrokenFileError):  # the table of runs tells of it
+            folder = read_settings(run.config).get("metrics.targets_directory")
+            if isinstance(folder, str):
+                folders[Path(folder).expanduser().absolute()] = None
     return tuple(folders)

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from rich.box import ROUNDED, Box
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.layout import Layout
 from rich.live import Live
 from rich.panel import Panel
@@ -16,8 +16,10 @@ from rich.text import Text
 from dist_train.monitoring.console import summary_table
 from dist_train.rundir.records import Outcome, RunFacts
 from dist_train.watch import panels
-from dist_train.watch.curves import LEAST_HEIGHT, draw_accuracy, draw_loss
-from dist_train.watch.run import Snapshot, WatchedRun, seconds_of
+from dist_train.watch.figure import ACCURACY, LOSS
+from dist_train.watch.panels import LEAST_HEIGHT
+from dist_train.watch.run import Snapshot, WatchedRun
+from dist_train.watch.run_table import seconds_of
 
 _HEADER = 5
 """Four lines and an empty one."""
@@ -77,9 +79,9 @@ def frame(run: Snapshot, columns: int, rows: int) -> Layout:
     parts = plan(columns, rows, rank_count)
     body = _side_by_side(run, columns, parts) if parts.wide else _below_each_other(run, columns, parts)
     if parts.events:
-        body.append(_sized(Panel(panels.events(run, parts.events - _BORDER), title="events"), parts.events))
+        body.append(Layout(Panel(panels.events(run, parts.events - _BORDER), title="events"), size=parts.events))
     layout = Layout()
-    layout.split_column(_sized(panels.header(run, columns), _HEADER), *body)
+    layout.split_column(Layout(panels.header(run, columns), size=_HEADER), *body)
     return layout
 
 
@@ -89,7 +91,6 @@ def summary(run: Snapshot, box: Box | None) -> Table:
     train, test = history.evaluated("train"), history.evaluated("test")
     started = run.now if status is None else seconds_of(status.started)
     ended = run.now if status is None else seconds_of(status.finished or status.updated)
-    checkpoint = f"step-{run.checkpoints[-1]:08d}.pt" if run.checkpoints else None
     outcome = Outcome(
         state=run.state,
         reason=run.reason,
@@ -101,7 +102,7 @@ def summary(run: Snapshot, box: Box | None) -> Table:
         test_accuracy=test.accuracy if test else None,
         best_accuracy=history.best_accuracy(),
         samples_per_second=status.samples_per_second if status else None,
-        last_checkpoint=run.directory / "checkpoints" / checkpoint if checkpoint else None,
+        last_checkpoint=run.run.checkpoint(run.checkpoints[-1]) if run.checkpoints else None,
     )
     return summary_table(_facts(run), outcome, box=box)
 
@@ -110,26 +111,26 @@ def _side_by_side(run: Snapshot, columns: int, parts: Plan) -> list[Layout]:
     half = columns // 2
     curves = _row(
         parts.curves,
-        _column(draw_loss(run.history, half - 1, parts.curves), half),
-        _column(draw_accuracy(run.history, columns - half, parts.curves), columns - half),
+        Layout(panels.curves(run.history, LOSS, half - 1, parts.curves), size=half),
+        Layout(panels.curves(run.history, ACCURACY, columns - half, parts.curves), size=columns - half),
     )
     if not parts.rates:
         return [curves]
     narrow = min(half, _RATES_COLUMNS)
-    rates = _column(Panel(panels.rates(run), title="rates"), narrow)
-    beside = _column(_ranks_panel(run, parts.rates), columns - narrow)
+    rates = Layout(Panel(panels.rates(run), title="rates"), size=narrow)
+    beside = Layout(_ranks_panel(run, parts.rates), size=columns - narrow)
     return [curves, _row(parts.rates, rates, beside)]
 
 
 def _below_each_other(run: Snapshot, columns: int, parts: Plan) -> list[Layout]:
     accuracies = [] if parts.accuracy else panels.accuracy_pairs(run)
     pairs = [*accuracies, *panels.rate_pairs(run)]
-    shown = [_sized(panels.in_lines(pairs), parts.rates)] if parts.rates else []
-    shown.append(_sized(draw_loss(run.history, columns, parts.curves), parts.curves))
+    shown = [Layout(panels.in_lines(pairs), size=parts.rates)] if parts.rates else []
+    shown.append(Layout(panels.curves(run.history, LOSS, columns, parts.curves), size=parts.curves))
     if parts.accuracy:
-        shown.append(_sized(draw_accuracy(run.history, columns, parts.accuracy), parts.accuracy))
+        shown.append(Layout(panels.curves(run.history, ACCURACY, columns, parts.accuracy), size=parts.accuracy))
     if parts.ranks:
-        shown.append(_sized(_ranks_panel(run, parts.ranks), parts.ranks))
+        shown.append(Layout(_ranks_panel(run, parts.ranks), size=parts.ranks))
     return shown
 
 
@@ -138,14 +139,6 @@ def _ranks_panel(run: Snapshot, rows: int) -> Panel:
         return Panel(Text("not measured yet", style="dim"), title="ranks")
     title = f"ranks at step {run.ranks.step:,}"
     return Panel(panels.ranks(run.ranks, rows - _BORDER), title=title)
-
-
-def _sized(content: RenderableType, rows: int) -> Layout:
-    return Layout(content, size=rows)
-
-
-def _column(content: RenderableType, columns: int) -> Layout:
-    return Layout(content, size=columns)
 
 
 def _row(rows: int, *columns: Layout) -> Layout:
@@ -159,7 +152,7 @@ def _facts(run: Snapshot) -> RunFacts:
     steps = run.total_steps or run.step
     return RunFacts(
         name=run.name,
-        run_directory=run.directory,
+        run_directory=run.run.root,
         model=run.settings.model or "",
         data=run.settings.data or "",
         parameters=0,
@@ -183,43 +176,25 @@ _LEAST_COLUMNS, _LEAST_ROWS = 60, 20
 
 def show_once(run: WatchedRun, console: Console) -> None:
     """Print the run as it is now, as high as the terminal."""
-    _print_frame(run.look(), console)
+    columns, rows = max(_LEAST_COLUMNS, console.width), max(_LEAST_ROWS, console.height - 1)
+    console.print(frame(run.look(), columns, rows), width=columns, height=rows, crop=False)
 
 
 def watch(run: WatchedRun, console: Console, interval: float) -> None:
     """Show the run, looking every `interval` seconds, until it ends or the user presses Ctrl-C; then sum it up."""
-    seen = run.look()
-    if seen.is_over:
-        _print_frame(seen, console)
+    if run.look().is_over:
+        show_once(run, console)
         return
     try:
         with Live(console=console, screen=True, auto_refresh=False) as live:
-            while not seen.is_over:
-                _draw(seen, live)
-                _wait(interval, seen, live)
-                seen = run.look()
+            while not (seen := run.look()).is_over:
+                size, until = None, time.monotonic() + interval
+                while time.monotonic() < until:
+                    # also where the terminal has changed its size
+                    if live.console.size != size:
+                        size = live.console.size
+                        live.update(frame(seen, size.width, size.height), refresh=True)
+                    time.sleep(max(0.0, min(until - time.monotonic(), _RESIZE_SECONDS)))
     except KeyboardInterrupt:
         return
     console.print(summary(seen, box=ROUNDED))
-
-
-def _draw(seen: Snapshot, live: Live) -> None:
-    size = live.console.size
-    live.update(frame(seen, size.width, size.height), refresh=True)
-
-
-def _wait(interval: float, seen: Snapshot, live: Live) -> None:
-    """Wait, and draw again where the terminal has changed its size."""
-    size = live.console.size
-    until = time.monotonic() + interval
-    while (left := until - time.monotonic()) > 0:
-        time.sleep(min(left, _RESIZE_SECONDS))
-        if live.console.size != size:
-            size = live.console.size
-            _draw(seen, live)
-
-
-def _print_frame(seen: Snapshot, console: Console) -> None:
-    columns = max(_LEAST_COLUMNS, console.width)
-    rows = max(_LEAST_ROWS, console.height - 1)
-    console.print(frame(seen, columns, rows), width=columns, height=rows, crop=False)

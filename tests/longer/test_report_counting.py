@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dist_train.report.comparisons import sharpness_scatters
+from dist_train.report.figures import sharpness_scatters
 from dist_train.report.page import render
 from dist_train.report.stored_run import read_subject
 from dist_train.report.variants import panels_of

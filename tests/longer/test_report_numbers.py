@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.report.chart import Axis, linear_axis, loss_axis, plain
-from dist_train.report.numbers import paired_difference, spearman, student_quantile, summary
+from dist_train.report.chart import ticks
+from dist_train.report.measures import paired_difference, spearman, summary
+from dist_train.watch.figure import Axis, linear_axis, loss_axis, plain
 
 
 def test_a_summary_has_the_sample_deviation() -> None:
@@ -25,10 +26,14 @@ def test_a_single_value_has_no_deviation_and_none_has_no_summary() -> None:
 
 
 @pytest.mark.parametrize(
-    ("freedom", "quantile"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (5, 2.57058), (10, 2.22814), (29, 2.04523)]
+    ("pairs", "quantile"), [(2, 12.7062), (3, 4.30265), (4, 3.18245), (6, 2.57058), (11, 2.22814), (30, 2.04523)]
 )
-def test_students_quantile_is_that_of_the_tables(freedom: int, quantile: float) -> None:
-    assert student_quantile(0.975, freedom) == pytest.approx(quantile, abs=1e-4)
+def test_an_interval_has_students_quantile_of_the_tables(pairs: int, quantile: float) -> None:
+    differences = [float(number**2) for number in range(pairs)]
+    found = paired_difference([(0.0, difference) for difference in differences])
+    assert found is not None
+    half = quantile * stdev(differences) / math.sqrt(pairs)
+    assert (found.low, found.high) == pytest.approx((found.difference - half, found.difference + half), rel=1e-4)
 
 
 def test_a_difference_is_paired() -> None:
@@ -77,15 +82,15 @@ def test_a_rank_correlation_knows_order_alone_and_shares_the_ranks_of_ties() -> 
 @given(low=st.floats(-1e6, 1e6), reach=st.floats(1e-6, 1e6))
 def test_ticks_are_few_and_lie_on_the_axis(low: float, reach: float) -> None:
     axis = linear_axis("x", [low, low + reach], plain)
-    ticks = axis.ticks()
-    assert 1 <= len(ticks) <= 8
-    assert all(-1e-6 <= axis.share(tick) <= 1 + 1e-6 for tick in ticks)
+    found = ticks(axis)
+    assert 1 <= len(found) <= 8
+    assert all(-1e-6 <= axis.share(tick) <= 1 + 1e-6 for tick in found)
 
 
 def test_a_loss_over_many_decades_is_logarithmic() -> None:
     axis = loss_axis("loss", [3.0, 0.001, math.nan, 0.0], plain)
     assert axis.is_logarithmic
-    assert {0.001, 0.01, 0.1, 1.0} <= set(axis.ticks())
+    assert {0.001, 0.01, 0.1, 1.0} <= set(ticks(axis))
     assert not loss_axis("loss", [3.0, 0.5], plain).is_logarithmic
     assert axis.share(0.0) < 0
 

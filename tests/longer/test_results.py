@@ -10,11 +10,10 @@ from statistics import fmean
 
 import pytest
 
-from dist_train.report.comparisons import effect_tables
 from dist_train.report.measures import TRAIN_LOSS, measures_of
 from dist_train.report.page import render, tables_in_markdown
 from dist_train.report.stored_run import StoredRun, Subject, read_subject
-from dist_train.report.tables import run_cells
+from dist_train.report.tables import effect_tables, run_cells
 from dist_train.report.variants import panels_of
 from tests.longer.report_page import cells
 
@@ -119,7 +118,12 @@ def test_the_parabolas_of_the_unresolved_widths_are_those_of_the_lines_points(su
 def test_counts_and_shares_in_the_text_are_those_of_the_numbers(study: Path, subject: Subject, told: str) -> None:
     panels = panels_of(subject.runs)
     effects = [
-        cell for table in effect_tables(panels) for _, rows in table.groups for _, row in rows for cell in row if cell
+        cell
+        for table in effect_tables(panels)
+        for _, rows in table.groups
+        for row in rows
+        for cell in row.cells
+        if cell
     ]
     assert f"Of the {sum(bool(effect.ends) for effect in effects)} intervals" in told
     rises = next(measure for measure in measures_of(subject.runs) if measure.title == "expected rise at 0.0001")

@@ -1,4 +1,4 @@
-"""A run may be gone on with only under settings that give the same result."""
+"""A run may be resumed only under settings that give the same result."""
 
 from __future__ import annotations
 

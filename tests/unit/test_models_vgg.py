@@ -10,7 +10,7 @@ from torch import nn
 
 from dist_train.config import Config, parse_config
 from dist_train.models import build_model
-from dist_train.models.initialization import initialize
+from dist_train.models.building import initialize
 from dist_train.models.norms import GroupedBatchNorm
 
 

@@ -175,7 +175,7 @@ def test_clients_without_end_give_way_to_one_that_asks() -> None:
         for client in idle[-20:]:
             client.sendall(b"GET /metrics HTTP/1.1\r\nX-Slow: ")
         assert ask(server)[0] == 200
-        assert idle[0].recv(1) == b"", "the one that was silent longest is let go"
+        assert idle[0].recv(1) == b"", "the one idle longest is disconnected"
         assert threading.active_count() < 64 + 20
 
 

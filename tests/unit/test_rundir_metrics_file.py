@@ -261,11 +261,11 @@ def test_a_process_killed_while_it_writes_leaves_whole_lines_that_a_resume_goes_
     path = tmp_path / "metrics.jsonl"
     program = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from test_monitoring_json_lines import JsonLines, train\n"
+        "from tests.unit.test_rundir_metrics_file import JsonLines, train\n"
         "lines = JsonLines(Path(sys.argv[1]))\n"
         "for step in range(1, 10**9): lines.record(train(step))\n"
     )
-    writer = subprocess.Popen([sys.executable, "-c", program, str(path), str(Path(__file__).parent)])
+    writer = subprocess.Popen([sys.executable, "-c", program, str(path), str(Path(__file__).parents[2])])
     try:
         wait_for(lambda: path.exists() and path.stat().st_size > 20_000, "records")
     finally:

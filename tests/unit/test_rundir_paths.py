@@ -1,4 +1,4 @@
-"""Where a run lies, and whether it may be gone on with."""
+"""Where a run lies, and whether it may be resumed."""
 
 from __future__ import annotations
 

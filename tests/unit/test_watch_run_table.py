@@ -19,6 +19,7 @@ from dist_train.cli.main import parse
 from dist_train.outcome import UsageError
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, to_json
 from dist_train.watch.run_table import RunSummary, read_runs, render
+from tests.raising import raises
 
 NOW = datetime.now(UTC)
 CONFIG = """\
@@ -43,7 +44,7 @@ def make_run(directory: Path, records: Sequence[Record] = (), config: str | None
         "epoch": 11,
         "total_steps": 210,
         "world_size": 2,
-        "reason": None,
+        "reason": "",
         "exit_code": None,
         "launch": "horovodrun",
         "host": socket.gethostname(),
@@ -98,7 +99,7 @@ def test_what_status_json_knows_better_is_taken_from_it(tmp_path: Path) -> None:
 
 
 def test_a_run_that_has_not_done_a_step_is_shown(tmp_path: Path) -> None:
-    make_run(tmp_path / "lb", state="starting", step=0, epoch=0, total_steps=None, world_size=None)
+    make_run(tmp_path / "lb", state="starting", step=0, epoch=0, total_steps=None)
     run = only_run(tmp_path)
     assert (run.state, run.step, run.total_steps, run.seconds_left, run.best_accuracy) == (
         "starting",
@@ -169,15 +170,10 @@ def test_a_metrics_file_that_grows_is_a_sign_of_life(tmp_path: Path) -> None:
     ("name", "content", "why"),
     [
         ("status.json", None, "no status.json"),
-        ("status.json", '{"state": "runn', "status.json is not JSON"),
-        ("status.json", "[]", "status.json names no state"),
-        ("status.json", '{"state": "flying", "step": 1}', "status.json names no state"),
-        ("status.json", '{"state": "running"}', "status.json is not as it should be: KeyError('step')"),
-        (
-            "status.json",
-            '{"state": "running", "step": 1, "epoch": 1, "updated": "yesterday"}',
-            "status.json is not as it should be: ValueError",
-        ),
+        ("status.json", '{"state": "runn', "status.json is no status"),
+        ("status.json", "[]", "status.json is no status"),
+        ("status.json", '{"state": "flying", "step": 1}', "status.json is no status"),
+        ("status.json", '{"state": "running"}', "status.json is no status"),
         ("config.yaml", "run: {name", "config.yaml is not YAML"),
         ("config.yaml", "", "config.yaml holds no settings"),
     ],
@@ -207,7 +203,7 @@ def test_runs_are_found_at_any_depth_in_order_and_not_inside_runs(tmp_path: Path
 
 
 def test_a_folder_that_is_not_there_is_an_error_of_the_user(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is no folder"):
+    with raises(UsageError, "folder-missing"):
         read_runs(tmp_path / "nowhere")
 
 
@@ -246,7 +242,7 @@ def test_the_command_says_when_there_are_no_runs(tmp_path: Path, capsys: pytest.
 
 def test_the_command_looks_into_runs_when_it_is_told_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="there is no folder runs"):
+    with raises(UsageError, "folder-missing"):
         run_command()
 
 

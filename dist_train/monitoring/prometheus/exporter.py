@@ -33,7 +33,8 @@ from dist_train.monitoring.prometheus.messages import (
     socket_pair,
 )
 from dist_train.monitoring.prometheus.targets import TargetFile, identity_of
-from dist_train.rundir.live_files import FILE_NAME, read_counts
+from dist_train.rundir.live_files import read_counts
+from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Measurement, Outcome, Record, RunFacts, TrainRecord
 
 _KEPT = 1000
@@ -142,7 +143,7 @@ class Exporter(Observer):
         counts: Mapping[str, int] = {}
         # read here, before the first event of this launch is counted; the observer that counts them reports errors
         with suppress(OSError, ValueError):
-            counts = read_counts(facts.run_directory / FILE_NAME)
+            counts = read_counts(RunDirectory(facts.run_directory).event_counts)
         self._send(Begin(self._plan, facts, counts))
         deadline = time.monotonic() + _START_SECONDS
         while self._link is not None and self.address is None and time.monotonic() < deadline:

@@ -1,0 +1,97 @@
+"""Rows of the engines: torch.distributed against Horovod over MPI, and our start against a bare program.
+
+`torchrun --nproc-per-node 2 -m benchmarks.engines sum|step|bare` tells what two ranks measured; mpirun likewise.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.launched_run import seconds_to_step, write_settings
+from benchmarks.launching import measure, module, on_ranks, tell
+from benchmarks.shared_folder import shared_folder
+from benchmarks.subject import QUIET, open_trainer, settings
+from benchmarks.timing import Ratio, ratio_of, timed
+from dist_train.cluster.communicator import Communicator
+from dist_train.cluster.joining import join_ranks
+
+_SUMS = 1000
+_STEPS = 40
+_LONGEST_SUM = 0.3e-3
+"""Seconds: the bar of a tiny sum over torch's Gloo."""
+
+
+def rows(pairs: int) -> Iterator[Ratio]:
+    """Yield a tiny sum, a step of batch 128 and a start, of two ranks; the engines are launched in turn."""
+    sums = [(_on("torch", "sum"), _on("mpi", "sum")) for _ in range(pairs)]
+    yield ratio_of("tiny sum, 2 ranks", "torch.distributed", "Horovod over MPI", sums, None)
+    against_bar = [(ours, _LONGEST_SUM) for ours, _ in sums]
+    yield ratio_of("tiny sum, 2 ranks", "torch.distributed", "0.3 ms", against_bar, 1.0)
+    steps = [(_on("torch", "step"), _on("mpi", "step")) for _ in range(pairs)]
+    yield ratio_of(
+        "step, width 0.25, batch 128, 2 ranks", "torch.distributed", "Horovod over MPI", steps, 1.0, images=128
+    )
+    starts = []
+    with tempfile.TemporaryDirectory() as folder:
+        config = write_settings(Path(folder), 0.25)
+        for pair in range(pairs):
+            ours = seconds_to_step(1, config, Path(folder) / f"run-{pair}", controller="torch", ranks=2)
+            begun = time.time()
+            starts.append((ours, _on("torch", "bare") - begun))
+    yield ratio_of("start, 2 ranks", "dist-train launch, to the first step", "bare torchrun", starts, 1.15)
+
+
+def _on(controller: str, what: str) -> float:
+    return float(measure(on_ranks(controller, 2, module("benchmarks.engines", what))))
+
+
+def main() -> None:
+    """Measure on every rank, tell on the first."""
+    what = sys.argv[1]
+    if what == "bare":
+        _bare()
+        return
+    comm = join_ranks(timeout=600.0, device_type="cpu")
+    seconds = {"sum": _seconds_of_a_sum, "step": _seconds_of_a_step}[what](comm)
+    if comm.rank == 0:
+        tell(seconds)
+    comm.close()
+
+
+def _seconds_of_a_sum(comm: Communicator) -> float:
+    tensor = torch.ones(8, dtype=torch.int64)
+
+    def add() -> None:
+        comm.allreduce_async(tensor, "sum").wait()
+
+    return statistics.median(timed(add) for _ in range(_SUMS))
+
+
+def _seconds_of_a_step(comm: Communicator) -> float:
+    config = settings(0.25, 128, **QUIET, batch={"micro_size": 64})
+    with shared_folder(comm) as folder:
+        trainer = open_trainer(config, comm, folder / "run")
+        seconds = [timed(trainer.advance) for _ in range(_STEPS)][5:]
+        trainer.close()
+    return statistics.median(seconds)
+
+
+def _bare() -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    dist.all_reduce(torch.ones(1))
+    if dist.get_rank() == 0:
+        tell(time.time())
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""A figure as its renderers share it: charts of series; and the learning curves of a run.
+
+The terminal (`watch/panels.py`), the page (`report/chart.py`) and picture files (`report/learning_curve.py`) draw it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal
+
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
+from dist_train.watch.history import Point as Means
+
+_LOG_RANGE = 25.0
+_SETTLED = 0.35
+"""Share of a curve that may leave the frame at its beginning, so that its end can be told apart."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear or logarithmic axis from `low` to `high`; `write` gives a tick as text."""
+
+    title: str
+    low: float
+    high: float
+    write: Callable[[float], str]
+    is_logarithmic: bool = False
+
+    def share(self, value: float) -> float:
+        """Return where `value` lies, 0 at the low end and 1 at the high one; beyond them for values outside."""
+        if self.is_logarithmic:
+            return math.log(max(value, self.low / 1e3) / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value with its band; `text` is what a reader who points at it sees."""
+
+    x: float
+    y: float
+    text: str = ""
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points drawn as one; a renderer gives each `style` its colour."""
+
+    label: str
+    style: str
+    points: tuple[Point, ...]
+    form: Literal["line", "dashed", "faint", "dots", "squares"] = "line"
+    axis: Literal["left", "right"] = "left"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A panel of a figure; `key` is unique on the page."""
+
+    key: str
+    title: str
+    description: str
+    x: Axis
+    left: Axis
+    series: tuple[Series, ...]
+    right: Axis | None = None
+    letter: str = ""
+    note: str = ""
+    upright: float | None = None
+    """Where a vertical line stands, such as at the solution."""
+
+
+def linear_axis(title: str, values: Iterable[float], write: Callable[[float], str], *, margin: float = 0.05) -> Axis:
+    """Return an axis that holds all finite `values`, with a margin of this share at both ends."""
+    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    low, high = min(finite), max(finite)
+    if high - low < 1e-9 * max(1.0, abs(high)):
+        half = abs(high) * 0.05 or 0.5
+        low, high = low - half, high + half
+    rim = (high - low) * margin
+    return Axis(title, low - rim, high + rim, write)
+
+
+def loss_axis(title: str, values: Iterable[float], write: Callable[[float], str]) -> Axis:
+    """Return an axis from 0, or a logarithmic one where a linear one would hide the small values."""
+    positive = [value for value in values if math.isfinite(value) and value > 0]
+    if not positive:
+        return Axis(title, 0.0, 1.0, write)
+    least, most = min(positive), max(positive)
+    if most / least > _LOG_RANGE:
+        # a few values near 0 must not take the whole height
+        return Axis(title, max(least, most / 1e5) / 1.3, most * 1.3, write, is_logarithmic=True)
+    return Axis(title, 0.0, most * 1.06, write)
+
+
+def plain(value: float) -> str:
+    """Return a tick without superfluous digits."""
+    return f"{value:,.10g}" if abs(value) >= 1000 else f"{value:.6g}".replace("-", "\u2212")
+
+
+def percent_tick(value: float) -> str:
+    """Return a share in [0, 1] as a percentage."""
+    return f"{value * 100:.6g}"
+
+
+def three_digits(value: float) -> str:
+    """Return `value` with three digits or more, in plain notation where that is short."""
+    if value and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.2e}"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}" if value else "0"
+
+
+def _accuracy_axis(title: str, curves: Sequence[Sequence[Point]]) -> Axis:
+    settled = [
+        value
+        for points in curves
+        for point in points
+        if point.x >= points[0].x + _SETTLED * (points[-1].x - points[0].x) and math.isfinite(point.y)
+        for value in (point.y if point.low is None else point.low, point.y if point.high is None else point.high)
+    ]
+    axis = linear_axis(title, settled, percent_tick, margin=0.06)
+    high = min(1.0, axis.high) if max(settled, default=1.0) > 0.97 else axis.high
+    return Axis(title, max(0.0, axis.low), high, percent_tick)
+
+
+def _loss_axis(title: str, curves: Sequence[Sequence[Point]]) -> Axis:
+    return loss_axis(title, [point.y for points in curves for point in points], plain)
+
+
+def _rate_axis(title: str, curves: Sequence[Sequence[Point]]) -> Axis:
+    axis = linear_axis(title, [0.0, *(point.y for points in curves for point in points)], plain, margin=0.03)
+    return Axis(title, 0.0, axis.high, plain)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a record holds, for drawing against epochs; readers see it times `factor`, in `unit`."""
+
+    name: str
+    title: str
+    """The axis'."""
+    take: Callable[[Any], float]
+    write: Callable[[float], str]
+    axis: Callable[[str, Sequence[Sequence[Point]]], Axis] = _rate_axis
+    factor: float = 1.0
+    unit: str = ""
+
+    def text(self, value: float, spread: float | None = None) -> str:
+        """Return `value`, with its spread, as people read it."""
+        numbers = [self.write(number * self.factor) for number in (value, spread) if number is not None]
+        return f"{' ± '.join(numbers)} {self.unit}".rstrip()
+
+
+ACCURACY = Quantity("accuracy", "accuracy, %", lambda it: it.accuracy, "{:.2f}".format, _accuracy_axis, 100.0, "%")
+LOSS = Quantity("loss", "loss", lambda it: it.loss, "{:.4f}".format, _loss_axis)
+LEARNING_RATE = Quantity("learning rate", "learning rate", lambda it: it.learning_rate, three_digits)
+NOISE = Quantity("noise amplitude", "amplitude", lambda it: it.noise_amplitude, three_digits)
+RATES = (
+    LEARNING_RATE,
+    NOISE,
+    Quantity("gradient norm", "norm", lambda it: it.gradient_norm, three_digits),
+    Quantity("speed", "images/s", lambda it: it.samples_per_second, three_digits),
+)
+BATCH = "s5"
+"""Style of what is measured at each update; that of an evaluation is its split's name."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run has measured, evaluations by split; without `steps_per_epoch` curves are drawn against steps."""
+
+    name: str
+    train: Sequence[TrainRecord] | Sequence[Means]
+    evaluations: Mapping[str, Sequence[EvaluationRecord]]
+    steps_per_epoch: float | None
+
+
+def measured_of(name: str, records: Iterable[Record]) -> Measured:
+    """Return what `records` hold of the updates, and of the train and test splits."""
+    known = [record for record in records if not isinstance(record, EventRecord)]
+    train = [record for record in known if isinstance(record, TrainRecord)]
+    tests = [record for record in known if isinstance(record, EvaluationRecord)]
+    splits = {split: [record for record in tests if record.split == split] for split in ("train", "test")}
+    # the least of them, so that it is exact also where `epoch` counts whole epochs only
+    ratios = [record.step / record.epoch for record in known if record.step and record.epoch > 0]
+    return Measured(name, train, splits, max(1, round(min(ratios))) if ratios else None)
+
+
+def learning_curve(quantity: Quantity, measured: Measured, most: int = 400) -> Chart | None:
+    """Return loss or accuracy at each update and of each split, a curve of at most `most` points; None without any."""
+    batches = Series("train, each batch", BATCH, _thinned(measured.train, quantity, measured, most), "faint")
+    splits = (
+        Series(split, split, _thinned(records, quantity, measured, most))
+        for split, records in measured.evaluations.items()
+    )
+    drawn = tuple(series for series in (batches, *splits) if series.points)
+    return _chart(quantity, measured, drawn, f", {len(drawn)} curves") if drawn else None
+
+
+def rate_curve(quantity: Quantity, measured: Measured, most: int = 400) -> Chart | None:
+    """Return one of RATES at each update; None where it is 0 throughout."""
+    points = _thinned(measured.train, quantity, measured, most)
+    drawn = (Series(quantity.name, "s0", points),)
+    return _chart(quantity, measured, drawn) if any(point.y > 0 for point in points) else None
+
+
+def _chart(quantity: Quantity, measured: Measured, drawn: tuple[Series, ...], count: str = "") -> Chart:
+    across = epochs_axis(drawn, "epoch" if measured.steps_per_epoch else "step")
+    return Chart(
+        f"run-{quantity.name.replace(' ', '-')}",
+        quantity.name[0].upper() + quantity.name[1:],
+        f"{quantity.title if count else quantity.name} of {measured.name} against {across.title}s{count}.",
+        across,
+        quantity.axis(quantity.title, [series.points for series in drawn]),
+        drawn,
+    )
+
+
+def epochs_axis(drawn: Iterable[Series], title: str = "epoch") -> Axis:
+    """Return an axis from the beginning of training to the last point of all."""
+    return Axis(title, 0.0, max(point.x for series in drawn for point in series.points) or 1.0, plain)
+
+
+def _thinned(
+    records: Sequence[TrainRecord | EvaluationRecord | Means], quantity: Quantity, measured: Measured, most: int
+) -> tuple[Point, ...]:
+    """Return the records, or means over equal chunks of them where they are many; NaN with one that is not finite."""
+    size = max(1, math.ceil(len(records) / most))
+    per_epoch = measured.steps_per_epoch or 1.0
+    points = []
+    for at in range(0, len(records), size):
+        chunk = records[at : at + size]
+        value = fmean(quantity.take(record) for record in chunk)
+        points.append(Point(fmean(record.step for record in chunk) / per_epoch, value, quantity.text(value)))
+    return tuple(points)

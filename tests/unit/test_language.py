@@ -1,0 +1,67 @@
+"""The field's terms: no private word, in code, documentation or messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("dist_train", "docs", "launch", "slurm", "docker", "benchmarks", "configs", "studies", "tests")
+PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile", "pyproject.toml", "setup.py")
+SUFFIXES = {".py", ".md", ".sh", ".yml", ".yaml", ".jinja", ".html", ".def", ""}
+PROCESSES_OF_A_LOADER = re.compile(r"(?i)loader[_ ]workers|(max|num|wait_for|persistent)_workers|worker_init")
+
+PRIVATE = {
+    "rank": r"(?i)workers?(?![a-z])",
+    "layer": r"(?i)\brooms\b|\brooms? (?:knows?|below|above|of)\b",
+    "variant": r"(?i)\barms?\b",
+    "fix": r"(?i)\bcures?\b",
+    "resume, continue": r"(?i)\b(?:go|goes|went|going|gone) on\b(?! (?:the|a|its|GPUs|CPUs))",
+    "bit-identical": r"(?i)\bto the bit\b",
+    "unrecoverable": r"(?i)\bhopeless",
+    "check_consistent_across_ranks": r"\bcheck_alike\b",
+    "ResumePoint": r"\bfind_beginning\b|\bclass Beginning\b",
+    "broadcast_str, allreduce_async": r"\bshare_text\b|\bstart_sum\b",
+    "sync_batch_norm": r"\bover_workers\b",
+    "GradientAccumulator": r"\b(?:Exact|Float|Adasum)Codec\b",
+    "Noise": r"\b_Still\b",
+    "BatchRequest, prefetch": r"\bWanted\b",
+    "InProcessDecoder": r"\bDecodingHere\b",
+    "Endpoint, probe all peers": r"\b[Ss]eats?\b|(?i:call(?:s|ed)? the roll)",
+    "unused_settings": r"\bidle_settings\b",
+    "avoid_short_last_micro_batch": r"\bwithout_remnant\b",
+    "_failure_already_recorded": r"\b_another_told\b",
+    "oserror_to_fault": r"\btold_as_faults\b",
+    "monitoring on": r"(?i)\bwhat is watched\b",
+    "By default": r"(?i)\bwithout a word\b",
+    "Our batch scripts request": r"(?i)\bhas its say\b",
+    "accept the same options": r"(?i)\btake the same words\b",
+    "is disconnected": r"(?i)\bis let go\b",
+    "rank 0 reports": r"(?i)\brank 0 tells\b",
+}
+"""What a reader of the field expects, and the words that once stood in its place."""
+
+
+def lines() -> Iterator[tuple[str, str]]:
+    """Yield every line of what people read, with its place."""
+    files = [ROOT / page for page in PAGES]
+    files += [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*"))]
+    for path in files:
+        if path.is_file() and path.suffix in SUFFIXES and "__pycache__" not in path.parts and path != Path(__file__):
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            yield from ((f"{path.relative_to(ROOT)}:{number}", line) for number, line in enumerate(text.split("\n"), 1))
+
+
+@pytest.fixture(scope="module")
+def text() -> list[tuple[str, str]]:
+    return [(place, PROCESSES_OF_A_LOADER.sub("", line)) for place, line in lines()]
+
+
+@pytest.mark.parametrize("term", list(PRIVATE))
+def test_no_private_word_stands_where_the_field_has_one(term: str, text: list[tuple[str, str]]) -> None:
+    pattern = re.compile(PRIVATE[term])
+    found = [f"{place}: {line.strip()}" for place, line in text if pattern.search(line)]
+    assert not found, f"say {term}: {len(found)} lines\n" + "\n".join(found[:20])
