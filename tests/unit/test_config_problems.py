@@ -136,7 +136,7 @@ def test_an_unknown_key_suggests_the_nearest_here_else_elsewhere(settings: dict[
 def test_a_key_like_no_other_is_told_with_those_of_its_section() -> None:
     problem = only_problem({"comm": {"zzz": 1}})
     assert (problem.path, problem.code) == ("comm.zzz", "unknown-key")
-    assert problem.allowed.startswith("reduction, compression, op, verify_every, timeout")
+    assert problem.allowed.startswith("engine, reduction, compression, op, verify_every, timeout")
 
 
 @pytest.mark.parametrize("key", ["constant", "cosine", "kind", "0"])

@@ -193,7 +193,7 @@ def test_a_member_in_another_folder_or_that_is_no_file_is_not_taken(tmp_path: Pa
         archive.addfile(link)
         archive.addfile(tarfile.TarInfo("elsewhere/test_batch"))
     (tmp_path / CIFAR10.file).write_bytes(buffer.getvalue())
-    with raises(UsageError, "data-missing"):
+    with raises(UsageError, "data-unpackable"):
         read(tmp_path, "test")
 
 

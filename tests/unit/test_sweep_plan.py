@@ -149,7 +149,7 @@ class TestFaults:
 
     def test_settings_that_do_not_go_together_are_found_before_anything_starts(self, tmp_path: Path) -> None:
         found = faults(tmp_path, variants={"a": {"settings": {"noise.method": "sam"}}})
-        assert ("variants.a.settings.noise.method", "sam-sharing") in found
+        assert ("noise.sharing (variant a)", "sam-sharing") in found
 
 
 @pytest.mark.parametrize(
