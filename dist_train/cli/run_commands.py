@@ -116,7 +116,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if current_launch().rank == 0:
         print(json.dumps(result, allow_nan=False), flush=True)
         if not is_finite:
-            print(f"dist-train: the {arguments.split} loss of {result['checkpoint']} is not finite", file=sys.stderr)
+            print(
+                f"dist-train: the {arguments.split} loss of {result['checkpoint']} is not finite [loss-not-finite]",
+                file=sys.stderr,
+            )
     return ExitCode.FINISHED if is_finite else ExitCode.DIVERGED
 
 

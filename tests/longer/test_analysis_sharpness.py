@@ -95,7 +95,7 @@ def test_what_is_known_is_not_measured_again_and_the_rest_is_added(
     assert second["expected_rise"] == first["expected_rise"]
     assert second["keskar"] is not None
     assert main(["sharpness", str(run), *OPTIONS, "--only", "keskar"]) == 0
-    assert "measured before: delete" in capsys.readouterr().err
+    assert records(run) == [second]
 
 
 def test_other_settings_or_another_checkpoint_have_a_record_of_their_own(run: Path, trained: Path) -> None:

@@ -196,7 +196,9 @@ class TestTrain:
         record = json.loads((run / "checkpoints" / "step-00000001.json").read_text())
         assert record["metrics"]["test_accuracy"] is record["metrics"]["best_saved_step"] is None
         assert main(["evaluate", str(run)]) == ExitCode.DIVERGED
-        assert json.loads(capsys.readouterr().out)["loss"] is None
+        told = capsys.readouterr()
+        assert json.loads(told.out)["loss"] is None
+        assert "[loss-not-finite]" in told.err
 
 
 class TestEvaluate:

@@ -24,9 +24,9 @@ def codes_in(path: Path) -> Iterator[str]:
             case ast.keyword(arg="code", value=ast.Constant(str(code))):
                 yield code
             case ast.keyword(arg="code", value=ast.JoinedStr(values)):
-                yield "".join(part.value if isinstance(part, ast.Constant) else "[a-z]+" for part in values)
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "[a-z]+" for part in values)
             case ast.AnnAssign(target=ast.Name("_CODES"), value=ast.Call(args=[ast.Dict(keys), *_])):
-                yield from (key.value for key in keys if isinstance(key, ast.Constant))
+                yield from (str(key.value) for key in keys if isinstance(key, ast.Constant))
             case ast.ClassDef(body=body):
                 for line in body:
                     match line:
