@@ -30,7 +30,8 @@ def meeting_within(seconds: float, end: Callable[[], None] | None = None) -> Ite
     def give_up() -> None:
         print(
             f"dist-train: the {launch.size} ranks have not all met within {seconds:g} s: one has not started, hangs, "
-            f"or cannot be reached; start again, or raise comm.timeout where starting takes so long [ranks-cannot-meet]",
+            f"or cannot be reached; start again, or raise comm.timeout where starting takes so long "
+            f"[ranks-cannot-meet]",
             file=sys.stderr,
             flush=True,
         )
