@@ -36,7 +36,8 @@ def meeting_within(seconds: float, end: Callable[[], None] = end_process) -> Ite
     def give_up() -> None:
         print(
             f"dist-train: the {launch.size} ranks have not all met within {seconds:g} s: one has not started, hangs, "
-            f"or cannot be reached; start again, or raise comm.timeout where starting takes so long",
+            f"or cannot be reached; start again, or raise comm.timeout where starting takes so long "
+            f"[ranks-cannot-meet]",
             file=sys.stderr,
             flush=True,
         )

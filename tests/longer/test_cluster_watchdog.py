@@ -173,7 +173,7 @@ def test_ranks_that_cannot_be_reached_are_named_and_not_watched(
 ) -> None:
     monkeypatch.setattr(watchdog, "own_addresses", lambda: ["192.0.2.77"])
     members = scene(lambda members: time.sleep(TIMEOUT + 1), size=2)
-    assert "between rank 0 and rank 1: nobody will notice" in caplog.text
+    assert "rank 0 and rank 1" in caplog.text
     assert [member.messages for member in members] == [[], []]
 
 

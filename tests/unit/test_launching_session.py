@@ -22,7 +22,7 @@ from dist_train.launching.session import Session, open_session
 from dist_train.monitoring.observers import Observers
 from dist_train.outcome import DisagreementError, DivergedError, StoppedError, UsageError
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import EventRecord, Measurement, Outcome, Record, RunFacts, read_records
+from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, Record, RunFacts, read_records
 from dist_train.training.stopping import StopRequests
 from tests.raising import raises
 from tests.unit.simulated_ranks import SimulatedRanks, results
@@ -30,7 +30,7 @@ from tests.unit.small_trainers import small_config
 from tests.unit.test_cli_commands import write_config
 
 
-class Told:
+class Told(Observer):
     """An observer that keeps what it is told, in order."""
 
     def __init__(self) -> None:

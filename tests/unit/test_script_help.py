@@ -23,8 +23,8 @@ NO_KNOBS = {
 }
 """Names that scripts read, but that are not theirs to explain, and why."""
 
-KEPT_OVER_OURS = {"HOROVOD_GLOO_IFACE"}
-"""Horovod's settings that batch scripts keep over NETWORK_INTERFACE."""
+KEPT_OVER_OURS = {"HOROVOD_GLOO_IFACE", "GLOO_SOCKET_IFNAME"}
+"""Settings of Horovod and torch that batch scripts keep over NETWORK_INTERFACE."""
 
 PASSED_ON = {
     "launch/horovodrun.sh": {"HOROVOD_GLOO_IFACE", "HOROVOD_CYCLE_TIME"},

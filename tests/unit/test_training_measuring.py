@@ -16,7 +16,7 @@ from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import DivergedError, StoppedError
-from dist_train.rundir.records import Measurement, Outcome, Record, RunFacts
+from dist_train.rundir.records import Measurement, Observer, Outcome, Record, RunFacts
 from dist_train.training.measuring import RankMeasuring, UsageReader, WeightNorms
 from dist_train.training.trainer import Trainer
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
@@ -25,7 +25,7 @@ from tests.unit.small_trainers import build_trainer, small_config, state_bits
 ON = {"enabled": True}
 
 
-class Sheet:
+class Sheet(Observer):
     """An observer that keeps measurements, and the weights as they were when each step was done."""
 
     def __init__(self) -> None:

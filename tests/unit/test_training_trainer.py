@@ -18,6 +18,7 @@ from dist_train.rundir.records import (
     EvaluationRecord,
     EventRecord,
     Measurement,
+    Observer,
     Outcome,
     Record,
     RunFacts,
@@ -33,7 +34,7 @@ from tests.unit.small_trainers import build_trainer, small_config, state_bits
 Sections = Mapping[str, Any]
 
 
-class Notebook:
+class Notebook(Observer):
     """An observer that keeps every record."""
 
     def __init__(self) -> None:

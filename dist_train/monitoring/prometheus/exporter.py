@@ -18,7 +18,6 @@ from pathlib import Path
 from signal import Signals
 from typing import TYPE_CHECKING
 
-from dist_train.monitoring.observers import Observer
 from dist_train.monitoring.prometheus.messages import (
     Begin,
     Channel,
@@ -35,7 +34,7 @@ from dist_train.monitoring.prometheus.messages import (
 from dist_train.monitoring.prometheus.targets import TargetFile, identity_of
 from dist_train.rundir.live_files import read_counts
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import Measurement, Outcome, Record, RunFacts, TrainRecord
+from dist_train.rundir.records import Measurement, Observer, Outcome, Record, RunFacts, TrainRecord
 
 _KEPT = 1000
 _ROOT = Path(__file__).parents[3]
