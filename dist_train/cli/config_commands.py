@@ -68,7 +68,7 @@ def _path(arguments: argparse.Namespace) -> int:
 
     path = located(arguments.file).absolute()
     if not path.is_file():
-        raise UsageError(f"there is no file at {path}")
+        raise UsageError(f"there is no file at {path}", code="file-missing")
     print(path)
     return ExitCode.FINISHED
 

@@ -15,7 +15,7 @@ from dist_train.cli.run_commands import add_evaluate, add_launch, add_outcome, a
 from dist_train.cli.sweep_commands import add_submit, add_sweep
 from dist_train.cli.view_commands import add_curve, add_report, add_runs, add_watch
 from dist_train.cluster.launch import current_launch
-from dist_train.outcome import DivergedError, ExitCode, FaultError, UsageError, exit_code_of
+from dist_train.outcome import DivergedError, ExitCode, FaultError, UsageError, exit_code_of, text_with_code
 
 _COMMANDS = (
     add_train,
@@ -43,13 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed = parse(list(sys.argv[1:] if arguments is None else arguments))
         return int(parsed.run(parsed))
     except (UsageError, FaultError, DivergedError) as error:
-        return _refuse(error, exit_code_of(error))
-    except ValueError as error:
-        from dist_train.config import ConfigError
-
-        if not isinstance(error, ConfigError):
-            raise
-        return _refuse(error, ExitCode.USAGE)
+        print(f"dist-train: {text_with_code(error)}", file=sys.stderr)
+        return exit_code_of(error)
     except BrokenPipeError:
         # The reader of our output has gone.
         sys.stderr.close()
@@ -95,8 +90,3 @@ def _take_late_overrides(parser: argparse.ArgumentParser, parsed: argparse.Names
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
-
-
-def _refuse(error: Exception, code: ExitCode) -> int:
-    print(f"dist-train: {error}", file=sys.stderr)
-    return code

@@ -10,7 +10,15 @@ from pathlib import Path
 
 from dist_train.cli.common import Subparsers, add_config, warn_of_unused
 from dist_train.cluster.launch import current_launch
-from dist_train.outcome import DisagreementError, DivergedError, ExitCode, StoppedError, UsageError, exit_code_of
+from dist_train.outcome import (
+    DisagreementError,
+    DivergedError,
+    ExitCode,
+    StoppedError,
+    UsageError,
+    exit_code_of,
+    text_with_code,
+)
 from dist_train.start_up import without_collection
 
 _STANDARD_ERROR = 2
@@ -50,7 +58,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return ExitCode.USAGE
     except (DivergedError, DisagreementError, StoppedError) as error:
         if current_launch().rank == 0:
-            print(f"dist-train: {error}", file=sys.stderr)
+            print(f"dist-train: {text_with_code(error)}", file=sys.stderr)
         return exit_code_of(error)
     return ExitCode.FINISHED
 
@@ -74,9 +82,11 @@ def _launch(arguments: argparse.Namespace) -> int:
 
     words = list(arguments.command)
     if not words:
-        raise UsageError("no command given, for example: dist-train launch -np 2 train configs/demo.yaml")
+        raise UsageError(
+            "no command given, for example: dist-train launch -np 2 train configs/demo.yaml", code="no-command"
+        )
     if arguments.np < 1:
-        raise UsageError(f"-np takes a number of ranks, 1 or more, not {arguments.np}")
+        raise UsageError(f"-np takes a number of ranks, 1 or more, not {arguments.np}", code="option-range")
     command = parse(words)
     if words[0] == "train":
         from dist_train.config import load_config
@@ -106,7 +116,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if current_launch().rank == 0:
         print(json.dumps(result, allow_nan=False), flush=True)
         if not is_finite:
-            print(f"dist-train: the {arguments.split} loss of {result['checkpoint']} is not finite", file=sys.stderr)
+            print(
+                f"dist-train: the {arguments.split} loss of {result['checkpoint']} is not finite [loss-not-finite]",
+                file=sys.stderr,
+            )
     return ExitCode.FINISHED if is_finite else ExitCode.DIVERGED
 
 

@@ -60,7 +60,8 @@ def _clean(arguments: argparse.Namespace) -> int:
             removed = ()
         except OSError as error:
             raise UsageError(
-                f"{folder} cannot be cleaned ({error.strerror or error}); use an account that may write there"
+                f"{folder} cannot be cleaned ({error.strerror or error}); use an account that may write there",
+                code="folder-unwritable",
             ) from error
         for path in removed:
             print(f"removed {path}")
@@ -139,7 +140,7 @@ def _curve(arguments: argparse.Namespace) -> int:
     from dist_train.rundir.paths import RunDirectory
 
     if arguments.output is None and len(arguments.runs) > 1:
-        raise UsageError("several runs go into one picture: say where with -o FILE")
+        raise UsageError("several runs go into one picture: say where with -o FILE", code="output-unset")
     output = arguments.output or RunDirectory(arguments.runs[0]).learning_curve
     draw_learning_curve(arguments.runs, output)
     print(output)

@@ -72,18 +72,24 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = located(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(str(path), [problem("(file)", f"there is no such file{_nearest_file(path)}")]) from None
+        raise ConfigError(
+            str(path), [problem("(file)", f"there is no such file{_nearest_file(path)}", code="file-missing")]
+        ) from None
     except (OSError, ValueError) as error:
-        raise ConfigError(str(path), [problem("(file)", f"cannot be read: {error}")]) from None
+        raise ConfigError(str(path), [problem("(file)", f"cannot be read: {error}", code="unreadable")]) from None
     try:
         # A SafeLoader that refuses duplicate keys and knows 1e-4 to be a number.
         settings = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(str(path), [problem("(file)", f"not YAML: {' '.join(str(error).split())}")]) from None
+        raise ConfigError(
+            str(path), [problem("(file)", f"not YAML: {' '.join(str(error).split())}", code="not-yaml")]
+        ) from None
     if settings is None:
         return {}
     if not isinstance(settings, dict):
-        raise ConfigError(str(path), [problem("(file)", "not a mapping of sections", value=settings)])
+        raise ConfigError(
+            str(path), [problem("(file)", "not a mapping of sections", code="wrong-type", value=settings)]
+        )
     return settings
 
 
@@ -125,7 +131,7 @@ def parse_config(settings: Mapping[str, Any], *, source: str) -> Config:
     except ValidationError as error:
         raise ConfigError(source, problems_of(error, Config)) from None
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(source, [problem("(file)", str(error))]) from None
+        raise ConfigError(source, [problem("(file)", str(error), code="wrong-type")]) from None
     found = conflicts(config)
     if found:
         raise ConfigError(source, found)
@@ -143,10 +149,10 @@ def _read(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
         return settings
     name = settings.pop(_BASE)
     if not isinstance(name, str) or not name or "\0" in name:
-        raise ConfigError(str(path), [problem(_BASE, "not the name of a file", value=name)])
+        raise ConfigError(str(path), [problem(_BASE, "not the name of a file", code="wrong-form", value=name)])
     base, seen = based_on(path, name), (*seen, os.path.realpath(located(path)))
     if os.path.realpath(located(base)) in seen:
-        raise ConfigError(str(path), [problem(_BASE, "the file is its own base", value=str(base))])
+        raise ConfigError(str(path), [problem(_BASE, "the file is its own base", code="base-cycle", value=str(base))])
     return _merge(_read(base, seen), settings)
 
 
@@ -168,17 +174,28 @@ def _apply(settings: dict[str, Any], override: str) -> None:
     if not separator or not all(names):
         raise ConfigError(
             _COMMAND_LINE,
-            [problem(override or "''", "not an override", allowed="section.key=value, as in run.seed=1")],
+            [
+                problem(
+                    override or "''",
+                    "not an override",
+                    code="override-form",
+                    allowed="section.key=value, as in run.seed=1",
+                )
+            ],
         )
     try:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(_COMMAND_LINE, [problem(path, f"not YAML: {' '.join(str(error).split())}")]) from None
+        raise ConfigError(
+            _COMMAND_LINE, [problem(path, f"not YAML: {' '.join(str(error).split())}", code="not-yaml")]
+        ) from None
     section = settings
     for name in names[:-1]:
         inner = section.get(name)
         if inner is not None and not isinstance(inner, dict):
-            raise ConfigError(_COMMAND_LINE, [problem(path, f"{name} is not a section", value=inner)])
+            raise ConfigError(
+                _COMMAND_LINE, [problem(path, f"{name} is not a section", code="wrong-type", value=inner)]
+            )
         section[name] = dict(inner or {})
         section = section[name]
     section[names[-1]] = value

@@ -11,20 +11,23 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from dist_train.outcome import UsageError
+
 _MISSING = object()
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One fault: the dotted path of the setting, its value (None: not shown), what is wrong, what is allowed."""
+    """One fault: the dotted path of the setting, its value, what is wrong, the code of that, what is allowed."""
 
     path: str
     value: object
     wrong: str
+    code: str
     allowed: str = ""
 
     def __str__(self) -> str:
-        lines = [f"  {self.path}: {self.wrong}"]
+        lines = [f"  {self.path}: {self.wrong} [{self.code}]"]
         if self.value is not _MISSING:
             lines.append(f"      value:   {_shorten(self.value)}")
         if self.allowed:
@@ -32,7 +35,7 @@ class Problem:
         return "\n".join(lines)
 
 
-class ConfigError(ValueError):
+class ConfigError(UsageError):
     """A configuration that cannot be used; its text lists every problem. Exit code 2."""
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
@@ -42,9 +45,9 @@ class ConfigError(ValueError):
         super().__init__("\n".join([f"{source}: {count}", *map(str, problems)]))
 
 
-def problem(path: str, wrong: str, *, value: object = _MISSING, allowed: str = "") -> Problem:
+def problem(path: str, wrong: str, *, code: str, value: object = _MISSING, allowed: str = "") -> Problem:
     """Return a `Problem` whose value may be left out."""
-    return Problem(path, value, wrong, allowed)
+    return Problem(path, value, wrong, code, allowed)
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,14 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
             found[path] = _unknown_key(place, model, fault["input"])
         elif kind == "union_tag_invalid":
             choices = str(fault["ctx"]["expected_tags"]).replace("'", "")
-            found[path] = problem(f"{path}.kind", "not a kind", value=fault["ctx"]["tag"], allowed=choices)
+            found[path] = problem(
+                f"{path}.kind", "not a kind", code="unknown-kind", value=fault["ctx"]["tag"], allowed=choices
+            )
         elif kind == "json_invalid":
-            found[path] = problem(path, f"cannot be read: {fault['ctx']['error']}")
+            found[path] = problem(path, f"cannot be read: {fault['ctx']['error']}", code="unreadable")
         else:
             wrong = _WORDS.get(kind) or _plain(fault["msg"])
-            found[path] = problem(path, wrong, value=fault["input"], allowed=_allowed(place))
+            found[path] = problem(path, wrong, code=_code(kind), value=fault["input"], allowed=_allowed(place))
     return list(found.values())
 
 
@@ -101,6 +106,30 @@ _WORDS: Mapping[str, str] = MappingProxyType(
         "string_pattern_mismatch": "not of this form",
     }
 )
+
+_CODES: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "missing": frozenset({"missing", "union_tag_not_found"}),
+        "no-such-choice": frozenset({"literal_error"}),
+        "wrong-form": frozenset({"string_pattern_mismatch"}),
+        "out-of-range": frozenset(
+            {
+                "greater_than",
+                "greater_than_equal",
+                "less_than",
+                "less_than_equal",
+                "finite_number",
+                "too_short",
+                "too_long",
+            }
+        ),
+    }
+)
+"""By the code of a problem, the kinds of pydantic's faults; all others are of a wrong type."""
+
+
+def _code(kind: str) -> str:
+    return next((code for code, kinds in _CODES.items() if kind in kinds), "wrong-type")
 
 
 def _locate(location: tuple[int | str, ...], model: type[BaseModel]) -> _Place:
@@ -131,12 +160,12 @@ def _unknown_key(place: _Place, model: type[BaseModel], value: object) -> Proble
     prefix = "".join(f"{name}." for name in place.names[:-1])
     close = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
     if close:
-        return problem(place.path, f"unknown key; did you mean {prefix}{close[0]}?", value=value)
+        return problem(place.path, f"unknown key; did you mean {prefix}{close[0]}?", code="unknown-key", value=value)
     paths = _all_paths(model)
     elsewhere = difflib.get_close_matches(key, [path.rpartition(".")[2] for path in paths], n=1, cutoff=0.8)
     namesakes = [path for path in paths if elsewhere and path.rpartition(".")[2] == elsewhere[0]]
     hint = f"; did you mean {' or '.join(namesakes)}?" if namesakes else ""
-    return problem(place.path, f"unknown key{hint}", value=value, allowed=", ".join(here))
+    return problem(place.path, f"unknown key{hint}", code="unknown-key", value=value, allowed=", ".join(here))
 
 
 def _all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:

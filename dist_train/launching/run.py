@@ -114,6 +114,4 @@ def _shared_config(comm: Communicator, config: Config) -> Config:
     text = broadcast_str(comm, dump_config(config), "config")
     config = parse_config(yaml.safe_load(text), source="rank 0")
     threads = min(threads for (threads,) in gather(comm, [share_of_threads(comm.local_size)], "threads"))
-    if config.precision.threads != "auto":
-        return config
-    return with_threads(config, threads)
+    return with_threads(config, threads) if config.precision.threads == "auto" else config

@@ -76,7 +76,8 @@ def check_tensorboard() -> None:
     except ImportError as error:
         raise UsageError(
             "metrics.tensorboard is true, but TensorBoard is not installed: "
-            "pip install 'dist_train[tensorboard]', or set metrics.tensorboard to false"
+            "pip install 'dist_train[tensorboard]', or set metrics.tensorboard to false",
+            code="tensorboard-missing",
         ) from error
 
 

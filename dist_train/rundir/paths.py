@@ -89,7 +89,8 @@ class RunDirectory:
         except OSError as error:
             raise UsageError(
                 f"the run directory {self.root} cannot be written: {error.strerror or error}; "
-                f"choose another by run.directory or --run-dir"
+                f"choose another by run.directory or --run-dir",
+                code="run-directory-unwritable",
             ) from error
 
     def save_config(self, config: Config) -> None:
@@ -119,5 +120,6 @@ def oserror_to_fault(directory: RunDirectory) -> Iterator[None]:
         place = f": {error.filename}" if error.filename else ""
         raise FaultError(
             f"{error.strerror or error}{place}; the checkpoints in {directory.root} are as they were: "
-            f"mend it, and start the same command again"
+            f"mend it, and start the same command again",
+            code="disk-failed",
         ) from error

@@ -19,7 +19,7 @@ class StopRequests:
     """
 
     def __init__(self, stop_signal: str = "SIGUSR2") -> None:
-        """Heed `stop_signal`, the signal of the site, too."""
+        """Take in `stop_signal`, the signal of the site, too."""
         self.reason: str | None = None
         """The signal's name, or what else has asked for the stop."""
         self._signals = {*_ALWAYS, signal.Signals[stop_signal]}
@@ -86,6 +86,4 @@ class TimeLimit:
 def job_time_limit() -> TimeLimit:
     """Return the time limit of the Slurm job that this process belongs to; none outside of Slurm."""
     job = current_job()
-    if job is None:
-        return TimeLimit(None)
-    return TimeLimit(job_end(job.id) if job.end is None else job.end)
+    return TimeLimit(None if job is None else job.end or job_end(job.id))

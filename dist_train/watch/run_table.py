@@ -109,7 +109,7 @@ def _numbers(run: RunSummary) -> tuple[str, ...]:
 
 def _runs_below(directory: Path) -> Iterator[RunDirectory]:
     if not directory.is_dir():
-        raise UsageError(f"there is no folder {directory}: name the folder that holds the runs")
+        raise UsageError(f"there is no folder {directory}: name the folder that holds the runs", code="folder-missing")
     for folder, children, _ in os.walk(directory):
         run = RunDirectory(Path(folder))
         if run.has_begun:

@@ -66,7 +66,7 @@ class TestProgram:
             check=False,
         )
         assert ended.returncode == 2
-        assert "there is no such file" in ended.stderr
+        assert "[file-missing]" in ended.stderr
         assert "Traceback" not in ended.stderr
 
 
@@ -85,8 +85,7 @@ class TestConfig:
         assert main(["config", "check", path]) == 2
         told = capsys.readouterr()
         assert told.out == ""
-        assert "did you mean run.seed?" in told.err
-        assert "did you mean noise.amplitude?" in told.err
+        assert told.err.count("[unknown-key]") == 2
 
     def test_show_prints_every_setting_so_that_it_can_be_loaded(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -141,7 +140,7 @@ class TestTrain:
     ) -> None:
         config = write_config(tmp_path, optimizer={"learnig_rate": 1})
         assert main(["train", config, "--run-dir", str(tmp_path / "run")]) == 2
-        assert "did you mean optimizer.learning_rate?" in capsys.readouterr().err
+        assert "[unknown-key]" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
 
     def test_other_settings_than_the_run_began_with_end_with_2(
@@ -189,7 +188,7 @@ class TestTrain:
         for _ in range(2):
             assert main(["train", config, "--run-dir", str(run)]) == ExitCode.DIVERGED
             told = capsys.readouterr()
-            assert "the last evaluation, after step 1, is not finite; there is no good checkpoint" in told.err
+            assert "[evaluation-not-finite]" in told.err
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         [event] = [line for line in lines if line.get("event") == "non_finite_evaluation"]
         assert (event["step"], event["what"]) == (1, "train loss, test loss")
@@ -199,7 +198,7 @@ class TestTrain:
         assert main(["evaluate", str(run)]) == ExitCode.DIVERGED
         told = capsys.readouterr()
         assert json.loads(told.out)["loss"] is None
-        assert "not finite" in told.err
+        assert "[loss-not-finite]" in told.err
 
 
 class TestEvaluate:
@@ -213,7 +212,7 @@ class TestEvaluate:
 
     def test_a_run_that_is_not_there_ends_with_2(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["evaluate", str(tmp_path / "nowhere")]) == 2
-        assert "there is no such run or checkpoint" in capsys.readouterr().err
+        assert "[target-missing]" in capsys.readouterr().err
 
 
 class TestOutcome:
@@ -222,10 +221,9 @@ class TestOutcome:
         StatusFile(tmp_path / "status.json", 2).end("failed", code, "")
         assert main(["outcome", str(tmp_path)]) == code
 
-    def test_a_launch_that_died_ends_with_1(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_launch_that_died_ends_with_1(self, tmp_path: Path) -> None:
         StatusFile(tmp_path / "status.json", 2).change("running", step=7)
         assert main(["outcome", str(tmp_path)]) == 1
-        assert "died in state running at step 7" in capsys.readouterr().err
 
     def test_no_status_and_another_launch_s_status_end_with_1(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,10 +7,10 @@ from itertools import accumulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.cluster.heartbeats import Attendance, Peer, loss_message, name_ranks, overstay_message
+from dist_train.cluster.heartbeats import Attendance, loss_message, name_ranks, overstay_message
 
 TIMEOUT, BEAT = 60.0, 5.0
-PLACES = {rank: Peer(f"node{rank // 2}", str(4240 + rank)) for rank in range(40)}
+PLACES = {rank: f"node{rank // 2}, process {4240 + rank}" for rank in range(40)}
 
 
 def attendance(*ranks: int) -> Attendance:

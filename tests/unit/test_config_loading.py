@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dist_train.config import Config, ConfigError, dump_config, load_config, parse_config
+from tests.raising import raises_problems
 
 PROPERTY = settings(deadline=None, max_examples=30)
 
@@ -27,10 +28,11 @@ def load(folder: Path, text: str, *overrides: str) -> Config:
     return load_config(write(folder, text), overrides)
 
 
-def refusal(folder: Path, text: str, *overrides: str) -> str:
+def refusal(folder: Path, text: str, *overrides: str) -> list[tuple[str, str]]:
+    """Return the path and the code of each problem."""
     with pytest.raises(ConfigError) as caught:
         load(folder, text, *overrides)
-    return str(caught.value)
+    return [(problem.path, problem.code) for problem in caught.value.problems]
 
 
 def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
@@ -57,37 +59,38 @@ def test_a_date_is_read_as_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "twice"),
+    "text",
     [
-        ("run: {seed: 1}\nrun: {seed: 2}", "run"),
-        ("run:\n  seed: 1\n  name: x\n  seed: 2", "seed"),
-        ("noise: {schedule: {kind: cosine, kind: constant}}", "kind"),
+        "run: {seed: 1}\nrun: {seed: 2}",
+        "run:\n  seed: 1\n  name: x\n  seed: 2",
+        "noise: {schedule: {kind: cosine, kind: constant}}",
     ],
 )
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, twice: str) -> None:
-    assert f"the key {twice} stands twice" in refusal(tmp_path, text)
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str) -> None:
+    assert refusal(tmp_path, text) == [("(file)", "not-yaml")]
 
 
 def test_a_key_that_stands_twice_in_an_override_is_refused(tmp_path: Path) -> None:
-    assert "the key seed stands twice" in refusal(tmp_path, "", "run={seed: 1, seed: 2}")
+    assert refusal(tmp_path, "", "run={seed: 1, seed: 2}") == [("run", "not-yaml")]
 
 
 def test_a_missing_file_is_named_with_the_nearest_one(tmp_path: Path) -> None:
     write(tmp_path, "", "lb_8192.yaml")
-    with pytest.raises(ConfigError, match=r"no such file; did you mean .*lb_8192\.yaml\?"):
+    with raises_problems(("(file)", "file-missing")) as refused:
         load_config(tmp_path / "lb_8129.yaml")
+    assert "lb_8192.yaml" in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["folder.yaml", "a\0b", "x" * 5000])
 def test_a_path_that_cannot_be_read_is_a_config_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder.yaml").mkdir()
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with raises_problems(("(file)", "unreadable")):
         load_config(tmp_path / name)
 
 
 def test_a_file_that_is_not_utf_8_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(b"run: {name: \xff}")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with raises_problems(("(file)", "unreadable")):
         load_config(tmp_path / "config.yaml")
 
 
@@ -120,23 +123,23 @@ class TestBase:
         for name, base in pairwise(names):
             if "/" not in name:
                 write(tmp_path, f"base: {base}.yaml", f"{name}.yaml")
-        with pytest.raises(ConfigError, match="its own base"):
+        with raises_problems(("base", "base-cycle")):
             load_config(tmp_path / "config.yaml")
 
     @pytest.mark.parametrize("base", ["3", "[a]", "null", '""', '"a\\0b"'])
     def test_a_base_that_names_no_file_is_refused(self, tmp_path: Path, base: str) -> None:
-        assert "base: not the name of a file" in refusal(tmp_path, f"base: {base}")
+        assert refusal(tmp_path, f"base: {base}") == [("base", "wrong-form")]
 
     def test_a_base_that_is_missing_is_named(self, tmp_path: Path) -> None:
-        assert "nowhere.yaml" in refusal(tmp_path, "base: nowhere.yaml")
+        assert refusal(tmp_path, "base: nowhere.yaml") == [("(file)", "file-missing")]
 
     def test_a_fault_in_a_base_is_found(self, tmp_path: Path) -> None:
         write(tmp_path, "run: {sed: 1}", "base.yaml")
-        assert "did you mean run.seed?" in refusal(tmp_path, "base: base.yaml")
+        assert refusal(tmp_path, "base: base.yaml") == [("run.sed", "unknown-key")]
 
     def test_links_that_go_round_in_circles_are_a_config_error(self, tmp_path: Path) -> None:
         (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
-        assert "loop.yaml" in refusal(tmp_path, "base: loop.yaml")
+        assert refusal(tmp_path, "base: loop.yaml") == [("(file)", "unreadable")]
 
 
 class TestOverrides:
@@ -160,19 +163,15 @@ class TestOverrides:
         assert (config.noise.schedule.kind, config.run.name) == ("cosine", "1e5")
 
     @pytest.mark.parametrize("override", ["run.seed", "=1", ".seed=1", "run.=1", "run..seed=1", ""])
-    def test_what_is_no_override_is_refused_with_its_form(self, tmp_path: Path, override: str) -> None:
-        text = refusal(tmp_path, "", override)
-        assert "not an override" in text
-        assert "section.key=value" in text
+    def test_what_is_no_override_is_refused(self, tmp_path: Path, override: str) -> None:
+        assert refusal(tmp_path, "", override) == [(override or "''", "override-form")]
 
     def test_all_bad_overrides_are_told_at_once(self, tmp_path: Path) -> None:
-        text = refusal(tmp_path, "run: {seed: 1}", "run.seed", "run.seed.deep=3", "run.name=[")
-        assert text.startswith("command line: 3 problems")
-        assert "run.seed.deep: seed is not a section" in text
-        assert "run.name: not YAML" in text
+        found = refusal(tmp_path, "run: {seed: 1}", "run.seed", "run.seed.deep=3", "run.name=[")
+        assert found == [("run.seed", "override-form"), ("run.seed.deep", "wrong-type"), ("run.name", "not-yaml")]
 
-    def test_a_misspelt_override_suggests_the_right_one(self, tmp_path: Path) -> None:
-        assert "did you mean noise.amplitude?" in refusal(tmp_path, "", "noise.amplitud=1")
+    def test_a_misspelt_override_is_an_unknown_key(self, tmp_path: Path) -> None:
+        assert refusal(tmp_path, "", "noise.amplitud=1") == [("noise.amplitud", "unknown-key")]
 
     def test_the_mapping_that_is_overridden_stays_as_it_was(self) -> None:
         from dist_train.config.loading import with_overrides

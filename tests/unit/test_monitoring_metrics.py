@@ -20,6 +20,7 @@ from dist_train.rundir.records import (
     RunFacts,
     TrainRecord,
 )
+from tests.raising import raises
 from tests.unit.exporting import FACTS, OUTCOME, measurement, read, train
 
 ROOT = Path(__file__).parents[2]
@@ -257,7 +258,7 @@ def test_the_documentation_has_the_table_as_it_is() -> None:
 
 
 def test_a_page_without_a_place_for_the_table_is_refused() -> None:
-    with pytest.raises(UsageError, match="no place for the table"):
+    with raises(UsageError, "no-place-for-table"):
         with_table("# Monitoring\n")
 
 

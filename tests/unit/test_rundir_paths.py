@@ -11,6 +11,7 @@ import pytest
 from dist_train.config import Config, load_config, parse_config
 from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir.paths import RunDirectory, oserror_to_fault
+from tests.raising import raises
 from tests.unit.checkpoint_files import write
 
 
@@ -45,7 +46,7 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path, blocked
     path = tmp_path / blocked
     path.parent.mkdir(exist_ok=True)
     path.write_text("a file in the way")
-    with pytest.raises(UsageError, match=r"cannot be written: .*; choose another by run\.directory or --run-dir"):
+    with raises(UsageError, "run-directory-unwritable"):
         RunDirectory(tmp_path / "run").create()
 
 
@@ -66,6 +67,5 @@ def test_its_folders_are_the_user_s_alone(tmp_path: Path) -> None:
 
 def test_a_disk_that_fails_is_told_with_the_fix(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
-    told = r"No space left on device: .*metrics\.jsonl; the checkpoints in .* as they were"
-    with pytest.raises(FaultError, match=told), oserror_to_fault(directory):
+    with raises(FaultError, "disk-failed"), oserror_to_fault(directory):
         raise OSError(28, "No space left on device", str(directory.metrics))

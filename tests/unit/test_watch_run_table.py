@@ -19,6 +19,7 @@ from dist_train.cli.main import parse
 from dist_train.outcome import UsageError
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, to_json
 from dist_train.watch.run_table import RunSummary, read_runs, render
+from tests.raising import raises
 
 NOW = datetime.now(UTC)
 CONFIG = """\
@@ -202,7 +203,7 @@ def test_runs_are_found_at_any_depth_in_order_and_not_inside_runs(tmp_path: Path
 
 
 def test_a_folder_that_is_not_there_is_an_error_of_the_user(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is no folder"):
+    with raises(UsageError, "folder-missing"):
         read_runs(tmp_path / "nowhere")
 
 
@@ -241,7 +242,7 @@ def test_the_command_says_when_there_are_no_runs(tmp_path: Path, capsys: pytest.
 
 def test_the_command_looks_into_runs_when_it_is_told_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="there is no folder runs"):
+    with raises(UsageError, "folder-missing"):
         run_command()
 
 

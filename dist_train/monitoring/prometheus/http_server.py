@@ -71,14 +71,15 @@ def read_credentials(plan: ServingPlan) -> Credentials:
         if not all(33 <= byte <= 126 for byte in token):
             raise UsageError(
                 f"{key}: the token in {plan.token_file} has characters that no HTTP header takes; "
-                f"make one with: openssl rand -hex 32 > {plan.token_file}"
+                f"make one with: openssl rand -hex 32 > {plan.token_file}",
+                code="token-characters",
             )
     if plan.password_file is not None:
         key = "metrics.password_file"
         login = _one_line(plan.password_file, key)
         user, _, password = login.partition(b":")
         if not user or not password:
-            raise UsageError(f"{key}: {plan.password_file} must hold user:password, on one line")
+            raise UsageError(f"{key}: {plan.password_file} must hold user:password, on one line", code="password-form")
     return Credentials(token, login)
 
 
@@ -87,7 +88,10 @@ def tls_context(plan: ServingPlan) -> ssl.SSLContext | None:
     certificate, key = plan.certificate_file, plan.key_file
     if certificate is None:
         if key is not None:
-            raise UsageError("metrics.key_file needs metrics.certificate_file: name the certificate of this key")
+            raise UsageError(
+                "metrics.key_file needs metrics.certificate_file: name the certificate of this key",
+                code="certificate-missing",
+            )
         return None
     _content(certificate, "metrics.certificate_file")
     if key is not None:
@@ -98,7 +102,8 @@ def tls_context(plan: ServingPlan) -> ssl.SSLContext | None:
     def no_password() -> str:
         raise UsageError(
             f"metrics.key_file: the key in {key or certificate} is encrypted, and nobody is there to type its "
-            f"password; decrypt it with: openssl pkey -in ENCRYPTED -out {key or certificate}"
+            f"password; decrypt it with: openssl pkey -in ENCRYPTED -out {key or certificate}",
+            code="key-encrypted",
         )
 
     try:
@@ -106,7 +111,8 @@ def tls_context(plan: ServingPlan) -> ssl.SSLContext | None:
     except ssl.SSLError as error:
         raise UsageError(
             f"metrics.certificate_file: {certificate} and {key or 'the key in it'} cannot be used "
-            f"({error.reason or error}); both must be PEM, the certificate before its chain, and the key its own"
+            f"({error.reason or error}); both must be PEM, the certificate before its chain, and the key its own",
+            code="certificate-unusable",
         ) from error
     return context
 
@@ -114,9 +120,11 @@ def tls_context(plan: ServingPlan) -> ssl.SSLContext | None:
 def _one_line(path: Path, key: str) -> bytes:
     content = _content(path, key).strip()
     if not content:
-        raise UsageError(f"{key}: {path} is empty; write the secret into it, on one line")
+        raise UsageError(f"{key}: {path} is empty; write the secret into it, on one line", code="secret-empty")
     if len(content.splitlines()) > 1:
-        raise UsageError(f"{key}: {path} has more than one line; write the secret alone into it, on one line")
+        raise UsageError(
+            f"{key}: {path} has more than one line; write the secret alone into it, on one line", code="secret-lines"
+        )
     return content
 
 
@@ -125,7 +133,8 @@ def _content(path: Path, key: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UsageError(
-            f"{key}: {path} cannot be read ({error.strerror or error}); name a file that the trainer may read"
+            f"{key}: {path} cannot be read ({error.strerror or error}); name a file that the trainer may read",
+            code="secret-unreadable",
         ) from error
 
 
