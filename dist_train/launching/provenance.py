@@ -92,7 +92,7 @@ if TYPE_CHECKING:
     from dist_train.training.trainer import Trainer
 
 
-def run_facts(trainer: Trainer, directory: RunDirectory, launched: float, revision: str) -> RunFacts:
+def run_facts(trainer: Trainer, directory: RunDirectory, launched: float, revision: str, run_id: str) -> RunFacts:
     """Return the facts of the run of `trainer`, of which a launch began at `launched`, seconds since 1970."""
     config, plan, ranks = trainer.config, trainer.plan, trainer.comm
     return RunFacts(
@@ -118,6 +118,7 @@ def run_facts(trainer: Trainer, directory: RunDirectory, launched: float, revisi
         slurm_job=os.environ.get("SLURM_JOB_ID", ""),
         node=socket.gethostname(),
         launched=launched,
+        run_id=run_id,
     )
 
 

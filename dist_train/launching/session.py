@@ -39,6 +39,7 @@ class Session:
         comm: Communicator,
         observers: Observers,
         lock: RunLock | None = None,
+        run_id: str = "",
     ) -> None:
         """Begin; the status says `starting`. Rank 0 has the `lock` of the run directory."""
         self.observers = observers
@@ -46,6 +47,7 @@ class Session:
         self._directory = directory
         self._comm = comm
         self._lock = lock
+        self._run_id = run_id
         self._launched = time.time()
         self._begun = time.monotonic()
         self._trainer: Trainer | None = None
@@ -58,7 +60,7 @@ class Session:
         # One rank tells it for all: on a large launch each of them would start git on the same file system.
         code = revision() if self.status else ""
         if self.observers:
-            self.observers.begin(run_facts(trainer, self._directory, self._launched, code))
+            self.observers.begin(run_facts(trainer, self._directory, self._launched, code, self._run_id))
         if self.status is None:
             return
         step = trainer.progress.step
@@ -170,10 +172,12 @@ class Session:
         return f"the last good checkpoint is {good[-1].path}" if good else "there is no good checkpoint"
 
 
-def open_session(config: Config, directory: RunDirectory, comm: Communicator, lock: RunLock | None = None) -> Session:
+def open_session(
+    config: Config, directory: RunDirectory, comm: Communicator, lock: RunLock | None = None, run_id: str = ""
+) -> Session:
     """Return the session of this launch, with this rank's observers."""
     make = _observers_of_the_run if comm.rank == 0 else _observers_of_a_rank
-    return Session(directory, comm, Observers(make(config.metrics, directory)), lock)
+    return Session(directory, comm, Observers(make(config.metrics, directory)), lock, run_id)
 
 
 def _status_file(directory: RunDirectory, comm: Communicator) -> StatusFile:

@@ -140,6 +140,8 @@ class RunFacts:
     """When this launch began, in seconds since 1970."""
     device: str = ""
     """What this rank computes on, in words for people."""
+    run_id: str = ""
+    """The same for every launch of a run, and of no other run."""
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def test_the_last_values_are_pushed_as_the_run_s_own_group() -> None:
             exporter.record(train(20))
         thread.join()
     ((path, page),) = pushed
-    assert path == "/metrics/job/dist_train/run/demo"
+    assert path == "/metrics/job/dist_train/run/demo/run_id/0123456789abcdef"
     assert 'dist_train_state{state="stopped"} 1.0' in page
     assert "dist_train_step 210.0" in page
 

@@ -26,6 +26,7 @@ def variables(run: str) -> dict[str, str]:
     return {
         "datasource": "prometheus",
         "run": run,
+        "run_id": ".*",
         "split": ".*",
         "noise": ".*",
         "__rate_interval": "30s",

@@ -77,6 +77,7 @@ def test_prometheus_finds_a_run_by_its_target_file_with_token_and_tls(tmp_path: 
                 "__name__": "dist_train_step",
                 "job": "dist_train",
                 "run": "demo",
+                "run_id": "0123456789abcdef",
                 "slurm_job": "4711",
                 "node": "node1",
                 "rank": "0",
@@ -104,7 +105,9 @@ def test_the_last_values_of_a_short_run_are_at_the_pushgateway(tmp_path: Path) -
         page = fetch(f"{url}/metrics")
     lines = page.splitlines()
     states = [line for line in lines if line.startswith("dist_train_state{") and 'state="finished"' in line]
-    assert states == ['dist_train_state{instance="",job="dist_train",run="short/run",state="finished"} 1']
+    assert states == [
+        'dist_train_state{instance="",job="dist_train",run="short/run",run_id="0123456789abcdef",state="finished"} 1'
+    ]
     busy = [line for line in lines if line.startswith("dist_train_rank_busy_seconds{")]
     assert len(busy) == 2
     failed = [line for line in lines if line.startswith("push_failure_time_seconds{")]

@@ -49,6 +49,7 @@ def test_the_file_says_where_and_what(tmp_path: Path) -> None:
             "labels": {
                 "job": "dist_train",
                 "run": 'a "run"\\',
+                "run_id": "0123456789abcdef",
                 "slurm_job": "4711",
                 "node": "node1",
                 "rank": "0",

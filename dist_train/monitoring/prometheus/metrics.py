@@ -118,7 +118,7 @@ def _by_split(field: str) -> _Take:
 def _run_info(now: Snapshot) -> Iterable[Reading]:
     facts = now.facts
     sizes = (str(facts.global_size), str(now.micro_batches.size))
-    labels = (facts.name, facts.model, facts.data, *sizes, facts.noise, facts.revision, facts.slurm_job)
+    labels = (facts.name, facts.run_id, facts.model, facts.data, *sizes, facts.noise, facts.revision, facts.slurm_job)
     return (Reading(1, (*labels, facts.controller)),)
 
 
@@ -142,7 +142,18 @@ METRICS: tuple[Metric, ...] = (
         "info",
         "What runs; always 1.",
         _run_info,
-        ("run", "model", "data", "global_batch", "micro_batch", "noise", "revision", "slurm_job", "controller"),
+        (
+            "run",
+            "run_id",
+            "model",
+            "data",
+            "global_batch",
+            "micro_batch",
+            "noise",
+            "revision",
+            "slurm_job",
+            "controller",
+        ),
         Scope.BOTH,
     ),
     Metric(

@@ -28,7 +28,7 @@ PUSH_SECONDS = 5.0
 class _Push(Thread):
     """Pushes the values of `now` to the Pushgateway at the URL `gateway`, for runs that end before a scrape.
 
-    It replaces the run's own group: job and run, and the rank other than 0.
+    It replaces the run's own group: job, run and run id, and the rank other than 0.
     """
 
     def __init__(self, gateway: str, now: Snapshot) -> None:
@@ -39,7 +39,7 @@ class _Push(Thread):
 
     def run(self) -> None:
         facts = self._now.facts
-        group = {"run": facts.name} | ({"rank": str(facts.rank)} if facts.rank else {})
+        group = {"run": facts.name, "run_id": facts.run_id} | ({"rank": str(facts.rank)} if facts.rank else {})
         page = Families(metrics_of(facts.rank), self._now)
         try:
             push_to_gateway(self._gateway, targets.JOB, page, group, PUSH_SECONDS)

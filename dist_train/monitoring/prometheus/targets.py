@@ -79,6 +79,7 @@ def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: str) -> 
     labels = {
         "job": JOB,
         "run": facts.name,
+        "run_id": facts.run_id,
         "slurm_job": facts.slurm_job,
         "node": node,
         "rank": str(facts.rank),

@@ -11,6 +11,7 @@ from dashboard_generator.panels import (
     BLUE,
     GREEN,
     GREY,
+    OF_RUN,
     RED,
     YELLOW,
     PanelSpec,
@@ -33,19 +34,22 @@ STATES = (
 )
 
 
+RUN_IDS = 'label_values(dist_train_state{run=~"$run"}, run_id)'
+
+
 def _of(metric: str, *labels: str) -> str:
     """Return the run's series of a metric: one for each value of `labels`, whatever launch they come from."""
-    return f'max by ({", ".join(("run", *labels))}) ({metric}{{run=~"$run"}})'
+    return f"max by ({', '.join(('run', 'run_id', *labels))}) ({metric}{{{OF_RUN}}})"
 
 
 def _by_split(metric: str) -> str:
-    return f'max by (run, split) ({metric}{{run=~"$run", split=~"$split"}})'
+    return f'max by (run, run_id, split) ({metric}{{{OF_RUN}, split=~"$split"}})'
 
 
 def state_number() -> str:
     """Return an expression whose value is the place of a run's state in `STATES`."""
     return " or ".join(
-        f'{value} + 0 * (max by (run) (dist_train_state{{run=~"$run", state="{word}"}}) > 0)'
+        f'{value} + 0 * (max by (run, run_id) (dist_train_state{{{OF_RUN}, state="{word}"}}) > 0)'
         for value, word, _ in STATES
     )
 
@@ -59,12 +63,13 @@ def build() -> model.Dashboard:
     )
     built.with_variable(source_choice())
     built.with_variable(one_choice("run", "Run", "The run to look at", "label_values(dist_train_state, run)"))
+    built.with_variable(one_choice("run_id", "Run id", "Tells runs of one name apart", RUN_IDS))
     built.with_variable(
         choice(
             "split",
             "Split",
             "batch: training batches as trained; train, test: whole splits, clean weights",
-            'label_values(dist_train_loss{run=~"$run"}, split)',
+            f"label_values(dist_train_loss{{{OF_RUN}}}, split)",
         )
     )
     _events(built)
@@ -85,7 +90,7 @@ def _events(built: dashboard.Dashboard) -> None:
 
 
 def _of_changes(metric: str) -> str:
-    return f'max by (run) (changes({metric}{{run=~"$run"}}[$__interval]))'
+    return f"max by (run, run_id) (changes({metric}{{{OF_RUN}}}[$__interval]))"
 
 
 def _status(built: dashboard.Dashboard) -> None:
@@ -113,7 +118,7 @@ def _status(built: dashboard.Dashboard) -> None:
     built.with_panel(
         number(
             PanelSpec("Firing alerts", "Alerts about this run that fire now.", "none", 3, 4),
-            Query('count(ALERTS{run=~"$run", alertstate="firing"}) or vector(0)', "alerts"),
+            Query(f'count(ALERTS{{{OF_RUN}, alertstate="firing"}}) or vector(0)', "alerts"),
             GREEN,
             (1, RED),
         )
@@ -202,10 +207,10 @@ def _speed(built: dashboard.Dashboard) -> None:
                 "DistTrainThroughputDown",
             ),
             Query(_of("dist_train_samples_per_second"), "now"),
-            Query('run:dist_train_samples_per_second:avg1h{run=~"$run"}', "mean of an hour"),
+            Query(f"run:dist_train_samples_per_second:avg1h{{{OF_RUN}}}", "mean of an hour"),
         ).min(0)
     )
-    buckets = 'sum by (le) (rate(dist_train_step_duration_seconds_bucket{run=~"$run"}[$__rate_interval]))'
+    buckets = f"sum by (le) (rate(dist_train_step_duration_seconds_bucket{{{OF_RUN}}}[$__rate_interval]))"
     built.with_panel(
         curves(
             PanelSpec(
@@ -217,8 +222,8 @@ def _speed(built: dashboard.Dashboard) -> None:
             ),
         ).min(0)
     )
-    parts = 'sum by (part) (rate(dist_train_step_part_duration_seconds_sum{run=~"$run"}[$__rate_interval]))'
-    steps = 'sum(rate(dist_train_step_duration_seconds_count{run=~"$run"}[$__rate_interval]))'
+    parts = f"sum by (part) (rate(dist_train_step_part_duration_seconds_sum{{{OF_RUN}}}[$__rate_interval]))"
+    steps = f"sum(rate(dist_train_step_duration_seconds_count{{{OF_RUN}}}[$__rate_interval]))"
     built.with_panel(
         stacked(
             PanelSpec(
@@ -252,7 +257,7 @@ def _speed(built: dashboard.Dashboard) -> None:
                     8,
                     "DistTrainRankSlow",
                 ),
-                Query('run_rank:dist_train_rank_busy_seconds:over_median_avg5m{run=~"$run"}', "{{rank}}"),
+                Query(f"run_rank:dist_train_rank_busy_seconds:over_median_avg5m{{{OF_RUN}}}", "{{rank}}"),
             ),
             GREEN,
             (1.3, RED),
@@ -290,7 +295,7 @@ def _checkpoints(built: dashboard.Dashboard) -> None:
                     8,
                     "DistTrainCheckpointOld",
                 ),
-                Query('run:dist_train_checkpoint_age_seconds:min{run=~"$run"}', "{{run}}"),
+                Query(f"run:dist_train_checkpoint_age_seconds:min{{{OF_RUN}}}", "{{run}}"),
             ).min(0),
             GREEN,
             (7200, RED),
