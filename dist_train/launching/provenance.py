@@ -119,7 +119,13 @@ def run_facts(trainer: Trainer, directory: RunDirectory, launched: float, revisi
         node=socket.gethostname(),
         launched=launched,
         run_id=run_id,
+        device_memory=_device_memory(trainer.take_step.compute.device),
+        time_limit=trainer.time_limit.end or 0.0,
     )
+
+
+def _device_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def times_requeued() -> int:

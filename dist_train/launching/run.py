@@ -105,6 +105,7 @@ def _begin(
     directory.create()
     lock = lock_run(directory.root, directory.lock)
     stack.callback(lock.release)
+    directory.run_id()  # made here, where a disk that refuses it is an error on all ranks
     resume_point = find_resume_point(config, directory)
     rewind(directory.metrics, resume_point.contents.step if resume_point.contents else 0)
     return resume_point, lock

@@ -88,7 +88,10 @@ def test_prometheus_finds_a_run_by_its_target_file_with_token_and_tls(tmp_path: 
                 urllib.request.urlopen(
                     f"https://{step[0]['instance']}/metrics", timeout=PATIENCE, context=ssl.create_default_context()
                 )
-        assert not list(targets.iterdir())
+        # without a scrape of what has ended, Prometheus sees how
+        [(ended, _)] = wait_for(lambda: server.query("up{outcome!=''} == 0"), "the target says how the run ended")
+        assert (ended["outcome"], ended["run_id"]) == ("finished", labels["run_id"])
+        assert ended["instance"] == step[0]["instance"]
         # the scrape of the last values was waited for
         finished = server.query('last_over_time(dist_train_state{state="finished"}[1m])')
         assert [value for _, value in finished] == [1]

@@ -87,6 +87,8 @@ class Snapshot:
     best_accuracy: float | None = None
     measured: Measurement | None = None
     checkpoint: EventRecord | None = None
+    disk_free: int | None = None
+    """Bytes that are left where the run directory lies."""
     step_seconds: Buckets = field(default_factory=lambda: Buckets.empty(STEP_SECONDS))
     part_seconds: Mapping[str, Buckets] = field(
         default_factory=lambda: {part.name: Buckets.empty(PART_SECONDS) for part in fields(StepParts)}
@@ -155,6 +157,11 @@ class Board:
                 step_seconds=self._now.step_seconds.plus(measurement.step_seconds),
                 part_seconds={part: before.plus(seconds[part]) for part, before in self._now.part_seconds.items()},
             )
+
+    def disk(self, free: int) -> None:
+        """Note that so many bytes are left where the run directory lies."""
+        with self._lock:
+            self._change(disk_free=free)
 
     def end(self, outcome: Outcome) -> None:
         """Note how the run ended."""

@@ -32,7 +32,7 @@ from dist_train.monitoring.prometheus.messages import (
     plan_of,
     socket_pair,
 )
-from dist_train.monitoring.prometheus.targets import TargetFile, identity_of
+from dist_train.monitoring.prometheus.targets import TargetFile, identity_of, outcome_label
 from dist_train.rundir.live_files import read_counts
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Measurement, Outcome, Record, RunFacts, TrainRecord
@@ -178,7 +178,7 @@ class Exporter(Observer):
             self._link.close(seconds)
             self._link = None
         self.address = None
-        self._remove_target()
+        self._end_target(outcome)
 
     def _send(self, message: ToExporter) -> None:
         with self._noticing_its_end():
@@ -238,12 +238,12 @@ class Exporter(Observer):
                     _logger.info("waiting up to %g s for a scrape of the last values", self._ending.for_scrape)
                 self._ending = Ending(0.0, 0.0)
 
-    def _remove_target(self) -> None:
-        """Remove the target file where the process did not come to it."""
+    def _end_target(self, outcome: Outcome) -> None:
+        """Have the target file say how the run ended, where the process did not come to it."""
         if self._target is None:
             return
         try:
-            TargetFile(self._target, "", identity_of(os.getpid())).remove()
+            TargetFile(self._target, "", identity_of(os.getpid())).end(outcome_label(outcome))
         except OSError as error:
-            _logger.warning("%s cannot be removed: %s", self._target, error.strerror or error)
+            _logger.warning("%s cannot say how the run ended: %s", self._target, error.strerror or error)
         self._target = None

@@ -191,6 +191,11 @@ METRICS: tuple[Metric, ...] = (
         lambda now: now.seconds_left,
     ),
     _gauge(
+        "dist_train_time_limit_timestamp_seconds",
+        "When the batch system ends the run's job.",
+        lambda now: now.facts.time_limit or None,
+    ),
+    _gauge(
         "dist_train_launch_timestamp_seconds",
         "When this launch of the run began.",
         lambda now: now.facts.launched or None,
@@ -274,6 +279,16 @@ METRICS: tuple[Metric, ...] = (
         "dist_train_slowest_rank", "Number of the rank that was busy longest in the latest measured step.", _slowest
     ),
     _gauge("dist_train_slowest_rank_ratio", "Busy time of the slowest rank over the median of all.", _slowest_ratio),
+    _gauge(
+        "dist_train_device_memory_limit_bytes",
+        "Memory of rank 0's device.",
+        lambda now: now.facts.device_memory or None,
+    ),
+    _gauge(
+        "dist_train_disk_free_bytes",
+        "Space that is left to the run on the disk of its directory.",
+        lambda now: now.disk_free,
+    ),
     _of("checkpoint.time", "dist_train_checkpoint_timestamp_seconds", "When the latest checkpoint was on disk."),
     _of("checkpoint.step", "dist_train_checkpoint_step", "Step of the latest checkpoint.", "updates"),
     _of_checkpoint("dist_train_checkpoint_size_bytes", "Size of the latest checkpoint.", "bytes"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import select
+import shutil
 import signal
 import socket
 import time
@@ -58,6 +60,7 @@ RECENT_SECONDS = 60.0
 """A run that was scraped so lately is waited for with its last values."""
 
 _LOOK_SECONDS = 1.0
+_DISK_SECONDS = 30.0
 _PAUSE_SECONDS = 0.02
 """Between readings of the socket, so that fast steps do not wake this process at each one."""
 _POLITENESS = 10
@@ -143,6 +146,7 @@ class _Service:
         self._inbox = _Inbox(channel, self._board)
         self._target: targets.TargetFile | None = None
         self._touched = time.monotonic()
+        self._disk_due = -math.inf
         self._server = self._bind()
 
     def run(self) -> None:
@@ -157,6 +161,7 @@ class _Service:
                 select.select([self._channel.fileno(), self._inbox.wake], [], [], _LOOK_SECONDS)
                 self._inbox.take()
                 self._heartbeat()
+                self._look_at_the_disk()
                 time.sleep(_PAUSE_SECONDS)
             if self._inbox.outcome is not None:
                 self._end(self._inbox.outcome)
@@ -191,8 +196,8 @@ class _Service:
         )
         with self._warning(f"Prometheus will not find this run: no target file in {directory}"):
             target.write()
-            targets.remove_stale(directory)
             self._target = target
+            targets.remove_stale(directory, resumed=self._facts.run_id)
 
     def _heartbeat(self) -> None:
         if self._target is None or time.monotonic() - self._touched < targets.HEARTBEAT_SECONDS:
@@ -203,11 +208,28 @@ class _Service:
             target.touch()
             self._target = target
 
+    def _look_at_the_disk(self) -> None:
+        if self._facts.rank or time.monotonic() < self._disk_due:
+            return
+        self._disk_due = time.monotonic() + _DISK_SECONDS
+        with suppress(OSError):
+            self._board.disk(shutil.disk_usage(self._facts.run_directory).free)
+
     def _leave_target(self) -> None:
         target, self._target = self._target, None
-        if target is not None:
-            with self._warning(f"the target file {target.path} cannot be removed"):
-                target.remove()
+        if target is not None and (outcome := self._how_it_ended()):
+            with self._warning(f"the target file {target.path} cannot say how the run ended"):
+                target.end(outcome)
+
+    def _how_it_ended(self) -> str:
+        """Return the outcome; nothing where the trainer lives, and this process alone ends."""
+        if self._inbox.outcome is not None:
+            return targets.outcome_label(self._inbox.outcome)
+        # the socket of a process that dies is closed shortly before it is gone
+        deadline = time.monotonic() + _LOOK_SECONDS
+        while os.getppid() == self._trainer and self._inbox.is_over and time.monotonic() < deadline:
+            time.sleep(_PAUSE_SECONDS)
+        return "" if os.getppid() == self._trainer else targets.KILLED
 
     @contextmanager
     def _warning(self, text: str) -> Iterator[None]:

@@ -377,7 +377,7 @@ def _incidents(built: dashboard.Dashboard) -> None:
 
 
 def _memory(built: dashboard.Dashboard) -> None:
-    built.with_row(row("Memory and devices"))
+    built.with_row(row("Memory, devices and limits"))
     built.with_panel(
         curves(
             PanelSpec("Resident memory", "Of each rank's process.", "bytes"),
@@ -390,9 +390,11 @@ def _memory(built: dashboard.Dashboard) -> None:
                 "Device memory",
                 "Held by each rank, and the most that it has held. Nothing without a device.",
                 "bytes",
+                alert="DistTrainDeviceMemory",
             ),
             Query(_of("dist_train_rank_device_memory_bytes", "rank"), "{{rank}}"),
             Query(_of("dist_train_rank_device_memory_peak_bytes", "rank"), "{{rank}}, most"),
+            Query(_of("dist_train_device_memory_limit_bytes"), "there is"),
         ).min(0)
     )
     built.with_panel(
@@ -406,4 +408,25 @@ def _memory(built: dashboard.Dashboard) -> None:
         )
         .min(0)
         .max(1)
+    )
+    built.with_panel(
+        curves(
+            PanelSpec(
+                "Disk space", "Left on the disk of the run directory.", "bytes", 12, alert="DistTrainDiskNearlyFull"
+            ),
+            Query(_of("dist_train_disk_free_bytes"), "left"),
+            Query(_of("dist_train_checkpoint_size_bytes"), "a checkpoint"),
+        ).min(0)
+    )
+    built.with_panel(
+        curves(
+            PanelSpec(
+                "Time to the limit",
+                "Until the batch system ends the job; compare it with the time left. Nothing without a time limit.",
+                "s",
+                12,
+                alert="DistTrainTimeLimitNear",
+            ),
+            Query(f"{_of('dist_train_time_limit_timestamp_seconds')} - time()", "until the limit"),
+        ).min(0)
     )
