@@ -146,6 +146,27 @@ def test_a_process_that_is_killed_is_reported_once_and_its_target_stays_to_the_e
     assert outcomes(tmp_path) == ["finished"]
 
 
+def test_a_process_that_is_killed_is_started_again_and_knows_what_was_before(tmp_path: Path) -> None:
+    counts = tmp_path / "counts.json"
+    facts = replace(FACTS, name="demo", run_directory=tmp_path)
+    with serving(facts, targets_directory=tmp_path / "targets") as exporter:
+        first = process_of(exporter)
+        assert Path(f"/proc/{first}/comm").read_text() == "metrics demo\n"
+        counts.write_text('{"checkpoint": 3}')
+        os.kill(first, signal.SIGKILL)
+
+        def served_again() -> bool:
+            exporter.progress(40)
+            return exporter.address is not None and exporter.process_id not in (None, first)
+
+        wait_for(served_again)
+        values = scrape(exporter)
+        assert outcomes(tmp_path / "targets") == [None]
+    assert values["dist_train_exporter_restarts_total", ()] == 1
+    assert values["dist_train_checkpoints_total", ()] == 3
+    assert values["dist_train_step", ()] == 40
+
+
 def test_a_process_that_hangs_holds_up_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with serving() as exporter:
         process = process_of(exporter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import select
 import shutil
 import signal
@@ -17,7 +18,7 @@ from threading import Lock, Thread
 from prometheus_client import push_to_gateway
 
 from dist_train.monitoring.prometheus import targets
-from dist_train.monitoring.prometheus.board import Board, Snapshot
+from dist_train.monitoring.prometheus.board import Board, Snapshot, stands_still
 from dist_train.monitoring.prometheus.http_server import Server, bind, read_credentials, tls_context
 from dist_train.monitoring.prometheus.messages import Begin, Channel, End, Ending, Failed, Progress, Serving, Warned
 from dist_train.monitoring.prometheus.metrics import metrics_of
@@ -73,6 +74,7 @@ def main(descriptor: int, trainer: int) -> None:
     try:
         begin = _await_begin(channel, trainer)
         if begin is not None:
+            _show_name(begin.facts.name)
             _Service(channel, trainer, begin).run()
     except Exception as error:
         channel.send(Failed(str(error) if isinstance(error, OSError | ValueError) else repr(error)))
@@ -87,6 +89,12 @@ def _settle() -> None:
         os.nice(_POLITENESS)
         # a launcher binds a rank to its cores, which this process takes over; the kernel keeps to what is allowed
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+
+def _show_name(run: str) -> None:
+    """Have `ps` and `top` show whose exporter this is, in the 15 characters that the kernel keeps."""
+    with suppress(OSError):
+        Path("/proc/self/comm").write_text(f"metrics {re.sub('[^!-~]', '_', run)}"[:15], encoding="ascii")
 
 
 def _await_begin(channel: Channel, trainer: int) -> Begin | None:
@@ -180,9 +188,13 @@ class _Service:
             self._inbox.take()
             return self._page.render()
 
+        def health() -> bool:
+            self._inbox.take()
+            return not stands_still(self._board.snapshot(), time.time())
+
         # the setting's own port is rank 0's
         port = plan.port if is_first or plan.port == 0 else plan.port + 1
-        server = bind(plan.host, port, page, credentials, tls)
+        server = bind(plan.host, port, page, credentials, tls, health)
         if is_first and port not in (0, server.server_port):
             self._warn(f"metrics port {port} is in use; metrics are at port {server.server_port}")
         return server

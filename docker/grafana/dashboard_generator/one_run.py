@@ -210,11 +210,12 @@ def _speed(built: dashboard.Dashboard) -> None:
             Query(f"run:dist_train_samples_per_second:avg1h{{{OF_RUN}}}", "mean of an hour"),
         ).min(0)
     )
-    buckets = f"sum by (le) (rate(dist_train_step_duration_seconds_bucket{{{OF_RUN}}}[$__rate_interval]))"
+    of_rank_0 = f'dist_train_step_duration_seconds_bucket{{{OF_RUN}, rank=~"0|"}}'
+    buckets = f"sum by (le) (rate({of_rank_0}[$__rate_interval]))"
     built.with_panel(
         curves(
             PanelSpec(
-                "Duration of a step", "Quantiles over the ranks that are scraped.", "s", 8, 9, "DistTrainStalled"
+                "Duration of a step", "Quantiles, of rank 0: ranks step together.", "s", 8, 9, "DistTrainStalled"
             ),
             *(
                 Query(f"histogram_quantile({share}, {buckets})", words)
@@ -245,19 +246,25 @@ def _speed(built: dashboard.Dashboard) -> None:
         ),
         ("Time waiting, by rank", "Time of a step spent waiting for the others.", "dist_train_rank_wait_seconds"),
     ):
-        built.with_panel(curves(PanelSpec(title, description, "s", 12), Query(_of(metric, "rank"), "{{rank}}")).min(0))
+        built.with_panel(curves(PanelSpec(title, description, "s"), Query(_of(metric, "rank"), "{{rank}}")).min(0))
+    built.with_panel(
+        curves(
+            PanelSpec("Seconds for a micro-batch, by rank", "Mean of five minutes.", "s"),
+            Query(f"run_rank:dist_train_rank_busy_seconds:per_micro_batch_avg5m{{{OF_RUN}}}", "{{rank}}"),
+        ).min(0)
+    )
     built.with_panel(
         limited(
             curves(
                 PanelSpec(
                     "Time for a micro-batch, by rank",
-                    "Over that of the median rank; 1 is like the others.",
+                    "Over that of the median of the others; 1 is like them.",
                     "none",
                     12,
                     8,
                     "DistTrainRankSlow",
                 ),
-                Query(f"run_rank:dist_train_rank_busy_seconds:over_median_avg5m{{{OF_RUN}}}", "{{rank}}"),
+                Query(f"run_rank:dist_train_rank_busy_ratio:avg5m{{{OF_RUN}}}", "{{rank}}"),
             ),
             GREEN,
             (1.3, RED),
@@ -265,7 +272,7 @@ def _speed(built: dashboard.Dashboard) -> None:
     )
     built.with_panel(
         curves(
-            PanelSpec("Slowest rank: how slow", "Its time at work over that of the median rank.", "none", 6),
+            PanelSpec("Slowest rank: how slow", "Its time at work over that of the median of the others.", "none", 6),
             Query(_of("dist_train_slowest_rank_ratio"), "{{run}}"),
         )
     )
@@ -344,6 +351,14 @@ def _incidents(built: dashboard.Dashboard) -> None:
         ("Requeues", "Times that Slurm put the run back into its queue.", "requeues", "DistTrainRequeued", 4, YELLOW),
         ("Signals", "Signals that asked the run to stop.", "signals", None, 1, BLUE),
         (
+            "Exporter restarts",
+            "Times that the process that serves the metrics died and was started again, in this launch.",
+            "exporter_restarts",
+            None,
+            1,
+            YELLOW,
+        ),
+        (
             "Disagreements",
             "Times that the ranks' weights or noise differed.",
             "disagreements",
@@ -370,7 +385,7 @@ def _incidents(built: dashboard.Dashboard) -> None:
         )
     built.with_panel(
         curves(
-            PanelSpec("Events by kind", "Every kind of event, counted over all launches.", "none", 9, 7),
+            PanelSpec("Events by kind", "Every kind of event, counted over all launches.", "none", 6, 7),
             Query(_of("dist_train_events_total", "event"), "{{event}}"),
         ).min(0)
     )
