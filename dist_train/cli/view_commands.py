@@ -28,8 +28,8 @@ def add_runs(subparsers: Subparsers) -> None:
         dest="run",
         action="store_const",
         const=_clean,
-        help="instead, remove the target files of runs that are gone from where these runs enter themselves for "
-        "Prometheus (metrics.targets_directory)",
+        help="instead, remove the target files of runs that are gone or ended from where these runs enter themselves "
+        "for Prometheus (metrics.targets_directory)",
     )
     parser.set_defaults(run=_runs)
 
@@ -47,7 +47,7 @@ def _runs(arguments: argparse.Namespace) -> int:
 
 
 def _clean(arguments: argparse.Namespace) -> int:
-    from dist_train.monitoring.prometheus.targets import remove_stale
+    from dist_train.monitoring.prometheus.targets import SEEN_SECONDS, remove_stale
     from dist_train.watch.run_table import targets_directories
 
     folders = targets_directories(arguments.directory)
@@ -55,7 +55,7 @@ def _clean(arguments: argparse.Namespace) -> int:
         print(f"no run in {arguments.directory} has metrics.targets_directory set: nothing to clean")
     for folder in folders:
         try:
-            removed = remove_stale(folder)
+            removed = remove_stale(folder, SEEN_SECONDS)
         except FileNotFoundError:
             removed = ()
         except OSError as error:

@@ -314,7 +314,7 @@ class MetricsSettings(Section):
     key_file: Path | None = Field(None, description="Private key (PEM) of the TLS certificate.")
     targets_directory: Path | None = Field(
         None,
-        description="Folder where Prometheus looks for targets (file_sd); the run is listed while it lasts.",
+        description="Folder where Prometheus looks for targets (file_sd); lists the run, and for a day how it ended.",
     )
     advertised_host: str | None = Field(
         None, description="Host in the target file; none: the node's name, or `host` where that is one address."

@@ -88,7 +88,7 @@ def _installed(package: str) -> str:
         return "not installed"
 
 
-def run_facts(trainer: Trainer, directory: RunDirectory, launched: float, revision: str) -> RunFacts:
+def run_facts(trainer: Trainer, directory: RunDirectory, launched: float, revision: str, run_id: str) -> RunFacts:
     """Return the facts of the run of `trainer`, of which a launch began at `launched`, seconds since 1970."""
     config, plan, ranks = trainer.config, trainer.plan, trainer.comm
     noise = config.noise
@@ -116,7 +116,14 @@ def run_facts(trainer: Trainer, directory: RunDirectory, launched: float, revisi
         slurm_job=os.environ.get("SLURM_JOB_ID", ""),
         node=socket.gethostname(),
         launched=launched,
+        run_id=run_id,
+        device_memory=_device_memory(trainer.take_step.compute.device),
+        time_limit=trainer.time_limit.end or 0.0,
     )
+
+
+def _device_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def describe_device(config: Config, device: torch.device) -> str:

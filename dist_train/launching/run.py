@@ -73,8 +73,9 @@ def train(config: Config, run_directory: Path | None = None) -> Outcome:
         begin = partial(_begin, config, directory, comm, stack)
         resume_point, lock = run_on_all_ranks(comm, begin, "open the run directory")
         settled = _shared_config(comm, resume_point.config)
+        run_id = broadcast_str(comm, directory.run_id() if comm.rank == 0 else "", "run id")
         stack.enter_context(open_logs(directory.logs, comm.rank))
-        session = open_session(settled, directory, comm, lock)
+        session = open_session(settled, directory, comm, lock, run_id)
         try:
             with without_collection():
                 trainer = assemble(settled, resume_point.contents, directory, comm, session, stop)
@@ -104,6 +105,7 @@ def _begin(
     directory.create()
     lock = lock_run(directory.root, directory.lock)
     stack.callback(lock.release)
+    directory.run_id()  # made here, where a disk that refuses it is an error on all ranks
     resume_point = find_resume_point(config, directory)
     rewind(directory.metrics, resume_point.contents.step if resume_point.contents else 0)
     return resume_point, lock

@@ -35,7 +35,12 @@ class Session:
     """Reports how a launch begins and ends to observers and `status.json`: on rank 0, and wherever a fault begins."""
 
     def __init__(
-        self, directory: RunDirectory, comm: Communicator, observers: Observers, lock: RunLock | None = None
+        self,
+        directory: RunDirectory,
+        comm: Communicator,
+        observers: Observers,
+        lock: RunLock | None = None,
+        run_id: str = "",
     ) -> None:
         """Begin; the status says `starting`. Rank 0 has the `lock` of the run directory."""
         self.observers = observers
@@ -43,6 +48,7 @@ class Session:
         self._directory = directory
         self._comm = comm
         self._lock = lock
+        self._run_id = run_id
         self._launched = time.time()
         self._begun = time.monotonic()
         self._trainer: Trainer | None = None
@@ -55,7 +61,7 @@ class Session:
         # Rank 0 asks for all: on a large launch each rank would start git on the same file system.
         code = revision() if self.status else ""
         if self.observers:
-            self.observers.begin(run_facts(trainer, self._directory, self._launched, code))
+            self.observers.begin(run_facts(trainer, self._directory, self._launched, code, self._run_id))
         if self.status is None:
             return
         for name, text in resume_point.damage.items():
@@ -169,9 +175,11 @@ class Session:
         return f"the last good checkpoint is {good[-1].path}" if good else "there is no good checkpoint"
 
 
-def open_session(config: Config, directory: RunDirectory, comm: Communicator, lock: RunLock | None = None) -> Session:
+def open_session(
+    config: Config, directory: RunDirectory, comm: Communicator, lock: RunLock | None = None, run_id: str = ""
+) -> Session:
     """Return the session of this launch, with this rank's observers."""
-    return Session(directory, comm, Observers(_observers(config.metrics, directory, comm.rank)), lock)
+    return Session(directory, comm, Observers(_observers(config.metrics, directory, comm.rank)), lock, run_id)
 
 
 def _status_file(directory: RunDirectory, comm: Communicator) -> StatusFile:

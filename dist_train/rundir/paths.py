@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 from dist_train.config import Config, dump_config
 from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir import atomic
+
+_RUN_ID = re.compile(r"[0-9a-f]{16}")
 
 
 class BrokenFileError(Exception):
@@ -24,6 +28,8 @@ class RunDirectory:
         self.root = root
         self.config = root / "config.yaml"
         """Every setting, resolved."""
+        self.id = root / "run_id"
+        """What tells this run from others of its name."""
         self.status = root / "status.json"
         self.metrics = root / "metrics.jsonl"
         """One record a line."""
@@ -92,6 +98,18 @@ class RunDirectory:
                 f"choose another by run.directory or --run-dir",
                 code="run-directory-unwritable",
             ) from error
+
+    def run_id(self) -> str:
+        """Return the id of the run, 16 hexadecimal digits; made and written down where it has none. Raises OSError."""
+        try:
+            known = self.id.read_text(encoding="ascii").strip()
+        except (FileNotFoundError, UnicodeDecodeError):
+            known = ""
+        if _RUN_ID.fullmatch(known):
+            return known
+        made = secrets.token_hex(8)
+        atomic.write_text(self.id, f"{made}\n")
+        return made
 
     def save_config(self, config: Config) -> None:
         """Save every setting."""

@@ -140,6 +140,12 @@ class RunFacts:
     """When this launch began, in seconds since 1970."""
     device: str = ""
     """What this rank computes on, in words for people."""
+    run_id: str = ""
+    """The same for every launch of a run, and of no other run."""
+    device_memory: int = 0
+    """Bytes of memory of this rank's device; 0 without a device."""
+    time_limit: float = 0.0
+    """When the batch system ends the job, in seconds since 1970; 0 where it does not, or is not asked."""
 
 
 @dataclass(frozen=True)

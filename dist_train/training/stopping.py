@@ -60,7 +60,8 @@ class TimeLimit:
 
     def __init__(self, end: float | None) -> None:
         """The job ends at `end`, in seconds since 1970; None: it does not."""
-        self._end = end
+        self.end = end
+        """In seconds since 1970; None where there is no limit."""
         self._last: float | None = None
         self._longest = 0.0
         self._save = 0.0
@@ -75,12 +76,12 @@ class TimeLimit:
         All ranks learn of it in the next step, which may be as long as the longest so far, with its evaluation, as
         may the one before the next chance to ask; the checkpoint may take twice its longest time.
         """
-        if self._end is None:
+        if self.end is None:
             return False
         if self._last is not None:
             self._longest = max(self._longest, now - self._last)
         self._last = now
-        return now + 2 * self._longest + 2 * self._save + _TO_END_SECONDS >= self._end
+        return now + 2 * self._longest + 2 * self._save + _TO_END_SECONDS >= self.end
 
 
 def job_time_limit() -> TimeLimit:

@@ -118,6 +118,7 @@ class TestTrain:
             "logs",
             "metrics.jsonl",
             "run.lock",
+            "run_id",
             "status.json",
         ]
         status = read_status(trained / "status.json")

@@ -7,7 +7,7 @@ import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,15 @@ from dist_train.outcome import UsageError
 from tests.waiting import PATIENCE
 
 
+def well() -> bool:
+    return True
+
+
 @contextmanager
-def serving(**settings: Any) -> Iterator[Server]:
+def serving(health: Callable[[], bool] = well, **settings: Any) -> Iterator[Server]:
     plan = plan_of(MetricsSettings(**settings))
-    with bind(plan.host, 0, lambda: b"dist_train_step 1\n", read_credentials(plan), tls_context(plan)) as server:
+    credentials, tls = read_credentials(plan), tls_context(plan)
+    with bind(plan.host, 0, lambda: b"dist_train_step 1\n", credentials, tls, health) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
@@ -245,3 +250,10 @@ def test_good_files_are_accepted(certificate: tuple[Path, Path], tmp_path: Path)
         )
     )
     check_access(MetricsSettings())
+
+
+def test_a_run_without_progress_is_not_healthy() -> None:
+    progress = [True, False]
+    with serving(lambda: progress.pop(0)) as server:
+        assert [ask(server, "/healthz")[0] for _ in range(2)] == [200, 503]
+        assert ask(server)[0] == 200

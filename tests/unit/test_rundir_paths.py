@@ -69,3 +69,20 @@ def test_a_disk_that_fails_is_told_with_the_fix(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     with raises(FaultError, "disk-failed"), oserror_to_fault(directory):
         raise OSError(28, "No space left on device", str(directory.metrics))
+
+
+def test_a_run_keeps_the_id_that_was_made_for_it_and_another_has_its_own(tmp_path: Path) -> None:
+    directories = [RunDirectory(tmp_path / name) for name in ("a", "b")]
+    for directory in directories:
+        directory.create()
+    first, other = (directory.run_id() for directory in directories)
+    assert first != other
+    assert RunDirectory(tmp_path / "a").run_id() == first
+    assert len(bytes.fromhex(first)) == 8
+
+
+@pytest.mark.parametrize("content", ["", "not an id", "\xff"])
+def test_an_id_that_is_broken_is_made_anew(content: str, tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.id.write_text(content, encoding="latin-1")
+    assert directory.run_id() == directory.run_id()

@@ -149,11 +149,17 @@ Page = Callable[[], bytes]
 """Makes the page of metrics, of type `CONTENT_TYPE`."""
 
 
-def bind(host: str, port: int, page: Page, credentials: Credentials, tls: ssl.SSLContext | None) -> Server:
+Health = Callable[[], bool]
+"""Whether the run makes progress, for `/healthz`."""
+
+
+def bind(
+    host: str, port: int, page: Page, credentials: Credentials, tls: ssl.SSLContext | None, health: Health
+) -> Server:
     """Return a server at `port` of `host`, or at the next free port above. Raises OSError where none can be had."""
     for candidate in range(port, min(port + _PORTS, 65_536)):
         try:
-            return Server(host, candidate, page, credentials, tls)
+            return Server(host, candidate, page, credentials, tls, health)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
@@ -165,12 +171,15 @@ class Server(ThreadingHTTPServer):
 
     request_queue_size = 128
 
-    def __init__(self, host: str, port: int, page: Page, credentials: Credentials, tls: ssl.SSLContext | None) -> None:
+    def __init__(
+        self, host: str, port: int, page: Page, credentials: Credentials, tls: ssl.SSLContext | None, health: Health
+    ) -> None:
         # an empty metrics.host asks for every interface
         host = host or "0.0.0.0"  # nosec B104
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.address_family = family
         self.page = page
+        self.health = health
         self.credentials = credentials
         self.last_scrape: float | None = None
         """When the latest scrape that was answered began (monotonic)."""
@@ -252,7 +261,10 @@ class _Handler(BaseHTTPRequestHandler):
             case "/metrics":
                 self._metrics()
             case "/healthz":
-                self._answer(HTTPStatus.OK, b"ok\n", _PLAIN)
+                if self.server.health():
+                    self._answer(HTTPStatus.OK, b"ok\n", _PLAIN)
+                else:
+                    self._answer(HTTPStatus.SERVICE_UNAVAILABLE, b"no progress\n", _PLAIN)
             case _:
                 self._answer(HTTPStatus.NOT_FOUND, b"see /metrics\n", _PLAIN)
 

@@ -1,4 +1,4 @@
-"""Target files: how Prometheus (`file_sd_configs`) finds the runs that there are, and none that are gone."""
+"""Target files: how Prometheus (`file_sd_configs`) finds the runs that there are, and learns how the others ended."""
 
 from __future__ import annotations
 
@@ -8,21 +8,33 @@ import os
 import re
 import socket
 import time
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dist_train.monitoring.prometheus.messages import ServingPlan
+from dist_train.outcome import ExitCode
 from dist_train.rundir import atomic
-from dist_train.rundir.records import RunFacts
+from dist_train.rundir.records import Outcome, RunFacts
 
 HEARTBEAT_SECONDS = 60.0
 """How often a run touches its file."""
 STALE_SECONDS = 300.0
 """A file that was not touched for so long belongs to nobody."""
 
+ENDED_SECONDS = 86_400.0
+"""How long a file stays that says how its run ended."""
+SEEN_SECONDS = 600.0
+"""So long after a run's end every Prometheus has seen how it ended."""
+
 JOB = "dist_train"
+KILLED = "killed"
+"""The outcome of a run that ended without a word."""
+_NOWHERE = "127.0.0.1:0"
+"""In place of the address of a run that has ended: another run may have taken that. Nobody can listen at port 0."""
+_OUTCOME_LABEL = "outcome"
 _PROCESS_LABEL = "__dist_train_process"
 """Prometheus drops labels that begin so once it has found the target."""
 _IDENTITY = re.compile(r"\S+ \S+ \d+ \d*")
@@ -66,10 +78,17 @@ class TargetFile:
         except FileNotFoundError:
             self.write()
 
-    def remove(self) -> None:
-        """Remove the file, unless a later launch of the run has taken it over. Raises OSError."""
-        if _owner(self.path) == self.process:
-            self.path.unlink(missing_ok=True)
+    def end(self, outcome: str) -> None:
+        """Have the file say how the run ended, for rules that cannot rely on a last scrape.
+
+        Nothing changes where it says so already, or a later launch of the run has taken it over. Raises OSError.
+        """
+        labels = _labels(self.path)
+        if labels is None or labels[_PROCESS_LABEL] != self.process or _OUTCOME_LABEL in labels:
+            return
+        [group] = json.loads(self.path.read_bytes())
+        labels = {**labels, _OUTCOME_LABEL: outcome, "instance": group["targets"][0]}
+        replace(self, content=_content(_NOWHERE, labels)).write()
 
 
 def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: str) -> TargetFile:
@@ -79,6 +98,7 @@ def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: str) -> 
     labels = {
         "job": JOB,
         "run": facts.name,
+        "run_id": facts.run_id,
         "slurm_job": facts.slurm_job,
         "node": node,
         "rank": str(facts.rank),
@@ -86,43 +106,55 @@ def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: str) -> 
     }
     if plan.scheme == "https":
         labels["__scheme__"] = plan.scheme
-    groups = [{"targets": [f"{plan.host_for_others(node)}:{port}"], "labels": labels}]
     directory = os.fsencode(facts.run_directory.absolute())
     name = re.sub(r"[^A-Za-z0-9._-]", "_", facts.name)[:100]
     mark = hashlib.blake2b(directory, digest_size=4).hexdigest()
     path = plan.targets_directory / f"{name}-{mark}-{facts.rank}.json"
-    return TargetFile(path, json.dumps(groups, indent=2) + "\n", process)
+    return TargetFile(path, _content(f"{plan.host_for_others(node)}:{port}", labels), process)
 
 
-def remove_stale(directory: Path) -> tuple[Path, ...]:
+def _content(address: str, labels: Mapping[str, str]) -> str:
+    return json.dumps([{"targets": [address], "labels": labels}], indent=2) + "\n"
+
+
+def outcome_label(outcome: Outcome) -> str:
+    """Return the value of the label `outcome`: the state that the run ended in, or diverged."""
+    return "diverged" if outcome.exit_code == ExitCode.DIVERGED else outcome.state
+
+
+def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed: str = "") -> tuple[Path, ...]:
     """Remove the target files in `directory` whose runs are gone; return their paths. Raises OSError.
 
-    A file is ours by its name and its content; any other is left alone.
+    One that says how its run ended stays for `ended_seconds`, or until that run, whose id is `resumed`, is back. A
+    file is ours by its name and its content; any other is left alone.
     """
     removed = []
     for path in sorted(directory.iterdir()):
         if not _NAME.fullmatch(path.name):
             continue
         with suppress(FileNotFoundError):
-            owner = _owner(path)
-            if owner is None:
+            labels = _labels(path)
+            if labels is None:
                 continue
-            if _is_gone(owner) or time.time() - path.stat().st_mtime > STALE_SECONDS:
+            age = time.time() - path.stat().st_mtime
+            if _OUTCOME_LABEL in labels:
+                is_stale = age > ended_seconds or (resumed != "" and labels.get("run_id") == resumed)
+            else:
+                is_stale = age > STALE_SECONDS or _is_gone(labels[_PROCESS_LABEL])
+            if is_stale:
                 path.unlink()
                 removed.append(path)
     return tuple(removed)
 
 
-def _owner(path: Path) -> str | None:
-    """Return whose the target file at `path` is; None where it is not one of ours."""
+def _labels(path: Path) -> Mapping[str, str] | None:
+    """Return the labels in the target file at `path`; None where it is not one of ours."""
     try:
         groups: Any = json.loads(path.read_bytes())
         [group] = groups
-        labels = group["labels"]
-        if labels["job"] != JOB:
-            return None
-        match = _IDENTITY.fullmatch(labels[_PROCESS_LABEL])
-        return match and match[0]
+        labels: dict[str, str] = group["labels"]
+        is_ours = labels["job"] == JOB and group["targets"] and _IDENTITY.fullmatch(labels[_PROCESS_LABEL])
+        return labels if is_ours else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
