@@ -52,7 +52,7 @@ def test_a_fault_is_told_with_its_value_and_what_is_allowed() -> None:
     [
         ("run", "epochs", "ten", "not a whole number", "a whole number above 0"),
         ("run", "name", "../up", "not of this form", "text of the form ^[A-Za-z0-9][A-Za-z0-9._-]*$"),
-        ("run", "directory", 3, "not text", "text"),
+        ("run", "directory", 3, "not text", "a path"),
         ("run", "max_steps", 0, "greater than 0", "a whole number above 0 or null"),
         ("data", "name", "mnist", "not one of the choices", "fashion-mnist, cifar10, cifar100, imagefolder, synthetic"),
         ("data", "download", "maybe", "not true or false", "true or false"),
