@@ -58,6 +58,31 @@ class TestProgram:
             main(arguments)
         assert ended.value.code == 2
 
+    @pytest.mark.parametrize(
+        ("arguments", "meant"),
+        [
+            (["trian", "configs/demo.yaml"], "train"),
+            (["config", "chekc", "configs/demo.yaml"], "check"),
+            (["train", "configs/demo.yaml", "--rundir", "x"], "--run-dir"),
+            (["train", "configs/demo.yaml", "--rundir=x"], "--run-dir"),
+            (["train", "configs/demo.yaml", "run.seed=1", "-run-dir", "x"], "--run-dir"),
+            (["evaluate", "x", "--split", "tset"], "test"),
+        ],
+    )
+    def test_a_mistyped_word_ends_with_2_and_names_the_nearest(
+        self, arguments: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.rstrip().endswith(f"; did you mean {meant}?")
+
+    def test_a_word_like_no_other_ends_with_2_and_names_none(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(["runs", "--zzz"])
+        assert ended.value.code == 2
+        assert "did you mean" not in capsys.readouterr().err
+
     def test_python_m_is_the_same_program(self) -> None:
         ended = subprocess.run(
             [sys.executable, "-m", "dist_train", "config", "check", "nowhere.yaml"],
