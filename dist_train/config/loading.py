@@ -79,12 +79,23 @@ def read_mapping(path: Path) -> dict[str, Any]:
         # A SafeLoader that refuses duplicate keys and knows 1e-4 to be a number.
         settings = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(str(path), [problem("(file)", f"not YAML: {' '.join(str(error).split())}")]) from None
+        raise ConfigError(str(path), [problem("(file)", f"not YAML: {yaml_fault(error)}")]) from None
     if settings is None:
         return {}
     if not isinstance(settings, dict):
         raise ConfigError(str(path), [problem("(file)", "not a mapping of sections", value=settings)])
     return settings
+
+
+def yaml_fault(error: yaml.YAMLError | RecursionError) -> str:
+    """Return where a text is not YAML, as people count lines and columns, and why: "line 3, column 5: ..."."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        return place + " ".join(filter(None, (error.context, error.problem)))
+    if isinstance(error, RecursionError):
+        return "it nests too deeply"
+    return " ".join(str(error).split())
 
 
 def with_overrides(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -173,7 +184,7 @@ def _apply(settings: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(_COMMAND_LINE, [problem(path, f"not YAML: {' '.join(str(error).split())}")]) from None
+        raise ConfigError(_COMMAND_LINE, [problem(path, f"not YAML: {yaml_fault(error)}")]) from None
     section = settings
     for name in names[:-1]:
         inner = section.get(name)

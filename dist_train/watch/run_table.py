@@ -19,6 +19,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
+from dist_train.config.loading import yaml_fault
 from dist_train.monitoring import wording
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
@@ -247,7 +248,7 @@ def read_settings(path: Path) -> Mapping[str, object]:
     except OSError as error:
         raise BrokenFileError(f"{path.name} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise BrokenFileError(f"{path.name} is not YAML: {str(error).splitlines()[0]}") from error
+        raise BrokenFileError(f"{path.name} is not YAML: {yaml_fault(error)}") from error
     if not isinstance(sections, dict):
         raise BrokenFileError(f"{path.name} holds no settings")
     return dict(flat_settings(sections))

@@ -179,7 +179,7 @@ def test_a_metrics_file_that_grows_is_a_sign_of_life(tmp_path: Path) -> None:
         ("status.json", "[]", "status.json is no status"),
         ("status.json", '{"state": "flying", "step": 1}', "status.json is no status"),
         ("status.json", '{"state": "running"}', "status.json is no status"),
-        ("config.yaml", "run: {name", "config.yaml is not YAML"),
+        ("config.yaml", "run: {name", "config.yaml is not YAML: line 1, column 11"),
         ("config.yaml", "", "config.yaml holds no settings"),
     ],
 )
