@@ -64,7 +64,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     Raises:
         SystemExit: with 2, after a message, where they make no sense; with 0 after --help.
     """
-    parser = _Parser(prog="dist-train", description="Training at very large batch sizes.")
+    parser: argparse.ArgumentParser = _Parser(prog="dist-train", description="Training at very large batch sizes.")
     parser.add_argument("--version", action="version", version=f"dist-train {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add_command in _COMMANDS:

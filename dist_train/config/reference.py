@@ -28,7 +28,7 @@ dist-train train configs/demo.yaml noise.amplitude=0.03 optimizer.learning_rate=
 ```
 
 In YAML a section is a mapping: `noise: {amplitude: 0.03}`. `null` is no value. This page is generated from
-`dist_train/config/sections.py`: `make dashboards`.
+`dist_train/config`: `make dashboards`.
 """
 
 
