@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ def parse_config(settings: Mapping[str, Any], *, source: str) -> Config:
         raise ConfigError(source, problems_of(error, Config)) from None
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(source, [problem("(file)", str(error))]) from None
-    found = conflicts(config)
+    found = [*_with_nul(config.model_dump(mode="json"), ""), *conflicts(config)]
     if found:
         raise ConfigError(source, found)
     return config
@@ -193,6 +193,18 @@ def _apply(settings: dict[str, Any], override: str) -> None:
         section[name] = dict(inner or {})
         section = section[name]
     section[names[-1]] = value
+
+
+def _with_nul(value: object, path: str) -> Iterator[Problem]:
+    """Yield a problem for each text below `path` that holds a NUL character: no name of a file or host can."""
+    if isinstance(value, str) and "\0" in value:
+        yield problem(path, "holds a NUL character", value=value.replace("\0", "\\0"))
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _with_nul(inner, f"{path}.{name}" if path else name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _with_nul(inner, path)
 
 
 def _nearest_file(path: Path) -> str:

@@ -113,6 +113,30 @@ class TestConfig:
         assert "did you mean run.seed?" in told.err
         assert "did you mean noise.amplitude?" in told.err
 
+    @pytest.mark.parametrize(
+        ("sections", "word"),
+        [
+            ({"batch": {"global_size": 150, "micro_size": 50}}, "batch.global_size"),
+            ({"data": {"name": "imagefolder", "classes": 2, "root": "nowhere"}}, "data.root"),
+            ({"data": {"name": "cifar10", "root": "nowhere"}}, "data.download"),
+            ({"data": {"train_size": 5}, "batch": {"global_size": 10, "micro_size": 5}}, "data.train_size"),
+            ({"run": {"directory": "a\0b"}}, "run.directory"),
+            ({"metrics": {"enabled": True, "token_file": "nowhere"}}, "metrics.token_file"),
+        ],
+    )
+    def test_check_refuses_what_train_refuses(
+        self, tmp_path: Path, sections: dict[str, Any], word: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = write_config(tmp_path, **sections)
+        for command in (["config", "check", path], ["train", path, "--run-dir", str(tmp_path / "run")]):
+            assert main(command) == ExitCode.USAGE
+            assert word in capsys.readouterr().err
+
+    def test_check_refuses_the_shipped_file_whose_batch_a_study_chooses(self) -> None:
+        smoke = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
+        assert main(["config", "check", smoke]) == ExitCode.USAGE
+        assert main(["config", "check", smoke, "batch.global_size=256"]) == ExitCode.FINISHED
+
     def test_show_prints_every_setting_so_that_it_can_be_loaded(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
