@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from typing import Any
 
 from dist_train import __version__
 from dist_train.cli.analysis_commands import add_landscape, add_sharpness
@@ -57,7 +59,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     Raises:
         SystemExit: with 2, after a message, where they make no sense; with 0 after --help.
     """
-    parser = argparse.ArgumentParser(prog="dist-train", description="Training at very large batch sizes.")
+    parser: argparse.ArgumentParser = _Parser(prog="dist-train", description="Training at very large batch sizes.")
     parser.add_argument("--version", action="version", version=f"dist-train {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add_command in _COMMANDS:
@@ -65,6 +67,31 @@ def parse(words: list[str]) -> argparse.Namespace:
     parsed, rest = _parse(parser, words)
     _take_late_overrides(parser, parsed, rest)
     return parsed
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest command, choice or option where one is mistyped; so do the parsers of its commands."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return the arguments and the words that are none, of which no one may be an option."""
+        parsed, rest = super().parse_known_args(args, namespace)
+        unknown = [word for word in rest if word.startswith("-")]
+        if unknown:
+            close = _nearest(unknown[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{close}")
+        return parsed, rest
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            close = _nearest(str(value), map(str, action.choices or ()))
+            raise argparse.ArgumentError(action, f"{error.message}{close}") from None
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _errors_of_one_rank() -> AbstractContextManager[object]:
@@ -85,8 +112,7 @@ def _parse(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.
 
 def _take_late_overrides(parser: argparse.ArgumentParser, parsed: argparse.Namespace, rest: list[str]) -> None:
     """Add the overrides that stand after an option: argparse takes those before it alone."""
-    unknown = [word for word in rest if word.startswith("-") or not hasattr(parsed, "overrides")]
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest and not hasattr(parsed, "overrides"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]

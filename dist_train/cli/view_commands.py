@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from dist_train.cli.common import Subparsers, print_table
+from dist_train.cli.common import Subparsers, print_table, terminal_width
 from dist_train.outcome import ExitCode, UsageError
 
 _COLUMNS, _ROWS = 100, 36
@@ -17,12 +17,18 @@ _COLUMNS, _ROWS = 100, 36
 
 
 def add_runs(subparsers: Subparsers) -> None:
-    """Add `runs [DIR] [--clean]`."""
+    """Add `runs [DIR] [--json] [--clean]`."""
     text = "a table of runs: state, progress, best accuracy, images/s, time left"
-    parser = subparsers.add_parser("runs", help=text, description=text[0].upper() + text[1:] + ".")
+    parser = subparsers.add_parser(
+        "runs",
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}. On a narrow terminal the less important columns are left out and "
+        "notes are cut; --json has everything.",
+    )
     parser.add_argument(
         "directory", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="folder (default: runs)"
     )
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
     parser.add_argument(
         "--clean",
         dest="run",
@@ -36,11 +42,14 @@ def add_runs(subparsers: Subparsers) -> None:
 
 def _runs(arguments: argparse.Namespace) -> int:
     from dist_train.cluster.launch import job_states
-    from dist_train.watch.run_table import read_runs, render
+    from dist_train.watch.run_table import as_json, read_runs, render
 
     runs = read_runs(arguments.directory)
-    if runs:
-        print_table(render(runs, job_states([run.slurm_job for run in runs if run.slurm_job])))
+    jobs = job_states([run.slurm_job for run in runs if run.slurm_job])
+    if arguments.json:
+        print(as_json(runs, jobs))
+    elif runs:
+        print_table(render(runs, jobs, terminal_width()))
     else:
         print(f"no runs in {arguments.directory}")
     return ExitCode.FINISHED

@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         # A SafeLoader that refuses duplicate keys and knows 1e-4 to be a number.
         settings = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(
-            str(path), [problem("(file)", f"not YAML: {' '.join(str(error).split())}", code="not-yaml")]
-        ) from None
+        raise ConfigError(str(path), [problem("(file)", f"not YAML: {yaml_fault(error)}", code="not-yaml")]) from None
     if settings is None:
         return {}
     if not isinstance(settings, dict):
@@ -91,6 +89,17 @@ def read_mapping(path: Path) -> dict[str, Any]:
             str(path), [problem("(file)", "not a mapping of sections", code="wrong-type", value=settings)]
         )
     return settings
+
+
+def yaml_fault(error: yaml.YAMLError | RecursionError) -> str:
+    """Return where a text is not YAML, as people count lines and columns, and why: "line 3, column 5: ..."."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        return place + " ".join(filter(None, (error.context, error.problem)))
+    if isinstance(error, RecursionError):
+        return "it nests too deeply"
+    return " ".join(str(error).split())
 
 
 def with_overrides(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -132,7 +141,7 @@ def parse_config(settings: Mapping[str, Any], *, source: str) -> Config:
         raise ConfigError(source, problems_of(error, Config)) from None
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(source, [problem("(file)", str(error), code="wrong-type")]) from None
-    found = conflicts(config)
+    found = [*_with_nul(config.model_dump(mode="json"), ""), *conflicts(config)]
     if found:
         raise ConfigError(source, found)
     return config
@@ -186,9 +195,7 @@ def _apply(settings: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(
-            _COMMAND_LINE, [problem(path, f"not YAML: {' '.join(str(error).split())}", code="not-yaml")]
-        ) from None
+        raise ConfigError(_COMMAND_LINE, [problem(path, f"not YAML: {yaml_fault(error)}", code="not-yaml")]) from None
     section = settings
     for name in names[:-1]:
         inner = section.get(name)
@@ -199,6 +206,18 @@ def _apply(settings: dict[str, Any], override: str) -> None:
         section[name] = dict(inner or {})
         section = section[name]
     section[names[-1]] = value
+
+
+def _with_nul(value: object, path: str) -> Iterator[Problem]:
+    """Yield a problem for each text below `path` that holds a NUL character: no name of a file or host can."""
+    if isinstance(value, str) and "\0" in value:
+        yield problem(path, "holds a NUL character", code="nul-character", value=value.replace("\0", "\\0"))
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _with_nul(inner, f"{path}.{name}" if path else name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _with_nul(inner, path)
 
 
 def _nearest_file(path: Path) -> str:

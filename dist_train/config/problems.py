@@ -144,7 +144,7 @@ def _locate(location: tuple[int | str, ...], model: type[BaseModel]) -> _Place:
         elif choices:
             field = choices[0].model_fields.get(str(part))
             place = _Place((*place.names, part), choices[0], field)
-            choices = _models_of(field)
+            choices = models_of(field)
         elif isinstance(part, int):
             place = replace(place, names=(*place.names, part))
     return place
@@ -172,13 +172,13 @@ def _all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
     paths: list[str] = []
     for name, field in model.model_fields.items():
         paths.append(f"{prefix}{name}")
-        inner = _models_of(field)
+        inner = models_of(field)
         if len(inner) == 1 and not _is_collection(field):
             paths.extend(_all_paths(inner[0], f"{prefix}{name}."))
     return paths
 
 
-def _models_of(field: FieldInfo | None) -> tuple[type[BaseModel], ...]:
+def models_of(field: FieldInfo | None) -> tuple[type[BaseModel], ...]:
     """Return the models that a field, or each of its items, can be: one of a section, one for each kind of a union."""
     if field is None:
         return ()
@@ -199,21 +199,27 @@ def _allowed(place: _Place) -> str:
     """Say what a setting takes, from its field: the choices, or the kind of number and its range."""
     if place.field is None:
         return ""
-    models = _models_of(place.field)
+    models = models_of(place.field)
     if models:
         names = dict.fromkeys(name for model in models for name in model.model_fields)
         section = "a mapping with the keys " + ", ".join(names)
         if place.inside or not _is_collection(place.field):
             return section
         return f"{'names, each with' if get_origin(place.field.annotation) is dict else 'a list, each'} {section}"
-    schema = _leaf_schema(place.field)
+    schema = leaf_schema(place.field)
     if isinstance(index := place.names[-1], int):
         items = schema.get("prefixItems")
         schema = items[index] if items and index < len(items) else schema.get("items", schema)
+    return in_words(schema)
+
+
+def in_words(schema: Mapping[str, Any]) -> str:
+    """Say what a setting of the JSON `schema` takes: the choices, or the kind of value and its range."""
     return " or ".join(filter(None, map(_in_words, schema.get("anyOf", [schema]))))
 
 
-def _leaf_schema(field: FieldInfo) -> Mapping[str, Any]:
+def leaf_schema(field: FieldInfo) -> Mapping[str, Any]:
+    """Return the JSON schema of a field that is no section."""
     annotated: Any = field.annotation
     for constraint in field.metadata:
         annotated = Annotated[annotated, constraint]
@@ -225,7 +231,7 @@ def _in_words(schema: Mapping[str, Any]) -> str:
         return ", ".join(map(str, schema["enum"]))
     if "const" in schema:
         return str(schema["const"])
-    kind = str(schema.get("type", ""))
+    kind = str(schema.get("format") or schema.get("type", ""))
     if kind == "array":
         if "prefixItems" in schema:
             fixed = schema["prefixItems"]
@@ -238,6 +244,7 @@ def _in_words(schema: Mapping[str, Any]) -> str:
         "string": "text",
         "null": "null",
         "object": "a mapping",
+        "path": "a path",
     }.get(kind, kind)
     bounds = {
         "exclusiveMinimum": "above",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import platform
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -19,8 +19,9 @@ from rich.console import Console, Group
 from rich.table import Column, Table
 from rich.text import Text
 
-from dist_train.config import Config
+from dist_train.config import Config, DataSettings
 from dist_train.config.sections import Device
+from dist_train.outcome import UsageError
 
 State = Literal["fine", "note", "fails"]
 """fine: usable. note: training runs without it. fails: training cannot run here."""
@@ -60,8 +61,8 @@ _LIBRARIES = (
 
 
 def examine(config: Config, data_named: bool) -> tuple[Check, ...]:
-    """Return every finding for a run of `config`; only where `data_named`, its data must be there."""
-    data = (check_data(config),) if data_named else check_known_data()
+    """Return every finding for a run of `config`; only where `data_named`, it and its data must be usable."""
+    data = (*check_configuration(config), check_data(config)) if data_named else check_known_data()
     return (
         Check("Python", "fine", f"{platform.python_version()} at {sys.executable}"),
         check_torch(),
@@ -98,6 +99,11 @@ def render(checks: tuple[Check, ...], console: Console) -> None:
     failing = sum(check.state == "fails" for check in checks)
     verdict = "training can run here" if not failing else f"training cannot run here: {failing} to mend"
     console.print(Text(verdict, style="bold green" if not failing else "bold red"))
+
+
+def as_json(checks: tuple[Check, ...]) -> str:
+    """Return the findings as one JSON document: `{"can_train": ..., "checks": [...]}`, the fields of `Check` each."""
+    return json.dumps({"can_train": can_train(checks), "checks": [asdict(check) for check in checks]}, indent=2)
 
 
 def check_torch() -> Check:
@@ -219,16 +225,35 @@ def check_slurm() -> Check:
 
 def check_data(config: Config) -> Check:
     """Check that the files of the configured data set are there; nothing is decoded."""
-    check = _find_data(config.data.name, config.data.root)
-    if check.state == "fails" and config.data.download:
-        return Check("data", "note", f"{config.data.name} is not here; data.download fetches it when the run begins")
-    return check
+    name = config.data.name
+    missing = _missing_data(config.data)
+    if missing is None:
+        return Check("data", "fine", f"{name} is here")
+    if config.data.download and name.startswith("cifar"):
+        return Check("data", "note", f"{name} is not here; data.download fetches it when the run begins")
+    return Check("data", "fails", *missing)
 
 
 def check_known_data() -> tuple[Check, ...]:
     """Say which data sets are in their usual places; made-up data need none."""
-    checks = (_find_data(name, None) for name in ("fashion-mnist", "cifar10", "cifar100"))
-    return tuple(replace(check, state="note") if check.state == "fails" else check for check in checks)
+    checks = []
+    for name in ("fashion-mnist", "cifar10", "cifar100"):
+        missing = _missing_data(DataSettings.model_validate({"name": name}))
+        checks.append(Check("data", "note", *missing) if missing else Check("data", "fine", f"{name} is here"))
+    return tuple(checks)
+
+
+def check_configuration(config: Config) -> tuple[Check, ...]:
+    """Check what else `train` refuses before its first step."""
+    try:
+        from dist_train.launching.preflight import check_settings
+    except (ImportError, OSError):
+        return ()  # without torch, of which another check tells
+    try:
+        check_settings(config)
+    except UsageError as error:
+        return (Check("configuration", "fails", str(error), "dist-train config check lists all problems"),)
+    return (Check("configuration", "fine", "nothing in it is refused"),)
 
 
 def check_metrics_port(config: Config) -> Check:
@@ -285,27 +310,18 @@ def check_cache() -> Check:
     return check
 
 
-def _find_data(name: str, root: Path | None) -> Check:
-    """Return whether the files of a data set are there; what fails otherwise, and how to fix it."""
-    from dist_train.outcome import UsageError
-
+def _missing_data(settings: DataSettings) -> tuple[str, str] | None:
+    """Return what is missing of a data set, and its fix; None where nothing is."""
     try:
-        from dist_train.data import cifar, fashion_mnist
+        from dist_train.data.catalog import find_data
     except (ImportError, OSError) as error:
-        return Check("data", "fails", f"not checked, as torch cannot be loaded ({error})", _SET_UP)
-    finders: dict[str, Callable[[Literal["train", "test"]], object]] = {
-        "fashion-mnist": lambda split: fashion_mnist.find(root, split),
-        "cifar10": lambda split: cifar.find(cifar.CIFAR10, cifar.root_or_default(root), split),
-        "cifar100": lambda split: cifar.find(cifar.CIFAR100, cifar.root_or_default(root), split),
-    }
+        return f"not checked, as torch cannot be loaded ({error})", _SET_UP
     try:
-        if name in finders:
-            finders[name]("train")
-            finders[name]("test")
+        find_data(settings)
     except UsageError as error:
         detail, _, fix = str(error).partition(". ")
-        return Check("data", "fails", detail, fix)
-    return Check("data", "fine", f"{name} is here")
+        return (detail, fix) if fix else (detail, "name the folder by data.root")
+    return None
 
 
 def _answer(*command: str) -> str | None:

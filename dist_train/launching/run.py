@@ -16,10 +16,9 @@ from dist_train.cluster.watchdog import start_watchdog
 from dist_train.config import Config, dump_config, parse_config
 from dist_train.config.resuming import with_threads
 from dist_train.launching.assembly import assemble
+from dist_train.launching.preflight import check_settings
 from dist_train.launching.session import Session, open_session
 from dist_train.monitoring.console import open_logs
-from dist_train.monitoring.observers import check_tensorboard
-from dist_train.monitoring.prometheus.http_server import check_access
 from dist_train.rundir.lock import RunLock, lock_run
 from dist_train.rundir.metrics_file import rewind
 from dist_train.rundir.paths import RunDirectory, oserror_to_fault
@@ -98,10 +97,7 @@ def _begin(
     """Lock the run directory, on rank 0, and look at what there is to resume; the others only take part."""
     if comm.rank != 0:
         return ResumePoint(config), None
-    if config.metrics.enabled:
-        check_access(config.metrics)
-    if config.metrics.tensorboard:
-        check_tensorboard()
+    check_settings(config)
     directory.create()
     lock = lock_run(directory.root, directory.lock)
     stack.callback(lock.release)

@@ -58,6 +58,31 @@ class TestProgram:
             main(arguments)
         assert ended.value.code == 2
 
+    @pytest.mark.parametrize(
+        ("arguments", "meant"),
+        [
+            (["trian", "configs/demo.yaml"], "train"),
+            (["config", "chekc", "configs/demo.yaml"], "check"),
+            (["train", "configs/demo.yaml", "--rundir", "x"], "--run-dir"),
+            (["train", "configs/demo.yaml", "--rundir=x"], "--run-dir"),
+            (["train", "configs/demo.yaml", "run.seed=1", "-run-dir", "x"], "--run-dir"),
+            (["evaluate", "x", "--split", "tset"], "test"),
+        ],
+    )
+    def test_a_mistyped_word_ends_with_2_and_names_the_nearest(
+        self, arguments: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.rstrip().endswith(f"; did you mean {meant}?")
+
+    def test_a_word_like_no_other_ends_with_2_and_names_none(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(["runs", "--zzz"])
+        assert ended.value.code == 2
+        assert "did you mean" not in capsys.readouterr().err
+
     def test_python_m_is_the_same_program(self) -> None:
         ended = subprocess.run(
             [sys.executable, "-m", "dist_train", "config", "check", "nowhere.yaml"],
@@ -86,6 +111,30 @@ class TestConfig:
         told = capsys.readouterr()
         assert told.out == ""
         assert told.err.count("[unknown-key]") == 2
+
+    @pytest.mark.parametrize(
+        ("sections", "word"),
+        [
+            ({"batch": {"global_size": 150, "micro_size": 50}}, "batch.global_size"),
+            ({"data": {"name": "imagefolder", "classes": 2, "root": "nowhere"}}, "data.root"),
+            ({"data": {"name": "cifar10", "root": "nowhere"}}, "data.download"),
+            ({"data": {"train_size": 5}, "batch": {"global_size": 10, "micro_size": 5}}, "data.train_size"),
+            ({"run": {"directory": "a\0b"}}, "run.directory"),
+            ({"metrics": {"enabled": True, "token_file": "nowhere"}}, "metrics.token_file"),
+        ],
+    )
+    def test_check_refuses_what_train_refuses(
+        self, tmp_path: Path, sections: dict[str, Any], word: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = write_config(tmp_path, **sections)
+        for command in (["config", "check", path], ["train", path, "--run-dir", str(tmp_path / "run")]):
+            assert main(command) == ExitCode.USAGE
+            assert word in capsys.readouterr().err
+
+    def test_check_refuses_the_shipped_file_whose_batch_a_study_chooses(self) -> None:
+        smoke = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
+        assert main(["config", "check", smoke]) == ExitCode.USAGE
+        assert main(["config", "check", smoke, "batch.global_size=256"]) == ExitCode.FINISHED
 
     def test_show_prints_every_setting_so_that_it_can_be_loaded(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

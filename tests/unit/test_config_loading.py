@@ -88,6 +88,25 @@ def test_a_path_that_cannot_be_read_is_a_config_error(tmp_path: Path, name: str)
         load_config(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("run:\n  name: a\n  seed: [1, 2\n", "line 4, column 1"),
+        ("run:\n  name: a: b\n", "line 2, column 10"),
+        ("run: {seed: 1}\nrun: {seed: 2}\n", "line 2, column 1"),
+        ("run: {seed: !!int x}\n", "line 1, column 13"),
+    ],
+)
+def test_text_that_is_not_yaml_is_named_with_its_file_line_and_column(tmp_path: Path, text: str, place: str) -> None:
+    (tmp_path / "base.yaml").write_text(text)
+    (tmp_path / "run.yaml").write_text("base: base.yaml\n")
+    with pytest.raises(ConfigError) as refused:
+        load_config(tmp_path / "run.yaml")
+    assert str(tmp_path / "base.yaml") in str(refused.value)
+    assert place in refused.value.problems[0].wrong
+    assert "unicode string" not in str(refused.value)
+
+
 def test_a_file_that_is_not_utf_8_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(b"run: {name: \xff}")
     with raises_problems(("(file)", "unreadable")):

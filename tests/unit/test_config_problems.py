@@ -53,7 +53,7 @@ def test_a_fault_is_told_with_its_value_and_what_is_allowed() -> None:
     [
         ("run", "epochs", "ten", "wrong-type", "a whole number above 0"),
         ("run", "name", "../up", "wrong-form", "text of the form ^[A-Za-z0-9][A-Za-z0-9._-]*$"),
-        ("run", "directory", 3, "wrong-type", "text"),
+        ("run", "directory", 3, "wrong-type", "a path"),
         ("run", "max_steps", 0, "out-of-range", "a whole number above 0 or null"),
         ("data", "name", "mnist", "no-such-choice", "fashion-mnist, cifar10, cifar100, imagefolder, synthetic"),
         ("data", "download", "maybe", "wrong-type", "true or false"),

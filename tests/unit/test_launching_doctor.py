@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import socket
 import sys
 from importlib import metadata
@@ -50,6 +51,28 @@ def test_data_that_the_configuration_names_must_be_there(tmp_path: Path, capsys:
     assert "FAILS data CIFAR-10: found neither" in printed
     assert "data.download=true" in printed
     assert "training cannot run here: 1 to mend" in printed
+
+
+def test_an_image_folder_that_is_not_there_fails(tmp_path: Path) -> None:
+    named = {"name": "imagefolder", "classes": 2, "root": str(tmp_path / "nowhere")}
+    check = doctor.check_data(settings(data=named))
+    assert (check.state, bool(check.fix)) == ("fails", True)
+
+
+def test_settings_that_train_refuses_fail() -> None:
+    (check,) = doctor.check_configuration(settings(data={"name": "synthetic", "synthetic_samples": 100}))
+    assert (check.state, bool(check.fix)) == ("fails", True)
+    (check,) = doctor.check_configuration(settings(data={"name": "synthetic"}, batch={"global_size": 100}))
+    assert check.state == "fine"
+
+
+def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_doctor("--json") == ExitCode.FINISHED
+    found = json.loads(capsys.readouterr().out)
+    assert found["can_train"] is True
+    assert {"name", "state", "detail", "fix"} == set(found["checks"][0])
+    documented = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert all(f"`{field}`" in documented for field in (*found, *found["checks"][0]))
 
 
 def test_data_in_the_named_folder_are_found(tmp_path: Path) -> None:
