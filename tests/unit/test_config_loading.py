@@ -201,7 +201,7 @@ class TestOverrides:
 
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,12}", fullmatch=True)
-WORDS = st.text(max_size=12)
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
 NUMBERS = st.floats(min_value=0, max_value=1e30, exclude_min=True)
 
 
