@@ -114,6 +114,10 @@ def _by_split(field: str) -> _Take:
     return take
 
 
+_RUN_LABELS = ("run", "run_id", "model", "data", "global_batch", "micro_batch")
+_INFO_LABELS = (*_RUN_LABELS, "noise", "revision", "slurm_job", "controller")
+
+
 def _run_info(now: Snapshot) -> Iterable[Reading]:
     facts = now.facts
     sizes = (str(facts.global_size), str(now.micro_batches.size))
@@ -162,18 +166,7 @@ METRICS: tuple[Metric, ...] = (
         "info",
         "What runs; always 1.",
         _run_info,
-        (
-            "run",
-            "run_id",
-            "model",
-            "data",
-            "global_batch",
-            "micro_batch",
-            "noise",
-            "revision",
-            "slurm_job",
-            "controller",
-        ),
+        _INFO_LABELS,
         Scope.BOTH,
     ),
     Metric(

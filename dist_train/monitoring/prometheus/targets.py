@@ -31,7 +31,7 @@ SEEN_SECONDS = 600.0
 
 JOB = "dist_train"
 KILLED = "killed"
-"""The outcome of a run that ended without saying how."""
+"""The outcome of a run that ended without reporting an outcome."""
 _NOWHERE = "127.0.0.1:0"
 """In place of the address of a run that has ended: another run may have taken that. Nobody can listen at port 0."""
 _OUTCOME_LABEL = "outcome"
