@@ -31,7 +31,7 @@ def commands(page: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like the checkout, but that its demo is a run of a second."""
+    """A folder like the checkout, but that its demo is a run of a second, also where the package's own is named."""
     folder = tmp_path_factory.mktemp("checkout")
     (folder / "configs").mkdir()
     settings = small_settings(run={"name": "demo", "epochs": 1})
@@ -56,7 +56,7 @@ def test_a_documented_command_works(folder: Path, command: str) -> None:
     program = Path(sys.executable).parent / "dist-train"
     assert program.exists()
     ended = subprocess.run(
-        ["bash", "-c", command.replace("/shared/", f"{folder}/shared/")],
+        ["bash", "-c", command.replace("/shared/", f"{folder}/shared/").replace("dist_train:configs/", "configs/")],
         cwd=folder,
         env=environment(DIST_TRAIN_PYTHON=sys.executable, HOME=str(folder)),
         stdin=subprocess.DEVNULL,
