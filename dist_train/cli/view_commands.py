@@ -47,7 +47,7 @@ def _runs(arguments: argparse.Namespace) -> int:
 
 
 def _clean(arguments: argparse.Namespace) -> int:
-    from dist_train.monitoring.prometheus.targets import remove_stale
+    from dist_train.monitoring.prometheus.targets import Cleaning, remove_stale
     from dist_train.watch.run_table import targets_directories
 
     folders = targets_directories(arguments.directory)
@@ -55,16 +55,18 @@ def _clean(arguments: argparse.Namespace) -> int:
         print(f"no run in {arguments.directory} has metrics.targets_directory set: nothing to clean")
     for folder in folders:
         try:
-            removed = remove_stale(folder)
+            cleaning = remove_stale(folder)
         except FileNotFoundError:
-            removed = ()
+            cleaning = Cleaning((), {})
         except OSError as error:
             raise UsageError(
                 f"{folder} cannot be cleaned ({error.strerror or error}); use an account that may write there"
             ) from error
-        for path in removed:
+        if cleaning.warning:
+            print(f"dist-train: warning: {folder}: {cleaning.warning}", file=sys.stderr)
+        for path in cleaning.removed:
             print(f"removed {path}")
-        if not removed:
+        if not cleaning.removed:
             print(f"nothing to clean in {folder}")
     return ExitCode.FINISHED
 

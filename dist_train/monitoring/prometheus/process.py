@@ -191,8 +191,9 @@ class _Service:
         )
         with self._warning(f"Prometheus will not find this run: no target file in {directory}"):
             target.write()
-            targets.remove_stale(directory)
             self._target = target
+            if warning := targets.remove_stale(directory).warning:
+                self._warn(f"{directory}: {warning}")
 
     def _heartbeat(self) -> None:
         if self._target is None or time.monotonic() - self._touched < targets.HEARTBEAT_SECONDS:

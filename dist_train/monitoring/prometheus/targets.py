@@ -1,17 +1,23 @@
-"""Target files: how Prometheus (`file_sd_configs`) finds the runs that there are, and none that are gone."""
+"""Target files: how Prometheus (`file_sd_configs`) finds the runs that there are, and none that are gone.
+
+Many users may write to their folder, so a file there is opened as in a hostile place: no link is followed, nothing but
+a regular file of this user or of root is read or touched, and nobody waits for a FIFO.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import socket
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dist_train.monitoring.prometheus.messages import ServingPlan
 from dist_train.rundir import atomic
@@ -25,8 +31,11 @@ STALE_SECONDS = 300.0
 JOB = "dist_train"
 _PROCESS_LABEL = "__dist_train_process"
 """Prometheus drops labels that begin so once it has found the target."""
-_IDENTITY = re.compile(r"\S+ \S+ \d+ \d*")
-_NAME = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{8}-\d+\.json")
+_IDENTITY = re.compile(r"\S+ \S+ [0-9]{1,10} [0-9]{0,20}")
+_NAME = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{8}-[0-9]+\.json")
+_LARGEST = 64 << 10
+"""Bytes; ours have a few hundred."""
+_MOST_NAMES = 8
 
 
 def identity_of(number: int) -> str:
@@ -54,22 +63,25 @@ class TargetFile:
     def write(self) -> None:
         """Make the file, and its folder where that is new. Raises OSError."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # the temporary name ends on .part: Prometheus looks for *.json
-        atomic.swap_text(self.path, self.content)
-        # Prometheus seldom runs as the user of the run, whose files are private by default.
-        self.path.chmod(0o644)
+        # the temporary name ends on .part: Prometheus looks for *.json; it seldom runs as the user of the run
+        atomic.swap_text(self.path, self.content, 0o644)
 
     def touch(self) -> None:
-        """Show that the run is there still; write the file anew where somebody removed it. Raises OSError."""
+        """Show that the run is there still; write the file anew where somebody removed it.
+
+        Raises OSError, also where somebody has put something else in its place.
+        """
         try:
-            os.utime(self.path)
+            with _open_ours(self.path) as file:
+                os.utime(file.fileno())
         except FileNotFoundError:
             self.write()
 
     def remove(self) -> None:
         """Remove the file, unless a later launch of the run has taken it over. Raises OSError."""
-        if _owner(self.path) == self.process:
-            self.path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError), _open_ours(self.path) as file:
+            if _owner(file) == self.process:
+                self.path.unlink(missing_ok=True)
 
 
 def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: str) -> TargetFile:
@@ -94,36 +106,74 @@ def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: str) -> 
     return TargetFile(path, json.dumps(groups, indent=2) + "\n", process)
 
 
-def remove_stale(directory: Path) -> tuple[Path, ...]:
-    """Remove the target files in `directory` whose runs are gone; return their paths. Raises OSError.
+@dataclass(frozen=True)
+class Cleaning:
+    """What became of a folder of target files: those `removed`, and why some were `skipped`, by their paths."""
 
-    A file is ours by its name and its content; any other is left alone.
+    removed: tuple[Path, ...]
+    skipped: Mapping[Path, str]
+
+    @property
+    def warning(self) -> str:
+        """What to tell of those skipped, on one line; nothing where there are none."""
+        shown = [f"{path.name} ({why})" for path, why in list(self.skipped.items())[:_MOST_NAMES]]
+        more = len(self.skipped) - len(shown)
+        ending = f" and {more} more" if more else ""
+        return f"target files that were left alone: {', '.join(shown)}{ending}" if shown else ""
+
+
+def remove_stale(directory: Path) -> Cleaning:
+    """Remove the target files in `directory` whose runs are gone. Raises OSError.
+
+    A file is ours by its name, its owner and its content; any other is left alone.
     """
     removed = []
-    for path in sorted(directory.iterdir()):
-        if not _NAME.fullmatch(path.name):
+    skipped = {}
+    for path in sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name)):
+        try:
+            with _open_ours(path) as file:
+                owner, touched = _owner(file), os.fstat(file.fileno()).st_mtime
+        except FileNotFoundError:
             continue
-        with suppress(FileNotFoundError):
-            owner = _owner(path)
-            if owner is None:
-                continue
-            if _is_gone(owner) or time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink()
-                removed.append(path)
-    return tuple(removed)
+        except OSError as error:
+            skipped[path] = error.strerror or str(error)
+            continue
+        if owner is not None and (_is_gone(owner) or time.time() - touched > STALE_SECONDS):
+            path.unlink(missing_ok=True)
+            removed.append(path)
+    return Cleaning(tuple(removed), skipped)
 
 
-def _owner(path: Path) -> str | None:
-    """Return whose the target file at `path` is; None where it is not one of ours."""
+def _open_ours(path: Path) -> BinaryIO:
+    """Open a target file. Raises OSError where it is a link, no regular file, too large, or another user's."""
     try:
-        groups: Any = json.loads(path.read_bytes())
+        file = atomic.open_regular(path, os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "a symbolic link", str(path)) from None
+        raise
+    state = os.fstat(file.fileno())
+    if state.st_uid not in (os.geteuid(), 0):
+        why = f"a file of another user, {state.st_uid}"
+    elif state.st_size > _LARGEST:
+        why = f"larger than {_LARGEST} bytes"
+    else:
+        return file
+    file.close()
+    raise OSError(errno.EPERM, why, str(path))
+
+
+def _owner(file: BinaryIO) -> str | None:
+    """Return whose the target file is; None where it is not one of ours."""
+    try:
+        groups: Any = json.loads(file.read(_LARGEST))
         [group] = groups
         labels = group["labels"]
         if labels["job"] != JOB:
             return None
         match = _IDENTITY.fullmatch(labels[_PROCESS_LABEL])
         return match and match[0]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
