@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +78,25 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(str(path), [problem("(file)", f"cannot be read: {error}")]) from None
     try:
-        # A SafeLoader that refuses duplicate keys and knows 1e-4 to be a number.
-        settings = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+        settings = parse_yaml(text)
+    except yaml.YAMLError as error:
         raise ConfigError(str(path), [problem("(file)", f"not YAML: {' '.join(str(error).split())}")]) from None
     if settings is None:
         return {}
     if not isinstance(settings, dict):
         raise ConfigError(str(path), [problem("(file)", "not a mapping of sections", value=settings)])
     return settings
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """Return what `text` says, with 1e-4 as a number and no dates.
+
+    Raises yaml.YAMLError where it is not YAML, a key stands twice, it nests too deeply, or its aliases explode.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it nests too deeply") from None
 
 
 def with_overrides(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -108,7 +120,7 @@ def with_overrides(settings: Mapping[str, Any], overrides: Sequence[str]) -> dic
 def write_override(path: str, value: object) -> str:
     """Return the override, of one line, that gives the setting at `path` the `value`."""
     text = json.dumps(value)
-    if isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) and yaml.load(value, Loader=_Loader) == value:
+    if isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) and parse_yaml(value) == value:
         text = value
     return f"{path}={text}"
 
@@ -171,8 +183,8 @@ def _apply(settings: dict[str, Any], override: str) -> None:
             [problem(override or "''", "not an override", allowed="section.key=value, as in run.seed=1")],
         )
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+        value = parse_yaml(text)
+    except yaml.YAMLError as error:
         raise ConfigError(_COMMAND_LINE, [problem(path, f"not YAML: {' '.join(str(error).split())}")]) from None
     section = settings
     for name in names[:-1]:
@@ -197,8 +209,39 @@ def _refuse(value: object) -> object:
     raise TypeError(f"{value!r} is not text, a number, true or false, a list or a mapping")
 
 
+_LARGEST = 1 << 20
+"""Characters of all values of a file, each alias replaced by what it stands for."""
+
+
+def _written_out(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
+    """Return the characters below `node`, and one for each node; infinite where it holds itself."""
+    if node not in sizes:
+        sizes[node] = math.inf
+        inner: Iterable[yaml.Node] = ()
+        if isinstance(node, yaml.MappingNode):
+            inner = chain.from_iterable(node.value)
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        own = len(node.value) if isinstance(node, yaml.ScalarNode) else 0
+        sizes[node] = 1 + own + sum(_written_out(each, sizes) for each in inner)
+    return sizes[node]
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML 1.1 without its traps: duplicate keys pass, 1e-4 reads as text, 2020-01-01 as a date."""
+    """Safe YAML 1.1 without its traps.
+
+    Those are: duplicate keys pass, 1e-4 reads as text, 2020-01-01 as a date, and a few aliases of aliases of aliases
+    stand for more than memory holds.
+    """
+
+    def compose_document(self) -> yaml.Node | None:
+        """Return the root of the document. Raises ComposerError where it is too large with its aliases written out."""
+        root: yaml.Node | None = super().compose_document()
+        if root is not None and _written_out(root, {}) > _LARGEST:
+            raise yaml.composer.ComposerError(
+                None, None, "its aliases stand for too much, or for themselves", root.start_mark
+            )
+        return root
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """Return what `node` stands for; a value that does not fit its tag is an error of YAML."""

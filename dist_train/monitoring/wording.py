@@ -10,6 +10,8 @@ from dist_train.rundir.records import EvaluationRecord, EventRecord, RunFacts
 
 def duration(seconds: float) -> str:
     """Return `seconds` as 2:31, 1:02:31 or 3d 04:05:06."""
+    if not math.isfinite(seconds):
+        return "not finite"
     whole = max(0, round(seconds))
     days, rest = divmod(whole, 86_400)
     hours, rest = divmod(rest, 3_600)

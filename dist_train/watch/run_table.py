@@ -15,8 +15,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from dist_train.config.loading import parse_yaml
 from dist_train.monitoring import wording
 from dist_train.outcome import UsageError
+from dist_train.rundir.atomic import open_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
 from dist_train.rundir.status import Status, load_status
@@ -112,7 +114,11 @@ def _runs_below(directory: Path) -> Iterator[RunDirectory]:
         raise UsageError(f"there is no folder {directory}: name the folder that holds the runs")
     for folder, children, _ in os.walk(directory):
         run = RunDirectory(Path(folder))
-        if run.has_begun:
+        try:
+            is_run = run.has_begun
+        except OSError:
+            is_run = True  # that it cannot be looked into is for its row to say
+        if is_run:
             children.clear()
             yield run
         children.sort()
@@ -121,11 +127,18 @@ def _runs_below(directory: Path) -> Iterator[RunDirectory]:
 def _read_run(run: RunDirectory, root: Path, now: float) -> RunSummary:
     name = run.root.name if run.root == root else str(run.root.relative_to(root))
     try:
-        status = load_status(run.status)
-        settings = Settings.of(read_settings(run.config))
-        records = read_measurements(run.metrics)
+        return _summary(run, name, now)
     except BrokenFileError as error:
         return RunSummary(run.root, name, "broken", str(error))
+    except (OSError, ValueError, ArithmeticError, RecursionError) as error:
+        # whatever a file holds, the other runs are shown
+        return RunSummary(run.root, name, "broken", f"{type(error).__name__}: {error}")
+
+
+def _summary(run: RunDirectory, name: str, now: float) -> RunSummary:
+    status = load_status(run.status)
+    settings = Settings.of(read_settings(run.config))
+    records = read_measurements(run.metrics)
     state, note = _state(status, run, now)
     latest = [record for record in records if isinstance(record, TrainRecord)][-50:]
     tested = [record.accuracy for record in records if isinstance(record, EvaluationRecord) and record.split == "test"]
@@ -165,7 +178,7 @@ class Settings:
         )
         size = settings.get("batch.global_size")
         noise = method if method in (None, "none") or amplitude is None else f"{method} {amplitude}"
-        return cls(model, data, size if isinstance(size, int) else None, noise)
+        return cls(model, data, size if isinstance(size, int) and 0 < size < 2**63 else None, noise)
 
 
 def read_settings(path: Path) -> Mapping[str, object]:
@@ -174,7 +187,8 @@ def read_settings(path: Path) -> Mapping[str, object]:
     Raises BrokenFileError where they cannot be read.
     """
     try:
-        sections = yaml.safe_load(path.read_bytes())
+        with open_regular(path) as file:
+            sections = parse_yaml(file.read())
     except FileNotFoundError:
         return {}  # the run has not got so far
     except OSError as error:
@@ -228,7 +242,7 @@ def seconds_of(moment: str) -> float:
     """Return a time of `status.json` in seconds since 1970; 0 where it is not one."""
     try:
         return datetime.fromisoformat(moment).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 from rich.console import Console
@@ -19,8 +20,10 @@ from dist_train.cli.main import parse
 from dist_train.outcome import UsageError
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, to_json
 from dist_train.watch.run_table import RunSummary, read_runs, render
+from tests.unit.test_config_loading import LAUGHS
 
 NOW = datetime.now(UTC)
+Content: TypeAlias = str | bytes | tuple[str, str]
 CONFIG = """\
 run: {name: lb}
 data: {name: fashion-mnist}
@@ -257,3 +260,72 @@ def test_slurm_s_states_of_the_jobs_stand_beside_the_runs_own() -> None:
     assert "slurm" in shown
     assert "7 PENDING" in shown
     assert "slurm" not in as_text(render(runs, {}))
+
+
+STATUS_NUMBERS = ("step", "epoch", "total_steps", "world_size", "pid", "best_accuracy", "samples_per_second")
+RECORD_NUMBERS = ("step", "epoch", "accuracy", "samples_per_second", "time")
+BEYOND = ("Infinity", "-Infinity", "NaN", "1e999", "9" * 400)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", "[" * 20_000),
+        ("config.yaml", "".join(f"{' ' * depth}a:\n" for depth in range(2_000))),
+        ("config.yaml", LAUGHS),
+        ("config.yaml", "run: &run {name: *run}"),
+        ("config.yaml", "!!set {a, b}"),
+        ("config.yaml", b"\xff\xfe\x00"),
+        ("status.json", b"\xff\xfe\x00"),
+        ("status.json", "[" * 100_000),
+        *(("status.json", (field, number)) for field in STATUS_NUMBERS for number in BEYOND),
+    ],
+)
+def test_one_broken_directory_is_one_row_that_says_so(name: str, content: Content, tmp_path: Path) -> None:
+    good, odd = beside_a_good_one(name, content, tmp_path)
+    assert (good.state, odd.name, odd.state) == ("running", "odd", "broken")
+    assert name in odd.note
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", "run: 2024-13-45"),
+        ("config.yaml", "run: {name: 2024-02-30}"),
+        ("config.yaml", f"batch: {{global_size: 0x{'f' * 10_000}}}"),
+        *(("status.json", (field, '"0001-01-01T00:00:00"')) for field in ("started", "updated")),
+        *(("metrics.jsonl", (field, number)) for field in RECORD_NUMBERS for number in BEYOND),
+        ("metrics.jsonl", "[" * 100_000),
+        ("metrics.jsonl", '{"kind": "event", "step": 1, "time": 1, "event": ' + "[" * 100_000),
+    ],
+)
+def test_a_value_that_means_nothing_takes_no_table_down(name: str, content: Content, tmp_path: Path) -> None:
+    good, odd = beside_a_good_one(name, content, tmp_path)
+    assert (good.state, odd.state) == ("running", "running")
+
+
+def beside_a_good_one(name: str, content: Content, folder: Path) -> tuple[RunSummary, ...]:
+    """Return the rows of a good run, and of one whose file `name` has other content, or one other value."""
+    records = [train(step, NOW.timestamp() + step) for step in range(1, 4)]
+    make_run(folder / "good", records)
+    path = make_run(folder / "odd", records, best_accuracy=0.5, samples_per_second=1.5) / name
+    if isinstance(content, tuple):
+        field, value = content
+        content = re.sub(rf'"{field}": ("[^"]*"|[^,}}\n]+)', f'"{field}": {value}', path.read_text())
+        assert value in content
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    rows = read_runs(folder, NOW)
+    assert "odd" in as_text(render(rows))
+    return rows
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "status.json", "metrics.jsonl"])
+def test_a_pipe_where_a_file_should_be_keeps_nobody_waiting(name: str, tmp_path: Path) -> None:
+    make_run(tmp_path / "good")
+    path = make_run(tmp_path / "odd") / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    program = [sys.executable, "-m", "dist_train", "runs", str(tmp_path)]
+    table = subprocess.run(program, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert "good" in table
+    assert re.search(r"odd +broken", table)
