@@ -15,7 +15,7 @@ from dist_train.cli.run_commands import add_evaluate, add_launch, add_outcome, a
 from dist_train.cli.sweep_commands import add_submit, add_sweep
 from dist_train.cli.view_commands import add_curve, add_report, add_runs, add_watch
 from dist_train.cluster.launch import current_launch
-from dist_train.outcome import DivergedError, ExitCode, FaultError, UsageError, exit_code_of
+from dist_train.outcome import DivergedError, ExitCode, FaultError, UsageError, exit_code_of, printable
 
 _COMMANDS = (
     add_train,
@@ -92,11 +92,11 @@ def _take_late_overrides(parser: argparse.ArgumentParser, parsed: argparse.Names
     """Add the overrides that stand after an option: argparse takes those before it alone."""
     unknown = [word for word in rest if word.startswith("-") or not hasattr(parsed, "overrides")]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(printable(f"unrecognized arguments: {' '.join(unknown)}"))
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
 
 
 def _refuse(error: Exception, code: ExitCode) -> int:
-    print(f"dist-train: {error}", file=sys.stderr)
+    print(f"dist-train: {printable(str(error))}", file=sys.stderr)
     return code

@@ -10,7 +10,16 @@ from pathlib import Path
 
 from dist_train.cli.common import Subparsers, add_config, warn_of_unused
 from dist_train.cluster.launch import current_launch
-from dist_train.outcome import DisagreementError, DivergedError, ExitCode, StoppedError, UsageError, exit_code_of
+from dist_train.outcome import (
+    DisagreementError,
+    DivergedError,
+    ExitCode,
+    StoppedError,
+    UsageError,
+    escaped,
+    exit_code_of,
+    printable,
+)
 from dist_train.start_up import without_collection
 
 _STANDARD_ERROR = 2
@@ -50,7 +59,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return ExitCode.USAGE
     except (DivergedError, DisagreementError, StoppedError) as error:
         if current_launch().rank == 0:
-            print(f"dist-train: {error}", file=sys.stderr)
+            print(f"dist-train: {printable(str(error))}", file=sys.stderr)
         return exit_code_of(error)
     return ExitCode.FINISHED
 
@@ -161,7 +170,7 @@ def _requeue(arguments: argparse.Namespace) -> int:
 
     decision = decide(arguments.run_directory, arguments.limit, arguments.launch, arguments.death)
     verdict = "requeue" if decision.requeue else "do not requeue"
-    print(f"dist-train: {verdict}: {decision.why}", file=sys.stderr)
+    print(f"dist-train: {verdict}: {escaped(decision.why)}", file=sys.stderr)
     return ExitCode.FINISHED if decision.requeue else ExitCode.FAULT
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from dist_train.cli.common import Subparsers, print_table
-from dist_train.outcome import ExitCode, UsageError
+from dist_train.outcome import ExitCode, UsageError, escaped
 
 _COLUMNS, _ROWS = 100, 36
 """Of what is not printed on a terminal."""
@@ -42,7 +42,7 @@ def _runs(arguments: argparse.Namespace) -> int:
     if runs:
         print_table(render(runs, job_states([run.slurm_job for run in runs if run.slurm_job])))
     else:
-        print(f"no runs in {arguments.directory}")
+        print(escaped(f"no runs in {arguments.directory}"))
     return ExitCode.FINISHED
 
 
@@ -52,7 +52,7 @@ def _clean(arguments: argparse.Namespace) -> int:
 
     folders = targets_directories(arguments.directory)
     if not folders:
-        print(f"no run in {arguments.directory} has metrics.targets_directory set: nothing to clean")
+        print(escaped(f"no run in {arguments.directory} has metrics.targets_directory set: nothing to clean"))
     for folder in folders:
         try:
             cleaning = remove_stale(folder)
@@ -63,11 +63,11 @@ def _clean(arguments: argparse.Namespace) -> int:
                 f"{folder} cannot be cleaned ({error.strerror or error}); use an account that may write there"
             ) from error
         if cleaning.warning:
-            print(f"dist-train: warning: {folder}: {cleaning.warning}", file=sys.stderr)
+            print(escaped(f"dist-train: warning: {folder}: {cleaning.warning}"), file=sys.stderr)
         for path in cleaning.removed:
-            print(f"removed {path}")
+            print(escaped(f"removed {path}"))
         if not cleaning.removed:
-            print(f"nothing to clean in {folder}")
+            print(escaped(f"nothing to clean in {folder}"))
     return ExitCode.FINISHED
 
 

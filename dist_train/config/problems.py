@@ -11,6 +11,8 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from dist_train.outcome import printable
+
 _MISSING = object()
 
 
@@ -39,7 +41,7 @@ class ConfigError(ValueError):
         """Keep `problems`, found in `source` (a file's name)."""
         self.problems = tuple(problems)
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        super().__init__("\n".join([f"{source}: {count}", *map(str, problems)]))
+        super().__init__(printable("\n".join([f"{source}: {count}", *map(str, problems)])))
 
 
 def problem(path: str, wrong: str, *, value: object = _MISSING, allowed: str = "") -> Problem:

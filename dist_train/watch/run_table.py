@@ -17,7 +17,7 @@ from rich.text import Text
 
 from dist_train.config.loading import parse_yaml
 from dist_train.monitoring import wording
-from dist_train.outcome import UsageError
+from dist_train.outcome import UsageError, escaped
 from dist_train.rundir.atomic import open_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
@@ -90,7 +90,7 @@ def render(summaries: Sequence[RunSummary], job_states: Mapping[str, str] | None
         slurm = [f"{run.slurm_job} {job_states.get(run.slurm_job, '')}".strip()] if job_states else []
         state = Text(run.state, style=COLOURS.get(run.state, ""))
         words = [run.model or "", run.data or "", *_numbers(run), run.note, *slurm]
-        table.add_row(Text(run.name), state, *map(Text, words))
+        table.add_row(Text(escaped(run.name)), state, *(Text(escaped(word)) for word in words))
     return table
 
 

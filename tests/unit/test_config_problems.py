@@ -157,3 +157,12 @@ def test_long_values_and_values_of_many_lines_stay_on_one_line() -> None:
 def test_settings_that_json_cannot_hold_are_refused() -> None:
     assert "is not text, a number" in only_problem({"run": {"name": b"bytes"}})
     assert "(file)" in only_problem({"run": {"name": "\ud800"}})
+
+
+@pytest.mark.parametrize(
+    "url", ["http://user:sesame@host:9091", "user:sesame@host", "http://host/?token=sesame", "https://sesame@host"]
+)
+def test_a_pushgateway_s_secret_is_refused_and_not_shown(url: str) -> None:
+    error = refusal({"metrics": {"pushgateway": url}})
+    assert [problem.path for problem in error.problems] == ["metrics.pushgateway"]
+    assert "sesame" not in str(error)

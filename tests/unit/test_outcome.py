@@ -13,7 +13,9 @@ from dist_train.outcome import (
     FaultError,
     StoppedError,
     UsageError,
+    escaped,
     exit_code_of,
+    printable,
 )
 
 
@@ -45,3 +47,25 @@ def test_the_numbers_are_the_documented_ones() -> None:
 )
 def test_each_error_leads_to_its_code(error: Exception, code: int) -> None:
     assert exit_code_of(error) == code
+
+
+def test_a_text_does_nothing_to_a_terminal() -> None:
+    text = "\x1b]0;title\x07 \0 \x9b31m \r\n \u202e \udcff"
+    assert escaped(text) == r"\x1b]0;title\x07 \x00 \x9b31m \r\n \u202e \udcff"
+    assert escaped("Größe 8 µm, 図") == "Größe 8 µm, 図"
+    assert printable("one\n  two\x1b[2J") == "one\n  two\\x1b[2J"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("at http://user:pass@host:9091/x", "at http://***@host:9091/x"),
+        ("at https://t0ken@host", "at https://***@host"),
+        ("at http://user:p/a:ss@host", "at http://***@host"),
+        ("at user:pass@host:9091", "at ***@host:9091"),
+        ("at https://host/x?token=secret&a=b", "at https://host/x?***"),
+        ("rank 0: a@b, http://host:9091", "rank 0: a@b, http://host:9091"),
+    ],
+)
+def test_a_message_shows_no_password(text: str, shown: str) -> None:
+    assert printable(text) == shown

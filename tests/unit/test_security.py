@@ -5,13 +5,17 @@ from __future__ import annotations
 import ast
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dist_train.cli.main import main
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Record
 from tests.unit.test_cli_commands import write_config
+from tests.unit.test_watch_run_table import make_run
 
 PACKAGE = Path(__file__).parents[2] / "dist_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -83,3 +87,19 @@ def test_a_run_is_the_user_s_alone_and_holds_no_secret(file: str, tmp_path: Path
     found = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
     assert not found
     json.loads((tmp_path / "run" / "status.json").read_text())
+
+
+@pytest.mark.parametrize("command", [["runs"], ["watch", "--once"]], ids=["runs", "watch"])
+def test_what_is_printed_of_a_run_does_nothing_to_the_terminal(command: list[str], tmp_path: Path) -> None:
+    escape = "\x1b]0;pwned\x07\0\r"
+    records: list[Record] = [
+        EvaluationRecord(1, 1.0, f"test{escape}", 0.5, 0.5, 10, 1.0),
+        EventRecord(1, f"signal{escape}", 1.0, {f"name{escape}": f"SIGTERM{escape}"}),
+    ]
+    config = f"model: {{name: {json.dumps(escape)}}}\nnoise: {{method: {json.dumps(escape)}, amplitude: 1}}\n"
+    name = "odd\x1b[31m\x9b\udcff"
+    run = make_run(tmp_path / name, records, config, state="failed", reason=f"why{escape}", host=f"host{escape}")
+    program = [sys.executable, "-m", "dist_train", *command, str(tmp_path if command == ["runs"] else run)]
+    printed = subprocess.run(program, capture_output=True, check=True, env={**os.environ, "COLUMNS": "200"}).stdout
+    assert b"odd\\x1b[31m" in printed
+    assert not [each for each in printed.decode() if each != "\n" and not each.isprintable()]
