@@ -59,9 +59,10 @@ bench: setup ## the side-by-side performance table (DEVICE=cuda: on a GPU); take
 gpu: setup ## on a machine with a GPU: the promises, memory, speed and a profile on one page, runs/gpu.md; nine minutes
 	$(python) -m benchmarks.gpu
 
-dashboards: setup ## write Grafana's dashboards and the table of metrics anew, from the code
+dashboards: setup ## write Grafana's dashboards and the tables of metrics and settings anew, from the code
 	PYTHONPATH=docker/grafana $(python) -m dashboard_generator docker/grafana/dashboards
 	$(python) -m dist_train.monitoring.prometheus.page docs/monitoring.md
+	$(python) -m dist_train.config.reference > docs/settings.md
 
 clean: ## remove what was made here, except runs and the caches outside this folder
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

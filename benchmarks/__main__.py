@@ -17,7 +17,7 @@ from benchmarks.groups import GROUPS, Device, groups_on
 from benchmarks.machine import Machine, this_machine
 from benchmarks.record import Measured, keep, read_record
 from benchmarks.timing import Ratio
-from dist_train.outcome import ExitCode, UsageError
+from dist_train.outcome import ExitCode, UsageError, text_with_code
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if arguments.json:
             read_record(arguments.json)
     except UsageError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
+        print(f"benchmarks: {text_with_code(error)}", file=sys.stderr)
         return ExitCode.USAGE
     if arguments.device == "cpu":
         # Both sides take a GPU that they see, in the programs that they start too.
@@ -55,10 +55,13 @@ def main(words: Sequence[str] | None = None) -> int:
 def _check(device: Device, names: Sequence[str]) -> None:
     """Raise UsageError where the groups `names` cannot be measured on `device`."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no GPU here; see dist-train doctor, or measure with --device cpu")
+        raise UsageError(
+            "--device cuda: torch sees no GPU here; see dist-train doctor, or measure with --device cpu",
+            code="gpu-missing",
+        )
     elsewhere = [name for name in names if name not in groups_on(device)]
     if elsewhere:
-        raise UsageError(f"--only {' --only '.join(elsewhere)}: measured with --device cpu alone")
+        raise UsageError(f"--only {' --only '.join(elsewhere)}: measured with --device cpu alone", code="option-choice")
 
 
 def _table(machine: Machine, rows: Sequence[Ratio]) -> Table:

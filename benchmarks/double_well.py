@@ -109,6 +109,16 @@ def in_the_flat_one(ends: Sequence[float]) -> int:
     return sum(end > middle for end in ends)
 
 
+def table(ends: Ends) -> str:
+    """Return how many of the seeds ended in the flat minimum, as a table in Markdown."""
+    return (
+        f"| {STEPS} updates from the same {len(ends.starts)} starts | end in the flat minimum |\n"
+        "|---|---|\n"
+        f"| gradient descent | {in_the_flat_one(ends.plain)} |\n"
+        f"| SmoothOut, uniform, amplitude {AMPLITUDE:g}, constant | {in_the_flat_one(ends.smoothed)} |"
+    )
+
+
 def draw(ends: Ends, output: Path) -> None:
     """Draw the landscape, and below it where the seeds ended, into `output`."""
     figure = Figure(figsize=(8, 6.2), layout="constrained")
@@ -146,15 +156,15 @@ def _draw_landscape(axes: Axes) -> None:
 
 
 def main() -> None:
-    """Run, print the counts, draw the figure."""
+    """Run, print the table of docs/method.md, and draw the figure where a file is named for it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.double_well", description=__doc__)
     parser.add_argument("--seeds", type=int, default=100)
-    parser.add_argument("-o", "--output", type=Path, default=Path("docs/double_well.png"))
+    parser.add_argument("-o", "--output", type=Path, help="also draw the figure into this file")
     arguments = parser.parse_args()
     ends = run(arguments.seeds)
-    print(f"gradient descent: {in_the_flat_one(ends.plain)} of {arguments.seeds} seeds end in the flat minimum")
-    print(f"SmoothOut:        {in_the_flat_one(ends.smoothed)} of {arguments.seeds} seeds end in the flat minimum")
-    draw(ends, arguments.output)
+    print(table(ends))
+    if arguments.output is not None:
+        draw(ends, arguments.output)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.optimizers import build_optimizer, optimizer_step
 from dist_train.outcome import UsageError
-from dist_train.training.compute import Compute, DynamicLossScale, NoLossScale
+from dist_train.training.compute import Compute, DynamicLossScale, LossScale
 from dist_train.training.measuring import HostTimer, StepClock
 from dist_train.training.micro_batches import share_of
 from dist_train.training.step import GlobalBatch
@@ -103,7 +103,9 @@ def emulate(jobs: Sequence[Job]) -> list[Emulated]:
             text=True,
         )
     if ended.returncode:
-        raise UsageError(f"torch {torch.__version__} emulates no GPU here: {ended.stderr[-2000:]}")
+        raise UsageError(
+            f"torch {torch.__version__} emulates no GPU here: {ended.stderr[-2000:]}", code="emulation-failed"
+        )
     return [Emulated(**{**found, "mixed": tuple(found["mixed"])}) for found in json.loads(ended.stdout)]
 
 
@@ -111,7 +113,9 @@ def _library(folder: Path) -> Path:
     """Return what is to be preloaded, compiled into `folder`."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
-        raise UsageError("a GPU is emulated on torch's CPU build with a C++ compiler: install g++")
+        raise UsageError(
+            "a GPU is emulated on torch's CPU build with a C++ compiler: install g++", code="compiler-missing"
+        )
     of_torch, library = Path(torch.__file__).parent, folder / "stand_in_gpu.so"
     libraries = of_torch / "lib"
     command = [compiler, "-std=c++20", "-shared", "-fPIC", f"-I{of_torch / 'include'}"]
@@ -119,7 +123,10 @@ def _library(folder: Path) -> Path:
     command += ["-o", str(library), f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"]
     compiled = subprocess.run(command, capture_output=True, text=True)
     if compiled.returncode:
-        raise UsageError(f"torch {torch.__version__} is not known well enough to emulate: {compiled.stderr[-2000:]}")
+        raise UsageError(
+            f"torch {torch.__version__} is not known well enough to emulate: {compiled.stderr[-2000:]}",
+            code="emulation-failed",
+        )
     return library
 
 
@@ -253,7 +260,7 @@ def _our_step(config: Config, network: nn.Module, ranks: int) -> Callable[[], ob
         build_optimizer(config.optimizer, weights),
         comm,
         compute,
-        loss_scale=DynamicLossScale(Progress()) if compute.precision == torch.float16 else NoLossScale(),
+        loss_scale=DynamicLossScale(Progress()) if compute.precision == torch.float16 else LossScale(),
         clock=StepClock(HostTimer()),
         total_steps=100,
     )

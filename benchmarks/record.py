@@ -35,7 +35,9 @@ def read_record(path: Path) -> dict[str, Measured]:
             for name, group in json.loads(path.read_text(encoding="utf-8")).items()
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"{path} does not hold measured rows ({error}): name another file") from error
+        raise UsageError(
+            f"{path} does not hold measured rows ({error}): name another file", code="record-damaged"
+        ) from error
 
 
 def keep(path: Path, measured: Mapping[str, Measured]) -> None:

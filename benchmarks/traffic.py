@@ -32,7 +32,7 @@ def rows() -> Iterator[Ratio]:
     jobs = [ours, plain, replace(plain, plain=config.batch.micro_size), Job(one_pass, RANKS)]
     found = emulate(jobs)
     if wrong := [each.error or ", ".join(each.mixed) for each in found if each.error or each.mixed]:
-        raise FaultError(f"the emulated step is not whole: {'; '.join(wrong)}")
+        raise FaultError(f"the emulated step is not whole: {'; '.join(wrong)}", code="emulation-failed")
     step, whole, passes, step_in_one = found
     micro = config.batch.micro_size
     for mine, ours_in, theirs, theirs_in in (

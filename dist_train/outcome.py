@@ -18,24 +18,54 @@ class ExitCode(IntEnum):
     STOPPED = 75
 
 
-class UsageError(ValueError):
+class CodedError(Exception):
+    """An error whose text a person reads, and whose `code` (kebab-case, listed in docs/errors.md) a program does."""
+
+    code = "error"
+
+    def __init__(self, text: str, *, code: str | None = None) -> None:
+        """Say `text`; without a `code`, the error has its class's."""
+        super().__init__(text)
+        if code is not None:
+            self.code = code
+
+
+class UsageError(CodedError, ValueError):
     """Something that the user can mend; its text says how. Exit code 2."""
 
+    code = "usage"
 
-class FaultError(RuntimeError):
+
+class FaultError(CodedError, RuntimeError):
     """Something broke that is neither the user's doing nor a bug; its text says what. Exit code 1."""
 
+    code = "fault"
 
-class DivergedError(RuntimeError):
+
+class DivergedError(CodedError, RuntimeError):
     """A loss, a gradient or the last evaluation is not finite, or out of range. Exit code 3."""
 
+    code = "diverged"
 
-class DisagreementError(RuntimeError):
+
+class DisagreementError(CodedError, RuntimeError):
     """Ranks hold different weights or noise; its text names them. Exit code 4."""
 
+    code = "disagreement"
 
-class StoppedError(Exception):
+
+class StoppedError(CodedError):
     """The run saved and stopped because it was asked to. Exit code 75."""
+
+    code = "stopped"
+
+
+_GENERAL = frozenset(kind.code for kind in (UsageError, FaultError, DivergedError, DisagreementError, StoppedError))
+
+
+def text_with_code(error: CodedError) -> str:
+    """Return the text of `error`, and behind it its [code] where that says more than the exit code does."""
+    return str(error) if error.code in _GENERAL else f"{error} [{error.code}]"
 
 
 def exit_code_of(error: BaseException) -> ExitCode:

@@ -2,7 +2,7 @@
 # A study: each task of the array trains one run, by default on one GPU. Tasks whose run has finished end at once.
 #
 #   sbatch --array="$(dist-train sweep studies/paper.yaml --array)" slurm/sweep.sh
-#   STUDY=studies/fashion.yaml sbatch --array=1-36%8 --gpus-per-node=0 slurm/sweep.sh
+#   STUDY=studies/fashion.yaml sbatch --array=1-30%8 --gpus-per-node=0 slurm/sweep.sh
 #
 # The same again submits what is left. Several nodes or GPUs a run: --nodes=1-2 --gpus-per-node=4.
 #

@@ -47,9 +47,9 @@ def check_exclusions(weights: FlatWeights, exclude: Sequence[str]) -> None:
     for pattern in exclude:
         if pattern not in kinds and not weights.excluded([pattern]):
             names = ", ".join(segment.name for segment in weights.segments)
-            raise UsageError(f"--exclude {pattern}: no weight has this name; names are {names}")
+            raise UsageError(f"--exclude {pattern}: no weight has this name; names are {names}", code="no-such-weight")
     if len(weights.excluded(exclude)) == len(weights.segments):
-        raise UsageError("--exclude leaves no weight to move")
+        raise UsageError("--exclude leaves no weight to move", code="nothing-to-move")
 
 
 def _by_filter(drawn: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -114,7 +114,8 @@ def run_checkpoints(last: Path) -> list[Stored]:
     if len(paths) < 3:
         raise UsageError(
             f"{last.parent} holds {len(paths)} checkpoints up to {last.name}: a trajectory needs three or more; "
-            f"train with a larger checkpoint.keep"
+            f"train with a larger checkpoint.keep",
+            code="too-few-checkpoints",
         )
     return [read_stored(path) for path in paths]
 
@@ -140,7 +141,7 @@ def principal_plane(
     values, vectors = torch.linalg.eigh(products)
     values, vectors = values.flip(0), vectors.flip(1)
     if not values[1] > 1e-12 * values[0]:
-        raise UsageError("the checkpoints lie on a line, or on a point: they span no plane")
+        raise UsageError("the checkpoints lie on a line, or on a point: they span no plane", code="no-plane")
     directions = []
     for index in range(2):
         vector = vectors[:, index]

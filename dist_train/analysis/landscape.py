@@ -120,7 +120,10 @@ def _course(settings: LandscapeSettings, stored: Sequence[Stored], subject: Subj
     if settings.kind == "interpolate":
         first, second = stored
         if first.sha256 == second.sha256:
-            raise UsageError(f"{first.path} and {second.path} are the same checkpoint: there is no line between them")
+            raise UsageError(
+                f"{first.path} and {second.path} are the same checkpoint: there is no line between them",
+                code="same-checkpoint",
+            )
         walk = Interpolation(subject.place, place_in(second, subject), variances_of(subject.model))
         points = line_points(axis(settings.start, settings.stop, settings.points), 1)
         return _Course(points, walk, stored, {"distances": walk.distances})

@@ -53,7 +53,7 @@ class MeasureSettings:
         for name in ("samples", "test_samples", "statistics_samples", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more")
+                raise UsageError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more", code="option-range")
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,13 @@ class LandscapeSettings:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.start) and math.isfinite(self.stop) and self.start < self.stop):
-            raise UsageError(f"--range {self.start:g} {self.stop:g}: the first number must be below the second")
+            raise UsageError(
+                f"--range {self.start:g} {self.stop:g}: the first number must be below the second", code="option-range"
+            )
         if self.points < 2:
-            raise UsageError(f"--points is {self.points}: a line has 2 or more")
+            raise UsageError(f"--points is {self.points}: a line has 2 or more", code="option-range")
         if self.lines < 1:
-            raise UsageError(f"--directions is {self.lines}: there must be 1 or more")
+            raise UsageError(f"--directions is {self.lines}: there must be 1 or more", code="option-range")
 
     def record(self) -> dict[str, Any]:
         """Return what its results record, and are named by: all that the numbers depend on."""
@@ -172,7 +174,8 @@ class LandscapeFolder:
                 self.save_settings({})
         except OSError as error:
             raise UsageError(
-                f"{self.path} cannot be written ({error.strerror or error}): choose a folder by --output"
+                f"{self.path} cannot be written ({error.strerror or error}): choose a folder by --output",
+                code="output-unwritable",
             ) from error
 
     def save_settings(self, found: Mapping[str, Any]) -> None:
@@ -223,12 +226,16 @@ class LandscapeFolder:
             digests = [checkpoint["sha256"] for checkpoint in kept.checkpoints]
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(
-                f"{self.settings} is damaged: remove the folder {self.path}, or choose --output"
+                f"{self.settings} is damaged: remove the folder {self.path}, or choose --output",
+                code="landscape-damaged",
             ) from error
         wanted = [checkpoint["sha256"] for checkpoint in self.identity.checkpoints]
         asked = json.loads(json.dumps(dict(self.identity.settings)))
         if (kept.kind, digests, kept.settings) != (self.identity.kind, wanted, asked):
-            raise UsageError(f"{self.path} holds another result: remove it, or choose another folder by --output")
+            raise UsageError(
+                f"{self.path} holds another result: remove it, or choose another folder by --output",
+                code="another-result",
+            )
 
 
 class FinishedPoints:
@@ -263,9 +270,11 @@ def read_landscape(folder: Path) -> Landscape:
             rows = [_row(line) for line in csv.DictReader(file)]
         return Landscape(folder, fields["kind"], fields["checkpoints"], fields["settings"], fields["widths"], rows)
     except OSError as error:
-        raise UsageError(f"{folder} holds no finished landscape: {error.strerror or error}") from error
+        raise UsageError(
+            f"{folder} holds no finished landscape: {error.strerror or error}", code="landscape-unfinished"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder} holds a damaged landscape: {error}") from error
+        raise UsageError(f"{folder} holds a damaged landscape: {error}", code="landscape-damaged") from error
 
 
 def _number(value: float | None) -> float:

@@ -140,7 +140,8 @@ def place_in(other: Stored, subject: Subject) -> Place:
     theirs = {name: tensor.shape for name, tensor in other.contents.model.items()}
     if ours != theirs or config.model.name != subject.config.model.name:
         raise UsageError(
-            f"{other.path} holds another network: only networks of the same shape have a line between them"
+            f"{other.path} holds another network: only networks of the same shape have a line between them",
+            code="another-network",
         )
     _check_data(other, subject.config, config)
     return place_of(model_of(other, config))
@@ -155,7 +156,7 @@ def _check_data(other: Stored, ours: Config, theirs: Config) -> None:
         section, key = name.split(".")
         first, second = getattr(getattr(ours, section), key), getattr(getattr(theirs, section), key)
         if first != second:
-            raise UsageError(f"{other.path} is of other data: its {name} is {second}, not {first}")
+            raise UsageError(f"{other.path} is of other data: its {name} is {second}, not {first}", code="other-data")
     seeds = (ours.run.seed, theirs.run.seed)
     sizes = (ours.data.train_size, theirs.data.train_size)
     if sizes[0] != sizes[1] or (sizes[0] is not None and seeds[0] != seeds[1]):

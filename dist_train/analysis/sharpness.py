@@ -56,7 +56,7 @@ def measure_sharpness(
         DivergedError: the loss or the norms' statistics are not finite: there is nothing to measure.
     """
     if current_launch().size > 1:
-        raise UsageError("sharpness is measured by one process: start it without a launcher")
+        raise UsageError("sharpness is measured by one process: start it without a launcher", code="one-process-only")
     stored = read_stored(target)
     subset = open_stored_subset(stored, settings, overrides)
     file = record_path(
@@ -79,9 +79,13 @@ def measure_sharpness(
 def _begin(subset: StoredSubset, loss: SubsetLoss, settings: SharpnessSettings) -> SharpnessRecord:
     value = loss.value_at_flat(loss.clean)
     if not math.isfinite(value):
-        raise DivergedError(f"{subset.checkpoint.path}: the loss is not finite: there is nothing to measure")
+        raise DivergedError(
+            f"{subset.checkpoint.path}: the loss is not finite: there is nothing to measure", code="loss-not-finite"
+        )
     if settings.keskar_dimensions > loss.count:
-        raise UsageError(f"--keskar-dimensions {settings.keskar_dimensions}: there are {loss.count} weights")
+        raise UsageError(
+            f"--keskar-dimensions {settings.keskar_dimensions}: there are {loss.count} weights", code="option-range"
+        )
     return SharpnessRecord(
         checkpoint=subset.checkpoint,
         data=subset.data,

@@ -121,7 +121,7 @@ def settings_from(values: dict[str, object]) -> SharpnessSettings:
             f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
             for problem in error.errors()
         ]
-        raise UsageError("; ".join(problems)) from error
+        raise UsageError("; ".join(problems), code="option-range") from error
 
 
 def record_path(folder: Path, checkpoint: MeasuredCheckpoint, data: MeasuredData, settings: SharpnessSettings) -> Path:
@@ -140,9 +140,11 @@ def read_record(path: Path) -> SharpnessRecord:
     try:
         return SharpnessRecord.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}", code="record-unreadable") from error
     except ValidationError as error:
-        raise UsageError(f"{path} is damaged, or of another version: delete it and measure again") from error
+        raise UsageError(
+            f"{path} is damaged, or of another version: delete it and measure again", code="record-damaged"
+        ) from error
 
 
 def write_record(path: Path, record: SharpnessRecord) -> None:
@@ -155,4 +157,4 @@ def write_record(path: Path, record: SharpnessRecord) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_text(path, record.model_dump_json(indent=2) + "\n")
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}", code="output-unwritable") from error

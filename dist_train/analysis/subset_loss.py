@@ -240,7 +240,7 @@ def choose_samples(labels: Tensor, classes: int, settings: SharpnessSettings) ->
         UsageError: there are fewer.
     """
     if settings.samples > len(labels):
-        raise UsageError(f"--samples {settings.samples}: there are {len(labels)} training images")
+        raise UsageError(f"--samples {settings.samples}: there are {len(labels)} training images", code="option-range")
     chosen = balanced_choice(labels, settings.samples, classes, settings.seed)
     return chosen[torch.randperm(len(chosen), generator=generator(settings.seed, "sharpness batches"))]
 
@@ -258,7 +258,7 @@ def _training_labels(config: Config) -> Tensor:
     data, seed = config.data, config.run.seed
     if data.name == "imagefolder":
         if data.root is None or data.classes is None:
-            raise UsageError("an image folder needs data.root and data.classes")
+            raise UsageError("an image folder needs data.root and data.classes", code="image-folder-unset")
         return training_subset(list_split(data.root, "train", data.classes, seed), data.train_size, seed).labels
     return load_images(data, "train", seed).labels
 
@@ -272,7 +272,7 @@ def _recompute(model: nn.Module, samples: SampleSource, config: Config, compute:
     try:
         recompute_statistics(model, samples, indices, micro_size=size, compute=compute, comm=Alone())
     except DivergedError as error:
-        raise DivergedError(f"there is nothing to measure: {error}") from error
+        raise DivergedError(f"there is nothing to measure: {error}", code="statistics-not-finite") from error
 
 
 def _digest(batches: Sequence[Batch]) -> str:

@@ -63,15 +63,8 @@ class Contents:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the dictionary that `torch.load(path, weights_only=True)` gives."""
-        return {
-            "format": FORMAT,
-            "step": self.step,
-            "epoch": self.epoch,
-            "model": dict(self.model),
-            "optimizer": dict(self.optimizer),
-            "config": dict(self.config),
-            "metrics": dict(self.metrics),
-        }
+        plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(self).items()}
+        return {"format": FORMAT, **plain}
 
 
 def write_checkpoint(directory: Path, contents: Contents, before_publishing: Callable[[], None]) -> CheckpointFile:
@@ -129,29 +122,41 @@ def read_checkpoint(path: Path) -> Contents:
         UsageError: there is no such file, or it is of another format.
     """
     if not path.is_file():
-        raise UsageError(f"{path}: there is no such checkpoint")
+        raise UsageError(f"{path}: there is no such checkpoint", code="checkpoint-missing")
     record = _read_record(path)
     content = path.read_bytes()
     if len(content) != record.size:
-        raise DamagedCheckpointError(f"{path} is damaged: {len(content)} bytes instead of {record.size}")
+        raise DamagedCheckpointError(
+            f"{path} is damaged: {len(content)} bytes instead of {record.size}", code="checkpoint-size"
+        )
     if hashlib.sha256(content).hexdigest() != record.sha256:
-        raise DamagedCheckpointError(f"{path} is damaged: its SHA-256 is not the one in {record.path.stem}.json")
+        raise DamagedCheckpointError(
+            f"{path} is damaged: its SHA-256 is not the one in {record.path.stem}.json", code="checkpoint-digest"
+        )
     try:
         fields = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
         # What torch did not write raises errors of nearly any type, with advice that nobody should follow.
-        raise DamagedCheckpointError(f"{path} is damaged: it cannot be read ({type(error).__name__})") from error
+        raise DamagedCheckpointError(
+            f"{path} is damaged: it cannot be read ({type(error).__name__})", code="checkpoint-unreadable"
+        ) from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise UsageError(f"{path} is not a checkpoint of format {FORMAT}")
+        raise UsageError(f"{path} is not a checkpoint of format {FORMAT}", code="checkpoint-format")
     return _contents(path, fields)
 
 
 def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
     for name, kind in _KINDS.items():
         if not isinstance(fields.get(name), kind):
-            raise UsageError(f"{path} is not a checkpoint of format {FORMAT}: its {name} is not what it must be")
+            raise UsageError(
+                f"{path} is not a checkpoint of format {FORMAT}: its {name} is not what it must be",
+                code="checkpoint-format",
+            )
     if not all(isinstance(tensor, torch.Tensor) for tensor in fields["model"].values()):
-        raise UsageError(f"{path} is not a checkpoint of format {FORMAT}: its model holds more than tensors")
+        raise UsageError(
+            f"{path} is not a checkpoint of format {FORMAT}: its model holds more than tensors",
+            code="checkpoint-format",
+        )
     return Contents(**{name: fields[name] for name in _KINDS})
 
 
@@ -182,7 +187,8 @@ def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) ->
     if damaged:
         raise UsageError(
             f"every checkpoint in {directory} is damaged (set aside as *.damaged): "
-            f"start anew in another directory (run.name), or name a whole one by run.resume=PATH"
+            f"start anew in another directory (run.name), or name a whole one by run.resume=PATH",
+            code="no-whole-checkpoint",
         )
     return None
 
@@ -214,4 +220,6 @@ def _read_record(path: Path) -> CheckpointFile:
             dict(fields["metrics"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"{path} is damaged: its record {record.name} cannot be read") from error
+        raise DamagedCheckpointError(
+            f"{path} is damaged: its record {record.name} cannot be read", code="checkpoint-record"
+        ) from error

@@ -40,7 +40,8 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
     if config.run.resume == "never":
         if any(checkpoints.glob("step-*.pt")):
             raise UsageError(
-                f"{directory.root} already holds a run: choose another run.name, or resume it by run.resume=auto"
+                f"{directory.root} already holds a run: choose another run.name, or resume it by run.resume=auto",
+                code="run-exists",
             )
         return ResumePoint(config)
     named = None if config.run.resume == "auto" else Path(config.run.resume)
@@ -64,7 +65,8 @@ def _settled(config: Config, contents: Contents) -> Config:
         raise UsageError(
             f"the run that saved step {contents.step} began with other settings; restore them, "
             f"or begin a new run in another directory (run.name):\n"
-            + "\n".join(f"  {difference}" for difference in changed)
+            + "\n".join(f"  {difference}" for difference in changed),
+            code="settings-changed",
         )
     return with_decisions(config, begun)
 
@@ -127,17 +129,15 @@ def shared_progress(comm: Communicator, progress: Progress) -> Progress:
 
 
 def load_into(contents: Contents, model: nn.Module, optimizer: Optimizer) -> None:
-    """Copy what a checkpoint holds into `model` and `optimizer`.
-
-    Raises:
-        UsageError: it is of another model or optimizer.
-    """
+    """Copy a checkpoint into `model` and `optimizer`; raise UsageError where it is of others."""
     try:
         model.load_state_dict(contents.model)
         # Right for an optimizer that nothing wraps: a wrapper would forget what is loaded before it.
         optimizer.load_state_dict({**contents.optimizer})
     except (RuntimeError, ValueError) as error:
-        raise UsageError(f"the checkpoint is of another model or optimizer: {error}") from error
+        raise UsageError(
+            f"the checkpoint is of another model or optimizer: {error}", code="checkpoint-of-another-model"
+        ) from error
 
 
 def broadcast_state(comm: Communicator, model: nn.Module, weights: FlatWeights, optimizer: Optimizer) -> None:

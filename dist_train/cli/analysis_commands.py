@@ -298,7 +298,10 @@ def _measures(text: str) -> list[Measure]:
 
     named = _words(text)
     if not named or (unknown := [name for name in named if name not in MEASURES]):
-        raise UsageError(f"--only takes {', '.join(MEASURES)}, not {', '.join(unknown) if named else 'nothing'}")
+        raise UsageError(
+            f"--only takes {', '.join(MEASURES)}, not {', '.join(unknown) if named else 'nothing'}",
+            code="option-choice",
+        )
     return [measure for measure in MEASURES if measure in named]
 
 

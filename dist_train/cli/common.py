@@ -38,6 +38,14 @@ def warn_of_unused(config: Config) -> None:
         print(f"dist-train: warning: {sentence}", file=sys.stderr)
 
 
+def terminal_width() -> int | None:
+    """Return the characters of a line of the terminal; None where the output is none."""
+    from rich.console import Console
+
+    console = Console()
+    return console.width if console.is_terminal else None
+
+
 def print_table(table: Table) -> None:
     """Print `table`; whole lines where the output is no terminal, which has no width to fit."""
     from rich.console import Console

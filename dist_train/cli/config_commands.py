@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from dist_train.cli.common import Subparsers, add_config, warn_of_unused
-from dist_train.outcome import ExitCode, UsageError
+from dist_train.outcome import ExitCode, UsageError, printable
 
 
 def add_config_command(subparsers: Subparsers) -> None:
@@ -34,7 +35,16 @@ def add_config_command(subparsers: Subparsers) -> None:
 def _check(arguments: argparse.Namespace) -> int:
     from dist_train.config import load_config
 
-    warn_of_unused(load_config(arguments.config, arguments.overrides))
+    config = load_config(arguments.config, arguments.overrides)
+    warn_of_unused(config)
+
+    from dist_train.launching.preflight import refusals
+
+    refused = list(refusals(config))
+    for error in refused:
+        print(printable(f"dist-train: {arguments.config}: {error}"), file=sys.stderr)
+    if refused:
+        return ExitCode.USAGE
     print(f"{arguments.config}: fine")
     return ExitCode.FINISHED
 
@@ -68,7 +78,7 @@ def _path(arguments: argparse.Namespace) -> int:
 
     path = located(arguments.file).absolute()
     if not path.is_file():
-        raise UsageError(f"there is no file at {path}")
+        raise UsageError(f"there is no file at {path}", code="file-missing")
     print(path)
     return ExitCode.FINISHED
 
@@ -81,7 +91,7 @@ def _schema(arguments: argparse.Namespace) -> int:
 
 
 def add_doctor(subparsers: Subparsers) -> None:
-    """Add `doctor [CONFIG [section.key=value ...]]`."""
+    """Add `doctor [CONFIG [section.key=value ...]] [--json]`."""
     parser = subparsers.add_parser(
         "doctor",
         help="what this machine has and lacks for training",
@@ -92,6 +102,7 @@ def add_doctor(subparsers: Subparsers) -> None:
         "config", nargs="?", type=Path, metavar="CONFIG", help="also check what this configuration needs"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from it")
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
     parser.set_defaults(run=_doctor)
 
 
@@ -104,5 +115,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     named = arguments.config is not None
     config = load_config(arguments.config, arguments.overrides) if named else Config()
     checks = doctor.examine(config, data_named=named)
-    doctor.render(checks, Console(highlight=False, soft_wrap=False))
+    if arguments.json:
+        print(doctor.as_json(checks))
+    else:
+        doctor.render(checks, Console(highlight=False, soft_wrap=False))
     return ExitCode.FINISHED if doctor.can_train(checks) else ExitCode.FAULT

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from typing import Any, NoReturn
 
 from dist_train import __version__
 from dist_train.cli.analysis_commands import add_landscape, add_sharpness
@@ -15,7 +17,15 @@ from dist_train.cli.run_commands import add_evaluate, add_launch, add_outcome, a
 from dist_train.cli.sweep_commands import add_submit, add_sweep
 from dist_train.cli.view_commands import add_curve, add_report, add_runs, add_watch
 from dist_train.cluster.launch import current_launch
-from dist_train.outcome import DivergedError, ExitCode, FaultError, UsageError, exit_code_of, printable
+from dist_train.outcome import (
+    DivergedError,
+    ExitCode,
+    FaultError,
+    UsageError,
+    exit_code_of,
+    printable,
+    text_with_code,
+)
 
 _COMMANDS = (
     add_train,
@@ -43,13 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed = parse(list(sys.argv[1:] if arguments is None else arguments))
         return int(parsed.run(parsed))
     except (UsageError, FaultError, DivergedError) as error:
-        return _refuse(error, exit_code_of(error))
-    except ValueError as error:
-        from dist_train.config import ConfigError
-
-        if not isinstance(error, ConfigError):
-            raise
-        return _refuse(error, ExitCode.USAGE)
+        print(f"dist-train: {printable(text_with_code(error))}", file=sys.stderr)
+        return exit_code_of(error)
     except BrokenPipeError:
         # The reader of our output has gone.
         sys.stderr.close()
@@ -62,7 +67,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     Raises:
         SystemExit: with 2, after a message, where they make no sense; with 0 after --help.
     """
-    parser = argparse.ArgumentParser(prog="dist-train", description="Training at very large batch sizes.")
+    parser: argparse.ArgumentParser = _Parser(prog="dist-train", description="Training at very large batch sizes.")
     parser.add_argument("--version", action="version", version=f"dist-train {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add_command in _COMMANDS:
@@ -70,6 +75,35 @@ def parse(words: list[str]) -> argparse.Namespace:
     parsed, rest = _parse(parser, words)
     _take_late_overrides(parser, parsed, rest)
     return parsed
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest command, choice or option where one is mistyped; so do the parsers of its commands."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return the arguments and the words that are none, of which no one may be an option."""
+        parsed, rest = super().parse_known_args(args, namespace)
+        unknown = [word for word in rest if word.startswith("-")]
+        if unknown:
+            close = _nearest(unknown[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{close}")
+        return parsed, rest
+
+    def error(self, message: str) -> NoReturn:
+        """End with 2 after `message`, made safe to print."""
+        super().error(printable(message))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            close = _nearest(str(value), map(str, action.choices or ()))
+            raise argparse.ArgumentError(action, f"{error.message}{close}") from None
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _errors_of_one_rank() -> AbstractContextManager[object]:
@@ -90,13 +124,7 @@ def _parse(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.
 
 def _take_late_overrides(parser: argparse.ArgumentParser, parsed: argparse.Namespace, rest: list[str]) -> None:
     """Add the overrides that stand after an option: argparse takes those before it alone."""
-    unknown = [word for word in rest if word.startswith("-") or not hasattr(parsed, "overrides")]
-    if unknown:
-        parser.error(printable(f"unrecognized arguments: {' '.join(unknown)}"))
+    if rest and not hasattr(parsed, "overrides"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
-
-
-def _refuse(error: Exception, code: ExitCode) -> int:
-    print(f"dist-train: {printable(str(error))}", file=sys.stderr)
-    return code

@@ -19,6 +19,7 @@ from dist_train.outcome import (
     escaped,
     exit_code_of,
     printable,
+    text_with_code,
 )
 from dist_train.start_up import without_collection
 
@@ -59,7 +60,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return ExitCode.USAGE
     except (DivergedError, DisagreementError, StoppedError) as error:
         if current_launch().rank == 0:
-            print(f"dist-train: {printable(str(error))}", file=sys.stderr)
+            print(f"dist-train: {printable(text_with_code(error))}", file=sys.stderr)
         return exit_code_of(error)
     return ExitCode.FINISHED
 
@@ -83,9 +84,11 @@ def _launch(arguments: argparse.Namespace) -> int:
 
     words = list(arguments.command)
     if not words:
-        raise UsageError("no command given, for example: dist-train launch -np 2 train configs/demo.yaml")
+        raise UsageError(
+            "no command given, for example: dist-train launch -np 2 train configs/demo.yaml", code="no-command"
+        )
     if arguments.np < 1:
-        raise UsageError(f"-np takes a number of ranks, 1 or more, not {arguments.np}")
+        raise UsageError(f"-np takes a number of ranks, 1 or more, not {arguments.np}", code="option-range")
     command = parse(words)
     if words[0] == "train":
         from dist_train.config import load_config
@@ -115,7 +118,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if current_launch().rank == 0:
         print(json.dumps(result, allow_nan=False), flush=True)
         if not is_finite:
-            print(f"dist-train: the {arguments.split} loss of {result['checkpoint']} is not finite", file=sys.stderr)
+            checkpoint = escaped(str(result["checkpoint"]))
+            print(
+                f"dist-train: the {arguments.split} loss of {checkpoint} is not finite [loss-not-finite]",
+                file=sys.stderr,
+            )
     return ExitCode.FINISHED if is_finite else ExitCode.DIVERGED
 
 
@@ -138,10 +145,10 @@ def _outcome(arguments: argparse.Namespace) -> int:
 
     status = read_status(RunDirectory(arguments.run_directory).status)
     if status is None or (arguments.launch is not None and status.launch != arguments.launch):
-        print(f"dist-train: the launch left no status in {arguments.run_directory}", file=sys.stderr)
+        print(f"dist-train: the launch left no status in {escaped(str(arguments.run_directory))}", file=sys.stderr)
         return ExitCode.FAULT
     if status.exit_code is None:
-        print(f"dist-train: the launch died in state {status.state} at step {status.step}", file=sys.stderr)
+        print(f"dist-train: the launch died in state {escaped(status.state)} at step {status.step}", file=sys.stderr)
         return ExitCode.FAULT
     return status.exit_code
 

@@ -68,7 +68,10 @@ def _study(arguments: argparse.Namespace) -> int:
     if arguments.only is not None:
         only = plan.run(arguments.only)
         if only is None:
-            raise UsageError(f"the study {plan.study.name} has the runs 1 to {len(plan.runs)}, not {arguments.only}")
+            raise UsageError(
+                f"the study {plan.study.name} has the runs 1 to {len(plan.runs)}, not {arguments.only}",
+                code="no-such-run-number",
+            )
         runs = (only,)
     action: Callable[[argparse.Namespace, Plan, tuple[PlannedRun, ...]], int] = arguments.action
     return action(arguments, plan, runs)
@@ -114,7 +117,7 @@ def _arguments(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun
     from dist_train.sweep.sweep import train_arguments
 
     if arguments.only is None:
-        raise UsageError("--arguments are those of one run: say which by --only")
+        raise UsageError("--arguments are those of one run: say which by --only", code="option-alone")
     (run,) = runs
     standing = standing_of(run)
     match standing.then:

@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from dist_train.cli.common import Subparsers, print_table
+from dist_train.cli.common import Subparsers, print_table, terminal_width
 from dist_train.outcome import ExitCode, UsageError, escaped
 
 _COLUMNS, _ROWS = 100, 36
@@ -17,37 +17,46 @@ _COLUMNS, _ROWS = 100, 36
 
 
 def add_runs(subparsers: Subparsers) -> None:
-    """Add `runs [DIR] [--clean]`."""
+    """Add `runs [DIR] [--json] [--clean]`."""
     text = "a table of runs: state, progress, best accuracy, images/s, time left"
-    parser = subparsers.add_parser("runs", help=text, description=text[0].upper() + text[1:] + ".")
+    parser = subparsers.add_parser(
+        "runs",
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}. On a narrow terminal the less important columns are left out and "
+        "notes are cut; --json has everything.",
+    )
     parser.add_argument(
         "directory", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="folder (default: runs)"
     )
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
     parser.add_argument(
         "--clean",
         dest="run",
         action="store_const",
         const=_clean,
-        help="instead, remove the target files of runs that are gone from where these runs enter themselves for "
-        "Prometheus (metrics.targets_directory)",
+        help="instead, remove the target files of runs that are gone or ended from where these runs enter themselves "
+        "for Prometheus (metrics.targets_directory)",
     )
     parser.set_defaults(run=_runs)
 
 
 def _runs(arguments: argparse.Namespace) -> int:
     from dist_train.cluster.launch import job_states
-    from dist_train.watch.run_table import read_runs, render
+    from dist_train.watch.run_table import as_json, read_runs, render
 
     runs = read_runs(arguments.directory)
-    if runs:
-        print_table(render(runs, job_states([run.slurm_job for run in runs if run.slurm_job])))
+    jobs = job_states([run.slurm_job for run in runs if run.slurm_job])
+    if arguments.json:
+        print(as_json(runs, jobs))
+    elif runs:
+        print_table(render(runs, jobs, terminal_width()))
     else:
         print(escaped(f"no runs in {arguments.directory}"))
     return ExitCode.FINISHED
 
 
 def _clean(arguments: argparse.Namespace) -> int:
-    from dist_train.monitoring.prometheus.targets import Cleaning, remove_stale
+    from dist_train.monitoring.prometheus.targets import SEEN_SECONDS, Cleaning, remove_stale
     from dist_train.watch.run_table import targets_directories
 
     folders = targets_directories(arguments.directory)
@@ -55,12 +64,13 @@ def _clean(arguments: argparse.Namespace) -> int:
         print(escaped(f"no run in {arguments.directory} has metrics.targets_directory set: nothing to clean"))
     for folder in folders:
         try:
-            cleaning = remove_stale(folder)
+            cleaning = remove_stale(folder, SEEN_SECONDS)
         except FileNotFoundError:
             cleaning = Cleaning((), {})
         except OSError as error:
             raise UsageError(
-                f"{folder} cannot be cleaned ({error.strerror or error}); use an account that may write there"
+                f"{folder} cannot be cleaned ({error.strerror or error}); use an account that may write there",
+                code="folder-unwritable",
             ) from error
         if cleaning.warning:
             print(escaped(f"dist-train: warning: {folder}: {cleaning.warning}"), file=sys.stderr)
@@ -141,7 +151,7 @@ def _curve(arguments: argparse.Namespace) -> int:
     from dist_train.rundir.paths import RunDirectory
 
     if arguments.output is None and len(arguments.runs) > 1:
-        raise UsageError("several runs go into one picture: say where with -o FILE")
+        raise UsageError("several runs go into one picture: say where with -o FILE", code="output-unset")
     output = arguments.output or RunDirectory(arguments.runs[0]).learning_curve
     draw_learning_curve(arguments.runs, output)
     print(output)

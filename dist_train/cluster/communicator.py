@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -16,69 +18,75 @@ Result = TypeVar("Result")
 class RankLostError(FaultError):
     """A rank has died or no longer answers, so that the group cannot continue. Exit code 1."""
 
+    code = "rank-lost"
 
-class Pending(Protocol):
-    """An operation under way."""
+
+@contextmanager
+def naming_lost_ranks(kind: type[Exception], operation: str = "") -> Iterator[None]:
+    """Raise RankLostError in place of the engine's `kind` of error within the block."""
+    try:
+        yield
+    except kind as error:
+        text = " ".join(str(error).split())
+        raise RankLostError(f"a rank was lost, so the others stop: {operation}{text}") from error
+
+
+class Pending:
+    """An operation under way; here one that is done."""
 
     def wait(self) -> None:
-        """Return when the operation's result is in its tensor.
-
-        Raises:
-            RankLostError: a rank was lost meanwhile.
-        """
+        """Return when the operation's result is in its tensor; raise RankLostError where a rank is lost meanwhile."""
 
 
-class Place(Protocol):
-    """Where one rank stands among all."""
+class Communicator:
+    """The ranks of a run, seen from one of them. Every rank must call the same operations.
 
-    @property
-    def rank(self) -> int:
-        """This rank's number, from 0."""
+    What an engine does not replace is as for a single rank: every sum is the value itself.
+    """
 
-    @property
-    def size(self) -> int:
-        """How many ranks there are."""
-
-    @property
-    def local_rank(self) -> int:
-        """This rank's number on its node."""
-
-    @property
-    def local_size(self) -> int:
-        """How many ranks this node has."""
-
-
-class Communicator(Place, Protocol):
-    """The ranks of a run, seen from one of them. Every rank must call the same operations."""
-
-    @property
-    def controller(self) -> str:
-        """What carries the group: alone, Horovod's mpi or gloo, torch-gloo or torch-nccl."""
-
-    @property
-    def has_nccl(self) -> bool:
-        """Whether the group can sum tensors of GPUs."""
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """This rank's number on its node."""
+    local_size: int = 1
+    """How many ranks this node has."""
+    controller: str = "alone"
+    """What carries the group: alone, Horovod's mpi or gloo, torch-gloo or torch-nccl, mpi4py."""
+    has_nccl: bool = True
+    """Whether the group can sum tensors of GPUs."""
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Start to replace the contiguous `tensor` by its sum over all ranks."""
+        return Pending()
 
     def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Start to replace `tensor` by its Adasum over all ranks (arXiv 2006.02924)."""
+        return Pending()
 
     def broadcast(self, tensor: torch.Tensor, name: str) -> None:
         """Replace `tensor` by rank 0's."""
 
     def barrier(self) -> None:
         """Wait for all ranks."""
+        self.allreduce_async(torch.zeros(1, dtype=torch.int64), "barrier").wait()
 
     def start_timeline(self, path: Path) -> None:
-        """Start to write what the group's operations spend their time on to `path`, on rank 0."""
+        """Start to write what the group's operations spend their time on to `path`, on rank 0, if they are traced."""
 
     def stop_timeline(self) -> None:
-        """Write no more of it."""
+        """Stop writing it."""
 
     def close(self) -> None:
         """Leave the group."""
+
+
+class Alone(Communicator):
+    """The only rank."""
+
+
+def signed_digest(content: bytes) -> int:
+    """Return a digest of `content` that `gather` takes: a signed 64-bit integer."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 def gather(comm: Communicator, values: Sequence[int], name: str) -> list[list[int]]:
@@ -126,41 +134,4 @@ def run_on_all_ranks(comm: Communicator, action: Callable[[], Result], name: str
 class PeerFailedError(UsageError):
     """Another rank failed and has said why."""
 
-
-class _Done:
-    def wait(self) -> None:
-        """Return at once."""
-
-
-class Alone:
-    """The only rank: every sum is the value itself."""
-
-    rank = 0
-    size = 1
-    local_rank = 0
-    local_size = 1
-    controller = "alone"
-    has_nccl = True
-
-    def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        """Leave `tensor` as it is."""
-        return _Done()
-
-    def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        """Leave `tensor` as it is."""
-        return _Done()
-
-    def broadcast(self, tensor: torch.Tensor, name: str) -> None:
-        """Leave `tensor` as it is."""
-
-    def barrier(self) -> None:
-        """Return at once."""
-
-    def start_timeline(self, path: Path) -> None:
-        """Do nothing: there are no operations."""
-
-    def stop_timeline(self) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Return at once."""
+    code = "peer-failed"

@@ -1,11 +1,10 @@
 """Which device a rank computes on: a GPU where there are any, and never the CPU in place of GPUs that torch cannot use.
 
-What the scheduler and the driver say of GPUs is compared with what torch finds. Where they differ, the reason is told.
+What the scheduler and the driver say of GPUs is compared with what torch finds; a message says why they differ.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import socket
@@ -18,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from dist_train.cluster.communicator import Communicator, gather, run_on_all_ranks
+from dist_train.cluster.communicator import Communicator, gather, run_on_all_ranks, signed_digest
 from dist_train.config.sections import Device
 from dist_train.outcome import UsageError
 
@@ -70,10 +69,11 @@ class TorchGpus:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Why torch cannot use the GPUs, and how to fix it."""
+    """Why torch cannot use the GPUs, how to fix it, and the code of an error that says so."""
 
     reason: str
     fix: str
+    code: str
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,10 @@ class Placement:
     ranks: int
 
 
-def _may_open(path: Path) -> bool:
-    return os.access(path, os.R_OK | os.W_OK)
-
-
 def find_gpus(
-    environment: Mapping[str, str], root: Path = Path("/"), may_open: Callable[[Path], bool] = _may_open
+    environment: Mapping[str, str],
+    root: Path = Path("/"),
+    may_open: Callable[[Path], bool] = lambda path: os.access(path, os.R_OK | os.W_OK),
 ) -> GpuSigns:
     """Return what `environment`, and the files of the driver below `root`, say of GPUs.
 
@@ -144,7 +142,7 @@ def torch_gpus() -> TorchGpus:
 def obstacle(signs: GpuSigns, found: TorchGpus) -> Obstacle:
     """Return why torch can use no GPU here, the likeliest reason first."""
     if not found.built_for:
-        return Obstacle(f"this torch ({found.version}) is built for CPUs alone", _CUDA_TORCH)
+        return Obstacle(f"this torch ({found.version}) is built for CPUs alone", _CUDA_TORCH, code="torch-for-cpus")
     if too_old := re.search(r"found version (\d+)", found.error):
         major, minor = divmod(int(too_old[1]) // 10, 100)
         driver = f"NVIDIA driver {signs.driver}".strip()
@@ -152,24 +150,32 @@ def obstacle(signs: GpuSigns, found: TorchGpus) -> Obstacle:
             f"the {driver} is too old: it is for CUDA {major}.{minor}, and this torch ({found.version}) is built for "
             f"{found.built_for}",
             f"update the driver, or install a torch that is built for CUDA {major}",
+            code="gpu-driver-too-old",
         )
     if signs.denied and signs.denied == signs.files:
         return Obstacle(
             f"no permission to open {', '.join(signs.denied)}",
             "ask the scheduler for GPUs (--gpus-per-node), or the administrator for access to the device files",
+            code="gpu-denied",
         )
     if signs.driver and not signs.files:
         return Obstacle(
             f"the NVIDIA driver {signs.driver} is loaded, but there is no device file /dev/nvidia0",
             "in a container, pass the GPUs on: docker run --gpus all, apptainer exec --nv",
+            code="gpu-without-device-file",
         )
-    told = f": torch says {found.error!r}" if found.error else ""
+    detail = f": torch says {found.error!r}" if found.error else ""
     if not signs.driver:
         return Obstacle(
-            f"no NVIDIA driver is loaded on {socket.gethostname()}{told}",
+            f"no NVIDIA driver is loaded on {socket.gethostname()}{detail}",
             "load the driver, or start on a node that has GPUs",
+            code="gpu-without-driver",
         )
-    return Obstacle(f"the NVIDIA driver {signs.driver} is loaded, but gives no GPU{told}", "see nvidia-smi, and dmesg")
+    return Obstacle(
+        f"the NVIDIA driver {signs.driver} is loaded, but gives no GPU{detail}",
+        "see nvidia-smi, and dmesg",
+        code="gpu-silent",
+    )
 
 
 def kind_of_device(asked: Device, signs: GpuSigns, found: TorchGpus) -> Literal["cpu", "cuda"]:
@@ -184,7 +190,9 @@ def kind_of_device(asked: Device, signs: GpuSigns, found: TorchGpus) -> Literal[
         return "cuda"
     why = obstacle(signs, found)
     asks = "run.device is cuda" if asked == "cuda" else f"there are GPUs here ({signs})"
-    raise UsageError(f"{asks}, but torch cannot use any: {why.reason}. Either {why.fix}; or {_ON_THE_CPU}")
+    raise UsageError(
+        f"{asks}, but torch cannot use any: {why.reason}. Either {why.fix}; or {_ON_THE_CPU}", code=why.code
+    )
 
 
 def device_type(asked: Device = "auto") -> Literal["cpu", "cuda"]:
@@ -210,18 +218,15 @@ def choose_device(asked: Device, *, local_rank: int) -> torch.device:
         # another process has it to itself, it is of a newer kind than this torch knows, or it is broken
         raise UsageError(
             f"{device} cannot be used: {' '.join(str(error).split())}. Choose others by CUDA_VISIBLE_DEVICES, "
-            f"or a torch that is built for them; or {_ON_THE_CPU}"
+            f"or a torch that is built for them; or {_ON_THE_CPU}",
+            code="gpu-unusable",
         ) from error
     torch.cuda.set_device(device)
     return device
 
 
 def share_out_devices(comm: Communicator, asked: Device) -> torch.device:
-    """Return this rank's device: the same kind on all ranks, and a GPU for each where it is GPUs.
-
-    Raises:
-        UsageError: it cannot be so; on all ranks alike.
-    """
+    """Return this rank's device, of the same kind on all ranks, each its own GPU; else raise UsageError on all."""
     device = run_on_all_ranks(comm, partial(choose_device, asked, local_rank=comm.local_rank), "use its device")
     if comm.size > 1:
         gpu, visible = (_identity(device), torch.cuda.device_count()) if device.type == "cuda" else (0, 0)
@@ -232,18 +237,15 @@ def share_out_devices(comm: Communicator, asked: Device) -> torch.device:
 
 
 def check_placements(placements: Sequence[Placement], has_nccl: bool) -> None:
-    """Refuse ranks on devices of two kinds, two ranks on one GPU, and GPUs that the engine cannot reduce on.
-
-    Raises:
-        UsageError: `placements`, one a rank, are such.
-    """
+    """Raise UsageError for devices of two kinds, two ranks on one GPU, and GPUs that the engine cannot reduce on."""
     without = [str(rank) for rank, placement in enumerate(placements) if not placement.gpu]
     if len(without) == len(placements):
         return
     if without:
         raise UsageError(
             f"rank {', '.join(without)} of {len(placements)} has no GPU, the others have: start all on nodes with "
-            f"GPUs; or {_ON_THE_CPU}"
+            f"GPUs; or {_ON_THE_CPU}",
+            code="gpu-missing",
         )
     owners: dict[int, int] = {}
     for rank, placement in enumerate(placements):
@@ -252,13 +254,15 @@ def check_placements(placements: Sequence[Placement], has_nccl: bool) -> None:
             raise UsageError(
                 f"ranks {first} and {rank} would share a GPU: their node has {placement.ranks} ranks and "
                 f"{placement.visible} GPU{'s' if placement.visible > 1 else ''} for them. Start at most one rank for "
-                f"each GPU; or {_ON_THE_CPU}"
+                f"each GPU; or {_ON_THE_CPU}",
+                code="gpu-shared",
             )
     if not has_nccl:
         raise UsageError(
             f"{len(placements)} ranks on GPUs need NCCL, which this Horovod is built without: the first broadcast "
             f"would never end. Set comm.engine=torch, or build Horovod anew (rm -r .venv, then make setup), or start "
-            f"one rank; or {_ON_THE_CPU}"
+            f"one rank; or {_ON_THE_CPU}",
+            code="nccl-missing",
         )
 
 
@@ -266,8 +270,7 @@ def _identity(device: torch.device) -> int:
     """Return a number, not 0, that is the GPU's own on every node, however a process counts its GPUs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", f"{visible} {device.index}")
-    content = f"{socket.gethostname()} {uuid}".encode()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True) or 1
+    return signed_digest(f"{socket.gethostname()} {uuid}".encode()) or 1
 
 
 def why_no_gpu(signs: GpuSigns) -> str:

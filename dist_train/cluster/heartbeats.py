@@ -94,7 +94,7 @@ class Kind(IntEnum):
     ANSWER = 2
     """Rank 0 lives, and has heard a beat."""
     CALL = 3
-    """As ANSWER, and a beat is wanted at once."""
+    """As ANSWER, and a beat is due at once."""
     LEAVE = 4
     """The sender leaves for a good reason: do not miss it."""
     FAIL = 5
@@ -144,14 +144,6 @@ _STREAK = 2.0
 _MOST_NAMES = 8
 
 
-@dataclass(frozen=True)
-class Peer:
-    """Where a rank runs."""
-
-    node: str
-    process: str
-
-
 class Attendance:
     """The other ranks that one rank watches. A rank is watched from the first time that it is heard."""
 
@@ -165,7 +157,7 @@ class Attendance:
         self._failed: tuple[int, float] | None = None
 
     def hear(self, rank: int, now: float) -> None:
-        """Take note that `rank` lives. Late words of one that has left do not bring it back."""
+        """Take note that `rank` lives; a late datagram of one that has left does not bring it back."""
         if rank not in self._left:
             self._heard[rank] = now
 
@@ -213,22 +205,22 @@ class Attendance:
         return self._failed[0]
 
 
-def name_ranks(ranks: list[int], peers: Mapping[int, Peer]) -> str:
+def name_ranks(ranks: list[int], peers: Mapping[int, str]) -> str:
     """Return "rank 3 (node2, process 4242)", for several likewise; of very many the first, and how many more."""
-    named = [f"{rank} ({peers[rank].node}, process {peers[rank].process})" for rank in ranks[:_MOST_NAMES]]
+    named = [f"{rank} ({peers[rank]})" for rank in ranks[:_MOST_NAMES]]
     more = len(ranks) - len(named)
     ending = f" and {more} more" if more else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(named)}{ending}"
 
 
-def loss_message(ranks: list[int], peers: Mapping[int, Peer], timeout: float) -> str:
-    """Return what the user is told when `ranks` are lost."""
+def loss_message(ranks: list[int], peers: Mapping[int, str], timeout: float) -> str:
+    """Return the message for lost `ranks`."""
     verb = "have" if len(ranks) > 1 else "has"
     return f"{name_ranks(ranks, peers)} {verb} not answered for {timeout:g} s; {_FIX}"
 
 
-def overstay_message(rank: int, peers: Mapping[int, Peer], timeout: float) -> str:
-    """Return what the user is told when a rank still runs `timeout` after `rank` has failed."""
+def overstay_message(rank: int, peers: Mapping[int, str], timeout: float) -> str:
+    """Return the message of a rank that still runs `timeout` after `rank` has failed."""
     return f"{name_ranks([rank], peers)} has failed, and the others have not ended within {timeout:g} s; {_FIX}"
 
 

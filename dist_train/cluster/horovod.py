@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dist_train.cluster.communicator import Pending, RankLostError
+from dist_train.cluster.communicator import Communicator, Pending, naming_lost_ranks
 from dist_train.cluster.launch import Launch
 from dist_train.outcome import UsageError
 
-if TYPE_CHECKING:
-    from types import ModuleType
 
-
-class HorovodCommunicator:
+class HorovodCommunicator(Communicator):
     """The group that the launcher started. Horovod lives as long as this object is open."""
 
     def __init__(self, launch: Launch, *, timeout: float, device_type: str, timeline: bool) -> None:
@@ -29,19 +26,32 @@ class HorovodCommunicator:
         set_environment(timeout, device_type, launch.launcher)
         if timeline:
             os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
-        self._hvd = _import_horovod()
-        self._hvd.init()
-        self._check_size(launch)
-        self.rank: int = self._hvd.rank()
-        self.size: int = self._hvd.size()
-        self.local_rank: int = self._hvd.local_rank()
-        self.local_size: int = self._hvd.local_size()
-        self.controller = "mpi" if self._hvd.mpi_enabled() else "gloo"
-
-    @property
-    def has_nccl(self) -> bool:
-        """Whether this Horovod is built with NCCL."""
-        return bool(self._hvd.nccl_built())
+        try:
+            import horovod.torch as hvd
+            from horovod.common.exceptions import HorovodInternalError
+        except ImportError as error:
+            raise UsageError(
+                f"Horovod cannot be loaded ({error}): run make setup, or see dist-train doctor", code="horovod-missing"
+            ) from error
+        self._hvd = hvd
+        self._rank_lost = HorovodInternalError
+        hvd.init()
+        if hvd.size() != launch.size:
+            seen = hvd.size()
+            hvd.shutdown()
+            fix = {
+                "srun": "start with srun --mpi=pmix, and build Horovod against that MPI",
+                "mpirun": "Horovod must be built against the MPI of this mpirun: see dist-train doctor",
+            }.get(launch.launcher, "see dist-train doctor")
+            raise UsageError(
+                f"{launch.launcher} started {launch.size} ranks, but Horovod sees {seen}: {fix}", code="rank-count"
+            )
+        self.rank = hvd.rank()
+        self.size = hvd.size()
+        self.local_rank = hvd.local_rank()
+        self.local_size = hvd.local_size()
+        self.controller = "mpi" if hvd.mpi_enabled() else "gloo"
+        self.has_nccl = bool(hvd.nccl_built())
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Start to replace the contiguous `tensor` by its sum over all ranks."""
@@ -55,17 +65,13 @@ class HorovodCommunicator:
         """Replace `tensor` by rank 0's."""
         self._start(lambda: self._hvd.broadcast_async_(tensor, root_rank=0, name=name)).wait()
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.allreduce_async(torch.zeros(1, dtype=torch.int64), "barrier").wait()
-
     def start_timeline(self, path: Path) -> None:
         """Start to write Horovod's timeline to `path`, on rank 0; one that the user has asked for continues instead."""
         if _timeline_is_ours():
             self._hvd.start_timeline(str(path))
 
     def stop_timeline(self) -> None:
-        """Write no more of it."""
+        """Stop writing it."""
         if _timeline_is_ours():
             self._hvd.stop_timeline()
 
@@ -74,42 +80,22 @@ class HorovodCommunicator:
         self._hvd.shutdown()
 
     def _start(self, operation: Callable[[], int]) -> Pending:
-        try:
-            return _Operation(self._hvd, operation())
-        except self._hvd.HorovodInternalError as error:
-            raise RankLostError(_lost(error)) from error
-
-    def _check_size(self, launch: Launch) -> None:
-        seen: int = self._hvd.size()
-        if seen == launch.size:
-            return
-        self._hvd.shutdown()
-        fix = {
-            "srun": "start with srun --mpi=pmix, and build Horovod against that MPI",
-            "mpirun": "Horovod must be built against the MPI of this mpirun: see dist-train doctor",
-        }.get(launch.launcher, "see dist-train doctor")
-        raise UsageError(f"{launch.launcher} started {launch.size} ranks, but Horovod sees {seen}: {fix}")
+        with naming_lost_ranks(self._rank_lost):
+            return _Operation(partial(self._hvd.synchronize, operation()), self._rank_lost)
 
 
-class _Operation:
-    def __init__(self, hvd: ModuleType, handle: int) -> None:
-        self._hvd = hvd
-        self._handle = handle
+class _Operation(Pending):
+    def __init__(self, synchronize: Callable[[], object], rank_lost: type[Exception]) -> None:
+        self._synchronize = synchronize
+        self._rank_lost = rank_lost
 
     def wait(self) -> None:
-        """Return when the result is there."""
-        try:
-            self._hvd.synchronize(self._handle)
-        except self._hvd.HorovodInternalError as error:
-            raise RankLostError(_lost(error)) from error
+        with naming_lost_ranks(self._rank_lost):
+            self._synchronize()
 
 
 def _timeline_is_ours() -> bool:
     return os.environ.get("HOROVOD_TIMELINE") == "DYNAMIC"
-
-
-def _lost(error: Exception) -> str:
-    return f"a rank was lost, so the others stop: {' '.join(str(error).split())}"
 
 
 def set_environment(timeout: float, device_type: str, launcher: str) -> None:
@@ -127,13 +113,3 @@ def set_environment(timeout: float, device_type: str, launcher: str) -> None:
     if device_type == "cpu":
         # Open MPI polls without pause while it waits, and so takes the core that computes.
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-
-
-def _import_horovod() -> Any:
-    try:
-        import horovod.torch as hvd
-        from horovod.common.exceptions import HorovodInternalError
-    except ImportError as error:
-        raise UsageError(f"Horovod cannot be loaded ({error}): run make setup, or see dist-train doctor") from error
-    hvd.HorovodInternalError = HorovodInternalError
-    return hvd

@@ -24,14 +24,6 @@ class HorovodBuild:
     nccl: bool
 
 
-@dataclass(frozen=True)
-class MpiLibrary:
-    """The library that mpi4py loads, and mpi4py's own version."""
-
-    description: str
-    mpi4py_version: str
-
-
 def horovod_build() -> HorovodBuild:
     """Return what Horovod was built with.
 
@@ -45,12 +37,8 @@ def horovod_build() -> HorovodBuild:
     return HorovodBuild(version("horovod"), bool(hvd.mpi_built()), bool(hvd.gloo_built()), bool(hvd.nccl_built()))
 
 
-def mpi_library() -> MpiLibrary:
-    """Return the MPI library that mpi4py loads; MPI is not started.
-
-    Raises:
-        ImportError: mpi4py or the library is missing.
-    """
+def mpi_library() -> str:
+    """Return the MPI library that mpi4py loads, without starting it; raise ImportError where either is missing."""
     import mpi4py
 
     starts_mpi = mpi4py.rc.initialize
@@ -61,7 +49,7 @@ def mpi_library() -> MpiLibrary:
         raise ImportError(str(error)) from error
     finally:
         mpi4py.rc.initialize = starts_mpi
-    return MpiLibrary(_first_part(MPI.Get_library_version()), mpi4py.__version__)
+    return _first_part(MPI.Get_library_version())
 
 
 def loaded_mpi_libraries() -> frozenset[Path]:
@@ -73,7 +61,7 @@ def loaded_mpi_libraries() -> frozenset[Path]:
 
 
 def loaded_mpi_version() -> str:
-    """Return the name and version of the MPI library that this process has loaded; empty where none tells it."""
+    """Return the name and version of the MPI library that this process has loaded; empty where none says it."""
     text, length = ctypes.create_string_buffer(_LONGEST_MPI_VERSION), ctypes.c_int()
     for file in sorted(loaded_mpi_libraries()):
         # a file that was replaced since, or a library from before MPI 3

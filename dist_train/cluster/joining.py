@@ -15,12 +15,18 @@ from dist_train.cluster.launch import current_launch
 from dist_train.config.sections import Engine
 from dist_train.outcome import ExitCode
 
+
+def end_process() -> None:
+    """End this process at once, with exit code 1."""
+    os._exit(ExitCode.FAULT)
+
+
 _HEAD_START_SECONDS = 2.0
 """Rank 0 reports for all; the others do when it is the one that hangs."""
 
 
 @contextmanager
-def meeting_within(seconds: float, end: Callable[[], None] | None = None) -> Iterator[None]:
+def meeting_within(seconds: float, end: Callable[[], None] = end_process) -> Iterator[None]:
     """End this process with a message where the block, in which all ranks meet, takes longer than `seconds`.
 
     Until they have met, nobody knows who is missing; the others would wait for ever.
@@ -30,11 +36,12 @@ def meeting_within(seconds: float, end: Callable[[], None] | None = None) -> Ite
     def give_up() -> None:
         print(
             f"dist-train: the {launch.size} ranks have not all met within {seconds:g} s: one has not started, hangs, "
-            f"or cannot be reached; start again, or raise comm.timeout where starting takes so long",
+            f"or cannot be reached; start again, or raise comm.timeout where starting takes so long "
+            f"[ranks-cannot-meet]",
             file=sys.stderr,
             flush=True,
         )
-        (end or _end_process)()
+        end()
 
     if launch.size == 1:
         yield
@@ -46,10 +53,6 @@ def meeting_within(seconds: float, end: Callable[[], None] | None = None) -> Ite
         yield
     finally:
         timer.cancel()
-
-
-def _end_process() -> None:
-    os._exit(ExitCode.FAULT)
 
 
 def join_ranks(*, timeout: float, device_type: str, engine: Engine = "auto", timeline: bool = False) -> Communicator:

@@ -42,16 +42,20 @@ class Launch:
     store: StoreAddress | None = None
 
 
-def read_launch(environment: Mapping[str, str]) -> Launch:
-    """Return how this process was launched: by horovodrun, mpirun, srun, torchrun, dist-train launch, or alone.
+def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
+    """Return how a process was launched: by horovodrun, mpirun, srun, torchrun, dist-train launch, or alone.
 
     Raises:
         UsageError: the environment asks Horovod for what is known to crash or to part the ranks.
     """
     if "OMPI_COMM_WORLD_SIZE" in environment:
-        launch = Launch("mpirun", int(environment["OMPI_COMM_WORLD_SIZE"]), int(environment["OMPI_COMM_WORLD_RANK"]))
-        _refuse_gloo_under_mpi(environment)
-        return launch
+        for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
+            if environment.get(name, "").lower() == "gloo":
+                raise UsageError(
+                    f"{name}=gloo does not work under mpirun: unset it, or start with horovodrun --gloo",
+                    code="gloo-under-mpirun",
+                )
+        return Launch("mpirun", int(environment["OMPI_COMM_WORLD_SIZE"]), int(environment["OMPI_COMM_WORLD_RANK"]))
     # torchrun may itself run within a step of Slurm.
     if LISTEN_FD in environment or "TORCHELASTIC_RUN_ID" in environment:
         launcher = "dist-train launch" if LISTEN_FD in environment else "torchrun"
@@ -98,56 +102,28 @@ def _store_of_slurm(environment: Mapping[str, str]) -> StoreAddress | None:
     )
 
 
-def current_launch() -> Launch:
-    """Return how this very process was launched."""
-    return read_launch(os.environ)
-
-
-def _refuse_gloo_under_mpi(environment: Mapping[str, str]) -> None:
-    for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
-        if environment.get(name, "").lower() == "gloo":
-            raise UsageError(f"{name}=gloo does not work under mpirun: unset it, or start with horovodrun --gloo")
-
-
 _ANSWER_SECONDS = 20
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """The job that this process belongs to.
+    """The job that a process belongs to, and how often Slurm has started it anew.
 
-    `end` is when its time limit ends it, in seconds since 1970; None where Slurm has not said. `gpus_per_node` is 0
-    where the job has none.
+    `end` is when its time limit ends it, in seconds since 1970; None where Slurm has not said.
     """
 
     id: str
     end: float | None
-    nodes: int
-    gpus_per_node: int
     restarts: int
 
-    def seconds_left(self, now: float) -> float | None:
-        """Return the seconds until the time limit; None where it is not known."""
-        return None if self.end is None else self.end - now
 
-
-def read_job(environment: Mapping[str, str]) -> SlurmJob | None:
-    """Return the job that `environment` tells of; None outside of Slurm."""
+def current_job(environment: Mapping[str, str] = os.environ) -> SlurmJob | None:
+    """Return the job of the process of `environment`; None outside of Slurm."""
     job = environment.get("SLURM_JOB_ID", "")
     if not job:
         return None
-    return SlurmJob(
-        id=job,
-        end=_number(environment, "SLURM_JOB_END_TIME") or None,
-        nodes=_number(environment, "SLURM_JOB_NUM_NODES") or 1,
-        gpus_per_node=_number(environment, "SLURM_GPUS_ON_NODE") or 0,
-        restarts=_number(environment, "SLURM_RESTART_COUNT") or 0,
-    )
-
-
-def current_job() -> SlurmJob | None:
-    """Return the job of this very process."""
-    return read_job(os.environ)
+    end, restarts = environment.get("SLURM_JOB_END_TIME", ""), environment.get("SLURM_RESTART_COUNT", "")
+    return SlurmJob(job, int(end) if end.isdecimal() else None, int(restarts) if restarts.isdecimal() else 0)
 
 
 def job_states(jobs: Sequence[str]) -> dict[str, str]:
@@ -179,16 +155,13 @@ def submit(script: str, options: Sequence[str]) -> str:
         UsageError: sbatch is missing, or refuses.
     """
     if shutil.which("sbatch") is None:
-        raise UsageError("sbatch is missing: submit from a login node of the cluster, or look with --dry-run")
+        raise UsageError(
+            "sbatch is missing: submit from a login node of the cluster, or look with --dry-run", code="sbatch-missing"
+        )
     ended = subprocess.run(["sbatch", "--parsable", *options], input=script, capture_output=True, text=True)
     if ended.returncode != 0:
-        raise UsageError(f"sbatch refuses the job: {ended.stderr.strip()}")
+        raise UsageError(f"sbatch refuses the job: {ended.stderr.strip()}", code="sbatch-refused")
     return ended.stdout.strip().split(";")[0]
-
-
-def _number(environment: Mapping[str, str], name: str) -> int | None:
-    text = environment.get(name, "")
-    return int(text) if text.isdecimal() else None
 
 
 def _ask(*command: str) -> str | None:

@@ -126,8 +126,8 @@ def rank_environment(environment: Mapping[str, str], rank: int, size: int, port:
     kept.setdefault("OMP_NUM_THREADS", str(threads))
     kept.setdefault("DIST_TRAIN_LAUNCH", secrets.token_hex(8))
     place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, LISTEN_FD: listen_fd if rank == 0 else -1}
-    return {**kept, **{name: str(value) for name, value in {**place, **meeting}.items()}}
+    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, LISTEN_FD: listen_fd if rank == 0 else -1}
+    return {**kept, **{name: str(value) for name, value in (place | store).items()}}
 
 
 def _start(

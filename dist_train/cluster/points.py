@@ -22,14 +22,13 @@ _TIMEOUT = 8 * 3600.0
 """Seconds; a rank that is done waits for those that still evaluate."""
 
 
-class MpiCommunicator(Alone):
+class MpiCommunicator(Communicator):
     """The ranks of an MPI communicator, for tensors of the host."""
-
-    controller = "mpi4py"
-    has_nccl = False
 
     def __init__(self, communicator: Comm, local: Comm) -> None:
         """Take the communicator of all ranks, and that of those on this node."""
+        self.controller = "mpi4py"
+        self.has_nccl = False
         self._communicator = communicator
         self.rank = communicator.Get_rank()
         self.size = communicator.Get_size()
@@ -47,10 +46,6 @@ class MpiCommunicator(Alone):
         """Replace `tensor` by rank 0's."""
         self._communicator.Bcast(tensor.numpy(), root=0)
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self._communicator.Barrier()
-
 
 def join_points() -> Communicator:
     """Return the ranks that the launcher started, or one alone.
@@ -64,18 +59,24 @@ def join_points() -> Communicator:
     if launch.launcher not in ("mpirun", "srun", "horovodrun"):
         return join_ranks(timeout=_TIMEOUT, device_type="cpu", engine="torch")
     if launch.launcher == "horovodrun":
-        raise UsageError("points are not shared out by Horovod: start with dist-train launch, mpirun or srun")
+        raise UsageError(
+            "points are not shared out by Horovod: start with dist-train launch, mpirun or srun",
+            code="launcher-unsupported",
+        )
     # Open MPI polls without pause while it waits, and so takes the core that computes.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise UsageError(f"mpi4py cannot be used ({error}): run make setup, or start with dist-train launch") from error
+        raise UsageError(
+            f"mpi4py cannot be used ({error}): run make setup, or start with dist-train launch", code="mpi4py-missing"
+        ) from error
     communicator = MPI.COMM_WORLD
     if communicator.Get_size() != launch.size:
         raise UsageError(
             f"{launch.launcher} started {launch.size} ranks, but MPI sees {communicator.Get_size()}: "
-            f"start with the mpirun of mpi4py's MPI, or srun --mpi=pmix; see dist-train doctor"
+            f"start with the mpirun of mpi4py's MPI, or srun --mpi=pmix; see dist-train doctor",
+            code="rank-count",
         )
     return MpiCommunicator(communicator, communicator.Split_type(MPI.COMM_TYPE_SHARED))
 

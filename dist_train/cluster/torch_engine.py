@@ -8,18 +8,16 @@ ranks must start the same operations in the same order, from one thread. The tra
 
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dist_train.cluster.communicator import Pending, RankLostError, gather
+from dist_train.cluster.communicator import Communicator, Pending, gather, naming_lost_ranks, signed_digest
 from dist_train.cluster.launch import Launch, StoreAddress
 from dist_train.outcome import UsageError
 
@@ -27,7 +25,7 @@ _MEETING = timedelta(minutes=30)
 """For the store; whoever starts the ranks gives up much earlier (`meeting_within`)."""
 
 
-class TorchCommunicator:
+class TorchCommunicator(Communicator):
     """The group that the launcher started, over torch.distributed."""
 
     def __init__(self, launch: Launch, *, timeout: float, device_type: str) -> None:
@@ -39,26 +37,23 @@ class TorchCommunicator:
         if launch.store is None:
             raise UsageError(
                 f"comm.engine=torch cannot find the other ranks under {launch.launcher}: "
-                f"start with dist-train launch, torchrun or srun, or set comm.engine=horovod"
+                f"start with dist-train launch, torchrun or srun, or set comm.engine=horovod",
+                code="launcher-unsupported",
             )
         self.rank = launch.rank
         self.size = launch.size
-        self._store = _open_store(launch, launch.store)
+        store = _open_store(launch, launch.store)
         # The watchdog, which knows who is lost, must come first.
-        self._timeout = timedelta(seconds=max(60.0, 3 * timeout))
-        self._host = _gloo(self._group_store("host"), self.rank, self.size, self._timeout)
-        self._device = None
+        patience = timedelta(seconds=max(60.0, 3 * timeout))
+        self._host = dist.ProcessGroupGloo(dist.PrefixStore("host", store), self.rank, self.size, patience)
+        self._device: dist.ProcessGroupNCCL | None = None
         if device_type == "cuda":
-            self._device = _nccl(self._group_store("device"), self.rank, self.size, self._timeout)
-        self.controller = "torch-gloo" if self._device is None else "torch-nccl"
-        nodes = [node for (node,) in gather(self, [_node_id()], "nodes")]
+            self._device = _nccl(dist.PrefixStore("device", store), self.rank, self.size, patience)
+        self.has_nccl = self._device is not None
+        self.controller = "torch-nccl" if self.has_nccl else "torch-gloo"
+        nodes = [node for (node,) in gather(self, [signed_digest(socket.gethostname().encode())], "nodes")]
         self.local_rank = nodes[: self.rank].count(nodes[self.rank])
         self.local_size = nodes.count(nodes[self.rank])
-
-    @property
-    def has_nccl(self) -> bool:
-        """Whether sums of GPU tensors go over NCCL."""
-        return self._device is not None
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Start to replace the contiguous `tensor` by its sum over all ranks."""
@@ -67,28 +62,16 @@ class TorchCommunicator:
         return _start(lambda: self._group(tensor).allreduce([tensor], options), name)
 
     def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        """Refuse.
-
-        Raises:
-            UsageError: always; torch.distributed has no Adasum.
-        """
-        raise UsageError("torch.distributed has no Adasum: set comm.engine=horovod, or comm.op=average")
+        """Raise UsageError: torch.distributed has no Adasum."""
+        raise UsageError(
+            "torch.distributed has no Adasum: set comm.engine=horovod, or comm.op=average", code="adasum-engine"
+        )
 
     def broadcast(self, tensor: torch.Tensor, name: str) -> None:
         """Replace `tensor` by rank 0's."""
         options = dist.BroadcastOptions()
         options.rootRank = 0
         _start(lambda: self._group(tensor).broadcast([tensor], options), name).wait()
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.allreduce_async(torch.zeros(1, dtype=torch.int64), "barrier").wait()
-
-    def start_timeline(self, path: Path) -> None:
-        """Write nothing: the profiler's trace shows torch's own operations."""
-
-    def stop_timeline(self) -> None:
-        """Write nothing."""
 
     def close(self) -> None:
         """Leave the group."""
@@ -99,32 +82,21 @@ class TorchCommunicator:
     def _group(self, tensor: torch.Tensor) -> Any:
         return self._device if tensor.is_cuda else self._host
 
-    def _group_store(self, name: str) -> dist.Store:
-        return dist.PrefixStore(name, self._store)
 
-
-class _Work:
+class _Work(Pending):
     def __init__(self, work: Any, name: str) -> None:
         self._work = work
         self._name = name
 
     def wait(self) -> None:
         """Return when the result is there; for a tensor of a GPU, when the current stream will wait for it."""
-        try:
+        with naming_lost_ranks(RuntimeError, f"{self._name}: "):
             self._work.wait()
-        except RuntimeError as error:
-            raise RankLostError(_lost(self._name, error)) from error
 
 
 def _start(operation: Callable[[], Any], name: str) -> Pending:
-    try:
+    with naming_lost_ranks(RuntimeError, f"{name}: "):
         return _Work(operation(), name)
-    except RuntimeError as error:
-        raise RankLostError(_lost(name, error)) from error
-
-
-def _lost(name: str, error: Exception) -> str:
-    return f"a rank was lost, so the others stop: {name}: {' '.join(str(error).split())}"
 
 
 def _open_store(launch: Launch, address: StoreAddress) -> dist.Store:
@@ -142,13 +114,10 @@ def _open_store(launch: Launch, address: StoreAddress) -> dist.Store:
         where = f"{address.host}:{address.port}"
         raise UsageError(
             f"the ranks cannot meet at {where}: {' '.join(str(error).split())}. "
-            f"Name another place by MASTER_ADDR and MASTER_PORT"
+            f"Name another place by MASTER_ADDR and MASTER_PORT",
+            code="ranks-cannot-meet",
         ) from error
     return dist.PrefixStore(address.prefix, store)
-
-
-def _gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
-    return dist.ProcessGroupGloo(store, rank, size, timeout)
 
 
 def _nccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
@@ -157,8 +126,3 @@ def _nccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return dist.ProcessGroupNCCL(store, rank, size, options)
-
-
-def _node_id() -> int:
-    digest = hashlib.blake2b(socket.gethostname().encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)

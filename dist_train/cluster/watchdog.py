@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 
-from dist_train.cluster.communicator import Communicator, broadcast_str, gather
+from dist_train.cluster.communicator import Communicator, RankLostError, broadcast_str, gather
 from dist_train.cluster.heartbeats import (
     LARGEST,
     TOKEN_BYTES,
@@ -32,7 +32,6 @@ from dist_train.cluster.heartbeats import (
     Attendance,
     Datagram,
     Kind,
-    Peer,
     decode,
     encode,
     loss_message,
@@ -42,13 +41,14 @@ from dist_train.cluster.heartbeats import (
     own_addresses,
     reachable_from,
 )
+from dist_train.cluster.joining import end_process
 from dist_train.outcome import ExitCode, UsageError, escaped, exit_code_of
 
 _BEATS_IN_TIMEOUT = 6
 _LONGEST_BEAT = 5.0
 _SEARCH_SECONDS = 0.2
 """Between beats until rank 0 has answered."""
-_LOST_SIGHT = 2.5
+_SEARCH_AGAIN = 2.5
 """Beats without an answer, after which all addresses of rank 0 are tried again."""
 _REST_SECONDS = 0.1
 """After taking what has come, so that very many ranks do not wake rank 0 for each of their beats."""
@@ -71,10 +71,45 @@ class Endpoint:
         return self.rank == 0
 
 
-class Watch:
+SHORTEST_TIMEOUT = 3.0
+"""Seconds; a busy machine can keep a healthy process waiting for longer than less."""
+
+_MEETING_SECONDS = 10.0
+_REPORT_SECONDS = 5.0
+"""For writing the message and the status, which can hang as well: a full pipe, a file system that is gone."""
+
+_logger = logging.getLogger("dist_train.cluster")
+
+
+class Watchdog:
+    """Watches from its making to `close`, also as a context manager; here, for a group of one, nothing."""
+
+    def absent(self, seconds: float = 1.0) -> str:
+        """Return who does not answer within `seconds`, as "rank 3 (node2, process 4242)", or nothing.
+
+        For a rank whose collective has failed: the error does not say who is gone.
+        """
+        return ""
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave, so that nobody misses this rank; a second call does nothing.
+
+        After an `error` of one rank the others must end within `timeout` too.
+        """
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(error)
+
+
+class Watch(Watchdog):
     """Beats, and calls `lost(message, is_found)` in its own thread when a rank is lost, then ends.
 
-    `is_found` is false where rank 0 has told this one.
+    `is_found` is false where this rank has it from rank 0.
     """
 
     def __init__(
@@ -87,15 +122,16 @@ class Watch:
         self._beat = min(_LONGEST_BEAT, timeout / _BEATS_IN_TIMEOUT)
         self._lost = lost
         self._attendance = Attendance(timeout=timeout, beat=self._beat, now=time.monotonic())
-        self._places: dict[int, Peer] = {}
+        self._places: dict[int, str] = {}
         self._addresses: dict[int, Address] = {}
         self._path: int | None = None
         self._answered = 0.0
-        self._told: str | None = None
+        self._loss_from_rank_0: str | None = None
         self._parting: Kind | None = None
-        self._is_calling = False
+        self._is_probing = False
         self._changed = threading.Condition()
-        self._place = f"{socket.gethostname()} {os.getpid()}"
+        self._process = os.getpid()
+        self._place = f"{socket.gethostname()} {self._process}"
         self._wake = os.eventfd(0)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
@@ -107,28 +143,31 @@ class Watch:
         with self._changed:
             return self._changed.wait_for(lambda: self._path is not None, seconds)
 
-    def absent(self, seconds: float) -> str:
-        """Probe all peers, for `seconds` at most: return who does not answer, in words for people; else nothing.
-
-        Rank 0 calls all, the others call rank 0.
-        """
+    def absent(self, seconds: float = 1.0) -> str:
+        """Probe all peers, and return who does not answer; rank 0 asks all, the others ask rank 0."""
+        if self._parting is not None:
+            return ""
         moment = time.monotonic()
         with self._changed:
-            self._is_calling = True
+            self._is_probing = True
             os.eventfd_write(self._wake, 1)
             self._changed.wait_for(lambda: not self._attendance.unheard_since(moment), seconds)
             missing = self._attendance.unheard_since(moment)
             return name_ranks(missing, self._places) if missing else ""
 
-    def close(self, parting: Kind) -> None:
-        """Take leave of the others, and end."""
-        self._parting = parting
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave by LEAVE, or by FAIL where `error` is not a stop on request, and end the thread."""
+        # a forked child has the object, but neither the thread nor a place among the ranks
+        if self._parting is not None or os.getpid() != self._process:
+            return
+        fails = error is not None and exit_code_of(error) != ExitCode.STOPPED
+        self._parting = Kind.FAIL if fails else Kind.LEAVE
         os.eventfd_write(self._wake, 1)
         self._thread.join()
         self._datagrams.close()
         os.close(self._wake)
 
-    def tell_others(self, message: str) -> None:
+    def end_others(self, message: str) -> None:
         """Let all others end with `message`; only rank 0 knows how to reach them. For the thread in `lost`."""
         if self._endpoint.is_first:
             for rank in self._attendance.present:
@@ -140,7 +179,7 @@ class Watch:
             selector.register(self._wake, selectors.EVENT_READ)
             self._watch(selector)
             if self._parting is not None:
-                self._take_leave(self._parting, selector)
+                self._say_farewell(self._parting, selector)
 
     def _watch(self, selector: selectors.BaseSelector) -> None:
         due = time.monotonic()
@@ -152,8 +191,8 @@ class Watch:
             if any(key.fd == self._wake for key, _ in ready):
                 os.eventfd_read(self._wake)
             self._receive()
-            self._answer_calls()
-            message, is_found = self._told, False
+            self._probe_peers()
+            message, is_found = self._loss_from_rank_0, False
             now = time.monotonic()
             if message is None and now >= due:
                 due = now + self._tick(now)
@@ -191,10 +230,10 @@ class Watch:
             if path is not None and (searching or number == self._path):
                 self._send(Datagram(kind, self._endpoint.rank, number, self._place), path)
 
-    def _answer_calls(self) -> None:
-        if not self._is_calling:
+    def _probe_peers(self) -> None:
+        if not self._is_probing:
             return
-        self._is_calling = False
+        self._is_probing = False
         if not self._endpoint.is_first:
             self._send_up(Kind.BEAT, time.monotonic())
             return
@@ -239,17 +278,17 @@ class Watch:
             case Kind.FAREWELL:
                 self._attendance.leave(rank)
             case Kind.LOST:
-                self._told = datagram.text
+                self._loss_from_rank_0 = datagram.text
 
     def _is_searching(self, now: float) -> bool:
-        return self._path is None or now - self._answered > _LOST_SIGHT * self._beat
+        return self._path is None or now - self._answered > _SEARCH_AGAIN * self._beat
 
     def _hear(self, datagram: Datagram, now: float) -> None:
         self._attendance.hear(datagram.rank, now)
         node, _, process = datagram.text.rpartition(" ")
-        self._places[datagram.rank] = Peer(node, process)
+        self._places[datagram.rank] = f"{node}, process {process}"
 
-    def _take_leave(self, parting: Kind, selector: selectors.BaseSelector) -> None:
+    def _say_farewell(self, parting: Kind, selector: selectors.BaseSelector) -> None:
         """Say goodbye until all have heard it, or cannot be reached."""
         selector.unregister(self._wake)
         for _ in range(_FAREWELLS):
@@ -265,57 +304,8 @@ class Watch:
                 self._receive()
 
     def _send(self, datagram: Datagram, address: Address) -> None:
-        with suppress(OSError):  # as good as lost on the way: the next beat, or the silence, tells
+        with suppress(OSError):  # as good as lost on the way: the next beat, or the silence, decides
             self._datagrams.sendto(encode(self._endpoint.token, datagram), address)
-
-
-SHORTEST_TIMEOUT = 3.0
-"""Seconds; a busy machine can keep a healthy process waiting for longer than less."""
-
-_MEETING_SECONDS = 10.0
-_TELLING_SECONDS = 5.0
-"""For writing the message and the status, which can hang as well: a full pipe, a file system that is gone."""
-
-_logger = logging.getLogger("dist_train.cluster")
-
-
-class Watchdog:
-    """Watches from its making to `close`; for a group of one it does nothing. Also a context manager."""
-
-    def __init__(self, watch: Watch | None) -> None:
-        self._watch = watch
-        self._process = os.getpid()
-
-    def absent(self, seconds: float = 1.0) -> str:
-        """Return who does not answer within `seconds`, as "rank 3 (node2, process 4242)", or nothing.
-
-        For a rank whose collective has failed: the error does not say who is gone.
-        """
-        return self._watch.absent(seconds) if self._watch else ""
-
-    def close(self, error: BaseException | None = None) -> None:
-        """Take leave, so that nobody misses this rank; a second call does nothing.
-
-        After an `error` of one rank the others must end within `timeout` too.
-        """
-        watch, self._watch = self._watch, None
-        # a forked child has the object, but neither the thread nor a place among the ranks
-        if watch is not None and os.getpid() == self._process:
-            fails = error is not None and exit_code_of(error) != ExitCode.STOPPED
-            watch.close(Kind.FAIL if fails else Kind.LEAVE)
-
-    def __enter__(self) -> Watchdog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close(error)
-
-
-def end_process() -> None:
-    """End this process at once, with exit code 1."""
-    os._exit(ExitCode.FAULT)
 
 
 def start_watchdog(
@@ -327,21 +317,24 @@ def start_watchdog(
     Ranks that datagrams do not get through to are not watched; a warning names them.
 
     Raises:
-        UsageError: `timeout` is too short to tell a slow rank from a lost one; on all ranks.
+        UsageError: `timeout` is too short to distinguish a slow rank from a lost one; on all ranks.
     """
     if comm.size == 1:
-        return Watchdog(None)
+        return Watchdog()
     if timeout < SHORTEST_TIMEOUT:
         raise UsageError(
             f"comm.timeout={timeout:g} is too short to tell a slow rank from a lost one: "
-            f"set {SHORTEST_TIMEOUT:g} or more, or keep the 60 s"
+            f"set {SHORTEST_TIMEOUT:g} or more, or keep the 60 s",
+            code="timeout-too-short",
         )
     datagrams = open_datagrams()
     endpoint = _endpoint(comm, datagrams)
 
     def lost(message: str, is_found: bool) -> None:
-        _within(_TELLING_SECONDS, lambda: _tell(message, is_found, on_loss))
-        watch.tell_others(message)
+        reporting = threading.Thread(target=_report, args=(message, is_found, on_loss), daemon=True)
+        reporting.start()
+        reporting.join(_REPORT_SECONDS)
+        watch.end_others(message)
         end()
 
     watch = Watch(endpoint, datagrams, timeout, lost)
@@ -352,7 +345,7 @@ def start_watchdog(
             "no datagrams (UDP) get through between rank 0 and rank %s: nobody will notice when these hang",
             ", ".join(map(str, unmet)),
         )
-    return Watchdog(watch)
+    return watch
 
 
 def _endpoint(comm: Communicator, datagrams: socket.socket) -> Endpoint:
@@ -365,16 +358,9 @@ def _endpoint(comm: Communicator, datagrams: socket.socket) -> Endpoint:
     return Endpoint(bytes.fromhex(token), comm.rank, comm.size, paths)
 
 
-def _tell(message: str, is_found: bool, on_loss: Callable[[str], None]) -> None:
+def _report(message: str, is_found: bool, on_loss: Callable[[str], None]) -> None:
     if is_found:  # else rank 0 has said it, for all
-        print(f"dist-train: {escaped(message)}", file=sys.stderr)
+        print(f"dist-train: {escaped(message)} [{RankLostError.code}]", file=sys.stderr)
     on_loss(message)
     sys.stdout.flush()
     sys.stderr.flush()
-
-
-def _within(seconds: float, action: Callable[[], None]) -> None:
-    """Do `action`, and wait no longer than `seconds` for it."""
-    thread = threading.Thread(target=action, name="watchdog-tells", daemon=True)
-    thread.start()
-    thread.join(seconds)

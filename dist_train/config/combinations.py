@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dist_train.config.problems import Problem, problem
 from dist_train.config.sections import Config
@@ -17,6 +17,7 @@ class _Rule:
     broken: Callable[[Config], bool]
     wrong: str
     allowed: str = ""
+    code: str = field(kw_only=True)
 
 
 def conflicts(config: Config) -> list[Problem]:
@@ -29,7 +30,8 @@ def _problem(rule: _Rule, config: Config) -> Problem:
     value = getattr(getattr(config, section), name)
     shown = list(value) if isinstance(value, tuple) else value
     sections = {section: getattr(config, section) for section in type(config).model_fields}
-    return problem(rule.path, rule.wrong.format_map(sections), value=shown, allowed=rule.allowed.format_map(sections))
+    wrong, allowed = rule.wrong.format_map(sections), rule.allowed.format_map(sections)
+    return problem(rule.path, wrong, code=rule.code, value=shown, allowed=allowed)
 
 
 def _normalizes_over_samples(config: Config) -> bool:
@@ -49,89 +51,105 @@ _RULES = (
         lambda c: c.precision.compute == "float16" and c.run.device == "cpu",
         "float16 needs a GPU; use bfloat16, or set run.device to cuda",
         "float32, bfloat16",
+        code="float16-on-cpu",
     ),
     _Rule(
         "metrics.certificate_file",
         lambda c: (c.metrics.certificate_file is None) != (c.metrics.key_file is None),
         "TLS needs a certificate and its key; set metrics.certificate_file and metrics.key_file, or neither",
+        code="tls-half",
     ),
     _Rule(
         "metrics.token_file",
         lambda c: c.metrics.token_file is not None and c.metrics.password_file is not None,
         "a scrape brings a token or a password, not both; set metrics.token_file or metrics.password_file",
+        code="token-and-password",
     ),
     _Rule(
         "metrics.pushgateway",
         lambda c: bool(set("@?#") & set(c.metrics.pushgateway or "")),
         "a name, password or token in the URL would be saved with the run; name the host alone",
+        code="secret-in-url",
     ),
     _Rule(
         "comm.compression",
         lambda c: c.comm.compression != "none" and c.comm.reduction != "float",
         "an exact reduction cannot be compressed; set comm.reduction to float",
+        code="exact-compression",
     ),
     _Rule(
         "comm.op",
         lambda c: c.comm.op == "adasum" and c.comm.reduction != "float",
         "adasum is not a sum; set comm.reduction to float",
+        code="adasum-exact",
     ),
     _Rule(
         "comm.op",
         lambda c: c.comm.op == "adasum" and c.noise.method != "none",
         "adasum weighs each rank's gradient at its own point, but noise moves that point; "
         "set comm.op to average or noise.method to none",
+        code="adasum-with-noise",
     ),
     _Rule(
         "batch.micro_size",
         lambda c: c.batch.micro_size != "auto" and c.batch.micro_size > c.batch.global_size,
         "a micro-batch is a part of the global batch of {batch.global_size}",
         "auto, or at most {batch.global_size}",
+        code="micro-above-global",
     ),
     _Rule(
         "batch.global_size",
         lambda c: c.batch.global_size == 1 and _normalizes_over_samples(c),
         "one sample is too few for {model.norm} norm",
         "at least 2, or model.norm none",
+        code="one-sample-batch",
     ),
     _Rule(
         "batch.micro_size",
         _leaves_one_sample,
         "the last micro-batch would hold one sample, which {model.norm} norm cannot normalize",
         "auto, or a size that does not leave one sample",
+        code="one-sample-left",
     ),
     _Rule(
         "optimizer.nesterov",
         lambda c: c.optimizer.name == "sgd" and c.optimizer.nesterov and c.optimizer.momentum == 0,
         "Nesterov's rule needs a momentum above 0",
+        code="nesterov-without-momentum",
     ),
     _Rule(
         "schedule.milestones",
         lambda c: c.schedule.decay == "step" and not c.schedule.milestones,
         "a step decay needs the epochs at which it steps",
+        code="step-without-milestones",
     ),
     _Rule(
         "schedule.warmup_epochs",
         lambda c: c.schedule.warmup_epochs > c.run.epochs,
         "the warm-up is longer than the run",
         "at most run.epochs, {run.epochs}",
+        code="warmup-too-long",
     ),
     _Rule(
         "noise.sharing",
         lambda c: c.noise.method == "langevin" and c.noise.sharing != "global",
         "langevin noise stays in the weights, which all ranks share; set noise.sharing to global",
         "global",
+        code="langevin-sharing",
     ),
     _Rule(
         "noise.sharing",
         lambda c: c.noise.method == "sam" and c.noise.sharing != "micro_batch",
         "sam ascends by each micro-batch's own gradient; set noise.sharing to micro_batch",
         "micro_batch",
+        code="sam-sharing",
     ),
     _Rule(
         "noise.scale",
         lambda c: c.noise.method == "sam" and c.noise.scale != "absolute",
         "sam's ascent has the length noise.amplitude, whatever the weights; set noise.scale to absolute",
         "absolute",
+        code="sam-scale",
     ),
     _Rule(
         "noise.sharing",
@@ -139,22 +157,26 @@ _RULES = (
         "sync norm takes its statistics over all ranks, which must then hold the same weights; "
         "set noise.sharing to global or micro_batch",
         "global, micro_batch",
+        code="sync-rank-noise",
     ),
     _Rule(
         "comm.op",
         lambda c: c.model.norm == "sync" and c.comm.op == "adasum",
         "adasum combines gradients that ranks take alone, but sync norm ties them together; "
         "set comm.op to average or model.norm to ghost",
+        code="sync-adasum",
     ),
     _Rule(
         "data.root",
         lambda c: c.data.name == "imagefolder" and c.data.root is None,
         "an image folder needs its place",
+        code="image-folder-unset",
     ),
     _Rule(
         "data.classes",
         lambda c: c.data.name == "imagefolder" and c.data.classes is None,
         "an image folder needs its number of classes",
+        code="image-folder-unset",
     ),
 )
 

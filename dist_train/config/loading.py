@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -74,17 +74,21 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = located(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(str(path), [problem("(file)", f"there is no such file{_nearest_file(path)}")]) from None
+        raise ConfigError(
+            str(path), [problem("(file)", f"there is no such file{_nearest_file(path)}", code="file-missing")]
+        ) from None
     except (OSError, ValueError) as error:
-        raise ConfigError(str(path), [problem("(file)", f"cannot be read: {error}")]) from None
+        raise ConfigError(str(path), [problem("(file)", f"cannot be read: {error}", code="unreadable")]) from None
     try:
         settings = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(str(path), [problem("(file)", f"not YAML: {' '.join(str(error).split())}")]) from None
+        raise ConfigError(str(path), [problem("(file)", f"not YAML: {yaml_fault(error)}", code="not-yaml")]) from None
     if settings is None:
         return {}
     if not isinstance(settings, dict):
-        raise ConfigError(str(path), [problem("(file)", "not a mapping of sections", value=settings)])
+        raise ConfigError(
+            str(path), [problem("(file)", "not a mapping of sections", code="wrong-type", value=settings)]
+        )
     return settings
 
 
@@ -97,6 +101,15 @@ def parse_yaml(text: str | bytes) -> Any:
         return yaml.load(text, Loader=_Loader)
     except RecursionError:
         raise yaml.YAMLError("it nests too deeply") from None
+
+
+def yaml_fault(error: yaml.YAMLError) -> str:
+    """Return where a text is not YAML, as people count lines and columns, and why: "line 3, column 5: ..."."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        return place + " ".join(filter(None, (error.context, error.problem)))
+    return " ".join(str(error).split())
 
 
 def with_overrides(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -137,8 +150,8 @@ def parse_config(settings: Mapping[str, Any], *, source: str) -> Config:
     except ValidationError as error:
         raise ConfigError(source, problems_of(error, Config)) from None
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(source, [problem("(file)", str(error))]) from None
-    found = conflicts(config)
+        raise ConfigError(source, [problem("(file)", str(error), code="wrong-type")]) from None
+    found = [*_with_nul(config.model_dump(mode="json"), ""), *conflicts(config)]
     if found:
         raise ConfigError(source, found)
     return config
@@ -155,10 +168,10 @@ def _read(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
         return settings
     name = settings.pop(_BASE)
     if not isinstance(name, str) or not name or "\0" in name:
-        raise ConfigError(str(path), [problem(_BASE, "not the name of a file", value=name)])
+        raise ConfigError(str(path), [problem(_BASE, "not the name of a file", code="wrong-form", value=name)])
     base, seen = based_on(path, name), (*seen, os.path.realpath(located(path)))
     if os.path.realpath(located(base)) in seen:
-        raise ConfigError(str(path), [problem(_BASE, "the file is its own base", value=str(base))])
+        raise ConfigError(str(path), [problem(_BASE, "the file is its own base", code="base-cycle", value=str(base))])
     return _merge(_read(base, seen), settings)
 
 
@@ -180,20 +193,41 @@ def _apply(settings: dict[str, Any], override: str) -> None:
     if not separator or not all(names):
         raise ConfigError(
             _COMMAND_LINE,
-            [problem(override or "''", "not an override", allowed="section.key=value, as in run.seed=1")],
+            [
+                problem(
+                    override or "''",
+                    "not an override",
+                    code="override-form",
+                    allowed="section.key=value, as in run.seed=1",
+                )
+            ],
         )
     try:
         value = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(_COMMAND_LINE, [problem(path, f"not YAML: {' '.join(str(error).split())}")]) from None
+        raise ConfigError(_COMMAND_LINE, [problem(path, f"not YAML: {yaml_fault(error)}", code="not-yaml")]) from None
     section = settings
     for name in names[:-1]:
         inner = section.get(name)
         if inner is not None and not isinstance(inner, dict):
-            raise ConfigError(_COMMAND_LINE, [problem(path, f"{name} is not a section", value=inner)])
+            raise ConfigError(
+                _COMMAND_LINE, [problem(path, f"{name} is not a section", code="wrong-type", value=inner)]
+            )
         section[name] = dict(inner or {})
         section = section[name]
     section[names[-1]] = value
+
+
+def _with_nul(value: object, path: str) -> Iterator[Problem]:
+    """Yield a problem for each text below `path` that holds a NUL character: no name of a file or host can."""
+    if isinstance(value, str) and "\0" in value:
+        yield problem(path, "holds a NUL character", code="nul-character", value=value.replace("\0", "\\0"))
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _with_nul(inner, f"{path}.{name}" if path else name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _with_nul(inner, path)
 
 
 def _nearest_file(path: Path) -> str:

@@ -11,22 +11,23 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from dist_train.outcome import printable
+from dist_train.outcome import UsageError, printable
 
 _MISSING = object()
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One fault: the dotted path of the setting, its value (None: not shown), what is wrong, what is allowed."""
+    """One fault: the dotted path of the setting, its value, what is wrong, the code of that, what is allowed."""
 
     path: str
     value: object
     wrong: str
+    code: str
     allowed: str = ""
 
     def __str__(self) -> str:
-        lines = [f"  {self.path}: {self.wrong}"]
+        lines = [f"  {self.path}: {self.wrong} [{self.code}]"]
         if self.value is not _MISSING:
             lines.append(f"      value:   {_shorten(self.value)}")
         if self.allowed:
@@ -34,7 +35,7 @@ class Problem:
         return "\n".join(lines)
 
 
-class ConfigError(ValueError):
+class ConfigError(UsageError):
     """A configuration that cannot be used; its text lists every problem. Exit code 2."""
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
@@ -44,9 +45,9 @@ class ConfigError(ValueError):
         super().__init__(printable("\n".join([f"{source}: {count}", *map(str, problems)])))
 
 
-def problem(path: str, wrong: str, *, value: object = _MISSING, allowed: str = "") -> Problem:
+def problem(path: str, wrong: str, *, code: str, value: object = _MISSING, allowed: str = "") -> Problem:
     """Return a `Problem` whose value may be left out."""
-    return Problem(path, value, wrong, allowed)
+    return Problem(path, value, wrong, code, allowed)
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,14 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
             found[path] = _unknown_key(place, model, fault["input"])
         elif kind == "union_tag_invalid":
             choices = str(fault["ctx"]["expected_tags"]).replace("'", "")
-            found[path] = problem(f"{path}.kind", "not a kind", value=fault["ctx"]["tag"], allowed=choices)
+            found[path] = problem(
+                f"{path}.kind", "not a kind", code="unknown-kind", value=fault["ctx"]["tag"], allowed=choices
+            )
         elif kind == "json_invalid":
-            found[path] = problem(path, f"cannot be read: {fault['ctx']['error']}")
+            found[path] = problem(path, f"cannot be read: {fault['ctx']['error']}", code="unreadable")
         else:
             wrong = _WORDS.get(kind) or _plain(fault["msg"])
-            found[path] = problem(path, wrong, value=fault["input"], allowed=_allowed(place))
+            found[path] = problem(path, wrong, code=_code(kind), value=fault["input"], allowed=_allowed(place))
     return list(found.values())
 
 
@@ -104,6 +107,30 @@ _WORDS: Mapping[str, str] = MappingProxyType(
     }
 )
 
+_CODES: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "missing": frozenset({"missing", "union_tag_not_found"}),
+        "no-such-choice": frozenset({"literal_error"}),
+        "wrong-form": frozenset({"string_pattern_mismatch"}),
+        "out-of-range": frozenset(
+            {
+                "greater_than",
+                "greater_than_equal",
+                "less_than",
+                "less_than_equal",
+                "finite_number",
+                "too_short",
+                "too_long",
+            }
+        ),
+    }
+)
+"""By the code of a problem, the kinds of pydantic's faults; all others are of a wrong type."""
+
+
+def _code(kind: str) -> str:
+    return next((code for code, kinds in _CODES.items() if kind in kinds), "wrong-type")
+
 
 def _locate(location: tuple[int | str, ...], model: type[BaseModel]) -> _Place:
     """Follow pydantic's location, which also holds the tags of unions and the names of their members."""
@@ -117,7 +144,7 @@ def _locate(location: tuple[int | str, ...], model: type[BaseModel]) -> _Place:
         elif choices:
             field = choices[0].model_fields.get(str(part))
             place = _Place((*place.names, part), choices[0], field)
-            choices = _models_of(field)
+            choices = models_of(field)
         elif isinstance(part, int):
             place = replace(place, names=(*place.names, part))
     return place
@@ -133,25 +160,25 @@ def _unknown_key(place: _Place, model: type[BaseModel], value: object) -> Proble
     prefix = "".join(f"{name}." for name in place.names[:-1])
     close = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
     if close:
-        return problem(place.path, f"unknown key; did you mean {prefix}{close[0]}?", value=value)
+        return problem(place.path, f"unknown key; did you mean {prefix}{close[0]}?", code="unknown-key", value=value)
     paths = _all_paths(model)
     elsewhere = difflib.get_close_matches(key, [path.rpartition(".")[2] for path in paths], n=1, cutoff=0.8)
     namesakes = [path for path in paths if elsewhere and path.rpartition(".")[2] == elsewhere[0]]
     hint = f"; did you mean {' or '.join(namesakes)}?" if namesakes else ""
-    return problem(place.path, f"unknown key{hint}", value=value, allowed=", ".join(here))
+    return problem(place.path, f"unknown key{hint}", code="unknown-key", value=value, allowed=", ".join(here))
 
 
 def _all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
     paths: list[str] = []
     for name, field in model.model_fields.items():
         paths.append(f"{prefix}{name}")
-        inner = _models_of(field)
+        inner = models_of(field)
         if len(inner) == 1 and not _is_collection(field):
             paths.extend(_all_paths(inner[0], f"{prefix}{name}."))
     return paths
 
 
-def _models_of(field: FieldInfo | None) -> tuple[type[BaseModel], ...]:
+def models_of(field: FieldInfo | None) -> tuple[type[BaseModel], ...]:
     """Return the models that a field, or each of its items, can be: one of a section, one for each kind of a union."""
     if field is None:
         return ()
@@ -172,21 +199,27 @@ def _allowed(place: _Place) -> str:
     """Say what a setting takes, from its field: the choices, or the kind of number and its range."""
     if place.field is None:
         return ""
-    models = _models_of(place.field)
+    models = models_of(place.field)
     if models:
         names = dict.fromkeys(name for model in models for name in model.model_fields)
         section = "a mapping with the keys " + ", ".join(names)
         if place.inside or not _is_collection(place.field):
             return section
         return f"{'names, each with' if get_origin(place.field.annotation) is dict else 'a list, each'} {section}"
-    schema = _leaf_schema(place.field)
+    schema = leaf_schema(place.field)
     if isinstance(index := place.names[-1], int):
         items = schema.get("prefixItems")
         schema = items[index] if items and index < len(items) else schema.get("items", schema)
+    return in_words(schema)
+
+
+def in_words(schema: Mapping[str, Any]) -> str:
+    """Say what a setting of the JSON `schema` takes: the choices, or the kind of value and its range."""
     return " or ".join(filter(None, map(_in_words, schema.get("anyOf", [schema]))))
 
 
-def _leaf_schema(field: FieldInfo) -> Mapping[str, Any]:
+def leaf_schema(field: FieldInfo) -> Mapping[str, Any]:
+    """Return the JSON schema of a field that is no section."""
     annotated: Any = field.annotation
     for constraint in field.metadata:
         annotated = Annotated[annotated, constraint]
@@ -198,7 +231,7 @@ def _in_words(schema: Mapping[str, Any]) -> str:
         return ", ".join(map(str, schema["enum"]))
     if "const" in schema:
         return str(schema["const"])
-    kind = str(schema.get("type", ""))
+    kind = str(schema.get("format") or schema.get("type", ""))
     if kind == "array":
         if "prefixItems" in schema:
             fixed = schema["prefixItems"]
@@ -211,6 +244,7 @@ def _in_words(schema: Mapping[str, Any]) -> str:
         "string": "text",
         "null": "null",
         "object": "a mapping",
+        "path": "a path",
     }.get(kind, kind)
     bounds = {
         "exclusiveMinimum": "above",

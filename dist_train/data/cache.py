@@ -64,7 +64,7 @@ class Source:
             try:
                 digest.update(f"{path.stat().st_size}:{_file_digest(path)}\n".encode())
             except OSError as error:
-                raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+                raise UsageError(f"cannot read {path}: {error.strerror or error}", code="data-unreadable") from error
         return f"{self.name}-{self.split}-v{self.reader_version}-{digest.hexdigest()[:16]}"
 
 

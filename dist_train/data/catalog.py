@@ -9,8 +9,11 @@ from dist_train.config import DataSettings
 from dist_train.data import cifar, fashion_mnist, synthetic
 from dist_train.data.cache import Source, decoded_once
 from dist_train.data.download import decoded_folder
+from dist_train.data.image_folder import check_same_classes, list_split, training_subset
 from dist_train.data.images import ImageSet, Split
 from dist_train.data.plan import balanced_subset
+
+_ARCHIVES: Mapping[str, cifar.Archive] = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}
 
 Reader = Callable[[DataSettings, Split, int], ImageSet]
 """(settings, split, seed) -> every image of the split; only made-up data depend on the seed."""
@@ -27,6 +30,24 @@ def load_images(settings: DataSettings, split: Split, seed: int) -> ImageSet:
     if split == "train" and settings.train_size is not None:
         return balanced_subset(images, settings.train_size, seed)
     return images
+
+
+def find_data(settings: DataSettings) -> None:
+    """Look for the files of both splits, as reading them would; none is opened.
+
+    Raises UsageError when some are missing, or an image folder is not as it must be.
+    """
+    splits: tuple[Split, ...] = ("train", "test")
+    if settings.name == "fashion-mnist":
+        for split in splits:
+            fashion_mnist.find(settings.root, split)
+    elif settings.name in _ARCHIVES:
+        for split in splits:
+            cifar.find(_ARCHIVES[settings.name], cifar.root_or_default(settings.root), split)
+    elif settings.name == "imagefolder" and settings.root is not None and settings.classes is not None:
+        train, test = (list_split(settings.root, split, settings.classes, seed=0) for split in splits)
+        check_same_classes(train, test)
+        training_subset(train, settings.train_size, seed=0)
 
 
 def _fashion_mnist(settings: DataSettings, split: Split, seed: int) -> ImageSet:
@@ -51,7 +72,6 @@ def _synthetic(settings: DataSettings, split: Split, seed: int) -> ImageSet:
 
 READERS: Mapping[str, Reader] = {
     "fashion-mnist": _fashion_mnist,
-    "cifar10": partial(_cifar, "cifar10", cifar.CIFAR10),
-    "cifar100": partial(_cifar, "cifar100", cifar.CIFAR100),
+    **{name: partial(_cifar, name, archive) for name, archive in _ARCHIVES.items()},
     "synthetic": _synthetic,
 }

@@ -96,8 +96,10 @@ def find(archive: Archive, root: Path, split: Split) -> tuple[Path, ...]:
     if packed.is_file():
         return (packed,)
     if len(missing) < len(unpacked):
-        raise UsageError(f"{archive.title}: {missing[0]} is missing. {archive.fix(root)}")
-    raise UsageError(f"{archive.title}: found neither {packed} nor {unpacked[0].parent}. {archive.fix(root)}")
+        raise UsageError(f"{archive.title}: {missing[0]} is missing. {archive.fix(root)}", code="data-missing")
+    raise UsageError(
+        f"{archive.title}: found neither {packed} nor {unpacked[0].parent}. {archive.fix(root)}", code="data-missing"
+    )
 
 
 def decode(archive: Archive, root: Path, files: Sequence[Path], split: Split) -> ImageSet:
@@ -129,7 +131,7 @@ def _read(path: Path, fix: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}. {fix}") from error
+        raise UsageError(f"cannot read {path}: {error.strerror or error}. {fix}", code="data-unreadable") from error
 
 
 def _unpack(path: Path, archive: Archive, names: tuple[str, ...], fix: str) -> dict[str, bytes]:
@@ -149,11 +151,13 @@ def _unpack(path: Path, archive: Archive, names: tuple[str, ...], fix: str) -> d
     except Exception as error:
         # Damaged archives raise errors of nearly any type, of gzip, zlib and tarfile.
         if isinstance(error, OSError) and error.errno is not None:
-            raise UsageError(f"cannot read {path}: {error.strerror}. {fix}") from error
-        raise UsageError(f"{path} is damaged: it cannot be unpacked ({error}). {fix}") from error
+            raise UsageError(f"cannot read {path}: {error.strerror}. {fix}", code="data-unreadable") from error
+        raise UsageError(
+            f"{path} is damaged: it cannot be unpacked ({error}). {fix}", code="data-unpackable"
+        ) from error
     missing = [name for name in names if name not in found]
     if missing:
-        raise UsageError(f"{path} is damaged: {archive.folder}/{missing[0]} is not in it. {fix}")
+        raise UsageError(f"{path} is damaged: {archive.folder}/{missing[0]} is not in it. {fix}", code="data-missing")
     return {f"{archive.folder}/{name} in {path}": found[name] for name in names}
 
 
@@ -163,18 +167,25 @@ def _batch(content: bytes, place: str, archive: Archive, fix: str) -> tuple[NDAr
     except Exception as error:
         # Damaged pickles raise errors of nearly any type, MemoryError included.
         reason = error if isinstance(error, pickle.UnpicklingError) else f"no sound pickle ({type(error).__name__})"
-        raise UsageError(f"{place} is damaged: {reason}. {fix}") from error
+        raise UsageError(f"{place} is damaged: {reason}. {fix}", code="data-format") from error
     pixels = record.get("data")
     if not isinstance(pixels, np.ndarray) or pixels.ndim != 2 or pixels.shape[1] != _PIXELS:
-        raise UsageError(f"{place} is damaged: its data are not rows of {_PIXELS} bytes. {fix}")
+        raise UsageError(f"{place} is damaged: its data are not rows of {_PIXELS} bytes. {fix}", code="data-shape")
     labels = record.get(archive.label_key)
     if not isinstance(labels, list) or not all(type(label) is int for label in labels):
-        raise UsageError(f"{place} is damaged: it has no list of numbers named {archive.label_key}. {fix}")
+        raise UsageError(
+            f"{place} is damaged: it has no list of numbers named {archive.label_key}. {fix}", code="data-labels"
+        )
     if len(labels) != len(pixels):
-        raise UsageError(f"{place} is damaged: {len(pixels)} images but {len(labels)} labels. {fix}")
+        raise UsageError(
+            f"{place} is damaged: {len(pixels)} images but {len(labels)} labels. {fix}", code="data-counts"
+        )
     outside = next((label for label in labels if not 0 <= label < archive.classes), None)
     if outside is not None:
-        raise UsageError(f"{place} is damaged: it holds the label {outside}, not 0 to {archive.classes - 1}. {fix}")
+        raise UsageError(
+            f"{place} is damaged: it holds the label {outside}, not 0 to {archive.classes - 1}. {fix}",
+            code="data-labels",
+        )
     return pixels, np.array(labels, dtype=np.int64)
 
 

@@ -142,7 +142,7 @@ class LoaderProcesses:
                 self._hand_out()
                 self._receive(wait=True)
             if part.failure is not None:
-                raise FaultError(part.failure)
+                raise FaultError(part.failure, code="image-unreadable")
             assert part.slot is not None
             pixels = self._slots.pixels(part.slot, part.stop - part.start)
             out[part.start : part.stop] = torch.from_numpy(pixels)
@@ -272,7 +272,7 @@ class LoaderProcesses:
                 continue
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             fix = ": where the machine ran out of memory, fewer data.loader_workers need less" if code < 0 else ""
-            raise FaultError(f"the loader process {process.pid}, which decodes images, {how}{fix}")
+            raise FaultError(f"the loader process {process.pid}, which decodes images, {how}{fix}", code="loader-ended")
 
 
 def _environment() -> dict[str, str]:

@@ -50,7 +50,9 @@ def decode(path: str, size: int, draws: Sequence[float] | None) -> NDArray[np.ui
     except Exception as error:
         # Damaged files raise errors of many types: OSError, SyntaxError, ValueError, struct.error, ...
         name = os.fsencode(path).decode(errors="replace")
-        raise FaultError(f"the image {name} cannot be read ({_in_words(error)}): repair or remove it") from error
+        raise FaultError(
+            f"the image {name} cannot be read ({_in_words(error)}): repair or remove it", code="image-unreadable"
+        ) from error
     if draws is None:
         pixels = np.asarray(_centre(image, size))
     else:

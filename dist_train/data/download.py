@@ -60,7 +60,8 @@ def fetch(url: str, path: Path, sha256: str) -> None:
     except OSError as error:
         raise UsageError(
             f"cannot write {path}: {error.strerror or error}. Set data.root to a folder that can be written, "
-            "with space for the archive."
+            "with space for the archive.",
+            code="download-unwritable",
         ) from error
 
 
@@ -74,7 +75,8 @@ def _fetch(url: str, path: Path, sha256: str) -> None:
             raise UsageError(
                 f"{url} gave {file.tell()} bytes with SHA-256 {digest.hexdigest()}, but {sha256} was "
                 f"published: nothing was kept. Try again, or put {path.name} from a source that you trust "
-                f"into {path.parent}."
+                f"into {path.parent}.",
+                code="download-digest",
             )
 
 
@@ -87,5 +89,6 @@ def _chunks(url: str, path: Path) -> Iterator[bytes]:
     except (OSError, http.client.HTTPException) as error:
         raise UsageError(
             f"cannot download {url}: {error}. On a machine without network access, fetch {path.name} "
-            f"elsewhere and put it into {path.parent}."
+            f"elsewhere and put it into {path.parent}.",
+            code="download-failed",
         ) from error

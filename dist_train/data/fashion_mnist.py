@@ -28,17 +28,23 @@ def read_idx(path: Path, dimensions: int, fix: str) -> NDArray[np.uint8]:
     header_bytes = 4 + 4 * dimensions
     content = _read(path, header_bytes, dimensions, fix)
     if len(content) < header_bytes:
-        raise _damaged(path, f"it holds {len(content)} bytes, less than an IDX header of {header_bytes}", fix)
+        raise _damaged(
+            path, f"it holds {len(content)} bytes, less than an IDX header of {header_bytes}", fix, code="data-length"
+        )
     magic = (_UNSIGNED_BYTE << 8) | dimensions
     found = int.from_bytes(content[:4], "big")
     if found != magic:
-        raise _damaged(path, f"it begins with {found:08x}, not with the IDX magic number {magic:08x}", fix)
+        raise _damaged(
+            path, f"it begins with {found:08x}, not with the IDX magic number {magic:08x}", fix, code="data-format"
+        )
     shape = _shape(content, dimensions)
     expected = header_bytes + math.prod(shape)
     if len(content) != expected:
         holds = f"more than {expected}" if len(content) > expected else f"{len(content)}"
         what = " x ".join(map(str, shape))
-        raise _damaged(path, f"its header announces {what} bytes, {expected} in all; it holds {holds}", fix)
+        raise _damaged(
+            path, f"its header announces {what} bytes, {expected} in all; it holds {holds}", fix, code="data-length"
+        )
     return np.frombuffer(content, dtype=np.uint8, offset=header_bytes).reshape(shape)
 
 
@@ -56,9 +62,9 @@ def _read(path: Path, header_bytes: int, dimensions: int, fix: str) -> bytearray
                 if len(content) >= header_bytes:
                     limit = header_bytes + math.prod(_shape(content, dimensions))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise _damaged(path, f"gzip cannot unpack it ({error})", fix) from error
+        raise _damaged(path, f"gzip cannot unpack it ({error})", fix, code="data-unpackable") from error
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}. {fix}") from error
+        raise UsageError(f"cannot read {path}: {error.strerror or error}. {fix}", code="data-unreadable") from error
     return content
 
 
@@ -66,8 +72,8 @@ def _shape(content: bytearray, dimensions: int) -> tuple[int, ...]:
     return tuple(int.from_bytes(content[4 * i : 4 * i + 4], "big") for i in range(1, dimensions + 1))
 
 
-def _damaged(path: Path, reason: str, fix: str) -> UsageError:
-    return UsageError(f"{path} is damaged: {reason}. {fix}")
+def _damaged(path: Path, reason: str, fix: str, code: str) -> UsageError:
+    return UsageError(f"{path} is damaged: {reason}. {fix}", code=code)
 
 
 VERSION = 1
@@ -99,7 +105,7 @@ def find(root: Path | None, split: Split) -> tuple[Path, Path]:
     missing = [stem for stem in _STEMS[split] if all(_existing(folder, stem) is None for folder in folders)]
     names = " and ".join(f"{stem}[.gz]" for stem in missing or _STEMS[split])
     places = " or ".join(map(str, folders))
-    raise UsageError(f"Fashion-MNIST: {names} not found in {places}. {_FIX}")
+    raise UsageError(f"Fashion-MNIST: {names} not found in {places}. {_FIX}", code="data-missing")
 
 
 def decode(files: tuple[Path, Path]) -> ImageSet:
@@ -109,14 +115,20 @@ def decode(files: tuple[Path, Path]) -> ImageSet:
     labels = read_idx(labels_file, 1, _FIX)
     if len(pixels) == 0 or pixels.shape[1:] != (_SIDE, _SIDE):
         found = " x ".join(map(str, pixels.shape))
-        raise UsageError(f"{images_file} is damaged: it holds {found} pixels, not images of 28 x 28. {_FIX}")
+        raise UsageError(
+            f"{images_file} is damaged: it holds {found} pixels, not images of 28 x 28. {_FIX}", code="data-shape"
+        )
     if len(labels) != len(pixels):
         raise UsageError(
             f"{images_file} holds {len(pixels)} images but {labels_file} holds {len(labels)} labels: "
-            f"one of them is damaged. {_FIX}"
+            f"one of them is damaged. {_FIX}",
+            code="data-counts",
         )
     if labels.max() >= CLASSES:
-        raise UsageError(f"{labels_file} is damaged: it holds the label {labels.max()}, not 0 to {CLASSES - 1}. {_FIX}")
+        raise UsageError(
+            f"{labels_file} is damaged: it holds the label {labels.max()}, not 0 to {CLASSES - 1}. {_FIX}",
+            code="data-labels",
+        )
     # The arrays are views of bytearrays, hence writable, so that torch takes them as they are.
     return ImageSet(torch.from_numpy(pixels).unsqueeze(1), torch.from_numpy(labels).long(), CLASSES)
 

@@ -106,7 +106,7 @@ def open_folder(settings: DataSettings, seed: int, device: torch.device, pixels:
         FaultError: an image that normalization reads is damaged.
     """
     if settings.root is None or settings.classes is None:
-        raise UsageError("an image folder needs data.root and data.classes")
+        raise UsageError("an image folder needs data.root and data.classes", code="image-folder-unset")
     train_files = list_split(settings.root, "train", settings.classes, seed)
     test_files = list_split(settings.root, "test", settings.classes, seed)
     check_same_classes(train_files, test_files)

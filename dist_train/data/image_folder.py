@@ -79,7 +79,8 @@ def check_same_classes(train: Listing, test: Listing) -> None:
     differing = sorted(set(train.classes) ^ set(test.classes))
     if differing:
         raise UsageError(
-            f"{train.folder} and {test.folder} hold different classes: {differing[0]} is in one of them alone"
+            f"{train.folder} and {test.folder} hold different classes: {differing[0]} is in one of them alone",
+            code="classes-differ",
         )
 
 
@@ -87,7 +88,10 @@ def _folder(root: Path, split: Split) -> Path:
     candidates = [root / name for name in _FOLDERS[split]]
     found = next((folder for folder in candidates if folder.is_dir()), None)
     if found is None:
-        raise UsageError(f"there is no folder {' or '.join(map(str, candidates))}: {_LAYOUT}; set data.root to it")
+        raise UsageError(
+            f"there is no folder {' or '.join(map(str, candidates))}: {_LAYOUT}; set data.root to it",
+            code="image-folder-missing",
+        )
     return found
 
 
@@ -97,15 +101,20 @@ def _scan(folder: Path, classes: int) -> Listing:
             class_names = sorted(entry.name for entry in entries if _is_visible(entry) and entry.is_dir())
         files = [_images_in(folder / name) for name in class_names]
     except OSError as error:
-        raise UsageError(f"cannot list {error.filename or folder}: {error.strerror or error}") from error
+        raise UsageError(
+            f"cannot list {error.filename or folder}: {error.strerror or error}", code="image-folder-unreadable"
+        ) from error
     if len(class_names) != classes:
         fix = f"set data.classes to {len(class_names)}" if len(class_names) > 1 else _LAYOUT
-        raise UsageError(f"{folder} holds {len(class_names)} class folders, but data.classes is {classes}: {fix}")
+        raise UsageError(
+            f"{folder} holds {len(class_names)} class folders, but data.classes is {classes}: {fix}", code="class-count"
+        )
     for name, images in zip(class_names, files, strict=True):
         if not images:
             raise UsageError(
                 f"the class folder {folder / name} holds no image ({', '.join(SUFFIXES)}): "
-                f"fill it, or remove it and set data.classes to {classes - 1}"
+                f"fill it, or remove it and set data.classes to {classes - 1}",
+                code="class-empty",
             )
     counts = torch.tensor([len(images) for images in files])
     names = [name for images in files for name in images]

@@ -70,7 +70,8 @@ class BatchPlan:
             raise UsageError(
                 f"all ranks share every micro-batch, but one has only {smallest.size} samples for {size} ranks: "
                 f"set batch.micro_size so that even the last micro-batch of batch.global_size {self.global_size} "
-                f"has at least {size} samples, or start fewer ranks"
+                f"has at least {size} samples, or start fewer ranks",
+                code="micro-batch-too-small",
             )
         return tuple(
             MicroBatch(
@@ -86,7 +87,8 @@ class BatchPlan:
         if samples < self.global_size:
             raise UsageError(
                 f"{samples} training samples are fewer than one global batch of {self.global_size}: "
-                f"set batch.global_size to at most {samples}, or train on more samples (data.train_size)"
+                f"set batch.global_size to at most {samples}, or train on more samples (data.train_size)",
+                code="too-few-samples",
             )
         return samples // self.global_size
 
@@ -125,7 +127,8 @@ def balanced_choice(labels: Tensor, size: int, classes: int, seed: int) -> Tenso
     if size > labels.numel():
         raise UsageError(
             f"data.train_size is {size}, but there are {labels.numel()} training images: "
-            f"set it to at most {labels.numel()}, or leave it out"
+            f"set it to at most {labels.numel()}, or leave it out",
+            code="too-few-samples",
         )
     return _chosen(labels, size, classes, seed)
 

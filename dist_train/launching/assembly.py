@@ -19,7 +19,7 @@ from dist_train.cluster.communicator import Communicator, run_on_all_ranks
 from dist_train.cluster.devices import share_out_devices
 from dist_train.config import Config
 from dist_train.config.resuming import with_device, with_micro_size
-from dist_train.data.images import SampleSource, Splits
+from dist_train.data.images import SampleSource
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.launching.session import Session
@@ -30,18 +30,16 @@ from dist_train.optim.noise import Noise, SmoothOut, build_noise
 from dist_train.optim.optimizers import build_optimizer
 from dist_train.optim.schedules import LearningRate
 from dist_train.rundir.paths import RunDirectory
-from dist_train.training.compute import Compute, DynamicLossScale, LossScale, NoLossScale, set_up_compute
+from dist_train.training.compute import Compute, DynamicLossScale, LossScale, set_up_compute
 from dist_train.training.consistency import check_same_data
 from dist_train.training.measuring import (
     HostTimer,
     Measuring,
-    NoMeasuring,
     RankMeasuring,
     StepClock,
     UsageReader,
     WeightNorms,
     build_step_clock,
-    is_measured,
 )
 from dist_train.training.micro_batches import (
     find_micro_size,
@@ -70,29 +68,32 @@ def assemble(
     session: Session,
     stop: StopRequests,
 ) -> Trainer:
-    """Build the trainer of `config`, at the beginning or where the checkpoint `contents` (rank 0's) left off.
-
-    Raises:
-        UsageError: data are missing, or something does not fit.
-    """
+    """Build the trainer of `config`, at the beginning or where the checkpoint `contents` (rank 0's) left off."""
     device = share_out_devices(comm, config.run.device)
     config = with_device(config, "cuda" if device.type == "cuda" else "cpu")
     compute = run_on_all_ranks(comm, partial(set_up_compute, config.precision, device), "set up its device")
-    splits = run_on_all_ranks(comm, lambda: _open_data(config, compute), "load the data")
+    layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+    open_data = partial(open_splits, config.data, config.run.seed, compute.device, layout)
+    splits = run_on_all_ranks(comm, open_data, "load the data")
     check_same_data(comm, splits.identity, config.data.name)
-    samples = len(splits.train)
-    steps_per_epoch = run_on_all_ranks(
-        comm, partial(_steps_per_epoch, config.batch.global_size, samples), "plan the batches"
-    )
+
+    def steps_of(batch_size: int) -> int:
+        return BatchPlan(batch_size, 1).steps_per_epoch(len(splits.train))
+
+    steps_per_epoch = run_on_all_ranks(comm, lambda: steps_of(config.batch.global_size), "plan the batches")
     updates_per_epoch = steps_per_epoch
     if config.schedule.keep_updates:
-        base_batch = config.schedule.base_batch
-        updates_per_epoch = run_on_all_ranks(comm, partial(_steps_per_epoch, base_batch, samples), "plan the updates")
+        updates_per_epoch = run_on_all_ranks(comm, lambda: steps_of(config.schedule.base_batch), "plan the updates")
     total_steps = config.run.epochs * updates_per_epoch
 
     network = build_model(config).to(compute.device)
     weights = FlatWeights(network)
-    measuring = _measuring(config, compute, weights, comm)
+    is_measured = config.metrics.enabled or config.metrics.tensorboard
+    measuring = Measuring()
+    if is_measured:
+        # The norms measure the distance to the initial weights, which are what `weights` are now.
+        norms = WeightNorms(weights.values, weights.values.clone()) if comm.rank == 0 else None
+        measuring = RankMeasuring(comm, UsageReader(compute.device), norms)
     optimizer = build_optimizer(config.optimizer, weights)
     progress = run_on_all_ranks(comm, partial(_restore, contents, network, optimizer), "restore the checkpoint")
     progress = shared_progress(comm, progress)
@@ -102,11 +103,9 @@ def assemble(
     if config.precision.compile:
         model = cast(nn.Module, torch.compile(network))
     config = _with_micro_size(config, comm, model, weights, compute)
-    if comm.rank == 0:
-        directory.save_config(config)
-    clock = build_step_clock(compute.device) if is_measured(config.metrics) else StepClock(HostTimer())
     writer = None
     if comm.rank == 0:
+        directory.save_config(config)
         writer = CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing)
     step = build_step(
         config,
@@ -116,8 +115,8 @@ def assemble(
         optimizer,
         comm,
         compute,
-        loss_scale=DynamicLossScale(progress) if compute.precision == torch.float16 else NoLossScale(),
-        clock=clock,
+        loss_scale=DynamicLossScale(progress) if compute.precision == torch.float16 else LossScale(),
+        clock=build_step_clock(compute.device) if is_measured else StepClock(HostTimer()),
         total_steps=total_steps,
         wait_for_checkpoint_copy=writer.wait_until_copied if writer else lambda: None,
     )
@@ -200,23 +199,11 @@ def build_step(
     )
 
 
-def _steps_per_epoch(batch_size: int, samples: int) -> int:
-    return BatchPlan(batch_size, 1).steps_per_epoch(samples)
-
-
 def _restore(contents: Contents | None, network: nn.Module, optimizer: Optimizer) -> Progress:
     if contents is None:
         return Progress()
     load_into(contents, network, optimizer)
     return restored_progress(contents)
-
-
-def _measuring(config: Config, compute: Compute, weights: FlatWeights, comm: Communicator) -> Measuring:
-    """Return what measures steps, told on rank 0 the initial weights: `weights` as they are now."""
-    if not is_measured(config.metrics):
-        return NoMeasuring()
-    norms = WeightNorms(weights.values, weights.values.clone()) if comm.rank == 0 else None
-    return RankMeasuring(comm, UsageReader(compute.device), norms)
 
 
 def _warn_of_lost_noise(noise: Noise, precision: torch.dtype, step: int) -> None:
@@ -233,11 +220,6 @@ def _warn_of_lost_noise(noise: Noise, precision: torch.dtype, step: int) -> None
             noise.amplitude(step),
             step,
         )
-
-
-def _open_data(config: Config, compute: Compute) -> Splits:
-    layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
-    return open_splits(config.data, config.run.seed, compute.device, layout)
 
 
 def _reduction(config: Config, weights: FlatWeights, comm: Communicator) -> GradientReduction:

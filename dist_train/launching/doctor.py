@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import platform
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console, Group
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from dist_train.config import Config
+from dist_train.config import Config, DataSettings
 from dist_train.config.sections import Device
+from dist_train.outcome import UsageError
 
 State = Literal["fine", "note", "fails"]
 """fine: usable. note: training runs without it. fails: training cannot run here."""
@@ -45,31 +46,25 @@ class Check:
     fix: str = ""
 
 
-@dataclass(frozen=True)
-class _Library:
-    package: str
-    module: str
-    needed_by: str
-
-
 _LIBRARIES = (
-    _Library("torchvision", "torchvision", "ResNets"),
-    _Library("timm", "timm.optim", "LARS and LAMB"),
-    _Library("nvidia-ml-py", "pynvml", "the utilization of GPUs"),
-    _Library("pillow", "PIL.Image", "image folders"),
-    _Library("prometheus-client", "prometheus_client", "metrics"),
-    _Library("scipy", "scipy.sparse.linalg", "dist-train sharpness"),
-    _Library("matplotlib", "matplotlib", "figures of landscapes and learning curves"),
-    _Library("jinja2", "jinja2", "dist-train report"),
-    _Library("uniplot", "uniplot", "dist-train watch"),
+    ("torchvision", "torchvision", "ResNets"),
+    ("timm", "timm.optim", "LARS and LAMB"),
+    ("nvidia-ml-py", "pynvml", "the utilization of GPUs"),
+    ("pillow", "PIL.Image", "image folders"),
+    ("prometheus-client", "prometheus_client", "metrics"),
+    ("scipy", "scipy.sparse.linalg", "dist-train sharpness"),
+    ("matplotlib", "matplotlib", "figures of landscapes and learning curves"),
+    ("jinja2", "jinja2", "dist-train report"),
+    ("uniplot", "uniplot", "dist-train watch"),
 )
+"""Package, module, and what needs it."""
 
 
 def examine(config: Config, data_named: bool) -> tuple[Check, ...]:
-    """Return every finding for a run of `config`; only where `data_named`, its data must be there."""
-    data = check_data(config) if data_named else check_known_data(config)
+    """Return every finding for a run of `config`; only where `data_named`, it and its data must be usable."""
+    data = (*check_configuration(config), check_data(config)) if data_named else check_known_data()
     return (
-        check_python(),
+        Check("Python", "fine", f"{platform.python_version()} at {sys.executable}"),
         check_torch(),
         check_devices(config.run.device),
         check_horovod(config.run.device),
@@ -92,10 +87,8 @@ def can_train(checks: tuple[Check, ...]) -> bool:
 
 def render(checks: tuple[Check, ...], console: Console) -> None:
     """Print the findings, each fix below its line, and the verdict."""
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    columns = (Column(no_wrap=True), Column(no_wrap=True), Column(overflow="fold"))
+    table = Table(*columns, box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for check in checks:
         mark, style = _MARKS[check.state]
         lines = [Text(check.detail)]
@@ -108,9 +101,9 @@ def render(checks: tuple[Check, ...], console: Console) -> None:
     console.print(Text(verdict, style="bold green" if not failing else "bold red"))
 
 
-def check_python() -> Check:
-    """Say which Python this is; the package does not install on one that is too old."""
-    return Check("Python", "fine", f"{platform.python_version()} at {sys.executable}")
+def as_json(checks: tuple[Check, ...]) -> str:
+    """Return the findings as one JSON document: `{"can_train": ..., "checks": [...]}`, the fields of `Check` each."""
+    return json.dumps({"can_train": can_train(checks), "checks": [asdict(check) for check in checks]}, indent=2)
 
 
 def check_torch() -> Check:
@@ -179,10 +172,9 @@ def check_mpi() -> Check:
     from dist_train.cluster.inspection import horovod_build, loaded_mpi_libraries, mpi_library
 
     try:
-        library = mpi_library()
+        detail = f"{mpi_library()}, mpi4py {metadata.version('mpi4py')}"
     except ImportError as error:
         return Check("MPI", "note", f"cannot be loaded: {error}", f"for mpirun and srun, {_SET_UP}")
-    detail = f"{library.description}, mpi4py {library.mpi4py_version}"
     try:
         horovod_build()
     except ImportError:
@@ -190,24 +182,20 @@ def check_mpi() -> Check:
     files = loaded_mpi_libraries()
     if len(files) > 1:
         listed = " and ".join(sorted(map(str, files)))
-        return Check(
-            "MPI",
-            "fails",
-            f"Horovod and mpi4py load two: {listed}",
-            "unset LD_LIBRARY_PATH and MPI4PY_LIBMPI",
-        )
+        fix = "unset LD_LIBRARY_PATH and MPI4PY_LIBMPI"
+        return Check("MPI", "fails", f"Horovod and mpi4py load two: {listed}", fix)
     return Check("MPI", "fine", f"{detail}, {', '.join(map(str, files))}")
 
 
 def check_libraries() -> Check:
     """Check that the libraries load which only some runs and commands need."""
     found, missing = [], []
-    for library in _LIBRARIES:
+    for package, module, needed_by in _LIBRARIES:
         try:
-            importlib.import_module(library.module)
-            found.append(f"{library.package} {metadata.version(library.package)}")
+            importlib.import_module(module)
+            found.append(f"{package} {metadata.version(package)}")
         except (ImportError, OSError) as error:
-            missing.append(f"{library.package}, needed by {library.needed_by}, cannot be loaded: {error}")
+            missing.append(f"{package}, needed by {needed_by}, cannot be loaded: {error}")
     if missing:
         return Check("libraries", "note", "; ".join((*found, *missing)), _SET_UP)
     return Check("libraries", "fine", ", ".join(found))
@@ -235,29 +223,37 @@ def check_slurm() -> Check:
     return Check("Slurm", "fine", f"{version}, with PMIx")
 
 
-def check_data(config: Config) -> tuple[Check, ...]:
+def check_data(config: Config) -> Check:
     """Check that the files of the configured data set are there; nothing is decoded."""
     name = config.data.name
-    missing = _missing_data(name, config.data.root)
+    missing = _missing_data(config.data)
     if missing is None:
-        return (Check("data", "fine", f"{name} is here"),)
-    if config.data.download:
-        return (Check("data", "note", f"{name} is not here; data.download fetches it when the run begins"),)
-    detail, _, fix = missing.partition(". ")
-    return (Check("data", "fails", detail, fix),)
+        return Check("data", "fine", f"{name} is here")
+    if config.data.download and name.startswith("cifar"):
+        return Check("data", "note", f"{name} is not here; data.download fetches it when the run begins")
+    return Check("data", "fails", *missing)
 
 
-def check_known_data(config: Config) -> tuple[Check, ...]:
+def check_known_data() -> tuple[Check, ...]:
     """Say which data sets are in their usual places; made-up data need none."""
     checks = []
     for name in ("fashion-mnist", "cifar10", "cifar100"):
-        missing = _missing_data(name, None)
-        if missing is None:
-            checks.append(Check("data", "fine", f"{name} is here"))
-        else:
-            detail, _, fix = missing.partition(". ")
-            checks.append(Check("data", "note", detail, fix))
+        missing = _missing_data(DataSettings.model_validate({"name": name}))
+        checks.append(Check("data", "note", *missing) if missing else Check("data", "fine", f"{name} is here"))
     return tuple(checks)
+
+
+def check_configuration(config: Config) -> tuple[Check, ...]:
+    """Check what else `train` refuses before its first step."""
+    try:
+        from dist_train.launching.preflight import check_settings
+    except (ImportError, OSError):
+        return ()  # without torch, of which another check tells
+    try:
+        check_settings(config)
+    except UsageError as error:
+        return (Check("configuration", "fails", str(error), "dist-train config check lists all problems"),)
+    return (Check("configuration", "fine", "nothing in it is refused"),)
 
 
 def check_metrics_port(config: Config) -> Check:
@@ -278,7 +274,7 @@ def check_metrics_port(config: Config) -> Check:
 
 
 def check_shared_memory() -> Check:
-    """Check the room that ranks on one machine talk through."""
+    """Check the space that ranks on one machine talk through."""
     try:
         free = shutil.disk_usage(_SHARED_MEMORY).free
     except OSError:
@@ -290,7 +286,7 @@ def check_shared_memory() -> Check:
 
 
 def check_disk(name: str, directory: Path) -> Check:
-    """Check that `directory` can be made or written to, and has room for checkpoints."""
+    """Check that `directory` can be made or written to, with enough space for checkpoints."""
     existing = next(folder for folder in (directory, *directory.resolve().parents) if folder.exists())
     fix = "choose another place: run.directory=FOLDER or --run-dir DIR"
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -310,37 +306,26 @@ def check_cache() -> Check:
         return Check("cache", "note", "not checked: torch cannot be loaded")
     check = check_disk("cache", decoded_folder())
     if check.state == "fails":
-        return Check(check.name, check.state, check.detail, "choose another place: DIST_TRAIN_CACHE=FOLDER")
+        return replace(check, fix="choose another place: DIST_TRAIN_CACHE=FOLDER")
     return check
 
 
-def _missing_data(name: str, root: Path | None) -> str | None:
-    """Return what the data room says is missing, and its fix; None where nothing is."""
-    from dist_train.outcome import UsageError
-
+def _missing_data(settings: DataSettings) -> tuple[str, str] | None:
+    """Return what is missing of a data set, and its fix; None where nothing is."""
     try:
-        from dist_train.data import cifar, fashion_mnist
+        from dist_train.data.catalog import find_data
     except (ImportError, OSError) as error:
-        return f"not checked, as torch cannot be loaded ({error}). {_SET_UP}"
-    finders: dict[str, Callable[[Literal["train", "test"]], object]] = {
-        "fashion-mnist": lambda split: fashion_mnist.find(root, split),
-        "cifar10": lambda split: cifar.find(cifar.CIFAR10, cifar.root_or_default(root), split),
-        "cifar100": lambda split: cifar.find(cifar.CIFAR100, cifar.root_or_default(root), split),
-    }
-    if name not in finders:
-        return None
+        return f"not checked, as torch cannot be loaded ({error})", _SET_UP
     try:
-        finders[name]("train")
-        finders[name]("test")
+        find_data(settings)
     except UsageError as error:
-        return str(error)
+        detail, _, fix = str(error).partition(". ")
+        return (detail, fix) if fix else (detail, "name the folder by data.root")
     return None
 
 
 def _answer(*command: str) -> str | None:
     """Return what the program says, or None where it is missing or does not answer."""
-    if shutil.which(command[0]) is None:
-        return None
     try:
         answer = subprocess.run(
             command,

@@ -21,6 +21,9 @@ from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import RunFacts
 from dist_train.training.micro_batches import share_of
 
+if TYPE_CHECKING:
+    from dist_train.training.trainer import Trainer
+
 _PATIENCE_SECONDS = 5.0
 
 
@@ -51,10 +54,7 @@ def _commit(root: Path) -> str:
 
 
 def launch_environment(revision: str, controller: str, device: torch.device) -> dict[str, str]:
-    """Return names and versions for `status.json`.
-
-    `revision` is dist_train's own; `controller` carries the ranks, by which MPI is used or not.
-    """
+    """Return names and versions for `status.json`; `controller` carries the ranks, by which MPI is used or not."""
     return {
         "dist_train": revision,
         "Python": platform.python_version(),
@@ -68,14 +68,14 @@ def launch_environment(revision: str, controller: str, device: torch.device) -> 
 
 
 def device_name(device: torch.device, processors: Path = Path("/proc/cpuinfo")) -> str:
-    """Return the name of the GPU, or of the processor as `processors` tells it, else its architecture."""
+    """Return the name of the GPU, or of the processor as `processors` has it, else its architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
         lines = processors.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
-    # not told on every architecture
+    # not every architecture has the line
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, "") or platform.machine()
 
@@ -88,13 +88,11 @@ def _installed(package: str) -> str:
         return "not installed"
 
 
-if TYPE_CHECKING:
-    from dist_train.training.trainer import Trainer
-
-
-def run_facts(trainer: Trainer, directory: RunDirectory, launched: float, revision: str) -> RunFacts:
+def run_facts(trainer: Trainer, directory: RunDirectory, launched: float, revision: str, run_id: str) -> RunFacts:
     """Return the facts of the run of `trainer`, of which a launch began at `launched`, seconds since 1970."""
     config, plan, ranks = trainer.config, trainer.plan, trainer.comm
+    noise = config.noise
+    noise_text = f"{noise.method}, {noise.distribution} {noise.amplitude:g}, {noise.sharing}, {noise.schedule.kind}"
     return RunFacts(
         name=directory.root.name,
         run_directory=directory.root,
@@ -108,8 +106,8 @@ def run_facts(trainer: Trainer, directory: RunDirectory, launched: float, revisi
         total_steps=trainer.last_step,
         steps_per_epoch=trainer.learning_rate.steps_per_epoch,
         epochs=trainer.last_step / trainer.learning_rate.steps_per_epoch,
-        noise=_noise_in_words(config),
-        device=device_in_words(config, trainer.take_step.compute.device),
+        noise="none" if noise.method == "none" else noise_text,
+        device=describe_device(config, trainer.take_step.compute.device),
         start_step=trainer.progress.step,
         controller=ranks.controller,
         rank=ranks.rank,
@@ -118,23 +116,17 @@ def run_facts(trainer: Trainer, directory: RunDirectory, launched: float, revisi
         slurm_job=os.environ.get("SLURM_JOB_ID", ""),
         node=socket.gethostname(),
         launched=launched,
+        run_id=run_id,
+        device_memory=_device_memory(trainer.take_step.compute.device),
+        time_limit=trainer.time_limit.end or 0.0,
     )
 
 
-def times_requeued() -> int:
-    """Return how often Slurm has started this job anew; 0 where it has not, or this is no job."""
-    count = os.environ.get("SLURM_RESTART_COUNT", "")
-    return int(count) if count.isdecimal() else 0
+def _device_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
-def _noise_in_words(config: Config) -> str:
-    noise = config.noise
-    if noise.method == "none":
-        return "none"
-    return f"{noise.method}, {noise.distribution} {noise.amplitude:g}, {noise.sharing}, {noise.schedule.kind}"
-
-
-def device_in_words(config: Config, device: torch.device) -> str:
+def describe_device(config: Config, device: torch.device) -> str:
     """Return the device's name; with it, of a GPU, how it keeps to the same bits, and of a CPU, why it is no GPU."""
     remark = why_no_gpu(find_gpus(os.environ))
     if device.type == "cuda":

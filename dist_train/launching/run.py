@@ -17,10 +17,10 @@ from dist_train.cluster.watchdog import start_watchdog
 from dist_train.config import Config, dump_config, parse_config
 from dist_train.config.resuming import with_threads
 from dist_train.launching.assembly import assemble
+from dist_train.launching.preflight import check_settings
 from dist_train.launching.session import Session, open_session
 from dist_train.monitoring.console import open_logs
-from dist_train.monitoring.observers import check_tensorboard
-from dist_train.monitoring.prometheus.http_server import access_warnings, check_access
+from dist_train.monitoring.prometheus.http_server import access_warnings
 from dist_train.rundir.lock import RunLock, lock_run
 from dist_train.rundir.metrics_file import rewind
 from dist_train.rundir.paths import RunDirectory, oserror_to_fault
@@ -76,11 +76,12 @@ def train(config: Config, run_directory: Path | None = None) -> Outcome:
         begin = partial(_begin, config, directory, comm, stack)
         resume_point, lock = run_on_all_ranks(comm, begin, "open the run directory")
         settled = _shared_config(comm, resume_point.config)
+        run_id = broadcast_str(comm, directory.run_id() if comm.rank == 0 else "", "run id")
         stack.enter_context(open_logs(directory.logs, comm.rank))
         if comm.rank == 0 and settled.metrics.enabled:
             for warning in access_warnings(settled.metrics):
                 _logger.warning("%s", warning)
-        session = open_session(settled, directory, comm, lock)
+        session = open_session(settled, directory, comm, lock, run_id)
         try:
             with without_collection():
                 trainer = assemble(settled, resume_point.contents, directory, comm, session, stop)
@@ -103,13 +104,11 @@ def _begin(
     """Lock the run directory, on rank 0, and look at what there is to resume; the others only take part."""
     if comm.rank != 0:
         return ResumePoint(config), None
-    if config.metrics.enabled:
-        check_access(config.metrics)
-    if config.metrics.tensorboard:
-        check_tensorboard()
+    check_settings(config)
     directory.create()
     lock = lock_run(directory.root, directory.lock)
     stack.callback(lock.release)
+    directory.run_id()  # made here, where a disk that refuses it is an error on all ranks
     resume_point = find_resume_point(config, directory)
     rewind(directory.metrics, resume_point.contents.step if resume_point.contents else 0)
     return resume_point, lock
@@ -120,6 +119,4 @@ def _shared_config(comm: Communicator, config: Config) -> Config:
     text = broadcast_str(comm, dump_config(config), "config")
     config = parse_config(yaml.safe_load(text), source="rank 0")
     threads = min(threads for (threads,) in gather(comm, [share_of_threads(comm.local_size)], "threads"))
-    if config.precision.threads != "auto":
-        return config
-    return with_threads(config, threads)
+    return with_threads(config, threads) if config.precision.threads == "auto" else config

@@ -8,20 +8,21 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dist_train.checkpoint.files import list_checkpoints
-from dist_train.checkpoint.state import ResumePoint
+from dist_train.checkpoint.state import Progress, ResumePoint
 from dist_train.cluster.communicator import Communicator, PeerFailedError, RankLostError
+from dist_train.cluster.launch import current_job
 from dist_train.config import Config
 from dist_train.config.sections import MetricsSettings
-from dist_train.launching.provenance import launch_environment, revision, run_facts, times_requeued
+from dist_train.launching.provenance import launch_environment, revision, run_facts
 from dist_train.monitoring.console import open_console
-from dist_train.monitoring.observers import Observer, Observers, TensorBoard
+from dist_train.monitoring.observers import Observers, TensorBoard
 from dist_train.monitoring.prometheus.exporter import Exporter
 from dist_train.outcome import DisagreementError, DivergedError, ExitCode, FaultError, StoppedError, exit_code_of
 from dist_train.rundir.live_files import EventCounts, RanksFile
 from dist_train.rundir.lock import RunLock
 from dist_train.rundir.metrics_file import JsonLines
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import Detail, EventRecord, Outcome
+from dist_train.rundir.records import Detail, EventRecord, Observer, Outcome
 from dist_train.rundir.status import State, StatusFile, another_failed, read_status
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _logger = logging.getLogger("dist_train.training")
 
 
 class Session:
-    """Tells observers how a launch begins and ends, and `status.json`: on rank 0, and wherever a fault begins."""
+    """Reports how a launch begins and ends to observers and `status.json`: on rank 0, and wherever a fault begins."""
 
     def __init__(
         self,
@@ -39,6 +40,7 @@ class Session:
         comm: Communicator,
         observers: Observers,
         lock: RunLock | None = None,
+        run_id: str = "",
     ) -> None:
         """Begin; the status says `starting`. Rank 0 has the `lock` of the run directory."""
         self.observers = observers
@@ -46,6 +48,7 @@ class Session:
         self._directory = directory
         self._comm = comm
         self._lock = lock
+        self._run_id = run_id
         self._launched = time.time()
         self._begun = time.monotonic()
         self._trainer: Trainer | None = None
@@ -53,25 +56,28 @@ class Session:
             self.status.change("starting")
 
     def begin(self, trainer: Trainer, resume_point: ResumePoint) -> None:
-        """Tell that training begins, and what was found before."""
+        """Report that training begins, and what was found before."""
         self._trainer = trainer
-        # One rank tells it for all: on a large launch each of them would start git on the same file system.
+        # Rank 0 asks for all: on a large launch each rank would start git on the same file system.
         code = revision() if self.status else ""
         if self.observers:
-            self.observers.begin(run_facts(trainer, self._directory, self._launched, code))
+            self.observers.begin(run_facts(trainer, self._directory, self._launched, code, self._run_id))
         if self.status is None:
             return
-        step = trainer.progress.step
         for name, text in resume_point.damage.items():
             _logger.warning("%s; the checkpoint before it is used", text)
-            self._tell("corrupt_checkpoint", path=name)
-        if times_requeued():
-            self._tell("requeued", restart=times_requeued())
+            self._record_event("corrupt_checkpoint", path=name)
+        job = current_job()
+        if job is not None and job.restarts:
+            self._record_event("requeued", restart=job.restarts)
         if resume_point.contents is not None:
-            self._tell("resumed", ranks=self._comm.size)
-        environment = launch_environment(code, self._comm.controller, trainer.take_step.compute.device)
+            self._record_event("resumed", ranks=self._comm.size)
         self.status.change(
-            "running", step=step, epoch=trainer.epoch, total_steps=trainer.last_step, environment=environment
+            "running",
+            step=trainer.progress.step,
+            epoch=trainer.epoch,
+            total_steps=trainer.last_step,
+            environment=launch_environment(code, self._comm.controller, trainer.take_step.compute.device),
         )
 
     def before_publishing(self) -> None:
@@ -85,35 +91,35 @@ class Session:
         self.observers.sync()
 
     def finish(self) -> Outcome:
-        """Tell that the run is done, and return how it ended."""
-        return self._end("finished", ExitCode.FINISHED, "", is_told=False)
+        """Report that the run is done, and return how it ended."""
+        return self._end("finished", ExitCode.FINISHED, "", is_recorded=False)
 
     def fail(self, error: Exception) -> None:
-        """Tell that the launch ends with `error`, once the checkpoint being written is on disk."""
+        """Report that the launch ends with `error`, once the checkpoint being written is on disk."""
         if self._trainer is not None:
             self._trainer.settle_saving()
         code = exit_code_of(error)
         # A rank that failed on its own knows why; the others only know that it is lost.
-        is_told = isinstance(error, RankLostError | PeerFailedError) and another_failed(self._directory.status)
+        is_recorded = isinstance(error, RankLostError | PeerFailedError) and another_failed(self._directory.status)
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, DivergedError):
             reason = f"{reason}; {self._last_good()}"
             error.args = (reason,)
-            self._tell("not_finite", reason=reason)
+            self._record_event("not_finite", reason=reason)
         if isinstance(error, DisagreementError):
-            self._tell("disagreement", reason=reason)
+            self._record_event("disagreement", reason=reason)
         if isinstance(error, FaultError):
             _logger.info("%s", reason)
-            if not is_told:
-                self._tell_fault(reason)
+            if not is_recorded:
+                self._record_fault(reason)
         elif code == ExitCode.FAULT:
             _logger.info("%s", reason, exc_info=error)
-            self._tell_fault(reason)
+            self._record_fault(reason)
         elif not isinstance(error, StoppedError | PeerFailedError):
             _logger.info("%s", reason)
-        self._end("stopped" if isinstance(error, StoppedError) else "failed", code, reason, is_told=is_told)
+        self._end("stopped" if isinstance(error, StoppedError) else "failed", code, reason, is_recorded=is_recorded)
 
-    def _tell(self, event: str, **details: Detail) -> None:
+    def _record_event(self, event: str, **details: Detail) -> None:
         """Record what all ranks know; rank 0 does it for all."""
         if self._trainer is not None and self._comm.rank == 0:
             self.observers.record(EventRecord(self._trainer.progress.step, event, time.time(), details))
@@ -129,36 +135,35 @@ class Session:
         if self.status:
             self.status.end("failed", ExitCode.FAULT, message)
         else:
-            self._tell_fault(message)
+            self._record_fault(message)
 
-    def _tell_fault(self, reason: str) -> None:
-        """Write the fault down, on whichever rank it happened: it may be the only one that can tell."""
+    def _record_fault(self, reason: str) -> None:
+        """Record the fault in the status, on whichever rank it happened: no other may know of it."""
         if self.status is None:
             status = _status_file(self._directory, self._comm)
-            step = self._trainer.progress.step if self._trainer else 0
-            status.progress(step=step)
+            status.progress(step=self._trainer.progress.step if self._trainer else 0)
             status.end("failed", ExitCode.FAULT, f"rank {self._comm.rank}: {reason}")
 
-    def _end(self, state: State, code: ExitCode, reason: str, *, is_told: bool) -> Outcome:
+    def _end(self, state: State, code: ExitCode, reason: str, *, is_recorded: bool) -> Outcome:
         trainer = self._trainer
-        progress = trainer.progress if trainer else None
+        progress = trainer.progress if trainer else Progress()
         checkpoints = list_checkpoints(self._directory.checkpoints) if self._comm.rank == 0 else []
         outcome = Outcome(
             state=state,
             reason=reason,
             exit_code=int(code),
-            step=progress.step if progress else 0,
+            step=progress.step,
             epoch=trainer.epoch if trainer else 0.0,
             seconds=time.monotonic() - self._begun,
-            train_accuracy=progress.train_accuracy if progress else None,
-            test_accuracy=progress.test_accuracy if progress else None,
-            best_accuracy=progress.best_accuracy if progress else None,
+            train_accuracy=progress.train_accuracy,
+            test_accuracy=progress.test_accuracy,
+            best_accuracy=progress.best_accuracy,
             samples_per_second=trainer.samples_per_second if trainer else None,
             last_checkpoint=checkpoints[-1].path if checkpoints else None,
         )
         # Before the observers, who may wait for the scrape of the last values: a launcher may not wait as long.
-        if self.status and not is_told:
-            if trainer and progress:
+        if self.status and not is_recorded:
+            if trainer:
                 self.status.progress(step=progress.step, epoch=trainer.epoch, best_accuracy=progress.best_accuracy)
             self.status.end(state, code, reason)
         self.observers.end(outcome)
@@ -170,10 +175,11 @@ class Session:
         return f"the last good checkpoint is {good[-1].path}" if good else "there is no good checkpoint"
 
 
-def open_session(config: Config, directory: RunDirectory, comm: Communicator, lock: RunLock | None = None) -> Session:
+def open_session(
+    config: Config, directory: RunDirectory, comm: Communicator, lock: RunLock | None = None, run_id: str = ""
+) -> Session:
     """Return the session of this launch, with this rank's observers."""
-    make = _observers_of_the_run if comm.rank == 0 else _observers_of_a_rank
-    return Session(directory, comm, Observers(make(config.metrics, directory)), lock)
+    return Session(directory, comm, Observers(_observers(config.metrics, directory, comm.rank)), lock, run_id)
 
 
 def _status_file(directory: RunDirectory, comm: Communicator) -> StatusFile:
@@ -182,18 +188,14 @@ def _status_file(directory: RunDirectory, comm: Communicator) -> StatusFile:
     return StatusFile(directory.status, comm.size, before.environment if before else {})
 
 
-def _observers_of_the_run(settings: MetricsSettings, directory: RunDirectory) -> Iterator[Observer]:
-    """Yield rank 0's; what a later one tells the outside, the earlier ones have written down."""
-    yield JsonLines(directory.metrics)
-    yield EventCounts(directory.event_counts)
-    yield open_console()
-    yield RanksFile(directory.ranks)
-    if settings.enabled:
+def _observers(settings: MetricsSettings, directory: RunDirectory, rank: int) -> Iterator[Observer]:
+    """Yield those of `rank`; what a later one publishes, the earlier ones have written down."""
+    if rank == 0:
+        yield JsonLines(directory.metrics)
+        yield EventCounts(directory.event_counts)
+        yield open_console()
+        yield RanksFile(directory.ranks)
+    if settings.enabled and (rank == 0 or settings.ranks == "all"):
         yield Exporter(settings)
-    if settings.tensorboard:
+    if settings.tensorboard and rank == 0:
         yield TensorBoard(directory.tensorboard)
-
-
-def _observers_of_a_rank(settings: MetricsSettings, directory: RunDirectory) -> Iterator[Observer]:
-    if settings.enabled and settings.ranks == "all":
-        yield Exporter(settings)

@@ -22,10 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_train.monitoring import wording
-from dist_train.monitoring.observers import Observer
 from dist_train.monitoring.wording import Pace
 from dist_train.outcome import escaped, printable
-from dist_train.rundir.records import EvaluationRecord, EventRecord, Outcome, Record, RunFacts, TrainRecord
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Observer, Outcome, Record, RunFacts, TrainRecord
 
 _WIDTH = 120
 

@@ -7,46 +7,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from dist_train.outcome import UsageError
-from dist_train.rundir.records import EvaluationRecord, Measurement, Outcome, Record, RunFacts, TrainRecord
+from dist_train.rundir.records import EvaluationRecord, Measurement, Observer, Outcome, Record, RunFacts, TrainRecord
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
-
-
-class Observer(Protocol):
-    """The calls that a run makes, in their order; a subclass overrides those that it needs, the others do nothing.
-
-    A call may raise: the observer is then dropped, and the run continues.
-    """
-
-    def begin(self, facts: RunFacts) -> None:
-        """The run is about to do its first step."""
-        return
-
-    def record(self, record: Record) -> None:
-        """Something was measured, or happened."""
-        return
-
-    def measurement(self, measurement: Measurement) -> None:
-        """What a step took on every rank; at most once per `metrics.every_steps`."""
-        return
-
-    def progress(self, step: int) -> None:
-        """`step` updates are done; called at every one and within evaluations, so it must cost next to nothing."""
-        return
-
-    def sync(self) -> None:
-        """Flush to disk what was recorded; called, from any thread, before a checkpoint becomes durable."""
-        return
-
-    def end(self, outcome: Outcome) -> None:
-        """The run has ended, well or not; release everything."""
-        return
 
 
 class Observers(Observer):
@@ -107,7 +76,8 @@ def check_tensorboard() -> None:
     except ImportError as error:
         raise UsageError(
             "metrics.tensorboard is true, but TensorBoard is not installed: "
-            "pip install 'dist_train[tensorboard]', or set metrics.tensorboard to false"
+            "pip install 'dist_train[tensorboard]', or set metrics.tensorboard to false",
+            code="tensorboard-missing",
         ) from error
 
 

@@ -63,12 +63,12 @@ def draw_learning_curve(run_directories: Sequence[Path], output: Path) -> None:
     Raises UsageError for another suffix, a folder that does not exist, or a run without measurements.
     """
     if output.suffix.lower() not in _FORMATS:
-        raise UsageError(f"cannot draw {output}: the name must end in .png or .svg")
+        raise UsageError(f"cannot draw {output}: the name must end in .png or .svg", code="output-form")
     if not output.parent.is_dir():
-        raise UsageError(f"cannot draw {output}: there is no folder {output.parent}")
+        raise UsageError(f"cannot draw {output}: there is no folder {output.parent}", code="folder-missing")
     runs = [_read(RunDirectory(directory)) for directory in run_directories]
     if not runs:
-        raise UsageError("no run to draw: name at least one run directory")
+        raise UsageError("no run to draw: name at least one run directory", code="no-run-named")
     with rc_context(_STYLE), atomic.replacing(output) as file:
         # no date: the same run gives the same file
         metadata = {"Date": None} if output.suffix.lower() == ".svg" else None
@@ -80,12 +80,14 @@ def _read(directory: RunDirectory) -> Measured:
     try:
         records = read_records(path)
     except FileNotFoundError:
-        raise UsageError(f"{directory.root} has no {path.name}: name the directory of a run that has begun") from None
+        raise UsageError(
+            f"{directory.root} has no {path.name}: name the directory of a run that has begun", code="no-run-here"
+        ) from None
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+        raise UsageError(f"cannot read {path}: {error.strerror}", code="records-unreadable") from error
     run = measured_of(directory.root.resolve().name, records)
     if not run.train and not any(run.evaluations.values()):
-        raise UsageError(f"{path} holds no measurement yet: the run has not done a step")
+        raise UsageError(f"{path} holds no measurement yet: the run has not done a step", code="no-measurement")
     return run
 
 

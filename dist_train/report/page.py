@@ -60,7 +60,9 @@ def write_report(directory: Path, output: Path) -> Subject:
     try:
         atomic.write_text(output, text)
     except OSError as error:
-        raise UsageError(f"cannot write {output} ({error.strerror or error}): choose another with -o FILE") from error
+        raise UsageError(
+            f"cannot write {output} ({error.strerror or error}): choose another with -o FILE", code="output-unwritable"
+        ) from error
     return subject
 
 

@@ -347,15 +347,16 @@ class Subject:
 
 def read_subject(directory: Path) -> Subject:
     """Return the runs of `directory`. Raises UsageError where it is no folder, or there is no run in it."""
+    fix = "name a run, a study, or a folder of runs"
     if not directory.is_dir():
-        raise UsageError(f"there is no folder {directory}: name a run, a study, or a folder of runs")
+        raise UsageError(f"there is no folder {directory}: {fix}", code="folder-missing")
     if StudyDirectory(directory).runs.is_file():
         return Subject(directory, "study", tuple(_study_runs(directory, "")))
     if RunDirectory(directory).has_begun:
         return Subject(directory, "run", (read_run(directory, directory.resolve().name),))
     runs = tuple(_runs_below(directory))
     if not runs:
-        raise UsageError(f"there is no run at or below {directory}: name a run, a study, or a folder of runs")
+        raise UsageError(f"there is no run at or below {directory}: {fix}", code="no-run-here")
     return Subject(directory, "folder", runs)
 
 
@@ -380,9 +381,10 @@ def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:
     try:
         plan = [_planned(entry, base) for entry in json.loads(path.read_bytes())]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is not a list of runs ({error!r}): start the study's sweep again") from error
-    for planned in plan:
-        yield read_run(directory / planned.name, prefix + planned.name, planned)
+        raise UsageError(
+            f"{path} is not a list of runs ({error!r}): start the study's sweep again", code="plan-damaged"
+        ) from error
+    yield from (read_run(directory / planned.name, prefix + planned.name, planned) for planned in plan)
 
 
 def _planned(entry: Mapping[str, Any], base_batch: object) -> Planned:

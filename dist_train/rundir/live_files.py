@@ -14,12 +14,12 @@ from typing import Any
 
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text
-from dist_train.rundir.records import EventRecord, Measurement, Outcome, RankMeasurement, Record, RunFacts
+from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, RankMeasurement, Record
 
 _logger = logging.getLogger(__name__)
 
 
-class EventCounts:
+class EventCounts(Observer):
     """Counts every event record into `path`, on top of what it holds; a resume does not rewind it."""
 
     def __init__(self, path: Path) -> None:
@@ -33,23 +33,11 @@ class EventCounts:
             self._counts = Counter()
             self._write()
 
-    def begin(self, facts: RunFacts) -> None:
-        """Do nothing: the file is read already."""
-
     def record(self, record: Record) -> None:
         """Count an event, in memory and in the file."""
         if isinstance(record, EventRecord):
             self._counts[record.event] += 1
             self._write()
-
-    def measurement(self, measurement: Measurement) -> None:
-        """Do nothing: these are not events."""
-
-    def progress(self, step: int) -> None:
-        """Do nothing: these are not events."""
-
-    def sync(self) -> None:
-        """Do nothing: a count lost to a power failure is not worth the wait."""
 
     def end(self, outcome: Outcome) -> None:
         """Try once more to write what the disk refused."""
@@ -95,7 +83,7 @@ class RanksReading:
     ranks: tuple[RankMeasurement, ...]
 
 
-class RanksFile:
+class RanksFile(Observer):
     """An observer that rewrites the file at a measurement, at most once a second, and at the end.
 
     A disk that refuses costs one warning; the next measurement is tried again.
@@ -107,23 +95,11 @@ class RanksFile:
         self._refused = False
         self._pending: Measurement | None = None
 
-    def begin(self, facts: RunFacts) -> None:
-        """Do nothing: nothing is measured yet."""
-
-    def record(self, record: Record) -> None:
-        """Do nothing: records are kept in `metrics.jsonl`."""
-
     def measurement(self, measurement: Measurement) -> None:
         """Write `measurement` down, where the last one was written long enough ago."""
         self._pending = measurement
         if time.monotonic() >= self._due:
             self._write()
-
-    def progress(self, step: int) -> None:
-        """Do nothing."""
-
-    def sync(self) -> None:
-        """Do nothing: the file is of the moment alone."""
 
     def end(self, outcome: Outcome) -> None:
         """Write the last measurement, unless it is there."""

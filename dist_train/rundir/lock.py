@@ -75,7 +75,7 @@ def lock_run(root: Path, path: Path, *, patience: float = PATIENCE_SECONDS, leas
         while not _try_to_lock(descriptor, path):
             holder = _read(descriptor)
             if time.monotonic() - begun >= (lease if _is_predecessor(holder) else patience):
-                raise UsageError(_refusal(root, holder))
+                raise UsageError(_refusal(root, holder), code="run-in-use")
             time.sleep(_POLL_SECONDS)
         with suppress(OSError):  # on a full disk nobody can be named, and the lock holds all the same
             _write(descriptor)

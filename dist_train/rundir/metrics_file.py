@@ -11,14 +11,21 @@ from threading import Lock
 from typing import NamedTuple
 
 from dist_train.rundir import atomic
-from dist_train.rundir.records import EvaluationRecord, EventRecord, Measurement, Outcome, Record, RunFacts, to_json
+from dist_train.rundir.records import (
+    EvaluationRecord,
+    EventRecord,
+    Observer,
+    Outcome,
+    Record,
+    to_json,
+)
 
 logger = logging.getLogger(__name__)
 
 _BACKLOG_LIMIT = 100_000
 
 
-class JsonLines:
+class JsonLines(Observer):
     """Appends each record to `path` in one write; `sync` flushes to disk.
 
     A record whose (kind, step, split or event) the file has already is not written again. While the disk
@@ -36,9 +43,6 @@ class JsonLines:
         self._directory_flushed = False
         self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
-    def begin(self, facts: RunFacts) -> None:
-        """Do nothing: the facts are in `config.yaml` and `status.json`."""
-
     def record(self, record: Record) -> None:
         """Append `record`, unless it is there."""
         identity = _identity_of(record)
@@ -49,12 +53,6 @@ class JsonLines:
             if len(self._backlog) < _BACKLOG_LIMIT:
                 self._backlog.append(to_json(record).encode() + b"\n")
             self._write_backlog()
-
-    def measurement(self, measurement: Measurement) -> None:
-        """Do nothing: this is for charts."""
-
-    def progress(self, step: int) -> None:
-        """Do nothing: a step without a record leaves no line."""
 
     def sync(self) -> None:
         """Flush what was recorded to disk."""

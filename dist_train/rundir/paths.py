@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
+import secrets
 import shlex
 import stat
 import tempfile
@@ -14,6 +16,8 @@ from pathlib import Path
 from dist_train.config import Config, dump_config
 from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir import atomic
+
+_RUN_ID = re.compile(r"[0-9a-f]{16}")
 
 
 class BrokenFileError(Exception):
@@ -28,6 +32,8 @@ class RunDirectory:
         self.root = root
         self.config = root / "config.yaml"
         """Every setting, resolved."""
+        self.id = root / "run_id"
+        """What tells this run from others of its name."""
         self.status = root / "status.json"
         self.metrics = root / "metrics.jsonl"
         """One record a line."""
@@ -94,8 +100,21 @@ class RunDirectory:
         except OSError as error:
             raise UsageError(
                 f"the run directory {self.root} cannot be written: {error.strerror or error}; "
-                f"choose another by run.directory or --run-dir"
+                f"choose another by run.directory or --run-dir",
+                code="run-directory-unwritable",
             ) from error
+
+    def run_id(self) -> str:
+        """Return the id of the run, 16 hexadecimal digits; made and written down where it has none. Raises OSError."""
+        try:
+            known = self.id.read_text(encoding="ascii").strip()
+        except (FileNotFoundError, UnicodeDecodeError):
+            known = ""
+        if _RUN_ID.fullmatch(known):
+            return known
+        made = secrets.token_hex(8)
+        atomic.write_text(self.id, f"{made}\n")
+        return made
 
     def save_config(self, config: Config) -> None:
         """Save every setting."""
@@ -120,7 +139,9 @@ def refuse_foreign(folder: Path, otherwise: str) -> None:
     else:
         return
     if _knows_owners(folder):
-        raise UsageError(f"{folder} {fault}, who could exchange what is in it; {fix}, or {otherwise}")
+        raise UsageError(
+            f"{folder} {fault}, who could exchange what is in it; {fix}, or {otherwise}", code="folder-foreign"
+        )
 
 
 def _user_name(number: int) -> str:
@@ -165,5 +186,6 @@ def oserror_to_fault(directory: RunDirectory) -> Iterator[None]:
         place = f": {error.filename}" if error.filename else ""
         raise FaultError(
             f"{error.strerror or error}{place}; the checkpoints in {directory.root} are as they were: "
-            f"mend it, and start the same command again"
+            f"mend it, and start the same command again",
+            code="disk-failed",
         ) from error

@@ -141,6 +141,12 @@ class RunFacts:
     """When this launch began, in seconds since 1970."""
     device: str = ""
     """What this rank computes on, in words for people."""
+    run_id: str = ""
+    """The same for every launch of a run, and of no other run."""
+    device_memory: int = 0
+    """Bytes of memory of this rank's device; 0 without a device."""
+    time_limit: float = 0.0
+    """When the batch system ends the job, in seconds since 1970; 0 where it does not, or is not asked."""
 
 
 @dataclass(frozen=True)
@@ -251,3 +257,28 @@ def read_last_records(path: Path, size: int = 1 << 16) -> tuple[Record, ...]:
 
 def _parse(content: bytes) -> tuple[Record, ...]:
     return tuple(record for line in content.split(b"\n") if (record := from_json(line)) is not None)
+
+
+class Observer:
+    """The calls that a run makes, in their order; a subclass overrides those that it needs, the others do nothing.
+
+    A call may raise: the observer is then dropped, and the run continues.
+    """
+
+    def begin(self, facts: RunFacts) -> None:
+        """The run is about to do its first step."""
+
+    def record(self, record: Record) -> None:
+        """Something was measured, or happened."""
+
+    def measurement(self, measurement: Measurement) -> None:
+        """What a step took on every rank; at most once per `metrics.every_steps`."""
+
+    def progress(self, step: int) -> None:
+        """`step` updates are done; called at every one and within evaluations, so it must cost next to nothing."""
+
+    def sync(self) -> None:
+        """Flush to disk what was recorded; called, from any thread, before a checkpoint becomes durable."""
+
+    def end(self, outcome: Outcome) -> None:
+        """The run has ended, well or not; release everything."""

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,7 @@ def _placed(fault: Problem, variant: _Variant, overrides: Sequence[str]) -> Prob
         return fault
     origins = [f"{origin}.{fault.path}" for setting, origin in variant.origins.items() if is_of(setting)]
     place = origins[-1] if origins else f"{fault.path} (variant {variant.name})"
-    return Problem(place, fault.value, fault.wrong, fault.allowed)
+    return replace(fault, path=place)
 
 
 def _twins(runs: Sequence[PlannedRun]) -> Iterator[Problem]:
@@ -199,13 +199,15 @@ def _twins(runs: Sequence[PlannedRun]) -> Iterator[Problem]:
     settings: dict[str, PlannedRun] = {}
     for run in runs:
         if run.name in names:
-            yield problem("variants", "two runs would have the same name", value=run.name)
+            yield problem("variants", "two runs would have the same name", code="name-twice", value=run.name)
             continue
         names[run.name] = run
         plain = run.config.model_copy(update={"run": run.config.run.model_copy(update={"name": ""})})
         twin = settings.setdefault(plain.model_dump_json(), run)
         if twin is not run:
-            yield problem(f"variants.{run.variant}", f"has the same settings as the variant {twin.variant}")
+            yield problem(
+                f"variants.{run.variant}", f"has the same settings as the variant {twin.variant}", code="same-settings"
+            )
 
 
 def analysis_commands(study: Study, runs: Sequence[PlannedRun]) -> Iterator[tuple[str, ...]]:

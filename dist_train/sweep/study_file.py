@@ -119,7 +119,7 @@ def load_study(path: Path) -> Study:
     except ValidationError as error:
         raise ConfigError(str(path), problems_of(error, Study)) from None
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(str(path), [problem("(file)", str(error))]) from None
+        raise ConfigError(str(path), [problem("(file)", str(error), code="wrong-type")]) from None
     found = [*_problems_of_settings(study), *_problems_of_variants(study)]
     if found:
         raise ConfigError(str(path), found)
@@ -135,16 +135,20 @@ def _problems_of_settings(study: Study) -> Iterator[Problem]:
     for place, settings in (*places, *grids):
         for path, value in settings.items():
             if path in _OURS:
-                yield problem(f"{place}.{path}", "the study itself sets this for each run", value=value)
+                yield problem(
+                    f"{place}.{path}", "the study itself sets this for each run", code="set-by-study", value=value
+                )
             elif not _SETTING.fullmatch(path):
                 allowed = "the dotted path of a setting, such as noise.amplitude"
-                yield problem(f"{place}.{path}", "not a setting", value=value, allowed=allowed)
+                yield problem(f"{place}.{path}", "not a setting", code="wrong-form", value=value, allowed=allowed)
     for place, grid in grids:
         for path, values in grid.items():
             if not values:
-                yield problem(f"{place}.{path}", "a list without values would leave no run", value=values)
+                yield problem(
+                    f"{place}.{path}", "a list without values would leave no run", code="empty-grid", value=values
+                )
     if len(set(study.seeds)) < len(study.seeds):
-        yield problem("seeds", "a seed stands twice", value=list(study.seeds))
+        yield problem("seeds", "a seed stands twice", code="seed-twice", value=list(study.seeds))
 
 
 def _problems_of_variants(study: Study) -> Iterator[Problem]:
@@ -153,11 +157,19 @@ def _problems_of_variants(study: Study) -> Iterator[Problem]:
             if variant.like not in study.variants:
                 yield _unknown_variant(study, f"variants.{name}.like", variant.like)
             elif _is_like_itself(study, name):
-                yield problem(f"variants.{name}.like", "the variant is like itself, through others", value=variant.like)
+                yield problem(
+                    f"variants.{name}.like",
+                    "the variant is like itself, through others",
+                    code="like-itself",
+                    value=variant.like,
+                )
         yield from _problems_of_seeds(study, f"variants.{name}.seeds", variant.seeds)
         for path in sorted(set(variant.grid) & set(study.grid)):
             yield problem(
-                f"variants.{name}.grid.{path}", "the study's grid has this setting already", value=variant.grid[path]
+                f"variants.{name}.grid.{path}",
+                "the study's grid has this setting already",
+                code="grid-twice",
+                value=variant.grid[path],
             )
     for number, analysis in enumerate(study.analyse):
         place, variants = (
@@ -173,7 +185,7 @@ def _problems_of_seeds(study: Study, path: str, seeds: tuple[int, ...]) -> Itera
     unknown = sorted(set(seeds) - set(study.seeds))
     if unknown:
         allowed = ", ".join(map(str, study.seeds))
-        yield problem(path, "not a seed of the study", value=unknown[0], allowed=allowed)
+        yield problem(path, "not a seed of the study", code="unknown-seed", value=unknown[0], allowed=allowed)
 
 
 def _is_like_itself(study: Study, name: str) -> bool:
@@ -188,4 +200,4 @@ def _is_like_itself(study: Study, name: str) -> bool:
 def _unknown_variant(study: Study, path: str, value: str) -> Problem:
     close = difflib.get_close_matches(value, study.variants, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    return problem(path, f"not a variant{hint}", value=value, allowed=", ".join(study.variants))
+    return problem(path, f"not a variant{hint}", code="unknown-variant", value=value, allowed=", ".join(study.variants))

@@ -51,7 +51,9 @@ def project_root() -> Path:
     """
     root = shipped_folder()
     if not (root / "slurm" / "prologue.sh").is_file():
-        raise UsageError(f"there are no batch scripts at {root / 'slurm'}: install dist_train again")
+        raise UsageError(
+            f"there are no batch scripts at {root / 'slurm'}: install dist_train again", code="scripts-missing"
+        )
     return root
 
 

@@ -6,7 +6,6 @@ import logging
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -48,24 +47,24 @@ def set_up_compute(settings: PrecisionSettings, device: torch.device) -> Compute
     """
     assert settings.threads != "auto", "decided before"
     if settings.compute == "float16" and device.type != "cuda":
-        raise UsageError("precision.compute: float16 needs a GPU; use bfloat16")
+        raise UsageError("precision.compute: float16 needs a GPU; use bfloat16", code="float16-on-cpu")
     torch.set_num_threads(settings.threads)
     keep_freed_memory()
     # torch's newer fp32_precision says the same; once that is set, torch.compile fails to read these (2.15).
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     torch.backends.cudnn.allow_tf32 = settings.tf32
     if settings.deterministic is True:
-        _keep_to_deterministic_kernels()
+        _use_deterministic_kernels()
     return Compute(device, _PRECISIONS[settings.compute])
 
 
-def _keep_to_deterministic_kernels() -> None:
+def _use_deterministic_kernels() -> None:
     # cuBLAS reads it when it first starts; other values than these two are refused by torch.
     if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(mode=True)
-    # It helps to find reads of what nobody has written, at the price of a kernel for every new tensor.
-    # the property is given to the module at run time
+    # It helps to find reads of unwritten memory, at the price of a kernel for every new tensor.
+    # torch adds the property to the module at run time
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
@@ -80,10 +79,10 @@ def share_of_threads(local_size: int) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that a device's memory is full, in the words of torch or of CUDA's libraries."""
+    """Whether `error` says that a device's memory is full, as torch or CUDA's libraries put it."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 FIRST = 2.0**16
@@ -93,38 +92,29 @@ UPDATES_UNTIL_RAISED = 2000
 _logger = logging.getLogger("dist_train.training")
 
 
-class LossScale(Protocol):
-    """What a loss is multiplied by, and its gradients divided by; the same on all ranks."""
+class LossScale:
+    """What a loss is multiplied by, and its gradients divided by; the same on all ranks.
+
+    Here 1, always: for numbers that have float32's range.
+    """
 
     @property
     def value(self) -> float:
         """The factor, a power of two."""
+        return 1.0
 
     def lower(self) -> bool:
         """Take a smaller factor after an overflow; False where there is none, and the overflow is a divergence."""
+        return False
 
     def note_update(self) -> None:
         """Take in that an update was made without an overflow."""
 
 
-class NoLossScale:
-    """Gradients as they are, for numbers that have float32's range."""
-
-    value = 1.0
-
-    def lower(self) -> bool:
-        """Return False."""
-        return False
-
-    def note_update(self) -> None:
-        """Do nothing."""
-
-
-class DynamicLossScale:
+class DynamicLossScale(LossScale):
     """Halved by each overflow, doubled after many updates without one; kept in the progress, which is saved."""
 
     def __init__(self, progress: Progress) -> None:
-        """Continue with the factor in `progress`, or begin there."""
         self._progress = progress
         if progress.loss_scale is None:
             progress.loss_scale, progress.updates_since_overflow = FIRST, 0

@@ -8,14 +8,19 @@ import platform
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import dist_train
-from dist_train.cluster.communicator import Communicator, broadcast_str, gather, run_on_all_ranks
+from dist_train.cluster.communicator import (
+    Communicator,
+    broadcast_str,
+    gather,
+    run_on_all_ranks,
+    signed_digest,
+)
 from dist_train.config import Config
 from dist_train.optim.flat_weights import FlatWeights, digest
 from dist_train.optim.noise import Noise
@@ -35,7 +40,8 @@ def verify_agreement(comm: Communicator, weights: FlatWeights, noise: Noise, ste
             names = ", ".join(map(str, odd))
             raise DisagreementError(
                 f"after step {step + 1} the {what} of rank{'s' if len(odd) > 1 else ''} {names} "
-                f"differ from those of the others"
+                f"differ from those of the others",
+                code=f"{what}-differ",
             )
 
 
@@ -50,11 +56,7 @@ _MOST_NAMES = 4
 
 
 def check_consistent_across_ranks(comm: Communicator, config: Config) -> None:
-    """Compare the code and the settings of all ranks; a difference is named, with the first rank that has it.
-
-    Raises:
-        UsageError: they differ; on all ranks.
-    """
+    """Raise UsageError on all ranks where their code or settings differ; it names what differs, and where."""
     if comm.size == 1:
         return
     # The code first: ranks of other code may not even share the form of the settings.
@@ -63,11 +65,7 @@ def check_consistent_across_ranks(comm: Communicator, config: Config) -> None:
 
 
 def check_same_data(comm: Communicator, identity: str, place: str) -> None:
-    """Compare what the ranks' data sets hold.
-
-    Raises:
-        UsageError: they differ; on all ranks.
-    """
+    """Raise UsageError on all ranks where their data sets hold different data."""
     if comm.size > 1:
         _compare(comm, "data", {place: identity}, "put the same files on all nodes")
 
@@ -93,43 +91,29 @@ def _leaves(value: object, path: str) -> list[tuple[str, str]]:
 
 
 def _compare(comm: Communicator, what: str, listing: Mapping[str, str], fix: str) -> None:
-    digests = [digest for (digest,) in gather(comm, [_digest(listing)], f"alike.{what}")]
-    odd = minority(digests)
+    content = json.dumps(listing, sort_keys=True).encode()
+    odd = minority([each for (each,) in gather(comm, [signed_digest(content)], f"alike.{what}")])
     if not odd:
         return
-    # Where rank 0 is the odd one, another tells what it has and the rest has not.
-    teller = odd[0] if odd[0] != 0 else next(rank for rank in range(comm.size) if rank not in odd)
-    theirs: dict[str, str] = json.loads(broadcast_str(comm, json.dumps(listing), f"alike.{what}.listing"))
-    tell = partial(_tell, comm.rank, teller, what, theirs, listing, odd, fix)
-    run_on_all_ranks(comm, tell, f"agree with the others on the {what}")
+    # Where rank 0 is the odd one, another says what it has and the rest has not.
+    reporter = odd[0] if odd[0] != 0 else next(rank for rank in range(comm.size) if rank not in odd)
+    first: dict[str, str] = json.loads(broadcast_str(comm, json.dumps(listing), f"alike.{what}.listing"))
 
+    def report() -> None:
+        if comm.rank != reporter:
+            return
+        names = [name for name in {**first, **listing} if first.get(name) != listing.get(name)]
+        found = [
+            f"{name} ({listing.get(name, 'missing')} on rank {comm.rank}, {first.get(name, 'missing')} on rank 0)"
+            for name in names
+        ]
+        more = f" and {len(found) - _MOST_NAMES} more" if len(found) > _MOST_NAMES else ""
+        ranks = ", ".join(map(str, odd))
+        raise UsageError(
+            f"rank{'s' if len(odd) > 1 else ''} {ranks} of this launch differ{'' if len(odd) > 1 else 's'} from the "
+            f"others in {what}, as rank {comm.rank} on {socket.gethostname()} finds: "
+            f"{'; '.join(found[:_MOST_NAMES])}{more}. {fix[0].upper()}{fix[1:]}",
+            code=f"ranks-differ-in-{what}",
+        )
 
-def _tell(
-    rank: int,
-    teller: int,
-    what: str,
-    first: Mapping[str, str],
-    own: Mapping[str, str],
-    odd: list[int],
-    fix: str,
-) -> None:
-    if rank != teller:
-        return
-    names = [name for name in {**first, **own} if first.get(name) != own.get(name)]
-    told = [f"{name} ({_short(own, name)} on rank {rank}, {_short(first, name)} on rank 0)" for name in names]
-    more = f" and {len(told) - _MOST_NAMES} more" if len(told) > _MOST_NAMES else ""
-    ranks = ", ".join(map(str, odd))
-    raise UsageError(
-        f"rank{'s' if len(odd) > 1 else ''} {ranks} of this launch differ{'' if len(odd) > 1 else 's'} from the "
-        f"others in {what}, as rank {rank} on {socket.gethostname()} finds: "
-        f"{'; '.join(told[:_MOST_NAMES])}{more}. {fix[0].upper()}{fix[1:]}"
-    )
-
-
-def _short(listing: Mapping[str, str], name: str) -> str:
-    return listing.get(name, "missing")
-
-
-def _digest(listing: Mapping[str, str]) -> int:
-    content = json.dumps(listing, sort_keys=True).encode()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+    run_on_all_ranks(comm, report, f"agree with the others on the {what}")

@@ -28,11 +28,6 @@ class Evaluation:
     accuracy: float
     samples: int
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether the loss is a number."""
-        return math.isfinite(self.loss)
-
 
 def evaluate(
     model: nn.Module,
@@ -112,5 +107,5 @@ def recompute_statistics(
     tally.send()
     total = tally.result()
     if total.out_of_range:
-        raise DivergedError("the norms' statistics are not finite or out of range")
+        raise DivergedError("the norms' statistics are not finite or out of range", code="statistics-not-finite")
     statistics.absorb(total.statistics, len(indices), momentum=1.0)

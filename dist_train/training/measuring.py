@@ -6,21 +6,19 @@ import logging
 import math
 import os
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from dist_train.cluster.communicator import Communicator, Pending
-from dist_train.config.sections import MetricsSettings
+from dist_train.cluster.communicator import Communicator
 from dist_train.rundir.records import Measurement, RankMeasurement, StepParts
 
 Part = Literal["data_wait", "forward_backward", "perturb_restore", "allreduce_wait", "optimizer", "checkpoint_stall"]
@@ -39,32 +37,20 @@ _PART_OF: Mapping[Phase, Part] = MappingProxyType(
     }
 )
 
-Moment = TypeVar("Moment")
-
-
-class Timer(Protocol[Moment]):
-    """Takes moments, without waiting for anything, and tells how far apart they were."""
-
-    def now(self) -> Moment:
-        """Return this moment."""
-
-    def seconds(self, begun: Moment, ended: Moment) -> float:
-        """Return the seconds between two moments, the later of which has come."""
-
 
 class HostTimer:
-    """Moments of this process: right where the processor itself computes."""
+    """Takes moments without waiting for anything; of this process: right where the processor itself computes."""
 
-    def now(self) -> float:
+    def now(self) -> Any:
         """Return this moment."""
         return time.perf_counter()
 
-    def seconds(self, begun: float, ended: float) -> float:
-        """Return the seconds between two moments."""
-        return ended - begun
+    def seconds(self, begun: Any, ended: Any) -> float:
+        """Return the seconds between two moments, the later of which has come."""
+        return float(ended - begun)
 
 
-class DeviceTimer:
+class DeviceTimer(HostTimer):
     """Moments of the current stream of a GPU, which is behind the process that fills it."""
 
     def now(self) -> torch.cuda.Event:
@@ -83,33 +69,23 @@ class DeviceTimer:
 class StepTimes:
     """The moments of one step, and the part that began with each; None: what is not part of anything."""
 
-    timer: Timer[Any]
+    timer: HostTimer
     marks: Sequence[tuple[Part | None, Any]]
 
     def seconds_of(self, part: Part) -> float:
         """Return the seconds of `part` alone, as soon as that is over."""
-        return sum(self.timer.seconds(begun, ended) for (of, begun), (_, ended) in pairwise(self.marks) if of == part)
+        spans = (self.timer.seconds(begun, ended) for (of, begun), (_, ended) in pairwise(self.marks) if of == part)
+        return sum(spans, 0.0)
 
     def parts(self) -> StepParts:
         """Return the seconds of every part; on a device ask after its next synchronization, to wait for nothing."""
-        seconds: defaultdict[Part, float] = defaultdict(float)
-        for (part, begun), (_, ended) in pairwise(self.marks):
-            if part is not None:
-                seconds[part] += self.timer.seconds(begun, ended)
-        return StepParts(
-            data_wait=seconds["data_wait"],
-            forward_backward=seconds["forward_backward"],
-            perturb_restore=seconds["perturb_restore"],
-            allreduce_wait=seconds["allreduce_wait"],
-            optimizer=seconds["optimizer"],
-            checkpoint_stall=seconds["checkpoint_stall"],
-        )
+        return StepParts(**{part: self.seconds_of(part) for part in get_args(Part)})
 
 
 class StepClock:
     """Notes when parts of a step begin and end. A part within another is taken out of that one's time."""
 
-    def __init__(self, timer: Timer[Any]) -> None:
+    def __init__(self, timer: HostTimer) -> None:
         self._timer = timer
         self._marks: list[tuple[Part | None, Any]] = []
         self._current: Part | None = None
@@ -173,9 +149,8 @@ class UsageReader:
     ) -> None:
         """`ask_utilization` gives percent, and raises where nothing can answer: it is then not asked again."""
         self._device = device
-        self._is_cuda = device.type == "cuda"
         self._ask = ask_utilization
-        self._answers = self._is_cuda
+        self._answers = device.type == "cuda"
         self._read_at = -math.inf
         self._usage = Usage(math.nan, math.nan, math.nan, math.nan)
 
@@ -183,15 +158,12 @@ class UsageReader:
         """Return the usage, at most a second old."""
         if time.monotonic() - self._read_at >= _PACE_SECONDS:
             self._read_at = time.monotonic()
-            self._usage = self._read()
+            held = peak = math.nan
+            if self._device.type == "cuda":
+                held = float(torch.cuda.memory_reserved(self._device))
+                peak = float(torch.cuda.max_memory_reserved(self._device))
+            self._usage = Usage(_resident_bytes(), held, peak, self._utilization())
         return self._usage
-
-    def _read(self) -> Usage:
-        held = peak = math.nan
-        if self._is_cuda:
-            held = float(torch.cuda.memory_reserved(self._device))
-            peak = float(torch.cuda.max_memory_reserved(self._device))
-        return Usage(_resident_bytes(), held, peak, self._utilization())
 
     def _utilization(self) -> float:
         if not self._answers:
@@ -243,16 +215,11 @@ class WeightNorms:
         return norm, distance
 
 
-_FIELDS = len(fields(RankMeasurement))
+class Measuring:
+    """Measures steps; all ranks must call `start` after the same steps, and `result` between two of them.
 
-
-def is_measured(settings: MetricsSettings) -> bool:
-    """Whether anyone looks at measurements; settings alone decide, so that all ranks do alike."""
-    return settings.enabled or settings.tensorboard
-
-
-class Measuring(Protocol):
-    """Measures steps. All ranks must call `start` after the same steps, and `result` between two of them."""
+    Here: nothing. Settings alone decide whether steps are measured, so that all ranks do alike.
+    """
 
     def note_stall(self, seconds: float) -> None:
         """Count `seconds` in which a checkpoint held up the training to the next step that is measured."""
@@ -262,45 +229,18 @@ class Measuring(Protocol):
 
     def result(self) -> Measurement | None:
         """Return what was started, once; None where nothing was."""
-
-
-class NoMeasuring:
-    """Nobody looks: nothing is measured."""
-
-    def note_stall(self, seconds: float) -> None:
-        """Do nothing."""
-
-    def start(self, step: int, seconds: float, times: StepTimes) -> None:
-        """Do nothing."""
-
-    def result(self) -> Measurement | None:
-        """Return None."""
         return None
 
 
-@dataclass(frozen=True)
-class _Started:
-    """A measurement under way."""
-
-    step: int
-    time: float
-    seconds: float
-    stall_seconds: float
-    times: StepTimes
-    slots: torch.Tensor
-    """Float64 [ranks, fields]: a row for each rank, which the sum fills."""
-    sum: Pending
-
-
-class RankMeasuring:
-    """Measures the steps of one of `ranks`; where it has `norms`, the weights' too."""
+class RankMeasuring(Measuring):
+    """Measures the steps of one rank; where it has `norms`, the weights' too."""
 
     def __init__(self, comm: Communicator, usage: UsageReader, norms: WeightNorms | None) -> None:
         self._comm = comm
         self._usage = usage
         self._norms = norms
         self._stall_seconds = 0.0
-        self._started: _Started | None = None
+        self._finish: Callable[[], Measurement] | None = None
 
     def note_stall(self, seconds: float) -> None:
         """Count `seconds` in which a checkpoint held up the training to the next step that is measured."""
@@ -308,40 +248,37 @@ class RankMeasuring:
 
     def start(self, step: int, seconds: float, times: StepTimes) -> None:
         """Measure `step`, counted from 1, just made in `seconds`; waits for nobody."""
-        assert self._started is None, "the result of the one before comes first"
-        waited, usage = times.seconds_of("allreduce_wait"), self._usage.read()
+        assert self._finish is None, "the result of the one before comes first"
+        waited = times.seconds_of("allreduce_wait")
         mine = RankMeasurement(
-            busy_seconds=max(0.0, seconds - waited),
-            wait_seconds=waited,
-            resident_bytes=usage.resident_bytes,
-            device_bytes=usage.device_bytes,
-            device_peak_bytes=usage.device_peak_bytes,
-            device_utilization=usage.device_utilization,
+            busy_seconds=max(0.0, seconds - waited), wait_seconds=waited, **asdict(self._usage.read())
         )
-        slots = torch.zeros(self._comm.size, _FIELDS, dtype=torch.float64)
+        # A row for each rank, which the sum fills.
+        slots = torch.zeros(self._comm.size, len(fields(mine)), dtype=torch.float64)
         slots[self._comm.rank] = torch.tensor(astuple(mine), dtype=torch.float64)
         if self._norms is not None:
             self._norms.start()
         pending = self._comm.allreduce_async(slots, "measurements")
-        self._started = _Started(step, time.time(), seconds, self._stall_seconds, times, slots, pending)
-        self._stall_seconds = 0.0
+        now, stall_seconds, self._stall_seconds = time.time(), self._stall_seconds, 0.0
+
+        def finish() -> Measurement:
+            pending.wait()
+            rank, rows = self._comm.rank, slots.tolist()
+            parts = times.parts()
+            norm, distance = self._norms.result() if self._norms is not None else (math.nan, math.nan)
+            return Measurement(
+                step=step,
+                time=now,
+                step_seconds=seconds,
+                parts=replace(parts, checkpoint_stall=parts.checkpoint_stall + stall_seconds),
+                weight_norm=norm,
+                distance=distance,
+                ranks=tuple(RankMeasurement(*row) for row in (rows if rank == 0 else rows[rank : rank + 1])),
+            )
+
+        self._finish = finish
 
     def result(self) -> Measurement | None:
         """Return what was started, once; None where nothing was."""
-        started, self._started = self._started, None
-        if started is None:
-            return None
-        started.sum.wait()
-        rows = started.slots.tolist()
-        parts = started.times.parts()
-        norm, distance = self._norms.result() if self._norms is not None else (math.nan, math.nan)
-        rank = self._comm.rank
-        return Measurement(
-            step=started.step,
-            time=started.time,
-            step_seconds=started.seconds,
-            parts=replace(parts, checkpoint_stall=parts.checkpoint_stall + started.stall_seconds),
-            weight_norm=norm,
-            distance=distance,
-            ranks=tuple(RankMeasurement(*row) for row in (rows if rank == 0 else rows[rank : rank + 1])),
-        )
+        finish, self._finish = self._finish, None
+        return finish() if finish else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional
@@ -62,19 +62,20 @@ def find_micro_size(
     """
     largest = min(_LARGEST[device.type], max(1, global_size // comm.size))
     fits = run_on_all_ranks(comm, lambda: _largest_that_fits(try_size, largest), "fit a micro-batch")
-    return avoid_short_last_micro_batch(
-        min(size for (size,) in gather(comm, [fits], "micro_size")), global_size, fewest
-    )
+    smallest = min(size for (size,) in gather(comm, [fits], "micro_size"))
+    return avoid_short_last_micro_batch(smallest, global_size, fewest)
 
 
 def _largest_that_fits(try_size: Callable[[int], None], largest: int) -> int:
-    fits = 0
-    for size in _candidates(largest):
-        if not _fits(try_size, size):
-            break
-        fits = size
+    """Try powers of two from 2, or 1 where that is all there is."""
+    fits, size = 0, min(2, largest)
+    while size <= largest and _fits(try_size, size):
+        fits, size = size, 2 * size
     if fits == 0:
-        raise UsageError("not even the smallest micro-batch fits the device's memory: set a smaller model.width")
+        raise UsageError(
+            "not even the smallest micro-batch fits the device's memory: set a smaller model.width",
+            code="out-of-memory",
+        )
     return fits
 
 
@@ -101,22 +102,10 @@ def avoid_short_last_micro_batch(micro_size: int, global_size: int, fewest: int 
 
 
 def halve(micro_size: int, global_size: int) -> int:
-    """Return the next smaller micro-batch after a size has run out of memory.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """Return the next smaller micro-batch after a size has run out of memory; raise UsageError where there is none."""
     if micro_size == 1:
-        raise UsageError("one sample does not fit the device's memory: set a smaller model.width")
+        raise UsageError("one sample does not fit the device's memory: set a smaller model.width", code="out-of-memory")
     return avoid_short_last_micro_batch(-(-micro_size // 2), global_size)
-
-
-def _candidates(largest: int) -> Iterator[int]:
-    """Yield powers of two from 2 (or 1, when it is all there is) up to `largest`."""
-    size = min(2, largest)
-    while size <= largest:
-        yield size
-        size *= 2
 
 
 def forward_and_backward(

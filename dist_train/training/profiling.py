@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -16,8 +15,8 @@ _FIRST_UPDATES = 2
 _logger = logging.getLogger("dist_train.training")
 
 
-class Profiler(Protocol):
-    """Looks at the updates of a launch."""
+class Profiler:
+    """Follows the updates of a launch; here without looking."""
 
     def after_update(self, step: int) -> None:
         """Take in that update `step`, counted from 1, has been made."""
@@ -26,21 +25,10 @@ class Profiler(Protocol):
         """Write what has been seen so far."""
 
 
-class NoProfiler:
-    """Looks at nothing."""
-
-    def after_update(self, step: int) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-class StepProfiler:
-    """Profiles `updates` updates after the first two of a launch; writes Chrome traces into `folder`."""
+class StepProfiler(Profiler):
+    """Profiles `updates` updates after the first two of a launch, on all ranks; writes Chrome traces into `folder`."""
 
     def __init__(self, updates: int, folder: Path, comm: Communicator) -> None:
-        """Write one trace for each of `ranks`, and one timeline of all."""
         self._last = _FIRST_UPDATES + updates
         self._folder = folder
         self._comm = comm
@@ -86,4 +74,4 @@ class StepProfiler:
 
 def build_profiler(updates: int, folder: Path, comm: Communicator) -> Profiler:
     """Return a profiler of so many updates, writing into `folder`; of none, one that does nothing."""
-    return StepProfiler(updates, folder, comm) if updates else NoProfiler()
+    return StepProfiler(updates, folder, comm) if updates else Profiler()

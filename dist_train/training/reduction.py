@@ -6,12 +6,12 @@ pass, each bucket is sent as soon as its gradients are complete, so that the all
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -38,31 +38,36 @@ class Bucket:
     stop: int
 
 
-class GradientAccumulator(Protocol):
-    """How gradients are summed: over micro-batches here, over ranks on the way."""
+class GradientAccumulator(ABC):
+    """How the gradients of `weights` are summed: over micro-batches here, over ranks on the way."""
+
+    def __init__(self, weights: FlatWeights, comm: Communicator) -> None:
+        self._gradients = weights.gradients
+        self._comm = comm
+        self.out_of_range = torch.zeros((), dtype=torch.bool, device=self._gradients.device)
+        """Whether this rank met a gradient that is not finite or too large; a bool on the device."""
 
     def clear(self) -> None:
         """Begin a step."""
+        self.out_of_range.zero_()
 
+    @abstractmethod
     def add(self, bucket: Bucket) -> None:
         """Add the gradients of one micro-batch."""
 
+    @abstractmethod
     def send(self, bucket: Bucket, name: str) -> Pending:
         """Start the sum over the ranks."""
 
+    @abstractmethod
     def receive(self, bucket: Bucket) -> None:
         """Leave the sum where the gradients are."""
-
-    @property
-    def out_of_range(self) -> torch.Tensor:
-        """Whether this rank met a gradient that is not finite or too large; a bool on the device."""
 
 
 class GradientReduction:
     """One step: `start`, then each micro-batch's backward pass within `micro_batch`, then `send` and `finish`."""
 
     def __init__(self, weights: FlatWeights, accumulator: GradientAccumulator, buckets: Sequence[Bucket]) -> None:
-        """Reduce the gradients of `weights`."""
         self._weights = weights
         self._accumulator = accumulator
         self._buckets = tuple(buckets)
@@ -144,24 +149,22 @@ class GradientReduction:
         self._accumulator.add(bucket)
 
 
-class ExactAccumulator:
+class ExactAccumulator(GradientAccumulator):
     """Sums of 64-bit integers: the same bits for any number of ranks, in any order."""
 
     def __init__(self, weights: FlatWeights, comm: Communicator, terms: int) -> None:
         """Sum the gradients of `weights`; at most `terms` micro-batches make a global batch."""
-        self._gradients = weights.gradients
-        self._comm = comm
+        super().__init__(weights, comm)
         self._total = torch.zeros_like(self._gradients, dtype=torch.int64)
         self._begun: set[int] = set()
         # Memory that a single micro-batch never touches is never taken.
         self._scratch = torch.empty_like(self._total)
         self._limit = GRADIENTS.limit / terms
-        self.out_of_range = torch.zeros((), dtype=torch.bool, device=self._gradients.device)
 
     def clear(self) -> None:
         """Begin a step."""
+        super().clear()
         self._begun.clear()
-        self.out_of_range.zero_()
 
     def add(self, bucket: Bucket) -> None:
         """Add the gradients of one micro-batch as integers."""
@@ -190,33 +193,31 @@ class ExactAccumulator:
         torch.mul(self._total[part], 2.0**-GRADIENTS.bits, out=self._gradients[part])
 
 
-class FloatAccumulator:
+class FloatAccumulator(GradientAccumulator):
     """Sums of float32, or of float16 on the way: fast, and rounded differently on each number of ranks."""
 
-    def __init__(self, weights: FlatWeights, comm: Communicator, sent_as: torch.dtype) -> None:
+    def __init__(self, weights: FlatWeights, comm: Communicator, sent_as: torch.dtype = torch.float32) -> None:
         """Sum the gradients of `weights`, sent between ranks as `sent_as`."""
-        self._gradients = weights.gradients
-        self._comm = comm
-        self.total = torch.zeros_like(self._gradients)
-        self._sent = self.total if sent_as == torch.float32 else torch.zeros_like(self.total, dtype=sent_as)
-        self.out_of_range = torch.zeros((), dtype=torch.bool, device=self._gradients.device)
+        super().__init__(weights, comm)
+        self._total = torch.zeros_like(self._gradients)
+        self._sent = self._total if sent_as == torch.float32 else torch.zeros_like(self._total, dtype=sent_as)
 
     def clear(self) -> None:
         """Begin a step."""
-        self.total.zero_()
-        self.out_of_range.zero_()
+        super().clear()
+        self._total.zero_()
 
     def add(self, bucket: Bucket) -> None:
         """Add the gradients of one micro-batch."""
         gradients = self._gradients[bucket.start : bucket.stop]
         self.out_of_range |= ~gradients.sum().isfinite()
-        self.total[bucket.start : bucket.stop] += gradients
+        self._total[bucket.start : bucket.stop] += gradients
 
     def send(self, bucket: Bucket, name: str) -> Pending:
         """Start the sum over the ranks."""
         sent = self._sent[bucket.start : bucket.stop]
-        if self._sent is not self.total:
-            sent.copy_(self.total[bucket.start : bucket.stop])
+        if self._sent is not self._total:
+            sent.copy_(self._total[bucket.start : bucket.stop])
         return self._comm.allreduce_async(sent, name)
 
     def receive(self, bucket: Bucket) -> None:
@@ -224,37 +225,17 @@ class FloatAccumulator:
         self._gradients[bucket.start : bucket.stop].copy_(self._sent[bucket.start : bucket.stop])
 
 
-class AdasumAccumulator:
+class AdasumAccumulator(FloatAccumulator):
     """Adasum (arXiv 2006.02924) of the ranks' own mean gradients, parameter by parameter."""
 
     def __init__(self, weights: FlatWeights, comm: Communicator, share: float) -> None:
         """Combine the gradients of `weights`; this rank computes `share` of the global batch."""
-        self._sum = FloatAccumulator(weights, comm, torch.float32)
-        self._gradients = weights.gradients
-        self._comm = comm
+        super().__init__(weights, comm)
         self._to_mean = 1.0 / share
-
-    @property
-    def out_of_range(self) -> torch.Tensor:
-        """Whether this rank met a gradient that is not finite."""
-        return self._sum.out_of_range
-
-    def clear(self) -> None:
-        """Begin a step."""
-        self._sum.clear()
-
-    def add(self, bucket: Bucket) -> None:
-        """Add the gradients of one micro-batch."""
-        self._sum.add(bucket)
 
     def send(self, bucket: Bucket, name: str) -> Pending:
         """Start the combination over the ranks."""
-        mean = self._sum.total[bucket.start : bucket.stop].mul_(self._to_mean)
-        return self._comm.adasum_async(mean, name)
-
-    def receive(self, bucket: Bucket) -> None:
-        """Leave the result where the gradients are."""
-        self._sum.receive(bucket)
+        return self._comm.adasum_async(self._total[bucket.start : bucket.stop].mul_(self._to_mean), name)
 
 
 def build_reduction(
@@ -294,13 +275,21 @@ def buckets_of(weights: FlatWeights, size: int) -> list[Bucket]:
 
 def _check_adasum(comm: Communicator, share: float, device: torch.device) -> None:
     if comm.controller.startswith("torch"):
-        raise UsageError("torch.distributed has no Adasum: set comm.engine=horovod, or comm.op=average")
+        raise UsageError(
+            "torch.distributed has no Adasum: set comm.engine=horovod, or comm.op=average", code="adasum-engine"
+        )
     if comm.size & (comm.size - 1):
-        raise UsageError(f"adasum needs a power of two of ranks, not {comm.size}: set comm.op to average")
+        raise UsageError(
+            f"adasum needs a power of two of ranks, not {comm.size}: set comm.op to average", code="adasum-rank-count"
+        )
     if comm.controller == "gloo" and device.type == "cpu":
-        raise UsageError("adasum needs MPI on a CPU: start with mpirun, or set comm.op to average")
+        raise UsageError(
+            "adasum needs MPI on a CPU: start with mpirun, or set comm.op to average", code="adasum-without-mpi"
+        )
     if share == 0:
-        raise UsageError("adasum needs a micro-batch on every rank: set a smaller batch.micro_size")
+        raise UsageError(
+            "adasum needs a micro-batch on every rank: set a smaller batch.micro_size", code="adasum-idle-rank"
+        )
 
 
 _LOSS, _CORRECT, _SAMPLES, _OUT_OF_RANGE, _OUT_OF_MEMORY, _STOP, _SLOTS = range(7)

@@ -20,7 +20,7 @@ from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import optimizer_step, set_learning_rate
 from dist_train.outcome import DivergedError
-from dist_train.training.compute import Compute, LossScale, NoLossScale, is_out_of_memory
+from dist_train.training.compute import Compute, LossScale, is_out_of_memory
 from dist_train.training.measuring import HostTimer, StepClock, StepTimes
 from dist_train.training.reduction import GradientReduction, Tally, TallyResult
 
@@ -70,7 +70,7 @@ class TrainingStep:
     tally: Tally
     compute: Compute
     clip_norm: float | None
-    loss_scale: LossScale = field(default_factory=NoLossScale)
+    loss_scale: LossScale = field(default_factory=LossScale)
     sum_over_ranks: SumOverRanks | None = None
     """Where the ranks share every micro-batch: what their norms' sums go through."""
     clock: StepClock = field(default_factory=lambda: StepClock(HostTimer()))
@@ -127,7 +127,7 @@ class TrainingStep:
             for micro_batch in batch.micro_batches:
                 self._add_gradient(batch, micro_batch)
         except (RuntimeError, MemoryError) as error:
-            # Others wait for this rank within a pass that they share: they cannot be told.
+            # Others wait for this rank within a pass that they share: they cannot learn of it.
             if not is_out_of_memory(error) or self.sum_over_ranks is not None:
                 raise
             return False
@@ -174,6 +174,7 @@ def _check(total: TallyResult, gradient_norm: float, batch: GlobalBatch) -> None
         raise OutOfMemoryError(f"{total.out_of_memory} ranks ran out of memory in step {batch.step + 1}")
     if total.out_of_range or not math.isfinite(gradient_norm):
         raise DivergedError(
-            f"the loss, the gradient or the activations of step {batch.step + 1} are not finite or out of range"
+            f"the loss, the gradient or the activations of step {batch.step + 1} are not finite or out of range",
+            code="step-not-finite",
         )
     assert total.samples == len(batch.indices), "every sample of the global batch is counted once"

@@ -19,7 +19,7 @@ class StopRequests:
     """
 
     def __init__(self, stop_signal: str = "SIGUSR2") -> None:
-        """Heed `stop_signal`, the signal of the site, too."""
+        """Take in `stop_signal`, the signal of the site, too."""
         self.reason: str | None = None
         """The signal's name, or what else has asked for the stop."""
         self._signals = {*_ALWAYS, signal.Signals[stop_signal]}
@@ -60,7 +60,8 @@ class TimeLimit:
 
     def __init__(self, end: float | None) -> None:
         """The job ends at `end`, in seconds since 1970; None: it does not."""
-        self._end = end
+        self.end = end
+        """In seconds since 1970; None where there is no limit."""
         self._last: float | None = None
         self._longest = 0.0
         self._save = 0.0
@@ -75,17 +76,15 @@ class TimeLimit:
         All ranks learn of it in the next step, which may be as long as the longest so far, with its evaluation, as
         may the one before the next chance to ask; the checkpoint may take twice its longest time.
         """
-        if self._end is None:
+        if self.end is None:
             return False
         if self._last is not None:
             self._longest = max(self._longest, now - self._last)
         self._last = now
-        return now + 2 * self._longest + 2 * self._save + _TO_END_SECONDS >= self._end
+        return now + 2 * self._longest + 2 * self._save + _TO_END_SECONDS >= self.end
 
 
 def job_time_limit() -> TimeLimit:
     """Return the time limit of the Slurm job that this process belongs to; none outside of Slurm."""
     job = current_job()
-    if job is None:
-        return TimeLimit(None)
-    return TimeLimit(job_end(job.id) if job.end is None else job.end)
+    return TimeLimit(None if job is None else job.end or job_end(job.id))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,27 +31,21 @@ _HARMLESS = frozenset(
 
 
 def find_checkpoint(target: Path) -> Path:
-    """Return `target` if it is a file, else the last checkpoint of the run directory `target`.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """Return `target` if it is a file, else the last checkpoint of that run; raise UsageError where there is none."""
     if target.is_file():
         return target
     if not target.is_dir():
-        raise UsageError(f"{target}: there is no such run or checkpoint")
+        raise UsageError(f"{target}: there is no such run or checkpoint", code="target-missing")
     files = list_checkpoints(target / "checkpoints")
     if not files:
-        raise UsageError(f"{target} holds no checkpoint")
+        raise UsageError(f"{target} holds no checkpoint", code="no-checkpoint")
     return files[-1].path
 
 
 def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dict[str, object]:
     """Return step, loss (None where it is not finite) and accuracy of a stored model on the whole of `split`.
 
-    The same on all ranks.
-
-    The norm statistics are those of the checkpoint: they belong to its clean weights.
+    The same on all ranks. The norm statistics are those of the checkpoint: they belong to its clean weights.
     """
     with ExitStack() as stack:
         comm = join_ranks(timeout=60.0, device_type=device_type())
@@ -62,23 +57,15 @@ def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dic
             config = with_threads(config, share_of_threads(comm.local_size))
         compute = set_up_compute(config.precision, share_out_devices(comm, config.run.device))
         layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
-        splits = run_on_all_ranks(
-            comm,
-            lambda: open_splits(config.data, config.run.seed, compute.device, layout),
-            "load the data",
-        )
+        open_data = partial(open_splits, config.data, config.run.seed, compute.device, layout)
+        splits = run_on_all_ranks(comm, open_data, "load the data")
         stack.callback(splits.close)
         model = build_model(config)
         model.load_state_dict(contents.model)
+        model.to(compute.device)
         samples = splits.train if split == "train" else splits.test
-        result = evaluate(
-            model.to(compute.device),
-            samples,
-            len(samples),
-            batch_size=config.evaluation.batch_size,
-            compute=compute,
-            comm=comm,
-        )
+        batch_size = config.evaluation.batch_size
+        result = evaluate(model, samples, len(samples), batch_size=batch_size, compute=compute, comm=comm)
         comm.barrier()
     return {
         "checkpoint": str(path),
@@ -105,6 +92,7 @@ def stored_config(contents: Contents, overrides: Sequence[str]) -> Config:
     if changed:
         raise UsageError(
             "an evaluation takes only settings that leave the model and its data what they are, not "
-            + ", ".join(difference.path for difference in changed)
+            + ", ".join(difference.path for difference in changed),
+            code="settings-changed",
         )
     return config

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dist_train.checkpoint.files import Contents
 from dist_train.checkpoint.state import Progress
@@ -26,9 +27,9 @@ from dist_train.rundir.records import Detail, EvaluationRecord, EventRecord, Rec
 from dist_train.rundir.status import StatusFile
 from dist_train.training.consistency import verify_agreement
 from dist_train.training.evaluation import evaluate, recompute_statistics, statistics_samples
-from dist_train.training.measuring import Measuring, NoMeasuring
+from dist_train.training.measuring import Measuring
 from dist_train.training.micro_batches import halve, share_of
-from dist_train.training.profiling import NoProfiler, Profiler
+from dist_train.training.profiling import Profiler
 from dist_train.training.step import GlobalBatch, OutOfMemoryError, TrainingStep, Update
 from dist_train.training.stopping import StopRequests, TimeLimit
 
@@ -58,8 +59,8 @@ class Trainer:
     status: StatusFile | None
     stop: StopRequests
     progress: Progress
-    profiler: Profiler = field(default_factory=NoProfiler)
-    measuring: Measuring = field(default_factory=NoMeasuring)
+    profiler: Profiler = field(default_factory=Profiler)
+    measuring: Measuring = field(default_factory=Measuring)
     time_limit: TimeLimit = field(default_factory=lambda: TimeLimit(None))
     may_shrink: bool = False
     """Whether a micro-batch that runs out of memory may be made smaller."""
@@ -67,7 +68,7 @@ class Trainer:
     def __post_init__(self) -> None:
         assert self.config.batch.micro_size != "auto", "decided before"
         self.plan = BatchPlan(self.config.batch.global_size, self.config.batch.micro_size)
-        self._order_of, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self._epoch_order = lru_cache(2)(partial(epoch_order, len(self.splits.train), self.config.run.seed))
         self._statistics_at: int | None = None
         self._settings = self.config.model_dump(mode="json")
         self._not_written: NotWritten | None = None
@@ -83,9 +84,7 @@ class Trainer:
     @property
     def samples_per_second(self) -> float | None:
         """Samples trained on a second, over the steps of this launch."""
-        if not self._busy_seconds:
-            return None
-        return self._steps_done * self.plan.global_size / self._busy_seconds
+        return self._steps_done * self.plan.global_size / self._busy_seconds if self._busy_seconds else None
 
     def run(self) -> None:
         """Train to the end, evaluate, save.
@@ -101,7 +100,9 @@ class Trainer:
         self._hand_out_measurement()
         self._finish_saving()
         if self.progress.non_finite_step == self.progress.step:
-            raise DivergedError(f"the last evaluation, after step {self.progress.step}, is not finite")
+            raise DivergedError(
+                f"the last evaluation, after step {self.progress.step}, is not finite", code="evaluation-not-finite"
+            )
 
     def close(self) -> None:
         """Wait for what is being written, whatever became of it, and let go of the data."""
@@ -111,45 +112,35 @@ class Trainer:
             self.writer.close()
 
     def advance(self) -> None:
-        """Make one update, and what is due after it; raises what `run` raises."""
-        epoch, index = divmod(self.progress.step, self.learning_rate.steps_per_epoch)
-        if epoch != self._order_of:
-            self._order_of, self._order = epoch, self._epoch_order(epoch)
-        begun = time.perf_counter()
-        self.splits.train.prefetch(self._coming())
-        update = self._step(epoch, batch_indices(self._order, index, self.plan.global_size))
-        if update is not None:
-            self._after_step(update, time.perf_counter() - begun)
+        """Make one update, and what is due after it; raises what `run` raises.
 
-    def _epoch_order(self, epoch: int) -> Tensor:
-        return epoch_order(len(self.splits.train), self.config.run.seed, epoch)
-
-    def _coming(self) -> Iterator[BatchRequest]:
-        """Yield this rank's micro-batches of this update and the next."""
-        for step in range(self.progress.step, min(self.progress.step + 2, self.last_step)):
-            epoch, index = divmod(step, self.learning_rate.steps_per_epoch)
-            order = self._order if epoch == self._order_of else self._epoch_order(epoch)
-            indices = batch_indices(order, index, self.plan.global_size)
-            for micro_batch in share_of(self.config.model, self.plan, self.comm.rank, self.comm.size):
-                yield BatchRequest(indices[micro_batch.start : micro_batch.stop], epoch)
-
-    def _step(self, epoch: int, indices: Tensor) -> Update | None:
-        """Make one update; None where it has to be tried again with a smaller micro-batch."""
+        Where a micro-batch runs out of memory, its size is halved instead, if it may be.
+        """
         step = self.progress.step
-        micro_batches = share_of(self.config.model, self.plan, self.comm.rank, self.comm.size)
+        begun = time.perf_counter()
+        self.splits.train.prefetch(self._coming_micro_batches())
         try:
-            update = self.take_step(
-                GlobalBatch(step, epoch, indices, micro_batches),
-                self.learning_rate.at(step),
-                self.stop.requested,
-            )
+            update = self.take_step(self._batch(step), self.learning_rate.at(step), self.stop.requested)
         except OutOfMemoryError:
             if not self.may_shrink:
                 raise
             self._shrink()
-            return None
+            return
         self.progress.step += 1
-        return update
+        self._after_step(update, time.perf_counter() - begun)
+
+    def _batch(self, step: int) -> GlobalBatch:
+        epoch, index = divmod(step, self.learning_rate.steps_per_epoch)
+        indices = batch_indices(self._epoch_order(epoch), index, self.plan.global_size)
+        micro_batches = share_of(self.config.model, self.plan, self.comm.rank, self.comm.size)
+        return GlobalBatch(step, epoch, indices, micro_batches)
+
+    def _coming_micro_batches(self) -> Iterator[BatchRequest]:
+        """Yield this rank's micro-batches of this update and the next."""
+        for step in range(self.progress.step, min(self.progress.step + 2, self.last_step)):
+            batch = self._batch(step)
+            for micro_batch in batch.micro_batches:
+                yield BatchRequest(batch.indices[micro_batch.start : micro_batch.stop], batch.epoch)
 
     def _shrink(self) -> None:
         smaller = halve(self.plan.micro_size, self.plan.global_size)
@@ -167,7 +158,7 @@ class Trainer:
         self._steps_done += 1
         self._hand_out_measurement()
         if step % self.config.metrics.every_steps == 0 or step == self.last_step:
-            self._record(update, seconds)
+            self._record_update(update, seconds)
             self.measuring.start(step, seconds, update.times)
         every = self.config.comm.verify_every
         if every and (step % every == 0 or step == self.last_step):
@@ -199,16 +190,12 @@ class Trainer:
 
     def _is_due(self, every_epochs: int) -> bool:
         """Whether something that comes every so many epochs, and at the end, comes now."""
-        step, per_epoch = self.progress.step, self.learning_rate.steps_per_epoch
-        if step == self.last_step:
-            return True
-        return every_epochs > 0 and step % (every_epochs * per_epoch) == 0
+        step, every = self.progress.step, every_epochs * self.learning_rate.steps_per_epoch
+        return step == self.last_step or (every > 0 and step % every == 0)
 
-    def _record(self, update: Update, seconds: float) -> None:
-        if self.comm.rank != 0:
-            return
+    def _record_update(self, update: Update, seconds: float) -> None:
         made = self.progress.step - 1
-        self.observers.record(
+        self._record(
             TrainRecord(
                 step=self.progress.step,
                 epoch=self.epoch,
@@ -224,12 +211,11 @@ class Trainer:
         )
 
     def _evaluate(self) -> None:
-        self._settle_statistics()
+        self._recompute_statistics()
         settings = self.config.evaluation
-        train_samples = min(settings.train_samples, len(self.splits.train))
         not_finite = [] if bool(self.take_step.weights.values.isfinite().all()) else ["weights"]
         for split, samples, count in (
-            ("train", self.splits.train, train_samples),
+            ("train", self.splits.train, min(settings.train_samples, len(self.splits.train))),
             ("test", self.splits.test, len(self.splits.test)),
         ):
             if count == 0:
@@ -243,12 +229,12 @@ class Trainer:
                 comm=self.comm,
                 after_batch=partial(self.observers.progress, self.progress.step),
             )
-            self._tell(
+            self._record(
                 EvaluationRecord(
                     self.progress.step, self.epoch, split, result.loss, result.accuracy, count, time.time()
                 )
             )
-            if result.is_finite:
+            if math.isfinite(result.loss):
                 self.progress.note_accuracy(split, result.accuracy)
             else:
                 not_finite.append(f"{split} loss")
@@ -256,23 +242,23 @@ class Trainer:
             self.progress.note_non_finite()
             self._event("non_finite_evaluation", what=", ".join(not_finite))
 
-    def _settle_statistics(self) -> None:
-        """Have norm statistics that belong to the clean weights, once a step."""
+    def _recompute_statistics(self) -> None:
+        """Recompute norm statistics at the clean weights, once a step."""
         if not self.config.recomputes_statistics or self._statistics_at == self.progress.step:
             return
-        count, wanted = len(self.splits.train), self.config.model.norm_samples
+        count, micro_size = len(self.splits.train), self.plan.micro_size
         recompute_statistics(
             self.network,
             self.splits.train,
-            statistics_samples(count, wanted, self.plan.micro_size, self.config.run.seed),
-            micro_size=self.plan.micro_size,
+            statistics_samples(count, self.config.model.norm_samples, micro_size, self.config.run.seed),
+            micro_size=micro_size,
             compute=self.take_step.compute,
             comm=self.comm,
         )
         self._statistics_at = self.progress.step
 
     def _save(self) -> None:
-        self._settle_statistics()
+        self._recompute_statistics()
         self._saved_at = self.progress.step
         self.progress.note_saved()
         if self.writer is None:
@@ -298,10 +284,9 @@ class Trainer:
         for result in self.writer.results() if self.writer else ():
             if isinstance(result, NotWritten):
                 self._not_written = result
-                _logger.error(
-                    "the checkpoint of step %d could not be written: %s", result.step, _in_words(result.error)
-                )
-                self._event_at(result.step, "checkpoint_failed", error=_in_words(result.error))
+                error = _describe(result.error)
+                _logger.error("the checkpoint of step %d could not be written: %s", result.step, error)
+                self._event_at(result.step, "checkpoint_failed", error=error)
             else:
                 self.time_limit.note_saved(result.seconds)
                 self._event_at(
@@ -320,19 +305,14 @@ class Trainer:
             self._report_saved()
 
     def _finish_saving(self) -> None:
-        """Wait for the last checkpoint.
-
-        Raises:
-            FaultError: it could not be written.
-        """
-        if self.writer is None:
-            return
+        """Wait for the last checkpoint, and fail where it could not be written."""
         self.settle_saving()
         failed = self._not_written
         if failed is not None and failed.step == self._saved_at:
             raise FaultError(
-                f"the last checkpoint, of step {failed.step}, could not be written: {_in_words(failed.error)}; "
-                f"the earlier ones are untouched: make room and run the same command again"
+                f"the last checkpoint, of step {failed.step}, could not be written: {_describe(failed.error)}; "
+                f"the earlier ones are untouched: make room and run the same command again",
+                code="checkpoint-not-written",
             ) from failed.error
 
     def _stop(self) -> None:
@@ -351,15 +331,15 @@ class Trainer:
         self._event_at(self.progress.step, name, **details)
 
     def _event_at(self, step: int, name: str, **details: Detail) -> None:
-        self._tell(EventRecord(step, name, time.time(), details))
+        self._record(EventRecord(step, name, time.time(), details))
 
-    def _tell(self, record: Record) -> None:
+    def _record(self, record: Record) -> None:
         """Record what all ranks know; rank 0 does it for all."""
         if self.comm.rank == 0:
             self.observers.record(record)
 
 
-def _in_words(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return f"{type(error).__name__}: {error}"

@@ -69,12 +69,13 @@ def find_run(name: Path) -> Path:
     below = Path("runs") / name
     root = next((folder for folder in (name, below) if folder.is_dir()), None)
     if root is None:
-        raise UsageError(f"there is no run {name}: neither {name} nor {below} is a folder")
+        raise UsageError(f"there is no run {name}: neither {name} nor {below} is a folder", code="run-missing")
     run = RunDirectory(root)
     if not run.status.exists() and not run.metrics.exists():
         raise UsageError(
             f"{root} holds no run: it has no {run.status.name}; name a run's own directory "
-            f"(`dist-train runs {root}` lists those below a folder)"
+            f"(`dist-train runs {root}` lists those below a folder)",
+            code="no-run-here",
         )
     return root
 

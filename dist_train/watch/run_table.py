@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from dist_train.config.loading import parse_yaml
+from dist_train.config.loading import parse_yaml, yaml_fault
 from dist_train.monitoring import wording
 from dist_train.outcome import UsageError, escaped
 from dist_train.rundir.atomic import open_regular
@@ -75,43 +79,110 @@ def read_state(directory: RunDirectory) -> tuple[str, str]:
         return "broken", str(error)
 
 
-def render(summaries: Sequence[RunSummary], job_states: Mapping[str, str] | None = None) -> Table:
-    """Return the runs as a table; where `job_states` has Slurm's states of their jobs, with those."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    table.add_column("run", overflow="fold")
-    for heading in ("state", "model", "data"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("batch", "ranks", "epoch", "step", "done", "best", "images/s", "left"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("note", overflow="fold")
+@dataclass(frozen=True)
+class _Column:
+    """A column of the table. Where the terminal is narrow, those of the lowest `rank` are left out first."""
+
+    heading: str
+    rank: int
+    text: Callable[[RunSummary], str]
+    justify: Literal["left", "right"] = "right"
+
+    def cell(self, run: RunSummary) -> str:
+        return escaped(self.text(run))
+
+
+_STATE = _Column("state", 9, lambda run: run.state, "left")
+_COLUMNS = (
+    _STATE,
+    _Column("model", 1, lambda run: run.model or "", "left"),
+    _Column("data", 0, lambda run: run.data or "", "left"),
+    _Column("batch", 4, lambda run: "" if run.global_size is None else f"{run.global_size:,}"),
+    _Column("ranks", 2, lambda run: "" if run.world_size is None else str(run.world_size)),
+    _Column("epoch", 6, lambda run: "" if run.epoch is None else f"{run.epoch:.4g}"),
+    _Column("step", 3, lambda run: _steps(run)),
+    _Column("done", 8, lambda run: _done(run)),
+    _Column("best", 7, lambda run: "" if run.best_accuracy is None else wording.percent(run.best_accuracy)),
+    _Column("images/s", 5, lambda run: "" if run.samples_per_second is None else wording.rate(run.samples_per_second)),
+    _Column("left", 7, lambda run: "" if run.seconds_left is None else wording.duration(run.seconds_left)),
+)
+_GAP = 2
+"""Characters between two columns."""
+_LEAST_NOTE = 16
+"""A column goes, and then long names are folded, rather than that notes have fewer characters."""
+
+
+def render(
+    summaries: Sequence[RunSummary], job_states: Mapping[str, str] | None = None, width: int | None = None
+) -> Table:
+    """Return the runs as a table; where `job_states` has Slurm's states of their jobs, with those.
+
+    Where `width` characters do not hold all of it, the less important columns are left out and notes are cut to one
+    line; names and states are always whole.
+    """
+    columns = list(_COLUMNS)
     if job_states:
-        table.add_column("slurm", no_wrap=True)
-    for run in summaries:
-        slurm = [f"{run.slurm_job} {job_states.get(run.slurm_job, '')}".strip()] if job_states else []
-        state = Text(run.state, style=COLOURS.get(run.state, ""))
-        words = [run.model or "", run.data or "", *_numbers(run), run.note, *slurm]
-        table.add_row(Text(escaped(run.name)), state, *(Text(escaped(word)) for word in words))
+        columns.append(_Column("slurm", 6, lambda run: f"{run.slurm_job} {job_states.get(run.slurm_job, '')}".strip()))
+    names = [escaped(run.name) for run in summaries]
+    notes = [escaped(" ".join(run.note.split())) for run in summaries]
+    widths = {column: max(map(cell_len, _cells(column, summaries))) for column in columns}
+    name_width = max(map(cell_len, ("run", *names)))
+    note_width = max(map(cell_len, notes), default=0)
+    if width is not None:
+        least_note = min(note_width, _LEAST_NOTE)
+        room = width - (_GAP + least_note if note_width else 0)
+        name_width = min(name_width, max(1, room - _GAP - widths[_STATE]))
+        while name_width + sum(_GAP + widths[column] for column in columns) > room and len(columns) > 1:
+            columns.remove(min(columns, key=lambda column: (any(_cells(column, summaries)[1:]), column.rank)))
+        note_width = max(least_note, width - name_width - sum(_GAP + widths[column] for column in columns) - _GAP)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("run", overflow="fold", min_width=name_width, max_width=name_width)
+    for column in columns:
+        table.add_column(column.heading, justify=column.justify, no_wrap=True)
+    if any(notes):
+        table.add_column("note", overflow="ellipsis", no_wrap=True, max_width=note_width)
+    for run, name, note in zip(summaries, names, notes, strict=True):
+        cells = [
+            Text(column.cell(run), style=COLOURS.get(run.state, "") if column is _STATE else "") for column in columns
+        ]
+        table.add_row(Text(name), *cells, *([Text(note)] if any(notes) else []))
     return table
 
 
-def _numbers(run: RunSummary) -> tuple[str, ...]:
-    done = run.step / run.total_steps if run.step is not None and run.total_steps else None
+def as_json(summaries: Sequence[RunSummary], job_states: Mapping[str, str]) -> str:
+    """Return the runs as one JSON document: `{"runs": [...]}`, a field of `RunSummary` each, unknown ones null."""
+    runs = [
+        {
+            **{name: _plain(value) for name, value in asdict(run).items()},
+            "slurm_state": job_states.get(run.slurm_job),
+        }
+        for run in summaries
+    ]
+    return json.dumps({"runs": runs}, indent=2, allow_nan=False)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _cells(column: _Column, summaries: Sequence[RunSummary]) -> list[str]:
+    return [column.heading, *map(column.cell, summaries)]
+
+
+def _steps(run: RunSummary) -> str:
     steps = "" if run.step is None else f"{run.step:,}"
-    return (
-        "" if run.global_size is None else f"{run.global_size:,}",
-        "" if run.world_size is None else str(run.world_size),
-        "" if run.epoch is None else f"{run.epoch:.4g}",
-        f"{steps}/{run.total_steps:,}" if run.total_steps else steps,
-        "" if done is None else f"{done:.0%}",
-        "" if run.best_accuracy is None else wording.percent(run.best_accuracy),
-        "" if run.samples_per_second is None else wording.rate(run.samples_per_second),
-        "" if run.seconds_left is None else wording.duration(run.seconds_left),
-    )
+    return f"{steps}/{run.total_steps:,}" if run.total_steps else steps
+
+
+def _done(run: RunSummary) -> str:
+    return f"{run.step / run.total_steps:.0%}" if run.step is not None and run.total_steps else ""
 
 
 def _runs_below(directory: Path) -> Iterator[RunDirectory]:
     if not directory.is_dir():
-        raise UsageError(f"there is no folder {directory}: name the folder that holds the runs")
+        raise UsageError(f"there is no folder {directory}: name the folder that holds the runs", code="folder-missing")
     for folder, children, _ in os.walk(directory):
         run = RunDirectory(Path(folder))
         try:
@@ -194,7 +265,7 @@ def read_settings(path: Path) -> Mapping[str, object]:
     except OSError as error:
         raise BrokenFileError(f"{path.name} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise BrokenFileError(f"{path.name} is not YAML: {str(error).splitlines()[0]}") from error
+        raise BrokenFileError(f"{path.name} is not YAML: {yaml_fault(error)}") from error
     if not isinstance(sections, dict):
         raise BrokenFileError(f"{path.name} holds no settings")
     return dict(flat_settings(sections))

@@ -147,7 +147,7 @@ def test_gpus_that_torch_cannot_use_are_refused_and_the_job_is_not_requeued(
     submitted = Submitted(cluster, tmp_path, large_batch.config, "--gpus-per-node=2", OVERRIDES="run.device=auto")
     ended = submitted.wait()
     assert (ended.state, ended.code, ended.restarts) == ("FAILED", ExitCode.USAGE, 0), ended.output
-    assert ended.output.count("torch cannot use any") == 1, ended.output
+    assert ended.output.count("run.device=cpu") == 1, ended.output
 
 
 def test_a_bad_configuration_ends_the_job_before_a_rank_starts(cluster: Cluster, tmp_path: Path) -> None:
@@ -156,5 +156,5 @@ def test_a_bad_configuration_ends_the_job_before_a_rank_starts(cluster: Cluster,
     submitted = Submitted(cluster, tmp_path, str(config))
     ended = submitted.wait()
     assert (ended.state, ended.code, ended.restarts) == ("FAILED", ExitCode.USAGE, 0)
-    assert "noise.amplitud: unknown key" in ended.output
+    assert "[unknown-key]" in ended.output
     assert not submitted.run.exists()

@@ -39,7 +39,7 @@ def test_a_bad_configuration_never_reaches_the_queue(cluster: Cluster, tmp_path:
     before = cluster.run("squeue", "--states=all", "--noheader", folder=tmp_path).stdout
     refused = cluster.run(*_SUBMIT, str(config), folder=tmp_path)
     assert refused.returncode == ExitCode.USAGE
-    assert "noise.amplitud: unknown key" in refused.stderr
+    assert "[unknown-key]" in refused.stderr
     assert cluster.run("squeue", "--states=all", "--noheader", folder=tmp_path).stdout == before
     assert not (tmp_path / "runs").exists()
 
@@ -48,5 +48,5 @@ def test_what_sbatch_refuses_is_said_in_one_line(cluster: Cluster, tmp_path: Pat
     command = (*_SUBMIT, large_batch.config, "--partition", "none", "--run-dir", "run")
     refused = cluster.run(*command, folder=tmp_path)
     assert refused.returncode == ExitCode.USAGE
-    assert "sbatch refuses the job" in refused.stderr
+    assert "[sbatch-refused]" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.double_well import AMPLITUDE, FLAT, INTERVAL, SHARP, barrier, draw, in_the_flat_one, loss, run
+from benchmarks.double_well import AMPLITUDE, FLAT, INTERVAL, SHARP, barrier, draw, in_the_flat_one, loss, run, table
 from benchmarks.double_well import smoothed_loss as smoothed
 
 
@@ -39,3 +42,22 @@ def test_of_a_hundred_seeds_smoothout_ends_in_the_flat_one_and_half_of_plain_des
     assert in_the_flat_one(ends.plain) == in_the_flat_one(ends.starts)
     draw(ends, tmp_path / "double_well.png")
     assert (tmp_path / "double_well.png").read_bytes().startswith(b"\x89PNG")
+    page = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
+    counts = re.compile(r"(?<=\| )\d+(?= \|$)", flags=re.MULTILINE)
+    [documented] = re.findall(r"^\| 60 updates .*\n(?:\|.*\n){3}", page, flags=re.MULTILINE)
+    assert counts.sub("N", documented.strip()) == counts.sub("N", table(ends))
+    # processors round differently, and SmoothOut never comes to rest
+    printed = [int(count) for count in counts.findall(table(ends))]
+    assert [int(count) for count in counts.findall(documented)] == pytest.approx(printed, abs=2)
+
+
+def test_a_figure_is_drawn_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.double_well", "--seeds", "2"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(__file__).parents[2])},
+        check=True,
+        capture_output=True,
+    )
+    assert list((tmp_path / "docs").iterdir()) == []

@@ -15,6 +15,7 @@ import torch
 from dist_train.data.cache import Source, decoded_once
 from dist_train.data.images import ImageSet
 from dist_train.outcome import UsageError
+from tests.raising import raises
 from tests.waiting import PATIENCE, wait_for
 
 LOGGER = "dist_train.data"
@@ -100,7 +101,7 @@ def test_a_copy_of_the_source_elsewhere_shares_the_entry(folder: Path, source: S
 
 
 def test_a_source_that_cannot_be_read_is_a_usage_error(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"cannot read {tmp_path}"):
+    with raises(UsageError, "data-unreadable"):
         decoded_once(folder, Source("pictures", "train", 1, [tmp_path]), Decoder())
 
 
@@ -145,7 +146,7 @@ def test_a_damaged_entry_is_made_anew_with_a_warning(
         images = decoded_once(folder, source, decode)
     assert decode.calls == 2
     assert torch.equal(images.images, made().images)
-    assert ["is damaged" in record.getMessage() for record in caplog.records] == [True]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
     caplog.clear()
     decoded_once(folder, source, decode)
     assert decode.calls == 2
@@ -169,15 +170,14 @@ def test_a_folder_that_cannot_be_used_costs_the_cache_not_the_run(
     assert decode.calls == 1
     assert torch.equal(images.images, made().images)
     (message,) = [record.getMessage() for record in caplog.records]
-    assert "cannot be used" in message
     assert "DIST_TRAIN_CACHE" in message
 
 
 def test_an_error_in_the_data_is_not_taken_for_one_of_the_cache(folder: Path, source: Source) -> None:
     def damaged() -> ImageSet:
-        raise UsageError("the file is damaged")
+        raise UsageError("the file is damaged", code="data-format")
 
-    with pytest.raises(UsageError, match="the file is damaged"):
+    with raises(UsageError, "data-format"):
         decoded_once(folder, source, damaged)
     assert entry_files(folder) == ["lock"]
 
@@ -252,7 +252,7 @@ def test_a_full_disk_costs_the_cache_not_the_run(folder: Path, source: Source, t
     full = start(folder, source, journal, "full disk")
     output, errors = full.communicate(timeout=PATIENCE)
     assert full.returncode == 0, errors
-    assert "cannot be used" in errors
+    assert "DIST_TRAIN_CACHE" in errors
     assert "Traceback" not in errors
     assert journal.read_text() == "decoded\n"
     assert not list(folder.glob("*.json"))

@@ -17,6 +17,7 @@ from dist_train.data import decoders
 from dist_train.data.decoders import LoaderProcesses, Order
 from dist_train.data.decoding import Work, decode
 from dist_train.outcome import FaultError
+from tests.raising import raises
 from tests.unit.image_folders import damage, write_image
 from tests.waiting import is_alive, wait_for, wait_until_gone
 
@@ -125,7 +126,7 @@ def test_a_damaged_image_is_told_when_it_is_fetched_not_before(
     damage(tmp_path / "0.png")
     loaders.prefetch([order(folder, 1), order(tmp_path, 0)])
     fetched(loaders, order(folder, 1))
-    with pytest.raises(FaultError, match=rf"the image {tmp_path}/0\.png cannot be read"):
+    with raises(FaultError, "image-unreadable"):
         fetched(loaders, order(tmp_path, 0))
 
 
@@ -134,7 +135,7 @@ def test_a_killed_loader_is_a_fault_that_says_so(folder: Path, loaders: LoaderPr
     fetched(loaders, order(folder, 1))
     for pid in loaders.pids[:killed]:
         os.kill(pid, signal.SIGKILL)
-    with pytest.raises(FaultError, match=r"the loader process \d+, which decodes images, was ended by SIGKILL"):
+    with raises(FaultError, "loader-ended"):
         fetch_for_ever(loaders, order(folder, *range(60)))
 
 
@@ -145,7 +146,7 @@ def test_a_loader_killed_over_its_work_is_noticed_by_who_waits(folder: Path, tmp
         loaders.prefetch([order(tmp_path, 0)])
         with (tmp_path / "0.png").open("wb"):  # which waits until the loader has opened it, too
             os.kill(loaders.pids[0], signal.SIGKILL)
-        with pytest.raises(FaultError, match="was ended by SIGKILL"):
+        with raises(FaultError, "loader-ended"):
             fetched(loaders, order(tmp_path, 0))
     finally:
         loaders.close()

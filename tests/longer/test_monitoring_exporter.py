@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 import os
 import select
@@ -36,6 +37,11 @@ def busy_port() -> Iterator[int]:
 def process_of(exporter: Exporter) -> int:
     assert exporter.process_id is not None
     return exporter.process_id
+
+
+def outcomes(folder: Path) -> list[str | None]:
+    """Return the outcome in each target file of `folder`; None where its run has not ended."""
+    return [json.loads(path.read_text())[0]["labels"].get("outcome") for path in folder.glob("*.json")]
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -106,10 +112,10 @@ def test_an_address_that_cannot_be_bound_is_reported_once_and_training_goes_on(
 def test_the_end_frees_the_port_and_leaves_no_process(tmp_path: Path) -> None:
     with serving(outcome=STOPPED, targets_directory=tmp_path / "targets") as exporter:
         port, process = port_of(exporter), process_of(exporter)
-        assert len(list((tmp_path / "targets").glob("*.json"))) == 1
+        assert outcomes(tmp_path / "targets") == [None]
     assert exporter.address is None
     assert not is_alive(process)
-    assert not list((tmp_path / "targets").iterdir())
+    assert outcomes(tmp_path / "targets") == ["stopped"]
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
     exporter.end(OUTCOME)
@@ -135,9 +141,30 @@ def test_a_process_that_is_killed_is_reported_once_and_its_target_stays_to_the_e
         wait_for(noticed)
         exporter.record(train(21))
         exporter.measurement(measurement(21))
-        assert list(tmp_path.glob("*.json")), "Prometheus shall see that nobody answers"
+        assert outcomes(tmp_path) == [None], "Prometheus shall see that nobody answers"
     assert warnings_of(caplog) == ["metrics are no longer served; training continues: its process was ended by SIGKILL"]
-    assert not list(tmp_path.iterdir())
+    assert outcomes(tmp_path) == ["finished"]
+
+
+def test_a_process_that_is_killed_is_started_again_and_knows_what_was_before(tmp_path: Path) -> None:
+    counts = tmp_path / "counts.json"
+    facts = replace(FACTS, name="demo", run_directory=tmp_path)
+    with serving(facts, targets_directory=tmp_path / "targets") as exporter:
+        first = process_of(exporter)
+        assert Path(f"/proc/{first}/comm").read_text() == "metrics demo\n"
+        counts.write_text('{"checkpoint": 3}')
+        os.kill(first, signal.SIGKILL)
+
+        def served_again() -> bool:
+            exporter.progress(40)
+            return exporter.address is not None and exporter.process_id not in (None, first)
+
+        wait_for(served_again)
+        values = scrape(exporter)
+        assert outcomes(tmp_path / "targets") == [None]
+    assert values["dist_train_exporter_restarts_total", ()] == 1
+    assert values["dist_train_checkpoints_total", ()] == 3
+    assert values["dist_train_step", ()] == 40
 
 
 def test_a_process_that_hangs_holds_up_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -205,7 +232,7 @@ def test_the_last_values_are_pushed_as_the_run_s_own_group() -> None:
             exporter.record(train(20))
         thread.join()
     ((path, page),) = pushed
-    assert path == "/metrics/job/dist_train/run/demo"
+    assert path == "/metrics/job/dist_train/run/demo/run_id/0123456789abcdef"
     assert 'dist_train_state{state="stopped"} 1.0' in page
     assert "dist_train_step 210.0" in page
 
@@ -257,7 +284,7 @@ time.sleep(60)
 """
 
 
-def test_a_trainer_that_is_killed_leaves_no_process_no_target_and_no_open_pipe(tmp_path: Path) -> None:
+def test_a_trainer_that_is_killed_leaves_no_process_no_open_pipe_and_is_reported_as_killed(tmp_path: Path) -> None:
     trainer = subprocess.Popen(
         [sys.executable, "-c", TRAINER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -266,14 +293,14 @@ def test_a_trainer_that_is_killed_leaves_no_process_no_target_and_no_open_pipe(t
         line = output.readline()
         assert line.strip().isdigit(), line.decode() + output.read().decode()
         process = int(line)
-        (target,) = tmp_path.glob("*.json")
+        assert outcomes(tmp_path) == [None]
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             os.kill(process, name)
         trainer.kill()
         assert select.select([output], [], [], PATIENCE)[0]
         assert output.read() == b"", "the end of the stream, which a launcher waits for"
         trainer.wait()
-    wait_for(lambda: not target.exists())
+    wait_for(lambda: outcomes(tmp_path) == ["killed"])
     wait_for(lambda: not is_alive(process))
 
 

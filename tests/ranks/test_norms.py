@@ -63,8 +63,7 @@ def test_a_micro_batch_too_small_to_share_is_refused_before_training(tmp_path: P
     config = write_config(tmp_path, small_settings(model={"norm": "sync"}, batch={"global_size": 98}))
     ended = launch(3, "mpi", "train", config, "--run-dir", str(tmp_path / "run"))
     assert ended.code == 2, ended.output
-    assert "2 samples for 3 ranks: set batch.micro_size" in ended.output
-    assert ended.output.count("set batch.micro_size") == 1
+    assert ended.output.count("[micro-batch-too-small]") == 1
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or not records(tmp_path / "run", "train")
 
 

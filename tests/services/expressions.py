@@ -15,10 +15,17 @@ DOCKER = Path(__file__).parents[2] / "docker"
 DASHBOARDS = DOCKER / "grafana" / "dashboards"
 RULES = DOCKER / "prometheus" / "rules"
 
-NEEDS_A_DEVICE = "_device_"
-"""Part of the names of metrics that are there only where a rank has a device."""
+NEEDS_A_DEVICE = ("_device_", "_time_limit_")
+"""Parts of the names of metrics that are there only where a rank has a device, or a job a time limit."""
+
+_ENDED = re.compile(r'outcome(!=""|=~"[^"]*")')
 
 _FILTERS = re.compile(r"(?<![=!~])(==|!=|[<>]=?)(?![~=\"])|\b(and|or|unless)\b")
+
+
+def needs_a_device(expression: str) -> bool:
+    """Whether a run without a device and a time limit has no data for `expression`."""
+    return any(part in expression for part in NEEDS_A_DEVICE)
 
 
 def variables(run: str) -> dict[str, str]:
@@ -26,6 +33,7 @@ def variables(run: str) -> dict[str, str]:
     return {
         "datasource": "prometheus",
         "run": run,
+        "run_id": ".*",
         "split": ".*",
         "noise": ".*",
         "__rate_interval": "30s",
@@ -63,12 +71,12 @@ def dashboard_expressions(run: str) -> dict[str, str]:
 
     The conditions of marks are taken apart as for alerts.
     """
-    return {name: text for name, text in _expressions(run).items() if NEEDS_A_DEVICE not in text}
+    return {name: text for name, text in _expressions(run).items() if not needs_a_device(text)}
 
 
 def device_expressions(run: str) -> dict[str, str]:
     """Return every query of every dashboard that is about devices, by a name for messages."""
-    return {name: text for name, text in _expressions(run).items() if NEEDS_A_DEVICE in text}
+    return {name: text for name, text in _expressions(run).items() if needs_a_device(text)}
 
 
 def _expressions(run: str) -> dict[str, str]:
@@ -88,11 +96,15 @@ def rule_expressions() -> dict[str, str]:
     """Return the expression of every recording rule, and of every alert the parts that a healthy run has data for."""
     found: dict[str, str] = {}
     for name, rule in rules():
-        if "record" in rule:
-            found[name] = rule["expr"]
-        else:
-            found |= {f"{name} {place}": operand for place, operand in enumerate(operands(rule["expr"]))}
+        # a run at work has not ended
+        expression = _ENDED.sub('outcome=""', rule["expr"]).replace("_ended_timestamp", "_heard_timestamp")
+        parts = {name: expression} if "record" in rule else _numbered(name, operands(expression))
+        found |= {part: text for part, text in parts.items() if not needs_a_device(text)}
     return found
+
+
+def _numbered(name: str, expressions: list[str]) -> dict[str, str]:
+    return {f"{name} {place}": expression for place, expression in enumerate(expressions)}
 
 
 def operands(expression: str) -> list[str]:

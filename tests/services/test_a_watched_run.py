@@ -21,9 +21,9 @@ from dist_train.rundir.records import RankMeasurement
 from tests.launching import descendants, kill, records, small_settings, start, write_config
 from tests.services.dashboard_page import height_of, screenshot, series_drawn, write_page
 from tests.services.expressions import (
-    NEEDS_A_DEVICE,
     dashboard_expressions,
     device_expressions,
+    needs_a_device,
     rule_expressions,
     variables,
 )
@@ -201,7 +201,7 @@ def test_every_expression_of_a_dashboard_or_a_rule_gives_data(watched: Watched) 
 def test_every_expression_about_devices_gives_data_for_a_rank_that_has_one(watched: Watched, tmp_path: Path) -> None:
     run = tmp_path / "on_a_device"
     exporter = Exporter(MetricsSettings(port=0, targets_directory=watched.targets))
-    exporter.begin(replace(FACTS, name=run.name, run_directory=run))
+    exporter.begin(replace(FACTS, name=run.name, run_directory=run, device_memory=80 << 30, time_limit=2e9))
     with_device = RankMeasurement(0.2, 0.1, 1e9, device_bytes=6e10, device_peak_bytes=7e10, device_utilization=0.9)
     exporter.measurement(replace(measurement(15), ranks=(with_device, with_device)))
     expressions = device_expressions(run.name)
@@ -242,7 +242,7 @@ def test_every_panel_is_drawn_from_the_live_prometheus(watched: Watched, name: s
 def shows_devices_only(panel: Mapping[str, Any]) -> bool:
     """Whether `panel` has nothing to show on a machine without a GPU."""
     targets = panel.get("targets", [])
-    return bool(targets) and all(NEEDS_A_DEVICE in target["expr"] for target in targets)
+    return bool(targets) and all(needs_a_device(target["expr"]) for target in targets)
 
 
 def picture_folder(otherwise: Path) -> Path:
@@ -266,11 +266,14 @@ def test_a_run_that_stands_still_is_told_to_the_webhook_and_so_is_its_going_on(w
     wait_for(lambda: watched.webhook.received("DistTrainStalled", RUN, "resolved"), "the alert's end")
 
 
-def test_the_target_file_goes_when_the_run_ends(watched: Watched) -> None:
+def test_the_target_file_says_how_the_run_ended(watched: Watched) -> None:
     assert list(watched.targets.glob("*.json"))
     for pid in watched.trainers():
         os.kill(pid, signal.SIGTERM)
     watched.job.communicate(timeout=PATIENCE)
-    assert not list(watched.targets.iterdir())
-    wait_for(lambda: not watched.prometheus.ask("targets")["activeTargets"], "the target is gone")
+    [labels] = wait_for(
+        lambda: [labels for labels, _ in watched.prometheus.query(f"up{{run='{RUN}', outcome!=''}}")], "it is seen"
+    )
+    assert labels["outcome"] == "stopped"
+    assert not watched.prometheus.firing() & {"DistTrainFailed", "DistTrainExporterGone"}
     assert watched.prometheus.query("last_over_time(dist_train_state{state='running'}[5m])")

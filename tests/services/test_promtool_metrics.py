@@ -77,6 +77,7 @@ def test_prometheus_finds_a_run_by_its_target_file_with_token_and_tls(tmp_path: 
                 "__name__": "dist_train_step",
                 "job": "dist_train",
                 "run": "demo",
+                "run_id": "0123456789abcdef",
                 "slurm_job": "4711",
                 "node": "node1",
                 "rank": "0",
@@ -87,7 +88,10 @@ def test_prometheus_finds_a_run_by_its_target_file_with_token_and_tls(tmp_path: 
                 urllib.request.urlopen(
                     f"https://{step[0]['instance']}/metrics", timeout=PATIENCE, context=ssl.create_default_context()
                 )
-        assert not list(targets.iterdir())
+        # without a scrape of what has ended, Prometheus sees how
+        [(ended, _)] = wait_for(lambda: server.query("up{outcome!=''} == 0"), "the target says how the run ended")
+        assert (ended["outcome"], ended["run_id"]) == ("finished", labels["run_id"])
+        assert ended["instance"] == step[0]["instance"]
         # the scrape of the last values was waited for
         finished = server.query('last_over_time(dist_train_state{state="finished"}[1m])')
         assert [value for _, value in finished] == [1]
@@ -104,7 +108,9 @@ def test_the_last_values_of_a_short_run_are_at_the_pushgateway(tmp_path: Path) -
         page = fetch(f"{url}/metrics")
     lines = page.splitlines()
     states = [line for line in lines if line.startswith("dist_train_state{") and 'state="finished"' in line]
-    assert states == ['dist_train_state{instance="",job="dist_train",run="short/run",state="finished"} 1']
+    assert states == [
+        'dist_train_state{instance="",job="dist_train",run="short/run",run_id="0123456789abcdef",state="finished"} 1'
+    ]
     busy = [line for line in lines if line.startswith("dist_train_rank_busy_seconds{")]
     assert len(busy) == 2
     failed = [line for line in lines if line.startswith("push_failure_time_seconds{")]

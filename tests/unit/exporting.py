@@ -45,6 +45,7 @@ FACTS = RunFacts(
     slurm_job="4711",
     node="node1",
     launched=1_700_000_000.5,
+    run_id="0123456789abcdef",
 )
 OUTCOME = Outcome("finished", "", 0, 210, 30.0, 1.0, None, None, None, None, None)
 STOPPED = replace(OUTCOME, state="stopped", exit_code=75)

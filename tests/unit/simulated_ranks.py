@@ -6,12 +6,11 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from dist_train.cluster.communicator import Pending, RankLostError
+from dist_train.cluster.communicator import Communicator, Pending, RankLostError
 from tests.waiting import PATIENCE
 
 Result = TypeVar("Result")
@@ -35,7 +34,7 @@ class _Group:
         self.lost = False
 
 
-class _Waiting:
+class _Waiting(Pending):
     def __init__(self, finish: Callable[[], None]) -> None:
         self._finish = finish
 
@@ -43,7 +42,7 @@ class _Waiting:
         self._finish()
 
 
-class SimulatedRanks:
+class SimulatedRanks(Communicator):
     """One of the ranks; every rank must call the same operations, in any order of names."""
 
     def __init__(self, group: _Group, rank: int) -> None:
@@ -85,19 +84,6 @@ class SimulatedRanks:
     def broadcast(self, tensor: torch.Tensor, name: str) -> None:
         """Replace `tensor` by rank 0's."""
         self._start(tensor, name, lambda tensors: tensors[0]).wait()
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.allreduce_async(torch.zeros(1, dtype=torch.int64), "barrier").wait()
-
-    def start_timeline(self, path: Path) -> None:
-        """Do nothing."""
-
-    def stop_timeline(self) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
 
     def _start(self, tensor: torch.Tensor, name: str, combine: Callable[[list[torch.Tensor]], torch.Tensor]) -> Pending:
         assert tensor.is_contiguous()

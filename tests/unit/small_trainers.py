@@ -14,8 +14,9 @@ from dist_train.cluster.communicator import Communicator
 from dist_train.config import Config, parse_config
 from dist_train.launching.assembly import assemble
 from dist_train.launching.session import Session
-from dist_train.monitoring.observers import Observer, Observers
+from dist_train.monitoring.observers import Observers
 from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.records import Observer
 from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
 

@@ -10,6 +10,7 @@ from dist_train.analysis.directions import check_exclusions, random_direction
 from dist_train.models.norms import GroupedBatchNorm
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
+from tests.raising import raises
 
 DEFAULT = ("norm", "bias")
 
@@ -86,7 +87,7 @@ def test_a_direction_depends_on_seed_and_number_alone(weights: FlatWeights) -> N
 
 def test_a_pattern_that_names_nothing_is_refused(weights: FlatWeights) -> None:
     check_exclusions(weights, ["norm", "bias", "3.*"])
-    with pytest.raises(UsageError, match=r"--exclude clasifier: no weight has this name; names are 0\.weight, "):
+    with raises(UsageError, "no-such-weight"):
         check_exclusions(weights, ["clasifier"])
-    with pytest.raises(UsageError, match="leaves no weight to move"):
+    with raises(UsageError, "nothing-to-move"):
         check_exclusions(weights, ["*"])

@@ -7,11 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from dist_train.analysis.landscape_files import Identity, LandscapeFolder, read_landscape
 from dist_train.analysis.landscape_points import Measured, Point
 from dist_train.outcome import UsageError
+from tests.raising import raises
 
 
 def identity(sha256: str = "ab", kind: str = "direction", path: str = "a.pt", **settings: Any) -> Identity:
@@ -83,24 +82,24 @@ def test_another_result_in_the_folder_is_not_touched(tmp_path: Path) -> None:
     fields = json.loads(mine.settings.read_text())
     fields["checkpoints"][0]["sha256"] = "another"
     mine.settings.write_text(json.dumps(fields))
-    with pytest.raises(UsageError, match="holds another result"):
+    with raises(UsageError, "another-result"):
         mine.begin()
     mine.settings.write_text("{")
-    with pytest.raises(UsageError, match=r"settings.json is damaged"):
+    with raises(UsageError, "landscape-damaged"):
         mine.begin()
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"cannot be written .*--output"):
+    with raises(UsageError, "output-unwritable"):
         LandscapeFolder(tmp_path / "file", identity()).begin()
 
 
 def test_what_is_not_finished_or_damaged_is_told(tmp_path: Path) -> None:
     folder = LandscapeFolder(tmp_path, identity())
     folder.begin()
-    with pytest.raises(UsageError, match="holds no finished landscape"):
+    with raises(UsageError, "landscape-unfinished"):
         read_landscape(folder.path)
     folder.points.write_text("direction,alpha\n0,x\n")
-    with pytest.raises(UsageError, match="damaged landscape"):
+    with raises(UsageError, "landscape-damaged"):
         read_landscape(folder.path)

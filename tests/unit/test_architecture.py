@@ -93,8 +93,8 @@ def test_no_layer_stands_outside_of_this_table() -> None:
     assert layers <= set(BELOW)
 
 
-def test_a_file_has_at_most_400_lines() -> None:
-    assert not [path for path in FILES if len(path.read_text(encoding="utf-8").splitlines()) > 400]
+def test_a_file_has_at_most_500_lines() -> None:
+    assert not [path for path in FILES if len(path.read_text(encoding="utf-8").splitlines()) > 500]
 
 
 @pytest.mark.parametrize(

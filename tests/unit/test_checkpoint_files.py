@@ -28,6 +28,7 @@ from dist_train.checkpoint.files import (
 )
 from dist_train.outcome import UsageError
 from dist_train.rundir import atomic
+from tests.raising import raises
 from tests.unit.checkpoint_files import contents, write
 
 
@@ -85,7 +86,7 @@ def test_promise_6_a_change_of_any_byte_is_found(pristine: tuple[Path, bytes], p
     damaged = bytearray(content)
     damaged[int(place * len(content))] ^= change
     path.write_bytes(damaged)
-    with pytest.raises(DamagedCheckpointError, match="SHA-256"):
+    with raises(DamagedCheckpointError, "checkpoint-digest"):
         read_checkpoint(path)
     path.write_bytes(content)
     read_checkpoint(path)
@@ -96,7 +97,7 @@ def test_promise_6_a_change_of_any_byte_is_found(pristine: tuple[Path, bytes], p
 def test_promise_6_a_truncated_one_is_found(pristine: tuple[Path, bytes], part: float) -> None:
     path, content = pristine
     path.write_bytes(content[: int(part * len(content))])
-    with pytest.raises(DamagedCheckpointError, match=rf"bytes instead of {len(content)}"):
+    with raises(DamagedCheckpointError, "checkpoint-size"):
         read_checkpoint(path)
     path.write_bytes(content + b"x")
     with pytest.raises(DamagedCheckpointError):
@@ -112,13 +113,13 @@ def test_promise_6_a_record_that_cannot_be_read_is_damage(tmp_path: Path, record
         path.unlink()
     else:
         path.write_text(record)
-    with pytest.raises(DamagedCheckpointError, match=r"its record step-00000001\.json cannot be read"):
+    with raises(DamagedCheckpointError, "checkpoint-record"):
         read_checkpoint(file.path)
     assert list_checkpoints(tmp_path) == []
 
 
 def test_what_is_no_checkpoint_is_told_so(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no such checkpoint"):
+    with raises(UsageError, "checkpoint-missing"):
         read_checkpoint(tmp_path / "step-00000001.pt")
     file = write(tmp_path, 1)
     torch.save({"format": 99}, file.path)
@@ -126,7 +127,7 @@ def test_what_is_no_checkpoint_is_told_so(tmp_path: Path) -> None:
     content = file.path.read_bytes()
     record.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     file.path.with_suffix(".json").write_text(json.dumps(record))
-    with pytest.raises(UsageError, match="format 1"):
+    with raises(UsageError, "checkpoint-format"):
         read_checkpoint(file.path)
 
 
@@ -152,7 +153,6 @@ class TestNewestWhole:
         assert found is not None
         assert found.step == 1
         assert list(damage) == ["step-00000003.pt", "step-00000002.pt"]
-        assert all("SHA-256" in text for text in damage.values())
         assert names(tmp_path) == [
             "step-00000001.json",
             "step-00000001.pt",
@@ -173,8 +173,9 @@ class TestNewestWhole:
     def test_when_every_one_is_damaged_the_run_does_not_silently_start_anew(self, tmp_path: Path) -> None:
         for step in (1, 2):
             write(tmp_path, step).path.write_bytes(b"")
-        with pytest.raises(UsageError, match=r"every checkpoint .* is damaged .* run\.resume=PATH"):
+        with raises(UsageError, "no-whole-checkpoint") as refused:
             newest(tmp_path)
+        assert "run.resume=PATH" in str(refused.value)
         assert names(tmp_path) == ["step-00000001.pt.damaged", "step-00000002.pt.damaged"]
 
     def test_other_files_are_not_taken_for_checkpoints(self, tmp_path: Path) -> None:

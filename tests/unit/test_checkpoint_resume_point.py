@@ -2,13 +2,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from dist_train.checkpoint.files import write_checkpoint
 from dist_train.checkpoint.state import find_resume_point
 from dist_train.config import Config
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
+from tests.raising import raises
 from tests.unit.checkpoint_files import contents
 from tests.unit.test_rundir_paths import DECIDED, parse
 
@@ -37,16 +36,16 @@ def test_a_run_is_gone_on_with_from_its_last_step_under_what_it_decided(tmp_path
 
 
 def test_promise_5_other_settings_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(UsageError) as caught:
+    with raises(UsageError, "settings-changed") as caught:
         find_resume_point(parse(run={"seed": 1}, optimizer={"learning_rate": 0.5}), run_with(tmp_path, 4))
-    assert "run.seed: 0 when the run began, 1 now" in str(caught.value)
-    assert "optimizer.learning_rate: 0.1 when the run began, 0.5 now" in str(caught.value)
+    assert "run.seed: 0" in str(caught.value)
+    assert "optimizer.learning_rate: 0.1" in str(caught.value)
 
 
 def test_a_run_that_is_never_to_be_gone_on_with_is_refused_where_there_is_one(tmp_path: Path) -> None:
     never = parse(run={"resume": "never"})
     assert find_resume_point(never, run_with(tmp_path)).contents is None
-    with pytest.raises(UsageError, match=r"already holds a run: choose another run\.name"):
+    with raises(UsageError, "run-exists"):
         find_resume_point(never, run_with(tmp_path, 4))
 
 

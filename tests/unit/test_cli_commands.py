@@ -58,6 +58,31 @@ class TestProgram:
             main(arguments)
         assert ended.value.code == 2
 
+    @pytest.mark.parametrize(
+        ("arguments", "meant"),
+        [
+            (["trian", "configs/demo.yaml"], "train"),
+            (["config", "chekc", "configs/demo.yaml"], "check"),
+            (["train", "configs/demo.yaml", "--rundir", "x"], "--run-dir"),
+            (["train", "configs/demo.yaml", "--rundir=x"], "--run-dir"),
+            (["train", "configs/demo.yaml", "run.seed=1", "-run-dir", "x"], "--run-dir"),
+            (["evaluate", "x", "--split", "tset"], "test"),
+        ],
+    )
+    def test_a_mistyped_word_ends_with_2_and_names_the_nearest(
+        self, arguments: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.rstrip().endswith(f"; did you mean {meant}?")
+
+    def test_a_word_like_no_other_ends_with_2_and_names_none(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(["runs", "--zzz"])
+        assert ended.value.code == 2
+        assert "did you mean" not in capsys.readouterr().err
+
     def test_python_m_is_the_same_program(self) -> None:
         ended = subprocess.run(
             [sys.executable, "-m", "dist_train", "config", "check", "nowhere.yaml"],
@@ -66,7 +91,7 @@ class TestProgram:
             check=False,
         )
         assert ended.returncode == 2
-        assert "there is no such file" in ended.stderr
+        assert "[file-missing]" in ended.stderr
         assert "Traceback" not in ended.stderr
 
 
@@ -85,8 +110,31 @@ class TestConfig:
         assert main(["config", "check", path]) == 2
         told = capsys.readouterr()
         assert told.out == ""
-        assert "did you mean run.seed?" in told.err
-        assert "did you mean noise.amplitude?" in told.err
+        assert told.err.count("[unknown-key]") == 2
+
+    @pytest.mark.parametrize(
+        ("sections", "word"),
+        [
+            ({"batch": {"global_size": 150, "micro_size": 50}}, "batch.global_size"),
+            ({"data": {"name": "imagefolder", "classes": 2, "root": "nowhere"}}, "data.root"),
+            ({"data": {"name": "cifar10", "root": "nowhere"}}, "data.download"),
+            ({"data": {"train_size": 5}, "batch": {"global_size": 10, "micro_size": 5}}, "data.train_size"),
+            ({"run": {"directory": "a\0b"}}, "run.directory"),
+            ({"metrics": {"enabled": True, "token_file": "nowhere"}}, "metrics.token_file"),
+        ],
+    )
+    def test_check_refuses_what_train_refuses(
+        self, tmp_path: Path, sections: dict[str, Any], word: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = write_config(tmp_path, **sections)
+        for command in (["config", "check", path], ["train", path, "--run-dir", str(tmp_path / "run")]):
+            assert main(command) == ExitCode.USAGE
+            assert word in capsys.readouterr().err
+
+    def test_check_refuses_the_shipped_file_whose_batch_a_study_chooses(self) -> None:
+        smoke = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
+        assert main(["config", "check", smoke]) == ExitCode.USAGE
+        assert main(["config", "check", smoke, "batch.global_size=256"]) == ExitCode.FINISHED
 
     def test_show_prints_every_setting_so_that_it_can_be_loaded(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -119,6 +167,7 @@ class TestTrain:
             "logs",
             "metrics.jsonl",
             "run.lock",
+            "run_id",
             "status.json",
         ]
         status = read_status(trained / "status.json")
@@ -141,7 +190,7 @@ class TestTrain:
     ) -> None:
         config = write_config(tmp_path, optimizer={"learnig_rate": 1})
         assert main(["train", config, "--run-dir", str(tmp_path / "run")]) == 2
-        assert "did you mean optimizer.learning_rate?" in capsys.readouterr().err
+        assert "[unknown-key]" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
 
     def test_other_settings_than_the_run_began_with_end_with_2(
@@ -189,7 +238,7 @@ class TestTrain:
         for _ in range(2):
             assert main(["train", config, "--run-dir", str(run)]) == ExitCode.DIVERGED
             told = capsys.readouterr()
-            assert "the last evaluation, after step 1, is not finite; there is no good checkpoint" in told.err
+            assert "[evaluation-not-finite]" in told.err
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         [event] = [line for line in lines if line.get("event") == "non_finite_evaluation"]
         assert (event["step"], event["what"]) == (1, "train loss, test loss")
@@ -199,7 +248,7 @@ class TestTrain:
         assert main(["evaluate", str(run)]) == ExitCode.DIVERGED
         told = capsys.readouterr()
         assert json.loads(told.out)["loss"] is None
-        assert "not finite" in told.err
+        assert "[loss-not-finite]" in told.err
 
 
 class TestEvaluate:
@@ -213,7 +262,7 @@ class TestEvaluate:
 
     def test_a_run_that_is_not_there_ends_with_2(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["evaluate", str(tmp_path / "nowhere")]) == 2
-        assert "there is no such run or checkpoint" in capsys.readouterr().err
+        assert "[target-missing]" in capsys.readouterr().err
 
 
 class TestOutcome:
@@ -222,10 +271,9 @@ class TestOutcome:
         StatusFile(tmp_path / "status.json", 2).end("failed", code, "")
         assert main(["outcome", str(tmp_path)]) == code
 
-    def test_a_launch_that_died_ends_with_1(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_launch_that_died_ends_with_1(self, tmp_path: Path) -> None:
         StatusFile(tmp_path / "status.json", 2).change("running", step=7)
         assert main(["outcome", str(tmp_path)]) == 1
-        assert "died in state running at step 7" in capsys.readouterr().err
 
     def test_no_status_and_another_launch_s_status_end_with_1(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -51,23 +51,23 @@ def test_between_two_checkpoints_and_into_another_folder(
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("words", "code"),
     [
-        (["direction", "nowhere"], "there is no such run or checkpoint"),
-        (["interpolate", "RUN", "RUN"], "are the same checkpoint"),
-        (["direction", "RUN", "--points", "1"], "--points is 1"),
-        (["direction", "RUN", "--samples", "0"], "--samples is 0"),
-        (["direction", "RUN", "--exclude", "nothing"], "no weight has this name"),
-        (["direction", "RUN", "model.width=2"], "not model.width"),
-        (["plane", "RUN", "--trajectory"], "a trajectory needs three or more"),
+        (["direction", "nowhere"], "target-missing"),
+        (["interpolate", "RUN", "RUN"], "same-checkpoint"),
+        (["direction", "RUN", "--points", "1"], "option-range"),
+        (["direction", "RUN", "--samples", "0"], "option-range"),
+        (["direction", "RUN", "--exclude", "nothing"], "no-such-weight"),
+        (["direction", "RUN", "model.width=2"], "settings-changed"),
+        (["plane", "RUN", "--trajectory"], "too-few-checkpoints"),
     ],
 )
 def test_bad_input_ends_with_2_and_the_fix(
-    trained_run: Path, words: list[str], text: str, capsys: pytest.CaptureFixture[str]
+    trained_run: Path, words: list[str], code: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["landscape", *(str(trained_run) if word == "RUN" else word for word in words)]) == 2
     told = capsys.readouterr()
-    assert text in told.err
+    assert f"[{code}]" in told.err
     assert told.out == ""
 
 

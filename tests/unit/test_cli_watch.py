@@ -134,7 +134,7 @@ def test_no_run_ends_with_2_and_one_message(tmp_path: Path, capsys: pytest.Captu
     told = capsys.readouterr()
     assert told.out == ""
     assert len(told.err.splitlines()) == 1
-    assert ("holds no run" if made else "there is no run") in told.err
+    assert ("[no-run-here]" if made else "[run-missing]") in told.err
 
 
 @pytest.mark.parametrize("interval", ["0", "-1", "nan", "soon"])

@@ -12,7 +12,6 @@ from dist_train.cluster.heartbeats import (
     Attendance,
     Datagram,
     Kind,
-    Peer,
     decode,
     encode,
     loss_message,
@@ -21,7 +20,7 @@ from dist_train.cluster.heartbeats import (
 )
 
 TIMEOUT, BEAT = 60.0, 5.0
-PLACES = {rank: Peer(f"node{rank // 2}", str(4240 + rank)) for rank in range(40)}
+PLACES = {rank: f"node{rank // 2}, process {4240 + rank}" for rank in range(40)}
 
 
 def attendance(*ranks: int) -> Attendance:

@@ -27,8 +27,9 @@ from dist_train.cluster.devices import (
 from dist_train.config import Config
 from dist_train.config.resuming import with_device
 from dist_train.config.sections import Device
-from dist_train.launching.provenance import device_in_words
+from dist_train.launching.provenance import describe_device
 from dist_train.outcome import UsageError
+from tests.raising import raises
 from tests.unit.simulated_ranks import results
 
 CPU_BUILD = TorchGpus("2.13.0+cpu", "", 0)
@@ -118,25 +119,25 @@ def test_what_is_there_is_taken(asked: Device, signs: GpuSigns, found: TorchGpus
 
 
 @pytest.mark.parametrize(
-    ("signs", "found", "reason"),
+    ("signs", "found", "code"),
     [
-        (GpuSigns(("SLURM_GPUS_ON_NODE=4",)), CPU_BUILD, "built for CPUs alone"),
-        (GpuSigns(files=("/dev/nvidia0",), driver="470.57.02"), TOO_OLD, "470.57.02 .* CUDA 11.4.* CUDA 13.2"),
-        (GpuSigns(files=("/dev/nvidia0",), denied=("/dev/nvidia0",), driver="580"), NO_DRIVER, "open /dev/nvidia0"),
-        (GpuSigns(driver="580.65.06"), NO_DRIVER, "580.65.06 .*no device file .*--gpus all"),
-        (GpuSigns(("CUDA_VISIBLE_DEVICES=0",)), NO_DRIVER, "no NVIDIA driver .*Found no NVIDIA driver"),
-        (GpuSigns(files=("/dev/nvidia0",), driver="580"), NO_DRIVER, "580 is loaded, but gives no GPU"),
+        (GpuSigns(("SLURM_GPUS_ON_NODE=4",)), CPU_BUILD, "torch-for-cpus"),
+        (GpuSigns(files=("/dev/nvidia0",), driver="470.57.02"), TOO_OLD, "gpu-driver-too-old"),
+        (GpuSigns(files=("/dev/nvidia0",), denied=("/dev/nvidia0",), driver="580"), NO_DRIVER, "gpu-denied"),
+        (GpuSigns(driver="580.65.06"), NO_DRIVER, "gpu-without-device-file"),
+        (GpuSigns(("CUDA_VISIBLE_DEVICES=0",)), NO_DRIVER, "gpu-without-driver"),
+        (GpuSigns(files=("/dev/nvidia0",), driver="580"), NO_DRIVER, "gpu-silent"),
     ],
 )
-def test_gpus_that_torch_cannot_use_are_refused_with_the_reason(signs: GpuSigns, found: TorchGpus, reason: str) -> None:
+def test_gpus_that_torch_cannot_use_are_refused_with_the_reason(signs: GpuSigns, found: TorchGpus, code: str) -> None:
     for asked in ("auto", "cuda"):
-        with pytest.raises(UsageError, match=f"{reason}.*run.device=cpu"):
+        with raises(UsageError, code):
             kind_of_device(asked, signs, found)
     assert obstacle(signs, found).fix
 
 
 def test_a_gpu_that_is_asked_for_must_be_there() -> None:
-    with pytest.raises(UsageError, match=r"run\.device is cuda.*no NVIDIA driver"):
+    with raises(UsageError, "gpu-without-driver"):
         kind_of_device("cuda", NOTHING, NO_DRIVER)
 
 
@@ -154,20 +155,20 @@ def test_each_rank_has_a_gpu_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("placements", "reason"),
+    ("placements", "code"),
     [
-        ([Placement(11, 2, 3), Placement(12, 2, 3), Placement(11, 2, 3)], "ranks 0 and 2 .*3 ranks and 2 GPUs"),
-        ([Placement(11, 1, 2), Placement(11, 1, 2)], "2 ranks and 1 GPU for"),
-        ([Placement(11, 1, 1), Placement(0, 0, 1)], "rank 1 of 2 has no GPU"),
+        ([Placement(11, 2, 3), Placement(12, 2, 3), Placement(11, 2, 3)], "gpu-shared"),
+        ([Placement(11, 1, 2), Placement(11, 1, 2)], "gpu-shared"),
+        ([Placement(11, 1, 1), Placement(0, 0, 1)], "gpu-missing"),
     ],
 )
-def test_ranks_that_would_share_a_gpu_or_have_none_are_refused(placements: Sequence[Placement], reason: str) -> None:
-    with pytest.raises(UsageError, match=reason):
+def test_ranks_that_would_share_a_gpu_or_have_none_are_refused(placements: Sequence[Placement], code: str) -> None:
+    with raises(UsageError, code):
         check_placements(placements, True)
 
 
 def test_several_ranks_on_gpus_need_nccl() -> None:
-    with pytest.raises(UsageError, match="NCCL"):
+    with raises(UsageError, "nccl-missing"):
         check_placements([Placement(11, 2, 2), Placement(12, 2, 2)], False)
 
 
@@ -202,7 +203,7 @@ def test_a_run_on_gpus_says_how_it_keeps_to_the_same_bits(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
     config = with_device(Config.model_validate(settings), "cuda")
-    assert device_in_words(config, torch.device("cuda", 1)) == words
+    assert describe_device(config, torch.device("cuda", 1)) == words
 
 
 def test_a_run_on_the_cpu_says_why_where_torch_is_built_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dist_train.cluster.communicator import Alone
 from dist_train.cluster.points import deal, join_points
 from dist_train.outcome import UsageError
+from tests.raising import raises
 
 
 @given(st.integers(0, 40), st.integers(1, 9))
@@ -31,7 +32,7 @@ def test_gloo_is_refused_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMPI_COMM_WORLD_SIZE", raising=False)
     monkeypatch.setenv("HOROVOD_SIZE", "2")
     monkeypatch.setenv("HOROVOD_RANK", "0")
-    with pytest.raises(UsageError):
+    with raises(UsageError, "launcher-unsupported"):
         join_points()
 
 
@@ -39,5 +40,5 @@ def test_a_missing_mpi4py_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(UsageError):
+    with raises(UsageError, "mpi4py-missing"):
         join_points()

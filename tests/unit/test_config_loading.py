@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from dist_train.config import Config, ConfigError, dump_config, load_config, parse_config
 from dist_train.config.loading import with_overrides
 from dist_train.sweep.study_file import load_study
+from tests.raising import raises_problems
 
 LAUGHS = "a: &a [lol, lol]\n" + "".join(
     f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}, *{a}, *{a}]\n" for a, b in pairwise("abcdefghij")
@@ -33,10 +34,11 @@ def load(folder: Path, text: str, *overrides: str) -> Config:
     return load_config(write(folder, text), overrides)
 
 
-def refusal(folder: Path, text: str, *overrides: str) -> str:
+def refusal(folder: Path, text: str, *overrides: str) -> list[tuple[str, str]]:
+    """Return the path and the code of each problem."""
     with pytest.raises(ConfigError) as caught:
         load(folder, text, *overrides)
-    return str(caught.value)
+    return [(problem.path, problem.code) for problem in caught.value.problems]
 
 
 def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
@@ -63,37 +65,57 @@ def test_a_date_is_read_as_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "twice"),
+    "text",
     [
-        ("run: {seed: 1}\nrun: {seed: 2}", "run"),
-        ("run:\n  seed: 1\n  name: x\n  seed: 2", "seed"),
-        ("noise: {schedule: {kind: cosine, kind: constant}}", "kind"),
+        "run: {seed: 1}\nrun: {seed: 2}",
+        "run:\n  seed: 1\n  name: x\n  seed: 2",
+        "noise: {schedule: {kind: cosine, kind: constant}}",
     ],
 )
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, twice: str) -> None:
-    assert f"the key {twice} stands twice" in refusal(tmp_path, text)
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str) -> None:
+    assert refusal(tmp_path, text) == [("(file)", "not-yaml")]
 
 
 def test_a_key_that_stands_twice_in_an_override_is_refused(tmp_path: Path) -> None:
-    assert "the key seed stands twice" in refusal(tmp_path, "", "run={seed: 1, seed: 2}")
+    assert refusal(tmp_path, "", "run={seed: 1, seed: 2}") == [("run", "not-yaml")]
 
 
 def test_a_missing_file_is_named_with_the_nearest_one(tmp_path: Path) -> None:
     write(tmp_path, "", "lb_8192.yaml")
-    with pytest.raises(ConfigError, match=r"no such file; did you mean .*lb_8192\.yaml\?"):
+    with raises_problems(("(file)", "file-missing")) as refused:
         load_config(tmp_path / "lb_8129.yaml")
+    assert "lb_8192.yaml" in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["folder.yaml", "a\0b", "x" * 5000])
 def test_a_path_that_cannot_be_read_is_a_config_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder.yaml").mkdir()
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with raises_problems(("(file)", "unreadable")):
         load_config(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("run:\n  name: a\n  seed: [1, 2\n", "line 4, column 1"),
+        ("run:\n  name: a: b\n", "line 2, column 10"),
+        ("run: {seed: 1}\nrun: {seed: 2}\n", "line 2, column 1"),
+        ("run: {seed: !!int x}\n", "line 1, column 13"),
+    ],
+)
+def test_text_that_is_not_yaml_is_named_with_its_file_line_and_column(tmp_path: Path, text: str, place: str) -> None:
+    (tmp_path / "base.yaml").write_text(text)
+    (tmp_path / "run.yaml").write_text("base: base.yaml\n")
+    with pytest.raises(ConfigError) as refused:
+        load_config(tmp_path / "run.yaml")
+    assert str(tmp_path / "base.yaml") in str(refused.value)
+    assert place in refused.value.problems[0].wrong
+    assert "unicode string" not in str(refused.value)
 
 
 def test_a_file_that_is_not_utf_8_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(b"run: {name: \xff}")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with raises_problems(("(file)", "unreadable")):
         load_config(tmp_path / "config.yaml")
 
 
@@ -126,23 +148,23 @@ class TestBase:
         for name, base in pairwise(names):
             if "/" not in name:
                 write(tmp_path, f"base: {base}.yaml", f"{name}.yaml")
-        with pytest.raises(ConfigError, match="its own base"):
+        with raises_problems(("base", "base-cycle")):
             load_config(tmp_path / "config.yaml")
 
     @pytest.mark.parametrize("base", ["3", "[a]", "null", '""', '"a\\0b"'])
     def test_a_base_that_names_no_file_is_refused(self, tmp_path: Path, base: str) -> None:
-        assert "base: not the name of a file" in refusal(tmp_path, f"base: {base}")
+        assert refusal(tmp_path, f"base: {base}") == [("base", "wrong-form")]
 
     def test_a_base_that_is_missing_is_named(self, tmp_path: Path) -> None:
-        assert "nowhere.yaml" in refusal(tmp_path, "base: nowhere.yaml")
+        assert refusal(tmp_path, "base: nowhere.yaml") == [("(file)", "file-missing")]
 
     def test_a_fault_in_a_base_is_found(self, tmp_path: Path) -> None:
         write(tmp_path, "run: {sed: 1}", "base.yaml")
-        assert "did you mean run.seed?" in refusal(tmp_path, "base: base.yaml")
+        assert refusal(tmp_path, "base: base.yaml") == [("run.sed", "unknown-key")]
 
     def test_links_that_go_round_in_circles_are_a_config_error(self, tmp_path: Path) -> None:
         (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
-        assert "loop.yaml" in refusal(tmp_path, "base: loop.yaml")
+        assert refusal(tmp_path, "base: loop.yaml") == [("(file)", "unreadable")]
 
 
 class TestOverrides:
@@ -166,19 +188,15 @@ class TestOverrides:
         assert (config.noise.schedule.kind, config.run.name) == ("cosine", "1e5")
 
     @pytest.mark.parametrize("override", ["run.seed", "=1", ".seed=1", "run.=1", "run..seed=1", ""])
-    def test_what_is_no_override_is_refused_with_its_form(self, tmp_path: Path, override: str) -> None:
-        text = refusal(tmp_path, "", override)
-        assert "not an override" in text
-        assert "section.key=value" in text
+    def test_what_is_no_override_is_refused(self, tmp_path: Path, override: str) -> None:
+        assert refusal(tmp_path, "", override) == [(override or "''", "override-form")]
 
     def test_all_bad_overrides_are_told_at_once(self, tmp_path: Path) -> None:
-        text = refusal(tmp_path, "run: {seed: 1}", "run.seed", "run.seed.deep=3", "run.name=[")
-        assert text.startswith("command line: 3 problems")
-        assert "run.seed.deep: seed is not a section" in text
-        assert "run.name: not YAML" in text
+        found = refusal(tmp_path, "run: {seed: 1}", "run.seed", "run.seed.deep=3", "run.name=[")
+        assert found == [("run.seed", "override-form"), ("run.seed.deep", "wrong-type"), ("run.name", "not-yaml")]
 
-    def test_a_misspelt_override_suggests_the_right_one(self, tmp_path: Path) -> None:
-        assert "did you mean noise.amplitude?" in refusal(tmp_path, "", "noise.amplitud=1")
+    def test_a_misspelt_override_is_an_unknown_key(self, tmp_path: Path) -> None:
+        assert refusal(tmp_path, "", "noise.amplitud=1") == [("noise.amplitud", "unknown-key")]
 
     def test_the_mapping_that_is_overridden_stays_as_it_was(self) -> None:
         from dist_train.config.loading import with_overrides
@@ -189,7 +207,7 @@ class TestOverrides:
 
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,12}", fullmatch=True)
-WORDS = st.text(max_size=12)
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
 NUMBERS = st.floats(min_value=0, max_value=1e30, exclude_min=True)
 
 
@@ -316,18 +334,16 @@ def test_yaml_that_stands_for_more_than_memory_holds_is_refused(
 ) -> None:
     path = tmp_path / "file.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError) as error:
+    with raises_problems(("(file)", "not-yaml")):
         read(path)
-    assert [problem.path for problem in error.value.problems] == ["(file)"]
 
 
 def test_an_override_with_such_aliases_is_refused(tmp_path: Path) -> None:
     inner = "[a]"
     for name in "abcdefghij":
         inner = f"[&{name} {inner}, {', '.join([f'*{name}'] * 9)}]"
-    with pytest.raises(ConfigError) as error:
+    with raises_problems(("data.root", "not-yaml")):
         with_overrides({}, [f"data.root={inner}"])
-    assert [problem.path for problem in error.value.problems] == ["data.root"]
 
 
 def test_a_few_aliases_are_fine(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torchvision.transforms import functional
 from dist_train.data.decoding import ATTEMPTS, DRAWS, decode, random_box
 from dist_train.outcome import FaultError
 from dist_train.randomness import key, uniform
+from tests.raising import raises
 from tests.unit.image_folders import damage, write_image
 
 SIDES = st.integers(1, 3000)
@@ -108,8 +109,9 @@ def test_a_damaged_image_is_a_fault_that_names_the_file(tmp_path: Path, suffix: 
     path = tmp_path / f"a{suffix}"
     write_image(path, 40, 40, seed=0)
     damage(path)
-    with pytest.raises(FaultError, match=f"the image {path} cannot be read .*: repair or remove it"):
+    with raises(FaultError, "image-unreadable") as fault:
         decode(str(path), 8, None)
+    assert str(path) in str(fault.value)
 
 
 @settings(deadline=None, max_examples=100)
@@ -124,14 +126,14 @@ def test_whatever_is_wrong_with_the_bytes_it_is_a_fault_or_an_image(
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content)
-    assert outcome(path) in (f"the image {path} cannot be read", "an image")
+    assert outcome(path) in ("image-unreadable", "an image")
 
 
 def outcome(path: Path) -> str:
     try:
         decoded = decode(str(path), 4, None)
     except FaultError as error:
-        return str(error).partition(" (")[0]
+        return error.code
     return "an image" if decoded.shape == (3, 4, 4) else f"{decoded.shape}"
 
 
@@ -140,7 +142,7 @@ def test_files_that_are_no_images_missing_or_folders_are_named(tmp_path: Path) -
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "folder.jpg").mkdir()
     for name in ("text.jpg", "empty.jpg", "folder.jpg", "gone.jpg"):
-        with pytest.raises(FaultError, match=name):
+        with raises(FaultError, "image-unreadable"):
             decode(str(tmp_path / name), 8, None)
 
 
@@ -150,8 +152,9 @@ def test_a_name_that_is_no_unicode_is_read_and_printed(tmp_path: Path) -> None:
     os.rename(tmp_path / "a.png", strange)
     assert decode(strange, 4, None).shape == (3, 4, 4)
     damage(Path(strange))
-    with pytest.raises(FaultError, match="caf\N{REPLACEMENT CHARACTER}") as raised:
+    with raises(FaultError, "image-unreadable") as raised:
         decode(strange, 4, None)
+    assert "caf\N{REPLACEMENT CHARACTER}" in str(raised.value)
     str(raised.value).encode()
 
 

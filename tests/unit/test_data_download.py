@@ -15,6 +15,7 @@ from dist_train.data import cifar
 from dist_train.data.download import fetch
 from dist_train.outcome import UsageError
 from tests.archives import cifar10_members, write_members
+from tests.raising import raises
 
 CONTENT = b"an archive" * 300_000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -69,13 +70,13 @@ def test_an_archive_with_the_published_digest_is_kept(site: Site, tmp_path: Path
 
 
 def test_another_digest_is_refused_and_nothing_kept(site: Site, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"SHA-256 {SHA256}, but {'0' * 64} was published: nothing was kept"):
+    with raises(UsageError, "download-digest"):
         fetch(f"{site.address}/archive", tmp_path / "archive.tar.gz", "0" * 64)
     assert leftovers(tmp_path) == []
 
 
 def test_a_download_cut_short_is_refused_and_nothing_kept(site: Site, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"gave {len(CONTENT) // 2} bytes .* nothing was kept"):
+    with raises(UsageError, "download-digest"):
         fetch(f"{site.address}/cut", tmp_path / "archive.tar.gz", SHA256)
     assert leftovers(tmp_path) == []
 
@@ -86,14 +87,14 @@ def test_without_a_network_the_message_says_what_to_put_where(site: Site, tmp_pa
         free.bind(("127.0.0.1", 0))
         unused = f"http://127.0.0.1:{free.getsockname()[1]}"
         address = site.address if reachable else unused
-        with pytest.raises(UsageError, match=rf"{address}/absent: .* elsewhere and put it into {tmp_path}"):
+        with raises(UsageError, "download-failed"):
             fetch(f"{address}/absent", tmp_path / "archive.tar.gz", SHA256)
     assert leftovers(tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_written_is_named(site: Site, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UsageError, match=r"cannot write .*archive\.tar\.gz: .*Set data\.root"):
+    with raises(UsageError, "download-unwritable"):
         fetch(f"{site.address}/archive", tmp_path / "file" / "archive.tar.gz", SHA256)
 
 

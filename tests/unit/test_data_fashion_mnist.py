@@ -14,9 +14,9 @@ from dist_train.data import fashion_mnist
 from dist_train.data.images import ImageSet, Split
 from dist_train.outcome import UsageError
 from tests.archives import idx_bytes, random_set, write_fashion_mnist
+from tests.raising import raises
 
 FUZZ = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
-FIX = r"apt-get install dataset-fashion-mnist.*docker/fashion_mnist\.sh"
 
 
 def read(root: Path, split: Split = "train") -> ImageSet:
@@ -47,18 +47,17 @@ def test_without_a_root_the_cache_folder_is_searched_after_debians(
 def test_a_missing_file_is_named_with_the_places_and_the_commands(tmp_path: Path) -> None:
     write_fashion_mnist(tmp_path)
     (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(UsageError, match=rf"train-labels-idx1-ubyte\[\.gz\] not found in {tmp_path}\. .*{FIX}"):
+    with raises(UsageError, "data-missing"):
         fashion_mnist.find(tmp_path, "train")
 
 
 def test_no_files_at_all_names_both_and_the_usual_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", tmp_path / "debian")
     monkeypatch.setenv("DIST_TRAIN_CACHE", str(tmp_path))
-    both = r"t10k-images-idx3-ubyte\[\.gz\] and t10k-labels-idx1-ubyte\[\.gz\]"
-    with pytest.raises(
-        UsageError, match=rf"{both} not found in {tmp_path}/debian or {tmp_path}/datasets/fashion-mnist"
-    ):
+    with raises(UsageError, "data-missing") as refused:
         fashion_mnist.find(None, "test")
+    named = ("t10k-images-idx3", "t10k-labels-idx1", f"{tmp_path}/debian", f"{tmp_path}/datasets")
+    assert all(name in str(refused.value) for name in named)
 
 
 def header(count: int, height: int = 28, width: int = 28, magic: int = 0x803) -> bytes:
@@ -66,48 +65,50 @@ def header(count: int, height: int = 28, width: int = 28, magic: int = 0x803) ->
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    ("content", "code"),
     [
-        (b"", "it holds 0 bytes, less than an IDX header of 16"),
-        (header(1)[:9], "it holds 9 bytes, less than an IDX header of 16"),
-        (header(1, magic=0x801) + bytes(784), "begins with 00000801, not with the IDX magic number 00000803"),
-        (header(2) + bytes(784), "announces 2 x 28 x 28 bytes, 1584 in all; it holds 800"),
-        (header(1) + bytes(785), "announces 1 x 28 x 28 bytes, 800 in all; it holds more than 800"),
-        (header(2**32 - 1, 2**32 - 1, 2**32 - 1), "in all; it holds 16"),
-        (header(1, 32, 32) + bytes(1024), "1 x 32 x 32 pixels, not images of 28 x 28"),
-        (header(0), "0 x 28 x 28 pixels"),
+        (b"", "data-length"),
+        (header(1)[:9], "data-length"),
+        (header(1, magic=0x801) + bytes(784), "data-format"),
+        (header(2) + bytes(784), "data-length"),
+        (header(1) + bytes(785), "data-length"),
+        (header(2**32 - 1, 2**32 - 1, 2**32 - 1), "data-length"),
+        (header(1, 32, 32) + bytes(1024), "data-shape"),
+        (header(0), "data-shape"),
     ],
 )
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_damaged_file_is_named_with_what_is_wrong_and_the_fix(
-    tmp_path: Path, content: bytes, reason: str, packed: bool
+    tmp_path: Path, content: bytes, code: str, packed: bool
 ) -> None:
     write_fashion_mnist(tmp_path, packed=packed)
     path = fashion_mnist.find(tmp_path, "train")[0]
     path.write_bytes(gzip.compress(content) if packed else content)
-    with pytest.raises(UsageError, match=rf"{path} is damaged: .*{reason}.*{FIX}"):
+    with raises(UsageError, code) as refused:
         read(tmp_path)
+    assert str(path) in str(refused.value)
+    assert "apt-get install dataset-fashion-mnist" in str(refused.value)
 
 
 def test_a_packed_file_cut_short_is_named(tmp_path: Path) -> None:
     write_fashion_mnist(tmp_path)
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UsageError, match=rf"{path} is damaged: gzip cannot unpack it"):
+    with raises(UsageError, "data-unpackable"):
         read(tmp_path)
 
 
 def test_a_label_out_of_range_is_named(tmp_path: Path) -> None:
     write_fashion_mnist(tmp_path, packed=False, count=3)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.array([0, 10, 2], dtype=np.uint8)))
-    with pytest.raises(UsageError, match="train-labels-idx1-ubyte is damaged: it holds the label 10, not 0 to 9"):
+    with raises(UsageError, "data-labels"):
         read(tmp_path)
 
 
 def test_counts_that_differ_are_named(tmp_path: Path) -> None:
     write_fashion_mnist(tmp_path, packed=False, count=3)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(4, dtype=np.uint8)))
-    with pytest.raises(UsageError, match=r"holds 3 images but .* holds 4 labels"):
+    with raises(UsageError, "data-counts"):
         read(tmp_path)
 
 
@@ -115,7 +116,7 @@ def test_a_folder_in_place_of_a_file_counts_as_missing(tmp_path: Path) -> None:
     write_fashion_mnist(tmp_path)
     (tmp_path / "train-images-idx3-ubyte.gz").unlink()
     (tmp_path / "train-images-idx3-ubyte.gz").mkdir()
-    with pytest.raises(UsageError, match="not found"):
+    with raises(UsageError, "data-missing"):
         read(tmp_path)
 
 

@@ -19,6 +19,7 @@ from dist_train.data.images import BatchRequest, Splits
 from dist_train.data.loader import open_splits
 from dist_train.data.pixels import channel_statistics
 from dist_train.outcome import FaultError, UsageError
+from tests.raising import raises
 from tests.unit.image_folders import damage, write_folder
 
 CPU = torch.device("cpu")
@@ -139,15 +140,16 @@ def test_the_first_samples_are_of_all_classes(tmp_path: Path) -> None:
 def test_a_damaged_image_is_a_fault_that_names_the_file(tmp_path: Path, loaders: int) -> None:
     broken = damage(write_folder(tmp_path) / "train" / "bee" / "0003.png")
     splits = open_splits(data(tmp_path, loaders), 0, CPU)
-    with pytest.raises(FaultError, match=f"the image {broken} cannot be read"):
+    with raises(FaultError, "image-unreadable") as fault:
         splits.train.plain(0, TRAIN)
+    assert str(broken) in str(fault.value)
     splits.close()
-    with pytest.raises(FaultError, match=f"the image {broken} cannot be read"):
+    with raises(FaultError, "image-unreadable"):
         open_splits(data(tmp_path, loaders, normalize=True), 0, CPU)
 
 
 def test_a_folder_that_does_not_fit_the_settings_is_refused(root: Path) -> None:
-    with pytest.raises(UsageError, match=r"set data\.classes to 3"):
+    with raises(UsageError, "class-count"):
         open_splits(data(root, classes=5), 0, CPU)
-    with pytest.raises(UsageError, match=r"data\.root and data\.classes"):
+    with raises(UsageError, "image-folder-unset"):
         open_splits(DataSettings(name="imagefolder"), 0, CPU)

@@ -12,6 +12,7 @@ import torch
 
 from dist_train.data.image_folder import check_same_classes, list_split, training_subset
 from dist_train.outcome import UsageError
+from tests.raising import raises
 from tests.unit.image_folders import CLASSES, write_folder, write_image
 
 
@@ -70,30 +71,30 @@ def test_test_images_lie_in_val_or_in_test(tmp_path: Path) -> None:
 
 def test_a_missing_split_is_refused(root: Path) -> None:
     shutil.rmtree(root / "val")
-    with pytest.raises(UsageError, match=f"no folder {root}/val or {root}/test: an image folder holds train/CLASS"):
+    with raises(UsageError, "image-folder-missing"):
         list_split(root, "test", 3, 0)
 
 
 def test_another_number_of_classes_is_refused_with_the_right_one(root: Path) -> None:
-    with pytest.raises(UsageError, match=r"train holds 3 class folders, but data.classes is 4: set data.classes to 3"):
+    with raises(UsageError, "class-count"):
         list_split(root, "train", 4, 0)
 
 
 def test_images_without_class_folders_are_refused(tmp_path: Path) -> None:
     write_image(tmp_path / "train" / "a.png", 9, 9, seed=0)
-    with pytest.raises(UsageError, match=r"train holds 0 class folders, but data\.classes is 2: an image"):
+    with raises(UsageError, "class-count"):
         list_split(tmp_path, "train", 2, 0)
 
 
 def test_an_empty_class_is_refused_and_named(root: Path) -> None:
     (root / "train" / "dog").mkdir()
-    with pytest.raises(UsageError, match=f"the class folder {root}/train/dog holds no image"):
+    with raises(UsageError, "class-empty"):
         list_split(root, "train", 4, 0)
 
 
 def test_splits_that_name_their_classes_differently_are_refused(root: Path) -> None:
     (root / "val" / "cat").rename(root / "val" / "dog")
-    with pytest.raises(UsageError, match="hold different classes: cat is in one of them alone"):
+    with raises(UsageError, "classes-differ"):
         check_same_classes(list_split(root, "train", 3, 0), list_split(root, "test", 3, 0))
 
 
@@ -106,5 +107,5 @@ def test_a_subset_is_balanced_and_a_larger_one_contains_it(root: Path) -> None:
     order = [listing.path(sample) for sample in range(len(listing))]
     assert sorted(small_paths, key=order.index) == small_paths
     assert training_subset(listing, None, 0) is listing
-    with pytest.raises(UsageError, match=r"data.train_size is 25, but there are 24 training images"):
+    with raises(UsageError, "too-few-samples"):
         training_subset(listing, 25, 0)

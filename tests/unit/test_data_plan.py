@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from itertools import chain
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_train.data.plan import BatchPlan, MicroBatch
 from dist_train.outcome import UsageError
+from tests.raising import raises
 
 PLANS = st.builds(BatchPlan, st.integers(1, 2000), st.integers(1, 2500))
 RANKS = st.integers(1, 70)
@@ -63,7 +63,7 @@ def test_what_is_left_of_an_epoch_after_its_last_whole_batch_is_left_out() -> No
 
 
 def test_promise_1_fewer_samples_than_one_batch_are_refused_with_both_numbers_and_the_fix() -> None:
-    with pytest.raises(UsageError, match=r"100 training samples .* batch of 128: set batch\.global_size"):
+    with raises(UsageError, "too-few-samples"):
         BatchPlan(128, 32).steps_per_epoch(100)
 
 
@@ -71,7 +71,7 @@ def test_promise_1_fewer_samples_than_one_batch_are_refused_with_both_numbers_an
 @given(PLANS, st.integers(1, 9))
 def test_slices_cut_every_micro_batch_evenly_over_all_ranks_in_order(plan: BatchPlan, size: int) -> None:
     if plan.micro_batches[-1].size < size:
-        with pytest.raises(UsageError, match=r"set batch\.micro_size"):
+        with raises(UsageError, "micro-batch-too-small"):
             plan.slices(0, size)
         return
     slices = [plan.slices(rank, size) for rank in range(size)]

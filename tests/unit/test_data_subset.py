@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,6 +7,7 @@ from hypothesis import strategies as st
 from dist_train.data.images import ImageSet
 from dist_train.data.plan import balanced_subset
 from dist_train.outcome import UsageError
+from tests.raising import raises
 
 
 def numbered(labels: list[int], classes: int) -> ImageSet:
@@ -49,5 +49,5 @@ def test_promise_2_the_subset_depends_on_the_seed_alone_and_grows_by_adding() ->
 def test_more_than_there_is_is_refused_with_both_numbers() -> None:
     whole = numbered([0, 1, 0], 2)
     assert balanced_subset(whole, 3, 0) is whole
-    with pytest.raises(UsageError, match=r"data\.train_size is 4, but there are 3 training images"):
+    with raises(UsageError, "too-few-samples"):
         balanced_subset(whole, 4, 0)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.cli.main import parse
+from dist_train.sweep.planned_runs import plan_study
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,9 +21,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def lines() -> Iterator[tuple[str, str]]:
     """Yield page and line of every code block for a shell, those on inner lines of a loop or a pipe too."""
     for page in PAGES:
-        for block in re.findall(r"^```(?:sh)?\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                yield page.name, line.strip()
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL):
+            if language in ("", "sh"):
+                for line in block.replace("\\\n", " ").splitlines():
+                    yield page.name, line.strip()
 
 
 OURS = re.compile(r"(?:^|[\s(/])dist-train (?P<all>[^|;&)>`]+)|launch/\w+\.sh .*?(?P<train>train [^|;&)>]+)")
@@ -60,3 +62,27 @@ def test_a_documented_command_is_one_that_the_program_takes(page: str, words: li
 @pytest.mark.parametrize(("page", "file"), FILES)
 def test_a_documented_file_is_there(page: str, file: str) -> None:
     assert (ROOT / file).exists()
+
+
+ARRAYS = [
+    (place, found["study"], int(found["last"]))
+    for place, text in (
+        *lines(),
+        *(("slurm/sweep.sh", line) for line in (ROOT / "slurm" / "sweep.sh").read_text().splitlines()),
+    )
+    for found in re.finditer(r"STUDY=(?P<study>\S+) sbatch --array=1-(?P<last>\d+)", text)
+]
+
+
+@pytest.mark.parametrize(("place", "study", "last"), ARRAYS)
+def test_a_documented_array_has_a_task_for_each_run_of_its_study(place: str, study: str, last: int) -> None:
+    assert len(plan_study(ROOT / study).runs) == last
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_each_row_of_a_table_has_the_cells_of_its_heading(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+        heading, rule, *rows = [re.split(r"(?<!\\)\|", row)[1:-1] for row in table.splitlines()]
+        assert all(re.fullmatch(r" *:?-+:? *", cell) for cell in rule), table
+        assert {len(row) for row in (rule, *rows)} == {len(heading)}, table

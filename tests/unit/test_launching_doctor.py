@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import socket
 import sys
 from importlib import metadata
@@ -52,20 +53,42 @@ def test_data_that_the_configuration_names_must_be_there(tmp_path: Path, capsys:
     assert "training cannot run here: 1 to mend" in printed
 
 
+def test_an_image_folder_that_is_not_there_fails(tmp_path: Path) -> None:
+    named = {"name": "imagefolder", "classes": 2, "root": str(tmp_path / "nowhere")}
+    check = doctor.check_data(settings(data=named))
+    assert (check.state, bool(check.fix)) == ("fails", True)
+
+
+def test_settings_that_train_refuses_fail() -> None:
+    (check,) = doctor.check_configuration(settings(data={"name": "synthetic", "synthetic_samples": 100}))
+    assert (check.state, bool(check.fix)) == ("fails", True)
+    (check,) = doctor.check_configuration(settings(data={"name": "synthetic"}, batch={"global_size": 100}))
+    assert check.state == "fine"
+
+
+def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_doctor("--json") == ExitCode.FINISHED
+    found = json.loads(capsys.readouterr().out)
+    assert found["can_train"] is True
+    assert {"name", "state", "detail", "fix"} == set(found["checks"][0])
+    documented = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert all(f"`{field}`" in documented for field in (*found, *found["checks"][0]))
+
+
 def test_data_in_the_named_folder_are_found(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_fashion_mnist(tmp_path, split)
-    (check,) = doctor.check_data(settings(data={"name": "fashion-mnist", "root": str(tmp_path)}))
+    check = doctor.check_data(settings(data={"name": "fashion-mnist", "root": str(tmp_path)}))
     assert check.state == "fine"
 
 
 def test_data_that_the_run_will_fetch_are_no_fault(tmp_path: Path) -> None:
-    (check,) = doctor.check_data(settings(data={"name": "cifar100", "root": str(tmp_path), "download": True}))
+    check = doctor.check_data(settings(data={"name": "cifar100", "root": str(tmp_path), "download": True}))
     assert check.state == "note"
 
 
 def test_missing_data_are_no_fault_where_no_configuration_names_them() -> None:
-    checks = doctor.check_known_data(Config())
+    checks = doctor.check_known_data()
     assert len(checks) == 3
     assert doctor.can_train(checks)
     assert all(check.fix for check in checks if check.state == "note")
@@ -193,7 +216,7 @@ def test_horovod_and_mpi4py_load_one_mpi() -> None:
     build = inspection.horovod_build()
     assert build.mpi
     assert build.gloo
-    assert "MPI" in inspection.mpi_library().description
+    assert "MPI" in inspection.mpi_library()
     assert len(inspection.loaded_mpi_libraries()) == 1
 
 

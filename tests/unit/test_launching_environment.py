@@ -35,7 +35,7 @@ def test_the_versions_are_those_of_what_computes() -> None:
         "torch": torch.__version__,
         "torchvision": metadata.version("torchvision"),
         "Horovod": metadata.version("horovod"),
-        "MPI": mpi_library().description,
+        "MPI": mpi_library(),
         "NumPy": np.__version__,
         "device": device_name(CPU),
     }
@@ -48,7 +48,7 @@ def test_mpi_that_does_not_carry_the_ranks_is_not_told_as_used(controller: str) 
 
 def test_the_loaded_mpi_is_the_one_that_mpi4py_describes() -> None:
     horovod_build()
-    assert loaded_mpi_version() == mpi_library().description
+    assert loaded_mpi_version() == mpi_library()
 
 
 def test_an_mpi_that_does_not_tell_its_version_is_unknown_and_no_fault(

@@ -7,7 +7,7 @@ import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,15 @@ from dist_train.outcome import UsageError
 from tests.waiting import PATIENCE
 
 
+def well() -> bool:
+    return True
+
+
 @contextmanager
-def serving(**settings: Any) -> Iterator[Server]:
+def serving(health: Callable[[], bool] = well, **settings: Any) -> Iterator[Server]:
     plan = plan_of(MetricsSettings(**settings))
-    with bind(plan.host, 0, lambda: b"dist_train_step 1\n", read_credentials(plan), tls_context(plan)) as server:
+    credentials, tls = read_credentials(plan), tls_context(plan)
+    with bind(plan.host, 0, lambda: b"dist_train_step 1\n", credentials, tls, health) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
@@ -192,50 +197,46 @@ def test_a_request_with_a_body_ends_its_connection() -> None:
         assert received.count(b"HTTP/1.1") == 1
 
 
-def refusal(**settings: Any) -> str:
+def refusal(**settings: Any) -> UsageError:
     with pytest.raises(UsageError) as caught:
         check_access(MetricsSettings(**settings))
-    return str(caught.value)
+    return caught.value
 
 
 @pytest.mark.parametrize("key", ["token_file", "password_file", "certificate_file"])
 def test_a_file_that_is_missing_is_named_before_training(key: str, tmp_path: Path) -> None:
-    text = refusal(**{key: tmp_path / "nowhere"})
-    assert text == (
-        f"metrics.{key}: {tmp_path}/nowhere cannot be read (No such file or directory); "
-        "name a file that the trainer may read"
-    )
+    error = refusal(**{key: tmp_path / "nowhere"})
+    assert error.code == "secret-unreadable"
+    assert str(error).startswith(f"metrics.{key}: {tmp_path}/nowhere ")
 
 
 @pytest.mark.parametrize(
-    ("key", "content", "says"),
+    ("key", "content", "code"),
     [
-        ("token_file", "\n", "is empty"),
-        ("token_file", "one\ntwo\n", "more than one line"),
-        ("token_file", "two words", "characters that no HTTP header takes"),
-        ("password_file", "", "is empty"),
-        ("password_file", "password", "must hold user:password"),
-        ("password_file", ":password", "must hold user:password"),
-        ("password_file", "user:", "must hold user:password"),
-        ("certificate_file", "no certificate", "must be PEM"),
+        ("token_file", "\n", "secret-empty"),
+        ("token_file", "one\ntwo\n", "secret-lines"),
+        ("token_file", "two words", "token-characters"),
+        ("password_file", "", "secret-empty"),
+        ("password_file", "password", "password-form"),
+        ("password_file", ":password", "password-form"),
+        ("password_file", "user:", "password-form"),
+        ("certificate_file", "no certificate", "certificate-unusable"),
     ],
 )
-def test_a_file_that_is_not_what_it_should_be_is_refused(key: str, content: str, says: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_what_it_should_be_is_refused(key: str, content: str, code: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text(content)
-    text = refusal(**{key: tmp_path / "file"})
-    assert text.startswith(f"metrics.{key}: ")
-    assert says in text
+    assert refusal(**{key: tmp_path / "file"}).code == code
 
 
 def test_keys_that_cannot_be_used_are_refused(certificate: tuple[Path, Path], tmp_path: Path) -> None:
-    assert "needs metrics.certificate_file" in refusal(key_file=certificate[1])
+    assert refusal(key_file=certificate[1]).code == "certificate-missing"
     other, encrypted = tmp_path / "other.pem", tmp_path / "encrypted.pem"
     make = "openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:prime256v1 -out"
     subprocess.run([*make.split(), str(other)], check=True, capture_output=True)
-    assert "the key its own" in refusal(certificate_file=certificate[0], key_file=other)
+    assert refusal(certificate_file=certificate[0], key_file=other).code == "certificate-unusable"
     command = f"openssl pkey -in {certificate[1]} -aes256 -passout pass:abcdef -out {encrypted}"
     subprocess.run(command.split(), check=True, capture_output=True)
-    assert "is encrypted" in refusal(certificate_file=certificate[0], key_file=encrypted)
+    assert refusal(certificate_file=certificate[0], key_file=encrypted).code == "key-encrypted"
 
 
 def test_good_files_are_accepted(certificate: tuple[Path, Path], tmp_path: Path) -> None:
@@ -250,6 +251,13 @@ def test_good_files_are_accepted(certificate: tuple[Path, Path], tmp_path: Path)
         )
     )
     check_access(MetricsSettings())
+
+
+def test_a_run_without_progress_is_not_healthy() -> None:
+    progress = [True, False]
+    with serving(lambda: progress.pop(0)) as server:
+        assert [ask(server, "/healthz")[0] for _ in range(2)] == [200, 503]
+        assert ask(server)[0] == 200
 
 
 @pytest.mark.parametrize(

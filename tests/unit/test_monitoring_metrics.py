@@ -3,12 +3,13 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dist_train.monitoring.prometheus.board import Board
+from dist_train.monitoring.prometheus.board import STEP_SECONDS, Board, bounds_around, stands_still
 from dist_train.monitoring.prometheus.metrics import METRICS, Scope
 from dist_train.monitoring.prometheus.page import MetricsPage, metrics_markdown, with_table
 from dist_train.outcome import UsageError
@@ -20,6 +21,7 @@ from dist_train.rundir.records import (
     RunFacts,
     TrainRecord,
 )
+from tests.raising import raises
 from tests.unit.exporting import FACTS, OUTCOME, measurement, read, train
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +56,8 @@ def test_a_page_reads_back_what_was_recorded() -> None:
     values.pop(("dist_train_time_left_seconds", ()), None)
     assert began <= values.pop(("dist_train_last_progress_timestamp_seconds", ())) <= time.time()
     info = next(key for key in values if key[0] == "dist_train_run_info")
-    expected = ["gloo", "fashion-mnist", "8192", "256", "vgg9", "smoothout 0.01", "0.1.0+abc", 'a "run"\\', "4711"]
+    expected = ["gloo", "fashion-mnist", "8192", "256", "vgg9", "smoothout 0.01", "0.1.0+abc", 'a "run"\\']
+    expected += ["0123456789abcdef", "4711"]
     assert list(info[1]) == expected, "in the order of the labels' names"
     events = {key[1][0]: value for key, value in values.items() if key[0] == "dist_train_events_total"}
     assert events == {
@@ -68,6 +71,7 @@ def test_a_page_reads_back_what_was_recorded() -> None:
         "non_finite_evaluation": 0,
         "disagreement": 0,
         "micro_size": 0,
+        "exporter_restarted": 0,
     }
     states = {key[1][0]: value for key, value in values.items() if key[0] == "dist_train_state"}
     assert states == {
@@ -113,7 +117,9 @@ def test_a_page_reads_back_what_was_recorded() -> None:
         ("dist_train_rank_resident_memory_bytes", ("0",)): 1e9,
         ("dist_train_rank_resident_memory_bytes", ("1",)): 1e9 + 1,
         ("dist_train_slowest_rank", ()): 1,
-        ("dist_train_slowest_rank_ratio", ()): pytest.approx(0.3 / 0.275),
+        ("dist_train_slowest_rank_ratio", ()): pytest.approx(0.3 / 0.25),
+        ("dist_train_rank_busy_ratio", ("0",)): pytest.approx(0.25 / 0.3),
+        ("dist_train_rank_busy_ratio", ("1",)): pytest.approx(0.3 / 0.25),
         ("dist_train_checkpoint_timestamp_seconds", ()): 1_800_000_000,
         ("dist_train_checkpoint_step", ()): 28,
         ("dist_train_checkpoint_size_bytes", ()): 1234,
@@ -123,6 +129,7 @@ def test_a_page_reads_back_what_was_recorded() -> None:
         ("dist_train_resumes_total", ()): 1,
         ("dist_train_requeues_total", ()): 1,
         ("dist_train_signals_total", ()): 0,
+        ("dist_train_exporter_restarts_total", ()): 0,
         ("dist_train_disagreements_total", ()): 0,
         ("dist_train_not_finite_total", ()): 0,
         ("dist_train_resident_memory_bytes", ()): 1e9,
@@ -142,6 +149,64 @@ def test_histograms_count_steps_and_their_parts() -> None:
     assert values[f"{name}_bucket", ("0.001", "data_wait")] == 0
     assert values[f"{name}_bucket", ("0.005", "data_wait")] == 2
     assert values[f"{name}_bucket", ("0.0001", "checkpoint_stall")] == 2
+
+
+def test_the_buckets_of_a_run_are_around_its_own_step() -> None:
+    board = Board(FACTS)
+    steps = [20.0, *(0.1 + 0.0002 * place for place in range(100))]
+    for place, seconds in enumerate(steps):
+        board.measurement(measurement(place, seconds=seconds))
+    buckets = board.snapshot().step_seconds
+    assert sum(buckets.counts) == len(steps)
+    assert buckets.total == pytest.approx(sum(steps))
+    place = next(place for place, count in enumerate(accumulate(buckets.counts)) if count >= 0.95 * len(steps))
+    assert buckets.bounds[place - 1] < sorted(steps)[95] <= buckets.bounds[place] < 1.11 * buckets.bounds[place - 1]
+    assert set(STEP_SECONDS) < set(buckets.bounds)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e-4, 0.1, 1e4])
+def test_bounds_are_of_one_grid_for_all_runs(seconds: float) -> None:
+    bounds, near = bounds_around(seconds), bounds_around(1.05 * seconds)
+    assert list(bounds) == sorted(set(bounds))
+    assert len(bounds) < 45
+    assert len(set(bounds) ^ set(near)) <= 4
+
+
+@pytest.mark.parametrize(
+    ("busy", "micro_batches", "ratios"),
+    [
+        ((0.2, 0.28), (1, 1), {"0": 0.2 / 0.28, "1": 1.4}),
+        ((0.2, 0.4), (1, 2), {"0": 1.0, "1": 1.0}),
+        ((0.2, 0.1, 0.3), (1, 1, 1), {"0": 1.0, "1": 0.4, "2": 2.0}),
+        ((1.0, 1.0, 2.0, 2.0, 1.0), (1, 1, 1, 1, 1), {"0": 2 / 3, "1": 2 / 3, "2": 2.0, "3": 2.0, "4": 2 / 3}),
+        ((0.2, 0.3, 0.0), (1, 1, 0), {"0": 2 / 3, "1": 1.5}),
+        ((0.2,), (1,), {}),
+    ],
+)
+def test_a_rank_is_compared_with_the_median_of_the_others(
+    busy: tuple[float, ...], micro_batches: tuple[int, ...], ratios: dict[str, float]
+) -> None:
+    board = Board(replace(FACTS, world_size=len(busy), micro_batches_of=micro_batches))
+    nan = math.nan
+    ranks = tuple(RankMeasurement(seconds, 0.0, 1e9, nan, nan, nan) for seconds in busy)
+    board.measurement(replace(measurement(1), ranks=ranks))
+    shown = {labels[0]: value for (name, labels), value in values_of(board).items() if name.endswith("busy_ratio")}
+    assert shown == pytest.approx(ratios)
+
+
+def test_a_run_stands_still_after_ten_of_its_steps_or_two_minutes() -> None:
+    board = Board(FACTS)
+    began = board.snapshot().last_progress
+    assert not stands_still(board.snapshot(), began + 599)
+    assert stands_still(board.snapshot(), began + 601), "the first step may compile"
+    board.measurement(measurement(15, seconds=1.0))
+    assert not stands_still(board.snapshot(), began + 119)
+    assert stands_still(board.snapshot(), began + 121)
+    board.measurement(measurement(16, seconds=99.0))
+    assert not stands_still(board.snapshot(), began + 499)
+    assert stands_still(board.snapshot(), began + 501)
+    board.end(OUTCOME)
+    assert not stands_still(board.snapshot(), began + 1e6)
 
 
 def test_a_rank_other_than_0_shows_its_own_and_the_run_it_belongs_to() -> None:
@@ -224,7 +289,7 @@ def test_a_page_of_1024_ranks_is_small_and_quick() -> None:
         content = page.render()
         seconds.append(time.thread_time() - began)
     assert len(content) < 2_000_000
-    assert content.count(b'rank="1023"') == 7
+    assert content.count(b'rank="1023"') == 8
     assert min(seconds) < 0.1
 
 
@@ -257,7 +322,7 @@ def test_the_documentation_has_the_table_as_it_is() -> None:
 
 
 def test_a_page_without_a_place_for_the_table_is_refused() -> None:
-    with pytest.raises(UsageError, match="no place for the table"):
+    with raises(UsageError, "no-place-for-table"):
         with_table("# Monitoring\n")
 
 

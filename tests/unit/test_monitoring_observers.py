@@ -5,14 +5,14 @@ from threading import Thread
 
 import pytest
 
-from dist_train.monitoring.observers import Observer, Observers
-from dist_train.rundir.records import EventRecord, Measurement, Outcome, Record, RunFacts
+from dist_train.monitoring.observers import Observers
+from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, Record, RunFacts
 from tests.unit.exporting import FACTS, OUTCOME, measurement
 
 EVENT = EventRecord(1, "signal", 0.0, {})
 
 
-class Notebook:
+class Notebook(Observer):
     def __init__(self) -> None:
         self.calls: list[str] = []
 

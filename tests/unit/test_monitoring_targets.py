@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ import pytest
 from dist_train.cli.main import main
 from dist_train.monitoring.prometheus import targets
 from dist_train.monitoring.prometheus.messages import ServingPlan
-from dist_train.monitoring.prometheus.targets import TargetFile, identity_of, remove_stale, target_file
-from tests.unit.exporting import FACTS
+from dist_train.monitoring.prometheus.targets import TargetFile, identity_of, outcome_label, remove_stale, target_file
+from dist_train.rundir.records import Outcome
+from tests.unit.exporting import FACTS, OUTCOME, STOPPED
 
 
 def plan(directory: Path, host: str = "127.0.0.1", advertised: str | None = None, tls: bool = False) -> ServingPlan:
@@ -53,6 +55,7 @@ def test_the_file_says_where_and_what(tmp_path: Path) -> None:
             "labels": {
                 "job": "dist_train",
                 "run": 'a "run"\\',
+                "run_id": "0123456789abcdef",
                 "slurm_job": "4711",
                 "node": "node1",
                 "rank": "0",
@@ -141,15 +144,57 @@ def test_a_process_of_the_same_number_is_another_one(tmp_path: Path) -> None:
     assert remove_stale(tmp_path).removed == (target.path,)
 
 
+def labels_of(path: Path) -> dict[str, str]:
+    [group] = json.loads(path.read_text())
+    labels: dict[str, str] = group["labels"]
+    return labels
+
+
 def test_the_end_of_a_launch_leaves_the_file_of_the_next_one(tmp_path: Path) -> None:
     before = mine(tmp_path, process="elsewhere pid:[1] 1 2")
     now = mine(tmp_path)
     assert now.path == before.path
-    before.remove()
-    assert now.path.exists()
-    now.remove()
+    before.end("stopped")
+    assert now.path.read_text() == now.content
+    now.end("finished")
+    now.end("killed")
+    assert labels_of(now.path)["outcome"] == "finished", "what was said first stays"
+    now.path.unlink()
+    now.end("finished")
     assert not now.path.exists()
-    now.remove()
+
+
+def test_an_ended_run_has_the_labels_that_it_had_and_no_address_that_another_may_take(tmp_path: Path) -> None:
+    target = mine(tmp_path)
+    [before] = json.loads(target.path.read_text())
+    target.end("failed")
+    [after] = json.loads(target.path.read_text())
+    assert after["targets"] == ["127.0.0.1:0"]
+    assert after["labels"] == {**before["labels"], "outcome": "failed", "instance": before["targets"][0]}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "label"),
+    [
+        (OUTCOME, "finished"),
+        (STOPPED, "stopped"),
+        (replace(OUTCOME, state="failed", exit_code=1), "failed"),
+        (replace(OUTCOME, state="failed", exit_code=3), "diverged"),
+    ],
+)
+def test_the_label_says_how_the_run_ended(outcome: Outcome, label: str) -> None:
+    assert outcome_label(outcome) == label
+
+
+def test_what_says_how_a_run_ended_stays_for_a_while_or_until_the_run_is_back(tmp_path: Path) -> None:
+    process = identity_of(os.getpid()).rpartition(" ")[0] + " 1"
+    recent, old = mine(tmp_path, "recent", process=process), mine(tmp_path, "old", process=process)
+    for target in (recent, old):
+        target.end("failed")
+    age(old.path, targets.ENDED_SECONDS + 1)
+    assert remove_stale(tmp_path).removed == (old.path,)
+    assert remove_stale(tmp_path, resumed="another").removed == ()
+    assert remove_stale(tmp_path, resumed=FACTS.run_id).removed == (recent.path,)
 
 
 def test_a_touched_file_is_new_and_one_that_was_removed_comes_back(tmp_path: Path) -> None:
@@ -169,15 +214,19 @@ def test_the_heartbeat_is_well_within_the_time_that_is_allowed() -> None:
 def test_the_command_cleans_where_the_runs_are_entered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "targets"
     folder.mkdir()
-    living, dead = mine(folder), gone(folder)
+    living, dead, seen, just_ended = mine(folder), gone(folder), mine(folder, "seen"), mine(folder, "just_ended")
+    for target in (seen, just_ended):
+        target.end("failed")
+    age(seen.path, targets.SEEN_SECONDS + 1)
     for name in ("one", "two"):
         run = tmp_path / "runs" / name
         run.mkdir(parents=True)
         (run / "status.json").write_text("{}")
         (run / "config.yaml").write_text(f"metrics:\n  targets_directory: {folder}\n")
     assert main(["runs", "--clean", str(tmp_path / "runs")]) == 0
-    assert capsys.readouterr().out == f"removed {dead.path}\n"
+    assert capsys.readouterr().out == f"removed {dead.path}\nremoved {seen.path}\n"
     assert living.path.exists()
+    assert just_ended.path.exists()
     assert main(["runs", "--clean", str(tmp_path / "runs")]) == 0
     assert capsys.readouterr().out == f"nothing to clean in {folder}\n"
 
@@ -240,7 +289,7 @@ def test_what_somebody_put_in_our_file_s_place_is_neither_followed_nor_touched(m
         os.mkfifo(target.path)
         found = errno.EINVAL
     with hanging_is_an_error():
-        for visit in (target.touch, target.remove):
+        for visit in (target.touch, partial(target.end, "finished")):
             with pytest.raises(OSError, check=lambda error: error.errno == found):
                 visit()
         target.write()

@@ -21,6 +21,7 @@ from dist_train.rundir.records import (
     StepParts,
     TrainRecord,
 )
+from tests.raising import raises
 
 pytest.importorskip("tensorboard")
 FACTS = RunFacts("small", Path("run"), "m", "d", 9, 26, 6, 5, 1, 8, 3, 2.0, "none", 0, "none")
@@ -108,5 +109,6 @@ def test_without_the_package_the_error_names_the_fix(monkeypatch: pytest.MonkeyP
     for name in [name for name in sys.modules if name.split(".")[0] == "tensorboard"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(UsageError, match=r"pip install 'dist_train\[tensorboard\]'"):
+    with raises(UsageError, "tensorboard-missing") as refused:
         check_tensorboard()
+    assert "pip install 'dist_train[tensorboard]'" in str(refused.value)

@@ -1,52 +1,67 @@
-"""Exit codes: the numbers that scripts rely on, and the errors that lead to them."""
+"""Errors carry codes, which the documentation lists and the program prints."""
 
 from __future__ import annotations
 
+import ast
+import pickle
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
 import pytest
 
-from dist_train.checkpoint.files import DamagedCheckpointError
-from dist_train.cluster.communicator import PeerFailedError, RankLostError
-from dist_train.outcome import (
-    DisagreementError,
-    DivergedError,
-    ExitCode,
-    FaultError,
-    StoppedError,
-    UsageError,
-    escaped,
-    exit_code_of,
-    printable,
-)
+from dist_train.cluster.communicator import RankLostError
+from dist_train.outcome import CodedError, FaultError, UsageError, escaped, printable, text_with_code
+
+ROOT = Path(__file__).parents[2]
 
 
-def test_the_numbers_are_the_documented_ones() -> None:
-    assert {code.name: int(code) for code in ExitCode} == {
-        "FINISHED": 0,
-        "FAULT": 1,
-        "USAGE": 2,
-        "DIVERGED": 3,
-        "DISAGREEMENT": 4,
-        "STOPPED": 75,
-    }
+def codes_in(path: Path) -> Iterator[str]:
+    """Yield the codes that the source at `path` gives errors, as patterns: `code=...`, of a class, or in a table."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.keyword(arg="code", value=ast.Constant(str(code))):
+                yield code
+            case ast.keyword(arg="code", value=ast.JoinedStr(values)):
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "[a-z]+" for part in values)
+            case ast.AnnAssign(target=ast.Name("_CODES"), value=ast.Call(args=[ast.Dict(keys), *_])):
+                yield from (str(key.value) for key in keys if isinstance(key, ast.Constant))
+            case ast.ClassDef(body=body):
+                for line in body:
+                    match line:
+                        case ast.Assign(targets=[ast.Name("code")], value=ast.Constant(str(code))):
+                            yield code
+
+
+def test_the_documentation_lists_every_code_and_no_other() -> None:
+    files = [*(ROOT / "dist_train").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    used = set(chain.from_iterable(map(codes_in, files))) - {CodedError.code}
+    listed = re.findall(r"^\| `([a-z0-9-]+)` \|", (ROOT / "docs" / "errors.md").read_text(encoding="utf-8"), re.M)
+    assert len(set(listed)) == len(listed)
+    assert [pattern for pattern in sorted(used) if not any(re.fullmatch(pattern, code) for code in listed)] == []
+    assert [code for code in listed if not any(re.fullmatch(pattern, code) for pattern in used)] == []
+
+
+def test_every_refusal_of_the_program_has_a_code_of_its_own() -> None:
+    for path in (ROOT / "dist_train").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Raise(exc=ast.Call(func=ast.Name("UsageError" | "FaultError"), keywords=keywords)):
+                    assert "code" in [keyword.arg for keyword in keywords], f"{path}:{node.lineno}"
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
+    ("error", "text"),
     [
-        (UsageError("x"), 2),
-        (DamagedCheckpointError("x"), 2),
-        (PeerFailedError("x"), 2),
-        (DivergedError("x"), 3),
-        (DisagreementError("x"), 4),
-        (StoppedError("x"), 75),
-        (FaultError("x"), 1),
-        (RankLostError("x"), 1),
-        (OSError("x"), 1),
-        (ValueError("x"), 1),
+        (UsageError("wrong"), "wrong"),
+        (FaultError("broken", code="disk-failed"), "broken [disk-failed]"),
+        (RankLostError("gone"), "gone [rank-lost]"),
     ],
 )
-def test_each_error_leads_to_its_code(error: Exception, code: int) -> None:
-    assert exit_code_of(error) == code
+def test_a_code_is_printed_where_it_says_more_than_the_exit_code(error: CodedError, text: str) -> None:
+    assert text_with_code(error) == text
+    assert text_with_code(pickle.loads(pickle.dumps(error))) == text
 
 
 def test_a_text_does_nothing_to_a_terminal() -> None:

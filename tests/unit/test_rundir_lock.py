@@ -20,6 +20,7 @@ import pytest
 
 from dist_train.outcome import UsageError
 from dist_train.rundir.lock import RunLock, lock_run
+from tests.raising import raises
 
 _HOLD = """
 import fcntl, sys, time
@@ -49,10 +50,10 @@ def held_by_another(root: Path) -> Iterator[subprocess.Popen[str]]:
 
 def test_the_second_is_refused_and_told_who_is_there(tmp_path: Path) -> None:
     first = lock(tmp_path)
-    with pytest.raises(UsageError, match="is in use by") as refused:
+    with raises(UsageError, "run-in-use") as refused:
         lock(tmp_path)
     message = str(refused.value)
-    assert f"{tmp_path} is in use by process {os.getpid()} on {socket.gethostname()}, since 20" in message
+    assert f"process {os.getpid()} on {socket.gethostname()}" in message
     assert "--run-dir" in message
     first.release()
 
@@ -97,12 +98,12 @@ def test_a_requeued_job_waits_for_the_lease_of_the_node_that_it_ran_on(
     try:
         monkeypatch.setenv("SLURM_JOB_ID", "77")
         begun = time.monotonic()
-        with pytest.raises(UsageError, match="process 1 on node-that-died, Slurm job 77"):
+        with raises(UsageError, "run-in-use"):
             lock(tmp_path, lease=0.4)
         assert time.monotonic() - begun >= 0.4
         monkeypatch.setenv("SLURM_JOB_ID", "78")
         begun = time.monotonic()
-        with pytest.raises(UsageError, match="in use"):
+        with raises(UsageError, "run-in-use"):
             lock(tmp_path, lease=60.0)
         assert time.monotonic() - begun < 30
     finally:
@@ -112,7 +113,7 @@ def test_a_requeued_job_waits_for_the_lease_of_the_node_that_it_ran_on(
 def test_a_lock_file_that_says_nothing_is_still_a_lock(tmp_path: Path) -> None:
     first = lock(tmp_path)
     (tmp_path / "run.lock").write_bytes(b"\xff{")
-    with pytest.raises(UsageError, match="in use by another process"):
+    with raises(UsageError, "run-in-use"):
         lock(tmp_path)
     first.release()
 
@@ -125,7 +126,7 @@ def test_without_locks_a_warning_says_that_nobody_is_kept_out(
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     lock(tmp_path).release()
-    assert "has no locks" in caplog.text
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 def test_a_directory_made_anew_is_not_the_one_that_was_locked(tmp_path: Path) -> None:

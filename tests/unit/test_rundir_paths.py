@@ -14,6 +14,7 @@ import pytest
 from dist_train.config import Config, load_config, parse_config
 from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir.paths import RunDirectory, oserror_to_fault, refuse_foreign
+from tests.raising import raises
 from tests.unit.checkpoint_files import write
 
 
@@ -48,7 +49,7 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path, blocked
     path = tmp_path / blocked
     path.parent.mkdir(exist_ok=True)
     path.write_text("a file in the way")
-    with pytest.raises(UsageError, match=r"cannot be written: .*; choose another by run\.directory or --run-dir"):
+    with raises(UsageError, "run-directory-unwritable"):
         RunDirectory(tmp_path / "run").create()
 
 
@@ -69,16 +70,32 @@ def test_its_folders_are_the_user_s_alone(tmp_path: Path) -> None:
 
 def test_a_disk_that_fails_is_told_with_the_fix(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
-    told = r"No space left on device: .*metrics\.jsonl; the checkpoints in .* as they were"
-    with pytest.raises(FaultError, match=told), oserror_to_fault(directory):
+    with raises(FaultError, "disk-failed"), oserror_to_fault(directory):
         raise OSError(28, "No space left on device", str(directory.metrics))
+
+
+def test_a_run_keeps_the_id_that_was_made_for_it_and_another_has_its_own(tmp_path: Path) -> None:
+    directories = [RunDirectory(tmp_path / name) for name in ("a", "b")]
+    for directory in directories:
+        directory.create()
+    first, other = (directory.run_id() for directory in directories)
+    assert first != other
+    assert RunDirectory(tmp_path / "a").run_id() == first
+    assert len(bytes.fromhex(first)) == 8
+
+
+@pytest.mark.parametrize("content", ["", "not an id", "\xff"])
+def test_an_id_that_is_broken_is_made_anew(content: str, tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.id.write_text(content, encoding="latin-1")
+    assert directory.run_id() == directory.run_id()
 
 
 @pytest.mark.parametrize("folder", ["root", "checkpoints", "logs"])
 def test_a_run_directory_in_which_everybody_may_write_is_refused(folder: str, tmp_path: Path) -> None:
     directory = begun(tmp_path)
     getattr(directory, folder).chmod(0o777)
-    with pytest.raises(UsageError):
+    with raises(UsageError, "folder-foreign"):
         directory.create()
     getattr(directory, folder).chmod(0o770)
     directory.create()
@@ -94,7 +111,7 @@ def test_the_folders_above_a_run_directory_may_be_like_tmp(tmp_path: Path) -> No
 def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
     directory = begun(tmp_path)
     os.chown(directory.root, 12_345, -1)
-    with pytest.raises(UsageError):
+    with raises(UsageError, "folder-foreign"):
         directory.create()
 
 

@@ -22,11 +22,12 @@ CONFIG = parse_config({}, source="test")
 OTHER = parse_config({"optimizer": {"learning_rate": 0.7}}, source="test")
 
 
-def told(ended: list[Exception | None]) -> str:
-    """Return what the one rank that knows says; the others must know that it failed."""
+def told(ended: list[Exception | None], code: str) -> str:
+    """Return what the one rank that knows says, under this code; the others must know that it failed."""
     own = [error for error in ended if isinstance(error, UsageError) and not isinstance(error, PeerFailedError)]
     assert len(own) == 1, ended
     assert sum(isinstance(error, PeerFailedError) for error in ended) == len(ended) - 1
+    assert own[0].code == code
     return str(own[0])
 
 
@@ -37,15 +38,16 @@ def test_equal_ranks_go_on() -> None:
 @pytest.mark.parametrize("odd", [0, 1, 2])
 def test_another_setting_is_named_with_both_values_and_the_rank(odd: int) -> None:
     ended = on_ranks(3, lambda comm: check_consistent_across_ranks(comm, OTHER if comm.rank == odd else CONFIG))
-    message = told(ended)
-    assert f"rank {odd} of this launch differs from the others in settings" in message
+    message = told(ended, "ranks-differ-in-settings")
+    assert message.startswith(f"rank {odd} ")
     assert "optimizer.learning_rate (" in message
     assert "0.7 on rank" in message
 
 
 def test_of_two_ranks_the_one_that_is_not_rank_0_is_named() -> None:
-    message = told(on_ranks(2, lambda comm: check_consistent_across_ranks(comm, OTHER if comm.rank == 0 else CONFIG)))
-    assert "rank 1 of this launch differs" in message
+    ended = on_ranks(2, lambda comm: check_consistent_across_ranks(comm, OTHER if comm.rank == 0 else CONFIG))
+    message = told(ended, "ranks-differ-in-settings")
+    assert message.startswith("rank 1 ")
     assert "0.7 on rank 0" in message
 
 
@@ -60,8 +62,8 @@ def test_another_source_file_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     def check(comm: SimulatedRanks) -> None:
         consistency._compare(comm, "code", listings[comm.rank], "install the same on all nodes")
 
-    message = told(on_ranks(3, check))
-    assert "rank 2 of this launch differs from the others in code" in message
+    message = told(on_ranks(3, check), "ranks-differ-in-code")
+    assert message.startswith("rank 2 ")
     assert "package/inner/module.py (" in message
 
 
@@ -83,6 +85,6 @@ def test_other_data_are_named() -> None:
     def check(comm: SimulatedRanks) -> None:
         check_same_data(comm, "other" if comm.rank == 1 else "same", "fashion-mnist")
 
-    message = told(on_ranks(3, check))
-    assert "rank 1 of this launch differs from the others in data" in message
+    message = told(on_ranks(3, check), "ranks-differ-in-data")
+    assert message.startswith("rank 1 ")
     assert "fashion-mnist (other on rank 1, same on rank 0)" in message

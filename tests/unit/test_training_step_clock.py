@@ -21,7 +21,7 @@ from tests.unit.test_training_step import SAM, take
 from tests.waiting import wait_for
 
 
-class Counted:
+class Counted(HostTimer):
     """A timer that reads the time from a test, and counts how often it was asked how far apart moments are."""
 
     def __init__(self) -> None:

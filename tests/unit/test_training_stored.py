@@ -17,6 +17,7 @@ from dist_train.models import build_model
 from dist_train.outcome import UsageError
 from dist_train.training import stored
 from dist_train.training.stored import evaluate_stored, find_checkpoint, stored_config
+from tests.raising import raises
 from tests.unit.checkpoint_files import write
 from tests.unit.simulated_ranks import results
 from tests.unit.small_trainers import build_trainer, small_config
@@ -45,9 +46,9 @@ class TestFinding:
         assert find_checkpoint(path) == path
 
     def test_what_is_not_there_is_told(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match="no such run or checkpoint"):
+        with raises(UsageError, "target-missing"):
             find_checkpoint(tmp_path / "nowhere")
-        with pytest.raises(UsageError, match="holds no checkpoint"):
+        with raises(UsageError, "no-checkpoint"):
             find_checkpoint(tmp_path)
 
 
@@ -109,5 +110,5 @@ def test_settings_may_be_overridden_for_this_machine(run: Path) -> None:
 
 def test_promise_6_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
     write(tmp_path, 1).path.write_bytes(b"")
-    with pytest.raises(UsageError, match="is damaged"):
+    with raises(UsageError, "checkpoint-size"):
         evaluate_stored(tmp_path / "step-00000001.pt", "test", [])

@@ -18,6 +18,7 @@ from dist_train.rundir.records import (
     EvaluationRecord,
     EventRecord,
     Measurement,
+    Observer,
     Outcome,
     Record,
     RunFacts,
@@ -26,13 +27,14 @@ from dist_train.rundir.records import (
 from dist_train.training.evaluation import recompute_statistics, statistics_samples
 from dist_train.training.stopping import StopRequests
 from dist_train.training.trainer import Trainer
+from tests.raising import raises
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import build_trainer, small_config, state_bits
 
 Sections = Mapping[str, Any]
 
 
-class Notebook:
+class Notebook(Observer):
     """An observer that keeps every record."""
 
     def __init__(self) -> None:
@@ -213,7 +215,6 @@ def test_promise_7_a_request_to_stop_on_one_rank_saves_once_and_stops_all(tmp_pa
 
     ended = on_ranks(3, stopped)
     assert all(isinstance(error, StoppedError) for error in ended), ended
-    assert all("stopped on request after step 2" in str(error) for error in ended)
     assert [file.step for file in list_checkpoints(tmp_path / "checkpoints")] == [2]
     [events] = [notebook.events for notebook in notebooks if notebook.events]
     assert [(event.event, event.step) for event in events] == [("signal", 2), ("checkpoint", 2)]
@@ -245,7 +246,7 @@ def test_promise_6_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_
 
 
 def test_fewer_samples_than_one_batch_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="fewer than one global batch of 101"):
+    with raises(UsageError, "too-few-samples"):
         build_trainer(small_config(batch={"global_size": 101}), tmp_path, Alone())
 
 

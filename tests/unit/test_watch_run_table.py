@@ -1,27 +1,34 @@
 from __future__ import annotations
 
+import html
 import io
 import json
+import math
 import os
+import pty
 import re
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeAlias
 
 import pytest
 from rich.console import Console
 from rich.table import Table
 
-from dist_train.cli.main import parse
+from dist_train.cli.main import main, parse
 from dist_train.outcome import UsageError
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, to_json
-from dist_train.watch.run_table import RunSummary, read_runs, render
+from dist_train.watch.run_table import RunSummary, as_json, read_runs, render
+from tests.raising import raises
 from tests.unit.test_config_loading import LAUGHS
 
+DOCS = Path(__file__).parents[2] / "docs"
 NOW = datetime.now(UTC)
 Content: TypeAlias = str | bytes | tuple[str, str]
 CONFIG = """\
@@ -176,7 +183,7 @@ def test_a_metrics_file_that_grows_is_a_sign_of_life(tmp_path: Path) -> None:
         ("status.json", "[]", "status.json is no status"),
         ("status.json", '{"state": "flying", "step": 1}', "status.json is no status"),
         ("status.json", '{"state": "running"}', "status.json is no status"),
-        ("config.yaml", "run: {name", "config.yaml is not YAML"),
+        ("config.yaml", "run: {name", "config.yaml is not YAML: line 1, column 11"),
         ("config.yaml", "", "config.yaml holds no settings"),
     ],
 )
@@ -205,7 +212,7 @@ def test_runs_are_found_at_any_depth_in_order_and_not_inside_runs(tmp_path: Path
 
 
 def test_a_folder_that_is_not_there_is_an_error_of_the_user(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is no folder"):
+    with raises(UsageError, "folder-missing"):
         read_runs(tmp_path / "nowhere")
 
 
@@ -244,7 +251,7 @@ def test_the_command_says_when_there_are_no_runs(tmp_path: Path, capsys: pytest.
 
 def test_the_command_looks_into_runs_when_it_is_told_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="there is no folder runs"):
+    with raises(UsageError, "folder-missing"):
         run_command()
 
 
@@ -329,3 +336,118 @@ def test_a_pipe_where_a_file_should_be_keeps_nobody_waiting(name: str, tmp_path:
     table = subprocess.run(program, capture_output=True, text=True, check=True, timeout=60).stdout
     assert "good" in table
     assert re.search(r"odd +broken", table)
+
+
+REASON = (
+    "rank 1 on node7 (process 4242) does not answer; the others saved nothing since step 160.\n"
+    "  Traceback: NCCL communicator was aborted on rank 0. Original reason for failure was: watchdog timeout\n"
+) * 4
+
+
+def thirty_runs(folder: Path) -> Path:
+    """Write thirty runs of a study, three of which went wrong: failed, lost, and with a file cut short."""
+    for index in range(30):
+        variant = ("sb", "lb", "lb-noise-amplitude-0.01", "lb-noise-amplitude-0.1", "lb-sam")[index % 5]
+        changes: dict[str, object] = {
+            "state": "finished",
+            "step": 210,
+            "epoch": 30,
+            "best_accuracy": 0.85 + index / 500,
+        }
+        if index == 7:
+            changes = {"state": "failed", "step": 161, "epoch": 23, "reason": REASON, "best_accuracy": 0.8731}
+        elif index == 12:
+            changes = {"pid": 2**22 + 1, "updated": "2026-01-01T00:00:00Z"}
+        elif index > 26:
+            changes = {"step": 31 + index, "epoch": 8, "best_accuracy": 0.79}
+        begun = [train(step, 1000.0 + step * 2.0) for step in range(1, 60)] if index > 26 else []
+        run = make_run(folder / f"{variant}-seed-{index // 5}", begun, samples_per_second=16_384.0, **changes)  # type: ignore[arg-type]  # CONFIG stays
+        if index == 18:
+            (run / "status.json").write_text('{"state": "runn')
+    return folder
+
+
+def page_of(folder: Path, width: int) -> Console:
+    """Return what the table of the runs in `folder` is on a terminal of so many columns, recorded."""
+    console = Console(width=width, record=True, file=io.StringIO(), force_terminal=True, highlight=False)
+    console.print(render(read_runs(folder), width=width))
+    return console
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_a_narrow_terminal_has_every_name_and_one_line_a_run(width: int, tmp_path: Path) -> None:
+    runs = read_runs(thirty_runs(tmp_path))
+    lines = page_of(tmp_path, width).export_text().rstrip().splitlines()[2:]
+    assert [line.split()[:2] for line in lines] == [[run.name, run.state] for run in runs]
+    assert max(map(len, lines)) <= width
+    [failed] = [line for line in lines if " failed " in line]
+    assert failed.rstrip().endswith("…")
+    assert "rank 1 on " in failed
+
+
+def test_a_name_longer_than_the_terminal_is_folded_and_not_cut(tmp_path: Path) -> None:
+    name = "a-study-of-many-settings/" + "x" * 100
+    make_run(tmp_path / name, state="failed", reason=REASON)
+    lines = page_of(tmp_path, 80).export_text().rstrip().splitlines()[2:]
+    assert "".join(line[: len(lines[0].split()[0])].rstrip() for line in lines) == name
+    assert " failed " in lines[0]
+
+
+def test_the_command_keeps_to_the_terminal_s_width(tmp_path: Path) -> None:
+    thirty_runs(tmp_path)
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "80", "TERM": "xterm"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "dist_train", "runs", str(tmp_path)], stdout=theirs, env=environment
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        # how Linux says that nobody holds the other end any more
+        with os.fdopen(ours, "rb", buffering=0) as terminal, suppress(OSError):
+            while part := terminal.read(1 << 16):
+                shown += part
+    assert process.returncode == 0
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).rstrip().splitlines()
+    assert len([line for line in lines if "-seed-" in line]) == 30
+    assert max(map(len, lines)) <= 80
+
+
+def test_the_picture_in_the_docs_is_of_today_s_table(tmp_path: Path) -> None:
+    picture = (DOCS / "runs.svg").read_text(encoding="utf-8")
+    words = html.unescape(re.sub(r"<style.*?</style>|<[^>]*>", " ", picture, flags=re.DOTALL)).split()
+    for word in page_of(thirty_runs(tmp_path), 80).export_text().split():
+        assert word in words, "renew it: python -m tests.unit.test_watch_run_table"
+
+
+def test_json_is_one_document_with_the_whole_reason_and_only_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "a", [train(1, 0.0)], state="failed", reason=REASON, samples_per_second=7.0)
+    assert main(["runs", str(tmp_path), "--json"]) == 0
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    [run] = json.loads(capsys.readouterr().out, parse_constant=refuse)["runs"]
+    assert (run["directory"], run["note"], run["samples_per_second"]) == (str(tmp_path / "a"), REASON, 7.0)
+    assert (run["state"], run["step"], run["slurm_state"]) == ("failed", 80, None)
+    documented = (DOCS / "watching.md").read_text(encoding="utf-8")
+    assert all(f"`{field}`" in documented for field in run)
+    odd = RunSummary(tmp_path, "odd", "running", "", samples_per_second=math.nan)
+    assert json.loads(as_json([odd], {}), parse_constant=refuse)["runs"][0]["samples_per_second"] is None
+
+
+def test_json_of_a_folder_without_runs_is_a_document_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"runs": []}
+
+
+def draw_picture() -> None:
+    """Write the picture of docs/watching.md."""
+    with TemporaryDirectory() as folder:
+        console = page_of(thirty_runs(Path(folder)), 80)
+    console.save_svg(str(DOCS / "runs.svg"), title="dist-train runs", unique_id="dist-train-runs")
+
+
+if __name__ == "__main__":
+    draw_picture()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import reduce
+from statistics import median
 from threading import Lock
 from typing import Any
 
@@ -33,11 +36,30 @@ EVENTS = (
     "non_finite_evaluation",
     "disagreement",
     "micro_size",
+    "exporter_restarted",
 )
 """The kinds of event that are counted from 0; others are counted once they come."""
 
 STEP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
-"""Upper bounds of the step duration's buckets; the last bucket has none."""
+"""Upper bounds of the step duration's buckets, until the run's own step is known; the last bucket has none."""
+_FIRST_STEPS = 5
+"""By the median of so many the run's own step is known: the very first may compile."""
+_BOUNDS_PER_DECADE = 24
+_FINE_RANGE = 2.5
+
+
+def bounds_around(seconds: float) -> tuple[float, ...]:
+    """Return `STEP_SECONDS`, with a bound every 10 % from 2.5 times below to 2.5 times above `seconds`.
+
+    They are of one grid for all runs, so that their number does not grow with that of launches.
+    """
+    seconds = max(seconds, 1e-6)
+    first = math.floor(_BOUNDS_PER_DECADE * math.log10(seconds / _FINE_RANGE))
+    last = math.ceil(_BOUNDS_PER_DECADE * math.log10(seconds * _FINE_RANGE))
+    fine = (float(f"{10 ** (place / _BOUNDS_PER_DECADE):.4g}") for place in range(first, last + 1))
+    return tuple(sorted({*STEP_SECONDS, *fine}))
+
+
 PART_SECONDS = (0.0001, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 100.0)
 """Upper bounds of the buckets of a step's parts."""
 
@@ -87,10 +109,27 @@ class Snapshot:
     best_accuracy: float | None = None
     measured: Measurement | None = None
     checkpoint: EventRecord | None = None
+    disk_free: int | None = None
+    """Bytes that are left where the run directory lies."""
     step_seconds: Buckets = field(default_factory=lambda: Buckets.empty(STEP_SECONDS))
     part_seconds: Mapping[str, Buckets] = field(
         default_factory=lambda: {part.name: Buckets.empty(PART_SECONDS) for part in fields(StepParts)}
     )
+
+
+_LEAST_SECONDS = 120.0
+_FIRST_STEP_SECONDS = 600.0
+
+
+def stands_still(now: Snapshot, moment: float) -> bool:
+    """Return whether a run at work has made no progress for long, at `moment` in seconds since 1970.
+
+    Long is what the alert DistTrainStalled takes for it: two minutes, or ten of the run's own steps if that is longer;
+    ten minutes for the first one.
+    """
+    count = sum(now.step_seconds.counts)
+    patience = max(_LEAST_SECONDS, 10 * now.step_seconds.total / count) if count else _FIRST_STEP_SECONDS
+    return now.state == "running" and moment - now.last_progress > patience
 
 
 class Board:
@@ -103,6 +142,7 @@ class Board:
         self._now = Snapshot(facts, micro_batches, facts.start_step, time.time(), events)
         self._lock = Lock()
         self._pace = Pace()
+        self._first_steps: list[float] = []
 
     def snapshot(self) -> Snapshot:
         """Return what is known now: the same object until something changes."""
@@ -152,14 +192,29 @@ class Board:
             seconds = asdict(measurement.parts)
             self._change(
                 measured=measurement,
-                step_seconds=self._now.step_seconds.plus(measurement.step_seconds),
+                step_seconds=self._with_step(measurement.step_seconds),
                 part_seconds={part: before.plus(seconds[part]) for part, before in self._now.part_seconds.items()},
             )
+
+    def disk(self, free: int) -> None:
+        """Note that so many bytes are left where the run directory lies."""
+        with self._lock:
+            self._change(disk_free=free)
 
     def end(self, outcome: Outcome) -> None:
         """Note how the run ended."""
         with self._lock:
             self._change(state=outcome.state, step=max(self._now.step, outcome.step))
+
+    def _with_step(self, seconds: float) -> Buckets:
+        """Return the durations of steps with one more; once enough are known, in buckets around them."""
+        buckets = self._now.step_seconds.plus(seconds)
+        if len(self._first_steps) < _FIRST_STEPS:
+            self._first_steps.append(seconds)
+            if len(self._first_steps) == _FIRST_STEPS:
+                empty = Buckets.empty(bounds_around(median(self._first_steps)))
+                buckets = reduce(Buckets.plus, self._first_steps, empty)
+        return buckets
 
     def _change(self, **changes: Any) -> None:
         self._now = replace(self._now, **changes)

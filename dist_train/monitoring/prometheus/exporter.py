@@ -6,6 +6,7 @@ So a scrape never takes the trainer's interpreter, and no step waits: what that 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import select
 import subprocess
@@ -14,11 +15,11 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from signal import Signals
 from typing import TYPE_CHECKING
 
-from dist_train.monitoring.observers import Observer
 from dist_train.monitoring.prometheus.messages import (
     Begin,
     Channel,
@@ -32,10 +33,10 @@ from dist_train.monitoring.prometheus.messages import (
     plan_of,
     socket_pair,
 )
-from dist_train.monitoring.prometheus.targets import TargetFile, identity_of
+from dist_train.monitoring.prometheus.targets import TargetFile, identity_of, outcome_label
 from dist_train.rundir.live_files import read_counts
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import Measurement, Outcome, Record, RunFacts, TrainRecord
+from dist_train.rundir.records import Measurement, Observer, Outcome, Record, RunFacts, TrainRecord
 
 _KEPT = 1000
 _ROOT = Path(__file__).parents[3]
@@ -110,6 +111,8 @@ _logger = logging.getLogger(__name__)
 _START_SECONDS = 5.0
 _END_SECONDS = 3.0
 _HUNG_SECONDS = 0.5
+_LONGEST_PAUSE = 64.0
+"""Between attempts to start a process anew; the first pause is a second, and each is twice the one before."""
 
 
 class ExporterError(RuntimeError):
@@ -125,7 +128,10 @@ class Exporter(Observer):
         self._plan = plan_of(settings)
         self._target: Path | None = None
         self._ending: Ending | None = None
-        self._has_begun = False
+        self._facts: RunFacts | None = None
+        """Of a run that is, or was, served."""
+        self._restarts = 0
+        self._restart_at = math.inf
         self._reason = ""
         self._link: _Link | None = None
         try:
@@ -140,17 +146,13 @@ class Exporter(Observer):
 
     def begin(self, facts: RunFacts) -> None:
         """Have the run served. Raises ExporterError where it cannot be."""
-        counts: Mapping[str, int] = {}
-        # read here, before the first event of this launch is counted; the observer that counts them reports errors
-        with suppress(OSError, ValueError):
-            counts = read_counts(RunDirectory(facts.run_directory).event_counts)
-        self._send(Begin(self._plan, facts, counts))
+        self._introduce(facts)
         deadline = time.monotonic() + _START_SECONDS
         while self._link is not None and self.address is None and time.monotonic() < deadline:
             self._listen(deadline - time.monotonic())
         if self._link is None:
             raise ExporterError(self._reason)
-        self._has_begun = True
+        self._facts = facts
         if self.address is None:
             _logger.warning("metrics are not served yet, after %g s; training continues", _START_SECONDS)
 
@@ -164,8 +166,12 @@ class Exporter(Observer):
         self._send(measurement)
 
     def progress(self, step: int) -> None:
-        """Send that `step` updates are done."""
+        """Send that `step` updates are done. Where the process has died, another takes its place after a while."""
+        if self._link is None and self._facts is not None and time.monotonic() >= self._restart_at:
+            self._restart(replace(self._facts, start_step=step))
         self._send(Progress(step))
+        if self.address is None:
+            self._listen(0)
 
     def end(self, outcome: Outcome) -> None:
         """Have the last values pushed and scraped, as the settings say, and end the process."""
@@ -178,7 +184,27 @@ class Exporter(Observer):
             self._link.close(seconds)
             self._link = None
         self.address = None
-        self._remove_target()
+        self._end_target(outcome)
+
+    def _introduce(self, facts: RunFacts) -> None:
+        counts: Mapping[str, int] = {}
+        # all events so far are in this file, and the next is not; the observer that counts them reports errors
+        with suppress(OSError, ValueError):
+            counts = read_counts(RunDirectory(facts.run_directory).event_counts)
+        self._send(Begin(self._plan, facts, {**counts, "exporter_restarted": self._restarts}))
+
+    def _restart(self, facts: RunFacts) -> None:
+        self._restarts += 1
+        self._reason = ""
+        try:
+            self._link = _Link()
+        except OSError:
+            self._schedule_restart()
+        else:
+            self._introduce(facts)
+
+    def _schedule_restart(self) -> None:
+        self._restart_at = time.monotonic() + min(2.0**self._restarts, _LONGEST_PAUSE)
 
     def _send(self, message: ToExporter) -> None:
         with self._noticing_its_end():
@@ -222,9 +248,13 @@ class Exporter(Observer):
         self._link = None
         end = link.close(_END_SECONDS)
         self._reason = self._reason or end
-        if self._has_begun and self._ending is None:
+        if self._facts is not None and self._ending is None:
+            # an attempt to serve again that fails is as the last one was
+            is_news = self.address is not None or self._restarts == 0
             self.address = None
-            _logger.warning("metrics are no longer served; training continues: %s", self._reason)
+            self._schedule_restart()
+            level = logging.WARNING if is_news else logging.DEBUG
+            _logger.log(level, "metrics are no longer served; training continues: %s", self._reason)
 
     def _await_end(self) -> None:
         deadline = time.monotonic() + _END_SECONDS
@@ -238,12 +268,12 @@ class Exporter(Observer):
                     _logger.info("waiting up to %g s for a scrape of the last values", self._ending.for_scrape)
                 self._ending = Ending(0.0, 0.0)
 
-    def _remove_target(self) -> None:
-        """Remove the target file where the process did not come to it."""
+    def _end_target(self, outcome: Outcome) -> None:
+        """Have the target file say how the run ended, where the process did not come to it."""
         if self._target is None:
             return
         try:
-            TargetFile(self._target, "", identity_of(os.getpid())).remove()
+            TargetFile(self._target, "", identity_of(os.getpid())).end(outcome_label(outcome))
         except OSError as error:
-            _logger.warning("%s cannot be removed: %s", self._target, error.strerror or error)
+            _logger.warning("%s cannot say how the run ended: %s", self._target, error.strerror or error)
         self._target = None

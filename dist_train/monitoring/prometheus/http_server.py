@@ -96,14 +96,15 @@ def read_credentials(plan: ServingPlan) -> Credentials:
         if not all(33 <= byte <= 126 for byte in token):
             raise UsageError(
                 f"{key}: the token in {plan.token_file} has characters that no HTTP header takes; "
-                f"make one with: openssl rand -hex 32 > {plan.token_file}"
+                f"make one with: openssl rand -hex 32 > {plan.token_file}",
+                code="token-characters",
             )
     if plan.password_file is not None:
         key = "metrics.password_file"
         login = _one_line(plan.password_file, key)
         user, _, password = login.partition(b":")
         if not user or not password:
-            raise UsageError(f"{key}: {plan.password_file} must hold user:password, on one line")
+            raise UsageError(f"{key}: {plan.password_file} must hold user:password, on one line", code="password-form")
     return Credentials(token, login)
 
 
@@ -112,7 +113,10 @@ def tls_context(plan: ServingPlan) -> ssl.SSLContext | None:
     certificate, key = plan.certificate_file, plan.key_file
     if certificate is None:
         if key is not None:
-            raise UsageError("metrics.key_file needs metrics.certificate_file: name the certificate of this key")
+            raise UsageError(
+                "metrics.key_file needs metrics.certificate_file: name the certificate of this key",
+                code="certificate-missing",
+            )
         return None
     _content(certificate, "metrics.certificate_file")
     if key is not None:
@@ -123,7 +127,8 @@ def tls_context(plan: ServingPlan) -> ssl.SSLContext | None:
     def no_password() -> str:
         raise UsageError(
             f"metrics.key_file: the key in {key or certificate} is encrypted, and nobody is there to type its "
-            f"password; decrypt it with: openssl pkey -in ENCRYPTED -out {key or certificate}"
+            f"password; decrypt it with: openssl pkey -in ENCRYPTED -out {key or certificate}",
+            code="key-encrypted",
         )
 
     try:
@@ -131,7 +136,8 @@ def tls_context(plan: ServingPlan) -> ssl.SSLContext | None:
     except ssl.SSLError as error:
         raise UsageError(
             f"metrics.certificate_file: {certificate} and {key or 'the key in it'} cannot be used "
-            f"({error.reason or error}); both must be PEM, the certificate before its chain, and the key its own"
+            f"({error.reason or error}); both must be PEM, the certificate before its chain, and the key its own",
+            code="certificate-unusable",
         ) from error
     return context
 
@@ -139,9 +145,11 @@ def tls_context(plan: ServingPlan) -> ssl.SSLContext | None:
 def _one_line(path: Path, key: str) -> bytes:
     content = _content(path, key).strip()
     if not content:
-        raise UsageError(f"{key}: {path} is empty; write the secret into it, on one line")
+        raise UsageError(f"{key}: {path} is empty; write the secret into it, on one line", code="secret-empty")
     if len(content.splitlines()) > 1:
-        raise UsageError(f"{key}: {path} has more than one line; write the secret alone into it, on one line")
+        raise UsageError(
+            f"{key}: {path} has more than one line; write the secret alone into it, on one line", code="secret-lines"
+        )
     return content
 
 
@@ -150,7 +158,8 @@ def _content(path: Path, key: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UsageError(
-            f"{key}: {path} cannot be read ({error.strerror or error}); name a file that the trainer may read"
+            f"{key}: {path} cannot be read ({error.strerror or error}); name a file that the trainer may read",
+            code="secret-unreadable",
         ) from error
 
 
@@ -165,11 +174,17 @@ Page = Callable[[], bytes]
 """Makes the page of metrics, of type `CONTENT_TYPE`."""
 
 
-def bind(host: str, port: int, page: Page, credentials: Credentials, tls: ssl.SSLContext | None) -> Server:
+Health = Callable[[], bool]
+"""Whether the run makes progress, for `/healthz`."""
+
+
+def bind(
+    host: str, port: int, page: Page, credentials: Credentials, tls: ssl.SSLContext | None, health: Health
+) -> Server:
     """Return a server at `port` of `host`, or at the next free port above. Raises OSError where none can be had."""
     for candidate in range(port, min(port + _PORTS, 65_536)):
         try:
-            return Server(host, candidate, page, credentials, tls)
+            return Server(host, candidate, page, credentials, tls, health)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
@@ -181,12 +196,15 @@ class Server(ThreadingHTTPServer):
 
     request_queue_size = 128
 
-    def __init__(self, host: str, port: int, page: Page, credentials: Credentials, tls: ssl.SSLContext | None) -> None:
+    def __init__(
+        self, host: str, port: int, page: Page, credentials: Credentials, tls: ssl.SSLContext | None, health: Health
+    ) -> None:
         # an empty metrics.host asks for every interface
         host = host or "0.0.0.0"  # nosec B104
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.address_family = family
         self.page = page
+        self.health = health
         self.credentials = credentials
         self.last_scrape: float | None = None
         """When the latest scrape that was answered began (monotonic)."""
@@ -268,7 +286,10 @@ class _Handler(BaseHTTPRequestHandler):
             case "/metrics":
                 self._metrics()
             case "/healthz":
-                self._answer(HTTPStatus.OK, b"ok\n", _PLAIN)
+                if self.server.health():
+                    self._answer(HTTPStatus.OK, b"ok\n", _PLAIN)
+                else:
+                    self._answer(HTTPStatus.SERVICE_UNAVAILABLE, b"no progress\n", _PLAIN)
             case _:
                 self._answer(HTTPStatus.NOT_FOUND, b"see /metrics\n", _PLAIN)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from operator import attrgetter
-from statistics import median
 from typing import Literal, NamedTuple, TypeAlias
 
 from dist_train.monitoring.prometheus.board import STATES, Buckets, Snapshot
@@ -118,7 +117,7 @@ def _by_split(field: str) -> _Take:
 def _run_info(now: Snapshot) -> Iterable[Reading]:
     facts = now.facts
     sizes = (str(facts.global_size), str(now.micro_batches.size))
-    labels = (facts.name, facts.model, facts.data, *sizes, facts.noise, facts.revision, facts.slurm_job)
+    labels = (facts.name, facts.run_id, facts.model, facts.data, *sizes, facts.noise, facts.revision, facts.slurm_job)
     return (Reading(1, (*labels, facts.controller)),)
 
 
@@ -131,9 +130,30 @@ def _slowest(now: Snapshot) -> int | None:
     return busy.index(max(busy)) if busy else None
 
 
+def _over_the_others(values: Sequence[float]) -> list[float]:
+    """Return each value over the median of all others; NaN where there are none, or that is 0."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    ratios = [math.nan] * len(values)
+    low, high = (len(values) - 2) // 2, (len(values) - 1) // 2
+    for place, index in enumerate(order if len(values) > 1 else ()):
+        # the others in their order are `order` without this place
+        middle = sum(values[order[other + (other >= place)]] for other in (low, high)) / 2
+        ratios[index] = values[index] / middle if middle > 0 else math.nan
+    return ratios
+
+
 def _slowest_ratio(now: Snapshot) -> float | None:
-    busy = _busy(now)
-    return max(busy) / median(busy) if busy and median(busy) > 0 else None
+    ratios = [ratio for ratio in _over_the_others(_busy(now)) if not math.isnan(ratio)]
+    return max(ratios, default=None)
+
+
+def _busy_ratios(now: Snapshot) -> Iterable[Reading]:
+    counts = now.micro_batches.of_ranks
+    # ranks may have one micro-batch more or less, or none
+    each = {rank: busy / count for rank, (busy, count) in enumerate(zip(_busy(now), counts, strict=False)) if count}
+    for rank, ratio in zip(each, _over_the_others(list(each.values())), strict=True):
+        if not math.isnan(ratio):
+            yield Reading(ratio, (str(rank),))
 
 
 METRICS: tuple[Metric, ...] = (
@@ -142,7 +162,18 @@ METRICS: tuple[Metric, ...] = (
         "info",
         "What runs; always 1.",
         _run_info,
-        ("run", "model", "data", "global_batch", "micro_batch", "noise", "revision", "slurm_job", "controller"),
+        (
+            "run",
+            "run_id",
+            "model",
+            "data",
+            "global_batch",
+            "micro_batch",
+            "noise",
+            "revision",
+            "slurm_job",
+            "controller",
+        ),
         Scope.BOTH,
     ),
     Metric(
@@ -178,6 +209,11 @@ METRICS: tuple[Metric, ...] = (
         "dist_train_time_left_seconds",
         "Time to the last step at the pace of the last minute.",
         lambda now: now.seconds_left,
+    ),
+    _gauge(
+        "dist_train_time_limit_timestamp_seconds",
+        "When the batch system ends the run's job.",
+        lambda now: now.facts.time_limit or None,
     ),
     _gauge(
         "dist_train_launch_timestamp_seconds",
@@ -247,6 +283,13 @@ METRICS: tuple[Metric, ...] = (
         "Time of the latest measured step that the rank waited for the others.",
         "wait_seconds",
     ),
+    Metric(
+        "dist_train_rank_busy_ratio",
+        "gauge",
+        "Busy time for a micro-batch over the median of the other ranks; 1 is like the others.",
+        _busy_ratios,
+        ("rank",),
+    ),
     _of_ranks("dist_train_rank_resident_memory_bytes", "Resident memory of the rank.", "resident_bytes"),
     _of_ranks("dist_train_rank_device_memory_bytes", "Memory of its device that the rank holds.", "device_bytes"),
     _of_ranks(
@@ -262,7 +305,19 @@ METRICS: tuple[Metric, ...] = (
     _gauge(
         "dist_train_slowest_rank", "Number of the rank that was busy longest in the latest measured step.", _slowest
     ),
-    _gauge("dist_train_slowest_rank_ratio", "Busy time of the slowest rank over the median of all.", _slowest_ratio),
+    _gauge(
+        "dist_train_slowest_rank_ratio", "Busy time of the slowest rank over the median of the others.", _slowest_ratio
+    ),
+    _gauge(
+        "dist_train_device_memory_limit_bytes",
+        "Memory of rank 0's device.",
+        lambda now: now.facts.device_memory or None,
+    ),
+    _gauge(
+        "dist_train_disk_free_bytes",
+        "Space that is left to the run on the disk of its directory.",
+        lambda now: now.disk_free,
+    ),
     _of("checkpoint.time", "dist_train_checkpoint_timestamp_seconds", "When the latest checkpoint was on disk."),
     _of("checkpoint.step", "dist_train_checkpoint_step", "Step of the latest checkpoint.", "updates"),
     _of_checkpoint("dist_train_checkpoint_size_bytes", "Size of the latest checkpoint.", "bytes"),
@@ -305,6 +360,12 @@ METRICS: tuple[Metric, ...] = (
         "Losses, gradients or last evaluations that were not finite, over all launches.",
         "not_finite",
         "events",
+    ),
+    _of_events(
+        "dist_train_exporter_restarts_total",
+        "Times that the process of the exporter died and was started again, in this launch.",
+        "exporter_restarted",
+        "restarts",
     ),
     Metric(
         "dist_train_events_total",

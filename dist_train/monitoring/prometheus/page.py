@@ -74,7 +74,9 @@ def replaced_between(text: str, begin: str, end: str, content: str) -> str:
     before, found_begin, rest = text.partition(begin)
     _, found_end, after = rest.partition(end)
     if not found_begin or not found_end:
-        raise UsageError(f"there is no place for the table: the file needs the lines {begin} and {end}")
+        raise UsageError(
+            f"there is no place for the table: the file needs the lines {begin} and {end}", code="no-place-for-table"
+        )
     return f"{before}{begin}\n\n{content}\n{end}{after}"
 
 

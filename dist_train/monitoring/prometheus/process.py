@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import select
+import shutil
 import signal
 import socket
 import time
@@ -15,7 +18,7 @@ from threading import Lock, Thread
 from prometheus_client import push_to_gateway
 
 from dist_train.monitoring.prometheus import targets
-from dist_train.monitoring.prometheus.board import Board, Snapshot
+from dist_train.monitoring.prometheus.board import Board, Snapshot, stands_still
 from dist_train.monitoring.prometheus.http_server import Server, bind, read_credentials, tls_context
 from dist_train.monitoring.prometheus.messages import Begin, Channel, End, Ending, Failed, Progress, Serving, Warned
 from dist_train.monitoring.prometheus.metrics import metrics_of
@@ -28,7 +31,7 @@ PUSH_SECONDS = 5.0
 class _Push(Thread):
     """Pushes the values of `now` to the Pushgateway at the URL `gateway`, for runs that end before a scrape.
 
-    It replaces the run's own group: job and run, and the rank other than 0.
+    It replaces the run's own group: job, run and run id, and the rank other than 0.
     """
 
     def __init__(self, gateway: str, now: Snapshot) -> None:
@@ -39,7 +42,7 @@ class _Push(Thread):
 
     def run(self) -> None:
         facts = self._now.facts
-        group = {"run": facts.name} | ({"rank": str(facts.rank)} if facts.rank else {})
+        group = {"run": facts.name, "run_id": facts.run_id} | ({"rank": str(facts.rank)} if facts.rank else {})
         page = Families(metrics_of(facts.rank), self._now)
         try:
             push_to_gateway(self._gateway, targets.JOB, page, group, PUSH_SECONDS)
@@ -58,6 +61,7 @@ RECENT_SECONDS = 60.0
 """A run that was scraped so lately is waited for with its last values."""
 
 _LOOK_SECONDS = 1.0
+_DISK_SECONDS = 30.0
 _PAUSE_SECONDS = 0.02
 """Between readings of the socket, so that fast steps do not wake this process at each one."""
 _POLITENESS = 10
@@ -70,6 +74,7 @@ def main(descriptor: int, trainer: int) -> None:
     try:
         begin = _await_begin(channel, trainer)
         if begin is not None:
+            _show_name(begin.facts.name)
             _Service(channel, trainer, begin).run()
     except Exception as error:
         channel.send(Failed(str(error) if isinstance(error, OSError | ValueError) else repr(error)))
@@ -84,6 +89,12 @@ def _settle() -> None:
         os.nice(_POLITENESS)
         # a launcher binds a rank to its cores, which this process takes over; the kernel keeps to what is allowed
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+
+def _show_name(run: str) -> None:
+    """Have `ps` and `top` show whose exporter this is, in the 15 characters that the kernel keeps."""
+    with suppress(OSError):
+        Path("/proc/self/comm").write_text(f"metrics {re.sub('[^!-~]', '_', run)}"[:15], encoding="ascii")
 
 
 def _await_begin(channel: Channel, trainer: int) -> Begin | None:
@@ -143,6 +154,7 @@ class _Service:
         self._inbox = _Inbox(channel, self._board)
         self._target: targets.TargetFile | None = None
         self._touched = time.monotonic()
+        self._disk_due = -math.inf
         self._server = self._bind()
 
     def run(self) -> None:
@@ -157,6 +169,7 @@ class _Service:
                 select.select([self._channel.fileno(), self._inbox.wake], [], [], _LOOK_SECONDS)
                 self._inbox.take()
                 self._heartbeat()
+                self._look_at_the_disk()
                 time.sleep(_PAUSE_SECONDS)
             if self._inbox.outcome is not None:
                 self._end(self._inbox.outcome)
@@ -175,9 +188,13 @@ class _Service:
             self._inbox.take()
             return self._page.render()
 
+        def health() -> bool:
+            self._inbox.take()
+            return not stands_still(self._board.snapshot(), time.time())
+
         # the setting's own port is rank 0's
         port = plan.port if is_first or plan.port == 0 else plan.port + 1
-        server = bind(plan.host, port, page, credentials, tls)
+        server = bind(plan.host, port, page, credentials, tls, health)
         if is_first and port not in (0, server.server_port):
             self._warn(f"metrics port {port} is in use; metrics are at port {server.server_port}")
         return server
@@ -192,7 +209,7 @@ class _Service:
         with self._warning(f"Prometheus will not find this run: no target file in {directory}"):
             target.write()
             self._target = target
-            if warning := targets.remove_stale(directory).warning:
+            if warning := targets.remove_stale(directory, resumed=self._facts.run_id).warning:
                 self._warn(f"{directory}: {warning}")
 
     def _heartbeat(self) -> None:
@@ -204,11 +221,28 @@ class _Service:
             target.touch()
             self._target = target
 
+    def _look_at_the_disk(self) -> None:
+        if self._facts.rank or time.monotonic() < self._disk_due:
+            return
+        self._disk_due = time.monotonic() + _DISK_SECONDS
+        with suppress(OSError):
+            self._board.disk(shutil.disk_usage(self._facts.run_directory).free)
+
     def _leave_target(self) -> None:
         target, self._target = self._target, None
-        if target is not None:
-            with self._warning(f"the target file {target.path} cannot be removed"):
-                target.remove()
+        if target is not None and (outcome := self._how_it_ended()):
+            with self._warning(f"the target file {target.path} cannot say how the run ended"):
+                target.end(outcome)
+
+    def _how_it_ended(self) -> str:
+        """Return the outcome; nothing where the trainer lives, and this process alone ends."""
+        if self._inbox.outcome is not None:
+            return targets.outcome_label(self._inbox.outcome)
+        # the socket of a process that dies is closed shortly before it is gone
+        deadline = time.monotonic() + _LOOK_SECONDS
+        while os.getppid() == self._trainer and self._inbox.is_over and time.monotonic() < deadline:
+            time.sleep(_PAUSE_SECONDS)
+        return "" if os.getppid() == self._trainer else targets.KILLED
 
     @contextmanager
     def _warning(self, text: str) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Target files: how Prometheus (`file_sd_configs`) finds the runs that there are, and none that are gone.
+"""Target files: how Prometheus (`file_sd_configs`) finds the runs that there are, and learns how the others ended.
 
 Many users may write to their folder, so a file there is opened as in a hostile place: no link is followed, nothing but
 a regular file of this user or of root is read or touched, and nobody waits for a FIFO.
@@ -14,21 +14,31 @@ import re
 import socket
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dist_train.monitoring.prometheus.messages import ServingPlan
+from dist_train.outcome import ExitCode
 from dist_train.rundir import atomic
-from dist_train.rundir.records import RunFacts
+from dist_train.rundir.records import Outcome, RunFacts
 
 HEARTBEAT_SECONDS = 60.0
 """How often a run touches its file."""
 STALE_SECONDS = 300.0
 """A file that was not touched for so long belongs to nobody."""
 
+ENDED_SECONDS = 86_400.0
+"""How long a file stays that says how its run ended."""
+SEEN_SECONDS = 600.0
+"""So long after a run's end every Prometheus has seen how it ended."""
+
 JOB = "dist_train"
+KILLED = "killed"
+"""The outcome of a run that ended without saying how."""
+_NOWHERE = "127.0.0.1:0"
+"""In place of the address of a run that has ended: another run may have taken that. Nobody can listen at port 0."""
+_OUTCOME_LABEL = "outcome"
 _PROCESS_LABEL = "__dist_train_process"
 """Prometheus drops labels that begin so once it has found the target."""
 _IDENTITY = re.compile(r"\S+ \S+ [0-9]{1,10} [0-9]{0,20}")
@@ -77,11 +87,21 @@ class TargetFile:
         except FileNotFoundError:
             self.write()
 
-    def remove(self) -> None:
-        """Remove the file, unless a later launch of the run has taken it over. Raises OSError."""
-        with suppress(FileNotFoundError), _open_ours(self.path) as file:
-            if _owner(file) == self.process:
-                self.path.unlink(missing_ok=True)
+    def end(self, outcome: str) -> None:
+        """Have the file say how the run ended, for rules that cannot rely on a last scrape.
+
+        Nothing changes where it says so already, or a later launch of the run has taken it over. Raises OSError, also
+        where somebody has put something else in its place.
+        """
+        try:
+            with _open_ours(self.path) as file:
+                entry = _entry(file)
+        except FileNotFoundError:
+            return
+        if entry is None or entry.labels[_PROCESS_LABEL] != self.process or _OUTCOME_LABEL in entry.labels:
+            return
+        labels = {**entry.labels, _OUTCOME_LABEL: outcome, "instance": entry.address}
+        replace(self, content=_content(_NOWHERE, labels)).write()
 
 
 def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: str) -> TargetFile:
@@ -91,6 +111,7 @@ def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: str) -> 
     labels = {
         "job": JOB,
         "run": facts.name,
+        "run_id": facts.run_id,
         "slurm_job": facts.slurm_job,
         "node": node,
         "rank": str(facts.rank),
@@ -98,12 +119,20 @@ def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: str) -> 
     }
     if plan.scheme == "https":
         labels["__scheme__"] = plan.scheme
-    groups = [{"targets": [f"{plan.host_for_others(node)}:{port}"], "labels": labels}]
     directory = os.fsencode(facts.run_directory.absolute())
     name = re.sub(r"[^A-Za-z0-9._-]", "_", facts.name)[:100]
     mark = hashlib.blake2b(directory, digest_size=4).hexdigest()
     path = plan.targets_directory / f"{name}-{mark}-{facts.rank}.json"
-    return TargetFile(path, json.dumps(groups, indent=2) + "\n", process)
+    return TargetFile(path, _content(f"{plan.host_for_others(node)}:{port}", labels), process)
+
+
+def _content(address: str, labels: Mapping[str, str]) -> str:
+    return json.dumps([{"targets": [address], "labels": labels}], indent=2) + "\n"
+
+
+def outcome_label(outcome: Outcome) -> str:
+    """Return the value of the label `outcome`: the state that the run ended in, or diverged."""
+    return "diverged" if outcome.exit_code == ExitCode.DIVERGED else outcome.state
 
 
 @dataclass(frozen=True)
@@ -122,23 +151,31 @@ class Cleaning:
         return f"target files that were left alone: {', '.join(shown)}{ending}" if shown else ""
 
 
-def remove_stale(directory: Path) -> Cleaning:
+def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed: str = "") -> Cleaning:
     """Remove the target files in `directory` whose runs are gone. Raises OSError.
 
-    A file is ours by its name, its owner and its content; any other is left alone.
+    One that says how its run ended stays for `ended_seconds`, or until that run, whose id is `resumed`, is back. A
+    file is ours by its name, its owner and its content; any other is left alone.
     """
     removed = []
     skipped = {}
     for path in sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name)):
         try:
             with _open_ours(path) as file:
-                owner, touched = _owner(file), os.fstat(file.fileno()).st_mtime
+                entry, touched = _entry(file), os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:
             continue
         except OSError as error:
             skipped[path] = error.strerror or str(error)
             continue
-        if owner is not None and (_is_gone(owner) or time.time() - touched > STALE_SECONDS):
+        if entry is None:
+            continue
+        age = time.time() - touched
+        if _OUTCOME_LABEL in entry.labels:
+            is_stale = age > ended_seconds or (resumed != "" and entry.labels.get("run_id") == resumed)
+        else:
+            is_stale = age > STALE_SECONDS or _is_gone(entry.labels[_PROCESS_LABEL])
+        if is_stale:
             path.unlink(missing_ok=True)
             removed.append(path)
     return Cleaning(tuple(removed), skipped)
@@ -163,16 +200,23 @@ def _open_ours(path: Path) -> BinaryIO:
     raise OSError(errno.EPERM, why, str(path))
 
 
-def _owner(file: BinaryIO) -> str | None:
-    """Return whose the target file is; None where it is not one of ours."""
+@dataclass(frozen=True)
+class _Entry:
+    """What a target file says."""
+
+    address: str
+    labels: Mapping[str, str]
+
+
+def _entry(file: BinaryIO) -> _Entry | None:
+    """Return what the target file says; None where it is not one of ours."""
     try:
         groups: Any = json.loads(file.read(_LARGEST))
         [group] = groups
+        [address] = group["targets"]
         labels = group["labels"]
-        if labels["job"] != JOB:
-            return None
-        match = _IDENTITY.fullmatch(labels[_PROCESS_LABEL])
-        return match and match[0]
+        is_ours = isinstance(address, str) and labels["job"] == JOB and _IDENTITY.fullmatch(labels[_PROCESS_LABEL])
+        return _Entry(address, labels) if is_ours else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 

@@ -7,31 +7,34 @@ from grafana_foundation_sdk.models import dashboard as model
 
 from dashboard_generator.frame import choice, event, frame, row, source_choice
 from dashboard_generator.links import ALL_RUNS
-from dashboard_generator.one_run import STATES, state_number
-from dashboard_generator.panels import RED, PanelSpec, Query, bars, curves, logarithmic, number, states
+from dashboard_generator.one_run import RUN_IDS, STATES, state_number
+from dashboard_generator.panels import OF_RUN, RED, PanelSpec, Query, bars, curves, logarithmic, number, states
 
-KIND = "batch {{global_batch}}, {{noise}}: {{run}}"
+KIND = "batch {{global_batch}}, {{noise}}: {{run}} {{run_id}}"
 """A legend that says by what the runs differ."""
 
 
 def _with_kind(expression: str) -> str:
     """Return `expression` with the labels by which runs differ: model, global batch, noise."""
-    return _joined(expression, 'dist_train_run_info{run=~"$run", noise=~"$noise"}')
+    return _joined(expression, 'dist_train_run_info{run=~"$run", run_id=~"$run_id", noise=~"$noise"}')
 
 
 def _joined(expression: str, info: str) -> str:
-    kinds = f"max by (run, model, global_batch, noise) ({info})"
-    return f"{expression} * on (run) group_left (model, global_batch, noise) {kinds}"
+    kinds = f"max by (run, run_id, model, global_batch, noise) ({info})"
+    return f"{expression} * on (run, run_id) group_left (model, global_batch, noise) {kinds}"
 
 
 def _of(metric: str) -> str:
-    return _with_kind(f'max by (run) ({metric}{{run=~"$run"}})')
+    return _with_kind(f"max by (run, run_id) ({metric}{{{OF_RUN}}})")
 
 
 def _last_of(metric: str) -> str:
     """Return the last value within the time range of the dashboard, also of runs that have ended."""
-    value = _within(f'{metric}{{run=~"$run"}}')
-    return _joined(f"max by (run) ({value})", _within('dist_train_run_info{run=~"$run", noise=~"$noise"}'))
+    value = _within(f"{metric}{{{OF_RUN}}}")
+    return _joined(
+        f"max by (run, run_id) ({value})",
+        _within('dist_train_run_info{run=~"$run", run_id=~"$run_id", noise=~"$noise"}'),
+    )
 
 
 def _within(selector: str) -> str:
@@ -39,7 +42,7 @@ def _within(selector: str) -> str:
 
 
 def _by_split(metric: str) -> str:
-    return _with_kind(f'max by (run, split) ({metric}{{run=~"$run", split=~"$split"}})')
+    return _with_kind(f'max by (run, run_id, split) ({metric}{{{OF_RUN}, split=~"$split"}})')
 
 
 def build() -> model.Dashboard:
@@ -51,19 +54,20 @@ def build() -> model.Dashboard:
     )
     built.with_variable(source_choice())
     built.with_variable(choice("run", "Runs", "The runs to compare", "label_values(dist_train_state, run)"))
+    built.with_variable(choice("run_id", "Run ids", "Tells runs of one name apart", RUN_IDS))
     built.with_variable(
-        choice("noise", "Noise", "Kinds of weight noise", 'label_values(dist_train_run_info{run=~"$run"}, noise)')
+        choice("noise", "Noise", "Kinds of weight noise", f"label_values(dist_train_run_info{{{OF_RUN}}}, noise)")
     )
     built.with_variable(
         choice(
             "split",
             "Split",
             "batch: training batches as trained; train, test: whole splits, clean weights",
-            'label_values(dist_train_loss{run=~"$run"}, split)',
+            f"label_values(dist_train_loss{{{OF_RUN}}}, split)",
         )
     )
-    firing = 'max by (run, alertname) (ALERTS{run=~"$run", alertstate="firing"}) > 0'
-    built.annotation(event("Alerts", RED, firing, "{{run}}: {{alertname}}"))
+    firing = f'max by (run, run_id, alertname) (ALERTS{{{OF_RUN}, alertstate="firing"}}) > 0'
+    built.annotation(event("Alerts", RED, firing, "{{run}} {{run_id}}: {{alertname}}"))
     for section in (_overview, _learning, _cost):
         section(built)
     return built.build()
@@ -76,20 +80,20 @@ def _overview(built: dashboard.Dashboard) -> None:
             PanelSpec(
                 "State", "The state of each run over time; the gaps are times without an exporter.", "none", 16, 9
             ),
-            Query(state_number(), "{{run}}"),
+            Query(state_number(), "{{run}} {{run_id}}"),
             STATES,
         )
     )
     built.with_panel(
         number(
             PanelSpec("At work", "Runs that are starting, running or stopping.", "none", 4, 9),
-            Query('sum(run:dist_train_active:max{run=~"$run"})', "runs"),
+            Query(f"sum(run:dist_train_active:max{{{OF_RUN}}})", "runs"),
         )
     )
     built.with_panel(
         number(
             PanelSpec("Firing alerts", "Alerts about these runs that fire now.", "none", 4, 9),
-            Query('count(ALERTS{run=~"$run", alertstate="firing"}) or vector(0)', "alerts"),
+            Query(f'count(ALERTS{{{OF_RUN}, alertstate="firing"}}) or vector(0)', "alerts"),
             "green",
             (1, RED),
         )
@@ -157,7 +161,7 @@ def _cost(built: dashboard.Dashboard) -> None:
             Query(_of("dist_train_samples_per_second"), KIND),
         ).min(0)
     )
-    p95 = 'run:dist_train_step_duration_seconds:p95_rate5m{run=~"$run"}'
+    p95 = f"run:dist_train_step_duration_seconds:p95_rate5m{{{OF_RUN}}}"
     built.with_panel(
         curves(
             PanelSpec(
@@ -182,25 +186,25 @@ def _cost(built: dashboard.Dashboard) -> None:
                 "DistTrainRankSlow",
             ),
             Query(
-                'run_part:dist_train_step_part_duration_seconds:share_rate5m{run=~"$run", part="allreduce_wait"}',
-                "{{run}}",
+                f'run_part:dist_train_step_part_duration_seconds:share_rate5m{{{OF_RUN}, part="allreduce_wait"}}',
+                "{{run}} {{run_id}}",
             ),
         ).min(0)
     )
     for title, description, unit, expression in (
-        ("Progress", "Steps done of those planned.", "percentunit", 'run:dist_train_progress:ratio{run=~"$run"}'),
+        ("Progress", "Steps done of those planned.", "percentunit", f"run:dist_train_progress:ratio{{{OF_RUN}}}"),
         (
             "Time left",
             "To the last step, at the present pace.",
             "s",
-            'max by (run) (dist_train_time_left_seconds{run=~"$run"})',
+            f"max by (run, run_id) (dist_train_time_left_seconds{{{OF_RUN}}})",
         ),
-        ("Ranks", "Ranks that train together.", "none", 'max by (run) (dist_train_world_size{run=~"$run"})'),
+        ("Ranks", "Ranks that train together.", "none", f"max by (run, run_id) (dist_train_world_size{{{OF_RUN}}})"),
         (
             "Requeues",
             "Times that Slurm put the run back into its queue.",
             "none",
-            'max by (run) (dist_train_requeues_total{run=~"$run"})',
+            f"max by (run, run_id) (dist_train_requeues_total{{{OF_RUN}}})",
         ),
     ):
-        built.with_panel(bars(PanelSpec(title, description, unit, 6), Query(expression, "{{run}}")))
+        built.with_panel(bars(PanelSpec(title, description, unit, 6), Query(expression, "{{run}} {{run_id}}")))

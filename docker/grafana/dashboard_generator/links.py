@@ -21,6 +21,11 @@ ALERTS = (
     "DistTrainExporterGone",
     "DistTrainDisagreement",
     "DistTrainRequeued",
+    "DistTrainFailed",
+    "DistTrainDeviceMemory",
+    "DistTrainDiskNearlyFull",
+    "DistTrainCheckpointCorrupt",
+    "DistTrainTimeLimitNear",
 )
 """In the runbook's order."""
 

@@ -11,6 +11,7 @@ from dashboard_generator.panels import (
     BLUE,
     GREEN,
     GREY,
+    OF_RUN,
     RED,
     YELLOW,
     PanelSpec,
@@ -33,19 +34,22 @@ STATES = (
 )
 
 
+RUN_IDS = 'label_values(dist_train_state{run=~"$run"}, run_id)'
+
+
 def _of(metric: str, *labels: str) -> str:
     """Return the run's series of a metric: one for each value of `labels`, whatever launch they come from."""
-    return f'max by ({", ".join(("run", *labels))}) ({metric}{{run=~"$run"}})'
+    return f"max by ({', '.join(('run', 'run_id', *labels))}) ({metric}{{{OF_RUN}}})"
 
 
 def _by_split(metric: str) -> str:
-    return f'max by (run, split) ({metric}{{run=~"$run", split=~"$split"}})'
+    return f'max by (run, run_id, split) ({metric}{{{OF_RUN}, split=~"$split"}})'
 
 
 def state_number() -> str:
     """Return an expression whose value is the place of a run's state in `STATES`."""
     return " or ".join(
-        f'{value} + 0 * (max by (run) (dist_train_state{{run=~"$run", state="{word}"}}) > 0)'
+        f'{value} + 0 * (max by (run, run_id) (dist_train_state{{{OF_RUN}, state="{word}"}}) > 0)'
         for value, word, _ in STATES
     )
 
@@ -59,12 +63,13 @@ def build() -> model.Dashboard:
     )
     built.with_variable(source_choice())
     built.with_variable(one_choice("run", "Run", "The run to look at", "label_values(dist_train_state, run)"))
+    built.with_variable(one_choice("run_id", "Run id", "Tells runs of one name apart", RUN_IDS))
     built.with_variable(
         choice(
             "split",
             "Split",
             "batch: training batches as trained; train, test: whole splits, clean weights",
-            'label_values(dist_train_loss{run=~"$run"}, split)',
+            f"label_values(dist_train_loss{{{OF_RUN}}}, split)",
         )
     )
     _events(built)
@@ -85,7 +90,7 @@ def _events(built: dashboard.Dashboard) -> None:
 
 
 def _of_changes(metric: str) -> str:
-    return f'max by (run) (changes({metric}{{run=~"$run"}}[$__interval]))'
+    return f"max by (run, run_id) (changes({metric}{{{OF_RUN}}}[$__interval]))"
 
 
 def _status(built: dashboard.Dashboard) -> None:
@@ -113,7 +118,7 @@ def _status(built: dashboard.Dashboard) -> None:
     built.with_panel(
         number(
             PanelSpec("Firing alerts", "Alerts about this run that fire now.", "none", 3, 4),
-            Query('count(ALERTS{run=~"$run", alertstate="firing"}) or vector(0)', "alerts"),
+            Query(f'count(ALERTS{{{OF_RUN}, alertstate="firing"}}) or vector(0)', "alerts"),
             GREEN,
             (1, RED),
         )
@@ -202,14 +207,15 @@ def _speed(built: dashboard.Dashboard) -> None:
                 "DistTrainThroughputDown",
             ),
             Query(_of("dist_train_samples_per_second"), "now"),
-            Query('run:dist_train_samples_per_second:avg1h{run=~"$run"}', "mean of an hour"),
+            Query(f"run:dist_train_samples_per_second:avg1h{{{OF_RUN}}}", "mean of an hour"),
         ).min(0)
     )
-    buckets = 'sum by (le) (rate(dist_train_step_duration_seconds_bucket{run=~"$run"}[$__rate_interval]))'
+    of_rank_0 = f'dist_train_step_duration_seconds_bucket{{{OF_RUN}, rank=~"0|"}}'
+    buckets = f"sum by (le) (rate({of_rank_0}[$__rate_interval]))"
     built.with_panel(
         curves(
             PanelSpec(
-                "Duration of a step", "Quantiles over the ranks that are scraped.", "s", 8, 9, "DistTrainStalled"
+                "Duration of a step", "Quantiles, of rank 0: ranks step together.", "s", 8, 9, "DistTrainStalled"
             ),
             *(
                 Query(f"histogram_quantile({share}, {buckets})", words)
@@ -217,8 +223,8 @@ def _speed(built: dashboard.Dashboard) -> None:
             ),
         ).min(0)
     )
-    parts = 'sum by (part) (rate(dist_train_step_part_duration_seconds_sum{run=~"$run"}[$__rate_interval]))'
-    steps = 'sum(rate(dist_train_step_duration_seconds_count{run=~"$run"}[$__rate_interval]))'
+    parts = f"sum by (part) (rate(dist_train_step_part_duration_seconds_sum{{{OF_RUN}}}[$__rate_interval]))"
+    steps = f"sum(rate(dist_train_step_duration_seconds_count{{{OF_RUN}}}[$__rate_interval]))"
     built.with_panel(
         stacked(
             PanelSpec(
@@ -240,19 +246,25 @@ def _speed(built: dashboard.Dashboard) -> None:
         ),
         ("Time waiting, by rank", "Time of a step spent waiting for the others.", "dist_train_rank_wait_seconds"),
     ):
-        built.with_panel(curves(PanelSpec(title, description, "s", 12), Query(_of(metric, "rank"), "{{rank}}")).min(0))
+        built.with_panel(curves(PanelSpec(title, description, "s"), Query(_of(metric, "rank"), "{{rank}}")).min(0))
+    built.with_panel(
+        curves(
+            PanelSpec("Seconds for a micro-batch, by rank", "Mean of five minutes.", "s"),
+            Query(f"run_rank:dist_train_rank_busy_seconds:per_micro_batch_avg5m{{{OF_RUN}}}", "{{rank}}"),
+        ).min(0)
+    )
     built.with_panel(
         limited(
             curves(
                 PanelSpec(
                     "Time for a micro-batch, by rank",
-                    "Over that of the median rank; 1 is like the others.",
+                    "Over that of the median of the others; 1 is like them.",
                     "none",
                     12,
                     8,
                     "DistTrainRankSlow",
                 ),
-                Query('run_rank:dist_train_rank_busy_seconds:over_median_avg5m{run=~"$run"}', "{{rank}}"),
+                Query(f"run_rank:dist_train_rank_busy_ratio:avg5m{{{OF_RUN}}}", "{{rank}}"),
             ),
             GREEN,
             (1.3, RED),
@@ -260,7 +272,7 @@ def _speed(built: dashboard.Dashboard) -> None:
     )
     built.with_panel(
         curves(
-            PanelSpec("Slowest rank: how slow", "Its time at work over that of the median rank.", "none", 6),
+            PanelSpec("Slowest rank: how slow", "Its time at work over that of the median of the others.", "none", 6),
             Query(_of("dist_train_slowest_rank_ratio"), "{{run}}"),
         )
     )
@@ -290,7 +302,7 @@ def _checkpoints(built: dashboard.Dashboard) -> None:
                     8,
                     "DistTrainCheckpointOld",
                 ),
-                Query('run:dist_train_checkpoint_age_seconds:min{run=~"$run"}', "{{run}}"),
+                Query(f"run:dist_train_checkpoint_age_seconds:min{{{OF_RUN}}}", "{{run}}"),
             ).min(0),
             GREEN,
             (7200, RED),
@@ -339,6 +351,14 @@ def _incidents(built: dashboard.Dashboard) -> None:
         ("Requeues", "Times that Slurm put the run back into its queue.", "requeues", "DistTrainRequeued", 4, YELLOW),
         ("Signals", "Signals that asked the run to stop.", "signals", None, 1, BLUE),
         (
+            "Exporter restarts",
+            "Times that the process that serves the metrics died and was started again, in this launch.",
+            "exporter_restarts",
+            None,
+            1,
+            YELLOW,
+        ),
+        (
             "Disagreements",
             "Times that the ranks' weights or noise differed.",
             "disagreements",
@@ -365,14 +385,14 @@ def _incidents(built: dashboard.Dashboard) -> None:
         )
     built.with_panel(
         curves(
-            PanelSpec("Events by kind", "Every kind of event, counted over all launches.", "none", 9, 7),
+            PanelSpec("Events by kind", "Every kind of event, counted over all launches.", "none", 6, 7),
             Query(_of("dist_train_events_total", "event"), "{{event}}"),
         ).min(0)
     )
 
 
 def _memory(built: dashboard.Dashboard) -> None:
-    built.with_row(row("Memory and devices"))
+    built.with_row(row("Memory, devices and limits"))
     built.with_panel(
         curves(
             PanelSpec("Resident memory", "Of each rank's process.", "bytes"),
@@ -385,9 +405,11 @@ def _memory(built: dashboard.Dashboard) -> None:
                 "Device memory",
                 "Held by each rank, and the most that it has held. Nothing without a device.",
                 "bytes",
+                alert="DistTrainDeviceMemory",
             ),
             Query(_of("dist_train_rank_device_memory_bytes", "rank"), "{{rank}}"),
             Query(_of("dist_train_rank_device_memory_peak_bytes", "rank"), "{{rank}}, most"),
+            Query(_of("dist_train_device_memory_limit_bytes"), "there is"),
         ).min(0)
     )
     built.with_panel(
@@ -401,4 +423,25 @@ def _memory(built: dashboard.Dashboard) -> None:
         )
         .min(0)
         .max(1)
+    )
+    built.with_panel(
+        curves(
+            PanelSpec(
+                "Disk space", "Left on the disk of the run directory.", "bytes", 12, alert="DistTrainDiskNearlyFull"
+            ),
+            Query(_of("dist_train_disk_free_bytes"), "left"),
+            Query(_of("dist_train_checkpoint_size_bytes"), "a checkpoint"),
+        ).min(0)
+    )
+    built.with_panel(
+        curves(
+            PanelSpec(
+                "Time to the limit",
+                "Until the batch system ends the job; compare it with the time left. Nothing without a time limit.",
+                "s",
+                12,
+                alert="DistTrainTimeLimitNear",
+            ),
+            Query(f"{_of('dist_train_time_limit_timestamp_seconds')} - time()", "until the limit"),
+        ).min(0)
     )

@@ -18,6 +18,8 @@ from dashboard_generator.links import runbook_link
 
 SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
 GREEN, YELLOW, RED, BLUE, GREY = "green", "yellow", "red", "blue", "text"
+OF_RUN = 'run=~"$run", run_id=~"$run_id"'
+"""The matchers of a selector by which a dashboard's runs are chosen."""
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 

@@ -1,0 +1,128 @@
+"""Every setting, from the schema, as the page docs/settings.md: `python -m dist_train.config.reference`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from dist_train.config.loading import write_override
+from dist_train.config.problems import in_words, leaf_schema, models_of
+from dist_train.config.sections import Config
+
+_HEAD = """\
+# Settings
+
+Every setting of a configuration: what it takes, its default, its meaning, and an example for the command line. How
+files, bases and overrides fit together: [configuration.md](configuration.md).
+
+```sh
+dist-train train configs/demo.yaml noise.amplitude=0.03 optimizer.learning_rate=0.2
+```
+
+In YAML a section is a mapping: `noise: {amplitude: 0.03}`. `null` is no value. This page is generated from
+`dist_train/config`: `make dashboards`.
+"""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting: its dotted path, what it takes, its default (as YAML), its meaning, an override that changes it."""
+
+    path: str
+    takes: str
+    default: str
+    meaning: str
+    example: str
+
+
+def settings_of(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
+    """Yield the settings of `model`, those of its sections and of the kinds of a union among them, in their order."""
+    for name, field in model.model_fields.items():
+        path, models = f"{prefix}{name}", models_of(field)
+        if len(models) > 1:
+            yield from _settings_of_kinds(path, field, models)
+        elif models:
+            yield from settings_of(models[0], f"{path}.")
+        else:
+            yield _setting(path, field)
+
+
+def settings_markdown() -> str:
+    """Return the page."""
+    parts = [_HEAD]
+    for name, field in Config.model_fields.items():
+        [section] = models_of(field)
+        parts.append(f"## `{name}`\n\n{inspect.getdoc(section)}\n")
+        parts.append("| setting | takes | default | meaning | example |\n|---|---|---|---|---|")
+        parts.extend(_row(setting) for setting in settings_of(section, f"{name}."))
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _setting(path: str, field: FieldInfo, of_kind: str = "") -> Setting:
+    schema = leaf_schema(field)
+    default = field.get_default(call_default_factory=True)
+    meaning = f"With kind {of_kind}: {field.description}" if of_kind else str(field.description)
+    return Setting(
+        path,
+        in_words(schema),
+        _written(path, default),
+        meaning,
+        shlex.quote(write_override(path, _example(field, schema, default))),
+    )
+
+
+def _settings_of_kinds(path: str, field: FieldInfo, models: tuple[type[BaseModel], ...]) -> Iterator[Setting]:
+    """Yield the setting `kind` of a union, and those that some kinds have beside it."""
+    default = field.get_default(call_default_factory=True).kind
+    by_kind = {get_args(model.model_fields["kind"].annotation)[0]: model for model in models}
+    yield Setting(
+        f"{path}.kind",
+        ", ".join(by_kind),
+        default,
+        " ".join(
+            [str(field.description), *(f"{kind}: {by_kind[kind].model_fields['kind'].description}" for kind in by_kind)]
+        ),
+        write_override(f"{path}.kind", next(kind for kind in by_kind if kind != default)),
+    )
+    for kind, model in by_kind.items():
+        for name, parameter in model.model_fields.items():
+            if name != "kind":
+                yield _setting(f"{path}.{name}", parameter, kind)
+
+
+def _example(field: FieldInfo, schema: Any, default: object) -> object:
+    """Return another value than the default: the field's own example, else the next choice."""
+    if field.examples:
+        return field.examples[0]
+    choices = schema.get("enum", (True, False))
+    return next(choice for choice in choices if choice != default)
+
+
+def _written(path: str, value: object) -> str:
+    plain = json.loads(json.dumps(value, default=str))
+    return write_override(path, plain).partition("=")[2]
+
+
+def _row(setting: Setting) -> str:
+    cells = (
+        f"`{setting.path}`",
+        re.sub(r"(?<=of the form )\S+", r"`\g<0>`", setting.takes),
+        f"`{setting.default}`",
+        setting.meaning,
+        f"`{setting.example}`",
+    )
+    row = " | ".join(cell.replace("|", "\\|") for cell in cells)
+    return f"| {row} |"
+
+
+if __name__ == "__main__":
+    print(settings_markdown(), end="")
