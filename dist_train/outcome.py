@@ -1,6 +1,10 @@
-"""How a command can end: exit codes, and the errors that lead to them."""
+"""How a command can end: exit codes, the errors that lead to them, and texts that are safe to print."""
 
+import re
 from enum import IntEnum
+
+_LOGIN = re.compile(r"(?<=://)\S{1,512}(?=@)|[^\s:/@]{1,256}:[^\s/@]\S{0,512}(?=@)")
+_QUERY = re.compile(r"(https?://[^\s?]*\?)\S+")
 
 
 class ExitCode(IntEnum):
@@ -73,3 +77,15 @@ def exit_code_of(error: BaseException) -> ExitCode:
         (StoppedError, ExitCode.STOPPED),
     )
     return next((code for kind, code in codes if isinstance(error, kind)), ExitCode.FAULT)
+
+
+def escaped(text: str) -> str:
+    r"""Return `text`, of a file or a name, as one line that does nothing to a terminal: ESC becomes \x1b, NUL \x00."""
+    shown = (each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    return "".join(shown)
+
+
+def printable(message: str) -> str:
+    """Return `message` with its lines escaped, and names, passwords and queries in URLs masked."""
+    masked = _QUERY.sub(r"\1***", _LOGIN.sub("***", message))
+    return "\n".join(map(escaped, masked.split("\n")))

@@ -17,6 +17,23 @@ fail() {
     exit 1
 }
 
+# own_folders FOLDER...: the end where another user could exchange what is in one that is there.
+own_folders() {
+    local folder owner mode probe
+    for folder in "$@"; do
+        read -r owner mode < <(stat -Lc '%u %a' "$folder" 2>/dev/null) || continue
+        [[ $owner == 0 || -O $folder ]] && ! ((0$mode & 0002 && !(0$mode & 01000))) && continue
+        # where a new file is not ours, the file system knows no owners
+        if probe=$(mktemp "$folder/.owner-XXXXXX" 2>/dev/null); then
+            [[ -O $probe && $(stat -c %a "$probe") == 600 ]] && owner=known || owner=
+            rm -f "$probe"
+            [[ $owner == known ]] || continue
+        fi
+        fail "$folder is another user's, or everybody may write there, and what it holds would be run; make it your own" \
+            "(chown -R, chmod o-w), or set DIST_TRAIN_CACHE to a folder of your own"
+    done
+}
+
 have() {
     command -v "$1" >/dev/null 2>&1
 }

@@ -123,6 +123,7 @@ elif [[ $device != cpu && $cuda != none ]]; then
 fi
 key=horovod$version-torch$torch_version-$abi-mpi$mpi$gpu-$machine-r$recipe
 shelf=$cache/wheels/$key
+own_folders "$cache" "$cache/wheels" "$shelf"
 
 if wheel=$(ls "$shelf"/horovod-*.whl 2>/dev/null); then
     printf '%s\n' "$wheel"

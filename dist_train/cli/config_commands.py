@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from dist_train.cli.common import Subparsers, add_config, warn_of_unused
-from dist_train.outcome import ExitCode, UsageError
+from dist_train.outcome import ExitCode, UsageError, printable
 
 
 def add_config_command(subparsers: Subparsers) -> None:
@@ -42,7 +42,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     refused = list(refusals(config))
     for error in refused:
-        print(f"dist-train: {arguments.config}: {error}", file=sys.stderr)
+        print(printable(f"dist-train: {arguments.config}: {error}"), file=sys.stderr)
     if refused:
         return ExitCode.USAGE
     print(f"{arguments.config}: fine")

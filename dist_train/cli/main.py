@@ -8,7 +8,7 @@ import io
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
-from typing import Any
+from typing import Any, NoReturn
 
 from dist_train import __version__
 from dist_train.cli.analysis_commands import add_landscape, add_sharpness
@@ -17,7 +17,15 @@ from dist_train.cli.run_commands import add_evaluate, add_launch, add_outcome, a
 from dist_train.cli.sweep_commands import add_submit, add_sweep
 from dist_train.cli.view_commands import add_curve, add_report, add_runs, add_watch
 from dist_train.cluster.launch import current_launch
-from dist_train.outcome import DivergedError, ExitCode, FaultError, UsageError, exit_code_of, text_with_code
+from dist_train.outcome import (
+    DivergedError,
+    ExitCode,
+    FaultError,
+    UsageError,
+    exit_code_of,
+    printable,
+    text_with_code,
+)
 
 _COMMANDS = (
     add_train,
@@ -45,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed = parse(list(sys.argv[1:] if arguments is None else arguments))
         return int(parsed.run(parsed))
     except (UsageError, FaultError, DivergedError) as error:
-        print(f"dist-train: {text_with_code(error)}", file=sys.stderr)
+        print(f"dist-train: {printable(text_with_code(error))}", file=sys.stderr)
         return exit_code_of(error)
     except BrokenPipeError:
         # The reader of our output has gone.
@@ -80,6 +88,10 @@ class _Parser(argparse.ArgumentParser):
             close = _nearest(unknown[0].partition("=")[0], self._option_string_actions)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{close}")
         return parsed, rest
+
+    def error(self, message: str) -> NoReturn:
+        """End with 2 after `message`, made safe to print."""
+        super().error(printable(message))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         try:

@@ -16,7 +16,9 @@ from dist_train.outcome import (
     ExitCode,
     StoppedError,
     UsageError,
+    escaped,
     exit_code_of,
+    printable,
     text_with_code,
 )
 from dist_train.start_up import without_collection
@@ -58,7 +60,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return ExitCode.USAGE
     except (DivergedError, DisagreementError, StoppedError) as error:
         if current_launch().rank == 0:
-            print(f"dist-train: {text_with_code(error)}", file=sys.stderr)
+            print(f"dist-train: {printable(text_with_code(error))}", file=sys.stderr)
         return exit_code_of(error)
     return ExitCode.FINISHED
 
@@ -116,8 +118,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if current_launch().rank == 0:
         print(json.dumps(result, allow_nan=False), flush=True)
         if not is_finite:
+            checkpoint = escaped(str(result["checkpoint"]))
             print(
-                f"dist-train: the {arguments.split} loss of {result['checkpoint']} is not finite [loss-not-finite]",
+                f"dist-train: the {arguments.split} loss of {checkpoint} is not finite [loss-not-finite]",
                 file=sys.stderr,
             )
     return ExitCode.FINISHED if is_finite else ExitCode.DIVERGED
@@ -142,10 +145,10 @@ def _outcome(arguments: argparse.Namespace) -> int:
 
     status = read_status(RunDirectory(arguments.run_directory).status)
     if status is None or (arguments.launch is not None and status.launch != arguments.launch):
-        print(f"dist-train: the launch left no status in {arguments.run_directory}", file=sys.stderr)
+        print(f"dist-train: the launch left no status in {escaped(str(arguments.run_directory))}", file=sys.stderr)
         return ExitCode.FAULT
     if status.exit_code is None:
-        print(f"dist-train: the launch died in state {status.state} at step {status.step}", file=sys.stderr)
+        print(f"dist-train: the launch died in state {escaped(status.state)} at step {status.step}", file=sys.stderr)
         return ExitCode.FAULT
     return status.exit_code
 
@@ -174,7 +177,7 @@ def _requeue(arguments: argparse.Namespace) -> int:
 
     decision = decide(arguments.run_directory, arguments.limit, arguments.launch, arguments.death)
     verdict = "requeue" if decision.requeue else "do not requeue"
-    print(f"dist-train: {verdict}: {decision.why}", file=sys.stderr)
+    print(f"dist-train: {verdict}: {escaped(decision.why)}", file=sys.stderr)
     return ExitCode.FINISHED if decision.requeue else ExitCode.FAULT
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_train.cli.common import Subparsers, add_config, count, print_table, warn_of_unused
-from dist_train.outcome import ExitCode, UsageError
+from dist_train.outcome import ExitCode, UsageError, escaped
 
 if TYPE_CHECKING:
     from dist_train.sweep.planned_runs import Plan, PlannedRun
@@ -89,7 +89,7 @@ def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ..
     print(f"study {plan.study.name}: {len(runs)} of {len(plan.runs)} runs, {jobs} at a time, in {plan.directory}")
     tally = sweep(plan, runs, jobs, launcher, _say)
     for line in summary(tally):
-        print(line)
+        print(escaped(line))
     return tally.exit_code
 
 
@@ -128,7 +128,7 @@ def _arguments(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun
         case "skip":
             print(f"dist-train: run {run.number}, {run.name}, has finished", file=sys.stderr)
             return ExitCode.FINISHED
-    print(f"dist-train: run {run.number}, {run.name}, is {standing.state}: {standing.note}", file=sys.stderr)
+    print(f"dist-train: run {run.number}, {run.name}, is {standing.state}: {escaped(standing.note)}", file=sys.stderr)
     return ExitCode.STOPPED if standing.then == "busy" else ExitCode.FAULT
 
 
@@ -144,7 +144,7 @@ def _analyses(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun,
 def _say(text: str) -> None:
     from datetime import datetime
 
-    print(f"{datetime.now():%H:%M:%S}  {text}", flush=True)
+    print(f"{datetime.now():%H:%M:%S}  {escaped(text)}", flush=True)
 
 
 def add_submit(subparsers: Subparsers) -> None:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from dist_train.cli.common import Subparsers, print_table, terminal_width
-from dist_train.outcome import ExitCode, UsageError
+from dist_train.outcome import ExitCode, UsageError, escaped
 
 _COLUMNS, _ROWS = 100, 36
 """Of what is not printed on a terminal."""
@@ -51,31 +51,33 @@ def _runs(arguments: argparse.Namespace) -> int:
     elif runs:
         print_table(render(runs, jobs, terminal_width()))
     else:
-        print(f"no runs in {arguments.directory}")
+        print(escaped(f"no runs in {arguments.directory}"))
     return ExitCode.FINISHED
 
 
 def _clean(arguments: argparse.Namespace) -> int:
-    from dist_train.monitoring.prometheus.targets import SEEN_SECONDS, remove_stale
+    from dist_train.monitoring.prometheus.targets import SEEN_SECONDS, Cleaning, remove_stale
     from dist_train.watch.run_table import targets_directories
 
     folders = targets_directories(arguments.directory)
     if not folders:
-        print(f"no run in {arguments.directory} has metrics.targets_directory set: nothing to clean")
+        print(escaped(f"no run in {arguments.directory} has metrics.targets_directory set: nothing to clean"))
     for folder in folders:
         try:
-            removed = remove_stale(folder, SEEN_SECONDS)
+            cleaning = remove_stale(folder, SEEN_SECONDS)
         except FileNotFoundError:
-            removed = ()
+            cleaning = Cleaning((), {})
         except OSError as error:
             raise UsageError(
                 f"{folder} cannot be cleaned ({error.strerror or error}); use an account that may write there",
                 code="folder-unwritable",
             ) from error
-        for path in removed:
-            print(f"removed {path}")
-        if not removed:
-            print(f"nothing to clean in {folder}")
+        if cleaning.warning:
+            print(escaped(f"dist-train: warning: {folder}: {cleaning.warning}"), file=sys.stderr)
+        for path in cleaning.removed:
+            print(escaped(f"removed {path}"))
+        if not cleaning.removed:
+            print(escaped(f"nothing to clean in {folder}"))
     return ExitCode.FINISHED
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hmac
 import socket
 import struct
 from collections.abc import Mapping
@@ -75,11 +76,14 @@ def _version_6() -> list[str]:
     return [str(address) for address in addresses if not address.is_link_local]
 
 
-TOKEN_BYTES = 16
+TOKEN_BYTES = 32
+"""Of the launch's secret, which no datagram holds."""
 LARGEST = 2048
 """Bytes; longer texts are cut."""
 
-_HEAD = struct.Struct(f"!{TOKEN_BYTES}sBIH")
+_TAG_BYTES = 16
+"""Of a datagram's HMAC-SHA256 by the launch's token, at its beginning."""
+_HEAD = struct.Struct("!BIH")
 
 
 class Kind(IntEnum):
@@ -112,19 +116,25 @@ class Datagram:
 
 
 def encode(token: bytes, datagram: Datagram) -> bytes:
-    """Return `datagram` as bytes."""
-    head = _HEAD.pack(token, datagram.kind, datagram.rank, datagram.path)
-    return head + datagram.text.encode()[: LARGEST - _HEAD.size]
+    """Return `datagram` as bytes, authenticated by the launch's `token`."""
+    head = _HEAD.pack(datagram.kind, datagram.rank, datagram.path)
+    content = head + datagram.text.encode(errors="replace")[: LARGEST - _TAG_BYTES - _HEAD.size]
+    return _tag(token, content) + content
 
 
 def decode(token: bytes, data: bytes) -> Datagram | None:
-    """Return the datagram of this launch in `data`; None where it is not one."""
-    if len(data) < _HEAD.size or data[:TOKEN_BYTES] != token:
+    """Return the datagram of this launch in `data`; None where nobody with its `token` has made it."""
+    tag, content = data[:_TAG_BYTES], data[_TAG_BYTES:]
+    if len(content) < _HEAD.size or not hmac.compare_digest(tag, _tag(token, content)):
         return None
-    _, kind, rank, path = _HEAD.unpack_from(data)
+    kind, rank, path = _HEAD.unpack_from(content)
     if kind not in Kind.__members__.values():
         return None
-    return Datagram(Kind(kind), rank, path, data[_HEAD.size :].decode(errors="replace"))
+    return Datagram(Kind(kind), rank, path, content[_HEAD.size :].decode(errors="replace"))
+
+
+def _tag(token: bytes, content: bytes) -> bytes:
+    return hmac.digest(token, content, "sha256")[:_TAG_BYTES]
 
 
 _PAUSE = 2.0

@@ -42,7 +42,7 @@ from dist_train.cluster.heartbeats import (
     reachable_from,
 )
 from dist_train.cluster.joining import end_process
-from dist_train.outcome import ExitCode, UsageError, exit_code_of
+from dist_train.outcome import ExitCode, UsageError, escaped, exit_code_of
 
 _BEATS_IN_TIMEOUT = 6
 _LONGEST_BEAT = 5.0
@@ -360,7 +360,7 @@ def _endpoint(comm: Communicator, datagrams: socket.socket) -> Endpoint:
 
 def _report(message: str, is_found: bool, on_loss: Callable[[str], None]) -> None:
     if is_found:  # else rank 0 has said it, for all
-        print(f"dist-train: {message} [{RankLostError.code}]", file=sys.stderr)
+        print(f"dist-train: {escaped(message)} [{RankLostError.code}]", file=sys.stderr)
     on_loss(message)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -67,8 +67,8 @@ _RULES = (
     ),
     _Rule(
         "metrics.pushgateway",
-        lambda c: "@" in (c.metrics.pushgateway or ""),
-        "a name or password in the URL would be saved with the run; name the host alone",
+        lambda c: bool(set("@?#") & set(c.metrics.pushgateway or "")),
+        "a name, password or token in the URL would be saved with the run; name the host alone",
         code="secret-in-url",
     ),
     _Rule(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +80,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(str(path), [problem("(file)", f"cannot be read: {error}", code="unreadable")]) from None
     try:
-        # A SafeLoader that refuses duplicate keys and knows 1e-4 to be a number.
-        settings = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+        settings = parse_yaml(text)
+    except yaml.YAMLError as error:
         raise ConfigError(str(path), [problem("(file)", f"not YAML: {yaml_fault(error)}", code="not-yaml")]) from None
     if settings is None:
         return {}
@@ -91,14 +92,23 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return settings
 
 
-def yaml_fault(error: yaml.YAMLError | RecursionError) -> str:
+def parse_yaml(text: str | bytes) -> Any:
+    """Return what `text` says, with 1e-4 as a number and no dates.
+
+    Raises yaml.YAMLError where it is not YAML, a key stands twice, it nests too deeply, or its aliases explode.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it nests too deeply") from None
+
+
+def yaml_fault(error: yaml.YAMLError) -> str:
     """Return where a text is not YAML, as people count lines and columns, and why: "line 3, column 5: ..."."""
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         return place + " ".join(filter(None, (error.context, error.problem)))
-    if isinstance(error, RecursionError):
-        return "it nests too deeply"
     return " ".join(str(error).split())
 
 
@@ -123,7 +133,7 @@ def with_overrides(settings: Mapping[str, Any], overrides: Sequence[str]) -> dic
 def write_override(path: str, value: object) -> str:
     """Return the override, of one line, that gives the setting at `path` the `value`."""
     text = json.dumps(value)
-    if isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) and yaml.load(value, Loader=_Loader) == value:
+    if isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) and parse_yaml(value) == value:
         text = value
     return f"{path}={text}"
 
@@ -193,8 +203,8 @@ def _apply(settings: dict[str, Any], override: str) -> None:
             ],
         )
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+        value = parse_yaml(text)
+    except yaml.YAMLError as error:
         raise ConfigError(_COMMAND_LINE, [problem(path, f"not YAML: {yaml_fault(error)}", code="not-yaml")]) from None
     section = settings
     for name in names[:-1]:
@@ -233,8 +243,39 @@ def _refuse(value: object) -> object:
     raise TypeError(f"{value!r} is not text, a number, true or false, a list or a mapping")
 
 
+_LARGEST = 1 << 20
+"""Characters of all values of a file, each alias replaced by what it stands for."""
+
+
+def _written_out(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
+    """Return the characters below `node`, and one for each node; infinite where it holds itself."""
+    if node not in sizes:
+        sizes[node] = math.inf
+        inner: Iterable[yaml.Node] = ()
+        if isinstance(node, yaml.MappingNode):
+            inner = chain.from_iterable(node.value)
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        own = len(node.value) if isinstance(node, yaml.ScalarNode) else 0
+        sizes[node] = 1 + own + sum(_written_out(each, sizes) for each in inner)
+    return sizes[node]
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML 1.1 without its traps: duplicate keys pass, 1e-4 reads as text, 2020-01-01 as a date."""
+    """Safe YAML 1.1 without its traps.
+
+    Those are: duplicate keys pass, 1e-4 reads as text, 2020-01-01 as a date, and a few aliases of aliases of aliases
+    stand for more than memory holds.
+    """
+
+    def compose_document(self) -> yaml.Node | None:
+        """Return the root of the document. Raises ComposerError where it is too large with its aliases written out."""
+        root: yaml.Node | None = super().compose_document()
+        if root is not None and _written_out(root, {}) > _LARGEST:
+            raise yaml.composer.ComposerError(
+                None, None, "its aliases stand for too much, or for themselves", root.start_mark
+            )
+        return root
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """Return what `node` stands for; a value that does not fit its tag is an error of YAML."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from dist_train.outcome import UsageError
+from dist_train.outcome import UsageError, printable
 
 _MISSING = object()
 
@@ -42,7 +42,7 @@ class ConfigError(UsageError):
         """Keep `problems`, found in `source` (a file's name)."""
         self.problems = tuple(problems)
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        super().__init__("\n".join([f"{source}: {count}", *map(str, problems)]))
+        super().__init__(printable("\n".join([f"{source}: {count}", *map(str, problems)])))
 
 
 def problem(path: str, wrong: str, *, code: str, value: object = _MISSING, allowed: str = "") -> Problem:

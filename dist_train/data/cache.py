@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from dist_train.data.images import ImageSet, Split
 from dist_train.outcome import UsageError
 from dist_train.rundir.atomic import replacing, write_text
+from dist_train.rundir.paths import refuse_foreign
 
 _LOGGER = logging.getLogger("dist_train.data")
 
@@ -81,6 +82,12 @@ class _Record:
         return replace(self, check=hashlib.sha256(text.encode()).hexdigest())
 
 
+def refuse_foreign_cache(folder: Path) -> None:
+    """Refuse the folder of the cache where it, or the cache itself, is open to others; see `refuse_foreign`."""
+    for each in (folder.parent, folder):
+        refuse_foreign(each, "set DIST_TRAIN_CACHE to a folder of your own")
+
+
 class _DamagedError(Exception):
     """A cache entry does not hold what was written."""
 
@@ -90,11 +97,14 @@ def decoded_once(folder: Path, source: Source, decode: Callable[[], ImageSet]) -
 
     A damaged entry is made anew, with a warning. Where the folder cannot be used (no permission, disk
     full, no locks) a warning is logged and the images are decoded into memory.
+
+    Raises UsageError where another user could exchange what is in the folder.
     """
     key = source.key()
     decoded = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        refuse_foreign_cache(folder)
         with exclusive(folder / f"{key}.lock"):
             found = _open_sound(folder, key)
             if found is not None:

@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from dist_train.data.cache import exclusive
+from dist_train.data.cache import exclusive, refuse_foreign_cache
 from dist_train.outcome import UsageError
 from dist_train.rundir.atomic import replacing
 
@@ -25,8 +25,14 @@ def cache_folder() -> Path:
 
 
 def data_sets_folder() -> Path:
-    """Return the folder in the cache where the set-up scripts and downloads put data sets."""
-    return cache_folder() / "datasets"
+    """Return the folder in the cache where the set-up scripts and downloads put data sets.
+
+    Raises UsageError where another user could exchange what is in it.
+    """
+    folder = cache_folder() / "datasets"
+    if folder.is_dir():
+        refuse_foreign_cache(folder)
+    return folder
 
 
 def decoded_folder() -> Path:

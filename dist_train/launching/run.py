@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from dist_train.launching.assembly import assemble
 from dist_train.launching.preflight import check_settings
 from dist_train.launching.session import Session, open_session
 from dist_train.monitoring.console import open_logs
+from dist_train.monitoring.prometheus.http_server import access_warnings
 from dist_train.rundir.lock import RunLock, lock_run
 from dist_train.rundir.metrics_file import rewind
 from dist_train.rundir.paths import RunDirectory, oserror_to_fault
@@ -27,6 +29,8 @@ from dist_train.start_up import without_collection
 from dist_train.training.compute import share_of_threads
 from dist_train.training.consistency import check_consistent_across_ranks
 from dist_train.training.stopping import StopRequests
+
+_logger = logging.getLogger("dist_train.launching")
 
 _SILENT_SHARE = 2 / 3
 """Of `comm.timeout`: after so much silence a rank is lost; the rest is for the launcher, which ends the others."""
@@ -74,6 +78,9 @@ def train(config: Config, run_directory: Path | None = None) -> Outcome:
         settled = _shared_config(comm, resume_point.config)
         run_id = broadcast_str(comm, directory.run_id() if comm.rank == 0 else "", "run id")
         stack.enter_context(open_logs(directory.logs, comm.rank))
+        if comm.rank == 0 and settled.metrics.enabled:
+            for warning in access_warnings(settled.metrics):
+                _logger.warning("%s", warning)
         session = open_session(settled, directory, comm, lock, run_id)
         try:
             with without_collection():

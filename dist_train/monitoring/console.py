@@ -23,6 +23,7 @@ from rich.text import Text
 
 from dist_train.monitoring import wording
 from dist_train.monitoring.wording import Pace
+from dist_train.outcome import escaped, printable
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Observer, Outcome, Record, RunFacts, TrainRecord
 
 _WIDTH = 120
@@ -242,7 +243,7 @@ class TerminalBar(Observer):
 
 def summary_table(facts: RunFacts, outcome: Outcome, box: Box | None) -> Table:
     """Return how the run ended, one fact a row."""
-    reason = f": {outcome.reason}" if outcome.reason else ""
+    reason = f": {escaped(outcome.reason)}" if outcome.reason else ""
     code = f" (exit code {outcome.exit_code})" if outcome.exit_code else ""
     colour = {"finished": "green", "stopped": "yellow", "failed": "red"}.get(outcome.state, "white")
     speed = outcome.samples_per_second
@@ -257,12 +258,12 @@ def summary_table(facts: RunFacts, outcome: Outcome, box: Box | None) -> Table:
         "last checkpoint": outcome.last_checkpoint,
         "run directory": facts.run_directory,
     }
-    table = Table(box=box, show_header=False, title=Text(facts.name, style="bold"), title_justify="left")
+    table = Table(box=box, show_header=False, title=Text(escaped(facts.name), style="bold"), title_justify="left")
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name, value in rows.items():
         if value is not None:
-            table.add_row(name, value if isinstance(value, Text) else Text(str(value)))
+            table.add_row(name, value if isinstance(value, Text) else Text(escaped(str(value))))
     return table
 
 
@@ -323,14 +324,19 @@ def open_logs(directory: Path, rank: int, level: int = logging.INFO) -> Iterator
             handler.close()
 
 
+class _Formatter(logging.Formatter):
+    """Keeps escape sequences in names and files from the terminal where the line is read, and passwords in URLs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 class _RankFile(logging.FileHandler):
     """Appends to the rank's file; when that fails, says so once and gives up."""
 
     def __init__(self, path: Path, rank: int) -> None:
         super().__init__(path, encoding="utf-8")
-        form = logging.Formatter(
-            f"%(asctime)s.%(msecs)03dZ %(levelname)-7s rank {rank}  %(message)s", "%Y-%m-%dT%H:%M:%S"
-        )
+        form = _Formatter(f"%(asctime)s.%(msecs)03dZ %(levelname)-7s rank {rank}  %(message)s", "%Y-%m-%dT%H:%M:%S")
         form.converter = time.gmtime
         self.setFormatter(form)
 
@@ -351,7 +357,7 @@ class _Stderr(logging.StreamHandler[TextIO]):
 
     def __init__(self) -> None:
         logging.Handler.__init__(self, logging.WARNING)
-        self.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        self.setFormatter(_Formatter("%(levelname)s: %(message)s"))
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections import deque
 
+from dist_train.outcome import escaped
 from dist_train.rundir.records import EvaluationRecord, EventRecord, RunFacts
 
 
 def duration(seconds: float) -> str:
     """Return `seconds` as 2:31, 1:02:31 or 3d 04:05:06."""
+    if not math.isfinite(seconds):
+        return "not finite"
     whole = max(0, round(seconds))
     days, rest = divmod(whole, 86_400)
     hours, rest = divmod(rest, 3_600)
@@ -51,22 +54,22 @@ def introduction(facts: RunFacts) -> tuple[str, ...]:
         lines.append(f"on {facts.device}")
     if facts.start_step:
         lines.append(f"resuming from step {facts.start_step:,}")
-    return tuple(lines)
+    return tuple(map(escaped, lines))
 
 
 def evaluation(facts: RunFacts, record: EvaluationRecord) -> str:
     """Return an evaluation as one line."""
     epoch = f"{record.step / facts.steps_per_epoch:.4g}"
     return (
-        f"epoch {epoch:>4}  step {record.step:>6,}  {record.split:<5}  "
+        f"epoch {epoch:>4}  step {record.step:>6,}  {escaped(record.split):<5}  "
         f"loss {record.loss:.4f}  accuracy {percent(record.accuracy)}"
     )
 
 
 def event(record: EventRecord) -> str:
     """Return an event as one line."""
-    details = ", ".join(f"{name} {value}" for name, value in record.details.items())
-    name = record.event.replace("_", " ")
+    details = escaped(", ".join(f"{name} {value}" for name, value in record.details.items()))
+    name = escaped(record.event.replace("_", " "))
     return f"step {record.step:,}: {name} ({details})" if details else f"step {record.step:,}: {name}"
 
 

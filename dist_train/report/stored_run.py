@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
+from dist_train.config.loading import parse_yaml
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import BrokenFileError, RunDirectory, StudyDirectory
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
@@ -339,7 +340,7 @@ class Subject:
         """Return what the study calls itself, else the folder's name."""
         fields = None
         with suppress(OSError, yaml.YAMLError):
-            fields = yaml.safe_load(StudyDirectory(self.directory).study.read_bytes()) if self.kind == "study" else None
+            fields = parse_yaml(StudyDirectory(self.directory).study.read_bytes()) if self.kind == "study" else None
         title = (fields.get("title") or fields.get("name")) if isinstance(fields, Mapping) else None
         return str(title or self.directory.resolve().name)
 

@@ -1,11 +1,16 @@
-"""Files that are whole or absent: written aside, flushed to disk, renamed into place. JSON that every reader takes."""
+"""Files that are whole or absent: written aside, flushed to disk, renamed into place. JSON that every reader takes.
+
+Temporary names are random and new, so that nobody can lay a file or a link there beforehand.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-import socket
+import secrets
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -52,16 +57,34 @@ def flush_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def swap_text(path: Path, content: str) -> None:
-    """Write `content` to `path`, whole or not at all, without waiting for the disk: for what is often rewritten."""
-    # Named after the machine, too: processes of two nodes may have the same number.
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+def swap_text(path: Path, content: str, mode: int | None = None) -> None:
+    """Write `content` to `path`, whole or not at all, without waiting for the disk: for what is often rewritten.
+
+    `mode`: the file's permissions, else as the umask says.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
-        temporary.write_text(content, encoding="utf-8")
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(content)
+            if mode is not None:
+                os.fchmod(descriptor, mode)
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def open_regular(path: Path, flags: int = 0) -> BinaryIO:
+    """Open the regular file at `path` to read; `flags` are more of `os.open`'s.
+
+    Raises OSError where it cannot be opened or is something else: a FIFO or a device would keep its reader waiting.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def finite(number: float) -> float | None:

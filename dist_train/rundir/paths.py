@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import secrets
+import shlex
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,11 +87,12 @@ class RunDirectory:
         """Make the folders, for the user alone where they are new.
 
         Raises:
-            UsageError: they cannot be made or written.
+            UsageError: they cannot be made or written, or others could exchange what is in them.
         """
         try:
             for folder in (self.root, self.checkpoints, self.logs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                refuse_foreign(folder, "choose another by run.directory or --run-dir")
             for folder in (self.root, self.checkpoints, self.logs):
                 probe = folder / f".probe-{os.getpid()}"
                 probe.touch()
@@ -114,6 +119,49 @@ class RunDirectory:
     def save_config(self, config: Config) -> None:
         """Save every setting."""
         atomic.write_text(self.config, dump_config(config))
+
+
+def refuse_foreign(folder: Path, otherwise: str) -> None:
+    """Refuse a folder whose files another user could exchange; `otherwise` says what else the user may do.
+
+    Its owner must be this user or root. Everybody may write there only under the sticky bit, as in /tmp. A file system
+    that cannot be written, or knows no owners, is passed over.
+
+    Raises:
+        UsageError: it is another user's, or everybody may write there; the text says how to fix it.
+        OSError: the folder is not there.
+    """
+    state = folder.stat()
+    if state.st_uid not in (os.geteuid(), 0):
+        fault, fix = f"belongs to another user, {_user_name(state.st_uid)}", "run as that user, chown -R it"
+    elif state.st_mode & stat.S_IWOTH and not state.st_mode & stat.S_ISVTX:
+        fault, fix = "can be written by everybody", f"run: chmod o-w {shlex.quote(str(folder))}"
+    else:
+        return
+    if _knows_owners(folder):
+        raise UsageError(
+            f"{folder} {fault}, who could exchange what is in it; {fix}, or {otherwise}", code="folder-foreign"
+        )
+
+
+def _user_name(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
+def _knows_owners(folder: Path) -> bool:
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        return False
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=".owner-", dir=folder)
+    except OSError:
+        return True  # it cannot be tried
+    with os.fdopen(descriptor):
+        os.unlink(name)
+        made = os.fstat(descriptor)
+    return (made.st_uid, stat.S_IMODE(made.st_mode)) == (os.geteuid(), 0o600)
 
 
 class StudyDirectory:

@@ -7,11 +7,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
-from dist_train.rundir.atomic import json_text
+from dist_train.rundir.atomic import json_text, open_regular
 
 Detail: TypeAlias = str | int | float | bool | None
+_Real = TypeVar("_Real", int, float)
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def from_json(line: str | bytes) -> Record | None:
                 return EventRecord(_integer(fields["step"]), _word(fields["event"]), _number(fields["time"]), details)
             case _:
                 return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -218,12 +219,19 @@ def _number(value: object) -> float:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"not a number: {value!r}")
-    return value
+    return _bounded(value)
 
 
 def _integer(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"not a whole number: {value!r}")
+    return _bounded(value)
+
+
+def _bounded(value: _Real) -> _Real:
+    """Return `value`. Raises ValueError for a whole number that no arithmetic with floats takes."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("a number beyond all bounds")
     return value
 
 
@@ -235,7 +243,8 @@ def _word(value: object) -> str:
 
 def read_records(path: Path) -> tuple[Record, ...]:
     """Return the records of `path` in order, without torn lines. Raises OSError where it cannot be read."""
-    return _parse(path.read_bytes())
+    with open_regular(path) as file:
+        return _parse(file.read())
 
 
 def read_last_records(path: Path, size: int = 1 << 16) -> tuple[Record, ...]:

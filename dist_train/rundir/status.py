@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from dist_train.outcome import ExitCode
 from dist_train.rundir import atomic
@@ -25,6 +25,9 @@ State = Literal["starting", "running", "stopping", "stopped", "finished", "faile
 LAUNCH_VARIABLE = "DIST_TRAIN_LAUNCH"
 """Names this launch, so that a launch script does not take an earlier launch's outcome for its own."""
 
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+
 _PACE_SECONDS = 1.0
 _logger = logging.getLogger("dist_train.rundir.status")
 
@@ -34,20 +37,20 @@ class Status:
     """The fields of `status.json`; times are ISO 8601 in UTC, `exit_code` is None while the run continues."""
 
     state: State
-    step: int
-    epoch: float
-    total_steps: int | None
-    world_size: int
+    step: _Count
+    epoch: _Finite
+    total_steps: _Count | None
+    world_size: _Count
     reason: str
     exit_code: int | None
     launch: str
     host: str
-    pid: int
+    pid: _Count
     started: str
     updated: str
     finished: str | None
-    best_accuracy: float | None
-    samples_per_second: float | None
+    best_accuracy: _Finite | None
+    samples_per_second: _Finite | None
     slurm_job: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Versions by package, and the device, of the last launch that trained; empty where unknown."""
@@ -123,7 +126,8 @@ def load_status(path: Path) -> Status:
         BrokenFileError: it is not there, cannot be read, or is no status.
     """
     try:
-        return _STATUS.validate_json(path.read_bytes())
+        with atomic.open_regular(path) as file:
+            return _STATUS.validate_json(file.read())
     except FileNotFoundError:
         raise BrokenFileError(f"no {path.name}") from None
     except OSError as error:

@@ -18,7 +18,7 @@ from rich.text import Text
 from dist_train.cluster.launch import current_job, job_states
 from dist_train.config import Config, ConfigError, differences, load_config
 from dist_train.monitoring import wording
-from dist_train.outcome import ExitCode
+from dist_train.outcome import ExitCode, escaped
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EvaluationRecord, read_last_records
@@ -163,13 +163,13 @@ def render(standings: Sequence[Standing]) -> Table:
         run = standing.run
         table.add_row(
             str(run.number),
-            Text(run.name),
-            Text(run.variant),
+            Text(escaped(run.name)),
+            Text(escaped(run.variant)),
             str(run.seed),
             Text(standing.state, style=COLOURS.get(standing.state, "")),
             "" if standing.done is None else f"{standing.done:.0%}",
             "" if standing.accuracy is None else wording.percent(standing.accuracy),
-            Text(standing.note),
+            Text(escaped(standing.note)),
         )
     return table
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from dist_train.monitoring.wording import Pace
+from dist_train.rundir.atomic import open_regular
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, from_json
 
 _REMEMBERED = 256
@@ -40,7 +41,7 @@ class Follower:
     def look(self) -> News:
         """Return what is new. Raises OSError where the file is there but cannot be read."""
         try:
-            with self._path.open("rb") as file:
+            with open_regular(self._path) as file:
                 state = os.fstat(file.fileno())
                 identity = (state.st_dev, state.st_ino)
                 before = os.pread(file.fileno(), len(self._before), self._offset - len(self._before))

@@ -14,6 +14,7 @@ from rich.text import Text
 from uniplot import plot_to_string
 
 from dist_train.monitoring import wording
+from dist_train.outcome import escaped
 from dist_train.rundir.live_files import RanksReading
 from dist_train.rundir.records import RankMeasurement
 from dist_train.watch.figure import ACCURACY, BATCH, Chart, Measured, Quantity, learning_curve
@@ -29,10 +30,10 @@ _BAD_EVENTS = frozenset(
 def header(run: Snapshot, columns: int) -> Group:
     """Return four lines: what is trained and its state, the bar, the last sign of life."""
     state = Text(no_wrap=True, overflow="ellipsis")
-    state.append(run.name, style="bold").append("  ")
+    state.append(escaped(run.name), style="bold").append("  ")
     state.append(run.state, style=f"bold {COLOURS.get(run.state, 'yellow')}")
     if run.reason:
-        state.append(f": {run.reason}")
+        state.append(f": {escaped(run.reason)}")
     return Group(state, _facts(run), _bar(run, columns), _sign_of_life(run))
 
 
@@ -119,7 +120,8 @@ def accuracy_pairs(run: Snapshot) -> list[tuple[str, str]]:
     """Return the latest accuracies, for a view without their curves."""
     latest = run.history.latest[-1] if run.history.latest else None
     pairs = [] if latest is None else [("accuracy", wording.percent(latest.accuracy))]
-    return [*pairs, *((name, wording.percent(each[-1].accuracy)) for name, each in run.history.evaluations.items())]
+    evaluations = run.history.evaluations.items()
+    return [*pairs, *((escaped(name), wording.percent(each[-1].accuracy)) for name, each in evaluations)]
 
 
 LEAST_HEIGHT = 7
@@ -136,7 +138,7 @@ def curves(history: History, quantity: Quantity, columns: int, rows: int) -> Gro
     latest = [("batch", BATCH, record) for record in [*batches, *history.latest][-1:]]
     for name, style, record in (*latest, *((split, split, found[-1]) for split, found in history.evaluations.items())):
         value = _shortly(quantity, quantity.take(record))
-        heading.append("  ").append(f"{name} {value}", style=_CURVE_COLOURS.get(style, "green"))
+        heading.append("  ").append(f"{escaped(name)} {value}", style=_CURVE_COLOURS.get(style, "green"))
     return Group(heading, _plot(chart, quantity, columns, max(1, rows - _FRAME)))
 
 
@@ -177,13 +179,13 @@ def _plot(chart: Chart | None, quantity: Quantity, columns: int, rows: int) -> T
 
 def _facts(run: Snapshot) -> Text:
     settings, status = run.settings, run.status
-    facts = [str(fact) for fact in (settings.model, settings.data) if fact]
+    facts = [escaped(str(fact)) for fact in (settings.model, settings.data) if fact]
     if settings.global_size:
         facts.append(f"batch {settings.global_size:,}")
     if status is not None:
         facts.append(wording.plural(status.world_size, "rank"))
     if settings.noise:
-        facts.append(f"noise {settings.noise}")
+        facts.append(f"noise {escaped(settings.noise)}")
     return Text(", ".join(facts), style="dim", no_wrap=True, overflow="ellipsis")
 
 
@@ -220,7 +222,7 @@ def _sign_of_life(run: Snapshot) -> Text:
     else:
         line.append(f"last sign of life {age} ago", style="dim")
     if run.status is not None and run.status.host:
-        line.append(f" on {run.status.host}, process {run.status.pid}", style="dim")
+        line.append(f" on {escaped(run.status.host)}, process {run.status.pid}", style="dim")
     return line
 
 

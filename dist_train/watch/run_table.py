@@ -19,9 +19,10 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from dist_train.config.loading import yaml_fault
+from dist_train.config.loading import parse_yaml, yaml_fault
 from dist_train.monitoring import wording
-from dist_train.outcome import UsageError
+from dist_train.outcome import UsageError, escaped
+from dist_train.rundir.atomic import open_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
 from dist_train.rundir.status import Status, load_status
@@ -87,6 +88,9 @@ class _Column:
     text: Callable[[RunSummary], str]
     justify: Literal["left", "right"] = "right"
 
+    def cell(self, run: RunSummary) -> str:
+        return escaped(self.text(run))
+
 
 _STATE = _Column("state", 9, lambda run: run.state, "left")
 _COLUMNS = (
@@ -119,9 +123,10 @@ def render(
     columns = list(_COLUMNS)
     if job_states:
         columns.append(_Column("slurm", 6, lambda run: f"{run.slurm_job} {job_states.get(run.slurm_job, '')}".strip()))
-    notes = [" ".join(run.note.split()) for run in summaries]
+    names = [escaped(run.name) for run in summaries]
+    notes = [escaped(" ".join(run.note.split())) for run in summaries]
     widths = {column: max(map(cell_len, _cells(column, summaries))) for column in columns}
-    name_width = max((cell_len(name) for name in ("run", *(run.name for run in summaries))), default=0)
+    name_width = max(map(cell_len, ("run", *names)))
     note_width = max(map(cell_len, notes), default=0)
     if width is not None:
         least_note = min(note_width, _LEAST_NOTE)
@@ -136,11 +141,11 @@ def render(
         table.add_column(column.heading, justify=column.justify, no_wrap=True)
     if any(notes):
         table.add_column("note", overflow="ellipsis", no_wrap=True, max_width=note_width)
-    for run, note in zip(summaries, notes, strict=True):
+    for run, name, note in zip(summaries, names, notes, strict=True):
         cells = [
-            Text(column.text(run), style=COLOURS.get(run.state, "") if column is _STATE else "") for column in columns
+            Text(column.cell(run), style=COLOURS.get(run.state, "") if column is _STATE else "") for column in columns
         ]
-        table.add_row(Text(run.name), *cells, *([Text(note)] if any(notes) else []))
+        table.add_row(Text(name), *cells, *([Text(note)] if any(notes) else []))
     return table
 
 
@@ -163,7 +168,7 @@ def _plain(value: object) -> object:
 
 
 def _cells(column: _Column, summaries: Sequence[RunSummary]) -> list[str]:
-    return [column.heading, *map(column.text, summaries)]
+    return [column.heading, *map(column.cell, summaries)]
 
 
 def _steps(run: RunSummary) -> str:
@@ -180,7 +185,11 @@ def _runs_below(directory: Path) -> Iterator[RunDirectory]:
         raise UsageError(f"there is no folder {directory}: name the folder that holds the runs", code="folder-missing")
     for folder, children, _ in os.walk(directory):
         run = RunDirectory(Path(folder))
-        if run.has_begun:
+        try:
+            is_run = run.has_begun
+        except OSError:
+            is_run = True  # that it cannot be looked into is for its row to say
+        if is_run:
             children.clear()
             yield run
         children.sort()
@@ -189,11 +198,18 @@ def _runs_below(directory: Path) -> Iterator[RunDirectory]:
 def _read_run(run: RunDirectory, root: Path, now: float) -> RunSummary:
     name = run.root.name if run.root == root else str(run.root.relative_to(root))
     try:
-        status = load_status(run.status)
-        settings = Settings.of(read_settings(run.config))
-        records = read_measurements(run.metrics)
+        return _summary(run, name, now)
     except BrokenFileError as error:
         return RunSummary(run.root, name, "broken", str(error))
+    except (OSError, ValueError, ArithmeticError, RecursionError) as error:
+        # whatever a file holds, the other runs are shown
+        return RunSummary(run.root, name, "broken", f"{type(error).__name__}: {error}")
+
+
+def _summary(run: RunDirectory, name: str, now: float) -> RunSummary:
+    status = load_status(run.status)
+    settings = Settings.of(read_settings(run.config))
+    records = read_measurements(run.metrics)
     state, note = _state(status, run, now)
     latest = [record for record in records if isinstance(record, TrainRecord)][-50:]
     tested = [record.accuracy for record in records if isinstance(record, EvaluationRecord) and record.split == "test"]
@@ -233,7 +249,7 @@ class Settings:
         )
         size = settings.get("batch.global_size")
         noise = method if method in (None, "none") or amplitude is None else f"{method} {amplitude}"
-        return cls(model, data, size if isinstance(size, int) else None, noise)
+        return cls(model, data, size if isinstance(size, int) and 0 < size < 2**63 else None, noise)
 
 
 def read_settings(path: Path) -> Mapping[str, object]:
@@ -242,7 +258,8 @@ def read_settings(path: Path) -> Mapping[str, object]:
     Raises BrokenFileError where they cannot be read.
     """
     try:
-        sections = yaml.safe_load(path.read_bytes())
+        with open_regular(path) as file:
+            sections = parse_yaml(file.read())
     except FileNotFoundError:
         return {}  # the run has not got so far
     except OSError as error:
@@ -296,7 +313,7 @@ def seconds_of(moment: str) -> float:
     """Return a time of `status.json` in seconds since 1970; 0 where it is not one."""
     try:
         return datetime.fromisoformat(moment).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
 
 

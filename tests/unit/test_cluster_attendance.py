@@ -7,7 +7,17 @@ from itertools import accumulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.cluster.heartbeats import Attendance, loss_message, name_ranks, overstay_message
+from dist_train.cluster.heartbeats import (
+    TOKEN_BYTES,
+    Attendance,
+    Datagram,
+    Kind,
+    decode,
+    encode,
+    loss_message,
+    name_ranks,
+    overstay_message,
+)
 
 TIMEOUT, BEAT = 60.0, 5.0
 PLACES = {rank: f"node{rank // 2}, process {4240 + rank}" for rank in range(40)}
@@ -109,3 +119,22 @@ def test_messages_name_ranks_node_and_process_and_the_fix() -> None:
         f"rank 1 (node0, process 4241) has failed, and the others have not ended within 60 s; {fix}"
     )
     assert name_ranks(list(range(40)), PLACES).endswith("7 (node3, process 4247) and 32 more")
+
+
+TOKEN = b"0123456789abcdef" * (TOKEN_BYTES // 16)
+
+
+@settings(deadline=None, max_examples=50)
+@given(kind=st.sampled_from(Kind), text=st.text(max_size=40), bit=st.integers(0))
+def test_a_datagram_of_which_a_bit_was_changed_on_the_way_is_none_of_ours(kind: Kind, text: str, bit: int) -> None:
+    sent = encode(TOKEN, Datagram(kind, 3, text=text))
+    changed = bytearray(sent)
+    changed[bit // 8 % len(sent)] ^= 1 << bit % 8
+    assert decode(TOKEN, bytes(changed)) is None
+    assert decode(TOKEN, sent) is not None
+
+
+def test_who_hears_a_datagram_cannot_make_another_from_it() -> None:
+    heard = encode(TOKEN, Datagram(Kind.BEAT, 1, text="node1 4242"))
+    assert TOKEN[:16] not in heard
+    assert decode(TOKEN, heard[:16] + encode(TOKEN, Datagram(Kind.LOST, 0, text="end"))[16:]) is None

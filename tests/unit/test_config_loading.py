@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,8 +13,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dist_train.config import Config, ConfigError, dump_config, load_config, parse_config
+from dist_train.config.loading import with_overrides
+from dist_train.sweep.study_file import load_study
 from tests.raising import raises_problems
 
+LAUGHS = "a: &a [lol, lol]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}, *{a}, *{a}]\n" for a, b in pairwise("abcdefghij")
+)
+"""Ten lines that stand for 20 million words."""
 PROPERTY = settings(deadline=None, max_examples=30)
 
 
@@ -317,3 +323,30 @@ def test_any_text_gives_a_config_or_a_config_error(
     tmp_path_factory: pytest.TempPathFactory, text: str, overrides: list[str]
 ) -> None:
     only_config_errors(tmp_path_factory.getbasetemp(), text, overrides)
+
+
+@pytest.mark.parametrize("read", [load_config, load_study], ids=["config", "study"])
+@pytest.mark.parametrize(
+    "text", [LAUGHS, "run: &run {name: *run}", "run: " + "[" * 20_000], ids=["laughs", "itself", "deep"]
+)
+def test_yaml_that_stands_for_more_than_memory_holds_is_refused(
+    read: Callable[[Path], object], text: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_text(text)
+    with raises_problems(("(file)", "not-yaml")):
+        read(path)
+
+
+def test_an_override_with_such_aliases_is_refused(tmp_path: Path) -> None:
+    inner = "[a]"
+    for name in "abcdefghij":
+        inner = f"[&{name} {inner}, {', '.join([f'*{name}'] * 9)}]"
+    with raises_problems(("data.root", "not-yaml")):
+        with_overrides({}, [f"data.root={inner}"])
+
+
+def test_a_few_aliases_are_fine(tmp_path: Path) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_text("run: {name: &name a-run, directory: *name}\n")
+    assert load_config(path).run.directory == Path("a-run")

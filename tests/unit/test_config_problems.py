@@ -162,3 +162,18 @@ def test_long_values_and_values_of_many_lines_stay_on_one_line() -> None:
 def test_settings_that_json_cannot_hold_are_refused() -> None:
     for name in (b"bytes", "\ud800"):
         assert only_problem({"run": {"name": name}}).path == "(file)"
+
+
+@pytest.mark.parametrize(
+    ("url", "code"),
+    [
+        ("http://user:sesame@host:9091", "secret-in-url"),
+        ("user:sesame@host", "wrong-form"),
+        ("http://host/?token=sesame", "secret-in-url"),
+        ("https://sesame@host", "secret-in-url"),
+    ],
+)
+def test_a_pushgateway_s_secret_is_refused_and_not_shown(url: str, code: str) -> None:
+    error = refusal({"metrics": {"pushgateway": url}})
+    assert [(problem.path, problem.code) for problem in error.problems] == [("metrics.pushgateway", code)]
+    assert "sesame" not in str(error)

@@ -89,3 +89,14 @@ def test_the_synthetic_set_has_the_configured_form_and_leaves_no_file(cache: Pat
     train, test = load_images(settings, "train", 0), load_images(settings, "test", 0)
     assert (len(train), len(test), train.shape, train.classes) == (50, 12, (2, 9, 11), 4)
     assert not cache.exists()
+
+
+@pytest.mark.parametrize("inner", ["", "decoded", "datasets"])
+def test_a_cache_that_others_can_write_is_refused(inner: str, cache: Path) -> None:
+    write_members(cache / "datasets" / CIFAR10.folder, cifar10_members()[0])
+    (cache / "decoded").mkdir()
+    settings = DataSettings(name="cifar10")
+    load_images(settings, "train", 0)
+    (cache / inner).chmod(0o777)
+    with raises(UsageError, "folder-foreign"):
+        load_images(settings, "train", 0)

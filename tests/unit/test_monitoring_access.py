@@ -18,6 +18,7 @@ from dist_train.config.sections import MetricsSettings
 from dist_train.monitoring.prometheus.http_server import (
     Credentials,
     Server,
+    access_warnings,
     bind,
     check_access,
     read_credentials,
@@ -257,3 +258,23 @@ def test_a_run_without_progress_is_not_healthy() -> None:
     with serving(lambda: progress.pop(0)) as server:
         assert [ask(server, "/healthz")[0] for _ in range(2)] == [200, 503]
         assert ask(server)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "mode", "count"),
+    [
+        *((host, None, 0) for host in ("127.0.0.1", "::1", "localhost")),
+        *((host, None, 1) for host in ("0.0.0.0", "::", "node1")),
+        ("0.0.0.0", 0o600, 0),
+        ("127.0.0.1", 0o644, 1),
+        ("0.0.0.0", 0o604, 1),
+    ],
+)
+def test_what_is_open_to_strangers_is_warned_of(host: str, mode: int | None, count: int, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("sesame")
+    if mode is not None:
+        token.chmod(mode)
+    warnings = access_warnings(MetricsSettings(host=host, token_file=None if mode is None else token))
+    assert len(warnings) == count
+    assert not any("sesame" in warning for warning in warnings)

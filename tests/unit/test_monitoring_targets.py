@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -129,14 +134,14 @@ def test_only_what_is_ours_and_gone_is_removed(tmp_path: Path) -> None:
     for name, content in others.items():
         (tmp_path / name).write_text(content)
         age(tmp_path / name, 1e6)
-    assert set(remove_stale(tmp_path)) == {dead.path, silent.path, far_and_silent.path}
+    assert set(remove_stale(tmp_path).removed) == {dead.path, silent.path, far_and_silent.path}
     assert {path.name for path in tmp_path.iterdir()} == {living.path.name, far.path.name, *others}
 
 
 def test_a_process_of_the_same_number_is_another_one(tmp_path: Path) -> None:
     process = identity_of(os.getpid())
     target = mine(tmp_path, process=f"{process.rpartition(' ')[0]} 1")
-    assert remove_stale(tmp_path) == (target.path,)
+    assert remove_stale(tmp_path).removed == (target.path,)
 
 
 def labels_of(path: Path) -> dict[str, str]:
@@ -187,9 +192,9 @@ def test_what_says_how_a_run_ended_stays_for_a_while_or_until_the_run_is_back(tm
     for target in (recent, old):
         target.end("failed")
     age(old.path, targets.ENDED_SECONDS + 1)
-    assert remove_stale(tmp_path) == (old.path,)
-    assert remove_stale(tmp_path, resumed="another") == ()
-    assert remove_stale(tmp_path, resumed=FACTS.run_id) == (recent.path,)
+    assert remove_stale(tmp_path).removed == (old.path,)
+    assert remove_stale(tmp_path, resumed="another").removed == ()
+    assert remove_stale(tmp_path, resumed=FACTS.run_id).removed == (recent.path,)
 
 
 def test_a_touched_file_is_new_and_one_that_was_removed_comes_back(tmp_path: Path) -> None:
@@ -224,6 +229,87 @@ def test_the_command_cleans_where_the_runs_are_entered(tmp_path: Path, capsys: p
     assert just_ended.path.exists()
     assert main(["runs", "--clean", str(tmp_path / "runs")]) == 0
     assert capsys.readouterr().out == f"nothing to clean in {folder}\n"
+
+
+def test_a_foreign_thing_in_the_folder_is_skipped_with_a_warning_and_hangs_nobody(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, run = tmp_path / "targets", tmp_path / "runs" / "one"
+    folder.mkdir()
+    run.mkdir(parents=True)
+    (run / "status.json").write_text("{}")
+    (run / "config.yaml").write_text(f"metrics:\n  targets_directory: {folder}\n")
+    dead = gone(folder)
+    elsewhere = tmp_path / "elsewhere.json"
+    elsewhere.write_text(dead.content)
+    os.mkfifo(folder / "fifo-0123abcd-0.json")
+    (folder / "link-0123abcd-0.json").symlink_to(elsewhere)
+    (folder / "deep-0123abcd-0.json").write_text("[" * 50_000)
+    (folder / "large-0123abcd-0.json").write_text(dead.content + " " * 100_000)
+    left = {"fifo-0123abcd-0.json", "link-0123abcd-0.json", "deep-0123abcd-0.json", "large-0123abcd-0.json"}
+    if os.geteuid() == 0:
+        (folder / "their-0123abcd-0.json").write_text(dead.content)
+        os.chown(folder / "their-0123abcd-0.json", 12_345, -1)
+        left.add("their-0123abcd-0.json")
+    with hanging_is_an_error():
+        assert main(["runs", "--clean", str(tmp_path / "runs")]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"removed {dead.path}\n"
+    assert all(name in printed.err for name in left - {"deep-0123abcd-0.json"})
+    assert {path.name for path in folder.iterdir()} == left
+    assert elsewhere.exists()
+
+
+@contextmanager
+def hanging_is_an_error() -> Iterator[None]:
+    def hang(*_: object) -> None:
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, hang)
+    signal.alarm(30)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("make", ["link", "fifo"])
+def test_what_somebody_put_in_our_file_s_place_is_neither_followed_nor_touched(make: str, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("untouched")
+    age(victim, 1000)
+    before = victim.stat()
+    target = mine(tmp_path / "targets")
+    target.path.unlink()
+    if make == "link":
+        target.path.symlink_to(victim)
+        found = errno.ELOOP
+    else:
+        os.mkfifo(target.path)
+        found = errno.EINVAL
+    with hanging_is_an_error():
+        for visit in (target.touch, partial(target.end, "finished")):
+            with pytest.raises(OSError, check=lambda error: error.errno == found):
+                visit()
+        target.write()
+    assert target.path.read_text() == target.content
+    assert not target.path.is_symlink()
+    assert (victim.read_text(), victim.stat().st_mtime) == ("untouched", before.st_mtime)
+
+
+def test_the_temporary_name_cannot_be_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[Path] = []
+    replace_file = os.replace
+
+    def look(temporary: Path, path: Path) -> None:
+        names.append(temporary)
+        replace_file(temporary, path)
+
+    monkeypatch.setattr(os, "replace", look)
+    mine(tmp_path)
+    mine(tmp_path)
+    assert len(set(names)) == 2
 
 
 def test_the_command_says_where_no_run_is_entered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.cluster.communicator import RankLostError
-from dist_train.outcome import CodedError, FaultError, UsageError, text_with_code
+from dist_train.outcome import CodedError, FaultError, UsageError, escaped, printable, text_with_code
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,3 +62,25 @@ def test_every_refusal_of_the_program_has_a_code_of_its_own() -> None:
 def test_a_code_is_printed_where_it_says_more_than_the_exit_code(error: CodedError, text: str) -> None:
     assert text_with_code(error) == text
     assert text_with_code(pickle.loads(pickle.dumps(error))) == text
+
+
+def test_a_text_does_nothing_to_a_terminal() -> None:
+    text = "\x1b]0;title\x07 \0 \x9b31m \r\n \u202e \udcff"
+    assert escaped(text) == r"\x1b]0;title\x07 \x00 \x9b31m \r\n \u202e \udcff"
+    assert escaped("Größe 8 µm, 図") == "Größe 8 µm, 図"
+    assert printable("one\n  two\x1b[2J") == "one\n  two\\x1b[2J"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("at http://user:pass@host:9091/x", "at http://***@host:9091/x"),
+        ("at https://t0ken@host", "at https://***@host"),
+        ("at http://user:p/a:ss@host", "at http://***@host"),
+        ("at user:pass@host:9091", "at ***@host:9091"),
+        ("at https://host/x?token=secret&a=b", "at https://host/x?***"),
+        ("rank 0: a@b, http://host:9091", "rank 0: a@b, http://host:9091"),
+    ],
+)
+def test_a_message_shows_no_password(text: str, shown: str) -> None:
+    assert printable(text) == shown

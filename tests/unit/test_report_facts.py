@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -70,13 +71,13 @@ def test_a_run_s_records_are_read_once(tmp_path: Path, monkeypatch: pytest.Monke
     treatment = treatments()[0]
     directory = make_run(tmp_path / "run", treatment, 0, dict(treatment.settings))
     opened: list[str] = []
-    genuine = Path.open
+    genuine = os.open
 
-    def counting(path: Path, *arguments: object, **named: object) -> object:
-        opened.append(path.name)
-        return genuine(path, *arguments, **named)  # type: ignore[call-overload]
+    def counting(path: Path, flags: int, mode: int = 0o777) -> int:
+        opened.append(Path(path).name)
+        return genuine(path, flags, mode)
 
-    monkeypatch.setattr(Path, "open", counting)
+    monkeypatch.setattr(os, "open", counting)
     subject: Subject = read_subject(directory)
     render(subject)
     assert len(subject.runs[0].train) == treatment.epochs * treatment.steps_per_epoch

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 
 from dist_train.config import Config, load_config, parse_config
 from dist_train.outcome import FaultError, UsageError
-from dist_train.rundir.paths import RunDirectory, oserror_to_fault
+from dist_train.rundir.paths import RunDirectory, oserror_to_fault, refuse_foreign
 from tests.raising import raises
 from tests.unit.checkpoint_files import write
 
@@ -86,3 +89,40 @@ def test_an_id_that_is_broken_is_made_anew(content: str, tmp_path: Path) -> None
     directory = RunDirectory(tmp_path)
     directory.id.write_text(content, encoding="latin-1")
     assert directory.run_id() == directory.run_id()
+
+
+@pytest.mark.parametrize("folder", ["root", "checkpoints", "logs"])
+def test_a_run_directory_in_which_everybody_may_write_is_refused(folder: str, tmp_path: Path) -> None:
+    directory = begun(tmp_path)
+    getattr(directory, folder).chmod(0o777)
+    with raises(UsageError, "folder-foreign"):
+        directory.create()
+    getattr(directory, folder).chmod(0o770)
+    directory.create()
+
+
+def test_the_folders_above_a_run_directory_may_be_like_tmp(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    begun(tmp_path)
+    refuse_foreign(tmp_path, "")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
+    directory = begun(tmp_path)
+    os.chown(directory.root, 12_345, -1)
+    with raises(UsageError, "folder-foreign"):
+        directory.create()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_root_s_own_folders_are_fine(tmp_path: Path) -> None:
+    program = """
+        import os
+        from pathlib import Path
+        from dist_train.rundir.paths import refuse_foreign
+        os.setuid(12_345)
+        refuse_foreign(Path("/usr"), "")
+        refuse_foreign(Path("/tmp"), "")
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import ast
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dist_train.cli.main import main
+from dist_train.rundir.records import EvaluationRecord, EventRecord, Record
 from tests.unit.test_cli_commands import write_config
+from tests.unit.test_watch_run_table import make_run
 
 PACKAGE = Path(__file__).parents[2] / "dist_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -72,6 +76,7 @@ def test_the_loader_of_yaml_is_a_safe_one() -> None:
 def test_a_run_is_the_user_s_alone_and_holds_no_secret(file: str, tmp_path: Path) -> None:
     secret = "3f9c0ffee0ddba11"
     (tmp_path / "secret").write_text(f"{secret}\n" if file == "token_file" else f"user:{secret}\n")
+    (tmp_path / "secret").chmod(0o644)
     settings = {"enabled": True, "port": 0, "last_scrape_seconds": 0}
     config = write_config(tmp_path, metrics={**settings, file: str(tmp_path / "secret")}, run={"max_steps": 2})
     before = os.umask(0o022)
@@ -83,3 +88,38 @@ def test_a_run_is_the_user_s_alone_and_holds_no_secret(file: str, tmp_path: Path
     found = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
     assert not found
     json.loads((tmp_path / "run" / "status.json").read_text())
+    assert f"metrics.{file}: everybody" in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+
+
+@pytest.mark.parametrize("command", [["runs"], ["watch", "--once"]], ids=["runs", "watch"])
+def test_what_is_printed_of_a_run_does_nothing_to_the_terminal(command: list[str], tmp_path: Path) -> None:
+    escape = "\x1b]0;pwned\x07\0\r"
+    records: list[Record] = [
+        EvaluationRecord(1, 1.0, f"test{escape}", 0.5, 0.5, 10, 1.0),
+        EventRecord(1, f"signal{escape}", 1.0, {f"name{escape}": f"SIGTERM{escape}"}),
+    ]
+    config = f"model: {{name: {json.dumps(escape)}}}\nnoise: {{method: {json.dumps(escape)}, amplitude: 1}}\n"
+    name = "odd\x1b[31m\x9b\udcff"
+    run = make_run(tmp_path / name, records, config, state="failed", reason=f"why{escape}", host=f"host{escape}")
+    program = [sys.executable, "-m", "dist_train", *command, str(tmp_path if command == ["runs"] else run)]
+    printed = subprocess.run(program, capture_output=True, check=True, env={**os.environ, "COLUMNS": "200"}).stdout
+    assert b"odd\\x1b[31m" in printed
+    assert not [each for each in printed.decode() if each != "\n" and not each.isprintable()]
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "is_fine"), [(0o700, 0, True), (0o777, 0, False), (0o1777, 0, True), (0o755, 12_345, False)]
+)
+def test_no_wheel_is_taken_from_a_folder_of_others(mode: int, owner: int, is_fine: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    folder.chmod(mode)
+    if owner:
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a folder away")
+        os.chown(folder, owner, -1)
+    script = f". {PACKAGE.parent}/docker/common.sh; own_folders {folder} {tmp_path}/nowhere"
+    ended = subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, check=False)
+    assert (ended.returncode == 0) == is_fine, ended.stderr
+    assert ("DIST_TRAIN_CACHE" in ended.stderr) != is_fine
+    assert not list(folder.iterdir())

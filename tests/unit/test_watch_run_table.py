@@ -15,6 +15,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeAlias
 
 import pytest
 from rich.console import Console
@@ -23,11 +24,13 @@ from rich.table import Table
 from dist_train.cli.main import main, parse
 from dist_train.outcome import UsageError
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, to_json
-from dist_train.watch.run_table import RunSummary, read_runs, render
+from dist_train.watch.run_table import RunSummary, as_json, read_runs, render
 from tests.raising import raises
+from tests.unit.test_config_loading import LAUGHS
 
 DOCS = Path(__file__).parents[2] / "docs"
 NOW = datetime.now(UTC)
+Content: TypeAlias = str | bytes | tuple[str, str]
 CONFIG = """\
 run: {name: lb}
 data: {name: fashion-mnist}
@@ -266,6 +269,75 @@ def test_slurm_s_states_of_the_jobs_stand_beside_the_runs_own() -> None:
     assert "slurm" not in as_text(render(runs, {}))
 
 
+STATUS_NUMBERS = ("step", "epoch", "total_steps", "world_size", "pid", "best_accuracy", "samples_per_second")
+RECORD_NUMBERS = ("step", "epoch", "accuracy", "samples_per_second", "time")
+BEYOND = ("Infinity", "-Infinity", "NaN", "1e999", "9" * 400)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", "[" * 20_000),
+        ("config.yaml", "".join(f"{' ' * depth}a:\n" for depth in range(2_000))),
+        ("config.yaml", LAUGHS),
+        ("config.yaml", "run: &run {name: *run}"),
+        ("config.yaml", "!!set {a, b}"),
+        ("config.yaml", b"\xff\xfe\x00"),
+        ("status.json", b"\xff\xfe\x00"),
+        ("status.json", "[" * 100_000),
+        *(("status.json", (field, number)) for field in STATUS_NUMBERS for number in BEYOND),
+    ],
+)
+def test_one_broken_directory_is_one_row_that_says_so(name: str, content: Content, tmp_path: Path) -> None:
+    good, odd = beside_a_good_one(name, content, tmp_path)
+    assert (good.state, odd.name, odd.state) == ("running", "odd", "broken")
+    assert name in odd.note
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", "run: 2024-13-45"),
+        ("config.yaml", "run: {name: 2024-02-30}"),
+        ("config.yaml", f"batch: {{global_size: 0x{'f' * 10_000}}}"),
+        *(("status.json", (field, '"0001-01-01T00:00:00"')) for field in ("started", "updated")),
+        *(("metrics.jsonl", (field, number)) for field in RECORD_NUMBERS for number in BEYOND),
+        ("metrics.jsonl", "[" * 100_000),
+        ("metrics.jsonl", '{"kind": "event", "step": 1, "time": 1, "event": ' + "[" * 100_000),
+    ],
+)
+def test_a_value_that_means_nothing_takes_no_table_down(name: str, content: Content, tmp_path: Path) -> None:
+    good, odd = beside_a_good_one(name, content, tmp_path)
+    assert (good.state, odd.state) == ("running", "running")
+
+
+def beside_a_good_one(name: str, content: Content, folder: Path) -> tuple[RunSummary, ...]:
+    """Return the rows of a good run, and of one whose file `name` has other content, or one other value."""
+    records = [train(step, NOW.timestamp() + step) for step in range(1, 4)]
+    make_run(folder / "good", records)
+    path = make_run(folder / "odd", records, best_accuracy=0.5, samples_per_second=1.5) / name
+    if isinstance(content, tuple):
+        field, value = content
+        content = re.sub(rf'"{field}": ("[^"]*"|[^,}}\n]+)', f'"{field}": {value}', path.read_text())
+        assert value in content
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    rows = read_runs(folder, NOW)
+    assert "odd" in as_text(render(rows))
+    return rows
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "status.json", "metrics.jsonl"])
+def test_a_pipe_where_a_file_should_be_keeps_nobody_waiting(name: str, tmp_path: Path) -> None:
+    make_run(tmp_path / "good")
+    path = make_run(tmp_path / "odd") / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    program = [sys.executable, "-m", "dist_train", "runs", str(tmp_path)]
+    table = subprocess.run(program, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert "good" in table
+    assert re.search(r"odd +broken", table)
+
+
 REASON = (
     "rank 1 on node7 (process 4242) does not answer; the others saved nothing since step 160.\n"
     "  Traceback: NCCL communicator was aborted on rank 0. Original reason for failure was: watchdog timeout\n"
@@ -350,17 +422,19 @@ def test_the_picture_in_the_docs_is_of_today_s_table(tmp_path: Path) -> None:
 def test_json_is_one_document_with_the_whole_reason_and_only_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_run(tmp_path / "a", [train(1, 0.0)], state="failed", reason=REASON, samples_per_second=math.nan)
+    make_run(tmp_path / "a", [train(1, 0.0)], state="failed", reason=REASON, samples_per_second=7.0)
     assert main(["runs", str(tmp_path), "--json"]) == 0
 
     def refuse(word: str) -> None:
         raise AssertionError(word)
 
     [run] = json.loads(capsys.readouterr().out, parse_constant=refuse)["runs"]
-    assert (run["directory"], run["note"], run["samples_per_second"]) == (str(tmp_path / "a"), REASON, None)
+    assert (run["directory"], run["note"], run["samples_per_second"]) == (str(tmp_path / "a"), REASON, 7.0)
     assert (run["state"], run["step"], run["slurm_state"]) == ("failed", 80, None)
     documented = (DOCS / "watching.md").read_text(encoding="utf-8")
     assert all(f"`{field}`" in documented for field in run)
+    odd = RunSummary(tmp_path, "odd", "running", "", samples_per_second=math.nan)
+    assert json.loads(as_json([odd], {}), parse_constant=refuse)["runs"][0]["samples_per_second"] is None
 
 
 def test_json_of_a_folder_without_runs_is_a_document_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

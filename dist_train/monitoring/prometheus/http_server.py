@@ -13,12 +13,14 @@ import errno
 import hmac
 import socket
 import ssl
+import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
 from socketserver import TCPServer
 from threading import Lock
@@ -60,6 +62,29 @@ def check_access(settings: MetricsSettings) -> None:
     plan = plan_of(settings)
     read_credentials(plan)
     tls_context(plan)
+
+
+def access_warnings(settings: MetricsSettings) -> tuple[str, ...]:
+    """Return what leaves the metrics or a secret open to strangers, one sentence each."""
+    plan = plan_of(settings)
+    warnings = []
+    if plan.token_file is None and plan.password_file is None and not _is_loopback(plan.host):
+        warnings.append(
+            f"metrics.host={plan.host}: anybody on the network can read the metrics; set metrics.token_file"
+            + ("" if plan.certificate_file else ", and metrics.certificate_file for TLS")
+        )
+    for name in ("token_file", "password_file", "key_file"):
+        path = getattr(plan, name)
+        if path is not None and path.stat().st_mode & stat.S_IROTH:
+            warnings.append(f"metrics.{name}: everybody on this machine can read {path}; run: chmod 600 {path}")
+    return tuple(warnings)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def read_credentials(plan: ServingPlan) -> Credentials:

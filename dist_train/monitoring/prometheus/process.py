@@ -209,7 +209,8 @@ class _Service:
         with self._warning(f"Prometheus will not find this run: no target file in {directory}"):
             target.write()
             self._target = target
-            targets.remove_stale(directory, resumed=self._facts.run_id)
+            if warning := targets.remove_stale(directory, resumed=self._facts.run_id).warning:
+                self._warn(f"{directory}: {warning}")
 
     def _heartbeat(self) -> None:
         if self._target is None or time.monotonic() - self._touched < targets.HEARTBEAT_SECONDS:

@@ -1,7 +1,12 @@
-"""Target files: how Prometheus (`file_sd_configs`) finds the runs that there are, and learns how the others ended."""
+"""Target files: how Prometheus (`file_sd_configs`) finds the runs that there are, and learns how the others ended.
+
+Many users may write to their folder, so a file there is opened as in a hostile place: no link is followed, nothing but
+a regular file of this user or of root is read or touched, and nobody waits for a FIFO.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,10 +14,9 @@ import re
 import socket
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dist_train.monitoring.prometheus.messages import ServingPlan
 from dist_train.outcome import ExitCode
@@ -37,8 +41,11 @@ _NOWHERE = "127.0.0.1:0"
 _OUTCOME_LABEL = "outcome"
 _PROCESS_LABEL = "__dist_train_process"
 """Prometheus drops labels that begin so once it has found the target."""
-_IDENTITY = re.compile(r"\S+ \S+ \d+ \d*")
-_NAME = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{8}-\d+\.json")
+_IDENTITY = re.compile(r"\S+ \S+ [0-9]{1,10} [0-9]{0,20}")
+_NAME = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{8}-[0-9]+\.json")
+_LARGEST = 64 << 10
+"""Bytes; ours have a few hundred."""
+_MOST_NAMES = 8
 
 
 def identity_of(number: int) -> str:
@@ -66,28 +73,34 @@ class TargetFile:
     def write(self) -> None:
         """Make the file, and its folder where that is new. Raises OSError."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # the temporary name ends on .part: Prometheus looks for *.json
-        atomic.swap_text(self.path, self.content)
-        # Prometheus seldom runs as the user of the run, whose files are private by default.
-        self.path.chmod(0o644)
+        # the temporary name ends on .part: Prometheus looks for *.json; it seldom runs as the user of the run
+        atomic.swap_text(self.path, self.content, 0o644)
 
     def touch(self) -> None:
-        """Show that the run is there still; write the file anew where somebody removed it. Raises OSError."""
+        """Show that the run is there still; write the file anew where somebody removed it.
+
+        Raises OSError, also where somebody has put something else in its place.
+        """
         try:
-            os.utime(self.path)
+            with _open_ours(self.path) as file:
+                os.utime(file.fileno())
         except FileNotFoundError:
             self.write()
 
     def end(self, outcome: str) -> None:
         """Have the file say how the run ended, for rules that cannot rely on a last scrape.
 
-        Nothing changes where it says so already, or a later launch of the run has taken it over. Raises OSError.
+        Nothing changes where it says so already, or a later launch of the run has taken it over. Raises OSError, also
+        where somebody has put something else in its place.
         """
-        labels = _labels(self.path)
-        if labels is None or labels[_PROCESS_LABEL] != self.process or _OUTCOME_LABEL in labels:
+        try:
+            with _open_ours(self.path) as file:
+                entry = _entry(file)
+        except FileNotFoundError:
             return
-        [group] = json.loads(self.path.read_bytes())
-        labels = {**labels, _OUTCOME_LABEL: outcome, "instance": group["targets"][0]}
+        if entry is None or entry.labels[_PROCESS_LABEL] != self.process or _OUTCOME_LABEL in entry.labels:
+            return
+        labels = {**entry.labels, _OUTCOME_LABEL: outcome, "instance": entry.address}
         replace(self, content=_content(_NOWHERE, labels)).write()
 
 
@@ -122,40 +135,89 @@ def outcome_label(outcome: Outcome) -> str:
     return "diverged" if outcome.exit_code == ExitCode.DIVERGED else outcome.state
 
 
-def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed: str = "") -> tuple[Path, ...]:
-    """Remove the target files in `directory` whose runs are gone; return their paths. Raises OSError.
+@dataclass(frozen=True)
+class Cleaning:
+    """What became of a folder of target files: those `removed`, and why some were `skipped`, by their paths."""
+
+    removed: tuple[Path, ...]
+    skipped: Mapping[Path, str]
+
+    @property
+    def warning(self) -> str:
+        """What to tell of those skipped, on one line; nothing where there are none."""
+        shown = [f"{path.name} ({why})" for path, why in list(self.skipped.items())[:_MOST_NAMES]]
+        more = len(self.skipped) - len(shown)
+        ending = f" and {more} more" if more else ""
+        return f"target files that were left alone: {', '.join(shown)}{ending}" if shown else ""
+
+
+def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed: str = "") -> Cleaning:
+    """Remove the target files in `directory` whose runs are gone. Raises OSError.
 
     One that says how its run ended stays for `ended_seconds`, or until that run, whose id is `resumed`, is back. A
-    file is ours by its name and its content; any other is left alone.
+    file is ours by its name, its owner and its content; any other is left alone.
     """
     removed = []
-    for path in sorted(directory.iterdir()):
-        if not _NAME.fullmatch(path.name):
+    skipped = {}
+    for path in sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name)):
+        try:
+            with _open_ours(path) as file:
+                entry, touched = _entry(file), os.fstat(file.fileno()).st_mtime
+        except FileNotFoundError:
             continue
-        with suppress(FileNotFoundError):
-            labels = _labels(path)
-            if labels is None:
-                continue
-            age = time.time() - path.stat().st_mtime
-            if _OUTCOME_LABEL in labels:
-                is_stale = age > ended_seconds or (resumed != "" and labels.get("run_id") == resumed)
-            else:
-                is_stale = age > STALE_SECONDS or _is_gone(labels[_PROCESS_LABEL])
-            if is_stale:
-                path.unlink()
-                removed.append(path)
-    return tuple(removed)
+        except OSError as error:
+            skipped[path] = error.strerror or str(error)
+            continue
+        if entry is None:
+            continue
+        age = time.time() - touched
+        if _OUTCOME_LABEL in entry.labels:
+            is_stale = age > ended_seconds or (resumed != "" and entry.labels.get("run_id") == resumed)
+        else:
+            is_stale = age > STALE_SECONDS or _is_gone(entry.labels[_PROCESS_LABEL])
+        if is_stale:
+            path.unlink(missing_ok=True)
+            removed.append(path)
+    return Cleaning(tuple(removed), skipped)
 
 
-def _labels(path: Path) -> Mapping[str, str] | None:
-    """Return the labels in the target file at `path`; None where it is not one of ours."""
+def _open_ours(path: Path) -> BinaryIO:
+    """Open a target file. Raises OSError where it is a link, no regular file, too large, or another user's."""
     try:
-        groups: Any = json.loads(path.read_bytes())
+        file = atomic.open_regular(path, os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "a symbolic link", str(path)) from None
+        raise
+    state = os.fstat(file.fileno())
+    if state.st_uid not in (os.geteuid(), 0):
+        why = f"a file of another user, {state.st_uid}"
+    elif state.st_size > _LARGEST:
+        why = f"larger than {_LARGEST} bytes"
+    else:
+        return file
+    file.close()
+    raise OSError(errno.EPERM, why, str(path))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a target file says."""
+
+    address: str
+    labels: Mapping[str, str]
+
+
+def _entry(file: BinaryIO) -> _Entry | None:
+    """Return what the target file says; None where it is not one of ours."""
+    try:
+        groups: Any = json.loads(file.read(_LARGEST))
         [group] = groups
-        labels: dict[str, str] = group["labels"]
-        is_ours = labels["job"] == JOB and group["targets"] and _IDENTITY.fullmatch(labels[_PROCESS_LABEL])
-        return labels if is_ours else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        [address] = group["targets"]
+        labels = group["labels"]
+        is_ours = isinstance(address, str) and labels["job"] == JOB and _IDENTITY.fullmatch(labels[_PROCESS_LABEL])
+        return _Entry(address, labels) if is_ours else None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
