@@ -141,7 +141,6 @@ check_run() {
         shift
     done
     ((${#configuration[@]})) || usage_error "train takes a configuration: $(basename "$0") train configs/demo.yaml"
-    "${dist_train[@]}" config check "${configuration[@]}" >/dev/null || exit
     run_directory=$("${dist_train[@]}" config run-directory "${configuration[@]}" "${run_directory_option[@]}") || exit
 }
 

@@ -46,7 +46,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2])
 def test_a_signal_to_the_launcher_stops_the_ranks_which_save(
     running: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ranks
 TIMEOUT = 6.0
 
 
-@pytest.mark.parametrize(("controller", "stopped"), [("torch", 1), ("torch", 0), ("gloo", 1), ("mpi", 0)])
+@pytest.mark.parametrize(("controller", "stopped"), [("torch", 1), ("gloo", 1), ("mpi", 0)])
 def test_a_stopped_rank_ends_the_run_with_its_name(tmp_path: Path, controller: str, stopped: int) -> None:
     config = write_config(
         tmp_path,
@@ -40,7 +40,7 @@ def test_a_stopped_rank_ends_the_run_with_its_name(tmp_path: Path, controller: s
     assert f"process {pid})" in after["reason"]
 
 
-@pytest.mark.parametrize("controller", ["torch", "gloo"])
+@pytest.mark.parametrize("controller", ["torch"])
 def test_a_killed_rank_is_named_by_the_one_that_is_left(tmp_path: Path, controller: str) -> None:
     config = write_config(tmp_path, small_settings(run={"epochs": 5000}, evaluation={"every_epochs": 0}))
     run = tmp_path / "run"
