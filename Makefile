@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cluster test-containers test-wheel test-cuda-build test-unit test-hermetic lint bench gpu dashboards clean
+.PHONY: help setup demo test test-cluster test-containers test-lengthy test-cuda-build test-unit test-hermetic lint bench gpu dashboards clean
 
 python := .venv/bin/python
 code := $(wildcard dist_train tests benchmarks docker/grafana/dashboard_generator)
@@ -32,8 +32,8 @@ test-containers: setup ## build the images of docker/Dockerfile, for CPUs and fo
 	@docker/debian_packages.sh
 	$(python) -m pytest tests/containers
 
-test-wheel: setup ## install the wheel where there is neither a compiler nor MPI, and train on two ranks: torch to download
-	$(python) -m pytest -m lengthy tests/longer/test_wheel.py
+test-lengthy: setup ## a compiled step, a campaign of faults, and the wheel where there is neither a compiler nor MPI (torch to download)
+	$(python) -m pytest -m lengthy tests/ranks tests/torture tests/longer/test_wheel.py
 
 test-cuda-build: setup ## set up against PyPI's torch for CUDA in a folder of its own, without a GPU: 3 GB to download, ten minutes
 	$(python) -m pytest tests/longer/test_cuda_build.py

@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import logging
 import os
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +88,8 @@ def _chunks(url: str, path: Path) -> Iterator[bytes]:
             while chunk := response.read(_CHUNK):
                 yield chunk
     except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
         raise UsageError(
             f"cannot download {url}: {error}. On a machine without network access, fetch {path.name} "
             f"elsewhere and put it into {path.parent}.",

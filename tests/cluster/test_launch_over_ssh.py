@@ -14,6 +14,7 @@ from tests.launching import weights_digest
 pytestmark = [pytest.mark.ranks, pytest.mark.services]
 
 
+@pytest.mark.lengthy
 def test_mpirun_with_a_host_file_ends_as_one_rank_does(
     cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
 ) -> None:
@@ -22,6 +23,7 @@ def test_mpirun_with_a_host_file_ends_as_one_rank_does(
     _assert_equal(cluster, tmp_path, large_batch, "mpirun.sh", "-np", "4", "--hostfile", str(hosts))
 
 
+@pytest.mark.lengthy
 def test_horovodrun_over_ssh_ends_as_one_rank_does(cluster: Cluster, tmp_path: Path, large_batch: Undisturbed) -> None:
     _assert_equal(cluster, tmp_path, large_batch, "horovodrun.sh", "-np", "4", "-H", "node1:2,node2:2")
 

@@ -70,7 +70,8 @@ def test_with_the_defaults_a_rank_that_is_stopped_ends_the_whole_job_within_60_s
     assert took < 60
 
 
-@pytest.mark.parametrize("launcher", ["srun", _MPIRUN])
+@pytest.mark.lengthy
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
 def test_an_exception_on_one_rank_ends_the_whole_job(
     launcher: str, cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:

@@ -11,6 +11,7 @@ from tests.launching import launch, records, small_settings, write_config
 pytestmark = pytest.mark.ranks
 
 
+@pytest.mark.lengthy
 def test_a_compiled_run_has_the_losses_of_a_plain_one_under_noise(tmp_path: Path) -> None:
     losses = {}
     for name, overrides in (

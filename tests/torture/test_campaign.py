@@ -11,6 +11,7 @@ from tests.waiting import PATIENCE
 
 
 @pytest.mark.ranks
+@pytest.mark.lengthy
 def test_nothing_is_lost_in_a_short_campaign(tmp_path: Path) -> None:
     said: list[str] = []
     campaign = Campaign(tmp_path, seed=11, epochs=30, say=said.append, patience=PATIENCE)
