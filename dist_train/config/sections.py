@@ -312,7 +312,9 @@ class MetricsSettings(Section):
 
     enabled: bool = Field(True, description="Serve metrics to Prometheus while the run lasts.")
     host: str = Field(
-        "127.0.0.1", description="Address to serve at; 0.0.0.0: every address of the node.", examples=["0.0.0.0"]
+        "127.0.0.1",
+        description="Address to serve at; 0.0.0.0: every address of the node.",
+        examples=["0.0.0.0"],  # nosec B104
     )
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         9810,
