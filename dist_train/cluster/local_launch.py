@@ -42,8 +42,9 @@ def launch_ranks(command: Sequence[str], size: int) -> int:
     """
     watched = _STOP_SIGNALS | {signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    environment = {"DIST_TRAIN_LAUNCH": secrets.token_hex(8), **os.environ}
     with socket.create_server(("127.0.0.1", 0), backlog=max(128, size)) as listener:
-        ranks = [_start(command, rank, size, listener, mask) for rank in range(size)]
+        ranks = [_start(command, environment, rank, size, listener, mask) for rank in range(size)]
     try:
         return _Ranks(ranks).wait(watched)
     finally:
@@ -124,14 +125,18 @@ def rank_environment(environment: Mapping[str, str], rank: int, size: int, port:
     kept = {name: value for name, value in environment.items() if not name.startswith(_OTHER_LAUNCHERS)}
     threads = max(1, len(os.sched_getaffinity(0)) // size)
     kept.setdefault("OMP_NUM_THREADS", str(threads))
-    kept.setdefault("DIST_TRAIN_LAUNCH", secrets.token_hex(8))
     place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
     store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, LISTEN_FD: listen_fd if rank == 0 else -1}
     return {**kept, **{name: str(value) for name, value in (place | store).items()}}
 
 
 def _start(
-    command: Sequence[str], rank: int, size: int, listener: socket.socket, mask: set[int | signal.Signals]
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    rank: int,
+    size: int,
+    listener: socket.socket,
+    mask: set[int | signal.Signals],
 ) -> subprocess.Popen[bytes]:
     parent, libc = os.getpid(), ctypes.CDLL(None)
 
@@ -142,11 +147,10 @@ def _start(
             os._exit(ExitCode.FAULT)
 
     fd = listener.fileno()
-    environment = rank_environment(os.environ, rank, size, listener.getsockname()[1], fd)
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        env=environment,
+        env=rank_environment(environment, rank, size, listener.getsockname()[1], fd),
         pass_fds=(fd,) if rank == 0 else (),
         start_new_session=True,  # Ctrl-C at a terminal is for the launcher alone
         preexec_fn=prepare,  # there are no threads

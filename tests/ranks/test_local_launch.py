@@ -85,6 +85,15 @@ def test_a_killed_rank_ends_the_launch_with_1(running: subprocess.Popen[str], tm
     assert "SIGKILL" in output
 
 
+def test_all_ranks_carry_one_launch_id(running: subprocess.Popen[str]) -> None:
+    environments = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in descendants(running.pid)[:2]]
+    ids = {variable for each in environments for variable in each if variable.startswith(b"DIST_TRAIN_LAUNCH=")}
+    running.send_signal(signal.SIGTERM)
+    ended(running)
+    assert len(environments) == 2
+    assert len(ids) == 1
+
+
 def test_ranks_die_with_their_launcher(running: subprocess.Popen[str]) -> None:
     ranks = descendants(running.pid)
     running.kill()
