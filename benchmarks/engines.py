@@ -1,6 +1,6 @@
 """Rows of the engines: torch.distributed against Horovod over MPI, and our start against a bare program.
 
-`torchrun --nproc-per-node 2 -m benchmarks.engines sum|step|bare` tells what two ranks measured; mpirun likewise.
+`torchrun --nproc-per-node 2 -m benchmarks.engines WHAT` tells what two ranks measured, WHAT one of the names in `main`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from benchmarks.launched_run import seconds_to_step, write_settings
 from benchmarks.launching import measure, module, on_ranks, tell
@@ -32,7 +33,9 @@ def rows(pairs: int) -> Iterator[Ratio]:
     """Yield a tiny sum, a step of batch 128 and a start, of two ranks; the engines are launched in turn."""
     sums = [(_on("torch", "sum"), _on("mpi", "sum")) for _ in range(pairs)]
     yield ratio_of("tiny sum, 2 ranks", "torch.distributed", "Horovod over MPI", sums, None)
-    against_bar = [(ours, _LONGEST_SUM) for ours, _ in sums]
+    bare = [(_on("torch", "sum"), _on("torch", "bare-sum")) for _ in range(pairs)]
+    yield ratio_of("tiny sum, 2 ranks", "torch.distributed", "dist.all_reduce of a bare program", bare, 1.1)
+    against_bar = [(ours, _LONGEST_SUM) for ours, _ in sums + bare]
     yield ratio_of("tiny sum, 2 ranks", "torch.distributed", "0.3 ms", against_bar, 1.0)
     steps = [(_on("torch", "step"), _on("mpi", "step")) for _ in range(pairs)]
     yield ratio_of(
@@ -55,8 +58,8 @@ def _on(controller: str, what: str) -> float:
 def main() -> None:
     """Measure on every rank, tell on the first."""
     what = sys.argv[1]
-    if what == "bare":
-        _bare()
+    if what in _BARE:
+        _BARE[what]()
         return
     comm = join_ranks(timeout=600.0, device_type="cpu")
     seconds = {"sum": _seconds_of_a_sum, "step": _seconds_of_a_step}[what](comm)
@@ -83,14 +86,24 @@ def _seconds_of_a_step(comm: Communicator) -> float:
     return statistics.median(seconds)
 
 
-def _bare() -> None:
-    import torch.distributed as dist
-
+def _bare_start() -> None:
     dist.init_process_group("gloo")
     dist.all_reduce(torch.ones(1))
     if dist.get_rank() == 0:
         tell(time.time())
     dist.destroy_process_group()
+
+
+def _bare_sum() -> None:
+    dist.init_process_group("gloo")
+    tensor = torch.ones(8, dtype=torch.int64)
+    seconds = statistics.median(timed(lambda: dist.all_reduce(tensor)) for _ in range(_SUMS))
+    if dist.get_rank() == 0:
+        tell(seconds)
+    dist.destroy_process_group()
+
+
+_BARE = {"bare": _bare_start, "bare-sum": _bare_sum}
 
 
 if __name__ == "__main__":
