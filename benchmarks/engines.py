@@ -24,7 +24,8 @@ from dist_train.cluster.communicator import Communicator
 from dist_train.cluster.joining import join_ranks
 
 _SUMS = 1000
-_STEPS = 40
+_STEPS = {128: 40, 8192: 2}
+"""Steps measured of each batch size, after one to warm up."""
 _LONGEST_SUM = 0.3e-3
 """Seconds: the bar of a tiny sum over torch's Gloo."""
 
@@ -37,18 +38,23 @@ def rows(pairs: int) -> Iterator[Ratio]:
     yield ratio_of("tiny sum, 2 ranks", "torch.distributed", "dist.all_reduce of a bare program", bare, 1.1)
     against_bar = [(ours, _LONGEST_SUM) for ours, _ in sums + bare]
     yield ratio_of("tiny sum, 2 ranks", "torch.distributed", "0.3 ms", against_bar, 1.0)
-    steps = [(_on("torch", "step"), _on("mpi", "step")) for _ in range(pairs)]
-    yield ratio_of(
-        "step, width 0.25, batch 128, 2 ranks", "torch.distributed", "Horovod over MPI", steps, 1.0, images=128
-    )
-    starts = []
+    for batch in _STEPS:
+        steps = [(_on("torch", f"step-{batch}"), _on("mpi", f"step-{batch}")) for _ in range(pairs)]
+        row = f"step, width 0.25, batch {batch}, 2 ranks"
+        yield ratio_of(row, "torch.distributed", "Horovod over MPI", steps, 1.0, images=batch)
+    over_mpi, over_bare = [], []
     with tempfile.TemporaryDirectory() as folder:
         config = write_settings(Path(folder), 0.25)
         for pair in range(pairs):
-            ours = seconds_to_step(1, config, Path(folder) / f"run-{pair}", controller="torch", ranks=2)
+            run = Path(folder) / str(pair)
+            ours = seconds_to_step(1, config, run / "torch", controller="torch", ranks=2)
+            over_mpi.append((ours, seconds_to_step(1, config, run / "mpi", controller="mpi", ranks=2)))
             begun = time.time()
-            starts.append((ours, _on("torch", "bare") - begun))
-    yield ratio_of("start, 2 ranks", "dist-train launch, to the first step", "bare torchrun", starts, 1.15)
+            over_bare.append((ours, _on("torch", "bare") - begun))
+    yield ratio_of(
+        "start, 2 ranks", "dist-train launch, to the first step", "mpirun, to the first step", over_mpi, None
+    )
+    yield ratio_of("start, 2 ranks", "dist-train launch, to the first step", "bare torchrun", over_bare, 1.15)
 
 
 def _on(controller: str, what: str) -> float:
@@ -62,7 +68,7 @@ def main() -> None:
         _BARE[what]()
         return
     comm = join_ranks(timeout=600.0, device_type="cpu")
-    seconds = {"sum": _seconds_of_a_sum, "step": _seconds_of_a_step}[what](comm)
+    seconds = _seconds_of_a_sum(comm) if what == "sum" else _seconds_of_a_step(comm, int(what.removeprefix("step-")))
     if comm.rank == 0:
         tell(seconds)
     comm.close()
@@ -77,11 +83,12 @@ def _seconds_of_a_sum(comm: Communicator) -> float:
     return statistics.median(timed(add) for _ in range(_SUMS))
 
 
-def _seconds_of_a_step(comm: Communicator) -> float:
-    config = settings(0.25, 128, **QUIET, batch={"micro_size": 64})
+def _seconds_of_a_step(comm: Communicator, batch: int) -> float:
+    config = settings(0.25, batch, **QUIET, batch={"micro_size": 64})
     with shared_folder(comm) as folder:
         trainer = open_trainer(config, comm, folder / "run")
-        seconds = [timed(trainer.advance) for _ in range(_STEPS)][5:]
+        trainer.advance()
+        seconds = [timed(trainer.advance) for _ in range(_STEPS[batch])]
         trainer.close()
     return statistics.median(seconds)
 
