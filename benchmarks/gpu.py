@@ -33,9 +33,9 @@ from dist_train.cluster.devices import find_gpus
 from dist_train.config import NoiseSettings, dump_config
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
-from dist_train.optim.noise_draws import NoiseDraws
+from dist_train.optim.noise import NoiseDraws
 from dist_train.outcome import ExitCode
-from dist_train.training.stored import find_checkpoint
+from dist_train.training.evaluation import find_checkpoint
 
 _NOISE = {"method": "smoothout", "amplitude": 1e-3}
 _PAIRS = 5

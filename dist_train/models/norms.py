@@ -137,12 +137,7 @@ _NORMS: Mapping[str, Callable[[int, int, ModelSettings], nn.Module]] = MappingPr
 
 def norm_factory(settings: ModelSettings) -> NormFactory:
     """Return the function from a number of channels to a norm that `model.norm` names."""
-    build = _NORMS[settings.norm]
-
-    def norm(channels: int, *, least: int = 2) -> nn.Module:
-        return build(channels, least, settings)
-
-    return norm
+    return lambda channels, *, least=2: _NORMS[settings.norm](channels, least, settings)
 
 
 _LIMIT = STATISTICS.term_limit(4096)
