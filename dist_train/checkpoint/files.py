@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ class Contents:
     optimizer: Mapping[str, Any]
     config: Mapping[str, Any]
     metrics: Metrics
+    plugins: Mapping[str, str] = field(default_factory=dict)
+    """Digests of the source files of the plug-ins that the run used, by name."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the dictionary that `torch.load(path, weights_only=True)` gives."""
@@ -157,7 +159,7 @@ def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
             f"{path} is not a checkpoint of format {FORMAT}: its model holds more than tensors",
             code="checkpoint-format",
         )
-    return Contents(**{name: fields[name] for name in _KINDS})
+    return Contents(**{name: fields[name] for name in _KINDS}, plugins=fields.get("plugins", {}))
 
 
 def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) -> Contents | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from dist_train.checkpoint.files import list_checkpoints
@@ -12,6 +12,7 @@ from dist_train.checkpoint.state import Progress, ResumePoint
 from dist_train.cluster.communicator import Communicator, PeerFailedError, RankLostError
 from dist_train.cluster.launch import current_job
 from dist_train.config import Config
+from dist_train.config.plugins import call_plugin, plugin_files
 from dist_train.config.sections import MetricsSettings
 from dist_train.launching.provenance import launch_environment, revision, run_facts
 from dist_train.monitoring.console import open_console
@@ -70,15 +71,27 @@ class Session:
         job = current_job()
         if job is not None and job.restarts:
             self._record_event("requeued", restart=job.restarts)
+        plugins = plugin_files(trainer.config.model_dump(mode="json"))
         if resume_point.contents is not None:
             self._record_event("resumed", ranks=self._comm.size)
+            self._note_changed_plugins(resume_point.contents.plugins, plugins)
         self.status.change(
             "running",
             step=trainer.progress.step,
             epoch=trainer.epoch,
             total_steps=trainer.last_step,
-            environment=launch_environment(code, self._comm.controller, trainer.take_step.compute.device),
+            environment={
+                **launch_environment(code, self._comm.controller, trainer.take_step.compute.device),
+                **{f"plug-in {name}": digest for name, digest in plugins.items()},
+            },
         )
+
+    def _note_changed_plugins(self, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+        changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        if changed:
+            names = ", ".join(changed)
+            _logger.warning("plug-ins are not what they were when the checkpoint was saved: %s", names)
+            self._record_event("plugins_changed", files=names)
 
     def before_publishing(self) -> None:
         """Flush the records that a checkpoint belongs to, before it gets its name. From any thread.
@@ -199,3 +212,6 @@ def _observers(settings: MetricsSettings, directory: RunDirectory, rank: int) ->
         yield Exporter(settings)
     if settings.tensorboard and rank == 0:
         yield TensorBoard(directory.tensorboard)
+    if rank == 0:
+        for logger in settings.loggers:
+            yield call_plugin(logger.name, logger.options, directory.root)
