@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from dist_train.config.combinations import conflicts
+from dist_train.config.former import with_present_names
 from dist_train.config.problems import ConfigError, Problem, problem, problems_of
 from dist_train.config.sections import Config
 
@@ -145,7 +146,7 @@ def parse_config(settings: Mapping[str, Any], *, source: str) -> Config:
         ConfigError: something in it is wrong; every problem is listed.
     """
     try:
-        text = json.dumps(settings, default=_refuse)
+        text = json.dumps(with_present_names(settings, source), default=_refuse)
         config = Config.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise ConfigError(source, problems_of(error, Config)) from None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dist_train.config import NoiseSettings
+from dist_train.config.former import STREAM_OF_A_RANK
 from dist_train.optim.flat_weights import FlatWeights, digest
 from dist_train.optim.schedules import noise_factor
 from dist_train.randomness import bits, key
@@ -102,7 +103,7 @@ class SmoothOut(_Perturbing):
         if self.settings.sharing == "global":
             self.move(step)
         elif self.settings.sharing == "rank":
-            self.move(step, "rank", self.rank)
+            self.move(step, STREAM_OF_A_RANK, self.rank)
 
     def perturb_for(self, micro_batch: int, ascend: Ascend) -> None:
         """Move to the micro-batch's own point, if it has one."""
@@ -126,7 +127,7 @@ class SmoothOut(_Perturbing):
     def digest(self, step: int) -> int:
         """Return a digest of the perturbed weights, or, where they differ on purpose, of the first draw."""
         if self.settings.sharing == "rank":
-            self._draws.draw(self.weights.values, self.amplitude(step), step, "rank", 0)
+            self._draws.draw(self.weights.values, self.amplitude(step), step, STREAM_OF_A_RANK, 0)
         elif self.settings.sharing == "micro_batch":
             self._draws.draw(self.weights.values, self.amplitude(step), step, 0)
         return digest(self._perturbed)
