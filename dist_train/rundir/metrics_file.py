@@ -11,14 +11,7 @@ from threading import Lock
 from typing import NamedTuple
 
 from dist_train.rundir import atomic
-from dist_train.rundir.records import (
-    EvaluationRecord,
-    EventRecord,
-    Observer,
-    Outcome,
-    Record,
-    to_json,
-)
+from dist_train.rundir.records import Observer, Outcome, Record, to_json
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +38,15 @@ class JsonLines(Observer):
 
     def record(self, record: Record) -> None:
         """Append `record`, unless it is there."""
-        identity = _identity_of(record)
+        line = to_json(record).encode()
+        identity = _identity(line)
+        assert identity is not None
         with self._lock:
             if identity in self._written:
                 return
             self._written.add(identity)
             if len(self._backlog) < _BACKLOG_LIMIT:
-                self._backlog.append(to_json(record).encode() + b"\n")
+                self._backlog.append(line + b"\n")
             self._write_backlog()
 
     def sync(self) -> None:
@@ -124,15 +119,6 @@ class Identity(NamedTuple):
     kind: str
     step: int
     part: str
-
-
-def _identity_of(record: Record) -> Identity:
-    match record:
-        case EvaluationRecord():
-            return Identity("eval", record.step, record.split)
-        case EventRecord():
-            return Identity("event", record.step, record.event)
-    return Identity("train", record.step, "")
 
 
 def _identity(line: bytes) -> Identity | None:

@@ -7,31 +7,37 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Annotated, TypeAlias
+
+from pydantic import BeforeValidator, Field, TypeAdapter
 
 from dist_train.rundir.atomic import json_text, open_regular
 
 Detail: TypeAlias = str | int | float | bool | None
-_Real = TypeVar("_Real", int, float)
+
+Count = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
+Real = Annotated[float, Field(strict=True), BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A number; one that is not finite is null in the file, and NaN when it is read back."""
+Word = Annotated[str, Field(strict=True)]
 
 
 @dataclass(frozen=True)
 class TrainRecord:
     """One optimizer update, or the mean over the updates since the record before."""
 
-    step: int
+    step: Count
     """Updates done."""
-    epoch: float
+    epoch: Real
     """Epochs done: step / steps per epoch."""
-    loss: float
-    accuracy: float
+    loss: Real
+    accuracy: Real
     """Share of the global batch that was classified rightly, in [0, 1]."""
-    learning_rate: float
-    noise_amplitude: float
-    gradient_norm: float
-    step_seconds: float
-    samples_per_second: float
-    time: float
+    learning_rate: Real
+    noise_amplitude: Real
+    gradient_norm: Real
+    step_seconds: Real
+    samples_per_second: Real
+    time: Real
     """Seconds since 1970 (UTC)."""
 
 
@@ -39,22 +45,22 @@ class TrainRecord:
 class EvaluationRecord:
     """Loss and accuracy (in [0, 1]) of the clean weights over a whole split."""
 
-    step: int
-    epoch: float
-    split: str
-    loss: float
-    accuracy: float
-    samples: int
-    time: float
+    step: Count
+    epoch: Real
+    split: Word
+    loss: Real
+    accuracy: Real
+    samples: Count
+    time: Real
 
 
 @dataclass(frozen=True)
 class EventRecord:
     """Something that happened to the run: resumed, checkpoint, signal, corrupt_checkpoint, ..."""
 
-    step: int
-    event: str
-    time: float
+    step: Count
+    event: Word
+    time: Real
     details: Mapping[str, Detail]
 
 
@@ -78,15 +84,15 @@ class StepParts:
 class RankMeasurement:
     """What one rank measured at one step."""
 
-    busy_seconds: float
+    busy_seconds: Real
     """Time of the step without the wait for the others."""
-    wait_seconds: float
-    resident_bytes: float
-    device_bytes: float
+    wait_seconds: Real
+    resident_bytes: Real
+    device_bytes: Real
     """Memory of its device that it holds; NaN without a device."""
-    device_peak_bytes: float
+    device_peak_bytes: Real
     """The most of it that it has held; NaN without a device."""
-    device_utilization: float
+    device_utilization: Real
     """Share of the last second in which its device was at work, in [0, 1]; NaN where NVML is not there."""
 
 
@@ -190,55 +196,18 @@ def from_json(line: str | bytes) -> Record | None:
         fields = json.loads(line)
         match fields["kind"]:
             case "train":
-                return TrainRecord(step=_integer(fields["step"]), **_numbers(fields, *_TRAIN_NUMBERS))
+                return _TRAIN.validate_python(fields)
             case "eval":
-                return EvaluationRecord(
-                    step=_integer(fields["step"]),
-                    split=_word(fields["split"]),
-                    samples=_integer(fields["samples"]),
-                    **_numbers(fields, "epoch", "loss", "accuracy", "time"),
-                )
+                return _EVALUATION.validate_python(fields)
             case "event":
                 details = {name: value for name, value in fields.items() if name not in _RESERVED}
-                return EventRecord(_integer(fields["step"]), _word(fields["event"]), _number(fields["time"]), details)
-            case _:
-                return None
-    except (ValueError, KeyError, TypeError, RecursionError):
+                return _EVENT.validate_python({**fields, "details": details})
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
+    return None
 
 
-_TRAIN_NUMBERS = tuple(name for name in TrainRecord.__dataclass_fields__ if name != "step")
-
-
-def _numbers(fields: Mapping[str, Any], *names: str) -> dict[str, float]:
-    return {name: _number(fields[name]) for name in names}
-
-
-def _number(value: object) -> float:
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"not a number: {value!r}")
-    return _bounded(value)
-
-
-def _integer(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"not a whole number: {value!r}")
-    return _bounded(value)
-
-
-def _bounded(value: _Real) -> _Real:
-    """Return `value`. Raises ValueError for a whole number that no arithmetic with floats takes."""
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise ValueError("a number beyond all bounds")
-    return value
-
-
-def _word(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"not a word: {value!r}")
-    return value
+_TRAIN, _EVALUATION, _EVENT = TypeAdapter(TrainRecord), TypeAdapter(EvaluationRecord), TypeAdapter(EventRecord)
 
 
 def read_records(path: Path) -> tuple[Record, ...]:
