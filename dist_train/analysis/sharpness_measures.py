@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -14,103 +13,53 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, minimize
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
+from dist_train.analysis.sharpness_record import SharpnessSettings
 from dist_train.analysis.subset_loss import SubsetLoss, Vector
 from dist_train.config import NoiseSettings
-from dist_train.optim.noise_draws import NoiseDraws
+from dist_train.optim.noise import NoiseDraws
 from dist_train.randomness import generator
 
-
-@dataclass(frozen=True)
-class Rise:
-    """Mean of L(w + a u) - L(w) over `draws` draws of u and their opposites, and its standard error over draws."""
-
-    amplitude: float
-    mean: float
-    standard_error: float
-    draws: int
+_RESTARTS = 40
+_FIRST_STEP = 100.0
+"""Length of the first step along a coordinate of average slope, in half widths of the box."""
+_logger = logging.getLogger("dist_train.sharpness")
 
 
-def expected_rises(
-    loss: SubsetLoss, noise: NoiseSettings, amplitudes: Sequence[float], *, draws: int, seed: int
-) -> tuple[Rise, ...]:
-    """Return the expected rise at each of `amplitudes`, whatever amplitude `noise` has.
+def expected_rises(loss: SubsetLoss, settings: SharpnessSettings) -> tuple[Vector, Vector]:
+    """Return the means of L(w + a u) - L(w), and their standard errors over draws, for each amplitude a.
 
     Every amplitude sees the same draws, so that rises differ by the amplitude alone; and a draw and its opposite are
     one sample, so that a slope, whose mean is nought, does not drown the curvature. On a quadratic loss the absolute
     scale gives a^2 trace(H) / 6.
     """
-    assert draws >= 2, "a standard error needs two draws"
-    source = NoiseDraws(noise, loss.weights, seed)
+    noise = NoiseSettings(distribution="uniform", scale=settings.scale, exclude=settings.exclude)
+    source = NoiseDraws(noise, loss.weights, settings.seed)
     clean = loss.value_at_flat(loss.clean)
-    rises = np.empty((len(amplitudes), draws))
-    for draw in range(draws):
+    rises = np.empty((len(settings.amplitudes), settings.draws))
+    for draw in range(settings.draws):
         direction = source.draw(loss.clean, 1.0, draw, "expected rise")
-        for row, amplitude in enumerate(amplitudes):
+        for row, amplitude in enumerate(settings.amplitudes):
             there, opposite = (
                 loss.value_at_flat(torch.add(loss.clean, direction, alpha=sign * amplitude)) for sign in (1, -1)
             )
             rises[row, draw] = (there + opposite) / 2 - clean
-    errors = rises.std(axis=1, ddof=1) / draws**0.5
-    return tuple(
-        Rise(amplitude, float(mean), float(error), draws)
-        for amplitude, mean, error in zip(amplitudes, rises.mean(axis=1), errors, strict=True)
-    )
+    return rises.mean(axis=1), rises.std(axis=1, ddof=1) / settings.draws**0.5
 
 
-_RESTARTS = 40
-_logger = logging.getLogger("dist_train.sharpness")
+def largest_eigenvalues(loss: SubsetLoss, settings: SharpnessSettings) -> tuple[Vector, NDArray[np.float64]]:
+    """Return the Hessian's largest eigenvalues, largest first, and their vectors as columns [weights, eigenvalues].
 
-
-class Curved(Protocol):
-    """A loss that is known by its Hessian's products."""
-
-    @property
-    def count(self) -> int:
-        """Number of weights."""
-
-    def hessian_product(self, direction: Vector) -> Vector:
-        """Return the Hessian times `direction`."""
-
-
-@dataclass(frozen=True)
-class Probing:
-    """How the Hessian is probed: eigenvalues to a relative error of `tolerance`, the trace by `probes` vectors."""
-
-    eigenvalues: int = 5
-    tolerance: float = 1e-3
-    probes: int = 16
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """The largest eigenvalues, largest first, and the trace with its standard error over probes."""
-
-    eigenvalues: tuple[float, ...]
-    trace: float
-    trace_standard_error: float
-
-
-def spectrum(loss: Curved, probing: Probing) -> Spectrum:
-    """Return what `probing` asks for; fewer eigenvalues where some do not converge, which is logged."""
-    values, vectors = largest_eigenvalues(loss, probing)
-    trace, error = trace_with_error(loss, values, vectors, probing)
-    return Spectrum(tuple(values.tolist()), trace, error)
-
-
-def largest_eigenvalues(loss: Curved, probing: Probing) -> tuple[Vector, NDArray[np.float64]]:
-    """Return the largest eigenvalues, largest first, and their vectors as columns [weights, eigenvalues].
-
-    By SciPy's implicitly restarted Lanczos (ARPACK). Largest by sign: a step up is what counts as sharp.
+    By SciPy's implicitly restarted Lanczos (ARPACK). Largest by sign: a step up is what counts as sharp. Fewer where
+    some do not converge, which is logged.
     """
     size = loss.count
     operator = LinearOperator(
         (size, size), matvec=lambda vector: loss.hessian_product(vector.ravel()), dtype=np.float64
     )
-    start = torch.randn(size, dtype=torch.float64, generator=generator(probing.seed, "lanczos")).numpy()
-    wanted = min(probing.eigenvalues, size - 1)
+    start = torch.randn(size, dtype=torch.float64, generator=generator(settings.seed, "lanczos")).numpy()
+    wanted, tolerance = min(settings.hessian_eigenvalues, size - 1), settings.hessian_tolerance
     try:
-        values, vectors = eigsh(operator, k=wanted, which="LA", v0=start, tol=probing.tolerance, maxiter=_RESTARTS)
+        values, vectors = eigsh(operator, k=wanted, which="LA", v0=start, tol=tolerance, maxiter=_RESTARTS)
     except ArpackNoConvergence as error:
         values, vectors = error.eigenvalues, error.eigenvectors
         _logger.warning("%d of %d eigenvalues have converged; ask for fewer", len(values), wanted)
@@ -119,25 +68,21 @@ def largest_eigenvalues(loss: Curved, probing: Probing) -> tuple[Vector, NDArray
 
 
 def trace_with_error(
-    loss: Curved, values: Vector, vectors: NDArray[np.float64], probing: Probing
+    loss: SubsetLoss, values: Vector, vectors: NDArray[np.float64], settings: SharpnessSettings
 ) -> tuple[float, float]:
     """Return the trace and its standard error: exact within `vectors`, by Hutchinson's probes beside them.
 
     The few large eigenvalues carry most of a probe's variance. With their vectors V and P = 1 - V V', the trace is
     the sum of `values` and the trace of P H P (Hutch++, arXiv 2010.09649, with V in place of a sketch).
     """
-    assert probing.probes >= 2, "a standard error needs two probes"
-    rests = np.empty(probing.probes)
-    for index in range(probing.probes):
-        signs = torch.randint(0, 2, (loss.count,), generator=generator(probing.seed, "probe", index)).numpy()
+    probes = settings.hessian_probes
+    rests = np.empty(probes)
+    for index in range(probes):
+        signs = torch.randint(0, 2, (loss.count,), generator=generator(settings.seed, "probe", index)).numpy()
         probe = 2.0 * signs - 1.0
         beside = probe - vectors @ (vectors.T @ probe)
         rests[index] = beside @ loss.hessian_product(beside)
-    return float(values.sum() + rests.mean()), float(rests.std(ddof=1) / probing.probes**0.5)
-
-
-_FIRST_STEP = 100.0
-"""Length of the first step along a coordinate of average slope, in half widths of the box."""
+    return float(values.sum() + rests.mean()), float(rests.std(ddof=1) / probes**0.5)
 
 
 class SmoothLoss(Protocol):
@@ -150,46 +95,32 @@ class SmoothLoss(Protocol):
         """Return the loss at `point` and its gradient."""
 
 
-@dataclass(frozen=True)
-class Ascent:
-    """The box, and how its highest point is looked for.
-
-    `starts` ascents of at most `iterations` each: one from the point itself, the others from within the box, where
-    the `seed` says. At a minimum the gradient vanishes, and an ascent from there would stay.
-    """
-
-    epsilon: float = 1e-3
-    iterations: int = 10
-    starts: int = 2
-    seed: int = 0
-
-
-def full_space(loss: SmoothLoss, ascent: Ascent) -> float:
+def full_space(loss: SmoothLoss, settings: SharpnessSettings) -> float:
     """Return 100 (max L(x + y) - L(x)) / (1 + L(x)) over |y_i| <= epsilon (|x_i| + 1) for each weight i."""
     point = loss.point()
-    radii = ascent.epsilon * (np.abs(point) + 1.0)
+    radii = settings.keskar_epsilon * (np.abs(point) + 1.0)
 
     def within(inside: Vector) -> tuple[float, Vector]:
         value, gradient = loss.value_and_gradient(point + radii * inside)
         return value, radii * gradient
 
-    return _sharpness(within, len(point), ascent)
+    return _sharpness(within, len(point), settings)
 
 
-def subspace(loss: SmoothLoss, ascent: Ascent, dimensions: int) -> float:
+def subspace(loss: SmoothLoss, settings: SharpnessSettings) -> float:
     """Return 100 (max L(x + A y) - L(x)) / (1 + L(x)) over |y_i| <= epsilon (|(A+ x)_i| + 1).
 
     The columns of A [weights, dimensions] are random directions of length 1; A+ is its pseudo-inverse.
     """
-    point = loss.point()
-    directions = random_directions(len(point), dimensions, ascent.seed)
-    radii = ascent.epsilon * (np.abs(coordinates(directions, point)) + 1.0)
+    point, dimensions = loss.point(), settings.keskar_dimensions
+    directions = random_directions(len(point), dimensions, settings.seed)
+    radii = settings.keskar_epsilon * (np.abs(coordinates(directions, point)) + 1.0)
 
     def within(inside: Vector) -> tuple[float, Vector]:
         value, gradient = loss.value_and_gradient(point + _combined(directions, radii * inside))
         return value, radii * _products(directions, gradient)
 
-    return _sharpness(within, dimensions, ascent)
+    return _sharpness(within, dimensions, settings)
 
 
 def random_directions(weights: int, dimensions: int, seed: int) -> torch.Tensor:
@@ -222,20 +153,18 @@ def _combined(directions: torch.Tensor, amounts: Vector) -> Vector:
     return combined
 
 
-def _sharpness(within: Callable[[Vector], tuple[float, Vector]], dimensions: int, ascent: Ascent) -> float:
-    """Return the measure of a loss over the unit box |z_i| <= 1, which `within` maps to the box in question."""
-    middle = np.zeros(dimensions)
-    value, _ = within(middle)
-    highest = max(_climb(within, start, ascent.iterations) for start in [middle, *_starts(dimensions, ascent)])
+def _sharpness(within: Callable[[Vector], tuple[float, Vector]], dimensions: int, settings: SharpnessSettings) -> float:
+    """Return the measure of a loss over the unit box |z_i| <= 1, which `within` maps to the box in question.
+
+    The first ascent starts in the middle, the others where the seed says: at a minimum the gradient vanishes.
+    """
+    starts = [np.zeros(dimensions)]
+    for index in range(1, settings.keskar_starts):
+        draw = torch.rand(dimensions, dtype=torch.float64, generator=generator(settings.seed, "ascent", index))
+        starts.append(2.0 * draw.numpy() - 1.0)
+    value, _ = within(starts[0])
+    highest = max(_climb(within, start, settings.keskar_iterations) for start in starts)
     return 100.0 * (highest - value) / (1.0 + value)
-
-
-def _starts(dimensions: int, ascent: Ascent) -> list[Vector]:
-    draws = [
-        torch.rand(dimensions, dtype=torch.float64, generator=generator(ascent.seed, "ascent", index))
-        for index in range(1, ascent.starts)
-    ]
-    return [2.0 * draw.numpy() - 1.0 for draw in draws]
 
 
 def _climb(within: Callable[[Vector], tuple[float, Vector]], start: Vector, iterations: int) -> float:

@@ -216,24 +216,10 @@ class WeightNorms:
 
 
 class Measuring:
-    """Measures steps; all ranks must call `start` after the same steps, and `result` between two of them.
+    """Measures the steps of this rank; where it has `norms`, the weights' too.
 
-    Here: nothing. Settings alone decide whether steps are measured, so that all ranks do alike.
+    All ranks must call `start` after the same steps, and `result` between two of them.
     """
-
-    def note_stall(self, seconds: float) -> None:
-        """Count `seconds` in which a checkpoint held up the training to the next step that is measured."""
-
-    def start(self, step: int, seconds: float, times: StepTimes) -> None:
-        """Measure `step`, counted from 1, just made in `seconds`; waits for nobody."""
-
-    def result(self) -> Measurement | None:
-        """Return what was started, once; None where nothing was."""
-        return None
-
-
-class RankMeasuring(Measuring):
-    """Measures the steps of one rank; where it has `norms`, the weights' too."""
 
     def __init__(self, comm: Communicator, usage: UsageReader, norms: WeightNorms | None) -> None:
         self._comm = comm

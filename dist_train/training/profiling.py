@@ -16,16 +16,6 @@ _logger = logging.getLogger("dist_train.training")
 
 
 class Profiler:
-    """Follows the updates of a launch; here without looking."""
-
-    def after_update(self, step: int) -> None:
-        """Take in that update `step`, counted from 1, has been made."""
-
-    def close(self) -> None:
-        """Write what has been seen so far."""
-
-
-class StepProfiler(Profiler):
     """Profiles `updates` updates after the first two of a launch, on all ranks; writes Chrome traces into `folder`."""
 
     def __init__(self, updates: int, folder: Path, comm: Communicator) -> None:
@@ -70,8 +60,3 @@ class StepProfiler(Profiler):
         self._comm.start_timeline(self._folder / f"horovod-step-{first_step:08d}.json")
         self._profile = profile(activities=activities)
         self._profile.start()
-
-
-def build_profiler(updates: int, folder: Path, comm: Communicator) -> Profiler:
-    """Return a profiler of so many updates, writing into `folder`; of none, one that does nothing."""
-    return StepProfiler(updates, folder, comm) if updates else Profiler()

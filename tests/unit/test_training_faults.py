@@ -18,8 +18,8 @@ from dist_train.models.norms import BatchStatistics
 from dist_train.outcome import DivergedError, FaultError, UsageError
 from dist_train.rundir.records import EventRecord, read_records
 from dist_train.rundir.status import StatusFile
+from dist_train.training.evaluation import evaluate_stored
 from dist_train.training.reduction import Tally
-from dist_train.training.stored import evaluate_stored
 from tests.raising import raises
 from tests.unit.small_trainers import build_trainer, small_config
 from tests.unit.test_cli_commands import write_config
