@@ -129,7 +129,7 @@ def test_an_evaluation_decides_its_own_threads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("override", ["model.width=0.5", "data.synthetic_shape=[1,20,20]", "model.norm=none"])
 def test_an_evaluation_of_another_model_is_refused(tmp_path: Path, override: str) -> None:
     build_trainer(small_config(), tmp_path, Alone()).run()
-    with pytest.raises(UsageError):
+    with raises(UsageError, "settings-changed"):
         evaluate_stored(tmp_path, "test", [override])
 
 
