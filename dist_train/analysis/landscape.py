@@ -146,12 +146,7 @@ def _course(settings: LandscapeSettings, stored: Sequence[Stored], subject: Subj
 
 
 def _measure_all(
-    folder: LandscapeFolder,
-    subject: Subject,
-    course: _Course,
-    comm: Communicator,
-    threads: int | None,
-    report: Report,
+    folder: LandscapeFolder, subject: Subject, course: _Course, comm: Communicator, threads: int | None, report: Report
 ) -> None:
     """Share the points that nobody has finished yet out over the ranks, and write them all."""
     numbers = range(len(course.points))

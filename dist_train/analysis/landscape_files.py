@@ -155,7 +155,6 @@ class LandscapeFolder:
     """The folder of one result, below the folder of a run's analyses."""
 
     def __init__(self, parent: Path, identity: Identity) -> None:
-        """Name the folder; nothing is written yet."""
         self.identity = identity
         self.path = parent / identity.name
         self.points = self.path / "points.csv"
@@ -222,16 +221,13 @@ class LandscapeFolder:
     def _check(self) -> None:
         try:
             fields = json.loads(self.settings.read_text(encoding="utf-8"))
-            kept = Identity(str(fields["kind"]), fields["checkpoints"], fields["settings"])
-            digests = [checkpoint["sha256"] for checkpoint in kept.checkpoints]
+            key = Identity(str(fields["kind"]), fields["checkpoints"], fields["settings"]).key
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(
                 f"{self.settings} is damaged: remove the folder {self.path}, or choose --output",
                 code="landscape-damaged",
             ) from error
-        wanted = [checkpoint["sha256"] for checkpoint in self.identity.checkpoints]
-        asked = json.loads(json.dumps(dict(self.identity.settings)))
-        if (kept.kind, digests, kept.settings) != (self.identity.kind, wanted, asked):
+        if key != self.identity.key:
             raise UsageError(
                 f"{self.path} holds another result: remove it, or choose another folder by --output",
                 code="another-result",

@@ -20,12 +20,11 @@ from dist_train.config import Config
 from dist_train.data.images import BatchRequest, SampleSource
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
-from dist_train.models import build_model
 from dist_train.models.norms import norm_modules
 from dist_train.outcome import UsageError
 from dist_train.randomness import generator
 from dist_train.training.compute import Compute, set_up_compute
-from dist_train.training.evaluation import find_checkpoint, statistics_samples, stored_config
+from dist_train.training.evaluation import find_checkpoint, statistics_samples, stored_config, stored_model
 
 _logger = logging.getLogger("dist_train.analysis")
 _BATCH_SIZES = {"cpu": 100, "cuda": 1000}
@@ -104,7 +103,7 @@ def open_subject(stored: Stored, overrides: Sequence[str], measure: MeasureSetti
     channels_last = config.precision.channels_last or compute.device.type == "cpu"
     layout = torch.channels_last if channels_last else torch.contiguous_format
     batch_size = measure.batch_size or _BATCH_SIZES[compute.device.type]
-    model = model_of(stored, config)
+    model = stored_model(stored.contents, config)
     splits = open_splits(config.data, config.run.seed, compute.device, layout)
     try:
         train, test = (
@@ -122,13 +121,6 @@ def open_subject(stored: Stored, overrides: Sequence[str], measure: MeasureSetti
     return Subject(config, model, place_of(model), compute, channels_last, batch_size, train, test, statistics)
 
 
-def model_of(stored: Stored, config: Config) -> nn.Module:
-    """Return the network of `config` with the state of `stored`, on the CPU."""
-    model = build_model(config)
-    model.load_state_dict(stored.contents.model)
-    return model
-
-
 def place_in(other: Stored, subject: Subject) -> Place:
     """Return where `other` lies in the weight space of `subject`.
 
@@ -144,7 +136,7 @@ def place_in(other: Stored, subject: Subject) -> Place:
             code="another-network",
         )
     _check_data(other, subject.config, config)
-    return place_of(model_of(other, config))
+    return place_of(stored_model(other.contents, config))
 
 
 def _check_data(other: Stored, ours: Config, theirs: Config) -> None:

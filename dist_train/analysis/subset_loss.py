@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_train.analysis.landscape_subject import Stored, model_of
+from dist_train.analysis.landscape_subject import Stored
 from dist_train.analysis.sharpness_record import MeasuredCheckpoint, MeasuredData, SharpnessSettings
 from dist_train.cluster.communicator import Alone
 from dist_train.cluster.devices import choose_device
@@ -29,7 +29,7 @@ from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import DivergedError, UsageError
 from dist_train.randomness import generator
 from dist_train.training.compute import Compute, set_up_compute, share_of_threads
-from dist_train.training.evaluation import recompute_statistics, statistics_samples, stored_config
+from dist_train.training.evaluation import recompute_statistics, statistics_samples, stored_config, stored_model
 
 Result = TypeVar("Result")
 
@@ -182,7 +182,7 @@ def open_stored_subset(
     compute = set_up_compute(exactly, choose_device(config.run.device, local_rank=0))
     layout = torch.channels_last if precision.channels_last else torch.contiguous_format
     chosen = choose_samples(_training_labels(config), config.data.image_format.classes, settings)
-    model = model_of(stored, config).to(compute.device)
+    model = stored_model(stored.contents, config).to(compute.device)
     with ExitStack() as stack:
         splits = open_splits(config.data, config.run.seed, compute.device, layout)
         stack.callback(splits.close)
@@ -229,8 +229,8 @@ def cut(chosen: Tensor, batch_size: int) -> tuple[Tensor, ...]:
 def _training_labels(config: Config) -> Tensor:
     data, seed = config.data, config.run.seed
     if data.name == "imagefolder":
-        if data.root is None or data.classes is None:
-            raise UsageError("an image folder needs data.root and data.classes", code="image-folder-unset")
+        assert data.root is not None
+        assert data.classes is not None
         return training_subset(list_split(data.root, "train", data.classes, seed), data.train_size, seed).labels
     return load_images(data, "train", seed).labels
 

@@ -132,23 +132,18 @@ def decoded_once(folder: Path, source: Source, decode: Callable[[], ImageSet]) -
 
 def _open(folder: Path, key: str) -> ImageSet:
     record_file, images_file, labels_file = _files(folder, key)
-    record = _read_record(record_file)
+    try:
+        record = _Record(**json.loads(record_file.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _DamagedError(f"{record_file.name} is not the record that was written: {error}") from error
+    if record != record.checked():
+        raise _DamagedError(f"{record_file.name} is not the record that was written")
     images = _map(images_file, record.images_sha256)
     labels = _map(labels_file, record.labels_sha256)
     has_form = images.dtype == np.uint8 and images.ndim == 4 and labels.dtype == np.int64
     if not has_form or labels.shape != images.shape[:1] or not np.all((labels >= 0) & (labels < record.classes)):
         raise _DamagedError("its files do not hold images and their labels")
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), record.classes, key)
-
-
-def _read_record(path: Path) -> _Record:
-    try:
-        record = _Record(**json.loads(path.read_bytes()))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise _DamagedError(f"{path.name} is not the record that was written: {error}") from error
-    if record != record.checked():
-        raise _DamagedError(f"{path.name} is not the record that was written")
-    return record
 
 
 def _map(path: Path, sha256: str) -> NDArray[Any]:

@@ -69,7 +69,7 @@ class _Batch:
 
 
 class LoaderProcesses(Decoder):
-    """Decodes in processes of its own, which start at the first use and stay.
+    """Decodes, to `size` pixels square, in processes of its own, which start at the first use and stay.
 
     Parts of batches are handed out in the order of the batches, so that the one that is waited for is
     always under way. What is done and not fetched yet is bounded by the slots: 256 MiB at most, unless a
@@ -77,7 +77,6 @@ class LoaderProcesses(Decoder):
     """
 
     def __init__(self, processes: int, size: int) -> None:
-        """Decode to `size` pixels square, in so many processes."""
         assert processes >= 1
         image_bytes = CHANNELS * size * size
         self._form = SlotForm(max(1, min(_MOST_IMAGES, _SLOT_BYTES // image_bytes)), size)
@@ -89,11 +88,6 @@ class LoaderProcesses(Decoder):
         self._batches: deque[_Batch] = deque()
         self._under_way: dict[int, _Part | None] = {}
         """By slot; None for a part that is no longer wanted."""
-
-    @property
-    def pids(self) -> list[int]:
-        """The processes that run."""
-        return [process.pid for process in self._processes]
 
     def prefetch(self, orders: Iterable[Order]) -> None:
         """Begin to decode what will be fetched next; FaultError where a loader process is gone."""

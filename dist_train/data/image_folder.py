@@ -212,8 +212,8 @@ def open_folder(settings: DataSettings, seed: int, device: torch.device, pixels:
         UsageError: the folder is not as it must be.
         FaultError: an image that normalization reads is damaged.
     """
-    if settings.root is None or settings.classes is None:
-        raise UsageError("an image folder needs data.root and data.classes", code="image-folder-unset")
+    assert settings.root is not None
+    assert settings.classes is not None
     train_files = list_split(settings.root, "train", settings.classes, seed)
     test_files = list_split(settings.root, "test", settings.classes, seed)
     check_same_classes(train_files, test_files)

@@ -35,6 +35,7 @@ from dist_train.training.consistency import check_same_data
 from dist_train.training.measuring import (
     HostTimer,
     Measuring,
+    Profiler,
     StepClock,
     UsageReader,
     WeightNorms,
@@ -47,7 +48,6 @@ from dist_train.training.micro_batches import (
     shares_micro_batches,
     sum_over,
 )
-from dist_train.training.profiling import Profiler
 from dist_train.training.reduction import GradientReduction, Tally, build_reduction
 from dist_train.training.step import TrainingStep
 from dist_train.training.stopping import StopRequests, TimeLimit, job_time_limit

@@ -262,10 +262,9 @@ def _normal(device: torch.device) -> _Distribution:
 
 
 class _Filters:
-    """Which of the flat weights are a filter's."""
+    """Which of `count` flat weights are a filter's: so many of each, one after the other."""
 
     def __init__(self, lengths: Tensor, count: int) -> None:
-        """Cut `count` weights into filters of `lengths`."""
         self._lengths = lengths
         self._last = lengths.cumsum(0) - 1
         self._count = count

@@ -50,6 +50,9 @@ class PlannedRun:
         return RunDirectory(self.directory)
 
 
+_RECORDED = ("number", "name", "variant", "title", "seed", "settings", "overrides")
+
+
 @dataclass(frozen=True)
 class Plan:
     """A study and its runs; `directory` is the study's folder, `base_file` the configuration that it varies."""
@@ -120,18 +123,7 @@ def write_plan(plan: Plan) -> None:
     study, files = plan.study.model_dump(mode="json"), StudyDirectory(plan.directory)
     atomic.write_text(files.study, yaml.safe_dump(study, sort_keys=False))
     atomic.write_text(files.base, dump_config(plan.base))
-    runs = [
-        {
-            "number": run.number,
-            "name": run.name,
-            "variant": run.variant,
-            "title": run.title,
-            "seed": run.seed,
-            "settings": run.settings,
-            "overrides": run.overrides,
-        }
-        for run in plan.runs
-    ]
+    runs = [{name: getattr(run, name) for name in _RECORDED} for run in plan.runs]
     atomic.write_text(files.runs, json.dumps(runs, indent=2) + "\n")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ from typing import Any
 
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode
+from dist_train.rundir.lock import try_to_lock
 from dist_train.rundir.status import read_status
 from dist_train.sweep.planned_runs import Plan, PlannedRun
 from dist_train.sweep.standing import Standing, standing_of
@@ -137,14 +137,9 @@ def take(run: PlannedRun) -> int | None:
     """Return a descriptor that holds `run` for this sweep alone; None where another process holds it."""
     run.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(run.files.sweep_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not try_to_lock(descriptor, run.files.sweep_lock):
         os.close(descriptor)
         return None
-    except OSError:
-        # A file system without locks: the run's status alone says whether someone is at it.
-        return descriptor
     return descriptor
 
 
@@ -171,13 +166,11 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        """Take over the signals."""
         heeded = [number for number in self._SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -160,9 +160,7 @@ def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dic
         open_data = partial(open_splits, config.data, config.run.seed, compute.device, layout)
         splits = run_on_all_ranks(comm, open_data, "load the data")
         stack.callback(splits.close)
-        model = build_model(config)
-        model.load_state_dict(contents.model)
-        model.to(compute.device)
+        model = stored_model(contents, config).to(compute.device)
         samples = splits.train if split == "train" else splits.test
         batch_size = config.evaluation.batch_size
         result = evaluate(model, samples, len(samples), batch_size=batch_size, compute=compute, comm=comm)
@@ -176,6 +174,13 @@ def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dic
         "accuracy": result.accuracy,
         "samples": result.samples,
     }
+
+
+def stored_model(contents: Contents, config: Config) -> nn.Module:
+    """Return the network of `config` with the state that a checkpoint holds, on the CPU."""
+    model = build_model(config)
+    model.load_state_dict(contents.model)
+    return model
 
 
 def stored_config(contents: Contents, overrides: Sequence[str]) -> Config:

@@ -27,9 +27,8 @@ from dist_train.rundir.records import Detail, EvaluationRecord, EventRecord, Rec
 from dist_train.rundir.status import StatusFile
 from dist_train.training.consistency import verify_agreement
 from dist_train.training.evaluation import evaluate, recompute_statistics, statistics_samples
-from dist_train.training.measuring import Measuring
+from dist_train.training.measuring import Measuring, Profiler
 from dist_train.training.micro_batches import halve, share_of
-from dist_train.training.profiling import Profiler
 from dist_train.training.step import GlobalBatch, OutOfMemoryError, TrainingStep, Update
 from dist_train.training.stopping import StopRequests, TimeLimit
 

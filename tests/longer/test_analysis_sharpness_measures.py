@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_train.analysis.sharpness_measures import (
+from dist_train.analysis.sharpness import (
     coordinates,
     expected_rises,
     full_space,

@@ -154,5 +154,3 @@ def test_a_damaged_image_is_a_fault_that_names_the_file(tmp_path: Path, loaders:
 def test_a_folder_that_does_not_fit_the_settings_is_refused(root: Path) -> None:
     with raises(UsageError, "class-count"):
         open_splits(data(root, classes=5), 0, CPU)
-    with raises(UsageError, "image-folder-unset"):
-        open_splits(DataSettings(name="imagefolder"), 0, CPU)

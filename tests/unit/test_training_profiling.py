@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dist_train.cluster.communicator import Alone
-from dist_train.training.profiling import Profiler
+from dist_train.training.measuring import Profiler
 from tests.unit.small_trainers import build_trainer, small_config, state_bits
 
 PHASES = ("perturb", "forward-backward", "restore", "allreduce", "update")
