@@ -111,7 +111,7 @@ def add_evaluate(subparsers: Subparsers) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from dist_train.training.stored import evaluate_stored
+    from dist_train.training.evaluation import evaluate_stored
 
     result = evaluate_stored(arguments.target, arguments.split, arguments.overrides)
     is_finite = result["loss"] is not None

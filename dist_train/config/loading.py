@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from dist_train.config.combinations import conflicts
+from dist_train.config.former import with_present_names
 from dist_train.config.plugins import from_folder, plugin_problems, with_long_names
 from dist_train.config.problems import ConfigError, Problem, problem, problems_of
 from dist_train.config.sections import Config
@@ -149,7 +150,7 @@ def parse_config(settings: Mapping[str, Any], *, source: str, plugins: Sequence[
         ConfigError: something in it is wrong; every problem is listed.
     """
     try:
-        settings = _with_plugins(settings, plugins)
+        settings = _with_plugins(with_present_names(settings, source), plugins)
         text = json.dumps(settings, default=_refuse)
         config = Config.model_validate_json(text, strict=True)
     except ValidationError as error:

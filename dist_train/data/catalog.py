@@ -9,8 +9,7 @@ from functools import partial
 from dist_train.config import DataSettings
 from dist_train.config.plugins import call_plugin, is_plugin
 from dist_train.data import cifar, fashion_mnist, synthetic
-from dist_train.data.cache import Source, decoded_once
-from dist_train.data.download import decoded_folder
+from dist_train.data.cache import Source, decoded_folder, decoded_once
 from dist_train.data.image_folder import check_same_classes, list_split, training_subset
 from dist_train.data.images import ImageSet, Split, in_memory
 from dist_train.data.plan import balanced_subset

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_train.data.download import data_sets_folder, fetch
+from dist_train.data.cache import data_sets_folder, fetch
 from dist_train.data.images import ImageSet, Split
 from dist_train.outcome import UsageError
 

@@ -94,10 +94,10 @@ def _pixels(image: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """A micro-batch to come: its samples, int64 [n] on the CPU, and the epoch that augments them (none: plain)."""
+    """The samples of a batch, int64 [n] on the CPU, and the epoch that augments them; None: as they are."""
 
     indices: Tensor
-    epoch: int | None
+    epoch: int | None = None
 
 
 class SampleSource(Protocol):
@@ -113,14 +113,8 @@ class SampleSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def micro_batch(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """Return augmented inputs [n, C, H, W] and labels int64 [n] for `indices`, int64 [n] on the CPU."""
-
-    def unaugmented(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return inputs and labels of `indices`, int64 [n] on the CPU, not augmented."""
-
-    def plain(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return inputs and labels of the samples `start` to `stop` (exclusive), not augmented."""
+    def read(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
+        """Return inputs [n, C, H, W] and labels int64 [n] of `batch`."""
 
     def prefetch(self, batches: Iterable[BatchRequest]) -> None:
         """Begin to prepare what will be asked for next, in this order; replaces earlier announcements.

@@ -301,7 +301,7 @@ def check_disk(name: str, directory: Path) -> Check:
 def check_cache() -> Check:
     """Check the folder for decoded data."""
     try:
-        from dist_train.data.download import decoded_folder
+        from dist_train.data.cache import decoded_folder
     except (ImportError, OSError):
         return Check("cache", "note", "not checked: torch cannot be loaded")
     check = check_disk("cache", decoded_folder())

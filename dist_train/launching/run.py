@@ -22,9 +22,8 @@ from dist_train.launching.session import Session, open_session
 from dist_train.monitoring.console import open_logs
 from dist_train.monitoring.prometheus.http_server import access_warnings
 from dist_train.rundir.lock import RunLock, lock_run
-from dist_train.rundir.metrics_file import rewind
 from dist_train.rundir.paths import RunDirectory, oserror_to_fault
-from dist_train.rundir.records import Outcome
+from dist_train.rundir.records import Outcome, rewind
 from dist_train.start_up import without_collection
 from dist_train.training.compute import share_of_threads
 from dist_train.training.consistency import check_consistent_across_ranks

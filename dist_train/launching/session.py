@@ -21,9 +21,8 @@ from dist_train.monitoring.prometheus.exporter import Exporter
 from dist_train.outcome import DisagreementError, DivergedError, ExitCode, FaultError, StoppedError, exit_code_of
 from dist_train.rundir.live_files import EventCounts, RanksFile
 from dist_train.rundir.lock import RunLock
-from dist_train.rundir.metrics_file import JsonLines
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import Detail, EventRecord, Observer, Outcome
+from dist_train.rundir.records import Detail, EventRecord, JsonLines, Observer, Outcome
 from dist_train.rundir.status import State, StatusFile, another_failed, read_status
 
 if TYPE_CHECKING:

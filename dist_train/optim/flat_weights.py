@@ -27,13 +27,12 @@ class Segment:
 
 
 class FlatWeights:
-    """The trainable parameters of a model as views of `values` [n], their gradients as views of `gradients` [n].
+    """The trainable parameters of a model, moved into one buffer: views of `values` [n], gradients of `gradients` [n].
 
     Between tensors there is padding, always zero in both.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Move the parameters of `model` into one buffer on their device."""
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.parameters: tuple[nn.Parameter, ...] = tuple(parameter for _, parameter in named)
         of_norms = norm_parameters(model)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dist_train.config import NoiseSettings
+from dist_train.config.former import STREAM_OF_A_RANK
 from dist_train.config.plugins import call_plugin, is_plugin
 from dist_train.optim.flat_weights import FlatWeights, digest
 from dist_train.optim.schedules import noise_factor
@@ -105,7 +106,7 @@ class SmoothOut(_Perturbing):
         if self.settings.sharing == "global":
             self.move(step)
         elif self.settings.sharing == "rank":
-            self.move(step, "rank", self.rank)
+            self.move(step, STREAM_OF_A_RANK, self.rank)
 
     def perturb_for(self, micro_batch: int, ascend: Ascend) -> None:
         """Move to the micro-batch's own point, if it has one."""
@@ -129,7 +130,7 @@ class SmoothOut(_Perturbing):
     def digest(self, step: int) -> int:
         """Return a digest of the perturbed weights, or, where they differ on purpose, of the first draw."""
         if self.settings.sharing == "rank":
-            self._draws.draw(self.weights.values, self.amplitude(step), step, "rank", 0)
+            self._draws.draw(self.weights.values, self.amplitude(step), step, STREAM_OF_A_RANK, 0)
         elif self.settings.sharing == "micro_batch":
             self._draws.draw(self.weights.values, self.amplitude(step), step, 0)
         return digest(self._perturbed)
@@ -267,10 +268,9 @@ def _normal(device: torch.device) -> _Distribution:
 
 
 class Filters:
-    """Which of the flat weights are a filter's."""
+    """Which of `count` flat weights are a filter's: so many of each, one after the other."""
 
     def __init__(self, lengths: Tensor, count: int) -> None:
-        """Cut `count` weights into filters of `lengths`."""
         self._lengths = lengths
         self._last = lengths.cumsum(0) - 1
         self._count = count

@@ -147,13 +147,7 @@ def _begin_state(optimizer: Optimizer, *names: str) -> None:
 
 
 _OPTIMIZERS: Mapping[str, Callable[[OptimizerSettings, Sequence[Group]], Optimizer]] = MappingProxyType(
-    {
-        "sgd": _sgd,
-        "adam": _adam,
-        "adamw": partial(_adam, kind=torch.optim.AdamW),
-        "lars": _lars,
-        "lamb": _lamb,
-    }
+    {"sgd": _sgd, "adam": _adam, "adamw": partial(_adam, kind=torch.optim.AdamW), "lars": _lars, "lamb": _lamb}
 )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import secrets
@@ -16,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+_logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -73,6 +76,25 @@ def swap_text(path: Path, content: str, mode: int | None = None) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+class RewrittenFile:
+    """A small file that is rewritten as a run proceeds. A disk that refuses costs one warning, until it takes again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.is_refused = False
+
+    def write(self, content: str) -> None:
+        """Write `content`, as `swap_text` does."""
+        try:
+            swap_text(self.path, content)
+        except OSError as error:
+            if not self.is_refused:
+                _logger.warning("%s cannot be written; training continues: %s", self.path, error)
+            self.is_refused = True
+        else:
+            self.is_refused = False
 
 
 def open_regular(path: Path, flags: int = 0) -> BinaryIO:

@@ -72,7 +72,7 @@ def lock_run(root: Path, path: Path, *, patience: float = PATIENCE_SECONDS, leas
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     begun = time.monotonic()
     try:
-        while not _try_to_lock(descriptor, path):
+        while not try_to_lock(descriptor, path):
             holder = _read(descriptor)
             if time.monotonic() - begun >= (lease if _is_predecessor(holder) else patience):
                 raise UsageError(_refusal(root, holder), code="run-in-use")
@@ -85,7 +85,10 @@ def lock_run(root: Path, path: Path, *, patience: float = PATIENCE_SECONDS, leas
         raise
 
 
-def _try_to_lock(descriptor: int, path: Path) -> bool:
+def try_to_lock(descriptor: int, path: Path) -> bool:
+    """Lock the file at `path`, open as `descriptor`; False where another process holds it. A file system without locks
+    is passed over with a warning. Raises OSError.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

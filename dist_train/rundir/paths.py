@@ -28,7 +28,6 @@ class RunDirectory:
     """The files of a run below `root`."""
 
     def __init__(self, root: Path) -> None:
-        """Name the files; nothing is made yet."""
         self.root = root
         self.config = root / "config.yaml"
         """Every setting, resolved."""
@@ -168,7 +167,6 @@ class StudyDirectory:
     """The files of a study below `root`; its runs are the folders beside them."""
 
     def __init__(self, root: Path) -> None:
-        """Name the files; nothing is made yet."""
         self.root = root
         self.study = root / "study.yaml"
         self.base = root / "base.yaml"

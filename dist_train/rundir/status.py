@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import time
@@ -16,8 +15,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from dist_train.outcome import ExitCode
-from dist_train.rundir import atomic
-from dist_train.rundir.atomic import json_text
+from dist_train.rundir.atomic import RewrittenFile, json_text, open_regular
 from dist_train.rundir.paths import BrokenFileError
 
 State = Literal["starting", "running", "stopping", "stopped", "finished", "failed"]
@@ -29,7 +27,6 @@ _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 _PACE_SECONDS = 1.0
-_logger = logging.getLogger("dist_train.rundir.status")
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class StatusFile:
 
     def __init__(self, path: Path, world_size: int, environment: Mapping[str, str] = MappingProxyType({})) -> None:
         """Begin in state `starting`; nothing is written yet."""
-        self._path = path
+        self._file = RewrittenFile(path)
         now = _now()
         self.current = Status(
             state="starting",
@@ -86,7 +83,6 @@ class StatusFile:
             environment=dict(environment),
         )
         self._written = 0.0
-        self._refused = False
 
     def change(self, state: State, **fields: object) -> None:
         """Enter `state` and write at once."""
@@ -99,7 +95,7 @@ class StatusFile:
         A failure that another rank of this launch has written down stays: this one may be a step behind it.
         """
         self.current = replace(self.current, **fields)  # type: ignore[arg-type]  # checked by replace
-        if time.monotonic() - self._written >= _PACE_SECONDS and not another_failed(self._path):
+        if time.monotonic() - self._written >= _PACE_SECONDS and not another_failed(self._file.path):
             self._write()
 
     def end(self, state: State, exit_code: ExitCode, reason: str) -> None:
@@ -109,14 +105,7 @@ class StatusFile:
     def _write(self) -> None:
         self._written = time.monotonic()
         self.current = replace(self.current, updated=_now())
-        try:
-            atomic.swap_text(self._path, json_text(asdict(self.current), indent=2) + "\n")
-        except OSError as error:
-            if not self._refused:
-                _logger.warning("%s cannot be written; training continues: %s", self._path, error)
-            self._refused = True
-        else:
-            self._refused = False
+        self._file.write(json_text(asdict(self.current), indent=2) + "\n")
 
 
 def load_status(path: Path) -> Status:
@@ -126,7 +115,7 @@ def load_status(path: Path) -> Status:
         BrokenFileError: it is not there, cannot be read, or is no status.
     """
     try:
-        with atomic.open_regular(path) as file:
+        with open_regular(path) as file:
             return _STATUS.validate_json(file.read())
     except FileNotFoundError:
         raise BrokenFileError(f"no {path.name}") from None

@@ -26,7 +26,6 @@ from dist_train.rundir.status import Status, StatusFile, read_status
 from dist_train.sweep.planned_runs import PlannedRun
 from dist_train.watch.run_table import ALIVE, COLOURS, RunSummary, read_runs
 
-_CHECKPOINT = re.compile(r"step-(\d+)\.pt")
 _UNRECOVERABLE = frozenset({ExitCode.USAGE, ExitCode.DIVERGED, ExitCode.DISAGREEMENT})
 
 
@@ -77,9 +76,8 @@ def decide(run: Path, limit: int, launch: str | None = None, death: str = "") ->
 
 
 def newest_step(run: Path) -> int:
-    """Return the step of the newest checkpoint in `run`; 0 where there is none."""
-    matches = (_CHECKPOINT.fullmatch(path.name) for path in RunDirectory(run).checkpoints.glob("step-*.pt"))
-    return max((int(match[1]) for match in matches if match), default=0)
+    """Return the step of the newest whole checkpoint in `run`; 0 where there is none."""
+    return max(RunDirectory(run).checkpoint_steps(), default=0)
 
 
 def read_requeues(run: Path) -> Requeues:

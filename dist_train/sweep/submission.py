@@ -71,13 +71,7 @@ def write_script(submission: Submission) -> str:
         f"--output={submission.log}",
         *submission.options,
     ]
-    run = [
-        "train",
-        str(submission.config_file),
-        *submission.overrides,
-        "--run-dir",
-        str(submission.run_directory),
-    ]
+    run = ["train", str(submission.config_file), *submission.overrides, "--run-dir", str(submission.run_directory)]
     ranks = submission.ranks_per_node
     return "\n".join(
         (

@@ -14,13 +14,7 @@ import numpy as np
 import torch
 
 import dist_train
-from dist_train.cluster.communicator import (
-    Communicator,
-    broadcast_str,
-    gather,
-    run_on_all_ranks,
-    signed_digest,
-)
+from dist_train.cluster.communicator import Communicator, broadcast_str, gather, run_on_all_ranks, signed_digest
 from dist_train.config import Config
 from dist_train.config.plugins import plugin_files
 from dist_train.optim.flat_weights import FlatWeights, digest

@@ -28,9 +28,8 @@ from dist_train.rundir.records import Detail, EvaluationRecord, EventRecord, Rec
 from dist_train.rundir.status import StatusFile
 from dist_train.training.consistency import verify_agreement
 from dist_train.training.evaluation import evaluate, recompute_statistics, statistics_samples
-from dist_train.training.measuring import Measuring
+from dist_train.training.measuring import Measuring, Profiler
 from dist_train.training.micro_batches import halve, share_of
-from dist_train.training.profiling import Profiler
 from dist_train.training.step import GlobalBatch, OutOfMemoryError, TrainingStep, Update
 from dist_train.training.stopping import StopRequests, TimeLimit
 
@@ -60,8 +59,9 @@ class Trainer:
     status: StatusFile | None
     stop: StopRequests
     progress: Progress
-    profiler: Profiler = field(default_factory=Profiler)
-    measuring: Measuring = field(default_factory=Measuring)
+    profiler: Profiler | None = None
+    measuring: Measuring | None = None
+    """Settings alone decide whether steps are measured, so that all ranks do alike."""
     time_limit: TimeLimit = field(default_factory=lambda: TimeLimit(None))
     may_shrink: bool = False
     """Whether a micro-batch that runs out of memory may be made smaller."""
@@ -108,7 +108,8 @@ class Trainer:
 
     def close(self) -> None:
         """Wait for what is being written, whatever became of it, and let go of the data."""
-        self.profiler.close()
+        if self.profiler:
+            self.profiler.close()
         self.splits.close()
         if self.writer is not None:
             self.writer.close()
@@ -155,13 +156,15 @@ class Trainer:
 
     def _after_step(self, update: Update, seconds: float) -> None:
         step = self.progress.step
-        self.profiler.after_update(step)
+        if self.profiler:
+            self.profiler.after_update(step)
         self._busy_seconds += seconds
         self._steps_done += 1
         self._hand_out_measurement()
         if step % self.config.metrics.every_steps == 0 or step == self.last_step:
             self._record_update(update, seconds)
-            self.measuring.start(step, seconds, update.times)
+            if self.measuring:
+                self.measuring.start(step, seconds, update.times)
         every = self.config.comm.verify_every
         if every and (step % every == 0 or step == self.last_step):
             verify_agreement(self.comm, self.take_step.weights, self.take_step.noise, step - 1)
@@ -186,8 +189,7 @@ class Trainer:
 
     def _hand_out_measurement(self) -> None:
         """Hand out the measurement that was started after an earlier step, if any."""
-        measurement = self.measuring.result()
-        if measurement is not None:
+        if self.measuring and (measurement := self.measuring.result()):
             self.observers.measurement(measurement)
 
     def _is_due(self, every_epochs: int) -> bool:
@@ -268,7 +270,8 @@ class Trainer:
         best = self.progress.best_saved_step if self.config.checkpoint.keep_best else None
         begun = time.perf_counter()
         self.writer.submit(self.contents(), best)
-        self.measuring.note_stall(time.perf_counter() - begun)
+        if self.measuring:
+            self.measuring.note_stall(time.perf_counter() - begun)
 
     def contents(self) -> Contents:
         """Return what a checkpoint of this moment holds."""

@@ -52,9 +52,7 @@ def test_the_second_is_refused_and_told_who_is_there(tmp_path: Path) -> None:
     first = lock(tmp_path)
     with raises(UsageError, "run-in-use") as refused:
         lock(tmp_path)
-    message = str(refused.value)
-    assert f"process {os.getpid()} on {socket.gethostname()}" in message
-    assert "--run-dir" in message
+    assert f"process {os.getpid()} on {socket.gethostname()}" in str(refused.value)
     first.release()
 
 

@@ -24,7 +24,7 @@ def end(run: Path, code: ExitCode, reason: str = "it broke", launch: str = "") -
 
 
 def checkpoint(run: Path, step: int) -> None:
-    (run / "checkpoints" / f"step-{step:08d}.pt").touch()
+    (run / "checkpoints" / f"step-{step:08d}.json").touch()
 
 
 @pytest.mark.parametrize(

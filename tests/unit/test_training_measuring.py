@@ -17,7 +17,7 @@ from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import DivergedError, StoppedError
 from dist_train.rundir.records import Measurement, Observer, Outcome, Record, RunFacts
-from dist_train.training.measuring import RankMeasuring, UsageReader, WeightNorms
+from dist_train.training.measuring import UsageReader, WeightNorms
 from dist_train.training.trainer import Trainer
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import build_trainer, small_config, state_bits
@@ -92,7 +92,7 @@ def test_rank_0_has_every_rank_s_row_and_each_other_its_own(tmp_path: Path, size
 def test_one_sum_a_measured_step_carries_all_of_it_and_none_where_metrics_are_off(tmp_path: Path) -> None:
     def names(comm: SimulatedRanks, **metrics: Any) -> list[str]:
         trainer = run(tmp_path / str(metrics), comm, metrics=metrics)[1]
-        assert isinstance(trainer.measuring, RankMeasuring) is any(metrics.get(k) for k in ("enabled", "tensorboard"))
+        assert (trainer.measuring is not None) is any(metrics.get(k) for k in ("enabled", "tensorboard"))
         return comm.names
 
     for count, metrics in ((0, {"enabled": False}), (6, ON), (6, {"enabled": False, "tensorboard": True})):
