@@ -58,7 +58,7 @@ class EventCounts(Observer):
 def read_counts(path: Path) -> Mapping[str, int]:
     """Return the counts in `path`, none where it is not there. Raises OSError or ValueError where it is broken."""
     try:
-        content = path.read_text(encoding="utf-8")
+        content = atomic.read_regular(path)
     except FileNotFoundError:
         return {}
     counts = json.loads(content)
@@ -122,7 +122,7 @@ class RanksFile(Observer):
 def read_ranks(path: Path) -> RanksReading | None:
     """Return what the file at `path` holds, null as NaN; None where there is none that can be read."""
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads(atomic.read_regular(path))
         ranks = tuple(_measurement(rank) for rank in fields["ranks"])
         return RanksReading(int(fields["step"]), float(fields["time"]), ranks)
     except (OSError, ValueError, KeyError, TypeError):

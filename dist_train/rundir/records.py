@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from dist_train.rundir.atomic import json_text, open_regular
+from dist_train.rundir.atomic import json_text, open_regular, read_regular
 
 Detail: TypeAlias = str | int | float | bool | None
 _Real = TypeVar("_Real", int, float)
@@ -243,13 +243,12 @@ def _word(value: object) -> str:
 
 def read_records(path: Path) -> tuple[Record, ...]:
     """Return the records of `path` in order, without torn lines. Raises OSError where it cannot be read."""
-    with open_regular(path) as file:
-        return _parse(file.read())
+    return _parse(read_regular(path))
 
 
 def read_last_records(path: Path, size: int = 1 << 16) -> tuple[Record, ...]:
     """Return the records in the last `size` bytes of `path`. Raises OSError where it cannot be read."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         end = file.seek(0, 2)
         file.seek(max(0, end - size))
         return _parse(file.read())
