@@ -93,12 +93,15 @@ class JsonLines(Observer):
         self._refused = False
 
 
+_BEGINNINGS = frozenset({"resumed", "lengthened", "initialized"})
+
+
 def rewind(path: Path, step: int) -> None:
     """Make `path` what it was when the checkpoint at `step` was saved, for a run that resumes from it.
 
-    Drops torn lines, records after `step`, second records of one (kind, step, split or event), and
-    `resumed` events at `step` itself, since this resume writes its own. Whole or not at all. A file
-    that is not there stays so.
+    Drops torn lines, records after `step`, second records of one (kind, step, split or event), and events at `step`
+    itself that say how a launch begins, since this one writes its own. Whole or not at all. A file that is not there
+    stays so.
     """
     if not path.exists():
         return
@@ -109,7 +112,7 @@ def rewind(path: Path, step: int) -> None:
         identity = _identity(line)
         if identity is None or identity in seen or identity.step > step:
             continue
-        if identity == Identity("event", step, "resumed"):
+        if identity.step == step and identity.kind == "event" and identity.part in _BEGINNINGS:
             continue
         seen.add(identity)
         kept.append(line + b"\n")

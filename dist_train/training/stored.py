@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from dist_train.checkpoint.files import Contents, list_checkpoints, read_checkpoint
+from dist_train.checkpoint.files import Contents, find_checkpoint, read_checkpoint
 from dist_train.cluster.communicator import run_on_all_ranks
 from dist_train.cluster.devices import device_type, share_out_devices
 from dist_train.cluster.joining import join_ranks
@@ -28,18 +28,6 @@ from dist_train.training.evaluation import evaluate
 _HARMLESS = frozenset(
     {"run.device", *(f"precision.{name}" for name in ("compute", "channels_last", "compile", "threads", "tf32"))}
 )
-
-
-def find_checkpoint(target: Path) -> Path:
-    """Return `target` if it is a file, else the last checkpoint of that run; raise UsageError where there is none."""
-    if target.is_file():
-        return target
-    if not target.is_dir():
-        raise UsageError(f"{target}: there is no such run or checkpoint", code="target-missing")
-    files = list_checkpoints(target / "checkpoints")
-    if not files:
-        raise UsageError(f"{target} holds no checkpoint", code="no-checkpoint")
-    return files[-1].path
 
 
 def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dict[str, object]:
