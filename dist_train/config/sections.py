@@ -51,7 +51,10 @@ class RunSettings(Section):
         "an error, not a run on the CPU. Decided when a run begins, and kept on a resume.",
     )
     epochs: PositiveInt = Field(
-        10, description="Passes over the training data; schedules are laid out over them.", examples=[30]
+        10,
+        description="Passes over the training data; schedules are laid out over them. A run that has made all of its "
+        "passes may be resumed with more: schedules are then laid out anew.",
+        examples=[30],
     )
     max_steps: PositiveInt | None = Field(None, description="Stop after this many updates.", examples=[100])
     profile_steps: NonNegativeInt = Field(0, description="Updates of which a profiler trace is written.", examples=[5])
@@ -60,8 +63,15 @@ class RunSettings(Section):
     )
     resume: str = Field(
         "auto",
-        description="auto: resume from the last checkpoint, if any. never: start anew. Or a checkpoint's path.",
+        description="auto: resume from the last checkpoint, if any. never: start anew. Or the path of a checkpoint, or "
+        "of a run: its last one.",
         examples=["runs/other/checkpoints/step-00000040.pt"],
+    )
+    init_from: Path | None = Field(
+        None,
+        description="Checkpoint, or run (its last one), whose weights and norm statistics a new run begins with; none: "
+        "those of the seed.",
+        examples=["runs/other"],
     )
 
 

@@ -74,6 +74,16 @@ class Session:
         if resume_point.contents is not None:
             self._record_event("resumed", ranks=self._comm.size)
             self._note_changed_plugins(resume_point.contents.plugins, plugins)
+        if resume_point.epochs_before is not None:
+            self._record_lengthening(trainer, resume_point.epochs_before)
+        if (initial := resume_point.initial) is not None:
+            _logger.info("the weights are those of %s, step %d", initial.path, initial.step)
+            origin: dict[str, Detail] = {
+                "checkpoint": str(initial.path),
+                "checkpoint_step": initial.step,
+                "sha256": initial.sha256,
+            }
+            self._record_event("initialized", **origin)
         self.status.change(
             "running",
             step=trainer.progress.step,
@@ -91,6 +101,19 @@ class Session:
             names = ", ".join(changed)
             _logger.warning("plug-ins are not what they were when the checkpoint was saved: %s", names)
             self._record_event("plugins_changed", files=names)
+
+    def _record_lengthening(self, trainer: Trainer, before: int) -> None:
+        now, step = trainer.config.run.epochs, trainer.progress.step
+        _logger.info(
+            "lengthened from %d to %d epochs: schedules are laid out anew over %d updates; the next one has learning "
+            "rate %g, noise amplitude %g",
+            before,
+            now,
+            trainer.total_steps,
+            trainer.learning_rate.at(step),
+            trainer.take_step.noise.amplitude(step),
+        )
+        self._record_event("lengthened", before=before, now=now)
 
     def before_publishing(self) -> None:
         """Flush the records that a checkpoint belongs to, before it gets its name. From any thread.
@@ -153,7 +176,10 @@ class Session:
         """Record the fault in the status, on whichever rank it happened: no other may know of it."""
         if self.status is None:
             status = _status_file(self._directory, self._comm)
-            status.progress(step=self._trainer.progress.step if self._trainer else 0)
+            if self._trainer is not None:
+                progress = self._trainer.progress
+                status.note(step=progress.step, epoch=self._trainer.epoch, best_accuracy=progress.best_accuracy)
+                status.note(total_steps=self._trainer.last_step, samples_per_second=self._trainer.samples_per_second)
             status.end("failed", ExitCode.FAULT, f"rank {self._comm.rank}: {reason}")
 
     def _end(self, state: State, code: ExitCode, reason: str, *, is_recorded: bool) -> Outcome:
@@ -195,9 +221,8 @@ def open_session(
 
 
 def _status_file(directory: RunDirectory, comm: Communicator) -> StatusFile:
-    """Return the status of this launch; until it trains, the environment is that of the launch before it."""
-    before = read_status(directory.status)
-    return StatusFile(directory.status, comm.size, before.environment if before else {})
+    """Return the status of this launch; until it trains, it is as far as the launch before it."""
+    return StatusFile(directory.status, comm.size, read_status(directory.status))
 
 
 def _observers(settings: MetricsSettings, directory: RunDirectory, rank: int) -> Iterator[Observer]:

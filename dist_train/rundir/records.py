@@ -16,7 +16,7 @@ from typing import Annotated, NamedTuple, TypeAlias
 from pydantic import BeforeValidator, Field, TypeAdapter
 
 from dist_train.rundir import atomic
-from dist_train.rundir.atomic import json_text, open_regular
+from dist_train.rundir.atomic import json_text, open_regular, read_regular
 
 _logger = logging.getLogger(__name__)
 
@@ -219,13 +219,12 @@ _TRAIN, _EVALUATION, _EVENT = TypeAdapter(TrainRecord), TypeAdapter(EvaluationRe
 
 def read_records(path: Path) -> tuple[Record, ...]:
     """Return the records of `path` in order, without torn lines. Raises OSError where it cannot be read."""
-    with open_regular(path) as file:
-        return _parse(file.read())
+    return _parse(read_regular(path))
 
 
 def read_last_records(path: Path, size: int = 1 << 16) -> tuple[Record, ...]:
     """Return the records in the last `size` bytes of `path`. Raises OSError where it cannot be read."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         end = file.seek(0, 2)
         file.seek(max(0, end - size))
         return _parse(file.read())
@@ -333,12 +332,15 @@ class JsonLines(Observer):
         self._refused = False
 
 
+_BEGINNINGS = frozenset({"resumed", "lengthened", "initialized", "plugins_changed"})
+
+
 def rewind(path: Path, step: int) -> None:
     """Make `path` what it was when the checkpoint at `step` was saved, for a run that resumes from it.
 
-    Drops torn lines, records after `step`, second records of one (kind, step, split or event), and
-    `resumed` events at `step` itself, since this resume writes its own. Whole or not at all. A file
-    that is not there stays so.
+    Drops torn lines, records after `step`, second records of one (kind, step, split or event), and events at `step`
+    itself that say how a launch begins, since this one writes its own. Whole or not at all. A file that is not there
+    stays so.
     """
     if not path.exists():
         return
@@ -349,7 +351,7 @@ def rewind(path: Path, step: int) -> None:
         identity = _identity(line)
         if identity is None or identity in seen or identity.step > step:
             continue
-        if identity == Identity("event", step, "resumed"):
+        if identity.step == step and identity.kind == "event" and identity.part in _BEGINNINGS:
             continue
         seen.add(identity)
         kept.append(line + b"\n")

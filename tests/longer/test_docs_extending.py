@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def saved(folder: Path, name: str) -> dict[str, object]:
+def saved(folder: Path, name: str) -> Any:
     return torch.load(folder / "runs" / name / "checkpoints" / "step-00000002.pt", weights_only=True)
 
 
