@@ -37,9 +37,9 @@ from dist_train.training.measuring import (
     Measuring,
     RankMeasuring,
     StepClock,
-    UsageReader,
     WeightNorms,
     build_step_clock,
+    read_usage_of,
 )
 from dist_train.training.micro_batches import (
     find_micro_size,
@@ -93,7 +93,7 @@ def assemble(
     if is_measured:
         # The norms measure the distance to the initial weights, which are what `weights` are now.
         norms = WeightNorms(weights.values, weights.values.clone()) if comm.rank == 0 else None
-        measuring = RankMeasuring(comm, UsageReader(compute.device), norms)
+        measuring = RankMeasuring(comm, read_usage_of(compute.device), norms)
     optimizer = build_optimizer(config.optimizer, weights)
     progress = run_on_all_ranks(comm, partial(_restore, contents, network, optimizer), "restore the checkpoint")
     progress = shared_progress(comm, progress)

@@ -135,5 +135,6 @@ def _to_json(measurement: Measurement) -> str:
 
 
 def _measurement(fields: Mapping[str, Any]) -> RankMeasurement:
-    values = {name: math.nan if fields[name] is None else float(fields[name]) for name in _FIELDS}
+    # the files of earlier versions lack what has a default
+    values = {name: math.nan if value is None else float(value) for name, value in fields.items() if name in _FIELDS}
     return RankMeasurement(**values)
