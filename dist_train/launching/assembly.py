@@ -45,9 +45,9 @@ from dist_train.training.measuring import (
     Measuring,
     Profiler,
     StepClock,
-    UsageReader,
     WeightNorms,
     build_step_clock,
+    read_usage_of,
 )
 from dist_train.training.micro_batches import (
     find_micro_size,
@@ -105,7 +105,7 @@ def assemble(
     if is_measured:
         # The norms measure the distance to the initial weights, which are what `weights` are now.
         norms = WeightNorms(weights.values, weights.values.clone()) if comm.rank == 0 else None
-        measuring = Measuring(comm, UsageReader(compute.device), norms)
+        measuring = Measuring(comm, read_usage_of(compute.device), norms)
     optimizer = build_optimizer(config.optimizer, weights)
     restore = partial(_restore, resume_point, updates_per_epoch, network, optimizer)
     progress = run_on_all_ranks(comm, restore, "restore the checkpoint")

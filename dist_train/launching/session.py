@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from dist_train.checkpoint.files import list_checkpoints
 from dist_train.checkpoint.state import Progress, ResumePoint
-from dist_train.cluster.communicator import Communicator, PeerFailedError, RankLostError
+from dist_train.cluster.communicator import Communicator, PeerFailedError, RankLostError, gather_str
 from dist_train.cluster.launch import current_job
 from dist_train.config import Config
 from dist_train.config.plugins import call_plugin, plugin_files
@@ -56,12 +57,13 @@ class Session:
             self.status.change("starting")
 
     def begin(self, trainer: Trainer, resume_point: ResumePoint) -> None:
-        """Report that training begins, and what was found before."""
+        """Report that training begins, and what was found before. All ranks call it."""
         self._trainer = trainer
+        nodes = gather_str(self._comm, socket.gethostname(), "nodes")
         # Rank 0 asks for all: on a large launch each rank would start git on the same file system.
         code = revision() if self.status else ""
         if self.observers:
-            self.observers.begin(run_facts(trainer, self._directory, self._launched, code, self._run_id))
+            self.observers.begin(run_facts(trainer, self._directory, self._launched, code, self._run_id, nodes))
         if self.status is None:
             return
         for name, text in resume_point.damage.items():

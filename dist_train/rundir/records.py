@@ -101,6 +101,16 @@ class RankMeasurement:
     """The most of it that it has held; NaN without a device."""
     device_utilization: Real
     """Share of the last second in which its device was at work, in [0, 1]; NaN where NVML is not there."""
+    device_used_bytes: float = math.nan
+    """Memory of its device that all processes hold; this and all below: NaN where NVML does not tell it."""
+    device_power_watts: float = math.nan
+    device_core_clock_hertz: float = math.nan
+    device_memory_clock_hertz: float = math.nan
+    device_throttle_reasons: float = math.nan
+    """Why its device is clocked down, as NVML's bits (nvmlClocksEventReasons)."""
+    device_corrected_errors: float = math.nan
+    """Of its device's memory, since the driver was loaded."""
+    device_uncorrected_errors: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -150,6 +160,8 @@ class RunFacts:
     """Version of dist_train, with the commit where it runs from a repository."""
     slurm_job: str = ""
     node: str = ""
+    nodes: tuple[str, ...] = ()
+    """The nodes of the ranks, by rank."""
     launched: float = 0.0
     """When this launch began, in seconds since 1970."""
     device: str = ""
