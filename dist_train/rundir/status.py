@@ -18,7 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from dist_train.outcome import ExitCode
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text
-from dist_train.rundir.paths import BrokenFileError
+from dist_train.rundir.paths import BrokenFileError, RunDirectory
 
 State = Literal["starting", "running", "stopping", "stopped", "finished", "failed"]
 
@@ -109,8 +109,12 @@ class StatusFile:
     def _write(self) -> None:
         self._written = time.monotonic()
         self.current = replace(self.current, updated=_now())
+        text = json_text(asdict(self.current), indent=2) + "\n"
         try:
-            atomic.swap_text(self._path, json_text(asdict(self.current), indent=2) + "\n")
+            if self.current.finished is None:
+                atomic.swap_text(self._path, text)
+            else:
+                RunDirectory(self._path.parent).spend_reserve(lambda: atomic.swap_text(self._path, text))
         except OSError as error:
             if not self._refused:
                 _logger.warning("%s cannot be written; training continues: %s", self._path, error)
