@@ -8,7 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,6 @@ def read_counts(path: Path) -> Mapping[str, int]:
 
 
 _PACE_SECONDS = 1.0
-_FIELDS = tuple(RankMeasurement.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
@@ -130,11 +129,11 @@ def read_ranks(path: Path) -> RanksReading | None:
 
 
 def _to_json(measurement: Measurement) -> str:
-    ranks = [asdict(rank) for rank in measurement.ranks]
+    ranks = [rank._asdict() for rank in measurement.ranks]
     return json_text({"step": measurement.step, "time": measurement.time, "ranks": ranks}) + "\n"
 
 
 def _measurement(fields: Mapping[str, Any]) -> RankMeasurement:
     # the files of earlier versions lack what has a default
-    values = {name: math.nan if value is None else float(value) for name, value in fields.items() if name in _FIELDS}
-    return RankMeasurement(**values)
+    known = {name: value for name, value in fields.items() if name in RankMeasurement._fields}
+    return RankMeasurement(**{name: math.nan if value is None else float(value) for name, value in known.items()})

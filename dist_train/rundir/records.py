@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from dist_train.rundir.atomic import json_text, open_regular
 
@@ -74,9 +74,8 @@ class StepParts:
     """Until training could continue after a checkpoint was begun."""
 
 
-@dataclass(frozen=True)
-class RankMeasurement:
-    """What one rank measured at one step."""
+class RankMeasurement(NamedTuple):
+    """What one rank measured at one step; a tuple, since those of a thousand ranks are one message."""
 
     busy_seconds: float
     """Time of the step without the wait for the others."""

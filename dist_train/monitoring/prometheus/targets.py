@@ -53,13 +53,13 @@ def identity_of(number: int) -> str:
 
     Host, namespace of process numbers, number, start in clock ticks.
     """
-    return f"{socket.gethostname()} {_namespace()} {number} {_begun(number)}"
+    return f"{_machine()} {number} {_begun(number)}"
 
 
 def _is_gone(process: str) -> bool:
     """Return whether it is known to have ended; of another machine nothing is known."""
-    host, space, number, _ = process.split(" ")
-    return (host, space) == (socket.gethostname(), _namespace()) and identity_of(int(number)) != process
+    machine, number, _ = process.rsplit(" ", 2)
+    return machine == _machine() and identity_of(int(number)) != process
 
 
 @dataclass(frozen=True)
@@ -183,20 +183,15 @@ def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed:
 
 def _open_ours(path: Path) -> BinaryIO:
     """Open a target file. Raises OSError where it is a link, no regular file, too large, or another user's."""
-    try:
-        file = atomic.open_regular(path, os.O_NOFOLLOW)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise OSError(errno.ELOOP, "a symbolic link", str(path)) from None
-        raise
+    if path.is_symlink():  # the kernel refuses it as well, but in other words
+        raise OSError(errno.ELOOP, "a symbolic link", str(path))
+    file = atomic.open_regular(path, os.O_NOFOLLOW)
     state = os.fstat(file.fileno())
-    if state.st_uid not in (os.geteuid(), 0):
-        why = f"a file of another user, {state.st_uid}"
-    elif state.st_size > _LARGEST:
-        why = f"larger than {_LARGEST} bytes"
-    else:
+    is_ours = state.st_uid in (os.geteuid(), 0)
+    if is_ours and state.st_size <= _LARGEST:
         return file
     file.close()
+    why = f"larger than {_LARGEST} bytes" if is_ours else f"a file of another user, {state.st_uid}"
     raise OSError(errno.EPERM, why, str(path))
 
 
@@ -221,11 +216,12 @@ def _entry(file: BinaryIO) -> _Entry | None:
         return None
 
 
-def _namespace() -> str:
+def _machine() -> str:
+    """Return host and namespace of process numbers."""
     try:
-        return os.readlink("/proc/self/ns/pid")
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return "unknown"
+        return f"{socket.gethostname()} unknown"
 
 
 def _begun(number: int) -> str:
