@@ -34,6 +34,8 @@ _DISK_SECONDS = 30.0
 _PAUSE_SECONDS = 0.02
 """Between readings of the socket, so that fast steps do not wake this process at each one."""
 _POLITENESS = 10
+_DYING_SECONDS = 60.0
+"""A process that was killed closes its socket first; it can take long to give back its memory, and then be gone."""
 
 
 def main(descriptor: int, trainer: int) -> None:
@@ -197,8 +199,7 @@ class _Service:
         """Return the outcome; nothing where the trainer lives, and this process alone ends."""
         if self._inbox.outcome is not None:
             return targets.outcome_label(self._inbox.outcome)
-        # the socket of a process that dies is closed shortly before it is gone
-        deadline = time.monotonic() + _LOOK_SECONDS
+        deadline = time.monotonic() + _DYING_SECONDS
         while os.getppid() == self._trainer and self._inbox.is_over and time.monotonic() < deadline:
             time.sleep(_PAUSE_SECONDS)
         return "" if os.getppid() == self._trainer else targets.KILLED

@@ -14,6 +14,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -154,8 +155,9 @@ class Cleaning:
 def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed: str = "") -> Cleaning:
     """Remove the target files in `directory` whose runs are gone. Raises OSError.
 
-    One that says how its run ended stays for `ended_seconds`, or until that run, whose id is `resumed`, is back. A
-    file is ours by its name, its owner and its content; any other is left alone.
+    One that says how its run ended stays for `ended_seconds`, or until that run, whose id is `resumed`, is back. Where
+    a run begins, one that has just died is not removed, but said to have been killed: its exporter may be about to say
+    so, or be dead itself. A file is ours by its name, its owner and its content; any other is left alone.
     """
     removed = []
     skipped = {}
@@ -170,11 +172,16 @@ def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed:
             continue
         if entry is None:
             continue
-        age = time.time() - touched
+        age, process = time.time() - touched, entry.labels[_PROCESS_LABEL]
+        is_back = resumed != "" and entry.labels.get("run_id") == resumed
         if _OUTCOME_LABEL in entry.labels:
-            is_stale = age > ended_seconds or (resumed != "" and entry.labels.get("run_id") == resumed)
+            is_stale = age > ended_seconds or is_back
         else:
-            is_stale = age > STALE_SECONDS or _is_gone(entry.labels[_PROCESS_LABEL])
+            is_gone = _is_gone(process)
+            is_stale = age > STALE_SECONDS or (is_gone and (is_back or not resumed))
+            if is_gone and not is_stale:
+                with suppress(OSError):
+                    TargetFile(path, "", process).end(KILLED)
         if is_stale:
             path.unlink(missing_ok=True)
             removed.append(path)
