@@ -14,7 +14,7 @@ from torch import nn
 
 from dist_train.analysis.landscape_files import MeasureSettings
 from dist_train.analysis.landscape_points import Batch, Place, place_of
-from dist_train.checkpoint.files import Contents, read_checkpoint
+from dist_train.checkpoint.files import Contents, find_checkpoint, read_checkpoint
 from dist_train.cluster.devices import choose_device
 from dist_train.config import Config
 from dist_train.data.images import BatchRequest, SampleSource
@@ -24,7 +24,7 @@ from dist_train.models.norms import norm_modules
 from dist_train.outcome import UsageError
 from dist_train.randomness import generator
 from dist_train.training.compute import Compute, set_up_compute
-from dist_train.training.evaluation import find_checkpoint, statistics_samples, stored_config, stored_model
+from dist_train.training.evaluation import statistics_samples, stored_config, stored_model
 
 _logger = logging.getLogger("dist_train.analysis")
 _BATCH_SIZES = {"cpu": 100, "cuda": 1000}

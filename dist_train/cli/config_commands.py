@@ -35,7 +35,7 @@ def add_config_command(subparsers: Subparsers) -> None:
 def _check(arguments: argparse.Namespace) -> int:
     from dist_train.config import load_config
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides, arguments.plugin)
     warn_of_unused(config)
 
     from dist_train.launching.preflight import refusals
@@ -52,14 +52,14 @@ def _check(arguments: argparse.Namespace) -> int:
 def _show(arguments: argparse.Namespace) -> int:
     from dist_train.config import dump_config, load_config
 
-    print(dump_config(load_config(arguments.config, arguments.overrides)), end="")
+    print(dump_config(load_config(arguments.config, arguments.overrides, arguments.plugin)), end="")
     return ExitCode.FINISHED
 
 
 def _run_directory(arguments: argparse.Namespace) -> int:
     from dist_train.config import load_config
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides, arguments.plugin)
     print(config.run_directory if arguments.run_dir is None else arguments.run_dir)
     return ExitCode.FINISHED
 
@@ -68,7 +68,7 @@ def _engine(arguments: argparse.Namespace) -> int:
     from dist_train.cluster.joining import engine_of, is_installed
     from dist_train.config import load_config
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides, arguments.plugin)
     print(engine_of("srun", config.comm.engine, is_installed("horovod")))
     return ExitCode.FINISHED
 

@@ -45,7 +45,7 @@ def _train(arguments: argparse.Namespace) -> int:
     with without_collection():
         from dist_train.config import load_config
 
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(arguments.config, arguments.overrides, arguments.plugin)
 
         from dist_train.cluster.communicator import PeerFailedError
         from dist_train.launching import train
@@ -93,7 +93,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     if words[0] == "train":
         from dist_train.config import load_config
 
-        load_config(command.config, command.overrides)  # one message, not one a rank
+        load_config(command.config, command.overrides, command.plugin)  # one message, not one a rank
     return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np)
 
 

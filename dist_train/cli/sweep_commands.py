@@ -175,7 +175,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     from dist_train.config.loading import located
     from dist_train.sweep.submission import Submission, describe_batch, project_root, write_script
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides, arguments.plugin)
     directory = (arguments.run_dir or config.run_directory).absolute()
     submission = Submission(
         root=project_root(),

@@ -83,7 +83,7 @@ def train(config: Config, run_directory: Path | None = None) -> Outcome:
         session = open_session(settled, directory, comm, lock, run_id)
         try:
             with without_collection():
-                trainer = assemble(settled, resume_point.contents, directory, comm, session, stop)
+                trainer = assemble(settled, resume_point, directory, comm, session, stop)
             trainer.may_shrink = config.batch.micro_size == "auto"
             session.begin(trainer, resume_point)
             stack.callback(trainer.close)

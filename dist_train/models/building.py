@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_train.config import Config, ImageFormat
+from dist_train.config import Config, ImageFormat, ModelSettings
+from dist_train.config.plugins import call_plugin
 from dist_train.models.norms import VECTOR_GROUP, NormFactory, norm_factory, norm_parameters
+from dist_train.outcome import UsageError
 from dist_train.randomness import generator
 
 _POOL = None
@@ -157,8 +159,20 @@ def build_model(config: Config) -> nn.Module:
     settings = config.model
     # Torch's layers draw initial values of their own, which are overwritten: leave no trace of that.
     with torch.random.fork_rng(devices=()):
-        model = _MODELS[settings.name](config.data.image_format, settings.width, norm_factory(settings))
+        model = _network(settings, config.data.image_format)
     initialize(model, config.run.seed)
+    return model
+
+
+def _network(settings: ModelSettings, images: ImageFormat) -> nn.Module:
+    norm = norm_factory(settings)
+    if settings.name in _MODELS:
+        return _MODELS[settings.name](images, settings.width, norm)
+    model = call_plugin(settings.name, settings.options, images, settings.width, norm)
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"{settings.name} returned {type(model).__name__}, not a torch.nn.Module", code="plugin-result"
+        )
     return model
 
 

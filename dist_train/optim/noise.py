@@ -11,13 +11,16 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from dist_train.config import NoiseSettings
 from dist_train.config.former import STREAM_OF_A_RANK
+from dist_train.config.plugins import call_plugin, is_plugin
 from dist_train.optim.flat_weights import FlatWeights, digest
 from dist_train.optim.schedules import noise_factor
 from dist_train.randomness import bits, key
@@ -184,7 +187,10 @@ _METHODS: Mapping[str, type[Noise]] = MappingProxyType(
 
 def build_noise(settings: NoiseSettings, weights: FlatWeights, *, seed: int, total_steps: int, rank: int) -> Noise:
     """Return the noise that `settings` describe, on `weights`, for `rank`."""
-    return _METHODS[settings.method](settings, weights, seed=seed, total_steps=total_steps, rank=rank)
+    name, place = settings.method, {"seed": seed, "total_steps": total_steps, "rank": rank}
+    if is_plugin(name):
+        return cast(Noise, call_plugin(name, settings.options, settings, weights, **place))
+    return _METHODS[name](settings, weights, **place)
 
 
 _DEVIATION_OF_UNIFORM = 3.0**-0.5
@@ -204,11 +210,11 @@ class NoiseDraws:
     def __init__(self, settings: NoiseSettings, weights: FlatWeights, seed: int, values: Tensor | None = None) -> None:
         """Draw into `values` [n] (none: new ones), as `settings` say."""
         self._distribution = _DISTRIBUTIONS[settings.distribution](weights.values.device)
-        self._scale = _SCALES[settings.scale]
+        self._scale = _scale_of(settings)
         self._seed = seed
         self._still = (weights.mask(settings.exclude) == 0).nonzero().flatten()
         self._places = self._still.tolist()
-        self._filters = _Filters(weights.filter_lengths, len(weights.values))
+        self._filters = Filters(weights.filter_lengths, len(weights.values))
         self.values = torch.zeros_like(weights.values) if values is None else values
 
     def draw(self, weights: Tensor, amplitude: float, step: int, *indices: int | str) -> Tensor:
@@ -261,7 +267,7 @@ def _normal(device: torch.device) -> _Distribution:
     return _Distribution(unit, lambda random: table[random.to(torch.int32).add_(2**15)])
 
 
-class _Filters:
+class Filters:
     """Which of `count` flat weights are a filter's: so many of each, one after the other."""
 
     def __init__(self, lengths: Tensor, count: int) -> None:
@@ -280,7 +286,7 @@ class _Filters:
 
 
 def _absolute(
-    noise: Tensor, weights: Tensor, filters: _Filters, drawn: Iterator[slice], amplitude: float, unit: float
+    noise: Tensor, weights: Tensor, filters: Filters, drawn: Iterator[slice], amplitude: float, unit: float
 ) -> Iterator[slice]:
     """Make it a u: the amplitude is in the weights' own unit."""
     for part in drawn:
@@ -289,7 +295,7 @@ def _absolute(
 
 
 def _weight(
-    noise: Tensor, weights: Tensor, filters: _Filters, drawn: Iterator[slice], amplitude: float, unit: float
+    noise: Tensor, weights: Tensor, filters: Filters, drawn: Iterator[slice], amplitude: float, unit: float
 ) -> Iterator[slice]:
     """Make it a u |w|, element by element."""
     for part in drawn:
@@ -298,7 +304,7 @@ def _weight(
 
 
 def _filter(
-    noise: Tensor, weights: Tensor, filters: _Filters, drawn: Iterator[slice], amplitude: float, unit: float
+    noise: Tensor, weights: Tensor, filters: Filters, drawn: Iterator[slice], amplitude: float, unit: float
 ) -> Iterator[slice]:
     """Make it a u_f ||w_f|| / ||u_f|| for each filter f: AdaSmoothOut (Wen et al., arXiv 1805.07898)."""
     deque(drawn, maxlen=0)
@@ -312,5 +318,11 @@ def _filter(
 _DISTRIBUTIONS: Mapping[str, Callable[[torch.device], _Distribution]] = MappingProxyType(
     {"uniform": _uniform, "normal": _normal}
 )
-_Scale = Callable[[Tensor, Tensor, _Filters, Iterator[slice], float, float], Iterator[slice]]
+_Scale = Callable[[Tensor, Tensor, Filters, Iterator[slice], float, float], Iterator[slice]]
 _SCALES: Mapping[str, _Scale] = MappingProxyType({"absolute": _absolute, "weight": _weight, "filter": _filter})
+
+
+def _scale_of(settings: NoiseSettings) -> _Scale:
+    if is_plugin(settings.scale):
+        return partial(call_plugin, settings.scale, settings.scale_options)
+    return _SCALES[settings.scale]

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType, MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from dist_train.config import OptimizerSettings
+from dist_train.config.plugins import call_plugin, is_plugin
 from dist_train.optim.flat_weights import FlatWeights
 
 _MARK = "__dynamo_disable"
@@ -36,7 +37,10 @@ def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimi
         for excluded in (False, True)
     ]
     _pass_by_the_compiler()
-    return _OPTIMIZERS[settings.name](settings, [group for group in groups if group.parameters])
+    filled = [group for group in groups if group.parameters]
+    if is_plugin(settings.name):
+        return cast(Optimizer, call_plugin(settings.name, settings.options, settings, filled))
+    return _OPTIMIZERS[settings.name](settings, filled)
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

@@ -109,6 +109,12 @@ def open_regular(path: Path, flags: int = 0) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def read_regular(path: Path) -> bytes:
+    """Return what the regular file at `path` holds. Raises OSError as `open_regular` does."""
+    with open_regular(path) as file:
+        return file.read()
+
+
 def finite(number: float) -> float | None:
     """Return `number`, or None where it is NaN or infinite."""
     return number if math.isfinite(number) else None

@@ -14,7 +14,7 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from dist_train.rundir.atomic import RewrittenFile, json_text
+from dist_train.rundir.atomic import RewrittenFile, json_text, read_regular
 from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, RankMeasurement, Record
 
 _logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class EventCounts(Observer):
 def read_counts(path: Path) -> Mapping[str, int]:
     """Return the counts in `path`, none where it is not there. Raises OSError or ValueError where it is broken."""
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except FileNotFoundError:
         return {}
     try:
@@ -103,7 +103,7 @@ class RanksFile(Observer):
 def read_ranks(path: Path) -> RanksReading | None:
     """Return what the file at `path` holds, null as NaN; None where there is none that can be read."""
     try:
-        return _RANKS.validate_json(path.read_bytes())
+        return _RANKS.validate_json(read_regular(path))
     except (OSError, ValidationError):
         return None
 

@@ -106,7 +106,7 @@ class RunDirectory:
     def run_id(self) -> str:
         """Return the id of the run, 16 hexadecimal digits; made and written down where it has none. Raises OSError."""
         try:
-            known = self.id.read_text(encoding="ascii").strip()
+            known = atomic.read_regular(self.id).decode("ascii").strip()
         except (FileNotFoundError, UnicodeDecodeError):
             known = ""
         if _RUN_ID.fullmatch(known):

@@ -16,7 +16,7 @@ from typing import Annotated, NamedTuple, TypeAlias
 from pydantic import BeforeValidator, Field, TypeAdapter
 
 from dist_train.rundir import atomic
-from dist_train.rundir.atomic import json_text, open_regular
+from dist_train.rundir.atomic import json_text, open_regular, read_regular
 
 _logger = logging.getLogger(__name__)
 
@@ -101,6 +101,16 @@ class RankMeasurement:
     """The most of it that it has held; NaN without a device."""
     device_utilization: Real
     """Share of the last second in which its device was at work, in [0, 1]; NaN where NVML is not there."""
+    device_used_bytes: float = math.nan
+    """Memory of its device that all processes hold; this and all below: NaN where NVML does not tell it."""
+    device_power_watts: float = math.nan
+    device_core_clock_hertz: float = math.nan
+    device_memory_clock_hertz: float = math.nan
+    device_throttle_reasons: float = math.nan
+    """Why its device is clocked down, as NVML's bits (nvmlClocksEventReasons)."""
+    device_corrected_errors: float = math.nan
+    """Of its device's memory, since the driver was loaded."""
+    device_uncorrected_errors: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -150,6 +160,8 @@ class RunFacts:
     """Version of dist_train, with the commit where it runs from a repository."""
     slurm_job: str = ""
     node: str = ""
+    nodes: tuple[str, ...] = ()
+    """The nodes of the ranks, by rank."""
     launched: float = 0.0
     """When this launch began, in seconds since 1970."""
     device: str = ""
@@ -219,13 +231,12 @@ _TRAIN, _EVALUATION, _EVENT = TypeAdapter(TrainRecord), TypeAdapter(EvaluationRe
 
 def read_records(path: Path) -> tuple[Record, ...]:
     """Return the records of `path` in order, without torn lines. Raises OSError where it cannot be read."""
-    with open_regular(path) as file:
-        return _parse(file.read())
+    return _parse(read_regular(path))
 
 
 def read_last_records(path: Path, size: int = 1 << 16) -> tuple[Record, ...]:
     """Return the records in the last `size` bytes of `path`. Raises OSError where it cannot be read."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         end = file.seek(0, 2)
         file.seek(max(0, end - size))
         return _parse(file.read())
@@ -333,12 +344,15 @@ class JsonLines(Observer):
         self._refused = False
 
 
+_BEGINNINGS = frozenset({"resumed", "lengthened", "initialized", "plugins_changed"})
+
+
 def rewind(path: Path, step: int) -> None:
     """Make `path` what it was when the checkpoint at `step` was saved, for a run that resumes from it.
 
-    Drops torn lines, records after `step`, second records of one (kind, step, split or event), and
-    `resumed` events at `step` itself, since this resume writes its own. Whole or not at all. A file
-    that is not there stays so.
+    Drops torn lines, records after `step`, second records of one (kind, step, split or event), and events at `step`
+    itself that say how a launch begins, since this one writes its own. Whole or not at all. A file that is not there
+    stays so.
     """
     if not path.exists():
         return
@@ -349,7 +363,7 @@ def rewind(path: Path, step: int) -> None:
         identity = _identity(line)
         if identity is None or identity in seen or identity.step > step:
             continue
-        if identity == Identity("event", step, "resumed"):
+        if identity.step == step and identity.kind == "event" and identity.part in _BEGINNINGS:
             continue
         seen.add(identity)
         kept.append(line + b"\n")

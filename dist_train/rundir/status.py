@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from dist_train.outcome import ExitCode
-from dist_train.rundir.atomic import RewrittenFile, json_text, open_regular
+from dist_train.rundir.atomic import RewrittenFile, json_text, read_regular
 from dist_train.rundir.paths import BrokenFileError
 
 State = Literal["starting", "running", "stopping", "stopped", "finished", "failed"]
@@ -59,15 +58,15 @@ _STATUS = TypeAdapter(Status)
 class StatusFile:
     """The status of this launch, rewritten whole at every change of state and at most once a second between."""
 
-    def __init__(self, path: Path, world_size: int, environment: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Begin in state `starting`; nothing is written yet."""
+    def __init__(self, path: Path, world_size: int, before: Status | None = None) -> None:
+        """Begin in state `starting`, with what is known from `before`; nothing is written yet."""
         self._file = RewrittenFile(path)
         now = _now()
         self.current = Status(
             state="starting",
-            step=0,
-            epoch=0.0,
-            total_steps=None,
+            step=before.step if before else 0,
+            epoch=before.epoch if before else 0.0,
+            total_steps=before.total_steps if before else None,
             world_size=world_size,
             reason="",
             exit_code=None,
@@ -77,16 +76,20 @@ class StatusFile:
             started=now,
             updated=now,
             finished=None,
-            best_accuracy=None,
+            best_accuracy=before.best_accuracy if before else None,
             samples_per_second=None,
             slurm_job=os.environ.get("SLURM_JOB_ID", ""),
-            environment=dict(environment),
+            environment=before.environment if before else {},
         )
         self._written = 0.0
 
+    def note(self, **fields: object) -> None:
+        """Take note of `fields`, for when the status is written next."""
+        self.current = replace(self.current, **fields)  # type: ignore[arg-type]  # checked by replace
+
     def change(self, state: State, **fields: object) -> None:
         """Enter `state` and write at once."""
-        self.current = replace(self.current, state=state, **fields)  # type: ignore[arg-type]  # checked by replace
+        self.note(state=state, **fields)
         self._write()
 
     def progress(self, **fields: object) -> None:
@@ -94,7 +97,7 @@ class StatusFile:
 
         A failure that another rank of this launch has written down stays: this one may be a step behind it.
         """
-        self.current = replace(self.current, **fields)  # type: ignore[arg-type]  # checked by replace
+        self.note(**fields)
         if time.monotonic() - self._written >= _PACE_SECONDS and not another_failed(self._file.path):
             self._write()
 
@@ -115,8 +118,7 @@ def load_status(path: Path) -> Status:
         BrokenFileError: it is not there, cannot be read, or is no status.
     """
     try:
-        with open_regular(path) as file:
-            return _STATUS.validate_json(file.read())
+        return _STATUS.validate_json(read_regular(path))
     except FileNotFoundError:
         raise BrokenFileError(f"no {path.name}") from None
     except OSError as error:

@@ -83,7 +83,7 @@ def newest_step(run: Path) -> int:
 def read_requeues(run: Path) -> Requeues:
     """Return what has been counted; nothing where there is no count that can be read."""
     try:
-        return Requeues(**json.loads(RunDirectory(run).requeues.read_text(encoding="utf-8")))
+        return Requeues(**json.loads(atomic.read_regular(RunDirectory(run).requeues)))
     except (OSError, ValueError, TypeError):
         return Requeues()
 

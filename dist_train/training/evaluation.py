@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 from torch.nn import functional
 
-from dist_train.checkpoint.files import Contents, list_checkpoints, read_checkpoint
+from dist_train.checkpoint.files import Contents, find_checkpoint, read_checkpoint
 from dist_train.cluster.communicator import Communicator, run_on_all_ranks
 from dist_train.cluster.devices import device_type, share_out_devices
 from dist_train.cluster.joining import join_ranks
@@ -128,18 +128,6 @@ def recompute_statistics(
     if total.out_of_range:
         raise DivergedError("the norms' statistics are not finite or out of range", code="statistics-not-finite")
     statistics.absorb(total.statistics, len(indices), momentum=1.0)
-
-
-def find_checkpoint(target: Path) -> Path:
-    """Return `target` if it is a file, else the last checkpoint of that run; raise UsageError where there is none."""
-    if target.is_file():
-        return target
-    if not target.is_dir():
-        raise UsageError(f"{target}: there is no such run or checkpoint", code="target-missing")
-    files = list_checkpoints(target / "checkpoints")
-    if not files:
-        raise UsageError(f"{target} holds no checkpoint", code="no-checkpoint")
-    return files[-1].path
 
 
 def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dict[str, object]:

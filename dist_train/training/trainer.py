@@ -17,6 +17,7 @@ from dist_train.checkpoint.state import Progress
 from dist_train.checkpoint.writer import CheckpointWriter, NotWritten
 from dist_train.cluster.communicator import Communicator
 from dist_train.config import Config
+from dist_train.config.plugins import plugin_files
 from dist_train.config.resuming import with_micro_size
 from dist_train.data.images import BatchRequest, Splits
 from dist_train.data.plan import BatchPlan, batch_indices, epoch_order
@@ -71,6 +72,7 @@ class Trainer:
         self._epoch_order = lru_cache(2)(partial(epoch_order, len(self.splits.train), self.config.run.seed))
         self._statistics_at: int | None = None
         self._settings = self.config.model_dump(mode="json")
+        self._plugins = plugin_files(self._settings)
         self._not_written: NotWritten | None = None
         self._saved_at: int | None = None
         self._busy_seconds = 0.0
@@ -280,6 +282,7 @@ class Trainer:
             optimizer=self.take_step.optimizer.state_dict(),
             config=self._settings,
             metrics=self.progress.metrics(),
+            plugins=self._plugins,
         )
 
     def _report_saved(self) -> None:

@@ -22,7 +22,7 @@ from rich.text import Text
 from dist_train.config.loading import parse_yaml, yaml_fault
 from dist_train.monitoring import wording
 from dist_train.outcome import UsageError, escaped
-from dist_train.rundir.atomic import open_regular
+from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
 from dist_train.rundir.status import Status, load_status
@@ -258,8 +258,7 @@ def read_settings(path: Path) -> Mapping[str, object]:
     Raises BrokenFileError where they cannot be read.
     """
     try:
-        with open_regular(path) as file:
-            sections = parse_yaml(file.read())
+        sections = parse_yaml(read_regular(path))
     except FileNotFoundError:
         return {}  # the run has not got so far
     except OSError as error:

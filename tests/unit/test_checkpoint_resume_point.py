@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_train.checkpoint.files import write_checkpoint
+from dist_train.checkpoint.files import list_checkpoints, write_checkpoint
 from dist_train.checkpoint.state import find_resume_point
 from dist_train.cluster.communicator import Alone
 from dist_train.config import Config, load_config
@@ -72,6 +72,36 @@ def test_a_checkpoint_of_the_run_itself_takes_it_back(tmp_path: Path) -> None:
     found = find_resume_point(config, directory).contents
     assert found is not None
     assert found.step == 2
+
+
+def test_a_longer_run_is_one_that_is_lengthened_and_a_shorter_one_is_refused(tmp_path: Path) -> None:
+    directory = run_with(tmp_path, 4)
+    resume_point = find_resume_point(parse(run={"epochs": 30}), directory)
+    assert (resume_point.epochs_before, resume_point.config.run.epochs) == (10, 30)
+    assert find_resume_point(parse(), directory).epochs_before is None
+    with raises(UsageError, "settings-changed"):
+        find_resume_point(parse(run={"epochs": 9}), directory)
+
+
+def test_a_run_stands_for_its_last_checkpoint(tmp_path: Path) -> None:
+    source = run_with(tmp_path / "source", 2, 4)
+    resumed = find_resume_point(parse(run={"resume": str(source.root)}), run_with(tmp_path / "new")).contents
+    assert resumed is not None
+    assert resumed.step == 4
+
+
+def test_a_run_that_has_not_begun_takes_the_weights_it_is_to_begin_with(tmp_path: Path) -> None:
+    source = run_with(tmp_path / "source", 4)
+    config = parse(run={"init_from": str(source.root)})
+    found = find_resume_point(config, run_with(tmp_path / "new"))
+    assert found.contents is None
+    assert found.initial is not None
+    assert (found.initial.step, found.initial.path) == (4, source.checkpoint(4))
+    assert found.initial.sha256 == list_checkpoints(source.checkpoints)[0].sha256
+    own = write_checkpoint(
+        run_with(tmp_path / "begun").checkpoints, contents(2, config=config.model_dump(mode="json")), lambda: None
+    )
+    assert find_resume_point(config, RunDirectory.of_checkpoint(own.path)).initial is None
 
 
 def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:

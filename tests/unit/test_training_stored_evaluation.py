@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dist_train.checkpoint.files import list_checkpoints, read_checkpoint
+from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint
 from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import open_splits
 from dist_train.models import build_model
 from dist_train.outcome import UsageError
 from dist_train.training import evaluation
-from dist_train.training.evaluation import evaluate_stored, find_checkpoint, stored_config
+from dist_train.training.evaluation import evaluate_stored, stored_config
 from tests.raising import raises
 from tests.unit.checkpoint_files import write
 from tests.unit.simulated_ranks import results

@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import Literal, NamedTuple, TypeAlias
 
 from dist_train.monitoring.prometheus.board import STATES, Buckets, Snapshot
-from dist_train.rundir.records import EvaluationRecord, TrainRecord
+from dist_train.rundir.records import EvaluationRecord, RankMeasurement, TrainRecord
 
 Kind: TypeAlias = Literal["gauge", "counter", "histogram", "info"]
 
@@ -83,12 +83,44 @@ def _of_events(name: str, meaning: str, event: str, unit: str) -> Metric:
     return Metric(name, "counter", meaning, lambda now: _one(now.events[event]), unit_in_words=unit)
 
 
-def _of_ranks(name: str, meaning: str, field: str) -> Metric:
-    def take(now: Snapshot) -> Iterable[Reading]:
-        values = enumerate(map(attrgetter(field), now.measured.ranks if now.measured else ()))
-        return (Reading(number, (str(rank),)) for rank, number in values if not math.isnan(number))
+_RANK = ("rank", "node")
 
-    return Metric(name, "gauge", meaning, take, ("rank",))
+
+def _rank_labels(now: Snapshot, rank: int) -> tuple[str, str]:
+    """Return the values of `_RANK`: the rank's own node, not that of rank 0, which serves all."""
+    return str(rank), now.facts.nodes[rank] if rank < len(now.facts.nodes) else ""
+
+
+def _of_ranks(name: str, meaning: str, field: str, unit: str = "") -> Metric:
+    """Return the gauge of a field of `RankMeasurement`; it has no reading where the field is NaN."""
+    take = _each_rank({"": attrgetter(field)})
+    return Metric(name, "gauge", meaning, take, _RANK, unit_in_words=unit)
+
+
+def _each_rank(values: Mapping[str, Callable[[RankMeasurement], float]]) -> _Take:
+    """Return what reads each of `values` of every rank, by the value of one more label; '' is none."""
+
+    def take(now: Snapshot) -> Iterable[Reading]:
+        for rank, measured in enumerate(now.measured.ranks if now.measured else ()):
+            labels = _rank_labels(now, rank)
+            for label, value in values.items():
+                number = value(measured)
+                if not math.isnan(number):
+                    yield Reading(number, (*labels, label) if label else labels)
+
+    return take
+
+
+_THROTTLING = {"power": 0x84, "thermal": 0x60, "hardware": 0x08}
+"""NVML's bits by what they have in common; idleness and clocks that somebody has set are no fault."""
+
+
+def _is_throttled(by: int) -> Callable[[RankMeasurement], float]:
+    def value(measured: RankMeasurement) -> float:
+        reasons = measured.device_throttle_reasons
+        return reasons if math.isnan(reasons) else float(int(reasons) & by > 0)
+
+    return value
 
 
 def _of_this_rank(name: str, meaning: str, field: str) -> Metric:
@@ -157,7 +189,7 @@ def _busy_ratios(now: Snapshot) -> Iterable[Reading]:
     each = {rank: busy / count for rank, (busy, count) in enumerate(zip(_busy(now), counts, strict=False)) if count}
     for rank, ratio in zip(each, _over_the_others(list(each.values())), strict=True):
         if not math.isnan(ratio):
-            yield Reading(ratio, (str(rank),))
+            yield Reading(ratio, _rank_labels(now, rank))
 
 
 METRICS: tuple[Metric, ...] = (
@@ -262,8 +294,8 @@ METRICS: tuple[Metric, ...] = (
         "dist_train_rank_micro_batches",
         "gauge",
         "Micro-batches of a step that the rank computes.",
-        lambda now: (Reading(count, (str(rank),)) for rank, count in enumerate(now.micro_batches.of_ranks)),
-        ("rank",),
+        lambda now: (Reading(count, _rank_labels(now, rank)) for rank, count in enumerate(now.micro_batches.of_ranks)),
+        _RANK,
         unit_in_words="micro-batches",
     ),
     _of_ranks(
@@ -273,15 +305,20 @@ METRICS: tuple[Metric, ...] = (
     ),
     _of_ranks(
         "dist_train_rank_wait_seconds",
-        "Time of the latest measured step that the rank waited for the others.",
+        "Time of the latest measured step that the rank spent in allreduces, for the others or for the sum itself.",
         "wait_seconds",
+    ),
+    _gauge(
+        "dist_train_allreduce_seconds",
+        "Time of the latest measured step that allreduces took where all ranks had come: the least of any rank's.",
+        lambda now: min((rank.wait_seconds for rank in now.measured.ranks), default=None) if now.measured else None,
     ),
     Metric(
         "dist_train_rank_busy_ratio",
         "gauge",
         "Busy time for a micro-batch over the median of the other ranks; 1 is like the others.",
         _busy_ratios,
-        ("rank",),
+        _RANK,
     ),
     _of_ranks("dist_train_rank_resident_memory_bytes", "Resident memory of the rank.", "resident_bytes"),
     _of_ranks("dist_train_rank_device_memory_bytes", "Memory of its device that the rank holds.", "device_bytes"),
@@ -294,6 +331,44 @@ METRICS: tuple[Metric, ...] = (
         "dist_train_rank_device_utilization_ratio",
         "Share of time in which the rank's device was at work, where NVML tells.",
         "device_utilization",
+    ),
+    _of_ranks(
+        "dist_train_rank_device_memory_used_bytes",
+        "Memory of the rank's device that all processes hold, where NVML tells.",
+        "device_used_bytes",
+    ),
+    _of_ranks(
+        "dist_train_rank_device_power_watts",
+        "Power that the rank's device draws, where NVML tells.",
+        "device_power_watts",
+        "watts",
+    ),
+    Metric(
+        "dist_train_rank_device_clock_hertz",
+        "gauge",
+        "Clock of the rank's device, of its cores (core) and its memory (memory), where NVML tells.",
+        _each_rank({"core": attrgetter("device_core_clock_hertz"), "memory": attrgetter("device_memory_clock_hertz")}),
+        (*_RANK, "clock"),
+        unit_in_words="hertz",
+    ),
+    Metric(
+        "dist_train_rank_device_throttled",
+        "gauge",
+        "1 where the rank's device is clocked down: for its power limit (power), its temperature (thermal), or by the "
+        "hardware itself (hardware); where NVML tells.",
+        _each_rank({reason: _is_throttled(bits) for reason, bits in _THROTTLING.items()}),
+        (*_RANK, "reason"),
+    ),
+    Metric(
+        "dist_train_rank_device_memory_errors_total",
+        "counter",
+        "ECC errors of the memory of the rank's device since its driver was loaded, corrected and uncorrected, where "
+        "NVML tells.",
+        _each_rank(
+            {"corrected": attrgetter("device_corrected_errors"), "uncorrected": attrgetter("device_uncorrected_errors")}
+        ),
+        (*_RANK, "kind"),
+        unit_in_words="errors",
     ),
     _gauge(
         "dist_train_slowest_rank", "Number of the rank that was busy longest in the latest measured step.", _slowest
