@@ -110,7 +110,9 @@ def draw(folder: Path, scale: str, trajectory: Trajectory | None) -> None:
     # matplotlib takes most of a second to load, and only the first rank draws.
     from dist_train.analysis.landscape_figures import draw_landscape
 
-    draw_landscape(read_landscape(folder), [folder / "figure.svg", folder / "figure.png"], scale, trajectory)
+    draw_landscape(
+        read_landscape(folder), [folder / f"figure.{form}" for form in ("svg", "pdf", "png")], scale, trajectory
+    )
 
 
 def _course(settings: LandscapeSettings, stored: Sequence[Stored], subject: Subject) -> _Course:

@@ -40,7 +40,7 @@ Values = NDArray[numpy.float64]
 def draw_landscape(
     landscape: Landscape, outputs: Sequence[Path], scale: str = "linear", trajectory: Trajectory | None = None
 ) -> None:
-    """Draw `landscape` into `outputs`, SVG or PNG by their suffixes; `scale` (linear, log) is that of the loss."""
+    """Draw `landscape` into `outputs`, SVG, PDF or PNG by their suffixes; `scale` (linear, log) is that of the loss."""
     with rc_context(_STYLE):
         if landscape.kind == "plane":
             figure = _draw_plane(landscape, scale, trajectory)
@@ -49,8 +49,8 @@ def draw_landscape(
         for output in outputs:
             with atomic.replacing(output) as file:
                 # no date: the same result gives the same file
-                metadata = {"Date": None} if output.suffix == ".svg" else None
-                figure.savefig(file, format=output.suffix[1:], dpi=160, metadata=metadata)
+                undated: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+                figure.savefig(file, format=output.suffix[1:], dpi=160, metadata=undated.get(output.suffix))
 
 
 def draw_line(loss: Axes, accuracy: Axes, landscape: Landscape, scale: str) -> None:

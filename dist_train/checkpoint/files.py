@@ -251,9 +251,27 @@ def prune(directory: Path, *, keep: int, best_step: int | None) -> None:
     files = list_checkpoints(directory)
     for file in files[:-keep]:
         if file.step != best_step:
-            # The record first: without it the rest is not taken for a checkpoint.
-            file.path.with_suffix(".json").unlink(missing_ok=True)
-            file.path.unlink(missing_ok=True)
+            remove_checkpoint(file.path)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete the checkpoint at `path`, its record first: without it the rest is not taken for a checkpoint."""
+    path.with_suffix(".json").unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def adopt(fallback: Path, directory: Path) -> None:
+    """Move the newest checkpoint of the folder `fallback` into `directory`, where it is newer than those there.
+
+    Raises:
+        OSError: it cannot be copied; it stays where it is.
+    """
+    there, here = list_checkpoints(fallback), list_checkpoints(directory)
+    if there and (not here or there[-1].step > here[-1].step):
+        for source in (there[-1].path, there[-1].path.with_suffix(".json")):
+            atomic.write_bytes(directory / source.name, source.read_bytes())
+    for file in there:
+        remove_checkpoint(file.path)
 
 
 def _step_files(directory: Path) -> list[Path]:

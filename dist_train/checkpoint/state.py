@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_train.checkpoint.files import Contents, Stored, newest_whole, read_stored
+from dist_train.checkpoint.files import Contents, Stored, adopt, newest_whole, read_stored
 from dist_train.cluster.communicator import Communicator, broadcast_str
 from dist_train.config import Config, differences, parse_config
 from dist_train.config.resuming import with_decisions
@@ -50,6 +50,8 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
                 code="run-exists",
             )
         return ResumePoint(config)
+    if config.checkpoint.fallback_directory is not None:
+        adopt(directory.fallback(config.checkpoint.fallback_directory), checkpoints)
     named = None if config.run.resume == "auto" else Path(config.run.resume)
     damage: dict[str, str] = {}
     contents = None

@@ -337,6 +337,12 @@ class CheckpointSettings(Section):
     keep: PositiveInt = Field(3, description="Checkpoints kept, the last ones.", examples=[1])
     keep_best: bool = Field(True, description="Also keep the one with the best test accuracy.")
     background: bool = Field(True, description="Write while training continues.")
+    fallback_directory: Path | None = Field(
+        None,
+        description="Folder on another disk for the last checkpoint that the run directory's disk refuses; "
+        "a resume takes it from there.",
+        examples=["/scratch/me"],
+    )
 
 
 class LoggerSettings(Section):

@@ -119,7 +119,9 @@ def assemble(
     writer = None
     if comm.rank == 0:
         directory.save_config(config)
-        writer = CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing)
+        elsewhere = config.checkpoint.fallback_directory
+        fallback = directory.fallback(elsewhere) if elsewhere else None
+        writer = CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing, fallback)
     step = build_step(
         config,
         model,

@@ -19,6 +19,7 @@ from rich.console import Console, Group
 from rich.table import Column, Table
 from rich.text import Text
 
+from dist_train.cluster.nodes import Survey
 from dist_train.config import Config, DataSettings
 from dist_train.config.sections import Device
 from dist_train.outcome import UsageError
@@ -221,6 +222,19 @@ def check_slurm() -> Check:
     if "pmix" not in kinds:
         return Check("Slurm", "note", f"{version}, without PMIx", "use mpirun or horovodrun inside the job, not srun")
     return Check("Slurm", "fine", f"{version}, with PMIx")
+
+
+def check_nodes(survey: Survey) -> tuple[Check, ...]:
+    """Say what each node of a job has, and what is wrong with some of them."""
+    checks = [check_slurm()]
+    for report in survey.reports:
+        addresses = ", ".join(f"{name} {address}" for name, address in report.addresses.items())
+        versions = ", ".join(f"{name} {version}" for name, version in report.versions.items() if version)
+        detail = f"{addresses or 'no address'}; {report.gpus} GPUs; {versions}"
+        checks.append(Check(report.node, "fine", detail))
+    for fault in survey.faults:
+        checks.append(Check(", ".join(fault.nodes), "fails" if fault.is_fatal else "note", fault.text, fault.fix))
+    return tuple(checks)
 
 
 def check_data(config: Config) -> Check:

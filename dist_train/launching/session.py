@@ -129,7 +129,10 @@ class Session:
 
     def finish(self) -> Outcome:
         """Report that the run is done, and return how it ended."""
-        return self._end("finished", ExitCode.FINISHED, "", is_recorded=False)
+        outcome = self._end("finished", ExitCode.FINISHED, "", is_recorded=False)
+        if self.status:
+            self._directory.drop_reserve()
+        return outcome
 
     def fail(self, error: Exception) -> None:
         """Report that the launch ends with `error`, once the checkpoint being written is on disk."""

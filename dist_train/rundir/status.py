@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from dist_train.outcome import ExitCode
+from dist_train.rundir import atomic
 from dist_train.rundir.atomic import RewrittenFile, json_text, read_regular
-from dist_train.rundir.paths import BrokenFileError
+from dist_train.rundir.paths import BrokenFileError, RunDirectory
 
 State = Literal["starting", "running", "stopping", "stopped", "finished", "failed"]
 
@@ -108,7 +110,12 @@ class StatusFile:
     def _write(self) -> None:
         self._written = time.monotonic()
         self.current = replace(self.current, updated=_now())
-        self._file.write(json_text(asdict(self.current), indent=2) + "\n")
+        text = json_text(asdict(self.current), indent=2) + "\n"
+        self._file.write(text)
+        if self._file.is_refused and self.current.finished is not None:
+            with suppress(OSError):
+                directory = RunDirectory(self._file.path.parent)
+                directory.spend_reserve(lambda: atomic.swap_text(self._file.path, text))
 
 
 def load_status(path: Path) -> Status:

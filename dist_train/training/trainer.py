@@ -291,9 +291,12 @@ class Trainer:
             if isinstance(result, NotWritten):
                 self._not_written = result
                 error = _describe(result.error)
-                _logger.error("the checkpoint of step %d could not be written: %s", result.step, error)
-                self._event_at(result.step, "checkpoint_failed", error=error)
+                place = f"; it lies in {result.fallback}" if result.fallback else ""
+                _logger.error("the checkpoint of step %d could not be written: %s%s", result.step, error, place)
+                self._event_at(result.step, "checkpoint_failed", error=f"{error}{place}")
             else:
+                if self._not_written is not None and self._not_written.step == result.file.step:
+                    self._not_written = None
                 self.time_limit.note_saved(result.seconds)
                 self._event_at(
                     result.file.step,
@@ -315,9 +318,10 @@ class Trainer:
         self.settle_saving()
         failed = self._not_written
         if failed is not None and failed.step == self._saved_at:
+            place = f"it lies in {failed.fallback}" if failed.fallback else "the earlier ones are untouched"
             raise FaultError(
                 f"the last checkpoint, of step {failed.step}, could not be written: {_describe(failed.error)}; "
-                f"the earlier ones are untouched: make room and run the same command again",
+                f"{place}: make room and run the same command again",
                 code="checkpoint-not-written",
             ) from failed.error
 
