@@ -26,7 +26,8 @@ from dist_train.analysis.landscape_points import (
     plane_points,
     variances_of,
 )
-from dist_train.analysis.landscape_subject import Stored, Subject, open_subject, place_in, read_stored
+from dist_train.analysis.landscape_subject import Subject, open_subject, place_in
+from dist_train.checkpoint.files import Stored, read_stored
 from dist_train.cluster.communicator import Communicator, broadcast_str, run_on_all_ranks
 from dist_train.cluster.points import deal
 from dist_train.optim.flat_weights import FlatWeights

@@ -6,7 +6,6 @@ import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 
 from dist_train.analysis.landscape_files import MeasureSettings
 from dist_train.analysis.landscape_points import Batch, Place, place_of
-from dist_train.checkpoint.files import Contents, find_checkpoint, read_checkpoint
+from dist_train.checkpoint.files import Stored
 from dist_train.cluster.devices import choose_device
 from dist_train.config import Config
 from dist_train.data.images import BatchRequest, SampleSource
@@ -29,19 +28,6 @@ from dist_train.training.evaluation import statistics_samples, stored_config, st
 _logger = logging.getLogger("dist_train.analysis")
 _BATCH_SIZES = {"cpu": 100, "cuda": 1000}
 """Samples of a pass where none are asked for. On a CPU the activations of a small batch stay in its cache."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A checkpoint that has been read: where it lies, the digest of its bytes, what it holds."""
-
-    path: Path
-    sha256: str
-    contents: Contents
-
-    def record(self) -> dict[str, Any]:
-        """Return what a result says of it."""
-        return {"path": str(self.path), "sha256": self.sha256, "step": self.contents.step}
 
 
 @dataclass(frozen=True)
@@ -74,18 +60,6 @@ class Subject:
             "device": self.compute.device.type,
             "data_digest": _digest([*self.train, *self.test, *self.statistics]),
         }
-
-
-def read_stored(target: Path) -> Stored:
-    """Read a checkpoint, or the last one of a run directory.
-
-    Raises:
-        UsageError: there is none, or it is damaged.
-    """
-    path = find_checkpoint(target)
-    contents = read_checkpoint(path)
-    with path.open("rb") as file:
-        return Stored(path, hashlib.file_digest(file, "sha256").hexdigest(), contents)
 
 
 def open_subject(stored: Stored, overrides: Sequence[str], measure: MeasureSettings, *, local_rank: int) -> Subject:

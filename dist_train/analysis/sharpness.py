@@ -21,7 +21,6 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
 from dist_train import __version__
 from dist_train.analysis.directions import check_exclusions
-from dist_train.analysis.landscape_subject import read_stored
 from dist_train.analysis.sharpness_record import (
     MEASURES,
     HessianResult,
@@ -37,6 +36,7 @@ from dist_train.analysis.sharpness_record import (
     write_record,
 )
 from dist_train.analysis.subset_loss import SubsetLoss, Vector, open_stored_subset
+from dist_train.checkpoint.files import read_stored
 from dist_train.cluster.launch import current_launch
 from dist_train.config import NoiseSettings
 from dist_train.optim.noise import NoiseDraws

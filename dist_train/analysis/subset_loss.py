@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_train.analysis.landscape_subject import Stored
 from dist_train.analysis.sharpness_record import MeasuredCheckpoint, MeasuredData, SharpnessSettings
+from dist_train.checkpoint.files import Stored
 from dist_train.cluster.communicator import Alone
 from dist_train.cluster.devices import choose_device
 from dist_train.config import Config

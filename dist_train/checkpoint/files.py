@@ -178,6 +178,26 @@ def read_checkpoint(path: Path) -> Contents:
     return _contents(path, fields)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint that has been read: where it lies, the digest of its bytes, what it holds."""
+
+    path: Path
+    sha256: str
+    contents: Contents
+
+    def record(self) -> dict[str, Any]:
+        """Return what a result says of it."""
+        return {"path": str(self.path), "sha256": self.sha256, "step": self.contents.step}
+
+
+def read_stored(target: Path) -> Stored:
+    """Return the checkpoint `target`, or the last one of that run; UsageError where there is none that is whole."""
+    path = find_checkpoint(target)
+    contents = read_checkpoint(path)
+    return Stored(path, read_record(path).sha256, contents)
+
+
 def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
     for name, kind in _KINDS.items():
         if not isinstance(fields.get(name), kind):

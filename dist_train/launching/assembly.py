@@ -218,7 +218,7 @@ def build_step(
 def _restore(start: ResumePoint, updates_per_epoch: int, network: nn.Module, optimizer: Optimizer) -> Progress:
     if start.contents is None:
         if start.initial is not None:
-            load_model(start.initial.model, network, str(start.initial.path))
+            load_model(start.initial.contents.model, network, str(start.initial.path))
         return Progress()
     planned = (start.epochs_before or 0) * updates_per_epoch
     if start.contents.step < planned:

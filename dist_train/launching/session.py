@@ -79,10 +79,10 @@ class Session:
         if resume_point.epochs_before is not None:
             self._record_lengthening(trainer, resume_point.epochs_before)
         if (initial := resume_point.initial) is not None:
-            _logger.info("the weights are those of %s, step %d", initial.path, initial.step)
+            _logger.info("the weights are those of %s, step %d", initial.path, initial.contents.step)
             origin: dict[str, Detail] = {
                 "checkpoint": str(initial.path),
-                "checkpoint_step": initial.step,
+                "checkpoint_step": initial.contents.step,
                 "sha256": initial.sha256,
             }
             self._record_event("initialized", **origin)

@@ -14,7 +14,8 @@ import yaml
 from torch import nn
 from torch.nn import functional
 
-from dist_train.checkpoint.files import Contents, find_checkpoint, read_checkpoint
+from dist_train.checkpoint.files import Contents, read_stored
+from dist_train.checkpoint.state import load_model
 from dist_train.cluster.communicator import Communicator, run_on_all_ranks
 from dist_train.cluster.devices import device_type, share_out_devices
 from dist_train.cluster.joining import join_ranks
@@ -138,8 +139,8 @@ def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dic
     with ExitStack() as stack:
         comm = join_ranks(timeout=60.0, device_type=device_type())
         stack.callback(comm.close)
-        path = find_checkpoint(target)
-        contents = run_on_all_ranks(comm, lambda: read_checkpoint(path), "read the checkpoint")
+        stored = run_on_all_ranks(comm, lambda: read_stored(target), "read the checkpoint")
+        contents = stored.contents
         config = stored_config(contents, overrides)
         if config.precision.threads == "auto":
             config = with_threads(config, share_of_threads(comm.local_size))
@@ -154,7 +155,7 @@ def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dic
         result = evaluate(model, samples, len(samples), batch_size=batch_size, compute=compute, comm=comm)
         comm.barrier()
     return {
-        "checkpoint": str(path),
+        "checkpoint": str(stored.path),
         "step": contents.step,
         "epoch": contents.epoch,
         "split": split,
@@ -167,7 +168,7 @@ def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dic
 def stored_model(contents: Contents, config: Config) -> nn.Module:
     """Return the network of `config` with the state that a checkpoint holds, on the CPU."""
     model = build_model(config)
-    model.load_state_dict(contents.model)
+    load_model(contents.model, model, "the checkpoint")
     return model
 
 
