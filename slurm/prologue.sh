@@ -98,12 +98,22 @@ read_words() {
 read_allocation() {
     nodes=${SLURM_JOB_NUM_NODES:-1}
     gpus=${SLURM_GPUS_ON_NODE:-0}
-    local asked=${SLURM_GPUS_PER_NODE:-}
-    asked=${asked##*:}
-    [[ ! $asked =~ ^[1-9][0-9]*$ ]] || ((asked >= gpus)) || gpus=$asked
+    ((gpus > 0)) || return 0
+    local each=${SLURM_GPUS_PER_NODE:-} total=${SLURM_GPUS:-}
+    [[ -n $each ]] || each=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -nE '0,/TresPerNode=/s/^ *TresPerNode=.*gres\/gpu[^,]*[:=]([0-9]+).*/\1/p') || each=
+    if [[ ${SLURM_TRES_PER_TASK:-} == *gpu* || -n ${SLURM_GPUS_PER_TASK:-} ]]; then
+        total=${SLURM_NTASKS:-1}
+    fi
+    each=${each##*:}
+    total=${total##*:}
+    if [[ -z $each && -n $total ]]; then
+        ((total % nodes == 0)) || usage_error "$total GPUs are not as many on each of $nodes nodes: ask for --gpus-per-node"
+        each=$((total / nodes))
+    fi
+    [[ ! $each =~ ^[1-9][0-9]*$ ]] || ((each >= gpus)) || gpus=$each
 }
 
-# share_nodes_out: sets `rank_count`, `ranks_here` (of a node, at most), and `cores_each`.
+# Sets `rank_count`, `ranks_here` (of a node, at most), and `cores_each`.
 share_nodes_out() {
     local tasks=${SLURM_NTASKS:-$nodes}
     ranks_here=${RANKS_PER_NODE:-}
@@ -116,21 +126,25 @@ share_nodes_out() {
         ranks_here=$gpus
         rank_count=$((nodes * gpus))
     else
-        ranks_here=$(((tasks + nodes - 1) / nodes))
+        # as Slurm has laid the tasks out: 3(x2),1 has three at most
+        ranks_here=$(tr , '\n' <<<"${SLURM_TASKS_PER_NODE:-$(((tasks + nodes - 1) / nodes))}" | sort -rn | sed 's/(.*//; q')
+        [[ -n ${SLURM_NTASKS:-} ]] || ranks_here=1
         rank_count=$tasks
     fi
     cores_each=${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_ON_NODE:-1} / ranks_here))}
     ((cores_each > 0)) || cores_each=1
 }
 
-# check_gpus TASKS: refuses what a rank for each GPU, as many on each node, is not.
+# check_gpus TASKS: refuses what is not a rank for each GPU, as many on each node. A task for each node is what the
+# scripts ask for by themselves.
 check_gpus() {
     local each counts
-    if [[ ${SLURM_GPUS_PER_TASK:-1} != *1 || ${SLURM_NTASKS_PER_GPU:-1} != 1 ]] || (($1 > nodes * gpus)); then
-        usage_error "each rank drives one GPU, but $1 tasks were asked for with $((nodes * gpus)) GPUs: ask for --gpus-per-node alone"
+    if [[ ${SLURM_GPUS_PER_TASK:-${SLURM_TRES_PER_TASK:-1}} == *[02-9] || ${SLURM_NTASKS_PER_GPU:-1} != 1 ]] ||
+        (($1 != nodes && $1 != nodes * gpus)); then
+        usage_error "each rank drives one GPU, but $1 tasks were asked for with $((nodes * gpus)) GPUs: ask for --gpus-per-node alone, or set RANKS_PER_NODE"
     fi
     ((nodes > 1)) || return 0
-    each=$(scontrol show job --details "$job" 2>/dev/null | sed -nE 's/^ *Nodes=([^ ]+).*GRES=[^ ]*gpu[^ ]*:([0-9]+)\(.*/\1: \2/p') || each=
+    each=$(scontrol show job --details "$SLURM_JOB_ID" 2>/dev/null | sed -nE 's/^ *Nodes=([^ ]+).*GRES=[^ ]*gpu[^ ]*:([0-9]+)\(.*/\1: \2/p') || each=
     counts=$(awk -F ': ' 'NF { print $2 }' <<<"$each" | sort -u | wc -l)
     ((counts <= 1)) || usage_error "the nodes have different numbers of GPUs (${each//$'\n'/, }): ask for --gpus-per-node"
 }
@@ -183,7 +197,7 @@ compose_command() {
                 "--cpus-per-task=$cores_each" --export=ALL --input=none --no-kill --kill-on-bad-exit=0 "--wait=${LOSS_SECONDS:-40}")
             # A step has the GPUs that it asks for. All ranks of a node see all of them, and each takes the one of its
             # number: NCCL uses NVLink only between GPUs that a process can see.
-            unset SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK
+            unset SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK SLURM_TRES_BIND
             ((gpus == 0)) || command+=("--gpus-per-node=$gpus" --gpu-bind=none)
             ((${SLURM_CPUS_ON_NODE:-1} >= ranks_here * cores_each)) || command+=(--overcommit)
             command+=("${placed[@]}")

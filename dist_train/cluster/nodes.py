@@ -28,6 +28,10 @@ from dist_train.rundir import atomic
 INTERFACE_VARIABLE = "NETWORK_INTERFACE"
 """Names the interface that ranks talk over; slurm/prologue.sh hands it to MPI, NCCL and Gloo."""
 
+_REQUESTS = frozenset(
+    {"SLURM_GPUS", "SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_TRES_PER_TASK", "SLURM_TRES_BIND"}
+)
+"""The job's own, which srun would add to ours."""
 _ANSWER_SECONDS = 15.0
 _MEETING_SECONDS = 8.0
 _CONNECT_SECONDS = 3.0
@@ -155,7 +159,10 @@ def _output(command: Sequence[str], seconds: float = _ANSWER_SECONDS) -> tuple[s
     """Return what the command has printed, and said of errors, when it ends or when the time is over."""
     pipe = subprocess.PIPE
     try:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+        environment = {name: value for name, value in os.environ.items() if name not in _REQUESTS}
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, env=environment
+        )
     except OSError as error:
         return "", f"{command[0]}: {error.strerror}"
     try:

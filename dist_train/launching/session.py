@@ -80,12 +80,12 @@ class Session:
             self._record_lengthening(trainer, resume_point.epochs_before)
         if (initial := resume_point.initial) is not None:
             _logger.info("the weights are those of %s, step %d", initial.path, initial.contents.step)
-            origin: dict[str, Detail] = {
-                "checkpoint": str(initial.path),
-                "checkpoint_step": initial.contents.step,
-                "sha256": initial.sha256,
-            }
-            self._record_event("initialized", **origin)
+            self._record_event(
+                "initialized",
+                checkpoint=str(initial.path),
+                checkpoint_step=initial.contents.step,
+                sha256=initial.sha256,
+            )
         self.status.change(
             "running",
             step=trainer.progress.step,

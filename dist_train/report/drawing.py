@@ -152,7 +152,9 @@ def _set_axis(axes: Axes, which: str, axis: Axis) -> None:
     axes.set(**{f"{which}label": axis.title, f"{which}scale": "log" if axis.is_logarithmic else "linear"})
     axes.set(**{f"{which}lim": (axis.low, axis.high)})
     line = axes.xaxis if which == "x" else axes.yaxis
-    line.set_major_locator(FixedLocator(ticks(axis, 6 if axes.get_subplotspec().get_gridspec().ncols < 3 else 4)))
+    place = axes.get_subplotspec()
+    is_small = which == "x" and place is not None and place.get_gridspec().ncols > 2
+    line.set_major_locator(FixedLocator(ticks(axis, 4 if is_small else 6)))
     line.set_minor_locator(NullLocator())
     line.set_major_formatter(FuncFormatter(lambda value, _: axis.write(value)))
     line.set_minor_formatter(NullFormatter())

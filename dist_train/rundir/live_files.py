@@ -8,7 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -94,8 +94,8 @@ class RanksFile(Observer):
         if self._pending is None:
             return
         self._due = time.monotonic() + _PACE_SECONDS
-        step, at, ranks = self._pending.step, self._pending.time, map(asdict, self._pending.ranks)
-        self._file.write(json_text({"step": step, "time": at, "ranks": list(ranks)}) + "\n")
+        ranks = [rank._asdict() for rank in self._pending.ranks]
+        self._file.write(json_text({"step": self._pending.step, "time": self._pending.time, "ranks": ranks}) + "\n")
         if not self._file.is_refused:
             self._pending = None
 

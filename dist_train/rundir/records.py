@@ -87,9 +87,8 @@ class StepParts:
     """Until training could continue after a checkpoint was begun."""
 
 
-@dataclass(frozen=True)
-class RankMeasurement:
-    """What one rank measured at one step."""
+class RankMeasurement(NamedTuple):
+    """What one rank measured at one step; a tuple, since those of a thousand ranks are one message."""
 
     busy_seconds: Real
     """Time of the step without the wait for the others."""
@@ -101,16 +100,16 @@ class RankMeasurement:
     """The most of it that it has held; NaN without a device."""
     device_utilization: Real
     """Share of the last second in which its device was at work, in [0, 1]; NaN where NVML is not there."""
-    device_used_bytes: float = math.nan
+    device_used_bytes: Real = math.nan
     """Memory of its device that all processes hold; this and all below: NaN where NVML does not tell it."""
-    device_power_watts: float = math.nan
-    device_core_clock_hertz: float = math.nan
-    device_memory_clock_hertz: float = math.nan
-    device_throttle_reasons: float = math.nan
+    device_power_watts: Real = math.nan
+    device_core_clock_hertz: Real = math.nan
+    device_memory_clock_hertz: Real = math.nan
+    device_throttle_reasons: Real = math.nan
     """Why its device is clocked down, as NVML's bits (nvmlClocksEventReasons)."""
-    device_corrected_errors: float = math.nan
+    device_corrected_errors: Real = math.nan
     """Of its device's memory, since the driver was loaded."""
-    device_uncorrected_errors: float = math.nan
+    device_uncorrected_errors: Real = math.nan
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -250,8 +250,8 @@ class Measuring:
         waited = times.seconds_of("allreduce_wait")
         mine = RankMeasurement(busy_seconds=max(0.0, seconds - waited), wait_seconds=waited, **self._usage.read())
         # A row for each rank, which the sum fills.
-        slots = torch.zeros(self._comm.size, len(fields(mine)), dtype=torch.float64)
-        slots[self._comm.rank] = torch.tensor(astuple(mine), dtype=torch.float64)
+        slots = torch.zeros(self._comm.size, len(mine), dtype=torch.float64)
+        slots[self._comm.rank] = torch.tensor(mine, dtype=torch.float64)
         if self._norms is not None:
             self._norms.start()
         pending = self._comm.allreduce_async(slots, "measurements")

@@ -220,9 +220,9 @@ def test_no_panel_drowns_in_64_ranks_and_each_of_them_carries_its_own_node(watch
     facts = replace(
         FACTS, name=run.name, run_directory=run, world_size=64, micro_batches_of=(1,) * 64, nodes=nodes, node="n0"
     )
-    ranks = tuple(replace(ON_A_DEVICE, busy_seconds=0.2 + 0.001 * (37 * rank % 64)) for rank in range(64))
+    ranks = tuple(ON_A_DEVICE._replace(busy_seconds=0.2 + 0.001 * (37 * rank % 64)) for rank in range(64))
     slow = 45  # the one with 37 * rank % 64 == 1 but for what follows
-    ranks = (*ranks[:slow], replace(ON_A_DEVICE, busy_seconds=0.4), *ranks[slow + 1 :])
+    ranks = (*ranks[:slow], ON_A_DEVICE._replace(busy_seconds=0.4), *ranks[slow + 1 :])
     with serving(facts, STOPPED, targets_directory=watched.targets) as exporter:
         exporter.measurement(replace(measurement(15), ranks=ranks))
         ratio = f'run_rank:dist_train_rank_busy_ratio:avg5m{{run="{run.name}"}}'

@@ -21,12 +21,11 @@ from statistics import median
 import pytest
 import yaml
 
-from dist_train.rundir.status import read_status
 from tests.launching import small_settings, write_config
 from tests.services.expressions import DOCKER, RULES
 from tests.services.paced_runs import STEP_SECONDS, PacedRuns
 from tests.services.servers import Prometheus, free_port, prometheus
-from tests.waiting import is_alive
+from tests.waiting import is_alive, lines_of
 
 pytestmark = [
     pytest.mark.services,
@@ -66,7 +65,7 @@ class Watched:
 def start_run(runs: PacedRuns, folder: Path, targets: Path, kind: str) -> Watched:
     """Start a run that `kind` is to befall; one that is to fail has two ranks."""
     folder.mkdir(parents=True)
-    steps = round(random.uniform(*LIVES) / STEP_SECONDS) if kind == "finished" else 10**6
+    steps = 10 + round(random.uniform(*LIVES) / STEP_SECONDS) if kind == "finished" else 10**6
     settings = small_settings(
         run={"epochs": 10**6, "max_steps": steps},
         evaluation={"every_epochs": 10**6},
@@ -84,13 +83,17 @@ def start_run(runs: PacedRuns, folder: Path, targets: Path, kind: str) -> Watche
     return Watched(kind, folder / folder.name, tuple(processes))
 
 
-def attend(run: Watched) -> None:
-    """Do to `run` what its kind says once its time has come, and note when it happened."""
+def attend(run: Watched, targets: Path) -> None:
+    """Do to `run` what its kind says once its time has come, and note when it happened.
+
+    Its life begins when Prometheus can find it, and it has made ten steps: rules know by then how long they take.
+    """
     now = time.time()
-    status = read_status(run.folder / "status.json")
-    if run.happened or status is None or status.state == "starting":
+    if run.happened:
         return
     if not run.due:
+        if lines_of(run.folder / "metrics.jsonl") < 10 or not list(targets.glob(f"{run.folder.name}-*.json")):
+            return
         run.run_id = (run.folder / "run_id").read_text().strip()
         run.due = now + random.uniform(*LIVES)
     if run.kind == "finished":
@@ -136,7 +139,7 @@ def test_every_bad_end_is_reported_in_time_and_no_good_one_ever(scrape: int, cou
                     place = len(watched)
                     watched.append(start_run(runs, tmp_path / f"{kinds[place]}{place}", targets, kinds[place]))
                 for run in watched:
-                    attend(run)
+                    attend(run, targets)
                 by_id = {run.run_id: run for run in watched if run.run_id}
                 for number, server in enumerate(started):
                     for alert, run_id in server.alerts():

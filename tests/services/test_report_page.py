@@ -152,10 +152,10 @@ def test_a_series_can_be_switched_off_also_without_scripts(pages: dict[str, Path
 
 def test_the_page_prints(pages: dict[str, Path], tab: Page, tmp_path: Path) -> None:
     tab.show(pages["study"], width=1280, dark=True)
-    path = pictures(tmp_path) / "report_study.pdf"
-    tab.save_pdf(path)
     boxes = "[...document.querySelectorAll('.keys input')].filter(box => getComputedStyle(box).display !== 'none')"
     assert tab.evaluate(f"{boxes}.length") > 0
+    path = pictures(tmp_path) / "report_study.pdf"
+    tab.save_pdf(path)
     assert tab.width_on_paper() <= PAPER
     assert tab.evaluate(f"{boxes}.length") == 0
     content = path.read_bytes()

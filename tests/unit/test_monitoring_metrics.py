@@ -230,7 +230,7 @@ def test_a_rank_other_than_0_shows_its_own_and_the_run_it_belongs_to() -> None:
 
 def test_what_nvml_tells_of_each_rank_s_device_is_shown_with_the_rank_s_own_node() -> None:
     board = Board(FACTS)
-    silent = replace(ON_A_DEVICE, device_uncorrected_errors=math.nan, device_throttle_reasons=math.nan)
+    silent = ON_A_DEVICE._replace(device_uncorrected_errors=math.nan, device_throttle_reasons=math.nan)
     board.measurement(replace(measurement(1), ranks=(ON_A_DEVICE, silent)))
     name = "dist_train_rank_device"
     shown: dict[str, dict[tuple[str, ...], float]] = {"node1": {}, "node2": {}}
@@ -312,7 +312,7 @@ def test_a_kind_of_event_that_nobody_foresaw_is_counted() -> None:
 def test_a_page_of_1024_ranks_is_small_and_quick() -> None:
     nodes = tuple(f"gpu-node-{rank // 8:04}" for rank in range(1024))
     board = Board(replace(FACTS, world_size=1024, micro_batches_of=(1,) * 1024, nodes=nodes))
-    one = replace(ON_A_DEVICE, busy_seconds=0.123456789012345, wait_seconds=0.123456789012345)
+    one = ON_A_DEVICE._replace(busy_seconds=0.123456789012345, wait_seconds=0.123456789012345)
     board.measurement(replace(measurement(1), ranks=(one,) * 1024))
     page = MetricsPage(board)
     seconds = []  # of this thread alone: other tests run beside it

@@ -26,7 +26,7 @@ VISIONS = {
 
 
 def dot(first: Linear, second: Linear) -> float:
-    return sum(map(operator.mul, first, second))
+    return float(sum(map(operator.mul, first, second)))
 
 
 def linear(colour: str) -> list[float]:

@@ -54,7 +54,7 @@ def test_one_rank_for_each_gpu(programs: str) -> None:
 
 
 def test_without_gpus_one_rank_for_each_task(programs: str) -> None:
-    command = command_of(PATH=programs, SLURM_NTASKS="4")
+    command = command_of(PATH=programs, SLURM_NTASKS="4", SLURM_TASKS_PER_NODE="2(x2)")
     assert " --ntasks=4 --ntasks-per-node=2 --cpus-per-task=16 " in command
     assert "gpu" not in command
 
@@ -81,7 +81,9 @@ def test_overrides_may_have_quotes_spaces_and_lines(programs: str) -> None:
 
 
 def test_tasks_that_do_not_divide_are_started_as_asked(programs: str) -> None:
-    assert " --ntasks=5 --ntasks-per-node=3 --cpus-per-task=10 " in command_of(PATH=programs, SLURM_NTASKS="5")
+    assert " --ntasks=5 --ntasks-per-node=3 --cpus-per-task=10 " in command_of(
+        PATH=programs, SLURM_NTASKS="5", SLURM_TASKS_PER_NODE="3,2"
+    )
 
 
 def test_of_a_whole_node_only_the_gpus_that_were_asked_for_are_used(programs: str) -> None:
@@ -91,7 +93,12 @@ def test_of_a_whole_node_only_the_gpus_that_were_asked_for_are_used(programs: st
 
 
 @pytest.mark.parametrize(
-    "asked", [{"SLURM_GPUS_PER_TASK": "2"}, {"SLURM_NTASKS_PER_GPU": "2"}, {"SLURM_NTASKS": "9", "SLURM_GPUS": "4"}]
+    "asked",
+    [
+        {"SLURM_TRES_PER_TASK": "gres/gpu=2", "SLURM_NTASKS": "2"},
+        {"SLURM_NTASKS_PER_GPU": "2", "SLURM_GPUS": "4", "SLURM_NTASKS": "8"},
+        {"SLURM_NTASKS": "9", "SLURM_GPUS": "4"},
+    ],
 )
 def test_what_one_rank_for_each_gpu_is_not_is_refused(programs: str, asked: dict[str, str]) -> None:
     ended = start("lb_8192.sh", PATH=programs, DRY_RUN="1", SLURM_GPUS_ON_NODE="2", **TWO_NODES, **asked)

@@ -57,7 +57,7 @@ def test_memory_power_clocks_throttling_and_errors_are_read_and_what_is_not_supp
     assert second == {**first, "device_corrected_errors": 3}
     assert len(log) == 1
     assert "uncorrected_errors" in log[0]
-    assert set(first) < set(RankMeasurement.__dataclass_fields__)
+    assert set(first) < set(RankMeasurement._fields)
 
 
 @pytest.mark.parametrize("has_library", [True, False])
