@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import secrets
@@ -73,6 +74,26 @@ def swap_text(path: Path, content: str, mode: int | None = None) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+class LiveFile:
+    """A text that is often rewritten; a disk that refuses costs one warning, and the next write is tried again."""
+
+    def __init__(self, path: Path, logger: logging.Logger) -> None:
+        self.path = path
+        self.is_refused = False
+        self._logger = logger
+
+    def write(self, content: str) -> None:
+        """Write `content`, whole or not at all."""
+        try:
+            swap_text(self.path, content)
+        except OSError as error:
+            if not self.is_refused:
+                self._logger.warning("%s cannot be written; training continues: %s", self.path, error)
+            self.is_refused = True
+        else:
+            self.is_refused = False
 
 
 def open_regular(path: Path, flags: int = 0) -> BinaryIO:

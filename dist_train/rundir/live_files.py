@@ -24,8 +24,7 @@ class EventCounts(Observer):
 
     def __init__(self, path: Path) -> None:
         """Read what is there; a broken file is reported, and the counts begin anew."""
-        self._path = path
-        self._refused = False
+        self._file = atomic.LiveFile(path, _logger)
         try:
             self._counts = Counter(read_counts(path))
         except (OSError, ValueError) as error:
@@ -41,18 +40,11 @@ class EventCounts(Observer):
 
     def end(self, outcome: Outcome) -> None:
         """Try once more to write what the disk refused."""
-        if self._refused:
+        if self._file.is_refused:
             self._write()
 
     def _write(self) -> None:
-        try:
-            atomic.swap_text(self._path, json.dumps(dict(sorted(self._counts.items())), indent=2) + "\n")
-        except OSError as error:
-            if not self._refused:
-                _logger.warning("%s cannot be written; training continues: %s", self._path, error)
-            self._refused = True
-        else:
-            self._refused = False
+        self._file.write(json.dumps(dict(sorted(self._counts.items())), indent=2) + "\n")
 
 
 def read_counts(path: Path) -> Mapping[str, int]:
@@ -90,9 +82,8 @@ class RanksFile(Observer):
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._file = atomic.LiveFile(path, _logger)
         self._due = -math.inf
-        self._refused = False
         self._pending: Measurement | None = None
 
     def measurement(self, measurement: Measurement) -> None:
@@ -109,14 +100,9 @@ class RanksFile(Observer):
         if self._pending is None:
             return
         self._due = time.monotonic() + _PACE_SECONDS
-        try:
-            atomic.swap_text(self._path, _to_json(self._pending))
-        except OSError as error:
-            if not self._refused:
-                _logger.warning("%s cannot be written; training continues: %s", self._path, error)
-            self._refused = True
-        else:
-            self._refused, self._pending = False, None
+        self._file.write(_to_json(self._pending))
+        if not self._file.is_refused:
+            self._pending = None
 
 
 def read_ranks(path: Path) -> RanksReading | None:

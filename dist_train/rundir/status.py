@@ -63,7 +63,7 @@ class StatusFile:
 
     def __init__(self, path: Path, world_size: int, before: Status | None = None) -> None:
         """Begin in state `starting`, with what is known from `before`; nothing is written yet."""
-        self._path = path
+        self._file = atomic.LiveFile(path, _logger)
         now = _now()
         self.current = Status(
             state="starting",
@@ -85,7 +85,6 @@ class StatusFile:
             environment=before.environment if before else {},
         )
         self._written = 0.0
-        self._refused = False
 
     def note(self, **fields: object) -> None:
         """Take note of `fields`, for when the status is written next."""
@@ -102,7 +101,7 @@ class StatusFile:
         A failure that another rank of this launch has written down stays: this one may be a step behind it.
         """
         self.note(**fields)
-        if time.monotonic() - self._written >= _PACE_SECONDS and not another_failed(self._path):
+        if time.monotonic() - self._written >= _PACE_SECONDS and not another_failed(self._file.path):
             self._write()
 
     def end(self, state: State, exit_code: ExitCode, reason: str) -> None:
@@ -112,14 +111,7 @@ class StatusFile:
     def _write(self) -> None:
         self._written = time.monotonic()
         self.current = replace(self.current, updated=_now())
-        try:
-            atomic.swap_text(self._path, json_text(asdict(self.current), indent=2) + "\n")
-        except OSError as error:
-            if not self._refused:
-                _logger.warning("%s cannot be written; training continues: %s", self._path, error)
-            self._refused = True
-        else:
-            self._refused = False
+        self._file.write(json_text(asdict(self.current), indent=2) + "\n")
 
 
 def load_status(path: Path) -> Status:
