@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from dist_train.config.plugins import is_plugin
 from dist_train.config.problems import Problem, problem
-from dist_train.config.sections import Config
+from dist_train.config.sections import Config, MetricsSettings
 
 
 @dataclass(frozen=True)
@@ -273,19 +273,8 @@ _UNUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("data.synthetic_classes", _not_synthetic, "data.name is not synthetic"),
     *(
         (f"metrics.{name}", lambda c: not c.metrics.enabled, "metrics.enabled is false")
-        for name in (
-            "host",
-            "port",
-            "ranks",
-            "token_file",
-            "password_file",
-            "certificate_file",
-            "key_file",
-            "targets_directory",
-            "advertised_host",
-            "pushgateway",
-            "last_scrape_seconds",
-        )
+        for name in MetricsSettings.model_fields
+        if name not in ("enabled", "every_steps", "tensorboard")
     ),
     (
         "metrics.advertised_host",

@@ -24,8 +24,7 @@ from dist_train.config.sections import Config
 SHIPPED = "dist_train:"
 """Begins the name of a file that comes with the program, as in `dist_train:configs/demo.yaml`."""
 
-_BASE = "base"
-_PLUGINS = "plugins"
+_FILE, _BASE, _PLUGINS = "(file)", "base", "plugins"
 _COMMAND_LINE = "command line"
 
 
@@ -79,22 +78,17 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = located(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(
-            str(path), [problem("(file)", f"there is no such file{_nearest_file(path)}", code="file-missing")]
-        ) from None
+        fault = f"there is no such file{_nearest_file(path)}"
+        raise ConfigError.of(str(path), _FILE, fault, code="file-missing") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(str(path), [problem("(file)", f"cannot be read: {error}", code="unreadable")]) from None
+        raise ConfigError.of(str(path), _FILE, f"cannot be read: {error}", code="unreadable") from None
     try:
         settings = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(str(path), [problem("(file)", f"not YAML: {yaml_fault(error)}", code="not-yaml")]) from None
-    if settings is None:
-        return {}
-    if not isinstance(settings, dict):
-        raise ConfigError(
-            str(path), [problem("(file)", "not a mapping of sections", code="wrong-type", value=settings)]
-        )
-    return settings
+        raise ConfigError.of(str(path), _FILE, f"not YAML: {yaml_fault(error)}", code="not-yaml") from None
+    if isinstance(settings, dict) or settings is None:
+        return settings or {}
+    raise ConfigError.of(str(path), _FILE, "not a mapping of sections", code="wrong-type", value=settings)
 
 
 def parse_yaml(text: str | bytes) -> Any:
@@ -156,7 +150,7 @@ def parse_config(settings: Mapping[str, Any], *, source: str, plugins: Sequence[
     except ValidationError as error:
         raise ConfigError(source, problems_of(error, Config)) from None
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(source, [problem("(file)", str(error), code="wrong-type")]) from None
+        raise ConfigError.of(source, _FILE, str(error), code="wrong-type") from None
     whole = config.model_dump(mode="json")
     found = [*_with_nul(whole, ""), *conflicts(config), *plugin_problems(whole)]
     if found:
@@ -184,10 +178,10 @@ def _read(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
         return settings
     name = settings.pop(_BASE)
     if not isinstance(name, str) or not name or "\0" in name:
-        raise ConfigError(str(path), [problem(_BASE, "not the name of a file", code="wrong-form", value=name)])
+        raise ConfigError.of(str(path), _BASE, "not the name of a file", code="wrong-form", value=name)
     base, seen = based_on(path, name), (*seen, os.path.realpath(located(path)))
     if os.path.realpath(located(base)) in seen:
-        raise ConfigError(str(path), [problem(_BASE, "the file is its own base", code="base-cycle", value=str(base))])
+        raise ConfigError.of(str(path), _BASE, "the file is its own base", code="base-cycle", value=str(base))
     return _merge(_read(base, seen), settings)
 
 
@@ -207,28 +201,17 @@ def _apply(settings: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     names = path.split(".")
     if not separator or not all(names):
-        raise ConfigError(
-            _COMMAND_LINE,
-            [
-                problem(
-                    override or "''",
-                    "not an override",
-                    code="override-form",
-                    allowed="section.key=value, as in run.seed=1",
-                )
-            ],
-        )
+        fault = "not an override; it has the form section.key=value, as in run.seed=1"
+        raise ConfigError.of(_COMMAND_LINE, override or "''", fault, code="override-form")
     try:
         value = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(_COMMAND_LINE, [problem(path, f"not YAML: {yaml_fault(error)}", code="not-yaml")]) from None
+        raise ConfigError.of(_COMMAND_LINE, path, f"not YAML: {yaml_fault(error)}", code="not-yaml") from None
     section = settings
     for name in names[:-1]:
         inner = section.get(name)
         if inner is not None and not isinstance(inner, dict):
-            raise ConfigError(
-                _COMMAND_LINE, [problem(path, f"{name} is not a section", code="wrong-type", value=inner)]
-            )
+            raise ConfigError.of(_COMMAND_LINE, path, f"{name} is not a section", code="wrong-type", value=inner)
         section[name] = dict(inner or {})
         section = section[name]
     section[names[-1]] = value

@@ -44,6 +44,11 @@ class ConfigError(UsageError):
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         super().__init__(printable("\n".join([f"{source}: {count}", *map(str, problems)])))
 
+    @classmethod
+    def of(cls, source: str, path: str, wrong: str, *, code: str, value: object = _MISSING) -> ConfigError:
+        """Return the error of one problem; its value may be left out."""
+        return cls(source, [problem(path, wrong, code=code, value=value)])
+
 
 def problem(path: str, wrong: str, *, code: str, value: object = _MISSING, allowed: str = "") -> Problem:
     """Return a `Problem` whose value may be left out."""
@@ -85,51 +90,31 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
         elif kind == "json_invalid":
             found[path] = problem(path, f"cannot be read: {fault['ctx']['error']}", code="unreadable")
         else:
-            wrong = _WORDS.get(kind) or _plain(fault["msg"])
-            found[path] = problem(path, wrong, code=_code(kind), value=fault["input"], allowed=_allowed(place))
+            code, wrong = _FAULTS.get(kind, ("wrong-type", ""))
+            wrong = wrong or _plain(fault["msg"])
+            found[path] = problem(path, wrong, code=code, value=fault["input"], allowed=_allowed(place))
     return list(found.values())
 
 
-_WORDS: Mapping[str, str] = MappingProxyType(
+_FAULTS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
-        "model_type": "not a mapping",
-        "dict_type": "not a mapping",
-        "union_tag_not_found": "a kind is missing",
-        "tuple_type": "not a list",
-        "missing": "missing",
-        "int_type": "not a whole number",
-        "float_type": "not a number",
-        "bool_type": "not true or false",
-        "string_type": "not text",
-        "path_type": "not text",
-        "literal_error": "not one of the choices",
-        "string_pattern_mismatch": "not of this form",
+        "missing": ("missing", "missing"),
+        "union_tag_not_found": ("missing", "a kind is missing"),
+        "literal_error": ("no-such-choice", "not one of the choices"),
+        "string_pattern_mismatch": ("wrong-form", "not of this form"),
+        "model_type": ("wrong-type", "not a mapping"),
+        "dict_type": ("wrong-type", "not a mapping"),
+        "tuple_type": ("wrong-type", "not a list"),
+        "int_type": ("wrong-type", "not a whole number"),
+        "float_type": ("wrong-type", "not a number"),
+        "bool_type": ("wrong-type", "not true or false"),
+        "string_type": ("wrong-type", "not text"),
+        "path_type": ("wrong-type", "not text"),
+        **dict.fromkeys(("greater_than", "greater_than_equal", "less_than", "less_than_equal"), ("out-of-range", "")),
+        **dict.fromkeys(("finite_number", "too_short", "too_long"), ("out-of-range", "")),
     }
 )
-
-_CODES: Mapping[str, frozenset[str]] = MappingProxyType(
-    {
-        "missing": frozenset({"missing", "union_tag_not_found"}),
-        "no-such-choice": frozenset({"literal_error"}),
-        "wrong-form": frozenset({"string_pattern_mismatch"}),
-        "out-of-range": frozenset(
-            {
-                "greater_than",
-                "greater_than_equal",
-                "less_than",
-                "less_than_equal",
-                "finite_number",
-                "too_short",
-                "too_long",
-            }
-        ),
-    }
-)
-"""By the code of a problem, the kinds of pydantic's faults; all others are of a wrong type."""
-
-
-def _code(kind: str) -> str:
-    return next((code for code, kinds in _CODES.items() if kind in kinds), "wrong-type")
+"""Code and words of pydantic's kinds of faults; all others are of a wrong type, and in its own words."""
 
 
 def _locate(location: tuple[int | str, ...], model: type[BaseModel]) -> _Place:
