@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ class Contents:
     optimizer: Mapping[str, Any]
     config: Mapping[str, Any]
     metrics: Metrics
+    plugins: Mapping[str, str] = field(default_factory=dict)
+    """Digests of the source files of the plug-ins that the run used, by name."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the dictionary that `torch.load(path, weights_only=True)` gives."""
@@ -176,6 +178,26 @@ def read_checkpoint(path: Path) -> Contents:
     return _contents(path, fields)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint that has been read: where it lies, the digest of its bytes, what it holds."""
+
+    path: Path
+    sha256: str
+    contents: Contents
+
+    def record(self) -> dict[str, Any]:
+        """Return what a result says of it."""
+        return {"path": str(self.path), "sha256": self.sha256, "step": self.contents.step}
+
+
+def read_stored(target: Path) -> Stored:
+    """Return the checkpoint `target`, or the last one of that run; UsageError where there is none that is whole."""
+    path = find_checkpoint(target)
+    contents = read_checkpoint(path)
+    return Stored(path, read_record(path).sha256, contents)
+
+
 def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
     for name, kind in _KINDS.items():
         if not isinstance(fields.get(name), kind):
@@ -188,7 +210,7 @@ def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
             f"{path} is not a checkpoint of format {FORMAT}: its model holds more than tensors",
             code="checkpoint-format",
         )
-    return Contents(**{name: fields[name] for name in _KINDS})
+    return Contents(**{name: fields[name] for name in _KINDS}, plugins=fields.get("plugins", {}))
 
 
 def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) -> Contents | None:
@@ -229,9 +251,27 @@ def prune(directory: Path, *, keep: int, best_step: int | None) -> None:
     files = list_checkpoints(directory)
     for file in files[:-keep]:
         if file.step != best_step:
-            # The record first: without it the rest is not taken for a checkpoint.
-            file.path.with_suffix(".json").unlink(missing_ok=True)
-            file.path.unlink(missing_ok=True)
+            remove_checkpoint(file.path)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete the checkpoint at `path`, its record first: without it the rest is not taken for a checkpoint."""
+    path.with_suffix(".json").unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def adopt(fallback: Path, directory: Path) -> None:
+    """Move the newest checkpoint of the folder `fallback` into `directory`, where it is newer than those there.
+
+    Raises:
+        OSError: it cannot be copied; it stays where it is.
+    """
+    there, here = list_checkpoints(fallback), list_checkpoints(directory)
+    if there and (not here or there[-1].step > here[-1].step):
+        for source in (there[-1].path, there[-1].path.with_suffix(".json")):
+            atomic.write_bytes(directory / source.name, source.read_bytes())
+    for file in there:
+        remove_checkpoint(file.path)
 
 
 def _step_files(directory: Path) -> list[Path]:

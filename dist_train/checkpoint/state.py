@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_train.checkpoint.files import Contents, find_checkpoint, newest_whole, read_checkpoint, read_record
+from dist_train.checkpoint.files import Contents, Stored, adopt, newest_whole, read_stored
 from dist_train.cluster.communicator import Communicator, broadcast_str
 from dist_train.config import Config, differences, parse_config
 from dist_train.config.resuming import with_decisions
@@ -19,16 +19,6 @@ from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.optimizers import state_tensors
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
-
-
-@dataclass(frozen=True)
-class InitialWeights:
-    """The checkpoint whose weights and norm statistics a new run begins with."""
-
-    path: Path
-    sha256: str
-    step: int
-    model: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,7 +33,7 @@ class ResumePoint:
     contents: Contents | None = None
     damage: Mapping[str, str] = field(default_factory=dict)
     epochs_before: int | None = None
-    initial: InitialWeights | None = None
+    initial: Stored | None = None
 
 
 def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
@@ -60,6 +50,8 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
                 code="run-exists",
             )
         return ResumePoint(config)
+    if config.checkpoint.fallback_directory is not None:
+        adopt(directory.fallback(config.checkpoint.fallback_directory), checkpoints)
     named = None if config.run.resume == "auto" else Path(config.run.resume)
     damage: dict[str, str] = {}
     contents = None
@@ -67,9 +59,10 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
         contents = newest_whole(checkpoints, lambda path, text: damage.update({path.name: text}))
     if contents is None and named is not None:
         # Another run's checkpoint is where this one begins; requeued, it resumes from its own.
-        contents = read_checkpoint(find_checkpoint(named))
+        contents = read_stored(named).contents
     if contents is None:
-        return ResumePoint(config, None, damage, initial=_initial_weights(config.run.init_from))
+        source = config.run.init_from
+        return ResumePoint(config, None, damage, initial=None if source is None else read_stored(source))
     begun = parse_config(dict(contents.config), source="the checkpoint")
     is_longer = config.run.epochs > begun.run.epochs
     changed = [each for each in differences(begun, config) if not (is_longer and each.path == "run.epochs")]
@@ -82,14 +75,6 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
         )
     before = begun.run.epochs if is_longer else None
     return ResumePoint(with_decisions(config, begun), contents, damage, before)
-
-
-def _initial_weights(source: Path | None) -> InitialWeights | None:
-    if source is None:
-        return None
-    path = find_checkpoint(source)
-    contents = read_checkpoint(path)
-    return InitialWeights(path, read_record(path).sha256, contents.step, contents.model)
 
 
 @dataclass

@@ -76,7 +76,8 @@ def completion_script(parser: argparse.ArgumentParser) -> str:
     nodes = list(_nodes(parser, ""))
     commands, choices, words = [], [], []
     for name, node in nodes:
-        own, options, takes_settings = "", [], False
+        own, takes_settings = "", False
+        options: list[str] = []
         for action in node._actions:
             given = " ".join(map(str, action.choices or ()))
             if action.nargs == argparse.REMAINDER:  # another command

@@ -98,6 +98,13 @@ def gather(comm: Communicator, values: Sequence[int], name: str) -> list[list[in
     return gathered
 
 
+def gather_str(comm: Communicator, text: str, name: str) -> tuple[str, ...]:
+    """Return every rank's `text`, which does not end on NUL, in the order of the ranks."""
+    encoded = text.encode()
+    longest = max(length for (length,) in gather(comm, [len(encoded)], f"{name}.length"))
+    return tuple(bytes(row).rstrip(b"\0").decode() for row in gather(comm, list(encoded.ljust(longest, b"\0")), name))
+
+
 def broadcast_str(comm: Communicator, text: str, name: str) -> str:
     """Return rank 0's `text`; what the others pass is not used."""
     encoded = torch.tensor(list(text.encode()), dtype=torch.int64)

@@ -38,16 +38,16 @@ from dist_train.optim.optimizers import build_optimizer
 from dist_train.optim.schedules import LearningRate
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
-from dist_train.training.compute import Compute, DynamicLossScale, LossScale, set_up_compute
+from dist_train.training.compute import Compute, LossScale, set_up_compute
 from dist_train.training.consistency import check_same_data
 from dist_train.training.measuring import (
     HostTimer,
     Measuring,
-    RankMeasuring,
+    Profiler,
     StepClock,
-    UsageReader,
     WeightNorms,
     build_step_clock,
+    read_usage_of,
 )
 from dist_train.training.micro_batches import (
     find_micro_size,
@@ -56,7 +56,6 @@ from dist_train.training.micro_batches import (
     shares_micro_batches,
     sum_over,
 )
-from dist_train.training.profiling import build_profiler
 from dist_train.training.reduction import GradientReduction, Tally, build_reduction
 from dist_train.training.step import TrainingStep
 from dist_train.training.stopping import StopRequests, TimeLimit, job_time_limit
@@ -102,11 +101,11 @@ def assemble(
     network = build_model(config).to(compute.device)
     weights = FlatWeights(network)
     is_measured = config.metrics.enabled or config.metrics.tensorboard
-    measuring = Measuring()
+    measuring = None
     if is_measured:
         # The norms measure the distance to the initial weights, which are what `weights` are now.
         norms = WeightNorms(weights.values, weights.values.clone()) if comm.rank == 0 else None
-        measuring = RankMeasuring(comm, UsageReader(compute.device), norms)
+        measuring = Measuring(comm, read_usage_of(compute.device), norms)
     optimizer = build_optimizer(config.optimizer, weights)
     restore = partial(_restore, resume_point, updates_per_epoch, network, optimizer)
     progress = run_on_all_ranks(comm, restore, "restore the checkpoint")
@@ -120,7 +119,9 @@ def assemble(
     writer = None
     if comm.rank == 0:
         directory.save_config(config)
-        writer = CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing)
+        elsewhere = config.checkpoint.fallback_directory
+        fallback = directory.fallback(elsewhere) if elsewhere else None
+        writer = CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing, fallback)
     step = build_step(
         config,
         model,
@@ -129,7 +130,7 @@ def assemble(
         optimizer,
         comm,
         compute,
-        loss_scale=DynamicLossScale(progress) if compute.precision == torch.float16 else LossScale(),
+        loss_scale=LossScale(progress if compute.precision == torch.float16 else None),
         clock=build_step_clock(compute.device) if is_measured else StepClock(HostTimer()),
         total_steps=total_steps,
         wait_for_checkpoint_copy=writer.wait_until_copied if writer else lambda: None,
@@ -145,6 +146,7 @@ def assemble(
         step.reduction.close()
         return replace(step, reduction=_reduction(settled, weights, comm))
 
+    profile_steps = config.run.profile_steps
     return Trainer(
         config=config,
         comm=comm,
@@ -168,7 +170,7 @@ def assemble(
         stop=stop,
         time_limit=job_time_limit() if comm.rank == 0 else TimeLimit(None),
         progress=progress,
-        profiler=build_profiler(config.run.profile_steps, directory.profile, comm),
+        profiler=Profiler(profile_steps, directory.profile, comm) if profile_steps else None,
         measuring=measuring,
     )
 
@@ -216,7 +218,7 @@ def build_step(
 def _restore(start: ResumePoint, updates_per_epoch: int, network: nn.Module, optimizer: Optimizer) -> Progress:
     if start.contents is None:
         if start.initial is not None:
-            load_model(start.initial.model, network, str(start.initial.path))
+            load_model(start.initial.contents.model, network, str(start.initial.path))
         return Progress()
     planned = (start.epochs_before or 0) * updates_per_epoch
     if start.contents.step < planned:

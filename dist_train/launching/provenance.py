@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import socket
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -88,8 +87,13 @@ def _installed(package: str) -> str:
         return "not installed"
 
 
-def run_facts(trainer: Trainer, directory: RunDirectory, launched: float, revision: str, run_id: str) -> RunFacts:
-    """Return the facts of the run of `trainer`, of which a launch began at `launched`, seconds since 1970."""
+def run_facts(
+    trainer: Trainer, directory: RunDirectory, launched: float, revision: str, run_id: str, nodes: tuple[str, ...]
+) -> RunFacts:
+    """Return the facts of the run of `trainer`, of which a launch began at `launched`, seconds since 1970.
+
+    `nodes` are those of the ranks, by rank.
+    """
     config, plan, ranks = trainer.config, trainer.plan, trainer.comm
     noise = config.noise
     noise_text = f"{noise.method}, {noise.distribution} {noise.amplitude:g}, {noise.sharing}, {noise.schedule.kind}"
@@ -114,7 +118,8 @@ def run_facts(trainer: Trainer, directory: RunDirectory, launched: float, revisi
         micro_batches_of=tuple(len(share_of(config.model, plan, rank, ranks.size)) for rank in range(ranks.size)),
         revision=revision,
         slurm_job=os.environ.get("SLURM_JOB_ID", ""),
-        node=socket.gethostname(),
+        node=nodes[ranks.rank],
+        nodes=nodes,
         launched=launched,
         run_id=run_id,
         device_memory=_device_memory(trainer.take_step.compute.device),

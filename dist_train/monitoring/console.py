@@ -54,7 +54,7 @@ class PlainLines(Observer):
                 self._pace.mark(record.step, now)
                 if now >= self._next:
                     self._next = now + self._seconds
-                    self._write(self._line(self._facts, record))
+                    self._write(wording.update(self._facts, record, self._pace))
             case EvaluationRecord():
                 self._write(wording.evaluation(self._facts, record))
             case EventRecord():
@@ -68,15 +68,6 @@ class PlainLines(Observer):
         table = summary_table(self._facts, outcome, box=None)
         Console(file=page, width=_WIDTH, color_system=None).print(table)
         self._write("\n" + "\n".join(line.rstrip() for line in page.getvalue().splitlines()))
-
-    def _line(self, facts: RunFacts, record: TrainRecord) -> str:
-        left = self._pace.seconds_left(facts.total_steps)
-        epoch = wording.current_epoch(facts, record.step)
-        return (
-            f"epoch {epoch}  step {record.step:,}/{facts.total_steps:,}  loss {record.loss:.4f}  "
-            f"accuracy {wording.percent(record.accuracy)}  {wording.rate(record.samples_per_second)} images/s"
-            + (f"  {wording.duration(left)} left" if left is not None else "")
-        )
 
     def _write(self, text: str) -> None:
         try:
@@ -134,10 +125,8 @@ class TerminalBar(Observer):
         self._step = facts.start_step
         self._task = self._bar.add_task("", total=facts.total_steps, epoch="", left="")
         self._fit()
-        first, *rest = wording.introduction(facts)
-        self._console.print(Text(first, style="bold"))
-        for line in rest:
-            self._console.print(Text(line, style="dim"))
+        for place, line in enumerate(wording.introduction(facts)):
+            self._console.print(Text(line, style="dim" if place else "bold"))
         self._live.start()
         # a run that is killed must not leave a terminal without a cursor
         self._console.show_cursor(True)
@@ -152,7 +141,13 @@ class TerminalBar(Observer):
                 self._pace.mark(record.step, time.monotonic())
                 self.progress(record.step)
             case EvaluationRecord():
-                self._print(self._evaluation(self._facts, record))
+                line = Text(wording.evaluation(self._facts, record))
+                if record.split == "test":
+                    self._test = record
+                    if record.accuracy > self._best:
+                        self._best = record.accuracy
+                        line.append("  best so far", style="green")
+                self._print(line)
             case EventRecord(event="checkpoint"):
                 self._saved = record.step
             case EventRecord():
@@ -173,32 +168,30 @@ class TerminalBar(Observer):
         if self._terminal is not sys.stdout:
             self._terminal.close()
 
-    def _evaluation(self, facts: RunFacts, record: EvaluationRecord) -> Text:
-        line = Text(wording.evaluation(facts, record))
-        if record.split == "test":
-            self._test = record
-            if record.accuracy > self._best:
-                self._best = record.accuracy
-                line.append("  best so far", style="green")
-        return line
-
     def _print(self, line: Text) -> None:
-        try:
+        with self._stopping_where_it_is_closed():
             self._console.print(line)
-        except OSError:
-            self._stop()
-            raise
 
     def _draw(self) -> None:
+        assert self._facts is not None, "begin comes first"
         started = time.monotonic()
-        try:
+        seconds = self._pace.seconds_left(self._facts.total_steps)
+        left = "" if seconds is None else f"{wording.duration(seconds)} left"
+        epoch = wording.current_epoch(self._facts, self._step)
+        self._bar.update(self._task, completed=self._step, epoch=epoch, left=left)
+        with self._stopping_where_it_is_closed():
             self._fit()
-            self._live.update(self._view(), refresh=True)
+            self._live.update(Group(Constrain(self._bar, _WIDEST), self._measurements()), refresh=True)
+        finished = time.monotonic()
+        self._next = finished + max(_REDRAW_SECONDS, (finished - started) / _REDRAW_SHARE)
+
+    @contextmanager
+    def _stopping_where_it_is_closed(self) -> Iterator[None]:
+        try:
+            yield
         except OSError:
             self._stop()
             raise
-        finished = time.monotonic()
-        self._next = finished + max(_REDRAW_SECONDS, (finished - started) / _REDRAW_SHARE)
 
     def _stop(self) -> None:
         """End the live display and give `sys.stdout` and `sys.stderr` back, whatever the terminal says."""
@@ -212,17 +205,8 @@ class TerminalBar(Observer):
             if columns > 0:
                 self._console.width = columns
 
-    def _view(self) -> Group:
-        facts = self._facts
-        assert facts is not None, "begin comes first"
-        seconds = self._pace.seconds_left(facts.total_steps)
-        left = "" if seconds is None else f"{wording.duration(seconds)} left"
-        self._bar.update(self._task, completed=self._step, epoch=wording.current_epoch(facts, self._step), left=left)
-        return Group(Constrain(self._bar, _WIDEST), self._measurements())
-
     def _measurements(self) -> Text:
-        train = self._train
-        line = Text(no_wrap=True, overflow="ellipsis")
+        train, line = self._train, Text(no_wrap=True, overflow="ellipsis")
         if train is None:
             return line.append("waiting for the first step", style="dim")
         values = {
@@ -234,11 +218,8 @@ class TerminalBar(Observer):
             "noise ": f"{train.noise_amplitude:.2g}" if train.noise_amplitude else "",
             "saved at ": "" if self._saved is None else f"{self._saved:,}",
         }
-        for name, value in values.items():
-            if value:
-                line.append(name, style="dim").append(value).append("  ")
-        line.rstrip()
-        return line
+        shown = [Text.assemble((name, "dim"), value) for name, value in values.items() if value]
+        return line.append_text(Text("  ").join(shown))
 
 
 def summary_table(facts: RunFacts, outcome: Outcome, box: Box | None) -> Table:

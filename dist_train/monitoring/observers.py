@@ -61,9 +61,10 @@ class Observers(Observer):
 
     def _drop(self, failed: Observer, error: Exception) -> None:
         with self._lock:
-            if not any(observer is failed for observer in self._observers):
+            before = self._observers
+            self._observers = tuple(observer for observer in before if observer is not failed)
+            if self._observers == before:
                 return
-            self._observers = tuple(observer for observer in self._observers if observer is not failed)
         name, reason = type(failed).__name__, f"{type(error).__name__}: {error}"
         logger.warning("%s failed and is left out from now on; training continues: %s", name, reason)
         logger.debug("where %s failed", name, exc_info=error)

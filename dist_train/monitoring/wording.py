@@ -6,7 +6,7 @@ import math
 from collections import deque
 
 from dist_train.outcome import escaped
-from dist_train.rundir.records import EvaluationRecord, EventRecord, RunFacts
+from dist_train.rundir.records import EvaluationRecord, EventRecord, RunFacts, TrainRecord
 
 
 def duration(seconds: float) -> str:
@@ -103,3 +103,13 @@ class Pace:
         if pace is None or self._latest is None:
             return None
         return max(0, total_steps - self._latest[1]) * pace
+
+
+def update(facts: RunFacts, record: TrainRecord, pace: Pace) -> str:
+    """Return an update as one line, with the time left where `pace` is known."""
+    left = pace.seconds_left(facts.total_steps)
+    return (
+        f"epoch {current_epoch(facts, record.step)}  step {record.step:,}/{facts.total_steps:,}  "
+        f"loss {record.loss:.4f}  accuracy {percent(record.accuracy)}  {rate(record.samples_per_second)} images/s"
+        + ("" if left is None else f"  {duration(left)} left")
+    )

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+_logger = logging.getLogger(__name__)
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
@@ -76,21 +78,20 @@ def swap_text(path: Path, content: str, mode: int | None = None) -> None:
         raise
 
 
-class LiveFile:
-    """A text that is often rewritten; a disk that refuses costs one warning, and the next write is tried again."""
+class RewrittenFile:
+    """A small file that is rewritten as a run proceeds. A disk that refuses costs one warning, until it takes again."""
 
-    def __init__(self, path: Path, logger: logging.Logger) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.is_refused = False
-        self._logger = logger
 
     def write(self, content: str) -> None:
-        """Write `content`, whole or not at all."""
+        """Write `content`, as `swap_text` does."""
         try:
             swap_text(self.path, content)
         except OSError as error:
             if not self.is_refused:
-                self._logger.warning("%s cannot be written; training continues: %s", self.path, error)
+                _logger.warning("%s cannot be written; training continues: %s", self.path, error)
             self.is_refused = True
         else:
             self.is_refused = False

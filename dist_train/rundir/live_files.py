@@ -8,12 +8,13 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from dist_train.rundir import atomic
-from dist_train.rundir.atomic import json_text
+from pydantic import Field, TypeAdapter, ValidationError
+
+from dist_train.rundir.atomic import RewrittenFile, json_text, read_regular
 from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, RankMeasurement, Record
 
 _logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ class EventCounts(Observer):
 
     def __init__(self, path: Path) -> None:
         """Read what is there; a broken file is reported, and the counts begin anew."""
-        self._file = atomic.LiveFile(path, _logger)
+        self._file = RewrittenFile(path)
         try:
             self._counts = Counter(read_counts(path))
         except (OSError, ValueError) as error:
@@ -50,20 +51,16 @@ class EventCounts(Observer):
 def read_counts(path: Path) -> Mapping[str, int]:
     """Return the counts in `path`, none where it is not there. Raises OSError or ValueError where it is broken."""
     try:
-        content = atomic.read_regular(path)
+        content = read_regular(path)
     except FileNotFoundError:
         return {}
-    counts = json.loads(content)
-    if not isinstance(counts, dict):
-        raise ValueError("it does not hold counts by kind of event")
-    for event, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ValueError(f"the count of {event!r} is not a whole number: {count!r}")
-    return counts
+    try:
+        return _COUNTS.validate_json(content)
+    except ValidationError as error:
+        raise ValueError(f"it does not hold counts of events: {error.errors()[0]['msg']}") from error
 
 
 _PACE_SECONDS = 1.0
-_FIELDS = tuple(RankMeasurement.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
@@ -76,13 +73,10 @@ class RanksReading:
 
 
 class RanksFile(Observer):
-    """An observer that rewrites the file at a measurement, at most once a second, and at the end.
-
-    A disk that refuses costs one warning; the next measurement is tried again.
-    """
+    """An observer that rewrites the file at a measurement, at most once a second, and at the end."""
 
     def __init__(self, path: Path) -> None:
-        self._file = atomic.LiveFile(path, _logger)
+        self._file = RewrittenFile(path)
         self._due = -math.inf
         self._pending: Measurement | None = None
 
@@ -100,7 +94,8 @@ class RanksFile(Observer):
         if self._pending is None:
             return
         self._due = time.monotonic() + _PACE_SECONDS
-        self._file.write(_to_json(self._pending))
+        ranks = [rank._asdict() for rank in self._pending.ranks]
+        self._file.write(json_text({"step": self._pending.step, "time": self._pending.time, "ranks": ranks}) + "\n")
         if not self._file.is_refused:
             self._pending = None
 
@@ -108,18 +103,10 @@ class RanksFile(Observer):
 def read_ranks(path: Path) -> RanksReading | None:
     """Return what the file at `path` holds, null as NaN; None where there is none that can be read."""
     try:
-        fields = json.loads(atomic.read_regular(path))
-        ranks = tuple(_measurement(rank) for rank in fields["ranks"])
-        return RanksReading(int(fields["step"]), float(fields["time"]), ranks)
-    except (OSError, ValueError, KeyError, TypeError):
+        return _RANKS.validate_json(read_regular(path))
+    except (OSError, ValidationError):
         return None
 
 
-def _to_json(measurement: Measurement) -> str:
-    ranks = [asdict(rank) for rank in measurement.ranks]
-    return json_text({"step": measurement.step, "time": measurement.time, "ranks": ranks}) + "\n"
-
-
-def _measurement(fields: Mapping[str, Any]) -> RankMeasurement:
-    values = {name: math.nan if fields[name] is None else float(fields[name]) for name in _FIELDS}
-    return RankMeasurement(**values)
+_COUNTS = TypeAdapter(dict[str, Annotated[int, Field(strict=True, ge=0)]])
+_RANKS = TypeAdapter(RanksReading)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,8 +16,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from dist_train.outcome import ExitCode
 from dist_train.rundir import atomic
-from dist_train.rundir.atomic import json_text
-from dist_train.rundir.paths import BrokenFileError
+from dist_train.rundir.atomic import RewrittenFile, json_text, read_regular
+from dist_train.rundir.paths import BrokenFileError, RunDirectory
 
 State = Literal["starting", "running", "stopping", "stopped", "finished", "failed"]
 
@@ -28,7 +28,6 @@ _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 _PACE_SECONDS = 1.0
-_logger = logging.getLogger("dist_train.rundir.status")
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class StatusFile:
 
     def __init__(self, path: Path, world_size: int, before: Status | None = None) -> None:
         """Begin in state `starting`, with what is known from `before`; nothing is written yet."""
-        self._file = atomic.LiveFile(path, _logger)
+        self._file = RewrittenFile(path)
         now = _now()
         self.current = Status(
             state="starting",
@@ -111,7 +110,12 @@ class StatusFile:
     def _write(self) -> None:
         self._written = time.monotonic()
         self.current = replace(self.current, updated=_now())
-        self._file.write(json_text(asdict(self.current), indent=2) + "\n")
+        text = json_text(asdict(self.current), indent=2) + "\n"
+        self._file.write(text)
+        if self._file.is_refused and self.current.finished is not None:
+            with suppress(OSError):
+                directory = RunDirectory(self._file.path.parent)
+                directory.spend_reserve(lambda: atomic.swap_text(self._file.path, text))
 
 
 def load_status(path: Path) -> Status:
@@ -121,7 +125,7 @@ def load_status(path: Path) -> Status:
         BrokenFileError: it is not there, cannot be read, or is no status.
     """
     try:
-        return _STATUS.validate_json(atomic.read_regular(path))
+        return _STATUS.validate_json(read_regular(path))
     except FileNotFoundError:
         raise BrokenFileError(f"no {path.name}") from None
     except OSError as error:

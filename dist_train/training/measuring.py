@@ -1,4 +1,4 @@
-"""How long the parts of a step take on every rank, and what the rank uses of its machine."""
+"""How long the parts of a step take on every rank, what the rank uses of its machine, and profiles of a few steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -16,10 +16,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from dist_train.cluster.communicator import Communicator
 from dist_train.rundir.records import Measurement, RankMeasurement, StepParts
+from dist_train.training.nvml import GpuReader
 
 Part = Literal["data_wait", "forward_backward", "perturb_restore", "allreduce_wait", "optimizer", "checkpoint_stall"]
 """A field of `StepParts`."""
@@ -126,43 +127,46 @@ def build_step_clock(device: torch.device) -> StepClock:
 
 
 _STATM = Path("/proc/self/statm")
-_PACE_SECONDS = 1.0
-"""NVML averages over about as long, and takes a millisecond to answer; memory changes no faster."""
+_PACE_SECONDS = 2.0
+"""NVML averages over a second or less, and takes up to a millisecond for each answer; memory changes no faster."""
 _logger = logging.getLogger("dist_train.training")
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Bytes, and the share of the last second in which the device was at work; NaN where it is not known."""
-
-    resident_bytes: float
-    device_bytes: float
-    device_peak_bytes: float
-    device_utilization: float
 
 
 class UsageReader:
     """Reads this process's usage, and that of `device`."""
 
     def __init__(
-        self, device: torch.device, ask_utilization: Callable[[torch.device], float] = torch.cuda.utilization
+        self,
+        device: torch.device,
+        ask_utilization: Callable[[torch.device], float] = torch.cuda.utilization,
+        ask_gpu: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
-        """`ask_utilization` gives percent, and raises where nothing can answer: it is then not asked again."""
+        """`ask_utilization` gives percent, and raises where nothing can answer: it is then not asked again.
+
+        `ask_gpu` gives what is known of the device beside, by field of `RankMeasurement`.
+        """
         self._device = device
         self._ask = ask_utilization
+        self._ask_gpu = ask_gpu
         self._answers = device.type == "cuda"
         self._read_at = -math.inf
-        self._usage = Usage(math.nan, math.nan, math.nan, math.nan)
+        self._usage: Mapping[str, float] = {}
 
-    def read(self) -> Usage:
-        """Return the usage, at most a second old."""
+    def read(self) -> Mapping[str, float]:
+        """Return the usage by field of `RankMeasurement`, at most two seconds old; NaN, or no value, if unknown."""
         if time.monotonic() - self._read_at >= _PACE_SECONDS:
             self._read_at = time.monotonic()
             held = peak = math.nan
             if self._device.type == "cuda":
                 held = float(torch.cuda.memory_reserved(self._device))
                 peak = float(torch.cuda.max_memory_reserved(self._device))
-            self._usage = Usage(_resident_bytes(), held, peak, self._utilization())
+            self._usage = {
+                "resident_bytes": _resident_bytes(),
+                "device_bytes": held,
+                "device_peak_bytes": peak,
+                "device_utilization": self._utilization(),
+                **self._ask_gpu(),
+            }
         return self._usage
 
     def _utilization(self) -> float:
@@ -174,6 +178,14 @@ class UsageReader:
             self._answers = False
             _logger.info("the device's utilization is not known: %s", " ".join(str(error).split()))
             return math.nan
+
+
+def read_usage_of(device: torch.device) -> UsageReader:
+    """Return the reader of `device`, with what NVML knows of it where it is a GPU of NVIDIA's."""
+    if device.type != "cuda" or torch.version.hip:
+        return UsageReader(device)
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", "unknown")
+    return UsageReader(device, ask_gpu=GpuReader(f"GPU-{uuid}").read)
 
 
 def _resident_bytes() -> float:
@@ -216,24 +228,10 @@ class WeightNorms:
 
 
 class Measuring:
-    """Measures steps; all ranks must call `start` after the same steps, and `result` between two of them.
+    """Measures the steps of this rank; where it has `norms`, the weights' too.
 
-    Here: nothing. Settings alone decide whether steps are measured, so that all ranks do alike.
+    All ranks must call `start` after the same steps, and `result` between two of them.
     """
-
-    def note_stall(self, seconds: float) -> None:
-        """Count `seconds` in which a checkpoint held up the training to the next step that is measured."""
-
-    def start(self, step: int, seconds: float, times: StepTimes) -> None:
-        """Measure `step`, counted from 1, just made in `seconds`; waits for nobody."""
-
-    def result(self) -> Measurement | None:
-        """Return what was started, once; None where nothing was."""
-        return None
-
-
-class RankMeasuring(Measuring):
-    """Measures the steps of one rank; where it has `norms`, the weights' too."""
 
     def __init__(self, comm: Communicator, usage: UsageReader, norms: WeightNorms | None) -> None:
         self._comm = comm
@@ -250,12 +248,10 @@ class RankMeasuring(Measuring):
         """Measure `step`, counted from 1, just made in `seconds`; waits for nobody."""
         assert self._finish is None, "the result of the one before comes first"
         waited = times.seconds_of("allreduce_wait")
-        mine = RankMeasurement(
-            busy_seconds=max(0.0, seconds - waited), wait_seconds=waited, **asdict(self._usage.read())
-        )
+        mine = RankMeasurement(busy_seconds=max(0.0, seconds - waited), wait_seconds=waited, **self._usage.read())
         # A row for each rank, which the sum fills.
-        slots = torch.zeros(self._comm.size, len(fields(mine)), dtype=torch.float64)
-        slots[self._comm.rank] = torch.tensor(astuple(mine), dtype=torch.float64)
+        slots = torch.zeros(self._comm.size, len(mine), dtype=torch.float64)
+        slots[self._comm.rank] = torch.tensor(mine, dtype=torch.float64)
         if self._norms is not None:
             self._norms.start()
         pending = self._comm.allreduce_async(slots, "measurements")
@@ -282,3 +278,54 @@ class RankMeasuring(Measuring):
         """Return what was started, once; None where nothing was."""
         finish, self._finish = self._finish, None
         return finish() if finish else None
+
+
+_FIRST_UPDATES = 2
+"""Updates of a launch that are not profiled: they also allocate, tune and compile."""
+
+
+class Profiler:
+    """Profiles `updates` updates after the first two of a launch, on all ranks; writes Chrome traces into `folder`."""
+
+    def __init__(self, updates: int, folder: Path, comm: Communicator) -> None:
+        self._last = _FIRST_UPDATES + updates
+        self._folder = folder
+        self._comm = comm
+        self._made = 0
+        self._profile: profile | None = None
+        self._first_step = 0
+
+    def after_update(self, step: int) -> None:
+        """Begin, or end, when it is time; all ranks after the same update."""
+        self._made += 1
+        if self._made == _FIRST_UPDATES:
+            self._begin(step + 1)
+        elif self._made == self._last:
+            self.close()
+
+    def close(self) -> None:
+        """Write what has been seen so far."""
+        if self._profile is None:
+            return
+        running, self._profile = self._profile, None
+        self._comm.stop_timeline()
+        running.stop()
+        path = self._folder / f"trace-step-{self._first_step:08d}-rank-{self._comm.rank}.json"
+        try:
+            running.export_chrome_trace(str(path))
+        except (OSError, RuntimeError) as error:
+            _logger.error("the profiler's trace %s could not be written: %s", path, error)
+
+    def _begin(self, first_step: int) -> None:
+        try:
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            _logger.error("nothing is profiled, %s cannot be made: %s", self._folder, error.strerror or error)
+            return
+        self._first_step = first_step
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_initialized():
+            activities.append(ProfilerActivity.CUDA)
+        self._comm.start_timeline(self._folder / f"horovod-step-{first_step:08d}.json")
+        self._profile = profile(activities=activities)
+        self._profile.start()

@@ -7,6 +7,7 @@ import * as stat from '@grafana/schema/dist/esm/raw/composable/stat/panelcfg/x/S
 import * as statetimeline from '@grafana/schema/dist/esm/raw/composable/statetimeline/panelcfg/x/StateTimelinePanelCfg_types.gen';
 import * as text from '@grafana/schema/dist/esm/raw/composable/text/panelcfg/x/TextPanelCfg_types.gen';
 import * as timeseries from '@grafana/schema/dist/esm/raw/composable/timeseries/panelcfg/x/TimeSeriesPanelCfg_types.gen';
+import * as xychart from '@grafana/schema/dist/esm/raw/composable/xychart/panelcfg/x/XYChartPanelCfg_types.gen';
 
 interface PrometheusQuery {
   datasource?: raw.DataSourceRef;
@@ -36,6 +37,11 @@ interface Panel<Type extends string, Options, Custom>
   targets?: PrometheusQuery[];
 }
 
+// Its own type of series has a copy of MatcherConfig, of which there can be but one.
+interface XYOptions extends Omit<xychart.Options, 'series'> {
+  series: { x?: { matcher: raw.MatcherConfig } }[];
+}
+
 type None = Record<string, never>;
 
 type AnyPanel =
@@ -43,7 +49,8 @@ type AnyPanel =
   | Panel<'stat', stat.Options, None>
   | Panel<'state-timeline', statetimeline.Options, Partial<statetimeline.FieldConfig>>
   | Panel<'text', text.Options, None>
-  | Panel<'timeseries', timeseries.Options, Partial<timeseries.FieldConfig>>;
+  | Panel<'timeseries', timeseries.Options, Partial<timeseries.FieldConfig>>
+  | Panel<'xychart', XYOptions, Partial<xychart.FieldConfig>>;
 
 interface Row extends Omit<raw.RowPanel, 'panels'> {
   panels: AnyPanel[];

@@ -28,14 +28,15 @@ def needs_a_device(expression: str) -> bool:
     return any(part in expression for part in NEEDS_A_DEVICE)
 
 
-def variables(run: str) -> dict[str, str]:
+def variables(run: str, run_id: str = ".*") -> dict[str, str]:
     """Return what stands for the variables of Grafana and of the dashboards, when one run is looked at."""
     return {
         "datasource": "prometheus",
         "run": run,
-        "run_id": ".*",
+        "run_id": run_id,
         "split": ".*",
         "noise": ".*",
+        "x": "dist_train_step",
         "__rate_interval": "30s",
         "__interval": "15s",
         "__interval_ms": "15000",
@@ -66,24 +67,24 @@ def rules() -> Iterator[tuple[str, Mapping[str, Any]]]:
                 yield rule.get("record") or rule["alert"], rule
 
 
-def dashboard_expressions(run: str) -> dict[str, str]:
+def dashboard_expressions(run: str, run_id: str = ".*") -> dict[str, str]:
     """Return every query of every dashboard, by a name for messages; those about devices are left out.
 
     The conditions of marks are taken apart as for alerts.
     """
-    return {name: text for name, text in _expressions(run).items() if not needs_a_device(text)}
+    return {name: text for name, text in _expressions(run, run_id).items() if not needs_a_device(text)}
 
 
 def device_expressions(run: str) -> dict[str, str]:
     """Return every query of every dashboard that is about devices, by a name for messages."""
-    return {name: text for name, text in _expressions(run).items() if needs_a_device(text)}
+    return {name: text for name, text in _expressions(run, ".*").items() if needs_a_device(text)}
 
 
-def _expressions(run: str) -> dict[str, str]:
+def _expressions(run: str, run_id: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted(DASHBOARDS.glob("*.json")):
         for name, written in dashboard_queries(json.loads(path.read_text(encoding="utf-8"))):
-            expression = filled(written, variables(run))
+            expression = filled(written, variables(run, run_id))
             if name.startswith("mark ") and "ALERTS" not in expression:
                 for place, operand in enumerate(operands(expression)):
                     found[f"{path.stem}: {name} {place}"] = operand

@@ -93,7 +93,16 @@ class Prometheus:
 
     def firing(self) -> set[str]:
         """Return the names of the alerts that fire now."""
-        return {alert["labels"]["alertname"] for alert in self.ask("alerts")["alerts"] if alert["state"] == "firing"}
+        return {name for name, _ in self.alerts()}
+
+    def firing_runs(self, alert: str) -> set[str]:
+        """Return the ids of the runs about which `alert` fires now."""
+        return {run_id for name, run_id in self.alerts() if name == alert}
+
+    def alerts(self) -> set[tuple[str, str]]:
+        """Return each alert that fires now, with the id of its run."""
+        firing = (alert["labels"] for alert in self.ask("alerts")["alerts"] if alert["state"] == "firing")
+        return {(labels["alertname"], labels["run_id"]) for labels in firing}
 
 
 @contextmanager

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import time as seconds_since_1970
 from typing import Any
 
 import pytest
 import yaml
 
-from dist_train.config.sections import MetricsSettings
-from dist_train.monitoring.prometheus.exporter import Exporter
-from dist_train.rundir.records import RankMeasurement
 from tests.launching import descendants, kill, records, small_settings, start, write_config
 from tests.services.dashboard_page import height_of, screenshot, series_drawn, write_page
 from tests.services.expressions import (
     dashboard_expressions,
     device_expressions,
+    filled,
     needs_a_device,
     rule_expressions,
     variables,
 )
 from tests.services.servers import Prometheus, Webhook, alertmanager, prometheus, webhook
-from tests.unit.exporting import FACTS, STOPPED, measurement
+from tests.unit.exporting import FACTS, ON_A_DEVICE, STOPPED, measurement, serving
 from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -55,10 +55,11 @@ class Watched:
     prometheus: Prometheus
     webhook: Webhook
 
-    def trainers(self) -> list[int]:
-        """Return the processes of the two ranks: those that no other rank has started."""
-        ours = [pid for pid in descendants(self.job.pid) if is_rank(pid)]
-        return [pid for pid in ours if not is_rank(parent(pid))]
+
+def trainers(job: subprocess.Popen[str]) -> list[int]:
+    """Return the processes of the two ranks of `job`: those that no other rank has started."""
+    ours = [pid for pid in descendants(job.pid) if is_rank(pid)]
+    return [pid for pid in ours if not is_rank(parent(pid))]
 
 
 def is_rank(pid: int) -> bool:
@@ -79,11 +80,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     folder = tmp_path_factory.mktemp("watched")
     targets = folder / "targets"
     targets.mkdir()
-    settings = small_settings(
-        run={"epochs": 1_000_000},
-        checkpoint={"every_epochs": 5},
-        metrics={"enabled": True, "port": 0, "targets_directory": str(targets)},
-    )
+    settings = watched_settings(targets)
     run = folder / RUN
     with (
         webhook() as hook,
@@ -95,6 +92,15 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
             yield Watched(run, job, targets, server, hook)
         finally:
             kill(job)
+
+
+def watched_settings(targets: Path) -> dict[str, Any]:
+    """Return the settings of a small run that lasts, and that Prometheus finds in the folder `targets`."""
+    return small_settings(
+        run={"epochs": 1_000_000},
+        checkpoint={"every_epochs": 5},
+        metrics={"enabled": True, "port": 0, "targets_directory": str(targets)},
+    )
 
 
 def prometheus_config(folder: Path, targets: Path, alerts: str) -> Path:
@@ -200,14 +206,94 @@ def test_every_expression_of_a_dashboard_or_a_rule_gives_data(watched: Watched) 
 
 def test_every_expression_about_devices_gives_data_for_a_rank_that_has_one(watched: Watched, tmp_path: Path) -> None:
     run = tmp_path / "on_a_device"
-    exporter = Exporter(MetricsSettings(port=0, targets_directory=watched.targets))
-    exporter.begin(replace(FACTS, name=run.name, run_directory=run, device_memory=80 << 30, time_limit=2e9))
-    with_device = RankMeasurement(0.2, 0.1, 1e9, device_bytes=6e10, device_peak_bytes=7e10, device_utilization=0.9)
-    exporter.measurement(replace(measurement(15), ranks=(with_device, with_device)))
-    expressions = device_expressions(run.name)
-    assert expressions
-    until_all_answer(watched.prometheus, expressions)
-    exporter.end(STOPPED)
+    facts = replace(FACTS, name=run.name, run_directory=run, device_memory=80 << 30, time_limit=2e9)
+    with serving(facts, STOPPED, targets_directory=watched.targets) as exporter:
+        exporter.measurement(replace(measurement(15), ranks=(ON_A_DEVICE, ON_A_DEVICE)))
+        expressions = device_expressions(run.name)
+        assert expressions
+        until_all_answer(watched.prometheus, expressions)
+
+
+def test_no_panel_drowns_in_64_ranks_and_each_of_them_carries_its_own_node(watched: Watched, tmp_path: Path) -> None:
+    run = tmp_path / "many_ranks"
+    nodes = tuple(f"n{rank // 8}" for rank in range(64))
+    facts = replace(
+        FACTS, name=run.name, run_directory=run, world_size=64, micro_batches_of=(1,) * 64, nodes=nodes, node="n0"
+    )
+    ranks = tuple(ON_A_DEVICE._replace(busy_seconds=0.2 + 0.001 * (37 * rank % 64)) for rank in range(64))
+    slow = 45  # the one with 37 * rank % 64 == 1 but for what follows
+    ranks = (*ranks[:slow], ON_A_DEVICE._replace(busy_seconds=0.4), *ranks[slow + 1 :])
+    with serving(facts, STOPPED, targets_directory=watched.targets) as exporter:
+        exporter.measurement(replace(measurement(15), ranks=ranks))
+        ratio = f'run_rank:dist_train_rank_busy_ratio:avg5m{{run="{run.name}"}}'
+        found = wait_for(lambda: watched.prometheus.query(ratio), "the rules")
+        assert len(found) == 64
+        assert {(labels["rank"], labels["node"]) for labels, _ in found} == {(str(r), n) for r, n in enumerate(nodes)}
+        [(slowest, _)] = watched.prometheus.query(f"topk(1, {ratio})")
+        assert (slowest["rank"], slowest["node"]) == (str(slow), nodes[slow])
+        dashboard = json.loads((SHIPPED / "grafana/dashboards/one_run.json").read_text())
+        for panel in dashboard["panels"]:
+            drawn = [series_of(watched.prometheus, target["expr"], run.name) for target in panel.get("targets", [])]
+            assert sum(drawn) <= 12, panel["title"]
+
+
+def sums_over_runs(expression: str) -> bool:
+    """Whether `expression` leaves out the ids of runs: its dashboard has chosen one, or counts them."""
+    without_matchers = re.sub(r"\{[^}]*\}", "", expression)
+    return bool(re.search(r"\b(sum|count|quantile)\b", without_matchers)) and "run_id" not in without_matchers
+
+
+def series_of(server: Prometheus, expression: str, run: str) -> int:
+    """Return how many series a panel draws of `expression` over the last minute."""
+    now = seconds_since_1970()
+    values = variables(run)
+    found = server.ask("query_range", query=filled(expression, values), start=now - 60, end=now, step=1)["result"]
+    return len(found)
+
+
+def test_two_runs_of_one_name_are_told_apart_by_every_panel_and_rule(watched: Watched, tmp_path: Path) -> None:
+    twin = tmp_path / RUN
+    config = write_config(tmp_path, watched_settings(watched.targets))
+    job = start(2, "gloo", "train", config, "--run-dir", str(twin))
+    try:
+        wait_for(lambda: (twin / "run_id").is_file(), "the second run")
+        first, second = ((run / "run_id").read_text().strip() for run in (watched.run, twin))
+        assert first != second
+        ids = {first, second}
+        expressions = {**dashboard_expressions(RUN), **rule_expressions()}
+        mixed: dict[str, Any] = {}
+
+        def all_apart() -> bool:
+            mixed.clear()
+            for name, text in expressions.items():
+                found = {labels["run_id"] for labels, _ in watched.prometheus.query(text) if "run_id" in labels}
+                # of rules also those of the tests before
+                if not ids <= found and not sums_over_runs(text):
+                    mixed[name] = (text, found)
+            return not mixed
+
+        wait_for(all_apart, lambda: json.dumps({name: str(why) for name, why in mixed.items()}, indent=1))
+        for run_id in ids:
+            for name, text in dashboard_expressions(RUN, run_id).items():
+                found = {labels.get("run_id", run_id) for labels, _ in watched.prometheus.query(text)}
+                assert found == {run_id}, name
+
+        assert watched.prometheus.firing() == set()
+        ranks = trainers(job)
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        wait_for(lambda: watched.prometheus.firing_runs("DistTrainStalled") == {second}, "the alert about the second")
+        for pid in ranks:
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: watched.prometheus.firing_runs("DistTrainFailed") == {second}, "the alert about the second")
+        assert not watched.prometheus.firing_runs("DistTrainStalled")
+        assert not watched.prometheus.firing_runs("DistTrainExporterGone")
+    finally:
+        kill(job)
+    for path in watched.targets.glob("*.json"):
+        if second in path.read_text():
+            path.unlink()
+    wait_for(lambda: not watched.prometheus.firing(), "the end of the alerts")
 
 
 def until_all_answer(server: Prometheus, expressions: Mapping[str, str]) -> None:
@@ -253,7 +339,7 @@ def picture_folder(otherwise: Path) -> Path:
 
 
 def test_a_run_that_stands_still_is_told_to_the_webhook_and_so_is_its_going_on(watched: Watched) -> None:
-    ranks = watched.trainers()
+    ranks = trainers(watched.job)
     assert len(ranks) == 2
     for pid in ranks:
         os.kill(pid, signal.SIGSTOP)
@@ -268,7 +354,7 @@ def test_a_run_that_stands_still_is_told_to_the_webhook_and_so_is_its_going_on(w
 
 def test_the_target_file_says_how_the_run_ended(watched: Watched) -> None:
     assert list(watched.targets.glob("*.json"))
-    for pid in watched.trainers():
+    for pid in trainers(watched.job):
         os.kill(pid, signal.SIGTERM)
     watched.job.communicate(timeout=PATIENCE)
     [labels] = wait_for(

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,73 @@ def test_promtool_takes_the_settings_and_the_rules() -> None:
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
 def test_alerts_fire_and_keep_silent(path: Path) -> None:
     assert "SUCCESS" in run("promtool", "test", "rules", path)
+
+
+def healthy_twin(run: str, interval: int, length: int = 2000) -> list[dict[str, str]]:
+    """Return the series of a run that is at work all the time, and differs from `run` by its id alone."""
+    constant = {
+        'up{job="dist_train", rank="0", run, outcome=""}': 1,
+        'dist_train_state{run, state="running"}': 1,
+        "dist_train_launch_timestamp_seconds{run}": 0,
+        "dist_train_samples_per_second{run}": 1000,
+        "dist_train_planned_samples{run}": 5_000_000,
+        "dist_train_planned_epochs{run}": 100,
+        "dist_train_world_size{run}": 2,
+        'dist_train_rank_busy_ratio{run, rank="0", node="n0"}': 1,
+        'dist_train_rank_busy_ratio{run, rank="1", node="n1"}': 1,
+        'dist_train_rank_device_memory_bytes{run, rank="1", node="n1"}': 50,
+        "dist_train_device_memory_limit_bytes{run}": 100,
+        "dist_train_disk_free_bytes{run}": 10**12,
+        "dist_train_checkpoint_size_bytes{run}": 1000,
+        "dist_train_time_limit_timestamp_seconds{run}": 10**9,
+        "dist_train_time_left_seconds{run}": 60,
+        'dist_train_accuracy_ratio{run, split="test"}': 0.5,
+        "dist_train_best_accuracy_ratio{run}": 0.5,
+        **{f"dist_train_{event}_total{{run}}": 0 for event in ("not_finite", "disagreements", "requeues")},
+        "dist_train_checkpoint_failures_total{run}": 0,
+        'dist_train_events_total{run, event="corrupt_checkpoint"}': 0,
+    }
+    clocks = ("last_progress_timestamp_seconds", "checkpoint_timestamp_seconds", "step_duration_seconds_sum")
+    moving = [f"dist_train_{name}{{run}}" for name in (*clocks, "step_duration_seconds_count")]
+    values = {name: f"{value}x{length}" for name, value in constant.items()}
+    values |= dict.fromkeys(moving, f"0+{interval}x{length}")
+    twin = f'run="{run}", run_id="twin"'
+    return [{"series": re.sub(r"\brun\b", twin, name, count=1), "values": value} for name, value in values.items()]
+
+
+def with_twins(path: Path, folder: Path, change: Callable[[str], str] = str) -> Path:
+    """Return the tests of `path` with a healthy run beside each of theirs, and with the rules changed by `change`."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content["rule_files"] = []
+    for rule_file in sorted(RULES.glob("*.yml")):
+        changed = folder / rule_file.name
+        changed.write_text(change(rule_file.read_text(encoding="utf-8")), encoding="utf-8")
+        content["rule_files"].append(str(changed))
+    for test in content["tests"]:
+        test.pop("promql_expr_test", None)
+        names = {found[1] for each in test["input_series"] if (found := re.search(r'\brun="(\w+)"', each["series"]))}
+        interval = 60 if test["interval"] in ("1m", "60s") else int(test["interval"].removesuffix("s"))
+        for name in sorted(names):
+            test["input_series"] += healthy_twin(name, interval)
+    written = folder / "twins.yml"
+    written.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return written
+
+
+@promtool
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
+def test_alerts_are_the_same_beside_a_healthy_run_of_the_same_name(path: Path, tmp_path: Path) -> None:
+    assert "SUCCESS" in run("promtool", "test", "rules", with_twins(path, tmp_path))
+
+
+@promtool
+@pytest.mark.parametrize(("written", "instead"), [("on (run, run_id)", "on (run)"), ("by (run, run_id)", "by (run)")])
+def test_rules_that_know_runs_by_their_name_alone_would_not_be(written: str, instead: str, tmp_path: Path) -> None:
+    tests = with_twins(
+        DOCKER / "prometheus/tests/progress.yml", tmp_path, lambda rules: rules.replace(written, instead)
+    )
+    command = ["promtool", "test", "rules", str(tests)]
+    assert subprocess.run(command, capture_output=True, check=False).returncode != 0
 
 
 @promtool

@@ -44,10 +44,15 @@ FACTS = RunFacts(
     revision="0.1.0+abc",
     slurm_job="4711",
     node="node1",
+    nodes=("node1", "node2"),
     launched=1_700_000_000.5,
     run_id="0123456789abcdef",
 )
 OUTCOME = Outcome("finished", "", 0, 210, 30.0, 1.0, None, None, None, None, None)
+ON_A_DEVICE = RankMeasurement(
+    0.2, 0.1, 1.5e10, 7.123456789e10, 7.23456789e10, 0.987654321, 7.4e10, 687.5, 1.98e9, 2.619e9, 0x44, 3.0, 0.0
+)
+"""Its power limit and its temperature hold it back; three errors of its memory were corrected."""
 STOPPED = replace(OUTCOME, state="stopped", exit_code=75)
 
 

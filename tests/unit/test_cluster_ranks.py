@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.cluster.communicator import Alone, PeerFailedError, broadcast_str, gather, run_on_all_ranks
+from dist_train.cluster.communicator import Alone, PeerFailedError, broadcast_str, gather, gather_str, run_on_all_ranks
 from dist_train.outcome import UsageError
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 
@@ -18,6 +18,13 @@ SIZES = [1, 2, 3, 5]
 def test_every_rank_learns_every_value_in_the_order_of_the_ranks(size: int) -> None:
     gathered = results(size, lambda comm: gather(comm, [comm.rank, -(2**63), 2**63 - 1], "test"))
     assert gathered == [[[rank, -(2**63), 2**63 - 1] for rank in range(size)]] * size
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=30), min_size=1, max_size=4))
+def test_every_rank_learns_every_text_in_the_order_of_the_ranks(texts: list[str]) -> None:
+    gathered = results(len(texts), lambda comm: gather_str(comm, texts[comm.rank], "test"))
+    assert gathered == [tuple(texts)] * len(texts)
 
 
 @settings(deadline=None, max_examples=25)

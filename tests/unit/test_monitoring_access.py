@@ -18,6 +18,7 @@ from dist_train.config.sections import MetricsSettings
 from dist_train.monitoring.prometheus.http_server import (
     Credentials,
     Server,
+    Site,
     access_warnings,
     bind,
     check_access,
@@ -36,8 +37,8 @@ def well() -> bool:
 @contextmanager
 def serving(health: Callable[[], bool] = well, **settings: Any) -> Iterator[Server]:
     plan = plan_of(MetricsSettings(**settings))
-    credentials, tls = read_credentials(plan), tls_context(plan)
-    with bind(plan.host, 0, lambda: b"dist_train_step 1\n", credentials, tls, health) as server:
+    site = Site(lambda: b"dist_train_step 1\n", health, read_credentials(plan), tls_context(plan))
+    with bind(plan.host, 0, site) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:

@@ -138,6 +138,16 @@ def test_only_what_is_ours_and_gone_is_removed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {living.path.name, far.path.name, *others}
 
 
+def test_a_run_that_begins_says_that_one_that_has_just_died_was_killed(tmp_path: Path) -> None:
+    dead, before = gone(tmp_path), mine(tmp_path, "before", process=identity_of(os.getpid())[:-1])
+    age(before.path, 301)
+    assert remove_stale(tmp_path, resumed="another").removed == (before.path,)
+    assert labels_of(dead.path)["outcome"] == "killed"
+    dead.end("failed")
+    assert labels_of(dead.path)["outcome"] == "killed", "what was said first stays"
+    assert remove_stale(tmp_path, resumed=FACTS.run_id).removed == (dead.path,)
+
+
 def test_a_process_of_the_same_number_is_another_one(tmp_path: Path) -> None:
     process = identity_of(os.getpid())
     target = mine(tmp_path, process=f"{process.rpartition(' ')[0]} 1")

@@ -17,7 +17,7 @@ from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import DivergedError, StoppedError
 from dist_train.rundir.records import Measurement, Observer, Outcome, Record, RunFacts
-from dist_train.training.measuring import RankMeasuring, UsageReader, WeightNorms
+from dist_train.training.measuring import HostTimer, Measuring, StepTimes, UsageReader, WeightNorms
 from dist_train.training.trainer import Trainer
 from tests.unit.simulated_ranks import SimulatedRanks, on_ranks, results
 from tests.unit.small_trainers import build_trainer, small_config, state_bits
@@ -92,7 +92,7 @@ def test_rank_0_has_every_rank_s_row_and_each_other_its_own(tmp_path: Path, size
 def test_one_sum_a_measured_step_carries_all_of_it_and_none_where_metrics_are_off(tmp_path: Path) -> None:
     def names(comm: SimulatedRanks, **metrics: Any) -> list[str]:
         trainer = run(tmp_path / str(metrics), comm, metrics=metrics)[1]
-        assert isinstance(trainer.measuring, RankMeasuring) is any(metrics.get(k) for k in ("enabled", "tensorboard"))
+        assert (trainer.measuring is not None) is any(metrics.get(k) for k in ("enabled", "tensorboard"))
         return comm.names
 
     for count, metrics in ((0, {"enabled": False}), (6, ON), (6, {"enabled": False, "tensorboard": True})):
@@ -209,16 +209,27 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_gpu_s_usage_is_what_torch_holds_of_it_and_a_share_read_at_most_once_a_second(
+def test_a_gpu_s_usage_is_what_torch_holds_of_it_and_a_share_read_every_other_second(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     usage, calls = asked(lambda: 42)
     read = [usage.read() for _ in range(5)][-1]
-    assert (read.device_bytes, read.device_peak_bytes, read.device_utilization) == (1001, 2001, 0.42)
+    assert (read["device_bytes"], read["device_peak_bytes"], read["device_utilization"]) == (1001, 2001, 0.42)
     assert calls == [torch.device("cuda", 1)]
     monkeypatch.setattr("dist_train.training.measuring._PACE_SECONDS", 0.0)
     usage.read()
     assert len(calls) == 2
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_nvml_knows_of_it_is_part_of_what_the_rank_measures() -> None:
+    usage = UsageReader(torch.device("cuda", 1), lambda device: 42, lambda: {"device_power_watts": 700.0})
+    measuring = Measuring(Alone(), usage, None)
+    measuring.start(1, 0.5, StepTimes(HostTimer(), []))
+    measured = measuring.result()
+    assert measured is not None
+    assert (measured.ranks[0].device_power_watts, measured.ranks[0].device_utilization) == (700.0, 0.42)
+    assert math.isnan(measured.ranks[0].device_core_clock_hertz)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -232,7 +243,7 @@ def test_where_nothing_answers_the_utilization_is_unknown_and_not_asked_for_agai
         raise error
 
     usage, calls = asked(fail)
-    assert all(math.isnan(usage.read().device_utilization) for _ in range(3))
+    assert all(math.isnan(usage.read()["device_utilization"]) for _ in range(3))
     assert len(calls) == 1
 
 
@@ -240,4 +251,4 @@ def test_without_the_kernel_s_account_the_resident_memory_is_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dist_train.training.measuring._STATM", tmp_path / "missing")
-    assert math.isnan(UsageReader(torch.device("cpu")).read().resident_bytes)
+    assert math.isnan(UsageReader(torch.device("cpu")).read()["resident_bytes"])

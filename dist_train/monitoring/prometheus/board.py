@@ -26,17 +26,8 @@ from dist_train.rundir.records import (
 
 STATES = ("starting", "running", "stopping", "stopped", "finished", "failed")
 EVENTS = (
-    "resumed",
-    "requeued",
-    "signal",
-    "checkpoint",
-    "checkpoint_failed",
-    "corrupt_checkpoint",
-    "not_finite",
-    "non_finite_evaluation",
-    "disagreement",
-    "micro_size",
-    "exporter_restarted",
+    *("resumed", "requeued", "signal", "checkpoint", "checkpoint_failed", "corrupt_checkpoint", "not_finite"),
+    *("non_finite_evaluation", "disagreement", "micro_size", "exporter_restarted"),
 )
 """The kinds of event that are counted from 0; others are counted once they come."""
 
@@ -73,15 +64,15 @@ class Buckets:
     total: float = 0.0
 
     @staticmethod
-    def empty(bounds: tuple[float, ...]) -> Buckets:
-        """Return a histogram of no values."""
-        return Buckets(bounds, (0,) * (len(bounds) + 1))
+    def of(bounds: tuple[float, ...], values: Iterable[float] = ()) -> Buckets:
+        """Return the histogram of `values`."""
+        return reduce(Buckets.plus, values, Buckets(bounds, (0,) * (len(bounds) + 1)))
 
     def plus(self, value: float) -> Buckets:
         """Return the histogram with one value more."""
-        counts = list(self.counts)
-        counts[bisect_left(self.bounds, value)] += 1
-        return Buckets(self.bounds, tuple(counts), self.total + value)
+        place = bisect_left(self.bounds, value)
+        counts = (*self.counts[:place], self.counts[place] + 1, *self.counts[place + 1 :])
+        return Buckets(self.bounds, counts, self.total + value)
 
 
 @dataclass(frozen=True)
@@ -91,6 +82,13 @@ class MicroBatches:
     size: int
     count: int
     of_ranks: tuple[int, ...]
+
+    def cut_anew(self, global_size: int, size: int) -> MicroBatches:
+        """Return how the batch is cut into micro-batches of another size, among the same ranks."""
+        count, ranks = -(-global_size // size), len(self.of_ranks)
+        if sum(self.of_ranks) > self.count:  # each rank has a part of every micro-batch
+            return MicroBatches(size, count, (count,) * ranks)
+        return MicroBatches(size, count, tuple(len(range(rank, count, ranks)) for rank in range(ranks)))
 
 
 @dataclass(frozen=True)
@@ -111,9 +109,9 @@ class Snapshot:
     checkpoint: EventRecord | None = None
     disk_free: int | None = None
     """Bytes that are left where the run directory lies."""
-    step_seconds: Buckets = field(default_factory=lambda: Buckets.empty(STEP_SECONDS))
+    step_seconds: Buckets = field(default_factory=lambda: Buckets.of(STEP_SECONDS))
     part_seconds: Mapping[str, Buckets] = field(
-        default_factory=lambda: {part.name: Buckets.empty(PART_SECONDS) for part in fields(StepParts)}
+        default_factory=lambda: {part.name: Buckets.of(PART_SECONDS) for part in fields(StepParts)}
     )
 
 
@@ -159,11 +157,10 @@ class Board:
         before = earlier.snapshot()
         with self._lock:
             now = self._now
+            accuracies = [best for best in (before.best_accuracy, now.best_accuracy) if best is not None]
             self._change(
                 evaluations={**before.evaluations, **now.evaluations},
-                best_accuracy=max(
-                    (best for best in (before.best_accuracy, now.best_accuracy) if best is not None), default=None
-                ),
+                best_accuracy=max(accuracies, default=None),
                 checkpoint=now.checkpoint or before.checkpoint,
             )
 
@@ -179,11 +176,11 @@ class Board:
                 case TrainRecord():
                     self._advance(record.step, train=record)
                 case EvaluationRecord():
-                    best = self._now.best_accuracy
-                    if record.split == "test" and record.accuracy >= (best or 0.0):
-                        best = record.accuracy
-                    self._change(evaluations={**self._now.evaluations, record.split: record}, best_accuracy=best)
+                    self._change(evaluations={**self._now.evaluations, record.split: record})
+                    if record.split == "test" and record.accuracy >= (self._now.best_accuracy or 0.0):
+                        self._change(best_accuracy=record.accuracy)
                 case EventRecord():
+                    self._change(events={**self._now.events, record.event: self._now.events.get(record.event, 0) + 1})
                     self._happen(record)
 
     def measurement(self, measurement: Measurement) -> None:
@@ -208,13 +205,11 @@ class Board:
 
     def _with_step(self, seconds: float) -> Buckets:
         """Return the durations of steps with one more; once enough are known, in buckets around them."""
-        buckets = self._now.step_seconds.plus(seconds)
         if len(self._first_steps) < _FIRST_STEPS:
             self._first_steps.append(seconds)
             if len(self._first_steps) == _FIRST_STEPS:
-                empty = Buckets.empty(bounds_around(median(self._first_steps)))
-                buckets = reduce(Buckets.plus, self._first_steps, empty)
-        return buckets
+                return Buckets.of(bounds_around(median(self._first_steps)), self._first_steps)
+        return self._now.step_seconds.plus(seconds)
 
     def _change(self, **changes: Any) -> None:
         self._now = replace(self._now, **changes)
@@ -229,23 +224,10 @@ class Board:
         )
 
     def _happen(self, record: EventRecord) -> None:
-        now = self._now
-        self._change(events={**now.events, record.event: now.events.get(record.event, 0) + 1})
-        match record.event:
-            case "checkpoint":
+        match record.event, record.details.get("now"):
+            case "checkpoint", _:
                 self._change(checkpoint=record)
-            case "signal":
+            case "signal", _:
                 self._change(state="stopping")
-            case "micro_size":
-                size = record.details.get("now")
-                if isinstance(size, int) and size > 0:
-                    self._change(micro_batches=_cut_anew(now.micro_batches, now.facts.global_size, size))
-
-
-def _cut_anew(before: MicroBatches, global_size: int, size: int) -> MicroBatches:
-    count = -(-global_size // size)
-    ranks = len(before.of_ranks)
-    if sum(before.of_ranks) > before.count:
-        # each rank has a part of every micro-batch
-        return MicroBatches(size, count, (count,) * ranks)
-    return MicroBatches(size, count, tuple(len(range(rank, count, ranks)) for rank in range(ranks)))
+            case "micro_size", int(size) if size > 0:
+                self._change(micro_batches=self._now.micro_batches.cut_anew(self._now.facts.global_size, size))

@@ -13,32 +13,31 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from signal import Signals
 from typing import TYPE_CHECKING
 
-from dist_train.monitoring.prometheus.messages import (
-    Begin,
-    Channel,
-    End,
-    Ending,
-    Failed,
-    Progress,
-    Serving,
-    ToExporter,
-    Warned,
-    plan_of,
-    socket_pair,
-)
+from dist_train.monitoring.prometheus import messages
+from dist_train.monitoring.prometheus.messages import Begin, Ending, Progress, Serving, Warned
 from dist_train.monitoring.prometheus.targets import TargetFile, identity_of, outcome_label
 from dist_train.rundir.live_files import read_counts
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Measurement, Observer, Outcome, Record, RunFacts, TrainRecord
 
+if TYPE_CHECKING:
+    from dist_train.config.sections import MetricsSettings
+
+_logger = logging.getLogger(__name__)
+
 _KEPT = 1000
+_START_SECONDS = 5.0
+_END_SECONDS = 3.0
+_HUNG_SECONDS = 0.5
+_LONGEST_PAUSE = 64.0
+"""Between attempts to start a process anew; the first pause is a second, and each is twice the one before."""
 _ROOT = Path(__file__).parents[3]
 _CHILD = (
     "import sys; sys.path.append(sys.argv[1]); from dist_train.monitoring.prometheus.process import main; "
@@ -51,27 +50,23 @@ class _Link:
 
     def __init__(self) -> None:
         """Start the process, in a tenth of a second that nobody waits for. Raises OSError."""
-        ours, theirs = socket_pair()
+        ours, theirs = messages.socket_pair()
         with theirs:
             descriptor = theirs.fileno()
             command = [sys.executable, "-P", "-c", _CHILD, str(_ROOT), str(descriptor), str(os.getpid())]
+            null, pipe = subprocess.DEVNULL, subprocess.PIPE
             try:
                 # none of the trainer's files stays open in it: a launcher would wait for its end
                 self.process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    pass_fds=[descriptor],
-                    start_new_session=True,
+                    command, stdin=null, stdout=null, stderr=pipe, pass_fds=[descriptor], start_new_session=True
                 )
             except OSError:
                 ours.close()
                 raise
-        self.channel = Channel(ours)
-        self._waiting: deque[ToExporter] = deque(maxlen=_KEPT)
+        self.channel = messages.Channel(ours)
+        self._waiting: deque[messages.ToExporter] = deque(maxlen=_KEPT)
 
-    def send(self, message: ToExporter) -> None:
+    def send(self, message: messages.ToExporter) -> None:
         """Send `message`. Where the process is behind, it waits for the next call, or is dropped if later ones repeat
         what it says. Raises OSError where the process is gone.
         """
@@ -99,20 +94,7 @@ class _Link:
         if status < 0:
             with suppress(ValueError):
                 return f"its process was ended by {Signals(-status).name}"
-        last_line = errors.decode(errors="replace").strip().rpartition("\n")[2]
-        return last_line or f"its process ended with code {status}"
-
-
-if TYPE_CHECKING:
-    from dist_train.config.sections import MetricsSettings
-
-_logger = logging.getLogger(__name__)
-
-_START_SECONDS = 5.0
-_END_SECONDS = 3.0
-_HUNG_SECONDS = 0.5
-_LONGEST_PAUSE = 64.0
-"""Between attempts to start a process anew; the first pause is a second, and each is twice the one before."""
+        return errors.decode(errors="replace").strip().rpartition("\n")[2] or f"its process ended with code {status}"
 
 
 class ExporterError(RuntimeError):
@@ -125,7 +107,7 @@ class Exporter(Observer):
     def __init__(self, settings: MetricsSettings) -> None:
         self.address: str | None = None
         """The URL of the metrics page; None while nothing is served."""
-        self._plan = plan_of(settings)
+        self._plan = messages.plan_of(settings)
         self._target: Path | None = None
         self._ending: Ending | None = None
         self._facts: RunFacts | None = None
@@ -168,7 +150,12 @@ class Exporter(Observer):
     def progress(self, step: int) -> None:
         """Send that `step` updates are done. Where the process has died, another takes its place after a while."""
         if self._link is None and self._facts is not None and time.monotonic() >= self._restart_at:
-            self._restart(replace(self._facts, start_step=step))
+            self._restarts += 1
+            self._reason = ""
+            self._schedule_restart()
+            with suppress(OSError):
+                self._link = _Link()
+                self._introduce(replace(self._facts, start_step=step))
         self._send(Progress(step))
         if self.address is None:
             self._listen(0)
@@ -177,14 +164,19 @@ class Exporter(Observer):
         """Have the last values pushed and scraped, as the settings say, and end the process."""
         seconds = _END_SECONDS
         if self.address is not None:
-            self._send(End(outcome))
+            self._send(outcome)
             self._await_end()
             seconds = _END_SECONDS if self._ending else _HUNG_SECONDS
         if self._link is not None:
             self._link.close(seconds)
             self._link = None
         self.address = None
-        self._end_target(outcome)
+        if self._target is not None:  # also where the process did not come to saying how the run ended
+            try:
+                TargetFile(self._target, "", identity_of(os.getpid())).end(outcome_label(outcome))
+            except OSError as error:
+                _logger.warning("%s cannot say how the run ended: %s", self._target, error.strerror or error)
+            self._target = None
 
     def _introduce(self, facts: RunFacts) -> None:
         counts: Mapping[str, int] = {}
@@ -193,30 +185,15 @@ class Exporter(Observer):
             counts = read_counts(RunDirectory(facts.run_directory).event_counts)
         self._send(Begin(self._plan, facts, {**counts, "exporter_restarted": self._restarts}))
 
-    def _restart(self, facts: RunFacts) -> None:
-        self._restarts += 1
-        self._reason = ""
-        try:
-            self._link = _Link()
-        except OSError:
-            self._schedule_restart()
-        else:
-            self._introduce(facts)
-
     def _schedule_restart(self) -> None:
         self._restart_at = time.monotonic() + min(2.0**self._restarts, _LONGEST_PAUSE)
 
-    def _send(self, message: ToExporter) -> None:
-        with self._noticing_its_end():
-            if self._link is not None:
+    def _send(self, message: messages.ToExporter) -> None:
+        if self._link is not None:
+            try:
                 self._link.send(message)
-
-    @contextmanager
-    def _noticing_its_end(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError:
-            self._listen(0)  # it has said why, or the end of what it said says enough
+            except OSError:
+                self._listen(0)  # the end of what it said says enough
 
     def _listen(self, seconds: float) -> None:
         """Take what the process has to say, for which it has so many seconds."""
@@ -234,8 +211,6 @@ class Exporter(Observer):
                         _logger.warning("%s", answer.text)
                     case Ending():
                         self._ending = answer
-                    case Failed():
-                        self._reason = answer.reason
         except EOFError:
             self._lose(self._link)
         except ValueError as error:
@@ -259,7 +234,7 @@ class Exporter(Observer):
     def _await_end(self) -> None:
         deadline = time.monotonic() + _END_SECONDS
         while self._link is not None and time.monotonic() < deadline:
-            with self._noticing_its_end():
+            with suppress(OSError):  # heard below
                 self._link.send_waiting()
             self._listen(0.1 if self._ending is None else max(0.0, deadline - time.monotonic()))
             if self._ending is not None and self._ending.seconds > 0:
@@ -267,13 +242,3 @@ class Exporter(Observer):
                 if self._ending.for_scrape > 0:
                     _logger.info("waiting up to %g s for a scrape of the last values", self._ending.for_scrape)
                 self._ending = Ending(0.0, 0.0)
-
-    def _end_target(self, outcome: Outcome) -> None:
-        """Have the target file say how the run ended, where the process did not come to it."""
-        if self._target is None:
-            return
-        try:
-            TargetFile(self._target, "", identity_of(os.getpid())).end(outcome_label(outcome))
-        except OSError as error:
-            _logger.warning("%s cannot say how the run ended: %s", self._target, error.strerror or error)
-        self._target = None

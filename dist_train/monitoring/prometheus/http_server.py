@@ -89,22 +89,17 @@ def _is_loopback(host: str) -> bool:
 
 def read_credentials(plan: ServingPlan) -> Credentials:
     """Return what a scrape must bring. Raises UsageError as `check_access`."""
-    token = login = None
-    if plan.token_file is not None:
-        key = "metrics.token_file"
-        token = _one_line(plan.token_file, key)
-        if not all(33 <= byte <= 126 for byte in token):
-            raise UsageError(
-                f"{key}: the token in {plan.token_file} has characters that no HTTP header takes; "
-                f"make one with: openssl rand -hex 32 > {plan.token_file}",
-                code="token-characters",
-            )
-    if plan.password_file is not None:
-        key = "metrics.password_file"
-        login = _one_line(plan.password_file, key)
-        user, _, password = login.partition(b":")
-        if not user or not password:
-            raise UsageError(f"{key}: {plan.password_file} must hold user:password, on one line", code="password-form")
+    token, login = _secret("token_file", plan.token_file), _secret("password_file", plan.password_file)
+    if not all(33 <= byte <= 126 for byte in token or b""):
+        raise UsageError(
+            f"metrics.token_file: the token in {plan.token_file} has characters that no HTTP header takes; "
+            f"make one with: openssl rand -hex 32 > {plan.token_file}",
+            code="token-characters",
+        )
+    if login is not None and not all(login.partition(b":")):
+        raise UsageError(
+            f"metrics.password_file: {plan.password_file} must hold user:password, on one line", code="password-form"
+        )
     return Credentials(token, login)
 
 
@@ -113,14 +108,11 @@ def tls_context(plan: ServingPlan) -> ssl.SSLContext | None:
     certificate, key = plan.certificate_file, plan.key_file
     if certificate is None:
         if key is not None:
-            raise UsageError(
-                "metrics.key_file needs metrics.certificate_file: name the certificate of this key",
-                code="certificate-missing",
-            )
+            text = "metrics.key_file needs metrics.certificate_file: name the certificate of this key"
+            raise UsageError(text, code="certificate-missing")
         return None
-    _content(certificate, "metrics.certificate_file")
-    if key is not None:
-        _content(key, "metrics.key_file")
+    _content("certificate_file", certificate)
+    _content("key_file", key or certificate)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
 
@@ -142,23 +134,24 @@ def tls_context(plan: ServingPlan) -> ssl.SSLContext | None:
     return context
 
 
-def _one_line(path: Path, key: str) -> bytes:
-    content = _content(path, key).strip()
-    if not content:
-        raise UsageError(f"{key}: {path} is empty; write the secret into it, on one line", code="secret-empty")
-    if len(content.splitlines()) > 1:
-        raise UsageError(
-            f"{key}: {path} has more than one line; write the secret alone into it, on one line", code="secret-lines"
-        )
-    return content
+def _secret(setting: str, path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    lines = _content(setting, path).strip().splitlines()
+    if len(lines) != 1:
+        what, code = ("more than one line", "secret-lines") if lines else ("nothing in it", "secret-empty")
+        text = f"metrics.{setting}: {path} has {what}; write the secret alone into it, on one line"
+        raise UsageError(text, code=code)
+    return lines[0]
 
 
-def _content(path: Path, key: str) -> bytes:
+def _content(setting: str, path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise UsageError(
-            f"{key}: {path} cannot be read ({error.strerror or error}); name a file that the trainer may read",
+            f"metrics.{setting}: {path} cannot be read ({error.strerror or error}); name a file that the trainer may "
+            f"read",
             code="secret-unreadable",
         ) from error
 
@@ -170,21 +163,22 @@ _IDLE_SECONDS = 120.0
 """Longer than most intervals between scrapes: Prometheus keeps its connections."""
 _PLAIN = "text/plain; charset=utf-8"
 
-Page = Callable[[], bytes]
-"""Makes the page of metrics, of type `CONTENT_TYPE`."""
+
+@dataclass(frozen=True)
+class Site:
+    """What is served, to whom: the metrics, of type `CONTENT_TYPE`; for `/healthz` whether the run makes progress."""
+
+    page: Callable[[], bytes]
+    health: Callable[[], bool]
+    credentials: Credentials
+    tls: ssl.SSLContext | None
 
 
-Health = Callable[[], bool]
-"""Whether the run makes progress, for `/healthz`."""
-
-
-def bind(
-    host: str, port: int, page: Page, credentials: Credentials, tls: ssl.SSLContext | None, health: Health
-) -> Server:
+def bind(host: str, port: int, site: Site) -> Server:
     """Return a server at `port` of `host`, or at the next free port above. Raises OSError where none can be had."""
     for candidate in range(port, min(port + _PORTS, 65_536)):
         try:
-            return Server(host, candidate, page, credentials, tls, health)
+            return Server(host, candidate, site)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
@@ -192,23 +186,18 @@ def bind(
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `page`. Where too many clients are connected, the one that was idle longest gives way."""
+    """Serves a site. Where too many clients are connected, the one that was idle longest gives way."""
 
     request_queue_size = 128
 
-    def __init__(
-        self, host: str, port: int, page: Page, credentials: Credentials, tls: ssl.SSLContext | None, health: Health
-    ) -> None:
+    def __init__(self, host: str, port: int, site: Site) -> None:
         # an empty metrics.host asks for every interface
         host = host or "0.0.0.0"  # nosec B104
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.address_family = family
-        self.page = page
-        self.health = health
-        self.credentials = credentials
+        self.site = site
         self.last_scrape: float | None = None
         """When the latest scrape that was answered began (monotonic)."""
-        self._tls = tls
         self._lock = Lock()
         self._clients: dict[socket.socket, float] = {}
         super().__init__((str(address[0]), port), _Handler)
@@ -222,8 +211,8 @@ class Server(ThreadingHTTPServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         """Take a connection; its handshake is left to its own thread."""
         client, address = super().get_request()
-        if self._tls is not None:
-            client = self._tls.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
+        if self.site.tls is not None:
+            client = self.site.tls.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
         return client, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -286,10 +275,12 @@ class _Handler(BaseHTTPRequestHandler):
             case "/metrics":
                 self._metrics()
             case "/healthz":
-                if self.server.health():
-                    self._answer(HTTPStatus.OK, b"ok\n", _PLAIN)
-                else:
-                    self._answer(HTTPStatus.SERVICE_UNAVAILABLE, b"no progress\n", _PLAIN)
+                ok = (
+                    (HTTPStatus.OK, b"ok\n")
+                    if self.server.site.health()
+                    else (HTTPStatus.SERVICE_UNAVAILABLE, b"no progress\n")
+                )
+                self._answer(*ok, _PLAIN)
             case _:
                 self._answer(HTTPStatus.NOT_FOUND, b"see /metrics\n", _PLAIN)
 
@@ -297,13 +288,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def _metrics(self) -> None:
-        credentials = self.server.credentials
+        credentials = self.server.site.credentials
         if not credentials.admit(self.headers.get("Authorization", "")):
             challenges = (("WWW-Authenticate", challenge) for challenge in credentials.challenges)
             self._answer(HTTPStatus.UNAUTHORIZED, b"who is asking?\n", _PLAIN, *challenges)
             return
         begun = time.monotonic()
-        self._answer(HTTPStatus.OK, self.server.page(), CONTENT_TYPE)
+        self._answer(HTTPStatus.OK, self.server.site.page(), CONTENT_TYPE)
         if self.command == "GET":
             self.wfile.flush()
             self.server.last_scrape = begun

@@ -11,7 +11,7 @@ import mmap
 import os
 import socket
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -45,7 +45,7 @@ class ServingPlan:
 
     @property
     def scheme(self) -> str:
-        """Return the scheme of the address."""
+        """The scheme of the address."""
         return "https" if self.certificate_file else "http"
 
     def host_for_others(self, node: str) -> str:
@@ -56,7 +56,6 @@ class ServingPlan:
 
 def plan_of(settings: MetricsSettings) -> ServingPlan:
     """Return what the exporter's process needs of `settings`."""
-
     values = {field.name: getattr(settings, field.name) for field in fields(ServingPlan)}
     paths = {name: path.expanduser().absolute() for name, path in values.items() if isinstance(path, Path)}
     return ServingPlan(**values | paths)
@@ -76,13 +75,6 @@ class Progress:
     """To the exporter: `step` updates are done."""
 
     step: int
-
-
-@dataclass(frozen=True)
-class End:
-    """To the exporter: the run has ended."""
-
-    outcome: Outcome
 
 
 @dataclass(frozen=True)
@@ -108,30 +100,25 @@ class Ending:
     for_scrape: float
 
 
-@dataclass(frozen=True)
-class Failed:
-    """From the exporter: it cannot continue."""
-
-    reason: str
-
-
-ToExporter: TypeAlias = Begin | Progress | TrainRecord | EvaluationRecord | EventRecord | Measurement | End
-FromExporter: TypeAlias = Serving | Warned | Ending | Failed
+ToExporter: TypeAlias = Begin | Progress | TrainRecord | EvaluationRecord | EventRecord | Measurement | Outcome
+FromExporter: TypeAlias = Serving | Warned | Ending
 Message: TypeAlias = ToExporter | FromExporter
+
+
+# a file's name need not be UTF-8; Integral and Real are scalars of NumPy
+_CONVERSIONS: tuple[tuple[type, Callable[[Any], object]], ...] = (
+    (Path, os.fsencode),
+    (Mapping, dict),
+    (Integral, int),
+    (Real, float),
+)
 
 
 def _to_builtin(value: object) -> object:
     """Return a MessagePack type in place of `value`, of a type that msgspec does not know."""
-    match value:
-        case Path():
-            return os.fsencode(value)  # a file's name need not be UTF-8
-        case Mapping():
-            return dict(value)
-        # scalars of NumPy
-        case Integral():
-            return int(value)
-        case Real():
-            return float(value)
+    for kind, convert in _CONVERSIONS:
+        if isinstance(value, kind):
+            return convert(value)
     raise TypeError(f"{value!r} cannot be sent")
 
 

@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from operator import attrgetter
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from dist_train.monitoring.prometheus.board import STATES, Buckets, Snapshot
-from dist_train.rundir.records import EvaluationRecord, TrainRecord
+from dist_train.rundir.records import EvaluationRecord, RankMeasurement, TrainRecord
 
 Kind: TypeAlias = Literal["gauge", "counter", "histogram", "info"]
 
@@ -34,8 +35,11 @@ class Reading(NamedTuple):
 
 
 _Take: TypeAlias = Callable[[Snapshot], Iterable[Reading]]
+_Value: TypeAlias = Callable[[Snapshot], float | None]
+_OfRank: TypeAlias = Callable[[RankMeasurement], float]
 
-_UNITS = {"_timestamp_seconds": "seconds since 1970", "_seconds": "seconds", "_bytes": "bytes", "_ratio": "ratio"}
+_UNITS = {"_timestamp_seconds": "seconds since 1970"}
+_UNITS |= {f"_{unit}": unit for unit in ("seconds", "bytes", "ratio", "watts", "hertz")}
 """By the end of a metric's name."""
 
 
@@ -43,7 +47,7 @@ _UNITS = {"_timestamp_seconds": "seconds since 1970", "_seconds": "seconds", "_b
 class Metric:
     """`take` reads the metric off a snapshot; no reading where nothing is known yet."""
 
-    name: str
+    short_name: str
     kind: Kind
     meaning: str
     take: _Take
@@ -52,43 +56,68 @@ class Metric:
     unit_in_words: str = ""
 
     @property
+    def name(self) -> str:
+        """The name, as Prometheus knows it."""
+        return f"dist_train_{self.short_name}"
+
+    @property
     def unit(self) -> str:
         """The unit, by the metric's name where it ends with one; may be empty."""
         return self.unit_in_words or next((unit for end, unit in _UNITS.items() if self.name.endswith(end)), "")
 
 
-def _one(value: float | Buckets | None) -> tuple[Reading, ...]:
-    return () if value is None else (Reading(value),)
+def _field(path: str) -> _Value:
+    """Return what reads the number at `path`, as `record.field`; None where the record or the number is missing."""
 
-
-def _gauge(name: str, meaning: str, value: Callable[[Snapshot], float | None], unit: str = "") -> Metric:
-    return Metric(name, "gauge", meaning, lambda now: _one(value(now)), unit_in_words=unit)
-
-
-def _of(path: str, name: str, meaning: str, unit: str = "") -> Metric:
-    """Return the gauge of a snapshot's field within a record, `record.field`; it has no reading without the record."""
-    record, field = path.split(".")
-    return _gauge(name, meaning, lambda now: getattr(getattr(now, record), field, None), unit)
-
-
-def _of_checkpoint(name: str, meaning: str, detail: str) -> Metric:
-    def value(now: Snapshot) -> float | None:
-        found = None if now.checkpoint is None else now.checkpoint.details.get(detail)
+    def read(now: Snapshot) -> float | None:
+        found: Any = now
+        for name in path.split("."):
+            found = found.get(name) if isinstance(found, Mapping) else getattr(found, name, None)
         return found if isinstance(found, int | float) else None
 
-    return _gauge(name, meaning, value)
+    return read
 
 
-def _of_events(name: str, meaning: str, event: str, unit: str) -> Metric:
-    return Metric(name, "counter", meaning, lambda now: _one(now.events[event]), unit_in_words=unit)
+def _nonzero(path: str) -> _Value:
+    return lambda now: _field(path)(now) or None
 
 
-def _of_ranks(name: str, meaning: str, field: str) -> Metric:
+def _single(kind: Kind, name: str, meaning: str, value: str | _Value, unit: str = "") -> Metric:
+    """Return the metric of the field at a path, or of a function of the snapshot."""
+    read = _field(value) if isinstance(value, str) else value
+
     def take(now: Snapshot) -> Iterable[Reading]:
-        values = enumerate(map(attrgetter(field), now.measured.ranks if now.measured else ()))
-        return (Reading(number, (str(rank),)) for rank, number in values if not math.isnan(number))
+        number = read(now)
+        return () if number is None else (Reading(number),)
 
-    return Metric(name, "gauge", meaning, take, ("rank",))
+    return Metric(name, kind, meaning, take, unit_in_words=unit)
+
+
+_gauge, _count = partial(_single, "gauge"), partial(_single, "counter")
+
+_RANK = ("rank", "node")
+
+
+def _rank_labels(now: Snapshot, rank: int) -> tuple[str, str]:
+    """Return the values of `_RANK`: the rank's own node, not that of rank 0, which serves all."""
+    return str(rank), now.facts.nodes[rank] if rank < len(now.facts.nodes) else ""
+
+
+def _of_ranks(
+    name: str, meaning: str, value: str | Mapping[str, _OfRank], label: str = "", kind: Kind = "gauge", unit: str = ""
+) -> Metric:
+    """Return the metric of a field of `RankMeasurement`, or of several values by their `label`; NaN has no reading."""
+    values = {"": attrgetter(value)} if isinstance(value, str) else value
+
+    def take(now: Snapshot) -> Iterable[Reading]:
+        for rank, measured in enumerate(now.measured.ranks if now.measured else ()):
+            labels = _rank_labels(now, rank)
+            for of_label, read in values.items():
+                number = read(measured)
+                if not math.isnan(number):
+                    yield Reading(number, (*labels, of_label) if label else labels)
+
+    return Metric(name, kind, meaning, take, (*_RANK, label) if label else _RANK, unit_in_words=unit)
 
 
 def _of_this_rank(name: str, meaning: str, field: str) -> Metric:
@@ -105,24 +134,51 @@ BATCH = "batch"
 """The value of the label `split` for what was measured on the training batches themselves."""
 
 
-def _by_split(field: str) -> _Take:
+def _by_split(name: str, meaning: str, field: str, unit: str = "") -> Metric:
     def take(now: Snapshot) -> Iterable[Reading]:
         batch = {BATCH: now.train} if now.train else {}
         records: Mapping[str, TrainRecord | EvaluationRecord] = {**batch, **now.evaluations}
         return (Reading(getattr(record, field), (split,)) for split, record in records.items())
 
-    return take
+    return Metric(name, "gauge", meaning, take, ("split",), unit_in_words=unit)
 
 
-_RUN_LABELS = ("run", "run_id", "model", "data", "global_batch", "micro_batch")
-_INFO_LABELS = (*_RUN_LABELS, "noise", "revision", "slurm_job", "controller")
+_INFO: Mapping[str, Callable[[Snapshot], object]] = {
+    "run": attrgetter("facts.name"),
+    **{label: attrgetter(f"facts.{label}") for label in ("run_id", "model", "data", "noise", "revision", "slurm_job")},
+    "global_batch": attrgetter("facts.global_size"),
+    "micro_batch": attrgetter("micro_batches.size"),
+    "controller": attrgetter("facts.controller"),
+}
+"""The labels of what runs."""
 
 
 def _run_info(now: Snapshot) -> Iterable[Reading]:
-    facts = now.facts
-    sizes = (str(facts.global_size), str(now.micro_batches.size))
-    labels = (facts.name, facts.run_id, facts.model, facts.data, *sizes, facts.noise, facts.revision, facts.slurm_job)
-    return (Reading(1, (*labels, facts.controller)),)
+    return (Reading(1, tuple(str(read(now)) for read in _INFO.values())),)
+
+
+def _states(now: Snapshot) -> Iterable[Reading]:
+    return (Reading(float(state == now.state), (state,)) for state in STATES)
+
+
+def _samples(now: Snapshot) -> int:
+    return now.step * now.facts.global_size
+
+
+def _planned_samples(now: Snapshot) -> int:
+    return now.facts.total_steps * now.facts.global_size
+
+
+_THROTTLING = {"power": 0x84, "thermal": 0x60, "hardware": 0x08}
+"""NVML's bits by what they have in common; idleness and clocks that somebody has set are no fault."""
+
+
+def _is_throttled(bits: int) -> _OfRank:
+    def read(measured: RankMeasurement) -> float:
+        reasons = measured.device_throttle_reasons
+        return reasons if math.isnan(reasons) else float(int(reasons) & bits > 0)
+
+    return read
 
 
 def _busy(now: Snapshot) -> list[float]:
@@ -147,8 +203,7 @@ def _over_the_others(values: Sequence[float]) -> list[float]:
 
 
 def _slowest_ratio(now: Snapshot) -> float | None:
-    ratios = [ratio for ratio in _over_the_others(_busy(now)) if not math.isnan(ratio)]
-    return max(ratios, default=None)
+    return max((ratio for ratio in _over_the_others(_busy(now)) if not math.isnan(ratio)), default=None)
 
 
 def _busy_ratios(now: Snapshot) -> Iterable[Reading]:
@@ -157,226 +212,140 @@ def _busy_ratios(now: Snapshot) -> Iterable[Reading]:
     each = {rank: busy / count for rank, (busy, count) in enumerate(zip(_busy(now), counts, strict=False)) if count}
     for rank, ratio in zip(each, _over_the_others(list(each.values())), strict=True):
         if not math.isnan(ratio):
-            yield Reading(ratio, (str(rank),))
+            yield Reading(ratio, _rank_labels(now, rank))
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric(
-        "dist_train_run_info",
-        "info",
-        "What runs; always 1.",
-        _run_info,
-        _INFO_LABELS,
-        Scope.BOTH,
-    ),
-    Metric(
-        "dist_train_state",
-        "gauge",
-        "1 for the state that the run is in, 0 for the others.",
-        lambda now: (Reading(float(state == now.state), (state,)) for state in STATES),
-        ("state",),
-    ),
-    _gauge("dist_train_step", "Optimizer updates done.", lambda now: now.step, "updates"),
-    _of("facts.total_steps", "dist_train_planned_steps", "Optimizer updates at which the run ends.", "updates"),
+    Metric("run_info", "info", "What runs; always 1.", _run_info, tuple(_INFO), Scope.BOTH),
+    Metric("state", "gauge", "1 for the state that the run is in, 0 for the others.", _states, ("state",)),
+    _gauge("step", "Optimizer updates done.", "step", "updates"),
+    _gauge("planned_steps", "Optimizer updates at which the run ends.", "facts.total_steps", "updates"),
+    _gauge("epoch", "Epochs done, and a part.", lambda now: now.step / now.facts.steps_per_epoch, "epochs"),
+    _gauge("planned_epochs", "Epochs over which the schedules are laid out.", "facts.epochs", "epochs"),
+    _count("samples_total", "Training samples used by all ranks since the run's first step.", _samples, "samples"),
+    _gauge("planned_samples", "Training samples that the run will have used at its end.", _planned_samples, "samples"),
+    _gauge("time_left_seconds", "Time to the last step at the pace of the last minute.", "seconds_left"),
+    _gauge("time_limit_timestamp_seconds", "When the batch system ends the run's job.", _nonzero("facts.time_limit")),
+    _gauge("launch_timestamp_seconds", "When this launch of the run began.", _nonzero("facts.launched")),
     _gauge(
-        "dist_train_epoch",
-        "Epochs done, with their fraction.",
-        lambda now: now.step / now.facts.steps_per_epoch,
-        "epochs",
-    ),
-    _of("facts.epochs", "dist_train_planned_epochs", "Epochs over which the schedules are laid out.", "epochs"),
-    Metric(
-        "dist_train_samples_total",
-        "counter",
-        "Training samples used since the run's first step, on all ranks together.",
-        lambda now: _one(now.step * now.facts.global_size),
-        unit_in_words="samples",
-    ),
-    _gauge(
-        "dist_train_planned_samples",
-        "Training samples that the run will have used at its end.",
-        lambda now: now.facts.total_steps * now.facts.global_size,
-        "samples",
-    ),
-    _gauge(
-        "dist_train_time_left_seconds",
-        "Time to the last step at the pace of the last minute.",
-        lambda now: now.seconds_left,
-    ),
-    _gauge(
-        "dist_train_time_limit_timestamp_seconds",
-        "When the batch system ends the run's job.",
-        lambda now: now.facts.time_limit or None,
-    ),
-    _gauge(
-        "dist_train_launch_timestamp_seconds",
-        "When this launch of the run began.",
-        lambda now: now.facts.launched or None,
-    ),
-    _gauge(
-        "dist_train_last_progress_timestamp_seconds",
+        "last_progress_timestamp_seconds",
         "When a step, or a batch of an evaluation, was last done; before the first one, when training began.",
-        lambda now: now.last_progress,
+        "last_progress",
     ),
+    _by_split(
+        "loss",
+        "Latest mean loss: of the global batch at the weights that it was trained at (batch), of a whole split at the "
+        "clean weights (train, test).",
+        "loss",
+        "nats",
+    ),
+    _by_split("accuracy_ratio", "Latest share of samples classified rightly, by split as for the loss.", "accuracy"),
+    _gauge("best_accuracy_ratio", "Best test accuracy of the run.", "best_accuracy"),
+    _gauge("learning_rate", "Learning rate of the latest step.", "train.learning_rate"),
+    _gauge("noise_amplitude", "Amplitude of the weight noise in force.", "train.noise_amplitude"),
+    _gauge("gradient_norm", "Euclidean norm of the global gradient, before clipping.", "train.gradient_norm"),
+    _gauge("weight_norm", "Euclidean norm of the clean weights.", "measured.weight_norm"),
+    _gauge(
+        "distance_from_initial", "Euclidean distance of the clean weights from the initial ones.", "measured.distance"
+    ),
+    _gauge("samples_per_second", "Throughput of all ranks together.", "train.samples_per_second", "samples per second"),
+    _gauge("world_size", "Ranks that train together.", "facts.world_size", "ranks"),
+    _gauge("micro_batches", "Micro-batches of a step, of all ranks together.", "micro_batches.count", "micro-batches"),
+    _gauge("micro_batch_size", "Samples of a micro-batch.", "micro_batches.size", "samples"),
     Metric(
-        "dist_train_loss",
-        "gauge",
-        "Latest mean loss: of the global batch at the weights that it was trained at (batch), "
-        "of a whole split at the clean weights (train, test).",
-        _by_split("loss"),
-        ("split",),
-        unit_in_words="nats",
-    ),
-    Metric(
-        "dist_train_accuracy_ratio",
-        "gauge",
-        "Latest share of samples classified rightly, by split as for the loss.",
-        _by_split("accuracy"),
-        ("split",),
-    ),
-    _gauge("dist_train_best_accuracy_ratio", "Best test accuracy of the run.", lambda now: now.best_accuracy),
-    _of("train.learning_rate", "dist_train_learning_rate", "Learning rate of the latest step."),
-    _of("train.noise_amplitude", "dist_train_noise_amplitude", "Amplitude of the weight noise in force."),
-    _of("train.gradient_norm", "dist_train_gradient_norm", "Euclidean norm of the global gradient, before clipping."),
-    _of("measured.weight_norm", "dist_train_weight_norm", "Euclidean norm of the clean weights."),
-    _of(
-        "measured.distance",
-        "dist_train_distance_from_initial",
-        "Euclidean distance of the clean weights from the initial ones.",
-    ),
-    _of(
-        "train.samples_per_second",
-        "dist_train_samples_per_second",
-        "Training throughput of all ranks together.",
-        "samples per second",
-    ),
-    _of("facts.world_size", "dist_train_world_size", "Ranks that train together.", "ranks"),
-    _of(
-        "micro_batches.count",
-        "dist_train_micro_batches",
-        "Micro-batches of a step, of all ranks together.",
-        "micro-batches",
-    ),
-    _of("micro_batches.size", "dist_train_micro_batch_size", "Samples of a micro-batch.", "samples"),
-    Metric(
-        "dist_train_rank_micro_batches",
+        "rank_micro_batches",
         "gauge",
         "Micro-batches of a step that the rank computes.",
-        lambda now: (Reading(count, (str(rank),)) for rank, count in enumerate(now.micro_batches.of_ranks)),
-        ("rank",),
+        lambda now: (Reading(count, _rank_labels(now, rank)) for rank, count in enumerate(now.micro_batches.of_ranks)),
+        _RANK,
         unit_in_words="micro-batches",
     ),
+    _of_ranks("rank_busy_seconds", "Time of the latest measured step outside of allreduces.", "busy_seconds"),
     _of_ranks(
-        "dist_train_rank_busy_seconds",
-        "Time of the latest measured step that the rank did not wait for the others.",
-        "busy_seconds",
-    ),
-    _of_ranks(
-        "dist_train_rank_wait_seconds",
-        "Time of the latest measured step that the rank waited for the others.",
+        "rank_wait_seconds",
+        "Time of the latest measured step in allreduces, for the other ranks and for the sum itself.",
         "wait_seconds",
     ),
+    _gauge(
+        "allreduce_seconds",
+        "Time of the latest measured step that allreduces took where all ranks had come: the least of any rank's.",
+        lambda now: min((rank.wait_seconds for rank in now.measured.ranks), default=None) if now.measured else None,
+    ),
     Metric(
-        "dist_train_rank_busy_ratio",
+        "rank_busy_ratio",
         "gauge",
         "Busy time for a micro-batch over the median of the other ranks; 1 is like the others.",
         _busy_ratios,
-        ("rank",),
+        _RANK,
     ),
-    _of_ranks("dist_train_rank_resident_memory_bytes", "Resident memory of the rank.", "resident_bytes"),
-    _of_ranks("dist_train_rank_device_memory_bytes", "Memory of its device that the rank holds.", "device_bytes"),
+    _of_ranks("rank_resident_memory_bytes", "Resident memory of the rank.", "resident_bytes"),
+    _of_ranks("rank_device_memory_bytes", "Memory of its device that the rank holds.", "device_bytes"),
+    _of_ranks("rank_device_memory_peak_bytes", "The most of its device that the rank has held.", "device_peak_bytes"),
+    _of_ranks("rank_device_memory_used_bytes", "Memory of the device that all processes hold.", "device_used_bytes"),
+    _of_ranks("rank_device_utilization_ratio", "Share of time that the device was at work.", "device_utilization"),
+    _of_ranks("rank_device_power_watts", "Power that the device draws.", "device_power_watts"),
     _of_ranks(
-        "dist_train_rank_device_memory_peak_bytes",
-        "The most memory of its device that the rank has held.",
-        "device_peak_bytes",
+        "rank_device_clock_hertz",
+        "Clock of the device: of its cores (core), of its memory (memory).",
+        {clock: attrgetter(f"device_{clock}_clock_hertz") for clock in ("core", "memory")},
+        "clock",
     ),
     _of_ranks(
-        "dist_train_rank_device_utilization_ratio",
-        "Share of time in which the rank's device was at work, where NVML tells.",
-        "device_utilization",
+        "rank_device_throttled",
+        "1 where the device is clocked down: for its power limit (power), its temperature (thermal), or by itself "
+        "(hardware).",
+        {reason: _is_throttled(bits) for reason, bits in _THROTTLING.items()},
+        "reason",
     ),
-    _gauge(
-        "dist_train_slowest_rank", "Number of the rank that was busy longest in the latest measured step.", _slowest
+    _of_ranks(
+        "rank_device_memory_errors_total",
+        "ECC errors of the device's memory since its driver was loaded: corrected and uncorrected.",
+        {kind: attrgetter(f"device_{kind}_errors") for kind in ("corrected", "uncorrected")},
+        "kind",
+        "counter",
+        "errors",
     ),
-    _gauge(
-        "dist_train_slowest_rank_ratio", "Busy time of the slowest rank over the median of the others.", _slowest_ratio
+    _gauge("slowest_rank", "Number of the rank that was busy longest in the latest measured step.", _slowest),
+    _gauge("slowest_rank_ratio", "Busy time of the slowest rank over the median of the others.", _slowest_ratio),
+    _gauge("device_memory_limit_bytes", "Memory of rank 0's device.", _nonzero("facts.device_memory")),
+    _gauge("disk_free_bytes", "Space that is left on the disk of the run directory.", "disk_free"),
+    _gauge("checkpoint_timestamp_seconds", "When the latest checkpoint was on disk.", "checkpoint.time"),
+    _gauge("checkpoint_step", "Step of the latest checkpoint.", "checkpoint.step", "updates"),
+    _gauge("checkpoint_size_bytes", "Size of the latest checkpoint.", "checkpoint.details.bytes"),
+    _gauge("checkpoint_duration_seconds", "Time until the latest was on disk.", "checkpoint.details.seconds"),
+    _gauge("checkpoint_stall_seconds", "Time that the latest held up training.", "checkpoint.details.stall_seconds"),
+    _count("checkpoints_total", "Checkpoints that came to disk.", "events.checkpoint", "checkpoints"),
+    _count(
+        "checkpoint_failures_total", "Checkpoints that could not be written.", "events.checkpoint_failed", "checkpoints"
     ),
-    _gauge(
-        "dist_train_device_memory_limit_bytes",
-        "Memory of rank 0's device.",
-        lambda now: now.facts.device_memory or None,
-    ),
-    _gauge(
-        "dist_train_disk_free_bytes",
-        "Space that is left to the run on the disk of its directory.",
-        lambda now: now.disk_free,
-    ),
-    _of("checkpoint.time", "dist_train_checkpoint_timestamp_seconds", "When the latest checkpoint was on disk."),
-    _of("checkpoint.step", "dist_train_checkpoint_step", "Step of the latest checkpoint.", "updates"),
-    _of_checkpoint("dist_train_checkpoint_size_bytes", "Size of the latest checkpoint.", "bytes"),
-    _of_checkpoint(
-        "dist_train_checkpoint_duration_seconds", "Time until the latest checkpoint was on disk.", "seconds"
-    ),
-    _of_checkpoint(
-        "dist_train_checkpoint_stall_seconds", "Time for which the latest checkpoint held up training.", "stall_seconds"
-    ),
-    _of_events(
-        "dist_train_checkpoints_total",
-        "Checkpoints that came to disk, over all launches of the run.",
-        "checkpoint",
-        "checkpoints",
-    ),
-    _of_events(
-        "dist_train_checkpoint_failures_total",
-        "Checkpoints that could not be written, over all launches.",
-        "checkpoint_failed",
-        "checkpoints",
-    ),
-    _of_events("dist_train_resumes_total", "Launches that resumed from a checkpoint.", "resumed", "launches"),
-    _of_events(
-        "dist_train_requeues_total", "Launches of the run's Slurm job after it was requeued.", "requeued", "launches"
-    ),
-    _of_events(
-        "dist_train_signals_total",
-        "Requests to stop, by a signal to some rank, over all launches.",
-        "signal",
-        "signals",
-    ),
-    _of_events(
-        "dist_train_disagreements_total",
-        "Agreement checks in which ranks held different weights or noise, over all launches.",
-        "disagreement",
-        "events",
-    ),
-    _of_events(
-        "dist_train_not_finite_total",
-        "Losses, gradients or last evaluations that were not finite, over all launches.",
-        "not_finite",
-        "events",
-    ),
-    _of_events(
-        "dist_train_exporter_restarts_total",
+    _count("resumes_total", "Launches that resumed from a checkpoint.", "events.resumed", "launches"),
+    _count("requeues_total", "Launches of the run's Slurm job after it was requeued.", "events.requeued", "launches"),
+    _count("signals_total", "Requests to stop, by a signal to some rank.", "events.signal", "signals"),
+    _count("disagreements_total", "Checks in which ranks' weights or noise differed.", "events.disagreement", "events"),
+    _count("not_finite_total", "Losses, gradients or last evaluations not finite.", "events.not_finite", "events"),
+    _count(
+        "exporter_restarts_total",
         "Times that the process of the exporter died and was started again, in this launch.",
-        "exporter_restarted",
+        "events.exporter_restarted",
         "restarts",
     ),
     Metric(
-        "dist_train_events_total",
+        "events_total",
         "counter",
-        "What happened to the run, by kind of event, over all launches.",
+        "What happened to the run, by kind of event.",
         lambda now: (Reading(count, (event,)) for event, count in now.events.items()),
         ("event",),
         unit_in_words="events",
     ),
     Metric(
-        "dist_train_step_duration_seconds",
+        "step_duration_seconds",
         "histogram",
         "Time of a step, of every step that is measured (metrics.every_steps).",
-        lambda now: _one(now.step_seconds),
+        lambda now: (Reading(now.step_seconds),),
         scope=Scope.RANK,
     ),
     Metric(
-        "dist_train_step_part_duration_seconds",
+        "step_part_duration_seconds",
         "histogram",
         "Time of the parts of a measured step: data_wait, forward_backward, perturb_restore, allreduce_wait, "
         "optimizer, checkpoint_stall.",
@@ -384,14 +353,11 @@ METRICS: tuple[Metric, ...] = (
         ("part",),
         Scope.RANK,
     ),
-    _of_this_rank("dist_train_resident_memory_bytes", "Resident memory of this rank.", "resident_bytes"),
-    _of_this_rank("dist_train_device_memory_bytes", "Memory of its device that this rank holds.", "device_bytes"),
-    _of_this_rank(
-        "dist_train_device_utilization_ratio",
-        "Share of time in which this rank's device was at work, where NVML tells.",
-        "device_utilization",
-    ),
+    _of_this_rank("resident_memory_bytes", "Resident memory of this rank.", "resident_bytes"),
+    _of_this_rank("device_memory_bytes", "Memory of its device that this rank holds.", "device_bytes"),
+    _of_this_rank("device_utilization_ratio", "Share of time that its device was at work.", "device_utilization"),
 )
+"""Counts of events are over all launches of the run."""
 
 
 def metrics_of(rank: int) -> tuple[Metric, ...]:

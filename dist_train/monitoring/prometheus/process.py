@@ -19,44 +19,13 @@ from prometheus_client import push_to_gateway
 
 from dist_train.monitoring.prometheus import targets
 from dist_train.monitoring.prometheus.board import Board, Snapshot, stands_still
-from dist_train.monitoring.prometheus.http_server import Server, bind, read_credentials, tls_context
-from dist_train.monitoring.prometheus.messages import Begin, Channel, End, Ending, Failed, Progress, Serving, Warned
+from dist_train.monitoring.prometheus.http_server import Site, bind, read_credentials, tls_context
+from dist_train.monitoring.prometheus.messages import Begin, Channel, Ending, Progress, Serving, Warned
 from dist_train.monitoring.prometheus.metrics import metrics_of
 from dist_train.monitoring.prometheus.page import Families, MetricsPage
 from dist_train.rundir.records import Measurement, Outcome, Record, TrainRecord, from_json
 
 PUSH_SECONDS = 5.0
-
-
-class _Push(Thread):
-    """Pushes the values of `now` to the Pushgateway at the URL `gateway`, for runs that end before a scrape.
-
-    It replaces the run's own group: job, run and run id, and the rank other than 0.
-    """
-
-    def __init__(self, gateway: str, now: Snapshot) -> None:
-        super().__init__(name="push", daemon=True)
-        self._gateway, self._now = gateway, now
-        self._reason = f"no answer within {PUSH_SECONDS:g} s"
-        self.start()
-
-    def run(self) -> None:
-        facts = self._now.facts
-        group = {"run": facts.name, "run_id": facts.run_id} | ({"rank": str(facts.rank)} if facts.rank else {})
-        page = Families(metrics_of(facts.rank), self._now)
-        try:
-            push_to_gateway(self._gateway, targets.JOB, page, group, PUSH_SECONDS)
-        except Exception as error:  # urllib lets through whatever a broken server provokes
-            self._reason = str(getattr(error, "reason", None) or error) or type(error).__name__
-        else:
-            self._reason = ""
-
-    def warning(self, seconds: float) -> str:
-        """Wait for the end of the push, for so many seconds at most; return what went wrong, or nothing."""
-        self.join(seconds)
-        return self._reason and f"the Pushgateway at {self._gateway} did not take the last values: {self._reason}"
-
-
 RECENT_SECONDS = 60.0
 """A run that was scraped so lately is waited for with its last values."""
 
@@ -65,36 +34,29 @@ _DISK_SECONDS = 30.0
 _PAUSE_SECONDS = 0.02
 """Between readings of the socket, so that fast steps do not wake this process at each one."""
 _POLITENESS = 10
+_DYING_SECONDS = 60.0
+"""A process that was killed closes its socket first; it can take long to give back its memory, and then be gone."""
 
 
 def main(descriptor: int, trainer: int) -> None:
     """Serve what comes over the socket `descriptor`, until it ends or the process `trainer` does."""
-    _settle()
-    channel = Channel(socket.socket(fileno=descriptor))
-    try:
-        begin = _await_begin(channel, trainer)
-        if begin is not None:
-            _show_name(begin.facts.name)
-            _Service(channel, trainer, begin).run()
-    except Exception as error:
-        channel.send(Failed(str(error) if isinstance(error, OSError | ValueError) else repr(error)))
-        raise SystemExit(1) from error
-
-
-def _settle() -> None:
-    """Be out of the way: of signals, which are the trainer's; of its cores; of everybody who computes."""
+    # Be out of the way: of signals, which are the trainer's; of its cores; of everybody who computes.
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     with suppress(OSError):  # a container may forbid it; then it is served all the same
         os.nice(_POLITENESS)
         # a launcher binds a rank to its cores, which this process takes over; the kernel keeps to what is allowed
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
-
-
-def _show_name(run: str) -> None:
-    """Have `ps` and `top` show whose exporter this is, in the 15 characters that the kernel keeps."""
-    with suppress(OSError):
-        Path("/proc/self/comm").write_text(f"metrics {re.sub('[^!-~]', '_', run)}"[:15], encoding="ascii")
+    channel = Channel(socket.socket(fileno=descriptor))
+    try:
+        begin = _await_begin(channel, trainer)
+        if begin is not None:
+            with suppress(OSError):  # `ps` and `top` show whose exporter this is, in the kernel's 15 characters
+                name = f"metrics {re.sub('[^!-~]', '_', begin.facts.name)}"[:15]
+                Path("/proc/self/comm").write_text(name, encoding="ascii")
+            _Service(channel, trainer, begin).run()
+    except Exception as error:  # the trainer reports the last line
+        raise SystemExit(str(error) if isinstance(error, OSError | ValueError) else repr(error)) from error
 
 
 def _await_begin(channel: Channel, trainer: int) -> Begin | None:
@@ -107,6 +69,20 @@ def _await_begin(channel: Channel, trainer: int) -> Begin | None:
         except EOFError:
             break
     return None
+
+
+def _push(gateway: str, now: Snapshot) -> str:
+    """Push the values of `now` to the Pushgateway at the URL `gateway`; return what went wrong, or nothing.
+
+    They replace the run's own group: job, run and run id, and the rank other than 0.
+    """
+    facts = now.facts
+    group = {"run": facts.name, "run_id": facts.run_id} | ({"rank": str(facts.rank)} if facts.rank else {})
+    try:
+        push_to_gateway(gateway, targets.JOB, Families(metrics_of(facts.rank), now), group, PUSH_SECONDS)
+    except Exception as error:  # urllib lets through whatever a broken server provokes
+        return str(getattr(error, "reason", None) or error) or type(error).__name__
+    return ""
 
 
 class _Inbox:
@@ -131,9 +107,9 @@ class _Inbox:
                             self._board.progress(message.step)
                         case Measurement():
                             self._board.measurement(message)
-                        case End():
-                            self._board.end(message.outcome)
-                            self.outcome = message.outcome
+                        case Outcome():
+                            self._board.end(message)
+                            self.outcome = message
                             os.eventfd_write(self.wake, 1)
                         case _:
                             assert isinstance(message, Record), "the trainer sends nothing else"
@@ -147,15 +123,28 @@ class _Service:
     def __init__(self, channel: Channel, trainer: int, begin: Begin) -> None:
         self._channel = channel
         self._trainer = trainer
-        self._plan = begin.plan
+        self._plan = plan = begin.plan
         self._facts = begin.facts
         self._board = Board(begin.facts, begin.counts)
-        self._page = MetricsPage(self._board, begin.facts.rank)
         self._inbox = _Inbox(channel, self._board)
         self._target: targets.TargetFile | None = None
         self._touched = time.monotonic()
         self._disk_due = -math.inf
-        self._server = self._bind()
+        rendered = MetricsPage(self._board, begin.facts.rank)
+
+        def page() -> bytes:
+            self._inbox.take()
+            return rendered.render()
+
+        def health() -> bool:
+            self._inbox.take()
+            return not stands_still(self._board.snapshot(), time.time())
+
+        # the setting's own port is rank 0's
+        port = plan.port if begin.facts.rank == 0 or plan.port == 0 else plan.port + 1
+        self._server = bind(plan.host, port, Site(page, health, read_credentials(plan), tls_context(plan)))
+        if begin.facts.rank == 0 and port not in (0, self._server.server_port):
+            self._warn(f"metrics port {port} is in use; metrics are at port {self._server.server_port}")
 
     def run(self) -> None:
         Thread(target=self._server.serve_forever, args=(_LOOK_SECONDS,), name="http", daemon=True).start()
@@ -165,7 +154,7 @@ class _Service:
             address = f"{self._plan.scheme}://{host}:{self._server.server_port}/metrics"
             self._channel.send(Serving(address, None if self._target is None else self._target.path))
             self._board.recall(_history(self._facts.run_directory / "metrics.jsonl"))
-            while self._inbox.outcome is None and not self._is_over:
+            while self._inbox.outcome is None and not self._inbox.is_over and os.getppid() == self._trainer:
                 select.select([self._channel.fileno(), self._inbox.wake], [], [], _LOOK_SECONDS)
                 self._inbox.take()
                 self._heartbeat()
@@ -174,38 +163,17 @@ class _Service:
             if self._inbox.outcome is not None:
                 self._end(self._inbox.outcome)
         finally:
-            self._leave_target()
-
-    @property
-    def _is_over(self) -> bool:
-        return self._inbox.is_over or os.getppid() != self._trainer
-
-    def _bind(self) -> Server:
-        plan, is_first = self._plan, self._facts.rank == 0
-        credentials, tls = read_credentials(plan), tls_context(plan)
-
-        def page() -> bytes:
-            self._inbox.take()
-            return self._page.render()
-
-        def health() -> bool:
-            self._inbox.take()
-            return not stands_still(self._board.snapshot(), time.time())
-
-        # the setting's own port is rank 0's
-        port = plan.port if is_first or plan.port == 0 else plan.port + 1
-        server = bind(plan.host, port, page, credentials, tls, health)
-        if is_first and port not in (0, server.server_port):
-            self._warn(f"metrics port {port} is in use; metrics are at port {server.server_port}")
-        return server
+            target, self._target = self._target, None
+            if target is not None and (outcome := self._how_it_ended()):
+                with self._warning(f"the target file {target.path} cannot say how the run ended"):
+                    target.end(outcome)
 
     def _enter_target(self) -> None:
         directory = self._plan.targets_directory
         if directory is None:
             return
-        target = targets.target_file(
-            self._plan, self._facts, self._server.server_port, targets.identity_of(self._trainer)
-        )
+        process = targets.identity_of(self._trainer)
+        target = targets.target_file(self._plan, self._facts, self._server.server_port, process)
         with self._warning(f"Prometheus will not find this run: no target file in {directory}"):
             target.write()
             self._target = target
@@ -222,27 +190,35 @@ class _Service:
             self._target = target
 
     def _look_at_the_disk(self) -> None:
-        if self._facts.rank or time.monotonic() < self._disk_due:
-            return
-        self._disk_due = time.monotonic() + _DISK_SECONDS
-        with suppress(OSError):
-            self._board.disk(shutil.disk_usage(self._facts.run_directory).free)
-
-    def _leave_target(self) -> None:
-        target, self._target = self._target, None
-        if target is not None and (outcome := self._how_it_ended()):
-            with self._warning(f"the target file {target.path} cannot say how the run ended"):
-                target.end(outcome)
+        if self._facts.rank == 0 and time.monotonic() >= self._disk_due:
+            self._disk_due = time.monotonic() + _DISK_SECONDS
+            with suppress(OSError):
+                self._board.disk(shutil.disk_usage(self._facts.run_directory).free)
 
     def _how_it_ended(self) -> str:
         """Return the outcome; nothing where the trainer lives, and this process alone ends."""
         if self._inbox.outcome is not None:
             return targets.outcome_label(self._inbox.outcome)
-        # the socket of a process that dies is closed shortly before it is gone
-        deadline = time.monotonic() + _LOOK_SECONDS
+        deadline = time.monotonic() + _DYING_SECONDS
         while os.getppid() == self._trainer and self._inbox.is_over and time.monotonic() < deadline:
             time.sleep(_PAUSE_SECONDS)
         return "" if os.getppid() == self._trainer else targets.KILLED
+
+    def _end(self, outcome: Outcome) -> None:
+        """Push the last values, and wait for a scrape of them where one is likely."""
+        ended, last = time.monotonic(), self._server.last_scrape
+        # a run that was stopped is about to be killed
+        waits = outcome.state in ("finished", "failed") and last is not None and ended - last < RECENT_SECONDS
+        patience = self._plan.last_scrape_seconds if waits else 0.0
+        gateway = self._plan.pushgateway
+        self._channel.send(Ending(max(patience, PUSH_SECONDS) if gateway else patience, patience))
+        if gateway and (reason := _push(gateway, self._board.snapshot())):
+            self._warn(f"the Pushgateway at {gateway} did not take the last values: {reason}")
+        while time.monotonic() < ended + patience and os.getppid() == self._trainer:
+            self._inbox.take()  # the trainer may end unannounced
+            if self._inbox.is_over or (self._server.last_scrape or 0.0) > ended:
+                return
+            time.sleep(_PAUSE_SECONDS)
 
     @contextmanager
     def _warning(self, text: str) -> Iterator[None]:
@@ -251,29 +227,6 @@ class _Service:
         except OSError as error:
             self._warn(f"{text}: {error.strerror or error}")
 
-    def _end(self, outcome: Outcome) -> None:
-        ended = time.monotonic()
-        patience = self._patience(outcome, ended)
-        gateway = self._plan.pushgateway
-        push = _Push(gateway, self._board.snapshot()) if gateway else None
-        self._channel.send(Ending(max(patience, PUSH_SECONDS) if push else patience, patience))
-        self._await_last_scrape(ended, patience)
-        if push and (warning := push.warning(max(0.0, ended + PUSH_SECONDS - time.monotonic()))):
-            self._warn(warning)
-
-    def _patience(self, outcome: Outcome, ended: float) -> float:
-        last = self._server.last_scrape
-        # a run that was stopped is about to be killed
-        waits = outcome.state in ("finished", "failed") and last is not None and ended - last < RECENT_SECONDS
-        return self._plan.last_scrape_seconds if waits else 0.0
-
-    def _await_last_scrape(self, ended: float, patience: float) -> None:
-        while time.monotonic() < ended + patience and os.getppid() == self._trainer:
-            self._inbox.take()  # the trainer may end unannounced
-            if self._inbox.is_over or (self._server.last_scrape or 0.0) > ended:
-                return
-            time.sleep(_PAUSE_SECONDS)
-
     def _warn(self, text: str) -> None:
         with suppress(OSError):  # nobody is there to hear
             self._channel.send(Warned(text))
@@ -281,13 +234,10 @@ class _Service:
 
 def _history(path: Path) -> Iterator[Record]:
     """Yield the evaluations and checkpoints of earlier launches."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return
-    for line in content.split(b"\n"):
-        # most lines are of steps, and there can be millions
-        if b'"eval"' in line or b'"checkpoint"' in line:
-            record = from_json(line)
-            if record is not None and not isinstance(record, TrainRecord):
-                yield record
+    with suppress(OSError):
+        for line in path.read_bytes().split(b"\n"):
+            # most lines are of steps, and there can be millions
+            if b'"eval"' in line or b'"checkpoint"' in line:
+                record = from_json(line)
+                if record is not None and not isinstance(record, TrainRecord):
+                    yield record

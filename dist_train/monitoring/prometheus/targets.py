@@ -14,6 +14,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,13 +54,13 @@ def identity_of(number: int) -> str:
 
     Host, namespace of process numbers, number, start in clock ticks.
     """
-    return f"{socket.gethostname()} {_namespace()} {number} {_begun(number)}"
+    return f"{_machine()} {number} {_begun(number)}"
 
 
 def _is_gone(process: str) -> bool:
     """Return whether it is known to have ended; of another machine nothing is known."""
-    host, space, number, _ = process.split(" ")
-    return (host, space) == (socket.gethostname(), _namespace()) and identity_of(int(number)) != process
+    machine, number, _ = process.rsplit(" ", 2)
+    return machine == _machine() and identity_of(int(number)) != process
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,9 @@ class Cleaning:
 def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed: str = "") -> Cleaning:
     """Remove the target files in `directory` whose runs are gone. Raises OSError.
 
-    One that says how its run ended stays for `ended_seconds`, or until that run, whose id is `resumed`, is back. A
-    file is ours by its name, its owner and its content; any other is left alone.
+    One that says how its run ended stays for `ended_seconds`, or until that run, whose id is `resumed`, is back. Where
+    a run begins, one that has just died is not removed, but said to have been killed: its exporter may be about to say
+    so, or be dead itself. A file is ours by its name, its owner and its content; any other is left alone.
     """
     removed = []
     skipped = {}
@@ -170,11 +172,16 @@ def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed:
             continue
         if entry is None:
             continue
-        age = time.time() - touched
+        age, process = time.time() - touched, entry.labels[_PROCESS_LABEL]
+        is_back = resumed != "" and entry.labels.get("run_id") == resumed
         if _OUTCOME_LABEL in entry.labels:
-            is_stale = age > ended_seconds or (resumed != "" and entry.labels.get("run_id") == resumed)
+            is_stale = age > ended_seconds or is_back
         else:
-            is_stale = age > STALE_SECONDS or _is_gone(entry.labels[_PROCESS_LABEL])
+            is_gone = _is_gone(process)
+            is_stale = age > STALE_SECONDS or (is_gone and (is_back or not resumed))
+            if is_gone and not is_stale:
+                with suppress(OSError):
+                    TargetFile(path, "", process).end(KILLED)
         if is_stale:
             path.unlink(missing_ok=True)
             removed.append(path)
@@ -183,20 +190,15 @@ def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed:
 
 def _open_ours(path: Path) -> BinaryIO:
     """Open a target file. Raises OSError where it is a link, no regular file, too large, or another user's."""
-    try:
-        file = atomic.open_regular(path, os.O_NOFOLLOW)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise OSError(errno.ELOOP, "a symbolic link", str(path)) from None
-        raise
+    if path.is_symlink():  # the kernel refuses it as well, but in other words
+        raise OSError(errno.ELOOP, "a symbolic link", str(path))
+    file = atomic.open_regular(path, os.O_NOFOLLOW)
     state = os.fstat(file.fileno())
-    if state.st_uid not in (os.geteuid(), 0):
-        why = f"a file of another user, {state.st_uid}"
-    elif state.st_size > _LARGEST:
-        why = f"larger than {_LARGEST} bytes"
-    else:
+    is_ours = state.st_uid in (os.geteuid(), 0)
+    if is_ours and state.st_size <= _LARGEST:
         return file
     file.close()
+    why = f"larger than {_LARGEST} bytes" if is_ours else f"a file of another user, {state.st_uid}"
     raise OSError(errno.EPERM, why, str(path))
 
 
@@ -221,11 +223,12 @@ def _entry(file: BinaryIO) -> _Entry | None:
         return None
 
 
-def _namespace() -> str:
+def _machine() -> str:
+    """Return host and namespace of process numbers."""
     try:
-        return os.readlink("/proc/self/ns/pid")
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return "unknown"
+        return f"{socket.gethostname()} unknown"
 
 
 def _begun(number: int) -> str:

@@ -5,11 +5,24 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.models import dashboard as model
 
-from dashboard_generator.frame import choice, event, frame, row, source_choice
+from dashboard_generator.frame import choice, event, frame, one_of, row, source_choice
 from dashboard_generator.links import ALL_RUNS
 from dashboard_generator.one_run import RUN_IDS, STATES, state_number
-from dashboard_generator.panels import OF_RUN, RED, PanelSpec, Query, bars, curves, logarithmic, number, states
+from dashboard_generator.panels import (
+    OF_RUN,
+    RED,
+    PanelSpec,
+    Query,
+    bars,
+    curves,
+    curves_over,
+    logarithmic,
+    number,
+    states,
+)
 
+_LABELS = ("global_batch", "noise", "run", "run_id", "split", "model")
+_AXIS = {"Steps": "dist_train_step", "Epochs": "dist_train_epoch", "Samples": "dist_train_samples_total"}
 KIND = "batch {{global_batch}}, {{noise}}: {{run}} {{run_id}}"
 """A legend that says by what the runs differ."""
 
@@ -66,9 +79,10 @@ def build() -> model.Dashboard:
             f"label_values(dist_train_loss{{{OF_RUN}}}, split)",
         )
     )
+    built.with_variable(one_of("x", "Compare at equal", "What curves are drawn over, in place of time", _AXIS))
     firing = f'max by (run, run_id, alertname) (ALERTS{{{OF_RUN}, alertstate="firing"}}) > 0'
     built.annotation(event("Alerts", RED, firing, "{{run}} {{run_id}}: {{alertname}}"))
-    for section in (_overview, _learning, _cost):
+    for section in (_overview, _learning, _by_step, _cost):
         section(built)
     return built.build()
 
@@ -151,6 +165,20 @@ def _learning(built: dashboard.Dashboard) -> None:
         ("Gradient norm", "Euclidean norm of the global gradient before clipping.", "dist_train_gradient_norm"),
     ):
         built.with_panel(curves(PanelSpec(title, description, "none"), Query(_of(metric), KIND)))
+
+
+def _by_step(built: dashboard.Dashboard) -> None:
+    built.with_row(row("At equal ${x:text}, whenever the runs were"))
+    for title, description, unit, expression in (
+        ("Accuracy", "Share of samples classified rightly", "percentunit", _by_split("dist_train_accuracy_ratio")),
+        ("Loss", "Mean loss", "none", _by_split("dist_train_loss")),
+        ("Gradient norm", "Euclidean norm of the global gradient", "none", _of("dist_train_gradient_norm")),
+        ("Distance from the start", "Of the clean weights", "none", _of("dist_train_distance_from_initial")),
+    ):
+        look = PanelSpec(f"{title} by ${{x:text}}", f"{description}, by run.", unit, 12, 11)
+        x = f"0 * ({expression}) + on (run, run_id) group_left () max by (run, run_id) ($x{{{OF_RUN}}})"
+        panel = curves_over(x, "${x:text}", look, Query(expression, KIND), _LABELS)
+        built.with_panel(logarithmic(panel) if title == "Loss" else panel)
 
 
 def _cost(built: dashboard.Dashboard) -> None:

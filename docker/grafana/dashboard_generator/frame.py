@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.cog import builder as cog
@@ -58,6 +59,18 @@ def choice(name: str, label: str, description: str, query: str) -> dashboard.Que
     """Return a variable of one, several or all values; all to begin with."""
     everything = model.VariableOption(selected=True, text=["All"], value=["$__all"])
     return one_choice(name, label, description, query).multi(True).include_all(True).all_value(".*").current(everything)
+
+
+def one_of(name: str, label: str, description: str, values: Mapping[str, str]) -> dashboard.CustomVariable:
+    """Return a variable of one of `values`, by the words for them; the first to begin with."""
+    text, value = next(iter(values.items()))
+    return (
+        dashboard.CustomVariable(name)
+        .label(label)
+        .description(description)
+        .values(", ".join(f"{text} : {value}" for text, value in values.items()))
+        .current(model.VariableOption(selected=True, text=text, value=value))
+    )
 
 
 class _Query(model.AnnotationTarget):

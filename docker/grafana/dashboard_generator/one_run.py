@@ -42,6 +42,25 @@ def _of(metric: str, *labels: str) -> str:
     return f"max by ({', '.join(('run', 'run_id', *labels))}) ({metric}{{{OF_RUN}}})"
 
 
+RANK = "rank {{rank}}, {{node}}"
+_FEW = 5
+
+
+def _over_ranks(metric: str, words: str = "", matchers: str = "") -> tuple[Query, ...]:
+    """Return four lines for any number of ranks: the least, the median, the 95 % quantile and the most of theirs."""
+    of_ranks = f"max by (run, run_id, rank) ({metric}{{{OF_RUN}{matchers}}})"
+    shares = {"least": "0", "median": "0.5", "95 %": "0.95", "most": "1"}
+    return tuple(
+        Query(f"quantile by (run, run_id) ({share}, {of_ranks})", f"{words}{name}") for name, share in shares.items()
+    )
+
+
+def _ranks_with_most(metric: str, legend: str = RANK) -> Query:
+    """Return the lines of the few ranks whose values are greatest at the end of the time shown."""
+    selector = f"{metric}{{{OF_RUN}}}"
+    return Query(f"{selector} and on (run, run_id, rank) topk by (run, run_id) ({_FEW}, {selector} @ end())", legend)
+
+
 def _by_split(metric: str) -> str:
     return f'max by (run, run_id, split) ({metric}{{{OF_RUN}, split=~"$split"}})'
 
@@ -238,33 +257,42 @@ def _speed(built: dashboard.Dashboard) -> None:
             Query(f"{parts} / on () group_left () {steps}", "{{part}}"),
         )
     )
-    for title, description, metric in (
-        (
-            "Time at work, by rank",
-            "Time of a step without the wait for the others.",
-            "dist_train_rank_busy_seconds",
-        ),
-        ("Time waiting, by rank", "Time of a step spent waiting for the others.", "dist_train_rank_wait_seconds"),
-    ):
-        built.with_panel(curves(PanelSpec(title, description, "s"), Query(_of(metric, "rank"), "{{rank}}")).min(0))
     built.with_panel(
         curves(
-            PanelSpec("Seconds for a micro-batch, by rank", "Mean of five minutes.", "s"),
-            Query(f"run_rank:dist_train_rank_busy_seconds:per_micro_batch_avg5m{{{OF_RUN}}}", "{{rank}}"),
+            PanelSpec("Time at work, over the ranks", "Time of a step outside of allreduces.", "s"),
+            *_over_ranks("dist_train_rank_busy_seconds"),
+        ).min(0)
+    )
+    built.with_panel(
+        curves(
+            PanelSpec(
+                "Time in allreduces, over the ranks",
+                "Time of a step spent in allreduces: for the sum itself, and beyond that for slower ranks.",
+                "s",
+                alert="DistTrainThroughputDown",
+            ),
+            *_over_ranks("dist_train_rank_wait_seconds"),
+            Query(_of("dist_train_allreduce_seconds"), "the sum itself"),
+        ).min(0)
+    )
+    built.with_panel(
+        curves(
+            PanelSpec("Seconds for a micro-batch, over the ranks", "Mean of five minutes.", "s"),
+            *_over_ranks("run_rank:dist_train_rank_busy_seconds:per_micro_batch_avg5m"),
         ).min(0)
     )
     built.with_panel(
         limited(
             curves(
                 PanelSpec(
-                    "Time for a micro-batch, by rank",
-                    "Over that of the median of the others; 1 is like them.",
+                    "Slowest ranks: time for a micro-batch",
+                    f"Of the {_FEW} slowest now, over that of the median of the others; 1 is like them.",
                     "none",
                     12,
                     8,
                     "DistTrainRankSlow",
                 ),
-                Query(f"run_rank:dist_train_rank_busy_ratio:avg5m{{{OF_RUN}}}", "{{rank}}"),
+                _ranks_with_most("run_rank:dist_train_rank_busy_ratio:avg5m"),
             ),
             GREEN,
             (1.3, RED),
@@ -395,40 +423,85 @@ def _memory(built: dashboard.Dashboard) -> None:
     built.with_row(row("Memory, devices and limits"))
     built.with_panel(
         curves(
-            PanelSpec("Resident memory", "Of each rank's process.", "bytes"),
-            Query(_of("dist_train_rank_resident_memory_bytes", "rank"), "{{rank}}"),
+            PanelSpec("Resident memory, over the ranks", "Of each rank's process.", "bytes"),
+            *_over_ranks("dist_train_rank_resident_memory_bytes"),
         ).min(0)
     )
     built.with_panel(
         curves(
             PanelSpec(
-                "Device memory",
-                "Held by each rank, and the most that it has held. Nothing without a device.",
+                "Device memory, over the ranks",
+                "Held by each rank; the most that one has held, and that all processes of a device hold. Nothing "
+                "without a device.",
                 "bytes",
                 alert="DistTrainDeviceMemory",
             ),
-            Query(_of("dist_train_rank_device_memory_bytes", "rank"), "{{rank}}"),
-            Query(_of("dist_train_rank_device_memory_peak_bytes", "rank"), "{{rank}}, most"),
+            *_over_ranks("dist_train_rank_device_memory_bytes"),
+            Query(_of("dist_train_rank_device_memory_peak_bytes"), "most, so far"),
+            Query(_of("dist_train_rank_device_memory_used_bytes"), "most, of all processes"),
             Query(_of("dist_train_device_memory_limit_bytes"), "there is"),
         ).min(0)
     )
     built.with_panel(
         curves(
             PanelSpec(
-                "Device utilization",
+                "Device utilization, over the ranks",
                 "Share of time that the device was at work. Nothing where NVML is not there.",
                 "percentunit",
             ),
-            Query(_of("dist_train_rank_device_utilization_ratio", "rank"), "{{rank}}"),
+            *_over_ranks("dist_train_rank_device_utilization_ratio"),
         )
         .min(0)
         .max(1)
     )
     built.with_panel(
         curves(
+            PanelSpec("Device power, over the ranks", "What each rank's device draws. Nothing without NVML.", "watt"),
+            *_over_ranks("dist_train_rank_device_power_watts"),
+        ).min(0)
+    )
+    built.with_panel(
+        curves(
             PanelSpec(
-                "Disk space", "Left on the disk of the run directory.", "bytes", 12, alert="DistTrainDiskNearlyFull"
+                "Device clocks, over the ranks",
+                "Of the cores, and of the memory. Nothing without NVML.",
+                "hertz",
+                alert="DistTrainRankSlow",
             ),
+            *(
+                query
+                for clock in ("core", "memory")
+                for query in _over_ranks("dist_train_rank_device_clock_hertz", f"{clock}, ", f', clock="{clock}"')[::3]
+            ),
+        ).min(0)
+    )
+    built.with_panel(
+        curves(
+            PanelSpec(
+                "Devices that are clocked down",
+                "Ranks whose device is slowed by its power limit, its temperature, or the hardware itself.",
+                "none",
+                alert="DistTrainRankSlow",
+            ),
+            Query(
+                f"sum by (run, run_id, reason) ({_of('dist_train_rank_device_throttled', 'rank', 'reason')})",
+                "{{reason}}",
+            ),
+        ).min(0)
+    )
+    built.with_panel(
+        curves(
+            PanelSpec(
+                "Device memory errors",
+                f"ECC errors since the driver was loaded, of the {_FEW} ranks with most. Uncorrected ones end a run.",
+                "none",
+            ),
+            _ranks_with_most("dist_train_rank_device_memory_errors_total", f"{RANK}: {{{{kind}}}}"),
+        ).min(0)
+    )
+    built.with_panel(
+        curves(
+            PanelSpec("Disk space", "Left on the disk of the run directory.", "bytes", alert="DistTrainDiskNearlyFull"),
             Query(_of("dist_train_disk_free_bytes"), "left"),
             Query(_of("dist_train_checkpoint_size_bytes"), "a checkpoint"),
         ).min(0)
@@ -439,7 +512,6 @@ def _memory(built: dashboard.Dashboard) -> None:
                 "Time to the limit",
                 "Until the batch system ends the job; compare it with the time left. Nothing without a time limit.",
                 "s",
-                12,
                 alert="DistTrainTimeLimitNear",
             ),
             Query(f"{_of('dist_train_time_limit_timestamp_seconds')} - time()", "until the limit"),

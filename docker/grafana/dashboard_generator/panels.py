@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from grafana_foundation_sdk.builders import bargauge, common, dashboard, prometheus, stat, statetimeline, timeseries
+from grafana_foundation_sdk.builders import (
+    bargauge,
+    common,
+    dashboard,
+    prometheus,
+    stat,
+    statetimeline,
+    timeseries,
+    xychart,
+)
 from grafana_foundation_sdk.builders import text as text_builder
-from grafana_foundation_sdk.cog import builder as cog
-from grafana_foundation_sdk.cog import variants
 from grafana_foundation_sdk.models import common as common_model
 from grafana_foundation_sdk.models import dashboard as model
 from grafana_foundation_sdk.models import prometheus as prometheus_model
+from grafana_foundation_sdk.models import xychart as xychart_model
 from grafana_foundation_sdk.models.text import TextMode
 
 from dashboard_generator.links import runbook_link
@@ -43,7 +52,7 @@ class PanelSpec:
     alert: str | None = None
 
 
-def targets(queries: Sequence[Query]) -> list[cog.Builder[variants.Dataquery]]:
+def _queries(queries: Sequence[Query]) -> list[prometheus.Dataquery]:
     """Return the range queries of a panel, named A, B, ..."""
     return [
         prometheus.Dataquery()
@@ -63,33 +72,41 @@ def thresholds(first: str, *steps: tuple[float, str]) -> dashboard.ThresholdsCon
     return dashboard.ThresholdsConfig().mode(model.ThresholdsMode.ABSOLUTE).steps(colours)
 
 
-def _links(look: PanelSpec) -> list[cog.Builder[model.DashboardLink]]:
-    return [] if look.alert is None else [runbook_link(look.alert)]
+_Panel = TypeVar("_Panel", timeseries.Panel, xychart.Panel, stat.Panel, bargauge.Panel, statetimeline.Panel)
 
 
-def curves(look: PanelSpec, *queries: Query) -> timeseries.Panel:
-    """Return lines over time, with their last, least and greatest values in the legend."""
-    legend = (
-        common.VizLegendOptions()
-        .display_mode(common_model.LegendDisplayMode.TABLE)
-        .placement(common_model.LegendPlacement.BOTTOM)
-        .show_legend(True)
-        .calcs(["lastNotNull", "min", "max"])
-    )
-    tooltip = (
-        common.VizTooltipOptions().mode(common_model.TooltipDisplayMode.MULTI).sort(common_model.SortOrder.DESCENDING)
-    )
+def _framed(panel: _Panel, look: PanelSpec, queries: Sequence[Query]) -> _Panel:
+    """Return `panel` with what `look` says, and its queries."""
     return (
-        timeseries.Panel()
-        .title(look.title)
+        panel.title(look.title)
         .description(look.description)
         .unit(look.unit)
         .span(look.width)
         .height(look.height)
         .datasource(SOURCE)
-        .targets(targets(queries))
-        .links(_links(look))
-        .legend(legend)
+        .targets([*_queries(queries)])
+        .links([] if look.alert is None else [runbook_link(look.alert)])
+    )
+
+
+def _legend(mode: common_model.LegendDisplayMode, *calculations: str) -> common.VizLegendOptions:
+    return (
+        common.VizLegendOptions()
+        .display_mode(mode)
+        .placement(common_model.LegendPlacement.BOTTOM)
+        .show_legend(True)
+        .calcs(list(calculations))
+    )
+
+
+def curves(look: PanelSpec, *queries: Query) -> timeseries.Panel:
+    """Return lines over time, with their last, least and greatest values in the legend."""
+    tooltip = (
+        common.VizTooltipOptions().mode(common_model.TooltipDisplayMode.MULTI).sort(common_model.SortOrder.DESCENDING)
+    )
+    return (
+        _framed(timeseries.Panel(), look, queries)
+        .legend(_legend(common_model.LegendDisplayMode.TABLE, "lastNotNull", "min", "max"))
         .tooltip(tooltip)
         .line_width(1)
         .fill_opacity(0)
@@ -101,13 +118,43 @@ def curves(look: PanelSpec, *queries: Query) -> timeseries.Panel:
     )
 
 
+def curves_over(x: str, label: str, look: PanelSpec, query: Query, names: Sequence[str]) -> xychart.Panel:
+    """Return lines of `query` over the expression `x`, which has the same series, in place of time.
+
+    `label` is that of the axis; the labels `names`, those of them that there are, name the lines.
+    """
+    queries = [Query(x, label), query]
+    column = "Value #A"  # what Grafana calls the first query's values, in the form of a table
+    place = xychart.MatcherConfig().id("byName").options(column)
+    of_x = {"unit": "short", "custom.axisLabel": label, "custom.scaleDistribution": {"type": "linear"}}
+    by_series = {"fields": list(names), "naming": {"asLabels": False}}
+    return (
+        _framed(xychart.Panel(), look, queries)
+        .targets([target.format(prometheus_model.PromQueryFormat.TABLE) for target in _queries(queries)])
+        # one table of both queries, then one for each series
+        .with_transformation(model.DataTransformerConfig("merge", options={}))
+        .with_transformation(model.DataTransformerConfig("partitionByValues", options=by_series))
+        .mapping(xychart_model.SeriesMapping.AUTO)
+        .series([xychart.XYSeriesConfig().x(xychart.XychartXYSeriesConfigX().matcher(place))])
+        .override_by_name(column, [model.DynamicConfigValue(name, value) for name, value in of_x.items()])
+        .show(xychart_model.XYShowMode.LINES)
+        .line_width(1)
+        .legend(_legend(common_model.LegendDisplayMode.LIST))
+        .thresholds(thresholds(GREEN))
+        .color_scheme(dashboard.FieldColor().mode(model.FieldColorModeId.PALETTE_CLASSIC))
+    )
+
+
 def limited(panel: timeseries.Panel, first: str, *steps: tuple[float, str]) -> timeseries.Panel:
     """Return `panel` with dashed lines where an alert, or its first sign, would be."""
     style = common.GraphThresholdsStyleConfig().mode(common_model.GraphThresholdsStyleMode.DASHED)
     return panel.thresholds(thresholds(first, *steps)).thresholds_style(style)
 
 
-def logarithmic(panel: timeseries.Panel) -> timeseries.Panel:
+_Lines = TypeVar("_Lines", timeseries.Panel, xychart.Panel)
+
+
+def logarithmic(panel: _Lines) -> _Lines:
     """Return `panel` with a logarithmic axis."""
     return panel.scale_distribution(common.ScaleDistributionConfig().type(common_model.ScaleDistribution.LOG).log(10))
 
@@ -121,15 +168,7 @@ def stacked(look: PanelSpec, *queries: Query) -> timeseries.Panel:
 def number(look: PanelSpec, query: Query, first: str = BLUE, *steps: tuple[float, str]) -> stat.Panel:
     """Return the latest value in large type, coloured by thresholds."""
     return (
-        stat.Panel()
-        .title(look.title)
-        .description(look.description)
-        .unit(look.unit)
-        .span(look.width)
-        .height(look.height)
-        .datasource(SOURCE)
-        .targets(targets([query]))
-        .links(_links(look))
+        _framed(stat.Panel(), look, [query])
         .reduce_options(_last())
         .color_mode(common_model.BigValueColorMode.VALUE)
         .graph_mode(common_model.BigValueGraphMode.NONE)
@@ -142,16 +181,8 @@ def number(look: PanelSpec, query: Query, first: str = BLUE, *steps: tuple[float
 def bars(look: PanelSpec, query: Query) -> bargauge.Panel:
     """Return one horizontal bar for each series, by its latest value."""
     return (
-        bargauge.Panel()
-        .title(look.title)
-        .description(look.description)
-        .unit(look.unit)
+        _framed(bargauge.Panel(), look, [query])
         .min(0)
-        .span(look.width)
-        .height(look.height)
-        .datasource(SOURCE)
-        .targets(targets([query]))
-        .links(_links(look))
         .reduce_options(_last())
         .orientation(common_model.VizOrientation.HORIZONTAL)
         .display_mode(common_model.BarGaugeDisplayMode.BASIC)
@@ -166,27 +197,13 @@ def states(look: PanelSpec, query: Query, words: Sequence[tuple[int, str, str]])
         for index, (value, word, colour) in enumerate(words)
     }
     return (
-        statetimeline.Panel()
-        .title(look.title)
-        .description(look.description)
-        .unit(look.unit)
-        .span(look.width)
-        .height(look.height)
-        .datasource(SOURCE)
-        .targets(targets([query]))
-        .links(_links(look))
+        _framed(statetimeline.Panel(), look, [query])
         .mappings([model.ValueMap(options=meanings)])
         .show_value(common_model.VisibilityMode.AUTO)
         .merge_values(True)
         .row_height(0.8)
         .thresholds(thresholds(GREY))
-        .legend(
-            common.VizLegendOptions()
-            .display_mode(common_model.LegendDisplayMode.LIST)
-            .placement(common_model.LegendPlacement.BOTTOM)
-            .show_legend(False)
-            .calcs([])
-        )
+        .legend(_legend(common_model.LegendDisplayMode.LIST).show_legend(False))
     )
 
 

@@ -1,0 +1,67 @@
+"""What NVML says of a GPU, asked through pynvml of a library in NVML's place: no machine of these tests has a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_train.rundir.records import RankMeasurement
+
+ROOT = Path(__file__).parents[2]
+ASK = """
+import json, logging, sys
+from dist_train.training.nvml import GpuReader
+logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+reader = GpuReader(sys.argv[1])
+print(json.dumps([reader.read(), reader.read()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not shutil.which("gcc"):
+        pytest.skip("needs gcc")
+    folder = tmp_path_factory.mktemp("nvml")
+    source, made = Path(__file__).with_name("fake_nvml.c"), folder / "libnvidia-ml.so.1"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(made), str(source)], check=True)
+    return folder
+
+
+def ask(folder: Path, uuid: str) -> tuple[list[dict[str, float]], list[str]]:
+    """Return what is read twice in a process that finds NVML in `folder`, and the lines of its log."""
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)}
+    command = [sys.executable, "-c", ASK, uuid]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout), done.stderr.splitlines()
+
+
+def test_memory_power_clocks_throttling_and_errors_are_read_and_what_is_not_supported_is_asked_for_once(
+    library: Path,
+) -> None:
+    (first, second), log = ask(library, "GPU-1")
+    assert first == {
+        "device_used_bytes": 74_000,
+        "device_power_watts": 687.5,
+        "device_core_clock_hertz": 1.98e9,
+        "device_memory_clock_hertz": 2.619e9,
+        "device_throttle_reasons": 0x44,
+        "device_corrected_errors": 1,
+    }
+    # the library counts its calls: the second was the only one that it refused
+    assert second == {**first, "device_corrected_errors": 3}
+    assert len(log) == 1
+    assert "uncorrected_errors" in log[0]
+    assert set(first) < set(RankMeasurement._fields)
+
+
+@pytest.mark.parametrize("has_library", [True, False])
+def test_without_the_gpu_or_without_nvml_nothing_is_known(has_library: bool, library: Path, tmp_path: Path) -> None:
+    readings, log = ask(library if has_library else tmp_path, "GPU-2")
+    assert readings == [{}, {}]
+    assert len(log) == 1
