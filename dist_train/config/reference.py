@@ -24,7 +24,7 @@ Every setting of a configuration: what it takes, its default, its meaning, and a
 files, bases and overrides fit together: [configuration.md](configuration.md).
 
 ```sh
-dist-train train configs/demo.yaml noise.amplitude=0.03 optimizer.learning_rate=0.2
+dist-train train configs/demo.yaml run.name=louder noise.amplitude=0.03 optimizer.learning_rate=0.2
 ```
 
 In YAML a section is a mapping: `noise: {amplitude: 0.03}`. `null` is no value. This page is generated from

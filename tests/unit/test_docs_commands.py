@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.cli.main import parse
+from dist_train.config import load_config
 from dist_train.sweep.planned_runs import plan_study
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +58,17 @@ def test_the_pages_are_read() -> None:
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else value[0])
 def test_a_documented_command_is_one_that_the_program_takes(page: str, words: list[str]) -> None:
     assert parse([word for word in words if word != "..."]).run
+
+
+RUNS = [words for _, words in COMMANDS if words[0] in ("train", "submit") and "configs/smoke.yaml" not in words]
+
+
+@pytest.mark.parametrize("words", RUNS, ids=" ".join)
+def test_a_documented_run_has_settings_that_go_together(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    parsed = parse([word for word in words if word != "..."])
+    if str(parsed.config).startswith(("configs/", "dist_train:")):
+        load_config(parsed.config, parsed.overrides)
 
 
 @pytest.mark.parametrize(("page", "file"), FILES)
