@@ -18,15 +18,14 @@ from dist_train.outcome import UsageError
 
 
 class Families(Collector):
-    """A registry of prometheus_client, as `generate_latest` takes one: `metrics` as they are `now`."""
+    """A registry of prometheus_client, as `generate_latest` takes one: the page of a rank as it is `now`."""
 
-    def __init__(self, metrics: tuple[Metric, ...], now: Snapshot) -> None:
-        self._metrics = metrics
+    def __init__(self, now: Snapshot) -> None:
         self._now = now
 
     def collect(self) -> Iterable[Family]:
         """Return the metrics with their values."""
-        return [_family(metric, self._now) for metric in self._metrics]
+        return [_family(metric, self._now) for metric in metrics_of(self._now.facts.rank)]
 
 
 def _family(metric: Metric, now: Snapshot) -> Family:
@@ -52,10 +51,8 @@ CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 class MetricsPage:
     """Renders a board; scrapes that come while nothing has changed share one page."""
 
-    def __init__(self, board: Board, rank: int = 0) -> None:
-        """Take the metrics of the page of rank `rank`."""
+    def __init__(self, board: Board) -> None:
         self._board = board
-        self._metrics = metrics_of(rank)
         self._lock = Lock()
         self._shown: Snapshot | None = None
         self._page = b""
@@ -65,7 +62,7 @@ class MetricsPage:
         with self._lock:
             now = self._board.snapshot()
             if now is not self._shown:
-                self._page, self._shown = generate_latest(Families(self._metrics, now)), now
+                self._page, self._shown = generate_latest(Families(now)), now
             return self._page
 
 

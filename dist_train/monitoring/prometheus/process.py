@@ -21,7 +21,6 @@ from dist_train.monitoring.prometheus import targets
 from dist_train.monitoring.prometheus.board import Board, Snapshot, stands_still
 from dist_train.monitoring.prometheus.http_server import Site, bind, read_credentials, tls_context
 from dist_train.monitoring.prometheus.messages import Begin, Channel, Ending, Progress, Serving, Warned
-from dist_train.monitoring.prometheus.metrics import metrics_of
 from dist_train.monitoring.prometheus.page import Families, MetricsPage
 from dist_train.rundir.records import Measurement, Outcome, Record, TrainRecord, from_json
 
@@ -79,7 +78,7 @@ def _push(gateway: str, now: Snapshot) -> str:
     facts = now.facts
     group = {"run": facts.name, "run_id": facts.run_id} | ({"rank": str(facts.rank)} if facts.rank else {})
     try:
-        push_to_gateway(gateway, targets.JOB, Families(metrics_of(facts.rank), now), group, PUSH_SECONDS)
+        push_to_gateway(gateway, targets.JOB, Families(now), group, PUSH_SECONDS)
     except Exception as error:  # urllib lets through whatever a broken server provokes
         return str(getattr(error, "reason", None) or error) or type(error).__name__
     return ""
@@ -130,7 +129,7 @@ class _Service:
         self._target: targets.TargetFile | None = None
         self._touched = time.monotonic()
         self._disk_due = -math.inf
-        rendered = MetricsPage(self._board, begin.facts.rank)
+        rendered = MetricsPage(self._board)
 
         def page() -> bytes:
             self._inbox.take()
