@@ -32,6 +32,7 @@ from benchmarks.bare_loop import bare_vgg9
 from dist_train.checkpoint.state import Progress
 from dist_train.cluster.communicator import Alone
 from dist_train.config import Config, parse_config
+from dist_train.data.images import BatchRequest
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.launching.assembly import build_step
@@ -39,7 +40,7 @@ from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.optimizers import build_optimizer, optimizer_step
 from dist_train.outcome import UsageError
-from dist_train.training.compute import Compute, DynamicLossScale, LossScale
+from dist_train.training.compute import Compute, LossScale
 from dist_train.training.measuring import HostTimer, StepClock
 from dist_train.training.micro_batches import share_of
 from dist_train.training.step import GlobalBatch
@@ -260,7 +261,7 @@ def _our_step(config: Config, network: nn.Module, ranks: int) -> Callable[[], ob
         build_optimizer(config.optimizer, weights),
         comm,
         compute,
-        loss_scale=DynamicLossScale(Progress()) if compute.precision == torch.float16 else LossScale(),
+        loss_scale=LossScale(Progress() if compute.precision == torch.float16 else None),
         clock=StepClock(HostTimer()),
         total_steps=100,
     )
@@ -274,7 +275,7 @@ def _our_step(config: Config, network: nn.Module, ranks: int) -> Callable[[], ob
 def _plain_step(config: Config, network: nn.Module, samples: int, size: int) -> Callable[[], object]:
     """Return what makes one update of `samples` samples as plain PyTorch does, `size` in a pass."""
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True, fused=True)
-    images, labels = open_splits(config.data, 0, torch.device("cpu")).train.plain(0, samples)
+    images, labels = open_splits(config.data, 0, torch.device("cpu")).train.read(BatchRequest(torch.arange(0, samples)))
     images, labels = images.to(torch.uint8).to(_DEVICE), labels.to(_DEVICE)
     chosen = torch.arange(samples, device=_DEVICE)
 

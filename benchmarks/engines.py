@@ -1,6 +1,6 @@
 """Rows of the engines: torch.distributed against Horovod over MPI, and our start against a bare program.
 
-`torchrun --nproc-per-node 2 -m benchmarks.engines sum|step|bare` tells what two ranks measured; mpirun likewise.
+`torchrun --nproc-per-node 2 -m benchmarks.engines WHAT` tells what two ranks measured, WHAT one of the names in `main`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from benchmarks.launched_run import seconds_to_step, write_settings
 from benchmarks.launching import measure, module, on_ranks, tell
@@ -23,7 +24,8 @@ from dist_train.cluster.communicator import Communicator
 from dist_train.cluster.joining import join_ranks
 
 _SUMS = 1000
-_STEPS = 40
+_STEPS = {128: 40, 8192: 2}
+"""Steps measured of each batch size, after one to warm up."""
 _LONGEST_SUM = 0.3e-3
 """Seconds: the bar of a tiny sum over torch's Gloo."""
 
@@ -32,20 +34,27 @@ def rows(pairs: int) -> Iterator[Ratio]:
     """Yield a tiny sum, a step of batch 128 and a start, of two ranks; the engines are launched in turn."""
     sums = [(_on("torch", "sum"), _on("mpi", "sum")) for _ in range(pairs)]
     yield ratio_of("tiny sum, 2 ranks", "torch.distributed", "Horovod over MPI", sums, None)
-    against_bar = [(ours, _LONGEST_SUM) for ours, _ in sums]
+    bare = [(_on("torch", "sum"), _on("torch", "bare-sum")) for _ in range(pairs)]
+    yield ratio_of("tiny sum, 2 ranks", "torch.distributed", "dist.all_reduce of a bare program", bare, 1.1)
+    against_bar = [(ours, _LONGEST_SUM) for ours, _ in sums + bare]
     yield ratio_of("tiny sum, 2 ranks", "torch.distributed", "0.3 ms", against_bar, 1.0)
-    steps = [(_on("torch", "step"), _on("mpi", "step")) for _ in range(pairs)]
-    yield ratio_of(
-        "step, width 0.25, batch 128, 2 ranks", "torch.distributed", "Horovod over MPI", steps, 1.0, images=128
-    )
-    starts = []
+    for batch in _STEPS:
+        steps = [(_on("torch", f"step-{batch}"), _on("mpi", f"step-{batch}")) for _ in range(pairs)]
+        row = f"step, width 0.25, batch {batch}, 2 ranks"
+        yield ratio_of(row, "torch.distributed", "Horovod over MPI", steps, 1.0, images=batch)
+    over_mpi, over_bare = [], []
     with tempfile.TemporaryDirectory() as folder:
         config = write_settings(Path(folder), 0.25)
         for pair in range(pairs):
-            ours = seconds_to_step(1, config, Path(folder) / f"run-{pair}", controller="torch", ranks=2)
+            run = Path(folder) / str(pair)
+            ours = seconds_to_step(1, config, run / "torch", controller="torch", ranks=2)
+            over_mpi.append((ours, seconds_to_step(1, config, run / "mpi", controller="mpi", ranks=2)))
             begun = time.time()
-            starts.append((ours, _on("torch", "bare") - begun))
-    yield ratio_of("start, 2 ranks", "dist-train launch, to the first step", "bare torchrun", starts, 1.15)
+            over_bare.append((ours, _on("torch", "bare") - begun))
+    yield ratio_of(
+        "start, 2 ranks", "dist-train launch, to the first step", "mpirun, to the first step", over_mpi, None
+    )
+    yield ratio_of("start, 2 ranks", "dist-train launch, to the first step", "bare torchrun", over_bare, 1.15)
 
 
 def _on(controller: str, what: str) -> float:
@@ -55,11 +64,11 @@ def _on(controller: str, what: str) -> float:
 def main() -> None:
     """Measure on every rank, tell on the first."""
     what = sys.argv[1]
-    if what == "bare":
-        _bare()
+    if what in _BARE:
+        _BARE[what]()
         return
     comm = join_ranks(timeout=600.0, device_type="cpu")
-    seconds = {"sum": _seconds_of_a_sum, "step": _seconds_of_a_step}[what](comm)
+    seconds = _seconds_of_a_sum(comm) if what == "sum" else _seconds_of_a_step(comm, int(what.removeprefix("step-")))
     if comm.rank == 0:
         tell(seconds)
     comm.close()
@@ -74,23 +83,34 @@ def _seconds_of_a_sum(comm: Communicator) -> float:
     return statistics.median(timed(add) for _ in range(_SUMS))
 
 
-def _seconds_of_a_step(comm: Communicator) -> float:
-    config = settings(0.25, 128, **QUIET, batch={"micro_size": 64})
+def _seconds_of_a_step(comm: Communicator, batch: int) -> float:
+    config = settings(0.25, batch, **QUIET, batch={"micro_size": 64})
     with shared_folder(comm) as folder:
         trainer = open_trainer(config, comm, folder / "run")
-        seconds = [timed(trainer.advance) for _ in range(_STEPS)][5:]
+        trainer.advance()
+        seconds = [timed(trainer.advance) for _ in range(_STEPS[batch])]
         trainer.close()
     return statistics.median(seconds)
 
 
-def _bare() -> None:
-    import torch.distributed as dist
-
+def _bare_start() -> None:
     dist.init_process_group("gloo")
     dist.all_reduce(torch.ones(1))
     if dist.get_rank() == 0:
         tell(time.time())
     dist.destroy_process_group()
+
+
+def _bare_sum() -> None:
+    dist.init_process_group("gloo")
+    tensor = torch.ones(8, dtype=torch.int64)
+    seconds = statistics.median(timed(lambda: dist.all_reduce(tensor)) for _ in range(_SUMS))
+    if dist.get_rank() == 0:
+        tell(seconds)
+    dist.destroy_process_group()
+
+
+_BARE = {"bare": _bare_start, "bare-sum": _bare_sum}
 
 
 if __name__ == "__main__":

@@ -27,15 +27,14 @@ from benchmarks.groups import Device, groups_on
 from benchmarks.launching import NotMeasuredError, environment, measure, module, on_ranks, tell
 from benchmarks.machine import this_machine
 from benchmarks.subject import QUIET, open_trainer, settings
-from dist_train.checkpoint.files import list_checkpoints, read_checkpoint
+from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint
 from dist_train.cluster.communicator import Alone
 from dist_train.cluster.devices import find_gpus
 from dist_train.config import NoiseSettings, dump_config
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
-from dist_train.optim.noise_draws import NoiseDraws
+from dist_train.optim.noise import NoiseDraws
 from dist_train.outcome import ExitCode
-from dist_train.training.stored import find_checkpoint
 
 _NOISE = {"method": "smoothout", "amplitude": 1e-3}
 _PAIRS = 5

@@ -19,7 +19,7 @@ from benchmarks.plain_evaluation import through_loader
 from benchmarks.subject import settings
 from benchmarks.timing import Ratio, compare, ratio_of
 from dist_train.analysis.directions import random_direction
-from dist_train.analysis.landscape_points import Batch, Directions, Point, PointEvaluator, axis, place_of
+from dist_train.analysis.landscape_points import Batch, Point, PointEvaluator, Walk, along, axis, place_of
 from dist_train.cluster.communicator import run_on_all_ranks
 from dist_train.cluster.points import deal, join_points
 from dist_train.models import build_model
@@ -49,11 +49,11 @@ def dataloader_row(pairs: int) -> Ratio:
 
     def ours() -> None:
         torch.set_num_threads(1)
-        evaluator.evaluate(walk.at(Point(0, next(alphas))))
+        evaluator.evaluate(walk(Point(0, next(alphas))))
 
     def theirs() -> None:
         torch.set_num_threads(cores)
-        weights.values.copy_(walk.at(Point(0, next(alphas))).weights)
+        weights.values.copy_(walk(Point(0, next(alphas))).weights)
         plain()
 
     with closing(evaluator):
@@ -82,17 +82,17 @@ def main() -> None:
     data = _batches(images, labels)
     points = [Point(0, alpha) for alpha in axis(-1.0, 1.0, int(sys.argv[1]))]
     with closing(PointEvaluator(model, [data], [], Compute(torch.device("cpu"), torch.float32))) as evaluator:
-        evaluator.evaluate(walk.at(points[0]))
+        evaluator.evaluate(walk(points[0]))
         run_on_all_ranks(comm, lambda: None, "begin")
         begun = time.perf_counter()
         for point in deal(points, comm.rank, comm.size):
-            evaluator.evaluate(walk.at(point))
+            evaluator.evaluate(walk(point))
         run_on_all_ranks(comm, lambda: None, "end")
     if comm.rank == 0:
         tell(time.perf_counter() - begun)
 
 
-def _subject() -> tuple[nn.Module, Tensor, Tensor, Directions]:
+def _subject() -> tuple[nn.Module, Tensor, Tensor, Walk]:
     """Return a network, made-up images uint8 and labels, and a direction to walk along."""
     config = settings(0.25, 128, data={"name": "fashion-mnist"})
     model = build_model(config)
@@ -101,7 +101,7 @@ def _subject() -> tuple[nn.Module, Tensor, Tensor, Directions]:
     labels = torch.randint(0, 10, (_IMAGES,), generator=stream)
     origin = place_of(model)
     direction = random_direction(FlatWeights(model), "filter", ("norm", "bias"), 0, 0)
-    return model, images, labels, Directions(origin, lambda _: direction)
+    return model, images, labels, along(origin, lambda _: (direction,))
 
 
 def _batches(images: Tensor, labels: Tensor) -> Sequence[Batch]:

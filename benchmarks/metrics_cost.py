@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -96,7 +95,7 @@ def page_rows() -> Iterator[Ratio]:
     page = MetricsPage(board)
     one = RankMeasurement(0.123456789, 0.0123456789, 1.6e10, 7.1e10, 7.2e10, 0.987654321)
     parts = StepParts(0.001, 0.1, 0.01, 0.02, 0.005, 0.0)
-    measurement = Measurement(1, 1.7e9, 0.2, parts, 100.0, 1.0, tuple(replace(one) for _ in range(_RANKS)))
+    measurement = Measurement(1, 1.7e9, 0.2, parts, 100.0, 1.0, (one,) * _RANKS)
 
     def render() -> None:
         board.measurement(measurement)

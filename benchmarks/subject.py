@@ -44,6 +44,6 @@ def open_trainer(config: Config, comm: Communicator, directory: Path) -> Trainer
     run = RunDirectory(directory)
     run.create()
     session = open_session(config, run, comm)
-    trainer = assemble(config, None, run, comm, session, StopRequests())
+    trainer = assemble(config, ResumePoint(config), run, comm, session, StopRequests())
     session.begin(trainer, ResumePoint(config))
     return trainer

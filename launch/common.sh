@@ -114,7 +114,9 @@ passed_variables() {
         printf '%s\n' "${rank_environment[@]%%=*}"
         for name in $(compgen -e); do
             case $name in
-                PATH | LD_LIBRARY_PATH | PYTHONPATH | OMP_NUM_THREADS | MKL_NUM_THREADS | HOROVOD_* | NCCL_* | CUDA_VISIBLE_DEVICES) printf '%s\n' "$name" ;;
+                PATH | LD_LIBRARY_PATH | PYTHONPATH | OMP_NUM_THREADS | MKL_NUM_THREADS | HOROVOD_* | NCCL_* | DIST_TRAIN_SETUP) printf '%s\n' "$name" ;;
+                # Slurm gives each node GPUs of its own numbers.
+                CUDA_VISIBLE_DEVICES) [[ -n ${SLURM_JOB_ID:-} ]] || printf '%s\n' "$name" ;;
             esac
         done
     } | grep -v '^OMPI_' | sort -u
@@ -141,7 +143,16 @@ check_run() {
         shift
     done
     ((${#configuration[@]})) || usage_error "train takes a configuration: $(basename "$0") train configs/demo.yaml"
-    run_directory=$("${dist_train[@]}" config run-directory "${configuration[@]}" "${run_directory_option[@]}") || exit
+    run_directory=$("${dist_train[@]}" config run-directory "${configuration[@]}" "${run_directory_option[@]}") || {
+        local status=$?
+        ((!stop_signals)) || stopped_before_launch # the signal may have come to the check as well
+        exit "$status"
+    }
+}
+
+# What a script does that is asked to stop before it has launched anything.
+stopped_before_launch() {
+    exit "$stopped_status"
 }
 
 # The processes of this launch, one id a line: all of them, launcher and helpers included.
@@ -202,20 +213,28 @@ stop_through_mpirun() {
     kill -USR2 "$launcher"
 }
 
-deaths= # a file for what launch/rank.sh says of a rank that was killed; srun, where it could not, of its node's tasks
+said= # a file for what is said of the launch's end: by our program, by launch/rank.sh of a rank that was killed, by srun, mpirun
 tidy_output() {
     trap '' TERM INT USR1 USR2 HUP
-    exec sed -u -E ${deaths:+-e "/was killed by signal|^srun: error: .*: tasks? .*: Killed$/w $deaths"} -f "$root/launch/output.sed"
+    exec sed -u -E -f "$root/launch/output.sed"
 }
+tidy_errors() {
+    if [[ -z $said ]]; then
+        tidy_output
+    fi
+    trap '' TERM INT USR1 USR2 HUP
+    sed -u -E -e "/was killed by signal|^(srun|slurmstepd|mpirun|prterun): |^dist-train: /w $said" \
+        -e "/^-{60,}\$/,/^-{60,}\$/w $said" | tidy_output
+}
+
+watch= # a function that is run beside the launcher
 
 # launch STOP COMMAND [ARGUMENT ...]: runs the launcher to its end, handing on requests to stop by
 # the function STOP; leaves no process of this launch behind. Sets `launcher_status`.
 launch() {
     local stop=$1 announced=0 handed_on=0 ended_now=0 guard=()
     shift
-    if ((stop_signals)); then
-        exit "$stopped_status"
-    fi
+    ((!stop_signals)) || stopped_before_launch
     # The launcher dies with this script, and a Ctrl-C at the terminal comes to this script alone.
     if command -v setpriv >/dev/null; then
         guard=(setpriv --pdeathsig KILL)
@@ -224,11 +243,16 @@ launch() {
     local output errors filters=()
     exec {output}> >(tidy_output)
     filters+=($!)
-    exec {errors}> >(tidy_output >&2)
+    exec {errors}> >(tidy_errors >&2)
     filters+=($!)
     env -u HOROVOD_RANK -u OMPI_COMM_WORLD_RANK "${rank_environment[@]}" "${guard[@]}" "$@" </dev/null 1>&"$output" 2>&"$errors" &
     launcher=$!
     exec {output}>&- {errors}>&-
+    local watcher=
+    if [[ -n $watch ]]; then
+        "$watch" &
+        watcher=$!
+    fi
 
     while true; do
         launcher_status=0
@@ -253,6 +277,7 @@ launch() {
         wait "$launcher" || launcher_status=$?
         kill -0 "$launcher" 2>/dev/null || break
     done
+    [[ -z $watcher ]] || kill "$watcher" 2>/dev/null || true
     end_leftovers
     wait "${filters[@]}" || true
 }

@@ -4,6 +4,11 @@
 # A rank that is killed says nothing, and Slurm's PMIx and Open MPI end all others before they can notice. Slurm's may
 # be quicker than this script, too.
 # All is known beforehand: at the end there is no time to start a program.
+# mpirun hands on few variables, srun all.
+if [[ -n ${OMPI_COMM_WORLD_RANK:-} && -n ${DIST_TRAIN_SETUP:-} ]]; then
+    # shellcheck disable=SC1090
+    . "$DIST_TRAIN_SETUP"
+fi
 rank="${OMPI_COMM_WORLD_RANK:-${SLURM_PROCID:-?}} ($(uname -n)"
 # mpirun sends its signals here alone, srun to the rank as well, whom a second one does not harm.
 process=

@@ -6,22 +6,30 @@
 # of every job
 #   DIST_TRAIN_ROOT   the project's folder (that of submission, else that of the script)
 #   DIST_TRAIN_PYTHON the Python to run, on all nodes (.venv/bin/python of the project, else python3)
+#   DIST_TRAIN_SETUP  file to source first, on all nodes: modules, variables (none). Without the environment of
+#                     submission: sbatch --export=DIST_TRAIN_SETUP=FILE
 #   CONTAINER         image to run in: a file *.sif, by Apptainer; anything else, by Pyxis (none)
 #   CONTAINER_OPTIONS more words for `apptainer exec`, or for srun with Pyxis
 #   DRY_RUN           1: print the command that would be started, and end
 #
 # of jobs with ranks
-#   OVERRIDES         settings that differ from the configuration, as words: "run.seed=1 data.root=/data"
+#   OVERRIDES         settings that differ from the configuration, as words on one line or several, in quotes as a shell
+#                     takes them: "run.seed=1 'data.root=/my data'"
 #   LAUNCHER          srun or mpirun (srun)
-#   MPI               what srun --mpi takes; `srun --mpi=list` says what there is (pmix; none with comm.engine=torch)
+#   MPI               what srun --mpi takes; `srun --mpi=list` says what there is (pmix; none for comm.engine=torch,
+#                     which carries the ranks, too, where there is no pmix and comm.engine is auto)
 #   RANKS_PER_NODE  (one for each GPU; without GPUs one for each task of the job, else one)
 #   OMP_NUM_THREADS   threads of a rank (its cores: --cpus-per-task, else the node's shared out)
+#   SPARE_NODES       nodes of the job that stay idle until another is lost (0)
 #   LOSS_SECONDS      srun: how long the other ranks may take to end once one has ended (40)
+#   PREFLIGHT         0: do not check beforehand whether the nodes can work together (dist-train doctor --cluster)
 #   NETWORK_INTERFACE interface that ranks talk over, such as ib0 (what MPI, NCCL and Gloo choose)
 #   CPU_BIND          srun --cpu-bind (Slurm's choice: each rank on its own cores)
 #   LAUNCHER_OPTIONS  more words for srun or mpirun
 #
 # of training
+#   MAX_RESTARTS      restarts on what is left of the job's nodes, in a row without a new checkpoint, before it is
+#                     requeued (as many as MAX_REQUEUES)
 #   MAX_REQUEUES      requeues in a row without a new checkpoint, after which the run is given up (3)
 #   The job ends with the run's own exit status: 0 finished, 2 bad usage or configuration, 3 diverged, 4 ranks
 #   disagree, 75 stopped after saving, 1 anything else. After 75 and 1 it is requeued, by scontrol.
@@ -46,6 +54,17 @@ esac
 
 . "$root/launch/common.sh"
 
+# The site's modules and variables; scripts of modules often fail and read what is unset.
+if [[ -n ${DIST_TRAIN_SETUP:-} && $asked != --help ]]; then
+    [[ -r $DIST_TRAIN_SETUP ]] || usage_error "DIST_TRAIN_SETUP $DIST_TRAIN_SETUP cannot be read on $(uname -n)"
+    DIST_TRAIN_SETUP=$(realpath "$DIST_TRAIN_SETUP")
+    export DIST_TRAIN_SETUP
+    set +eu
+    # shellcheck disable=SC1090
+    . "$DIST_TRAIN_SETUP"
+    set -eu
+fi
+
 # answer_help SECTION...: where the script was asked for help, prints its header and these sections of ours.
 answer_help() {
     [[ $asked == --help ]] || return 0
@@ -68,25 +87,66 @@ say() {
     printf 'job %s: %s\n' "$job" "$*" >&2
 }
 
-read_words() { # read_words ARRAY TEXT
-    read -r -a "$1" <<<"${2:-}" || true
+# read_words ARRAY NAME TEXT: the words of the variable NAME, on one line or several, in quotes as a shell takes them.
+read_words() {
+    local split
+    split=$(xargs -r printf '%s\n' <<<"$3" 2>/dev/null) || usage_error "$2 has a quote that does not close: $3"
+    mapfile -t "$1" < <(printf '%s' "$split")
 }
 
+# Sets `nodes`, and `gpus` of each of them: those that were asked for, though a job of whole nodes has all.
 read_allocation() {
     nodes=${SLURM_JOB_NUM_NODES:-1}
     gpus=${SLURM_GPUS_ON_NODE:-0}
+    ((gpus > 0)) || return 0
+    local each=${SLURM_GPUS_PER_NODE:-} total=${SLURM_GPUS:-}
+    [[ -n $each ]] || each=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -nE '0,/TresPerNode=/s/^ *TresPerNode=.*gres\/gpu[^,]*[:=]([0-9]+).*/\1/p') || each=
+    if [[ ${SLURM_TRES_PER_TASK:-} == *gpu* || -n ${SLURM_GPUS_PER_TASK:-} ]]; then
+        total=${SLURM_NTASKS:-1}
+    fi
+    each=${each##*:}
+    total=${total##*:}
+    if [[ -z $each && -n $total ]]; then
+        ((total % nodes == 0)) || usage_error "$total GPUs are not as many on each of $nodes nodes: ask for --gpus-per-node"
+        each=$((total / nodes))
+    fi
+    [[ ! $each =~ ^[1-9][0-9]*$ ]] || ((each >= gpus)) || gpus=$each
 }
 
+# Sets `rank_count`, `ranks_here` (of a node, at most), and `cores_each`.
 share_nodes_out() {
     local tasks=${SLURM_NTASKS:-$nodes}
     ranks_here=${RANKS_PER_NODE:-}
-    if [[ -z $ranks_here ]]; then
-        ranks_here=$((gpus > 0 ? gpus : (tasks + nodes - 1) / nodes))
+    [[ -z $ranks_here || $ranks_here =~ ^[1-9][0-9]*$ ]] ||
+        usage_error "RANKS_PER_NODE takes a number, 1 or more, not '$ranks_here'"
+    if [[ -n $ranks_here ]]; then
+        rank_count=$((nodes * ranks_here))
+    elif ((gpus > 0)); then
+        check_gpus "$tasks"
+        ranks_here=$gpus
+        rank_count=$((nodes * gpus))
+    else
+        # as Slurm has laid the tasks out: 3(x2),1 has three at most
+        ranks_here=$(tr , '\n' <<<"${SLURM_TASKS_PER_NODE:-$(((tasks + nodes - 1) / nodes))}" | sort -rn | sed 's/(.*//; q')
+        [[ -n ${SLURM_NTASKS:-} ]] || ranks_here=1
+        rank_count=$tasks
     fi
-    [[ $ranks_here =~ ^[1-9][0-9]*$ ]] || usage_error "RANKS_PER_NODE takes a number, 1 or more, not '$ranks_here'"
-    rank_count=$((nodes * ranks_here))
     cores_each=${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_ON_NODE:-1} / ranks_here))}
     ((cores_each > 0)) || cores_each=1
+}
+
+# check_gpus TASKS: refuses what is not a rank for each GPU, as many on each node. A task for each node is what the
+# scripts ask for by themselves.
+check_gpus() {
+    local each counts
+    if [[ ${SLURM_GPUS_PER_TASK:-${SLURM_TRES_PER_TASK:-1}} == *[02-9] || ${SLURM_NTASKS_PER_GPU:-1} != 1 ]] ||
+        (($1 != nodes && $1 != nodes * gpus)); then
+        usage_error "each rank drives one GPU, but $1 tasks were asked for with $((nodes * gpus)) GPUs: ask for --gpus-per-node alone, or set RANKS_PER_NODE"
+    fi
+    ((nodes > 1)) || return 0
+    each=$(scontrol show job --details "$SLURM_JOB_ID" 2>/dev/null | sed -nE 's/^ *Nodes=([^ ]+).*GRES=[^ ]*gpu[^ ]*:([0-9]+)\(.*/\1: \2/p') || each=
+    counts=$(awk -F ': ' 'NF { print $2 }' <<<"$each" | sort -u | wc -l)
+    ((counts <= 1)) || usage_error "the nodes have different numbers of GPUs (${each//$'\n'/, }): ask for --gpus-per-node"
 }
 
 # NCCL, Open MPI and Gloo each choose a network by themselves: NCCL an InfiniBand that it finds, Open MPI through UCX
@@ -98,13 +158,14 @@ choose_network() {
     export OMPI_MCA_btl_tcp_if_include=${OMPI_MCA_btl_tcp_if_include:-$NETWORK_INTERFACE}
     export HOROVOD_GLOO_IFACE=${HOROVOD_GLOO_IFACE:-$NETWORK_INTERFACE}
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$NETWORK_INTERFACE}
+    export NETWORK_INTERFACE
 }
 
 # Sets `dist_train`, how our program is started here and in the ranks, and for Pyxis `container_options` of srun.
 find_our_program() {
     container_options=()
     local words
-    read_words words "${CONTAINER_OPTIONS:-}"
+    read_words words CONTAINER_OPTIONS "${CONTAINER_OPTIONS:-}"
     local image=${CONTAINER:-}
     case $image in
         '') find_programs && return ;;
@@ -127,17 +188,19 @@ find_our_program() {
 # Sets `command`: what starts the ranks by `by`, but for our program's arguments.
 compose_command() {
     local more name
-    read_words more "${LAUNCHER_OPTIONS:-}"
+    read_words more LAUNCHER_OPTIONS "${LAUNCHER_OPTIONS:-}"
     case $by in
         srun)
             command -v srun >/dev/null || fail "srun is missing on $(uname -n)"
             # Not --kill-on-bad-exit: rank 0 may still be writing how the run ended when another has left.
-            command=(srun "--mpi=${MPI:-$default_mpi}" "--nodes=$nodes" "--ntasks=$rank_count" "--ntasks-per-node=$ranks_here"
-                "--cpus-per-task=$cores_each" --export=ALL --input=none --kill-on-bad-exit=0 "--wait=${LOSS_SECONDS:-40}")
+            command=(srun "--mpi=$mpi" "--nodes=$nodes" "--ntasks=$rank_count" "--ntasks-per-node=$ranks_here"
+                "--cpus-per-task=$cores_each" --export=ALL --input=none --no-kill --kill-on-bad-exit=0 "--wait=${LOSS_SECONDS:-40}")
             # A step has the GPUs that it asks for. All ranks of a node see all of them, and each takes the one of its
             # number: NCCL uses NVLink only between GPUs that a process can see.
+            unset SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK SLURM_TRES_BIND
             ((gpus == 0)) || command+=("--gpus-per-node=$gpus" --gpu-bind=none)
             ((${SLURM_CPUS_ON_NODE:-1} >= ranks_here * cores_each)) || command+=(--overcommit)
+            command+=("${placed[@]}")
             [[ -z ${CPU_BIND:-} ]] || command+=("--cpu-bind=$CPU_BIND")
             command+=("${container_options[@]}")
             ;;
@@ -177,7 +240,7 @@ stop_at_once() {
 train_in_job() {
     answer_help 'of jobs with ranks' 'of training'
     local overrides directory=()
-    read_words overrides "${OVERRIDES:-}"
+    read_words overrides OVERRIDES "${OVERRIDES:-}"
     [[ -z ${RUN_DIR:-} ]] || directory=(--run-dir "$RUN_DIR")
     run_in_job train "${CONFIG:-$1}" "${overrides[@]}" "${directory[@]}"
 }
@@ -187,8 +250,8 @@ sweep_in_job() {
     answer_help 'of jobs with ranks' 'of training'
     local study=${STUDY:-$1} overrides words directory=() status=0
     [[ -n ${SLURM_ARRAY_TASK_ID:-} ]] ||
-        usage_error "each run is a task of an array: sbatch --array=\$(dist-train sweep $study --array) slurm/sweep.sh"
-    read_words overrides "${OVERRIDES:-}"
+        usage_error "each run is a task of an array: sbatch --array=\$(dist-train sweep $(printf %q "$study") --array) slurm/sweep.sh"
+    read_words overrides OVERRIDES "${OVERRIDES:-}"
     [[ -z ${DIRECTORY:-} ]] || directory=(--directory "$DIRECTORY")
     read_allocation
     find_our_program
@@ -202,9 +265,9 @@ sweep_in_job() {
 landscape_in_job() {
     answer_help 'of jobs with ranks'
     local kind=${KIND:-direction} targets target count what options overrides
-    read_words targets "${TARGETS:-$1}"
-    read_words options "${OPTIONS:-}"
-    read_words overrides "${OVERRIDES:-}"
+    read_words targets TARGETS "${TARGETS:-$1}"
+    read_words options OPTIONS "${OPTIONS:-}"
+    read_words overrides OVERRIDES "${OVERRIDES:-}"
     case $kind in
         interpolate) count=2 what='run directories or checkpoints' ;;
         direction | plane) count=1 what='run directory or checkpoint' ;;
@@ -224,6 +287,24 @@ landscape_in_job() {
     exit 1
 }
 
+# analyses_in_job STUDY [OVERRIDE ...]: measures the runs of a study that have finished, as it says.
+analyses_in_job() {
+    local lines line measurement failed=0
+    prepare_ranks
+    mapfile -t lines < <("${dist_train[@]}" sweep "$@" --analyses)
+    for line in "${lines[@]}"; do
+        read_words measurement analyses "$line"
+        say "$line"
+        if [[ ${measurement[1]} == landscape ]]; then
+            launch_or_show stop_at_once "${measurement[@]:1}"
+            ((launcher_status == 0)) || failed=1
+        else
+            "${dist_train[@]}" "${measurement[@]:1}" || failed=1
+        fi
+    done
+    exit "$failed"
+}
+
 # report_in_job DEFAULT_DIRECTORY: runs `report` as the variables say.
 report_in_job() {
     answer_help
@@ -237,18 +318,51 @@ report_in_job() {
 
 # Sets all that `launch_or_show` needs; for a training run, by its CONFIG and overrides.
 prepare_ranks() {
+    local names
     by=${LAUNCHER:-srun}
     read_allocation
+    local spare=${SPARE_NODES:-0}
+    if [[ ! $spare =~ ^[0-9]+$ ]] || ((spare >= nodes)); then
+        usage_error "SPARE_NODES takes a number below that of the job's nodes, $nodes, not '$spare'"
+    fi
     share_nodes_out
+    placed=()
+    wanted_nodes=$((nodes - spare))
+    if ((wanted_nodes < nodes)); then
+        mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+        use_nodes "${names[@]}"
+    fi
     choose_network
     find_our_program
-    set_rank_environment "${OMP_NUM_THREADS:-$cores_each}"
-    # torch.distributed needs nothing of MPI. What is wrong with the configuration is said later, by check_run.
-    default_mpi=pmix
-    if (($#)) && [[ -z ${MPI:-} && $by == srun && $("${dist_train[@]}" config engine "$@" 2>/dev/null) == torch ]]; then
-        default_mpi=none
-    fi
+    threads=${OMP_NUM_THREADS:-$cores_each}
+    set_rank_environment "$threads"
+    more_overrides=()
+    [[ $by != srun ]] || choose_mpi "$@"
     compose_command
+}
+
+# choose_mpi [CONFIG OVERRIDE...]: sets `mpi`, what srun --mpi takes; torch.distributed needs nothing of MPI. Where srun
+# has no PMIx for Horovod, the ranks are carried by torch.distributed or started by mpirun.
+choose_mpi() {
+    local kinds
+    kinds=$(srun --mpi=list 2>&1) || kinds=
+    kinds=$(grep -E '^[[:space:]]+|pmix_v' <<<"$kinds" | tr -cs 'a-z0-9_' ' ') || kinds=
+    mpi=${MPI:-pmix}
+    if [[ -z ${MPI:-} ]] && (($#)) && [[ $("${dist_train[@]}" config engine "$@" 2>/dev/null) == torch ]]; then
+        mpi=none
+    fi
+    # What is wrong with the configuration is said later by check_run, with MPI by srun.
+    [[ -z ${MPI:-} && -n $kinds && " $kinds " != *" $mpi "* ]] || return 0
+    if (($#)) && "${dist_train[@]}" config show "$@" 2>/dev/null | grep -q '^  engine: auto$'; then
+        say "srun has no pmix here, but $kinds: the ranks talk by torch.distributed (comm.engine=torch)"
+        mpi=none
+        more_overrides=(comm.engine=torch)
+    elif [[ -n $mpirun ]]; then
+        say "srun has no pmix here, but $kinds: mpirun starts the ranks (LAUNCHER=mpirun)"
+        by=mpirun
+    else
+        usage_error "srun has no pmix here, but $kinds, and there is no mpirun: set comm.engine=torch"
+    fi
 }
 
 # show_alone COMMAND...: where that is all that is wanted, prints it, and ends.
@@ -264,47 +378,126 @@ launch_or_show() {
     shift
     show_alone "${command[@]}" "$@"
     check_run "$@"
+    said=$(mktemp)
+    [[ -z $run_directory ]] || watch=end_lingering_ranks
+    trap 'rm -f "$said"' EXIT
     say "$nodes nodes (${SLURM_JOB_NODELIST:-$(uname -n)}) x $ranks_here ranks, $gpus GPUs a node, by $by; $1 ${run_directory:-${*:2}}"
     [[ -z ${SLURM_RESTART_COUNT:-} ]] || say "restart $SLURM_RESTART_COUNT"
-    # What its parent says of a rank that was killed.
-    deaths=$(mktemp)
-    trap 'rm -f "$deaths"' EXIT
+    check_nodes
     launch "$stop" "${command[@]}" "$@"
+}
+
+# Before a run on several nodes: whether they can work together. Leaves spare nodes out that cannot, and chooses the
+# network where not every one will do.
+check_nodes() {
+    [[ ${SLURM_JOB_NUM_NODES:-1} != 1 && -n $run_directory && -z ${CONTAINER:-} && ${PREFLIGHT:-1} != 0 ]] || return 0
+    local answer good=() interface
+    answer=$("${dist_train[@]}" doctor --cluster "$(dirname "$run_directory")" --brief 2> >(tee "$said" >&2)) || true
+    [[ -n $answer ]] || return 0 # it could not ask: the launch will tell
+    read -r -a good < <(sed -n 's/^nodes //p' <<<"$answer") || true
+    interface=$(sed -n 's/^interface //p' <<<"$answer")
+    if ((${#good[@]} < wanted_nodes)); then
+        launcher_status=1
+        MAX_RESTARTS=0
+        end_job
+    fi
+    if [[ -n $interface && -z ${NETWORK_INTERFACE:-} ]]; then
+        NETWORK_INTERFACE=$interface
+        say "the ranks talk over $interface; NETWORK_INTERFACE names another"
+    fi
+    choose_network
+    ((${#good[@]} == wanted_nodes + ${SPARE_NODES:-0})) || use_nodes "${good[@]}"
+    compose_command
+}
+
+# srun waits for a node that is gone, and ranks for one that was on it: ends both once Slurm says so, or the run has
+# failed and its ranks have had time to leave.
+end_lingering_ranks() {
+    local waited=0 status=$run_directory/status.json
+    until grep -q '^srun: error: Node failure on' "$said"; do
+        sleep 1
+        ! grep -qs "\"$launch_id\"" "$status" || ! grep -qs '"state": "failed"' "$status" || ((++waited < 10)) || break
+    done
+    squeue --noheader --steps --jobs "$SLURM_JOB_ID" --format %i | grep -E '\.[0-9]+$' | xargs -r scancel --signal=KILL
+    sleep 1
+    kill -KILL "$launcher"
 }
 
 # run_in_job train CONFIG [ARGUMENT ...]: a training job from here to its end.
 run_in_job() {
     answer_help 'of jobs with ranks' 'of training'
+    # shellcheck disable=SC2329  # `check_run` and `launch` call it
+    stopped_before_launch() {
+        [[ -n $run_directory ]] || requeue_job
+        end_job
+    }
     prepare_ranks "${@:2}"
-    launch_or_show stop_through_launcher "$@"
-    end_job
+    launch_or_show stop_through_launcher "$@" "${more_overrides[@]}"
+    while true; do
+        end_job
+        prepare_restart
+        launch stop_through_launcher "${command[@]}" "$@" "${more_overrides[@]}"
+    done
 }
 
+# Ends the job, requeued where that can help; returns where the run is to be started again within it.
 end_job() {
-    local status=0
+    local status=0 verdict state restarts=${MAX_RESTARTS:-${MAX_REQUEUES:-3}}
     "${dist_train[@]}" outcome "$run_directory" --launch "$launch_id" || status=$?
     case $status in
-        1 | "$stopped_status") requeue_job "$status" ;;
+        1 | "$stopped_status") ;;
+        *) exit "$status" ;;
     esac
-    exit "$status"
-}
-
-# requeue_job STATUS: ends the job, to start again where that can help.
-requeue_job() {
-    local state death
     state=$(squeue --noheader --jobs "$job" --format %T 2>/dev/null) || state=
     if [[ -n $state && $state != RUNNING ]]; then
         say "not requeued by itself: Slurm is ending the job ($state), and requeues it where it preempted it"
-        exit "$1"
+        exit "$status"
     fi
-    # The rank that died first, where its parent could say so; else what srun says, of all nodes.
-    death=$(grep -m 1 'was killed by signal' "$deaths" || paste -s -d ';' "$deaths")
+    # Whoever asked for a stop wants the nodes.
+    ((!stop_signals && status == 1)) || restarts=0
     # Not 75 where the run is given up: a site may requeue by that status.
-    "${dist_train[@]}" requeue "$run_directory" --launch "$launch_id" --limit "${MAX_REQUEUES:-3}" --death "$death" || exit 1
+    verdict=$("${dist_train[@]}" requeue "$run_directory" --launch "$launch_id" --code "${launcher_status:-0}" \
+        --limit "${MAX_REQUEUES:-3}" --restarts "$restarts" --words "$(tail -n 100 "$said" 2>/dev/null)") || exit
+    [[ $verdict == restart ]] || requeue_job
+}
+
+requeue_job() {
     if scontrol requeue "$job"; then
         say "requeued"
     else
         say "scontrol cannot requeue the job: it ends with $stopped_status, by which the site may (RequeueExit), or submit it again"
     fi
     exit "$stopped_status"
+}
+
+# Sets all that `launch` needs to start the run again, on the nodes that Slurm has left us and that answer.
+prepare_restart() {
+    local name address port living=()
+    port=$(scontrol show config 2>/dev/null | sed -n 's/^SlurmdPort *= *\([0-9]*\).*/\1/p') || port=
+    mapfile -t living < <(
+        scontrol show node "$(squeue --noheader --jobs "$job" --format %N)" --oneliner |
+            sed -n 's/^NodeName=\([^ ]*\) .* NodeAddr=\([^ ]*\) .*/\1 \2/p' |
+            while read -r name address; do
+                { timeout 5 bash -c ": <>/dev/tcp/$address/${port:-6818}" 2>/dev/null && echo "$name"; } &
+            done | sort -V
+    )
+    ((${#living[@]})) || requeue_job
+    use_nodes "${living[@]}"
+    set_rank_environment "$threads"
+    compose_command
+    : >"$said"
+    say "again on $nodes nodes (${living[*]})"
+}
+
+# use_nodes NAME...: lets the ranks run on these nodes of the job, on no more than are wanted.
+use_nodes() {
+    (($# <= wanted_nodes)) || set -- "${@:1:wanted_nodes}"
+    nodes=$#
+    ((rank_count <= nodes * ranks_here)) || rank_count=$((nodes * ranks_here))
+    SLURM_JOB_NODELIST=$(IFS=, && echo "$*")
+    # mpirun knows the nodes from these alone. What ran on them before may not have ended for Slurm, which waits for a
+    # node that it has lost.
+    export SLURM_JOB_NODELIST SLURM_NODELIST=$SLURM_JOB_NODELIST SLURM_JOB_NUM_NODES=$nodes SLURM_NNODES=$nodes
+    export SLURM_TASKS_PER_NODE="$ranks_here(x$nodes)" SLURM_JOB_CPUS_PER_NODE="${SLURM_CPUS_ON_NODE:-1}(x$nodes)" SLURM_OVERLAP=1
+    placed=("--nodelist=$SLURM_JOB_NODELIST" --overlap)
 }

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 FACTORS = (2.0, 10.0)
@@ -77,18 +78,16 @@ def _end(alphas: Sequence[float], losses: Sequence[float], start: int, step: int
 
 def summarize(widths: Sequence[Width]) -> dict[str, Any]:
     """Return what settings.json records: by basin and factor the mean, deviation, open ones, and each direction's."""
-    summary: dict[str, Any] = {}
-    for basin in sorted({width.basin for width in widths}):
-        summary[basin] = {}
-        for factor in FACTORS:
-            chosen = [width for width in widths if width.basin == basin and width.factor == factor]
-            values = [width.width for width in chosen]
-            summary[basin][f"{factor:g}"] = {
-                "mean": statistics.fmean(values),
-                "standard_deviation": statistics.stdev(values) if len(values) > 1 else None,
-                "open": sum(width.is_open_left or width.is_open_right for width in chosen),
-                "directions": [{**asdict(width), "width": width.width} for width in chosen],
-            }
+    summary: dict[str, Any] = {basin: {} for basin in sorted({width.basin for width in widths})}
+    for basin, factor in product(summary, FACTORS):
+        chosen = [width for width in widths if width.basin == basin and width.factor == factor]
+        values = [width.width for width in chosen]
+        summary[basin][f"{factor:g}"] = {
+            "mean": statistics.fmean(values),
+            "standard_deviation": statistics.stdev(values) if len(values) > 1 else None,
+            "open": sum(width.is_open_left or width.is_open_right for width in chosen),
+            "directions": [{**asdict(width), "width": width.width} for width in chosen],
+        }
     return summary
 
 

@@ -10,22 +10,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from dist_train.analysis.basin_width import FACTORS, Width, basin_width, summarize
 from dist_train.analysis.directions import Trajectory, check_exclusions, random_direction, run_checkpoints, trace
 from dist_train.analysis.landscape_files import Identity, LandscapeFolder, LandscapeSettings, PointRow, read_landscape
 from dist_train.analysis.landscape_points import (
-    Directions,
-    Interpolation,
-    Plane,
     Point,
     PointEvaluator,
     Walk,
+    along,
     axis,
+    interpolation,
     line_points,
     plane_points,
     variances_of,
 )
-from dist_train.analysis.landscape_subject import Stored, Subject, open_subject, place_in, read_stored
+from dist_train.analysis.landscape_subject import Subject, open_subject, place_in
+from dist_train.checkpoint.files import Stored, read_stored
 from dist_train.cluster.communicator import Communicator, broadcast_str, run_on_all_ranks
 from dist_train.cluster.points import deal
 from dist_train.optim.flat_weights import FlatWeights
@@ -90,7 +92,7 @@ def make_landscape(request: Request, comm: Communicator, report: Report) -> Fini
     checkpoints = [checkpoint.record() for checkpoint in course.checkpoints]
     identity = Identity(settings.kind, checkpoints, {**settings.record(), **subject.record()})
     folder = LandscapeFolder(request.output or RunDirectory.of_checkpoint(stored[0].path.resolve()).analysis, identity)
-    was_there = run_on_all_ranks(comm, lambda: comm.rank == 0 and _begin(folder), "begin the result")
+    was_there = run_on_all_ranks(comm, lambda: comm.rank == 0 and folder.begin(), "begin the result")
     if not json.loads(broadcast_str(comm, json.dumps(was_there), "result")):
         _measure_all(folder, subject, course, comm, request.threads, report)
     if comm.rank != 0:
@@ -108,12 +110,9 @@ def draw(folder: Path, scale: str, trajectory: Trajectory | None) -> None:
     # matplotlib takes most of a second to load, and only the first rank draws.
     from dist_train.analysis.landscape_figures import draw_landscape
 
-    draw_landscape(read_landscape(folder), [folder / "figure.svg", folder / "figure.png"], scale, trajectory)
-
-
-def _begin(folder: LandscapeFolder) -> bool:
-    folder.begin()
-    return folder.is_complete()
+    draw_landscape(
+        read_landscape(folder), [folder / f"figure.{form}" for form in ("svg", "pdf", "png")], scale, trajectory
+    )
 
 
 def _course(settings: LandscapeSettings, stored: Sequence[Stored], subject: Subject) -> _Course:
@@ -124,9 +123,11 @@ def _course(settings: LandscapeSettings, stored: Sequence[Stored], subject: Subj
                 f"{first.path} and {second.path} are the same checkpoint: there is no line between them",
                 code="same-checkpoint",
             )
-        walk = Interpolation(subject.place, place_in(second, subject), variances_of(subject.model))
+        there = place_in(second, subject)
         points = line_points(axis(settings.start, settings.stop, settings.points), 1)
-        return _Course(points, walk, stored, {"distances": walk.distances})
+        distance = float((there.weights.double() - subject.place.weights.double()).norm())
+        walk = interpolation(subject.place, there, variances_of(subject.model))
+        return _Course(points, walk, stored, {"distances": [distance]})
     weights = FlatWeights(subject.model)
     choice = settings.directions
     check_exclusions(weights, choice.exclude)
@@ -134,27 +135,21 @@ def _course(settings: LandscapeSettings, stored: Sequence[Stored], subject: Subj
         checkpoints = run_checkpoints(stored[0].path)
         trajectory = trace(checkpoints, subject, weights.mask(choice.exclude))
         alphas, betas = (axis(*reach, settings.points) for reach in trajectory.reaches)
-        plane = Plane(subject.place, *trajectory.directions)
-        return _Course(plane_points(alphas, betas), plane, checkpoints, trajectory.record(), trajectory)
+        walk = along(subject.place, lambda _: trajectory.directions)
+        return _Course(plane_points(alphas, betas), walk, checkpoints, trajectory.record(), trajectory)
     alphas = axis(settings.start, settings.stop, settings.points)
-    directions = [
-        lambda index=index: random_direction(weights, choice.normalization, choice.exclude, choice.seed, index)
-        for index in range(2 if settings.kind == "plane" else settings.lines)
-    ]
+
+    def drawn(index: int) -> torch.Tensor:
+        return random_direction(weights, choice.normalization, choice.exclude, choice.seed, index)
+
     if settings.kind == "plane":
-        return _Course(plane_points(alphas, alphas), Plane(subject.place, directions[0](), directions[1]()), stored)
-    return _Course(
-        line_points(alphas, settings.lines), Directions(subject.place, lambda index: directions[index]()), stored
-    )
+        directions = drawn(0), drawn(1)
+        return _Course(plane_points(alphas, alphas), along(subject.place, lambda _: directions), stored)
+    return _Course(line_points(alphas, settings.lines), along(subject.place, lambda index: (drawn(index),)), stored)
 
 
 def _measure_all(
-    folder: LandscapeFolder,
-    subject: Subject,
-    course: _Course,
-    comm: Communicator,
-    threads: int | None,
-    report: Report,
+    folder: LandscapeFolder, subject: Subject, course: _Course, comm: Communicator, threads: int | None, report: Report
 ) -> None:
     """Share the points that nobody has finished yet out over the ranks, and write them all."""
     numbers = range(len(course.points))
@@ -162,23 +157,21 @@ def _measure_all(
     mine = deal(json.loads(broadcast_str(comm, json.dumps(left), "points")), comm.rank, comm.size)
 
     def measure() -> None:
-        data = subject.data
         evaluator = PointEvaluator(
             subject.model,
-            [data.train, data.test],
-            data.statistics,
+            [subject.train, subject.test],
+            subject.statistics,
             subject.compute,
             threads=threads or share_of_threads(comm.local_size),
         )
-        with closing(evaluator), closing(folder.open_finished(comm.rank)) as kept:
+        with closing(evaluator):
             for done, number in enumerate(mine):
                 report(done, len(mine))
-                kept.add(number, evaluator.evaluate(course.walk.at(course.points[number])))
+                folder.keep(comm.rank, number, evaluator.evaluate(course.walk(course.points[number])))
 
     run_on_all_ranks(comm, measure, "evaluate its points")
     if comm.rank == 0:
         folder.write_points(course.points, folder.finished())
-        folder.forget_partial()
 
 
 def _widths(settings: LandscapeSettings, points: Sequence[Point], rows: Sequence[PointRow]) -> list[Width]:
@@ -195,9 +188,9 @@ def _widths(settings: LandscapeSettings, points: Sequence[Point], rows: Sequence
                 "A": [index for index, alpha in enumerate(alphas) if alpha < 0.5],
                 "B": [index for index, alpha in enumerate(alphas) if alpha > 0.5],
             }
-        for basin, among in basins.items():
-            for factor in FACTORS:
-                width = basin_width(alphas, losses, factor, direction=direction, basin=basin, among=among)
-                if width is not None:
-                    widths.append(width)
-    return widths
+        widths += [
+            basin_width(alphas, losses, factor, direction=direction, basin=basin, among=among)
+            for basin, among in basins.items()
+            for factor in FACTORS
+        ]
+    return [width for width in widths if width is not None]

@@ -40,7 +40,7 @@ Values = NDArray[numpy.float64]
 def draw_landscape(
     landscape: Landscape, outputs: Sequence[Path], scale: str = "linear", trajectory: Trajectory | None = None
 ) -> None:
-    """Draw `landscape` into `outputs`, SVG or PNG by their suffixes; `scale` (linear, log) is that of the loss."""
+    """Draw `landscape` into `outputs`, SVG, PDF or PNG by their suffixes; `scale` (linear, log) is that of the loss."""
     with rc_context(_STYLE):
         if landscape.kind == "plane":
             figure = _draw_plane(landscape, scale, trajectory)
@@ -49,8 +49,8 @@ def draw_landscape(
         for output in outputs:
             with atomic.replacing(output) as file:
                 # no date: the same result gives the same file
-                metadata = {"Date": None} if output.suffix == ".svg" else None
-                figure.savefig(file, format=output.suffix[1:], dpi=160, metadata=metadata)
+                undated: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+                figure.savefig(file, format=output.suffix[1:], dpi=160, metadata=undated.get(output.suffix))
 
 
 def draw_line(loss: Axes, accuracy: Axes, landscape: Landscape, scale: str) -> None:
@@ -60,10 +60,9 @@ def draw_line(loss: Axes, accuracy: Axes, landscape: Landscape, scale: str) -> N
         _plot(loss, alphas, losses, _LOSS_COLOUR, split)
         _plot(accuracy, alphas, accuracies, _ACCURACY_COLOUR, split)
     loss.set_xlabel("alpha")
-    loss.set_ylabel("loss", color=_LOSS_COLOUR)
-    loss.tick_params(axis="y", colors=_LOSS_COLOUR)
-    accuracy.set_ylabel("accuracy", color=_ACCURACY_COLOUR)
-    accuracy.tick_params(axis="y", colors=_ACCURACY_COLOUR)
+    for axes, name, colour in ((loss, "loss", _LOSS_COLOUR), (accuracy, "accuracy", _ACCURACY_COLOUR)):
+        axes.set_ylabel(name, color=colour)
+        axes.tick_params(axis="y", colors=colour)
     accuracy.set_ylim(0, 1.02)
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
     loss.margins(x=0)
@@ -82,10 +81,9 @@ def _lines(landscape: Landscape, split: str) -> tuple[Values, Values, Values]:
     """Return alphas [p], losses and accuracies [directions, p]."""
     rows = [row for row in landscape.rows if row.split == split]
     directions = len({row.direction for row in rows})
-    alphas = numpy.array([row.alpha for row in rows]).reshape(directions, -1)[0]
-    losses = numpy.array([row.loss for row in rows]).reshape(directions, -1)
-    accuracies = numpy.array([row.accuracy for row in rows]).reshape(directions, -1)
-    return alphas, losses, accuracies
+    values = numpy.array([(row.alpha, row.loss, row.accuracy) for row in rows]).reshape(directions, -1, 3)
+    alphas, losses, accuracies = numpy.moveaxis(values, 2, 0)
+    return alphas[0], losses, accuracies
 
 
 def _plot(axes: Axes, alphas: Values, values: Values, colour: str, split: str) -> None:
@@ -146,10 +144,9 @@ def _contours(
         return
     least, most = float(finite.min()), float(finite.max())
     if scale == "log" and least > 0:
-        levels = numpy.geomspace(least, max(most, least * 1.01), _LEVELS)
+        norm, levels = "log", numpy.geomspace(least, max(most, least * 1.01), _LEVELS)
     else:
-        levels = numpy.linspace(least, max(most, least + 1e-9), _LEVELS)
-    norm = "log" if scale == "log" and least > 0 else None
+        norm, levels = None, numpy.linspace(least, max(most, least + 1e-9), _LEVELS)
     masked = numpy.ma.masked_invalid(train)
     filled = axes.contourf(alphas, betas, masked, levels=levels, cmap=shades, norm=norm, extend="max")
     axes.contour(alphas, betas, masked, levels=levels, colors=colour, linewidths=0.6)
@@ -157,10 +154,8 @@ def _contours(
     if test.count() and test.max() > test.min():
         axes.contour(alphas, betas, test, levels=levels, colors=colour, linewidths=0.9, linestyles="dashed")
     bar = figure.colorbar(filled, ax=axes, ticks=levels[:: max(1, _LEVELS // 6)])
-    if quantity == "accuracy":
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
-    else:
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    factor, unit = (100, " %") if quantity == "accuracy" else (1, "")
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{factor * value:.3g}{unit}"))
     bar.ax.minorticks_off()
     axes.set_title(f"{quantity}: train filled, test dashed", loc="left", fontsize=10, color=colour)
 

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 from dist_train.analysis.landscape_points import Measured, Point
 from dist_train.outcome import UsageError
 from dist_train.rundir import atomic
@@ -153,15 +155,14 @@ class LandscapeFolder:
     """The folder of one result, below the folder of a run's analyses."""
 
     def __init__(self, parent: Path, identity: Identity) -> None:
-        """Name the folder; nothing is written yet."""
         self.identity = identity
         self.path = parent / identity.name
         self.points = self.path / "points.csv"
         self.settings = self.path / "settings.json"
         self._finished_points = self.path / "partial"
 
-    def begin(self) -> None:
-        """Make the folder and say in it what it is of.
+    def begin(self) -> bool:
+        """Make the folder and say in it what it is of; return whether every point is there.
 
         Raises:
             UsageError: it cannot be written, or is another result's.
@@ -172,6 +173,7 @@ class LandscapeFolder:
                 self._check()
             else:
                 self.save_settings({})
+            return self.points.is_file()
         except OSError as error:
             raise UsageError(
                 f"{self.path} cannot be written ({error.strerror or error}): choose a folder by --output",
@@ -185,10 +187,6 @@ class LandscapeFolder:
         text = json_text({**fields, "widths": {}, **found}, indent=2)
         atomic.write_text(self.settings, text + "\n")
 
-    def is_complete(self) -> bool:
-        """Whether every point is there."""
-        return self.points.is_file()
-
     def finished(self) -> dict[int, list[Measured]]:
         """Return the points that earlier launches have finished, by number; a line cut off by a kill is none."""
         found: dict[int, list[Measured]] = {}
@@ -201,12 +199,16 @@ class LandscapeFolder:
                     continue
         return found
 
-    def open_finished(self, rank: int) -> FinishedPoints:
-        """Return where rank `rank` keeps the points that it finishes."""
-        return FinishedPoints(self._finished_points / f"rank-{rank}.jsonl")
+    def keep(self, rank: int, number: int, measured: Sequence[Measured]) -> None:
+        """Keep what rank `rank` has measured at point `number`, whatever becomes of the launch."""
+        with (self._finished_points / f"rank-{rank}.jsonl").open("a", encoding="utf-8") as file:
+            # A line that a kill has cut off ends here.
+            file.write("\n" + json_text({"point": number, "measured": measured}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def write_points(self, points: Sequence[Point], measured: Mapping[int, Sequence[Measured]]) -> None:
-        """Write points.csv, whole or not at all; numbers read back bit-identically."""
+        """Write points.csv, whole or not at all, for the ranks' files; numbers read back bit-identically."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(_COLUMNS)
@@ -214,48 +216,22 @@ class LandscapeFolder:
             for split, (loss, accuracy) in zip(SPLITS, measured[index], strict=True):
                 writer.writerow([point.direction, point.alpha, point.beta, split, loss, accuracy])
         atomic.write_text(self.points, text.getvalue())
-
-    def forget_partial(self) -> None:
-        """Remove the ranks' files: the points are in points.csv."""
         shutil.rmtree(self._finished_points, ignore_errors=True)
 
     def _check(self) -> None:
         try:
             fields = json.loads(self.settings.read_text(encoding="utf-8"))
-            kept = Identity(str(fields["kind"]), fields["checkpoints"], fields["settings"])
-            digests = [checkpoint["sha256"] for checkpoint in kept.checkpoints]
+            key = Identity(str(fields["kind"]), fields["checkpoints"], fields["settings"]).key
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(
                 f"{self.settings} is damaged: remove the folder {self.path}, or choose --output",
                 code="landscape-damaged",
             ) from error
-        wanted = [checkpoint["sha256"] for checkpoint in self.identity.checkpoints]
-        asked = json.loads(json.dumps(dict(self.identity.settings)))
-        if (kept.kind, digests, kept.settings) != (self.identity.kind, wanted, asked):
+        if key != self.identity.key:
             raise UsageError(
                 f"{self.path} holds another result: remove it, or choose another folder by --output",
                 code="another-result",
             )
-
-
-class FinishedPoints:
-    """A file that one rank adds its finished points to, one a line."""
-
-    def __init__(self, path: Path) -> None:
-        """Open the file, to be closed."""
-        self._file = path.open("a", encoding="utf-8")
-        # The line that a kill has cut off ends here.
-        self._file.write("\n")
-
-    def add(self, index: int, measured: Sequence[Measured]) -> None:
-        """Keep what was measured at point number `index`."""
-        self._file.write(json_text({"point": index, "measured": measured}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 def read_landscape(folder: Path) -> Landscape:
@@ -267,7 +243,7 @@ def read_landscape(folder: Path) -> Landscape:
     try:
         fields = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         with (folder / "points.csv").open(encoding="utf-8", newline="") as file:
-            rows = [_row(line) for line in csv.DictReader(file)]
+            rows = _ROWS.validate_python(list(csv.DictReader(file)))
         return Landscape(folder, fields["kind"], fields["checkpoints"], fields["settings"], fields["widths"], rows)
     except OSError as error:
         raise UsageError(
@@ -277,16 +253,8 @@ def read_landscape(folder: Path) -> Landscape:
         raise UsageError(f"{folder} holds a damaged landscape: {error}", code="landscape-damaged") from error
 
 
+_ROWS = TypeAdapter(list[PointRow])
+
+
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
-
-
-def _row(line: Mapping[str, str]) -> PointRow:
-    return PointRow(
-        int(line["direction"]),
-        float(line["alpha"]),
-        float(line["beta"]),
-        line["split"],
-        float(line["loss"]),
-        float(line["accuracy"]),
-    )

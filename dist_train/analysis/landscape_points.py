@@ -11,8 +11,9 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -40,11 +41,8 @@ class Place:
     statistics: torch.Tensor
 
 
-class Walk(Protocol):
-    """From a point to the state there."""
-
-    def at(self, point: Point) -> Place:
-        """Return the state at `point`, float32."""
+Walk = Callable[[Point], Place]
+"""From a point to the state there, float32."""
 
 
 def axis(start: float, stop: float, points: int) -> tuple[float, ...]:
@@ -63,59 +61,36 @@ def plane_points(alphas: tuple[float, ...], betas: tuple[float, ...]) -> tuple[P
     return tuple(Point(0, alpha, beta) for beta in betas for alpha in alphas)
 
 
-class Interpolation:
-    """(1 - alpha) `first` + alpha `second`, running statistics alike; a variance does not fall below 0."""
+def interpolation(first: Place, second: Place, is_variance: torch.Tensor) -> Walk:
+    """Return (1 - alpha) `first` + alpha `second`, running statistics alike; a variance does not fall below 0.
 
-    def __init__(self, first: Place, second: Place, is_variance: torch.Tensor) -> None:
-        """Walk between two states; `is_variance` says which statistics are variances, bool [m]."""
-        self._first = Place(first.weights.double(), first.statistics.double())
-        self._second = Place(second.weights.double(), second.statistics.double())
-        self._is_variance = is_variance
+    `is_variance` says which statistics are variances, bool [m].
+    """
+    weights = first.weights.double(), second.weights.double()
+    statistics = first.statistics.double(), second.statistics.double()
 
-    def at(self, point: Point) -> Place:
-        """Return the state at `point`."""
-        first, second, alpha = self._first, self._second, point.alpha
-        statistics = (1.0 - alpha) * first.statistics + alpha * second.statistics
-        statistics = torch.where(self._is_variance, statistics.clamp(min=0.0), statistics)
-        return Place(((1.0 - alpha) * first.weights + alpha * second.weights).float(), statistics.float())
+    def walk(point: Point) -> Place:
+        moved, means = ((1.0 - point.alpha) * one + point.alpha * other for one, other in (weights, statistics))
+        return Place(moved.float(), torch.where(is_variance, means.clamp(min=0.0), means).float())
 
-    @property
-    def distances(self) -> list[float]:
-        """The distance that alpha = 1 is from alpha = 0."""
-        return [float((self._second.weights - self._first.weights).norm())]
+    return walk
 
 
-class Directions:
-    """`origin` + alpha d, d the direction of the point's number; running statistics stay those of `origin`."""
+def along(origin: Place, directions: Callable[[int], Sequence[torch.Tensor]]) -> Walk:
+    """Return `origin` + alpha d1 (+ beta d2); running statistics stay those of `origin`.
 
-    def __init__(self, origin: Place, direction: Callable[[int], torch.Tensor]) -> None:
-        """Walk from `origin`; `direction` gives the direction of a number, float64 [n]."""
-        self._origin = origin
-        self._direction = direction
-        # Points come line by line: the latest direction is the next one, too.
-        self._latest: tuple[int, torch.Tensor] | None = None
+    `directions` gives d1, and a plane's d2, of a point's direction number, float64 [n].
+    """
+    # Points come line by line: the latest directions are the next ones, too.
+    latest = lru_cache(1)(directions)
 
-    def at(self, point: Point) -> Place:
-        """Return the state at `point`."""
-        if self._latest is None or self._latest[0] != point.direction:
-            self._latest = (point.direction, self._direction(point.direction))
-        moved = self._origin.weights.double().add_(self._latest[1], alpha=point.alpha)
-        return Place(moved.float(), self._origin.statistics)
+    def walk(point: Point) -> Place:
+        moved = origin.weights.double()
+        for direction, distance in zip(latest(point.direction), (point.alpha, point.beta), strict=False):
+            moved.add_(direction, alpha=distance)
+        return Place(moved.float(), origin.statistics)
 
-
-class Plane:
-    """`origin` + alpha d1 + beta d2; running statistics stay those of `origin`."""
-
-    def __init__(self, origin: Place, first: torch.Tensor, second: torch.Tensor) -> None:
-        """Walk from `origin` along two directions, float64 [n]."""
-        self._origin = origin
-        self._first = first
-        self._second = second
-
-    def at(self, point: Point) -> Place:
-        """Return the state at `point`."""
-        moved = self._origin.weights.double().add_(self._first, alpha=point.alpha)
-        return Place(moved.add_(self._second, alpha=point.beta).float(), self._origin.statistics)
+    return walk
 
 
 Batch = tuple[torch.Tensor, torch.Tensor]

@@ -6,7 +6,6 @@ import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,19 +13,17 @@ from torch import nn
 
 from dist_train.analysis.landscape_files import MeasureSettings
 from dist_train.analysis.landscape_points import Batch, Place, place_of
-from dist_train.checkpoint.files import Contents, read_checkpoint
+from dist_train.checkpoint.files import Stored
 from dist_train.cluster.devices import choose_device
 from dist_train.config import Config
-from dist_train.data.images import BatchRequest, SampleSource, Splits
+from dist_train.data.images import BatchRequest, SampleSource
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
-from dist_train.models import build_model
 from dist_train.models.norms import norm_modules
 from dist_train.outcome import UsageError
 from dist_train.randomness import generator
 from dist_train.training.compute import Compute, set_up_compute
-from dist_train.training.evaluation import statistics_samples
-from dist_train.training.stored import find_checkpoint, stored_config
+from dist_train.training.evaluation import statistics_samples, stored_config, stored_model
 
 _logger = logging.getLogger("dist_train.analysis")
 _BATCH_SIZES = {"cpu": 100, "cuda": 1000}
@@ -34,67 +31,35 @@ _BATCH_SIZES = {"cpu": 100, "cuda": 1000}
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A checkpoint that has been read: where it lies, the digest of its bytes, what it holds."""
-
-    path: Path
-    sha256: str
-    contents: Contents
-
-    def record(self) -> dict[str, Any]:
-        """Return what a result says of it."""
-        return {"path": str(self.path), "sha256": self.sha256, "step": self.contents.step}
-
-
-@dataclass(frozen=True)
-class Data:
-    """Batches on the device, and the digest of every number in them."""
-
-    train: list[Batch]
-    test: list[Batch]
-    statistics: list[Batch]
-    digest: str
-
-
-@dataclass(frozen=True)
 class Subject:
-    """A checkpoint's network and its place, on a device, and its data."""
+    """A checkpoint's network and its place, and its data: batches on the device."""
 
     config: Config
     model: nn.Module
     place: Place
     compute: Compute
-    data: Data
     channels_last: bool
     batch_size: int
+    train: list[Batch]
+    test: list[Batch]
+    statistics: list[Batch]
+    """What the norms' statistics are recomputed from; empty: they are not."""
 
     def record(self) -> dict[str, Any]:
         """Return what the numbers depend on beside the checkpoints and what was asked for."""
-        recomputed = sum(len(labels) for _, labels in self.data.statistics)
+        recomputed = sum(len(labels) for _, labels in self.statistics)
         return {
-            "samples": sum(len(labels) for _, labels in self.data.train),
-            "test_samples": sum(len(labels) for _, labels in self.data.test),
+            "samples": sum(len(labels) for _, labels in self.train),
+            "test_samples": sum(len(labels) for _, labels in self.test),
             "statistics": "recomputed" if recomputed else "interpolated" if norm_modules(self.model) else "none",
             "statistics_samples": recomputed,
-            "statistics_batch": len(self.data.statistics[0][1]) if recomputed else 0,
+            "statistics_batch": len(self.statistics[0][1]) if recomputed else 0,
             "compute": str(self.compute.precision).removeprefix("torch."),
             "channels_last": self.channels_last,
             "batch_size": self.batch_size,
             "device": self.compute.device.type,
-            "data_digest": self.data.digest,
+            "data_digest": _digest([*self.train, *self.test, *self.statistics]),
         }
-
-
-def read_stored(target: Path) -> Stored:
-    """Read a checkpoint, or the last one of a run directory.
-
-    Raises:
-        UsageError: there is none, or it is damaged.
-    """
-    path = find_checkpoint(target)
-    contents = read_checkpoint(path)
-    with path.open("rb") as file:
-        return Stored(path, hashlib.file_digest(file, "sha256").hexdigest(), contents)
 
 
 def open_subject(stored: Stored, overrides: Sequence[str], measure: MeasureSettings, *, local_rank: int) -> Subject:
@@ -112,21 +77,22 @@ def open_subject(stored: Stored, overrides: Sequence[str], measure: MeasureSetti
     channels_last = config.precision.channels_last or compute.device.type == "cpu"
     layout = torch.channels_last if channels_last else torch.contiguous_format
     batch_size = measure.batch_size or _BATCH_SIZES[compute.device.type]
-    model = model_of(stored, config)
+    model = stored_model(stored.contents, config)
     splits = open_splits(config.data, config.run.seed, compute.device, layout)
     try:
-        recomputes = measure.statistics == "recomputed" and bool(norm_modules(model))
-        data = _load(splits, config, measure, batch_size, recomputes=recomputes)
+        train, test = (
+            _batches(samples, _subset(samples, wanted, measure.subset_seed), batch_size)
+            for samples, wanted in ((splits.train, measure.samples), (splits.test, measure.test_samples))
+        )
+        statistics: list[Batch] = []
+        if measure.statistics == "recomputed" and norm_modules(model):
+            wanted, micro_size = measure.statistics_samples or config.model.norm_samples, config.batch.micro_size
+            assert micro_size != "auto", "a run decides it before it saves"
+            chosen = statistics_samples(len(splits.train), wanted, micro_size, config.run.seed)
+            statistics = _batches(splits.train, chosen, micro_size)
     finally:
         splits.close()
-    return Subject(config, model, place_of(model), compute, data, channels_last, batch_size)
-
-
-def model_of(stored: Stored, config: Config) -> nn.Module:
-    """Return the network of `config` with the state of `stored`, on the CPU."""
-    model = build_model(config)
-    model.load_state_dict(stored.contents.model)
-    return model
+    return Subject(config, model, place_of(model), compute, channels_last, batch_size, train, test, statistics)
 
 
 def place_in(other: Stored, subject: Subject) -> Place:
@@ -144,7 +110,7 @@ def place_in(other: Stored, subject: Subject) -> Place:
             code="another-network",
         )
     _check_data(other, subject.config, config)
-    return place_of(model_of(other, config))
+    return place_of(stored_model(other.contents, config))
 
 
 def _check_data(other: Stored, ours: Config, theirs: Config) -> None:
@@ -166,19 +132,6 @@ def _check_data(other: Stored, ours: Config, theirs: Config) -> None:
         )
 
 
-def _load(splits: Splits, config: Config, measure: MeasureSettings, batch_size: int, *, recomputes: bool) -> Data:
-    train = _batches(splits.train, _subset(splits.train, measure.samples, measure.subset_seed), batch_size)
-    test = _batches(splits.test, _subset(splits.test, measure.test_samples, measure.subset_seed), batch_size)
-    statistics: list[Batch] = []
-    if recomputes:
-        wanted = measure.statistics_samples or config.model.norm_samples
-        micro_size = config.batch.micro_size
-        assert micro_size != "auto", "a run decides it before it saves"
-        chosen = statistics_samples(len(splits.train), wanted, micro_size, config.run.seed)
-        statistics = _batches(splits.train, chosen, micro_size)
-    return Data(train, test, statistics, _digest([*train, *test, *statistics]))
-
-
 def _subset(samples: SampleSource, wanted: int | None, seed: int) -> torch.Tensor:
     """Return which samples are evaluated: all, or a choice of the seed in their old order; int64."""
     if wanted is None or wanted >= len(samples):
@@ -189,9 +142,9 @@ def _subset(samples: SampleSource, wanted: int | None, seed: int) -> torch.Tenso
 
 def _batches(samples: SampleSource, indices: torch.Tensor, batch_size: int) -> list[Batch]:
     cut = BatchPlan(len(indices), batch_size).micro_batches
-    parts = [indices[batch.start : batch.stop] for batch in cut]
-    samples.prefetch(BatchRequest(part, None) for part in parts)
-    return [samples.unaugmented(part) for part in parts]
+    requests = [BatchRequest(indices[batch.start : batch.stop]) for batch in cut]
+    samples.prefetch(requests)
+    return [samples.read(request) for request in requests]
 
 
 def _digest(batches: Iterable[Batch]) -> str:

@@ -1,25 +1,33 @@
-"""How sharp a minimum a checkpoint lies in, by three measures, each kept as soon as it is there."""
+"""How sharp a minimum a checkpoint lies in, by three measures, each kept as soon as it is there.
+
+The rise under uniform noise, the Hessian's eigenvalues and trace, and Keskar et al.'s.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from types import MappingProxyType
+from typing import Protocol
 
+import numpy as np
 import scipy
 import torch
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, minimize
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
 from dist_train import __version__
 from dist_train.analysis.directions import check_exclusions
-from dist_train.analysis.landscape_subject import read_stored
-from dist_train.analysis.sharpness_measures import Ascent, Probing, expected_rises, full_space, spectrum, subspace
 from dist_train.analysis.sharpness_record import (
     MEASURES,
     HessianResult,
     KeskarResult,
     Measure,
+    MeasuredCheckpoint,
+    MeasuredData,
     RiseResult,
     SharpnessRecord,
     SharpnessSettings,
@@ -27,13 +35,20 @@ from dist_train.analysis.sharpness_record import (
     record_path,
     write_record,
 )
-from dist_train.analysis.subset_loss import StoredSubset, SubsetLoss, open_stored_subset
+from dist_train.analysis.subset_loss import SubsetLoss, Vector, open_stored_subset
+from dist_train.checkpoint.files import read_stored
 from dist_train.cluster.launch import current_launch
 from dist_train.config import NoiseSettings
+from dist_train.optim.noise import NoiseDraws
 from dist_train.outcome import DivergedError, UsageError
+from dist_train.randomness import generator
 from dist_train.rundir.atomic import finite
 from dist_train.rundir.paths import RunDirectory
 
+_RESTARTS = 40
+_FIRST_STEP = 100.0
+"""Length of the first step along a coordinate of average slope, in half widths of the box."""
+_logger = logging.getLogger("dist_train.sharpness")
 Report = Callable[[str], None]
 """Takes a line for the user about what is being done."""
 
@@ -58,17 +73,15 @@ def measure_sharpness(
     if current_launch().size > 1:
         raise UsageError("sharpness is measured by one process: start it without a launcher", code="one-process-only")
     stored = read_stored(target)
-    subset = open_stored_subset(stored, settings, overrides)
-    file = record_path(
-        folder or RunDirectory.of_checkpoint(stored.path.resolve()).analysis, subset.checkpoint, subset.data, settings
-    )
+    loss, checkpoint, data = open_stored_subset(stored, settings, overrides)
+    folder = folder or RunDirectory.of_checkpoint(stored.path.resolve()).analysis
+    file = record_path(folder, checkpoint, data, settings)
     known = read_record(file) if file.exists() else None
     if known is not None and all(map(known.has, measures)):
         report(f"measured before: delete {file} to measure again")
         return known, file
-    loss = SubsetLoss(subset.model, subset.batches, threads=subset.threads)
     check_exclusions(loss.weights, settings.exclude)
-    record = known or _begin(subset, loss, settings)
+    record = known or _begin(loss, checkpoint, data, settings)
     for measure in MEASURES:
         if measure in measures and not record.has(measure):
             record = _take(measure, loss, record, report)
@@ -76,19 +89,21 @@ def measure_sharpness(
     return record, file
 
 
-def _begin(subset: StoredSubset, loss: SubsetLoss, settings: SharpnessSettings) -> SharpnessRecord:
+def _begin(
+    loss: SubsetLoss, checkpoint: MeasuredCheckpoint, data: MeasuredData, settings: SharpnessSettings
+) -> SharpnessRecord:
     value = loss.value_at_flat(loss.clean)
     if not math.isfinite(value):
         raise DivergedError(
-            f"{subset.checkpoint.path}: the loss is not finite: there is nothing to measure", code="loss-not-finite"
+            f"{checkpoint.path}: the loss is not finite: there is nothing to measure", code="loss-not-finite"
         )
     if settings.keskar_dimensions > loss.count:
         raise UsageError(
             f"--keskar-dimensions {settings.keskar_dimensions}: there are {loss.count} weights", code="option-range"
         )
     return SharpnessRecord(
-        checkpoint=subset.checkpoint,
-        data=subset.data,
+        checkpoint=checkpoint,
+        data=data,
         settings=settings,
         weights=loss.count,
         loss=value,
@@ -99,53 +114,209 @@ def _begin(subset: StoredSubset, loss: SubsetLoss, settings: SharpnessSettings) 
 
 def _take(measure: Measure, loss: SubsetLoss, record: SharpnessRecord, report: Report) -> SharpnessRecord:
     """Return `record` with `measure` added."""
-    begun = time.monotonic()
-    found = _TAKERS[measure](loss, record.settings)
+    begun, settings = time.monotonic(), record.settings
+    found: dict[str, object]
+    match measure:
+        case "keskar":
+            full, within = full_space(loss, settings), subspace(loss, settings)
+            found = {"keskar": KeskarResult(full=finite(full), subspace=finite(within))}
+        case "rise":
+            rises = zip(settings.amplitudes, *expected_rises(loss, settings), strict=True)
+            found = {
+                "expected_rise": tuple(
+                    RiseResult(
+                        amplitude=amplitude,
+                        mean=finite(float(mean)),
+                        standard_error=finite(float(error)),
+                        draws=settings.draws,
+                    )
+                    for amplitude, mean, error in rises
+                )
+            }
+        case "hessian":
+            values, vectors = largest_eigenvalues(loss, settings)
+            trace, error = trace_with_error(loss, values, vectors, settings)
+            found = {
+                "hessian": HessianResult(
+                    eigenvalues=tuple(map(finite, values.tolist())),
+                    trace=finite(trace),
+                    trace_standard_error=finite(error),
+                )
+            }
     seconds = round(time.monotonic() - begun, 1)
     report(f"{measure}: {seconds:g} s")
     return record.model_copy(update={**found, "seconds": {**record.seconds, measure: seconds}})
 
 
-def _take_keskar(loss: SubsetLoss, settings: SharpnessSettings) -> Mapping[str, object]:
-    ascent = Ascent(settings.keskar_epsilon, settings.keskar_iterations, settings.keskar_starts, settings.seed)
-    return {
-        "keskar": KeskarResult(
-            full=finite(full_space(loss, ascent)),
-            subspace=finite(subspace(loss, ascent, settings.keskar_dimensions)),
-        )
-    }
+def expected_rises(loss: SubsetLoss, settings: SharpnessSettings) -> tuple[Vector, Vector]:
+    """Return the means of L(w + a u) - L(w), and their standard errors over draws, for each amplitude a.
 
-
-def _take_rise(loss: SubsetLoss, settings: SharpnessSettings) -> Mapping[str, object]:
+    Every amplitude sees the same draws, so that rises differ by the amplitude alone; and a draw and its opposite are
+    one sample, so that a slope, whose mean is nought, does not drown the curvature. On a quadratic loss the absolute
+    scale gives a^2 trace(H) / 6.
+    """
     noise = NoiseSettings(distribution="uniform", scale=settings.scale, exclude=settings.exclude)
-    rises = expected_rises(loss, noise, settings.amplitudes, draws=settings.draws, seed=settings.seed)
-    return {
-        "expected_rise": tuple(
-            RiseResult(
-                amplitude=rise.amplitude,
-                mean=finite(rise.mean),
-                standard_error=finite(rise.standard_error),
-                draws=rise.draws,
+    source = NoiseDraws(noise, loss.weights, settings.seed)
+    clean = loss.value_at_flat(loss.clean)
+    rises = np.empty((len(settings.amplitudes), settings.draws))
+    for draw in range(settings.draws):
+        direction = source.draw(loss.clean, 1.0, draw, "expected rise")
+        for row, amplitude in enumerate(settings.amplitudes):
+            there, opposite = (
+                loss.value_at_flat(torch.add(loss.clean, direction, alpha=sign * amplitude)) for sign in (1, -1)
             )
-            for rise in rises
-        )
-    }
+            rises[row, draw] = (there + opposite) / 2 - clean
+    return rises.mean(axis=1), rises.std(axis=1, ddof=1) / settings.draws**0.5
 
 
-def _take_hessian(loss: SubsetLoss, settings: SharpnessSettings) -> Mapping[str, object]:
-    found = spectrum(
-        loss,
-        Probing(settings.hessian_eigenvalues, settings.hessian_tolerance, settings.hessian_probes, settings.seed),
+def largest_eigenvalues(loss: SubsetLoss, settings: SharpnessSettings) -> tuple[Vector, NDArray[np.float64]]:
+    """Return the Hessian's largest eigenvalues, largest first, and their vectors as columns [weights, eigenvalues].
+
+    By SciPy's implicitly restarted Lanczos (ARPACK). Largest by sign: a step up is what counts as sharp. Fewer where
+    some do not converge, which is logged.
+    """
+    size = loss.count
+    operator = LinearOperator(
+        (size, size), matvec=lambda vector: loss.hessian_product(vector.ravel()), dtype=np.float64
     )
-    return {
-        "hessian": HessianResult(
-            eigenvalues=tuple(map(finite, found.eigenvalues)),
-            trace=finite(found.trace),
-            trace_standard_error=finite(found.trace_standard_error),
-        )
-    }
+    start = torch.randn(size, dtype=torch.float64, generator=generator(settings.seed, "lanczos")).numpy()
+    wanted, tolerance = min(settings.hessian_eigenvalues, size - 1), settings.hessian_tolerance
+    try:
+        values, vectors = eigsh(operator, k=wanted, which="LA", v0=start, tol=tolerance, maxiter=_RESTARTS)
+    except ArpackNoConvergence as error:
+        values, vectors = error.eigenvalues, error.eigenvectors
+        _logger.warning("%d of %d eigenvalues have converged; ask for fewer", len(values), wanted)
+    order = np.argsort(values)[::-1]
+    return values[order], vectors[:, order]
 
 
-_TAKERS: Mapping[Measure, Callable[[SubsetLoss, SharpnessSettings], Mapping[str, object]]] = MappingProxyType(
-    {"keskar": _take_keskar, "rise": _take_rise, "hessian": _take_hessian}
-)
+def trace_with_error(
+    loss: SubsetLoss, values: Vector, vectors: NDArray[np.float64], settings: SharpnessSettings
+) -> tuple[float, float]:
+    """Return the trace and its standard error: exact within `vectors`, by Hutchinson's probes beside them.
+
+    The few large eigenvalues carry most of a probe's variance. With their vectors V and P = 1 - V V', the trace is
+    the sum of `values` and the trace of P H P (Hutch++, arXiv 2010.09649, with V in place of a sketch).
+    """
+    probes = settings.hessian_probes
+    rests = np.empty(probes)
+    for index in range(probes):
+        signs = torch.randint(0, 2, (loss.count,), generator=generator(settings.seed, "probe", index)).numpy()
+        probe = 2.0 * signs - 1.0
+        beside = probe - vectors @ (vectors.T @ probe)
+        rests[index] = beside @ loss.hessian_product(beside)
+    return float(values.sum() + rests.mean()), float(rests.std(ddof=1) / probes**0.5)
+
+
+class SmoothLoss(Protocol):
+    """A loss that is known by its values and gradients."""
+
+    def point(self) -> Vector:
+        """Return where it is to be measured."""
+
+    def value_and_gradient(self, point: Vector) -> tuple[float, Vector]:
+        """Return the loss at `point` and its gradient."""
+
+
+def full_space(loss: SmoothLoss, settings: SharpnessSettings) -> float:
+    """Return 100 (max L(x + y) - L(x)) / (1 + L(x)) over |y_i| <= epsilon (|x_i| + 1) for each weight i."""
+    point = loss.point()
+    radii = settings.keskar_epsilon * (np.abs(point) + 1.0)
+
+    def within(inside: Vector) -> tuple[float, Vector]:
+        value, gradient = loss.value_and_gradient(point + radii * inside)
+        return value, radii * gradient
+
+    return _sharpness(within, len(point), settings)
+
+
+def subspace(loss: SmoothLoss, settings: SharpnessSettings) -> float:
+    """Return 100 (max L(x + A y) - L(x)) / (1 + L(x)) over |y_i| <= epsilon (|(A+ x)_i| + 1).
+
+    The columns of A [weights, dimensions] are random directions of length 1; A+ is its pseudo-inverse.
+    """
+    point, dimensions = loss.point(), settings.keskar_dimensions
+    directions = random_directions(len(point), dimensions, settings.seed)
+    radii = settings.keskar_epsilon * (np.abs(coordinates(directions, point)) + 1.0)
+
+    def within(inside: Vector) -> tuple[float, Vector]:
+        value, gradient = loss.value_and_gradient(point + _combined(directions, radii * inside))
+        return value, radii * _products(directions, gradient)
+
+    return _sharpness(within, dimensions, settings)
+
+
+def random_directions(weights: int, dimensions: int, seed: int) -> torch.Tensor:
+    """Return random directions of length 1 as rows, float32 [dimensions, weights]: A, transposed.
+
+    Float32, since this is by far the largest array here: the rounding of a direction makes it another one, no worse.
+    """
+    assert dimensions <= weights
+    directions = torch.empty(dimensions, weights)
+    for index, direction in enumerate(directions):
+        direction.normal_(generator=generator(seed, "random subspace", index))
+        direction /= torch.linalg.vector_norm(direction)
+    return directions
+
+
+def coordinates(directions: torch.Tensor, point: Vector) -> Vector:
+    """Return A+ x = (A' A)^-1 A' x, float64 [dimensions]: `point` as the subspace sees it."""
+    gram = (directions @ directions.T).double().numpy()
+    solved: Vector = np.linalg.solve(gram, _products(directions, point))
+    return solved
+
+
+def _products(directions: torch.Tensor, vector: Vector) -> Vector:
+    products: Vector = (directions @ torch.from_numpy(vector).float()).double().numpy()
+    return products
+
+
+def _combined(directions: torch.Tensor, amounts: Vector) -> Vector:
+    combined: Vector = (torch.from_numpy(amounts).float() @ directions).double().numpy()
+    return combined
+
+
+def _sharpness(within: Callable[[Vector], tuple[float, Vector]], dimensions: int, settings: SharpnessSettings) -> float:
+    """Return the measure of a loss over the unit box |z_i| <= 1, which `within` maps to the box in question.
+
+    The first ascent starts in the middle, the others where the seed says: at a minimum the gradient vanishes.
+    """
+    starts = [np.zeros(dimensions)]
+    for index in range(1, settings.keskar_starts):
+        draw = torch.rand(dimensions, dtype=torch.float64, generator=generator(settings.seed, "ascent", index))
+        starts.append(2.0 * draw.numpy() - 1.0)
+    value, _ = within(starts[0])
+    highest = max(_climb(within, start, settings.keskar_iterations) for start in starts)
+    return 100.0 * (highest - value) / (1.0 + value)
+
+
+def _climb(within: Callable[[Vector], tuple[float, Vector]], start: Vector, iterations: int) -> float:
+    """Return the highest value that an ascent from `start` within the unit box meets; infinite where one is NaN.
+
+    L-BFGS-B takes its first step along the gradient as it is, and stops where values or gradients seem small, both
+    in absolute numbers. The loss of a network that has learnt its samples is so flat that it would not even begin.
+    So the loss is scaled, and only the number of iterations ends the ascent.
+    """
+    value, gradient = within(start)
+    if not math.isfinite(value):
+        return math.inf
+    steepness = float(np.abs(gradient).mean())
+    scale = _FIRST_STEP / steepness if steepness > 0 else 1.0
+    highest = value
+
+    def descend(inside: Vector) -> tuple[float, Vector]:
+        nonlocal highest
+        met, slope = within(inside)
+        # max would pass over a NaN: a loss that has left the range of numbers has no highest value.
+        highest = max(highest, met) if math.isfinite(met) else math.inf
+        return scale * (value - met), -scale * slope
+
+    minimize(
+        descend,
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=Bounds(-np.ones_like(start), np.ones_like(start)),
+        options={"maxiter": iterations, "ftol": 0.0, "gtol": 0.0},
+    )
+    return highest

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -15,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_train.analysis.landscape_subject import Stored, model_of
 from dist_train.analysis.sharpness_record import MeasuredCheckpoint, MeasuredData, SharpnessSettings
+from dist_train.checkpoint.files import Stored
 from dist_train.cluster.communicator import Alone
 from dist_train.cluster.devices import choose_device
 from dist_train.config import Config
@@ -30,8 +29,7 @@ from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import DivergedError, UsageError
 from dist_train.randomness import generator
 from dist_train.training.compute import Compute, set_up_compute, share_of_threads
-from dist_train.training.evaluation import recompute_statistics, statistics_samples
-from dist_train.training.stored import stored_config
+from dist_train.training.evaluation import recompute_statistics, statistics_samples, stored_config, stored_model
 
 Result = TypeVar("Result")
 
@@ -76,26 +74,15 @@ class SubsetLoss:
         self._summed_loss = summed_loss
         self._threads = threads
         self._positions = self.weights.mask(()).nonzero().flatten()
-        self._clean = self.weights.values.clone()
-
-    @property
-    def count(self) -> int:
+        self.count = len(self._positions)
         """Number of trainable weights."""
-        return len(self._positions)
-
-    @property
-    def device(self) -> torch.device:
-        """The model's device."""
-        return self._clean.device
-
-    @property
-    def clean(self) -> Tensor:
+        self.clean = self.weights.values.clone()
         """The clean weights as the flat buffer has them, padding included; not to be written to."""
-        return self._clean
 
     def point(self) -> Vector:
         """Return the clean weights."""
-        return self._vector(self._clean)
+        point: Vector = self.clean[self._positions].double().cpu().numpy()
+        return point
 
     def value_at_flat(self, values: Tensor) -> float:
         """Return the loss where the flat buffer is `values`, padding included."""
@@ -130,7 +117,7 @@ class SubsetLoss:
             gradients = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
             return _joined(torch.autograd.grad(gradients, weights, parts, materialize_grads=True))
 
-        with self._at(self._clean):
+        with self._at(self.clean):
             return self._summed(self._spread(work))
 
     def accuracy(self) -> float:
@@ -140,7 +127,7 @@ class SubsetLoss:
             with torch.no_grad():
                 return int((self._model(batch[0]).argmax(1) == batch[1]).sum())
 
-        with self._at(self._clean):
+        with self._at(self.clean):
             return sum(self._spread(work)) / self._samples
 
     def _spread(self, work: Callable[[Batch], Result]) -> list[Result]:
@@ -157,28 +144,20 @@ class SubsetLoss:
             self.weights.values.copy_(values)
             yield
         finally:
-            self.weights.values.copy_(self._clean)
+            self.weights.values.copy_(self.clean)
             for norm in self._norms:
                 norm.seen.clear()
 
     def _loss_of(self, batch: Batch) -> Tensor:
-        inputs, labels = batch
-        return self._summed_loss(self._model(inputs), labels) / self._samples
+        return self._summed_loss(self._model(batch[0]), batch[1]) / self._samples
 
     def _flat(self, vector: Vector) -> Tensor:
-        flat = torch.zeros_like(self._clean)
-        flat[self._positions] = torch.from_numpy(vector).to(self.device, torch.float32)
+        flat = torch.zeros_like(self.clean)
+        flat[self._positions] = torch.from_numpy(vector).to(self.clean.device, torch.float32)
         return flat
 
-    def _vector(self, flat: Tensor) -> Vector:
-        vector: Vector = flat[self._positions].double().cpu().numpy()
-        return vector
-
     def _summed(self, parts: Sequence[Tensor]) -> Vector:
-        total = torch.zeros(self.count, dtype=torch.float64, device=self.device)
-        for part in parts:
-            total += part
-        summed: Vector = total.cpu().numpy()
+        summed: Vector = sum(parts, torch.zeros_like(parts[0])).cpu().numpy()
         return summed
 
 
@@ -186,20 +165,12 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).double()
 
 
-@dataclass(frozen=True)
-class StoredSubset:
-    """What is measured: the network, float32, in evaluation mode unless norms take each batch's own statistics."""
+def open_stored_subset(
+    stored: Stored, settings: SharpnessSettings, overrides: Sequence[str]
+) -> tuple[SubsetLoss, MeasuredCheckpoint, MeasuredData]:
+    """Return the loss of `stored` over the training images that `settings` choose, and what is measured.
 
-    model: nn.Module
-    batches: tuple[Batch, ...]
-    checkpoint: MeasuredCheckpoint
-    data: MeasuredData
-    threads: int
-    """How many may compute at once, each on a batch of its own."""
-
-
-def open_stored_subset(stored: Stored, settings: SharpnessSettings, overrides: Sequence[str]) -> StoredSubset:
-    """Return the network of `stored` and the batches that `settings` choose of its training images.
+    Norms are in evaluation mode unless they take each batch's own statistics.
 
     Raises:
         UsageError: the settings do not fit, or data are missing, or fewer than asked for.
@@ -211,15 +182,15 @@ def open_stored_subset(stored: Stored, settings: SharpnessSettings, overrides: S
     compute = set_up_compute(exactly, choose_device(config.run.device, local_rank=0))
     layout = torch.channels_last if precision.channels_last else torch.contiguous_format
     chosen = choose_samples(_training_labels(config), config.data.image_format.classes, settings)
-    model = model_of(stored, config).to(compute.device)
+    model = stored_model(stored.contents, config).to(compute.device)
     with ExitStack() as stack:
         splits = open_splits(config.data, config.run.seed, compute.device, layout)
         stack.callback(splits.close)
         if settings.statistics == "recomputed":
             _recompute(model, splits.train, config, compute)
-        parts = cut(chosen, settings.batch_size)
-        splits.train.prefetch(BatchRequest(part, None) for part in parts)
-        batches = tuple(map(splits.train.unaugmented, parts))
+        requests = [BatchRequest(part) for part in cut(chosen, settings.batch_size)]
+        splits.train.prefetch(requests)
+        batches = tuple(map(splits.train.read, requests))
     model.train(settings.statistics == "batch")
     checkpoint = MeasuredCheckpoint(path=str(stored.path), sha256=stored.sha256, step=stored.contents.step)
     data = MeasuredData(
@@ -230,7 +201,8 @@ def open_stored_subset(stored: Stored, settings: SharpnessSettings, overrides: S
     )
     threads = share_of_threads(1) if precision.threads == "auto" else precision.threads
     # A GPU is kept busy by one.
-    return StoredSubset(model, batches, checkpoint, data, threads if compute.device.type == "cpu" else 1)
+    loss = SubsetLoss(model, batches, threads=threads if compute.device.type == "cpu" else 1)
+    return loss, checkpoint, data
 
 
 def choose_samples(labels: Tensor, classes: int, settings: SharpnessSettings) -> Tensor:
@@ -257,8 +229,8 @@ def cut(chosen: Tensor, batch_size: int) -> tuple[Tensor, ...]:
 def _training_labels(config: Config) -> Tensor:
     data, seed = config.data, config.run.seed
     if data.name == "imagefolder":
-        if data.root is None or data.classes is None:
-            raise UsageError("an image folder needs data.root and data.classes", code="image-folder-unset")
+        assert data.root is not None
+        assert data.classes is not None
         return training_subset(list_split(data.root, "train", data.classes, seed), data.train_size, seed).labels
     return load_images(data, "train", seed).labels
 

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ class Contents:
     optimizer: Mapping[str, Any]
     config: Mapping[str, Any]
     metrics: Metrics
+    plugins: Mapping[str, str] = field(default_factory=dict)
+    """Digests of the source files of the plug-ins that the run used, by name."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the dictionary that `torch.load(path, weights_only=True)` gives."""
@@ -108,10 +110,41 @@ def list_checkpoints(directory: Path) -> list[CheckpointFile]:
     found = []
     for path in _step_files(directory):
         try:
-            found.append(_read_record(path))
+            found.append(read_record(path))
         except DamagedCheckpointError:
             _logger.debug("%s has no readable record", path)
     return sorted(found, key=lambda file: file.step)
+
+
+def read_record(path: Path) -> CheckpointFile:
+    """Return what the record beside the checkpoint at `path` says. Raises DamagedCheckpointError."""
+    record = path.with_suffix(".json")
+    try:
+        fields = json.loads(atomic.read_regular(record))
+        return CheckpointFile(
+            path,
+            int(fields["step"]),
+            float(fields["epoch"]),
+            str(fields["sha256"]),
+            int(fields["bytes"]),
+            dict(fields["metrics"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(
+            f"{path} is damaged: its record {record.name} cannot be read", code="checkpoint-record"
+        ) from error
+
+
+def find_checkpoint(target: Path) -> Path:
+    """Return `target` if it is a file, else the last checkpoint of that run; raise UsageError where there is none."""
+    if target.is_file():
+        return target
+    if not target.is_dir():
+        raise UsageError(f"{target}: there is no such run or checkpoint", code="target-missing")
+    files = list_checkpoints(target / "checkpoints")
+    if not files:
+        raise UsageError(f"{target} holds no checkpoint", code="no-checkpoint")
+    return files[-1].path
 
 
 def read_checkpoint(path: Path) -> Contents:
@@ -123,7 +156,7 @@ def read_checkpoint(path: Path) -> Contents:
     """
     if not path.is_file():
         raise UsageError(f"{path}: there is no such checkpoint", code="checkpoint-missing")
-    record = _read_record(path)
+    record = read_record(path)
     content = path.read_bytes()
     if len(content) != record.size:
         raise DamagedCheckpointError(
@@ -145,6 +178,26 @@ def read_checkpoint(path: Path) -> Contents:
     return _contents(path, fields)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint that has been read: where it lies, the digest of its bytes, what it holds."""
+
+    path: Path
+    sha256: str
+    contents: Contents
+
+    def record(self) -> dict[str, Any]:
+        """Return what a result says of it."""
+        return {"path": str(self.path), "sha256": self.sha256, "step": self.contents.step}
+
+
+def read_stored(target: Path) -> Stored:
+    """Return the checkpoint `target`, or the last one of that run; UsageError where there is none that is whole."""
+    path = find_checkpoint(target)
+    contents = read_checkpoint(path)
+    return Stored(path, read_record(path).sha256, contents)
+
+
 def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
     for name, kind in _KINDS.items():
         if not isinstance(fields.get(name), kind):
@@ -157,7 +210,7 @@ def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
             f"{path} is not a checkpoint of format {FORMAT}: its model holds more than tensors",
             code="checkpoint-format",
         )
-    return Contents(**{name: fields[name] for name in _KINDS})
+    return Contents(**{name: fields[name] for name in _KINDS}, plugins=fields.get("plugins", {}))
 
 
 def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) -> Contents | None:
@@ -198,28 +251,28 @@ def prune(directory: Path, *, keep: int, best_step: int | None) -> None:
     files = list_checkpoints(directory)
     for file in files[:-keep]:
         if file.step != best_step:
-            # The record first: without it the rest is not taken for a checkpoint.
-            file.path.with_suffix(".json").unlink(missing_ok=True)
-            file.path.unlink(missing_ok=True)
+            remove_checkpoint(file.path)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete the checkpoint at `path`, its record first: without it the rest is not taken for a checkpoint."""
+    path.with_suffix(".json").unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def adopt(fallback: Path, directory: Path) -> None:
+    """Move the newest checkpoint of the folder `fallback` into `directory`, where it is newer than those there.
+
+    Raises:
+        OSError: it cannot be copied; it stays where it is.
+    """
+    there, here = list_checkpoints(fallback), list_checkpoints(directory)
+    if there and (not here or there[-1].step > here[-1].step):
+        for source in (there[-1].path, there[-1].path.with_suffix(".json")):
+            atomic.write_bytes(directory / source.name, source.read_bytes())
+    for file in there:
+        remove_checkpoint(file.path)
 
 
 def _step_files(directory: Path) -> list[Path]:
     return [path for path in directory.glob("step-*.pt") if _NAME.fullmatch(path.name)]
-
-
-def _read_record(path: Path) -> CheckpointFile:
-    record = path.with_suffix(".json")
-    try:
-        fields = json.loads(record.read_text(encoding="utf-8"))
-        return CheckpointFile(
-            path,
-            int(fields["step"]),
-            float(fields["epoch"]),
-            str(fields["sha256"]),
-            int(fields["bytes"]),
-            dict(fields["metrics"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(
-            f"{path} is damaged: its record {record.name} cannot be read", code="checkpoint-record"
-        ) from error

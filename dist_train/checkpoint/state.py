@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_train.checkpoint.files import Contents, newest_whole, read_checkpoint
+from dist_train.checkpoint.files import Contents, Stored, adopt, newest_whole, read_stored
 from dist_train.cluster.communicator import Communicator, broadcast_str
 from dist_train.config import Config, differences, parse_config
 from dist_train.config.resuming import with_decisions
@@ -23,11 +23,17 @@ from dist_train.rundir.paths import RunDirectory
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Settings, with what an earlier launch decided; the checkpoint to resume from; damaged ones and their faults."""
+    """Settings, with what an earlier launch decided; the checkpoint to resume from; damaged ones and their faults.
+
+    `epochs_before`: of a run that is lengthened, what its schedules were laid out over. `initial`: of a new run, where
+    its weights come from, if not from the seed.
+    """
 
     config: Config
     contents: Contents | None = None
     damage: Mapping[str, str] = field(default_factory=dict)
+    epochs_before: int | None = None
+    initial: Stored | None = None
 
 
 def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
@@ -44,6 +50,8 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
                 code="run-exists",
             )
         return ResumePoint(config)
+    if config.checkpoint.fallback_directory is not None:
+        adopt(directory.fallback(config.checkpoint.fallback_directory), checkpoints)
     named = None if config.run.resume == "auto" else Path(config.run.resume)
     damage: dict[str, str] = {}
     contents = None
@@ -51,16 +59,13 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
         contents = newest_whole(checkpoints, lambda path, text: damage.update({path.name: text}))
     if contents is None and named is not None:
         # Another run's checkpoint is where this one begins; requeued, it resumes from its own.
-        contents = read_checkpoint(named)
+        contents = read_stored(named).contents
     if contents is None:
-        return ResumePoint(config, None, damage)
-    return ResumePoint(_settled(config, contents), contents, damage)
-
-
-def _settled(config: Config, contents: Contents) -> Config:
-    """Return `config` with what the run that saved `contents` decided when it began."""
+        source = config.run.init_from
+        return ResumePoint(config, None, damage, initial=None if source is None else read_stored(source))
     begun = parse_config(dict(contents.config), source="the checkpoint")
-    changed = differences(begun, config)
+    is_longer = config.run.epochs > begun.run.epochs
+    changed = [each for each in differences(begun, config) if not (is_longer and each.path == "run.epochs")]
     if changed:
         raise UsageError(
             f"the run that saved step {contents.step} began with other settings; restore them, "
@@ -68,7 +73,8 @@ def _settled(config: Config, contents: Contents) -> Config:
             + "\n".join(f"  {difference}" for difference in changed),
             code="settings-changed",
         )
-    return with_decisions(config, begun)
+    before = begun.run.epochs if is_longer else None
+    return ResumePoint(with_decisions(config, begun), contents, damage, before)
 
 
 @dataclass
@@ -130,14 +136,36 @@ def shared_progress(comm: Communicator, progress: Progress) -> Progress:
 
 def load_into(contents: Contents, model: nn.Module, optimizer: Optimizer) -> None:
     """Copy a checkpoint into `model` and `optimizer`; raise UsageError where it is of others."""
+    load_model(contents.model, model, "the checkpoint")
     try:
-        model.load_state_dict(contents.model)
         # Right for an optimizer that nothing wraps: a wrapper would forget what is loaded before it.
         optimizer.load_state_dict({**contents.optimizer})
     except (RuntimeError, ValueError) as error:
         raise UsageError(
-            f"the checkpoint is of another model or optimizer: {error}", code="checkpoint-of-another-model"
+            f"the checkpoint is of another optimizer: {error}", code="checkpoint-of-another-model"
         ) from error
+
+
+def load_model(state: Mapping[str, Tensor], model: nn.Module, source: str) -> None:
+    """Copy `state`, of `source`, into `model`; raise UsageError where it is another model's, naming what differs."""
+    own = model.state_dict()
+    shapes = {name: (_shape(state, name), _shape(own, name)) for name in dict.fromkeys((*state, *own))}
+    differing = [f"{name}: {there} there, {here} here" for name, (there, here) in shapes.items() if there != here]
+    if differing:
+        more = f"; and {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise UsageError(
+            f"{source} is of another model ({differing[0]}{more}): the sections model and data must give the same "
+            f"layers, shapes and classes",
+            code="checkpoint-of-another-model",
+        )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # of tensors that are not plain ones
+        raise UsageError(f"{source} cannot be loaded: {error}", code="checkpoint-format") from error
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> str:
+    return "x".join(map(str, state[name].shape)) or "a scalar" if name in state else "missing"
 
 
 def broadcast_state(comm: Communicator, model: nn.Module, weights: FlatWeights, optimizer: Optimizer) -> None:

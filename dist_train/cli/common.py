@@ -21,6 +21,9 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from it")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run's own directory")
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="FILE.py", help="a file that registers names; may be repeated"
+    )
 
 
 def count(text: str) -> int:

@@ -35,7 +35,7 @@ def add_config_command(subparsers: Subparsers) -> None:
 def _check(arguments: argparse.Namespace) -> int:
     from dist_train.config import load_config
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides, arguments.plugin)
     warn_of_unused(config)
 
     from dist_train.launching.preflight import refusals
@@ -52,14 +52,14 @@ def _check(arguments: argparse.Namespace) -> int:
 def _show(arguments: argparse.Namespace) -> int:
     from dist_train.config import dump_config, load_config
 
-    print(dump_config(load_config(arguments.config, arguments.overrides)), end="")
+    print(dump_config(load_config(arguments.config, arguments.overrides, arguments.plugin)), end="")
     return ExitCode.FINISHED
 
 
 def _run_directory(arguments: argparse.Namespace) -> int:
     from dist_train.config import load_config
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides, arguments.plugin)
     print(config.run_directory if arguments.run_dir is None else arguments.run_dir)
     return ExitCode.FINISHED
 
@@ -68,7 +68,7 @@ def _engine(arguments: argparse.Namespace) -> int:
     from dist_train.cluster.joining import engine_of, is_installed
     from dist_train.config import load_config
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides, arguments.plugin)
     print(engine_of("srun", config.comm.engine, is_installed("horovod")))
     return ExitCode.FINISHED
 
@@ -91,7 +91,7 @@ def _schema(arguments: argparse.Namespace) -> int:
 
 
 def add_doctor(subparsers: Subparsers) -> None:
-    """Add `doctor [CONFIG [section.key=value ...]] [--json]`."""
+    """Add `doctor [CONFIG [section.key=value ...]] [--json] [--cluster [DIR]]`."""
     parser = subparsers.add_parser(
         "doctor",
         help="what this machine has and lacks for training",
@@ -103,10 +103,54 @@ def add_doctor(subparsers: Subparsers) -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from it")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
+    parser.add_argument(
+        "--cluster",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        metavar="DIR",
+        help="instead, in an allocation of Slurm, whether its nodes can work together: network, names, clocks, "
+        "versions, GPUs, and DIR (default: the current folder), which they must share",
+    )
+    parser.add_argument("--brief", action="store_true", help="with --cluster: faults, and lines for the batch scripts")
+    parser.add_argument("--node", type=Path, metavar="DIR", help=argparse.SUPPRESS)
     parser.set_defaults(run=_doctor)
 
 
+def _survey(directory: Path, as_json: bool) -> int:
+    from rich.console import Console
+
+    from dist_train.cluster.nodes import survey_nodes
+    from dist_train.launching import doctor
+
+    checks = doctor.check_nodes(survey_nodes(directory))
+    if as_json:
+        print(doctor.as_json(checks))
+    else:
+        doctor.render(checks, Console(highlight=False, soft_wrap=False))
+    return ExitCode.FINISHED if doctor.can_train(checks) else ExitCode.FAULT
+
+
+def _survey_for_scripts(directory: Path) -> int:
+    """Print what is wrong, the nodes that can be used, and the interface to use. Without torch: a job waits for it."""
+    from dist_train.cluster.nodes import survey_nodes
+
+    survey = survey_nodes(directory)
+    for fault in survey.faults:
+        print(printable(f"dist-train: {', '.join(fault.nodes)}: {fault.text}: {fault.fix}"), file=sys.stderr)
+    print(f"nodes {' '.join(survey.good)}\ninterface {survey.interface}")
+    return ExitCode.FINISHED
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
+    if arguments.node is not None:
+        from dist_train.cluster.nodes import as_line, report_node
+
+        print(as_line(report_node(arguments.node)))
+        return ExitCode.FINISHED
+    if arguments.cluster is not None:
+        return _survey_for_scripts(arguments.cluster) if arguments.brief else _survey(arguments.cluster, arguments.json)
+
     from rich.console import Console
 
     from dist_train.config import Config, load_config

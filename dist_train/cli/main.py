@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from dist_train import __version__
 from dist_train.cli.analysis_commands import add_landscape, add_sharpness
+from dist_train.cli.completion import add_completion
 from dist_train.cli.config_commands import add_config_command, add_doctor
 from dist_train.cli.run_commands import add_evaluate, add_launch, add_outcome, add_requeue, add_train
 from dist_train.cli.sweep_commands import add_submit, add_sweep
@@ -43,6 +44,7 @@ _COMMANDS = (
     add_config_command,
     add_outcome,
     add_requeue,
+    add_completion,
 )
 
 
@@ -67,14 +69,20 @@ def parse(words: list[str]) -> argparse.Namespace:
     Raises:
         SystemExit: with 2, after a message, where they make no sense; with 0 after --help.
     """
+    parser = build_parser()
+    parsed, rest = _parse(parser, words)
+    _take_late_overrides(parser, parsed, rest)
+    return parsed
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the program with all its commands."""
     parser: argparse.ArgumentParser = _Parser(prog="dist-train", description="Training at very large batch sizes.")
     parser.add_argument("--version", action="version", version=f"dist-train {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add_command in _COMMANDS:
         add_command(subparsers)
-    parsed, rest = _parse(parser, words)
-    _take_late_overrides(parser, parsed, rest)
-    return parsed
+    return parser
 
 
 class _Parser(argparse.ArgumentParser):

@@ -45,7 +45,7 @@ def _train(arguments: argparse.Namespace) -> int:
     with without_collection():
         from dist_train.config import load_config
 
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(arguments.config, arguments.overrides, arguments.plugin)
 
         from dist_train.cluster.communicator import PeerFailedError
         from dist_train.launching import train
@@ -93,7 +93,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     if words[0] == "train":
         from dist_train.config import load_config
 
-        load_config(command.config, command.overrides)  # one message, not one a rank
+        load_config(command.config, command.overrides, command.plugin)  # one message, not one a rank
     return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np)
 
 
@@ -111,7 +111,7 @@ def add_evaluate(subparsers: Subparsers) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from dist_train.training.stored import evaluate_stored
+    from dist_train.training.evaluation import evaluate_stored
 
     result = evaluate_stored(arguments.target, arguments.split, arguments.overrides)
     is_finite = result["loss"] is not None
@@ -154,31 +154,45 @@ def _outcome(arguments: argparse.Namespace) -> int:
 
 
 def add_requeue(subparsers: Subparsers) -> None:
-    """Add `requeue RUN --limit N`: whether a batch script should requeue its job."""
+    """Add `requeue RUN --limit N`: whether a batch script should start its run again."""
     parser = subparsers.add_parser(
         "requeue",
         help="whether a run that did not finish is to be started again, for batch scripts",
         description="Decide whether a run that did not finish is to be started again, count it in RUN/requeues.json, "
-        "and say why. Exit code 0: requeue it. 1: do not; it has finished, cannot go better (bad configuration, "
-        "diverged, ranks disagree), or has used up its requeues without progress: then its status.json says "
-        "failed, and the reason.",
+        "and say why. Prints restart (within the job) or requeue, with exit code 0. Otherwise it prints nothing: the "
+        "run has finished, cannot go better (bad configuration, refused by the launcher, diverged, ranks disagree), or "
+        "has used up its requeues without progress: then its status.json says failed, and the reason. The exit code is "
+        "then the job's: 1, or 2 where what was asked for cannot be.",
     )
     parser.add_argument("run_directory", type=Path, metavar="RUN")
     parser.add_argument(
         "--limit", type=_limit, default=3, metavar="N", help="requeues in a row without a new checkpoint (default: 3)"
     )
+    parser.add_argument(
+        "--restarts", type=_limit, default=0, metavar="N", help="restarts within the job before a requeue (default: 0)"
+    )
     parser.add_argument("--launch", default=None, metavar="ID", help="the last launch's DIST_TRAIN_LAUNCH")
-    parser.add_argument("--death", default="", metavar="TEXT", help="what is known of a rank that was killed")
+    parser.add_argument("--code", type=int, default=None, metavar="N", help="the launcher's exit status")
+    parser.add_argument(
+        "--words", default="", metavar="TEXT", help="what launcher and ranks said of their end, in lines"
+    )
     parser.set_defaults(run=_requeue)
 
 
 def _requeue(arguments: argparse.Namespace) -> int:
-    from dist_train.sweep.standing import decide
+    from dist_train.cluster.launch import comment_on_job
+    from dist_train.sweep.standing import EndedLaunch, decide
 
-    decision = decide(arguments.run_directory, arguments.limit, arguments.launch, arguments.death)
-    verdict = "requeue" if decision.requeue else "do not requeue"
-    print(f"dist-train: {verdict}: {escaped(decision.why)}", file=sys.stderr)
-    return ExitCode.FINISHED if decision.requeue else ExitCode.FAULT
+    launch = EndedLaunch(arguments.launch, arguments.code, tuple(filter(None, arguments.words.splitlines())))
+    decision = decide(arguments.run_directory, arguments.limit, launch, arguments.restarts)
+    if decision.action == "end":
+        print(f"dist-train: not started again: {escaped(decision.why)}", file=sys.stderr)
+        # The log may lie on the same full disk as the status.
+        comment_on_job(decision.why)
+        return decision.code
+    print(f"dist-train: {decision.action}: {escaped(decision.why)}", file=sys.stderr)
+    print(decision.action)
+    return ExitCode.FINISHED
 
 
 def _limit(text: str) -> int:

@@ -167,15 +167,22 @@ def add_submit(subparsers: Subparsers) -> None:
     parser.add_argument("--time", metavar="T", help="time limit, as sbatch has it: 4:00:00 (default: the partition's)")
     parser.add_argument("--partition", metavar="P", help="partition (default: the cluster's)")
     parser.add_argument("--dry-run", action="store_true", help="print the batch script, and submit nothing")
+    parser.add_argument(
+        "--study",
+        dest="run",
+        action="store_const",
+        const=_submit_study,
+        help="CONFIG is a study: its runs as an array, and after them its analyses and its report",
+    )
     parser.set_defaults(run=_submit, sbatch_options=[])
 
 
 def _submit(arguments: argparse.Namespace) -> int:
     from dist_train.config import load_config
     from dist_train.config.loading import located
-    from dist_train.sweep.submission import Submission, describe_batch, project_root, write_script
+    from dist_train.sweep.submission import Submission, describe_batch, project_root, submit_run, write_script
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides, arguments.plugin)
     directory = (arguments.run_dir or config.run_directory).absolute()
     submission = Submission(
         root=project_root(),
@@ -193,20 +200,54 @@ def _submit(arguments: argparse.Namespace) -> int:
     warn_of_unused(config)
     # What a dry run prints can be piped into a file, and is then the script alone.
     print("\n".join(plan), file=sys.stderr if arguments.dry_run else sys.stdout)
-    script = write_script(submission)
     if arguments.dry_run:
-        print(script, end="")
+        print(write_script(submission), end="")
         return ExitCode.FINISHED
 
-    from dist_train.cluster.launch import submit
-
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    job = submit(script, ())
+    job = submit_run(submission)
     print(f"job            {job}")
     print(f"run directory  {directory}")
-    print(f"watch it       dist-train runs {directory.parent}")
-    print(f"               tail -F {str(submission.log).replace('%j', job)}")
+    print(f"watch it       {shlex.join(['dist-train', 'runs', str(directory.parent)])}")
+    print(f"               {shlex.join(['tail', '-F', str(submission.log).replace('%j', job)])}")
     print(f"               squeue --jobs {job}; scancel {job}")
+    return ExitCode.FINISHED
+
+
+def _submit_study(arguments: argparse.Namespace) -> int:
+    from dist_train.config.loading import located
+    from dist_train.sweep.planned_runs import plan_study, write_plan
+    from dist_train.sweep.standing import as_ranges, standing_of
+    from dist_train.sweep.submission import Submission, project_root, study_jobs, submit_study
+
+    parent = arguments.run_dir.absolute() if arguments.run_dir else None
+    plan = plan_study(located(arguments.config), parent, arguments.overrides)
+    left = [run.number for run in plan.runs if standing_of(run).then == "start"]
+    if not left:
+        print(f"dist-train: no run of {plan.study.name} is left to do", file=sys.stderr)
+        return ExitCode.FAULT
+    submission = Submission(
+        root=project_root(),
+        config_file=plan.file,
+        overrides=tuple(arguments.overrides),
+        run_directory=plan.directory.absolute(),
+        name=plan.study.name,
+        nodes=arguments.nodes,
+        ranks_per_node=arguments.ranks_per_node,
+        time=arguments.time,
+        partition=arguments.partition,
+        options=tuple(arguments.sbatch_options),
+    )
+    jobs = study_jobs(plan, as_ranges(left), submission)
+    if arguments.dry_run:
+        for job in jobs:
+            waits = f", --dependency={job.after}:the one before" if job.after else ""
+            print(f"# {job.name}{waits}\n{job.script}")
+        return ExitCode.FINISHED
+    write_plan(plan)
+    for name, number in submit_study(jobs, submission.run_directory).items():
+        print(f"{name:<14} {number}")
+    print(f"study          {submission.run_directory}")
+    print(f"watch it       {shlex.join(['dist-train', 'sweep', str(arguments.config), '--list'])}")
     return ExitCode.FINISHED
 
 

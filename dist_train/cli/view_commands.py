@@ -42,10 +42,11 @@ def add_runs(subparsers: Subparsers) -> None:
 
 def _runs(arguments: argparse.Namespace) -> int:
     from dist_train.cluster.launch import job_states
-    from dist_train.watch.run_table import as_json, read_runs, render
+    from dist_train.watch.run_table import as_json, beside_slurm, read_runs, render
 
     runs = read_runs(arguments.directory)
     jobs = job_states([run.slurm_job for run in runs if run.slurm_job])
+    runs = beside_slurm(runs, jobs)
     if arguments.json:
         print(as_json(runs, jobs))
     elif runs:
@@ -141,7 +142,7 @@ def add_curve(subparsers: Subparsers) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="a .png or .svg file (default: RUN/learning_curve.png; needed for several runs)",
+        help="a .png, .svg or .pdf file (default: RUN/learning_curve.png; needed for several runs)",
     )
     parser.set_defaults(run=_curve)
 
@@ -159,11 +160,12 @@ def _curve(arguments: argparse.Namespace) -> int:
 
 
 def add_report(subparsers: Subparsers) -> None:
-    """Add `report DIR [-o FILE]`."""
+    """Add `report DIR [-o FILE] [--figures FOLDER [--format svg|pdf|png]]`."""
     parser = subparsers.add_parser(
         "report",
         help="one HTML page of a run, a study, or a folder of runs",
-        description="Write one HTML page, complete in itself: curves, tables, landscapes, sharpness, settings.",
+        description="Write one HTML page, complete in itself: curves, tables, landscapes, sharpness, settings. "
+        "Or each of its figures as a file, for a paper.",
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="a run, a study, or a folder of runs")
     parser.add_argument(
@@ -173,12 +175,22 @@ def add_report(subparsers: Subparsers) -> None:
         metavar="FILE",
         help="the page (default: DIR/report.html); the tables alone for *.md",
     )
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write the figures there, and no page")
+    parser.add_argument("--format", choices=("svg", "pdf", "png"), default="svg", help="of --figures (default: svg)")
     parser.set_defaults(run=_report)
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from dist_train.report.page import write_report
+    from dist_train.report.page import figures_of, write_report
 
+    if arguments.figures is not None:
+        from dist_train.report.drawing import save_figures
+        from dist_train.report.stored_run import read_subject
+
+        figures = figures_of(read_subject(arguments.directory))
+        for path in save_figures(figures, arguments.figures, arguments.format):
+            print(path)
+        return ExitCode.FINISHED
     output = arguments.output or arguments.directory / "report.html"
     write_report(arguments.directory, output)
     print(output)

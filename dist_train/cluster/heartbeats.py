@@ -22,7 +22,7 @@ Address = tuple[str, int]
 
 def own_addresses() -> list[str]:
     """Return the addresses of this node's interfaces, IPv4 first, those for the node itself last."""
-    found = [*_version_4(), *_version_6()]
+    found = [*interface_addresses().values(), *_version_6()]
     with suppress(OSError):  # a node may not know its own name
         found += [str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_DGRAM)]
     unique = list(dict.fromkeys(found))
@@ -57,13 +57,14 @@ def _prepared(datagrams: socket.socket) -> socket.socket:
     return datagrams
 
 
-def _version_4() -> list[str]:
-    found = []
+def interface_addresses() -> dict[str, str]:
+    """Return this node's interfaces with their IPv4 addresses; without those that have none."""
+    found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
         for _, name in socket.if_nameindex():
-            with suppress(OSError):  # an interface without an IPv4 address
+            with suppress(OSError):
                 answer = fcntl.ioctl(asking.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                found.append(socket.inet_ntoa(answer[20:24]))
+                found[name] = socket.inet_ntoa(answer[20:24])
     return found
 
 

@@ -103,6 +103,7 @@ def _store_of_slurm(environment: Mapping[str, str]) -> StoreAddress | None:
 
 
 _ANSWER_SECONDS = 20
+_LONGEST_COMMENT = 1000
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,11 @@ def current_job(environment: Mapping[str, str] = os.environ) -> SlurmJob | None:
     return SlurmJob(job, int(end) if end.isdecimal() else None, int(restarts) if restarts.isdecimal() else 0)
 
 
+JOB_WAITS = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
+JOB_IS_ALIVE = JOB_WAITS | {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED"}
+"""Slurm's states of jobs that run or will run."""
+
+
 def job_states(jobs: Sequence[str]) -> dict[str, str]:
     """Return Slurm's state (PENDING, RUNNING, COMPLETING, ...) of those of `jobs` that it still knows.
 
@@ -146,6 +152,14 @@ def job_end(job: str) -> float | None:
         return datetime.fromisoformat((answer or "").strip()).timestamp()
     except ValueError:
         return None
+
+
+def comment_on_job(text: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Write `text` into the comment of our job, for squeue and sacct; does nothing where Slurm does not take it."""
+    job = current_job(environment)
+    if job is not None:
+        line = " ".join(text.split())[:_LONGEST_COMMENT]
+        _ask("scontrol", "update", f"jobid={job.id}", f"comment={line}")
 
 
 def submit(script: str, options: Sequence[str]) -> str:

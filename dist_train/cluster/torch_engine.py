@@ -45,10 +45,12 @@ class TorchCommunicator(Communicator):
         store = _open_store(launch, launch.store)
         # The watchdog, which knows who is lost, must come first.
         patience = timedelta(seconds=max(60.0, 3 * timeout))
-        self._host = dist.ProcessGroupGloo(dist.PrefixStore("host", store), self.rank, self.size, patience)
         self._device: dist.ProcessGroupNCCL | None = None
-        if device_type == "cuda":
-            self._device = _nccl(dist.PrefixStore("device", store), self.rank, self.size, patience)
+        # A rank may be lost while the others meet, and with rank 0 the store.
+        with naming_lost_ranks(RuntimeError, "meeting: "):
+            self._host = dist.ProcessGroupGloo(dist.PrefixStore("host", store), self.rank, self.size, patience)
+            if device_type == "cuda":
+                self._device = _nccl(dist.PrefixStore("device", store), self.rank, self.size, patience)
         self.has_nccl = self._device is not None
         self.controller = "torch-nccl" if self.has_nccl else "torch-gloo"
         nodes = [node for (node,) in gather(self, [signed_digest(socket.gethostname().encode())], "nodes")]

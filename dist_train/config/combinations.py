@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from dist_train.config.plugins import is_plugin
 from dist_train.config.problems import Problem, problem
 from dist_train.config.sections import Config
 
@@ -167,6 +168,13 @@ _RULES = (
         code="sync-adasum",
     ),
     _Rule(
+        "data.shape",
+        lambda c: is_plugin(c.data.name) and (c.data.shape is None or c.data.classes is None),
+        "models are built for the images of {data.name} before it is read; set data.shape and data.classes",
+        "data.shape=[channels,height,width] data.classes=number",
+        code="plugin-data-form",
+    ),
+    _Rule(
         "data.root",
         lambda c: c.data.name == "imagefolder" and c.data.root is None,
         "an image folder needs its place",
@@ -190,6 +198,10 @@ def unused_settings(config: Config) -> list[str]:
 
 def _no_noise(config: Config) -> bool:
     return config.noise.method == "none"
+
+
+def _is_built_in(section: str, name: str) -> Callable[[Config], bool]:
+    return lambda config: not is_plugin(getattr(getattr(config, section), name))
 
 
 def _not_synthetic(config: Config) -> bool:
@@ -239,7 +251,23 @@ _UNUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("data.download", lambda c: not c.data.name.startswith("cifar"), "only CIFAR can be downloaded"),
     ("data.loader_workers", _not_a_folder, "this data set is held in memory"),
     ("data.image_size", _not_a_folder, "data.name is not imagefolder"),
-    ("data.classes", _not_a_folder, "data.name is not imagefolder"),
+    (
+        "data.classes",
+        lambda c: _not_a_folder(c) and not is_plugin(c.data.name),
+        "data.name is neither imagefolder nor a plug-in",
+    ),
+    ("data.shape", lambda c: not is_plugin(c.data.name), "data.name is not a plug-in"),
+    *(
+        (f"{section}.{options}", _is_built_in(section, name), f"{section}.{name} is not a plug-in")
+        for section, options, name in (
+            ("model", "options", "name"),
+            ("data", "options", "name"),
+            ("noise", "options", "method"),
+            ("noise", "scale_options", "scale"),
+            ("optimizer", "options", "name"),
+            ("schedule", "options", "decay"),
+        )
+    ),
     ("data.synthetic_samples", _not_synthetic, "data.name is not synthetic"),
     ("data.synthetic_shape", _not_synthetic, "data.name is not synthetic"),
     ("data.synthetic_classes", _not_synthetic, "data.name is not synthetic"),

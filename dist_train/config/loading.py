@@ -16,6 +16,8 @@ import yaml
 from pydantic import ValidationError
 
 from dist_train.config.combinations import conflicts
+from dist_train.config.former import with_present_names
+from dist_train.config.plugins import from_folder, plugin_problems, with_long_names
 from dist_train.config.problems import ConfigError, Problem, problem, problems_of
 from dist_train.config.sections import Config
 
@@ -23,6 +25,7 @@ SHIPPED = "dist_train:"
 """Begins the name of a file that comes with the program, as in `dist_train:configs/demo.yaml`."""
 
 _BASE = "base"
+_PLUGINS = "plugins"
 _COMMAND_LINE = "command line"
 
 
@@ -43,8 +46,10 @@ def based_on(path: Path, name: str) -> Path:
     return Path(name) if name.startswith(SHIPPED) else located(path).parent / name
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> Config:
     """Return the checked configuration of the YAML file at `path`, with `section.key=value` overrides.
+
+    `plugins` are files, or modules, whose registered names the configuration may use, beside those that it lists.
 
     A `path` such as `dist_train:configs/demo.yaml` is that of a file that comes with the program. The key `base` names
     another file, relative to this one, whose settings this one changes.
@@ -53,7 +58,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file cannot be read, or something in it or in the overrides is wrong.
     """
     path = Path(path)
-    return parse_config(with_overrides(read_settings(path), overrides), source=str(path))
+    return parse_config(with_overrides(read_settings(path), overrides), source=str(path), plugins=plugins)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -138,20 +143,22 @@ def write_override(path: str, value: object) -> str:
     return f"{path}={text}"
 
 
-def parse_config(settings: Mapping[str, Any], *, source: str) -> Config:
-    """Return the checked configuration of nested `settings`; `source` names it in errors.
+def parse_config(settings: Mapping[str, Any], *, source: str, plugins: Sequence[str] = ()) -> Config:
+    """Return the checked configuration of nested `settings`; `source` names it in errors, `plugins` are more files.
 
     Raises:
         ConfigError: something in it is wrong; every problem is listed.
     """
     try:
+        settings = _with_plugins(with_present_names(settings, source), plugins)
         text = json.dumps(settings, default=_refuse)
         config = Config.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise ConfigError(source, problems_of(error, Config)) from None
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(source, [problem("(file)", str(error), code="wrong-type")]) from None
-    found = [*_with_nul(config.model_dump(mode="json"), ""), *conflicts(config)]
+    whole = config.model_dump(mode="json")
+    found = [*_with_nul(whole, ""), *conflicts(config), *plugin_problems(whole)]
     if found:
         raise ConfigError(source, found)
     return config
@@ -162,8 +169,17 @@ def dump_config(config: Config) -> str:
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
+def _with_plugins(settings: Mapping[str, Any], more: Sequence[str]) -> dict[str, Any]:
+    """Return `settings` without their list of plug-ins, whose short names are replaced."""
+    files = settings.get(_PLUGINS, [])
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise ConfigError(_PLUGINS, [problem(_PLUGINS, "not a list of files", code="wrong-type", value=files)])
+    rest = {name: value for name, value in settings.items() if name != _PLUGINS}
+    return with_long_names(rest, [*files, *more], Config)
+
+
 def _read(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
-    settings = read_mapping(path)
+    settings = from_folder(read_mapping(path), located(path).parent)
     if _BASE not in settings:
         return settings
     name = settings.pop(_BASE)

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dist_train.config.plugins import Options, PluginName
+
 
 @dataclass(frozen=True)
 class ImageFormat:
@@ -81,7 +83,21 @@ class TanhSchedule(Section):
     steepness: PositiveFloat = Field(10.0, description="s.", examples=[5.0])
 
 
+class PluginSchedule(Section):
+    """c(t) = function(step, total_steps)."""
+
+    kind: Literal["plugin"] = Field(description="c(t) = `function`(t, T).")
+    function: PluginName = Field(description="`package.module:name` or `FILE.py:name`.", examples=["mine.py:hold"])
+    options: Options = Field(default_factory=dict, description="Settings of `function`.", examples=[{"until": 0.5}])
+
+
 NoiseSchedule = Annotated[
-    ConstantSchedule | LinearSchedule | CosineSchedule | ExponentialSchedule | InversePowerSchedule | TanhSchedule,
+    ConstantSchedule
+    | LinearSchedule
+    | CosineSchedule
+    | ExponentialSchedule
+    | InversePowerSchedule
+    | TanhSchedule
+    | PluginSchedule,
     Field(discriminator="kind"),
 ]

@@ -245,6 +245,7 @@ def _in_words(schema: Mapping[str, Any]) -> str:
         "null": "null",
         "object": "a mapping",
         "path": "a path",
+        "plugin": "a plug-in",
     }.get(kind, kind)
     bounds = {
         "exclusiveMinimum": "above",

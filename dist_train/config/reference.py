@@ -34,13 +34,17 @@ In YAML a section is a mapping: `noise: {amplitude: 0.03}`. `null` is no value. 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: its dotted path, what it takes, its default (as YAML), its meaning, an override that changes it."""
+    """One setting: its dotted path, what it takes, its default (as YAML), its meaning, an override that changes it.
+
+    `choices`: the words that it takes, if they are few.
+    """
 
     path: str
     takes: str
     default: str
     meaning: str
     example: str
+    choices: tuple[str, ...] = ()
 
 
 def settings_of(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
@@ -77,6 +81,7 @@ def _setting(path: str, field: FieldInfo, of_kind: str = "") -> Setting:
         _written(path, default),
         meaning,
         shlex.quote(write_override(path, _example(field, schema, default))),
+        tuple(_choices(schema)),
     )
 
 
@@ -92,6 +97,7 @@ def _settings_of_kinds(path: str, field: FieldInfo, models: tuple[type[BaseModel
             [str(field.description), *(f"{kind}: {by_kind[kind].model_fields['kind'].description}" for kind in by_kind)]
         ),
         write_override(f"{path}.kind", next(kind for kind in by_kind if kind != default)),
+        tuple(by_kind),
     )
     for kind, model in by_kind.items():
         for name, parameter in model.model_fields.items():
@@ -105,6 +111,13 @@ def _example(field: FieldInfo, schema: Any, default: object) -> object:
         return field.examples[0]
     choices = schema.get("enum", (True, False))
     return next(choice for choice in choices if choice != default)
+
+
+def _choices(schema: Any) -> Iterator[str]:
+    for each in schema.get("anyOf", (schema,)):
+        yield from ("true", "false") if each.get("type") == "boolean" else each.get("enum", ())
+        if "const" in each:
+            yield each["const"]
 
 
 def _written(path: str, value: object) -> str:

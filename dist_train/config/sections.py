@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -19,8 +19,17 @@ from dist_train.config.parts import (
     PositiveFloat,
     Section,
 )
+from dist_train.config.plugins import Options, PluginName, is_plugin
 
 Device = Literal["auto", "cpu", "cuda"]
+
+
+def _options(setting: str) -> Any:
+    return Field(
+        default_factory=dict,
+        description=f"Settings of the plug-in that {setting} names.",
+        examples=[{"depth": 3}],
+    )
 
 
 class RunSettings(Section):
@@ -42,7 +51,10 @@ class RunSettings(Section):
         "an error, not a run on the CPU. Decided when a run begins, and kept on a resume.",
     )
     epochs: PositiveInt = Field(
-        10, description="Passes over the training data; schedules are laid out over them.", examples=[30]
+        10,
+        description="Passes over the training data; schedules are laid out over them. A run that has made all of its "
+        "passes may be resumed with more: schedules are then laid out anew.",
+        examples=[30],
     )
     max_steps: PositiveInt | None = Field(None, description="Stop after this many updates.", examples=[100])
     profile_steps: NonNegativeInt = Field(0, description="Updates of which a profiler trace is written.", examples=[5])
@@ -51,19 +63,27 @@ class RunSettings(Section):
     )
     resume: str = Field(
         "auto",
-        description="auto: resume from the last checkpoint, if any. never: start anew. Or a checkpoint's path.",
+        description="auto: resume from the last checkpoint, if any. never: start anew. Or the path of a checkpoint, or "
+        "of a run: its last one.",
         examples=["runs/other/checkpoints/step-00000040.pt"],
+    )
+    init_from: Path | None = Field(
+        None,
+        description="Checkpoint, or run (its last one), whose weights and norm statistics a new run begins with; none: "
+        "those of the seed.",
+        examples=["runs/other"],
     )
 
 
 class DataSettings(Section):
     """What is trained on."""
 
-    name: Literal["fashion-mnist", "cifar10", "cifar100", "imagefolder", "synthetic"] = Field(
+    name: Literal["fashion-mnist", "cifar10", "cifar100", "imagefolder", "synthetic"] | PluginName = Field(
         "fashion-mnist",
         description="fashion-mnist: 1x28x28, 10 classes. cifar10, cifar100: 3x32x32, 10 or 100 classes. "
         "imagefolder: images of your own in `root`. synthetic: made-up images, no files needed.",
     )
+    options: Options = _options("data.name")
     root: Path | None = Field(
         None, description="Folder of the data set's files; none: the usual places.", examples=["/data/cifar10"]
     )
@@ -83,8 +103,11 @@ class DataSettings(Section):
     image_size: PositiveInt = Field(
         224, description="Height and width of an image folder's images, once cropped.", examples=[128]
     )
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
+        None, description="Channels, height and width of a plug-in's images.", examples=[(3, 64, 64)]
+    )
     classes: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="Classes of an image folder.", examples=[1000]
+        None, description="Classes of an image folder, or of a plug-in's data.", examples=[1000]
     )
     synthetic_samples: PositiveInt = Field(
         4096, description="Training samples of the synthetic set (test: a fourth).", examples=[1024]
@@ -106,17 +129,22 @@ class DataSettings(Section):
         if self.name == "imagefolder":
             assert self.classes is not None, "checked before"
             return ImageFormat((3, self.image_size, self.image_size), self.classes)
+        if is_plugin(self.name):
+            assert self.shape is not None, "checked before"
+            assert self.classes is not None, "checked before"
+            return ImageFormat(self.shape, self.classes)
         return DATA_SETS[self.name]
 
 
 class ModelSettings(Section):
     """The network and its norms."""
 
-    name: Literal["vgg9", "vgg16", "vgg19", "resnet18", "resnet50"] = Field(
+    name: Literal["vgg9", "vgg16", "vgg19", "resnet18", "resnet50"] | PluginName = Field(
         "vgg9",
         description="vgg9: of Li et al. (arXiv 1712.09913), 2.8 million parameters on CIFAR-10. vgg16, vgg19: without "
         "hidden linear layers. resnet18, resnet50: torchvision's blocks, a small stem for images up to 64 pixels.",
     )
+    options: Options = _options("model.name")
     width: PositiveFloat = Field(1.0, description="Factor on the number of channels.", examples=[0.25])
     norm: Literal["batch", "ghost", "sync", "group", "none"] = Field(
         "ghost",
@@ -155,19 +183,21 @@ class BatchSettings(Section):
 class NoiseSettings(Section):
     """The noise on the weights."""
 
-    method: Literal["none", "smoothout", "langevin", "sam"] = Field(
+    method: Literal["none", "smoothout", "langevin", "sam"] | PluginName = Field(
         "none",
         description="smoothout: gradients at perturbed weights, which are restored before the update. "
         "langevin: noise added by the update, to stay. sam: gradients where the micro-batch's loss is sharpest.",
     )
+    options: Options = _options("noise.method")
     distribution: Literal["uniform", "normal"] = Field(
         "uniform", description="uniform on [-1, 1], or normal with the same variance, 1/3; times the amplitude."
     )
     amplitude: NonNegativeFloat = Field(0.01, description="a, the factor on the noise.", examples=[0.03])
-    scale: Literal["absolute", "weight", "filter"] = Field(
+    scale: Literal["absolute", "weight", "filter"] | PluginName = Field(
         "absolute",
         description="absolute: a c(t) u. weight: times |w|. filter: each filter's draw with the filter's own norm.",
     )
+    scale_options: Options = _options("noise.scale")
     sharing: Literal["global", "rank", "micro_batch"] = Field(
         "global",
         description="How many draws a step. global: one for all. rank: one each. micro_batch: one per micro-batch.",
@@ -183,11 +213,12 @@ class NoiseSettings(Section):
 class OptimizerSettings(Section):
     """The update rule."""
 
-    name: Literal["sgd", "adam", "adamw", "lars", "lamb"] = Field(
+    name: Literal["sgd", "adam", "adamw", "lars", "lamb"] | PluginName = Field(
         "sgd",
         description="sgd: with momentum. adam: weight decay within the gradient; adamw: apart from it. lars, lamb: "
         "rates adapted layer by layer, for large batches.",
     )
+    options: Options = _options("optimizer.name")
     learning_rate: NonNegativeFloat = Field(0.1, description="Rate at `schedule.base_batch`.", examples=[0.05])
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Momentum of sgd and lars.", examples=[0.95])
     nesterov: bool = Field(True, description="Nesterov's momentum, of sgd.")
@@ -224,11 +255,12 @@ class ScheduleSettings(Section):
         description="As many updates as at `base_batch`: an epoch of the run, of its warm-up and milestones, has the "
         "updates that it would have there (Hoffer et al., arXiv 1705.08741).",
     )
-    decay: Literal["constant", "step", "cosine", "poly"] = Field(
+    decay: Literal["constant", "step", "cosine", "poly"] | PluginName = Field(
         "constant",
         description="How the rate falls after the warm-up. step: by `factor` at `milestones`. cosine: to 0. poly: as "
         "(1 - x)^`power`, x the fraction of the time after warm-up.",
     )
+    options: Options = _options("schedule.decay")
     milestones: tuple[PositiveFloat, ...] = Field(
         (), description="Epochs at which a step decay applies `factor`.", examples=[[150, 225]]
     )
@@ -305,6 +337,19 @@ class CheckpointSettings(Section):
     keep: PositiveInt = Field(3, description="Checkpoints kept, the last ones.", examples=[1])
     keep_best: bool = Field(True, description="Also keep the one with the best test accuracy.")
     background: bool = Field(True, description="Write while training continues.")
+    fallback_directory: Path | None = Field(
+        None,
+        description="Folder on another disk for the last checkpoint that the run directory's disk refuses; "
+        "a resume takes it from there.",
+        examples=["/scratch/me"],
+    )
+
+
+class LoggerSettings(Section):
+    """An observer of the run's records from outside the package."""
+
+    name: PluginName = Field(description="`package.module:name` or `FILE.py:name`, a subclass of `Observer`.")
+    options: Options = _options("its name")
 
 
 class MetricsSettings(Section):
@@ -359,6 +404,9 @@ class MetricsSettings(Section):
         examples=[60.0],
     )
     tensorboard: bool = Field(False, description="Write TensorBoard's event files into the run directory too.")
+    loggers: tuple[LoggerSettings, ...] = Field(
+        (), description="Observers of your own, on rank 0.", examples=[[{"name": "loggers.py:CsvLogger"}]]
+    )
 
 
 class Config(Section):

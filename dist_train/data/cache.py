@@ -1,6 +1,6 @@
-"""Decoded data sets on disk: decoded once per node, mapped by all local ranks (one copy in memory).
+"""Data sets on this machine: published archives, and decoded images, mapped by all local ranks (one copy in memory).
 
-An entry is two NumPy files and a JSON record with their digests. The record is written last and makes
+A cache entry is two NumPy files and a JSON record with their digests. The record is written last and makes
 the entry exist; every file is written aside and renamed, by one process at a time.
 """
 
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import http.client
 import json
 import logging
 import os
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +30,8 @@ from dist_train.rundir.atomic import replacing, write_text
 from dist_train.rundir.paths import refuse_foreign
 
 _LOGGER = logging.getLogger("dist_train.data")
+_TIMEOUT_SECONDS = 30
+_CHUNK = 1 << 20
 
 
 @contextmanager
@@ -106,9 +111,11 @@ def decoded_once(folder: Path, source: Source, decode: Callable[[], ImageSet]) -
         folder.mkdir(parents=True, exist_ok=True)
         refuse_foreign_cache(folder)
         with exclusive(folder / f"{key}.lock"):
-            found = _open_sound(folder, key)
-            if found is not None:
-                return found
+            if _files(folder, key)[0].exists():
+                try:
+                    return _open(folder, key)
+                except _DamagedError as error:
+                    _LOGGER.warning("the cached data set %s is damaged (%s): decoding it again", folder / key, error)
             decoded = decode()
             _write(folder, key, decoded)
             return _open(folder, key)
@@ -123,32 +130,20 @@ def decoded_once(folder: Path, source: Source, decode: Callable[[], ImageSet]) -
     return replace(decode() if decoded is None else decoded, identity=key)
 
 
-def _open_sound(folder: Path, key: str) -> ImageSet | None:
-    try:
-        return _open(folder, key) if _record_file(folder, key).exists() else None
-    except _DamagedError as error:
-        _LOGGER.warning("the cached data set %s is damaged (%s): decoding it again", folder / key, error)
-        return None
-
-
 def _open(folder: Path, key: str) -> ImageSet:
-    record = _read_record(_record_file(folder, key))
-    images = _map(_images_file(folder, key), record.images_sha256)
-    labels = _map(_labels_file(folder, key), record.labels_sha256)
+    record_file, images_file, labels_file = _files(folder, key)
+    try:
+        record = _Record(**json.loads(record_file.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _DamagedError(f"{record_file.name} is not the record that was written: {error}") from error
+    if record != record.checked():
+        raise _DamagedError(f"{record_file.name} is not the record that was written")
+    images = _map(images_file, record.images_sha256)
+    labels = _map(labels_file, record.labels_sha256)
     has_form = images.dtype == np.uint8 and images.ndim == 4 and labels.dtype == np.int64
     if not has_form or labels.shape != images.shape[:1] or not np.all((labels >= 0) & (labels < record.classes)):
         raise _DamagedError("its files do not hold images and their labels")
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), record.classes, key)
-
-
-def _read_record(path: Path) -> _Record:
-    try:
-        record = _Record(**json.loads(path.read_bytes()))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise _DamagedError(f"{path.name} is not the record that was written: {error}") from error
-    if record != record.checked():
-        raise _DamagedError(f"{path.name} is not the record that was written")
-    return record
 
 
 def _map(path: Path, sha256: str) -> NDArray[Any]:
@@ -170,17 +165,18 @@ def _write(folder: Path, key: str, decoded: ImageSet) -> None:
     for abandoned in folder.glob(f".{key}.*.part"):
         # Only the holder of the lock writes here: these are from a process that was killed.
         abandoned.unlink(missing_ok=True)
-    labels_sha256 = _write_array(_labels_file(folder, key), decoded.labels.numpy())
-    images_sha256 = _write_array(_images_file(folder, key), decoded.images.numpy())
+    record_file, images_file, labels_file = _files(folder, key)
+    labels_sha256 = _write_array(labels_file, decoded.labels.numpy())
+    images_sha256 = _write_array(images_file, decoded.images.numpy())
     record = _Record(decoded.classes, images_sha256, labels_sha256).checked()
-    write_text(_record_file(folder, key), json.dumps(asdict(record)))
+    write_text(record_file, json.dumps(asdict(record)))
 
 
 def _write_array(path: Path, array: NDArray[Any]) -> str:
     with replacing(path) as file:
         digested = _DigestedFile(file)
         np.lib.format.write_array(digested, array, allow_pickle=False)
-    return digested.sha256()
+    return digested.digest.hexdigest()
 
 
 class _DigestedFile:
@@ -188,14 +184,11 @@ class _DigestedFile:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._digest = hashlib.sha256()
+        self.digest = hashlib.sha256()
 
     def write(self, content: bytes) -> int:
-        self._digest.update(content)
+        self.digest.update(content)
         return self._file.write(content)
-
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
 
 
 def _file_digest(path: Path) -> str:
@@ -203,13 +196,82 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _record_file(folder: Path, key: str) -> Path:
-    return folder / f"{key}.json"
+def _files(folder: Path, key: str) -> tuple[Path, Path, Path]:
+    """Return an entry's record, images and labels."""
+    return folder / f"{key}.json", folder / f"{key}.images.npy", folder / f"{key}.labels.npy"
 
 
-def _images_file(folder: Path, key: str) -> Path:
-    return folder / f"{key}.images.npy"
+def cache_folder() -> Path:
+    """Return `$DIST_TRAIN_CACHE`, else `dist_train` in `$XDG_CACHE_HOME`, else `~/.cache/dist_train`."""
+    named = os.environ.get("DIST_TRAIN_CACHE")
+    if named:
+        return Path(named).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path("~/.cache").expanduser()) / "dist_train"
 
 
-def _labels_file(folder: Path, key: str) -> Path:
-    return folder / f"{key}.labels.npy"
+def data_sets_folder() -> Path:
+    """Return the folder in the cache where the set-up scripts and downloads put data sets.
+
+    Raises UsageError where another user could exchange what is in it.
+    """
+    folder = cache_folder() / "datasets"
+    if folder.is_dir():
+        refuse_foreign_cache(folder)
+    return folder
+
+
+def decoded_folder() -> Path:
+    """Return the folder in the cache that holds decoded data sets."""
+    return cache_folder() / "decoded"
+
+
+def fetch(url: str, path: Path, sha256: str) -> None:
+    """Download `url` to `path` unless it is there; of several processes one does, the others wait.
+
+    Raises UsageError when there is no network, when the bytes do not have the digest `sha256`, or when
+    the folder cannot be written; `path` is then as it was.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(path.parent / f".{path.name}.lock"):
+            if not path.exists():
+                _LOGGER.info("downloading %s to %s", url, path)
+                _fetch(url, path, sha256)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {path}: {error.strerror or error}. Set data.root to a folder that can be written, "
+            "with space for the archive.",
+            code="download-unwritable",
+        ) from error
+
+
+def _fetch(url: str, path: Path, sha256: str) -> None:
+    digest = hashlib.sha256()
+    with replacing(path) as file:
+        for chunk in _chunks(url, path):
+            digest.update(chunk)
+            file.write(chunk)
+        if digest.hexdigest() != sha256:
+            raise UsageError(
+                f"{url} gave {file.tell()} bytes with SHA-256 {digest.hexdigest()}, but {sha256} was "
+                f"published: nothing was kept. Try again, or put {path.name} from a source that you trust "
+                f"into {path.parent}.",
+                code="download-digest",
+            )
+
+
+def _chunks(url: str, path: Path) -> Iterator[bytes]:
+    try:
+        # the addresses are the program's own
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:  # nosec B310
+            while chunk := response.read(_CHUNK):
+                yield chunk
+    except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
+        raise UsageError(
+            f"cannot download {url}: {error}. On a machine without network access, fetch {path.name} "
+            f"elsewhere and put it into {path.parent}.",
+            code="download-failed",
+        ) from error

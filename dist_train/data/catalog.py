@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 from dist_train.config import DataSettings
+from dist_train.config.plugins import call_plugin, is_plugin
 from dist_train.data import cifar, fashion_mnist, synthetic
-from dist_train.data.cache import Source, decoded_once
-from dist_train.data.download import decoded_folder
+from dist_train.data.cache import Source, decoded_folder, decoded_once
 from dist_train.data.image_folder import check_same_classes, list_split, training_subset
-from dist_train.data.images import ImageSet, Split
+from dist_train.data.images import ImageSet, Split, in_memory
 from dist_train.data.plan import balanced_subset
+from dist_train.outcome import UsageError
 
 _ARCHIVES: Mapping[str, cifar.Archive] = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}
 
@@ -24,7 +26,7 @@ def load_images(settings: DataSettings, split: Split, seed: int) -> ImageSet:
 
     Raises UsageError when files are missing or damaged, or hold fewer images than `train_size`.
     """
-    images = READERS[settings.name](settings, split, seed)
+    images = (_plugin if is_plugin(settings.name) else READERS[settings.name])(settings, split, seed)
     assert images.shape == settings.image_format.shape
     assert images.classes == settings.image_format.classes
     if split == "train" and settings.train_size is not None:
@@ -68,6 +70,19 @@ def _cifar(name: str, archive: cifar.Archive, settings: DataSettings, split: Spl
 def _synthetic(settings: DataSettings, split: Split, seed: int) -> ImageSet:
     samples = settings.synthetic_samples if split == "train" else max(1, settings.synthetic_samples // 4)
     return synthetic.make(settings.synthetic_shape, settings.synthetic_classes, samples, split, seed)
+
+
+def _plugin(settings: DataSettings, split: Split, seed: int) -> ImageSet:
+    """Return what the plug-in reads: an ImageSet as it is, a map-style Dataset read once, sample by sample."""
+    found = call_plugin(settings.name, settings.options, settings, split, seed)
+    images = found if isinstance(found, ImageSet) else in_memory(found, settings)
+    if (images.shape, images.classes) != (settings.shape, settings.classes):
+        raise UsageError(
+            f"{settings.name} gives images of {list(images.shape)} in {images.classes} classes: "
+            f"set data.shape and data.classes to that",
+            code="plugin-data-form",
+        )
+    return replace(images, identity=images.identity or images.digest())
 
 
 READERS: Mapping[str, Reader] = {

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_train.data.download import data_sets_folder, fetch
+from dist_train.data.cache import data_sets_folder, fetch
 from dist_train.data.images import ImageSet, Split
 from dist_train.outcome import UsageError
 
@@ -162,30 +162,25 @@ def _unpack(path: Path, archive: Archive, names: tuple[str, ...], fix: str) -> d
 
 
 def _batch(content: bytes, place: str, archive: Archive, fix: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    def damaged(reason: str, code: str) -> UsageError:
+        return UsageError(f"{place} is damaged: {reason}. {fix}", code=code)
+
     try:
         record = _unpickle(content)
     except Exception as error:
         # Damaged pickles raise errors of nearly any type, MemoryError included.
         reason = error if isinstance(error, pickle.UnpicklingError) else f"no sound pickle ({type(error).__name__})"
-        raise UsageError(f"{place} is damaged: {reason}. {fix}", code="data-format") from error
-    pixels = record.get("data")
+        raise damaged(str(reason), code="data-format") from error
+    pixels, labels = record.get("data"), record.get(archive.label_key)
     if not isinstance(pixels, np.ndarray) or pixels.ndim != 2 or pixels.shape[1] != _PIXELS:
-        raise UsageError(f"{place} is damaged: its data are not rows of {_PIXELS} bytes. {fix}", code="data-shape")
-    labels = record.get(archive.label_key)
+        raise damaged(f"its data are not rows of {_PIXELS} bytes", code="data-shape")
     if not isinstance(labels, list) or not all(type(label) is int for label in labels):
-        raise UsageError(
-            f"{place} is damaged: it has no list of numbers named {archive.label_key}. {fix}", code="data-labels"
-        )
+        raise damaged(f"it has no list of numbers named {archive.label_key}", code="data-labels")
     if len(labels) != len(pixels):
-        raise UsageError(
-            f"{place} is damaged: {len(pixels)} images but {len(labels)} labels. {fix}", code="data-counts"
-        )
+        raise damaged(f"{len(pixels)} images but {len(labels)} labels", code="data-counts")
     outside = next((label for label in labels if not 0 <= label < archive.classes), None)
     if outside is not None:
-        raise UsageError(
-            f"{place} is damaged: it holds the label {outside}, not 0 to {archive.classes - 1}. {fix}",
-            code="data-labels",
-        )
+        raise damaged(f"it holds the label {outside}, not 0 to {archive.classes - 1}", code="data-labels")
     return pixels, np.array(labels, dtype=np.int64)
 
 

@@ -8,14 +8,13 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dist_train.data.decoding import CHANNELS, RECORD, SlotForm, Slots, Work, decode
+from dist_train.data.decoding import CHANNELS, RECORD, SlotForm, Slots, Work, decode_all
 from dist_train.outcome import FaultError
 
 _SLOT_BYTES = 1 << 20
@@ -35,8 +34,8 @@ class Order:
     work: Callable[[int, int], Work]
 
 
-class Decoder(Protocol):
-    """Decodes batches; what is announced may be done ahead."""
+class Decoder:
+    """Decodes batches; what is announced may be done ahead. Here: in the calling process, when asked."""
 
     def prefetch(self, orders: Iterable[Order]) -> None:
         """Announce what will be fetched next, in this order; replaces earlier announcements."""
@@ -44,28 +43,12 @@ class Decoder(Protocol):
     def fetch(self, order: Order, out: Tensor) -> None:
         """Decode a batch into `out`, uint8 [n, 3, size, size] on the CPU.
 
-        Raises:
-            FaultError: a file is damaged, or a loader process is gone.
+        Raises FaultError where a file is damaged, or a loader process is gone.
         """
+        decode_all(order.work(0, order.images), out.numpy())
 
     def close(self) -> None:
         """End the processes, if there are any; may be called again."""
-
-
-class InProcessDecoder:
-    """Decodes in the calling process when asked."""
-
-    def prefetch(self, orders: Iterable[Order]) -> None:
-        """Do nothing."""
-
-    def fetch(self, order: Order, out: Tensor) -> None:
-        """Decode a batch into `out`."""
-        work, pixels = order.work(0, order.images), out.numpy()
-        for place, path in enumerate(work.paths):
-            pixels[place] = decode(path, out.shape[-1], None if work.draws is None else work.draws[place])
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 @dataclass(eq=False)
@@ -85,8 +68,8 @@ class _Batch:
     parts: list[_Part] = field(default_factory=list)
 
 
-class LoaderProcesses:
-    """Decodes in processes of its own, which start at the first use and stay.
+class LoaderProcesses(Decoder):
+    """Decodes, to `size` pixels square, in processes of its own, which start at the first use and stay.
 
     Parts of batches are handed out in the order of the batches, so that the one that is waited for is
     always under way. What is done and not fetched yet is bounded by the slots: 256 MiB at most, unless a
@@ -94,7 +77,6 @@ class LoaderProcesses:
     """
 
     def __init__(self, processes: int, size: int) -> None:
-        """Decode to `size` pixels square, in so many processes."""
         assert processes >= 1
         image_bytes = CHANNELS * size * size
         self._form = SlotForm(max(1, min(_MOST_IMAGES, _SLOT_BYTES // image_bytes)), size)
@@ -107,17 +89,8 @@ class LoaderProcesses:
         self._under_way: dict[int, _Part | None] = {}
         """By slot; None for a part that is no longer wanted."""
 
-    @property
-    def pids(self) -> list[int]:
-        """The processes that run."""
-        return [process.pid for process in self._processes]
-
     def prefetch(self, orders: Iterable[Order]) -> None:
-        """Begin to decode what will be fetched next.
-
-        Raises:
-            FaultError: a loader process is gone.
-        """
+        """Begin to decode what will be fetched next; FaultError where a loader process is gone."""
         self._start()
         earlier, self._batches = self._batches, deque()
         for order in orders:
@@ -180,6 +153,8 @@ class LoaderProcesses:
         os.set_blocking(self._replies, False)
         theirs = (their_requests, their_replies, memory)
         arguments = [*map(str, theirs), str(self._form.images), str(self._form.size)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+        environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # loaders use one core each
         # A signal to the whole job asks the training process to stop, which still needs its loaders then.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _WITHHELD)
         try:
@@ -190,7 +165,7 @@ class LoaderProcesses:
                         pass_fds=theirs,
                         stdin=subprocess.DEVNULL,
                         stdout=subprocess.DEVNULL,
-                        env=_environment(),
+                        env=environment,
                     )
                 )
         finally:
@@ -202,15 +177,12 @@ class LoaderProcesses:
         starts = range(0, order.images, self._form.images)
         return _Batch(order, [_Part(start, min(start + self._form.images, order.images)) for start in starts])
 
-    def _waiting_parts(self) -> Iterator[tuple[Order, _Part]]:
-        for batch in self._batches:
-            for part in batch.parts:
-                if part.slot is None and not part.is_done:
-                    yield batch.order, part
-
     def _hand_out(self) -> None:
         """Hand out parts, in order, while there are slots for them."""
-        for order, part in self._waiting_parts():
+        parts = [(batch.order, part) for batch in self._batches for part in batch.parts]
+        for order, part in parts:
+            if part.slot is not None or part.is_done:
+                continue
             if not self._free:
                 return
             slot = self._free.pop()
@@ -273,9 +245,3 @@ class LoaderProcesses:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             fix = ": where the machine ran out of memory, fewer data.loader_workers need less" if code < 0 else ""
             raise FaultError(f"the loader process {process.pid}, which decodes images, {how}{fix}", code="loader-ended")
-
-
-def _environment() -> dict[str, str]:
-    """Return ours, with our module path, and one thread: loaders use one core each."""
-    path = os.pathsep.join(map(os.path.abspath, sys.path))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

@@ -127,10 +127,10 @@ class Work:
         return json.dumps([self.paths, self.draws]).encode()
 
 
-def decode_work(message: bytes) -> Work:
-    """Return the work that `Work.encode` has made a message of."""
-    paths, draws = json.loads(message)
-    return Work(paths, draws)
+def decode_all(work: Work, pixels: NDArray[np.uint8]) -> None:
+    """Decode the images of `work` into `pixels` [n, 3, size, size]. Raises FaultError as `decode` does."""
+    for place, path in enumerate(work.paths):
+        pixels[place] = decode(path, pixels.shape[-1], None if work.draws is None else work.draws[place])
 
 
 @dataclass(frozen=True)
@@ -185,31 +185,21 @@ class Slots:
         return flat.reshape(images, CHANNELS, form.size, form.size)
 
 
-def done(slot: int, *, failed: bool) -> bytes:
-    """Return the record that a slot is done; one that failed holds the reason as its message."""
-    return (~slot if failed else slot).to_bytes(RECORD, "little", signed=True)
-
-
-def serve(requests: int, replies: int, slots: Slots, size: int) -> None:
+def serve(requests: int, replies: int, slots: Slots) -> None:
     """Decode until the pipe of requests is closed."""
     while record := os.read(requests, RECORD):
         slot = int.from_bytes(record, "little", signed=True)
-        failed = False
         try:
-            _decode_all(decode_work(slots.message(slot)), slots, slot, size)
+            work = Work(*json.loads(slots.message(slot)))
+            decode_all(work, slots.pixels(slot, len(work.paths)))
         except FaultError as error:
+            # The record of a slot that failed is its complement; the reason is its message.
             slots.write_message(slot, str(error).encode(errors="replace"))
-            failed = True
+            slot = ~slot
         try:
-            os.write(replies, done(slot, failed=failed))
+            os.write(replies, slot.to_bytes(RECORD, "little", signed=True))
         except BrokenPipeError:
             return
-
-
-def _decode_all(work: Work, slots: Slots, slot: int, size: int) -> None:
-    pixels = slots.pixels(slot, len(work.paths))
-    for place, path in enumerate(work.paths):
-        pixels[place] = decode(path, size, None if work.draws is None else work.draws[place])
 
 
 def _whole_pages(length: int) -> int:
@@ -219,7 +209,7 @@ def _whole_pages(length: int) -> int:
 def main(arguments: Sequence[str]) -> None:
     """Serve: the arguments are three file descriptors, and a slot's images and their size."""
     requests, replies, memory, images, size = map(int, arguments)
-    serve(requests, replies, Slots(memory, SlotForm(images, size)), size)
+    serve(requests, replies, Slots(memory, SlotForm(images, size)))
 
 
 if __name__ == "__main__":

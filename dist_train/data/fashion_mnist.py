@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_train.data.download import data_sets_folder
+from dist_train.data.cache import data_sets_folder
 from dist_train.data.images import ImageSet, Split
 from dist_train.outcome import UsageError
 
@@ -19,23 +19,23 @@ _UNSIGNED_BYTE = 0x08
 _CHUNK = 1 << 22
 
 
-def read_idx(path: Path, dimensions: int, fix: str) -> NDArray[np.uint8]:
+def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     """Return the unsigned bytes in `path` (gzip when it ends in .gz) with that many dimensions.
 
-    Raises UsageError, ending in `fix`, when the file cannot be read, is cut short, is longer than its
+    Raises UsageError when the file cannot be read, is cut short, is longer than its
     header says, or is no IDX file of unsigned bytes with these dimensions.
     """
     header_bytes = 4 + 4 * dimensions
-    content = _read(path, header_bytes, dimensions, fix)
+    content = _read(path, header_bytes, dimensions)
     if len(content) < header_bytes:
         raise _damaged(
-            path, f"it holds {len(content)} bytes, less than an IDX header of {header_bytes}", fix, code="data-length"
+            path, f"it holds {len(content)} bytes, less than an IDX header of {header_bytes}", code="data-length"
         )
     magic = (_UNSIGNED_BYTE << 8) | dimensions
     found = int.from_bytes(content[:4], "big")
     if found != magic:
         raise _damaged(
-            path, f"it begins with {found:08x}, not with the IDX magic number {magic:08x}", fix, code="data-format"
+            path, f"it begins with {found:08x}, not with the IDX magic number {magic:08x}", code="data-format"
         )
     shape = _shape(content, dimensions)
     expected = header_bytes + math.prod(shape)
@@ -43,12 +43,12 @@ def read_idx(path: Path, dimensions: int, fix: str) -> NDArray[np.uint8]:
         holds = f"more than {expected}" if len(content) > expected else f"{len(content)}"
         what = " x ".join(map(str, shape))
         raise _damaged(
-            path, f"its header announces {what} bytes, {expected} in all; it holds {holds}", fix, code="data-length"
+            path, f"its header announces {what} bytes, {expected} in all; it holds {holds}", code="data-length"
         )
     return np.frombuffer(content, dtype=np.uint8, offset=header_bytes).reshape(shape)
 
 
-def _read(path: Path, header_bytes: int, dimensions: int, fix: str) -> bytearray:
+def _read(path: Path, header_bytes: int, dimensions: int) -> bytearray:
     """Read `path` up to one byte more than its header announces, so that no file can fill the memory."""
     content = bytearray()
     limit = header_bytes
@@ -62,9 +62,9 @@ def _read(path: Path, header_bytes: int, dimensions: int, fix: str) -> bytearray
                 if len(content) >= header_bytes:
                     limit = header_bytes + math.prod(_shape(content, dimensions))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise _damaged(path, f"gzip cannot unpack it ({error})", fix, code="data-unpackable") from error
+        raise _damaged(path, f"gzip cannot unpack it ({error})", code="data-unpackable") from error
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}. {fix}", code="data-unreadable") from error
+        raise UsageError(f"cannot read {path}: {error.strerror or error}. {_FIX}", code="data-unreadable") from error
     return content
 
 
@@ -72,8 +72,8 @@ def _shape(content: bytearray, dimensions: int) -> tuple[int, ...]:
     return tuple(int.from_bytes(content[4 * i : 4 * i + 4], "big") for i in range(1, dimensions + 1))
 
 
-def _damaged(path: Path, reason: str, fix: str, code: str) -> UsageError:
-    return UsageError(f"{path} is damaged: {reason}. {fix}", code=code)
+def _damaged(path: Path, reason: str, code: str) -> UsageError:
+    return UsageError(f"{path} is damaged: {reason}. {_FIX}", code=code)
 
 
 VERSION = 1
@@ -111,13 +111,11 @@ def find(root: Path | None, split: Split) -> tuple[Path, Path]:
 def decode(files: tuple[Path, Path]) -> ImageSet:
     """Return the images and labels in the two files; UsageError when they are damaged or do not fit."""
     images_file, labels_file = files
-    pixels = read_idx(images_file, 3, _FIX)
-    labels = read_idx(labels_file, 1, _FIX)
+    pixels = read_idx(images_file, 3)
+    labels = read_idx(labels_file, 1)
     if len(pixels) == 0 or pixels.shape[1:] != (_SIDE, _SIDE):
         found = " x ".join(map(str, pixels.shape))
-        raise UsageError(
-            f"{images_file} is damaged: it holds {found} pixels, not images of 28 x 28. {_FIX}", code="data-shape"
-        )
+        raise _damaged(images_file, f"it holds {found} pixels, not images of 28 x 28", code="data-shape")
     if len(labels) != len(pixels):
         raise UsageError(
             f"{images_file} holds {len(pixels)} images but {labels_file} holds {len(labels)} labels: "
@@ -125,10 +123,7 @@ def decode(files: tuple[Path, Path]) -> ImageSet:
             code="data-counts",
         )
     if labels.max() >= CLASSES:
-        raise UsageError(
-            f"{labels_file} is damaged: it holds the label {labels.max()}, not 0 to {CLASSES - 1}. {_FIX}",
-            code="data-labels",
-        )
+        raise _damaged(labels_file, f"it holds the label {labels.max()}, not 0 to {CLASSES - 1}", code="data-labels")
     # The arrays are views of bytearrays, hence writable, so that torch takes them as they are.
     return ImageSet(torch.from_numpy(pixels).unsqueeze(1), torch.from_numpy(labels).long(), CLASSES)
 

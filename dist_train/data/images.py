@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from dist_train.config import DataSettings
+from dist_train.outcome import UsageError
 
 Split = Literal["train", "test"]
 
@@ -41,13 +46,58 @@ class ImageSet:
         _, channels, height, width = self.images.shape
         return channels, height, width
 
+    def digest(self) -> str:
+        """Return a digest of the images and labels."""
+        hashed = hashlib.sha256(self.images.numpy().tobytes())
+        hashed.update(self.labels.numpy().tobytes())
+        return hashed.hexdigest()[:16]
+
+
+def in_memory(samples: Any, settings: DataSettings) -> ImageSet:
+    """Return the samples of a map-style `torch.utils.data.Dataset`, all of them read.
+
+    A sample is an image and a label: a PIL image, or uint8 of [C, H, W] (a tensor) or [H, W] or [H, W, C] (an array).
+
+    Raises:
+        UsageError: it is no such data set, or a sample is not of `data.shape`, or its label not below `data.classes`.
+    """
+    assert settings.shape is not None
+    assert settings.classes is not None
+    try:
+        count = len(samples)
+    except TypeError:
+        raise UsageError(
+            f"{settings.name} returned {type(samples).__name__}, neither an ImageSet nor a map-style Dataset",
+            code="plugin-result",
+        ) from None
+    images = torch.empty((count, *settings.shape), dtype=torch.uint8)
+    labels = torch.empty(count, dtype=torch.int64)
+    for index in range(count):
+        image, label = samples[index]
+        pixels = _pixels(image)
+        if pixels.shape != images.shape[1:] or pixels.dtype != torch.uint8 or not 0 <= int(label) < settings.classes:
+            raise UsageError(
+                f"sample {index} of {settings.name} is {pixels.dtype} of {list(pixels.shape)} with label {label}: "
+                f"data.shape is {list(settings.shape)}, of uint8, and data.classes {settings.classes}",
+                code="plugin-data-form",
+            )
+        images[index], labels[index] = pixels, int(label)
+    return ImageSet(images, labels, settings.classes)
+
+
+def _pixels(image: Any) -> Tensor:
+    if isinstance(image, Tensor):
+        return image
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.movedim(-1, 0)
+
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """A micro-batch to come: its samples, int64 [n] on the CPU, and the epoch that augments them (none: plain)."""
+    """The samples of a batch, int64 [n] on the CPU, and the epoch that augments them; None: as they are."""
 
     indices: Tensor
-    epoch: int | None
+    epoch: int | None = None
 
 
 class SampleSource(Protocol):
@@ -63,14 +113,8 @@ class SampleSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def micro_batch(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """Return augmented inputs [n, C, H, W] and labels int64 [n] for `indices`, int64 [n] on the CPU."""
-
-    def unaugmented(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return inputs and labels of `indices`, int64 [n] on the CPU, not augmented."""
-
-    def plain(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return inputs and labels of the samples `start` to `stop` (exclusive), not augmented."""
+    def read(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
+        """Return inputs [n, C, H, W] and labels int64 [n] of `batch`."""
 
     def prefetch(self, batches: Iterable[BatchRequest]) -> None:
         """Begin to prepare what will be asked for next, in this order; replaces earlier announcements.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dist_train.config import DataSettings
 from dist_train.data.catalog import load_images
-from dist_train.data.folder_samples import open_folder
+from dist_train.data.image_folder import open_folder
 from dist_train.data.images import BatchRequest, ImageSet, Splits
 from dist_train.data.pixels import AUGMENTATIONS, PixelFormat, channel_statistics, move, staging_buffer, unchanged
 
@@ -18,7 +17,7 @@ _RESIDENT_PART = 4
 
 
 class Samples:
-    """The samples of one split, held in memory. Nothing here waits for the device."""
+    """The samples of one split, on the device where they fit. Nothing here waits for it."""
 
     def __init__(
         self,
@@ -30,31 +29,24 @@ class Samples:
     ) -> None:
         self.classes = images.classes
         self.shape = images.shape
-        self._length = len(images)
         self._device = device
         self._seed = seed
         self._augment = AUGMENTATIONS[augment]
         self._pixels = PixelFormat() if pixels is None else pixels
-        self._store: _Store = _Resident(images, device) if _fits(images, device) else _Staged(images, device)
+        self._is_resident = _fits(images, device)
+        # On a CPU these are the mapped pages themselves.
+        self._images, self._labels = (
+            tensor.to(device) if self._is_resident else tensor for tensor in (images.images, images.labels)
+        )
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._labels)
 
-    def micro_batch(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """Return augmented inputs [n, C, H, W] and labels int64 [n] for `indices`, int64 [n] on the CPU."""
-        images, labels = self._store.gather(indices)
-        if self._augment is not unchanged:
-            images = self._augment(images, move(indices, self._device), self._seed, epoch)
-        return self._pixels.convert(images), labels
-
-    def unaugmented(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return inputs and labels of `indices`, int64 [n] on the CPU, not augmented."""
-        images, labels = self._store.gather(indices)
-        return self._pixels.convert(images), labels
-
-    def plain(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return inputs and labels of the samples `start` to `stop` (exclusive), not augmented."""
-        images, labels = self._store.span(start, stop)
+    def read(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
+        """Return inputs [n, C, H, W] and labels int64 [n] of `batch`."""
+        images, labels = self._gather(batch.indices)
+        if batch.epoch is not None and self._augment is not unchanged:
+            images = self._augment(images, move(batch.indices, self._device), self._seed, batch.epoch)
         return self._pixels.convert(images), labels
 
     def prefetch(self, batches: Iterable[BatchRequest]) -> None:
@@ -62,6 +54,18 @@ class Samples:
 
     def close(self) -> None:
         """Do nothing."""
+
+    def _gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        if self._is_resident:
+            there = move(indices, self._images.device)
+            return self._images.index_select(0, there), self._labels.index_select(0, there)
+        return self._staged(self._images, indices), self._staged(self._labels, indices)
+
+    def _staged(self, source: Tensor, indices: Tensor) -> Tensor:
+        """Return what is in the machine's memory, through pinned buffers that are copied while the device computes."""
+        staging = staging_buffer((indices.numel(), *source.shape[1:]), source.dtype, self._device)
+        torch.index_select(source, 0, indices, out=staging)
+        return staging.to(self._device, non_blocking=True)
 
 
 def open_splits(
@@ -87,49 +91,6 @@ def open_splits(
         test=Samples(test, device, seed, "none", pixels),
         identity=f"{train.identity} {test.identity}".strip(),
     )
-
-
-class _Store(Protocol):
-    """Where the bytes lie, and how they come to the device."""
-
-    def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def span(self, start: int, stop: int) -> tuple[Tensor, Tensor]: ...
-
-
-class _Resident:
-    """All images on the device; on a CPU these are the mapped pages themselves."""
-
-    def __init__(self, images: ImageSet, device: torch.device) -> None:
-        self._images = images.images.to(device)
-        self._labels = images.labels.to(device)
-
-    def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        there = move(indices, self._images.device)
-        return self._images.index_select(0, there), self._labels.index_select(0, there)
-
-    def span(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        return self._images[start:stop], self._labels[start:stop]
-
-
-class _Staged:
-    """Images in the machine's memory, copied to the device through pinned buffers while it computes."""
-
-    def __init__(self, images: ImageSet, device: torch.device) -> None:
-        self._images = images.images
-        self._labels = images.labels
-        self._device = device
-
-    def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        return self._pick(self._images, indices), self._pick(self._labels, indices)
-
-    def span(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        return move(self._images[start:stop], self._device), move(self._labels[start:stop], self._device)
-
-    def _pick(self, source: Tensor, indices: Tensor) -> Tensor:
-        staging = staging_buffer((indices.numel(), *source.shape[1:]), source.dtype, self._device)
-        torch.index_select(source, 0, indices, out=staging)
-        return staging.to(self._device, non_blocking=True)
 
 
 def _fits(images: ImageSet, device: torch.device) -> bool:

@@ -97,10 +97,7 @@ def crop_flip(images: Tensor, samples: Tensor, seed: int, epoch: int) -> Tensor:
     return cropped.view(count, channels, height, width)
 
 
-AUGMENTATIONS: Mapping[str, Augmentation] = {
-    "none": unchanged,
-    "crop-flip": crop_flip,
-}
+AUGMENTATIONS: Mapping[str, Augmentation] = {"none": unchanged, "crop-flip": crop_flip}
 
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:

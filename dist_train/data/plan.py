@@ -37,18 +37,12 @@ class BatchPlan:
     global_size: int
     micro_size: int
 
-    def __post_init__(self) -> None:
-        assert self.global_size >= 1
-        assert self.micro_size >= 1
-
     @cached_property
     def micro_batches(self) -> tuple[MicroBatch, ...]:
         """All micro-batches in order; the last one is shorter where `micro_size` does not divide."""
         starts = range(0, self.global_size, self.micro_size)
-        return tuple(
-            MicroBatch(index, start, min(start + self.micro_size, self.global_size))
-            for index, start in enumerate(starts)
-        )
+        stops = (*starts[1:], self.global_size)
+        return tuple(map(MicroBatch, range(len(starts)), starts, stops))
 
     def share(self, rank: int, size: int) -> tuple[MicroBatch, ...]:
         """Return what rank `rank` of `size` computes, round robin by index.
@@ -74,12 +68,8 @@ class BatchPlan:
                 code="micro-batch-too-small",
             )
         return tuple(
-            MicroBatch(
-                whole.index,
-                whole.start + whole.size * rank // size,
-                whole.start + whole.size * (rank + 1) // size,
-            )
-            for whole in self.micro_batches
+            MicroBatch(each.index, each.start + each.size * rank // size, each.start + each.size * (rank + 1) // size)
+            for each in self.micro_batches
         )
 
     def steps_per_epoch(self, samples: int) -> int:
@@ -130,11 +120,7 @@ def balanced_choice(labels: Tensor, size: int, classes: int, seed: int) -> Tenso
             f"set it to at most {labels.numel()}, or leave it out",
             code="too-few-samples",
         )
-    return _chosen(labels, size, classes, seed)
-
-
-def _chosen(labels: Tensor, size: int, classes: int, seed: int) -> Tensor:
-    """Shuffle, then take the first of every class, then the second of every class, and so on."""
+    # Shuffle, then take the first of every class, then the second of every class, and so on.
     shuffled = torch.randperm(labels.numel(), generator=generator(seed, "training subset"))
     by_class = torch.argsort(labels[shuffled], stable=True)
     counts = torch.bincount(labels, minlength=classes)

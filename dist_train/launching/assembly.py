@@ -12,8 +12,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dist_train.checkpoint.files import Contents
-from dist_train.checkpoint.state import Progress, broadcast_state, load_into, restored_progress, shared_progress
+from dist_train.checkpoint.state import (
+    Progress,
+    ResumePoint,
+    broadcast_state,
+    load_into,
+    load_model,
+    restored_progress,
+    shared_progress,
+)
 from dist_train.checkpoint.writer import CheckpointWriter
 from dist_train.cluster.communicator import Communicator, run_on_all_ranks
 from dist_train.cluster.devices import share_out_devices
@@ -29,13 +36,14 @@ from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise, SmoothOut, build_noise
 from dist_train.optim.optimizers import build_optimizer
 from dist_train.optim.schedules import LearningRate
+from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
-from dist_train.training.compute import Compute, DynamicLossScale, LossScale, set_up_compute
+from dist_train.training.compute import Compute, LossScale, set_up_compute
 from dist_train.training.consistency import check_same_data
 from dist_train.training.measuring import (
     HostTimer,
     Measuring,
-    RankMeasuring,
+    Profiler,
     StepClock,
     WeightNorms,
     build_step_clock,
@@ -48,7 +56,6 @@ from dist_train.training.micro_batches import (
     shares_micro_batches,
     sum_over,
 )
-from dist_train.training.profiling import build_profiler
 from dist_train.training.reduction import GradientReduction, Tally, build_reduction
 from dist_train.training.step import TrainingStep
 from dist_train.training.stopping import StopRequests, TimeLimit, job_time_limit
@@ -62,13 +69,18 @@ _LOST_NOISE = 0.01
 
 def assemble(
     config: Config,
-    contents: Contents | None,
+    resume_point: ResumePoint,
     directory: RunDirectory,
     comm: Communicator,
     session: Session,
     stop: StopRequests,
 ) -> Trainer:
-    """Build the trainer of `config`, at the beginning or where the checkpoint `contents` (rank 0's) left off."""
+    """Build the trainer of `config`, at the beginning or where the checkpoint of rank 0's `resume_point` left off.
+
+    Raises:
+        UsageError: the device, the data or the batch do not fit, or the checkpoint is of another model or of a run
+            that cannot be lengthened yet.
+    """
     device = share_out_devices(comm, config.run.device)
     config = with_device(config, "cuda" if device.type == "cuda" else "cpu")
     compute = run_on_all_ranks(comm, partial(set_up_compute, config.precision, device), "set up its device")
@@ -89,13 +101,14 @@ def assemble(
     network = build_model(config).to(compute.device)
     weights = FlatWeights(network)
     is_measured = config.metrics.enabled or config.metrics.tensorboard
-    measuring = Measuring()
+    measuring = None
     if is_measured:
         # The norms measure the distance to the initial weights, which are what `weights` are now.
         norms = WeightNorms(weights.values, weights.values.clone()) if comm.rank == 0 else None
-        measuring = RankMeasuring(comm, read_usage_of(compute.device), norms)
+        measuring = Measuring(comm, read_usage_of(compute.device), norms)
     optimizer = build_optimizer(config.optimizer, weights)
-    progress = run_on_all_ranks(comm, partial(_restore, contents, network, optimizer), "restore the checkpoint")
+    restore = partial(_restore, resume_point, updates_per_epoch, network, optimizer)
+    progress = run_on_all_ranks(comm, restore, "restore the checkpoint")
     progress = shared_progress(comm, progress)
     broadcast_state(comm, network, weights, optimizer)
 
@@ -106,7 +119,9 @@ def assemble(
     writer = None
     if comm.rank == 0:
         directory.save_config(config)
-        writer = CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing)
+        elsewhere = config.checkpoint.fallback_directory
+        fallback = directory.fallback(elsewhere) if elsewhere else None
+        writer = CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing, fallback)
     step = build_step(
         config,
         model,
@@ -115,7 +130,7 @@ def assemble(
         optimizer,
         comm,
         compute,
-        loss_scale=DynamicLossScale(progress) if compute.precision == torch.float16 else LossScale(),
+        loss_scale=LossScale(progress if compute.precision == torch.float16 else None),
         clock=build_step_clock(compute.device) if is_measured else StepClock(HostTimer()),
         total_steps=total_steps,
         wait_for_checkpoint_copy=writer.wait_until_copied if writer else lambda: None,
@@ -131,6 +146,7 @@ def assemble(
         step.reduction.close()
         return replace(step, reduction=_reduction(settled, weights, comm))
 
+    profile_steps = config.run.profile_steps
     return Trainer(
         config=config,
         comm=comm,
@@ -154,7 +170,7 @@ def assemble(
         stop=stop,
         time_limit=job_time_limit() if comm.rank == 0 else TimeLimit(None),
         progress=progress,
-        profiler=build_profiler(config.run.profile_steps, directory.profile, comm),
+        profiler=Profiler(profile_steps, directory.profile, comm) if profile_steps else None,
         measuring=measuring,
     )
 
@@ -199,11 +215,20 @@ def build_step(
     )
 
 
-def _restore(contents: Contents | None, network: nn.Module, optimizer: Optimizer) -> Progress:
-    if contents is None:
+def _restore(start: ResumePoint, updates_per_epoch: int, network: nn.Module, optimizer: Optimizer) -> Progress:
+    if start.contents is None:
+        if start.initial is not None:
+            load_model(start.initial.contents.model, network, str(start.initial.path))
         return Progress()
-    load_into(contents, network, optimizer)
-    return restored_progress(contents)
+    planned = (start.epochs_before or 0) * updates_per_epoch
+    if start.contents.step < planned:
+        raise UsageError(
+            f"the run has done {start.contents.step} of the {planned} updates of its {start.epochs_before} epochs: "
+            f"finish it with run.epochs={start.epochs_before}, then lengthen it",
+            code="run-unfinished",
+        )
+    load_into(start.contents, network, optimizer)
+    return restored_progress(start.contents)
 
 
 def _warn_of_lost_noise(noise: Noise, precision: torch.dtype, step: int) -> None:

@@ -19,6 +19,7 @@ from rich.console import Console, Group
 from rich.table import Column, Table
 from rich.text import Text
 
+from dist_train.cluster.nodes import Survey
 from dist_train.config import Config, DataSettings
 from dist_train.config.sections import Device
 from dist_train.outcome import UsageError
@@ -223,6 +224,19 @@ def check_slurm() -> Check:
     return Check("Slurm", "fine", f"{version}, with PMIx")
 
 
+def check_nodes(survey: Survey) -> tuple[Check, ...]:
+    """Say what each node of a job has, and what is wrong with some of them."""
+    checks = [check_slurm()]
+    for report in survey.reports:
+        addresses = ", ".join(f"{name} {address}" for name, address in report.addresses.items())
+        versions = ", ".join(f"{name} {version}" for name, version in report.versions.items() if version)
+        detail = f"{addresses or 'no address'}; {report.gpus} GPUs; {versions}"
+        checks.append(Check(report.node, "fine", detail))
+    for fault in survey.faults:
+        checks.append(Check(", ".join(fault.nodes), "fails" if fault.is_fatal else "note", fault.text, fault.fix))
+    return tuple(checks)
+
+
 def check_data(config: Config) -> Check:
     """Check that the files of the configured data set are there; nothing is decoded."""
     name = config.data.name
@@ -301,7 +315,7 @@ def check_disk(name: str, directory: Path) -> Check:
 def check_cache() -> Check:
     """Check the folder for decoded data."""
     try:
-        from dist_train.data.download import decoded_folder
+        from dist_train.data.cache import decoded_folder
     except (ImportError, OSError):
         return Check("cache", "note", "not checked: torch cannot be loaded")
     check = check_disk("cache", decoded_folder())

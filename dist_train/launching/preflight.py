@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dist_train.checkpoint.files import find_checkpoint, read_record
 from dist_train.config import Config
 from dist_train.data.catalog import find_data
 from dist_train.data.plan import BatchPlan
 from dist_train.monitoring.observers import check_tensorboard
 from dist_train.monitoring.prometheus.http_server import check_access
 from dist_train.outcome import UsageError
+from dist_train.rundir.paths import RunDirectory
 
 
 def check_settings(config: Config) -> None:
@@ -46,9 +48,15 @@ def check_data(config: Config) -> None:
         find_data(config.data)
 
 
+def check_initial_weights(config: Config) -> None:
+    """Check that what a run that has not begun is to begin from is there. Raises UsageError."""
+    if config.run.init_from is not None and not RunDirectory(config.run_directory).checkpoint_steps():
+        read_record(find_checkpoint(config.run.init_from))
+
+
 def refusals(config: Config) -> Iterator[UsageError]:
     """Yield every reason for which `train` would not begin with `config` here."""
-    for check in (check_metrics, check_batches, check_data):
+    for check in (check_metrics, check_batches, check_data, check_initial_weights):
         try:
             check(config)
         except UsageError as error:

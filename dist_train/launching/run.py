@@ -21,10 +21,9 @@ from dist_train.launching.preflight import check_settings
 from dist_train.launching.session import Session, open_session
 from dist_train.monitoring.console import open_logs
 from dist_train.monitoring.prometheus.http_server import access_warnings
-from dist_train.rundir.lock import RunLock, lock_run
-from dist_train.rundir.metrics_file import rewind
+from dist_train.rundir.lock import LockRequest, RunLock
 from dist_train.rundir.paths import RunDirectory, oserror_to_fault
-from dist_train.rundir.records import Outcome
+from dist_train.rundir.records import Outcome, rewind
 from dist_train.start_up import without_collection
 from dist_train.training.compute import share_of_threads
 from dist_train.training.consistency import check_consistent_across_ranks
@@ -37,6 +36,10 @@ _SILENT_SHARE = 2 / 3
 
 _MEETING_SHARE = 2.0
 """Of `comm.timeout`: so long the ranks may take to meet; on a large launch some start much later than others."""
+
+
+_LOOKS_IN_TIMEOUT = 4
+"""How often within `comm.timeout` ranks that wait for the run directory meet."""
 
 
 def train(config: Config, run_directory: Path | None = None) -> Outcome:
@@ -73,8 +76,10 @@ def train(config: Config, run_directory: Path | None = None) -> Outcome:
             watchdog = stack.enter_context(
                 start_watchdog(comm, timeout=config.comm.timeout * _SILENT_SHARE, on_loss=lose)
             )
-        begin = partial(_begin, config, directory, comm, stack)
-        resume_point, lock = run_on_all_ranks(comm, begin, "open the run directory")
+        lock = _lock(config, directory, comm)
+        if lock is not None:
+            stack.callback(lock.release)
+        resume_point = run_on_all_ranks(comm, partial(_begin, config, directory, comm), "open the run directory")
         settled = _shared_config(comm, resume_point.config)
         run_id = broadcast_str(comm, directory.run_id() if comm.rank == 0 else "", "run id")
         stack.enter_context(open_logs(directory.logs, comm.rank))
@@ -84,7 +89,7 @@ def train(config: Config, run_directory: Path | None = None) -> Outcome:
         session = open_session(settled, directory, comm, lock, run_id)
         try:
             with without_collection():
-                trainer = assemble(settled, resume_point.contents, directory, comm, session, stop)
+                trainer = assemble(settled, resume_point, directory, comm, session, stop)
             trainer.may_shrink = config.batch.micro_size == "auto"
             session.begin(trainer, resume_point)
             stack.callback(trainer.close)
@@ -98,20 +103,34 @@ def train(config: Config, run_directory: Path | None = None) -> Outcome:
         return session.finish()
 
 
-def _begin(
-    config: Config, directory: RunDirectory, comm: Communicator, stack: ExitStack
-) -> tuple[ResumePoint, RunLock | None]:
-    """Lock the run directory, on rank 0, and look at what there is to resume; the others only take part."""
+def _lock(config: Config, directory: RunDirectory, comm: Communicator) -> RunLock | None:
+    """Make the run directory and lock it, on rank 0; the others only take part."""
+
+    def request() -> LockRequest | None:
+        if comm.rank != 0:
+            return None
+        check_settings(config)
+        directory.create()
+        return LockRequest(directory.root, directory.lock)
+
+    lock: RunLock | None = None
+    wish = run_on_all_ranks(comm, request, "make the run directory")
+    # A dead node's lock may be held for longer than an engine lets ranks wait for each other.
+    while not broadcast_str(comm, "held" if lock else "", "lock"):
+        wait = partial(wish.wait, config.comm.timeout / _LOOKS_IN_TIMEOUT) if wish else lambda: None
+        lock = run_on_all_ranks(comm, wait, "lock the run directory")
+    return lock
+
+
+def _begin(config: Config, directory: RunDirectory, comm: Communicator) -> ResumePoint:
+    """Look at what there is to resume, on rank 0; the others only take part."""
     if comm.rank != 0:
-        return ResumePoint(config), None
-    check_settings(config)
-    directory.create()
-    lock = lock_run(directory.root, directory.lock)
-    stack.callback(lock.release)
+        return ResumePoint(config)
     directory.run_id()  # made here, where a disk that refuses it is an error on all ranks
+    directory.make_reserve()
     resume_point = find_resume_point(config, directory)
     rewind(directory.metrics, resume_point.contents.step if resume_point.contents else 0)
-    return resume_point, lock
+    return resume_point
 
 
 def _shared_config(comm: Communicator, config: Config) -> Config:

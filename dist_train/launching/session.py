@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from dist_train.checkpoint.files import list_checkpoints
@@ -13,6 +13,7 @@ from dist_train.checkpoint.state import Progress, ResumePoint
 from dist_train.cluster.communicator import Communicator, PeerFailedError, RankLostError, gather_str
 from dist_train.cluster.launch import current_job
 from dist_train.config import Config
+from dist_train.config.plugins import call_plugin, plugin_files
 from dist_train.config.sections import MetricsSettings
 from dist_train.launching.provenance import launch_environment, revision, run_facts
 from dist_train.monitoring.console import open_console
@@ -21,9 +22,8 @@ from dist_train.monitoring.prometheus.exporter import Exporter
 from dist_train.outcome import DisagreementError, DivergedError, ExitCode, FaultError, StoppedError, exit_code_of
 from dist_train.rundir.live_files import EventCounts, RanksFile
 from dist_train.rundir.lock import RunLock
-from dist_train.rundir.metrics_file import JsonLines
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import Detail, EventRecord, Observer, Outcome
+from dist_train.rundir.records import Detail, EventRecord, JsonLines, Observer, Outcome
 from dist_train.rundir.status import State, StatusFile, another_failed, read_status
 
 if TYPE_CHECKING:
@@ -72,15 +72,50 @@ class Session:
         job = current_job()
         if job is not None and job.restarts:
             self._record_event("requeued", restart=job.restarts)
+        plugins = plugin_files(trainer.config.model_dump(mode="json"))
         if resume_point.contents is not None:
             self._record_event("resumed", ranks=self._comm.size)
+            self._note_changed_plugins(resume_point.contents.plugins, plugins)
+        if resume_point.epochs_before is not None:
+            self._record_lengthening(trainer, resume_point.epochs_before)
+        if (initial := resume_point.initial) is not None:
+            _logger.info("the weights are those of %s, step %d", initial.path, initial.contents.step)
+            self._record_event(
+                "initialized",
+                checkpoint=str(initial.path),
+                checkpoint_step=initial.contents.step,
+                sha256=initial.sha256,
+            )
         self.status.change(
             "running",
             step=trainer.progress.step,
             epoch=trainer.epoch,
             total_steps=trainer.last_step,
-            environment=launch_environment(code, self._comm.controller, trainer.take_step.compute.device),
+            environment={
+                **launch_environment(code, self._comm.controller, trainer.take_step.compute.device),
+                **{f"plug-in {name}": digest for name, digest in plugins.items()},
+            },
         )
+
+    def _note_changed_plugins(self, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+        changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        if changed:
+            names = ", ".join(changed)
+            _logger.warning("plug-ins are not what they were when the checkpoint was saved: %s", names)
+            self._record_event("plugins_changed", files=names)
+
+    def _record_lengthening(self, trainer: Trainer, before: int) -> None:
+        now, step = trainer.config.run.epochs, trainer.progress.step
+        _logger.info(
+            "lengthened from %d to %d epochs: schedules are laid out anew over %d updates; the next one has learning "
+            "rate %g, noise amplitude %g",
+            before,
+            now,
+            trainer.total_steps,
+            trainer.learning_rate.at(step),
+            trainer.take_step.noise.amplitude(step),
+        )
+        self._record_event("lengthened", before=before, now=now)
 
     def before_publishing(self) -> None:
         """Flush the records that a checkpoint belongs to, before it gets its name. From any thread.
@@ -94,7 +129,10 @@ class Session:
 
     def finish(self) -> Outcome:
         """Report that the run is done, and return how it ended."""
-        return self._end("finished", ExitCode.FINISHED, "", is_recorded=False)
+        outcome = self._end("finished", ExitCode.FINISHED, "", is_recorded=False)
+        if self.status:
+            self._directory.drop_reserve()
+        return outcome
 
     def fail(self, error: Exception) -> None:
         """Report that the launch ends with `error`, once the checkpoint being written is on disk."""
@@ -143,7 +181,10 @@ class Session:
         """Record the fault in the status, on whichever rank it happened: no other may know of it."""
         if self.status is None:
             status = _status_file(self._directory, self._comm)
-            status.progress(step=self._trainer.progress.step if self._trainer else 0)
+            if self._trainer is not None:
+                progress = self._trainer.progress
+                status.note(step=progress.step, epoch=self._trainer.epoch, best_accuracy=progress.best_accuracy)
+                status.note(total_steps=self._trainer.last_step, samples_per_second=self._trainer.samples_per_second)
             status.end("failed", ExitCode.FAULT, f"rank {self._comm.rank}: {reason}")
 
     def _end(self, state: State, code: ExitCode, reason: str, *, is_recorded: bool) -> Outcome:
@@ -185,9 +226,8 @@ def open_session(
 
 
 def _status_file(directory: RunDirectory, comm: Communicator) -> StatusFile:
-    """Return the status of this launch; until it trains, the environment is that of the launch before it."""
-    before = read_status(directory.status)
-    return StatusFile(directory.status, comm.size, before.environment if before else {})
+    """Return the status of this launch; until it trains, it is as far as the launch before it."""
+    return StatusFile(directory.status, comm.size, read_status(directory.status))
 
 
 def _observers(settings: MetricsSettings, directory: RunDirectory, rank: int) -> Iterator[Observer]:
@@ -201,3 +241,6 @@ def _observers(settings: MetricsSettings, directory: RunDirectory, rank: int) ->
         yield Exporter(settings)
     if settings.tensorboard and rank == 0:
         yield TensorBoard(directory.tensorboard)
+    if rank == 0:
+        for logger in settings.loggers:
+            yield call_plugin(logger.name, logger.options, directory.root)

@@ -1,21 +1,153 @@
-"""From a configuration to an initialized network; initial weights depend on the seed and the name alone."""
+"""From a configuration to an initialized network; initial weights depend on the seed and the name alone.
+
+VGG9 is as Li et al. use it (arXiv 1712.09913), VGG16 and VGG19 (arXiv 1409.1556) are for small images. Residual
+networks (arXiv 1512.03385) are of torchvision's blocks, with its parameter names, for images of any size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 from types import MappingProxyType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
-from dist_train.config import Config, ImageFormat
-from dist_train.models.norms import NormFactory, norm_factory, norm_parameters
-from dist_train.models.resnet import resnet18, resnet50
-from dist_train.models.vgg import vgg9, vgg16, vgg19
+from dist_train.config import Config, ImageFormat, ModelSettings
+from dist_train.config.plugins import call_plugin
+from dist_train.models.norms import VECTOR_GROUP, NormFactory, norm_factory, norm_parameters
+from dist_train.outcome import UsageError
 from dist_train.randomness import generator
 
+_POOL = None
+_VGG9 = (64, 64, _POOL, 128, 128, _POOL, 256, 256, 256, _POOL)
+_VGG16 = (64, 64, _POOL, 128, 128, _POOL, *(256,) * 3, _POOL, *(512,) * 3, _POOL, *(512,) * 3, _POOL)
+_VGG19 = (64, 64, _POOL, 128, 128, _POOL, *(256,) * 4, _POOL, *(512,) * 4, _POOL, *(512,) * 4, _POOL)
+_HIDDEN = 256
+
+_STAGES = (64, 128, 256, 512)
+_SMALL = 64
+"""Images of up to so many pixels a side keep their size through the stem, as is usual for CIFAR."""
+_FEWEST_CHANNELS = 8
+"""With fewer, torch 2.13's backward pass of a strided 1x1 convolution in channels-last layout corrupts the heap."""
+
+
+def _vgg9(images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
+    """Return VGG9, its channels scaled by `width`: 2,789,706 parameters at 3x32x32."""
+    layers, features = _convolutions(_VGG9, images, width, norm)
+    hidden = max(1, round(_HIDDEN * width))
+    layers["hidden"] = nn.Linear(features, hidden)
+    layers["hidden_norm"] = norm(hidden, least=VECTOR_GROUP)
+    layers["hidden_relu"] = nn.ReLU(inplace=True)
+    layers["classifier"] = nn.Linear(hidden, images.classes)
+    return nn.Sequential(layers)
+
+
+def _vgg(plan: Sequence[int | None], images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
+    """Return VGG with one linear layer on top.
+
+    The published hidden layers need dropout, whose draws would depend on how samples are dealt out.
+    """
+    layers, features = _convolutions(plan, images, width, norm)
+    layers["classifier"] = nn.Linear(features, images.classes)
+    return nn.Sequential(layers)
+
+
+def _convolutions(
+    plan: Sequence[int | None], images: ImageFormat, width: float, norm: NormFactory
+) -> tuple[OrderedDict[str, nn.Module], int]:
+    """Return the convolutions of `plan`, flattened, and how many features they give."""
+    channels, height, breadth = images.shape
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    block, place = 1, 1
+    for outputs in plan:
+        if outputs is _POOL:
+            layers[f"pool{block}"] = nn.MaxPool2d(2, ceil_mode=True)
+            height, breadth = -(-height // 2), -(-breadth // 2)
+            block, place = block + 1, 1
+            continue
+        scaled = max(1, round(outputs * width))
+        layers[f"convolution{block}_{place}"] = nn.Conv2d(channels, scaled, 3, padding=1)
+        channels = scaled
+        layers[f"norm{block}_{place}"] = norm(channels)
+        layers[f"relu{block}_{place}"] = nn.ReLU(inplace=True)
+        place += 1
+    layers["flatten"] = nn.Flatten()
+    return layers, channels * height * breadth
+
+
+def _resnet18(images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
+    """Return ResNet-18, its channels scaled by `width`: 11,173,962 parameters at 3x32x32."""
+    from torchvision.models.resnet import BasicBlock
+
+    return _resnet(BasicBlock, BasicBlock.expansion, (2, 2, 2, 2), images, width, norm)
+
+
+def _resnet50(images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
+    """Return ResNet-50, its channels scaled by `width`: 23,520,842 parameters at 3x32x32."""
+    from torchvision.models.resnet import Bottleneck
+
+    return _resnet(Bottleneck, Bottleneck.expansion, (3, 4, 6, 3), images, width, norm)
+
+
+class _StridedPointwise(nn.Conv2d):
+    """A 1x1 convolution that leaves out pixels before it computes, instead of computing with a stride."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows, columns = self.stride
+        return functional.conv2d(input[:, :, ::rows, ::columns], self.weight)
+
+
+def _resnet(
+    block: Callable[..., nn.Module],
+    expansion: int,
+    depths: Sequence[int],
+    images: ImageFormat,
+    width: float,
+    norm: NormFactory,
+) -> nn.Module:
+    planes = [max(1, round(channels * width)) for channels in _STAGES]
+    layers = _stem(images, planes[0], norm)
+    inputs = [planes[0], *(channels * expansion for channels in planes)]
+    for stage, ((channels, outputs), depth) in enumerate(zip(pairwise(inputs), depths, strict=True), start=1):
+        stride = 1 if stage == 1 else 2
+        shortcut = None
+        if stride > 1 or channels != outputs:
+            pointwise = nn.Conv2d if channels >= _FEWEST_CHANNELS else _StridedPointwise
+            shortcut = nn.Sequential(pointwise(channels, outputs, 1, stride, bias=False), norm(outputs))
+        first = block(channels, planes[stage - 1], stride, shortcut, norm_layer=norm)
+        others = [block(outputs, planes[stage - 1], norm_layer=norm) for _ in range(depth - 1)]
+        layers[f"layer{stage}"] = nn.Sequential(first, *others)
+    layers["avgpool"] = nn.AdaptiveAvgPool2d(1)
+    layers["flatten"] = nn.Flatten()
+    layers["fc"] = nn.Linear(inputs[-1], images.classes)
+    return nn.Sequential(layers)
+
+
+def _stem(images: ImageFormat, outputs: int, norm: NormFactory) -> OrderedDict[str, nn.Module]:
+    colours, *sides = images.shape
+    is_small = max(sides) <= _SMALL
+    size, stride, padding = (3, 1, 1) if is_small else (7, 2, 3)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers["conv1"] = nn.Conv2d(colours, outputs, size, stride, padding, bias=False)
+    layers["bn1"] = norm(outputs)
+    layers["relu"] = nn.ReLU(inplace=True)
+    if not is_small:
+        layers["maxpool"] = nn.MaxPool2d(3, 2, padding=1)
+    return layers
+
+
 _MODELS: Mapping[str, Callable[[ImageFormat, float, NormFactory], nn.Module]] = MappingProxyType(
-    {"vgg9": vgg9, "vgg16": vgg16, "vgg19": vgg19, "resnet18": resnet18, "resnet50": resnet50}
+    {
+        "vgg9": _vgg9,
+        "vgg16": partial(_vgg, _VGG16),
+        "vgg19": partial(_vgg, _VGG19),
+        "resnet18": _resnet18,
+        "resnet50": _resnet50,
+    }
 )
 
 
@@ -27,8 +159,20 @@ def build_model(config: Config) -> nn.Module:
     settings = config.model
     # Torch's layers draw initial values of their own, which are overwritten: leave no trace of that.
     with torch.random.fork_rng(devices=()):
-        model = _MODELS[settings.name](config.data.image_format, settings.width, norm_factory(settings))
+        model = _network(settings, config.data.image_format)
     initialize(model, config.run.seed)
+    return model
+
+
+def _network(settings: ModelSettings, images: ImageFormat) -> nn.Module:
+    norm = norm_factory(settings)
+    if settings.name in _MODELS:
+        return _MODELS[settings.name](images, settings.width, norm)
+    model = call_plugin(settings.name, settings.options, images, settings.width, norm)
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"{settings.name} returned {type(model).__name__}, not a torch.nn.Module", code="plugin-result"
+        )
     return model
 
 

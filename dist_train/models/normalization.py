@@ -99,11 +99,7 @@ class _Normalize(torch.autograd.Function):
             return *torch.autograd.grad(again, leaves, upstream, create_graph=True), None, None, None
         upstream = upstream if ctx.fused else _channels_last(upstream)
         groups = zip(
-            inputs.split(ctx.group_sizes),
-            upstream.split(ctx.group_sizes),
-            means.unbind(),
-            scales.unbind(),
-            strict=True,
+            inputs.split(ctx.group_sizes), upstream.split(ctx.group_sizes), means.unbind(), scales.unbind(), strict=True
         )
         values = max(ctx.group_sizes) * inputs[0, 0].numel()
         if ctx.fused or (ctx.across is None and values <= _FEW_VALUES):

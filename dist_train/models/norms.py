@@ -49,7 +49,6 @@ class GroupedBatchNorm(nn.Module):
     running_var: torch.Tensor
 
     def __init__(self, channels: int, group_size: int | None = None) -> None:
-        """Normalize `channels` channels."""
         super().__init__()
         self.group_size = group_size
         self.epsilon = 1e-5
@@ -137,12 +136,7 @@ _NORMS: Mapping[str, Callable[[int, int, ModelSettings], nn.Module]] = MappingPr
 
 def norm_factory(settings: ModelSettings) -> NormFactory:
     """Return the function from a number of channels to a norm that `model.norm` names."""
-    build = _NORMS[settings.norm]
-
-    def norm(channels: int, *, least: int = 2) -> nn.Module:
-        return build(channels, least, settings)
-
-    return norm
+    return lambda channels, *, least=2: _NORMS[settings.norm](channels, least, settings)
 
 
 _LIMIT = STATISTICS.term_limit(4096)
@@ -153,7 +147,6 @@ class BatchStatistics:
     """`sums`, int64 [2 C of all norms]: norm by norm the means and the variances, times samples, so far."""
 
     def __init__(self, norms: Sequence[GroupedBatchNorm], device: torch.device) -> None:
-        """Begin a global batch that `norms`, on `device`, are to see."""
         self._norms = tuple(norms)
         self._running = [average for norm in norms for average in (norm.running_mean, norm.running_var)]
         self._lengths = [len(average) for average in self._running]

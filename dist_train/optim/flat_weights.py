@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import pairwise
 
 import torch
 from torch import nn
@@ -28,13 +27,12 @@ class Segment:
 
 
 class FlatWeights:
-    """The trainable parameters of a model as views of `values` [n], their gradients as views of `gradients` [n].
+    """The trainable parameters of a model, moved into one buffer: views of `values` [n], gradients of `gradients` [n].
 
     Between tensors there is padding, always zero in both.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Move the parameters of `model` into one buffer on their device."""
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.parameters: tuple[nn.Parameter, ...] = tuple(parameter for _, parameter in named)
         of_norms = norm_parameters(model)
@@ -81,12 +79,6 @@ class FlatWeights:
             if segment not in left_out:
                 mask[segment.start : segment.stop] = 1.0
         return mask
-
-    def places_without(self, exclude: Sequence[str]) -> list[int]:
-        """Return the places that `mask` gives 0.0, in order."""
-        kept = [segment for segment in self.segments if segment not in set(self.excluded(exclude))]
-        edges = [(0, 0), *((segment.start, segment.stop) for segment in kept), (len(self.values), 0)]
-        return [place for (_, stop), (start, _) in pairwise(edges) for place in range(stop, start)]
 
     @property
     def filter_lengths(self) -> torch.Tensor:

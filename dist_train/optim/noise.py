@@ -1,4 +1,4 @@
-"""What a step does with noise: one method a row. They differ in where a gradient is taken, and in what stays.
+"""Noise: what a step does with it, and how it is drawn; methods, distributions and scales are a row each.
 
 A draw is a pure function of (seed, step) and of what `sharing` adds to it, so that ranks agree on it without
 communication. Perturbed weights lie in a buffer of their own, which the model computes with meanwhile: the clean ones
@@ -7,24 +7,41 @@ are never written, and (w + n) - n would not be w in floating point.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from types import MappingProxyType
-from typing import Protocol
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from dist_train.config import NoiseSettings
+from dist_train.config.former import STREAM_OF_A_RANK
+from dist_train.config.plugins import call_plugin, is_plugin
 from dist_train.optim.flat_weights import FlatWeights, digest
-from dist_train.optim.noise_draws import NoiseDraws
 from dist_train.optim.schedules import noise_factor
+from dist_train.randomness import bits, key
 
 Ascend = Callable[[], None]
 """Takes the gradient of a micro-batch's loss where the weights are, into the flat gradients."""
 
 
+@dataclass(eq=False)
 class Noise:
-    """What a step does with the weights around its gradients; here: nothing, the method `none`."""
+    """What a step does with `weights` around its gradients, over `total_steps` updates; here nothing: `none`."""
+
+    settings: NoiseSettings
+    weights: FlatWeights
+    _: KW_ONLY
+    seed: int
+    total_steps: int
+    rank: int
+
+    def __post_init__(self) -> None:
+        pass  # subclasses make their buffers
 
     def amplitude(self, step: int) -> float:
         """Return a c(t), the amplitude in force at `step`."""
@@ -47,23 +64,12 @@ class Noise:
         return 0
 
 
-@dataclass(eq=False)
 class _Scheduled(Noise):
-    """Noise on `weights`, its amplitude laid out over `total_steps` updates."""
-
-    settings: NoiseSettings
-    weights: FlatWeights
-    _: KW_ONLY
-    seed: int
-    total_steps: int
-    rank: int
-
     def amplitude(self, step: int) -> float:
         """Return a c(t), for `sam` rho c(t)."""
         return self.settings.amplitude * noise_factor(self.settings.schedule, step, self.total_steps)
 
 
-@dataclass(eq=False)
 class _Perturbing(_Scheduled):
     """Noise whose gradients are taken at perturbed weights, in a buffer of their own."""
 
@@ -100,7 +106,7 @@ class SmoothOut(_Perturbing):
         if self.settings.sharing == "global":
             self.move(step)
         elif self.settings.sharing == "rank":
-            self.move(step, "rank", self.rank)
+            self.move(step, STREAM_OF_A_RANK, self.rank)
 
     def perturb_for(self, micro_batch: int, ascend: Ascend) -> None:
         """Move to the micro-batch's own point, if it has one."""
@@ -124,13 +130,12 @@ class SmoothOut(_Perturbing):
     def digest(self, step: int) -> int:
         """Return a digest of the perturbed weights, or, where they differ on purpose, of the first draw."""
         if self.settings.sharing == "rank":
-            self._draws.draw(self.weights.values, self.amplitude(step), step, "rank", 0)
+            self._draws.draw(self.weights.values, self.amplitude(step), step, STREAM_OF_A_RANK, 0)
         elif self.settings.sharing == "micro_batch":
             self._draws.draw(self.weights.values, self.amplitude(step), step, 0)
         return digest(self._perturbed)
 
 
-@dataclass(eq=False)
 class Langevin(_Scheduled):
     """Equation 1 of Naganuma and Yokota: theta(t+1) = theta(t) - eta grad E(theta(t)) + delta(t).
 
@@ -175,22 +180,149 @@ class SharpnessAware(_Perturbing):
         torch.add(clean, uphill.div_(length), alpha=self.amplitude(self._step), out=self._perturbed)
 
 
-class _Method(Protocol):
-    def __call__(
-        self, settings: NoiseSettings, weights: FlatWeights, *, seed: int, total_steps: int, rank: int
-    ) -> Noise: ...
-
-
-_METHODS: Mapping[str, _Method] = MappingProxyType(
-    {
-        "none": lambda settings, weights, *, seed, total_steps, rank: Noise(),
-        "smoothout": SmoothOut,
-        "langevin": Langevin,
-        "sam": SharpnessAware,
-    }
+_METHODS: Mapping[str, type[Noise]] = MappingProxyType(
+    {"none": Noise, "smoothout": SmoothOut, "langevin": Langevin, "sam": SharpnessAware}
 )
 
 
 def build_noise(settings: NoiseSettings, weights: FlatWeights, *, seed: int, total_steps: int, rank: int) -> Noise:
     """Return the noise that `settings` describe, on `weights`, for `rank`."""
-    return _METHODS[settings.method](settings, weights, seed=seed, total_steps=total_steps, rank=rank)
+    name, place = settings.method, {"seed": seed, "total_steps": total_steps, "rank": rank}
+    if is_plugin(name):
+        return cast(Noise, call_plugin(name, settings.options, settings, weights, **place))
+    return _METHODS[name](settings, weights, **place)
+
+
+_DEVIATION_OF_UNIFORM = 3.0**-0.5
+_LARGEST = 2**15 - 1
+_SQUARES = 2.0**40
+"""Squares of weights are summed as multiples of its inverse."""
+
+
+class NoiseDraws:
+    """Draws of one kind for one set of weights, into one buffer; bit-identical on CPUs and GPUs.
+
+    A draw is made part by part, so that what is to be done with a part finds it in the cache. What is drawn are
+    integers; they, and each scale, are turned into floats by single operations, whose rounding IEEE 754 defines: no sum
+    of floats, no function beyond a root, no multiplication and addition that may be fused.
+    """
+
+    def __init__(self, settings: NoiseSettings, weights: FlatWeights, seed: int, values: Tensor | None = None) -> None:
+        """Draw into `values` [n] (none: new ones), as `settings` say."""
+        self._distribution = _DISTRIBUTIONS[settings.distribution](weights.values.device)
+        self._scale = _scale_of(settings)
+        self._seed = seed
+        self._still = (weights.mask(settings.exclude) == 0).nonzero().flatten()
+        self._places = self._still.tolist()
+        self._filters = Filters(weights.filter_lengths, len(weights.values))
+        self.values = torch.zeros_like(weights.values) if values is None else values
+
+    def draw(self, weights: Tensor, amplitude: float, step: int, *indices: int | str) -> Tensor:
+        """Return the noise of (`step`, `indices`) at `amplitude` for flat `weights` [n]; excluded weights get 0.
+
+        The tensor is `values`: the next draw overwrites it.
+        """
+        deque(self.parts(weights, amplitude, step, *indices), maxlen=0)
+        return self.values
+
+    def parts(self, weights: Tensor, amplitude: float, step: int, *indices: int | str) -> Iterator[slice]:
+        """Make the same draw, and yield where in `values` each part lies once it is there."""
+        drawn = self._integers(key(self._seed, "noise", step, *indices))
+        for part in self._scale(self.values, weights, self._filters, drawn, amplitude, self._distribution.unit):
+            first, last = bisect_left(self._places, part.start), bisect_left(self._places, part.stop)
+            self.values.index_fill_(0, self._still[first:last], 0.0)
+            yield part
+
+    def _integers(self, stream: int) -> Iterator[slice]:
+        """Fill `values` with the integers of a draw."""
+        start = 0
+        for random in bits(stream, len(self.values), self.values.device):
+            part = slice(start, start + len(random))
+            self.values[part].copy_(self._distribution.integers(random))
+            yield part
+            start = part.stop
+
+
+@dataclass(frozen=True)
+class _Distribution:
+    """Integers between -32,767 and 32,767, of mean 0; times `unit` their variance is 1/3."""
+
+    unit: float
+    integers: Callable[[Tensor], Tensor]
+    """From int16 of random bits, which may be overwritten, to int16 of the distribution."""
+
+
+def _uniform(device: torch.device) -> _Distribution:
+    """Return the 32,768 odd integers, equally likely."""
+    return _Distribution(2.0**-15, lambda random: random.bitwise_or_(1))
+
+
+def _normal(device: torch.device) -> _Distribution:
+    """Return the quantiles of 65,536 equally likely parts of the normal distribution; the outermost is 4.3 sigma."""
+    middles = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
+    quantiles = torch.special.ndtri(middles)
+    rounded = (quantiles * (_LARGEST / quantiles[-1])).round()
+    unit = _DEVIATION_OF_UNIFORM / float(rounded.square().mean().sqrt())
+    table = rounded.to(torch.int16).to(device)
+    return _Distribution(unit, lambda random: table[random.to(torch.int32).add_(2**15)])
+
+
+class Filters:
+    """Which of `count` flat weights are a filter's: so many of each, one after the other."""
+
+    def __init__(self, lengths: Tensor, count: int) -> None:
+        self._lengths = lengths
+        self._last = lengths.cumsum(0) - 1
+        self._count = count
+
+    def sum(self, integers: Tensor) -> Tensor:
+        """Return the sums of int64 `integers` [n] over each filter, float64 [filters]."""
+        ends = integers.cumsum(0)[self._last]
+        return torch.diff(ends, prepend=torch.zeros_like(ends[:1])).to(torch.float64)
+
+    def repeat(self, values: Tensor) -> Tensor:
+        """Return `values` [filters] for each weight [n]."""
+        return torch.repeat_interleave(values, self._lengths, output_size=self._count)
+
+
+def _absolute(
+    noise: Tensor, weights: Tensor, filters: Filters, drawn: Iterator[slice], amplitude: float, unit: float
+) -> Iterator[slice]:
+    """Make it a u: the amplitude is in the weights' own unit."""
+    for part in drawn:
+        noise[part].mul_(amplitude * unit)
+        yield part
+
+
+def _weight(
+    noise: Tensor, weights: Tensor, filters: Filters, drawn: Iterator[slice], amplitude: float, unit: float
+) -> Iterator[slice]:
+    """Make it a u |w|, element by element."""
+    for part in drawn:
+        noise[part].mul_(amplitude * unit).mul_(weights[part].abs())
+        yield part
+
+
+def _filter(
+    noise: Tensor, weights: Tensor, filters: Filters, drawn: Iterator[slice], amplitude: float, unit: float
+) -> Iterator[slice]:
+    """Make it a u_f ||w_f|| / ||u_f|| for each filter f: AdaSmoothOut (Wen et al., arXiv 1805.07898)."""
+    deque(drawn, maxlen=0)
+    of_weights = filters.sum(weights.square().mul_(_SQUARES).to(torch.int64))
+    of_noise = filters.sum(noise.to(torch.int64).square_())
+    ratios = (of_weights / of_noise.clamp_(min=1.0)).sqrt_().mul_(amplitude * _SQUARES**-0.5)
+    noise.mul_(filters.repeat(ratios.to(noise.dtype)))
+    yield slice(0, len(noise))
+
+
+_DISTRIBUTIONS: Mapping[str, Callable[[torch.device], _Distribution]] = MappingProxyType(
+    {"uniform": _uniform, "normal": _normal}
+)
+_Scale = Callable[[Tensor, Tensor, Filters, Iterator[slice], float, float], Iterator[slice]]
+_SCALES: Mapping[str, _Scale] = MappingProxyType({"absolute": _absolute, "weight": _weight, "filter": _filter})
+
+
+def _scale_of(settings: NoiseSettings) -> _Scale:
+    if is_plugin(settings.scale):
+        return partial(call_plugin, settings.scale, settings.scale_options)
+    return _SCALES[settings.scale]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import FunctionType, MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from dist_train.config import OptimizerSettings
+from dist_train.config.plugins import call_plugin, is_plugin
 from dist_train.optim.flat_weights import FlatWeights
 
 _MARK = "__dynamo_disable"
@@ -35,8 +37,10 @@ def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimi
         for excluded in (False, True)
     ]
     _pass_by_the_compiler()
-    optimizer = _OPTIMIZERS[settings.name](settings, [group for group in groups if group.parameters])
-    return optimizer
+    filled = [group for group in groups if group.parameters]
+    if is_plugin(settings.name):
+        return cast(Optimizer, call_plugin(settings.name, settings.options, settings, filled))
+    return _OPTIMIZERS[settings.name](settings, filled)
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
@@ -47,9 +51,8 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 
 def optimizer_step(optimizer: Optimizer) -> None:
     """Do what `optimizer.step()` does, under torch's wrappers, which load its compiler: a second of every rank."""
-    update = inspect.unwrap(type(optimizer).step)
     with torch.no_grad():
-        update(optimizer)
+        inspect.unwrap(type(optimizer).step)(optimizer)
 
 
 def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
@@ -72,25 +75,20 @@ def _sgd(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:
         nesterov=settings.nesterov,
         fused=True,
     )
-    if settings.momentum > 0:
-        _begin_state(optimizer, "momentum_buffer")
+    return _begin_momentum(optimizer, settings)
+
+
+def _adam(
+    settings: OptimizerSettings, groups: Sequence[Group], kind: Callable[..., Optimizer] = torch.optim.Adam
+) -> Optimizer:
+    """Adam's weight decay is a part of the gradient, moments included; AdamW's is apart (arXiv 1711.05101)."""
+    optimizer = kind(
+        _decayed(settings, groups), lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True
+    )
+    _begin_state(optimizer, "exp_avg", "exp_avg_sq")
+    for parameter, state in optimizer.state.items():
+        state["step"] = torch.zeros((), device=parameter.device)
     return optimizer
-
-
-def _adam(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:
-    """Weight decay is a part of the gradient, moments included."""
-    optimizer = torch.optim.Adam(
-        _decayed(settings, groups), lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True
-    )
-    return _begin_moments(optimizer)
-
-
-def _adamw(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:
-    """Weight decay is apart from the gradient (Loshchilov and Hutter, arXiv 1711.05101)."""
-    optimizer = torch.optim.AdamW(
-        _decayed(settings, groups), lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True
-    )
-    return _begin_moments(optimizer)
 
 
 def _lars(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:
@@ -98,14 +96,9 @@ def _lars(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:
     from timm.optim.lars import Lars
 
     optimizer = Lars(
-        _adapted(settings, groups),
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        trust_coeff=settings.trust,
+        _adapted(settings, groups), lr=settings.learning_rate, momentum=settings.momentum, trust_coeff=settings.trust
     )
-    if settings.momentum > 0:
-        _begin_state(optimizer, "momentum_buffer")
-    return optimizer
+    return _begin_momentum(optimizer, settings)
 
 
 def _lamb(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:
@@ -139,10 +132,9 @@ def _adapted(settings: OptimizerSettings, groups: Sequence[Group]) -> list[dict[
     return [{**options, "always_adapt": not group.excluded} for options, group in zip(decayed, groups, strict=True)]
 
 
-def _begin_moments(optimizer: Optimizer) -> Optimizer:
-    _begin_state(optimizer, "exp_avg", "exp_avg_sq")
-    for parameter, state in optimizer.state.items():
-        state["step"] = torch.zeros((), device=parameter.device)
+def _begin_momentum(optimizer: Optimizer, settings: OptimizerSettings) -> Optimizer:
+    if settings.momentum > 0:
+        _begin_state(optimizer, "momentum_buffer")
     return optimizer
 
 
@@ -155,7 +147,7 @@ def _begin_state(optimizer: Optimizer, *names: str) -> None:
 
 
 _OPTIMIZERS: Mapping[str, Callable[[OptimizerSettings, Sequence[Group]], Optimizer]] = MappingProxyType(
-    {"sgd": _sgd, "adam": _adam, "adamw": _adamw, "lars": _lars, "lamb": _lamb}
+    {"sgd": _sgd, "adam": _adam, "adamw": partial(_adam, kind=torch.optim.AdamW), "lars": _lars, "lamb": _lamb}
 )
 
 

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from dist_train.config import NoiseSchedule, ScheduleSettings
+from dist_train.config.plugins import call_plugin, is_plugin
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,13 @@ class LearningRate:
         warmup = self.settings.warmup_epochs
         if epoch < warmup:
             return self.base + (self.peak - self.base) * epoch / warmup
-        return self.peak * _DECAYS[self.settings.decay](self, epoch)
+        return self.peak * self._decay(epoch)
+
+    def _decay(self, epoch: float) -> float:
+        name = self.settings.decay
+        if is_plugin(name):
+            return float(call_plugin(name, self.settings.options, _part_after_warmup(self, epoch)))
+        return _DECAYS[name](self, epoch)
 
 
 def _part_after_warmup(rate: LearningRate, epoch: float) -> float:
@@ -69,6 +76,7 @@ _FACTORS: Mapping[str, Callable[[Any, int, int], float]] = MappingProxyType(
         "cosine": lambda schedule, step, total: (1.0 + math.cos(math.pi * step / total)) / 2.0,
         "exponential": lambda schedule, step, total: schedule.final_fraction ** (step / total),
         "inverse_power": lambda schedule, step, total: (1.0 + step) ** (-schedule.gamma / 2.0),
+        "plugin": lambda schedule, step, total: call_plugin(schedule.function, schedule.options, step, total),
         "tanh": lambda schedule, step, total: (math.tanh(schedule.steepness * (step / total - 0.5)) + 1.0) / 2.0,
     }
 )

@@ -1,4 +1,4 @@
-"""The charts of the page but for landscapes: learning curves (figure 2), seeds at a glance, sharpness."""
+"""The charts of the page but for landscapes: learning curves, seeds at a glance, sharpness."""
 
 from __future__ import annotations
 

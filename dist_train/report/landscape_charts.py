@@ -1,13 +1,13 @@
-"""Loss and accuracy along lines through the solutions: figure 3, and lines between two solutions."""
+"""Loss and accuracy along lines through the solutions, and along lines between two of them."""
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from dist_train.report.figures import mean_points
 from dist_train.report.measures import Summary, commonest_settings, directions_of, summary
@@ -36,7 +36,7 @@ _Axes = tuple[Axis, Axis, Axis]
 
 @dataclass(frozen=True)
 class LandscapeFigure:
-    """Figure 3: panels as in the paper, the other variants' panels, and what the drawing rests on."""
+    """Around the solutions: panels as in the paper, the other variants' panels, and what the drawing rests on."""
 
     panels: tuple[Chart, ...] = ()
     others: tuple[Chart, ...] = ()
@@ -57,7 +57,7 @@ class _Drawn:
 
 
 def landscape_figure(panels: Sequence[Panel]) -> LandscapeFigure:
-    """Return figure 3 of `panels`: base line and one noise variant of each, then the other variants."""
+    """Return the charts around the solutions: base line and one noise variant of each panel, then the others."""
     runs = [run for panel in panels for variant in panel.variants for run in variant.counted]
     chosen = directions_of(runs)
     drawn = [
@@ -99,16 +99,22 @@ def run_landscapes(run: StoredRun) -> tuple[Chart, ...]:
     return tuple(charts)
 
 
-def plane_pictures(runs: Sequence[StoredRun]) -> list[tuple[str, str]]:
-    """Return title and content, as a data URL, of the figures of planes as they were drawn."""
-    pictures = []
-    for run in runs:
-        for item in run.analyses.of_kind("plane"):
-            path = item.folder / "figure.svg"
-            if path.is_file():
-                content = base64.b64encode(path.read_bytes()).decode()
-                pictures.append((f"{run.name}{_step(item)}", f"data:image/svg+xml;base64,{content}"))
-    return pictures
+@dataclass(frozen=True)
+class Plane:
+    """A plane through a solution, as `dist-train landscape plane` has drawn it."""
+
+    title: str
+    folder: Path
+
+    def picture(self, form: str) -> Path:
+        """Return its file of the form svg, pdf or png."""
+        return self.folder / f"figure.{form}"
+
+
+def planes_of(runs: Sequence[StoredRun]) -> tuple[Plane, ...]:
+    """Return the planes of `runs` that have been drawn."""
+    every = (Plane(f"{run.name}{_step(item)}", item.folder) for run in runs for item in run.analyses.of_kind("plane"))
+    return tuple(plane for plane in every if plane.picture("svg").is_file())
 
 
 def _step(landscape: Landscape) -> str:

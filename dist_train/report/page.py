@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from dist_train.monitoring import wording
 from dist_train.outcome import UsageError
 from dist_train.report import tables
 from dist_train.report.chart import Frame, ticks
-from dist_train.report.figures import curve_records, run_curves, sharpness_scatters, strips, study_curves
-from dist_train.report.landscape_charts import landscape_figure, plane_pictures, run_landscapes
+from dist_train.report.figures import curve_records, sharpness_scatters
+from dist_train.report.landscape_charts import Plane, landscape_figure
+from dist_train.report.looks import style_rules
 from dist_train.report.measures import measures_of, sharpness_of
+from dist_train.report.numbered import NumberedFigure, figures_of_run, figures_of_study
 from dist_train.report.stored_run import StoredRun, Subject, read_subject
 from dist_train.report.tables import effect_tables, run_cells, variant_tables
 from dist_train.report.variants import Panel, panels_of, shown
@@ -27,8 +29,8 @@ from dist_train.rundir import atomic
 from dist_train.rundir.paths import RunDirectory
 
 _FOLDER = Path(__file__).parent
-_COLOURS = 9
-"""Colours of the style sheet beside the base line's; further variants have them again, dashed."""
+_ROLES = ("train", "test", "batch", "loss", "accuracy")
+"""A series of a landscape has two, such as loss and train: of those the last one counts."""
 
 
 def tables_in_markdown(subject: Subject) -> str:
@@ -53,8 +55,16 @@ def write_report(directory: Path, output: Path) -> Subject:
     """Write the page of the run, the study or the folder of runs in `directory`; its tables alone to a file *.md.
 
     Raises:
-        UsageError: there is no run, or `output` cannot be written.
+        UsageError: there is no run, or `output` cannot be written or is no *.html or *.md.
     """
+    if output.suffix not in (".html", ".htm", ".md"):
+        page = output.with_suffix(".html")
+        raise UsageError(
+            f"a report is a page, *.html, or its tables, *.md, not {output}; a PDF is a page that a browser prints: "
+            f"dist-train report {directory} -o {page}, then chromium --headless --no-pdf-header-footer "
+            f"--print-to-pdf={output} {page}; its figures alone: --figures FOLDER --format pdf",
+            code="report-form",
+        )
     subject = read_subject(directory)
     text = tables_in_markdown(subject) if output.suffix == ".md" else render(subject)
     try:
@@ -69,13 +79,12 @@ def write_report(directory: Path, output: Path) -> Subject:
 def render(subject: Subject, now: datetime | None = None) -> str:
     """Return the page as HTML."""
     environment = _environment()
-    only = subject.runs[0] if subject.kind == "run" else None
-    content = _of_run(only) if only else _of_study(subject)
+    content = _content(subject)
     script = (_FOLDER / "script.js").read_text(encoding="utf-8")
-    style = (_FOLDER / "style.css").read_text(encoding="utf-8") + _series_rules(content["keys"])
+    style = (_FOLDER / "style.css").read_text(encoding="utf-8") + "\n".join(_series_rules(content))
     # files of this folder and numbers of variants; what runs say of themselves is escaped
     trusted_style, trusted_script = Markup(style), Markup(script)  # nosec B704
-    template = environment.get_template("run.html.jinja" if only else "study.html.jinja")
+    template = environment.get_template("run.html.jinja" if subject.kind == "run" else "study.html.jinja")
     return template.render(
         title=subject.title,
         subject=subject,
@@ -104,8 +113,19 @@ def _environment() -> Environment:
         "frame": Frame.of,
         "ticks": ticks,
         "sentence": lambda text: text[:1].upper() + text[1:],
+        "address": _address,
     }
     return environment
+
+
+def figures_of(subject: Subject) -> tuple[NumberedFigure, ...]:
+    """Return the figures of the page, in their order."""
+    figures: Mapping[str, NumberedFigure] = _content(subject)["figures"]
+    return tuple(figures.values())
+
+
+def _content(subject: Subject) -> dict[str, Any]:
+    return _of_run(subject.runs[0]) if subject.kind == "run" else _of_study(subject)
 
 
 def _repeated(panels: Sequence[Panel]) -> list[tuple[str, str]]:
@@ -114,21 +134,20 @@ def _repeated(panels: Sequence[Panel]) -> list[tuple[str, str]]:
 
 def _of_study(subject: Subject) -> dict[str, Any]:
     panels = panels_of(subject.runs)
-    of_variants = variant_tables(panels)
+    of_variants, walked, scatters = variant_tables(panels), landscape_figure(panels), sharpness_scatters(panels)
     variants = [variant for panel in panels for variant in panel.variants]
     counted = [run for variant in variants for run in variant.counted]
     measures = measures_of([run for variant in variants for run in variant.runs])
     return {
         "panels": panels,
-        "strips": strips(panels, of_variants[0].measures[0]) if of_variants else (),
-        "curves": study_curves(panels),
+        "figures": figures_of_study(panels, subject.runs, measures[0] if of_variants else None, walked, scatters),
+        "styles": {f"s{variant.colour}" for variant in variants},
         # a curve of the training split is made of updates, for want of evaluations
         "trained_noisily": any(curve_records(run, "train") and not run.split("train") for run in counted),
         "tables": of_variants,
         "effects": effect_tables(panels),
-        "landscapes": landscape_figure(panels),
-        "planes": plane_pictures(subject.runs),
-        "scatters": sharpness_scatters(panels),
+        "walked": walked,
+        "scatters": scatters,
         "sharpness_left_out": sum(len(run.analyses.sharpness) for run in counted) - len(sharpness_of(counted)),
         "measures": measures,
         "runs": [(run, variant, run_cells(run, measures)) for variant in variants for run in variant.runs],
@@ -137,7 +156,6 @@ def _of_study(subject: Subject) -> dict[str, Any]:
         "problems": [(run, problem) for run in subject.runs for problem in run.analyses.problems],
         "shared": tables.shared_settings(subject.runs),
         "again": [(run, command) for run in subject.runs if (command := tables.command_of(run))],
-        "keys": {f"s{variant.colour}": variant.label for variant in variants if variant.counted},
     }
 
 
@@ -146,30 +164,27 @@ def _of_run(run: StoredRun) -> dict[str, Any]:
     return {
         "run": run,
         "numbers": tuple(zip(measures, run_cells(run, measures), strict=True)),
-        "curves": run_curves(run),
-        "landscapes": run_landscapes(run),
-        "planes": plane_pictures([run]),
+        "figures": figures_of_run(run),
+        "styles": {"s0"},
         "sections": tables.sections_of(run.settings),
         "checkpoints": [event for event in run.events if event.event == "checkpoint" and event.details.get("path")],
         "kept": {path.name for path in RunDirectory(run.directory).checkpoints.glob("*.pt")},
         "events": [wording.event(event) for event in run.events if event.event != "checkpoint"],
         "problems": run.analyses.problems,
-        "keys": {},
     }
 
 
-def _series_rules(styles: Iterable[str]) -> str:
-    """Return the rules that give each series its colour, and hide it while its box is not ticked."""
-    own = tuple(styles)
-    rules = [
-        f".figure:has(input[value={style}]:not(:checked)) .series.{style}{{display:none}}"
-        for style in (*own, "loss", "accuracy", "train", "test")
-    ]
-    for style in own:
-        number = int(style[1:])
-        if number > _COLOURS:
-            rules.append(f".{style}{{--c:var(--c{(number - 1) % _COLOURS + 1});--dash:7 3}}")
-    return "\n".join(rules) + "\n"
+def _address(plane: Plane) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(plane.picture('svg').read_bytes()).decode()}"
+
+
+def _series_rules(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the rules that give each series its look, and hide it while its box is not ticked."""
+    yield from style_rules((*sorted(content["styles"]), *_ROLES))
+    switched = {style for figure in content["figures"].values() for style in figure.legend}
+    yield from (
+        f".figure:has(input[value={style}]:not(:checked)) .series.{style}{{display:none}}" for style in sorted(switched)
+    )
 
 
 def _policy(style: str, script: str) -> str:

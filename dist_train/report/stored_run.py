@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import yaml
 
 from dist_train.config.loading import parse_yaml
 from dist_train.outcome import UsageError
+from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory, StudyDirectory
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import Status, read_status
@@ -226,7 +228,7 @@ def _items(fields: object) -> Iterator[tuple[str, Any]]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads(read_regular(path))
     except (OSError, ValueError) as error:
         raise BrokenFileError(f"{path.name} cannot be read, or is not JSON: {error}") from error
     if not isinstance(fields, dict):
@@ -250,6 +252,11 @@ class Planned:
     seed: int | None
     overrides: tuple[str, ...]
     batch: int | None = None
+
+    @property
+    def is_titled(self) -> bool:
+        """Whether the study gives the variant a title of its own, not just its name and the grid's values."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", self.title) != self.variant
 
 
 @dataclass(frozen=True)
@@ -340,7 +347,7 @@ class Subject:
         """Return what the study calls itself, else the folder's name."""
         fields = None
         with suppress(OSError, yaml.YAMLError):
-            fields = parse_yaml(StudyDirectory(self.directory).study.read_bytes()) if self.kind == "study" else None
+            fields = parse_yaml(read_regular(StudyDirectory(self.directory).study)) if self.kind == "study" else None
         title = (fields.get("title") or fields.get("name")) if isinstance(fields, Mapping) else None
         return str(title or self.directory.resolve().name)
 
@@ -379,7 +386,7 @@ def _study_runs(directory: Path, prefix: str) -> Iterator[StoredRun]:
     with suppress(BrokenFileError):
         base = read_settings(StudyDirectory(directory).base).get(_BATCH)
     try:
-        plan = [_planned(entry, base) for entry in json.loads(path.read_bytes())]
+        plan = [_planned(entry, base) for entry in json.loads(read_regular(path))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{path} is not a list of runs ({error!r}): start the study's sweep again", code="plan-damaged"

@@ -138,7 +138,7 @@ def panels_of(runs: Sequence[StoredRun]) -> tuple[Panel, ...]:
         if base is not None and not panels:
             first = _settings(members[base])
         variants = []
-        for name, label in _labels(members, base).items():
+        for name, label in _labels(members, base, shorts[batch]).items():
             own = _settings(members[name])
             reference = first if name == base else _settings(members[base]) if base is not None and own else None
             variants.append(
@@ -251,19 +251,25 @@ def _is_without_noise(settings: Mapping[str, object]) -> bool:
     return settings.get("noise.method") in (None, "none")
 
 
-def _labels(members: Mapping[str, Sequence[StoredRun]], base: str | None) -> dict[str, str]:
-    """Return the labels of the variants by name, the base line first; each says what it changes."""
+def _labels(members: Mapping[str, Sequence[StoredRun]], base: str | None, short: str) -> dict[str, str]:
+    """Return the labels of the variants by name, the base line first: the study's titles, else what each changes.
+
+    `short` is the panel's name, which titles need not repeat.
+    """
     labels = {}
     for name in sorted(members, key=lambda name: name != base):
-        title = next((run.planned.title for run in members[name] if run.planned and run.planned.title), name)
+        planned = next((run.planned for run in members[name] if run.planned), None)
         own = _settings(members[name])
         words: list[str] = []
-        if name == base and _is_without_noise(own):
+        if planned is not None and planned.is_titled:
+            words = [planned.title.removeprefix(f"{short}, ")]
+        elif name == base and _is_without_noise(own):
             words = ["base line"]
         elif name != base and base is not None and own:
             changes = changes_between(_settings(members[base]), own)
             words = [*_noise_in_words(own, changes), *_others_in_words(changes)]
-        labels[name] = ", ".join(words) if 0 < len(words) <= 5 else title
+        usual = planned.title if planned is not None and planned.title else name
+        labels[name] = ", ".join(words) if 0 < len(words) <= 5 else usual
     every = list(labels.values())
     return {name: label if every.count(label) == 1 else f"{label} ({name})" for name, label in labels.items()}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import secrets
@@ -16,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+_logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -75,6 +78,25 @@ def swap_text(path: Path, content: str, mode: int | None = None) -> None:
         raise
 
 
+class RewrittenFile:
+    """A small file that is rewritten as a run proceeds. A disk that refuses costs one warning, until it takes again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.is_refused = False
+
+    def write(self, content: str) -> None:
+        """Write `content`, as `swap_text` does."""
+        try:
+            swap_text(self.path, content)
+        except OSError as error:
+            if not self.is_refused:
+                _logger.warning("%s cannot be written; training continues: %s", self.path, error)
+            self.is_refused = True
+        else:
+            self.is_refused = False
+
+
 def open_regular(path: Path, flags: int = 0) -> BinaryIO:
     """Open the regular file at `path` to read; `flags` are more of `os.open`'s.
 
@@ -85,6 +107,12 @@ def open_regular(path: Path, flags: int = 0) -> BinaryIO:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path) -> bytes:
+    """Return what the regular file at `path` holds. Raises OSError as `open_regular` does."""
+    with open_regular(path) as file:
+        return file.read()
 
 
 def finite(number: float) -> float | None:

@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from dist_train.rundir import atomic
-from dist_train.rundir.atomic import json_text
+from pydantic import Field, TypeAdapter, ValidationError
+
+from dist_train.rundir.atomic import RewrittenFile, json_text, read_regular
 from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, RankMeasurement, Record
 
 _logger = logging.getLogger(__name__)
@@ -24,8 +25,7 @@ class EventCounts(Observer):
 
     def __init__(self, path: Path) -> None:
         """Read what is there; a broken file is reported, and the counts begin anew."""
-        self._path = path
-        self._refused = False
+        self._file = RewrittenFile(path)
         try:
             self._counts = Counter(read_counts(path))
         except (OSError, ValueError) as error:
@@ -41,33 +41,23 @@ class EventCounts(Observer):
 
     def end(self, outcome: Outcome) -> None:
         """Try once more to write what the disk refused."""
-        if self._refused:
+        if self._file.is_refused:
             self._write()
 
     def _write(self) -> None:
-        try:
-            atomic.swap_text(self._path, json.dumps(dict(sorted(self._counts.items())), indent=2) + "\n")
-        except OSError as error:
-            if not self._refused:
-                _logger.warning("%s cannot be written; training continues: %s", self._path, error)
-            self._refused = True
-        else:
-            self._refused = False
+        self._file.write(json.dumps(dict(sorted(self._counts.items())), indent=2) + "\n")
 
 
 def read_counts(path: Path) -> Mapping[str, int]:
     """Return the counts in `path`, none where it is not there. Raises OSError or ValueError where it is broken."""
     try:
-        content = path.read_text(encoding="utf-8")
+        content = read_regular(path)
     except FileNotFoundError:
         return {}
-    counts = json.loads(content)
-    if not isinstance(counts, dict):
-        raise ValueError("it does not hold counts by kind of event")
-    for event, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ValueError(f"the count of {event!r} is not a whole number: {count!r}")
-    return counts
+    try:
+        return _COUNTS.validate_json(content)
+    except ValidationError as error:
+        raise ValueError(f"it does not hold counts of events: {error.errors()[0]['msg']}") from error
 
 
 _PACE_SECONDS = 1.0
@@ -83,15 +73,11 @@ class RanksReading:
 
 
 class RanksFile(Observer):
-    """An observer that rewrites the file at a measurement, at most once a second, and at the end.
-
-    A disk that refuses costs one warning; the next measurement is tried again.
-    """
+    """An observer that rewrites the file at a measurement, at most once a second, and at the end."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._file = RewrittenFile(path)
         self._due = -math.inf
-        self._refused = False
         self._pending: Measurement | None = None
 
     def measurement(self, measurement: Measurement) -> None:
@@ -108,32 +94,19 @@ class RanksFile(Observer):
         if self._pending is None:
             return
         self._due = time.monotonic() + _PACE_SECONDS
-        try:
-            atomic.swap_text(self._path, _to_json(self._pending))
-        except OSError as error:
-            if not self._refused:
-                _logger.warning("%s cannot be written; training continues: %s", self._path, error)
-            self._refused = True
-        else:
-            self._refused, self._pending = False, None
+        ranks = [rank._asdict() for rank in self._pending.ranks]
+        self._file.write(json_text({"step": self._pending.step, "time": self._pending.time, "ranks": ranks}) + "\n")
+        if not self._file.is_refused:
+            self._pending = None
 
 
 def read_ranks(path: Path) -> RanksReading | None:
     """Return what the file at `path` holds, null as NaN; None where there is none that can be read."""
     try:
-        fields = json.loads(path.read_bytes())
-        ranks = tuple(_measurement(rank) for rank in fields["ranks"])
-        return RanksReading(int(fields["step"]), float(fields["time"]), ranks)
-    except (OSError, ValueError, KeyError, TypeError):
+        return _RANKS.validate_json(read_regular(path))
+    except (OSError, ValidationError):
         return None
 
 
-def _to_json(measurement: Measurement) -> str:
-    ranks = [rank._asdict() for rank in measurement.ranks]
-    return json_text({"step": measurement.step, "time": measurement.time, "ranks": ranks}) + "\n"
-
-
-def _measurement(fields: Mapping[str, Any]) -> RankMeasurement:
-    # the files of earlier versions lack what has a default
-    known = {name: value for name, value in fields.items() if name in RankMeasurement._fields}
-    return RankMeasurement(**{name: math.nan if value is None else float(value) for name, value in known.items()})
+_COUNTS = TypeAdapter(dict[str, Annotated[int, Field(strict=True, ge=0)]])
+_RANKS = TypeAdapter(RanksReading)

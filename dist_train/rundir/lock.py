@@ -59,33 +59,78 @@ class RunLock:
         os.close(self._descriptor)
 
 
-def lock_run(root: Path, path: Path, *, patience: float = PATIENCE_SECONDS, lease: float = LEASE_SECONDS) -> RunLock:
-    """Return the lock of the run directory `root`, whose lock file is `path`.
+class LockRequest:
+    """A wish for the lock of the run directory `root`, whose lock file is `path`.
 
-    Waits `patience` seconds for another process to be gone; `lease` where it is of an earlier start of this same Slurm
-    job, on another node: Slurm has seen it end, only the file server may not know yet.
-
-    Raises:
-        UsageError: another launch is at work there; the text names it.
-        OSError: the file cannot be made.
+    It waits `patience` seconds for another process to be gone; `lease` where it is of an earlier start of this same
+    Slurm job, on another node: Slurm has seen it end, only the file server may not know yet.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    begun = time.monotonic()
+
+    def __init__(
+        self, root: Path, path: Path, *, patience: float = PATIENCE_SECONDS, lease: float = LEASE_SECONDS
+    ) -> None:
+        """Begin to wait."""
+        self._root = root
+        self._path = path
+        self._patience = patience
+        self._lease = lease
+        self._begun = time.monotonic()
+        self._is_announced = False
+
+    def wait(self, seconds: float) -> RunLock | None:
+        """Return the lock; None where, after so many seconds, its holder may still go.
+
+        Raises:
+            UsageError: another launch is at work there; the text names it.
+            OSError: the file cannot be made.
+        """
+        until = time.monotonic() + seconds
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            while not try_to_lock(descriptor, self._path):
+                now = time.monotonic()
+                self._refuse_or_announce(_read(descriptor), now - self._begun)
+                if now >= until:
+                    os.close(descriptor)
+                    return None
+                time.sleep(_POLL_SECONDS)
+            with suppress(OSError):  # on a full disk nobody can be named, and the lock holds all the same
+                _write(descriptor)
+            return RunLock(self._path, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def _refuse_or_announce(self, holder: Holder | None, waited: float) -> None:
+        is_predecessor = _is_predecessor(holder)
+        if waited >= (self._lease if is_predecessor else self._patience):
+            raise UsageError(_refusal(self._root, holder), code="run-in-use")
+        if is_predecessor and not self._is_announced:
+            self._is_announced = True
+            _logger.warning("waiting up to %g s for the lock of %s, held by %s", self._lease, self._root, _name(holder))
+
+
+def read_holder(path: Path) -> Holder | None:
+    """Return who holds the lock at `path`; None where nobody does, or it is not known."""
     try:
-        while not _try_to_lock(descriptor, path):
-            holder = _read(descriptor)
-            if time.monotonic() - begun >= (lease if _is_predecessor(holder) else patience):
-                raise UsageError(_refusal(root, holder), code="run-in-use")
-            time.sleep(_POLL_SECONDS)
-        with suppress(OSError):  # on a full disk nobody can be named, and the lock holds all the same
-            _write(descriptor)
-        return RunLock(path, descriptor)
-    except BaseException:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _read(descriptor)
+    except OSError:
+        pass
+    finally:
         os.close(descriptor)
-        raise
+    return None
 
 
-def _try_to_lock(descriptor: int, path: Path) -> bool:
+def try_to_lock(descriptor: int, path: Path) -> bool:
+    """Lock the file at `path`, open as `descriptor`; False where another process holds it. A file system without locks
+    is passed over with a warning. Raises OSError.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -121,14 +166,16 @@ def _is_predecessor(holder: Holder | None) -> bool:
     return holder is not None and job != "" and holder.slurm_job == job and holder.host != socket.gethostname()
 
 
-def _refusal(root: Path, holder: Holder | None) -> str:
+def _name(holder: Holder | None) -> str:
     if holder is None:
-        who = "another process"
-    else:
-        job = f", Slurm job {holder.slurm_job}" if holder.slurm_job else ""
-        who = f"process {holder.pid} on {holder.host}{job}, since {holder.since}"
+        return "another process"
+    job = f", Slurm job {holder.slurm_job}" if holder.slurm_job else ""
+    return f"process {holder.pid} on {holder.host}{job}, since {holder.since}"
+
+
+def _refusal(root: Path, holder: Holder | None) -> str:
     return (
-        f"{root} is in use by {who}: two launches must not write into one run directory; "
+        f"{root} is in use by {_name(holder)}: two launches must not write into one run directory; "
         f"wait for it or end it, or choose another by run.name or --run-dir"
     )
 

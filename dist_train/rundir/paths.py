@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pwd
 import re
@@ -9,8 +10,8 @@ import secrets
 import shlex
 import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dist_train.config import Config, dump_config
@@ -18,6 +19,8 @@ from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir import atomic
 
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
+_RESERVED_BYTES = 16384
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class BrokenFileError(Exception):
@@ -28,7 +31,6 @@ class RunDirectory:
     """The files of a run below `root`."""
 
     def __init__(self, root: Path) -> None:
-        """Name the files; nothing is made yet."""
         self.root = root
         self.config = root / "config.yaml"
         """Every setting, resolved."""
@@ -42,7 +44,11 @@ class RunDirectory:
         self.ranks = root / "ranks.json"
         """The last measured step on each rank."""
         self.requeues = root / "requeues.json"
-        """How often the batch system has started the run again without progress."""
+        """How often the run was started again without progress."""
+        self.jobs = root / "jobs"
+        """The batch jobs that were submitted for the run, an id a line."""
+        self.reserve = root / ".reserve"
+        """Space for the last words of a run on a full disk."""
         self.lock = root / "run.lock"
         """Held by the launch that is at work here."""
         self.sweep_lock = root / "sweep.lock"
@@ -58,6 +64,10 @@ class RunDirectory:
         self.analysis = root / "analysis"
         """Folder of landscapes and sharpness records."""
         self.learning_curve = root / "learning_curve.png"
+
+    def fallback(self, folder: Path) -> Path:
+        """Return this run's own place in `folder`, for checkpoints that the disk of the run directory refuses."""
+        return folder / f"{self.root.name}-{self.run_id()}"
 
     @property
     def has_begun(self) -> bool:
@@ -107,7 +117,7 @@ class RunDirectory:
     def run_id(self) -> str:
         """Return the id of the run, 16 hexadecimal digits; made and written down where it has none. Raises OSError."""
         try:
-            known = self.id.read_text(encoding="ascii").strip()
+            known = atomic.read_regular(self.id).decode("ascii").strip()
         except (FileNotFoundError, UnicodeDecodeError):
             known = ""
         if _RUN_ID.fullmatch(known):
@@ -115,6 +125,33 @@ class RunDirectory:
         made = secrets.token_hex(8)
         atomic.write_text(self.id, f"{made}\n")
         return made
+
+    def make_reserve(self) -> None:
+        """Set space aside for what is written when a run ends. A disk that has none is no error."""
+        with suppress(OSError):
+            if not self.reserve.exists():
+                # random, since file systems compress zeros away
+                atomic.write_bytes(self.reserve, secrets.token_bytes(_RESERVED_BYTES))
+
+    def drop_reserve(self) -> None:
+        """Give the space back."""
+        with suppress(OSError):
+            self.reserve.unlink(missing_ok=True)
+
+    def spend_reserve(self, write: Callable[[], None]) -> None:
+        """Call `write`, which writes a small file; on a full disk again with the space that was set aside.
+
+        Raises OSError where that is not enough.
+        """
+        try:
+            write()
+        except OSError as error:
+            if error.errno not in DISK_FULL or not self.reserve.exists():
+                raise
+            self.reserve.unlink(missing_ok=True)
+            write()
+            # an earlier file was replaced, so that there is room again
+            self.make_reserve()
 
     def save_config(self, config: Config) -> None:
         """Save every setting."""
@@ -168,7 +205,6 @@ class StudyDirectory:
     """The files of a study below `root`; its runs are the folders beside them."""
 
     def __init__(self, root: Path) -> None:
-        """Name the files; nothing is made yet."""
         self.root = root
         self.study = root / "study.yaml"
         self.base = root / "base.yaml"

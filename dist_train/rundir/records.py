@@ -1,37 +1,50 @@
-"""The records of a run, in `metrics.jsonl` and elsewhere, and how they are read back."""
+"""The records of a run, and `metrics.jsonl`: one a line, no two for one step and kind, none missing after a crash."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from threading import Lock
+from typing import Annotated, NamedTuple, TypeAlias
 
-from dist_train.rundir.atomic import json_text, open_regular
+from pydantic import BeforeValidator, Field, TypeAdapter
+
+from dist_train.rundir import atomic
+from dist_train.rundir.atomic import json_text, open_regular, read_regular
+
+_logger = logging.getLogger(__name__)
 
 Detail: TypeAlias = str | int | float | bool | None
-_Real = TypeVar("_Real", int, float)
+
+Count = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
+Real = Annotated[float, Field(strict=True), BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A number; one that is not finite is null in the file, and NaN when it is read back."""
+Word = Annotated[str, Field(strict=True)]
 
 
 @dataclass(frozen=True)
 class TrainRecord:
     """One optimizer update, or the mean over the updates since the record before."""
 
-    step: int
+    step: Count
     """Updates done."""
-    epoch: float
+    epoch: Real
     """Epochs done: step / steps per epoch."""
-    loss: float
-    accuracy: float
+    loss: Real
+    accuracy: Real
     """Share of the global batch that was classified rightly, in [0, 1]."""
-    learning_rate: float
-    noise_amplitude: float
-    gradient_norm: float
-    step_seconds: float
-    samples_per_second: float
-    time: float
+    learning_rate: Real
+    noise_amplitude: Real
+    gradient_norm: Real
+    step_seconds: Real
+    samples_per_second: Real
+    time: Real
     """Seconds since 1970 (UTC)."""
 
 
@@ -39,22 +52,22 @@ class TrainRecord:
 class EvaluationRecord:
     """Loss and accuracy (in [0, 1]) of the clean weights over a whole split."""
 
-    step: int
-    epoch: float
-    split: str
-    loss: float
-    accuracy: float
-    samples: int
-    time: float
+    step: Count
+    epoch: Real
+    split: Word
+    loss: Real
+    accuracy: Real
+    samples: Count
+    time: Real
 
 
 @dataclass(frozen=True)
 class EventRecord:
     """Something that happened to the run: resumed, checkpoint, signal, corrupt_checkpoint, ..."""
 
-    step: int
-    event: str
-    time: float
+    step: Count
+    event: Word
+    time: Real
     details: Mapping[str, Detail]
 
 
@@ -77,26 +90,26 @@ class StepParts:
 class RankMeasurement(NamedTuple):
     """What one rank measured at one step; a tuple, since those of a thousand ranks are one message."""
 
-    busy_seconds: float
+    busy_seconds: Real
     """Time of the step without the wait for the others."""
-    wait_seconds: float
-    resident_bytes: float
-    device_bytes: float
+    wait_seconds: Real
+    resident_bytes: Real
+    device_bytes: Real
     """Memory of its device that it holds; NaN without a device."""
-    device_peak_bytes: float
+    device_peak_bytes: Real
     """The most of it that it has held; NaN without a device."""
-    device_utilization: float
+    device_utilization: Real
     """Share of the last second in which its device was at work, in [0, 1]; NaN where NVML is not there."""
-    device_used_bytes: float = math.nan
+    device_used_bytes: Real = math.nan
     """Memory of its device that all processes hold; this and all below: NaN where NVML does not tell it."""
-    device_power_watts: float = math.nan
-    device_core_clock_hertz: float = math.nan
-    device_memory_clock_hertz: float = math.nan
-    device_throttle_reasons: float = math.nan
+    device_power_watts: Real = math.nan
+    device_core_clock_hertz: Real = math.nan
+    device_memory_clock_hertz: Real = math.nan
+    device_throttle_reasons: Real = math.nan
     """Why its device is clocked down, as NVML's bits (nvmlClocksEventReasons)."""
-    device_corrected_errors: float = math.nan
+    device_corrected_errors: Real = math.nan
     """Of its device's memory, since the driver was loaded."""
-    device_uncorrected_errors: float = math.nan
+    device_uncorrected_errors: Real = math.nan
 
 
 @dataclass(frozen=True)
@@ -201,66 +214,28 @@ def from_json(line: str | bytes) -> Record | None:
         fields = json.loads(line)
         match fields["kind"]:
             case "train":
-                return TrainRecord(step=_integer(fields["step"]), **_numbers(fields, *_TRAIN_NUMBERS))
+                return _TRAIN.validate_python(fields)
             case "eval":
-                return EvaluationRecord(
-                    step=_integer(fields["step"]),
-                    split=_word(fields["split"]),
-                    samples=_integer(fields["samples"]),
-                    **_numbers(fields, "epoch", "loss", "accuracy", "time"),
-                )
+                return _EVALUATION.validate_python(fields)
             case "event":
                 details = {name: value for name, value in fields.items() if name not in _RESERVED}
-                return EventRecord(_integer(fields["step"]), _word(fields["event"]), _number(fields["time"]), details)
-            case _:
-                return None
-    except (ValueError, KeyError, TypeError, RecursionError):
+                return _EVENT.validate_python({**fields, "details": details})
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
+    return None
 
 
-_TRAIN_NUMBERS = tuple(name for name in TrainRecord.__dataclass_fields__ if name != "step")
-
-
-def _numbers(fields: Mapping[str, Any], *names: str) -> dict[str, float]:
-    return {name: _number(fields[name]) for name in names}
-
-
-def _number(value: object) -> float:
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"not a number: {value!r}")
-    return _bounded(value)
-
-
-def _integer(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"not a whole number: {value!r}")
-    return _bounded(value)
-
-
-def _bounded(value: _Real) -> _Real:
-    """Return `value`. Raises ValueError for a whole number that no arithmetic with floats takes."""
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise ValueError("a number beyond all bounds")
-    return value
-
-
-def _word(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"not a word: {value!r}")
-    return value
+_TRAIN, _EVALUATION, _EVENT = TypeAdapter(TrainRecord), TypeAdapter(EvaluationRecord), TypeAdapter(EventRecord)
 
 
 def read_records(path: Path) -> tuple[Record, ...]:
     """Return the records of `path` in order, without torn lines. Raises OSError where it cannot be read."""
-    with open_regular(path) as file:
-        return _parse(file.read())
+    return _parse(read_regular(path))
 
 
 def read_last_records(path: Path, size: int = 1 << 16) -> tuple[Record, ...]:
     """Return the records in the last `size` bytes of `path`. Raises OSError where it cannot be read."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         end = file.seek(0, 2)
         file.seek(max(0, end - size))
         return _parse(file.read())
@@ -293,3 +268,124 @@ class Observer:
 
     def end(self, outcome: Outcome) -> None:
         """The run has ended, well or not; release everything."""
+
+
+_BACKLOG_LIMIT = 100_000
+
+
+class JsonLines(Observer):
+    """Appends each record to `path` in one write; `sync` flushes to disk.
+
+    A record whose (kind, step, split or event) the file has already is not written again. While the disk
+    refuses, records wait in memory, and the first refusal is reported.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open or create `path`. For a resume call `rewind` first."""
+        content = path.read_bytes() if path.exists() else b""
+        self._written = {identity for line in content.split(b"\n") if (identity := _identity(line))}
+        self._path = path
+        self._lock = Lock()
+        self._backlog: list[bytes] = [] if content.endswith(b"\n") or not content else [b"\n"]
+        self._refused = False
+        self._directory_flushed = False
+        self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def record(self, record: Record) -> None:
+        """Append `record`, unless it is there."""
+        line = to_json(record).encode()
+        identity = _identity(line)
+        assert identity is not None
+        with self._lock:
+            if identity in self._written:
+                return
+            self._written.add(identity)
+            if len(self._backlog) < _BACKLOG_LIMIT:
+                self._backlog.append(line + b"\n")
+            self._write_backlog()
+
+    def sync(self) -> None:
+        """Flush what was recorded to disk."""
+        with self._lock:
+            if self._file is None:
+                return
+            self._write_backlog()
+            os.fsync(self._file)
+            if not self._directory_flushed:
+                atomic.flush_directory(self._path.parent)
+                self._directory_flushed = True
+
+    def end(self, outcome: Outcome) -> None:
+        """Flush to disk and close."""
+        self.sync()
+        with self._lock:
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None
+            if self._backlog:
+                _logger.warning("%s: the last %d records are lost", self._path, len(self._backlog))
+
+    def _write_backlog(self) -> None:
+        while self._backlog and self._file is not None:
+            size = os.fstat(self._file).st_size
+            try:
+                written = os.write(self._file, self._backlog[0])
+                if written < len(self._backlog[0]):
+                    raise OSError("the disk took only a part of a line")
+            except OSError as error:
+                with suppress(OSError):
+                    os.ftruncate(self._file, size)
+                if not self._refused:
+                    self._refused = True
+                    _logger.warning("%s cannot be written, records wait in memory: %s", self._path, error)
+                return
+            del self._backlog[0]
+        self._refused = False
+
+
+_BEGINNINGS = frozenset({"resumed", "lengthened", "initialized", "plugins_changed"})
+
+
+def rewind(path: Path, step: int) -> None:
+    """Make `path` what it was when the checkpoint at `step` was saved, for a run that resumes from it.
+
+    Drops torn lines, records after `step`, second records of one (kind, step, split or event), and events at `step`
+    itself that say how a launch begins, since this one writes its own. Whole or not at all. A file that is not there
+    stays so.
+    """
+    if not path.exists():
+        return
+    before = path.read_bytes()
+    seen: set[Identity] = set()
+    kept: list[bytes] = []
+    for line in before.split(b"\n"):
+        identity = _identity(line)
+        if identity is None or identity in seen or identity.step > step:
+            continue
+        if identity.step == step and identity.kind == "event" and identity.part in _BEGINNINGS:
+            continue
+        seen.add(identity)
+        kept.append(line + b"\n")
+    after = b"".join(kept)
+    if after != before:
+        atomic.write_bytes(path, after)
+
+
+class Identity(NamedTuple):
+    """What no two records of a run share; `part` is an evaluation's split or an event's name."""
+
+    kind: str
+    step: int
+    part: str
+
+
+def _identity(line: bytes) -> Identity | None:
+    try:
+        fields = json.loads(line)
+        kind, step = fields["kind"], fields["step"]
+        part = fields.get({"eval": "split", "event": "event"}.get(kind, ""), "")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if isinstance(kind, str) and isinstance(step, int) and isinstance(part, str):
+        return Identity(kind, step, part)
+    return None

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from dist_train.outcome import ExitCode
 from dist_train.rundir import atomic
-from dist_train.rundir.atomic import json_text
-from dist_train.rundir.paths import BrokenFileError
+from dist_train.rundir.atomic import RewrittenFile, json_text, read_regular
+from dist_train.rundir.paths import BrokenFileError, RunDirectory
 
 State = Literal["starting", "running", "stopping", "stopped", "finished", "failed"]
 
@@ -29,7 +28,6 @@ _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 _PACE_SECONDS = 1.0
-_logger = logging.getLogger("dist_train.rundir.status")
 
 
 @dataclass(frozen=True)
@@ -62,15 +60,15 @@ _STATUS = TypeAdapter(Status)
 class StatusFile:
     """The status of this launch, rewritten whole at every change of state and at most once a second between."""
 
-    def __init__(self, path: Path, world_size: int, environment: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Begin in state `starting`; nothing is written yet."""
-        self._path = path
+    def __init__(self, path: Path, world_size: int, before: Status | None = None) -> None:
+        """Begin in state `starting`, with what is known from `before`; nothing is written yet."""
+        self._file = RewrittenFile(path)
         now = _now()
         self.current = Status(
             state="starting",
-            step=0,
-            epoch=0.0,
-            total_steps=None,
+            step=before.step if before else 0,
+            epoch=before.epoch if before else 0.0,
+            total_steps=before.total_steps if before else None,
             world_size=world_size,
             reason="",
             exit_code=None,
@@ -80,17 +78,20 @@ class StatusFile:
             started=now,
             updated=now,
             finished=None,
-            best_accuracy=None,
+            best_accuracy=before.best_accuracy if before else None,
             samples_per_second=None,
             slurm_job=os.environ.get("SLURM_JOB_ID", ""),
-            environment=dict(environment),
+            environment=before.environment if before else {},
         )
         self._written = 0.0
-        self._refused = False
+
+    def note(self, **fields: object) -> None:
+        """Take note of `fields`, for when the status is written next."""
+        self.current = replace(self.current, **fields)  # type: ignore[arg-type]  # checked by replace
 
     def change(self, state: State, **fields: object) -> None:
         """Enter `state` and write at once."""
-        self.current = replace(self.current, state=state, **fields)  # type: ignore[arg-type]  # checked by replace
+        self.note(state=state, **fields)
         self._write()
 
     def progress(self, **fields: object) -> None:
@@ -98,8 +99,8 @@ class StatusFile:
 
         A failure that another rank of this launch has written down stays: this one may be a step behind it.
         """
-        self.current = replace(self.current, **fields)  # type: ignore[arg-type]  # checked by replace
-        if time.monotonic() - self._written >= _PACE_SECONDS and not another_failed(self._path):
+        self.note(**fields)
+        if time.monotonic() - self._written >= _PACE_SECONDS and not another_failed(self._file.path):
             self._write()
 
     def end(self, state: State, exit_code: ExitCode, reason: str) -> None:
@@ -109,14 +110,12 @@ class StatusFile:
     def _write(self) -> None:
         self._written = time.monotonic()
         self.current = replace(self.current, updated=_now())
-        try:
-            atomic.swap_text(self._path, json_text(asdict(self.current), indent=2) + "\n")
-        except OSError as error:
-            if not self._refused:
-                _logger.warning("%s cannot be written; training continues: %s", self._path, error)
-            self._refused = True
-        else:
-            self._refused = False
+        text = json_text(asdict(self.current), indent=2) + "\n"
+        self._file.write(text)
+        if self._file.is_refused and self.current.finished is not None:
+            with suppress(OSError):
+                directory = RunDirectory(self._file.path.parent)
+                directory.spend_reserve(lambda: atomic.swap_text(self._file.path, text))
 
 
 def load_status(path: Path) -> Status:
@@ -126,8 +125,7 @@ def load_status(path: Path) -> Status:
         BrokenFileError: it is not there, cannot be read, or is no status.
     """
     try:
-        with atomic.open_regular(path) as file:
-            return _STATUS.validate_json(file.read())
+        return _STATUS.validate_json(read_regular(path))
     except FileNotFoundError:
         raise BrokenFileError(f"no {path.name}") from None
     except OSError as error:

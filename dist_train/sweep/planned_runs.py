@@ -18,7 +18,7 @@ from dist_train.config.loading import based_on, read_settings, with_overrides, w
 from dist_train.config.problems import Problem, problem
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import RunDirectory, StudyDirectory
-from dist_train.sweep.study_file import Analysis, Interpolation, Settings, Sharpness, Study, load_study
+from dist_train.sweep.study_file import Analysis, Interpolation, Settings, Study, load_study
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ class PlannedRun:
     def files(self) -> RunDirectory:
         """The files in it."""
         return RunDirectory(self.directory)
+
+
+_RECORDED = ("number", "name", "variant", "title", "seed", "settings", "overrides")
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,9 @@ def plan_study(path: Path, directory: Path | None = None, overrides: Sequence[st
         except ConfigError as error:
             found += (_placed(fault, variant, overrides) for fault in error.problems)
             continue
-        number = len(planned) + 1
+        labels = name, variant.name, variant.variant, variant.title
         words = (*words, *overrides)
-        planned.append(
-            PlannedRun(
-                number, name, variant.name, variant.variant, variant.title, seed, variant.settings, words, config
-            )
-        )
+        planned.append(PlannedRun(len(planned) + 1, *labels, seed, variant.settings, words, config))
     found += _twins(planned)
     if found:
         # What is wrong in a variant is wrong with every seed.
@@ -124,18 +123,7 @@ def write_plan(plan: Plan) -> None:
     study, files = plan.study.model_dump(mode="json"), StudyDirectory(plan.directory)
     atomic.write_text(files.study, yaml.safe_dump(study, sort_keys=False))
     atomic.write_text(files.base, dump_config(plan.base))
-    runs = [
-        {
-            "number": run.number,
-            "name": run.name,
-            "variant": run.variant,
-            "title": run.title,
-            "seed": run.seed,
-            "settings": run.settings,
-            "overrides": run.overrides,
-        }
-        for run in plan.runs
-    ]
+    runs = [{name: getattr(run, name) for name in _RECORDED} for run in plan.runs]
     atomic.write_text(files.runs, json.dumps(runs, indent=2) + "\n")
 
 
@@ -216,7 +204,7 @@ def analysis_commands(study: Study, runs: Sequence[PlannedRun]) -> Iterator[tupl
     A variant with a grid stands for all its variants; `interpolate` takes those of one variant with those of the other.
     """
     for analysis in study.analyse:
-        command = ("sharpness",) if isinstance(analysis, Sharpness) else ("landscape", analysis.kind)
+        command = ("sharpness",) if analysis.kind == "sharpness" else ("landscape", analysis.kind)
         for subjects in _subjects(study, analysis, runs):
             yield (*command, *(str(run.directory) for run in subjects), *_options(analysis))
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import secrets
+import shutil
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -15,109 +19,195 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from dist_train.cluster.launch import current_job, job_states
+from dist_train.cluster.launch import JOB_IS_ALIVE, current_job, job_states
 from dist_train.config import Config, ConfigError, differences, load_config
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode, escaped
 from dist_train.rundir import atomic
-from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.lock import read_holder
+from dist_train.rundir.paths import DISK_FULL, RunDirectory
 from dist_train.rundir.records import EvaluationRecord, read_last_records
-from dist_train.rundir.status import Status, StatusFile, read_status
+from dist_train.rundir.status import State, Status, StatusFile, read_status
 from dist_train.sweep.planned_runs import PlannedRun
 from dist_train.watch.run_table import ALIVE, COLOURS, RunSummary, read_runs
 
-_CHECKPOINT = re.compile(r"step-(\d+)\.pt")
 _UNRECOVERABLE = frozenset({ExitCode.USAGE, ExitCode.DIVERGED, ExitCode.DISAGREEMENT})
+
+_REFUSAL = re.compile(
+    r"Unable to create step .*: (More processors|Requested (node config|partition|time)|Memory required|Job .*violates)"
+    r"|Invalid (generic resource|MPI type|--|node name|numeric|account|partition|distribution)|\bunrecogni[sz]ed option"
+    r"|cannot find mpi plugin|not enough slots|more processes than|Please correct your command line"
+)
+"""What srun and mpirun say of a launch that they will refuse again."""
+_KILLED = re.compile(r"was killed by signal|^srun: error: .*: tasks? .*: Killed$")
+_NO_CAUSE = re.compile(r"-*$|dist-train: warning|srun: (job|Job|Step|jobid)\b|srun: error: .*: Exited with exit code")
+_MOST_LINES = 3
+_LARGEST_PROBE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Requeues:
-    """Requeues in a row without a new checkpoint, and the step of the newest one at the last of them."""
+    """Requeues in a row without a new checkpoint, the step of the newest one at the last of them, and how often the
+    run has been started again within its job since then.
+    """
 
     without_progress: int = 0
     step: int = 0
+    restarts: int = 0
+
+
+@dataclass(frozen=True)
+class EndedLaunch:
+    """What a batch script knows of the launch that has ended: its id, the launcher's exit status, and what launcher
+    and ranks have said of their end, a line each.
+    """
+
+    id: str | None = None
+    code: int | None = None
+    words: Sequence[str] = ()
+
+    @property
+    def was_refused(self) -> bool:
+        """Whether no launch like it can begin: the ranks or the launcher have refused what they were asked for."""
+        return self.code == ExitCode.USAGE or any(map(_REFUSAL.search, self.words))
+
+    @property
+    def cause(self) -> str:
+        """The words that say most: of a rank that was killed, of our program, or the launcher's own."""
+        lines = [line for line in self.words if not _NO_CAUSE.match(line)]
+        killed = [line for line in lines if _KILLED.search(line)]
+        # the parent of the rank that died first can say more than srun, which speaks of all tasks of a node
+        exact = [line for line in killed if not line.startswith("srun")]
+        ours = [line.removeprefix("dist-train: ") for line in lines if line.startswith("dist-train: ")]
+        return "; ".join((exact[:1] or killed or ours[:1] or list(dict.fromkeys(lines)))[:_MOST_LINES])
+
+
+Action = Literal["requeue", "restart", "end"]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether to start the run again, and why, in a sentence."""
+    """What a batch script does next: requeue its job, start the run again within it, or end with `code`; and why."""
 
-    requeue: bool
+    action: Action
     why: str
+    code: ExitCode = ExitCode.FINISHED
 
 
-def decide(run: Path, limit: int, launch: str | None = None, death: str = "") -> Decision:
-    """Decide about `run`, whose last launch (called `launch`, where that is known) has ended, and count.
+def decide(run: Path, limit: int, launch: EndedLaunch = EndedLaunch(), restarts: int = 0) -> Decision:
+    """Decide about `run`, whose last launch has ended, and count.
 
-    `death` is what is known of a rank that was killed: the others may have had no time to write it down. A run that
-    has been requeued `limit` times in a row without a new checkpoint is given up: its status says so.
+    The run is started again within its job `restarts` times, then requeued `limit` times in a row without a new
+    checkpoint, then given up. Its status says what was decided; that of another job that is at work there stays.
     """
-    status = read_status(RunDirectory(run).status)
-    if status is not None and launch is not None and status.launch != launch:
-        status = replace(status, exit_code=None, reason="the last launch ended before it wrote a status")
+    files = RunDirectory(run)
+    status = read_status(files.status)
+    is_silent = status is None or (launch.id is not None and status.launch != launch.id)
+    if is_silent and launch.was_refused:
+        return _give_up(files, status, launch.cause or "the ranks refused to begin", ExitCode.USAGE)
+    if status is not None and is_silent:
+        status = replace(status, state="stopped", exit_code=None, reason="")
     if status is not None and status.exit_code == ExitCode.FINISHED:
-        return Decision(False, "the run has finished")
+        return Decision("end", "the run has finished", ExitCode.FAULT)
     if status is not None and status.exit_code in _UNRECOVERABLE:
-        return Decision(False, f"the run would end in the same way: {status.reason}")
+        return Decision("end", f"the run would end in the same way: {status.reason}", ExitCode.FAULT)
+    reason = _end_of(status, launch.cause, is_silent)
+    if not _has_room(files):
+        why = f"{reason}; not started again, since the disk of {run} is full: make room, and submit it again"
+        return _give_up(files, status, why, ExitCode.FAULT)
     step = newest_step(run)
     before = read_requeues(run)
-    count = before.without_progress if step <= before.step else 0
-    if count >= limit:
-        reason = _end_of(status, death)
-        if limit > 0:
-            reason = (
-                f"given up after {count} requeue{'s' if count != 1 else ''} in a row without a checkpoint after step "
-                f"{step}; the last time: {reason}"
-            )
-        _give_up(run, status, reason)
-        return Decision(False, reason)
-    write_requeues(run, Requeues(count + 1, step))
+    if step > before.step:
+        before = Requeues(step=step)
+    count = before.without_progress
     place = f"from step {step}" if step else "from the beginning"
-    return Decision(True, f"continues {place}, requeue {count + 1} of at most {limit} without a new checkpoint")
+    try:
+        if before.restarts < restarts:
+            write_requeues(run, replace(before, restarts=before.restarts + 1))
+            return Decision("restart", f"continues {place}, restart {before.restarts + 1} of at most {restarts}")
+        if count >= limit:
+            write_requeues(run, Requeues(0, step))
+            if limit > 0:
+                reason = (
+                    f"given up after {count} requeue{'s' if count != 1 else ''} in a row without a checkpoint after "
+                    f"step {step}; the last time: {reason}"
+                )
+            return _give_up(files, status, reason, ExitCode.FAULT)
+        write_requeues(run, Requeues(count + 1, step))
+    except OSError as error:
+        why = f"{reason}; not started again, since {files.requeues} cannot be written: {error.strerror}"
+        return _give_up(files, status, why, ExitCode.FAULT)
+    _write_end(files, status, "stopped", f"{reason}; to be started again", ExitCode.STOPPED)
+    return Decision(
+        "requeue", f"continues {place}, requeue {count + 1} of at most {limit} without a new checkpoint; {reason}"
+    )
 
 
 def newest_step(run: Path) -> int:
-    """Return the step of the newest checkpoint in `run`; 0 where there is none."""
-    matches = (_CHECKPOINT.fullmatch(path.name) for path in RunDirectory(run).checkpoints.glob("step-*.pt"))
-    return max((int(match[1]) for match in matches if match), default=0)
+    """Return the step of the newest whole checkpoint in `run`; 0 where there is none."""
+    return max(RunDirectory(run).checkpoint_steps(), default=0)
 
 
 def read_requeues(run: Path) -> Requeues:
     """Return what has been counted; nothing where there is no count that can be read."""
     try:
-        return Requeues(**json.loads(RunDirectory(run).requeues.read_text(encoding="utf-8")))
+        return Requeues(**json.loads(atomic.read_regular(RunDirectory(run).requeues)))
     except (OSError, ValueError, TypeError):
         return Requeues()
 
 
 def write_requeues(run: Path, requeues: Requeues) -> None:
-    """Write the count down."""
+    """Write the count down, on a full disk into what was reserved. Raises OSError."""
     run.mkdir(mode=0o700, parents=True, exist_ok=True)
-    atomic.write_text(RunDirectory(run).requeues, json.dumps(asdict(requeues)) + "\n")
+    files = RunDirectory(run)
+    files.spend_reserve(lambda: atomic.write_text(files.requeues, json.dumps(asdict(requeues)) + "\n"))
 
 
-def _end_of(status: Status | None, death: str) -> str:
-    cause = f": {death}" if death else ""
-    if status is None:
-        return f"it ended before it wrote a status{cause}"
+def _has_room(files: RunDirectory) -> bool:
+    """Whether another checkpoint can be written, as far as this can be told: a quota shows only in writing."""
+    try:
+        size = max((path.stat().st_size for path in files.checkpoints.glob("step-*.pt")), default=0)
+        if size == 0:
+            return True
+        with tempfile.TemporaryFile(dir=files.checkpoints) as probe:
+            probe.write(secrets.token_bytes(min(size, _LARGEST_PROBE)))
+            probe.flush()
+            os.fsync(probe.fileno())
+            return shutil.disk_usage(files.checkpoints).free + probe.tell() >= size
+    except OSError as error:
+        return error.errno not in DISK_FULL
+
+
+def _end_of(status: Status | None, cause: str, is_silent: bool) -> str:
+    cause = f": {cause}" if cause else ""
+    if status is None or is_silent:
+        return f"the last launch ended before it wrote a status{cause}"
     if status.exit_code is None and status.state not in ("failed", "stopped"):
         return f"it died in state {status.state} at step {status.step}{cause}"
     return status.reason or f"it ended in state {status.state} at step {status.step}"
 
 
-def _give_up(run: Path, status: Status | None, reason: str) -> None:
-    """Set the run's status to failed; a requeue by hand begins the count anew."""
+def _give_up(files: RunDirectory, status: Status | None, reason: str, code: ExitCode) -> Decision:
+    _write_end(files, status, "failed", reason, code)
+    return Decision("end", reason, code)
+
+
+def _write_end(files: RunDirectory, status: Status | None, state: State, reason: str, code: ExitCode) -> None:
+    """Set the run's status, unless another job is at work there; what the disk refuses is left as it is."""
+    job = current_job()
+    holder = read_holder(files.lock)
+    if holder is not None and holder.slurm_job != (job.id if job else ""):
+        return
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    last = status or StatusFile(RunDirectory(run).status, world_size=0).current
-    ended = replace(last, state="failed", exit_code=int(ExitCode.FAULT), reason=reason, updated=now, finished=now)
-    run.mkdir(mode=0o700, parents=True, exist_ok=True)
-    atomic.write_text(RunDirectory(run).status, json.dumps(asdict(ended), indent=2) + "\n")
-    write_requeues(run, Requeues(0, newest_step(run)))
+    last = status or StatusFile(files.status, world_size=0).current
+    ended = replace(last, state=state, exit_code=int(code), reason=reason, updated=now, finished=now)
+    with suppress(OSError):
+        files.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        files.spend_reserve(lambda: atomic.write_text(files.status, json.dumps(asdict(ended), indent=2) + "\n"))
 
 
 Next = Literal["start", "skip", "busy", "unrecoverable"]
 _ENOUGH = 1 << 20  # bytes at the end of metrics.jsonl, in which the last evaluation is found
-_JOB_IS_ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED")
 
 
 @dataclass(frozen=True)
@@ -219,7 +309,7 @@ def _job_is_gone(summary: RunSummary) -> str:
         return "the job was started again"
     state = job_states([summary.slurm_job]).get(summary.slurm_job, "")
     word = re.match(r"[A-Z_]*", state)
-    return f"its job {summary.slurm_job} is {state}" if word and word[0] and word[0] not in _JOB_IS_ALIVE else ""
+    return f"its job {summary.slurm_job} is {state}" if word and word[0] and word[0] not in JOB_IS_ALIVE else ""
 
 
 def _last_accuracy(metrics: Path) -> float | None:

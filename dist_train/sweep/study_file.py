@@ -55,29 +55,14 @@ class Interpolation(_Measurement):
     between: tuple[str, str] = Field(description="The two variants.")
 
 
-class _OfVariants(_Measurement):
+class OfVariants(_Measurement):
+    """`landscape direction`, `landscape plane` or `sharpness` of each run."""
+
+    kind: Literal["direction", "plane", "sharpness"]
     variants: tuple[str, ...] = Field((), description="The variants; none: all.")
 
 
-class Direction(_OfVariants):
-    """`landscape direction` of each run."""
-
-    kind: Literal["direction"]
-
-
-class Plane(_OfVariants):
-    """`landscape plane` of each run."""
-
-    kind: Literal["plane"]
-
-
-class Sharpness(_OfVariants):
-    """`sharpness` of each run."""
-
-    kind: Literal["sharpness"]
-
-
-Analysis = Annotated[Interpolation | Direction | Plane | Sharpness, Field(discriminator="kind")]
+Analysis = Annotated[Interpolation | OfVariants, Field(discriminator="kind")]
 
 
 class Study(_Part):
@@ -127,12 +112,12 @@ def load_study(path: Path) -> Study:
 
 
 def _problems_of_settings(study: Study) -> Iterator[Problem]:
-    places: list[tuple[str, Settings]] = [("settings", study.settings)]
-    grids: list[tuple[str, dict[str, list[Any]]]] = [("grid", study.grid)]
+    places = {"settings": study.settings}
+    grids = {"grid": study.grid}
     for name, variant in study.variants.items():
-        places.append((f"variants.{name}.settings", variant.settings))
-        grids.append((f"variants.{name}.grid", variant.grid))
-    for place, settings in (*places, *grids):
+        places[f"variants.{name}.settings"] = variant.settings
+        grids[f"variants.{name}.grid"] = variant.grid
+    for place, settings in (places | grids).items():
         for path, value in settings.items():
             if path in _OURS:
                 yield problem(
@@ -141,7 +126,7 @@ def _problems_of_settings(study: Study) -> Iterator[Problem]:
             elif not _SETTING.fullmatch(path):
                 allowed = "the dotted path of a setting, such as noise.amplitude"
                 yield problem(f"{place}.{path}", "not a setting", code="wrong-form", value=value, allowed=allowed)
-    for place, grid in grids:
+    for place, grid in grids.items():
         for path, values in grid.items():
             if not values:
                 yield problem(

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_train.cluster.launch import JOB_IS_ALIVE, job_states, submit
 from dist_train.config import Config
 from dist_train.config.loading import shipped_folder
 from dist_train.data.plan import BatchPlan
 from dist_train.outcome import UsageError
+from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.status import read_status
+from dist_train.sweep.planned_runs import Plan
 
-_GPUS = re.compile(r"--(?:gpus-per-node|gres)=(?:gpu:)?(?:[A-Za-z][\w.-]*:)?(\d+)")
+_GPUS = re.compile(
+    r"(?:--gpus-per-node=|(?:--gres=|--tres-per-node=)(?:[^,]+,)*(?:gres/)?gpu(?=[:=,]|$))"
+    r"[:=]?(?:[A-Za-z][\w.-]*[:=]|\d+g\.\w+[:=])?(\d*)(?:,.*)?"
+)
+"""GPUs of a node; MIG's names of parts of one, such as 1g.10gb, begin with a digit."""
+_PART = re.compile(
+    r"--(?:ntasks|exclusive|gpus|tres|cpus-per|mem|cores-per|threads-per)\b.*|--gres=.*\bgpu\b.*|-[nGc].*"
+)
+"""Options that say which part of a node is wanted."""
+_MOST_JOBS = 100
 
 
 @dataclass(frozen=True)
@@ -57,20 +72,48 @@ def project_root() -> Path:
     return root
 
 
+def submit_run(submission: Submission) -> str:
+    """Submit the batch script of `submission`, and return the job's id; where it is refused, no folder is left.
+
+    Raises:
+        UsageError: another job is at the run, or sbatch is missing or refuses.
+    """
+    files = RunDirectory(submission.run_directory)
+    waits = any(re.match(r"--dependency\b|-d", option) for option in submission.options)
+    if not waits and (busy := jobs_of(files)):
+        job, state = next(iter(busy.items()))
+        raise UsageError(
+            f"{files.root} is the run of job {job}, which is {state}: two jobs must not write into one run directory; "
+            f"scancel {job}, let this one wait for it (-- --dependency=afterany:{job}), "
+            f"or choose another by run.name or --run-dir",
+            code="run-in-queue",
+        )
+    new = [folder for folder in (files.root, *files.root.parents) if not folder.exists()]
+    files.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        job = submit(write_script(submission), ())
+    except UsageError:
+        with suppress(OSError):
+            for folder in new:
+                folder.rmdir()
+        raise
+    with suppress(OSError), files.jobs.open("a") as file:
+        file.write(f"{job}\n")
+    return job
+
+
+def jobs_of(files: RunDirectory) -> dict[str, str]:
+    """Return the jobs that run or wait for the run, and their states as Slurm names them."""
+    submitted: list[str] = []
+    with suppress(OSError, UnicodeDecodeError):
+        submitted = files.jobs.read_text().split()[-_MOST_JOBS:]
+    status = read_status(files.status)
+    known = dict.fromkeys(filter(str.isdecimal, [*submitted, status.slurm_job if status else ""]))
+    return {job: state for job, state in job_states(list(known)).items() if state in JOB_IS_ALIVE}
+
+
 def write_script(submission: Submission) -> str:
     """Return the text of the batch script."""
-    requests = [
-        f"--job-name={submission.name}",
-        f"--nodes={submission.nodes}",
-        *_resources(submission),
-        *([f"--time={submission.time}"] if submission.time else []),
-        *([f"--partition={submission.partition}"] if submission.partition else []),
-        "--requeue",
-        "--signal=B:USR1@120",
-        "--open-mode=append",
-        f"--output={submission.log}",
-        *submission.options,
-    ]
     run = [
         "train",
         str(submission.config_file),
@@ -78,16 +121,80 @@ def write_script(submission: Submission) -> str:
         "--run-dir",
         str(submission.run_directory),
     ]
-    ranks = submission.ranks_per_node
+    requests = (*_resources(submission), *_requests(submission), *_OF_RUNS, f"--output={submission.log}")
+    return _script(submission, (*requests, *submission.options), f"run_in_job {shlex.join(run)}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One of a study's jobs; `after` is how it waits for the one before it."""
+
+    name: str
+    script: str
+    after: str = ""
+
+
+def study_jobs(plan: Plan, numbers: str, submission: Submission) -> tuple[Job, ...]:
+    """Return the jobs of a study: its runs of these `numbers` as an array, its analyses if any, and its report.
+
+    `submission` says what is asked of Slurm for each run; its run directory is the study's folder.
+    """
+    folder = submission.run_directory
+    study = [str(plan.file.absolute()), *submission.overrides, "--directory", str(folder.parent)]
+    variables = (
+        f"STUDY={shlex.quote(study[0])}",
+        f"DIRECTORY={shlex.quote(str(folder.parent))}",
+        f"OVERRIDES={shlex.quote(shlex.join(submission.overrides))}",
+    )
+    array = (*_resources(submission), *_requests(submission), *_OF_RUNS, f"--array={numbers}")
+    runs = (*array, f"--output={folder}/slurm-%A_%a.log", *submission.options)
+    after = ("--nodes=1", "--kill-on-invalid-dep=yes", "--open-mode=append", f"--output={folder}/slurm-%j.log")
+    jobs = [Job("runs", _script(submission, runs, *variables, "sweep_in_job"))]
+    if plan.study.analyse:
+        measured = (*_resources(submission), *_requests(submission), *after[1:], *submission.options)
+        body = f"analyses_in_job {shlex.join(study)}"
+        jobs.append(Job("analyses", _script(submission, measured, body), "afterany"))
+    partition = [f"--partition={submission.partition}"] if submission.partition else []
+    page = _script(submission, (*after, *partition), f"report_in_job {shlex.quote(str(folder))}")
+    return (*jobs, Job("report", page, "afterany"))
+
+
+def submit_study(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
+    """Submit the jobs of a study, each waiting for the one before it, and return their ids by name.
+
+    Raises:
+        UsageError: sbatch is missing or refuses.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    ids: dict[str, str] = {}
+    for job in jobs:
+        before = list(ids.values())[-1:]
+        ids[job.name] = submit(job.script, [f"--dependency={job.after}:{each}" for each in before])
+    return ids
+
+
+_OF_RUNS = ("--requeue", "--no-kill", "--signal=B:USR1@120", "--open-mode=append")
+
+
+def _requests(submission: Submission) -> list[str]:
+    return [
+        *([f"--time={submission.time}"] if submission.time else []),
+        *([f"--partition={submission.partition}"] if submission.partition else []),
+    ]
+
+
+def _script(submission: Submission, requests: Sequence[str], *body: str) -> str:
+    ranks, setup = submission.ranks_per_node, os.environ.get("DIST_TRAIN_SETUP")
     return "\n".join(
         (
             "#!/usr/bin/env bash",
-            *(f"#SBATCH {_quoted(request)}" for request in requests),
+            *(f"#SBATCH {_quoted(request)}" for request in (f"--job-name={submission.name}", *requests)),
             "set -euo pipefail",
             f"root={shlex.quote(str(submission.root))}",
             *([f"export RANKS_PER_NODE={ranks}"] if ranks else []),
+            *([f"export DIST_TRAIN_SETUP={shlex.quote(os.path.abspath(setup))}"] if setup else []),
             '. "$root/slurm/prologue.sh"',
-            f"run_in_job {shlex.join(run)}",
+            *body,
             "",
         )
     )
@@ -127,11 +234,15 @@ def _dealt(count: int, ranks: int | None) -> str:
 
 
 def _resources(submission: Submission) -> list[str]:
-    """Return whole nodes, unless the user's options say what part of them."""
+    """Return the nodes, whole unless the user's options say what part of them."""
+    return [f"--nodes={submission.nodes}", *_part(submission)]
+
+
+def _part(submission: Submission) -> list[str]:
     each = submission.ranks_per_node
     if _gpus(submission.options) is not None:
         return [f"--ntasks-per-node={each or _gpus(submission.options)}"]
-    if any(option.startswith(("--ntasks", "-n", "--exclusive", "--gpus", "-G")) for option in submission.options):
+    if any(map(_PART.fullmatch, submission.options)):
         return []
     # A job with whole nodes has all of their GPUs: their number and names need not be given.
     return ["--exclusive", "--mem=0"]
@@ -139,7 +250,8 @@ def _resources(submission: Submission) -> list[str]:
 
 def _gpus(options: Sequence[str]) -> int | None:
     matches = (_GPUS.fullmatch(option) for option in options)
-    return next((int(match[1]) for match in matches if match and int(match[1])), None)
+    counts = (int(match[1] or 1) for match in matches if match)
+    return next((count for count in counts if count), None)
 
 
 def _quoted(option: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
@@ -10,12 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode
+from dist_train.rundir.lock import try_to_lock
 from dist_train.rundir.status import read_status
 from dist_train.sweep.planned_runs import Plan, PlannedRun
 from dist_train.sweep.standing import Standing, standing_of
@@ -51,16 +52,6 @@ class Launcher:
         return {**ours, **os.environ}
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a run ended: its exit code, and why where that is not 0."""
-
-    run: PlannedRun
-    code: int
-    reason: str
-    seconds: float
-
-
 def train_arguments(plan: Plan, run: PlannedRun) -> tuple[str, ...]:
     """Return the arguments of `dist-train` that train `run`."""
     return ("train", str(plan.base_file), *run.overrides)
@@ -84,13 +75,17 @@ class RunProcess:
         self._log = None if launcher.to_terminal else run.files.output_log
         self._process = self._start(launcher.command(plan, run), launcher.environment())
 
-    def ended(self) -> Ended | None:
-        """Return how the run ended; None while it continues."""
+    def ended(self) -> int | None:
+        """Return the run's exit code, once; None while it continues."""
         code = self._process.poll()
-        if code is None:
-            return None
-        os.close(self._lock)
-        return Ended(self.run, code, "" if code == 0 else self._reason(code), time.monotonic() - self._begun)
+        if code is not None:
+            os.close(self._lock)
+        return code
+
+    @property
+    def seconds(self) -> float:
+        """How long ago the run was started."""
+        return time.monotonic() - self._begun
 
     def stop(self) -> None:
         """Ask the run to save and stop."""
@@ -102,24 +97,22 @@ class RunProcess:
         self._process.send_signal(signal.SIGTERM if self._by_script else signal.SIGKILL)
 
     def _start(self, command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        # In a session of its own, a Ctrl-C at the terminal reaches the sweep alone, which forwards it.
-        if self._log is None:
-            return subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, pass_fds=[self._lock], start_new_session=True
-            )
-        self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with self._log.open("ab") as log:
+        if self._log is not None:
+            self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with self._log.open("ab") if self._log is not None else nullcontext() as log:
+            # In a session of its own, a Ctrl-C at the terminal reaches the sweep alone, which forwards it.
             return subprocess.Popen(
                 command,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
-                stderr=subprocess.STDOUT,
+                stderr=log,
                 pass_fds=[self._lock],
                 start_new_session=True,
             )
 
-    def _reason(self, code: int) -> str:
+    def reason(self, code: int) -> str:
+        """Return why the run has ended with `code`, which is not 0."""
         status = read_status(self.run.files.status)
         if status is not None and status != self._before and status.exit_code == code:
             return status.reason
@@ -144,14 +137,9 @@ def take(run: PlannedRun) -> int | None:
     """Return a descriptor that holds `run` for this sweep alone; None where another process holds it."""
     run.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(run.files.sweep_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not try_to_lock(descriptor, run.files.sweep_lock):
         os.close(descriptor)
         return None
-    except OSError:
-        # A file system without locks: the run's status alone says whether someone is at it.
-        return descriptor
     return descriptor
 
 
@@ -178,13 +166,11 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        """Take over the signals."""
         heeded = [number for number in self._SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -272,7 +258,7 @@ def _begin(plan: Plan, run: PlannedRun, launcher: Launcher, tally: Tally, say: S
     except OSError as error:
         reason = f"cannot be started: {error}"
         tally.failed.append((run, reason))
-        say(f"{run.number}/{len(plan.runs)} {run.name}: {reason}")
+        say(f"{_label(plan, run)}: {reason}")
         return None
 
 
@@ -281,7 +267,7 @@ def _begin_or_leave(plan: Plan, run: PlannedRun, launcher: Launcher, tally: Tall
     standing = standing_of(run)
     if lock is None:
         standing = Standing(run, standing.state, "another sweep is at it", "busy")
-    label = f"{run.number}/{len(plan.runs)} {run.name}"
+    label = _label(plan, run)
     match standing.then:
         case "skip":
             tally.finished.append(run)
@@ -303,22 +289,26 @@ def _begin_or_leave(plan: Plan, run: PlannedRun, launcher: Launcher, tally: Tall
 
 
 def _has_ended(process: RunProcess, plan: Plan, tally: Tally, say: Say) -> bool:
-    ended = process.ended()
-    if ended is None:
+    code, run = process.ended(), process.run
+    if code is None:
         return False
-    label = f"{ended.run.number}/{len(plan.runs)} {ended.run.name}"
-    took = wording.duration(ended.seconds)
-    if ended.code == ExitCode.FINISHED:
-        tally.finished.append(ended.run)
-        say(f"{label}: finished in {took}{_accuracy(standing_of(ended.run))}")
-    elif ended.code in (ExitCode.STOPPED, -signal.SIGTERM):
+    label, took = _label(plan, run), wording.duration(process.seconds)
+    reason = "" if code == ExitCode.FINISHED else process.reason(code)
+    if code == ExitCode.FINISHED:
+        tally.finished.append(run)
+        say(f"{label}: finished in {took}{_accuracy(standing_of(run))}")
+    elif code in (ExitCode.STOPPED, -signal.SIGTERM):
         # A run without its signal handlers yet dies of the request; there was nothing to save.
-        tally.stopped.append((ended.run, ended.reason))
+        tally.stopped.append((run, reason))
         say(f"{label}: stopped after {took}")
     else:
-        tally.failed.append((ended.run, ended.reason))
-        say(f"{label}: failed after {took}: {ended.reason}")
+        tally.failed.append((run, reason))
+        say(f"{label}: failed after {took}: {reason}")
     return True
+
+
+def _label(plan: Plan, run: PlannedRun) -> str:
+    return f"{run.number}/{len(plan.runs)} {run.name}"
 
 
 def _accuracy(standing: Standing) -> str:

@@ -95,49 +95,35 @@ _logger = logging.getLogger("dist_train.training")
 class LossScale:
     """What a loss is multiplied by, and its gradients divided by; the same on all ranks.
 
-    Here 1, always: for numbers that have float32's range.
+    1, always, without `progress`: for numbers that have float32's range. With it, for float16: halved by each overflow,
+    doubled after many updates without one, and kept in `progress`, which is saved.
     """
 
-    @property
-    def value(self) -> float:
-        """The factor, a power of two."""
-        return 1.0
-
-    def lower(self) -> bool:
-        """Take a smaller factor after an overflow; False where there is none, and the overflow is a divergence."""
-        return False
-
-    def note_update(self) -> None:
-        """Take in that an update was made without an overflow."""
-
-
-class DynamicLossScale(LossScale):
-    """Halved by each overflow, doubled after many updates without one; kept in the progress, which is saved."""
-
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress | None = None) -> None:
         self._progress = progress
-        if progress.loss_scale is None:
+        if progress is not None and progress.loss_scale is None:
             progress.loss_scale, progress.updates_since_overflow = FIRST, 0
 
     @property
     def value(self) -> float:
         """The factor, a power of two."""
-        assert self._progress.loss_scale is not None
-        return self._progress.loss_scale
+        return self._progress.loss_scale or FIRST if self._progress is not None else 1.0
 
     def lower(self) -> bool:
-        """Halve the factor; False where it is the lowest."""
-        if self.value <= LOWEST:
+        """Halve the factor after an overflow; False where it is the lowest, and the overflow is a divergence."""
+        if self._progress is None or self.value <= LOWEST:
             return False
-        self._set(self.value / 2)
+        self._set(self._progress, self.value / 2)
         return True
 
     def note_update(self) -> None:
         """Double the factor where there has been no overflow for long."""
+        if self._progress is None:
+            return
         self._progress.updates_since_overflow = (self._progress.updates_since_overflow or 0) + 1
         if self._progress.updates_since_overflow >= UPDATES_UNTIL_RAISED:
-            self._set(min(HIGHEST, self.value * 2))
+            self._set(self._progress, min(HIGHEST, self.value * 2))
 
-    def _set(self, value: float) -> None:
-        self._progress.loss_scale, self._progress.updates_since_overflow = value, 0
-        _logger.info("the loss scale is %g from step %d on", value, self._progress.step + 1)
+    def _set(self, progress: Progress, value: float) -> None:
+        progress.loss_scale, progress.updates_since_overflow = value, 0
+        _logger.info("the loss scale is %g from step %d on", value, progress.step + 1)

@@ -14,14 +14,9 @@ import numpy as np
 import torch
 
 import dist_train
-from dist_train.cluster.communicator import (
-    Communicator,
-    broadcast_str,
-    gather,
-    run_on_all_ranks,
-    signed_digest,
-)
+from dist_train.cluster.communicator import Communicator, broadcast_str, gather, run_on_all_ranks, signed_digest
 from dist_train.config import Config
+from dist_train.config.plugins import plugin_files
 from dist_train.optim.flat_weights import FlatWeights, digest
 from dist_train.optim.noise import Noise
 from dist_train.outcome import DisagreementError, UsageError
@@ -60,7 +55,8 @@ def check_consistent_across_ranks(comm: Communicator, config: Config) -> None:
     if comm.size == 1:
         return
     # The code first: ranks of other code may not even share the form of the settings.
-    _compare(comm, "code", code_listing(), "install the same on all nodes")
+    listing = {**code_listing(), **plugin_files(config.model_dump(mode="json"))}
+    _compare(comm, "code", listing, "install the same on all nodes")
     _compare(comm, "settings", settings_listing(config), "start all ranks with the same configuration")
 
 

@@ -1,23 +1,41 @@
-"""Loss and accuracy over a split, and norm statistics recomputed from training data, over all ranks."""
+"""Loss and accuracy over a split, also of a stored model, and norm statistics recomputed, over all ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
+import yaml
 from torch import nn
 from torch.nn import functional
 
-from dist_train.cluster.communicator import Communicator
-from dist_train.data.images import BatchRequest, SampleSource
+from dist_train.checkpoint.files import Contents, read_stored
+from dist_train.checkpoint.state import load_model
+from dist_train.cluster.communicator import Communicator, run_on_all_ranks
+from dist_train.cluster.devices import device_type, share_out_devices
+from dist_train.cluster.joining import join_ranks
+from dist_train.config import Config, differences, dump_config, parse_config
+from dist_train.config.loading import with_overrides
+from dist_train.config.resuming import with_threads
+from dist_train.data.images import BatchRequest, SampleSource, Split
+from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
+from dist_train.models import build_model
 from dist_train.models.norms import BatchStatistics, norm_modules
-from dist_train.outcome import DivergedError
+from dist_train.outcome import DivergedError, UsageError
 from dist_train.randomness import generator
-from dist_train.training.compute import Compute
+from dist_train.rundir.atomic import finite
+from dist_train.training.compute import Compute, set_up_compute, share_of_threads
 from dist_train.training.reduction import Tally
+
+_HARMLESS = frozenset(
+    {"run.device", *(f"precision.{name}" for name in ("compute", "channels_last", "compile", "threads", "tf32"))}
+)
 
 
 @dataclass(frozen=True)
@@ -51,10 +69,11 @@ def evaluate(
     was_training = model.training
     model.eval()
     share = plan.share(comm.rank, comm.size)
-    samples.prefetch(BatchRequest(torch.arange(batch.start, batch.stop), None) for batch in share)
+    requests = [BatchRequest(torch.arange(batch.start, batch.stop)) for batch in share]
+    samples.prefetch(requests)
     with torch.inference_mode(), compute.autocast():
-        for batch in share:
-            inputs, labels = samples.plain(batch.start, batch.stop)
+        for batch, request in zip(share, requests, strict=True):
+            inputs, labels = samples.read(request)
             logits = model(inputs).double()
             losses = functional.cross_entropy(logits, labels, reduction="none")
             sums[0, batch.index] = losses.sum()
@@ -98,10 +117,11 @@ def recompute_statistics(
     was_training = model.training
     model.train()
     share = BatchPlan(len(indices), micro_size).share(comm.rank, comm.size)
-    samples.prefetch(BatchRequest(indices[batch.start : batch.stop], None) for batch in share)
+    requests = [BatchRequest(indices[batch.start : batch.stop]) for batch in share]
+    samples.prefetch(requests)
     with torch.no_grad(), compute.autocast():
-        for batch in share:
-            model(samples.unaugmented(indices[batch.start : batch.stop])[0])
+        for request in requests:
+            model(samples.read(request)[0])
             statistics.collect()
     model.train(was_training)
     tally.send()
@@ -109,3 +129,64 @@ def recompute_statistics(
     if total.out_of_range:
         raise DivergedError("the norms' statistics are not finite or out of range", code="statistics-not-finite")
     statistics.absorb(total.statistics, len(indices), momentum=1.0)
+
+
+def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dict[str, object]:
+    """Return step, loss (None where it is not finite) and accuracy of a stored model on the whole of `split`.
+
+    The same on all ranks. The norm statistics are those of the checkpoint: they belong to its clean weights.
+    """
+    with ExitStack() as stack:
+        comm = join_ranks(timeout=60.0, device_type=device_type())
+        stack.callback(comm.close)
+        stored = run_on_all_ranks(comm, lambda: read_stored(target), "read the checkpoint")
+        contents = stored.contents
+        config = stored_config(contents, overrides)
+        if config.precision.threads == "auto":
+            config = with_threads(config, share_of_threads(comm.local_size))
+        compute = set_up_compute(config.precision, share_out_devices(comm, config.run.device))
+        layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+        open_data = partial(open_splits, config.data, config.run.seed, compute.device, layout)
+        splits = run_on_all_ranks(comm, open_data, "load the data")
+        stack.callback(splits.close)
+        model = stored_model(contents, config).to(compute.device)
+        samples = splits.train if split == "train" else splits.test
+        batch_size = config.evaluation.batch_size
+        result = evaluate(model, samples, len(samples), batch_size=batch_size, compute=compute, comm=comm)
+        comm.barrier()
+    return {
+        "checkpoint": str(stored.path),
+        "step": contents.step,
+        "epoch": contents.epoch,
+        "split": split,
+        "loss": finite(result.loss),
+        "accuracy": result.accuracy,
+        "samples": result.samples,
+    }
+
+
+def stored_model(contents: Contents, config: Config) -> nn.Module:
+    """Return the network of `config` with the state that a checkpoint holds, on the CPU."""
+    model = build_model(config)
+    load_model(contents.model, model, "the checkpoint")
+    return model
+
+
+def stored_config(contents: Contents, overrides: Sequence[str]) -> Config:
+    """Return the configuration in a checkpoint, with `section.key=value` overrides, for whichever device is here.
+
+    Raises:
+        UsageError: an override would change the model or its data.
+    """
+    stored = parse_config(dict(contents.config), source="the checkpoint")
+    settings = yaml.safe_load(dump_config(stored))
+    settings["run"]["device"] = "auto"
+    config = parse_config(with_overrides(settings, overrides), source="the checkpoint")
+    changed = [difference for difference in differences(stored, config) if difference.path not in _HARMLESS]
+    if changed:
+        raise UsageError(
+            "an evaluation takes only settings that leave the model and its data what they are, not "
+            + ", ".join(difference.path for difference in changed),
+            code="settings-changed",
+        )
+    return config

@@ -1,4 +1,4 @@
-"""How long the parts of a step take on every rank, and what the rank uses of its machine."""
+"""How long the parts of a step take on every rank, what the rank uses of its machine, and profiles of a few steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from dist_train.cluster.communicator import Communicator
 from dist_train.rundir.records import Measurement, RankMeasurement, StepParts
@@ -228,24 +228,10 @@ class WeightNorms:
 
 
 class Measuring:
-    """Measures steps; all ranks must call `start` after the same steps, and `result` between two of them.
+    """Measures the steps of this rank; where it has `norms`, the weights' too.
 
-    Here: nothing. Settings alone decide whether steps are measured, so that all ranks do alike.
+    All ranks must call `start` after the same steps, and `result` between two of them.
     """
-
-    def note_stall(self, seconds: float) -> None:
-        """Count `seconds` in which a checkpoint held up the training to the next step that is measured."""
-
-    def start(self, step: int, seconds: float, times: StepTimes) -> None:
-        """Measure `step`, counted from 1, just made in `seconds`; waits for nobody."""
-
-    def result(self) -> Measurement | None:
-        """Return what was started, once; None where nothing was."""
-        return None
-
-
-class RankMeasuring(Measuring):
-    """Measures the steps of one rank; where it has `norms`, the weights' too."""
 
     def __init__(self, comm: Communicator, usage: UsageReader, norms: WeightNorms | None) -> None:
         self._comm = comm
@@ -292,3 +278,54 @@ class RankMeasuring(Measuring):
         """Return what was started, once; None where nothing was."""
         finish, self._finish = self._finish, None
         return finish() if finish else None
+
+
+_FIRST_UPDATES = 2
+"""Updates of a launch that are not profiled: they also allocate, tune and compile."""
+
+
+class Profiler:
+    """Profiles `updates` updates after the first two of a launch, on all ranks; writes Chrome traces into `folder`."""
+
+    def __init__(self, updates: int, folder: Path, comm: Communicator) -> None:
+        self._last = _FIRST_UPDATES + updates
+        self._folder = folder
+        self._comm = comm
+        self._made = 0
+        self._profile: profile | None = None
+        self._first_step = 0
+
+    def after_update(self, step: int) -> None:
+        """Begin, or end, when it is time; all ranks after the same update."""
+        self._made += 1
+        if self._made == _FIRST_UPDATES:
+            self._begin(step + 1)
+        elif self._made == self._last:
+            self.close()
+
+    def close(self) -> None:
+        """Write what has been seen so far."""
+        if self._profile is None:
+            return
+        running, self._profile = self._profile, None
+        self._comm.stop_timeline()
+        running.stop()
+        path = self._folder / f"trace-step-{self._first_step:08d}-rank-{self._comm.rank}.json"
+        try:
+            running.export_chrome_trace(str(path))
+        except (OSError, RuntimeError) as error:
+            _logger.error("the profiler's trace %s could not be written: %s", path, error)
+
+    def _begin(self, first_step: int) -> None:
+        try:
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            _logger.error("nothing is profiled, %s cannot be made: %s", self._folder, error.strerror or error)
+            return
+        self._first_step = first_step
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_initialized():
+            activities.append(ProfilerActivity.CUDA)
+        self._comm.start_timeline(self._folder / f"horovod-step-{first_step:08d}.json")
+        self._profile = profile(activities=activities)
+        self._profile.start()

@@ -37,6 +37,11 @@ class Bucket:
     start: int
     stop: int
 
+    @property
+    def part(self) -> slice:
+        """Where they lie."""
+        return slice(self.start, self.stop)
+
 
 class GradientAccumulator(ABC):
     """How the gradients of `weights` are summed: over micro-batches here, over ranks on the way."""
@@ -104,18 +109,16 @@ class GradientReduction:
         self._weights.gradients.zero_()
         yield
         for bucket in self._buckets:
-            self._add(bucket)
+            if self._missing.get(bucket.index) != 0:
+                self._add(bucket)
 
     @contextmanager
     def last_micro_batch(self) -> Iterator[None]:
         """Take the gradients of the backward pass within the block, and send each bucket once it is complete."""
-        self._weights.gradients.zero_()
         self._missing = {bucket.index: bucket.last - bucket.first for bucket in self._buckets}
         try:
-            yield
-            for bucket in self._buckets:
-                if self._missing[bucket.index] > 0:
-                    self._add(bucket)
+            with self.micro_batch():
+                yield
         finally:
             self._missing.clear()
 
@@ -145,7 +148,7 @@ class GradientReduction:
 
     def _add(self, bucket: Bucket) -> None:
         if self._loss_scale != 1.0:
-            self._weights.gradients[bucket.start : bucket.stop].mul_(1.0 / self._loss_scale)
+            self._weights.gradients[bucket.part].mul_(1.0 / self._loss_scale)
         self._accumulator.add(bucket)
 
 
@@ -168,12 +171,12 @@ class ExactAccumulator(GradientAccumulator):
 
     def add(self, bucket: Bucket) -> None:
         """Add the gradients of one micro-batch as integers."""
-        gradients = self._gradients[bucket.start : bucket.stop]
+        gradients = self._gradients[bucket.part]
         low, high = gradients.aminmax()
         # Written so that a NaN, for which no comparison holds, is out of range.
         self.out_of_range |= ~((low > -self._limit) & (high < self._limit))
         gradients.mul_(2.0**GRADIENTS.bits)
-        total = self._total[bucket.start : bucket.stop]
+        total = self._total[bucket.part]
         if bucket.index in self._begun:
             total += self._scratch[: len(total)].copy_(gradients)
         else:
@@ -182,15 +185,14 @@ class ExactAccumulator(GradientAccumulator):
 
     def send(self, bucket: Bucket, name: str) -> Pending:
         """Start the sum over the ranks."""
-        total = self._total[bucket.start : bucket.stop]
+        total = self._total[bucket.part]
         if bucket.index not in self._begun:
             total.zero_()
         return self._comm.allreduce_async(total, name)
 
     def receive(self, bucket: Bucket) -> None:
         """Turn the sum back into floats, once."""
-        part = slice(bucket.start, bucket.stop)
-        torch.mul(self._total[part], 2.0**-GRADIENTS.bits, out=self._gradients[part])
+        torch.mul(self._total[bucket.part], 2.0**-GRADIENTS.bits, out=self._gradients[bucket.part])
 
 
 class FloatAccumulator(GradientAccumulator):
@@ -209,20 +211,20 @@ class FloatAccumulator(GradientAccumulator):
 
     def add(self, bucket: Bucket) -> None:
         """Add the gradients of one micro-batch."""
-        gradients = self._gradients[bucket.start : bucket.stop]
+        gradients = self._gradients[bucket.part]
         self.out_of_range |= ~gradients.sum().isfinite()
-        self._total[bucket.start : bucket.stop] += gradients
+        self._total[bucket.part] += gradients
 
     def send(self, bucket: Bucket, name: str) -> Pending:
         """Start the sum over the ranks."""
-        sent = self._sent[bucket.start : bucket.stop]
+        sent = self._sent[bucket.part]
         if self._sent is not self._total:
-            sent.copy_(self._total[bucket.start : bucket.stop])
+            sent.copy_(self._total[bucket.part])
         return self._comm.allreduce_async(sent, name)
 
     def receive(self, bucket: Bucket) -> None:
         """Leave the sum where the gradients are."""
-        self._gradients[bucket.start : bucket.stop].copy_(self._sent[bucket.start : bucket.stop])
+        self._gradients[bucket.part].copy_(self._sent[bucket.part])
 
 
 class AdasumAccumulator(FloatAccumulator):
@@ -235,7 +237,7 @@ class AdasumAccumulator(FloatAccumulator):
 
     def send(self, bucket: Bucket, name: str) -> Pending:
         """Start the combination over the ranks."""
-        return self._comm.adasum_async(self._total[bucket.start : bucket.stop].mul_(self._to_mean), name)
+        return self._comm.adasum_async(self._total[bucket.part].mul_(self._to_mean), name)
 
 
 def build_reduction(
@@ -316,7 +318,6 @@ class Tally:
     """Counts on the device, without waiting for it, until `result` is asked for."""
 
     def __init__(self, comm: Communicator, statistics: BatchStatistics, device: torch.device) -> None:
-        """Count on `device`, together with `statistics`."""
         self._comm = comm
         self._statistics = statistics
         self._counts = torch.zeros(_SLOTS, dtype=torch.int64, device=device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from dist_train.data.images import SampleSource
+from dist_train.data.images import BatchRequest, SampleSource
 from dist_train.data.plan import MicroBatch
 from dist_train.models.normalization import SumOverRanks
 from dist_train.models.norms import BatchStatistics, GroupedBatchNorm, sync_batch_norm
@@ -135,7 +135,8 @@ class TrainingStep:
 
     def _add_gradient(self, batch: GlobalBatch, micro_batch: MicroBatch) -> None:
         with self.clock.part("data_wait"):
-            inputs, labels = self.samples.micro_batch(batch.indices[micro_batch.start : micro_batch.stop], batch.epoch)
+            indices = batch.indices[micro_batch.start : micro_batch.stop]
+            inputs, labels = self.samples.read(BatchRequest(indices, batch.epoch))
         scaled_size = len(batch.indices) / self.loss_scale.value
         with self.clock.part("perturb_restore"):
             self.noise.perturb_for(micro_batch.index, partial(self._ascend, inputs, labels, scaled_size))

@@ -26,14 +26,12 @@ class StopRequests:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequests:
-        """Take over the signals."""
         for number in self._signals:
             if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -59,7 +57,6 @@ class TimeLimit:
     """Learns from the run how long before `end` it must be asked to stop."""
 
     def __init__(self, end: float | None) -> None:
-        """The job ends at `end`, in seconds since 1970; None: it does not."""
         self.end = end
         """In seconds since 1970; None where there is no limit."""
         self._last: float | None = None

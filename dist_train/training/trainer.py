@@ -17,6 +17,7 @@ from dist_train.checkpoint.state import Progress
 from dist_train.checkpoint.writer import CheckpointWriter, NotWritten
 from dist_train.cluster.communicator import Communicator
 from dist_train.config import Config
+from dist_train.config.plugins import plugin_files
 from dist_train.config.resuming import with_micro_size
 from dist_train.data.images import BatchRequest, Splits
 from dist_train.data.plan import BatchPlan, batch_indices, epoch_order
@@ -27,9 +28,8 @@ from dist_train.rundir.records import Detail, EvaluationRecord, EventRecord, Rec
 from dist_train.rundir.status import StatusFile
 from dist_train.training.consistency import verify_agreement
 from dist_train.training.evaluation import evaluate, recompute_statistics, statistics_samples
-from dist_train.training.measuring import Measuring
+from dist_train.training.measuring import Measuring, Profiler
 from dist_train.training.micro_batches import halve, share_of
-from dist_train.training.profiling import Profiler
 from dist_train.training.step import GlobalBatch, OutOfMemoryError, TrainingStep, Update
 from dist_train.training.stopping import StopRequests, TimeLimit
 
@@ -59,8 +59,9 @@ class Trainer:
     status: StatusFile | None
     stop: StopRequests
     progress: Progress
-    profiler: Profiler = field(default_factory=Profiler)
-    measuring: Measuring = field(default_factory=Measuring)
+    profiler: Profiler | None = None
+    measuring: Measuring | None = None
+    """Settings alone decide whether steps are measured, so that all ranks do alike."""
     time_limit: TimeLimit = field(default_factory=lambda: TimeLimit(None))
     may_shrink: bool = False
     """Whether a micro-batch that runs out of memory may be made smaller."""
@@ -71,6 +72,7 @@ class Trainer:
         self._epoch_order = lru_cache(2)(partial(epoch_order, len(self.splits.train), self.config.run.seed))
         self._statistics_at: int | None = None
         self._settings = self.config.model_dump(mode="json")
+        self._plugins = plugin_files(self._settings)
         self._not_written: NotWritten | None = None
         self._saved_at: int | None = None
         self._busy_seconds = 0.0
@@ -106,7 +108,8 @@ class Trainer:
 
     def close(self) -> None:
         """Wait for what is being written, whatever became of it, and let go of the data."""
-        self.profiler.close()
+        if self.profiler:
+            self.profiler.close()
         self.splits.close()
         if self.writer is not None:
             self.writer.close()
@@ -153,13 +156,15 @@ class Trainer:
 
     def _after_step(self, update: Update, seconds: float) -> None:
         step = self.progress.step
-        self.profiler.after_update(step)
+        if self.profiler:
+            self.profiler.after_update(step)
         self._busy_seconds += seconds
         self._steps_done += 1
         self._hand_out_measurement()
         if step % self.config.metrics.every_steps == 0 or step == self.last_step:
             self._record_update(update, seconds)
-            self.measuring.start(step, seconds, update.times)
+            if self.measuring:
+                self.measuring.start(step, seconds, update.times)
         every = self.config.comm.verify_every
         if every and (step % every == 0 or step == self.last_step):
             verify_agreement(self.comm, self.take_step.weights, self.take_step.noise, step - 1)
@@ -184,8 +189,7 @@ class Trainer:
 
     def _hand_out_measurement(self) -> None:
         """Hand out the measurement that was started after an earlier step, if any."""
-        measurement = self.measuring.result()
-        if measurement is not None:
+        if self.measuring and (measurement := self.measuring.result()):
             self.observers.measurement(measurement)
 
     def _is_due(self, every_epochs: int) -> bool:
@@ -266,7 +270,8 @@ class Trainer:
         best = self.progress.best_saved_step if self.config.checkpoint.keep_best else None
         begun = time.perf_counter()
         self.writer.submit(self.contents(), best)
-        self.measuring.note_stall(time.perf_counter() - begun)
+        if self.measuring:
+            self.measuring.note_stall(time.perf_counter() - begun)
 
     def contents(self) -> Contents:
         """Return what a checkpoint of this moment holds."""
@@ -277,6 +282,7 @@ class Trainer:
             optimizer=self.take_step.optimizer.state_dict(),
             config=self._settings,
             metrics=self.progress.metrics(),
+            plugins=self._plugins,
         )
 
     def _report_saved(self) -> None:
@@ -285,9 +291,12 @@ class Trainer:
             if isinstance(result, NotWritten):
                 self._not_written = result
                 error = _describe(result.error)
-                _logger.error("the checkpoint of step %d could not be written: %s", result.step, error)
-                self._event_at(result.step, "checkpoint_failed", error=error)
+                place = f"; it lies in {result.fallback}" if result.fallback else ""
+                _logger.error("the checkpoint of step %d could not be written: %s%s", result.step, error, place)
+                self._event_at(result.step, "checkpoint_failed", error=f"{error}{place}")
             else:
+                if self._not_written is not None and self._not_written.step == result.file.step:
+                    self._not_written = None
                 self.time_limit.note_saved(result.seconds)
                 self._event_at(
                     result.file.step,
@@ -309,9 +318,10 @@ class Trainer:
         self.settle_saving()
         failed = self._not_written
         if failed is not None and failed.step == self._saved_at:
+            place = f"it lies in {failed.fallback}" if failed.fallback else "the earlier ones are untouched"
             raise FaultError(
                 f"the last checkpoint, of step {failed.step}, could not be written: {_describe(failed.error)}; "
-                f"the earlier ones are untouched: make room and run the same command again",
+                f"{place}: make room and run the same command again",
                 code="checkpoint-not-written",
             ) from failed.error
 

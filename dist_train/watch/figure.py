@@ -1,6 +1,6 @@
 """A figure as its renderers share it: charts of series; and the learning curves of a run.
 
-The terminal (`watch/panels.py`), the page (`report/chart.py`) and picture files (`report/learning_curve.py`) draw it.
+The terminal (`watch/panels.py`), the page (`report/chart.py`) and files (`report/drawing.py`) draw it.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ RATES = (
     Quantity("gradient norm", "norm", lambda it: it.gradient_norm, three_digits),
     Quantity("speed", "images/s", lambda it: it.samples_per_second, three_digits),
 )
-BATCH = "s5"
+BATCH = "batch"
 """Style of what is measured at each update; that of an evaluation is its split's name."""
 
 

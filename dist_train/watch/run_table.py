@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -19,10 +19,11 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
+from dist_train.cluster.launch import JOB_IS_ALIVE, JOB_WAITS
 from dist_train.config.loading import parse_yaml, yaml_fault
 from dist_train.monitoring import wording
 from dist_train.outcome import UsageError, escaped
-from dist_train.rundir.atomic import open_regular
+from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
 from dist_train.rundir.status import Status, load_status
@@ -69,6 +70,26 @@ def read_runs(directory: Path, now: datetime | None = None) -> tuple[RunSummary,
     """Return every run at or below `directory`, by path. Raises UsageError where that is no folder."""
     moment = (now or datetime.now(UTC)).timestamp()
     return tuple(_read_run(run, directory, moment) for run in _runs_below(directory))
+
+
+def beside_slurm(summaries: Sequence[RunSummary], job_states: Mapping[str, str]) -> tuple[RunSummary, ...]:
+    """Return the runs with states that agree with those of their jobs: no run is at work whose job waits or has ended.
+
+    A run that failed, but whose job waits, is to be started again: it has stopped.
+    """
+    return tuple(_beside_slurm(run, job_states.get(run.slurm_job, "")) for run in summaries)
+
+
+def _beside_slurm(run: RunSummary, job_state: str) -> RunSummary:
+    waits = job_state in JOB_WAITS
+    if run.state in ALIVE and job_state and (waits or job_state not in JOB_IS_ALIVE):
+        state = "lost"
+    elif run.state == "failed" and waits:
+        state = "stopped"
+    else:
+        return run
+    note = f"its job {run.slurm_job} is {job_state}"
+    return replace(run, state=state, note=f"{run.note}; {note}" if run.note else note, seconds_left=None)
 
 
 def read_state(directory: RunDirectory) -> tuple[str, str]:
@@ -258,8 +279,7 @@ def read_settings(path: Path) -> Mapping[str, object]:
     Raises BrokenFileError where they cannot be read.
     """
     try:
-        with open_regular(path) as file:
-            sections = parse_yaml(file.read())
+        sections = parse_yaml(read_regular(path))
     except FileNotFoundError:
         return {}  # the run has not got so far
     except OSError as error:

@@ -44,19 +44,25 @@ class Job:
 
 
 class Cluster:
-    """The nodes node1 and node2, and their Slurm."""
+    """The nodes node1, node2, ..., and their Slurm; `disk` is a small file system that all of them share."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, nodes: int = 2) -> None:
         """Boot it; its files lie in `folder`."""
+        self.nodes = tuple(f"node{number}" for number in range(1, nodes + 1))
+        self.disk = folder.with_name(f"{folder.name}-disk")
+        self.disk.mkdir()
+        # before the nodes, which see what is mounted when they boot
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(self.disk)], check=True)
         self._settings = {
             "SLURM_RIG_DIR": str(folder),
             "SLURM_RIG_NETWORK": f"10.{60 + os.getpid() % 150}.{time.time_ns() // 1000 % 250}",
         }
-        self._rig("up", "2")
+        self._rig("up", str(nodes))
 
     def down(self) -> None:
         """Stop all of it."""
         self._rig("down")
+        subprocess.run(["umount", "--lazy", str(self.disk)], check=True)
 
     def run(self, *command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run `command` on the login node, in `folder`; it may fail."""
@@ -109,7 +115,7 @@ class Cluster:
 
     def processes(self) -> list[str]:
         """Return what runs on the nodes beside their daemons."""
-        return [f"{node}: {line}" for node in ("node1", "node2") for line in self._rig("processes", node).splitlines()]
+        return [f"{node}: {line}" for node in self.nodes for line in self._rig("processes", node).splitlines()]
 
     def _rig(self, *arguments: str) -> str:
         ended = self._start(*arguments, folder=ROOT)

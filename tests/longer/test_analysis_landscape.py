@@ -25,7 +25,7 @@ from dist_train.analysis.landscape_points import PointEvaluator
 from dist_train.cluster.communicator import Alone
 from dist_train.data.images import Split
 from dist_train.outcome import UsageError
-from dist_train.training.stored import evaluate_stored
+from dist_train.training.evaluation import evaluate_stored
 from tests.raising import raises
 from tests.unit.small_trainers import build_trainer, small_config
 

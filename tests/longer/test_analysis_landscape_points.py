@@ -7,12 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_train.analysis.landscape_points import (
-    Directions,
-    Interpolation,
     Place,
-    Plane,
     Point,
+    along,
     axis,
+    interpolation,
     line_points,
     plane_points,
 )
@@ -42,40 +41,40 @@ def test_points_come_line_by_line_and_row_by_row() -> None:
 def test_the_ends_of_a_line_are_the_checkpoints_bit_identically(seed: int) -> None:
     stream = torch.Generator().manual_seed(seed)
     first, second = (Place(torch.randn(50, generator=stream), torch.rand(4, generator=stream)) for _ in range(2))
-    walk = Interpolation(first, second, torch.tensor([False, False, True, True]))
+    walk = interpolation(first, second, torch.tensor([False, False, True, True]))
     for alpha, end in ((0.0, first), (1.0, second)):
-        there = walk.at(Point(0, alpha))
+        there = walk(Point(0, alpha))
         assert torch.equal(there.weights, end.weights)
         assert torch.equal(there.statistics, end.statistics)
-    middle = walk.at(Point(0, 0.5))
+    middle = walk(Point(0, 0.5))
     torch.testing.assert_close(middle.weights, (first.weights + second.weights) / 2)
     torch.testing.assert_close(middle.statistics, (first.statistics + second.statistics) / 2)
 
 
 def test_a_variance_beyond_the_checkpoints_does_not_become_negative() -> None:
     first, second = Place(NONE, torch.tensor([1.0, 1.0])), Place(NONE, torch.tensor([5.0, 5.0]))
-    walk = Interpolation(first, second, torch.tensor([False, True]))
-    assert walk.at(Point(0, -0.5)).statistics.tolist() == [-1.0, 0.0]
+    walk = interpolation(first, second, torch.tensor([False, True]))
+    assert walk(Point(0, -0.5)).statistics.tolist() == [-1.0, 0.0]
 
 
 def test_a_direction_is_walked_both_ways_and_keeps_the_statistics() -> None:
     origin = Place(torch.tensor([1.0, 2.0]), torch.tensor([3.0]))
     asked: list[int] = []
 
-    def direction(index: int) -> torch.Tensor:
+    def directions(index: int) -> tuple[torch.Tensor]:
         asked.append(index)
-        return torch.tensor([1.0, 10.0 * index], dtype=torch.float64)
+        return (torch.tensor([1.0, 10.0 * index], dtype=torch.float64),)
 
-    walk = Directions(origin, direction)
-    assert walk.at(Point(1, -0.5)).weights.tolist() == [0.5, -3.0]
-    assert walk.at(Point(1, 0.5)).weights.tolist() == [1.5, 7.0]
-    assert walk.at(Point(2, 0.0)).weights.tolist() == [1.0, 2.0]
-    assert walk.at(Point(2, 1.0)).statistics.tolist() == [3.0]
+    walk = along(origin, directions)
+    assert walk(Point(1, -0.5)).weights.tolist() == [0.5, -3.0]
+    assert walk(Point(1, 0.5)).weights.tolist() == [1.5, 7.0]
+    assert walk(Point(2, 0.0)).weights.tolist() == [1.0, 2.0]
+    assert walk(Point(2, 1.0)).statistics.tolist() == [3.0]
     assert asked == [1, 2], "each is drawn once"
 
 
 def test_a_plane_adds_two_directions() -> None:
     first, second = torch.tensor([1.0, 0.0]).double(), torch.tensor([0.0, 1.0]).double()
-    plane = Plane(Place(torch.tensor([1.0, 1.0]), NONE), first, second)
-    assert plane.at(Point(0, 0.5, -2.0)).weights.tolist() == [1.5, -1.0]
-    assert plane.at(Point(0, 0.0, 0.0)).weights.tolist() == [1.0, 1.0], "the origin has not moved"
+    plane = along(Place(torch.tensor([1.0, 1.0]), NONE), lambda _: (first, second))
+    assert plane(Point(0, 0.5, -2.0)).weights.tolist() == [1.5, -1.0]
+    assert plane(Point(0, 0.0, 0.0)).weights.tolist() == [1.0, 1.0], "the origin has not moved"

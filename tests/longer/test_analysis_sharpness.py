@@ -19,7 +19,7 @@ from dist_train.checkpoint.files import read_checkpoint, write_checkpoint
 from dist_train.cli.main import main
 from dist_train.cluster.communicator import Alone
 from dist_train.outcome import ExitCode, UsageError
-from dist_train.training.stored import evaluate_stored
+from dist_train.training.evaluation import evaluate_stored
 from tests.raising import raises
 from tests.unit.image_folders import write_folder
 from tests.unit.small_trainers import build_trainer, small_config

@@ -11,20 +11,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_train.analysis.sharpness_measures import (
-    Ascent,
-    Probing,
+from dist_train.analysis.sharpness import (
     coordinates,
     expected_rises,
     full_space,
     largest_eigenvalues,
     random_directions,
-    spectrum,
     subspace,
+    trace_with_error,
 )
+from dist_train.analysis.sharpness_record import SharpnessSettings
 from dist_train.analysis.subset_loss import SubsetLoss, Vector, cross_entropy
-from dist_train.config import NoiseSettings
 from dist_train.data import synthetic
+from dist_train.data.images import BatchRequest
 from dist_train.data.loader import Samples
 from dist_train.models import build_model
 from tests.unit.small_trainers import small_config, state_bits
@@ -70,7 +69,7 @@ class TestKeskar:
     def test_on_a_parabola_it_is_the_closed_form(self, weights: int, at_minimum: bool) -> None:
         loss = a_parabola(weights, at_minimum=at_minimum)
         expected = sharpness(loss.highest(), loss.value_and_gradient(loss.point())[0])
-        assert full_space(loss, Ascent()) == pytest.approx(expected, rel=1e-6)
+        assert full_space(loss, SharpnessSettings()) == pytest.approx(expected, rel=1e-6)
 
     @pytest.mark.parametrize("lost", [np.nan, np.inf])
     @pytest.mark.parametrize("calls", [2, 3])
@@ -82,13 +81,13 @@ class TestKeskar:
 
         known = a_parabola(5, at_minimum=False)
         loss = Lost(known.curvatures, known.minimum, known.point(), known.least)
-        assert full_space(loss, Ascent()) == np.inf
+        assert full_space(loss, SharpnessSettings()) == np.inf
 
     @pytest.mark.parametrize("factor", [1e-9, 1e6])
     def test_the_size_of_the_loss_does_not_end_the_ascent(self, factor: float) -> None:
         loss = a_parabola(20, at_minimum=False, factor=factor)
         expected = sharpness(loss.highest(), loss.value_and_gradient(loss.point())[0])
-        assert full_space(loss, Ascent()) == pytest.approx(expected, rel=1e-6)
+        assert full_space(loss, SharpnessSettings()) == pytest.approx(expected, rel=1e-6)
 
     def test_within_one_direction_it_is_the_closed_form(self) -> None:
         point = np.random.default_rng(0).normal(size=30)
@@ -98,7 +97,7 @@ class TestKeskar:
         along = float(direction @ point)
         radius = EPSILON * (abs(along) + 1)
         value = 0.1 + 3.5 * float(point @ point)
-        found = subspace(loss, Ascent(seed=3), dimensions=1)
+        found = subspace(loss, SharpnessSettings(seed=3, keskar_dimensions=1))
         assert found == pytest.approx(sharpness(value + 3.5 * (2 * radius * abs(along) + radius**2), value), rel=1e-5)
 
     def test_a_subspace_is_seen_through_its_pseudo_inverse(self) -> None:
@@ -109,22 +108,26 @@ class TestKeskar:
 
     def test_a_subspace_is_no_sharper_than_a_box_that_holds_it(self) -> None:
         loss = a_parabola(60, at_minimum=False)
-        assert 0 < subspace(loss, Ascent(), 5) < full_space(loss, Ascent(epsilon=3e-3))
+        assert (
+            0
+            < subspace(loss, SharpnessSettings(keskar_dimensions=5))
+            < full_space(loss, SharpnessSettings(keskar_epsilon=3e-3))
+        )
 
     def test_the_point_itself_is_no_start_at_a_minimum(self) -> None:
         loss = a_parabola(5, at_minimum=True)
-        assert full_space(loss, Ascent(starts=1)) == 0
-        assert full_space(loss, Ascent(starts=2)) > 0
+        assert full_space(loss, SharpnessSettings(keskar_starts=1)) == 0
+        assert full_space(loss, SharpnessSettings(keskar_starts=2)) > 0
 
     def test_it_ends_with_the_iterations(self) -> None:
         few, many = a_parabola(50, at_minimum=False), a_parabola(50, at_minimum=False)
-        full_space(few, Ascent(iterations=1))
-        full_space(many, Ascent(iterations=10))
+        full_space(few, SharpnessSettings(keskar_iterations=1))
+        full_space(many, SharpnessSettings(keskar_iterations=10))
         assert few.calls <= many.calls <= 100
 
     def test_the_seed_chooses_subspace_and_starts(self) -> None:
         loss = a_parabola(60, at_minimum=False)
-        found = [subspace(loss, Ascent(seed=seed), 5) for seed in (0, 0, 1)]
+        found = [subspace(loss, SharpnessSettings(seed=seed, keskar_dimensions=5)) for seed in (0, 0, 1)]
         assert found[0] == found[1] != found[2]
 
 
@@ -182,33 +185,35 @@ class TestExpectedRise:
     def test_of_a_quadratic_it_is_the_trace_within_its_standard_error(self) -> None:
         trace = float(np.trace(quadratic_hessian()))
         loss = a_loss(linear_model(), quadratic=True)
-        for rise in expected_rises(loss, NoiseSettings(), (0.01, 0.1), draws=250, seed=0):
-            expected = rise.amplitude**2 * trace / 6
-            assert abs(rise.mean - expected) < 3 * rise.standard_error
-            assert 0 < rise.standard_error < 0.05 * expected
-            assert rise.draws == 250
+        settings = SharpnessSettings(amplitudes=(0.01, 0.1), draws=250)
+        for amplitude, mean, error in zip(settings.amplitudes, *expected_rises(loss, settings), strict=True):
+            expected = amplitude**2 * trace / 6
+            assert abs(mean - expected) < 3 * error
+            assert 0 < error < 0.05 * expected
 
     def test_its_standard_error_is_that_of_its_mean(self) -> None:
         loss = a_loss(linear_model(), quadratic=True)
         means, errors = [], []
         for seed in range(40):
-            [rise] = expected_rises(loss, NoiseSettings(), (0.1,), draws=8, seed=seed)
-            means.append(rise.mean)
-            errors.append(rise.standard_error)
+            [mean], [error] = expected_rises(loss, SharpnessSettings(amplitudes=(0.1,), seed=seed))
+            means.append(mean)
+            errors.append(error)
         assert np.std(means) == pytest.approx(np.mean(errors), rel=0.3)
 
     def test_excluded_weights_do_not_count(self) -> None:
         loss = a_loss(linear_model(), quadratic=True)
-        [rise] = expected_rises(loss, NoiseSettings(exclude=("bias",)), (0.1,), draws=250, seed=0)
+        settings = SharpnessSettings(exclude=("bias",), amplitudes=(0.1,), draws=250)
+        [mean], [error] = expected_rises(loss, settings)
         trace = float(np.trace(quadratic_hessian()[:24, :24]))
-        assert abs(rise.mean - 0.01 * trace / 6) < 3 * rise.standard_error
+        assert abs(mean - 0.01 * trace / 6) < 3 * error
 
     def test_it_scales_as_the_noise_does(self) -> None:
         model = linear_model()
         squares = torch.cat([model.weight.detach().reshape(-1), model.bias.detach()]).double().numpy() ** 2
         expected = 0.01 * float(np.diag(quadratic_hessian()) @ squares) / 6
-        [rise] = expected_rises(a_loss(model, quadratic=True), NoiseSettings(scale="weight"), (0.1,), draws=250, seed=0)
-        assert abs(rise.mean - expected) < 3 * rise.standard_error
+        settings = SharpnessSettings(scale="weight", amplitudes=(0.1,), draws=250)
+        [mean], [error] = expected_rises(a_loss(model, quadratic=True), settings)
+        assert abs(mean - expected) < 3 * error
 
 
 class TestHessian:
@@ -216,10 +221,12 @@ class TestHessian:
         model = linear_model()
         hessian = softmax_hessian(model)
         expected = np.sort(np.linalg.eigvalsh(hessian))[::-1]
-        found = spectrum(a_loss(model), Probing(eigenvalues=4, probes=40))
-        np.testing.assert_allclose(found.eigenvalues, expected[:4], rtol=0.01)
-        assert found.trace == pytest.approx(np.trace(hessian), rel=0.01)
-        assert abs(found.trace - np.trace(hessian)) < 4 * found.trace_standard_error
+        settings = SharpnessSettings(hessian_eigenvalues=4, hessian_probes=40)
+        values, vectors = largest_eigenvalues(a_loss(model), settings)
+        np.testing.assert_allclose(values, expected[:4], rtol=0.01)
+        trace, error = trace_with_error(a_loss(model), values, vectors, settings)
+        assert trace == pytest.approx(np.trace(hessian), rel=0.01)
+        assert abs(trace - np.trace(hessian)) < 4 * error
 
     def test_a_product_is_the_hessian_times_the_vector(self) -> None:
         model = linear_model()
@@ -228,13 +235,18 @@ class TestHessian:
         np.testing.assert_allclose(a_loss(model).hessian_product(direction), expected, rtol=1e-4, atol=1e-5)
 
     def test_more_eigenvalues_than_there_are_weights_are_all_but_one(self) -> None:
-        values, vectors = largest_eigenvalues(a_loss(linear_model(), quadratic=True), Probing(eigenvalues=99))
+        values, vectors = largest_eigenvalues(
+            a_loss(linear_model(), quadratic=True), SharpnessSettings(hessian_eigenvalues=99)
+        )
         assert values.shape == (27,)
         np.testing.assert_allclose(vectors.T @ vectors, np.eye(27), atol=1e-8)
 
     def test_deflation_takes_the_large_eigenvalues_out_of_the_trace_s_error(self) -> None:
         loss = a_loss(linear_model(), quadratic=True)
-        errors = [spectrum(loss, Probing(eigenvalues=number, probes=30)).trace_standard_error for number in (1, 8)]
+        errors = []
+        for number in (1, 8):
+            settings = SharpnessSettings(hessian_eigenvalues=number, hessian_probes=30)
+            errors.append(trace_with_error(loss, *largest_eigenvalues(loss, settings), settings)[1])
         assert errors[1] < 0.5 * errors[0]
 
 
@@ -247,7 +259,11 @@ class TestLoss:
 
     def batches(self) -> list[tuple[Tensor, Tensor]]:
         samples = Samples(IMAGES, torch.device("cpu"))
-        return [samples.plain(0, 12), samples.plain(12, 24), samples.plain(24, 30)]
+        return [
+            samples.read(BatchRequest(torch.arange(0, 12))),
+            samples.read(BatchRequest(torch.arange(12, 24))),
+            samples.read(BatchRequest(torch.arange(24, 30))),
+        ]
 
     @pytest.mark.parametrize("training", [False, True])
     def test_a_network_s_derivatives_are_those_of_float64(self, training: bool) -> None:

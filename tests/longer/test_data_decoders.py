@@ -61,6 +61,10 @@ def fetch_for_ever(loaders: LoaderProcesses, wanted: Order) -> None:
         fetched(loaders, wanted)
 
 
+def pids_of(loaders: LoaderProcesses) -> list[int]:
+    return [process.pid for process in loaders._processes]
+
+
 def test_batches_that_were_announced_come_as_they_are(folder: Path, loaders: LoaderProcesses) -> None:
     batches = [tuple(range(start, start + 40)) for start in range(0, FILES, 40)]
     loaders.prefetch(order(folder, *batch) for batch in batches)
@@ -102,17 +106,17 @@ def test_work_goes_on_while_nobody_waits(folder: Path, loaders: LoaderProcesses)
 
 
 def test_processes_start_once_and_stay(folder: Path, loaders: LoaderProcesses) -> None:
-    assert loaders.pids == []
+    assert pids_of(loaders) == []
     fetched(loaders, order(folder, 1))
-    before = loaders.pids
+    before = pids_of(loaders)
     fetched(loaders, order(folder, 2))
     assert len(before) == 2
-    assert loaders.pids == before
+    assert pids_of(loaders) == before
 
 
 def test_closing_ends_the_processes_and_may_be_done_again(folder: Path, loaders: LoaderProcesses) -> None:
     loaders.prefetch([order(folder, *range(FILES))])
-    pids = loaders.pids
+    pids = pids_of(loaders)
     loaders.close()
     loaders.close()
     assert not any(map(is_alive, pids))
@@ -133,7 +137,7 @@ def test_a_damaged_image_is_told_when_it_is_fetched_not_before(
 @pytest.mark.parametrize("killed", [1, 2], ids=["one", "all"])
 def test_a_killed_loader_is_a_fault_that_says_so(folder: Path, loaders: LoaderProcesses, killed: int) -> None:
     fetched(loaders, order(folder, 1))
-    for pid in loaders.pids[:killed]:
+    for pid in pids_of(loaders)[:killed]:
         os.kill(pid, signal.SIGKILL)
     with raises(FaultError, "loader-ended"):
         fetch_for_ever(loaders, order(folder, *range(60)))
@@ -145,7 +149,7 @@ def test_a_loader_killed_over_its_work_is_noticed_by_who_waits(folder: Path, tmp
     try:
         loaders.prefetch([order(tmp_path, 0)])
         with (tmp_path / "0.png").open("wb"):  # which waits until the loader has opened it, too
-            os.kill(loaders.pids[0], signal.SIGKILL)
+            os.kill(pids_of(loaders)[0], signal.SIGKILL)
         with raises(FaultError, "loader-ended"):
             fetched(loaders, order(tmp_path, 0))
     finally:
@@ -154,13 +158,13 @@ def test_a_loader_killed_over_its_work_is_noticed_by_who_waits(folder: Path, tmp
 
 def test_signals_to_the_whole_job_leave_the_loaders_alone(folder: Path, loaders: LoaderProcesses) -> None:
     loaders.prefetch([order(folder, 1)])
-    for pid in loaders.pids:
+    for pid in pids_of(loaders):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
             os.kill(pid, number)
     # The second batch is decoded after the signals have come.
     for batch in ((1,), tuple(range(60))):
         assert torch.equal(fetched(loaders, order(folder, *batch)), expected(folder, *batch))
-    assert all(map(is_alive, loaders.pids))
+    assert all(map(is_alive, pids_of(loaders)))
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
@@ -174,7 +178,7 @@ loaders, folder = LoaderProcesses(2, {SIZE}), Path({str(folder)!r})
 fetched(loaders, order(folder, 1))
 if {busy}:
     loaders.prefetch(order(folder, *(list(range({FILES})) * 20)) for _ in range(1))
-print(*loaders.pids, flush=True)
+print(*pids_of(loaders), flush=True)
 time.sleep(60)
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)

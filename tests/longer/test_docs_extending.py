@@ -1,102 +1,105 @@
-"""`docs/extending.md` is right: its blocks, put where they say into a copy of the package, train."""
+"""`docs/extending.md` is right: its file, in a folder outside the package, trains as the page says."""
 
 from __future__ import annotations
 
-import ast
 import json
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n# (\S+), (above|in) (\S+)\n(.*?)```", PAGE, re.DOTALL)
+from dist_train.config import load_config
+from dist_train.config.plugins import plugin_files
+from dist_train.models import build_model
+from tests.launching import launch
+from tests.raising import raises_problems
 
-
-def definition(tree: ast.Module, name: str) -> ast.Assign | ast.AnnAssign:
-    """Return where `name`, or `Class.name`, gets its value or its type."""
-    *owners, last = name.split(".")
-    body: list[ast.stmt] = tree.body
-    for owner in owners:
-        [body] = [node.body for node in body if isinstance(node, ast.ClassDef) and node.name == owner]
-    for node in body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if isinstance(node, ast.Assign | ast.AnnAssign) and any(
-            isinstance(target, ast.Name) and target.id == last for target in targets
-        ):
-            return node
-    raise AssertionError(f"there is no {name}")
-
-
-def put(source: str, where: str, name: str, code: str) -> str:
-    """Return `source` with `code` above the definition of `name`, or as one more entry in it."""
-    node = definition(ast.parse(source), name)
-    lines = source.encode().splitlines(keepends=True)
-    if where == "above":
-        lines.insert(node.lineno - 1, code.strip().encode() + b"\n\n\n")
-        return b"".join(lines).decode()
-    last, join = last_entry(node)
-    assert last.end_lineno is not None
-    line, column = last.end_lineno - 1, last.end_col_offset
-    lines[line] = lines[line][:column] + join + code.strip().encode() + lines[line][column:]
-    return b"".join(lines).decode()
-
-
-def last_entry(node: ast.Assign | ast.AnnAssign) -> tuple[ast.expr, bytes]:
-    """Return the last entry of a table, a Literal or a union of types, and what comes between two of them."""
-    places: list[ast.AST] = [*filter(None, [getattr(node, "annotation", None), node.value])]
-    for place in (found for top in places for found in ast.walk(top)):
-        if isinstance(place, ast.Dict):
-            return place.values[-1], b", "
-        if isinstance(place, ast.Subscript) and getattr(place.value, "id", "") == "Literal":
-            assert isinstance(place.slice, ast.Tuple)
-            return place.slice.elts[-1], b", "
-        if isinstance(place, ast.BinOp) and isinstance(place.op, ast.BitOr):
-            return place.right, b" | "
-    raise AssertionError("neither a table nor a type with choices")
+PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+FILES = dict(re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))
 
 
 @pytest.fixture(scope="module")
-def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a copy of the package, to which the page has been done, and two updates trained with it."""
-    folder = tmp_path_factory.mktemp("extended")
-    shutil.copytree(ROOT / "dist_train", folder / "dist_train", ignore=shutil.ignore_patterns("__pycache__"))
-    for file, where, name, code in BLOCKS:
-        path = folder / file
-        path.write_text(put(path.read_text(), where, name, code))
-    [settings] = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    (folder / "extended.yaml").write_text(settings)
-    command = [sys.executable, "-m", "dist_train", "train", "extended.yaml", "metrics.enabled=false"]
-    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "no effect" not in ended.stderr
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page's files in a folder of their own, and what they train on one rank and on two."""
+    folder = tmp_path_factory.mktemp("mine")
+    for name, content in FILES.items():
+        (folder / name).write_text(content)
+    for ranks, name in ((1, "mine"), (2, "two")):
+        controller = "torch" if ranks > 1 else "alone"
+        words = ("train", str(folder / "mine.yaml"), f"run.name={name}", f"run.directory={folder / 'runs'}")
+        ended = launch(ranks, controller, *words, "metrics.enabled=false")
+        assert ended.code == 0, ended.output
+        assert "no effect" not in ended.output
     return folder
 
 
-def test_every_python_block_of_the_page_says_where_it_goes() -> None:
-    assert len(BLOCKS) == PAGE.count("```python") >= 14
+def saved(folder: Path, name: str) -> Any:
+    return torch.load(folder / "runs" / name / "checkpoints" / "step-00000002.pt", weights_only=True)
 
 
-def test_what_the_page_adds_is_what_trained(extended: Path) -> None:
-    run = extended / "runs" / "extended"
+def test_what_the_page_adds_is_what_trained(folder: Path) -> None:
+    run = folder / "runs" / "mine"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [r["noise_amplitude"] for r in records if r["kind"] == "train"] == [0.1, 0.0]
+    trained = [record for record in records if record["kind"] == "train"]
+    assert [record["noise_amplitude"] for record in trained] == [0.1, 0.0]
+    assert [record["learning_rate"] for record in trained] == [0.01, 0.00875]
     [test] = [record for record in records if record["kind"] == "eval" and record["split"] == "test"]
     assert test["samples"] == 64
-    saved = torch.load(max((run / "checkpoints").glob("*.pt")), weights_only=True)
-    assert saved["model"]["1.weight"].shape == (64, 64)
-    assert saved["step"] == 2
-    assert {name for state in saved["optimizer"]["state"].values() for name in state} == {"square_avg", "step"}
+    assert saved(folder, "mine")["model"]["1.weight"].shape == (32, 64)
+    states = saved(folder, "mine")["optimizer"]["state"].values()
+    assert {name for state in states for name in state} == {"square_avg", "step"}
+    assert len((run / "lines.txt").read_text().splitlines()) >= len(records) - 1
 
 
-def test_the_copy_is_well_formed(extended: Path) -> None:
-    for file in {file for file, *_ in BLOCKS}:
-        assert (extended / file).read_text() != (ROOT / file).read_text()
-    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", "dist_train"]
-    checked = subprocess.run(command, cwd=extended, capture_output=True, text=True, check=False)
-    assert checked.returncode == 0, checked.stdout
+def test_two_ranks_give_the_same_bits(folder: Path) -> None:
+    one, two = (saved(folder, name)["model"] for name in ("mine", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_run_records_its_plugins_and_notices_when_they_change(folder: Path) -> None:
+    [(name, digest)] = saved(folder, "mine")["plugins"].items()
+    assert name == f"{folder.name}/mine.py"
+    status = json.loads((folder / "runs" / "mine" / "status.json").read_text())
+    assert status["environment"][f"plug-in {name}"] == digest
+    (folder / "mine.py").write_text(FILES["mine.py"] + "\n# changed\n")
+    words = ("train", str(folder / "runs" / "mine" / "config.yaml"), "run.max_steps=3")
+    ended = launch(1, "alone", *words, "--run-dir", str(folder / "runs" / "mine"))
+    (folder / "mine.py").write_text(FILES["mine.py"])
+    assert ended.code == 0, ended.output
+    events = (folder / "runs" / "mine" / "metrics.jsonl").read_text()
+    assert '"plugins_changed"' in events
+
+
+def test_the_short_example_needs_no_more_than_its_file(folder: Path) -> None:
+    config = load_config("dist_train:configs/demo.yaml", [f"model.name={folder / 'short.py'}:perceptron"])
+    assert build_model(config)(torch.zeros(2, *config.data.image_format.shape)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "code"),
+    [
+        ("model.options.hidden=0", "model.options.hidden", "out-of-range"),
+        ("model.options.hiden=3", "model.options.hiden", "unknown-key"),
+        ("data.options.colour=red", "data.options", "plugin-options"),
+        ("model.name=perceptrum", "model.name", "no-such-choice"),
+        ("noise.scale=mine.py:rooot", "noise.scale", "plugin-missing"),
+        ("optimizer.name=no_such_package:rmsprop", "optimizer.name", "plugin-import"),
+        ("data.shape=null", "data.shape", "plugin-data-form"),
+    ],
+)
+def test_a_mistake_is_one_message(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, override: str, path: str, code: str
+) -> None:
+    monkeypatch.chdir(folder)
+    with raises_problems((path, code)):
+        load_config(folder / "mine.yaml", [override])
+
+
+def test_a_file_that_registers_names_can_be_named_on_the_command_line(folder: Path) -> None:
+    config = load_config(
+        Path("dist_train:configs/demo.yaml"), ["model.name=perceptron"], plugins=[str(folder / "mine.py")]
+    )
+    assert config.model.name == f"{folder / 'mine.py'}:perceptron"
+    assert list(plugin_files(config.model_dump(mode="json"))) == [f"{folder.name}/mine.py"]

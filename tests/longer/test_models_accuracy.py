@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_train.config import Config
+from dist_train.data.images import BatchRequest
 from dist_train.data.plan import BatchPlan, batch_indices, epoch_order
 from dist_train.models import build_model
 from dist_train.models.normalization import normalize
@@ -198,7 +199,7 @@ def test_a_step_s_gradient_is_right_to_a_ten_thousandth_of_its_norm(
     expected_loss, expected = 0.0, torch.zeros(())
     order = epoch_order(len(trainer.splits.train), config.run.seed, 0)
     for part in BatchPlan(config.batch.global_size, micro_size).micro_batches:
-        inputs, labels = trainer.splits.train.micro_batch(order[part.start : part.stop], 0)
+        inputs, labels = trainer.splits.train.read(BatchRequest(order[part.start : part.stop], 0))
         loss, gradient = in_float64(build_model(config), inputs, labels, config.batch.global_size)
         expected_loss, expected = expected_loss + loss, expected + gradient
     for loss, gradient, _ in ended:

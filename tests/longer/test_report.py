@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from statistics import fmean
 
@@ -71,7 +72,7 @@ def test_a_curve_goes_through_the_means_of_the_evaluations(study: Path, page: Pa
     curves = [
         [(point[3], point[2][: point[2].index("±") + 1]) for point in points]
         for label, points in page.series
-        if label == "uniform 0.01" and points and "±" in points[0][2]
+        if label == "noise, amplitude 0.01" and points and "±" in points[0][2]
     ]
     assert wanted in curves
 
@@ -94,10 +95,59 @@ def test_analyses_stand_with_their_runs(study: Path, page: Page) -> None:
 def test_the_papers_figures_are_there(page: Page) -> None:
     assert "Figure 2. Learning curves" in page.text
     assert "Figure 3. The loss around the solutions" in page.text
-    for panel in ("a SB, base line", "b SB, uniform 0.01", "c LB, base line", "d LB, uniform 0.01"):
+    for panel in ("a SB, base line", "b SB, noise, amplitude 0.01", "c LB, base line", "d LB, noise, amplitude 0.01"):
         assert panel in page.text
     assert {"train loss", "train accuracy", "test loss", "test accuracy"} <= {label for label, _ in page.series}
     assert re.search(r"all runs: \u03c1 = \u2212?[01]\.\d\d , n = 24", page.text)
+
+
+def test_figures_are_numbered_without_holes(study: Path, page: Page, tmp_path: Path) -> None:
+    assert re.findall(r"Figure (\d)\.", page.text) == ["1", "2", "3", "4", "5", "6"]
+    [lb] = [treatment for treatment in treatments() if treatment.name == "lb"]
+    alone = make_run(tmp_path / "lb", lb, 0, lb.settings)
+    assert re.findall(r"Figure (\d)\.", written(alone).text) == ["1", "2"]
+    shutil.rmtree(alone / "analysis")
+    assert re.findall(r"Figure (\d)\.", written(alone).text) == ["1"]
+
+
+def test_a_variant_without_a_title_of_its_study_is_told_by_what_it_changes(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", seeds=(0,))
+    plan = json.loads((study / "runs.json").read_text())
+    for run in plan:
+        run["title"] = run["variant"].replace("-amplitude", ", amplitude")
+    (study / "runs.json").write_text(json.dumps(plan))
+    assert "uniform 0.01" in written(study).text
+    assert "noise, amplitude" not in written(study).text
+
+
+@pytest.mark.parametrize("form", ["svg", "pdf"])
+def test_each_figure_is_saved_as_a_file(
+    study: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = parse(["report", str(study), "--figures", str(tmp_path / "paper"), "--format", form])
+    assert arguments.run(arguments) == 0
+    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(path.name for path in paths) == sorted(path.name for path in (tmp_path / "paper").iterdir())
+    names = ["1-glance", "2-curves", "3-landscapes", "4-between", "5-planes-1", "6-sharpness"]
+    assert [path.stem for path in paths] == [f"figure-{name}" for name in names]
+    for path in paths:
+        content = path.read_bytes()
+        if path.suffix == ".svg":
+            ElementTree.fromstring(content)
+        else:
+            assert content.startswith(b"%PDF")
+            assert b"/Type /Page\n" in content or b"/Type /Page " in content
+    if form == "svg":
+        words = paths[1].read_text()
+        assert all(f"<!-- {text} -->" in words for text in ("LB, batch 8,192", "base line", "noise, amplitude 0.01"))
+        assert "checkbox" not in words
+
+
+def test_a_report_of_another_form_is_refused(study: Path, tmp_path: Path) -> None:
+    for name in ("report.pdf", "report.png", "report"):
+        with raises(UsageError, "report-form"):
+            write_report(study, tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_lines_between_two_solutions_and_planes_are_shown(page: Page) -> None:
@@ -108,7 +158,7 @@ def test_lines_between_two_solutions_and_planes_are_shown(page: Page) -> None:
 
 
 def test_an_variant_is_told_by_what_it_changes(page: Page) -> None:
-    assert "uniform 0.03 noise.method=smoothout (none) noise.amplitude=0.03" in page.text
+    assert "noise, amplitude 0.03 noise.method=smoothout (none) noise.amplitude=0.03" in page.text
     assert "batch.global_size=8192 (128)" in page.text
 
 
@@ -250,7 +300,7 @@ def test_variants_beyond_the_colours_have_them_again_dashed(tmp_path: Path) -> N
     for number in range(12):
         settings = {"batch.global_size": 8192, "noise.method": "smoothout", "noise.amplitude": (number + 1) / 1000}
         make_run(tmp_path / f"run-{number}", treatments()[4], number, {**treatments()[4].settings, **settings})
-    assert ".s10{--c:var(--c1);--dash" in render(read_subject(tmp_path))
+    assert ".s10{--c:var(--c5);--dash" in render(read_subject(tmp_path))
 
 
 @pytest.mark.parametrize("content", ["{torn", '[{"seed": 1}]'])

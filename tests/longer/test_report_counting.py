@@ -29,7 +29,7 @@ TEST = "final test accuracy, %"
 TRACE = "Hessian trace"
 WIDTH = "basin width, loss under 2 x"
 NOISY = "lb-noise-amplitude-0.01"
-ROW = "LB, uniform 0.01"
+ROW = "LB, noise, amplitude 0.01"
 
 
 def sharpness_file(run: Path) -> Path:
@@ -91,13 +91,13 @@ def test_a_difference_is_over_the_seeds_of_which_both_are_measured(tmp_path: Pat
     sharpness_file(study / "lb-noise-amplitude-0.03-seed-0").unlink()
     table = cells(study)
     assert table[SHARPNESS_EFFECTS, ROW, TRACE] == "\u2013"
-    assert table[SHARPNESS_EFFECTS, "LB, uniform 0.001", TRACE].endswith("; n = 2)")
+    assert table[SHARPNESS_EFFECTS, "LB, noise, amplitude 0.001", TRACE].endswith("; n = 2)")
     mean = fmean(
         trace(study / f"lb-noise-amplitude-0.001-seed-{seed}") - trace(study / f"lb-seed-{seed}") for seed in (0, 1)
     )
-    assert leading(table[SHARPNESS_EFFECTS, "LB, uniform 0.001", TRACE]) == pytest.approx(mean, rel=5e-3)
-    assert table[SHARPNESS_EFFECTS, "LB, uniform 0.03", TRACE] == "\u2013"
-    assert table[SHARPNESS_EFFECTS, "SB, uniform 0.01", TRACE].endswith("; n = 3)")
+    assert leading(table[SHARPNESS_EFFECTS, "LB, noise, amplitude 0.001", TRACE]) == pytest.approx(mean, rel=5e-3)
+    assert table[SHARPNESS_EFFECTS, "LB, noise, amplitude 0.03", TRACE] == "\u2013"
+    assert table[SHARPNESS_EFFECTS, "SB, noise, amplitude 0.01", TRACE].endswith("; n = 3)")
     assert table[SHARPNESS_EFFECTS, "LB, base line, from that of SB", TRACE].endswith("; n = 2)")
     assert table[ACCURACY, "LB, base line", "seeds"] == "2 of 3"
 
@@ -208,7 +208,7 @@ def test_a_basin_wider_than_the_line_makes_mean_and_difference_bounds(tmp_path: 
     assert [text for _, points in page.series for *_, text, _ in points if "seed 1: \u2265" in text]
     # the others are as they were
     assert "\u00b1" in table[SHARPNESS, ROW, "basin width, loss under 10 x"]
-    assert "to" in table[SHARPNESS_EFFECTS, "LB, uniform 0.001", WIDTH]
+    assert "to" in table[SHARPNESS_EFFECTS, "LB, noise, amplitude 0.001", WIDTH]
 
 
 def test_a_difference_from_a_censored_base_line_is_at_most_so_much(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_difference_from_a_censored_base_line_is_at_most_so_much(tmp_path: Pat
     table = cells(study)
     assert table[SHARPNESS_EFFECTS, ROW, WIDTH].startswith("\u2264 +")
     assert table[SHARPNESS_EFFECTS, ROW, WIDTH].endswith("(n = 3, 1 censored)")
-    assert table[SHARPNESS_EFFECTS, "LB, uniform 0.03", WIDTH] == "unknown (n = 3, 2 censored)"
+    assert table[SHARPNESS_EFFECTS, "LB, noise, amplitude 0.03", WIDTH] == "unknown (n = 3, 2 censored)"
     assert table[SHARPNESS_EFFECTS, "LB, base line, from that of SB", WIDTH].startswith("\u2265")
     assert "unknown" in written(study).text
 

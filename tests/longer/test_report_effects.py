@@ -54,7 +54,7 @@ def test_the_tables_alone_are_markdown_with_the_numbers_of_the_page(study: Path,
     accuracy = page.of("final_test", variant="lb")[1]
     assert f"| LB, base line | 3 | {accuracy} ±" in text
     [(_, difference)] = effects(page, "final_test", "lb-noise-amplitude-0.01")
-    assert re.search(rf"\| LB, uniform 0.01 \| \**{re.escape(difference)}\** \(", text)
+    assert re.search(rf"\| LB, noise, amplitude 0.01 \| \**{re.escape(difference)}\** \(", text)
     assert re.search(r"\| Hessian trace \| \u2212?[01]\.\d\d \(n = 24\) \|", text)
     for table in text.split("## ")[1:]:
         assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1

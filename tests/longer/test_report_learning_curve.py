@@ -144,7 +144,7 @@ def test_what_cannot_be_drawn_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     begun = make_run(tmp_path / "begun", [EventRecord(0, "started", 0.0, {})])
     with raises(UsageError, "output-form"):
-        draw_learning_curve([run], tmp_path / "curve.pdf")
+        draw_learning_curve([run], tmp_path / "curve.gif")
     with raises(UsageError, "folder-missing"):
         draw_learning_curve([run], tmp_path / "nowhere" / "curve.png")
     with raises(UsageError, "no-run-here"):

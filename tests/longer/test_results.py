@@ -131,13 +131,12 @@ def test_counts_and_shares_in_the_text_are_those_of_the_numbers(study: Path, sub
     assert (sum(mean < 0 for mean in means), len(means)) == (5, 12)
     assert "negative in five of the twelve rows" in told
     loss = {variant.label: variant.summary(TRAIN_LOSS) for variant in panels[1].variants}
-    base, scaled = loss["base line"], loss["uniform 0.1, filter scale"]
+    in_proportion = "noise in proportion to the filters"
+    base, scaled = loss["base line"], loss[in_proportion]
     assert base is not None
     assert scaled is not None
     assert f"{scaled.mean:.4f} against {base.mean:.4f}" in told
-    widths = [
-        cells(study)[SHARPNESS, f"LB, {row}", WIDTH].split()[0] for row in ("uniform 0.1, filter scale", "base line")
-    ]
+    widths = [cells(study)[SHARPNESS, f"LB, {row}", WIDTH].split()[0] for row in (in_proportion, "base line")]
     assert f"{widths[0]} against {widths[1]}" in told
     factor = float(widths[0]) / float(widths[1])
     assert f"makes it {math.sqrt(scaled.mean / base.mean):.2f} times as wide, not {factor:.2f} times" in told

@@ -22,6 +22,7 @@ from torch.nn import functional
 from dist_train.checkpoint.files import list_checkpoints, read_checkpoint
 from dist_train.cli.main import main
 from dist_train.config import parse_config
+from dist_train.data.images import BatchRequest
 from dist_train.data.loader import open_splits
 from dist_train.launching import train
 from dist_train.models import build_model
@@ -200,7 +201,9 @@ def test_a_loss_beyond_the_range_of_the_training_sums_is_a_number(images: Path, 
     contents = read_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1].path)
     model = build_model(parse_config(changes, source="test"))
     model.load_state_dict(contents.model)
-    inputs, labels = open_splits(parse_config(changes, source="test").data, 0, torch.device("cpu")).test.plain(0, 12)
+    inputs, labels = open_splits(parse_config(changes, source="test").data, 0, torch.device("cpu")).test.read(
+        BatchRequest(torch.arange(0, 12))
+    )
     with torch.no_grad():
         expected = functional.cross_entropy(model.eval().double()(inputs.double()), labels).item()
     assert expected > 1e7

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from dist_train.config import parse_config
+from dist_train.data.images import BatchRequest
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import batch_indices, epoch_order
 from dist_train.models import build_model
@@ -30,7 +31,7 @@ def test_the_gradient_is_the_mean_over_the_global_batch(tmp_path: Path, ranks: i
     config = parse_config(settings, source="test")
     model = build_model(config)
     train = open_splits(config.data, 0, torch.device("cpu")).train
-    inputs, labels = train.unaugmented(batch_indices(epoch_order(len(train), 0, 0), 0, 100))
+    inputs, labels = train.read(BatchRequest(batch_indices(epoch_order(len(train), 0, 0), 0, 100)))
     loss = functional.cross_entropy(model(inputs), labels)
     loss.backward()
 

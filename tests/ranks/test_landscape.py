@@ -30,7 +30,7 @@ def finished_points(output: Path) -> int:
 def test_any_number_of_ranks_writes_the_same_files_also_after_a_kill(trained_run: Path, tmp_path: Path) -> None:
     assert main(command(trained_run, tmp_path / "1")) == 0
     expected = files(tmp_path / "1")
-    assert set(expected) == {"points.csv", "settings.json", "figure.svg", "figure.png"}
+    assert set(expected) == {"points.csv", "settings.json", "figure.svg", "figure.pdf", "figure.png"}
     assert expected["points.csv"].count(b"\n") == 1 + 2 * 121
     for ranks, controller in ((2, "torch"), (3, "mpi")):
         ended = launch(ranks, controller, *command(trained_run, tmp_path / f"{ranks}"))

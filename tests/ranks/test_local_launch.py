@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from dist_train.cluster.communicator import RankLostError
+from dist_train.cluster.launch import Launch, StoreAddress
+from dist_train.cluster.torch_engine import TorchCommunicator
 from dist_train.outcome import ExitCode
 from tests.launching import (
     descendants,
@@ -143,3 +148,19 @@ def test_the_launch_script_starts_ranks_so_unless_it_is_told_otherwise(tmp_path:
     result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     assert "2 ranks (torch-gloo)" in result.stdout
+
+
+def test_a_rank_lost_while_the_others_meet_is_a_lost_rank() -> None:
+    serves = """
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+dist.PrefixStore("dist_train", store).wait(["here"])
+"""
+    first = subprocess.Popen([sys.executable, "-c", serves], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    address = StoreAddress("127.0.0.1", int(first.stdout.readline()), is_served=True)
+    dist.PrefixStore(address.prefix, dist.TCPStore(address.host, address.port)).set("here", "1")
+    with pytest.raises(RankLostError):
+        TorchCommunicator(Launch("test", 2, 1, address), timeout=PATIENCE, device_type="cpu")
+    assert first.wait(PATIENCE) == 0

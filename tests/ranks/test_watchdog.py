@@ -38,6 +38,9 @@ def test_a_stopped_rank_ends_the_run_with_its_name(tmp_path: Path, controller: s
     after = status(run)
     assert (after["state"], after["exit_code"]) == ("failed", 1)
     assert f"process {pid})" in after["reason"]
+    # whichever rank is left to say so
+    assert after["step"] >= 1
+    assert (after["epoch"], after["total_steps"]) == (after["step"] / 8, 5000 * 8)
 
 
 @pytest.mark.parametrize("controller", ["torch"])

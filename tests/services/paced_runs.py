@@ -62,7 +62,7 @@ def _run(log: str, arguments: Sequence[str], environment: Mapping[str, str]) -> 
         time.sleep(STEP_SECONDS)
         return step(self, *batch)
 
-    TrainingStep.__call__ = paced  # type: ignore[method-assign]  # of this process, which is one run
+    TrainingStep.__call__ = paced  # type: ignore[assignment,method-assign]  # of this process, which is one run
     code = main(list(arguments))
     sys.stdout.flush()
     sys.stderr.flush()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_train.report.looks import LIGHT
 from dist_train.report.page import write_report
 from tests.services.browser import Page, browser
 from tests.unit.report_study import make_run, make_study, treatments, write_status
@@ -71,7 +72,7 @@ def test_text_stands_out_from_its_ground(pages: dict[str, Path], tab: Page) -> N
     for dark in (False, True):
         tab.show(pages["study"], width=1280, dark=dark)
         assert tab.evaluate(f"({CONTRAST})(['--ink', '--soft', '--link', '--good', '--warn', '--bad'])") >= 4.5
-        colours = [f"--c{number}" for number in range(10)] + ["--loss", "--accuracy"]
+        colours = [f"--c{number}" for number in range(len(LIGHT))]
         assert tab.evaluate(f"({CONTRAST})({colours})") >= 3
 
 
@@ -103,7 +104,7 @@ def test_a_value_is_told_under_the_pointer(pages: dict[str, Path], tab: Page, tm
         tab.point_at(box[0] + 0.8 * box[2], box[1] + 0.5 * box[3])
         told = tab.evaluate("document.querySelector('.tip:not([hidden])').innerText")
         assert told.startswith("epoch 3")
-        assert [line.split(" ")[0] for line in told.splitlines()[1:]].count("uniform") == 3
+        assert [line.split(" ")[0] for line in told.splitlines()[1:]].count("noise,") == 3
         assert "base line" in told
         assert "± " in told
         inside = "(() => { const t = document.querySelector('.tip:not([hidden])').getBoundingClientRect();"
@@ -151,9 +152,12 @@ def test_a_series_can_be_switched_off_also_without_scripts(pages: dict[str, Path
 
 def test_the_page_prints(pages: dict[str, Path], tab: Page, tmp_path: Path) -> None:
     tab.show(pages["study"], width=1280, dark=True)
+    boxes = "[...document.querySelectorAll('.keys input')].filter(box => getComputedStyle(box).display !== 'none')"
+    assert tab.evaluate(f"{boxes}.length") > 0
     path = pictures(tmp_path) / "report_study.pdf"
     tab.save_pdf(path)
     assert tab.width_on_paper() <= PAPER
+    assert tab.evaluate(f"{boxes}.length") == 0
     content = path.read_bytes()
     assert content.startswith(b"%PDF")
     assert 3 <= content.count(b"/Type /Page\n") <= 14

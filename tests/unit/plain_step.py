@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dist_train.config import Config
-from dist_train.data.images import SampleSource
+from dist_train.data.images import BatchRequest, SampleSource
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan, epoch_order
 from dist_train.models import build_model
@@ -65,7 +65,7 @@ def smoothout_gradients(config: Config, step: int, ranks: int = 1) -> tuple[dict
         noise = noise_of(config, step, segments, *shares.get(config.noise.sharing, []))
         for parameter, u in zip(model.parameters(), noise, strict=True):
             parameter.data += config.noise.amplitude * scaled(config, u, parameter.data)
-        inputs, labels = samples.micro_batch(indices[part.start : part.stop], 0)
+        inputs, labels = samples.read(BatchRequest(indices[part.start : part.stop], 0))
         share = functional.cross_entropy(model(inputs), labels, reduction="sum") / config.batch.global_size
         torch.autograd.backward(share)
         loss += share.item()
@@ -84,7 +84,7 @@ def sam_gradients(config: Config, step: int) -> dict[str, Tensor]:
     moving = [segment.kind != "norm" for segment in FlatWeights(build_model(config)).segments]
     total = [torch.zeros_like(parameter) for parameter in parameters]
     for part in BatchPlan(config.batch.global_size, config.batch.micro_size).micro_batches:
-        inputs, labels = samples.micro_batch(indices[part.start : part.stop], 0)
+        inputs, labels = samples.read(BatchRequest(indices[part.start : part.stop], 0))
         uphill = torch.autograd.grad(functional.cross_entropy(model(inputs), labels), parameters)
         length = math.sqrt(sum(float(g.square().sum()) for g, moves in zip(uphill, moving, strict=True) if moves))
         clean = [parameter.detach().clone() for parameter in parameters]

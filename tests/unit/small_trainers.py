@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dist_train.checkpoint.files import Contents
+from dist_train.checkpoint.state import ResumePoint
 from dist_train.cluster.communicator import Communicator
 from dist_train.config import Config, parse_config
 from dist_train.launching.assembly import assemble
@@ -54,7 +55,7 @@ def build_trainer(
     if comm.rank == 0:
         directory.create()
     session = Session(directory, comm, Observers(observers))
-    return assemble(config, contents, directory, comm, session, StopRequests())
+    return assemble(config, ResumePoint(config, contents), directory, comm, session, StopRequests())
 
 
 def state_bits(model: nn.Module) -> dict[str, bytes]:

@@ -33,11 +33,10 @@ def test_the_key_names_contents_and_settings_and_not_the_place() -> None:
 
 def test_numbers_are_read_back_bit_identically(tmp_path: Path) -> None:
     folder = LandscapeFolder(tmp_path, identity())
-    folder.begin()
-    assert not folder.is_complete()
+    assert not folder.begin()
     third = [Measured(1 / 3, 0.1 + 0.2), Measured(math.nan, math.inf)]
     folder.write_points([Point(0, -0.1), Point(2, 0.3, 0.7)], {0: measured(5e-324), 1: third})
-    assert folder.is_complete()
+    assert folder.begin()
     rows = read_landscape(folder.path).rows
     assert [(row.direction, row.alpha, row.beta, row.split) for row in rows] == [
         (0, -0.1, 0.0, "train"),
@@ -55,9 +54,7 @@ def test_finished_points_are_kept_whatever_a_kill_leaves(tmp_path: Path) -> None
     folder = LandscapeFolder(tmp_path, identity())
     folder.begin()
     for rank in range(2):
-        kept = folder.open_finished(rank)
-        kept.add(rank, measured(rank / 3))
-        kept.close()
+        folder.keep(rank, rank, measured(rank / 3))
     partial = folder.path / "partial" / "rank-0.jsonl"
     whole = partial.read_bytes()
     for cut in range(1, len(whole) - 1):
@@ -65,13 +62,11 @@ def test_finished_points_are_kept_whatever_a_kill_leaves(tmp_path: Path) -> None
         assert folder.finished().get(0, measured(0.0)) == measured(0.0)
         assert folder.finished()[1] == measured(1 / 3)
     partial.write_bytes(whole[:-9])
-    kept = folder.open_finished(0)
-    kept.add(7, [Measured(math.nan, math.inf), Measured(1.0, 1.0)])
-    kept.close()
+    folder.keep(0, 7, [Measured(math.nan, math.inf), Measured(1.0, 1.0)])
     found = folder.finished()
     assert sorted(found) == [1, 7]
     assert math.isnan(found[7][0].loss)
-    folder.forget_partial()
+    folder.write_points([], {})
     assert folder.finished() == {}
 
 

@@ -13,16 +13,16 @@ from torch.nn import functional
 
 from dist_train.analysis.landscape_points import (
     Batch,
-    Interpolation,
     Place,
     Point,
     PointEvaluator,
     axis,
+    interpolation,
     place_of,
     variances_of,
 )
 from dist_train.cluster.communicator import Alone
-from dist_train.data.images import ImageSet
+from dist_train.data.images import BatchRequest, ImageSet
 from dist_train.data.loader import Samples
 from dist_train.models import build_model
 from dist_train.models.norms import norm_modules
@@ -49,7 +49,9 @@ def images(samples: int) -> ImageSet:
 
 def batches(samples: int, size: int) -> list[Batch]:
     source = Samples(images(samples), torch.device("cpu"))
-    return [source.plain(start, min(start + size, samples)) for start in range(0, samples, size)]
+    return [
+        source.read(BatchRequest(torch.arange(start, min(start + size, samples)))) for start in range(0, samples, size)
+    ]
 
 
 def network() -> nn.Module:
@@ -76,10 +78,10 @@ def test_on_a_quadratic_loss_interpolation_is_the_closed_form() -> None:
     constant = float((start - targets).square().sum()) / 140
     slope = float(((start - targets) * (end - start)).sum()) / 70
     curvature = float((end - start).square().sum()) / 140
-    walk = Interpolation(first, second, variances_of(model))
+    walk = interpolation(first, second, variances_of(model))
     with closing(PointEvaluator(model, [data], [], COMPUTE, loss_sum=squared_error_sum)) as evaluator:
         for alpha in axis(-0.5, 1.5, 41):
-            [measured] = evaluator.evaluate(walk.at(Point(0, alpha)))
+            [measured] = evaluator.evaluate(walk(Point(0, alpha)))
             expected = constant + slope * alpha + curvature * alpha**2
             assert measured.loss == pytest.approx(expected, rel=1e-6)
 

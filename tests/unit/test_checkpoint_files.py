@@ -173,9 +173,8 @@ class TestNewestWhole:
     def test_when_every_one_is_damaged_the_run_does_not_silently_start_anew(self, tmp_path: Path) -> None:
         for step in (1, 2):
             write(tmp_path, step).path.write_bytes(b"")
-        with raises(UsageError, "no-whole-checkpoint") as refused:
+        with raises(UsageError, "no-whole-checkpoint"):
             newest(tmp_path)
-        assert "run.resume=PATH" in str(refused.value)
         assert names(tmp_path) == ["step-00000001.pt.damaged", "step-00000002.pt.damaged"]
 
     def test_other_files_are_not_taken_for_checkpoints(self, tmp_path: Path) -> None:

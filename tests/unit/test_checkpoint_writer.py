@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from dist_train.checkpoint.files import list_checkpoints, read_checkpoint
+from dist_train.checkpoint.files import adopt, list_checkpoints, read_checkpoint
 from dist_train.checkpoint.writer import CheckpointWriter, NotWritten, Written
 from dist_train.config.sections import CheckpointSettings
 from tests.unit.checkpoint_files import contents
+from tests.waiting import wait_for as wait_until
 
 
 def nothing() -> None:
@@ -88,27 +90,75 @@ def test_in_the_foreground_it_is_there_when_submission_returns(tmp_path: Path) -
     assert [file.step for file in list_checkpoints(tmp_path)] == [1]
 
 
-@pytest.mark.parametrize("background", [True, False])
-def test_promise_6_a_fault_is_reported_and_the_next_one_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
-) -> None:
-    faults = [OSError(errno.ENOSPC, "No space left on device")]
+def refuse(times: int) -> Callable[[], None]:
+    """Return what stands for a disk that is full so many times."""
+    faults = [OSError(errno.ENOSPC, "No space left on device")] * times
 
-    def fail_once() -> None:
+    def fail() -> None:
         if faults:
             raise faults.pop()
 
-    writer = CheckpointWriter(tmp_path, CheckpointSettings(background=background), fail_once)
+    return fail
+
+
+def test_promise_6_a_fault_is_reported_and_the_next_one_is_written(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, CheckpointSettings(background=False), refuse(1))
     writer.submit(contents(1), None)
-    writer.wait()
     [result] = writer.results()
     assert isinstance(result, NotWritten)
     assert (result.step, str(result.error)) == (1, "[Errno 28] No space left on device")
     writer.submit(contents(2), None)
-    writer.wait()
     [after] = writer.results()
     assert isinstance(after, Written)
     assert [file.step for file in list_checkpoints(tmp_path)] == [2]
+
+
+def test_in_the_background_what_was_refused_is_tried_again_while_training_continues(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, CheckpointSettings(), refuse(1))
+    writer.submit(contents(1), None)
+    results = wait_for_results(writer, 2)
+    assert [type(result) for result in results] == [NotWritten, Written]
+    assert [file.step for file in list_checkpoints(tmp_path)] == [1]
+
+
+def test_what_is_refused_to_the_end_is_reported_once(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, CheckpointSettings(), refuse(100))
+    writer.submit(contents(1), None)
+    writer.close()
+    assert [type(result) for result in writer.results()] == [NotWritten]
+
+
+def test_what_is_refused_lies_in_the_fallback_until_the_next_one_is_written(tmp_path: Path) -> None:
+    disk, fallback = tmp_path / "disk", tmp_path / "elsewhere" / "run"
+    disk.mkdir()
+    # Refused, written to the fallback, refused again as the last try.
+    script = iter([True, False, True])
+
+    def fail() -> None:
+        if next(script, False):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    writer = CheckpointWriter(disk, CheckpointSettings(), fail, fallback)
+    writer.submit(contents(1), None)
+    writer.wait()
+    [result] = writer.results()
+    assert isinstance(result, NotWritten)
+    assert result.fallback is not None
+    assert read_checkpoint(result.fallback).step == 1
+    adopt(fallback, disk)
+    assert ([file.step for file in list_checkpoints(disk)], list_checkpoints(fallback)) == ([1], [])
+    assert read_checkpoint(disk / result.fallback.name).step == 1
+
+
+def wait_for_results(writer: CheckpointWriter, count: int) -> list[Written | NotWritten]:
+    found: list[Written | NotWritten] = []
+
+    def is_enough() -> bool:
+        found.extend(writer.results())
+        return len(found) >= count
+
+    wait_until(is_enough)
+    return found
 
 
 def test_old_ones_are_deleted_once_a_new_one_is_there(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -121,6 +123,7 @@ class TestConfig:
             ({"data": {"train_size": 5}, "batch": {"global_size": 10, "micro_size": 5}}, "data.train_size"),
             ({"run": {"directory": "a\0b"}}, "run.directory"),
             ({"metrics": {"enabled": True, "token_file": "nowhere"}}, "metrics.token_file"),
+            ({"run": {"init_from": "nowhere"}}, "nowhere"),
         ],
     )
     def test_check_refuses_what_train_refuses(
@@ -202,6 +205,54 @@ class TestTrain:
         told = capsys.readouterr().err
         assert "model.width: 0.03125 when the run began, 0.5 now" in told
         assert "Traceback" not in told
+
+    def test_only_a_run_that_has_made_all_its_epochs_is_lengthened(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config, run = write_config(tmp_path), tmp_path / "run"
+
+        def ended(*overrides: str) -> tuple[int, str]:
+            return main(["train", config, *overrides, "--run-dir", str(run)]), capsys.readouterr().err
+
+        assert ended("run.max_steps=4")[0] == ExitCode.FINISHED
+        code, told = ended("run.epochs=3")
+        assert (code, "[run-unfinished]" in told) == (ExitCode.USAGE, True)
+        assert ended()[0] == ended("run.epochs=3")[0] == ended("run.epochs=3")[0] == ExitCode.FINISHED
+        code, told = ended("run.epochs=2")
+        assert (code, "[settings-changed]" in told) == (ExitCode.USAGE, True)
+        status = read_status(run / "status.json")
+        assert status is not None
+        assert (status.step, status.total_steps, status.epoch) == (9, 9, 3.0)
+
+    @pytest.mark.parametrize(
+        ("override", "code"),
+        [
+            ("model.width=0.0625", "checkpoint-of-another-model"),
+            ("model.name=vgg16", "checkpoint-of-another-model"),
+            ("data.synthetic_classes=3", "checkpoint-of-another-model"),
+            ("run.init_from=nowhere", "target-missing"),
+        ],
+    )
+    def test_weights_that_do_not_fit_end_with_2(
+        self, trained: Path, tmp_path: Path, override: str, code: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = write_config(tmp_path)
+        words = [config, f"run.init_from={trained}", override]
+        assert main(["train", *words, "--run-dir", str(tmp_path / "run")]) == ExitCode.USAGE
+        [told] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dist-train: ")]
+        assert told.endswith(f"[{code}]")
+
+    def test_foreign_weights_are_loaded_as_safely_as_a_checkpoint(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        source = tmp_path / "source.pt"
+        source.write_bytes(pickle.dumps({"format": 1, "model": print}))
+        digest = hashlib.sha256(source.read_bytes()).hexdigest()
+        record = {"sha256": digest, "bytes": source.stat().st_size, "step": 1, "epoch": 1.0, "metrics": {}}
+        source.with_suffix(".json").write_text(json.dumps(record))
+        command = ["train", write_config(tmp_path), f"run.init_from={source}", "--run-dir", str(tmp_path / "run")]
+        assert main(command) == ExitCode.USAGE
+        assert "[checkpoint-unreadable]" in capsys.readouterr().err
 
     def test_a_run_that_diverges_ends_with_3_and_names_the_last_good_checkpoint(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from dist_train.config import load_config
 from dist_train.outcome import ExitCode, UsageError
 from dist_train.sweep.submission import describe_batch, project_root
 from tests.raising import raises
+from tests.unit.studies import write_study
 
 SCRIPT = """\
 #!/usr/bin/env bash
@@ -21,6 +23,7 @@ SCRIPT = """\
 #SBATCH --time=4:00:00
 #SBATCH --partition=gpu
 #SBATCH --requeue
+#SBATCH --no-kill
 #SBATCH --signal=B:USR1@120
 #SBATCH --open-mode=append
 #SBATCH --output=FOLDER/runs/large/slurm-%j.log
@@ -58,6 +61,92 @@ def test_without_a_word_on_resources_it_asks_for_whole_nodes(config: Path, capsy
     script = capsys.readouterr().out
     assert "#SBATCH --exclusive\n#SBATCH --mem=0\n" in script
     assert "export RANKS_PER_NODE=2\n" in script
+
+
+@pytest.mark.parametrize(
+    ("option", "ranks"),
+    [
+        ("--gres=gpu", 1),
+        ("--gres=gpu:2", 2),
+        ("--gres=gpu:a100:2", 2),
+        ("--gres=gpu:1g.10gb:2", 2),
+        ("--gres=nvme:1,gpu:2", 2),
+        ("--tres-per-node=gres/gpu:2", 2),
+        ("--tres-per-node=gres/gpu:a100=2", 2),
+        ("--gpus-per-node=a100:2", 2),
+        ("--gpus=4", None),
+        ("-G4", None),
+        ("--gpus-per-task=1", None),
+        ("--cpus-per-task=4", None),
+        ("-n4", None),
+        ("--mem=8G", None),
+    ],
+)
+def test_a_part_of_a_node_is_asked_for_however_it_is_spelt(
+    config: Path, capsys: pytest.CaptureFixture[str], option: str, ranks: int | None
+) -> None:
+    assert main(["submit", str(config), "--dry-run", "--", option]) == ExitCode.FINISHED
+    script = capsys.readouterr().out
+    assert "--exclusive" not in script
+    assert (f"#SBATCH --ntasks-per-node={ranks}\n" in script) is (ranks is not None)
+
+
+@pytest.mark.parametrize("option", ["--gres=nvme:1", "--comment=gpu", "--nodelist=node1"])
+def test_other_options_leave_the_node_whole(config: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    assert main(["submit", str(config), "--dry-run", "--", option]) == ExitCode.FINISHED
+    assert "#SBATCH --exclusive\n" in capsys.readouterr().out
+
+
+def test_what_sbatch_refuses_leaves_no_folder(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "sbatch").write_text("#!/bin/sh\necho no >&2\nexit 1\n")
+    (programs / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs))
+    assert main(["submit", str(config), "--run-dir", "some/where/run"]) == ExitCode.USAGE
+    assert "[sbatch-refused]" in capsys.readouterr().err
+    assert not (tmp_path / "some").exists()
+
+
+def test_a_second_job_for_one_run_is_refused_and_the_first_is_named(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "sbatch").write_text("#!/bin/sh\necho 17\n")
+    (programs / "squeue").write_text("#!/bin/sh\necho 17 PENDING\n")
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs))
+    run = str(tmp_path / "two words")
+    assert main(["submit", str(config), "--run-dir", run]) == ExitCode.FINISHED
+    assert f"tail -F '{run}/slurm-17.log'" in capsys.readouterr().out
+    assert main(["submit", str(config), "--run-dir", run]) == ExitCode.USAGE
+    refusal = capsys.readouterr().err
+    assert "[run-in-queue]" in refusal
+    assert "job 17" in refusal
+    assert main(["submit", str(config), "--run-dir", run, "--", "--dependency=afterany:17"]) == ExitCode.FINISHED
+
+
+def test_a_study_is_submitted_as_runs_analyses_and_report(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = tmp_path / "site set-up.sh"
+    setup.touch()
+    monkeypatch.setenv("DIST_TRAIN_SETUP", str(setup))
+    study = write_study(tmp_path, analyse=[{"kind": "direction"}])
+    command = ["submit", "--study", str(study), "optimizer.momentum=0.5", "--dry-run", "--time", "1:00:00"]
+    assert main([*command, "--", "--gpus-per-node=1"]) == ExitCode.FINISHED
+    runs, analyses, report = re.split(r"^# (?:analyses|report).*\n", capsys.readouterr().out, flags=re.MULTILINE)
+    assert "#SBATCH --array=1-4\n" in runs
+    assert f"STUDY={study}\n" in runs
+    assert "OVERRIDES=optimizer.momentum=0.5\n" in runs
+    assert f"analyses_in_job {study} optimizer.momentum=0.5 --directory {tmp_path}/runs\n" in analyses
+    assert f"report_in_job {tmp_path}/runs/small\n" in report
+    assert all(f"export DIST_TRAIN_SETUP='{setup}'\n" in script for script in (runs, analyses, report))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_bad_configuration_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,5 +145,5 @@ def test_the_engine_follows_the_launcher_unless_it_is_named(
 
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
 def test_torch_is_refused_where_the_launcher_names_no_place_to_meet(launcher: str) -> None:
-    with pytest.raises(UsageError):
+    with raises(UsageError, "launcher-unsupported"):
         TorchCommunicator(Launch(launcher, 2, 0), timeout=5.0, device_type="cpu")

@@ -58,10 +58,10 @@ def test_reading_an_archive_writes_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [CIFAR10.file]
 
 
-def test_missing_files_are_named_with_every_fix(tmp_path: Path) -> None:
+def test_missing_files_are_named_with_their_place(tmp_path: Path) -> None:
     with raises(UsageError, "data-missing") as raised:
         cifar.find(CIFAR10, tmp_path, "train")
-    for part in ("cifar-10-python.tar.gz", "cifar-10-batches-py", "data.download=true", f"into {tmp_path}"):
+    for part in ("cifar-10-python.tar.gz", "cifar-10-batches-py", str(tmp_path)):
         assert part in str(raised.value)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.data import cifar
-from dist_train.data.download import fetch
+from dist_train.data.cache import fetch
 from dist_train.outcome import UsageError
 from tests.archives import cifar10_members, write_members
 from tests.raising import raises

@@ -78,7 +78,7 @@ def header(count: int, height: int = 28, width: int = 28, magic: int = 0x803) ->
     ],
 )
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_damaged_file_is_named_with_what_is_wrong_and_the_fix(
+def test_a_damaged_file_is_named_and_what_is_wrong_has_a_code(
     tmp_path: Path, content: bytes, code: str, packed: bool
 ) -> None:
     write_fashion_mnist(tmp_path, packed=packed)
@@ -87,7 +87,6 @@ def test_a_damaged_file_is_named_with_what_is_wrong_and_the_fix(
     with raises(UsageError, code) as refused:
         read(tmp_path)
     assert str(path) in str(refused.value)
-    assert "apt-get install dataset-fashion-mnist" in str(refused.value)
 
 
 def test_a_packed_file_cut_short_is_named(tmp_path: Path) -> None:

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_train.config import DataSettings
-from dist_train.data import folder_samples
+from dist_train.data import image_folder
 from dist_train.data.decoding import decode
-from dist_train.data.folder_samples import augmentation_draws
-from dist_train.data.image_folder import list_split
+from dist_train.data.image_folder import augmentation_draws, list_split
 from dist_train.data.images import BatchRequest, Splits
 from dist_train.data.loader import open_splits
 from dist_train.data.pixels import channel_statistics
@@ -55,13 +54,15 @@ def bytes_of(root: Path, split: str, sample: int, draws: list[float] | None, see
 def test_samples_are_those_of_the_shuffled_listing(opened: dict[int, Splits], root: Path, loaders: int) -> None:
     splits = opened[loaders]
     assert (len(splits.train), len(splits.test), splits.train.classes, splits.train.shape) == (24, 12, 3, (3, 8, 8))
-    inputs, labels = splits.train.plain(4, 7)
+    inputs, labels = splits.train.read(BatchRequest(torch.arange(4, 7)))
     expected = torch.stack([bytes_of(root, "train", sample, None) for sample in (4, 5, 6)])
     assert torch.equal(inputs, expected.to(torch.float32) / 255)
     assert torch.equal(labels, list_split(root, "train", 3, 5).labels[4:7])
     indices = torch.tensor([11, 2])
-    assert torch.equal(splits.test.unaugmented(indices)[0][1], bytes_of(root, "test", 2, None).to(torch.float32) / 255)
-    assert torch.equal(splits.test.micro_batch(indices, 3)[0], splits.test.unaugmented(indices)[0])
+    assert torch.equal(
+        splits.test.read(BatchRequest(indices))[0][1], bytes_of(root, "test", 2, None).to(torch.float32) / 255
+    )
+    assert torch.equal(splits.test.read(BatchRequest(indices, 3))[0], splits.test.read(BatchRequest(indices))[0])
 
 
 @settings(deadline=None, max_examples=25)
@@ -84,7 +85,7 @@ def test_promise_2_no_number_of_loaders_and_no_grouping_changes_a_bit(
     for splits in opened.values():
         if announced:
             splits.train.prefetch(BatchRequest(part, epoch) for part in parts)
-        found = torch.cat([splits.train.micro_batch(part, epoch)[0] for part in parts])
+        found = torch.cat([splits.train.read(BatchRequest(part, epoch))[0] for part in parts])
         assert torch.equal(found, expected.to(torch.float32) / 255)
 
 
@@ -100,20 +101,22 @@ def test_augmentation_changes_with_the_epoch_and_the_sample() -> None:
 def test_an_evaluation_amid_what_was_announced_changes_nothing(opened: dict[int, Splits], loaders: int) -> None:
     train, test = opened[loaders].train, opened[loaders].test
     batches = [torch.arange(0, 10), torch.arange(10, 20)]
-    expected = [opened[0].train.micro_batch(batch, 1)[0] for batch in batches]
+    expected = [opened[0].train.read(BatchRequest(batch, 1))[0] for batch in batches]
     train.prefetch(BatchRequest(batch, 1) for batch in batches)
-    assert torch.equal(train.micro_batch(batches[0], 1)[0], expected[0])
+    assert torch.equal(train.read(BatchRequest(batches[0], 1))[0], expected[0])
     test.prefetch([BatchRequest(torch.arange(12), None)])
-    assert torch.equal(test.plain(0, 12)[0], opened[0].test.plain(0, 12)[0])
-    assert torch.equal(train.micro_batch(batches[1], 1)[0], expected[1])
+    assert torch.equal(
+        test.read(BatchRequest(torch.arange(0, 12)))[0], opened[0].test.read(BatchRequest(torch.arange(0, 12)))[0]
+    )
+    assert torch.equal(train.read(BatchRequest(batches[1], 1))[0], expected[1])
 
 
 @pytest.mark.parametrize("loaders", [0, 2])
 def test_both_splits_are_normalized_by_a_seeded_sample_of_the_training_images(
     root: Path, monkeypatch: pytest.MonkeyPatch, loaders: int
 ) -> None:
-    monkeypatch.setattr(folder_samples, "STATISTICS_SAMPLES", 10)
-    monkeypatch.setattr(folder_samples, "_STATISTICS_PART", 4)
+    monkeypatch.setattr(image_folder, "STATISTICS_SAMPLES", 10)
+    monkeypatch.setattr(image_folder, "_STATISTICS_PART", 4)
     splits = open_splits(data(root, loaders, normalize=True), 5, CPU)
     images = torch.stack([bytes_of(root, "train", sample, None) for sample in range(10)])
     statistics = channel_statistics(images)
@@ -121,19 +124,19 @@ def test_both_splits_are_normalized_by_a_seeded_sample_of_the_training_images(
         expected = bytes_of(root, split, 7, None).to(torch.float32) / 255
         for channel in range(3):
             expected[channel].sub_(statistics.mean[channel]).div_(statistics.deviation[channel])
-        assert torch.equal(getattr(splits, split).plain(7, 8)[0][0], expected)
+        assert torch.equal(getattr(splits, split).read(BatchRequest(torch.arange(7, 8)))[0][0], expected)
     splits.close()
 
 
 def test_train_size_takes_a_balanced_part_of_train_and_all_of_test(root: Path) -> None:
     splits = open_splits(data(root, train_size=6), 5, CPU)
-    assert torch.bincount(splits.train.plain(0, 6)[1]).tolist() == [2, 2, 2]
+    assert torch.bincount(splits.train.read(BatchRequest(torch.arange(0, 6)))[1]).tolist() == [2, 2, 2]
     assert (len(splits.train), len(splits.test)) == (6, 12)
 
 
 def test_the_first_samples_are_of_all_classes(tmp_path: Path) -> None:
     splits = open_splits(data(write_folder(tmp_path, per_class=30)), 0, CPU)
-    assert torch.bincount(splits.train.plain(0, 30)[1]).min() >= 4
+    assert torch.bincount(splits.train.read(BatchRequest(torch.arange(0, 30)))[1]).min() >= 4
 
 
 @pytest.mark.parametrize("loaders", LOADERS)
@@ -141,7 +144,7 @@ def test_a_damaged_image_is_a_fault_that_names_the_file(tmp_path: Path, loaders:
     broken = damage(write_folder(tmp_path) / "train" / "bee" / "0003.png")
     splits = open_splits(data(tmp_path, loaders), 0, CPU)
     with raises(FaultError, "image-unreadable") as fault:
-        splits.train.plain(0, TRAIN)
+        splits.train.read(BatchRequest(torch.arange(0, TRAIN)))
     assert str(broken) in str(fault.value)
     splits.close()
     with raises(FaultError, "image-unreadable"):
@@ -151,5 +154,3 @@ def test_a_damaged_image_is_a_fault_that_names_the_file(tmp_path: Path, loaders:
 def test_a_folder_that_does_not_fit_the_settings_is_refused(root: Path) -> None:
     with raises(UsageError, "class-count"):
         open_splits(data(root, classes=5), 0, CPU)
-    with raises(UsageError, "image-folder-unset"):
-        open_splits(DataSettings(name="imagefolder"), 0, CPU)

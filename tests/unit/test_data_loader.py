@@ -8,7 +8,7 @@ import torch
 from dist_train.config import DataSettings
 from dist_train.data import loader, synthetic
 from dist_train.data.catalog import load_images
-from dist_train.data.images import ImageSet
+from dist_train.data.images import BatchRequest, ImageSet
 from dist_train.data.loader import Samples, open_splits
 from dist_train.data.pixels import PixelFormat, channel_statistics, crop_flip
 
@@ -27,26 +27,26 @@ def made() -> ImageSet:
 
 
 def test_a_micro_batch_holds_the_samples_that_were_asked_for(samples: Samples) -> None:
-    inputs, labels = samples.micro_batch(INDICES, epoch=0)
+    inputs, labels = samples.read(BatchRequest(INDICES, epoch=0))
     assert torch.equal(inputs, made().images[INDICES].to(torch.float32) / 255)
     assert torch.equal(labels, made().labels[INDICES])
     assert (inputs.dtype, labels.dtype, len(samples)) == (torch.float32, torch.int64, 100)
 
 
 def test_plain_samples_follow_the_stored_order(samples: Samples) -> None:
-    inputs, labels = samples.plain(90, 100)
+    inputs, labels = samples.read(BatchRequest(torch.arange(90, 100)))
     assert torch.equal(inputs, made().images[90:].to(torch.float32) / 255)
     assert torch.equal(labels, made().labels[90:])
 
 
 def test_promise_2_augmented_samples_do_not_depend_on_the_micro_batch() -> None:
     samples = Samples(made(), CPU, seed=5, augment="crop-flip")
-    whole, _ = samples.micro_batch(INDICES, epoch=2)
+    whole, _ = samples.read(BatchRequest(INDICES, epoch=2))
     expected = crop_flip(made().images[INDICES], INDICES, 5, 2).to(torch.float32) / 255
     assert torch.equal(whole, expected)
-    parts = [samples.micro_batch(part, epoch=2)[0] for part in torch.split(INDICES, 2)]
+    parts = [samples.read(BatchRequest(part, epoch=2))[0] for part in torch.split(INDICES, 2)]
     assert torch.equal(torch.cat(parts), whole)
-    assert torch.equal(samples.plain(0, 5)[0], made().images[:5].to(torch.float32) / 255)
+    assert torch.equal(samples.read(BatchRequest(torch.arange(0, 5)))[0], made().images[:5].to(torch.float32) / 255)
 
 
 def test_both_splits_are_normalized_by_the_training_images_in_use(tmp_path: Path) -> None:
@@ -56,19 +56,21 @@ def test_both_splits_are_normalized_by_the_training_images_in_use(tmp_path: Path
     test = load_images(settings, "test", 1)
     pixels = PixelFormat(statistics=channel_statistics(train.images))
     assert len(splits.train) == 50
-    assert torch.equal(splits.train.plain(0, 50)[0], pixels.convert(train.images))
-    inputs, labels = splits.test.micro_batch(torch.arange(50), epoch=0)
+    assert torch.equal(splits.train.read(BatchRequest(torch.arange(0, 50)))[0], pixels.convert(train.images))
+    inputs, labels = splits.test.read(BatchRequest(torch.arange(50), epoch=0))
     assert torch.equal(inputs, pixels.convert(test.images))
     assert torch.equal(labels, test.labels)
     assert inputs.is_contiguous(memory_format=torch.channels_last)
-    assert not torch.equal(splits.train.micro_batch(torch.arange(50), 0)[0], splits.train.plain(0, 50)[0])
+    assert not torch.equal(
+        splits.train.read(BatchRequest(torch.arange(50), 0))[0], splits.train.read(BatchRequest(torch.arange(0, 50)))[0]
+    )
 
 
 def test_on_a_cpu_the_images_are_not_copied() -> None:
     images = made()
     samples = Samples(images, CPU)
     images.images[7] = 255
-    assert samples.micro_batch(torch.tensor([7]), 0)[0].min() == 1
+    assert samples.read(BatchRequest(torch.tensor([7]), 0))[0].min() == 1
 
 
 def test_a_set_stays_on_a_gpu_only_when_it_takes_less_than_a_quarter_of_its_free_memory(

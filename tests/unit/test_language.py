@@ -14,6 +14,9 @@ PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile", "pyproject.t
 SUFFIXES = {".py", ".md", ".sh", ".yml", ".yaml", ".jinja", ".html", ".def", ""}
 PROCESSES_OF_A_LOADER = re.compile(r"(?i)loader[_ ]workers|(max|num|wait_for|persistent)_workers|worker_init")
 
+FORMER = (Path(__file__), ROOT / "dist_train/config/former.py", ROOT / "tests/unit/former_run/config.yaml")
+"""Where the words of before must stand: the settings' former names, and a run that has them."""
+
 PRIVATE = {
     "rank": r"(?i)workers?(?![a-z])",
     "layer": r"(?i)\brooms\b|\brooms? (?:knows?|below|above|of)\b",
@@ -50,7 +53,7 @@ def lines() -> Iterator[tuple[str, str]]:
     files = [ROOT / page for page in PAGES]
     files += [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*"))]
     for path in files:
-        if path.is_file() and path.suffix in SUFFIXES and "__pycache__" not in path.parts and path != Path(__file__):
+        if path.is_file() and path.suffix in SUFFIXES and "__pycache__" not in path.parts and path not in FORMER:
             text = path.read_text(encoding="utf-8", errors="ignore")
             yield from ((f"{path.relative_to(ROOT)}:{number}", line) for number, line in enumerate(text.split("\n"), 1))
 

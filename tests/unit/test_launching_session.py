@@ -23,6 +23,7 @@ from dist_train.monitoring.observers import Observers
 from dist_train.outcome import DisagreementError, DivergedError, StoppedError, UsageError
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcome, Record, RunFacts, read_records
+from dist_train.rundir.status import read_status
 from dist_train.training.stopping import StopRequests
 from tests.raising import raises
 from tests.unit.simulated_ranks import SimulatedRanks, results
@@ -62,8 +63,9 @@ def begun(folder: Path, comm: SimulatedRanks | Alone, *, going_on: bool = False)
         directory.create()
     contents = newest_whole(directory.checkpoints, lambda path, text: None) if going_on else None
     session = Session(directory, comm, Observers([told]))
-    trainer = assemble(config, contents, directory, comm, session, StopRequests())
-    session.begin(trainer, ResumePoint(config, contents))
+    resume_point = ResumePoint(config, contents)
+    trainer = assemble(config, resume_point, directory, comm, session, StopRequests())
+    session.begin(trainer, resume_point)
     return session, told
 
 
@@ -129,6 +131,34 @@ def test_how_a_run_fails_is_an_event_before_its_end_on_rank_0(
     assert all(str(error) in str(record.details["reason"]) for record in first.events)
     assert second.events == []
     assert len(first.ends) == len(second.ends) == 1
+
+
+def test_a_rank_that_is_left_keeps_in_the_status_how_far_the_run_was(tmp_path: Path) -> None:
+    def launch(comm: SimulatedRanks) -> None:
+        session, _ = begun(tmp_path, comm)
+        trainer = session._trainer
+        assert trainer is not None
+        trainer.run()
+        comm.barrier()
+        if comm.rank == 1:
+            session.lose("rank 0 does not answer")
+
+    results(2, launch)
+    status = read_status(RunDirectory(tmp_path).status)
+    assert status is not None
+    assert (status.state, status.reason) == ("failed", "rank 1: rank 0 does not answer")
+    assert (status.step, status.epoch, status.total_steps) == (6, 2.0, 6)
+    assert status.environment
+
+
+def test_a_launch_that_begins_again_keeps_in_the_status_how_far_the_run_was(tmp_path: Path) -> None:
+    session, _ = begun(tmp_path, Alone())
+    assert session.status is not None
+    session.status.change("running", step=4, epoch=1.5, total_steps=6, best_accuracy=0.5)
+    Session(RunDirectory(tmp_path), Alone(), Observers([]))
+    status = read_status(RunDirectory(tmp_path).status)
+    assert status is not None
+    assert (status.state, status.step, status.epoch, status.total_steps) == ("starting", 4, 1.5, 6)
 
 
 def test_a_run_that_diverged_goes_on_from_its_checkpoint_and_its_record_of_it_is_gone(tmp_path: Path) -> None:

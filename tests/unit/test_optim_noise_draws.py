@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from dist_train.config import NoiseSettings
 from dist_train.models.norms import GroupedBatchNorm
 from dist_train.optim.flat_weights import FlatWeights
-from dist_train.optim.noise import build_noise
-from dist_train.optim.noise_draws import NoiseDraws
+from dist_train.optim.noise import NoiseDraws, build_noise
 from tests.unit.weights_in_force import in_force, perturbed
 
 COUNT = 10**6

@@ -40,7 +40,7 @@ def test_a_broken_file_is_reported_and_begun_anew(
 ) -> None:
     path = tmp_path / "counts.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"Expecting value|counts? of|hold counts"):
+    with pytest.raises(ValueError, match="counts of events"):
         read_counts(path)
     counts = EventCounts(path)
     assert [record.levelname for record in caplog.records] == ["WARNING"]

@@ -16,16 +16,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.rundir.metrics_file import JsonLines, rewind
 from dist_train.rundir.records import (
     EvaluationRecord,
     EventRecord,
+    JsonLines,
     Outcome,
     Record,
     TrainRecord,
     from_json,
     read_last_records,
     read_records,
+    rewind,
     to_json,
 )
 from tests.waiting import wait_for

@@ -91,6 +91,13 @@ def test_an_id_that_is_broken_is_made_anew(content: str, tmp_path: Path) -> None
     assert directory.run_id() == directory.run_id()
 
 
+def test_an_id_that_is_no_file_does_not_hang(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    os.mkfifo(directory.id)
+    with pytest.raises(OSError, match="not a regular file"):
+        directory.run_id()
+
+
 @pytest.mark.parametrize("folder", ["root", "checkpoints", "logs"])
 def test_a_run_directory_in_which_everybody_may_write_is_refused(folder: str, tmp_path: Path) -> None:
     directory = begun(tmp_path)

@@ -54,7 +54,7 @@ def test_one_rank_for_each_gpu(programs: str) -> None:
 
 
 def test_without_gpus_one_rank_for_each_task(programs: str) -> None:
-    command = command_of(PATH=programs, SLURM_NTASKS="4")
+    command = command_of(PATH=programs, SLURM_NTASKS="4", SLURM_TASKS_PER_NODE="2(x2)")
     assert " --ntasks=4 --ntasks-per-node=2 --cpus-per-task=16 " in command
     assert "gpu" not in command
 
@@ -73,6 +73,62 @@ def test_the_variables_are_followed(programs: str) -> None:
     assert command.startswith("srun --mpi=pmi2 --nodes=2 --ntasks=6 ")
     assert " --cpu-bind=cores --label --verbose " in command
     assert " train other.yaml run.seed=1 run.name=other --run-dir /scratch/run" in command
+
+
+def test_overrides_may_have_quotes_spaces_and_lines(programs: str) -> None:
+    command = command_of(PATH=programs, OVERRIDES="run.seed=1\n 'data.root=/my data'\n  run.name=\"a b\"")
+    assert shlex.split(command)[-3:] == ["run.seed=1", "data.root=/my data", "run.name=a b"]
+
+
+def test_tasks_that_do_not_divide_are_started_as_asked(programs: str) -> None:
+    assert " --ntasks=5 --ntasks-per-node=3 --cpus-per-task=10 " in command_of(
+        PATH=programs, SLURM_NTASKS="5", SLURM_TASKS_PER_NODE="3,2"
+    )
+
+
+def test_of_a_whole_node_only_the_gpus_that_were_asked_for_are_used(programs: str) -> None:
+    command = command_of(PATH=programs, SLURM_GPUS_ON_NODE="8", SLURM_GPUS_PER_NODE="a100:2")
+    assert " --ntasks=4 --ntasks-per-node=2 " in command
+    assert " --gpus-per-node=2 " in command
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"SLURM_TRES_PER_TASK": "gres/gpu=2", "SLURM_NTASKS": "2"},
+        {"SLURM_NTASKS_PER_GPU": "2", "SLURM_GPUS": "4", "SLURM_NTASKS": "8"},
+        {"SLURM_NTASKS": "9", "SLURM_GPUS": "4"},
+    ],
+)
+def test_what_one_rank_for_each_gpu_is_not_is_refused(programs: str, asked: dict[str, str]) -> None:
+    ended = start("lb_8192.sh", PATH=programs, DRY_RUN="1", SLURM_GPUS_ON_NODE="2", **TWO_NODES, **asked)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "each rank drives one GPU" in ended.stderr
+
+
+def test_spare_nodes_stay_idle(programs: str, tmp_path: Path) -> None:
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho node1\necho node2\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    command = command_of(PATH=programs, SPARE_NODES="1", SLURM_JOB_NODELIST="node[1-2]", RANKS_PER_NODE="2")
+    assert " --nodes=1 --ntasks=2 " in command
+    assert " --nodelist=node1 --overlap " in command
+
+
+@pytest.mark.parametrize(("engine", "expected"), [("auto", "srun --mpi=none "), ("horovod", "mpirun -np 2 ")])
+def test_where_srun_has_no_pmix_others_carry_the_ranks(
+    programs: str, tmp_path: Path, engine: str, expected: str
+) -> None:
+    srun = tmp_path / "srun"
+    srun.write_text("#!/bin/sh\nprintf 'MPI plugin types are...\\n\\tnone\\n\\tcray_shasta\\n\\tpmi2\\n'\n")
+    command = command_of(PATH=programs, OVERRIDES=f"comm.engine={engine}", PYTHONPATH=str(ROOT))
+    assert expected in command
+    assert ("comm.engine=torch" in command) is (engine == "auto")
+
+
+def test_the_set_up_file_is_sourced_first_whatever_it_does(programs: str, tmp_path: Path) -> None:
+    setup = tmp_path / "set up.sh"
+    setup.write_text("false\necho $UNSET_BY_THE_SITE >/dev/null\nexport OVERRIDES=run.seed=7\n")
+    assert " run.seed=7" in command_of(PATH=programs, DIST_TRAIN_SETUP=str(setup))
 
 
 def test_mpirun_gets_what_ranks_on_other_nodes_need(programs: str) -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from dist_train.outcome import ExitCode
+from dist_train.rundir.lock import LockRequest
+from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.status import StatusFile, read_status
-from dist_train.sweep.standing import decide, read_requeues
+from dist_train.sweep.standing import EndedLaunch, decide, read_requeues
+
+_NOISE = "srun: error: node2: tasks 2-3: Killed"
 
 
 @pytest.fixture
@@ -24,7 +32,7 @@ def end(run: Path, code: ExitCode, reason: str = "it broke", launch: str = "") -
 
 
 def checkpoint(run: Path, step: int) -> None:
-    (run / "checkpoints" / f"step-{step:08d}.pt").touch()
+    (run / "checkpoints" / f"step-{step:08d}.json").touch()
 
 
 @pytest.mark.parametrize(
@@ -40,7 +48,7 @@ def checkpoint(run: Path, step: int) -> None:
 )
 def test_it_depends_on_how_the_run_ended(run: Path, code: ExitCode, requeued: bool) -> None:
     end(run, code)
-    assert decide(run, limit=3).requeue is requeued
+    assert (decide(run, limit=3).action == "requeue") is requeued
 
 
 def test_a_run_without_progress_is_given_up_after_the_limit(run: Path) -> None:
@@ -48,9 +56,9 @@ def test_a_run_without_progress_is_given_up_after_the_limit(run: Path) -> None:
     # The first crash follows a checkpoint, and so do the three after it, but the same one.
     for _ in range(3):
         end(run, ExitCode.FAULT)
-        assert decide(run, limit=3).requeue
+        assert decide(run, limit=3).action == "requeue"
     end(run, ExitCode.FAULT, "rank 1: it broke")
-    assert not decide(run, limit=3).requeue
+    assert decide(run, limit=3).action == "end"
     status = read_status(run / "status.json")
     assert status is not None
     assert (status.state, status.exit_code, status.step) == ("failed", ExitCode.FAULT, 7)
@@ -63,29 +71,29 @@ def test_progress_begins_the_count_anew(run: Path) -> None:
     for step in range(1, 10):
         end(run, ExitCode.STOPPED)
         checkpoint(run, step)
-        assert decide(run, limit=1).requeue
+        assert decide(run, limit=1).action == "requeue"
     assert read_requeues(run).without_progress == 1
 
 
 def test_a_run_that_was_given_up_has_all_its_tries_when_it_is_submitted_again(run: Path) -> None:
     end(run, ExitCode.FAULT)
-    assert [decide(run, limit=1).requeue for _ in range(4)] == [True, False, True, False]
+    assert [decide(run, limit=1).action for _ in range(4)] == ["requeue", "end", "requeue", "end"]
 
 
 def test_a_run_that_never_wrote_a_status_is_requeued_and_given_up_too(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert decide(run, limit=1).requeue
-    assert not decide(run, limit=1).requeue
+    assert decide(run, 1, EndedLaunch("one")).action == "requeue"
+    assert decide(run, 1, EndedLaunch("two")).action == "end"
     status = read_status(run / "status.json")
     assert status is not None
     assert status.state == "failed"
-    assert status.reason.endswith("the last time: it ended before it wrote a status")
+    assert status.reason.endswith("the last time: the last launch ended before it wrote a status")
 
 
 def test_without_requeues_the_reason_is_the_fault_itself_and_names_the_rank_that_was_killed(run: Path) -> None:
     StatusFile(run / "status.json", world_size=4).change("running", step=7)
     death = "rank 3 (node2, process 42) was killed by signal 9"
-    assert not decide(run, limit=0, death=death).requeue
+    assert decide(run, limit=0, launch=EndedLaunch(words=(_NOISE, death))).action == "end"
     status = read_status(run / "status.json")
     assert status is not None
     assert (status.state, status.reason) == ("failed", f"it died in state running at step 7: {death}")
@@ -93,11 +101,111 @@ def test_without_requeues_the_reason_is_the_fault_itself_and_names_the_rank_that
 
 def test_the_outcome_of_an_earlier_launch_does_not_count(run: Path) -> None:
     end(run, ExitCode.DIVERGED, launch="one")
-    assert decide(run, limit=3, launch="two").requeue
-    assert not decide(run, limit=3, launch="one").requeue
+    assert decide(run, limit=3, launch=EndedLaunch("two")).action == "requeue"
+    end(run, ExitCode.DIVERGED, launch="one")
+    assert decide(run, limit=3, launch=EndedLaunch("one")).action == "end"
 
 
 def test_an_unreadable_count_is_none(run: Path) -> None:
     (run / "requeues.json").write_text("{")
     end(run, ExitCode.FAULT)
-    assert decide(run, limit=1).requeue
+    assert decide(run, limit=1).action == "requeue"
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "reason"),
+    [
+        (1, "srun: error: Unable to create step for job 5: More processors requested than permitted", "srun: error: "),
+        (1, "srun: error: Unable to create step for job 5: Invalid generic resource (gres) specification", "srun: "),
+        (1, "srun: error: Invalid MPI type 'foo', --mpi=list for acceptable types", "srun: error: Invalid MPI"),
+        (1, "There are not enough slots available in the system to satisfy the 9 slots", "There are not enough"),
+        (2, "dist-train: srun started 4 ranks, but Horovod sees 1 [rank-count]", "srun started 4 ranks"),
+    ],
+)
+def test_what_the_launcher_or_the_ranks_refuse_is_not_tried_again(
+    tmp_path: Path, code: int, words: str, reason: str
+) -> None:
+    launch = EndedLaunch(
+        "one", code, ("dist-train: warning: noise", words, "srun: error: node1: Exited with exit code 2")
+    )
+    decision = decide(tmp_path / "run", 3, launch, restarts=3)
+    assert (decision.action, decision.code) == ("end", ExitCode.USAGE)
+    status = read_status(tmp_path / "run" / "status.json")
+    assert status is not None
+    assert (status.state, status.exit_code) == ("failed", ExitCode.USAGE)
+    assert status.reason.startswith(reason)
+
+
+def test_what_may_go_better_the_next_time_is_tried_again(tmp_path: Path) -> None:
+    words = ("srun: error: Unable to create step for job 5: Requested nodes are busy",)
+    assert decide(tmp_path / "run", 3, EndedLaunch("one", 1, words)).action == "requeue"
+    status = read_status(tmp_path / "run" / "status.json")
+    assert status is not None
+    assert status.state == "stopped"
+    assert words[0] in status.reason
+
+
+def test_restarts_within_the_job_come_before_requeues(run: Path) -> None:
+    end(run, ExitCode.FAULT)
+    actions = [decide(run, limit=1, restarts=2).action for _ in range(6)]
+    assert actions == ["restart", "restart", "requeue", "restart", "restart", "end"]
+    checkpoint(run, 9)
+    end(run, ExitCode.FAULT)
+    assert decide(run, limit=1, restarts=2).action == "restart"
+
+
+def test_the_status_of_another_job_at_work_stays(run: Path) -> None:
+    end(run, ExitCode.FAULT, launch="theirs")
+    lock = LockRequest(run, run / "run.lock").wait(60)
+    assert lock is not None
+    (run / "run.lock").write_text('{"host": "node9", "pid": 1, "since": "now", "slurm_job": "7"}')
+    assert decide(run, 3, EndedLaunch("ours", ExitCode.USAGE, ("dist-train: in use [run-in-use]",))).action == "end"
+    status = read_status(run / "status.json")
+    assert status is not None
+    assert (status.launch, status.reason) == ("theirs", "it broke")
+    lock.release()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+class TestFullDisk:
+    """What is decided is written into the space that was set aside."""
+
+    @pytest.fixture
+    def full(self, tmp_path: Path) -> Iterator[Path]:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(tmp_path)], check=True)
+        (tmp_path / "checkpoints").mkdir()
+        RunDirectory(tmp_path).make_reserve()
+        end(tmp_path, ExitCode.FAULT, "No space left on device")
+        yield tmp_path
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+    def test_the_status_and_the_count_are_written(self, full: Path) -> None:
+        fill(full / "ballast")
+        assert decide(full, limit=3).action == "requeue"
+        assert read_requeues(full).without_progress == 1
+        status = read_status(full / "status.json")
+        assert status is not None
+        assert status.state == "stopped"
+
+    def test_without_space_for_a_checkpoint_the_run_ends_with_the_reason(self, full: Path) -> None:
+        (full / "checkpoints" / "step-00000005.pt").write_bytes(b"x" * 20_000)
+        fill(full / "ballast")
+        assert decide(full, limit=3, restarts=3).action == "end"
+        status = read_status(full / "status.json")
+        assert status is not None
+        assert status.state == "failed"
+        assert status.reason.startswith("No space left on device; not started again")
+
+    def test_without_any_space_the_decision_is_said_all_the_same(self, full: Path) -> None:
+        RunDirectory(full).drop_reserve()
+        fill(full / "ballast")
+        decision = decide(full, limit=3)
+        assert (decision.action, decision.code) == ("end", ExitCode.FAULT)
+        assert "requeues.json" in decision.why
+
+
+def fill(file: Path) -> None:
+    """Write into `file` until the disk is full."""
+    with suppress(OSError), file.open("wb", buffering=0) as opened:
+        while True:
+            opened.write(b"x" * 4096)

@@ -19,12 +19,16 @@ def weights_of() -> FlatWeights:
     return FlatWeights(nn.ParameterList([torch.arange(30.0)]))
 
 
+def without_noise(weights: FlatWeights) -> Noise:
+    return Noise(NoiseSettings(), weights, seed=0, total_steps=1, rank=0)
+
+
 def test_promise_4_a_single_flipped_bit_names_its_rank_on_all_ranks() -> None:
     def check(comm: SimulatedRanks) -> None:
         weights = weights_of()
         if comm.rank == 2:
             weights.values.view(torch.int32)[7] ^= 1
-        verify_agreement(comm, weights, Noise(), 9)
+        verify_agreement(comm, weights, without_noise(weights), 9)
 
     for error in on_ranks(4, check):
         assert isinstance(error, DisagreementError)
@@ -49,7 +53,7 @@ def test_promise_4_other_noise_names_its_rank_on_all_ranks() -> None:
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_ranks_that_agree_go_on(size: int) -> None:
-    ended = on_ranks(size, lambda comm: verify_agreement(comm, weights_of(), Noise(), 0))
+    ended = on_ranks(size, lambda comm: verify_agreement(comm, weights_of(), without_noise(weights_of()), 0))
     assert ended == [None] * size
 
 

@@ -39,7 +39,7 @@ def test_equal_ranks_go_on() -> None:
 def test_another_setting_is_named_with_both_values_and_the_rank(odd: int) -> None:
     ended = on_ranks(3, lambda comm: check_consistent_across_ranks(comm, OTHER if comm.rank == odd else CONFIG))
     message = told(ended, "ranks-differ-in-settings")
-    assert message.startswith(f"rank {odd} ")
+    assert f"rank {odd} of" in message
     assert "optimizer.learning_rate (" in message
     assert "0.7 on rank" in message
 
@@ -47,7 +47,7 @@ def test_another_setting_is_named_with_both_values_and_the_rank(odd: int) -> Non
 def test_of_two_ranks_the_one_that_is_not_rank_0_is_named() -> None:
     ended = on_ranks(2, lambda comm: check_consistent_across_ranks(comm, OTHER if comm.rank == 0 else CONFIG))
     message = told(ended, "ranks-differ-in-settings")
-    assert message.startswith("rank 1 ")
+    assert "rank 1 of" in message
     assert "0.7 on rank 0" in message
 
 
@@ -63,7 +63,7 @@ def test_another_source_file_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
         consistency._compare(comm, "code", listings[comm.rank], "install the same on all nodes")
 
     message = told(on_ranks(3, check), "ranks-differ-in-code")
-    assert message.startswith("rank 2 ")
+    assert "rank 2 of" in message
     assert "package/inner/module.py (" in message
 
 
@@ -86,5 +86,4 @@ def test_other_data_are_named() -> None:
         check_same_data(comm, "other" if comm.rank == 1 else "same", "fashion-mnist")
 
     message = told(on_ranks(3, check), "ranks-differ-in-data")
-    assert message.startswith("rank 1 ")
     assert "fashion-mnist (other on rank 1, same on rank 0)" in message

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from dist_train.cluster.communicator import Alone
 from dist_train.data import synthetic
-from dist_train.data.images import ImageSet
+from dist_train.data.images import BatchRequest, ImageSet
 from dist_train.data.loader import Samples
 from dist_train.models import build_model
 from dist_train.models.norms import norm_modules
@@ -42,7 +42,7 @@ def evaluated(comm: SimulatedRanks | Alone, batch_size: int, model: nn.Module | 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_it_is_the_mean_over_all_samples(ranks: int, batch_size: int) -> None:
     model = a_model().eval()
-    inputs, labels = samples().plain(0, COUNT)
+    inputs, labels = samples().read(BatchRequest(torch.arange(0, COUNT)))
     with torch.no_grad():
         logits = model(inputs)
     for result in results(ranks, lambda each: evaluated(each, batch_size)):
@@ -113,7 +113,7 @@ def test_a_loss_is_a_number_wherever_the_outputs_are(scale: float) -> None:
             model.get_parameter("classifier.bias")[0] = scale
         return evaluated(comm, 7, model)
 
-    _, labels = samples().plain(0, COUNT)
+    _, labels = samples().read(BatchRequest(torch.arange(0, COUNT)))
     expected = scale * (labels != 0).sum().item() / COUNT
     for size in (1, 3):
         assert [result.loss for result in results(size, far_off)] == [pytest.approx(expected, rel=1e-6)] * size
@@ -146,7 +146,7 @@ class TestRecomputedStatistics:
     def test_promise_4_they_replace_the_old_ones_by_those_of_the_weights_as_they_are(self) -> None:
         model = self.recompute(Alone(), micro_size=40)
         first = norm_modules(model)[0]
-        inputs, _ = samples().unaugmented(statistics_samples(60, 40, 16, 0))
+        inputs, _ = samples().read(BatchRequest(statistics_samples(60, 40, 16, 0)))
         with torch.no_grad():
             outputs = model.get_submodule("convolution1_1")(inputs)
         # in groups of 4 samples of 64 pixels each

@@ -18,8 +18,8 @@ from dist_train.models.norms import BatchStatistics
 from dist_train.outcome import DivergedError, FaultError, UsageError
 from dist_train.rundir.records import EventRecord, read_records
 from dist_train.rundir.status import StatusFile
+from dist_train.training.evaluation import evaluate_stored
 from dist_train.training.reduction import Tally
-from dist_train.training.stored import evaluate_stored
 from tests.raising import raises
 from tests.unit.small_trainers import build_trainer, small_config
 from tests.unit.test_cli_commands import write_config
@@ -129,7 +129,7 @@ def test_an_evaluation_decides_its_own_threads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("override", ["model.width=0.5", "data.synthetic_shape=[1,20,20]", "model.norm=none"])
 def test_an_evaluation_of_another_model_is_refused(tmp_path: Path, override: str) -> None:
     build_trainer(small_config(), tmp_path, Alone()).run()
-    with pytest.raises(UsageError):
+    with raises(UsageError, "settings-changed"):
         evaluate_stored(tmp_path, "test", [override])
 
 

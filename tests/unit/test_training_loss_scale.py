@@ -20,7 +20,6 @@ from dist_train.training.compute import (
     LOWEST,
     UPDATES_UNTIL_RAISED,
     Compute,
-    DynamicLossScale,
     LossScale,
 )
 from dist_train.training.trainer import Trainer
@@ -32,12 +31,12 @@ from tests.unit.small_trainers import build_trainer, gradient_bits, small_config
 def in_half(trainer: Trainer, precision: torch.dtype = torch.float16) -> Trainer:
     """Return `trainer` as the assembly builds it for float16 on a GPU."""
     compute = Compute(torch.device("cpu"), precision)
-    trainer.take_step = replace(trainer.take_step, compute=compute, loss_scale=DynamicLossScale(trainer.progress))
+    trainer.take_step = replace(trainer.take_step, compute=compute, loss_scale=LossScale(trainer.progress))
     return trainer
 
 
 def test_an_overflow_halves_it_down_to_a_floor() -> None:
-    scale = DynamicLossScale(Progress())
+    scale = LossScale(Progress())
     values = [scale.value]
     while scale.lower():
         values.append(scale.value)
@@ -46,7 +45,7 @@ def test_an_overflow_halves_it_down_to_a_floor() -> None:
 
 
 def test_it_doubles_after_many_updates_without_an_overflow_up_to_a_ceiling() -> None:
-    scale = DynamicLossScale(Progress())
+    scale = LossScale(Progress())
     for _ in range(UPDATES_UNTIL_RAISED - 1):
         scale.note_update()
     assert scale.value == FIRST
@@ -68,12 +67,12 @@ def test_it_goes_on_with_what_a_checkpoint_holds(tmp_path: Path) -> None:
         trainer.take_step.loss_scale.note_update()
     progress = restored_progress(trainer.contents())
     assert (progress.loss_scale, progress.updates_since_overflow) == (FIRST / 2, 5)
-    assert DynamicLossScale(progress).value == FIRST / 2
+    assert LossScale(progress).value == FIRST / 2
 
 
 def test_without_float16_there_is_none(tmp_path: Path) -> None:
     trainer = build_trainer(small_config(), tmp_path, Alone())
-    assert type(trainer.take_step.loss_scale) is LossScale
+    assert trainer.take_step.loss_scale.value == 1.0
     assert not trainer.take_step.loss_scale.lower()
     trainer.advance()
     assert trainer.progress.loss_scale is None

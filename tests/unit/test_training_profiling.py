@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dist_train.cluster.communicator import Alone
-from dist_train.training.profiling import StepProfiler, build_profiler
+from dist_train.training.measuring import Profiler
 from tests.unit.small_trainers import build_trainer, small_config, state_bits
 
 PHASES = ("perturb", "forward-backward", "restore", "allreduce", "update")
@@ -53,7 +53,7 @@ def test_a_run_leaves_a_trace_that_names_each_phase_of_each_profiled_update(tmp_
 
 def test_a_run_that_ends_before_leaves_what_was_seen(tmp_path: Path) -> None:
     comm = Recorder()
-    profiler = StepProfiler(9, tmp_path / "profile", comm)
+    profiler = Profiler(9, tmp_path / "profile", comm)
     for step in (41, 42, 43):
         profiler.after_update(step)
     profiler.close()
@@ -63,7 +63,7 @@ def test_a_run_that_ends_before_leaves_what_was_seen(tmp_path: Path) -> None:
 
 
 def test_a_run_that_ends_before_it_begins_leaves_nothing(tmp_path: Path) -> None:
-    profiler = StepProfiler(9, tmp_path / "profile", Alone())
+    profiler = Profiler(9, tmp_path / "profile", Alone())
     profiler.after_update(1)
     profiler.close()
     assert list(tmp_path.iterdir()) == []
@@ -74,13 +74,9 @@ def test_a_folder_that_cannot_be_made_is_told_and_costs_nothing(
 ) -> None:
     comm = Recorder()
     (tmp_path / "file").touch()
-    profiler = StepProfiler(1, tmp_path / "file" / "profile", comm)
+    profiler = Profiler(1, tmp_path / "file" / "profile", comm)
     for step in range(4):
         profiler.after_update(step)
     profiler.close()
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert comm.calls == []
-
-
-def test_no_updates_need_no_profiler(tmp_path: Path) -> None:
-    assert not isinstance(build_profiler(0, tmp_path, Alone()), StepProfiler)

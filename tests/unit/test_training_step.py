@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.data.images import BatchRequest
 from dist_train.data.plan import batch_indices, epoch_order
 from dist_train.outcome import DivergedError
 from dist_train.training.step import GlobalBatch, OutOfMemoryError, Update, clip_gradient
@@ -177,7 +178,7 @@ def test_promise_4_with_a_rate_of_zero_the_weights_stay_bit_identically(tmp_path
 def test_loss_and_accuracy_are_means_over_the_global_batch(tmp_path: Path) -> None:
     config = small_config(noise={"method": "none"}, model={"norm": "none", "width": 0.0625})
     trainer = build_trainer(config, tmp_path, Alone())
-    inputs, labels = trainer.splits.train.micro_batch(epoch_order(100, 0, 0)[:26], 0)
+    inputs, labels = trainer.splits.train.read(BatchRequest(epoch_order(100, 0, 0)[:26], 0))
     with torch.no_grad():
         logits = trainer.network(inputs)
     update = take(trainer)
@@ -217,9 +218,9 @@ class Changed:
     def __init__(self, samples: Any, sample: int, change: Callable[[Tensor], Tensor]) -> None:
         self._samples, self._sample, self._change = samples, sample, change
 
-    def micro_batch(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        inputs, labels = self._samples.micro_batch(indices, epoch)
-        return torch.where((indices == self._sample).view(-1, 1, 1, 1), self._change(inputs), inputs), labels
+    def read(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
+        inputs, labels = self._samples.read(batch)
+        return torch.where((batch.indices == self._sample).view(-1, 1, 1, 1), self._change(inputs), inputs), labels
 
 
 @pytest.mark.parametrize("reduction", ["exact", "float"])

@@ -106,7 +106,7 @@ def test_slow_data_a_slow_rank_and_slow_noise_show_in_their_own_parts(tmp_path: 
         if comm.rank == 1:
             noise = trainer.take_step.noise
             perturb, restore = noise.perturb, noise.restore
-            micro_batch = trainer.splits.train.micro_batch
+            micro_batch = trainer.splits.train.read
 
             def slow_perturb(step: int) -> None:
                 time.sleep(0.1)
@@ -122,7 +122,7 @@ def test_slow_data_a_slow_rank_and_slow_noise_show_in_their_own_parts(tmp_path: 
 
             noise.perturb = slow_perturb  # type: ignore[method-assign]
             noise.restore = slow_restore  # type: ignore[method-assign]
-            trainer.splits.train.micro_batch = slow_data  # type: ignore[method-assign, assignment]
+            trainer.splits.train.read = slow_data  # type: ignore[method-assign, assignment]
         return take(trainer, 1).times.parts()
 
     quick, slow = results(2, step)
@@ -138,14 +138,14 @@ def test_with_sync_norm_the_wait_within_passes_is_a_wait_for_the_others(tmp_path
 
     def step(comm: SimulatedRanks) -> StepParts:
         trainer = build_trainer(config, tmp_path, comm)
-        micro_batch = trainer.splits.train.micro_batch
+        micro_batch = trainer.splits.train.read
 
         def slow_data(*arguments: Any) -> Any:
             time.sleep(0.05)
             return micro_batch(*arguments)
 
         if comm.rank == 1:
-            trainer.splits.train.micro_batch = slow_data  # type: ignore[method-assign, assignment]
+            trainer.splits.train.read = slow_data  # type: ignore[method-assign, assignment]
         mine = trainer.plan.slices(comm.rank, comm.size)
         order = torch.arange(trainer.plan.global_size)
         return trainer.take_step(GlobalBatch(0, 0, order, mine), 0.05, lambda: False).times.parts()

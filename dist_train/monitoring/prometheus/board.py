@@ -25,16 +25,10 @@ from dist_train.rundir.records import (
 )
 
 STATES = ("starting", "running", "stopping", "stopped", "finished", "failed")
-EVENTS: tuple[str, ...] = (
-    "resumed",
-    "requeued",
-    "signal",
-    "checkpoint",
-    "checkpoint_failed",
-    "corrupt_checkpoint",
-    "not_finite",
+EVENTS = (
+    *("resumed", "requeued", "signal", "checkpoint", "checkpoint_failed", "corrupt_checkpoint", "not_finite"),
+    *("non_finite_evaluation", "disagreement", "micro_size", "exporter_restarted"),
 )
-EVENTS += ("non_finite_evaluation", "disagreement", "micro_size", "exporter_restarted")
 """The kinds of event that are counted from 0; others are counted once they come."""
 
 STEP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)

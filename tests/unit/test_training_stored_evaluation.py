@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dist_train.checkpoint.files import list_checkpoints, read_checkpoint
+from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint
 from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.data.images import BatchRequest
 from dist_train.data.loader import open_splits
 from dist_train.models import build_model
 from dist_train.outcome import UsageError
-from dist_train.training import stored
-from dist_train.training.stored import evaluate_stored, find_checkpoint, stored_config
+from dist_train.training import evaluation
+from dist_train.training.evaluation import evaluate_stored, stored_config
 from tests.raising import raises
 from tests.unit.checkpoint_files import write
 from tests.unit.simulated_ranks import results
@@ -59,7 +60,9 @@ def test_it_is_loss_and_accuracy_over_the_whole_split(run: Path, split: str, sam
     config = stored_config(contents, [])
     model = build_model(config).eval()
     model.load_state_dict(contents.model)
-    inputs, labels = getattr(open_splits(config.data, 0, torch.device("cpu")), split).plain(0, samples)
+    inputs, labels = getattr(open_splits(config.data, 0, torch.device("cpu")), split).read(
+        BatchRequest(torch.arange(0, samples))
+    )
     with torch.no_grad():
         logits = model(inputs)
     assert result["loss"] == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-5)
@@ -88,7 +91,7 @@ def test_promise_3_it_has_the_same_bits_on_any_number_of_ranks(run: Path, monkey
     group: dict[int, Communicator] = {}
     threads: dict[int, threading.Thread] = {}
     ready = threading.Barrier(3)
-    monkeypatch.setattr(stored, "join_ranks", joined)
+    monkeypatch.setattr(evaluation, "join_ranks", joined)
 
     def noted(comm: Communicator) -> dict[str, object]:
         threads[comm.rank] = threading.current_thread()

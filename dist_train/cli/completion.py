@@ -1,0 +1,108 @@
+"""`dist-train completion`: a script that completes commands, options, choices and settings in bash and zsh."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+from dist_train.cli.common import Subparsers
+from dist_train.outcome import ExitCode
+
+_SCRIPT = """\
+_dist_train() {
+  local cur="${COMP_WORDS[COMP_CWORD]}" at='' prev='' word words='' options='' settings='' value='' prefix=''
+  local every='%(every)s'
+  for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+    case "$at:$word" in
+%(commands)s
+    esac
+    # bash takes noise.method=sam for three words, zsh for one
+    if [ "$word" = = ]; then value="$prev"; else value=''; fi
+    prev="$word"
+  done
+  case "$cur" in
+    =) value="$prev" cur='' ;;
+    *=*) value="${cur%%%%=*}" prefix="${cur%%%%=*}=" cur="${cur#*=}" ;;
+  esac
+  if [ -n "$value" ]; then
+    case "$value" in
+%(values)s
+    esac
+  else
+    case "$at:$prev" in
+%(choices)s
+      *) case "$at" in
+%(words)s
+      esac ;;
+    esac
+    case "$cur" in
+      -*) words="$options" ;;
+      ?*) words="$words $settings" ;;
+    esac
+  fi
+  # shellcheck disable=SC2207 # none of these words holds a blank
+  COMPREPLY=($(compgen -P "$prefix" -W "$words" -- "$cur"))
+  case "${COMPREPLY[*]}" in *=) compopt -o nospace 2>/dev/null ;; esac
+}
+complete -o default -F _dist_train dist-train
+"""
+_FOR_ZSH = "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n"
+
+
+def add_completion(subparsers: Subparsers) -> None:
+    """Add `completion bash|zsh`."""
+    parser = subparsers.add_parser(
+        "completion",
+        help="a script that completes commands, options and settings in bash or zsh",
+        description='Print a script for the shell; in ~/.bashrc: eval "$(dist-train completion bash)".',
+    )
+    parser.add_argument("shell", choices=("bash", "zsh"))
+    parser.set_defaults(run=_completion)
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    from dist_train.cli.main import build_parser
+
+    print((_FOR_ZSH if arguments.shell == "zsh" else "") + completion_script(build_parser()), end="")
+    return ExitCode.FINISHED
+
+
+def completion_script(parser: argparse.ArgumentParser) -> str:
+    """Return the script, in bash, for the program of `parser`."""
+    from dist_train.config.reference import settings_of
+    from dist_train.config.sections import Config
+
+    settings = {setting.path: setting.choices for setting in settings_of(Config)}
+    nodes = list(_nodes(parser, ""))
+    commands, choices, words = [], [], []
+    for name, node in nodes:
+        own, takes_settings = "", False
+        options: list[str] = []
+        for action in node._actions:
+            given = " ".join(map(str, action.choices or ()))
+            if action.nargs == argparse.REMAINDER:  # another command
+                given = " ".join(inner for inner, _ in nodes if inner and "/" not in inner)
+            if action.nargs in (argparse.REMAINDER, argparse.PARSER):
+                below = f"{name}/" if name and action.nargs == argparse.PARSER else ""
+                commands += [f"{name}:{word}) at={below}{word}" for word in given.split()]
+            if not action.option_strings:
+                own = f"{own} {given}".strip()
+            elif action.nargs != 0:
+                choices.append(f"{'|'.join(f'{name}:{each}' for each in action.option_strings)}) words='{given}'")
+            options += action.option_strings
+            takes_settings = takes_settings or action.dest == "overrides"
+        settings_here = ' settings="$every"' if takes_settings else ""
+        words.append(f"'{name}') words='{own}' options='{' '.join(options)}'{settings_here}")
+    values = [f"{path}) words='{' '.join(found)}'" for path, found in settings.items() if found]
+    cases = {"commands": commands, "choices": choices, "words": words, "values": values}
+    parts = {name: "\n".join(f"      {line} ;;" for line in lines) for name, lines in cases.items()}
+    return _SCRIPT % {**parts, "every": " ".join(f"{path}=" for path in settings)}
+
+
+def _nodes(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Yield `parser` and those of its commands, under the words that lead to them."""
+    yield name, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, inner in action.choices.items():
+                yield from _nodes(inner, f"{name}/{word}" if name else word)

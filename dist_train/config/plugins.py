@@ -1,0 +1,301 @@
+"""A user's own code, named in a configuration: `package.module:name` or `FILE.py:name`.
+
+`plugins: [FILE.py]` at the top of a configuration, `--plugin FILE.py`, and the entry points of installed packages
+(groups `dist_train.models`, `dist_train.data_sets`, ...) give such code short names, which are replaced by the long
+ones before settings are checked: what a run records says where its code is. Whoever names code runs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+
+from pydantic import BaseModel, Field, ValidationError
+
+from dist_train.config.problems import Problem, models_of, problem, problems_of
+from dist_train.outcome import UsageError
+
+Kind = Literal[
+    "models", "data_sets", "noise_methods", "noise_scales", "noise_schedules", "optimizers", "schedules", "loggers"
+]
+
+PluginName = Annotated[
+    str, Field(pattern=r"^[^:]*[^:\s]:[A-Za-z_]\w*$", json_schema_extra={"format": "plugin"}, max_length=4096)
+]
+"""`package.module:name` or `FILE.py:name`."""
+
+Options = dict[str, Any]
+
+_PLACES: Mapping[str, Kind] = MappingProxyType(
+    {
+        "model.name": "models",
+        "data.name": "data_sets",
+        "noise.method": "noise_methods",
+        "noise.scale": "noise_scales",
+        "noise.schedule.function": "noise_schedules",
+        "optimizer.name": "optimizers",
+        "schedule.decay": "schedules",
+        "metrics.loggers.*.name": "loggers",
+    }
+)
+"""The settings that may name a plug-in, and which kind."""
+
+_MARK = "_dist_train_plugin"
+_Target = TypeVar("_Target", bound=Callable[..., Any])
+
+
+def register(kind: Kind, name: str) -> Callable[[_Target], _Target]:
+    """Return a decorator that gives a function or class the short `name`, in files that `plugins` lists.
+
+    Example:
+        @dist_train.register("models", "perceptron")
+        def perceptron(images, width, norm): ...
+    """
+
+    def mark(target: _Target) -> _Target:
+        setattr(target, _MARK, (kind, name))
+        return target
+
+    return mark
+
+
+def is_plugin(name: str) -> bool:
+    """Whether `name` is of code outside the package."""
+    return ":" in name
+
+
+def load_plugin(name: str) -> Any:
+    """Return the function or class that `name` stands for.
+
+    Raises:
+        UsageError: there is none, or its module cannot be imported.
+    """
+    place, _, attribute = name.rpartition(":")
+    module = _module(place)
+    target = getattr(module, attribute, None)
+    if not callable(target):
+        raise UsageError(f"{place} has no function or class {attribute}", code="plugin-missing")
+    return target
+
+
+def call_plugin(name: str, options: Options, *arguments: Any, **keywords: Any) -> Any:
+    """Call the plug-in `name`, with its checked `options` where it takes any.
+
+    Raises UsageError where there is no such plug-in, or it does not take these options.
+    """
+    target = load_plugin(name)
+    parameter = _parameter(target)
+    if parameter.is_there:
+        keywords["options"] = _checked(parameter.model, options)
+    return target(*arguments, **keywords)
+
+
+def named_plugins(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Options]]:
+    """Yield each plug-in in whole `settings`: its setting, its name, the setting of its options, and those."""
+    for path in _PLACES:
+        for place, section, key in _sections(settings, path.split(".")):
+            name = section.get(key)
+            if isinstance(name, str) and is_plugin(name):
+                options = "scale_options" if path == "noise.scale" else "options"
+                yield f"{place}{key}", name, f"{place}{options}", section.get(options, {})
+
+
+def plugin_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield what is wrong with the plug-ins in whole `settings` and with their options; loads them."""
+    for path, name, options_path, options in named_plugins(settings):
+        try:
+            target = load_plugin(name)
+        except UsageError as error:
+            yield problem(path, str(error), code=error.code, value=name)
+            continue
+        parameter = _parameter(target)
+        if options and not parameter.is_there:
+            yield problem(options_path, f"{name} takes no options", code="plugin-options", value=options)
+            continue
+        yield from _unknown_options(parameter.model, options_path, options)
+        try:
+            _checked(parameter.model, options)
+        except ValidationError as error:
+            for found in problems_of(error, parameter.model or BaseModel):
+                inner = "" if found.path == "(file)" else f".{found.path}"
+                yield Problem(f"{options_path}{inner}", found.value, found.wrong, found.code, found.allowed)
+
+
+def with_long_names(settings: Mapping[str, Any], files: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
+    """Return `settings` with each short name, of a file among `files` or of an entry point, replaced by its long one.
+
+    The choices that `model`, the configuration's, has itself stay.
+
+    Raises:
+        UsageError: a file cannot be imported.
+    """
+    changed = dict(settings)
+    registered = {mark: f"{file}:{name}" for file in files for mark, name in _registered(file)}
+    for path, kind in _PLACES.items():
+        for _, section, key in _sections(changed, path.split(".")):
+            name = section.get(key)
+            if isinstance(name, str) and is_plugin(name):
+                place, _, attribute = name.rpartition(":")
+                section[key] = f"{_within(Path(), place)}:{attribute}"
+            elif isinstance(name, str) and name not in _choices(model, path):
+                section[key] = registered.get((kind, name)) or _entry_point(kind, name) or name
+    return changed
+
+
+def from_folder(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return `settings` with the files of plug-ins, which are relative to `folder`, as seen from here."""
+    changed = dict(settings)
+    files = changed.get("plugins")
+    if isinstance(files, list):
+        changed["plugins"] = [_within(folder, file) for file in files]
+    for path in _PLACES:
+        for _, section, key in _sections(changed, path.split(".")):
+            if isinstance(name := section.get(key), str) and is_plugin(name):
+                place, _, attribute = name.rpartition(":")
+                section[key] = f"{_within(folder, place)}:{attribute}"
+    return changed
+
+
+def plugin_files(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the digest of each source file of the plug-ins in whole `settings`: theirs, and what they import beside.
+
+    By the file's name from the folder that it is in; packages that are installed are not looked into.
+    """
+    places = {name.rpartition(":")[0] for _, name, _, _ in named_plugins(settings)}
+    folders = {_folder(_module(place)) for place in places} - {None}
+    found: dict[str, str] = {}
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        for folder in folders:
+            if folder and file and file.endswith(".py") and Path(file).is_relative_to(folder):
+                name = str(Path(file).relative_to(folder.parent))
+                found[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    return dict(sorted(found.items()))
+
+
+def _folder(module: ModuleType) -> Path | None:
+    """Return the folder of a module of one file, or of the package that it is in; none where that is installed."""
+    top = sys.modules[module.__name__.partition(".")[0]]
+    file = getattr(top, "__file__", None)
+    if file is None or {"site-packages", "dist-packages"} & set(Path(file).parts):
+        return None
+    return Path(file).parent
+
+
+def _module(place: str) -> ModuleType:
+    """Return the module of a file or a dotted name. Raises UsageError where it cannot be imported."""
+    try:
+        return _imported(place)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UsageError(f"the plug-in {place} cannot be imported: {reason}", code="plugin-import") from error
+
+
+def _imported(place: str) -> ModuleType:
+    if not _is_file(place):
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        return importlib.import_module(place)
+    path = os.path.abspath(place)
+    name = f"{Path(path).stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    # beside it may lie what it imports
+    if os.path.dirname(path) not in sys.path:
+        sys.path.append(os.path.dirname(path))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _is_file(place: str) -> bool:
+    return place.endswith(".py")
+
+
+def _choices(model: type[BaseModel], path: str) -> tuple[object, ...]:
+    """Return the choices of the setting at `path` that are no plug-ins."""
+    section, _, name = path.partition(".")
+    fields = models_of(model.model_fields[section])[0].model_fields
+    annotation = fields[name].annotation if name in fields else None
+    return tuple(choice for part in get_args(annotation) for choice in get_args(part))
+
+
+def _within(folder: Path, place: object) -> Any:
+    return os.path.abspath(folder / place) if isinstance(place, str) and _is_file(place) else place
+
+
+def _registered(file: str) -> Iterator[tuple[tuple[Kind, str], str]]:
+    """Yield the marks of what `file`, or a module, registers, each with the name that it has there."""
+    for name, value in vars(_module(file)).items():
+        if mark := getattr(value, _MARK, None):
+            yield mark, name
+
+
+def _entry_point(kind: Kind, name: str) -> str | None:
+    return next((point.value for point in metadata.entry_points(group=f"dist_train.{kind}", name=name)), None)
+
+
+def _sections(settings: Any, names: Sequence[str], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield the mappings that hold the setting at `names`, each as a copy put in place, with its path and the key."""
+    first, *rest = names
+    if not rest:
+        if isinstance(settings, dict):
+            yield prefix, settings, first
+        return
+    if first == "*":
+        for index, item in enumerate(settings if isinstance(settings, list) else ()):
+            if isinstance(item, dict):
+                settings[index] = item.copy()
+                yield from _sections(settings[index], rest, f"{prefix}{index}.")
+    elif isinstance(settings, dict) and isinstance(inner := settings.get(first), dict | list):
+        settings[first] = inner.copy()
+        yield from _sections(settings[first], rest, f"{prefix}{first}.")
+
+
+def _unknown_options(model: type[BaseModel] | None, path: str, options: Options) -> Iterator[Problem]:
+    """Yield the options that `model` would ignore: pydantic's default, where a typing error must not pass."""
+    if model is None or model.model_config.get("extra", "ignore") != "ignore":
+        return
+    known = ", ".join(model.model_fields)
+    for name in options.keys() - model.model_fields.keys():
+        yield problem(f"{path}.{name}", "unknown key", code="unknown-key", value=options[name], allowed=known)
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """The parameter `options` of a plug-in: whether it has one, and the pydantic model that is its type."""
+
+    is_there: bool
+    model: type[BaseModel] | None
+
+
+def _parameter(target: Any) -> _Parameter:
+    parameters = inspect.signature(target).parameters
+    if "options" not in parameters:
+        return _Parameter(False, None)
+    function = target.__init__ if inspect.isclass(target) else target
+    hint = {**get_type_hints(function), **(get_type_hints(target) if inspect.isclass(target) else {})}.get("options")
+    return _Parameter(True, hint if inspect.isclass(hint) and issubclass(hint, BaseModel) else None)
+
+
+def _checked(model: type[BaseModel] | None, options: Options) -> Any:
+    """Return `options` as `model`, else as they are."""
+    return options if model is None else model.model_validate(options)

@@ -1,0 +1,163 @@
+"""How jobs end that cannot begin, fill their disk, or are stopped at an awkward moment; and what is said of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from dist_train.outcome import ExitCode
+from tests.cluster.cluster import ROOT, Cluster, status
+from tests.cluster.runs import Undisturbed
+from tests.cluster.submitted import Submitted, assert_equal_bit_identically
+from tests.launching import weights_digest
+from tests.waiting import wait_for
+
+pytestmark = [pytest.mark.ranks, pytest.mark.services]
+
+UNRECOVERABLE = {
+    "no MPI": ({"MPI": "none", "OVERRIDES": "comm.engine=horovod"}, "Horovod sees 1"),
+    "an unknown MPI": ({"MPI": "nonesuch"}, "srun: error: cannot find mpi plugin"),
+    "no such GPUs": ({"LAUNCHER_OPTIONS": "--gpus-per-node=9"}, "srun: error: Unable to create step"),
+    "more processors": ({"LAUNCHER_OPTIONS": "--ntasks=99 --ntasks-per-node=50 --exact"}, "srun: error: "),
+    "an unknown option": ({"LAUNCHER_OPTIONS": "--nonesuch"}, "srun: unrecognized option"),
+    "mpirun's options": ({"LAUNCHER": "mpirun", "LAUNCHER_OPTIONS": "--map-by slot"}, "command line"),
+}
+
+
+@pytest.mark.parametrize("request_", list(UNRECOVERABLE))
+def test_a_launch_that_cannot_begin_is_not_requeued(
+    request_: str, cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
+) -> None:
+    knobs, words = UNRECOVERABLE[request_]
+    submitted = Submitted(cluster, tmp_path, large_batch.config, **knobs)
+    ended = submitted.wait()
+    assert (ended.state, ended.code, ended.restarts) == ("FAILED", ExitCode.USAGE, 0), ended.output
+    assert status(submitted.run)["state"] == "failed"
+    shown = cluster.run(sys.executable, "-m", "dist_train", "runs", str(submitted.run), "--json", folder=tmp_path)
+    [run] = json.loads(shown.stdout)["runs"]
+    assert run["state"] == "failed"
+    assert words in run["note"], ended.output
+
+
+def test_a_disk_that_is_full_to_the_end_is_told_and_costs_nothing_once_there_is_room(
+    cluster: Cluster, tmp_path: Path, long_run: Undisturbed
+) -> None:
+    run, ballast = cluster.disk / "run", cluster.disk / "ballast"
+    submitted = Submitted(cluster, tmp_path, long_run.config, RUN_DIR=str(run))
+    wait_for(lambda: status(run).get("step", 0) >= 100, lambda: cluster.job(submitted.job).output)
+    with suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    ended = submitted.wait()
+    found = status(run)
+    assert "Traceback" not in ended.output
+    assert (ended.state, ended.code) == ("FAILED", ExitCode.FAULT), ended.output
+    assert (found["state"], found["step"]) == ("failed", 300), ended.output
+    assert "No space left on device" in found["reason"]
+    comment = cluster.run(
+        "squeue", "--states=all", "--noheader", f"--jobs={submitted.job}", "--format=%k", folder=tmp_path
+    )
+    assert "No space left on device" in comment.stdout
+    ballast.unlink()
+    again = Submitted(cluster, tmp_path, long_run.config, RUN_DIR=str(run)).wait()
+    assert_equal_bit_identically(again, run, long_run)
+
+
+def test_what_a_full_disk_refuses_is_taken_from_the_fallback(
+    cluster: Cluster, tmp_path: Path, long_run: Undisturbed
+) -> None:
+    run, ballast = cluster.disk / "other", cluster.disk / "ballast"
+    knobs = {"RUN_DIR": str(run), "OVERRIDES": f"'checkpoint.fallback_directory={tmp_path / 'fall back'}'"}
+    submitted = Submitted(cluster, tmp_path, long_run.config, **knobs)
+    wait_for(lambda: status(run).get("step", 0) >= 100, lambda: cluster.job(submitted.job).output)
+    with suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    ended = submitted.wait()
+    assert ended.state == "FAILED", ended.output
+    ballast.unlink()
+    again = Submitted(cluster, tmp_path, long_run.config, **knobs).wait()
+    assert "resuming from step 300" in again.output
+    assert_equal_bit_identically(again, run, long_run)
+
+
+def test_a_second_job_in_a_run_directory_is_refused_and_leaves_the_first_alone(
+    cluster: Cluster, tmp_path: Path, long_run: Undisturbed
+) -> None:
+    first = Submitted(cluster, tmp_path, long_run.config, "--nodes=1", RANKS_PER_NODE="1")
+    first.wait_for_step(5)
+    command = (sys.executable, "-m", "dist_train", "submit", long_run.config, "--run-dir", str(first.run))
+    refused = cluster.run(*command, folder=tmp_path)
+    assert refused.returncode == ExitCode.USAGE
+    assert "[run-in-queue]" in refused.stderr
+    assert f"job {first.job}" in refused.stderr
+    second = Submitted(cluster, tmp_path, long_run.config, "--nodes=1", RANKS_PER_NODE="1")
+    ended = second.wait()
+    assert (ended.code, ended.restarts) == (ExitCode.USAGE, 0), ended.output
+    assert f"Slurm job {first.job}" in ended.output
+    assert_equal_bit_identically(first.wait(), first.run, long_run)
+
+
+def test_a_signal_while_the_configuration_is_checked_requeues_the_job(
+    cluster: Cluster, tmp_path: Path, long_run: Undisturbed
+) -> None:
+    # The check waits, in the first life of the job, until the signal has come.
+    python, checking, signalled = (tmp_path / name for name in ("python", "checking", "signalled"))
+    python.write_text(
+        f"""#!/bin/bash
+if [[ $* == *" config run-directory "* && ! -e {signalled} ]]; then
+    touch {checking}
+    until [[ -e {signalled} ]]; do sleep 0.1; done
+fi
+exec {sys.executable} "$@"
+"""
+    )
+    python.chmod(0o755)
+    submitted = Submitted(
+        cluster, tmp_path, long_run.config, "--nodes=1", RANKS_PER_NODE="1", DIST_TRAIN_PYTHON=str(python)
+    )
+    wait_for(checking.exists, lambda: cluster.job(submitted.job).output)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(submitted.job), folder=tmp_path)
+    signalled.touch()
+    ended = submitted.wait()
+    assert ended.restarts == 1, ended.output
+    assert_equal_bit_identically(ended, submitted.run, long_run)
+
+
+def test_overrides_may_have_quotes_spaces_and_lines_and_tasks_of_an_array_find_the_project(
+    cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
+) -> None:
+    overrides = 'run.seed=1\n\'noise.exclude=["norm", "bias"]\'\n  \'run.directory=' + str(tmp_path / "my runs") + "'"
+    array = Submitted(cluster, tmp_path, large_batch.config, "--array=1", "--nodes=1", OVERRIDES=overrides, RUN_DIR="")
+    ended = cluster.wait(f"{array.job}_1")
+    assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
+    [config] = (tmp_path / "my runs").glob("*/config.yaml")
+    text = config.read_text()
+    assert "seed: 1\n" in text
+    assert "- norm\n  - bias\n" in text
+
+
+def test_without_scontrol_the_status_of_a_run_that_stopped_says_so(
+    cluster: Cluster, tmp_path: Path, long_run: Undisturbed
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    (programs / "scontrol").chmod(0o755)
+    path = f"{programs}:{os.environ['PATH']}"
+    submitted = Submitted(
+        cluster, tmp_path, long_run.config, "--nodes=1", RANKS_PER_NODE="1", PATH=path, DIST_TRAIN_ROOT=str(ROOT)
+    )
+    submitted.wait_for_step(5)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(submitted.job), folder=tmp_path)
+    ended = submitted.wait()
+    assert (ended.state, ended.code) == ("FAILED", ExitCode.STOPPED), ended.output
+    assert status(submitted.run)["state"] == "stopped"
+    again = Submitted(cluster, tmp_path, long_run.config, "--nodes=1", RANKS_PER_NODE="1").wait()
+    assert again.state == "COMPLETED"
+    assert weights_digest(submitted.run) == long_run.weights

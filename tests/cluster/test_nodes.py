@@ -1,0 +1,74 @@
+"""Whether the nodes of a job can work together: `dist-train doctor --cluster`, and what batch scripts make of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.cluster import Cluster
+from tests.cluster.runs import Undisturbed
+from tests.cluster.submitted import Submitted, assert_equal_bit_identically
+from tests.cluster.test_batch_script import STARTED
+
+pytestmark = [pytest.mark.ranks, pytest.mark.services]
+_DOCTOR = f"{sys.executable} -m dist_train doctor --cluster"
+
+
+@pytest.fixture
+def docker(cluster: Cluster, tmp_path: Path) -> Iterator[None]:
+    """An interface with the same address on all nodes, as Docker's bridge has it."""
+    adding = "ip link add docker0 type bridge && ip addr add 172.17.0.1/16 dev docker0 && ip link set docker0 up"
+    for node in cluster.nodes:
+        assert cluster.on(node, "sh", "-c", adding, folder=tmp_path).returncode == 0
+    yield
+    for node in cluster.nodes:
+        cluster.on(node, "ip", "link", "del", "docker0", folder=tmp_path)
+
+
+def examined(cluster: Cluster, folder: Path, command: str) -> dict[str, list[tuple[str, str]]]:
+    """Return the checks of `doctor --cluster` in a job on both nodes, by name: state and text."""
+    options = ("--nodes=2", "--exclusive", "--wait", "--output=out", f"--wrap={command} --json")
+    cluster.run("sbatch", *options, folder=folder)
+    checks: dict[str, list[tuple[str, str]]] = {}
+    for check in json.loads((folder / "out").read_text())["checks"]:
+        checks.setdefault(check["name"], []).append((check["state"], f"{check['detail']} {check['fix']}"))
+    return checks
+
+
+def test_nodes_that_are_alike_are_fine(cluster: Cluster, tmp_path: Path) -> None:
+    checks = examined(cluster, tmp_path, _DOCTOR)
+    assert {state for found in checks.values() for state, _ in found} == {"fine"}
+    assert checks.keys() == {"Slurm", "node1", "node2"}
+
+
+@pytest.mark.usefixtures("docker")
+def test_an_interface_that_reaches_nobody_is_told_with_the_one_that_does(cluster: Cluster, tmp_path: Path) -> None:
+    checks = examined(cluster, tmp_path, f"NETWORK_INTERFACE=docker0 {_DOCTOR}")
+    assert ("note", "NETWORK_INTERFACE=eth0") in [(state, text.split()[-1]) for state, text in checks["node1, node2"]]
+    assert [state for state, _ in checks["node2"]] == ["fine", "fails"]
+    assert "172.17.0.1" in checks["node2"][1][1]
+
+
+def test_a_node_that_does_not_see_the_folder_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    cluster.on("node2", "mount", "-t", "tmpfs", "tmpfs", str(hidden), folder=tmp_path)
+    checks = examined(cluster, tmp_path, f"{_DOCTOR} {hidden}")
+    cluster.on("node2", "umount", str(hidden), folder=tmp_path)
+    assert [state for state, _ in checks["node1"]] == ["fine"]
+    assert [state for state, _ in checks["node2"]] == ["fine", "fails"]
+
+
+@pytest.mark.parametrize("by", [pytest.param(by, marks=[] if by == "torch" else pytest.mark.lengthy) for by in STARTED])
+@pytest.mark.usefixtures("docker")
+def test_a_job_talks_over_the_network_that_all_nodes_have(
+    by: str, cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
+) -> None:
+    submitted = Submitted(cluster, tmp_path, large_batch.config, **STARTED[by])
+    ended = submitted.wait()
+    assert "NETWORK_INTERFACE=eth0" in ended.output
+    assert_equal_bit_identically(ended, submitted.run, large_batch)

@@ -1,0 +1,83 @@
+"""Completion by a real bash, and a real zsh where there is one."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_train.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("completion") / "script"
+    printed = subprocess.run(
+        [sys.executable, "-m", "dist_train", "completion", "bash"], capture_output=True, text=True, check=True
+    )
+    path.write_text(printed.stdout)
+    return path
+
+
+def completed(script: Path, *words: str) -> list[str]:
+    """Return what bash offers for the last of `words`, which it has cut at each equals sign."""
+    program = (
+        'source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _dist_train; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    command = ["bash", "--norc", "-u", "-c", program, "bash", str(script), "dist-train", *words]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ended.stderr == ""
+    return ended.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["sw"], ["sweep"]),
+        (["config", "ch"], ["check"]),
+        (["train", "--r"], ["--run-dir"]),
+        (["train", "configs/demo.yaml", "noise.me"], ["noise.method="]),
+        (["train", "configs/demo.yaml", "noise.method", "=", "sm"], ["smoothout"]),
+        (["train", "configs/demo.yaml", "noise.method", "="], ["none", "smoothout", "langevin", "sam"]),
+        (["train", "configs/demo.yaml", "noise.method=sm"], ["noise.method=smoothout"]),
+        (["train", "configs/demo.yaml", "noise.method", "=", "sam", "data.down"], ["data.download="]),
+        (["train", "configs/demo.yaml", "noise.schedule.kind", "=", "c"], ["constant", "cosine"]),
+        (["train", "configs/demo.yaml", "data.download", "=", "t"], ["true"]),
+        (["launch", "-np", "2", "train", "--r"], ["--run-dir"]),
+        (["evaluate", "runs/demo", "--split", "te"], ["test"]),
+        (["landscape", "pl"], ["plane"]),
+        (["landscape", "plane", "--no"], ["--normalization"]),
+        (["train", ""], []),
+        (["train", "con"], []),
+        (["train", "configs/demo.yaml", "--run-dir", "r"], []),
+    ],
+)
+def test_bash_completes(script: Path, words: list[str], found: list[str]) -> None:
+    """Nothing found: bash itself then completes names of files."""
+    assert completed(script, *words) == found
+
+
+def test_every_command_and_every_setting_is_offered(script: Path) -> None:
+    assert {"train", "report", "completion"} <= set(completed(script, ""))
+    assert len(completed(script, "train", "configs/demo.yaml", "m")) > 20
+
+
+def test_the_script_is_plain_bash(script: Path) -> None:
+    shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent))
+    assert shellcheck, "make setup installs it"
+    subprocess.run([shellcheck, "--shell=bash", str(script)], check=True)
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="needs zsh")
+def test_zsh_takes_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "zsh"]) == 0
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    program = (
+        "source ./script; words=(dist-train train configs/demo.yaml noise.method=sm); "
+        "COMP_WORDS=($words); COMP_CWORD=3; setopt ksharrays; _dist_train; print -l $COMPREPLY"
+    )
+    ended = subprocess.run(["zsh", "-f", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.stdout.split() == ["noise.method=smoothout"], ended.stderr
