@@ -13,7 +13,8 @@ import socket
 import ssl
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -186,7 +187,8 @@ class Server(ThreadingHTTPServer):
         self.last_scrape: float | None = None
         """When the latest scrape that was answered began (monotonic)."""
         self._lock = Lock()
-        self._clients: dict[socket.socket, float] = {}
+        self._clients: OrderedDict[socket.socket, None] = OrderedDict()
+        """The one that was answered last is the last."""
         super().__init__((str(address[0]), port), _Handler)
 
     def server_bind(self) -> None:
@@ -206,12 +208,11 @@ class Server(ThreadingHTTPServer):
         """Handle a connection in a thread of its own."""
         with self._lock:
             if len(self._clients) >= _CONNECTIONS:
-                oldest = min(self._clients, key=self._clients.__getitem__)
-                del self._clients[oldest]
+                oldest, _ = self._clients.popitem(last=False)
                 # of the plain socket: its thread may be reading by TLS, and finds the end of the stream
                 with suppress(OSError):
                     socket.socket.shutdown(oldest, socket.SHUT_RDWR)
-            self._clients[request] = time.monotonic()
+            self._clients[request] = None
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
@@ -224,7 +225,7 @@ class Server(ThreadingHTTPServer):
         """Note that `client` has just been answered."""
         with self._lock:
             if client in self._clients:
-                self._clients[client] = time.monotonic()
+                self._clients.move_to_end(client)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore a client that failed: nobody reads the log of the exporter's process."""
@@ -252,7 +253,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True  # what follows is not a request
         if self.command not in ("GET", "HEAD"):
             self.close_connection = True
-            self._answer(HTTPStatus.METHOD_NOT_ALLOWED, b"GET and HEAD only\n", _PLAIN, ("Allow", "GET, HEAD"))
+            self._answer(HTTPStatus.METHOD_NOT_ALLOWED, b"GET and HEAD only\n", [("Allow", "GET, HEAD")])
             self.wfile.flush()
             return False
         return True
@@ -262,38 +263,33 @@ class _Handler(BaseHTTPRequestHandler):
             case "/metrics":
                 self._metrics()
             case "/healthz":
-                ok = (
-                    (HTTPStatus.OK, b"ok\n")
-                    if self.server.site.health()
-                    else (HTTPStatus.SERVICE_UNAVAILABLE, b"no progress\n")
-                )
-                self._answer(*ok, _PLAIN)
+                is_well = self.server.site.health()
+                status = HTTPStatus.OK if is_well else HTTPStatus.SERVICE_UNAVAILABLE
+                self._answer(status, b"ok\n" if is_well else b"no progress\n")
             case _:
-                self._answer(HTTPStatus.NOT_FOUND, b"see /metrics\n", _PLAIN)
+                self._answer(HTTPStatus.NOT_FOUND, b"see /metrics\n")
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
+    do_HEAD = do_GET  # noqa: N815 (the name is the library's)
 
     def _metrics(self) -> None:
         credentials = self.server.site.credentials
         if not is_admitted(self.headers.get("Authorization", ""), credentials):
-            challenges = (("WWW-Authenticate", _CHALLENGES[scheme]) for scheme in credentials)
-            self._answer(HTTPStatus.UNAUTHORIZED, b"who is asking?\n", _PLAIN, *challenges)
+            challenges = [("WWW-Authenticate", _CHALLENGES[scheme]) for scheme in credentials]
+            self._answer(HTTPStatus.UNAUTHORIZED, b"who is asking?\n", challenges)
             return
         begun = time.monotonic()
-        self._answer(HTTPStatus.OK, self.server.site.page(), CONTENT_TYPE)
+        self._answer(HTTPStatus.OK, self.server.site.page(), content_type=CONTENT_TYPE)
         if self.command == "GET":
             self.wfile.flush()
             self.server.last_scrape = begun
 
-    def _answer(self, status: HTTPStatus, body: bytes, content_type: str, *headers: tuple[str, str]) -> None:
+    def _answer(
+        self, status: HTTPStatus, body: bytes, headers: Sequence[tuple[str, str]] = (), content_type: str = _PLAIN
+    ) -> None:
+        closing = [("Connection", "close")] if self.close_connection else []
         self.send_response(status)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
-        for name, value in headers:
+        for name, value in (("Content-Type", content_type), ("Content-Length", str(len(body))), *headers, *closing):
             self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
