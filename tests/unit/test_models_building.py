@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from dist_train.config import Config, ModelSettings, parse_config
 from dist_train.models import build_model
+from dist_train.models.building import _MODELS
 from dist_train.models.norms import GroupedBatchNorm, norm_modules, norm_parameters
 
-MODELS: tuple[str, ...] = get_args(ModelSettings.model_fields["name"].annotation)
+MODELS = tuple(_MODELS)
 NORMS: tuple[str, ...] = get_args(ModelSettings.model_fields["norm"].annotation)
 
 
