@@ -35,6 +35,9 @@ exec {sys.executable} "$@"
 """
     )
     python.chmod(0o755)
+    mpirun = Path(sys.executable).with_name("mpirun")
+    if mpirun.exists():
+        (folder / "mpirun").symlink_to(mpirun)
     variables = {"CONFIG": str(ROOT / "configs/smoke.yaml"), "OVERRIDES": "run.device=cpu", "PYTHONPATH": str(ROOT)}
     # They leave no status: the job fails, which is not looked at.
     return {**variables, "DIST_TRAIN_PYTHON": str(python), "MAX_REQUEUES": "0", "PREFLIGHT": "0"}
