@@ -1,6 +1,43 @@
-"""Data-parallel training at very large batch sizes, smoothed by synchronized weight noise."""
+"""Data-parallel training at very large batch sizes, smoothed by synchronized weight noise.
 
-from dist_train.config.plugins import register
+For notebooks and scripts: `load_config` and `train`; `load_run` for what a run left; `evaluate`, `export`, `replay`;
+`register` for plug-ins, `Observer` for one's own records. Nothing is imported before it is asked for.
+"""
 
-__all__ = ["register"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dist_train.api import Run, evaluate, export, load_run, replay
+    from dist_train.config import Config, load_config
+    from dist_train.config.plugins import register
+    from dist_train.launching import train
+    from dist_train.rundir.records import Observer
+
+__all__ = [
+    "Config",
+    "Observer",
+    "Run",
+    "evaluate",
+    "export",
+    "load_config",
+    "load_run",
+    "register",
+    "replay",
+    "train",
+]
 __version__ = "0.1.0"
+
+_MODULES = {
+    "Config": "config",
+    "Observer": "rundir.records",
+    "load_config": "config",
+    "register": "config.plugins",
+    "train": "launching",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(import_module(f"dist_train.{_MODULES.get(name, 'api')}"), name)

@@ -343,3 +343,56 @@ def _number(value: float | None, error: float | None = None) -> str:
     if value is None:
         return "not finite"
     return f"{value:.4g}" if error is None else f"{value:.4g} \u00b1 {error:.2g}"
+
+
+def add_export(subparsers: Subparsers) -> None:
+    """Add `export RUN_OR_CHECKPOINT --to FORMAT [-o FILE]`."""
+    parser = subparsers.add_parser(
+        "export",
+        help="a model for other programs: safetensors, torch-export or onnx",
+        description="Write the model of a checkpoint, with clean weights and norm statistics, load it back and "
+        "compare its logits.",
+    )
+    parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help=_TARGET)
+    parser.add_argument("--to", choices=("safetensors", "torch-export", "onnx"), required=True, help="the format")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="(default: NAME-STEP.SUFFIX)")
+    parser.set_defaults(run=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from dist_train.api import export
+
+    written = export(arguments.target, arguments.to, arguments.output)
+    print(f"{written.path}: step {written.step}; loaded back, its logits differ by at most {written.difference:g}")
+    return ExitCode.FINISHED
+
+
+def add_replay(subparsers: Subparsers) -> None:
+    """Add `replay RUN@STEP`."""
+    parser = subparsers.add_parser(
+        "replay",
+        help="make one update of a run again, and compare it with what was recorded",
+        description="Train from the checkpoint before STEP, or from the beginning, up to STEP, on any number of ranks, "
+        "and compare loss, accuracy and gradient norm with the run's record, and the weights with its checkpoint "
+        "where it has one. Ends with 0 where everything is bit-identical, else with 4.",
+    )
+    parser.add_argument("update", metavar="RUN@STEP", help="a run directory and the number of an update")
+    parser.set_defaults(run=_replay)
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from dist_train.api import replay
+    from dist_train.cluster.launch import current_launch
+
+    place, _, step = arguments.update.rpartition("@")
+    if not place or not step.isdecimal():
+        raise UsageError(f"takes RUN@STEP, such as runs/demo@40, not {arguments.update}", code="replay-form")
+    result = replay(place, int(step))
+    if current_launch().rank == 0:
+        print(f"update {result.step}, made again from step {result.begun_at}:")
+        for name, recorded in result.recorded.items():
+            now = result.replayed[name]
+            print(f"  {name:<16} {recorded!r:<24} {'the same' if now == recorded else f'now {now!r}'}")
+        weights = {None: "no checkpoint to compare with", True: "the same", False: "different"}[result.weights_agree]
+        print(f"  {'weights':<16} {weights}")
+    return ExitCode.FINISHED if result.agrees else ExitCode.DISAGREEMENT

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from typing import Any, NoReturn
 
 from dist_train import __version__
-from dist_train.cli.analysis_commands import add_landscape, add_sharpness
+from dist_train.cli.analysis_commands import add_export, add_landscape, add_replay, add_sharpness
 from dist_train.cli.completion import add_completion
 from dist_train.cli.config_commands import add_config_command, add_doctor
 from dist_train.cli.run_commands import add_evaluate, add_launch, add_outcome, add_requeue, add_train
@@ -36,6 +36,8 @@ _COMMANDS = (
     add_evaluate,
     add_landscape,
     add_sharpness,
+    add_export,
+    add_replay,
     add_runs,
     add_watch,
     add_curve,

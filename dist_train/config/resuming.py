@@ -21,6 +21,7 @@ _FREE = frozenset(
         "data.root",
         "data.download",
         "data.loader_workers",
+        "comm.engine",
         "comm.verify_every",
         "comm.timeout",
         "evaluation",

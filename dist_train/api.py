@@ -1,0 +1,271 @@
+"""What a run left, for notebooks and scripts: its settings, records and model; exports, and updates made again."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint
+from dist_train.cluster.launch import current_launch
+from dist_train.config import Config, dump_config, load_config, parse_config
+from dist_train.config.loading import with_overrides
+from dist_train.data.images import Split
+from dist_train.launching import train
+from dist_train.outcome import UsageError
+from dist_train.report.learning_curve import draw_learning_curve
+from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
+from dist_train.rundir.status import Status, load_status
+from dist_train.training.evaluation import evaluate_stored, stored_config, stored_model
+
+Format = Literal["safetensors", "torch-export", "onnx"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's directory, read when asked.
+
+    Example:
+        run = dist_train.load_run("runs/demo")
+        run.metrics()          # a DataFrame where pandas is there
+        run.model()(images)    # logits [n, classes]
+    """
+
+    directory: RunDirectory
+
+    @cached_property
+    def config(self) -> Config:
+        """Every setting of the run. Raises ConfigError where they cannot be read."""
+        return load_config(self.directory.config)
+
+    @property
+    def status(self) -> Status:
+        """How the run is, or how it ended. Raises BrokenFileError where nothing readable says so."""
+        return load_status(self.directory.status)
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """Its records in order: updates, evaluations, events. Raises OSError where there are none."""
+        return read_records(self.directory.metrics)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The updates after which there is a checkpoint, the earliest first."""
+        return tuple(file.step for file in list_checkpoints(self.directory.checkpoints))
+
+    def metrics(self) -> Any:
+        """Return the records of updates and evaluations: a DataFrame where pandas is there, else a list of mappings."""
+        kinds = {TrainRecord: "train", EvaluationRecord: "eval"}
+        rows = [{"kind": kinds[type(each)], **asdict(each)} for each in self.records if type(each) in kinds]
+        if importlib.util.find_spec("pandas") is None:
+            return rows
+        import pandas
+
+        return pandas.DataFrame(rows)
+
+    def model(self, step: int | None = None) -> nn.Module:
+        """Return the network after `step` (none: the last checkpoint) with clean weights, on the CPU, for evaluation.
+
+        It takes images [n, C, H, W] as the run's data set gives them, and returns logits [n, classes].
+
+        Raises:
+            UsageError: there is no such checkpoint, or it is damaged.
+        """
+        contents = read_checkpoint(self.checkpoint(step))
+        return stored_model(contents, stored_config(contents, ())).eval()
+
+    def checkpoint(self, step: int | None = None) -> Path:
+        """Return the checkpoint after `step`, or the last one. Raises UsageError where there is none."""
+        if step is None:
+            return find_checkpoint(self.directory.root)
+        if step not in self.steps:
+            known = ", ".join(map(str, self.steps)) or "none"
+            raise UsageError(f"{self.directory.root} has no checkpoint of step {step}: {known}", code="no-checkpoint")
+        return next(file.path for file in list_checkpoints(self.directory.checkpoints) if file.step == step)
+
+    def evaluate(self, split: Split = "test", overrides: Sequence[str] = ()) -> dict[str, object]:
+        """Return step, loss and accuracy of the last checkpoint on the whole of `split`. Raises UsageError."""
+        return evaluate_stored(self.directory.root, split, overrides)
+
+    def learning_curve(self, output: Path | None = None) -> Path:
+        """Draw loss and accuracy against epoch into `output` (.png, .svg, .pdf), and return where it is."""
+        output = output or self.directory.learning_curve
+        draw_learning_curve([self.directory.root], output)
+        return output
+
+
+def load_run(path: Path | str) -> Run:
+    """Return the run in the directory `path`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    directory = RunDirectory(Path(path))
+    if not directory.config.is_file():
+        raise UsageError(f"{path}: there is no such run", code="target-missing")
+    return Run(directory)
+
+
+def evaluate(target: Path | str, split: Split = "test", overrides: Sequence[str] = ()) -> dict[str, object]:
+    """Return step, loss and accuracy of a checkpoint, or of a run's last one, on the whole of `split`.
+
+    Raises:
+        UsageError: there is no such checkpoint, or an override would change the model or its data.
+    """
+    return evaluate_stored(Path(target), split, overrides)
+
+
+@dataclass(frozen=True)
+class Export:
+    """A model written to `path`; `difference` is the largest of its logits from the model's, once loaded back."""
+
+    path: Path
+    step: int
+    difference: float
+
+
+def export(target: Path | str, to: Format, output: Path | None = None) -> Export:
+    """Write the model of a checkpoint, or of a run's last one, with clean weights and norm statistics.
+
+    safetensors: the tensors by name, to be loaded into the same network. torch-export and onnx: the network too, for
+    any number of images. What is written is loaded back, and compared on a few random images.
+
+    Raises:
+        UsageError: there is no such checkpoint, or the library that writes `to` is not installed.
+    """
+    contents = read_checkpoint(find_checkpoint(Path(target)))
+    config = stored_config(contents, ())
+    model = stored_model(contents, config).eval()
+    suffix, write = _FORMATS[to]
+    output = output or Path(f"{config.run.name}-{contents.step:08d}{suffix}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    images = torch.rand(4, *config.data.image_format.shape, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            loaded = write(model, images, output)
+            difference = float((loaded(images) - model(images)).abs().max())
+    except ImportError as error:
+        raise UsageError(
+            f"{to} needs {error.name}, which is not installed: pip install 'dist_train[onnx]'", code="export-missing"
+        ) from error
+    return Export(output, contents.step, difference)
+
+
+_Loaded = Callable[[Tensor], Tensor]
+
+
+def _safetensors(model: nn.Module, images: Tensor, output: Path) -> _Loaded:
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, output)
+    model.load_state_dict(load_file(output))
+    return model
+
+
+def _torch_export(model: nn.Module, images: Tensor, output: Path) -> _Loaded:
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("images", min=1)},))
+    torch.export.save(program, output)
+    return torch.export.load(output).module()
+
+
+def _onnx(model: nn.Module, images: Tensor, output: Path) -> _Loaded:
+    import onnxruntime
+
+    sizes = ({0: torch.export.Dim("images", min=1)},)
+    torch.onnx.export(model, (images,), output, dynamo=True, dynamic_shapes=sizes, input_names=["images"])
+    session = onnxruntime.InferenceSession(output)
+    return lambda given: torch.from_numpy(session.run(None, {"images": given.numpy()})[0])
+
+
+_FORMATS: Mapping[Format, tuple[str, Callable[[nn.Module, Tensor, Path], _Loaded]]] = MappingProxyType(
+    {"safetensors": (".safetensors", _safetensors), "torch-export": (".pt2", _torch_export), "onnx": (".onnx", _onnx)}
+)
+
+_COMPARED = ("loss", "accuracy", "learning_rate", "noise_amplitude", "gradient_norm")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """An update made again: what the run recorded of it, and what came out now, by name.
+
+    `weights_agree` is whether the weights after it are those of the run's checkpoint; None where it has none there.
+    """
+
+    step: int
+    begun_at: int
+    recorded: Mapping[str, float]
+    replayed: Mapping[str, float]
+    weights_agree: bool | None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether everything is bit-identical."""
+        return self.recorded == self.replayed and self.weights_agree is not False
+
+
+def replay(path: Path | str, step: int) -> Replay:
+    """Make update `step` of a run again, from the checkpoint before it, or from its beginning.
+
+    Every rank of a launch calls it, on any number of ranks; the run itself is only read.
+
+    Raises:
+        UsageError: the run did not record that update.
+    """
+    run = load_run(path)
+    recorded = _update(run, step)
+    every = run.config.metrics.every_steps
+    before = [file for file in list_checkpoints(run.directory.checkpoints) if file.step <= step - every]
+    start = before[-1] if before else None
+    settings = read_checkpoint(start.path).config if start else yaml.safe_load(dump_config(run.config))
+    config = parse_config(with_overrides(settings, _replayed(step, start.path if start else None)), source="the run")
+    # the same on all ranks
+    place = Path(tempfile.gettempdir()) / f"dist_train-replay-{run.directory.run_id()}-{step}"
+    try:
+        train(config, place)
+        again = load_run(place)
+        replayed = _update(again, step)
+        weights_agree = None
+        if step in run.steps:
+            weights_agree = _same_weights(run.checkpoint(step), again.checkpoint(step))
+    finally:
+        if current_launch().rank == 0:
+            shutil.rmtree(place, ignore_errors=True)
+    return Replay(step, start.step if start else 0, recorded, replayed, weights_agree)
+
+
+def _replayed(step: int, checkpoint: Path | None) -> list[str]:
+    resume = json.dumps(str(checkpoint.absolute())) if checkpoint else "never"
+    return [
+        f"run.max_steps={step}",
+        f"run.resume={resume}",
+        "run.profile_steps=0",
+        "checkpoint={every_epochs: 0}",
+        "evaluation={every_epochs: 0, train_samples: 0}",
+        "metrics.enabled=false",
+        "metrics.tensorboard=false",
+        "metrics.loggers=[]",
+    ]
+
+
+def _update(run: Run, step: int) -> dict[str, float]:
+    for record in run.records:
+        if isinstance(record, TrainRecord) and record.step == step:
+            return {name: float(getattr(record, name)) for name in _COMPARED}
+    raise UsageError(f"{run.directory.root} has no record of update {step}", code="step-not-recorded")
+
+
+def _same_weights(one: Path, other: Path) -> bool:
+    first, second = (read_checkpoint(path).model for path in (one, other))
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

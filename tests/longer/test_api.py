@@ -1,0 +1,67 @@
+"""What a run left, from Python: records, model, exports, and updates made again on one rank and on two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import dist_train
+from dist_train.outcome import ExitCode, UsageError
+from tests.launching import launch, small_settings, train_alone, write_config
+from tests.raising import raises
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a checkpoint after every third update."""
+    folder = tmp_path_factory.mktemp("api")
+    settings = small_settings(checkpoint={"every_steps": 3, "every_epochs": 0, "keep": 100})
+    train_alone(write_config(folder, settings), folder / "run")
+    return folder / "run"
+
+
+def test_a_run_is_read_back(run: Path) -> None:
+    left = dist_train.load_run(run)
+    assert left.status.state == "finished"
+    assert left.config.noise.method == "smoothout"
+    assert left.steps[0] == 3
+    rows = left.metrics()
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, left.status.step + 1))
+    with raises(UsageError, code="no-checkpoint"):
+        left.model(step=1)
+    with raises(UsageError, code="target-missing"):
+        dist_train.load_run(run.parent / "nowhere")
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torch-export"])
+def test_an_export_gives_the_logits_of_the_model(run: Path, tmp_path: Path, to: str) -> None:
+    ended = launch(1, "alone", "export", str(run), "--to", to, "-o", str(tmp_path / "model"))
+    assert ended.code == 0, ended.output
+    if to == "torch-export":
+        images = torch.rand(7, *dist_train.load_run(run).config.data.image_format.shape)
+        exported = torch.export.load(tmp_path / "model").module()(images)
+        torch.testing.assert_close(exported, dist_train.load_run(run).model()(images))
+
+
+@pytest.mark.parametrize(("ranks", "step"), [(1, 2), (2, 5), (1, 6)])
+def test_an_update_made_again_is_bit_identical(run: Path, ranks: int, step: int) -> None:
+    before = (run / "metrics.jsonl").read_bytes()
+    ended = launch(ranks, "torch" if ranks > 1 else "alone", "replay", f"{run}@{step}")
+    assert ended.code == 0, ended.output
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_record_that_was_changed_is_found(run: Path, tmp_path: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    place = next(n for n, record in enumerate(records) if record["kind"] == "train" and record["step"] == 2)
+    records[place]["loss"] *= 1 + 1e-12
+    try:
+        (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        assert launch(1, "alone", "replay", f"{run}@2").code == ExitCode.DISAGREEMENT
+    finally:
+        (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert launch(1, "alone", "replay", f"{run}@100000").code == ExitCode.USAGE
