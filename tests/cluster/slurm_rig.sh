@@ -245,7 +245,8 @@ down() {
     [[ -e $rig/slurm.conf ]] || return 0
     on ctl timeout 5 scancel --user root >/dev/null 2>&1 || true
     for file in "$rig"/process/node[0-9]* "$rig/process/ctl"; do
-        [[ ! -e $file ]] || kill_node "$(basename "$file")"
+        # slurmd's own files have numbers that mean something in its node alone
+        [[ ! -e $file || $file == *.daemon ]] || kill_node "$(basename "$file")"
     done
     rm -rf "$rig"
 }
