@@ -327,9 +327,10 @@ prepare_ranks() {
     fi
     share_nodes_out
     placed=()
+    job_nodes=${SLURM_JOB_NODELIST:-}
     wanted_nodes=$((nodes - spare))
     if ((wanted_nodes < nodes)); then
-        mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+        mapfile -t names < <(scontrol show hostnames "$job_nodes")
         use_nodes "${names[@]}"
     fi
     choose_network
@@ -390,9 +391,9 @@ launch_or_show() {
 # Before a run on several nodes: whether they can work together. Leaves spare nodes out that cannot, and chooses the
 # network where not every one will do.
 check_nodes() {
-    [[ ${SLURM_JOB_NUM_NODES:-1} != 1 && -n $run_directory && -z ${CONTAINER:-} && ${PREFLIGHT:-1} != 0 ]] || return 0
+    ((wanted_nodes + ${SPARE_NODES:-0} > 1)) && [[ -n $run_directory && -z ${CONTAINER:-} && ${PREFLIGHT:-1} != 0 ]] || return 0
     local answer good=() interface
-    answer=$("${dist_train[@]}" doctor --cluster "$(dirname "$run_directory")" --brief 2> >(tee "$said" >&2)) || true
+    answer=$(SLURM_JOB_NODELIST=$job_nodes "${dist_train[@]}" doctor --cluster "$(dirname "$run_directory")" --brief 2> >(tee "$said" >&2)) || true
     [[ -n $answer ]] || return 0 # it could not ask: the launch will tell
     read -r -a good < <(sed -n 's/^nodes //p' <<<"$answer") || true
     interface=$(sed -n 's/^interface //p' <<<"$answer")

@@ -136,7 +136,8 @@ def _survey_for_scripts(directory: Path) -> int:
     from dist_train.cluster.nodes import survey_nodes
 
     survey = survey_nodes(directory)
-    for fault in survey.faults:
+    # The first line is taken for the reason.
+    for fault in sorted(survey.faults, key=lambda fault: not fault.is_fatal):
         print(printable(f"dist-train: {', '.join(fault.nodes)}: {fault.text}: {fault.fix}"), file=sys.stderr)
     print(f"nodes {' '.join(survey.good)}\ninterface {survey.interface}")
     return ExitCode.FINISHED

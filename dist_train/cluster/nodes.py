@@ -23,7 +23,6 @@ from pathlib import Path
 
 from dist_train.cluster.heartbeats import interface_addresses
 from dist_train.outcome import UsageError
-from dist_train.rundir import atomic
 
 INTERFACE_VARIABLE = "NETWORK_INTERFACE"
 """Names the interface that ranks talk over; slurm/prologue.sh hands it to MPI, NCCL and Gloo."""
@@ -96,7 +95,7 @@ def survey_nodes(directory: Path, environment: Mapping[str, str] = os.environ) -
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".nodes-", dir=directory, ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        atomic.swap_text(folder / "nodes", "\n".join(nodes))
+        _publish(folder / "nodes", "\n".join(nodes))
         with (folder / "lock").open("w") as lock:
             with suppress(OSError):  # a file system without locks: the nodes will say so
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -279,7 +278,7 @@ def _meet(folder: Path, node: str, nodes: Sequence[str], own: str, interface: st
     until = time.monotonic() + _MEETING_SECONDS
     with socket.create_server(("", 0)) as server:
         threading.Thread(target=_serve, args=(server, node), daemon=True).start()
-        atomic.swap_text(folder / f"{node}.at", json.dumps([own, server.getsockname()[1]]))
+        _publish(folder / f"{node}.at", json.dumps([own, server.getsockname()[1]]))
         place = nodes.index(node) if node in nodes else 0
         peers = [*nodes[place + 1 :], *nodes[:place]][:_MOST_PEERS]
         unreachable = {}
@@ -287,7 +286,7 @@ def _meet(folder: Path, node: str, nodes: Sequence[str], own: str, interface: st
             fault = _reach(folder, peer, interface, until)
             if fault:
                 unreachable[peer] = fault
-        atomic.swap_text(folder / f"{node}.done", "")
+        _publish(folder / f"{node}.done", "")
         while time.monotonic() < until and not all((folder / f"{other}.done").exists() for other in nodes):
             time.sleep(_POLL_SECONDS)
     return unreachable
@@ -318,6 +317,13 @@ def _reach(folder: Path, peer: str, interface: str, until: float) -> str:
     except OSError as error:
         return f"{address}: {error.strerror or error}"
     return "" if found == peer else f"{address} is {found or 'nobody'}"
+
+
+def _publish(path: Path, text: str) -> None:
+    """Write `text` to `path`, which others wait for, whole."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.rename(path)
 
 
 def _resolve(name: str) -> str:

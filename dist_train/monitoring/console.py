@@ -115,9 +115,8 @@ class TerminalBar(Observer):
         self._facts: RunFacts | None = None
         self._step = 0
         self._train: TrainRecord | None = None
-        self._test: EvaluationRecord | None = None
+        self._tested = self._saved = ""
         self._best = 0.0
-        self._saved: int | None = None
 
     def begin(self, facts: RunFacts) -> None:
         """Say what is about to be trained, and draw the bar."""
@@ -143,13 +142,13 @@ class TerminalBar(Observer):
             case EvaluationRecord():
                 line = Text(wording.evaluation(self._facts, record))
                 if record.split == "test":
-                    self._test = record
+                    self._tested = wording.percent(record.accuracy)
                     if record.accuracy > self._best:
                         self._best = record.accuracy
                         line.append("  best so far", style="green")
                 self._print(line)
             case EventRecord(event="checkpoint"):
-                self._saved = record.step
+                self._saved = f"{record.step:,}"
             case EventRecord():
                 self._print(Text(wording.event(record), style="yellow"))
 
@@ -213,10 +212,10 @@ class TerminalBar(Observer):
             "loss ": f"{train.loss:.4f}",
             "accuracy ": wording.percent(train.accuracy),
             "": f"{wording.rate(train.samples_per_second)} images/s",
-            "test ": "" if self._test is None else wording.percent(self._test.accuracy),
+            "test ": self._tested,
             "rate ": f"{train.learning_rate:.3g}",
             "noise ": f"{train.noise_amplitude:.2g}" if train.noise_amplitude else "",
-            "saved at ": "" if self._saved is None else f"{self._saved:,}",
+            "saved at ": self._saved,
         }
         shown = [Text.assemble((name, "dim"), value) for name, value in values.items() if value]
         return line.append_text(Text("  ").join(shown))
@@ -224,13 +223,16 @@ class TerminalBar(Observer):
 
 def summary_table(facts: RunFacts, outcome: Outcome, box: Box | None) -> Table:
     """Return how the run ended, one fact a row."""
+    table = Table(box=box, show_header=False, title=Text(escaped(facts.name), style="bold"), title_justify="left")
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    colour = {"finished": "green", "stopped": "yellow", "failed": "red"}.get(outcome.state, "white")
     reason = f": {escaped(outcome.reason)}" if outcome.reason else ""
     code = f" (exit code {outcome.exit_code})" if outcome.exit_code else ""
-    colour = {"finished": "green", "stopped": "yellow", "failed": "red"}.get(outcome.state, "white")
+    table.add_row("state", Text.assemble((outcome.state, f"bold {colour}"), reason, code))
     speed = outcome.samples_per_second
     accuracies = {"train": outcome.train_accuracy, "test": outcome.test_accuracy, "best": outcome.best_accuracy}
     rows = {
-        "state": Text.assemble((outcome.state, f"bold {colour}"), reason, code),
         "steps": f"{outcome.step:,} of {facts.total_steps:,}",
         "epochs": f"{outcome.epoch:.4g} of {facts.epochs:.4g}",
         **{f"{name} accuracy": wording.percent(share) for name, share in accuracies.items() if share is not None},
@@ -239,46 +241,37 @@ def summary_table(facts: RunFacts, outcome: Outcome, box: Box | None) -> Table:
         "last checkpoint": outcome.last_checkpoint,
         "run directory": facts.run_directory,
     }
-    table = Table(box=box, show_header=False, title=Text(escaped(facts.name), style="bold"), title_justify="left")
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
     for name, value in rows.items():
         if value is not None:
-            table.add_row(name, value if isinstance(value, Text) else Text(escaped(str(value))))
+            table.add_row(name, Text(escaped(str(value))))
     return table
 
 
 TERMINAL_VARIABLE = "DIST_TRAIN_TERMINAL"
 """Set by launch scripts to `[host:]/dev/pts/N`, for launchers put a pipe between a rank and it."""
 
-_PSEUDO_TERMINALS_OF_LAUNCHERS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK")
-
 
 def open_console(environment: Mapping[str, str] = os.environ) -> Observer:
     """Return the observer that suits the output at hand."""
     if environment.get("TERM", "dumb") in ("dumb", "unknown"):
         return PlainLines(sys.stdout)
-    terminal = launcher_terminal(environment.get(TERMINAL_VARIABLE, ""))
+    if terminal := launcher_terminal(environment.get(TERMINAL_VARIABLE, "")):
+        return TerminalBar(terminal)
     # mpirun gives every rank a pseudo-terminal, also when its own output goes to a file
-    launched = any(name in environment for name in _PSEUDO_TERMINALS_OF_LAUNCHERS)
-    if terminal is None and sys.stdout.isatty() and not launched:
-        terminal = sys.stdout
-    return PlainLines(sys.stdout) if terminal is None else TerminalBar(terminal)
+    launched = "OMPI_COMM_WORLD_RANK" in environment or "PMIX_RANK" in environment
+    return TerminalBar(sys.stdout) if sys.stdout.isatty() and not launched else PlainLines(sys.stdout)
 
 
 def launcher_terminal(address: str) -> TextIO | None:
     """Open the terminal at `[host:]device`; None where it is another host's, or none that can be opened."""
     host, _, device = address.rpartition(":")
-    if host not in ("", socket.gethostname()) or not device.startswith("/dev/"):
-        return None
-    try:
-        descriptor = os.open(device, os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    if not os.isatty(descriptor):
-        os.close(descriptor)
-        return None
-    return os.fdopen(descriptor, "w", encoding="utf-8")
+    if host in ("", socket.gethostname()) and device.startswith("/dev/"):
+        with suppress(OSError):
+            descriptor = os.open(device, os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
+            if os.isatty(descriptor):
+                return os.fdopen(descriptor, "w", encoding="utf-8")
+            os.close(descriptor)
+    return None
 
 
 _LOGGER = "dist_train"

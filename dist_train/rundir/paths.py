@@ -8,6 +8,7 @@ import pwd
 import re
 import secrets
 import shlex
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from dist_train.rundir import atomic
 
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
 _RESERVED_BYTES = 16384
+_LEAST_FREE = 4 * _RESERVED_BYTES
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -127,7 +129,12 @@ class RunDirectory:
         return made
 
     def make_reserve(self) -> None:
-        """Set space aside for what is written when a run ends. A disk that has none is no error."""
+        """Set space aside for what is written when a run ends, where the disk has more than that."""
+        with suppress(OSError):
+            if shutil.disk_usage(self.root).free >= _LEAST_FREE:
+                self._set_aside()
+
+    def _set_aside(self) -> None:
         with suppress(OSError):
             if not self.reserve.exists():
                 # random, since file systems compress zeros away
@@ -151,7 +158,7 @@ class RunDirectory:
             self.reserve.unlink(missing_ok=True)
             write()
             # an earlier file was replaced, so that there is room again
-            self.make_reserve()
+            self._set_aside()
 
     def save_config(self, config: Config) -> None:
         """Save every setting."""

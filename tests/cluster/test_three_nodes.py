@@ -73,6 +73,22 @@ def test_a_spare_node_takes_the_place_of_a_lost_one(cluster: Cluster, tmp_path: 
     assert ended.restarts == 0, ended.output
 
 
+def test_a_node_that_cannot_work_with_the_others_is_left_out_where_there_is_a_spare_one(
+    cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
+) -> None:
+    run = tmp_path / "runs" / "run"
+    run.parent.mkdir()
+    cluster.on("node2", "mount", "-t", "tmpfs", "tmpfs", str(run.parent), folder=tmp_path)
+    try:
+        knobs = {**STARTED["torch"], "SPARE_NODES": "1", "RUN_DIR": str(run)}
+        ended = Submitted(cluster, tmp_path, large_batch.config, "--nodes=3", **knobs).wait()
+    finally:
+        cluster.on("node2", "umount", str(run.parent), folder=tmp_path)
+    assert "dist-train: node2: " in ended.output
+    assert_equal_bit_identically(ended, run, large_batch)
+    assert status(run)["world_size"] == 4
+
+
 def test_preempted_on_three_nodes_it_resumes(cluster: Cluster, tmp_path: Path, long_run: Undisturbed) -> None:
     submitted = Submitted(cluster, tmp_path, long_run.config, "--nodes=3", **STARTED["torch"])
     submitted.wait_for_step(20)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 
+from dist_train.rundir.lock import LockRequest
 from tests.launching import (
     descendants,
     kill,
@@ -48,6 +50,26 @@ def test_precision_layout_clipping_augmentation_and_schedules_keep_the_bits(tmp_
     assert ended.code == 0, ended.output
     assert weights_digest(tmp_path / "two") == weights_digest(tmp_path / "alone")
     assert results(tmp_path / "two") == results(tmp_path / "alone")
+
+
+def test_ranks_wait_for_the_lock_of_a_dead_node_for_longer_than_the_stall_check_lets_them(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    config = write_config(tmp_path, small_settings(run={"max_steps": 2}, comm={"timeout": 6}))
+    lock = LockRequest(run, run / "run.lock").wait(0)
+    assert lock is not None
+    # As a file server has it for a while after a node of the same job has died.
+    (run / "run.lock").write_text('{"host": "node9", "pid": 1, "since": "then", "slurm_job": "7"}')
+    process = start(2, "mpi", "train", config, "--run-dir", str(run), extra={"SLURM_JOB_ID": "7"})
+    released = threading.Timer(20, lock.release)
+    released.start()
+    try:
+        output, _ = process.communicate(timeout=PATIENCE)
+    finally:
+        kill(process)
+        released.join()
+    assert process.returncode == 0, output
+    assert status(run)["state"] == "finished"
 
 
 @pytest.mark.parametrize(

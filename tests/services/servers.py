@@ -91,6 +91,11 @@ class Prometheus:
             for series in result
         }
 
+    def times_of_samples(self, selector: str, minutes: int = 60) -> list[float]:
+        """Return when the series of `selector` were scraped, in seconds since 1970."""
+        result = self.ask("query", query=f"{selector}[{minutes}m]")["result"]
+        return [moment for series in result for moment, _ in series["values"]]
+
     def firing(self) -> set[str]:
         """Return the names of the alerts that fire now."""
         return {name for name, _ in self.alerts()}

@@ -1,7 +1,8 @@
-"""Twenty runs of each end, watched by real servers with the shipped rules: who fails, dies or hangs is reported in
-time, who finishes or stops never.
+"""Twenty runs of each end, watched by real servers with the shipped rules: who fails, dies or hangs is reported within
+a few scrapes, who finishes or stops never.
 
-DIST_TRAIN_RUNS_OF_A_KIND makes them fewer. The table of what was measured is printed (`pytest -s`).
+DIST_TRAIN_RUNS_OF_A_KIND makes them fewer. The table of what was measured is printed (`pytest -s`): scrapes from the
+end of a rule's own delay to its alert, which a busy machine does not change, and seconds, which it does.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import random
 import shutil
 import signal
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -39,10 +40,8 @@ ALERTS = {"failed": "DistTrainFailed", "killed": "DistTrainFailed", "hung": "Dis
 """Of those that are to be reported; the others end as they should."""
 DELAYS = {"DistTrainFailed": 0.0, "DistTrainStalled": 120.0 + 60.0}
 """Seconds that a rule waits by itself: what it takes for standing still, and its `for`."""
-NOTICED_SECONDS = 5.0
-"""So seldom at most a Prometheus takes note of target files that have changed."""
-EVALUATION_SECONDS = 5.0
-"""Between evaluations of the rules, as shipped."""
+MOST_SCRAPES = 4
+"""Two that show the end, one before Prometheus takes note of a changed target file, one before it evaluates rules."""
 GONE_SECONDS = 120.0
 """The longest `for` of the rules that look at the end of a run."""
 LIVES = (2.0, 40.0)
@@ -60,6 +59,8 @@ class Watched:
     happened: float = 0.0
     reported: dict[tuple[str, int], float] = field(default_factory=dict)
     """When each alert about it fired first, by its name and the server's number."""
+    scrapes: list[int] = field(default_factory=list)
+    """How many there were of it, by each server, from the end of the rule's delay to the alert."""
 
 
 def start_run(runs: PacedRuns, folder: Path, targets: Path, kind: str) -> Watched:
@@ -147,6 +148,11 @@ def test_every_bad_end_is_reported_in_time_and_no_good_one_ever(scrape: int, cou
                 if not last and len(watched) == len(kinds) and all(run.happened for run in watched):
                     last = max(run.happened for run in watched)
                 time.sleep(max(0.0, begun + 1.0 - time.time()))
+            for run in watched:
+                for (alert, number), fired in run.reported.items():
+                    due = run.happened + DELAYS.get(alert, 0.0)
+                    times = started[number].times_of_samples(f'up{{run_id="{run.run_id}"}}')
+                    run.scrapes.append(sum(due < moment <= fired for moment in times))
     finally:
         runs.close()
         for process in (process for run in watched for process in run.processes if is_alive(process)):
@@ -167,10 +173,10 @@ def check(watched: list[Watched], scrape: int, count: int) -> None:
             moment - run.happened - DELAYS[name] for (name, _), moment in run.reported.items() if name == alert
         ]
     for kind, seconds in latest.items():
-        late = f"{min(seconds):.1f} / {median(seconds):.1f} / {max(seconds):.1f} s after its delay" if seconds else "-"
-        in_time = sum(each <= 2 * scrape for each in seconds)
-        runs = sum(run.kind == kind for run in watched)
-        print(f"| {scrape} s | {count} | {kind} | {runs} | {len(seconds)} | {in_time} | {late} |")
+        runs = [run for run in watched if run.kind == kind]
+        spread = f"{min(seconds):.0f} / {median(seconds):.0f} / {max(seconds):.0f} s" if seconds else "-"
+        counts = Counter(scrapes for run in runs for scrapes in run.scrapes)
+        in_scrapes = ", ".join(f"{times} in {scrapes}" for scrapes, times in sorted(counts.items())) or "-"
+        print(f"| {scrape} s | {count} | {kind} | {len(runs)} | {len(seconds)} | {in_scrapes} | {spread} |")
     assert not wrong
-    for kind, seconds in latest.items():
-        assert max(seconds, default=0.0) <= 2 * scrape + NOTICED_SECONDS + EVALUATION_SECONDS, kind
+    assert max(scrapes for run in watched for scrapes in run.scrapes) <= MOST_SCRAPES

@@ -17,7 +17,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("outcome", "randomness", "fixed_point", "start_up"),
     ("config",),
-    ("models", "cluster", "rundir"),
+    ("rundir",),
+    ("models", "cluster"),
     ("optim", "data", "monitoring"),
     ("checkpoint", "watch"),
     ("training", "sweep"),
@@ -71,8 +72,8 @@ def ours(path: Path) -> set[str]:
 def test_a_layer_knows_only_layers_below_it() -> None:
     upwards = {}
     for path in FILES:
-        room = layer_of(path)
-        allowed = set(BELOW) if room in ("__init__", "__main__") else BELOW[room] | {room}
+        layer = layer_of(path)
+        allowed = set(BELOW) if layer in ("__init__", "__main__") else BELOW[layer] | {layer}
         if beyond := ours(path) - allowed:
             upwards[str(path.relative_to(ROOT))] = beyond
     assert not upwards

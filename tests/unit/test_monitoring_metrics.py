@@ -27,12 +27,12 @@ from tests.unit.exporting import FACTS, ON_A_DEVICE, OUTCOME, measurement, read,
 ROOT = Path(__file__).parents[2]
 
 
-def page_of(board: Board, rank: int = 0) -> str:
-    return MetricsPage(board, rank).render().decode()
+def page_of(board: Board) -> str:
+    return MetricsPage(board).render().decode()
 
 
-def values_of(board: Board, rank: int = 0) -> dict[tuple[str, tuple[str, ...]], float]:
-    return read(page_of(board, rank=rank))
+def values_of(board: Board) -> dict[tuple[str, tuple[str, ...]], float]:
+    return read(page_of(board))
 
 
 def busy_board() -> Board:
@@ -215,7 +215,7 @@ def test_a_rank_other_than_0_shows_its_own_and_the_run_it_belongs_to() -> None:
     board = Board(replace(FACTS, rank=3))
     own = replace(measurement(1), ranks=(RankMeasurement(0.2, 0.1, 7e8, 1e9, 2e9, 0.75),))
     board.measurement(own)
-    values = values_of(board, rank=3)
+    values = values_of(board)
     assert {key[0] for key in values if "duration" not in key[0]} == {
         "dist_train_run_info",
         "dist_train_resident_memory_bytes",

@@ -24,7 +24,7 @@ from rich.table import Table
 from dist_train.cli.main import main, parse
 from dist_train.outcome import UsageError
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, to_json
-from dist_train.watch.run_table import RunSummary, as_json, read_runs, render
+from dist_train.watch.run_table import RunSummary, as_json, beside_slurm, read_runs, render
 from tests.raising import raises
 from tests.unit.test_config_loading import LAUGHS
 
@@ -167,6 +167,25 @@ def test_a_run_on_another_host_is_lost_when_it_has_been_silent_for_long(tmp_path
     assert only_run(tmp_path, NOW + timedelta(minutes=9)).state == "running"
     late = only_run(tmp_path, NOW + timedelta(minutes=11))
     assert (late.state, late.note) == ("lost", "silent for 11:00 on node7; start it again to resume")
+
+
+@pytest.mark.parametrize(
+    ("state", "job", "shown"),
+    [
+        ("running", "RUNNING", "running"),
+        ("running", "PENDING", "lost"),
+        ("running", "NODE_FAIL", "lost"),
+        ("failed", "PENDING", "stopped"),
+        ("failed", "FAILED", "failed"),
+        ("finished", "COMPLETING", "finished"),
+        ("running", "", "running"),
+    ],
+)
+def test_a_run_and_its_job_never_contradict_each_other(state: str, job: str, shown: str) -> None:
+    run = RunSummary(Path("run"), "run", state, "", slurm_job="17")
+    [beside] = beside_slurm([run], {"17": job} if job else {})
+    assert beside.state == shown
+    assert bool(beside.note) is (shown != state)
 
 
 def test_a_metrics_file_that_grows_is_a_sign_of_life(tmp_path: Path) -> None:

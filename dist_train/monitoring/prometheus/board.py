@@ -76,27 +76,11 @@ class Buckets:
 
 
 @dataclass(frozen=True)
-class MicroBatches:
-    """How a global batch is cut: `count` micro-batches of `size` samples, `of_ranks` by rank."""
-
-    size: int
-    count: int
-    of_ranks: tuple[int, ...]
-
-    def cut_anew(self, global_size: int, size: int) -> MicroBatches:
-        """Return how the batch is cut into micro-batches of another size, among the same ranks."""
-        count, ranks = -(-global_size // size), len(self.of_ranks)
-        if sum(self.of_ranks) > self.count:  # each rank has a part of every micro-batch
-            return MicroBatches(size, count, (count,) * ranks)
-        return MicroBatches(size, count, tuple(len(range(rank, count, ranks)) for rank in range(ranks)))
-
-
-@dataclass(frozen=True)
 class Snapshot:
     """What is known at one moment; times are in seconds since 1970. Every change makes a new object."""
 
     facts: RunFacts
-    micro_batches: MicroBatches
+    """With the size and the number of micro-batches as they are now."""
     step: int
     last_progress: float
     events: Mapping[str, int]
@@ -135,9 +119,7 @@ class Board:
 
     def __init__(self, facts: RunFacts, counts: Mapping[str, int] | None = None) -> None:
         """Start a launch of a run whose events were counted as `counts` before it."""
-        micro_batches = MicroBatches(facts.micro_size, facts.micro_batches, facts.micro_batches_of)
-        events = {**dict.fromkeys(EVENTS, 0), **(counts or {})}
-        self._now = Snapshot(facts, micro_batches, facts.start_step, time.time(), events)
+        self._now = Snapshot(facts, facts.start_step, time.time(), {**dict.fromkeys(EVENTS, 0), **(counts or {})})
         self._lock = Lock()
         self._pace = Pace()
         self._first_steps: list[float] = []
@@ -230,4 +212,12 @@ class Board:
             case "signal", _:
                 self._change(state="stopping")
             case "micro_size", int(size) if size > 0:
-                self._change(micro_batches=self._now.micro_batches.cut_anew(self._now.facts.global_size, size))
+                self._change(facts=_cut_anew(self._now.facts, size))
+
+
+def _cut_anew(facts: RunFacts, size: int) -> RunFacts:
+    """Return `facts` of a batch that is cut into micro-batches of another size, among the same ranks."""
+    count, ranks = -(-facts.global_size // size), len(facts.micro_batches_of)
+    shares_all = sum(facts.micro_batches_of) > facts.micro_batches  # each rank has a part of every micro-batch
+    counts = tuple(count if shares_all else len(range(rank, count, ranks)) for rank in range(ranks))
+    return replace(facts, micro_size=size, micro_batches=count, micro_batches_of=counts)

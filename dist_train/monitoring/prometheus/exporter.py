@@ -12,7 +12,6 @@ import select
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -25,14 +24,13 @@ from dist_train.monitoring.prometheus.messages import Begin, Ending, Progress, S
 from dist_train.monitoring.prometheus.targets import TargetFile, identity_of, outcome_label
 from dist_train.rundir.live_files import read_counts
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import Measurement, Observer, Outcome, Record, RunFacts, TrainRecord
+from dist_train.rundir.records import Measurement, Observer, Outcome, Record, RunFacts
 
 if TYPE_CHECKING:
     from dist_train.config.sections import MetricsSettings
 
 _logger = logging.getLogger(__name__)
 
-_KEPT = 1000
 _START_SECONDS = 5.0
 _END_SECONDS = 3.0
 _HUNG_SECONDS = 0.5
@@ -64,23 +62,6 @@ class _Link:
                 ours.close()
                 raise
         self.channel = messages.Channel(ours)
-        self._waiting: deque[messages.ToExporter] = deque(maxlen=_KEPT)
-
-    def send(self, message: messages.ToExporter) -> None:
-        """Send `message`. Where the process is behind, it waits for the next call, or is dropped if later ones repeat
-        what it says. Raises OSError where the process is gone.
-        """
-        sent = self.send_waiting() and self.channel.send(message)
-        if not sent and not isinstance(message, TrainRecord | Measurement | Progress):
-            self._waiting.append(message)
-
-    def send_waiting(self) -> bool:
-        """Send what waits for space in the buffer; return whether all is sent. Raises OSError."""
-        while self._waiting:
-            if not self.channel.send(self._waiting[0]):
-                return False
-            self._waiting.popleft()
-        return True
 
     def close(self, seconds: float) -> str:
         """Have the process end, by force after so many seconds; return how it ended, in words."""
@@ -191,7 +172,7 @@ class Exporter(Observer):
     def _send(self, message: messages.ToExporter) -> None:
         if self._link is not None:
             try:
-                self._link.send(message)
+                self._link.channel.send(message)
             except OSError:
                 self._listen(0)  # the end of what it said says enough
 
@@ -235,7 +216,7 @@ class Exporter(Observer):
         deadline = time.monotonic() + _END_SECONDS
         while self._link is not None and time.monotonic() < deadline:
             with suppress(OSError):  # heard below
-                self._link.send_waiting()
+                self._link.channel.flush()
             self._listen(0.1 if self._ending is None else max(0.0, deadline - time.monotonic()))
             if self._ending is not None and self._ending.seconds > 0:
                 deadline = time.monotonic() + self._ending.seconds + _END_SECONDS

@@ -1,9 +1,7 @@
 """The HTTP server of the metrics page, and who may read it: TLS, users, bearer tokens.
 
-prometheus_client writes the page (`page.py`). Its server (`start_http_server`) is not used, since it lacks what ours
-consists of: tokens and users; a limit on clients and on the time that they may take; TLS handshakes in threads of their
-own, where one silent client stops all others there; connections that are kept between scrapes (HTTP/1.1); one page for
-many scrapes; `/healthz`, and 404 for all but `/metrics`; the next free port; when the latest scrape was.
+That of prometheus_client (`start_http_server`) has no tokens and users, no limit on clients and on their time, no TLS
+handshakes in threads of their own, no HTTP/1.1, no `/healthz`, no next free port, and no time of the latest scrape.
 """
 
 from __future__ import annotations
@@ -15,7 +13,8 @@ import socket
 import ssl
 import stat
 import time
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -24,7 +23,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from socketserver import TCPServer
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
 from dist_train.monitoring.prometheus.messages import ServingPlan, plan_of
@@ -35,26 +34,16 @@ if TYPE_CHECKING:
     from dist_train.config.sections import MetricsSettings
 
 
-@dataclass(frozen=True)
-class Credentials:
-    """What a scrape must bring: the token, or the `user:password`; nothing where both are None."""
+Credentials: TypeAlias = Mapping[str, bytes]
+"""What a scrape must bring, one of them, by the scheme of its Authorization header; nothing where it is empty."""
+_CHALLENGES = {"bearer": 'Bearer realm="dist_train"', "basic": 'Basic realm="dist_train", charset="UTF-8"'}
 
-    token: bytes | None = None
-    login: bytes | None = None
 
-    def admit(self, authorization: str) -> bool:
-        """Return whether a request with this Authorization header may read."""
-        secrets = {"bearer": self.token, "basic": self.login and base64.b64encode(self.login)}
-        scheme, _, value = authorization.partition(" ")
-        secret, given = secrets.get(scheme.lower()), value.strip().encode("utf-8", "surrogateescape")
-        return not any(secrets.values()) or (secret is not None and hmac.compare_digest(given, secret))
-
-    @property
-    def challenges(self) -> tuple[str, ...]:
-        """The WWW-Authenticate headers of a refusal."""
-        bearer = ('Bearer realm="dist_train"',) if self.token is not None else ()
-        basic = ('Basic realm="dist_train", charset="UTF-8"',) if self.login is not None else ()
-        return bearer + basic
+def is_admitted(authorization: str, credentials: Credentials) -> bool:
+    """Return whether a request with this Authorization header may read."""
+    scheme, _, value = authorization.partition(" ")
+    secret, given = credentials.get(scheme.lower()), value.strip().encode("utf-8", "surrogateescape")
+    return not credentials or (secret is not None and hmac.compare_digest(given, secret))
 
 
 def check_access(settings: MetricsSettings) -> None:
@@ -68,7 +57,10 @@ def access_warnings(settings: MetricsSettings) -> tuple[str, ...]:
     """Return what leaves the metrics or a secret open to strangers, one sentence each."""
     plan = plan_of(settings)
     warnings = []
-    if plan.token_file is None and plan.password_file is None and not _is_loopback(plan.host):
+    is_local = plan.host == "localhost"
+    with suppress(ValueError):
+        is_local = ip_address(plan.host).is_loopback
+    if plan.token_file is None and plan.password_file is None and not is_local:
         warnings.append(
             f"metrics.host={plan.host}: anybody on the network can read the metrics; set metrics.token_file"
             + ("" if plan.certificate_file else ", and metrics.certificate_file for TLS")
@@ -78,13 +70,6 @@ def access_warnings(settings: MetricsSettings) -> tuple[str, ...]:
         if path is not None and path.stat().st_mode & stat.S_IROTH:
             warnings.append(f"metrics.{name}: everybody on this machine can read {path}; run: chmod 600 {path}")
     return tuple(warnings)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def read_credentials(plan: ServingPlan) -> Credentials:
@@ -100,7 +85,10 @@ def read_credentials(plan: ServingPlan) -> Credentials:
         raise UsageError(
             f"metrics.password_file: {plan.password_file} must hold user:password, on one line", code="password-form"
         )
-    return Credentials(token, login)
+    return {
+        **({} if token is None else {"bearer": token}),
+        **({} if login is None else {"basic": base64.b64encode(login)}),
+    }
 
 
 def tls_context(plan: ServingPlan) -> ssl.SSLContext | None:
@@ -199,7 +187,8 @@ class Server(ThreadingHTTPServer):
         self.last_scrape: float | None = None
         """When the latest scrape that was answered began (monotonic)."""
         self._lock = Lock()
-        self._clients: dict[socket.socket, float] = {}
+        self._clients: OrderedDict[socket.socket, None] = OrderedDict()
+        """The one that was answered last is the last."""
         super().__init__((str(address[0]), port), _Handler)
 
     def server_bind(self) -> None:
@@ -219,12 +208,11 @@ class Server(ThreadingHTTPServer):
         """Handle a connection in a thread of its own."""
         with self._lock:
             if len(self._clients) >= _CONNECTIONS:
-                oldest = min(self._clients, key=self._clients.__getitem__)
-                del self._clients[oldest]
+                oldest, _ = self._clients.popitem(last=False)
                 # of the plain socket: its thread may be reading by TLS, and finds the end of the stream
                 with suppress(OSError):
                     socket.socket.shutdown(oldest, socket.SHUT_RDWR)
-            self._clients[request] = time.monotonic()
+            self._clients[request] = None
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
@@ -237,7 +225,7 @@ class Server(ThreadingHTTPServer):
         """Note that `client` has just been answered."""
         with self._lock:
             if client in self._clients:
-                self._clients[client] = time.monotonic()
+                self._clients.move_to_end(client)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore a client that failed: nobody reads the log of the exporter's process."""
@@ -265,7 +253,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True  # what follows is not a request
         if self.command not in ("GET", "HEAD"):
             self.close_connection = True
-            self._answer(HTTPStatus.METHOD_NOT_ALLOWED, b"GET and HEAD only\n", _PLAIN, ("Allow", "GET, HEAD"))
+            self._answer(HTTPStatus.METHOD_NOT_ALLOWED, b"GET and HEAD only\n", [("Allow", "GET, HEAD")])
             self.wfile.flush()
             return False
         return True
@@ -275,38 +263,33 @@ class _Handler(BaseHTTPRequestHandler):
             case "/metrics":
                 self._metrics()
             case "/healthz":
-                ok = (
-                    (HTTPStatus.OK, b"ok\n")
-                    if self.server.site.health()
-                    else (HTTPStatus.SERVICE_UNAVAILABLE, b"no progress\n")
-                )
-                self._answer(*ok, _PLAIN)
+                is_well = self.server.site.health()
+                status = HTTPStatus.OK if is_well else HTTPStatus.SERVICE_UNAVAILABLE
+                self._answer(status, b"ok\n" if is_well else b"no progress\n")
             case _:
-                self._answer(HTTPStatus.NOT_FOUND, b"see /metrics\n", _PLAIN)
+                self._answer(HTTPStatus.NOT_FOUND, b"see /metrics\n")
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
+    do_HEAD = do_GET  # noqa: N815 (the name is the library's)
 
     def _metrics(self) -> None:
         credentials = self.server.site.credentials
-        if not credentials.admit(self.headers.get("Authorization", "")):
-            challenges = (("WWW-Authenticate", challenge) for challenge in credentials.challenges)
-            self._answer(HTTPStatus.UNAUTHORIZED, b"who is asking?\n", _PLAIN, *challenges)
+        if not is_admitted(self.headers.get("Authorization", ""), credentials):
+            challenges = [("WWW-Authenticate", _CHALLENGES[scheme]) for scheme in credentials]
+            self._answer(HTTPStatus.UNAUTHORIZED, b"who is asking?\n", challenges)
             return
         begun = time.monotonic()
-        self._answer(HTTPStatus.OK, self.server.site.page(), CONTENT_TYPE)
+        self._answer(HTTPStatus.OK, self.server.site.page(), content_type=CONTENT_TYPE)
         if self.command == "GET":
             self.wfile.flush()
             self.server.last_scrape = begun
 
-    def _answer(self, status: HTTPStatus, body: bytes, content_type: str, *headers: tuple[str, str]) -> None:
+    def _answer(
+        self, status: HTTPStatus, body: bytes, headers: Sequence[tuple[str, str]] = (), content_type: str = _PLAIN
+    ) -> None:
+        closing = [("Connection", "close")] if self.close_connection else []
         self.send_response(status)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
-        for name, value in headers:
+        for name, value in (("Content-Type", content_type), ("Content-Length", str(len(body))), *headers, *closing):
             self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)

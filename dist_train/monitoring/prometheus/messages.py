@@ -11,7 +11,9 @@ import mmap
 import os
 import socket
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -105,20 +107,18 @@ FromExporter: TypeAlias = Serving | Warned | Ending
 Message: TypeAlias = ToExporter | FromExporter
 
 
-# a file's name need not be UTF-8; Integral and Real are scalars of NumPy
-_CONVERSIONS: tuple[tuple[type, Callable[[Any], object]], ...] = (
-    (Path, os.fsencode),
-    (Mapping, dict),
-    (Integral, int),
-    (Real, float),
-)
-
-
 def _to_builtin(value: object) -> object:
     """Return a MessagePack type in place of `value`, of a type that msgspec does not know."""
-    for kind, convert in _CONVERSIONS:
-        if isinstance(value, kind):
-            return convert(value)
+    match value:
+        case Path():
+            return os.fsencode(value)  # a file's name need not be UTF-8
+        case Mapping():
+            return dict(value)
+        # scalars of NumPy
+        case Integral():
+            return int(value)
+        case Real():
+            return float(value)
     raise TypeError(f"{value!r} cannot be sent")
 
 
@@ -161,11 +161,8 @@ def encode(message: Message) -> bytes:
 
 
 def decode(content: bytes | memoryview) -> Message:
-    """Return the message in `content`.
-
-    Raises:
-        msgspec.ValidationError: it is of another version, or its fields are not of the declared types.
-        ValueError: it is cut off or not a message (msgspec.DecodeError, UnicodeDecodeError).
+    """Return the message in `content`. Raises ValueError where it is cut off, not a message (msgspec.DecodeError), of
+    another version, or of fields that are not as declared (msgspec.ValidationError).
     """
     form, name, fields = _ENVELOPE.decode(content)
     if form != _FORM or name not in _DECODERS:
@@ -174,6 +171,7 @@ def decode(content: bytes | memoryview) -> Message:
     return message
 
 
+_KEPT = 1000
 _BUFFER_BYTES = 4 << 20
 """Asked of the kernel, which gives at most twice that; a measurement of 1,024 ranks takes about 150 KB."""
 
@@ -186,25 +184,35 @@ class Channel:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
         self._socket = end
         self._buffer: memoryview | None = None
+        self._waiting: deque[Message] = deque(maxlen=_KEPT)
 
     def fileno(self) -> int:
         """Return the descriptor, for select."""
         return self._socket.fileno()
 
     def send(self, message: Message) -> bool:
-        """Send `message`; False where the buffer is full. Raises OSError where the other end is gone."""
-        try:
-            self._socket.send(encode(message))
-        except BlockingIOError:
-            return False
-        return True
+        """Send `message`, and return whether it is sent. Where the other end is behind, it waits for the next call, or
+        is dropped if later ones repeat what it says. Raises OSError where the other end is gone.
+        """
+        self.flush()
+        with suppress(BlockingIOError):
+            if not self._waiting:
+                self._socket.send(encode(message))
+                return True
+        if not isinstance(message, TrainRecord | Measurement | Progress):
+            self._waiting.append(message)
+        return False
+
+    def flush(self) -> None:
+        """Send what waits, as far as the buffer has space. Raises OSError where the other end is gone."""
+        with suppress(BlockingIOError):
+            while self._waiting:
+                self._socket.send(encode(self._waiting[0]))
+                self._waiting.popleft()
 
     def receive(self) -> Iterator[Message]:
-        """Yield the messages that have come.
-
-        Raises:
-            EOFError: the other end is gone, and all that it sent has been taken.
-            ValueError: what has come is no message.
+        """Yield the messages that have come. Raises EOFError where the other end is gone, and all that it sent has been
+        taken; ValueError where what has come is no message.
         """
         if self._buffer is None:
             # of which only the pages that messages reach take memory

@@ -147,7 +147,7 @@ _INFO: Mapping[str, Callable[[Snapshot], object]] = {
     "run": attrgetter("facts.name"),
     **{label: attrgetter(f"facts.{label}") for label in ("run_id", "model", "data", "noise", "revision", "slurm_job")},
     "global_batch": attrgetter("facts.global_size"),
-    "micro_batch": attrgetter("micro_batches.size"),
+    "micro_batch": attrgetter("facts.micro_size"),
     "controller": attrgetter("facts.controller"),
 }
 """The labels of what runs."""
@@ -207,7 +207,7 @@ def _slowest_ratio(now: Snapshot) -> float | None:
 
 
 def _busy_ratios(now: Snapshot) -> Iterable[Reading]:
-    counts = now.micro_batches.of_ranks
+    counts = now.facts.micro_batches_of
     # ranks may have one micro-batch more or less, or none
     each = {rank: busy / count for rank, (busy, count) in enumerate(zip(_busy(now), counts, strict=False)) if count}
     for rank, ratio in zip(each, _over_the_others(list(each.values())), strict=True):
@@ -250,13 +250,13 @@ METRICS: tuple[Metric, ...] = (
     ),
     _gauge("samples_per_second", "Throughput of all ranks together.", "train.samples_per_second", "samples per second"),
     _gauge("world_size", "Ranks that train together.", "facts.world_size", "ranks"),
-    _gauge("micro_batches", "Micro-batches of a step, of all ranks together.", "micro_batches.count", "micro-batches"),
-    _gauge("micro_batch_size", "Samples of a micro-batch.", "micro_batches.size", "samples"),
+    _gauge("micro_batches", "Micro-batches of a step, of all ranks together.", "facts.micro_batches", "micro-batches"),
+    _gauge("micro_batch_size", "Samples of a micro-batch.", "facts.micro_size", "samples"),
     Metric(
         "rank_micro_batches",
         "gauge",
         "Micro-batches of a step that the rank computes.",
-        lambda now: (Reading(count, _rank_labels(now, rank)) for rank, count in enumerate(now.micro_batches.of_ranks)),
+        lambda now: (Reading(count, _rank_labels(now, rank)) for rank, count in enumerate(now.facts.micro_batches_of)),
         _RANK,
         unit_in_words="micro-batches",
     ),

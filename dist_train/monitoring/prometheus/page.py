@@ -13,36 +13,32 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from dist_train.monitoring.prometheus.board import Board, Buckets, Snapshot
-from dist_train.monitoring.prometheus.metrics import METRICS, Metric, metrics_of
+from dist_train.monitoring.prometheus.metrics import METRICS, metrics_of
 from dist_train.outcome import UsageError
 
 
 class Families(Collector):
-    """A registry of prometheus_client, as `generate_latest` takes one: `metrics` as they are `now`."""
+    """A registry of prometheus_client, as `generate_latest` takes one: the page of a rank as it is `now`."""
 
-    def __init__(self, metrics: tuple[Metric, ...], now: Snapshot) -> None:
-        self._metrics = metrics
+    def __init__(self, now: Snapshot) -> None:
         self._now = now
 
     def collect(self) -> Iterable[Family]:
-        """Return the metrics with their values."""
-        return [_family(metric, self._now) for metric in self._metrics]
-
-
-def _family(metric: Metric, now: Snapshot) -> Family:
-    name = metric.name
-    # the library adds these endings to a family's name
-    family = Family(name.removesuffix("_total").removesuffix("_info"), metric.meaning, metric.kind)
-    for value, label_values in metric.take(now):
-        labels = dict(zip(metric.labels, label_values, strict=True))
-        if isinstance(value, Buckets):
-            for bound, count in zip((*value.bounds, "+Inf"), accumulate(value.counts), strict=True):
-                family.add_sample(f"{name}_bucket", {**labels, "le": str(bound)}, count)
-            family.add_sample(f"{name}_count", labels, sum(value.counts))
-            family.add_sample(f"{name}_sum", labels, value.total)
-        else:
-            family.add_sample(name, labels, value)
-    return family
+        """Yield the metrics with their values."""
+        for metric in metrics_of(self._now.facts.rank):
+            # the library adds these endings to a family's name
+            short = metric.name.removesuffix("_total").removesuffix("_info")
+            family = Family(short, metric.meaning, metric.kind)
+            for value, label_values in metric.take(self._now):
+                labels = dict(zip(metric.labels, label_values, strict=True))
+                if isinstance(value, Buckets):
+                    for bound, count in zip((*value.bounds, "+Inf"), accumulate(value.counts), strict=True):
+                        family.add_sample(f"{metric.name}_bucket", {**labels, "le": str(bound)}, count)
+                    family.add_sample(f"{metric.name}_count", labels, sum(value.counts))
+                    family.add_sample(f"{metric.name}_sum", labels, value.total)
+                else:
+                    family.add_sample(metric.name, labels, value)
+            yield family
 
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
@@ -52,10 +48,8 @@ CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 class MetricsPage:
     """Renders a board; scrapes that come while nothing has changed share one page."""
 
-    def __init__(self, board: Board, rank: int = 0) -> None:
-        """Take the metrics of the page of rank `rank`."""
+    def __init__(self, board: Board) -> None:
         self._board = board
-        self._metrics = metrics_of(rank)
         self._lock = Lock()
         self._shown: Snapshot | None = None
         self._page = b""
@@ -65,7 +59,7 @@ class MetricsPage:
         with self._lock:
             now = self._board.snapshot()
             if now is not self._shown:
-                self._page, self._shown = generate_latest(Families(self._metrics, now)), now
+                self._page, self._shown = generate_latest(Families(now)), now
             return self._page
 
 

@@ -21,7 +21,6 @@ from dist_train.monitoring.prometheus import targets
 from dist_train.monitoring.prometheus.board import Board, Snapshot, stands_still
 from dist_train.monitoring.prometheus.http_server import Site, bind, read_credentials, tls_context
 from dist_train.monitoring.prometheus.messages import Begin, Channel, Ending, Progress, Serving, Warned
-from dist_train.monitoring.prometheus.metrics import metrics_of
 from dist_train.monitoring.prometheus.page import Families, MetricsPage
 from dist_train.rundir.records import Measurement, Outcome, Record, TrainRecord, from_json
 
@@ -79,65 +78,34 @@ def _push(gateway: str, now: Snapshot) -> str:
     facts = now.facts
     group = {"run": facts.name, "run_id": facts.run_id} | ({"rank": str(facts.rank)} if facts.rank else {})
     try:
-        push_to_gateway(gateway, targets.JOB, Families(metrics_of(facts.rank), now), group, PUSH_SECONDS)
+        push_to_gateway(gateway, targets.JOB, Families(now), group, PUSH_SECONDS)
     except Exception as error:  # urllib lets through whatever a broken server provokes
         return str(getattr(error, "reason", None) or error) or type(error).__name__
     return ""
 
 
-class _Inbox:
-    """Takes messages onto the board; a scrape does so too, and sees all that was sent before it."""
-
-    def __init__(self, channel: Channel, board: Board) -> None:
-        self._channel = channel
-        self._board = board
-        self._lock = Lock()
-        self.outcome: Outcome | None = None
-        self.is_over = False
-        self.wake = os.eventfd(0)
-
-    def take(self) -> None:
-        with self._lock:
-            if self.is_over:
-                return
-            try:
-                for message in self._channel.receive():
-                    match message:
-                        case Progress():
-                            self._board.progress(message.step)
-                        case Measurement():
-                            self._board.measurement(message)
-                        case Outcome():
-                            self._board.end(message)
-                            self.outcome = message
-                            os.eventfd_write(self.wake, 1)
-                        case _:
-                            assert isinstance(message, Record), "the trainer sends nothing else"
-                            self._board.record(message)
-            except EOFError:
-                self.is_over = True
-                os.eventfd_write(self.wake, 1)
-
-
 class _Service:
     def __init__(self, channel: Channel, trainer: int, begin: Begin) -> None:
         self._channel = channel
+        self._lock = Lock()
+        self._outcome: Outcome | None = None
+        self._is_over = False
+        self._wake = os.eventfd(0)
         self._trainer = trainer
         self._plan = plan = begin.plan
         self._facts = begin.facts
         self._board = Board(begin.facts, begin.counts)
-        self._inbox = _Inbox(channel, self._board)
         self._target: targets.TargetFile | None = None
         self._touched = time.monotonic()
         self._disk_due = -math.inf
-        rendered = MetricsPage(self._board, begin.facts.rank)
+        rendered = MetricsPage(self._board)
 
         def page() -> bytes:
-            self._inbox.take()
+            self._take()
             return rendered.render()
 
         def health() -> bool:
-            self._inbox.take()
+            self._take()
             return not stands_still(self._board.snapshot(), time.time())
 
         # the setting's own port is rank 0's
@@ -154,19 +122,42 @@ class _Service:
             address = f"{self._plan.scheme}://{host}:{self._server.server_port}/metrics"
             self._channel.send(Serving(address, None if self._target is None else self._target.path))
             self._board.recall(_history(self._facts.run_directory / "metrics.jsonl"))
-            while self._inbox.outcome is None and not self._inbox.is_over and os.getppid() == self._trainer:
-                select.select([self._channel.fileno(), self._inbox.wake], [], [], _LOOK_SECONDS)
-                self._inbox.take()
+            while self._outcome is None and not self._is_over and os.getppid() == self._trainer:
+                select.select([self._channel.fileno(), self._wake], [], [], _LOOK_SECONDS)
+                self._take()
                 self._heartbeat()
                 self._look_at_the_disk()
                 time.sleep(_PAUSE_SECONDS)
-            if self._inbox.outcome is not None:
-                self._end(self._inbox.outcome)
+            if self._outcome is not None:
+                self._end(self._outcome)
         finally:
             target, self._target = self._target, None
             if target is not None and (outcome := self._how_it_ended()):
                 with self._warning(f"the target file {target.path} cannot say how the run ended"):
                     target.end(outcome)
+
+    def _take(self) -> None:
+        """Take messages onto the board; a scrape does so too, and sees all that was sent before it."""
+        with self._lock:
+            if self._is_over:
+                return
+            try:
+                for message in self._channel.receive():
+                    match message:
+                        case Progress():
+                            self._board.progress(message.step)
+                        case Measurement():
+                            self._board.measurement(message)
+                        case Outcome():
+                            self._board.end(message)
+                            self._outcome = message
+                            os.eventfd_write(self._wake, 1)
+                        case _:
+                            assert isinstance(message, Record), "the trainer sends nothing else"
+                            self._board.record(message)
+            except EOFError:
+                self._is_over = True
+                os.eventfd_write(self._wake, 1)
 
     def _enter_target(self) -> None:
         directory = self._plan.targets_directory
@@ -197,10 +188,10 @@ class _Service:
 
     def _how_it_ended(self) -> str:
         """Return the outcome; nothing where the trainer lives, and this process alone ends."""
-        if self._inbox.outcome is not None:
-            return targets.outcome_label(self._inbox.outcome)
+        if self._outcome is not None:
+            return targets.outcome_label(self._outcome)
         deadline = time.monotonic() + _DYING_SECONDS
-        while os.getppid() == self._trainer and self._inbox.is_over and time.monotonic() < deadline:
+        while os.getppid() == self._trainer and self._is_over and time.monotonic() < deadline:
             time.sleep(_PAUSE_SECONDS)
         return "" if os.getppid() == self._trainer else targets.KILLED
 
@@ -215,8 +206,8 @@ class _Service:
         if gateway and (reason := _push(gateway, self._board.snapshot())):
             self._warn(f"the Pushgateway at {gateway} did not take the last values: {reason}")
         while time.monotonic() < ended + patience and os.getppid() == self._trainer:
-            self._inbox.take()  # the trainer may end unannounced
-            if self._inbox.is_over or (self._server.last_scrape or 0.0) > ended:
+            self._take()  # the trainer may end unannounced
+            if self._is_over or (self._server.last_scrape or 0.0) > ended:
                 return
             time.sleep(_PAUSE_SECONDS)
 

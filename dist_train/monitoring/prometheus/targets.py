@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from dist_train.monitoring.prometheus.messages import ServingPlan
 from dist_train.outcome import ExitCode
@@ -96,13 +96,13 @@ class TargetFile:
         """
         try:
             with _open_ours(self.path) as file:
-                entry = _entry(file)
+                entry = _read(file)
         except FileNotFoundError:
             return
-        if entry is None or entry.labels[_PROCESS_LABEL] != self.process or _OUTCOME_LABEL in entry.labels:
-            return
-        labels = {**entry.labels, _OUTCOME_LABEL: outcome, "instance": entry.address}
-        replace(self, content=_content(_NOWHERE, labels)).write()
+        match entry:
+            case (address, labels) if labels[_PROCESS_LABEL] == self.process and _OUTCOME_LABEL not in labels:
+                ended = {**labels, _OUTCOME_LABEL: outcome, "instance": address}
+                replace(self, content=_content(_NOWHERE, ended)).write()
 
 
 def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: str) -> TargetFile:
@@ -164,7 +164,7 @@ def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed:
     for path in sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name)):
         try:
             with _open_ours(path) as file:
-                entry, touched = _entry(file), os.fstat(file.fileno()).st_mtime
+                entry, touched = _read(file), os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -172,12 +172,12 @@ def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed:
             continue
         if entry is None:
             continue
-        age, process = time.time() - touched, entry.labels[_PROCESS_LABEL]
-        is_back = resumed != "" and entry.labels.get("run_id") == resumed
-        if _OUTCOME_LABEL in entry.labels:
+        age, (_, labels) = time.time() - touched, entry
+        is_back = resumed != "" and labels.get("run_id") == resumed
+        if _OUTCOME_LABEL in labels:
             is_stale = age > ended_seconds or is_back
         else:
-            is_gone = _is_gone(process)
+            is_gone = _is_gone(process := labels[_PROCESS_LABEL])
             is_stale = age > STALE_SECONDS or (is_gone and (is_back or not resumed))
             if is_gone and not is_stale:
                 with suppress(OSError):
@@ -202,23 +202,13 @@ def _open_ours(path: Path) -> BinaryIO:
     raise OSError(errno.EPERM, why, str(path))
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """What a target file says."""
-
-    address: str
-    labels: Mapping[str, str]
-
-
-def _entry(file: BinaryIO) -> _Entry | None:
-    """Return what the target file says; None where it is not one of ours."""
+def _read(file: BinaryIO) -> tuple[str, Mapping[str, str]] | None:
+    """Return the address and the labels in the target file; None where it is not one of ours."""
     try:
-        groups: Any = json.loads(file.read(_LARGEST))
-        [group] = groups
-        [address] = group["targets"]
-        labels = group["labels"]
+        [group] = json.loads(file.read(_LARGEST))
+        [address], labels = group["targets"], group["labels"]
         is_ours = isinstance(address, str) and labels["job"] == JOB and _IDENTITY.fullmatch(labels[_PROCESS_LABEL])
-        return _Entry(address, labels) if is_ours else None
+        return (address, labels) if is_ours else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
