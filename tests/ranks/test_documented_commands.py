@@ -1,57 +1,89 @@
-"""Every command that the README and the documentation show works, as it stands there."""
+"""Every command that the README and the documentation show works, as it stands there, here or in a test of its own."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.launching import environment, small_settings
+from tests.launching import environment, small_settings, train_alone, write_config
+from tests.unit.image_folders import write_folder
 from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("configuration", "watching", "monitoring"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-NEEDS_MORE = ("docker ", "DIST_TRAIN_TARGETS=", "pip ", "tensorboard ", "curl ")
-"""Commands that need a Docker daemon, a package index, or a server that is up meanwhile."""
+ELSEWHERE = {
+    r"\b(sbatch|dist-train submit (?!.*--dry-run))": "cluster/test_submit.py",
+    r"--hostfile | -H \w": "cluster/test_launch_over_ssh.py",
+    r"slurm/lb_8192.sh|analyses.txt": "cluster/test_batch_script.py",
+    r"docker |DIST_TRAIN_TARGETS=|^mkdir -p targets|apptainer ": "containers/test_compose.py",
+    r"^python -m benchmarks\.double_well": "longer/test_benchmarks_double_well.py",
+    r"^python -m benchmarks\.document": "unit/test_benchmarks_document.py",
+    r"^python -m benchmarks\.scaling": "unit/test_benchmarks_scaling.py",
+    r"^python -m benchmarks": "unit/test_benchmarks_table.py",
+    r"^python -m tests\.torture": "torture/test_campaign.py",
+    r"doctor configs/|data\.download=true": "unit/test_launching_doctor.py",
+    r"^\. \.venv|^nvidia-smi|run\.device=cuda": "longer/test_cuda_build.py",
+    r"^pip ": "longer/test_wheel.py",
+    r"^tensorboard ": "unit/test_monitoring_tensorboard.py",
+    r"^curl ": "unit/test_monitoring_access.py",
+    r"sweep .*(--only \d|fashion\.yaml --jobs)|fashion\.yaml --analyses": "longer/test_sweep_sweep.py",
+}
+"""What needs more than a folder and two processes, such as a cluster, Docker, GPUs or hours, and who tests it."""
 
 pytestmark = pytest.mark.ranks
 
 
 def commands(page: Path) -> list[str]:
-    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    shell = [block for language, block in blocks if language in ("", "sh")]
+    lines = [line for block in shell for line in block.replace("\\\n", " ").splitlines() if line.strip()]
     return [line.split(" #")[0].strip() for line in lines]
+
+
+EVERY = list(dict.fromkeys(command for page in PAGES for command in commands(page)))  # each where it stands first
+TARGETS = [command for command in EVERY if re.match(r"(\w+=\S+ )*make ", command)]
+HERE = [each for each in EVERY if each not in TARGETS and not any(re.search(known, each) for known in ELSEWHERE)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like the checkout, but that its demo is a run of a second, also where the package's own is named."""
+    """A folder like the checkout, but that its demo is a run of a second; with runs and images such as pages name."""
     folder = tmp_path_factory.mktemp("checkout")
-    (folder / "configs").mkdir()
+    for name in ("launch", "slurm", "studies"):
+        (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "results", folder / "results")
+    shutil.copytree(ROOT / "configs", folder / "configs")
     settings = small_settings(run={"name": "demo", "epochs": 1})
     (folder / "configs" / "demo.yaml").write_text(yaml.safe_dump(settings))
-    (folder / "launch").symlink_to(ROOT / "launch")
+    write_folder(folder / "images", per_class=24)
+    for name, rate in (("sb", 0.05), ("lb", 0.02)):
+        run = folder / "runs" / name
+        # as many images as sharpness takes, and small ones: landscapes evaluate them at a thousand points
+        sections = small_settings(
+            data={"synthetic_samples": 2048, "synthetic_shape": [1, 8, 8]},
+            model={"width": 0.03125, "norm_samples": 20},
+            batch={"global_size": 1024, "micro_size": 64},
+        )
+        words = (f"run.name={name}", f"optimizer.learning_rate={rate}", "checkpoint.keep=9")
+        train_alone(write_config(folder, sections), run, *words)
+    for suffix in (".pt", ".json"):
+        last = run / "checkpoints" / "step-00000008"
+        shutil.copyfile(last.with_suffix(suffix), last.with_name("step-00000160").with_suffix(suffix))
+    subprocess.run(["tar", "-C", folder / "runs", "-xzf", ROOT / "results" / "fashion.tar.gz"], check=True)
+    (folder / "runs" / "paper").symlink_to("fashion")
     return folder
 
 
-@pytest.mark.parametrize(
-    "command",
-    # each once, where it stands first
-    list(
-        dict.fromkeys(
-            command
-            for page in PAGES
-            for command in commands(page)
-            if not re.match(r"(\w+=\S+ )*make ", command) and not command.startswith(NEEDS_MORE)
-        )
-    ),
-)
+@pytest.mark.parametrize("command", HERE)
 def test_a_documented_command_works(folder: Path, command: str) -> None:
     program = Path(sys.executable).parent / "dist-train"
     assert program.exists()
@@ -68,9 +100,24 @@ def test_a_documented_command_works(folder: Path, command: str) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
-@pytest.mark.parametrize("command", [line for page in PAGES for line in commands(page) if line.startswith("make ")])
+@pytest.mark.parametrize("command", TARGETS)
 def test_a_documented_target_is_there(command: str) -> None:
+    *variables, make, target = command.split()
     planned = subprocess.run(
-        [*command.split(), "--dry-run"], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False
+        ["env", *variables, make, target, "--dry-run"],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert planned.returncode == 0, planned.stderr
+
+
+def test_what_is_not_run_here_has_a_test_of_its_own() -> None:
+    assert len(HERE) > 40
+    for known, test in ELSEWHERE.items():
+        assert (ROOT / "tests" / test).is_file(), test
+        assert any(re.search(known, command) for command in EVERY), f"no page has {known}"
+    for module in (match[1] for command in EVERY if (match := re.match(r"python -m (\S+)", command))):
+        assert find_spec(module), module

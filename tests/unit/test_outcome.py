@@ -25,8 +25,11 @@ def codes_in(path: Path) -> Iterator[str]:
                 yield code
             case ast.keyword(arg="code", value=ast.JoinedStr(values)):
                 yield "".join(str(part.value) if isinstance(part, ast.Constant) else "[a-z]+" for part in values)
-            case ast.AnnAssign(target=ast.Name("_CODES"), value=ast.Call(args=[ast.Dict(keys), *_])):
-                yield from (str(key.value) for key in keys if isinstance(key, ast.Constant))
+            case ast.AnnAssign(target=ast.Name("_FAULTS"), value=table) if table is not None:
+                for inner in ast.walk(table):
+                    match inner:
+                        case ast.Tuple(elts=[ast.Constant(str(code)), ast.Constant(str())]):
+                            yield code
             case ast.ClassDef(body=body):
                 for line in body:
                     match line:

@@ -126,10 +126,11 @@ def _secret(setting: str, path: Path | None) -> bytes | None:
     if path is None:
         return None
     lines = _content(setting, path).strip().splitlines()
-    if len(lines) != 1:
-        what, code = ("more than one line", "secret-lines") if lines else ("nothing in it", "secret-empty")
-        text = f"metrics.{setting}: {path} has {what}; write the secret alone into it, on one line"
-        raise UsageError(text, code=code)
+    fix = "write the secret alone into it, on one line"
+    if not lines:
+        raise UsageError(f"metrics.{setting}: {path} is empty; {fix}", code="secret-empty")
+    if len(lines) > 1:
+        raise UsageError(f"metrics.{setting}: {path} has more than one line; {fix}", code="secret-lines")
     return lines[0]
 
 
