@@ -22,12 +22,12 @@
 #   OMP_NUM_THREADS   threads of a rank (its cores: --cpus-per-task, else the node's shared out)
 #   SPARE_NODES       nodes of the job that stay idle until another is lost (0)
 #   LOSS_SECONDS      srun: how long the other ranks may take to end once one has ended (40)
-#   PREFLIGHT         0: do not check beforehand whether the nodes can work together (dist-train doctor --cluster)
 #   NETWORK_INTERFACE interface that ranks talk over, such as ib0 (what MPI, NCCL and Gloo choose)
 #   CPU_BIND          srun --cpu-bind (Slurm's choice: each rank on its own cores)
 #   LAUNCHER_OPTIONS  more words for srun or mpirun
 #
 # of training
+#   PREFLIGHT         0: do not check beforehand whether the nodes can work together (dist-train doctor --cluster)
 #   MAX_RESTARTS      restarts on what is left of the job's nodes, in a row without a new checkpoint, before it is
 #                     requeued (as many as MAX_REQUEUES)
 #   MAX_REQUEUES      requeues in a row without a new checkpoint, after which the run is given up (3)
@@ -384,7 +384,7 @@ launch_or_show() {
     trap 'rm -f "$said"' EXIT
     say "$nodes nodes (${SLURM_JOB_NODELIST:-$(uname -n)}) x $ranks_here ranks, $gpus GPUs a node, by $by; $1 ${run_directory:-${*:2}}"
     [[ -z ${SLURM_RESTART_COUNT:-} ]] || say "restart $SLURM_RESTART_COUNT"
-    check_nodes
+    ! declare -F before_launch >/dev/null || before_launch
     launch "$stop" "${command[@]}" "$@"
 }
 
@@ -432,6 +432,8 @@ run_in_job() {
         [[ -n $run_directory ]] || requeue_job
         end_job
     }
+    # shellcheck disable=SC2329  # `launch_or_show` calls it
+    before_launch() { check_nodes; }
     prepare_ranks "${@:2}"
     launch_or_show stop_through_launcher "$@" "${more_overrides[@]}"
     while true; do

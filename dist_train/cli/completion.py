@@ -84,7 +84,7 @@ def completion_script(parser: argparse.ArgumentParser) -> str:
                 given = " ".join(inner for inner, _ in nodes if inner and "/" not in inner)
             if action.nargs in (argparse.REMAINDER, argparse.PARSER):
                 below = f"{name}/" if name and action.nargs == argparse.PARSER else ""
-                commands += [f"{name}:{word}) at={below}{word}" for word in given.split()]
+                commands += [f'{name}:{word}) at="{below}{word}"' for word in given.split()]
             if not action.option_strings:
                 own = f"{own} {given}".strip()
             elif action.nargs != 0:

@@ -122,7 +122,7 @@ def _locate(location: tuple[int | str, ...], model: type[BaseModel]) -> _Place:
     place = _Place((), None, None)
     choices: tuple[type[BaseModel], ...] = (model,)
     for part in location:
-        if choices and _is_collection(place.field) and not place.inside:
+        if choices and is_collection(place.field) and not place.inside:
             place = replace(place, names=(*place.names, part), inside=True)
         elif len(choices) > 1:
             choices = tuple(choice for choice in choices if part in _kinds(choice))
@@ -158,7 +158,7 @@ def _all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
     for name, field in model.model_fields.items():
         paths.append(f"{prefix}{name}")
         inner = models_of(field)
-        if len(inner) == 1 and not _is_collection(field):
+        if len(inner) == 1 and not is_collection(field):
             paths.extend(_all_paths(inner[0], f"{prefix}{name}."))
     return paths
 
@@ -176,7 +176,8 @@ def _models_in(annotation: Any) -> tuple[type[BaseModel], ...]:
     return tuple(model for part in get_args(annotation) for model in _models_in(part))
 
 
-def _is_collection(field: FieldInfo | None) -> bool:
+def is_collection(field: FieldInfo | None) -> bool:
+    """Whether a field is a list or a mapping of items."""
     return field is not None and get_origin(field.annotation) in (dict, list, tuple)
 
 
@@ -188,7 +189,7 @@ def _allowed(place: _Place) -> str:
     if models:
         names = dict.fromkeys(name for model in models for name in model.model_fields)
         section = "a mapping with the keys " + ", ".join(names)
-        if place.inside or not _is_collection(place.field):
+        if place.inside or not is_collection(place.field):
             return section
         return f"{'names, each with' if get_origin(place.field.annotation) is dict else 'a list, each'} {section}"
     schema = leaf_schema(place.field)
@@ -217,6 +218,8 @@ def _in_words(schema: Mapping[str, Any]) -> str:
     if "const" in schema:
         return str(schema["const"])
     kind = str(schema.get("format") or schema.get("type", ""))
+    if kind == "plugin":
+        return "a plug-in (module:name, FILE.py:name)"
     if kind == "array":
         if "prefixItems" in schema:
             fixed = schema["prefixItems"]
@@ -230,7 +233,6 @@ def _in_words(schema: Mapping[str, Any]) -> str:
         "null": "null",
         "object": "a mapping",
         "path": "a path",
-        "plugin": "a plug-in",
     }.get(kind, kind)
     bounds = {
         "exclusiveMinimum": "above",

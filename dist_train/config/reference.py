@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from dist_train.config.loading import write_override
-from dist_train.config.problems import in_words, leaf_schema, models_of
+from dist_train.config.problems import in_words, is_collection, leaf_schema, models_of
 from dist_train.config.sections import Config
 
 _HEAD = """\
@@ -51,7 +51,11 @@ def settings_of(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
     """Yield the settings of `model`, those of its sections and of the kinds of a union among them, in their order."""
     for name, field in model.model_fields.items():
         path, models = f"{prefix}{name}", models_of(field)
-        if len(models) > 1:
+        if models and is_collection(field):
+            keys = ", ".join(models[0].model_fields)
+            example = shlex.quote(write_override(path, _example(field, {}, ())))
+            yield Setting(path, f"a list, each a mapping with the keys {keys}", "[]", str(field.description), example)
+        elif len(models) > 1:
             yield from _settings_of_kinds(path, field, models)
         elif models:
             yield from settings_of(models[0], f"{path}.")
@@ -73,7 +77,7 @@ def settings_markdown() -> str:
 
 def _setting(path: str, field: FieldInfo, of_kind: str = "") -> Setting:
     schema = leaf_schema(field)
-    default = field.get_default(call_default_factory=True)
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
     meaning = f"With kind {of_kind}: {field.description}" if of_kind else str(field.description)
     return Setting(
         path,
@@ -109,7 +113,7 @@ def _example(field: FieldInfo, schema: Any, default: object) -> object:
     """Return another value than the default: the field's own example, else the next choice."""
     if field.examples:
         return field.examples[0]
-    choices = schema.get("enum", (True, False))
+    choices = list(_choices(schema)) if "anyOf" in schema else schema.get("enum", (True, False))
     return next(choice for choice in choices if choice != default)
 
 

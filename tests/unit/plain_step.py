@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dist_train.config import Config
+from dist_train.config.former import STREAM_OF_A_RANK
 from dist_train.data.images import BatchRequest, SampleSource
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan, epoch_order
@@ -60,7 +61,10 @@ def smoothout_gradients(config: Config, step: int, ranks: int = 1) -> tuple[dict
     indices = epoch_order(len(samples), config.run.seed, 0)[step * config.batch.global_size :]
     loss = 0.0
     for part in BatchPlan(config.batch.global_size, config.batch.micro_size).micro_batches:
-        shares: dict[str, list[int | str]] = {"micro_batch": [part.index], "rank": ["rank", part.index % ranks]}
+        shares: dict[str, list[int | str]] = {
+            "micro_batch": [part.index],
+            "rank": [STREAM_OF_A_RANK, part.index % ranks],
+        }
         clean = [parameter.detach().clone() for parameter in model.parameters()]
         noise = noise_of(config, step, segments, *shares.get(config.noise.sharing, []))
         for parameter, u in zip(model.parameters(), noise, strict=True):

@@ -9,7 +9,8 @@ import pytest
 from dist_train.config import Config, ConfigError, parse_config
 from dist_train.config.problems import Problem
 
-SCHEDULE_KEYS = "a mapping with the keys kind, final_fraction, gamma, steepness"
+SCHEDULE_KEYS = "a mapping with the keys kind, final_fraction, gamma, steepness, function, options"
+PLUGIN = "a plug-in (module:name, FILE.py:name)"
 
 
 def refusal(settings: dict[str, Any]) -> ConfigError:
@@ -55,7 +56,13 @@ def test_a_fault_is_told_with_its_value_and_what_is_allowed() -> None:
         ("run", "name", "../up", "wrong-form", "text of the form ^[A-Za-z0-9][A-Za-z0-9._-]*$"),
         ("run", "directory", 3, "wrong-type", "a path"),
         ("run", "max_steps", 0, "out-of-range", "a whole number above 0 or null"),
-        ("data", "name", "mnist", "no-such-choice", "fashion-mnist, cifar10, cifar100, imagefolder, synthetic"),
+        (
+            "data",
+            "name",
+            "mnist",
+            "no-such-choice",
+            f"fashion-mnist, cifar10, cifar100, imagefolder, synthetic or {PLUGIN}",
+        ),
         ("data", "download", "maybe", "wrong-type", "true or false"),
         ("data", "synthetic_shape", 3, "wrong-type", "a list of 3, each a whole number above 0"),
         ("batch", "micro_size", "large", "wrong-type", "a whole number above 0 or auto"),
@@ -90,7 +97,7 @@ def test_a_fault_inside_a_list_is_told_with_its_place() -> None:
 def test_an_unknown_kind_is_told_with_the_kinds() -> None:
     problem = only_problem({"noise": {"schedule": {"kind": "step"}}})
     assert (problem.path, problem.code) == ("noise.schedule.kind", "unknown-kind")
-    assert problem.allowed == "constant, linear, cosine, exponential, inverse_power, tanh"
+    assert problem.allowed == "constant, linear, cosine, exponential, inverse_power, tanh, plugin"
 
 
 @pytest.mark.parametrize("value", [True, False])

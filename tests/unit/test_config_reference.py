@@ -45,6 +45,8 @@ def test_a_setting_says_what_it_takes_and_means_and_its_example_changes_it(setti
     assert (path, value != setting.default) == (setting.path, True)
     kind = setting.meaning.split(": ")[0].removeprefix("With kind ")
     of_kind = [f"noise.schedule.kind={kind}"] if setting.meaning.startswith("With kind ") else []
+    if kind == "plugin":
+        of_kind.append("noise.schedule.function=mine.py:hold")
     assert Config.model_validate(with_overrides({}, [*of_kind, override])) != Config()
 
 
@@ -56,5 +58,5 @@ def test_all_models_optimizers_data_sets_schedules_and_noise_methods_are_on_it()
         "noise.schedule.kind": _FACTORS,
         "data.name": {*READERS, "imagefolder"},
     }
-    takes = {setting.path: setting.takes.split(", ") for setting in SETTINGS}
-    assert {path: set(takes[path]) for path in tables} == {path: set(table) for path, table in tables.items()}
+    choices = {setting.path: set(setting.choices) for setting in SETTINGS}
+    assert {path: choices[path] for path in tables} == {path: set(table) for path, table in tables.items()}
