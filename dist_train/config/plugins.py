@@ -50,6 +50,14 @@ _PLACES: Mapping[str, Kind] = MappingProxyType(
 )
 """The settings that may name a plug-in, and which kind."""
 
+_LIBRARIES: Mapping[str, str] = MappingProxyType(
+    {
+        "torchvision": "dist_train.models.library:torchvision_model",
+        "timm": "dist_train.models.library:timm_model",
+    }
+)
+"""What takes the name of a library's model, and returns the plug-in that builds it."""
+
 _MARK = "_dist_train_plugin"
 _Target = TypeVar("_Target", bound=Callable[..., Any])
 
@@ -81,6 +89,8 @@ def load_plugin(name: str) -> Any:
         UsageError: there is none, or its module cannot be imported.
     """
     place, _, attribute = name.rpartition(":")
+    if place in _LIBRARIES:
+        return load_plugin(_LIBRARIES[place])(attribute)
     module = _module(place)
     target = getattr(module, attribute, None)
     if not callable(target):

@@ -142,7 +142,8 @@ class ModelSettings(Section):
     name: Literal["vgg9", "vgg16", "vgg19", "resnet18", "resnet50"] | PluginName = Field(
         "vgg9",
         description="vgg9: of Li et al. (arXiv 1712.09913), 2.8 million parameters on CIFAR-10. vgg16, vgg19: without "
-        "hidden linear layers. resnet18, resnet50: torchvision's blocks, a small stem for images up to 64 pixels.",
+        "hidden linear layers. resnet18, resnet50: torchvision's blocks, a small stem for images up to 64 pixels. "
+        "torchvision:NAME, timm:NAME: models of those libraries, with the norm that is set here.",
     )
     options: Options = _options("model.name")
     width: PositiveFloat = Field(1.0, description="Factor on the number of channels.", examples=[0.25])
