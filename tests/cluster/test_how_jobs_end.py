@@ -29,7 +29,10 @@ UNRECOVERABLE = {
 }
 
 
-@pytest.mark.parametrize("request_", list(UNRECOVERABLE))
+@pytest.mark.parametrize(
+    "request_",
+    [next(iter(UNRECOVERABLE)), *(pytest.param(one, marks=pytest.mark.lengthy) for one in [*UNRECOVERABLE][1:])],
+)
 def test_a_launch_that_cannot_begin_is_not_requeued(
     request_: str, cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
 ) -> None:
@@ -68,6 +71,7 @@ def test_a_disk_that_is_full_to_the_end_is_told_and_costs_nothing_once_there_is_
     assert_equal_bit_identically(again, run, long_run)
 
 
+@pytest.mark.lengthy
 def test_what_a_full_disk_refuses_is_taken_from_the_fallback(
     cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:
@@ -103,6 +107,7 @@ def test_a_second_job_in_a_run_directory_is_refused_and_leaves_the_first_alone(
     assert_equal_bit_identically(first.wait(), first.run, long_run)
 
 
+@pytest.mark.lengthy
 def test_a_signal_while_the_configuration_is_checked_requeues_the_job(
     cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:
@@ -129,6 +134,7 @@ exec {sys.executable} "$@"
     assert_equal_bit_identically(ended, submitted.run, long_run)
 
 
+@pytest.mark.lengthy
 def test_overrides_may_have_quotes_spaces_and_lines_and_tasks_of_an_array_find_the_project(
     cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
 ) -> None:
@@ -142,6 +148,7 @@ def test_overrides_may_have_quotes_spaces_and_lines_and_tasks_of_an_array_find_t
     assert "- norm\n  - bias\n" in text
 
 
+@pytest.mark.lengthy
 def test_without_scontrol_the_status_of_a_run_that_stopped_says_so(
     cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:

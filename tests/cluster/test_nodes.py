@@ -63,7 +63,8 @@ def test_a_node_that_does_not_see_the_folder_is_named(cluster: Cluster, tmp_path
     assert [state for state, _ in checks["node2"]] == ["fine", "fails"]
 
 
-@pytest.mark.parametrize("by", [pytest.param(by, marks=[] if by == "torch" else pytest.mark.lengthy) for by in STARTED])
+@pytest.mark.lengthy
+@pytest.mark.parametrize("by", list(STARTED))
 @pytest.mark.usefixtures("docker")
 def test_a_job_talks_over_the_network_that_all_nodes_have(
     by: str, cluster: Cluster, tmp_path: Path, large_batch: Undisturbed

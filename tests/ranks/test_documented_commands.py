@@ -35,6 +35,8 @@ ELSEWHERE = {
     r"^pip ": "longer/test_wheel.py",
     r"^tensorboard ": "unit/test_monitoring_tensorboard.py",
     r"^curl ": "unit/test_monitoring_access.py",
+    r"mine\.yaml|runs/mine": "longer/test_docs_extending.py",
+    r"^dist-train (export|replay) ": "longer/test_api.py",
     r"sweep .*(--only \d|fashion\.yaml --jobs)|fashion\.yaml --analyses": "longer/test_sweep_sweep.py",
 }
 """What needs more than a folder and two processes, such as a cluster, Docker, GPUs or hours, and who tests it."""
@@ -49,8 +51,13 @@ def commands(page: Path) -> list[str]:
     return [line.split(" #")[0].strip() for line in lines]
 
 
+def of_page(name: str) -> list[str]:
+    return commands(next(page for page in PAGES if page.stem == name))
+
+
 EVERY = list(dict.fromkeys(command for page in PAGES for command in commands(page)))  # each where it stands first
 TARGETS = [command for command in EVERY if re.match(r"(\w+=\S+ )*make ", command)]
+DAILY = {command for page in ("README", "configuration", "watching", "monitoring") for command in of_page(page)}
 HERE = [each for each in EVERY if each not in TARGETS and not any(re.search(known, each) for known in ELSEWHERE)]
 
 
@@ -83,7 +90,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", HERE)
+@pytest.mark.parametrize(
+    "command", [each if each in DAILY else pytest.param(each, marks=pytest.mark.lengthy) for each in HERE]
+)
 def test_a_documented_command_works(folder: Path, command: str) -> None:
     program = Path(sys.executable).parent / "dist-train"
     assert program.exists()
