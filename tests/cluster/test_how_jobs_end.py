@@ -47,6 +47,7 @@ def test_a_launch_that_cannot_begin_is_not_requeued(
     assert words in run["note"], ended.output
 
 
+@pytest.mark.lengthy
 def test_a_disk_that_is_full_to_the_end_is_told_and_costs_nothing_once_there_is_room(
     cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:
