@@ -274,7 +274,7 @@ _UNUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     *(
         (f"metrics.{name}", lambda c: not c.metrics.enabled, "metrics.enabled is false")
         for name in MetricsSettings.model_fields
-        if name not in ("enabled", "every_steps", "tensorboard")
+        if name not in ("enabled", "every_steps", "tensorboard", "loggers")
     ),
     (
         "metrics.advertised_host",

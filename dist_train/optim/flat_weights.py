@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -79,6 +80,13 @@ class FlatWeights:
             if segment not in left_out:
                 mask[segment.start : segment.stop] = 1.0
         return mask
+
+    def places_without(self, exclude: Sequence[str]) -> list[int]:
+        """Return the places that `mask` gives 0.0, in order; known without asking the device."""
+        left_out = set(self.excluded(exclude))
+        kept = [segment for segment in self.segments if segment not in left_out]
+        edges = [(0, 0), *((segment.start, segment.stop) for segment in kept), (len(self.values), 0)]
+        return [place for (_, stop), (start, _) in pairwise(edges) for place in range(stop, start)]
 
     @property
     def filter_lengths(self) -> torch.Tensor:

@@ -212,8 +212,8 @@ class NoiseDraws:
         self._distribution = _DISTRIBUTIONS[settings.distribution](weights.values.device)
         self._scale = _scale_of(settings)
         self._seed = seed
-        self._still = (weights.mask(settings.exclude) == 0).nonzero().flatten()
-        self._places = self._still.tolist()
+        self._places = weights.places_without(settings.exclude)
+        self._still = torch.tensor(self._places, dtype=torch.int64, device=weights.values.device)
         self._filters = Filters(weights.filter_lengths, len(weights.values))
         self.values = torch.zeros_like(weights.values) if values is None else values
 

@@ -91,6 +91,7 @@ def test_what_a_full_disk_refuses_is_taken_from_the_fallback(
     assert_equal_bit_identically(again, run, long_run)
 
 
+@pytest.mark.lengthy
 def test_a_second_job_in_a_run_directory_is_refused_and_leaves_the_first_alone(
     cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:

@@ -173,7 +173,7 @@ def test_no_loader_outlives_a_killed_training_process(folder: Path, busy: bool) 
     script = f"""
 import sys, time
 from pathlib import Path
-from tests.longer.test_data_decoders import LoaderProcesses, fetched, order
+from tests.longer.test_data_decoders import LoaderProcesses, fetched, order, pids_of
 loaders, folder = LoaderProcesses(2, {SIZE}), Path({str(folder)!r})
 fetched(loaders, order(folder, 1))
 if {busy}:

@@ -157,10 +157,10 @@ store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 print(store.port, flush=True)
 dist.PrefixStore("dist_train", store).wait(["here"])
 """
-    first = subprocess.Popen([sys.executable, "-c", serves], stdout=subprocess.PIPE, text=True)
-    assert first.stdout is not None
-    address = StoreAddress("127.0.0.1", int(first.stdout.readline()), is_served=True)
-    dist.PrefixStore(address.prefix, dist.TCPStore(address.host, address.port)).set("here", "1")
-    with pytest.raises(RankLostError):
-        TorchCommunicator(Launch("test", 2, 1, address), timeout=PATIENCE, device_type="cpu")
-    assert first.wait(PATIENCE) == 0
+    with subprocess.Popen([sys.executable, "-c", serves], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        address = StoreAddress("127.0.0.1", int(first.stdout.readline()), is_served=True)
+        dist.PrefixStore(address.prefix, dist.TCPStore(address.host, address.port)).set("here", "1")
+        with pytest.raises(RankLostError):
+            TorchCommunicator(Launch("test", 2, 1, address), timeout=PATIENCE, device_type="cpu")
+    assert first.returncode == 0
