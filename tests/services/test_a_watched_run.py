@@ -251,6 +251,7 @@ def series_of(server: Prometheus, expression: str, run: str) -> int:
     return len(found)
 
 
+@pytest.mark.lengthy
 def test_two_runs_of_one_name_are_told_apart_by_every_panel_and_rule(watched: Watched, tmp_path: Path) -> None:
     twin = tmp_path / RUN
     config = write_config(tmp_path, watched_settings(watched.targets))
