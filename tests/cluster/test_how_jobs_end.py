@@ -13,7 +13,7 @@ import pytest
 from dist_train.outcome import ExitCode
 from tests.cluster.cluster import ROOT, Cluster, status
 from tests.cluster.runs import Undisturbed
-from tests.cluster.submitted import Submitted, assert_equal_bit_identically
+from tests.cluster.submitted import Submitted, assert_equal_bit_identically, training_by
 from tests.launching import weights_digest
 from tests.waiting import wait_for
 
@@ -95,8 +95,10 @@ def test_what_a_full_disk_refuses_is_taken_from_the_fallback(
 def test_a_second_job_in_a_run_directory_is_refused_and_leaves_the_first_alone(
     cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:
-    first = Submitted(cluster, tmp_path, long_run.config, "--nodes=1", RANKS_PER_NODE="1")
-    first.wait_for_step(5)
+    # The first is slow until it is asked to save, so that it is still there when the second comes.
+    slow = training_by(tmp_path, "tests.cluster.slow_first_lives 1")
+    first = Submitted(cluster, tmp_path, long_run.config, "--nodes=1", RANKS_PER_NODE="1", **slow)
+    first.wait_for_step(2)
     command = (sys.executable, "-m", "dist_train", "submit", long_run.config, "--run-dir", str(first.run))
     refused = cluster.run(*command, folder=tmp_path)
     assert refused.returncode == ExitCode.USAGE
@@ -106,6 +108,7 @@ def test_a_second_job_in_a_run_directory_is_refused_and_leaves_the_first_alone(
     ended = second.wait()
     assert (ended.code, ended.restarts) == (ExitCode.USAGE, 0), ended.output
     assert f"Slurm job {first.job}" in ended.output
+    cluster.run("scancel", "--batch", "--signal=USR1", str(first.job), folder=tmp_path)
     assert_equal_bit_identically(first.wait(), first.run, long_run)
 
 

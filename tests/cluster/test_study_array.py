@@ -1,7 +1,8 @@
-"""`sbatch --array=... slurm/sweep.sh`: one task a run; submitted again, only what is left is trained."""
+"""A study as an array of jobs: `sbatch --array=... slurm/sweep.sh`, and `dist-train submit --study` with its report."""
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 from tests.cluster.cluster import ROOT, Cluster, status
 from tests.cluster.runs import LONG
 from tests.launching import write_config
+from tests.unit.studies import write_study
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.ranks, pytest.mark.services, pytest.mark.lengthy]
@@ -62,3 +64,27 @@ def test_a_task_is_requeued_alone_and_of_an_array_with_one_killed_only_that_one_
     assert "has finished" in again[1].output
     assert '"event":"resumed"' in (killed / "metrics.jsonl").read_text().replace(" ", "")
     assert left() == ""
+
+
+def test_a_submitted_study_trains_measures_and_reports_in_the_sites_own_environment(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    study = write_study(tmp_path, analyse=[{"kind": "direction", "options": {"points": 3}}])
+    # as where --export=NONE leaves nothing and a module has to be loaded: only this file makes the package importable
+    setup = tmp_path / "site set-up.sh"
+    setup.write_text(f"export PYTHONPATH={ROOT}\necho \"set up $SLURM_JOB_ID\" >>{tmp_path}/set-up\n")
+    command = (sys.executable, "-m", "dist_train", "submit", "--study", str(study), "--ranks-per-node", "1")
+    options = ("--", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=0", "--export=NONE")
+    submitted = cluster.run(
+        *command, "--time", "5", *options, folder=tmp_path, PYTHONPATH=str(ROOT), DIST_TRAIN_SETUP=str(setup)
+    )
+    assert submitted.returncode == 0, submitted.stderr
+    jobs = dict(re.findall(r"^(runs|analyses|report) +(\d+)$", submitted.stdout, re.MULTILINE))
+    assert set(jobs) == {"runs", "analyses", "report"}
+    tasks = [cluster.wait(f"{jobs['runs']}_{task}") for task in range(1, 5)]
+    after = [cluster.wait(jobs[name]) for name in ("analyses", "report")]
+    assert [job.state for job in (*tasks, *after)] == ["COMPLETED"] * 6, "".join(job.output for job in (*tasks, *after))
+    folder = tmp_path / "runs" / "small"
+    assert (folder / "report.html").is_file()
+    assert len(list(folder.glob("*/analysis/*"))) >= 4
+    assert len((tmp_path / "set-up").read_text().splitlines()) >= 6
