@@ -23,8 +23,9 @@ _INSIST_SECONDS = 2.0
 _LOOK_SECONDS = 0.2
 _LOSS_SECONDS = 40.0
 """After one rank has failed: the watchdogs of the others notice, and rank 0 writes how the run ended."""
-_AFTER_RANK_0_SECONDS = 3.0
-"""Rank 0 alone writes: what is left when it has ended hangs."""
+_STUCK_SECONDS = 3.0
+"""For ranks that will not end by themselves: rank 0 alone writes, so what is left when it has ended hangs, as does what
+SIGSTOP has stopped."""
 _TERMINATE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 _OTHER_LAUNCHERS = ("OMPI_", "PMIX_", "HOROVOD_RANK", "HOROVOD_SIZE", "TORCHELASTIC_")
@@ -73,8 +74,8 @@ class _Ranks:
                 self._ask_to_stop()
             if self._first_failure is not None and self._deadline is None:
                 self._deadline = time.monotonic() + _LOSS_SECONDS
-            if 0 in self._ended and self._deadline is not None:
-                self._deadline = min(self._deadline, time.monotonic() + _AFTER_RANK_0_SECONDS)
+            if self._deadline is not None and (0 in self._ended or self._are_stopped()):
+                self._deadline = min(self._deadline, time.monotonic() + _STUCK_SECONDS)
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._end_all()
         return self._first_failure or ExitCode.FINISHED
@@ -98,6 +99,11 @@ class _Ranks:
                 _say(f"rank {rank} (process {process.pid}) was killed by {signal.Signals(-code).name}")
             if code != 0 and self._first_failure is None:
                 self._first_failure = code if code > 0 else ExitCode.FAULT
+
+    def _are_stopped(self) -> bool:
+        """Whether all ranks that are left were stopped by a signal, and can notice nothing."""
+        left = [process.pid for process in self._processes if process.poll() is None]
+        return all(_status_field(process, "State").startswith("T") for process in left)
 
     def _ask_to_stop(self) -> None:
         """Ask each rank once it can be asked: before it catches the signal it would die of it."""
@@ -158,12 +164,16 @@ def _start(
 
 
 def _catches(process: int, name: signal.Signals) -> bool:
+    return bool(int(_status_field(process, "SigCgt") or "0", 16) >> (name - 1) & 1)
+
+
+def _status_field(process: int, name: str) -> str:
+    """Return a field of /proc/PID/status; nothing where the process has ended."""
     try:
-        status = Path(f"/proc/{process}/status").read_text()
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
-        return False
-    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
-    return bool(int(caught, 16) >> (name - 1) & 1)
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(f"{name}:")), "")
 
 
 def _say(text: str) -> None:

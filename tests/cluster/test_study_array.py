@@ -72,7 +72,7 @@ def test_a_submitted_study_trains_measures_and_reports_in_the_sites_own_environm
     study = write_study(tmp_path, analyse=[{"kind": "direction", "options": {"points": 3}}])
     # as where --export=NONE leaves nothing and a module has to be loaded: only this file makes the package importable
     setup = tmp_path / "site set-up.sh"
-    setup.write_text(f"export PYTHONPATH={ROOT}\necho \"set up $SLURM_JOB_ID\" >>{tmp_path}/set-up\n")
+    setup.write_text(f'export PYTHONPATH={ROOT}\necho "set up $SLURM_JOB_ID" >>{tmp_path}/set-up\n')
     command = (sys.executable, "-m", "dist_train", "submit", "--study", str(study), "--ranks-per-node", "1")
     options = ("--", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=0", "--export=NONE")
     submitted = cluster.run(

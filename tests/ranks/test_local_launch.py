@@ -90,6 +90,16 @@ def test_a_killed_rank_ends_the_launch_with_1(running: subprocess.Popen[str], tm
     assert "SIGKILL" in output
 
 
+def test_a_stopped_rank_does_not_hold_up_the_end_of_the_launch(running: subprocess.Popen[str]) -> None:
+    first, second = sorted(descendants(running.pid))
+    os.kill(first, signal.SIGSTOP)
+    os.kill(second, signal.SIGKILL)
+    begun = time.monotonic()
+    code, output = ended(running)
+    assert code == ExitCode.FAULT, output
+    assert time.monotonic() - begun < 30, output  # it waits 40 s for ranks that may still end by themselves
+
+
 def test_all_ranks_carry_one_launch_id(running: subprocess.Popen[str]) -> None:
     environments = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in descendants(running.pid)[:2]]
     ids = {variable for each in environments for variable in each if variable.startswith(b"DIST_TRAIN_LAUNCH=")}
