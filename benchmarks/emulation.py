@@ -37,6 +37,7 @@ from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.launching.assembly import build_step
 from dist_train.models import build_model
+from dist_train.optim.averaging import build_averaging
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.optimizers import build_optimizer, optimizer_step
 from dist_train.outcome import UsageError
@@ -261,6 +262,7 @@ def _our_step(config: Config, network: nn.Module, ranks: int) -> Callable[[], ob
         build_optimizer(config.optimizer, weights),
         comm,
         compute,
+        build_averaging(config.averaging, weights, 1),
         loss_scale=LossScale(Progress() if compute.precision == torch.float16 else None),
         clock=StepClock(HostTimer()),
         total_steps=100,

@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +19,17 @@ import yaml
 from torch import Tensor, nn
 
 from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint
+from dist_train.checkpoint.state import Weights
 from dist_train.cluster.launch import current_launch
-from dist_train.config import Config, dump_config, load_config, parse_config
-from dist_train.config.loading import with_overrides
+from dist_train.config import Config, ScheduleSettings, dump_config, load_config, parse_config
+from dist_train.config.loading import with_overrides, write_override
 from dist_train.data.images import Split
+from dist_train.data.loader import open_splits
+from dist_train.data.plan import BatchPlan
 from dist_train.launching import train
-from dist_train.outcome import UsageError
+from dist_train.outcome import DivergedError, UsageError
 from dist_train.report.learning_curve import draw_learning_curve
+from dist_train.report.lr_range import RangeTest, read_range_test, write_range_test
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
 from dist_train.rundir.status import Status, load_status
@@ -75,16 +80,18 @@ class Run:
 
         return pandas.DataFrame(rows)
 
-    def model(self, step: int | None = None) -> nn.Module:
+    def model(self, step: int | None = None, weights: Weights = "raw") -> nn.Module:
         """Return the network after `step` (none: the last checkpoint) with clean weights, on the CPU, for evaluation.
+
+        `weights="averaged"`: with their average along the way, where the run made one.
 
         It takes images [n, C, H, W] as the run's data set gives them, and returns logits [n, classes].
 
         Raises:
-            UsageError: there is no such checkpoint, or it is damaged.
+            UsageError: there is no such checkpoint, it is damaged, or it holds no average.
         """
         contents = read_checkpoint(self.checkpoint(step))
-        return stored_model(contents, stored_config(contents, ())).eval()
+        return stored_model(contents, stored_config(contents, ()), weights).eval()
 
     def checkpoint(self, step: int | None = None) -> Path:
         """Return the checkpoint after `step`, or the last one. Raises UsageError where there is none."""
@@ -95,9 +102,11 @@ class Run:
             raise UsageError(f"{self.directory.root} has no checkpoint of step {step}: {known}", code="no-checkpoint")
         return next(file.path for file in list_checkpoints(self.directory.checkpoints) if file.step == step)
 
-    def evaluate(self, split: Split = "test", overrides: Sequence[str] = ()) -> dict[str, object]:
+    def evaluate(
+        self, split: Split = "test", overrides: Sequence[str] = (), weights: Weights = "raw"
+    ) -> dict[str, object]:
         """Return step, loss and accuracy of the last checkpoint on the whole of `split`. Raises UsageError."""
-        return evaluate_stored(self.directory.root, split, overrides)
+        return evaluate_stored(self.directory.root, split, overrides, weights)
 
     def learning_curve(self, output: Path | None = None) -> Path:
         """Draw loss and accuracy against epoch into `output` (.png, .svg, .pdf), and return where it is."""
@@ -118,13 +127,15 @@ def load_run(path: Path | str) -> Run:
     return Run(directory)
 
 
-def evaluate(target: Path | str, split: Split = "test", overrides: Sequence[str] = ()) -> dict[str, object]:
+def evaluate(
+    target: Path | str, split: Split = "test", overrides: Sequence[str] = (), weights: Weights = "raw"
+) -> dict[str, object]:
     """Return step, loss and accuracy of a checkpoint, or of a run's last one, on the whole of `split`.
 
     Raises:
         UsageError: there is no such checkpoint, or an override would change the model or its data.
     """
-    return evaluate_stored(Path(target), split, overrides)
+    return evaluate_stored(Path(target), split, overrides, weights)
 
 
 @dataclass(frozen=True)
@@ -136,8 +147,8 @@ class Export:
     difference: float
 
 
-def export(target: Path | str, to: Format, output: Path | None = None) -> Export:
-    """Write the model of a checkpoint, or of a run's last one, with clean weights and norm statistics.
+def export(target: Path | str, to: Format, output: Path | None = None, weights: Weights = "raw") -> Export:
+    """Write the model of a checkpoint, or of a run's last one, with clean weights, or averaged, and norm statistics.
 
     safetensors: the tensors by name, to be loaded into the same network. torch-export and onnx: the network too, for
     any number of images. What is written is loaded back, and compared on a few random images.
@@ -147,7 +158,7 @@ def export(target: Path | str, to: Format, output: Path | None = None) -> Export
     """
     contents = read_checkpoint(find_checkpoint(Path(target)))
     config = stored_config(contents, ())
-    model = stored_model(contents, config).eval()
+    model = stored_model(contents, config, weights).eval()
     suffix, write = _FORMATS[to]
     output = output or Path(f"{config.run.name}-{contents.step:08d}{suffix}")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -192,6 +203,49 @@ def _onnx(model: nn.Module, images: Tensor, output: Path) -> _Loaded:
 _FORMATS: Mapping[Format, tuple[str, Callable[[nn.Module, Tensor, Path], _Loaded]]] = MappingProxyType(
     {"safetensors": (".safetensors", _safetensors), "torch-export": (".pt2", _torch_export), "onnx": (".onnx", _onnx)}
 )
+
+
+def learning_rate_range(config: Config, low: float, high: float, updates: int, run_directory: Path) -> RangeTest:
+    """Train as `config` says with a rate that rises from `low` to `high` over `updates` updates, each times a factor.
+
+    Every rank of a launch calls it. It ends before where the loss is not finite any more. What was found is also
+    written into `run_directory`, as lr_range.csv, .json and .png.
+
+    Raises:
+        UsageError: the rates do not rise, or what `train` refuses.
+    """
+    if not 0 < low < high or updates < 2:
+        raise UsageError(
+            f"the rate must rise, from above 0, in 2 updates or more: not from {low:g} to {high:g} in {updates}",
+            code="option-range",
+        )
+    settings = config.data.model_copy(update={"normalize": False, "loader_workers": 0})
+    splits = open_splits(settings, config.run.seed, torch.device("cpu"))
+    steps_per_epoch = BatchPlan(config.batch.global_size, 1).steps_per_epoch(len(splits.train))
+    splits.close()
+    epochs = -(-updates // steps_per_epoch)
+    ratio = (high / low) ** (epochs * steps_per_epoch / (updates - 1))
+    schedule = {"decay": "exponential", "final_fraction": ratio}
+    overrides = [
+        f"run.epochs={epochs}",
+        f"run.max_steps={updates}",
+        f"optimizer.learning_rate={low!r}",
+        write_override("schedule", {**ScheduleSettings().model_dump(mode="json"), **schedule}),
+        "averaging.kind=none",
+        "early_stopping.patience=null",
+        "checkpoint={every_epochs: 0}",
+        "evaluation={every_epochs: 0, train_samples: 0}",
+        "metrics={enabled: false}",
+    ]
+    tested = parse_config(with_overrides(yaml.safe_load(dump_config(config)), overrides), source="the range test")
+    directory = RunDirectory(run_directory)
+    with suppress(DivergedError):  # what was measured before it is the result
+        train(tested, directory.root)
+    test = read_range_test(directory)
+    if current_launch().rank == 0:
+        write_range_test(test, directory)
+    return test
+
 
 _COMPARED = ("loss", "accuracy", "learning_rate", "noise_amplitude", "gradient_norm")
 

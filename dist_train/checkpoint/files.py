@@ -62,6 +62,8 @@ class Contents:
     metrics: Metrics
     plugins: Mapping[str, str] = field(default_factory=dict)
     """Digests of the source files of the plug-ins that the run used, by name."""
+    average: Mapping[str, Any] = field(default_factory=dict)
+    """Of a run that averages its weights: what the average is made of (`kept`), and its norms' `statistics`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the dictionary that `torch.load(path, weights_only=True)` gives."""
@@ -210,7 +212,9 @@ def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
             f"{path} is not a checkpoint of format {FORMAT}: its model holds more than tensors",
             code="checkpoint-format",
         )
-    return Contents(**{name: fields[name] for name in _KINDS}, plugins=fields.get("plugins", {}))
+    return Contents(
+        **{name: fields[name] for name in _KINDS}, plugins=fields.get("plugins", {}), average=fields.get("average", {})
+    )
 
 
 def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) -> Contents | None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from dist_train.checkpoint.files import Contents, Stored, adopt, newest_whole, r
 from dist_train.cluster.communicator import Communicator, broadcast_str
 from dist_train.config import Config, differences, parse_config
 from dist_train.config.resuming import with_decisions
+from dist_train.optim.averaging import Averaging, averaged_state
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.optimizers import state_tensors
 from dist_train.outcome import UsageError
@@ -96,6 +98,10 @@ class Progress:
     non_finite_step: int | None = None
     """The latest step after which an evaluation, or the weights, were not finite; its checkpoint is never the best."""
 
+    stopping_best: float | None = None
+    """The best value so far of what early stopping looks at; and since how many evaluations it is."""
+    stopping_waited: int | None = None
+
     def metrics(self) -> Mapping[str, float | int | None]:
         """Return what a checkpoint keeps of it beside the step."""
         return {name: value for name, value in asdict(self).items() if name != "step"}
@@ -109,6 +115,7 @@ class Progress:
         """Take in the accuracy of an evaluation just made."""
         if split == "train":
             self.train_accuracy = accuracy
+        if split != "test":
             return
         self.test_accuracy, self.evaluated_step = accuracy, self.step
         if self.best_accuracy is None or accuracy > self.best_accuracy:
@@ -134,9 +141,26 @@ def shared_progress(comm: Communicator, progress: Progress) -> Progress:
     return Progress(**fields)
 
 
-def load_into(contents: Contents, model: nn.Module, optimizer: Optimizer) -> None:
-    """Copy a checkpoint into `model` and `optimizer`; raise UsageError where it is of others."""
+Weights = Literal["raw", "averaged"]
+"""Which weights of a checkpoint: those of its step, or their average along the way."""
+
+
+def stored_state(contents: Contents, weights: Weights) -> Mapping[str, Tensor]:
+    """Return the model's state in a checkpoint. Raises UsageError where it holds no average, and that is asked for."""
+    if weights == "raw":
+        return contents.model
+    if not contents.average:
+        raise UsageError(
+            "the checkpoint holds no averaged weights: its run had averaging.kind none", code="no-averaged-weights"
+        )
+    return averaged_state(contents.average, contents.model)
+
+
+def load_into(contents: Contents, model: nn.Module, optimizer: Optimizer, averaging: Averaging | None = None) -> None:
+    """Copy a checkpoint into `model`, `optimizer` and `averaging`; raise UsageError where it is of others."""
     load_model(contents.model, model, "the checkpoint")
+    if averaging:
+        averaging.load(contents.average["kept"])
     try:
         # Right for an optimizer that nothing wraps: a wrapper would forget what is loaded before it.
         optimizer.load_state_dict({**contents.optimizer})
@@ -168,8 +192,10 @@ def _shape(state: Mapping[str, Tensor], name: str) -> str:
     return "x".join(map(str, state[name].shape)) or "a scalar" if name in state else "missing"
 
 
-def broadcast_state(comm: Communicator, model: nn.Module, weights: FlatWeights, optimizer: Optimizer) -> None:
-    """Give every rank rank 0's state: the optimizer's, the model's buffers, the weights.
+def broadcast_state(
+    comm: Communicator, model: nn.Module, weights: FlatWeights, optimizer: Optimizer, *more: Tensor
+) -> None:
+    """Give every rank rank 0's state: the optimizer's, the model's buffers, the weights, and `more`.
 
     Horovod's own broadcast of the optimizer makes a step on ranks without state, and so moves their
     weights; here every rank has the whole state from the beginning. What is of one type and device travels as
@@ -178,7 +204,7 @@ def broadcast_state(comm: Communicator, model: nn.Module, weights: FlatWeights, 
     parameters = {name for name, _ in model.named_parameters()}
     buffers = [value for name, value in model.state_dict().items() if name not in parameters]
     alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in (*(tensor for _, tensor in state_tensors(optimizer)), *buffers, weights.values):
+    for tensor in (*(tensor for _, tensor in state_tensors(optimizer)), *buffers, weights.values, *more):
         alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     with torch.no_grad():
         for index, tensors in enumerate(alike.values()):

@@ -125,6 +125,7 @@ class CheckpointWriter:
                     contents,
                     model=self._copy("model", contents.model),
                     optimizer=self._copy("optimizer", contents.optimizer),
+                    average=self._copy("average", contents.average),
                 )
             finally:
                 self._copied.set()

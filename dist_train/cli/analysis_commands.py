@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_train.cli.common import Subparsers
+from dist_train.cli.common import Subparsers, add_weights
 from dist_train.outcome import ExitCode, UsageError
 
 if TYPE_CHECKING:
@@ -356,13 +356,14 @@ def add_export(subparsers: Subparsers) -> None:
     parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help=_TARGET)
     parser.add_argument("--to", choices=("safetensors", "torch-export", "onnx"), required=True, help="the format")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="(default: NAME-STEP.SUFFIX)")
+    add_weights(parser)
     parser.set_defaults(run=_export)
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from dist_train.api import export
 
-    written = export(arguments.target, arguments.to, arguments.output)
+    written = export(arguments.target, arguments.to, arguments.output, arguments.weights)
     print(f"{written.path}: step {written.step}; loaded back, its logits differ by at most {written.difference:g}")
     return ExitCode.FINISHED
 

@@ -26,6 +26,13 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Add --weights."""
+    parser.add_argument(
+        "--weights", choices=("raw", "averaged"), default="raw", help="averaged: those of averaging.kind (default: raw)"
+    )
+
+
 def count(text: str) -> int:
     """Return the whole number above 0 that `text` writes."""
     if not re.fullmatch(r"[1-9]\d*", text):

@@ -14,7 +14,7 @@ from dist_train import __version__
 from dist_train.cli.analysis_commands import add_export, add_landscape, add_replay, add_sharpness
 from dist_train.cli.completion import add_completion
 from dist_train.cli.config_commands import add_config_command, add_doctor
-from dist_train.cli.run_commands import add_evaluate, add_launch, add_outcome, add_requeue, add_train
+from dist_train.cli.run_commands import add_evaluate, add_launch, add_lr_range, add_outcome, add_requeue, add_train
 from dist_train.cli.sweep_commands import add_submit, add_sweep
 from dist_train.cli.view_commands import add_curve, add_report, add_runs, add_watch
 from dist_train.cluster.launch import current_launch
@@ -33,6 +33,7 @@ _COMMANDS = (
     add_launch,
     add_submit,
     add_sweep,
+    add_lr_range,
     add_evaluate,
     add_landscape,
     add_sharpness,

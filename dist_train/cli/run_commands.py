@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from dist_train.cli.common import Subparsers, add_config, warn_of_unused
+from dist_train.cli.common import Subparsers, add_config, add_weights, count, warn_of_unused
 from dist_train.cluster.launch import current_launch
 from dist_train.outcome import (
     DisagreementError,
@@ -65,6 +65,38 @@ def _train(arguments: argparse.Namespace) -> int:
     return ExitCode.FINISHED
 
 
+def add_lr_range(subparsers: Subparsers) -> None:
+    """Add `lr-range CONFIG [section.key=value ...] [--from A] [--to B] [--updates N]`."""
+    parser = subparsers.add_parser(
+        "lr-range",
+        help="a learning-rate range test: loss against a rising rate",
+        description="Train as CONFIG says, with a learning rate that rises from A to B over N updates by a constant "
+        "factor, without warm-up or decay, and suggest the rate at which the smoothed loss falls steepest. Writes "
+        "lr_range.csv, lr_range.json and lr_range.png into the run directory. Runs on many ranks as train does.",
+    )
+    add_config(parser)
+    parser.add_argument("--from", dest="low", type=float, default=1e-4, metavar="A", help="(default: 0.0001)")
+    parser.add_argument("--to", dest="high", type=float, default=10.0, metavar="B", help="(default: 10)")
+    parser.add_argument("--updates", type=count, default=100, metavar="N", help="(default: 100)")
+    parser.set_defaults(run=_lr_range)
+
+
+def _lr_range(arguments: argparse.Namespace) -> int:
+    from dist_train.api import learning_rate_range
+    from dist_train.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides, arguments.plugin)
+    place = arguments.run_dir or config.run.directory / f"{config.run.name}-lr-range"
+    test = learning_rate_range(config, arguments.low, arguments.high, arguments.updates, place)
+    if current_launch().rank == 0:
+        found = "the loss does not fall: no suggestion"
+        if test.suggestion is not None:
+            found = f"suggestion: {test.suggestion:.3g}, where the smoothed loss falls steepest; try it, and its half"
+        print(f"{len(test.rates)} updates, rates {test.rates[0]:.3g} to {test.rates[-1]:.3g}; {found}")
+        print(escaped(str(place / "lr_range.png")))
+    return ExitCode.FINISHED
+
+
 def add_launch(subparsers: Subparsers) -> None:
     """Add `launch [-np N] COMMAND ...`."""
     parser = subparsers.add_parser(
@@ -98,7 +130,7 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 
 def add_evaluate(subparsers: Subparsers) -> None:
-    """Add `evaluate RUN_OR_CHECKPOINT [--split train|test]`."""
+    """Add `evaluate RUN_OR_CHECKPOINT [--split train|validation|test] [--weights raw|averaged]`."""
     parser = subparsers.add_parser(
         "evaluate",
         help="loss and accuracy of a checkpoint",
@@ -106,14 +138,15 @@ def add_evaluate(subparsers: Subparsers) -> None:
     )
     parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory or a checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="data.root=DIR, for instance")
-    parser.add_argument("--split", choices=("train", "test"), default="test")
+    parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
+    add_weights(parser)
     parser.set_defaults(run=_evaluate)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from dist_train.training.evaluation import evaluate_stored
 
-    result = evaluate_stored(arguments.target, arguments.split, arguments.overrides)
+    result = evaluate_stored(arguments.target, arguments.split, arguments.overrides, arguments.weights)
     is_finite = result["loss"] is not None
     if current_launch().rank == 0:
         print(json.dumps(result, allow_nan=False), flush=True)

@@ -1,5 +1,6 @@
 """Every setting, its default, its check: `load_config(path, overrides)` gives a frozen `Config`."""
 
+from dist_train.config.generalization import AveragingSettings, EarlyStoppingSettings, RegularizationSettings
 from dist_train.config.loading import dump_config, load_config, parse_config
 from dist_train.config.parts import DATA_SETS, ImageFormat, NoiseSchedule
 from dist_train.config.problems import ConfigError
@@ -18,18 +19,21 @@ from dist_train.config.sections import (
 
 __all__ = [
     "DATA_SETS",
+    "AveragingSettings",
     "BatchSettings",
     "CommSettings",
     "Config",
     "ConfigError",
     "DataSettings",
     "Difference",
+    "EarlyStoppingSettings",
     "ImageFormat",
     "ModelSettings",
     "NoiseSchedule",
     "NoiseSettings",
     "OptimizerSettings",
     "PrecisionSettings",
+    "RegularizationSettings",
     "ScheduleSettings",
     "differences",
     "dump_config",

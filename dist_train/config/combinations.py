@@ -39,6 +39,18 @@ def _normalizes_over_samples(config: Config) -> bool:
     return config.model.norm in ("batch", "ghost", "sync")
 
 
+def _is_not_measured(config: Config) -> bool:
+    """Whether early stopping looks at what no evaluation measures."""
+    split, _, _ = config.stopping_metric.partition(".")
+    measured = {
+        "train": config.evaluation.train_samples > 0,
+        "validation": config.data.validation_size is not None,
+        "test": True,
+    }
+    is_averaged = split.endswith("-averaged")
+    return not measured[split.removesuffix("-averaged")] or (is_averaged and config.averaging.kind == "none")
+
+
 def _leaves_one_sample(config: Config) -> bool:
     micro, whole = config.batch.micro_size, config.batch.global_size
     if micro == "auto" or micro > whole or whole == 1:
@@ -168,6 +180,19 @@ _RULES = (
         code="sync-adasum",
     ),
     _Rule(
+        "early_stopping.metric",
+        lambda c: c.early_stopping.patience is not None and _is_not_measured(c),
+        "no evaluation measures it: validation needs data.validation_size, train needs evaluation.train_samples, "
+        "-averaged needs averaging.kind",
+        code="metric-not-measured",
+    ),
+    _Rule(
+        "early_stopping.patience",
+        lambda c: c.early_stopping.patience is not None and c.evaluation.every_epochs == 0,
+        "without evaluations along the way there is nothing to wait for; set evaluation.every_epochs",
+        code="stopping-without-evaluations",
+    ),
+    _Rule(
         "data.shape",
         lambda c: is_plugin(c.data.name) and (c.data.shape is None or c.data.classes is None),
         "models are built for the images of {data.name} before it is read; set data.shape and data.classes",
@@ -246,6 +271,12 @@ _UNUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("schedule.warmup_epochs", _no_way_up, "schedule.scaling is none, so the rate has no way to rise"),
     ("schedule.milestones", lambda c: c.schedule.decay != "step", "schedule.decay is not step"),
     ("schedule.factor", lambda c: c.schedule.decay != "step", "schedule.decay is not step"),
+    ("schedule.final_fraction", lambda c: c.schedule.decay != "exponential", "schedule.decay is not exponential"),
+    ("averaging.decay", lambda c: c.averaging.kind != "ema", "averaging.kind is not ema"),
+    ("averaging.last", lambda c: c.averaging.kind != "lawa", "averaging.kind is not lawa"),
+    ("averaging.every_steps", lambda c: c.averaging.kind == "none", "averaging.kind is none"),
+    ("early_stopping.min_delta", lambda c: c.early_stopping.patience is None, "early_stopping.patience is not set"),
+    ("early_stopping.metric", lambda c: c.early_stopping.patience is None, "early_stopping.patience is not set"),
     ("schedule.power", lambda c: c.schedule.decay != "poly", "schedule.decay is not poly"),
     ("precision.tf32", lambda c: c.run.device == "cpu", "run.device is cpu"),
     ("data.download", lambda c: not c.data.name.startswith("cifar"), "only CIFAR can be downloaded"),

@@ -25,6 +25,7 @@ _FREE = frozenset(
         "comm.verify_every",
         "comm.timeout",
         "evaluation",
+        "early_stopping.patience",
         "checkpoint",
         "metrics",
     }

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
+from dist_train.config.generalization import AveragingSettings, EarlyStoppingSettings, RegularizationSettings
 from dist_train.config.parts import (
     DATA_SETS,
     Beta,
@@ -90,6 +91,12 @@ class DataSettings(Section):
     download: bool = Field(False, description="Fetch CIFAR's archive into `root` when it is not there.")
     train_size: PositiveInt | None = Field(
         None, description="Train on a seeded, class-balanced subset of this size.", examples=[16384]
+    )
+    validation_size: PositiveInt | None = Field(
+        None,
+        description="Hold out so many training images, a seeded choice with the classes' shares: the validation split. "
+        "It is never trained on, and `train_size` is taken of the rest.",
+        examples=[5000],
     )
     augment: Literal["none", "crop-flip"] = Field(
         "none",
@@ -256,10 +263,10 @@ class ScheduleSettings(Section):
         description="As many updates as at `base_batch`: an epoch of the run, of its warm-up and milestones, has the "
         "updates that it would have there (Hoffer et al., arXiv 1705.08741).",
     )
-    decay: Literal["constant", "step", "cosine", "poly"] | PluginName = Field(
+    decay: Literal["constant", "step", "cosine", "poly", "exponential"] | PluginName = Field(
         "constant",
         description="How the rate falls after the warm-up. step: by `factor` at `milestones`. cosine: to 0. poly: as "
-        "(1 - x)^`power`, x the fraction of the time after warm-up.",
+        "(1 - x)^`power`, x the fraction of the time after warm-up. exponential: as `final_fraction`^x.",
     )
     options: Options = _options("schedule.decay")
     milestones: tuple[PositiveFloat, ...] = Field(
@@ -267,6 +274,11 @@ class ScheduleSettings(Section):
     )
     factor: Fraction = Field(0.1, description="Factor of a step decay.", examples=[0.2])
     power: PositiveFloat = Field(2.0, description="Exponent of a polynomial decay.", examples=[1.0])
+    final_fraction: PositiveFloat = Field(
+        0.01,
+        description="Where an exponential decay ends, as a fraction of the peak; above 1 the rate rises.",
+        examples=[0.001],
+    )
 
 
 class PrecisionSettings(Section):
@@ -420,9 +432,12 @@ class Config(Section):
     noise: NoiseSettings = Field(default_factory=NoiseSettings)
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
+    regularization: RegularizationSettings = Field(default_factory=RegularizationSettings)
+    averaging: AveragingSettings = Field(default_factory=AveragingSettings)
     precision: PrecisionSettings = Field(default_factory=PrecisionSettings)
     comm: CommSettings = Field(default_factory=CommSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    early_stopping: EarlyStoppingSettings = Field(default_factory=EarlyStoppingSettings)
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     metrics: MetricsSettings = Field(default_factory=MetricsSettings)
 
@@ -430,6 +445,12 @@ class Config(Section):
     def run_directory(self) -> Path:
         """The run's own directory, unless the command names another."""
         return self.run.directory / self.run.name
+
+    @property
+    def stopping_metric(self) -> str:
+        """What early stopping looks at, as SPLIT.accuracy or SPLIT.loss."""
+        default = "test.accuracy" if self.data.validation_size is None else "validation.accuracy"
+        return self.early_stopping.metric or default
 
     @property
     def recomputes_statistics(self) -> bool:

@@ -10,9 +10,9 @@ from dist_train.config import DataSettings
 from dist_train.config.plugins import call_plugin, is_plugin
 from dist_train.data import cifar, fashion_mnist, synthetic
 from dist_train.data.cache import Source, decoded_folder, decoded_once
-from dist_train.data.image_folder import check_same_classes, list_split, training_subset
+from dist_train.data.image_folder import check_same_classes, held_out, list_split, training_subset
 from dist_train.data.images import ImageSet, Split, in_memory
-from dist_train.data.plan import balanced_subset
+from dist_train.data.plan import balanced_subset, others, stratified_choice
 from dist_train.outcome import UsageError
 
 _ARCHIVES: Mapping[str, cifar.Archive] = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}
@@ -24,11 +24,17 @@ Reader = Callable[[DataSettings, Split, int], ImageSet]
 def load_images(settings: DataSettings, split: Split, seed: int) -> ImageSet:
     """Return the images of `split`; for training, the subset of `train_size` that the seed chooses.
 
-    Raises UsageError when files are missing or damaged, or hold fewer images than `train_size`.
+    The validation split is a part of the training images, which the training split then lacks.
+
+    Raises UsageError when files are missing or damaged, or hold fewer images than `train_size` or `validation_size`.
     """
-    images = (_plugin if is_plugin(settings.name) else READERS[settings.name])(settings, split, seed)
+    read: Split = "test" if split == "test" else "train"
+    images = (_plugin if is_plugin(settings.name) else READERS[settings.name])(settings, read, seed)
     assert images.shape == settings.image_format.shape
     assert images.classes == settings.image_format.classes
+    if split != "test" and settings.validation_size is not None:
+        chosen = stratified_choice(images.labels, settings.validation_size, images.classes, seed)
+        images = images.select(chosen if split == "validation" else others(chosen, len(images)))
     if split == "train" and settings.train_size is not None:
         return balanced_subset(images, settings.train_size, seed)
     return images
@@ -49,6 +55,7 @@ def find_data(settings: DataSettings) -> None:
     elif settings.name == "imagefolder" and settings.root is not None and settings.classes is not None:
         train, test = (list_split(settings.root, split, settings.classes, seed=0) for split in splits)
         check_same_classes(train, test)
+        train, _ = held_out(train, settings.validation_size, seed=0)
         training_subset(train, settings.train_size, seed=0)
 
 

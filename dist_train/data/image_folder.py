@@ -19,7 +19,7 @@ from dist_train.data.decoders import Decoder, LoaderProcesses, Order
 from dist_train.data.decoding import CHANNELS, DRAWS, Work
 from dist_train.data.images import BatchRequest, Split, Splits
 from dist_train.data.pixels import PixelFormat, move, staging_buffer, statistics_of_parts
-from dist_train.data.plan import balanced_choice
+from dist_train.data.plan import balanced_choice, others, stratified_choice
 from dist_train.outcome import FaultError, UsageError
 from dist_train.randomness import generator, key, uniform
 
@@ -27,7 +27,7 @@ STATISTICS_SAMPLES = 1000
 _STATISTICS_PART = 100
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-_FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("val", "test")}
+_FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "validation": ("train",), "test": ("val", "test")}
 _LAYOUT = "an image folder holds train/CLASS/*.jpg and val/CLASS/*.jpg (or test/...)"
 
 
@@ -81,6 +81,18 @@ def training_subset(listing: Listing, size: int | None, seed: int) -> Listing:
     if size is None:
         return listing
     return listing.select(balanced_choice(listing.labels, size, len(listing.classes), seed))
+
+
+def held_out(listing: Listing, size: int | None, seed: int) -> tuple[Listing, Listing | None]:
+    """Return the files that are trained on, and the `size` ones held out of them, in the classes' shares.
+
+    Raises:
+        UsageError: none would be left.
+    """
+    if size is None:
+        return listing, None
+    chosen = stratified_choice(listing.labels, size, len(listing.classes), seed)
+    return listing.select(others(chosen, len(listing))), listing.select(chosen)
 
 
 def check_same_classes(train: Listing, test: Listing) -> None:
@@ -217,6 +229,7 @@ def open_folder(settings: DataSettings, seed: int, device: torch.device, pixels:
     train_files = list_split(settings.root, "train", settings.classes, seed)
     test_files = list_split(settings.root, "test", settings.classes, seed)
     check_same_classes(train_files, test_files)
+    train_files, validation_files = held_out(train_files, settings.validation_size, seed)
     train_files = training_subset(train_files, settings.train_size, seed)
     size = settings.image_size
     decoder = LoaderProcesses(settings.loader_workers, size) if settings.loader_workers else Decoder()
@@ -230,6 +243,9 @@ def open_folder(settings: DataSettings, seed: int, device: torch.device, pixels:
     return Splits(
         train=FolderSamples(train_files, decoder, size, device, seed, settings.augment, pixels),
         test=FolderSamples(test_files, decoder, size, device, seed, "none", pixels),
+        validation=None
+        if validation_files is None
+        else FolderSamples(validation_files, decoder, size, device, seed, "none", pixels),
         identity=f"{train_files.digest()} {test_files.digest()}",
     )
 

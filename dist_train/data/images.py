@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_train.config import DataSettings
 from dist_train.outcome import UsageError
 
-Split = Literal["train", "test"]
+Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class ImageSet:
         """Channels, height and width of one image."""
         _, channels, height, width = self.images.shape
         return channels, height, width
+
+    def select(self, samples: Tensor) -> ImageSet:
+        """Return the images of `samples`, int64, in their order."""
+        return ImageSet(self.images[samples], self.labels[samples], self.classes, self.identity)
 
     def digest(self) -> str:
         """Return a digest of the images and labels."""
@@ -128,14 +132,25 @@ class SampleSource(Protocol):
 
 @dataclass(frozen=True)
 class Splits:
-    """The two halves of a data set, fed alike."""
+    """The parts of a data set, fed alike."""
 
     train: SampleSource
     test: SampleSource
     identity: str = ""
     """Names what they hold: another set of files has another; empty: made up from the settings."""
+    validation: SampleSource | None = None
+    """What is held out of the training set, where the settings ask for it."""
+
+    def of(self, split: Split) -> SampleSource:
+        """Return the samples of `split`. Raises UsageError where there is no validation split."""
+        if split == "validation":
+            if self.validation is None:
+                raise UsageError("the run held nothing out: data.validation_size is not set", code="no-validation")
+            return self.validation
+        return self.train if split == "train" else self.test
 
     def close(self) -> None:
-        """Close both."""
-        self.train.close()
-        self.test.close()
+        """Close all."""
+        for samples in (self.train, self.test, self.validation):
+            if samples is not None:
+                samples.close()

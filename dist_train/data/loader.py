@@ -84,11 +84,13 @@ def open_splits(
         return open_folder(settings, seed, device, PixelFormat(dtype, memory_format))
     train = load_images(settings, "train", seed)
     test = load_images(settings, "test", seed)
+    validation = None if settings.validation_size is None else load_images(settings, "validation", seed)
     statistics = channel_statistics(train.images) if settings.normalize else None
     pixels = PixelFormat(dtype, memory_format, statistics)
     return Splits(
         train=Samples(train, device, seed, settings.augment, pixels),
         test=Samples(test, device, seed, "none", pixels),
+        validation=None if validation is None else Samples(validation, device, seed, "none", pixels),
         identity=f"{train.identity} {test.identity}".strip(),
     )
 

@@ -106,7 +106,7 @@ def balanced_subset(images: ImageSet, size: int, seed: int) -> ImageSet:
     chosen = balanced_choice(images.labels, size, images.classes, seed)
     if size == len(images):
         return images
-    return ImageSet(images.images[chosen], images.labels[chosen], images.classes, images.identity)
+    return images.select(chosen)
 
 
 def balanced_choice(labels: Tensor, size: int, classes: int, seed: int) -> Tensor:
@@ -121,10 +121,39 @@ def balanced_choice(labels: Tensor, size: int, classes: int, seed: int) -> Tenso
             code="too-few-samples",
         )
     # Shuffle, then take the first of every class, then the second of every class, and so on.
-    shuffled = torch.randperm(labels.numel(), generator=generator(seed, "training subset"))
+    shuffled, turn, _ = _turns(labels, classes, seed, "training subset")
+    return shuffled[torch.argsort(turn, stable=True)[:size]].sort().values
+
+
+def stratified_choice(labels: Tensor, size: int, classes: int, seed: int) -> Tensor:
+    """Return which of the samples with `labels` are held out: int64 [size], ascending, in the classes' shares.
+
+    Raises UsageError when no sample would be left.
+    """
+    if size >= labels.numel():
+        raise UsageError(
+            f"data.validation_size is {size}, but there are {labels.numel()} training images: hold out fewer",
+            code="too-few-samples",
+        )
+    shuffled, turn, of_class = _turns(labels, classes, seed, "validation split")
+    # The samples of a class are spread evenly over [0, 1), so that any first part has the shares of the whole.
+    place = (turn + 0.5) / of_class
+    return shuffled[torch.argsort(place, stable=True)[:size]].sort().values
+
+
+def others(chosen: Tensor, samples: int) -> Tensor:
+    """Return the samples of 0..samples-1 that `chosen` leaves, int64, ascending."""
+    is_left = torch.ones(samples, dtype=torch.bool)
+    is_left[chosen] = False
+    return is_left.nonzero().view(-1)
+
+
+def _turns(labels: Tensor, classes: int, seed: int, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a shuffled order, and for each sample in it how many of its class come before, and how many it has."""
+    shuffled = torch.randperm(labels.numel(), generator=generator(seed, purpose))
     by_class = torch.argsort(labels[shuffled], stable=True)
     counts = torch.bincount(labels, minlength=classes)
     first_of_class = torch.cumsum(counts, 0) - counts
     turn = torch.empty_like(by_class)
     turn[by_class] = torch.arange(labels.numel()) - first_of_class.repeat_interleave(counts)
-    return shuffled[torch.argsort(turn, stable=True)[:size]].sort().values
+    return shuffled, turn, counts[labels[shuffled]]

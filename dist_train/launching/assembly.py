@@ -28,10 +28,12 @@ from dist_train.config import Config
 from dist_train.config.resuming import with_device, with_micro_size
 from dist_train.data.images import SampleSource
 from dist_train.data.loader import open_splits
+from dist_train.data.mixing import build_mix
 from dist_train.data.plan import BatchPlan
 from dist_train.launching.session import Session
 from dist_train.models import build_model
 from dist_train.models.norms import BatchStatistics, norm_modules
+from dist_train.optim.averaging import Averaging, build_averaging
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise, SmoothOut, build_noise
 from dist_train.optim.optimizers import build_optimizer
@@ -107,10 +109,11 @@ def assemble(
         norms = WeightNorms(weights.values, weights.values.clone()) if comm.rank == 0 else None
         measuring = Measuring(comm, read_usage_of(compute.device), norms)
     optimizer = build_optimizer(config.optimizer, weights)
-    restore = partial(_restore, resume_point, updates_per_epoch, network, optimizer)
+    averaging = build_averaging(config.averaging, weights, steps_per_epoch)
+    restore = partial(_restore, resume_point, updates_per_epoch, network, optimizer, averaging)
     progress = run_on_all_ranks(comm, restore, "restore the checkpoint")
     progress = shared_progress(comm, progress)
-    broadcast_state(comm, network, weights, optimizer)
+    broadcast_state(comm, network, weights, optimizer, averaging.kept)
 
     model: nn.Module = network
     if config.precision.compile:
@@ -130,6 +133,7 @@ def assemble(
         optimizer,
         comm,
         compute,
+        averaging,
         loss_scale=LossScale(progress if compute.precision == torch.float16 else None),
         clock=build_step_clock(compute.device) if is_measured else StepClock(HostTimer()),
         total_steps=total_steps,
@@ -183,6 +187,7 @@ def build_step(
     optimizer: Optimizer,
     comm: Communicator,
     compute: Compute,
+    averaging: Averaging,
     *,
     loss_scale: LossScale,
     clock: StepClock,
@@ -208,6 +213,9 @@ def build_step(
         tally=Tally(comm, statistics, compute.device),
         compute=compute,
         clip_norm=config.optimizer.clip_norm,
+        averaging=averaging,
+        label_smoothing=config.regularization.label_smoothing,
+        mix=build_mix(config.regularization, config.run.seed, len(samples)),
         loss_scale=loss_scale,
         sum_over_ranks=sum_over(config.model, comm, clock),
         clock=clock,
@@ -215,7 +223,9 @@ def build_step(
     )
 
 
-def _restore(start: ResumePoint, updates_per_epoch: int, network: nn.Module, optimizer: Optimizer) -> Progress:
+def _restore(
+    start: ResumePoint, updates_per_epoch: int, network: nn.Module, optimizer: Optimizer, averaging: Averaging
+) -> Progress:
     if start.contents is None:
         if start.initial is not None:
             load_model(start.initial.contents.model, network, str(start.initial.path))
@@ -227,7 +237,7 @@ def _restore(start: ResumePoint, updates_per_epoch: int, network: nn.Module, opt
             f"finish it with run.epochs={start.epochs_before}, then lengthen it",
             code="run-unfinished",
         )
-    load_into(start.contents, network, optimizer)
+    load_into(start.contents, network, optimizer, averaging)
     return restored_progress(start.contents)
 
 

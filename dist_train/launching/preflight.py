@@ -35,6 +35,8 @@ def check_metrics(config: Config) -> None:
 def check_batches(config: Config) -> None:
     """Check that the training samples make up a batch, where the settings say how many there are. Raises UsageError."""
     made_up = config.data.synthetic_samples if config.data.name == "synthetic" else None
+    if made_up is not None:
+        made_up -= config.data.validation_size or 0
     sizes = [size for size in (made_up, config.data.train_size) if size is not None]
     batches = [config.batch.global_size, *([config.schedule.base_batch] if config.schedule.keep_updates else [])]
     if sizes:

@@ -129,7 +129,8 @@ class Session:
 
     def finish(self) -> Outcome:
         """Report that the run is done, and return how it ended."""
-        outcome = self._end("finished", ExitCode.FINISHED, "", is_recorded=False)
+        reason = self._trainer.stopped_early if self._trainer else ""
+        outcome = self._end("finished", ExitCode.FINISHED, reason, is_recorded=False)
         if self.status:
             self._directory.drop_reserve()
         return outcome

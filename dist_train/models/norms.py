@@ -83,6 +83,16 @@ def norm_modules(model: nn.Module) -> list[GroupedBatchNorm]:
     return [module for module in model.modules() if isinstance(module, GroupedBatchNorm)]
 
 
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Return the running statistics of the norms of `model`, by their names in its state."""
+    return {
+        f"{prefix}.{name}": value
+        for prefix, module in model.named_modules()
+        if isinstance(module, GroupedBatchNorm)
+        for name, value in module.named_buffers(recurse=False)
+    }
+
+
 @contextmanager
 def sync_batch_norm(norms: Sequence[GroupedBatchNorm], sum_over_ranks: SumOverRanks | None) -> Iterator[None]:
     """Normalize, within the block, over the samples of all ranks, which make the same passes; None: as always."""

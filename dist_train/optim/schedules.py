@@ -59,6 +59,7 @@ _DECAYS: Mapping[str, Callable[[LearningRate, float], float]] = MappingProxyType
         "constant": lambda rate, epoch: 1.0,
         "step": lambda rate, epoch: rate.settings.factor ** sum(epoch >= one for one in rate.settings.milestones),
         "cosine": lambda rate, epoch: (1.0 + math.cos(math.pi * _part_after_warmup(rate, epoch))) / 2.0,
+        "exponential": lambda rate, epoch: rate.settings.final_fraction ** _part_after_warmup(rate, epoch),
         "poly": lambda rate, epoch: float((1.0 - _part_after_warmup(rate, epoch)) ** rate.settings.power),
     }
 )

@@ -269,6 +269,8 @@ TRAIN_LOSS = Measure("train_loss", "final train loss", "", _last("loss", "train"
 _BASIC = (
     FINAL_ACCURACY,
     _accuracy("best_test", "best test accuracy", "The highest of all evaluations on the test split.", _best),
+    _accuracy("final_validation", "final validation accuracy", "", _last("accuracy", "validation")),
+    _accuracy("final_averaged", "final test accuracy, averaged weights", "", _last("accuracy", "test-averaged")),
     _accuracy("final_train", "final train accuracy", _CLEAN, _last("accuracy", "train")),
     _accuracy("gap", "generalization gap", "Final train minus final test accuracy.", _gap, "points"),
     Measure("test_loss", "final test loss", "", _last("loss", "test"), _FOUR),

@@ -12,7 +12,10 @@ from dist_train.report.stored_run import StoredRun
 from dist_train.report.variants import Panel
 from dist_train.watch.figure import Chart
 
-_BATCHES = {"batch": "train, each batch", "train": "train split", "test": "test split"}
+_BATCHES = {"batch": "train, each batch", "train": "train split", "test": "test split"} | {
+    "validation": "validation split",
+    **{f"{split}-averaged": f"{split} split, averaged weights" for split in ("train", "validation", "test")},
+}
 _LINES = {"loss": "loss, left axis", "accuracy": "accuracy, right axis", "train": "train", "test": "test"}
 
 
@@ -30,8 +33,11 @@ class NumberedFigure:
 
 def figures_of_run(run: StoredRun) -> dict[str, NumberedFigure]:
     """Return the figures of one run, by key; those without content are left out."""
+    curves = run_curves(run)
+    drawn = {series.style for chart in curves for series in chart.series}
+    legend = {style: label for style, label in _BATCHES.items() if style in drawn}
     return _numbered(
-        NumberedFigure("curves", "Learning curves and rates", (run_curves(run),), legend=_BATCHES),
+        NumberedFigure("curves", "Learning curves and rates", (curves,), legend=legend),
         NumberedFigure("landscapes", "The loss around the solution", (run_landscapes(run),), legend=_LINES),
         NumberedFigure("planes", "Planes through the solution", planes=planes_of([run])),
     )

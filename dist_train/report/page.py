@@ -19,7 +19,7 @@ from dist_train.report import tables
 from dist_train.report.chart import Frame, ticks
 from dist_train.report.figures import curve_records, sharpness_scatters
 from dist_train.report.landscape_charts import Plane, landscape_figure
-from dist_train.report.looks import style_rules
+from dist_train.report.looks import ROLES, style_rules
 from dist_train.report.measures import measures_of, sharpness_of
 from dist_train.report.numbered import NumberedFigure, figures_of_run, figures_of_study
 from dist_train.report.stored_run import StoredRun, Subject, read_subject
@@ -29,8 +29,6 @@ from dist_train.rundir import atomic
 from dist_train.rundir.paths import RunDirectory
 
 _FOLDER = Path(__file__).parent
-_ROLES = ("train", "test", "batch", "loss", "accuracy")
-"""A series of a landscape has two, such as loss and train: of those the last one counts."""
 
 
 def tables_in_markdown(subject: Subject) -> str:
@@ -180,7 +178,7 @@ def _address(plane: Plane) -> str:
 
 def _series_rules(content: Mapping[str, Any]) -> Iterator[str]:
     """Yield the rules that give each series its look, and hide it while its box is not ticked."""
-    yield from style_rules((*sorted(content["styles"]), *_ROLES))
+    yield from style_rules((*sorted(content["styles"]), *ROLES))
     switched = {style for figure in content["figures"].values() for style in figure.legend}
     yield from (
         f".figure:has(input[value={style}]:not(:checked)) .series.{style}{{display:none}}" for style in sorted(switched)

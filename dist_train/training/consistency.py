@@ -17,19 +17,23 @@ import dist_train
 from dist_train.cluster.communicator import Communicator, broadcast_str, gather, run_on_all_ranks, signed_digest
 from dist_train.config import Config
 from dist_train.config.plugins import plugin_files
+from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights, digest
 from dist_train.optim.noise import Noise
 from dist_train.outcome import DisagreementError, UsageError
 
 
-def verify_agreement(comm: Communicator, weights: FlatWeights, noise: Noise, step: int) -> None:
-    """Compare digests of the clean weights and of the noise of update `step`, just made, over all ranks.
+def verify_agreement(
+    comm: Communicator, weights: FlatWeights, noise: Noise, step: int, averaging: Averaging | None = None
+) -> None:
+    """Compare digests of the clean weights, their average, and the noise of update `step`, just made, over all ranks.
 
     Raises:
         DisagreementError: they differ; the text names what differs and the ranks that are in the minority.
     """
-    digests = gather(comm, [digest(weights.values), noise.digest(step)], "agreement")
-    for index, what in enumerate(("weights", "noise")):
+    own = [digest(weights.values), noise.digest(step), averaging.digest() if averaging else 0]
+    digests = gather(comm, own, "agreement")
+    for index, what in enumerate(("weights", "noise", "average")):
         odd = minority([row[index] for row in digests])
         if odd:
             names = ", ".join(map(str, odd))

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from dist_train.checkpoint.files import Contents, read_stored
-from dist_train.checkpoint.state import load_model
+from dist_train.checkpoint.state import Weights, load_model, stored_state
 from dist_train.cluster.communicator import Communicator, run_on_all_ranks
 from dist_train.cluster.devices import device_type, share_out_devices
 from dist_train.cluster.joining import join_ranks
@@ -131,10 +131,12 @@ def recompute_statistics(
     statistics.absorb(total.statistics, len(indices), momentum=1.0)
 
 
-def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dict[str, object]:
+def evaluate_stored(
+    target: Path, split: Split, overrides: Sequence[str], weights: Weights = "raw"
+) -> dict[str, object]:
     """Return step, loss (None where it is not finite) and accuracy of a stored model on the whole of `split`.
 
-    The same on all ranks. The norm statistics are those of the checkpoint: they belong to its clean weights.
+    The same on all ranks. The norm statistics are those of the checkpoint, taken at its clean, or averaged, weights.
     """
     with ExitStack() as stack:
         comm = join_ranks(timeout=60.0, device_type=device_type())
@@ -149,8 +151,8 @@ def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dic
         open_data = partial(open_splits, config.data, config.run.seed, compute.device, layout)
         splits = run_on_all_ranks(comm, open_data, "load the data")
         stack.callback(splits.close)
-        model = stored_model(contents, config).to(compute.device)
-        samples = splits.train if split == "train" else splits.test
+        model = stored_model(contents, config, weights).to(compute.device)
+        samples = splits.of(split)
         batch_size = config.evaluation.batch_size
         result = evaluate(model, samples, len(samples), batch_size=batch_size, compute=compute, comm=comm)
         comm.barrier()
@@ -159,16 +161,17 @@ def evaluate_stored(target: Path, split: Split, overrides: Sequence[str]) -> dic
         "step": contents.step,
         "epoch": contents.epoch,
         "split": split,
+        "weights": weights,
         "loss": finite(result.loss),
         "accuracy": result.accuracy,
         "samples": result.samples,
     }
 
 
-def stored_model(contents: Contents, config: Config) -> nn.Module:
-    """Return the network of `config` with the state that a checkpoint holds, on the CPU."""
+def stored_model(contents: Contents, config: Config, weights: Weights = "raw") -> nn.Module:
+    """Return the network of `config` with the state that a checkpoint holds of `weights`, on the CPU."""
     model = build_model(config)
-    load_model(contents.model, model, "the checkpoint")
+    load_model(stored_state(contents, weights), model, "the checkpoint")
     return model
 
 

@@ -13,9 +13,11 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from dist_train.data.images import BatchRequest, SampleSource
+from dist_train.data.mixing import Mix, Target, unmixed
 from dist_train.data.plan import MicroBatch
 from dist_train.models.normalization import SumOverRanks
 from dist_train.models.norms import BatchStatistics, GroupedBatchNorm, sync_batch_norm
+from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import optimizer_step, set_learning_rate
@@ -52,6 +54,15 @@ class GlobalBatch:
     epoch: int
     indices: Tensor
     micro_batches: tuple[MicroBatch, ...]
+    partners: int = 0
+    """Samples of the global batch that are read beyond each micro-batch, to be mixed with its own."""
+
+    def request(self, micro_batch: MicroBatch) -> BatchRequest:
+        """Return what is read for `micro_batch`; after the last sample of the global batch comes the first."""
+        read = self.indices[micro_batch.start : micro_batch.stop + self.partners]
+        if (missing := micro_batch.size + self.partners - len(read)) > 0:
+            read = torch.cat([read, self.indices[:missing]])
+        return BatchRequest(read, self.epoch)
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,9 @@ class TrainingStep:
     tally: Tally
     compute: Compute
     clip_norm: float | None
+    averaging: Averaging
+    label_smoothing: float = 0.0
+    mix: Mix = unmixed
     loss_scale: LossScale = field(default_factory=LossScale)
     sum_over_ranks: SumOverRanks | None = None
     """Where the ranks share every micro-batch: what their norms' sums go through."""
@@ -98,6 +112,7 @@ class TrainingStep:
             set_learning_rate(self.optimizer, learning_rate)
             optimizer_step(self.optimizer)
             self.noise.after_update(batch.step)
+            self.averaging.after_update(batch.step)
             self.statistics.absorb(total.statistics, total.samples, _STATISTICS_MOMENTUM)
             self.loss_scale.note_update()
         return Update(total.loss, total.accuracy, gradient_norm, total.stop > 0, self.clock.times())
@@ -135,33 +150,42 @@ class TrainingStep:
 
     def _add_gradient(self, batch: GlobalBatch, micro_batch: MicroBatch) -> None:
         with self.clock.part("data_wait"):
-            indices = batch.indices[micro_batch.start : micro_batch.stop]
-            inputs, labels = self.samples.read(BatchRequest(indices, batch.epoch))
+            request = batch.request(micro_batch)
+            inputs, target = self.mix(*self.samples.read(request), request)
         scaled_size = len(batch.indices) / self.loss_scale.value
         with self.clock.part("perturb_restore"):
-            self.noise.perturb_for(micro_batch.index, partial(self._ascend, inputs, labels, scaled_size))
+            self.noise.perturb_for(micro_batch.index, partial(self._ascend, inputs, target, scaled_size))
         is_last = micro_batch is batch.micro_batches[-1]
         collecting = self.reduction.last_micro_batch if is_last else self.reduction.micro_batch
-        logits, loss_sum = self._forward(inputs, labels)
+        logits, total = self._forward(inputs, target)
         self.statistics.collect()
-        self.tally.add(loss_sum, logits, labels)
+        self.tally.add(total, logits, target.main)
         with collecting():
-            torch.autograd.backward(loss_sum / scaled_size)
+            torch.autograd.backward(total / scaled_size)
 
-    def _forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, inputs: Tensor, target: Target) -> tuple[Tensor, Tensor]:
         """Return the logits and the sum of the losses."""
         with self.compute.autocast():
             logits = self.model(inputs)
-        return logits, functional.cross_entropy(logits.float(), labels, reduction="sum")
+        return logits, loss_sum(logits.float(), target, self.label_smoothing)
 
-    def _ascend(self, inputs: Tensor, labels: Tensor, scaled_size: float) -> None:
+    def _ascend(self, inputs: Tensor, target: Target, scaled_size: float) -> None:
         """Take the gradient of the micro-batch's loss, whose direction counts; the norms' statistics leave this out."""
         with self.clock.part("forward_backward"):
-            _, loss_sum = self._forward(inputs, labels)
-            torch.autograd.backward(loss_sum / scaled_size)
+            _, total = self._forward(inputs, target)
+            torch.autograd.backward(total / scaled_size)
         if self.sum_over_ranks is not None:
             self.sum_over_ranks(self.weights.gradients, "ascent")
         self.statistics.forget()
+
+
+def loss_sum(logits: Tensor, target: Target, label_smoothing: float) -> Tensor:
+    """Return the sum of the cross entropies of `logits` [n, classes]; a mixed image has one of two labels."""
+    against = partial(functional.cross_entropy, logits, label_smoothing=label_smoothing)
+    if target.partners is None or target.share is None:
+        return against(target.labels, reduction="sum")
+    own, other = against(target.labels, reduction="none"), against(target.partners, reduction="none")
+    return torch.lerp(other, own, target.share).sum()
 
 
 def clip_gradient(gradient: Tensor, norm: float, largest: float | None) -> None:

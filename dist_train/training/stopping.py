@@ -1,11 +1,14 @@
-"""What ends a run before its last step: signals, and the end of the job's time."""
+"""What ends a run before its last step: signals, the end of the job's time, evaluations that get no better."""
 
 from __future__ import annotations
 
+import math
 import signal
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
+from dist_train.checkpoint.state import Progress
 from dist_train.cluster.launch import current_job, job_end
 
 _ALWAYS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -79,6 +82,41 @@ class TimeLimit:
             self._longest = max(self._longest, now - self._last)
         self._last = now
         return now + 2 * self._longest + 2 * self._save + _TO_END_SECONDS >= self.end
+
+
+class EarlyStopping:
+    """Ends a run whose evaluations have not improved for long: a function of values that all ranks share."""
+
+    def __init__(self, patience: int | None, min_delta: float, metric: str) -> None:
+        """Watch `metric`, SPLIT.accuracy or SPLIT.loss; without `patience`, never end a run."""
+        self.metric = metric
+        self._patience = patience
+        self._min_delta = min_delta
+
+    def note(self, progress: Progress, values: Mapping[str, float]) -> None:
+        """Take the evaluation that gave `values`, by metric, into `progress`, which a checkpoint holds.
+
+        A value that is not finite is no improvement.
+        """
+        if self._patience is None:
+            return
+        value, best = values.get(self.metric, math.nan), progress.stopping_best
+        sign = -1.0 if self.metric.endswith(".loss") else 1.0
+        if math.isfinite(value) and (best is None or sign * (value - best) > self._min_delta):
+            progress.stopping_best, progress.stopping_waited = value, 0
+        else:
+            progress.stopping_waited = (progress.stopping_waited or 0) + 1
+
+    def reason(self, progress: Progress) -> str:
+        """Return why the run ends where `progress` is, before its last step; empty where it continues."""
+        waited = progress.stopping_waited or 0
+        if self._patience is None or waited < self._patience:
+            return ""
+        best = "never finite" if progress.stopping_best is None else f"best {progress.stopping_best:.6g}"
+        return (
+            f"stopped early after step {progress.step}: {self.metric} has not improved in {waited} evaluations "
+            f"({best}); raise early_stopping.patience to continue"
+        )
 
 
 def job_time_limit() -> TimeLimit:

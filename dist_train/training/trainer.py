@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 import torch
@@ -19,19 +19,20 @@ from dist_train.cluster.communicator import Communicator
 from dist_train.config import Config
 from dist_train.config.plugins import plugin_files
 from dist_train.config.resuming import with_micro_size
-from dist_train.data.images import BatchRequest, Splits
+from dist_train.data.images import BatchRequest, Split, Splits
 from dist_train.data.plan import BatchPlan, batch_indices, epoch_order
 from dist_train.monitoring.observers import Observers
 from dist_train.optim.schedules import LearningRate
 from dist_train.outcome import DivergedError, FaultError, StoppedError
 from dist_train.rundir.records import Detail, EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import StatusFile
+from dist_train.training.averaged import AveragedModel
 from dist_train.training.consistency import verify_agreement
-from dist_train.training.evaluation import evaluate, recompute_statistics, statistics_samples
+from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples
 from dist_train.training.measuring import Measuring, Profiler
 from dist_train.training.micro_batches import halve, share_of
 from dist_train.training.step import GlobalBatch, OutOfMemoryError, TrainingStep, Update
-from dist_train.training.stopping import StopRequests, TimeLimit
+from dist_train.training.stopping import EarlyStopping, StopRequests, TimeLimit
 
 _logger = logging.getLogger("dist_train.training")
 
@@ -71,6 +72,9 @@ class Trainer:
         self.plan = BatchPlan(self.config.batch.global_size, self.config.batch.micro_size)
         self._epoch_order = lru_cache(2)(partial(epoch_order, len(self.splits.train), self.config.run.seed))
         self._statistics_at: int | None = None
+        self._averaged = AveragedModel(self.network, self.take_step.averaging, self._take_statistics)
+        early = self.config.early_stopping
+        self._early_stopping = EarlyStopping(early.patience, early.min_delta, self.config.stopping_metric)
         self._settings = self.config.model_dump(mode="json")
         self._plugins = plugin_files(self._settings)
         self._not_written: NotWritten | None = None
@@ -97,7 +101,7 @@ class Trainer:
             DisagreementError: ranks hold different weights or noise.
             FaultError: the last checkpoint could not be written, or a rank is gone.
         """
-        while self.progress.step < self.last_step:
+        while self.progress.step < self.last_step and not self.stopped_early:
             self.advance()
         self._hand_out_measurement()
         self._finish_saving()
@@ -105,6 +109,11 @@ class Trainer:
             raise DivergedError(
                 f"the last evaluation, after step {self.progress.step}, is not finite", code="evaluation-not-finite"
             )
+
+    @property
+    def stopped_early(self) -> str:
+        """Why the run ends before its last step, where its evaluations get no better; else empty."""
+        return self._early_stopping.reason(self.progress) if self.progress.step < self.last_step else ""
 
     def close(self) -> None:
         """Wait for what is being written, whatever became of it, and let go of the data."""
@@ -136,14 +145,14 @@ class Trainer:
         epoch, index = divmod(step, self.learning_rate.steps_per_epoch)
         indices = batch_indices(self._epoch_order(epoch), index, self.plan.global_size)
         micro_batches = share_of(self.config.model, self.plan, self.comm.rank, self.comm.size)
-        return GlobalBatch(step, epoch, indices, micro_batches)
+        return GlobalBatch(step, epoch, indices, micro_batches, partners=int(self.config.regularization.mixes))
 
     def _coming_micro_batches(self) -> Iterator[BatchRequest]:
         """Yield this rank's micro-batches of this update and the next."""
         for step in range(self.progress.step, min(self.progress.step + 2, self.last_step)):
             batch = self._batch(step)
             for micro_batch in batch.micro_batches:
-                yield BatchRequest(batch.indices[micro_batch.start : micro_batch.stop], batch.epoch)
+                yield batch.request(micro_batch)
 
     def _shrink(self) -> None:
         smaller = halve(self.plan.micro_size, self.plan.global_size)
@@ -167,11 +176,13 @@ class Trainer:
                 self.measuring.start(step, seconds, update.times)
         every = self.config.comm.verify_every
         if every and (step % every == 0 or step == self.last_step):
-            verify_agreement(self.comm, self.take_step.weights, self.take_step.noise, step - 1)
+            made = self.take_step
+            verify_agreement(self.comm, made.weights, made.noise, step - 1, made.averaging)
         if self._is_due(self.config.evaluation.every_epochs):
             self._evaluate()
         every_steps = self.config.checkpoint.every_steps
-        if self._is_due(self.config.checkpoint.every_epochs) or (every_steps and step % every_steps == 0):
+        is_due = self._is_due(self.config.checkpoint.every_epochs) or (every_steps and step % every_steps == 0)
+        if is_due or self.stopped_early:
             self._save()
         self._report_saved()
         self.observers.progress(step)
@@ -184,7 +195,7 @@ class Trainer:
             )
         if self.time_limit.is_near(time.time()):
             self.stop.request("time limit")
-        if update.stop_requested and step < self.last_step:
+        if update.stop_requested and step < self.last_step and not self.stopped_early:
             self._stop()
 
     def _hand_out_measurement(self) -> None:
@@ -194,8 +205,11 @@ class Trainer:
 
     def _is_due(self, every_epochs: int) -> bool:
         """Whether something that comes every so many epochs, and at the end, comes now."""
-        step, every = self.progress.step, every_epochs * self.learning_rate.steps_per_epoch
-        return step == self.last_step or (every > 0 and step % every == 0)
+        return self.progress.step == self.last_step or self._ends_epochs(every_epochs)
+
+    def _ends_epochs(self, number: int) -> bool:
+        """Whether the last update was the last of a multiple of `number` epochs; 0: never."""
+        return number > 0 and self.progress.step % (number * self.learning_rate.steps_per_epoch) == 0
 
     def _record_update(self, update: Update, seconds: float) -> None:
         made = self.progress.step - 1
@@ -216,12 +230,36 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self._recompute_statistics()
-        settings = self.config.evaluation
+        results = self._evaluations("")
+        if self._averaged:
+            with self._averaged.in_force(self.progress.step):
+                results |= self._evaluations("-averaged")
         not_finite = [] if bool(self.take_step.weights.values.isfinite().all()) else ["weights"]
-        for split, samples, count in (
-            ("train", self.splits.train, min(settings.train_samples, len(self.splits.train))),
-            ("test", self.splits.test, len(self.splits.test)),
-        ):
+        for split, result in results.items():
+            if not math.isfinite(result.loss):
+                not_finite.append(f"{split} loss")
+            else:
+                self.progress.note_accuracy(split, result.accuracy)
+        if not_finite:
+            self.progress.note_non_finite()
+            self._event("non_finite_evaluation", what=", ".join(not_finite))
+        # The evaluation at a step that `run.max_steps` ends at would not be there in a run that has more.
+        if self._ends_epochs(self.config.evaluation.every_epochs):
+            values = {f"{split}.accuracy": result.accuracy for split, result in results.items()}
+            values |= {f"{split}.loss": result.loss for split, result in results.items()}
+            self._early_stopping.note(self.progress, values)
+        if self.stopped_early:
+            self._event("stopped_early", reason=self.stopped_early)
+
+    def _evaluations(self, suffix: str) -> dict[str, Evaluation]:
+        """Evaluate the network as it is on every split, by split with `suffix`, and record it."""
+        settings, results = self.config.evaluation, {}
+        splits: tuple[Split, ...] = ("train", "validation", "test")
+        for split in splits:
+            if split == "validation" and self.splits.validation is None:
+                continue
+            samples = self.splits.of(split)
+            count = min(settings.train_samples, len(samples)) if split == "train" else len(samples)
             if count == 0:
                 continue
             result = evaluate(
@@ -233,23 +271,19 @@ class Trainer:
                 comm=self.comm,
                 after_batch=partial(self.observers.progress, self.progress.step),
             )
-            self._record(
-                EvaluationRecord(
-                    self.progress.step, self.epoch, split, result.loss, result.accuracy, count, time.time()
-                )
-            )
-            if math.isfinite(result.loss):
-                self.progress.note_accuracy(split, result.accuracy)
-            else:
-                not_finite.append(f"{split} loss")
-        if not_finite:
-            self.progress.note_non_finite()
-            self._event("non_finite_evaluation", what=", ".join(not_finite))
+            results[f"{split}{suffix}"] = result
+            measured = result.loss, result.accuracy, count, time.time()
+            self._record(EvaluationRecord(self.progress.step, self.epoch, f"{split}{suffix}", *measured))
+        return results
 
     def _recompute_statistics(self) -> None:
         """Recompute norm statistics at the clean weights, once a step."""
-        if not self.config.recomputes_statistics or self._statistics_at == self.progress.step:
-            return
+        if self.config.recomputes_statistics and self._statistics_at != self.progress.step:
+            self._take_statistics()
+            self._statistics_at = self.progress.step
+
+    def _take_statistics(self) -> None:
+        """Recompute norm statistics at the weights that the network computes with."""
         count, micro_size = len(self.splits.train), self.plan.micro_size
         recompute_statistics(
             self.network,
@@ -259,17 +293,17 @@ class Trainer:
             compute=self.take_step.compute,
             comm=self.comm,
         )
-        self._statistics_at = self.progress.step
 
     def _save(self) -> None:
         self._recompute_statistics()
         self._saved_at = self.progress.step
         self.progress.note_saved()
+        average = self._averaged.contents(self.progress.step)
         if self.writer is None:
             return
         best = self.progress.best_saved_step if self.config.checkpoint.keep_best else None
         begun = time.perf_counter()
-        self.writer.submit(self.contents(), best)
+        self.writer.submit(replace(self.contents(), average=average), best)
         if self.measuring:
             self.measuring.note_stall(time.perf_counter() - begun)
 

@@ -170,6 +170,9 @@ BATCH = "batch"
 """Style of what is measured at each update; that of an evaluation is its split's name."""
 
 
+_FURTHER_SPLITS = ("validation", "train-averaged", "validation-averaged", "test-averaged")
+
+
 @dataclass(frozen=True)
 class Measured:
     """What a run has measured, evaluations by split; without `steps_per_epoch` curves are drawn against steps."""
@@ -181,11 +184,13 @@ class Measured:
 
 
 def measured_of(name: str, records: Iterable[Record]) -> Measured:
-    """Return what `records` hold of the updates, and of the train and test splits."""
+    """Return what `records` hold of the updates, and of each split; train and test stand first."""
     known = [record for record in records if not isinstance(record, EventRecord)]
     train = [record for record in known if isinstance(record, TrainRecord)]
     tests = [record for record in known if isinstance(record, EvaluationRecord)]
-    splits = {split: [record for record in tests if record.split == split] for split in ("train", "test")}
+    found = {record.split for record in tests}
+    names = ("train", "test", *(split for split in _FURTHER_SPLITS if split in found))
+    splits = {split: [record for record in tests if record.split == split] for split in names}
     # the least of them, so that it is exact also where `epoch` counts whole epochs only
     ratios = [record.step / record.epoch for record in known if record.step and record.epoch > 0]
     return Measured(name, train, splits, max(1, round(min(ratios))) if ratios else None)

@@ -127,7 +127,7 @@ def accuracy_pairs(run: Snapshot) -> list[tuple[str, str]]:
 LEAST_HEIGHT = 7
 _FRAME = 4
 """Lines that are not the curves themselves: heading, border, labels below."""
-_CURVE_COLOURS = {BATCH: "cyan", "train": "yellow", "test": "magenta"}
+_CURVE_COLOURS = {BATCH: "cyan", "train": "yellow", "test": "magenta", "train-averaged": "red", "validation": "blue"}
 
 
 def curves(history: History, quantity: Quantity, columns: int, rows: int) -> Group:

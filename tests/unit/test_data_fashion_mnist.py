@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import struct
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def read(root: Path, split: Split = "train") -> ImageSet:
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_idx_files_are_read_plain_or_packed(tmp_path: Path, packed: bool, split: Split) -> None:
+def test_idx_files_are_read_plain_or_packed(tmp_path: Path, packed: bool, split: Literal["train", "test"]) -> None:
     written = write_fashion_mnist(tmp_path, split, packed=packed)
     images = read(tmp_path, split)
     assert np.array_equal(images.images.numpy(), written.images)

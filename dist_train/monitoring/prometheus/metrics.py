@@ -235,7 +235,7 @@ METRICS: tuple[Metric, ...] = (
     _by_split(
         "loss",
         "Latest mean loss: of the global batch at the weights that it was trained at (batch), of a whole split at the "
-        "clean weights (train, test).",
+        "clean weights (train, validation, test), or at their average (train-averaged, ...).",
         "loss",
         "nats",
     ),

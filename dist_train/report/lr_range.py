@@ -1,0 +1,89 @@
+"""What a learning-rate range test found (Smith 2015, arXiv 1506.01186): loss against rate, and a suggestion."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from dist_train.outcome import UsageError
+from dist_train.report.drawing import save, stacked
+from dist_train.rundir import atomic
+from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.records import TrainRecord, read_records
+from dist_train.watch.figure import BATCH, Axis, Chart, Point, Series, loss_axis, plain, three_digits
+
+_KEPT = 0.9
+"""Of the smoothed loss at each update; corrected for its beginning at zero."""
+_INCHES = 3.5
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """The loss at each rate, as it is and smoothed, and where the smoothed one falls steepest, if it falls at all."""
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    smoothed: tuple[float, ...]
+    suggestion: float | None
+
+
+def range_test(rates: Sequence[float], losses: Sequence[float]) -> RangeTest:
+    """Return what `losses` at rising `rates` say: the rate of the steepest fall, per log rate, before the least loss."""
+    sums = list(accumulate(losses, lambda kept, loss: _KEPT * kept + (1 - _KEPT) * loss, initial=0.0))[1:]
+    smoothed = [value / (1 - _KEPT ** (at + 1)) for at, value in enumerate(sums)]
+    least = min(range(len(smoothed)), key=smoothed.__getitem__, default=0)
+    slopes = {
+        at: (smoothed[at + 1] - smoothed[at - 1]) / math.log(rates[at + 1] / rates[at - 1])
+        for at in range(1, min(least + 1, len(rates) - 1))
+    }
+    steepest = min(slopes, key=slopes.__getitem__, default=None)
+    falls = steepest is not None and slopes[steepest] < 0
+    suggestion = rates[steepest] if steepest is not None and falls else None
+    return RangeTest(tuple(rates), tuple(losses), tuple(smoothed), suggestion)
+
+
+def read_range_test(directory: RunDirectory) -> RangeTest:
+    """Return the range test that the run in `directory` made; losses after the first that is not finite are left out.
+
+    Raises:
+        UsageError: it has made fewer than two updates.
+    """
+    found = [record for record in read_records(directory.metrics) if isinstance(record, TrainRecord)]
+    end = next((at for at, record in enumerate(found) if not math.isfinite(record.loss)), len(found))
+    if end < 2:
+        raise UsageError(f"{directory.root} holds fewer than two updates: begin at a lower rate", code="no-measurement")
+    return range_test([record.learning_rate for record in found[:end]], [record.loss for record in found[:end]])
+
+
+def write_range_test(test: RangeTest, directory: RunDirectory) -> tuple[Path, ...]:
+    """Write `test` into `directory` as lr_range.csv, .json and .png, and return where they are."""
+    table, record, picture = (directory.root / f"lr_range.{suffix}" for suffix in ("csv", "json", "png"))
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("learning_rate", "loss", "smoothed_loss"))
+    rows.writerows(zip(test.rates, test.losses, test.smoothed, strict=True))
+    atomic.write_text(table, text.getvalue())
+    atomic.write_text(record, atomic.json_text(asdict(test), indent=2) + "\n")
+    save(stacked([_chart(test)], (_INCHES,), directory.root.resolve().name), picture)
+    return table, record, picture
+
+
+def _chart(test: RangeTest) -> Chart:
+    def points(values: Sequence[float]) -> tuple[Point, ...]:
+        return tuple(map(Point, test.rates, values))
+
+    series = (
+        Series("each batch", BATCH, points(test.losses), "faint"),
+        Series("smoothed", "train", points(test.smoothed)),
+    )
+    across = Axis("learning rate", test.rates[0], test.rates[-1], plain, is_logarithmic=True)
+    note = "" if test.suggestion is None else f"steepest at {three_digits(test.suggestion)}"
+    left = loss_axis("loss", test.losses, plain)
+    return Chart(
+        "lr-range", "", "Loss against learning rate.", across, left, series, note=note, upright=test.suggestion
+    )

@@ -1,0 +1,103 @@
+"""Averages of weights: torch's own moving average, and the mean of the latest, whatever the number of updates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dist_train.config import AveragingSettings
+from dist_train.optim.averaging import Averaging, averaged_state, build_averaging
+from dist_train.optim.flat_weights import FlatWeights
+
+
+def a_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
+
+
+def move(weights: FlatWeights, step: int) -> None:
+    """Change the weights as an update of `step` might."""
+    source = torch.Generator().manual_seed(step)
+    for view in weights.views_of(weights.values):
+        view.add_(torch.randn(view.shape, generator=source))
+
+
+def averages_of(averaging: Averaging, weights: FlatWeights, steps: int) -> dict[str, torch.Tensor]:
+    """Return each parameter's average after so many updates."""
+    views = weights.views_of(averaging.value(steps))
+    return {segment.name: view for segment, view in zip(weights.segments, views, strict=True)}
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.99, 0.999])
+def test_the_moving_average_is_that_of_torch(decay: float) -> None:
+    model = a_model()
+    weights = FlatWeights(model)
+    averaging = build_averaging(AveragingSettings(kind="ema", decay=decay), weights, 4)
+    expected = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    for step in range(30):
+        move(weights, step)
+        averaging.after_update(step)
+        expected.update_parameters(model)
+    named = dict(expected.module.named_parameters())
+    for name, value in averages_of(averaging, weights, 30).items():
+        assert torch.equal(value, named[name].detach()), name
+
+
+@given(st.integers(2, 5), st.integers(1, 3), st.integers(0, 20))
+def test_the_latest_weights_are_averaged_however_many_there_are(last: int, every: int, steps: int) -> None:
+    weights = FlatWeights(a_model())
+    averaging = build_averaging(AveragingSettings(kind="lawa", last=last, every_steps=every), weights, 4)
+    taken = []
+    for step in range(steps):
+        move(weights, step)
+        averaging.after_update(step)
+        if (step + 1) % every == 0:
+            taken.append(weights.values.clone())
+    expected = torch.stack(taken[-last:]).double().mean(0) if taken else weights.values.double()
+    assert torch.allclose(averaging.value(steps).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ema", "lawa"])
+def test_it_resumes_from_its_state_bit_identically(kind: str) -> None:
+    settings = AveragingSettings(kind=kind, decay=0.9, last=3, every_steps=2)  # type: ignore[arg-type]
+    weights = FlatWeights(a_model())
+    averaging = build_averaging(settings, weights, 4)
+    twin = averaging
+    for step in range(17):
+        if step == 7:
+            twin = build_averaging(settings, weights, 4)
+            twin.load(averaging.state(7))
+        move(weights, step)
+        averaging.after_update(step)
+        if step >= 7:
+            twin.after_update(step)
+    assert torch.equal(twin.value(17), averaging.value(17))
+    assert twin.digest() == averaging.digest()
+    stored = averaged_state({"kept": averaging.state(17), "statistics": {}}, {})
+    assert all(torch.equal(stored[name], value) for name, value in averages_of(averaging, weights, 17).items())
+
+
+def test_the_model_computes_with_the_average_within_the_block_alone() -> None:
+    model = a_model()
+    weights = FlatWeights(model)
+    averaging = build_averaging(AveragingSettings(kind="lawa", every_steps=1, last=2), weights, 4)
+    images = torch.ones(1, 7)
+    before = model(images)
+    averaging.after_update(0)
+    weights.values.mul_(3)
+    after = model(images)
+    with averaging.in_force(1):
+        assert torch.equal(model(images), before)
+    assert torch.equal(model(images), after)
+
+
+def test_without_an_average_nothing_is_kept() -> None:
+    averaging = build_averaging(AveragingSettings(), FlatWeights(a_model()), 4)
+    averaging.after_update(0)
+    assert not averaging
+    assert averaging.kept.numel() == 0
+    assert averaging.state(1) == []
