@@ -33,7 +33,7 @@ class RangeTest:
 
 
 def range_test(rates: Sequence[float], losses: Sequence[float]) -> RangeTest:
-    """Return what `losses` at rising `rates` say: the rate of the steepest fall, per log rate, before the least loss."""
+    """Return what `losses` at rising `rates` say; the fall is taken per log rate, before the least loss."""
     sums = list(accumulate(losses, lambda kept, loss: _KEPT * kept + (1 - _KEPT) * loss, initial=0.0))[1:]
     smoothed = [value / (1 - _KEPT ** (at + 1)) for at, value in enumerate(sums)]
     least = min(range(len(smoothed)), key=smoothed.__getitem__, default=0)
@@ -83,7 +83,5 @@ def _chart(test: RangeTest) -> Chart:
     )
     across = Axis("learning rate", test.rates[0], test.rates[-1], plain, is_logarithmic=True)
     note = "" if test.suggestion is None else f"steepest at {three_digits(test.suggestion)}"
-    left = loss_axis("loss", test.losses, plain)
-    return Chart(
-        "lr-range", "", "Loss against learning rate.", across, left, series, note=note, upright=test.suggestion
-    )
+    left, words = loss_axis("loss", test.losses, plain), "Loss against learning rate."
+    return Chart("lr-range", "", words, across, left, series, note=note, upright=test.suggestion)
