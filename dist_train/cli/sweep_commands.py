@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shlex
 import sys
@@ -57,6 +58,13 @@ def add_sweep(subparsers: Subparsers) -> None:
         const=_analyses,
         help="print the commands that measure the finished runs as the study says, one a line",
     )
+    actions.add_argument(
+        "--best",
+        dest="action",
+        action="store_const",
+        const=_best,
+        help="of a search: print the best finished trial of each variant, by the objective, one line of JSON each",
+    )
     parser.set_defaults(run=_study, action=_sweep)
 
 
@@ -66,10 +74,15 @@ def _study(arguments: argparse.Namespace) -> int:
     plan = plan_study(arguments.study, arguments.directory, arguments.overrides)
     runs: tuple[PlannedRun, ...] = plan.runs
     if arguments.only is not None:
+        if plan.unasked and arguments.action in (_sweep, _arguments):
+            from dist_train.sweep.asking import with_run
+
+            plan = with_run(plan, arguments.only)
         only = plan.run(arguments.only)
         if only is None:
+            asked = " yet" if arguments.only in plan.unasked else ""
             raise UsageError(
-                f"the study {plan.study.name} has the runs 1 to {len(plan.runs)}, not {arguments.only}",
+                f"the study {plan.study.name} has the runs 1 to {plan.total}, not {arguments.only}{asked}",
                 code="no-such-run-number",
             )
         runs = (only,)
@@ -78,16 +91,29 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
-    from dist_train.sweep.planned_runs import write_plan
+    from dist_train.sweep.asking import publish, with_next_trial
     from dist_train.sweep.sweep import Launcher, share_of_threads, summary, sweep
 
     alone = arguments.only is not None
-    jobs = min(arguments.jobs, len(runs))
+    planned = len(runs) if alone else plan.total
+    jobs = min(arguments.jobs, planned)
     launcher = Launcher(arguments.ranks, share_of_threads(jobs, arguments.ranks), to_terminal=alone)
-    launcher.command(plan, runs[0])
-    write_plan(plan)
-    print(f"study {plan.study.name}: {len(runs)} of {len(plan.runs)} runs, {jobs} at a time, in {plan.directory}")
-    tally = sweep(plan, runs, jobs, launcher, _say)
+    launcher.program()
+    publish(plan)
+    print(f"study {plan.study.name}: {planned} of {plan.total} runs, {jobs} at a time, in {plan.directory}")
+    now = plan
+
+    def more() -> list[PlannedRun]:
+        nonlocal now
+        if alone or not now.unasked:
+            return []
+        before = {run.number for run in now.runs}
+        now = with_next_trial(now)
+        return [run for run in now.runs if run.number not in before]
+
+    tally = sweep(plan, runs, jobs, launcher, _say, more)
+    tally.unasked = 0 if alone else len(now.unasked)
+    publish(now)
     for line in summary(tally):
         print(escaped(line))
     return tally.exit_code
@@ -97,13 +123,15 @@ def _list(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...
     from dist_train.sweep.standing import render, standing_of
 
     print_table(render([standing_of(run) for run in runs]))
+    if plan.unasked and arguments.only is None:
+        print(f"and {len(plan.unasked)} runs of trials that Optuna is still to be asked for")
     return ExitCode.FINISHED
 
 
 def _array(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
     from dist_train.sweep.standing import as_ranges, standing_of
 
-    left = [run.number for run in runs if standing_of(run).then == "start"]
+    left = sorted([*(run.number for run in runs if standing_of(run).then == "start"), *plan.unasked])
     if not left:
         print(f"dist-train: no run of {plan.study.name} is left to do; see --list", file=sys.stderr)
         return ExitCode.FAULT
@@ -112,7 +140,7 @@ def _array(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ..
 
 
 def _arguments(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
-    from dist_train.sweep.planned_runs import write_plan
+    from dist_train.sweep.asking import publish
     from dist_train.sweep.standing import standing_of
     from dist_train.sweep.sweep import train_arguments
 
@@ -122,7 +150,7 @@ def _arguments(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun
     standing = standing_of(run)
     match standing.then:
         case "start":
-            write_plan(plan)
+            publish(plan)
             print("\n".join(train_arguments(plan, run)))
             return ExitCode.FINISHED
         case "skip":
@@ -138,6 +166,19 @@ def _analyses(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun,
 
     for command in analysis_commands(plan.study, [run for run in runs if standing_of(run).then == "skip"]):
         print(shlex.join(["dist-train", *command]))
+    return ExitCode.FINISHED
+
+
+def _best(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
+    from dist_train.sweep.asking import best_trials
+
+    search = plan.study.search
+    if search is None:
+        raise UsageError(f"the study {plan.study.name} has no search: see its report", code="option-alone")
+    for variant, value, best in best_trials(plan):
+        settings = {path: best[0].settings[path] for path in search.space}
+        names = [run.name for run in best]
+        print(json.dumps({"variant": variant, search.objective: value, "settings": settings, "runs": names}))
     return ExitCode.FINISHED
 
 
@@ -215,13 +256,14 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 def _submit_study(arguments: argparse.Namespace) -> int:
     from dist_train.config.loading import located
-    from dist_train.sweep.planned_runs import plan_study, write_plan
+    from dist_train.sweep.asking import publish
+    from dist_train.sweep.planned_runs import plan_study
     from dist_train.sweep.standing import as_ranges, standing_of
     from dist_train.sweep.submission import Submission, project_root, study_jobs, submit_study
 
     parent = arguments.run_dir.absolute() if arguments.run_dir else None
     plan = plan_study(located(arguments.config), parent, arguments.overrides)
-    left = [run.number for run in plan.runs if standing_of(run).then == "start"]
+    left = sorted([*(run.number for run in plan.runs if standing_of(run).then == "start"), *plan.unasked])
     if not left:
         print(f"dist-train: no run of {plan.study.name} is left to do", file=sys.stderr)
         return ExitCode.FAULT
@@ -243,7 +285,7 @@ def _submit_study(arguments: argparse.Namespace) -> int:
             waits = f", --dependency={job.after}:the one before" if job.after else ""
             print(f"# {job.name}{waits}\n{job.script}")
         return ExitCode.FINISHED
-    write_plan(plan)
+    publish(plan)
     for name, number in submit_study(jobs, submission.run_directory).items():
         print(f"{name:<14} {number}")
     print(f"study          {submission.run_directory}")

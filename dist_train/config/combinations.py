@@ -39,18 +39,6 @@ def _normalizes_over_samples(config: Config) -> bool:
     return config.model.norm in ("batch", "ghost", "sync")
 
 
-def _is_not_measured(config: Config) -> bool:
-    """Whether early stopping looks at what no evaluation measures."""
-    split, _, _ = config.stopping_metric.partition(".")
-    measured = {
-        "train": config.evaluation.train_samples > 0,
-        "validation": config.data.validation_size is not None,
-        "test": True,
-    }
-    is_averaged = split.endswith("-averaged")
-    return not measured[split.removesuffix("-averaged")] or (is_averaged and config.averaging.kind == "none")
-
-
 def _leaves_one_sample(config: Config) -> bool:
     micro, whole = config.batch.micro_size, config.batch.global_size
     if micro == "auto" or micro > whole or whole == 1:
@@ -181,7 +169,7 @@ _RULES = (
     ),
     _Rule(
         "early_stopping.metric",
-        lambda c: c.early_stopping.patience is not None and _is_not_measured(c),
+        lambda c: c.early_stopping.patience is not None and not c.measures(c.stopping_metric),
         "no evaluation measures it: validation needs data.validation_size, train needs evaluation.train_samples, "
         "-averaged needs averaging.kind",
         code="metric-not-measured",

@@ -452,6 +452,17 @@ class Config(Section):
         default = "test.accuracy" if self.data.validation_size is None else "validation.accuracy"
         return self.early_stopping.metric or default
 
+    def measures(self, metric: str) -> bool:
+        """Whether evaluations of the run measure `metric`, SPLIT.accuracy or SPLIT.loss."""
+        split, _, _ = metric.partition(".")
+        measured = {
+            "train": self.evaluation.train_samples > 0,
+            "validation": self.data.validation_size is not None,
+            "test": True,
+        }
+        is_averaged = split.endswith("-averaged")
+        return measured[split.removesuffix("-averaged")] and not (is_averaged and self.averaging.kind == "none")
+
     @property
     def recomputes_statistics(self) -> bool:
         """Whether norm statistics for evaluation are recomputed from training data."""

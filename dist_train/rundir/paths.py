@@ -218,6 +218,8 @@ class StudyDirectory:
         """The configuration that the runs vary, resolved."""
         self.runs = root / "runs.json"
         """The planned runs, in their order."""
+        self.trials = root / "trials.log"
+        """The journal of a search by Optuna."""
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dist_train.config.loading import based_on, read_settings, with_overrides, w
 from dist_train.config.problems import Problem, problem
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import RunDirectory, StudyDirectory
+from dist_train.sweep.search import OptunaTrials, drawn_settings
 from dist_train.sweep.study_file import Analysis, Interpolation, Settings, Study, load_study
 
 
@@ -38,6 +39,9 @@ class PlannedRun:
     settings: Settings
     overrides: tuple[str, ...]
     config: Config
+    searched: str = ""
+    """Of a search: the variant that the run is a trial of, and the trial's number."""
+    trial: int | None = None
 
     @property
     def directory(self) -> Path:
@@ -63,10 +67,18 @@ class Plan:
     base: Config
     directory: Path
     runs: tuple[PlannedRun, ...]
+    overrides: tuple[str, ...] = ()
+    unasked: Mapping[int, str] = field(default_factory=dict)
+    """Of a search by Optuna: the numbers of the runs whose trials are still to be asked, and their variants."""
+
+    @property
+    def total(self) -> int:
+        """Runs, with those that are not known yet."""
+        return len(self.runs) + len(self.unasked)
 
     def run(self, number: int) -> PlannedRun | None:
-        """Return the run of this number; None where there is none."""
-        return self.runs[number - 1] if 1 <= number <= len(self.runs) else None
+        """Return the run of this number; None where there is none, or its trial is still to be asked."""
+        return next((run for run in self.runs if run.number == number), None)
 
 
 @dataclass(frozen=True)
@@ -80,10 +92,28 @@ class _Variant:
     origins: Mapping[str, str]
 
 
-def plan_study(path: Path, directory: Path | None = None, overrides: Sequence[str] = ()) -> Plan:
+@dataclass(frozen=True)
+class _Point:
+    """A run's place in a study: its number, its seed, its variant; of a search, that of which trial of `searched`.
+
+    What a trial that is still to be asked will choose is not known: its settings are then drawn, to check their like.
+    """
+
+    number: int
+    seed: int
+    variant: _Variant
+    searched: str = ""
+    trial: int | None = None
+    is_asked: bool = True
+
+
+def plan_study(
+    path: Path, directory: Path | None = None, overrides: Sequence[str] = (), before: Plan | None = None
+) -> Plan:
     """Return the study at `path` with its runs, seed by seed, each checked as a whole.
 
     The runs lie in `directory` (else the base's run.directory), below the study's name. `overrides` go to every run.
+    What is in an earlier plan of the same study, `before`, is not checked again.
 
     Raises:
         ConfigError: something in the study, its base, or any of its runs is wrong; every problem is listed once.
@@ -96,25 +126,65 @@ def plan_study(path: Path, directory: Path | None = None, overrides: Sequence[st
     folder = (directory or base.run.directory) / study.name
     planned: list[PlannedRun] = []
     found: list[Problem] = []
-    for seed, variant in itertools.product(study.seeds, _variants(study)):
-        if seed not in study.seeds_of(variant.variant):
+    unasked: dict[int, str] = {}
+    checked = {run.overrides: run for run in before.runs} if before else {}
+    for point in _points(study, optuna_trials(study, folder)):
+        name = f"{point.variant.name}-seed-{point.seed}"
+        own = {"run.name": name, "run.directory": str(folder), "run.seed": point.seed}
+        settings = {**point.variant.settings, **own}
+        words = (*(write_override(place, value) for place, value in settings.items()), *overrides)
+        if not point.is_asked:
+            unasked[point.number] = point.searched
+        if words in checked:
+            planned.append(checked[words])
+        if words in checked or (before and not point.is_asked):
             continue
-        name = f"{variant.name}-seed-{seed}"
-        own = {"run.name": name, "run.directory": str(folder), "run.seed": seed}
-        words = tuple(write_override(place, value) for place, value in {**variant.settings, **own}.items())
         try:
-            config = parse_config(with_overrides(below, [*words, *overrides]), source=name)
+            config = parse_config(with_overrides(below, words), source=name)
         except ConfigError as error:
-            found += (_placed(fault, variant, overrides) for fault in error.problems)
+            found += (_placed(fault, point.variant, overrides) for fault in error.problems)
             continue
-        labels = name, variant.name, variant.variant, variant.title
-        words = (*words, *overrides)
-        planned.append(PlannedRun(len(planned) + 1, *labels, seed, variant.settings, words, config))
+        if study.search is not None and not config.measures(study.search.objective):
+            wrong = "no evaluation measures it: see data.validation_size, evaluation.train_samples, averaging.kind"
+            found.append(problem("search.objective", wrong, code="metric-not-measured", value=study.search.objective))
+        if point.is_asked:
+            variant, place = point.variant, (point.searched, point.trial)
+            labels = name, variant.name, variant.variant, variant.title
+            run = PlannedRun(point.number, *labels, point.seed, variant.settings, words, config, *place)
+            planned.append(run)
     found += _twins(planned)
     if found:
         # What is wrong in a variant is wrong with every seed.
         raise ConfigError(str(path), list({str(fault): fault for fault in found}.values()))
-    return Plan(study, path, base_file, base, folder, tuple(planned))
+    return Plan(study, path, base_file, base, folder, tuple(planned), tuple(overrides), unasked)
+
+
+def _points(study: Study, trials: OptunaTrials | None) -> Iterator[_Point]:
+    """Yield the places of all runs: trial by trial, and of each trial seed by seed."""
+    variants = list(_variants(study))
+    every = (
+        (trial, seed, variant)
+        for trial in range(study.search.trials if study.search else 1)
+        for seed in study.seeds
+        for variant in variants
+        if seed in study.seeds_of(variant.variant)
+    )
+    asked = {variant.name: trials.settings(variant.name) for variant in variants} if trials else {}
+    for number, (trial, seed, variant) in enumerate(every, start=1):
+        if study.search is None:
+            yield _Point(number, seed, variant)
+            continue
+        known = asked.get(variant.name, ())
+        chosen = known[trial] if trial < len(known) else drawn_settings(study.search, variant.name, trial)
+        is_asked = trials is None or trial < len(known)
+        yield _Point(number, seed, _of_trial(variant, trial, chosen), variant.name, trial, is_asked)
+
+
+def optuna_trials(study: Study, folder: Path) -> OptunaTrials | None:
+    """Return the trials in the study's `folder`, where Optuna searches. Raises UsageError where it is not installed."""
+    if study.search is None or study.search.method != "optuna":
+        return None
+    return OptunaTrials(study.search, StudyDirectory(folder).trials)
 
 
 def write_plan(plan: Plan) -> None:
@@ -146,6 +216,17 @@ def _variants(study: Study) -> Iterator[_Variant]:
                 settings={**settings, **chosen},
                 origins=origins,
             )
+
+
+def _of_trial(variant: _Variant, trial: int, chosen: Settings) -> _Variant:
+    """Return `variant` with the settings that a trial chose."""
+    return replace(
+        variant,
+        name=f"{variant.name}-trial-{trial}",
+        title=f"{variant.title}, trial {trial}",
+        settings={**variant.settings, **chosen},
+        origins={**variant.origins, **dict.fromkeys(chosen, "search.space")},
+    )
 
 
 def _line(study: Study, variant: str) -> list[str]:
@@ -191,6 +272,8 @@ def _twins(runs: Sequence[PlannedRun]) -> Iterator[Problem]:
             continue
         names[run.name] = run
         plain = run.config.model_copy(update={"run": run.config.run.model_copy(update={"name": ""})})
+        if run.trial is not None:  # two may choose the same
+            continue
         twin = settings.setdefault(plain.model_dump_json(), run)
         if twin is not run:
             yield problem(

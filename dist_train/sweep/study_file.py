@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dist_train.config.generalization import Metric
 from dist_train.config.loading import read_mapping
 from dist_train.config.problems import ConfigError, Problem, problem, problems_of
 
@@ -65,6 +66,44 @@ class OfVariants(_Measurement):
 Analysis = Annotated[Interpolation | OfVariants, Field(discriminator="kind")]
 
 
+class Uniform(_Part):
+    """A number between two bounds, or its logarithm, evenly."""
+
+    kind: Literal["uniform", "log_uniform"]
+    low: float = Field(description="The least value.")
+    high: float = Field(description="The largest value.")
+
+
+class Integers(_Part):
+    """A whole number from one bound to the other, both included."""
+
+    kind: Literal["integer"]
+    low: int = Field(description="The least value.")
+    high: int = Field(description="The largest value.")
+
+
+class Choice(_Part):
+    """One of some values."""
+
+    kind: Literal["choice"]
+    values: list[Any] = Field(min_length=1, description="What there is to choose from.")
+
+
+Distribution = Annotated[Uniform | Integers | Choice, Field(discriminator="kind")]
+
+
+class Search(_Part):
+    """Trials in place of a grid: each gives every setting of `space` a value."""
+
+    method: Literal["random", "optuna"] = Field(
+        description="random: all trials are drawn beforehand. optuna: each is chosen by the results before it (TPE)."
+    )
+    trials: Annotated[int, Field(ge=1)] = Field(description="Trials of each variant.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="What is drawn is a function of it.")
+    objective: Metric = Field("test.accuracy", description="What a trial is judged by, at its last evaluation.")
+    space: dict[str, Distribution] = Field(min_length=1, description="A distribution by dotted path.")
+
+
 class Study(_Part):
     """All that a study file says."""
 
@@ -76,6 +115,7 @@ class Study(_Part):
     )
     settings: Settings = Field({}, description="What every run changes in the base configuration, by dotted path.")
     grid: dict[str, list[Any]] = Field({}, description="As in a variant, for all of them.")
+    search: Search | None = Field(None, description="Trials of every variant, and of every combination of its grid.")
     variants: dict[Annotated[str, Field(pattern=NAME)], Variant] = Field(
         min_length=1, description="The variants, by name."
     )
@@ -117,7 +157,9 @@ def _problems_of_settings(study: Study) -> Iterator[Problem]:
     for name, variant in study.variants.items():
         places[f"variants.{name}.settings"] = variant.settings
         grids[f"variants.{name}.grid"] = variant.grid
-    for place, settings in (places | grids).items():
+    space: dict[str, Any] = dict(study.search.space) if study.search else {}
+    spaces = {"search.space": space}
+    for place, settings in (places | grids | spaces).items():
         for path, value in settings.items():
             if path in _OURS:
                 yield problem(
@@ -126,8 +168,17 @@ def _problems_of_settings(study: Study) -> Iterator[Problem]:
             elif not _SETTING.fullmatch(path):
                 allowed = "the dotted path of a setting, such as noise.amplitude"
                 yield problem(f"{place}.{path}", "not a setting", code="wrong-form", value=value, allowed=allowed)
+    for path, distribution in space.items():
+        if isinstance(distribution, Choice):
+            continue
+        least = 0.0 if distribution.kind == "log_uniform" else float("-inf")
+        if not least < distribution.low < distribution.high:
+            wrong = f"low must be below high{', and above 0' if least == 0 else ''}"
+            yield problem(f"search.space.{path}", wrong, code="out-of-range", value=distribution.model_dump())
     for place, grid in grids.items():
         for path, values in grid.items():
+            if path in space:
+                yield problem(f"{place}.{path}", "the search has this setting already", code="grid-twice", value=values)
             if not values:
                 yield problem(
                     f"{place}.{path}", "a list without values would leave no run", code="empty-grid", value=values

@@ -33,18 +33,20 @@ class Launcher:
     """Whether a run's output is shown, and not kept in its logs."""
 
     def command(self, plan: Plan, run: PlannedRun) -> list[str]:
-        """Return the command line of `run`.
+        """Return the command line of `run`. Raises UsageError as `program` does."""
+        # A sweep that is killed takes its runs along: they save and stop.
+        guard = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+        return [*guard, *self.program(), *train_arguments(plan, run)]
+
+    def program(self) -> list[str]:
+        """Return what the arguments of `dist-train` are given to.
 
         Raises:
             UsageError: several ranks are asked for, but this is no checkout of the project, with its launch scripts.
         """
         if self.ranks == 1:
-            program = [sys.executable, "-m", "dist_train"]
-        else:
-            program = [str(project_root() / "launch" / "local.sh"), "-np", str(self.ranks)]
-        # A sweep that is killed takes its runs along: they save and stop.
-        guard = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
-        return [*guard, *program, *train_arguments(plan, run)]
+            return [sys.executable, "-m", "dist_train"]
+        return [str(project_root() / "launch" / "local.sh"), "-np", str(self.ranks)]
 
     def environment(self) -> Mapping[str, str]:
         """Return the variables that the run gets."""
@@ -190,11 +192,13 @@ class Tally:
     stopped: list[tuple[PlannedRun, str]] = field(default_factory=list)
     busy: list[tuple[PlannedRun, str]] = field(default_factory=list)
     left: list[PlannedRun] = field(default_factory=list)
+    unasked: int = 0
+    """Runs of trials that are still to be asked."""
 
     @property
     def exit_code(self) -> ExitCode:
         """FAULT where a run failed, STOPPED where one is still to be finished."""
-        if self.left or self.stopped:
+        if self.left or self.stopped or self.unasked:
             # Asked to stop, a sweep is to be started again, whatever has failed.
             return ExitCode.STOPPED
         if self.failed:
@@ -202,10 +206,16 @@ class Tally:
         return ExitCode.STOPPED if self.busy else ExitCode.FINISHED
 
 
-def sweep(plan: Plan, runs: Sequence[PlannedRun], jobs: int, launcher: Launcher, say: Say) -> Tally:
+More = Callable[[], Sequence[PlannedRun]]
+
+
+def sweep(
+    plan: Plan, runs: Sequence[PlannedRun], jobs: int, launcher: Launcher, say: Say, more: More = lambda: ()
+) -> Tally:
     """Run `runs` in their order, `jobs` at a time; `say` what happens. A run that fails stops no other.
 
-    On a signal the runs at work save and stop, and no other is started.
+    When all have begun, `more` is asked for further ones until it has none. On a signal the runs at work save and
+    stop, and no other is started.
     """
     tally = Tally()
     waiting = list(runs)
@@ -213,12 +223,17 @@ def sweep(plan: Plan, runs: Sequence[PlannedRun], jobs: int, launcher: Launcher,
     with StopRequest() as request:
         try:
             was_stopped = was_killed = False
-            while waiting or going:
-                while waiting and len(going) < jobs and not request.is_asked:
+            is_all_known = False
+            while waiting or going or not is_all_known:
+                while len(going) < jobs and not request.is_asked:
+                    waiting = waiting or list(more())
+                    is_all_known = not waiting
+                    if not waiting:
+                        break
                     started = _begin(plan, waiting.pop(0), launcher, tally, say)
                     going += [started] if started else []
                 if request.is_asked and not was_stopped:
-                    was_stopped = True
+                    was_stopped = is_all_known = True
                     tally.left, waiting = waiting, []
                     say(f"asked to stop: {wording.plural(len(going), 'run')} to save and end")
                     for process in going:
@@ -244,8 +259,8 @@ def summary(tally: Tally) -> list[str]:
         if runs:
             lines.append(f"{len(runs)} {word}:")
             lines += [f"  {run.number} {run.name}: {reason or 'no reason given'}" for run, reason in runs]
-    if tally.left:
-        lines.append(f"{wording.plural(len(tally.left), 'run')} not begun")
+    if not_begun := len(tally.left) + tally.unasked:
+        lines.append(f"{wording.plural(not_begun, 'run')} not begun")
     if tally.exit_code == ExitCode.STOPPED:
         lines.append("the same command continues")
     return lines
@@ -308,7 +323,7 @@ def _has_ended(process: RunProcess, plan: Plan, tally: Tally, say: Say) -> bool:
 
 
 def _label(plan: Plan, run: PlannedRun) -> str:
-    return f"{run.number}/{len(plan.runs)} {run.name}"
+    return f"{run.number}/{plan.total} {run.name}"
 
 
 def _accuracy(standing: Standing) -> str:

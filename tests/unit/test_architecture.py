@@ -38,6 +38,7 @@ OWNERS = {
     "prometheus_client": {"monitoring"},
     "matplotlib": {"analysis", "report"},
     "jinja2": {"report"},
+    "optuna": {"sweep"},
     "scipy": {"analysis", "report"},
 }
 _ASKS_WHAT_IS_INSTALLED = {"launching"}

@@ -1,0 +1,75 @@
+"""A search by Optuna that really trains: two sweeps at once, one of them killed, and the same trials once more."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_train.cli.main import main
+from dist_train.sweep.asking import with_next_trial
+from dist_train.sweep.planned_runs import optuna_trials, plan_study
+from dist_train.sweep.standing import standing_of
+from tests.launching import environment, kill
+from tests.unit.studies import small_plan, write_study
+from tests.unit.test_sweep_search import SPACE, finish
+from tests.waiting import PATIENCE, wait_for
+
+TRIALS = 4
+
+
+def test_what_optuna_suggests_is_a_function_of_the_results(tmp_path: Path) -> None:
+    found = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        search = {"method": "optuna", "trials": 12, "space": SPACE}
+        plan = small_plan(folder, search=search, variants={"plain": {}}, seeds=[0])
+        while plan.unasked:
+            plan = with_next_trial(plan)
+            for run in plan.runs:
+                if not run.files.status.exists():
+                    finish(run, run.settings["optimizer.momentum"])
+        found.append([run.settings for run in plan.runs])
+    assert found[0] == found[1]
+    momenta = [settings["optimizer.momentum"] for settings in found[0]]
+    assert len(set(momenta)) == 12
+
+
+def sweep_of(study: Path) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "dist_train", "sweep", str(study)]
+    return subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.ranks
+def test_two_sweeps_share_a_search_and_a_killed_one_loses_no_trial(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rate = {"optimizer.learning_rate": {"kind": "log_uniform", "low": 0.01, "high": 0.1}}
+    search = {"method": "optuna", "trials": TRIALS, "space": rate}
+    study = write_study(tmp_path, search=search, variants={"plain": {}}, seeds=[0])
+    folder = tmp_path / "runs" / "small"
+    sweeps = [sweep_of(study), sweep_of(study)]
+    try:
+        wait_for(lambda: len(list(folder.glob("*/checkpoints/*.json"))) > 0)
+        kill(sweeps[0])
+        sweeps[1].communicate(timeout=PATIENCE)
+    finally:
+        for each in sweeps:
+            kill(each)
+    last = sweep_of(study)
+    output, _ = last.communicate(timeout=PATIENCE)
+    assert last.returncode == 0, output
+    plan = plan_study(study)
+    assert [run.name for run in plan.runs] == [f"plain-trial-{trial}-seed-0" for trial in range(TRIALS)]
+    assert all(standing_of(run).then == "skip" for run in plan.runs)
+    trials = optuna_trials(plan.study, plan.directory)
+    assert trials is not None
+    accuracies = [standing_of(run).accuracy for run in plan.runs]
+    assert [trial.value for trial in trials._trials("plain")] == accuracies
+    assert main(["sweep", str(study), "--best"]) == 0
+    best = json.loads(capsys.readouterr().out)
+    assert best["test.accuracy"] == max(accuracy for accuracy in accuracies if accuracy is not None)
+    assert main(["sweep", str(study), "--array"]) == 1

@@ -1,0 +1,129 @@
+"""Trials of a search: random ones known beforehand, Optuna's asked one after another, each once, by several sweeps."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_train.config import ConfigError
+from dist_train.outcome import ExitCode, UsageError
+from dist_train.rundir.records import EvaluationRecord, JsonLines
+from dist_train.rundir.status import StatusFile
+from dist_train.sweep.asking import best_trials, publish, with_next_trial, with_run
+from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials
+from tests.raising import raises, raises_problems
+from tests.unit.studies import small_plan
+
+SPACE: dict[str, Any] = {
+    "optimizer.learning_rate": {"kind": "log_uniform", "low": 0.001, "high": 1.0},
+    "optimizer.momentum": {"kind": "uniform", "low": 0.5, "high": 0.9},
+    "run.epochs": {"kind": "integer", "low": 1, "high": 3},
+    "noise.schedule": {"kind": "choice", "values": [{"kind": "constant"}, {"kind": "cosine"}]},
+}
+
+
+def searched(folder: Path, method: str, trials: int = 4, **changes: Any) -> Plan:
+    return small_plan(folder, search={"method": method, "trials": trials, "space": SPACE, **changes})
+
+
+def finish(run: PlannedRun, accuracy: float) -> None:
+    """Leave what a finished run does."""
+    run.files.create()
+    run.files.save_config(run.config)
+    lines = JsonLines(run.files.metrics)
+    lines.record(EvaluationRecord(3, 1.0, "test", 1.0, accuracy, 10, 0.0))
+    lines.sync()
+    StatusFile(run.files.status, 1).end("finished", ExitCode.FINISHED, "")
+
+
+def test_random_trials_are_a_function_of_the_seed_and_more_of_them_leave_the_first(tmp_path: Path) -> None:
+    plan, again, longer = searched(tmp_path, "random"), searched(tmp_path, "random"), searched(tmp_path, "random", 9)
+    assert plan.runs == again.runs
+    assert longer.runs[: len(plan.runs)] == plan.runs
+    assert searched(tmp_path, "random", seed=1).runs[0].settings != plan.runs[0].settings
+    # variants x seeds x trials
+    assert [run.number for run in plan.runs] == list(range(1, 17))
+    assert plan.runs[0].name == "plain-trial-0-seed-0"
+    rates = {run.settings["optimizer.learning_rate"] for run in longer.runs}
+    assert len(rates) == 2 * 9
+    assert all(0.001 <= rate <= 1 for rate in rates)
+    assert {run.settings["run.epochs"] for run in longer.runs} == {1, 2, 3}
+    assert {run.settings["noise.schedule"]["kind"] for run in longer.runs} == {"constant", "cosine"}
+    assert plan.runs[0].config.optimizer.learning_rate == plan.runs[0].settings["optimizer.learning_rate"]
+
+
+def test_optuna_is_asked_trial_by_trial_and_told_the_mean_over_the_seeds(tmp_path: Path) -> None:
+    plan = searched(tmp_path, "optuna")
+    assert (plan.runs, plan.total) == ((), 16)
+    publish(plan)
+    plan = with_next_trial(plan)
+    assert [(run.number, run.name) for run in plan.runs] == [(1, "plain-trial-0-seed-0"), (3, "plain-trial-0-seed-1")]
+    assert plan.runs[0].settings == plan.runs[1].settings
+    for run, accuracy in zip(plan.runs, (0.5, 0.7), strict=True):
+        finish(run, accuracy)
+    plan = with_next_trial(plan)
+    trials = optuna_trials(plan.study, plan.directory)
+    assert trials is not None
+    assert trials.untold("plain") == []
+    assert [found.value for found in trials._trials("plain")] == [pytest.approx(0.6)]
+    [(variant, value, _)] = best_trials(plan)
+    assert (variant, value) == ("plain", pytest.approx(0.6))
+    stored = json.loads((plan.directory / "runs.json").read_text())
+    assert [run["name"] for run in stored] == [run.name for run in plan.runs]
+
+
+def test_a_task_of_an_array_asks_for_the_trials_up_to_its_own(tmp_path: Path) -> None:
+    plan = searched(tmp_path, "optuna")
+    with_task = with_run(plan, 10)
+    run = with_task.run(10)
+    assert run is not None
+    assert run.name == "noisy-trial-2-seed-0"
+    assert {each.name for each in with_task.runs} == {
+        f"noisy-trial-{trial}-seed-{seed}" for trial in range(3) for seed in (0, 1)
+    }
+    assert with_run(with_task, 10).runs == with_task.runs
+
+
+@pytest.mark.parametrize("method", ["random", "optuna"])
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"space": {"noise.amplitude": {"kind": "log_uniform", "low": 0.0, "high": 1.0}}}, "out-of-range"),
+        ({"space": {"noise.amplitude": {"kind": "uniform", "low": 2.0, "high": 1.0}}}, "out-of-range"),
+        ({"space": {"noise.amplitud": {"kind": "uniform", "low": 0.0, "high": 1.0}}}, "unknown-key"),
+        ({"space": {"run.seed": {"kind": "integer", "low": 0, "high": 9}}}, "set-by-study"),
+        ({"space": {"optimizer.momentum": {"kind": "uniform", "low": 1.0, "high": 2.0}}}, "out-of-range"),
+        ({"objective": "validation.accuracy"}, "metric-not-measured"),
+        ({"trials": 0}, "out-of-range"),
+    ],
+)
+def test_a_search_that_makes_no_sense_is_refused(
+    tmp_path: Path, method: str, changes: dict[str, Any], code: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        searched(tmp_path, method, **changes)
+    assert code in {problem.code for problem in raised.value.problems}
+
+
+def test_a_setting_is_in_the_grid_or_in_the_search(tmp_path: Path) -> None:
+    with raises_problems(("grid.noise.amplitude", "grid-twice")):
+        small_plan(
+            tmp_path,
+            grid={"noise.amplitude": [0.1]},
+            search={
+                "method": "random",
+                "trials": 1,
+                "space": {"noise.amplitude": {"kind": "choice", "values": [1.0, 2.0]}},
+            },
+        )
+
+
+def test_without_optuna_the_search_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with raises(UsageError, "optuna-missing"):
+        searched(tmp_path, "optuna")
+    assert searched(tmp_path, "random").runs
