@@ -306,6 +306,7 @@ def _replayed(step: int, checkpoint: Path | None) -> list[str]:
         f"run.resume={resume}",
         "run.profile_steps=0",
         "checkpoint={every_epochs: 0}",
+        "early_stopping.patience=null",
         "evaluation={every_epochs: 0, train_samples: 0}",
         "metrics.enabled=false",
         "metrics.tensorboard=false",

@@ -7,8 +7,8 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 
 from dist_train.outcome import UsageError
 from dist_train.report.drawing import save, stacked
@@ -17,8 +17,6 @@ from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import TrainRecord, read_records
 from dist_train.watch.figure import BATCH, Axis, Chart, Point, Series, loss_axis, plain, three_digits
 
-_KEPT = 0.9
-"""Of the smoothed loss at each update; corrected for its beginning at zero."""
 _INCHES = 3.5
 
 
@@ -33,17 +31,21 @@ class RangeTest:
 
 
 def range_test(rates: Sequence[float], losses: Sequence[float]) -> RangeTest:
-    """Return what `losses` at rising `rates` say; the fall is taken per log rate, before the least loss."""
-    sums = list(accumulate(losses, lambda kept, loss: _KEPT * kept + (1 - _KEPT) * loss, initial=0.0))[1:]
-    smoothed = [value / (1 - _KEPT ** (at + 1)) for at, value in enumerate(sums)]
-    least = min(range(len(smoothed)), key=smoothed.__getitem__, default=0)
+    """Return what `losses` at rising `rates` say: where the smoothed loss falls steepest, per log rate.
+
+    It is a mean over a tenth of the updates around each, which does not lag behind, of losses up to twice the first:
+    a jump says only that the rate is too high.
+    """
+    half = max(1, len(losses) // 20)
+    capped = [min(loss, 2 * losses[0]) for loss in losses]
+    smoothed = [fmean(capped[max(0, at - half) : at + half + 1]) for at in range(len(capped))]
+    least = min(range(len(smoothed)), key=smoothed.__getitem__)
     slopes = {
-        at: (smoothed[at + 1] - smoothed[at - 1]) / math.log(rates[at + 1] / rates[at - 1])
-        for at in range(1, min(least + 1, len(rates) - 1))
+        at: (smoothed[at + half] - smoothed[at - half]) / math.log(rates[at + half] / rates[at - half])
+        for at in range(half, min(least + 1, len(rates) - half))
     }
     steepest = min(slopes, key=slopes.__getitem__, default=None)
-    falls = steepest is not None and slopes[steepest] < 0
-    suggestion = rates[steepest] if steepest is not None and falls else None
+    suggestion = rates[steepest] if steepest is not None and slopes[steepest] < 0 else None
     return RangeTest(tuple(rates), tuple(losses), tuple(smoothed), suggestion)
 
 

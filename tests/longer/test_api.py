@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import dist_train
 from dist_train.outcome import ExitCode, UsageError
+from dist_train.rundir.records import EvaluationRecord
 from tests.launching import launch, small_settings, train_alone, write_config
 from tests.raising import raises
 
@@ -44,6 +46,38 @@ def test_an_export_gives_the_logits_of_the_model(run: Path, tmp_path: Path, to: 
         images = torch.rand(7, *dist_train.load_run(run).config.data.image_format.shape)
         exported = torch.export.load(tmp_path / "model").module()(images)
         torch.testing.assert_close(exported, dist_train.load_run(run).model()(images))
+
+
+def test_the_averaged_weights_of_a_run_are_evaluated_and_exported(tmp_path: Path) -> None:
+    sections = small_settings(
+        run={"epochs": 2},
+        averaging={"kind": "ema", "decay": 0.8},
+        data={"validation_size": 100},
+        evaluation={"train_samples": 0, "batch_size": 50},
+        early_stopping={"patience": 9},
+    )
+    train_alone(write_config(tmp_path, sections), tmp_path / "run")
+    left = dist_train.load_run(tmp_path / "run")
+    last = {record.split: record for record in left.records if isinstance(record, EvaluationRecord)}
+    assert list(last) == ["validation", "test", "validation-averaged", "test-averaged"]
+    for split in ("validation", "test"):
+        assert left.evaluate(split)["loss"] == last[split].loss
+        averaged = left.evaluate(split, weights="averaged")
+        assert (averaged["loss"], averaged["weights"]) == (last[f"{split}-averaged"].loss, "averaged")
+        assert averaged["loss"] != last[split].loss
+    written = dist_train.export(left.directory.root, "safetensors", tmp_path / "model.safetensors", "averaged")
+    exported = load_file(written.path)
+    assert all(
+        torch.equal(exported[name], value) for name, value in left.model(weights="averaged").state_dict().items()
+    )
+    assert dist_train.replay(left.directory.root, 9).agrees
+
+
+def test_a_run_without_an_average_has_none_to_evaluate(run: Path) -> None:
+    with raises(UsageError, code="no-averaged-weights"):
+        dist_train.evaluate(run, weights="averaged")
+    with raises(UsageError, code="no-validation"):
+        dist_train.evaluate(run, "validation")
 
 
 @pytest.mark.parametrize(("ranks", "step"), [(1, 2), (2, 5), (1, 6)])

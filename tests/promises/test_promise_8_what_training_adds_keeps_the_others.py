@@ -39,11 +39,6 @@ FEATURES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "regularization": {"cutmix": 1.0},
         "noise": {"sharing": "micro_batch"},
     },
-    "lawa without norms, mixup": {
-        "averaging": {"kind": "lawa", "last": 2},
-        "regularization": {"mixup": 1.0},
-        "model": {"norm": "none"},
-    },
 }
 
 

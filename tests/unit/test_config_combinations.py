@@ -46,6 +46,27 @@ def parse(settings: dict[str, Any]) -> Config:
             {"comm": {"op": "average", **FLOAT}, "noise": NOISE},
         ),
         (
+            {"early_stopping": {"patience": 2, "metric": "validation.loss"}},
+            "early_stopping.metric",
+            "metric-not-measured",
+            {"early_stopping": {"patience": 2, "metric": "validation.loss"}, "data": {"validation_size": 10}},
+        ),
+        (
+            {"early_stopping": {"patience": 2, "metric": "test-averaged.accuracy"}},
+            "early_stopping.metric",
+            "metric-not-measured",
+            {
+                "early_stopping": {"patience": 2, "metric": "test-averaged.accuracy"},
+                "averaging": {"kind": "ema"},
+            },
+        ),
+        (
+            {"early_stopping": {"patience": 2}, "evaluation": {"every_epochs": 0}},
+            "early_stopping.patience",
+            "stopping-without-evaluations",
+            {"early_stopping": {"patience": 2}, "evaluation": {"every_epochs": 3}},
+        ),
+        (
             {"batch": {"global_size": 64, "micro_size": 65}},
             "batch.micro_size",
             "micro-above-global",
@@ -166,6 +187,17 @@ def test_all_conflicts_are_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("settings", "idle"),
     [
+        ({"averaging": {"decay": 0.9}}, "averaging.decay has no effect: averaging.kind is not ema"),
+        ({"averaging": {"last": 3}}, "averaging.last has no effect: averaging.kind is not lawa"),
+        ({"averaging": {"every_steps": 3}}, "averaging.every_steps has no effect: averaging.kind is none"),
+        (
+            {"early_stopping": {"min_delta": 1.0}},
+            "early_stopping.min_delta has no effect: early_stopping.patience is not set",
+        ),
+        (
+            {"schedule": {"final_fraction": 0.1}},
+            "schedule.final_fraction has no effect: schedule.decay is not exponential",
+        ),
         ({"noise": {"amplitude": 0.1}}, "noise.amplitude has no effect: noise.method is none"),
         ({"noise": {"sharing": "global"}}, "noise.sharing has no effect: noise.method is none"),
         ({"noise": {"schedule": {"kind": "cosine"}}}, "noise.schedule has no effect: noise.method is none"),

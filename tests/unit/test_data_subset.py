@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_train.data.images import ImageSet
-from dist_train.data.plan import balanced_subset
+from dist_train.data.plan import balanced_subset, others, stratified_choice
 from dist_train.outcome import UsageError
 from tests.raising import raises
 
@@ -44,6 +44,25 @@ def test_promise_2_the_subset_depends_on_the_seed_alone_and_grows_by_adding() ->
     assert positions(balanced_subset(whole, 100, seed=5)) == small
     assert positions(balanced_subset(whole, 100, seed=6)) != small
     assert set(small) < set(large)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=300), st.data(), st.integers(0, 99))
+def test_what_is_held_out_has_the_shares_of_the_classes(labels: list[int], data: st.DataObject, seed: int) -> None:
+    size = data.draw(st.integers(1, len(labels) - 1))
+    known = torch.tensor(labels)
+    chosen = stratified_choice(known, size, 7, seed)
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    assert len(chosen) == size
+    assert sorted([*chosen.tolist(), *others(chosen, len(labels)).tolist()]) == list(range(len(labels)))
+    taken, whole = torch.bincount(known[chosen], minlength=7), torch.bincount(known, minlength=7)
+    assert float((taken - whole * size / len(labels)).abs().max()) <= 1 + 1e-6
+    assert torch.equal(stratified_choice(known, size, 7, seed), chosen)
+
+
+def test_no_sample_is_left_by_a_validation_split_as_large_as_the_training_set() -> None:
+    with raises(UsageError, "too-few-samples"):
+        stratified_choice(torch.tensor([0, 1, 0]), 3, 2, 0)
 
 
 def test_more_than_there_is_is_refused_with_both_numbers() -> None:

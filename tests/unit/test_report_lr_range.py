@@ -1,0 +1,73 @@
+"""A learning-rate range test: the rates that are tried, and the one that is suggested."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_train.cli.main import main
+from dist_train.report.lr_range import range_test
+from tests.launching import write_config
+from tests.unit.small_trainers import SETTINGS
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """A run in this process sets its threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+RATES = [1e-4 * 10 ** (at / 20) for at in range(100)]
+
+
+def test_the_suggestion_is_where_the_loss_falls_steepest() -> None:
+    # a fall around 0.01, a jump from 1 on
+    losses = [2.5 - 2 / (1 + (0.01 / rate) ** 3) + (40 if rate > 1 else 0) for rate in RATES]
+    test = range_test(RATES, losses)
+    assert test.suggestion == pytest.approx(0.01, rel=0.3)
+    assert len(test.smoothed) == 100
+
+
+@pytest.mark.parametrize("losses", [[2.0] * 100, [2.0 + at / 10 for at in range(100)], [1.0, 1.0]])
+def test_a_loss_that_does_not_fall_suggests_nothing(losses: list[float]) -> None:
+    assert range_test(RATES[: len(losses)], losses).suggestion is None
+
+
+def test_the_command_tries_the_rates_and_writes_what_it_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, {**SETTINGS, "schedule": {"decay": "cosine", "scaling": "sqrt"}})
+    place = tmp_path / "range"
+    words = ["lr-range", config, "--from", "0.001", "--to", "1", "--updates", "7", "--run-dir", str(place)]
+    assert main(words) == 0
+    assert "7 updates, rates 0.001 to 1" in capsys.readouterr().out
+    with (place / "lr_range.csv").open() as file:
+        rates = [float(row["learning_rate"]) for row in csv.DictReader(file)]
+    assert rates == pytest.approx([10 ** (-3 + at / 2) for at in range(7)])
+    assert json.loads((place / "lr_range.json").read_text())["rates"] == rates
+    assert (place / "lr_range.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_it_ends_before_where_the_loss_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path, {**SETTINGS, "model": {"width": 0.03125, "norm": "none"}})
+    words = ["lr-range", config, "--to", "1e30", "--updates", "6", "--run-dir", str(tmp_path / "range")]
+    assert main(words) == 0
+    losses = json.loads((tmp_path / "range" / "lr_range.json").read_text())["losses"]
+    assert 2 <= len(losses) < 6
+    assert all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("words", [["--from", "1", "--to", "0.1"], ["--from", "0"], ["--updates", "1"]])
+def test_rates_that_do_not_rise_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    assert main(["lr-range", write_config(tmp_path, SETTINGS), "--run-dir", str(tmp_path / "range"), *words]) == 2
+    assert "[option-range]" in capsys.readouterr().err

@@ -1,0 +1,97 @@
+"""Averages and mixed samples in a whole run: the same bits on any number of ranks, and the raw run undisturbed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_train.checkpoint.files import find_checkpoint, read_checkpoint
+from dist_train.checkpoint.state import stored_state
+from dist_train.cluster.communicator import Alone, Communicator
+from dist_train.data.loader import open_splits
+from dist_train.models import build_model
+from dist_train.models.norms import running_statistics
+from dist_train.training.evaluation import recompute_statistics, statistics_samples
+from tests.unit.simulated_ranks import results
+from tests.unit.small_trainers import build_trainer, small_config, state_bits
+from tests.unit.test_training_trainer import Notebook
+
+
+def run(
+    folder: Path, comm: Communicator, sections: dict[str, Any]
+) -> tuple[dict[str, bytes], list[tuple[object, ...]]]:
+    notebook = Notebook()
+    trainer = build_trainer(small_config(**sections), folder, comm, observers=[notebook] if comm.rank == 0 else [])
+    trainer.run()
+    trainer.close()
+    return state_bits(trainer.network), notebook.measured()
+
+
+MIXED = {"mixup": 0.5, "cutmix": 1.0, "label_smoothing": 0.1}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"averaging": {"kind": "ema", "decay": 0.7}, "regularization": MIXED},
+        {
+            "averaging": {"kind": "lawa", "every_steps": 2, "last": 2},
+            "model": {"norm": "none"},
+            "regularization": MIXED,
+        },
+        {"averaging": {"kind": "lawa"}, "noise": {"method": "sam", "sharing": "micro_batch"}, "regularization": MIXED},
+        {"averaging": {"kind": "ema"}, "noise": {"method": "none"}, "data": {"validation_size": 20}},
+    ],
+    ids=["ema", "without norms", "sam", "validation"],
+)
+def test_promise_3_with_averages_and_mixing(tmp_path: Path, sections: dict[str, Any]) -> None:
+    [(state, measured)] = results(1, lambda comm: run(tmp_path / "one", comm, sections))
+    ended = results(3, lambda comm: run(tmp_path / "three", comm, sections))
+    assert all(each == state for each, _ in ended)
+    assert ended[0][1] == measured
+    one, three = (read_checkpoint(find_checkpoint(tmp_path / name)) for name in ("one", "three"))
+    first, second = stored_state(one, "averaged"), stored_state(three, "averaged")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_with_sync_norm_the_partner_is_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
+    sections = {
+        "model": {"norm": "sync"},
+        "regularization": MIXED,
+        "run": {"max_steps": 1},
+        "noise": {"method": "none"},
+    }
+    sections["batch"] = {"global_size": 26, "micro_size": 13}
+    losses = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        ended = results(ranks, lambda comm, folder=folder: run(folder, comm, sections))  # type: ignore[misc]
+        losses.append(ended[0][1][0][1])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_an_average_leaves_the_run_itself_as_it_is(tmp_path: Path) -> None:
+    plain = run(tmp_path / "plain", Alone(), {})
+    averaged = run(tmp_path / "averaged", Alone(), {"averaging": {"kind": "lawa", "every_steps": 1}})
+    assert averaged[0] == plain[0]
+    assert [entry for entry in averaged[1] if not str(entry[1]).endswith("-averaged")] == plain[1]
+
+
+def test_averaged_weights_have_norm_statistics_of_their_own(tmp_path: Path) -> None:
+    config = small_config(averaging={"kind": "ema", "decay": 0.5}, noise={"method": "none"})
+    run(tmp_path, Alone(), {"averaging": {"kind": "ema", "decay": 0.5}, "noise": {"method": "none"}})
+    contents = read_checkpoint(find_checkpoint(tmp_path))
+    model = build_model(config)
+    model.load_state_dict(stored_state(contents, "averaged"))
+    stored = {name: value.clone() for name, value in running_statistics(model).items()}
+    splits = open_splits(config.data, 0, torch.device("cpu"), torch.channels_last)
+    trainer = build_trainer(config, tmp_path / "other", Alone())
+    indices = statistics_samples(len(splits.train), config.model.norm_samples, 6, 0)
+    recompute_statistics(model, splits.train, indices, micro_size=6, compute=trainer.take_step.compute, comm=Alone())
+    for name, value in running_statistics(model).items():
+        assert torch.equal(value, stored[name]), name
+        assert not torch.equal(value, contents.model[name]), name

@@ -1,0 +1,49 @@
+"""Early stopping: a function of the evaluations so far, which a checkpoint holds."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from dist_train.checkpoint.state import Progress
+from dist_train.training.stopping import EarlyStopping
+
+
+def stopped_at(values: list[float], patience: int | None, min_delta: float = 0.0, metric: str = "test.accuracy") -> int:
+    """Return the evaluation, from 1, at which a run with these `values` stops; 0 where it does not."""
+    early, progress = EarlyStopping(patience, min_delta, metric), Progress()
+    for number, value in enumerate(values, start=1):
+        progress.step = number
+        early.note(progress, {metric: value, "train.loss": 0.0})
+        if early.reason(progress):
+            return number
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("values", "patience", "expected"),
+    [
+        ([0.1, 0.2, 0.3, 0.4], 1, 0),
+        ([0.1, 0.2, 0.2], 1, 3),
+        ([0.3, 0.2, 0.1, 0.4], 3, 0),
+        ([0.3, 0.2, 0.1, 0.3], 3, 4),
+        ([0.1, math.nan, math.nan, 0.2], 2, 3),
+        ([0.1] * 9, None, 0),
+    ],
+)
+def test_it_ends_after_so_many_evaluations_without_an_improvement(
+    values: list[float], patience: int | None, expected: int
+) -> None:
+    assert stopped_at(values, patience) == expected
+
+
+def test_a_loss_improves_by_falling_and_only_by_more_than_min_delta() -> None:
+    assert stopped_at([3.0, 2.0, 1.0, 1.0], 1, metric="validation.loss") == 4
+    assert stopped_at([3.0, 2.0, 1.95, 1.91], 2, min_delta=0.1, metric="validation.loss") == 4
+
+
+def test_what_it_has_seen_is_in_the_progress_and_more_patience_continues() -> None:
+    progress = Progress(step=3, stopping_best=0.5, stopping_waited=2)
+    assert "test.accuracy" in EarlyStopping(2, 0.0, "test.accuracy").reason(progress)
+    assert not EarlyStopping(3, 0.0, "test.accuracy").reason(progress)
