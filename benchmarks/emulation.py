@@ -270,7 +270,8 @@ def _our_step(config: Config, network: nn.Module, ranks: int) -> Callable[[], ob
     assert config.batch.micro_size != "auto", "to be named"
     plan = BatchPlan(config.batch.global_size, config.batch.micro_size)
     mine = share_of(config.model, plan, 0, ranks)
-    batch = GlobalBatch(0, 0, torch.arange(config.batch.global_size), mine)
+    partners = int(config.regularization.mixes)
+    batch = GlobalBatch(0, 0, torch.arange(config.batch.global_size), mine, partners)
     return lambda: step(batch, 0.1, lambda: False)
 
 

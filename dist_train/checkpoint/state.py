@@ -89,7 +89,10 @@ class Progress:
     """Where `test_accuracy` was measured."""
     best_saved_step: int | None = None
     best_saved_accuracy: float | None = None
-    """The best checkpoint: of those saved at an evaluation the one with the highest test accuracy."""
+    """The best checkpoint: of those saved at an evaluation the one with the highest accuracy on the validation split,
+    without one on the test split.
+    """
+    validation_accuracy: float | None = None
     test_accuracy: float | None = None
     train_accuracy: float | None = None
     loss_scale: float | None = None
@@ -109,12 +112,14 @@ class Progress:
     def note_non_finite(self) -> None:
         """Take in that the evaluation of this step is not finite: it has no accuracy."""
         self.non_finite_step = self.step
-        self.train_accuracy = self.test_accuracy = None
+        self.train_accuracy = self.validation_accuracy = self.test_accuracy = None
 
     def note_accuracy(self, split: str, accuracy: float) -> None:
         """Take in the accuracy of an evaluation just made."""
         if split == "train":
             self.train_accuracy = accuracy
+        if split == "validation":
+            self.validation_accuracy = accuracy
         if split != "test":
             return
         self.test_accuracy, self.evaluated_step = accuracy, self.step
@@ -125,8 +130,9 @@ class Progress:
         """Take in that a checkpoint of this step is being saved."""
         if self.test_accuracy is None or self.evaluated_step != self.step:
             return
-        if self.best_saved_accuracy is None or self.test_accuracy > self.best_saved_accuracy:
-            self.best_saved_step, self.best_saved_accuracy = self.step, self.test_accuracy
+        judged = self.test_accuracy if self.validation_accuracy is None else self.validation_accuracy
+        if self.best_saved_accuracy is None or judged > self.best_saved_accuracy:
+            self.best_saved_step, self.best_saved_accuracy = self.step, judged
 
 
 def restored_progress(contents: Contents) -> Progress:

@@ -60,7 +60,11 @@ MODELS: list[Sections] = [
     {"precision": {"channels_last": False}},
     {"model": {"ghost_size": 2}, "data": {"augment": "crop-flip"}},
 ]
-CASES = [*NOISE, *NORMS, *OPTIMIZERS, *REDUCTIONS, *MODELS]
+ADDED: list[Sections] = [
+    {"averaging": {"kind": "ema"}, "regularization": {"mixup": 0.2, "label_smoothing": 0.1}},
+    {"averaging": {"kind": "lawa", "every_steps": 1}, "regularization": {"mixup": 0.2, "cutmix": 1.0}},
+]
+CASES = [*NOISE, *NORMS, *OPTIMIZERS, *REDUCTIONS, *MODELS, *ADDED]
 
 
 @pytest.fixture(scope="module")
