@@ -348,7 +348,9 @@ class CheckpointSettings(Section):
     )
     every_steps: PositiveInt | None = Field(None, description="Also after every so many updates.", examples=[500])
     keep: PositiveInt = Field(3, description="Checkpoints kept, the last ones.", examples=[1])
-    keep_best: bool = Field(True, description="Also keep the one with the best accuracy on the validation split, else on the test split.")
+    keep_best: bool = Field(
+        True, description="Also keep the one with the best accuracy on the validation split, else on the test split."
+    )
     background: bool = Field(True, description="Write while training continues.")
     fallback_directory: Path | None = Field(
         None,

@@ -77,6 +77,23 @@ def test_optuna_is_asked_trial_by_trial_and_told_the_mean_over_the_seeds(tmp_pat
     assert [run["name"] for run in stored] == [run.name for run in plan.runs]
 
 
+def test_what_optuna_suggests_is_a_function_of_the_results(tmp_path: Path) -> None:
+    found = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        search = {"method": "optuna", "trials": 4, "space": SPACE}
+        plan = small_plan(folder, search=search, variants={"plain": {}}, seeds=[0])
+        while plan.unasked:
+            plan = with_next_trial(plan)
+            for run in plan.runs:
+                if not run.files.status.exists():
+                    finish(run, run.settings["optimizer.momentum"])
+        found.append([run.settings for run in plan.runs])
+    assert found[0] == found[1]
+    momenta = [settings["optimizer.momentum"] for settings in found[0]]
+    assert len(set(momenta)) == 4
+
+
 def test_a_task_of_an_array_asks_for_the_trials_up_to_its_own(tmp_path: Path) -> None:
     plan = searched(tmp_path, "optuna")
     with_task = with_run(plan, 10)

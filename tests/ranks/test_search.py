@@ -10,32 +10,15 @@ from pathlib import Path
 import pytest
 
 from dist_train.cli.main import main
-from dist_train.sweep.asking import with_next_trial
 from dist_train.sweep.planned_runs import optuna_trials, plan_study
 from dist_train.sweep.standing import standing_of
 from tests.launching import environment, kill
-from tests.unit.studies import small_plan, write_study
-from tests.unit.test_sweep_search import SPACE, finish
+from tests.unit.studies import write_study
 from tests.waiting import PATIENCE, wait_for
 
 TRIALS = 4
 
-
-def test_what_optuna_suggests_is_a_function_of_the_results(tmp_path: Path) -> None:
-    found = []
-    for folder in (tmp_path / "one", tmp_path / "two"):
-        folder.mkdir()
-        search = {"method": "optuna", "trials": 12, "space": SPACE}
-        plan = small_plan(folder, search=search, variants={"plain": {}}, seeds=[0])
-        while plan.unasked:
-            plan = with_next_trial(plan)
-            for run in plan.runs:
-                if not run.files.status.exists():
-                    finish(run, run.settings["optimizer.momentum"])
-        found.append([run.settings for run in plan.runs])
-    assert found[0] == found[1]
-    momenta = [settings["optimizer.momentum"] for settings in found[0]]
-    assert len(set(momenta)) == 12
+pytestmark = [pytest.mark.ranks, pytest.mark.lengthy]
 
 
 def sweep_of(study: Path) -> subprocess.Popen[str]:
@@ -43,7 +26,6 @@ def sweep_of(study: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.ranks
 def test_two_sweeps_share_a_search_and_a_killed_one_loses_no_trial(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
