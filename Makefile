@@ -65,7 +65,7 @@ dashboards: setup ## write Grafana's dashboards and the tables of metrics and se
 	$(python) -m dist_train.config.reference > docs/settings.md
 
 clean: ## remove what was made here, except runs and the caches outside this folder
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-loggers build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .PHONY: torture

@@ -347,10 +347,14 @@ class CheckpointSettings(Section):
 
 
 class LoggerSettings(Section):
-    """An observer of the run's records from outside the package."""
+    """A logger of the run's records."""
 
-    name: PluginName = Field(description="`package.module:name` or `FILE.py:name`, a subclass of `Observer`.")
-    options: Options = _options("its name")
+    name: Literal["tensorboard", "trackio", "wandb", "mlflow"] | PluginName = Field(
+        description="A library, or an `Observer` of your own: `package.module:name`, `FILE.py:name`."
+    )
+    options: Options = Field(
+        default_factory=dict, description="Its own settings.", examples=[{"project": "large-batch"}]
+    )
 
 
 class MetricsSettings(Section):
@@ -406,8 +410,13 @@ class MetricsSettings(Section):
     )
     tensorboard: bool = Field(False, description="Write TensorBoard's event files into the run directory too.")
     loggers: tuple[LoggerSettings, ...] = Field(
-        (), description="Observers of your own, on rank 0.", examples=[[{"name": "loggers.py:CsvLogger"}]]
+        (), description="Where records go besides, from rank 0.", examples=[[{"name": "trackio"}]]
     )
+
+    @property
+    def writes_tensorboard(self) -> bool:
+        """Whether TensorBoard's event files are written."""
+        return self.tensorboard or any(logger.name == "tensorboard" for logger in self.loggers)
 
 
 class Config(Section):

@@ -86,7 +86,8 @@ def train(config: Config, run_directory: Path | None = None) -> Outcome:
         if comm.rank == 0 and settled.metrics.enabled:
             for warning in access_warnings(settled.metrics):
                 _logger.warning("%s", warning)
-        session = open_session(settled, directory, comm, lock, run_id)
+        opened = partial(open_session, settled, directory, comm, lock, run_id)
+        session = run_on_all_ranks(comm, opened, "open its loggers")
         try:
             with without_collection():
                 trainer = assemble(settled, resume_point, directory, comm, session, stop)

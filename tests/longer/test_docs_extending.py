@@ -12,9 +12,11 @@ import torch
 
 from dist_train.config import load_config
 from dist_train.config.plugins import plugin_files
+from dist_train.launching import train
 from dist_train.models import build_model
+from dist_train.outcome import UsageError
 from tests.launching import launch
-from tests.raising import raises_problems
+from tests.raising import raises, raises_problems
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))
@@ -95,6 +97,66 @@ def test_a_mistake_is_one_message(
     monkeypatch.chdir(folder)
     with raises_problems((path, code)):
         load_config(folder / "mine.yaml", [override])
+
+
+BROKEN = """
+from torch import nn
+from torch.utils.data import Dataset
+
+def raises(*_, **__):
+    raise ValueError("no such depth")
+
+def nothing(*_, **__):
+    return None
+
+def too_narrow(images, width, norm):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
+
+def yields_no_more(noise, weights, filters, drawn, amplitude, unit):
+    yield from drawn
+    raise ValueError("no such part")
+
+class Torn(Dataset):
+    def __init__(self, settings, split, seed): ...
+    def __len__(self): return 256
+    def __getitem__(self, index): raise OSError("a torn file")
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "code"),
+    [
+        ("model={name: broken.py:raises}", "plugin-failed"),
+        ("model={name: broken.py:nothing}", "plugin-result"),
+        ("model={name: broken.py:too_narrow}", "plugin-result"),
+        ("data={name: broken.py:raises, shape: [1, 8, 8], classes: 2}", "plugin-failed"),
+        ("data={name: broken.py:nothing, shape: [1, 8, 8], classes: 2}", "plugin-result"),
+        ("data={name: broken.py:Torn, shape: [1, 8, 8], classes: 2}", "plugin-failed"),
+        ("noise={method: smoothout, amplitude: 0.1, scale: broken.py:yields_no_more}", "plugin-failed"),
+        ("noise={method: smoothout, amplitude: 0.1, scale: broken.py:nothing}", "plugin-result"),
+        ("noise={method: broken.py:nothing}", "plugin-result"),
+        ("optimizer={name: broken.py:nothing}", "plugin-result"),
+        ("schedule={decay: broken.py:raises}", "plugin-failed"),
+        ("metrics={enabled: false, loggers: [{name: broken.py:raises}]}", "plugin-failed"),
+        ("metrics={enabled: false, loggers: [{name: broken.py:nothing}]}", "plugin-result"),
+    ],
+)
+def test_code_that_fails_ends_the_run_with_one_message(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, override: str, code: str
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "broken.py").write_text(BROKEN)
+    with raises(UsageError, code):
+        train(load_config("mine.yaml", ["metrics.enabled=false", override]), tmp_path / "run")
+
+
+def test_a_logger_that_fails_when_made_ends_all_ranks(folder: Path, tmp_path: Path) -> None:
+    (folder / "broken.py").write_text(BROKEN)
+    logger = f"metrics={{enabled: false, loggers: [{{name: '{folder}/broken.py:raises'}}]}}"
+    ended = launch(2, "torch", "train", str(folder / "mine.yaml"), logger, "--run-dir", str(tmp_path / "run"))
+    assert ended.code == 2, ended.output
+    assert "Traceback" not in ended.output
+    assert "broken.py:6" in ended.output
 
 
 def test_a_file_that_registers_names_can_be_named_on_the_command_line(folder: Path) -> None:
