@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from dist_train.cli.main import main
 from dist_train.config import load_config
 from dist_train.config.plugins import plugin_files
 from dist_train.launching import train
 from dist_train.models import build_model
 from dist_train.outcome import UsageError
-from tests.launching import launch
+from tests.launching import launch, train_alone
 from tests.raising import raises, raises_problems
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -58,6 +59,36 @@ def test_what_the_page_adds_is_what_trained(folder: Path) -> None:
 def test_two_ranks_give_the_same_bits(folder: Path) -> None:
     one, two = (saved(folder, name)["model"] for name in ("mine", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_it_resumes_and_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    for last in (1, 2):
+        train_alone("mine.yaml", Path("runs/stopped"), "metrics.enabled=false", f"run.max_steps={last}")
+    whole, resumed = (saved(folder, name)["model"] for name in ("mine", "stopped"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert main(["report", "runs/stopped", "-o", "report.html"]) == 0
+    assert "perceptron" in (folder / "report.html").read_text()
+
+
+def test_an_installed_package_gives_names_by_entry_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    package = tmp_path / "site"
+    (package / "stripes-1.0.dist-info").mkdir(parents=True)
+    (package / "stripes_package.py").write_text(FILES["mine.py"])
+    (package / "stripes-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: stripes\nVersion: 1.0\n")
+    names = re.findall(r'register\("(\w+)", "(\w+)"\)\n(?:class|def) (\w+)', FILES["mine.py"])
+    points = "".join(f"[dist_train.{kind}]\n{name} = stripes_package:{target}\n" for kind, name, target in names)
+    (package / "stripes-1.0.dist-info" / "entry_points.txt").write_text(points)
+    monkeypatch.syspath_prepend(package)
+    (tmp_path / "installed.yaml").write_text(FILES["mine.yaml"].replace("plugins: [mine.py]", ""))
+    words = ("--run-dir", str(tmp_path / "runs" / "mine"), "metrics.enabled=false")
+    ended = launch(2, "torch", "train", str(tmp_path / "installed.yaml"), *words, extra={"PYTHONPATH": str(package)})
+    assert ended.code == 0, ended.output
+    mine, installed = (saved(place, "mine")["model"] for place in (folder, tmp_path))
+    assert all(torch.equal(mine[name], installed[name]) for name in mine)
+    assert load_config(tmp_path / "installed.yaml").model.name == "stripes_package:perceptron"
 
 
 def test_a_run_records_its_plugins_and_notices_when_they_change(folder: Path) -> None:
