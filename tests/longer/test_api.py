@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 
@@ -36,7 +37,7 @@ def test_a_run_is_read_back(run: Path) -> None:
         dist_train.load_run(run.parent / "nowhere")
 
 
-@pytest.mark.parametrize("to", ["safetensors", "torch-export"])
+@pytest.mark.parametrize("to", ["safetensors", "torch-export", "onnx"])
 def test_an_export_gives_the_logits_of_the_model(run: Path, tmp_path: Path, to: str) -> None:
     ended = launch(1, "alone", "export", str(run), "--to", to, "-o", str(tmp_path / "model"))
     assert ended.code == 0, ended.output
@@ -44,6 +45,11 @@ def test_an_export_gives_the_logits_of_the_model(run: Path, tmp_path: Path, to: 
         images = torch.rand(7, *dist_train.load_run(run).config.data.image_format.shape)
         exported = torch.export.load(tmp_path / "model").module()(images)
         torch.testing.assert_close(exported, dist_train.load_run(run).model()(images))
+    if to == "onnx":
+        session = onnxruntime.InferenceSession(tmp_path / "model")
+        images = torch.rand(7, *dist_train.load_run(run).config.data.image_format.shape)
+        [logits] = session.run(None, {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), dist_train.load_run(run).model()(images))
 
 
 @pytest.mark.parametrize(("ranks", "step"), [(1, 2), (2, 5), (1, 6)])
