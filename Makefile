@@ -65,8 +65,12 @@ dashboards: setup ## write Grafana's dashboards and the tables of metrics and se
 	$(python) -m dist_train.config.reference > docs/settings.md
 
 clean: ## remove what was made here, except runs and the caches outside this folder
-	rm -rf .venv .venv-loggers build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-loggers build site dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: docs
+docs: setup ## the documentation as a site, with the reference of the Python API, in site/; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
 
 .PHONY: torture
 torture: setup ## a campaign of 500 faults, and 10,000 broken inputs of each kind (FAULTS, SEED, INPUTS)

@@ -61,9 +61,14 @@ _Target = TypeVar("_Target", bound=Callable[..., Any])
 def register(kind: Kind, name: str) -> Callable[[_Target], _Target]:
     """Return a decorator that gives a function or class the short `name`, in files that `plugins` lists.
 
-    Example:
-        @dist_train.register("models", "perceptron")
-        def perceptron(images, width, norm): ...
+    docs/extending.md says what each `kind` is called with, of which shapes, and must return. The name is looked up, and
+    what is wrong with it raised as a ConfigError, by `load_config`.
+
+    Examples:
+        >>> @dist_train.register("models", "perceptron")
+        ... def perceptron(images, width, norm):  # images [n, C, H, W] to logits [n, classes]
+        ...     channels, height, breadth = images.shape
+        ...     return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * breadth, images.classes))
     """
 
     def mark(target: _Target) -> _Target:

@@ -420,7 +420,15 @@ class MetricsSettings(Section):
 
 
 class Config(Section):
-    """All settings of a run."""
+    """All settings of a run, by section; frozen, and checked as a whole by `load_config`.
+
+    docs/settings.md lists every setting with its range, default and meaning.
+
+    Examples:
+        >>> config = dist_train.load_config("dist_train:configs/demo.yaml")
+        >>> config.noise.method, config.run_directory.name
+        ('smoothout', 'demo')
+    """
 
     run: RunSettings = Field(default_factory=RunSettings)
     data: DataSettings = Field(default_factory=DataSettings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dist_train.checkpoint.files import list_checkpoints
@@ -227,10 +227,19 @@ class Session:
 
 
 def open_session(
-    config: Config, directory: RunDirectory, comm: Communicator, lock: RunLock | None = None, run_id: str = ""
+    config: Config,
+    directory: RunDirectory,
+    comm: Communicator,
+    lock: RunLock | None = None,
+    run_id: str = "",
+    more: Sequence[Observer] = (),
 ) -> Session:
-    """Return the session of this launch, with this rank's observers. Raises UsageError where one cannot be made."""
-    return Session(directory, comm, Observers(_observers(config.metrics, directory, comm.rank)), lock, run_id)
+    """Return the session of this launch, with this rank's observers, and `more` on rank 0.
+
+    Raises UsageError where one cannot be made.
+    """
+    observers = (*_observers(config.metrics, directory, comm.rank), *(more if comm.rank == 0 else ()))
+    return Session(directory, comm, Observers(observers), lock, run_id)
 
 
 def _status_file(directory: RunDirectory, comm: Communicator) -> StatusFile:
