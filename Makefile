@@ -32,7 +32,7 @@ test-containers: setup ## build the images of docker/Dockerfile, for CPUs and fo
 	@docker/debian_packages.sh
 	$(python) -m pytest tests/containers
 
-test-lengthy: setup ## a compiled step, alerts about 400 runs, a campaign of faults, and the wheel where there is neither a compiler nor MPI (torch to download)
+test-lengthy: setup ## a compiled step, updates made again, alerts about 400 runs, a campaign of faults, and the wheel where there is neither a compiler nor MPI (torch to download)
 	$(python) -m pytest -m lengthy tests/ranks tests/services tests/torture tests/longer/test_wheel.py
 
 test-cuda-build: setup ## set up against PyPI's torch for CUDA in a folder of its own, without a GPU: 3 GB to download, ten minutes
