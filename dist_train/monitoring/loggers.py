@@ -58,7 +58,7 @@ def check_installed(name: str) -> None:
         raise UsageError(
             f"the logger {name} is not installed: pip install 'dist_train[{name}]', or leave it out of metrics.loggers"
             + (" and metrics.tensorboard" if name == "tensorboard" else ""),
-            code="tensorboard-missing" if name == "tensorboard" else "logger-missing",
+            code=f"{name}-missing",
         ) from error
 
 

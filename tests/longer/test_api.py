@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -30,6 +31,8 @@ def test_a_run_is_read_back(run: Path) -> None:
     assert left.config.noise.method == "smoothout"
     assert left.steps[0] == 3
     rows = left.metrics()
+    if importlib.util.find_spec("pandas"):
+        rows = rows.to_dict("records")
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, left.status.step + 1))
     with raises(UsageError, code="no-checkpoint"):
         left.model(step=1)
