@@ -32,7 +32,7 @@ test-containers: setup ## build the images of docker/Dockerfile, for CPUs and fo
 	@docker/debian_packages.sh
 	$(python) -m pytest tests/containers
 
-test-lengthy: setup ## a compiled step, alerts about 400 runs, a campaign of faults, and the wheel where there is neither a compiler nor MPI (torch to download)
+test-lengthy: setup ## a compiled step, updates made again, alerts about 400 runs, a campaign of faults, and the wheel where there is neither a compiler nor MPI (torch to download)
 	$(python) -m pytest -m lengthy tests/ranks tests/services tests/torture tests/longer/test_wheel.py
 
 test-cuda-build: setup ## set up against PyPI's torch for CUDA in a folder of its own, without a GPU: 3 GB to download, ten minutes
@@ -65,8 +65,12 @@ dashboards: setup ## write Grafana's dashboards and the tables of metrics and se
 	$(python) -m dist_train.config.reference > docs/settings.md
 
 clean: ## remove what was made here, except runs and the caches outside this folder
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-loggers build site dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: docs
+docs: setup ## the documentation as a site, with the reference of the Python API, in site/; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
 
 .PHONY: torture
 torture: setup ## a campaign of 500 faults, and 10,000 broken inputs of each kind (FAULTS, SEED, INPUTS)

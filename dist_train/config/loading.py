@@ -53,6 +53,11 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), plugins: Sequen
     A `path` such as `dist_train:configs/demo.yaml` is that of a file that comes with the program. The key `base` names
     another file, relative to this one, whose settings this one changes.
 
+    Examples:
+        >>> config = dist_train.load_config("dist_train:configs/demo.yaml", ["run.seed=1", "noise.method=none"])
+        >>> config.run.seed, config.batch.global_size
+        (1, 8192)
+
     Raises:
         ConfigError: the file cannot be read, or something in it or in the overrides is wrong.
     """

@@ -13,8 +13,12 @@ import importlib.util
 import inspect
 import os
 import sys
+import tomllib
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -23,7 +27,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 from pydantic import BaseModel, Field, ValidationError
 
 from dist_train.config.problems import Problem, models_of, problem, problems_of
-from dist_train.outcome import UsageError
+from dist_train.outcome import CodedError, UsageError
 
 Kind = Literal[
     "models", "data_sets", "noise_methods", "noise_scales", "noise_schedules", "optimizers", "schedules", "loggers"
@@ -50,14 +54,6 @@ _PLACES: Mapping[str, Kind] = MappingProxyType(
 )
 """The settings that may name a plug-in, and which kind."""
 
-_LIBRARIES: Mapping[str, str] = MappingProxyType(
-    {
-        "torchvision": "dist_train.models.library:torchvision_model",
-        "timm": "dist_train.models.library:timm_model",
-    }
-)
-"""What takes the name of a library's model, and returns the plug-in that builds it."""
-
 _MARK = "_dist_train_plugin"
 _Target = TypeVar("_Target", bound=Callable[..., Any])
 
@@ -65,9 +61,14 @@ _Target = TypeVar("_Target", bound=Callable[..., Any])
 def register(kind: Kind, name: str) -> Callable[[_Target], _Target]:
     """Return a decorator that gives a function or class the short `name`, in files that `plugins` lists.
 
-    Example:
-        @dist_train.register("models", "perceptron")
-        def perceptron(images, width, norm): ...
+    docs/extending.md says what each `kind` is called with, of which shapes, and must return. The name is looked up, and
+    what is wrong with it raised as a ConfigError, by `load_config`.
+
+    Examples:
+        >>> @dist_train.register("models", "perceptron")
+        ... def perceptron(images, width, norm):  # images [n, C, H, W] to logits [n, classes]
+        ...     channels, height, breadth = images.shape
+        ...     return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * breadth, images.classes))
     """
 
     def mark(target: _Target) -> _Target:
@@ -89,8 +90,10 @@ def load_plugin(name: str) -> Any:
         UsageError: there is none, or its module cannot be imported.
     """
     place, _, attribute = name.rpartition(":")
-    if place in _LIBRARIES:
-        return load_plugin(_LIBRARIES[place])(attribute)
+    if not place:
+        return load_plugin(_shipped("loggers")[name])
+    if place in (libraries := _shipped("model_libraries")):
+        return load_plugin(libraries[place])(attribute)
     module = _module(place)
     target = getattr(module, attribute, None)
     if not callable(target):
@@ -98,16 +101,44 @@ def load_plugin(name: str) -> Any:
     return target
 
 
-def call_plugin(name: str, options: Options, *arguments: Any, **keywords: Any) -> Any:
-    """Call the plug-in `name`, with its checked `options` where it takes any.
+def call_plugin(name: str, options: Options, returns: type[Any], *arguments: Any, **keywords: Any) -> Any:
+    """Call the plug-in `name`, which `returns` what it says, with its checked `options` where it takes any.
 
-    Raises UsageError where there is no such plug-in, or it does not take these options.
+    Raises UsageError where there is no such plug-in, it does not take these options, raises, or returns something else.
     """
     target = load_plugin(name)
     parameter = _parameter(target)
     if parameter.is_there:
         keywords["options"] = _checked(parameter.model, options)
-    return target(*arguments, **keywords)
+    with failing_clearly(name):
+        made = target(*arguments, **keywords)
+    if not isinstance(made, returns):
+        raise UsageError(
+            f"{name} returned {type(made).__name__}, not {returns.__module__}.{returns.__qualname__}",
+            code="plugin-result",
+        )
+    return _yielded(name, made) if inspect.isgenerator(made) else made
+
+
+def _yielded(name: str, parts: Iterator[Any]) -> Iterator[Any]:
+    with failing_clearly(name):
+        yield from parts
+
+
+@contextmanager
+def failing_clearly(name: str) -> Iterator[None]:
+    """Make what the code of the plug-in `name` raises a UsageError that says where."""
+    try:
+        yield
+    except CodedError:
+        raise
+    except Exception as error:
+        module = inspect.getmodule(load_plugin(name))
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if frame.filename == getattr(module, "__file__", None)]
+        place = "".join(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in own[-1:])
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UsageError(f"the plug-in {name} failed{place}: {reason}", code="plugin-failed") from error
 
 
 def named_plugins(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Options]]:
@@ -115,7 +146,7 @@ def named_plugins(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str, 
     for path in _PLACES:
         for place, section, key in _sections(settings, path.split(".")):
             name = section.get(key)
-            if isinstance(name, str) and is_plugin(name):
+            if isinstance(name, str) and (is_plugin(name) or _PLACES[path] == "loggers"):
                 options = "scale_options" if path == "noise.scale" else "options"
                 yield f"{place}{key}", name, f"{place}{options}", section.get(options, {})
 
@@ -181,7 +212,7 @@ def plugin_files(settings: Mapping[str, Any]) -> dict[str, str]:
 
     By the file's name from the folder that it is in; packages that are installed are not looked into.
     """
-    places = {name.rpartition(":")[0] for _, name, _, _ in named_plugins(settings)}
+    places = {name.rpartition(":")[0] for _, name, _, _ in named_plugins(settings) if is_plugin(name)}
     folders = {_folder(_module(place)) for place in places} - {None}
     found: dict[str, str] = {}
     for module in list(sys.modules.values()):
@@ -242,9 +273,11 @@ def _is_file(place: str) -> bool:
 
 def _choices(model: type[BaseModel], path: str) -> tuple[object, ...]:
     """Return the choices of the setting at `path` that are no plug-ins."""
-    section, _, name = path.partition(".")
-    fields = models_of(model.model_fields[section])[0].model_fields
-    annotation = fields[name].annotation if name in fields else None
+    *sections, name = path.replace(".*", "").split(".")
+    for section in sections:
+        model = models_of(model.model_fields[section])[0]
+    field = model.model_fields.get(name)
+    annotation = field.annotation if field else None
     return tuple(choice for part in get_args(annotation) for choice in get_args(part))
 
 
@@ -257,6 +290,13 @@ def _registered(file: str) -> Iterator[tuple[tuple[Kind, str], str]]:
     for name, value in vars(_module(file)).items():
         if mark := getattr(value, _MARK, None):
             yield mark, name
+
+
+@cache
+def _shipped(group: str) -> Mapping[str, str]:
+    """Return what comes with the package and is found as plug-ins are: a table of `plugins.toml`."""
+    file = Path(__file__).parents[1] / "plugins.toml"
+    return MappingProxyType(tomllib.loads(file.read_text(encoding="utf-8"))[group])
 
 
 def _entry_point(kind: Kind, name: str) -> str | None:

@@ -361,10 +361,14 @@ class CheckpointSettings(Section):
 
 
 class LoggerSettings(Section):
-    """An observer of the run's records from outside the package."""
+    """A logger of the run's records."""
 
-    name: PluginName = Field(description="`package.module:name` or `FILE.py:name`, a subclass of `Observer`.")
-    options: Options = _options("its name")
+    name: Literal["tensorboard", "trackio", "wandb", "mlflow"] | PluginName = Field(
+        description="A library, or an `Observer` of your own: `package.module:name`, `FILE.py:name`."
+    )
+    options: Options = Field(
+        default_factory=dict, description="Its own settings.", examples=[{"project": "large-batch"}]
+    )
 
 
 class MetricsSettings(Section):
@@ -420,12 +424,25 @@ class MetricsSettings(Section):
     )
     tensorboard: bool = Field(False, description="Write TensorBoard's event files into the run directory too.")
     loggers: tuple[LoggerSettings, ...] = Field(
-        (), description="Observers of your own, on rank 0.", examples=[[{"name": "loggers.py:CsvLogger"}]]
+        (), description="Where records go besides, from rank 0.", examples=[[{"name": "trackio"}]]
     )
+
+    @property
+    def writes_tensorboard(self) -> bool:
+        """Whether TensorBoard's event files are written."""
+        return self.tensorboard or any(logger.name == "tensorboard" for logger in self.loggers)
 
 
 class Config(Section):
-    """All settings of a run."""
+    """All settings of a run, by section; frozen, and checked as a whole by `load_config`.
+
+    docs/settings.md lists every setting with its range, default and meaning.
+
+    Examples:
+        >>> config = dist_train.load_config("dist_train:configs/demo.yaml")
+        >>> config.noise.method, config.run_directory.name
+        ('smoothout', 'demo')
+    """
 
     run: RunSettings = Field(default_factory=RunSettings)
     data: DataSettings = Field(default_factory=DataSettings)

@@ -81,7 +81,7 @@ def _synthetic(settings: DataSettings, split: Split, seed: int) -> ImageSet:
 
 def _plugin(settings: DataSettings, split: Split, seed: int) -> ImageSet:
     """Return what the plug-in reads: an ImageSet as it is, a map-style Dataset read once, sample by sample."""
-    found = call_plugin(settings.name, settings.options, settings, split, seed)
+    found = call_plugin(settings.name, settings.options, object, settings, split, seed)
     images = found if isinstance(found, ImageSet) else in_memory(found, settings)
     if (images.shape, images.classes) != (settings.shape, settings.classes):
         raise UsageError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_train.config import DataSettings
+from dist_train.config.plugins import failing_clearly
 from dist_train.outcome import UsageError
 
 Split = Literal["train", "validation", "test"]
@@ -77,8 +78,9 @@ def in_memory(samples: Any, settings: DataSettings) -> ImageSet:
     images = torch.empty((count, *settings.shape), dtype=torch.uint8)
     labels = torch.empty(count, dtype=torch.int64)
     for index in range(count):
-        image, label = samples[index]
-        pixels = _pixels(image)
+        with failing_clearly(settings.name):
+            image, label = samples[index]
+            pixels = _pixels(image)
         if pixels.shape != images.shape[1:] or pixels.dtype != torch.uint8 or not 0 <= int(label) < settings.classes:
             raise UsageError(
                 f"sample {index} of {settings.name} is {pixels.dtype} of {list(pixels.shape)} with label {label}: "

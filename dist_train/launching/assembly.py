@@ -102,7 +102,7 @@ def assemble(
 
     network = build_model(config).to(compute.device)
     weights = FlatWeights(network)
-    is_measured = config.metrics.enabled or config.metrics.tensorboard
+    is_measured = config.metrics.enabled or config.metrics.writes_tensorboard
     measuring = None
     if is_measured:
         # The norms measure the distance to the initial weights, which are what `weights` are now.

@@ -8,7 +8,7 @@ from dist_train.checkpoint.files import find_checkpoint, read_record
 from dist_train.config import Config
 from dist_train.data.catalog import find_data
 from dist_train.data.plan import BatchPlan
-from dist_train.monitoring.observers import check_tensorboard
+from dist_train.monitoring.loggers import check_installed
 from dist_train.monitoring.prometheus.http_server import check_access
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
@@ -18,7 +18,7 @@ def check_settings(config: Config) -> None:
     """Check what the settings alone, and the files of secrets that they name, let a run begin with.
 
     Raises:
-        UsageError: a file of secrets is not what it should be, TensorBoard is missing, or a batch has too few samples.
+        UsageError: a file of secrets is not what it should be, a logger is missing, or a batch has too few samples.
     """
     check_metrics(config)
     check_batches(config)
@@ -28,8 +28,11 @@ def check_metrics(config: Config) -> None:
     """Check what metrics are served with. Raises UsageError."""
     if config.metrics.enabled:
         check_access(config.metrics)
-    if config.metrics.tensorboard:
-        check_tensorboard()
+    for name in [
+        *(["tensorboard"] if config.metrics.tensorboard else []),
+        *(each.name for each in config.metrics.loggers),
+    ]:
+        check_installed(name)
 
 
 def check_batches(config: Config) -> None:

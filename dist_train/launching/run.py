@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from dist_train.monitoring.console import open_logs
 from dist_train.monitoring.prometheus.http_server import access_warnings
 from dist_train.rundir.lock import LockRequest, RunLock
 from dist_train.rundir.paths import RunDirectory, oserror_to_fault
-from dist_train.rundir.records import Outcome, rewind
+from dist_train.rundir.records import Observer, Outcome, rewind
 from dist_train.start_up import without_collection
 from dist_train.training.compute import share_of_threads
 from dist_train.training.consistency import check_consistent_across_ranks
@@ -42,10 +43,17 @@ _LOOKS_IN_TIMEOUT = 4
 """How often within `comm.timeout` ranks that wait for the run directory meet."""
 
 
-def train(config: Config, run_directory: Path | None = None) -> Outcome:
+def train(config: Config, run_directory: Path | str | None = None, observers: Sequence[Observer] = ()) -> Outcome:
     """Train as `config` says, in `run_directory` (else `run.directory`/`run.name`), resuming a run there.
 
-    Every rank of a launch calls it; without a launcher there is one rank.
+    Every rank of a launch calls it; without a launcher there is one rank. `observers` are callbacks of your own, called
+    on rank 0 as the run's loggers are: one that raises is reported once and left out.
+
+    Examples:
+        >>> config = dist_train.load_config("dist_train:configs/smoke.yaml", ["batch.global_size=128"])
+        >>> outcome = dist_train.train(config, "runs/demo")  # 4 epochs of 8 updates
+        >>> outcome.state, outcome.step
+        ('finished', 32)
 
     Raises:
         UsageError: something that the user can mend.
@@ -55,7 +63,7 @@ def train(config: Config, run_directory: Path | None = None) -> Outcome:
         RankLostError: a rank is gone.
         FaultError: the run directory could not be written, or something else broke that is nobody's doing.
     """
-    directory = RunDirectory(config.run_directory if run_directory is None else run_directory)
+    directory = RunDirectory(config.run_directory if run_directory is None else Path(run_directory))
     with oserror_to_fault(directory), ExitStack() as stack:
         stop = stack.enter_context(StopRequests(config.run.stop_signal))
         session: Session | None = None
@@ -86,7 +94,8 @@ def train(config: Config, run_directory: Path | None = None) -> Outcome:
         if comm.rank == 0 and settled.metrics.enabled:
             for warning in access_warnings(settled.metrics):
                 _logger.warning("%s", warning)
-        session = open_session(settled, directory, comm, lock, run_id)
+        opened = partial(open_session, settled, directory, comm, lock, run_id, observers)
+        session = run_on_all_ranks(comm, opened, "open its loggers")
         try:
             with without_collection():
                 trainer = assemble(settled, resume_point, directory, comm, session, stop)

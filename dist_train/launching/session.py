@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dist_train.checkpoint.files import list_checkpoints
@@ -17,9 +17,17 @@ from dist_train.config.plugins import call_plugin, plugin_files
 from dist_train.config.sections import MetricsSettings
 from dist_train.launching.provenance import launch_environment, revision, run_facts
 from dist_train.monitoring.console import open_console
-from dist_train.monitoring.observers import Observers, TensorBoard
+from dist_train.monitoring.loggers import tensorboard
+from dist_train.monitoring.observers import Observers
 from dist_train.monitoring.prometheus.exporter import Exporter
-from dist_train.outcome import DisagreementError, DivergedError, ExitCode, FaultError, StoppedError, exit_code_of
+from dist_train.outcome import (
+    DisagreementError,
+    DivergedError,
+    ExitCode,
+    FaultError,
+    StoppedError,
+    exit_code_of,
+)
 from dist_train.rundir.live_files import EventCounts, RanksFile
 from dist_train.rundir.lock import RunLock
 from dist_train.rundir.paths import RunDirectory
@@ -220,10 +228,19 @@ class Session:
 
 
 def open_session(
-    config: Config, directory: RunDirectory, comm: Communicator, lock: RunLock | None = None, run_id: str = ""
+    config: Config,
+    directory: RunDirectory,
+    comm: Communicator,
+    lock: RunLock | None = None,
+    run_id: str = "",
+    more: Sequence[Observer] = (),
 ) -> Session:
-    """Return the session of this launch, with this rank's observers."""
-    return Session(directory, comm, Observers(_observers(config.metrics, directory, comm.rank)), lock, run_id)
+    """Return the session of this launch, with this rank's observers, and `more` on rank 0.
+
+    Raises UsageError where one cannot be made.
+    """
+    observers = (*_observers(config.metrics, directory, comm.rank), *(more if comm.rank == 0 else ()))
+    return Session(directory, comm, Observers(observers), lock, run_id)
 
 
 def _status_file(directory: RunDirectory, comm: Communicator) -> StatusFile:
@@ -233,6 +250,9 @@ def _status_file(directory: RunDirectory, comm: Communicator) -> StatusFile:
 
 def _observers(settings: MetricsSettings, directory: RunDirectory, rank: int) -> Iterator[Observer]:
     """Yield those of `rank`; what a later one publishes, the earlier ones have written down."""
+    # made first, since that may fail
+    mine = settings.loggers if rank == 0 else ()
+    loggers = [call_plugin(each.name, each.options, Observer, directory.root) for each in mine]
     if rank == 0:
         yield JsonLines(directory.metrics)
         yield EventCounts(directory.event_counts)
@@ -241,7 +261,5 @@ def _observers(settings: MetricsSettings, directory: RunDirectory, rank: int) ->
     if settings.enabled and (rank == 0 or settings.ranks == "all"):
         yield Exporter(settings)
     if settings.tensorboard and rank == 0:
-        yield TensorBoard(directory.tensorboard)
-    if rank == 0:
-        for logger in settings.loggers:
-            yield call_plugin(logger.name, logger.options, directory.root)
+        yield tensorboard(directory.root)
+    yield from loggers

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_train.config import Config, ImageFormat, ModelSettings
-from dist_train.config.plugins import call_plugin
+from dist_train.config.plugins import call_plugin, failing_clearly
 from dist_train.models.norms import VECTOR_GROUP, NormFactory, norm_factory, norm_parameters
 from dist_train.outcome import UsageError
 from dist_train.randomness import generator
@@ -168,12 +168,15 @@ def _network(settings: ModelSettings, images: ImageFormat) -> nn.Module:
     norm = norm_factory(settings)
     if settings.name in _MODELS:
         return _MODELS[settings.name](images, settings.width, norm)
-    model = call_plugin(settings.name, settings.options, images, settings.width, norm)
-    if not isinstance(model, nn.Module):
+    model: nn.Module = call_plugin(settings.name, settings.options, nn.Module, images, settings.width, norm)
+    with failing_clearly(settings.name), torch.no_grad():
+        logits = model.eval()(torch.zeros(2, *images.shape))
+    if tuple(logits.shape) != (2, images.classes):
         raise UsageError(
-            f"{settings.name} returned {type(model).__name__}, not a torch.nn.Module", code="plugin-result"
+            f"{settings.name} gives logits of {list(logits.shape)}, not [2, {images.classes}], for 2 images",
+            code="plugin-result",
         )
-    return model
+    return model.train()
 
 
 def initialize(model: nn.Module, seed: int) -> None:

@@ -189,7 +189,7 @@ def build_noise(settings: NoiseSettings, weights: FlatWeights, *, seed: int, tot
     """Return the noise that `settings` describe, on `weights`, for `rank`."""
     name, place = settings.method, {"seed": seed, "total_steps": total_steps, "rank": rank}
     if is_plugin(name):
-        return cast(Noise, call_plugin(name, settings.options, settings, weights, **place))
+        return cast(Noise, call_plugin(name, settings.options, Noise, settings, weights, **place))
     return _METHODS[name](settings, weights, **place)
 
 
@@ -324,5 +324,5 @@ _SCALES: Mapping[str, _Scale] = MappingProxyType({"absolute": _absolute, "weight
 
 def _scale_of(settings: NoiseSettings) -> _Scale:
     if is_plugin(settings.scale):
-        return partial(call_plugin, settings.scale, settings.scale_options)
+        return partial(call_plugin, settings.scale, settings.scale_options, Iterator)
     return _SCALES[settings.scale]

@@ -39,7 +39,7 @@ def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimi
     _pass_by_the_compiler()
     filled = [group for group in groups if group.parameters]
     if is_plugin(settings.name):
-        return cast(Optimizer, call_plugin(settings.name, settings.options, settings, filled))
+        return cast(Optimizer, call_plugin(settings.name, settings.options, Optimizer, settings, filled))
     return _OPTIMIZERS[settings.name](settings, filled)
 
 

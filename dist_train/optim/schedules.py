@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, SupportsFloat
 
 from dist_train.config import NoiseSchedule, ScheduleSettings
 from dist_train.config.plugins import call_plugin, is_plugin
@@ -41,7 +41,7 @@ class LearningRate:
     def _decay(self, epoch: float) -> float:
         name = self.settings.decay
         if is_plugin(name):
-            return float(call_plugin(name, self.settings.options, _part_after_warmup(self, epoch)))
+            return float(call_plugin(name, self.settings.options, SupportsFloat, _part_after_warmup(self, epoch)))
         return _DECAYS[name](self, epoch)
 
 
@@ -77,7 +77,9 @@ _FACTORS: Mapping[str, Callable[[Any, int, int], float]] = MappingProxyType(
         "cosine": lambda schedule, step, total: (1.0 + math.cos(math.pi * step / total)) / 2.0,
         "exponential": lambda schedule, step, total: schedule.final_fraction ** (step / total),
         "inverse_power": lambda schedule, step, total: (1.0 + step) ** (-schedule.gamma / 2.0),
-        "plugin": lambda schedule, step, total: call_plugin(schedule.function, schedule.options, step, total),
+        "plugin": lambda schedule, step, total: call_plugin(
+            schedule.function, schedule.options, SupportsFloat, step, total
+        ),
         "tanh": lambda schedule, step, total: (math.tanh(schedule.steepness * (step / total - 0.5)) + 1.0) / 2.0,
     }
 )

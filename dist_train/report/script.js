@@ -4,6 +4,7 @@ for (const svg of document.querySelectorAll("svg[data-kind]")) {
   const chart = svg.closest(".chart");
   const tip = chart.querySelector(".tip");
   const cross = svg.querySelector(".cross");
+  const replayed = chart.closest("[data-replay]")?.dataset;
   const isScatter = svg.dataset.kind === "scatter";
   const [left, top, right, bottom] = svg.dataset.frame.split(" ").map(Number);
   const series = [...svg.querySelectorAll(".series")].map((group) => ({
@@ -52,6 +53,11 @@ for (const svg of document.querySelectorAll("svg[data-kind]")) {
       .filter(([, point]) => Math.abs(point[0] - here[0]) < 2)
       .sort((a, b) => a[1][1] - b[1][1])
       .map(([one, point]) => line(one.style, `${one.label} ${point[2]}`));
+    if (replayed) {
+      const again = document.createElement("code");
+      again.textContent = `${replayed.replay}${Math.round(here[3] * replayed.stepsPerEpoch)}`;
+      rows.push(again);
+    }
     tip.replaceChildren(head, ...rows);
     cross.setAttribute("x1", here[0]);
     cross.setAttribute("x2", here[0]);

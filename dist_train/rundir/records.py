@@ -248,7 +248,21 @@ def _parse(content: bytes) -> tuple[Record, ...]:
 class Observer:
     """The calls that a run makes, in their order; a subclass overrides those that it needs, the others do nothing.
 
-    A call may raise: the observer is then dropped, and the run continues.
+    A call may raise: the observer is then dropped, and the run continues. Numbers are Python's; there are no arrays.
+
+    Examples:
+        >>> class Losses(dist_train.Observer):
+        ...     def __init__(self):
+        ...         self.losses = []
+        ...
+        ...     def record(self, record):
+        ...         if isinstance(record, TrainRecord):
+        ...             self.losses.append(record.loss)
+        >>> losses = Losses()
+        >>> config = dist_train.load_config("dist_train:configs/smoke.yaml", ["batch.global_size=128"])
+        >>> outcome = dist_train.train(config, "runs/observed", observers=[losses])
+        >>> len(losses.losses), losses.losses[-1] < losses.losses[0]
+        (32, True)
     """
 
     def begin(self, facts: RunFacts) -> None:

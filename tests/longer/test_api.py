@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -31,6 +33,8 @@ def test_a_run_is_read_back(run: Path) -> None:
     assert left.config.noise.method == "smoothout"
     assert left.steps[0] == 3
     rows = left.metrics()
+    if importlib.util.find_spec("pandas"):
+        rows = rows.to_dict("records")
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, left.status.step + 1))
     with raises(UsageError, code="no-checkpoint"):
         left.model(step=1)
@@ -38,7 +42,7 @@ def test_a_run_is_read_back(run: Path) -> None:
         dist_train.load_run(run.parent / "nowhere")
 
 
-@pytest.mark.parametrize("to", ["safetensors", "torch-export"])
+@pytest.mark.parametrize("to", ["safetensors", "torch-export", "onnx"])
 def test_an_export_gives_the_logits_of_the_model(run: Path, tmp_path: Path, to: str) -> None:
     ended = launch(1, "alone", "export", str(run), "--to", to, "-o", str(tmp_path / "model"))
     assert ended.code == 0, ended.output
@@ -46,6 +50,11 @@ def test_an_export_gives_the_logits_of_the_model(run: Path, tmp_path: Path, to: 
         images = torch.rand(7, *dist_train.load_run(run).config.data.image_format.shape)
         exported = torch.export.load(tmp_path / "model").module()(images)
         torch.testing.assert_close(exported, dist_train.load_run(run).model()(images))
+    if to == "onnx":
+        session = onnxruntime.InferenceSession(tmp_path / "model")
+        images = torch.rand(7, *dist_train.load_run(run).config.data.image_format.shape)
+        [logits] = session.run(None, {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), dist_train.load_run(run).model()(images))
 
 
 def test_the_averaged_weights_of_a_run_are_evaluated_and_exported(tmp_path: Path) -> None:

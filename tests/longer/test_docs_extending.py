@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from dist_train.cli.main import main
 from dist_train.config import load_config
 from dist_train.config.plugins import plugin_files
+from dist_train.launching import train
 from dist_train.models import build_model
-from tests.launching import launch
-from tests.raising import raises_problems
+from dist_train.outcome import UsageError
+from tests.launching import launch, train_alone
+from tests.raising import raises, raises_problems
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))
@@ -58,6 +61,36 @@ def test_two_ranks_give_the_same_bits(folder: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_it_resumes_and_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    for last in (1, 2):
+        train_alone("mine.yaml", Path("runs/stopped"), "metrics.enabled=false", f"run.max_steps={last}")
+    whole, resumed = (saved(folder, name)["model"] for name in ("mine", "stopped"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert main(["report", "runs/stopped", "-o", "report.html"]) == 0
+    assert "perceptron" in (folder / "report.html").read_text()
+
+
+def test_an_installed_package_gives_names_by_entry_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    package = tmp_path / "site"
+    (package / "stripes-1.0.dist-info").mkdir(parents=True)
+    (package / "stripes_package.py").write_text(FILES["mine.py"])
+    (package / "stripes-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: stripes\nVersion: 1.0\n")
+    names = re.findall(r'register\("(\w+)", "(\w+)"\)\n(?:class|def) (\w+)', FILES["mine.py"])
+    points = "".join(f"[dist_train.{kind}]\n{name} = stripes_package:{target}\n" for kind, name, target in names)
+    (package / "stripes-1.0.dist-info" / "entry_points.txt").write_text(points)
+    monkeypatch.syspath_prepend(package)
+    (tmp_path / "installed.yaml").write_text(FILES["mine.yaml"].replace("plugins: [mine.py]", ""))
+    words = ("--run-dir", str(tmp_path / "runs" / "mine"), "metrics.enabled=false")
+    ended = launch(2, "torch", "train", str(tmp_path / "installed.yaml"), *words, extra={"PYTHONPATH": str(package)})
+    assert ended.code == 0, ended.output
+    mine, installed = (saved(place, "mine")["model"] for place in (folder, tmp_path))
+    assert all(torch.equal(mine[name], installed[name]) for name in mine)
+    assert load_config(tmp_path / "installed.yaml").model.name == "stripes_package:perceptron"
+
+
 def test_a_run_records_its_plugins_and_notices_when_they_change(folder: Path) -> None:
     [(name, digest)] = saved(folder, "mine")["plugins"].items()
     assert name == f"{folder.name}/mine.py"
@@ -95,6 +128,66 @@ def test_a_mistake_is_one_message(
     monkeypatch.chdir(folder)
     with raises_problems((path, code)):
         load_config(folder / "mine.yaml", [override])
+
+
+BROKEN = """
+from torch import nn
+from torch.utils.data import Dataset
+
+def raises(*_, **__):
+    raise ValueError("no such depth")
+
+def nothing(*_, **__):
+    return None
+
+def too_narrow(images, width, norm):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
+
+def yields_no_more(noise, weights, filters, drawn, amplitude, unit):
+    yield from drawn
+    raise ValueError("no such part")
+
+class Torn(Dataset):
+    def __init__(self, settings, split, seed): ...
+    def __len__(self): return 256
+    def __getitem__(self, index): raise OSError("a torn file")
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "code"),
+    [
+        ("model={name: broken.py:raises}", "plugin-failed"),
+        ("model={name: broken.py:nothing}", "plugin-result"),
+        ("model={name: broken.py:too_narrow}", "plugin-result"),
+        ("data={name: broken.py:raises, shape: [1, 8, 8], classes: 2}", "plugin-failed"),
+        ("data={name: broken.py:nothing, shape: [1, 8, 8], classes: 2}", "plugin-result"),
+        ("data={name: broken.py:Torn, shape: [1, 8, 8], classes: 2}", "plugin-failed"),
+        ("noise={method: smoothout, amplitude: 0.1, scale: broken.py:yields_no_more}", "plugin-failed"),
+        ("noise={method: smoothout, amplitude: 0.1, scale: broken.py:nothing}", "plugin-result"),
+        ("noise={method: broken.py:nothing}", "plugin-result"),
+        ("optimizer={name: broken.py:nothing}", "plugin-result"),
+        ("schedule={decay: broken.py:raises}", "plugin-failed"),
+        ("metrics={enabled: false, loggers: [{name: broken.py:raises}]}", "plugin-failed"),
+        ("metrics={enabled: false, loggers: [{name: broken.py:nothing}]}", "plugin-result"),
+    ],
+)
+def test_code_that_fails_ends_the_run_with_one_message(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, override: str, code: str
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "broken.py").write_text(BROKEN)
+    with raises(UsageError, code):
+        train(load_config("mine.yaml", ["metrics.enabled=false", override]), tmp_path / "run")
+
+
+def test_a_logger_that_fails_when_made_ends_all_ranks(folder: Path, tmp_path: Path) -> None:
+    (folder / "broken.py").write_text(BROKEN)
+    logger = f"metrics={{enabled: false, loggers: [{{name: '{folder}/broken.py:raises'}}]}}"
+    ended = launch(2, "torch", "train", str(folder / "mine.yaml"), logger, "--run-dir", str(tmp_path / "run"))
+    assert ended.code == 2, ended.output
+    assert "Traceback" not in ended.output
+    assert "broken.py:6" in ended.output
 
 
 def test_a_file_that_registers_names_can_be_named_on_the_command_line(folder: Path) -> None:

@@ -34,6 +34,7 @@ ELSEWHERE = {
     r"^\. \.venv|^nvidia-smi|run\.device=cuda": "longer/test_cuda_build.py",
     r"^pip ": "longer/test_wheel.py",
     r"^tensorboard ": "unit/test_monitoring_tensorboard.py",
+    r"^trackio |name: trackio": "longer/test_loggers.py",
     r"^curl ": "unit/test_monitoring_access.py",
     r"mine\.yaml|runs/mine": "longer/test_docs_extending.py",
     r"^dist-train (export|replay) ": "longer/test_api.py",

@@ -11,6 +11,7 @@ import pytest
 
 from dist_train.report.looks import LIGHT
 from dist_train.report.page import write_report
+from tests.launching import records
 from tests.services.browser import Page, browser
 from tests.unit.report_study import make_run, make_study, treatments, write_status
 
@@ -133,6 +134,16 @@ def test_the_arrow_keys_walk_along_a_chart(pages: dict[str, Path], tab: Page) ->
     assert seen == ["epoch 1", "epoch 2", "epoch 20", "epoch 19", "epoch 1"]
     tab.press("Escape")
     assert tab.evaluate("document.querySelector('.tip:not([hidden])') === null")
+
+
+def test_the_command_that_makes_an_update_again_stands_beside_its_values(pages: dict[str, Path], tab: Page) -> None:
+    tab.show(pages["run"], width=1280)
+    tab.evaluate("document.querySelector('svg[data-kind=lines]').focus()")
+    tab.press("End")
+    told = tab.evaluate("document.querySelector('.tip:not([hidden])').innerText")
+    run = pages["run"].parent / "run"
+    last = records(run, "train")[-1]["step"]
+    assert told.splitlines()[-1] == f"dist-train replay {run}@{last}"
 
 
 @pytest.mark.parametrize("scripts", [True, False], ids=["scripts", "none"])

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from dist_train.config.plugins import load_plugin
+from dist_train.config.sections import LoggerSettings
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dist_train"
@@ -78,6 +84,29 @@ def test_a_layer_knows_only_layers_below_it() -> None:
         if beyond := ours(path) - allowed:
             upwards[str(path.relative_to(ROOT))] = beyond
     assert not upwards
+
+
+def named(path: Path) -> set[str]:
+    """Return the layers that the code of `path` names in a text as in `"dist_train.models.vgg:vgg"`."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    texts = (node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    found = {match[1] for text in texts for match in re.finditer(r"\bdist_train\.([a-z_]+)[.:][a-z_]", text)}
+    return found & set(BELOW)
+
+
+def test_a_layer_names_no_layer_above_it_in_a_text_either() -> None:
+    files = [path for path in FILES if layer_of(path) in BELOW]
+    upwards = {
+        str(path): beyond for path in files if (beyond := named(path) - BELOW[layer_of(path)] - {layer_of(path)})
+    }
+    assert not upwards
+
+
+def test_what_comes_with_the_package_and_is_found_as_plugins_are_is_there() -> None:
+    table = tomllib.loads((PACKAGE / "plugins.toml").read_text(encoding="utf-8"))
+    for names in table.values():
+        assert all(callable(load_plugin(place)) for place in names.values())
+    assert tuple(table["loggers"]) == get_args(get_args(LoggerSettings.model_fields["name"].annotation)[0])
 
 
 @pytest.mark.parametrize("library", sorted(OWNERS))

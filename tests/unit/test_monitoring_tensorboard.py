@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.monitoring.observers import TensorBoard, check_tensorboard
+from dist_train.monitoring.loggers import TensorBoard, check_installed
 from dist_train.outcome import UsageError
 from dist_train.rundir.records import (
     EvaluationRecord,
@@ -104,11 +104,11 @@ def test_what_was_synced_is_there_although_the_run_goes_on(tmp_path: Path) -> No
 
 
 def test_without_the_package_the_error_names_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_tensorboard()
+    check_installed("tensorboard")
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "tensorboard"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with raises(UsageError, "tensorboard-missing") as refused:
-        check_tensorboard()
+        check_installed("tensorboard")
     assert "pip install 'dist_train[tensorboard]'" in str(refused.value)

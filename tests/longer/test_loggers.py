@@ -1,0 +1,137 @@
+"""trackio, wandb and MLflow, the real ones, offline: what they have equals `metrics.jsonl`, also after a kill.
+
+They live in `.venv-loggers`, over this environment: some of them want other versions of what is here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launching import environment, records, small_settings, write_config
+from tests.waiting import PATIENCE
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / ".venv-loggers"
+LOGGERS = ("trackio", "wandb", "mlflow")
+
+
+@pytest.fixture(scope="module")
+def python() -> Path:
+    """The Python of `.venv-loggers`, which is made where it is not what pyproject.toml says: some 15 seconds."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    wanted = [requirement for name in LOGGERS for requirement in extras[name]]
+    ours = sysconfig.get_path("purelib")
+    digest = hashlib.sha256("\n".join([*wanted, ours]).encode()).hexdigest()
+    record, executable = FOLDER / "digest", FOLDER / "bin" / "python"
+    if not record.is_file() or record.read_text() != digest:
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        venv.create(FOLDER, symlinks=True)
+        over = sysconfig.get_path("purelib", "venv", {"base": str(FOLDER), "platbase": str(FOLDER)})
+        (Path(over) / "ours.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
+        pip = [sys.executable, "-m", "pip", "--python", str(executable), "install", "--quiet"]
+        subprocess.run([*pip, *wanted], check=True)
+        record.write_text(digest)
+    return executable
+
+
+def run_python(python: Path, folder: Path, *words: str, code: int = 0) -> str:
+    """Return what `python WORDS` prints, offline, with every library's files in `folder`."""
+    places = {"PYTHONPATH": str(ROOT), "TRACKIO_DIR": str(folder / "trackio"), "MLFLOW_TRACKING_URI": uri(folder)}
+    offline = {"HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"}
+    variables = {**environment(**places, **offline), "PATH": f"{python.parent}:{os.environ['PATH']}"}
+    ended = subprocess.run(
+        [str(python), *words], cwd=folder, env=variables, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert ended.returncode == code, ended.stdout + ended.stderr
+    assert "left out" not in ended.stderr, ended.stderr
+    return ended.stdout
+
+
+def uri(folder: Path) -> str:
+    return f"sqlite:///{folder}/mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, python: Path) -> Path:
+    """A run of 16 updates that is killed in the 7th, after a checkpoint of the 4th, and resumed on two ranks."""
+    folder = tmp_path_factory.mktemp("loggers")
+    loggers = [{"name": name} for name in ("tensorboard", *LOGGERS)]
+    settings = small_settings(
+        run={"epochs": 2},
+        metrics={"loggers": loggers},
+        checkpoint={"every_steps": 4, "every_epochs": 0, "background": False},
+    )
+    words = ("train", write_config(folder, settings), "--run-dir", str(folder / "run"))
+    run_python(python, folder, "-m", "tests.cluster.crash_at_step", "7", *words, code=-9)
+    assert [record["step"] for record in records(folder / "run", "train")] == [1, 2, 3, 4, 5, 6]
+    run_python(python, folder, "-m", "dist_train", "launch", "-np", "2", *words)
+    [resumed] = [record for record in records(folder / "run", "event") if record["event"] == "resumed"]
+    assert resumed["step"] == 4
+    return folder
+
+
+@pytest.fixture(scope="module")
+def read(folder: Path, python: Path) -> dict[str, tuple[list[str], dict[str, Any]]]:
+    """What each library has: the names of its runs, and the points of the last one by metric."""
+    found: dict[str, Any] = json.loads(
+        run_python(python, folder, "-m", "tests.longer.read_trackers", str(folder / "run"), uri(folder))
+    )
+    return found
+
+
+def expected(run: Path) -> dict[str, list[list[float]]]:
+    """Return the (step, value) of each metric, by `metrics.jsonl`."""
+    groups = {
+        "loss/batch": "loss",
+        "accuracy/batch": "accuracy",
+        "optimizer/learning_rate": "learning_rate",
+        "optimizer/noise_amplitude": "noise_amplitude",
+        "optimizer/gradient_norm": "gradient_norm",
+        "speed/samples_per_second": "samples_per_second",
+        "speed/step_seconds": "step_seconds",
+    }
+    trained = records(run, "train")
+    points = {name: [[record["step"], record[field]] for record in trained] for name, field in groups.items()}
+    for record in records(run, "eval"):
+        for field in ("loss", "accuracy"):
+            points.setdefault(f"{field}/{record['split']}", []).append([record["step"], record[field]])
+    return points
+
+
+@pytest.mark.parametrize("library", LOGGERS)
+def test_values_equal_the_runs_own_after_a_kill_and_a_resume(
+    folder: Path, read: dict[str, tuple[list[str], dict[str, Any]]], library: str
+) -> None:
+    names, points = read[library]
+    wanted = expected(folder / "run")
+    assert len(wanted["loss/batch"]) == 16
+    assert points == wanted
+    assert names == ["run"], "a person sees one run, or one name"
+
+
+def test_tensorboard_is_a_logger_too(folder: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder / "run" / "tensorboard"))
+    accumulator.Reload()
+    for name, points in expected(folder / "run").items():
+        found = [(point.step, point.value) for point in accumulator.Scalars(name)]
+        assert [step for step, _ in found] == [step for step, _ in points]
+        assert all(math.isclose(one, other, rel_tol=1e-6) for (_, one), (_, other) in zip(found, points, strict=True))
+
+
+def test_each_launch_is_a_run_of_wandb_and_one_of_the_others(folder: Path) -> None:
+    assert len(list(folder.glob("run/wandb/offline-run-*"))) == 2

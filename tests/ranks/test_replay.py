@@ -1,0 +1,50 @@
+"""Updates drawn from finished runs, each made again on one rank and on two: records and weights are bit-identical."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_train.api import load_run
+from tests.launching import launch, small_settings, train_alone, write_config
+
+pytestmark = [pytest.mark.ranks, pytest.mark.lengthy]
+
+RUNS: dict[str, dict[str, Any]] = {
+    "smoothout": {},
+    "augmented": {"data": {"augment": "crop-flip"}, "model": {"norm": "batch"}},
+    "langevin": {"noise": {"method": "langevin", "amplitude": 1e-3}, "optimizer": {"nesterov": False}},
+    "sam": {"noise": {"method": "sam", "amplitude": 0.05, "sharing": "micro_batch"}, "model": {"norm": "group"}},
+    "lamb": {"optimizer": {"name": "lamb", "learning_rate": 0.01}, "schedule": {"decay": "cosine"}},
+}
+UPDATES = 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs, of 24 updates, with a checkpoint after every second one: what an update made again is compared with."""
+    folder = tmp_path_factory.mktemp("replay")
+    kept = {"every_steps": 2, "every_epochs": 0, "keep": 100, "background": False}
+    for name, changed in RUNS.items():
+        settings = {section: dict(values) for section, values in small_settings(run={"epochs": 3}).items()}
+        for section, values in {**changed, "checkpoint": kept}.items():
+            settings[section] = {**settings.get(section, {}), **values}
+        train_alone(write_config(folder, settings), folder / name)
+    return folder
+
+
+def drawn() -> list[tuple[str, int]]:
+    every = [(name, step) for name in RUNS for step in range(2, 25, 2)]
+    return sorted(random.Random(0).sample(every, UPDATES))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("name", "step"), drawn())
+def test_an_update_made_again_is_bit_identical(folder: Path, name: str, step: int, ranks: int) -> None:
+    assert step in load_run(folder / name).steps
+    ended = launch(ranks, "torch" if ranks > 1 else "alone", "replay", f"{folder / name}@{step}")
+    assert ended.code == 0, ended.output
+    assert [line.split()[-2:] for line in ended.output.splitlines() if line.startswith("  ")] == [["the", "same"]] * 6
