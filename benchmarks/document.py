@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.groups import GROUPS
@@ -21,11 +21,14 @@ def tables(record: Mapping[str, Measured]) -> str:
     by_machine: dict[str, list[Ratio]] = {}
     for name in sorted(record, key=list(GROUPS).index):
         by_machine.setdefault(record[name].machine.in_words(), []).extend(record[name].rows)
-    return "\n".join(f"On {machine}:\n\n{_table(rows)}" for machine, rows in by_machine.items())
+    return "\n".join(
+        f"On {machine}:\n\n{markdown_table(_HEAD, map(_cells, rows))}" for machine, rows in by_machine.items()
+    )
 
 
-def _table(rows: list[Ratio]) -> str:
-    lines = [_HEAD, ("---",) * len(_HEAD), *map(_cells, rows)]
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return the table in Markdown, a line for each row."""
+    lines = [head, ("---",) * len(head), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 

@@ -78,7 +78,9 @@ def _alone(ranks: int) -> list[str]:
 _LAUNCHERS: Mapping[str, Callable[[int], list[str]]] = MappingProxyType(
     {
         "alone": _alone,
-        "torch": lambda ranks: [beside_python("torchrun"), "--nproc-per-node", str(ranks), "--no-python"],
+        "torch": lambda ranks: [
+            beside_python("torchrun"), "--standalone", "--nproc-per-node", str(ranks), "--no-python",
+        ],
         "gloo": lambda ranks: [
             beside_python("horovodrun"), "-np", str(ranks), "--gloo", "--network-interface", "lo",
         ],

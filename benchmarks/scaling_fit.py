@@ -7,22 +7,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy
-from scipy.optimize import least_squares
+from scipy.optimize import least_squares, nnls
 
-from benchmarks.scaling_measure import CYCLE_MILLISECONDS, MICRO_SIZE, Allreduce, Measurements, Step
+from benchmarks.scaling_measure import CONTROLLERS, CYCLE_MILLISECONDS, MICRO_SIZE, Allreduce, Measurements, Step
 from benchmarks.scaling_model import (
     FORWARD,
-    Compute,
-    Horovod,
+    Coordination,
     Job,
     Layer,
     Link,
     Network,
+    Start,
     allreduce_seconds,
     communication,
     messages,
     micro_batches_of_busiest,
 )
+from benchmarks.scaling_subjects import vgg9
 
 BYTES = 8
 
@@ -48,7 +49,7 @@ class Machine:
     """One node of `cores` cores: ranks beyond them share the cores, and everything takes longer in proportion."""
 
     cores: int
-    horovod: Horovod
+    coordination: Coordination
     link: Link
 
     def slowdown(self, ranks: int) -> float:
@@ -63,11 +64,11 @@ class Machine:
 
     def sum_seconds(self, ranks: int, size: float) -> float:
         """Return the time of one sum after another: each waits for a cycle, unless the one before took longer."""
-        return max(self.horovod.cycle, self.work_seconds(ranks, size))
+        return max(self.coordination.cycle, self.work_seconds(ranks, size))
 
     def work_seconds(self, ranks: int, size: float) -> float:
         """Return the time of a sum without the cycle."""
-        hops = 2 * math.log2(ranks) * self.horovod.hop * self.slowdown(ranks) if ranks > 1 else 0.0
+        hops = 2 * math.log2(ranks) * self.coordination.hop * self.slowdown(ranks) if ranks > 1 else 0.0
         return hops + allreduce_seconds(self.network(ranks), ranks, size)
 
 
@@ -92,7 +93,7 @@ def fit_machine(measurements: Measurements, controller: str) -> tuple[Machine, l
 
     def machine(logarithms: Sequence[float]) -> Machine:
         hop, bandwidth = math.exp(logarithms[0]), math.exp(logarithms[1])
-        return Machine(measurements.cores, Horovod(cycle, hop), Link(0.0, bandwidth))
+        return Machine(measurements.cores, Coordination(cycle, hop), Link(0.0, bandwidth))
 
     def errors(logarithms: Sequence[float]) -> list[float]:
         candidate = machine(logarithms)
@@ -106,7 +107,7 @@ def fit_machine(measurements: Measurements, controller: str) -> tuple[Machine, l
 
 def _allreduce_residual(machine: Machine, row: Allreduce) -> Residual:
     modelled = machine.sum_seconds(row.ranks, row.length * BYTES)
-    what = f"sum of {row.length * BYTES:,} bytes"
+    what = f"{row.controller}, {row.length * BYTES:,} bytes"
     return Residual(what, row.ranks, row.seconds, modelled, is_fitted=row.ranks <= 4)
 
 
@@ -118,7 +119,7 @@ def step_on(machine: Machine, pace: Pace, job: Job, ranks: int) -> float:
         messages(job),
         backward=(1 - FORWARD) * micro_batch,
         network=machine.network(ranks),
-        horovod=Horovod(machine.horovod.cycle, machine.horovod.hop * slow),
+        coordination=Coordination(machine.coordination.cycle, machine.coordination.hop * slow),
         ranks=ranks,
     )
     return micro_batches_of_busiest(job, ranks) * micro_batch + slow * pace.fixed + exposed
@@ -158,6 +159,38 @@ def fit_pace(
     ]
 
 
-def compute_of(pace: Pace) -> Compute:
-    """Return a rank of that pace for the model."""
-    return Compute(rate=1 / pace.sample, fixed=pace.fixed)
+def fit_start(measurements: Measurements, controller: str) -> Start:
+    """Return the start that fits all numbers of ranks best, in the ratio of the times.
+
+    Loading shares the cores; what each further rank adds is as long as it was here, where it shared them too.
+    """
+    rows = [row for row in measurements.startups if row.controller == controller]
+    met = numpy.array([row.met for row in rows])
+    parts = numpy.array([(max(1.0, row.ranks / measurements.cores), row.ranks - 1) for row in rows])
+    (alone, join), _ = nnls(parts / met[:, None], numpy.ones(len(rows)))
+    return Start(float(alone), float(join))
+
+
+@dataclass(frozen=True)
+class Fits:
+    """What the model makes of the measurements."""
+
+    machines: dict[str, Machine]
+    starts: dict[str, Start]
+    paces: dict[float, Pace]
+    sums: dict[str, list[Residual]]
+    steps: list[Residual]
+
+
+def fit(measurements: Measurements) -> Fits:
+    """Fit the machine that was measured: first its sums alone, then the pace of the ranks."""
+    machines, sums, starts = {}, {}, {}
+    for controller in CONTROLLERS:
+        machines[controller], sums[controller] = fit_machine(measurements, controller)
+        starts[controller] = fit_start(measurements, controller)
+    paces, steps = {}, []
+    for width in dict.fromkeys(row.width for row in measurements.steps):
+        paces[width], residuals = fit_pace(measurements, machines, width, vgg9(width))
+        steps += residuals
+    steps.sort(key=lambda row: CONTROLLERS.index(row.what.partition(",")[0]))
+    return Fits(machines, starts, paces, sums, steps)

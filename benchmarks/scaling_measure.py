@@ -1,7 +1,7 @@
 """What `benchmarks.scaling` is fitted to: start-up, allreduces and steps of real launches on this machine.
 
 Every rank runs `python -m benchmarks.scaling_measure allreduce` or
-`... steps UPDATES WIDTH GLOBAL_SIZE`; rank 0 prints what was measured as JSON. All ranks compute with one thread.
+`... steps UPDATES WIDTH GLOBAL_SIZE`; rank 0 tells what was measured. All ranks compute with one thread.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
+import resource
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,22 +21,26 @@ from typing import Any
 
 import torch
 
+from benchmarks.launching import measure as measure_launch
+from benchmarks.launching import module, on_ranks, tell
+from benchmarks.shared_folder import shared_folder
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import timed
-from dist_train.cluster.communicator import Communicator, broadcast_str
+from dist_train.cluster.communicator import Communicator
 from dist_train.cluster.joining import join_ranks
 
-CONTROLLERS = ("mpi", "gloo")
-CYCLE_MILLISECONDS = {"mpi": 1.0, "gloo": 5.0}
-"""Horovod's own, and what `launch/local.sh` sets."""
-ALLREDUCE_RANKS = (1, 2, 4, 8, 16)
-STEP_RANKS = (1, 2, 4)
+CONTROLLERS = ("mpi", "gloo", "torch")
+"""Horovod over MPI, Horovod over Gloo, and torch.distributed over Gloo, started by torchrun."""
+CYCLE_MILLISECONDS = {"mpi": 1.0, "gloo": 5.0, "torch": 0.0}
+"""Horovod's own, and what `launch/local.sh` sets; torch.distributed has no cycle."""
+RANKS = (1, 2, 4, 8, 16)
+_OFTEN = 4
+"""Ranks up to which launches are repeated."""
 _LENGTHS = (1, 1 << 10, 1 << 14, 1 << 17, 1 << 20, 2_789_712)
 """64-bit integers of an allreduce; the last are all of VGG9's gradients."""
 SUBJECTS = ((0.25, 256), (0.25, 1024), (1.0, 256))
-"""Width and global batch of the steps that are timed; micro-batches of 64, so that four ranks have one each."""
+"""Width and global batch of the steps that are timed; micro-batches of 64, and no more ranks than there are."""
 MICRO_SIZE = 64
-_MARK = "measured: "
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Measurements:
-    """All that was measured on a machine of `cores` cores."""
+    """All that was measured on a machine of `cores` cores, of whose time other programs had the share `others`."""
 
     machine: str
     date: str
     cores: int
+    others: float
     startups: tuple[Startup, ...]
     allreduces: tuple[Allreduce, ...]
     steps: tuple[Step, ...]
@@ -97,6 +100,7 @@ def read_measurements(path: Path) -> Measurements:
         machine=record["machine"],
         date=record["date"],
         cores=record["cores"],
+        others=record["others"],
         startups=tuple(Startup(**entry) for entry in record["startups"]),
         allreduces=tuple(Allreduce(**entry) for entry in record["allreduces"]),
         steps=tuple(Step(**entry) for entry in record["steps"]),
@@ -104,28 +108,51 @@ def read_measurements(path: Path) -> Measurements:
 
 
 def measure(machine: str, updates: int, launches: int) -> Measurements:
-    """Launch ranks over MPI and Gloo and return what they measured; some minutes.
+    """Launch ranks over every engine, in turn, and return what they measured; some minutes.
 
     Every launch is made `launches` times, but those of more than four ranks once.
     """
+    cores = len(os.sched_getaffinity(0))
+    begun, busy, ours = time.monotonic(), _busy_seconds(), _our_seconds()
     startups: list[Startup] = []
     allreduces: list[Allreduce] = []
     steps: list[Step] = []
-    for controller in CONTROLLERS:
-        for ranks in ALLREDUCE_RANKS:
-            times = launches if ranks <= max(STEP_RANKS) else 1
-            met, whole, rows = zip(*(_launch(controller, ranks, "allreduce") for _ in range(times)), strict=True)
+    for ranks in RANKS:
+        times = launches if ranks <= _OFTEN else 1
+        for controller, told in _in_turn(times, ranks, "allreduce").items():
+            met, whole, rows = zip(*told, strict=True)
             startups.append(Startup(controller, ranks, statistics.median(met), statistics.median(whole)))
             allreduces += [Allreduce(controller, ranks, **entry) for entry in _pooled(rows, ("length", "kind"))]
         for width, global_size in SUBJECTS:
-            subject = ("steps", str(updates), str(width), str(global_size))
-            rounds = [{ranks: _launch(controller, ranks, *subject)[2] for ranks in STEP_RANKS} for _ in range(launches)]
-            for ranks in STEP_RANKS:
-                [entry] = _pooled([each[ranks] for each in rounds], ("width", "global_size"))
-                steps.append(Step(controller, ranks, **entry))
-    cores = len(os.sched_getaffinity(0))
+            if ranks <= global_size // MICRO_SIZE:
+                for controller, told in _in_turn(times, ranks, "steps", updates, width, global_size).items():
+                    [entry] = _pooled([entries for _, _, entries in told], ("width", "global_size"))
+                    steps.append(Step(controller, ranks, **entry))
+    elapsed, busy, ours = time.monotonic() - begun, _busy_seconds() - busy, _our_seconds() - ours
+    others = max(0.0, busy - ours) / (elapsed * cores)
+    order = {controller: place for place, controller in enumerate(CONTROLLERS)}
+    startups.sort(key=lambda row: order[row.controller])
+    allreduces.sort(key=lambda row: order[row.controller])
+    steps.sort(key=lambda row: (order[row.controller], SUBJECTS.index((row.width, row.global_size))))
     date = time.strftime("%Y-%m-%d")
-    return Measurements(machine, date, cores, tuple(startups), tuple(allreduces), tuple(steps))
+    return Measurements(machine, date, cores, others, tuple(startups), tuple(allreduces), tuple(steps))
+
+
+def _in_turn(times: int, ranks: int, *arguments: object) -> dict[str, list[tuple[float, float, list[dict[str, Any]]]]]:
+    """Launch over one engine after another, so many `times`, and return what `_launch` does for each."""
+    rounds = [{controller: _launch(controller, ranks, *arguments) for controller in CONTROLLERS} for _ in range(times)]
+    return {controller: [each[controller] for each in rounds] for controller in CONTROLLERS}
+
+
+def _busy_seconds() -> float:
+    """Return the seconds that this machine's cores have worked so far, for whomever."""
+    user, nice, system = Path("/proc/stat").read_text().split()[1:4]
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def _our_seconds() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def _pooled(launches: Sequence[Sequence[Mapping[str, Any]]], keys: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -142,38 +169,17 @@ def machine_name() -> str:
     return f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def _launch(controller: str, ranks: int, *arguments: str) -> tuple[float, float, list[dict[str, Any]]]:
+def _launch(controller: str, ranks: int, *arguments: object) -> tuple[float, float, list[dict[str, Any]]]:
     """Return the seconds until the ranks had met and until the launcher ended, and what they measured."""
-    launcher = {
-        "gloo": [str(Path(sys.executable).parent / "horovodrun"), "-np", str(ranks), "--gloo"],
-        "mpi": ["mpirun", "-np", str(ranks), "--bind-to", "none", "--oversubscribe"],
-    }[controller]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "HOROVOD_CYCLE_TIME": str(CYCLE_MILLISECONDS[controller]),
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    }
-    program = [sys.executable, "-m", "benchmarks.scaling_measure", *arguments]
+    variables = {"HOROVOD_CYCLE_TIME": str(CYCLE_MILLISECONDS[controller])}
+    program = module("benchmarks.scaling_measure", *arguments)
     begun = time.time()
-    ended = subprocess.run(
-        [*launcher, *program],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        timeout=600,
-    )
-    whole = time.time() - begun
-    [line] = [line for line in ended.stdout.splitlines() if _MARK in line]
-    record = json.loads(line.split(_MARK, 1)[1])
-    return record["met"] - begun, whole, record["entries"]
+    record = measure_launch(on_ranks(controller, ranks, program), variables)
+    return record["met"] - begun, time.time() - begun, record["entries"]
 
 
 def main() -> None:
-    """Measure on every rank, print on the first."""
+    """Measure on every rank, tell on the first."""
     comm = join_ranks(timeout=600.0, device_type="cpu")
     comm.barrier()
     met = time.time()
@@ -184,7 +190,7 @@ def main() -> None:
         entries = [_steps(comm, int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))]
     comm.barrier()
     if comm.rank == 0:
-        print(_MARK + json.dumps({"met": met, "entries": entries}), flush=True)
+        tell({"met": met, "entries": entries})
     comm.close()
 
 
@@ -205,15 +211,12 @@ def _sum(comm: Communicator, tensor: torch.Tensor, name: str) -> None:
 
 
 def _steps(comm: Communicator, updates: int, width: float, global_size: int) -> dict[str, object]:
-    folder = Path(broadcast_str(comm, tempfile.mkdtemp(), "folder"))
     sections = {**QUIET, "batch": {"micro_size": MICRO_SIZE}, "noise": {"method": "smoothout", "amplitude": 1e-4}}
-    trainer = open_trainer(settings(width, global_size, **sections), comm, folder / "run")
-    trainer.advance()
-    seconds = [timed(trainer.advance) for _ in range(updates)]
-    trainer.close()
-    comm.barrier()
-    if comm.rank == 0:
-        shutil.rmtree(folder)
+    with shared_folder(comm) as folder:
+        trainer = open_trainer(settings(width, global_size, **sections), comm, folder / "run")
+        trainer.advance()
+        seconds = [timed(trainer.advance) for _ in range(updates)]
+        trainer.close()
     return {"width": width, "global_size": global_size, **_summary(seconds)}
 
 

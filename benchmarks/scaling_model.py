@@ -1,7 +1,7 @@
-"""The time of an update on any number of ranks, from compute, network and Horovod's cycle; pure functions.
+"""The time of an update and of a run on any number of ranks, from compute, network and the engine; pure functions.
 
-All times are seconds, sizes bytes, bandwidths bytes a second. What is left out: the reading of data, checkpoints,
-evaluations, and other jobs on the network.
+All times are seconds, sizes bytes, bandwidths bytes a second. What is left out: the reading of data, checkpoints
+(written while the next updates are computed), and other jobs on the network.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Horovod:
-    """How Horovod begins an operation: in the next cycle of `cycle` seconds, once all ranks have asked for it.
+class Coordination:
+    """How the engine begins an operation: in the next cycle of `cycle` seconds, once all ranks have asked for it.
 
-    To agree takes `hop` seconds for each doubling of the ranks, there and back.
+    To agree takes `hop` seconds for each doubling of the ranks, there and back. torch.distributed has no cycle.
     """
 
     cycle: float
@@ -82,6 +82,55 @@ class Job:
     weight_bytes: int = 8
     bucket: int = 1 << 20
     tally: int = 0
+
+
+@dataclass(frozen=True)
+class Passes:
+    """An evaluation's forward passes over `samples` samples, `size` at a time; a rank takes whole passes."""
+
+    samples: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """`epochs` of `job` over `samples` training samples, `evaluated` after each, from `decoded` bytes of images.
+
+    The images are decoded into the cache when the data set is first used.
+    """
+
+    job: Job
+    epochs: int
+    samples: int
+    evaluated: tuple[Passes, ...]
+    decoded: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """The ranks have met after `alone` seconds and `join` more for every rank beyond the first."""
+
+    alone: float
+    join: float
+
+    def seconds(self, ranks: int) -> float:
+        """Return the seconds of so many ranks, each on a core of its own."""
+        return self.alone + self.join * (ranks - 1)
+
+
+@dataclass(frozen=True)
+class RunSeconds:
+    """Where the time of a run goes."""
+
+    training: float
+    evaluation: float
+    start: float
+    conversion: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the run."""
+        return self.training + self.evaluation + self.start + self.conversion
 
 
 @dataclass(frozen=True)
@@ -140,11 +189,11 @@ def _beyond_one(nodes: int, size: float, network: Network) -> float:
     return size / network.between.bandwidth if nodes > 1 else 0.0
 
 
-def agreement_seconds(horovod: Horovod, ranks: int) -> float:
+def agreement_seconds(coordination: Coordination, ranks: int) -> float:
     """Return how long an operation waits before it begins: half a cycle, and until all ranks know of each other."""
     if ranks == 1:
         return 0.0
-    return horovod.cycle / 2 + 2 * math.log2(ranks) * horovod.hop
+    return coordination.cycle / 2 + 2 * math.log2(ranks) * coordination.hop
 
 
 def messages(job: Job) -> list[Message]:
@@ -152,7 +201,7 @@ def messages(job: Job) -> list[Message]:
 
     As in the training: a bucket takes layers from the last to the first until it has `job.bucket` weights, and can
     begin once the backward pass has been through all of them. The tally goes along with the last bucket where both
-    are integers: Horovod joins what is ready in one cycle.
+    are integers: Coordination joins what is ready in one cycle.
     """
     whole = sum(layer.multiply_adds for layer in job.layers)
     sent: list[Message] = []
@@ -186,7 +235,7 @@ def slowest_of(ranks: int) -> float:
 
 
 def communication(
-    sums: Sequence[Message], *, backward: float, network: Network, horovod: Horovod, ranks: int
+    sums: Sequence[Message], *, backward: float, network: Network, coordination: Coordination, ranks: int
 ) -> tuple[float, float]:
     """Return the seconds of all `sums` beyond the end of a backward pass of `backward` seconds, and before it.
 
@@ -196,20 +245,20 @@ def communication(
         return 0.0, 0.0
     free, hidden = -backward, 0.0
     for message in sums:
-        ready = backward * (message.ready - 1.0) + agreement_seconds(horovod, ranks)
+        ready = backward * (message.ready - 1.0) + agreement_seconds(coordination, ranks)
         begun = max(ready, free)
         free = begun + allreduce_seconds(network, ranks, message.size)
         hidden += min(free, 0.0) - min(begun, 0.0)
     return max(0.0, free), hidden
 
 
-def step_seconds(job: Job, compute: Compute, network: Network, horovod: Horovod, ranks: int) -> StepSeconds:
+def step_seconds(job: Job, compute: Compute, network: Network, coordination: Coordination, ranks: int) -> StepSeconds:
     """Return the time of an update on so many ranks."""
     count = micro_batches_of_busiest(job, ranks)
     micro_batch = max(min(job.micro_size, job.global_size) / compute.rate, compute.least)
     busy = count * micro_batch
     exposed, hidden = communication(
-        messages(job), backward=(1 - FORWARD) * micro_batch, network=network, horovod=horovod, ranks=ranks
+        messages(job), backward=(1 - FORWARD) * micro_batch, network=network, coordination=coordination, ranks=ranks
     )
     return StepSeconds(
         compute=busy,
@@ -220,14 +269,49 @@ def step_seconds(job: Job, compute: Compute, network: Network, horovod: Horovod,
     )
 
 
-def efficiency(job: Job, compute: Compute, network: Network, horovod: Horovod, ranks: int) -> float:
+def efficiency(job: Job, compute: Compute, network: Network, coordination: Coordination, ranks: int) -> float:
     """Return the speed-up over one rank for the same global batch, over the number of ranks."""
-    alone = step_seconds(job, compute, network, horovod, 1).total
-    return alone / (ranks * step_seconds(job, compute, network, horovod, ranks).total)
+    alone = step_seconds(job, compute, network, coordination, 1).total
+    return alone / (ranks * step_seconds(job, compute, network, coordination, ranks).total)
 
 
-def weak_efficiency(job: Job, compute: Compute, network: Network, horovod: Horovod, ranks: int) -> float:
+def weak_efficiency(job: Job, compute: Compute, network: Network, coordination: Coordination, ranks: int) -> float:
     """Return one rank's time over that of so many, for a batch that each of them has: `job.global_size` a rank."""
-    alone = step_seconds(job, compute, network, horovod, 1)
+    alone = step_seconds(job, compute, network, coordination, 1)
     larger = replace(job, global_size=job.global_size * ranks)
-    return alone.total / step_seconds(larger, compute, network, horovod, ranks).total
+    return alone.total / step_seconds(larger, compute, network, coordination, ranks).total
+
+
+def evaluation_seconds(
+    passes: Passes, compute: Compute, network: Network, coordination: Coordination, ranks: int
+) -> float:
+    """Return the time of an evaluation: the passes of the rank that has most of them, and the sum of all results."""
+    count = math.ceil(passes.samples / passes.size)
+    one = FORWARD * max(min(passes.size, passes.samples) / compute.rate, compute.least)
+    results = [Message(16 * count, 1.0)]
+    exposed, _ = communication(results, backward=0.0, network=network, coordination=coordination, ranks=ranks)
+    return math.ceil(count / ranks) * one + exposed
+
+
+def run_seconds(
+    run: Run,
+    compute: Compute,
+    network: Network,
+    coordination: Coordination,
+    *,
+    start: Start,
+    conversion: float,
+    ranks: int,
+) -> RunSeconds:
+    """Return the time of a run whose images are decoded at `conversion` bytes a second, on each node at once.
+
+    A last, smaller batch of an epoch is left out, as in the training.
+    """
+    updates = run.epochs * (run.samples // run.job.global_size)
+    each = sum(evaluation_seconds(passes, compute, network, coordination, ranks) for passes in run.evaluated)
+    return RunSeconds(
+        training=updates * step_seconds(run.job, compute, network, coordination, ranks).total,
+        evaluation=run.epochs * each,
+        start=start.seconds(ranks),
+        conversion=run.decoded / conversion,
+    )

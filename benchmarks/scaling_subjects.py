@@ -1,15 +1,16 @@
-"""Networks as the scaling model sees them, and what Horovod's authors measured with them."""
+"""Networks as the scaling model sees them, and what others measured with them: Horovod's authors, NVIDIA."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor, nn
-from torchvision.models import inception_v3, resnet101, vgg16
+from torchvision.models import inception_v3, resnet50, resnet101, vgg16
 
-from benchmarks.scaling_model import Compute, Horovod, Job, Layer, Link, Network, weak_efficiency
+from benchmarks.scaling_model import Compute, Coordination, Job, Layer, Link, Network, weak_efficiency
 from benchmarks.subject import settings
 from dist_train.models import build_model
 
@@ -34,7 +35,10 @@ class Published:
 
 @dataclass(frozen=True)
 class Fabric:
-    """The paper's machines: what of the wire's 25 Gbit/s RDMA and TCP reach, and the latencies. Assumptions."""
+    """The paper's machines: what of the wire's 25 Gbit/s RDMA and TCP reach, latencies, jitter of a rank's time.
+
+    Assumptions but for `tcp_share` and `jitter`, which `calibrated` fits.
+    """
 
     rdma_share: float = 0.9
     tcp_share: float = 0.6
@@ -42,6 +46,7 @@ class Fabric:
     within: Link = field(default_factory=lambda: Link(5e-6, 10e9))
     rdma_latency: float = 15e-6
     tcp_latency: float = 30e-6
+    jitter: float = 0.0
 
     def network(self, transport: str) -> Network:
         """Return the network over `transport`, rdma or tcp."""
@@ -52,17 +57,27 @@ class Fabric:
 
 @dataclass(frozen=True)
 class Check:
-    """A published efficiency beside the model's, without waiting for slow ranks and with it."""
+    """A published efficiency beside the model's, without waiting for slow ranks and with it.
+
+    `fitted` names the parameter that was fitted to this figure; where it is empty, the figure is predicted.
+    """
 
     name: str
-    transport: str
+    over: str
     published: float
     network_alone: float
     with_jitter: float
+    fitted: str = ""
 
 
 PUBLISHED_RANKS = 512
-_PUBLISHED_HOROVOD = Horovod(cycle=5e-3, hop=20e-6)
+A100_TF32, A100_MIXED = 938.0, 2470.0
+"""Images/s of ResNet-50's training on one A100 80GB, batch 256: NVIDIA DeepLearningExamples, PyTorch 21.03."""
+RESNET50_RATES = (A100_TF32, A100_MIXED, 5000.0)
+"""The last is twice the A100's, for an H100: assumed, without a source."""
+NVLINK = Link(5e-6, 150e9)
+"""A GPU's way to its neighbours in a node, as an allreduce sees it; assumed."""
+_PUBLISHED_COORDINATION = Coordination(cycle=5e-3, hop=20e-6)
 
 
 def layers_of(network: nn.Module, image: tuple[int, int, int]) -> tuple[Layer, ...]:
@@ -94,9 +109,16 @@ def vgg9(width: float = 1.0) -> tuple[Layer, ...]:
 
 
 @cache
+def resnet50_layers() -> tuple[Layer, ...]:
+    """Return the layers of torchvision's ResNet-50 for 3x224x224 images."""
+    with torch.device("meta"):  # no memory, no arithmetic: shapes alone
+        return layers_of(resnet50(), (3, 224, 224))
+
+
+@cache
 def published() -> tuple[Published, ...]:
     """Return the paper's three networks and figures."""
-    with torch.device("meta"):  # no memory, no arithmetic: shapes alone
+    with torch.device("meta"):
         inception = layers_of(inception_v3(aux_logits=False, init_weights=False), (3, 299, 299))
         residual = layers_of(resnet101(), (3, 224, 224))
         vgg = layers_of(vgg16(init_weights=False), (3, 224, 224))
@@ -112,35 +134,55 @@ def published_job(figure: Published) -> Job:
     return Job(figure.layers, 64, 64, weight_bytes=4, bucket=_FUSION_BYTES // 4)
 
 
-def modelled(figure: Published, fabric: Fabric, transport: str, jitter: float) -> float:
+def modelled(figure: Published, fabric: Fabric, transport: str) -> float:
     """Return the efficiency on 512 GPUs by the model."""
-    compute = Compute(figure.rate, jitter=jitter)
+    compute = Compute(figure.rate, jitter=fabric.jitter)
     network = fabric.network(transport)
-    return weak_efficiency(published_job(figure), compute, network, _PUBLISHED_HOROVOD, PUBLISHED_RANKS)
+    return weak_efficiency(published_job(figure), compute, network, _PUBLISHED_COORDINATION, PUBLISHED_RANKS)
 
 
-def jitter_of(figure: Published, fabric: Fabric) -> float:
-    """Return the jitter with which the model gives the published efficiency of `figure` over RDMA."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        if modelled(figure, fabric, "rdma", middle) > figure.over_rdma:
-            low = middle
-        else:
-            high = middle
-    return low
+def calibrated(figures: tuple[Published, ...], fabric: Fabric) -> Fabric:
+    """Return `fabric` with what two of the figures say.
+
+    Its jitter gives the first figure over RDMA, and TCP's share of the wire, with that jitter, the last over TCP.
+    """
+
+    def over_rdma(jitter: float) -> float:
+        return modelled(figures[0], replace(fabric, jitter=jitter), "rdma") - figures[0].over_rdma
+
+    jittered = replace(fabric, jitter=float(brentq(over_rdma, 0.0, 1.0)))
+
+    def over_tcp(share: float) -> float:
+        return modelled(figures[-1], replace(jittered, tcp_share=share), "tcp") - figures[-1].over_tcp
+
+    return replace(jittered, tcp_share=float(brentq(over_tcp, 0.05, 1.0)))
 
 
-def checks(figures: tuple[Published, ...], fabric: Fabric, jitter: float) -> list[Check]:
-    """Return all figures, over RDMA and over TCP."""
-    return [
+def checks(figures: tuple[Published, ...], fabric: Fabric) -> list[Check]:
+    """Return all figures, over RDMA and over TCP, beside the model with the `calibrated` fabric, and NVIDIA's."""
+    found = [
         Check(
-            figure.name,
-            transport,
+            f"{figure.name}, {PUBLISHED_RANKS} GPUs",
+            "RDMA" if transport == "rdma" else "TCP",
             figure.over_rdma if transport == "rdma" else figure.over_tcp,
-            modelled(figure, fabric, transport, 0.0),
-            modelled(figure, fabric, transport, jitter),
+            modelled(figure, replace(fabric, jitter=0.0), transport),
+            modelled(figure, fabric, transport),
+            {("rdma", figures[0]): "jitter", ("tcp", figures[-1]): "TCP's share"}.get((transport, figure), ""),
         )
         for transport in ("rdma", "tcp")
         for figure in figures
     ]
+    return [*found, *(_in_one_node(*row, fabric.jitter) for row in _ONE_NODE)]
+
+
+_ONE_NODE = (("TF32", A100_TF32, 7248.0), ("mixed precision", A100_MIXED, 16621.0))
+"""ResNet-50 on the 8 GPUs of a DGX A100: precision, images/s of one and of eight (NVIDIA). Gradients are float32."""
+
+
+def _in_one_node(precision: str, rate: float, eight: float, jitter: float) -> Check:
+    job = Job(resnet50_layers(), 256, 256, weight_bytes=4, bucket=(25 << 20) // 4)
+    network = Network(NVLINK, NVLINK, 8, "ring")
+    alone, jittered = (
+        weak_efficiency(job, Compute(rate, jitter=each), network, Coordination(0.0, 0.0), 8) for each in (0.0, jitter)
+    )
+    return Check(f"ResNet-50, {precision}, 8 GPUs", "NVLink", eight / (8 * rate), alone, jittered)

@@ -11,13 +11,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.elastic import settle
-from benchmarks.scaling import RECORD, Cluster, busy_job, fit, forecast, knobs
-from benchmarks.scaling_fit import Machine, Pace, fit_machine, fit_pace, step_on
+from benchmarks.scaling import RECORD, main
+from benchmarks.scaling_fit import Machine, Pace, fit, fit_machine, fit_pace, fit_start, step_on
+from benchmarks.scaling_forecast import (
+    GUESSES,
+    Cluster,
+    busy_job,
+    forecast,
+    knobs,
+    reduction_rows,
+    resnet50_job,
+    swings,
+    vgg9_job,
+)
 from benchmarks.scaling_measure import (
     CONTROLLERS,
     MICRO_SIZE,
+    RANKS,
     Allreduce,
     Measurements,
+    Startup,
     Step,
     read_measurements,
 )
@@ -25,32 +38,47 @@ from benchmarks.scaling_model import (
     FORWARD,
     Algorithm,
     Compute,
-    Horovod,
+    Coordination,
     Job,
     Layer,
     Link,
     Message,
     Network,
+    Passes,
+    Run,
+    Start,
     agreement_seconds,
     allreduce_seconds,
     communication,
     efficiency,
+    evaluation_seconds,
     idle_ranks,
     messages,
     micro_batches_of_busiest,
+    run_seconds,
     slowest_of,
     step_seconds,
     weak_efficiency,
 )
-from benchmarks.scaling_subjects import Fabric, jitter_of, layers_of, modelled, published, vgg9
+from benchmarks.scaling_subjects import (
+    Fabric,
+    calibrated,
+    checks,
+    layers_of,
+    modelled,
+    published,
+    resnet50_layers,
+    vgg9,
+)
 from benchmarks.subject import settings as subject_settings
 from dist_train.data.plan import BatchPlan
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.training.reduction import buckets_of
 
+PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 _WITHIN, _BETWEEN = Link(2e-6, 100e9), Link(10e-6, 10e9)
-_HOROVOD = Horovod(cycle=1e-3, hop=20e-6)
+_COORDINATION = Coordination(cycle=1e-3, hop=20e-6)
 _COMPUTE = Compute(rate=20_000, least=1e-3, fixed=1e-3, jitter=0.01)
 _LAYERS = tuple(Layer(100_000 * (index + 1), 1_000_000) for index in range(6))
 _JOB = Job(_LAYERS, 8192, 128, bucket=300_000)
@@ -86,8 +114,11 @@ def test_a_trees_latency_grows_with_the_logarithm_of_the_nodes() -> None:
 @given(networks, sizes)
 def test_one_rank_sends_nothing(network: Network, size: int) -> None:
     assert allreduce_seconds(network, 1, size) == 0.0
-    assert agreement_seconds(_HOROVOD, 1) == 0.0
-    assert communication([Message(size, 1.0)], backward=1.0, network=network, horovod=_HOROVOD, ranks=1) == (0, 0)
+    assert agreement_seconds(_COORDINATION, 1) == 0.0
+    assert communication([Message(size, 1.0)], backward=1.0, network=network, coordination=_COORDINATION, ranks=1) == (
+        0,
+        0,
+    )
 
 
 @given(networks, counts, sizes, sizes)
@@ -154,22 +185,22 @@ def test_the_slowest_of_one_is_no_slower_than_the_mean() -> None:
 def test_a_long_backward_pass_hides_all_but_the_last_sum() -> None:
     network = Network(_WITHIN, _BETWEEN, 1, "ring")
     sums = [Message(1_000_000, 0.1), Message(1_000_000, 0.5), Message(500, 1.0)]
-    exposed, hidden = communication(sums, backward=10.0, network=network, horovod=_HOROVOD, ranks=4)
-    assert exposed == pytest.approx(agreement_seconds(_HOROVOD, 4) + allreduce_seconds(network, 4, 500))
+    exposed, hidden = communication(sums, backward=10.0, network=network, coordination=_COORDINATION, ranks=4)
+    assert exposed == pytest.approx(agreement_seconds(_COORDINATION, 4) + allreduce_seconds(network, 4, 500))
     assert hidden == pytest.approx(2 * allreduce_seconds(network, 4, 1_000_000))
 
 
 def test_without_a_backward_pass_nothing_is_hidden() -> None:
     network = Network(_WITHIN, _BETWEEN, 1, "ring")
     sums = [Message(1_000_000, 0.1), Message(2_000_000, 1.0)]
-    exposed, hidden = communication(sums, backward=0.0, network=network, horovod=_HOROVOD, ranks=4)
+    exposed, hidden = communication(sums, backward=0.0, network=network, coordination=_COORDINATION, ranks=4)
     whole = sum(allreduce_seconds(network, 4, message.size) for message in sums)
-    assert exposed == pytest.approx(agreement_seconds(_HOROVOD, 4) + whole)
+    assert exposed == pytest.approx(agreement_seconds(_COORDINATION, 4) + whole)
     assert hidden == 0.0
 
 
 def test_one_ranks_update_is_its_compute_and_nothing_else() -> None:
-    seconds = step_seconds(_JOB, _COMPUTE, Network(_WITHIN, _BETWEEN, 4), _HOROVOD, 1)
+    seconds = step_seconds(_JOB, _COMPUTE, Network(_WITHIN, _BETWEEN, 4), _COORDINATION, 1)
     assert seconds.total == pytest.approx(8192 / 20_000 + 1e-3)
     assert (seconds.waiting, seconds.exposed, seconds.hidden) == (0.0, 0.0, 0.0)
 
@@ -177,29 +208,29 @@ def test_one_ranks_update_is_its_compute_and_nothing_else() -> None:
 @settings(max_examples=60)
 @given(networks, counts)
 def test_scaling_is_never_better_than_perfect(network: Network, ranks: int) -> None:
-    assert 0 < efficiency(_JOB, _COMPUTE, network, _HOROVOD, ranks) <= 1 + 1e-9
-    assert 0 < weak_efficiency(_JOB, _COMPUTE, network, _HOROVOD, ranks) <= 1 + 1e-9
+    assert 0 < efficiency(_JOB, _COMPUTE, network, _COORDINATION, ranks) <= 1 + 1e-9
+    assert 0 < weak_efficiency(_JOB, _COMPUTE, network, _COORDINATION, ranks) <= 1 + 1e-9
 
 
 @settings(max_examples=60)
 @given(networks, counts, st.floats(1.0, 100.0))
 def test_more_bandwidth_never_makes_an_update_slower(network: Network, ranks: int, factor: float) -> None:
     faster = replace(network, between=Link(_BETWEEN.latency, _BETWEEN.bandwidth * factor))
-    before = step_seconds(_JOB, _COMPUTE, network, _HOROVOD, ranks).total
-    assert step_seconds(_JOB, _COMPUTE, faster, _HOROVOD, ranks).total <= before + 1e-12
+    before = step_seconds(_JOB, _COMPUTE, network, _COORDINATION, ranks).total
+    assert step_seconds(_JOB, _COMPUTE, faster, _COORDINATION, ranks).total <= before + 1e-12
 
 
 @settings(max_examples=60)
 @given(networks, counts)
 def test_floats_are_no_slower_than_integers(network: Network, ranks: int) -> None:
-    exact = step_seconds(_JOB, _COMPUTE, network, _HOROVOD, ranks).total
-    floating = step_seconds(replace(_JOB, weight_bytes=4), _COMPUTE, network, _HOROVOD, ranks).total
+    exact = step_seconds(_JOB, _COMPUTE, network, _COORDINATION, ranks).total
+    floating = step_seconds(replace(_JOB, weight_bytes=4), _COMPUTE, network, _COORDINATION, ranks).total
     assert floating <= exact + 1e-12
 
 
 def test_a_tiny_micro_batch_takes_the_least_time_of_one() -> None:
     job = replace(_JOB, micro_size=8)
-    seconds = step_seconds(job, _COMPUTE, Network(_WITHIN, _BETWEEN, 4), _HOROVOD, 1024)
+    seconds = step_seconds(job, _COMPUTE, Network(_WITHIN, _BETWEEN, 4), _COORDINATION, 1024)
     assert seconds.compute == _COMPUTE.least
 
 
@@ -215,17 +246,26 @@ def test_the_published_networks_have_their_known_sizes() -> None:
     assert millions == pytest.approx({"Inception V3": 23.83, "ResNet-101": 44.55, "VGG-16": 138.36}, abs=0.01)
 
 
-def test_jitter_fitted_to_one_published_figure_comes_near_the_others() -> None:
-    figures, fabric = published(), Fabric()
-    jitter = jitter_of(figures[0], fabric)
-    assert modelled(figures[0], fabric, "rdma", jitter) == pytest.approx(figures[0].over_rdma)
-    for figure in figures[1:]:
-        assert modelled(figure, fabric, "rdma", jitter) == pytest.approx(figure.over_rdma, abs=0.05)
+def test_what_is_fitted_to_two_published_figures_comes_near_the_others() -> None:
+    figures = published()
+    fabric = calibrated(figures, Fabric())
+    assert modelled(figures[0], fabric, "rdma") == pytest.approx(figures[0].over_rdma)
+    assert modelled(figures[-1], fabric, "tcp") == pytest.approx(figures[-1].over_tcp)
+    found = checks(figures, fabric)
+    assert [(check.name.split(",")[0], check.over) for check in found if check.fitted] == [
+        ("Inception V3", "RDMA"),
+        ("VGG-16", "TCP"),
+    ]
+    for check in found:
+        assert check.network_alone > check.with_jitter
+        if check.over != "NVLink":
+            assert check.with_jitter == pytest.approx(check.published, abs=0.05)
 
 
 _MACHINES = {
-    "mpi": Machine(2, Horovod(1e-3, 2e-4), Link(0.0, 4e9)),
-    "gloo": Machine(2, Horovod(5e-3, 8e-4), Link(0.0, 1e9)),
+    "mpi": Machine(2, Coordination(1e-3, 2e-4), Link(0.0, 4e9)),
+    "gloo": Machine(2, Coordination(5e-3, 8e-4), Link(0.0, 1e9)),
+    "torch": Machine(2, Coordination(0.0, 5e-5), Link(0.0, 2e9)),
 }
 
 
@@ -244,7 +284,12 @@ def _made_up() -> Measurements:
         for ranks in (1, 2, 4)
         for size in (256, 1024)
     )
-    return Measurements("made up", "today", 2, (), sums, steps)
+    starts = tuple(
+        Startup(controller, ranks, 2.0 * max(1, ranks / 2) + 0.1 * (ranks - 1), 0.0)
+        for controller in _MACHINES
+        for ranks in (1, 2, 4, 8)
+    )
+    return Measurements("made up", "today", 2, 0.0, starts, sums, steps)
 
 
 @pytest.mark.parametrize("controller", CONTROLLERS)
@@ -261,17 +306,37 @@ def test_the_fit_finds_the_pace_of_the_ranks() -> None:
     assert [residual.ratio for residual in residuals] == pytest.approx([1.0] * len(residuals), rel=0.01)
 
 
+@pytest.mark.parametrize("controller", CONTROLLERS)
+def test_the_fit_finds_what_a_start_takes(controller: str) -> None:
+    start = fit_start(_made_up(), controller)
+    assert (start.alone, start.join) == pytest.approx((2.0, 0.1))
+    assert start.seconds(64) == pytest.approx(2.0 + 6.3)
+
+
 def test_ranks_beyond_the_cores_share_them() -> None:
     machine = _MACHINES["mpi"]
     assert [machine.slowdown(ranks) for ranks in (1, 2, 4)] == [1.0, 1.0, 2.0]
     assert machine.work_seconds(4, 1e9) > 2 * machine.work_seconds(2, 1e9)
 
 
-def test_what_is_recorded_can_be_read_and_fitted() -> None:
+def test_what_is_recorded_has_every_engine_and_can_be_fitted() -> None:
     measurements = read_measurements(Path(RECORD))
     fits = fit(measurements)
-    assert set(fits.machines) == set(CONTROLLERS)
+    assert set(fits.machines) == set(fits.starts) == set(CONTROLLERS)
     assert len(fits.steps) == len(measurements.steps)
+    assert {(row.controller, row.ranks) for row in measurements.startups} == {
+        (controller, ranks) for controller in CONTROLLERS for ranks in RANKS
+    }
+
+
+def test_the_page_shows_what_the_program_prints(tmp_path: Path) -> None:
+    page, figure = tmp_path / "scaling.md", tmp_path / "sensitivity.svg"
+    page.write_text(PAGE.read_text())
+    main(["--page", str(page), "--figure", str(figure)])
+    assert page.read_text() == PAGE.read_text()
+    assert figure.read_text().count("<svg") == 1
+    main(["--between", "30", "1.1", "--rate", "50000", "--page", str(page)])
+    assert page.read_text() != PAGE.read_text()
 
 
 def test_no_rank_idles_with_smaller_micro_batches() -> None:
@@ -282,15 +347,62 @@ def test_no_rank_idles_with_smaller_micro_batches() -> None:
     assert busy_job(job, 8) == job
 
 
+_CLUSTER = Cluster(_COMPUTE, Network(_WITHIN, _BETWEEN, 8), _COORDINATION)
+
+
 def test_a_knob_that_changes_nothing_has_factor_one() -> None:
-    cluster = Cluster(_COMPUTE, Network(_WITHIN, _BETWEEN, 8), _HOROVOD)
-    job = Job(vgg9(), 8192, 128)
-    factors = {knob.setting: knob.factors for knob in knobs(job, cluster)}
-    assert factors["batch.micro_size 128, ranks idle"][:2] == (1.0, 1.0)
-    assert factors["HOROVOD_CYCLE_TIME 5"][1] > 1.0
-    assert factors["comm.reduction float"][1] < 1.0
-    assert forecast(job, cluster, 1).efficiency == pytest.approx(1.0)
+    factors = {knob.setting: knob.factors for knob in knobs(vgg9_job(), _CLUSTER)}
+    assert factors["`batch.micro_size` 128 where GPUs idle"][:2] == (1.0, 1.0)
+    assert factors["`HOROVOD_CYCLE_TIME=5`"][1] > 1.0
+    assert factors["`comm.engine: torch`: no cycle, no agreement"][1] < 1.0
+    assert factors["`comm.reduction: float`"][1] < 1.0
+    assert forecast(vgg9_job(), _CLUSTER, 1).efficiency == pytest.approx(1.0)
     assert FORWARD < 1
+
+
+def test_an_evaluation_takes_the_passes_of_the_rank_that_has_most_of_them() -> None:
+    network = Network(_WITHIN, _BETWEEN, 8)
+    passes = Passes(samples=10_000, size=500)
+    one = 500 / 20_000 / 3
+    assert evaluation_seconds(passes, _COMPUTE, network, _COORDINATION, 1) == pytest.approx(20 * one)
+    for ranks, most in ((8, 3), (20, 1), (64, 1)):
+        exposed = agreement_seconds(_COORDINATION, ranks) + allreduce_seconds(network, ranks, 16 * 20)
+        assert evaluation_seconds(passes, _COMPUTE, network, _COORDINATION, ranks) == pytest.approx(
+            most * one + exposed
+        )
+    tiny = Passes(samples=10, size=500)
+    assert evaluation_seconds(tiny, _COMPUTE, network, _COORDINATION, 1) == pytest.approx(_COMPUTE.least / 3)
+
+
+def test_a_run_is_its_updates_evaluations_start_and_conversion() -> None:
+    network = Network(_WITHIN, _BETWEEN, 8)
+    parts = (_COMPUTE, network, _COORDINATION)
+    passes = (Passes(10_000, 500), Passes(2048, 128))
+    run = Run(_JOB, epochs=3, samples=50_000, evaluated=passes, decoded=10**9)
+    seconds = run_seconds(run, *parts, start=Start(2.0, 0.5), conversion=1e8, ranks=8)
+    assert seconds.training == pytest.approx(3 * 6 * step_seconds(_JOB, *parts, 8).total)
+    assert seconds.evaluation == pytest.approx(3 * sum(evaluation_seconds(each, *parts, 8) for each in passes))
+    assert (seconds.start, seconds.conversion) == pytest.approx((5.5, 10.0))
+    assert seconds.total == pytest.approx(seconds.training + seconds.evaluation + 15.5)
+
+
+def test_exact_sums_of_resnet50_cost_more_the_slower_the_network() -> None:
+    assert sum(layer.parameters for layer in resnet50_layers()) == 25_557_032
+    slow = replace(_CLUSTER, compute=replace(_COMPUTE, rate=2470.0))
+    fast = replace(slow, network=replace(slow.network, between=Link(5e-6, 360e9)))
+    for near, far in zip(*(reduction_rows(resnet50_job(), each, (8, 64, 256)) for each in (fast, slow)), strict=True):
+        assert near.factors["exact"] <= far.factors["exact"] + 1e-9
+        assert far.factors["2 bytes"] <= far.factors["exact32"] == 1.0  # as many bytes as float
+    assert far.factors["exact"] > 1.5  # of the last, 256 GPUs
+
+
+def test_swings_name_every_guess_and_begin_with_what_matters_most() -> None:
+    found = swings(vgg9_job(), _CLUSTER, 64)
+    assert {swing.guess for swing in found} == set(GUESSES)
+    assert [swing.width for swing in found] == sorted((swing.width for swing in found), reverse=True)
+    by_guess = {swing.guess: swing for swing in found}
+    assert by_guess["rate of a GPU"].halved > 1 > by_guess["rate of a GPU"].doubled
+    assert by_guess["latency between nodes"].halved < 1 < by_guess["latency between nodes"].doubled
 
 
 def test_a_loss_counts_the_updates_that_are_done_again() -> None:

@@ -1,0 +1,224 @@
+"""What the scaling model says of clusters: updates, whole runs, settings, and how much each guess matters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from benchmarks.scaling_model import (
+    Compute,
+    Coordination,
+    Job,
+    Link,
+    Network,
+    Passes,
+    Run,
+    idle_ranks,
+    step_seconds,
+)
+from benchmarks.scaling_subjects import resnet50_layers, vgg9
+
+GLOBAL_SIZE = 8192
+MICRO_SIZE = 128
+KNOB_RANKS = (8, 64, 256, 1024)
+EIGHT_CARDS = Link(5e-6, 0.9 * 8 * 400e9 / 8)
+"""A node with eight cards of 400 Gbit/s at 90 %."""
+GUESSES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "rate of a GPU": ("compute", "rate"),
+        "least time of a micro-batch": ("compute", "least"),
+        "fixed time of an update": ("compute", "fixed"),
+        "jitter": ("compute", "jitter"),
+        "latency in a node": ("network", "within", "latency"),
+        "bandwidth in a node": ("network", "within", "bandwidth"),
+        "latency between nodes": ("network", "between", "latency"),
+        "bandwidth between nodes": ("network", "between", "bandwidth"),
+        "cycle": ("coordination", "cycle"),
+        "hop": ("coordination", "hop"),
+    }
+)
+"""What the forecast assumes, and where it stands in a `Cluster`."""
+_REDUCTIONS: Mapping[str, int] = MappingProxyType({"float": 4, "exact": 8, "exact32": 4, "2 bytes": 2})
+"""Bytes of a gradient on the wire; exact32 is planned."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the forecast assumes."""
+
+    compute: Compute
+    network: Network
+    coordination: Coordination
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """An update on so many ranks; the efficiency is over one with micro-batches of 128."""
+
+    ranks: int
+    micro_size: int
+    milliseconds: float
+    images_per_second: float
+    efficiency: float
+    exposed: float
+    hidden: float
+    waiting: float
+    idle: int
+
+
+@dataclass(frozen=True)
+class Knob:
+    """By how much a setting changes the time of an update: a factor for each number of ranks."""
+
+    setting: str
+    factors: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Swing:
+    """The time of an update, as a factor, where a guess is half of what was assumed and where it is double."""
+
+    guess: str
+    halved: float
+    doubled: float
+
+    @property
+    def width(self) -> float:
+        """How far apart the two are, as a ratio of at least 1."""
+        return max(self.halved, self.doubled) / min(self.halved, self.doubled)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """An update with float gradients, and by how much it is longer or shorter with those of other sizes."""
+
+    floating: Forecast
+    factors: Mapping[str, float]
+
+
+def forecast(job: Job, cluster: Cluster, ranks: int) -> Forecast:
+    """Return the update of `job` on so many ranks of `cluster`."""
+    parts = (cluster.compute, cluster.network, cluster.coordination)
+    seconds = step_seconds(job, *parts, ranks)
+    alone = step_seconds(replace(job, micro_size=MICRO_SIZE), *parts, 1)
+    return Forecast(
+        ranks=ranks,
+        micro_size=job.micro_size,
+        milliseconds=1000 * seconds.total,
+        images_per_second=job.global_size / seconds.total,
+        efficiency=alone.total / (ranks * seconds.total),
+        exposed=1000 * seconds.exposed,
+        hidden=1000 * seconds.hidden,
+        waiting=1000 * seconds.waiting,
+        idle=idle_ranks(job, ranks),
+    )
+
+
+def busy_job(job: Job, ranks: int) -> Job:
+    """Return `job` with micro-batches small enough that no rank idles."""
+    return replace(job, micro_size=min(job.micro_size, max(1, job.global_size // ranks)))
+
+
+def vgg9_job() -> Job:
+    """Return the paper's large batch as the training cuts it."""
+    return Job(vgg9(), GLOBAL_SIZE, MICRO_SIZE, tally=_tally(channels=1408))
+
+
+def resnet50_job() -> Job:
+    """Return the same batch of 224x224 images for ResNet-50."""
+    return Job(resnet50_layers(), GLOBAL_SIZE, MICRO_SIZE, tally=_tally(channels=26_560))
+
+
+def _tally(channels: int) -> int:
+    """Return the bytes of counts, and of the statistics of so many normalized channels."""
+    return 8 * (7 + 2 * channels)
+
+
+def vgg9_run(epochs: int, evaluation_batch: int) -> Run:
+    """Return a run on CIFAR-10, evaluated as the default settings say; both splits are decoded."""
+    evaluated = _evaluated(10_000, 10_000, evaluation_batch)
+    return Run(vgg9_job(), epochs, 50_000, evaluated, decoded=60_000 * 3 * 32 * 32)
+
+
+def resnet50_run(epochs: int, evaluation_batch: int) -> Run:
+    """Return a run on ImageNet's folders, whose images loader processes decode anew in each epoch."""
+    return Run(resnet50_job(), epochs, 1_281_167, _evaluated(50_000, 10_000, evaluation_batch), decoded=0)
+
+
+def _evaluated(test: int, train: int, batch: int) -> tuple[Passes, ...]:
+    """Return the test set, the training samples evaluated beside it, and the norms' statistics recomputed."""
+    return Passes(test, batch), Passes(train, batch), Passes(2048, MICRO_SIZE)
+
+
+def reduction_rows(job: Job, cluster: Cluster, ranks: Sequence[int]) -> list[Reduction]:
+    """Return the reductions side by side, on each number of ranks, no rank idle."""
+    rows = []
+    for count in ranks:
+        plain = busy_job(job, count)
+        of = {name: forecast(replace(plain, weight_bytes=size), cluster, count) for name, size in _REDUCTIONS.items()}
+        floating = of.pop("float")
+        factors = {name: row.milliseconds / floating.milliseconds for name, row in of.items()}
+        rows.append(Reduction(floating, factors))
+    return rows
+
+
+def swings(job: Job, cluster: Cluster, ranks: int) -> list[Swing]:
+    """Return how much each guess matters for an update of `job`, what matters most first."""
+    plain = forecast(job, cluster, ranks).milliseconds
+
+    def factor(path: Sequence[str], times: float) -> float:
+        return forecast(job, _scaled(cluster, path, times), ranks).milliseconds / plain
+
+    found = [Swing(guess, factor(path, 0.5), factor(path, 2.0)) for guess, path in GUESSES.items()]
+    return sorted(found, key=lambda swing: swing.width, reverse=True)
+
+
+def _scaled(part: Any, path: Sequence[str], times: float) -> Any:
+    """Return the dataclass `part` with the number at `path` multiplied."""
+    name, *rest = path
+    value = getattr(part, name)
+    return replace(part, **{name: _scaled(value, rest, times) if rest else value * times})
+
+
+def knobs(job: Job, cluster: Cluster) -> Iterator[Knob]:
+    """Yield the settings one by one, each against the cluster and the job as they are, no rank idle."""
+    for setting, changed, other in _changes(job, cluster):
+        factors = []
+        for ranks in KNOB_RANKS:
+            plain = busy_job(job, ranks)
+            before = forecast(plain, cluster, ranks).milliseconds
+            factors.append(forecast(changed(plain), other, ranks).milliseconds / before)
+        yield Knob(setting, tuple(factors))
+
+
+def _changes(job: Job, cluster: Cluster) -> Iterator[tuple[str, Callable[[Job], Job], Cluster]]:
+    """Yield settings, what each makes of a job in which no rank idles, and of the cluster."""
+    jobs: Mapping[str, Callable[[Job], Job]] = {
+        "`batch.micro_size` 128 where GPUs idle": lambda _: job,
+        "`batch.micro_size` halved": lambda plain: replace(plain, micro_size=max(1, plain.micro_size // 2)),
+        "`comm.reduction: float`": lambda plain: replace(plain, weight_bytes=4),
+        "the same with `comm.compression: fp16`": lambda plain: replace(plain, weight_bytes=2),
+        "all gradients in one bucket": lambda plain: replace(plain, bucket=1 << 62),
+        "buckets of a quarter of the size": lambda plain: replace(plain, bucket=plain.bucket // 4),
+    }
+    for setting, changed in jobs.items():
+        yield setting, changed, cluster
+    clusters = {
+        "`HOROVOD_CYCLE_TIME=5`": _cycle(cluster, 5e-3),
+        "`HOROVOD_CYCLE_TIME=0.1`": _cycle(cluster, 1e-4),
+        "`comm.engine: torch`: no cycle, no agreement": replace(cluster, coordination=Coordination(0.0, 0.0)),
+        "`NCCL_ALGO=Ring`": replace(cluster, network=replace(cluster.network, algorithm="ring")),
+        "`HOROVOD_HIERARCHICAL_ALLREDUCE=1`": replace(
+            cluster, network=replace(cluster.network, algorithm="hierarchical")
+        ),
+        "a quarter of the bandwidth between nodes": _scaled(cluster, GUESSES["bandwidth between nodes"], 0.25),
+        "GPUs that are twice as fast": _scaled(cluster, GUESSES["rate of a GPU"], 2.0),
+    }
+    for setting, other in clusters.items():
+        yield setting, lambda plain: plain, other
+
+
+def _cycle(cluster: Cluster, seconds: float) -> Cluster:
+    return replace(cluster, coordination=replace(cluster.coordination, cycle=seconds))
