@@ -15,7 +15,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
@@ -56,8 +56,7 @@ def check_installed(name: str) -> None:
         importlib.import_module(_MODULES[name])
     except ImportError as error:
         raise UsageError(
-            f"the logger {name} is not installed: pip install 'dist_train[{name}]', or leave it out of metrics.loggers"
-            + (" and metrics.tensorboard" if name == "tensorboard" else ""),
+            f"the logger {name} cannot be imported ({error}): pip install 'dist_train[{name}]', or leave it out",
             code=f"{name}-missing",
         ) from error
 
@@ -286,12 +285,9 @@ class Mlflow(Tracker):
 
     def open(self, facts: RunFacts, settings: Mapping[str, Any]) -> None:
         """Open the run, named as this one, in place of the one of the launch before."""
-        from mlflow import MlflowClient
         from mlflow.entities import Param
 
-        client = MlflowClient(tracking_uri=self._uri)
-        known = client.get_experiment_by_name(self._experiment)
-        experiment = known.experiment_id if known else client.create_experiment(self._experiment)
+        client, experiment = self._open_experiment()
         for run in client.search_runs([experiment], f"tags.`{_RUN_ID}` = '{facts.run_id}'"):
             client.delete_run(run.info.run_id)
         opened = client.create_run(experiment, run_name=facts.name, tags={_RUN_ID: facts.run_id})
@@ -299,6 +295,17 @@ class Mlflow(Tracker):
         params = [Param(name, str(value)) for name, value in _flat(settings)]
         for start in range(0, len(params), _PARAMS):
             client.log_batch(self._run, params=params[start : start + _PARAMS])
+
+    def _open_experiment(self) -> tuple[Any, str]:
+        """Return a client and the experiment's id, one run at a time: two that make one database would break it."""
+        from filelock import FileLock
+        from mlflow import MlflowClient
+
+        file = self._uri.removeprefix("sqlite:///")
+        with FileLock(f"{file}.lock") if file != self._uri else nullcontext():
+            client = MlflowClient(tracking_uri=self._uri)
+            known = client.get_experiment_by_name(self._experiment)
+            return client, known.experiment_id if known else client.create_experiment(self._experiment)
 
     def log(self, numbers: Mapping[str, float], step: int, moment: float) -> None:
         """Add `numbers`, and write what has waited for long enough."""

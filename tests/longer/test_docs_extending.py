@@ -181,6 +181,24 @@ def test_code_that_fails_ends_the_run_with_one_message(
         train(load_config("mine.yaml", ["metrics.enabled=false", override]), tmp_path / "run")
 
 
+def test_a_logger_that_fails_later_costs_the_run_nothing(folder: Path, tmp_path: Path) -> None:
+    (folder / "breaks.py").write_text(
+        "import dist_train\n\n"
+        "class Breaks(dist_train.Observer):\n"
+        "    def __init__(self, directory): ...\n"
+        "    def record(self, record): raise OSError('the server is gone')\n"
+    )
+    logger = f"metrics={{enabled: false, loggers: [{{name: '{folder}/breaks.py:Breaks'}}]}}"
+    train_alone(str(folder / "mine.yaml"), tmp_path / "run", logger)
+    logged = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+    assert logged.count("Breaks failed and is left out") == 1
+    whole, other = (
+        saved(folder, "mine")["model"],
+        torch.load(tmp_path / "run" / "checkpoints" / "step-00000002.pt", weights_only=True)["model"],
+    )
+    assert all(torch.equal(whole[name], other[name]) for name in whole)
+
+
 def test_a_logger_that_fails_when_made_ends_all_ranks(folder: Path, tmp_path: Path) -> None:
     (folder / "broken.py").write_text(BROKEN)
     logger = f"metrics={{enabled: false, loggers: [{{name: '{folder}/broken.py:raises'}}]}}"

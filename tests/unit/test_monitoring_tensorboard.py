@@ -103,12 +103,13 @@ def test_what_was_synced_is_there_although_the_run_goes_on(tmp_path: Path) -> No
     board.end(OUTCOME)
 
 
-def test_without_the_package_the_error_names_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb", "mlflow"])
+def test_without_the_package_the_error_names_the_fix(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     check_installed("tensorboard")
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    for name in [name for name in sys.modules if name.split(".")[0] == "tensorboard"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with raises(UsageError, "tensorboard-missing") as refused:
-        check_installed("tensorboard")
-    assert "pip install 'dist_train[tensorboard]'" in str(refused.value)
+    for module in [module for module in sys.modules if module.split(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+    with raises(UsageError, f"{name}-missing") as refused:
+        check_installed(name)
+    assert f"pip install 'dist_train[{name}]'" in str(refused.value)
