@@ -1,7 +1,7 @@
 """What `benchmarks.scaling` is fitted to: start-up, allreduces and steps of real launches on this machine.
 
 Every rank runs `python -m benchmarks.scaling_measure allreduce` or
-`... steps UPDATES WIDTH GLOBAL_SIZE`; rank 0 tells what was measured. All ranks compute with one thread.
+`... steps UPDATES WIDTH GLOBAL_SIZE`; rank 0 prints what was measured. All ranks compute with one thread.
 """
 
 from __future__ import annotations
