@@ -6,6 +6,7 @@ import argparse
 import faulthandler
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from dist_train.cli.common import Subparsers, add_config, add_weights, count, warn_of_unused
@@ -47,15 +48,21 @@ def _train(arguments: argparse.Namespace) -> int:
 
         config = load_config(arguments.config, arguments.overrides, arguments.plugin)
 
-        from dist_train.cluster.communicator import PeerFailedError
         from dist_train.launching import train
         from dist_train.start_up import ask_for_large_pages
 
     ask_for_large_pages()
     if current_launch().rank == 0:
         warn_of_unused(config)
+    return _code_of(lambda: train(config, arguments.run_dir))
+
+
+def _code_of(train: Callable[[], object]) -> ExitCode:
+    """Call `train` and return how it ends; of what all ranks know, the first one speaks."""
+    from dist_train.cluster.communicator import PeerFailedError
+
     try:
-        train(config, arguments.run_dir)
+        train()
     except PeerFailedError:
         return ExitCode.USAGE
     except (DivergedError, DisagreementError, StoppedError) as error:
@@ -87,14 +94,18 @@ def _lr_range(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides, arguments.plugin)
     place = arguments.run_dir or config.run.directory / f"{config.run.name}-lr-range"
-    test = learning_rate_range(config, arguments.low, arguments.high, arguments.updates, place)
-    if current_launch().rank == 0:
+
+    def try_rates() -> None:
+        test = learning_rate_range(config, arguments.low, arguments.high, arguments.updates, place)
+        if current_launch().rank != 0:
+            return
         found = "the loss does not fall: no suggestion"
         if test.suggestion is not None:
             found = f"suggestion: {test.suggestion:.3g}, where the smoothed loss falls steepest; try it, and its half"
         print(f"{len(test.rates)} updates, rates {test.rates[0]:.3g} to {test.rates[-1]:.3g}; {found}")
         print(escaped(str(place / "lr_range.png")))
-    return ExitCode.FINISHED
+
+    return _code_of(try_rates)
 
 
 def add_launch(subparsers: Subparsers) -> None:

@@ -58,6 +58,7 @@ def build_mix(settings: RegularizationSettings, seed: int, samples: int) -> Mix:
 
 def beta_shares(samples: int, seed: int, epoch: int, kind: str, alpha: float) -> Tensor:
     """Return the share of its own that each sample of an epoch keeps, from Beta(alpha, alpha): float32 [samples]."""
+    # what torch.distributions.Beta calls, which takes no generator
     both = torch.full((samples, 2), alpha, dtype=torch.float64)
     return torch._sample_dirichlet(both, generator=generator(seed, kind, epoch))[:, 0].to(torch.float32)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
+from operator import xor
 from types import MappingProxyType
 from typing import Any
 
@@ -63,7 +65,7 @@ class Averaging:
 
     def digest(self) -> int:
         """Return a digest of what is kept; the same on all ranks that agree."""
-        return digest(self.kept.view(-1))
+        return reduce(xor, map(digest, self.kept), 0)  # row by row: a digest takes four times the memory of its row
 
     def _rows(self) -> int:
         return 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dist_train.cli.main import main
 from dist_train.config import ConfigError
 from dist_train.outcome import ExitCode, UsageError
 from dist_train.rundir.records import EvaluationRecord, JsonLines
@@ -16,7 +17,7 @@ from dist_train.rundir.status import StatusFile
 from dist_train.sweep.asking import best_trials, publish, with_next_trial, with_run
 from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials
 from tests.raising import raises, raises_problems
-from tests.unit.studies import small_plan
+from tests.unit.studies import small_plan, write_study
 
 SPACE: dict[str, Any] = {
     "optimizer.learning_rate": {"kind": "log_uniform", "low": 0.001, "high": 1.0},
@@ -104,6 +105,24 @@ def test_a_task_of_an_array_asks_for_the_trials_up_to_its_own(tmp_path: Path) ->
         f"noisy-trial-{trial}-seed-{seed}" for trial in range(3) for seed in (0, 1)
     }
     assert with_run(with_task, 10).runs == with_task.runs
+
+
+def test_a_batch_script_gets_the_numbers_and_the_arguments_of_runs_that_are_still_to_be_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = {"method": "optuna", "trials": 3, "space": SPACE}
+    study = str(write_study(tmp_path, search=search, variants={"plain": {}}, seeds=[0]))
+    assert main(["sweep", study, "--array"]) == 0
+    assert capsys.readouterr().out == "1-3\n"
+    assert main(["sweep", study, "--only", "2", "--arguments"]) == 0
+    first = capsys.readouterr().out
+    assert "run.name=plain-trial-1-seed-0" in first.splitlines()
+    assert main(["sweep", study, "--only", "2", "--arguments"]) == 0
+    assert capsys.readouterr().out == first
+    assert main(["sweep", study, "--list"]) == 0
+    assert "1 runs of trials" in capsys.readouterr().out
+    assert main(["sweep", study, "--only", "4", "--arguments"]) == 2
+    assert "[no-such-run-number]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["random", "optuna"])

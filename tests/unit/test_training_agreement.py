@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from dist_train.config import NoiseSettings
+from dist_train.config import AveragingSettings, NoiseSettings
+from dist_train.optim.averaging import build_averaging
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise, SmoothOut
 from dist_train.outcome import DisagreementError
@@ -49,6 +50,21 @@ def test_promise_4_other_noise_names_its_rank_on_all_ranks() -> None:
         assert isinstance(error, DisagreementError)
         assert error.code == "noise-differ"
         assert "ranks 1, 3 " in str(error)
+
+
+def test_another_average_names_its_rank_on_all_ranks() -> None:
+    def check(comm: SimulatedRanks) -> None:
+        weights = weights_of()
+        averaging = build_averaging(AveragingSettings(kind="lawa", every_steps=1, last=2), weights, 1)
+        averaging.after_update(0)
+        if comm.rank == 1:
+            averaging.kept.view(torch.int32)[0, 3] ^= 1
+        verify_agreement(comm, weights, without_noise(weights), 0, averaging)
+
+    for error in on_ranks(3, check):
+        assert isinstance(error, DisagreementError)
+        assert error.code == "average-differ"
+        assert "rank 1 " in str(error)
 
 
 @pytest.mark.parametrize("size", [1, 3])
