@@ -44,8 +44,8 @@ def take(trainer: Trainer, step: int = 0, rate: float = 0.05, stop: Callable[[],
 
 
 def assert_equal_gradients(gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Equal to float32 rounding of the largest, and to what one activation on the edge of its ReLU adds to it."""
-    rounding = 2e-4 * max(float(gradient.abs().max()) for gradient in expected.values())
+    """Equal to float32 rounding, and to what a few activations on the edges of their ReLUs add (test_models_accuracy)."""
+    rounding = 1e-3 * max(float(gradient.abs().max()) for gradient in expected.values())
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=rounding)
 
@@ -81,7 +81,7 @@ def test_its_gradient_is_that_of_plain_pytorch_at_the_perturbed_weights(
     for gradients, update in results(ranks, step):
         assert update.loss == pytest.approx(loss, rel=1e-6)
         norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected.values()))
-        assert update.gradient_norm == pytest.approx(norm, rel=1e-4)
+        assert update.gradient_norm == pytest.approx(norm, rel=1e-3)  # a ReLU at its edge may take its other side
         assert_equal_gradients(gradients, expected)
 
 
