@@ -44,7 +44,7 @@ def take(trainer: Trainer, step: int = 0, rate: float = 0.05, stop: Callable[[],
 
 
 def assert_equal_gradients(gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Equal to float32 rounding, and to what a few ReLUs at their edges add (test_models_accuracy has the tight bound)."""
+    """Equal to float32 rounding and what a few ReLUs at their edges add; test_models_accuracy has the tight bound."""
     rounding = 1e-3 * max(float(gradient.abs().max()) for gradient in expected.values())
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=rounding)
