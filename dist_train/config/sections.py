@@ -70,7 +70,8 @@ class RunSettings(Section):
     )
     init_from: Path | None = Field(
         None,
-        description="Checkpoint, or run (its last one), whose weights and norm statistics a new run begins with; none: "
+        description="What a new run's weights and norm statistics are: those of a run (its last checkpoint), of a "
+        "checkpoint, of a .safetensors or .pth file, or torchvision's (torchvision:NAME) in torch.hub's cache; none: "
         "those of the seed.",
         examples=["runs/other"],
     )
