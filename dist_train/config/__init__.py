@@ -6,6 +6,7 @@ from dist_train.config.parts import DATA_SETS, ImageFormat, NoiseSchedule
 from dist_train.config.problems import ConfigError
 from dist_train.config.resuming import Difference, differences
 from dist_train.config.sections import (
+    ENCODED,
     BatchSettings,
     CommSettings,
     Config,
@@ -19,6 +20,7 @@ from dist_train.config.sections import (
 
 __all__ = [
     "DATA_SETS",
+    "ENCODED",
     "AveragingSettings",
     "BatchSettings",
     "CommSettings",

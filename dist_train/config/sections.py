@@ -24,6 +24,9 @@ from dist_train.config.plugins import Options, PluginName, is_plugin
 
 Device = Literal["auto", "cpu", "cuda"]
 
+ENCODED = ("imagefolder", "parquet", "webdataset", "huggingface")
+"""Data sets of encoded images, of any size, in files of one's own."""
+
 
 def _options(setting: str) -> Any:
     return Field(
@@ -80,10 +83,24 @@ class RunSettings(Section):
 class DataSettings(Section):
     """What is trained on."""
 
-    name: Literal["fashion-mnist", "cifar10", "cifar100", "imagefolder", "synthetic"] | PluginName = Field(
+    name: (
+        Literal[
+            "fashion-mnist",
+            "cifar10",
+            "cifar100",
+            "imagefolder",
+            "parquet",
+            "webdataset",
+            "huggingface",
+            "numpy",
+            "synthetic",
+        ]
+        | PluginName
+    ) = Field(
         "fashion-mnist",
-        description="fashion-mnist: 1x28x28, 10 classes. cifar10, cifar100: 3x32x32, 10 or 100 classes. "
-        "imagefolder: images of your own in `root`. synthetic: made-up images, no files needed.",
+        description="fashion-mnist: 1x28x28, 10 classes. cifar10, cifar100: 3x32x32, 10 or 100 classes. Of your own, "
+        "in `root`: imagefolder, a folder a class; parquet, webdataset, huggingface (`save_to_disk`), encoded images "
+        "and labels; numpy, arrays. synthetic: made-up images, no files needed.",
     )
     options: Options = _options("data.name")
     root: Path | None = Field(
@@ -99,23 +116,37 @@ class DataSettings(Section):
         "It is never trained on, and `train_size` is taken of the rest.",
         examples=[5000],
     )
-    augment: Literal["none", "crop-flip"] = Field(
+    augment: Literal["none", "crop-flip"] | PluginName = Field(
         "none",
-        description="crop-flip: training images are shifted by up to 4 pixels, of an image folder cropped and resized "
-        "at random, and half of them mirrored.",
+        description="crop-flip: training images are shifted by up to 4 pixels, encoded ones cropped and resized at "
+        "random, and half of them mirrored.",
     )
+    augment_options: Options = _options("data.augment")
     normalize: bool = Field(False, description="Subtract the channels' mean and divide by their deviation.")
     loader_workers: NonNegativeInt = Field(
         0, description="Processes that decode images, for data not held in memory.", examples=[4]
     )
     image_size: PositiveInt = Field(
-        224, description="Height and width of an image folder's images, once cropped.", examples=[128]
+        224, description="Height and width of encoded images, once cropped.", examples=[128]
     )
     shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
-        None, description="Channels, height and width of a plug-in's images.", examples=[(3, 64, 64)]
+        None, description="Channels, height and width of a plug-in's images, or of NumPy's.", examples=[(3, 64, 64)]
     )
     classes: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="Classes of an image folder, or of a plug-in's data.", examples=[1000]
+        None, description="Classes of data of your own.", examples=[1000]
+    )
+    image_column: str | None = Field(
+        None,
+        min_length=1,
+        description="Where images are: a column of parquet and huggingface (none: image), the suffix of webdataset's "
+        "members (none: any of an image), the name of numpy's array (none: images).",
+        examples=["img"],
+    )
+    label_column: str | None = Field(
+        None,
+        min_length=1,
+        description="Where labels are, likewise; none: label, webdataset: cls, numpy: labels.",
+        examples=["fine_label"],
     )
     synthetic_samples: PositiveInt = Field(
         4096, description="Training samples of the synthetic set (test: a fourth).", examples=[1024]
@@ -134,10 +165,10 @@ class DataSettings(Section):
         """Shape of the images and number of classes."""
         if self.name == "synthetic":
             return ImageFormat(self.synthetic_shape, self.synthetic_classes)
-        if self.name == "imagefolder":
+        if self.name in ENCODED:
             assert self.classes is not None, "checked before"
             return ImageFormat((3, self.image_size, self.image_size), self.classes)
-        if is_plugin(self.name):
+        if is_plugin(self.name) or self.name == "numpy":
             assert self.shape is not None, "checked before"
             assert self.classes is not None, "checked before"
             return ImageFormat(self.shape, self.classes)
