@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from dist_train.data.decoding import Reader, Work
@@ -118,6 +117,7 @@ class LoaderProcesses(Decoder):
             self.prefetch([order])
         while self._batches[0].order.key != order.key:
             self._forget(self._batches.popleft())
+        pixels, numbers = images.numpy(), labels.numpy()
         for part in self._batches[0].parts:
             while not part.is_done:
                 self._hand_out()
@@ -125,9 +125,9 @@ class LoaderProcesses(Decoder):
             if part.failure is not None:
                 raise part.failure
             assert part.slot is not None
-            taken = slice(part.start, part.stop)
-            images[taken] = torch.from_numpy(self._slots.pixels(part.slot, part.stop - part.start))
-            labels[taken] = torch.from_numpy(self._slots.labels(part.slot, part.stop - part.start))
+            # NumPy copies in this thread: torch's others would wait for cores that the loaders need.
+            taken, count = slice(part.start, part.stop), part.stop - part.start
+            pixels[taken], numbers[taken] = self._slots.pixels(part.slot, count), self._slots.labels(part.slot, count)
             self._free.append(part.slot)
             part.slot = None
         self._batches.popleft()

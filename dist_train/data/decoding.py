@@ -7,13 +7,13 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dist_train.outcome import FaultError
 
@@ -82,21 +82,26 @@ class _OpenFile:
 def read_image(path: str | Part, opened: Callable[[str], _OpenFile] = _OpenFile) -> Image.Image:
     """Return the image in a file, or in a part of one, in RGB; FaultError as of `decode`."""
     try:
-        with Image.open(path if isinstance(path, str) else _part(path, opened)) as found:
+        with Image.open(io.BytesIO(_content(path, opened))) as found:
             return _to_rgb(found)
     except MemoryError:
         raise
     except Exception as error:
         # Damaged files raise errors of many types: OSError, SyntaxError, ValueError, struct.error, ...
+        reason = "it is no image" if isinstance(error, UnidentifiedImageError) else in_words(error)
         name = os.fsencode(path if isinstance(path, str) else path[3]).decode(errors="replace")
         raise FaultError(
-            f"the image {name} cannot be read ({in_words(error)}): repair or remove it", code="image-unreadable"
+            f"the image {name} cannot be read ({reason}): repair or remove it", code="image-unreadable"
         ) from error
 
 
-def _part(part: Part, opened: Callable[[str], _OpenFile]) -> io.BytesIO:
-    path, offset, length, _ = part
-    return io.BytesIO(opened(path).read(offset, length))
+def _content(path: str | Part, opened: Callable[[str], _OpenFile]) -> bytes:
+    """Return an encoded image, read in one go: Pillow would ask a file for many small parts."""
+    if isinstance(path, str):
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
+    name, offset, length, _ = path
+    return opened(name).read(offset, length)
 
 
 def random_box(width: int, height: int, draws: Sequence[float]) -> Box:
@@ -159,7 +164,7 @@ class Work:
 
     def encode(self) -> bytes:
         """Return it as a message; every number comes back bit-identically, every path to the byte."""
-        return json.dumps(astuple(self)).encode()
+        return json.dumps([self.references, self.draws, self.split, self.numbers, self.epoch]).encode()
 
     @classmethod
     def decoded(cls, message: bytes) -> Work:

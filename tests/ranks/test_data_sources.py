@@ -42,7 +42,7 @@ def test_equal_pixels_give_equal_runs(tmp_path: Path, monkeypatch: pytest.Monkey
         data = {"name": name, "root": str(folder), "classes": 3}
         data |= {"shape": [3, SIZE, SIZE]} if name == "numpy" else {"image_size": SIZE}
         model = {"name": "torchvision:resnet18", "width": 1.0}
-        sections = {"run": {"epochs": 1}, "model": model, "noise": {"method": "none"}}
+        sections: dict[str, Any] = {"run": {"epochs": 1}, "model": model, "noise": {"method": "none"}}
         config = write_config(tmp_path, settings(data, **sections))
         train_alone(config, tmp_path / f"run-{name}")
         assert weights_digest(tmp_path / f"run-{name}") == weights_digest(tmp_path / "run-imagefolder")

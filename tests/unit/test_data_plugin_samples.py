@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tests.unit.image_sets import write_arrays, write_shards
 
 CPU = torch.device("cpu")
 HERE = "tests.unit.drawing_data"
-OWN = {"name": f"{HERE}:drawing", "shape": (3, SIZE, SIZE), "classes": 2}
+OWN: dict[str, Any] = {"name": f"{HERE}:drawing", "shape": (3, SIZE, SIZE), "classes": 2}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,13 @@ def test_a_data_set_is_read_when_samples_are_due() -> None:
 
 
 def test_promise_2_draws_depend_on_seed_epoch_and_sample_alone(root: Path) -> None:
-    folder = {"name": "imagefolder", "root": root, "classes": 3, "image_size": SIZE, "augment": f"{HERE}:erased"}
+    folder: dict[str, Any] = {
+        "name": "imagefolder",
+        "root": root,
+        "classes": 3,
+        "image_size": SIZE,
+        "augment": f"{HERE}:erased",
+    }
     cases = ((OWN, 0), ({**OWN, "augment": f"{HERE}:erased"}, 1), ({**OWN, "augment": "crop-flip"}, 0), (folder, 0))
     for values, loaders in cases:
         alone = opened(**values)
@@ -87,13 +94,13 @@ def test_the_program_s_own_draws_are_not_disturbed() -> None:
 def test_what_is_held_in_memory_and_parts_of_files_are_augmented_alike(root: Path, tmp_path: Path) -> None:
     """The same pixels in one order give the same draws; arrays are as large as the crop that files are cut to."""
     arrays = write_arrays(tmp_path / "arrays", root, 3, SIZE, 5)
-    held = {"name": "numpy", "root": arrays, "classes": 3, "shape": (3, SIZE, SIZE)}
+    held: dict[str, Any] = {"name": "numpy", "root": arrays, "classes": 3, "shape": (3, SIZE, SIZE)}
     plain = opened(**held)
     whole = opened(**held, augment=f"{HERE}:erased", augment_options={"chance": 0.0}, normalize=True)
     assert not torch.equal(read(whole, [1, 2], 0), read(whole, [1, 2], 1))
     assert torch.equal(read(plain, [1, 2], None), read(opened(**held, augment=f"{HERE}:erased"), [1, 2], None))
-    folder = {"root": root, "classes": 3, "image_size": SIZE, "augment": f"{HERE}:erased"}
-    shards = {**folder, "name": "webdataset", "root": write_shards(tmp_path / "shards", root, 3)}
+    folder: dict[str, Any] = {"root": root, "classes": 3, "image_size": SIZE, "augment": f"{HERE}:erased"}
+    shards: dict[str, Any] = {**folder, "name": "webdataset", "root": write_shards(tmp_path / "shards", root, 3)}
     assert torch.equal(read(opened(**shards), [3, 1], 2), read(opened(**folder, name="imagefolder"), [3, 1], 2))
 
 
@@ -144,3 +151,13 @@ def test_a_mistake_in_a_later_sample_names_it(loaders: int, how: str, kind: type
         assert f"sample 13 of {name} (train)" in str(error.value)
     finally:
         splits.close()
+
+
+def test_the_documented_transform_works(root: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    [content] = re.findall(r"```python\n# transforms\.py\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "transforms.py").write_text(content)
+    folder: dict[str, Any] = {"name": "imagefolder", "root": root, "classes": 3, "image_size": SIZE}
+    augment = {"augment": f"{tmp_path / 'transforms.py'}:strong", "augment_options": {"magnitude": 7}}
+    splits = opened(**folder, **augment)
+    assert not torch.equal(read(splits, [1, 2], 0), read(splits, [1, 2], 1))
