@@ -76,7 +76,7 @@ def test_a_mistake_in_a_sample_ends_the_run_and_is_named(tmp_path: Path) -> None
     data = {"name": name, "options": {"index": 13, "how": "raises"}, "shape": [3, 12, 12], "classes": 2}
     config = write_config(tmp_path, settings({**data, "loader_workers": 1}))
     ended = launch(2, "torch", "train", config, "--run-dir", str(tmp_path / "run"))
-    assert ended.code == 1, ended.output
-    assert "[sample-unreadable]" in ended.output
+    assert ended.code == 2, ended.output
+    assert "[plugin-failed]" in ended.output
     assert "Traceback" not in ended.output
     assert f"sample 13 of {name}" in status(tmp_path / "run")["reason"]

@@ -15,7 +15,7 @@ import torch
 from dist_train.config import DataSettings
 from dist_train.data.images import BatchRequest, Splits
 from dist_train.data.loader import open_splits, training_labels
-from dist_train.outcome import CodedError, UsageError
+from dist_train.outcome import UsageError
 from tests.raising import raises
 from tests.unit.drawing_data import SIZE
 from tests.unit.image_folders import write_folder
@@ -60,21 +60,14 @@ def test_promise_2_draws_depend_on_seed_epoch_and_sample_alone(root: Path) -> No
         "image_size": SIZE,
         "augment": f"{HERE}:erased",
     }
-    cases = ((OWN, 0), ({**OWN, "augment": f"{HERE}:erased"}, 1), ({**OWN, "augment": "crop-flip"}, 0), (folder, 0))
-    for values, loaders in cases:
-        alone = opened(**values)
-        together = opened(**values, loader_workers=loaders)
-        try:
-            first = read(alone, [7, 2, 9], 3)
-            together.train.prefetch([BatchRequest(torch.tensor([1, 9])), BatchRequest(torch.tensor([2, 7]), 3)])
-            assert torch.equal(read(together, [9], 3)[0], first[2])
-            assert torch.equal(read(together, [2, 7], 3), first[[1, 0]])
-            assert not torch.equal(read(together, [7, 2, 9], 4), first)
-            assert torch.equal(read(together, [4], None), read(alone, [4], None))
-            assert torch.equal(read(together, [4], 2, "test"), read(together, [4], None, "test"))
-            assert not torch.equal(read(opened(6, **values), [7, 2, 9], 3), first)
-        finally:
-            together.close()
+    for values in (OWN, {**OWN, "augment": f"{HERE}:erased"}, {**OWN, "augment": "crop-flip"}, folder):
+        splits = opened(**values)
+        first = read(splits, [7, 2, 9], 3)
+        assert torch.equal(read(splits, [9], 3)[0], first[2])
+        assert torch.equal(read(splits, [2, 7], 3), first[[1, 0]])
+        assert not torch.equal(read(splits, [7, 2, 9], 4), first)
+        assert torch.equal(read(splits, [4], 2, "test"), read(splits, [4], None, "test"))
+        assert not torch.equal(read(opened(6, **values), [7, 2, 9], 3), first)
 
 
 def test_the_program_s_own_draws_are_not_disturbed() -> None:
@@ -116,41 +109,37 @@ def test_a_subset_is_balanced_by_the_labels_or_the_targets(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("values", "kind", "code"),
+    ("values", "code"),
     [
-        ({"augment": f"{HERE}:failing"}, UsageError, "plugin-failed"),
-        ({"augment": f"{HERE}:floats"}, UsageError, "plugin-data-form"),
-        ({"augment": f"{HERE}:nothing"}, UsageError, "plugin-result"),
-        ({"name": f"{HERE}:broken", "options": {"index": 0, "how": "label"}}, UsageError, "plugin-data-form"),
-        ({"name": f"{HERE}:broken", "options": {"index": 0, "how": "shape"}}, UsageError, "plugin-data-form"),
-        ({"name": f"{HERE}:broken", "options": {"index": 0, "how": "float"}}, UsageError, "plugin-data-form"),
-        ({"name": f"{HERE}:broken", "options": {"index": 0, "how": "raises"}}, UsageError, "plugin-failed"),
-        ({"name": f"{HERE}:nothing"}, UsageError, "plugin-result"),
+        ({"augment": f"{HERE}:failing"}, "plugin-failed"),
+        ({"augment": f"{HERE}:floats"}, "plugin-data-form"),
+        ({"augment": f"{HERE}:nothing"}, "plugin-result"),
+        ({"name": f"{HERE}:broken", "options": {"index": 0, "how": "label"}}, "plugin-data-form"),
+        ({"name": f"{HERE}:broken", "options": {"index": 0, "how": "shape"}}, "plugin-data-form"),
+        ({"name": f"{HERE}:broken", "options": {"index": 0, "how": "float"}}, "plugin-data-form"),
+        ({"name": f"{HERE}:broken", "options": {"index": 0, "how": "raises"}}, "plugin-failed"),
+        ({"name": f"{HERE}:nothing"}, "plugin-result"),
     ],
 )
 def test_a_mistake_in_the_code_is_found_before_the_first_step(
-    values: dict[str, Any], kind: type[CodedError], code: str, monkeypatch: pytest.MonkeyPatch
+    values: dict[str, Any], code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tests.unit import drawing_data
 
     if values.get("name") == f"{HERE}:nothing":
         monkeypatch.setattr(drawing_data, "nothing", lambda settings, split, seed: None)
-    with raises(kind, code):
+    with raises(UsageError, code):
         opened(**{**OWN, **values})
 
 
-@pytest.mark.parametrize("loaders", [0, 1])
 @pytest.mark.parametrize(("how", "code"), [("shape", "plugin-data-form"), ("raises", "plugin-failed")])
-def test_a_mistake_in_a_later_sample_names_it(loaders: int, how: str, kind: type[CodedError]) -> None:
-    name, options = f"{HERE}:broken", {"index": 13, "how": how}
-    splits = opened(**{**OWN, "name": name, "options": options, "loader_workers": loaders})
-    try:
-        read(splits, range(12), 0)
-        with raises(UsageError, code) as error:
-            read(splits, range(12, 24), 0)
-        assert f"sample 13 of {name} (train)" in str(error.value)
-    finally:
-        splits.close()
+def test_a_mistake_in_a_later_sample_names_it(how: str, code: str) -> None:
+    name = f"{HERE}:broken"
+    splits = opened(**{**OWN, "name": name, "options": {"index": 13, "how": how}})
+    read(splits, range(12), 0)
+    with raises(UsageError, code) as error:
+        read(splits, range(12, 24), 0)
+    assert f"sample 13 of {name} (train)" in str(error.value)
 
 
 def test_the_documented_transform_works(root: Path, tmp_path: Path) -> None:
