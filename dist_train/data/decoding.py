@@ -30,7 +30,7 @@ Box = tuple[int, int, int, int]
 """Left, top, right, bottom, in pixels."""
 
 
-Part = Sequence[Any]
+Part = tuple[str, int, int, str]
 """Where an encoded image lies: the file, the offset and the length in bytes, and what messages call it."""
 
 _OPEN_FILES = 64
@@ -100,8 +100,7 @@ def _content(path: str | Part, opened: Callable[[str], _OpenFile]) -> bytes:
     if isinstance(path, str):
         with open(path, "rb", buffering=0) as file:
             return file.read()
-    name, offset, length, _ = path
-    return opened(name).read(offset, length)
+    return opened(path[0]).read(path[1], path[2])
 
 
 def random_box(width: int, height: int, draws: Sequence[float]) -> Box:

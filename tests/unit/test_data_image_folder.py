@@ -12,7 +12,7 @@ import torch
 
 from dist_train.config import DataSettings
 from dist_train.data.image_folder import Listing, check_same_classes, list_split
-from dist_train.data.loaded import training_subset
+from dist_train.data.plan import divided
 from dist_train.outcome import UsageError
 from tests.raising import raises
 from tests.unit.image_folders import CLASSES, write_folder, write_image
@@ -102,7 +102,7 @@ def test_splits_that_name_their_classes_differently_are_refused(root: Path) -> N
 
 def subset(listing: Listing, size: int | None, seed: int) -> Listing:
     settings = DataSettings(name="imagefolder", classes=3, train_size=size)
-    return training_subset(listing, listing.labels, settings, seed)
+    return listing.select(divided(listing.labels, settings, seed)[0])
 
 
 def test_a_subset_is_balanced_and_a_larger_one_contains_it(root: Path) -> None:
@@ -113,6 +113,6 @@ def test_a_subset_is_balanced_and_a_larger_one_contains_it(root: Path) -> None:
     assert set(small_paths) <= {large.reference(sample) for sample in range(15)}
     order = [listing.reference(sample) for sample in range(len(listing))]
     assert sorted(small_paths, key=order.index) == small_paths
-    assert subset(listing, None, 0) is listing
+    assert subset(listing, None, 0).names == listing.names
     with raises(UsageError, "too-few-samples"):
         subset(listing, 25, 0)

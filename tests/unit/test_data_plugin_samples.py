@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dist_train.config import DataSettings
-from dist_train.data.images import BatchRequest, Splits
+from dist_train.data.images import BatchRequest, Split, Splits
 from dist_train.data.loader import open_splits, training_labels
 from dist_train.outcome import UsageError
 from tests.raising import raises
@@ -35,8 +35,8 @@ def opened(seed: int = 5, **values: object) -> Splits:
     return open_splits(DataSettings.model_validate(values), seed, CPU)
 
 
-def read(splits: Splits, indices: Sequence[int], epoch: int | None, split: str = "train") -> torch.Tensor:
-    images: torch.Tensor = getattr(splits, split).read(BatchRequest(torch.tensor(indices), epoch))[0]
+def read(splits: Splits, indices: Sequence[int], epoch: int | None, split: Split = "train") -> torch.Tensor:
+    images: torch.Tensor = splits.of(split).read(BatchRequest(torch.tensor(indices), epoch))[0]
     return images
 
 
@@ -97,6 +97,19 @@ def test_what_is_held_in_memory_and_parts_of_files_are_augmented_alike(root: Pat
     assert torch.equal(read(opened(**shards), [3, 1], 2), read(opened(**folder, name="imagefolder"), [3, 1], 2))
 
 
+def test_what_is_held_out_of_a_data_set_is_not_trained_on() -> None:
+    splits = opened(**OWN, validation_size=6, train_size=12)
+    samples = [splits.train, splits.of("validation")]
+    indices = [each._listing.indices.tolist() for each in samples]  # type: ignore[attr-defined]
+    assert [len(each) for each in indices] == [12, 6]
+    assert not set(indices[0]) & set(indices[1])
+    for each, count in zip(samples, (6, 3), strict=True):
+        assert each.read(BatchRequest(torch.arange(len(each))))[1].bincount().tolist() == [count, count]
+    held = read(splits, [0, 1], 3, "validation")
+    assert torch.equal(held, read(splits, [0, 1], None, "validation"))
+    assert not torch.equal(held, read(splits, [0, 1], None))
+
+
 def test_a_subset_is_balanced_by_the_labels_or_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     splits = opened(**OWN, train_size=8)
     _, labels = splits.train.read(BatchRequest(torch.arange(8)))
@@ -147,6 +160,6 @@ def test_the_documented_transform_works(root: Path, tmp_path: Path) -> None:
     [content] = re.findall(r"```python\n# transforms\.py\n(.*?)```", page, re.DOTALL)
     (tmp_path / "transforms.py").write_text(content)
     folder: dict[str, Any] = {"name": "imagefolder", "root": root, "classes": 3, "image_size": SIZE}
-    augment = {"augment": f"{tmp_path / 'transforms.py'}:strong", "augment_options": {"magnitude": 7}}
+    augment: dict[str, Any] = {"augment": f"{tmp_path / 'transforms.py'}:strong", "augment_options": {"magnitude": 7}}
     splits = opened(**folder, **augment)
     assert not torch.equal(read(splits, [1, 2], 0), read(splits, [1, 2], 1))

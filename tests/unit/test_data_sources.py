@@ -55,12 +55,14 @@ def data(name: str, root: Path, **others: object) -> DataSettings:
 
 
 def read(splits: Splits, epoch: int | None) -> Iterator[torch.Tensor]:
-    for samples in (splits.train, splits.test):
+    for samples in filter(None, (splits.train, splits.test, splits.validation)):
         yield from samples.read(BatchRequest(torch.arange(len(samples)), epoch))
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize("others", [{}, {"augment": "crop-flip", "normalize": True}, {"train_size": 9}])
+@pytest.mark.parametrize(
+    "others", [{}, {"augment": "crop-flip", "normalize": True}, {"train_size": 9, "validation_size": 6}]
+)
 def test_samples_are_those_of_the_image_folder(
     name: str, others: dict[str, Any], root: Path, folders: dict[str, Path]
 ) -> None:
