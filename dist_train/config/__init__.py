@@ -1,16 +1,15 @@
 """Every setting, its default, its check: `load_config(path, overrides)` gives a frozen `Config`."""
 
+from dist_train.config.data import ENCODED, DataSettings
 from dist_train.config.generalization import AveragingSettings, EarlyStoppingSettings, RegularizationSettings
 from dist_train.config.loading import dump_config, load_config, parse_config
 from dist_train.config.parts import DATA_SETS, ImageFormat, NoiseSchedule
 from dist_train.config.problems import ConfigError
 from dist_train.config.resuming import Difference, differences
 from dist_train.config.sections import (
-    ENCODED,
     BatchSettings,
     CommSettings,
     Config,
-    DataSettings,
     ModelSettings,
     NoiseSettings,
     OptimizerSettings,

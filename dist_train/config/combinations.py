@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from dist_train.config.data import ENCODED
 from dist_train.config.plugins import is_plugin
 from dist_train.config.problems import Problem, problem
-from dist_train.config.sections import ENCODED, Config, MetricsSettings
+from dist_train.config.sections import Config, MetricsSettings
 
 
 @dataclass(frozen=True)
