@@ -19,10 +19,8 @@ from dist_train.checkpoint.files import Stored
 from dist_train.cluster.communicator import Alone
 from dist_train.cluster.devices import choose_device
 from dist_train.config import Config
-from dist_train.data.catalog import load_images
-from dist_train.data.image_folder import list_split, training_subset
 from dist_train.data.images import BatchRequest, SampleSource
-from dist_train.data.loader import open_splits
+from dist_train.data.loader import open_splits, training_labels
 from dist_train.data.plan import balanced_choice
 from dist_train.models.norms import norm_modules
 from dist_train.optim.flat_weights import FlatWeights
@@ -181,7 +179,7 @@ def open_stored_subset(
     exactly = precision.model_copy(update={"compute": "float32", "tf32": False, "threads": 1})
     compute = set_up_compute(exactly, choose_device(config.run.device, local_rank=0))
     layout = torch.channels_last if precision.channels_last else torch.contiguous_format
-    chosen = choose_samples(_training_labels(config), config.data.image_format.classes, settings)
+    chosen = choose_samples(training_labels(config.data, config.run.seed), config.data.image_format.classes, settings)
     model = stored_model(stored.contents, config).to(compute.device)
     with ExitStack() as stack:
         splits = open_splits(config.data, config.run.seed, compute.device, layout)
@@ -224,15 +222,6 @@ def cut(chosen: Tensor, batch_size: int) -> tuple[Tensor, ...]:
     """
     whole = max(1, len(chosen) // batch_size)
     return torch.tensor_split(chosen, [part * batch_size for part in range(1, whole)])
-
-
-def _training_labels(config: Config) -> Tensor:
-    data, seed = config.data, config.run.seed
-    if data.name == "imagefolder":
-        assert data.root is not None
-        assert data.classes is not None
-        return training_subset(list_split(data.root, "train", data.classes, seed), data.train_size, seed).labels
-    return load_images(data, "train", seed).labels
 
 
 def _recompute(model: nn.Module, samples: SampleSource, config: Config, compute: Compute) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_train.checkpoint.files import Contents, Stored, adopt, newest_whole, read_stored
+from dist_train.checkpoint.files import Contents, adopt, newest_whole, read_stored
+from dist_train.checkpoint.initial import InitialWeights, read_initial
 from dist_train.cluster.communicator import Communicator, broadcast_str
 from dist_train.config import Config, differences, parse_config
 from dist_train.config.resuming import with_decisions
@@ -35,7 +36,7 @@ class ResumePoint:
     contents: Contents | None = None
     damage: Mapping[str, str] = field(default_factory=dict)
     epochs_before: int | None = None
-    initial: Stored | None = None
+    initial: InitialWeights | None = None
 
 
 def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
@@ -64,7 +65,8 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
         contents = read_stored(named).contents
     if contents is None:
         source = config.run.init_from
-        return ResumePoint(config, None, damage, initial=None if source is None else read_stored(source))
+        initial = None if source is None else read_initial(source, config.model.name)
+        return ResumePoint(config, None, damage, initial=initial)
     begun = parse_config(dict(contents.config), source="the checkpoint")
     is_longer = config.run.epochs > begun.run.epochs
     changed = [each for each in differences(begun, config) if not (is_longer and each.path == "run.epochs")]

@@ -1,5 +1,6 @@
 """Every setting, its default, its check: `load_config(path, overrides)` gives a frozen `Config`."""
 
+from dist_train.config.data import ENCODED, DataSettings
 from dist_train.config.generalization import AveragingSettings, EarlyStoppingSettings, RegularizationSettings
 from dist_train.config.loading import dump_config, load_config, parse_config
 from dist_train.config.parts import DATA_SETS, ImageFormat, NoiseSchedule
@@ -9,7 +10,6 @@ from dist_train.config.sections import (
     BatchSettings,
     CommSettings,
     Config,
-    DataSettings,
     ModelSettings,
     NoiseSettings,
     OptimizerSettings,
@@ -19,6 +19,7 @@ from dist_train.config.sections import (
 
 __all__ = [
     "DATA_SETS",
+    "ENCODED",
     "AveragingSettings",
     "BatchSettings",
     "CommSettings",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from dist_train.config.data import ENCODED
 from dist_train.config.plugins import is_plugin
 from dist_train.config.problems import Problem, problem
 from dist_train.config.sections import Config, MetricsSettings
@@ -182,21 +183,21 @@ _RULES = (
     ),
     _Rule(
         "data.shape",
-        lambda c: is_plugin(c.data.name) and (c.data.shape is None or c.data.classes is None),
+        lambda c: _has_own_shape(c) and (c.data.shape is None or c.data.classes is None),
         "models are built for the images of {data.name} before it is read; set data.shape and data.classes",
         "data.shape=[channels,height,width] data.classes=number",
         code="plugin-data-form",
     ),
     _Rule(
         "data.root",
-        lambda c: c.data.name == "imagefolder" and c.data.root is None,
-        "an image folder needs its place",
+        lambda c: c.data.name in (*ENCODED, "numpy") and c.data.root is None,
+        "{data.name} needs the folder of its files",
         code="image-folder-unset",
     ),
     _Rule(
         "data.classes",
-        lambda c: c.data.name == "imagefolder" and c.data.classes is None,
-        "an image folder needs its number of classes",
+        lambda c: c.data.name in ENCODED and c.data.classes is None,
+        "{data.name} needs its number of classes",
         code="image-folder-unset",
     ),
 )
@@ -221,8 +222,16 @@ def _not_synthetic(config: Config) -> bool:
     return config.data.name != "synthetic"
 
 
-def _not_a_folder(config: Config) -> bool:
-    return config.data.name != "imagefolder"
+def _not_encoded(config: Config) -> bool:
+    return config.data.name not in ENCODED
+
+
+def _has_own_shape(config: Config) -> bool:
+    return config.data.name == "numpy" or is_plugin(config.data.name)
+
+
+def _is_held_in_memory(config: Config) -> bool:
+    return _not_encoded(config) and not is_plugin(config.data.name) and not is_plugin(config.data.augment)
 
 
 def _no_moments(config: Config) -> bool:
@@ -268,19 +277,20 @@ _UNUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("schedule.power", lambda c: c.schedule.decay != "poly", "schedule.decay is not poly"),
     ("precision.tf32", lambda c: c.run.device == "cpu", "run.device is cpu"),
     ("data.download", lambda c: not c.data.name.startswith("cifar"), "only CIFAR can be downloaded"),
-    ("data.loader_workers", _not_a_folder, "this data set is held in memory"),
-    ("data.image_size", _not_a_folder, "data.name is not imagefolder"),
-    (
-        "data.classes",
-        lambda c: _not_a_folder(c) and not is_plugin(c.data.name),
-        "data.name is neither imagefolder nor a plug-in",
+    ("data.loader_workers", _is_held_in_memory, "this data set is held in memory"),
+    ("data.image_size", _not_encoded, "the images of this data set have a size of their own"),
+    ("data.classes", lambda c: _not_encoded(c) and not _has_own_shape(c), "this data set says its classes itself"),
+    ("data.shape", lambda c: not _has_own_shape(c), "data.name is neither numpy nor a plug-in"),
+    *(
+        (f"data.{column}", lambda c: c.data.name not in (*ENCODED[1:], "numpy"), "this data set has no columns")
+        for column in ("image_column", "label_column")
     ),
-    ("data.shape", lambda c: not is_plugin(c.data.name), "data.name is not a plug-in"),
     *(
         (f"{section}.{options}", _is_built_in(section, name), f"{section}.{name} is not a plug-in")
         for section, options, name in (
             ("model", "options", "name"),
             ("data", "options", "name"),
+            ("data", "augment_options", "augment"),
             ("noise", "options", "method"),
             ("noise", "scale_options", "scale"),
             ("optimizer", "options", "name"),

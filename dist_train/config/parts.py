@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -42,6 +42,15 @@ class Section(BaseModel):
     """A part of the configuration: frozen, and closed to keys that it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def options_of(setting: str) -> Any:
+    """Return the field for the settings of the plug-in that `setting` names."""
+    return Field(
+        default_factory=dict,
+        description=f"Settings of the plug-in that {setting} names.",
+        examples=[{"depth": 3}],
+    )
 
 
 class ConstantSchedule(Section):

@@ -30,7 +30,15 @@ from dist_train.config.problems import Problem, models_of, problem, problems_of
 from dist_train.outcome import CodedError, UsageError
 
 Kind = Literal[
-    "models", "data_sets", "noise_methods", "noise_scales", "noise_schedules", "optimizers", "schedules", "loggers"
+    "models",
+    "data_sets",
+    "augmentations",
+    "noise_methods",
+    "noise_scales",
+    "noise_schedules",
+    "optimizers",
+    "schedules",
+    "loggers",
 ]
 
 PluginName = Annotated[
@@ -44,6 +52,7 @@ _PLACES: Mapping[str, Kind] = MappingProxyType(
     {
         "model.name": "models",
         "data.name": "data_sets",
+        "data.augment": "augmentations",
         "noise.method": "noise_methods",
         "noise.scale": "noise_scales",
         "noise.schedule.function": "noise_schedules",
@@ -53,6 +62,9 @@ _PLACES: Mapping[str, Kind] = MappingProxyType(
     }
 )
 """The settings that may name a plug-in, and which kind."""
+
+_OPTIONS: Mapping[str, str] = MappingProxyType({"noise.scale": "scale_options", "data.augment": "augment_options"})
+"""Where a section has options of more than one plug-in; else they are its `options`."""
 
 _MARK = "_dist_train_plugin"
 _Target = TypeVar("_Target", bound=Callable[..., Any])
@@ -147,7 +159,7 @@ def named_plugins(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str, 
         for place, section, key in _sections(settings, path.split(".")):
             name = section.get(key)
             if isinstance(name, str) and (is_plugin(name) or _PLACES[path] == "loggers"):
-                options = "scale_options" if path == "noise.scale" else "options"
+                options = _OPTIONS.get(path, "options")
                 yield f"{place}{key}", name, f"{place}{options}", section.get(options, {})
 
 

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
+from dist_train.config.data import DataSettings
 from dist_train.config.generalization import AveragingSettings, EarlyStoppingSettings, RegularizationSettings
 from dist_train.config.parts import (
-    DATA_SETS,
     Beta,
     ConstantSchedule,
     Fraction,
-    ImageFormat,
     NoiseSchedule,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     Section,
+    options_of,
 )
-from dist_train.config.plugins import Options, PluginName, is_plugin
+from dist_train.config.plugins import Options, PluginName
 
 Device = Literal["auto", "cpu", "cuda"]
-
-
-def _options(setting: str) -> Any:
-    return Field(
-        default_factory=dict,
-        description=f"Settings of the plug-in that {setting} names.",
-        examples=[{"depth": 3}],
-    )
 
 
 class RunSettings(Section):
@@ -70,77 +62,11 @@ class RunSettings(Section):
     )
     init_from: Path | None = Field(
         None,
-        description="Checkpoint, or run (its last one), whose weights and norm statistics a new run begins with; none: "
+        description="What a new run's weights and norm statistics are: those of a run (its last checkpoint), of a "
+        "checkpoint, of a .safetensors or .pth file, or torchvision's (torchvision:NAME) in torch.hub's cache; none: "
         "those of the seed.",
         examples=["runs/other"],
     )
-
-
-class DataSettings(Section):
-    """What is trained on."""
-
-    name: Literal["fashion-mnist", "cifar10", "cifar100", "imagefolder", "synthetic"] | PluginName = Field(
-        "fashion-mnist",
-        description="fashion-mnist: 1x28x28, 10 classes. cifar10, cifar100: 3x32x32, 10 or 100 classes. "
-        "imagefolder: images of your own in `root`. synthetic: made-up images, no files needed.",
-    )
-    options: Options = _options("data.name")
-    root: Path | None = Field(
-        None, description="Folder of the data set's files; none: the usual places.", examples=["/data/cifar10"]
-    )
-    download: bool = Field(False, description="Fetch CIFAR's archive into `root` when it is not there.")
-    train_size: PositiveInt | None = Field(
-        None, description="Train on a seeded, class-balanced subset of this size.", examples=[16384]
-    )
-    validation_size: PositiveInt | None = Field(
-        None,
-        description="Hold out so many training images, a seeded choice with the classes' shares: the validation split. "
-        "It is never trained on, and `train_size` is taken of the rest.",
-        examples=[5000],
-    )
-    augment: Literal["none", "crop-flip"] = Field(
-        "none",
-        description="crop-flip: training images are shifted by up to 4 pixels, of an image folder cropped and resized "
-        "at random, and half of them mirrored.",
-    )
-    normalize: bool = Field(False, description="Subtract the channels' mean and divide by their deviation.")
-    loader_workers: NonNegativeInt = Field(
-        0, description="Processes that decode images, for data not held in memory.", examples=[4]
-    )
-    image_size: PositiveInt = Field(
-        224, description="Height and width of an image folder's images, once cropped.", examples=[128]
-    )
-    shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
-        None, description="Channels, height and width of a plug-in's images.", examples=[(3, 64, 64)]
-    )
-    classes: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="Classes of an image folder, or of a plug-in's data.", examples=[1000]
-    )
-    synthetic_samples: PositiveInt = Field(
-        4096, description="Training samples of the synthetic set (test: a fourth).", examples=[1024]
-    )
-    synthetic_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
-        (3, 32, 32),
-        description="Channels, height and width of the synthetic set's images.",
-        examples=[(1, 12, 12)],
-    )
-    synthetic_classes: Annotated[int, Field(ge=2)] = Field(
-        10, description="Classes of the synthetic set.", examples=[100]
-    )
-
-    @property
-    def image_format(self) -> ImageFormat:
-        """Shape of the images and number of classes."""
-        if self.name == "synthetic":
-            return ImageFormat(self.synthetic_shape, self.synthetic_classes)
-        if self.name == "imagefolder":
-            assert self.classes is not None, "checked before"
-            return ImageFormat((3, self.image_size, self.image_size), self.classes)
-        if is_plugin(self.name):
-            assert self.shape is not None, "checked before"
-            assert self.classes is not None, "checked before"
-            return ImageFormat(self.shape, self.classes)
-        return DATA_SETS[self.name]
 
 
 class ModelSettings(Section):
@@ -152,7 +78,7 @@ class ModelSettings(Section):
         "hidden linear layers. resnet18, resnet50: torchvision's blocks, a small stem for images up to 64 pixels. "
         "torchvision:NAME, timm:NAME: models of those libraries, with the norm that is set here.",
     )
-    options: Options = _options("model.name")
+    options: Options = options_of("model.name")
     width: PositiveFloat = Field(1.0, description="Factor on the number of channels.", examples=[0.25])
     norm: Literal["batch", "ghost", "sync", "group", "none"] = Field(
         "ghost",
@@ -196,7 +122,7 @@ class NoiseSettings(Section):
         description="smoothout: gradients at perturbed weights, which are restored before the update. "
         "langevin: noise added by the update, to stay. sam: gradients where the micro-batch's loss is sharpest.",
     )
-    options: Options = _options("noise.method")
+    options: Options = options_of("noise.method")
     distribution: Literal["uniform", "normal"] = Field(
         "uniform", description="uniform on [-1, 1], or normal with the same variance, 1/3; times the amplitude."
     )
@@ -205,7 +131,7 @@ class NoiseSettings(Section):
         "absolute",
         description="absolute: a c(t) u. weight: times |w|. filter: each filter's draw with the filter's own norm.",
     )
-    scale_options: Options = _options("noise.scale")
+    scale_options: Options = options_of("noise.scale")
     sharing: Literal["global", "rank", "micro_batch"] = Field(
         "global",
         description="How many draws a step. global: one for all. rank: one each. micro_batch: one per micro-batch.",
@@ -226,7 +152,7 @@ class OptimizerSettings(Section):
         description="sgd: with momentum. adam: weight decay within the gradient; adamw: apart from it. lars, lamb: "
         "rates adapted layer by layer, for large batches.",
     )
-    options: Options = _options("optimizer.name")
+    options: Options = options_of("optimizer.name")
     learning_rate: NonNegativeFloat = Field(0.1, description="Rate at `schedule.base_batch`.", examples=[0.05])
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Momentum of sgd and lars.", examples=[0.95])
     nesterov: bool = Field(True, description="Nesterov's momentum, of sgd.")
@@ -268,7 +194,7 @@ class ScheduleSettings(Section):
         description="How the rate falls after the warm-up. step: by `factor` at `milestones`. cosine: to 0. poly: as "
         "(1 - x)^`power`, x the fraction of the time after warm-up. exponential: as `final_fraction`^x.",
     )
-    options: Options = _options("schedule.decay")
+    options: Options = options_of("schedule.decay")
     milestones: tuple[PositiveFloat, ...] = Field(
         (), description="Epochs at which a step decay applies `factor`.", examples=[[150, 225]]
     )

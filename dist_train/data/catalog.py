@@ -8,28 +8,40 @@ from functools import partial
 
 from dist_train.config import DataSettings
 from dist_train.config.plugins import call_plugin, is_plugin
-from dist_train.data import cifar, fashion_mnist, synthetic
+from dist_train.data import arrow, cifar, fashion_mnist, synthetic, webdataset
+from dist_train.data.arrays import find_arrays, read_arrays
 from dist_train.data.cache import Source, decoded_folder, decoded_once
-from dist_train.data.image_folder import check_same_classes, held_out, list_split, training_subset
-from dist_train.data.images import ImageSet, Split, in_memory
-from dist_train.data.plan import balanced_subset, others, stratified_choice
+from dist_train.data.image_folder import check_same_classes, list_split
+from dist_train.data.images import ImageSet, MapDataset, Split
+from dist_train.data.plan import balanced_subset, divided, others, stratified_choice
 from dist_train.outcome import UsageError
 
 _ARCHIVES: Mapping[str, cifar.Archive] = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}
 
-Reader = Callable[[DataSettings, Split, int], ImageSet]
+Reader = Callable[[DataSettings, Split, int], ImageSet | MapDataset]
 """(settings, split, seed) -> every image of the split; only made-up data depend on the seed."""
 
 
 def load_images(settings: DataSettings, split: Split, seed: int) -> ImageSet:
+    """Return the images of `split` of a data set that comes with the program; see `load_data`."""
+    images = load_data(settings, split, seed)
+    assert isinstance(images, ImageSet)
+    return images
+
+
+def load_data(settings: DataSettings, split: Split, seed: int) -> ImageSet | MapDataset:
     """Return the images of `split`; for training, the subset of `train_size` that the seed chooses.
 
     The validation split is a part of the training images, which the training split then lacks.
+
+    What a plug-in gives may be a map-style Dataset instead: nothing of it is read yet, and all that it has is there.
 
     Raises UsageError when files are missing or damaged, or hold fewer images than `train_size` or `validation_size`.
     """
     read: Split = "test" if split == "test" else "train"
     images = (_plugin if is_plugin(settings.name) else READERS[settings.name])(settings, read, seed)
+    if not isinstance(images, ImageSet):
+        return images
     assert images.shape == settings.image_format.shape
     assert images.classes == settings.image_format.classes
     if split != "test" and settings.validation_size is not None:
@@ -52,11 +64,15 @@ def find_data(settings: DataSettings) -> None:
     elif settings.name in _ARCHIVES:
         for split in splits:
             cifar.find(_ARCHIVES[settings.name], cifar.root_or_default(settings.root), split)
-    elif settings.name == "imagefolder" and settings.root is not None and settings.classes is not None:
+    elif settings.root is None:
+        return
+    elif settings.name == "imagefolder" and settings.classes is not None:
         train, test = (list_split(settings.root, split, settings.classes, seed=0) for split in splits)
         check_same_classes(train, test)
-        train, _ = held_out(train, settings.validation_size, seed=0)
-        training_subset(train, settings.train_size, seed=0)
+        divided(train.labels, settings, seed=0)
+    elif settings.name in _FINDERS:
+        for split in splits:
+            _FINDERS[settings.name](settings, split)
 
 
 def _fashion_mnist(settings: DataSettings, split: Split, seed: int) -> ImageSet:
@@ -79,10 +95,16 @@ def _synthetic(settings: DataSettings, split: Split, seed: int) -> ImageSet:
     return synthetic.make(settings.synthetic_shape, settings.synthetic_classes, samples, split, seed)
 
 
-def _plugin(settings: DataSettings, split: Split, seed: int) -> ImageSet:
-    """Return what the plug-in reads: an ImageSet as it is, a map-style Dataset read once, sample by sample."""
-    found = call_plugin(settings.name, settings.options, object, settings, split, seed)
-    images = found if isinstance(found, ImageSet) else in_memory(found, settings)
+def _plugin(settings: DataSettings, split: Split, seed: int) -> ImageSet | MapDataset:
+    """Return what the plug-in gives."""
+    images: ImageSet | MapDataset = call_plugin(settings.name, settings.options, object, settings, split, seed)
+    if not isinstance(images, ImageSet):
+        if hasattr(images, "__len__") and hasattr(images, "__getitem__"):
+            return images
+        raise UsageError(
+            f"{settings.name} returned {type(images).__name__}, neither an ImageSet nor a map-style Dataset",
+            code="plugin-result",
+        )
     if (images.shape, images.classes) != (settings.shape, settings.classes):
         raise UsageError(
             f"{settings.name} gives images of {list(images.shape)} in {images.classes} classes: "
@@ -95,5 +117,13 @@ def _plugin(settings: DataSettings, split: Split, seed: int) -> ImageSet:
 READERS: Mapping[str, Reader] = {
     "fashion-mnist": _fashion_mnist,
     **{name: partial(_cifar, name, archive) for name, archive in _ARCHIVES.items()},
+    "numpy": lambda settings, split, seed: read_arrays(settings, split),
     "synthetic": _synthetic,
+}
+
+_FINDERS: Mapping[str, Callable[[DataSettings, Split], object]] = {
+    "parquet": arrow.find_parquet,
+    "webdataset": webdataset.find_shards,
+    "huggingface": arrow.find_saved,
+    "numpy": find_arrays,
 }

@@ -1,7 +1,8 @@
-"""Decoding images: in the training process, or ahead of it in loader processes."""
+"""Making samples: in the training process, or ahead of it in loader processes."""
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
@@ -11,11 +12,11 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from dist_train.data.decoding import CHANNELS, RECORD, SlotForm, Slots, Work, decode_all
-from dist_train.outcome import FaultError
+from dist_train.data.decoding import Reader, Work
+from dist_train.data.loader_process import RECORD, SlotForm, Slots
+from dist_train.outcome import CodedError, FaultError, UsageError
 
 _SLOT_BYTES = 1 << 20
 _MOST_IMAGES = 32
@@ -27,7 +28,7 @@ _WITHHELD = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signa
 
 @dataclass(frozen=True)
 class Order:
-    """A batch to decode. Orders of one `key` give the same images; `work(start, stop)` is a part of it."""
+    """A batch of samples to make. Orders of one `key` give the same; `work(start, stop)` is a part of it."""
 
     key: Hashable
     images: int
@@ -35,17 +36,21 @@ class Order:
 
 
 class Decoder:
-    """Decodes batches; what is announced may be done ahead. Here: in the calling process, when asked."""
+    """Makes batches of samples; what is announced may be done ahead. Here: by `reader`, in the calling process."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
 
     def prefetch(self, orders: Iterable[Order]) -> None:
         """Announce what will be fetched next, in this order; replaces earlier announcements."""
 
-    def fetch(self, order: Order, out: Tensor) -> None:
-        """Decode a batch into `out`, uint8 [n, 3, size, size] on the CPU.
+    def fetch(self, order: Order, images: Tensor, labels: Tensor) -> None:
+        """Put a batch into `images`, uint8 [n, C, H, W], and, where they are not known, `labels`, int64 [n].
 
-        Raises FaultError where a file is damaged, or a loader process is gone.
+        Raises FaultError where a sample cannot be read, or a loader process is gone; UsageError where a sample is not
+        of the form that the settings say.
         """
-        decode_all(order.work(0, order.images), out.numpy())
+        self._reader.read(order.work(0, order.images), images.numpy(), labels.numpy())
 
     def close(self) -> None:
         """End the processes, if there are any; may be called again."""
@@ -59,7 +64,7 @@ class _Part:
     stop: int
     slot: int | None = None
     is_done: bool = False
-    failure: str | None = None
+    failure: CodedError | None = None
 
 
 @dataclass(eq=False)
@@ -69,17 +74,19 @@ class _Batch:
 
 
 class LoaderProcesses(Decoder):
-    """Decodes, to `size` pixels square, in processes of its own, which start at the first use and stay.
+    """Makes images of `shape` in processes of its own, which start at the first use and stay.
 
     Parts of batches are handed out in the order of the batches, so that the one that is waited for is
     always under way. What is done and not fetched yet is bounded by the slots: 256 MiB at most, unless a
     single image is very large.
     """
 
-    def __init__(self, processes: int, size: int) -> None:
+    def __init__(self, processes: int, shape: tuple[int, int, int], recipe: str = "") -> None:
+        """Take the `recipe` of samples that a user's code reads or augments (`plugin_samples.Recipe`)."""
         assert processes >= 1
-        image_bytes = CHANNELS * size * size
-        self._form = SlotForm(max(1, min(_MOST_IMAGES, _SLOT_BYTES // image_bytes)), size)
+        image_bytes = SlotForm(1, shape).image_bytes
+        self._form = SlotForm(max(1, min(_MOST_IMAGES, _SLOT_BYTES // image_bytes)), shape)
+        self._recipe = recipe
         slots = max(2 * processes, min(_MOST_SLOTS, _MEMORY_BYTES // self._form.slot_bytes))
         self._free = list(range(slots))
         self._memory_bytes = slots * self._form.slot_bytes
@@ -104,21 +111,23 @@ class LoaderProcesses(Decoder):
         self._check_alive()
         self._hand_out()
 
-    def fetch(self, order: Order, out: Tensor) -> None:
-        """Return when the batch is in `out`."""
+    def fetch(self, order: Order, images: Tensor, labels: Tensor) -> None:
+        """Return when the batch is in `images` and `labels`."""
         if not any(batch.order.key == order.key for batch in self._batches):
             self.prefetch([order])
         while self._batches[0].order.key != order.key:
             self._forget(self._batches.popleft())
+        pixels, numbers = images.numpy(), labels.numpy()
         for part in self._batches[0].parts:
             while not part.is_done:
                 self._hand_out()
                 self._receive(wait=True)
             if part.failure is not None:
-                raise FaultError(part.failure, code="image-unreadable")
+                raise part.failure
             assert part.slot is not None
-            pixels = self._slots.pixels(part.slot, part.stop - part.start)
-            out[part.start : part.stop] = torch.from_numpy(pixels)
+            # NumPy copies in this thread: torch's others would wait for cores that the loaders need.
+            taken, count = slice(part.start, part.stop), part.stop - part.start
+            pixels[taken], numbers[taken] = self._slots.pixels(part.slot, count), self._slots.labels(part.slot, count)
             self._free.append(part.slot)
             part.slot = None
         self._batches.popleft()
@@ -152,7 +161,7 @@ class LoaderProcesses(Decoder):
         os.set_blocking(self._requests, False)
         os.set_blocking(self._replies, False)
         theirs = (their_requests, their_replies, memory)
-        arguments = [*map(str, theirs), str(self._form.images), str(self._form.size)]
+        arguments = [*map(str, (*theirs, self._form.images, *self._form.shape)), self._recipe]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
         environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # loaders use one core each
         # A signal to the whole job asks the training process to stop, which still needs its loaders then.
@@ -161,7 +170,7 @@ class LoaderProcesses(Decoder):
             for _ in range(self._count):
                 self._processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-P", "-m", "dist_train.data.decoding", *arguments],
+                        [sys.executable, "-P", "-m", "dist_train.data.loader_process", *arguments],
                         pass_fds=theirs,
                         stdin=subprocess.DEVNULL,
                         stdout=subprocess.DEVNULL,
@@ -225,7 +234,8 @@ class LoaderProcesses(Decoder):
             return
         part.is_done = True
         if record < 0:
-            part.failure = self._slots.message(slot).decode(errors="replace")
+            is_usage, code, text = json.loads(self._slots.message(slot))
+            part.failure = (UsageError if is_usage else FaultError)(text, code=code)
 
     def _forget(self, batch: _Batch) -> None:
         """Have the slots back, now or when they are done."""
@@ -244,4 +254,4 @@ class LoaderProcesses(Decoder):
                 continue
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             fix = ": where the machine ran out of memory, fewer data.loader_workers need less" if code < 0 else ""
-            raise FaultError(f"the loader process {process.pid}, which decodes images, {how}{fix}", code="loader-ended")
+            raise FaultError(f"the loader process {process.pid}, which makes samples, {how}{fix}", code="loader-ended")

@@ -1,22 +1,19 @@
-"""From an image file to bytes of one size. No torch here: loader processes start fast and stay small.
-
-It reads slot numbers from one pipe, which all loaders share, and writes them to another when they are
-done. The first pipe closes when the training process ends, however it ends: so does the loader then.
-"""
+"""From encoded images, in files or parts of files, to bytes of one size. No torch here: see `loader_process`."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import mmap
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dist_train.outcome import FaultError
 
@@ -33,8 +30,14 @@ Box = tuple[int, int, int, int]
 """Left, top, right, bottom, in pixels."""
 
 
-def decode(path: str, size: int, draws: Sequence[float] | None) -> NDArray[np.uint8]:
-    """Return the image in `path` as uint8 [3, size, size].
+Part = tuple[str, int, int, str]
+"""Where an encoded image lies: the file, the offset and the length in bytes, and what messages call it."""
+
+_OPEN_FILES = 64
+
+
+def decode(path: str | Part, size: int, draws: Sequence[float] | None) -> NDArray[np.uint8]:
+    """Return the image in the file at `path`, or in a part of a file, as uint8 [3, size, size].
 
     With `draws`, uniforms in [0, 1): a random resized crop (0.08 to 1 of the area, aspect 3/4 to 4/3),
     mirrored every second time. Without: the shorter side is resized to size * 256/224, the centre cropped.
@@ -42,17 +45,11 @@ def decode(path: str, size: int, draws: Sequence[float] | None) -> NDArray[np.ui
     Raises:
         FaultError: the file cannot be read, or is damaged; its text names it.
     """
-    try:
-        with Image.open(path) as opened:
-            image = _to_rgb(opened)
-    except MemoryError:
-        raise
-    except Exception as error:
-        # Damaged files raise errors of many types: OSError, SyntaxError, ValueError, struct.error, ...
-        name = os.fsencode(path).decode(errors="replace")
-        raise FaultError(
-            f"the image {name} cannot be read ({_in_words(error)}): repair or remove it", code="image-unreadable"
-        ) from error
+    return fitted(read_image(path), size, draws)
+
+
+def fitted(image: Image.Image, size: int, draws: Sequence[float] | None) -> NDArray[np.uint8]:
+    """Return an RGB image as `decode` does."""
     if draws is None:
         pixels = np.asarray(_centre(image, size))
     else:
@@ -61,6 +58,49 @@ def decode(path: str, size: int, draws: Sequence[float] | None) -> NDArray[np.ui
         if draws[-1] < 0.5:
             pixels = pixels[:, ::-1]
     return pixels.transpose(2, 0, 1)
+
+
+class _OpenFile:
+    """A file that parts are read from; closed when nobody has it."""
+
+    def __init__(self, path: str) -> None:
+        self._descriptor = -1
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return a part. Raises OSError where the file is shorter."""
+        content = os.pread(self._descriptor, length, offset)
+        if len(content) != length:
+            raise OSError(f"the file ends {length - len(content)} bytes too early")
+        return content
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+
+def read_image(path: str | Part, opened: Callable[[str], _OpenFile] = _OpenFile) -> Image.Image:
+    """Return the image in a file, or in a part of one, in RGB; FaultError as of `decode`."""
+    try:
+        with Image.open(io.BytesIO(_content(path, opened))) as found:
+            return _to_rgb(found)
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Damaged files raise errors of many types: OSError, SyntaxError, ValueError, struct.error, ...
+        reason = "it is no image" if isinstance(error, UnidentifiedImageError) else in_words(error)
+        name = os.fsencode(path if isinstance(path, str) else path[3]).decode(errors="replace")
+        raise FaultError(
+            f"the image {name} cannot be read ({reason}): repair or remove it", code="image-unreadable"
+        ) from error
+
+
+def _content(path: str | Part, opened: Callable[[str], _OpenFile]) -> bytes:
+    """Return an encoded image, read in one go: Pillow would ask a file for many small parts."""
+    if isinstance(path, str):
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
+    return opened(path[0]).read(path[1], path[2])
 
 
 def random_box(width: int, height: int, draws: Sequence[float]) -> Box:
@@ -100,117 +140,61 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
+    """Return what an error says, or what it is called, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
 
-RECORD = 4
-"""Bytes of a slot number in a pipe: written and read in one go, so that records never mix."""
-
-_LENGTH = 4
-_LONGEST_PATH = 4096
-_WORDS = 6 * _LONGEST_PATH + 32 * DRAWS + 64
-"""Bytes that one image's path and draws take at most."""
-
-
 @dataclass(frozen=True)
 class Work:
-    """Images to decode: their files, and each one's draws (none: no augmentation)."""
+    """Samples to make: what each is made from, and each one's draws (none: no augmentation).
 
-    paths: Sequence[str]
-    draws: Sequence[Sequence[float]] | None
+    What a user's code reads or augments also needs its split, the samples' numbers in it, and the epoch (none: not
+    augmented); `references` of a data set in Python are indices.
+    """
+
+    references: Sequence[Any]
+    draws: Sequence[Sequence[float]] | None = None
+    split: str = ""
+    numbers: Sequence[int] = ()
+    epoch: int | None = None
 
     def encode(self) -> bytes:
         """Return it as a message; every number comes back bit-identically, every path to the byte."""
-        return json.dumps([self.paths, self.draws]).encode()
+        return json.dumps([self.references, self.draws, self.split, self.numbers, self.epoch]).encode()
+
+    @classmethod
+    def decoded(cls, message: bytes) -> Work:
+        """Return what was encoded."""
+        return cls(*json.loads(message))
 
 
-def decode_all(work: Work, pixels: NDArray[np.uint8]) -> None:
-    """Decode the images of `work` into `pixels` [n, 3, size, size]. Raises FaultError as `decode` does."""
-    for place, path in enumerate(work.paths):
-        pixels[place] = decode(path, pixels.shape[-1], None if work.draws is None else work.draws[place])
+class Reader(Protocol):
+    """What makes samples, in a loader process or in the training process."""
+
+    def read(self, work: Work, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        """Put the images of `work` into `pixels` [n, C, H, W], and their labels, where these come with them.
+
+        Raises:
+            FaultError: a sample cannot be read; the text names it.
+            UsageError: it is not of the form that the settings say.
+        """
 
 
-@dataclass(frozen=True)
-class SlotForm:
-    """How a slot lies in the shared memory: a message, then `images` images of uint8 [3, size, size]."""
+class EncodedImages:
+    """Decodes images of files. Files that hold many stay open."""
 
-    images: int
-    size: int
+    def __init__(self) -> None:
+        self._opened = lru_cache(_OPEN_FILES)(_OpenFile)
 
-    @property
-    def message_bytes(self) -> int:
-        """Space for a message; pages that are never written take no memory."""
-        return _whole_pages(_LENGTH + 1024 + self.images * _WORDS)
+    def image(self, reference: str | Part) -> Image.Image:
+        """Return an image in RGB; FaultError as of `decode`."""
+        return read_image(reference, self._opened)
 
-    @property
-    def image_bytes(self) -> int:
-        """Bytes of an image."""
-        return CHANNELS * self.size * self.size
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of a slot."""
-        return self.message_bytes + _whole_pages(self.images * self.image_bytes)
-
-
-class Slots:
-    """Slots of `form` in the shared memory behind a file descriptor."""
-
-    def __init__(self, memory: int, form: SlotForm) -> None:
-        self._form = form
-        self._map = mmap.mmap(memory, 0)
-
-    def write_message(self, slot: int, message: bytes) -> None:
-        """Put `message`, cut off where a slot ends, into a slot."""
-        message = message[: self._form.message_bytes - _LENGTH]
-        start = slot * self._form.slot_bytes
-        self._map[start : start + _LENGTH] = len(message).to_bytes(_LENGTH, "little")
-        self._map[start + _LENGTH : start + _LENGTH + len(message)] = message
-
-    def message(self, slot: int) -> bytes:
-        """Return the message in a slot."""
-        start = slot * self._form.slot_bytes
-        length = int.from_bytes(self._map[start : start + _LENGTH], "little")
-        return self._map[start + _LENGTH : start + _LENGTH + length]
-
-    def pixels(self, slot: int, images: int) -> NDArray[np.uint8]:
-        """Return the first `images` images of a slot, uint8 [images, 3, size, size], a view."""
-        form = self._form
-        flat = np.frombuffer(
-            self._map, np.uint8, images * form.image_bytes, slot * form.slot_bytes + form.message_bytes
-        )
-        return flat.reshape(images, CHANNELS, form.size, form.size)
-
-
-def serve(requests: int, replies: int, slots: Slots) -> None:
-    """Decode until the pipe of requests is closed."""
-    while record := os.read(requests, RECORD):
-        slot = int.from_bytes(record, "little", signed=True)
-        try:
-            work = Work(*json.loads(slots.message(slot)))
-            decode_all(work, slots.pixels(slot, len(work.paths)))
-        except FaultError as error:
-            # The record of a slot that failed is its complement; the reason is its message.
-            slots.write_message(slot, str(error).encode(errors="replace"))
-            slot = ~slot
-        try:
-            os.write(replies, slot.to_bytes(RECORD, "little", signed=True))
-        except BrokenPipeError:
-            return
-
-
-def _whole_pages(length: int) -> int:
-    return -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Serve: the arguments are three file descriptors, and a slot's images and their size."""
-    requests, replies, memory, images, size = map(int, arguments)
-    serve(requests, replies, Slots(memory, SlotForm(images, size)))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    def read(self, work: Work, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        """Decode the images of `work`; their labels are known to who asks."""
+        for place, reference in enumerate(work.references):
+            draws = None if work.draws is None else work.draws[place]
+            pixels[place] = fitted(self.image(reference), pixels.shape[-1], draws)

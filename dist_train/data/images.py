@@ -7,12 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dist_train.config import DataSettings
-from dist_train.config.plugins import failing_clearly
 from dist_train.outcome import UsageError
 
 Split = Literal["train", "validation", "test"]
@@ -58,44 +55,15 @@ class ImageSet:
         return hashed.hexdigest()[:16]
 
 
-def in_memory(samples: Any, settings: DataSettings) -> ImageSet:
-    """Return the samples of a map-style `torch.utils.data.Dataset`, all of them read.
+class MapDataset(Protocol):
+    """A map-style `torch.utils.data.Dataset` of images and labels, read one sample at a time.
 
-    A sample is an image and a label: a PIL image, or uint8 of [C, H, W] (a tensor) or [H, W] or [H, W, C] (an array).
-
-    Raises:
-        UsageError: it is no such data set, or a sample is not of `data.shape`, or its label not below `data.classes`.
+    An image is a PIL image, or uint8 of [C, H, W] (a tensor) or [H, W] or [H, W, C] (an array).
     """
-    assert settings.shape is not None
-    assert settings.classes is not None
-    try:
-        count = len(samples)
-    except TypeError:
-        raise UsageError(
-            f"{settings.name} returned {type(samples).__name__}, neither an ImageSet nor a map-style Dataset",
-            code="plugin-result",
-        ) from None
-    images = torch.empty((count, *settings.shape), dtype=torch.uint8)
-    labels = torch.empty(count, dtype=torch.int64)
-    for index in range(count):
-        with failing_clearly(settings.name):
-            image, label = samples[index]
-            pixels = _pixels(image)
-        if pixels.shape != images.shape[1:] or pixels.dtype != torch.uint8 or not 0 <= int(label) < settings.classes:
-            raise UsageError(
-                f"sample {index} of {settings.name} is {pixels.dtype} of {list(pixels.shape)} with label {label}: "
-                f"data.shape is {list(settings.shape)}, of uint8, and data.classes {settings.classes}",
-                code="plugin-data-form",
-            )
-        images[index], labels[index] = pixels, int(label)
-    return ImageSet(images, labels, settings.classes)
 
+    def __len__(self) -> int: ...
 
-def _pixels(image: Any) -> Tensor:
-    if isinstance(image, Tensor):
-        return image
-    pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if pixels.ndim == 2 else pixels.movedim(-1, 0)
+    def __getitem__(self, index: int, /) -> tuple[Any, Any]: ...
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dist_train.config import DataSettings
-from dist_train.data.catalog import load_images
-from dist_train.data.image_folder import open_folder
-from dist_train.data.images import BatchRequest, ImageSet, Splits
+from dist_train.config import ENCODED, DataSettings
+from dist_train.config.plugins import is_plugin
+from dist_train.data.catalog import load_data
+from dist_train.data.images import BatchRequest, ImageSet, MapDataset, Split, Splits
+from dist_train.data.loaded import list_encoded, open_encoded, open_in_python
 from dist_train.data.pixels import AUGMENTATIONS, PixelFormat, channel_statistics, move, staging_buffer, unchanged
+from dist_train.data.plan import divided
+from dist_train.data.plugin_samples import labels_of
 
 _RESIDENT_PART = 4
 
@@ -75,24 +78,49 @@ def open_splits(
     memory_format: torch.memory_format = torch.contiguous_format,
     dtype: torch.dtype = torch.float32,
 ) -> Splits:
-    """Open both splits; only training is augmented, and both are normalized by the training images.
+    """Open the splits; only training is augmented, and both are normalized by the training images.
 
     Raises:
         UsageError: files are missing or damaged, or do not fit the settings.
+        FaultError: a sample that is read at once is damaged.
     """
-    if settings.name == "imagefolder":
-        return open_folder(settings, seed, device, PixelFormat(dtype, memory_format))
-    train = load_images(settings, "train", seed)
-    test = load_images(settings, "test", seed)
-    validation = None if settings.validation_size is None else load_images(settings, "validation", seed)
-    statistics = channel_statistics(train.images) if settings.normalize else None
-    pixels = PixelFormat(dtype, memory_format, statistics)
+    pixels = PixelFormat(dtype, memory_format)
+    if settings.name in ENCODED:
+        return open_encoded(settings, seed, device, pixels)
+    train = load_data(settings, "train", seed)
+    test = load_data(settings, "test", seed)
+    validation = None if settings.validation_size is None else load_data(settings, "validation", seed)
+    if settings.normalize and isinstance(train, ImageSet):
+        pixels = PixelFormat(dtype, memory_format, channel_statistics(train.images))
+    if not (isinstance(train, ImageSet) and isinstance(test, ImageSet)) or is_plugin(settings.augment):
+        opened: dict[Split, ImageSet | MapDataset] = {"train": train, "test": test}
+        if validation is not None:
+            opened["validation"] = validation
+        return open_in_python(settings, opened, seed, device, pixels)
+    assert validation is None or isinstance(validation, ImageSet)
     return Splits(
         train=Samples(train, device, seed, settings.augment, pixels),
         test=Samples(test, device, seed, "none", pixels),
         validation=None if validation is None else Samples(validation, device, seed, "none", pixels),
         identity=f"{train.identity} {test.identity}".strip(),
     )
+
+
+def training_labels(settings: DataSettings, seed: int) -> Tensor:
+    """Return the labels of the training samples, int64 [n], in the order in which `open_splits` has them.
+
+    Raises:
+        UsageError: files are missing or damaged, or do not fit the settings.
+    """
+    if settings.name in ENCODED:
+        labels = list_encoded(settings, "train", seed).labels
+        assert labels is not None
+    else:
+        found = load_data(settings, "train", seed)
+        if isinstance(found, ImageSet):
+            return found.labels
+        labels = labels_of(found, settings, "train", seed)
+    return labels[divided(labels, settings, seed)[0]]
 
 
 def _fits(images: ImageSet, device: torch.device) -> bool:

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dist_train.config import DataSettings
 from dist_train.data.images import ImageSet
 from dist_train.outcome import UsageError
 from dist_train.randomness import generator
@@ -139,6 +140,20 @@ def stratified_choice(labels: Tensor, size: int, classes: int, seed: int) -> Ten
     # The samples of a class are spread evenly over [0, 1), so that any first part has the shares of the whole.
     place = (turn + 0.5) / of_class
     return shuffled[torch.argsort(place, stable=True)[:size]].sort().values
+
+
+def divided(labels: Tensor, settings: DataSettings, seed: int) -> tuple[Tensor, Tensor | None]:
+    """Return which of the training samples with `labels` are trained on, and which are held out, if any are asked for.
+
+    Raises UsageError when there are too few.
+    """
+    classes, held_out, kept = settings.image_format.classes, None, torch.arange(labels.numel())
+    if settings.validation_size is not None:
+        held_out = stratified_choice(labels, settings.validation_size, classes, seed)
+        kept = others(held_out, labels.numel())
+    if settings.train_size is not None:
+        kept = kept[balanced_choice(labels[kept], settings.train_size, classes, seed)]
+    return kept, held_out
 
 
 def others(chosen: Tensor, samples: int) -> Tensor:

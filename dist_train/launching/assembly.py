@@ -228,7 +228,8 @@ def _restore(
 ) -> Progress:
     if start.contents is None:
         if start.initial is not None:
-            load_model(start.initial.contents.model, network, str(start.initial.path))
+            state = start.initial.fitted(network.state_dict(), start.config.data.image_format.classes)
+            load_model(state, network, str(start.initial.path))
         return Progress()
     planned = (start.epochs_before or 0) * updates_per_epoch
     if start.contents.step < planned:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dist_train.checkpoint.files import find_checkpoint, read_record
+from dist_train.checkpoint.initial import find_initial
 from dist_train.config import Config
 from dist_train.data.catalog import find_data
 from dist_train.data.plan import BatchPlan
@@ -56,7 +56,7 @@ def check_data(config: Config) -> None:
 def check_initial_weights(config: Config) -> None:
     """Check that what a run that has not begun is to begin from is there. Raises UsageError."""
     if config.run.init_from is not None and not RunDirectory(config.run_directory).checkpoint_steps():
-        read_record(find_checkpoint(config.run.init_from))
+        find_initial(config.run.init_from, config.model.name)
 
 
 def refusals(config: Config) -> Iterator[UsageError]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dist_train.checkpoint.files import list_checkpoints
+from dist_train.checkpoint.initial import InitialWeights
 from dist_train.checkpoint.state import Progress, ResumePoint
 from dist_train.cluster.communicator import Communicator, PeerFailedError, RankLostError, gather_str
 from dist_train.cluster.launch import current_job
@@ -87,13 +88,7 @@ class Session:
         if resume_point.epochs_before is not None:
             self._record_lengthening(trainer, resume_point.epochs_before)
         if (initial := resume_point.initial) is not None:
-            _logger.info("the weights are those of %s, step %d", initial.path, initial.contents.step)
-            self._record_event(
-                "initialized",
-                checkpoint=str(initial.path),
-                checkpoint_step=initial.contents.step,
-                sha256=initial.sha256,
-            )
+            self._note_initial_weights(trainer, initial)
         self.status.change(
             "running",
             step=trainer.progress.step,
@@ -104,6 +99,16 @@ class Session:
                 **{f"plug-in {name}": digest for name, digest in plugins.items()},
             },
         )
+
+    def _note_initial_weights(self, trainer: Trainer, initial: InitialWeights) -> None:
+        step: dict[str, int | str] = {} if initial.step is None else {"checkpoint_step": initial.step}
+        _logger.info("the weights are those of %s%s", initial.path, f", step {initial.step}" if step else "")
+        classes = trainer.config.data.image_format.classes
+        heads = ", ".join(initial.other_heads(trainer.network.state_dict(), classes))
+        if heads:
+            _logger.warning("the file's head is not for %d classes: %s begin as the seed has them", classes, heads)
+            step = {**step, "from_seed": heads}
+        self._record_event("initialized", checkpoint=str(initial.path), sha256=initial.sha256, **step)
 
     def _note_changed_plugins(self, before: Mapping[str, str], now: Mapping[str, str]) -> None:
         changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))

@@ -28,6 +28,7 @@ def torchvision_model(name: str) -> Builder:
             raise UsageError(
                 f"torchvision's models take 3 channels, not {images.shape[0]}: use timm:{name}", code="library-model"
             )
+        _refuse_weights(f"torchvision:{name}", options, "weights", "weights_backbone")
         return _made(f"torchvision:{name}", models.get_model(name, num_classes=images.classes, **options), width, norm)
 
     return build
@@ -40,6 +41,7 @@ def timm_model(name: str) -> Builder:
     _check_known(name, timm.list_models(), "timm")
 
     def build(images: ImageFormat, width: float, norm: NormFactory, options: dict[str, Any]) -> nn.Module:
+        _refuse_weights(f"timm:{name}", options, "pretrained", "checkpoint_path")
         given: Mapping[str, Any] = {"in_chans": images.shape[0], "num_classes": images.classes, **options}
         return _made(f"timm:{name}", timm.create_model(name, **given), width, norm)
 
@@ -51,6 +53,16 @@ def _check_known(name: str, known: Collection[str], library: str) -> None:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {library}:{close[0]}?" if close else ""
         raise UsageError(f"{library} has no model {name}{hint}", code="plugin-missing")
+
+
+def _refuse_weights(name: str, options: Mapping[str, Any], *loading: str) -> None:
+    """Refuse the options that load weights: the run's initial ones would silently replace them."""
+    if given := [option for option in loading if options.get(option)]:
+        raise UsageError(
+            f"{name}: model.options.{given[0]} would be overwritten by the weights of the seed; name weights by "
+            f"run.init_from: a file, or torchvision:NAME",
+            code="library-model",
+        )
 
 
 def _made(name: str, model: nn.Module, width: float, norm: NormFactory) -> nn.Module:

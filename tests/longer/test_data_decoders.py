@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def loaders() -> Iterator[LoaderProcesses]:
-    loaders = LoaderProcesses(2, SIZE)
+    loaders = LoaderProcesses(2, (3, SIZE, SIZE))
     yield loaders
     loaders.close()
 
@@ -51,7 +51,7 @@ def expected(folder: Path, *numbers: int) -> Tensor:
 
 def fetched(loaders: LoaderProcesses, wanted: Order) -> Tensor:
     out = torch.empty(wanted.images, 3, SIZE, SIZE, dtype=torch.uint8)
-    loaders.fetch(wanted, out)
+    loaders.fetch(wanted, out, torch.zeros(wanted.images, dtype=torch.int64))
     return out
 
 
@@ -75,7 +75,7 @@ def test_batches_that_were_announced_come_as_they_are(folder: Path, loaders: Loa
 def test_announcements_that_are_not_kept_cost_nothing_but_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoders, "_MOST_IMAGES", 3)
     monkeypatch.setattr(decoders, "_MOST_SLOTS", 4)
-    loaders = LoaderProcesses(2, SIZE)
+    loaders = LoaderProcesses(2, (3, SIZE, SIZE))
     random = np.random.default_rng(0)
     try:
         for _ in range(60):
@@ -145,7 +145,7 @@ def test_a_killed_loader_is_a_fault_that_says_so(folder: Path, loaders: LoaderPr
 
 def test_a_loader_killed_over_its_work_is_noticed_by_who_waits(folder: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "0.png")
-    loaders = LoaderProcesses(1, SIZE)
+    loaders = LoaderProcesses(1, (3, SIZE, SIZE))
     try:
         loaders.prefetch([order(tmp_path, 0)])
         with (tmp_path / "0.png").open("wb"):  # which waits until the loader has opened it, too
@@ -174,7 +174,7 @@ def test_no_loader_outlives_a_killed_training_process(folder: Path, busy: bool) 
 import sys, time
 from pathlib import Path
 from tests.longer.test_data_decoders import LoaderProcesses, fetched, order, pids_of
-loaders, folder = LoaderProcesses(2, {SIZE}), Path({str(folder)!r})
+loaders, folder = LoaderProcesses(2, (3, {SIZE}, {SIZE})), Path({str(folder)!r})
 fetched(loaders, order(folder, 1))
 if {busy}:
     loaders.prefetch(order(folder, *(list(range({FILES})) * 20)) for _ in range(1))

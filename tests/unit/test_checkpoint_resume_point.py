@@ -96,7 +96,7 @@ def test_a_run_that_has_not_begun_takes_the_weights_it_is_to_begin_with(tmp_path
     found = find_resume_point(config, run_with(tmp_path / "new"))
     assert found.contents is None
     assert found.initial is not None
-    assert (found.initial.contents.step, found.initial.path) == (4, source.checkpoint(4))
+    assert (found.initial.step, found.initial.path) == (4, source.checkpoint(4))
     assert found.initial.sha256 == list_checkpoints(source.checkpoints)[0].sha256
     own = write_checkpoint(
         run_with(tmp_path / "begun").checkpoints, contents(2, config=config.model_dump(mode="json")), lambda: None

@@ -120,6 +120,7 @@ class TestConfig:
             ({"batch": {"global_size": 150, "micro_size": 50}}, "batch.global_size"),
             ({"data": {"name": "imagefolder", "classes": 2, "root": "nowhere"}}, "data.root"),
             ({"data": {"name": "cifar10", "root": "nowhere"}}, "data.download"),
+            ({"data": {"name": "parquet", "classes": 2, "root": "nowhere"}}, "nowhere"),
             ({"data": {"train_size": 5}, "batch": {"global_size": 10, "micro_size": 5}}, "data.train_size"),
             ({"run": {"directory": "a\0b"}}, "run.directory"),
             ({"metrics": {"enabled": True, "token_file": "nowhere"}}, "metrics.token_file"),

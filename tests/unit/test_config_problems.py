@@ -61,7 +61,8 @@ def test_a_fault_is_told_with_its_value_and_what_is_allowed() -> None:
             "name",
             "mnist",
             "no-such-choice",
-            f"fashion-mnist, cifar10, cifar100, imagefolder, synthetic or {PLUGIN}",
+            "fashion-mnist, cifar10, cifar100, imagefolder, parquet, webdataset, huggingface, numpy, synthetic or "
+            f"{PLUGIN}",
         ),
         ("data", "download", "maybe", "wrong-type", "true or false"),
         ("data", "synthetic_shape", 3, "wrong-type", "a list of 3, each a whole number above 0"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_train.config import ENCODED
 from dist_train.config.loading import with_overrides
 from dist_train.config.reference import Setting, settings_markdown, settings_of
 from dist_train.config.sections import Config
@@ -56,7 +57,7 @@ def test_all_models_optimizers_data_sets_schedules_and_noise_methods_are_on_it()
         "optimizer.name": _OPTIMIZERS,
         "noise.method": _METHODS,
         "noise.schedule.kind": _FACTORS,
-        "data.name": {*READERS, "imagefolder"},
+        "data.name": {*READERS, *ENCODED},
     }
     choices = {setting.path: set(setting.choices) for setting in SETTINGS}
     assert {path: choices[path] for path in tables} == {path: set(table) for path, table in tables.items()}

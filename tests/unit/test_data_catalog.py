@@ -28,7 +28,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_data_set_that_can_be_configured_has_a_reader() -> None:
-    assert set(READERS) == set(DATA_SETS)
+    assert set(READERS) == {*DATA_SETS, "numpy"}
 
 
 def test_fashion_mnist_is_loaded_through_the_cache(tmp_path: Path, cache: Path) -> None:

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_train.config import DataSettings
-from dist_train.data import image_folder
+from dist_train.data import loaded
 from dist_train.data.decoding import decode
-from dist_train.data.image_folder import augmentation_draws, list_split
+from dist_train.data.image_folder import list_split
 from dist_train.data.images import BatchRequest, Splits
+from dist_train.data.loaded import augmentation_draws
 from dist_train.data.loader import open_splits
 from dist_train.data.pixels import channel_statistics
 from dist_train.outcome import FaultError, UsageError
@@ -47,7 +48,7 @@ def opened(root: Path) -> Iterator[dict[int, Splits]]:
 
 def bytes_of(root: Path, split: str, sample: int, draws: list[float] | None, seed: int = 5) -> Tensor:
     listing = list_split(root, "train" if split == "train" else "test", 3, seed)
-    return torch.from_numpy(np.ascontiguousarray(decode(listing.path(sample), 8, draws)))
+    return torch.from_numpy(np.ascontiguousarray(decode(listing.reference(sample), 8, draws)))
 
 
 @pytest.mark.parametrize("loaders", LOADERS)
@@ -115,8 +116,8 @@ def test_an_evaluation_amid_what_was_announced_changes_nothing(opened: dict[int,
 def test_both_splits_are_normalized_by_a_seeded_sample_of_the_training_images(
     root: Path, monkeypatch: pytest.MonkeyPatch, loaders: int
 ) -> None:
-    monkeypatch.setattr(image_folder, "STATISTICS_SAMPLES", 10)
-    monkeypatch.setattr(image_folder, "_STATISTICS_PART", 4)
+    monkeypatch.setattr(loaded, "STATISTICS_SAMPLES", 10)
+    monkeypatch.setattr(loaded, "_STATISTICS_PART", 4)
     splits = open_splits(data(root, loaders, normalize=True), 5, CPU)
     images = torch.stack([bytes_of(root, "train", sample, None) for sample in range(10)])
     statistics = channel_statistics(images)

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train.data.image_folder import check_same_classes, list_split, training_subset
+from dist_train.config import DataSettings
+from dist_train.data.image_folder import Listing, check_same_classes, list_split
+from dist_train.data.plan import divided
 from dist_train.outcome import UsageError
 from tests.raising import raises
 from tests.unit.image_folders import CLASSES, write_folder, write_image
@@ -24,7 +26,7 @@ def root(tmp_path: Path) -> Path:
 def test_every_image_is_listed_once_with_the_class_of_its_folder(root: Path) -> None:
     listing = list_split(root, "train", 3, seed=0)
     assert listing.classes == CLASSES
-    paths = [listing.path(sample) for sample in range(len(listing))]
+    paths = [listing.reference(sample) for sample in range(len(listing))]
     assert sorted(paths) == sorted(map(str, root.glob("train/*/*.png")))
     assert [Path(path).parent.name for path in paths] == [CLASSES[label] for label in listing.labels.tolist()]
 
@@ -98,14 +100,19 @@ def test_splits_that_name_their_classes_differently_are_refused(root: Path) -> N
         check_same_classes(list_split(root, "train", 3, 0), list_split(root, "test", 3, 0))
 
 
+def subset(listing: Listing, size: int | None, seed: int) -> Listing:
+    settings = DataSettings(name="imagefolder", classes=3, train_size=size)
+    return listing.select(divided(listing.labels, settings, seed)[0])
+
+
 def test_a_subset_is_balanced_and_a_larger_one_contains_it(root: Path) -> None:
     listing = list_split(root, "train", 3, 0)
-    small, large = training_subset(listing, 9, seed=1), training_subset(listing, 15, seed=1)
+    small, large = subset(listing, 9, seed=1), subset(listing, 15, seed=1)
     assert torch.bincount(small.labels).tolist() == [3, 3, 3]
-    small_paths = [small.path(sample) for sample in range(9)]
-    assert set(small_paths) <= {large.path(sample) for sample in range(15)}
-    order = [listing.path(sample) for sample in range(len(listing))]
+    small_paths = [small.reference(sample) for sample in range(9)]
+    assert set(small_paths) <= {large.reference(sample) for sample in range(15)}
+    order = [listing.reference(sample) for sample in range(len(listing))]
     assert sorted(small_paths, key=order.index) == small_paths
-    assert training_subset(listing, None, 0) is listing
+    assert subset(listing, None, 0).names == listing.names
     with raises(UsageError, "too-few-samples"):
-        training_subset(listing, 25, 0)
+        subset(listing, 25, 0)

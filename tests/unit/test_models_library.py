@@ -50,3 +50,11 @@ def test_what_would_draw_at_random_is_refused() -> None:
 def test_an_unknown_model_is_refused_before_the_run(name: str) -> None:
     with raises_problems(("model.name", "plugin-missing")):
         built(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("torchvision:resnet18", {"weights": "DEFAULT"}), ("timm:resnet18", {"pretrained": True})]
+)
+def test_weights_are_named_by_init_from_alone(name: str, options: dict[str, object]) -> None:
+    with raises(UsageError, code="library-model"):
+        built(name, options=options)

@@ -1,0 +1,207 @@
+"""Images in Arrow's formats: Parquet files, and what Hugging Face's `save_to_disk` writes. pyarrow reads both.
+
+An Arrow file's images are read where they lie. Parquet is compressed in groups of rows, which no single row can be read
+from: the encoded images of each file are put one after the other into a file of the cache, once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_train.config import DataSettings
+from dist_train.data.images import Split
+from dist_train.data.packed import NAMES, Index, PackedFile, PackedListing, cached_index, packed_listing, split_files
+from dist_train.outcome import UsageError
+from dist_train.rundir.atomic import replacing
+
+_ROWS = 256
+
+
+def list_parquet(settings: DataSettings, split: Split, seed: int) -> PackedListing:
+    """Return the images of a split of Parquet files in `data.root`.
+
+    Raises:
+        UsageError: pyarrow, files or columns are missing, a file is damaged, or the cache cannot hold the images.
+    """
+    assert settings.classes is not None
+    image, label = _columns(settings)
+    files = []
+    for path in find_parquet(settings, split):
+        try:
+            content, index = cached_index("parquet", path, f"{image} {label}", _unpacking(path, image, label))
+        except OSError as error:
+            raise UsageError(
+                f"cannot unpack {path} into the cache: {error.strerror or error}. Its images need as much space again: "
+                f"set DIST_TRAIN_CACHE to a folder that has it",
+                code="cache-unwritable",
+            ) from error
+        files.append(PackedFile(content, path, index))
+    return packed_listing(files, settings.classes, split, seed)
+
+
+def find_parquet(settings: DataSettings, split: Split) -> list[Path]:
+    """Return the Parquet files of a split, their columns checked. Raises UsageError as `list_parquet` does."""
+    assert settings.root is not None
+    paths = split_files(settings.root, split, (".parquet",))
+    for path in paths:
+        _check_columns(path, _parquet_file(path).schema_arrow, *_columns(settings))
+    return paths
+
+
+def list_saved(settings: DataSettings, split: Split, seed: int) -> PackedListing:
+    """Return the images of a split of a data set that Hugging Face's `DatasetDict.save_to_disk` wrote to `data.root`.
+
+    Raises:
+        UsageError: pyarrow, files or columns are missing, or images are not in the files, as they are encoded.
+    """
+    assert settings.classes is not None
+    image, label = _columns(settings)
+    files = [PackedFile(path, path, _saved_index(path, image, label)) for path in find_saved(settings, split)]
+    return packed_listing(files, settings.classes, split, seed)
+
+
+def find_saved(settings: DataSettings, split: Split) -> list[Path]:
+    """Return the Arrow files of a split. Raises UsageError where there are none."""
+    assert settings.root is not None
+    _pyarrow()
+    folders = [settings.root / name for name in NAMES[split]]
+    folder = next((each for each in folders if (each / "state.json").is_file()), None)
+    if folder is None:
+        raise UsageError(
+            f"there is no {' or '.join(str(each / 'state.json') for each in folders)}: set data.root to the folder "
+            f"that DatasetDict.save_to_disk wrote, with these splits",
+            code="data-missing",
+        )
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        paths = [folder / file["filename"] for file in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder / 'state.json'} cannot be read: {error}", code="data-unreadable") from error
+    missing = next((path for path in paths if not path.is_file()), None)
+    if missing or not paths:
+        raise UsageError(f"{missing or folder} is missing: save the data set again", code="data-missing")
+    return paths
+
+
+def _columns(settings: DataSettings) -> tuple[str, str]:
+    return settings.image_column or "image", settings.label_column or "label"
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise UsageError(
+            "Parquet and Hugging Face's files are read by pyarrow, which is not installed: "
+            "pip install 'dist_train[arrow]'",
+            code="pyarrow-missing",
+        ) from None
+    return pyarrow
+
+
+def _parquet_file(path: Path) -> Any:
+    arrow = _pyarrow()
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(path)
+    except (OSError, arrow.ArrowException) as error:
+        raise UsageError(f"{path} cannot be read as Parquet: {error}", code="data-format") from error
+
+
+def _check_columns(path: Path, schema: Any, image: str, label: str) -> None:
+    """Raise UsageError where a column is missing or of a type that is none of encoded images, or of labels."""
+    types = _pyarrow().types
+    for setting, column in (("image_column", image), ("label_column", label)):
+        if column not in schema.names:
+            raise UsageError(
+                f"{path} has no column {column}: it has {', '.join(schema.names)}; set data.{setting}",
+                code="column-missing",
+            )
+    kind = schema.field(image).type
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    if not (types.is_binary(kind) or types.is_large_binary(kind)):
+        raise UsageError(f"the column {image} of {path} is {kind}, not encoded images", code="data-format")
+    if not types.is_integer(schema.field(label).type):
+        raise UsageError(
+            f"the column {label} of {path} is {schema.field(label).type}, not whole numbers", code="data-labels"
+        )
+
+
+def _unpacking(path: Path, image: str, label: str) -> Any:
+    def make(content: Path) -> Index:
+        arrow = _pyarrow()
+        lengths, labels, rows = [], [], 0
+        try:
+            with replacing(content) as file:
+                for batch in _parquet_file(path).iter_batches(_ROWS, columns=[image, label]):
+                    images = _bytes_of(batch.column(batch.schema.get_field_index(image)))
+                    _check_present(path, (images, batch.column(batch.schema.get_field_index(label))), rows)
+                    for each in images:
+                        encoded = each.as_buffer()
+                        file.write(encoded)
+                        lengths.append(encoded.size)
+                    labels += batch.column(batch.schema.get_field_index(label)).to_pylist()
+                    rows += len(batch)
+        except arrow.ArrowException as error:
+            raise UsageError(f"{path} cannot be read as Parquet: {error}", code="data-format") from error
+        ends = np.cumsum(np.array(lengths, np.int64))
+        return np.stack([ends - lengths, np.array(lengths, np.int64), np.array(labels, np.int64)], axis=1)
+
+    return make
+
+
+def _saved_index(path: Path, image: str, label: str) -> Index:
+    """Return where the images of an Arrow file lie: in its columns' buffers, which are mapped, not copied."""
+    arrow = _pyarrow()
+    try:
+        with arrow.memory_map(str(path)) as mapped:
+            size, start = mapped.size(), mapped.read_buffer(1).address
+            mapped.seek(0)
+            table = arrow.ipc.open_stream(mapped).read_all()
+    except (OSError, arrow.ArrowException) as error:
+        raise UsageError(f"{path} cannot be read as an Arrow stream: {error}", code="data-format") from error
+    _check_columns(path, table.schema, image, label)
+    parts, rows = [], 0
+    for batch in table.to_batches():
+        images = _bytes_of(batch.column(batch.schema.get_field_index(image)))
+        labels = batch.column(batch.schema.get_field_index(label))
+        _check_present(path, (images, labels), rows)
+        if len(batch):
+            parts.append(_places(images, start, labels.to_numpy(zero_copy_only=False)))
+        rows += len(batch)
+    index = np.concatenate(parts) if parts else np.empty((0, 3), np.int64)
+    if len(index) and not 0 <= index[:, 0].min() <= (index[:, 0] + index[:, 1]).max() <= size:
+        raise UsageError(f"{path} is compressed: save the data set without", code="data-format")
+    return index
+
+
+def _places(images: Any, start: int, labels: NDArray[Any]) -> Index:
+    """Return offset, length and label of binary values, given the address at which their file is mapped."""
+    wide = np.int64 if _pyarrow().types.is_large_binary(images.type) else np.int32
+    _, offsets, data = images.buffers()
+    ends = np.frombuffer(offsets, wide)[images.offset : images.offset + len(images) + 1].astype(np.int64)
+    return np.stack([ends[:-1] + (data.address - start), np.diff(ends), labels.astype(np.int64)], axis=1)
+
+
+def _bytes_of(column: Any) -> Any:
+    """Return the encoded images of a column: itself, or the field `bytes` of Hugging Face's {bytes, path}."""
+    if not _pyarrow().types.is_struct(column.type):
+        return column
+    return column.flatten()[column.type.get_field_index("bytes")]
+
+
+def _check_present(path: Path, columns: Iterable[Any], rows: int) -> None:
+    for column in columns:
+        if column.null_count:
+            row = rows + column.is_null().to_pylist().index(True)
+            raise UsageError(
+                f"row {row} of {path} has no image or label in the file: repair or remove it", code="column-missing"
+            )

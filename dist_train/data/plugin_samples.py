@@ -1,0 +1,175 @@
+"""Samples that a user's code reads or augments: a map-style Dataset's, one at a time, and transforms of any images.
+
+That code may draw from torch's, NumPy's and Python's global generators: before each sample they are set from (seed,
+split, epoch, sample), so that the draws do not depend on which process makes the sample, or what it made before.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel
+from torch import Tensor
+
+from dist_train.config import DataSettings
+from dist_train.config.plugins import call_plugin, failing_clearly, is_plugin
+from dist_train.data.catalog import load_data
+from dist_train.data.decoding import EncodedImages, Work, fitted
+from dist_train.data.images import ImageSet, MapDataset, Split
+from dist_train.outcome import UsageError
+from dist_train.randomness import key
+
+Augment = Callable[[Any], Any]
+
+
+class Recipe(BaseModel):
+    """What a loader process is told of the samples."""
+
+    settings: DataSettings
+    seed: int
+
+
+def reader_of_recipe(recipe: str) -> PluginSamples:
+    """Return what makes the samples of a recipe, in JSON."""
+    found = Recipe.model_validate_json(recipe)
+    return PluginSamples(found.settings, found.seed, {})
+
+
+class PluginSamples:
+    """Makes samples of the data set of `settings`, by the code that these name."""
+
+    def __init__(self, settings: DataSettings, seed: int, opened: Mapping[Split, ImageSet | MapDataset]) -> None:
+        """Take what is open already, an ImageSet or a Dataset for each split; else it is opened when it is needed.
+
+        Raises:
+            UsageError: `data.augment` names no code that returns a callable.
+        """
+        self._settings = settings
+        self._shape = settings.image_format.shape
+        self._seed = seed
+        self._opened = dict(opened)
+        self._files = EncodedImages()
+        self._augment = _augment_of(settings)
+
+    def read(self, work: Work, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        """Make the samples of `work`, each with the generators set; leaves these as they were."""
+        split = cast(Split, work.split)
+        with _generators_kept():
+            for place, (reference, number) in enumerate(zip(work.references, work.numbers, strict=True)):
+                _set_generators(key(self._seed, "sample", split, "plain" if work.epoch is None else work.epoch, number))
+                draws = None if work.draws is None else work.draws[place]
+                augment = None if work.epoch is None else self._augment
+                if isinstance(reference, int):
+                    image, labels[place] = self._stored(split, reference)
+                    name = f"sample {reference} of {self._settings.name} ({split})"
+                else:
+                    image, name = self._files.image(reference), f"the image {_named(reference)}"
+                    if augment is None:
+                        pixels[place] = fitted(image, self._shape[-1], draws)
+                        continue
+                pixels[place] = self._fitting(image if augment is None else self._augmented(augment, image, name), name)
+
+    def _stored(self, split: Split, index: int) -> tuple[Any, int]:
+        if split not in self._opened:
+            self._opened[split] = load_data(self._settings, split, self._seed)
+        source = self._opened[split]
+        if isinstance(source, ImageSet):
+            return source.images[index].clone(), int(source.labels[index])
+        name = f"sample {index} of {self._settings.name} ({split})"
+        with _naming(name), failing_clearly(self._settings.name):
+            image, label = source[index]
+            number = int(label)
+        if not 0 <= number < self._settings.image_format.classes:
+            raise UsageError(
+                f"{name} has the label {number}: data.classes is {self._settings.image_format.classes}, "
+                f"labels count from 0",
+                code="plugin-data-form",
+            )
+        return image, number
+
+    def _augmented(self, augment: Augment, image: Any, name: str) -> Any:
+        with _naming(name), failing_clearly(self._settings.augment):
+            return augment(image)
+
+    def _fitting(self, image: Any, name: str) -> NDArray[np.uint8]:
+        """Return the pixels [C, H, W] of what a user's code returned; UsageError where they are of another form."""
+        pixels = _pixels(image)
+        if pixels.shape != self._shape or pixels.dtype != np.uint8:
+            raise UsageError(
+                f"{name} is {pixels.dtype} of {list(pixels.shape)}, not uint8 of {list(self._shape)}: "
+                f"set data.shape or data.image_size to it, or resize it in the code; leave scaling and normalization "
+                f"to data.normalize",
+                code="plugin-data-form",
+            )
+        return pixels
+
+
+def labels_of(dataset: MapDataset, settings: DataSettings, split: Split, seed: int) -> Tensor:
+    """Return all labels of a Dataset, int64 [n]: those in its `targets`, as torchvision's have; else every sample's."""
+    targets = getattr(dataset, "targets", None)
+    classes = settings.image_format.classes
+    if targets is not None and len(targets) == len(dataset):
+        labels = torch.as_tensor(targets)
+        if labels.ndim == 1 and not labels.is_floating_point() and 0 <= labels.min() <= labels.max() < classes:
+            return labels.to(torch.int64)
+    reader = PluginSamples(settings.model_copy(update={"augment": "none"}), seed, {split: dataset})
+    pixels, found = np.empty((1, *settings.image_format.shape), np.uint8), np.empty(len(dataset), np.int64)
+    for index in range(len(dataset)):
+        reader.read(Work([index], split=split, numbers=[index]), pixels, found[index : index + 1])
+    return torch.from_numpy(found)
+
+
+def _augment_of(settings: DataSettings) -> Augment | None:
+    if not is_plugin(settings.augment):
+        return None
+    augment = call_plugin(settings.augment, settings.augment_options, object, settings.image_format)
+    if not callable(augment):
+        raise UsageError(
+            f"{settings.augment} returned {type(augment).__name__}, not a function of an image", code="plugin-result"
+        )
+    return cast(Augment, augment)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say which sample a user's code failed on."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}", code=error.code) from error
+
+
+def _named(reference: Any) -> str:
+    return str(reference if isinstance(reference, str) else reference[3])
+
+
+def _pixels(image: Any) -> NDArray[Any]:
+    """Return [C, H, W] of a tensor of this form, of a PIL image, or of an array [H, W] or [H, W, C]."""
+    if isinstance(image, Tensor):
+        return image.numpy(force=True)
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels
+
+
+def _set_generators(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Leave the global generators as they were: what else draws from them in this process is not disturbed."""
+    torchs, pythons, numpys = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(torchs)
+        random.setstate(pythons)
+        np.random.set_state(numpys)

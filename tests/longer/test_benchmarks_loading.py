@@ -1,0 +1,24 @@
+"""The loading benchmark runs as it is documented, on a few images."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.launching import environment
+
+
+def test_both_sides_read_a_few_images(tmp_path: Path) -> None:
+    words = ["--images", "40", "--pairs", "1", "--processes", "1"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "benchmarks.loading", *words],
+        env=environment(DIST_TRAIN_CACHE=str(tmp_path)),
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = ended.stdout.splitlines()
+    assert len(rows) == 3
+    assert all("DataLoader" in row for row in rows)

@@ -1,0 +1,40 @@
+"""A user's code in loader processes gives what it gives in the training process, mistakes included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dist_train.data.images import BatchRequest
+from dist_train.outcome import UsageError
+from tests.raising import raises
+from tests.unit.test_data_plugin_samples import HERE, OWN, opened, read
+
+
+def test_promise_2_loaders_draw_as_the_training_process_does() -> None:
+    values: dict[str, Any] = {**OWN, "augment": f"{HERE}:erased"}
+    alone, together = opened(**values), opened(**values, loader_workers=2)
+    try:
+        together.train.prefetch([BatchRequest(torch.tensor([1, 9])), BatchRequest(torch.tensor([2, 7]), 3)])
+        for indices, epoch in (([9], 3), ([2, 7], 3), ([4], None)):
+            assert torch.equal(read(together, indices, epoch), read(alone, indices, epoch))
+        assert torch.equal(read(together, [4], 1, "test"), read(alone, [4], 1, "test"))
+        batch = BatchRequest(torch.arange(24), 1)
+        assert torch.equal(together.train.read(batch)[1], alone.train.read(batch)[1])
+    finally:
+        together.close()
+
+
+@pytest.mark.parametrize(("how", "code"), [("shape", "plugin-data-form"), ("raises", "plugin-failed")])
+def test_a_mistake_in_a_loader_process_names_the_sample(how: str, code: str) -> None:
+    name = f"{HERE}:broken"
+    splits = opened(**{**OWN, "name": name, "options": {"index": 13, "how": how}, "loader_workers": 1})
+    try:
+        read(splits, range(12), 0)
+        with raises(UsageError, code) as error:
+            read(splits, range(12, 24), 0)
+        assert f"sample 13 of {name} (train)" in str(error.value)
+    finally:
+        splits.close()

@@ -1,0 +1,74 @@
+"""A data set and augmentations that draw from the global generators, as users' own do."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+SIZE = 12
+
+
+class Drawing(Dataset[Any]):
+    """Images of two classes that differ at each reading, and count how often they are read."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.readings = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.readings += 1
+        image = torch.randint(0, 100, (3, SIZE, SIZE), dtype=torch.uint8)
+        image[:, :, index % 2 :: 2] += 100
+        image[0, 0, 0] = random.randrange(256)
+        image[1, 0, 0] = int(np.random.randint(256))
+        return image, index % 2
+
+
+def drawing(settings: Any, split: str, seed: int, options: dict[str, Any]) -> Dataset[Any]:
+    return Drawing(options.get(split, 24))
+
+
+def erased(images: Any, options: dict[str, Any]) -> Any:
+    """Crop to the size that is wanted, mirror, and erase a part: all drawn by torchvision."""
+    from torchvision.transforms import v2
+
+    size = images.shape[1:]
+    steps = [v2.PILToTensor(), v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+    return v2.Compose([*steps, v2.RandomErasing(options.get("chance", 0.5))])
+
+
+def failing(images: Any) -> Any:
+    return lambda image: image.no_such_method()
+
+
+def floats(images: Any) -> Any:
+    return lambda image: torch.zeros(images.shape)
+
+
+def nothing(images: Any) -> None:
+    return None
+
+
+def broken(settings: Any, split: str, seed: int, options: dict[str, Any]) -> Any:
+    """Return a data set of which one sample is not as it must be."""
+
+    class Broken(Drawing):
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            image, label = super().__getitem__(index)
+            if index != options["index"]:
+                return image, label
+            if options["how"] == "raises":
+                raise KeyError("no such picture")
+            if options["how"] == "interrupts":
+                raise OSError("cannot be read")
+            return {"label": (image, 9), "shape": (image[:, 1:], 0), "float": (image / 255, 0)}[options["how"]]
+
+    return Broken(24)

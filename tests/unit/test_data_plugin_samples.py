@@ -1,0 +1,165 @@
+"""Data sets and augmentations of a user's: read lazily, drawn by (seed, epoch, sample), mistakes named."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dist_train.config import DataSettings
+from dist_train.data.images import BatchRequest, Split, Splits
+from dist_train.data.loader import open_splits, training_labels
+from dist_train.outcome import UsageError
+from tests.raising import raises
+from tests.unit.drawing_data import SIZE
+from tests.unit.image_folders import write_folder
+from tests.unit.image_sets import write_arrays, write_shards
+
+CPU = torch.device("cpu")
+HERE = "tests.unit.drawing_data"
+OWN: dict[str, Any] = {"name": f"{HERE}:drawing", "shape": (3, SIZE, SIZE), "classes": 2}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("folder"))
+
+
+def opened(seed: int = 5, **values: object) -> Splits:
+    return open_splits(DataSettings.model_validate(values), seed, CPU)
+
+
+def read(splits: Splits, indices: Sequence[int], epoch: int | None, split: Split = "train") -> torch.Tensor:
+    images: torch.Tensor = splits.of(split).read(BatchRequest(torch.tensor(indices), epoch))[0]
+    return images
+
+
+def test_a_data_set_is_read_when_samples_are_due() -> None:
+    splits = opened(**OWN)
+    source = splits.train._decoder._reader._opened["train"]  # type: ignore[attr-defined]
+    before = source.readings
+    assert before < 10
+    read(splits, [3, 4, 5], 0)
+    assert source.readings == before + 3
+    images, labels = splits.test.read(BatchRequest(torch.arange(24)))
+    assert labels.tolist() == [0, 1] * 12
+    assert images.shape == (24, 3, SIZE, SIZE)
+
+
+def test_promise_2_draws_depend_on_seed_epoch_and_sample_alone(root: Path) -> None:
+    folder: dict[str, Any] = {
+        "name": "imagefolder",
+        "root": root,
+        "classes": 3,
+        "image_size": SIZE,
+        "augment": f"{HERE}:erased",
+    }
+    for values in (OWN, {**OWN, "augment": f"{HERE}:erased"}, {**OWN, "augment": "crop-flip"}, folder):
+        splits = opened(**values)
+        first = read(splits, [7, 2, 9], 3)
+        assert torch.equal(read(splits, [9], 3)[0], first[2])
+        assert torch.equal(read(splits, [2, 7], 3), first[[1, 0]])
+        assert not torch.equal(read(splits, [7, 2, 9], 4), first)
+        assert torch.equal(read(splits, [4], 2, "test"), read(splits, [4], None, "test"))
+        assert not torch.equal(read(opened(6, **values), [7, 2, 9], 3), first)
+
+
+def test_the_program_s_own_draws_are_not_disturbed() -> None:
+    splits = opened(**OWN)
+    torch.default_generator.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    expected = torch.rand(2), random.random(), np.random.random()
+    torch.default_generator.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    read(splits, [1, 2], 0)
+    assert torch.equal(torch.rand(2), expected[0])
+    assert (random.random(), np.random.random()) == expected[1:]
+
+
+def test_what_is_held_in_memory_and_parts_of_files_are_augmented_alike(root: Path, tmp_path: Path) -> None:
+    """The same pixels in one order give the same draws; arrays are as large as the crop that files are cut to."""
+    arrays = write_arrays(tmp_path / "arrays", root, 3, SIZE, 5)
+    held: dict[str, Any] = {"name": "numpy", "root": arrays, "classes": 3, "shape": (3, SIZE, SIZE)}
+    plain = opened(**held)
+    whole = opened(**held, augment=f"{HERE}:erased", augment_options={"chance": 0.0}, normalize=True)
+    assert not torch.equal(read(whole, [1, 2], 0), read(whole, [1, 2], 1))
+    assert torch.equal(read(plain, [1, 2], None), read(opened(**held, augment=f"{HERE}:erased"), [1, 2], None))
+    folder: dict[str, Any] = {"root": root, "classes": 3, "image_size": SIZE, "augment": f"{HERE}:erased"}
+    shards: dict[str, Any] = {**folder, "name": "webdataset", "root": write_shards(tmp_path / "shards", root, 3)}
+    assert torch.equal(read(opened(**shards), [3, 1], 2), read(opened(**folder, name="imagefolder"), [3, 1], 2))
+
+
+def test_what_is_held_out_of_a_data_set_is_not_trained_on() -> None:
+    splits = opened(**OWN, validation_size=6, train_size=12)
+    samples = [splits.train, splits.of("validation")]
+    indices = [each._listing.indices.tolist() for each in samples]  # type: ignore[attr-defined]
+    assert [len(each) for each in indices] == [12, 6]
+    assert not set(indices[0]) & set(indices[1])
+    for each, count in zip(samples, (6, 3), strict=True):
+        assert each.read(BatchRequest(torch.arange(len(each))))[1].bincount().tolist() == [count, count]
+    held = read(splits, [0, 1], 3, "validation")
+    assert torch.equal(held, read(splits, [0, 1], None, "validation"))
+    assert not torch.equal(held, read(splits, [0, 1], None))
+
+
+def test_a_subset_is_balanced_by_the_labels_or_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = opened(**OWN, train_size=8)
+    _, labels = splits.train.read(BatchRequest(torch.arange(8)))
+    assert labels.bincount().tolist() == [4, 4]
+    assert torch.equal(training_labels(DataSettings.model_validate({**OWN, "train_size": 8}), 5), labels)
+    from tests.unit import drawing_data
+
+    monkeypatch.setattr(drawing_data.Drawing, "targets", [1, 0] * 12, raising=False)
+    assert training_labels(DataSettings.model_validate(OWN), 5).tolist() == [1, 0] * 12
+
+
+@pytest.mark.parametrize(
+    ("values", "code"),
+    [
+        ({"augment": f"{HERE}:failing"}, "plugin-failed"),
+        ({"augment": f"{HERE}:floats"}, "plugin-data-form"),
+        ({"augment": f"{HERE}:nothing"}, "plugin-result"),
+        ({"name": f"{HERE}:broken", "options": {"index": 0, "how": "label"}}, "plugin-data-form"),
+        ({"name": f"{HERE}:broken", "options": {"index": 0, "how": "shape"}}, "plugin-data-form"),
+        ({"name": f"{HERE}:broken", "options": {"index": 0, "how": "float"}}, "plugin-data-form"),
+        ({"name": f"{HERE}:broken", "options": {"index": 0, "how": "raises"}}, "plugin-failed"),
+        ({"name": f"{HERE}:nothing"}, "plugin-result"),
+    ],
+)
+def test_a_mistake_in_the_code_is_found_before_the_first_step(
+    values: dict[str, Any], code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.unit import drawing_data
+
+    if values.get("name") == f"{HERE}:nothing":
+        monkeypatch.setattr(drawing_data, "nothing", lambda settings, split, seed: None)
+    with raises(UsageError, code):
+        opened(**{**OWN, **values})
+
+
+@pytest.mark.parametrize(("how", "code"), [("shape", "plugin-data-form"), ("raises", "plugin-failed")])
+def test_a_mistake_in_a_later_sample_names_it(how: str, code: str) -> None:
+    name = f"{HERE}:broken"
+    splits = opened(**{**OWN, "name": name, "options": {"index": 13, "how": how}})
+    read(splits, range(12), 0)
+    with raises(UsageError, code) as error:
+        read(splits, range(12, 24), 0)
+    assert f"sample 13 of {name} (train)" in str(error.value)
+
+
+def test_the_documented_transform_works(root: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    [content] = re.findall(r"```python\n# transforms\.py\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "transforms.py").write_text(content)
+    folder: dict[str, Any] = {"name": "imagefolder", "root": root, "classes": 3, "image_size": SIZE}
+    augment: dict[str, Any] = {"augment": f"{tmp_path / 'transforms.py'}:strong", "augment_options": {"magnitude": 7}}
+    splits = opened(**folder, **augment)
+    assert not torch.equal(read(splits, [1, 2], 0), read(splits, [1, 2], 1))

@@ -1,0 +1,264 @@
+"""Images in files of other programs: the same samples as of the image folder that they are made from; mistakes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+
+from dist_train.config import DataSettings, parse_config
+from dist_train.data.catalog import find_data
+from dist_train.data.images import BatchRequest, Splits
+from dist_train.data.loader import open_splits, training_labels
+from dist_train.outcome import FaultError, UsageError
+from tests.raising import raises, raises_problems
+from tests.unit.image_folders import write_folder
+from tests.unit.image_sets import write_arrays, write_index, write_parquet, write_saved, write_shards
+
+CPU = torch.device("cpu")
+SIZE = 8
+SEED = 5
+WRITERS: dict[str, Callable[[Path, Path, int], Path]] = {
+    "parquet": write_parquet,
+    "webdataset": write_shards,
+    "huggingface": write_saved,
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DIST_TRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("folder"))
+
+
+@pytest.fixture(scope="module")
+def folders(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    return {name: write(folder / name, root, 3) for name, write in WRITERS.items()}
+
+
+def data(name: str, root: Path, **others: object) -> DataSettings:
+    values = {"name": name, "root": root, "classes": 3, "image_size": SIZE, **others}
+    return DataSettings.model_validate(values)
+
+
+def read(splits: Splits, epoch: int | None) -> Iterator[torch.Tensor]:
+    for samples in filter(None, (splits.train, splits.test, splits.validation)):
+        yield from samples.read(BatchRequest(torch.arange(len(samples)), epoch))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize(
+    "others", [{}, {"augment": "crop-flip", "normalize": True}, {"train_size": 9, "validation_size": 6}]
+)
+def test_samples_are_those_of_the_image_folder(
+    name: str, others: dict[str, Any], root: Path, folders: dict[str, Path]
+) -> None:
+    expected = open_splits(data("imagefolder", root, **others), SEED, CPU)
+    find_data(data(name, folders[name], **others))
+    for _ in ("index made", "index kept"):
+        found = open_splits(data(name, folders[name], **others), SEED, CPU)
+        for mine, theirs in zip(read(found, 1), read(expected, 1), strict=True):
+            assert torch.equal(mine, theirs)
+    assert torch.equal(training_labels(data(name, folders[name], **others), SEED), list(read(expected, 1))[1])
+    assert found.identity
+    assert found.identity != open_splits(data(name, folders[name], **others), SEED + 1, CPU).identity
+
+
+def test_parts_of_files_come_from_loader_processes_too(root: Path, folders: dict[str, Path]) -> None:
+    expected = open_splits(data("imagefolder", root, augment="crop-flip"), SEED, CPU)
+    found = open_splits(data("webdataset", folders["webdataset"], augment="crop-flip", loader_workers=1), SEED, CPU)
+    try:
+        assert all(map(torch.equal, read(found, 2), read(expected, 2)))
+    finally:
+        found.close()
+
+
+@pytest.mark.parametrize("form", ["last", "first", "npz"])
+def test_arrays_are_images_as_they_are(form: str, root: Path, tmp_path: Path) -> None:
+    folder = write_arrays(tmp_path / "arrays", root, 3, SIZE, SEED)
+    for name in ("train", "validation"):
+        images, labels = (folder / f"{name}_{each}.npy" for each in ("images", "labels"))
+        if form == "first":
+            np.save(images, np.ascontiguousarray(np.load(images).transpose(0, 3, 1, 2)))
+        if form == "npz":
+            np.savez(folder / f"{name}.npz", images=np.load(images), labels=np.load(labels))
+            images.unlink()
+    settings = data("numpy", folder, shape=(3, SIZE, SIZE))
+    find_data(settings)
+    found, expected = open_splits(settings, SEED, CPU), open_splits(data("imagefolder", root), SEED, CPU)
+    assert all(map(torch.equal, read(found, None), read(expected, None)))
+    assert found.identity
+
+
+def test_shards_that_webdataset_writes_are_read(tmp_path: Path) -> None:
+    import webdataset
+
+    random = np.random.default_rng(0)
+    for name in ("train", "val"):
+        with webdataset.TarWriter(str(tmp_path / f"imagenet-{name}-000.tar")) as shard:
+            for number in range(6):
+                pixels = random.integers(0, 255, (20, 20, 3), dtype=np.uint8)
+                shard.write({"__key__": f"{number:04}", "json": {"size": 20}, "cls": number % 3, "png": pixels})
+    splits = open_splits(data("webdataset", tmp_path), SEED, CPU)
+    assert sorted(splits.train.read(BatchRequest(torch.arange(6)))[1].tolist()) == [0, 0, 1, 1, 2, 2]
+
+
+def test_an_index_beside_a_shard_is_used(root: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", root, 3)
+    expected = open_splits(data("webdataset", folder), SEED, CPU)
+    indexes = [write_index(shard) for shard in folder.rglob("*.tar")]
+    with_index = open_splits(data("webdataset", folder), SEED, CPU)
+    assert all(map(torch.equal, read(with_index, None), read(expected, None)))
+    for index in indexes:
+        lines = [line.split() for line in index.read_text().splitlines()[1:]]
+        without_names = [" ".join(word for place, word in enumerate(words) if place % 4 < 3) for words in lines]
+        index.write_text("\n".join([f"v1.1 {len(lines)}", *without_names]))
+    with_index = open_splits(data("webdataset", folder), SEED, CPU)
+    assert all(map(torch.equal, read(with_index, None), read(expected, None)))
+
+
+def test_an_index_of_another_shard_is_refused(root: Path, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", root, 3)
+    first, second = sorted(folder.glob("train/*.tar"))
+    index = write_index(first)
+    text = index.read_text()
+    index.replace(second.with_suffix(".idx"))
+    for wrong in (text, text.replace("v1.2", "v9"), text.replace("v1.2 12", "v1.2 11"), "", "v1.2 0\n", text[:300]):
+        second.with_suffix(".idx").write_text(wrong)
+        with raises(UsageError, "data-index"):
+            open_splits(data("webdataset", folder), SEED, CPU)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_missing_column_is_refused_and_those_there_are_named(name: str, folders: dict[str, Path]) -> None:
+    for column in ("image_column", "label_column"):
+        with raises(UsageError, "column-missing") as refused:
+            open_splits(data(name, folders[name], **{column: "picture"}), SEED, CPU)
+        assert f"data.{column}" in str(refused.value)
+        assert ("png" if name == "webdataset" else "image") in str(refused.value)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_labels_from_beyond_the_classes_are_refused(name: str, folders: dict[str, Path]) -> None:
+    with raises(UsageError, "data-labels"):
+        open_splits(data(name, folders[name], classes=2), SEED, CPU)
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "numpy"])
+def test_missing_files_are_refused_before_training(name: str, tmp_path: Path) -> None:
+    for root in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UsageError) as refused:
+            find_data(data(name, root, shape=(3, SIZE, SIZE)))
+        assert refused.value.code in ("data-missing", "image-folder-unreadable")
+    with raises_problems(("data.root", "image-folder-unset"), ("data.classes", "image-folder-unset")):
+        parse_config({"data": {"name": "parquet"}}, source="test")
+    with raises_problems(("data.shape", "plugin-data-form")):
+        parse_config({"data": {"name": "numpy", "root": str(tmp_path)}}, source="test")
+
+
+@pytest.mark.parametrize("name", ["parquet", "huggingface"])
+def test_a_missing_library_is_named_with_what_to_install(
+    name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with raises(UsageError, "pyarrow-missing") as refused:
+        find_data(data(name, folders[name]))
+    assert "pip install 'dist_train[arrow]'" in str(refused.value)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_broken_image_is_named_by_its_file_and_place(name: str, root: Path, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "folder")
+    broken = folder / "train" / "bee" / "0003.png"  # sample 11 of the train split in class order
+    broken.write_bytes(b"no image")
+    found = open_splits(data(name, WRITERS[name](tmp_path / name, folder, 3)), SEED, CPU)
+    with raises(FaultError, "image-unreadable") as fault:
+        list(read(found, None))
+    assert "sample 11" in str(fault.value)
+    assert str(tmp_path / name) in str(fault.value)
+
+
+def test_a_shard_that_is_cut_off_after_it_was_indexed_is_named(root: Path, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", root, 3)
+    found = open_splits(data("webdataset", folder), SEED, CPU)
+    shard = min(folder.glob("train/*.tar"))
+    with shard.open("r+b") as file:
+        file.truncate(2000)
+    with raises(FaultError, "image-unreadable") as fault:
+        list(read(found, None))
+    assert str(shard) in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"image": [1, 2]}, "data-format"),
+        ({"label": ["a", "b"]}, "data-labels"),
+        ({"image": [b"x", None]}, "column-missing"),
+        ({"label": [0, None]}, "column-missing"),
+        ({"label": [0, -1]}, "data-labels"),
+    ],
+)
+def test_columns_of_other_types_and_empty_fields_are_refused(change: dict[str, Any], code: str, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        table = pyarrow.table({"image": [b"x", b"y"], "label": [0, 1], **change})
+        parquet.write_table(table, tmp_path / f"{split}.parquet")
+    with raises(UsageError, code):
+        open_splits(data("parquet", tmp_path), SEED, CPU)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_files_of_another_format_are_refused(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    folder = shutil.copytree(folders[name], tmp_path / "copy")
+    suffix = {"parquet": "parquet", "webdataset": "tar", "huggingface": "arrow"}[name]
+    max(folder.rglob(f"*train*/*.{suffix}" if name != "parquet" else "train*.parquet")).write_bytes(b"something" * 300)
+    with raises(UsageError, "data-format"):
+        open_splits(data(name, folder), SEED, CPU)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "code"),
+    [
+        ({"images": np.zeros((4, 8, 8, 3), np.float32)}, "data-shape"),
+        ({"images": np.zeros((4, 9, 9, 3), np.uint8)}, "data-shape"),
+        ({"labels": np.zeros(3, np.int64)}, "data-counts"),
+        ({"labels": np.array([0, 1, 2, 3])}, "data-labels"),
+        ({"labels": np.array([None, 1, 2, 3], dtype=object)}, "data-format"),
+    ],
+)
+def test_arrays_of_another_form_are_refused(arrays: dict[str, Any], code: str, tmp_path: Path) -> None:
+    whole = {"images": np.zeros((4, 8, 8, 3), np.uint8), "labels": np.array([0, 1, 2, 0]), **arrays}
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", **whole)
+    with raises(UsageError, code):
+        open_splits(data("numpy", tmp_path, shape=(3, 8, 8)), SEED, CPU)
+    with raises(UsageError, "column-missing"):
+        open_splits(data("numpy", tmp_path, shape=(3, 8, 8), image_column="pictures"), SEED, CPU)
+
+
+def test_a_damaged_entry_of_the_cache_is_made_again(root: Path, folders: dict[str, Path], cache: Path) -> None:
+    settings = data("parquet", folders["parquet"])
+    expected = list(read(open_splits(settings, SEED, CPU), None))
+    for path in cache.rglob("*.npy"):
+        path.write_bytes(b"damaged")
+    for path in cache.rglob("*.bin"):
+        path.write_bytes(path.read_bytes()[:100])
+    assert all(map(torch.equal, read(open_splits(settings, SEED, CPU), None), expected))
+    for path in cache.rglob("*.bin"):
+        path.unlink()
+    assert all(map(torch.equal, read(open_splits(settings, SEED, CPU), None), expected))
