@@ -263,7 +263,8 @@ def _our_step(config: Config, network: nn.Module, ranks: int) -> Callable[[], ob
         comm,
         compute,
         build_averaging(config.averaging, weights, 1),
-        Progress(),
+        # exact32's grids: without them it would be the first update, which sums in 64 bits
+        Progress(grid_exponents=[30] * len(weights.segments)),
         clock=StepClock(HostTimer()),
         total_steps=100,
     )
