@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -120,10 +121,11 @@ class Grids:
     """
 
     def __init__(self, progress: Progress, tensors: int, terms: int) -> None:
-        """Fit grids to sums of at most `terms` micro-batches' gradients, of so many `tensors`."""
+        """Fit the grids of so many `tensors` to the sums of `terms` micro-batches' gradients."""
         self._progress = progress
         self._tensors = tensors
-        self._bits = min(_MOST_BITS, _BITS_OF_ONE + terms.bit_length() - 1)
+        self._is_steady = terms >= _MANY
+        self._room = 2**31 / (_HEADROOM_OF_MANY if self._is_steady else _HEADROOM if terms > 1 else 2 * _HEADROOM)
 
     @property
     def exponents(self) -> Sequence[int] | None:
@@ -131,38 +133,40 @@ class Grids:
         exponents = self._progress.grid_exponents
         return exponents if exponents is not None and len(exponents) == self._tensors else None
 
-    def follow(self, largest: Sequence[int]) -> None:
-        """Choose the next update's grids, by the sum over this one's micro-batches of each tensor's largest integer.
+    def follow(self, bounds: Sequence[int]) -> None:
+        """Choose the next update's grids, by what bounds the integers of each tensor's sum in this one.
 
-        A grid becomes coarser at once, and finer by degrees: a tensor whose gradients leap from batch to batch keeps
-        room for the next leap.
+        A grid becomes coarser at once. It becomes finer at once where many micro-batches keep the sums steady, else by
+        degrees: a tensor whose gradients leap from batch to batch keeps room for the next leap.
         """
-        begins = self.exponents is None
+        at_once = self._is_steady or self.exponents is None
         rise = int(self._progress.step % _UPDATES_UNTIL_FINER == 0)
         chosen = []
-        for now, integer in zip(self.exponents or [GRADIENTS.bits] * self._tensors, largest, strict=True):
-            best = min(GRADIENTS.bits, now + self._bits - integer.bit_length())
-            chosen.append(best if begins or best <= now else max(min(now + rise, best), best - _UNUSED_BITS))
+        for now, bound in zip(self.exponents or [GRADIENTS.bits] * self._tensors, bounds, strict=True):
+            # frexp, unlike a logarithm, is exact: the same on every machine
+            best = min(GRADIENTS.bits, now + math.frexp(self._room / max(bound, 1))[1] - 1)
+            chosen.append(best if at_once or best <= now else max(min(now + rise, best), best - _UNUSED_BITS))
         self._progress.grid_exponents = chosen
 
 
-_BITS_OF_ONE = 28
-"""Bits of the integers of a single micro-batch, where `_MOST_BITS` are those of the sum of four and more.
-
-The gradients of few samples leap, by a factor of eight or more: 31 bits must hold them. Those of many samples change
-little, and need the resolution: with 30 bits the sum of 64 gradients is as accurate as in float32 (a test shows it).
-"""
-_MOST_BITS = 30
+_MANY = 16
+"""Micro-batches whose sum changes little from update to update."""
+_HEADROOM_OF_MANY = 1.75
+"""By what factor a bound may grow before an update is made again; with 64 micro-batches the sum is then as accurate as
+in float32, which a test shows."""
+_HEADROOM = 4.0
+"""Of a few micro-batches; the sum of a single one gets twice that."""
 _UNUSED_BITS = 4
-"""At most so many bits are left unused above."""
+"""At most so many bits are left unused above it."""
 _UPDATES_UNTIL_FINER = 16
 
 
 class Exact32Accumulator(GradientAccumulator):
     """Sums of 32-bit integers, on a grid for each parameter tensor: exact, and as many bytes as float32.
 
-    A sum of integers is at most the sum of the micro-batches' largest: where that fits 32 bits, so does every sum.
-    Where it does not, the update is made again on coarser grids. The first update, without grids yet, takes 64 bits.
+    A filter's sums are at most the sum over the micro-batches of its largest integer: where that fits 32 bits, so do
+    they, whatever their order. Where it does not, the update is made again on coarser grids. The first update, without
+    grids yet, takes 64 bits.
     """
 
     def __init__(self, weights: FlatWeights, comm: Communicator, terms: int, progress: Progress) -> None:
@@ -171,10 +175,16 @@ class Exact32Accumulator(GradientAccumulator):
         The grids are kept in `progress`.
         """
         super().__init__(weights, comm)
-        self._segments = weights.segments
-        self._grids = Grids(progress, len(self._segments), terms)
+        self._tensors = [
+            self._gradients[each.start : each.stop].view(each.shape[0] if len(each.shape) > 1 else 1, -1)
+            for each in weights.segments
+        ]
+        """The gradient of each parameter [filters, weights of a filter]; one of a single dimension is one filter."""
+        self._filters = [0, *accumulate(len(tensor) for tensor in self._tensors)]
+        """Where each parameter's filters begin within all, and their number."""
+        self._grids = Grids(progress, len(self._tensors), terms)
         self._limit = 2.0**62 / terms
-        self.largest = torch.zeros(len(self._segments), dtype=torch.int64, device=self._gradients.device)
+        self.largest = torch.zeros(self._filters[-1], dtype=torch.int64, device=self._gradients.device)
         self._exponents: Sequence[int] = ()
         self._total = torch.zeros(0, dtype=torch.int32, device=self._gradients.device)
         self._scratch = self._total
@@ -186,7 +196,7 @@ class Exact32Accumulator(GradientAccumulator):
         self.largest.zero_()
         self._begun.clear()
         exponents = self._grids.exponents
-        self._exponents = exponents or [GRADIENTS.bits] * len(self._segments)
+        self._exponents = exponents or [GRADIENTS.bits] * len(self._tensors)
         integers = torch.int32 if exponents else torch.int64
         if self._total.dtype != integers or len(self._total) == 0:
             self._total = torch.zeros_like(self._gradients, dtype=integers)
@@ -196,13 +206,14 @@ class Exact32Accumulator(GradientAccumulator):
     def add(self, bucket: Bucket) -> None:
         """Add the gradients of one micro-batch as integers."""
         gradients = self._gradients[bucket.part]
-        tensors = self._tensors_of(bucket)
+        tensors = self._tensors[bucket.first : bucket.last]
         torch._foreach_mul_(tensors, [2.0**exponent for exponent in self._exponents[bucket.first : bucket.last]])
         gradients.round_()
         largest = _largest(tensors)
         # Written so that a NaN, for which no comparison holds, is out of range.
         self.out_of_range |= ~(largest < self._limit).all()
-        self.largest[bucket.first : bucket.last].add_(largest.to(torch.int64))
+        first, last = self._filters[bucket.first], self._filters[bucket.last]
+        self.largest[first:last].add_(largest.to(torch.int64))
         total = self._total[bucket.part]
         if bucket.index in self._begun:
             total += self._scratch[: len(total)].copy_(gradients)
@@ -220,26 +231,22 @@ class Exact32Accumulator(GradientAccumulator):
     def receive(self, bucket: Bucket) -> None:
         """Turn the sum back into floats, once."""
         self._gradients[bucket.part].copy_(self._total[bucket.part])
-        exponents = self._exponents[bucket.first : bucket.last]
-        torch._foreach_mul_(self._tensors_of(bucket), [2.0**-exponent for exponent in exponents])
+        which = slice(bucket.first, bucket.last)
+        torch._foreach_mul_(self._tensors[which], [2.0**-exponent for exponent in self._exponents[which]])
 
     def fits(self, largest: Sequence[int]) -> bool:
         """Whether no sum can have left its integers; choose the grids of the update to come, or of this one anew."""
-        fits = self._total.dtype == torch.int64 or max(largest) < 2**31
-        self._grids.follow(largest)
+        bounds = [max(largest[first:last]) for first, last in pairwise(self._filters)]
+        fits = self._total.dtype == torch.int64 or max(bounds) < 2**31
+        self._grids.follow(bounds)
         return fits
 
-    def _tensors_of(self, bucket: Bucket) -> list[torch.Tensor]:
-        return [self._gradients[each.start : each.stop] for each in self._segments[bucket.first : bucket.last]]
 
-
-def _largest(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Return the largest absolute value of each of `tensors`, NaN where it holds one."""
-    if tensors[0].is_cuda:
-        return torch.stack(torch._foreach_norm(tensors, math.inf))
-    # Several times as fast on a CPU as a norm.
-    lowest, highest = zip(*(tensor.aminmax() for tensor in tensors), strict=True)
-    return torch.maximum(torch.stack(lowest).neg_(), torch.stack(highest))
+def _largest(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the largest absolute value of each filter of `tensors`, NaN where it holds one."""
+    # Several times as fast on a CPU as aminmax along a dimension, or a norm.
+    highest, lowest = (torch.cat([find(tensor, 1) for tensor in tensors]) for find in (torch.amax, torch.amin))
+    return torch.maximum(highest, lowest.neg_())
 
 
 class FloatAccumulator(GradientAccumulator):
