@@ -41,7 +41,7 @@ from dist_train.optim.averaging import build_averaging
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.optimizers import build_optimizer, optimizer_step
 from dist_train.outcome import UsageError
-from dist_train.training.compute import Compute, LossScale
+from dist_train.training.compute import Compute
 from dist_train.training.measuring import HostTimer, StepClock
 from dist_train.training.micro_batches import share_of
 from dist_train.training.step import GlobalBatch
@@ -263,7 +263,8 @@ def _our_step(config: Config, network: nn.Module, ranks: int) -> Callable[[], ob
         comm,
         compute,
         build_averaging(config.averaging, weights, 1),
-        loss_scale=LossScale(Progress() if compute.precision == torch.float16 else None),
+        # exact32's grids: without them it would be the first update, which sums in 64 bits
+        Progress(grid_exponents=[30] * len(weights.segments)),
         clock=StepClock(HostTimer()),
         total_steps=100,
     )

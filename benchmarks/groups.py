@@ -66,8 +66,18 @@ GROUPS: Mapping[str, Group] = MappingProxyType(
         "data": Group(data_preparation.rows),
         "loading": Group(lambda pairs: loading.rows(pairs)),
         "memory": Group(lambda pairs: memory.rows(max(1, pairs // 7))),
-        "reduction-128": Group(lambda pairs: (two_ranks.launch(which, 128, 2 * pairs) for which in ("gloo", "mpi"))),
-        "reduction-8192": Group(lambda pairs: [two_ranks.launch("gloo", 8192, max(2, pairs // 7))]),
+        "reduction-128": Group(
+            lambda pairs: (
+                two_ranks.launch(controller, reduction, 128, 2 * pairs)
+                for reduction in ("exact", "exact32")
+                for controller in ("gloo", "mpi")
+            )
+        ),
+        "reduction-8192": Group(
+            lambda pairs: (
+                two_ranks.launch("gloo", reduction, 8192, max(2, pairs // 7)) for reduction in ("exact", "exact32")
+            )
+        ),
         "overlap-128": Group(
             lambda pairs: (row for which in ("gloo", "mpi") for row in overlap.rows(which, 1.0, 128, pairs))
         ),

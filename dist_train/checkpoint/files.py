@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,8 @@ class Contents:
     """Digests of the source files of the plug-ins that the run used, by name."""
     average: Mapping[str, Any] = field(default_factory=dict)
     """Of a run that averages its weights: what the average is made of (`kept`), and its norms' `statistics`."""
+    grid_exponents: Sequence[int] | None = None
+    """Of `exact32`: the next update's, one for each parameter tensor."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the dictionary that `torch.load(path, weights_only=True)` gives."""
@@ -213,7 +215,10 @@ def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
             code="checkpoint-format",
         )
     return Contents(
-        **{name: fields[name] for name in _KINDS}, plugins=fields.get("plugins", {}), average=fields.get("average", {})
+        **{name: fields[name] for name in _KINDS},
+        plugins=fields.get("plugins", {}),
+        average=fields.get("average", {}),
+        grid_exponents=fields.get("grid_exponents"),
     )
 
 

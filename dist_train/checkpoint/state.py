@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -100,6 +100,8 @@ class Progress:
     loss_scale: float | None = None
     updates_since_overflow: int | None = None
     """Since the loss scale was last changed; both where there is one, in float16."""
+    grid_exponents: Sequence[int] | None = None
+    """Of `exact32`: the next update's grids, one for each parameter tensor."""
     non_finite_step: int | None = None
     """The latest step after which an evaluation, or the weights, were not finite; its checkpoint is never the best."""
 
@@ -109,7 +111,7 @@ class Progress:
 
     def metrics(self) -> Mapping[str, float | int | None]:
         """Return what a checkpoint keeps of it beside the step."""
-        return {name: value for name, value in asdict(self).items() if name != "step"}
+        return {name: value for name, value in asdict(self).items() if name not in ("step", "grid_exponents")}
 
     def note_non_finite(self) -> None:
         """Take in that the evaluation of this step is not finite: it has no accuracy."""
@@ -140,7 +142,7 @@ class Progress:
 def restored_progress(contents: Contents) -> Progress:
     """Return the progress that a checkpoint holds."""
     known = {name: contents.metrics.get(name) for name in Progress().metrics()}
-    return Progress(step=contents.step, **known)  # type: ignore[arg-type]  # as metrics() wrote them
+    return Progress(step=contents.step, grid_exponents=contents.grid_exponents, **known)  # type: ignore[arg-type]  # as metrics() wrote them
 
 
 def shared_progress(comm: Communicator, progress: Progress) -> Progress:

@@ -73,7 +73,7 @@ def with_device(config: Config, device: Literal["cpu", "cuda"]) -> Config:
     if config.precision.deterministic != "auto":
         return config
     # integer sums give the same bits only where the kernels before them do
-    deterministic = device == "cuda" and config.comm.reduction == "exact"
+    deterministic = device == "cuda" and config.comm.is_exact
     return _with_setting(config, "precision", "deterministic", deterministic)
 
 

@@ -220,7 +220,7 @@ class PrecisionSettings(Section):
     )
     deterministic: bool | Literal["auto"] = Field(
         "auto",
-        description="Only kernels that give the same bits each time; auto: on a GPU, where comm.reduction is exact.",
+        description="Only kernels that give the same bits each time; auto: on a GPU, unless comm.reduction is float.",
         examples=[True],
     )
     threads: PositiveInt | Literal["auto"] = Field(
@@ -241,8 +241,11 @@ class CommSettings(Section):
         description="What carries the ranks. auto: Horovod under horovodrun and mpirun, and under srun where it is "
         "installed; else torch.distributed.",
     )
-    reduction: Literal["exact", "float"] = Field(
-        "exact", description="exact: gradients summed as integers, the same bits on any number of ranks."
+    reduction: Literal["exact", "exact32", "float"] = Field(
+        "exact",
+        description="exact: gradients summed as 64-bit integers, the same bits on any number of ranks. exact32: as "
+        "32-bit integers, likewise, at float's bytes.",
+        examples=["exact32"],
     )
     compression: Literal["none", "fp16"] = Field("none", description="Gradients sent as float16 (float only).")
     op: Literal["average", "adasum"] = Field(
@@ -254,6 +257,11 @@ class CommSettings(Section):
         description="Seconds within which the run ends when a rank does not answer.",
         examples=[300.0],
     )
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether gradients are summed as integers."""
+        return self.reduction != "float"
 
 
 class EvaluationSettings(Section):

@@ -134,7 +134,7 @@ def assemble(
         comm,
         compute,
         averaging,
-        loss_scale=LossScale(progress if compute.precision == torch.float16 else None),
+        progress,
         clock=build_step_clock(compute.device) if is_measured else StepClock(HostTimer()),
         total_steps=total_steps,
         wait_for_checkpoint_copy=writer.wait_until_copied if writer else lambda: None,
@@ -148,7 +148,7 @@ def assemble(
         if comm.rank == 0:
             directory.save_config(settled)
         step.reduction.close()
-        return replace(step, reduction=_reduction(settled, weights, comm))
+        return replace(step, reduction=_reduction(settled, weights, comm, progress))
 
     profile_steps = config.run.profile_steps
     return Trainer(
@@ -188,8 +188,8 @@ def build_step(
     comm: Communicator,
     compute: Compute,
     averaging: Averaging,
+    progress: Progress,
     *,
-    loss_scale: LossScale,
     clock: StepClock,
     total_steps: int,
     wait_for_checkpoint_copy: Callable[[], None] = lambda: None,
@@ -208,7 +208,7 @@ def build_step(
         statistics=statistics,
         samples=samples,
         noise=build_noise(config.noise, weights, seed=config.run.seed, total_steps=total_steps, rank=comm.rank),
-        reduction=_reduction(config, weights, comm),
+        reduction=_reduction(config, weights, comm, progress),
         optimizer=optimizer,
         tally=Tally(comm, statistics, compute.device),
         compute=compute,
@@ -216,7 +216,7 @@ def build_step(
         averaging=averaging,
         label_smoothing=config.regularization.label_smoothing,
         mix=build_mix(config.regularization, config.run.seed, len(samples)),
-        loss_scale=loss_scale,
+        loss_scale=LossScale(progress if compute.precision == torch.float16 else None),
         sum_over_ranks=sum_over(config.model, comm, clock),
         clock=clock,
         wait_for_checkpoint_copy=wait_for_checkpoint_copy,
@@ -258,7 +258,7 @@ def _warn_of_lost_noise(noise: Noise, precision: torch.dtype, step: int) -> None
         )
 
 
-def _reduction(config: Config, weights: FlatWeights, comm: Communicator) -> GradientReduction:
+def _reduction(config: Config, weights: FlatWeights, comm: Communicator, progress: Progress) -> GradientReduction:
     assert config.batch.micro_size != "auto", "decided before"
     plan = BatchPlan(config.batch.global_size, config.batch.micro_size)
     share = partial(share_of, config.model, plan, comm.rank, comm.size)
@@ -270,6 +270,7 @@ def _reduction(config: Config, weights: FlatWeights, comm: Communicator) -> Grad
         comm,
         micro_batches=len(plan.micro_batches) * (comm.size if shares_micro_batches(config.model) else 1),
         share=sum(micro_batch.size for micro_batch in mine) / plan.global_size,
+        progress=progress,
     )
     return run_on_all_ranks(comm, build, "set up the reduction")
 

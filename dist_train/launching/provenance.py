@@ -135,6 +135,6 @@ def describe_device(config: Config, device: torch.device) -> str:
     """Return the device's name; with it, of a GPU, how it keeps to the same bits, and of a CPU, why it is no GPU."""
     remark = why_no_gpu(find_gpus(os.environ))
     if device.type == "cuda":
-        exact = ", since comm.reduction is exact" if config.comm.reduction == "exact" else ""
+        exact = f", since comm.reduction is {config.comm.reduction}" if config.comm.is_exact else ""
         remark = f"deterministic kernels alone{exact}" if config.precision.deterministic is True else ""
     return "; ".join(filter(None, (device_name(device), remark)))

@@ -6,7 +6,6 @@ pass, each bucket is sent as soon as its gradients are complete, so that the all
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,57 +15,24 @@ from itertools import takewhile
 import torch
 from torch import nn
 
+from dist_train.checkpoint.state import Progress
 from dist_train.cluster.communicator import Communicator, Pending
 from dist_train.config import CommSettings
-from dist_train.fixed_point import GRADIENTS, LOSSES
+from dist_train.fixed_point import LOSSES
 from dist_train.models.norms import BatchStatistics
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
+from dist_train.training.accumulators import (
+    AdasumAccumulator,
+    Bucket,
+    Exact32Accumulator,
+    ExactAccumulator,
+    FloatAccumulator,
+    GradientAccumulator,
+)
 
 _BUCKET = 1 << 20
 """Gradients in a bucket, at the least: the last bucket's allreduce is what no backward pass hides."""
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """The parameters `first` to `last` (exclusive), which lie at [start, stop) of the flat gradient."""
-
-    index: int
-    first: int
-    last: int
-    start: int
-    stop: int
-
-    @property
-    def part(self) -> slice:
-        """Where they lie."""
-        return slice(self.start, self.stop)
-
-
-class GradientAccumulator(ABC):
-    """How the gradients of `weights` are summed: over micro-batches here, over ranks on the way."""
-
-    def __init__(self, weights: FlatWeights, comm: Communicator) -> None:
-        self._gradients = weights.gradients
-        self._comm = comm
-        self.out_of_range = torch.zeros((), dtype=torch.bool, device=self._gradients.device)
-        """Whether this rank met a gradient that is not finite or too large; a bool on the device."""
-
-    def clear(self) -> None:
-        """Begin a step."""
-        self.out_of_range.zero_()
-
-    @abstractmethod
-    def add(self, bucket: Bucket) -> None:
-        """Add the gradients of one micro-batch."""
-
-    @abstractmethod
-    def send(self, bucket: Bucket, name: str) -> Pending:
-        """Start the sum over the ranks."""
-
-    @abstractmethod
-    def receive(self, bucket: Bucket) -> None:
-        """Leave the sum where the gradients are."""
 
 
 class GradientReduction:
@@ -95,6 +61,17 @@ class GradientReduction:
     def out_of_range(self) -> torch.Tensor:
         """Whether this rank met a gradient that is not finite or too large; a bool on the device."""
         return self._accumulator.out_of_range
+
+    @property
+    def largest(self) -> torch.Tensor:
+        """What this rank adds to the sums that `fits` takes, int64 on the device."""
+        return self._accumulator.largest
+
+    def fits(self, largest: Sequence[int]) -> bool:
+        """Whether the gradients are those of the global batch, by the sum of `largest` over all ranks; else the
+        update must be made again. To be asked once after each `finish`.
+        """
+        return self._accumulator.fits(largest)
 
     def start(self, loss_scale: float = 1.0) -> None:
         """Begin a step, in which losses are multiplied by `loss_scale`, a power of two, and gradients divided by it."""
@@ -152,100 +129,19 @@ class GradientReduction:
         self._accumulator.add(bucket)
 
 
-class ExactAccumulator(GradientAccumulator):
-    """Sums of 64-bit integers: the same bits for any number of ranks, in any order."""
-
-    def __init__(self, weights: FlatWeights, comm: Communicator, terms: int) -> None:
-        """Sum the gradients of `weights`; at most `terms` micro-batches make a global batch."""
-        super().__init__(weights, comm)
-        self._total = torch.zeros_like(self._gradients, dtype=torch.int64)
-        self._begun: set[int] = set()
-        # Memory that a single micro-batch never touches is never taken.
-        self._scratch = torch.empty_like(self._total)
-        self._limit = GRADIENTS.limit / terms
-
-    def clear(self) -> None:
-        """Begin a step."""
-        super().clear()
-        self._begun.clear()
-
-    def add(self, bucket: Bucket) -> None:
-        """Add the gradients of one micro-batch as integers."""
-        gradients = self._gradients[bucket.part]
-        low, high = gradients.aminmax()
-        # Written so that a NaN, for which no comparison holds, is out of range.
-        self.out_of_range |= ~((low > -self._limit) & (high < self._limit))
-        gradients.mul_(2.0**GRADIENTS.bits)
-        total = self._total[bucket.part]
-        if bucket.index in self._begun:
-            total += self._scratch[: len(total)].copy_(gradients)
-        else:
-            total.copy_(gradients)
-            self._begun.add(bucket.index)
-
-    def send(self, bucket: Bucket, name: str) -> Pending:
-        """Start the sum over the ranks."""
-        total = self._total[bucket.part]
-        if bucket.index not in self._begun:
-            total.zero_()
-        return self._comm.allreduce_async(total, name)
-
-    def receive(self, bucket: Bucket) -> None:
-        """Turn the sum back into floats, once."""
-        torch.mul(self._total[bucket.part], 2.0**-GRADIENTS.bits, out=self._gradients[bucket.part])
-
-
-class FloatAccumulator(GradientAccumulator):
-    """Sums of float32, or of float16 on the way: fast, and rounded differently on each number of ranks."""
-
-    def __init__(self, weights: FlatWeights, comm: Communicator, sent_as: torch.dtype = torch.float32) -> None:
-        """Sum the gradients of `weights`, sent between ranks as `sent_as`."""
-        super().__init__(weights, comm)
-        self._total = torch.zeros_like(self._gradients)
-        self._sent = self._total if sent_as == torch.float32 else torch.zeros_like(self._total, dtype=sent_as)
-
-    def clear(self) -> None:
-        """Begin a step."""
-        super().clear()
-        self._total.zero_()
-
-    def add(self, bucket: Bucket) -> None:
-        """Add the gradients of one micro-batch."""
-        gradients = self._gradients[bucket.part]
-        self.out_of_range |= ~gradients.sum().isfinite()
-        self._total[bucket.part] += gradients
-
-    def send(self, bucket: Bucket, name: str) -> Pending:
-        """Start the sum over the ranks."""
-        sent = self._sent[bucket.part]
-        if self._sent is not self._total:
-            sent.copy_(self._total[bucket.part])
-        return self._comm.allreduce_async(sent, name)
-
-    def receive(self, bucket: Bucket) -> None:
-        """Leave the sum where the gradients are."""
-        self._gradients[bucket.part].copy_(self._sent[bucket.part])
-
-
-class AdasumAccumulator(FloatAccumulator):
-    """Adasum (arXiv 2006.02924) of the ranks' own mean gradients, parameter by parameter."""
-
-    def __init__(self, weights: FlatWeights, comm: Communicator, share: float) -> None:
-        """Combine the gradients of `weights`; this rank computes `share` of the global batch."""
-        super().__init__(weights, comm)
-        self._to_mean = 1.0 / share
-
-    def send(self, bucket: Bucket, name: str) -> Pending:
-        """Start the combination over the ranks."""
-        return self._comm.adasum_async(self._total[bucket.part].mul_(self._to_mean), name)
-
-
 def build_reduction(
-    settings: CommSettings, weights: FlatWeights, comm: Communicator, *, micro_batches: int, share: float
+    settings: CommSettings,
+    weights: FlatWeights,
+    comm: Communicator,
+    *,
+    micro_batches: int,
+    share: float,
+    progress: Progress,
 ) -> GradientReduction:
     """Return the reduction that `settings` name, for a global batch of `micro_batches`.
 
-    `share` is the part of its samples that this rank computes.
+    `share` is the part of its samples that this rank computes; `progress` keeps what a reduction carries from one
+    update to the next.
 
     Raises:
         UsageError: Adasum cannot work with this group.
@@ -256,6 +152,8 @@ def build_reduction(
     accumulator: GradientAccumulator
     if settings.reduction == "exact":
         accumulator = ExactAccumulator(weights, comm, micro_batches)
+    elif settings.reduction == "exact32":
+        accumulator = Exact32Accumulator(weights, comm, micro_batches, progress)
     else:
         sent_as = torch.float16 if settings.compression == "fp16" else torch.float32
         accumulator = FloatAccumulator(weights, comm, sent_as)
@@ -310,6 +208,8 @@ class TallyResult:
     out_of_range: int
     out_of_memory: int
     stop: int
+    largest: list[int]
+    """The sums that `GradientReduction.fits` takes."""
     statistics: torch.Tensor
     """The sums of `BatchStatistics`."""
 
@@ -322,6 +222,7 @@ class Tally:
         self._statistics = statistics
         self._counts = torch.zeros(_SLOTS, dtype=torch.int64, device=device)
         self._samples = 0
+        self._largest = self._counts[:0]
         self._sent = self._counts
         self._pending: Pending | None = None
 
@@ -342,23 +243,30 @@ class Tally:
         self._samples += len(labels)
 
     def send(
-        self, *, out_of_range: torch.Tensor | None = None, out_of_memory: bool = False, stop: bool = False
+        self,
+        *,
+        out_of_range: torch.Tensor | None = None,
+        out_of_memory: bool = False,
+        stop: bool = False,
+        largest: torch.Tensor | None = None,
     ) -> None:
         """Start the sum over the ranks, with what this rank has to say beside its counts."""
+        self._largest = self._counts[:0] if largest is None else largest
         if out_of_range is not None:
             self._counts[_OUT_OF_RANGE].add_(out_of_range)
         self._counts[_OUT_OF_RANGE].add_(self._statistics.out_of_range)
         self._counts[_SAMPLES] = self._samples
         self._counts[_OUT_OF_MEMORY] = int(out_of_memory)
         self._counts[_STOP] = int(stop)
-        self._sent = torch.cat([self._counts, self._statistics.sums])
+        self._sent = torch.cat([self._counts, self._largest, self._statistics.sums])
         self._pending = self._comm.allreduce_async(self._sent, "tally")
 
     def result(self) -> TallyResult:
         """Wait for the sum and return it."""
         assert self._pending is not None, "nothing was sent"
         self._pending.wait()
-        counts: list[int] = self._sent[:_SLOTS].tolist()
+        read = _SLOTS + len(self._largest)
+        counts: list[int] = self._sent[:read].tolist()
         samples = counts[_SAMPLES]
         return TallyResult(
             loss=counts[_LOSS] * 2.0**-LOSSES.bits / samples if samples else 0.0,
@@ -367,5 +275,6 @@ class Tally:
             out_of_range=counts[_OUT_OF_RANGE],
             out_of_memory=counts[_OUT_OF_MEMORY],
             stop=counts[_STOP],
-            statistics=self._sent[_SLOTS:],
+            largest=counts[_SLOTS:],
+            statistics=self._sent[read:],
         )

@@ -32,13 +32,15 @@ _STATISTICS_MOMENTUM = 0.1
 @dataclass(frozen=True)
 class Update:
     """What an update was: mean loss and accuracy at the perturbed weights, the norm of the global gradient
-    before it was clipped, and whether some rank was asked to stop. `times` are this rank's own.
+    before it was clipped, whether some rank was asked to stop, and how often the gradient was computed again, since
+    numbers left their range. `times` are this rank's own.
     """
 
     loss: float
     accuracy: float
     gradient_norm: float
     stop_requested: bool
+    repeats: int
     times: StepTimes = field(compare=False, repr=False)
 
 
@@ -101,8 +103,10 @@ class TrainingStep:
         """
         self.clock.start()
         total = self._gradient(batch, stop_requested)
-        while total.out_of_range and not total.out_of_memory and self.loss_scale.lower():
+        repeats = 0
+        while self._must_repeat(total):
             total = self._gradient(batch, stop_requested)
+            repeats += 1
         gradient_norm = float(torch.linalg.vector_norm(self.weights.gradients))
         _check(total, gradient_norm, batch)
         with self.clock.phase("update"):
@@ -115,7 +119,13 @@ class TrainingStep:
             self.averaging.after_update(batch.step)
             self.statistics.absorb(total.statistics, total.samples, _STATISTICS_MOMENTUM)
             self.loss_scale.note_update()
-        return Update(total.loss, total.accuracy, gradient_norm, total.stop > 0, self.clock.times())
+        return Update(total.loss, total.accuracy, gradient_norm, total.stop > 0, repeats, self.clock.times())
+
+    def _must_repeat(self, total: TallyResult) -> bool:
+        """Whether the gradient must be computed again, by a smaller loss scale or on coarser grids."""
+        if total.out_of_memory:
+            return False
+        return self.loss_scale.lower() if total.out_of_range else not self.reduction.fits(total.largest)
 
     def _gradient(self, batch: GlobalBatch, stop_requested: Callable[[], bool]) -> TallyResult:
         """Leave the gradient of `batch` at the perturbed weights where gradients are; the weights are clean again."""
@@ -130,7 +140,12 @@ class TrainingStep:
             with self.clock.phase("restore"):
                 self.noise.restore()
         self.reduction.send()
-        self.tally.send(out_of_range=self.reduction.out_of_range, out_of_memory=not fits, stop=stop_requested())
+        self.tally.send(
+            out_of_range=self.reduction.out_of_range,
+            out_of_memory=not fits,
+            stop=stop_requested(),
+            largest=self.reduction.largest,
+        )
         with self.clock.phase("allreduce"):
             total = self.tally.result()
             self.reduction.finish()

@@ -170,6 +170,8 @@ class Trainer:
         self._busy_seconds += seconds
         self._steps_done += 1
         self._hand_out_measurement()
+        if update.repeats:
+            self._event("gradient_repeated", times=update.repeats)
         if step % self.config.metrics.every_steps == 0 or step == self.last_step:
             self._record_update(update, seconds)
             if self.measuring:
@@ -317,6 +319,7 @@ class Trainer:
             config=self._settings,
             metrics=self.progress.metrics(),
             plugins=self._plugins,
+            grid_exponents=self.progress.grid_exponents,
         )
 
     def _report_saved(self) -> None:

@@ -13,18 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from dist_train.checkpoint.state import Progress
 from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.config import CommSettings
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
-from dist_train.training.reduction import (
+from dist_train.training.accumulators import (
     ExactAccumulator,
     FloatAccumulator,
     GradientAccumulator,
-    GradientReduction,
-    buckets_of,
-    build_reduction,
 )
+from dist_train.training.reduction import GradientReduction, buckets_of, build_reduction
 from tests.raising import raises
 from tests.unit.simulated_ranks import SimulatedRanks, results
 
@@ -236,7 +235,9 @@ class TestAdasum:
     SETTINGS = CommSettings(reduction="float", op="adasum")
 
     def build(self, comm: Communicator, share: float = 0.5) -> GradientReduction:
-        return build_reduction(self.SETTINGS, FlatWeights(Given()), comm, micro_batches=4, share=share)
+        return build_reduction(
+            self.SETTINGS, FlatWeights(Given()), comm, micro_batches=4, share=share, progress=Progress()
+        )
 
     def test_it_needs_a_power_of_two_of_ranks(self) -> None:
         with raises(UsageError, "adasum-rank-count"):
@@ -254,7 +255,7 @@ class TestAdasum:
         model = Given()
         weights = FlatWeights(model)
         share = len(gradients[comm.rank :: comm.size]) / len(gradients)
-        reduction = build_reduction(self.SETTINGS, weights, comm, micro_batches=4, share=share)
+        reduction = build_reduction(self.SETTINGS, weights, comm, micro_batches=4, share=share, progress=Progress())
         reduction.start()
         *first, last = gradients[comm.rank :: comm.size]
         for gradient in first:
@@ -300,7 +301,7 @@ def test_the_settings_choose_what_is_sent(settings: CommSettings, sent: torch.dt
             return super().allreduce_async(tensor, name)
 
     comm = Noting()
-    reduction = build_reduction(settings, FlatWeights(Given()), comm, micro_batches=1, share=1.0)
+    reduction = build_reduction(settings, FlatWeights(Given()), comm, micro_batches=1, share=1.0, progress=Progress())
     reduction.start()
     reduction.send()
     assert comm.sent == [sent]

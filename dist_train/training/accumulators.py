@@ -1,0 +1,294 @@
+"""How gradients are summed: over the micro-batches of a rank, and over the ranks on the way.
+
+Sums of integers give the same bits in any order, and so on any number of ranks; sums of floats do not.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+
+from dist_train.checkpoint.state import Progress
+from dist_train.cluster.communicator import Communicator, Pending
+from dist_train.fixed_point import GRADIENTS
+from dist_train.optim.flat_weights import FlatWeights
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The parameters `first` to `last` (exclusive), which lie at [start, stop) of the flat gradient."""
+
+    index: int
+    first: int
+    last: int
+    start: int
+    stop: int
+
+    @property
+    def part(self) -> slice:
+        """Where they lie."""
+        return slice(self.start, self.stop)
+
+
+class GradientAccumulator(ABC):
+    """How the gradients of `weights` are summed: over micro-batches here, over ranks on the way."""
+
+    def __init__(self, weights: FlatWeights, comm: Communicator) -> None:
+        self._gradients = weights.gradients
+        self._comm = comm
+        self.out_of_range = torch.zeros((), dtype=torch.bool, device=self._gradients.device)
+        """Whether this rank met a gradient that is not finite or too large; a bool on the device."""
+        self.largest = torch.zeros(0, dtype=torch.int64, device=self._gradients.device)
+        """What this rank adds to the sums that `fits` takes, int64 on the device; here none are needed."""
+
+    def clear(self) -> None:
+        """Begin a step."""
+        self.out_of_range.zero_()
+
+    @abstractmethod
+    def add(self, bucket: Bucket) -> None:
+        """Add the gradients of one micro-batch."""
+
+    @abstractmethod
+    def send(self, bucket: Bucket, name: str) -> Pending:
+        """Start the sum over the ranks."""
+
+    @abstractmethod
+    def receive(self, bucket: Bucket) -> None:
+        """Leave the sum where the gradients are."""
+
+    def fits(self, largest: Sequence[int]) -> bool:
+        """Whether the gradients are those of the global batch, by the sum of `largest` over all ranks.
+
+        Where they are not, the update must be made again; what has changed for that is the same on all ranks.
+        """
+        return True
+
+
+class ExactAccumulator(GradientAccumulator):
+    """Sums of 64-bit integers: the same bits for any number of ranks, in any order."""
+
+    def __init__(self, weights: FlatWeights, comm: Communicator, terms: int) -> None:
+        """Sum the gradients of `weights`; at most `terms` micro-batches make a global batch."""
+        super().__init__(weights, comm)
+        self._total = torch.zeros_like(self._gradients, dtype=torch.int64)
+        self._begun: set[int] = set()
+        # Memory that a single micro-batch never touches is never taken.
+        self._scratch = torch.empty_like(self._total)
+        self._limit = GRADIENTS.limit / terms
+
+    def clear(self) -> None:
+        """Begin a step."""
+        super().clear()
+        self._begun.clear()
+
+    def add(self, bucket: Bucket) -> None:
+        """Add the gradients of one micro-batch as integers."""
+        gradients = self._gradients[bucket.part]
+        low, high = gradients.aminmax()
+        # Written so that a NaN, for which no comparison holds, is out of range.
+        self.out_of_range |= ~((low > -self._limit) & (high < self._limit))
+        gradients.mul_(2.0**GRADIENTS.bits)
+        total = self._total[bucket.part]
+        if bucket.index in self._begun:
+            total += self._scratch[: len(total)].copy_(gradients)
+        else:
+            total.copy_(gradients)
+            self._begun.add(bucket.index)
+
+    def send(self, bucket: Bucket, name: str) -> Pending:
+        """Start the sum over the ranks."""
+        total = self._total[bucket.part]
+        if bucket.index not in self._begun:
+            total.zero_()
+        return self._comm.allreduce_async(total, name)
+
+    def receive(self, bucket: Bucket) -> None:
+        """Turn the sum back into floats, once."""
+        torch.mul(self._total[bucket.part], 2.0**-GRADIENTS.bits, out=self._gradients[bucket.part])
+
+
+class Grids:
+    """The grid of each parameter tensor: its gradients are rounded to multiples of 2^-exponent.
+
+    The exponents follow from the integers of the updates before, which are the same on all ranks; kept in `progress`,
+    they are saved.
+    """
+
+    def __init__(self, progress: Progress, tensors: int, terms: int) -> None:
+        """Fit the grids of so many `tensors` to the sums of `terms` micro-batches' gradients."""
+        self._progress = progress
+        self._tensors = tensors
+        self._is_steady = terms >= _MANY
+        self._room = 2**31 / (_HEADROOM_OF_MANY if self._is_steady else _HEADROOM if terms > 1 else 2 * _HEADROOM)
+
+    @property
+    def exponents(self) -> Sequence[int] | None:
+        """One for each tensor; None where no update has been made yet from which they would follow."""
+        exponents = self._progress.grid_exponents
+        return exponents if exponents is not None and len(exponents) == self._tensors else None
+
+    def follow(self, bounds: Sequence[int]) -> None:
+        """Choose the next update's grids, by what bounds the integers of each tensor's sum in this one.
+
+        A grid becomes coarser at once. It becomes finer at once where many micro-batches keep the sums steady, else by
+        degrees: a tensor whose gradients leap from batch to batch keeps room for the next leap.
+        """
+        at_once = self._is_steady or self.exponents is None
+        rise = int(self._progress.step % _UPDATES_UNTIL_FINER == 0)
+        chosen = []
+        for now, bound in zip(self.exponents or [GRADIENTS.bits] * self._tensors, bounds, strict=True):
+            # frexp, unlike a logarithm, is exact: the same on every machine
+            best = min(GRADIENTS.bits, now + math.frexp(self._room / max(bound, 1))[1] - 1)
+            chosen.append(best if at_once or best <= now else max(min(now + rise, best), best - _UNUSED_BITS))
+        self._progress.grid_exponents = chosen
+
+
+_MANY = 16
+"""Micro-batches whose sum changes little from update to update."""
+_HEADROOM_OF_MANY = 1.75
+"""By what factor a bound may grow before an update is made again; with 64 micro-batches the sum is then as accurate as
+in float32, which a test shows."""
+_HEADROOM = 4.0
+"""Of a few micro-batches; the sum of a single one gets twice that."""
+_UNUSED_BITS = 4
+"""At most so many bits are left unused above it."""
+_UPDATES_UNTIL_FINER = 16
+
+
+class Exact32Accumulator(GradientAccumulator):
+    """Sums of 32-bit integers, on a grid for each parameter tensor: exact, and as many bytes as float32.
+
+    A filter's sums are at most the sum over the micro-batches of its largest integer: where that fits 32 bits, so do
+    they, whatever their order. Where it does not, the update is made again on coarser grids. The first update, without
+    grids yet, takes 64 bits.
+    """
+
+    def __init__(self, weights: FlatWeights, comm: Communicator, terms: int, progress: Progress) -> None:
+        """Sum the gradients of `weights`; at most `terms` micro-batches make a global batch.
+
+        The grids are kept in `progress`.
+        """
+        super().__init__(weights, comm)
+        self._tensors = [
+            self._gradients[each.start : each.stop].view(each.shape[0] if len(each.shape) > 1 else 1, -1)
+            for each in weights.segments
+        ]
+        """The gradient of each parameter [filters, weights of a filter]; one of a single dimension is one filter."""
+        self._filters = [0, *accumulate(len(tensor) for tensor in self._tensors)]
+        """Where each parameter's filters begin within all, and their number."""
+        self._grids = Grids(progress, len(self._tensors), terms)
+        self._limit = 2.0**62 / terms
+        self.largest = torch.zeros(self._filters[-1], dtype=torch.int64, device=self._gradients.device)
+        self._exponents: Sequence[int] = ()
+        self._total = torch.zeros(0, dtype=torch.int32, device=self._gradients.device)
+        self._scratch = self._total
+        self._begun: set[int] = set()
+
+    def clear(self) -> None:
+        """Begin a step."""
+        super().clear()
+        self.largest.zero_()
+        self._begun.clear()
+        exponents = self._grids.exponents
+        self._exponents = exponents or [GRADIENTS.bits] * len(self._tensors)
+        integers = torch.int32 if exponents else torch.int64
+        if self._total.dtype != integers or len(self._total) == 0:
+            self._total = torch.zeros_like(self._gradients, dtype=integers)
+            # Memory that a single micro-batch never touches is never taken.
+            self._scratch = torch.empty_like(self._total)
+
+    def add(self, bucket: Bucket) -> None:
+        """Add the gradients of one micro-batch as integers."""
+        gradients = self._gradients[bucket.part]
+        tensors = self._tensors[bucket.first : bucket.last]
+        torch._foreach_mul_(tensors, [2.0**exponent for exponent in self._exponents[bucket.first : bucket.last]])
+        gradients.round_()
+        largest = _largest(tensors)
+        # Written so that a NaN, for which no comparison holds, is out of range.
+        self.out_of_range |= ~(largest < self._limit).all()
+        first, last = self._filters[bucket.first], self._filters[bucket.last]
+        self.largest[first:last].add_(largest.to(torch.int64))
+        total = self._total[bucket.part]
+        if bucket.index in self._begun:
+            total += self._scratch[: len(total)].copy_(gradients)
+        else:
+            total.copy_(gradients)
+            self._begun.add(bucket.index)
+
+    def send(self, bucket: Bucket, name: str) -> Pending:
+        """Start the sum over the ranks."""
+        total = self._total[bucket.part]
+        if bucket.index not in self._begun:
+            total.zero_()
+        return self._comm.allreduce_async(total, name)
+
+    def receive(self, bucket: Bucket) -> None:
+        """Turn the sum back into floats, once."""
+        self._gradients[bucket.part].copy_(self._total[bucket.part])
+        which = slice(bucket.first, bucket.last)
+        torch._foreach_mul_(self._tensors[which], [2.0**-exponent for exponent in self._exponents[which]])
+
+    def fits(self, largest: Sequence[int]) -> bool:
+        """Whether no sum can have left its integers; choose the grids of the update to come, or of this one anew."""
+        bounds = [max(largest[first:last]) for first, last in pairwise(self._filters)]
+        fits = self._total.dtype == torch.int64 or max(bounds) < 2**31
+        self._grids.follow(bounds)
+        return fits
+
+
+def _largest(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the largest absolute value of each filter of `tensors`, NaN where it holds one."""
+    # Several times as fast on a CPU as aminmax along a dimension, or a norm.
+    highest, lowest = (torch.cat([find(tensor, 1) for tensor in tensors]) for find in (torch.amax, torch.amin))
+    return torch.maximum(highest, lowest.neg_())
+
+
+class FloatAccumulator(GradientAccumulator):
+    """Sums of float32, or of float16 on the way: fast, and rounded differently on each number of ranks."""
+
+    def __init__(self, weights: FlatWeights, comm: Communicator, sent_as: torch.dtype = torch.float32) -> None:
+        """Sum the gradients of `weights`, sent between ranks as `sent_as`."""
+        super().__init__(weights, comm)
+        self._total = torch.zeros_like(self._gradients)
+        self._sent = self._total if sent_as == torch.float32 else torch.zeros_like(self._total, dtype=sent_as)
+
+    def clear(self) -> None:
+        """Begin a step."""
+        super().clear()
+        self._total.zero_()
+
+    def add(self, bucket: Bucket) -> None:
+        """Add the gradients of one micro-batch."""
+        gradients = self._gradients[bucket.part]
+        self.out_of_range |= ~gradients.sum().isfinite()
+        self._total[bucket.part] += gradients
+
+    def send(self, bucket: Bucket, name: str) -> Pending:
+        """Start the sum over the ranks."""
+        sent = self._sent[bucket.part]
+        if self._sent is not self._total:
+            sent.copy_(self._total[bucket.part])
+        return self._comm.allreduce_async(sent, name)
+
+    def receive(self, bucket: Bucket) -> None:
+        """Leave the sum where the gradients are."""
+        self._gradients[bucket.part].copy_(self._sent[bucket.part])
+
+
+class AdasumAccumulator(FloatAccumulator):
+    """Adasum (arXiv 2006.02924) of the ranks' own mean gradients, parameter by parameter."""
+
+    def __init__(self, weights: FlatWeights, comm: Communicator, share: float) -> None:
+        """Combine the gradients of `weights`; this rank computes `share` of the global batch."""
+        super().__init__(weights, comm)
+        self._to_mean = 1.0 / share
+
+    def send(self, bucket: Bucket, name: str) -> Pending:
+        """Start the combination over the ranks."""
+        return self._comm.adasum_async(self._total[bucket.part].mul_(self._to_mean), name)

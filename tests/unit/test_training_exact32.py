@@ -1,0 +1,360 @@
+"""Sums of 32-bit integers: exact on any number of ranks, as accurate as their grids, and made again where too large."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dist_train.checkpoint.files import Contents
+from dist_train.checkpoint.state import Progress, restored_progress, shared_progress
+from dist_train.cluster.communicator import Alone, Communicator, Pending
+from dist_train.optim.flat_weights import FlatWeights
+from dist_train.outcome import DivergedError
+from dist_train.training.accumulators import Exact32Accumulator, Grids
+from dist_train.training.reduction import GradientReduction, buckets_of
+from dist_train.training.trainer import Trainer
+from tests.raising import raises
+from tests.unit.checkpoint_files import contents
+from tests.unit.simulated_ranks import results
+from tests.unit.small_trainers import build_trainer, gradient_bits, small_config, state_bits
+
+SHAPES = [(5,), (8, 5), (1,), (17, 1)]
+SIZES = [5, 40, 1, 17]
+COUNT = sum(SIZES)
+PROPERTY = settings(deadline=None, max_examples=40)
+
+
+@dataclass
+class Reduced:
+    """An update's gradient [COUNT], its grids, its sums of largest integers, and how often it was made again."""
+
+    gradient: Tensor
+    exponents: Sequence[int]
+    largest: list[int]
+    repeats: int
+
+
+class Updates:
+    """Updates by given gradients, as the step makes them."""
+
+    def __init__(self, comm: Communicator, terms: int, progress: Progress | None = None) -> None:
+        self.comm = comm
+        self.progress = progress or Progress()
+        self.weights = FlatWeights(nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in SHAPES]))
+        accumulator = Exact32Accumulator(self.weights, comm, terms, self.progress)
+        self.reduction = GradientReduction(self.weights, accumulator, buckets_of(self.weights, 20))
+
+    @property
+    def exponents(self) -> Sequence[int]:
+        """The grids of the next update; those of 64 bits where there are none yet."""
+        return self.progress.grid_exponents or [48] * len(SIZES)
+
+    def leap(self, bits: int) -> None:
+        """Make all grids finer by so many bits, as if the gradients grew."""
+        self.progress.grid_exponents = [each + bits for each in self.exponents]
+
+    def bounds(self, largest: Sequence[int]) -> list[int]:
+        """Return what bounds each tensor's integers, by the sums of its filters' largest."""
+        left = iter(largest)
+        return [max(islice(left, shape[0] if len(shape) > 1 else 1)) for shape in SHAPES]
+
+    def once(self, mine: Sequence[Tensor]) -> list[int]:
+        """Sum this rank's gradients and the others'; return the sums of largest integers."""
+        self.reduction.start()
+        for gradient in mine:
+            with self.reduction.micro_batch():
+                for parameter, part in zip(self.weights.parameters, gradient.split(SIZES), strict=True):
+                    assert parameter.grad is not None
+                    parameter.grad.copy_(part.view_as(parameter))
+        self.reduction.send()
+        largest = self.reduction.largest.clone()
+        self.comm.allreduce_async(largest, "largest").wait()
+        self.reduction.finish()
+        summed: list[int] = largest.tolist()
+        return summed
+
+    def make(self, mine: Sequence[Tensor]) -> Reduced:
+        """Make an update by the gradients `mine` of this rank."""
+        repeats, exponents = 0, self.exponents
+        while not self.reduction.fits(largest := self.once(mine)):
+            repeats, exponents = repeats + 1, self.exponents
+            assert repeats < 10
+        self.progress.step += 1
+        return Reduced(self.gradient(), exponents, largest, repeats)
+
+    def gradient(self) -> Tensor:
+        """Return what was summed [COUNT]."""
+        return torch.cat([each.grad.flatten() for each in self.weights.parameters if each.grad is not None])
+
+
+def some_gradients(count: int, seed: int, spread: float = 1.0) -> list[Tensor]:
+    """Return gradients whose tensors, and whose micro-batches, differ in size by powers of ten."""
+    source = torch.Generator().manual_seed(seed)
+    sizes = torch.cat([torch.full((size,), 10.0 ** -(2 * index)) for index, size in enumerate(SIZES)])
+    scales = 10.0 ** (spread * torch.randn(count, generator=source))
+    return [torch.randn(COUNT, generator=source) * sizes * scale for scale in scales]
+
+
+def integers_of(gradients: Sequence[Tensor], exponents: Sequence[int]) -> Tensor:
+    """Return what the sum of `gradients` must be on the grids of `exponents`, as int64 [COUNT]."""
+    scales = scales_of(exponents)
+    return torch.stack([(gradient.double() * scales).round().to(torch.int64) for gradient in gradients]).sum(0)
+
+
+def scales_of(exponents: Sequence[int]) -> Tensor:
+    """Return what each gradient is multiplied by, float64 [COUNT]."""
+    return torch.cat(
+        [torch.full((size,), 2.0**each, dtype=torch.float64) for size, each in zip(SIZES, exponents, strict=True)]
+    )
+
+
+cases = given(
+    seed=st.integers(0, 2**30),
+    count=st.integers(1, 12),
+    spread=st.floats(0.0, 2.0),
+    finer=st.integers(-6, 14),
+)
+
+
+@PROPERTY
+@given(st.data(), st.integers(0, 2**30), st.integers(1, 8), st.integers(1, 4), st.integers(-4, 12))
+def test_promise_3_any_split_over_ranks_and_any_order_give_the_same_integers(
+    data: st.DataObject, seed: int, count: int, ranks: int, finer: int
+) -> None:
+    batches = [some_gradients(count, seed + step) for step in range(3)]
+    dealt = [data.draw(st.lists(st.integers(0, ranks - 1), min_size=count, max_size=count)) for _ in batches]
+    orders = [data.draw(st.permutations(range(count))) for _ in batches]
+
+    def train(comm: Communicator, *, in_order: bool) -> list[tuple[bytes, list[int], int, list[int]]]:
+        updates, made = Updates(comm, count), []
+        for step, batch in enumerate(batches):
+            if step == 2:
+                updates.leap(finer)
+            mine = batch if in_order else [batch[i] for i in orders[step] if dealt[step][i] == comm.rank]
+            reduced = updates.make(mine)
+            made.append((reduced.gradient.numpy().tobytes(), reduced.largest, reduced.repeats, [*updates.exponents]))
+        return made
+
+    alone = train(Alone(), in_order=True)
+    assert results(ranks, lambda comm: train(comm, in_order=False)) == [alone] * ranks
+
+
+@PROPERTY
+@cases
+def test_wherever_the_bound_holds_the_sum_in_32_bits_is_that_in_64(
+    seed: int, count: int, spread: float, finer: int
+) -> None:
+    updates = Updates(Alone(), count)
+    updates.make(some_gradients(count, seed, spread))
+    updates.leap(finer)
+    start = updates.exponents
+    gradients = some_gradients(count, seed + 1, spread)
+    largest = updates.once(gradients)
+    summed = updates.gradient().double()
+    expected = integers_of(gradients, start)
+    parts = expected.abs().split(SIZES)
+    assert all(int(part.max()) <= bound for part, bound in zip(parts, updates.bounds(largest), strict=True))
+    if updates.reduction.fits(largest):
+        assert torch.equal(summed, expected.float().double() / scales_of(start))
+    else:
+        assert max(largest) >= 2**31
+
+
+@PROPERTY
+@cases
+def test_an_update_is_within_half_a_grid_for_each_micro_batch_of_the_true_sum(
+    seed: int, count: int, spread: float, finer: int
+) -> None:
+    updates = Updates(Alone(), count)
+    updates.make(some_gradients(count, seed, spread))
+    updates.leap(finer)
+    gradients = some_gradients(count, seed + 1, spread)
+    reduced = updates.make(gradients)
+    true = torch.stack([gradient.double() for gradient in gradients]).sum(0)
+    allowed = (count / 2 + 2.0**-24 * count) / scales_of(reduced.exponents) + 2.0**-24 * true.abs()
+    assert ((reduced.gradient.double() - true).abs() <= allowed).all()
+
+
+@PROPERTY
+@given(st.integers(0, 2**30), st.integers(1, 64))
+def test_the_second_update_of_the_same_gradients_uses_the_bits_it_may(seed: int, terms: int) -> None:
+    updates = Updates(Alone(), terms)
+    gradients = some_gradients(terms, seed, 0.2)
+    updates.make(gradients)
+    reduced = updates.make(gradients)
+    room = 2**31 / (1.75 if terms >= 16 else 4 if terms > 1 else 8)
+    for bound, exponent in zip(updates.bounds(reduced.largest), reduced.exponents, strict=True):
+        assert bound <= room + terms
+        assert bound + terms > room / 2 or exponent == 48
+
+
+def test_where_the_integers_leave_31_bits_the_update_is_made_again_once() -> None:
+    gradients = some_gradients(8, 0)
+    calm, leaping = Updates(Alone(), 8), Updates(Alone(), 8)
+    for updates in (calm, leaping):
+        updates.make(gradients)
+    leap = [gradient * 1000 for gradient in gradients]
+    assert leaping.make(leap).repeats == 1
+    assert calm.make(gradients).repeats == 0
+    assert leaping.make(leap).repeats == 0
+
+
+def test_a_grid_becomes_coarser_at_once_and_finer_by_degrees_but_never_finer_than_that_of_64_bits() -> None:
+    progress = Progress(step=1)
+    grids = Grids(progress, 1, terms=4)
+    grids.follow([2**39])
+    assert progress.grid_exponents == [48 - 10], "to a quarter of 2^31, from the grid of 64 bits"
+    grids.follow([2**32])
+    assert progress.grid_exponents == [38 - 3]
+    exponents = []
+    for step in range(1, 40):
+        progress.step = step
+        grids.follow([2**26])
+        exponents.append(progress.grid_exponents)
+    assert exponents[0] == [35]
+    assert exponents[15] == [36], "in update 16"
+    assert exponents[31] == [37]
+    grids.follow([2**10])
+    assert progress.grid_exponents == [48 - 4], "at once where more than four bits are unused"
+    for step in range(0, 160, 16):
+        progress.step = step
+        grids.follow([0])
+    assert progress.grid_exponents == [48]
+
+
+def test_the_grids_of_many_micro_batches_become_finer_at_once_too() -> None:
+    progress = Progress(step=1, grid_exponents=[20, 20, 20])
+    Grids(progress, 3, terms=16).follow([2**28, 2**31, 4 * 2**31 // 7])
+    assert progress.grid_exponents == [22, 19, 20]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize("place", [0, 44, COUNT - 1])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_gradient_that_is_not_finite_is_noted_by_the_rank_that_meets_it(bad: float, place: int, first: bool) -> None:
+    gradients = some_gradients(3, 0, 0.1)
+    spoilt = [gradient.clone() for gradient in gradients]
+    spoilt[1][place] = bad
+
+    def noted(comm: Communicator) -> bool:
+        updates = Updates(comm, 3)
+        if not first:
+            updates.make(gradients[comm.rank :: 3])
+        updates.once(spoilt[comm.rank :: 3])
+        return bool(updates.reduction.out_of_range)
+
+    assert results(3, noted) == [False, True, False]
+
+
+def test_all_updates_but_the_first_send_float_s_bytes() -> None:
+    class Noting(Alone):
+        def __init__(self) -> None:
+            self.sent: list[tuple[torch.dtype, int]] = []
+
+        def allreduce_async(self, tensor: Tensor, name: str) -> Pending:
+            if name.startswith("gradient"):
+                self.sent.append((tensor.dtype, tensor.nbytes))
+            return super().allreduce_async(tensor, name)
+
+    comm = Noting()
+    updates = Updates(comm, 2)
+    length = len(updates.weights.gradients)
+    for expected in (torch.int64, torch.int32, torch.int32):
+        comm.sent.clear()
+        updates.make(some_gradients(2, 0))
+        assert {dtype for dtype, _ in comm.sent} == {expected}
+        assert sum(size for _, size in comm.sent) == length * expected.itemsize
+
+
+CONFIG: dict[str, Any] = {"comm": {"reduction": "exact32"}, "noise": {"sharing": "micro_batch"}}
+
+
+def bits_of(trainer: Trainer) -> tuple[dict[str, bytes], bytes, object]:
+    """Return all that the next update depends on, and the gradient."""
+    exponents = trainer.progress.grid_exponents
+    assert exponents is not None
+    return state_bits(trainer.network), gradient_bits(trainer), tuple(exponents)
+
+
+def train(comm: Communicator, folder: Path, updates: int, start: Contents | None = None) -> Trainer:
+    """Make so many updates of the tiny run; the third begins on grids much too fine.
+
+    `start` is copied: ranks in one process would share the optimizer's state.
+    """
+    trainer = build_trainer(small_config(**CONFIG), folder, comm, contents=deepcopy(start))
+    while trainer.progress.step < updates:
+        if trainer.progress.step == 2:
+            trainer.progress.grid_exponents = [each + 9 for each in trainer.progress.grid_exponents or ()]
+        trainer.advance()
+    return trainer
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_promise_3_also_where_an_update_is_made_again_and_after_a_resume(tmp_path: Path, ranks: int) -> None:
+    [whole] = results(1, lambda comm: bits_of(train(comm, tmp_path / "alone", 4)))
+    [half] = results(1, lambda comm: train(comm, tmp_path / "half", 3).contents())
+    from_the_first = results(ranks, lambda comm: bits_of(train(comm, tmp_path / "whole", 4)))
+    resumed = results(ranks, lambda comm: bits_of(train(comm, tmp_path / "resumed", 4, half)))
+    assert from_the_first == resumed == [whole] * ranks
+
+
+def test_an_update_made_again_is_that_of_the_coarser_grids_and_is_recorded(tmp_path: Path) -> None:
+    records: list[Any] = []
+
+    class Keeping:
+        def record(self, record: Any) -> None:
+            records.append(record)
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *arguments: None
+
+    observers: Any = (Keeping(),)
+    trainer = build_trainer(small_config(**CONFIG), tmp_path, Alone(), observers=observers)
+    trainer.advance()
+    fitting = trainer.progress.grid_exponents or ()
+    trainer.progress.grid_exponents = [each + 12 for each in fitting]
+    trainer.advance()
+    events = [record for record in records if getattr(record, "event", "") == "gradient_repeated"]
+    assert [(event.step, dict(event.details)) for event in events] == [(2, {"times": 1})]
+    assert all(abs(now - then) <= 6 for now, then in zip(trainer.progress.grid_exponents, fitting, strict=True))
+
+
+def test_a_checkpoint_without_grids_begins_in_64_bits_on_any_number_of_ranks(tmp_path: Path) -> None:
+    older = replace(train(Alone(), tmp_path / "half", 2).contents(), grid_exponents=None)
+
+    def resumed(comm: Communicator) -> tuple[dict[str, bytes], bytes, object]:
+        trainer = build_trainer(small_config(**CONFIG), tmp_path / f"{comm.size}", comm, contents=deepcopy(older))
+        trainer.advance()
+        return bits_of(trainer)
+
+    alone, *others = results(1, resumed) + results(2, resumed)
+    assert others == [alone] * 2
+
+
+def test_the_grids_come_back_from_a_checkpoint_and_every_rank_has_rank_0_s() -> None:
+    progress = restored_progress(contents(7, grid_exponents=[3, -4, 48]))
+    assert progress.grid_exponents == [3, -4, 48]
+    assert "grid_exponents" not in progress.metrics()
+    shared = results(3, lambda comm: shared_progress(comm, Progress() if comm.rank else progress))
+    assert [each.grid_exponents for each in shared] == [[3, -4, 48]] * 3
+
+
+def test_a_loss_that_is_not_finite_is_a_divergence_and_leaves_the_grids(tmp_path: Path) -> None:
+    trainer = build_trainer(small_config(**CONFIG), tmp_path, Alone())
+    trainer.advance()
+    before = trainer.progress.grid_exponents
+    trainer.take_step.weights.parameters[0].register_hook(lambda gradient: gradient * math.nan)
+    with raises(DivergedError, "step-not-finite"):
+        trainer.advance()
+    assert trainer.progress.grid_exponents == before
