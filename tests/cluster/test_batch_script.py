@@ -22,7 +22,7 @@ STARTED = {
 }
 
 
-@pytest.mark.parametrize("by", list(STARTED))
+@pytest.mark.parametrize("by", ["srun", *(pytest.param(by, marks=pytest.mark.lengthy) for by in ("mpirun", "torch"))])
 def test_two_nodes_end_as_one_rank_does(by: str, cluster: Cluster, tmp_path: Path, large_batch: Undisturbed) -> None:
     submitted = Submitted(cluster, tmp_path, large_batch.config, **STARTED[by])
     ended = submitted.wait()
@@ -117,9 +117,8 @@ def test_a_run_that_is_cancelled_is_not_requeued(cluster: Cluster, tmp_path: Pat
     assert status(submitted.run)["state"] == "stopped"
 
 
-@pytest.mark.parametrize(
-    ("limit", "requeues"), [("1", "1 requeue"), pytest.param("", "3 requeues", marks=pytest.mark.lengthy)]
-)
+@pytest.mark.lengthy
+@pytest.mark.parametrize(("limit", "requeues"), [("1", "1 requeue"), ("", "3 requeues")])
 def test_a_run_that_crashes_at_the_same_step_is_given_up(
     limit: str, requeues: str, cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:
@@ -143,6 +142,7 @@ def test_a_run_that_crashes_at_the_same_step_is_given_up(
     assert found["reason"].endswith(("was killed by signal 9", "srun: error: node1: task 0: Killed"))
 
 
+@pytest.mark.lengthy
 def test_gpus_that_torch_cannot_use_are_refused_and_the_job_is_not_requeued(
     cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
 ) -> None:

@@ -28,6 +28,7 @@ def test_horovodrun_over_ssh_ends_as_one_rank_does(cluster: Cluster, tmp_path: P
     _assert_equal(cluster, tmp_path, large_batch, "horovodrun.sh", "-np", "4", "-H", "node1:2,node2:2")
 
 
+@pytest.mark.lengthy
 def test_horovodrun_says_which_machine_it_does_not_reach(
     cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
 ) -> None:
@@ -39,6 +40,7 @@ def test_horovodrun_says_which_machine_it_does_not_reach(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.lengthy
 def test_promise_7_horovodrun_hands_a_request_to_stop_to_machines_far_away(
     cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:

@@ -47,7 +47,8 @@ def test_a_rank_that_is_killed_ends_the_whole_job(
     assert exact in reason or (launcher == "srun" and "srun: error: node2: task" in reason)
 
 
-@pytest.mark.parametrize("launcher", ["srun", _MPIRUN])
+@pytest.mark.lengthy
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
 def test_a_rank_that_is_stopped_ends_the_whole_job(
     launcher: str, cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:

@@ -20,6 +20,7 @@ _TRAIN = {
 _MEASURE = {"TARGETS": "runs/smoke", "RANKS_PER_NODE": "2", "OVERRIDES": "run.device=cpu"}
 
 
+@pytest.mark.lengthy
 def test_a_landscape_waits_for_a_run_and_the_report_for_both(cluster: Cluster, tmp_path: Path) -> None:
     train = cluster.sbatch(tmp_path, "lb_8192.sh", "--nodes=1", **_TRAIN)
     options = {"OPTIONS": "--directions 2 --points 5 --samples 256"}
@@ -89,6 +90,7 @@ def test_a_landscape_that_is_cancelled_keeps_its_points_and_goes_on(
     assert points.read_text().count("\n") == 1 + 2 * 225
 
 
+@pytest.mark.lengthy
 def test_what_is_wrong_with_a_landscape_is_told_once_and_ends_with_2(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     job = cluster.sbatch(tmp_path, "landscape.sh", TARGETS="run", OPTIONS="--points 3", RANKS_PER_NODE="1")

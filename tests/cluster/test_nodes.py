@@ -45,6 +45,7 @@ def test_nodes_that_are_alike_are_fine(cluster: Cluster, tmp_path: Path) -> None
     assert checks.keys() == {"Slurm", "node1", "node2"}
 
 
+@pytest.mark.lengthy
 @pytest.mark.usefixtures("docker")
 def test_an_interface_that_reaches_nobody_is_told_with_the_one_that_does(cluster: Cluster, tmp_path: Path) -> None:
     checks = examined(cluster, tmp_path, f"NETWORK_INTERFACE=docker0 {_DOCTOR}")
@@ -53,6 +54,7 @@ def test_an_interface_that_reaches_nobody_is_told_with_the_one_that_does(cluster
     assert "172.17.0.1" in checks["node2"][1][1]
 
 
+@pytest.mark.lengthy
 def test_a_node_that_does_not_see_the_folder_is_named(cluster: Cluster, tmp_path: Path) -> None:
     hidden = tmp_path / "hidden"
     hidden.mkdir()

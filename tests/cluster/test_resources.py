@@ -49,7 +49,8 @@ def layout(folder: Path) -> list[tuple[str, int, tuple[str, ...]]]:
     return sorted((node, int(rank), tuple(filter(None, gpus.split(",")))) for node, rank, gpus in _LINE.findall(text))
 
 
-@pytest.mark.parametrize("by", [pytest.param("srun", marks=pytest.mark.lengthy), "mpirun"])
+@pytest.mark.lengthy
+@pytest.mark.parametrize("by", ["srun", "mpirun"])
 def test_each_rank_has_the_gpus_of_its_own_node(by: str, cluster: Cluster, tmp_path: Path) -> None:
     # Another job has the first GPU of the batch host: the numbers on the two nodes differ.
     wrap = ("--nodelist=node1", "--gpus-per-node=1", "--output=/dev/null", "--wrap=sleep 1000")

@@ -58,7 +58,7 @@ def of_page(name: str) -> list[str]:
 
 EVERY = list(dict.fromkeys(command for page in PAGES for command in commands(page)))  # each where it stands first
 TARGETS = [command for command in EVERY if re.match(r"(\w+=\S+ )*make ", command)]
-DAILY = {command for page in ("README", "configuration", "watching", "monitoring") for command in of_page(page)}
+DAILY = set(of_page("README"))
 HERE = [each for each in EVERY if each not in TARGETS and not any(re.search(known, each) for known in ELSEWHERE)]
 
 
