@@ -42,8 +42,8 @@ from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.optimizers import build_optimizer, optimizer_step
 from dist_train.outcome import UsageError
 from dist_train.training.compute import Compute
+from dist_train.training.dealing import build_dealing
 from dist_train.training.measuring import HostTimer, StepClock
-from dist_train.training.micro_batches import share_of
 from dist_train.training.step import GlobalBatch
 
 KNOWN_WAITS = frozenset({"training/reduction.py:result", "training/step.py:__call__"})
@@ -270,9 +270,11 @@ def _our_step(config: Config, network: nn.Module, ranks: int) -> Callable[[], ob
     )
     assert config.batch.micro_size != "auto", "to be named"
     plan = BatchPlan(config.batch.global_size, config.batch.micro_size)
-    mine = share_of(config.model, plan, 0, ranks)
+    mine = build_dealing(config, plan, 0, ranks).share(0)
     partners = int(config.regularization.mixes)
-    batch = GlobalBatch(0, 0, torch.arange(config.batch.global_size), mine, partners)
+    batch = GlobalBatch(
+        0, 0, torch.arange(config.batch.global_size), mine, partners, pace=int(config.batch.dealing == "measured")
+    )
     return lambda: step(batch, 0.1, lambda: False)
 
 

@@ -11,6 +11,7 @@ from benchmarks import (
     allocator,
     candidates,
     data_preparation,
+    dealing,
     engines,
     evaluation,
     kernels,
@@ -78,6 +79,7 @@ GROUPS: Mapping[str, Group] = MappingProxyType(
                 two_ranks.launch("gloo", reduction, 8192, max(2, pairs // 7)) for reduction in ("exact", "exact32")
             )
         ),
+        "dealing": Group(lambda pairs: [dealing.launch(pairs)]),
         "overlap-128": Group(
             lambda pairs: (row for which in ("gloo", "mpi") for row in overlap.rows(which, 1.0, 128, pairs))
         ),

@@ -114,6 +114,30 @@ _RULES = (
         code="one-sample-left",
     ),
     _Rule(
+        "batch.dealing",
+        lambda c: c.batch.dealing == "measured" and c.model.norm == "sync",
+        "with sync norm every rank computes a part of every micro-batch, so none can have more of them; "
+        "set batch.dealing to even or model.norm to ghost",
+        "even",
+        code="dealing-sync",
+    ),
+    _Rule(
+        "batch.dealing",
+        lambda c: c.batch.dealing == "measured" and c.comm.op == "adasum",
+        "adasum combines the ranks' own gradients, which would depend on who computes what; "
+        "set batch.dealing to even or comm.op to average",
+        "even",
+        code="dealing-adasum",
+    ),
+    _Rule(
+        "batch.dealing",
+        lambda c: c.batch.dealing == "measured" and c.noise.method != "none" and c.noise.sharing == "rank",
+        "with noise.sharing rank a gradient depends on the rank that computes it, which would change with its speed; "
+        "set batch.dealing to even or noise.sharing to micro_batch",
+        "even",
+        code="dealing-rank-noise",
+    ),
+    _Rule(
         "optimizer.nesterov",
         lambda c: c.optimizer.name == "sgd" and c.optimizer.nesterov and c.optimizer.momentum == 0,
         "Nesterov's rule needs a momentum above 0",

@@ -18,6 +18,7 @@ _FREE = frozenset(
         "run.profile_steps",
         "run.resume",
         "run.stop_signal",
+        "batch.dealing",
         "data.root",
         "data.download",
         "data.loader_workers",

@@ -112,6 +112,10 @@ class BatchSettings(Section):
         description="Samples of one forward and backward pass; auto: what fits the device.",
         examples=[256],
     )
+    dealing: Literal["even", "measured"] = Field(
+        "even",
+        description="How many micro-batches a rank computes. even: all as many. measured: by its speed, as measured.",
+    )
 
 
 class NoiseSettings(Section):

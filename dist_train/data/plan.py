@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -52,6 +53,12 @@ class BatchPlan:
         """
         assert 0 <= rank < size
         return self.micro_batches[rank::size]
+
+    def dealt(self, counts: Sequence[int], rank: int) -> tuple[MicroBatch, ...]:
+        """Return what rank `rank` computes where each has so many as `counts` says, by rank, one after the other."""
+        assert sum(counts) == len(self.micro_batches)
+        start = sum(counts[:rank])
+        return self.micro_batches[start : start + counts[rank]]
 
     def slices(self, rank: int, size: int) -> tuple[MicroBatch, ...]:
         """Return what rank `rank` of `size` computes where all share every micro-batch: an even part of each.

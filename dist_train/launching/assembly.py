@@ -104,6 +104,7 @@ def assemble(
     weights = FlatWeights(network)
     is_measured = config.metrics.enabled or config.metrics.writes_tensorboard
     measuring = None
+    has_clock = is_measured or config.batch.dealing == "measured"
     if is_measured:
         # The norms measure the distance to the initial weights, which are what `weights` are now.
         norms = WeightNorms(weights.values, weights.values.clone()) if comm.rank == 0 else None
@@ -135,7 +136,7 @@ def assemble(
         compute,
         averaging,
         progress,
-        clock=build_step_clock(compute.device) if is_measured else StepClock(HostTimer()),
+        clock=build_step_clock(compute.device) if has_clock else StepClock(HostTimer()),
         total_steps=total_steps,
         wait_for_checkpoint_copy=writer.wait_until_copied if writer else lambda: None,
     )

@@ -210,6 +210,8 @@ class TallyResult:
     stop: int
     largest: list[int]
     """The sums that `GradientReduction.fits` takes."""
+    paces: tuple[int, ...]
+    """What each rank told of its own, by rank."""
     statistics: torch.Tensor
     """The sums of `BatchStatistics`."""
 
@@ -249,6 +251,7 @@ class Tally:
         out_of_memory: bool = False,
         stop: bool = False,
         largest: torch.Tensor | None = None,
+        pace: int = 0,
     ) -> None:
         """Start the sum over the ranks, with what this rank has to say beside its counts."""
         self._largest = self._counts[:0] if largest is None else largest
@@ -258,14 +261,18 @@ class Tally:
         self._counts[_SAMPLES] = self._samples
         self._counts[_OUT_OF_MEMORY] = int(out_of_memory)
         self._counts[_STOP] = int(stop)
-        self._sent = torch.cat([self._counts, self._largest, self._statistics.sums])
+        paces = self._counts.new_zeros(self._comm.size)
+        if pace:
+            paces[self._comm.rank] = pace
+        self._sent = torch.cat([self._counts, paces, self._largest, self._statistics.sums])
         self._pending = self._comm.allreduce_async(self._sent, "tally")
 
     def result(self) -> TallyResult:
         """Wait for the sum and return it."""
         assert self._pending is not None, "nothing was sent"
         self._pending.wait()
-        read = _SLOTS + len(self._largest)
+        ranks = _SLOTS + self._comm.size
+        read = ranks + len(self._largest)
         counts: list[int] = self._sent[:read].tolist()
         samples = counts[_SAMPLES]
         return TallyResult(
@@ -275,6 +282,7 @@ class Tally:
             out_of_range=counts[_OUT_OF_RANGE],
             out_of_memory=counts[_OUT_OF_MEMORY],
             stop=counts[_STOP],
-            largest=counts[_SLOTS:],
+            largest=counts[ranks:],
+            paces=tuple(counts[_SLOTS:ranks]),
             statistics=self._sent[read:],
         )

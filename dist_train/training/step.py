@@ -33,7 +33,7 @@ _STATISTICS_MOMENTUM = 0.1
 class Update:
     """What an update was: mean loss and accuracy at the perturbed weights, the norm of the global gradient
     before it was clipped, whether some rank was asked to stop, and how often the gradient was computed again, since
-    numbers left their range. `times` are this rank's own.
+    numbers left their range. `times` are this rank's own, `paces` what the ranks told of theirs.
     """
 
     loss: float
@@ -42,6 +42,7 @@ class Update:
     stop_requested: bool
     repeats: int
     times: StepTimes = field(compare=False, repr=False)
+    paces: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
 
 class OutOfMemoryError(RuntimeError):
@@ -58,6 +59,8 @@ class GlobalBatch:
     micro_batches: tuple[MicroBatch, ...]
     partners: int = 0
     """Samples of the global batch that are read beyond each micro-batch, to be mixed with its own."""
+    pace: int = 0
+    """What this rank tells the others of its speed: microseconds of a micro-batch, 0 if nothing."""
 
     def request(self, micro_batch: MicroBatch) -> BatchRequest:
         """Return what is read for `micro_batch`; after the last sample of the global batch comes the first."""
@@ -119,7 +122,8 @@ class TrainingStep:
             self.averaging.after_update(batch.step)
             self.statistics.absorb(total.statistics, total.samples, _STATISTICS_MOMENTUM)
             self.loss_scale.note_update()
-        return Update(total.loss, total.accuracy, gradient_norm, total.stop > 0, repeats, self.clock.times())
+        times = self.clock.times()
+        return Update(total.loss, total.accuracy, gradient_norm, total.stop > 0, repeats, times, total.paces)
 
     def _must_repeat(self, total: TallyResult) -> bool:
         """Whether the gradient must be computed again, by a smaller loss scale or on coarser grids."""
@@ -145,6 +149,7 @@ class TrainingStep:
             out_of_memory=not fits,
             stop=stop_requested(),
             largest=self.reduction.largest,
+            pace=batch.pace,
         )
         with self.clock.phase("allreduce"):
             total = self.tally.result()

@@ -28,9 +28,10 @@ from dist_train.rundir.records import Detail, EvaluationRecord, EventRecord, Rec
 from dist_train.rundir.status import StatusFile
 from dist_train.training.averaged import AveragedModel
 from dist_train.training.consistency import verify_agreement
+from dist_train.training.dealing import build_dealing
 from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples
 from dist_train.training.measuring import Measuring, Profiler
-from dist_train.training.micro_batches import halve, share_of
+from dist_train.training.micro_batches import halve
 from dist_train.training.step import GlobalBatch, OutOfMemoryError, TrainingStep, Update
 from dist_train.training.stopping import EarlyStopping, StopRequests, TimeLimit
 
@@ -70,6 +71,7 @@ class Trainer:
     def __post_init__(self) -> None:
         assert self.config.batch.micro_size != "auto", "decided before"
         self.plan = BatchPlan(self.config.batch.global_size, self.config.batch.micro_size)
+        self.deal_anew()
         self._epoch_order = lru_cache(2)(partial(epoch_order, len(self.splits.train), self.config.run.seed))
         self._statistics_at: int | None = None
         self._averaged = AveragedModel(self.network, self.take_step.averaging, self._take_statistics)
@@ -91,6 +93,10 @@ class Trainer:
     def samples_per_second(self) -> float | None:
         """Samples trained on a second, over the steps of this launch."""
         return self._steps_done * self.plan.global_size / self._busy_seconds if self._busy_seconds else None
+
+    def deal_anew(self) -> None:
+        """Begin to deal out micro-batches as in a first update: on all ranks at once, where plan or ranks change."""
+        self._dealing = build_dealing(self.config, self.plan, self.comm.rank, self.comm.size)
 
     def run(self) -> None:
         """Train to the end, evaluate, save.
@@ -138,14 +144,16 @@ class Trainer:
                 raise
             self._shrink()
             return
+        if shares := self._dealing.note(step, update.times, update.paces):
+            self._event_at(step + 1, "dealing", shares=" ".join(map(str, shares)))
         self.progress.step += 1
         self._after_step(update, time.perf_counter() - begun)
 
     def _batch(self, step: int) -> GlobalBatch:
         epoch, index = divmod(step, self.learning_rate.steps_per_epoch)
         indices = batch_indices(self._epoch_order(epoch), index, self.plan.global_size)
-        micro_batches = share_of(self.config.model, self.plan, self.comm.rank, self.comm.size)
-        return GlobalBatch(step, epoch, indices, micro_batches, partners=int(self.config.regularization.mixes))
+        partners, dealing = int(self.config.regularization.mixes), self._dealing
+        return GlobalBatch(step, epoch, indices, dealing.share(step), partners, dealing.pace)
 
     def _coming_micro_batches(self) -> Iterator[BatchRequest]:
         """Yield this rank's micro-batches of this update and the next."""
@@ -161,6 +169,7 @@ class Trainer:
         self.plan = BatchPlan(self.plan.global_size, smaller)
         self.config = with_micro_size(self.config, smaller)
         self._settings = self.config.model_dump(mode="json")
+        self.deal_anew()
         self.take_step = self.shrink(self.take_step, smaller)
 
     def _after_step(self, update: Update, seconds: float) -> None:

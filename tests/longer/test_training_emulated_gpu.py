@@ -63,6 +63,7 @@ MODELS: list[Sections] = [
 ]
 ADDED: list[Sections] = [
     {"averaging": {"kind": "ema"}, "regularization": {"mixup": 0.2, "label_smoothing": 0.1}},
+    {"batch": {"dealing": "measured"}},
     {"averaging": {"kind": "lawa", "every_steps": 1}, "regularization": {"mixup": 0.2, "cutmix": 1.0}},
 ]
 CASES = [*NOISE, *NORMS, *OPTIMIZERS, *REDUCTIONS, *MODELS, *ADDED]

@@ -45,6 +45,19 @@ def parse(settings: dict[str, Any]) -> Config:
             "adasum-with-noise",
             {"comm": {"op": "average", **FLOAT}, "noise": NOISE},
         ),
+        *(
+            (
+                {"batch": {"dealing": "measured"}, **beside},
+                "batch.dealing",
+                code,
+                {"batch": {"dealing": "even"}, **beside},
+            )
+            for code, beside in (
+                ("dealing-sync", {"model": {"norm": "sync"}}),
+                ("dealing-adasum", {"comm": {"op": "adasum", **FLOAT}}),
+                ("dealing-rank-noise", {"noise": {"sharing": "rank", **NOISE}}),
+            )
+        ),
         (
             {"early_stopping": {"patience": 2, "metric": "validation.loss"}},
             "early_stopping.metric",

@@ -29,6 +29,7 @@ DECIDED = parse(
         {"run": {"name": "other", "directory": "elsewhere", "max_steps": 7, "resume": "never"}},
         {"run": {"profile_steps": 3}},
         {"data": {"root": "there", "download": True, "loader_workers": 3}},
+        {"batch": {"dealing": "measured"}},
         {"comm": {"verify_every": 1, "timeout": 5.0}},
         {"evaluation": {"every_epochs": 9, "batch_size": 3}},
         {"checkpoint": {"every_steps": 3, "keep": 1, "keep_best": False, "background": False}},

@@ -71,6 +71,7 @@ def test_a_page_reads_back_what_was_recorded() -> None:
         "non_finite_evaluation": 0,
         "disagreement": 0,
         "micro_size": 0,
+        "dealing": 0,
         "exporter_restarted": 0,
     }
     states = {key[1][0]: value for key, value in values.items() if key[0] == "dist_train_state"}
@@ -301,6 +302,14 @@ def test_smaller_micro_batches_are_counted_anew(facts: RunFacts, now: tuple[int,
     assert values["dist_train_micro_batches", ()] == 64
     counts = [value for (name, _), value in values.items() if name == "dist_train_rank_micro_batches"]
     assert tuple(counts) == now
+
+
+def test_shares_that_follow_the_ranks_speed_are_those_of_the_last_change() -> None:
+    board = Board(replace(FACTS, micro_batches=32, micro_batches_of=(16, 16)))
+    board.record(EventRecord(20, "dealing", 1.0, {"shares": "24 8"}))
+    values = values_of(board)
+    counts = [value for (name, _), value in values.items() if name == "dist_train_rank_micro_batches"]
+    assert counts == [24, 8]
 
 
 def test_a_kind_of_event_that_nobody_foresaw_is_counted() -> None:

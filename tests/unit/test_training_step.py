@@ -315,14 +315,19 @@ class Limited(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("short", "sharing", "backward"),
-    [([0], "global", True), ([1], "micro_batch", True), ([0, 1], "global", False), ([1], "global", False)],
+    ("short", "sharing", "backward", "dealing"),
+    [
+        ([0], "global", True, "even"),
+        ([1], "micro_batch", True, "measured"),
+        ([0, 1], "global", False, "measured"),
+        ([1], "global", False, "even"),
+    ],
 )
 def test_a_run_that_runs_out_of_memory_goes_on_with_smaller_micro_batches(
-    tmp_path: Path, short: list[int], sharing: str, backward: bool
+    tmp_path: Path, short: list[int], sharing: str, backward: bool, dealing: str
 ) -> None:
     def train(comm: SimulatedRanks, micro_size: int, folder: str) -> tuple[dict[str, bytes], int, str]:
-        config = small_config(batch={"micro_size": micro_size}, noise={"sharing": sharing})
+        config = small_config(batch={"micro_size": micro_size, "dealing": dealing}, noise={"sharing": sharing})
         trainer = build_trainer(config, tmp_path / folder, comm)
         if micro_size > 3 and comm.rank in short:
             limited = Limited(trainer.network, 3, backward)

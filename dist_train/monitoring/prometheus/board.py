@@ -27,7 +27,7 @@ from dist_train.rundir.records import (
 STATES = ("starting", "running", "stopping", "stopped", "finished", "failed")
 EVENTS = (
     *("resumed", "requeued", "signal", "checkpoint", "checkpoint_failed", "corrupt_checkpoint", "not_finite"),
-    *("non_finite_evaluation", "disagreement", "micro_size", "exporter_restarted"),
+    *("non_finite_evaluation", "disagreement", "micro_size", "dealing", "exporter_restarted"),
 )
 """The kinds of event that are counted from 0; others are counted once they come."""
 
@@ -206,13 +206,15 @@ class Board:
         )
 
     def _happen(self, record: EventRecord) -> None:
-        match record.event, record.details.get("now"):
+        match record.event, record.details.get("now", record.details.get("shares")):
             case "checkpoint", _:
                 self._change(checkpoint=record)
             case "signal", _:
                 self._change(state="stopping")
             case "micro_size", int(size) if size > 0:
                 self._change(facts=_cut_anew(self._now.facts, size))
+            case "dealing", str(shares):
+                self._change(facts=replace(self._now.facts, micro_batches_of=tuple(map(int, shares.split()))))
 
 
 def _cut_anew(facts: RunFacts, size: int) -> RunFacts:

@@ -259,7 +259,7 @@ def _speed(built: dashboard.Dashboard) -> None:
     )
     built.with_panel(
         curves(
-            PanelSpec("Time at work, over the ranks", "Time of a step outside of allreduces.", "s"),
+            PanelSpec("Time at work, over the ranks", "Time of a step outside of allreduces.", "s", 6),
             *_over_ranks("dist_train_rank_busy_seconds"),
         ).min(0)
     )
@@ -269,6 +269,7 @@ def _speed(built: dashboard.Dashboard) -> None:
                 "Time in allreduces, over the ranks",
                 "Time of a step spent in allreduces: for the sum itself, and beyond that for slower ranks.",
                 "s",
+                6,
                 alert="DistTrainThroughputDown",
             ),
             *_over_ranks("dist_train_rank_wait_seconds"),
@@ -277,8 +278,19 @@ def _speed(built: dashboard.Dashboard) -> None:
     )
     built.with_panel(
         curves(
-            PanelSpec("Seconds for a micro-batch, over the ranks", "Mean of five minutes.", "s"),
+            PanelSpec("Seconds for a micro-batch, over the ranks", "Mean of five minutes.", "s", 6),
             *_over_ranks("run_rank:dist_train_rank_busy_seconds:per_micro_batch_avg5m"),
+        ).min(0)
+    )
+    built.with_panel(
+        curves(
+            PanelSpec(
+                "Micro-batches, over the ranks",
+                "What a rank computes of a step: all as many, or by its speed where batch.dealing is measured.",
+                "none",
+                6,
+            ),
+            *_over_ranks("dist_train_rank_micro_batches"),
         ).min(0)
     )
     built.with_panel(
