@@ -39,7 +39,7 @@ from dist_train.analysis.subset_loss import SubsetLoss, Vector, open_stored_subs
 from dist_train.checkpoint.files import read_stored
 from dist_train.cluster.launch import current_launch
 from dist_train.config import NoiseSettings
-from dist_train.optim.noise import NoiseDraws
+from dist_train.optim.noise_draws import NoiseDraws
 from dist_train.outcome import DivergedError, UsageError
 from dist_train.randomness import generator
 from dist_train.rundir.atomic import finite
