@@ -300,7 +300,8 @@ def _emulated(job: Job) -> tuple[Emulated, Counter[str], Counter[str]]:
     config = parse_config(job.sections, source="emulation")
     images, share = config.data.image_format, config.batch.global_size // job.ranks
     network = bare_vgg9(images.shape[0], images.classes, config.model.width) if job.plain else build_model(config)
-    watch = _Watch(config.batch.global_size)
+    points = config.noise.points if config.noise.passes == "all" else 1
+    watch = _Watch(config.batch.global_size * points)
     error = ""
     with FakeTensorMode(), watch:
         try:
