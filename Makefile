@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cluster test-containers test-lengthy test-cuda-build test-unit test-hermetic lint bench gpu dashboards clean
+.PHONY: help setup demo test test-cluster test-containers test-lengthy test-cuda-build test-unit test-hermetic lint study-smoke bench gpu dashboards clean
 
 python := .venv/bin/python
 code := $(wildcard dist_train tests benchmarks docker/grafana/dashboard_generator)
@@ -51,6 +51,12 @@ lint: setup ## ruff, mypy, bandit, shellcheck and hadolint
 	$(python) -m bandit -q -c pyproject.toml -r dist_train
 	.venv/bin/shellcheck launch/*.sh slurm/*.sh docker/*.sh docker/grafana/*.sh tests/cluster/*.sh benchmarks/peers/*.sh .ci/run
 	.venv/bin/hadolint docker/Dockerfile
+
+study-smoke: setup ## a small study from its search to its report: tune, confirm on fresh seeds, compare; a minute or two
+	.venv/bin/dist-train sweep studies/search.yaml --jobs 2
+	.venv/bin/dist-train sweep studies/search.yaml --best | $(python) -m benchmarks.confirm_study studies/search.yaml --seeds 100 101 -o runs/confirm.yaml
+	.venv/bin/dist-train sweep runs/confirm.yaml --jobs 2
+	.venv/bin/dist-train report runs/search-confirm
 
 bench: setup ## the side-by-side performance table (DEVICE=cuda: on a GPU); takes hours, `python -m benchmarks --only GROUP` minutes
 	@benchmarks/peers/environment.sh

@@ -39,6 +39,7 @@ from dist_train.launching.assembly import build_step
 from dist_train.models import build_model
 from dist_train.optim.averaging import build_averaging
 from dist_train.optim.flat_weights import FlatWeights
+from dist_train.optim.noise import build_noise
 from dist_train.optim.optimizers import build_optimizer, optimizer_step
 from dist_train.outcome import UsageError
 from dist_train.training.compute import Compute
@@ -263,10 +264,10 @@ def _our_step(config: Config, network: nn.Module, ranks: int) -> Callable[[], ob
         comm,
         compute,
         build_averaging(config.averaging, weights, 1),
+        build_noise(config.noise, weights, seed=config.run.seed, total_steps=100, rank=0),
         # exact32's grids: without them it would be the first update, which sums in 64 bits
         Progress(grid_exponents=[30] * len(weights.segments)),
         clock=StepClock(HostTimer()),
-        total_steps=100,
     )
     assert config.batch.micro_size != "auto", "to be named"
     plan = BatchPlan(config.batch.global_size, config.batch.micro_size)
@@ -301,7 +302,8 @@ def _emulated(job: Job) -> tuple[Emulated, Counter[str], Counter[str]]:
     config = parse_config(job.sections, source="emulation")
     images, share = config.data.image_format, config.batch.global_size // job.ranks
     network = bare_vgg9(images.shape[0], images.classes, config.model.width) if job.plain else build_model(config)
-    watch = _Watch(config.batch.global_size)
+    points = config.noise.points if config.noise.passes == "all" else 1
+    watch = _Watch(config.batch.global_size * points)
     error = ""
     with FakeTensorMode(), watch:
         try:

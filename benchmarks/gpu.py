@@ -33,7 +33,7 @@ from dist_train.cluster.devices import find_gpus
 from dist_train.config import NoiseSettings, dump_config
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights
-from dist_train.optim.noise import NoiseDraws
+from dist_train.optim.noise_draws import NoiseDraws
 from dist_train.outcome import ExitCode
 
 _NOISE = {"method": "smoothout", "amplitude": 1e-3}

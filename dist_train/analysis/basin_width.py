@@ -1,13 +1,19 @@
-"""How wide a basin is: the interval of alpha where the training loss stays under a multiple of its minimum."""
+"""How wide a basin is: the interval of alpha where the training loss stays under a multiple of its minimum.
+
+Or where it rises by no more than an absolute amount, on a grid that closes in on the ends.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import product
 from typing import Any
+
+from scipy.optimize import brentq
 
 FACTORS = (2.0, 10.0)
 
@@ -74,6 +80,33 @@ def _end(alphas: Sequence[float], losses: Sequence[float], start: int, step: int
             return alphas[inside] + part * (alphas[outside] - alphas[inside]), False
         inside = outside
     return alphas[inside], True
+
+
+_FIRST, _RATIO, _TOLERANCE, _HUGE = 1 / 64, 2.0**0.5, 1e-3, 1e30
+
+
+def ends(rise_at: Callable[[float], float], rises: Sequence[float], reach: float) -> list[float | None]:
+    """Return how far from 0 `rise_at` first exceeds each of `rises`, to a thousandth; None: not within `reach`.
+
+    Seen at reach / 64 and each time 1.4 times as far, then between two of these: a narrower barrier is missed. A rise
+    that is not finite is above everything.
+    """
+
+    @cache
+    def rise(distance: float) -> float:
+        value = rise_at(distance) if distance > 0 else 0.0
+        return value if math.isfinite(value) else _HUGE
+
+    found: list[float | None] = []
+    inside, outside = 0.0, reach * _FIRST
+    for amount in sorted(rises):
+        while rise(outside) <= amount and outside < reach:
+            inside, outside = outside, min(reach, outside * _RATIO)
+        if rise(outside) <= amount:
+            found.append(None)
+        else:
+            found.append(float(brentq(lambda at: rise(at) - amount, inside, outside, xtol=1e-12, rtol=_TOLERANCE)))  # noqa: B023
+    return [dict(zip(sorted(rises), found, strict=True))[amount] for amount in rises]
 
 
 def summarize(widths: Sequence[Width]) -> dict[str, Any]:

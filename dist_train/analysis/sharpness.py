@@ -1,6 +1,7 @@
-"""How sharp a minimum a checkpoint lies in, by three measures, each kept as soon as it is there.
+"""How sharp a minimum a checkpoint lies in, by several measures, each kept as soon as it is there.
 
-The rise under uniform noise, the Hessian's eigenvalues and trace, and Keskar et al.'s.
+The rise under uniform noise, the Hessian's eigenvalues and trace, Keskar et al.'s, the width at an absolute rise; and
+the gradient noise scale.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -20,17 +22,21 @@ from scipy.optimize import Bounds, minimize
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
 from dist_train import __version__
-from dist_train.analysis.directions import check_exclusions
+from dist_train.analysis.basin_width import ends
+from dist_train.analysis.directions import check_exclusions, random_direction
 from dist_train.analysis.sharpness_record import (
     MEASURES,
+    USUAL,
     HessianResult,
     KeskarResult,
     Measure,
     MeasuredCheckpoint,
     MeasuredData,
+    NoiseScaleResult,
     RiseResult,
     SharpnessRecord,
     SharpnessSettings,
+    WidthResult,
     read_record,
     record_path,
     write_record,
@@ -39,7 +45,7 @@ from dist_train.analysis.subset_loss import SubsetLoss, Vector, open_stored_subs
 from dist_train.checkpoint.files import read_stored
 from dist_train.cluster.launch import current_launch
 from dist_train.config import NoiseSettings
-from dist_train.optim.noise import NoiseDraws
+from dist_train.optim.noise_draws import NoiseDraws
 from dist_train.outcome import DivergedError, UsageError
 from dist_train.randomness import generator
 from dist_train.rundir.atomic import finite
@@ -56,7 +62,7 @@ Report = Callable[[str], None]
 def measure_sharpness(
     target: Path,
     settings: SharpnessSettings,
-    measures: Collection[Measure] = MEASURES,
+    measures: Collection[Measure] = USUAL,
     overrides: Sequence[str] = (),
     folder: Path | None = None,
     report: Report = lambda text: None,
@@ -143,6 +149,10 @@ def _take(measure: Measure, loss: SubsetLoss, record: SharpnessRecord, report: R
                     trace_standard_error=finite(error),
                 )
             }
+        case "width":
+            found = {"widths": basin_widths(loss, settings)}
+        case "noise-scale":
+            found = {"noise_scale": noise_scale(*loss.batch_gradients())}
     seconds = round(time.monotonic() - begun, 1)
     report(f"{measure}: {seconds:g} s")
     return record.model_copy(update={**found, "seconds": {**record.seconds, measure: seconds}})
@@ -206,6 +216,76 @@ def trace_with_error(
         beside = probe - vectors @ (vectors.T @ probe)
         rests[index] = beside @ loss.hessian_product(beside)
     return float(values.sum() + rests.mean()), float(rests.std(ddof=1) / probes**0.5)
+
+
+def basin_widths(loss: SubsetLoss, settings: SharpnessSettings) -> tuple[WidthResult, ...]:
+    """Return the mean widths of the basin around the weights, along random filter-normalized directions.
+
+    A width is the distance between the ends on both sides at which the loss has risen by an absolute amount.
+    """
+    clean = loss.value_at_flat(loss.clean)
+    widths = np.empty((len(settings.width_rises), settings.width_directions))
+    is_censored = np.zeros_like(widths, dtype=bool)
+    for index in range(settings.width_directions):
+        direction = random_direction(loss.weights, "filter", settings.exclude, settings.seed, index).to(loss.clean)
+        ways = [partial(_rise_along, loss, clean, sign * direction) for sign in (1, -1)]
+        sides = [ends(way, settings.width_rises, settings.width_reach) for way in ways]
+        for row, pair in enumerate(zip(*sides, strict=True)):
+            is_censored[row, index] = None in pair
+            widths[row, index] = sum(settings.width_reach if end is None else end for end in pair)
+    return tuple(
+        WidthResult(
+            rise=rise,
+            mean=float(row.mean()),
+            standard_error=float(row.std(ddof=1) / len(row) ** 0.5),
+            directions=len(row),
+            censored=int(censored.sum()),
+        )
+        for rise, row, censored in zip(settings.width_rises, widths, is_censored, strict=True)
+    )
+
+
+def _rise_along(loss: SubsetLoss, clean: float, direction: torch.Tensor, distance: float) -> float:
+    return loss.value_at_flat(torch.add(loss.clean, direction, alpha=distance)) - clean
+
+
+def noise_scale(gradients: Sequence[Vector], sizes: Sequence[int]) -> NoiseScaleResult:
+    """Return the simple noise scale tr(Sigma) / |G|^2 of McCandlish et al. (arXiv 1812.06162), in samples.
+
+    `gradients` are the mean ones of batches of `sizes` samples. A batch of n has E|g|^2 = |G|^2 + tr(Sigma)/n, and so
+    has their whole: two equations, without bias. The ratio's error is the jackknife's over batches; None where |G|^2
+    is not found to be above 0, which a batch larger than what was measured would have to show.
+
+    Raises:
+        UsageError: there is a single batch.
+    """
+    if len(sizes) < 2:
+        raise UsageError("--batch-size: the noise scale needs two passes or more", code="option-range")
+    counts = np.array(sizes, dtype=np.float64)
+    whole = np.average(gradients, axis=0, weights=counts)
+    squares = np.array([gradient @ gradient for gradient in gradients])
+    along = np.array([gradient @ whole for gradient in gradients])
+
+    def estimate(kept: NDArray[np.bool_]) -> tuple[float, float]:
+        samples = counts[kept].sum()
+        # |whole|^2 of those kept; at most one is left out
+        cross = 2 * counts.sum() * (counts * along)[~kept].sum()
+        square = (counts.sum() ** 2 * (whole @ whole) - cross + (counts**2 * squares)[~kept].sum()) / samples**2
+        variance = (squares[kept].mean() - square) / ((1 / counts[kept]).mean() - 1 / samples)
+        return float(variance), float(square - variance / samples)
+
+    everything = np.ones(len(counts), dtype=bool)
+    variance, square = estimate(everything)
+    value = variance / square if square > 0 else None
+    error = None
+    rest = range(len(counts) if len(counts) > 2 else 0)
+    spread = [estimate(everything & (np.arange(len(counts)) != index)) for index in rest]
+    if value is not None and spread and all(found > 0 for _, found in spread):
+        values = np.array([one / other for one, other in spread])
+        error = float(np.sqrt((len(counts) - 1) * values.var()))
+    return NoiseScaleResult(
+        value=value, standard_error=error, variance=variance, squared_gradient=square, batches=len(counts)
+    )
 
 
 class SmoothLoss(Protocol):

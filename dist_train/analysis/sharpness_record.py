@@ -14,8 +14,9 @@ from dist_train.rundir import atomic
 
 FORMAT = 1
 AtLeastTwo = Annotated[int, Field(ge=2)]
-Measure = Literal["keskar", "rise", "hessian"]
-MEASURES: tuple[Measure, ...] = ("keskar", "rise", "hessian")
+Measure = Literal["keskar", "rise", "hessian", "width", "noise-scale"]
+USUAL: tuple[Measure, ...] = ("keskar", "rise", "hessian")
+MEASURES: tuple[Measure, ...] = (*USUAL, "width", "noise-scale")
 
 
 class _Part(BaseModel):
@@ -45,6 +46,9 @@ class SharpnessSettings(_Part):
     hessian_eigenvalues: PositiveInt = 5
     hessian_tolerance: PositiveFloat = 1e-3
     hessian_probes: AtLeastTwo = 16
+    width_rises: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.05, 0.5, 1.0)
+    width_directions: AtLeastTwo = 5
+    width_reach: PositiveFloat = 2.0
 
 
 class MeasuredCheckpoint(_Part):
@@ -91,6 +95,26 @@ class HessianResult(_Part):
     trace_standard_error: float | None
 
 
+class WidthResult(_Part):
+    """The mean width over directions at one rise. Where `censored` are above 0, so many end beyond the reach."""
+
+    rise: float
+    mean: float
+    standard_error: float
+    directions: int
+    censored: int
+
+
+class NoiseScaleResult(_Part):
+    """The gradient noise scale, in samples, its jackknife error over batches, and what it is the ratio of."""
+
+    value: float | None
+    standard_error: float | None
+    variance: float
+    squared_gradient: float
+    batches: int
+
+
 class SharpnessRecord(_Part):
     """What is known of a checkpoint's sharpness with these settings; a measure not taken yet is None."""
 
@@ -104,12 +128,21 @@ class SharpnessRecord(_Part):
     keskar: KeskarResult | None = None
     expected_rise: tuple[RiseResult, ...] | None = None
     hessian: HessianResult | None = None
+    widths: tuple[WidthResult, ...] | None = None
+    noise_scale: NoiseScaleResult | None = None
     seconds: dict[str, float] = {}
     versions: dict[str, str] = {}
 
     def has(self, measure: Measure) -> bool:
         """Whether `measure` has been taken."""
-        return {"keskar": self.keskar, "rise": self.expected_rise, "hessian": self.hessian}[measure] is not None
+        taken = {
+            "keskar": self.keskar,
+            "rise": self.expected_rise,
+            "hessian": self.hessian,
+            "width": self.widths,
+            "noise-scale": self.noise_scale,
+        }
+        return taken[measure] is not None
 
 
 def settings_from(values: dict[str, object]) -> SharpnessSettings:

@@ -104,6 +104,18 @@ class SubsetLoss:
             values, gradients = zip(*self._spread(work), strict=True)
         return sum(values), self._summed(gradients)
 
+    def batch_gradients(self) -> tuple[list[Vector], list[int]]:
+        """Return the mean gradient of each batch at the clean weights, and its samples."""
+
+        def work(batch: Batch) -> Vector:
+            loss = self._loss_of(batch) * (self._samples / len(batch[1]))
+            gradients = torch.autograd.grad(loss, self.weights.parameters, materialize_grads=True)
+            joined: Vector = _joined(gradients).cpu().numpy()
+            return joined
+
+        with self._at(self.clean):
+            return self._spread(work), [len(labels) for _, labels in self._batches]
+
     def hessian_product(self, direction: Vector) -> Vector:
         """Return the Hessian at the clean weights times `direction`."""
         flat = self._flat(direction)

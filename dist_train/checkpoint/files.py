@@ -64,6 +64,8 @@ class Contents:
     """Digests of the source files of the plug-ins that the run used, by name."""
     average: Mapping[str, Any] = field(default_factory=dict)
     """Of a run that averages its weights: what the average is made of (`kept`), and its norms' `statistics`."""
+    noise: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What the noise has kept of earlier updates, where it does."""
     grid_exponents: Sequence[int] | None = None
     """Of `exact32`: the next update's, one for each parameter tensor."""
 
@@ -216,8 +218,7 @@ def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
         )
     return Contents(
         **{name: fields[name] for name in _KINDS},
-        plugins=fields.get("plugins", {}),
-        average=fields.get("average", {}),
+        **{name: fields.get(name, {}) for name in ("plugins", "average", "noise")},
         grid_exponents=fields.get("grid_exponents"),
     )
 

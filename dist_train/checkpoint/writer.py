@@ -126,6 +126,7 @@ class CheckpointWriter:
                     model=self._copy("model", contents.model),
                     optimizer=self._copy("optimizer", contents.optimizer),
                     average=self._copy("average", contents.average),
+                    noise=self._copy("noise", contents.noise),
                 )
             finally:
                 self._copied.set()

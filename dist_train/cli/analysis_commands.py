@@ -210,8 +210,10 @@ _TEXTS = {
     "hessian-eigenvalues": "how many eigenvalues, the largest ones (default: 5)",
     "hessian-tolerance": "relative error of the eigenvalues (default: 0.001)",
     "hessian-probes": "random vectors that the trace is estimated from (default: 16)",
+    "width-directions": "random directions that the width is measured along (default: 5)",
+    "width-reach": "largest distance on each side, in norms of the filters (default: 2)",
 }
-_FRACTIONS = {"keskar-epsilon", "hessian-tolerance"}
+_FRACTIONS = {"keskar-epsilon", "hessian-tolerance", "width-reach"}
 
 
 def add_sharpness(subparsers: Subparsers) -> None:
@@ -229,7 +231,16 @@ def add_sharpness(subparsers: Subparsers) -> None:
         "overrides", nargs="*", default=[], metavar="section.key=value", help="data.root=DIR, for instance"
     )
     parser.add_argument(
-        "--only", default="keskar,rise,hessian", metavar="LIST", help="which measures (default: keskar,rise,hessian)"
+        "--only",
+        default="keskar,rise,hessian",
+        metavar="LIST",
+        help="which measures; width and noise-scale too (default: keskar,rise,hessian)",
+    )
+    parser.add_argument(
+        "--width-rises",
+        type=_numbers,
+        metavar="LIST",
+        help="rises of the loss at which the basin's width is measured (default: 0.05,0.5,1)",
     )
     parser.add_argument(
         "--statistics",
@@ -337,6 +348,11 @@ def _rows(record: SharpnessRecord) -> Iterator[tuple[str, str]]:
         for index, eigenvalue in enumerate(record.hessian.eigenvalues, start=1):
             yield f"Hessian eigenvalue {index}", _number(eigenvalue)
         yield "Hessian trace", _number(record.hessian.trace, record.hessian.trace_standard_error)
+    for width in record.widths or ():
+        beyond = f", at least: {width.censored} of {width.directions} end beyond the reach" if width.censored else ""
+        yield f"basin width, rise {width.rise:g}", f"{_number(width.mean, width.standard_error)}{beyond}"
+    if (scale := record.noise_scale) is not None:
+        yield "gradient noise scale, samples", _number(scale.value, scale.standard_error)
 
 
 def _number(value: float | None, error: float | None = None) -> str:

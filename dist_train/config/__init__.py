@@ -3,7 +3,8 @@
 from dist_train.config.data import ENCODED, DataSettings
 from dist_train.config.generalization import AveragingSettings, EarlyStoppingSettings, RegularizationSettings
 from dist_train.config.loading import dump_config, load_config, parse_config
-from dist_train.config.parts import DATA_SETS, ImageFormat, NoiseSchedule
+from dist_train.config.noise import NoiseSchedule, NoiseSettings
+from dist_train.config.parts import DATA_SETS, ImageFormat
 from dist_train.config.problems import ConfigError
 from dist_train.config.resuming import Difference, differences
 from dist_train.config.sections import (
@@ -11,7 +12,6 @@ from dist_train.config.sections import (
     CommSettings,
     Config,
     ModelSettings,
-    NoiseSettings,
     OptimizerSettings,
     PrecisionSettings,
     ScheduleSettings,

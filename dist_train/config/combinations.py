@@ -47,6 +47,27 @@ def _leaves_one_sample(config: Config) -> bool:
     return _normalizes_over_samples(config) and (whole % micro or micro) == 1
 
 
+def _ascends(config: Config) -> bool:
+    return config.noise.method in ("sam", "asam")
+
+
+def _perturbs(config: Config) -> bool:
+    """Whether it draws points where gradients are taken."""
+    return config.noise.method in ("smoothout", "arwp", "fsgld")
+
+
+def _descends_plainly(config: Config) -> bool:
+    optimizer = config.optimizer
+    return optimizer.name == "sgd" and optimizer.momentum == optimizer.weight_decay == 0 and not optimizer.nesterov
+
+
+def _leaves_a_point_out(config: Config) -> bool:
+    if not _perturbs(config) or config.noise.passes == "all":
+        return False
+    micro, whole = config.batch.micro_size, config.batch.global_size
+    return micro == "auto" or whole % (micro * config.noise.points) != 0
+
+
 _RULES = (
     _Rule(
         "precision.compute",
@@ -158,28 +179,50 @@ _RULES = (
     ),
     _Rule(
         "noise.sharing",
-        lambda c: c.noise.method == "langevin" and c.noise.sharing != "global",
-        "langevin noise stays in the weights, which all ranks share; set noise.sharing to global",
+        lambda c: c.noise.method in ("langevin", "sgld") and c.noise.sharing != "global",
+        "{noise.method} noise stays in the weights, which all ranks share; set noise.sharing to global",
         "global",
         code="langevin-sharing",
     ),
     _Rule(
         "noise.sharing",
-        lambda c: c.noise.method == "sam" and c.noise.sharing != "micro_batch",
-        "sam ascends by each micro-batch's own gradient; set noise.sharing to micro_batch",
+        lambda c: _ascends(c) and c.noise.sharing != "micro_batch",
+        "{noise.method} ascends by each micro-batch's own gradient; set noise.sharing to micro_batch",
         "micro_batch",
         code="sam-sharing",
     ),
     _Rule(
         "noise.scale",
-        lambda c: c.noise.method == "sam" and c.noise.scale != "absolute",
-        "sam's ascent has the length noise.amplitude, whatever the weights; set noise.scale to absolute",
+        lambda c: _ascends(c) and c.noise.scale != "absolute",
+        "the ascent of {noise.method} has the length noise.amplitude; set noise.scale to absolute",
         "absolute",
         code="sam-scale",
     ),
     _Rule(
         "noise.sharing",
-        lambda c: c.model.norm == "sync" and c.noise.method == "smoothout" and c.noise.sharing == "rank",
+        lambda c: c.noise.method == "ivon" and c.noise.sharing != "global",
+        "ivon takes one sample a step, for all ranks; set noise.sharing to global",
+        "global",
+        code="ivon-sharing",
+    ),
+    _Rule(
+        "optimizer.name",
+        lambda c: c.noise.method == "ivon" and not _descends_plainly(c),
+        "ivon has its own momentum and weight decay; "
+        "set optimizer={{name: sgd, momentum: 0, nesterov: false, weight_decay: 0}}",
+        code="ivon-optimizer",
+    ),
+    _Rule(
+        "noise.passes",
+        _leaves_a_point_out,
+        "micro-batches of one size take turns at {noise.points} points; set batch.micro_size to a part of "
+        "batch.global_size by a multiple of these, or noise.passes to all",
+        "all",
+        code="passes-unequal",
+    ),
+    _Rule(
+        "noise.sharing",
+        lambda c: c.model.norm == "sync" and _perturbs(c) and c.noise.sharing == "rank",
         "sync norm takes its statistics over all ranks, which must then hold the same weights; "
         "set noise.sharing to global or micro_batch",
         "global, micro_batch",
@@ -267,13 +310,38 @@ def _no_way_up(config: Config) -> bool:
     return config.schedule.scaling == "none" and config.schedule.decay in ("constant", "step")
 
 
+def _is_not(method: str) -> Callable[[Config], bool]:
+    return lambda config: config.noise.method != method
+
+
+_OF_ONE_METHOD = {
+    "asam": ("offset",),
+    "arwp": ("adaptation", "memory"),
+    "fsgld": ("temperature",),
+    "ivon": ("sample_size", "curvature", "damping", "betas"),
+}
+
+
 _UNUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("noise.amplitude", _no_noise, "noise.method is none"),
     ("noise.sharing", _no_noise, "noise.method is none"),
     ("noise.schedule", _no_noise, "noise.method is none"),
     ("noise.exclude", _no_noise, "noise.method is none"),
     ("noise.distribution", _no_noise, "noise.method is none"),
-    ("noise.distribution", lambda c: c.noise.method == "sam", "sam draws nothing"),
+    ("noise.distribution", _ascends, "this method draws nothing"),
+    *(
+        (f"noise.{name}", lambda c: not _perturbs(c), "noise.method takes gradients at no draws of its own")
+        for name in ("draws", "antithetic", "mix", "passes")
+    ),
+    *(
+        (f"noise.{name}", lambda c: c.noise.method == "ivon", "ivon says itself how it draws")
+        for name in ("amplitude", "distribution", "scale", "schedule", "exclude")
+    ),
+    *(
+        (f"noise.{name}", _is_not(method), f"noise.method is not {method}")
+        for method, names in _OF_ONE_METHOD.items()
+        for name in names
+    ),
     ("noise.scale", _no_noise, "noise.method is none"),
     ("model.ghost_size", lambda c: c.model.norm != "ghost", "model.norm is not ghost"),
     ("model.channel_groups", lambda c: c.model.norm != "group", "model.norm is not group"),

@@ -9,11 +9,10 @@ from pydantic import Field, PositiveInt
 
 from dist_train.config.data import DataSettings
 from dist_train.config.generalization import AveragingSettings, EarlyStoppingSettings, RegularizationSettings
+from dist_train.config.noise import NoiseSettings
 from dist_train.config.parts import (
     Beta,
-    ConstantSchedule,
     Fraction,
-    NoiseSchedule,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -115,36 +114,6 @@ class BatchSettings(Section):
     dealing: Literal["even", "measured"] = Field(
         "even",
         description="How many micro-batches a rank computes. even: all as many. measured: by its speed, as measured.",
-    )
-
-
-class NoiseSettings(Section):
-    """The noise on the weights."""
-
-    method: Literal["none", "smoothout", "langevin", "sam"] | PluginName = Field(
-        "none",
-        description="smoothout: gradients at perturbed weights, which are restored before the update. "
-        "langevin: noise added by the update, to stay. sam: gradients where the micro-batch's loss is sharpest.",
-    )
-    options: Options = options_of("noise.method")
-    distribution: Literal["uniform", "normal"] = Field(
-        "uniform", description="uniform on [-1, 1], or normal with the same variance, 1/3; times the amplitude."
-    )
-    amplitude: NonNegativeFloat = Field(0.01, description="a, the factor on the noise.", examples=[0.03])
-    scale: Literal["absolute", "weight", "filter"] | PluginName = Field(
-        "absolute",
-        description="absolute: a c(t) u. weight: times |w|. filter: each filter's draw with the filter's own norm.",
-    )
-    scale_options: Options = options_of("noise.scale")
-    sharing: Literal["global", "rank", "micro_batch"] = Field(
-        "global",
-        description="How many draws a step. global: one for all. rank: one each. micro_batch: one per micro-batch.",
-    )
-    schedule: NoiseSchedule = Field(default_factory=ConstantSchedule, description="c(t), the decay of the amplitude.")
-    exclude: tuple[str, ...] = Field(
-        ("norm",),
-        description="Weights kept free of noise: norm, bias, or patterns of parameter names (*, ?).",
-        examples=[["norm", "bias"]],
     )
 
 

@@ -111,10 +111,11 @@ def assemble(
         measuring = Measuring(comm, read_usage_of(compute.device), norms)
     optimizer = build_optimizer(config.optimizer, weights)
     averaging = build_averaging(config.averaging, weights, steps_per_epoch)
-    restore = partial(_restore, resume_point, updates_per_epoch, network, optimizer, averaging)
+    noise = build_noise(config.noise, weights, seed=config.run.seed, total_steps=total_steps, rank=comm.rank)
+    restore = partial(_restore, resume_point, updates_per_epoch, network, optimizer, averaging, noise)
     progress = run_on_all_ranks(comm, restore, "restore the checkpoint")
     progress = shared_progress(comm, progress)
-    broadcast_state(comm, network, weights, optimizer, averaging.kept)
+    broadcast_state(comm, network, weights, optimizer, averaging.kept, *noise.kept.values())
 
     model: nn.Module = network
     if config.precision.compile:
@@ -135,9 +136,9 @@ def assemble(
         comm,
         compute,
         averaging,
+        noise,
         progress,
         clock=build_step_clock(compute.device) if has_clock else StepClock(HostTimer()),
-        total_steps=total_steps,
         wait_for_checkpoint_copy=writer.wait_until_copied if writer else lambda: None,
     )
 
@@ -149,7 +150,7 @@ def assemble(
         if comm.rank == 0:
             directory.save_config(settled)
         step.reduction.close()
-        return replace(step, reduction=_reduction(settled, weights, comm, progress))
+        return replace(step, reduction=_reduction(settled, weights, noise, comm, progress))
 
     profile_steps = config.run.profile_steps
     return Trainer(
@@ -189,10 +190,10 @@ def build_step(
     comm: Communicator,
     compute: Compute,
     averaging: Averaging,
+    noise: Noise,
     progress: Progress,
     *,
     clock: StepClock,
-    total_steps: int,
     wait_for_checkpoint_copy: Callable[[], None] = lambda: None,
 ) -> TrainingStep:
     """Return the step of `config`, its micro-batch decided, on `weights` of `model`, which computes as `compute` says.
@@ -208,8 +209,8 @@ def build_step(
         norms=norms,
         statistics=statistics,
         samples=samples,
-        noise=build_noise(config.noise, weights, seed=config.run.seed, total_steps=total_steps, rank=comm.rank),
-        reduction=_reduction(config, weights, comm, progress),
+        noise=noise,
+        reduction=_reduction(config, weights, noise, comm, progress),
         optimizer=optimizer,
         tally=Tally(comm, statistics, compute.device),
         compute=compute,
@@ -225,7 +226,12 @@ def build_step(
 
 
 def _restore(
-    start: ResumePoint, updates_per_epoch: int, network: nn.Module, optimizer: Optimizer, averaging: Averaging
+    start: ResumePoint,
+    updates_per_epoch: int,
+    network: nn.Module,
+    optimizer: Optimizer,
+    averaging: Averaging,
+    noise: Noise,
 ) -> Progress:
     if start.contents is None:
         if start.initial is not None:
@@ -240,6 +246,7 @@ def _restore(
             code="run-unfinished",
         )
     load_into(start.contents, network, optimizer, averaging)
+    noise.load(start.contents.noise)
     return restored_progress(start.contents)
 
 
@@ -259,7 +266,9 @@ def _warn_of_lost_noise(noise: Noise, precision: torch.dtype, step: int) -> None
         )
 
 
-def _reduction(config: Config, weights: FlatWeights, comm: Communicator, progress: Progress) -> GradientReduction:
+def _reduction(
+    config: Config, weights: FlatWeights, noise: Noise, comm: Communicator, progress: Progress
+) -> GradientReduction:
     assert config.batch.micro_size != "auto", "decided before"
     plan = BatchPlan(config.batch.global_size, config.batch.micro_size)
     share = partial(share_of, config.model, plan, comm.rank, comm.size)
@@ -269,7 +278,9 @@ def _reduction(config: Config, weights: FlatWeights, comm: Communicator, progres
         config.comm,
         weights,
         comm,
-        micro_batches=len(plan.micro_batches) * (comm.size if shares_micro_batches(config.model) else 1),
+        gradients=len(plan.micro_batches)
+        * len(noise.points(0))
+        * (comm.size if shares_micro_batches(config.model) else 1),
         share=sum(micro_batch.size for micro_batch in mine) / plan.global_size,
         progress=progress,
     )

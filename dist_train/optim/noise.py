@@ -1,17 +1,15 @@
-"""Noise: what a step does with it, and how it is drawn; methods, distributions and scales are a row each.
+"""What a step does with noise; methods are a row each. `noise_draws.py` has how it is drawn.
 
-A draw is a pure function of (seed, step) and of what `sharing` adds to it, so that ranks agree on it without
-communication. Perturbed weights lie in a buffer of their own, which the model computes with meanwhile: the clean ones
-are never written, and (w + n) - n would not be w in floating point.
+A method says at which points each micro-batch's gradient is taken, and what each counts. Perturbed weights lie in a
+buffer of their own, which the model computes with meanwhile: the clean ones are never written, and (w + n) - n would
+not be w in floating point.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import KW_ONLY, dataclass
-from functools import partial
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from types import MappingProxyType
 from typing import cast
 
@@ -22,11 +20,24 @@ from dist_train.config import NoiseSettings
 from dist_train.config.former import STREAM_OF_A_RANK
 from dist_train.config.plugins import call_plugin, is_plugin
 from dist_train.optim.flat_weights import FlatWeights, digest
+from dist_train.optim.noise_draws import Filters, NoiseDraws
 from dist_train.optim.schedules import noise_factor
-from dist_train.randomness import bits, key
 
 Ascend = Callable[[], None]
 """Takes the gradient of a micro-batch's loss where the weights are, into the flat gradients."""
+
+
+_DEVIATIONS = math.sqrt(3.0)
+"""From a deviation to the amplitude of a draw, whose variance at amplitude 1 is 1/3."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a micro-batch's gradient is taken: the weights plus `sign` times a draw; and what it counts in the sum."""
+
+    draw: int = 0
+    sign: int = 1
+    weight: float = 1.0
 
 
 @dataclass(eq=False)
@@ -40,8 +51,27 @@ class Noise:
     total_steps: int
     rank: int
 
+    kept: dict[str, Tensor] = field(default_factory=dict, init=False)
+    """What a checkpoint must hold of it, [n] each: what earlier updates have left."""
+
     def __post_init__(self) -> None:
         pass  # subclasses make their buffers
+
+    def load(self, kept: Mapping[str, Tensor]) -> None:
+        """Take over what a checkpoint holds of `kept`, by name and parameter."""
+        for name, values in self.kept.items():
+            for segment, view in zip(self.weights.segments, self.weights.views_of(values), strict=True):
+                view.copy_(kept[f"{name}.{segment.name}"])
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint holds of `kept`."""
+        views = {name: self.weights.views_of(values) for name, values in self.kept.items()}
+        names = [segment.name for segment in self.weights.segments]
+        return {f"{name}.{each}": view for name in views for each, view in zip(names, views[name], strict=True)}
+
+    def points(self, micro_batch: int) -> Sequence[Point]:
+        """Return where the gradient of micro-batch `micro_batch` is taken: as many points for each of them."""
+        return (Point(),)
 
     def amplitude(self, step: int) -> float:
         """Return a c(t), the amplitude in force at `step`."""
@@ -50,11 +80,14 @@ class Noise:
     def perturb(self, step: int) -> None:
         """Let the model compute with perturbed weights; the clean ones are not written."""
 
-    def perturb_for(self, micro_batch: int, ascend: Ascend) -> None:
-        """Move to the point of micro-batch `micro_batch` of the global batch, where it has one of its own."""
+    def perturb_for(self, micro_batch: int, ascend: Ascend, point: Point = Point()) -> None:
+        """Move to `point` of micro-batch `micro_batch` of the global batch, where it is its own."""
 
     def restore(self) -> None:
         """Let the model compute with the clean weights again."""
+
+    def before_update(self, step: int, learning_rate: float) -> None:
+        """Take in, or change, the global gradient, clipped, from which the optimizer is about to make `step`."""
 
     def after_update(self, step: int) -> None:
         """Do what remains once the optimizer has moved the weights in `step`."""
@@ -92,32 +125,64 @@ class SmoothOut(_Perturbing):
     """SmoothOut (Wen et al., arXiv 1805.07898): gradients at perturbed weights, none of it left behind.
 
     `sharing: global` is one draw a step; `rank` one for each rank; `micro_batch` one for each micro-batch of the
-    global batch, whichever rank holds it.
+    global batch, whichever rank holds it. With `draws` there are as many, with `antithetic` each has its opposite too
+    (NSO, arXiv 2306.08553), and `mix` leaves a share to the clean weights (m-RWP, arXiv 2404.00357).
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        settings = self.settings
         # Draws lie where the perturbed weights are to be: a buffer less to go through.
-        self._draws = NoiseDraws(self.settings, self.weights, self.seed, self._perturbed)
+        self._draws = NoiseDraws(settings, self.weights, self.seed, self._perturbed)
+        signs = (1, -1) if settings.antithetic else (1,)
+        weight = settings.mix / (settings.draws * len(signs))
+        points = [Point(draw, sign, weight) for draw in range(settings.draws) for sign in signs]
+        if settings.mix < 1:
+            points.append(Point(0, 0, 1 - settings.mix))
+        self._points = tuple(points)
+        self._turns = len(points) if settings.passes == "one" else 1
+        """Micro-batches that take turns at the points, and share their draws."""
+        self._moves_once = len(points) == 1 and settings.sharing != "micro_batch"
+
+    def points(self, micro_batch: int) -> Sequence[Point]:
+        """Return all points, or, where micro-batches take turns, the one whose turn it is, for the others too."""
+        if self._turns == 1:
+            return self._points
+        point = self._points[micro_batch % self._turns]
+        return (replace(point, weight=point.weight * self._turns),)
 
     def perturb(self, step: int) -> None:
         """Move to the point that the step's micro-batches share, if they do."""
         super().perturb(step)
-        if self.settings.sharing == "global":
-            self.move(step)
-        elif self.settings.sharing == "rank":
-            self.move(step, STREAM_OF_A_RANK, self.rank)
+        if self._moves_once:
+            self._move_to(self._points[0], 0, self.rank)
 
-    def perturb_for(self, micro_batch: int, ascend: Ascend) -> None:
-        """Move to the micro-batch's own point, if it has one."""
-        if self.settings.sharing == "micro_batch":
-            self.move(self._step, micro_batch)
+    def perturb_for(self, micro_batch: int, ascend: Ascend, point: Point = Point()) -> None:
+        """Move to the micro-batch's point, unless all share one."""
+        if not self._moves_once:
+            self._move_to(point, micro_batch, self.rank)
 
-    def move(self, step: int, *indices: int | str) -> None:
-        """Be at the clean weights plus the draw of (`step`, `indices`)."""
+    def _move_to(self, point: Point, micro_batch: int, rank: int) -> None:
+        sharing = self.settings.sharing
+        indices: tuple[int | str, ...] = (micro_batch // self._turns,) if sharing == "micro_batch" else ()
+        if sharing == "rank":
+            indices = STREAM_OF_A_RANK, rank
+        if point.draw:
+            indices = (*indices, "draw", point.draw)
+        self.move(self._step, *indices, sign=point.sign)
+
+    def move(self, step: int, *indices: int | str, sign: int = 1) -> None:
+        """Be at the clean weights plus `sign` times the draw of (`step`, `indices`)."""
         clean = self.weights.values
-        for part in self._draws.parts(clean, self.amplitude(step), step, *indices):
-            self._perturbed[part].add_(clean[part])
+        if sign == 0:
+            self._perturbed.copy_(clean)
+            return
+        for part in self._draws.parts(clean, sign * self.amplitude(step), step, *indices):
+            self._add(clean, part)
+
+    def _add(self, clean: Tensor, part: slice) -> None:
+        """Add the clean weights to the draw, which lies where the perturbed ones are to be."""
+        self._perturbed[part].add_(clean[part])
 
     def lost_in(self, precision: torch.dtype, step: int) -> float:
         """Return which share of the weights under noise a cast to `precision` leaves where they were in `step`."""
@@ -128,12 +193,43 @@ class SmoothOut(_Perturbing):
         return float(lost.sum() / noisy.sum().clamp_(min=1))
 
     def digest(self, step: int) -> int:
-        """Return a digest of the perturbed weights, or, where they differ on purpose, of the first draw."""
-        if self.settings.sharing == "rank":
-            self._draws.draw(self.weights.values, self.amplitude(step), step, STREAM_OF_A_RANK, 0)
-        elif self.settings.sharing == "micro_batch":
-            self._draws.draw(self.weights.values, self.amplitude(step), step, 0)
+        """Return a digest of the weights at the first draw, which ranks share also where they differ on purpose."""
+        if not self._moves_once or self.settings.sharing == "rank":
+            self._step = step
+            self._move_to(self._points[0], 0, 0)
         return digest(self._perturbed)
+
+
+class AdaptivePerturbation(SmoothOut):
+    """ARWP (arXiv 2404.00357): noise e / sqrt(1 + eta F), F <- beta F + g^2, summed over each filter.
+
+    g is the global gradient, as it is clipped; filters are summed as integers, as in draws. As in its authors' code.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._filters = Filters(self.weights.filter_lengths, len(self.weights.values))
+        self._damping = torch.ones_like(self.weights.values)
+        self.kept["squares"] = torch.zeros_like(self.weights.values)
+
+    def perturb(self, step: int) -> None:
+        """Find out how much noise each filter has, and be SmoothOut with it."""
+        squares = self.kept["squares"].clamp(max=_MOST_SQUARES).mul_(_SQUARE_UNITS).to(torch.int64)
+        summed = self._filters.sum(squares).mul_(self.settings.adaptation / _SQUARE_UNITS).add_(1.0).sqrt_()
+        self._damping.copy_(self._filters.repeat(summed.to(self._damping.dtype)))
+        super().perturb(step)
+
+    def _add(self, clean: Tensor, part: slice) -> None:
+        self._perturbed[part].div_(self._damping[part]).add_(clean[part])
+
+    def before_update(self, step: int, learning_rate: float) -> None:
+        """Take the gradient into F."""
+        gradients = self.weights.gradients
+        self.kept["squares"].mul_(self.settings.memory).add_(gradients.square())
+
+
+_MOST_SQUARES, _SQUARE_UNITS = 2.0**10, 2.0**32
+"""A filter's squared gradients are summed as multiples of 2^-32, of at most 2^10 each."""
 
 
 class Langevin(_Scheduled):
@@ -158,6 +254,36 @@ class Langevin(_Scheduled):
         return digest(self._draws.values)
 
 
+class ScaledLangevin(Langevin):
+    """SGLD (Welling and Teh, 2011): noise that stays, in proportion to the root of the learning rate.
+
+    At amplitude a and learning rate eta its variance is a^2 eta / 3: the temperature is a^2 / 6.
+    """
+
+    def before_update(self, step: int, learning_rate: float) -> None:
+        """Scale the draw by the rate of the update."""
+        self._draws.values.mul_(math.sqrt(learning_rate))
+
+
+class FlatLangevin(SmoothOut):
+    """fSGLD (arXiv 2510.02174): gradients at theta + sigma e, and noise of variance 2 eta tau that stays.
+
+    sigma^2 is a draw's variance, a^2 / 3; tau, where it is not set, sigma^(4 / 1.01), the coupling of its authors.
+    """
+
+    def before_update(self, step: int, learning_rate: float) -> None:
+        """Draw what stays, scaled by the weights before the update, into the buffer of the perturbed weights."""
+        tau = self.settings.temperature
+        if tau is None:
+            tau = (self.amplitude(step) / _DEVIATIONS) ** (4.0 / 1.01)
+        deviation = math.sqrt(2.0 * learning_rate * tau)
+        self._draws.draw(self.weights.values, deviation * _DEVIATIONS, step, "stays")
+
+    def after_update(self, step: int) -> None:
+        """Add it."""
+        self.weights.values.add_(self._perturbed)
+
+
 class SharpnessAware(_Perturbing):
     """SAM (Foret et al., arXiv 2010.01412), its ascent taken by each micro-batch's own gradient.
 
@@ -169,19 +295,94 @@ class SharpnessAware(_Perturbing):
         super().__post_init__()
         self._mask = self.weights.mask(self.settings.exclude)
 
-    def perturb_for(self, micro_batch: int, ascend: Ascend) -> None:
+    def perturb_for(self, micro_batch: int, ascend: Ascend, point: Point = Point()) -> None:
         """Go uphill from the clean weights by the micro-batch's gradient."""
         clean = self.weights.values
         self._perturbed.copy_(clean)
         self.weights.gradients.zero_()
         ascend()
-        uphill = self.weights.gradients.mul_(self._mask)
-        length = torch.linalg.vector_norm(uphill).clamp_(min=torch.finfo(uphill.dtype).tiny)
-        torch.add(clean, uphill.div_(length), alpha=self.amplitude(self._step), out=self._perturbed)
+        torch.add(clean, self._uphill(self.weights.gradients), alpha=self.amplitude(self._step), out=self._perturbed)
+
+    def _uphill(self, gradient: Tensor) -> Tensor:
+        """Return the way of length 1 from `gradient`, which is overwritten."""
+        return _normalized(gradient.mul_(self._mask))
+
+
+class AdaptiveSharpnessAware(SharpnessAware):
+    """ASAM (Kwon et al., arXiv 2102.11600): w + rho T^2 g / ||T g||, T = |w| + offset, element by element."""
+
+    def _uphill(self, gradient: Tensor) -> Tensor:
+        sizes = self.weights.values.abs().add_(self.settings.offset)
+        return _normalized(gradient.mul_(self._mask).mul_(sizes)).mul_(sizes)
+
+
+def _normalized(way: Tensor) -> Tensor:
+    return way.div_(torch.linalg.vector_norm(way).clamp_(min=torch.finfo(way.dtype).tiny))
+
+
+class VariationalNewton(_Perturbing):
+    """IVON (Shen et al., arXiv 2402.17641): weights are the mean of a Gaussian, gradients are at a sample.
+
+    With h the Hessian's estimate, d the damping, l the sample size and g the global gradient at w + e, where
+    e ~ N(0, 1/(l (h + d))):
+
+        m <- b1 m + (1 - b1) g
+        f = l (h + d) e g
+        h <- b2 h + (1 - b2) f + (1 - b2)^2 (h - f)^2 / (2 (h + d))
+        w <- w - eta (h0 + d) (m / (1 - b1^t) + d w) / (h + d)
+
+    The last line is what the optimizer gets as the gradient: plain gradient descent makes it the update. One sample a
+    step, of all weights, is shared by all ranks, so that f needs the sum of gradients alone.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        drawn = self.settings.model_copy(update={"distribution": "normal", "scale": "absolute", "exclude": ()})
+        self._draws = NoiseDraws(drawn, self.weights, self.seed)
+        self.kept["momentum"] = torch.zeros_like(self.weights.values)
+        self.kept["curvature"] = torch.full_like(self.weights.values, self.settings.curvature)
+
+    def amplitude(self, step: int) -> float:
+        """Return 1: the Hessian's estimate says how wide the noise is."""
+        return 1.0
+
+    def perturb(self, step: int) -> None:
+        """Let the model compute with a sample."""
+        super().perturb(step)
+        widths = (self.kept["curvature"] + self.settings.damping).mul_(self.settings.sample_size).rsqrt_()
+        noise = self._draws.draw(self.weights.values, _DEVIATIONS, step).mul_(widths)
+        torch.add(self.weights.values, noise, out=self._perturbed)
+
+    def before_update(self, step: int, learning_rate: float) -> None:
+        """Take in the gradient, and put Newton's direction in its place."""
+        gradient, momentum, curvature = self.weights.gradients, self.kept["momentum"], self.kept["curvature"]
+        first, second = self.settings.betas
+        damping = self.settings.damping
+        momentum.mul_(first).add_(gradient, alpha=1 - first)
+        damped = curvature + damping
+        found = (self._draws.values * gradient).mul_(damped).mul_(self.settings.sample_size)
+        surprise = (curvature - found).square_().div_(damped)
+        curvature.mul_(second).add_(found, alpha=1 - second).add_(surprise, alpha=(1 - second) ** 2 / 2)
+        gradient.copy_(momentum).div_(1 - first ** (step + 1)).add_(self.weights.values, alpha=damping)
+        gradient.mul_(self.settings.curvature + damping).div_(curvature + damping)
+
+    def digest(self, step: int) -> int:
+        """Return a digest of the sample."""
+        return digest(self._perturbed)
 
 
 _METHODS: Mapping[str, type[Noise]] = MappingProxyType(
-    {"none": Noise, "smoothout": SmoothOut, "langevin": Langevin, "sam": SharpnessAware}
+    {
+        "none": Noise,
+        "smoothout": SmoothOut,
+        "arwp": AdaptivePerturbation,
+        "langevin": Langevin,
+        "sgld": ScaledLangevin,
+        "fsgld": FlatLangevin,
+        "sam": SharpnessAware,
+        "asam": AdaptiveSharpnessAware,
+        "ivon": VariationalNewton,
+    }
 )
 
 
@@ -191,138 +392,3 @@ def build_noise(settings: NoiseSettings, weights: FlatWeights, *, seed: int, tot
     if is_plugin(name):
         return cast(Noise, call_plugin(name, settings.options, Noise, settings, weights, **place))
     return _METHODS[name](settings, weights, **place)
-
-
-_DEVIATION_OF_UNIFORM = 3.0**-0.5
-_LARGEST = 2**15 - 1
-_SQUARES = 2.0**40
-"""Squares of weights are summed as multiples of its inverse."""
-
-
-class NoiseDraws:
-    """Draws of one kind for one set of weights, into one buffer; bit-identical on CPUs and GPUs.
-
-    A draw is made part by part, so that what is to be done with a part finds it in the cache. What is drawn are
-    integers; they, and each scale, are turned into floats by single operations, whose rounding IEEE 754 defines: no sum
-    of floats, no function beyond a root, no multiplication and addition that may be fused.
-    """
-
-    def __init__(self, settings: NoiseSettings, weights: FlatWeights, seed: int, values: Tensor | None = None) -> None:
-        """Draw into `values` [n] (none: new ones), as `settings` say."""
-        self._distribution = _DISTRIBUTIONS[settings.distribution](weights.values.device)
-        self._scale = _scale_of(settings)
-        self._seed = seed
-        self._places = weights.places_without(settings.exclude)
-        self._still = torch.tensor(self._places, dtype=torch.int64, device=weights.values.device)
-        self._filters = Filters(weights.filter_lengths, len(weights.values))
-        self.values = torch.zeros_like(weights.values) if values is None else values
-
-    def draw(self, weights: Tensor, amplitude: float, step: int, *indices: int | str) -> Tensor:
-        """Return the noise of (`step`, `indices`) at `amplitude` for flat `weights` [n]; excluded weights get 0.
-
-        The tensor is `values`: the next draw overwrites it.
-        """
-        deque(self.parts(weights, amplitude, step, *indices), maxlen=0)
-        return self.values
-
-    def parts(self, weights: Tensor, amplitude: float, step: int, *indices: int | str) -> Iterator[slice]:
-        """Make the same draw, and yield where in `values` each part lies once it is there."""
-        drawn = self._integers(key(self._seed, "noise", step, *indices))
-        for part in self._scale(self.values, weights, self._filters, drawn, amplitude, self._distribution.unit):
-            first, last = bisect_left(self._places, part.start), bisect_left(self._places, part.stop)
-            self.values.index_fill_(0, self._still[first:last], 0.0)
-            yield part
-
-    def _integers(self, stream: int) -> Iterator[slice]:
-        """Fill `values` with the integers of a draw."""
-        start = 0
-        for random in bits(stream, len(self.values), self.values.device):
-            part = slice(start, start + len(random))
-            self.values[part].copy_(self._distribution.integers(random))
-            yield part
-            start = part.stop
-
-
-@dataclass(frozen=True)
-class _Distribution:
-    """Integers between -32,767 and 32,767, of mean 0; times `unit` their variance is 1/3."""
-
-    unit: float
-    integers: Callable[[Tensor], Tensor]
-    """From int16 of random bits, which may be overwritten, to int16 of the distribution."""
-
-
-def _uniform(device: torch.device) -> _Distribution:
-    """Return the 32,768 odd integers, equally likely."""
-    return _Distribution(2.0**-15, lambda random: random.bitwise_or_(1))
-
-
-def _normal(device: torch.device) -> _Distribution:
-    """Return the quantiles of 65,536 equally likely parts of the normal distribution; the outermost is 4.3 sigma."""
-    middles = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
-    quantiles = torch.special.ndtri(middles)
-    rounded = (quantiles * (_LARGEST / quantiles[-1])).round()
-    unit = _DEVIATION_OF_UNIFORM / float(rounded.square().mean().sqrt())
-    table = rounded.to(torch.int16).to(device)
-    return _Distribution(unit, lambda random: table[random.to(torch.int32).add_(2**15)])
-
-
-class Filters:
-    """Which of `count` flat weights are a filter's: so many of each, one after the other."""
-
-    def __init__(self, lengths: Tensor, count: int) -> None:
-        self._lengths = lengths
-        self._last = lengths.cumsum(0) - 1
-        self._count = count
-
-    def sum(self, integers: Tensor) -> Tensor:
-        """Return the sums of int64 `integers` [n] over each filter, float64 [filters]."""
-        ends = integers.cumsum(0)[self._last]
-        return torch.diff(ends, prepend=torch.zeros_like(ends[:1])).to(torch.float64)
-
-    def repeat(self, values: Tensor) -> Tensor:
-        """Return `values` [filters] for each weight [n]."""
-        return torch.repeat_interleave(values, self._lengths, output_size=self._count)
-
-
-def _absolute(
-    noise: Tensor, weights: Tensor, filters: Filters, drawn: Iterator[slice], amplitude: float, unit: float
-) -> Iterator[slice]:
-    """Make it a u: the amplitude is in the weights' own unit."""
-    for part in drawn:
-        noise[part].mul_(amplitude * unit)
-        yield part
-
-
-def _weight(
-    noise: Tensor, weights: Tensor, filters: Filters, drawn: Iterator[slice], amplitude: float, unit: float
-) -> Iterator[slice]:
-    """Make it a u |w|, element by element."""
-    for part in drawn:
-        noise[part].mul_(amplitude * unit).mul_(weights[part].abs())
-        yield part
-
-
-def _filter(
-    noise: Tensor, weights: Tensor, filters: Filters, drawn: Iterator[slice], amplitude: float, unit: float
-) -> Iterator[slice]:
-    """Make it a u_f ||w_f|| / ||u_f|| for each filter f: AdaSmoothOut (Wen et al., arXiv 1805.07898)."""
-    deque(drawn, maxlen=0)
-    of_weights = filters.sum(weights.square().mul_(_SQUARES).to(torch.int64))
-    of_noise = filters.sum(noise.to(torch.int64).square_())
-    ratios = (of_weights / of_noise.clamp_(min=1.0)).sqrt_().mul_(amplitude * _SQUARES**-0.5)
-    noise.mul_(filters.repeat(ratios.to(noise.dtype)))
-    yield slice(0, len(noise))
-
-
-_DISTRIBUTIONS: Mapping[str, Callable[[torch.device], _Distribution]] = MappingProxyType(
-    {"uniform": _uniform, "normal": _normal}
-)
-_Scale = Callable[[Tensor, Tensor, Filters, Iterator[slice], float, float], Iterator[slice]]
-_SCALES: Mapping[str, _Scale] = MappingProxyType({"absolute": _absolute, "weight": _weight, "filter": _filter})
-
-
-def _scale_of(settings: NoiseSettings) -> _Scale:
-    if is_plugin(settings.scale):
-        return partial(call_plugin, settings.scale, settings.scale_options, Iterator)
-    return _SCALES[settings.scale]

@@ -77,6 +77,8 @@ _FACTORS: Mapping[str, Callable[[Any, int, int], float]] = MappingProxyType(
         "cosine": lambda schedule, step, total: (1.0 + math.cos(math.pi * step / total)) / 2.0,
         "exponential": lambda schedule, step, total: schedule.final_fraction ** (step / total),
         "inverse_power": lambda schedule, step, total: (1.0 + step) ** (-schedule.gamma / 2.0),
+        "late": lambda schedule, step, total: float(step >= schedule.start * total),
+        "rise": lambda schedule, step, total: 1.0 + schedule.rise * (1.0 - math.cos(math.pi * step / total)) / 2.0,
         "plugin": lambda schedule, step, total: call_plugin(
             schedule.function, schedule.options, SupportsFloat, step, total
         ),

@@ -239,7 +239,8 @@ def _line_rise(landscape: Landscape, distance: float) -> float | None:
 
 
 def _sharpness_measures(runs: Sequence[StoredRun]) -> Iterator[Measure]:
-    chosen = {name: item.measures for name, item in sharpness_of(runs).items()}
+    records = sharpness_of(runs)
+    chosen = {name: item.measures for name, item in records.items()}
     for title in dict.fromkeys(title for measures in chosen.values() for title in measures):
         explanation = "Of the training loss, at the last checkpoint."
         if title.startswith("Keskar"):
@@ -248,9 +249,17 @@ def _sharpness_measures(runs: Sequence[StoredRun]) -> Iterator[Measure]:
             )
         elif title.startswith("expected rise"):
             explanation = "Mean rise of the training loss under uniform noise of this amplitude on the weights."
+        elif title.startswith("basin width"):
+            explanation = (
+                "Interval around the weights, along random filter-normalized directions, where the training loss rises "
+                "by no more than this, in absolute numbers. \u2265: it ends beyond the reach in a direction (censored)."
+            )
+        elif title == "gradient noise scale":
+            explanation = "tr(Sigma) / |G|^2 in samples (McCandlish et al.): batches beyond it bring little."
         values = {name: measures[title] for name, measures in chosen.items() if title in measures}
         group = _RISE if title.startswith("expected rise") else _SHARPNESS
-        yield Measure(f"sharpness-{title}", title, explanation, _looked_up(values), group=group)
+        bounds = _among({name for name, item in records.items() if title in item.bounds})
+        yield Measure(f"sharpness-{title}", title, explanation, _looked_up(values), group=group, is_bound=bounds)
 
 
 def _accuracy(

@@ -84,11 +84,12 @@ class Landscape:
 
 @dataclass(frozen=True)
 class Sharpness:
-    """Measures of one checkpoint by name, in the order of the file."""
+    """Measures of one checkpoint by name, in the order of the file; `bounds` are those that are at least so much."""
 
     step: int | None
     settings: str
     measures: Mapping[str, float]
+    bounds: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,12 @@ def _sharpness(path: Path, digests: Collection[str]) -> Sharpness:
     source = _Source.of(fields.get("checkpoint"))
     if digests and source.digest not in digests:
         raise BrokenFileError("it is of a checkpoint that this run does not have")
-    return Sharpness(source.step, _comparable(fields.get("settings")), dict(_measures(fields)))
+    censored = {_width_title(width) for width in fields.get("widths") or () if dict(_items(width)).get("censored")}
+    return Sharpness(source.step, _comparable(fields.get("settings")), dict(_measures(fields)), frozenset(censored))
+
+
+def _width_title(width: Mapping[str, Any]) -> str:
+    return f"basin width at a rise of {width.get('rise')}"
 
 
 def _measures(fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -211,6 +217,11 @@ def _measures(fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         match rise:
             case {"amplitude": int() | float() as amplitude, "mean": int() | float() as mean}:
                 yield f"expected rise at {amplitude:g}", float(mean)
+    for width in fields.get("widths") or ():
+        match width:
+            case {"mean": int() | float() as mean}:
+                yield _width_title(width), float(mean)
+    yield from _flat_numbers(dict(_items(fields.get("noise_scale"))).get("value"), "gradient noise scale")
 
 
 def _flat_numbers(fields: object, name: str) -> Iterator[tuple[str, float]]:

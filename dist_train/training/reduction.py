@@ -134,11 +134,11 @@ def build_reduction(
     weights: FlatWeights,
     comm: Communicator,
     *,
-    micro_batches: int,
+    gradients: int,
     share: float,
     progress: Progress,
 ) -> GradientReduction:
-    """Return the reduction that `settings` name, for a global batch of `micro_batches`.
+    """Return the reduction that `settings` name, for a global batch of so many `gradients` of micro-batches.
 
     `share` is the part of its samples that this rank computes; `progress` keeps what a reduction carries from one
     update to the next.
@@ -151,9 +151,9 @@ def build_reduction(
         return GradientReduction(weights, AdasumAccumulator(weights, comm, share), buckets_of(weights, 1))
     accumulator: GradientAccumulator
     if settings.reduction == "exact":
-        accumulator = ExactAccumulator(weights, comm, micro_batches)
+        accumulator = ExactAccumulator(weights, comm, gradients)
     elif settings.reduction == "exact32":
-        accumulator = Exact32Accumulator(weights, comm, micro_batches, progress)
+        accumulator = Exact32Accumulator(weights, comm, gradients, progress)
     else:
         sent_as = torch.float16 if settings.compression == "fp16" else torch.float32
         accumulator = FloatAccumulator(weights, comm, sent_as)

@@ -31,9 +31,10 @@ _STATISTICS_MOMENTUM = 0.1
 
 @dataclass(frozen=True)
 class Update:
-    """What an update was: mean loss and accuracy at the perturbed weights, the norm of the global gradient
-    before it was clipped, whether some rank was asked to stop, and how often the gradient was computed again, since
-    numbers left their range. `times` are this rank's own, `paces` what the ranks told of theirs.
+    """What an update was: mean loss and accuracy over the points where gradients were taken, the norm of the global
+    gradient before it was clipped, whether some rank was asked to stop, and how often the gradient was computed again,
+    since numbers left their range. `times` are this rank's own, `paces` what
+    the ranks told of theirs.
     """
 
     loss: float
@@ -111,12 +112,13 @@ class TrainingStep:
             total = self._gradient(batch, stop_requested)
             repeats += 1
         gradient_norm = float(torch.linalg.vector_norm(self.weights.gradients))
-        _check(total, gradient_norm, batch)
+        _check(total, gradient_norm, batch, len(self.noise.points(0)))
         with self.clock.phase("update"):
             clip_gradient(self.weights.gradients, gradient_norm, self.clip_norm)
             with self.clock.part("checkpoint_stall"):
                 self.wait_for_checkpoint_copy()
             set_learning_rate(self.optimizer, learning_rate)
+            self.noise.before_update(batch.step, learning_rate)
             optimizer_step(self.optimizer)
             self.noise.after_update(batch.step)
             self.averaging.after_update(batch.step)
@@ -173,15 +175,17 @@ class TrainingStep:
             request = batch.request(micro_batch)
             inputs, target = self.mix(*self.samples.read(request), request)
         scaled_size = len(batch.indices) / self.loss_scale.value
-        with self.clock.part("perturb_restore"):
-            self.noise.perturb_for(micro_batch.index, partial(self._ascend, inputs, target, scaled_size))
-        is_last = micro_batch is batch.micro_batches[-1]
-        collecting = self.reduction.last_micro_batch if is_last else self.reduction.micro_batch
-        logits, total = self._forward(inputs, target)
-        self.statistics.collect()
-        self.tally.add(total, logits, target.main)
-        with collecting():
-            torch.autograd.backward(total / scaled_size)
+        points = self.noise.points(micro_batch.index)
+        for point in points:
+            with self.clock.part("perturb_restore"):
+                self.noise.perturb_for(micro_batch.index, partial(self._ascend, inputs, target, scaled_size), point)
+            is_last = micro_batch is batch.micro_batches[-1] and point is points[-1]
+            collecting = self.reduction.last_micro_batch if is_last else self.reduction.micro_batch
+            logits, total = self._forward(inputs, target)
+            self.statistics.collect()
+            self.tally.add(total, logits, target.main)
+            with collecting():
+                torch.autograd.backward(total / (scaled_size / point.weight))
 
     def _forward(self, inputs: Tensor, target: Target) -> tuple[Tensor, Tensor]:
         """Return the logits and the sum of the losses."""
@@ -214,7 +218,7 @@ def clip_gradient(gradient: Tensor, norm: float, largest: float | None) -> None:
         gradient.mul_(largest / norm)
 
 
-def _check(total: TallyResult, gradient_norm: float, batch: GlobalBatch) -> None:
+def _check(total: TallyResult, gradient_norm: float, batch: GlobalBatch, points: int) -> None:
     if total.out_of_memory:
         raise OutOfMemoryError(f"{total.out_of_memory} ranks ran out of memory in step {batch.step + 1}")
     if total.out_of_range or not math.isfinite(gradient_norm):
@@ -222,4 +226,4 @@ def _check(total: TallyResult, gradient_norm: float, batch: GlobalBatch) -> None
             f"the loss, the gradient or the activations of step {batch.step + 1} are not finite or out of range",
             code="step-not-finite",
         )
-    assert total.samples == len(batch.indices), "every sample of the global batch is counted once"
+    assert total.samples == len(batch.indices) * points, "every sample of the global batch is counted once a point"

@@ -328,6 +328,7 @@ class Trainer:
             config=self._settings,
             metrics=self.progress.metrics(),
             plugins=self._plugins,
+            noise=self.take_step.noise.state(),
             grid_exponents=self.progress.grid_exponents,
         )
 

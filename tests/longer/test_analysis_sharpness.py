@@ -82,6 +82,18 @@ def test_a_run_is_measured_from_end_to_end(run: Path, capsys: pytest.CaptureFixt
     assert sum("expected rise" in line for line in printed) == 2
 
 
+def test_widths_and_the_noise_scale_are_measured_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--only", "width,noise-scale", "--batch-size", "10", "--width-rises", "0.05,1e9", "--width-directions", "2")
+    assert main(["sharpness", str(run), *OPTIONS, *more]) == 0
+    [record] = records(run)
+    near, far = record["widths"]
+    assert (near["rise"], near["directions"], far["censored"]) == (0.05, 2, 2)
+    assert record["noise_scale"]["batches"] == 5
+    printed = capsys.readouterr().out
+    assert "at least: 2 of 2 end beyond the reach" in printed
+    assert "gradient noise scale" in printed
+
+
 def test_what_is_known_is_not_measured_again_and_the_rest_is_added(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

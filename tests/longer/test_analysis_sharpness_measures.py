@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dist_train.analysis.directions import random_direction
 from dist_train.analysis.sharpness import (
+    basin_widths,
     coordinates,
     expected_rises,
     full_space,
     largest_eigenvalues,
+    noise_scale,
     random_directions,
     subspace,
     trace_with_error,
@@ -248,6 +252,68 @@ class TestHessian:
             settings = SharpnessSettings(hessian_eigenvalues=number, hessian_probes=30)
             errors.append(trace_with_error(loss, *largest_eigenvalues(loss, settings), settings)[1])
         assert errors[1] < 0.5 * errors[0]
+
+
+class TestWidths:
+    @pytest.mark.parametrize("size", [1.0, 0.01])
+    def test_of_a_quadratic_they_are_known_by_slope_and_hessian(self, size: float) -> None:
+        model = linear_model()
+        with torch.no_grad():
+            model.weight.mul_(size)
+            model.bias.mul_(size)
+        loss, settings = a_loss(model, quadratic=True), SharpnessSettings(exclude=("bias",), width_reach=1000.0)
+        hessian, (_, slope) = quadratic_hessian(), loss.value_and_gradient(loss.point())
+        directions = [
+            random_direction(loss.weights, "filter", ("bias",), 0, index).numpy()[loss.weights.mask(()).bool().numpy()]
+            for index in range(settings.width_directions)
+        ]
+        for found in basin_widths(loss, settings):
+            widths = [
+                2 * math.sqrt((d @ slope) ** 2 + 2 * (d @ hessian @ d) * found.rise) / (d @ hessian @ d)
+                for d in directions
+            ]
+            assert found.mean == pytest.approx(np.mean(widths), rel=5e-3)
+            assert found.standard_error == pytest.approx(np.std(widths, ddof=1) / math.sqrt(5), rel=0.05)
+            assert (found.directions, found.censored) == (5, 0)
+
+    def test_what_ends_beyond_the_reach_is_counted_and_counts_with_the_reach(self) -> None:
+        settings = SharpnessSettings(width_rises=(0.01, 1e9), width_reach=9.0)
+        near, far = basin_widths(a_loss(linear_model(), quadratic=True), settings)
+        assert (near.censored, far.censored) == (0, 5)
+        assert (far.mean, far.standard_error) == (18.0, 0.0)
+
+
+class TestNoiseScale:
+    def test_it_is_that_of_known_gradients_without_bias(self) -> None:
+        random = np.random.default_rng(0)
+        mean, deviations = random.normal(size=50), np.linspace(1, 6, 50)
+        sizes = [8] * 30 + [20]
+        found = [
+            noise_scale([mean + deviations * random.normal(size=50) / math.sqrt(n) for n in sizes], sizes)
+            for _ in range(200)
+        ]
+        variance, square = float((deviations**2).sum()), float(mean @ mean)
+        for values, expected in (
+            ([each.variance for each in found], variance),
+            ([each.squared_gradient for each in found], square),
+        ):
+            assert abs(np.mean(values) - expected) < 4 * np.std(values) / math.sqrt(len(values))
+        scales = [each.value for each in found if each.value is not None]
+        errors = [each.standard_error for each in found if each.standard_error is not None]
+        assert np.mean(scales) == pytest.approx(variance / square, rel=0.1)
+        assert np.std(scales) == pytest.approx(np.mean(errors), rel=0.3)
+
+    def test_without_a_gradient_there_is_none(self) -> None:
+        gradient = np.array([1.0, 2.0])
+        found = noise_scale([gradient, -gradient], [4, 4])
+        assert (found.value, found.standard_error) == (None, None)
+
+    def test_the_batches_gradients_are_means_whose_mean_is_the_gradient(self) -> None:
+        loss = a_loss(linear_model())
+        gradients, sizes = loss.batch_gradients()
+        assert sizes == [40, 30]
+        _, whole = loss.value_and_gradient(loss.point())
+        np.testing.assert_allclose(np.average(gradients, axis=0, weights=sizes), whole, rtol=1e-5, atol=1e-7)
 
 
 IMAGES = synthetic.make((1, 8, 8), 10, 30, "train", seed=0)

@@ -15,6 +15,12 @@ _DISTRIBUTIONS = ("uniform", "normal")
 NOISE: list[Sections] = [
     {"noise": {"method": "none"}},
     {"noise": {"method": "sam", "sharing": "micro_batch"}},
+    {"noise": {"method": "asam", "sharing": "micro_batch"}},
+    {"noise": {"method": "sgld"}},
+    {"noise": {"method": "fsgld", "antithetic": True}},
+    {"noise": {"method": "arwp", "scale": "filter_norm", "draws": 2, "mix": 0.5}},
+    {"noise": {"method": "smoothout", "antithetic": True, "passes": "one", "sharing": "micro_batch"}},
+    {"noise": {"method": "ivon"}, "optimizer": {"momentum": 0.0, "nesterov": False}},
     *({"noise": {"method": "langevin", "scale": scale}} for scale in ("absolute", "weight", "filter")),
     # Each scale with each sharing, and each of both with each distribution.
     *(

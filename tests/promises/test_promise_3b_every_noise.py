@@ -23,6 +23,7 @@ _NOISES: dict[str, tuple[dict[str, Any], int, str]] = {
         "mpi",
     ),
     "smoothout without norms": ({"scale": "weight", "distribution": "normal", "sharing": "micro_batch"}, 2, "mpi"),
+    "nso with m-rwp": ({"sharing": "micro_batch", "antithetic": True, "mix": 0.5, "amplitude": 0.1}, 3, "torch"),
     "sam": ({"method": "sam", "sharing": "micro_batch", "amplitude": 0.1}, 2, "torch"),
 }
 

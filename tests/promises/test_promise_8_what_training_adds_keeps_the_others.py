@@ -34,6 +34,15 @@ FEATURES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "data": {"validation_size": 60, "augment": "crop-flip"},
         "noise": {"method": "none"},
     },
+    "arwp, antithetic": {
+        "averaging": {"kind": "lawa", "last": 2},
+        "noise": {"method": "arwp", "scale": "filter_norm", "sharing": "micro_batch", "antithetic": True},
+    },
+    "ivon": {
+        "averaging": {"kind": "lawa", "last": 2},
+        "noise": {"method": "ivon", "sample_size": 1000.0},
+        "optimizer": {"name": "sgd", "momentum": 0.0, "nesterov": False, "weight_decay": 0.0},
+    },
     "lawa with noise, cutmix": {
         "averaging": {"kind": "lawa", "last": 3, "every_steps": 4},
         "regularization": {"cutmix": 1.0},
@@ -48,9 +57,11 @@ def settings_of(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def average_digests(run: Path) -> list[str]:
-    """Return the digests of what the last checkpoint holds of the average."""
-    average = final_checkpoint(run)["average"]
-    return [digest_of(each) for each in (*average.get("kept", ()), average.get("statistics", {}))]
+    """Return the digests of what the last checkpoint holds of the average, and of the noise."""
+    contents = final_checkpoint(run)
+    average = contents["average"]
+    kept = (*average.get("kept", ()), average.get("statistics", {}), contents["noise"])
+    return [digest_of(each) for each in kept]
 
 
 @pytest.mark.parametrize("features", FEATURES)

@@ -29,7 +29,7 @@ def noise_of(config: Config, step: int, segments: Sequence[Segment], *indices: i
     else:
         u = _normal()[random.long() + 2**15].float()
     for segment in segments:
-        yield u[segment.start : segment.stop].view(segment.shape) * float(segment.kind != "norm")
+        yield u[segment.start : segment.stop].view(segment.shape) * float(segment.kind not in config.noise.exclude)
 
 
 def _normal() -> Tensor:
@@ -57,7 +57,7 @@ def smoothout_gradients(config: Config, step: int, ranks: int = 1) -> tuple[dict
     model = build_model(config)
     assert config.batch.micro_size != "auto"
     segments = FlatWeights(build_model(config)).segments
-    samples = _samples(config)
+    samples = samples_of(config)
     indices = epoch_order(len(samples), config.run.seed, 0)[step * config.batch.global_size :]
     loss = 0.0
     for part in BatchPlan(config.batch.global_size, config.batch.micro_size).micro_batches:
@@ -82,7 +82,7 @@ def sam_gradients(config: Config, step: int) -> dict[str, Tensor]:
     """Ascend by each micro-batch's own gradient, differentiate there, come back: SAM in plain PyTorch."""
     model = build_model(config)
     assert config.batch.micro_size != "auto"
-    samples = _samples(config)
+    samples = samples_of(config)
     indices = epoch_order(len(samples), config.run.seed, 0)[step * config.batch.global_size :]
     parameters = list(model.parameters())
     moving = [segment.kind != "norm" for segment in FlatWeights(build_model(config)).segments]
@@ -102,6 +102,7 @@ def sam_gradients(config: Config, step: int) -> dict[str, Tensor]:
     return {name: sum_ for (name, _), sum_ in zip(model.named_parameters(), total, strict=True)}
 
 
-def _samples(config: Config) -> SampleSource:
+def samples_of(config: Config) -> SampleSource:
+    """Return the training samples that a run of `config` reads."""
     layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
     return open_splits(config.data, config.run.seed, torch.device("cpu"), memory_format=layout).train

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from dist_train.analysis.basin_width import basin_width, describe, summarize
+from dist_train.analysis.basin_width import basin_width, describe, ends, summarize
 
 ALPHAS = [-2.0, -1.0, 0.0, 1.0, 2.0]
 
@@ -83,3 +83,20 @@ def test_a_summary_has_mean_deviation_and_each_direction() -> None:
     assert summary["2"]["open"] == 0
     assert summary["10"]["open"] == 2
     assert [entry["direction"] for entry in summary["2"]["directions"]] == [0, 1]
+
+
+@pytest.mark.parametrize("curvature", [1e-1, 3.0, 1e4, 1e9])
+@pytest.mark.parametrize("power", [2, 4])
+def test_the_ends_at_absolute_rises_are_those_of_known_minima(curvature: float, power: int) -> None:
+    rises, reach = (0.5, 0.05, 1.0), 20.0
+    found = ends(lambda distance: curvature * distance**power / power, rises, reach)
+    for rise, end in zip(rises, found, strict=True):
+        assert end == pytest.approx((rise * power / curvature) ** (1 / power), rel=2e-3)
+
+
+def test_an_end_beyond_the_reach_is_none_and_a_cliff_and_a_barrier_are_ends() -> None:
+    assert ends(lambda distance: distance / 8, (0.1, 0.5), 2.0) == [pytest.approx(0.8, rel=2e-3), None]
+    assert ends(lambda distance: math.nan if distance > 0.3 else 0.0, (0.1,), 2.0) == [pytest.approx(0.3, rel=2e-3)]
+    # It falls again behind the barrier: the first crossing counts.
+    barrier = ends(lambda distance: math.sin(math.pi * distance), (0.5,), 2.0)
+    assert barrier == [pytest.approx(1 / 6, rel=2e-3)]

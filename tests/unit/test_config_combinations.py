@@ -12,6 +12,7 @@ from tests.raising import raises_problems
 
 FLOAT = {"reduction": "float"}
 NOISE = {"method": "smoothout"}
+PLAIN = {"name": "sgd", "momentum": 0.0, "nesterov": False}
 
 
 def parse(settings: dict[str, Any]) -> Config:
@@ -134,6 +135,30 @@ def parse(settings: dict[str, Any]) -> Config:
             {"noise": {"method": "langevin"}},
         ),
         (
+            {"noise": {"method": "ivon", "sharing": "rank"}, "optimizer": PLAIN},
+            "noise.sharing",
+            "ivon-sharing",
+            {"noise": {"method": "ivon"}, "optimizer": PLAIN},
+        ),
+        (
+            {"noise": {"method": "ivon"}},
+            "optimizer.name",
+            "ivon-optimizer",
+            {"noise": {"method": "ivon"}, "optimizer": PLAIN},
+        ),
+        (
+            {"noise": {**NOISE, "mix": 0.5, "passes": "one"}, "batch": {"global_size": 64, "micro_size": 64}},
+            "noise.passes",
+            "passes-unequal",
+            {"noise": {**NOISE, "mix": 0.5, "passes": "one"}, "batch": {"global_size": 64, "micro_size": 32}},
+        ),
+        (
+            {"noise": {**NOISE, "antithetic": True, "passes": "one"}},
+            "noise.passes",
+            "passes-unequal",
+            {"noise": {**NOISE, "antithetic": True}},
+        ),
+        (
             {"noise": {"method": "sam"}},
             "noise.sharing",
             "sam-sharing",
@@ -218,8 +243,17 @@ def test_all_conflicts_are_told_at_once() -> None:
         ({"noise": {"distribution": "normal"}}, "noise.distribution has no effect: noise.method is none"),
         ({"noise": {"scale": "filter"}}, "noise.scale has no effect: noise.method is none"),
         (
+            {"noise": {"method": "langevin", "mix": 0.5}},
+            "noise.mix has no effect: noise.method takes gradients at no draws of its own",
+        ),
+        (
+            {"noise": {"method": "ivon", "amplitude": 0.1}, "optimizer": PLAIN},
+            "noise.amplitude has no effect: ivon says itself how it draws",
+        ),
+        ({"noise": {**NOISE, "offset": 0.1}}, "noise.offset has no effect: noise.method is not asam"),
+        (
             {"noise": {"method": "sam", "sharing": "micro_batch", "distribution": "normal"}},
-            "noise.distribution has no effect: sam draws nothing",
+            "noise.distribution has no effect: this method draws nothing",
         ),
         (
             {"model": {"norm": "batch", "ghost_size": 8}},

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from dist_train.config import NoiseSettings
 from dist_train.models.norms import GroupedBatchNorm
 from dist_train.optim.flat_weights import FlatWeights
-from dist_train.optim.noise import NoiseDraws, build_noise
+from dist_train.optim.noise import build_noise
+from dist_train.optim.noise_draws import NoiseDraws
 from tests.unit.weights_in_force import in_force, perturbed
 
 COUNT = 10**6
@@ -24,9 +25,9 @@ AMPLITUDE = 0.5
 STEP, STEPS = 37, 100
 
 Distribution = Literal["uniform", "normal"]
-Scale = Literal["absolute", "weight", "filter"]
+Scale = Literal["absolute", "weight", "filter", "filter_norm"]
 DISTRIBUTIONS: tuple[Distribution, ...] = ("uniform", "normal")
-SCALES: tuple[Scale, ...] = ("absolute", "weight", "filter")
+SCALES: tuple[Scale, ...] = ("absolute", "weight", "filter", "filter_norm")
 CDF: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": lambda x: (x + 1) / 2,
     "normal": lambda x: torch.special.ndtr(x * math.sqrt(3)),
@@ -38,6 +39,8 @@ SCHEDULES: dict[str, tuple[dict[str, Any], float]] = {
     "cosine": ({}, (1 + math.cos(0.37 * math.pi)) / 2),
     "exponential": ({"final_fraction": 0.2}, 0.2**0.37),
     "inverse_power": ({"gamma": 0.55}, 38**-0.275),
+    "late": ({"start": 0.36}, 1.0),
+    "rise": ({"rise": 2.0}, 2.0 - math.cos(0.37 * math.pi)),
     "tanh": ({"steepness": 10.0}, (math.tanh(-1.3) + 1) / 2),
 }
 """Parameters of each kind, and c(37) of 100 worked out from its formula."""
@@ -103,6 +106,8 @@ def units(distribution: Distribution, scale: Scale) -> Tensor:
     noise = part("wide", draw(distribution, scale))
     if scale == "weight":
         noise = noise / part("wide", weights().values).double().abs()
+    if scale == "filter_norm":
+        noise = noise / part("wide", weights().values).double().norm(dim=1, keepdim=True)
     return noise.flatten()
 
 
@@ -123,7 +128,7 @@ LEVEL = math.sqrt(-math.log(0.001 / 2) / 2 / COUNT)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize("scale", ["absolute", "weight"])
+@pytest.mark.parametrize("scale", ["absolute", "weight", "filter_norm"])
 def test_range_mean_variance_and_distribution_are_those_of_the_formula(
     scale: Scale, distribution: Distribution
 ) -> None:
@@ -164,7 +169,7 @@ def test_each_filter_s_noise_has_the_filter_s_norm_and_the_draw_s_direction(dist
 @pytest.mark.parametrize(
     ("scale", "distribution", "kind"),
     [("absolute", "uniform", kind) for kind in SCHEDULES]
-    + [(scale, distribution, "cosine") for scale in ("weight", "filter") for distribution in DISTRIBUTIONS],
+    + [(scale, distribution, "cosine") for scale in SCALES[1:] for distribution in DISTRIBUTIONS],
 )
 def test_a_step_s_noise_is_the_draw_times_amplitude_and_schedule(
     scale: Scale, distribution: Distribution, kind: str

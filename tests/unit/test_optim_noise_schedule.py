@@ -20,6 +20,8 @@ FORMULAS: dict[str, tuple[dict[str, float], Callable[[int, int], float]]] = {
     "cosine": ({}, lambda t, total: (1 + math.cos(math.pi * t / total)) / 2),
     "exponential": ({"final_fraction": 0.05}, lambda t, total: math.exp(math.log(0.05) * t / total)),
     "inverse_power": ({"gamma": 0.8}, lambda t, total: 1 / math.pow(1 + t, 0.4)),
+    "late": ({"start": 0.4}, lambda t, total: 0.0 if t < 0.4 * total else 1.0),
+    "rise": ({"rise": 3.0}, lambda t, total: 1 + 1.5 * (1 - math.cos(math.pi * t / total))),
     "tanh": ({"steepness": 6.0}, lambda t, total: (math.tanh(6 * (t / total - 0.5)) + 1) / 2),
 }
 
@@ -35,20 +37,21 @@ def test_every_kind_of_schedule_is_tested_here() -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(st.sampled_from(sorted(FORMULAS)), st.integers(1, 100_000), st.data())
-def test_it_has_the_value_of_its_formula_between_0_and_1(kind: str, total: int, data: st.DataObject) -> None:
+def test_it_has_the_value_of_its_formula_between_0_and_1_or_1_and_its_rise(
+    kind: str, total: int, data: st.DataObject
+) -> None:
     step = data.draw(st.integers(0, total))
     parameters, formula = FORMULAS[kind]
     value = noise_factor(schedule(kind, **parameters), step, total)
     assert value == pytest.approx(formula(step, total), abs=1e-12)
-    assert 0 <= value <= 1
+    assert 0 <= value <= 1 + parameters.get("rise", 0)
 
 
 @pytest.mark.parametrize("kind", sorted(FORMULAS))
-def test_it_falls_but_for_the_constant_and_the_tanh_which_rises(kind: str) -> None:
+def test_it_falls_but_for_the_constant_and_those_that_rise(kind: str) -> None:
     values = [noise_factor(schedule(kind), step, 50) for step in range(51)]
-    expected = {"constant": values, "tanh": sorted(values)}.get(kind, sorted(values, reverse=True))
-    assert values == expected
-    assert len(set(values)) == (1 if kind == "constant" else 51)
+    assert values == sorted(values, reverse=kind not in ("tanh", "late", "rise"))
+    assert len(set(values)) == {"constant": 1, "late": 2}.get(kind, 51)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,8 @@ def test_it_falls_but_for_the_constant_and_the_tanh_which_rises(kind: str) -> No
         ("cosine", 1.0, 0.0),
         ("exponential", 1.0, 0.01),
         ("inverse_power", 1.0, 101**-0.275),
+        ("late", 0.0, 1.0),
+        ("rise", 1.0, 16.0),
         ("tanh", (math.tanh(-5) + 1) / 2, (math.tanh(5) + 1) / 2),
     ],
 )

@@ -235,9 +235,7 @@ class TestAdasum:
     SETTINGS = CommSettings(reduction="float", op="adasum")
 
     def build(self, comm: Communicator, share: float = 0.5) -> GradientReduction:
-        return build_reduction(
-            self.SETTINGS, FlatWeights(Given()), comm, micro_batches=4, share=share, progress=Progress()
-        )
+        return build_reduction(self.SETTINGS, FlatWeights(Given()), comm, gradients=4, share=share, progress=Progress())
 
     def test_it_needs_a_power_of_two_of_ranks(self) -> None:
         with raises(UsageError, "adasum-rank-count"):
@@ -255,7 +253,7 @@ class TestAdasum:
         model = Given()
         weights = FlatWeights(model)
         share = len(gradients[comm.rank :: comm.size]) / len(gradients)
-        reduction = build_reduction(self.SETTINGS, weights, comm, micro_batches=4, share=share, progress=Progress())
+        reduction = build_reduction(self.SETTINGS, weights, comm, gradients=4, share=share, progress=Progress())
         reduction.start()
         *first, last = gradients[comm.rank :: comm.size]
         for gradient in first:
@@ -301,7 +299,7 @@ def test_the_settings_choose_what_is_sent(settings: CommSettings, sent: torch.dt
             return super().allreduce_async(tensor, name)
 
     comm = Noting()
-    reduction = build_reduction(settings, FlatWeights(Given()), comm, micro_batches=1, share=1.0, progress=Progress())
+    reduction = build_reduction(settings, FlatWeights(Given()), comm, gradients=1, share=1.0, progress=Progress())
     reduction.start()
     reduction.send()
     assert comm.sent == [sent]

@@ -1,0 +1,65 @@
+"""From a study that searched to one that confirms: each variant with its best trial's settings, on fresh seeds.
+
+    dist-train sweep STUDY --best | python -m benchmarks.confirm_study STUDY --seeds 100 101 -o CONFIRM.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_train.outcome import UsageError
+from dist_train.sweep.study_file import load_study
+
+
+def confirming(study: Path, best: Iterable[str], seeds: Sequence[int], output: Path) -> dict[str, Any]:
+    """Return what the study file `output` holds; `best` are the lines of `dist-train sweep --best`.
+
+    Raises:
+        UsageError: a seed was searched with, or a variant has no finished trial.
+    """
+    searched, written = load_study(study), yaml.safe_load(study.read_text(encoding="utf-8"))
+    trials = {fields["variant"]: fields["settings"] for fields in map(json.loads, best)}
+    if used := set(seeds) & set(searched.seeds):
+        raise UsageError(f"--seeds: {min(used)} was searched with; take fresh ones", code="option-choice")
+    if missing := [name for name in searched.variants if name not in trials]:
+        raise UsageError(f"{missing[0]} has no finished trial: finish the search first", code="option-choice")
+    written.pop("search")
+    variants = {
+        name: {
+            "title": searched.variants[name].title or name,
+            "settings": {**searched.settings_of(name), **trials[name]},
+        }
+        for name in searched.variants
+    }
+    base = os.path.relpath((study.parent / searched.base).resolve(), output.parent.resolve())
+    name = f"{searched.name}-confirm"
+    return {**written, "name": name, "base": base, "seeds": list(seeds), "settings": {}, "variants": variants}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the study that confirms."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.confirm_study", description=__doc__.splitlines()[0])
+    parser.add_argument("study", type=Path, help="the study that searched")
+    parser.add_argument("--seeds", type=int, nargs="+", required=True, help="fresh ones")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    given = parser.parse_args(arguments)
+    try:
+        study = confirming(given.study, sys.stdin, given.seeds, given.output)
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 2
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    given.output.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""The section `noise`, and its schedules."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from dist_train.config.parts import Beta, Fraction, NonNegativeFloat, PositiveFloat, Section, options_of
+from dist_train.config.plugins import Options, PluginName
+
+
+class ConstantSchedule(Section):
+    """c(t) = 1."""
+
+    kind: Literal["constant"] = Field("constant", description="c(t) = 1.")
+
+
+class CosineSchedule(Section):
+    """c(t) = (1 + cos(pi t/T)) / 2."""
+
+    kind: Literal["cosine"] = Field(description="c(t) = (1 + cos(pi t/T)) / 2.")
+
+
+class LinearSchedule(Section):
+    """c(t) = 1 - t/T."""
+
+    kind: Literal["linear"] = Field(description="c(t) = 1 - t/T.")
+
+
+class ExponentialSchedule(Section):
+    """c(t) = r^(t/T)."""
+
+    kind: Literal["exponential"] = Field(description="c(t) = r^(t/T).")
+    final_fraction: Fraction = Field(0.01, description="r, what is left at the end.", examples=[0.1])
+
+
+class InversePowerSchedule(Section):
+    """c(t) = (1 + t)^(-g/2)."""
+
+    kind: Literal["inverse_power"] = Field(description="c(t) = (1 + t)^(-g/2).")
+    gamma: PositiveFloat = Field(0.55, description="g.", examples=[1.0])
+
+
+class TanhSchedule(Section):
+    """c(t) = (tanh(s (t/T - 1/2)) + 1) / 2: it rises, as SmoothOut's reference has it."""
+
+    kind: Literal["tanh"] = Field(description="c(t) = (tanh(s (t/T - 1/2)) + 1) / 2; it rises.")
+    steepness: PositiveFloat = Field(10.0, description="s.", examples=[5.0])
+
+
+class LateSchedule(Section):
+    """c(t) = 0 before t = s T, then 1."""
+
+    kind: Literal["late"] = Field(description="c(t) = 0 before t = s T, then 1.")
+    start: Fraction = Field(0.75, description="s, the part of the run without noise.", examples=[0.9])
+
+
+class RiseSchedule(Section):
+    """c(t) = 1 + r (1 - cos(pi t/T)) / 2: LPF-SGD's, it rises from 1 to 1 + r."""
+
+    kind: Literal["rise"] = Field(description="c(t) = 1 + r (1 - cos(pi t/T)) / 2; it rises from 1 to 1 + r.")
+    rise: PositiveFloat = Field(15.0, description="r.", examples=[3.0])
+
+
+class PluginSchedule(Section):
+    """c(t) = function(step, total_steps)."""
+
+    kind: Literal["plugin"] = Field(description="c(t) = `function`(t, T).")
+    function: PluginName = Field(description="`package.module:name` or `FILE.py:name`.", examples=["mine.py:hold"])
+    options: Options = Field(default_factory=dict, description="Settings of `function`.", examples=[{"until": 0.5}])
+
+
+NoiseSchedule = Annotated[
+    ConstantSchedule
+    | LinearSchedule
+    | CosineSchedule
+    | ExponentialSchedule
+    | InversePowerSchedule
+    | TanhSchedule
+    | LateSchedule
+    | RiseSchedule
+    | PluginSchedule,
+    Field(discriminator="kind"),
+]
+
+
+class NoiseSettings(Section):
+    """The noise on the weights."""
+
+    method: Literal["none", "smoothout", "arwp", "langevin", "sgld", "fsgld", "sam", "asam", "ivon"] | PluginName = (
+        Field(
+            "none",
+            description="smoothout: gradients at perturbed weights, restored before the update; arwp: with less noise "
+            "where gradients were large. langevin: noise added by the update, to stay; sgld: times the root of the "
+            "learning rate; fsgld: smoothout and sgld. sam, asam: gradients where the micro-batch's loss is sharpest. "
+            "ivon: variational online Newton.",
+        )
+    )
+    options: Options = options_of("noise.method")
+    distribution: Literal["uniform", "normal"] = Field(
+        "uniform", description="uniform on [-1, 1], or normal with the same variance, 1/3; times the amplitude."
+    )
+    amplitude: NonNegativeFloat = Field(0.01, description="a, the factor on the noise.", examples=[0.03])
+    scale: Literal["absolute", "weight", "filter", "filter_norm"] | PluginName = Field(
+        "absolute",
+        description="absolute: a c(t) u. weight: times |w|. filter: each filter's draw with the filter's own norm. "
+        "filter_norm: times the filter's norm, element by element.",
+    )
+    scale_options: Options = options_of("noise.scale")
+    sharing: Literal["global", "rank", "micro_batch"] = Field(
+        "global",
+        description="How many draws a step. global: one for all. rank: one each. micro_batch: one per micro-batch.",
+    )
+    schedule: NoiseSchedule = Field(default_factory=ConstantSchedule, description="c(t), the decay of the amplitude.")
+    exclude: tuple[str, ...] = Field(
+        ("norm",),
+        description="Weights kept free of noise: norm, bias, or patterns of parameter names (*, ?).",
+        examples=[["norm", "bias"]],
+    )
+    draws: PositiveInt = Field(
+        1, description="Draws at which each micro-batch's gradient is taken, to be averaged.", examples=[4]
+    )
+    antithetic: bool = Field(False, description="Each draw u with its opposite, -u.")
+    mix: Fraction = Field(
+        1.0, description="Share of the perturbed gradients; the rest is the gradient at the weights.", examples=[0.5]
+    )
+    passes: Literal["all", "one"] = Field(
+        "all",
+        description="all: each micro-batch at every point that draws, antithetic and mix make. one: at a single point, "
+        "micro-batches taking turns, at the cost of plain training.",
+    )
+    offset: NonNegativeFloat = Field(0.01, description="asam: added to |w|.", examples=[0.1])
+    adaptation: NonNegativeFloat = Field(1.0, description="arwp: factor on the squared gradients.", examples=[0.1])
+    memory: Beta = Field(0.9, description="arwp: decay of the squared gradients.", examples=[0.99])
+    temperature: NonNegativeFloat | None = Field(
+        None,
+        description="fsgld: of the noise that stays; none: coupled to the amplitude as its authors do.",
+        examples=[1e-8],
+    )
+    sample_size: PositiveFloat = Field(
+        60000.0, description="ivon: effective sample size, usually the training set's size.", examples=[2048.0]
+    )
+    curvature: PositiveFloat = Field(1.0, description="ivon: initial estimate of the Hessian.", examples=[0.1])
+    damping: PositiveFloat = Field(1e-4, description="ivon: weight decay, delta.", examples=[0.001])
+    betas: tuple[Beta, Beta] = Field(
+        (0.9, 0.99999),
+        description="ivon: decay of the momentum and of the Hessian's estimate.",
+        examples=[[0.9, 0.999]],
+    )
+
+    @property
+    def points(self) -> int:
+        """At how many points a draw's method takes gradients."""
+        return self.draws * (2 if self.antithetic else 1) + (self.mix < 1)

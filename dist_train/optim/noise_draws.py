@@ -1,0 +1,165 @@
+"""How noise is drawn and scaled: a draw is a pure function of (seed, step, what the sharing adds); a table row each."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from dist_train.config import NoiseSettings
+from dist_train.config.plugins import call_plugin, is_plugin
+from dist_train.optim.flat_weights import FlatWeights
+from dist_train.randomness import bits, key
+
+_DEVIATION_OF_UNIFORM = 3.0**-0.5
+_LARGEST = 2**15 - 1
+_SQUARES = 2.0**40
+"""Squares of weights are summed as multiples of its inverse."""
+
+
+class NoiseDraws:
+    """Draws of one kind for one set of weights, into one buffer; bit-identical on CPUs and GPUs.
+
+    A draw is made part by part, so that what is to be done with a part finds it in the cache. What is drawn are
+    integers; they, and each scale, are turned into floats by single operations, whose rounding IEEE 754 defines: no sum
+    of floats, no function beyond a root, no multiplication and addition that may be fused.
+    """
+
+    def __init__(self, settings: NoiseSettings, weights: FlatWeights, seed: int, values: Tensor | None = None) -> None:
+        """Draw into `values` [n] (none: new ones), as `settings` say."""
+        self._distribution = _DISTRIBUTIONS[settings.distribution](weights.values.device)
+        self._scale = _scale_of(settings)
+        self._seed = seed
+        self._places = weights.places_without(settings.exclude)
+        self._still = torch.tensor(self._places, dtype=torch.int64, device=weights.values.device)
+        self._filters = Filters(weights.filter_lengths, len(weights.values))
+        self.values = torch.zeros_like(weights.values) if values is None else values
+
+    def draw(self, weights: Tensor, amplitude: float, step: int, *indices: int | str) -> Tensor:
+        """Return the noise of (`step`, `indices`) at `amplitude` for flat `weights` [n]; excluded weights get 0.
+
+        The tensor is `values`: the next draw overwrites it.
+        """
+        deque(self.parts(weights, amplitude, step, *indices), maxlen=0)
+        return self.values
+
+    def parts(self, weights: Tensor, amplitude: float, step: int, *indices: int | str) -> Iterator[slice]:
+        """Make the same draw, and yield where in `values` each part lies once it is there."""
+        drawn = self._integers(key(self._seed, "noise", step, *indices))
+        for part in self._scale(self.values, weights, self._filters, drawn, amplitude, self._distribution.unit):
+            first, last = bisect_left(self._places, part.start), bisect_left(self._places, part.stop)
+            self.values.index_fill_(0, self._still[first:last], 0.0)
+            yield part
+
+    def _integers(self, stream: int) -> Iterator[slice]:
+        """Fill `values` with the integers of a draw."""
+        start = 0
+        for random in bits(stream, len(self.values), self.values.device):
+            part = slice(start, start + len(random))
+            self.values[part].copy_(self._distribution.integers(random))
+            yield part
+            start = part.stop
+
+
+@dataclass(frozen=True)
+class _Distribution:
+    """Integers between -32,767 and 32,767, of mean 0; times `unit` their variance is 1/3."""
+
+    unit: float
+    integers: Callable[[Tensor], Tensor]
+    """From int16 of random bits, which may be overwritten, to int16 of the distribution."""
+
+
+def _uniform(device: torch.device) -> _Distribution:
+    """Return the 32,768 odd integers, equally likely."""
+    return _Distribution(2.0**-15, lambda random: random.bitwise_or_(1))
+
+
+def _normal(device: torch.device) -> _Distribution:
+    """Return the quantiles of 65,536 equally likely parts of the normal distribution; the outermost is 4.3 sigma."""
+    middles = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
+    quantiles = torch.special.ndtri(middles)
+    rounded = (quantiles * (_LARGEST / quantiles[-1])).round()
+    unit = _DEVIATION_OF_UNIFORM / float(rounded.square().mean().sqrt())
+    table = rounded.to(torch.int16).to(device)
+    return _Distribution(unit, lambda random: table[random.to(torch.int32).add_(2**15)])
+
+
+class Filters:
+    """Which of `count` flat weights are a filter's: so many of each, one after the other."""
+
+    def __init__(self, lengths: Tensor, count: int) -> None:
+        self._lengths = lengths
+        self._last = lengths.cumsum(0) - 1
+        self._count = count
+
+    def sum(self, integers: Tensor) -> Tensor:
+        """Return the sums of int64 `integers` [n] over each filter, float64 [filters]."""
+        ends = integers.cumsum(0)[self._last]
+        return torch.diff(ends, prepend=torch.zeros_like(ends[:1])).to(torch.float64)
+
+    def repeat(self, values: Tensor) -> Tensor:
+        """Return `values` [filters] for each weight [n]."""
+        return torch.repeat_interleave(values, self._lengths, output_size=self._count)
+
+
+def _absolute(
+    noise: Tensor, weights: Tensor, filters: Filters, drawn: Iterator[slice], amplitude: float, unit: float
+) -> Iterator[slice]:
+    """Make it a u: the amplitude is in the weights' own unit."""
+    for part in drawn:
+        noise[part].mul_(amplitude * unit)
+        yield part
+
+
+def _weight(
+    noise: Tensor, weights: Tensor, filters: Filters, drawn: Iterator[slice], amplitude: float, unit: float
+) -> Iterator[slice]:
+    """Make it a u |w|, element by element."""
+    for part in drawn:
+        noise[part].mul_(amplitude * unit).mul_(weights[part].abs())
+        yield part
+
+
+def _filter(
+    noise: Tensor, weights: Tensor, filters: Filters, drawn: Iterator[slice], amplitude: float, unit: float
+) -> Iterator[slice]:
+    """Make it a u_f ||w_f|| / ||u_f|| for each filter f: AdaSmoothOut (Wen et al., arXiv 1805.07898)."""
+    deque(drawn, maxlen=0)
+    of_weights = filters.sum(weights.square().mul_(_SQUARES).to(torch.int64))
+    of_noise = filters.sum(noise.to(torch.int64).square_())
+    ratios = (of_weights / of_noise.clamp_(min=1.0)).sqrt_().mul_(amplitude * _SQUARES**-0.5)
+    noise.mul_(filters.repeat(ratios.to(noise.dtype)))
+    yield slice(0, len(noise))
+
+
+def _filter_norm(
+    noise: Tensor, weights: Tensor, filters: Filters, drawn: Iterator[slice], amplitude: float, unit: float
+) -> Iterator[slice]:
+    """Make it a u ||w_f||, element by element, for each filter f: LPF-SGD's (arXiv 2201.08025) and RWP's."""
+    norms = filters.sum(weights.square().mul_(_SQUARES).to(torch.int64)).sqrt_().mul_(amplitude * unit * _SQUARES**-0.5)
+    factors = filters.repeat(norms.to(noise.dtype))
+    for part in drawn:
+        noise[part].mul_(factors[part])
+        yield part
+
+
+_DISTRIBUTIONS: Mapping[str, Callable[[torch.device], _Distribution]] = MappingProxyType(
+    {"uniform": _uniform, "normal": _normal}
+)
+_Scale = Callable[[Tensor, Tensor, Filters, Iterator[slice], float, float], Iterator[slice]]
+_SCALES: Mapping[str, _Scale] = MappingProxyType(
+    {"absolute": _absolute, "weight": _weight, "filter": _filter, "filter_norm": _filter_norm}
+)
+
+
+def _scale_of(settings: NoiseSettings) -> _Scale:
+    if is_plugin(settings.scale):
+        return partial(call_plugin, settings.scale, settings.scale_options, Iterator)
+    return _SCALES[settings.scale]
