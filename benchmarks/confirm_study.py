@@ -1,6 +1,6 @@
 """From a study that searched to one that confirms: each variant with its best trial's settings, on fresh seeds.
 
-    dist-train sweep STUDY --best | python -m benchmarks.confirm_study STUDY --seeds 100 101 -o CONFIRM.yaml
+dist-train sweep STUDY --best | python -m benchmarks.confirm_study STUDY --seeds 100 101 -o CONFIRM.yaml
 """
 
 from __future__ import annotations
