@@ -9,7 +9,7 @@ import pytest
 from dist_train.config import Config, ConfigError, parse_config
 from dist_train.config.problems import Problem
 
-SCHEDULE_KEYS = "a mapping with the keys kind, final_fraction, gamma, steepness, function, options"
+SCHEDULE_KEYS = "a mapping with the keys kind, final_fraction, gamma, steepness, start, rise, function, options"
 PLUGIN = "a plug-in (module:name, FILE.py:name)"
 
 
@@ -98,7 +98,7 @@ def test_a_fault_inside_a_list_is_told_with_its_place() -> None:
 def test_an_unknown_kind_is_told_with_the_kinds() -> None:
     problem = only_problem({"noise": {"schedule": {"kind": "step"}}})
     assert (problem.path, problem.code) == ("noise.schedule.kind", "unknown-kind")
-    assert problem.allowed == "constant, linear, cosine, exponential, inverse_power, tanh, plugin"
+    assert problem.allowed == "constant, linear, cosine, exponential, inverse_power, tanh, late, rise, plugin"
 
 
 @pytest.mark.parametrize("value", [True, False])
