@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from tests.launching import Ended, descendants, environment, kill
+from tests.launching import Ended, descendants, environment, kill, records
 from tests.waiting import PATIENCE, is_alive, wait_for, wait_until_gone
 
 
@@ -80,10 +80,10 @@ class ElasticRun:
         wait_until_gone(left)
         return Ended(self.process.returncode, self.log.read_text())
 
-    def generation(self) -> tuple[int, int]:
-        """Return the last generation that the launcher has told of, and how many ranks it has."""
-        told = re.findall(r"generation (\d+) of (\d+) rank", self.log.read_text())
-        return (int(told[-1][0]), int(told[-1][1])) if told else (1, self.ranks)
+    def joined(self) -> set[int]:
+        """Return the processes that have joined, and have made an update."""
+        told = [each["who"] for each in records(self.run, "event") if each["event"] == "rank_joined"]
+        return {int(pid) for who in told for pid in re.findall(r"process (\d+)", who)}
 
     def step(self) -> int:
         """Return the last update that was recorded."""
@@ -126,7 +126,6 @@ class Faults:
     def __post_init__(self) -> None:
         self._veterans = set(self.launch.slots().values())
         self._condemned: set[int] = set()
-        self._seen_in: dict[int, int] = {}
         self._paused: dict[int, float] = {}
 
     def inflict(self, count: int, gap: tuple[float, float] = (0.0, 1.0)) -> None:
@@ -143,11 +142,7 @@ class Faults:
         """Return a rank that something may be done to, once there is one beside another that holds the state."""
         self._rest(0.05)
         living = {pid for pid in self.launch.slots().values() if is_alive(pid)}
-        generation, size = self.launch.generation()
-        for pid in living:
-            self._seen_in.setdefault(pid, generation)
-        if size == len(living) and all(generation > self._seen_in[pid] for pid in living - self._veterans):
-            self._veterans |= living  # all of them are ranks
+        self._veterans |= self.launch.joined()
         whole = sorted((living & self._veterans) - self._condemned - set(self._paused))
         candidates = sorted(living - self._condemned - set(self._paused))
         joining = [pid for pid in candidates if pid not in whole]

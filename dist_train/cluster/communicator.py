@@ -55,7 +55,7 @@ class Generation:
     nodes: tuple[str, ...]
     lost: tuple[str, ...]
     report: str
-    joined: tuple[int, ...]
+    joined: tuple[str, ...]
 
 
 class Pending:

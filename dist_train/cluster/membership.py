@@ -34,7 +34,10 @@ class Peer:
     @property
     def name(self) -> str:
         """What messages call it."""
-        who = "a rank that was joining" if self.rank is None else f"rank {self.rank}"
+        return self.named("a rank that was joining" if self.rank is None else f"rank {self.rank}")
+
+    def named(self, who: str) -> str:
+        """Return `who` with the process that it is."""
         return f"{who} ({self.node}, process {self.process})"
 
 
@@ -227,7 +230,9 @@ def _begin(state: Membership, following: tuple[Peer, ...]) -> Decision:
         "nodes": [peer.node for peer in following],
         "lost": list(state.lost),
         "report": state.report,
-        "joined": [ranks[peer.id] for peer in following if peer.rank is None] if state.generation else [],
+        "joined": [
+            peer.named(f"rank {ranks[peer.id]}") for peer in following if peer.rank is None and state.generation
+        ],
     }
     peers = tuple(
         replace(peer, rank=ranks.get(peer.id), is_ready=peer.is_ready and peer.id not in ranks) for peer in state.peers

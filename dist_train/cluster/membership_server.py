@@ -190,7 +190,7 @@ class MembershipServer:
                 self.say(message.fields["why"])
             if message.kind == "members" and before.generation:
                 size, lost, joined = (message.fields[name] for name in ("size", "lost", "joined"))
-                news = [*lost, *([f"joined: rank {', '.join(map(str, joined))}"] if joined else [])]
+                news = [*lost, *(f"{name} joins" for name in joined)]
                 ranks = f"{size} rank{'s' if size > 1 else ''}"
                 self.say(f"generation {message.fields['generation']} of {ranks}: {'; '.join(news) or 'formed anew'}")
         self._note_who_must_stop(messages)

@@ -141,7 +141,7 @@ class Interruption:
         self._since: float | None = None
         self._redone = 0
         self._lost: tuple[str, ...] = ()
-        self._joined: tuple[int, ...] = ()
+        self._joined: tuple[str, ...] = ()
         self._report = ""
 
     def note(self, error: GroupBrokenError, *, is_redone: bool) -> None:
@@ -173,7 +173,7 @@ class Interruption:
         if lost:
             yield "rank_lost", {"who": "; ".join(lost), **common}
         if joined:
-            yield "rank_joined", {"who": f"rank {', '.join(map(str, joined))}", **common}
+            yield "rank_joined", {"who": "; ".join(joined), **common}
         if not lost and not joined:
             yield "regrouped", {"why": report, **common}
 

@@ -58,7 +58,7 @@ def test_who_joins_is_let_in_after_an_update_behind_the_others() -> None:
     state = after(state, Ready(20, 0))
     told = said(state, Ready(11, 2))
     assert {to: message.fields["rank"] for to, message in told.items()} == {11: 0, 20: 1}
-    assert told[11].fields["joined"] == [1]
+    assert told[11].fields["joined"] == ["rank 1 (, process 0)"]
 
 
 def test_too_few_ranks_wait_for_others_and_end_when_none_can_come() -> None:
