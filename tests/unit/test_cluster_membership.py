@@ -165,6 +165,22 @@ def test_who_is_silent_is_expelled_and_ends_when_it_wakes() -> None:
             each.leave("")
 
 
+def test_who_beats_but_does_not_stop_is_expelled() -> None:
+    ended: list[int] = []
+    with serving(2, 0.5) as server:
+        members = [member(server, slot, ended) for slot in range(2)]
+        meet(members)
+        for each in members:
+            each.trains()
+        (alone,) = meet(members[:1], "gradient.0: a rank does not come")
+        assert (alone.rank, alone.size) == (0, 1)
+        assert "has not stopped" in alone.lost[0]
+        assert "does not come" in alone.report
+        wait_for(lambda: ended)
+        for each in members:
+            each.leave("")
+
+
 def test_who_does_not_know_the_token_is_not_heard() -> None:
     with serving(1, 5.0) as server, pytest.raises(RankLostError, match="closed the connection"):
         Member(5.0, {**server.variables(0), TOKEN_VARIABLE: "guess"})
