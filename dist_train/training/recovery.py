@@ -11,7 +11,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 from dist_train.checkpoint.state import Progress
 from dist_train.cluster.communicator import (
@@ -24,6 +24,7 @@ from dist_train.cluster.communicator import (
 )
 from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir.records import Detail, EvaluationRecord, EventRecord, Record, TrainRecord
+from dist_train.training.step import Update
 
 _IDENTITY = ("code", "settings", "data")
 
@@ -109,6 +110,12 @@ class LastUpdate:
     repeats: int
     seconds: float
     progress: Progress
+
+    @staticmethod
+    def of(update: Update, seconds: float, progress: Progress) -> LastUpdate:
+        """Return what is kept of `update`, just made in so many seconds."""
+        values = update.loss, update.accuracy, update.gradient_norm, update.stop_requested, update.repeats
+        return LastUpdate(*values, seconds, replace(progress))
 
 
 @dataclass(frozen=True)

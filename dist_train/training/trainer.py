@@ -206,8 +206,7 @@ class Trainer:
         self.progress.step += 1
         self._is_settled, self._knows_noise = False, True
         self._meeting_requested = update.meeting_requested
-        values = update.loss, update.accuracy, update.gradient_norm, update.stop_requested, update.repeats
-        self._last = LastUpdate(*values, seconds, replace(self.progress))
+        self._last = LastUpdate.of(update, seconds, self.progress)
         if self.profiler:
             self.profiler.after_update(self.progress.step)
         self._busy_seconds += seconds

@@ -53,8 +53,8 @@ def test_who_differs_cannot_join() -> None:
 
 
 def test_progress_and_the_last_update_travel_whole() -> None:
-    progress = Progress(step=7, best_accuracy=0.1 + 0.2, loss_scale=2.0**16)
-    whole = SharedState(progress, 16, LastUpdate(0.1 + 0.2, 0.5, 1e-300, False, 0.25, Progress(step=7)))
+    progress = Progress(step=7, best_accuracy=0.1 + 0.2, loss_scale=2.0**16, grid_exponents=[20, 21])
+    whole = SharedState(progress, 16, LastUpdate(0.1 + 0.2, 0.5, 1e-300, False, 1, 0.25, Progress(step=7)))
     none = SharedState(Progress(), 8, None)
 
     def job(comm: SimulatedRanks) -> SharedState:
