@@ -118,7 +118,7 @@ def start(
     )
 
 
-def kill(process: subprocess.Popen[str]) -> None:
+def kill(process: subprocess.Popen[Any]) -> None:
     """SIGKILL everything that `process` started, at once."""
     for pid in [process.pid, *descendants(process.pid)]:
         try:

@@ -203,13 +203,18 @@ def _shape(state: Mapping[str, Tensor], name: str) -> str:
 
 
 def broadcast_state(
-    comm: Communicator, model: nn.Module, weights: FlatWeights, optimizer: Optimizer, *more: Tensor
+    comm: Communicator,
+    model: nn.Module,
+    weights: FlatWeights,
+    optimizer: Optimizer,
+    *more: Tensor,
+    root: int = 0,
 ) -> None:
-    """Give every rank rank 0's state: the optimizer's, the model's buffers, the weights, and `more`.
+    """Give every rank the state of rank `root`: the optimizer's, the model's buffers, the weights, and `more`.
 
     Horovod's own broadcast of the optimizer makes a step on ranks without state, and so moves their
     weights; here every rank has the whole state from the beginning. What is of one type and device travels as
-    one tensor: each broadcast costs a round of all ranks.
+    one tensor: each broadcast costs a round of all ranks. All of it is taken or, where a rank is lost meanwhile, none.
     """
     parameters = {name for name, _ in model.named_parameters()}
     buffers = [value for name, value in model.state_dict().items() if name not in parameters]
@@ -217,8 +222,9 @@ def broadcast_state(
     for tensor in (*(tensor for _, tensor in state_tensors(optimizer)), *buffers, weights.values, *more):
         alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     with torch.no_grad():
-        for index, tensors in enumerate(alike.values()):
-            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-            comm.broadcast(flat, f"state.{index}")
-            for tensor, received in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-                tensor.copy_(received.view_as(tensor))
+        received = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in alike.values()]
+        for index, flat in enumerate(received):
+            comm.broadcast(flat, f"state.{index}", root)
+        for flat, tensors in zip(received, alike.values(), strict=True):
+            for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(values.view_as(tensor))

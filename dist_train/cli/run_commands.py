@@ -109,7 +109,7 @@ def _lr_range(arguments: argparse.Namespace) -> int:
 
 
 def add_launch(subparsers: Subparsers) -> None:
-    """Add `launch [-np N] COMMAND ...`."""
+    """Add `launch [-np N] [--min-ranks N] [--restarts N] COMMAND ...`."""
     parser = subparsers.add_parser(
         "launch",
         help="a command on several ranks of this machine, without MPI or Horovod",
@@ -117,6 +117,20 @@ def add_launch(subparsers: Subparsers) -> None:
         "SIGTERM, SIGINT and SIGUSR2 ask the ranks to save and stop. The exit status is the command's own.",
     )
     parser.add_argument("-np", type=int, default=2, metavar="N", help="number of ranks (2)")
+    parser.add_argument(
+        "--min-ranks",
+        type=int,
+        default=None,
+        metavar="N",
+        help="train on without a rank that dies or hangs, down to N ranks (default: all, a lost rank ends the launch)",
+    )
+    parser.add_argument(
+        "--restarts",
+        type=_limit,
+        default=0,
+        metavar="N",
+        help="start a lost rank anew up to N times; it joins the others between two updates (0)",
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="such as train CONFIG")
     parser.set_defaults(run=_launch)
 
@@ -132,12 +146,24 @@ def _launch(arguments: argparse.Namespace) -> int:
         )
     if arguments.np < 1:
         raise UsageError(f"-np takes a number of ranks, 1 or more, not {arguments.np}", code="option-range")
+    fewest = arguments.np if arguments.min_ranks is None else arguments.min_ranks
+    if not 1 <= fewest <= arguments.np:
+        raise UsageError(f"--min-ranks takes 1 to the {arguments.np} ranks of -np, not {fewest}", code="option-range")
+    is_elastic = arguments.min_ranks is not None or arguments.restarts > 0
     command = parse(words)
-    if words[0] == "train":
-        from dist_train.config import load_config
+    program = [sys.executable, "-m", "dist_train", *words]
+    if words[0] != "train":
+        if is_elastic:
+            raise UsageError("--min-ranks and --restarts are for the command train", code="elastic-command")
+        return launch_ranks(program, arguments.np)
+    from dist_train.config import load_config
 
-        load_config(command.config, command.overrides, command.plugin)  # one message, not one a rank
-    return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np)
+    config = load_config(command.config, command.overrides, command.plugin)  # one message, not one a rank
+    if not is_elastic:
+        return launch_ranks(program, arguments.np)
+    from dist_train.cluster.elastic_launch import Elasticity, launch_elastic
+
+    return launch_elastic(program, arguments.np, Elasticity(fewest, arguments.restarts, config.comm.timeout))
 
 
 def add_evaluate(subparsers: Subparsers) -> None:

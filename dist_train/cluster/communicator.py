@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +22,14 @@ class RankLostError(FaultError):
     code = "rank-lost"
 
 
+class GroupBrokenError(RankLostError):
+    """The group of an elastic launch is over, since a rank was lost; what is left can meet anew."""
+
+
+class MeetingRequestedError(GroupBrokenError):
+    """All ranks have agreed to meet anew after this update; nothing is broken."""
+
+
 @contextmanager
 def naming_lost_ranks(kind: type[Exception], operation: str = "") -> Iterator[None]:
     """Raise RankLostError in place of the engine's `kind` of error within the block."""
@@ -29,6 +38,24 @@ def naming_lost_ranks(kind: type[Exception], operation: str = "") -> Iterator[No
     except kind as error:
         text = " ".join(str(error).split())
         raise RankLostError(f"a rank was lost, so the others stop: {operation}{text}") from error
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One numbering of the ranks, as the authority gives it to one of them.
+
+    `store`: where the ranks meet, served by rank 0. `nodes`: the ranks' nodes, by rank. `lost`: who was lost of the
+    generation before, and why; `report`: what had broken it, as a rank saw it; `joined`: the ranks that are new.
+    """
+
+    generation: int
+    rank: int
+    size: int
+    store: tuple[str, int]
+    nodes: tuple[str, ...]
+    lost: tuple[str, ...]
+    report: str
+    joined: tuple[str, ...]
 
 
 class Pending:
@@ -54,6 +81,17 @@ class Communicator:
     """What carries the group: alone, Horovod's mpi or gloo, torch-gloo or torch-nccl, mpi4py."""
     has_nccl: bool = True
     """Whether the group can sum tensors of GPUs."""
+    is_elastic: bool = False
+    """Whether ranks may come and go: a lost one raises GroupBrokenError, and `meet` continues without it."""
+    is_joining: bool = False
+    """Whether the run is under way, and this rank has yet to meet the others."""
+    generation: int = 1
+    """How many groups there have been."""
+
+    @property
+    def wants_meeting(self) -> bool:
+        """Whether ranks wait to be let in, as far as this rank knows."""
+        return False
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Start to replace the contiguous `tensor` by its sum over all ranks."""
@@ -63,8 +101,8 @@ class Communicator:
         """Start to replace `tensor` by its Adasum over all ranks (arXiv 2006.02924)."""
         return Pending()
 
-    def broadcast(self, tensor: torch.Tensor, name: str) -> None:
-        """Replace `tensor` by rank 0's."""
+    def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
+        """Replace `tensor` by that of rank `root`."""
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -76,8 +114,22 @@ class Communicator:
     def stop_timeline(self) -> None:
         """Stop writing it."""
 
-    def close(self) -> None:
-        """Leave the group."""
+    def begin_training(self) -> None:
+        """Let the run be continued from this rank's state, from now on."""
+
+    def meet(self, why: str) -> Generation:
+        """Stop work, and return in the next generation, of which this object is from then on.
+
+        `why` says what broke this one; empty where all come by agreement.
+
+        Raises:
+            GroupBrokenError: that one is over as well.
+            RankLostError: the run cannot continue.
+        """
+        raise RankLostError("this launch is not elastic")
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave the group; for good, or by an `error` of this rank."""
 
 
 class Alone(Communicator):
@@ -105,15 +157,15 @@ def gather_str(comm: Communicator, text: str, name: str) -> tuple[str, ...]:
     return tuple(bytes(row).rstrip(b"\0").decode() for row in gather(comm, list(encoded.ljust(longest, b"\0")), name))
 
 
-def broadcast_str(comm: Communicator, text: str, name: str) -> str:
-    """Return rank 0's `text`; what the others pass is not used."""
+def broadcast_str(comm: Communicator, text: str, name: str, root: int = 0) -> str:
+    """Return the `text` of rank `root`; what the others pass is not used."""
     encoded = torch.tensor(list(text.encode()), dtype=torch.int64)
     length = torch.tensor([len(encoded)], dtype=torch.int64)
-    comm.broadcast(length, f"{name}.length")
-    if comm.rank != 0:
+    comm.broadcast(length, f"{name}.length", root)
+    if comm.rank != root:
         encoded = torch.empty(int(length), dtype=torch.int64)
     if len(encoded):
-        comm.broadcast(encoded, name)
+        comm.broadcast(encoded, name, root)
     return bytes(encoded.tolist()).decode()
 
 

@@ -61,9 +61,9 @@ class HorovodCommunicator(Communicator):
         """Start to replace `tensor` by its Adasum over all ranks."""
         return self._start(lambda: self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Adasum))
 
-    def broadcast(self, tensor: torch.Tensor, name: str) -> None:
-        """Replace `tensor` by rank 0's."""
-        self._start(lambda: self._hvd.broadcast_async_(tensor, root_rank=0, name=name)).wait()
+    def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
+        """Replace `tensor` by that of rank `root`."""
+        self._start(lambda: self._hvd.broadcast_async_(tensor, root_rank=root, name=name)).wait()
 
     def start_timeline(self, path: Path) -> None:
         """Start to write Horovod's timeline to `path`, on rank 0; one that the user has asked for continues instead."""
@@ -75,7 +75,7 @@ class HorovodCommunicator(Communicator):
         if _timeline_is_ours():
             self._hvd.stop_timeline()
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Leave the group."""
         self._hvd.shutdown()
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 from dist_train.cluster.communicator import Alone, Communicator
-from dist_train.cluster.launch import current_launch
+from dist_train.cluster.launch import current_launch, is_elastic
 from dist_train.config.sections import Engine
 from dist_train.outcome import ExitCode
 
@@ -64,6 +64,10 @@ def join_ranks(*, timeout: float, device_type: str, engine: Engine = "auto", tim
         UsageError: the group that was asked for cannot be formed.
     """
     launch = current_launch()
+    if is_elastic():
+        from dist_train.cluster.elastic import ElasticCommunicator
+
+        return ElasticCommunicator(timeout=timeout, device_type=device_type)
     if launch.size == 1 and launch.launcher != "horovodrun" and launch.launcher != "mpirun":
         return Alone()
     if engine_of(launch.launcher, engine, is_installed("horovod")) == "torch":

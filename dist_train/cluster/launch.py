@@ -69,6 +69,15 @@ def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     return Launch("alone", 1, 0)
 
 
+MEMBERSHIP_VARIABLE = "DIST_TRAIN_MEMBERSHIP"
+"""Where the ranks of an elastic launch find who decides which of them take part: HOST:PORT."""
+
+
+def is_elastic(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the ranks of the launch of `environment` may come and go."""
+    return MEMBERSHIP_VARIABLE in environment
+
+
 LISTEN_FD = "DIST_TRAIN_LISTEN_FD"
 """Set by `dist-train launch`: rank 0's listening socket for the store; -1 for the other ranks."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from dist_train.cluster.launch import LISTEN_FD
 from dist_train.outcome import ExitCode
 
-_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
 _INSISTING = {signal.SIGTERM, signal.SIGINT}
 _INSIST_SECONDS = 2.0
 """A second signal that comes sooner is taken for the same request."""
@@ -41,22 +41,28 @@ def launch_ranks(command: Sequence[str], size: int) -> int:
     Returns:
         What the first rank to fail returned; 1 where a signal ended it; 0 where none failed.
     """
-    watched = _STOP_SIGNALS | {signal.SIGCHLD}
+    watched = STOP_SIGNALS | {signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     environment = {"DIST_TRAIN_LAUNCH": secrets.token_hex(8), **os.environ}
     with socket.create_server(("127.0.0.1", 0), backlog=max(128, size)) as listener:
-        ranks = [_start(command, environment, rank, size, listener, mask) for rank in range(size)]
+        place = {"MASTER_PORT": str(listener.getsockname()[1])}
+        ranks = [
+            start_rank(command, rank_environment(environment, rank, size, place), mask, listener.fileno())
+            for rank in range(size)
+        ]
     try:
-        return _Ranks(ranks).wait(watched)
+        return Ranks(ranks).wait(watched)
     finally:
         for rank in ranks:
             rank.kill()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-class _Ranks:
+class Ranks:
+    """The processes of a launch, by rank: waits for their end, and passes on requests to stop."""
+
     def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
-        self._processes = processes
+        self._processes = list(processes)
         self._first_failure: int | None = None
         self._deadline: float | None = None
         self._asked_at: float | None = None
@@ -65,28 +71,42 @@ class _Ranks:
         self._is_ending = False
 
     def wait(self, watched: set[signal.Signals]) -> int:
-        while len(self._ended) < len(self._processes):
-            received = signal.sigtimedwait(watched, _LOOK_SECONDS)
-            if received is not None and received.si_signo in _STOP_SIGNALS:
+        """Return the exit code of the launch once all have ended."""
+        while self._is_running():
+            received = self._await_signal(watched)
+            if received is not None and received.si_signo in STOP_SIGNALS:
                 self._note_request(signal.Signals(received.si_signo))
             self._collect()
             if self._asked_at is not None:
                 self._ask_to_stop()
-            if self._first_failure is not None and self._deadline is None:
-                self._deadline = time.monotonic() + _LOSS_SECONDS
+            self._end_the_lost()
             if self._deadline is not None and (0 in self._ended or self._are_stopped()):
                 self._deadline = min(self._deadline, time.monotonic() + _STUCK_SECONDS)
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._end_all()
+        return self._code()
+
+    def _is_running(self) -> bool:
+        return len(self._ended) < len(self._processes)
+
+    def _await_signal(self, watched: set[signal.Signals]) -> signal.struct_siginfo | None:
+        return signal.sigtimedwait(watched, _LOOK_SECONDS)
+
+    def _end_the_lost(self) -> None:
+        """Give the others a time to end by themselves once one has failed."""
+        if self._first_failure is not None and self._deadline is None:
+            self._deadline = time.monotonic() + _LOSS_SECONDS
+
+    def _code(self) -> int:
         return self._first_failure or ExitCode.FINISHED
 
     def _note_request(self, name: signal.Signals) -> None:
         now = time.monotonic()
         if self._asked_at is None:
             self._asked_at = now
-            _say("asked to stop: the ranks save and end")
+            say("asked to stop: the ranks save and end")
         elif name in _INSISTING and now - self._asked_at >= _INSIST_SECONDS:
-            _say("asked again: ending the ranks without waiting for them")
+            say("asked again: ending the ranks without waiting for them")
             self._deadline = now
 
     def _collect(self) -> None:
@@ -96,9 +116,12 @@ class _Ranks:
                 continue
             self._ended.add(rank)
             if code < 0 and not self._is_ending:
-                _say(f"rank {rank} (process {process.pid}) was killed by {signal.Signals(-code).name}")
-            if code != 0 and self._first_failure is None:
-                self._first_failure = code if code > 0 else ExitCode.FAULT
+                say(f"rank {rank} (process {process.pid}) was killed by {signal.Signals(-code).name}")
+            self._note_end(rank, code)
+
+    def _note_end(self, rank: int, code: int) -> None:
+        if code != 0 and self._first_failure is None:
+            self._first_failure = code if code > 0 else ExitCode.FAULT
 
     def _are_stopped(self) -> bool:
         """Whether all ranks that are left were stopped by a signal, and can notice nothing."""
@@ -126,25 +149,26 @@ class _Ranks:
                 process.wait()
 
 
-def rank_environment(environment: Mapping[str, str], rank: int, size: int, port: int, listen_fd: int) -> dict[str, str]:
-    """Return the environment of a rank: torch's own variables, threads, and nothing of another launcher."""
+def rank_environment(environment: Mapping[str, str], rank: int, size: int, place: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a rank: torch's own variables, threads, nothing of another launcher; `place`: where the
+    ranks meet.
+    """
     kept = {name: value for name, value in environment.items() if not name.startswith(_OTHER_LAUNCHERS)}
     threads = max(1, len(os.sched_getaffinity(0)) // size)
     kept.setdefault("OMP_NUM_THREADS", str(threads))
-    place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
-    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, LISTEN_FD: listen_fd if rank == 0 else -1}
-    return {**kept, **{name: str(value) for name, value in (place | store).items()}}
+    number = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    return {**kept, **{name: str(value) for name, value in number.items()}, "MASTER_ADDR": "127.0.0.1", **place}
 
 
-def _start(
+def start_rank(
     command: Sequence[str],
     environment: Mapping[str, str],
-    rank: int,
-    size: int,
-    listener: socket.socket,
     mask: set[int | signal.Signals],
+    listen_fd: int | None = None,
 ) -> subprocess.Popen[bytes]:
+    """Start `command`, which dies with this process; rank 0 gets the listening socket `listen_fd`, if there is one."""
     parent, libc = os.getpid(), ctypes.CDLL(None)
+    fd = listen_fd if listen_fd is not None and environment["RANK"] == "0" else None
 
     def prepare() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -152,12 +176,11 @@ def _start(
         if os.getppid() != parent:
             os._exit(ExitCode.FAULT)
 
-    fd = listener.fileno()
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        env=rank_environment(environment, rank, size, listener.getsockname()[1], fd),
-        pass_fds=(fd,) if rank == 0 else (),
+        env={**environment, LISTEN_FD: str(-1 if fd is None else fd)},
+        pass_fds=() if fd is None else (fd,),
         start_new_session=True,  # Ctrl-C at a terminal is for the launcher alone
         preexec_fn=prepare,  # there are no threads
     )
@@ -176,5 +199,6 @@ def _status_field(process: int, name: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(f"{name}:")), "")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print what the launcher does, for those who watch it."""
     print(f"dist-train launch: {text}", file=sys.stderr, flush=True)

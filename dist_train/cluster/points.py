@@ -42,9 +42,9 @@ class MpiCommunicator(Communicator):
         self._communicator.Allreduce(MPI.IN_PLACE, tensor.numpy())
         return super().allreduce_async(tensor, name)
 
-    def broadcast(self, tensor: torch.Tensor, name: str) -> None:
-        """Replace `tensor` by rank 0's."""
-        self._communicator.Bcast(tensor.numpy(), root=0)
+    def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
+        """Replace `tensor` by that of rank `root`."""
+        self._communicator.Bcast(tensor.numpy(), root=root)
 
 
 def join_points() -> Communicator:

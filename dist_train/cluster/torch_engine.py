@@ -65,17 +65,15 @@ class TorchCommunicator(Communicator):
 
     def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Raise UsageError: torch.distributed has no Adasum."""
-        raise UsageError(
-            "torch.distributed has no Adasum: set comm.engine=horovod, or comm.op=average", code="adasum-engine"
-        )
+        raise refuse_adasum()
 
-    def broadcast(self, tensor: torch.Tensor, name: str) -> None:
-        """Replace `tensor` by rank 0's."""
+    def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
+        """Replace `tensor` by that of rank `root`."""
         options = dist.BroadcastOptions()
-        options.rootRank = 0
+        options.rootRank = root
         _start(lambda: self._group(tensor).broadcast([tensor], options), name).wait()
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Leave the group."""
         if self._device is not None:
             self._device.abort()
@@ -83,6 +81,13 @@ class TorchCommunicator(Communicator):
 
     def _group(self, tensor: torch.Tensor) -> Any:
         return self._device if tensor.is_cuda else self._host
+
+
+def refuse_adasum() -> UsageError:
+    """Return the error for who asks for Adasum here."""
+    return UsageError(
+        "torch.distributed has no Adasum: set comm.engine=horovod, or comm.op=average", code="adasum-engine"
+    )
 
 
 class _Work(Pending):

@@ -319,7 +319,7 @@ def start_watchdog(
     Raises:
         UsageError: `timeout` is too short to distinguish a slow rank from a lost one; on all ranks.
     """
-    if comm.size == 1:
+    if comm.size == 1 or comm.is_elastic:  # the authority of an elastic launch hears its ranks itself
         return Watchdog()
     if timeout < SHORTEST_TIMEOUT:
         raise UsageError(

@@ -114,8 +114,9 @@ def assemble(
     noise = build_noise(config.noise, weights, seed=config.run.seed, total_steps=total_steps, rank=comm.rank)
     restore = partial(_restore, resume_point, updates_per_epoch, network, optimizer, averaging, noise)
     progress = run_on_all_ranks(comm, restore, "restore the checkpoint")
-    progress = shared_progress(comm, progress)
-    broadcast_state(comm, network, weights, optimizer, averaging.kept, *noise.kept.values())
+    if not comm.is_joining:
+        progress = shared_progress(comm, progress)
+        broadcast_state(comm, network, weights, optimizer, averaging.kept, *noise.kept.values())
 
     model: nn.Module = network
     if config.precision.compile:
@@ -124,9 +125,7 @@ def assemble(
     writer = None
     if comm.rank == 0:
         directory.save_config(config)
-        elsewhere = config.checkpoint.fallback_directory
-        fallback = directory.fallback(elsewhere) if elsewhere else None
-        writer = CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing, fallback)
+        writer = build_writer(config, directory, session)
     step = build_step(
         config,
         model,
@@ -150,7 +149,7 @@ def assemble(
         if comm.rank == 0:
             directory.save_config(settled)
         step.reduction.close()
-        return replace(step, reduction=_reduction(settled, weights, noise, comm, progress))
+        return replace(step, reduction=set_up_reduction(settled, weights, noise, comm, progress))
 
     profile_steps = config.run.profile_steps
     return Trainer(
@@ -210,7 +209,7 @@ def build_step(
         statistics=statistics,
         samples=samples,
         noise=noise,
-        reduction=_reduction(config, weights, noise, comm, progress),
+        reduction=set_up_reduction(config, weights, noise, comm, progress),
         optimizer=optimizer,
         tally=Tally(comm, statistics, compute.device),
         compute=compute,
@@ -266,9 +265,23 @@ def _warn_of_lost_noise(noise: Noise, precision: torch.dtype, step: int) -> None
         )
 
 
-def _reduction(
+def build_writer(config: Config, directory: RunDirectory, session: Session) -> CheckpointWriter:
+    """Return who writes the checkpoints of a run, on rank 0."""
+    elsewhere = config.checkpoint.fallback_directory
+    fallback = directory.fallback(elsewhere) if elsewhere else None
+    return CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing, fallback)
+
+
+def own_norms(config: Config, weights: FlatWeights) -> WeightNorms:
+    """Return the norms of `weights`, and of their distance from the initial ones, which are made once more."""
+    initial = FlatWeights(build_model(config).to(weights.values.device))
+    return WeightNorms(weights.values, initial.values)
+
+
+def set_up_reduction(
     config: Config, weights: FlatWeights, noise: Noise, comm: Communicator, progress: Progress
 ) -> GradientReduction:
+    """Return the reduction over the ranks of `comm`, by the micro-batches that each computes. All ranks call it."""
     assert config.batch.micro_size != "auto", "decided before"
     plan = BatchPlan(config.batch.global_size, config.batch.micro_size)
     share = partial(share_of, config.model, plan, comm.rank, comm.size)

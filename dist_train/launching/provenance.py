@@ -124,6 +124,7 @@ def run_facts(
         run_id=run_id,
         device_memory=_device_memory(trainer.take_step.compute.device),
         time_limit=trainer.time_limit.end or 0.0,
+        generation=ranks.generation,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -19,15 +19,16 @@ from dist_train.config import Config, dump_config, parse_config
 from dist_train.config.resuming import with_threads
 from dist_train.launching.assembly import assemble
 from dist_train.launching.preflight import check_settings
+from dist_train.launching.regrouping import Regrouping
 from dist_train.launching.session import Session, open_session
-from dist_train.monitoring.console import open_logs
 from dist_train.monitoring.prometheus.http_server import access_warnings
+from dist_train.outcome import DisagreementError, DivergedError, StoppedError
 from dist_train.rundir.lock import LockRequest, RunLock
 from dist_train.rundir.paths import RunDirectory, oserror_to_fault
 from dist_train.rundir.records import Observer, Outcome, rewind
 from dist_train.start_up import without_collection
 from dist_train.training.compute import share_of_threads
-from dist_train.training.consistency import check_consistent_across_ranks
+from dist_train.training.consistency import check_consistent_across_ranks, identity_of
 from dist_train.training.stopping import StopRequests
 
 _logger = logging.getLogger("dist_train.launching")
@@ -38,6 +39,9 @@ _SILENT_SHARE = 2 / 3
 _MEETING_SHARE = 2.0
 """Of `comm.timeout`: so long the ranks may take to meet; on a large launch some start much later than others."""
 
+
+_OF_ALL_RANKS = (StoppedError, DivergedError, DisagreementError)
+"""How a run ends on all its ranks alike; any other error of a rank is its own."""
 
 _LOOKS_IN_TIMEOUT = 4
 """How often within `comm.timeout` ranks that wait for the run directory meet."""
@@ -79,37 +83,68 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
                 engine=config.comm.engine,
                 timeline=config.run.profile_steps > 0,
             )
-            stack.callback(comm.close)
-            check_consistent_across_ranks(comm, config)
+            stack.push(_leave(comm))
+            if not comm.is_joining:
+                check_consistent_across_ranks(comm, config)
             watchdog = stack.enter_context(
                 start_watchdog(comm, timeout=config.comm.timeout * _SILENT_SHARE, on_loss=lose)
             )
-        lock = _lock(config, directory, comm)
-        if lock is not None:
-            stack.callback(lock.release)
-        resume_point = run_on_all_ranks(comm, partial(_begin, config, directory, comm), "open the run directory")
-        settled = _shared_config(comm, resume_point.config)
-        run_id = broadcast_str(comm, directory.run_id() if comm.rank == 0 else "", "run id")
-        stack.enter_context(open_logs(directory.logs, comm.rank))
+        lock = None
+        if comm.is_joining:
+            resume_point = _join(directory)
+            settled, run_id = resume_point.config, directory.run_id()
+        else:
+            lock = _lock(config, directory, comm)
+            if lock is not None:
+                stack.callback(lock.release)
+            resume_point = run_on_all_ranks(comm, partial(_begin, config, directory, comm), "open the run directory")
+            settled = _shared_config(comm, resume_point.config)
+            run_id = broadcast_str(comm, directory.run_id() if comm.rank == 0 else "", "run id")
+        opened = partial(open_session, settled, directory, comm, lock, run_id, observers)
+        session = run_on_all_ranks(comm, opened, "open its loggers")
+        regroup = Regrouping(settled, directory, session, stack, observers)
+        if not comm.is_joining:
+            regroup.open_logs(comm.rank)
         if comm.rank == 0 and settled.metrics.enabled:
             for warning in access_warnings(settled.metrics):
                 _logger.warning("%s", warning)
-        opened = partial(open_session, settled, directory, comm, lock, run_id, observers)
-        session = run_on_all_ranks(comm, opened, "open its loggers")
         try:
             with without_collection():
                 trainer = assemble(settled, resume_point, directory, comm, session, stop)
             trainer.may_shrink = config.batch.micro_size == "auto"
-            session.begin(trainer, resume_point)
+            if comm.is_elastic:
+                trainer.regroup = regroup
+                trainer.identity = identity_of(config, trainer.splits.identity)
+            if comm.is_joining:
+                session.attach(trainer)
+            else:
+                session.begin(trainer, resume_point)
             stack.callback(trainer.close)
             trainer.run()
-            comm.barrier()
         except Exception as error:
             if isinstance(error, RankLostError) and (missing := watchdog.absent()):
                 error.args = (f"{missing} does not answer; {error}",)
             session.fail(error)
             raise
         return session.finish()
+
+
+def _leave(comm: Communicator) -> Callable[[object, BaseException | None, object], None]:
+    """Return what leaves the ranks as the run ends: by the error of this rank alone, or as all do."""
+
+    def leave(kind: object, error: BaseException | None, traceback: object) -> None:
+        comm.close(None if isinstance(error, _OF_ALL_RANKS) else error)
+
+    return leave
+
+
+def _join(directory: RunDirectory) -> ResumePoint:
+    """Return the settings of the run under way, in which this rank takes up the state of the others."""
+    try:
+        text = directory.config.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RankLostError(f"{directory.root} holds no run that this rank could join") from None
+    return ResumePoint(parse_config(yaml.safe_load(text), source=str(directory.config)))
 
 
 def _lock(config: Config, directory: RunDirectory, comm: Communicator) -> RunLock | None:

@@ -62,17 +62,51 @@ class Session:
         self._launched = time.time()
         self._begun = time.monotonic()
         self._trainer: Trainer | None = None
+        self._have_begun = False
+        self._is_survived = False
+        """Whether this rank alone fails, and the others continue without it."""
         if self.status:
             self.status.change("starting")
 
+    def attach(self, trainer: Trainer) -> None:
+        """Report of `trainer` from now on."""
+        self._trainer = trainer
+
+    def take_over(self, config: Config, lock: RunLock, more: Sequence[Observer] = ()) -> None:
+        """Do what rank 0 does for all, in place of one that is lost; this rank has the `lock` now."""
+        # Its own exporter, if it has one, ends: rank 0's takes its place.
+        self.observers.end(self._outcome("running", ExitCode.FINISHED, ""))
+        self.observers = Observers((*_observers(config.metrics, self._directory, 0), *more))
+        self._have_begun = False
+        self._lock = lock
+        self.status = _status_file(self._directory, self._comm)
+
+    def note_generation(self, trainer: Trainer, nodes: tuple[str, ...]) -> None:
+        """Report that the ranks, of `nodes`, have met anew. All ranks call it."""
+        code = revision() if self.status else ""
+        if self.observers:
+            facts = run_facts(trainer, self._directory, self._launched, code, self._run_id, nodes)
+            (self.observers.regroup if self._have_begun else self.observers.begin)(facts)
+        self._have_begun = True
+        if self.status:
+            self.status.change(
+                "running",
+                step=trainer.progress.step,
+                epoch=trainer.epoch,
+                total_steps=trainer.last_step,
+                world_size=self._comm.size,
+                generation=self._comm.generation,
+            )
+
     def begin(self, trainer: Trainer, resume_point: ResumePoint) -> None:
         """Report that training begins, and what was found before. All ranks call it."""
-        self._trainer = trainer
+        self.attach(trainer)
         nodes = gather_str(self._comm, socket.gethostname(), "nodes")
         # Rank 0 asks for all: on a large launch each rank would start git on the same file system.
         code = revision() if self.status else ""
         if self.observers:
             self.observers.begin(run_facts(trainer, self._directory, self._launched, code, self._run_id, nodes))
+        self._have_begun = True
         if self.status is None:
             return
         for name, text in resume_point.damage.items():
@@ -153,6 +187,7 @@ class Session:
         if self._trainer is not None:
             self._trainer.settle_saving()
         code = exit_code_of(error)
+        self._is_survived = self._comm.is_elastic and not isinstance(error, RankLostError) and self._trainer is not None
         # A rank that failed on its own knows why; the others only know that it is lost.
         is_recorded = isinstance(error, RankLostError | PeerFailedError) and another_failed(self._directory.status)
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -193,7 +228,7 @@ class Session:
 
     def _record_fault(self, reason: str) -> None:
         """Record the fault in the status, on whichever rank it happened: no other may know of it."""
-        if self.status is None:
+        if self.status is None and not self._is_survived:
             status = _status_file(self._directory, self._comm)
             if self._trainer is not None:
                 progress = self._trainer.progress
@@ -201,11 +236,11 @@ class Session:
                 status.note(total_steps=self._trainer.last_step, samples_per_second=self._trainer.samples_per_second)
             status.end("failed", ExitCode.FAULT, f"rank {self._comm.rank}: {reason}")
 
-    def _end(self, state: State, code: ExitCode, reason: str, *, is_recorded: bool) -> Outcome:
+    def _outcome(self, state: State, code: ExitCode, reason: str) -> Outcome:
         trainer = self._trainer
         progress = trainer.progress if trainer else Progress()
         checkpoints = list_checkpoints(self._directory.checkpoints) if self._comm.rank == 0 else []
-        outcome = Outcome(
+        return Outcome(
             state=state,
             reason=reason,
             exit_code=int(code),
@@ -218,9 +253,14 @@ class Session:
             samples_per_second=trainer.samples_per_second if trainer else None,
             last_checkpoint=checkpoints[-1].path if checkpoints else None,
         )
+
+    def _end(self, state: State, code: ExitCode, reason: str, *, is_recorded: bool) -> Outcome:
+        trainer = self._trainer
+        outcome = self._outcome(state, code, reason)
         # Before the observers, who may wait for the scrape of the last values: a launcher may not wait as long.
         if self.status and not is_recorded:
             if trainer:
+                progress = trainer.progress
                 self.status.progress(step=progress.step, epoch=trainer.epoch, best_accuracy=progress.best_accuracy)
             self.status.end(state, code, reason)
         self.observers.end(outcome)

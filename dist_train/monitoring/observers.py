@@ -25,6 +25,10 @@ class Observers(Observer):
         """Pass `begin` on."""
         self._each(lambda observer: observer.begin(facts))
 
+    def regroup(self, facts: RunFacts) -> None:
+        """Pass `regroup` on."""
+        self._each(lambda observer: observer.regroup(facts))
+
     def record(self, record: Record) -> None:
         """Pass `record` on."""
         self._each(lambda observer: observer.record(record))

@@ -171,6 +171,8 @@ class RunFacts:
     """Bytes of memory of this rank's device; 0 without a device."""
     time_limit: float = 0.0
     """When the batch system ends the job, in seconds since 1970; 0 where it does not, or is not asked."""
+    generation: int = 1
+    """How often the ranks of this launch have met: more than once where some were lost or joined."""
 
 
 @dataclass(frozen=True)
@@ -267,6 +269,9 @@ class Observer:
 
     def begin(self, facts: RunFacts) -> None:
         """The run is about to do its first step."""
+
+    def regroup(self, facts: RunFacts) -> None:
+        """The ranks of an elastic launch, some of them lost or new, have met anew."""
 
     def record(self, record: Record) -> None:
         """Something was measured, or happened."""
@@ -386,7 +391,9 @@ def rewind(path: Path, step: int) -> None:
 
 
 class Identity(NamedTuple):
-    """What no two records of a run share; `part` is an evaluation's split or an event's name."""
+    """What no two records of a run share; `part` is an evaluation's split, or an event's name with the generation of
+    ranks that it belongs to, if any.
+    """
 
     kind: str
     step: int
@@ -398,6 +405,8 @@ def _identity(line: bytes) -> Identity | None:
         fields = json.loads(line)
         kind, step = fields["kind"], fields["step"]
         part = fields.get({"eval": "split", "event": "event"}.get(kind, ""), "")
+        if kind == "event" and "generation" in fields:
+            part = f"{part} {fields['generation']}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     if isinstance(kind, str) and isinstance(step, int) and isinstance(part, str):

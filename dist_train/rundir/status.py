@@ -50,6 +50,8 @@ class Status:
     best_accuracy: _Finite | None
     samples_per_second: _Finite | None
     slurm_job: str = ""
+    generation: _Count = 1
+    """How often the ranks of this launch have met: more than once where some were lost or joined."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Versions by package, and the device, of the last launch that trained; empty where unknown."""
 

@@ -45,6 +45,10 @@ class AveragedModel:
         finally:
             _copy(own, self._buffers)
 
+    def forget(self) -> None:
+        """Recompute the statistics when they are needed next, also where they are those of the step."""
+        self._taken_at = None
+
     def contents(self, steps: int) -> Mapping[str, Any]:
         """Return what a checkpoint holds of it; nothing where nothing is averaged."""
         if not self:

@@ -24,14 +24,15 @@ from dist_train.outcome import DisagreementError, UsageError
 
 
 def verify_agreement(
-    comm: Communicator, weights: FlatWeights, noise: Noise, step: int, averaging: Averaging | None = None
+    comm: Communicator, weights: FlatWeights, noise: Noise | None, step: int, averaging: Averaging | None = None
 ) -> None:
-    """Compare digests of the clean weights, their average, and the noise of update `step`, just made, over all ranks.
+    """Compare digests of the clean weights, their average, and the noise, if any, of update `step`, just made, over all
+    ranks.
 
     Raises:
         DisagreementError: they differ; the text names what differs and the ranks that are in the minority.
     """
-    own = [digest(weights.values), noise.digest(step), averaging.digest() if averaging else 0]
+    own = [digest(weights.values), noise.digest(step) if noise else 0, averaging.digest() if averaging else 0]
     digests = gather(comm, own, "agreement")
     for index, what in enumerate(("weights", "noise", "average")):
         odd = minority([row[index] for row in digests])
@@ -59,15 +60,25 @@ def check_consistent_across_ranks(comm: Communicator, config: Config) -> None:
     if comm.size == 1:
         return
     # The code first: ranks of other code may not even share the form of the settings.
-    listing = {**code_listing(), **plugin_files(config.model_dump(mode="json"))}
-    _compare(comm, "code", listing, "install the same on all nodes")
+    _compare(comm, "code", code_of(config), "install the same on all nodes")
     _compare(comm, "settings", settings_listing(config), "start all ranks with the same configuration")
 
 
 def check_same_data(comm: Communicator, identity: str, place: str) -> None:
     """Raise UsageError on all ranks where their data sets hold different data."""
-    if comm.size > 1:
+    if comm.size > 1 and not comm.is_joining:
         _compare(comm, "data", {place: identity}, "put the same files on all nodes")
+
+
+def identity_of(config: Config, data: str) -> tuple[int, ...]:
+    """Return digests of the code that runs here, of the settings, and of `data`, what the data set is."""
+    listings = (code_of(config), settings_listing(config), {config.data.name: data})
+    return tuple(signed_digest(json.dumps(listing, sort_keys=True).encode()) for listing in listings)
+
+
+def code_of(config: Config) -> Mapping[str, str]:
+    """Return the digests of the program's source files, and of the plug-ins that `config` names."""
+    return {**code_listing(), **plugin_files(config.model_dump(mode="json"))}
 
 
 def code_listing(folder: Path = Path(dist_train.__file__).parent) -> dict[str, str]:

@@ -236,7 +236,7 @@ class Measuring:
     def __init__(self, comm: Communicator, usage: UsageReader, norms: WeightNorms | None) -> None:
         self._comm = comm
         self._usage = usage
-        self._norms = norms
+        self.norms = norms
         self._stall_seconds = 0.0
         self._finish: Callable[[], Measurement] | None = None
 
@@ -252,8 +252,8 @@ class Measuring:
         # A row for each rank, which the sum fills.
         slots = torch.zeros(self._comm.size, len(mine), dtype=torch.float64)
         slots[self._comm.rank] = torch.tensor(mine, dtype=torch.float64)
-        if self._norms is not None:
-            self._norms.start()
+        if self.norms is not None:
+            self.norms.start()
         pending = self._comm.allreduce_async(slots, "measurements")
         now, stall_seconds, self._stall_seconds = time.time(), self._stall_seconds, 0.0
 
@@ -261,7 +261,7 @@ class Measuring:
             pending.wait()
             rank, rows = self._comm.rank, slots.tolist()
             parts = times.parts()
-            norm, distance = self._norms.result() if self._norms is not None else (math.nan, math.nan)
+            norm, distance = self.norms.result() if self.norms is not None else (math.nan, math.nan)
             return Measurement(
                 step=step,
                 time=now,
@@ -273,6 +273,10 @@ class Measuring:
             )
 
         self._finish = finish
+
+    def drop(self) -> None:
+        """Forget what was started: its group of ranks is no more."""
+        self._finish = None
 
     def result(self) -> Measurement | None:
         """Return what was started, once; None where nothing was."""

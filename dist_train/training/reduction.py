@@ -192,7 +192,7 @@ def _check_adasum(comm: Communicator, share: float, device: torch.device) -> Non
         )
 
 
-_LOSS, _CORRECT, _SAMPLES, _OUT_OF_RANGE, _OUT_OF_MEMORY, _STOP, _SLOTS = range(7)
+_LOSS, _CORRECT, _SAMPLES, _OUT_OF_RANGE, _OUT_OF_MEMORY, _STOP, _MEET, _SLOTS = range(8)
 
 _TERM_LIMIT = LOSSES.term_limit(4096)
 """As many micro-batches as any global batch or split in use has; their sum cannot leave the range."""
@@ -212,6 +212,8 @@ class TallyResult:
     """The sums that `GradientReduction.fits` takes."""
     paces: tuple[int, ...]
     """What each rank told of its own, by rank."""
+    meet: int
+    """How many know of ranks that wait to be let in."""
     statistics: torch.Tensor
     """The sums of `BatchStatistics`."""
 
@@ -261,6 +263,7 @@ class Tally:
         self._counts[_SAMPLES] = self._samples
         self._counts[_OUT_OF_MEMORY] = int(out_of_memory)
         self._counts[_STOP] = int(stop)
+        self._counts[_MEET] = int(self._comm.wants_meeting)
         paces = self._counts.new_zeros(self._comm.size)
         if pace:
             paces[self._comm.rank] = pace
@@ -282,6 +285,7 @@ class Tally:
             out_of_range=counts[_OUT_OF_RANGE],
             out_of_memory=counts[_OUT_OF_MEMORY],
             stop=counts[_STOP],
+            meet=counts[_MEET],
             largest=counts[ranks:],
             paces=tuple(counts[_SLOTS:ranks]),
             statistics=self._sent[read:],

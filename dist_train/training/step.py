@@ -33,8 +33,8 @@ _STATISTICS_MOMENTUM = 0.1
 class Update:
     """What an update was: mean loss and accuracy over the points where gradients were taken, the norm of the global
     gradient before it was clipped, whether some rank was asked to stop, and how often the gradient was computed again,
-    since numbers left their range. `times` are this rank's own, `paces` what
-    the ranks told of theirs.
+    since numbers left their range. `times` are this rank's own, `paces` what the ranks told of theirs.
+    `meeting_requested`: ranks wait to be let in.
     """
 
     loss: float
@@ -44,6 +44,7 @@ class Update:
     repeats: int
     times: StepTimes = field(compare=False, repr=False)
     paces: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    meeting_requested: bool = False
 
 
 class OutOfMemoryError(RuntimeError):
@@ -125,7 +126,8 @@ class TrainingStep:
             self.statistics.absorb(total.statistics, total.samples, _STATISTICS_MOMENTUM)
             self.loss_scale.note_update()
         times = self.clock.times()
-        return Update(total.loss, total.accuracy, gradient_norm, total.stop > 0, repeats, times, total.paces)
+        stops, meets = total.stop > 0, total.meet > 0
+        return Update(total.loss, total.accuracy, gradient_norm, stops, repeats, times, total.paces, meets)
 
     def _must_repeat(self, total: TallyResult) -> bool:
         """Whether the gradient must be computed again, by a smaller loss scale or on coarser grids."""

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from dist_train.checkpoint.files import Contents
-from dist_train.checkpoint.state import Progress
+from dist_train.checkpoint.state import Progress, broadcast_state
 from dist_train.checkpoint.writer import CheckpointWriter, NotWritten
-from dist_train.cluster.communicator import Communicator
+from dist_train.cluster.communicator import Communicator, Generation, GroupBrokenError, MeetingRequestedError
 from dist_train.config import Config
 from dist_train.config.plugins import plugin_files
 from dist_train.config.resuming import with_micro_size
@@ -32,7 +32,18 @@ from dist_train.training.dealing import build_dealing
 from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples
 from dist_train.training.measuring import Measuring, Profiler
 from dist_train.training.micro_batches import halve
-from dist_train.training.step import GlobalBatch, OutOfMemoryError, TrainingStep, Update
+from dist_train.training.recovery import (
+    MOST_RECORDS,
+    Interruption,
+    LastUpdate,
+    RecentRecords,
+    SharedState,
+    Standing,
+    agree_with_others,
+    put_back,
+    share,
+)
+from dist_train.training.step import GlobalBatch, OutOfMemoryError, TrainingStep
 from dist_train.training.stopping import EarlyStopping, StopRequests, TimeLimit
 
 _logger = logging.getLogger("dist_train.training")
@@ -67,6 +78,10 @@ class Trainer:
     time_limit: TimeLimit = field(default_factory=lambda: TimeLimit(None))
     may_shrink: bool = False
     """Whether a micro-batch that runs out of memory may be made smaller."""
+    regroup: Callable[[Trainer, Generation], None] = lambda trainer, generation: None
+    """Makes of an elastic launch's trainer one of the ranks that have just met: see `launching/regrouping.py`."""
+    identity: tuple[int, ...] = ()
+    """Digests of code, settings and data, which ranks that join must have in common with the others."""
 
     def __post_init__(self) -> None:
         assert self.config.batch.micro_size != "auto", "decided before"
@@ -81,8 +96,19 @@ class Trainer:
         self._plugins = plugin_files(self._settings)
         self._not_written: NotWritten | None = None
         self._saved_at: int | None = None
+        self._submitted_at: int | None = None
+        """As `_saved_at`, of this rank's own writer: what is due again after a loss need not be written again."""
         self._busy_seconds = 0.0
         self._steps_done = 0
+        self._has_state = not self.comm.is_joining
+        self._last: LastUpdate | None = None
+        self._meeting_requested = False
+        self._is_settled = True
+        """Whether what is due after the last update is done."""
+        self._knows_noise = True
+        """Whether this rank still has the noise of the last update."""
+        self._interruption = Interruption()
+        self.recent = RecentRecords(MOST_RECORDS if self.comm.is_elastic else 0)
 
     @property
     def epoch(self) -> float:
@@ -107,10 +133,25 @@ class Trainer:
             DisagreementError: ranks hold different weights or noise.
             FaultError: the last checkpoint could not be written, or a rank is gone.
         """
-        while self.progress.step < self.last_step and not self.stopped_early:
+        if self._has_state:
+            self.comm.begin_training()
+        is_broken = not self._has_state
+        while True:
+            try:
+                if is_broken:
+                    self._recover()
+                self._train()
+                return
+            except GroupBrokenError as error:
+                is_broken = True
+                self._interruption.note(error, is_redone=self._is_settled)
+
+    def _train(self) -> None:
+        while not self._is_settled or (self.progress.step < self.last_step and not self.stopped_early):
             self.advance()
         self._hand_out_measurement()
         self._finish_saving()
+        self.comm.barrier()
         if self.progress.non_finite_step == self.progress.step:
             raise DivergedError(
                 f"the last evaluation, after step {self.progress.step}, is not finite", code="evaluation-not-finite"
@@ -132,9 +173,20 @@ class Trainer:
     def advance(self) -> None:
         """Make one update, and what is due after it; raises what `run` raises.
 
-        Where a micro-batch runs out of memory, its size is halved instead, if it may be.
+        Where a micro-batch runs out of memory, its size is halved instead, if it may be. Where only what is due after
+        the last update is still to be done, it makes none.
         """
-        step = self.progress.step
+        if self._is_settled and not self._make_update():
+            return
+        assert self._last is not None
+        self._after_step(self._last)
+        self._is_settled = True
+        if self._meeting_requested and self.progress.step < self.last_step and not self.stopped_early:
+            raise MeetingRequestedError("ranks join")
+
+    def _make_update(self) -> bool:
+        """Make one update; return False where the micro-batch was made smaller instead."""
+        step, before = self.progress.step, replace(self.progress)
         begun = time.perf_counter()
         self.splits.train.prefetch(self._coming_micro_batches())
         try:
@@ -143,11 +195,25 @@ class Trainer:
             if not self.may_shrink:
                 raise
             self._shrink()
-            return
+            return False
+        except GroupBrokenError:
+            # What this update has changed is the loss scale, or the grids of its sums.
+            put_back(self.progress, before)
+            raise
+        seconds = time.perf_counter() - begun
         if shares := self._dealing.note(step, update.times, update.paces):
             self._event_at(step + 1, "dealing", shares=" ".join(map(str, shares)))
         self.progress.step += 1
-        self._after_step(update, time.perf_counter() - begun)
+        self._is_settled, self._knows_noise = False, True
+        self._meeting_requested = update.meeting_requested
+        self._last = LastUpdate.of(update, seconds, self.progress)
+        if self.profiler:
+            self.profiler.after_update(self.progress.step)
+        self._busy_seconds += seconds
+        self._steps_done += 1
+        for name, details in self._interruption.events(self.comm):
+            self._event(name, **details)
+        return True
 
     def _batch(self, step: int) -> GlobalBatch:
         epoch, index = divmod(step, self.learning_rate.steps_per_epoch)
@@ -166,29 +232,31 @@ class Trainer:
         smaller = halve(self.plan.micro_size, self.plan.global_size)
         self._event("micro_size", before=self.plan.micro_size, now=smaller, reason="out of memory")
         torch.cuda.empty_cache()
-        self.plan = BatchPlan(self.plan.global_size, smaller)
-        self.config = with_micro_size(self.config, smaller)
-        self._settings = self.config.model_dump(mode="json")
-        self.deal_anew()
+        self._set_micro_size(smaller)
         self.take_step = self.shrink(self.take_step, smaller)
 
-    def _after_step(self, update: Update, seconds: float) -> None:
+    def _set_micro_size(self, size: int) -> None:
+        self.plan = BatchPlan(self.plan.global_size, size)
+        self.config = with_micro_size(self.config, size)
+        self._settings = self.config.model_dump(mode="json")
+        self.deal_anew()
+
+    def _after_step(self, update: LastUpdate) -> None:
+        """Do what is due after the last update. May be called again where a rank was lost meanwhile."""
         step = self.progress.step
-        if self.profiler:
-            self.profiler.after_update(step)
-        self._busy_seconds += seconds
-        self._steps_done += 1
         self._hand_out_measurement()
         if update.repeats:
             self._event("gradient_repeated", times=update.repeats)
         if step % self.config.metrics.every_steps == 0 or step == self.last_step:
-            self._record_update(update, seconds)
+            self._record_update(update)
             if self.measuring:
-                self.measuring.start(step, seconds, update.times)
+                self.measuring.start(step, update.seconds, self.take_step.clock.times())
         every = self.config.comm.verify_every
         if every and (step % every == 0 or step == self.last_step):
             made = self.take_step
-            verify_agreement(self.comm, made.weights, made.noise, step - 1, made.averaging)
+            verify_agreement(
+                self.comm, made.weights, made.noise if self._knows_noise else None, step - 1, made.averaging
+            )
         if self._is_due(self.config.evaluation.every_epochs):
             self._evaluate()
         every_steps = self.config.checkpoint.every_steps
@@ -222,7 +290,7 @@ class Trainer:
         """Whether the last update was the last of a multiple of `number` epochs; 0: never."""
         return number > 0 and self.progress.step % (number * self.learning_rate.steps_per_epoch) == 0
 
-    def _record_update(self, update: Update, seconds: float) -> None:
+    def _record_update(self, update: LastUpdate) -> None:
         made = self.progress.step - 1
         self._record(
             TrainRecord(
@@ -233,8 +301,8 @@ class Trainer:
                 learning_rate=self.learning_rate.at(made),
                 noise_amplitude=self.take_step.noise.amplitude(made),
                 gradient_norm=update.gradient_norm,
-                step_seconds=seconds,
-                samples_per_second=self.plan.global_size / seconds,
+                step_seconds=update.seconds,
+                samples_per_second=self.plan.global_size / update.seconds,
                 time=time.time(),
             )
         )
@@ -310,8 +378,10 @@ class Trainer:
         self._saved_at = self.progress.step
         self.progress.note_saved()
         average = self._averaged.contents(self.progress.step)
-        if self.writer is None:
+        self.recent.saved(self.progress.step)
+        if self.writer is None or self._submitted_at == self.progress.step:
             return
+        self._submitted_at = self.progress.step
         best = self.progress.best_saved_step if self.config.checkpoint.keep_best else None
         begun = time.perf_counter()
         self.writer.submit(replace(self.contents(), average=average), best)
@@ -392,8 +462,36 @@ class Trainer:
 
     def _record(self, record: Record) -> None:
         """Record what all ranks know; rank 0 does it for all."""
-        if self.comm.rank == 0:
+        if self.recent.add(record) and self.comm.rank == 0:
             self.observers.record(record)
+
+    def _recover(self) -> None:
+        """Meet the ranks that are left, and those that join, and take up the state that all continue from."""
+        generation = self.comm.meet(self._interruption.why)
+        self._interruption.end_by(generation)
+        if self.measuring:
+            self.measuring.drop()
+        leads = self.writer is not None
+        mine = Standing(self._has_state, self.progress.step, self._is_settled, leads, self.identity)
+        agreement = agree_with_others(self.comm, mine)
+        shared = share(self.comm, SharedState(self.progress, self.plan.micro_size, self._last), agreement.source)
+        if agreement.takers:
+            step = self.take_step
+            more = step.averaging.kept, *step.noise.kept.values()
+            broadcast_state(self.comm, self.network, step.weights, step.optimizer, *more, root=agreement.source)
+            self._has_state = True
+            self.comm.begin_training()
+        self._last = shared.last
+        self._is_settled = agreement.is_settled or shared.last is None
+        put_back(self.progress, shared.last.progress if shared.last and not self._is_settled else shared.progress)
+        # Whoever took the state, or had begun another update, has not.
+        self._knows_noise = self._meeting_requested = False
+        self._statistics_at = self._saved_at = None
+        self._averaged.forget()
+        if shared.micro_size != self.plan.micro_size:
+            self._set_micro_size(shared.micro_size)
+        self.deal_anew()
+        self.regroup(self, generation)
 
 
 def _describe(error: Exception) -> str:

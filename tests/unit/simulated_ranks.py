@@ -81,9 +81,9 @@ class SimulatedRanks(Communicator):
 
         return self._start(tensor, name, combine)
 
-    def broadcast(self, tensor: torch.Tensor, name: str) -> None:
-        """Replace `tensor` by rank 0's."""
-        self._start(tensor, name, lambda tensors: tensors[0]).wait()
+    def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
+        """Replace `tensor` by that of rank `root`."""
+        self._start(tensor, name, lambda tensors: tensors[root]).wait()
 
     def _start(self, tensor: torch.Tensor, name: str, combine: Callable[[list[torch.Tensor]], torch.Tensor]) -> Pending:
         assert tensor.is_contiguous()

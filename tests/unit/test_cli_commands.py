@@ -54,6 +54,20 @@ class TestProgram:
             assert ended.value.code == 0
             assert text in capsys.readouterr().out
 
+    @pytest.mark.parametrize(
+        ("options", "code"),
+        [
+            (["--min-ranks", "3", "train", "x.yaml"], "option-range"),
+            (["--min-ranks", "0", "train", "x.yaml"], "option-range"),
+            (["--restarts", "1", "evaluate", "x"], "elastic-command"),
+        ],
+    )
+    def test_an_elastic_launch_that_cannot_be_is_refused(
+        self, options: list[str], code: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["launch", "-np", "2", *options]) == ExitCode.USAGE
+        assert f"[{code}]" in capsys.readouterr().err
+
     @pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["evaluate", "x", "--split", "half"]])
     def test_bad_usage_ends_with_2(self, arguments: list[str]) -> None:
         with pytest.raises(SystemExit) as ended:

@@ -73,6 +73,8 @@ def test_a_page_reads_back_what_was_recorded() -> None:
         "micro_size": 0,
         "dealing": 0,
         "exporter_restarted": 0,
+        "rank_lost": 0,
+        "rank_joined": 0,
     }
     states = {key[1][0]: value for key, value in values.items() if key[0] == "dist_train_state"}
     assert states == {
@@ -133,6 +135,7 @@ def test_a_page_reads_back_what_was_recorded() -> None:
         ("dist_train_signals_total", ()): 0,
         ("dist_train_exporter_restarts_total", ()): 0,
         ("dist_train_disagreements_total", ()): 0,
+        ("dist_train_generation", ()): 1,
         ("dist_train_not_finite_total", ()): 0,
         ("dist_train_resident_memory_bytes", ()): 1e9,
     }

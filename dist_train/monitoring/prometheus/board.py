@@ -28,6 +28,7 @@ STATES = ("starting", "running", "stopping", "stopped", "finished", "failed")
 EVENTS = (
     *("resumed", "requeued", "signal", "checkpoint", "checkpoint_failed", "corrupt_checkpoint", "not_finite"),
     *("non_finite_evaluation", "disagreement", "micro_size", "dealing", "exporter_restarted"),
+    *("rank_lost", "rank_joined"),
 )
 """The kinds of event that are counted from 0; others are counted once they come."""
 
@@ -145,6 +146,11 @@ class Board:
                 best_accuracy=max(accuracies, default=None),
                 checkpoint=now.checkpoint or before.checkpoint,
             )
+
+    def regroup(self, facts: RunFacts) -> None:
+        """Note that the ranks have met anew, as `facts` say."""
+        with self._lock:
+            self._change(facts=replace(facts, start_step=self._now.facts.start_step))
 
     def progress(self, step: int) -> None:
         """Note that `step` updates are done."""

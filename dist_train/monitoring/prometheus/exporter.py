@@ -119,6 +119,11 @@ class Exporter(Observer):
         if self.address is None:
             _logger.warning("metrics are not served yet, after %g s; training continues", _START_SECONDS)
 
+    def regroup(self, facts: RunFacts) -> None:
+        """Send what has become of the ranks."""
+        self._facts = facts
+        self._introduce(facts)
+
     def record(self, record: Record) -> None:
         """Send `record`."""
         self._send(record)

@@ -250,6 +250,12 @@ METRICS: tuple[Metric, ...] = (
     ),
     _gauge("samples_per_second", "Throughput of all ranks together.", "train.samples_per_second", "samples per second"),
     _gauge("world_size", "Ranks that train together.", "facts.world_size", "ranks"),
+    _gauge(
+        "generation",
+        "How often the ranks of this launch have met: once, and again whenever some were lost or joined.",
+        "facts.generation",
+        "generations",
+    ),
     _gauge("micro_batches", "Micro-batches of a step, of all ranks together.", "facts.micro_batches", "micro-batches"),
     _gauge("micro_batch_size", "Samples of a micro-batch.", "facts.micro_size", "samples"),
     Metric(

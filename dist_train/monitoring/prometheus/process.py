@@ -144,6 +144,8 @@ class _Service:
             try:
                 for message in self._channel.receive():
                     match message:
+                        case Begin():
+                            self._board.regroup(message.facts)
                         case Progress():
                             self._board.progress(message.step)
                         case Measurement():

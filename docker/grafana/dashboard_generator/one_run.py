@@ -425,8 +425,15 @@ def _incidents(built: dashboard.Dashboard) -> None:
         )
     built.with_panel(
         curves(
-            PanelSpec("Events by kind", "Every kind of event, counted over all launches.", "none", 6, 7),
+            PanelSpec(
+                "Events by kind",
+                "Every kind of event, counted over all launches; and how often the ranks of this one have met.",
+                "none",
+                6,
+                7,
+            ),
             Query(_of("dist_train_events_total", "event"), "{{event}}"),
+            Query(_of("dist_train_generation"), "generations of ranks"),
         ).min(0)
     )
 

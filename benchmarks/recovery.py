@@ -1,0 +1,190 @@
+"""Ranks that are lost and come back, in one run: what each costs until the next update is finished.
+
+`python -m benchmarks.recovery [--kills N] [--stops N] [--pairs N]`. Three ranks train VGG9 at width 0.25 over Gloo
+under `dist-train launch --min-ranks --restarts`; one of them is killed, or stopped, at a random moment, and started
+anew by the launcher. Then the same run without faults, with and without `--min-ranks`, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+_ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = 5.0
+"""`comm.timeout`: so long a stopped rank is waited for."""
+PATIENCE = 120.0
+_STEPS_OF_A_PAIR = 60
+_WARM_UP = 10
+
+
+@dataclass(frozen=True)
+class Row:
+    """The seconds of one kind of event, each without the update that is made, or made again, meanwhile."""
+
+    what: str
+    seconds: tuple[float, ...]
+
+
+def measure_faults(kills: int, stops: int, folder: Path) -> list[Row]:
+    """Return what losses by SIGKILL and by SIGSTOP cost, and what letting a rank in costs."""
+    chosen = random.Random(0)
+    found: dict[str, list[float]] = {"killed": [], "stopped": [], "joined": []}
+    run = folder / "run"
+    with _launch(folder, ["-np", "3", "--min-ranks", "1", "--restarts", "1000"], epochs=100_000) as process:
+        _await(lambda: len(_records(run)) > _WARM_UP)
+        for number in (signal.SIGKILL,) * kills + (signal.SIGSTOP,) * stops:
+            time.sleep(chosen.uniform(0.5, 1.0))
+            before = len(_events(run, "rank_lost"))
+            victim = chosen.choice(sorted(_ranks(process.pid)))
+            hit = time.time()
+            os.kill(victim, number)
+            _await(lambda: len(_events(run, "rank_lost")) > before)  # noqa: B023  # called before the next turn
+            lost = _events(run, "rank_lost")[before]
+            took = lost["time"] - hit - _update_seconds(run, lost["step"])
+            is_stop = number == signal.SIGSTOP
+            found["stopped" if is_stop else "killed"].append(took - (TIMEOUT if is_stop else 0.0))
+            _await(lambda: len(_events(run, "rank_joined")) > before)  # noqa: B023
+            joined = _events(run, "rank_joined")[before]
+            found["joined"].append(joined["seconds"] - _update_seconds(run, joined["step"]))
+    names = {
+        "killed": "SIGKILL to the next finished update, without the update",
+        "stopped": f"SIGSTOP to the next finished update, without the update and comm.timeout ({TIMEOUT:g} s)",
+        "joined": "a rank joins: from the meeting to the next finished update, without the update",
+    }
+    return [Row(names[kind], tuple(seconds)) for kind, seconds in found.items() if seconds]
+
+
+def measure_pairs(pairs: int, folder: Path) -> Row:
+    """Return the ratios of the median update with `--min-ranks` to that without."""
+    ratios = []
+    for pair in range(pairs):
+        medians = {}
+        options = {"elastic": ["--min-ranks", "1"], "plain": []}
+        for name in sorted(options, reverse=pair % 2 == 1):
+            place = folder / f"{name}-{pair}"
+            place.mkdir()
+            with _launch(place, ["-np", "2", *options[name]], max_steps=_STEPS_OF_A_PAIR) as process:
+                process.wait()
+            seconds = [each["step_seconds"] for each in _records(place / "run") if each["kind"] == "train"]
+            medians[name] = statistics.median(seconds[_WARM_UP:])
+        ratios.append(medians["elastic"] / medians["plain"])
+    return Row("no faults: median update with --min-ranks over without", tuple(ratios))
+
+
+def table_of(rows: Sequence[Row]) -> Table:
+    """Return a row for each: median, least and most."""
+    table = Table(title="Recovery in place", title_justify="left")
+    for column in ("", "median", "least", "most", "runs"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in rows:
+        numbers = (statistics.median(row.seconds), min(row.seconds), max(row.seconds))
+        table.add_row(row.what, *(f"{number:.3f}" for number in numbers), str(len(row.seconds)))
+    return table
+
+
+@contextmanager
+def _launch(folder: Path, options: Sequence[str], **run: int) -> Iterator[subprocess.Popen[bytes]]:
+    settings = {
+        "run": {"name": "run", "directory": str(folder), "epochs": 1000, **run},
+        "data": {"name": "synthetic", "synthetic_samples": 1024},
+        "model": {"name": "vgg9", "width": 0.25, "ghost_size": 16},
+        "batch": {"global_size": 96, "micro_size": 16},
+        "optimizer": {"learning_rate": 0.01},
+        "precision": {"threads": 1},
+        "evaluation": {"every_epochs": 0},
+        "checkpoint": {"every_epochs": 0, "every_steps": 50},
+        "comm": {"timeout": TIMEOUT},
+        "metrics": {"enabled": False},
+    }
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "dist_train", "launch", *options, "train", str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            # Its ranks die with it.
+            process.kill()
+            process.wait()
+
+
+def _ranks(launcher: int) -> list[int]:
+    found = []
+    for children in Path(f"/proc/{launcher}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found += [int(child) for child in children.read_text().split()]
+    return found
+
+
+def _records(run: Path) -> list[dict[str, Any]]:
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _events(run: Path, name: str) -> list[dict[str, Any]]:
+    return [each for each in _records(run) if each.get("event") == name]
+
+
+def _update_seconds(run: Path, step: int) -> float:
+    """Return the seconds of the update `step`, once it is recorded."""
+
+    def look() -> float:
+        seconds = [each["step_seconds"] for each in _records(run) if each["kind"] == "train" and each["step"] == step]
+        return float(seconds[0]) if seconds else 0.0
+
+    return _await(look)
+
+
+def _await(look: Callable[[], float]) -> float:
+    deadline = time.time() + PATIENCE
+    while not (found := look()):
+        if time.time() > deadline:
+            raise TimeoutError("the run does not continue")
+        time.sleep(0.02)
+    return found
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--stops", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=5)
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="recovery-"))
+    try:
+        rows = measure_faults(arguments.kills, arguments.stops, folder) if arguments.kills + arguments.stops else []
+        rows += [measure_pairs(arguments.pairs, folder)] if arguments.pairs else []
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    Console(width=120).print(table_of(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""Who takes part in an elastic launch, generation by generation: the decisions, as pure functions.
+
+The launcher holds one `Membership` and is the only one that decides (docs/recovery.md). A generation is a numbering of
+the ranks. It ends when one of them is lost or reports that the group is broken, or when all stop between two updates
+to let others in. The next one begins when every rank that is left has stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
+
+Kind = Literal["break", "meet", "members", "end"]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A process that is connected. `rank` is its number in the present generation; None where it has none yet.
+
+    `slot` orders those without a rank. `is_ready`: it has stopped work and waits for the next generation.
+    `has_state`: it trains, so that a run can be continued from it.
+    """
+
+    id: int
+    slot: int
+    node: str = ""
+    process: int = 0
+    store: tuple[str, int] = ("", 0)
+    rank: int | None = None
+    is_ready: bool = False
+    has_state: bool = False
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.named("a rank that was joining" if self.rank is None else f"rank {self.rank}")
+
+    def named(self, who: str) -> str:
+        """Return `who` with the process that it is."""
+        return f"{who} ({self.node}, process {self.process})"
+
+
+@dataclass(frozen=True)
+class Membership:
+    """The state of the authority. The first generation has `size` ranks, a later one `fewest` to `most`.
+
+    `may_grow`: ranks may still be started. `lost`: who was lost of the present generation, and why; `report`: what a
+    rank says has broken it. Both are for the next generation's record. `is_over`: a rank has left since the run is
+    done, so that nobody is let in any more; `has_ended`: it cannot continue.
+    """
+
+    size: int
+    fewest: int
+    most: int
+    generation: int = 0
+    is_forming: bool = True
+    peers: tuple[Peer, ...] = ()
+    may_grow: bool = True
+    lost: tuple[str, ...] = ()
+    report: str = ""
+    is_over: bool = False
+    has_ended: bool = False
+
+    @property
+    def members(self) -> tuple[Peer, ...]:
+        """Those of the present generation that are left, by rank."""
+        return tuple(sorted((peer for peer in self.peers if peer.rank is not None), key=lambda peer: peer.rank or 0))
+
+    @property
+    def joiners(self) -> tuple[Peer, ...]:
+        """Those without a rank, in the order in which they get one."""
+        return tuple(sorted((peer for peer in self.peers if peer.rank is None), key=lambda peer: (peer.slot, peer.id)))
+
+    @property
+    def has_state(self) -> bool:
+        """Whether a rank is left that a run can be continued from."""
+        return any(peer.has_state for peer in self.peers)
+
+    def find(self, peer_id: int) -> Peer | None:
+        """Return the peer of that id; None where it is gone."""
+        return next((peer for peer in self.peers if peer.id == peer_id), None)
+
+
+@dataclass(frozen=True)
+class Came:
+    """A process has connected and proved that it is of this launch."""
+
+    peer: Peer
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A process has stopped work on `generation` and waits for the next; `why`: what broke, empty where nothing did."""
+
+    id: int
+    generation: int
+    store: tuple[str, int] = ("", 0)
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Trains:
+    """A process holds the state of the run from now on."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Gone:
+    """A process died, hangs or failed: `why`. Or it left since the run has ended in order: `why` is empty."""
+
+    id: int
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class MayGrow:
+    """Whether the launcher may still start ranks has changed."""
+
+    value: bool
+
+
+Event: TypeAlias = Came | Ready | Trains | Gone | MayGrow
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a peer is to be told: `break` (stop, this generation is over), `meet` (stop after this update, ranks want
+    to join), `members` (the next generation), `end` (the run cannot continue).
+    """
+
+    to: int
+    kind: Kind
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+Decision: TypeAlias = tuple[Membership, tuple[Message, ...]]
+
+
+def decide(state: Membership, event: Event) -> Decision:
+    """Return the state after `event`, and what is to be said."""
+    if state.has_ended:
+        return state, ()
+    match event:
+        case Came(peer):
+            return replace(state, peers=(*state.peers, peer)), ()
+        case Trains(peer_id):
+            return _with_peer(state, peer_id, has_state=True), ()
+        case MayGrow(value):
+            return _settle(replace(state, may_grow=value))
+        case Gone():
+            return _lose(state, event)
+        case Ready():
+            return _stop(state, event)
+
+
+def _lose(state: Membership, event: Gone) -> Decision:
+    gone = state.find(event.id)
+    if gone is None:
+        return state, ()
+    state = replace(state, peers=tuple(peer for peer in state.peers if peer is not gone))
+    if gone.rank is None and state.generation > 0:
+        return _settle(state)
+    if not event.why:
+        refusals = tuple(_refuse(peer) for peer in state.joiners if peer.is_ready)
+        return _settle(replace(state, is_over=True), refusals)
+    reason = f"{gone.name} {event.why}"
+    if not (state.has_state or gone.has_state):
+        return _end(state, f"{reason} before training began")
+    # Whether it is started anew, only the launcher knows.
+    state = replace(state, is_forming=True, may_grow=True, lost=(*state.lost, reason))
+    return _settle(state, _break(state, reason))
+
+
+def _stop(state: Membership, event: Ready) -> Decision:
+    peer = state.find(event.id)
+    if peer is None or (peer.rank is not None and event.generation != state.generation):
+        return state, ()
+    state = _with_peer(state, event.id, is_ready=True, store=event.store)
+    if peer.rank is None and state.is_over:
+        return state, (_refuse(peer),)
+    if peer.rank is None:
+        if state.is_forming:
+            return _settle(state)
+        # All stop after the same update: the ranks agree on it.
+        return state, tuple(Message(member.id, "meet") for member in state.members)
+    messages: tuple[Message, ...] = ()
+    if event.why:
+        state = replace(state, report=state.report or f"{peer.name} reports: {event.why}")
+        messages = _break(state, event.why)
+    return _settle(replace(state, is_forming=True), messages)
+
+
+def _break(state: Membership, why: str) -> tuple[Message, ...]:
+    fields = {"generation": state.generation, "why": why}
+    return tuple(Message(peer.id, "break", fields) for peer in state.members if not peer.is_ready)
+
+
+def _settle(state: Membership, messages: tuple[Message, ...] = ()) -> Decision:
+    """Begin the next generation where everybody has stopped and there are enough."""
+    if not state.is_forming:
+        return state, messages
+    ready = () if state.is_over else tuple(peer for peer in state.joiners if peer.is_ready)
+    if state.generation == 0:
+        return _begin(state, ready) if len(ready) == state.size else (state, messages)
+    if state.peers and not state.has_state:
+        return _end(state, "; ".join((*state.lost, "no rank is left that holds the state")))
+    if not all(member.is_ready for member in state.members):
+        return state, messages
+    if not state.members:
+        return state, messages
+    following = (*state.members, *ready)[: state.most]
+    if len(following) < state.fewest:
+        if state.may_grow:
+            return state, messages
+        left = f"{len(following)} rank{'s are' if len(following) > 1 else ' is'} left of at least {state.fewest}"
+        return _end(state, "; ".join((*state.lost, left)))
+    begun, told = _begin(state, following)
+    return begun, (*messages, *told)
+
+
+def _begin(state: Membership, following: tuple[Peer, ...]) -> Decision:
+    generation = state.generation + 1
+    ranks = {peer.id: rank for rank, peer in enumerate(following)}
+    fields = {
+        "generation": generation,
+        "size": len(following),
+        "store": following[0].store,
+        "nodes": [peer.node for peer in following],
+        "lost": list(state.lost),
+        "report": state.report,
+        "joined": [
+            peer.named(f"rank {ranks[peer.id]}") for peer in following if peer.rank is None and state.generation
+        ],
+    }
+    peers = tuple(
+        replace(peer, rank=ranks.get(peer.id), is_ready=peer.is_ready and peer.id not in ranks) for peer in state.peers
+    )
+    begun = replace(state, generation=generation, is_forming=False, peers=peers, lost=(), report="")
+    return begun, tuple(Message(peer.id, "members", {**fields, "rank": rank}) for rank, peer in enumerate(following))
+
+
+def _refuse(peer: Peer) -> Message:
+    return Message(peer.id, "end", {"why": "the run has ended meanwhile"})
+
+
+def _end(state: Membership, why: str) -> Decision:
+    messages = tuple(Message(peer.id, "end", {"why": why}) for peer in state.peers)
+    return replace(state, has_ended=True, lost=(why,)), messages
+
+
+def _with_peer(state: Membership, peer_id: int, **changes: Any) -> Membership:
+    peers = tuple(replace(peer, **changes) if peer.id == peer_id else peer for peer in state.peers)
+    return replace(state, peers=peers)

@@ -1,0 +1,93 @@
+"""Ranks that die, hang, fail and come back, at random: nothing changes, nothing is lost, nothing is left behind."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+import torch
+
+from dist_train.outcome import ExitCode
+from tests.elastic import FAILING, ElasticRun, Faults
+from tests.launching import final_checkpoint, results, small_settings, train_alone, write_config
+from tests.waiting import wait_for, wait_for_lines
+
+pytestmark = pytest.mark.ranks
+
+Sections: TypeAlias = Mapping[str, Mapping[str, Any]]
+
+
+def assert_equal(one: object, other: object) -> None:
+    if isinstance(one, torch.Tensor):
+        assert isinstance(other, torch.Tensor)
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert isinstance(other, dict)
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert isinstance(other, list | tuple)
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_equal(a, b)
+    else:
+        assert one == other
+
+
+RICH: Sections = {
+    "comm": {"reduction": "exact32"},
+    "averaging": {"kind": "ema"},
+    "batch": {"dealing": "measured"},
+}
+"""With state beside the weights and the optimizer's."""
+
+
+def run_with_faults(folder: Path, ranks: int, seed: int, count: int, sections: Sections) -> None:
+    """Train with `count` faults, ask the run to stop, and compare it with a run that nothing happened to."""
+    plugin = folder / "failing.py"
+    plugin.write_text(FAILING)
+    ours: Sections = {
+        "run": {"epochs": 50_000},
+        "noise": {"method": f"{plugin}:Failing"},
+        "comm": {"verify_every": 1, "timeout": 5},
+        "evaluation": {"every_epochs": 3},
+        "checkpoint": {"every_epochs": 2},
+    }
+    names = {*ours, *sections}
+    settings = small_settings(**{name: {**sections.get(name, {}), **ours.get(name, {})} for name in names})
+    config = write_config(folder, settings)
+    options = ("--min-ranks", "1", "--restarts", str(10 * count))
+    with ElasticRun(config, folder / "run", ranks, options) as launch:
+        wait_for_lines(folder / "run/metrics.jsonl", 4)
+        faults = Faults(launch, random.Random(seed), folder)
+        faults.inflict(count)
+        made = launch.step()
+        wait_for(lambda: launch.step() > made + 3, lambda: launch.log.read_text()[-3000:])
+        launch.process.send_signal(signal.SIGTERM)
+        ended = launch.wait()
+    assert ended.code == ExitCode.STOPPED, ended.output[-3000:]
+    assert faults.done.total() == count
+    last = final_checkpoint(folder / "run")["step"]
+    train_alone(config, folder / "undisturbed", f"run.max_steps={last}")
+    for kind in ("train", "eval"):
+        due = results(folder / "undisturbed", [kind])
+        # Where run.max_steps ends a run, it is evaluated.
+        assert results(folder / "run", [kind]) == [each for each in due if kind == "train" or each["step"] % 24 == 0]
+    one, other = final_checkpoint(folder / "run"), final_checkpoint(folder / "undisturbed")
+    for part in ("model", "optimizer", "step", "epoch", "average", "noise", "grid_exponents"):
+        assert_equal(one[part], other[part])
+
+
+def test_ranks_come_and_go_at_random(tmp_path: Path) -> None:
+    run_with_faults(tmp_path, 3, seed=2, count=6, sections=RICH)
+
+
+@pytest.mark.lengthy
+@pytest.mark.parametrize(("ranks", "sections"), [(2, {}), (3, RICH), (4, {})], ids=["2", "3", "4"])
+def test_a_hundred_faults_change_nothing(tmp_path: Path, ranks: int, sections: Sections) -> None:
+    run_with_faults(tmp_path, ranks, seed=ranks, count=100, sections=sections)

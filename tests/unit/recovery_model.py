@@ -1,0 +1,236 @@
+"""The protocol of recovery as a small world whose every interleaving is visited.
+
+The authority's and the ranks' decisions are the program's own (`membership.decide`, `recovery.agree`). What is modelled
+is what lies between them: processes that die at any moment, lines that travel, sums that complete on one rank and
+fail on another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from dist_train.cluster.membership import Came, Event, Gone, Membership, Message, Peer, Ready, Trains, decide
+from dist_train.training.recovery import Standing, agree
+
+Mode = Literal["works", "waits", "stopped", "done", "ended", "dead"]
+Kind = Literal["standings", "state", "sum", "barrier"]
+
+
+class Rank(NamedTuple):
+    """A process. `kind` is the operation, number `place` of its generation, that it starts next or waits for."""
+
+    mode: Mode
+    generation: int = 1
+    rank: int = 0
+    size: int = 3
+    place: int = 0
+    kind: Kind = "sum"
+    step: int = 0
+    has_state: bool = True
+    is_interrupted: bool = False
+    wants_meeting: bool = False
+    inbox: tuple[tuple[str, int, int, int], ...] = ()
+    """Lines from the authority: what, generation, rank, size."""
+    outbox: tuple[Event, ...] = ()
+
+
+class Brought(NamedTuple):
+    """What a rank has brought to an operation."""
+
+    kind: Kind
+    step: int
+    has_state: bool
+    wants_meeting: bool
+
+
+class World(NamedTuple):
+    """Everything. `operations`: what was brought, by generation, place and rank."""
+
+    ranks: tuple[Rank, ...]
+    authority: Membership
+    operations: frozenset[tuple[tuple[int, int, int], Brought]] = frozenset()
+    deaths: int = 0
+    joins: int = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far the world goes: so many updates, deaths, and processes that join."""
+
+    last_step: int
+    deaths: int
+    joins: int
+
+
+def beginning(size: int) -> World:
+    """Return the world in which `size` ranks have met, and hold the same state."""
+    peers = tuple(Peer(number, number, rank=number, has_state=True) for number in range(size))
+    ranks = tuple(Rank("works", rank=number, size=size) for number in range(size))
+    return World(ranks, Membership(size, 1, size, generation=1, is_forming=False, peers=peers))
+
+
+def steps(world: World, limits: Limits) -> Iterator[World]:
+    """Yield what can happen next of itself."""
+    for number, rank in enumerate(world.ranks):
+        if rank.outbox:
+            yield _deliver_to_authority(world, number)
+        if rank.inbox:
+            yield _deliver_to_rank(world, number)
+        if rank.mode == "works":
+            yield _stop(world, number, "broken") if rank.is_interrupted else _bring(world, number)
+        if rank.mode == "waits":
+            if len(_brought(world, rank)) == rank.size:
+                yield _complete(world, number, limits)
+            if rank.is_interrupted or _has_lost(world, rank):
+                yield _stop(world, number, "broken")
+
+
+def faults(world: World, limits: Limits) -> Iterator[World]:
+    """Yield what can be done to it next."""
+    if world.deaths < limits.deaths:
+        for number, rank in enumerate(world.ranks):
+            if rank.mode in ("works", "waits", "stopped"):
+                # What it has sent last may arrive or not.
+                for kept in {rank.outbox, ()}:
+                    dead = rank._replace(mode="dead", inbox=(), outbox=(*kept, Gone(number, "died")))
+                    yield _with(world, number, dead)._replace(deaths=world.deaths + 1)
+    if world.joins < limits.joins:
+        number = len(world.ranks)
+        joiner = Rank("stopped", generation=0, has_state=False, outbox=(Came(Peer(number, number)), Ready(number, 0)))
+        yield world._replace(ranks=(*world.ranks, joiner), joins=world.joins + 1)
+
+
+def check_end(world: World, limits: Limits) -> None:
+    """Check a world in which nothing more happens of itself."""
+    for rank in world.ranks:
+        assert rank.mode in ("done", "ended", "dead"), f"it hangs: {world}"
+        assert rank.mode != "done" or rank.step == limits.last_step
+        assert rank.mode != "ended" or not rank.has_state, f"a rank with the state was sent away: {world}"
+
+
+def explore(size: int, limits: Limits) -> int:
+    """Visit every world that can come about, and return their number."""
+    seen = {beginning(size)}
+    todo = list(seen)
+    while todo:
+        world = todo.pop()
+        following = list(steps(world, limits))
+        if not following:
+            check_end(world, limits)
+        for each in map(_without_the_past, (*following, *faults(world, limits))):
+            if each not in seen:
+                seen.add(each)
+                todo.append(each)
+    return len(seen)
+
+
+def _without_the_past(world: World) -> World:
+    """Return the world without operations that nobody will look at again: worlds that differ in them are one."""
+    current = {(rank.generation, rank.place) for rank in world.ranks if rank.mode in ("works", "waits")}
+    return world._replace(operations=frozenset(each for each in world.operations if each[0][:2] in current))
+
+
+def _with(world: World, number: int, rank: Rank) -> World:
+    return world._replace(ranks=(*world.ranks[:number], rank, *world.ranks[number + 1 :]))
+
+
+def _brought(world: World, rank: Rank) -> dict[int, Brought]:
+    return {key[2]: brought for key, brought in world.operations if key[:2] == (rank.generation, rank.place)}
+
+
+def _has_lost(world: World, rank: Rank) -> bool:
+    """Whether a rank of its group is no more, so that the group's operations may fail."""
+    return any(each.generation == rank.generation and each.mode in ("dead", "done") for each in world.ranks)
+
+
+def _bring(world: World, number: int) -> World:
+    rank = world.ranks[number]
+    mine = Brought(rank.kind, rank.step, rank.has_state, rank.wants_meeting)
+    for other in _brought(world, rank).values():
+        assert other.kind == mine.kind, f"operations are mixed up: {world}"
+        assert mine.kind in ("standings", "state") or other.step == mine.step, f"updates are mixed up: {world}"
+    operations = world.operations | {((rank.generation, rank.place, rank.rank), mine)}
+    return _with(world, number, rank._replace(mode="waits"))._replace(operations=operations)
+
+
+def _complete(world: World, number: int, limits: Limits) -> World:
+    rank = world.ranks[number]
+    brought = _brought(world, rank)
+    following = rank._replace(mode="works", place=rank.place + 1)
+    match rank.kind:
+        case "standings":
+            agreement = agree([Standing(b.has_state, b.step, True, True) for _, b in sorted(brought.items())])
+            kind: Kind = "state" if agreement.takers else _work(rank.step, limits)
+            return _with(world, number, following._replace(kind=kind))
+        case "state":
+            newest = max(b.step for b in brought.values() if b.has_state)
+            assert newest >= rank.step, f"an update is lost: {world}"
+            taken = following._replace(step=newest, has_state=True, kind=_work(newest, limits))
+            return _with(world, number, taken._replace(outbox=(*taken.outbox, Trains(number))))
+        case "sum":
+            step = rank.step + 1
+            made = following._replace(step=step, kind=_work(step, limits))
+            world = _with(world, number, made)
+            if step < limits.last_step and any(b.wants_meeting for b in brought.values()):
+                return _stop(world, number, "")
+            return world
+        case "barrier":
+            return _with(world, number, rank._replace(mode="done", outbox=(*rank.outbox, Gone(number))))
+
+
+def _work(step: int, limits: Limits) -> Kind:
+    return "sum" if step < limits.last_step else "barrier"
+
+
+def _stop(world: World, number: int, why: str) -> World:
+    rank = world.ranks[number]
+    ready = Ready(number, rank.generation, why=why)
+    return _with(world, number, rank._replace(mode="stopped", outbox=(*rank.outbox, ready)))
+
+
+def _deliver_to_authority(world: World, number: int) -> World:
+    rank = world.ranks[number]
+    world = _with(world, number, rank._replace(outbox=rank.outbox[1:]))
+    authority, messages = decide(world.authority, rank.outbox[0])
+    world = world._replace(authority=authority)
+    for message in messages:
+        receiver = world.ranks[message.to]
+        if receiver.mode not in ("dead", "done"):
+            world = _with(world, message.to, receiver._replace(inbox=(*receiver.inbox, _line(message))))
+    return world
+
+
+def _line(message: Message) -> tuple[str, int, int, int]:
+    fields = message.fields
+    return message.kind, fields.get("generation", 0), fields.get("rank", 0), fields.get("size", 0)
+
+
+def _deliver_to_rank(world: World, number: int) -> World:
+    rank = world.ranks[number]
+    (kind, generation, given, size), *rest = rank.inbox
+    rank = rank._replace(inbox=tuple(rest))
+    match kind:
+        case "break" if generation == rank.generation:
+            rank = rank._replace(is_interrupted=True)
+        case "meet":
+            rank = rank._replace(wants_meeting=True)
+        case "end" if rank.mode not in ("dead", "done"):
+            rank = rank._replace(mode="ended")
+        case "members":
+            assert rank.mode == "stopped", f"a generation begins without a rank that works: {world}"
+            rank = Rank(
+                "works",
+                generation,
+                given,
+                size,
+                0,
+                "standings",
+                rank.step,
+                rank.has_state,
+                False,
+                False,
+                rank.inbox,
+            )
+    return _with(world, number, rank)

@@ -1,0 +1,186 @@
+"""Who takes part in an elastic launch: the decisions, and the authority and its ranks over real connections."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any
+
+import pytest
+
+from dist_train.cluster.communicator import Generation, RankLostError
+from dist_train.cluster.member import Member
+from dist_train.cluster.membership import Came, Event, Gone, MayGrow, Membership, Message, Peer, Ready, Trains, decide
+from dist_train.cluster.membership_server import TOKEN_VARIABLE, MembershipServer
+from tests.waiting import wait_for
+
+
+def after(state: Membership, *events: Event) -> Membership:
+    return reduce(lambda before, event: decide(before, event)[0], events, state)
+
+
+def said(state: Membership, event: Event) -> dict[int, Message]:
+    return {message.to: message for message in decide(state, event)[1]}
+
+
+def met(size: int, fewest: int = 1) -> Membership:
+    """Return ranks 0, 1, ... with the ids 10, 11, ..., which train."""
+    arrivals: list[Event] = []
+    for slot in range(size):
+        arrivals += [Came(Peer(10 + slot, slot)), Ready(10 + slot, 0, ("host", 1000 + slot))]
+    return after(Membership(size, fewest, size), *arrivals, *(Trains(10 + slot) for slot in range(size)))
+
+
+def test_the_first_generation_begins_when_all_are_there_in_the_order_of_their_slots() -> None:
+    state = after(Membership(2, 1, 2), Came(Peer(7, 1)), Came(Peer(8, 0)), Ready(7, 0))
+    told = said(state, Ready(8, 0, ("host", 99)))
+    assert {to: message.fields["rank"] for to, message in told.items()} == {7: 1, 8: 0}
+    assert told[7].fields["store"] == ("host", 99)
+    assert told[7].fields["joined"] == []
+
+
+def test_a_death_stops_the_others_and_the_next_generation_keeps_their_order() -> None:
+    state = met(4)
+    told = said(state, Gone(11, "died"))
+    assert {to: message.kind for to, message in told.items()} == {10: "break", 12: "break", 13: "break"}
+    state = after(state, Gone(11, "died"), Ready(13, 1, why="gradient.0"), Ready(12, 1))
+    told = said(state, Ready(10, 1))
+    assert {to: message.fields["rank"] for to, message in told.items()} == {10: 0, 12: 1, 13: 2}
+    assert told[10].fields["lost"] == ["rank 1 (, process 0) died"]
+
+
+def test_who_joins_is_let_in_after_an_update_behind_the_others() -> None:
+    state = after(met(2), Gone(10, "died"), Ready(11, 1), Came(Peer(20, 0)))
+    told = said(state, Ready(20, 0))
+    assert {to: message.kind for to, message in told.items()} == {11: "meet"}
+    state = after(state, Ready(20, 0))
+    told = said(state, Ready(11, 2))
+    assert {to: message.fields["rank"] for to, message in told.items()} == {11: 0, 20: 1}
+    assert told[11].fields["joined"] == ["rank 1 (, process 0)"]
+
+
+def test_too_few_ranks_wait_for_others_and_end_when_none_can_come() -> None:
+    state = after(met(2, fewest=2), Gone(10, "died"), Ready(11, 1))
+    assert state.is_forming
+    assert said(state, MayGrow(False))[11].kind == "end"
+    assert said(after(state, Came(Peer(20, 0))), Ready(20, 0))[11].kind == "members"
+
+
+def test_nobody_is_let_in_once_a_rank_has_finished() -> None:
+    state = after(met(2), Came(Peer(20, 2)), Gone(10))
+    assert said(state, Ready(20, 0))[20].kind == "end"
+    assert not decide(state, Gone(11))[1]
+
+
+def test_a_loss_before_anybody_trains_ends_the_launch() -> None:
+    state = after(Membership(2, 1, 2), Came(Peer(7, 0)), Came(Peer(8, 1)))
+    assert said(state, Gone(7, "died"))[8].kind == "end"
+
+
+def test_the_end_of_all_that_held_the_state_ends_those_who_join() -> None:
+    state = after(met(1), Came(Peer(20, 0)), Ready(20, 0))
+    assert said(state, Gone(10, "died"))[20].kind == "end"
+
+
+@contextmanager
+def serving(size: int, timeout: float) -> Iterator[MembershipServer]:
+    server = MembershipServer(size, 1, size, timeout)
+    is_over = threading.Event()
+
+    def serve() -> None:
+        while not is_over.is_set():
+            server.poll(0.01)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield server
+    finally:
+        is_over.set()
+        thread.join()
+        server.close()
+
+
+class Silent(Member):
+    """One that can stop to say anything, as a process that SIGSTOP holds."""
+
+    is_silent = False
+
+    def _send(self, fields: Mapping[str, Any]) -> None:
+        if not self.is_silent:
+            super()._send(fields)
+
+
+def member(server: MembershipServer, slot: int, ended: list[int] | None = None) -> Silent:
+    return Silent(server.timeout, server.variables(slot), lambda: (ended if ended is not None else []).append(slot))
+
+
+def meet(members: Sequence[Member], why: str = "") -> list[Generation]:
+    made: dict[int, Generation] = {}
+
+    def wait(number: int) -> None:
+        made[number] = members[number].await_generation(1000 + number, why)
+
+    threads = [threading.Thread(target=wait, args=(number,)) for number in range(len(members))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [made[number] for number in range(len(members))]
+
+
+def test_ranks_meet_lose_one_and_meet_again() -> None:
+    with serving(3, 5.0) as server:
+        members = [member(server, slot) for slot in range(3)]
+        first = meet(members)
+        assert [each.rank for each in first] == [0, 1, 2]
+        for each in members:
+            each.trains()
+        members[1].leave("failed: out of memory")
+        left = [members[0], members[2]]
+        wait_for(lambda: all(each.interruption for each in left))
+        second = meet(left)
+        assert [(each.rank, each.size, each.generation) for each in second] == [(0, 2, 2), (1, 2, 2)]
+        assert "failed: out of memory" in second[0].lost[0]
+        assert not left[0].interruption
+        for each in left:
+            each.leave("")
+
+
+def test_who_is_silent_is_expelled_and_ends_when_it_wakes() -> None:
+    ended: list[int] = []
+    with serving(2, 0.5) as server:
+        members = [member(server, slot, ended) for slot in range(2)]
+        meet(members)
+        for each in members:
+            each.trains()
+        members[1].is_silent = True
+        wait_for(lambda: members[0].interruption)
+        assert "has not answered" in members[0].interruption
+        wait_for(lambda: ended)
+        assert [each.slot for each in server.take_expelled()] == [1]
+        for each in members:
+            each.leave("")
+
+
+def test_who_beats_but_does_not_stop_is_expelled() -> None:
+    ended: list[int] = []
+    with serving(2, 0.5) as server:
+        members = [member(server, slot, ended) for slot in range(2)]
+        meet(members)
+        for each in members:
+            each.trains()
+        (alone,) = meet(members[:1], "gradient.0: a rank does not come")
+        assert (alone.rank, alone.size) == (0, 1)
+        assert "has not stopped" in alone.lost[0]
+        assert "does not come" in alone.report
+        wait_for(lambda: ended)
+        for each in members:
+            each.leave("")
+
+
+def test_who_does_not_know_the_token_is_not_heard() -> None:
+    with serving(1, 5.0) as server, pytest.raises(RankLostError, match="closed the connection"):
+        Member(5.0, {**server.variables(0), TOKEN_VARIABLE: "guess"})

@@ -1,0 +1,28 @@
+"""The protocol of recovery, every interleaving of it: no update is lost or mixed up, nobody hangs, all end alike."""
+
+from __future__ import annotations
+
+import pytest
+
+from dist_train.cluster.membership import Decision, Event, Membership, decide
+from tests.unit import recovery_model
+from tests.unit.recovery_model import Limits, explore
+
+
+@pytest.mark.parametrize("limits", [Limits(1, deaths=1, joins=0), Limits(2, deaths=1, joins=0)])
+def test_two_ranks_end_in_one_state_whoever_dies_when(limits: Limits) -> None:
+    assert explore(2, limits) > 200
+
+
+def test_three_ranks_end_in_one_state_whoever_dies_when() -> None:
+    assert explore(3, Limits(1, deaths=1, joins=0)) > 5_000
+
+
+def test_the_model_finds_a_rank_that_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(state: Membership, event: Event) -> Decision:
+        state, messages = decide(state, event)
+        return state, tuple(message for message in messages if message.kind != "end")
+
+    monkeypatch.setattr(recovery_model, "decide", forgetful)
+    with pytest.raises(AssertionError, match="hangs"):
+        explore(2, Limits(2, deaths=0, joins=1))

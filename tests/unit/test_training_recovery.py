@@ -1,0 +1,112 @@
+"""Who takes whose state after a loss, what is redone, which records are kept."""
+
+from __future__ import annotations
+
+import pytest
+
+from dist_train.checkpoint.state import Progress
+from dist_train.cluster.communicator import Generation, GroupBrokenError, MeetingRequestedError
+from dist_train.outcome import FaultError, UsageError
+from dist_train.rundir.records import EventRecord, TrainRecord
+from dist_train.training.recovery import (
+    Interruption,
+    LastUpdate,
+    RecentRecords,
+    SharedState,
+    Standing,
+    agree,
+    check_identity,
+    put_back,
+    share,
+)
+from tests.raising import raises
+from tests.unit.simulated_ranks import SimulatedRanks, results
+
+
+def stands(step: int, *, has_state: bool = True, is_settled: bool = True, leads: bool = False) -> Standing:
+    return Standing(has_state, step, is_settled, leads)
+
+
+def test_all_continue_from_the_newest_state_and_the_others_take_it() -> None:
+    agreement = agree([stands(4, leads=True), stands(5, is_settled=False), stands(5), stands(0, has_state=False)])
+    assert (agreement.source, agreement.takers, agreement.is_settled) == (1, (0, 3), False)
+
+
+def test_equal_ranks_take_nothing_and_redo_what_one_of_them_has_not_done() -> None:
+    assert agree([stands(5, leads=True), stands(5)]).is_settled
+    agreement = agree([stands(5, leads=True), stands(5, is_settled=False)])
+    assert (agreement.takers, agreement.is_settled) == ((), False)
+
+
+def test_what_a_lost_rank_0_was_to_write_the_next_one_writes() -> None:
+    assert not agree([stands(5), stands(5)]).is_settled
+
+
+def test_without_a_state_there_is_nothing_to_continue() -> None:
+    with raises(FaultError, "rank-lost"):
+        agree([stands(0, has_state=False)])
+
+
+def test_who_differs_cannot_join() -> None:
+    with raises(UsageError, "ranks-differ-in-settings"):
+        check_identity(Standing(False, 0, True, False, (1, 2, 3)), Standing(True, 0, True, False, (1, 9, 3)))
+
+
+def test_progress_and_the_last_update_travel_whole() -> None:
+    progress = Progress(step=7, best_accuracy=0.1 + 0.2, loss_scale=2.0**16, grid_exponents=[20, 21])
+    whole = SharedState(progress, 16, LastUpdate(0.1 + 0.2, 0.5, 1e-300, False, 1, 0.25, Progress(step=7)))
+    none = SharedState(Progress(), 8, None)
+
+    def job(comm: SimulatedRanks) -> SharedState:
+        return share(comm, whole if comm.rank == 1 else none, 1)
+
+    assert results(3, job) == [whole] * 3
+    held = Progress()
+    put_back(held, progress)
+    assert held == progress
+
+
+def train(step: int) -> TrainRecord:
+    return TrainRecord(step, 0.0, 1.0, 0.5, 0.1, 0.0, 1.0, 0.1, 10.0, 0.0)
+
+
+def test_a_record_counts_once_and_is_kept_until_the_next_checkpoint_but_one() -> None:
+    recent = RecentRecords(100)
+    assert [recent.add(train(step)) for step in (1, 2, 2, 3)] == [True, True, False, True]
+    assert recent.add(EventRecord(3, "checkpoint", 0.0, {}))
+    recent.saved(2)
+    assert len(recent.all()) == 4
+    recent.saved(3)
+    recent.saved(3)
+    assert [record.step for record in recent.all()] == [3, 3]
+    assert RecentRecords(0).add(train(1))
+
+
+def generation(*lost: str, joined: tuple[str, ...] = (), report: str = "") -> Generation:
+    return Generation(2, 0, 1, ("", 0), ("node",), lost, report, joined)
+
+
+def test_a_loss_over_several_generations_is_one_event() -> None:
+    comm = SimulatedRanks.__new__(SimulatedRanks)
+    comm.size = 1
+    interruption = Interruption()
+    interruption.note(GroupBrokenError("gradient.0: reset"), is_redone=True)
+    assert "reset" in interruption.why
+    interruption.end_by(generation("rank 1 died"))
+    interruption.note(GroupBrokenError("standings: reset"), is_redone=False)
+    interruption.end_by(generation("rank 2 died", joined=("rank 1 (node, process 7)",)))
+    (lost, details), (joined, more) = interruption.events(comm)
+    assert (lost, details["who"], details["redone"]) == ("rank_lost", "rank 1 died; rank 2 died", 1)
+    assert (joined, more["who"]) == ("rank_joined", "rank 1 (node, process 7)")
+    assert list(interruption.events(comm)) == []
+
+
+@pytest.mark.parametrize("error", [MeetingRequestedError("ranks join"), GroupBrokenError("a rank does not come")])
+def test_a_meeting_by_agreement_redoes_nothing(error: GroupBrokenError) -> None:
+    comm = SimulatedRanks.__new__(SimulatedRanks)
+    comm.size = 2
+    interruption = Interruption()
+    interruption.note(error, is_redone=True)
+    interruption.end_by(generation(report=interruption.why))
+    ((name, details),) = interruption.events(comm)
+    assert (name, details["redone"]) == ("regrouped", int(type(error) is GroupBrokenError))
