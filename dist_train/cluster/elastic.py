@@ -22,8 +22,10 @@ from dist_train.cluster.member import Member
 from dist_train.cluster.torch_engine import refuse_adasum
 from dist_train.outcome import UsageError
 
-_SLICE = timedelta(milliseconds=20)
-"""Between two looks, while an operation is waited for, at whether the generation is over."""
+_SLICE = timedelta(milliseconds=100)
+"""Between two looks, while an operation is waited for, at whether the generation is over: torch's error at the end of
+each costs milliseconds, so that most operations must be done before.
+"""
 _STORE_TIMEOUT = timedelta(seconds=60)
 
 
@@ -166,20 +168,23 @@ class _Work(Pending):
 
     def wait(self) -> None:
         """Return when the result is there; raise GroupBrokenError where it never will be."""
-        while True:
-            is_over = self._work.is_completed()
-            try:
-                self._work.wait(_SLICE)
-                return
-            except RuntimeError as error:
-                # The first error may be that the slice of time is over, of work that has just completed.
-                if is_over:
-                    raise _broken(self._name, error) from error
-            if not self._work.is_completed():
-                self._comm.check()
+        while not self._is_done_within_slice():
             self._comm.check()
             if time.monotonic() > self._deadline:
                 raise GroupBrokenError(f"{self._name}: a rank does not come")
+
+    def _is_done_within_slice(self) -> bool:
+        try:
+            self._work.wait(_SLICE)
+            return True
+        except RuntimeError:  # of the work, or since the time is over
+            if not self._work.is_completed():
+                return False
+        try:
+            self._work.wait()
+            return True
+        except RuntimeError as error:
+            raise _broken(self._name, error) from error
 
 
 def _broken(name: str, error: BaseException) -> GroupBrokenError:
