@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -86,7 +87,10 @@ class OptunaTrials:
         """Add a trial."""
         number = len(self._trials(variant))
         digest = hashlib.sha256(f"{self._search.seed} {variant} {number}".encode()).digest()
-        sampler = self._optuna.samplers.TPESampler(seed=int.from_bytes(digest[:4], "little"), constant_liar=True)
+        with warnings.catch_warnings():
+            # of Optuna 4, for `constant_liar`, which jobs that run side by side need
+            warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
+            sampler = self._optuna.samplers.TPESampler(seed=int.from_bytes(digest[:4], "little"), constant_liar=True)
         self._study(variant, sampler).ask(dict(self._distributions))
 
     def untold(self, variant: str) -> Sequence[int]:

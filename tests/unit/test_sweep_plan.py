@@ -166,7 +166,8 @@ class TestShipped:
         assert plan_study(path).runs
 
     def test_what_the_norm_averages_over_is_the_same_in_every_variant(self, path: Path) -> None:
-        configs = [run.config for run in plan_study(path).runs]
+        # but where the norm is what a variant is about
+        configs = [run.config for run in plan_study(path).runs if "ghost" not in run.variant]
         assert len({(config.model.norm, config.model.ghost_size) for config in configs}) == 1
         assert all(config.recomputes_statistics for config in configs)
         assert all(config.batch.micro_size != "auto" for config in configs)
