@@ -41,7 +41,10 @@ def completed(script: Path, *words: str) -> list[str]:
         (["train", "--r"], ["--run-dir"]),
         (["train", "configs/demo.yaml", "noise.me"], ["noise.method=", "noise.memory="]),
         (["train", "configs/demo.yaml", "noise.method", "=", "sm"], ["smoothout"]),
-        (["train", "configs/demo.yaml", "noise.method", "="], ["none", "smoothout", "arwp", "langevin", "sgld", "fsgld", "sam", "asam", "ivon"]),
+        (
+            ["train", "configs/demo.yaml", "noise.method", "="],
+            ["none", "smoothout", "arwp", "langevin", "sgld", "fsgld", "sam", "asam", "ivon"],
+        ),
         (["train", "configs/demo.yaml", "noise.method=sm"], ["noise.method=smoothout"]),
         (["train", "configs/demo.yaml", "noise.method", "=", "sam", "data.down"], ["data.download="]),
         (["train", "configs/demo.yaml", "noise.schedule.kind", "=", "c"], ["constant", "cosine"]),
