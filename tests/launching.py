@@ -9,12 +9,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 
@@ -210,3 +211,10 @@ def status(run: Path) -> dict[str, Any]:
     """Return the run's status."""
     fields: dict[str, Any] = json.loads((run / "status.json").read_text())
     return fields
+
+
+def mostly_lengthy(values: Iterable[Any], keep: int = 1) -> list[Any]:
+    """Return `values` for `parametrize`: `make test` takes the first `keep`, `make test-lengthy` the others too."""
+    every = list(values)
+    rest = (value if isinstance(value, tuple) else (value,) for value in every[keep:])
+    return [*every[:keep], *(pytest.param(*value, marks=pytest.mark.lengthy) for value in rest)]

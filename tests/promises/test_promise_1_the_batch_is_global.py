@@ -14,7 +14,7 @@ from dist_train.data.images import BatchRequest
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import batch_indices, epoch_order
 from dist_train.models import build_model
-from tests.launching import final_checkpoint, launch, records, small_settings, write_config
+from tests.launching import final_checkpoint, launch, mostly_lengthy, records, small_settings, write_config
 
 PLAIN: dict[str, Any] = {
     "run": {"max_steps": 1},
@@ -25,7 +25,7 @@ PLAIN: dict[str, Any] = {
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("ranks", "controller"), [(1, "alone"), (2, "torch"), (3, "mpi")])
+@pytest.mark.parametrize(("ranks", "controller"), mostly_lengthy([(3, "mpi"), (2, "torch"), (1, "alone")]))
 def test_the_gradient_is_the_mean_over_the_global_batch(tmp_path: Path, ranks: int, controller: str) -> None:
     settings = small_settings(**PLAIN)
     config = parse_config(settings, source="test")

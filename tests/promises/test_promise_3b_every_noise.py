@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 
-from tests.launching import launch, records, results, small_settings, status, train_alone, weights_digest, write_config
+from tests.launching import (
+    launch,
+    mostly_lengthy,
+    records,
+    results,
+    small_settings,
+    status,
+    train_alone,
+    weights_digest,
+    write_config,
+)
 
 pytestmark = pytest.mark.ranks
 
@@ -46,7 +56,7 @@ def train(folder: Path, noise: dict[str, Any], ranks: int, controller: str, norm
     return run
 
 
-@pytest.mark.parametrize("name", sorted(_NOISES))
+@pytest.mark.parametrize("name", mostly_lengthy(sorted(_NOISES), 2))
 def test_every_bit_is_the_same(tmp_path: Path, name: str) -> None:
     noise, ranks, controller = _NOISES[name]
     norm = "none" if name.endswith("without norms") else "ghost"

@@ -52,6 +52,7 @@ def test_two_ranks_of_which_one_is_slow_change_no_bit(alone: tuple[str, Path], t
     assert min(slow for _, slow in moved) <= 4, "7 and 6 to begin with"
 
 
+@pytest.mark.lengthy
 def test_nor_do_three_that_stop_and_resume_with_another_slow_one(alone: tuple[str, Path], tmp_path: Path) -> None:
     config, whole = alone
     half = STEPS // 2

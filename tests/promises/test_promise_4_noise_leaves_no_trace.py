@@ -12,6 +12,7 @@ from dist_train.models import build_model
 from tests.launching import (
     final_checkpoint,
     launch,
+    mostly_lengthy,
     records,
     small_settings,
     status,
@@ -21,7 +22,7 @@ from tests.launching import (
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("sharing", "controller"), [("global", "gloo"), ("micro_batch", "mpi")])
+@pytest.mark.parametrize(("sharing", "controller"), mostly_lengthy([("micro_batch", "mpi"), ("global", "gloo")]))
 def test_after_fifty_noisy_steps_at_rate_0_the_weights_are_the_initial_ones(
     tmp_path: Path, sharing: str, controller: str
 ) -> None:

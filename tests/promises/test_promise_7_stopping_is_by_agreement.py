@@ -12,6 +12,7 @@ from tests.launching import (
     descendants,
     kill,
     launch,
+    mostly_lengthy,
     small_settings,
     start,
     status,
@@ -26,12 +27,14 @@ pytestmark = pytest.mark.ranks
 
 @pytest.mark.parametrize(
     ("ranks", "controller", "number"),
-    [
-        (1, "alone", signal.SIGTERM),
-        (2, "torch", signal.SIGTERM),
-        (2, "gloo", signal.SIGUSR2),
-        (2, "mpi", signal.SIGTERM),
-    ],
+    mostly_lengthy(
+        [
+            (2, "torch", signal.SIGTERM),
+            (2, "gloo", signal.SIGUSR2),
+            (1, "alone", signal.SIGTERM),
+            (2, "mpi", signal.SIGTERM),
+        ]
+    ),
 )
 def test_a_signal_to_one_rank_stops_all_at_one_step(
     tmp_path: Path, ranks: int, controller: str, number: signal.Signals

@@ -14,6 +14,7 @@ from tests.launching import (
     final_checkpoint,
     kill,
     launch,
+    mostly_lengthy,
     records,
     results,
     small_settings,
@@ -64,7 +65,7 @@ def average_digests(run: Path) -> list[str]:
     return [digest_of(each) for each in kept]
 
 
-@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("features", mostly_lengthy(FEATURES))
 def test_the_same_bits_on_one_two_and_three_ranks_and_after_a_kill(tmp_path: Path, features: str) -> None:
     config = write_config(tmp_path, settings_of(FEATURES[features]))
     whole, run = tmp_path / "whole", tmp_path / "run"

@@ -28,6 +28,7 @@ def settings(data: Mapping[str, Any], **sections: Mapping[str, Any]) -> dict[str
     return {**made, "data": dict(data)}
 
 
+@pytest.mark.lengthy
 def test_equal_pixels_give_equal_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIST_TRAIN_CACHE", str(tmp_path / "cache"))
     root = write_folder(tmp_path / "folder")

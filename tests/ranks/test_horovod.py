@@ -14,6 +14,7 @@ from tests.launching import (
     descendants,
     kill,
     launch,
+    mostly_lengthy,
     records,
     results,
     small_settings,
@@ -94,7 +95,7 @@ def test_adasum_over_gloo_on_a_cpu_is_refused(tmp_path: Path) -> None:
     assert status(tmp_path / "run")["exit_code"] == 2
 
 
-@pytest.mark.parametrize("variable", ["HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"])
+@pytest.mark.parametrize("variable", mostly_lengthy(["HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"]))
 def test_gloo_under_mpirun_is_refused_before_it_can_crash(tmp_path: Path, variable: str) -> None:
     config = write_config(tmp_path, small_settings())
     ended = launch(2, "mpi", "train", config, "--run-dir", str(tmp_path / "run"), extra={variable: "gloo"})

@@ -27,6 +27,7 @@ def finished_points(output: Path) -> int:
     return sum(path.read_text().count('"point"') for path in output.glob("*/partial/rank-*.jsonl"))
 
 
+@pytest.mark.lengthy
 def test_any_number_of_ranks_writes_the_same_files_also_after_a_kill(trained_run: Path, tmp_path: Path) -> None:
     assert main(command(trained_run, tmp_path / "1")) == 0
     expected = files(tmp_path / "1")

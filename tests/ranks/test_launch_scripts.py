@@ -17,12 +17,15 @@ from typing import Any
 import pytest
 
 from dist_train.outcome import ExitCode
+from tests.launching import mostly_lengthy
 from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).parents[2]
 LOCAL = (str(ROOT / "launch/local.sh"), "--gloo")
 MPIRUN = (str(ROOT / "launch/mpirun.sh"),)
-LAUNCHERS = pytest.mark.parametrize("launcher", [LOCAL, MPIRUN], ids=["horovodrun", "mpirun"])
+LAUNCHERS = pytest.mark.parametrize(
+    "launcher", [LOCAL, pytest.param(MPIRUN, marks=pytest.mark.lengthy)], ids=["horovodrun", "mpirun"]
+)
 CONFIGURATION = """
 run: {name: tiny, epochs: 100000}
 data: {name: synthetic, synthetic_samples: 128, synthetic_shape: [1, 28, 28]}
@@ -133,8 +136,10 @@ def test_the_progress_bar_goes_around_the_launcher_to_the_terminal(
 
 @pytest.mark.parametrize(
     ("launcher", "number"),
-    [(LOCAL, signal.SIGTERM), (LOCAL, signal.SIGUSR2), (MPIRUN, signal.SIGINT), (MPIRUN, signal.SIGUSR2)],
-    ids=["horovodrun-SIGTERM", "horovodrun-SIGUSR2", "mpirun-SIGINT", "mpirun-SIGUSR2"],
+    mostly_lengthy(
+        [(MPIRUN, signal.SIGINT), (LOCAL, signal.SIGTERM), (LOCAL, signal.SIGUSR2), (MPIRUN, signal.SIGUSR2)]
+    ),
+    ids=["mpirun-SIGINT", "horovodrun-SIGTERM", "horovodrun-SIGUSR2", "mpirun-SIGUSR2"],
 )
 def test_promise_7_a_signal_to_the_script_saves_and_ends_with_75(
     launcher: tuple[str, ...], number: signal.Signals, configuration: str, tmp_path: Path, mark: str

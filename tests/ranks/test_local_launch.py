@@ -20,6 +20,7 @@ from tests.launching import (
     descendants,
     kill,
     launch,
+    mostly_lengthy,
     small_settings,
     start,
     status,
@@ -51,7 +52,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2])
+@pytest.mark.parametrize("number", mostly_lengthy([signal.SIGINT, signal.SIGUSR2]))
 def test_a_signal_to_the_launcher_stops_the_ranks_which_save(
     running: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from tests.launching import launch, records, results, small_settings, status, train_alone, weights_digest, write_config
+from tests.launching import (
+    launch,
+    mostly_lengthy,
+    records,
+    results,
+    small_settings,
+    status,
+    train_alone,
+    weights_digest,
+    write_config,
+)
 
 pytestmark = pytest.mark.ranks
 
@@ -33,7 +43,7 @@ def trained(folder: Path, ranks: int, controller: str, sections: Sections, *over
     return folder / "run"
 
 
-@pytest.mark.parametrize("name", SYNC)
+@pytest.mark.parametrize("name", mostly_lengthy(SYNC))
 def test_sync_norm_over_ranks_is_batch_norm_over_the_same_micro_batch(tmp_path: Path, name: str) -> None:
     noise, ranks, controller = SYNC[name]
     sections = {**noise, "run": {"max_steps": 3}, "comm": {"verify_every": 1}}
@@ -67,6 +77,7 @@ def test_a_micro_batch_too_small_to_share_is_refused_before_training(tmp_path: P
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or not records(tmp_path / "run", "train")
 
 
+@pytest.mark.lengthy
 def test_sync_norm_finds_a_micro_batch_that_can_be_shared(tmp_path: Path) -> None:
     sections: Sections = {
         "model": {"norm": "sync"},
@@ -78,7 +89,13 @@ def test_sync_norm_finds_a_micro_batch_that_can_be_shared(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "model",
-    [{"name": "resnet18", "norm": "ghost"}, {"name": "resnet18", "norm": "group"}, {"name": "vgg9", "norm": "group"}],
+    mostly_lengthy(
+        [
+            {"name": "resnet18", "norm": "ghost"},
+            {"name": "resnet18", "norm": "group"},
+            {"name": "vgg9", "norm": "group"},
+        ]
+    ),
     ids=lambda model: f"{model['name']}-{model['norm']}",
 )
 def test_promise_3_every_bit_is_the_same_on_two_ranks(tmp_path: Path, model: Mapping[str, Any]) -> None:

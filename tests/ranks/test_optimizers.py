@@ -12,6 +12,7 @@ import pytest
 from tests.launching import (
     kill,
     launch,
+    mostly_lengthy,
     records,
     results,
     small_settings,
@@ -32,7 +33,7 @@ def optimizer(name: str) -> dict[str, Any]:
     return {"name": name, "learning_rate": RATES[name], "weight_decay": 1e-3}
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "lars", "lamb"])
+@pytest.mark.parametrize("name", mostly_lengthy(["lamb", "adam", "adamw", "lars"]))
 def test_promise_3_two_ranks_end_with_the_bits_of_one_also_gone_on_with(tmp_path: Path, name: str) -> None:
     config = write_config(
         tmp_path,
@@ -49,7 +50,7 @@ def test_promise_3_two_ranks_end_with_the_bits_of_one_also_gone_on_with(tmp_path
     assert min(losses) < losses[0]
 
 
-@pytest.mark.parametrize("name", ["lars", "adamw"])
+@pytest.mark.parametrize("name", mostly_lengthy(["lars", "adamw"]))
 def test_promise_5_killed_and_gone_on_with_bit_identically(tmp_path: Path, name: str) -> None:
     """Under augmentation, ghost norm and langevin noise."""
     config = write_config(

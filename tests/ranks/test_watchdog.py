@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import descendants, kill, small_settings, start, status, write_config
+from tests.launching import descendants, kill, mostly_lengthy, small_settings, start, status, write_config
 from tests.waiting import PATIENCE, wait_for_lines, wait_until_gone
 
 pytestmark = pytest.mark.ranks
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ranks
 TIMEOUT = 6.0
 
 
-@pytest.mark.parametrize(("controller", "stopped"), [("torch", 1), ("gloo", 1), ("mpi", 0)])
+@pytest.mark.parametrize(("controller", "stopped"), mostly_lengthy([("torch", 1), ("gloo", 1), ("mpi", 0)]))
 def test_a_stopped_rank_ends_the_run_with_its_name(tmp_path: Path, controller: str, stopped: int) -> None:
     config = write_config(
         tmp_path,
