@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.launching import environment
 
 
+@pytest.mark.lengthy
 def test_both_sides_read_a_few_images(tmp_path: Path) -> None:
     words = ["--images", "40", "--pairs", "1", "--processes", "1"]
     ended = subprocess.run(
