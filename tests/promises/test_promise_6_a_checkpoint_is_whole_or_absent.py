@@ -40,7 +40,8 @@ def test_a_checkpoint_is_what_design_says(tmp_path: Path) -> None:
     ended = launch(1, "alone", "train", write_config(tmp_path, settings), "--run-dir", str(tmp_path / "run"))
     assert ended.code == 0, ended.output
     contents = final_checkpoint(tmp_path / "run")
-    assert contents.keys() == {"format", "step", "epoch", "model", "optimizer", "config", "metrics", "plugins"}
+    of_design = {"format", "step", "epoch", "model", "optimizer", "config", "metrics"}
+    assert contents.keys() == of_design | {"plugins", "average", "noise", "grid_exponents"}
     build_model(parse_config(contents["config"], source="test")).load_state_dict(contents["model"])
     assert (contents["step"], contents["epoch"]) == (8, 1.0)
 

@@ -427,12 +427,12 @@ def _incidents(built: dashboard.Dashboard) -> None:
         curves(
             PanelSpec(
                 "Events by kind",
-                "Every kind of event, counted over all launches; and how often the ranks of this one have met.",
+                "The kinds of events that there were, over all launches; and how often the ranks of this one have met.",
                 "none",
                 6,
                 7,
             ),
-            Query(_of("dist_train_events_total", "event"), "{{event}}"),
+            Query(f"{_of('dist_train_events_total', 'event')} > 0", "{{event}}"),
             Query(_of("dist_train_generation"), "generations of ranks"),
         ).min(0)
     )
