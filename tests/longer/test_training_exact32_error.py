@@ -68,7 +68,7 @@ def errors_of(gradients: list[Tensor], summed: Tensor) -> Errors:
     return Errors(*(float((each.double() - true).norm() / true.norm()) for each in (summed, in_order)))
 
 
-@pytest.mark.parametrize("model", ["vgg9", "resnet18"])
+@pytest.mark.parametrize("model", ["vgg9", pytest.param("resnet18", marks=pytest.mark.lengthy)])
 def test_the_sum_is_as_accurate_as_one_of_float32_in_order_all_along_a_run(tmp_path: Path, model: str) -> None:
     sections: dict[str, Any] = {
         "run": {"epochs": 30},

@@ -12,6 +12,7 @@ from benchmarks.start_up import bare_horovod
 
 
 @pytest.mark.ranks
+@pytest.mark.lengthy
 def test_a_start_a_resume_and_the_bare_program_take_seconds(tmp_path: Path) -> None:
     config = write_settings(tmp_path, 0.0625)
     first = seconds_to_step(1, config, tmp_path / "run", controller="mpi", ranks=2)

@@ -50,7 +50,8 @@ def test_promise_3_two_ranks_end_with_the_bits_of_one_also_gone_on_with(tmp_path
     assert min(losses) < losses[0]
 
 
-@pytest.mark.parametrize("name", mostly_lengthy(["lars", "adamw"]))
+@pytest.mark.lengthy
+@pytest.mark.parametrize("name", ["lars", "adamw"])
 def test_promise_5_killed_and_gone_on_with_bit_identically(tmp_path: Path, name: str) -> None:
     """Under augmentation, ghost norm and langevin noise."""
     config = write_config(
