@@ -318,9 +318,15 @@ def test_every_panel_is_drawn_from_the_live_prometheus(watched: Watched, name: s
     dashboard = json.loads((SHIPPED / f"grafana/dashboards/{name}.json").read_text())
     dashboard["panels"] = [panel for panel in dashboard["panels"] if not shows_devices_only(panel)]
     page, picture = tmp_path / f"{name}.html", picture_folder(tmp_path) / f"{name}.png"
-    write_page(page, dashboard, watched.prometheus.url, seconds=60, variables=variables(RUN))
-    empty = [title for title, series in series_drawn(page).items() if not series]
-    assert not empty
+    empty: list[str] = []
+
+    def all_are_drawn() -> bool:
+        write_page(page, dashboard, watched.prometheus.url, seconds=60, variables=variables(RUN))
+        empty[:] = [title for title, series in series_drawn(page).items() if not series]
+        return not empty
+
+    # Prometheus may not have looked twice yet.
+    wait_for(all_are_drawn, lambda: f"no data in {empty}")
     screenshot(page, picture, width=1400, height=height_of(dashboard))
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 20_000
