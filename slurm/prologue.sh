@@ -28,6 +28,7 @@
 #
 # of training
 #   PREFLIGHT         0: do not check beforehand whether the nodes can work together (dist-train doctor --cluster)
+#   GUARD_SECONDS     how often a job of several nodes asks Slurm whether it still has its first node (30)
 #   MAX_RESTARTS      restarts on what is left of the job's nodes, in a row without a new checkpoint, before it is
 #                     requeued (as many as MAX_REQUEUES)
 #   MAX_REQUEUES      requeues in a row without a new checkpoint, after which the run is given up (3)
@@ -388,6 +389,35 @@ launch_or_show() {
     launch "$stop" "${command[@]}" "$@"
 }
 
+# guard_batch_host NODE...: with --no-kill the job outlives its first node, and this script with it. A step on another
+# of these nodes requeues the job then, as Slurm does without --no-kill.
+guard_batch_host() {
+    local other host=${SLURMD_NODENAME:-} request requests=()
+    [[ -n $host && " $* " == *" $host "* ]] || return 0
+    other=$(printf '%s\n' "$@" | grep -vxm 1 "$host") || return 0
+    for request in GPUS GPUS_PER_NODE GPUS_PER_TASK NTASKS_PER_GPU TRES_PER_TASK TRES_BIND; do
+        requests+=(-u "SLURM_$request")
+    done
+    # Where this node is lost, srun is too, but not its step.
+    env "${requests[@]}" srun --mpi=none --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "--nodelist=$other" \
+        --cpus-per-task=1 --gres=none --input=none --output=none --no-kill \
+        bash -c "$(declare -f requeue_once_lost); requeue_once_lost $(printf '%q ' "$host" "$(readlink "/proc/$$/fd/2")")" &
+    guard_step=$!
+}
+
+# requeue_once_lost HOST LOG
+requeue_once_lost() {
+    trap '' USR1 USR2 HUP
+    local left
+    while sleep "${GUARD_SECONDS:-30}"; do
+        left=$(squeue --noheader --jobs "$SLURM_JOB_ID" --states RUNNING --format %N 2>/dev/null) || continue
+        [[ -n $left ]] || continue
+        ! scontrol show hostnames "$left" | grep -qx "$1" || continue
+        echo "job $SLURM_JOB_ID: the job has lost $1, where its batch script ran: requeued" >>"$2"
+        scontrol requeue "$SLURM_JOB_ID"
+    done
+}
+
 # Before a run on several nodes: whether they can work together. Leaves spare nodes out that cannot, and chooses the
 # network where not every one will do.
 check_nodes() {
@@ -433,7 +463,12 @@ run_in_job() {
         end_job
     }
     # shellcheck disable=SC2329  # `launch_or_show` calls it
-    before_launch() { check_nodes; }
+    before_launch() {
+        local names
+        check_nodes
+        mapfile -t names < <(scontrol show hostnames "$job_nodes" 2>/dev/null)
+        guard_batch_host "${names[@]}"
+    }
     prepare_ranks "${@:2}"
     launch_or_show stop_through_launcher "$@" "${more_overrides[@]}"
     while true; do
@@ -485,6 +520,7 @@ prepare_restart() {
             done | sort -V
     )
     ((${#living[@]})) || requeue_job
+    [[ -z ${guard_step:-} ]] || kill -0 "$guard_step" 2>/dev/null || guard_batch_host "${living[@]}"
     use_nodes "${living[@]}"
     set_rank_environment "$threads"
     compose_command

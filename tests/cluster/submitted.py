@@ -19,7 +19,13 @@ class Submitted:
     def __init__(self, cluster: Cluster, folder: Path, config: str, *options: str, **environment: str) -> None:
         self.run = folder / "run"
         self._cluster = cluster
-        knobs = {"CONFIG": config, "RUN_DIR": str(self.run), "RANKS_PER_NODE": "2", "LOSS_SECONDS": "10"}
+        knobs = {
+            "CONFIG": config,
+            "RUN_DIR": str(self.run),
+            "RANKS_PER_NODE": "2",
+            "LOSS_SECONDS": "10",
+            "GUARD_SECONDS": "5",
+        }
         self.job = cluster.sbatch(folder, "lb_8192.sh", *options, **{**knobs, **environment})
 
     def wait_for(self, condition: Callable[[Mapping[str, Any]], bool]) -> None:

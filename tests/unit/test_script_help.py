@@ -16,7 +16,7 @@ BATCH = tuple(sorted(f"slurm/{path.name}" for path in (ROOT / "slurm").glob("*.s
 SHARED = {"launch": ("launch/common.sh",), "slurm": ("slurm/prologue.sh", "launch/common.sh")}
 
 NO_KNOBS = {
-    r"SLURM_.*": "Slurm tells the job by them where it runs",
+    r"SLURMD?_.*": "Slurm tells the job by them where it runs",
     r"BASH_.*|SECONDS|PWD": "bash's own",
     r"OMPI_MCA_.*": "Open MPI's settings: where one is set, it is kept",
     r"NCCL_SOCKET_IFNAME": "NCCL's setting: where it is set, it is kept over NETWORK_INTERFACE",
