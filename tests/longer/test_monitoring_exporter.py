@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import os
@@ -11,10 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -22,7 +24,7 @@ from dist_train.config.sections import MetricsSettings
 from dist_train.monitoring.observers import Observers
 from dist_train.monitoring.prometheus.exporter import Exporter
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Outcome, Record, to_json
-from tests.unit.exporting import FACTS, OUTCOME, STOPPED, get, measurement, port_of, scrape, serving, train
+from tests.unit.exporting import FACTS, OUTCOME, STOPPED, get, measurement, port_of, read, scrape, serving, train
 from tests.waiting import PATIENCE, is_alive, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -302,6 +304,31 @@ def test_a_trainer_that_is_killed_leaves_no_process_no_open_pipe_and_is_reported
         trainer.wait()
     wait_for(lambda: outcomes(tmp_path) == ["killed"])
     wait_for(lambda: not is_alive(process))
+
+
+def test_a_trainer_that_is_killed_is_reported_so_to_every_server_that_scrapes_it(tmp_path: Path) -> None:
+    program = TRAINER.replace("exporter.process_id", "exporter.process_id, exporter.address")
+    trainer = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+    assert trainer.stdout is not None
+    with trainer.stdout as output:
+        process, address = output.readline().decode().split()
+
+    def outcome_for(server: http.client.HTTPConnection) -> float:
+        server.request("GET", "/metrics")
+        return read(server.getresponse().read().decode())["dist_train_outcome", ("killed",)]
+
+    def prometheus() -> closing[http.client.HTTPConnection]:
+        return closing(http.client.HTTPConnection(urlsplit(address).netloc, timeout=PATIENCE))
+
+    with prometheus() as first, prometheus() as second:
+        assert (outcome_for(first), outcome_for(second)) == (0, 0)
+        trainer.kill()
+        trainer.wait()
+        wait_for(lambda: outcome_for(first) == 1)
+        assert is_alive(int(process))
+        assert outcome_for(second) == 1
+        wait_for(lambda: not is_alive(int(process)))
+    assert outcomes(tmp_path) == ["killed"]
 
 
 def test_the_process_is_lean() -> None:

@@ -40,8 +40,8 @@ ALERTS = {"failed": "DistTrainFailed", "killed": "DistTrainFailed", "hung": "Dis
 """Of those that are to be reported; the others end as they should."""
 DELAYS = {"DistTrainFailed": 0.0, "DistTrainStalled": 120.0 + 60.0}
 """Seconds that a rule waits by itself: what it takes for standing still, and its `for`."""
-MOST_SCRAPES = 4
-"""Two that show the end, one before Prometheus takes note of a changed target file, one before it evaluates rules."""
+MOST_SCRAPES = 2
+"""One that shows the end, and one before Prometheus evaluates its rules."""
 GONE_SECONDS = 120.0
 """The longest `for` of the rules that look at the end of a run."""
 LIVES = (2.0, 40.0)

@@ -72,7 +72,8 @@ def test_every_metric_is_on_a_dashboard() -> None:
     while behind := {metric for name in shown & set(recorded) for metric in recorded[name]} - shown:
         shown |= behind
     plain = {re.sub("_(bucket|sum|count)$", "", metric) for metric in shown}
-    assert {metric.name for metric in METRICS} - plain == OF_ONE_RANK
+    # how a run ended, dashboards read from the alerts and the target's labels
+    assert {metric.name for metric in METRICS} - plain == OF_ONE_RANK | {"dist_train_outcome"}
 
 
 @dashboard

@@ -16,8 +16,9 @@ import pytest
 
 from dist_train.cli.main import main
 from dist_train.monitoring.prometheus import targets
+from dist_train.monitoring.prometheus.board import outcome_label
 from dist_train.monitoring.prometheus.messages import ServingPlan
-from dist_train.monitoring.prometheus.targets import TargetFile, identity_of, outcome_label, remove_stale, target_file
+from dist_train.monitoring.prometheus.targets import TargetFile, identity_of, remove_stale, target_file
 from dist_train.rundir.records import Outcome
 from tests.unit.exporting import FACTS, OUTCOME, STOPPED
 

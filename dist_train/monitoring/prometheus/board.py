@@ -13,6 +13,7 @@ from threading import Lock
 from typing import Any
 
 from dist_train.monitoring.wording import Pace
+from dist_train.outcome import ExitCode
 from dist_train.rundir.records import (
     EvaluationRecord,
     EventRecord,
@@ -25,6 +26,9 @@ from dist_train.rundir.records import (
 )
 
 STATES = ("starting", "running", "stopping", "stopped", "finished", "failed")
+KILLED = "killed"
+"""The outcome of a run that ended without reporting an outcome."""
+OUTCOMES = ("finished", "stopped", "failed", "diverged", KILLED)
 EVENTS = (
     *("resumed", "requeued", "signal", "checkpoint", "checkpoint_failed", "corrupt_checkpoint", "not_finite"),
     *("non_finite_evaluation", "disagreement", "micro_size", "dealing", "exporter_restarted"),
@@ -86,6 +90,8 @@ class Snapshot:
     last_progress: float
     events: Mapping[str, int]
     state: str = "running"
+    outcome: str = ""
+    """How the run has ended, one of `OUTCOMES`; empty while it has not."""
     seconds_left: float | None = None
     train: TrainRecord | None = None
     evaluations: Mapping[str, EvaluationRecord] = field(default_factory=dict)
@@ -98,6 +104,11 @@ class Snapshot:
     part_seconds: Mapping[str, Buckets] = field(
         default_factory=lambda: {part.name: Buckets.of(PART_SECONDS) for part in fields(StepParts)}
     )
+
+
+def outcome_label(outcome: Outcome) -> str:
+    """Return the value of the label `outcome`: the state that the run ended in, or diverged."""
+    return "diverged" if outcome.exit_code == ExitCode.DIVERGED else outcome.state
 
 
 _LEAST_SECONDS = 120.0
@@ -189,7 +200,13 @@ class Board:
     def end(self, outcome: Outcome) -> None:
         """Note how the run ended."""
         with self._lock:
-            self._change(state=outcome.state, step=max(self._now.step, outcome.step))
+            label = outcome_label(outcome)
+            self._change(state=outcome.state, outcome=label, step=max(self._now.step, outcome.step))
+
+    def killed(self) -> None:
+        """Note that the run ended without saying how."""
+        with self._lock:
+            self._change(state="failed", outcome=KILLED)
 
     def _with_step(self, seconds: float) -> Buckets:
         """Return the durations of steps with one more; once enough are known, in buckets around them."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import errno
 import hmac
+import math
 import socket
 import ssl
 import stat
@@ -188,8 +189,8 @@ class Server(ThreadingHTTPServer):
         self.last_scrape: float | None = None
         """When the latest scrape that was answered began (monotonic)."""
         self._lock = Lock()
-        self._clients: OrderedDict[socket.socket, None] = OrderedDict()
-        """The one that was answered last is the last."""
+        self._clients: OrderedDict[socket.socket, float] = OrderedDict()
+        """When each that is connected scraped last (monotonic). The one that was answered last is the last."""
         super().__init__((str(address[0]), port), _Handler)
 
     def server_bind(self) -> None:
@@ -213,7 +214,7 @@ class Server(ThreadingHTTPServer):
                 # of the plain socket: its thread may be reading by TLS, and finds the end of the stream
                 with suppress(OSError):
                     socket.socket.shutdown(oldest, socket.SHUT_RDWR)
-            self._clients[request] = None
+            self._clients[request] = -math.inf
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
@@ -227,6 +228,22 @@ class Server(ThreadingHTTPServer):
         with self._lock:
             if client in self._clients:
                 self._clients.move_to_end(client)
+
+    def note_scrape(self, client: socket.socket, moment: float) -> None:
+        """Note that a scrape by `client` that began at `moment` has been answered."""
+        with self._lock:
+            self.last_scrape = moment
+            if client in self._clients:
+                self._clients[client] = moment
+
+    def all_have_scraped(self, moment: float, recent: float) -> bool:
+        """Return whether there was a scrape after `moment`, and one by each connected client.
+
+        Of those that had scraped in the `recent` seconds before it: every Prometheus keeps its connection.
+        """
+        with self._lock:
+            is_missed = any(moment - recent < scraped <= moment for scraped in self._clients.values())
+            return not is_missed and self.last_scrape is not None and self.last_scrape > moment
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore a client that failed: nobody reads the log of the exporter's process."""
@@ -282,7 +299,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(HTTPStatus.OK, self.server.site.page(), content_type=CONTENT_TYPE)
         if self.command == "GET":
             self.wfile.flush()
-            self.server.last_scrape = begun
+            self.server.note_scrape(self.request, begun)
 
     def _answer(
         self, status: HTTPStatus, body: bytes, headers: Sequence[tuple[str, str]] = (), content_type: str = _PLAIN

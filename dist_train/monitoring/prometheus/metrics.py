@@ -10,7 +10,7 @@ from functools import partial
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from dist_train.monitoring.prometheus.board import STATES, Buckets, Snapshot
+from dist_train.monitoring.prometheus.board import OUTCOMES, STATES, Buckets, Snapshot
 from dist_train.rundir.records import EvaluationRecord, RankMeasurement, TrainRecord
 
 Kind: TypeAlias = Literal["gauge", "counter", "histogram", "info"]
@@ -161,6 +161,10 @@ def _states(now: Snapshot) -> Iterable[Reading]:
     return (Reading(float(state == now.state), (state,)) for state in STATES)
 
 
+def _outcomes(now: Snapshot) -> Iterable[Reading]:
+    return (Reading(float(outcome == now.outcome), (outcome,)) for outcome in OUTCOMES)
+
+
 def _samples(now: Snapshot) -> int:
     return now.step * now.facts.global_size
 
@@ -218,6 +222,7 @@ def _busy_ratios(now: Snapshot) -> Iterable[Reading]:
 METRICS: tuple[Metric, ...] = (
     Metric("run_info", "info", "What runs; always 1.", _run_info, tuple(_INFO), Scope.BOTH),
     Metric("state", "gauge", "1 for the state that the run is in, 0 for the others.", _states, ("state",)),
+    Metric("outcome", "gauge", "1 for how the run has ended, 0 for the other ways.", _outcomes, ("outcome",)),
     _gauge("step", "Optimizer updates done.", "step", "updates"),
     _gauge("planned_steps", "Optimizer updates at which the run ends.", "facts.total_steps", "updates"),
     _gauge("epoch", "Epochs done, and a part.", lambda now: now.step / now.facts.steps_per_epoch, "epochs"),

@@ -18,7 +18,7 @@ from threading import Lock, Thread
 from prometheus_client import push_to_gateway
 
 from dist_train.monitoring.prometheus import targets
-from dist_train.monitoring.prometheus.board import Board, Snapshot, stands_still
+from dist_train.monitoring.prometheus.board import KILLED, Board, Snapshot, outcome_label, stands_still
 from dist_train.monitoring.prometheus.http_server import Site, bind, read_credentials, tls_context
 from dist_train.monitoring.prometheus.messages import Begin, Channel, Ending, Progress, Serving, Warned
 from dist_train.monitoring.prometheus.page import Families, MetricsPage
@@ -26,7 +26,7 @@ from dist_train.rundir.records import Measurement, Outcome, Record, TrainRecord,
 
 PUSH_SECONDS = 5.0
 RECENT_SECONDS = 60.0
-"""A run that was scraped so lately is waited for with its last values."""
+"""Whoever scraped so lately is waited for with the last values."""
 
 _LOOK_SECONDS = 1.0
 _DISK_SECONDS = 30.0
@@ -135,6 +135,9 @@ class _Service:
             if target is not None and (outcome := self._how_it_ended()):
                 with self._warning(f"the target file {target.path} cannot say how the run ended"):
                     target.end(outcome)
+                if outcome == KILLED:
+                    self._board.killed()
+                    self._await_scrape()
 
     def _take(self) -> None:
         """Take messages onto the board; a scrape does so too, and sees all that was sent before it."""
@@ -191,26 +194,38 @@ class _Service:
     def _how_it_ended(self) -> str:
         """Return the outcome; nothing where the trainer lives, and this process alone ends."""
         if self._outcome is not None:
-            return targets.outcome_label(self._outcome)
+            return outcome_label(self._outcome)
         deadline = time.monotonic() + _DYING_SECONDS
         while os.getppid() == self._trainer and self._is_over and time.monotonic() < deadline:
             time.sleep(_PAUSE_SECONDS)
-        return "" if os.getppid() == self._trainer else targets.KILLED
+        return "" if os.getppid() == self._trainer else KILLED
 
     def _end(self, outcome: Outcome) -> None:
         """Push the last values, and wait for a scrape of them where one is likely."""
-        ended, last = time.monotonic(), self._server.last_scrape
         # a run that was stopped is about to be killed
-        waits = outcome.state in ("finished", "failed") and last is not None and ended - last < RECENT_SECONDS
-        patience = self._plan.last_scrape_seconds if waits else 0.0
+        patience = self._patience() if outcome.state in ("finished", "failed") else 0.0
+        ended = time.monotonic()
         gateway = self._plan.pushgateway
         self._channel.send(Ending(max(patience, PUSH_SECONDS) if gateway else patience, patience))
         if gateway and (reason := _push(gateway, self._board.snapshot())):
             self._warn(f"the Pushgateway at {gateway} did not take the last values: {reason}")
         while time.monotonic() < ended + patience and os.getppid() == self._trainer:
             self._take()  # the trainer may end unannounced
-            if self._is_over or (self._server.last_scrape or 0.0) > ended:
+            if self._is_over or self._server.all_have_scraped(ended, RECENT_SECONDS):
                 return
+            time.sleep(_PAUSE_SECONDS)
+
+    def _patience(self) -> float:
+        """Return how long to wait for one more scrape, in seconds."""
+        last = self._server.last_scrape
+        is_scraped = last is not None and time.monotonic() - last < RECENT_SECONDS
+        return self._plan.last_scrape_seconds if is_scraped else 0.0
+
+    def _await_scrape(self) -> None:
+        """Wait for a scrape where the trainer is no longer there to be waited for."""
+        ended = time.monotonic()
+        deadline = ended + self._patience()
+        while time.monotonic() < deadline and not self._server.all_have_scraped(ended, RECENT_SECONDS):
             time.sleep(_PAUSE_SECONDS)
 
     @contextmanager

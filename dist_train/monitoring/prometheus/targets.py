@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from dist_train.monitoring.prometheus.board import KILLED
 from dist_train.monitoring.prometheus.messages import ServingPlan
-from dist_train.outcome import ExitCode
 from dist_train.rundir import atomic
-from dist_train.rundir.records import Outcome, RunFacts
+from dist_train.rundir.records import RunFacts
 
 HEARTBEAT_SECONDS = 60.0
 """How often a run touches its file."""
@@ -35,8 +35,6 @@ SEEN_SECONDS = 600.0
 """So long after a run's end every Prometheus has seen how it ended."""
 
 JOB = "dist_train"
-KILLED = "killed"
-"""The outcome of a run that ended without reporting an outcome."""
 _NOWHERE = "127.0.0.1:0"
 """In place of the address of a run that has ended: another run may have taken that. Nobody can listen at port 0."""
 _OUTCOME_LABEL = "outcome"
@@ -129,11 +127,6 @@ def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: str) -> 
 
 def _content(address: str, labels: Mapping[str, str]) -> str:
     return json.dumps([{"targets": [address], "labels": labels}], indent=2) + "\n"
-
-
-def outcome_label(outcome: Outcome) -> str:
-    """Return the value of the label `outcome`: the state that the run ended in, or diverged."""
-    return "diverged" if outcome.exit_code == ExitCode.DIVERGED else outcome.state
 
 
 @dataclass(frozen=True)
