@@ -251,6 +251,7 @@ def learning_rate_range(config: Config, low: float, high: float, updates: int, r
         f"optimizer.learning_rate={low!r}",
         write_override("schedule", {**ScheduleSettings().model_dump(mode="json"), **schedule}),
         "averaging.kind=none",
+        "batch.schedule=[]",
         "early_stopping.patience=null",
         "checkpoint={every_epochs: 0}",
         "evaluation={every_epochs: 0, train_samples: 0}",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dist_train.config.data import ENCODED
+from dist_train.config.parts import Section
 from dist_train.config.plugins import is_plugin
 from dist_train.config.problems import Problem, problem
 from dist_train.config.sections import Config, MetricsSettings
@@ -30,7 +31,11 @@ def conflicts(config: Config) -> list[Problem]:
 def _problem(rule: _Rule, config: Config) -> Problem:
     section, name = rule.path.split(".")
     value = getattr(getattr(config, section), name)
-    shown = list(value) if isinstance(value, tuple) else value
+    shown = (
+        [each.model_dump() if isinstance(each, Section) else each for each in value]
+        if isinstance(value, tuple)
+        else value
+    )
     sections = {section: getattr(config, section) for section in type(config).model_fields}
     wrong, allowed = rule.wrong.format_map(sections), rule.allowed.format_map(sections)
     return problem(rule.path, wrong, code=rule.code, value=shown, allowed=allowed)
@@ -40,11 +45,17 @@ def _normalizes_over_samples(config: Config) -> bool:
     return config.model.norm in ("batch", "ghost", "sync")
 
 
+def _batches(config: Config) -> list[int]:
+    """Return every global batch of the run."""
+    return [size for _, size in config.batch.sizes]
+
+
 def _leaves_one_sample(config: Config) -> bool:
-    micro, whole = config.batch.micro_size, config.batch.global_size
-    if micro == "auto" or micro > whole or whole == 1:
+    micro = config.batch.micro_size
+    if micro == "auto":
         return False
-    return _normalizes_over_samples(config) and (whole % micro or micro) == 1
+    left = [whole % micro or micro for whole in _batches(config) if micro <= whole and whole > 1]
+    return _normalizes_over_samples(config) and 1 in left
 
 
 def _ascends(config: Config) -> bool:
@@ -64,8 +75,17 @@ def _descends_plainly(config: Config) -> bool:
 def _leaves_a_point_out(config: Config) -> bool:
     if not _perturbs(config) or config.noise.passes == "all":
         return False
-    micro, whole = config.batch.micro_size, config.batch.global_size
-    return micro == "auto" or whole % (micro * config.noise.points) != 0
+    micro = config.batch.micro_size
+    return micro == "auto" or any(whole % (micro * config.noise.points) for whole in _batches(config))
+
+
+def _is_scheduled(config: Config) -> bool:
+    return bool(config.batch.schedule)
+
+
+def _is_out_of_order(config: Config) -> bool:
+    epochs = [epoch for epoch, _ in config.batch.sizes]
+    return epochs != sorted(set(epochs)) or epochs[-1] >= config.run.epochs
 
 
 _RULES = (
@@ -121,8 +141,54 @@ _RULES = (
         code="micro-above-global",
     ),
     _Rule(
+        "batch.schedule",
+        lambda c: c.batch.micro_size != "auto" and any(c.batch.micro_size > size for size in _batches(c)[1:]),
+        "a micro-batch, here of {batch.micro_size}, is a part of every global batch",
+        code="micro-above-global",
+    ),
+    _Rule(
+        "batch.schedule",
+        _is_out_of_order,
+        "each batch begins at a later epoch than the one before it, and before the run's end at {run.epochs}",
+        code="batch-schedule-order",
+    ),
+    _Rule(
+        "batch.micro_size",
+        lambda c: _is_scheduled(c) and c.batch.micro_size == "auto",
+        "what fits the device is decided for one global batch; with batch.schedule set a number",
+        "a number",
+        code="batch-schedule-micro",
+    ),
+    _Rule(
+        "batch.dealing",
+        lambda c: _is_scheduled(c) and c.batch.dealing == "measured",
+        "speeds are measured for one global batch; set batch.dealing to even, or leave batch.schedule out",
+        "even",
+        code="batch-schedule-dealing",
+    ),
+    _Rule(
+        "comm.op",
+        lambda c: _is_scheduled(c) and c.comm.op == "adasum",
+        "adasum weighs by a rank's share of one global batch; set comm.op to average, or leave batch.schedule out",
+        "average",
+        code="batch-schedule-adasum",
+    ),
+    _Rule(
+        "schedule.keep_updates",
+        lambda c: _is_scheduled(c) and c.schedule.keep_updates,
+        "epochs are counted by base_batch or by batch.schedule, not by both",
+        "false",
+        code="batch-schedule-updates",
+    ),
+    _Rule(
+        "averaging.every_steps",
+        lambda c: _is_scheduled(c) and c.averaging.kind == "lawa" and c.averaging.every_steps is None,
+        "with batch.schedule an epoch has no fixed number of updates; set averaging.every_steps",
+        code="batch-schedule-averaging",
+    ),
+    _Rule(
         "batch.global_size",
-        lambda c: c.batch.global_size == 1 and _normalizes_over_samples(c),
+        lambda c: 1 in _batches(c) and _normalizes_over_samples(c),
         "one sample is too few for {model.norm} norm",
         "at least 2, or model.norm none",
         code="one-sample-batch",

@@ -102,6 +102,13 @@ class ModelSettings(Section):
     )
 
 
+class BatchChange(Section):
+    """Another global batch from an epoch on."""
+
+    epoch: PositiveInt = Field(description="Passes over the data before it begins.", examples=[60])
+    global_size: PositiveInt = Field(description="Samples of one update from then on.", examples=[8192])
+
+
 class BatchSettings(Section):
     """The global batch and how it is cut."""
 
@@ -115,6 +122,17 @@ class BatchSettings(Section):
         "even",
         description="How many micro-batches a rank computes. even: all as many. measured: by its speed, as measured.",
     )
+    schedule: tuple[BatchChange, ...] = Field(
+        (),
+        description="Other global batches later in the run, as in Smith et al. (arXiv 1711.00489): each {epoch, "
+        "global_size} holds from that many passes on. schedule.scaling is by `global_size` alone.",
+        examples=[[{"epoch": 60, "global_size": 2048}]],
+    )
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Every global batch of the run, with the epoch that it begins with."""
+        return ((0, self.global_size), *((change.epoch, change.global_size) for change in self.schedule))
 
 
 class OptimizerSettings(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -25,11 +26,12 @@ from dist_train.checkpoint.writer import CheckpointWriter
 from dist_train.cluster.communicator import Communicator, run_on_all_ranks
 from dist_train.cluster.devices import share_out_devices
 from dist_train.config import Config
+from dist_train.config.epochs import Epochs
 from dist_train.config.resuming import with_device, with_micro_size
 from dist_train.data.images import SampleSource
 from dist_train.data.loader import open_splits
 from dist_train.data.mixing import build_mix
-from dist_train.data.plan import BatchPlan
+from dist_train.data.plan import BatchPlan, MicroBatch
 from dist_train.launching.session import Session
 from dist_train.models import build_model
 from dist_train.models.norms import BatchStatistics, norm_modules
@@ -94,11 +96,12 @@ def assemble(
     def steps_of(batch_size: int) -> int:
         return BatchPlan(batch_size, 1).steps_per_epoch(len(splits.train))
 
-    steps_per_epoch = run_on_all_ranks(comm, lambda: steps_of(config.batch.global_size), "plan the batches")
-    updates_per_epoch = steps_per_epoch
+    epochs = run_on_all_ranks(comm, lambda: Epochs.of(config.batch.sizes, steps_of), "plan the batches")
+    updates_of, updates_per_epoch = epochs.steps, None
     if config.schedule.keep_updates:
-        updates_per_epoch = run_on_all_ranks(comm, lambda: steps_of(config.schedule.base_batch), "plan the updates")
-    total_steps = config.run.epochs * updates_per_epoch
+        counted = run_on_all_ranks(comm, lambda: steps_of(config.schedule.base_batch), "plan the updates")
+        updates_of, updates_per_epoch = partial(operator.mul, counted), counted
+    total_steps = updates_of(config.run.epochs)
 
     network = build_model(config).to(compute.device)
     weights = FlatWeights(network)
@@ -110,9 +113,9 @@ def assemble(
         norms = WeightNorms(weights.values, weights.values.clone()) if comm.rank == 0 else None
         measuring = Measuring(comm, read_usage_of(compute.device), norms)
     optimizer = build_optimizer(config.optimizer, weights)
-    averaging = build_averaging(config.averaging, weights, steps_per_epoch)
+    averaging = build_averaging(config.averaging, weights, epochs.stages[0].steps_per_epoch)
     noise = build_noise(config.noise, weights, seed=config.run.seed, total_steps=total_steps, rank=comm.rank)
-    restore = partial(_restore, resume_point, updates_per_epoch, network, optimizer, averaging, noise)
+    restore = partial(_restore, resume_point, updates_of, network, optimizer, averaging, noise)
     progress = run_on_all_ranks(comm, restore, "restore the checkpoint")
     if not comm.is_joining:
         progress = shared_progress(comm, progress)
@@ -163,10 +166,12 @@ def assemble(
             config.schedule,
             config.optimizer.learning_rate,
             config.batch.global_size,
-            steps_per_epoch,
+            epochs.stages[0].steps_per_epoch,
             config.run.epochs,
             updates_per_epoch,
+            epochs,
         ),
+        epochs=epochs,
         total_steps=total_steps,
         last_step=min(total_steps, config.run.max_steps or total_steps),
         observers=session.observers,
@@ -226,7 +231,7 @@ def build_step(
 
 def _restore(
     start: ResumePoint,
-    updates_per_epoch: int,
+    updates_of: Callable[[int], int],
     network: nn.Module,
     optimizer: Optimizer,
     averaging: Averaging,
@@ -237,7 +242,7 @@ def _restore(
             state = start.initial.fitted(network.state_dict(), start.config.data.image_format.classes)
             load_model(state, network, str(start.initial.path))
         return Progress()
-    planned = (start.epochs_before or 0) * updates_per_epoch
+    planned = updates_of(start.epochs_before or 0)
     if start.contents.step < planned:
         raise UsageError(
             f"the run has done {start.contents.step} of the {planned} updates of its {start.epochs_before} epochs: "
@@ -283,9 +288,13 @@ def set_up_reduction(
 ) -> GradientReduction:
     """Return the reduction over the ranks of `comm`, by the micro-batches that each computes. All ranks call it."""
     assert config.batch.micro_size != "auto", "decided before"
-    plan = BatchPlan(config.batch.global_size, config.batch.micro_size)
-    share = partial(share_of, config.model, plan, comm.rank, comm.size)
-    mine = run_on_all_ranks(comm, share, "share out the micro-batches")
+    plans = [BatchPlan(size, config.batch.micro_size) for _, size in config.batch.sizes]
+    plan = max(plans, key=lambda each: len(each.micro_batches))
+
+    def shares() -> tuple[MicroBatch, ...]:
+        return [share_of(config.model, each, comm.rank, comm.size) for each in plans][plans.index(plan)]
+
+    mine = run_on_all_ranks(comm, shares, "share out the micro-batches")
     build = partial(
         build_reduction,
         config.comm,

@@ -41,7 +41,8 @@ def check_batches(config: Config) -> None:
     if made_up is not None:
         made_up -= config.data.validation_size or 0
     sizes = [size for size in (made_up, config.data.train_size) if size is not None]
-    batches = [config.batch.global_size, *([config.schedule.base_batch] if config.schedule.keep_updates else [])]
+    batches = [size for _, size in config.batch.sizes]
+    batches += [config.schedule.base_batch] if config.schedule.keep_updates else []
     if sizes:
         for batch in batches:
             BatchPlan(batch, 1).steps_per_epoch(min(sizes))

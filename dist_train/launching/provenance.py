@@ -96,7 +96,13 @@ def run_facts(
     """
     config, plan, ranks = trainer.config, trainer.plan, trainer.comm
     noise = config.noise
-    noise_text = f"{noise.method}, {noise.distribution} {noise.amplitude:g}, {noise.sharing}, {noise.schedule.kind}"
+    points = (
+        (f"draws {noise.draws}", noise.draws > 1),
+        ("antithetic", noise.antithetic),
+        (f"mix {noise.mix:g}", noise.mix < 1),
+    )
+    words = (f"{noise.distribution} {noise.amplitude:g}", noise.sharing, noise.schedule.kind)
+    noise_text = ", ".join([noise.method, *words, *(word for word, is_said in points if is_said)])
     return RunFacts(
         name=directory.root.name,
         run_directory=directory.root,
@@ -108,8 +114,9 @@ def run_facts(
         micro_batches=len(plan.micro_batches),
         world_size=ranks.size,
         total_steps=trainer.last_step,
-        steps_per_epoch=trainer.learning_rate.steps_per_epoch,
-        epochs=trainer.last_step / trainer.learning_rate.steps_per_epoch,
+        steps_per_epoch=trainer.epochs.stage(min(trainer.progress.step, trainer.last_step - 1)).steps_per_epoch,
+        epochs=trainer.epochs.done(trainer.last_step),
+        stages=trainer.epochs.stages if len(trainer.epochs.stages) > 1 else (),
         noise="none" if noise.method == "none" else noise_text,
         device=describe_device(config, trainer.take_step.compute.device),
         start_step=trainer.progress.step,

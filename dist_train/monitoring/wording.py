@@ -39,17 +39,20 @@ def plural(number: int, word: str) -> str:
 
 def current_epoch(facts: RunFacts, step: int) -> str:
     """Return the epoch that update number `step` belongs to, of how many: 3/30, counted from 1."""
-    return f"{max(1, math.ceil(step / facts.steps_per_epoch))}/{math.ceil(facts.epochs)}"
+    return f"{max(1, math.ceil(facts.passes.done(step)))}/{math.ceil(facts.epochs)}"
 
 
 def introduction(facts: RunFacts) -> tuple[str, ...]:
     """Return the lines that say what is about to be trained."""
+    sizes = ", ".join(f"{stage.global_size:,} from epoch {stage.epoch + 1}" for stage in facts.stages[1:])
     lines = [
         f"{facts.name}: {facts.data}; {facts.model}, {plural(facts.parameters, 'parameter')}; noise {facts.noise}",
         f"batch {facts.global_size:,} as {plural(facts.micro_batches, 'micro-batch')} of {facts.micro_size:,} on "
         f"{plural(facts.world_size, 'rank')} ({facts.controller}), {facts.epochs:.4g} epochs of "
         f"{plural(facts.steps_per_epoch, 'step')}, {plural(facts.total_steps, 'step')} in all",
     ]
+    if sizes:
+        lines.append(f"then batches of {sizes}")
     if facts.device:
         lines.append(f"on {facts.device}")
     if facts.start_step:
@@ -59,7 +62,7 @@ def introduction(facts: RunFacts) -> tuple[str, ...]:
 
 def evaluation(facts: RunFacts, record: EvaluationRecord) -> str:
     """Return an evaluation as one line."""
-    epoch = f"{record.step / facts.steps_per_epoch:.4g}"
+    epoch = f"{facts.passes.done(record.step):.4g}"
     return (
         f"epoch {epoch:>4}  step {record.step:>6,}  {escaped(record.split):<5}  "
         f"loss {record.loss:.4f}  accuracy {percent(record.accuracy)}"

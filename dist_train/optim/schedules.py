@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, SupportsFloat
 
 from dist_train.config import NoiseSchedule, ScheduleSettings
+from dist_train.config.epochs import Epochs
 from dist_train.config.plugins import call_plugin, is_plugin
 
 
@@ -24,6 +25,8 @@ class LearningRate:
     epochs: int
     updates_per_epoch: int | None = None
     """Updates that count as an epoch of the schedule; none: those of a pass over the data."""
+    passes: Epochs | None = None
+    """The passes over the data, where the global batch changes along the way."""
 
     @property
     def peak(self) -> float:
@@ -32,7 +35,10 @@ class LearningRate:
 
     def at(self, step: int) -> float:
         """Return the rate of update `step`, counted from 0."""
-        epoch = step / (self.updates_per_epoch or self.steps_per_epoch)
+        if self.passes is not None and self.updates_per_epoch is None:
+            epoch = self.passes.done(step)
+        else:
+            epoch = step / (self.updates_per_epoch or self.steps_per_epoch)
         warmup = self.settings.warmup_epochs
         if epoch < warmup:
             return self.base + (self.peak - self.base) * epoch / warmup

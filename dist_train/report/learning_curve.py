@@ -95,7 +95,7 @@ def _best(run: Measured) -> str:
     if not tests:
         return ""
     best = max(tests, key=ACCURACY.take)
-    where = f"epoch {best.step / run.steps_per_epoch:.4g}" if run.steps_per_epoch else f"step {best.step}"
+    where = f"epoch {run.place(best):.4g}" if run.steps_per_epoch else f"step {best.step}"
     return f"best test accuracy {ACCURACY.text(best.accuracy)}, {where}"
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, NamedTuple, TypeAlias
 
 from pydantic import BeforeValidator, Field, TypeAdapter
 
+from dist_train.config.epochs import Epochs, Stage
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text, open_regular, read_regular
 
@@ -173,6 +174,13 @@ class RunFacts:
     """When the batch system ends the job, in seconds since 1970; 0 where it does not, or is not asked."""
     generation: int = 1
     """How often the ranks of this launch have met: more than once where some were lost or joined."""
+    stages: tuple[Stage, ...] = ()
+    """The global batches of the run; none: `global_size` and `steps_per_epoch` hold throughout."""
+
+    @property
+    def passes(self) -> Epochs:
+        """Return the passes over the data."""
+        return Epochs(self.stages or (Stage(0, 0, self.global_size, self.steps_per_epoch),))
 
 
 @dataclass(frozen=True)

@@ -206,22 +206,32 @@ def describe_batch(config: Config, ranks: int | None) -> tuple[str, ...]:
     Raises:
         UsageError: so many ranks cannot share it.
     """
-    size, micro_size = config.batch.global_size, config.batch.micro_size
+    micro_size = config.batch.micro_size
     if micro_size == "auto":
         who = "ranks" if ranks is None else f"{ranks:,} ranks"
         return (
-            f"global batch {size:,} = {who} x micro-batches of a rank x samples of a micro-batch",
+            f"global batch {config.batch.global_size:,} = {who} x micro-batches of a rank x samples of a micro-batch",
             "micro-batch    decided on the node when the run begins, then kept: the largest that fits its memory, at "
             "most a rank's even share",
             *((_dealt(0, None),) if ranks is None else ()),
         )
-    plan = BatchPlan(size, micro_size)
-    count = len(plan.micro_batches)
+    return tuple(
+        line
+        for epoch, size in config.batch.sizes
+        for line in _describe_plan(config, BatchPlan(size, micro_size), ranks, epoch)
+    )
+
+
+def _describe_plan(config: Config, plan: BatchPlan, ranks: int | None, epoch: int) -> tuple[str, str]:
+    count, size = len(plan.micro_batches), plan.micro_size
     if config.model.norm == "sync" and ranks:
         plan.slices(0, ranks)
     last = plan.micro_batches[-1].size
-    shorter = "" if last == micro_size else f", the last of {last:,}"
-    return (f"global batch {size:,} = {count:,} micro-batches of {micro_size:,}{shorter}", _dealt(count, ranks))
+    shorter = "" if last == size else f", the last of {last:,}"
+    since = f", from epoch {epoch + 1:,}" if epoch else ""
+    return f"global batch {plan.global_size:,} = {count:,} micro-batches of {size:,}{shorter}{since}", _dealt(
+        count, ranks
+    )
 
 
 def _dealt(count: int, ranks: int | None) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,18 +17,19 @@ from dist_train.checkpoint.state import Progress, broadcast_state
 from dist_train.checkpoint.writer import CheckpointWriter, NotWritten
 from dist_train.cluster.communicator import Communicator, Generation, GroupBrokenError, MeetingRequestedError
 from dist_train.config import Config
+from dist_train.config.epochs import Epochs
 from dist_train.config.plugins import plugin_files
 from dist_train.config.resuming import with_micro_size
-from dist_train.data.images import BatchRequest, Split, Splits
-from dist_train.data.plan import BatchPlan, batch_indices, epoch_order
+from dist_train.data.images import Split, Splits
+from dist_train.data.plan import BatchPlan
 from dist_train.monitoring.observers import Observers
 from dist_train.optim.schedules import LearningRate
 from dist_train.outcome import DivergedError, FaultError, StoppedError
 from dist_train.rundir.records import Detail, EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import StatusFile
 from dist_train.training.averaged import AveragedModel
+from dist_train.training.batches import Batches
 from dist_train.training.consistency import verify_agreement
-from dist_train.training.dealing import build_dealing
 from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples
 from dist_train.training.measuring import Measuring, Profiler
 from dist_train.training.micro_batches import halve
@@ -43,7 +44,7 @@ from dist_train.training.recovery import (
     put_back,
     share,
 )
-from dist_train.training.step import GlobalBatch, OutOfMemoryError, TrainingStep
+from dist_train.training.step import OutOfMemoryError, TrainingStep
 from dist_train.training.stopping import EarlyStopping, StopRequests, TimeLimit
 
 _logger = logging.getLogger("dist_train.training")
@@ -62,6 +63,8 @@ class Trainer:
     shrink: Callable[[TrainingStep, int], TrainingStep]
     """From a step and a smaller micro-batch size to the step that uses it, which is recorded."""
     learning_rate: LearningRate
+    epochs: Epochs
+    """The passes over the data, with the global batches that they are made of."""
     total_steps: int
     """Updates that schedules are laid out over."""
     last_step: int
@@ -85,9 +88,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         assert self.config.batch.micro_size != "auto", "decided before"
-        self.plan = BatchPlan(self.config.batch.global_size, self.config.batch.micro_size)
-        self.deal_anew()
-        self._epoch_order = lru_cache(2)(partial(epoch_order, len(self.splits.train), self.config.run.seed))
+        self._batches = Batches(self.config, self.epochs, len(self.splits.train))
+        self.deal_anew(self.config.batch.micro_size)
         self._statistics_at: int | None = None
         self._averaged = AveragedModel(self.network, self.take_step.averaging, self._take_statistics)
         early = self.config.early_stopping
@@ -99,7 +101,7 @@ class Trainer:
         self._submitted_at: int | None = None
         """As `_saved_at`, of this rank's own writer: what is due again after a loss need not be written again."""
         self._busy_seconds = 0.0
-        self._steps_done = 0
+        self._samples_done = 0
         self._has_state = not self.comm.is_joining
         self._last: LastUpdate | None = None
         self._meeting_requested = False
@@ -113,16 +115,21 @@ class Trainer:
     @property
     def epoch(self) -> float:
         """Epochs done."""
-        return self.progress.step / self.learning_rate.steps_per_epoch
+        return self.epochs.done(self.progress.step)
+
+    @property
+    def plan(self) -> BatchPlan:
+        """How the batch of the next update, or of the last one, is cut."""
+        return self._batches.plan(min(self.progress.step, self.last_step - 1))
 
     @property
     def samples_per_second(self) -> float | None:
         """Samples trained on a second, over the steps of this launch."""
-        return self._steps_done * self.plan.global_size / self._busy_seconds if self._busy_seconds else None
+        return self._samples_done / self._busy_seconds if self._busy_seconds else None
 
-    def deal_anew(self) -> None:
+    def deal_anew(self, micro_size: int) -> None:
         """Begin to deal out micro-batches as in a first update: on all ranks at once, where plan or ranks change."""
-        self._dealing = build_dealing(self.config, self.plan, self.comm.rank, self.comm.size)
+        self._batches.deal(micro_size, self.comm.rank, self.comm.size)
 
     def run(self) -> None:
         """Train to the end, evaluate, save.
@@ -188,9 +195,9 @@ class Trainer:
         """Make one update; return False where the micro-batch was made smaller instead."""
         step, before = self.progress.step, replace(self.progress)
         begun = time.perf_counter()
-        self.splits.train.prefetch(self._coming_micro_batches())
+        self.splits.train.prefetch(self._batches.requests(step, min(step + 2, self.last_step)))
         try:
-            update = self.take_step(self._batch(step), self.learning_rate.at(step), self.stop.requested)
+            update = self.take_step(self._batches.batch(step), self.learning_rate.at(step), self.stop.requested)
         except OutOfMemoryError:
             if not self.may_shrink:
                 raise
@@ -201,8 +208,11 @@ class Trainer:
             put_back(self.progress, before)
             raise
         seconds = time.perf_counter() - begun
-        if shares := self._dealing.note(step, update.times, update.paces):
+        size = self._batches.plan(step).global_size
+        if shares := self._batches.dealing(step).note(step, update.times, update.paces):
             self._event_at(step + 1, "dealing", shares=" ".join(map(str, shares)))
+        if (size_before := self._batches.changed(step)) is not None:
+            self._event_at(step + 1, "batch_size", before=size_before, now=size)
         self.progress.step += 1
         self._is_settled, self._knows_noise = False, True
         self._meeting_requested = update.meeting_requested
@@ -210,23 +220,10 @@ class Trainer:
         if self.profiler:
             self.profiler.after_update(self.progress.step)
         self._busy_seconds += seconds
-        self._steps_done += 1
+        self._samples_done += size
         for name, details in self._interruption.events(self.comm):
             self._event(name, **details)
         return True
-
-    def _batch(self, step: int) -> GlobalBatch:
-        epoch, index = divmod(step, self.learning_rate.steps_per_epoch)
-        indices = batch_indices(self._epoch_order(epoch), index, self.plan.global_size)
-        partners, dealing = int(self.config.regularization.mixes), self._dealing
-        return GlobalBatch(step, epoch, indices, dealing.share(step), partners, dealing.pace)
-
-    def _coming_micro_batches(self) -> Iterator[BatchRequest]:
-        """Yield this rank's micro-batches of this update and the next."""
-        for step in range(self.progress.step, min(self.progress.step + 2, self.last_step)):
-            batch = self._batch(step)
-            for micro_batch in batch.micro_batches:
-                yield batch.request(micro_batch)
 
     def _shrink(self) -> None:
         smaller = halve(self.plan.micro_size, self.plan.global_size)
@@ -236,10 +233,9 @@ class Trainer:
         self.take_step = self.shrink(self.take_step, smaller)
 
     def _set_micro_size(self, size: int) -> None:
-        self.plan = BatchPlan(self.plan.global_size, size)
         self.config = with_micro_size(self.config, size)
         self._settings = self.config.model_dump(mode="json")
-        self.deal_anew()
+        self.deal_anew(size)
 
     def _after_step(self, update: LastUpdate) -> None:
         """Do what is due after the last update. May be called again where a rank was lost meanwhile."""
@@ -288,7 +284,8 @@ class Trainer:
 
     def _ends_epochs(self, number: int) -> bool:
         """Whether the last update was the last of a multiple of `number` epochs; 0: never."""
-        return number > 0 and self.progress.step % (number * self.learning_rate.steps_per_epoch) == 0
+        epoch, index = self.epochs.place(self.progress.step)
+        return number > 0 and index == 0 and epoch % number == 0
 
     def _record_update(self, update: LastUpdate) -> None:
         made = self.progress.step - 1
@@ -302,7 +299,7 @@ class Trainer:
                 noise_amplitude=self.take_step.noise.amplitude(made),
                 gradient_norm=update.gradient_norm,
                 step_seconds=update.seconds,
-                samples_per_second=self.plan.global_size / update.seconds,
+                samples_per_second=self._batches.plan(made).global_size / update.seconds,
                 time=time.time(),
             )
         )
@@ -490,7 +487,7 @@ class Trainer:
         self._averaged.forget()
         if shared.micro_size != self.plan.micro_size:
             self._set_micro_size(shared.micro_size)
-        self.deal_anew()
+        self.deal_anew(self.plan.micro_size)
         self.regroup(self, generation)
 
 

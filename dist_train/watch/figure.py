@@ -181,6 +181,14 @@ class Measured:
     train: Sequence[TrainRecord] | Sequence[Means]
     evaluations: Mapping[str, Sequence[EvaluationRecord]]
     steps_per_epoch: float | None
+    is_exact: bool = True
+    """Whether `epoch` in the records has its fraction, which old runs left out."""
+
+    def place(self, record: TrainRecord | EvaluationRecord | Means) -> float:
+        """Return where `record` stands: its epoch, or its step."""
+        if self.steps_per_epoch is None:
+            return record.step
+        return record.epoch if self.is_exact else record.step / self.steps_per_epoch
 
 
 def measured_of(name: str, records: Iterable[Record]) -> Measured:
@@ -193,7 +201,8 @@ def measured_of(name: str, records: Iterable[Record]) -> Measured:
     splits = {split: [record for record in tests if record.split == split] for split in names}
     # the least of them, so that it is exact also where `epoch` counts whole epochs only
     ratios = [record.step / record.epoch for record in known if record.step and record.epoch > 0]
-    return Measured(name, train, splits, max(1, round(min(ratios))) if ratios else None)
+    is_exact = any(record.epoch % 1 for record in known)
+    return Measured(name, train, splits, max(1, round(min(ratios))) if ratios else None, is_exact)
 
 
 def learning_curve(quantity: Quantity, measured: Measured, most: int = 400) -> Chart | None:
@@ -236,10 +245,10 @@ def _thinned(
 ) -> tuple[Point, ...]:
     """Return the records, or means over equal chunks of them where they are many; NaN with one that is not finite."""
     size = max(1, math.ceil(len(records) / most))
-    per_epoch = measured.steps_per_epoch or 1.0
     points = []
     for at in range(0, len(records), size):
         chunk = records[at : at + size]
         value = fmean(quantity.take(record) for record in chunk)
-        points.append(Point(fmean(record.step for record in chunk) / per_epoch, value, quantity.text(value)))
+        x = fmean(map(measured.place, chunk))
+        points.append(Point(x, value, quantity.text(value)))
     return tuple(points)

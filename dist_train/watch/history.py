@@ -80,6 +80,7 @@ class Point:
     step: float
     loss: float
     accuracy: float
+    epoch: float = math.nan
 
 
 class ThinnedCurve:
@@ -152,7 +153,7 @@ class History:
             self.steps_per_epoch = record.step / record.epoch
         match record:
             case TrainRecord():
-                self.batches.append(Point(record.step, record.loss, record.accuracy))
+                self.batches.append(Point(record.step, record.loss, record.accuracy, record.epoch))
                 self.latest.append(record)
             case EvaluationRecord():
                 self.evaluations.setdefault(record.split, []).append(record)

@@ -89,6 +89,8 @@ class WatchedRun:
         self._history = History()
         self._status: Status | None = None
         self._settings = Settings()
+        self._planned_epochs: float | None = None
+        """Where the batch changes along the way, so that updates do not tell them."""
         self._ranks: RanksReading | None = None
         self._stamps: dict[Path, tuple[int, int, int] | None] = {}
         self._changed_at: float | None = None
@@ -106,7 +108,10 @@ class WatchedRun:
             self._ranks = read_ranks(self._run.ranks) or self._ranks
         if self._has_changed(self._run.config):
             with suppress(BrokenFileError):
-                self._settings = Settings.of(read_settings(self._run.config))
+                settings = read_settings(self._run.config)
+                self._settings = Settings.of(settings)
+                epochs = settings.get("run.epochs") if settings.get("batch.schedule") else None
+                self._planned_epochs = epochs if isinstance(epochs, int) else None
         if news and not first:
             self._changed_at = time.monotonic()
         return self._snapshot(problem, time.time() if now is None else now)
@@ -151,7 +156,7 @@ class WatchedRun:
             step=step,
             total_steps=total_steps,
             epoch=step / per_epoch if per_epoch else (status.epoch if status else 0.0),
-            epochs=total_steps / per_epoch if total_steps and per_epoch else None,
+            epochs=self._planned_epochs or (total_steps / per_epoch if total_steps and per_epoch else None),
             seconds_left=seconds_left(history.latest, total_steps) if alive and total_steps else None,
             silence=silence,
             silent=alive and silence is not None and silence > patience,

@@ -72,6 +72,7 @@ def test_a_page_reads_back_what_was_recorded() -> None:
         "disagreement": 0,
         "micro_size": 0,
         "dealing": 0,
+        "batch_size": 0,
         "exporter_restarted": 0,
         "rank_lost": 0,
         "rank_joined": 0,

@@ -76,7 +76,7 @@ class Notebook(Observer):
 
 
 def run(
-    folder: Path, comm: SimulatedRanks | Alone, *, going_on: bool = False, **sections: Any
+    folder: Path, comm: SimulatedRanks | Alone, /, *, going_on: bool = False, **sections: Any
 ) -> tuple[dict[str, bytes], Notebook, Trainer]:
     notebook = Notebook()
     contents = None

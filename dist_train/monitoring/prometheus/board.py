@@ -31,7 +31,7 @@ KILLED = "killed"
 OUTCOMES = ("finished", "stopped", "failed", "diverged", KILLED)
 EVENTS = (
     *("resumed", "requeued", "signal", "checkpoint", "checkpoint_failed", "corrupt_checkpoint", "not_finite"),
-    *("non_finite_evaluation", "disagreement", "micro_size", "dealing", "exporter_restarted"),
+    *("non_finite_evaluation", "disagreement", "micro_size", "dealing", "batch_size", "exporter_restarted"),
     *("rank_lost", "rank_joined"),
 )
 """The kinds of event that are counted from 0; others are counted once they come."""
@@ -236,6 +236,9 @@ class Board:
                 self._change(state="stopping")
             case "micro_size", int(size) if size > 0:
                 self._change(facts=_cut_anew(self._now.facts, size))
+            case "batch_size", int(size) if size > 0:
+                facts = replace(self._now.facts, global_size=size)
+                self._change(facts=_cut_anew(facts, facts.micro_size))
             case "dealing", str(shares):
                 self._change(facts=replace(self._now.facts, micro_batches_of=tuple(map(int, shares.split()))))
 

@@ -166,11 +166,11 @@ def _outcomes(now: Snapshot) -> Iterable[Reading]:
 
 
 def _samples(now: Snapshot) -> int:
-    return now.step * now.facts.global_size
+    return now.facts.passes.samples(now.step)
 
 
 def _planned_samples(now: Snapshot) -> int:
-    return now.facts.total_steps * now.facts.global_size
+    return now.facts.passes.samples(now.facts.total_steps)
 
 
 _THROTTLING = {"power": 0x84, "thermal": 0x60, "hardware": 0x08}
@@ -225,7 +225,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("outcome", "gauge", "1 for how the run has ended, 0 for the other ways.", _outcomes, ("outcome",)),
     _gauge("step", "Optimizer updates done.", "step", "updates"),
     _gauge("planned_steps", "Optimizer updates at which the run ends.", "facts.total_steps", "updates"),
-    _gauge("epoch", "Epochs done, and a part.", lambda now: now.step / now.facts.steps_per_epoch, "epochs"),
+    _gauge("epoch", "Epochs done, and a part.", lambda now: now.facts.passes.done(now.step), "epochs"),
     _gauge("planned_epochs", "Epochs over which the schedules are laid out.", "facts.epochs", "epochs"),
     _count("samples_total", "Training samples used by all ranks since the run's first step.", _samples, "samples"),
     _gauge("planned_samples", "Training samples that the run will have used at its end.", _planned_samples, "samples"),
