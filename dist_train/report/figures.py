@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 from dist_train.report.chart import WIDTH
+from dist_train.report.correlations import RankCorrelation, rank_correlation
 from dist_train.report.measures import (
     FINAL_ACCURACY,
+    GAP,
     TRAIN_LOSS,
     Measure,
     Summary,
     sharpness_measures,
-    spearman,
     summary,
 )
 from dist_train.report.stored_run import StoredRun
-from dist_train.report.tables import limits, variant_cell
-from dist_train.report.variants import Panel, Variant, duplicates_of
+from dist_train.report.tables import limits, lost_note, variant_cell
+from dist_train.report.variants import Lost, Panel, Variant, duplicates_of
 from dist_train.rundir.records import EvaluationRecord, TrainRecord
 from dist_train.watch.figure import (
     ACCURACY,
@@ -139,20 +141,31 @@ def strips(panels: Sequence[Panel], measure: Measure) -> tuple[Strip, ...]:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rank correlation with `other`, among the runs that `note` counts; None where they are too few.
+    """Spearman's rank correlation with `other`, among what `note` counts; None where that is too little.
 
     A censored value has the rank of its bound.
     """
 
     other: str
     among: str
-    rho: float | None
+    found: RankCorrelation | None
     note: str
+
+    @property
+    def text(self) -> str:
+        """Return the correlation and, in brackets, its interval and what it is of; a dash without one."""
+        if self.found is None:
+            return "\u2013"
+        numbers = [f"{each:.2f}".replace("-", "\u2212") for each in (self.found.low, self.found.high)]
+        ends = "" if math.isnan(self.found.low) else f"{' to '.join(numbers)}; "
+        return f"{self.found.rho:.2f} ({ends}{self.note})".replace("-", "\u2212")
 
 
 @dataclass(frozen=True)
 class Scatter:
-    """One measure of sharpness against test accuracy, and its correlations with that and with the training loss."""
+    """One measure of sharpness against test accuracy, and its correlations: with that, with the training loss, and with
+    the generalization gap, also given the training loss.
+    """
 
     chart: Chart
     correlations: tuple[Correlation, ...]
@@ -160,14 +173,14 @@ class Scatter:
 
 @dataclass(frozen=True)
 class _Related:
-    """A run that has two measures, and their values; `form` tells panels apart."""
+    """A run that has a measure and the `others`, and their values; `form` tells panels apart."""
 
     panel: Panel
     form: Literal["dots", "squares"]
     variant: Variant
     run: StoredRun
     value: float
-    other: float
+    others: tuple[float, ...]
 
 
 def sharpness_scatters(panels: Sequence[Panel]) -> tuple[Scatter, ...]:
@@ -175,38 +188,69 @@ def sharpness_scatters(panels: Sequence[Panel]) -> tuple[Scatter, ...]:
     runs = [run for panel in panels for variant in panel.variants for run in variant.counted if run.is_finished]
     # two studies in one folder may hold the same run
     distinct = {run.name for run in runs} - duplicates_of(runs).keys()
+    lost = {panel.short: _lost(panel.variants) for panel in panels}
+    lost["all runs"] = _lost([variant for panel in panels for variant in panel.variants])
     scatters: list[Scatter] = []
     for measure in sharpness_measures(runs):
-        with_accuracy = _related(panels, distinct, measure, FINAL_ACCURACY)
+        with_accuracy = _related(panels, distinct, measure, (FINAL_ACCURACY,))
         if len(with_accuracy) >= 2:
-            with_loss = _related(panels, distinct, measure, TRAIN_LOSS)
-            correlations = (
-                *_correlations(measure, FINAL_ACCURACY.title, with_accuracy),
-                *_correlations(measure, TRAIN_LOSS.title, with_loss),
+            correlations = tuple(
+                correlation
+                for others in _CORRELATED
+                for correlation in _correlations(measure, others, _related(panels, distinct, measure, others), lost)
             )
             scatters.append(Scatter(_scatter(f"scatter-{len(scatters)}", measure, with_accuracy), correlations))
     return tuple(scatters)
 
 
-def _related(panels: Sequence[Panel], distinct: Collection[str], measure: Measure, other: Measure) -> list[_Related]:
+_CORRELATED = ((FINAL_ACCURACY,), (TRAIN_LOSS,), (GAP,), (GAP, TRAIN_LOSS))
+"""With what; and where there are two, given the second."""
+
+
+def _related(
+    panels: Sequence[Panel], distinct: Collection[str], measure: Measure, others: Sequence[Measure]
+) -> list[_Related]:
     return [
-        _Related(panel, "squares" if number % 2 else "dots", variant, run, value, second)
+        _Related(panel, "squares" if number % 2 else "dots", variant, run, value, values)
         for number, panel in enumerate(panels)
         for variant in panel.variants
         for run, value in variant.measured(measure)
-        if run.name in distinct and (second := other.take(run)) is not None
+        if run.name in distinct
+        and len(values := tuple(found for other in others if (found := other.take(run)) is not None)) == len(others)
     ]
 
 
-def _correlations(measure: Measure, other: str, related: Sequence[_Related]) -> Iterator[Correlation]:
-    """Yield the correlation over all runs, and over each batch size where there are several."""
+def _lost(variants: Sequence[Variant]) -> Lost:
+    """Return how many runs of `variants` have no part in correlations, since they diverged or have not finished."""
+    runs = {run.name: run for variant in variants for run in variant.distinct}.values()
+    diverged = sum(run.is_diverged for run in runs)
+    return Lost(diverged, sum(not run.is_finished for run in runs) - diverged)
+
+
+def _correlations(
+    measure: Measure, others: Sequence[Measure], related: Sequence[_Related], lost: Mapping[str, Lost]
+) -> Iterator[Correlation]:
+    """Yield the correlation over all runs, over each batch size where there are several, and over variants' means.
+
+    `lost` are the runs that have no part in it, by the first column's names.
+    """
+    other = ", given ".join(each.title for each in others)
     shorts = dict.fromkeys(item.panel.short for item in related)
     for among in ("all runs", *(shorts if len(shorts) > 1 else ())):
         found = [item for item in related if among in ("all runs", item.panel.short)]
-        rho = spearman([item.value for item in found], [item.other for item in found])
+        columns = [[item.others[at] for item in found] for at in range(len(others))]
+        rho = rank_correlation([item.value for item in found], *columns)
         censored = sum(measure.is_bound(item.run) for item in found)
         unresolved = sum(measure.is_unresolved(item.run) for item in found)
-        yield Correlation(other, among, rho, limits(len(found), censored, unresolved))
+        yield Correlation(other, among, rho, limits(len(found), censored, unresolved) + lost_note(lost[among]))
+    means: dict[tuple[str, str], list[_Related]] = {}
+    for item in related:
+        means.setdefault((item.panel.title, item.variant.name), []).append(item)
+    if 3 <= len(means) < len(related):
+        first = [fmean(item.value for item in found) for found in means.values()]
+        rest = [[fmean(item.others[at] for item in found) for found in means.values()] for at in range(len(others))]
+        bounds = sum(any(measure.is_bound(item.run) for item in found) for found in means.values())
+        yield Correlation(other, "variants' means", rank_correlation(first, *rest), limits(len(means), bounds, 0))
 
 
 def _scatter(key: str, measure: Measure, related: Sequence[_Related]) -> Chart:
@@ -219,13 +263,13 @@ def _scatter(key: str, measure: Measure, related: Sequence[_Related]) -> Chart:
         for item in found:
             seed = "" if item.run.seed is None else f", seed {item.run.seed}"
             value = measure.described(item.run, item.value)
-            words = f"{label}{seed}: {value}, test {item.other * 100:.2f} %"
-            points.append(Point(item.value, item.other, words))
+            words = f"{label}{seed}: {value}, test {item.others[0] * 100:.2f} %"
+            points.append(Point(item.value, item.others[0], words))
         series.append(Series(label, style, tuple(points), found[0].form))
     x = [item.value for item in related]
     axis = linear_axis(measure.title, x, plain, margin=0.08)
     if min(x) > 0 and max(x) / min(x) > 30:
         axis = Axis(measure.title, min(x) / 1.4, max(x) * 1.4, plain, is_logarithmic=True)
     description = f"{measure.title} against final test accuracy, {len(x)} runs."
-    accuracy = linear_axis("final test accuracy, %", [item.other for item in related], percent_tick, margin=0.1)
+    accuracy = linear_axis("final test accuracy, %", [item.others[0] for item in related], percent_tick, margin=0.1)
     return Chart(key, measure.title, description, axis, accuracy, tuple(series))

@@ -1,4 +1,4 @@
-"""What is measured of a run, one number each, and means, intervals and rank correlations of such numbers.
+"""What is measured of a run, one number each, and means and intervals of such numbers.
 
 A new measure, a column of the tables, is one new line here.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median, stdev
 from typing import Literal, TypeVar
 
@@ -35,7 +35,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean difference of `count` pairs with its 95 % confidence interval.
+    """A mean difference of `count` pairs with its confidence interval.
 
     In `censored` pairs a value is a lower bound. The difference is then at least, or at most, so much; `sign` is empty
     where it is exact, None where nothing is known. A bound has no interval: its ends are NaN.
@@ -58,17 +58,10 @@ def summary(values: Sequence[float], censored: int = 0) -> Summary | None:
     return Summary(fmean(finite), deviation, len(finite), censored)
 
 
-def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Return the rank correlation; None for under three pairs, or where one side does not vary."""
-    if len(first) < 3 or len(set(first)) < 2 or len(set(second)) < 2:
-        return None
-    return float(stats.spearmanr(first, second).statistic)
-
-
 def paired_difference(
-    pairs: Sequence[tuple[float, float]], bounds: Sequence[tuple[bool, bool]] = ()
+    pairs: Sequence[tuple[float, float]], bounds: Sequence[tuple[bool, bool]] = (), confidence: float = 0.95
 ) -> Interval | None:
-    """Return the mean of second minus first with Student's interval; None for under two pairs.
+    """Return the mean of second minus first with Student's interval of this confidence; None for under two pairs.
 
     `bounds` says of each pair which of the two are lower bounds.
     """
@@ -81,7 +74,7 @@ def paired_difference(
         at_most, at_least = (any(side) for side in zip(*bounds, strict=True))
         sign: Sign | None = None if at_most and at_least else "\u2265" if at_least else "\u2264"
         return Interval(mean, math.nan, math.nan, count, sum(map(any, bounds)), sign)
-    half = float(stats.t.ppf(0.975, count - 1)) * stdev(differences) / math.sqrt(count)
+    half = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * stdev(differences) / math.sqrt(count)
     return Interval(mean, mean - half, mean + half, count)
 
 
@@ -109,6 +102,8 @@ class Measure:
     """Whether the run's true value is this much or more."""
     is_unresolved: Callable[[StoredRun], bool] = lambda run: False
     """Whether the run's value rests on points too far apart."""
+    is_guess: Callable[[StoredRun], bool] = lambda run: False
+    """Whether the run has diverged, and its value is the accuracy of guessing."""
 
     @property
     def heading(self) -> str:
@@ -117,8 +112,12 @@ class Measure:
 
     def described(self, run: StoredRun, value: float) -> str:
         """Return the `value` of `run` as people read it, with its unit and what limits it."""
-        bound, limit = "\u2265 " if self.is_bound(run) else "", " (unresolved)" if self.is_unresolved(run) else ""
+        bound, limit = "\u2265 " if self.is_bound(run) else "", f" ({note})" if (note := self.note(run)) else ""
         return f"{bound}{self.write(value * self.factor)}{f' {self.unit}' if self.unit else ''}{limit}"
+
+    def note(self, run: StoredRun) -> str:
+        """Return what limits the value of `run`, beside its being a bound."""
+        return "diverged: as if guessing" if self.is_guess(run) else "unresolved" if self.is_unresolved(run) else ""
 
     def spread(self, mean: float, deviation: float) -> str:
         """Return `deviation` with as many places as `mean` has."""
@@ -163,21 +162,43 @@ def _comparable(results: Mapping[str, Sequence[_Result]]) -> dict[str, _Result]:
 
 def _last(name: str, split: str) -> Callable[[StoredRun], float | None]:
     def take(run: StoredRun) -> float | None:
-        record = run.last(split)
+        record = None if run.is_diverged else run.last(split)
         value: float | None = getattr(record, name, None)
         return value
 
     return take
 
 
+def _final_accuracy(split: str, is_measured: Callable[[StoredRun], bool]) -> Callable[[StoredRun], float | None]:
+    """Return what takes the last accuracy on `split`; of a run that diverged, where it is measured: guessing's."""
+    last = _last("accuracy", split)
+    return lambda run: last(run) if not run.is_diverged else run.guessing if is_measured(run) else None
+
+
+def _validates(run: StoredRun) -> bool:
+    return run.settings.get("data.validation_size") is not None
+
+
+def _averages(run: StoredRun) -> bool:
+    return run.settings.get("averaging.kind", "none") != "none"
+
+
+def _judged(plain: Callable[[StoredRun], float | None], name: str) -> Callable[[StoredRun], float | None]:
+    """Return what takes the last value of the averaged weights on the test split, else what `plain` takes."""
+    averaged = _last(name, "test-averaged")
+    return lambda run: plain(run) if (value := averaged(run)) is None else value
+
+
 def _gap(run: StoredRun) -> float | None:
-    train, test = run.last("train"), run.last("test")
-    return None if train is None or test is None else train.accuracy - test.accuracy
+    train, test = (_last("accuracy", split)(run) for split in ("train", "test"))
+    return None if train is None or test is None else train - test
 
 
 def _seconds(run: StoredRun) -> float | None:
     """Return the time spent in updates; a record stands for all updates since the one before."""
     before, total = 0, 0.0
+    if run.is_diverged:
+        return None
     for record in run.train:
         if math.isfinite(record.step_seconds):
             total += record.step_seconds * (record.step - before)
@@ -268,20 +289,34 @@ def _accuracy(
     return Measure(key, title, explanation, take, "{:.2f}".format, 100, unit)
 
 
+def _accuracy_or_guess(
+    key: str, title: str, explanation: str, split: str, is_measured: Callable[[StoredRun], bool] = lambda run: True
+) -> Measure:
+    measure = _accuracy(key, title, explanation, _final_accuracy(split, is_measured))
+    return replace(measure, is_guess=lambda run: run.is_diverged)
+
+
 def _best(run: StoredRun) -> float | None:
     return max((record.accuracy for record in run.split("test")), default=None)
 
 
 _FOUR, _CLEAN = "{:.4f}".format, "Clean weights, at the last evaluation of the training split."
-FINAL_ACCURACY = _accuracy("final_test", "final test accuracy", "", _last("accuracy", "test"))
+FINAL_ACCURACY = _accuracy_or_guess("final_test", "final test accuracy", "", "test")
+GAP = _accuracy("gap", "generalization gap", "Final train minus final test accuracy.", _gap, "points")
 TRAIN_LOSS = Measure("train_loss", "final train loss", "", _last("loss", "train"), _FOUR)
+_AVERAGED = "Of the averaged weights, where the run averages them."
+JUDGED_ACCURACY = replace(
+    _accuracy("judged_test", "final test accuracy", _AVERAGED, _judged(FINAL_ACCURACY.take, "accuracy"), "points"),
+    is_guess=lambda run: run.is_diverged,
+)
+JUDGED_LOSS = Measure("judged_loss", "final test loss", _AVERAGED, _judged(_last("loss", "test"), "loss"), _FOUR)
 _BASIC = (
     FINAL_ACCURACY,
     _accuracy("best_test", "best test accuracy", "The highest of all evaluations on the test split.", _best),
-    _accuracy("final_validation", "final validation accuracy", "", _last("accuracy", "validation")),
-    _accuracy("final_averaged", "final test accuracy, averaged weights", "", _last("accuracy", "test-averaged")),
+    _accuracy_or_guess("final_validation", "final validation accuracy", "", "validation", _validates),
+    _accuracy_or_guess("final_averaged", "final test accuracy, averaged weights", "", "test-averaged", _averages),
     _accuracy("final_train", "final train accuracy", _CLEAN, _last("accuracy", "train")),
-    _accuracy("gap", "generalization gap", "Final train minus final test accuracy.", _gap, "points"),
+    GAP,
     Measure("test_loss", "final test loss", "", _last("loss", "test"), _FOUR),
     TRAIN_LOSS,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from dist_train.report.edge import sharpness_courses
 from dist_train.report.figures import Scatter, Strip, run_curves, strips, study_curves
 from dist_train.report.landscape_charts import LandscapeFigure, Plane, planes_of, run_landscapes
 from dist_train.report.measures import Measure
@@ -65,6 +66,7 @@ def figures_of_study(
             (tuple(scatter.chart for scatter in scatters),),
             legend=legend,
         ),
+        NumberedFigure("course", "Sharpness along training", (sharpness_courses(panels),), legend=legend),
     )
 
 

@@ -17,6 +17,7 @@ from dist_train.monitoring import wording
 from dist_train.outcome import UsageError
 from dist_train.report import tables
 from dist_train.report.chart import Frame, ticks
+from dist_train.report.contrasts import contrast_tables, evaluates_along_training
 from dist_train.report.figures import curve_records, sharpness_scatters
 from dist_train.report.landscape_charts import Plane, landscape_figure
 from dist_train.report.looks import ROLES, style_rules
@@ -43,6 +44,8 @@ def tables_in_markdown(subject: Subject) -> str:
         repeated=_repeated(panels),
         tables=variant_tables(panels),
         effects=effect_tables(panels),
+        contrasts=contrast_tables(panels, subject.contrasts),
+        evaluates_along_training=evaluates_along_training(panels),
         scatters=scatters,
         correlations={other: list(among) for other, among in groups.items()},
     )
@@ -144,6 +147,8 @@ def _of_study(subject: Subject) -> dict[str, Any]:
         "trained_noisily": any(curve_records(run, "train") and not run.split("train") for run in counted),
         "tables": of_variants,
         "effects": effect_tables(panels),
+        "contrasts": contrast_tables(panels, subject.contrasts),
+        "evaluates_along_training": evaluates_along_training(panels),
         "walked": walked,
         "scatters": scatters,
         "sharpness_left_out": sum(len(run.analyses.sharpness) for run in counted) - len(sharpness_of(counted)),

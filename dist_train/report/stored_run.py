@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 import yaml
 
+from dist_train.config import DATA_SETS
 from dist_train.config.loading import parse_yaml
-from dist_train.outcome import UsageError
+from dist_train.outcome import ExitCode, UsageError
 from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory, StudyDirectory
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
@@ -295,6 +296,20 @@ class StoredRun:
         return self.state == "finished"
 
     @property
+    def is_diverged(self) -> bool:
+        """Whether it ended because its loss or its gradient was not finite."""
+        return self.state == "failed" and self.status is not None and self.status.exit_code == ExitCode.DIVERGED
+
+    @property
+    def guessing(self) -> float | None:
+        """Return the accuracy of guessing, 1 / classes; None where its settings do not say the classes."""
+        name = self.settings.get("data.name")
+        known = DATA_SETS.get(name) if isinstance(name, str) else None
+        own = self.settings.get("data.synthetic_classes" if name == "synthetic" else "data.classes")
+        classes = known.classes if known else own
+        return 1 / classes if isinstance(classes, int) and classes > 0 else None
+
+    @property
     def seed(self) -> int | None:
         """Return the seed, as its settings or the study have it."""
         seed = self.settings.get("run.seed", self.planned.seed if self.planned else None)
@@ -346,6 +361,15 @@ def read_run(root: Path, name: str, planned: Planned | None = None) -> StoredRun
 
 
 @dataclass(frozen=True)
+class NamedContrast:
+    """Variants that a study compares with one, by name; a grid's are `variants` with their values."""
+
+    title: str
+    variants: tuple[str, ...]
+    against: str
+
+
+@dataclass(frozen=True)
 class Subject:
     """What a report is of; the runs' names differ from each other."""
 
@@ -356,11 +380,34 @@ class Subject:
     @property
     def title(self) -> str:
         """Return what the study calls itself, else the folder's name."""
+        fields = self._study()
+        return str(fields.get("title") or fields.get("name") or self.directory.resolve().name)
+
+    @property
+    def contrasts(self) -> tuple[NamedContrast, ...]:
+        """Return the contrasts that the study names, where its variants are known."""
+        fields = self._study()
+        names = dict.fromkeys(run.planned.variant for run in self.runs if run.planned)
+        listed = fields.get("variants")
+        families = sorted(listed, key=len, reverse=True) if isinstance(listed, Mapping) else []
+        members: dict[str, list[str]] = {}
+        for name in names:
+            family = next((each for each in families if name == each or name.startswith(f"{each}-")), name)
+            members.setdefault(family, []).append(name)
+        found = []
+        for entry in fields.get("contrasts") or ():
+            match entry:
+                case {"variants": [*variants], "against": str() as against} if len(members.get(against, ())) == 1:
+                    chosen = tuple(name for variant in variants for name in members.get(str(variant), ()))
+                    found.append(NamedContrast(str(entry.get("title") or ""), chosen, members[against][0]))
+        return tuple(found)
+
+    def _study(self) -> Mapping[str, Any]:
+        """Return what study.yaml says; nothing where there is none."""
         fields = None
         with suppress(OSError, yaml.YAMLError):
             fields = parse_yaml(read_regular(StudyDirectory(self.directory).study)) if self.kind == "study" else None
-        title = (fields.get("title") or fields.get("name")) if isinstance(fields, Mapping) else None
-        return str(title or self.directory.resolve().name)
+        return fields if isinstance(fields, Mapping) else {}
 
 
 def read_subject(directory: Path) -> Subject:

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 from dist_train.config import Config
 from dist_train.report.measures import Interval, Measure, measures_of, sharpness_measures
 from dist_train.report.stored_run import StoredRun, Subject
-from dist_train.report.variants import Panel, Variant, shown
+from dist_train.report.variants import Lost, Panel, Variant, shown
 from dist_train.rundir.paths import RunDirectory, StudyDirectory
 from dist_train.watch.run_table import flat_settings
 
@@ -94,15 +94,29 @@ def variant_cell(variant: Variant, measure: Measure) -> Cell:
     if found is None:
         return Cell()
     spread = "" if found.deviation is None else measure.spread(found.mean, found.deviation)
-    unresolved = sum(measure.is_unresolved(run) for run, _ in variant.measured(measure))
-    note = limits(found.count, found.censored, unresolved)
+    note = measured_note(found.count, found.censored, measure, [[run] for run, _ in variant.measured(measure)])
+    note += lost_note(variant.lost(measure))
     return Cell(found.mean, measure.write(found.mean * measure.factor), spread, found.censored > 0, note)
 
 
-def limits(count: int, censored: int, unresolved: int) -> str:
+def limits(count: int, censored: int, unresolved: int, guessed: int = 0) -> str:
     """Return what a reader must know of a mean over `count` values: n = 3, 1 censored, 2 unresolved."""
-    words = ((censored, "censored"), (unresolved, "unresolved"))
+    words = ((censored, "censored"), (unresolved, "unresolved"), (guessed, "as if guessing"))
     return ", ".join([f"n = {count}", *(f"{number} {word}" for number, word in words if number)])
+
+
+def measured_note(count: int, censored: int, measure: Measure, values: Sequence[Sequence[StoredRun]]) -> str:
+    """Return the limits of `count` values of `measure`, each of the runs in an entry of `values`."""
+    unresolved, guessed = (
+        sum(any(map(does, runs)) for runs in values) for does in (measure.is_unresolved, measure.is_guess)
+    )
+    return limits(count, censored, unresolved, guessed)
+
+
+def lost_note(lost: Lost) -> str:
+    """Return how many runs that are wanted a number lacks, and why: they diverged, or have not finished."""
+    words = ((lost.diverged, "diverged"), (lost.unfinished, "unfinished"))
+    return "".join(f", {number} {word}" for number, word in words if number)
 
 
 def run_cells(run: StoredRun, measures: Sequence[Measure]) -> tuple[Cell, ...]:
@@ -113,9 +127,8 @@ def run_cells(run: StoredRun, measures: Sequence[Measure]) -> tuple[Cell, ...]:
         if value is None:
             cells.append(Cell())
         else:
-            note = "unresolved" if measure.is_unresolved(run) else ""
             bound = measure.is_bound(run)
-            cells.append(Cell(value, measure.write(value * measure.factor), is_bound=bound, note=note))
+            cells.append(Cell(value, measure.write(value * measure.factor), is_bound=bound, note=measure.note(run)))
     return tuple(cells)
 
 
@@ -159,15 +172,21 @@ def _effect(variant: Variant, base: Variant, measure: Measure) -> Effect | None:
     interval = variant.difference(base, measure)
     if interval is None:
         return None
-    unresolved = sum(any(measure.is_unresolved(run) for run, _ in pair) for pair in variant.pairs(base, measure))
-    note = limits(interval.count, interval.censored, unresolved)
-    difference, low, high = (_signed(measure, each) for each in (interval.difference, interval.low, interval.high))
+    note = difference_note(variant, base, measure, interval)
+    difference, low, high = (signed(measure, each) for each in (interval.difference, interval.low, interval.high))
     if interval.censored:
         return Effect(interval, f"{interval.sign} {difference}" if interval.sign else "", "", note)
     return Effect(interval, difference, f"{low} to {high}", note)
 
 
-def _signed(measure: Measure, value: float) -> str:
+def difference_note(variant: Variant, base: Variant, measure: Measure, interval: Interval) -> str:
+    """Return of how many pairs a difference is, what limits these, and why others are missing."""
+    pairs = [[run for run, _ in pair] for pair in variant.pairs(base, measure)]
+    return measured_note(interval.count, interval.censored, measure, pairs) + lost_note(variant.lost(measure, base))
+
+
+def signed(measure: Measure, value: float) -> str:
+    """Return a difference as it is read, with its sign."""
     sign = "" if value == 0 else "+" if value > 0 else "\u2212"
     return sign + measure.write(abs(value) * measure.factor)
 

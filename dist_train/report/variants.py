@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
+from dist_train.config import Config
 from dist_train.report.measures import Interval, Measure, Summary, paired_difference, summary
 from dist_train.report.stored_run import StoredRun
 from dist_train.rundir.records import EvaluationRecord, TrainRecord
+from dist_train.watch.run_table import flat_settings
 
 _NO_EFFECT = (
     "run.name",
@@ -28,12 +31,13 @@ _NO_EFFECT = (
 )
 """Settings that tell no two variants apart: they do not change what a run finds."""
 
-_USUAL_NOISE: Mapping[str, object] = {
-    "noise.distribution": "uniform",
-    "noise.scale": "absolute",
-    "noise.sharing": "global",
-    "noise.schedule.kind": "constant",
-}
+_USUAL_NOISE: Mapping[str, object] = MappingProxyType(
+    dict(flat_settings({"noise": Config().noise.model_dump(mode="json")}))
+)
+"""The defaults. What a schedule of another kind adds to them has none."""
+
+
+_MOST_WORDS = 8
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,14 @@ class Change:
     path: str
     base: object
     value: object
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Runs that are wanted but lack a number, because they diverged, or have not finished."""
+
+    diverged: int
+    unfinished: int
 
 
 @dataclass(frozen=True)
@@ -65,9 +77,8 @@ class Variant:
     @property
     def counted(self) -> tuple[StoredRun, ...]:
         """Return the runs whose numbers count, each seed once: the finished ones, else those that have begun."""
-        distinct = [run for run in self.runs if run.name not in self.repeated]
-        finished = tuple(run for run in distinct if run.is_finished)
-        return finished or tuple(run for run in distinct if run.evaluations or run.train)
+        finished = tuple(run for run in self.distinct if run.is_finished)
+        return finished or tuple(run for run in self.distinct if run.evaluations or run.train)
 
     @property
     def seeds(self) -> int:
@@ -77,19 +88,39 @@ class Variant:
     @property
     def is_provisional(self) -> bool:
         """Whether its numbers are of runs that have not finished."""
-        return bool(self.counted) and not any(run.is_finished for run in self.runs)
+        return any(not (run.is_finished or run.is_diverged) for run in self.counted)
+
+    @property
+    def distinct(self) -> tuple[StoredRun, ...]:
+        """Return the runs, each seed once."""
+        return tuple(run for run in self.runs if run.name not in self.repeated)
+
+    def lost(self, measure: Measure, base: Variant | None = None) -> Lost:
+        """Return how many runs lack `measure`; with a `base`, in how many pairs with it a run lacks it."""
+        of_seed: dict[int | None, list[StoredRun]] = {}
+        for run in self.distinct:
+            of_seed.setdefault(run.seed, []).append(run)
+        groups = [[run] for run in self.distinct]
+        if base is not None:
+            groups = [[run, *of_seed[run.seed]] for run in base.distinct if run.seed in of_seed]
+        have = {run.name for each in (self, base) if each is not None for run, _ in each.measured(measure)}
+        lacking = [[run for run in runs if run.name not in have] for runs in groups]
+        diverged = sum(any(run.is_diverged for run in runs) for runs in lacking)
+        bad = sum(any(run.is_diverged or not run.is_finished for run in runs) for runs in lacking)
+        return Lost(diverged, bad - diverged)
 
     def summary(self, measure: Measure) -> Summary | None:
         """Return the mean and the spread of `measure` over the counted runs that have it."""
         found = self.measured(measure)
         return summary([value for _, value in found], sum(measure.is_bound(run) for run, _ in found))
 
-    def difference(self, base: Variant, measure: Measure) -> Interval | None:
+    def difference(self, base: Variant, measure: Measure, confidence: float = 0.95) -> Interval | None:
         """Return how much `measure` is above that of `base`, over the seeds of which both have it."""
         pairs = self.pairs(base, measure)
         return paired_difference(
             [(before, after) for (_, before), (_, after) in pairs],
             [(measure.is_bound(first), measure.is_bound(second)) for (first, _), (second, _) in pairs],
+            confidence,
         )
 
     def pairs(self, base: Variant, measure: Measure) -> list[tuple[tuple[StoredRun, float], tuple[StoredRun, float]]]:
@@ -98,8 +129,10 @@ class Variant:
         return [(before[run.seed], (run, value)) for run, value in self.measured(measure) if run.seed in before]
 
     def measured(self, measure: Measure) -> list[tuple[StoredRun, float]]:
-        """Return the counted runs that have a finite value of `measure`, and the values."""
-        found = ((run, measure.take(run)) for run in self.counted)
+        """Return the counted runs, and those that diverged, that have a finite value of `measure`, and the values."""
+        counted = {run.name: run for run in self.counted}
+        counted |= {run.name: run for run in self.distinct if run.is_diverged}
+        found = ((run, measure.take(run)) for run in counted.values())
         return [(run, value) for run, value in found if value is not None and math.isfinite(value)]
 
 
@@ -194,7 +227,7 @@ def changes_between(base: Mapping[str, object], settings: Mapping[str, object]) 
     for path in dict.fromkeys((*after, *before)):
         old, new = before.get(path), after.get(path)
         # of a noise that appears only the amplitude is worth a word, and what is not usual
-        is_usual = path.startswith("noise.") and path not in before and new == _USUAL_NOISE.get(path, new)
+        is_usual = path.startswith("noise.") and path not in before and new == _USUAL_NOISE.get(path)
         if old != new and not path.startswith(_NO_EFFECT) and (not is_usual or path == "noise.amplitude"):
             changes.append(Change(path, old, new))
     return tuple(changes)
@@ -212,6 +245,8 @@ def shown(value: object) -> str:
         return "-"
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, Mapping):
+        return " ".join(f"{name} {shown(inner)}" for name, inner in value.items())
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(shown, value)) + "]"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -269,7 +304,7 @@ def _labels(members: Mapping[str, Sequence[StoredRun]], base: str | None, short:
             changes = changes_between(_settings(members[base]), own)
             words = [*_noise_in_words(own, changes), *_others_in_words(changes)]
         usual = planned.title if planned is not None and planned.title else name
-        labels[name] = ", ".join(words) if 0 < len(words) <= 5 else usual
+        labels[name] = ", ".join(words) if 0 < len(words) <= _MOST_WORDS else usual
     every = list(labels.values())
     return {name: label if every.count(label) == 1 else f"{label} ({name})" for name, label in labels.items()}
 
@@ -278,6 +313,7 @@ def _others_in_words(changes: Sequence[Change]) -> Iterator[str]:
     for change in changes:
         if not change.path.startswith(("noise.", "model.norm_statistics", "batch.micro_size")):
             name = change.path.rpartition(".")[2].replace("_", " ")
+            name = "batch schedule" if change.path == "batch.schedule" else name
             yield shown(change.value) if change.path == "optimizer.name" else f"{name} {shown(change.value)}"
 
 
@@ -289,9 +325,21 @@ def _noise_in_words(settings: Mapping[str, object], changes: Sequence[Change]) -
         yield "no noise"
         return
     method = str(settings["noise.method"])
-    kind = {"smoothout": settings.get("noise.distribution", "noise"), "sam": "SAM"}.get(method, method)
+    kind = {"smoothout": settings.get("noise.distribution", "noise"), "sam": "SAM", "asam": "ASAM"}.get(method, method)
     yield f"{kind} {shown(settings.get('noise.amplitude'))}"
-    for path in ("noise.scale", "noise.sharing", "noise.schedule.kind"):
-        value = settings.get(path, _USUAL_NOISE[path])
-        if value != _USUAL_NOISE[path] and method != "sam":
+    unsaid = {"noise.method", "noise.amplitude", "noise.exclude"}
+    unsaid |= {"noise.distribution"} if method == "smoothout" else set()
+    # their only choice
+    unsaid |= {"noise.scale", "noise.sharing"} if method in ("sam", "asam") else set()
+    schedule = [shown(value) for path, value in settings.items() if path.startswith("noise.schedule.")]
+    for path, value in settings.items():
+        if not path.startswith("noise.") or path in unsaid or value == _USUAL_NOISE.get(path):
+            continue
+        if path == "noise.schedule.kind":
+            yield " ".join(schedule).replace("_", "-")
+        elif path in ("noise.distribution", "noise.scale", "noise.sharing"):
             yield str(value).replace("_", "-") + (" scale" if path == "noise.scale" else "")
+        elif path == "noise.antithetic":
+            yield "antithetic"
+        elif not path.startswith("noise.schedule."):
+            yield f"{path.removeprefix('noise.').replace('_', ' ')} {shown(value)}"

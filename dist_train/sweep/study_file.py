@@ -66,6 +66,16 @@ class OfVariants(_Measurement):
 Analysis = Annotated[Interpolation | OfVariants, Field(discriminator="kind")]
 
 
+class Contrast(_Part):
+    """Variants that the report compares with one, paired by seed."""
+
+    title: str = Field("", description="What the report calls it; empty: the variants' names.")
+    variants: tuple[str, ...] = Field(
+        min_length=1, description="The variants; of several the intervals are corrected for their number."
+    )
+    against: str = Field(description="The variant that they are compared with; one without a grid.")
+
+
 class Uniform(_Part):
     """A number between two bounds, or its logarithm, evenly."""
 
@@ -120,6 +130,7 @@ class Study(_Part):
         min_length=1, description="The variants, by name."
     )
     analyse: tuple[Analysis, ...] = Field((), description="What is measured once the runs have finished.")
+    contrasts: tuple[Contrast, ...] = Field((), description="What the report compares, paired by seed.")
 
     def settings_of(self, variant: str) -> Settings:
         """Return the settings of `variant`, with those of the variants that it is like below."""
@@ -215,6 +226,14 @@ def _problems_of_variants(study: Study) -> Iterator[Problem]:
             if variant_name not in study.variants:
                 yield _unknown_variant(study, f"analyse.{number}.{place}", variant_name)
         yield from _problems_of_seeds(study, f"analyse.{number}.seeds", analysis.seeds)
+    for number, contrast in enumerate(study.contrasts):
+        for place, names in (("variants", contrast.variants), ("against", (contrast.against,))):
+            unknown = (name for name in names if name not in study.variants)
+            yield from (_unknown_variant(study, f"contrasts.{number}.{place}", name) for name in unknown)
+        reference = study.variants.get(contrast.against)
+        if study.grid or (reference is not None and reference.grid):
+            wrong, place = "a variant with a grid is several", f"contrasts.{number}.against"
+            yield problem(place, wrong, code="several-variants", value=contrast.against)
 
 
 def _problems_of_seeds(study: Study, path: str, seeds: tuple[int, ...]) -> Iterator[Problem]:

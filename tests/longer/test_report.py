@@ -98,7 +98,7 @@ def test_the_papers_figures_are_there(page: Page) -> None:
     for panel in ("a SB, base line", "b SB, noise, amplitude 0.01", "c LB, base line", "d LB, noise, amplitude 0.01"):
         assert panel in page.text
     assert {"train loss", "train accuracy", "test loss", "test accuracy"} <= {label for label, _ in page.series}
-    assert re.search(r"all runs: \u03c1 = \u2212?[01]\.\d\d , n = 24", page.text)
+    assert re.search(r"all runs: \u03c1 = \u2212?[01]\.\d\d \(\S+ to \S+; n = 24\)", page.text)
 
 
 def test_figures_are_numbered_without_holes(study: Path, page: Page, tmp_path: Path) -> None:

@@ -74,9 +74,9 @@ def test_a_cell_counts_the_seeds_that_have_its_measure(tmp_path: Path) -> None:
     # one pair has no interval
     assert table[SHARPNESS_EFFECTS, ROW, TRACE] == "\u2013"
     assert table[SHARPNESS_EFFECTS, ROW, WIDTH].endswith("; n = 2)")
-    assert table[WITH_ACCURACY, TRACE, "LB"].endswith("(n = 7)")
-    assert table[WITH_ACCURACY, TRACE, "all runs"].endswith("(n = 15)")
-    assert table[WITH_LOSS, TRACE, "all runs"].endswith("(n = 15)")
+    assert table[WITH_ACCURACY, TRACE, "LB"].endswith("n = 7)")
+    assert table[WITH_ACCURACY, TRACE, "all runs"].endswith("n = 15)")
+    assert table[WITH_LOSS, TRACE, "all runs"].endswith("n = 15)")
     [shown] = re.findall(
         rf"data-measure=\"sharpness-{TRACE}\" data-variant=\"{NOISY}\">[^<]*</data>(.{{0,40}})",
         render(read_subject(study)),
@@ -91,14 +91,14 @@ def test_a_difference_is_over_the_seeds_of_which_both_are_measured(tmp_path: Pat
     sharpness_file(study / "lb-noise-amplitude-0.03-seed-0").unlink()
     table = cells(study)
     assert table[SHARPNESS_EFFECTS, ROW, TRACE] == "\u2013"
-    assert table[SHARPNESS_EFFECTS, "LB, noise, amplitude 0.001", TRACE].endswith("; n = 2)")
+    assert table[SHARPNESS_EFFECTS, "LB, noise, amplitude 0.001", TRACE].endswith("; n = 2, 1 unfinished)")
     mean = fmean(
         trace(study / f"lb-noise-amplitude-0.001-seed-{seed}") - trace(study / f"lb-seed-{seed}") for seed in (0, 1)
     )
     assert leading(table[SHARPNESS_EFFECTS, "LB, noise, amplitude 0.001", TRACE]) == pytest.approx(mean, rel=5e-3)
     assert table[SHARPNESS_EFFECTS, "LB, noise, amplitude 0.03", TRACE] == "\u2013"
     assert table[SHARPNESS_EFFECTS, "SB, noise, amplitude 0.01", TRACE].endswith("; n = 3)")
-    assert table[SHARPNESS_EFFECTS, "LB, base line, from that of SB", TRACE].endswith("; n = 2)")
+    assert table[SHARPNESS_EFFECTS, "LB, base line, from that of SB", TRACE].endswith("; n = 2, 1 unfinished)")
     assert table[ACCURACY, "LB, base line", "seeds"] == "2 of 3"
 
 
@@ -189,8 +189,8 @@ def test_a_run_of_two_studies_is_one_point_of_a_correlation(tmp_path: Path) -> N
     make_study(tmp_path / "first", seeds=(0, 1))
     shutil.copytree(tmp_path / "first", tmp_path / "second")
     table = cells(tmp_path)
-    assert table[WITH_ACCURACY, TRACE, "all runs"].endswith("(n = 16)")
-    assert table[WITH_LOSS, TRACE, "LB"].endswith("(n = 8)")
+    assert table[WITH_ACCURACY, TRACE, "all runs"].endswith("n = 16)")
+    assert table[WITH_LOSS, TRACE, "LB"].endswith("n = 8)")
 
 
 def test_a_basin_wider_than_the_line_makes_mean_and_difference_bounds(tmp_path: Path) -> None:
@@ -201,8 +201,8 @@ def test_a_basin_wider_than_the_line_makes_mean_and_difference_bounds(tmp_path: 
     base = fmean(width(study / f"lb-seed-{seed}") for seed in (0, 1, 2))
     assert table[SHARPNESS, ROW, WIDTH] == f"\u2265 {mean:.3f} (n = 3, 1 censored)"
     assert table[SHARPNESS_EFFECTS, ROW, WIDTH] == f"\u2265 +{mean - base:.4f} (n = 3, 1 censored)"
-    assert table[WITH_ACCURACY, WIDTH, "LB"].endswith("(n = 12, 1 censored)")
-    assert table[WITH_ACCURACY, WIDTH, "SB"].endswith("(n = 12)")
+    assert table[WITH_ACCURACY, WIDTH, "LB"].endswith("n = 12, 1 censored)")
+    assert table[WITH_ACCURACY, WIDTH, "SB"].endswith("n = 12)")
     assert f"\u2265 {mean:.3f} (loss under 2 x; n = 3, 1 censored)" in page.text
     assert f"\u2265 {page.of('width-A.2', run=f'{NOISY}-seed-1')[1]}" in page.text
     assert [text for _, points in page.series for *_, text, _ in points if "seed 1: \u2265" in text]
@@ -232,7 +232,7 @@ def test_a_width_below_the_spacing_of_the_points_is_unresolved(tmp_path: Path) -
     table, page = cells(study), written(study)
     assert table[SHARPNESS, ROW, WIDTH].endswith("(n = 3, 1 unresolved)")
     assert table[SHARPNESS_EFFECTS, ROW, WIDTH].endswith("; n = 3, 1 unresolved)")
-    assert table[WITH_LOSS, WIDTH, "all runs"].endswith("(n = 24, 1 unresolved)")
+    assert table[WITH_LOSS, WIDTH, "all runs"].endswith("n = 24, 1 unresolved)")
     assert f"{page.of('width-A.2', run=f'{NOISY}-seed-1')[1]} unresolved" in page.text
     change_width(study / f"{NOISY}-seed-1", directions=["torn", {"direction": 0, "left": None}])
     assert cells(study)[SHARPNESS, ROW, WIDTH].endswith("(n = 3)")

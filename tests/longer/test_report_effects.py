@@ -55,6 +55,6 @@ def test_the_tables_alone_are_markdown_with_the_numbers_of_the_page(study: Path,
     assert f"| LB, base line | 3 | {accuracy} ±" in text
     [(_, difference)] = effects(page, "final_test", "lb-noise-amplitude-0.01")
     assert re.search(rf"\| LB, noise, amplitude 0.01 \| \**{re.escape(difference)}\** \(", text)
-    assert re.search(r"\| Hessian trace \| \u2212?[01]\.\d\d \(n = 24\) \|", text)
+    assert re.search(r"\| Hessian trace \| \u2212?[01]\.\d\d \(\S+ to \S+; n = 24\) \|", text)
     for table in text.split("## ")[1:]:
         assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1

@@ -120,7 +120,12 @@ def write_records(directory: Path, records: list[Record]) -> None:
 
 
 def write_status(
-    directory: Path, state: str, step: int, reason: str = "", environment: Mapping[str, str] = MappingProxyType({})
+    directory: Path,
+    state: str,
+    step: int,
+    reason: str = "",
+    environment: Mapping[str, str] = MappingProxyType({}),
+    exit_code: int = 0,
 ) -> None:
     """Write `status.json`."""
     status = Status(
@@ -130,7 +135,7 @@ def write_status(
         total_steps=step,
         world_size=2,
         reason=reason,
-        exit_code=0,
+        exit_code=exit_code,
         launch="",
         host="node1",
         pid=1,

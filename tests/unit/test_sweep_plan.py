@@ -132,6 +132,14 @@ class TestFaults:
             ({"analyse": [{"kind": "interpolate", "between": ["plain"]}]}, ("analyse.0.between.1", "missing")),
             ({"analyse": [{"kind": "sharpness", "seeds": [7]}]}, ("analyse.0.seeds", "unknown-seed")),
             (
+                {"contrasts": [{"variants": ["plian"], "against": "plain"}]},
+                ("contrasts.0.variants", "unknown-variant"),
+            ),
+            (
+                {"grid": {"noise.amplitude": [0.1]}, "contrasts": [{"variants": ["noise"], "against": "plain"}]},
+                ("contrasts.0.against", "several-variants"),
+            ),
+            (
                 {"analyse": [{"kind": "plane", "variant": []}]},
                 ("analyse.0.variant", "unknown-key"),
             ),

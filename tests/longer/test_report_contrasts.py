@@ -1,0 +1,301 @@
+"""Contrasts, losses of runs and partial correlations of a report, each recomputed from the runs' own files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from dist_train.report.contrasts import accuracy_at
+from dist_train.report.correlations import partial_spearman, rank_correlation
+from dist_train.report.stored_run import read_run, read_subject
+from dist_train.report.variants import panels_of
+from tests.longer.report_page import cells, evaluations, runs_of, written
+from tests.longer.test_report_counting import NOISY, ROW, TRACE, sharpness_file, trace
+from tests.unit.report_study import make_run, make_study, treatments, write_status
+
+SEEDS = (0, 1, 2, 3)
+AGAINST_SB = "All variants: difference from SB, base line"
+AGAINST_LB = "All variants: difference from LB, base line"
+ACCURACY = "final test accuracy, points"
+EQUAL_LOSS = "test accuracy at equal training loss, points"
+
+
+def final(study: Path, variant: str, split: str = "test", name: str = "accuracy") -> np.ndarray:
+    return np.array([evaluations(study / f"{variant}-seed-{seed}", split)[-1][name] for seed in SEEDS])
+
+
+def numbers(cell: str) -> list[float]:
+    return [float(word) for word in re.findall(r"[+-]?\d+\.\d+", cell.replace("\u2212", "-"))]
+
+
+def diverge(run: Path) -> None:
+    write_status(run, "failed", 40, "the loss is not finite at step 40", exit_code=3)
+
+
+@pytest.mark.parametrize(("title", "reference"), [(AGAINST_SB, "sb"), (AGAINST_LB, "lb")])
+def test_every_variant_is_compared_with_both_base_lines(tmp_path: Path, title: str, reference: str) -> None:
+    study = make_study(tmp_path / "study", SEEDS)
+    table = cells(study)
+    found = {row: cell for (name, row, column), cell in table.items() if (name, column) == (title, ACCURACY)}
+    assert len(found) == 7
+    for label, variant in ((ROW, NOISY), ("SB, noise, amplitude 0.03", "sb-noise-amplitude-0.03")):
+        test = stats.ttest_rel(final(study, variant), final(study, reference))
+        wanted = [np.mean(final(study, variant) - final(study, reference))]
+        for confidence in (0.95, 1 - 0.05 / 7):
+            wanted += test.confidence_interval(confidence)
+        assert numbers(found[label]) == pytest.approx([value * 100 for value in wanted], abs=0.005)
+        assert found[label].endswith("; n = 4)")
+    values = [
+        float(has["value"])
+        for has, _ in written(study).numbers
+        if (has.get("data-contrast"), has.get("data-table"), has.get("data-variant")) == ("judged_test", title, NOISY)
+    ]
+    assert values == pytest.approx([np.mean(final(study, NOISY) - final(study, reference))], abs=1e-15)
+
+
+def test_contrasts_that_the_study_names_are_corrected_for_their_own_number(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", SEEDS)
+    others = [treatment.name for treatment in treatments() if treatment.name.startswith("lb-")]
+    contrasts = [
+        {"title": "H1", "variants": ["sb"], "against": "lb"},
+        {"title": "H4", "variants": ["lb-noise"], "against": "sb"},
+        {"title": "unknown", "variants": ["sb"], "against": "none"},
+    ]
+    variants: dict[str, object] = {name: {} for name in ("sb", "sb-noise", "lb", "lb-noise")}
+    (study / "study.yaml").write_text(yaml.safe_dump({"name": "a", "variants": variants, "contrasts": contrasts}))
+    table = cells(study)
+    one = table["H1: difference from LB, base line", "SB, base line", ACCURACY]
+    interval = stats.ttest_rel(final(study, "sb"), final(study, "lb")).confidence_interval(0.95)
+    assert numbers(one)[1:] == pytest.approx([value * 100 for value in interval], abs=0.005)
+    assert "corrected" not in one
+    assert len({row for title, row, _ in table if title.startswith("H4")}) == len(others) == 3
+    corrected = stats.ttest_rel(final(study, NOISY), final(study, "sb")).confidence_interval(1 - 0.05 / 3)
+    cell = table["H4: difference from SB, base line", ROW, ACCURACY]
+    assert numbers(cell)[3:] == pytest.approx([value * 100 for value in corrected], abs=0.005)
+    assert not [title for title, *_ in table if title.startswith("unknown")]
+
+
+def test_a_variant_that_averages_is_judged_by_its_averaged_weights(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", SEEDS)
+    for seed in SEEDS:
+        records = study / f"{NOISY}-seed-{seed}" / "metrics.jsonl"
+        last = json.loads(records.read_text().splitlines()[-2])
+        assert (last["kind"], last["split"]) == ("eval", "test")
+        averaged = {**last, "split": "test-averaged", "accuracy": 0.95 + seed / 1000, "loss": 0.2}
+        records.write_text(records.read_text() + json.dumps(averaged) + "\n")
+    mean = fmean((0.95 + seed / 1000) - value for seed, value in zip(SEEDS, final(study, "sb"), strict=True))
+    assert numbers(cells(study)[AGAINST_SB, ROW, ACCURACY])[0] == pytest.approx(mean * 100, abs=0.005)
+
+
+def test_a_run_that_diverged_counts_as_if_guessing_and_is_told_of_in_every_cell(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", SEEDS)
+    diverge(study / f"{NOISY}-seed-1")
+    write_status(study / f"{NOISY}-seed-2", "stopped", 40)
+    table, title = cells(study), "Accuracy and loss"
+    values = [0.1 if seed == 1 else final(study, NOISY)[seed] for seed in (0, 1, 3)]
+    accuracy = table[title, ROW, "final test accuracy, %"]
+    assert numbers(accuracy) == pytest.approx([100 * np.mean(values), 100 * np.std(values, ddof=1)], abs=0.005)
+    assert accuracy.endswith("(n = 3, 1 as if guessing, 1 unfinished)")
+    for column in ("final train loss", "final train accuracy, %", "generalization gap, points"):
+        assert table[title, ROW, column].endswith("(n = 2, 1 diverged, 1 unfinished)")
+    assert table["Basin width and sharpness", ROW, TRACE].endswith("(n = 2, 1 diverged, 1 unfinished)")
+    assert table["Time and speed", ROW, "time in updates"].endswith("(n = 2, 1 diverged, 1 unfinished)")
+    differences = [value - final(study, "sb")[seed] for value, seed in zip(values, (0, 1, 3), strict=True)]
+    contrast = table[AGAINST_SB, ROW, ACCURACY]
+    assert numbers(contrast)[0] == pytest.approx(100 * np.mean(differences), abs=0.005)
+    assert contrast.endswith("n = 3, 1 as if guessing, 1 unfinished)")
+    effect = table["Differences from the base line: basin width and sharpness", ROW, TRACE]
+    assert effect.endswith("n = 2, 1 diverged, 1 unfinished)")
+    correlation = table["Rank correlation with generalization gap", TRACE, "LB"]
+    assert correlation.endswith("n = 14, 1 diverged, 1 unfinished)")
+    text = written(study).text
+    assert "10.00 diverged: as if guessing" in text
+    assert "(not finished)" not in "".join(row for _, row, _ in table)
+
+
+def test_a_variant_of_which_all_runs_diverged_is_finished_and_guesses(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", (0, 1))
+    for seed in (0, 1):
+        diverge(study / f"{NOISY}-seed-{seed}")
+    table = cells(study)
+    assert table["Accuracy and loss", ROW, "final test accuracy, %"] == "10.00 \u00b1 0.00 (n = 2, 2 as if guessing)"
+    assert table["Accuracy and loss", ROW, "final train loss"] == "\u2013"
+
+
+def test_a_partial_rank_correlation_is_that_of_the_residuals_of_the_ranks() -> None:
+    draw = np.random.default_rng(5)
+    given = draw.normal(size=40)
+    first, second = (given + draw.normal(size=40) for _ in range(2))
+    ranks = [stats.rankdata(values) for values in (first, second, given)]
+    design = np.stack([np.ones(40), ranks[2]], axis=1)
+    left = [values - design @ np.linalg.lstsq(design, values, rcond=None)[0] for values in ranks[:2]]
+    rho = np.corrcoef(*left)[0, 1]
+    found = rank_correlation(first.tolist(), second.tolist(), given.tolist())
+    assert found is not None
+    assert found.rho == pytest.approx(rho, abs=1e-12)
+    half = 1.959964 * np.sqrt((1 + rho**2 / 2) / 36)
+    assert (found.low, found.high) == pytest.approx(np.tanh([np.arctanh(rho) - half, np.arctanh(rho) + half]), 1e-6)
+    # where the third is all there is
+    assert partial_spearman(given.tolist(), second.tolist(), given.tolist()) is None
+
+
+def test_an_interval_of_a_rank_correlation_holds_the_truth_as_often_as_it_says() -> None:
+    draw, truth, held = np.random.default_rng(7), 0.6, 0
+    spearman = 6 / np.pi * np.arcsin(truth / 2)  # of a bivariate normal distribution
+    for _ in range(400):
+        first, second = draw.multivariate_normal([0, 0], [[1, truth], [truth, 1]], size=30).T
+        found = rank_correlation(first.tolist(), second.tolist())
+        assert found is not None
+        held += found.low <= spearman <= found.high
+    assert 0.92 <= held / 400 <= 0.98
+
+
+def test_flatness_is_correlated_with_the_gap_also_given_the_training_loss(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", SEEDS)
+    sharpness_file(study / f"{NOISY}-seed-1").unlink()
+    table = cells(study)
+    runs = [run for run in runs_of(study) if run.name != f"{NOISY}-seed-1"]
+    traces = [trace(run) for run in runs]
+    last = [[evaluations(run, split)[-1] for run in runs] for split in ("train", "test")]
+    gaps = [train["accuracy"] - test["accuracy"] for train, test in zip(*last, strict=True)]
+    losses = [train["loss"] for train in last[0]]
+    r = {
+        pair: stats.spearmanr(*pairs).statistic
+        for pair, pairs in {"tg": (traces, gaps), "tl": (traces, losses), "gl": (gaps, losses)}.items()
+    }
+    partial = (r["tg"] - r["tl"] * r["gl"]) / np.sqrt((1 - r["tl"] ** 2) * (1 - r["gl"] ** 2))
+    for title, rho, freedom in (
+        ("Rank correlation with generalization gap", r["tg"], 28),
+        ("Rank correlation with generalization gap, given final train loss", partial, 27),
+    ):
+        half = 1.959964 * np.sqrt((1 + rho**2 / 2) / freedom)
+        wanted = [rho, *np.tanh([np.arctanh(rho) - half, np.arctanh(rho) + half])]
+        assert numbers(table[title, TRACE, "all runs"]) == pytest.approx(wanted, abs=0.005)
+        assert table[title, TRACE, "all runs"].endswith("n = 31)")
+        assert table[title, TRACE, "variants' means"].endswith("n = 8)")
+        assert table[title, TRACE, "LB"].endswith("n = 15)")
+    groups: dict[str, list[int]] = {}
+    for at, run in enumerate(runs):
+        groups.setdefault(run.name.rpartition("-seed-")[0], []).append(at)
+    means = [[np.mean([values[at] for at in ats]) for ats in groups.values()] for values in (traces, gaps)]
+    cell = table["Rank correlation with generalization gap", TRACE, "variants' means"]
+    assert numbers(cell)[0] == pytest.approx(stats.spearmanr(*means).statistic, abs=0.005)
+
+
+def test_variants_are_compared_at_equal_training_loss(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", SEEDS)
+    courses = {
+        (variant, seed): [
+            (train["loss"], test["accuracy"])
+            for train, test in zip(
+                *(evaluations(study / f"{variant}-seed-{seed}", it) for it in ("train", "test")), strict=True
+            )
+        ]
+        for variant in ("sb", NOISY)
+        for seed in SEEDS
+    }
+    level = max(min(loss for loss, _ in course) for course in courses.values())
+    differences = []
+    for seed in SEEDS:
+        there = []
+        for variant in (NOISY, "sb"):
+            losses, accuracies = np.array(courses[variant, seed]).T
+            end = int(np.argmax(losses <= level))
+            part = slice(end, end - 2 if end > 1 else None, -1)
+            there.append(np.interp(np.log(level), np.log(losses[part]), accuracies[part]))
+        differences.append(there[0] - there[1])
+    cell = cells(study)[AGAINST_SB, ROW, EQUAL_LOSS]
+    interval = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert numbers(cell)[:3] == pytest.approx([100 * each for each in (np.mean(differences), *interval)], abs=0.005)
+    assert f"at loss {level:.4f}"[:14] in cell
+    assert cell.endswith("n = 4)")
+
+
+def test_without_evaluations_along_training_there_is_no_equal_loss_and_it_is_said(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", (0, 1))
+    for run in runs_of(study):
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        kept = [line for line in lines[:-3] if json.loads(line)["kind"] != "eval"]
+        (run / "metrics.jsonl").write_text("".join([*kept, *lines[-3:]]))
+    table, text = cells(study), written(study).text
+    assert (AGAINST_SB, ROW, ACCURACY) in table
+    assert (AGAINST_SB, ROW, EQUAL_LOSS) not in table
+    assert "nothing can be compared at equal training loss" in text
+
+
+def test_a_run_that_begins_below_the_level_is_not_compared_there(tmp_path: Path) -> None:
+    directory = make_run(tmp_path / "run", treatments()[0], 0, treatments()[0].settings)
+    run = read_run(directory, "run")
+    losses = [record.loss for record in run.split("train")]
+    assert accuracy_at(run, losses[0] * 1.01) is None
+    assert accuracy_at(run, losses[0]) == run.split("test")[0].accuracy
+    assert accuracy_at(run, min(losses) * 0.99) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "label"),
+    [
+        ({"noise.draws": 2, "noise.antithetic": True}, "uniform 0.1, draws 2, antithetic"),
+        ({"noise.mix": 0.5, "noise.distribution": "normal"}, "normal 0.1, mix 0.5"),
+        ({"noise.schedule": {"kind": "late", "start": 0.75}}, "uniform 0.1, late 0.75"),
+        (
+            {"noise.schedule": {"kind": "rise", "rise": 3.0}, "noise.scale": "filter"},
+            "uniform 0.1, filter scale, rise 3",
+        ),
+        ({"noise.method": "sgld", "noise.distribution": "normal"}, "sgld 0.1, normal"),
+        ({"noise.method": "asam", "noise.sharing": "micro_batch", "noise.offset": 0.1}, "ASAM 0.1, offset 0.1"),
+        ({"noise.method": "fsgld", "noise.temperature": 0.001}, "fsgld 0.1, temperature 0.001"),
+        (
+            {"batch.schedule": [{"epoch": 9, "global_size": 9000}], "batch.micro_size": 128},
+            "uniform 0.1, batch schedule [epoch 9 global_size 9000]",
+        ),
+    ],
+)
+def test_what_sets_a_noise_apart_is_in_its_label_and_its_changes(
+    tmp_path: Path, settings: dict[str, object], label: str
+) -> None:
+    base = treatments()[4]
+    make_run(tmp_path / "base", base, 0, base.settings)
+    noise = {"noise.method": "smoothout", "noise.amplitude": 0.1, **settings}
+    make_run(tmp_path / "noisy", base, 0, {**base.settings, **noise})
+    [panel] = panels_of(read_subject(tmp_path).runs)
+    [variant] = [each for each in panel.variants if not each.is_base]
+    assert variant.label == label
+    told = {change.path: change.value for change in variant.changes}
+    for path, value in settings.items():
+        inner = {f"{path}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {path: value}
+        assert inner.items() <= told.items()
+
+
+def test_sharpness_along_training_is_drawn_against_two_over_the_rate(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", (0, 1))
+    assert "Sharpness along training" not in written(study).text
+    measured: dict[int, list[float]] = {20: [], 80: []}
+    for seed in (0, 1):
+        run = study / f"lb-seed-{seed}"
+        last = json.loads(sharpness_file(run).read_text())
+        measured[80].append(last["hessian"]["eigenvalues"][0])
+        early = {**last["checkpoint"], "sha256": f"{seed}" * 64, "step": 20}
+        (run / "checkpoints" / "step-00000020.json").write_text(json.dumps(early))
+        measured[20].append(3.0 + seed)
+        values = {**last, "checkpoint": early, "hessian": {"eigenvalues": [3.0 + seed, 1.0], "trace": 9.0}}
+        (run / "analysis" / "sharpness-early.json").write_text(json.dumps(values))
+    page = written(study)
+    assert "Sharpness along training" in page.text
+    frame = {label: points for label, points in page.series if label.startswith("base line")}
+    # two updates an epoch
+    assert [point[3] for point in frame["base line"]] == [10.0, 40.0]
+    assert frame["base line"][0][2] == f"{fmean(measured[20]):.2f} (n = 2)"
+    rates = [record.learning_rate for record in read_run(study / "lb-seed-0", "lb").train]
+    texts = [point[2] for point in frame["base line, 2 / rate"]]
+    assert texts[0] == f"2 / rate = {2 / rates[0]:.2f}"
+    assert len(texts) == sum(rate > 0 for rate in rates)
+    # the table is of the last checkpoint still
+    assert page.of("sharpness-largest Hessian eigenvalue", run="lb-seed-0")[0] == measured[80][0]
