@@ -52,10 +52,11 @@ lint: setup ## ruff, mypy, bandit, shellcheck and hadolint
 	.venv/bin/shellcheck launch/*.sh slurm/*.sh docker/*.sh docker/grafana/*.sh tests/cluster/*.sh benchmarks/peers/*.sh .ci/run
 	.venv/bin/hadolint docker/Dockerfile
 
-study-smoke: setup ## a small study from its search to its report: tune, confirm on fresh seeds, compare; a minute or two
+study-smoke: setup ## a small study from its search to its report: tune, confirm on fresh seeds, measure, compare; a minute or two
 	.venv/bin/dist-train sweep studies/search.yaml --jobs 2
 	.venv/bin/dist-train sweep studies/search.yaml --best | $(python) -m benchmarks.confirm_study studies/search.yaml --seeds 100 101 -o runs/confirm.yaml
 	.venv/bin/dist-train sweep runs/confirm.yaml --jobs 2
+	.venv/bin/dist-train sweep runs/confirm.yaml --analyses | PATH="$(CURDIR)/.venv/bin:$$PATH" sh -e
 	.venv/bin/dist-train report runs/search-confirm
 
 bench: setup ## the side-by-side performance table (DEVICE=cuda: on a GPU); takes hours, `python -m benchmarks --only GROUP` minutes
