@@ -17,7 +17,8 @@ _EQUAL_LOSS = replace(
     key="equal_loss",
     title="test accuracy at equal training loss",
     explanation="Where the training loss first fell to the level in the cell, the lowest that all of the cell's runs "
-    "reached: between two evaluations linear in the logarithm of the loss.",
+    "reached: between two evaluations linear in the logarithm of the loss. A run whose first evaluation is below it "
+    "has none.",
     is_guess=lambda run: False,
 )
 _CONFIDENCE = 0.95
@@ -57,7 +58,7 @@ class ContrastTable:
 
 def contrast_tables(panels: Sequence[Panel], named: Sequence[NamedContrast]) -> tuple[ContrastTable, ...]:
     """Return the contrasts that a study names, then all variants against the base lines of the smallest batch and of
-    the largest. What no two seeds can be compared in is left out.
+    the largest; variants without two seeds in common with the reference, and what no two seeds have, are left out.
     """
     placed = {variant.name: (panel, variant) for panel in panels for variant in panel.variants}
     tables = []
@@ -102,12 +103,18 @@ def _course(run: StoredRun) -> list[tuple[float, float]]:
     return [(it.loss, tests[it.step]) for it in run.split("train") if it.step in tests and it.loss > 0]
 
 
+def _seeds(variant: Variant) -> set[int]:
+    return {run.seed for run in variant.distinct if run.seed is not None}
+
+
 def _called(panel: Panel, variant: Variant) -> str:
     return f"{panel.short}, {variant.label}"
 
 
 def _table(title: str, reference: Variant, chosen: Sequence[tuple[Panel, Variant]]) -> ContrastTable:
     measures = (JUDGED_ACCURACY, JUDGED_LOSS, _EQUAL_LOSS)
+    # by what is planned, so that the correction does not grow as runs finish
+    chosen = [(panel, variant) for panel, variant in chosen if len(_seeds(variant) & _seeds(reference)) > 1]
     every = []
     for panel, variant in chosen:
         cells = [_contrast(variant, reference, measure, len(chosen)) for measure in measures[:-1]]
