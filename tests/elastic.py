@@ -20,6 +20,8 @@ from typing import Literal
 from tests.launching import Ended, descendants, environment, kill, records
 from tests.waiting import PATIENCE, is_alive, wait_for, wait_until_gone
 
+ROOT = Path(__file__).parents[1]
+
 
 def slot_of(pid: int) -> int | None:
     """Return the slot of the process; None where it is none of an elastic launch's ranks, or has ended."""
@@ -62,6 +64,11 @@ class ElasticRun:
     ) -> None:
         kill(self.process)
 
+    def join(self, ranks: int) -> JoinedLaunch:
+        """Return a launch of so many ranks that join this one, as from another node."""
+        (file,) = wait_for(lambda: list(self.run.glob("join-*.json")), lambda: self.log.read_text())
+        return JoinedLaunch(file, ranks, self.run.with_name(f"joined-{time.monotonic_ns()}.log"))
+
     def slots(self) -> dict[int, int]:
         """Return the living ranks' process ids by slot."""
         found = {slot_of(pid): pid for pid in descendants(self.process.pid)}
@@ -92,6 +99,45 @@ class ElasticRun:
         except FileNotFoundError:
             return 0
         return max((json.loads(line)["step"] for line in lines[-5:]), default=0)
+
+
+@dataclass
+class JoinedLaunch:
+    """A launch of `ranks` that join that of `file`; a context manager, after which nothing of it is left."""
+
+    file: Path
+    ranks: int
+    log: Path
+
+    def __enter__(self) -> JoinedLaunch:
+        program = [sys.executable, "-m", "dist_train", "launch", "-np", str(self.ranks), "--join", str(self.file)]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                program,
+                cwd="/",
+                env=environment(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        kill(self.process)
+
+    def pids(self) -> list[int]:
+        """Return the processes of its ranks."""
+        return [pid for pid in descendants(self.process.pid) if slot_of(pid) is not None]
+
+    def wait(self, timeout: float = PATIENCE) -> Ended:
+        """Wait for its end, and that of its ranks."""
+        left = descendants(self.process.pid)
+        self.process.wait(timeout)
+        wait_until_gone(left)
+        return Ended(self.process.returncode, self.log.read_text())
 
 
 FAILING = """

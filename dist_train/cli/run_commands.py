@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dist_train.cli.common import Subparsers, add_config, add_weights, count, warn_of_unused
 from dist_train.cluster.launch import current_launch
@@ -23,6 +24,9 @@ from dist_train.outcome import (
     text_with_code,
 )
 from dist_train.start_up import without_collection
+
+if TYPE_CHECKING:
+    from dist_train.config import Config
 
 _STANDARD_ERROR = 2
 """The descriptor itself: `sys.stderr` may be replaced by an object that has none."""
@@ -109,14 +113,14 @@ def _lr_range(arguments: argparse.Namespace) -> int:
 
 
 def add_launch(subparsers: Subparsers) -> None:
-    """Add `launch [-np N] [--min-ranks N] [--restarts N] COMMAND ...`."""
+    """Add `launch [-np N] [--min-ranks N] [--restarts N] [--listen HOST] COMMAND ...`, and `launch --join PLACE`."""
     parser = subparsers.add_parser(
         "launch",
         help="a command on several ranks of this machine, without MPI or Horovod",
         description="Run `dist-train COMMAND ...` as N ranks on this machine, which talk by torch.distributed. "
         "SIGTERM, SIGINT and SIGUSR2 ask the ranks to save and stop. The exit status is the command's own.",
     )
-    parser.add_argument("-np", type=int, default=2, metavar="N", help="number of ranks (2)")
+    parser.add_argument("-np", type=int, default=2, metavar="N", help="number of ranks, here (2)")
     parser.add_argument(
         "--min-ranks",
         type=int,
@@ -131,6 +135,34 @@ def add_launch(subparsers: Subparsers) -> None:
         metavar="N",
         help="start a lost rank anew up to N times; it joins the others between two updates (0)",
     )
+    parser.add_argument(
+        "--listen",
+        type=_address,
+        default=None,
+        metavar="HOST[:PORT]",
+        help="let ranks of other nodes join, at this address of this node (none)",
+    )
+    parser.add_argument(
+        "--max-ranks",
+        type=int,
+        default=None,
+        metavar="N",
+        help="how many ranks the run takes, those of other nodes included (as many as it begins with)",
+    )
+    parser.add_argument(
+        "--start-with",
+        type=int,
+        default=None,
+        metavar="N",
+        help="begin once there are N ranks, those of other nodes included (-np)",
+    )
+    parser.add_argument(
+        "--join",
+        default=None,
+        metavar="FILE|HOST:PORT",
+        help="start N ranks of a run that another launcher has begun, instead of a COMMAND: the file that it names, "
+        "or its address, with the token in DIST_TRAIN_MEMBERSHIP_TOKEN",
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="such as train CONFIG")
     parser.set_defaults(run=_launch)
 
@@ -140,30 +172,82 @@ def _launch(arguments: argparse.Namespace) -> int:
     from dist_train.cluster.local_launch import launch_ranks
 
     words = list(arguments.command)
+    if arguments.join is not None:
+        return _join(arguments)
     if not words:
         raise UsageError(
             "no command given, for example: dist-train launch -np 2 train configs/demo.yaml", code="no-command"
         )
-    if arguments.np < 1:
-        raise UsageError(f"-np takes a number of ranks, 1 or more, not {arguments.np}", code="option-range")
-    fewest = arguments.np if arguments.min_ranks is None else arguments.min_ranks
-    if not 1 <= fewest <= arguments.np:
-        raise UsageError(f"--min-ranks takes 1 to the {arguments.np} ranks of -np, not {fewest}", code="option-range")
-    is_elastic = arguments.min_ranks is not None or arguments.restarts > 0
+    least = 0 if arguments.listen else 1
+    if arguments.np < least:
+        raise UsageError(f"-np takes a number of ranks, {least} or more, not {arguments.np}", code="option-range")
+    options = (arguments.min_ranks, arguments.max_ranks, arguments.start_with, arguments.listen)
+    is_elastic = arguments.restarts > 0 or any(option is not None for option in options)
     command = parse(words)
-    program = [sys.executable, "-m", "dist_train", *words]
-    if words[0] != "train":
-        if is_elastic:
-            raise UsageError("--min-ranks and --restarts are for the command train", code="elastic-command")
-        return launch_ranks(program, arguments.np)
+    if words[0] != "train" and is_elastic:
+        raise UsageError(
+            "--min-ranks, --max-ranks, --start-with, --restarts and --listen are for the command train",
+            code="elastic-command",
+        )
+    if not is_elastic:
+        if words[0] == "train":
+            _check_configuration(command)
+        return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np)
+    from dist_train.cluster.elastic_launch import Elasticity, Entrance, launch_elastic
+
+    first = arguments.np if arguments.start_with is None else arguments.start_with
+    fewest = first if arguments.min_ranks is None else arguments.min_ranks
+    most = first if arguments.max_ranks is None else arguments.max_ranks
+    _check_range("--start-with", first, max(1, arguments.np), None)
+    _check_range("--min-ranks", fewest, 1, first)
+    _check_range("--max-ranks", most, first, None)
+    if arguments.listen is None and most > arguments.np:
+        raise UsageError(
+            f"--max-ranks and --start-with above the {arguments.np} ranks of -np need --listen: others come from other "
+            f"nodes",
+            code="elastic-without-listen",
+        )
+    config = _check_configuration(command)
+    entrance = None
+    if arguments.listen is not None:
+        host, port = arguments.listen
+        entrance = Entrance(host, port, command.run_dir or config.run_directory)
+    elasticity = Elasticity(first, fewest, most, arguments.restarts, config.comm.timeout)
+    return launch_elastic(words, arguments.np, elasticity, entrance)
+
+
+def _join(arguments: argparse.Namespace) -> int:
+    from dist_train.cluster.joined_launch import entry_of, launch_joining
+
+    others = (arguments.min_ranks, arguments.max_ranks, arguments.start_with, arguments.listen)
+    if arguments.command or arguments.restarts or any(option is not None for option in others):
+        raise UsageError(
+            "--join takes -np alone: command, restarts and limits are those of the launcher that began the run",
+            code="join-options",
+        )
+    _check_range("-np", arguments.np, 1, None)
+    return launch_joining(entry_of(arguments.join), arguments.np)
+
+
+def _check_configuration(command: argparse.Namespace) -> Config:
+    """Return the configuration of `train`: what is wrong with it is said once, not by each rank."""
     from dist_train.config import load_config
 
-    config = load_config(command.config, command.overrides, command.plugin)  # one message, not one a rank
-    if not is_elastic:
-        return launch_ranks(program, arguments.np)
-    from dist_train.cluster.elastic_launch import Elasticity, launch_elastic
+    return load_config(command.config, command.overrides, command.plugin)
 
-    return launch_elastic(program, arguments.np, Elasticity(fewest, arguments.restarts, config.comm.timeout))
+
+def _check_range(option: str, value: int, least: int, most: int | None) -> None:
+    if value < least or (most is not None and value > most):
+        limits = f"{least} or more" if most is None else f"{least} to {most}"
+        raise UsageError(f"{option} takes a number of ranks, {limits}, not {value}", code="option-range")
+
+
+def _address(text: str) -> tuple[str, int]:
+    """Return the host and the port (0: none is named) of HOST[:PORT]."""
+    host, _, port = text.partition(":")
+    if not host or host == "0.0.0.0" or (port and not (port.isdecimal() and int(port) < 2**16)):  # nosec B104
+        raise argparse.ArgumentTypeError(f"{text!r} is no address of this node that others reach: HOST or HOST:PORT")
+    return host, int(port or 0)
 
 
 def add_evaluate(subparsers: Subparsers) -> None:

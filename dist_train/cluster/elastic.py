@@ -7,6 +7,7 @@ it may still write to must not be used again.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -137,7 +138,7 @@ class ElasticCommunicator(Communicator):
                 if begun.rank != 0:
                     store = dist.TCPStore(*begun.store, is_master=False, timeout=_STORE_TIMEOUT)
                 prefixed = dist.PrefixStore(f"generation.{begun.generation}", store)
-                made.put(dist.ProcessGroupGloo(prefixed, begun.rank, begun.size, self._patience))
+                made.put(dist.ProcessGroupGloo(prefixed, begun.rank, begun.size, self._options()))
             except RuntimeError as error:
                 made.put(error)
 
@@ -151,6 +152,15 @@ class ElasticCommunicator(Communicator):
             if isinstance(group, RuntimeError):
                 raise _broken("meeting", group) from group
             return group
+
+    def _options(self) -> Any:
+        """Return Gloo's options: it listens where the others reach this node, not where the node's own name leads."""
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # in no stub
+        options._timeout = self._patience
+        interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
+        place = {"interface": interface.split(",")[0]} if interface else {"hostname": self._member.address}
+        options._devices = [dist.ProcessGroupGloo.create_device(**place)]
+        return options
 
     def _let_die(self) -> None:
         """Let go of the group. With an operation under way that takes as long as the group's own timeout."""

@@ -116,8 +116,11 @@ class Ranks:
                 continue
             self._ended.add(rank)
             if code < 0 and not self._is_ending:
-                say(f"rank {rank} (process {process.pid}) was killed by {signal.Signals(-code).name}")
+                say(f"{self._name(rank)} was killed by {signal.Signals(-code).name}")
             self._note_end(rank, code)
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} (process {self._processes[rank].pid})"
 
     def _note_end(self, rank: int, code: int) -> None:
         if code != 0 and self._first_failure is None:

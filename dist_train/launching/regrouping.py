@@ -12,7 +12,7 @@ from dist_train.config import Config
 from dist_train.launching.assembly import build_writer, own_norms, set_up_reduction
 from dist_train.launching.session import Session
 from dist_train.monitoring.console import open_logs
-from dist_train.rundir.lock import PATIENCE_SECONDS, LockRequest
+from dist_train.rundir.lock import LEASE_SECONDS, PATIENCE_SECONDS, LockRequest
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Observer, rewind
 from dist_train.training.micro_batches import sum_over
@@ -74,7 +74,8 @@ class Regrouping:
     def _take_over(self, trainer: Trainer) -> None:
         """Become who writes: the lock of the run directory, records, status, checkpoints."""
         wish = LockRequest(self.directory.root, self.directory.lock)
-        lock = wish.wait(2 * PATIENCE_SECONDS)
+        # The file server may not know yet that the lost rank's node is no more.
+        lock = wish.wait(LEASE_SECONDS + 2 * PATIENCE_SECONDS)
         assert lock is not None, "it waits, or refuses"
         self.stack.callback(lock.release)
         rewind(self.directory.metrics, _EVERY_STEP)

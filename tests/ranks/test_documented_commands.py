@@ -23,6 +23,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {
     r"\b(sbatch|dist-train submit (?!.*--dry-run))": "cluster/test_submit.py",
     r"--hostfile | -H \w": "cluster/test_launch_over_ssh.py",
+    r"--listen|--join": "ranks/test_elastic_launch.py",
     r"slurm/lb_8192.sh|analyses.txt": "cluster/test_batch_script.py",
     r"docker |DIST_TRAIN_TARGETS=|^mkdir -p targets|apptainer ": "containers/test_compose.py",
     r"^python -m benchmarks\.double_well": "longer/test_benchmarks_double_well.py",

@@ -1,7 +1,8 @@
-"""`dist-train launch --min-ranks`: rank 0 is lost and the run ends as always; too few ranks end it."""
+"""`dist-train launch --min-ranks`: rank 0 is lost and the run ends as always; too few ranks end it; others join it."""
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -9,8 +10,17 @@ import pytest
 
 from dist_train.outcome import ExitCode
 from tests.elastic import ElasticRun
-from tests.launching import records, results, small_settings, status, train_alone, weights_digest, write_config
-from tests.waiting import wait_for_lines
+from tests.launching import (
+    final_checkpoint,
+    records,
+    results,
+    small_settings,
+    status,
+    train_alone,
+    weights_digest,
+    write_config,
+)
+from tests.waiting import is_alive, wait_for, wait_for_lines, wait_until_gone
 
 pytestmark = pytest.mark.ranks
 
@@ -49,3 +59,81 @@ def test_too_few_ranks_end_the_launch_and_the_same_command_resumes(tmp_path: Pat
         ended = launch.wait()
     assert ended.code == ExitCode.FINISHED, ended.output
     assert status(run)["state"] == "finished"
+
+
+ENDLESS = small_settings(run={"epochs": 50_000}, comm={"verify_every": 1, "timeout": 10})
+LISTENING = ("--listen", "127.0.0.2", "--restarts", "3")
+
+
+@pytest.mark.lengthy
+def test_ranks_of_other_launchers_join_and_leave_and_nothing_changes(tmp_path: Path) -> None:
+    config, run = write_config(tmp_path, ENDLESS), tmp_path / "run"
+    options = ("--min-ranks", "1", "--max-ranks", "3", *LISTENING)
+    with ElasticRun(config, run, 1, options) as launch:
+
+        def wait_for_ranks(count: int) -> None:
+            wait_for(lambda: status(run)["world_size"] == count, lambda: launch.log.read_text()[-3000:])
+
+        wait_for_lines(run / "metrics.jsonl", 4)
+        with launch.join(2) as first:
+            wait_for_ranks(3)
+            with launch.join(1) as refused:
+                answer = refused.wait()
+            assert answer.code == ExitCode.USAGE
+            assert "[join-refused]" in answer.output
+            assert "it has at most 3 (--max-ranks)" in answer.output
+
+            def wait_for_another_than(lost: int) -> None:
+                def is_whole() -> bool:
+                    living = {*first.pids(), *launch.slots().values()}
+                    return lost not in living and len(living) == 3 and living - launch.joined() <= begun
+
+                wait_for(is_whole, lambda: launch.log.read_text()[-3000:])
+
+            begun = set(launch.slots().values())
+            lost = first.pids()[0]
+            os.kill(lost, signal.SIGKILL)
+            wait_for_another_than(lost)
+            # Rank 0: one of the other launcher's takes its place.
+            wait_for_another_than(launch.send(0, signal.SIGKILL))
+            hanging = first.pids()[1]
+            os.kill(hanging, signal.SIGSTOP)
+            wait_for_another_than(hanging)
+
+            left = first.pids()
+            first.process.kill()
+            wait_until_gone(left)
+            wait_for_ranks(1)
+        with launch.join(1) as second:
+            wait_for_ranks(2)
+            assert is_alive(second.process.pid)
+            launch.process.send_signal(signal.SIGTERM)
+            ended, other = launch.wait(), second.wait()
+    assert (ended.code, other.code) == (ExitCode.STOPPED, ExitCode.STOPPED), ended.output + other.output
+    assert not list(run.glob("join-*"))
+    last = final_checkpoint(run)["step"]
+    train_alone(config, tmp_path / "undisturbed", f"run.max_steps={last}")
+    assert results(run, ["train"]) == results(tmp_path / "undisturbed", ["train"])
+    assert weights_digest(run) == weights_digest(tmp_path / "undisturbed")
+
+
+def test_a_launcher_without_ranks_of_its_own_begins_with_those_that_join(tmp_path: Path) -> None:
+    config, run = write_config(tmp_path, SETTINGS), tmp_path / "run"
+    options = ("--start-with", "2", "--min-ranks", "1", *LISTENING)
+    with ElasticRun(config, run, 0, options) as launch, launch.join(1) as one, launch.join(1) as other:
+        ended = [each.wait() for each in (launch, one, other)]
+    assert [each.code for each in ended] == [ExitCode.FINISHED] * 3, [each.output for each in ended]
+    ending = status(run)
+    assert (ending["state"], ending["world_size"], ending["generation"]) == ("finished", 2, 1)
+
+
+def test_without_the_launcher_that_began_the_run_those_that_joined_end(tmp_path: Path) -> None:
+    config, run = write_config(tmp_path, ENDLESS), tmp_path / "run"
+    with ElasticRun(config, run, 1, ("--max-ranks", "2", *LISTENING)) as launch:
+        wait_for_lines(run / "metrics.jsonl", 4)
+        with launch.join(1) as joined:
+            wait_for(lambda: status(run)["world_size"] == 2)
+            launch.process.kill()
+            ended = joined.wait()
+    assert ended.code == ExitCode.FAULT
+    assert "[rank-lost]" in ended.output

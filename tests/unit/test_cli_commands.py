@@ -60,6 +60,13 @@ class TestProgram:
             (["--min-ranks", "3", "train", "x.yaml"], "option-range"),
             (["--min-ranks", "0", "train", "x.yaml"], "option-range"),
             (["--restarts", "1", "evaluate", "x"], "elastic-command"),
+            (["--max-ranks", "1", "--listen", "127.0.0.1", "train", "x.yaml"], "option-range"),
+            (["--start-with", "1", "train", "x.yaml"], "option-range"),
+            (["--max-ranks", "3", "train", "x.yaml"], "elastic-without-listen"),
+            (["--join", "node1:9", "train", "x.yaml"], "join-options"),
+            (["--join", "node1:9", "--max-ranks", "3"], "join-options"),
+            (["--join", "node1:9"], "join-token"),
+            (["--join", "nowhere.json"], "join-place"),
         ],
     )
     def test_an_elastic_launch_that_cannot_be_is_refused(

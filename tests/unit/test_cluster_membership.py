@@ -6,14 +6,17 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dist_train.cluster.communicator import Generation, RankLostError
+from dist_train.cluster.joined_launch import Entry, RemoteAuthority, entry_of
 from dist_train.cluster.member import Member
 from dist_train.cluster.membership import Came, Event, Gone, MayGrow, Membership, Message, Peer, Ready, Trains, decide
 from dist_train.cluster.membership_server import TOKEN_VARIABLE, MembershipServer
+from dist_train.outcome import UsageError
 from tests.waiting import wait_for
 
 
@@ -85,8 +88,10 @@ def test_the_end_of_all_that_held_the_state_ends_those_who_join() -> None:
 
 
 @contextmanager
-def serving(size: int, timeout: float) -> Iterator[MembershipServer]:
-    server = MembershipServer(size, 1, size, timeout)
+def serving(
+    size: int, timeout: float, most: int | None = None, make: type[MembershipServer] = MembershipServer
+) -> Iterator[MembershipServer]:
+    server = make(size, 1, most or size, timeout)
     is_over = threading.Event()
 
     def serve() -> None:
@@ -184,3 +189,78 @@ def test_who_beats_but_does_not_stop_is_expelled() -> None:
 def test_who_does_not_know_the_token_is_not_heard() -> None:
     with serving(1, 5.0) as server, pytest.raises(RankLostError, match="closed the connection"):
         Member(5.0, {**server.variables(0), TOKEN_VARIABLE: "guess"})
+
+
+def joining(server: MembershipServer, count: int, token: str | None = None) -> RemoteAuthority:
+    return RemoteAuthority(Entry(*server.address, server.token if token is None else token), count)
+
+
+def slots_of(authority: RemoteAuthority) -> Sequence[int]:
+    slots: Sequence[int] = authority.await_start()["slots"]
+    return slots
+
+
+@contextmanager
+def training_alone(most: int) -> Iterator[MembershipServer]:
+    with serving(1, 5.0, most) as server:
+        alone = member(server, 0)
+        meet([alone])
+        alone.trains()
+        yield server
+        alone.leave("")
+
+
+def test_another_node_gets_slots_of_its_own_as_long_as_there_is_room() -> None:
+    with training_alone(most=4) as server, joining(server, 1) as other:
+        with joining(server, 2) as one:
+            assert [*slots_of(one), *slots_of(other)] == [2, 3, 1]
+            with joining(server, 1) as refused, pytest.raises(UsageError, match="at most 4") as error:
+                refused.await_start()
+            assert error.value.code == "join-refused"
+        wait_for(lambda: server.expected == 2)
+        with joining(server, 2) as again:
+            assert slots_of(again) == [2, 3]
+
+
+def test_a_node_that_is_not_needed_to_begin_waits_until_ranks_train() -> None:
+    with serving(1, 5.0, most=2) as server, joining(server, 1) as node:
+        node.poll(0.1)
+        alone = member(server, 0)
+        meet([alone])
+        assert not server.view.has_state
+        alone.trains()
+        assert slots_of(node) == [1]
+        alone.leave("")
+
+
+def test_a_node_whose_launcher_is_gone_has_no_ranks_left() -> None:
+    ended: list[int] = []
+    with training_alone(most=2) as server:
+        with joining(server, 1) as node:
+            joined = member(server, slots_of(node)[0], ended)
+        wait_for(lambda: ended == [1])
+        joined.leave("")
+
+
+def test_a_launcher_runs_nothing_for_an_authority_that_does_not_know_the_token() -> None:
+    class Impostor(MembershipServer):
+        def _hear(self, peer_id: int, fields: Mapping[str, Any]) -> None:
+            self._connections[peer_id].is_known = True
+            self._greet(peer_id, fields)
+
+    for make in (MembershipServer, Impostor):
+        with serving(1, 5.0, make=make) as server, pytest.raises(UsageError) as refused:
+            joining(server, 1, token="another")
+        assert refused.value.code == "join-token"
+
+
+def test_nobody_runs_what_a_readable_file_names(tmp_path: Path) -> None:
+    file = tmp_path / "join-1.json"
+    file.write_text('{"address": "10.0.0.1:99", "token": "secret"}')
+    file.chmod(0o644)
+    with pytest.raises(UsageError) as refused:
+        entry_of(str(file))
+    assert refused.value.code == "join-token"
+    file.chmod(0o600)
+    assert entry_of(str(file)) == Entry("10.0.0.1", 99, "secret")
+    assert entry_of("node1:99", {TOKEN_VARIABLE: "secret"}) == Entry("node1", 99, "secret")
