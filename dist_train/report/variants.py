@@ -326,7 +326,8 @@ def _noise_in_words(settings: Mapping[str, object], changes: Sequence[Change]) -
         return
     method = str(settings["noise.method"])
     kind = {"smoothout": settings.get("noise.distribution", "noise"), "sam": "SAM", "asam": "ASAM"}.get(method, method)
-    yield f"{kind} {shown(settings.get('noise.amplitude'))}"
+    # ivon says itself how large its noise is
+    yield str(kind) if method == "ivon" else f"{kind} {shown(settings.get('noise.amplitude'))}"
     unsaid = {"noise.method", "noise.amplitude", "noise.exclude"}
     unsaid |= {"noise.distribution"} if method == "smoothout" else set()
     # their only choice

@@ -253,6 +253,15 @@ def test_a_run_that_begins_below_the_level_is_not_compared_there(tmp_path: Path)
         ({"noise.method": "asam", "noise.sharing": "micro_batch", "noise.offset": 0.1}, "ASAM 0.1, offset 0.1"),
         ({"noise.method": "fsgld", "noise.temperature": 0.001}, "fsgld 0.1, temperature 0.001"),
         (
+            {
+                "noise.method": "ivon",
+                "noise.sample_size": 2048.0,
+                "optimizer.momentum": 0.0,
+                "optimizer.nesterov": False,
+            },
+            "ivon, sample size 2048, momentum 0, nesterov false",
+        ),
+        (
             {"batch.schedule": [{"epoch": 9, "global_size": 9000}], "batch.micro_size": 128},
             "uniform 0.1, batch schedule [epoch 9 global_size 9000]",
         ),
