@@ -231,9 +231,11 @@ def _join(arguments: argparse.Namespace) -> int:
 
 def _check_configuration(command: argparse.Namespace) -> Config:
     """Return the configuration of `train`: what is wrong with it is said once, not by each rank."""
+    from dist_train.cluster.local_launch import threads_without_signals
     from dist_train.config import load_config
 
-    return load_config(command.config, command.overrides, command.plugin)
+    with threads_without_signals():  # a plug-in may load torch
+        return load_config(command.config, command.overrides, command.plugin)
 
 
 def _check_range(option: str, value: int, least: int, most: int | None) -> None:

@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from dist_train.cluster.launch import LISTEN_FD
@@ -150,6 +151,16 @@ class Ranks:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+@contextmanager
+def threads_without_signals() -> Iterator[None]:
+    """Let threads that libraries begin in the block never take the launcher's signals, of which they would die."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS | {signal.SIGCHLD})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def rank_environment(environment: Mapping[str, str], rank: int, size: int, place: Mapping[str, str]) -> dict[str, str]:

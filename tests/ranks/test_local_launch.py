@@ -73,6 +73,22 @@ def test_a_signal_before_the_ranks_can_take_it_stops_them_too(tmp_path: Path) ->
     assert code == ExitCode.STOPPED, output
 
 
+def test_threads_of_a_plugin_do_not_take_the_signals_of_the_launcher(tmp_path: Path) -> None:
+    plugin = tmp_path / "threads.py"
+    plugin.write_text(
+        "import threading, time\n"
+        "from dist_train.optim.noise import SmoothOut as Method\n"
+        "threading.Thread(target=time.sleep, args=(1e6,), daemon=True).start()\n"
+    )
+    settings = {**ENDLESS, "noise": {**ENDLESS["noise"], "method": f"{plugin}:Method"}}
+    words = "train", write_config(tmp_path, settings), "--run-dir", str(tmp_path / "run")
+    process = start(1, "torch", "--restarts", "1", *words)
+    wait_for_lines(tmp_path / "run/metrics.jsonl", 4)
+    process.send_signal(signal.SIGUSR2)
+    code, output = ended(process)
+    assert code == ExitCode.STOPPED, output
+
+
 def test_a_second_signal_ends_ranks_that_hang(running: subprocess.Popen[str]) -> None:
     for pid in descendants(running.pid):
         os.kill(pid, signal.SIGSTOP)
