@@ -31,6 +31,8 @@
 #   GUARD_SECONDS     how often a job of several nodes asks Slurm whether it still has its first node (30)
 #   MAX_RESTARTS      restarts on what is left of the job's nodes, in a row without a new checkpoint, before it is
 #                     requeued (as many as MAX_REQUEUES)
+#   MIN_RANKS         the run continues without a lost node, not even started again, as long as it has so many ranks; when
+#                     the node is back it takes part again (none). CPUs and srun alone, by torch.distributed
 #   MAX_REQUEUES      requeues in a row without a new checkpoint, after which the run is given up (3)
 #   The job ends with the run's own exit status: 0 finished, 2 bad usage or configuration, 3 diverged, 4 ranks
 #   disagree, 75 stopped after saving, 1 anything else. After 75 and 1 it is requeued, by scontrol.
@@ -186,6 +188,14 @@ find_our_program() {
     mpirun=$(command -v mpirun) || mpirun=
 }
 
+compose() {
+    if [[ -n ${elastic_compose:-} ]]; then
+        "$elastic_compose"
+    else
+        compose_command
+    fi
+}
+
 # Sets `command`: what starts the ranks by `by`, but for our program's arguments.
 compose_command() {
     local more name
@@ -327,7 +337,7 @@ prepare_ranks() {
         usage_error "SPARE_NODES takes a number below that of the job's nodes, $nodes, not '$spare'"
     fi
     share_nodes_out
-    placed=()
+    placed=() fit_nodes=()
     job_nodes=${SLURM_JOB_NODELIST:-}
     wanted_nodes=$((nodes - spare))
     if ((wanted_nodes < nodes)); then
@@ -339,8 +349,36 @@ prepare_ranks() {
     threads=${OMP_NUM_THREADS:-$cores_each}
     set_rank_environment "$threads"
     more_overrides=()
-    [[ $by != srun ]] || choose_mpi "$@"
-    compose_command
+    if [[ -n ${elastic_check:-} ]]; then
+        "$elastic_check" "$@"
+    elif [[ $by == srun ]]; then
+        choose_mpi "$@"
+    fi
+    compose
+}
+
+# Has the run continue without a lost node.
+be_elastic() {
+    elastic_check=check_elastic
+    elastic_compose=compose_elastic_command
+    watch=supervise_nodes
+}
+
+# check_elastic CONFIG [OVERRIDE...]: refuses what cannot continue without a lost node.
+check_elastic() {
+    [[ $MIN_RANKS =~ ^[1-9][0-9]*$ ]] && ((MIN_RANKS <= rank_count)) ||
+        usage_error "MIN_RANKS takes a number, 1 to the run's $rank_count ranks, not '$MIN_RANKS'"
+    # What is wrong with the configuration is said later by check_run.
+    local settings
+    settings=$("${dist_train[@]}" config show "$@" 2>/dev/null) || settings=
+    [[ $by == srun ]] || usage_error "MIN_RANKS is for LAUNCHER=srun, not $by"
+    ((gpus == 0)) || grep -q '^  device: cpu$' <<<"$settings" ||
+        usage_error "MIN_RANKS is for CPUs, since ranks that compute on GPUs cannot come and go yet: set run.device=cpu"
+    ((!${#container_options[@]})) || usage_error "MIN_RANKS does not work with Pyxis: give CONTAINER a .sif file"
+    ((rank_count == wanted_nodes * ranks_here)) ||
+        usage_error "MIN_RANKS needs as many ranks on each node, but $rank_count are asked for on $wanted_nodes nodes: set RANKS_PER_NODE"
+    ! grep -q '^  engine: horovod$' <<<"$settings" ||
+        usage_error "MIN_RANKS is for comm.engine=torch: Horovod cannot continue without a lost rank"
 }
 
 # choose_mpi [CONFIG OVERRIDE...]: sets `mpi`, what srun --mpi takes; torch.distributed needs nothing of MPI. Where srun
@@ -381,7 +419,7 @@ launch_or_show() {
     show_alone "${command[@]}" "$@"
     check_run "$@"
     said=$(mktemp)
-    [[ -z $run_directory ]] || watch=end_lingering_ranks
+    [[ -z $run_directory ]] || watch=${watch:-end_lingering_ranks}
     trap 'rm -f "$said"' EXIT
     say "$nodes nodes (${SLURM_JOB_NODELIST:-$(uname -n)}) x $ranks_here ranks, $gpus GPUs a node, by $by; $1 ${run_directory:-${*:2}}"
     [[ -z ${SLURM_RESTART_COUNT:-} ]] || say "restart $SLURM_RESTART_COUNT"
@@ -402,7 +440,7 @@ guard_batch_host() {
     env "${requests[@]}" srun --mpi=none --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "--nodelist=$other" \
         --cpus-per-task=1 --gres=none --input=none --output=none --no-kill \
         bash -c "$(declare -f requeue_once_lost); requeue_once_lost $(printf '%q ' "$host" "$(readlink "/proc/$$/fd/2")")" &
-    guard_step=$!
+    guard_step=$! guard_node=$other
 }
 
 # requeue_once_lost HOST LOG
@@ -437,8 +475,96 @@ check_nodes() {
         say "the ranks talk over $interface; NETWORK_INTERFACE names another"
     fi
     choose_network
+    fit_nodes=("${good[@]}")
     ((${#good[@]} == wanted_nodes + ${SPARE_NODES:-0})) || use_nodes "${good[@]}"
-    compose_command
+    compose
+}
+
+# Sets `command` for an elastic run: this launcher decides who takes part; those that supervise_nodes starts on the nodes
+# join it with their ranks.
+compose_elastic_command() {
+    command=("${dist_train[@]}" launch -np 0 --listen "$(own_address)" --start-with "$rank_count"
+        --min-ranks "$MIN_RANKS" --max-ranks "$((wanted_nodes * ranks_here))"
+        --restarts "${MAX_RESTARTS:-${MAX_REQUEUES:-3}}")
+}
+
+# The address of this node that the job's others reach.
+own_address() {
+    local address='' name=${SLURMD_NODENAME:-$(uname -n)}
+    if [[ -n ${NETWORK_INTERFACE:-} ]]; then
+        address=$(ip -4 -oneline address show dev "$NETWORK_INTERFACE" | sed -nE '1s/.* inet ([0-9.]+).*/\1/p') || address=
+    else
+        # Some nodes know themselves by an address of 127.
+        name=$(scontrol show node "$name" --oneliner 2>/dev/null | sed -n 's/.* NodeAddr=\([^ ]*\) .*/\1/p') || name=
+        [[ -n $name ]] || name=$(uname -n)
+        address=$({ getent ahostsv4 "$name"; hostname -I | tr ' ' '\n'; } | awk '$1 ~ /^[0-9.]+$/ && $1 !~ /^127\./ { print $1; exit }') || address=
+    fi
+    echo "${address:-$name}"
+}
+
+# Beside the launcher of an elastic run: keeps one on each of the job's nodes, as many as are wanted, whose ranks join
+# the run. Where it ends, or its node is lost, it is started again when the node answers, or on a spare one.
+supervise_nodes() {
+    local node connected living next_look=0 entrance=$run_directory/join-$launch_id.json
+    local -A steps=() has_joined=() missing=() due=() pause=()
+    until [[ -s $entrance ]]; do
+        sleep 0.2
+    done
+    while true; do
+        connected=$(sed -n 's/.*"nodes": \[\(.*\)\].*/\1/p' "$entrance" 2>/dev/null) || connected=
+        for node in "${!steps[@]}"; do
+            if [[ $connected == *"\"$node\""* ]]; then
+                has_joined[$node]=1 missing[$node]=0 pause[$node]=2
+                continue
+            fi
+            # srun may wait for a node that is gone for as long as Slurm does.
+            if ! kill -0 "${steps[$node]}" 2>/dev/null || { [[ -n ${has_joined[$node]:-} ]] && ((++missing[$node] > 5)); }; then
+                kill -KILL "${steps[$node]}" 2>/dev/null || true
+                due[$node]=$((SECONDS + ${pause[$node]:-2}))
+                pause[$node]=$((${pause[$node]:-2} < 60 ? 2 * ${pause[$node]:-2} : 60))
+                unset "steps[$node]" "has_joined[$node]"
+                [[ ${guard_node:-} != "$node" ]] || guard_step=0
+            fi
+        done
+        if ((${#steps[@]} < wanted_nodes && SECONDS >= next_look)); then
+            next_look=$((SECONDS + 5))
+            mapfile -t living < <(living_nodes)
+            for node in "${living[@]}"; do
+                ((${#steps[@]} < wanted_nodes)) || break
+                [[ -z ${steps[$node]:-} && " ${fit_nodes[*]:-$node} " == *" $node "* ]] || continue
+                ((SECONDS >= ${due[$node]:-0})) || continue
+                start_on_node "$node" "$entrance"
+                steps[$node]=$! missing[$node]=0
+                disown "$!" # bash would tell of its death
+            done
+            # One that is left over on a node that lives does no harm.
+            if [[ ${guard_step:-1} == 0 ]]; then
+                guard_batch_host "${living[@]}"
+            fi
+        fi
+        sleep 1
+    done
+}
+
+# start_on_node NODE FILE: in the background, a launcher there whose ranks join that of FILE.
+start_on_node() {
+    local cores=$((ranks_here * cores_each)) options=()
+    ((${SLURM_CPUS_ON_NODE:-1} >= cores)) || options=(--overcommit)
+    [[ -z ${CPU_BIND:-} ]] || options+=("--cpu-bind=$CPU_BIND")
+    env "${rank_environment[@]}" srun --mpi=none --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "--nodelist=$1" \
+        "--cpus-per-task=$cores" "${options[@]}" --export=ALL --input=none --no-kill --kill-on-bad-exit=0 \
+        "${dist_train[@]}" launch --join "$2" -np "$ranks_here" &
+}
+
+# The nodes that Slurm has left us and that answer, one a line.
+living_nodes() {
+    local name address port
+    port=$(scontrol show config 2>/dev/null | sed -n 's/^SlurmdPort *= *\([0-9]*\).*/\1/p') || port=
+    scontrol show node "$(squeue --noheader --jobs "$job" --format %N)" --oneliner |
+        sed -n 's/^NodeName=\([^ ]*\) .* NodeAddr=\([^ ]*\) .*/\1 \2/p' |
+        while read -r name address; do
+            { timeout 5 bash -c ": <>/dev/tcp/$address/${port:-6818}" 2>/dev/null && echo "$name"; } &
+        done | sort -V
 }
 
 # srun waits for a node that is gone, and ranks for one that was on it: ends both once Slurm says so, or the run has
@@ -469,6 +595,7 @@ run_in_job() {
         mapfile -t names < <(scontrol show hostnames "$job_nodes" 2>/dev/null)
         guard_batch_host "${names[@]}"
     }
+    [[ -z ${MIN_RANKS:-} ]] || be_elastic
     prepare_ranks "${@:2}"
     launch_or_show stop_through_launcher "$@" "${more_overrides[@]}"
     while true; do
@@ -481,6 +608,7 @@ run_in_job() {
 # Ends the job, requeued where that can help; returns where the run is to be started again within it.
 end_job() {
     local status=0 verdict state restarts=${MAX_RESTARTS:-${MAX_REQUEUES:-3}}
+    rm -f "$run_directory/join-$launch_id.json" # of a launcher that was killed
     "${dist_train[@]}" outcome "$run_directory" --launch "$launch_id" || status=$?
     case $status in
         1 | "$stopped_status") ;;
@@ -510,20 +638,14 @@ requeue_job() {
 
 # Sets all that `launch` needs to start the run again, on the nodes that Slurm has left us and that answer.
 prepare_restart() {
-    local name address port living=()
-    port=$(scontrol show config 2>/dev/null | sed -n 's/^SlurmdPort *= *\([0-9]*\).*/\1/p') || port=
-    mapfile -t living < <(
-        scontrol show node "$(squeue --noheader --jobs "$job" --format %N)" --oneliner |
-            sed -n 's/^NodeName=\([^ ]*\) .* NodeAddr=\([^ ]*\) .*/\1 \2/p' |
-            while read -r name address; do
-                { timeout 5 bash -c ": <>/dev/tcp/$address/${port:-6818}" 2>/dev/null && echo "$name"; } &
-            done | sort -V
-    )
+    local living=()
+    mapfile -t living < <(living_nodes)
     ((${#living[@]})) || requeue_job
     [[ -z ${guard_step:-} ]] || kill -0 "$guard_step" 2>/dev/null || guard_batch_host "${living[@]}"
     use_nodes "${living[@]}"
+    ((rank_count >= ${MIN_RANKS:-1})) || requeue_job
     set_rank_environment "$threads"
-    compose_command
+    compose
     : >"$said"
     say "again on $nodes nodes (${living[*]})"
 }

@@ -244,7 +244,7 @@ class _ElasticRanks(Ranks):
             if process.pid == expelled.process:
                 process.kill()
         if self._authority.view.stop_requested and self._asked_at is None:
-            self._note_request(signal.SIGUSR2)
+            self._asked_at = time.monotonic()  # said by the launcher that was asked
         self._start_what_is_due()
         self._end_those_who_do_not_come()
         self._authority.expect(len(self._due) + len(self._processes) - len(self._ended))

@@ -73,9 +73,9 @@ class Regrouping:
 
     def _take_over(self, trainer: Trainer) -> None:
         """Become who writes: the lock of the run directory, records, status, checkpoints."""
-        wish = LockRequest(self.directory.root, self.directory.lock)
-        # The file server may not know yet that the lost rank's node is no more.
-        lock = wish.wait(LEASE_SECONDS + 2 * PATIENCE_SECONDS)
+        # The lost rank's node may be cut off, not yet aware of it, or its lock known to the file server alone.
+        wish = LockRequest(self.directory.root, self.directory.lock, patience=LEASE_SECONDS)
+        lock = wish.wait(LEASE_SECONDS + PATIENCE_SECONDS)
         assert lock is not None, "it waits, or refuses"
         self.stack.callback(lock.release)
         rewind(self.directory.metrics, _EVERY_STEP)

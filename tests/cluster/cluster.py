@@ -107,6 +107,15 @@ class Cluster:
         self._rig("kill-node", node)
         self.control("update", f"nodename={node}", "state=down", "reason=test")
 
+    def cut_power(self, node: str) -> None:
+        """Let a node lose its power, without a farewell of its connections; Slurm finds out, or not, by itself."""
+        self._rig("on", node, "ip", "link", "set", "eth0", "down")
+        self._rig("kill-node", node)
+
+    def boot(self, node: str) -> None:
+        """Boot a node again."""
+        self._rig("start-node", node)
+
     def start_node(self, node: str) -> None:
         """Boot a node again and wait until jobs can run there."""
         self._rig("start-node", node)

@@ -178,6 +178,8 @@ boot() {
         nsenter -t "$inner" -n sh -c "ip link add eth0 type bridge && ip addr add $address/24 dev eth0 && ip link set eth0 up"
     else
         controller=$(<"$rig/process/ctl")
+        # left by a node whose connections could not be closed
+        nsenter -t "$controller" -n ip link delete "v$name" 2>/dev/null || true
         ip link add "v$name" netns "$controller" type veth peer name eth0 netns "$inner"
         nsenter -t "$controller" -n sh -c "ip link set v$name master eth0 up"
         nsenter -t "$inner" -n sh -c "ip addr add $address/24 dev eth0 && ip link set eth0 up"

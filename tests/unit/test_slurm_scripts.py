@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -125,6 +126,15 @@ def test_where_srun_has_no_pmix_others_carry_the_ranks(
     assert ("comm.engine=torch" in command) is (engine == "auto")
 
 
+def test_a_run_that_continues_without_lost_nodes_begins_with_the_ranks_of_all(programs: str) -> None:
+    command = command_of(PATH=programs, RANKS_PER_NODE="2", MIN_RANKS="1", RUN_DIR="/scratch/run", MAX_RESTARTS="5")
+    limits = "--start-with 4 --min-ranks 1 --max-ranks 4 --restarts 5"
+    expected = rf"{sys.executable} -m dist_train launch -np 0 --listen (\S+) {limits} train \S+ --run-dir /scratch/run"
+    found = re.fullmatch(expected, command.strip())
+    assert found is not None, command
+    assert not found[1].startswith("127.")
+
+
 def test_the_set_up_file_is_sourced_first_whatever_it_does(programs: str, tmp_path: Path) -> None:
     setup = tmp_path / "set up.sh"
     setup.write_text("false\necho $UNSET_BY_THE_SITE >/dev/null\nexport OVERRIDES=run.seed=7\n")
@@ -161,6 +171,11 @@ def test_any_other_image_is_run_by_pyxis(programs: str) -> None:
         ({"RANKS_PER_NODE": "all"}, "RANKS_PER_NODE takes a number, 1 or more, not 'all'"),
         ({"LAUNCHER": "mpirun", "CONTAINER": "image"}, "Pyxis works by srun"),
         ({"CONTAINER": "/nowhere.sif"}, "CONTAINER /nowhere.sif cannot be read"),
+        ({"MIN_RANKS": "3"}, "MIN_RANKS takes a number, 1 to the run's 2 ranks, not '3'"),
+        ({"MIN_RANKS": "1", "LAUNCHER": "mpirun"}, "MIN_RANKS is for LAUNCHER=srun"),
+        ({"MIN_RANKS": "1", "SLURM_GPUS_ON_NODE": "2"}, "set run.device=cpu"),
+        ({"MIN_RANKS": "1", "OVERRIDES": "comm.engine=horovod"}, "MIN_RANKS is for comm.engine=torch"),
+        ({"MIN_RANKS": "1", "SLURM_NTASKS": "3", "SLURM_TASKS_PER_NODE": "2,1"}, "set RANKS_PER_NODE"),
     ],
 )
 def test_a_bad_variable_is_one_line_and_ends_with_2(programs: str, variables: dict[str, str], message: str) -> None:
