@@ -47,12 +47,11 @@ class FlatWeights:
         device = self.parameters[0].device
         self.values = torch.zeros(end, device=device)
         self.gradients = torch.zeros(end, device=device)
-        own, gradients = self.views_of(self.values), self.views_of(self.gradients)
-        for parameter, view, gradient in zip(self.parameters, own, gradients, strict=True):
+        self._own, self._own_gradients = self.views_of(self.values), self.views_of(self.gradients)
+        for parameter, view, gradient in zip(self.parameters, self._own, self._own_gradients, strict=True):
             view.copy_(parameter.detach())
             parameter.data = view
             parameter.grad = gradient
-        self._own = own
 
     def views_of(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return each parameter's part of `values` [n], in its shape."""
@@ -66,6 +65,30 @@ class FlatWeights:
     def compute_with_own(self) -> None:
         """Let the model compute with `values` again."""
         self.compute_with(self._own)
+
+    def detach_gradients(self) -> None:
+        """Let the next backward pass leave its gradients where it made them, until they are gathered.
+
+        It would add them to `gradients`, which would have to be zero: two passes over memory more.
+        """
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def gather_gradients(self, first: int, last: int) -> None:
+        """Copy what a backward pass left to the parameters `first` to `last` (exclusive) to their part of `gradients`,
+        zeros where it left nothing.
+        """
+        places: list[torch.Tensor] = []
+        found: list[torch.Tensor] = []
+        for parameter, place in zip(self.parameters[first:last], self._own_gradients[first:last], strict=True):
+            if parameter.grad is None:
+                place.zero_()
+            elif parameter.grad is not place:
+                places.append(place)
+                found.append(parameter.grad)
+            parameter.grad = place
+        if found:
+            torch._foreach_copy_(places, found)
 
     @property
     def count(self) -> int:

@@ -38,17 +38,26 @@ class Bucket:
 class GradientAccumulator(ABC):
     """How the gradients of `weights` are summed: over micro-batches here, over ranks on the way."""
 
-    def __init__(self, weights: FlatWeights, comm: Communicator) -> None:
+    def __init__(self, weights: FlatWeights, comm: Communicator, limit: float = math.inf) -> None:
         self._gradients = weights.gradients
         self._comm = comm
-        self.out_of_range = torch.zeros((), dtype=torch.bool, device=self._gradients.device)
-        """Whether this rank met a gradient that is not finite or too large; a bool on the device."""
+        self._limit = limit
+        self._met: list[torch.Tensor] = []
+        """Scalars whose absolute values are within `limit` if all gradients so far are."""
         self.largest = torch.zeros(0, dtype=torch.int64, device=self._gradients.device)
         """What this rank adds to the sums that `fits` takes, int64 on the device; here none are needed."""
 
     def clear(self) -> None:
         """Begin a step."""
-        self.out_of_range.zero_()
+        self._met.clear()
+
+    @property
+    def out_of_range(self) -> torch.Tensor:
+        """Whether this rank met a gradient that is not finite or too large; a bool on the device."""
+        if not self._met:
+            return torch.zeros((), dtype=torch.bool, device=self._gradients.device)
+        # Written so that a NaN, for which no comparison holds, is out of range.
+        return ~(torch.stack(self._met).abs_().amax() < self._limit)
 
     @abstractmethod
     def add(self, bucket: Bucket) -> None:
@@ -75,12 +84,11 @@ class ExactAccumulator(GradientAccumulator):
 
     def __init__(self, weights: FlatWeights, comm: Communicator, terms: int) -> None:
         """Sum the gradients of `weights`; at most `terms` micro-batches make a global batch."""
-        super().__init__(weights, comm)
+        super().__init__(weights, comm, GRADIENTS.limit / terms)
         self._total = torch.zeros_like(self._gradients, dtype=torch.int64)
         self._begun: set[int] = set()
         # Memory that a single micro-batch never touches is never taken.
         self._scratch = torch.empty_like(self._total)
-        self._limit = GRADIENTS.limit / terms
 
     def clear(self) -> None:
         """Begin a step."""
@@ -90,9 +98,7 @@ class ExactAccumulator(GradientAccumulator):
     def add(self, bucket: Bucket) -> None:
         """Add the gradients of one micro-batch as integers."""
         gradients = self._gradients[bucket.part]
-        low, high = gradients.aminmax()
-        # Written so that a NaN, for which no comparison holds, is out of range.
-        self.out_of_range |= ~((low > -self._limit) & (high < self._limit))
+        self._met += gradients.aminmax()
         gradients.mul_(2.0**GRADIENTS.bits)
         total = self._total[bucket.part]
         if bucket.index in self._begun:
@@ -174,7 +180,7 @@ class Exact32Accumulator(GradientAccumulator):
 
         The grids are kept in `progress`.
         """
-        super().__init__(weights, comm)
+        super().__init__(weights, comm, 2.0**62 / terms)
         self._tensors = [
             self._gradients[each.start : each.stop].view(each.shape[0] if len(each.shape) > 1 else 1, -1)
             for each in weights.segments
@@ -183,7 +189,6 @@ class Exact32Accumulator(GradientAccumulator):
         self._filters = [0, *accumulate(len(tensor) for tensor in self._tensors)]
         """Where each parameter's filters begin within all, and their number."""
         self._grids = Grids(progress, len(self._tensors), terms)
-        self._limit = 2.0**62 / terms
         self.largest = torch.zeros(self._filters[-1], dtype=torch.int64, device=self._gradients.device)
         self._exponents: Sequence[int] = ()
         self._total = torch.zeros(0, dtype=torch.int32, device=self._gradients.device)
@@ -210,8 +215,7 @@ class Exact32Accumulator(GradientAccumulator):
         torch._foreach_mul_(tensors, [2.0**exponent for exponent in self._exponents[bucket.first : bucket.last]])
         gradients.round_()
         largest = _largest(tensors)
-        # Written so that a NaN, for which no comparison holds, is out of range.
-        self.out_of_range |= ~(largest < self._limit).all()
+        self._met.append(largest.amax())
         first, last = self._filters[bucket.first], self._filters[bucket.last]
         self.largest[first:last].add_(largest.to(torch.int64))
         total = self._total[bucket.part]
@@ -266,7 +270,7 @@ class FloatAccumulator(GradientAccumulator):
     def add(self, bucket: Bucket) -> None:
         """Add the gradients of one micro-batch."""
         gradients = self._gradients[bucket.part]
-        self.out_of_range |= ~gradients.sum().isfinite()
+        self._met.append(gradients.sum())
         self._total[bucket.part] += gradients
 
     def send(self, bucket: Bucket, name: str) -> Pending:

@@ -83,11 +83,15 @@ class GradientReduction:
     @contextmanager
     def micro_batch(self) -> Iterator[None]:
         """Take the gradients of the backward pass within the block."""
-        self._weights.gradients.zero_()
-        yield
-        for bucket in self._buckets:
-            if self._missing.get(bucket.index) != 0:
-                self._add(bucket)
+        self._weights.detach_gradients()
+        try:
+            yield
+            for bucket in self._buckets:
+                if self._missing.get(bucket.index) != 0:
+                    self._add(bucket)
+        finally:
+            # Nothing is left to gather unless the pass failed.
+            self._weights.gather_gradients(0, len(self._weights.parameters))
 
     @contextmanager
     def last_micro_batch(self) -> Iterator[None]:
@@ -124,6 +128,7 @@ class GradientReduction:
             self._pending[bucket.index] = self._accumulator.send(bucket, f"gradient.{bucket.index}")
 
     def _add(self, bucket: Bucket) -> None:
+        self._weights.gather_gradients(bucket.first, bucket.last)
         if self._loss_scale != 1.0:
             self._weights.gradients[bucket.part].mul_(1.0 / self._loss_scale)
         self._accumulator.add(bucket)
@@ -226,6 +231,8 @@ class Tally:
         self._statistics = statistics
         self._counts = torch.zeros(_SLOTS, dtype=torch.int64, device=device)
         self._samples = 0
+        self._losses: list[torch.Tensor] = []
+        self._correct: list[torch.Tensor] = []
         self._largest = self._counts[:0]
         self._sent = self._counts
         self._pending: Pending | None = None
@@ -234,16 +241,14 @@ class Tally:
         """Begin anew, the norms' statistics too."""
         self._counts.zero_()
         self._samples = 0
+        self._losses.clear()
+        self._correct.clear()
         self._statistics.clear()
 
     def add(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Count a micro-batch: the sum of its losses, and how many of its `labels` the `logits` get right."""
-        loss = loss_sum.detach().to(torch.float64)
-        finite = loss.abs() < _TERM_LIMIT
-        # An assignment to an element would copy it onto itself.
-        self._counts[_LOSS].add_(LOSSES.encode(torch.where(finite, loss, 0.0)))
-        self._counts[_OUT_OF_RANGE].add_(~finite)
-        self._counts[_CORRECT].add_((logits.argmax(dim=1) == labels).sum())
+        self._losses.append(loss_sum.detach())
+        self._correct.append(logits.argmax(dim=1) == labels)
         self._samples += len(labels)
 
     def send(
@@ -257,6 +262,13 @@ class Tally:
     ) -> None:
         """Start the sum over the ranks, with what this rank has to say beside its counts."""
         self._largest = self._counts[:0] if largest is None else largest
+        if self._losses:
+            losses = torch.stack(self._losses).to(torch.float64)
+            finite = losses.abs() < _TERM_LIMIT
+            # An assignment to an element would copy it onto itself.
+            self._counts[_LOSS].add_(LOSSES.encode(torch.where(finite, losses, 0.0)).sum())
+            self._counts[_OUT_OF_RANGE].add_((~finite).sum())
+            self._counts[_CORRECT].add_(torch.cat(self._correct).sum())
         if out_of_range is not None:
             self._counts[_OUT_OF_RANGE].add_(out_of_range)
         self._counts[_OUT_OF_RANGE].add_(self._statistics.out_of_range)

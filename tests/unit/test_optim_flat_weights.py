@@ -79,6 +79,22 @@ def test_a_backward_pass_fills_the_flat_gradient() -> None:
         assert torch.equal(weights.gradients[segment.start : segment.stop], parameter.grad.flatten())
 
 
+def test_gradients_can_be_gathered_in_place_of_added() -> None:
+    model, twin = a_model(), a_model()
+    weights = FlatWeights(model)
+    views = [parameter.grad for parameter in weights.parameters]
+    weights.gradients.fill_(7.0)
+    inputs = torch.ones(4, 1, 5, 5)
+    weights.detach_gradients()
+    torch.autograd.backward(model[0](inputs).square().sum())
+    torch.autograd.backward(twin[0](inputs).square().sum())
+    weights.gather_gradients(0, len(views))
+    for view, parameter, other in zip(views, weights.parameters, twin.parameters(), strict=True):
+        assert view is not None
+        assert parameter.grad is view
+        assert torch.equal(view, torch.zeros_like(view) if other.grad is None else other.grad)
+
+
 def test_frozen_parameters_are_left_where_they_are() -> None:
     model = a_model()
     model[0].requires_grad_(False)

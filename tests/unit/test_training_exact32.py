@@ -75,8 +75,7 @@ class Updates:
         for gradient in mine:
             with self.reduction.micro_batch():
                 for parameter, part in zip(self.weights.parameters, gradient.split(SIZES), strict=True):
-                    assert parameter.grad is not None
-                    parameter.grad.copy_(part.view_as(parameter))
+                    parameter.grad = part.view_as(parameter)
         self.reduction.send()
         largest = self.reduction.largest.clone()
         self.comm.allreduce_async(largest, "largest").wait()
