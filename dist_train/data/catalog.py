@@ -8,9 +8,9 @@ from functools import partial
 
 from dist_train.config import DataSettings
 from dist_train.config.plugins import call_plugin, is_plugin
-from dist_train.data import arrow, cifar, fashion_mnist, synthetic, webdataset
-from dist_train.data.arrays import find_arrays, read_arrays
+from dist_train.data import cifar, fashion_mnist, synthetic, webdataset
 from dist_train.data.cache import Source, decoded_folder, decoded_once
+from dist_train.data.columns import find_arrays, find_parquet, find_saved, read_arrays
 from dist_train.data.image_folder import check_same_classes, list_split
 from dist_train.data.images import ImageSet, MapDataset, Split
 from dist_train.data.plan import balanced_subset, divided, others, stratified_choice
@@ -122,8 +122,8 @@ READERS: Mapping[str, Reader] = {
 }
 
 _FINDERS: Mapping[str, Callable[[DataSettings, Split], object]] = {
-    "parquet": arrow.find_parquet,
+    "parquet": find_parquet,
     "webdataset": webdataset.find_shards,
-    "huggingface": arrow.find_saved,
+    "huggingface": find_saved,
     "numpy": find_arrays,
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_train.config import ENCODED, DataSettings
 from dist_train.config.plugins import is_plugin
-from dist_train.data.arrow import list_parquet, list_saved
+from dist_train.data.columns import list_parquet, list_saved
 from dist_train.data.decoders import Decoder, LoaderProcesses, Order
 from dist_train.data.decoding import DRAWS, EncodedImages, Work
 from dist_train.data.image_folder import Listing as FolderListing
