@@ -15,15 +15,7 @@ from torch import Tensor
 
 from dist_train.config import ENCODED, DataSettings
 from dist_train.config.plugins import is_plugin
-from dist_train.data.catalog import load_data
-from dist_train.data.columns import list_parquet, list_saved
-from dist_train.data.decoders import Decoder, LoaderProcesses, Order
-from dist_train.data.decoding import DRAWS, EncodedImages, Work
-from dist_train.data.image_folder import Listing as FolderListing
-from dist_train.data.image_folder import check_same_classes, list_split
-from dist_train.data.images import BatchRequest, ImageSet, MapDataset, Split, Splits
-from dist_train.data.packed import PackedListing
-from dist_train.data.pixels import (
+from dist_train.data.augmentation import (
     AUGMENTATIONS,
     PixelFormat,
     channel_statistics,
@@ -32,9 +24,16 @@ from dist_train.data.pixels import (
     statistics_of_parts,
     unchanged,
 )
+from dist_train.data.catalog import load_data
+from dist_train.data.columns import list_parquet, list_saved
+from dist_train.data.decoders import Decoder, LoaderProcesses, Order
+from dist_train.data.decoding import DRAWS, EncodedImages, Work
+from dist_train.data.image_folder import Listing as FolderListing
+from dist_train.data.image_folder import check_same_classes, list_split
+from dist_train.data.images import BatchRequest, ImageSet, MapDataset, Split, Splits
+from dist_train.data.packed import PackedListing, list_shards
 from dist_train.data.plan import divided
 from dist_train.data.plugin_samples import PluginSamples, Recipe, labels_of
-from dist_train.data.webdataset import list_shards
 from dist_train.outcome import CodedError
 from dist_train.randomness import generator, key, uniform
 
