@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dist_train.checkpoint.files import list_checkpoints
-from dist_train.checkpoint.initial import InitialWeights
-from dist_train.checkpoint.state import Progress, ResumePoint
+from dist_train.checkpoint.state import InitialWeights, Progress, ResumePoint
 from dist_train.cluster.communicator import Communicator, PeerFailedError, RankLostError, gather_str
 from dist_train.cluster.launch import current_job
 from dist_train.config import Config
