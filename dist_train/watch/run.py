@@ -10,9 +10,8 @@ from pathlib import Path
 
 from dist_train.monitoring import wording
 from dist_train.outcome import UsageError
-from dist_train.rundir.live_files import RanksReading, read_ranks
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
-from dist_train.rundir.status import Status, read_status
+from dist_train.rundir.status import RanksReading, Status, read_ranks, read_status
 from dist_train.watch.history import Follower, History, seconds_left
 from dist_train.watch.run_table import ALIVE, Settings, process_is_gone, process_runs, read_settings, seconds_of
 
