@@ -20,8 +20,7 @@ from dist_train.rundir import atomic
 from dist_train.watch.figure import Axis, Chart, Series
 
 if TYPE_CHECKING:
-    from dist_train.report.figures import Strip
-    from dist_train.report.numbered import NumberedFigure
+    from dist_train.report.figures import NumberedFigure, Strip
 
 _WIDTH = 7.0
 """Inches: the text of a page of two columns."""
