@@ -28,8 +28,8 @@ from dist_train.rundir.records import (
     to_json,
 )
 from dist_train.rundir.status import RanksFile, StatusFile
-from dist_train.watch.history import History, Point, ThinnedCurve, seconds_left
-from dist_train.watch.run import Snapshot, WatchedRun, find_run
+from dist_train.watch.run import History, Point, Snapshot, ThinnedCurve, WatchedRun, find_run
+from dist_train.watch.run_table import seconds_left
 from dist_train.watch.view import frame, plan, summary
 from tests.raising import raises
 
