@@ -13,9 +13,9 @@ from benchmarks.subject import settings
 from benchmarks.timing import Ratio, compare
 from dist_train.cluster.communicator import Alone
 from dist_train.cluster.devices import choose_device
+from dist_train.data.augmentation import PixelFormat
 from dist_train.data.images import ImageSet
 from dist_train.data.loader import Samples
-from dist_train.data.pixels import PixelFormat
 from dist_train.models import build_model
 from dist_train.training.compute import set_up_compute
 from dist_train.training.evaluation import evaluate

@@ -19,7 +19,8 @@ from benchmarks.plain_evaluation import through_loader
 from benchmarks.subject import settings
 from benchmarks.timing import Ratio, compare, ratio_of
 from dist_train.analysis.directions import random_direction
-from dist_train.analysis.landscape_points import Batch, Point, PointEvaluator, Walk, along, axis, place_of
+from dist_train.analysis.landscape_files import Point
+from dist_train.analysis.landscape_points import Batch, PointEvaluator, Walk, along, axis, place_of
 from dist_train.cluster.communicator import run_on_all_ranks
 from dist_train.cluster.points import deal, join_points
 from dist_train.models import build_model

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dist_train.analysis.landscape_subject import Subject, place_in
+from dist_train.analysis.landscape_points import Subject, place_in
 from dist_train.checkpoint.files import Stored, list_checkpoints, read_stored
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError

@@ -14,19 +14,27 @@ import torch
 
 from dist_train.analysis.basin_width import FACTORS, Width, basin_width, summarize
 from dist_train.analysis.directions import Trajectory, check_exclusions, random_direction, run_checkpoints, trace
-from dist_train.analysis.landscape_files import Identity, LandscapeFolder, LandscapeSettings, PointRow, read_landscape
-from dist_train.analysis.landscape_points import (
+from dist_train.analysis.landscape_files import (
+    Identity,
+    LandscapeFolder,
+    LandscapeSettings,
     Point,
+    PointRow,
+    read_landscape,
+)
+from dist_train.analysis.landscape_points import (
     PointEvaluator,
+    Subject,
     Walk,
     along,
     axis,
     interpolation,
     line_points,
+    open_subject,
+    place_in,
     plane_points,
     variances_of,
 )
-from dist_train.analysis.landscape_subject import Subject, open_subject, place_in
 from dist_train.checkpoint.files import Stored, read_stored
 from dist_train.cluster.communicator import Communicator, broadcast_str, run_on_all_ranks
 from dist_train.cluster.points import deal

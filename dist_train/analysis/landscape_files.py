@@ -12,11 +12,10 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter
 
-from dist_train.analysis.landscape_points import Measured, Point
 from dist_train.outcome import UsageError
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text
@@ -26,6 +25,22 @@ Statistics = Literal["recomputed", "interpolated"]
 
 FORMAT = 1
 """Counts the changes after which the same settings give other numbers."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place: `alpha` along direction number `direction`, `beta` along a plane's second one (else 0)."""
+
+    direction: int
+    alpha: float
+    beta: float = 0.0
+
+
+class Measured(NamedTuple):
+    """Mean loss and accuracy over a split; NaN where they cannot be computed."""
+
+    loss: float
+    accuracy: float
 
 
 @dataclass(frozen=True)

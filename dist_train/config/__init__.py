@@ -1,11 +1,16 @@
 """Every setting, its default, its check: `load_config(path, overrides)` gives a frozen `Config`."""
 
 from dist_train.config.data import ENCODED, DataSettings
-from dist_train.config.generalization import AveragingSettings, EarlyStoppingSettings, RegularizationSettings
 from dist_train.config.loading import dump_config, load_config, parse_config
-from dist_train.config.noise import NoiseSchedule, NoiseSettings
 from dist_train.config.parts import DATA_SETS, ImageFormat
 from dist_train.config.problems import ConfigError
+from dist_train.config.regularization import (
+    AveragingSettings,
+    EarlyStoppingSettings,
+    NoiseSchedule,
+    NoiseSettings,
+    RegularizationSettings,
+)
 from dist_train.config.resuming import Difference, differences
 from dist_train.config.sections import (
     BatchSettings,

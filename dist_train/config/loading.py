@@ -16,9 +16,9 @@ import yaml
 from pydantic import ValidationError
 
 from dist_train.config.combinations import conflicts
-from dist_train.config.former import with_present_names
 from dist_train.config.plugins import from_folder, plugin_problems, with_long_names
 from dist_train.config.problems import ConfigError, Problem, problem, problems_of
+from dist_train.config.resuming import with_present_names
 from dist_train.config.sections import Config
 
 SHIPPED = "dist_train:"

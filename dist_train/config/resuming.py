@@ -1,10 +1,11 @@
-"""Whether a run may be resumed under other settings than it began with."""
+"""Runs of before under present settings: which settings a resume may change, and what settings were called once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -103,3 +104,29 @@ def _differences(before: BaseModel, after: BaseModel, prefix: str) -> Iterator[D
             yield from _differences(old, new, f"{path}.")
         elif old != new:
             yield Difference(path, old, new)
+
+
+_NAMES = {("metrics", "workers"): "ranks"}
+_VALUES = {("noise", "sharing"): {"worker": "rank"}}
+
+STREAM_OF_A_RANK = "worker"
+"""Names the noise of one rank. By another name it would be another, and no run of before would resume bit-identical."""
+
+_logger = logging.getLogger("dist_train.config")
+
+
+def with_present_names(settings: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """Return nested `settings` with the present names and values of what was renamed; each is logged for `source`."""
+    changed = dict(settings)
+    for (section, name), now in _NAMES.items():
+        inner = changed.get(section)
+        if isinstance(inner, Mapping) and name in inner and now not in inner:
+            changed[section] = {now if each == name else each: value for each, value in inner.items()}
+            _logger.warning("%s: %s.%s is called %s.%s now", source, section, name, section, now)
+    for (section, name), values in _VALUES.items():
+        inner = changed.get(section)
+        before = inner.get(name) if isinstance(inner, Mapping) else None
+        if isinstance(inner, Mapping) and isinstance(before, str) and before in values:
+            changed[section] = {**inner, name: values[before]}
+            _logger.warning("%s: %s.%s=%s is called %s now", source, section, name, before, values[before])
+    return changed

@@ -8,8 +8,6 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from dist_train.config.data import DataSettings
-from dist_train.config.generalization import AveragingSettings, EarlyStoppingSettings, RegularizationSettings
-from dist_train.config.noise import NoiseSettings
 from dist_train.config.parts import (
     Beta,
     Fraction,
@@ -20,6 +18,12 @@ from dist_train.config.parts import (
     options_of,
 )
 from dist_train.config.plugins import Options, PluginName
+from dist_train.config.regularization import (
+    AveragingSettings,
+    EarlyStoppingSettings,
+    NoiseSettings,
+    RegularizationSettings,
+)
 
 Device = Literal["auto", "cpu", "cuda"]
 

@@ -8,11 +8,12 @@ from functools import partial
 
 from dist_train.config import DataSettings
 from dist_train.config.plugins import call_plugin, is_plugin
-from dist_train.data import arrow, cifar, fashion_mnist, synthetic, webdataset
-from dist_train.data.arrays import find_arrays, read_arrays
+from dist_train.data import cifar, fashion_mnist, synthetic
 from dist_train.data.cache import Source, decoded_folder, decoded_once
+from dist_train.data.columns import find_arrays, find_parquet, find_saved, read_arrays
 from dist_train.data.image_folder import check_same_classes, list_split
 from dist_train.data.images import ImageSet, MapDataset, Split
+from dist_train.data.packed import find_shards
 from dist_train.data.plan import balanced_subset, divided, others, stratified_choice
 from dist_train.outcome import UsageError
 
@@ -122,8 +123,8 @@ READERS: Mapping[str, Reader] = {
 }
 
 _FINDERS: Mapping[str, Callable[[DataSettings, Split], object]] = {
-    "parquet": arrow.find_parquet,
-    "webdataset": webdataset.find_shards,
-    "huggingface": arrow.find_saved,
+    "parquet": find_parquet,
+    "webdataset": find_shards,
+    "huggingface": find_saved,
     "numpy": find_arrays,
 }

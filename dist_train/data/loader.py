@@ -1,20 +1,41 @@
-"""What a training step asks for: samples of its micro-batch, on the device, as the network reads them."""
+"""What a training step asks for: samples of its micro-batch, on the device, as the network reads them.
+
+Data sets that fit are in memory; samples of all others are made one by one when they are due, ahead of time where there
+are loader processes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from dist_train.config import ENCODED, DataSettings
 from dist_train.config.plugins import is_plugin
+from dist_train.data.augmentation import (
+    AUGMENTATIONS,
+    PixelFormat,
+    channel_statistics,
+    move,
+    staging_buffer,
+    statistics_of_parts,
+    unchanged,
+)
 from dist_train.data.catalog import load_data
+from dist_train.data.columns import list_parquet, list_saved
+from dist_train.data.decoders import Decoder, LoaderProcesses, Order
+from dist_train.data.decoding import DRAWS, EncodedImages, Work
+from dist_train.data.image_folder import Listing as FolderListing
+from dist_train.data.image_folder import check_same_classes, list_split
 from dist_train.data.images import BatchRequest, ImageSet, MapDataset, Split, Splits
-from dist_train.data.loaded import list_encoded, open_encoded, open_in_python
-from dist_train.data.pixels import AUGMENTATIONS, PixelFormat, channel_statistics, move, staging_buffer, unchanged
+from dist_train.data.packed import PackedListing, list_shards
 from dist_train.data.plan import divided
-from dist_train.data.plugin_samples import labels_of
+from dist_train.data.plugin_samples import PluginSamples, Recipe, labels_of
+from dist_train.outcome import CodedError
+from dist_train.randomness import generator, key, uniform
 
 _RESIDENT_PART = 4
 
@@ -132,3 +153,254 @@ def _fits(images: ImageSet, device: torch.device) -> bool:
         return True
     free, _ = torch.cuda.mem_get_info(device)
     return images.images.nbytes < free // _RESIDENT_PART
+
+
+STATISTICS_SAMPLES = 1000
+_STATISTICS_PART = 100
+_TRIED = 4
+
+_Listed = TypeVar("_Listed", bound="Listing")
+
+
+class Listing(Protocol):
+    """The samples of a split, in their order: what each is made from, and its label."""
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Int64 [n]; none where a label is known once its sample has been read."""
+
+    def __len__(self) -> int: ...
+
+    def reference(self, sample: int) -> Any:
+        """Return what a sample is made from: a path, a part of a file, or an index in a data set."""
+
+    def select(self: _Listed, samples: Tensor) -> _Listed:
+        """Return the listing of `samples`, int64, in their order."""
+
+    def digest(self) -> str:
+        """Return what names this listing."""
+
+
+@dataclass(frozen=True)
+class IndexListing:
+    """Samples of a data set in Python, by their index in it."""
+
+    name: str
+    indices: Tensor
+    """int64 [n]"""
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def reference(self, sample: int) -> int:
+        """Return the index of a sample in the data set."""
+        return int(self.indices[sample])
+
+    def select(self, samples: Tensor) -> IndexListing:
+        """Return the listing of `samples`, int64, in their order."""
+        return IndexListing(self.name, self.indices[samples], None if self.labels is None else self.labels[samples])
+
+    def digest(self) -> str:
+        """Return its name and length; what a user's code reads is not looked into."""
+        return f"{self.name} {len(self)}"
+
+
+class LoadedSamples:
+    """The samples of one split. What is augmented, and how, depends on (seed, epoch, sample)."""
+
+    def __init__(
+        self,
+        split: Split,
+        listing: Listing,
+        decoder: Decoder,
+        settings: DataSettings,
+        device: torch.device,
+        seed: int = 0,
+        pixels: PixelFormat | None = None,
+    ) -> None:
+        """Take samples of `listing` from `decoder`, which it may share with others; training alone is augmented."""
+        self.classes = settings.image_format.classes
+        self.shape = settings.image_format.shape
+        self._split = split
+        # what is held out of a Dataset is a part of its training split
+        self._source: Split = "train" if split == "validation" and listing.labels is None else split
+        self._listing = listing
+        self._decoder = decoder
+        self._device = device
+        self._seed = seed
+        self._pixels = PixelFormat() if pixels is None else pixels
+        is_encoded, augment = settings.name in ENCODED, settings.augment if split == "train" else "none"
+        self._is_cropped = is_encoded and augment == "crop-flip"
+        # a user's code may draw anew each epoch
+        self._has_epochs = self._is_cropped or (split == "train" and _is_by_plugin(settings))
+        self.has_own_order = not is_encoded
+        """Whether the seed has not shuffled it."""
+        self._augment = unchanged if is_encoded or is_plugin(augment) else AUGMENTATIONS[augment]
+
+    def __len__(self) -> int:
+        return len(self._listing)
+
+    def read(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
+        """Return inputs [n, C, H, W] and labels int64 [n] of `batch`."""
+        made, labels = self.made(batch)
+        images = made.to(self._device, non_blocking=True)
+        if batch.epoch is not None and self._augment is not unchanged:
+            images = self._augment(images, move(batch.indices, self._device), self._seed, batch.epoch)
+        return self._pixels.convert(images), move(labels, self._device)
+
+    def prefetch(self, batches: Iterable[BatchRequest]) -> None:
+        """Have the loader processes begin what will be asked for next."""
+        self._decoder.prefetch(map(self._order, batches))
+
+    def close(self) -> None:
+        """End the loader processes, also for those who share them."""
+        self._decoder.close()
+
+    def made(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
+        """Return images as bytes, uint8 [n, C, H, W], ready to be copied to the device, and labels, int64 [n]."""
+        count = batch.indices.numel()
+        images = staging_buffer((count, *self.shape), torch.uint8, self._device)
+        labels = torch.zeros(count, dtype=torch.int64)
+        self._decoder.fetch(self._order(batch), images, labels)
+        return images, labels if self._listing.labels is None else self._listing.labels[batch.indices]
+
+    def _order(self, batch: BatchRequest) -> Order:
+        indices = batch.indices
+        epoch = batch.epoch if self._has_epochs else None
+
+        def work(start: int, stop: int) -> Work:
+            part = indices[start:stop]
+            numbers = part.tolist()
+            references = [self._listing.reference(sample) for sample in numbers]
+            is_cropped = self._is_cropped and epoch is not None
+            draws = augmentation_draws(part, self._seed, epoch or 0).tolist() if is_cropped else None
+            return Work(references, draws, self._source, numbers, epoch)
+
+        return Order((self._split, epoch, indices.numpy().tobytes()), indices.numel(), work)
+
+
+def augmentation_draws(samples: Tensor, seed: int, epoch: int) -> Tensor:
+    """Return the uniforms that augment each of `samples`, int64 [n], in `epoch`: float32 [n, DRAWS]."""
+    return uniform(key(seed, "random resized crop", epoch), samples.unsqueeze(1) * DRAWS + torch.arange(DRAWS))
+
+
+def list_encoded(settings: DataSettings, split: Split, seed: int) -> Listing:
+    """Return the images of a split of data sets in `config.ENCODED`, all of them.
+
+    Raises:
+        UsageError: files are missing, or are not as they must be.
+    """
+    assert settings.root is not None
+    assert settings.classes is not None
+    if settings.name == "imagefolder":
+        return list_split(settings.root, split, settings.classes, seed)
+    of_files = {"parquet": list_parquet, "webdataset": list_shards, "huggingface": list_saved}[settings.name]
+    listing: PackedListing = of_files(settings, split, seed)
+    return listing
+
+
+def open_encoded(settings: DataSettings, seed: int, device: torch.device, pixels: PixelFormat) -> Splits:
+    """Open the splits of encoded images in files; they share the loader processes.
+
+    Normalization is by 1,000 of the training images, chosen by the seed, as they are without augmentation.
+
+    Raises:
+        UsageError: the files are not as they must be.
+        FaultError: an image that normalization reads is damaged.
+    """
+    train, test = (list_encoded(settings, split, seed) for split in ("train", "test"))
+    if isinstance(train, FolderListing) and isinstance(test, FolderListing):
+        check_same_classes(train, test)
+    assert train.labels is not None
+    kept, held_out = divided(train.labels, settings, seed)
+    listings: dict[Split, Listing] = {"train": train.select(kept), "test": test}
+    if held_out is not None:
+        listings["validation"] = train.select(held_out)
+    return _open(settings, listings, {}, seed, device, pixels)
+
+
+def open_in_python(
+    settings: DataSettings,
+    opened: dict[Split, ImageSet | MapDataset],
+    seed: int,
+    device: torch.device,
+    pixels: PixelFormat,
+) -> Splits:
+    """Open the splits of a data set in Python: map-style Datasets, or image sets that a user's code augments.
+
+    Some samples are read at once, so that a mistake in the code is found before the first step.
+
+    Raises:
+        UsageError: a sample is not of the form that the settings say.
+        FaultError: a sample cannot be read.
+    """
+    listings: dict[Split, Listing] = {split: _listed(settings, split, source) for split, source in opened.items()}
+    source = opened["train"]
+    is_divided = (settings.train_size, settings.validation_size) != (None, None)
+    if is_divided and not isinstance(source, ImageSet):
+        whole = listings["train"]
+        kept, held_out = divided(labels_of(source, settings, "train", seed), settings, seed)
+        listings["train"] = whole.select(kept)
+        if held_out is not None:
+            listings["validation"] = whole.select(held_out)
+    return _open(settings, listings, opened, seed, device, pixels)
+
+
+def _is_by_plugin(settings: DataSettings) -> bool:
+    return is_plugin(settings.name) or is_plugin(settings.augment)
+
+
+def _listed(settings: DataSettings, split: Split, source: ImageSet | MapDataset) -> IndexListing:
+    labels = source.labels if isinstance(source, ImageSet) else None
+    name = source.identity if isinstance(source, ImageSet) else f"{settings.name} {split}"
+    return IndexListing(name, torch.arange(len(source)), labels)
+
+
+def _open(
+    settings: DataSettings,
+    listings: dict[Split, Listing],
+    opened: dict[Split, ImageSet | MapDataset],
+    seed: int,
+    device: torch.device,
+    pixels: PixelFormat,
+) -> Splits:
+    shape, loaders, recipe = settings.image_format.shape, settings.loader_workers, ""
+    here = Decoder(EncodedImages())
+    if _is_by_plugin(settings):
+        here = Decoder(PluginSamples(settings, seed, opened))
+        recipe = Recipe(settings=settings, seed=seed).model_dump_json()
+    decoder = LoaderProcesses(loaders, shape, recipe) if loaders else here
+    if recipe:
+        for split, listing in listings.items():
+            _try_out(LoadedSamples(split, listing, here, settings, torch.device("cpu"), seed))
+    if settings.normalize and pixels.statistics is None:
+        plain = LoadedSamples("train", listings["train"], decoder, settings, torch.device("cpu"), seed)
+        try:
+            pixels = replace(pixels, statistics=statistics_of_parts(_some_images(plain, seed)))
+        except CodedError:
+            decoder.close()
+            raise
+    made = {
+        split: LoadedSamples(split, listing, decoder, settings, device, seed, pixels)
+        for split, listing in listings.items()
+    }
+    identity = f"{listings['train'].digest()} {listings['test'].digest()}"
+    return Splits(train=made["train"], test=made["test"], validation=made.get("validation"), identity=identity)
+
+
+def _try_out(samples: LoadedSamples) -> None:
+    """Make a few samples from all over a split, as they are and, for training, augmented."""
+    chosen = torch.linspace(0, len(samples) - 1, min(_TRIED, len(samples))).long()
+    for epoch in (None, 0):
+        samples.read(BatchRequest(chosen, epoch))
+
+
+def _some_images(samples: LoadedSamples, seed: int) -> Iterator[Tensor]:
+    """Yield images that the seed has chosen, in parts: of files the first, which it has shuffled to the front."""
+    order = torch.arange(len(samples))
+    if samples.has_own_order:
+        order = torch.randperm(len(samples), generator=generator(seed, "statistics"))
+    parts = [BatchRequest(part) for part in torch.split(order[:STATISTICS_SAMPLES], _STATISTICS_PART)]
+    samples.prefetch(parts)
+    return (samples.made(part)[0] for part in parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dist_train.checkpoint.initial import find_initial
+from dist_train.checkpoint.state import find_initial
 from dist_train.config import Config
 from dist_train.data.catalog import find_data
 from dist_train.data.plan import BatchPlan

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dist_train.checkpoint.files import list_checkpoints
-from dist_train.checkpoint.initial import InitialWeights
-from dist_train.checkpoint.state import Progress, ResumePoint
+from dist_train.checkpoint.state import InitialWeights, Progress, ResumePoint
 from dist_train.cluster.communicator import Communicator, PeerFailedError, RankLostError, gather_str
 from dist_train.cluster.launch import current_job
 from dist_train.config import Config
@@ -29,11 +28,10 @@ from dist_train.outcome import (
     StoppedError,
     exit_code_of,
 )
-from dist_train.rundir.live_files import EventCounts, RanksFile
 from dist_train.rundir.lock import RunLock
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Detail, EventRecord, JsonLines, Observer, Outcome
-from dist_train.rundir.status import State, StatusFile, another_failed, read_status
+from dist_train.rundir.status import EventCounts, RanksFile, State, StatusFile, another_failed, read_status
 
 if TYPE_CHECKING:
     from dist_train.training.trainer import Trainer

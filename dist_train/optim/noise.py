@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from dist_train.config import NoiseSettings
-from dist_train.config.former import STREAM_OF_A_RANK
 from dist_train.config.plugins import call_plugin, is_plugin
+from dist_train.config.resuming import STREAM_OF_A_RANK
 from dist_train.optim.flat_weights import FlatWeights, digest
 from dist_train.optim.noise_draws import Filters, NoiseDraws
 from dist_train.optim.schedules import noise_factor

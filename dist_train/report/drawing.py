@@ -15,14 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from dist_train.outcome import UsageError
-from dist_train.report.chart import ticks
-from dist_train.report.looks import LIGHT, look_of
+from dist_train.report.chart import LIGHT, look_of, ticks
 from dist_train.rundir import atomic
 from dist_train.watch.figure import Axis, Chart, Series
 
 if TYPE_CHECKING:
-    from dist_train.report.figures import Strip
-    from dist_train.report.numbered import NumberedFigure
+    from dist_train.report.figures import NumberedFigure, Strip
 
 _WIDTH = 7.0
 """Inches: the text of a page of two columns."""

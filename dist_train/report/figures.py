@@ -1,27 +1,21 @@
-"""The charts of the page but for landscapes: learning curves, seeds at a glance, sharpness."""
+"""The figures of a report: learning curves, seeds at a glance, and all of a page, numbered in order."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import fmean
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from dist_train.report.chart import WIDTH
-from dist_train.report.correlations import RankCorrelation, rank_correlation
+from dist_train.report.landscape_charts import LandscapeFigure, Plane, planes_of, run_landscapes
 from dist_train.report.measures import (
-    FINAL_ACCURACY,
-    GAP,
-    TRAIN_LOSS,
     Measure,
-    Summary,
-    sharpness_measures,
-    summary,
+    mean_points,
 )
+from dist_train.report.sharpness_charts import Scatter, sharpness_courses
 from dist_train.report.stored_run import StoredRun
-from dist_train.report.tables import limits, lost_note, variant_cell
-from dist_train.report.variants import Lost, Panel, Variant, duplicates_of
+from dist_train.report.tables import variant_cell
+from dist_train.report.variants import Panel, Variant
 from dist_train.rundir.records import EvaluationRecord, TrainRecord
 from dist_train.watch.figure import (
     ACCURACY,
@@ -29,14 +23,12 @@ from dist_train.watch.figure import (
     RATES,
     Axis,
     Chart,
-    Point,
     Quantity,
     Series,
     epochs_axis,
     learning_curve,
     linear_axis,
     measured_of,
-    percent_tick,
     plain,
     rate_curve,
 )
@@ -75,17 +67,6 @@ def curve_records(run: StoredRun, split: str) -> Sequence[TrainRecord | Evaluati
     """Return what is drawn of a split: its evaluations; without any of the training split, its updates."""
     evaluated = run.split(split)
     return evaluated if evaluated or split == "test" else run.train
-
-
-def mean_points(values: Iterable[tuple[float, Sequence[float]]], words: Callable[[Summary], str]) -> tuple[Point, ...]:
-    """Return the means of the values at each place, with a band of one standard deviation."""
-    points = []
-    for x, measured in values:
-        if found := summary(measured):
-            spread = found.deviation
-            low, high = (None, None) if spread is None else (found.mean - spread, found.mean + spread)
-            points.append(Point(x, found.mean, words(found), low, high))
-    return tuple(points)
 
 
 def _mean_curve(variant: Variant, split: str, quantity: Quantity) -> Series:
@@ -139,137 +120,71 @@ def strips(panels: Sequence[Panel], measure: Measure) -> tuple[Strip, ...]:
     return tuple(Strip(panel, measure, variants, axis) for panel, variants in shown if variants)
 
 
-@dataclass(frozen=True)
-class Correlation:
-    """Spearman's rank correlation with `other`, among what `note` counts; None where that is too little.
-
-    A censored value has the rank of its bound.
-    """
-
-    other: str
-    among: str
-    found: RankCorrelation | None
-    note: str
-
-    @property
-    def text(self) -> str:
-        """Return the correlation and, in brackets, its interval and what it is of; a dash without one."""
-        if self.found is None:
-            return "\u2013"
-        numbers = [f"{each:.2f}".replace("-", "\u2212") for each in (self.found.low, self.found.high)]
-        ends = "" if math.isnan(self.found.low) else f"{' to '.join(numbers)}; "
-        return f"{self.found.rho:.2f} ({ends}{self.note})".replace("-", "\u2212")
+_BATCHES = {"batch": "train, each batch", "train": "train split", "test": "test split"} | {
+    "validation": "validation split",
+    **{f"{split}-averaged": f"{split} split, averaged weights" for split in ("train", "validation", "test")},
+}
+_LINES = {"loss": "loss, left axis", "accuracy": "accuracy, right axis", "train": "train", "test": "test"}
 
 
 @dataclass(frozen=True)
-class Scatter:
-    """One measure of sharpness against test accuracy, and its correlations: with that, with the training loss, and with
-    the generalization gap, also given the training loss.
-    """
+class NumberedFigure:
+    """Rows of panels, or planes, under one title; `legend` is what readers can switch on the page, by style."""
 
-    chart: Chart
-    correlations: tuple[Correlation, ...]
-
-
-@dataclass(frozen=True)
-class _Related:
-    """A run that has a measure and the `others`, and their values; `form` tells panels apart."""
-
-    panel: Panel
-    form: Literal["dots", "squares"]
-    variant: Variant
-    run: StoredRun
-    value: float
-    others: tuple[float, ...]
+    key: str
+    title: str
+    rows: tuple[tuple[Chart | Strip, ...], ...] = ()
+    planes: tuple[Plane, ...] = ()
+    legend: Mapping[str, str] = field(default_factory=dict)
+    number: int = 0
 
 
-def sharpness_scatters(panels: Sequence[Panel]) -> tuple[Scatter, ...]:
-    """Return a scatter for every measure of sharpness that at least two finished runs have; duplicates left out."""
-    runs = [run for panel in panels for variant in panel.variants for run in variant.counted if run.is_finished]
-    # two studies in one folder may hold the same run
-    distinct = {run.name for run in runs} - duplicates_of(runs).keys()
-    lost = {panel.short: _lost(panel.variants) for panel in panels}
-    lost["all runs"] = _lost([variant for panel in panels for variant in panel.variants])
-    scatters: list[Scatter] = []
-    for measure in sharpness_measures(runs):
-        with_accuracy = _related(panels, distinct, measure, (FINAL_ACCURACY,))
-        if len(with_accuracy) >= 2:
-            correlations = tuple(
-                correlation
-                for others in _CORRELATED
-                for correlation in _correlations(measure, others, _related(panels, distinct, measure, others), lost)
-            )
-            scatters.append(Scatter(_scatter(f"scatter-{len(scatters)}", measure, with_accuracy), correlations))
-    return tuple(scatters)
+def figures_of_run(run: StoredRun) -> dict[str, NumberedFigure]:
+    """Return the figures of one run, by key; those without content are left out."""
+    curves = run_curves(run)
+    drawn = {series.style for chart in curves for series in chart.series}
+    legend = {style: label for style, label in _BATCHES.items() if style in drawn}
+    return _numbered(
+        NumberedFigure("curves", "Learning curves and rates", (curves,), legend=legend),
+        NumberedFigure("landscapes", "The loss around the solution", (run_landscapes(run),), legend=_LINES),
+        NumberedFigure("planes", "Planes through the solution", planes=planes_of([run])),
+    )
 
 
-_CORRELATED = ((FINAL_ACCURACY,), (TRAIN_LOSS,), (GAP,), (GAP, TRAIN_LOSS))
-"""With what; and where there are two, given the second."""
+def figures_of_study(
+    panels: Sequence[Panel],
+    runs: Sequence[StoredRun],
+    measure: Measure | None,
+    landscape: LandscapeFigure,
+    scatters: Sequence[Scatter],
+) -> dict[str, NumberedFigure]:
+    """Return the figures of several runs, by key; `measure` is the one shown at a glance."""
+    legend = dict(_legend(panels))
+    around = tuple(row for row in (landscape.panels, landscape.others) if row)
+    return _numbered(
+        NumberedFigure("glance", "At a glance", (strips(panels, measure),) if measure else ()),
+        NumberedFigure("curves", "Learning curves", study_curves(panels), legend=legend),
+        NumberedFigure("landscapes", "The loss around the solutions", around, legend=_LINES),
+        NumberedFigure("between", "Between two solutions", (landscape.between,), legend=_LINES),
+        NumberedFigure("planes", "Planes through the solutions", planes=planes_of(runs)),
+        NumberedFigure(
+            "sharpness",
+            "Sharpness against generalization",
+            (tuple(scatter.chart for scatter in scatters),),
+            legend=legend,
+        ),
+        NumberedFigure("course", "Sharpness along training", (sharpness_courses(panels),), legend=legend),
+    )
 
 
-def _related(
-    panels: Sequence[Panel], distinct: Collection[str], measure: Measure, others: Sequence[Measure]
-) -> list[_Related]:
-    return [
-        _Related(panel, "squares" if number % 2 else "dots", variant, run, value, values)
-        for number, panel in enumerate(panels)
-        for variant in panel.variants
-        for run, value in variant.measured(measure)
-        if run.name in distinct
-        and len(values := tuple(found for other in others if (found := other.take(run)) is not None)) == len(others)
-    ]
+def _numbered(*figures: NumberedFigure) -> dict[str, NumberedFigure]:
+    found = [figure for figure in figures if any(figure.rows) or figure.planes]
+    return {figure.key: replace(figure, number=number) for number, figure in enumerate(found, start=1)}
 
 
-def _lost(variants: Sequence[Variant]) -> Lost:
-    """Return how many runs of `variants` have no part in correlations, since they diverged or have not finished."""
-    runs = {run.name: run for variant in variants for run in variant.distinct}.values()
-    diverged = sum(run.is_diverged for run in runs)
-    return Lost(diverged, sum(not run.is_finished for run in runs) - diverged)
-
-
-def _correlations(
-    measure: Measure, others: Sequence[Measure], related: Sequence[_Related], lost: Mapping[str, Lost]
-) -> Iterator[Correlation]:
-    """Yield the correlation over all runs, over each batch size where there are several, and over variants' means.
-
-    `lost` are the runs that have no part in it, by the first column's names.
-    """
-    other = ", given ".join(each.title for each in others)
-    shorts = dict.fromkeys(item.panel.short for item in related)
-    for among in ("all runs", *(shorts if len(shorts) > 1 else ())):
-        found = [item for item in related if among in ("all runs", item.panel.short)]
-        columns = [[item.others[at] for item in found] for at in range(len(others))]
-        rho = rank_correlation([item.value for item in found], *columns)
-        censored = sum(measure.is_bound(item.run) for item in found)
-        unresolved = sum(measure.is_unresolved(item.run) for item in found)
-        yield Correlation(other, among, rho, limits(len(found), censored, unresolved) + lost_note(lost[among]))
-    means: dict[tuple[str, str], list[_Related]] = {}
-    for item in related:
-        means.setdefault((item.panel.title, item.variant.name), []).append(item)
-    if 3 <= len(means) < len(related):
-        first = [fmean(item.value for item in found) for found in means.values()]
-        rest = [[fmean(item.others[at] for item in found) for found in means.values()] for at in range(len(others))]
-        bounds = sum(any(measure.is_bound(item.run) for item in found) for found in means.values())
-        yield Correlation(other, "variants' means", rank_correlation(first, *rest), limits(len(means), bounds, 0))
-
-
-def _scatter(key: str, measure: Measure, related: Sequence[_Related]) -> Chart:
-    groups: dict[tuple[str, str], list[_Related]] = {}
-    for item in related:
-        groups.setdefault((f"{item.panel.short}, {item.variant.label}", f"s{item.variant.colour}"), []).append(item)
-    series = []
-    for (label, style), found in groups.items():
-        points = []
-        for item in found:
-            seed = "" if item.run.seed is None else f", seed {item.run.seed}"
-            value = measure.described(item.run, item.value)
-            words = f"{label}{seed}: {value}, test {item.others[0] * 100:.2f} %"
-            points.append(Point(item.value, item.others[0], words))
-        series.append(Series(label, style, tuple(points), found[0].form))
-    x = [item.value for item in related]
-    axis = linear_axis(measure.title, x, plain, margin=0.08)
-    if min(x) > 0 and max(x) / min(x) > 30:
-        axis = Axis(measure.title, min(x) / 1.4, max(x) * 1.4, plain, is_logarithmic=True)
-    description = f"{measure.title} against final test accuracy, {len(x)} runs."
-    accuracy = linear_axis("final test accuracy, %", [item.others[0] for item in related], percent_tick, margin=0.1)
-    return Chart(key, measure.title, description, axis, accuracy, tuple(series))
+def _legend(panels: Sequence[Panel]) -> Iterator[tuple[str, str]]:
+    """Yield style and label of the variants that have begun, base lines first; base lines may differ by panel."""
+    labels: dict[int, dict[str, None]] = {}
+    for variant in (variant for panel in panels for variant in panel.variants if variant.counted):
+        labels.setdefault(variant.colour, {})[variant.label] = None
+    yield from ((f"s{colour}", " / ".join(words)) for colour, words in labels.items())

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_train.report.figures import mean_points
-from dist_train.report.measures import Summary, commonest_settings, directions_of, summary
+from dist_train.report.measures import Summary, commonest_settings, directions_of, mean_points, summary
 from dist_train.report.stored_run import Landscape, StoredRun
 from dist_train.report.tables import limits
 from dist_train.report.variants import Panel, Variant

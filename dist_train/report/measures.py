@@ -6,7 +6,7 @@ A new measure, a column of the tables, is one new line here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median, stdev
 from typing import Literal, TypeVar
@@ -15,7 +15,7 @@ from scipy import stats
 
 from dist_train.monitoring import wording
 from dist_train.report.stored_run import Landscape, Sharpness, StoredRun
-from dist_train.watch.figure import three_digits
+from dist_train.watch.figure import Point, three_digits
 
 Sign = Literal["", "\u2265", "\u2264"]
 
@@ -56,6 +56,17 @@ def summary(values: Sequence[float], censored: int = 0) -> Summary | None:
         return None
     deviation = stdev(finite) if len(finite) > 1 and not censored else None
     return Summary(fmean(finite), deviation, len(finite), censored)
+
+
+def mean_points(values: Iterable[tuple[float, Sequence[float]]], words: Callable[[Summary], str]) -> tuple[Point, ...]:
+    """Return the means of the values at each place, with a band of one standard deviation."""
+    points = []
+    for x, measured in values:
+        if found := summary(measured):
+            spread = found.deviation
+            low, high = (None, None) if spread is None else (found.mean - spread, found.mean + spread)
+            points.append(Point(x, found.mean, words(found), low, high))
+    return tuple(points)
 
 
 def paired_difference(

@@ -16,13 +16,17 @@ from dist_train import __version__
 from dist_train.monitoring import wording
 from dist_train.outcome import UsageError
 from dist_train.report import tables
-from dist_train.report.chart import Frame, ticks
+from dist_train.report.chart import ROLES, Frame, style_rules, ticks
 from dist_train.report.contrasts import contrast_tables, evaluates_along_training
-from dist_train.report.figures import curve_records, sharpness_scatters
+from dist_train.report.figures import (
+    NumberedFigure,
+    curve_records,
+    figures_of_run,
+    figures_of_study,
+)
 from dist_train.report.landscape_charts import Plane, landscape_figure
-from dist_train.report.looks import ROLES, style_rules
 from dist_train.report.measures import measures_of, sharpness_of
-from dist_train.report.numbered import NumberedFigure, figures_of_run, figures_of_study
+from dist_train.report.sharpness_charts import sharpness_scatters
 from dist_train.report.stored_run import StoredRun, Subject, read_subject
 from dist_train.report.tables import effect_tables, run_cells, variant_tables
 from dist_train.report.variants import Panel, panels_of, shown

@@ -15,7 +15,7 @@ from typing import Annotated, NamedTuple, TypeAlias
 
 from pydantic import BeforeValidator, Field, TypeAdapter
 
-from dist_train.config.epochs import Epochs, Stage
+from dist_train.config.parts import Epochs, Stage
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text, open_regular, read_regular
 

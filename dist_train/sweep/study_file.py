@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dist_train.config.generalization import Metric
 from dist_train.config.loading import read_mapping
 from dist_train.config.problems import ConfigError, Problem, problem, problems_of
+from dist_train.config.regularization import Metric
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)+")

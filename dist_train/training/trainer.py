@@ -17,7 +17,7 @@ from dist_train.checkpoint.state import Progress, broadcast_state
 from dist_train.checkpoint.writer import CheckpointWriter, NotWritten
 from dist_train.cluster.communicator import Communicator, Generation, GroupBrokenError, MeetingRequestedError
 from dist_train.config import Config
-from dist_train.config.epochs import Epochs
+from dist_train.config.parts import Epochs
 from dist_train.config.plugins import plugin_files
 from dist_train.config.resuming import with_micro_size
 from dist_train.data.images import Split, Splits

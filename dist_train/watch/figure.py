@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord
-from dist_train.watch.history import Point as Means
+from dist_train.watch.run import Point as Means
 
 _LOG_RANGE = 25.0
 _SETTLED = 0.35

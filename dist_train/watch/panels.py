@@ -15,11 +15,10 @@ from uniplot import plot_to_string
 
 from dist_train.monitoring import wording
 from dist_train.outcome import escaped
-from dist_train.rundir.live_files import RanksReading
 from dist_train.rundir.records import RankMeasurement
+from dist_train.rundir.status import RanksReading
 from dist_train.watch.figure import ACCURACY, BATCH, Chart, Measured, Quantity, learning_curve
-from dist_train.watch.history import History
-from dist_train.watch.run import Snapshot, silence_in_words
+from dist_train.watch.run import History, Snapshot, silence_in_words
 from dist_train.watch.run_table import COLOURS
 
 _BAD_EVENTS = frozenset(

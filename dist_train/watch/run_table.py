@@ -6,7 +6,7 @@ import json
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -22,12 +22,12 @@ from rich.text import Text
 from dist_train.cluster.launch import JOB_IS_ALIVE, JOB_WAITS
 from dist_train.config.loading import parse_yaml, yaml_fault
 from dist_train.monitoring import wording
+from dist_train.monitoring.wording import Pace
 from dist_train.outcome import UsageError, escaped
 from dist_train.rundir.atomic import read_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
 from dist_train.rundir.status import Status, load_status
-from dist_train.watch.history import seconds_left
 
 _STALE_AFTER = 600.0
 """How many seconds a run on another host may be silent before it counts as lost."""
@@ -364,3 +364,11 @@ def targets_directories(directory: Path) -> tuple[Path, ...]:
             if isinstance(folder, str):
                 folders[Path(folder).expanduser().absolute()] = None
     return tuple(folders)
+
+
+def seconds_left(latest: Iterable[TrainRecord], total_steps: int) -> float | None:
+    """Return the time up to `total_steps` at the pace of the latest records; None while it is not known."""
+    pace = Pace()
+    for record in latest:
+        pace.mark(record.step, record.time)
+    return pace.seconds_left(total_steps)

@@ -6,15 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.analysis.landscape_points import (
-    Place,
-    Point,
-    along,
-    axis,
-    interpolation,
-    line_points,
-    plane_points,
-)
+from dist_train.analysis.landscape_files import Point
+from dist_train.analysis.landscape_points import Place, along, axis, interpolation, line_points, plane_points
 
 NONE = torch.zeros(0)
 

@@ -13,7 +13,7 @@ import yaml
 from scipy import stats
 
 from dist_train.report.contrasts import accuracy_at
-from dist_train.report.correlations import partial_spearman, rank_correlation
+from dist_train.report.sharpness_charts import partial_spearman, rank_correlation
 from dist_train.report.stored_run import read_run, read_subject
 from dist_train.report.variants import panels_of
 from tests.longer.report_page import cells, evaluations, runs_of, written

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from dist_train.report.figures import sharpness_scatters
 from dist_train.report.page import render
+from dist_train.report.sharpness_charts import sharpness_scatters
 from dist_train.report.stored_run import read_subject
 from dist_train.report.variants import panels_of
 from dist_train.rundir.records import EvaluationRecord, Record

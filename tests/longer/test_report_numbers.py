@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_train.report.chart import ticks
-from dist_train.report.correlations import spearman
 from dist_train.report.measures import paired_difference, summary
+from dist_train.report.sharpness_charts import spearman
 from dist_train.watch.figure import Axis, linear_axis, loss_axis, plain
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.report.looks import LIGHT
+from dist_train.report.chart import LIGHT
 from dist_train.report.page import write_report
 from tests.launching import records
 from tests.services.browser import Page, browser

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dist_train.config import Config
-from dist_train.config.former import STREAM_OF_A_RANK
+from dist_train.config.resuming import STREAM_OF_A_RANK
 from dist_train.data.images import BatchRequest, SampleSource
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan, epoch_order

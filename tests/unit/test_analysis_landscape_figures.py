@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from dist_train.analysis.directions import Trajectory
 from dist_train.analysis.landscape_figures import draw_landscape, draw_line
-from dist_train.analysis.landscape_files import SPLITS, Landscape, PointRow
-from dist_train.analysis.landscape_points import Point, axis, line_points, plane_points
+from dist_train.analysis.landscape_files import SPLITS, Landscape, Point, PointRow
+from dist_train.analysis.landscape_points import axis, line_points, plane_points
 
 ALPHAS = axis(-1.0, 1.0, 5)
 

@@ -7,8 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dist_train.analysis.landscape_files import Identity, LandscapeFolder, read_landscape
-from dist_train.analysis.landscape_points import Measured, Point
+from dist_train.analysis.landscape_files import Identity, LandscapeFolder, Measured, Point, read_landscape
 from dist_train.outcome import UsageError
 from tests.raising import raises
 

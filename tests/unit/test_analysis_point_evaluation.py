@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dist_train.analysis.landscape_files import Point
 from dist_train.analysis.landscape_points import (
     Batch,
     Place,
-    Point,
     PointEvaluator,
     axis,
     interpolation,

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torchvision import models
 
-from dist_train.checkpoint.initial import find_initial, read_initial
-from dist_train.checkpoint.state import load_model
+from dist_train.checkpoint.state import find_initial, load_model, read_initial
 from dist_train.config import parse_config
 from dist_train.models import build_model
 from dist_train.outcome import UsageError

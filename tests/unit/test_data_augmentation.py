@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_train.data.pixels import AUGMENTATIONS, crop_flip
+from dist_train.data.augmentation import AUGMENTATIONS, crop_flip
 
 
 def pictures(count: int, channels: int = 3, height: int = 10, width: int = 7) -> Tensor:

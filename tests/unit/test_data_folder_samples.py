@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_train.config import DataSettings
-from dist_train.data import loaded
+from dist_train.data import loader
+from dist_train.data.augmentation import channel_statistics
 from dist_train.data.decoding import decode
 from dist_train.data.image_folder import list_split
 from dist_train.data.images import BatchRequest, Splits
-from dist_train.data.loaded import augmentation_draws
-from dist_train.data.loader import open_splits
-from dist_train.data.pixels import channel_statistics
+from dist_train.data.loader import augmentation_draws, open_splits
 from dist_train.outcome import FaultError, UsageError
 from tests.raising import raises
 from tests.unit.image_folders import damage, write_folder
@@ -116,8 +115,8 @@ def test_an_evaluation_amid_what_was_announced_changes_nothing(opened: dict[int,
 def test_both_splits_are_normalized_by_a_seeded_sample_of_the_training_images(
     root: Path, monkeypatch: pytest.MonkeyPatch, loaders: int
 ) -> None:
-    monkeypatch.setattr(loaded, "STATISTICS_SAMPLES", 10)
-    monkeypatch.setattr(loaded, "_STATISTICS_PART", 4)
+    monkeypatch.setattr(loader, "STATISTICS_SAMPLES", 10)
+    monkeypatch.setattr(loader, "_STATISTICS_PART", 4)
     splits = open_splits(data(root, loaders, normalize=True), 5, CPU)
     images = torch.stack([bytes_of(root, "train", sample, None) for sample in range(10)])
     statistics = channel_statistics(images)

@@ -7,10 +7,10 @@ import torch
 
 from dist_train.config import DataSettings
 from dist_train.data import loader, synthetic
+from dist_train.data.augmentation import PixelFormat, channel_statistics, crop_flip
 from dist_train.data.catalog import load_images
 from dist_train.data.images import BatchRequest, ImageSet
 from dist_train.data.loader import Samples, open_splits
-from dist_train.data.pixels import PixelFormat, channel_statistics, crop_flip
 
 CPU = torch.device("cpu")
 INDICES = torch.tensor([31, 4, 4, 90, 0])

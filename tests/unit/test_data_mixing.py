@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from dist_train.config import RegularizationSettings
+from dist_train.data.augmentation import Target, beta_shares, build_mix, unmixed
 from dist_train.data.images import BatchRequest
-from dist_train.data.mixing import Target, beta_shares, build_mix, unmixed
 from dist_train.data.plan import BatchPlan, MicroBatch
 from dist_train.training.step import GlobalBatch, loss_sum
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dist_train.data.pixels import ChannelStatistics, PixelFormat, channel_statistics
+from dist_train.data.augmentation import ChannelStatistics, PixelFormat, channel_statistics
 
 EVERY_BYTE = torch.arange(256, dtype=torch.uint8).view(4, 1, 8, 8)
 

@@ -14,7 +14,7 @@ PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile", "pyproject.t
 SUFFIXES = {".py", ".md", ".sh", ".yml", ".yaml", ".jinja", ".html", ".def", ""}
 PROCESSES_OF_A_LOADER = re.compile(r"(?i)loader[_ ]workers|(max|num|wait_for|persistent)_workers|worker_init")
 
-FORMER = (Path(__file__), ROOT / "dist_train/config/former.py", ROOT / "tests/unit/former_run/config.yaml")
+FORMER = (Path(__file__), ROOT / "dist_train/config/resuming.py", ROOT / "tests/unit/former_run/config.yaml")
 """Where the words of before must stand: the settings' former names, and a run that has them."""
 
 PRIVATE = {

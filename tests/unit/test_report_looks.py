@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import dist_train.report
-from dist_train.report.looks import DARK, LIGHT, look_of, style_rules
+from dist_train.report.chart import DARK, LIGHT, look_of, style_rules
 
 Linear = Sequence[float]
 

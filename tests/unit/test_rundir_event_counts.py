@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.rundir.live_files import EventCounts, read_counts
 from dist_train.rundir.records import EventRecord
+from dist_train.rundir.status import EventCounts, read_counts
 from tests.unit.exporting import FACTS, OUTCOME, train
 
 

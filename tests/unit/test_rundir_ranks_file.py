@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.rundir.live_files import RanksFile, RanksReading, read_ranks
 from dist_train.rundir.records import Measurement, Outcome, RankMeasurement, StepParts
+from dist_train.rundir.status import RanksFile, RanksReading, read_ranks
 
 OUTCOME = Outcome("finished", "", 0, 9, 1.0, 1.0, None, None, None, None, None)
 
@@ -23,7 +23,7 @@ def measurement(step: int, *busy: float) -> Measurement:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
-    monkeypatch.setattr("dist_train.rundir.live_files.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("dist_train.rundir.status.time.monotonic", lambda: now[0])
     return now
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from dist_train.checkpoint.files import list_checkpoints, read_checkpoint
 from dist_train.cluster.communicator import Alone
 from dist_train.config import ConfigError
-from dist_train.config.epochs import Epochs
+from dist_train.config.parts import Epochs
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import epoch_order
 from dist_train.launching.provenance import run_facts

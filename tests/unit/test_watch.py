@@ -17,7 +17,6 @@ import pytest
 from rich.console import Console
 
 from dist_train.outcome import ExitCode, UsageError
-from dist_train.rundir.live_files import RanksFile
 from dist_train.rundir.records import (
     EvaluationRecord,
     EventRecord,
@@ -28,9 +27,9 @@ from dist_train.rundir.records import (
     TrainRecord,
     to_json,
 )
-from dist_train.rundir.status import StatusFile
-from dist_train.watch.history import History, Point, ThinnedCurve, seconds_left
-from dist_train.watch.run import Snapshot, WatchedRun, find_run
+from dist_train.rundir.status import RanksFile, StatusFile
+from dist_train.watch.run import History, Point, Snapshot, ThinnedCurve, WatchedRun, find_run
+from dist_train.watch.run_table import seconds_left
 from dist_train.watch.view import frame, plan, summary
 from tests.raising import raises
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.watch.history import Follower, News
+from dist_train.watch.run import Follower, News
 
 
 @pytest.fixture

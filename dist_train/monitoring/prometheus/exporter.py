@@ -23,9 +23,9 @@ from dist_train.monitoring.prometheus import messages
 from dist_train.monitoring.prometheus.board import outcome_label
 from dist_train.monitoring.prometheus.messages import Begin, Ending, Progress, Serving, Warned
 from dist_train.monitoring.prometheus.targets import TargetFile, identity_of
-from dist_train.rundir.live_files import read_counts
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Measurement, Observer, Outcome, Record, RunFacts
+from dist_train.rundir.status import read_counts
 
 if TYPE_CHECKING:
     from dist_train.config.sections import MetricsSettings

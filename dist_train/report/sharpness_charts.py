@@ -1,0 +1,312 @@
+"""Sharpness against generalization, with rank correlations, and along training against 2 / learning rate."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
+
+from scipy import stats
+
+from dist_train.report.measures import (
+    FINAL_ACCURACY,
+    GAP,
+    TRAIN_LOSS,
+    Measure,
+    Summary,
+    commonest_settings,
+    mean_points,
+    sharpness_measures,
+)
+from dist_train.report.stored_run import StoredRun
+from dist_train.report.tables import limits, lost_note
+from dist_train.report.variants import Lost, Panel, Variant, duplicates_of
+from dist_train.rundir.records import EvaluationRecord, TrainRecord
+from dist_train.watch.figure import (
+    Axis,
+    Chart,
+    Point,
+    Series,
+    epochs_axis,
+    linear_axis,
+    percent_tick,
+    plain,
+    three_digits,
+)
+
+
+@dataclass(frozen=True)
+class RankCorrelation:
+    """Spearman's rho of `count` pairs, with Fisher's 95 % interval; its ends are NaN where there is none."""
+
+    rho: float
+    low: float
+    high: float
+    count: int
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Return the rank correlation; None for under three pairs, or where one side does not vary."""
+    if len(first) < 3 or len(set(first)) < 2 or len(set(second)) < 2:
+        return None
+    return float(stats.spearmanr(first, second).statistic)
+
+
+def partial_spearman(first: Sequence[float], second: Sequence[float], given: Sequence[float]) -> float | None:
+    """Return the rank correlation of what `given`, linearly in ranks, does not explain of either; None without any."""
+    pairs = ((first, second), (first, given), (second, given))
+    plain, of_first, of_second = (spearman(one, other) for one, other in pairs)
+    if plain is None or of_first is None or of_second is None:
+        return None
+    left = (1 - of_first**2) * (1 - of_second**2)
+    return (plain - of_first * of_second) / math.sqrt(left) if left > 1e-12 else None
+
+
+def rank_correlation(
+    first: Sequence[float], second: Sequence[float], given: Sequence[float] | None = None
+) -> RankCorrelation | None:
+    """Return the rank correlation, partial where something is `given`, with its interval; None where there is none.
+
+    tanh(atanh(rho) +- 1.96 sqrt((1 + rho^2 / 2) / (n - 3 - k))), k = 1 where something is given, else 0: Fisher's, with
+    the variance for ranks of Bonett and Wright (Psychometrika 65, 2000). It takes the pairs for independent.
+    """
+    rho = spearman(first, second) if given is None else partial_spearman(first, second, given)
+    if rho is None:
+        return None
+    freedom = len(first) - 3 - (given is not None)
+    if freedom < 1 or abs(rho) >= 1 - 1e-12:
+        return RankCorrelation(rho, math.nan, math.nan, len(first))
+    half = float(stats.norm.ppf(0.975)) * math.sqrt((1 + rho**2 / 2) / freedom)
+    return RankCorrelation(rho, math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half), len(first))
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's rank correlation with `other`, among what `note` counts; None where that is too little.
+
+    A censored value has the rank of its bound.
+    """
+
+    other: str
+    among: str
+    found: RankCorrelation | None
+    note: str
+
+    @property
+    def text(self) -> str:
+        """Return the correlation and, in brackets, its interval and what it is of; a dash without one."""
+        if self.found is None:
+            return "\u2013"
+        numbers = [f"{each:.2f}".replace("-", "\u2212") for each in (self.found.low, self.found.high)]
+        ends = "" if math.isnan(self.found.low) else f"{' to '.join(numbers)}; "
+        return f"{self.found.rho:.2f} ({ends}{self.note})".replace("-", "\u2212")
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """One measure of sharpness against test accuracy, and its correlations: with that, with the training loss, and with
+    the generalization gap, also given the training loss.
+    """
+
+    chart: Chart
+    correlations: tuple[Correlation, ...]
+
+
+@dataclass(frozen=True)
+class _Related:
+    """A run that has a measure and the `others`, and their values; `form` tells panels apart."""
+
+    panel: Panel
+    form: Literal["dots", "squares"]
+    variant: Variant
+    run: StoredRun
+    value: float
+    others: tuple[float, ...]
+
+
+def sharpness_scatters(panels: Sequence[Panel]) -> tuple[Scatter, ...]:
+    """Return a scatter for every measure of sharpness that at least two finished runs have; duplicates left out."""
+    runs = [run for panel in panels for variant in panel.variants for run in variant.counted if run.is_finished]
+    # two studies in one folder may hold the same run
+    distinct = {run.name for run in runs} - duplicates_of(runs).keys()
+    lost = {panel.short: _lost(panel.variants) for panel in panels}
+    lost["all runs"] = _lost([variant for panel in panels for variant in panel.variants])
+    scatters: list[Scatter] = []
+    for measure in sharpness_measures(runs):
+        with_accuracy = _related(panels, distinct, measure, (FINAL_ACCURACY,))
+        if len(with_accuracy) >= 2:
+            correlations = tuple(
+                correlation
+                for others in _CORRELATED
+                for correlation in _correlations(measure, others, _related(panels, distinct, measure, others), lost)
+            )
+            scatters.append(Scatter(_scatter(f"scatter-{len(scatters)}", measure, with_accuracy), correlations))
+    return tuple(scatters)
+
+
+_CORRELATED = ((FINAL_ACCURACY,), (TRAIN_LOSS,), (GAP,), (GAP, TRAIN_LOSS))
+"""With what; and where there are two, given the second."""
+
+
+def _related(
+    panels: Sequence[Panel], distinct: Collection[str], measure: Measure, others: Sequence[Measure]
+) -> list[_Related]:
+    return [
+        _Related(panel, "squares" if number % 2 else "dots", variant, run, value, values)
+        for number, panel in enumerate(panels)
+        for variant in panel.variants
+        for run, value in variant.measured(measure)
+        if run.name in distinct
+        and len(values := tuple(found for other in others if (found := other.take(run)) is not None)) == len(others)
+    ]
+
+
+def _lost(variants: Sequence[Variant]) -> Lost:
+    """Return how many runs of `variants` have no part in correlations, since they diverged or have not finished."""
+    runs = {run.name: run for variant in variants for run in variant.distinct}.values()
+    diverged = sum(run.is_diverged for run in runs)
+    return Lost(diverged, sum(not run.is_finished for run in runs) - diverged)
+
+
+def _correlations(
+    measure: Measure, others: Sequence[Measure], related: Sequence[_Related], lost: Mapping[str, Lost]
+) -> Iterator[Correlation]:
+    """Yield the correlation over all runs, over each batch size where there are several, and over variants' means.
+
+    `lost` are the runs that have no part in it, by the first column's names.
+    """
+    other = ", given ".join(each.title for each in others)
+    shorts = dict.fromkeys(item.panel.short for item in related)
+    for among in ("all runs", *(shorts if len(shorts) > 1 else ())):
+        found = [item for item in related if among in ("all runs", item.panel.short)]
+        columns = [[item.others[at] for item in found] for at in range(len(others))]
+        rho = rank_correlation([item.value for item in found], *columns)
+        censored = sum(measure.is_bound(item.run) for item in found)
+        unresolved = sum(measure.is_unresolved(item.run) for item in found)
+        yield Correlation(other, among, rho, limits(len(found), censored, unresolved) + lost_note(lost[among]))
+    means: dict[tuple[str, str], list[_Related]] = {}
+    for item in related:
+        means.setdefault((item.panel.title, item.variant.name), []).append(item)
+    if 3 <= len(means) < len(related):
+        first = [fmean(item.value for item in found) for found in means.values()]
+        rest = [[fmean(item.others[at] for item in found) for found in means.values()] for at in range(len(others))]
+        bounds = sum(any(measure.is_bound(item.run) for item in found) for found in means.values())
+        yield Correlation(other, "variants' means", rank_correlation(first, *rest), limits(len(means), bounds, 0))
+
+
+def _scatter(key: str, measure: Measure, related: Sequence[_Related]) -> Chart:
+    groups: dict[tuple[str, str], list[_Related]] = {}
+    for item in related:
+        groups.setdefault((f"{item.panel.short}, {item.variant.label}", f"s{item.variant.colour}"), []).append(item)
+    series = []
+    for (label, style), found in groups.items():
+        points = []
+        for item in found:
+            seed = "" if item.run.seed is None else f", seed {item.run.seed}"
+            value = measure.described(item.run, item.value)
+            words = f"{label}{seed}: {value}, test {item.others[0] * 100:.2f} %"
+            points.append(Point(item.value, item.others[0], words))
+        series.append(Series(label, style, tuple(points), found[0].form))
+    x = [item.value for item in related]
+    axis = linear_axis(measure.title, x, plain, margin=0.08)
+    if min(x) > 0 and max(x) / min(x) > 30:
+        axis = Axis(measure.title, min(x) / 1.4, max(x) * 1.4, plain, is_logarithmic=True)
+    description = f"{measure.title} against final test accuracy, {len(x)} runs."
+    accuracy = linear_axis("final test accuracy, %", [item.others[0] for item in related], percent_tick, margin=0.1)
+    return Chart(key, measure.title, description, axis, accuracy, tuple(series))
+
+
+EIGENVALUE = "largest Hessian eigenvalue"
+_MOST_POINTS = 400
+
+
+def sharpness_courses(panels: Sequence[Panel]) -> tuple[Chart, ...]:
+    """Return a chart a panel of the runs of which two checkpoints or more were measured, with 2 / learning rate.
+
+    Only measurements with the commonest settings are taken. The upright axes are the same, and logarithmic.
+    """
+    drawn = [(panel, _series(panel, _settings(panels))) for panel in panels]
+    values = [point.y for _, series in drawn for each in series for point in each.points if point.y > 0]
+    if not values:
+        return ()
+    # towards the end of a decay 2 / rate has no bounds
+    eigenvalues = [point.y for _, series in drawn for each in series[::2] for point in each.points]
+    low, high = min(values), min(max(values), 30 * max(eigenvalues))
+    axis = Axis("largest eigenvalue; dashed: 2 / rate", low / 1.4, high * 1.4, plain, is_logarithmic=True)
+    return tuple(
+        Chart(f"course-{number}", panel.title, _described(panel, series), epochs_axis(series), axis, series)
+        for number, (panel, series) in enumerate(drawn)
+        if series
+    )
+
+
+def eigenvalues_of(run: StoredRun, settings: str | None) -> tuple[tuple[int, float], ...]:
+    """Return the steps at which the eigenvalue was measured with `settings`, ascending, and the eigenvalues."""
+    found = {
+        item.step: item.measures[EIGENVALUE]
+        for item in run.analyses.sharpness
+        if item.settings == settings and item.step is not None and item.measures.get(EIGENVALUE, 0) > 0
+    }
+    return tuple(sorted(found.items()))
+
+
+def epoch_at(run: StoredRun, step: int) -> float | None:
+    """Return the epochs done after `step` updates, by the record there, else between those around it."""
+    records: tuple[TrainRecord | EvaluationRecord, ...] = (*run.train, *run.evaluations)
+    known = sorted({record.step: record.epoch for record in records}.items())
+    at = bisect_left(known, (step, -math.inf))
+    if at == len(known):
+        return None
+    right, left = known[at], known[at - 1] if at else (0, 0.0)
+    part = (step - left[0]) / (right[0] - left[0]) if right[0] != left[0] else 1.0
+    return left[1] + part * (right[1] - left[1])
+
+
+def _settings(panels: Sequence[Panel]) -> str | None:
+    runs = [run for panel in panels for variant in panel.variants for run in variant.counted]
+    return commonest_settings([item for run in runs for item in run.analyses.sharpness if EIGENVALUE in item.measures])
+
+
+def _series(panel: Panel, settings: str | None) -> tuple[Series, ...]:
+    """Return for each variant its eigenvalues and its 2 / rate, one after the other."""
+    series: list[Series] = []
+    for variant in panel.variants:
+        runs = [run for run in variant.counted if len(eigenvalues_of(run, settings)) > 1]
+        if runs:
+            style = f"s{variant.colour}"
+            series += [
+                Series(variant.label, style, _eigenvalues(runs, settings)),
+                Series(f"{variant.label}, 2 / rate", style, _limit(runs[0]), "dashed"),
+            ]
+    return tuple(series)
+
+
+def _eigenvalues(runs: Sequence[StoredRun], settings: str | None) -> tuple[Point, ...]:
+    values: dict[float, list[float]] = {}
+    for run in runs:
+        for step, value in eigenvalues_of(run, settings):
+            if (epoch := epoch_at(run, step)) is not None:
+                values.setdefault(epoch, []).append(value)
+
+    def words(found: Summary) -> str:
+        return f"{three_digits(found.mean)} (n = {found.count})"
+
+    return mean_points(sorted(values.items()), words)
+
+
+def _limit(run: StoredRun) -> tuple[Point, ...]:
+    every = max(1, math.ceil(len(run.train) / _MOST_POINTS))
+    records = [record for record in run.train[::every] if record.learning_rate > 0]
+    return tuple(
+        Point(record.epoch, 2 / record.learning_rate, f"2 / rate = {three_digits(2 / record.learning_rate)}")
+        for record in records
+    )
+
+
+def _described(panel: Panel, series: Sequence[Series]) -> str:
+    return f"Largest eigenvalue of the Hessian along training, and 2 / learning rate, {panel.title}; " + "; ".join(
+        f"{each.label} {each.points[-1].text}" for each in series[::2]
+    )
