@@ -366,8 +366,9 @@ be_elastic() {
 
 # check_elastic CONFIG [OVERRIDE...]: refuses what cannot continue without a lost node.
 check_elastic() {
-    [[ $MIN_RANKS =~ ^[1-9][0-9]*$ ]] && ((MIN_RANKS <= rank_count)) ||
+    if [[ ! $MIN_RANKS =~ ^[1-9][0-9]*$ ]] || ((MIN_RANKS > rank_count)); then
         usage_error "MIN_RANKS takes a number, 1 to the run's $rank_count ranks, not '$MIN_RANKS'"
+    fi
     # What is wrong with the configuration is said later by check_run.
     local settings
     settings=$("${dist_train[@]}" config show "$@" 2>/dev/null) || settings=
@@ -439,7 +440,8 @@ guard_batch_host() {
     # Where this node is lost, srun is too, but not its step.
     env "${requests[@]}" srun --mpi=none --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "--nodelist=$other" \
         --cpus-per-task=1 --gres=none --input=none --output=none --no-kill \
-        bash -c "$(declare -f requeue_once_lost); requeue_once_lost $(printf '%q ' "$host" "$(readlink "/proc/$$/fd/2")")" &
+        bash -c "$(declare -f requeue_once_lost); requeue_once_lost $(printf '%q ' "$host" "$(readlink "/proc/$$/fd/2")")" \
+        2> >(grep --line-buffered -vE 'Job step aborted|Terminated|Killed|forcing job termination|got SIG' >&2) & # its end
     guard_step=$! guard_node=$other
 }
 

@@ -46,7 +46,7 @@ def test_a_run_that_meets_its_time_limit_saves_and_resumes_by_itself(
     cluster.control("update", f"jobid={submitted.job}", "timelimit=10")
     ended = submitted.wait()
     assert_equal_bit_identically(ended, submitted.run, long_run)
-    assert "resumes from step" in ended.output
+    assert "resuming from step" in ended.output
 
 
 @pytest.mark.lengthy
@@ -59,7 +59,7 @@ def test_a_run_with_too_little_time_is_requeued_again_and_again_until_it_has_fin
     ended = cluster.wait(submitted.job, 500)
     assert_equal_bit_identically(ended, submitted.run, long_run)
     assert ended.restarts == 3, ended.output
-    assert ended.output.count("resumes from step") == 3, ended.output
+    assert ended.output.count("resuming from step") == 3, ended.output
 
 
 @pytest.mark.lengthy
