@@ -44,6 +44,8 @@ class ElasticRun:
     ranks: int
     options: tuple[str, ...]
     extra: Mapping[str, str] | None = None
+    others: list[JoinedLaunch] = field(default_factory=list)
+    """Launches that have joined, and have begun."""
 
     def __enter__(self) -> ElasticRun:
         self.log = self.run.with_suffix(".log")
@@ -67,11 +69,14 @@ class ElasticRun:
     def join(self, ranks: int) -> JoinedLaunch:
         """Return a launch of so many ranks that join this one, as from another node."""
         (file,) = wait_for(lambda: list(self.run.glob("join-*.json")), lambda: self.log.read_text())
-        return JoinedLaunch(file, ranks, self.run.with_name(f"joined-{time.monotonic_ns()}.log"))
+        joined = JoinedLaunch(file, ranks, self.run.with_name(f"joined-{time.monotonic_ns()}.log"))
+        self.others.append(joined)
+        return joined
 
     def slots(self) -> dict[int, int]:
-        """Return the living ranks' process ids by slot."""
-        found = {slot_of(pid): pid for pid in descendants(self.process.pid)}
+        """Return the living ranks' process ids by slot, those that other launches have brought included."""
+        launchers = [self.process, *(other.process for other in self.others)]
+        found = {slot_of(pid): pid for launcher in launchers for pid in descendants(launcher.pid)}
         return {slot: pid for slot, pid in found.items() if slot is not None}
 
     def send(self, slot: int, number: signal.Signals) -> int:

@@ -105,6 +105,18 @@ def test_a_spare_node_takes_part_in_place_of_one_that_is_lost_for_good(
     assert who(submitted.run, "rank_joined") == ["node3", "node3"]
 
 
+def test_with_too_few_ranks_left_the_job_is_requeued(cluster: Cluster, tmp_path: Path, long_run: Undisturbed) -> None:
+    submitted = Submitted(cluster, tmp_path, long_run.config, "--nodes=3", **knobs(tmp_path, MIN_RANKS="5"))
+    submitted.wait_for(has(6))
+    cluster.kill_node("node2")
+    wait_for(lambda: cluster.job(submitted.job).restarts == 1, lambda: cluster.job(submitted.job).output)
+    cluster.start_node("node2")
+    (tmp_path / "hurry").touch()
+    ended = submitted.wait()
+    assert_equal_bit_identically(ended, submitted.run, long_run)
+    assert "4 ranks are left of at least 5" in ended.output
+
+
 def test_preempted_and_without_its_first_node_it_resumes(
     cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:

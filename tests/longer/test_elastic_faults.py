@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -47,8 +48,11 @@ RICH: Sections = {
 """With state beside the weights and the optimizer's."""
 
 
-def run_with_faults(folder: Path, ranks: int, seed: int, count: int, sections: Sections) -> None:
-    """Train with `count` faults, ask the run to stop, and compare it with a run that nothing happened to."""
+def run_with_faults(folder: Path, ranks: int, seed: int, count: int, sections: Sections, joining: int = 0) -> None:
+    """Train with `count` faults, ask the run to stop, and compare it with a run that nothing happened to.
+
+    Beside the `ranks` of the launch there are `joining` of another one that joins it.
+    """
     plugin = folder / "failing.py"
     plugin.write_text(FAILING)
     ours: Sections = {
@@ -62,14 +66,20 @@ def run_with_faults(folder: Path, ranks: int, seed: int, count: int, sections: S
     settings = small_settings(**{name: {**sections.get(name, {}), **ours.get(name, {})} for name in names})
     config = write_config(folder, settings)
     options = ("--min-ranks", "1", "--restarts", str(10 * count))
-    with ElasticRun(config, folder / "run", ranks, options) as launch:
+    if joining:
+        options = (*options, "--listen", "127.0.0.2", "--max-ranks", str(ranks + joining))
+    with ElasticRun(config, folder / "run", ranks, options) as launch, ExitStack() as stack:
         wait_for_lines(folder / "run/metrics.jsonl", 4)
+        if joining:
+            stack.enter_context(launch.join(joining))
+            wait_for(lambda: len(launch.joined()) == joining, lambda: launch.log.read_text()[-3000:])
         faults = Faults(launch, random.Random(seed), folder)
         faults.inflict(count)
         made = launch.step()
         wait_for(lambda: launch.step() > made + 3, lambda: launch.log.read_text()[-3000:])
         launch.process.send_signal(signal.SIGTERM)
         ended = launch.wait()
+        assert [other.wait().code for other in launch.others] == [ExitCode.STOPPED] * bool(joining)
     assert ended.code == ExitCode.STOPPED, ended.output[-3000:]
     assert faults.done.total() == count
     last = final_checkpoint(folder / "run")["step"]
@@ -91,3 +101,8 @@ def test_ranks_come_and_go_at_random(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("ranks", "sections"), [(2, {}), (3, RICH), (4, {})], ids=["2", "3", "4"])
 def test_a_hundred_faults_change_nothing(tmp_path: Path, ranks: int, sections: Sections) -> None:
     run_with_faults(tmp_path, ranks, seed=ranks, count=100, sections=sections)
+
+
+@pytest.mark.lengthy
+def test_a_hundred_faults_of_two_launches_change_nothing(tmp_path: Path) -> None:
+    run_with_faults(tmp_path, 2, seed=5, count=100, sections=RICH, joining=2)

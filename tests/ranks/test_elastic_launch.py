@@ -85,7 +85,7 @@ def test_ranks_of_other_launchers_join_and_leave_and_nothing_changes(tmp_path: P
 
             def wait_for_another_than(lost: int) -> None:
                 def is_whole() -> bool:
-                    living = {*first.pids(), *launch.slots().values()}
+                    living = set(launch.slots().values())
                     return lost not in living and len(living) == 3 and living - launch.joined() <= begun
 
                 wait_for(is_whole, lambda: launch.log.read_text()[-3000:])
