@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import dist_train
 from benchmarks.bare_loop import bare_vgg9
@@ -36,7 +36,8 @@ from dist_train.data.images import BatchRequest
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.launching.assembly import build_step
-from dist_train.models import build_model
+from dist_train.models import build_model, norm_operators
+from dist_train.models.norms import join_relus
 from dist_train.optim.averaging import build_averaging
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import build_noise
@@ -55,7 +56,19 @@ _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": 
 _PACKAGE = Path(dist_train.__file__).parent
 _SLOT_OF_SAMPLES = 2
 """Of the tally, which is the one that a step compares with what it knows."""
-_NO_KERNEL = frozenset({"alias", "detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty"})
+_NO_KERNEL = frozenset(
+    {
+        "alias",
+        "detach",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "lift_fresh",
+        "new_empty",
+        "new_empty_strided",
+        "_unsafe_view",
+    }
+)
 _FUSED = frozenset({"_fused_sgd_", "_fused_adam_", "_fused_adamw_"})
 _WRITTEN_ALONE = frozenset({"copy_", "fill_", "zero_"})
 """Operators that write their first argument and do not read it."""
@@ -155,9 +168,11 @@ class _Watch(TorchDispatchMode):
             return args[0].clone()
         # FakeTensor does not know fused optimizers, which return nothing.
         result = None if name in _FUSED else func(*args, **kwargs)
+        if name in ("convolution", "convolution_backward"):
+            result = _as_cudnn_lays_it_out(result, args[1] if name == "convolution_backward" else args[0])
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
         places = {tensor.device.type for tensor in (*inputs, *outputs) if tensor.dim() or tensor.is_cuda}
-        if "cuda" not in places or func.namespace != "aten" or name in _NO_KERNEL:
+        if "cuda" not in places or func.namespace not in ("aten", "dist_train") or name in _NO_KERNEL:
             return result
         if "cpu" in places:
             if name not in ("_to_copy", "copy_"):
@@ -180,6 +195,17 @@ class _Watch(TorchDispatchMode):
 
 def _tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _as_cudnn_lays_it_out(result: Any, inputs: Tensor) -> Any:
+    """Return what a convolution of `inputs` gives in their layout: what torch's CPU build knows of GPUs loses it."""
+    if not inputs.is_contiguous(memory_format=torch.channels_last):
+        return result
+    return tree_map_only(Tensor, lambda each: _channels_last(each) if each.dim() == 4 else each, result)
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    return torch.empty_like(images, memory_format=torch.channels_last)
 
 
 def _only_looks(func: Any) -> bool:
@@ -254,6 +280,7 @@ def _our_step(config: Config, network: nn.Module, ranks: int) -> Callable[[], ob
     comm, compute = _Rank0(ranks), _Compute(_DEVICE, _PRECISIONS[config.precision.compute])
     layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
     splits = open_splits(config.data, config.run.seed, _DEVICE, layout)
+    join_relus(network)
     weights = FlatWeights(network)
     step = build_step(
         config,
@@ -303,6 +330,8 @@ def _emulated(job: Job) -> tuple[Emulated, Counter[str], Counter[str]]:
     images, share = config.data.image_format, config.batch.global_size // job.ranks
     network = bare_vgg9(images.shape[0], images.classes, config.model.width) if job.plain else build_model(config)
     points = config.noise.points if config.noise.passes == "all" else 1
+    # What is not computed needs no Triton.
+    norm_operators.has_triton = lambda: True  # type: ignore[assignment]
     watch = _Watch(config.batch.global_size * points)
     error = ""
     with FakeTensorMode(), watch:

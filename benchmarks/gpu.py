@@ -17,21 +17,26 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from unittest.mock import patch
 
 import torch
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.groups import Device, groups_on
 from benchmarks.launching import NotMeasuredError, environment, measure, module, on_ranks, tell
 from benchmarks.machine import this_machine
 from benchmarks.subject import QUIET, open_trainer, settings
+from benchmarks.timing import timed
 from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint
 from dist_train.cluster.communicator import Alone
 from dist_train.cluster.devices import find_gpus
 from dist_train.config import NoiseSettings, dump_config
-from dist_train.models import build_model
+from dist_train.models import build_model, norm_operators
+from dist_train.models.norms import GroupedBatchNorm, join_relus
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise_draws import NoiseDraws
 from dist_train.outcome import ExitCode
@@ -182,6 +187,47 @@ def same_draws(device: Device, folder: Path) -> Finding:
     return Finding("\n".join(lines), holds)
 
 
+def norms(device: Device, folder: Path) -> Finding:
+    """Normalize groups of 128, a ReLU behind, by our kernels and by torch's: how far from float64, and how fast?"""
+    lines = ["| activations | kernels | errors of outputs, gradients | both passes |", "|---|---|---|---|"]
+    holds = True
+    whose = ("Triton's", "torch's") if device == "cuda" and norm_operators.has_triton() else ("torch's",)
+    for shape in ((1024, 64, 32, 32), (1024, 256, 8, 8)) if device == "cuda" else ((256, 32, 8, 8),):
+        inputs, upstream = torch.randn(2, *shape, device=device).unbind()
+        inputs, upstream = (each.contiguous(memory_format=torch.channels_last) for each in (inputs, upstream))
+        reference = _GroupByGroup(shape[1], device=device, dtype=torch.float64)
+        # At its edge a ReLU may take either side.
+        upstream[reference(inputs.double()).abs() < 1e-4] = 0.0
+        expected = _both_passes(nn.Sequential(reference, nn.ReLU()), inputs.double(), upstream.double())
+        for name in whose:
+            model = nn.Sequential(GroupedBatchNorm(shape[1], _GROUP), nn.ReLU(inplace=True)).to(device)
+            join_relus(model)
+            both_passes = partial(_both_passes, model, inputs, upstream)
+            with patch.object(norm_operators, "has_triton", return_value=name == "Triton's"):
+                found = both_passes()
+                seconds = min(timed(both_passes) for _ in range(_PAIRS))
+            errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
+            holds = holds and max(errors) < 1e-5
+            written = ", ".join(f"{error:.1e}" for error in errors)
+            lines.append(f"| {list(shape)} | {name} | {written} | {seconds * 1e3:.3f} ms |")
+    return Finding("\n".join(lines), holds)
+
+
+_GROUP = 128
+
+
+class _GroupByGroup(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.cat([super(_GroupByGroup, self).forward(group) for group in input.split(_GROUP)])
+
+
+def _both_passes(model: nn.Module, inputs: Tensor, upstream: Tensor) -> list[Tensor]:
+    """Return the outputs, and the gradients of inputs and parameters."""
+    leaf = inputs.detach().requires_grad_()
+    outputs = model(leaf)
+    return [outputs.detach(), *torch.autograd.grad(outputs, (leaf, *model.parameters()), upstream)]
+
+
 def no_waits(device: Device, folder: Path) -> Finding:
     """Run the tests of a step under torch's sync debug mode; on a CPU those that need no GPU."""
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
@@ -238,6 +284,7 @@ PARTS: Mapping[str, Callable[[Device, Path], Finding]] = MappingProxyType(
     {
         "same-bits": same_bits,
         "same-draws": same_draws,
+        "norms": norms,
         "no-waits": no_waits,
         "peak-memory": peak_memory,
         "profile": step_profile,

@@ -34,7 +34,7 @@ from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan, MicroBatch
 from dist_train.launching.session import Session
 from dist_train.models import build_model
-from dist_train.models.norms import BatchStatistics, norm_modules
+from dist_train.models.norms import BatchStatistics, join_relus, norm_modules
 from dist_train.optim.averaging import Averaging, build_averaging
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import Noise, SmoothOut, build_noise
@@ -104,6 +104,8 @@ def assemble(
     total_steps = updates_of(config.run.epochs)
 
     network = build_model(config).to(compute.device)
+    if compute.device.type == "cuda":
+        join_relus(network)
     weights = FlatWeights(network)
     is_measured = config.metrics.enabled or config.metrics.writes_tensorboard
     measuring = None

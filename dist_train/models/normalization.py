@@ -3,17 +3,22 @@
 On CPUs torch's own batch norm adds up a channel of a channels-last tensor in one float32 accumulator: over the 94,080
 values of 120 images of 28x28 that loses three to four digits (docs/norms.md). Here each position of the image is
 first a channel of its own, so that an accumulator sees one value a sample, and the positions are summed pairwise.
-On GPUs torch's kernels are accurate, and one kernel does it all.
+On GPUs our kernels take all groups at once, and the ReLU behind them, where Triton is there; else torch's take each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from dist_train.models import norm_operators
+
+Activation = Literal["none", "relu"]
+"""What follows a norm."""
 
 SumOverRanks = Callable[[Tensor, str], None]
 """Replaces a contiguous tensor by its sum over all ranks; the text names the operation, the same on all of them."""
@@ -40,8 +45,10 @@ def normalize(
     epsilon: float,
     group_sizes: Sequence[int],
     across: AcrossRanks | None = None,
+    activation: Activation = "none",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `inputs` [n, C] or [n, C, H, W] normalized group by group, and the groups' means and variances [g, C].
+    """Return `inputs` [n, C] or [n, C, H, W] normalized group by group, with `activation` applied, and the groups'
+    means and variances [g, C].
 
     Groups are consecutive samples, `group_sizes` of them. `across` makes one group of what all ranks bring; every rank
     must then call it, with one sample or more. Means and unbiased variances, float32, carry no gradient; the variance
@@ -50,15 +57,67 @@ def normalize(
     if torch.compiler.is_compiling() and across is None:
         # The compiler fuses plain operations, and cannot see into a kernel's writes to parts of a tensor.
         groups = inputs.split(list(group_sizes))
-        outputs = torch.cat([_plain(group, weight, bias, epsilon) for group in groups])
+        outputs = _activated(_plain_groups(inputs, weight, bias, epsilon, group_sizes), activation)
         moments = [torch.var_mean(group.detach().float(), [0, *range(2, group.dim())]) for group in groups]
         variances, means = (torch.stack(kind) for kind in zip(*moments, strict=True))
         return outputs, means, variances
+    if across is None and _kernels_take(inputs, group_sizes):
+        kernels: Callable[..., tuple[Tensor, Tensor, Tensor]] = _NormalizeByKernels.apply
+        return kernels(inputs, weight, bias, epsilon, tuple(group_sizes), activation)
     operation: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Normalize.apply
     if across is not None:
         # A compiled graph cannot wait for other ranks: it ends here, and another begins behind.
         operation = torch.compiler.disable(operation)
-    return operation(inputs, weight, bias, epsilon, tuple(group_sizes), across)
+    outputs, means, variances = operation(inputs, weight, bias, epsilon, tuple(group_sizes), across)
+    return _activated(outputs, activation), means, variances
+
+
+def _activated(outputs: Tensor, activation: Activation) -> Tensor:
+    return outputs.relu_() if activation == "relu" else outputs
+
+
+def _kernels_take(inputs: Tensor, group_sizes: Sequence[int]) -> bool:
+    """Whether our kernels can compute it: where the layout is another, torch's need no copy."""
+    laid_out = inputs.dim() == 2 or inputs.is_contiguous(memory_format=torch.channels_last)
+    alike = len({*group_sizes[:-1]}) <= 1
+    return inputs.is_cuda and laid_out and alike and inputs.dtype != torch.float64 and norm_operators.has_triton()
+
+
+class _NormalizeByKernels(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        epsilon: float,
+        group_sizes: tuple[int, ...],
+        activation: Activation,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = _channels_last(inputs)
+        outputs, moments = torch.ops.dist_train.ghost_norm(
+            inputs, weight, bias, epsilon, group_sizes[0], len(group_sizes), activation
+        )
+        ctx.save_for_backward(inputs, weight, bias, moments)
+        ctx.epsilon, ctx.group_sizes, ctx.activation = epsilon, group_sizes, activation
+        means, variances, _ = moments.unbind()
+        ctx.mark_non_differentiable(means, variances)
+        ctx.set_materialize_grads(False)
+        return outputs, means, variances
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight, bias, moments = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            again = _plain_groups(inputs, weight, bias, ctx.epsilon, ctx.group_sizes)
+            leaves = (inputs, weight, bias)
+            gradients = torch.autograd.grad(_activated(again, ctx.activation), leaves, upstream, create_graph=True)
+            return *gradients, None, None, None
+        of_inputs, of_groups = torch.ops.dist_train.ghost_norm_backward(
+            _channels_last(upstream), inputs, weight, bias, moments, ctx.group_sizes[0], ctx.activation
+        )
+        of_weight, of_bias = (of_groups.sum(1) if len(ctx.group_sizes) > 1 else of_groups[:, 0]).unbind()
+        return of_inputs, of_weight, of_bias, None, None, None
 
 
 class _Normalize(torch.autograd.Function):
@@ -94,7 +153,7 @@ class _Normalize(torch.autograd.Function):
         if torch.is_grad_enabled():
             # The gradient is to be differentiated again, as for a Hessian: by operations that can be.
             assert ctx.across is None, "sync norm has first derivatives only"
-            again = torch.cat([_plain(group, weight, bias, ctx.epsilon) for group in inputs.split(ctx.group_sizes)])
+            again = _plain_groups(inputs, weight, bias, ctx.epsilon, ctx.group_sizes)
             leaves = (inputs, weight, bias)
             return *torch.autograd.grad(again, leaves, upstream, create_graph=True), None, None, None
         upstream = upstream if ctx.fused else _channels_last(upstream)
@@ -114,6 +173,10 @@ class _Normalize(torch.autograd.Function):
                 kind[0] if len(kind) == 1 else torch.stack(kind).sum(0) for kind in zip(*gradients, strict=True)
             )
         return of_inputs, of_weight, of_bias, None, None, None
+
+
+def _plain_groups(inputs: Tensor, weight: Tensor, bias: Tensor, epsilon: float, group_sizes: Sequence[int]) -> Tensor:
+    return torch.cat([_plain(group, weight, bias, epsilon) for group in inputs.split(list(group_sizes))])
 
 
 def _plain(group: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from types import MappingProxyType
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from dist_train.config import ModelSettings
 from dist_train.fixed_point import STATISTICS
-from dist_train.models.normalization import AcrossRanks, SumOverRanks, normalize
+from dist_train.models.normalization import AcrossRanks, Activation, SumOverRanks, normalize
 
 VECTOR_GROUP = 8
 """Fewest channels that group norm puts together where a channel has one value; of two, only the order would stay."""
@@ -53,6 +53,8 @@ class GroupedBatchNorm(nn.Module):
         self.group_size = group_size
         self.epsilon = 1e-5
         self.across_ranks: AcrossRanks | None = None
+        self.activation: Activation = "none"
+        """What the norm applies besides: see `join_relus`."""
         self.seen: list[SeenGroups] = []
         """Groups of forward passes in training mode, in order; cleared by the caller."""
         self.weight = nn.Parameter(torch.ones(channels))
@@ -63,11 +65,14 @@ class GroupedBatchNorm(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Normalize over each group in training mode, by the running averages otherwise."""
         if not self.training:
-            return functional.batch_norm(
+            normalized = functional.batch_norm(
                 inputs, self.running_mean, self.running_var, self.weight, self.bias, eps=self.epsilon
             )
+            return normalized.relu_() if self.activation == "relu" else normalized
         sizes = self._group_sizes(inputs.shape[0])
-        normalized, means, variances = normalize(inputs, self.weight, self.bias, self.epsilon, sizes, self.across_ranks)
+        normalized, means, variances = normalize(
+            inputs, self.weight, self.bias, self.epsilon, sizes, self.across_ranks, self.activation
+        )
         self.seen.append(SeenGroups(means, variances, sizes))
         return normalized
 
@@ -81,6 +86,19 @@ class GroupedBatchNorm(nn.Module):
 def norm_modules(model: nn.Module) -> list[GroupedBatchNorm]:
     """Return the modules of `model` that have running statistics, in a fixed order."""
     return [module for module in model.modules() if isinstance(module, GroupedBatchNorm)]
+
+
+def join_relus(model: nn.Module) -> None:
+    """Let each norm that a ReLU follows within an `nn.Sequential` of `model` apply it, in one pass over memory.
+
+    On a GPU that is one kernel in place of two. The ReLU's place is taken by `nn.Identity`.
+    """
+    for parent in list(model.modules()):
+        if isinstance(parent, nn.Sequential):
+            for (_, norm), (name, after) in pairwise(list(parent.named_children())):
+                if isinstance(norm, GroupedBatchNorm) and type(after) is nn.ReLU:
+                    norm.activation = "relu"
+                    setattr(parent, name, nn.Identity())
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:

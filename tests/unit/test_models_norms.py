@@ -13,6 +13,7 @@ from dist_train.models.norms import (
     BatchStatistics,
     GroupedBatchNorm,
     channel_groups,
+    join_relus,
     norm_factory,
     norm_modules,
     norm_parameters,
@@ -111,6 +112,23 @@ def test_a_forward_pass_notes_its_groups_and_leaves_the_running_averages_where_t
     for mean, variance, group in zip(seen.means, seen.variances, groups, strict=True):
         torch.testing.assert_close(mean, inputs[group].mean(dim=0))
         torch.testing.assert_close(variance, inputs[group].var(dim=0))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_norm_that_a_relu_was_joined_to_has_the_bits_of_both(shape: tuple[int, ...], training: bool) -> None:
+    def run(model: nn.Sequential) -> list[torch.Tensor]:
+        norm = model.train(training)[0]
+        inputs = batch(11, shape).requires_grad_()
+        outputs = model(inputs)
+        return [outputs, *torch.autograd.grad(outputs.square().sum(), (inputs, *norm.parameters()))]
+
+    apart, joined = (nn.Sequential(a_norm(4), nn.ReLU(inplace=True), nn.ReLU()) for _ in range(2))
+    join_relus(joined)
+    assert [type(module) for module in joined] == [GroupedBatchNorm, nn.Identity, nn.ReLU]
+    assert joined.state_dict().keys() == apart.state_dict().keys()
+    for found, expected in zip(run(joined), run(apart), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_the_state_dict_has_batch_norm_s_names_and_nothing_else() -> None:

@@ -1,0 +1,289 @@
+"""Batch norm over stacked groups of samples, with the ReLU behind it, as Triton kernels for channels-last activations.
+
+In that layout activations are a matrix [rows, C], a row for each position of each sample; a group is so many
+consecutive rows, the last one all that are left. A program works on a part of a group and on a block of channels. Two
+launches make the forward pass, two the backward pass: the first finds what each part adds to the sums of its group; the
+second adds the parts up, each program for itself, and writes the result. A single launch would have one program for
+each block of each group: 1 for the 132 multiprocessors of a card in VGG9's first layer.
+
+The bits of a group follow from its own rows alone: parts begin at the group's first row and have a fixed length; they
+are added up in their order, without atomics; where another group has more parts, zeros follow, which change nothing;
+nothing is tuned at run time. The gradients of weight and bias are the groups' sums, added up in the groups' order over
+a micro-batch. So a micro-batch has the same bits on whichever rank, after whichever others, it is computed: on the same
+kind of card, with the same Triton, as all that a GPU computes.
+"""
+
+# Triton reads the annotations of a kernel's parameters, and leaves its functions without types.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_PART = tl.constexpr(1024)
+"""Rows of a part."""
+_TILE = tl.constexpr(32)
+"""Rows, or parts, that a program holds in its registers at once."""
+_WIDEST = 64
+"""Channels of a block, at the most."""
+_launched = triton.jit(do_not_specialize=["rows", "total", "parts"])
+"""Compiled once for all sizes."""
+
+
+@triton.jit
+def _place(rows, total, width: tl.constexpr):
+    """Return the program's group, that group's first row and length, the part of it, and the block's channels."""
+    group = tl.program_id(1)
+    first = group.to(tl.int64) * rows
+    length = tl.where(group == tl.num_programs(1) - 1, total - first, rows).to(tl.int64)
+    return group, first, length, tl.program_id(0), tl.program_id(2) * width + tl.arange(0, width)
+
+
+@triton.jit
+def _tile(matrix, first, row, length, lanes, channels):
+    """Return `row` [tile] of what begins at row `first`, zeros from `length` on; where they lie; which are within."""
+    places = (first + row)[:, None] * channels + lanes[None, :]
+    within = (row < length)[:, None] & (lanes < channels)[None, :]
+    return tl.load(matrix + places, mask=within, other=0.0).to(tl.float32), places, within
+
+
+@triton.jit
+def _filled(length, part):
+    """Return how many rows of each `part` a group of `length` rows fills."""
+    return tl.minimum(tl.maximum(length - part * _PART, 0), _PART)
+
+
+@_launched
+def _part_moments(inputs, means, spreads, rows, total, parts, channels, width: tl.constexpr):
+    """Write the means of each part [groups, parts, C], and the sums of squared distances from them."""
+    group, first, length, part, lanes = _place(rows, total, width)
+    filled = _filled(length, part)
+    row = tl.arange(0, _TILE)
+    mean = tl.zeros((_TILE, width), tl.float32)
+    spread = tl.zeros((_TILE, width), tl.float32)
+    for step in range(tl.cdiv(filled, _TILE)):
+        values, _, within = _tile(inputs, first + part * _PART, row + step * _TILE, filled, lanes, channels)
+        # Welford's update, each row of the tile for itself: no difference of large sums.
+        distance = tl.where(within, values - mean, 0.0)
+        mean += distance * (1.0 / (step + 1))
+        spread += distance * (values - mean)
+    counts = tl.cdiv(tl.maximum(filled - row, 0), _TILE).to(tl.float32)[:, None]
+    whole = tl.sum(mean * counts, 0) / tl.maximum(filled, 1).to(tl.float32)
+    distance = mean - whole[None, :]
+    place = (group * parts + part) * channels + lanes
+    tl.store(means + place, whole, mask=lanes < channels)
+    tl.store(spreads + place, tl.sum(spread + counts * distance * distance, 0), mask=lanes < channels)
+
+
+@triton.jit
+def _group_moments(means, spreads, group, length, parts, lanes, channels, width: tl.constexpr):
+    """Return a group's means, and the sums of squared distances from them, from those of its parts."""
+    sums = tl.zeros((_TILE, width), tl.float32)
+    squares = tl.zeros((_TILE, width), tl.float32)
+    for start in range(0, parts, _TILE):
+        part = start + tl.arange(0, _TILE)
+        mean, _, _ = _tile(means, group * parts, part, parts, lanes, channels)
+        sums += mean * _filled(length, part).to(tl.float32)[:, None]
+    whole = tl.sum(sums, 0) / length.to(tl.float32)
+    for start in range(0, parts, _TILE):
+        part = start + tl.arange(0, _TILE)
+        mean, _, _ = _tile(means, group * parts, part, parts, lanes, channels)
+        spread, _, _ = _tile(spreads, group * parts, part, parts, lanes, channels)
+        distance = mean - whole[None, :]
+        squares += spread + _filled(length, part).to(tl.float32)[:, None] * distance * distance
+    return whole, tl.sum(squares, 0)
+
+
+@_launched
+def _write_normalized(
+    inputs,
+    outputs,
+    weight,
+    bias,
+    means,
+    spreads,
+    moments,
+    epsilon,
+    rows,
+    total,
+    parts,
+    channels,
+    width: tl.constexpr,
+    rectify: tl.constexpr,
+):
+    """Write the outputs, and the groups' means, unbiased variances and 1/deviations to `moments` [3, groups, C]."""
+    group, first, length, part, lanes = _place(rows, total, width)
+    known = lanes < channels
+    mean, squares = _group_moments(means, spreads, group, length, parts, lanes, channels, width)
+    count = length.to(tl.float32)
+    scale = 1.0 / tl.sqrt_rn(squares / count + epsilon)
+    if part == 0:
+        place, stride = moments + group * channels + lanes, tl.num_programs(1) * channels
+        tl.store(place, mean, mask=known)
+        tl.store(place + stride, squares / tl.maximum(count - 1.0, 1.0), mask=known)
+        tl.store(place + 2 * stride, scale, mask=known)
+    factor = tl.load(weight + lanes, mask=known, other=0.0)
+    term = tl.load(bias + lanes, mask=known, other=0.0)
+    filled = _filled(length, part)
+    for step in range(tl.cdiv(filled, _TILE)):
+        row = step * _TILE + tl.arange(0, _TILE)
+        values, places, within = _tile(inputs, first + part * _PART, row, filled, lanes, channels)
+        result = (values - mean[None, :]) * scale[None, :] * factor[None, :] + term[None, :]
+        if rectify:
+            result = tl.where(result <= 0.0, 0.0, result)  # a NaN stays one
+        tl.store(outputs + places, result, mask=within)
+
+
+@triton.jit
+def _per_channel(means, scales, weight, bias, group, lanes, channels):
+    """Return mean, 1/deviation, weight and bias of the block's channels."""
+    known = lanes < channels
+    mean = tl.load(means + group * channels + lanes, mask=known, other=0.0)
+    scale = tl.load(scales + group * channels + lanes, mask=known, other=0.0)
+    return mean, scale, tl.load(weight + lanes, mask=known, other=0.0), tl.load(bias + lanes, mask=known, other=0.0)
+
+
+@triton.jit
+def _standard_and_upstream(
+    upstream, inputs, mean, scale, factor, term, first, row, filled, lanes, channels, rectify: tl.constexpr
+):
+    """Return standardized inputs, their outputs' gradient before the ReLU, where they lie and which are within."""
+    values, places, within = _tile(inputs, first, row, filled, lanes, channels)
+    gradient, _, _ = _tile(upstream, first, row, filled, lanes, channels)
+    standard = tl.where(within, (values - mean[None, :]) * scale[None, :], 0.0)
+    if rectify:
+        gradient = tl.where(standard * factor[None, :] + term[None, :] <= 0.0, 0.0, gradient)
+    return standard, gradient, places, within
+
+
+@_launched
+def _part_sums(
+    upstream,
+    inputs,
+    weight,
+    bias,
+    means,
+    scales,
+    sums,
+    rows,
+    total,
+    parts,
+    channels,
+    width: tl.constexpr,
+    rectify: tl.constexpr,
+):
+    """Write each part's sums of gradients times standardized inputs, and of gradients, [2, groups, parts, C]."""
+    group, first, length, part, lanes = _place(rows, total, width)
+    known = lanes < channels
+    mean, scale, factor, term = _per_channel(means, scales, weight, bias, group, lanes, channels)
+    products = tl.zeros((_TILE, width), tl.float32)
+    totals = tl.zeros((_TILE, width), tl.float32)
+    filled = _filled(length, part)
+    for step in range(tl.cdiv(filled, _TILE)):
+        row = step * _TILE + tl.arange(0, _TILE)
+        standard, gradient, _, _ = _standard_and_upstream(
+            upstream, inputs, mean, scale, factor, term, first + part * _PART, row, filled, lanes, channels, rectify
+        )
+        products += gradient * standard
+        totals += gradient
+    place = sums + (group * parts + part) * channels + lanes
+    tl.store(place, tl.sum(products, 0), mask=known)
+    tl.store(place + tl.num_programs(1) * parts * channels, tl.sum(totals, 0), mask=known)
+
+
+@_launched
+def _write_gradients(
+    upstream,
+    inputs,
+    weight,
+    bias,
+    means,
+    scales,
+    sums,
+    of_inputs,
+    of_groups,
+    rows,
+    total,
+    parts,
+    channels,
+    width: tl.constexpr,
+    rectify: tl.constexpr,
+):
+    """Write the gradient of the inputs, and the groups' sums of what `_part_sums` found, [2, groups, C]."""
+    group, first, length, part, lanes = _place(rows, total, width)
+    known = lanes < channels
+    groups = tl.num_programs(1)
+    products = tl.zeros((_TILE, width), tl.float32)
+    totals = tl.zeros((_TILE, width), tl.float32)
+    for start in range(0, parts, _TILE):
+        which = start + tl.arange(0, _TILE)
+        found, _, _ = _tile(sums, group * parts, which, parts, lanes, channels)
+        products += found
+        found, _, _ = _tile(sums, (groups + group) * parts, which, parts, lanes, channels)
+        totals += found
+    product, gradients = tl.sum(products, 0), tl.sum(totals, 0)
+    if part == 0:
+        place = of_groups + group * channels + lanes
+        tl.store(place, product, mask=known)
+        tl.store(place + groups * channels, gradients, mask=known)
+    count = length.to(tl.float32)
+    product, gradients = product / count, gradients / count
+    mean, scale, factor, term = _per_channel(means, scales, weight, bias, group, lanes, channels)
+    filled = _filled(length, part)
+    for step in range(tl.cdiv(filled, _TILE)):
+        row = step * _TILE + tl.arange(0, _TILE)
+        standard, gradient, places, within = _standard_and_upstream(
+            upstream, inputs, mean, scale, factor, term, first + part * _PART, row, filled, lanes, channels, rectify
+        )
+        result = (gradient - gradients[None, :] - standard * product[None, :]) * (scale * factor)[None, :]
+        tl.store(of_inputs + places, result, mask=within)
+
+
+def normalize(
+    inputs: Tensor, weight: Tensor, bias: Tensor, epsilon: float, size: int, groups: int, rectify: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the outputs, and means, unbiased variances and 1/deviations [3, groups, C] of `groups` groups.
+
+    `inputs` [n, C], or [n, C, H, W] in channels-last layout; a group is `size` samples, the last one all that are left.
+    """
+    grid, geometry = _launch(inputs, size, groups)
+    outputs, moments = torch.empty_like(inputs), weight.new_empty(3, groups, len(weight))
+    means, spreads = weight.new_empty(2, groups, grid[0], len(weight)).unbind()
+    _part_moments[grid](inputs, means, spreads, **geometry)
+    _write_normalized[grid](
+        inputs, outputs, weight, bias, means, spreads, moments, epsilon, rectify=rectify, **geometry
+    )
+    return outputs, moments
+
+
+def gradients(
+    upstream: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, size: int, rectify: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of the inputs, and for each group those of weight and bias [2, groups, C].
+
+    `upstream` is laid out as `inputs`; `moments` are what `normalize` returned.
+    """
+    means, _, scales = moments.unbind()
+    grid, geometry = _launch(inputs, size, len(means))
+    of_inputs, of_groups = torch.empty_like(inputs), moments.new_empty(2, *means.shape)
+    sums = moments.new_empty(2, len(means), grid[0], len(weight))
+    shared = (upstream, inputs, weight, bias, means, scales, sums)
+    _part_sums[grid](*shared, rectify=rectify, **geometry)
+    _write_gradients[grid](*shared, of_inputs, of_groups, rectify=rectify, **geometry)
+    return of_inputs, of_groups
+
+
+def _launch(inputs: Tensor, size: int, groups: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Return the programs of a launch, (parts, groups, blocks of channels), and what every kernel is told."""
+    samples, channels = inputs.shape[:2]
+    positions = inputs[0, 0].numel()
+    longest = max(size, samples - size * (groups - 1)) * positions
+    parts = triton.cdiv(longest, _PART.value)
+    width = min(_WIDEST, triton.next_power_of_2(channels))
+    geometry = {"rows": size * positions, "total": samples * positions, "parts": parts, "channels": channels}
+    # The default of Triton's fusion of multiplications and additions differs from version to version.
+    options = {"width": width, "num_warps": 4, "enable_fp_fusion": False}
+    return (parts, groups, triton.cdiv(channels, width)), {**geometry, **options}

@@ -1,0 +1,189 @@
+"""The norms' Triton kernels by Triton's interpreter, on CPU tensors; and that they compile for GPUs that are not there.
+
+`make test-lengthy` gives them Triton: PyPI's takes a gigabyte, and a torch for CUDA brings its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_train.models import normalization
+from dist_train.models.norms import GroupedBatchNorm, join_relus
+
+pytestmark = [
+    pytest.mark.lengthy,
+    pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, which make test-lengthy installs"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 from the beginning"),
+]
+EPSILON = 1e-5
+CASES = [
+    # samples, channels, sides, group size
+    (7, 5, (), 3),
+    (6, 3, (5, 7), 2),
+    (9, 70, (9, 9), 4),
+    (40, 2, (9, 11), 17),  # parts of 1,024 rows: two in the first group, three in the last
+    (5, 1, (1, 1), 5),
+    (2, 130, (3, 1), 1),
+]
+
+
+Given = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def tensors(samples: int, channels: int, sides: tuple[int, ...], offset: float = 1.0) -> Given:
+    """Return inputs, in channels-last layout, the gradient of what comes of them, weight and bias."""
+    source = torch.Generator().manual_seed(samples)
+    inputs, upstream = torch.randn(2, samples, channels, *sides, generator=source).unbind()
+    if sides:
+        inputs, upstream = (each.contiguous(memory_format=torch.channels_last) for each in (inputs, upstream))
+    weight, bias = torch.randn(2, channels, generator=source).unbind()
+    return inputs.mul(3.0).add_(offset), upstream, weight, bias
+
+
+def sizes_of(samples: int, size: int) -> list[int]:
+    groups = max(1, samples // size)
+    return [size] * (groups - 1) + [samples - size * (groups - 1)]
+
+
+def by_kernels(
+    inputs: Tensor, upstream: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int], activation: str
+) -> tuple[Tensor, ...]:
+    """Return outputs, moments, the inputs' gradient and the groups' sums."""
+    operators = torch.ops.dist_train
+    outputs, moments = operators.ghost_norm(inputs, weight, bias, EPSILON, sizes[0], len(sizes), activation)
+    of = operators.ghost_norm_backward(upstream, inputs, weight, bias, moments, sizes[0], activation)
+    return outputs, moments, *of
+
+
+def by_float64(
+    inputs: Tensor, upstream: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int], activation: str
+) -> tuple[Tensor, ...]:
+    """Return outputs, means and variances, and the gradients of inputs, weight and bias."""
+    leaves = [each.double().requires_grad_() for each in (inputs, weight, bias)]
+    outputs, shape, moments = [], (-1, *(1,) * (inputs.dim() - 2)), []
+    for group in leaves[0].split(list(sizes)):
+        dimensions = [0, *range(2, group.dim())]
+        centered = group - group.mean(dimensions, keepdim=True)
+        variance = centered.square().mean(dimensions)
+        count = group.numel() / len(variance)
+        moments.append(torch.stack([group.mean(dimensions), variance * count / max(count - 1, 1)]).detach())
+        factor = leaves[1] * (variance + EPSILON).rsqrt()
+        outputs.append(centered * factor.view(shape) + leaves[2].view(shape))
+    whole = torch.cat(outputs).relu() if activation == "relu" else torch.cat(outputs)
+    return whole.detach(), torch.stack(moments, 1), *torch.autograd.grad(whole, leaves, upstream.double())
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_they_are_float64_s_to_float32_s_rounding(
+    case: tuple[int, int, tuple[int, ...], int], activation: normalization.Activation
+) -> None:
+    samples, channels, sides, size = case
+    given, sizes = tensors(samples, channels, sides), sizes_of(samples, size)
+    outputs, moments, of_inputs, of_groups = by_kernels(*given, sizes, activation)
+    expected = by_float64(*given, sizes, activation)
+    for found, true in zip((outputs, moments[:2], of_inputs, *of_groups.sum(1)), expected, strict=True):
+        torch.testing.assert_close(found.double(), true, rtol=1e-5, atol=1e-5 * float(true.abs().max()) + 1e-6)
+
+
+def test_a_mean_far_above_the_deviation_costs_no_digits_of_the_variance() -> None:
+    inputs, upstream, weight, bias = tensors(40, 3, (9, 11), offset=1000.0)
+    _, moments, _, _ = by_kernels(inputs, upstream, weight, bias, [40], "none")
+    _, expected, *_ = by_float64(inputs, upstream, weight, bias, [40], "none")
+    torch.testing.assert_close(moments[:2].double(), expected, rtol=1e-5, atol=0.0)
+
+
+def test_promise_3_a_group_has_the_same_bits_whatever_groups_are_computed_with_it() -> None:
+    given, sizes = tensors(40, 5, (9, 11)), sizes_of(40, 11)
+    outputs, moments, of_inputs, of_groups = by_kernels(*given, sizes, "relu")
+    parts = zip(*(each.split(sizes) for each in (given[0], given[1], outputs, of_inputs)), strict=True)
+    for index, (inputs, upstream, its_outputs, of_its_inputs) in enumerate(parts):
+        alone = by_kernels(inputs, upstream, given[2], given[3], [len(inputs)], "relu")
+        together = its_outputs, moments[:, index : index + 1], of_its_inputs, of_groups[:, index : index + 1]
+        assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_activations_of_half_precision_are_computed_with_in_float32(kind: torch.dtype) -> None:
+    inputs, upstream, weight, bias = tensors(9, 6, (4, 4))
+    inputs, upstream = inputs.to(kind), upstream.to(kind)
+    found = by_kernels(inputs, upstream, weight, bias, [4, 5], "relu")
+    expected = by_kernels(inputs.float(), upstream.float(), weight, bias, [4, 5], "relu")
+    for one, other in zip(found, expected, strict=True):
+        # where a GPU rounds to bfloat16, the interpreter cuts off
+        torch.testing.assert_close(one.float(), other, rtol=torch.finfo(one.dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_a_value_that_is_not_finite_stays_so(activation: str) -> None:
+    inputs, upstream, weight, bias = tensors(6, 2, (3, 3))
+    inputs[4, 1, 0, 0] = torch.nan
+    outputs, moments, of_inputs, _ = by_kernels(inputs, upstream, weight, bias, [3, 3], activation)
+    for each in (outputs[3:, 1], moments[:, 1, 1], of_inputs[3:, 1]):
+        assert each.isnan().all()
+    for each in (outputs[:3], outputs[:, 0], moments[:, 0], of_inputs[:3]):
+        assert each.isfinite().all()
+
+
+@pytest.mark.parametrize("sides", [(), (5, 4)])
+def test_a_norm_and_its_relu_are_what_they_are_without_kernels(
+    sides: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, upstream, weight, bias = tensors(11, 6, sides)
+
+    def run(first: bool) -> list[Tensor]:
+        norm = GroupedBatchNorm(6, 4)
+        model = torch.nn.Sequential(norm, torch.nn.ReLU(inplace=True))
+        if not first:
+            join_relus(model)
+        with torch.no_grad():
+            norm.weight.copy_(weight)
+            norm.bias.copy_(bias)
+        leaf = inputs.clone().requires_grad_()
+        outputs = model(leaf)
+        [seen] = norm.seen
+        leaves = (leaf, norm.weight, norm.bias)
+        gradients = torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
+        slopes = torch.autograd.grad(outputs, leaves, upstream, create_graph=True)
+        again = torch.autograd.grad(torch.stack([slope.square().sum() for slope in slopes]).sum(), leaves)
+        return [outputs, seen.means, seen.variances, *gradients, *slopes, *again]
+
+    expected = run(True)
+    monkeypatch.setattr(normalization, "_kernels_take", lambda *_: True)
+    for found, true in zip(run(False), expected, strict=True):
+        torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-5 * float(true.detach().abs().max()))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from dist_train.models import norm_kernels as kernels
+
+known = {"width": "constexpr", "rectify": "constexpr", "epsilon": "fp32"}
+known |= dict.fromkeys(("rows", "total", "parts", "channels"), "i32")
+for capability in (80, 90):
+    for kind in ("*fp32", "*bf16", "*fp16"):
+        known |= dict.fromkeys(("inputs", "outputs", "upstream", "of_inputs"), kind)
+        for name in ("_part_moments", "_write_normalized", "_part_sums", "_write_gradients"):
+            kernel = getattr(kernels, name)
+            signature = {argument: known.get(argument, "*fp32") for argument in kernel.arg_names}
+            constants = {k: v for k, v in {"width": 64, "rectify": True}.items() if k in signature}
+            source = ASTSource(kernel, signature, constants)
+            options = {"num_warps": 4, "enable_fp_fusion": False}
+            assert triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
+"""
+
+
+def test_they_compile_for_gpus() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    ended = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
