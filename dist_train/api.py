@@ -28,7 +28,7 @@ from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
 from dist_train.launching import train
 from dist_train.outcome import DivergedError, UsageError
-from dist_train.report.curves import RangeTest, draw_learning_curve, read_range_test, write_range_test
+from dist_train.report.drawing import RangeTest, draw_learning_curve, read_range_test, write_range_test
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
 from dist_train.rundir.status import Status, load_status

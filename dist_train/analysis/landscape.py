@@ -12,8 +12,17 @@ from typing import Any, Literal
 
 import torch
 
-from dist_train.analysis.basin_width import FACTORS, Width, basin_width, summarize
-from dist_train.analysis.directions import Trajectory, check_exclusions, random_direction, run_checkpoints, trace
+from dist_train.analysis.directions import (
+    FACTORS,
+    Trajectory,
+    Width,
+    basin_width,
+    check_exclusions,
+    random_direction,
+    run_checkpoints,
+    summarize,
+    trace,
+)
 from dist_train.analysis.landscape_files import (
     Identity,
     LandscapeFolder,

@@ -22,8 +22,7 @@ from scipy.optimize import Bounds, minimize
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
 from dist_train import __version__
-from dist_train.analysis.basin_width import ends
-from dist_train.analysis.directions import check_exclusions, random_direction
+from dist_train.analysis.directions import check_exclusions, ends, random_direction
 from dist_train.analysis.sharpness_record import (
     MEASURES,
     USUAL,

@@ -52,7 +52,7 @@ def add_landscape(subparsers: Subparsers) -> None:
 
 
 def _landscape(arguments: argparse.Namespace) -> int:
-    from dist_train.analysis.basin_width import describe
+    from dist_train.analysis.directions import describe
     from dist_train.analysis.landscape import make_landscape
     from dist_train.cluster.communicator import run_on_all_ranks
     from dist_train.cluster.points import join_points

@@ -75,7 +75,7 @@ def _study(arguments: argparse.Namespace) -> int:
     runs: tuple[PlannedRun, ...] = plan.runs
     if arguments.only is not None:
         if plan.unasked and arguments.action in (_sweep, _arguments):
-            from dist_train.sweep.asking import with_run
+            from dist_train.sweep.standing import with_run
 
             plan = with_run(plan, arguments.only)
         only = plan.run(arguments.only)
@@ -91,7 +91,7 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
-    from dist_train.sweep.asking import publish, with_next_trial
+    from dist_train.sweep.standing import publish, with_next_trial
     from dist_train.sweep.sweep import Launcher, share_of_threads, summary, sweep
 
     alone = arguments.only is not None
@@ -140,8 +140,7 @@ def _array(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ..
 
 
 def _arguments(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
-    from dist_train.sweep.asking import publish
-    from dist_train.sweep.standing import standing_of
+    from dist_train.sweep.standing import publish, standing_of
     from dist_train.sweep.sweep import train_arguments
 
     if arguments.only is None:
@@ -170,7 +169,7 @@ def _analyses(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun,
 
 
 def _best(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
-    from dist_train.sweep.asking import best_trials
+    from dist_train.sweep.standing import best_trials
 
     search = plan.study.search
     if search is None:
@@ -256,9 +255,8 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 def _submit_study(arguments: argparse.Namespace) -> int:
     from dist_train.config.loading import located
-    from dist_train.sweep.asking import publish
     from dist_train.sweep.planned_runs import plan_study
-    from dist_train.sweep.standing import as_ranges, standing_of
+    from dist_train.sweep.standing import as_ranges, publish, standing_of
     from dist_train.sweep.submission import Submission, project_root, study_jobs, submit_study
 
     parent = arguments.run_dir.absolute() if arguments.run_dir else None

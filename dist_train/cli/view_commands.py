@@ -148,7 +148,7 @@ def add_curve(subparsers: Subparsers) -> None:
 
 
 def _curve(arguments: argparse.Namespace) -> int:
-    from dist_train.report.curves import draw_learning_curve
+    from dist_train.report.drawing import draw_learning_curve
     from dist_train.rundir.paths import RunDirectory
 
     if arguments.output is None and len(arguments.runs) > 1:

@@ -1,8 +1,7 @@
 """Every setting, its default, its check: `load_config(path, overrides)` gives a frozen `Config`."""
 
-from dist_train.config.data import ENCODED, DataSettings
 from dist_train.config.loading import dump_config, load_config, parse_config
-from dist_train.config.parts import DATA_SETS, ImageFormat
+from dist_train.config.parts import DATA_SETS, ENCODED, DataSettings, ImageFormat
 from dist_train.config.problems import ConfigError
 from dist_train.config.regularization import (
     AveragingSettings,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dist_train.config.data import ENCODED
-from dist_train.config.parts import Section
+from dist_train.config.parts import ENCODED, Section
 from dist_train.config.plugins import is_plugin
 from dist_train.config.problems import Problem, problem
 from dist_train.config.sections import Config, MetricsSettings

@@ -1,14 +1,17 @@
-"""What sections and records are made of: formats of images, kinds of numbers, epochs."""
+"""What sections and records are made of, formats of images, kinds of numbers, epochs; and the section `data`."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from dist_train.config.plugins import Options, PluginName, is_plugin
 
 
 @dataclass(frozen=True)
@@ -110,3 +113,102 @@ class Epochs:
         ends = (*(stage.step for stage in self.stages[1:]), steps)
         pairs = zip(self.stages, ends, strict=True)
         return sum(max(0, min(end, steps) - stage.step) * stage.global_size for stage, end in pairs)
+
+
+ENCODED = ("imagefolder", "parquet", "webdataset", "huggingface")
+"""Data sets of encoded images, of any size, in files of one's own."""
+
+
+class DataSettings(Section):
+    """What is trained on."""
+
+    name: (
+        Literal[
+            "fashion-mnist",
+            "cifar10",
+            "cifar100",
+            "imagefolder",
+            "parquet",
+            "webdataset",
+            "huggingface",
+            "numpy",
+            "synthetic",
+        ]
+        | PluginName
+    ) = Field(
+        "fashion-mnist",
+        description="fashion-mnist: 1x28x28, 10 classes. cifar10, cifar100: 3x32x32, 10 or 100 classes. Of your own, "
+        "in `root`: imagefolder, a folder a class; parquet, webdataset, huggingface (`save_to_disk`), encoded images "
+        "and labels; numpy, arrays. synthetic: made-up images, no files needed.",
+    )
+    options: Options = options_of("data.name")
+    root: Path | None = Field(
+        None, description="Folder of the data set's files; none: the usual places.", examples=["/data/cifar10"]
+    )
+    download: bool = Field(False, description="Fetch CIFAR's archive into `root` when it is not there.")
+    train_size: PositiveInt | None = Field(
+        None, description="Train on a seeded, class-balanced subset of this size.", examples=[16384]
+    )
+    validation_size: PositiveInt | None = Field(
+        None,
+        description="Hold out so many training images, a seeded choice with the classes' shares: the validation split. "
+        "It is never trained on, and `train_size` is taken of the rest.",
+        examples=[5000],
+    )
+    augment: Literal["none", "crop-flip"] | PluginName = Field(
+        "none",
+        description="crop-flip: training images are shifted by up to 4 pixels, encoded ones cropped and resized at "
+        "random, and half of them mirrored.",
+    )
+    augment_options: Options = options_of("data.augment")
+    normalize: bool = Field(False, description="Subtract the channels' mean and divide by their deviation.")
+    loader_workers: NonNegativeInt = Field(
+        0, description="Processes that decode images, for data not held in memory.", examples=[4]
+    )
+    image_size: PositiveInt = Field(
+        224, description="Height and width of encoded images, once cropped.", examples=[128]
+    )
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
+        None, description="Channels, height and width of a plug-in's images, or of NumPy's.", examples=[(3, 64, 64)]
+    )
+    classes: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Classes of data of your own.", examples=[1000]
+    )
+    image_column: str | None = Field(
+        None,
+        min_length=1,
+        description="Where images are: a column of parquet and huggingface (none: image), the suffix of webdataset's "
+        "members (none: any of an image), the name of numpy's array (none: images).",
+        examples=["img"],
+    )
+    label_column: str | None = Field(
+        None,
+        min_length=1,
+        description="Where labels are, likewise; none: label, webdataset: cls, numpy: labels.",
+        examples=["fine_label"],
+    )
+    synthetic_samples: PositiveInt = Field(
+        4096, description="Training samples of the synthetic set (test: a fourth).", examples=[1024]
+    )
+    synthetic_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
+        (3, 32, 32),
+        description="Channels, height and width of the synthetic set's images.",
+        examples=[(1, 12, 12)],
+    )
+    synthetic_classes: Annotated[int, Field(ge=2)] = Field(
+        10, description="Classes of the synthetic set.", examples=[100]
+    )
+
+    @property
+    def image_format(self) -> ImageFormat:
+        """Shape of the images and number of classes."""
+        if self.name == "synthetic":
+            return ImageFormat(self.synthetic_shape, self.synthetic_classes)
+        if self.name in ENCODED:
+            assert self.classes is not None, "checked before"
+            return ImageFormat((3, self.image_size, self.image_size), self.classes)
+        if is_plugin(self.name) or self.name == "numpy":
+            assert self.shape is not None, "checked before"
+            assert self.classes is not None, "checked before"
+            return ImageFormat(self.shape, self.classes)
+        return DATA_SETS[self.name]

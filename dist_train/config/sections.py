@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from dist_train.config.data import DataSettings
 from dist_train.config.parts import (
     Beta,
+    DataSettings,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,

@@ -1,4 +1,4 @@
-"""The table of data sets. A new one is a reader and a row."""
+"""The table of data sets. A new one is a reader and a row; the synthetic one, made from the seed, is made here."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
+import torch
+from torch import Tensor
+
 from dist_train.config import DataSettings
 from dist_train.config.plugins import call_plugin, is_plugin
-from dist_train.data import cifar, fashion_mnist, synthetic
+from dist_train.data import cifar, fashion_mnist
 from dist_train.data.cache import Source, decoded_folder, decoded_once
 from dist_train.data.columns import find_arrays, find_parquet, find_saved, read_arrays
 from dist_train.data.image_folder import check_same_classes, list_split
@@ -16,6 +19,7 @@ from dist_train.data.images import ImageSet, MapDataset, Split
 from dist_train.data.packed import find_shards
 from dist_train.data.plan import balanced_subset, divided, others, stratified_choice
 from dist_train.outcome import UsageError
+from dist_train.randomness import generator
 
 _ARCHIVES: Mapping[str, cifar.Archive] = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}
 
@@ -93,7 +97,7 @@ def _cifar(name: str, archive: cifar.Archive, settings: DataSettings, split: Spl
 
 def _synthetic(settings: DataSettings, split: Split, seed: int) -> ImageSet:
     samples = settings.synthetic_samples if split == "train" else max(1, settings.synthetic_samples // 4)
-    return synthetic.make(settings.synthetic_shape, settings.synthetic_classes, samples, split, seed)
+    return make_synthetic(settings.synthetic_shape, settings.synthetic_classes, samples, split, seed)
 
 
 def _plugin(settings: DataSettings, split: Split, seed: int) -> ImageSet | MapDataset:
@@ -128,3 +132,40 @@ _FINDERS: Mapping[str, Callable[[DataSettings, Split], object]] = {
     "huggingface": find_saved,
     "numpy": find_arrays,
 }
+
+
+_GRID = 4
+_CONTRAST = 48
+_NOISE = 64
+_GREY = 128
+_CHUNK = 4096
+
+
+def make_synthetic(shape: tuple[int, int, int], classes: int, samples: int, split: Split, seed: int) -> ImageSet:
+    """Return `samples` images: their class's coarse pattern, common to both splits, under noise.
+
+    Only integers are drawn and added, so that every machine makes the same bytes. Classes are as equal
+    in size as `samples` allows.
+    """
+    patterns = _patterns(shape, classes, seed)
+    shuffle = torch.randperm(samples, generator=generator(seed, "synthetic labels", split))
+    labels = (torch.arange(samples) % classes)[shuffle]
+    images = torch.empty((samples, *shape), dtype=torch.uint8)
+    for index, start in enumerate(range(0, samples, _CHUNK)):
+        part = slice(start, min(start + _CHUNK, samples))
+        source = generator(seed, "synthetic noise", split, index)
+        noise = torch.randint(-_NOISE, _NOISE + 1, images[part].shape, dtype=torch.int16, generator=source)
+        images[part] = noise.add_(patterns[labels[part]]).clamp_(0, 255).to(torch.uint8)
+    return ImageSet(images, labels, classes)
+
+
+def _patterns(shape: tuple[int, int, int], classes: int, seed: int) -> Tensor:
+    """One picture of coarse blocks for each class, int16 [classes, C, H, W]."""
+    channels, height, width = shape
+    source = generator(seed, "synthetic patterns")
+    blocks = torch.randint(
+        -_CONTRAST, _CONTRAST + 1, (classes, channels, _GRID, _GRID), dtype=torch.int16, generator=source
+    )
+    rows = torch.arange(height) * _GRID // height
+    columns = torch.arange(width) * _GRID // width
+    return blocks[:, :, rows][:, :, :, columns] + _GREY

@@ -1,4 +1,4 @@
-"""From encoded images, in files or parts of files, to bytes of one size. No torch here: see `loader_process`."""
+"""From encoded images, in files or parts of files, to bytes of one size. No torch here: see `decoders`."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from dist_train.checkpoint.state import find_initial
 from dist_train.config import Config
 from dist_train.data.catalog import find_data
 from dist_train.data.plan import BatchPlan
-from dist_train.monitoring.loggers import check_installed
+from dist_train.monitoring.observers import check_installed
 from dist_train.monitoring.prometheus.http_server import check_access
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory

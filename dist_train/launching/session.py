@@ -17,8 +17,7 @@ from dist_train.config.plugins import call_plugin, plugin_files
 from dist_train.config.sections import MetricsSettings
 from dist_train.launching.provenance import launch_environment, revision, run_facts
 from dist_train.monitoring.console import open_console
-from dist_train.monitoring.loggers import tensorboard
-from dist_train.monitoring.observers import Observers
+from dist_train.monitoring.observers import Observers, tensorboard
 from dist_train.monitoring.prometheus.exporter import Exporter
 from dist_train.outcome import (
     DisagreementError,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dist_train import __version__
+from dist_train.config import Config
 from dist_train.monitoring import wording
 from dist_train.outcome import UsageError
-from dist_train.report import tables
 from dist_train.report.chart import ROLES, Frame, style_rules, ticks
-from dist_train.report.contrasts import contrast_tables, evaluates_along_training
 from dist_train.report.figures import (
     NumberedFigure,
     curve_records,
@@ -28,10 +29,11 @@ from dist_train.report.landscape_charts import Plane, landscape_figure
 from dist_train.report.measures import measures_of, sharpness_of
 from dist_train.report.sharpness_charts import sharpness_scatters
 from dist_train.report.stored_run import StoredRun, Subject, read_subject
-from dist_train.report.tables import effect_tables, run_cells, variant_tables
+from dist_train.report.tables import contrast_tables, effect_tables, evaluates_along_training, run_cells, variant_tables
 from dist_train.report.variants import Panel, panels_of, shown
 from dist_train.rundir import atomic
-from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.paths import RunDirectory, StudyDirectory
+from dist_train.watch.run_table import flat_settings
 
 _FOLDER = Path(__file__).parent
 
@@ -43,7 +45,7 @@ def tables_in_markdown(subject: Subject) -> str:
     groups: dict[str, dict[str, None]] = {}
     for found in (found for scatter in scatters for found in scatter.correlations):
         groups.setdefault(found.other, {})[found.among] = None
-    template = _environment().get_template("tables.md.jinja")
+    template = _templates().get_template("tables.md.jinja")
     text = template.render(
         repeated=_repeated(panels),
         tables=variant_tables(panels),
@@ -83,13 +85,13 @@ def write_report(directory: Path, output: Path) -> Subject:
 
 def render(subject: Subject, now: datetime | None = None) -> str:
     """Return the page as HTML."""
-    environment = _environment()
+    templates = _templates()
     content = _content(subject)
     script = (_FOLDER / "script.js").read_text(encoding="utf-8")
     style = (_FOLDER / "style.css").read_text(encoding="utf-8") + "\n".join(_series_rules(content))
     # files of this folder and numbers of variants; what runs say of themselves is escaped
     trusted_style, trusted_script = Markup(style), Markup(script)  # nosec B704
-    template = environment.get_template("run.html.jinja" if subject.kind == "run" else "study.html.jinja")
+    template = templates.get_template("run.html.jinja" if subject.kind == "run" else "study.html.jinja")
     return template.render(
         title=subject.title,
         subject=subject,
@@ -98,13 +100,13 @@ def render(subject: Subject, now: datetime | None = None) -> str:
         style=trusted_style,
         script=trusted_script,
         version=__version__,
-        commands=tables.commands(subject),
-        environment=(*tables.environment(subject.runs), *tables.versions(subject.runs)),
+        commands=_commands(subject),
+        environment=(*_places(subject.runs), *versions(subject.runs)),
         **content,
     )
 
 
-def _environment() -> Environment:
+def _templates() -> Environment:
     # HTML is escaped; Markdown has no markup of its own to escape
     environment = Environment(  # nosec B701
         loader=FileSystemLoader(_FOLDER),
@@ -161,8 +163,8 @@ def _of_study(subject: Subject) -> dict[str, Any]:
         "repeated": _repeated(panels),
         "troubled": [run for run in subject.runs if not run.is_finished],
         "problems": [(run, problem) for run in subject.runs for problem in run.analyses.problems],
-        "shared": tables.shared_settings(subject.runs),
-        "again": [(run, command) for run in subject.runs if (command := tables.command_of(run))],
+        "shared": _shared_settings(subject.runs),
+        "again": [(run, command) for run in subject.runs if (command := _command_of(run))],
     }
 
 
@@ -173,7 +175,7 @@ def _of_run(run: StoredRun) -> dict[str, Any]:
         "numbers": tuple(zip(measures, run_cells(run, measures), strict=True)),
         "figures": figures_of_run(run),
         "styles": {"s0"},
-        "sections": tables.sections_of(run.settings),
+        "sections": _sections_of(run.settings),
         "checkpoints": [event for event in run.events if event.event == "checkpoint" and event.details.get("path")],
         "kept": {path.name for path in RunDirectory(run.directory).checkpoints.glob("*.pt")},
         "events": [wording.event(event) for event in run.events if event.event != "checkpoint"],
@@ -203,3 +205,87 @@ def _policy(style: str, script: str) -> str:
 
 def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+_NOT_RECORDED = "not recorded"
+Sections = Mapping[str, Sequence[tuple[str, str, bool]]]
+"""Settings by section: name, value, and whether it is the default."""
+
+
+def _sections_of(settings: Mapping[str, object]) -> Sections:
+    """Return `settings`, which are by dotted path, by section."""
+    defaults = dict(flat_settings(Config().model_dump(mode="json")))
+    sections: dict[str, list[tuple[str, str, bool]]] = {}
+    for path, value in settings.items():
+        section, _, name = path.partition(".")
+        is_default = path in defaults and defaults[path] == value
+        sections.setdefault(section, []).append((name or section, shown(value), is_default))
+    return sections
+
+
+def _shared_settings(runs: Sequence[StoredRun]) -> Sections:
+    """Return the settings that all of `runs` have in common, by section."""
+    first, *others = [run.settings for run in runs if run.settings] or [{}]
+    missing = object()
+    return _sections_of(
+        {path: value for path, value in first.items() if all(each.get(path, missing) == value for each in others)}
+    )
+
+
+def _places(runs: Sequence[StoredRun]) -> tuple[tuple[str, str], ...]:
+    """Return where and when `runs` ran, as names and values."""
+    known = [run.status for run in runs if run.status]
+    rows = (
+        ("hosts", _listed(status.host for status in known)),
+        ("ranks", _listed(f"{status.world_size}" for status in known)),
+        ("Slurm jobs", _listed(status.slurm_job for status in known)),
+        ("last launch began", _span([status.started for status in known])),
+        ("ended", _span([status.finished for status in known if status.finished])),
+    )
+    return tuple((name, value) for name, value in rows if value)
+
+
+def versions(runs: Sequence[StoredRun]) -> tuple[tuple[str, str], ...]:
+    """Return what `runs` ran with, as names and values; where they differ, how many of them had which."""
+    recorded = [run.status.environment for run in runs if run.status]
+    if recorded and not any(recorded):
+        return (("versions", _NOT_RECORDED),)
+    rows = []
+    for name in dict.fromkeys(name for environment in recorded for name in environment):
+        counts = Counter(environment.get(name, _NOT_RECORDED) for environment in recorded).most_common()
+        differ = "runs differ: " + ", ".join(f"{value} ({count})" for value, count in counts)
+        rows.append((name, differ if len(counts) > 1 else counts[0][0]))
+    return tuple(rows)
+
+
+def _commands(subject: Subject) -> tuple[str, ...]:
+    """Return the commands that make the runs, and this page, again."""
+    folder = shlex.quote(str(subject.directory))
+    report = f"dist-train report {folder}"
+    if subject.kind != "run":
+        return (report,)
+    name = subject.runs[0].settings.get("run.name", "run")
+    config = shlex.quote(str(RunDirectory(subject.directory).config))
+    return (f"dist-train train {config} run.name={name}-again run.resume=never", report)
+
+
+def _command_of(run: StoredRun) -> str:
+    """Return the command that makes `run` of a study again; empty where its study does not say it."""
+    if run.planned is None or not run.planned.overrides:
+        return ""
+    return shlex.join(["dist-train", "train", str(StudyDirectory(run.directory.parent).base), *run.planned.overrides])
+
+
+def _listed(values: Iterable[str]) -> str:
+    return ", ".join(sorted({value for value in values if value}))
+
+
+def _span(moments: Sequence[str]) -> str:
+    try:
+        known = sorted(datetime.fromisoformat(moment) for moment in moments)
+    except ValueError:
+        return ""
+    if not known:
+        return ""
+    first, last = (f"{moment:%Y-%m-%d %H:%M} UTC" for moment in (known[0], known[-1]))
+    return first if first == last else f"{first} to {last}"

@@ -1,20 +1,19 @@
-"""The tables of the page: variants, differences from the base line, runs; and what it takes to run them again."""
+"""The tables of the page: variants, differences from the base line, contrasts, runs.
+
+A contrast is a variant against a reference, paired by seed, with intervals corrected for their number.
+"""
 
 from __future__ import annotations
 
-import shlex
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from dist_train.config import Config
-from dist_train.report.measures import Interval, Measure, measures_of, sharpness_measures
-from dist_train.report.stored_run import StoredRun, Subject
-from dist_train.report.variants import Lost, Panel, Variant, shown
-from dist_train.rundir.paths import RunDirectory, StudyDirectory
-from dist_train.watch.run_table import flat_settings
+from dist_train.report.measures import JUDGED_ACCURACY, JUDGED_LOSS, Interval, Measure, measures_of, sharpness_measures
+from dist_train.report.stored_run import NamedContrast, StoredRun
+from dist_train.report.variants import Lost, Panel, Variant
+from dist_train.watch.figure import three_digits
 
 _EFFECTS = ("final_test", "final_train", "gap", "test_loss", "train_loss")
 _Content = TypeVar("_Content")
@@ -200,87 +199,148 @@ def _grouped(measures: Sequence[Measure]) -> Iterator[tuple[str, tuple[Measure, 
         yield title, tuple(measure for measure in measures if measure.group == title)
 
 
-_NOT_RECORDED = "not recorded"
+_EQUAL_LOSS = replace(
+    JUDGED_ACCURACY,
+    key="equal_loss",
+    title="test accuracy at equal training loss",
+    explanation="Where the training loss first fell to the level in the cell, the lowest that all of the cell's runs "
+    "reached: between two evaluations linear in the logarithm of the loss. A run whose first evaluation is below it "
+    "has none.",
+    is_guess=lambda run: False,
+)
+_CONFIDENCE = 0.95
 
 
-Sections = Mapping[str, Sequence[tuple[str, str, bool]]]
-"""Settings by section: name, value, and whether it is the default."""
+@dataclass(frozen=True)
+class Contrast:
+    """A paired difference as it is read, with its 95 % interval and that at 1 - 0.05 / k for k comparisons.
+
+    A bound has its sign in `text` and no ends; `text` is empty where nothing is known; `corrected_ends` is empty where
+    there is one comparison alone.
+    """
+
+    interval: Interval
+    corrected: Interval
+    text: str
+    ends: str
+    corrected_ends: str
+    note: str
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the corrected interval leaves out zero."""
+        return self.corrected.low > 0 or self.corrected.high < 0
 
 
-def sections_of(settings: Mapping[str, object]) -> Sections:
-    """Return `settings`, which are by dotted path, by section."""
-    defaults = dict(flat_settings(Config().model_dump(mode="json")))
-    sections: dict[str, list[tuple[str, str, bool]]] = {}
-    for path, value in settings.items():
-        section, _, name = path.partition(".")
-        is_default = path in defaults and defaults[path] == value
-        sections.setdefault(section, []).append((name or section, shown(value), is_default))
-    return sections
+@dataclass(frozen=True)
+class ContrastTable:
+    """Variants against one reference; the intervals are corrected for all `rows`."""
+
+    title: str
+    measures: tuple[Measure, ...]
+    rows: tuple[tuple[str, Row[Contrast | None]], ...]
+    """The panel's short name with each."""
+    comparisons: int
 
 
-def shared_settings(runs: Sequence[StoredRun]) -> Sections:
-    """Return the settings that all of `runs` have in common, by section."""
-    first, *others = [run.settings for run in runs if run.settings] or [{}]
-    missing = object()
-    return sections_of(
-        {path: value for path, value in first.items() if all(each.get(path, missing) == value for each in others)}
+def contrast_tables(panels: Sequence[Panel], named: Sequence[NamedContrast]) -> tuple[ContrastTable, ...]:
+    """Return the contrasts that a study names, then all variants against the base lines of the smallest batch and of
+    the largest; variants without two seeds in common with the reference, and what no two seeds have, are left out.
+    """
+    placed = {variant.name: (panel, variant) for panel in panels for variant in panel.variants}
+    tables = []
+    for contrast in named:
+        if (reference := placed.get(contrast.against)) is not None:
+            chosen = [placed[name] for name in contrast.variants if name in placed]
+            title = contrast.title or f"{', '.join(contrast.variants)} against {contrast.against}"
+            tables.append(_table(f"{title}: difference from {_called(*reference)}", reference[1], chosen))
+    for panel in {panel.title: panel for panel in (*panels[:1], *panels[-1:])}.values():
+        if panel.base is not None:
+            others = [each for each in placed.values() if each[1] is not panel.base]
+            tables.append(_table(f"All variants: difference from {_called(panel, panel.base)}", panel.base, others))
+    return tuple(table for table in tables if table.measures)
+
+
+def evaluates_along_training(panels: Sequence[Panel]) -> bool:
+    """Whether any run has evaluated the training split more than once."""
+    return any(len(run.split("train")) > 1 for panel in panels for each in panel.variants for run in each.distinct)
+
+
+def accuracy_at(run: StoredRun, level: float) -> float | None:
+    """Return the test accuracy where the training loss first fell to `level`; None where no two evaluations hold it.
+
+    Between two evaluations it is linear in the logarithm of the training loss.
+    """
+    before: tuple[float, float] | None = None
+    for loss, accuracy in _course(run):
+        if loss <= level:
+            if before is None:
+                return accuracy if loss == level else None
+            part = math.log(before[0] / level) / math.log(before[0] / loss)
+            return before[1] + part * (accuracy - before[1])
+        before = loss, accuracy
+    return None
+
+
+def _course(run: StoredRun) -> list[tuple[float, float]]:
+    """Return training loss and test accuracy of each evaluation of both; none of a run that diverged."""
+    tests = {record.step: record.accuracy for record in run.split("test")}
+    if run.is_diverged:
+        return []
+    return [(it.loss, tests[it.step]) for it in run.split("train") if it.step in tests and it.loss > 0]
+
+
+def _seeds(variant: Variant) -> set[int]:
+    return {run.seed for run in variant.distinct if run.seed is not None}
+
+
+def _called(panel: Panel, variant: Variant) -> str:
+    return f"{panel.short}, {variant.label}"
+
+
+def _table(title: str, reference: Variant, chosen: Sequence[tuple[Panel, Variant]]) -> ContrastTable:
+    measures = (JUDGED_ACCURACY, JUDGED_LOSS, _EQUAL_LOSS)
+    # by what is planned, so that the correction does not grow as runs finish
+    chosen = [(panel, variant) for panel, variant in chosen if len(_seeds(variant) & _seeds(reference)) > 1]
+    every = []
+    for panel, variant in chosen:
+        cells = [_contrast(variant, reference, measure, len(chosen)) for measure in measures[:-1]]
+        every.append((panel, variant, [*cells, _at_equal_loss(variant, reference, len(chosen))]))
+    kept = [at for at in range(len(measures)) if any(cells[at] for *_, cells in every)]
+    rows = tuple(
+        (
+            panel.short,
+            Row(
+                variant,
+                variant.label,
+                variant.is_provisional or reference.is_provisional,
+                tuple(cells[at] for at in kept),
+            ),
+        )
+        for panel, variant, cells in every
     )
+    return ContrastTable(title, tuple(measures[at] for at in kept), rows, len(chosen))
 
 
-def environment(runs: Sequence[StoredRun]) -> tuple[tuple[str, str], ...]:
-    """Return where and when `runs` ran, as names and values."""
-    known = [run.status for run in runs if run.status]
-    rows = (
-        ("hosts", _listed(status.host for status in known)),
-        ("ranks", _listed(f"{status.world_size}" for status in known)),
-        ("Slurm jobs", _listed(status.slurm_job for status in known)),
-        ("last launch began", _span([status.started for status in known])),
-        ("ended", _span([status.finished for status in known if status.finished])),
-    )
-    return tuple((name, value) for name, value in rows if value)
+def _at_equal_loss(variant: Variant, base: Variant, comparisons: int) -> Contrast | None:
+    """Return the contrast at the lowest training loss that all runs of both variants reached."""
+    courses = [course for each in (variant, base) for run in each.counted if len(course := _course(run)) > 1]
+    if not courses:
+        return None
+    level = max(min(loss for loss, _ in course) for course in courses)
+    measure = replace(_EQUAL_LOSS, take=lambda run: accuracy_at(run, level))
+    found = _contrast(variant, base, measure, comparisons)
+    return found and replace(found, note=f"at loss {three_digits(level)}; {found.note}")
 
 
-def versions(runs: Sequence[StoredRun]) -> tuple[tuple[str, str], ...]:
-    """Return what `runs` ran with, as names and values; where they differ, how many of them had which."""
-    recorded = [run.status.environment for run in runs if run.status]
-    if recorded and not any(recorded):
-        return (("versions", _NOT_RECORDED),)
-    rows = []
-    for name in dict.fromkeys(name for environment in recorded for name in environment):
-        counts = Counter(environment.get(name, _NOT_RECORDED) for environment in recorded).most_common()
-        differ = "runs differ: " + ", ".join(f"{value} ({count})" for value, count in counts)
-        rows.append((name, differ if len(counts) > 1 else counts[0][0]))
-    return tuple(rows)
-
-
-def commands(subject: Subject) -> tuple[str, ...]:
-    """Return the commands that make the runs, and this page, again."""
-    folder = shlex.quote(str(subject.directory))
-    report = f"dist-train report {folder}"
-    if subject.kind != "run":
-        return (report,)
-    name = subject.runs[0].settings.get("run.name", "run")
-    config = shlex.quote(str(RunDirectory(subject.directory).config))
-    return (f"dist-train train {config} run.name={name}-again run.resume=never", report)
-
-
-def command_of(run: StoredRun) -> str:
-    """Return the command that makes `run` of a study again; empty where its study does not say it."""
-    if run.planned is None or not run.planned.overrides:
-        return ""
-    return shlex.join(["dist-train", "train", str(StudyDirectory(run.directory.parent).base), *run.planned.overrides])
-
-
-def _listed(values: Iterable[str]) -> str:
-    return ", ".join(sorted({value for value in values if value}))
-
-
-def _span(moments: Sequence[str]) -> str:
-    try:
-        known = sorted(datetime.fromisoformat(moment) for moment in moments)
-    except ValueError:
-        return ""
-    if not known:
-        return ""
-    first, last = (f"{moment:%Y-%m-%d %H:%M} UTC" for moment in (known[0], known[-1]))
-    return first if first == last else f"{first} to {last}"
+def _contrast(variant: Variant, base: Variant, measure: Measure, comparisons: int) -> Contrast | None:
+    interval = variant.difference(base, measure)
+    corrected = variant.difference(base, measure, 1 - (1 - _CONFIDENCE) / comparisons)
+    if interval is None or corrected is None:
+        return None
+    note = difference_note(variant, base, measure, interval)
+    text = signed(measure, interval.difference)
+    if interval.censored:
+        return Contrast(interval, corrected, f"{interval.sign} {text}" if interval.sign else "", "", "", note)
+    ends, wider = (f"{signed(measure, each.low)} to {signed(measure, each.high)}" for each in (interval, corrected))
+    return Contrast(interval, corrected, text, ends, wider if comparisons > 1 else "", note)

@@ -26,7 +26,7 @@ from dist_train.analysis.sharpness import (
 )
 from dist_train.analysis.sharpness_record import SharpnessSettings
 from dist_train.analysis.subset_loss import SubsetLoss, Vector, cross_entropy
-from dist_train.data import synthetic
+from dist_train.data.catalog import make_synthetic
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import Samples
 from dist_train.models import build_model
@@ -316,7 +316,7 @@ class TestNoiseScale:
         np.testing.assert_allclose(np.average(gradients, axis=0, weights=sizes), whole, rtol=1e-5, atol=1e-7)
 
 
-IMAGES = synthetic.make((1, 8, 8), 10, 30, "train", seed=0)
+IMAGES = make_synthetic((1, 8, 8), 10, 30, "train", seed=0)
 
 
 class TestLoss:

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from scipy import stats
 
-from dist_train.report.contrasts import accuracy_at
 from dist_train.report.sharpness_charts import partial_spearman, rank_correlation
 from dist_train.report.stored_run import read_run, read_subject
+from dist_train.report.tables import accuracy_at
 from dist_train.report.variants import panels_of
 from tests.longer.report_page import cells, evaluations, runs_of, written
 from tests.longer.test_report_counting import NOISY, ROW, TRACE, sharpness_file, trace

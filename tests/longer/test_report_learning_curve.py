@@ -9,7 +9,7 @@ import pytest
 
 from dist_train.cli.main import parse
 from dist_train.outcome import UsageError
-from dist_train.report.curves import draw_learning_curve
+from dist_train.report.drawing import draw_learning_curve
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, TrainRecord, to_json
 from tests.raising import raises
 

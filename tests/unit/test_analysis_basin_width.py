@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from dist_train.analysis.basin_width import basin_width, describe, ends, summarize
+from dist_train.analysis.directions import basin_width, describe, ends, summarize
 
 ALPHAS = [-2.0, -1.0, 0.0, 1.0, 2.0]
 

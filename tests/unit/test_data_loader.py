@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dist_train.config import DataSettings
-from dist_train.data import loader, synthetic
+from dist_train.data import loader
 from dist_train.data.augmentation import PixelFormat, channel_statistics, crop_flip
-from dist_train.data.catalog import load_images
+from dist_train.data.catalog import load_images, make_synthetic
 from dist_train.data.images import BatchRequest, ImageSet
 from dist_train.data.loader import Samples, open_splits
 
@@ -23,7 +23,7 @@ def samples(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def made() -> ImageSet:
-    return synthetic.make((3, 8, 8), 10, 100, "train", seed=0)
+    return make_synthetic((3, 8, 8), 10, 100, "train", seed=0)
 
 
 def test_a_micro_batch_holds_the_samples_that_were_asked_for(samples: Samples) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.monitoring.loggers import TensorBoard, check_installed
+from dist_train.monitoring.observers import TensorBoard, check_installed
 from dist_train.outcome import UsageError
 from dist_train.rundir.records import (
     EvaluationRecord,

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from dist_train.report.page import render
+from dist_train.report.page import render, versions
 from dist_train.report.stored_run import StoredRun, Subject, read_run, read_subject
-from dist_train.report.tables import versions
 from tests.unit.report_study import make_run, treatments, write_status
 
 RECORDED = {"dist_train": "0.0.9 (abc1234)", "Python": "3.9.1", "torch": "1.2.3+cu99", "device": "Abacus & Sons"}

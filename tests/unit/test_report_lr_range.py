@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dist_train.cli.main import main
-from dist_train.report.curves import range_test
+from dist_train.report.drawing import range_test
 from tests.launching import write_config
 from tests.unit.small_trainers import SETTINGS
 

@@ -14,8 +14,8 @@ from dist_train.config import ConfigError
 from dist_train.outcome import ExitCode, UsageError
 from dist_train.rundir.records import EvaluationRecord, JsonLines
 from dist_train.rundir.status import StatusFile
-from dist_train.sweep.asking import best_trials, publish, with_next_trial, with_run
 from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials
+from dist_train.sweep.standing import best_trials, publish, with_next_trial, with_run
 from tests.raising import raises, raises_problems
 from tests.unit.studies import small_plan, write_study
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_train.cluster.communicator import Alone
-from dist_train.data import synthetic
+from dist_train.data.catalog import make_synthetic
 from dist_train.data.images import BatchRequest, ImageSet
 from dist_train.data.loader import Samples
 from dist_train.models import build_model
@@ -23,7 +23,7 @@ from tests.unit.small_trainers import small_config, state_bits
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 COUNT = 53
-IMAGES = synthetic.make((1, 8, 8), 10, 60, "test", seed=0)
+IMAGES = make_synthetic((1, 8, 8), 10, 60, "test", seed=0)
 
 
 def a_model() -> nn.Module:
