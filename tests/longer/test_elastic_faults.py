@@ -65,9 +65,9 @@ def run_with_faults(folder: Path, ranks: int, seed: int, count: int, sections: S
     names = {*ours, *sections}
     settings = small_settings(**{name: {**sections.get(name, {}), **ours.get(name, {})} for name in names})
     config = write_config(folder, settings)
-    options = ("--min-ranks", "1", "--restarts", str(10 * count))
+    options: tuple[str, ...] = ("--min-ranks", "1", "--restarts", str(10 * count))
     if joining:
-        options = (*options, "--listen", "127.0.0.2", "--max-ranks", str(ranks + joining))
+        options += ("--listen", "127.0.0.2", "--max-ranks", str(ranks + joining))
     with ElasticRun(config, folder / "run", ranks, options) as launch, ExitStack() as stack:
         wait_for_lines(folder / "run/metrics.jsonl", 4)
         if joining:
