@@ -41,7 +41,7 @@ GUESSES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """What the forecast assumes, and where it stands in a `Cluster`."""
 _REDUCTIONS: Mapping[str, int] = MappingProxyType({"float": 4, "exact": 8, "exact32": 4, "2 bytes": 2})
-"""Bytes of a gradient on the wire; exact32 is planned."""
+"""Bytes of a gradient on the wire."""
 
 
 @dataclass(frozen=True)
