@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -46,12 +47,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def knobs(folder: Path, **more: str) -> Mapping[str, str]:
     """Return the variables of an elastic job whose run is slow until there is a file `hurry` in `folder`."""
     (folder / "slow.py").write_text(SLOW)
-    overrides = f"comm.timeout=10 noise.method={folder}/slow.py:Slow"
+    overrides = f"comm.timeout=10 noise.method={folder}/slow.py:Slow metrics.enabled=true"
     return {"OVERRIDES": overrides, "MIN_RANKS": "2", "GUARD_SECONDS": "5", **more}
 
 
 def has(ranks: int) -> Callable[[Mapping[str, Any]], bool]:
     return lambda found: found.get("state") == "running" and found["world_size"] == ranks
+
+
+def nodes_in_metrics(cluster: Cluster, run: Path) -> list[str]:
+    """Return the nodes of the ranks, by rank, as the run's metrics name them."""
+    scrape = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9810/metrics').read().decode())"
+    page = cluster.on(status(run)["host"], sys.executable, "-c", scrape, folder=run).stdout
+    found = re.findall(r'^dist_train_rank_busy_seconds\{.*\bnode="(\w+)".*\} ', page, re.MULTILINE)
+    assert found, page[:2000]
+    return found
 
 
 def who(run: Path, event: str) -> list[str]:
@@ -75,6 +85,8 @@ def test_a_node_is_lost_and_comes_back_twice_in_one_job(
         begun = time.monotonic()
         submitted.wait_for(has(6))
         print(f"{node}: with it again after {time.monotonic() - begun:.1f} s")
+        wait_for(lambda: len(nodes_in_metrics(cluster, submitted.run)) == 6)
+        assert nodes_in_metrics(cluster, submitted.run)[-2:] == [node, node]  # who joins has the last numbers
     (tmp_path / "hurry").touch()
     ended = submitted.wait()
     assert_equal_bit_identically(ended, submitted.run, long_run)
