@@ -35,8 +35,9 @@ from dist_train.config import Config, parse_config
 from dist_train.data.images import BatchRequest
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
+from dist_train.kernels import operators
 from dist_train.launching.assembly import build_step
-from dist_train.models import build_model, norm_operators
+from dist_train.models import build_model
 from dist_train.models.norms import join_relus
 from dist_train.optim.averaging import build_averaging
 from dist_train.optim.flat_weights import FlatWeights
@@ -70,7 +71,7 @@ _NO_KERNEL = frozenset(
     }
 )
 _FUSED = frozenset({"_fused_sgd_", "_fused_adam_", "_fused_adamw_"})
-_WRITTEN_ALONE = frozenset({"copy_", "fill_", "zero_"})
+_WRITTEN_ALONE = frozenset({"copy_", "fill_", "random_bits_", "zero_"})
 """Operators that write their first argument and do not read it."""
 
 
@@ -331,7 +332,7 @@ def _emulated(job: Job) -> tuple[Emulated, Counter[str], Counter[str]]:
     network = bare_vgg9(images.shape[0], images.classes, config.model.width) if job.plain else build_model(config)
     points = config.noise.points if config.noise.passes == "all" else 1
     # What is not computed needs no Triton.
-    norm_operators.has_triton = lambda: True  # type: ignore[assignment]
+    operators.has_triton = lambda: True  # type: ignore[assignment]
     watch = _Watch(config.batch.global_size * points)
     error = ""
     with FakeTensorMode(), watch:

@@ -35,7 +35,8 @@ from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_
 from dist_train.cluster.communicator import Alone
 from dist_train.cluster.devices import find_gpus
 from dist_train.config import NoiseSettings, dump_config
-from dist_train.models import build_model, norm_operators
+from dist_train.kernels import operators
+from dist_train.models import build_model
 from dist_train.models.norms import GroupedBatchNorm, join_relus
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise_draws import NoiseDraws
@@ -191,7 +192,7 @@ def norms(device: Device, folder: Path) -> Finding:
     """Normalize groups of 128, a ReLU behind, by our kernels and by torch's: how far from float64, and how fast?"""
     lines = ["| activations | kernels | errors of outputs, gradients | both passes |", "|---|---|---|---|"]
     holds = True
-    whose = ("Triton's", "torch's") if device == "cuda" and norm_operators.has_triton() else ("torch's",)
+    whose = ("Triton's", "torch's") if device == "cuda" and operators.has_triton() else ("torch's",)
     for shape in ((1024, 64, 32, 32), (1024, 256, 8, 8)) if device == "cuda" else ((256, 32, 8, 8),):
         inputs, upstream = torch.randn(2, *shape, device=device).unbind()
         inputs, upstream = (each.contiguous(memory_format=torch.channels_last) for each in (inputs, upstream))
@@ -203,7 +204,7 @@ def norms(device: Device, folder: Path) -> Finding:
             model = nn.Sequential(GroupedBatchNorm(shape[1], _GROUP), nn.ReLU(inplace=True)).to(device)
             join_relus(model)
             both_passes = partial(_both_passes, model, inputs, upstream)
-            with patch.object(norm_operators, "has_triton", return_value=name == "Triton's"):
+            with patch.object(operators, "has_triton", return_value=name == "Triton's"):
                 found = both_passes()
                 seconds = min(timed(both_passes) for _ in range(_PAIRS))
             errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]

@@ -13,6 +13,8 @@ import numpy
 import torch
 from numpy.typing import NDArray
 
+from dist_train.kernels import operators
+
 _Uint32 = NDArray[numpy.uint32]
 
 _LOW = 0xFFFFFFFF
@@ -58,7 +60,12 @@ def bits(stream: int, count: int, device: torch.device) -> Iterator[torch.Tensor
             numpy.add(numbers[:part], numpy.uint32((start * _HASH_GOLDEN + stream) & _LOW), out=hashes)
             yield torch.from_numpy(_hash_by_numpy(hashes, scratch, stream >> 32).view(numpy.int16))
         return
-    yield hash_by_torch(torch.arange(count // 2, dtype=torch.int32, device=device), stream).view(torch.int16)
+    if device.type == "cuda" and operators.has_triton():
+        drawn = torch.empty(count // 2, dtype=torch.int32, device=device)
+        torch.ops.dist_train.random_bits_(drawn, _signed(stream & _LOW, 32), _signed(stream >> 32, 32))
+    else:
+        drawn = hash_by_torch(torch.arange(count // 2, dtype=torch.int32, device=device), stream)
+    yield drawn.view(torch.int16)
 
 
 def _hash_by_numpy(state: _Uint32, scratch: _Uint32, second: int) -> _Uint32:

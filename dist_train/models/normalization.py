@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dist_train.models import norm_operators
+from dist_train.kernels import operators
 
 Activation = Literal["none", "relu"]
 """What follows a norm."""
@@ -80,7 +80,7 @@ def _kernels_take(inputs: Tensor, group_sizes: Sequence[int]) -> bool:
     """Whether our kernels can compute it: where the layout is another, torch's need no copy."""
     laid_out = inputs.dim() == 2 or inputs.is_contiguous(memory_format=torch.channels_last)
     alike = len({*group_sizes[:-1]}) <= 1
-    return inputs.is_cuda and laid_out and alike and inputs.dtype != torch.float64 and norm_operators.has_triton()
+    return inputs.is_cuda and laid_out and alike and inputs.dtype != torch.float64 and operators.has_triton()
 
 
 class _NormalizeByKernels(torch.autograd.Function):

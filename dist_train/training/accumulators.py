@@ -16,6 +16,7 @@ import torch
 from dist_train.checkpoint.state import Progress
 from dist_train.cluster.communicator import Communicator, Pending
 from dist_train.fixed_point import GRADIENTS
+from dist_train.kernels import operators
 from dist_train.optim.flat_weights import FlatWeights
 
 
@@ -97,15 +98,19 @@ class ExactAccumulator(GradientAccumulator):
 
     def add(self, bucket: Bucket) -> None:
         """Add the gradients of one micro-batch as integers."""
-        gradients = self._gradients[bucket.part]
+        gradients, total = self._gradients[bucket.part], self._total[bucket.part]
+        begun = bucket.index in self._begun
+        self._begun.add(bucket.index)
+        if gradients.is_cuda and operators.has_triton():
+            largest = torch.ops.dist_train.accumulate_(gradients, total, 2.0**GRADIENTS.bits, begun)
+            self._met.append(largest.amax())
+            return
         self._met += gradients.aminmax()
         gradients.mul_(2.0**GRADIENTS.bits)
-        total = self._total[bucket.part]
-        if bucket.index in self._begun:
+        if begun:
             total += self._scratch[: len(total)].copy_(gradients)
         else:
             total.copy_(gradients)
-            self._begun.add(bucket.index)
 
     def send(self, bucket: Bucket, name: str) -> Pending:
         """Start the sum over the ranks."""

@@ -21,6 +21,7 @@ PACKAGE = ROOT / "dist_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: tuple[tuple[str, ...], ...] = (
+    ("kernels",),
     ("outcome", "randomness", "fixed_point", "start_up"),
     ("config",),
     ("rundir",),
@@ -46,6 +47,7 @@ OWNERS = {
     "jinja2": {"report"},
     "optuna": {"sweep"},
     "scipy": {"analysis", "report"},
+    "triton": {"kernels"},
 }
 _ASKS_WHAT_IS_INSTALLED = {"launching"}
 

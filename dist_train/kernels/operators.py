@@ -1,4 +1,4 @@
-"""The norms' kernels as operators of torch, `torch.ops.dist_train`, known also to tensors without values (FakeTensor).
+"""Our kernels as operators of torch, `torch.ops.dist_train`, known also to tensors without values (FakeTensor).
 
 Triton is imported when the first of them is called.
 """
@@ -24,11 +24,18 @@ _LIBRARY.define(
     "ghost_norm_backward(Tensor upstream, Tensor inputs, Tensor weight, Tensor bias, Tensor moments, int size, "
     "str activation) -> (Tensor of_inputs, Tensor of_groups)"
 )
+_LIBRARY.define("random_bits_(Tensor(a!) out, int low, int high) -> ()")
+_LIBRARY.define("accumulate_(Tensor gradients, Tensor(a!) total, float scale, bool begun) -> Tensor largest")
 
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton is there, and a C compiler and Python's header, by which it builds what starts its kernels."""
+    """Whether Triton is there, and a C compiler and Python's header, by which it builds what starts its kernels.
+
+    `DIST_TRAIN_TRITON=off`, on all ranks, says no: torch's operators compute then.
+    """
+    if os.environ.get("DIST_TRAIN_TRITON") == "off":
+        return False
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     return find_spec("triton") is not None and compiler is not None and header.exists()
@@ -37,17 +44,17 @@ def has_triton() -> bool:
 def _ghost_norm(
     inputs: Tensor, weight: Tensor, bias: Tensor, epsilon: float, size: int, groups: int, activation: str
 ) -> tuple[Tensor, Tensor]:
-    from dist_train.models import norm_kernels
+    from dist_train.kernels import norms
 
-    return norm_kernels.normalize(inputs, weight, bias, epsilon, size, groups, activation == "relu")
+    return norms.normalize(inputs, weight, bias, epsilon, size, groups, activation == "relu")
 
 
 def _ghost_norm_backward(
     upstream: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, size: int, activation: str
 ) -> tuple[Tensor, Tensor]:
-    from dist_train.models import norm_kernels
+    from dist_train.kernels import norms
 
-    return norm_kernels.gradients(upstream, inputs, weight, bias, moments, size, activation == "relu")
+    return norms.gradients(upstream, inputs, weight, bias, moments, size, activation == "relu")
 
 
 def _shapes(
@@ -62,7 +69,23 @@ def _backward_shapes(
     return torch.empty_like(inputs), torch.empty_like(moments[:2])
 
 
-_LIBRARY.impl("ghost_norm", _ghost_norm, "CompositeExplicitAutograd")
-_LIBRARY.impl("ghost_norm_backward", _ghost_norm_backward, "CompositeExplicitAutograd")
-_LIBRARY.impl("ghost_norm", _shapes, "Meta")
-_LIBRARY.impl("ghost_norm_backward", _backward_shapes, "Meta")
+def _random_bits(out: Tensor, low: int, high: int) -> None:
+    from dist_train.kernels import flat
+
+    flat.random_bits(out, low, high)
+
+
+def _accumulate(gradients: Tensor, total: Tensor, scale: float, begun: bool) -> Tensor:
+    from dist_train.kernels import flat
+
+    return flat.accumulate(gradients, total, scale, begun)
+
+
+for _name, _computed, _described in (
+    ("ghost_norm", _ghost_norm, _shapes),
+    ("ghost_norm_backward", _ghost_norm_backward, _backward_shapes),
+    ("random_bits_", _random_bits, lambda out, low, high: None),
+    ("accumulate_", _accumulate, lambda gradients, total, scale, begun: gradients.new_empty(1)),
+):
+    _LIBRARY.impl(_name, _computed, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _described, "Meta")

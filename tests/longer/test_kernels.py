@@ -1,4 +1,4 @@
-"""The norms' Triton kernels by Triton's interpreter, on CPU tensors; and that they compile for GPUs that are not there.
+"""Triton's kernels by its interpreter, on CPU tensors; and that they compile for GPUs that are not there.
 
 `make test-lengthy` gives them Triton: PyPI's takes a gigabyte, and a torch for CUDA brings its own.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dist_train.models import normalization
 from dist_train.models.norms import GroupedBatchNorm, join_relus
+from dist_train.randomness import bits, key
 
 pytestmark = [
     pytest.mark.lengthy,
@@ -162,24 +163,57 @@ def test_a_norm_and_its_relu_are_what_they_are_without_kernels(
         torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-5 * float(true.detach().abs().max()))
 
 
+@pytest.mark.parametrize("stream", [0, key(1, "noise", 2), 2**63 - 1])
+def test_random_bits_are_those_of_cpus(stream: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = torch.cat([part.clone() for part in bits(stream, 2 * 3001, torch.device("cpu"))])
+    found = torch.empty(3001, dtype=torch.int32)
+    low, high = torch.tensor([stream], dtype=torch.int64).view(torch.int32).tolist()
+    torch.ops.dist_train.random_bits_(found, low, high)
+    assert torch.equal(found.view(torch.int16), expected)
+
+
+def test_gradients_are_added_up_as_torch_does() -> None:
+    gradients = torch.randn(3, 2500, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1e-9], [1.0], [1e-4]])
+    total = torch.full((2500,), 7)
+    largest = [
+        torch.ops.dist_train.accumulate_(each, total, 2.0**48, index > 0) for index, each in enumerate(gradients)
+    ]
+    assert torch.equal(total, gradients.mul(2.0**48).to(torch.int64).sum(0))
+    assert torch.equal(torch.stack(largest).amax(1), gradients.abs().amax(1))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_gradient_that_is_not_finite_is_the_largest(bad: float) -> None:
+    gradients = torch.ones(1500)
+    gradients[1100] = bad
+    largest = torch.ops.dist_train.accumulate_(gradients, torch.zeros(1500, dtype=torch.int64), 1.0, False)
+    assert largest.tolist() == [1.0, torch.inf]
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dist_train.models import norm_kernels as kernels
+from dist_train.kernels import flat, norms
 
-known = {"width": "constexpr", "rectify": "constexpr", "epsilon": "fp32"}
-known |= dict.fromkeys(("rows", "total", "parts", "channels"), "i32")
+values = {"width": 64, "block": 1024, "rectify": True, "begun": True}
+kernels = [norms._part_moments, norms._write_normalized, norms._part_sums, norms._write_gradients]
+known = dict.fromkeys(values, "constexpr") | dict.fromkeys(("epsilon", "scale"), "fp32")
+known |= dict.fromkeys(("rows", "total", "parts", "channels", "count", "low", "high"), "i32")
 for capability in (80, 90):
+    def compile(kernel, types):
+        signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
+        source = ASTSource(kernel, signature, {name: values[name] for name in signature if name in values})
+        target = GPUTarget("cuda", capability, 32)
+        assert triton.compile(source, target=target, options={"enable_fp_fusion": False}).asm["cubin"]
+
+    compile(flat._random_bits, {**known, "out": "*i32"})
+    compile(flat._accumulate, {**known, "total": "*i64"})
     for kind in ("*fp32", "*bf16", "*fp16"):
-        known |= dict.fromkeys(("inputs", "outputs", "upstream", "of_inputs"), kind)
-        for name in ("_part_moments", "_write_normalized", "_part_sums", "_write_gradients"):
-            kernel = getattr(kernels, name)
-            signature = {argument: known.get(argument, "*fp32") for argument in kernel.arg_names}
-            constants = {k: v for k, v in {"width": 64, "rectify": True}.items() if k in signature}
-            source = ASTSource(kernel, signature, constants)
-            options = {"num_warps": 4, "enable_fp_fusion": False}
-            assert triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
+        of_activations = dict.fromkeys(("inputs", "outputs", "upstream", "of_inputs"), kind)
+        for kernel in kernels:
+            compile(kernel, {**known, **of_activations})
 """
 
 

@@ -1,0 +1,54 @@
+"""Kernels over flat weights and gradients: bit-identical to what torch's operators give, in one pass over memory."""
+
+# Triton leaves its functions without types.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 1024
+
+
+@triton.jit(do_not_specialize=["low", "high"])
+def _random_bits(out, count, low, high, block: tl.constexpr):
+    place = tl.program_id(0) * block + tl.arange(0, block)
+    state = place.to(tl.uint32) * 0x9E3779B9 + low.to(tl.uint32)
+    state ^= state >> 16
+    state = state * 0x7FEB352D + high.to(tl.uint32)
+    state ^= state >> 15
+    state *= 0x846CA68B
+    state ^= state >> 16
+    tl.store(out + place, state.to(tl.int32, bitcast=True), mask=place < count)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _accumulate(gradients, total, largest, count, scale, begun: tl.constexpr, block: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    within = place < count
+    gradient = tl.load(gradients + place, mask=within, other=0.0)
+    integers = (gradient * scale).to(tl.int64)
+    if begun:
+        integers += tl.load(total + place, mask=within, other=0)
+    tl.store(total + place, integers, mask=within)
+    # A maximum would pass over a NaN.
+    size = tl.where(gradient == gradient, tl.abs(gradient), float("inf"))
+    tl.store(largest + tl.program_id(0), tl.max(size, 0))
+
+
+def random_bits(out: Tensor, low: int, high: int) -> None:
+    """Fill int32 `out` [n] with the hashes of 0, 1, ... by the halves of a key, as `randomness.hash_by_torch` does."""
+    _random_bits[(triton.cdiv(len(out), _BLOCK),)](out, len(out), low, high, block=_BLOCK)
+
+
+def accumulate(gradients: Tensor, total: Tensor, scale: float, begun: bool) -> Tensor:
+    """Add `gradients` [n] times `scale`, a power of two, rounded towards zero, to int64 `total`; or begin it with them.
+
+    Return absolute values of gradients, the largest among them, infinity for a NaN.
+    """
+    programs = triton.cdiv(len(gradients), _BLOCK)
+    largest = gradients.new_empty(programs)
+    _accumulate[(programs,)](
+        gradients, total, largest, len(gradients), scale, begun=begun, block=_BLOCK, enable_fp_fusion=False
+    )
+    return largest
