@@ -8,8 +8,8 @@ import torch
 
 from dist_train.config import DATA_SETS, DataSettings
 from dist_train.data.catalog import READERS, load_images
-from dist_train.data.cifar import CIFAR10, CIFAR100
 from dist_train.data.images import Split
+from dist_train.data.published import CIFAR10, CIFAR100
 from dist_train.outcome import UsageError
 from tests.archives import (
     cifar10_members,
