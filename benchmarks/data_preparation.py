@@ -15,9 +15,9 @@ from torchvision.datasets import FashionMNIST
 
 from benchmarks.idx_files import write_packed, write_unpacked
 from benchmarks.timing import Ratio, ratio_of, timed
-from dist_train.data import fashion_mnist
 from dist_train.data.cache import Source, decoded_once
 from dist_train.data.images import ImageSet
+from dist_train.data.published import FASHION_MNIST_VERSION, decode_fashion_mnist, find_fashion_mnist
 
 _IMAGES = 60_000
 
@@ -61,13 +61,13 @@ def write_files(folder: Path, count: int) -> Files:
     raw.mkdir(parents=True)
     write_unpacked(raw, "train", count)
     write_unpacked(raw, "test", 1)  # only looked for
-    return Files(fashion_mnist.find(folder, "train"), folder, folder / "cache")
+    return Files(find_fashion_mnist(folder, "train"), folder, folder / "cache")
 
 
 def prepare(files: Files) -> ImageSet:
     """Return the images as a run has them: from the cache, which is filled where it has to be."""
-    source = Source("fashion-mnist", "train", fashion_mnist.VERSION, files.packed)
-    return decoded_once(files.cache, source, lambda: fashion_mnist.decode(files.packed))
+    source = Source("fashion-mnist", "train", FASHION_MNIST_VERSION, files.packed)
+    return decoded_once(files.cache, source, lambda: decode_fashion_mnist(files.packed))
 
 
 def read_by_torchvision(files: Files) -> FashionMNIST:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from dist_train.data import fashion_mnist
 from dist_train.data.catalog import make_synthetic
 from dist_train.data.images import Split
+from dist_train.data.published import FASHION_MNIST_CLASSES
 
 _STEMS: dict[Split, str] = {"train": "train", "test": "t10k"}
 
@@ -30,7 +30,7 @@ def write_unpacked(folder: Path, split: Split, count: int) -> None:
 
 
 def _contents(split: Split, count: int) -> Iterator[tuple[str, bytes]]:
-    made = make_synthetic((1, 28, 28), fashion_mnist.CLASSES, count, split, 0)
+    made = make_synthetic((1, 28, 28), FASHION_MNIST_CLASSES, count, split, 0)
     stem = _STEMS[split]
     yield f"{stem}-images-idx3-ubyte", _idx(made.images[:, 0].numpy())
     yield f"{stem}-labels-idx1-ubyte", _idx(made.labels.numpy().astype(numpy.uint8))

@@ -11,17 +11,29 @@ from torch import Tensor
 
 from dist_train.config import DataSettings
 from dist_train.config.plugins import call_plugin, is_plugin
-from dist_train.data import cifar, fashion_mnist
 from dist_train.data.cache import Source, decoded_folder, decoded_once
 from dist_train.data.columns import find_arrays, find_parquet, find_saved, read_arrays
 from dist_train.data.image_folder import check_same_classes, list_split
 from dist_train.data.images import ImageSet, MapDataset, Split
 from dist_train.data.packed import find_shards
 from dist_train.data.plan import balanced_subset, divided, others, stratified_choice
+from dist_train.data.published import (
+    CIFAR10,
+    CIFAR100,
+    CIFAR_VERSION,
+    FASHION_MNIST_VERSION,
+    Archive,
+    decode_archive,
+    decode_fashion_mnist,
+    download_archive,
+    find_archive,
+    find_fashion_mnist,
+    root_or_default,
+)
 from dist_train.outcome import UsageError
 from dist_train.randomness import generator
 
-_ARCHIVES: Mapping[str, cifar.Archive] = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}
+_ARCHIVES: Mapping[str, Archive] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 Reader = Callable[[DataSettings, Split, int], ImageSet | MapDataset]
 """(settings, split, seed) -> every image of the split; only made-up data depend on the seed."""
@@ -65,10 +77,10 @@ def find_data(settings: DataSettings) -> None:
     splits: tuple[Split, ...] = ("train", "test")
     if settings.name == "fashion-mnist":
         for split in splits:
-            fashion_mnist.find(settings.root, split)
+            find_fashion_mnist(settings.root, split)
     elif settings.name in _ARCHIVES:
         for split in splits:
-            cifar.find(_ARCHIVES[settings.name], cifar.root_or_default(settings.root), split)
+            find_archive(_ARCHIVES[settings.name], root_or_default(settings.root), split)
     elif settings.root is None:
         return
     elif settings.name == "imagefolder" and settings.classes is not None:
@@ -81,18 +93,18 @@ def find_data(settings: DataSettings) -> None:
 
 
 def _fashion_mnist(settings: DataSettings, split: Split, seed: int) -> ImageSet:
-    files = fashion_mnist.find(settings.root, split)
-    source = Source("fashion-mnist", split, fashion_mnist.VERSION, files)
-    return decoded_once(decoded_folder(), source, lambda: fashion_mnist.decode(files))
+    files = find_fashion_mnist(settings.root, split)
+    source = Source("fashion-mnist", split, FASHION_MNIST_VERSION, files)
+    return decoded_once(decoded_folder(), source, lambda: decode_fashion_mnist(files))
 
 
-def _cifar(name: str, archive: cifar.Archive, settings: DataSettings, split: Split, seed: int) -> ImageSet:
-    root = cifar.root_or_default(settings.root)
+def _cifar(name: str, archive: Archive, settings: DataSettings, split: Split, seed: int) -> ImageSet:
+    root = root_or_default(settings.root)
     if settings.download:
-        cifar.download(archive, root)
-    files = cifar.find(archive, root, split)
-    source = Source(name, split, cifar.VERSION, files)
-    return decoded_once(decoded_folder(), source, lambda: cifar.decode(archive, root, files, split))
+        download_archive(archive, root)
+    files = find_archive(archive, root, split)
+    source = Source(name, split, CIFAR_VERSION, files)
+    return decoded_once(decoded_folder(), source, lambda: decode_archive(archive, root, files, split))
 
 
 def _synthetic(settings: DataSettings, split: Split, seed: int) -> ImageSet:

@@ -12,8 +12,7 @@ from dist_train.config import Config
 from dist_train.launching.assembly import build_writer, own_norms, set_up_reduction
 from dist_train.launching.session import Session
 from dist_train.monitoring.console import open_logs
-from dist_train.rundir.lock import LEASE_SECONDS, PATIENCE_SECONDS, LockRequest
-from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.paths import LEASE_SECONDS, PATIENCE_SECONDS, LockRequest, RunDirectory
 from dist_train.rundir.records import Observer, rewind
 from dist_train.training.micro_batches import sum_over
 from dist_train.training.stopping import job_time_limit

@@ -23,8 +23,7 @@ from dist_train.launching.regrouping import Regrouping
 from dist_train.launching.session import Session, open_session
 from dist_train.monitoring.prometheus.http_server import access_warnings
 from dist_train.outcome import DisagreementError, DivergedError, StoppedError
-from dist_train.rundir.lock import LockRequest, RunLock
-from dist_train.rundir.paths import RunDirectory, oserror_to_fault
+from dist_train.rundir.paths import LockRequest, RunDirectory, RunLock, oserror_to_fault
 from dist_train.rundir.records import Observer, Outcome, rewind
 from dist_train.start_up import without_collection
 from dist_train.training.compute import share_of_threads

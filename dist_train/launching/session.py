@@ -27,8 +27,7 @@ from dist_train.outcome import (
     StoppedError,
     exit_code_of,
 )
-from dist_train.rundir.lock import RunLock
-from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.paths import RunDirectory, RunLock
 from dist_train.rundir.records import Detail, EventRecord, JsonLines, Observer, Outcome
 from dist_train.rundir.status import EventCounts, RanksFile, State, StatusFile, another_failed, read_status
 

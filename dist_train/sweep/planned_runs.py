@@ -18,8 +18,15 @@ from dist_train.config.loading import based_on, read_settings, with_overrides, w
 from dist_train.config.problems import Problem, problem
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import RunDirectory, StudyDirectory
-from dist_train.sweep.search import OptunaTrials, drawn_settings
-from dist_train.sweep.study_file import Analysis, Interpolation, Settings, Study, load_study
+from dist_train.sweep.study_file import (
+    Analysis,
+    Interpolation,
+    OptunaTrials,
+    Settings,
+    Study,
+    drawn_settings,
+    load_study,
+)
 
 
 @dataclass(frozen=True)

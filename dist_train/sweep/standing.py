@@ -25,12 +25,11 @@ from dist_train.config import Config, ConfigError, differences, load_config
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode, escaped
 from dist_train.rundir import atomic
-from dist_train.rundir.lock import read_holder
-from dist_train.rundir.paths import DISK_FULL, RunDirectory
+from dist_train.rundir.paths import DISK_FULL, RunDirectory, read_holder
 from dist_train.rundir.records import EvaluationRecord, read_last_records, read_records
 from dist_train.rundir.status import State, Status, StatusFile, read_status
 from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials, plan_study, write_plan
-from dist_train.sweep.search import OptunaTrials
+from dist_train.sweep.study_file import OptunaTrials
 from dist_train.watch.run_table import ALIVE, COLOURS, RunSummary, read_runs
 
 _UNRECOVERABLE = frozenset({ExitCode.USAGE, ExitCode.DIVERGED, ExitCode.DISAGREEMENT})

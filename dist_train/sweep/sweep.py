@@ -16,7 +16,7 @@ from typing import Any
 
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode
-from dist_train.rundir.lock import try_to_lock
+from dist_train.rundir.paths import try_to_lock
 from dist_train.rundir.status import read_status
 from dist_train.sweep.planned_runs import Plan, PlannedRun
 from dist_train.sweep.standing import Standing, standing_of

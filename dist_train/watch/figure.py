@@ -1,6 +1,6 @@
 """A figure as its renderers share it: charts of series; and the learning curves of a run.
 
-The terminal (`watch/panels.py`), the page (`report/chart.py`) and files (`report/drawing.py`) draw it.
+The terminal (`watch/view.py`), the page (`report/chart.py`) and files (`report/drawing.py`) draw it.
 """
 
 from __future__ import annotations

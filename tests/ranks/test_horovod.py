@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.rundir.lock import LockRequest
+from dist_train.rundir.paths import LockRequest
 from tests.launching import (
     descendants,
     kill,

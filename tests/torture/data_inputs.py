@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from dist_train.data import cifar, fashion_mnist
 from dist_train.data.cache import Source, decoded_once
 from dist_train.data.images import ImageSet
+from dist_train.data.published import CIFAR10, decode_archive, decode_fashion_mnist
 from dist_train.outcome import UsageError
 from tests.archives import cifar10_members, idx_bytes, packed_members, random_set, write_members
 from tests.torture.kind import Call, Kind, refused
@@ -39,7 +39,7 @@ def idx(folder: Path) -> Kind:
         files[0].write_bytes(gzip.compress(first, 1) if is_packed and not is_packed_already else first)
         files[1].write_bytes(gzip.compress(second, 1) if is_packed else second)
         try:
-            found = fashion_mnist.decode(files)
+            found = decode_fashion_mnist(files)
         except UsageError as error:
             return refused(error)
         if is_packed_already:
@@ -55,7 +55,7 @@ def idx(folder: Path) -> Kind:
 
 def cifar_batches(folder: Path) -> Kind:
     members, _, test = cifar10_members(per_batch=2)
-    archive_folder = folder / cifar.CIFAR10.folder
+    archive_folder = folder / CIFAR10.folder
     write_members(archive_folder, members)
     path = archive_folder / "test_batch"
     whole, marker = members["test_batch"], folder / "ran"
@@ -71,7 +71,7 @@ def cifar_batches(folder: Path) -> Kind:
         assert isinstance(content, bytes)
         path.write_bytes(content)
         try:
-            found = cifar.decode(cifar.CIFAR10, folder, found_files, "test")
+            found = decode_archive(CIFAR10, folder, found_files, "test")
         except UsageError as error:
             return refused(error)
         finally:
@@ -88,14 +88,14 @@ def cifar_batches(folder: Path) -> Kind:
 
 def cifar_archives(folder: Path) -> Kind:
     members, train, _ = cifar10_members(per_batch=1)
-    path = folder / cifar.CIFAR10.file
-    whole = packed_members(cifar.CIFAR10.folder, members)
+    path = folder / CIFAR10.file
+    whole = packed_members(CIFAR10.folder, members)
 
     def check(content: object) -> bool:
         assert isinstance(content, bytes)
         path.write_bytes(content)
         try:
-            found = cifar.decode(cifar.CIFAR10, folder, (path,), "train")
+            found = decode_archive(CIFAR10, folder, (path,), "train")
         except UsageError as error:
             return refused(error)
         assert np.array_equal(found.images.numpy(), train.images), "other images than were packed"

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dist_train.data import cifar
-from dist_train.data.cifar import CIFAR10, CIFAR100
 from dist_train.data.images import ImageSet, Split
+from dist_train.data.published import CIFAR10, CIFAR100, Archive, decode_archive, find_archive
 from dist_train.outcome import UsageError
 from tests.archives import (
     Written,
@@ -29,8 +28,8 @@ from tests.raising import raises
 FUZZ = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def read(root: Path, split: Split = "train", archive: cifar.Archive = CIFAR10) -> ImageSet:
-    return cifar.decode(archive, root, cifar.find(archive, root, split), split)
+def read(root: Path, split: Split = "train", archive: Archive = CIFAR10) -> ImageSet:
+    return decode_archive(archive, root, find_archive(archive, root, split), split)
 
 
 def same(images: ImageSet, written: Written) -> bool:
@@ -39,9 +38,7 @@ def same(images: ImageSet, written: Written) -> bool:
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("archive", [CIFAR10, CIFAR100], ids=["10", "100"])
-def test_the_standard_archives_are_read_packed_or_unpacked(
-    tmp_path: Path, packed: bool, archive: cifar.Archive
-) -> None:
+def test_the_standard_archives_are_read_packed_or_unpacked(tmp_path: Path, packed: bool, archive: Archive) -> None:
     members, train, test = cifar10_members() if archive is CIFAR10 else cifar100_members()
     if packed:
         (tmp_path / archive.file).write_bytes(packed_members(archive.folder, members))
@@ -60,7 +57,7 @@ def test_reading_an_archive_writes_nothing(tmp_path: Path) -> None:
 
 def test_missing_files_are_named_with_their_place(tmp_path: Path) -> None:
     with raises(UsageError, "data-missing") as raised:
-        cifar.find(CIFAR10, tmp_path, "train")
+        find_archive(CIFAR10, tmp_path, "train")
     for part in ("cifar-10-python.tar.gz", "cifar-10-batches-py", str(tmp_path)):
         assert part in str(raised.value)
 
@@ -203,11 +200,11 @@ def test_random_bytes_never_give_anything_but_a_usage_error(tmp_path: Path, cont
     packed, unpacked = tmp_path / CIFAR10.file, tmp_path / "test_batch"
     unpacked.write_bytes(content)
     with pytest.raises(UsageError):
-        cifar.decode(CIFAR10, tmp_path, [unpacked], "test")
+        decode_archive(CIFAR10, tmp_path, [unpacked], "test")
     for outer in (content, gzip.compress(content)):
         packed.write_bytes(outer)
         with pytest.raises(UsageError):
-            cifar.decode(CIFAR10, tmp_path, [packed], "test")
+            decode_archive(CIFAR10, tmp_path, [packed], "test")
 
 
 MEMBERS, _, TEST = cifar10_members(per_batch=2)
@@ -233,7 +230,7 @@ def test_a_flipped_bit_in_a_batch_is_an_error_or_leaves_a_sound_set(tmp_path: Pa
     path = tmp_path / "test_batch"
     path.write_bytes(flipped(BATCH, bit))
     try:
-        images = cifar.decode(CIFAR10, tmp_path, [path], "test")
+        images = decode_archive(CIFAR10, tmp_path, [path], "test")
     except UsageError:
         return
     assert images.images.shape == (2, 3, 32, 32)
@@ -246,7 +243,7 @@ def test_a_flipped_bit_in_an_archive_is_an_error_or_changes_nothing(tmp_path: Pa
     path = tmp_path / CIFAR10.file
     path.write_bytes(flipped(gzip.compress(TAR, 1, mtime=0), bit))
     try:
-        images = cifar.decode(CIFAR10, tmp_path, [path], "test")
+        images = decode_archive(CIFAR10, tmp_path, [path], "test")
     except UsageError:
         return
     assert same(images, TEST)
@@ -258,7 +255,7 @@ def test_a_damaged_tar_header_never_gives_another_error(tmp_path: Path, bit: int
     path = tmp_path / CIFAR10.file
     path.write_bytes(gzip.compress(flipped(TAR, bit), 1))
     try:
-        images = cifar.decode(CIFAR10, tmp_path, [path], "test")
+        images = decode_archive(CIFAR10, tmp_path, [path], "test")
     except UsageError:
         return
     assert images.images.shape == (2, 3, 32, 32)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.data import cifar
 from dist_train.data.cache import fetch
+from dist_train.data.published import CIFAR10, download_archive
 from dist_train.outcome import UsageError
 from tests.archives import cifar10_members, write_members
 from tests.raising import raises
@@ -110,15 +110,15 @@ def test_of_several_that_want_an_archive_one_downloads_it(site: Site, tmp_path: 
 
 
 def test_cifar_is_downloaded_only_where_something_is_missing(site: Site, tmp_path: Path) -> None:
-    archive = dataclasses.replace(cifar.CIFAR10, url=f"{site.address}/archive", sha256=SHA256)
+    archive = dataclasses.replace(CIFAR10, url=f"{site.address}/archive", sha256=SHA256)
     unpacked = tmp_path / "unpacked" / archive.folder
     write_members(unpacked, cifar10_members()[0])
-    cifar.download(archive, unpacked.parent)
+    download_archive(archive, unpacked.parent)
     assert site.requests == []
     for _ in range(2):
-        cifar.download(archive, tmp_path)
+        download_archive(archive, tmp_path)
     assert site.requests == ["/archive"]
     assert (tmp_path / archive.file).read_bytes() == CONTENT
     (unpacked / "data_batch_2").unlink()
-    cifar.download(archive, unpacked.parent)
+    download_archive(archive, unpacked.parent)
     assert (unpacked.parent / archive.file).read_bytes() == CONTENT

@@ -11,8 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dist_train.data import fashion_mnist
+from dist_train.data import published
 from dist_train.data.images import ImageSet, Split
+from dist_train.data.published import decode_fashion_mnist, find_fashion_mnist
 from dist_train.outcome import UsageError
 from tests.archives import idx_bytes, random_set, write_fashion_mnist
 from tests.raising import raises
@@ -21,7 +22,7 @@ FUZZ = settings(deadline=None, max_examples=80, suppress_health_check=[HealthChe
 
 
 def read(root: Path, split: Split = "train") -> ImageSet:
-    return fashion_mnist.decode(fashion_mnist.find(root, split))
+    return decode_fashion_mnist(find_fashion_mnist(root, split))
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -37,26 +38,26 @@ def test_idx_files_are_read_plain_or_packed(tmp_path: Path, packed: bool, split:
 def test_without_a_root_the_cache_folder_is_searched_after_debians(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", tmp_path / "absent")
+    monkeypatch.setattr(published, "DEBIAN_FOLDER", tmp_path / "absent")
     monkeypatch.setenv("DIST_TRAIN_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "cache" / "datasets" / "fashion-mnist"
     folder.mkdir(parents=True)
     write_fashion_mnist(folder)
-    assert fashion_mnist.find(None, "train")[0].parent == folder
+    assert find_fashion_mnist(None, "train")[0].parent == folder
 
 
 def test_a_missing_file_is_named_with_the_places_and_the_commands(tmp_path: Path) -> None:
     write_fashion_mnist(tmp_path)
     (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
     with raises(UsageError, "data-missing"):
-        fashion_mnist.find(tmp_path, "train")
+        find_fashion_mnist(tmp_path, "train")
 
 
 def test_no_files_at_all_names_both_and_the_usual_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", tmp_path / "debian")
+    monkeypatch.setattr(published, "DEBIAN_FOLDER", tmp_path / "debian")
     monkeypatch.setenv("DIST_TRAIN_CACHE", str(tmp_path))
     with raises(UsageError, "data-missing") as refused:
-        fashion_mnist.find(None, "test")
+        find_fashion_mnist(None, "test")
     named = ("t10k-images-idx3", "t10k-labels-idx1", f"{tmp_path}/debian", f"{tmp_path}/datasets")
     assert all(name in str(refused.value) for name in named)
 
@@ -83,7 +84,7 @@ def test_a_damaged_file_is_named_and_what_is_wrong_has_a_code(
     tmp_path: Path, content: bytes, code: str, packed: bool
 ) -> None:
     write_fashion_mnist(tmp_path, packed=packed)
-    path = fashion_mnist.find(tmp_path, "train")[0]
+    path = find_fashion_mnist(tmp_path, "train")[0]
     path.write_bytes(gzip.compress(content) if packed else content)
     with raises(UsageError, code) as refused:
         read(tmp_path)
@@ -130,7 +131,7 @@ def test_random_bytes_never_give_anything_but_a_usage_error(
     for path, content in zip(files, (images, labels), strict=True):
         path.write_bytes(content)
     with pytest.raises(UsageError):
-        fashion_mnist.decode(files)
+        decode_fashion_mnist(files)
 
 
 @FUZZ
@@ -150,7 +151,7 @@ def test_a_flipped_bit_is_an_error_or_leaves_a_sound_set(tmp_path: Path, data: s
     for path, content in zip(files, contents, strict=True):
         path.write_bytes(content)
     try:
-        images = fashion_mnist.decode(files)
+        images = decode_fashion_mnist(files)
     except UsageError:
         return
     assert images.images.shape == (12, 1, 28, 28)
@@ -163,9 +164,9 @@ def test_a_flipped_bit_is_an_error_or_leaves_a_sound_set(tmp_path: Path, data: s
 @pytest.mark.parametrize(("split", "count"), [("train", 60000), ("test", 10000)])
 def test_the_real_files_hold_what_is_published(split: Split, count: int) -> None:
     try:
-        files = fashion_mnist.find(None, split)
+        files = find_fashion_mnist(None, split)
     except UsageError:
         pytest.skip("Fashion-MNIST is not installed: apt-get install dataset-fashion-mnist")
-    images = fashion_mnist.decode(files)
+    images = decode_fashion_mnist(files)
     assert images.images.shape == (count, 1, 28, 28)
     assert torch.bincount(images.labels).tolist() == [count // 10] * 10

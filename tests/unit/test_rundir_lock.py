@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.outcome import UsageError
-from dist_train.rundir.lock import LockRequest, RunLock
+from dist_train.rundir.paths import LockRequest, RunLock
 from tests.raising import raises
 
 _HOLD = """

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.outcome import ExitCode
-from dist_train.rundir.lock import LockRequest
-from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.paths import LockRequest, RunDirectory
 from dist_train.rundir.status import StatusFile, read_status
 from dist_train.sweep.standing import EndedLaunch, decide, read_requeues
 

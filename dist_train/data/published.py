@@ -1,12 +1,17 @@
-"""CIFAR-10 and CIFAR-100 from their standard python archives, packed or unpacked."""
+"""The published data sets: Fashion-MNIST from its four IDX files, CIFAR-10 and CIFAR-100 from their python archives.
+
+Fashion-MNIST's are as Debian's package installs them, or in a folder of the user's. Archives are packed or unpacked.
+"""
 
 from __future__ import annotations
 
 import gzip
 import io
+import math
 import pickle
 import pickletools
 import tarfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,7 +25,129 @@ from dist_train.data.cache import data_sets_folder, fetch
 from dist_train.data.images import ImageSet, Split
 from dist_train.outcome import UsageError
 
-VERSION = 1
+_UNSIGNED_BYTE = 0x08
+_IDX_CHUNK = 1 << 22
+
+
+def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
+    """Return the unsigned bytes in `path` (gzip when it ends in .gz) with that many dimensions.
+
+    Raises UsageError when the file cannot be read, is cut short, is longer than its
+    header says, or is no IDX file of unsigned bytes with these dimensions.
+    """
+    header_bytes = 4 + 4 * dimensions
+    content = _read_idx(path, header_bytes, dimensions)
+    if len(content) < header_bytes:
+        raise _damaged(
+            path, f"it holds {len(content)} bytes, less than an IDX header of {header_bytes}", code="data-length"
+        )
+    magic = (_UNSIGNED_BYTE << 8) | dimensions
+    found = int.from_bytes(content[:4], "big")
+    if found != magic:
+        raise _damaged(
+            path, f"it begins with {found:08x}, not with the IDX magic number {magic:08x}", code="data-format"
+        )
+    shape = _shape(content, dimensions)
+    expected = header_bytes + math.prod(shape)
+    if len(content) != expected:
+        holds = f"more than {expected}" if len(content) > expected else f"{len(content)}"
+        what = " x ".join(map(str, shape))
+        raise _damaged(
+            path, f"its header announces {what} bytes, {expected} in all; it holds {holds}", code="data-length"
+        )
+    return np.frombuffer(content, dtype=np.uint8, offset=header_bytes).reshape(shape)
+
+
+def _read_idx(path: Path, header_bytes: int, dimensions: int) -> bytearray:
+    """Read `path` up to one byte more than its header announces, so that no file can fill the memory."""
+    content = bytearray()
+    limit = header_bytes
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            while len(content) <= limit:
+                chunk = file.read(_IDX_CHUNK)
+                if not chunk:
+                    break
+                content += chunk
+                if len(content) >= header_bytes:
+                    limit = header_bytes + math.prod(_shape(content, dimensions))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise _damaged(path, f"gzip cannot unpack it ({error})", code="data-unpackable") from error
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {path}: {error.strerror or error}. {_FASHION_MNIST_FIX}", code="data-unreadable"
+        ) from error
+    return content
+
+
+def _shape(content: bytearray, dimensions: int) -> tuple[int, ...]:
+    return tuple(int.from_bytes(content[4 * i : 4 * i + 4], "big") for i in range(1, dimensions + 1))
+
+
+def _damaged(path: Path, reason: str, code: str) -> UsageError:
+    return UsageError(f"{path} is damaged: {reason}. {_FASHION_MNIST_FIX}", code=code)
+
+
+FASHION_MNIST_VERSION = 1
+FASHION_MNIST_CLASSES = 10
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+_STEMS = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+_SIDE = 28
+_FASHION_MNIST_FIX = (
+    "Fetch the files with `apt-get install dataset-fashion-mnist` (without root: `docker/fashion_mnist.sh`), "
+    "or set data.root to a folder that holds the four IDX files (plain or .gz)."
+)
+
+
+def find_fashion_mnist(root: Path | None, split: Split) -> tuple[Path, Path]:
+    """Return the files with the images and the labels of `split`.
+
+    Without `root`, Debian's folder is searched, then `datasets/fashion-mnist` in the cache folder.
+    Raises UsageError when a file is missing.
+    """
+    folders = [root] if root is not None else [DEBIAN_FOLDER, data_sets_folder() / "fashion-mnist"]
+    for folder in folders:
+        images, labels = (_existing(folder, stem) for stem in _STEMS[split])
+        if images is not None and labels is not None:
+            return images, labels
+    missing = [stem for stem in _STEMS[split] if all(_existing(folder, stem) is None for folder in folders)]
+    names = " and ".join(f"{stem}[.gz]" for stem in missing or _STEMS[split])
+    places = " or ".join(map(str, folders))
+    raise UsageError(f"Fashion-MNIST: {names} not found in {places}. {_FASHION_MNIST_FIX}", code="data-missing")
+
+
+def decode_fashion_mnist(files: tuple[Path, Path]) -> ImageSet:
+    """Return the images and labels in the two files; UsageError when they are damaged or do not fit."""
+    images_file, labels_file = files
+    pixels = read_idx(images_file, 3)
+    labels = read_idx(labels_file, 1)
+    if len(pixels) == 0 or pixels.shape[1:] != (_SIDE, _SIDE):
+        found = " x ".join(map(str, pixels.shape))
+        raise _damaged(images_file, f"it holds {found} pixels, not images of 28 x 28", code="data-shape")
+    if len(labels) != len(pixels):
+        raise UsageError(
+            f"{images_file} holds {len(pixels)} images but {labels_file} holds {len(labels)} labels: "
+            f"one of them is damaged. {_FASHION_MNIST_FIX}",
+            code="data-counts",
+        )
+    if labels.max() >= FASHION_MNIST_CLASSES:
+        raise _damaged(
+            labels_file, f"it holds the label {labels.max()}, not 0 to {FASHION_MNIST_CLASSES - 1}", code="data-labels"
+        )
+    # The arrays are views of bytearrays, hence writable, so that torch takes them as they are.
+    return ImageSet(torch.from_numpy(pixels).unsqueeze(1), torch.from_numpy(labels).long(), FASHION_MNIST_CLASSES)
+
+
+def _existing(folder: Path, stem: str) -> Path | None:
+    candidates = (folder / stem, folder / f"{stem}.gz")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+CIFAR_VERSION = 1
 _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32
 _MEMBER_LIMIT = 1 << 30
@@ -77,13 +204,13 @@ def root_or_default(root: Path | None) -> Path:
     return data_sets_folder() if root is None else root
 
 
-def download(archive: Archive, root: Path) -> None:
+def download_archive(archive: Archive, root: Path) -> None:
     """Fetch the archive into `root`, unless it or all unpacked batches are there. Raises UsageError."""
     if any(_missing(archive, root, split) for split in archive.batches):
         fetch(archive.url, root / archive.file, archive.sha256)
 
 
-def find(archive: Archive, root: Path, split: Split) -> tuple[Path, ...]:
+def find_archive(archive: Archive, root: Path, split: Split) -> tuple[Path, ...]:
     """Return the unpacked batches of `split` in `root`, else the packed archive.
 
     Raises UsageError when neither is there.
@@ -102,7 +229,7 @@ def find(archive: Archive, root: Path, split: Split) -> tuple[Path, ...]:
     )
 
 
-def decode(archive: Archive, root: Path, files: Sequence[Path], split: Split) -> ImageSet:
+def decode_archive(archive: Archive, root: Path, files: Sequence[Path], split: Split) -> ImageSet:
     """Return the images and labels in what `find` found; UsageError when anything in it is damaged."""
     packed = files[0].name == archive.file
     fix = (

@@ -1,0 +1,293 @@
+"""How far a run is, kept in a checkpoint, the same on all ranks; what a run resumes from, or begins with."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torchvision import models
+
+from dist_train.checkpoint.files import list_checkpoints, write_checkpoint
+from dist_train.checkpoint.state import (
+    Progress,
+    find_initial,
+    find_resume_point,
+    load_model,
+    read_initial,
+    restored_progress,
+    shared_progress,
+)
+from dist_train.cluster.communicator import Alone
+from dist_train.config import Config, load_config, parse_config
+from dist_train.models import build_model
+from dist_train.outcome import UsageError
+from dist_train.rundir.paths import RunDirectory
+from tests.raising import raises
+from tests.unit.checkpoint_files import contents
+from tests.unit.simulated_ranks import results
+from tests.unit.small_trainers import build_trainer
+from tests.unit.test_rundir_paths import DECIDED, parse
+
+
+def test_the_best_is_the_first_of_the_highest_test_accuracies() -> None:
+    progress = Progress()
+    for step, accuracy in ((1, 0.5), (2, 0.8), (3, 0.8), (4, 0.7)):
+        progress.step = step
+        progress.note_accuracy("train", 0.5 + step / 8)
+        progress.note_accuracy("test", accuracy)
+    assert progress.best_accuracy == 0.8
+    assert (progress.test_accuracy, progress.train_accuracy) == (0.7, 1.0)
+
+
+def test_an_accuracy_of_zero_is_an_accuracy() -> None:
+    progress = Progress(step=1)
+    progress.note_accuracy("test", 0.0)
+    assert progress.best_accuracy == 0.0
+
+
+def test_it_comes_back_from_a_checkpoint() -> None:
+    progress = Progress(7, 0.8, 5, 5, 0.7, 0.7, 0.9)
+    assert restored_progress(contents(7, metrics=progress.metrics())) == progress
+    assert restored_progress(contents(7, metrics={})) == Progress(7)
+
+
+def test_every_rank_has_rank_0_s() -> None:
+    progress = Progress(7, 0.8, 5, None, None, None, 0.9)
+    shared = results(3, lambda each: shared_progress(each, Progress() if each.rank else progress))
+    assert shared == [progress] * 3
+
+
+def test_the_best_checkpoint_is_the_best_of_those_saved_at_an_evaluation() -> None:
+    progress = Progress()
+    for step, accuracy, saved in ((1, 0.9, False), (2, 0.5, True), (3, 0.7, True), (4, None, True), (5, 0.7, True)):
+        progress.step = step
+        if accuracy is not None:
+            progress.note_accuracy("test", accuracy)
+        if saved:
+            progress.note_saved()
+    assert (progress.best_saved_step, progress.best_saved_accuracy) == (3, 0.7)
+
+
+def run_with(root: Path, *steps: int) -> RunDirectory:
+    directory = RunDirectory(root)
+    directory.create()
+    for step in steps:
+        saved = contents(step, config=DECIDED.model_dump(mode="json"))
+        write_checkpoint(directory.checkpoints, saved, lambda: None)
+    return directory
+
+
+def test_a_new_run_takes_its_settings_as_they_are(tmp_path: Path) -> None:
+    resume_point = find_resume_point(parse(run={"seed": 5}), run_with(tmp_path))
+    assert (resume_point.config, resume_point.contents) == (parse(run={"seed": 5}), None)
+
+
+def test_a_run_is_gone_on_with_from_its_last_step_under_what_it_decided(tmp_path: Path) -> None:
+    config = parse(run={"max_steps": 9}, metrics={"enabled": False})
+    resume_point = find_resume_point(config, run_with(tmp_path, 2, 4))
+    assert resume_point.contents is not None
+    assert resume_point.contents.step == 4
+    assert (resume_point.config.batch.micro_size, resume_point.config.precision.threads) == (64, 2)
+    assert (resume_point.config.run.max_steps, resume_point.config.metrics.enabled) == (9, False)
+
+
+def test_promise_5_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    with raises(UsageError, "settings-changed") as caught:
+        find_resume_point(parse(run={"seed": 1}, optimizer={"learning_rate": 0.5}), run_with(tmp_path, 4))
+    assert "run.seed: 0" in str(caught.value)
+    assert "optimizer.learning_rate: 0.1" in str(caught.value)
+
+
+def test_a_run_that_is_never_to_be_gone_on_with_is_refused_where_there_is_one(tmp_path: Path) -> None:
+    never = parse(run={"resume": "never"})
+    assert find_resume_point(never, run_with(tmp_path)).contents is None
+    with raises(UsageError, "run-exists"):
+        find_resume_point(never, run_with(tmp_path, 4))
+
+
+def test_another_run_s_checkpoint_is_only_a_beginning(tmp_path: Path) -> None:
+    source = run_with(tmp_path / "source", 2, 4).checkpoints / "step-00000002.pt"
+    config = parse(run={"resume": str(source)})
+    first = find_resume_point(config, run_with(tmp_path / "new")).contents
+    again = find_resume_point(config, run_with(tmp_path / "new", 7)).contents
+    assert first is not None
+    assert again is not None
+    assert (first.step, again.step) == (2, 7)
+
+
+def test_a_checkpoint_of_the_run_itself_takes_it_back(tmp_path: Path) -> None:
+    directory = run_with(tmp_path, 2, 4)
+    config = parse(run={"resume": str(directory.checkpoints / "step-00000002.pt")})
+    found = find_resume_point(config, directory).contents
+    assert found is not None
+    assert found.step == 2
+
+
+def test_a_longer_run_is_one_that_is_lengthened_and_a_shorter_one_is_refused(tmp_path: Path) -> None:
+    directory = run_with(tmp_path, 4)
+    resume_point = find_resume_point(parse(run={"epochs": 30}), directory)
+    assert (resume_point.epochs_before, resume_point.config.run.epochs) == (10, 30)
+    assert find_resume_point(parse(), directory).epochs_before is None
+    with raises(UsageError, "settings-changed"):
+        find_resume_point(parse(run={"epochs": 9}), directory)
+
+
+def test_a_run_stands_for_its_last_checkpoint(tmp_path: Path) -> None:
+    source = run_with(tmp_path / "source", 2, 4)
+    resumed = find_resume_point(parse(run={"resume": str(source.root)}), run_with(tmp_path / "new")).contents
+    assert resumed is not None
+    assert resumed.step == 4
+
+
+def test_a_run_that_has_not_begun_takes_the_weights_it_is_to_begin_with(tmp_path: Path) -> None:
+    source = run_with(tmp_path / "source", 4)
+    config = parse(run={"init_from": str(source.root)})
+    found = find_resume_point(config, run_with(tmp_path / "new"))
+    assert found.contents is None
+    assert found.initial is not None
+    assert (found.initial.step, found.initial.path) == (4, source.checkpoint(4))
+    assert found.initial.sha256 == list_checkpoints(source.checkpoints)[0].sha256
+    own = write_checkpoint(
+        run_with(tmp_path / "begun").checkpoints, contents(2, config=config.model_dump(mode="json")), lambda: None
+    )
+    assert find_resume_point(config, RunDirectory.of_checkpoint(own.path)).initial is None
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
+    directory = run_with(tmp_path, 2, 4)
+    (directory.checkpoints / "step-00000004.pt").write_bytes(b"")
+    resume_point = find_resume_point(Config(), directory)
+    assert resume_point.contents is not None
+    assert resume_point.contents.step == 2
+    assert list(resume_point.damage) == ["step-00000004.pt"]
+
+
+def test_a_run_of_an_earlier_version_is_resumed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`former_run` was saved when ranks had another name, half-way; `undisturbed.pt` is where that version ended."""
+    former = Path(__file__).with_name("former_run")
+    shutil.copytree(former, tmp_path / "run")
+    with caplog.at_level(logging.WARNING):
+        config = load_config(former / "config.yaml", ["run.max_steps=null"])
+    assert (config.noise.sharing, config.metrics.ranks) == ("rank", "first")
+    assert len(caplog.records) == 2
+    point = find_resume_point(config, RunDirectory(tmp_path / "run"))
+    trainer = build_trainer(point.config, tmp_path / "run", Alone(), contents=point.contents)
+    trainer.run()
+    ended = torch.load(former / "undisturbed.pt", weights_only=True)
+    assert trainer.progress.step == ended["step"] == 16
+    # Bit-identical on the kind of processor that it was made on; others round otherwise.
+    for name, tensor in trainer.network.state_dict().items():
+        torch.testing.assert_close(tensor, ended["model"][name], rtol=1e-3, atol=1e-5)
+
+
+NAME = "torchvision:shufflenet_v2_x0_5"
+
+
+def model(classes: int, **settings: object) -> torch.nn.Module:
+    data = {"name": "synthetic", "synthetic_shape": [3, 32, 32], "synthetic_classes": classes}
+    return build_model(
+        parse_config({"data": data, "model": {"name": NAME, "norm": "batch", **settings}}, source="test")
+    )
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, torch.Tensor]:
+    """A state dict such as torchvision publishes: 1000 classes, and counts that our norms do not keep."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        network = models.shufflenet_v2_x0_5()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d) and module.running_mean is not None:
+            module.running_mean.fill_(0.5)
+    return dict(network.state_dict())
+
+
+def loaded(path: Path, network: torch.nn.Module, classes: int) -> list[str]:
+    """Load the file at `path` as a run does, and return what it leaves to the seed."""
+    initial = read_initial(path, NAME)
+    own = network.state_dict()
+    heads = list(initial.other_heads(own, classes))
+    load_model(initial.fitted(own, classes), network, str(path))
+    return heads
+
+
+@pytest.mark.parametrize("form", ["plain.pth", "wrapped.pth", "parallel.bin", "plain.pt", "plain.safetensors"])
+def test_weights_are_taken_and_a_head_of_other_classes_is_the_seeds(
+    form: str, published: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / form
+    if path.suffix == ".safetensors":
+        save_file(published, path)
+    else:
+        parallel = {f"module.{name}": tensor for name, tensor in published.items()}
+        contents: dict[str, Any] = {
+            "plain": published,
+            "wrapped": {"epoch": 3, "state_dict": published},
+            "parallel": {"model": parallel},
+        }
+        torch.save(contents[path.stem], path)
+    assert read_initial(path, NAME).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    network = model(1000)
+    assert loaded(path, network, 1000) == []
+    assert all(torch.equal(tensor, published[name]) for name, tensor in network.state_dict().items())
+    five, seeded = model(5), model(5).state_dict()
+    assert loaded(path, five, 5) == ["fc.weight", "fc.bias"]
+    for name, tensor in five.state_dict().items():
+        assert torch.equal(tensor, seeded[name] if name.startswith("fc.") else published[name])
+
+
+def test_averages_are_left_out_where_the_norm_keeps_none(published: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    torch.save(published, tmp_path / "weights.pth")
+    assert loaded(tmp_path / "weights.pth", model(1000, norm="group"), 1000) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"conv1.0.weight": torch.zeros(24, 3, 1, 1)}, "checkpoint-of-another-model"),
+        ({"layer9.weight": torch.zeros(3)}, "checkpoint-of-another-model"),
+        ({"fc.weight": torch.zeros(10, 256)}, "checkpoint-of-another-model"),
+        ({"conv1.1.weight": None}, "weights-unreadable"),
+    ],
+)
+def test_what_does_not_fit_is_one_message(
+    change: dict[str, Any], code: str, published: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    torch.save({**published, **change}, tmp_path / "weights.pth")
+    with raises(UsageError, code):
+        loaded(tmp_path / "weights.pth", model(5), 5)
+
+
+def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
+    (tmp_path / "code.pth").write_bytes(pickle.dumps({"weight": print}))
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    for name in ("code.pth", "module.pth", "text.safetensors"):
+        with raises(UsageError, "weights-unreadable"):
+            read_initial(tmp_path / name, NAME)
+
+
+def test_torchvisions_weights_are_found_in_the_cache_of_torch_hub(
+    published: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    source = Path("torchvision:IMAGENET1K_V1")
+    with raises(UsageError, "weights-missing") as missing:
+        read_initial(source, NAME)
+    file = Path(str(missing.value).split()[-1])
+    assert file.name.startswith("shufflenetv2_x0.5-")
+    file.parent.mkdir(parents=True)
+    torch.save(published, file)
+    assert find_initial(source, NAME) == find_initial(source, "shufflenet_v2_x0_5") == file
+    with raises(UsageError, "weights-unreadable"):  # its name says another digest
+        read_initial(source, NAME)
+    for name, weights in ((NAME, "torchvision:IMAGENET1K_V9"), ("vgg9", str(source))):
+        with raises(UsageError, "weights-missing"):
+            find_initial(Path(weights), name)
