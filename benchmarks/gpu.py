@@ -32,15 +32,17 @@ from benchmarks.machine import this_machine
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import timed
 from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint
+from dist_train.checkpoint.state import Progress
 from dist_train.cluster.communicator import Alone
 from dist_train.cluster.devices import find_gpus
-from dist_train.config import NoiseSettings, dump_config
+from dist_train.config import CommSettings, NoiseSettings, dump_config
 from dist_train.kernels import operators
 from dist_train.models import build_model
 from dist_train.models.norms import GroupedBatchNorm, join_relus
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise_draws import NoiseDraws
 from dist_train.outcome import ExitCode
+from dist_train.training.reduction import build_reduction
 
 _NOISE = {"method": "smoothout", "amplitude": 1e-3}
 _PAIRS = 5
@@ -188,6 +190,32 @@ def same_draws(device: Device, folder: Path) -> Finding:
     return Finding("\n".join(lines), holds)
 
 
+def same_sums(device: Device, folder: Path) -> Finding:
+    """Sum the gradients of two micro-batches on the device and on the CPU: are the bits the same?"""
+    lines, holds = ["| sums | |", "|---|---|"], True
+    for name in ("exact", "exact32"):
+        summed = []
+        for place in (torch.device(device), torch.device("cpu")):
+            weights = FlatWeights(build_model(settings(1.0, 128)).to(place))
+            progress = Progress(grid_exponents=[24] * len(weights.segments))
+            comm = CommSettings(reduction=name)
+            reduction = build_reduction(comm, weights, Alone(), gradients=2, share=1.0, progress=progress)
+            reduction.start()
+            for seed in range(2):
+                drawn = torch.randn(len(weights.values), generator=torch.Generator().manual_seed(seed)).to(place)
+                with reduction.micro_batch():
+                    for parameter, gradient in zip(weights.parameters, weights.views_of(drawn), strict=True):
+                        parameter.grad = gradient
+            reduction.send()
+            reduction.finish()
+            summed.append(weights.gradients.cpu())
+            holds = holds and not reduction.out_of_range
+        same = torch.equal(*summed)
+        holds = holds and same
+        lines.append(f"| {name} | {'equal' if same else 'DIFFERENT'} |")
+    return Finding("\n".join(lines), holds)
+
+
 def norms(device: Device, folder: Path) -> Finding:
     """Normalize groups of 128, a ReLU behind, by our kernels and by torch's: how far from float64, and how fast?"""
     lines = ["| activations | kernels | errors of outputs, gradients | both passes |", "|---|---|---|---|"]
@@ -285,6 +313,7 @@ PARTS: Mapping[str, Callable[[Device, Path], Finding]] = MappingProxyType(
     {
         "same-bits": same_bits,
         "same-draws": same_draws,
+        "same-sums": same_sums,
         "norms": norms,
         "no-waits": no_waits,
         "peak-memory": peak_memory,

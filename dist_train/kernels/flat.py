@@ -36,6 +36,31 @@ def _accumulate(gradients, total, largest, count, scale, begun: tl.constexpr, bl
     tl.store(largest + tl.program_id(0), tl.max(size, 0))
 
 
+@triton.jit(do_not_specialize=["offset"])
+def _accumulate_on_grids(
+    gradients, total, largest, sizes, places, scales, offset, begun: tl.constexpr, block: tl.constexpr
+):
+    row = tl.program_id(0)
+    start, length = tl.load(places + 3 * row) - offset, tl.load(places + 3 * row + 1)
+    scale = tl.load(scales + tl.load(places + 3 * row + 2))
+    found = tl.zeros((block,), tl.float32)
+    for step in range(tl.cdiv(length, block)):
+        place = step * block + tl.arange(0, block)
+        within = place < length
+        gradient = tl.load(gradients + start + place, mask=within, other=0.0) * scale
+        size = tl.where(gradient == gradient, tl.abs(gradient), float("inf"))
+        # To the nearest integer, ties to even: from 2^23 on a float32 is one.
+        size = tl.where(size < 8388608.0, (size + 8388608.0) - 8388608.0, size)
+        found = tl.maximum(found, size)
+        integers = tl.where(gradient < 0.0, -size, size).to(total.dtype.element_ty)
+        if begun:
+            integers += tl.load(total + start + place, mask=within, other=0)
+        tl.store(total + start + place, integers, mask=within)
+    size = tl.max(found, 0)
+    tl.store(sizes + row, size)
+    tl.store(largest + row, tl.load(largest + row) + size.to(tl.int64))
+
+
 def random_bits(out: Tensor, low: int, high: int) -> None:
     """Fill int32 `out` [n] with the hashes of 0, 1, ... by the halves of a key, as `randomness.hash_by_torch` does."""
     _random_bits[(triton.cdiv(len(out), _BLOCK),)](out, len(out), low, high, block=_BLOCK)
@@ -52,3 +77,19 @@ def accumulate(gradients: Tensor, total: Tensor, scale: float, begun: bool) -> T
         gradients, total, largest, len(gradients), scale, begun=begun, block=_BLOCK, enable_fp_fusion=False
     )
     return largest
+
+
+def accumulate_on_grids(
+    gradients: Tensor, total: Tensor, largest: Tensor, places: Tensor, scales: Tensor, offset: int, begun: bool
+) -> Tensor:
+    """Add `gradients` [n], each filter's times its scale and rounded to integers, to `total`; or begin it with them.
+
+    `places` [filters, 3], int64: where a filter begins, beyond `offset`, how long it is, which of `scales`, float32, is
+    its. Add each filter's largest absolute integer to `largest` [filters], int64, and return them as float32, infinity
+    where there is a NaN.
+    """
+    sizes = gradients.new_empty(len(places))
+    _accumulate_on_grids[(len(places),)](
+        gradients, total, largest, sizes, places, scales, offset, begun=begun, block=_BLOCK, enable_fp_fusion=False
+    )
+    return sizes

@@ -26,6 +26,10 @@ _LIBRARY.define(
 )
 _LIBRARY.define("random_bits_(Tensor(a!) out, int low, int high) -> ()")
 _LIBRARY.define("accumulate_(Tensor gradients, Tensor(a!) total, float scale, bool begun) -> Tensor largest")
+_LIBRARY.define(
+    "accumulate_on_grids_(Tensor gradients, Tensor(a!) total, Tensor(b!) largest, Tensor places, Tensor scales, "
+    "int offset, bool begun) -> Tensor sizes"
+)
 
 
 @cache
@@ -81,11 +85,26 @@ def _accumulate(gradients: Tensor, total: Tensor, scale: float, begun: bool) -> 
     return flat.accumulate(gradients, total, scale, begun)
 
 
+def _accumulate_on_grids(
+    gradients: Tensor, total: Tensor, largest: Tensor, places: Tensor, scales: Tensor, offset: int, begun: bool
+) -> Tensor:
+    from dist_train.kernels import flat
+
+    return flat.accumulate_on_grids(gradients, total, largest, places, scales, offset, begun)
+
+
+def _sizes(
+    gradients: Tensor, total: Tensor, largest: Tensor, places: Tensor, scales: Tensor, offset: int, begun: bool
+) -> Tensor:
+    return gradients.new_empty(len(places))
+
+
 for _name, _computed, _described in (
     ("ghost_norm", _ghost_norm, _shapes),
     ("ghost_norm_backward", _ghost_norm_backward, _backward_shapes),
     ("random_bits_", _random_bits, lambda out, low, high: None),
     ("accumulate_", _accumulate, lambda gradients, total, scale, begun: gradients.new_empty(1)),
+    ("accumulate_on_grids_", _accumulate_on_grids, _sizes),
 ):
     _LIBRARY.impl(_name, _computed, "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _described, "Meta")

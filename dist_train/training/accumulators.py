@@ -193,9 +193,19 @@ class Exact32Accumulator(GradientAccumulator):
         """The gradient of each parameter [filters, weights of a filter]; one of a single dimension is one filter."""
         self._filters = [0, *accumulate(len(tensor) for tensor in self._tensors)]
         """Where each parameter's filters begin within all, and their number."""
+        self._places = torch.tensor(
+            [
+                (each.start + filter * tensor.shape[1], tensor.shape[1], index)
+                for index, (each, tensor) in enumerate(zip(weights.segments, self._tensors, strict=True))
+                for filter in range(len(tensor))
+            ],
+            device=self._gradients.device,
+        )
+        """Of each filter where it begins, its length, and which parameter's it is."""
         self._grids = Grids(progress, len(self._tensors), terms)
         self.largest = torch.zeros(self._filters[-1], dtype=torch.int64, device=self._gradients.device)
         self._exponents: Sequence[int] = ()
+        self._scales = self._gradients[:0]
         self._total = torch.zeros(0, dtype=torch.int32, device=self._gradients.device)
         self._scratch = self._total
         self._begun: set[int] = set()
@@ -207,6 +217,8 @@ class Exact32Accumulator(GradientAccumulator):
         self._begun.clear()
         exponents = self._grids.exponents
         self._exponents = exponents or [GRADIENTS.bits] * len(self._tensors)
+        scales = torch.tensor([2.0**exponent for exponent in self._exponents])
+        self._scales = scales.to(self._gradients.device, non_blocking=True)
         integers = torch.int32 if exponents else torch.int64
         if self._total.dtype != integers or len(self._total) == 0:
             self._total = torch.zeros_like(self._gradients, dtype=integers)
@@ -215,20 +227,26 @@ class Exact32Accumulator(GradientAccumulator):
 
     def add(self, bucket: Bucket) -> None:
         """Add the gradients of one micro-batch as integers."""
-        gradients = self._gradients[bucket.part]
+        gradients, total = self._gradients[bucket.part], self._total[bucket.part]
+        filters = slice(self._filters[bucket.first], self._filters[bucket.last])
+        begun = bucket.index in self._begun
+        self._begun.add(bucket.index)
+        if gradients.is_cuda and operators.has_triton():
+            sizes = torch.ops.dist_train.accumulate_on_grids_(
+                gradients, total, self.largest[filters], self._places[filters], self._scales, bucket.start, begun
+            )
+            self._met.append(sizes.amax())
+            return
         tensors = self._tensors[bucket.first : bucket.last]
         torch._foreach_mul_(tensors, [2.0**exponent for exponent in self._exponents[bucket.first : bucket.last]])
         gradients.round_()
         largest = _largest(tensors)
         self._met.append(largest.amax())
-        first, last = self._filters[bucket.first], self._filters[bucket.last]
-        self.largest[first:last].add_(largest.to(torch.int64))
-        total = self._total[bucket.part]
-        if bucket.index in self._begun:
+        self.largest[filters].add_(largest.to(torch.int64))
+        if begun:
             total += self._scratch[: len(total)].copy_(gradients)
         else:
             total.copy_(gradients)
-            self._begun.add(bucket.index)
 
     def send(self, bucket: Bucket, name: str) -> Pending:
         """Start the sum over the ranks."""

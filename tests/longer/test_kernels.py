@@ -191,6 +191,48 @@ def test_a_gradient_that_is_not_finite_is_the_largest(bad: float) -> None:
     assert largest.tolist() == [1.0, torch.inf]
 
 
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_gradients_are_added_up_on_grids_as_torch_does(kind: torch.dtype) -> None:
+    shapes, offset = [(3, 1100), (2, 5), (1, 2300)], 48
+    scales = torch.tensor([2.0**20, 2.0**24, 0.5])
+    places, start = [], offset
+    for index, (rows, length) in enumerate(shapes):
+        places += [(start + row * length, length, index) for row in range(rows)]
+        start += rows * length + 6  # padding
+    total = torch.full((start - offset,), 3, dtype=kind)
+    largest, expected_largest = torch.full((len(places),), 5), torch.full((len(places),), 5)
+    expected = torch.zeros_like(total)
+    for turn in range(2):
+        gradients = torch.randn(len(total), generator=torch.Generator().manual_seed(turn)) * 9
+        gradients[-2000:] = torch.arange(2000) - 1000.0  # halves, times 0.5
+        sizes = torch.ops.dist_train.accumulate_on_grids_(
+            gradients, total, largest, torch.tensor(places), scales, offset, turn > 0
+        )
+        for row, (first, length, index) in enumerate(places):
+            part = slice(first - offset, first - offset + length)
+            rounded = gradients[part].mul(scales[index]).round()
+            expected[part] += rounded.to(kind)
+            assert sizes[row] == rounded.abs().max()
+            expected_largest[row] += int(rounded.abs().max())
+    inside = torch.zeros(len(total), dtype=torch.bool)
+    for first, length, _ in places:
+        inside[first - offset : first - offset + length] = True
+    assert torch.equal(total[inside], expected[inside])
+    assert (total[~inside] == 3).all()
+    assert torch.equal(largest, expected_largest)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+def test_on_a_grid_too_a_gradient_that_is_not_finite_is_the_largest(bad: float) -> None:
+    gradients, integers = torch.ones(12), torch.zeros(12, dtype=torch.int32)
+    gradients[7] = bad
+    places, scales = torch.tensor([(0, 6, 0), (6, 6, 0)]), torch.ones(1)
+    largest = torch.zeros(2, dtype=torch.int64)
+    sizes = torch.ops.dist_train.accumulate_on_grids_(gradients, integers, largest, places, scales, 0, False)
+    assert sizes.tolist() == [1.0, torch.inf]
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -200,7 +242,7 @@ from dist_train.kernels import flat, norms
 values = {"width": 64, "block": 1024, "rectify": True, "begun": True}
 kernels = [norms._part_moments, norms._write_normalized, norms._part_sums, norms._write_gradients]
 known = dict.fromkeys(values, "constexpr") | dict.fromkeys(("epsilon", "scale"), "fp32")
-known |= dict.fromkeys(("rows", "total", "parts", "channels", "count", "low", "high"), "i32")
+known |= dict.fromkeys(("rows", "total", "parts", "channels", "count", "low", "high", "offset"), "i32")
 for capability in (80, 90):
     def compile(kernel, types):
         signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
@@ -210,6 +252,8 @@ for capability in (80, 90):
 
     compile(flat._random_bits, {**known, "out": "*i32"})
     compile(flat._accumulate, {**known, "total": "*i64"})
+    for kind in ("*i32", "*i64"):
+        compile(flat._accumulate_on_grids, {**known, "places": "*i64", "largest": "*i64", "total": kind})
     for kind in ("*fp32", "*bf16", "*fp16"):
         of_activations = dict.fromkeys(("inputs", "outputs", "upstream", "of_inputs"), kind)
         for kernel in kernels:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import traffic
 from benchmarks.emulation import KNOWN_WAITS, Emulated, Job, emulate
 from tests.unit.small_trainers import SETTINGS
 
@@ -92,3 +93,7 @@ def test_a_step_mixes_no_devices_and_waits_only_where_it_reads_its_result(
     assert found.mixed == ()
     assert found.waits.keys() == KNOWN_WAITS
     assert found.operators > 0
+
+
+def test_a_step_reads_writes_and_starts_little_more_than_plain_pytorch_s() -> None:
+    assert [row.row for row in traffic.rows() if not row.holds] == []
