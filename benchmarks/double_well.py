@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dist_train.config import NoiseSettings
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import build_noise
-from dist_train.randomness import generator
+from dist_train.reproducible import generator
 
 FLAT, SHARP = 1.5, -0.5
 _BOWL = 0.25

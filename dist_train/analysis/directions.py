@@ -24,7 +24,7 @@ from dist_train.analysis.landscape_points import Subject, place_in
 from dist_train.checkpoint.files import Stored, list_checkpoints, read_stored
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
-from dist_train.randomness import generator
+from dist_train.reproducible import generator
 
 Normalize = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(drawn, weights of the same tensor) -> the part of the direction that moves this tensor; both float64."""

@@ -32,7 +32,7 @@ from dist_train.data.plan import BatchPlan
 from dist_train.models.norms import BatchStatistics, norm_modules
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
-from dist_train.randomness import generator
+from dist_train.reproducible import generator
 from dist_train.training.compute import Compute, set_up_compute
 from dist_train.training.evaluation import statistics_samples, stored_config, stored_model
 

@@ -46,7 +46,7 @@ from dist_train.cluster.launch import current_launch
 from dist_train.config import NoiseSettings
 from dist_train.optim.noise_draws import NoiseDraws
 from dist_train.outcome import DivergedError, UsageError
-from dist_train.randomness import generator
+from dist_train.reproducible import generator
 from dist_train.rundir.atomic import finite
 from dist_train.rundir.paths import RunDirectory
 

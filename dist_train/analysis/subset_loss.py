@@ -25,7 +25,7 @@ from dist_train.data.plan import balanced_choice
 from dist_train.models.norms import norm_modules
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import DivergedError, UsageError
-from dist_train.randomness import generator
+from dist_train.reproducible import generator
 from dist_train.training.compute import Compute, set_up_compute, share_of_threads
 from dist_train.training.evaluation import recompute_statistics, statistics_samples, stored_config, stored_model
 

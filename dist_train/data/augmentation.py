@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from dist_train.config import RegularizationSettings
 from dist_train.data.images import BatchRequest
-from dist_train.randomness import generator, key, uniform
+from dist_train.reproducible import generator, key, uniform
 
 _CHUNK = 4096
 

@@ -31,7 +31,7 @@ from dist_train.data.published import (
     root_or_default,
 )
 from dist_train.outcome import UsageError
-from dist_train.randomness import generator
+from dist_train.reproducible import generator
 
 _ARCHIVES: Mapping[str, Archive] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 

@@ -17,7 +17,6 @@ from PIL import Image, UnidentifiedImageError
 
 from dist_train.outcome import FaultError
 
-CHANNELS = 3
 ATTEMPTS = 10
 DRAWS = 2 * ATTEMPTS + 3
 """Uniforms that an augmented image takes: area and aspect for each attempt, then top, left, mirror."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_train.data.images import Split
 from dist_train.outcome import UsageError
-from dist_train.randomness import generator
+from dist_train.reproducible import generator
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 

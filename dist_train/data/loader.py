@@ -35,7 +35,7 @@ from dist_train.data.packed import PackedListing, list_shards
 from dist_train.data.plan import divided
 from dist_train.data.plugin_samples import PluginSamples, Recipe, labels_of
 from dist_train.outcome import CodedError
-from dist_train.randomness import generator, key, uniform
+from dist_train.reproducible import generator, key, uniform
 
 _RESIDENT_PART = 4
 

@@ -28,7 +28,7 @@ from dist_train.data.cache import cache_folder, exclusive, refuse_foreign_cache
 from dist_train.data.image_folder import SUFFIXES
 from dist_train.data.images import Split
 from dist_train.outcome import UsageError
-from dist_train.randomness import generator
+from dist_train.reproducible import generator
 from dist_train.rundir.atomic import replacing
 
 _LOGGER = logging.getLogger("dist_train.data")

@@ -12,7 +12,7 @@ from torch import Tensor
 from dist_train.config import DataSettings
 from dist_train.data.images import ImageSet
 from dist_train.outcome import UsageError
-from dist_train.randomness import generator
+from dist_train.reproducible import generator
 
 
 @dataclass(frozen=True)

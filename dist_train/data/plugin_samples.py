@@ -23,7 +23,7 @@ from dist_train.data.catalog import load_data
 from dist_train.data.decoding import EncodedImages, Work, fitted
 from dist_train.data.images import ImageSet, MapDataset, Split
 from dist_train.outcome import UsageError
-from dist_train.randomness import key
+from dist_train.reproducible import key
 
 Augment = Callable[[Any], Any]
 

@@ -26,7 +26,6 @@ from dist_train.checkpoint.writer import CheckpointWriter
 from dist_train.cluster.communicator import Communicator, run_on_all_ranks
 from dist_train.cluster.devices import share_out_devices
 from dist_train.config import Config
-from dist_train.config.parts import Epochs
 from dist_train.config.resuming import with_device, with_micro_size
 from dist_train.data.augmentation import build_mix
 from dist_train.data.images import SampleSource
@@ -42,6 +41,7 @@ from dist_train.optim.optimizers import build_optimizer
 from dist_train.optim.schedules import LearningRate
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
+from dist_train.rundir.records import Epochs
 from dist_train.training.compute import Compute, LossScale, set_up_compute
 from dist_train.training.consistency import check_same_data
 from dist_train.training.measuring import (

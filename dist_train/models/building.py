@@ -25,7 +25,7 @@ from dist_train.config import Config, ImageFormat, ModelSettings
 from dist_train.config.plugins import call_plugin, failing_clearly
 from dist_train.models.norms import VECTOR_GROUP, NormFactory, norm_factory, norm_parameters
 from dist_train.outcome import UsageError
-from dist_train.randomness import generator
+from dist_train.reproducible import generator
 
 _POOL = None
 _VGG9 = (64, 64, _POOL, 128, 128, _POOL, 256, 256, 256, _POOL)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_train.config import ModelSettings
-from dist_train.fixed_point import STATISTICS
 from dist_train.models.normalization import AcrossRanks, Activation, SumOverRanks, normalize
+from dist_train.reproducible import STATISTICS
 
 VECTOR_GROUP = 8
 """Fewest channels that group norm puts together where a channel has one value; of two, only the order would stay."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from dist_train.config import NoiseSettings
 from dist_train.config.plugins import call_plugin, is_plugin
 from dist_train.optim.flat_weights import FlatWeights
-from dist_train.randomness import bits, key
+from dist_train.reproducible import bits, key
 
 _DEVIATION_OF_UNIFORM = 3.0**-0.5
 _LARGEST = 2**15 - 1

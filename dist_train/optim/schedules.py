@@ -9,8 +9,8 @@ from types import MappingProxyType
 from typing import Any, SupportsFloat
 
 from dist_train.config import NoiseSchedule, ScheduleSettings
-from dist_train.config.parts import Epochs
 from dist_train.config.plugins import call_plugin, is_plugin
+from dist_train.rundir.records import Epochs
 
 
 @dataclass(frozen=True)

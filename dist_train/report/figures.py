@@ -1,20 +1,26 @@
-"""The figures of a report: learning curves, seeds at a glance, and all of a page, numbered in order."""
+"""The figures of a report: learning curves, seeds at a glance, landscapes, and all of a page, numbered in order."""
 
 from __future__ import annotations
 
+import json
 import math
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from dist_train.report.chart import WIDTH
-from dist_train.report.landscape_charts import LandscapeFigure, Plane, planes_of, run_landscapes
 from dist_train.report.measures import (
     Measure,
+    Summary,
+    commonest_settings,
+    directions_of,
     mean_points,
+    summary,
 )
 from dist_train.report.sharpness_charts import Scatter, sharpness_courses
-from dist_train.report.stored_run import StoredRun
-from dist_train.report.tables import variant_cell
+from dist_train.report.stored_run import Landscape, StoredRun
+from dist_train.report.tables import limits, variant_cell
 from dist_train.report.variants import Panel, Variant
 from dist_train.rundir.records import EvaluationRecord, TrainRecord
 from dist_train.watch.figure import (
@@ -28,10 +34,227 @@ from dist_train.watch.figure import (
     epochs_axis,
     learning_curve,
     linear_axis,
+    loss_axis,
     measured_of,
+    percent_tick,
     plain,
     rate_curve,
+    three_digits,
 )
+
+_LETTERS = string.ascii_lowercase * 4
+_MOST_LINEAR = 12.0
+_Axes = tuple[Axis, Axis, Axis]
+"""Along the line; of the loss; of the accuracy."""
+
+
+@dataclass(frozen=True)
+class LandscapeFigure:
+    """Around the solutions: panels as in the paper, the other variants' panels, and what the drawing rests on."""
+
+    panels: tuple[Chart, ...] = ()
+    others: tuple[Chart, ...] = ()
+    between: tuple[Chart, ...] = ()
+    settings: tuple[tuple[str, str], ...] = ()
+    left_out: int = 0
+    """Results along directions that were made with other settings or at an earlier step, which are not drawn."""
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A variant with its landscapes; `title` is the words over its panel: SB, uniform 0.01."""
+
+    variant: Variant
+    panel: Panel
+    title: str
+    landscapes: tuple[Landscape, ...]
+
+
+def landscape_figure(panels: Sequence[Panel]) -> LandscapeFigure:
+    """Return the charts around the solutions: base line and one noise variant of each panel, then the others."""
+    runs = [run for panel in panels for variant in panel.variants for run in variant.counted]
+    chosen = directions_of(runs)
+    drawn = [
+        _Drawn(variant, panel, f"{panel.short}, {variant.label}", found)
+        for panel in panels
+        for variant in panel.variants
+        if (found := tuple(chosen[run.name] for run in variant.counted if run.name in chosen))
+    ]
+    first = _as_in_the_paper(drawn)
+    rest = [item for item in drawn if item not in first]
+    # on the same axes: only so can their widths be compared
+    axes = _axes([item for group in drawn for item in group.landscapes])
+    settings = json.loads(next(iter(chosen.values())).settings) if chosen else None
+    return LandscapeFigure(
+        panels=tuple(
+            # letters as in the paper: a and b for SB without and with noise, c and d for LB
+            _around(f"landscape-{at}", item, _LETTERS[2 * panels.index(item.panel) + (not item.variant.is_base)], axes)
+            for at, item in enumerate(first)
+        ),
+        others=tuple(_around(f"landscape-other-{index}", item, "", axes) for index, item in enumerate(rest)),
+        between=_between(panels),
+        settings=tuple(
+            (name.replace("_", " "), json.dumps(value).strip('"'))
+            for name, value in (settings.items() if isinstance(settings, dict) else ())
+        ),
+        left_out=sum(len(run.analyses.of_kind("direction")) for run in runs) - len(chosen),
+    )
+
+
+def run_landscapes(run: StoredRun) -> tuple[Chart, ...]:
+    """Return a chart for every line that was walked from a checkpoint of `run`."""
+    charts: list[Chart] = []
+    for item in run.analyses.landscapes:
+        if item.kind != "plane":
+            title = f"Along random directions{_step(item)}"
+            if item.kind == "interpolate":
+                title = f"From {item.runs[0]} (0) to {item.runs[-1]} (1)"
+            charts.append(_single(f"run-landscape-{len(charts)}", [item], title))
+    return tuple(charts)
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A plane through a solution, as `dist-train landscape plane` has drawn it."""
+
+    title: str
+    folder: Path
+
+    def picture(self, form: str) -> Path:
+        """Return its file of the form svg, pdf or png."""
+        return self.folder / f"figure.{form}"
+
+
+def planes_of(runs: Sequence[StoredRun]) -> tuple[Plane, ...]:
+    """Return the planes of `runs` that have been drawn."""
+    every = (Plane(f"{run.name}{_step(item)}", item.folder) for run in runs for item in run.analyses.of_kind("plane"))
+    return tuple(plane for plane in every if plane.picture("svg").is_file())
+
+
+def _step(landscape: Landscape) -> str:
+    return f", step {landscape.step:,}" if landscape.step is not None else ""
+
+
+def _as_in_the_paper(drawn: Sequence[_Drawn]) -> list[_Drawn]:
+    """Return base line and one noise variant by panel: among those of all panels the best one of the largest batch."""
+    noisy = [item for item in drawn if not item.variant.is_base]
+    labels = [
+        {item.variant.label for item in noisy if item.panel.title == title}
+        for title in {item.panel.title for item in noisy}
+    ]
+    common = set.intersection(*labels) if labels else set()
+    candidates = [item for item in noisy if item.variant.label in common or not common]
+    best = max(candidates, key=lambda item: (item.panel.batch or 0, _test_accuracy(item.variant)), default=None)
+    label = best.variant.label if best else None
+    return [item for item in drawn if item.variant.is_base or item.variant.label == label]
+
+
+def _test_accuracy(variant: Variant) -> float:
+    found = summary([last.accuracy for run in variant.counted if (last := run.last("test"))])
+    return found.mean if found else 0.0
+
+
+def _axes(landscapes: Sequence[Landscape]) -> _Axes:
+    """Return axes for all of `landscapes`; the loss from 0 as in the paper, unless it grows beyond all measure."""
+    points = [point for landscape in landscapes for point in landscape.points]
+    losses = [point.loss for point in points if math.isfinite(point.loss)]
+    most = max(losses, default=0.0)
+    height = loss_axis("loss", losses, plain) if most > _MOST_LINEAR else Axis("loss", 0.0, most * 1.03 or 1.0, plain)
+    least = min((point.accuracy for point in points if math.isfinite(point.accuracy)), default=0.0)
+    return (
+        linear_axis("distance along the direction, \u03b1", [point.alpha for point in points], plain, margin=0.0),
+        height,
+        Axis("accuracy, %", 0.0 if least < 0.5 else 0.5, 1.02, percent_tick),
+    )
+
+
+def _around(key: str, drawn: _Drawn, letter: str, axes: _Axes) -> Chart:
+    curves = sum(len(item.lines("train")) for item in drawn.landscapes)
+    runs = len(drawn.landscapes)
+    note = f"{curves} direction{'s' if curves != 1 else ''}, {runs} run{'s' if runs != 1 else ''}"
+    widths = _widths(drawn.landscapes)
+    description = f"Loss (left) and accuracy (right), train and test, around the solution of {drawn.title}; {note}."
+    note = f"{note}{'; ' if widths else ''}{widths}"
+    return _chart(key, drawn.title, description, axes, drawn.landscapes, note, letter)
+
+
+def _single(key: str, landscapes: Sequence[Landscape], title: str) -> Chart:
+    x, loss, accuracy = _axes(landscapes)
+    if landscapes[0].kind == "interpolate":
+        x = Axis("\u03b1", x.low, x.high, plain)
+    note = f"{len(landscapes)} lines; " if len(landscapes) > 1 else ""
+    description = f"Loss (left) and accuracy (right), train and test. {title}."
+    return _chart(key, title, description, (x, loss, accuracy), landscapes, f"{note}{_widths(landscapes)}")
+
+
+def _chart(
+    key: str, title: str, description: str, axes: _Axes, landscapes: Sequence[Landscape], note: str, letter: str = ""
+) -> Chart:
+    x, left, right = axes
+    series = tuple(
+        drawn
+        for split in ("train", "test")
+        for quantity in (LOSS, ACCURACY)
+        if (drawn := _mean_line(landscapes, split, quantity)).points
+    )
+    return Chart(key, title, description, x, left, series, right, letter, note, upright=0.0)
+
+
+def _between(panels: Sequence[Panel]) -> tuple[Chart, ...]:
+    """Return a chart for every pair of variants with lines between their runs, the mean over these."""
+    variants = [(f"{panel.short}, {variant.label}", variant) for panel in panels for variant in panel.variants]
+    names = {run.directory.name: title for title, variant in variants for run in variant.runs}
+    pairs: dict[str, list[Landscape]] = {}
+    for title, variant in variants:
+        for run in variant.counted:
+            for item in run.analyses.of_kind("interpolate"):
+                other = names.get(item.runs[-1], item.runs[-1])
+                pairs.setdefault(f"{title} (0) to {other} (1)", []).append(item)
+    charts: list[Chart] = []
+    for title, found in pairs.items():
+        settings = commonest_settings(found)
+        comparable = [item for item in found if item.settings == settings]
+        charts.append(_single(f"between-{len(charts)}", comparable, title))
+    return tuple(charts)
+
+
+def _mean_line(landscapes: Sequence[Landscape], split: str, quantity: Quantity) -> Series:
+    lines = [line for item in landscapes for line in item.lines(split)]
+    values: dict[float, list[float]] = {}
+    for line in lines:
+        for point in line:
+            values.setdefault(point.alpha, []).append(quantity.take(point))
+
+    def words(found: Summary) -> str:
+        text = three_digits(found.mean) if quantity is LOSS else quantity.text(found.mean)
+        return text if found.count == len(lines) else f"{text} (on {found.count} of {len(lines)} lines)"
+
+    return Series(
+        f"{split} {quantity.name}",
+        f"{quantity.name} {split}",
+        mean_points(sorted(values.items()), words),
+        "dashed" if split == "test" else "line",
+        "left" if quantity is LOSS else "right",
+    )
+
+
+def _widths(landscapes: Sequence[Landscape]) -> str:
+    widths = [width for item in landscapes for width in item.widths]
+    basins = {width.basin for width in widths}
+    found = []
+    for key, first in {width.key: width for width in widths}.items():
+        chosen = [width for width in widths if width.key == key]
+        mean = summary([width.mean for width in chosen], sum(width.open_ends > 0 for width in chosen))
+        if mean:
+            text = three_digits(mean.mean)
+            places = len(text.partition(".")[2])
+            spread = f" ± {mean.deviation:.{places}f}" if mean.deviation is not None else ""
+            least = "\u2265 " if mean.censored else ""
+            where = f" of {first.basin}" if len(basins) > 1 else ""
+            note = limits(mean.count, mean.censored, sum(width.unresolved > 0 for width in chosen))
+            found.append(f"{least}{text}{spread}{where} (loss under {first.factor} x; {note})")
+    return "width " + "; ".join(found) if found else ""
+
 
 _MOST_POINTS = 400
 _ROWS = (("test", ACCURACY), ("train", ACCURACY), ("test", LOSS), ("train", LOSS))

@@ -21,11 +21,12 @@ from dist_train.outcome import UsageError
 from dist_train.report.chart import ROLES, Frame, style_rules, ticks
 from dist_train.report.figures import (
     NumberedFigure,
+    Plane,
     curve_records,
     figures_of_run,
     figures_of_study,
+    landscape_figure,
 )
-from dist_train.report.landscape_charts import Plane, landscape_figure
 from dist_train.report.measures import measures_of, sharpness_of
 from dist_train.report.sharpness_charts import sharpness_scatters
 from dist_train.report.stored_run import StoredRun, Subject, read_subject

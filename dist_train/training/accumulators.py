@@ -15,9 +15,9 @@ import torch
 
 from dist_train.checkpoint.state import Progress
 from dist_train.cluster.communicator import Communicator, Pending
-from dist_train.fixed_point import GRADIENTS
 from dist_train.kernels import operators
 from dist_train.optim.flat_weights import FlatWeights
+from dist_train.reproducible import GRADIENTS
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from functools import lru_cache, partial
 
 from dist_train.config import Config
-from dist_train.config.parts import Epochs
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import BatchPlan, batch_indices, epoch_order
+from dist_train.rundir.records import Epochs
 from dist_train.training.dealing import Dealing, build_dealing
 from dist_train.training.step import GlobalBatch
 

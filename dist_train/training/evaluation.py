@@ -28,7 +28,7 @@ from dist_train.data.plan import BatchPlan
 from dist_train.models import build_model
 from dist_train.models.norms import BatchStatistics, norm_modules
 from dist_train.outcome import DivergedError, UsageError
-from dist_train.randomness import generator
+from dist_train.reproducible import generator
 from dist_train.rundir.atomic import finite
 from dist_train.training.compute import Compute, set_up_compute, share_of_threads
 from dist_train.training.reduction import Tally

@@ -18,10 +18,10 @@ from torch import nn
 from dist_train.checkpoint.state import Progress
 from dist_train.cluster.communicator import Communicator, Pending
 from dist_train.config import CommSettings
-from dist_train.fixed_point import LOSSES
 from dist_train.models.norms import BatchStatistics
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.outcome import UsageError
+from dist_train.reproducible import LOSSES
 from dist_train.training.accumulators import (
     AdasumAccumulator,
     Bucket,

@@ -17,7 +17,6 @@ from dist_train.checkpoint.state import Progress, broadcast_state
 from dist_train.checkpoint.writer import CheckpointWriter, NotWritten
 from dist_train.cluster.communicator import Communicator, Generation, GroupBrokenError, MeetingRequestedError
 from dist_train.config import Config
-from dist_train.config.parts import Epochs
 from dist_train.config.plugins import plugin_files
 from dist_train.config.resuming import with_micro_size
 from dist_train.data.images import Split, Splits
@@ -25,7 +24,7 @@ from dist_train.data.plan import BatchPlan
 from dist_train.monitoring.observers import Observers
 from dist_train.optim.schedules import LearningRate
 from dist_train.outcome import DivergedError, FaultError, StoppedError
-from dist_train.rundir.records import Detail, EvaluationRecord, EventRecord, Record, TrainRecord
+from dist_train.rundir.records import Detail, Epochs, EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import StatusFile
 from dist_train.training.averaged import AveragedModel
 from dist_train.training.batches import Batches

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dist_train.models import normalization
 from dist_train.models.norms import GroupedBatchNorm, join_relus
-from dist_train.randomness import bits, key
+from dist_train.reproducible import bits, key
 
 pytestmark = [
     pytest.mark.lengthy,

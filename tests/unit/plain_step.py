@@ -16,7 +16,7 @@ from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan, epoch_order
 from dist_train.models import build_model
 from dist_train.optim.flat_weights import FlatWeights, Segment
-from dist_train.randomness import bits, key
+from dist_train.reproducible import bits, key
 
 
 def noise_of(config: Config, step: int, segments: Sequence[Segment], *indices: int | str) -> Iterator[Tensor]:

@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
-    ("outcome", "randomness", "fixed_point", "start_up"),
+    ("outcome", "reproducible", "start_up"),
     ("config",),
     ("rundir",),
     ("models", "cluster"),

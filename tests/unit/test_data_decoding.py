@@ -15,7 +15,7 @@ from torchvision.transforms import functional
 
 from dist_train.data.decoding import ATTEMPTS, DRAWS, decode, random_box
 from dist_train.outcome import FaultError
-from dist_train.randomness import key, uniform
+from dist_train.reproducible import key, uniform
 from tests.raising import raises
 from tests.unit.image_folders import damage, write_image
 

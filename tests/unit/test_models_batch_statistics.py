@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dist_train.fixed_point import STATISTICS
 from dist_train.models.norms import BatchStatistics, GroupedBatchNorm, norm_modules
+from dist_train.reproducible import STATISTICS
 
 PROPERTY = settings(deadline=None, max_examples=25)
 CHANNELS = 3

@@ -18,7 +18,6 @@ from torch.nn import functional
 from dist_train.checkpoint.files import list_checkpoints, read_checkpoint
 from dist_train.cluster.communicator import Alone
 from dist_train.config import ConfigError
-from dist_train.config.parts import Epochs
 from dist_train.data.images import BatchRequest
 from dist_train.data.plan import epoch_order
 from dist_train.launching.provenance import run_facts
@@ -26,7 +25,7 @@ from dist_train.models import build_model
 from dist_train.monitoring.prometheus.board import Board
 from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import EvaluationRecord, EventRecord
+from dist_train.rundir.records import Epochs, EvaluationRecord, EventRecord
 from dist_train.training.step import GlobalBatch, TrainingStep
 from tests.raising import raises, raises_problems
 from tests.unit.exporting import FACTS
