@@ -43,7 +43,8 @@ def this_machine() -> Machine:
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         device=torch.cuda.get_device_name() if device_type() == "cuda" else "cpu",
-        versions={"Python": platform.python_version(), **installed},
+        # PyPI's torch says only here for which CUDA it is built
+        versions={"Python": platform.python_version(), **installed, "torch": torch.__version__},
         date=time.strftime("%Y-%m-%d"),
     )
 

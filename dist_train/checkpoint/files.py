@@ -87,7 +87,7 @@ def write_checkpoint(directory: Path, contents: Contents, before_publishing: Cal
     record = path.with_suffix(".json")
     buffer = io.BytesIO()
     torch.save(contents.to_dict(), buffer)
-    content = buffer.getbuffer()
+    content = buffer.getvalue()  # not a copy, unlike a view with nothing to release where writing fails
     digest = hashlib.sha256(content).hexdigest()
     with atomic.replacing(path) as file:
         file.write(content)
