@@ -8,6 +8,7 @@ import platform
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ import torch
 
 import dist_train
 from dist_train.cluster.communicator import Communicator, broadcast_str, gather, run_on_all_ranks, signed_digest
+from dist_train.cluster.devices import device_type
 from dist_train.config import Config
 from dist_train.config.plugins import plugin_files
+from dist_train.kernels.operators import has_triton
 from dist_train.optim.averaging import Averaging
 from dist_train.optim.flat_weights import FlatWeights, digest
 from dist_train.optim.noise import Noise
@@ -77,8 +80,12 @@ def identity_of(config: Config, data: str) -> tuple[int, ...]:
 
 
 def code_of(config: Config) -> Mapping[str, str]:
-    """Return the digests of the program's source files, and of the plug-ins that `config` names."""
-    return {**code_listing(), **plugin_files(config.model_dump(mode="json"))}
+    """Return the digests of the program's source files, and of the plug-ins that `config` names; on GPUs, what computes
+    norms, draws and sums there."""
+    listing = {**code_listing(), **plugin_files(config.model_dump(mode="json"))}
+    if device_type(config.run.device) == "cuda":
+        listing["Triton"] = metadata.version("triton") if has_triton() else "none"
+    return listing
 
 
 def code_listing(folder: Path = Path(dist_train.__file__).parent) -> dict[str, str]:

@@ -74,6 +74,13 @@ def test_the_code_is_every_source_file_and_what_computes() -> None:
     )
 
 
+def test_on_gpus_the_kernels_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "Triton" not in consistency.code_of(CONFIG)
+    monkeypatch.setattr(consistency, "device_type", lambda asked: "cuda")
+    monkeypatch.setattr(consistency, "has_triton", lambda: False)
+    assert consistency.code_of(CONFIG)["Triton"] == "none"
+
+
 def test_every_setting_counts() -> None:
     listing = settings_listing(CONFIG)
     assert {"noise.schedule.kind", "run.seed", "comm.timeout"} <= set(listing)
