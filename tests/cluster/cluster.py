@@ -119,8 +119,13 @@ class Cluster:
     def start_node(self, node: str) -> None:
         """Boot a node again and wait until jobs can run there."""
         self._rig("start-node", node)
-        self.control("update", f"nodename={node}", "state=resume")
-        wait_for(lambda: self._rig("exec", "sinfo", "-h", "-n", node, "-p", "debug", "-o", "%T").strip() == "idle")
+
+        def is_idle() -> bool:
+            # Slurm refuses it for a node that it has taken back by itself
+            self._start("exec", "scontrol", "update", f"nodename={node}", "state=resume", folder=ROOT)
+            return self._rig("exec", "sinfo", "-h", "-n", node, "-p", "debug", "-o", "%T").strip() == "idle"
+
+        wait_for(is_idle)
 
     def processes(self) -> list[str]:
         """Return what runs on the nodes beside their daemons."""
