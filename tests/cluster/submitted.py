@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -57,4 +58,6 @@ exec {sys.executable} "$@"
 """
     )
     python.chmod(0o755)
-    return {"DIST_TRAIN_PYTHON": str(python), "PYTHONPATH": str(ROOT)}
+    # mpirun may stand beside the Python that `python` takes the place of
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {"DIST_TRAIN_PYTHON": str(python), "PYTHONPATH": str(ROOT), "PATH": path}
