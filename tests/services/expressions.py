@@ -98,7 +98,8 @@ def rule_expressions() -> dict[str, str]:
     found: dict[str, str] = {}
     for name, rule in rules():
         # a run at work has not ended
-        expression = _ENDED.sub('outcome=""', rule["expr"]).replace("_ended_timestamp", "_heard_timestamp")
+        expression = rule["expr"].replace('dist_train_outcome{outcome=~"failed|diverged|killed"}', "dist_train_outcome")
+        expression = _ENDED.sub('outcome=""', expression).replace("_ended_timestamp", "_heard_timestamp")
         parts = {name: expression} if "record" in rule else _numbered(name, operands(expression))
         found |= {part: text for part, text in parts.items() if not needs_a_device(text)}
     return found
