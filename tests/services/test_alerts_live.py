@@ -7,6 +7,7 @@ end of a rule's own delay to its alert, which a busy machine does not change, an
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -56,6 +57,7 @@ class Watched:
     processes: tuple[int, ...]
     run_id: str = ""
     due: float = 0.0
+    is_hit: bool = False
     happened: float = 0.0
     reported: dict[tuple[str, int], float] = field(default_factory=dict)
     """When each alert about it fired first, by its name and the server's number."""
@@ -101,8 +103,15 @@ def attend(run: Watched, targets: Path) -> None:
         run.happened = now if not is_alive(run.processes[0]) else 0.0
     elif now >= run.due:
         ends = {"failed": signal.SIGKILL, "killed": signal.SIGKILL, "hung": signal.SIGSTOP, "stopped": signal.SIGTERM}
-        os.kill(run.processes[-1], ends[run.kind])
-        run.happened = time.time()
+        if not run.is_hit:
+            os.kill(run.processes[-1], ends[run.kind])
+            run.is_hit = True
+        # a rank is killed, and the run has failed once the other one has noticed
+        status = run.folder / "status.json"
+        if run.kind != "failed":
+            run.happened = time.time()
+        elif json.loads(status.read_text())["state"] == "failed":
+            run.happened = status.stat().st_mtime
 
 
 @contextmanager
