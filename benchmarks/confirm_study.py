@@ -1,6 +1,7 @@
 """From a study that searched to one that confirms: each variant with its best trial's settings, on fresh seeds.
 
 dist-train sweep STUDY --best | python -m benchmarks.confirm_study STUDY --seeds 100 101 -o CONFIRM.yaml
+Of some variants with `--variants sb lb`; contrasts and measurements keep what is about them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,24 @@ from dist_train.outcome import UsageError
 from dist_train.sweep.study_file import load_study
 
 
-def confirming(study: Path, best: Iterable[str], seeds: Sequence[int], output: Path) -> dict[str, Any]:
+def confirming(
+    study: Path, best: Iterable[str], seeds: Sequence[int], output: Path, chosen: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return what the study file `output` holds; `best` are the lines of `dist-train sweep --best`.
 
+    `chosen` are the variants to confirm; none: all.
+
     Raises:
-        UsageError: a seed was searched with, or a variant has no finished trial.
+        UsageError: a seed was searched with, a variant is unknown or has no finished trial.
     """
     searched, written = load_study(study), yaml.safe_load(study.read_text(encoding="utf-8"))
+    names = tuple(chosen) or tuple(searched.variants)
+    if unknown := [name for name in names if name not in searched.variants]:
+        raise UsageError(f"--variants: {study} has no variant {unknown[0]}", code="option-choice")
     trials = {fields["variant"]: fields["settings"] for fields in map(json.loads, best)}
     if used := set(seeds) & set(searched.seeds):
         raise UsageError(f"--seeds: {min(used)} was searched with; take fresh ones", code="option-choice")
-    if missing := [name for name in searched.variants if name not in trials]:
+    if missing := [name for name in names if name not in trials]:
         raise UsageError(f"{missing[0]} has no finished trial: finish the search first", code="option-choice")
     written.pop("search")
     variants = {
@@ -37,11 +45,28 @@ def confirming(study: Path, best: Iterable[str], seeds: Sequence[int], output: P
             "title": searched.variants[name].title or name,
             "settings": {**searched.settings_of(name), **trials[name]},
         }
-        for name in searched.variants
+        for name in names
     }
     base = os.path.relpath((study.parent / searched.base).resolve(), output.parent.resolve())
     name = f"{searched.name}-confirm"
-    return {**written, "name": name, "base": base, "seeds": list(seeds), "settings": {}, "variants": variants}
+    return {
+        **written,
+        "name": name,
+        "base": base,
+        "seeds": list(seeds),
+        "settings": {},
+        "variants": variants,
+        "analyse": [part for part in written.get("analyse", []) if set(part.get("between", names)) <= set(names)],
+        "contrasts": list(_contrasts_of(written.get("contrasts", []), names)),
+    }
+
+
+def _contrasts_of(contrasts: Iterable[dict[str, Any]], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the contrasts between variants of `names`, each with those of its variants that are there."""
+    for contrast in contrasts:
+        variants = [name for name in contrast["variants"] if name in names]
+        if variants and contrast["against"] in names:
+            yield {**contrast, "variants": variants}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,10 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.confirm_study", description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path, help="the study that searched")
     parser.add_argument("--seeds", type=int, nargs="+", required=True, help="fresh ones")
+    parser.add_argument("--variants", nargs="+", default=[], metavar="NAME", help="those to confirm (default: all)")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
     given = parser.parse_args(arguments)
     try:
-        study = confirming(given.study, sys.stdin, given.seeds, given.output)
+        study = confirming(given.study, sys.stdin, given.seeds, given.output, given.variants)
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2

@@ -34,3 +34,21 @@ def test_it_is_a_study_of_the_same_runs_with_the_chosen_settings(tmp_path: Path)
 def test_an_unfinished_search_and_its_own_seeds_are_refused(tmp_path: Path, left_out: int, seeds: list[int]) -> None:
     with pytest.raises(UsageError):
         confirming(STUDY, lines()[left_out:], seeds, tmp_path / "confirm.yaml")
+
+
+def test_some_variants_keep_the_contrasts_and_measurements_that_are_about_them(tmp_path: Path) -> None:
+    output = tmp_path / "confirm.yaml"
+    chosen = ["lb", "lb-smoothout", "lb-ghost"]
+    output.write_text(yaml.safe_dump(confirming(STUDY, lines(), [100], output, chosen)))
+    found = load_study(output)
+    assert list(found.variants) == chosen
+    assert {part.kind for part in found.analyse} == {"sharpness"}
+    assert [(part.variants, part.against) for part in found.contrasts] == [
+        (("lb-smoothout",), "lb"),
+        (("lb-ghost",), "lb-smoothout"),
+    ]
+
+
+def test_a_variant_that_the_study_lacks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        confirming(STUDY, lines(), [100], tmp_path / "confirm.yaml", ["lb-nothing"])
