@@ -41,7 +41,7 @@ def test_some_variants_keep_the_contrasts_and_measurements_that_are_about_them(t
     chosen = ["lb", "lb-smoothout", "lb-ghost"]
     output.write_text(yaml.safe_dump(confirming(STUDY, lines(), [100], output, chosen)))
     found = load_study(output)
-    assert list(found.variants) == chosen
+    assert set(found.variants) == set(chosen)
     assert {part.kind for part in found.analyse} == {"sharpness"}
     assert [(part.variants, part.against) for part in found.contrasts] == [
         (("lb-smoothout",), "lb"),
