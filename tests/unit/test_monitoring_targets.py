@@ -30,18 +30,21 @@ def plan(directory: Path, host: str = "127.0.0.1", advertised: str | None = None
     )
 
 
-def mine(directory: Path, name: str = "demo", rank: int = 0, process: str | None = None) -> TargetFile:
+def mine(
+    directory: Path, name: str = "demo", rank: int = 0, process: str | None = None, exporter: str | None = None
+) -> TargetFile:
     facts = replace(FACTS, name=name, rank=rank, run_directory=directory / "runs" / name)
-    target = target_file(plan(directory), facts, 9811, process or identity_of(os.getpid()))
+    process = process or identity_of(os.getpid())
+    target = target_file(plan(directory), facts, 9811, process, exporter or process)
     target.write()
     return target
 
 
-def gone(directory: Path, name: str = "gone") -> TargetFile:
+def gone(directory: Path, name: str = "gone", exporter: str | None = None) -> TargetFile:
     with subprocess.Popen(["sleep", "60"]) as child:
         process = identity_of(child.pid)
         child.kill()
-    return mine(directory, name, process=process)
+    return mine(directory, name, process=process, exporter=exporter)
 
 
 def age(path: Path, seconds: float) -> None:
@@ -49,7 +52,7 @@ def age(path: Path, seconds: float) -> None:
 
 
 def test_the_file_says_where_and_what(tmp_path: Path) -> None:
-    target = target_file(plan(tmp_path, "0.0.0.0", tls=True), FACTS, 9811, "host pid:[1] 12 34")
+    target = target_file(plan(tmp_path, "0.0.0.0", tls=True), FACTS, 9811, "host pid:[1] 12 34", "host pid:[1] 13 35")
     assert json.loads(target.content) == [
         {
             "targets": ["node1:9811"],
@@ -62,6 +65,7 @@ def test_the_file_says_where_and_what(tmp_path: Path) -> None:
                 "rank": "0",
                 "__scheme__": "https",
                 "__dist_train_process": "host pid:[1] 12 34",
+                "__dist_train_exporter": "host pid:[1] 13 35",
             },
         }
     ]
@@ -79,7 +83,7 @@ def test_the_file_says_where_and_what(tmp_path: Path) -> None:
     ],
 )
 def test_the_address_is_one_that_others_reach(host: str, advertised: str | None, address: str, tmp_path: Path) -> None:
-    target = target_file(plan(tmp_path, host, advertised), FACTS, 9811, identity_of(1))
+    target = target_file(plan(tmp_path, host, advertised), FACTS, 9811, identity_of(1), identity_of(1))
     assert json.loads(target.content)[0]["targets"] == [address]
 
 
@@ -96,7 +100,7 @@ def test_runs_and_ranks_have_files_of_their_own(tmp_path: Path) -> None:
         mine(tmp_path).path,
         mine(tmp_path, rank=1).path,
         mine(tmp_path, "other").path,
-        target_file(plan(tmp_path), replace(FACTS, name="demo"), 9811, identity_of(1)).path,
+        target_file(plan(tmp_path), replace(FACTS, name="demo"), 9811, identity_of(1), identity_of(1)).path,
     }
     assert len(paths) == 4
 
@@ -147,6 +151,12 @@ def test_a_run_that_begins_says_that_one_that_has_just_died_was_killed(tmp_path:
     dead.end("failed")
     assert labels_of(dead.path)["outcome"] == "killed", "what was said first stays"
     assert remove_stale(tmp_path, resumed=FACTS.run_id).removed == (dead.path,)
+
+
+def test_a_run_that_begins_leaves_it_to_a_living_exporter_to_say_how_its_run_ended(tmp_path: Path) -> None:
+    dead = gone(tmp_path, exporter=identity_of(os.getpid()))
+    assert remove_stale(tmp_path, resumed="another").removed == ()
+    assert dead.path.read_text() == dead.content
 
 
 def test_a_process_of_the_same_number_is_another_one(tmp_path: Path) -> None:

@@ -133,11 +133,12 @@ class _Service:
         finally:
             target, self._target = self._target, None
             if target is not None and (outcome := self._how_it_ended()):
-                with self._warning(f"the target file {target.path} cannot say how the run ended"):
-                    target.end(outcome)
+                # First: Prometheus drops a target, last scrape or not, whose file has changed.
                 if outcome == KILLED:
                     self._board.killed()
                     self._await_scrape()
+                with self._warning(f"the target file {target.path} cannot say how the run ended"):
+                    target.end(outcome)
 
     def _take(self) -> None:
         """Take messages onto the board; a scrape does so too, and sees all that was sent before it."""
@@ -169,7 +170,8 @@ class _Service:
         if directory is None:
             return
         process = targets.identity_of(self._trainer)
-        target = targets.target_file(self._plan, self._facts, self._server.server_port, process)
+        exporter = targets.identity_of(os.getpid())
+        target = targets.target_file(self._plan, self._facts, self._server.server_port, process, exporter)
         with self._warning(f"Prometheus will not find this run: no target file in {directory}"):
             target.write()
             self._target = target

@@ -39,7 +39,8 @@ _NOWHERE = "127.0.0.1:0"
 """In place of the address of a run that has ended: another run may have taken that. Nobody can listen at port 0."""
 _OUTCOME_LABEL = "outcome"
 _PROCESS_LABEL = "__dist_train_process"
-"""Prometheus drops labels that begin so once it has found the target."""
+"""The trainer. Prometheus drops labels that begin so once it has found the target."""
+_EXPORTER_LABEL = "__dist_train_exporter"
 _IDENTITY = re.compile(r"\S+ \S+ [0-9]{1,10} [0-9]{0,20}")
 _NAME = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{8}-[0-9]+\.json")
 _LARGEST = 64 << 10
@@ -103,8 +104,8 @@ class TargetFile:
                 replace(self, content=_content(_NOWHERE, ended)).write()
 
 
-def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: str) -> TargetFile:
-    """Return the file for the rank of `facts` that serves at `port`."""
+def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: str, exporter: str) -> TargetFile:
+    """Return the file for the rank of `facts` that the process `exporter` serves at `port` for `process`."""
     assert plan.targets_directory is not None
     node = facts.node or socket.gethostname()
     labels = {
@@ -115,6 +116,7 @@ def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: str) -> 
         "node": node,
         "rank": str(facts.rank),
         _PROCESS_LABEL: process,
+        _EXPORTER_LABEL: exporter,
     }
     if plan.scheme == "https":
         labels["__scheme__"] = plan.scheme
@@ -149,8 +151,8 @@ def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed:
     """Remove the target files in `directory` whose runs are gone. Raises OSError.
 
     One that says how its run ended stays for `ended_seconds`, or until that run, whose id is `resumed`, is back. Where
-    a run begins, one that has just died is not removed, but said to have been killed: its exporter may be about to say
-    so, or be dead itself. A file is ours by its name, its owner and its content; any other is left alone.
+    a run begins, one that has just died is not removed, but said to have been killed where its exporter is dead too:
+    a living one says so itself. A file is ours by its name, its owner and its content; any other is left alone.
     """
     removed = []
     skipped = {}
@@ -172,7 +174,7 @@ def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed:
         else:
             is_gone = _is_gone(process := labels[_PROCESS_LABEL])
             is_stale = age > STALE_SECONDS or (is_gone and (is_back or not resumed))
-            if is_gone and not is_stale:
+            if is_gone and not is_stale and _is_gone(labels[_EXPORTER_LABEL]):
                 with suppress(OSError):
                     TargetFile(path, "", process).end(KILLED)
         if is_stale:
@@ -200,7 +202,8 @@ def _read(file: BinaryIO) -> tuple[str, Mapping[str, str]] | None:
     try:
         [group] = json.loads(file.read(_LARGEST))
         [address], labels = group["targets"], group["labels"]
-        is_ours = isinstance(address, str) and labels["job"] == JOB and _IDENTITY.fullmatch(labels[_PROCESS_LABEL])
+        processes = [labels[_PROCESS_LABEL], labels[_EXPORTER_LABEL]]
+        is_ours = isinstance(address, str) and labels["job"] == JOB and all(map(_IDENTITY.fullmatch, processes))
         return (address, labels) if is_ours else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
