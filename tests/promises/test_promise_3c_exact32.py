@@ -79,3 +79,19 @@ def test_the_bits_are_the_same_with_updates_made_again_on_other_numbers_of_ranks
     assert weights_digest(run) == weights_digest(tmp_path / "alone")
     assert results(run, ["train"]) == results(tmp_path / "alone", ["train"])
     assert final_checkpoint(run)["grid_exponents"] == final_checkpoint(tmp_path / "alone")["grid_exponents"]
+
+
+@pytest.mark.lengthy
+@pytest.mark.parametrize("controller", ["mpi", "gloo", "torch"])
+def test_three_hundred_updates_are_the_same_on_any_number_of_ranks_of_an_engine(
+    controller: str, tmp_path: Path
+) -> None:
+    config = leaping_run(tmp_path, 300)
+    train_alone(config, tmp_path / "alone")
+    for ranks in (2, 3, 5):
+        run = tmp_path / f"{ranks}"
+        ended = launch(ranks, controller, "train", config, "--run-dir", str(run))
+        assert ended.code == 0, ended.output
+        assert repeats(run) == repeats(tmp_path / "alone") != []
+        assert weights_digest(run) == weights_digest(tmp_path / "alone")
+        assert results(run, ["train"]) == results(tmp_path / "alone", ["train"])
