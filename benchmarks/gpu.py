@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+import json
 import os
 import resource
 import signal
@@ -17,23 +18,27 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.groups import Device, groups_on
 from benchmarks.launching import NotMeasuredError, environment, measure, module, on_ranks, tell
 from benchmarks.machine import this_machine
+from benchmarks.recovery import ranks_of
 from benchmarks.subject import QUIET, open_trainer, settings
 from benchmarks.timing import timed
 from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint
 from dist_train.checkpoint.state import Progress
 from dist_train.cluster.communicator import Alone
+from dist_train.cluster.device_group import DeviceGroup, abortable_nccl
 from dist_train.cluster.devices import find_gpus
 from dist_train.config import CommSettings, NoiseSettings, dump_config
 from dist_train.kernels import operators
@@ -129,16 +134,12 @@ def _rows(group: str, device: Device, seconds: float) -> Finding:
 
 def same_bits(device: Device, folder: Path) -> Finding:
     """Train twice, once killed and then resumed, and as the one rank of a Horovod job: are the weights the same?"""
-    updates, every = (1000, 50) if device == "cuda" else (8, 1)
-    sections = {**QUIET, "checkpoint": {"every_epochs": 0, "every_steps": every}, "batch": {"micro_size": 64}}
-    sections["run"] = {"device": device, "max_steps": updates}
-    config = folder / "config.yaml"
-    config.write_text(dump_config(settings(0.25, 256, noise=_NOISE, **sections)))
+    config = _write_config(device, folder)
 
     def command(name: str, controller: str = "alone") -> list[str]:
         return on_ranks(controller, 1, module("dist_train", "train", config, "--run-dir", folder / name))
 
-    _kill_at_checkpoint(command("killed"), folder / "killed")
+    _kill_at_checkpoint(command("killed"), folder / "killed", lambda process: process)
     digests = {}
     for name, controller in (("first", "alone"), ("second", "alone"), ("killed", "alone"), ("horovodrun", "gloo")):
         _run(command(name, controller))
@@ -147,22 +148,72 @@ def same_bits(device: Device, folder: Path) -> Finding:
     return Finding("\n".join(["| run | weights |", "|---|---|", *rows]), len(set(digests.values())) == 1)
 
 
+def _write_config(device: Device, folder: Path) -> Path:
+    """Write the configuration of a short run with checkpoints; return its file."""
+    updates, every = (1000, 50) if device == "cuda" else (8, 1)
+    sections = {**QUIET, "checkpoint": {"every_epochs": 0, "every_steps": every}, "batch": {"micro_size": 64}}
+    sections["run"] = {"device": device, "max_steps": updates}
+    config = folder / "config.yaml"
+    config.write_text(dump_config(settings(0.25, 256, noise=_NOISE, **sections)))
+    return config
+
+
+def recovery(device: Device, folder: Path) -> Finding:
+    """Abort NCCL's group and make another; kill one of two ranks: does the other continue, with the same bits?"""
+    lines = []
+    if device == "cuda":
+        lines = ["NCCL's group of one rank, made, used and aborted:", *_aborts(torch.device("cuda", 0)), ""]
+        if torch.cuda.device_count() < 2:
+            return Finding("\n".join([*lines, "NOT CHECKED: a lost rank. Two ranks need two GPUs."]))
+    config = _write_config(device, folder)
+    train = ["train", str(config), "--run-dir"]
+    _run(module("dist_train", *train, folder / "alone"))
+    options = ["launch", "-np", 2, "--min-ranks", 1, "--restarts", 1]
+    launch = module("dist_train", *options, *train, folder / "elastic")
+    code = _kill_at_checkpoint(launch, folder / "elastic", lambda launcher: max(ranks_of(launcher)))
+    digests = {name: _digest(folder / name) for name in ("alone", "elastic")}
+    records = [json.loads(line) for line in (folder / "elastic/metrics.jsonl").read_text().splitlines()]
+    told = ("rank_lost", "rank_joined")
+    events = [f"{each['event']}: {each['seconds']} s" for each in records if each.get("event") in told]
+    lines += ["| run | weights |", "|---|---|", *(f"| {name} | {digest} |" for name, digest in digests.items())]
+    lines += ["", f"Exit code {code}; {'; '.join(events)}."]
+    holds = code == 0 and len(set(digests.values())) == 1 and any(each.startswith("rank_lost") for each in events)
+    return Finding("\n".join(lines), holds)
+
+
+def _aborts(device: torch.device) -> Iterator[str]:
+    """Make a group, sum by it and abort it, twice; yield how long each took. Raises RuntimeError where one fails."""
+    for _ in range(2):
+        begun = time.perf_counter()
+        group = DeviceGroup(lambda: abortable_nccl(dist.HashStore(), 0, 1, timedelta(seconds=60)))
+        group.connect(device)
+        connected = time.perf_counter()
+        group.abort()
+        if not group.await_end(30):
+            raise RuntimeError("the abort has not ended within 30 s")
+        torch.cuda.synchronize(device)
+        yield f"- made in {connected - begun:.2f} s, aborted in {time.perf_counter() - connected:.2f} s"
+
+
 def _run(command: Sequence[str]) -> None:
     ended = subprocess.run(command, env=environment({}), stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if ended.returncode:
         raise NotMeasuredError(f"exit code {ended.returncode} from {' '.join(command)}:\n{ended.stderr[-3000:]}")
 
 
-def _kill_at_checkpoint(command: Sequence[str], run: Path) -> None:
-    """Start `command` and kill it as soon as there is a checkpoint."""
+def _kill_at_checkpoint(command: Sequence[str], run: Path, choose: Callable[[int], int]) -> int:
+    """Start `command` and, as soon as `run` has a checkpoint, kill the process that `choose` returns, given that of the
+    command. Return the exit code.
+    """
     process = subprocess.Popen(
         command, env=environment({}), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     while process.poll() is None and not list_checkpoints(run / "checkpoints"):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    if process.wait() != -signal.SIGKILL:
+    if process.poll() is not None:
         raise NotMeasuredError(f"exit code {process.returncode} before it could be killed: {' '.join(command)}")
+    os.kill(choose(process.pid), signal.SIGKILL)
+    return process.wait()
 
 
 def _digest(run: Path) -> str:
@@ -312,6 +363,7 @@ def _updates(device: Device, folder: Path, width: float, size: int) -> Iterator[
 PARTS: Mapping[str, Callable[[Device, Path], Finding]] = MappingProxyType(
     {
         "same-bits": same_bits,
+        "recovery": recovery,
         "same-draws": same_draws,
         "same-sums": same_sums,
         "norms": norms,

@@ -54,7 +54,7 @@ def measure_faults(kills: int, stops: int, folder: Path) -> list[Row]:
         for number in (signal.SIGKILL,) * kills + (signal.SIGSTOP,) * stops:
             time.sleep(chosen.uniform(0.5, 1.0))
             before = len(_events(run, "rank_lost"))
-            victim = chosen.choice(sorted(_ranks(process.pid)))
+            victim = chosen.choice(sorted(ranks_of(process.pid)))
             hit = time.time()
             os.kill(victim, number)
             _await(lambda: len(_events(run, "rank_lost")) > before)  # noqa: B023  # called before the next turn
@@ -131,7 +131,8 @@ def _launch(folder: Path, options: Sequence[str], **run: int) -> Iterator[subpro
             process.wait()
 
 
-def _ranks(launcher: int) -> list[int]:
+def ranks_of(launcher: int) -> list[int]:
+    """Return the processes of the ranks of a launch."""
     found = []
     for children in Path(f"/proc/{launcher}/task").glob("*/children"):
         with suppress(FileNotFoundError, ProcessLookupError):

@@ -32,7 +32,7 @@
 #   MAX_RESTARTS      restarts on what is left of the job's nodes, in a row without a new checkpoint, before it is
 #                     requeued (as many as MAX_REQUEUES)
 #   MIN_RANKS         the run continues without a lost node, not even started again, as long as it has so many ranks; when
-#                     the node is back it takes part again (none). CPUs and srun alone, by torch.distributed
+#                     the node is back it takes part again (none). By srun and torch.distributed alone
 #   MAX_REQUEUES      requeues in a row without a new checkpoint, after which the run is given up (3)
 #   The job ends with the run's own exit status: 0 finished, 2 bad usage or configuration, 3 diverged, 4 ranks
 #   disagree, 75 stopped after saving, 1 anything else. After 75 and 1 it is requeued, by scontrol.
@@ -373,8 +373,6 @@ check_elastic() {
     local settings
     settings=$("${dist_train[@]}" config show "$@" 2>/dev/null) || settings=
     [[ $by == srun ]] || usage_error "MIN_RANKS is for LAUNCHER=srun, not $by"
-    ((gpus == 0)) || grep -q '^  device: cpu$' <<<"$settings" ||
-        usage_error "MIN_RANKS is for CPUs, since ranks that compute on GPUs cannot come and go yet: set run.device=cpu"
     ((!${#container_options[@]})) || usage_error "MIN_RANKS does not work with Pyxis: give CONTAINER a .sif file"
     ((rank_count == wanted_nodes * ranks_here)) ||
         usage_error "MIN_RANKS needs as many ranks on each node, but $rank_count are asked for on $wanted_nodes nodes: set RANKS_PER_NODE"
@@ -550,10 +548,15 @@ supervise_nodes() {
 
 # start_on_node NODE FILE: in the background, a launcher there whose ranks join that of FILE.
 start_on_node() {
-    local cores=$((ranks_here * cores_each)) options=()
-    ((${SLURM_CPUS_ON_NODE:-1} >= cores)) || options=(--overcommit)
+    local cores=$((ranks_here * cores_each)) options=() name unset=()
+    # As without MIN_RANKS, all ranks of a node see all of its GPUs.
+    for name in SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK SLURM_TRES_BIND; do
+        unset+=("--unset=$name")
+    done
+    ((gpus == 0)) || options+=("--gpus-per-node=$gpus" --gpu-bind=none)
+    ((${SLURM_CPUS_ON_NODE:-1} >= cores)) || options+=(--overcommit)
     [[ -z ${CPU_BIND:-} ]] || options+=("--cpu-bind=$CPU_BIND")
-    env "${rank_environment[@]}" srun --mpi=none --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "--nodelist=$1" \
+    env "${unset[@]}" "${rank_environment[@]}" srun --mpi=none --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "--nodelist=$1" \
         "--cpus-per-task=$cores" "${options[@]}" --export=ALL --input=none --no-kill --kill-on-bad-exit=0 \
         "${dist_train[@]}" launch --join "$2" -np "$ranks_here" &
 }

@@ -114,6 +114,9 @@ class Communicator:
     def stop_timeline(self) -> None:
         """Stop writing it."""
 
+    def use_device(self, device: torch.device) -> None:
+        """Compute on `device`, which is chosen once: all ranks that have met call it before they sum tensors on it."""
+
     def begin_training(self) -> None:
         """Let the run be continued from this rank's state, from now on."""
 

@@ -226,14 +226,30 @@ def choose_device(asked: Device, *, local_rank: int) -> torch.device:
 
 
 def share_out_devices(comm: Communicator, asked: Device) -> torch.device:
-    """Return this rank's device, of the same kind on all ranks, each its own GPU; else raise UsageError on all."""
+    """Return this rank's device, of the same kind on all ranks, each its own GPU; else raise UsageError on all.
+
+    A rank that joins a run finds out when it meets the others (`check_own_gpu`).
+    """
     device = run_on_all_ranks(comm, partial(choose_device, asked, local_rank=comm.local_rank), "use its device")
-    if comm.size > 1:
-        gpu, visible = (_identity(device), torch.cuda.device_count()) if device.type == "cuda" else (0, 0)
-        rows = gather(comm, [gpu, visible, comm.local_size], "devices")
-        placements = [Placement(*row) for row in rows]
+    if comm.size > 1 and not comm.is_joining:
+        placements = _gather_placements(comm, device)
         run_on_all_ranks(comm, partial(check_placements, placements, comm.has_nccl), "share out the GPUs")
+    comm.use_device(device)
     return device
+
+
+def check_own_gpu(comm: Communicator, device: torch.device) -> None:
+    """Raise UsageError on a rank whose GPU, `device`, is that of a rank before it. All ranks call it."""
+    placements = _gather_placements(comm, device)
+    gpus = [placement.gpu for placement in placements]
+    first = gpus.index(gpus[comm.rank])
+    if gpus[comm.rank] and first != comm.rank:
+        raise _shared_gpu(first, comm.rank, placements[comm.rank])
+
+
+def _gather_placements(comm: Communicator, device: torch.device) -> list[Placement]:
+    gpu, visible = (_identity(device), torch.cuda.device_count()) if device.type == "cuda" else (0, 0)
+    return [Placement(*row) for row in gather(comm, [gpu, visible, comm.local_size], "devices")]
 
 
 def check_placements(placements: Sequence[Placement], has_nccl: bool) -> None:
@@ -251,12 +267,7 @@ def check_placements(placements: Sequence[Placement], has_nccl: bool) -> None:
     for rank, placement in enumerate(placements):
         first = owners.setdefault(placement.gpu, rank)
         if first != rank:
-            raise UsageError(
-                f"ranks {first} and {rank} would share a GPU: their node has {placement.ranks} ranks and "
-                f"{placement.visible} GPU{'s' if placement.visible > 1 else ''} for them. Start at most one rank for "
-                f"each GPU; or {_ON_THE_CPU}",
-                code="gpu-shared",
-            )
+            raise _shared_gpu(first, rank, placement)
     if not has_nccl:
         raise UsageError(
             f"{len(placements)} ranks on GPUs need NCCL, which this Horovod is built without: the first broadcast "
@@ -264,6 +275,15 @@ def check_placements(placements: Sequence[Placement], has_nccl: bool) -> None:
             f"one rank; or {_ON_THE_CPU}",
             code="nccl-missing",
         )
+
+
+def _shared_gpu(first: int, second: int, placement: Placement) -> UsageError:
+    return UsageError(
+        f"ranks {first} and {second} would share a GPU: their node has {placement.ranks} ranks and "
+        f"{placement.visible} GPU{'s' if placement.visible > 1 else ''} for them. Start at most one rank for "
+        f"each GPU; or {_ON_THE_CPU}",
+        code="gpu-shared",
+    )
 
 
 def _identity(device: torch.device) -> int:

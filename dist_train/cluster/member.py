@@ -50,6 +50,8 @@ class Member:
         self._received = b""
         self.wants_meeting = False
         """Whether ranks wait to be let in."""
+        self.on_break: Callable[[], None] = lambda: None
+        """Called, in a thread that it must not hold up, when the present generation is over since it broke."""
         try:
             self._socket = socket.create_connection((host, int(port)), _CONNECT_SECONDS)
         except OSError as error:
@@ -137,10 +139,12 @@ class Member:
             match fields["kind"]:
                 case "break" if fields["generation"] == self._generation:
                     self._interruption = fields["why"]
+                    self.on_break()
                 case "meet":
                     self.wants_meeting = True
                 case "end":
                     self._ended = self._interruption = fields["why"]
+                    self.on_break()
                 case "members":
                     self._interruption, self.wants_meeting = "", False
                     self._generation = fields["generation"]

@@ -59,9 +59,7 @@ class TorchCommunicator(Communicator):
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Start to replace the contiguous `tensor` by its sum over all ranks."""
-        options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp(dist.ReduceOp.SUM)
-        return _start(lambda: self._group(tensor).allreduce([tensor], options), name)
+        return _start(lambda: self._group(tensor).allreduce([tensor], sum_options()), name)
 
     def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Raise UsageError: torch.distributed has no Adasum."""
@@ -76,11 +74,18 @@ class TorchCommunicator(Communicator):
     def close(self, error: BaseException | None = None) -> None:
         """Leave the group."""
         if self._device is not None:
-            self._device.abort()
+            abort_nccl(self._device)
             self._device = None
 
     def _group(self, tensor: torch.Tensor) -> Any:
         return self._device if tensor.is_cuda else self._host
+
+
+def sum_options() -> Any:
+    """Return torch's options for a sum over all ranks."""
+    options = dist.AllreduceOptions()
+    options.reduceOp = dist.ReduceOp(dist.ReduceOp.SUM)
+    return options
 
 
 def refuse_adasum() -> UsageError:
@@ -128,8 +133,19 @@ def _open_store(launch: Launch, address: StoreAddress) -> dist.Store:
 
 
 def _nccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
+    return dist.ProcessGroupNCCL(store, rank, size, nccl_options(timeout))
+
+
+def nccl_options(timeout: timedelta) -> Any:
+    """Return the options of a group of NCCL's that leaves it to us what follows from a lost rank."""
     # Our watchdog ends the process; torch's own would tear it down before a message is written.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
-    return dist.ProcessGroupNCCL(store, rank, size, options)
+    return options
+
+
+def abort_nccl(group: Any) -> None:
+    """End the group and its kernels on the device, whatever they wait for; may raise RuntimeError, or take long."""
+    # Until torch 2.5 it has another name; since 2.6 its `shutdown` waits for what is under way.
+    (group.abort if hasattr(group, "abort") else group._shutdown)()

@@ -201,7 +201,10 @@ class TrainingStep:
             _, total = self._forward(inputs, target)
             torch.autograd.backward(total / scaled_size)
         if self.sum_over_ranks is not None:
-            self.sum_over_ranks(self.weights.gradients, "ascent")
+            # What a broken group may still write to is not used again, as the gradients are.
+            summed = self.weights.gradients.clone()
+            self.sum_over_ranks(summed, "ascent")
+            self.weights.gradients.copy_(summed)
         self.statistics.forget()
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu import PARTS, main, same_bits
+from benchmarks.gpu import PARTS, Finding, main, recovery, same_bits
+from benchmarks.groups import Device
 from benchmarks.subject import settings
 from dist_train.config import Config
 from dist_train.outcome import ExitCode
@@ -22,7 +23,7 @@ def test_without_a_gpu_it_is_refused_in_one_line(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "page.md").exists()
 
 
-@pytest.mark.parametrize("part", [*(part for part in PARTS if part != "same-bits"), "kernels"])
+@pytest.mark.parametrize("part", [*(part for part in PARTS if part not in ("same-bits", "recovery")), "kernels"])
 def test_each_part_holds_on_a_cpu(tmp_path: Path, part: str) -> None:
     page = tmp_path / "page.md"
     code = main(["--device", "cpu", "--only", part, "--page", str(page), "--part-seconds", "500"])
@@ -30,14 +31,15 @@ def test_each_part_holds_on_a_cpu(tmp_path: Path, part: str) -> None:
     assert code == 0
 
 
+@pytest.mark.parametrize("part", [same_bits, recovery])
 def test_runs_that_are_killed_resumed_and_launched_have_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: Callable[[Device, Path], Finding]
 ) -> None:
     def narrow(width: float, global_size: int, **sections: Mapping[str, Any]) -> Config:
         return settings(width / 8, global_size, **sections)
 
     monkeypatch.setattr("benchmarks.gpu.settings", narrow)
-    found = same_bits("cpu", tmp_path)
+    found = part("cpu", tmp_path)
     assert found.holds, found.text
 
 

@@ -20,6 +20,7 @@ from tests.launching import (
     weights_digest,
     write_config,
 )
+from tests.ranks.stand_in_nccl import environment_of
 from tests.waiting import is_alive, wait_for, wait_for_lines, wait_until_gone
 
 pytestmark = pytest.mark.ranks
@@ -45,6 +46,24 @@ def test_another_rank_takes_the_place_of_rank_0_and_finishes(tmp_path: Path) -> 
     assert event["redone"] in (0, 1)
     ending = status(run)
     assert (ending["state"], ending["world_size"], ending["generation"]) == ("finished", 1, 2)
+
+
+def test_ranks_on_gpus_abort_nccl_and_continue(tmp_path: Path) -> None:
+    config, run = write_config(tmp_path, ENDLESS), tmp_path / "run"
+    extra = environment_of(tmp_path)
+    with ElasticRun(config, run, 3, ("--min-ranks", "1", "--restarts", "2"), extra) as launch:
+        wait_for_lines(run / "metrics.jsonl", 4)
+        for count, slot in enumerate((1, 0), start=1):
+            launch.send(slot, signal.SIGKILL)
+            wait_for(lambda: len(launch.joined()) == count, lambda: launch.log.read_text()[-3000:])  # noqa: B023
+        launch.process.send_signal(signal.SIGTERM)
+        ended = launch.wait()
+    assert ended.code == ExitCode.STOPPED, ended.output
+    assert ended.output.count("stand-in for NCCL connected") == 3 + 2 + 3 + 2 + 3
+    last = final_checkpoint(run)["step"]
+    train_alone(config, tmp_path / "undisturbed", f"run.max_steps={last}")
+    assert results(run, ["train"]) == results(tmp_path / "undisturbed", ["train"])
+    assert weights_digest(run) == weights_digest(tmp_path / "undisturbed")
 
 
 def test_too_few_ranks_end_the_launch_and_the_same_command_resumes(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dist_train.cluster.devices import (
     GpuSigns,
     Placement,
     TorchGpus,
+    check_own_gpu,
     check_placements,
     choose_device,
     device_type,
@@ -30,7 +31,7 @@ from dist_train.config.sections import Device
 from dist_train.launching.provenance import describe_device
 from dist_train.outcome import UsageError
 from tests.raising import raises
-from tests.unit.simulated_ranks import results
+from tests.unit.simulated_ranks import SimulatedRanks, results
 
 CPU_BUILD = TorchGpus("2.13.0+cpu", "", 0)
 NO_DRIVER = TorchGpus("2.15.0+cu132", "CUDA 13.2", 0, "Found no NVIDIA driver on your system. Please check")
@@ -188,6 +189,20 @@ def test_ranks_agree_on_their_devices_and_are_refused_together(monkeypatch: pyte
     results(3, refused)
     assert sorted(error.__name__ for error in errors) == ["PeerFailedError", "PeerFailedError", "UsageError"]
     assert PeerFailedError in errors
+
+
+def test_who_joins_with_another_rank_s_gpu_is_refused_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_train.cluster.devices._identity", lambda device: device.index + 11)
+
+    def join(each: SimulatedRanks) -> str:
+        try:
+            check_own_gpu(each, torch.device("cuda", each.rank % 2))
+        except UsageError as error:
+            return error.code
+        return ""
+
+    assert results(3, join) == ["", "", "gpu-shared"]
+    results(3, lambda each: check_own_gpu(each, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,11 @@ def test_a_run_that_continues_without_lost_nodes_begins_with_the_ranks_of_all(pr
     assert not found[1].startswith("127.")
 
 
+def test_a_run_that_continues_without_lost_nodes_may_compute_on_gpus(programs: str) -> None:
+    command = command_of(PATH=programs, SLURM_GPUS_ON_NODE="2", MIN_RANKS="1", RUN_DIR="/scratch/run")
+    assert " --start-with 4 --min-ranks 1 --max-ranks 4 " in command
+
+
 def test_the_set_up_file_is_sourced_first_whatever_it_does(programs: str, tmp_path: Path) -> None:
     setup = tmp_path / "set up.sh"
     setup.write_text("false\necho $UNSET_BY_THE_SITE >/dev/null\nexport OVERRIDES=run.seed=7\n")
@@ -173,7 +178,6 @@ def test_any_other_image_is_run_by_pyxis(programs: str) -> None:
         ({"CONTAINER": "/nowhere.sif"}, "CONTAINER /nowhere.sif cannot be read"),
         ({"MIN_RANKS": "3"}, "MIN_RANKS takes a number, 1 to the run's 2 ranks, not '3'"),
         ({"MIN_RANKS": "1", "LAUNCHER": "mpirun"}, "MIN_RANKS is for LAUNCHER=srun"),
-        ({"MIN_RANKS": "1", "SLURM_GPUS_ON_NODE": "2"}, "set run.device=cpu"),
         ({"MIN_RANKS": "1", "OVERRIDES": "comm.engine=horovod"}, "MIN_RANKS is for comm.engine=torch"),
         ({"MIN_RANKS": "1", "SLURM_NTASKS": "3", "SLURM_TASKS_PER_NODE": "2,1"}, "set RANKS_PER_NODE"),
     ],

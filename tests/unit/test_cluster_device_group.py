@@ -1,0 +1,214 @@
+"""A group of GPUs that a rank is lost of: it is aborted, nobody waits for ever, and nothing of it is used."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from dist_train.cluster.communicator import GroupBrokenError
+from dist_train.cluster.device_group import DeviceGroup
+from dist_train.cluster.elastic import ElasticCommunicator, _DeviceWork
+from dist_train.cluster.torch_engine import abort_nccl
+from tests.waiting import wait_for
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Work:
+    """An operation that completes when it is told to, or its group is aborted."""
+
+    group: Group
+    completed: bool = False
+    waited: int = 0
+    error: str = ""
+
+    def is_completed(self) -> bool:
+        return self.completed or self.group.aborted > 0
+
+    def wait(self) -> None:
+        self.waited += 1
+        if self.error:
+            raise RuntimeError(self.error)
+
+
+@dataclass
+class Group:
+    """What torch's group is to a `DeviceGroup`. `peers_come`: whether its first sum completes."""
+
+    peers_come: bool = True
+    aborted: int = 0
+    works: list[Work] = field(default_factory=list)
+
+    def allreduce(self, tensors: list[torch.Tensor], options: Any) -> Work:
+        self.works.append(Work(self, completed=self.peers_come))
+        return self.works[-1]
+
+    def abort(self) -> None:
+        self.aborted += 1
+
+
+class Comm:
+    """Of a generation that is over once it has an `interruption`."""
+
+    interruption = ""
+
+    def check(self) -> None:
+        if self.interruption:
+            raise GroupBrokenError(self.interruption)
+
+
+def in_thread(action: Callable[[], object]) -> tuple[threading.Thread, list[BaseException]]:
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            action()
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, errors
+
+
+def work_in(group: DeviceGroup, comm: Comm, patience: float = 60.0) -> tuple[Work, _DeviceWork]:
+    work = group.start(lambda made: made.allreduce([], None))
+    return work, _DeviceWork(comm, group, work, "gradient.0", time.monotonic() + patience)  # type: ignore[arg-type]
+
+
+def test_it_connects_by_a_first_sum_and_is_aborted_once() -> None:
+    made = Group()
+    group = DeviceGroup(lambda: made)
+    group.connect(CPU)
+    assert [work.waited for work in made.works] == [1]
+    group.abort()
+    group.abort()
+    assert group.await_end(5)
+    assert made.aborted == 1
+    with pytest.raises(RuntimeError, match="aborted"):
+        group.start(lambda made: made.allreduce([], None))
+
+
+def test_what_was_never_made_has_ended() -> None:
+    group = DeviceGroup(Group)
+    group.abort()
+    assert group.await_end(0)
+
+
+def test_an_abort_ends_what_connects() -> None:
+    made = Group(peers_come=False)
+    group = DeviceGroup(lambda: made)
+    thread, errors = in_thread(lambda: group.connect(CPU))
+    wait_for(lambda: made.works)
+    group.abort()
+    thread.join(5)
+    assert "while it connected" in str(errors[0])
+    assert made.works[0].waited == 0
+
+
+def test_what_is_made_after_the_abort_is_aborted_too() -> None:
+    made, may_be_made = Group(), threading.Event()
+
+    def make() -> Group:
+        may_be_made.wait(5)
+        return made
+
+    group = DeviceGroup(make)
+    thread, errors = in_thread(lambda: group.connect(CPU))
+    group.abort()
+    may_be_made.set()
+    thread.join(5)
+    assert "while it was made" in str(errors[0])
+    assert made.aborted == 1
+
+
+def test_an_abort_that_hangs_is_not_waited_for() -> None:
+    released = threading.Event()
+
+    def end(group: Group) -> None:
+        released.wait(30)
+
+    group = DeviceGroup(Group, end)
+    group.connect(CPU)
+    group.abort()
+    assert not group.await_end(0.05)
+    released.set()
+    assert group.await_end(5)
+
+
+def test_a_wait_asks_whether_a_sum_is_done_before_a_stream_waits_for_it() -> None:
+    group, comm = DeviceGroup(Group), Comm()
+    group.connect(CPU)
+    work, pending = work_in(group, comm)
+    work.completed = False
+    thread, errors = in_thread(pending.wait)
+    time.sleep(0.05)
+    assert (work.waited, thread.is_alive()) == (0, True)
+    work.completed = True
+    thread.join(5)
+    assert (work.waited, errors) == (1, [])
+
+
+def test_a_wait_ends_when_the_generation_does() -> None:
+    group, comm = DeviceGroup(Group), Comm()
+    group.connect(CPU)
+    work, pending = work_in(group, comm)
+    work.completed = False
+    thread, errors = in_thread(pending.wait)
+    comm.interruption = "rank 1 died"
+    thread.join(5)
+    assert isinstance(errors[0], GroupBrokenError)
+    assert work.waited == 0
+
+
+def test_what_an_abort_has_completed_is_not_used() -> None:
+    group = DeviceGroup(Group)
+    group.connect(CPU)
+    work, pending = work_in(group, Comm())
+    work.completed = False
+    group.abort()
+    assert group.await_end(5)
+    with pytest.raises(GroupBrokenError, match="aborted"):
+        pending.wait()
+    assert work.waited == 0
+
+
+def test_errors_and_silence_break_the_group() -> None:
+    group = DeviceGroup(Group)
+    group.connect(CPU)
+    work, pending = work_in(group, Comm())
+    work.error = "remote error"
+    with pytest.raises(GroupBrokenError, match="remote error"):
+        pending.wait()
+    work, pending = work_in(group, Comm(), patience=0.0)
+    work.completed = False
+    with pytest.raises(GroupBrokenError, match="does not come"):
+        pending.wait()
+
+
+def test_tensors_of_gpus_are_summed_by_nccl_and_those_of_the_host_by_gloo() -> None:
+    comm = object.__new__(ElasticCommunicator)
+    with FakeTensorMode():
+        assert comm._is_on_device(torch.empty(1, device="cuda"))
+        assert not comm._is_on_device(torch.empty(1))
+
+
+def test_the_abort_of_older_torch_is_found() -> None:
+    class Older:
+        ended = 0
+
+        def _shutdown(self) -> None:
+            self.ended += 1
+
+    older, newer = Older(), Group()
+    abort_nccl(older)
+    abort_nccl(newer)
+    assert (older.ended, newer.aborted) == (1, 1)
