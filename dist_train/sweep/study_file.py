@@ -6,11 +6,9 @@ Trials are drawn at random, all known beforehand, or asked of Optuna, one after 
 from __future__ import annotations
 
 import difflib
-import fcntl
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import warnings
@@ -27,6 +25,7 @@ from dist_train.config.loading import read_mapping
 from dist_train.config.problems import ConfigError, Problem, problem, problems_of
 from dist_train.config.regularization import Metric
 from dist_train.outcome import UsageError
+from dist_train.rundir.atomic import exclusive
 
 if TYPE_CHECKING:
     import optuna
@@ -325,12 +324,8 @@ class OptunaTrials:
     def locked(self) -> Iterator[None]:
         """Keep other sweeps from asking, within the block."""
         self._journal.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(self._journal.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with exclusive(self._journal.with_suffix(".lock")):
             yield
-        finally:
-            os.close(descriptor)
 
     def settings(self, variant: str) -> Sequence[Settings]:
         """Return the settings of the trials asked so far, by number."""
