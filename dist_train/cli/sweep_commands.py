@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_train.cli.common import Subparsers, add_config, count, print_table, warn_of_unused
+from dist_train.cli.common import Subparsers, add_config, count, named_config, print_table, warn_of_unused
 from dist_train.outcome import ExitCode, UsageError, escaped
 
 if TYPE_CHECKING:
@@ -224,11 +224,10 @@ def _submission(arguments: argparse.Namespace, file: Path, directory: Path, name
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from dist_train.config import load_config
     from dist_train.config.loading import located
     from dist_train.sweep.submission import describe_batch, submit_run, write_script
 
-    config = load_config(arguments.config, arguments.overrides, arguments.plugin)
+    config = named_config(arguments)
     directory = (arguments.run_dir or config.run_directory).absolute()
     submission = _submission(arguments, located(arguments.config).absolute(), directory, config.run.name)
     plan = describe_batch(config, submission.ranks)
