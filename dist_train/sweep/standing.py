@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_train.cluster.launch import JOB_IS_ALIVE, current_job, job_states
-from dist_train.config import Config, ConfigError, differences, load_config
+from dist_train.config import ConfigError, differences, load_config
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode, escaped
 from dist_train.rundir import atomic
@@ -285,7 +285,9 @@ def _next(run: PlannedRun, state: str, note: str) -> tuple[Next, str]:
     """Return what a sweep does with a run in `state`, and what there is to say of it."""
     if state in ALIVE:
         return "busy", note or "another process is at it"
-    began = _begun_config(run)
+    began = None
+    with suppress(ConfigError):
+        began = load_config(run.files.config)
     changed = differences(began, run.config) if began else []
     anew = f"move {run.directory} away to run it anew"
     # Without a checkpoint there is nothing that the settings must agree with.
@@ -298,12 +300,6 @@ def _next(run: PlannedRun, state: str, note: str) -> tuple[Next, str]:
     if status is not None and status.exit_code == ExitCode.DIVERGED and not changed:
         return "unrecoverable", f"{note}; {anew}"
     return "start", note
-
-
-def _begun_config(run: PlannedRun) -> Config | None:
-    with suppress(ConfigError):
-        return load_config(run.files.config)
-    return None
 
 
 def _job_is_gone(summary: RunSummary) -> str:
