@@ -118,18 +118,12 @@ def make_landscape(request: Request, comm: Communicator, report: Report) -> Fini
     widths = _widths(settings, course.points, rows)
     not_finite = sum(not math.isfinite(row.loss) for row in rows)
     folder.save_settings({"widths": summarize(widths), "not_finite": not_finite, **course.found})
-    draw(folder.path, request.scale, course.trajectory)
-    return Finished(folder.path, widths, was_there, not_finite)
-
-
-def draw(folder: Path, scale: str, trajectory: Trajectory | None) -> None:
-    """Draw the figures of the finished result in `folder`."""
     # matplotlib takes most of a second to load, and only the first rank draws.
     from dist_train.analysis.landscape_figures import draw_landscape
 
-    draw_landscape(
-        read_landscape(folder), [folder / f"figure.{form}" for form in ("svg", "pdf", "png")], scale, trajectory
-    )
+    outputs = [folder.path / f"figure.{form}" for form in ("svg", "pdf", "png")]
+    draw_landscape(read_landscape(folder.path), outputs, request.scale, course.trajectory)
+    return Finished(folder.path, widths, was_there, not_finite)
 
 
 def _course(settings: LandscapeSettings, stored: Sequence[Stored], subject: Subject) -> _Course:

@@ -47,7 +47,6 @@ from dist_train.config import NoiseSettings
 from dist_train.optim.noise_draws import NoiseDraws
 from dist_train.outcome import DivergedError, UsageError
 from dist_train.reproducible import generator
-from dist_train.rundir.atomic import finite
 from dist_train.rundir.paths import RunDirectory
 
 _RESTARTS = 40
@@ -123,31 +122,19 @@ def _take(measure: Measure, loss: SubsetLoss, record: SharpnessRecord, report: R
     found: dict[str, object]
     match measure:
         case "keskar":
-            full, within = full_space(loss, settings), subspace(loss, settings)
-            found = {"keskar": KeskarResult(full=finite(full), subspace=finite(within))}
+            found = {"keskar": KeskarResult(full=full_space(loss, settings), subspace=subspace(loss, settings))}
         case "rise":
             rises = zip(settings.amplitudes, *expected_rises(loss, settings), strict=True)
             found = {
                 "expected_rise": tuple(
-                    RiseResult(
-                        amplitude=amplitude,
-                        mean=finite(float(mean)),
-                        standard_error=finite(float(error)),
-                        draws=settings.draws,
-                    )
+                    RiseResult(amplitude=amplitude, mean=mean, standard_error=error, draws=settings.draws)
                     for amplitude, mean, error in rises
                 )
             }
         case "hessian":
             values, vectors = largest_eigenvalues(loss, settings)
             trace, error = trace_with_error(loss, values, vectors, settings)
-            found = {
-                "hessian": HessianResult(
-                    eigenvalues=tuple(map(finite, values.tolist())),
-                    trace=finite(trace),
-                    trace_standard_error=finite(error),
-                )
-            }
+            found = {"hessian": HessianResult(eigenvalues=values.tolist(), trace=trace, trace_standard_error=error)}
         case "width":
             found = {"widths": basin_widths(loss, settings)}
         case "noise-scale":
@@ -319,7 +306,8 @@ def subspace(loss: SmoothLoss, settings: SharpnessSettings) -> float:
     radii = settings.keskar_epsilon * (np.abs(coordinates(directions, point)) + 1.0)
 
     def within(inside: Vector) -> tuple[float, Vector]:
-        value, gradient = loss.value_and_gradient(point + _combined(directions, radii * inside))
+        amounts = torch.from_numpy(radii * inside).float()
+        value, gradient = loss.value_and_gradient(point + (amounts @ directions).double().numpy())
         return value, radii * _products(directions, gradient)
 
     return _sharpness(within, dimensions, settings)
@@ -348,11 +336,6 @@ def coordinates(directions: torch.Tensor, point: Vector) -> Vector:
 def _products(directions: torch.Tensor, vector: Vector) -> Vector:
     products: Vector = (directions @ torch.from_numpy(vector).float()).double().numpy()
     return products
-
-
-def _combined(directions: torch.Tensor, amounts: Vector) -> Vector:
-    combined: Vector = (torch.from_numpy(amounts).float() @ directions).double().numpy()
-    return combined
 
 
 def _sharpness(within: Callable[[Vector], tuple[float, Vector]], dimensions: int, settings: SharpnessSettings) -> float:

@@ -7,10 +7,20 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from dist_train.outcome import UsageError
 from dist_train.rundir import atomic
+from dist_train.rundir.atomic import finite
 
 FORMAT = 1
 AtLeastTwo = Annotated[int, Field(ge=2)]
@@ -71,28 +81,32 @@ class MeasuredData(_Part):
     compute: Literal["float32"] = "float32"
 
 
-class KeskarResult(_Part):
-    """Keskar's measure in percent; None where the loss left the range of numbers."""
+Finite = Annotated[float | None, BeforeValidator(lambda value: None if value is None else finite(float(value)))]
+"""None where a number left the range."""
 
-    full: float | None
-    subspace: float | None
+
+class KeskarResult(_Part):
+    """Keskar's measure in percent."""
+
+    full: Finite
+    subspace: Finite
 
 
 class RiseResult(_Part):
-    """The expected rise at one amplitude; None where the loss left the range of numbers."""
+    """The expected rise at one amplitude."""
 
     amplitude: float
-    mean: float | None
-    standard_error: float | None
+    mean: Finite
+    standard_error: Finite
     draws: int
 
 
 class HessianResult(_Part):
-    """The largest eigenvalues, largest first, and the trace; None where a number left the range."""
+    """The largest eigenvalues, largest first, and the trace."""
 
-    eigenvalues: tuple[float | None, ...]
-    trace: float | None
-    trace_standard_error: float | None
+    eigenvalues: tuple[Finite, ...]
+    trace: Finite
+    trace_standard_error: Finite
 
 
 class WidthResult(_Part):

@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -286,7 +287,7 @@ def _sharpness(arguments: argparse.Namespace) -> int:
         _measures(arguments.only),
         arguments.overrides,
         arguments.output,
-        report=_to_stderr,
+        report=partial(print, file=sys.stderr, flush=True),
     )
     print("\n".join(_table(record)))
     print(path)
@@ -316,10 +317,6 @@ def _measures(text: str) -> list[Measure]:
     return [measure for measure in MEASURES if measure in named]
 
 
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _table(record: SharpnessRecord) -> Iterator[str]:
     """Yield the lines of a table of what has been measured."""
     settings = record.settings
@@ -340,10 +337,8 @@ def _rows(record: SharpnessRecord) -> Iterator[tuple[str, str]]:
         yield f"Keskar, full space, {box}", _number(record.keskar.full)
         yield f"Keskar, {settings.keskar_dimensions} directions, {box}", _number(record.keskar.subspace)
     for rise in record.expected_rise or ():
-        yield (
-            f"expected rise, amplitude {rise.amplitude:g}, {settings.scale}",
-            _number(rise.mean, rise.standard_error),
-        )
+        place = f"expected rise, amplitude {rise.amplitude:g}, {settings.scale}"
+        yield place, _number(rise.mean, rise.standard_error)
     if record.hessian is not None:
         for index, eigenvalue in enumerate(record.hessian.eigenvalues, start=1):
             yield f"Hessian eigenvalue {index}", _number(eigenvalue)

@@ -26,6 +26,13 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def named_config(arguments: argparse.Namespace) -> Config:
+    """Return the configuration that CONFIG, its overrides and --plugin name. Raises ConfigError."""
+    from dist_train.config import load_config
+
+    return load_config(arguments.config, arguments.overrides, arguments.plugin)
+
+
 def add_weights(parser: argparse.ArgumentParser) -> None:
     """Add --weights."""
     parser.add_argument(

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from dist_train.cli.common import Subparsers, add_config, warn_of_unused
+from dist_train.cli.common import Subparsers, add_config, named_config, warn_of_unused
 from dist_train.outcome import ExitCode, UsageError, printable
 
 
@@ -33,9 +33,7 @@ def add_config_command(subparsers: Subparsers) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from dist_train.config import load_config
-
-    config = load_config(arguments.config, arguments.overrides, arguments.plugin)
+    config = named_config(arguments)
     warn_of_unused(config)
 
     from dist_train.launching.preflight import refusals
@@ -50,26 +48,22 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from dist_train.config import dump_config, load_config
+    from dist_train.config import dump_config
 
-    print(dump_config(load_config(arguments.config, arguments.overrides, arguments.plugin)), end="")
+    print(dump_config(named_config(arguments)), end="")
     return ExitCode.FINISHED
 
 
 def _run_directory(arguments: argparse.Namespace) -> int:
-    from dist_train.config import load_config
-
-    config = load_config(arguments.config, arguments.overrides, arguments.plugin)
+    config = named_config(arguments)
     print(config.run_directory if arguments.run_dir is None else arguments.run_dir)
     return ExitCode.FINISHED
 
 
 def _engine(arguments: argparse.Namespace) -> int:
     from dist_train.cluster.joining import engine_of, is_installed
-    from dist_train.config import load_config
 
-    config = load_config(arguments.config, arguments.overrides, arguments.plugin)
-    print(engine_of("srun", config.comm.engine, is_installed("horovod")))
+    print(engine_of("srun", named_config(arguments).comm.engine, is_installed("horovod")))
     return ExitCode.FINISHED
 
 
@@ -117,20 +111,6 @@ def add_doctor(subparsers: Subparsers) -> None:
     parser.set_defaults(run=_doctor)
 
 
-def _survey(directory: Path, as_json: bool) -> int:
-    from rich.console import Console
-
-    from dist_train.cluster.nodes import survey_nodes
-    from dist_train.launching import doctor
-
-    checks = doctor.check_nodes(survey_nodes(directory))
-    if as_json:
-        print(doctor.as_json(checks))
-    else:
-        doctor.render(checks, Console(highlight=False, soft_wrap=False))
-    return ExitCode.FINISHED if doctor.can_train(checks) else ExitCode.FAULT
-
-
 def _survey_for_scripts(directory: Path) -> int:
     """Print what is wrong, the nodes that can be used, and the interface to use. Without torch: a job waits for it."""
     from dist_train.cluster.nodes import survey_nodes
@@ -149,17 +129,21 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
         print(as_line(report_node(arguments.node)))
         return ExitCode.FINISHED
-    if arguments.cluster is not None:
-        return _survey_for_scripts(arguments.cluster) if arguments.brief else _survey(arguments.cluster, arguments.json)
+    if arguments.cluster is not None and arguments.brief:
+        return _survey_for_scripts(arguments.cluster)
 
     from rich.console import Console
 
+    from dist_train.cluster.nodes import survey_nodes
     from dist_train.config import Config, load_config
     from dist_train.launching import doctor
 
-    named = arguments.config is not None
-    config = load_config(arguments.config, arguments.overrides) if named else Config()
-    checks = doctor.examine(config, data_named=named)
+    if arguments.cluster is not None:
+        checks = doctor.check_nodes(survey_nodes(arguments.cluster))
+    else:
+        named = arguments.config is not None
+        config = load_config(arguments.config, arguments.overrides) if named else Config()
+        checks = doctor.examine(config, data_named=named)
     if arguments.json:
         print(doctor.as_json(checks))
     else:

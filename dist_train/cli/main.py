@@ -7,7 +7,7 @@ import difflib
 import io
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from typing import Any, NoReturn
 
 from dist_train import __version__
@@ -54,7 +54,8 @@ _COMMANDS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments` (else the command line) name and return its exit code."""
     try:
-        with _errors_of_one_rank():
+        # All ranks of a launch have the same arguments: the first one complains of them.
+        with nullcontext() if current_launch().rank == 0 else redirect_stderr(io.StringIO()):
             parsed = parse(list(sys.argv[1:] if arguments is None else arguments))
         return int(parsed.run(parsed))
     except (UsageError, FaultError, DivergedError) as error:
@@ -115,11 +116,6 @@ class _Parser(argparse.ArgumentParser):
 def _nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
-
-
-def _errors_of_one_rank() -> AbstractContextManager[object]:
-    """Let only the first rank of a launch complain of the arguments: all ranks have the same ones."""
-    return nullcontext() if current_launch().rank == 0 else redirect_stderr(io.StringIO())
 
 
 def _parse(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_train.cli.common import Subparsers, add_config, add_weights, count, warn_of_unused
+from dist_train.cli.common import Subparsers, add_config, add_weights, count, named_config, warn_of_unused
 from dist_train.cluster.launch import current_launch
 from dist_train.outcome import (
     DisagreementError,
@@ -48,9 +48,7 @@ def _train(arguments: argparse.Namespace) -> int:
     # a rank that a library's fault kills says where it was
     faulthandler.enable(file=_STANDARD_ERROR)
     with without_collection():
-        from dist_train.config import load_config
-
-        config = load_config(arguments.config, arguments.overrides, arguments.plugin)
+        config = named_config(arguments)
 
         from dist_train.launching import train
         from dist_train.start_up import ask_for_large_pages
@@ -94,9 +92,8 @@ def add_lr_range(subparsers: Subparsers) -> None:
 
 def _lr_range(arguments: argparse.Namespace) -> int:
     from dist_train.api import learning_rate_range
-    from dist_train.config import load_config
 
-    config = load_config(arguments.config, arguments.overrides, arguments.plugin)
+    config = named_config(arguments)
     place = arguments.run_dir or config.run.directory / f"{config.run.name}-lr-range"
 
     def try_rates() -> None:
@@ -232,10 +229,9 @@ def _join(arguments: argparse.Namespace) -> int:
 def _check_configuration(command: argparse.Namespace) -> Config:
     """Return the configuration of `train`: what is wrong with it is said once, not by each rank."""
     from dist_train.cluster.local_launch import threads_without_signals
-    from dist_train.config import load_config
 
     with threads_without_signals():  # a plug-in may load torch
-        return load_config(command.config, command.overrides, command.plugin)
+        return named_config(command)
 
 
 def _check_range(option: str, value: int, least: int, most: int | None) -> None:

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_train.cli.common import Subparsers, add_config, count, print_table, warn_of_unused
+from dist_train.cli.common import Subparsers, add_config, count, named_config, print_table, warn_of_unused
 from dist_train.outcome import ExitCode, UsageError, escaped
 
 if TYPE_CHECKING:
     from dist_train.sweep.planned_runs import Plan, PlannedRun
+    from dist_train.sweep.submission import Submission
 
 
 def add_sweep(subparsers: Subparsers) -> None:
@@ -36,35 +37,22 @@ def add_sweep(subparsers: Subparsers) -> None:
         "--directory", type=Path, metavar="DIR", help="folder of studies (default: the base's run.directory, runs)"
     )
     actions = parser.add_mutually_exclusive_group()
-    actions.add_argument("--list", dest="action", action="store_const", const=_list, help="show how the runs stand")
-    actions.add_argument(
-        "--array",
-        dest="action",
-        action="store_const",
-        const=_array,
-        help="print the numbers of the runs to do, as sbatch --array takes them",
-    )
-    actions.add_argument(
-        "--arguments",
-        dest="action",
-        action="store_const",
-        const=_arguments,
-        help="with --only: print the arguments of dist-train that train the run, one a line; none where it is finished",
-    )
-    actions.add_argument(
-        "--analyses",
-        dest="action",
-        action="store_const",
-        const=_analyses,
-        help="print the commands that measure the finished runs as the study says, one a line",
-    )
-    actions.add_argument(
-        "--best",
-        dest="action",
-        action="store_const",
-        const=_best,
-        help="of a search: print the best finished trial of each variant, by the objective, one line of JSON each",
-    )
+    for option, action, text in (
+        ("--list", _list, "show how the runs stand"),
+        ("--array", _array, "print the numbers of the runs to do, as sbatch --array takes them"),
+        (
+            "--arguments",
+            _arguments,
+            "with --only: print the arguments of dist-train that train the run, one a line; none where it is finished",
+        ),
+        ("--analyses", _analyses, "print the commands that measure the finished runs as the study says, one a line"),
+        (
+            "--best",
+            _best,
+            "of a search: print the best finished trial of each variant, by the objective, one line of JSON each",
+        ),
+    ):
+        actions.add_argument(option, dest="action", action="store_const", const=action, help=text)
     parser.set_defaults(run=_study, action=_sweep)
 
 
@@ -74,10 +62,10 @@ def _study(arguments: argparse.Namespace) -> int:
     plan = plan_study(arguments.study, arguments.directory, arguments.overrides)
     runs: tuple[PlannedRun, ...] = plan.runs
     if arguments.only is not None:
-        if plan.unasked and arguments.action in (_sweep, _arguments):
-            from dist_train.sweep.standing import with_run
+        if arguments.only in plan.unasked and arguments.action in (_sweep, _arguments):
+            from dist_train.sweep.standing import with_trials
 
-            plan = with_run(plan, arguments.only)
+            plan = with_trials(plan, arguments.only)
         only = plan.run(arguments.only)
         if only is None:
             asked = " yet" if arguments.only in plan.unasked else ""
@@ -91,7 +79,7 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
-    from dist_train.sweep.standing import publish, with_next_trial
+    from dist_train.sweep.standing import publish, with_trials
     from dist_train.sweep.sweep import Launcher, share_of_threads, summary, sweep
 
     alone = arguments.only is not None
@@ -108,7 +96,7 @@ def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ..
         if alone or not now.unasked:
             return []
         before = {run.number for run in now.runs}
-        now = with_next_trial(now)
+        now = with_trials(now)
         return [run for run in now.runs if run.number not in before]
 
     tally = sweep(plan, runs, jobs, launcher, _say, more)
@@ -129,13 +117,13 @@ def _list(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...
 
 
 def _array(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...]) -> int:
-    from dist_train.sweep.standing import as_ranges, standing_of
+    from dist_train.sweep.standing import numbers_left
 
-    left = sorted([*(run.number for run in runs if standing_of(run).then == "start"), *plan.unasked])
+    left = numbers_left(plan, runs)
     if not left:
         print(f"dist-train: no run of {plan.study.name} is left to do; see --list", file=sys.stderr)
         return ExitCode.FAULT
-    print(as_ranges(left))
+    print(left)
     return ExitCode.FINISHED
 
 
@@ -217,25 +205,31 @@ def add_submit(subparsers: Subparsers) -> None:
     parser.set_defaults(run=_submit, sbatch_options=[])
 
 
-def _submit(arguments: argparse.Namespace) -> int:
-    from dist_train.config import load_config
-    from dist_train.config.loading import located
-    from dist_train.sweep.submission import Submission, describe_batch, project_root, submit_run, write_script
+def _submission(arguments: argparse.Namespace, file: Path, directory: Path, name: str) -> Submission:
+    """Return what is asked of Slurm for the run, or the study, of `file` in `directory`."""
+    from dist_train.sweep.submission import Submission, project_root
 
-    config = load_config(arguments.config, arguments.overrides, arguments.plugin)
-    directory = (arguments.run_dir or config.run_directory).absolute()
-    submission = Submission(
+    return Submission(
         root=project_root(),
-        config_file=located(arguments.config).absolute(),
+        config_file=file,
         overrides=tuple(arguments.overrides),
         run_directory=directory,
-        name=config.run.name,
+        name=name,
         nodes=arguments.nodes,
         ranks_per_node=arguments.ranks_per_node,
         time=arguments.time,
         partition=arguments.partition,
         options=tuple(arguments.sbatch_options),
     )
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from dist_train.config.loading import located
+    from dist_train.sweep.submission import describe_batch, submit_run, write_script
+
+    config = named_config(arguments)
+    directory = (arguments.run_dir or config.run_directory).absolute()
+    submission = _submission(arguments, located(arguments.config).absolute(), directory, config.run.name)
     plan = describe_batch(config, submission.ranks)
     warn_of_unused(config)
     # What a dry run prints can be piped into a file, and is then the script alone.
@@ -256,28 +250,17 @@ def _submit(arguments: argparse.Namespace) -> int:
 def _submit_study(arguments: argparse.Namespace) -> int:
     from dist_train.config.loading import located
     from dist_train.sweep.planned_runs import plan_study
-    from dist_train.sweep.standing import as_ranges, publish, standing_of
-    from dist_train.sweep.submission import Submission, project_root, study_jobs, submit_study
+    from dist_train.sweep.standing import numbers_left, publish
+    from dist_train.sweep.submission import study_jobs, submit_study
 
     parent = arguments.run_dir.absolute() if arguments.run_dir else None
     plan = plan_study(located(arguments.config), parent, arguments.overrides)
-    left = sorted([*(run.number for run in plan.runs if standing_of(run).then == "start"), *plan.unasked])
+    left = numbers_left(plan, plan.runs)
     if not left:
         print(f"dist-train: no run of {plan.study.name} is left to do", file=sys.stderr)
         return ExitCode.FAULT
-    submission = Submission(
-        root=project_root(),
-        config_file=plan.file,
-        overrides=tuple(arguments.overrides),
-        run_directory=plan.directory.absolute(),
-        name=plan.study.name,
-        nodes=arguments.nodes,
-        ranks_per_node=arguments.ranks_per_node,
-        time=arguments.time,
-        partition=arguments.partition,
-        options=tuple(arguments.sbatch_options),
-    )
-    jobs = study_jobs(plan, as_ranges(left), submission)
+    submission = _submission(arguments, plan.file, plan.directory.absolute(), plan.study.name)
+    jobs = study_jobs(plan, left, submission)
     if arguments.dry_run:
         for job in jobs:
             waits = f", --dependency={job.after}:the one before" if job.after else ""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from dist_train.config.parts import ENCODED, Section
 from dist_train.config.plugins import is_plugin
-from dist_train.config.problems import Problem, problem
+from dist_train.config.problems import Problem
 from dist_train.config.sections import Config, MetricsSettings
 
 
@@ -22,22 +22,17 @@ class _Rule:
     code: str = field(kw_only=True)
 
 
-def conflicts(config: Config) -> list[Problem]:
-    """Return every combination of settings that makes no sense, with the reason."""
-    return [_problem(rule, config) for rule in _RULES if rule.broken(config)]
-
-
-def _problem(rule: _Rule, config: Config) -> Problem:
-    section, name = rule.path.split(".")
-    value = getattr(getattr(config, section), name)
-    shown = (
-        [each.model_dump() if isinstance(each, Section) else each for each in value]
-        if isinstance(value, tuple)
-        else value
-    )
+def conflicts(config: Config) -> Iterator[Problem]:
+    """Yield every combination of settings that makes no sense, with the reason."""
     sections = {section: getattr(config, section) for section in type(config).model_fields}
-    wrong, allowed = rule.wrong.format_map(sections), rule.allowed.format_map(sections)
-    return problem(rule.path, wrong, code=rule.code, value=shown, allowed=allowed)
+    for rule in _RULES:
+        if rule.broken(config):
+            section, name = rule.path.split(".")
+            value = getattr(sections[section], name)
+            if isinstance(value, tuple):
+                value = [each.model_dump() if isinstance(each, Section) else each for each in value]
+            wrong, allowed = rule.wrong.format_map(sections), rule.allowed.format_map(sections)
+            yield Problem(rule.path, wrong, code=rule.code, value=value, allowed=allowed)
 
 
 def _normalizes_over_samples(config: Config) -> bool:
@@ -350,10 +345,6 @@ def _is_built_in(section: str, name: str) -> Callable[[Config], bool]:
     return lambda config: not is_plugin(getattr(getattr(config, section), name))
 
 
-def _not_synthetic(config: Config) -> bool:
-    return config.data.name != "synthetic"
-
-
 def _not_encoded(config: Config) -> bool:
     return config.data.name not in ENCODED
 
@@ -454,9 +445,10 @@ _UNUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
             ("schedule", "options", "decay"),
         )
     ),
-    ("data.synthetic_samples", _not_synthetic, "data.name is not synthetic"),
-    ("data.synthetic_shape", _not_synthetic, "data.name is not synthetic"),
-    ("data.synthetic_classes", _not_synthetic, "data.name is not synthetic"),
+    *(
+        (f"data.synthetic_{name}", lambda c: c.data.name != "synthetic", "data.name is not synthetic")
+        for name in ("samples", "shape", "classes")
+    ),
     *(
         (f"metrics.{name}", lambda c: not c.metrics.enabled, "metrics.enabled is false")
         for name in MetricsSettings.model_fields

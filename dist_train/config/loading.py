@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from dist_train.config.combinations import conflicts
 from dist_train.config.plugins import from_folder, plugin_problems, with_long_names
-from dist_train.config.problems import ConfigError, Problem, problem, problems_of
+from dist_train.config.problems import ConfigError, Problem, problems_of
 from dist_train.config.resuming import with_present_names
 from dist_train.config.sections import Config
 
@@ -172,7 +172,7 @@ def _with_plugins(settings: Mapping[str, Any], more: Sequence[str]) -> dict[str,
     """Return `settings` without their list of plug-ins, whose short names are replaced."""
     files = settings.get(_PLUGINS, [])
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-        raise ConfigError(_PLUGINS, [problem(_PLUGINS, "not a list of files", code="wrong-type", value=files)])
+        raise ConfigError(_PLUGINS, [Problem(_PLUGINS, "not a list of files", code="wrong-type", value=files)])
     rest = {name: value for name, value in settings.items() if name != _PLUGINS}
     return with_long_names(rest, [*files, *more], Config)
 
@@ -225,7 +225,7 @@ def _apply(settings: dict[str, Any], override: str) -> None:
 def _with_nul(value: object, path: str) -> Iterator[Problem]:
     """Yield a problem for each text below `path` that holds a NUL character: no name of a file or host can."""
     if isinstance(value, str) and "\0" in value:
-        yield problem(path, "holds a NUL character", code="nul-character", value=value.replace("\0", "\\0"))
+        yield Problem(path, "holds a NUL character", code="nul-character", value=value.replace("\0", "\\0"))
     elif isinstance(value, dict):
         for name, inner in value.items():
             yield from _with_nul(inner, f"{path}.{name}" if path else name)

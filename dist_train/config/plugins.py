@@ -17,7 +17,7 @@ import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, Field, ValidationError
 
-from dist_train.config.problems import Problem, models_of, problem, problems_of
+from dist_train.config.problems import Problem, models_of, problems_of
 from dist_train.outcome import CodedError, UsageError
 
 Kind = Literal[
@@ -169,11 +169,11 @@ def plugin_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
         try:
             target = load_plugin(name)
         except UsageError as error:
-            yield problem(path, str(error), code=error.code, value=name)
+            yield Problem(path, str(error), code=error.code, value=name)
             continue
         parameter = _parameter(target)
         if options and not parameter.is_there:
-            yield problem(options_path, f"{name} takes no options", code="plugin-options", value=options)
+            yield Problem(options_path, f"{name} takes no options", code="plugin-options", value=options)
             continue
         yield from _unknown_options(parameter.model, options_path, options)
         try:
@@ -181,7 +181,7 @@ def plugin_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
         except ValidationError as error:
             for found in problems_of(error, parameter.model or BaseModel):
                 inner = "" if found.path == "(file)" else f".{found.path}"
-                yield Problem(f"{options_path}{inner}", found.value, found.wrong, found.code, found.allowed)
+                yield replace(found, path=f"{options_path}{inner}")
 
 
 def with_long_names(settings: Mapping[str, Any], files: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def _module(place: str) -> ModuleType:
 
 
 def _imported(place: str) -> ModuleType:
-    if not _is_file(place):
+    if not place.endswith(".py"):
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
         return importlib.import_module(place)
@@ -279,10 +279,6 @@ def _imported(place: str) -> ModuleType:
     return module
 
 
-def _is_file(place: str) -> bool:
-    return place.endswith(".py")
-
-
 def _choices(model: type[BaseModel], path: str) -> tuple[object, ...]:
     """Return the choices of the setting at `path` that are no plug-ins."""
     *sections, name = path.replace(".*", "").split(".")
@@ -294,7 +290,7 @@ def _choices(model: type[BaseModel], path: str) -> tuple[object, ...]:
 
 
 def _within(folder: Path, place: object) -> Any:
-    return os.path.abspath(folder / place) if isinstance(place, str) and _is_file(place) else place
+    return os.path.abspath(folder / place) if isinstance(place, str) and place.endswith(".py") else place
 
 
 def _registered(file: str) -> Iterator[tuple[tuple[Kind, str], str]]:
@@ -338,7 +334,7 @@ def _unknown_options(model: type[BaseModel] | None, path: str, options: Options)
         return
     known = ", ".join(model.model_fields)
     for name in options.keys() - model.model_fields.keys():
-        yield problem(f"{path}.{name}", "unknown key", code="unknown-key", value=options[name], allowed=known)
+        yield Problem(f"{path}.{name}", "unknown key", code="unknown-key", value=options[name], allowed=known)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from types import MappingProxyType
 from typing import Annotated, Any, get_args, get_origin
 
@@ -18,12 +18,13 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Problem:
-    """One fault: the dotted path of the setting, its value, what is wrong, the code of that, what is allowed."""
+    """One fault: the dotted path of the setting, what is wrong, the code of that, the value if any, what is allowed."""
 
     path: str
-    value: object
     wrong: str
+    _: KW_ONLY
     code: str
+    value: object = _MISSING
     allowed: str = ""
 
     def __str__(self) -> str:
@@ -47,12 +48,7 @@ class ConfigError(UsageError):
     @classmethod
     def of(cls, source: str, path: str, wrong: str, *, code: str, value: object = _MISSING) -> ConfigError:
         """Return the error of one problem; its value may be left out."""
-        return cls(source, [problem(path, wrong, code=code, value=value)])
-
-
-def problem(path: str, wrong: str, *, code: str, value: object = _MISSING, allowed: str = "") -> Problem:
-    """Return a `Problem` whose value may be left out."""
-    return Problem(path, value, wrong, code, allowed)
+        return cls(source, [Problem(path, wrong, code=code, value=value)])
 
 
 @dataclass(frozen=True)
@@ -84,15 +80,15 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
             found[path] = _unknown_key(place, model, fault["input"])
         elif kind == "union_tag_invalid":
             choices = str(fault["ctx"]["expected_tags"]).replace("'", "")
-            found[path] = problem(
+            found[path] = Problem(
                 f"{path}.kind", "not a kind", code="unknown-kind", value=fault["ctx"]["tag"], allowed=choices
             )
         elif kind == "json_invalid":
-            found[path] = problem(path, f"cannot be read: {fault['ctx']['error']}", code="unreadable")
+            found[path] = Problem(path, f"cannot be read: {fault['ctx']['error']}", code="unreadable")
         else:
             code, wrong = _FAULTS.get(kind, ("wrong-type", ""))
             wrong = wrong or _plain(fault["msg"])
-            found[path] = problem(path, wrong, code=code, value=fault["input"], allowed=_allowed(place))
+            found[path] = Problem(path, wrong, code=code, value=fault["input"], allowed=_allowed(place))
     return list(found.values())
 
 
@@ -145,12 +141,12 @@ def _unknown_key(place: _Place, model: type[BaseModel], value: object) -> Proble
     prefix = "".join(f"{name}." for name in place.names[:-1])
     close = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
     if close:
-        return problem(place.path, f"unknown key; did you mean {prefix}{close[0]}?", code="unknown-key", value=value)
+        return Problem(place.path, f"unknown key; did you mean {prefix}{close[0]}?", code="unknown-key", value=value)
     paths = _all_paths(model)
     elsewhere = difflib.get_close_matches(key, [path.rpartition(".")[2] for path in paths], n=1, cutoff=0.8)
     namesakes = [path for path in paths if elsewhere and path.rpartition(".")[2] == elsewhere[0]]
     hint = f"; did you mean {' or '.join(namesakes)}?" if namesakes else ""
-    return problem(place.path, f"unknown key{hint}", code="unknown-key", value=value, allowed=", ".join(here))
+    return Problem(place.path, f"unknown key{hint}", code="unknown-key", value=value, allowed=", ".join(here))
 
 
 def _all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -65,31 +65,23 @@ def with_decisions(config: Config, decided: Config) -> Config:
     for path in _DECIDED_ONCE:
         section, name = path.split(".")
         if getattr(getattr(config, section), name) == "auto":
-            config = _with_setting(config, section, name, getattr(getattr(decided, section), name))
+            config = with_setting(config, path, getattr(getattr(decided, section), name))
     return config
 
 
 def with_device(config: Config, device: Literal["cpu", "cuda"]) -> Config:
     """Return `config` with `device`, and with deterministic kernels where they are left open and it asks for them."""
-    config = _with_setting(config, "run", "device", device)
+    config = with_setting(config, "run.device", device)
     if config.precision.deterministic != "auto":
         return config
     # integer sums give the same bits only where the kernels before them do
     deterministic = device == "cuda" and config.comm.is_exact
-    return _with_setting(config, "precision", "deterministic", deterministic)
+    return with_setting(config, "precision.deterministic", deterministic)
 
 
-def with_micro_size(config: Config, micro_size: int | Literal["auto"]) -> Config:
-    """Return `config` with another `batch.micro_size`."""
-    return _with_setting(config, "batch", "micro_size", micro_size)
-
-
-def with_threads(config: Config, threads: int | Literal["auto"]) -> Config:
-    """Return `config` with another `precision.threads`."""
-    return _with_setting(config, "precision", "threads", threads)
-
-
-def _with_setting(config: Config, section: str, name: str, value: object) -> Config:
+def with_setting(config: Config, path: str, value: object) -> Config:
+    """Return `config` with another `value`, which is not checked, of the setting at the dotted `path`."""
+    section, name = path.split(".")
     changed = getattr(config, section).model_copy(update={name: value})
     return config.model_copy(update={section: changed})
 

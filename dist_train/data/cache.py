@@ -6,7 +6,6 @@ the entry exist; every file is written aside and renamed, by one process at a ti
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import http.client
 import json
@@ -15,7 +14,6 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,31 +24,12 @@ from numpy.typing import NDArray
 
 from dist_train.data.images import ImageSet, Split
 from dist_train.outcome import UsageError
-from dist_train.rundir.atomic import replacing, write_text
+from dist_train.rundir.atomic import exclusive, replacing, write_text
 from dist_train.rundir.paths import refuse_foreign
 
 _LOGGER = logging.getLogger("dist_train.data")
 _TIMEOUT_SECONDS = 30
 _CHUNK = 1 << 20
-
-
-@contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` alone, waiting for the process that holds it; the lock ends with its holder.
-
-    The file stays behind, empty: deleting a lock file would let two in. Raises OSError when the file
-    cannot be made or its file system has no locks.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _LOGGER.info("waiting for the process that holds %s", path)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)

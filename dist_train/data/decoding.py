@@ -35,20 +35,12 @@ Part = tuple[str, int, int, str]
 _OPEN_FILES = 64
 
 
-def decode(path: str | Part, size: int, draws: Sequence[float] | None) -> NDArray[np.uint8]:
-    """Return the image in the file at `path`, or in a part of a file, as uint8 [3, size, size].
+def fitted(image: Image.Image, size: int, draws: Sequence[float] | None) -> NDArray[np.uint8]:
+    """Return an RGB image as uint8 [3, size, size].
 
     With `draws`, uniforms in [0, 1): a random resized crop (0.08 to 1 of the area, aspect 3/4 to 4/3),
     mirrored every second time. Without: the shorter side is resized to size * 256/224, the centre cropped.
-
-    Raises:
-        FaultError: the file cannot be read, or is damaged; its text names it.
     """
-    return fitted(read_image(path), size, draws)
-
-
-def fitted(image: Image.Image, size: int, draws: Sequence[float] | None) -> NDArray[np.uint8]:
-    """Return an RGB image as `decode` does."""
     if draws is None:
         pixels = np.asarray(_centre(image, size))
     else:
@@ -79,10 +71,11 @@ class _OpenFile:
 
 
 def read_image(path: str | Part, opened: Callable[[str], _OpenFile] = _OpenFile) -> Image.Image:
-    """Return the image in a file, or in a part of one, in RGB; FaultError as of `decode`."""
+    """Return the image in a file, or in a part of one, in RGB; FaultError, which names it, where it is damaged."""
     try:
         with Image.open(io.BytesIO(_content(path, opened))) as found:
-            return _to_rgb(found)
+            is_masked = found.mode == "P" and "transparency" in found.info
+            return (found.convert("RGBA") if is_masked else found).convert("RGB")
     except MemoryError:
         raise
     except Exception as error:
@@ -131,12 +124,6 @@ def _centre(image: Image.Image, size: int) -> Image.Image:
     across, down = width / wide, height / high
     box = (left * across, top * down, min(width, (left + size) * across), min(height, (top + size) * down))
     return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
 
 
 def in_words(error: Exception) -> str:
@@ -189,7 +176,7 @@ class EncodedImages:
         self._opened = lru_cache(_OPEN_FILES)(_OpenFile)
 
     def image(self, reference: str | Part) -> Image.Image:
-        """Return an image in RGB; FaultError as of `decode`."""
+        """Return an image in RGB; FaultError as of `read_image`."""
         return read_image(reference, self._opened)
 
     def read(self, work: Work, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:

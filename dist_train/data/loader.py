@@ -68,7 +68,11 @@ class Samples:
 
     def read(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
         """Return inputs [n, C, H, W] and labels int64 [n] of `batch`."""
-        images, labels = self._gather(batch.indices)
+        if self._is_resident:
+            there = move(batch.indices, self._images.device)
+            images, labels = self._images.index_select(0, there), self._labels.index_select(0, there)
+        else:
+            images, labels = (self._staged(source, batch.indices) for source in (self._images, self._labels))
         if batch.epoch is not None and self._augment is not unchanged:
             images = self._augment(images, move(batch.indices, self._device), self._seed, batch.epoch)
         return self._pixels.convert(images), labels
@@ -78,12 +82,6 @@ class Samples:
 
     def close(self) -> None:
         """Do nothing."""
-
-    def _gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        if self._is_resident:
-            there = move(indices, self._images.device)
-            return self._images.index_select(0, there), self._labels.index_select(0, there)
-        return self._staged(self._images, indices), self._staged(self._labels, indices)
 
     def _staged(self, source: Tensor, indices: Tensor) -> Tensor:
         """Return what is in the machine's memory, through pinned buffers that are copied while the device computes."""
@@ -373,7 +371,11 @@ def _open(
     decoder = LoaderProcesses(loaders, shape, recipe) if loaders else here
     if recipe:
         for split, listing in listings.items():
-            _try_out(LoadedSamples(split, listing, here, settings, torch.device("cpu"), seed))
+            tried = LoadedSamples(split, listing, here, settings, torch.device("cpu"), seed)
+            # from all over the split
+            chosen = torch.linspace(0, len(tried) - 1, min(_TRIED, len(tried))).long()
+            for epoch in (None, 0):
+                tried.read(BatchRequest(chosen, epoch))
     if settings.normalize and pixels.statistics is None:
         plain = LoadedSamples("train", listings["train"], decoder, settings, torch.device("cpu"), seed)
         try:
@@ -387,13 +389,6 @@ def _open(
     }
     identity = f"{listings['train'].digest()} {listings['test'].digest()}"
     return Splits(train=made["train"], test=made["test"], validation=made.get("validation"), identity=identity)
-
-
-def _try_out(samples: LoadedSamples) -> None:
-    """Make a few samples from all over a split, as they are and, for training, augmented."""
-    chosen = torch.linspace(0, len(samples) - 1, min(_TRIED, len(samples))).long()
-    for epoch in (None, 0):
-        samples.read(BatchRequest(chosen, epoch))
 
 
 def _some_images(samples: LoadedSamples, seed: int) -> Iterator[Tensor]:

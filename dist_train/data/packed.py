@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_train.config import DataSettings
-from dist_train.data.cache import cache_folder, exclusive, refuse_foreign_cache
+from dist_train.data.cache import cache_folder, refuse_foreign_cache
 from dist_train.data.image_folder import SUFFIXES
 from dist_train.data.images import Split
 from dist_train.outcome import UsageError
 from dist_train.reproducible import generator
-from dist_train.rundir.atomic import replacing
+from dist_train.rundir.atomic import exclusive, replacing
 
 _LOGGER = logging.getLogger("dist_train.data")
 _VERSION = 1

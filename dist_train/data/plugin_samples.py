@@ -35,12 +35,6 @@ class Recipe(BaseModel):
     seed: int
 
 
-def reader_of_recipe(recipe: str) -> PluginSamples:
-    """Return what makes the samples of a recipe, in JSON."""
-    found = Recipe.model_validate_json(recipe)
-    return PluginSamples(found.settings, found.seed, {})
-
-
 class PluginSamples:
     """Makes samples of the data set of `settings`, by the code that these name."""
 

@@ -26,7 +26,7 @@ from dist_train.checkpoint.writer import CheckpointWriter
 from dist_train.cluster.communicator import Communicator, run_on_all_ranks
 from dist_train.cluster.devices import share_out_devices
 from dist_train.config import Config
-from dist_train.config.resuming import with_device, with_micro_size
+from dist_train.config.resuming import with_device, with_setting
 from dist_train.data.augmentation import build_mix
 from dist_train.data.images import SampleSource
 from dist_train.data.loader import open_splits
@@ -150,7 +150,7 @@ def assemble(
         _warn_of_lost_noise(step.noise, compute.precision, progress.step)
 
     def shrink(step: TrainingStep, smaller: int) -> TrainingStep:
-        settled = with_micro_size(config, smaller)
+        settled = with_setting(config, "batch.micro_size", smaller)
         if comm.rank == 0:
             directory.save_config(settled)
         step.reduction.close()
@@ -327,4 +327,4 @@ def _with_micro_size(
         fewest=max(2, comm.size) if shares_micro_batches(config.model) else 2,
     )
     weights.gradients.zero_()
-    return with_micro_size(config, size)
+    return with_setting(config, "batch.micro_size", size)

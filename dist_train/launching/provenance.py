@@ -95,7 +95,7 @@ def run_facts(
     `nodes` are those of the ranks, by rank.
     """
     config, plan, ranks = trainer.config, trainer.plan, trainer.comm
-    noise = config.noise
+    noise, device = config.noise, trainer.take_step.compute.device
     points = (
         (f"draws {noise.draws}", noise.draws > 1),
         ("antithetic", noise.antithetic),
@@ -118,7 +118,7 @@ def run_facts(
         epochs=trainer.epochs.done(trainer.last_step),
         stages=trainer.epochs.stages if len(trainer.epochs.stages) > 1 else (),
         noise="none" if noise.method == "none" else noise_text,
-        device=describe_device(config, trainer.take_step.compute.device),
+        device=describe_device(config, device),
         start_step=trainer.progress.step,
         controller=ranks.controller,
         rank=ranks.rank,
@@ -129,14 +129,10 @@ def run_facts(
         nodes=nodes,
         launched=launched,
         run_id=run_id,
-        device_memory=_device_memory(trainer.take_step.compute.device),
+        device_memory=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0,
         time_limit=trainer.time_limit.end or 0.0,
         generation=ranks.generation,
     )
-
-
-def _device_memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def describe_device(config: Config, device: torch.device) -> str:

@@ -16,7 +16,7 @@ from dist_train.cluster.devices import device_type
 from dist_train.cluster.joining import join_ranks, meeting_within
 from dist_train.cluster.watchdog import start_watchdog
 from dist_train.config import Config, dump_config, parse_config
-from dist_train.config.resuming import with_threads
+from dist_train.config.resuming import with_setting
 from dist_train.launching.assembly import assemble
 from dist_train.launching.preflight import check_settings
 from dist_train.launching.regrouping import Regrouping
@@ -181,4 +181,4 @@ def _shared_config(comm: Communicator, config: Config) -> Config:
     text = broadcast_str(comm, dump_config(config), "config")
     config = parse_config(yaml.safe_load(text), source="rank 0")
     threads = min(threads for (threads,) in gather(comm, [share_of_threads(comm.local_size)], "threads"))
-    return with_threads(config, threads) if config.precision.threads == "auto" else config
+    return with_setting(config, "precision.threads", threads) if config.precision.threads == "auto" else config

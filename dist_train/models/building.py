@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -84,20 +84,6 @@ def _convolutions(
     return layers, channels * height * breadth
 
 
-def _resnet18(images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
-    """Return ResNet-18, its channels scaled by `width`: 11,173,962 parameters at 3x32x32."""
-    from torchvision.models.resnet import BasicBlock
-
-    return _resnet(BasicBlock, BasicBlock.expansion, (2, 2, 2, 2), images, width, norm)
-
-
-def _resnet50(images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
-    """Return ResNet-50, its channels scaled by `width`: 23,520,842 parameters at 3x32x32."""
-    from torchvision.models.resnet import Bottleneck
-
-    return _resnet(Bottleneck, Bottleneck.expansion, (3, 4, 6, 3), images, width, norm)
-
-
 class _StridedPointwise(nn.Conv2d):
     """A 1x1 convolution that leaves out pixels before it computes, instead of computing with a stride."""
 
@@ -107,16 +93,19 @@ class _StridedPointwise(nn.Conv2d):
 
 
 def _resnet(
-    block: Callable[..., nn.Module],
-    expansion: int,
+    name: Literal["BasicBlock", "Bottleneck"],
     depths: Sequence[int],
     images: ImageFormat,
     width: float,
     norm: NormFactory,
 ) -> nn.Module:
+    """Return stages of `depths` blocks of torchvision's that has this `name`, their channels scaled by `width`."""
+    from torchvision.models import resnet
+
+    block: Any = getattr(resnet, name)
     planes = [max(1, round(channels * width)) for channels in _STAGES]
     layers = _stem(images, planes[0], norm)
-    inputs = [planes[0], *(channels * expansion for channels in planes)]
+    inputs = [planes[0], *(channels * block.expansion for channels in planes)]
     for stage, ((channels, outputs), depth) in enumerate(zip(pairwise(inputs), depths, strict=True), start=1):
         stride = 1 if stage == 1 else 2
         shortcut = None
@@ -150,8 +139,10 @@ _MODELS: Mapping[str, Callable[[ImageFormat, float, NormFactory], nn.Module]] = 
         "vgg9": _vgg9,
         "vgg16": partial(_vgg, _VGG16),
         "vgg19": partial(_vgg, _VGG19),
-        "resnet18": _resnet18,
-        "resnet50": _resnet50,
+        # 11,173,962 parameters at 3x32x32
+        "resnet18": partial(_resnet, "BasicBlock", (2, 2, 2, 2)),
+        # 23,520,842
+        "resnet50": partial(_resnet, "Bottleneck", (3, 4, 6, 3)),
     }
 )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_train.config import NoiseSettings
-from dist_train.config.plugins import call_plugin, is_plugin
+from dist_train.config.plugins import call_plugin
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.reproducible import bits, key
 
@@ -34,7 +34,9 @@ class NoiseDraws:
     def __init__(self, settings: NoiseSettings, weights: FlatWeights, seed: int, values: Tensor | None = None) -> None:
         """Draw into `values` [n] (none: new ones), as `settings` say."""
         self._distribution = _DISTRIBUTIONS[settings.distribution](weights.values.device)
-        self._scale = _scale_of(settings)
+        self._scale = _SCALES.get(settings.scale) or partial(
+            call_plugin, settings.scale, settings.scale_options, Iterator
+        )
         self._seed = seed
         self._places = weights.places_without(settings.exclude)
         self._still = torch.tensor(self._places, dtype=torch.int64, device=weights.values.device)
@@ -157,9 +159,3 @@ _Scale = Callable[[Tensor, Tensor, Filters, Iterator[slice], float, float], Iter
 _SCALES: Mapping[str, _Scale] = MappingProxyType(
     {"absolute": _absolute, "weight": _weight, "filter": _filter, "filter_norm": _filter_norm}
 )
-
-
-def _scale_of(settings: NoiseSettings) -> _Scale:
-    if is_plugin(settings.scale):
-        return partial(call_plugin, settings.scale, settings.scale_options, Iterator)
-    return _SCALES[settings.scale]

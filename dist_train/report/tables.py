@@ -16,6 +16,7 @@ from dist_train.report.variants import Lost, Panel, Variant
 from dist_train.watch.figure import three_digits
 
 _EFFECTS = ("final_test", "final_train", "gap", "test_loss", "train_loss")
+_CONFIDENCE = 0.95
 _Content = TypeVar("_Content")
 
 
@@ -40,20 +41,23 @@ class Cell:
 
 @dataclass(frozen=True)
 class Effect:
-    """A difference from the base line as it is read, and the exact one; `note` as in a Cell.
+    """A paired difference as it is read, with its 95 % interval and that at 1 - 0.05 / k for k comparisons.
 
-    A bound has its sign in `text` and no `ends`; `text` is empty where nothing is known.
+    A bound has its sign in `text` and no ends; `text` is empty where nothing is known; `corrected_ends` is empty where
+    there is one comparison alone. `note` as in a Cell.
     """
 
     interval: Interval
+    corrected: Interval
     text: str
     ends: str
+    corrected_ends: str
     note: str
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return self.interval.low > 0 or self.interval.high < 0
+        """Whether the corrected interval leaves out zero."""
+        return self.corrected.low > 0 or self.corrected.high < 0
 
 
 @dataclass(frozen=True)
@@ -167,15 +171,17 @@ def _effect_rows(panel: Panel, first: Panel, measures: Sequence[Measure]) -> Ite
             yield Row(variant, label, variant.is_provisional or base.is_provisional, cells)
 
 
-def _effect(variant: Variant, base: Variant, measure: Measure) -> Effect | None:
+def _effect(variant: Variant, base: Variant, measure: Measure, comparisons: int = 1) -> Effect | None:
     interval = variant.difference(base, measure)
-    if interval is None:
+    corrected = variant.difference(base, measure, 1 - (1 - _CONFIDENCE) / comparisons)
+    if interval is None or corrected is None:
         return None
     note = difference_note(variant, base, measure, interval)
-    difference, low, high = (signed(measure, each) for each in (interval.difference, interval.low, interval.high))
+    text = signed(measure, interval.difference)
     if interval.censored:
-        return Effect(interval, f"{interval.sign} {difference}" if interval.sign else "", "", note)
-    return Effect(interval, difference, f"{low} to {high}", note)
+        return Effect(interval, corrected, f"{interval.sign} {text}" if interval.sign else "", "", "", note)
+    ends, wider = (f"{signed(measure, each.low)} to {signed(measure, each.high)}" for each in (interval, corrected))
+    return Effect(interval, corrected, text, ends, wider if comparisons > 1 else "", note)
 
 
 def difference_note(variant: Variant, base: Variant, measure: Measure, interval: Interval) -> str:
@@ -208,28 +214,6 @@ _EQUAL_LOSS = replace(
     "has none.",
     is_guess=lambda run: False,
 )
-_CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """A paired difference as it is read, with its 95 % interval and that at 1 - 0.05 / k for k comparisons.
-
-    A bound has its sign in `text` and no ends; `text` is empty where nothing is known; `corrected_ends` is empty where
-    there is one comparison alone.
-    """
-
-    interval: Interval
-    corrected: Interval
-    text: str
-    ends: str
-    corrected_ends: str
-    note: str
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the corrected interval leaves out zero."""
-        return self.corrected.low > 0 or self.corrected.high < 0
 
 
 @dataclass(frozen=True)
@@ -238,7 +222,7 @@ class ContrastTable:
 
     title: str
     measures: tuple[Measure, ...]
-    rows: tuple[tuple[str, Row[Contrast | None]], ...]
+    rows: tuple[tuple[str, Row[Effect | None]], ...]
     """The panel's short name with each."""
     comparisons: int
 
@@ -304,7 +288,7 @@ def _table(title: str, reference: Variant, chosen: Sequence[tuple[Panel, Variant
     chosen = [(panel, variant) for panel, variant in chosen if len(_seeds(variant) & _seeds(reference)) > 1]
     every = []
     for panel, variant in chosen:
-        cells = [_contrast(variant, reference, measure, len(chosen)) for measure in measures[:-1]]
+        cells = [_effect(variant, reference, measure, len(chosen)) for measure in measures[:-1]]
         every.append((panel, variant, [*cells, _at_equal_loss(variant, reference, len(chosen))]))
     kept = [at for at in range(len(measures)) if any(cells[at] for *_, cells in every)]
     rows = tuple(
@@ -322,25 +306,12 @@ def _table(title: str, reference: Variant, chosen: Sequence[tuple[Panel, Variant
     return ContrastTable(title, tuple(measures[at] for at in kept), rows, len(chosen))
 
 
-def _at_equal_loss(variant: Variant, base: Variant, comparisons: int) -> Contrast | None:
+def _at_equal_loss(variant: Variant, base: Variant, comparisons: int) -> Effect | None:
     """Return the contrast at the lowest training loss that all runs of both variants reached."""
     courses = [course for each in (variant, base) for run in each.counted if len(course := _course(run)) > 1]
     if not courses:
         return None
     level = max(min(loss for loss, _ in course) for course in courses)
     measure = replace(_EQUAL_LOSS, take=lambda run: accuracy_at(run, level))
-    found = _contrast(variant, base, measure, comparisons)
+    found = _effect(variant, base, measure, comparisons)
     return found and replace(found, note=f"at loss {three_digits(level)}; {found.note}")
-
-
-def _contrast(variant: Variant, base: Variant, measure: Measure, comparisons: int) -> Contrast | None:
-    interval = variant.difference(base, measure)
-    corrected = variant.difference(base, measure, 1 - (1 - _CONFIDENCE) / comparisons)
-    if interval is None or corrected is None:
-        return None
-    note = difference_note(variant, base, measure, interval)
-    text = signed(measure, interval.difference)
-    if interval.censored:
-        return Contrast(interval, corrected, f"{interval.sign} {text}" if interval.sign else "", "", "", note)
-    ends, wider = (f"{signed(measure, each.low)} to {signed(measure, each.high)}" for each in (interval, corrected))
-    return Contrast(interval, corrected, text, ends, wider if comparisons > 1 else "", note)

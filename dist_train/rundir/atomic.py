@@ -6,6 +6,7 @@ Temporary names are random and new, so that nobody can lay a file or a link ther
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import math
@@ -76,6 +77,25 @@ def swap_text(path: Path, content: str, mode: int | None = None) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` alone, waiting for the process that holds it; the lock ends with its holder.
+
+    The file stays behind, empty: deleting a lock file would let two in. Raises OSError when the file
+    cannot be made or its file system has no locks.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _logger.info("waiting for the process that holds %s", path)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class RewrittenFile:

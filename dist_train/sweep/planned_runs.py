@@ -15,7 +15,7 @@ import yaml
 
 from dist_train.config import Config, ConfigError, dump_config, parse_config
 from dist_train.config.loading import based_on, read_settings, with_overrides, write_override
-from dist_train.config.problems import Problem, problem
+from dist_train.config.problems import Problem
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import RunDirectory, StudyDirectory
 from dist_train.sweep.study_file import (
@@ -153,7 +153,7 @@ def plan_study(
             continue
         if study.search is not None and not config.measures(study.search.objective):
             wrong = "no evaluation measures it: see data.validation_size, evaluation.train_samples, averaging.kind"
-            found.append(problem("search.objective", wrong, code="metric-not-measured", value=study.search.objective))
+            found.append(Problem("search.objective", wrong, code="metric-not-measured", value=study.search.objective))
         if point.is_asked:
             variant, place = point.variant, (point.searched, point.trial)
             labels = name, variant.name, variant.variant, variant.title
@@ -275,7 +275,7 @@ def _twins(runs: Sequence[PlannedRun]) -> Iterator[Problem]:
     settings: dict[str, PlannedRun] = {}
     for run in runs:
         if run.name in names:
-            yield problem("variants", "two runs would have the same name", code="name-twice", value=run.name)
+            yield Problem("variants", "two runs would have the same name", code="name-twice", value=run.name)
             continue
         names[run.name] = run
         plain = run.config.model_copy(update={"run": run.config.run.model_copy(update={"name": ""})})
@@ -283,7 +283,7 @@ def _twins(runs: Sequence[PlannedRun]) -> Iterator[Problem]:
             continue
         twin = settings.setdefault(plain.model_dump_json(), run)
         if twin is not run:
-            yield problem(
+            yield Problem(
                 f"variants.{run.variant}", f"has the same settings as the variant {twin.variant}", code="same-settings"
             )
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_train.cluster.launch import JOB_IS_ALIVE, current_job, job_states
-from dist_train.config import Config, ConfigError, differences, load_config
+from dist_train.config import ConfigError, differences, load_config
 from dist_train.monitoring import wording
 from dist_train.outcome import ExitCode, escaped
 from dist_train.rundir import atomic
@@ -265,6 +265,11 @@ def render(standings: Sequence[Standing]) -> Table:
     return table
 
 
+def numbers_left(plan: Plan, runs: Sequence[PlannedRun]) -> str:
+    """Return the numbers of those of `runs` that are to be started, and of trials still to be asked; empty: none."""
+    return as_ranges(sorted([*(run.number for run in runs if standing_of(run).then == "start"), *plan.unasked]))
+
+
 def as_ranges(numbers: Sequence[int]) -> str:
     """Return ascending numbers as `sbatch --array` takes them: 1-3,7."""
     ranges: list[list[int]] = []
@@ -280,7 +285,9 @@ def _next(run: PlannedRun, state: str, note: str) -> tuple[Next, str]:
     """Return what a sweep does with a run in `state`, and what there is to say of it."""
     if state in ALIVE:
         return "busy", note or "another process is at it"
-    began = _begun_config(run)
+    began = None
+    with suppress(ConfigError):
+        began = load_config(run.files.config)
     changed = differences(began, run.config) if began else []
     anew = f"move {run.directory} away to run it anew"
     # Without a checkpoint there is nothing that the settings must agree with.
@@ -293,12 +300,6 @@ def _next(run: PlannedRun, state: str, note: str) -> tuple[Next, str]:
     if status is not None and status.exit_code == ExitCode.DIVERGED and not changed:
         return "unrecoverable", f"{note}; {anew}"
     return "start", note
-
-
-def _begun_config(run: PlannedRun) -> Config | None:
-    with suppress(ConfigError):
-        return load_config(run.files.config)
-    return None
 
 
 def _job_is_gone(summary: RunSummary) -> str:
@@ -327,16 +328,6 @@ def renewed(plan: Plan) -> Plan:
     return plan_study(plan.file, plan.directory.parent, plan.overrides, plan)
 
 
-def with_next_trial(plan: Plan) -> Plan:
-    """Return `plan` with one trial more, where some are left, once Optuna knows all results."""
-    return _asked(plan, None)
-
-
-def with_run(plan: Plan, number: int) -> Plan:
-    """Return `plan` with the run of this number, and with the trials before its own."""
-    return _asked(plan, number) if number in plan.unasked else plan
-
-
 def publish(plan: Plan) -> None:
     """Write the plan into the study's folder; of a search by Optuna as it stands now, whose results it is told."""
     trials = optuna_trials(plan.study, plan.directory)
@@ -349,7 +340,11 @@ def publish(plan: Plan) -> None:
         write_plan(plan)
 
 
-def _asked(plan: Plan, number: int | None) -> Plan:
+def with_trials(plan: Plan, number: int | None = None) -> Plan:
+    """Return `plan` with one trial more, where some are left, once Optuna knows all results.
+
+    With the `number` of a run that is still to be asked for: with that run, and the trials before its own.
+    """
     trials = optuna_trials(plan.study, plan.directory)
     if trials is None:
         return plan

@@ -6,11 +6,9 @@ Trials are drawn at random, all known beforehand, or asked of Optuna, one after 
 from __future__ import annotations
 
 import difflib
-import fcntl
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import warnings
@@ -24,9 +22,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dist_train.config.loading import read_mapping
-from dist_train.config.problems import ConfigError, Problem, problem, problems_of
+from dist_train.config.problems import ConfigError, Problem, problems_of
 from dist_train.config.regularization import Metric
 from dist_train.outcome import UsageError
+from dist_train.rundir.atomic import exclusive
 
 if TYPE_CHECKING:
     import optuna
@@ -172,7 +171,7 @@ def load_study(path: Path) -> Study:
     except ValidationError as error:
         raise ConfigError(str(path), problems_of(error, Study)) from None
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(str(path), [problem("(file)", str(error), code="wrong-type")]) from None
+        raise ConfigError(str(path), [Problem("(file)", str(error), code="wrong-type")]) from None
     found = [*_problems_of_settings(study), *_problems_of_variants(study)]
     if found:
         raise ConfigError(str(path), found)
@@ -190,29 +189,29 @@ def _problems_of_settings(study: Study) -> Iterator[Problem]:
     for place, settings in (places | grids | spaces).items():
         for path, value in settings.items():
             if path in _OURS:
-                yield problem(
+                yield Problem(
                     f"{place}.{path}", "the study itself sets this for each run", code="set-by-study", value=value
                 )
             elif not _SETTING.fullmatch(path):
                 allowed = "the dotted path of a setting, such as noise.amplitude"
-                yield problem(f"{place}.{path}", "not a setting", code="wrong-form", value=value, allowed=allowed)
+                yield Problem(f"{place}.{path}", "not a setting", code="wrong-form", value=value, allowed=allowed)
     for path, distribution in space.items():
         if isinstance(distribution, Choice):
             continue
         least = 0.0 if distribution.kind == "log_uniform" else float("-inf")
         if not least < distribution.low < distribution.high:
             wrong = f"low must be below high{', and above 0' if least == 0 else ''}"
-            yield problem(f"search.space.{path}", wrong, code="out-of-range", value=distribution.model_dump())
+            yield Problem(f"search.space.{path}", wrong, code="out-of-range", value=distribution.model_dump())
     for place, grid in grids.items():
         for path, values in grid.items():
             if path in space:
-                yield problem(f"{place}.{path}", "the search has this setting already", code="grid-twice", value=values)
+                yield Problem(f"{place}.{path}", "the search has this setting already", code="grid-twice", value=values)
             if not values:
-                yield problem(
+                yield Problem(
                     f"{place}.{path}", "a list without values would leave no run", code="empty-grid", value=values
                 )
     if len(set(study.seeds)) < len(study.seeds):
-        yield problem("seeds", "a seed stands twice", code="seed-twice", value=list(study.seeds))
+        yield Problem("seeds", "a seed stands twice", code="seed-twice", value=list(study.seeds))
 
 
 def _problems_of_variants(study: Study) -> Iterator[Problem]:
@@ -221,7 +220,7 @@ def _problems_of_variants(study: Study) -> Iterator[Problem]:
             if variant.like not in study.variants:
                 yield _unknown_variant(study, f"variants.{name}.like", variant.like)
             elif _is_like_itself(study, name):
-                yield problem(
+                yield Problem(
                     f"variants.{name}.like",
                     "the variant is like itself, through others",
                     code="like-itself",
@@ -229,7 +228,7 @@ def _problems_of_variants(study: Study) -> Iterator[Problem]:
                 )
         yield from _problems_of_seeds(study, f"variants.{name}.seeds", variant.seeds)
         for path in sorted(set(variant.grid) & set(study.grid)):
-            yield problem(
+            yield Problem(
                 f"variants.{name}.grid.{path}",
                 "the study's grid has this setting already",
                 code="grid-twice",
@@ -250,14 +249,14 @@ def _problems_of_variants(study: Study) -> Iterator[Problem]:
         reference = study.variants.get(contrast.against)
         if study.grid or (reference is not None and reference.grid):
             wrong, place = "a variant with a grid is several", f"contrasts.{number}.against"
-            yield problem(place, wrong, code="several-variants", value=contrast.against)
+            yield Problem(place, wrong, code="several-variants", value=contrast.against)
 
 
 def _problems_of_seeds(study: Study, path: str, seeds: tuple[int, ...]) -> Iterator[Problem]:
     unknown = sorted(set(seeds) - set(study.seeds))
     if unknown:
         allowed = ", ".join(map(str, study.seeds))
-        yield problem(path, "not a seed of the study", code="unknown-seed", value=unknown[0], allowed=allowed)
+        yield Problem(path, "not a seed of the study", code="unknown-seed", value=unknown[0], allowed=allowed)
 
 
 def _is_like_itself(study: Study, name: str) -> bool:
@@ -272,7 +271,7 @@ def _is_like_itself(study: Study, name: str) -> bool:
 def _unknown_variant(study: Study, path: str, value: str) -> Problem:
     close = difflib.get_close_matches(value, study.variants, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    return problem(path, f"not a variant{hint}", code="unknown-variant", value=value, allowed=", ".join(study.variants))
+    return Problem(path, f"not a variant{hint}", code="unknown-variant", value=value, allowed=", ".join(study.variants))
 
 
 def drawn_settings(search: Search, variant: str, trial: int) -> Settings:
@@ -325,12 +324,8 @@ class OptunaTrials:
     def locked(self) -> Iterator[None]:
         """Keep other sweeps from asking, within the block."""
         self._journal.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(self._journal.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with exclusive(self._journal.with_suffix(".lock")):
             yield
-        finally:
-            os.close(descriptor)
 
     def settings(self, variant: str) -> Sequence[Settings]:
         """Return the settings of the trials asked so far, by number."""

@@ -114,14 +114,8 @@ def jobs_of(files: RunDirectory) -> dict[str, str]:
 
 def write_script(submission: Submission) -> str:
     """Return the text of the batch script."""
-    run = [
-        "train",
-        str(submission.config_file),
-        *submission.overrides,
-        "--run-dir",
-        str(submission.run_directory),
-    ]
-    requests = (*_resources(submission), *_requests(submission), *_OF_RUNS, f"--output={submission.log}")
+    run = ["train", str(submission.config_file), *submission.overrides, "--run-dir", str(submission.run_directory)]
+    requests = (*_requests(submission), *_OF_RUNS, f"--output={submission.log}")
     return _script(submission, (*requests, *submission.options), f"run_in_job {shlex.join(run)}")
 
 
@@ -146,12 +140,12 @@ def study_jobs(plan: Plan, numbers: str, submission: Submission) -> tuple[Job, .
         f"DIRECTORY={shlex.quote(str(folder.parent))}",
         f"OVERRIDES={shlex.quote(shlex.join(submission.overrides))}",
     )
-    array = (*_resources(submission), *_requests(submission), *_OF_RUNS, f"--array={numbers}")
+    array = (*_requests(submission), *_OF_RUNS, f"--array={numbers}")
     runs = (*array, f"--output={folder}/slurm-%A_%a.log", *submission.options)
     after = ("--nodes=1", "--kill-on-invalid-dep=yes", "--open-mode=append", f"--output={folder}/slurm-%j.log")
     jobs = [Job("runs", _script(submission, runs, *variables, "sweep_in_job"))]
     if plan.study.analyse:
-        measured = (*_resources(submission), *_requests(submission), *after[1:], *submission.options)
+        measured = (*_requests(submission), *after[1:], *submission.options)
         body = f"analyses_in_job {shlex.join(study)}"
         jobs.append(Job("analyses", _script(submission, measured, body), "afterany"))
     partition = [f"--partition={submission.partition}"] if submission.partition else []
@@ -174,13 +168,6 @@ def submit_study(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
 
 
 _OF_RUNS = ("--requeue", "--no-kill", "--signal=B:USR1@120", "--open-mode=append")
-
-
-def _requests(submission: Submission) -> list[str]:
-    return [
-        *([f"--time={submission.time}"] if submission.time else []),
-        *([f"--partition={submission.partition}"] if submission.partition else []),
-    ]
 
 
 def _script(submission: Submission, requests: Sequence[str], *body: str) -> str:
@@ -229,9 +216,8 @@ def _describe_plan(config: Config, plan: BatchPlan, ranks: int | None, epoch: in
     last = plan.micro_batches[-1].size
     shorter = "" if last == size else f", the last of {last:,}"
     since = f", from epoch {epoch + 1:,}" if epoch else ""
-    return f"global batch {plan.global_size:,} = {count:,} micro-batches of {size:,}{shorter}{since}", _dealt(
-        count, ranks
-    )
+    cut = f"global batch {plan.global_size:,} = {count:,} micro-batches of {size:,}{shorter}{since}"
+    return cut, _dealt(count, ranks)
 
 
 def _dealt(count: int, ranks: int | None) -> str:
@@ -243,19 +229,17 @@ def _dealt(count: int, ranks: int | None) -> str:
     return f"{ranks:,} ranks x {each} micro-batches a step{idle}"
 
 
-def _resources(submission: Submission) -> list[str]:
-    """Return the nodes, whole unless the user's options say what part of them."""
-    return [f"--nodes={submission.nodes}", *_part(submission)]
-
-
-def _part(submission: Submission) -> list[str]:
-    each = submission.ranks_per_node
-    if _gpus(submission.options) is not None:
-        return [f"--ntasks-per-node={each or _gpus(submission.options)}"]
-    if any(map(_PART.fullmatch, submission.options)):
-        return []
+def _requests(submission: Submission) -> list[str]:
+    """Return the nodes, whole unless the user's options say what part of them; time limit and partition."""
+    gpus = _gpus(submission.options)
     # A job with whole nodes has all of their GPUs: their number and names need not be given.
-    return ["--exclusive", "--mem=0"]
+    part = ["--exclusive", "--mem=0"]
+    if gpus is not None:
+        part = [f"--ntasks-per-node={submission.ranks_per_node or gpus}"]
+    elif any(map(_PART.fullmatch, submission.options)):
+        part = []
+    limits = {"--time": submission.time, "--partition": submission.partition}
+    return [f"--nodes={submission.nodes}", *part, *(f"{name}={value}" for name, value in limits.items() if value)]
 
 
 def _gpus(options: Sequence[str]) -> int | None:

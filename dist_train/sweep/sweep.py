@@ -230,8 +230,13 @@ def sweep(
                     is_all_known = not waiting
                     if not waiting:
                         break
-                    started = _begin(plan, waiting.pop(0), launcher, tally, say)
-                    going += [started] if started else []
+                    run = waiting.pop(0)
+                    try:
+                        started = _begin(plan, run, launcher, tally, say)
+                        going += [started] if started else []
+                    except OSError as error:
+                        tally.failed.append((run, f"cannot be started: {error}"))
+                        say(f"{_label(plan, run)}: cannot be started: {error}")
                 if request.is_asked and not was_stopped:
                     was_stopped = is_all_known = True
                     tally.left, waiting = waiting, []
@@ -267,17 +272,7 @@ def summary(tally: Tally) -> list[str]:
 
 
 def _begin(plan: Plan, run: PlannedRun, launcher: Launcher, tally: Tally, say: Say) -> RunProcess | None:
-    """Start `run` where there is something to do."""
-    try:
-        return _begin_or_leave(plan, run, launcher, tally, say)
-    except OSError as error:
-        reason = f"cannot be started: {error}"
-        tally.failed.append((run, reason))
-        say(f"{_label(plan, run)}: {reason}")
-        return None
-
-
-def _begin_or_leave(plan: Plan, run: PlannedRun, launcher: Launcher, tally: Tally, say: Say) -> RunProcess | None:
+    """Start `run` where there is something to do. Raises OSError where it cannot be started."""
     lock = take(run)
     standing = standing_of(run)
     if lock is None:
@@ -287,11 +282,8 @@ def _begin_or_leave(plan: Plan, run: PlannedRun, launcher: Launcher, tally: Tall
         case "skip":
             tally.finished.append(run)
             say(f"{label}: finished before{_accuracy(standing)}")
-        case "busy":
-            tally.busy.append((run, standing.note))
-            say(f"{label}: {standing.state}, {standing.note}")
-        case "unrecoverable":
-            tally.failed.append((run, standing.note))
+        case "busy" | "unrecoverable":
+            (tally.busy if standing.then == "busy" else tally.failed).append((run, standing.note))
             say(f"{label}: {standing.state}, {standing.note}")
         case "start":
             assert lock is not None

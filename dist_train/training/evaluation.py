@@ -21,7 +21,7 @@ from dist_train.cluster.devices import device_type, share_out_devices
 from dist_train.cluster.joining import join_ranks
 from dist_train.config import Config, differences, dump_config, parse_config
 from dist_train.config.loading import with_overrides
-from dist_train.config.resuming import with_threads
+from dist_train.config.resuming import with_setting
 from dist_train.data.images import BatchRequest, SampleSource, Split
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import BatchPlan
@@ -145,7 +145,7 @@ def evaluate_stored(
         contents = stored.contents
         config = stored_config(contents, overrides)
         if config.precision.threads == "auto":
-            config = with_threads(config, share_of_threads(comm.local_size))
+            config = with_setting(config, "precision.threads", share_of_threads(comm.local_size))
         compute = set_up_compute(config.precision, share_out_devices(comm, config.run.device))
         layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
         open_data = partial(open_splits, config.data, config.run.seed, compute.device, layout)

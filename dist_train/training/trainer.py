@@ -18,7 +18,7 @@ from dist_train.checkpoint.writer import CheckpointWriter, NotWritten
 from dist_train.cluster.communicator import Communicator, Generation, GroupBrokenError, MeetingRequestedError
 from dist_train.config import Config
 from dist_train.config.plugins import plugin_files
-from dist_train.config.resuming import with_micro_size
+from dist_train.config.resuming import with_setting
 from dist_train.data.images import Split, Splits
 from dist_train.data.plan import BatchPlan
 from dist_train.monitoring.observers import Observers
@@ -232,7 +232,7 @@ class Trainer:
         self.take_step = self.shrink(self.take_step, smaller)
 
     def _set_micro_size(self, size: int) -> None:
-        self.config = with_micro_size(self.config, size)
+        self.config = with_setting(self.config, "batch.micro_size", size)
         self._settings = self.config.model_dump(mode="json")
         self.deal_anew(size)
 

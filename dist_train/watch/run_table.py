@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +22,7 @@ from dist_train.config.loading import parse_yaml, yaml_fault
 from dist_train.monitoring import wording
 from dist_train.monitoring.wording import Pace
 from dist_train.outcome import UsageError, escaped
-from dist_train.rundir.atomic import read_regular
+from dist_train.rundir.atomic import json_text, read_regular
 from dist_train.rundir.paths import BrokenFileError, RunDirectory
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
 from dist_train.rundir.status import Status, load_status
@@ -173,19 +171,10 @@ def render(
 def as_json(summaries: Sequence[RunSummary], job_states: Mapping[str, str]) -> str:
     """Return the runs as one JSON document: `{"runs": [...]}`, a field of `RunSummary` each, unknown ones null."""
     runs = [
-        {
-            **{name: _plain(value) for name, value in asdict(run).items()},
-            "slurm_state": job_states.get(run.slurm_job),
-        }
+        {**asdict(run), "directory": str(run.directory), "slurm_state": job_states.get(run.slurm_job)}
         for run in summaries
     ]
-    return json.dumps({"runs": runs}, indent=2, allow_nan=False)
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
+    return json_text({"runs": runs}, indent=2)
 
 
 def _cells(column: _Column, summaries: Sequence[RunSummary]) -> list[str]:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from dist_train.data import decoders
 from dist_train.data.decoders import LoaderProcesses, Order
-from dist_train.data.decoding import Work, decode
+from dist_train.data.decoding import Work
 from dist_train.outcome import FaultError
 from tests.raising import raises
 from tests.unit.image_folders import damage, write_image
+from tests.unit.image_sets import decode
 from tests.waiting import is_alive, wait_for, wait_until_gone
 
 SIZE = 8

@@ -13,11 +13,12 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from dist_train.data.decoding import ATTEMPTS, DRAWS, decode, random_box
+from dist_train.data.decoding import ATTEMPTS, DRAWS, random_box
 from dist_train.outcome import FaultError
 from dist_train.reproducible import key, uniform
 from tests.raising import raises
 from tests.unit.image_folders import damage, write_image
+from tests.unit.image_sets import decode
 
 SIDES = st.integers(1, 3000)
 UNIT = st.floats(0, 1, exclude_max=True, width=32)

@@ -13,13 +13,13 @@ from torch import Tensor
 from dist_train.config import DataSettings
 from dist_train.data import loader
 from dist_train.data.augmentation import channel_statistics
-from dist_train.data.decoding import decode
 from dist_train.data.image_folder import list_split
 from dist_train.data.images import BatchRequest, Splits
 from dist_train.data.loader import augmentation_draws, open_splits
 from dist_train.outcome import FaultError, UsageError
 from tests.raising import raises
 from tests.unit.image_folders import damage, write_folder
+from tests.unit.image_sets import decode
 
 CPU = torch.device("cpu")
 TRAIN = 24

@@ -15,7 +15,7 @@ from dist_train.outcome import ExitCode, UsageError
 from dist_train.rundir.records import EvaluationRecord, JsonLines
 from dist_train.rundir.status import StatusFile
 from dist_train.sweep.planned_runs import Plan, PlannedRun, optuna_trials
-from dist_train.sweep.standing import best_trials, publish, with_next_trial, with_run
+from dist_train.sweep.standing import best_trials, publish, with_trials
 from tests.raising import raises, raises_problems
 from tests.unit.studies import small_plan, write_study
 
@@ -61,12 +61,12 @@ def test_optuna_is_asked_trial_by_trial_and_told_the_mean_over_the_seeds(tmp_pat
     plan = searched(tmp_path, "optuna")
     assert (plan.runs, plan.total) == ((), 16)
     publish(plan)
-    plan = with_next_trial(plan)
+    plan = with_trials(plan)
     assert [(run.number, run.name) for run in plan.runs] == [(1, "plain-trial-0-seed-0"), (3, "plain-trial-0-seed-1")]
     assert plan.runs[0].settings == plan.runs[1].settings
     for run, accuracy in zip(plan.runs, (0.5, 0.7), strict=True):
         finish(run, accuracy)
-    plan = with_next_trial(plan)
+    plan = with_trials(plan)
     trials = optuna_trials(plan.study, plan.directory)
     assert trials is not None
     assert trials.untold("plain") == []
@@ -85,7 +85,7 @@ def test_what_optuna_suggests_is_a_function_of_the_results(tmp_path: Path) -> No
         search = {"method": "optuna", "trials": 4, "space": SPACE}
         plan = small_plan(folder, search=search, variants={"plain": {}}, seeds=[0])
         while plan.unasked:
-            plan = with_next_trial(plan)
+            plan = with_trials(plan)
             for run in plan.runs:
                 if not run.files.status.exists():
                     finish(run, run.settings["optimizer.momentum"])
@@ -97,14 +97,14 @@ def test_what_optuna_suggests_is_a_function_of_the_results(tmp_path: Path) -> No
 
 def test_a_task_of_an_array_asks_for_the_trials_up_to_its_own(tmp_path: Path) -> None:
     plan = searched(tmp_path, "optuna")
-    with_task = with_run(plan, 10)
+    with_task = with_trials(plan, 10)
     run = with_task.run(10)
     assert run is not None
     assert run.name == "noisy-trial-2-seed-0"
     assert {each.name for each in with_task.runs} == {
         f"noisy-trial-{trial}-seed-{seed}" for trial in range(3) for seed in (0, 1)
     }
-    assert with_run(with_task, 10).runs == with_task.runs
+    assert with_trials(with_task, 10).runs == with_task.runs
 
 
 def test_a_batch_script_gets_the_numbers_and_the_arguments_of_runs_that_are_still_to_be_asked(
