@@ -26,6 +26,7 @@ from dist_train.outcome import (
 from dist_train.start_up import without_collection
 
 if TYPE_CHECKING:
+    from dist_train.cluster.elastic_launch import Elasticity
     from dist_train.config import Config
 
 _STANDARD_ERROR = 2
@@ -128,7 +129,7 @@ def add_launch(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--restarts",
         type=_limit,
-        default=0,
+        default=None,
         metavar="N",
         help="start a lost rank anew up to N times; it joins the others between two updates (0)",
     )
@@ -178,39 +179,52 @@ def _launch(arguments: argparse.Namespace) -> int:
     least = 0 if arguments.listen else 1
     if arguments.np < least:
         raise UsageError(f"-np takes a number of ranks, {least} or more, not {arguments.np}", code="option-range")
-    options = (arguments.min_ranks, arguments.max_ranks, arguments.start_with, arguments.listen)
-    is_elastic = arguments.restarts > 0 or any(option is not None for option in options)
     command = parse(words)
-    if words[0] != "train" and is_elastic:
-        raise UsageError(
-            "--min-ranks, --max-ranks, --start-with, --restarts and --listen are for the command train",
-            code="elastic-command",
-        )
-    if not is_elastic:
-        if words[0] == "train":
-            _check_configuration(command)
+    options = (arguments.min_ranks, arguments.max_ranks, arguments.restarts, arguments.start_with, arguments.listen)
+    if words[0] != "train":
+        if any(option is not None for option in options):
+            raise UsageError(
+                "--min-ranks, --max-ranks, --start-with, --restarts and --listen are for the command train",
+                code="elastic-command",
+            )
         return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np)
-    from dist_train.cluster.elastic_launch import Elasticity, Entrance, launch_elastic
-
-    first = arguments.np if arguments.start_with is None else arguments.start_with
-    fewest = first if arguments.min_ranks is None else arguments.min_ranks
-    most = first if arguments.max_ranks is None else arguments.max_ranks
-    _check_range("--start-with", first, max(1, arguments.np), None)
-    _check_range("--min-ranks", fewest, 1, first)
-    _check_range("--max-ranks", most, first, None)
-    if arguments.listen is None and most > arguments.np:
-        raise UsageError(
-            f"--max-ranks and --start-with above the {arguments.np} ranks of -np need --listen: others come from other "
-            f"nodes",
-            code="elastic-without-listen",
-        )
     config = _check_configuration(command)
+    elasticity = _elasticity(arguments, config)
+    if elasticity is None:
+        return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np)
+    from dist_train.cluster.elastic_launch import Entrance, launch_elastic
+
     entrance = None
     if arguments.listen is not None:
         host, port = arguments.listen
         entrance = Entrance(host, port, command.run_dir or config.run_directory)
-    elasticity = Elasticity(first, fewest, most, arguments.restarts, config.comm.timeout)
     return launch_elastic(words, arguments.np, elasticity, entrance)
+
+
+def _elasticity(arguments: argparse.Namespace, config: Config) -> Elasticity | None:
+    """Return what the options say, and `config` where they say nothing; None where a lost rank ends the launch."""
+    from dist_train.cluster.elastic_launch import Elasticity
+
+    settings = config.launch
+    least: int | None = settings.min_ranks if arguments.min_ranks is None else arguments.min_ranks
+    limit: int | None = settings.max_ranks if arguments.max_ranks is None else arguments.max_ranks
+    restarts: int = settings.restarts if arguments.restarts is None else arguments.restarts
+    options = (least, limit, arguments.start_with, arguments.listen)
+    if not restarts and all(option is None for option in options):
+        return None
+    first = arguments.np if arguments.start_with is None else arguments.start_with
+    fewest = first if least is None else least
+    most = first if limit is None else limit
+    _check_range("--start-with", first, max(1, arguments.np), None)
+    _check_range("--min-ranks" if arguments.min_ranks is not None else "launch.min_ranks", fewest, 1, first)
+    _check_range("--max-ranks" if arguments.max_ranks is not None else "launch.max_ranks", most, first, None)
+    if arguments.listen is None and most > arguments.np:
+        raise UsageError(
+            f"--max-ranks (launch.max_ranks) and --start-with above the {arguments.np} ranks of -np need --listen: "
+            f"others come from other nodes",
+            code="elastic-without-listen",
+        )
+    return Elasticity(first, fewest, most, restarts, config.comm.timeout)
 
 
 def _join(arguments: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ _FREE = frozenset(
         "comm.engine",
         "comm.verify_every",
         "comm.timeout",
+        "launch",
         "evaluation",
         "early_stopping.patience",
         "checkpoint",

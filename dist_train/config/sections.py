@@ -259,6 +259,22 @@ class CommSettings(Section):
         return self.reduction != "float"
 
 
+class LaunchSettings(Section):
+    """How `dist-train launch` treats lost ranks; its options win, and under other launchers none of it counts."""
+
+    min_ranks: PositiveInt | None = Field(
+        None,
+        description="Continue without lost ranks while so many are left; none: all that the run begins with.",
+        examples=[2],
+    )
+    max_ranks: PositiveInt | None = Field(
+        None, description="Take so many ranks at most; none: as many as the run begins with.", examples=[8]
+    )
+    restarts: NonNegativeInt = Field(
+        0, description="Start the process of a lost rank anew, up to so many times each.", examples=[3]
+    )
+
+
 class EvaluationSettings(Section):
     """When and how the model is evaluated."""
 
@@ -384,6 +400,7 @@ class Config(Section):
     averaging: AveragingSettings = Field(default_factory=AveragingSettings)
     precision: PrecisionSettings = Field(default_factory=PrecisionSettings)
     comm: CommSettings = Field(default_factory=CommSettings)
+    launch: LaunchSettings = Field(default_factory=LaunchSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     early_stopping: EarlyStoppingSettings = Field(default_factory=EarlyStoppingSettings)
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)

@@ -17,10 +17,13 @@ import yaml
 
 from dist_train import __version__
 from dist_train.cli.main import main
+from dist_train.cluster.elastic_launch import Elasticity
 from dist_train.config import load_config
 from dist_train.outcome import ExitCode
 from dist_train.rundir.status import StatusFile, read_status
 from tests.unit.small_trainers import SETTINGS
+
+SMOKE = "dist_train:configs/smoke.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -57,12 +60,14 @@ class TestProgram:
     @pytest.mark.parametrize(
         ("options", "code"),
         [
-            (["--min-ranks", "3", "train", "x.yaml"], "option-range"),
-            (["--min-ranks", "0", "train", "x.yaml"], "option-range"),
+            (["--min-ranks", "3", "train", SMOKE], "option-range"),
+            (["--min-ranks", "0", "train", SMOKE], "option-range"),
             (["--restarts", "1", "evaluate", "x"], "elastic-command"),
-            (["--max-ranks", "1", "--listen", "127.0.0.1", "train", "x.yaml"], "option-range"),
-            (["--start-with", "1", "train", "x.yaml"], "option-range"),
-            (["--max-ranks", "3", "train", "x.yaml"], "elastic-without-listen"),
+            (["--max-ranks", "1", "--listen", "127.0.0.1", "train", SMOKE], "option-range"),
+            (["--start-with", "1", "train", SMOKE], "option-range"),
+            (["--max-ranks", "3", "train", SMOKE], "elastic-without-listen"),
+            (["train", SMOKE, "launch.min_ranks=3"], "option-range"),
+            (["train", SMOKE, "launch.max_ranks=3"], "elastic-without-listen"),
             (["--join", "node1:9", "train", "x.yaml"], "join-options"),
             (["--join", "node1:9", "--max-ranks", "3"], "join-options"),
             (["--join", "node1:9"], "join-token"),
@@ -74,6 +79,30 @@ class TestProgram:
     ) -> None:
         assert main(["launch", "-np", "2", *options]) == ExitCode.USAGE
         assert f"[{code}]" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("options", "settings", "expected"),
+        [
+            ([], ["launch.min_ranks=1", "launch.restarts=3"], Elasticity(2, 1, 2, 3, 60.0)),
+            (["--min-ranks", "2", "--restarts", "1"], ["launch.min_ranks=1"], Elasticity(2, 2, 2, 1, 60.0)),
+            (["--listen", "127.0.0.1"], ["launch.max_ranks=4"], Elasticity(2, 2, 4, 0, 60.0)),
+            (["--restarts", "0"], ["launch.restarts=3"], None),
+            ([], [], None),
+        ],
+    )
+    def test_a_launch_is_elastic_as_its_options_say_or_else_the_configuration(
+        self, options: list[str], settings: list[str], expected: Elasticity | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        launched: list[Elasticity | None] = []
+
+        def launch(words: list[str], count: int, elasticity: Elasticity | None = None, entrance: object = None) -> int:
+            launched.append(elasticity)
+            return 0
+
+        monkeypatch.setattr("dist_train.cluster.elastic_launch.launch_elastic", launch)
+        monkeypatch.setattr("dist_train.cluster.local_launch.launch_ranks", launch)
+        assert main(["launch", "-np", "2", *options, "train", SMOKE, *settings]) == 0
+        assert launched == [expected]
 
     @pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["evaluate", "x", "--split", "half"]])
     def test_bad_usage_ends_with_2(self, arguments: list[str]) -> None:
