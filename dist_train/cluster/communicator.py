@@ -117,6 +117,12 @@ class Communicator:
     def use_device(self, device: torch.device) -> None:
         """Compute on `device`, which is chosen once: all ranks that have met call it before they sum tensors on it."""
 
+    def note_work(self) -> None:
+        """Say that this rank works on: it hangs if it does not say so again, rest, or wait for others, in time."""
+
+    def note_rest(self) -> None:
+        """Say that what this rank does from now on may take as long as it takes."""
+
     def begin_training(self) -> None:
         """Let the run be continued from this rank's state, from now on."""
 

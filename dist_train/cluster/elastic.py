@@ -85,6 +85,14 @@ class ElasticCommunicator(Communicator):
         """Whether ranks wait to be let in, as far as this rank knows."""
         return self._member.wants_meeting
 
+    def note_work(self) -> None:
+        """Say that this rank works on; if it does not say more within `comm.timeout`, it is expelled."""
+        self._member.pulse.move()
+
+    def note_rest(self) -> None:
+        """Say that what this rank does from now on may take as long as it takes."""
+        self._member.pulse.rest()
+
     def begin_training(self) -> None:
         """Let the run be continued from this rank's state, from now on."""
         self._member.trains()
@@ -144,7 +152,8 @@ class ElasticCommunicator(Communicator):
             self._device_group.await_end(_STAY_SECONDS)
 
     def check(self) -> None:
-        """Raise GroupBrokenError where this generation is over."""
+        """Raise GroupBrokenError where this generation is over. Who looks does not hang."""
+        self._member.pulse.move_within()
         if interruption := self._member.interruption:
             raise GroupBrokenError(interruption)
 

@@ -26,6 +26,48 @@ _CONNECT_SECONDS = 10.0
 _LOOK_SECONDS = 0.5
 
 
+class Pulse:
+    """Whether a thread that must move on does so: asked by another thread, about once a `period`.
+
+    Between `move` and `rest` the thread must call one of them, or `move_within`, within `limit` seconds. Once it has
+    needed more than half of that and came nevertheless, it is slow, and is not judged any more.
+    """
+
+    def __init__(self, limit: float, period: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit = limit
+        self._period = period
+        self._clock = clock
+        self._since: float | None = None
+        self._awake_since = self._looked = clock()
+        self._is_slow = False
+
+    def move(self) -> None:
+        """Begin, or continue, what takes long only where the thread hangs."""
+        self._note(self._clock())
+
+    def move_within(self) -> None:
+        """Continue it, where it has begun."""
+        if self._since is not None:
+            self._note(self._clock())
+
+    def rest(self) -> None:
+        """Begin what may take as long as it takes."""
+        self._note(None)
+
+    def hangs(self) -> bool:
+        """Whether the thread hangs; nobody does right after the process has slept."""
+        now, since = self._clock(), self._since
+        if now - self._looked > 2 * self._period + 1.0:
+            self._awake_since = now
+        self._looked = now
+        return since is not None and not self._is_slow and now - max(since, self._awake_since) >= self._limit
+
+    def _note(self, moment: float | None) -> None:
+        since, self._since = self._since, moment
+        if since is not None and self._clock() - max(since, self._awake_since) > self._limit / 2:
+            self._is_slow = True
+
+
 class Member:
     """This process among those of the launch, from its making to `leave`."""
 
@@ -39,6 +81,8 @@ class Member:
         """
         host, _, port = environment[MEMBERSHIP_VARIABLE].rpartition(":")
         self._beat = min(_LOOK_SECONDS, timeout / BEATS_IN_TIMEOUT)
+        self.pulse = Pulse(timeout, self._beat)
+        """Of the main thread."""
         self._end = end
         self._sending = threading.Lock()
         self._changed = threading.Condition()
@@ -113,7 +157,7 @@ class Member:
         while True:
             if time.monotonic() >= due:
                 due = time.monotonic() + self._beat
-                self._send({"kind": "beat"})
+                self._send({"kind": "hangs" if self.pulse.hangs() else "beat"})
             if not poll.poll(max(0.0, due - time.monotonic()) * 1000):
                 continue
             try:

@@ -2,7 +2,8 @@
 
 One object in the launcher's own loop, without a thread. The ranks connect by TCP and speak lines of JSON, and so do
 the launchers of other nodes (`joined_launch.py`); who does not know the launch's token is not heard. A connection that
-breaks is a process that died; one that is silent for `timeout` is a process that hangs.
+breaks is a process that died; one that is silent for `timeout`, or says that its main thread is, is a process that
+hangs.
 """
 
 from __future__ import annotations
@@ -243,6 +244,8 @@ class MembershipServer:
                 self._take(Ready(peer_id, int(fields["generation"]), store, str(fields["why"])))
             case "trains":
                 self._take(Trains(peer_id))
+            case "hangs":
+                self._expel(peer_id, f"has not moved on for {self.timeout:g} s")
             case "leave":
                 self._lose(peer_id, str(fields["why"]))
 

@@ -23,7 +23,7 @@ from dist_train.checkpoint.state import (
     shared_progress,
 )
 from dist_train.checkpoint.writer import CheckpointWriter
-from dist_train.cluster.communicator import Communicator, run_on_all_ranks
+from dist_train.cluster.communicator import Alone, Communicator, run_on_all_ranks
 from dist_train.cluster.devices import share_out_devices
 from dist_train.config import Config
 from dist_train.config.resuming import with_device, with_setting
@@ -51,6 +51,7 @@ from dist_train.training.measuring import (
     StepClock,
     WeightNorms,
     build_step_clock,
+    note_progress,
     read_usage_of,
 )
 from dist_train.training.micro_batches import (
@@ -131,6 +132,8 @@ def assemble(
     if comm.rank == 0:
         directory.save_config(config)
         writer = build_writer(config, directory, session)
+    # A pass may be compiled anew at any time, which takes minutes.
+    on_turn = partial(note_progress, Alone() if config.precision.compile else comm)
     step = build_step(
         config,
         model,
@@ -142,7 +145,7 @@ def assemble(
         averaging,
         noise,
         progress,
-        clock=build_step_clock(compute.device) if has_clock else StepClock(HostTimer()),
+        clock=build_step_clock(compute.device, on_turn) if has_clock else StepClock(HostTimer(), on_turn),
         wait_for_checkpoint_copy=writer.wait_until_copied if writer else lambda: None,
     )
 

@@ -86,8 +86,11 @@ class StepTimes:
 class StepClock:
     """Notes when parts of a step begin and end. A part within another is taken out of that one's time."""
 
-    def __init__(self, timer: HostTimer) -> None:
+    def __init__(self, timer: HostTimer, on_turn: Callable[[Part | None], None] = lambda part: None) -> None:
+        """`on_turn` is called when a part begins; with None when none does, but for the first step of all."""
         self._timer = timer
+        self._on_turn = on_turn
+        self._steps = 0
         self._marks: list[tuple[Part | None, Any]] = []
         self._current: Part | None = None
 
@@ -95,6 +98,7 @@ class StepClock:
         """Begin a step."""
         self._marks = []
         self._current = None
+        self._steps += 1
 
     def times(self) -> StepTimes:
         """Return what was noted since the step began."""
@@ -119,11 +123,21 @@ class StepClock:
     def _turn_to(self, part: Part | None) -> None:
         self._marks.append((part, self._timer.now()))
         self._current = part
+        if self._steps > 1:  # the first one also allocates, tunes and compiles
+            self._on_turn(part)
 
 
-def build_step_clock(device: torch.device) -> StepClock:
+def build_step_clock(device: torch.device, on_turn: Callable[[Part | None], None] = lambda part: None) -> StepClock:
     """Return a clock for steps on `device`."""
-    return StepClock(DeviceTimer() if device.type == "cuda" else HostTimer())
+    return StepClock(DeviceTimer() if device.type == "cuda" else HostTimer(), on_turn)
+
+
+def note_progress(comm: Communicator, part: Part | None) -> None:
+    """Tell `comm` that this rank begins `part` of a step: of what a file system may hold up, no length is a hang."""
+    if part in (None, "data_wait", "checkpoint_stall"):
+        comm.note_rest()
+    else:
+        comm.note_work()
 
 
 _STATM = Path("/proc/self/statm")

@@ -48,6 +48,7 @@ def test_another_rank_takes_the_place_of_rank_0_and_finishes(tmp_path: Path) -> 
     assert (ending["state"], ending["world_size"], ending["generation"]) == ("finished", 1, 2)
 
 
+@pytest.mark.lengthy
 def test_ranks_on_gpus_abort_nccl_and_continue(tmp_path: Path) -> None:
     config, run = write_config(tmp_path, ENDLESS), tmp_path / "run"
     extra = environment_of(tmp_path)
@@ -64,6 +65,59 @@ def test_ranks_on_gpus_abort_nccl_and_continue(tmp_path: Path) -> None:
     train_alone(config, tmp_path / "undisturbed", f"run.max_steps={last}")
     assert results(run, ["train"]) == results(tmp_path / "undisturbed", ["train"])
     assert weights_digest(run) == weights_digest(tmp_path / "undisturbed")
+
+
+HANGING = """
+import os
+import time
+from pathlib import Path
+from dist_train.optim.noise import SmoothOut
+
+
+class Hanging(SmoothOut):
+    def perturb(self, step):
+        if (order := Path(__file__).with_name(f"hang-{os.getpid()}")).exists():
+            order.write_text(str(time.time()))
+            time.sleep(3600)
+        super().perturb(step)
+
+    def state(self):
+        if (order := Path(__file__).with_name(f"rest-{os.getpid()}")).exists():
+            order.unlink()
+            time.sleep(8)
+        return super().state()
+"""
+"""A noise method as `smoothout` is, of a rank that can be made to hang in an update, or to rest before a checkpoint."""
+
+
+@pytest.mark.lengthy
+def test_a_main_thread_that_hangs_is_expelled_in_time_and_one_that_is_busy_is_not(tmp_path: Path) -> None:
+    plugin = tmp_path / "hanging.py"
+    plugin.write_text(HANGING)
+    settings = small_settings(
+        run={"epochs": 50_000},
+        noise={"method": f"{plugin}:Hanging"},
+        comm={"verify_every": 1, "timeout": 5},
+        launch={"min_ranks": 1},
+    )
+    config, run = write_config(tmp_path, settings), tmp_path / "run"
+    with ElasticRun(config, run, 2, ()) as launch:
+        wait_for_lines(run / "metrics.jsonl", 4)
+        saving = tmp_path / f"rest-{launch.slots()[0]}"
+        saving.touch()
+        wait_for(lambda: not saving.exists())
+        made = launch.step()
+        wait_for(lambda: launch.step() > made + 3, lambda: launch.log.read_text()[-3000:])
+        assert status(run)["world_size"] == 2
+        order = tmp_path / f"hang-{launch.slots()[1]}"
+        order.touch()
+        wait_for(lambda: status(run)["world_size"] == 1, lambda: launch.log.read_text()[-3000:])
+        launch.process.send_signal(signal.SIGTERM)
+        ended = launch.wait()
+    assert ended.code == ExitCode.STOPPED, ended.output
+    (event,) = [each for each in records(run, "event") if each["event"] == "rank_lost"]
+    assert "has not moved on for 5 s" in event["who"]
+    assert 5.0 <= event["time"] - float(order.read_text()) < 8.0
 
 
 def test_too_few_ranks_end_the_launch_and_the_same_command_resumes(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from dist_train.cluster.communicator import Generation, RankLostError
 from dist_train.cluster.joined_launch import Entry, RemoteAuthority, entry_of
-from dist_train.cluster.member import Member
+from dist_train.cluster.member import Member, Pulse
 from dist_train.cluster.membership import Came, Event, Gone, MayGrow, Membership, Message, Peer, Ready, Trains, decide
 from dist_train.cluster.membership_server import TOKEN_VARIABLE, MembershipServer
 from dist_train.outcome import UsageError
@@ -168,6 +168,73 @@ def test_who_is_silent_is_expelled_and_ends_when_it_wakes() -> None:
         assert [each.slot for each in server.take_expelled()] == [1]
         for each in members:
             each.leave("")
+
+
+def test_who_beats_but_does_not_move_on_is_expelled() -> None:
+    ended: list[int] = []
+    with serving(2, 0.5) as server:
+        members = [member(server, slot, ended) for slot in range(2)]
+        meet(members)
+        for each in members:
+            each.trains()
+        members[0].pulse.move()
+        members[0].pulse.rest()
+        members[1].pulse.move()
+        wait_for(lambda: members[0].interruption)
+        assert "has not moved on" in members[0].interruption
+        wait_for(lambda: ended == [1])
+        assert [each.slot for each in server.take_expelled()] == [1]
+        for each in members:
+            each.leave("")
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def hangs_after(pulse: Pulse, clock: Clock, seconds: float, look: float = 0.5) -> bool:
+    """Ask as often as the thread that beats does."""
+    hangs = False
+    for _ in range(round(seconds / look)):
+        clock.now += look
+        hangs = pulse.hangs()
+    return hangs
+
+
+def test_a_thread_hangs_where_it_must_move_on_and_does_not(clock: Clock) -> None:
+    pulse = Pulse(5.0, 0.5, clock)
+    assert not hangs_after(pulse, clock, 60.0)
+    for begin in (pulse.move, pulse.move_within):
+        begin()
+        assert not hangs_after(pulse, clock, 2.0)
+    pulse.rest()
+    pulse.move_within()
+    assert not hangs_after(pulse, clock, 60.0)
+    pulse.move()
+    assert not hangs_after(pulse, clock, 4.5)
+    assert hangs_after(pulse, clock, 0.5)
+
+
+def test_a_slow_thread_and_one_that_slept_with_the_process_do_not_hang(clock: Clock) -> None:
+    pulse = Pulse(5.0, 0.5, clock)
+    pulse.move()
+    clock.now += 60.0
+    assert not pulse.hangs()
+    pulse.move()
+    assert hangs_after(pulse, clock, 5.0)
+    slow = Pulse(5.0, 0.5, clock)
+    slow.move()
+    assert not hangs_after(slow, clock, 3.0)
+    slow.move()
+    assert not hangs_after(slow, clock, 60.0)
 
 
 def test_who_beats_but_does_not_stop_is_expelled() -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dist_train.cluster.communicator import Alone
+from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.rundir.records import StepParts
-from dist_train.training.measuring import DeviceTimer, HostTimer, StepClock, build_step_clock
+from dist_train.training.measuring import DeviceTimer, HostTimer, StepClock, build_step_clock, note_progress
 from dist_train.training.step import GlobalBatch
 from tests.unit.simulated_ranks import SimulatedRanks, results
 from tests.unit.small_trainers import build_trainer, small_config
@@ -189,3 +190,24 @@ def test_moments_of_a_stream_are_read_as_seconds_after_the_later_one_has_come(
     assert calls == ["record", "record"]
     assert clock.times().parts().optimizer == 1.5
     assert calls[2:] == ["synchronize", "elapsed"]
+
+
+def test_parts_that_hang_are_told_from_those_that_may_take_long_once_a_step_was_made() -> None:
+    class Told(Communicator):
+        def __init__(self) -> None:
+            self.told: list[str] = []
+
+        def note_work(self) -> None:
+            self.told.append("work")
+
+        def note_rest(self) -> None:
+            self.told.append("rest")
+
+    comm = Told()
+    clock = build_step_clock(torch.device("cpu"), partial(note_progress, comm))
+    for _ in range(2):
+        assert comm.told == []
+        clock.start()
+        with clock.phase("forward-backward"), clock.part("data_wait"):
+            pass
+    assert comm.told == ["work", "rest", "work", "rest"]
