@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -75,9 +74,11 @@ def _by_layer(drawn: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return length * drawn
 
 
-NORMALIZATIONS: Mapping[str, Normalize] = MappingProxyType(
-    {"filter": _by_filter, "layer": _by_layer, "none": lambda drawn, weights: drawn}
-)
+NORMALIZATIONS: Mapping[str, Normalize] = {
+    "filter": _by_filter,
+    "layer": _by_layer,
+    "none": lambda drawn, weights: drawn,
+}
 """How a drawn direction is scaled. none: as drawn, each component of variance 1."""
 
 

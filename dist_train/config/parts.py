@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
@@ -21,14 +20,12 @@ class ImageFormat:
     classes: int
 
 
-DATA_SETS: Mapping[str, ImageFormat] = MappingProxyType(
-    {
-        "fashion-mnist": ImageFormat((1, 28, 28), 10),
-        "cifar10": ImageFormat((3, 32, 32), 10),
-        "cifar100": ImageFormat((3, 32, 32), 100),
-        "synthetic": ImageFormat((3, 32, 32), 10),
-    }
-)
+DATA_SETS: Mapping[str, ImageFormat] = {
+    "fashion-mnist": ImageFormat((1, 28, 28), 10),
+    "cifar10": ImageFormat((3, 32, 32), 10),
+    "cifar100": ImageFormat((3, 32, 32), 100),
+    "synthetic": ImageFormat((3, 32, 32), 10),
+}
 """Format by name; the synthetic set's is its default, which `data.synthetic_*` overrides."""
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from types import MappingProxyType
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -92,24 +91,22 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
     return list(found.values())
 
 
-_FAULTS: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "missing": ("missing", "missing"),
-        "union_tag_not_found": ("missing", "a kind is missing"),
-        "literal_error": ("no-such-choice", "not one of the choices"),
-        "string_pattern_mismatch": ("wrong-form", "not of this form"),
-        "model_type": ("wrong-type", "not a mapping"),
-        "dict_type": ("wrong-type", "not a mapping"),
-        "tuple_type": ("wrong-type", "not a list"),
-        "int_type": ("wrong-type", "not a whole number"),
-        "float_type": ("wrong-type", "not a number"),
-        "bool_type": ("wrong-type", "not true or false"),
-        "string_type": ("wrong-type", "not text"),
-        "path_type": ("wrong-type", "not text"),
-        **dict.fromkeys(("greater_than", "greater_than_equal", "less_than", "less_than_equal"), ("out-of-range", "")),
-        **dict.fromkeys(("finite_number", "too_short", "too_long"), ("out-of-range", "")),
-    }
-)
+_FAULTS: Mapping[str, tuple[str, str]] = {
+    "missing": ("missing", "missing"),
+    "union_tag_not_found": ("missing", "a kind is missing"),
+    "literal_error": ("no-such-choice", "not one of the choices"),
+    "string_pattern_mismatch": ("wrong-form", "not of this form"),
+    "model_type": ("wrong-type", "not a mapping"),
+    "dict_type": ("wrong-type", "not a mapping"),
+    "tuple_type": ("wrong-type", "not a list"),
+    "int_type": ("wrong-type", "not a whole number"),
+    "float_type": ("wrong-type", "not a number"),
+    "bool_type": ("wrong-type", "not true or false"),
+    "string_type": ("wrong-type", "not text"),
+    "path_type": ("wrong-type", "not text"),
+    **dict.fromkeys(("greater_than", "greater_than_equal", "less_than", "less_than_equal"), ("out-of-range", "")),
+    **dict.fromkeys(("finite_number", "too_short", "too_long"), ("out-of-range", "")),
+}
 """Code and words of pydantic's kinds of faults; all others are of a wrong type, and in its own words."""
 
 

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -152,10 +151,11 @@ def _filter_norm(
         yield part
 
 
-_DISTRIBUTIONS: Mapping[str, Callable[[torch.device], _Distribution]] = MappingProxyType(
-    {"uniform": _uniform, "normal": _normal}
-)
+_DISTRIBUTIONS: Mapping[str, Callable[[torch.device], _Distribution]] = {"uniform": _uniform, "normal": _normal}
 _Scale = Callable[[Tensor, Tensor, Filters, Iterator[slice], float, float], Iterator[slice]]
-_SCALES: Mapping[str, _Scale] = MappingProxyType(
-    {"absolute": _absolute, "weight": _weight, "filter": _filter, "filter_norm": _filter_norm}
-)
+_SCALES: Mapping[str, _Scale] = {
+    "absolute": _absolute,
+    "weight": _weight,
+    "filter": _filter,
+    "filter_norm": _filter_norm,
+}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from dist_train.config import Config
 from dist_train.report.measures import Interval, Measure, Summary, paired_difference, summary
@@ -31,9 +30,7 @@ _NO_EFFECT = (
 )
 """Settings that tell no two variants apart: they do not change what a run finds."""
 
-_USUAL_NOISE: Mapping[str, object] = MappingProxyType(
-    dict(flat_settings({"noise": Config().noise.model_dump(mode="json")}))
-)
+_USUAL_NOISE: Mapping[str, object] = dict(flat_settings({"noise": Config().noise.model_dump(mode="json")}))
 """The defaults. What a schedule of another kind adds to them has none."""
 
 
