@@ -136,6 +136,12 @@ class DataSettings(Section):
     )
 
     @property
+    def folder(self) -> Path:
+        """`root`, of data sets that need one."""
+        assert self.root is not None, "checked before"
+        return self.root
+
+    @property
     def image_format(self) -> ImageFormat:
         """Shape of the images and number of classes."""
         if self.name == "synthetic":

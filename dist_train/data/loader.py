@@ -289,10 +289,8 @@ def list_encoded(settings: DataSettings, split: Split, seed: int) -> Listing:
     Raises:
         UsageError: files are missing, or are not as they must be.
     """
-    assert settings.root is not None
-    assert settings.classes is not None
     if settings.name == "imagefolder":
-        return list_split(settings.root, split, settings.classes, seed)
+        return list_split(settings.folder, split, settings.image_format.classes, seed)
     of_files = {"parquet": list_parquet, "webdataset": list_shards, "huggingface": list_saved}[settings.name]
     listing: PackedListing = of_files(settings, split, seed)
     return listing
