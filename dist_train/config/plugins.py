@@ -302,7 +302,8 @@ def _registered(file: str) -> Iterator[tuple[tuple[Kind, str], str]]:
 def _shipped(group: str) -> Mapping[str, str]:
     """Return what comes with the package and is found as plug-ins are: a table of `plugins.toml`."""
     file = Path(__file__).parents[1] / "plugins.toml"
-    return tomllib.loads(file.read_text(encoding="utf-8"))[group]
+    table: Mapping[str, str] = tomllib.loads(file.read_text(encoding="utf-8"))[group]
+    return table
 
 
 def _entry_point(kind: Kind, name: str) -> str | None:

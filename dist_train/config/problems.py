@@ -118,7 +118,7 @@ def _locate(location: tuple[int | str, ...], model: type[BaseModel]) -> _Place:
         if choices and is_collection(place.field) and not place.inside:
             place = replace(place, names=(*place.names, part), inside=True)
         elif len(choices) > 1:
-            choices = tuple(choice for choice in choices if part in _kinds(choice))
+            choices = tuple(choice for choice in choices if part in get_args(choice.model_fields["kind"].annotation))
         elif choices:
             field = choices[0].model_fields.get(str(part))
             place = _Place((*place.names, part), choices[0], field)
@@ -126,10 +126,6 @@ def _locate(location: tuple[int | str, ...], model: type[BaseModel]) -> _Place:
         elif isinstance(part, int):
             place = replace(place, names=(*place.names, part))
     return place
-
-
-def _kinds(model: type[BaseModel]) -> tuple[object, ...]:
-    return get_args(model.model_fields["kind"].annotation)
 
 
 def _unknown_key(place: _Place, model: type[BaseModel], value: object) -> Problem:

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dist_train.config import Config
+from dist_train.config.loading import flat_settings
 from dist_train.report.measures import Interval, Measure, Summary, paired_difference, summary
 from dist_train.report.stored_run import StoredRun
 from dist_train.rundir.records import EvaluationRecord, TrainRecord
-from dist_train.watch.run_table import flat_settings
 
 _NO_EFFECT = (
     "run.name",
