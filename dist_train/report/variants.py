@@ -63,7 +63,6 @@ class Variant:
 
     name: str
     label: str
-    batch: int | None
     runs: tuple[StoredRun, ...]
     changes: tuple[Change, ...] = ()
     colour: int = 0
@@ -175,7 +174,6 @@ def panels_of(runs: Sequence[StoredRun]) -> tuple[Panel, ...]:
                 Variant(
                     name,
                     label,
-                    batch,
                     tuple(members[name]),
                     () if reference is None else changes_between(reference, own),
                     0 if name == base else colours.setdefault(label, len(colours) + 1),
