@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -218,9 +217,11 @@ def _onnx(model: nn.Module, images: Tensor, output: Path) -> _Loaded:
     return lambda given: torch.from_numpy(session.run(None, {"images": given.numpy()})[0])
 
 
-_FORMATS: Mapping[Format, tuple[str, Callable[[nn.Module, Tensor, Path], _Loaded]]] = MappingProxyType(
-    {"safetensors": (".safetensors", _safetensors), "torch-export": (".pt2", _torch_export), "onnx": (".onnx", _onnx)}
-)
+_FORMATS: Mapping[Format, tuple[str, Callable[[nn.Module, Tensor, Path], _Loaded]]] = {
+    "safetensors": (".safetensors", _safetensors),
+    "torch-export": (".pt2", _torch_export),
+    "onnx": (".onnx", _onnx),
+}
 
 
 def learning_rate_range(config: Config, low: float, high: float, updates: int, run_directory: Path) -> RangeTest:

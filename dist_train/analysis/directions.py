@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -75,9 +74,11 @@ def _by_layer(drawn: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return length * drawn
 
 
-NORMALIZATIONS: Mapping[str, Normalize] = MappingProxyType(
-    {"filter": _by_filter, "layer": _by_layer, "none": lambda drawn, weights: drawn}
-)
+NORMALIZATIONS: Mapping[str, Normalize] = {
+    "filter": _by_filter,
+    "layer": _by_layer,
+    "none": lambda drawn, weights: drawn,
+}
 """How a drawn direction is scaled. none: as drawn, each component of variance 1."""
 
 
@@ -134,15 +135,11 @@ def trace(checkpoints: Sequence[Stored], subject: Subject, mask: torch.Tensor) -
     """Return the way of `checkpoints` to the last of them; weights where `mask` is 0 are left out."""
     last = subject.place.weights
     ways = torch.stack([(place_in(stored, subject).weights - last) * mask for stored in checkpoints])
-    first, second, coordinates, explained = principal_plane(ways)
-    steps = tuple(stored.contents.step for stored in checkpoints)
-    return Trajectory((first, second), steps, coordinates, explained)
+    return principal_plane(ways, tuple(stored.contents.step for stored in checkpoints))
 
 
-def principal_plane(
-    ways: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, tuple[tuple[float, float], ...], tuple[float, float]]:
-    """Return two unit directions, coordinates and explained parts of `ways` [k, n], not centred: 0 is on the plane.
+def principal_plane(ways: torch.Tensor, steps: tuple[int, ...]) -> Trajectory:
+    """Return the principal plane of the `ways` [k, n] to the checkpoints of `steps`, not centred: 0 is on the plane.
 
     Raises:
         UsageError: they do not span a plane.
@@ -160,13 +157,9 @@ def principal_plane(
             vector = -vector
         directions.append(vector @ ways.double() / values[index].sqrt())
     coordinates = torch.stack([ways.double() @ direction for direction in directions], dim=1).tolist()
-    explained = (values[:2] / values.sum()).tolist()
-    return (
-        directions[0],
-        directions[1],
-        tuple((float(alpha), float(beta)) for alpha, beta in coordinates),
-        (float(explained[0]), float(explained[1])),
-    )
+    first, second = (values[:2] / values.sum()).tolist()
+    places = tuple((alpha, beta) for alpha, beta in coordinates)
+    return Trajectory((directions[0], directions[1]), steps, places, (first, second))
 
 
 def _reach(values: Sequence[float]) -> tuple[float, float]:

@@ -155,14 +155,9 @@ class PointRow:
 
 
 @dataclass(frozen=True)
-class Landscape:
-    """A finished result. `widths` are the entries of settings.json, empty for a plane."""
+class Landscape(Identity):
+    """A finished result."""
 
-    folder: Path
-    kind: str
-    checkpoints: Sequence[Mapping[str, Any]]
-    settings: Mapping[str, Any]
-    widths: Mapping[str, Any]
     rows: Sequence[PointRow]
 
 
@@ -259,7 +254,7 @@ def read_landscape(folder: Path) -> Landscape:
         fields = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         with (folder / "points.csv").open(encoding="utf-8", newline="") as file:
             rows = _ROWS.validate_python(list(csv.DictReader(file)))
-        return Landscape(folder, fields["kind"], fields["checkpoints"], fields["settings"], fields["widths"], rows)
+        return Landscape(fields["kind"], fields["checkpoints"], fields["settings"], rows)
     except OSError as error:
         raise UsageError(
             f"{folder} holds no finished landscape: {error.strerror or error}", code="landscape-unfinished"

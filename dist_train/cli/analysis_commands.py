@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,7 +50,7 @@ def add_landscape(subparsers: Subparsers) -> None:
     _add_directions(plane)
     for kind in (line, direction, plane):
         _add_measure(kind)
-        kind.set_defaults(run=_landscape)
+        kind.set_defaults(run=_landscape, directions=1, trajectory=False)
 
 
 def _landscape(arguments: argparse.Namespace) -> int:
@@ -152,24 +153,11 @@ def _request(arguments: argparse.Namespace) -> Request:
     directions = DirectionSettings()
     if arguments.kind != "interpolate":
         directions = DirectionSettings(arguments.normalization, tuple(arguments.exclude), arguments.seed)
-    measure = MeasureSettings(
-        arguments.samples,
-        arguments.test_samples,
-        arguments.statistics,
-        arguments.statistics_samples,
-        arguments.batch_size,
-        arguments.precision,
-        arguments.subset_seed,
-    )
+    measure = MeasureSettings(**{field.name: getattr(arguments, field.name) for field in fields(MeasureSettings)})
+    start, stop = arguments.range
+    lines, trajectory = arguments.directions, arguments.trajectory
     settings = LandscapeSettings(
-        arguments.kind,
-        arguments.range[0],
-        arguments.range[1],
-        arguments.points,
-        measure,
-        directions,
-        getattr(arguments, "directions", 1),
-        getattr(arguments, "trajectory", False),
+        arguments.kind, start, stop, arguments.points, measure, directions, lines, trajectory=trajectory
     )
     return Request(
         arguments.targets, settings, arguments.overrides, arguments.output, arguments.threads, arguments.scale

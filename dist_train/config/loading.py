@@ -168,6 +168,15 @@ def dump_config(config: Config) -> str:
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
+def flat_settings(sections: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the settings of nested `sections` under dotted paths, in their order."""
+    for name, value in sections.items():
+        if isinstance(value, Mapping):
+            yield from flat_settings(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def _with_plugins(settings: Mapping[str, Any], more: Sequence[str]) -> dict[str, Any]:
     """Return `settings` without their list of plug-ins, whose short names are replaced."""
     files = settings.get(_PLUGINS, [])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
@@ -21,14 +20,12 @@ class ImageFormat:
     classes: int
 
 
-DATA_SETS: Mapping[str, ImageFormat] = MappingProxyType(
-    {
-        "fashion-mnist": ImageFormat((1, 28, 28), 10),
-        "cifar10": ImageFormat((3, 32, 32), 10),
-        "cifar100": ImageFormat((3, 32, 32), 100),
-        "synthetic": ImageFormat((3, 32, 32), 10),
-    }
-)
+DATA_SETS: Mapping[str, ImageFormat] = {
+    "fashion-mnist": ImageFormat((1, 28, 28), 10),
+    "cifar10": ImageFormat((3, 32, 32), 10),
+    "cifar100": ImageFormat((3, 32, 32), 100),
+    "synthetic": ImageFormat((3, 32, 32), 10),
+}
 """Format by name; the synthetic set's is its default, which `data.synthetic_*` overrides."""
 
 
@@ -137,6 +134,12 @@ class DataSettings(Section):
     synthetic_classes: Annotated[int, Field(ge=2)] = Field(
         10, description="Classes of the synthetic set.", examples=[100]
     )
+
+    @property
+    def folder(self) -> Path:
+        """`root`, of data sets that need one."""
+        assert self.root is not None, "checked before"
+        return self.root
 
     @property
     def image_format(self) -> ImageFormat:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, Field, ValidationError
@@ -48,22 +48,20 @@ PluginName = Annotated[
 
 Options = dict[str, Any]
 
-_PLACES: Mapping[str, Kind] = MappingProxyType(
-    {
-        "model.name": "models",
-        "data.name": "data_sets",
-        "data.augment": "augmentations",
-        "noise.method": "noise_methods",
-        "noise.scale": "noise_scales",
-        "noise.schedule.function": "noise_schedules",
-        "optimizer.name": "optimizers",
-        "schedule.decay": "schedules",
-        "metrics.loggers.*.name": "loggers",
-    }
-)
+_PLACES: Mapping[str, Kind] = {
+    "model.name": "models",
+    "data.name": "data_sets",
+    "data.augment": "augmentations",
+    "noise.method": "noise_methods",
+    "noise.scale": "noise_scales",
+    "noise.schedule.function": "noise_schedules",
+    "optimizer.name": "optimizers",
+    "schedule.decay": "schedules",
+    "metrics.loggers.*.name": "loggers",
+}
 """The settings that may name a plug-in, and which kind."""
 
-_OPTIONS: Mapping[str, str] = MappingProxyType({"noise.scale": "scale_options", "data.augment": "augment_options"})
+_OPTIONS: Mapping[str, str] = {"noise.scale": "scale_options", "data.augment": "augment_options"}
 """Where a section has options of more than one plug-in; else they are its `options`."""
 
 _MARK = "_dist_train_plugin"
@@ -304,7 +302,8 @@ def _registered(file: str) -> Iterator[tuple[tuple[Kind, str], str]]:
 def _shipped(group: str) -> Mapping[str, str]:
     """Return what comes with the package and is found as plug-ins are: a table of `plugins.toml`."""
     file = Path(__file__).parents[1] / "plugins.toml"
-    return MappingProxyType(tomllib.loads(file.read_text(encoding="utf-8"))[group])
+    table: Mapping[str, str] = tomllib.loads(file.read_text(encoding="utf-8"))[group]
+    return table
 
 
 def _entry_point(kind: Kind, name: str) -> str | None:

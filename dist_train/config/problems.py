@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from types import MappingProxyType
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -92,24 +91,22 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
     return list(found.values())
 
 
-_FAULTS: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "missing": ("missing", "missing"),
-        "union_tag_not_found": ("missing", "a kind is missing"),
-        "literal_error": ("no-such-choice", "not one of the choices"),
-        "string_pattern_mismatch": ("wrong-form", "not of this form"),
-        "model_type": ("wrong-type", "not a mapping"),
-        "dict_type": ("wrong-type", "not a mapping"),
-        "tuple_type": ("wrong-type", "not a list"),
-        "int_type": ("wrong-type", "not a whole number"),
-        "float_type": ("wrong-type", "not a number"),
-        "bool_type": ("wrong-type", "not true or false"),
-        "string_type": ("wrong-type", "not text"),
-        "path_type": ("wrong-type", "not text"),
-        **dict.fromkeys(("greater_than", "greater_than_equal", "less_than", "less_than_equal"), ("out-of-range", "")),
-        **dict.fromkeys(("finite_number", "too_short", "too_long"), ("out-of-range", "")),
-    }
-)
+_FAULTS: Mapping[str, tuple[str, str]] = {
+    "missing": ("missing", "missing"),
+    "union_tag_not_found": ("missing", "a kind is missing"),
+    "literal_error": ("no-such-choice", "not one of the choices"),
+    "string_pattern_mismatch": ("wrong-form", "not of this form"),
+    "model_type": ("wrong-type", "not a mapping"),
+    "dict_type": ("wrong-type", "not a mapping"),
+    "tuple_type": ("wrong-type", "not a list"),
+    "int_type": ("wrong-type", "not a whole number"),
+    "float_type": ("wrong-type", "not a number"),
+    "bool_type": ("wrong-type", "not true or false"),
+    "string_type": ("wrong-type", "not text"),
+    "path_type": ("wrong-type", "not text"),
+    **dict.fromkeys(("greater_than", "greater_than_equal", "less_than", "less_than_equal"), ("out-of-range", "")),
+    **dict.fromkeys(("finite_number", "too_short", "too_long"), ("out-of-range", "")),
+}
 """Code and words of pydantic's kinds of faults; all others are of a wrong type, and in its own words."""
 
 
@@ -121,7 +118,7 @@ def _locate(location: tuple[int | str, ...], model: type[BaseModel]) -> _Place:
         if choices and is_collection(place.field) and not place.inside:
             place = replace(place, names=(*place.names, part), inside=True)
         elif len(choices) > 1:
-            choices = tuple(choice for choice in choices if part in _kinds(choice))
+            choices = tuple(choice for choice in choices if part in get_args(choice.model_fields["kind"].annotation))
         elif choices:
             field = choices[0].model_fields.get(str(part))
             place = _Place((*place.names, part), choices[0], field)
@@ -129,10 +126,6 @@ def _locate(location: tuple[int | str, ...], model: type[BaseModel]) -> _Place:
         elif isinstance(part, int):
             place = replace(place, names=(*place.names, part))
     return place
-
-
-def _kinds(model: type[BaseModel]) -> tuple[object, ...]:
-    return get_args(model.model_fields["kind"].annotation)
 
 
 def _unknown_key(place: _Place, model: type[BaseModel], value: object) -> Problem:

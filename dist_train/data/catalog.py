@@ -16,7 +16,7 @@ from dist_train.data.columns import find_arrays, find_parquet, find_saved, read_
 from dist_train.data.image_folder import check_same_classes, list_split
 from dist_train.data.images import ImageSet, MapDataset, Split
 from dist_train.data.packed import find_shards
-from dist_train.data.plan import balanced_subset, divided, others, stratified_choice
+from dist_train.data.plan import divided
 from dist_train.data.published import (
     CIFAR10,
     CIFAR100,
@@ -61,12 +61,10 @@ def load_data(settings: DataSettings, split: Split, seed: int) -> ImageSet | Map
         return images
     assert images.shape == settings.image_format.shape
     assert images.classes == settings.image_format.classes
-    if split != "test" and settings.validation_size is not None:
-        chosen = stratified_choice(images.labels, settings.validation_size, images.classes, seed)
-        images = images.select(chosen if split == "validation" else others(chosen, len(images)))
-    if split == "train" and settings.train_size is not None:
-        return balanced_subset(images, settings.train_size, seed)
-    return images
+    if split == "test" or (settings.validation_size is None and settings.train_size is None):
+        return images
+    kept, held_out = divided(images.labels, settings, seed)
+    return images.select(kept if split == "train" or held_out is None else held_out)
 
 
 def find_data(settings: DataSettings) -> None:

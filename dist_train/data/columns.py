@@ -34,7 +34,6 @@ def list_parquet(settings: DataSettings, split: Split, seed: int) -> PackedListi
     Raises:
         UsageError: pyarrow, files or columns are missing, a file is damaged, or the cache cannot hold the images.
     """
-    assert settings.classes is not None
     image, label = _columns(settings)
     files = []
     for path in find_parquet(settings, split):
@@ -47,13 +46,12 @@ def list_parquet(settings: DataSettings, split: Split, seed: int) -> PackedListi
                 code="cache-unwritable",
             ) from error
         files.append(PackedFile(content, path, index))
-    return packed_listing(files, settings.classes, split, seed)
+    return packed_listing(files, settings.image_format.classes, split, seed)
 
 
 def find_parquet(settings: DataSettings, split: Split) -> list[Path]:
     """Return the Parquet files of a split, their columns checked. Raises UsageError as `list_parquet` does."""
-    assert settings.root is not None
-    paths = split_files(settings.root, split, (".parquet",))
+    paths = split_files(settings.folder, split, (".parquet",))
     for path in paths:
         _check_columns(path, _parquet_file(path).schema_arrow, *_columns(settings))
     return paths
@@ -65,17 +63,15 @@ def list_saved(settings: DataSettings, split: Split, seed: int) -> PackedListing
     Raises:
         UsageError: pyarrow, files or columns are missing, or images are not in the files, as they are encoded.
     """
-    assert settings.classes is not None
     image, label = _columns(settings)
     files = [PackedFile(path, path, _saved_index(path, image, label)) for path in find_saved(settings, split)]
-    return packed_listing(files, settings.classes, split, seed)
+    return packed_listing(files, settings.image_format.classes, split, seed)
 
 
 def find_saved(settings: DataSettings, split: Split) -> list[Path]:
     """Return the Arrow files of a split. Raises UsageError where there are none."""
-    assert settings.root is not None
     _pyarrow()
-    folders = [settings.root / name for name in NAMES[split]]
+    folders = [settings.folder / name for name in NAMES[split]]
     folder = next((each for each in folders if (each / "state.json").is_file()), None)
     if folder is None:
         raise UsageError(
@@ -253,12 +249,11 @@ def find_arrays(settings: DataSettings, split: Split) -> tuple[tuple[Path, str],
     Raises:
         UsageError: there are none.
     """
-    assert settings.root is not None
     image, label = settings.image_column or "images", settings.label_column or "labels"
     for name in NAMES[split]:
-        if (both := settings.root / f"{name}.npz").is_file():
+        if (both := settings.folder / f"{name}.npz").is_file():
             return (both, image), (both, label)
-        for apart in (settings.root / name, settings.root / f"{name}_"):
+        for apart in (settings.folder / name, settings.folder / f"{name}_"):
             images, labels = (
                 Path(f"{apart}{'' if str(apart).endswith('_') else '/'}{each}.npy") for each in (image, label)
             )
@@ -266,7 +261,7 @@ def find_arrays(settings: DataSettings, split: Split) -> tuple[tuple[Path, str],
                 return (images, image), (labels, label)
     name = NAMES[split][0]
     raise UsageError(
-        f"{settings.root} holds no {split} arrays: {name}.npz, or {name}_{image}.npy and {name}_{label}.npy "
+        f"{settings.folder} holds no {split} arrays: {name}.npz, or {name}_{image}.npy and {name}_{label}.npy "
         f"(for test: {', '.join(NAMES['test'])}); set data.root",
         code="data-missing",
     )

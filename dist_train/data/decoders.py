@@ -9,6 +9,7 @@ such loaders start fast and stay small.
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import select
@@ -95,12 +96,13 @@ class LoaderProcesses(Decoder):
     def __init__(self, processes: int, shape: tuple[int, int, int], recipe: str = "") -> None:
         """Take the `recipe` of samples that a user's code reads or augments (`plugin_samples.Recipe`)."""
         assert processes >= 1
-        image_bytes = SlotForm(1, shape).image_bytes
-        self._form = SlotForm(max(1, min(_MOST_IMAGES, _SLOT_BYTES // image_bytes)), shape)
+        self._images = max(1, min(_MOST_IMAGES, _SLOT_BYTES // math.prod(shape)))
+        self._shape = shape
         self._recipe = recipe
-        slots = max(2 * processes, min(_MOST_SLOTS, _MEMORY_BYTES // self._form.slot_bytes))
-        self._free = list(range(slots))
-        self._memory_bytes = slots * self._form.slot_bytes
+        slot_bytes = slot_form(self._images, shape).itemsize
+        self._slot_count = max(2 * processes, min(_MOST_SLOTS, _MEMORY_BYTES // slot_bytes))
+        self._memory_bytes = self._slot_count * slot_bytes
+        self._free = list(range(self._slot_count))
         self._count = processes
         self._processes: list[subprocess.Popen[bytes]] = []
         self._batches: deque[_Batch] = deque()
@@ -158,7 +160,7 @@ class LoaderProcesses(Decoder):
             os.close(descriptor)
         del self._slots
         self._batches.clear()
-        self._free = list(range(self._memory_bytes // self._form.slot_bytes))
+        self._free = list(range(self._slot_count))
         self._under_way.clear()
 
     def _start(self) -> None:
@@ -166,13 +168,13 @@ class LoaderProcesses(Decoder):
             return
         memory = os.memfd_create("dist_train-images")
         os.ftruncate(memory, self._memory_bytes)
-        self._slots = Slots(memory, self._form)
+        self._slots = Slots(memory, self._images, self._shape)
         their_requests, self._requests = os.pipe()
         self._replies, their_replies = os.pipe()
         os.set_blocking(self._requests, False)
         os.set_blocking(self._replies, False)
         theirs = (their_requests, their_replies, memory)
-        arguments = [*map(str, (*theirs, self._form.images, *self._form.shape)), self._recipe]
+        arguments = [*map(str, (*theirs, self._images, *self._shape)), self._recipe]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
         environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # loaders use one core each
         # A signal to the whole job asks the training process to stop, which still needs its loaders then.
@@ -194,8 +196,8 @@ class LoaderProcesses(Decoder):
                 os.close(descriptor)
 
     def _cut(self, order: Order) -> _Batch:
-        starts = range(0, order.images, self._form.images)
-        return _Batch(order, [_Part(start, min(start + self._form.images, order.images)) for start in starts])
+        starts = range(0, order.images, self._images)
+        return _Batch(order, [_Part(start, min(start + self._images, order.images)) for start in starts])
 
     def _hand_out(self) -> None:
         """Hand out parts, in order, while there are slots for them."""
@@ -271,71 +273,54 @@ class LoaderProcesses(Decoder):
 RECORD = 4
 """Bytes of a slot number in a pipe: written and read in one go, so that records never mix."""
 
-_LENGTH = 4
 _LONGEST_PATH = 4096
 _WORDS = 2 * 6 * _LONGEST_PATH + 32 * DRAWS + 128
 """Bytes that one image's path, name, place and draws take at most."""
 
 
-@dataclass(frozen=True)
-class SlotForm:
-    """How a slot lies in the shared memory: a message, `images` labels of int64, as many images of uint8 `shape`."""
+def slot_form(images: int, shape: tuple[int, int, int]) -> np.dtype[np.void]:
+    """Return how a slot lies in the shared memory: a message, and `images` labels and images of `shape`.
 
-    images: int
-    shape: tuple[int, int, int]
-
-    @property
-    def message_bytes(self) -> int:
-        """Space for a message; pages that are never written take no memory."""
-        return _whole_pages(_LENGTH + 1024 + self.images * _WORDS)
-
-    @property
-    def image_bytes(self) -> int:
-        """Bytes of an image."""
-        channels, height, width = self.shape
-        return channels * height * width
-
-    @property
-    def label_bytes(self) -> int:
-        """Bytes of the labels."""
-        return 8 * self.images
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of a slot."""
-        return self.message_bytes + _whole_pages(self.label_bytes + self.images * self.image_bytes)
+    Both begin a page; pages that are never written take no memory.
+    """
+    length = np.dtype(np.uint32).itemsize
+    message, samples = _whole_pages(length + 1024 + images * _WORDS), images * (8 + math.prod(shape))
+    fields = [
+        ("length", np.uint32),
+        ("message", np.uint8, (message - length,)),
+        ("labels", np.int64, (images,)),
+        ("pixels", np.uint8, (images, *shape)),
+        ("padding", np.uint8, (_whole_pages(samples) - samples,)),
+    ]
+    return np.dtype(fields)
 
 
 class Slots:
-    """Slots of `form` in the shared memory behind a file descriptor."""
+    """Slots of a `slot_form` in the shared memory behind a file descriptor."""
 
-    def __init__(self, memory: int, form: SlotForm) -> None:
-        self._form = form
-        self._map = mmap.mmap(memory, 0)
+    def __init__(self, memory: int, images: int, shape: tuple[int, int, int]) -> None:
+        self._slots = np.frombuffer(mmap.mmap(memory, 0), slot_form(images, shape))
 
     def write_message(self, slot: int, message: bytes) -> None:
-        """Put `message`, cut off where a slot ends, into a slot."""
-        message = message[: self._form.message_bytes - _LENGTH]
-        start = slot * self._form.slot_bytes
-        self._map[start : start + _LENGTH] = len(message).to_bytes(_LENGTH, "little")
-        self._map[start + _LENGTH : start + _LENGTH + len(message)] = message
+        """Put `message`, cut off where its place in the slot ends, into a slot."""
+        written = np.frombuffer(message, np.uint8)[: self._slots["message"].shape[1]]
+        self._slots["length"][slot] = len(written)
+        self._slots["message"][slot, : len(written)] = written
 
     def message(self, slot: int) -> bytes:
         """Return the message in a slot."""
-        start = slot * self._form.slot_bytes
-        length = int.from_bytes(self._map[start : start + _LENGTH], "little")
-        return self._map[start + _LENGTH : start + _LENGTH + length]
+        found: bytes = self._slots["message"][slot, : self._slots["length"][slot]].tobytes()
+        return found
 
     def pixels(self, slot: int, images: int) -> NDArray[np.uint8]:
         """Return the first `images` images of a slot, uint8 [images, C, H, W], a view."""
-        form = self._form
-        start = slot * form.slot_bytes + form.message_bytes + form.label_bytes
-        return np.frombuffer(self._map, np.uint8, images * form.image_bytes, start).reshape(images, *form.shape)
+        pixels: NDArray[np.uint8] = self._slots["pixels"][slot, :images]
+        return pixels
 
     def labels(self, slot: int, images: int) -> NDArray[np.int64]:
         """Return the labels of the first `images` images of a slot, int64 [images], a view."""
-        form = self._form
-        return np.frombuffer(self._map, np.int64, images, slot * form.slot_bytes + form.message_bytes)
+        labels: NDArray[np.int64] = self._slots["labels"][slot, :images]
+        return labels
 
 
 def serve(requests: int, replies: int, slots: Slots, recipe: str) -> None:
@@ -377,7 +362,7 @@ def main(arguments: Sequence[str]) -> None:
     """Serve: the arguments are three file descriptors, a slot's images, their shape, and the recipe of the samples."""
     *numbers, recipe = arguments
     requests, replies, memory, images, channels, height, width = map(int, numbers)
-    serve(requests, replies, Slots(memory, SlotForm(images, (channels, height, width))), recipe)
+    serve(requests, replies, Slots(memory, images, (channels, height, width)), recipe)
 
 
 if __name__ == "__main__":

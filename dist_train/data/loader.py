@@ -6,7 +6,7 @@ are loader processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -105,24 +105,20 @@ def open_splits(
     """
     pixels = PixelFormat(dtype, memory_format)
     if settings.name in ENCODED:
-        return open_encoded(settings, seed, device, pixels)
-    train = load_data(settings, "train", seed)
-    test = load_data(settings, "test", seed)
-    validation = None if settings.validation_size is None else load_data(settings, "validation", seed)
-    if settings.normalize and isinstance(train, ImageSet):
-        pixels = PixelFormat(dtype, memory_format, channel_statistics(train.images))
-    if not (isinstance(train, ImageSet) and isinstance(test, ImageSet)) or is_plugin(settings.augment):
-        opened: dict[Split, ImageSet | MapDataset] = {"train": train, "test": test}
-        if validation is not None:
-            opened["validation"] = validation
-        return open_in_python(settings, opened, seed, device, pixels)
-    assert validation is None or isinstance(validation, ImageSet)
-    return Splits(
-        train=Samples(train, device, seed, settings.augment, pixels),
-        test=Samples(test, device, seed, "none", pixels),
-        validation=None if validation is None else Samples(validation, device, seed, "none", pixels),
-        identity=f"{train.identity} {test.identity}".strip(),
-    )
+        return _open(settings, _in_files(settings, seed), {}, seed, device, pixels)
+    names: tuple[Split, ...] = ("train", "test", *(("validation",) if settings.validation_size is not None else ()))
+    opened = {split: load_data(settings, split, seed) for split in names}
+    in_memory = {split: images for split, images in opened.items() if isinstance(images, ImageSet)}
+    if settings.normalize and "train" in in_memory:
+        pixels = PixelFormat(dtype, memory_format, channel_statistics(in_memory["train"].images))
+    if len(in_memory) < len(opened) or is_plugin(settings.augment):
+        return _open(settings, _in_python(settings, opened, seed), opened, seed, device, pixels)
+    made = {
+        split: Samples(images, device, seed, settings.augment if split == "train" else "none", pixels)
+        for split, images in in_memory.items()
+    }
+    identity = f"{in_memory['train'].identity} {in_memory['test'].identity}".strip()
+    return Splits(train=made["train"], test=made["test"], validation=made.get("validation"), identity=identity)
 
 
 def training_labels(settings: DataSettings, seed: int) -> Tensor:
@@ -289,80 +285,63 @@ def list_encoded(settings: DataSettings, split: Split, seed: int) -> Listing:
     Raises:
         UsageError: files are missing, or are not as they must be.
     """
-    assert settings.root is not None
-    assert settings.classes is not None
     if settings.name == "imagefolder":
-        return list_split(settings.root, split, settings.classes, seed)
+        return list_split(settings.folder, split, settings.image_format.classes, seed)
     of_files = {"parquet": list_parquet, "webdataset": list_shards, "huggingface": list_saved}[settings.name]
     listing: PackedListing = of_files(settings, split, seed)
     return listing
 
 
-def open_encoded(settings: DataSettings, seed: int, device: torch.device, pixels: PixelFormat) -> Splits:
-    """Open the splits of encoded images in files; they share the loader processes.
-
-    Normalization is by 1,000 of the training images, chosen by the seed, as they are without augmentation.
-
-    Raises:
-        UsageError: the files are not as they must be.
-        FaultError: an image that normalization reads is damaged.
-    """
+def _in_files(settings: DataSettings, seed: int) -> dict[Split, Listing]:
+    """Return the splits of encoded images. Raises UsageError where the files are not as they must be."""
     train, test = (list_encoded(settings, split, seed) for split in ("train", "test"))
     if isinstance(train, FolderListing) and isinstance(test, FolderListing):
         check_same_classes(train, test)
     assert train.labels is not None
-    kept, held_out = divided(train.labels, settings, seed)
-    listings: dict[Split, Listing] = {"train": train.select(kept), "test": test}
-    if held_out is not None:
-        listings["validation"] = train.select(held_out)
-    return _open(settings, listings, {}, seed, device, pixels)
+    listings: dict[Split, Listing] = {"train": train, "test": test}
+    return listings | _divided(train, train.labels, settings, seed)
 
 
-def open_in_python(
-    settings: DataSettings,
-    opened: dict[Split, ImageSet | MapDataset],
-    seed: int,
-    device: torch.device,
-    pixels: PixelFormat,
-) -> Splits:
-    """Open the splits of a data set in Python: map-style Datasets, or image sets that a user's code augments.
-
-    Some samples are read at once, so that a mistake in the code is found before the first step.
-
-    Raises:
-        UsageError: a sample is not of the form that the settings say.
-        FaultError: a sample cannot be read.
-    """
-    listings: dict[Split, Listing] = {split: _listed(settings, split, source) for split, source in opened.items()}
-    source = opened["train"]
-    is_divided = (settings.train_size, settings.validation_size) != (None, None)
+def _in_python(
+    settings: DataSettings, opened: Mapping[Split, ImageSet | MapDataset], seed: int
+) -> dict[Split, Listing]:
+    """Return the splits of map-style Datasets, or of image sets that a user's code augments."""
+    listings: dict[Split, Listing] = {}
+    for split, source in opened.items():
+        labels = source.labels if isinstance(source, ImageSet) else None
+        name = source.identity if isinstance(source, ImageSet) else f"{settings.name} {split}"
+        listings[split] = IndexListing(name, torch.arange(len(source)), labels)
+    source, is_divided = opened["train"], (settings.train_size, settings.validation_size) != (None, None)
     if is_divided and not isinstance(source, ImageSet):
-        whole = listings["train"]
-        kept, held_out = divided(labels_of(source, settings, "train", seed), settings, seed)
-        listings["train"] = whole.select(kept)
-        if held_out is not None:
-            listings["validation"] = whole.select(held_out)
-    return _open(settings, listings, opened, seed, device, pixels)
+        listings |= _divided(listings["train"], labels_of(source, settings, "train", seed), settings, seed)
+    return listings
+
+
+def _divided(whole: Listing, labels: Tensor, settings: DataSettings, seed: int) -> dict[Split, Listing]:
+    kept, held_out = divided(labels, settings, seed)
+    parts: dict[Split, Listing] = {"train": whole.select(kept)}
+    if held_out is not None:
+        parts["validation"] = whole.select(held_out)
+    return parts
 
 
 def _is_by_plugin(settings: DataSettings) -> bool:
     return is_plugin(settings.name) or is_plugin(settings.augment)
 
 
-def _listed(settings: DataSettings, split: Split, source: ImageSet | MapDataset) -> IndexListing:
-    labels = source.labels if isinstance(source, ImageSet) else None
-    name = source.identity if isinstance(source, ImageSet) else f"{settings.name} {split}"
-    return IndexListing(name, torch.arange(len(source)), labels)
-
-
 def _open(
     settings: DataSettings,
     listings: dict[Split, Listing],
-    opened: dict[Split, ImageSet | MapDataset],
+    opened: Mapping[Split, ImageSet | MapDataset],
     seed: int,
     device: torch.device,
     pixels: PixelFormat,
 ) -> Splits:
+    """Return the samples of `listings`, which share the loader processes.
+
+    Some samples of a user's code are read at once, so that a mistake in it is found before the first step. Images of
+    files are normalized by 1,000 of the training images, chosen by the seed, as they are without augmentation.
+    """
     shape, loaders, recipe = settings.image_format.shape, settings.loader_workers, ""
     here = Decoder(EncodedImages())
     if _is_by_plugin(settings):

@@ -205,21 +205,18 @@ def list_shards(settings: DataSettings, split: Split, seed: int) -> PackedListin
     Raises:
         UsageError: shards are missing or damaged, an index is not of its shard, or a sample has no image or label.
     """
-    assert settings.root is not None
-    assert settings.classes is not None
     files = []
     for shard in find_shards(settings, split):
         try:
             files.append(PackedFile(shard, shard, _index(shard, settings)))
         except OSError as error:
             raise UsageError(f"cannot read {shard}: {error.strerror or error}", code="data-unreadable") from error
-    return packed_listing(files, settings.classes, split, seed)
+    return packed_listing(files, settings.image_format.classes, split, seed)
 
 
 def find_shards(settings: DataSettings, split: Split) -> list[Path]:
     """Return the shards of a split. Raises UsageError where there are none."""
-    assert settings.root is not None
-    return split_files(settings.root, split, (".tar",))
+    return split_files(settings.folder, split, (".tar",))
 
 
 def _index(shard: Path, settings: DataSettings) -> Index:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dist_train.config import DataSettings
-from dist_train.data.images import ImageSet
 from dist_train.outcome import UsageError
 from dist_train.reproducible import generator
 
@@ -106,21 +105,10 @@ def batch_indices(order: Tensor, step_in_epoch: int, global_size: int) -> Tensor
     return order[start : start + global_size]
 
 
-def balanced_subset(images: ImageSet, size: int, seed: int) -> ImageSet:
-    """Return `size` images chosen by the seed, as many of each class as there are, in their old order.
-
-    A larger subset of the same seed contains the smaller. Raises UsageError when there are fewer images.
-    """
-    chosen = balanced_choice(images.labels, size, images.classes, seed)
-    if size == len(images):
-        return images
-    return images.select(chosen)
-
-
 def balanced_choice(labels: Tensor, size: int, classes: int, seed: int) -> Tensor:
-    """Return which of the samples with `labels` such a subset holds, int64 [size], ascending.
+    """Return `size` of the samples with `labels`, as many of each class as there are: int64 [size], ascending.
 
-    Raises UsageError when there are fewer.
+    A larger choice of the same seed contains the smaller. Raises UsageError when there are fewer samples.
     """
     if size > labels.numel():
         raise UsageError(

@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -134,17 +133,15 @@ def _stem(images: ImageFormat, outputs: int, norm: NormFactory) -> OrderedDict[s
     return layers
 
 
-_MODELS: Mapping[str, Callable[[ImageFormat, float, NormFactory], nn.Module]] = MappingProxyType(
-    {
-        "vgg9": _vgg9,
-        "vgg16": partial(_vgg, _VGG16),
-        "vgg19": partial(_vgg, _VGG19),
-        # 11,173,962 parameters at 3x32x32
-        "resnet18": partial(_resnet, "BasicBlock", (2, 2, 2, 2)),
-        # 23,520,842
-        "resnet50": partial(_resnet, "Bottleneck", (3, 4, 6, 3)),
-    }
-)
+_MODELS: Mapping[str, Callable[[ImageFormat, float, NormFactory], nn.Module]] = {
+    "vgg9": _vgg9,
+    "vgg16": partial(_vgg, _VGG16),
+    "vgg19": partial(_vgg, _VGG19),
+    # 11,173,962 parameters at 3x32x32
+    "resnet18": partial(_resnet, "BasicBlock", (2, 2, 2, 2)),
+    # 23,520,842
+    "resnet50": partial(_resnet, "Bottleneck", (3, 4, 6, 3)),
+}
 
 
 def build_model(config: Config) -> nn.Module:

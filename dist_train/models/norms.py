@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -149,17 +148,15 @@ class NormFactory(Protocol):
         """Return the norm; where it groups channels, by `least` or more."""
 
 
-_NORMS: Mapping[str, Callable[[int, int, ModelSettings], nn.Module]] = MappingProxyType(
-    {
-        "batch": lambda channels, least, settings: GroupedBatchNorm(channels),
-        "ghost": lambda channels, least, settings: GroupedBatchNorm(channels, settings.ghost_size),
-        "sync": lambda channels, least, settings: GroupedBatchNorm(channels),
-        "group": lambda channels, least, settings: nn.GroupNorm(
-            channel_groups(channels, settings.channel_groups, least), channels
-        ),
-        "none": lambda channels, least, settings: nn.Identity(),
-    }
-)
+_NORMS: Mapping[str, Callable[[int, int, ModelSettings], nn.Module]] = {
+    "batch": lambda channels, least, settings: GroupedBatchNorm(channels),
+    "ghost": lambda channels, least, settings: GroupedBatchNorm(channels, settings.ghost_size),
+    "sync": lambda channels, least, settings: GroupedBatchNorm(channels),
+    "group": lambda channels, least, settings: nn.GroupNorm(
+        channel_groups(channels, settings.channel_groups, least), channels
+    ),
+    "none": lambda channels, least, settings: nn.Identity(),
+}
 
 
 def norm_factory(settings: ModelSettings) -> NormFactory:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from operator import xor
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -102,7 +101,7 @@ class _Lawa(Averaging):
         return self.settings.last
 
 
-_KINDS: Mapping[str, type[Averaging]] = MappingProxyType({"none": Averaging, "ema": _Ema, "lawa": _Lawa})
+_KINDS: Mapping[str, type[Averaging]] = {"none": Averaging, "ema": _Ema, "lawa": _Lawa}
 
 
 def build_averaging(settings: AveragingSettings, weights: FlatWeights, steps_per_epoch: int) -> Averaging:

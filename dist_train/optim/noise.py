@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -371,19 +370,17 @@ class VariationalNewton(_Perturbing):
         return digest(self._perturbed)
 
 
-_METHODS: Mapping[str, type[Noise]] = MappingProxyType(
-    {
-        "none": Noise,
-        "smoothout": SmoothOut,
-        "arwp": AdaptivePerturbation,
-        "langevin": Langevin,
-        "sgld": ScaledLangevin,
-        "fsgld": FlatLangevin,
-        "sam": SharpnessAware,
-        "asam": AdaptiveSharpnessAware,
-        "ivon": VariationalNewton,
-    }
-)
+_METHODS: Mapping[str, type[Noise]] = {
+    "none": Noise,
+    "smoothout": SmoothOut,
+    "arwp": AdaptivePerturbation,
+    "langevin": Langevin,
+    "sgld": ScaledLangevin,
+    "fsgld": FlatLangevin,
+    "sam": SharpnessAware,
+    "asam": AdaptiveSharpnessAware,
+    "ivon": VariationalNewton,
+}
 
 
 def build_noise(settings: NoiseSettings, weights: FlatWeights, *, seed: int, total_steps: int, rank: int) -> Noise:

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -21,6 +20,9 @@ _DEVIATION_OF_UNIFORM = 3.0**-0.5
 _LARGEST = 2**15 - 1
 _SQUARES = 2.0**40
 """Squares of weights are summed as multiples of its inverse."""
+
+Parts = Iterator[slice]
+"""Where the parts of a draw lie, each yielded once it is there."""
 
 
 class NoiseDraws:
@@ -51,7 +53,7 @@ class NoiseDraws:
         deque(self.parts(weights, amplitude, step, *indices), maxlen=0)
         return self.values
 
-    def parts(self, weights: Tensor, amplitude: float, step: int, *indices: int | str) -> Iterator[slice]:
+    def parts(self, weights: Tensor, amplitude: float, step: int, *indices: int | str) -> Parts:
         """Make the same draw, and yield where in `values` each part lies once it is there."""
         drawn = self._integers(key(self._seed, "noise", step, *indices))
         for part in self._scale(self.values, weights, self._filters, drawn, amplitude, self._distribution.unit):
@@ -59,7 +61,7 @@ class NoiseDraws:
             self.values.index_fill_(0, self._still[first:last], 0.0)
             yield part
 
-    def _integers(self, stream: int) -> Iterator[slice]:
+    def _integers(self, stream: int) -> Parts:
         """Fill `values` with the integers of a draw."""
         start = 0
         for random in bits(stream, len(self.values), self.values.device):
@@ -111,27 +113,21 @@ class Filters:
         return torch.repeat_interleave(values, self._lengths, output_size=self._count)
 
 
-def _absolute(
-    noise: Tensor, weights: Tensor, filters: Filters, drawn: Iterator[slice], amplitude: float, unit: float
-) -> Iterator[slice]:
+def _absolute(noise: Tensor, weights: Tensor, filters: Filters, drawn: Parts, amplitude: float, unit: float) -> Parts:
     """Make it a u: the amplitude is in the weights' own unit."""
     for part in drawn:
         noise[part].mul_(amplitude * unit)
         yield part
 
 
-def _weight(
-    noise: Tensor, weights: Tensor, filters: Filters, drawn: Iterator[slice], amplitude: float, unit: float
-) -> Iterator[slice]:
+def _weight(noise: Tensor, weights: Tensor, filters: Filters, drawn: Parts, amplitude: float, unit: float) -> Parts:
     """Make it a u |w|, element by element."""
     for part in drawn:
         noise[part].mul_(amplitude * unit).mul_(weights[part].abs())
         yield part
 
 
-def _filter(
-    noise: Tensor, weights: Tensor, filters: Filters, drawn: Iterator[slice], amplitude: float, unit: float
-) -> Iterator[slice]:
+def _filter(noise: Tensor, weights: Tensor, filters: Filters, drawn: Parts, amplitude: float, unit: float) -> Parts:
     """Make it a u_f ||w_f|| / ||u_f|| for each filter f: AdaSmoothOut (Wen et al., arXiv 1805.07898)."""
     deque(drawn, maxlen=0)
     of_weights = filters.sum(weights.square().mul_(_SQUARES).to(torch.int64))
@@ -142,8 +138,8 @@ def _filter(
 
 
 def _filter_norm(
-    noise: Tensor, weights: Tensor, filters: Filters, drawn: Iterator[slice], amplitude: float, unit: float
-) -> Iterator[slice]:
+    noise: Tensor, weights: Tensor, filters: Filters, drawn: Parts, amplitude: float, unit: float
+) -> Parts:
     """Make it a u ||w_f||, element by element, for each filter f: LPF-SGD's (arXiv 2201.08025) and RWP's."""
     norms = filters.sum(weights.square().mul_(_SQUARES).to(torch.int64)).sqrt_().mul_(amplitude * unit * _SQUARES**-0.5)
     factors = filters.repeat(norms.to(noise.dtype))
@@ -152,10 +148,11 @@ def _filter_norm(
         yield part
 
 
-_DISTRIBUTIONS: Mapping[str, Callable[[torch.device], _Distribution]] = MappingProxyType(
-    {"uniform": _uniform, "normal": _normal}
-)
-_Scale = Callable[[Tensor, Tensor, Filters, Iterator[slice], float, float], Iterator[slice]]
-_SCALES: Mapping[str, _Scale] = MappingProxyType(
-    {"absolute": _absolute, "weight": _weight, "filter": _filter, "filter_norm": _filter_norm}
-)
+_DISTRIBUTIONS: Mapping[str, Callable[[torch.device], _Distribution]] = {"uniform": _uniform, "normal": _normal}
+_Scale = Callable[[Tensor, Tensor, Filters, Parts, float, float], Parts]
+_SCALES: Mapping[str, _Scale] = {
+    "absolute": _absolute,
+    "weight": _weight,
+    "filter": _filter,
+    "filter_norm": _filter_norm,
+}

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import FunctionType, MappingProxyType
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -146,9 +146,13 @@ def _begin_state(optimizer: Optimizer, *names: str) -> None:
                 optimizer.state[parameter][name] = torch.zeros_like(parameter)
 
 
-_OPTIMIZERS: Mapping[str, Callable[[OptimizerSettings, Sequence[Group]], Optimizer]] = MappingProxyType(
-    {"sgd": _sgd, "adam": _adam, "adamw": partial(_adam, kind=torch.optim.AdamW), "lars": _lars, "lamb": _lamb}
-)
+_OPTIMIZERS: Mapping[str, Callable[[OptimizerSettings, Sequence[Group]], Optimizer]] = {
+    "sgd": _sgd,
+    "adam": _adam,
+    "adamw": partial(_adam, kind=torch.optim.AdamW),
+    "lars": _lars,
+    "lamb": _lamb,
+}
 
 
 def _pass_by_the_compiler() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, SupportsFloat
 
 from dist_train.config import NoiseSchedule, ScheduleSettings
@@ -57,18 +56,18 @@ def _part_after_warmup(rate: LearningRate, epoch: float) -> float:
     return min(1.0, (epoch - warmup) / (rate.epochs - warmup)) if rate.epochs > warmup else 0.0
 
 
-_SCALINGS: Mapping[str, Callable[[float], float]] = MappingProxyType(
-    {"none": lambda ratio: 1.0, "linear": lambda ratio: ratio, "sqrt": math.sqrt}
-)
-_DECAYS: Mapping[str, Callable[[LearningRate, float], float]] = MappingProxyType(
-    {
-        "constant": lambda rate, epoch: 1.0,
-        "step": lambda rate, epoch: rate.settings.factor ** sum(epoch >= one for one in rate.settings.milestones),
-        "cosine": lambda rate, epoch: (1.0 + math.cos(math.pi * _part_after_warmup(rate, epoch))) / 2.0,
-        "exponential": lambda rate, epoch: rate.settings.final_fraction ** _part_after_warmup(rate, epoch),
-        "poly": lambda rate, epoch: float((1.0 - _part_after_warmup(rate, epoch)) ** rate.settings.power),
-    }
-)
+_SCALINGS: Mapping[str, Callable[[float], float]] = {
+    "none": lambda ratio: 1.0,
+    "linear": lambda ratio: ratio,
+    "sqrt": math.sqrt,
+}
+_DECAYS: Mapping[str, Callable[[LearningRate, float], float]] = {
+    "constant": lambda rate, epoch: 1.0,
+    "step": lambda rate, epoch: rate.settings.factor ** sum(epoch >= one for one in rate.settings.milestones),
+    "cosine": lambda rate, epoch: (1.0 + math.cos(math.pi * _part_after_warmup(rate, epoch))) / 2.0,
+    "exponential": lambda rate, epoch: rate.settings.final_fraction ** _part_after_warmup(rate, epoch),
+    "poly": lambda rate, epoch: float((1.0 - _part_after_warmup(rate, epoch)) ** rate.settings.power),
+}
 
 
 def noise_factor(schedule: NoiseSchedule, step: int, total_steps: int) -> float:
@@ -76,18 +75,16 @@ def noise_factor(schedule: NoiseSchedule, step: int, total_steps: int) -> float:
     return float(_FACTORS[schedule.kind](schedule, step, total_steps))
 
 
-_FACTORS: Mapping[str, Callable[[Any, int, int], float]] = MappingProxyType(
-    {
-        "constant": lambda schedule, step, total: 1.0,
-        "linear": lambda schedule, step, total: 1.0 - step / total,
-        "cosine": lambda schedule, step, total: (1.0 + math.cos(math.pi * step / total)) / 2.0,
-        "exponential": lambda schedule, step, total: schedule.final_fraction ** (step / total),
-        "inverse_power": lambda schedule, step, total: (1.0 + step) ** (-schedule.gamma / 2.0),
-        "late": lambda schedule, step, total: float(step >= schedule.start * total),
-        "rise": lambda schedule, step, total: 1.0 + schedule.rise * (1.0 - math.cos(math.pi * step / total)) / 2.0,
-        "plugin": lambda schedule, step, total: call_plugin(
-            schedule.function, schedule.options, SupportsFloat, step, total
-        ),
-        "tanh": lambda schedule, step, total: (math.tanh(schedule.steepness * (step / total - 0.5)) + 1.0) / 2.0,
-    }
-)
+_FACTORS: Mapping[str, Callable[[Any, int, int], float]] = {
+    "constant": lambda schedule, step, total: 1.0,
+    "linear": lambda schedule, step, total: 1.0 - step / total,
+    "cosine": lambda schedule, step, total: (1.0 + math.cos(math.pi * step / total)) / 2.0,
+    "exponential": lambda schedule, step, total: schedule.final_fraction ** (step / total),
+    "inverse_power": lambda schedule, step, total: (1.0 + step) ** (-schedule.gamma / 2.0),
+    "late": lambda schedule, step, total: float(step >= schedule.start * total),
+    "rise": lambda schedule, step, total: 1.0 + schedule.rise * (1.0 - math.cos(math.pi * step / total)) / 2.0,
+    "plugin": lambda schedule, step, total: call_plugin(
+        schedule.function, schedule.options, SupportsFloat, step, total
+    ),
+    "tanh": lambda schedule, step, total: (math.tanh(schedule.steepness * (step / total - 0.5)) + 1.0) / 2.0,
+}

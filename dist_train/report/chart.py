@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from dist_train.watch.figure import Axis, Chart, Series
 
@@ -36,19 +35,17 @@ class Look:
 
 
 _AVERAGED = (7.0, 3.0)
-ROLES: Mapping[str, Look] = MappingProxyType(
-    {
-        "train": Look(1),
-        "validation": Look(4),
-        "test": Look(2),
-        "train-averaged": Look(1, _AVERAGED),
-        "validation-averaged": Look(4, _AVERAGED),
-        "test-averaged": Look(2, _AVERAGED),
-        "batch": Look(3),
-        "loss": Look(1),
-        "accuracy": Look(2),
-    }
-)
+ROLES: Mapping[str, Look] = {
+    "train": Look(1),
+    "validation": Look(4),
+    "test": Look(2),
+    "train-averaged": Look(1, _AVERAGED),
+    "validation-averaged": Look(4, _AVERAGED),
+    "test-averaged": Look(2, _AVERAGED),
+    "batch": Look(3),
+    "loss": Look(1),
+    "accuracy": Look(2),
+}
 """Series that are not variants'. One of a landscape has two, such as loss and train: of those the last one counts."""
 
 

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from dist_train import __version__
 from dist_train.config import Config
+from dist_train.config.loading import flat_settings
 from dist_train.monitoring import wording
 from dist_train.outcome import UsageError
 from dist_train.report.chart import ROLES, Frame, style_rules, ticks
@@ -34,7 +35,6 @@ from dist_train.report.tables import contrast_tables, effect_tables, evaluates_a
 from dist_train.report.variants import Panel, panels_of, shown
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import RunDirectory, StudyDirectory
-from dist_train.watch.run_table import flat_settings
 
 _FOLDER = Path(__file__).parent
 

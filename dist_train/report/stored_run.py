@@ -29,11 +29,10 @@ _INCIDENTAL = frozenset({"data_digest", "device", "batch_size", "statistics_batc
 
 @dataclass(frozen=True)
 class LandscapePoint:
-    """Loss and accuracy (in [0, 1]) of a split at one place; `beta` is 0 on a line."""
+    """Loss and accuracy (in [0, 1]) of a split at one place, `alpha` along a direction."""
 
     direction: int
     alpha: float
-    beta: float
     split: str
     loss: float
     accuracy: float
@@ -187,9 +186,8 @@ def _is_unresolved(line: object, points: Sequence[LandscapePoint]) -> bool:
 
 
 def _point(row: Mapping[str, str]) -> LandscapePoint:
-    alpha, beta = float(row["alpha"]), float(row["beta"] or 0)
     loss, accuracy = float(row["loss"] or "nan"), float(row["accuracy"] or "nan")
-    return LandscapePoint(int(row["direction"] or 0), alpha, beta, row["split"], loss, accuracy)
+    return LandscapePoint(int(row["direction"] or 0), float(row["alpha"]), row["split"], loss, accuracy)
 
 
 def _sharpness(path: Path, digests: Collection[str]) -> Sharpness:

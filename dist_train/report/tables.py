@@ -224,7 +224,6 @@ class ContrastTable:
     measures: tuple[Measure, ...]
     rows: tuple[tuple[str, Row[Effect | None]], ...]
     """The panel's short name with each."""
-    comparisons: int
 
 
 def contrast_tables(panels: Sequence[Panel], named: Sequence[NamedContrast]) -> tuple[ContrastTable, ...]:
@@ -303,7 +302,7 @@ def _table(title: str, reference: Variant, chosen: Sequence[tuple[Panel, Variant
         )
         for panel, variant, cells in every
     )
-    return ContrastTable(title, tuple(measures[at] for at in kept), rows, len(chosen))
+    return ContrastTable(title, tuple(measures[at] for at in kept), rows)
 
 
 def _at_equal_loss(variant: Variant, base: Variant, comparisons: int) -> Effect | None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from dist_train.config import Config
+from dist_train.config.loading import flat_settings
 from dist_train.report.measures import Interval, Measure, Summary, paired_difference, summary
 from dist_train.report.stored_run import StoredRun
 from dist_train.rundir.records import EvaluationRecord, TrainRecord
-from dist_train.watch.run_table import flat_settings
 
 _NO_EFFECT = (
     "run.name",
@@ -31,9 +30,7 @@ _NO_EFFECT = (
 )
 """Settings that tell no two variants apart: they do not change what a run finds."""
 
-_USUAL_NOISE: Mapping[str, object] = MappingProxyType(
-    dict(flat_settings({"noise": Config().noise.model_dump(mode="json")}))
-)
+_USUAL_NOISE: Mapping[str, object] = dict(flat_settings({"noise": Config().noise.model_dump(mode="json")}))
 """The defaults. What a schedule of another kind adds to them has none."""
 
 
@@ -66,7 +63,6 @@ class Variant:
 
     name: str
     label: str
-    batch: int | None
     runs: tuple[StoredRun, ...]
     changes: tuple[Change, ...] = ()
     colour: int = 0
@@ -178,7 +174,6 @@ def panels_of(runs: Sequence[StoredRun]) -> tuple[Panel, ...]:
                 Variant(
                     name,
                     label,
-                    batch,
                     tuple(members[name]),
                     () if reference is None else changes_between(reference, own),
                     0 if name == base else colours.setdefault(label, len(colours) + 1),

@@ -90,25 +90,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Variant:
-    """A variant, or one combination of its grid; `origins` says which part of the study file a setting is from."""
+    """A variant, or one combination of its grid; `origins` says which part of the study file a setting is from.
+
+    Of a search, one `trial` of the variant `searched`. What a trial that is still to be asked will choose is not known:
+    its settings are then drawn, to check their like.
+    """
 
     name: str
     variant: str
     title: str
     settings: Settings
     origins: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class _Point:
-    """A run's place in a study: its number, its seed, its variant; of a search, that of which trial of `searched`.
-
-    What a trial that is still to be asked will choose is not known: its settings are then drawn, to check their like.
-    """
-
-    number: int
-    seed: int
-    variant: _Variant
     searched: str = ""
     trial: int | None = None
     is_asked: bool = True
@@ -135,30 +127,28 @@ def plan_study(
     found: list[Problem] = []
     unasked: dict[int, str] = {}
     checked = {run.overrides: run for run in before.runs} if before else {}
-    for point in _points(study, optuna_trials(study, folder)):
-        name = f"{point.variant.name}-seed-{point.seed}"
-        own = {"run.name": name, "run.directory": str(folder), "run.seed": point.seed}
-        settings = {**point.variant.settings, **own}
+    for number, seed, variant in _points(study, optuna_trials(study, folder)):
+        name = f"{variant.name}-seed-{seed}"
+        own = {"run.name": name, "run.directory": str(folder), "run.seed": seed}
+        settings = {**variant.settings, **own}
         words = (*(write_override(place, value) for place, value in settings.items()), *overrides)
-        if not point.is_asked:
-            unasked[point.number] = point.searched
+        if not variant.is_asked:
+            unasked[number] = variant.searched
         if words in checked:
             planned.append(checked[words])
-        if words in checked or (before and not point.is_asked):
+        if words in checked or (before and not variant.is_asked):
             continue
         try:
             config = parse_config(with_overrides(below, words), source=name)
         except ConfigError as error:
-            found += (_placed(fault, point.variant, overrides) for fault in error.problems)
+            found += (_placed(fault, variant, overrides) for fault in error.problems)
             continue
         if study.search is not None and not config.measures(study.search.objective):
             wrong = "no evaluation measures it: see data.validation_size, evaluation.train_samples, averaging.kind"
             found.append(Problem("search.objective", wrong, code="metric-not-measured", value=study.search.objective))
-        if point.is_asked:
-            variant, place = point.variant, (point.searched, point.trial)
-            labels = name, variant.name, variant.variant, variant.title
-            run = PlannedRun(point.number, *labels, point.seed, variant.settings, words, config, *place)
-            planned.append(run)
+        if variant.is_asked:
+            labels, place = (name, variant.name, variant.variant, variant.title), (variant.searched, variant.trial)
+            planned.append(PlannedRun(number, *labels, seed, variant.settings, words, config, *place))
     found += _twins(planned)
     if found:
         # What is wrong in a variant is wrong with every seed.
@@ -166,8 +156,8 @@ def plan_study(
     return Plan(study, path, base_file, base, folder, tuple(planned), tuple(overrides), unasked)
 
 
-def _points(study: Study, trials: OptunaTrials | None) -> Iterator[_Point]:
-    """Yield the places of all runs: trial by trial, and of each trial seed by seed."""
+def _points(study: Study, trials: OptunaTrials | None) -> Iterator[tuple[int, int, _Variant]]:
+    """Yield number, seed and variant of all runs: trial by trial, and of each trial seed by seed."""
     variants = list(_variants(study))
     every = (
         (trial, seed, variant)
@@ -179,12 +169,21 @@ def _points(study: Study, trials: OptunaTrials | None) -> Iterator[_Point]:
     asked = {variant.name: trials.settings(variant.name) for variant in variants} if trials else {}
     for number, (trial, seed, variant) in enumerate(every, start=1):
         if study.search is None:
-            yield _Point(number, seed, variant)
+            yield number, seed, variant
             continue
         known = asked.get(variant.name, ())
         chosen = known[trial] if trial < len(known) else drawn_settings(study.search, variant.name, trial)
-        is_asked = trials is None or trial < len(known)
-        yield _Point(number, seed, _of_trial(variant, trial, chosen), variant.name, trial, is_asked)
+        of_trial = replace(
+            variant,
+            name=f"{variant.name}-trial-{trial}",
+            title=f"{variant.title}, trial {trial}",
+            settings={**variant.settings, **chosen},
+            origins={**variant.origins, **dict.fromkeys(chosen, "search.space")},
+            searched=variant.name,
+            trial=trial,
+            is_asked=trials is None or trial < len(known),
+        )
+        yield number, seed, of_trial
 
 
 def optuna_trials(study: Study, folder: Path) -> OptunaTrials | None:
@@ -223,17 +222,6 @@ def _variants(study: Study) -> Iterator[_Variant]:
                 settings={**settings, **chosen},
                 origins=origins,
             )
-
-
-def _of_trial(variant: _Variant, trial: int, chosen: Settings) -> _Variant:
-    """Return `variant` with the settings that a trial chose."""
-    return replace(
-        variant,
-        name=f"{variant.name}-trial-{trial}",
-        title=f"{variant.title}, trial {trial}",
-        settings={**variant.settings, **chosen},
-        origins={**variant.origins, **dict.fromkeys(chosen, "search.space")},
-    )
 
 
 def _line(study: Study, variant: str) -> list[str]:

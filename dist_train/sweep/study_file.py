@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -386,7 +385,7 @@ class OptunaTrials:
                     found[path] = kinds.IntDistribution(low, high)
                 case Uniform(kind=kind, low=low, high=high):
                     found[path] = kinds.FloatDistribution(low, high, log=kind == "log_uniform")
-        return MappingProxyType(found)
+        return found
 
     def _settings(self, parameters: Mapping[str, Any]) -> Settings:
         settings: Settings = {}

@@ -18,6 +18,7 @@ import dist_train
 from dist_train.cluster.communicator import Communicator, broadcast_str, gather, run_on_all_ranks, signed_digest
 from dist_train.cluster.devices import device_type
 from dist_train.config import Config
+from dist_train.config.loading import flat_settings
 from dist_train.config.plugins import plugin_files
 from dist_train.kernels.operators import has_triton
 from dist_train.optim.averaging import Averaging
@@ -99,13 +100,7 @@ def code_listing(folder: Path = Path(dist_train.__file__).parent) -> dict[str, s
 
 def settings_listing(config: Config) -> dict[str, str]:
     """Return every setting by its dotted path, as text."""
-    return dict(_leaves(config.model_dump(mode="json"), ""))
-
-
-def _leaves(value: object, path: str) -> list[tuple[str, str]]:
-    if not isinstance(value, dict):
-        return [(path, json.dumps(value))]
-    return [leaf for name, inner in value.items() for leaf in _leaves(inner, f"{path}.{name}" if path else name)]
+    return {path: json.dumps(value) for path, value in flat_settings(config.model_dump(mode="json"))}
 
 
 def _compare(comm: Communicator, what: str, listing: Mapping[str, str], fix: str) -> None:

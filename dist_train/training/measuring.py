@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,15 +27,13 @@ Part = Literal["data_wait", "forward_backward", "perturb_restore", "allreduce_wa
 Phase = Literal["perturb", "forward-backward", "restore", "allreduce", "update"]
 """What the profiler calls a part of the training step."""
 
-_PART_OF: Mapping[Phase, Part] = MappingProxyType(
-    {
-        "perturb": "perturb_restore",
-        "forward-backward": "forward_backward",
-        "restore": "perturb_restore",
-        "allreduce": "allreduce_wait",
-        "update": "optimizer",
-    }
-)
+_PART_OF: Mapping[Phase, Part] = {
+    "perturb": "perturb_restore",
+    "forward-backward": "forward_backward",
+    "restore": "perturb_restore",
+    "allreduce": "allreduce_wait",
+    "update": "optimizer",
+}
 
 
 class HostTimer:

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_train.cluster.launch import JOB_IS_ALIVE, JOB_WAITS
-from dist_train.config.loading import parse_yaml, yaml_fault
+from dist_train.config.loading import flat_settings, parse_yaml, yaml_fault
 from dist_train.monitoring import wording
 from dist_train.monitoring.wording import Pace
 from dist_train.outcome import UsageError, escaped
@@ -278,15 +278,6 @@ def read_settings(path: Path) -> Mapping[str, object]:
     if not isinstance(sections, dict):
         raise BrokenFileError(f"{path.name} holds no settings")
     return dict(flat_settings(sections))
-
-
-def flat_settings(sections: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield the settings of nested `sections` under dotted paths, in their order."""
-    for name, value in sections.items():
-        if isinstance(value, Mapping):
-            yield from flat_settings(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def read_measurements(path: Path) -> tuple[Record, ...]:

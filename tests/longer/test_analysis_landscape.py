@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_train.analysis import landscape
+from dist_train.analysis import landscape_figures
 from dist_train.analysis.landscape import Finished, Report, Request, make_landscape
 from dist_train.analysis.landscape_files import (
     DirectionSettings,
@@ -75,7 +75,7 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without figures, which take longer than all else here."""
-    monkeypatch.setattr(landscape, "draw", lambda *_: None)
+    monkeypatch.setattr(landscape_figures, "draw_landscape", lambda *_: None)
 
 
 def checkpoint(run: Path, step: int) -> Path:

@@ -109,7 +109,8 @@ def test_what_lies_on_a_plane_is_found_again() -> None:
     basis = torch.linalg.qr(torch.randn(200, 2, generator=stream).double()).Q.T
     places = torch.tensor([[9.0, 1.0], [5.0, -2.0], [2.0, -1.0], [0.0, 0.0]], dtype=torch.float64)
     ways = (places @ basis).float()
-    first, second, coordinates, explained = principal_plane(ways)
+    found = principal_plane(ways, (1, 2, 3, 4))
+    (first, second), coordinates, explained = found.directions, found.coordinates, found.explained
     assert first @ first == pytest.approx(1)
     assert second @ second == pytest.approx(1)
     assert first @ second == pytest.approx(0, abs=1e-6)
@@ -123,7 +124,7 @@ def test_what_lies_on_a_plane_is_found_again() -> None:
 
 def test_a_straight_way_spans_no_plane() -> None:
     with raises(UsageError, "no-plane"):
-        principal_plane(torch.arange(3.0).view(3, 1) * torch.ones(20))
+        principal_plane(torch.arange(3.0).view(3, 1) * torch.ones(20), (1, 2, 3))
 
 
 def test_the_plane_reaches_beyond_all_checkpoints() -> None:

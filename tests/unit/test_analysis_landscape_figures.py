@@ -35,7 +35,7 @@ def landscape(
     ]
     checkpoints = [{"path": f"runs/{name}/checkpoints/step-00000007.pt", "step": 7} for name in ("sb", "lb")]
     fields = {"statistics": "recomputed", "directions": 3, "normalization": "filter", **settings}
-    return Landscape(Path(), kind, checkpoints, fields, {}, rows)
+    return Landscape(kind, checkpoints, fields, rows)
 
 
 def words(output: Path) -> set[str]:

@@ -8,11 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.data.images import ImageSet
 from dist_train.data.plan import (
     BatchPlan,
     MicroBatch,
-    balanced_subset,
+    balanced_choice,
     batch_indices,
     epoch_order,
     others,
@@ -121,39 +120,25 @@ def test_each_epoch_leaves_out_another_part() -> None:
     assert len(left_out) == 5
 
 
-def numbered(labels: list[int], classes: int) -> ImageSet:
-    """Images whose pixels spell their position."""
-    position = torch.arange(len(labels))
-    pixels = torch.stack((position // 256, position % 256), 1).to(torch.uint8)
-    return ImageSet(pixels.view(-1, 1, 1, 2), torch.tensor(labels, dtype=torch.int64), classes)
-
-
-def positions(images: ImageSet) -> list[int]:
-    high, low = images.images.view(-1, 2).long().unbind(1)
-    return (high * 256 + low).tolist()
-
-
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=300), st.data(), st.integers(0, 99))
 def test_a_subset_takes_as_many_of_each_class_as_there_are(labels: list[int], data: st.DataObject, seed: int) -> None:
     size = data.draw(st.integers(1, len(labels)))
-    whole = numbered(labels, 7)
-    subset = balanced_subset(whole, size, seed)
-    chosen = positions(subset)
+    known = torch.tensor(labels)
+    chosen = balanced_choice(known, size, 7, seed)
     assert len(chosen) == size
-    assert chosen == sorted(set(chosen))
-    assert subset.labels.tolist() == [labels[position] for position in chosen]
-    taken = torch.bincount(subset.labels, minlength=7)
-    left = torch.bincount(whole.labels, minlength=7) - taken
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    taken = torch.bincount(known[chosen], minlength=7)
+    left = torch.bincount(known, minlength=7) - taken
     assert int(taken.max()) - int(taken[left > 0].min() if (left > 0).any() else taken.max()) <= 1
 
 
 def test_promise_2_the_subset_depends_on_the_seed_alone_and_grows_by_adding() -> None:
-    whole = numbered([n % 10 for n in range(500)], 10)
-    small, large = (positions(balanced_subset(whole, size, seed=5)) for size in (100, 333))
+    labels = torch.arange(500) % 10
+    small, large = (balanced_choice(labels, size, 10, seed=5).tolist() for size in (100, 333))
     torch.manual_seed(1)
-    assert positions(balanced_subset(whole, 100, seed=5)) == small
-    assert positions(balanced_subset(whole, 100, seed=6)) != small
+    assert balanced_choice(labels, 100, 10, seed=5).tolist() == small
+    assert balanced_choice(labels, 100, 10, seed=6).tolist() != small
     assert set(small) < set(large)
 
 
@@ -177,7 +162,7 @@ def test_no_sample_is_left_by_a_validation_split_as_large_as_the_training_set() 
 
 
 def test_more_than_there_is_is_refused_with_both_numbers() -> None:
-    whole = numbered([0, 1, 0], 2)
-    assert balanced_subset(whole, 3, 0) is whole
+    labels = torch.tensor([0, 1, 0])
+    assert balanced_choice(labels, 3, 2, 0).tolist() == [0, 1, 2]
     with raises(UsageError, "too-few-samples"):
-        balanced_subset(whole, 4, 0)
+        balanced_choice(labels, 4, 2, 0)

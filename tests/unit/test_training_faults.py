@@ -76,28 +76,18 @@ def test_status_that_cannot_be_written_does_not_stop(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_the_last_checkpoint_failing_is_a_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+@pytest.mark.parametrize("every_steps", [None, 1], ids=["at the end", "at a stop"])
+def test_a_last_checkpoint_that_fails_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool, every_steps: int | None
 ) -> None:
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writer, "write_checkpoint", fail)
-    trainer = build_trainer(small_config(checkpoint={"background": background}), tmp_path, Alone())
-    with pytest.raises((OSError, FaultError)):
-        trainer.run()
-
-
-@pytest.mark.parametrize("background", [True, False])
-def test_a_stop_that_could_not_save_is_a_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
-) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(writer, "write_checkpoint", fail)
-    trainer = build_trainer(small_config(checkpoint={"background": background, "every_steps": 1}), tmp_path, Alone())
-    trainer.stop.request("SIGTERM")
+    settings = {"background": background, "every_steps": every_steps}
+    trainer = build_trainer(small_config(checkpoint=settings), tmp_path, Alone())
+    if every_steps:
+        trainer.stop.request("SIGTERM")
     with pytest.raises((OSError, FaultError)):
         trainer.run()
 
