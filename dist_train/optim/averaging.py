@@ -27,8 +27,9 @@ class Averaging:
     def __init__(self, settings: AveragingSettings, weights: FlatWeights, steps_per_epoch: int) -> None:
         self.settings = settings
         self._weights = weights
-        self._every = settings.every_steps or steps_per_epoch
-        self.kept = weights.values.new_zeros(self._rows(), len(weights.values))
+        self._every = settings.every_steps or (1 if settings.kind == "ema" else steps_per_epoch)
+        rows = {"none": 0, "ema": 1, "lawa": settings.last}[settings.kind]
+        self.kept = weights.values.new_zeros(rows, len(weights.values))
 
     def __bool__(self) -> bool:
         return len(self.kept) > 0
@@ -66,9 +67,6 @@ class Averaging:
         """Return a digest of what is kept; the same on all ranks that agree."""
         return reduce(xor, map(digest, self.kept), 0)  # row by row: a digest takes four times the memory of its row
 
-    def _rows(self) -> int:
-        return 0
-
     def _filled(self, steps: int) -> int:
         return min(len(self.kept), steps // self._every)
 
@@ -76,17 +74,11 @@ class Averaging:
 class _Ema(Averaging):
     """v <- decay v + (1 - decay) w, beginning with the first weights taken, as torch's AveragedModel does."""
 
-    def __init__(self, settings: AveragingSettings, weights: FlatWeights, steps_per_epoch: int) -> None:
-        super().__init__(settings, weights, settings.every_steps or 1)
-
     def after_update(self, step: int) -> None:
         """Move the average towards the weights."""
         if (step + 1) % self._every == 0:
             is_first = step + 1 == self._every
             self.kept[0].lerp_(self._weights.values, 1.0 if is_first else 1.0 - self.settings.decay)
-
-    def _rows(self) -> int:
-        return 1
 
 
 class _Lawa(Averaging):
@@ -96,9 +88,6 @@ class _Lawa(Averaging):
         """Keep the weights in place of the oldest ones."""
         if (step + 1) % self._every == 0:
             self.kept[((step + 1) // self._every - 1) % len(self.kept)].copy_(self._weights.values)
-
-    def _rows(self) -> int:
-        return self.settings.last
 
 
 _KINDS: Mapping[str, type[Averaging]] = {"none": Averaging, "ema": _Ema, "lawa": _Lawa}
