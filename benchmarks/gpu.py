@@ -260,7 +260,7 @@ def same_sums(device: Device, folder: Path) -> Finding:
             reduction.send()
             reduction.finish()
             summed.append(weights.gradients.cpu())
-            holds = holds and not reduction.out_of_range
+            holds = holds and not reduction.accumulator.out_of_range
         same = torch.equal(*summed)
         holds = holds and same
         lines.append(f"| {name} | {'equal' if same else 'DIFFERENT'} |")

@@ -75,7 +75,8 @@ class GradientAccumulator(ABC):
     def fits(self, largest: Sequence[int]) -> bool:
         """Whether the gradients are those of the global batch, by the sum of `largest` over all ranks.
 
-        Where they are not, the update must be made again; what has changed for that is the same on all ranks.
+        Where they are not, the update must be made again; what has changed for that is the same on all ranks. To be
+        asked once after all is received.
         """
         return True
 

@@ -40,7 +40,8 @@ class GradientReduction:
 
     def __init__(self, weights: FlatWeights, accumulator: GradientAccumulator, buckets: Sequence[Bucket]) -> None:
         self._weights = weights
-        self._accumulator = accumulator
+        self.accumulator = accumulator
+        """What it says of range and fit holds from `send`, and from `finish`, on."""
         self._buckets = tuple(buckets)
         self._loss_scale = 1.0
         self._missing: dict[int, int] = {}
@@ -57,26 +58,10 @@ class GradientReduction:
         for hook in self._hooks:
             hook.remove()
 
-    @property
-    def out_of_range(self) -> torch.Tensor:
-        """Whether this rank met a gradient that is not finite or too large; a bool on the device."""
-        return self._accumulator.out_of_range
-
-    @property
-    def largest(self) -> torch.Tensor:
-        """What this rank adds to the sums that `fits` takes, int64 on the device."""
-        return self._accumulator.largest
-
-    def fits(self, largest: Sequence[int]) -> bool:
-        """Whether the gradients are those of the global batch, by the sum of `largest` over all ranks; else the
-        update must be made again. To be asked once after each `finish`.
-        """
-        return self._accumulator.fits(largest)
-
     def start(self, loss_scale: float = 1.0) -> None:
         """Begin a step, in which losses are multiplied by `loss_scale`, a power of two, and gradients divided by it."""
         self._loss_scale = loss_scale
-        self._accumulator.clear()
+        self.accumulator.clear()
         self._pending.clear()
         self._missing.clear()
 
@@ -111,7 +96,7 @@ class GradientReduction:
         """Return when the gradients of `weights` are those of the global batch."""
         for bucket in self._buckets:
             self._pending[bucket.index].wait()
-            self._accumulator.receive(bucket)
+            self.accumulator.receive(bucket)
 
     def _arrived(self, bucket: Bucket, parameter: nn.Parameter) -> None:
         if bucket.index not in self._missing:
@@ -125,13 +110,13 @@ class GradientReduction:
     def _send_before(self, stop: int) -> None:
         """Start the sums of the buckets before `stop`, in order: torch.distributed matches operations by order."""
         for bucket in self._buckets[len(self._pending) : stop]:
-            self._pending[bucket.index] = self._accumulator.send(bucket, f"gradient.{bucket.index}")
+            self._pending[bucket.index] = self.accumulator.send(bucket, f"gradient.{bucket.index}")
 
     def _add(self, bucket: Bucket) -> None:
         self._weights.gather_gradients(bucket.first, bucket.last)
         if self._loss_scale != 1.0:
             self._weights.gradients[bucket.part].mul_(1.0 / self._loss_scale)
-        self._accumulator.add(bucket)
+        self.accumulator.add(bucket)
 
 
 def build_reduction(
@@ -214,7 +199,7 @@ class TallyResult:
     out_of_memory: int
     stop: int
     largest: list[int]
-    """The sums that `GradientReduction.fits` takes."""
+    """The sums that `GradientAccumulator.fits` takes."""
     paces: tuple[int, ...]
     """What each rank told of its own, by rank."""
     meet: int

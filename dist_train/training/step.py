@@ -133,7 +133,7 @@ class TrainingStep:
         """Whether the gradient must be computed again, by a smaller loss scale or on coarser grids."""
         if total.out_of_memory:
             return False
-        return self.loss_scale.lower() if total.out_of_range else not self.reduction.fits(total.largest)
+        return self.loss_scale.lower() if total.out_of_range else not self.reduction.accumulator.fits(total.largest)
 
     def _gradient(self, batch: GlobalBatch, stop_requested: Callable[[], bool]) -> TallyResult:
         """Leave the gradient of `batch` at the perturbed weights where gradients are; the weights are clean again."""
@@ -149,10 +149,10 @@ class TrainingStep:
                 self.noise.restore()
         self.reduction.send()
         self.tally.send(
-            out_of_range=self.reduction.out_of_range,
+            out_of_range=self.reduction.accumulator.out_of_range,
             out_of_memory=not fits,
             stop=stop_requested(),
-            largest=self.reduction.largest,
+            largest=self.reduction.accumulator.largest,
             pace=batch.pace,
         )
         with self.clock.phase("allreduce"):

@@ -77,7 +77,7 @@ class Updates:
                 for parameter, part in zip(self.weights.parameters, gradient.split(SIZES), strict=True):
                     parameter.grad = part.view_as(parameter)
         self.reduction.send()
-        largest = self.reduction.largest.clone()
+        largest = self.reduction.accumulator.largest.clone()
         self.comm.allreduce_async(largest, "largest").wait()
         self.reduction.finish()
         summed: list[int] = largest.tolist()
@@ -86,7 +86,7 @@ class Updates:
     def make(self, mine: Sequence[Tensor]) -> Reduced:
         """Make an update by the gradients `mine` of this rank."""
         repeats, exponents = 0, self.exponents
-        while not self.reduction.fits(largest := self.once(mine)):
+        while not self.reduction.accumulator.fits(largest := self.once(mine)):
             repeats, exponents = repeats + 1, self.exponents
             assert repeats < 10
         self.progress.step += 1
@@ -164,7 +164,7 @@ def test_wherever_the_bound_holds_the_sum_in_32_bits_is_that_in_64(
     expected = integers_of(gradients, start)
     parts = expected.abs().split(SIZES)
     assert all(int(part.max()) <= bound for part, bound in zip(parts, updates.bounds(largest), strict=True))
-    if updates.reduction.fits(largest):
+    if updates.reduction.accumulator.fits(largest):
         assert torch.equal(summed, expected.float().double() / scales_of(start))
     else:
         assert max(largest) >= 2**31
@@ -251,7 +251,7 @@ def test_a_gradient_that_is_not_finite_is_noted_by_the_rank_that_meets_it(bad: f
         if not first:
             updates.make(gradients[comm.rank :: 3])
         updates.once(spoilt[comm.rank :: 3])
-        return bool(updates.reduction.out_of_range)
+        return bool(updates.reduction.accumulator.out_of_range)
 
     assert results(3, noted) == [False, True, False]
 

@@ -62,7 +62,7 @@ def reduce(comm: Communicator, gradients: list[Tensor], build: Build, bucket: in
     reduction.send()
     reduction.finish()
     flat = torch.cat([part.grad for part in model.parts if part.grad is not None])
-    return flat.clone(), bool(reduction.out_of_range)
+    return flat.clone(), bool(reduction.accumulator.out_of_range)
 
 
 def exact(weights: FlatWeights, comm: Communicator) -> GradientAccumulator:
@@ -173,7 +173,7 @@ def test_a_reduction_begins_anew_at_every_step() -> None:
             torch.autograd.backward(model.loss(gradient))
         reduction.send()
         reduction.finish()
-        assert bool(reduction.out_of_range) is out_of_range
+        assert bool(reduction.accumulator.out_of_range) is out_of_range
     assert torch.equal(weights.gradients[:5], torch.ones(5))
 
 
