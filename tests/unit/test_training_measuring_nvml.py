@@ -16,7 +16,7 @@ from dist_train.rundir.records import RankMeasurement
 ROOT = Path(__file__).parents[2]
 ASK = """
 import json, logging, sys
-from dist_train.training.nvml import GpuReader
+from dist_train.training.measuring import GpuReader
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
 reader = GpuReader(sys.argv[1])
 print(json.dumps([reader.read(), reader.read()]))
