@@ -1,4 +1,4 @@
-"""docs/results.md and the page beside its numbers say what the numbers say."""
+"""docs/results.md, docs/results_fashion.md and the page beside its numbers say what the numbers say."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from statistics import fmean
 
 import pytest
 
+from dist_train.config.loading import flat_settings
 from dist_train.report.measures import TRAIN_LOSS, measures_of
 from dist_train.report.page import render, tables_in_markdown
 from dist_train.report.stored_run import StoredRun, Subject, read_subject
 from dist_train.report.tables import effect_tables, run_cells
 from dist_train.report.variants import panels_of
+from dist_train.sweep.study_file import load_study
 from tests.longer.report_page import cells
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +31,7 @@ DIFFERENCE = re.compile(r"([+\u2212]\S+)(?: points)? \(([+\u2212]\S+ to [+\u2212
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Unpack the study as docs/results.md says, and return its folder."""
+    """Unpack the study as docs/results_fashion.md says, and return its folder."""
     runs = tmp_path_factory.mktemp("runs")
     subprocess.run(["tar", "-C", str(runs), "-xzf", str(ARCHIVE)], check=True)
     return runs / "fashion"
@@ -42,8 +44,8 @@ def subject(study: Path) -> Subject:
 
 @pytest.fixture(scope="module")
 def told() -> str:
-    """Return docs/results.md, with its lines joined."""
-    return " ".join((ROOT / "docs/results.md").read_text().split())
+    """Return docs/results_fashion.md, with its lines joined."""
+    return " ".join((ROOT / "docs/results_fashion.md").read_text().split())
 
 
 def run_of(subject: Subject, name: str) -> StoredRun:
@@ -51,7 +53,7 @@ def run_of(subject: Subject, name: str) -> StoredRun:
 
 
 def test_the_tables_of_the_results_are_those_of_the_numbers(subject: Subject) -> None:
-    told = set((ROOT / "docs/results.md").read_text().splitlines())
+    told = set((ROOT / "docs/results_fashion.md").read_text().splitlines())
     for section in tables_in_markdown(subject).split("## ")[1:]:
         title, *lines = section.splitlines()
         if title == NOT_TOLD:
@@ -70,7 +72,7 @@ def test_every_difference_in_the_text_is_one_of_the_tables(subject: Subject, tol
 
 def test_what_the_summary_calls_clear_has_an_interval_without_zero(subject: Subject) -> None:
     tables = tables_in_markdown(subject)
-    lines = (ROOT / "docs/results.md").read_text().partition("| | clear | not clear |")[2].partition("\n\n")[0]
+    lines = (ROOT / "docs/results_fashion.md").read_text().partition("| | clear | not clear |")[2].partition("\n\n")[0]
     for line in lines.splitlines()[2:]:
         _, _, clear, unclear, _ = line.split("|")
         assert all(f" **{mean}** ({ends};" in tables for mean, ends in DIFFERENCE.findall(clear))
@@ -156,5 +158,33 @@ def test_the_page_has_the_numbers_of_the_archive(subject: Subject) -> None:
 def test_what_is_kept_of_a_study_is_small(study: Path) -> None:
     kept = [path for path in RESULTS.rglob("*") if path.is_file()]
     assert len(kept) < 10
-    assert max(path.stat().st_size for path in kept) < 1 << 20
+    assert max(path.stat().st_size for path in kept) < 2 << 20
     assert not [path for path in study.rglob("*") if path.suffix in {".pt", ".lock", ".log"}]
+
+
+@pytest.fixture(scope="module")
+def rivals(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """Unpack the study of rivals as docs/results.md says, and read it."""
+    runs = tmp_path_factory.mktemp("runs")
+    subprocess.run(["tar", "-C", str(runs), "-xJf", str(RESULTS / "rivals.tar.xz")], check=True)
+    return read_subject(runs / "rivals")
+
+
+def test_the_page_of_rivals_tells_what_its_tables_tell(rivals: Subject) -> None:
+    page = (ROOT / "docs/results.md").read_text()
+    tables = tables_in_markdown(rivals)
+    detail = page.partition("## The tables")[2]
+    missing = [line for line in detail.splitlines() if line.startswith("| ") and line not in tables.splitlines()]
+    assert not missing
+    found = DIFFERENCE.findall(" ".join(page.partition("## The tables")[0].split()))
+    assert len(found) > 25
+    assert not [(mean, ends) for mean, ends in found if f" {mean} ({ends};" not in tables.replace("*", "")]
+
+
+def test_each_variant_was_run_with_the_settings_that_the_search_chose(rivals: Subject) -> None:
+    study = load_study(ROOT / "studies/rivals_confirm.yaml")
+    assert len(rivals.runs) == len(study.variants) * len(study.seeds)
+    for run in rivals.runs:
+        variant = run.name.partition("-seed-")[0]
+        chosen = dict(flat_settings(study.settings_of(variant)))
+        assert {path: run.settings[path] for path in chosen} == chosen
