@@ -188,3 +188,16 @@ def test_each_variant_was_run_with_the_settings_that_the_search_chose(rivals: Su
         variant = run.name.partition("-seed-")[0]
         chosen = dict(flat_settings(study.settings_of(variant)))
         assert {path: run.settings[path] for path in chosen} == chosen
+
+
+def test_the_loss_stays_low_for_as_long_as_the_text_says_around_sb_and_around_lb(rivals: Subject) -> None:
+    losses: dict[float, list[float]] = {}
+    for seed in (100, 101, 102):
+        [line] = run_of(rivals, f"sb-seed-{seed}").analyses.of_kind("interpolate")
+        for point in line.lines("train")[0]:
+            losses.setdefault(round(point.alpha, 9), []).append(point.loss)
+    low = [alpha for alpha, values in sorted(losses.items()) if fmean(values) < 0.1]
+    around_sb, around_lb = [alpha for alpha in low if alpha < 0.7], [alpha for alpha in low if alpha > 0.7]
+    told = (ROOT / "docs/results.md").read_text()
+    assert f"at least {around_sb[-1] - around_sb[0]:.2f} of their distance around SB" in told
+    assert f"over {around_lb[-1] - around_lb[0]:.2f} of it around LB" in told
