@@ -179,6 +179,10 @@ def test_the_page_of_rivals_tells_what_its_tables_tell(rivals: Subject) -> None:
     found = DIFFERENCE.findall(" ".join(page.partition("## The tables")[0].split()))
     assert len(found) > 25
     assert not [(mean, ends) for mean, ends in found if f" {mean} ({ends};" not in tables.replace("*", "")]
+    summary = page.partition("## What it cannot say")[0]
+    others = re.findall(r"[0-9.]+ ± [0-9.]+", summary) + re.findall(r"[0-9.]+ \([0-9.]+ to [0-9.]+; n = 27\)", summary)
+    assert len(others) == 20
+    assert not [words for words in others if words not in tables]
 
 
 def test_each_variant_was_run_with_the_settings_that_the_search_chose(rivals: Subject) -> None:
