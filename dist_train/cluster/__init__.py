@@ -1,1 +1,1 @@
-"""The ranks of a run: who they are, and what they can say to each other."""
+"""The ranks of a run: how they are launched, communicate, and notice or survive lost ranks."""

@@ -1,4 +1,4 @@
-"""What a group of ranks can do, whatever carries it; and the group of one."""
+"""The process group as the rest of the program sees it, whatever the backend; and the group of a single rank."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Result = TypeVar("Result")
 
 
 class RankLostError(FaultError):
-    """A rank has died or no longer answers, so that the group cannot continue. Exit code 1."""
+    """A rank has died or no longer answers: the group cannot continue. Exit code 1."""
 
     code = "rank-lost"
 
 
 class GroupBrokenError(RankLostError):
-    """The group of an elastic launch is over, since a rank was lost; what is left can meet anew."""
+    """The current generation of an elastic launch has lost a rank; the remaining ranks can form the next one."""
 
 
 class MeetingRequestedError(GroupBrokenError):
-    """All ranks have agreed to meet anew after this update; nothing is broken."""
+    """All ranks have agreed to form a new generation after this update; nothing is broken."""
 
 
 @contextmanager
@@ -42,10 +42,11 @@ def naming_lost_ranks(kind: type[Exception], operation: str = "") -> Iterator[No
 
 @dataclass(frozen=True)
 class Generation:
-    """One numbering of the ranks, as the authority gives it to one of them.
+    """One numbering of the ranks of an elastic launch, as its authority (`membership_server.py`) sends it to each rank.
 
-    `store`: where the ranks meet, served by rank 0. `nodes`: the ranks' nodes, by rank. `lost`: who was lost of the
-    generation before, and why; `report`: what had broken it, as a rank saw it; `joined`: the ranks that are new.
+    `store`: address of the store where the ranks meet, served by rank 0. `nodes`: host names, by rank. `lost`: the
+    ranks lost from the generation before, with reasons; `report`: how a rank described the failure; `joined`: the new
+    ranks.
     """
 
     generation: int
@@ -59,16 +60,16 @@ class Generation:
 
 
 class Pending:
-    """An operation under way; here one that is done."""
+    """A collective operation in flight; this base class is one that has completed."""
 
     def wait(self) -> None:
-        """Return when the operation's result is in its tensor; raise RankLostError where a rank is lost meanwhile."""
+        """Return once the tensor holds the result; raise RankLostError if a rank is lost meanwhile."""
 
 
 class Communicator:
     """The ranks of a run, seen from one of them. Every rank must call the same operations.
 
-    What an engine does not replace is as for a single rank: every sum is the value itself.
+    What an engine does not override behaves as for a single rank: a sum is the value itself.
     """
 
     rank: int = 0
@@ -76,69 +77,69 @@ class Communicator:
     local_rank: int = 0
     """This rank's number on its node."""
     local_size: int = 1
-    """How many ranks this node has."""
+    """Number of ranks on this node."""
     controller: str = "alone"
-    """What carries the group: alone, Horovod's mpi or gloo, torch-gloo or torch-nccl, mpi4py."""
+    """The backend: alone, Horovod's mpi or gloo, torch-gloo or torch-nccl, mpi4py."""
     has_nccl: bool = True
-    """Whether the group can sum tensors of GPUs."""
+    """Whether the group can sum GPU tensors."""
     is_elastic: bool = False
-    """Whether ranks may come and go: a lost one raises GroupBrokenError, and `meet` continues without it."""
+    """Whether ranks may leave and join: a lost rank raises GroupBrokenError, and `meet` continues without it."""
     is_joining: bool = False
-    """Whether the run is under way, and this rank has yet to meet the others."""
+    """Whether this rank joins a run under way and has not met the others yet."""
     generation: int = 1
-    """How many groups there have been."""
+    """Number of the current process group, from 1."""
 
     @property
     def wants_meeting(self) -> bool:
-        """Whether ranks wait to be let in, as far as this rank knows."""
+        """Whether ranks are waiting to join, as far as this rank knows."""
         return False
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        """Start to replace the contiguous `tensor` by its sum over all ranks."""
+        """Start to sum the contiguous `tensor` over all ranks, in place."""
         return Pending()
 
     def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        """Start to replace `tensor` by its Adasum over all ranks (arXiv 2006.02924)."""
+        """Start to combine `tensor` over all ranks by Adasum (arXiv 2006.02924), in place."""
         return Pending()
 
     def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
-        """Replace `tensor` by that of rank `root`."""
+        """Overwrite `tensor` with that of rank `root`."""
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.allreduce_async(torch.zeros(1, dtype=torch.int64), "barrier").wait()
 
     def start_timeline(self, path: Path) -> None:
-        """Start to write what the group's operations spend their time on to `path`, on rank 0, if they are traced."""
+        """Start to write a timeline of the group's operations to `path`, on rank 0, if the engine can trace them."""
 
     def stop_timeline(self) -> None:
-        """Stop writing it."""
+        """Stop writing the timeline."""
 
     def use_device(self, device: torch.device) -> None:
-        """Compute on `device`, which is chosen once: all ranks that have met call it before they sum tensors on it."""
+        """Compute on `device`, chosen once: all ranks that have met call this before they sum tensors on it."""
 
     def note_work(self) -> None:
-        """Say that this rank works on: it hangs if it does not say so again, rest, or wait for others, in time."""
+        """Report progress: a rank hangs if it does not report again, rest or wait for others in time."""
 
     def note_rest(self) -> None:
-        """Say that what this rank does from now on may take as long as it takes."""
+        """Report that what follows may take any time, until the next `note_work`."""
 
     def begin_training(self) -> None:
-        """Let the run be continued from this rank's state, from now on."""
+        """Report that the run can continue from this rank's state from now on."""
 
     def meet(self, why: str) -> Generation:
-        """Stop work, and return in the next generation, of which this object is from then on.
+        """Leave this generation, wait for the next one, switch this object to it and return it.
 
-        `why` says what broke this one; empty where all come by agreement.
+        `why`: what broke this generation; empty if all ranks meet by agreement.
 
         Raises:
-            GroupBrokenError: that one is over as well.
+            GroupBrokenError: the next generation is already broken, too.
             RankLostError: the run cannot continue.
         """
         raise RankLostError("this launch is not elastic")
 
     def close(self, error: BaseException | None = None) -> None:
-        """Leave the group; for good, or by an `error` of this rank."""
+        """Leave the group, in order or because of an `error` of this rank."""
 
 
 class Alone(Communicator):
@@ -146,12 +147,12 @@ class Alone(Communicator):
 
 
 def signed_digest(content: bytes) -> int:
-    """Return a digest of `content` that `gather` takes: a signed 64-bit integer."""
+    """Return a digest of `content` as a signed 64-bit integer, which `gather` accepts."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 def gather(comm: Communicator, values: Sequence[int], name: str) -> list[list[int]]:
-    """Return every rank's `values` (64-bit integers, as many on each), in the order of the ranks."""
+    """Return every rank's `values` (64-bit integers, the same number on each), by rank."""
     slots = torch.zeros(comm.size, len(values), dtype=torch.int64)
     slots[comm.rank] = torch.tensor(values, dtype=torch.int64)
     comm.allreduce_async(slots, name).wait()
@@ -160,14 +161,14 @@ def gather(comm: Communicator, values: Sequence[int], name: str) -> list[list[in
 
 
 def gather_str(comm: Communicator, text: str, name: str) -> tuple[str, ...]:
-    """Return every rank's `text`, which does not end on NUL, in the order of the ranks."""
+    """Return every rank's `text`, which must not end in NUL, by rank."""
     encoded = text.encode()
     longest = max(length for (length,) in gather(comm, [len(encoded)], f"{name}.length"))
     return tuple(bytes(row).rstrip(b"\0").decode() for row in gather(comm, list(encoded.ljust(longest, b"\0")), name))
 
 
 def broadcast_str(comm: Communicator, text: str, name: str, root: int = 0) -> str:
-    """Return the `text` of rank `root`; what the others pass is not used."""
+    """Return the `text` of rank `root`; the other ranks' is ignored."""
     encoded = torch.tensor(list(text.encode()), dtype=torch.int64)
     length = torch.tensor([len(encoded)], dtype=torch.int64)
     comm.broadcast(length, f"{name}.length", root)
@@ -179,12 +180,12 @@ def broadcast_str(comm: Communicator, text: str, name: str, root: int = 0) -> st
 
 
 def run_on_all_ranks(comm: Communicator, action: Callable[[], Result], name: str) -> Result:
-    """Return `action()`; when it fails on some ranks, fail on all, so that none waits for ever.
+    """Return `action()`; if it fails on any rank, fail on all, so that none waits for ever.
 
-    The first of those that failed raises its own error, so that it is reported once.
+    The first rank that failed raises its own error, so that it is reported once.
 
     Raises:
-        PeerFailedError: on all the others, naming those that failed.
+        PeerFailedError: on all other ranks, naming those that failed.
     """
     failure: Exception | None = None
     try:
@@ -200,6 +201,6 @@ def run_on_all_ranks(comm: Communicator, action: Callable[[], Result], name: str
 
 
 class PeerFailedError(UsageError):
-    """Another rank failed and has said why."""
+    """Another rank failed and has reported why."""
 
     code = "peer-failed"

@@ -1,6 +1,6 @@
-"""Which device a rank computes on: a GPU where there are any, and never the CPU in place of GPUs that torch cannot use.
+"""The device that a rank computes on: a GPU if there is one; never silently the CPU where torch cannot use a GPU.
 
-What the scheduler and the driver say of GPUs is compared with what torch finds; a message says why they differ.
+What scheduler and driver say about GPUs is compared with what torch finds; the error explains the difference.
 """
 
 from __future__ import annotations
@@ -21,21 +21,27 @@ from dist_train.cluster.communicator import Communicator, gather, run_on_all_ran
 from dist_train.config.sections import Device
 from dist_train.outcome import UsageError
 
-_COUNTS = ("SLURM_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK", "SLURM_GPUS_PER_SOCKET")
-_LISTS = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "CUDA_VISIBLE_DEVICES")
+_GPU_COUNTS = (
+    "SLURM_GPUS",
+    "SLURM_GPUS_ON_NODE",
+    "SLURM_GPUS_PER_NODE",
+    "SLURM_GPUS_PER_TASK",
+    "SLURM_GPUS_PER_SOCKET",
+)
+_GPU_LISTS = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "CUDA_VISIBLE_DEVICES")
 _NONE_VISIBLE = ("", "-1")
-_SLURM_S_NONE = "NoDevFiles"
-_ON_THE_CPU = "run.device=cpu trains on the CPU"
-_CUDA_TORCH = "install a torch that is built for CUDA (make setup, without DEVICE=cpu)"
+_NO_GPUS_IN_SLURM = "NoDevFiles"
+_USE_CPU = "run.device=cpu trains on the CPU"
+_USE_CUDA_TORCH = "install a torch that is built for CUDA (make setup, without DEVICE=cpu)"
 
 
 @dataclass(frozen=True)
 class GpuSigns:
-    """What speaks for GPUs here.
+    """The evidence for GPUs on this machine.
 
-    `named`: variables of the scheduler or the user that name some, as NAME=VALUE. `files`: the driver's device files;
-    `denied`: those that this process may not open. `driver`: the loaded driver's version, empty where there is none.
-    `withheld`: the scheduler has given this job none of the node's.
+    `named`: variables by which the scheduler or the user assigns GPUs, as NAME=VALUE. `files`: the driver's device
+    files; `denied`: those that this process may not open. `driver`: version of the loaded driver, empty if none is.
+    `withheld`: the scheduler has given this job none of the node's GPUs.
     """
 
     named: tuple[str, ...] = ()
@@ -56,9 +62,9 @@ class GpuSigns:
 
 @dataclass(frozen=True)
 class TorchGpus:
-    """This torch's version, the CUDA (or ROCm) that it is built for, how many GPUs it can use, and why it can use none.
+    """Torch's version, the CUDA or ROCm version it is built for, how many GPUs it can use, and why it can use none.
 
-    `built_for` is empty for a CPU build, `error` where there is nothing to say.
+    `built_for` is empty for a CPU build, `error` if torch gives no reason.
     """
 
     version: str
@@ -69,7 +75,7 @@ class TorchGpus:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Why torch cannot use the GPUs, how to fix it, and the code of an error that says so."""
+    """Why torch cannot use the GPUs, how to fix it, and the error code."""
 
     reason: str
     fix: str
@@ -78,9 +84,9 @@ class Obstacle:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a rank computes: `gpu` is the same number for two ranks of the same GPU, 0 on a CPU.
+    """Where a rank computes: `gpu` identifies its GPU across all nodes, and is 0 on a CPU.
 
-    `visible`: the GPUs that the rank sees; `ranks`: the ranks of its node.
+    `visible`: number of GPUs that the rank sees; `ranks`: number of ranks on its node.
     """
 
     gpu: int
@@ -93,19 +99,19 @@ def find_gpus(
     root: Path = Path("/"),
     may_open: Callable[[Path], bool] = lambda path: os.access(path, os.R_OK | os.W_OK),
 ) -> GpuSigns:
-    """Return what `environment`, and the files of the driver below `root`, say of GPUs.
+    """Return what `environment` and the driver's files below `root` say about GPUs.
 
-    Who sets CUDA_VISIBLE_DEVICES to nothing, or -1, wants none.
+    Setting CUDA_VISIBLE_DEVICES to nothing or to -1 asks for none.
     """
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in _NONE_VISIBLE:
         return GpuSigns()
-    counted = [name for name in _COUNTS if re.search(r"[1-9]\d*$", environment.get(name, "").partition("(")[0])]
-    listed = [name for name in _LISTS if environment.get(name, "").strip() not in ("", _SLURM_S_NONE)]
+    counted = [name for name in _GPU_COUNTS if re.search(r"[1-9]\d*$", environment.get(name, "").partition("(")[0])]
+    listed = [name for name in _GPU_LISTS if environment.get(name, "").strip() not in ("", _NO_GPUS_IN_SLURM)]
     named = tuple(f"{name}={environment[name]}" for name in (*counted, *listed))
     files = sorted(path for path in (root / "dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal())
     denied = [path for path in files if not may_open(path)]
-    # A node's device files are there for every job; those of a job without GPUs may not open them.
+    # Every job sees the node's device files; a job without GPUs may not open them.
     withheld = "SLURM_JOB_ID" in environment and not named and bool(files) and denied == files
     return GpuSigns(named, _names(files, root), _names(denied, root), _driver_version(root), withheld)
 
@@ -124,12 +130,12 @@ def _driver_version(root: Path) -> str:
 
 
 def torch_gpus() -> TorchGpus:
-    """Return what this torch finds; where it is built for GPUs and can use none, it is asked why."""
+    """Return what torch finds; if it is built for GPUs and can use none, also torch's reason."""
     built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
     if not (torch.version.cuda or torch.version.hip):
         return TorchGpus(torch.__version__, "", 0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they say what the error says
+        warnings.simplefilter("ignore")  # they repeat the error
         if torch.cuda.is_available():
             return TorchGpus(torch.__version__, built_for, torch.cuda.device_count())
         try:
@@ -140,9 +146,9 @@ def torch_gpus() -> TorchGpus:
 
 
 def obstacle(signs: GpuSigns, found: TorchGpus) -> Obstacle:
-    """Return why torch can use no GPU here, the likeliest reason first."""
+    """Return the likeliest reason why torch can use no GPU here."""
     if not found.built_for:
-        return Obstacle(f"this torch ({found.version}) is built for CPUs alone", _CUDA_TORCH, code="torch-for-cpus")
+        return Obstacle(f"this torch ({found.version}) is built for CPUs alone", _USE_CUDA_TORCH, code="torch-for-cpus")
     if too_old := re.search(r"found version (\d+)", found.error):
         major, minor = divmod(int(too_old[1]) // 10, 100)
         driver = f"NVIDIA driver {signs.driver}".strip()
@@ -179,10 +185,10 @@ def obstacle(signs: GpuSigns, found: TorchGpus) -> Obstacle:
 
 
 def kind_of_device(asked: Device, signs: GpuSigns, found: TorchGpus) -> Literal["cpu", "cuda"]:
-    """Return what a rank computes on that was `asked` for a device.
+    """Return what a rank computes on if `run.device` is `asked`.
 
     Raises:
-        UsageError: a GPU is asked for, or `signs` speak for some, and torch can use none.
+        UsageError: a GPU is asked for, or there are signs of one, and torch can use none.
     """
     if asked == "cpu" or (asked == "auto" and not found.count and not signs.present):
         return "cpu"
@@ -190,18 +196,16 @@ def kind_of_device(asked: Device, signs: GpuSigns, found: TorchGpus) -> Literal[
         return "cuda"
     why = obstacle(signs, found)
     asks = "run.device is cuda" if asked == "cuda" else f"there are GPUs here ({signs})"
-    raise UsageError(
-        f"{asks}, but torch cannot use any: {why.reason}. Either {why.fix}; or {_ON_THE_CPU}", code=why.code
-    )
+    raise UsageError(f"{asks}, but torch cannot use any: {why.reason}. Either {why.fix}; or {_USE_CPU}", code=why.code)
 
 
 def device_type(asked: Device = "auto") -> Literal["cpu", "cuda"]:
-    """Return what a rank that is `asked` for a device can compute on, before anything is refused."""
+    """Return what a rank could compute on if `run.device` is `asked`, without raising an error."""
     return "cuda" if asked != "cpu" and torch_gpus().count else "cpu"
 
 
 def choose_device(asked: Device, *, local_rank: int) -> torch.device:
-    """Return the device that is `asked` for; of several GPUs that of the rank's number on its node, in turn.
+    """Return the device for `run.device` = `asked`; several GPUs are assigned round robin by local rank.
 
     Raises:
         UsageError: there are GPUs here, or one is asked for, and torch cannot use them.
@@ -215,10 +219,10 @@ def choose_device(asked: Device, *, local_rank: int) -> torch.device:
     try:
         torch.ones(1, device=device)
     except RuntimeError as error:
-        # another process has it to itself, it is of a newer kind than this torch knows, or it is broken
+        # used exclusively by another process, too new for this torch, or broken
         raise UsageError(
             f"{device} cannot be used: {' '.join(str(error).split())}. Choose others by CUDA_VISIBLE_DEVICES, "
-            f"or a torch that is built for them; or {_ON_THE_CPU}",
+            f"or a torch that is built for them; or {_USE_CPU}",
             code="gpu-unusable",
         ) from error
     torch.cuda.set_device(device)
@@ -226,9 +230,9 @@ def choose_device(asked: Device, *, local_rank: int) -> torch.device:
 
 
 def share_out_devices(comm: Communicator, asked: Device) -> torch.device:
-    """Return this rank's device, of the same kind on all ranks, each its own GPU; else raise UsageError on all.
+    """Return this rank's device, or raise UsageError on all ranks if they mix CPUs and GPUs or share a GPU.
 
-    A rank that joins a run finds out when it meets the others (`check_own_gpu`).
+    A rank that joins a run checks this when it meets the others (`check_own_gpu`).
     """
     device = run_on_all_ranks(comm, partial(choose_device, asked, local_rank=comm.local_rank), "use its device")
     if comm.size > 1 and not comm.is_joining:
@@ -239,7 +243,7 @@ def share_out_devices(comm: Communicator, asked: Device) -> torch.device:
 
 
 def check_own_gpu(comm: Communicator, device: torch.device) -> None:
-    """Raise UsageError on a rank whose GPU, `device`, is that of a rank before it. All ranks call it."""
+    """Raise UsageError on a rank whose `device` is the GPU of a lower rank. All ranks call it."""
     placements = _gather_placements(comm, device)
     gpus = [placement.gpu for placement in placements]
     first = gpus.index(gpus[comm.rank])
@@ -253,14 +257,14 @@ def _gather_placements(comm: Communicator, device: torch.device) -> list[Placeme
 
 
 def check_placements(placements: Sequence[Placement], has_nccl: bool) -> None:
-    """Raise UsageError for devices of two kinds, two ranks on one GPU, and GPUs that the engine cannot reduce on."""
-    without = [str(rank) for rank, placement in enumerate(placements) if not placement.gpu]
-    if len(without) == len(placements):
+    """Raise UsageError for CPUs beside GPUs, two ranks on one GPU, and GPUs that the engine cannot reduce on."""
+    on_cpus = [str(rank) for rank, placement in enumerate(placements) if not placement.gpu]
+    if len(on_cpus) == len(placements):
         return
-    if without:
+    if on_cpus:
         raise UsageError(
-            f"rank {', '.join(without)} of {len(placements)} has no GPU, the others have: start all on nodes with "
-            f"GPUs; or {_ON_THE_CPU}",
+            f"rank {', '.join(on_cpus)} of {len(placements)} has no GPU, the others have: start all on nodes with "
+            f"GPUs; or {_USE_CPU}",
             code="gpu-missing",
         )
     owners: dict[int, int] = {}
@@ -272,7 +276,7 @@ def check_placements(placements: Sequence[Placement], has_nccl: bool) -> None:
         raise UsageError(
             f"{len(placements)} ranks on GPUs need NCCL, which this Horovod is built without: the first broadcast "
             f"would never end. Set comm.engine=torch, or build Horovod anew (rm -r .venv, then make setup), or start "
-            f"one rank; or {_ON_THE_CPU}",
+            f"one rank; or {_USE_CPU}",
             code="nccl-missing",
         )
 
@@ -281,20 +285,20 @@ def _shared_gpu(first: int, second: int, placement: Placement) -> UsageError:
     return UsageError(
         f"ranks {first} and {second} would share a GPU: their node has {placement.ranks} ranks and "
         f"{placement.visible} GPU{'s' if placement.visible > 1 else ''} for them. Start at most one rank for "
-        f"each GPU; or {_ON_THE_CPU}",
+        f"each GPU; or {_USE_CPU}",
         code="gpu-shared",
     )
 
 
 def _identity(device: torch.device) -> int:
-    """Return a number, not 0, that is the GPU's own on every node, however a process counts its GPUs."""
+    """Return a nonzero number that identifies the GPU on any node, however the process numbers its GPUs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", f"{visible} {device.index}")
     return signed_digest(f"{socket.gethostname()} {uuid}".encode()) or 1
 
 
 def why_no_gpu(signs: GpuSigns) -> str:
-    """Return why a rank that was left to choose computes on the CPU; empty where nobody would ask."""
+    """Return why a rank with `run.device` = auto computes on the CPU; empty if that needs no explanation."""
     if signs.withheld:
         return "the scheduler has given this job none of the node's GPUs"
     if torch.version.cuda and not signs.present:

@@ -1,7 +1,8 @@
-"""Several ranks on this machine that may die, hang, be started anew and join: `dist-train launch --min-ranks`.
+"""Ranks on this machine that may die, hang, be restarted and join: `dist-train launch --min-ranks`.
 
-The launcher that begins the run is the authority (`MembershipServer`); those of other nodes join it
-(`joined_launch.py`). What they do with the processes of their own node is the same, and stands here.
+The launcher that begins the run is the authority (`MembershipServer`): it alone decides which processes are ranks.
+Launchers of other nodes join it (`joined_launch.py`). All of them manage the processes of their own node by the code
+here.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from dist_train.rundir.status import LAUNCH_VARIABLE
 _POLL_SECONDS = 0.05
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
-"""Between the end of a rank and its next start; twice as long as the one before where that start came to nothing."""
+"""Pause before a lost rank is restarted; it doubles after each restart whose process did not become a rank."""
 
 
 @dataclass(frozen=True)
 class Elasticity:
-    """The run begins with `first` ranks, continues with `fewest` or more, and takes `most`; each launcher starts a rank
-    that is lost anew up to `restarts` times.
+    """The run begins with `first` ranks, continues while it has `fewest`, and accepts `most`; each launcher restarts a
+    lost rank up to `restarts` times.
 
     `timeout`: seconds of silence after which a rank is lost.
     """
@@ -50,9 +51,9 @@ class Elasticity:
 
 @dataclass(frozen=True)
 class Entrance:
-    """Where launchers of other nodes can join: at the address `host`, which they reach, and `port` (0: a free one).
+    """Where launchers of other nodes can join: at `host`, an address that they can reach, and `port` (0: a free one).
 
-    `folder`: the run's, for the file with address and token.
+    `folder`: the run directory, for the file with address and token.
     """
 
     host: str
@@ -61,61 +62,61 @@ class Entrance:
 
 
 class Authority(Protocol):
-    """Who decides which processes take part, as a launcher of some of them sees it."""
+    """The authority as a launcher uses it: its own server, or a connection to one on another node."""
 
     timeout: float
 
     @property
     def view(self) -> View:
-        """What is known of the run."""
+        """What a launcher knows of the run."""
 
     @property
     def awaits_others(self) -> bool:
-        """Whether this launcher must stay for the ranks of others."""
+        """Whether this launcher must wait for ranks of other nodes."""
 
     def poll(self, seconds: float) -> None:
-        """Take what has come, waiting up to `seconds` for something."""
+        """Handle the messages that have arrived, waiting up to `seconds` for one."""
 
     def expect(self, processes: int) -> None:
-        """Say how many processes of this launcher are ranks or may become ones."""
+        """Report how many of this launcher's processes are ranks or may become ranks."""
 
     def take_expelled(self) -> list[Expelled]:
-        """Return whom of this launcher's processes it has expelled since the last call."""
+        """Return this launcher's processes that were expelled since the last call."""
 
     def note_code(self, code: int) -> None:
-        """Take note of how a process of this launcher has ended."""
+        """Record the exit code of one of this launcher's processes."""
 
     def first_failure(self) -> int | None:
-        """Return the exit code of the first rank that failed, if one did."""
+        """Return the exit code of the first rank that failed, if any."""
 
     def ask_to_stop(self) -> None:
-        """Take note that this launcher was asked to stop the run."""
+        """Record that this launcher was asked to stop the run."""
 
     def abandon(self) -> None:
-        """Wait for nobody else any more."""
+        """Stop waiting for other nodes."""
 
 
 def launch_elastic(words: Sequence[str], count: int, elasticity: Elasticity, entrance: Entrance | None = None) -> int:
-    """Run `dist-train WORDS` as `count` ranks on this machine to their end, and return the exit code of the run.
+    """Run `dist-train WORDS` as `count` ranks on this machine until they end, and return the run's exit code.
 
-    As `launch_ranks`, but for a rank that is lost: the others continue without it, and it is started anew. Call it
-    from a process without threads. With an `entrance` ranks of other nodes may join these, or be all that there are.
+    Like `launch_ranks`, except that the others continue without a lost rank, which is restarted. Call it from a process
+    without threads. With an `entrance`, ranks of other nodes may join, or be the only ranks.
 
     Returns:
-        How the ranks ended that brought the run to an end; where none did, as `launch_ranks`.
+        The code with which the ranks ended the run; if none did, as `launch_ranks`.
 
     Raises:
-        UsageError: it cannot listen where it should, or write down where that is.
+        UsageError: it cannot listen at `entrance`, or write the file for other launchers.
     """
     launch = os.environ.get(LAUNCH_VARIABLE, "") or secrets.token_hex(8)
     environment = {**os.environ, LAUNCH_VARIABLE: launch}
     order = {"words": list(words), "folder": os.getcwd(), "launch": launch, "restarts": elasticity.restarts}
     server = _serve(count, elasticity, entrance, order)
     try:
-        with _open_to_others(server, entrance, launch):
-            place = {"MASTER_PORT": "0", "WORLD_SIZE": str(elasticity.first)}
-            ours = OurProcesses(words, range(count), environment, lambda slot: {**place, **server.variables(slot)})
-            code = run_ranks(ours, server, elasticity.restarts)
+        with _admitting_others(server, entrance, launch):
+            shared = {"MASTER_PORT": "0", "WORLD_SIZE": str(elasticity.first)}
+            local = LocalProcesses(words, range(count), environment, lambda slot: {**shared, **server.variables(slot)})
+            code = run_ranks(local, server, elasticity.restarts)
             if server.state.generation == 0 and not server.state.has_ended:
                 say(f"the run has not begun: there were fewer than the {elasticity.first} ranks that it begins with")
             return code
@@ -133,15 +134,15 @@ def _serve(
         return MembershipServer(*limits, entrance.host, entrance.port, say, here=count, order=order)
     except (OSError, OverflowError) as error:
         raise UsageError(
-            f"--listen {entrance.host}:{entrance.port}: this machine cannot listen there ({error}): name an address of "
-            f"its own that the other nodes reach, and a free port or none",
+            f"--listen {entrance.host}:{entrance.port}: this machine cannot listen there ({error}): name one of its "
+            f"addresses that the other nodes can reach, and a free port or none",
             code="listen-address",
         ) from error
 
 
 @contextmanager
-def _open_to_others(server: MembershipServer, entrance: Entrance | None, launch: str) -> Iterator[None]:
-    """Write down where others can join, for the user alone to read, and say so; until the block ends."""
+def _admitting_others(server: MembershipServer, entrance: Entrance | None, launch: str) -> Iterator[None]:
+    """Keep a file, readable by this user alone, by which launchers of other nodes can join during the block."""
     if entrance is None:
         yield
         return
@@ -153,7 +154,7 @@ def _open_to_others(server: MembershipServer, entrance: Entrance | None, launch:
         atomic.write_text(path, json.dumps(content) + "\n")
 
     def rewrite(nodes: Sequence[str]) -> None:
-        with suppress(OSError):  # the address is there
+        with suppress(OSError):  # the file has the address already
             write(nodes)
 
     try:
@@ -165,7 +166,7 @@ def _open_to_others(server: MembershipServer, entrance: Entrance | None, launch:
             code="run-directory-unwritable",
         ) from error
     if ipaddress.ip_address(host).is_loopback:
-        say(f"{host} is an address that this machine alone reaches")
+        say(f"only this machine can reach {host}")
     say(f"listens at {host}:{port}; other nodes join by: dist-train launch -np N --join {path}")
     server.nodes_changed = rewrite
     try:
@@ -177,29 +178,30 @@ def _open_to_others(server: MembershipServer, entrance: Entrance | None, launch:
 
 
 @dataclass(frozen=True)
-class OurProcesses:
-    """How a launcher starts its processes: `dist-train WORDS` for each of `slots`; `place` returns the variables that a
-    slot alone has.
+class LocalProcesses:
+    """The processes that a launcher starts on its node: `dist-train WORDS` for each of `slots`.
+
+    `slot_environment` returns the variables of one slot, beside the `environment` of all.
     """
 
     words: Sequence[str]
     slots: Sequence[int]
     environment: Mapping[str, str]
-    place: Callable[[int], Mapping[str, str]]
+    slot_environment: Callable[[int], Mapping[str, str]]
 
-    def start(self, number: int, mask: set[int | signal.Signals]) -> Popen[bytes]:
-        """Start the process of the slot with that number."""
-        slot = self.slots[number]
-        place = {"RANK": str(slot), **self.place(slot)}
+    def start(self, index: int, mask: set[int | signal.Signals]) -> Popen[bytes]:
+        """Start the process of `slots[index]`."""
+        slot = self.slots[index]
+        variables = {"RANK": str(slot), **self.slot_environment(slot)}
         program = [sys.executable, "-m", "dist_train", *self.words]
-        return start_rank(program, rank_environment(self.environment, number, len(self.slots), place), mask)
+        return start_rank(program, rank_environment(self.environment, index, len(self.slots), variables), mask)
 
 
-def run_ranks(ours: OurProcesses, authority: Authority, restarts: int) -> int:
-    """Start the processes of `ours`, each again up to `restarts` times, and return the run's exit code at its end."""
+def run_ranks(local: LocalProcesses, authority: Authority, restarts: int) -> int:
+    """Start the `local` processes, restart each up to `restarts` times, and return the run's exit code when it ends."""
     watched = STOP_SIGNALS | {signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
-    ranks = _ElasticRanks(len(ours.slots), lambda number: ours.start(number, mask), ours.slots, authority, restarts)
+    ranks = _ElasticRanks(local, mask, authority, restarts)
     try:
         return ranks.wait(watched)
     finally:
@@ -208,74 +210,70 @@ def run_ranks(ours: OurProcesses, authority: Authority, restarts: int) -> int:
 
 
 class _ElasticRanks(Ranks):
-    """The processes, by their number among those of this launcher; a slot has several one after the other."""
+    """The launcher's processes by index; the process of an index is replaced when it is restarted."""
 
     def __init__(
-        self,
-        count: int,
-        start: Callable[[int], Popen[bytes]],
-        slots: Sequence[int],
-        authority: Authority,
-        restarts: int,
+        self, local: LocalProcesses, mask: set[int | signal.Signals], authority: Authority, restarts: int
     ) -> None:
-        super().__init__([start(number) for number in range(count)])
-        self._start = start
-        self._slots = slots
+        count = len(local.slots)
+        super().__init__([local.start(index, mask) for index in range(count)])
+        self._local = local
+        self._mask = mask
         self._authority = authority
         self._restarts = restarts
-        self._started = [0] * count
-        self._in_vain = [0] * count
-        self._due: dict[int, float] = {}
+        self._restarted = [0] * count
+        self._futile_restarts = [0] * count
+        self._restart_due: dict[int, float] = {}
         self._joining = dict.fromkeys(range(count), time.monotonic())
-        """When those were started that are not ranks yet."""
+        """Start times of the processes that are not ranks yet."""
 
     def kill(self) -> None:
-        """End whatever still runs."""
+        """Kill whatever still runs."""
         for process in self._processes:
             process.kill()
 
     def _is_running(self) -> bool:
-        return super()._is_running() or bool(self._due) or self._authority.awaits_others
+        return super()._is_running() or bool(self._restart_due) or self._authority.awaits_others
 
     def _await_signal(self, watched: set[signal.Signals]) -> signal.struct_siginfo | None:
         self._authority.poll(_POLL_SECONDS)
         for expelled in self._authority.take_expelled():
-            process = self._processes[self._slots.index(expelled.slot)]
+            process = self._processes[self._local.slots.index(expelled.slot)]
             if process.pid == expelled.process:
                 process.kill()
-        if self._authority.view.stop_requested and self._asked_at is None:
-            self._asked_at = time.monotonic()  # said by the launcher that was asked
-        self._start_what_is_due()
-        self._end_those_who_do_not_come()
-        self._authority.expect(len(self._due) + len(self._processes) - len(self._ended))
+        if self._authority.view.stop_requested and self._stop_requested_at is None:
+            self._stop_requested_at = time.monotonic()  # announced by the launcher that received the signal
+        self._restart_processes()
+        self._kill_late_processes()
+        self._authority.expect(len(self._restart_due) + len(self._processes) - len(self._ended))
         return signal.sigtimedwait(watched, 0)
 
-    def _note_request(self, name: signal.Signals) -> None:
-        super()._note_request(name)
+    def _note_stop_request(self, name: signal.Signals) -> None:
+        super()._note_stop_request(name)
         self._authority.ask_to_stop()
 
-    def _start_what_is_due(self) -> None:
-        if self._asked_at is not None or self._has_ended:
-            self._due.clear()
-        for number in [number for number, due in self._due.items() if time.monotonic() >= due]:
-            del self._due[number]
-            self._processes[number] = self._start(number)
-            self._ended.discard(number)
-            self._joining[number] = time.monotonic()
+    def _restart_processes(self) -> None:
+        if self._stop_requested_at is not None or self._has_ended:
+            self._restart_due.clear()
+        for index in [index for index, due in self._restart_due.items() if time.monotonic() >= due]:
+            del self._restart_due[index]
+            self._processes[index] = self._local.start(index, self._mask)
+            self._ended.discard(index)
+            self._joining[index] = time.monotonic()
 
-    def _end_those_who_do_not_come(self) -> None:
+    def _kill_late_processes(self) -> None:
         view = self._authority.view
-        for number, slot in enumerate(self._slots):
+        for index, slot in enumerate(self._local.slots):
             if slot in view.members:
-                self._joining.pop(number, None)
-                self._in_vain[number] = 0
+                self._joining.pop(index, None)
+                self._futile_restarts[index] = 0
         latest = time.monotonic() - START_TIMEOUTS * self._authority.timeout
-        for number, begun in list(self._joining.items()):
-            # Of one that has come, silence is noticed; those that begin the run give up by themselves.
-            is_late = view.has_state and begun < latest and self._slots[number] not in view.joiners
+        for index, started in list(self._joining.items()):
+            # The authority notices silent joiners; processes that begin the run give up by themselves.
+            is_late = view.has_state and started < latest and self._local.slots[index] not in view.joiners
             if self._has_ended or is_late:
-                del self._joining[number]
-                self._processes[number].kill()
+                del self._joining[index]
+                self._processes[index].kill()
 
     @property
     def _has_ended(self) -> bool:
@@ -285,11 +283,11 @@ class _ElasticRanks(Ranks):
     def _name(self, rank: int) -> str:
         return f"a rank (process {self._processes[rank].pid})"
 
-    def _end_the_lost(self) -> None:
-        """Nobody: who hangs is expelled."""
+    def _limit_time_after_failure(self) -> None:
+        """Do nothing: the others continue, and the authority expels ranks that hang."""
 
-    def _end_all(self) -> None:
-        super()._end_all()
+    def _terminate_all(self) -> None:
+        super()._terminate_all()
         self._authority.abandon()
 
     def _note_end(self, rank: int, code: int) -> None:
@@ -297,11 +295,11 @@ class _ElasticRanks(Ranks):
         self._authority.note_code(code)
         self._joining.pop(rank, None)
         is_worthwhile = code != ExitCode.USAGE and self._authority.view.has_state and not self._has_ended
-        if is_worthwhile and self._started[rank] < self._restarts:
-            pause = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2 ** self._in_vain[rank])
-            self._started[rank] += 1
-            self._in_vain[rank] += 1
-            self._due[rank] = time.monotonic() + pause
+        if is_worthwhile and self._restarted[rank] < self._restarts:
+            pause = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2 ** self._futile_restarts[rank])
+            self._restarted[rank] += 1
+            self._futile_restarts[rank] += 1
+            self._restart_due[rank] = time.monotonic() + pause
 
     def _code(self) -> int:
         code = self._authority.view.code

@@ -1,4 +1,4 @@
-"""Heartbeats between the ranks of a launch: datagrams, the addresses they go to, and who has been heard lately."""
+"""Heartbeats between the ranks of a launch: datagrams, addresses to send them to, and which ranks were heard lately."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Address = tuple[str, int]
 
 
 def own_addresses() -> list[str]:
-    """Return the addresses of this node's interfaces, IPv4 first, those for the node itself last."""
-    found = [*interface_addresses().values(), *_version_6()]
+    """Return the addresses of this node's interfaces, IPv4 first, loopback last."""
+    found = [*interface_addresses().values(), *_ipv6_addresses()]
     with suppress(OSError):  # a node may not know its own name
         found += [str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_DGRAM)]
     unique = list(dict.fromkeys(found))
@@ -36,39 +36,39 @@ def open_datagrams() -> socket.socket:
         opened = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
         opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         opened.bind(("::", 0))
-        return _prepared(opened)
+        return _configured(opened)
     if opened is not None:
         opened.close()
     opened = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     opened.bind(("", 0))
-    return _prepared(opened)
+    return _configured(opened)
 
 
 def reachable_from(datagrams: socket.socket, address: str) -> str | None:
-    """Return `address` as this socket must be given it; None where it speaks IPv4 alone and `address` is IPv6."""
+    """Return `address` in the form that this socket takes; None for an IPv6 address on an IPv4 socket."""
     if datagrams.family == socket.AF_INET6:
         return address if ":" in address else f"::ffff:{address}"
     return None if ":" in address else address
 
 
-def _prepared(datagrams: socket.socket) -> socket.socket:
+def _configured(datagrams: socket.socket) -> socket.socket:
     datagrams.setblocking(False)
     datagrams.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
     return datagrams
 
 
 def interface_addresses() -> dict[str, str]:
-    """Return this node's interfaces with their IPv4 addresses; without those that have none."""
+    """Return the IPv4 address of each of this node's interfaces that has one."""
     found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
         for _, name in socket.if_nameindex():
             with suppress(OSError):
-                answer = fcntl.ioctl(asking.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                answer = fcntl.ioctl(query.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
                 found[name] = socket.inet_ntoa(answer[20:24])
     return found
 
 
-def _version_6() -> list[str]:
+def _ipv6_addresses() -> list[str]:
     try:
         lines = Path("/proc/net/if_inet6").read_text().splitlines()
     except OSError:
@@ -78,12 +78,12 @@ def _version_6() -> list[str]:
 
 
 TOKEN_BYTES = 32
-"""Of the launch's secret, which no datagram holds."""
+"""Length of the launch's token, a secret that no datagram contains."""
 LARGEST = 2048
-"""Bytes; longer texts are cut."""
+"""Bytes of a datagram; longer texts are truncated."""
 
 _TAG_BYTES = 16
-"""Of a datagram's HMAC-SHA256 by the launch's token, at its beginning."""
+"""Length of the HMAC-SHA256 by the launch's token, truncated, with which a datagram begins."""
 _HEAD = struct.Struct("!BIH")
 
 
@@ -91,24 +91,24 @@ class Kind(IntEnum):
     """What a datagram means."""
 
     BEAT = 1
-    """A rank lives. Its text is the rank's place."""
+    """A rank is alive. The text is its node and process."""
     ANSWER = 2
-    """Rank 0 lives, and has heard a beat."""
+    """Rank 0 is alive, and has received a beat."""
     CALL = 3
-    """As ANSWER, and a beat is due at once."""
+    """As ANSWER, and requests a beat at once."""
     LEAVE = 4
-    """The sender leaves for a good reason: do not miss it."""
+    """The sender leaves in order and must not be reported as lost."""
     FAIL = 5
-    """The sender leaves by an error: the others cannot continue without it."""
+    """The sender leaves because of an error: the others cannot continue without it."""
     FAREWELL = 6
-    """The leave was heard."""
+    """Acknowledges LEAVE or FAIL."""
     LOST = 7
     """The run ends. The text says why."""
 
 
 @dataclass(frozen=True)
 class Datagram:
-    """A message from rank `rank`; `path` is the number of rank 0's address that the beat was sent to."""
+    """A message from rank `rank`; `path` is the index of the address of rank 0 that the beat was sent to."""
 
     kind: Kind
     rank: int
@@ -124,7 +124,7 @@ def encode(token: bytes, datagram: Datagram) -> bytes:
 
 
 def decode(token: bytes, data: bytes) -> Datagram | None:
-    """Return the datagram of this launch in `data`; None where nobody with its `token` has made it."""
+    """Return the datagram in `data`; None unless it was made with this launch's `token`."""
     tag, content = data[:_TAG_BYTES], data[_TAG_BYTES:]
     if len(content) < _HEAD.size or not hmac.compare_digest(tag, _tag(token, content)):
         return None
@@ -138,37 +138,37 @@ def _tag(token: bytes, content: bytes) -> bytes:
     return hmac.digest(token, content, "sha256")[:_TAG_BYTES]
 
 
-_PAUSE = 2.0
-"""Beats between two looks, from which on the watcher itself has slept."""
-_STREAK = 2.0
-"""Beats that others may be short of `timeout` when they are named with the first that is lost."""
+_SUSPENDED_BEATS = 2.0
+"""A longer gap between two checks, in beats, means that the watcher itself was suspended."""
+_STREAK_BEATS = 2.0
+"""Ranks that are this close to `timeout`, in beats, are reported along with the first lost one."""
 _MOST_NAMES = 8
 
 
 class Attendance:
-    """The other ranks that one rank watches. A rank is watched from the first time that it is heard."""
+    """The other ranks that one rank watches, each from the first time that it is heard."""
 
     def __init__(self, *, timeout: float, beat: float, now: float) -> None:
-        """Begin at `now`; who is silent for `timeout` is lost. `silent` is to be asked once a `beat`, at least."""
+        """Begin at `now`; a rank silent for `timeout` is lost. Call `silent` at least once per `beat`."""
         self._timeout = timeout
         self._beat = beat
-        self._looked = now
+        self._checked = now
         self._heard: dict[int, float] = {}
         self._left: set[int] = set()
         self._failed: tuple[int, float] | None = None
 
     def hear(self, rank: int, now: float) -> None:
-        """Take note that `rank` lives; a late datagram of one that has left does not bring it back."""
+        """Record that `rank` is alive; a late datagram of a rank that has left does not bring it back."""
         if rank not in self._left:
             self._heard[rank] = now
 
     def leave(self, rank: int) -> None:
-        """Take note that `rank` has left, and is not to be missed."""
+        """Record that `rank` has left and must not be reported as lost."""
         self._left.add(rank)
         self._heard.pop(rank, None)
 
     def fail(self, rank: int, now: float) -> None:
-        """Take note that `rank` has left by an error, so that all must end within `timeout`."""
+        """Record that `rank` has left because of an error, so that all must end within `timeout`."""
         self.leave(rank)
         if self._failed is None:
             self._failed = (rank, now)
@@ -179,35 +179,34 @@ class Attendance:
         return sorted(self._heard)
 
     def unheard_since(self, moment: float) -> list[int]:
-        """Return those that have said nothing since `moment`."""
+        """Return the watched ranks that were not heard since `moment`."""
         return sorted(rank for rank, heard in self._heard.items() if heard < moment)
 
     def silent(self, now: float) -> list[int]:
-        """Return those that are lost; nobody right after the watcher has slept: all get `timeout` anew.
+        """Return the lost ranks; none right after the watcher itself was suspended, which restarts every timeout.
 
-        A node that dies takes several ranks: once one is lost, those that have been silent for nearly as
-        long are named with it.
+        A dying node takes several ranks with it: once one is lost, those silent for nearly as long are reported, too.
         """
-        slept = now - self._looked > _PAUSE * self._beat
-        self._looked = now
-        if slept:
+        was_suspended = now - self._checked > _SUSPENDED_BEATS * self._beat
+        self._checked = now
+        if was_suspended:
             self._heard = dict.fromkeys(self._heard, now)
             if self._failed is not None:
                 self._failed = (self._failed[0], now)
             return []
         if not any(now - heard >= self._timeout for heard in self._heard.values()):
             return []
-        return self.unheard_since(now - self._timeout + _STREAK * self._beat)
+        return self.unheard_since(now - self._timeout + _STREAK_BEATS * self._beat)
 
     def overstayed(self, now: float) -> int | None:
-        """Return the rank whose error should have ended this one by now."""
+        """Return the rank whose error should have ended this process by now, if any."""
         if self._failed is None or now - self._failed[1] < self._timeout:
             return None
         return self._failed[0]
 
 
 def name_ranks(ranks: list[int], peers: Mapping[int, str]) -> str:
-    """Return "rank 3 (node2, process 4242)", for several likewise; of very many the first, and how many more."""
+    """Return "rank 3 (node2, process 4242)", likewise for several; of many, the first and the number of the others."""
     named = [f"{rank} ({peers[rank]})" for rank in ranks[:_MOST_NAMES]]
     more = len(ranks) - len(named)
     ending = f" and {more} more" if more else ""

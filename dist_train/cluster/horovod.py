@@ -1,4 +1,4 @@
-"""The ranks over Horovod, which carries them by MPI, Gloo or NCCL."""
+"""The ranks over Horovod, which uses MPI, Gloo or NCCL."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dist_train.outcome import UsageError
 
 
 class HorovodCommunicator(Communicator):
-    """The group that the launcher started. Horovod lives as long as this object is open."""
+    """The launcher's ranks. Horovod runs until `close`."""
 
     def __init__(self, launch: Launch, *, timeout: float, device_type: str, timeline: bool) -> None:
         """Join the group; `timeout` is in seconds.
 
         Raises:
-            UsageError: Horovod is missing, or sees another number of ranks than were launched.
+            UsageError: Horovod is missing, or does not see as many ranks as were launched.
         """
         set_environment(timeout, device_type, launch.launcher)
         if timeline:
@@ -54,24 +54,24 @@ class HorovodCommunicator(Communicator):
         self.has_nccl = bool(hvd.nccl_built())
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        """Start to replace the contiguous `tensor` by its sum over all ranks."""
+        """Start to sum the contiguous `tensor` over all ranks, in place."""
         return self._start(lambda: self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum))
 
     def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        """Start to replace `tensor` by its Adasum over all ranks."""
+        """Start to combine `tensor` over all ranks by Adasum, in place."""
         return self._start(lambda: self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Adasum))
 
     def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
-        """Replace `tensor` by that of rank `root`."""
+        """Overwrite `tensor` with that of rank `root`."""
         self._start(lambda: self._hvd.broadcast_async_(tensor, root_rank=root, name=name)).wait()
 
     def start_timeline(self, path: Path) -> None:
-        """Start to write Horovod's timeline to `path`, on rank 0; one that the user has asked for continues instead."""
+        """Start to write Horovod's timeline to `path`, on rank 0, unless the user has configured another one."""
         if _timeline_is_ours():
             self._hvd.start_timeline(str(path))
 
     def stop_timeline(self) -> None:
-        """Stop writing it."""
+        """Stop writing the timeline."""
         if _timeline_is_ours():
             self._hvd.stop_timeline()
 
@@ -99,17 +99,17 @@ def _timeline_is_ours() -> bool:
 
 
 def set_environment(timeout: float, device_type: str, launcher: str) -> None:
-    """Set what Horovod and MPI read when they start; what the user has set stays, where it is not wrong."""
+    """Set the variables that Horovod and MPI read at their start; the user's values stay, unless they are wrong."""
     seconds = str(max(1, round(timeout)))
     os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, round(timeout / 2))))
     os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", seconds)
-    # Gloo does not know who is lost: the watchdog, which does, must come first.
+    # Gloo cannot name a lost rank: the watchdog, which can, must time out first.
     os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(max(60, round(3 * timeout))))
-    # Batched, Horovod's copies into the fusion buffer of a GPU multiply by a double, also by 1: integers above 2^53,
-    # as in the exact reduction, lose their last bits (BatchedScaledD2DMemcpy of its cuda_kernels.cu).
+    # Horovod's batched copies into the fusion buffer of a GPU multiply by a double, even if it is 1: integers above
+    # 2^53, as in the exact reduction, lose their last bits (BatchedScaledD2DMemcpy in its cuda_kernels.cu).
     os.environ["HOROVOD_BATCH_D2D_MEMCOPIES"] = "0"
-    # Milliseconds. On CPUs, Gloo's threads take the cores that compute, the more often the shorter it is.
+    # Milliseconds. On CPUs, the shorter the cycle, the more often Gloo's threads interrupt the computation.
     os.environ.setdefault("HOROVOD_CYCLE_TIME", "5" if device_type == "cpu" and launcher == "horovodrun" else "1")
     if device_type == "cpu":
-        # Open MPI polls without pause while it waits, and so takes the core that computes.
+        # Otherwise Open MPI busy-waits on the core that computes.
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")

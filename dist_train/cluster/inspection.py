@@ -1,4 +1,4 @@
-"""What carries the ranks on this machine: Horovod's build, the MPI library, the launchers."""
+"""The communication software on this machine: Horovod's build, the MPI library, the launchers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def horovod_build() -> HorovodBuild:
     """Return what Horovod was built with.
 
     Raises:
-        ImportError: it is missing, or built for another torch or MPI; the text is the loader's.
+        ImportError: it is missing, or built for another torch or MPI; with the loader's message.
     """
     try:
         import horovod.torch as hvd
@@ -38,7 +38,7 @@ def horovod_build() -> HorovodBuild:
 
 
 def mpi_library() -> str:
-    """Return the MPI library that mpi4py loads, without starting it; raise ImportError where either is missing."""
+    """Return the MPI library that mpi4py loads, without initializing it; raise ImportError if either is missing."""
     import mpi4py
 
     starts_mpi = mpi4py.rc.initialize
@@ -53,7 +53,7 @@ def mpi_library() -> str:
 
 
 def loaded_mpi_libraries() -> frozenset[Path]:
-    """Return the files of every MPI library that this process has loaded: more than one is a fault."""
+    """Return the files of the MPI libraries that this process has loaded; more than one is a fault."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     mapped = (line.split(maxsplit=5) for line in lines if "libmpi.so" in line)
     files = {Path(fields[5]).resolve() for fields in mapped if len(fields) == 6}
@@ -61,10 +61,10 @@ def loaded_mpi_libraries() -> frozenset[Path]:
 
 
 def loaded_mpi_version() -> str:
-    """Return the name and version of the MPI library that this process has loaded; empty where none says it."""
+    """Return the name and version of the MPI library that this process has loaded; empty if unknown."""
     text, length = ctypes.create_string_buffer(_LONGEST_MPI_VERSION), ctypes.c_int()
     for file in sorted(loaded_mpi_libraries()):
-        # a file that was replaced since, or a library from before MPI 3
+        # the file was replaced since, or the library is older than MPI 3
         with suppress(OSError, AttributeError):
             ctypes.CDLL(str(file)).MPI_Get_library_version(text, ctypes.byref(length))
             return _first_part(text.value.decode(errors="replace"))
@@ -72,9 +72,8 @@ def loaded_mpi_version() -> str:
 
 
 def launcher(name: str) -> Path | None:
-    """Return the program `name` (horovodrun, mpirun) of this Python, else the one on the PATH."""
-    recorded = _recorded().get(name)
-    candidates = (recorded, str(Path(sys.prefix) / "bin" / name), name)
+    """Return the program `name` (horovodrun, mpirun) of this Python environment, else the one on the PATH."""
+    candidates = (_setup_record().get(name), str(Path(sys.prefix) / "bin" / name), name)
     found = next((path for candidate in candidates if candidate and (path := shutil.which(candidate))), None)
     return Path(found) if found else None
 
@@ -83,8 +82,8 @@ def _first_part(version: str) -> str:
     return version.split(",")[0].rstrip("\0 \n")
 
 
-def _recorded() -> dict[str, str]:
-    """Return what the set-up wrote down in the virtual environment; nothing in any other one."""
+def _setup_record() -> dict[str, str]:
+    """Return what `make setup` recorded in the virtual environment; empty in any other environment."""
     try:
         lines = (Path(sys.prefix) / "setup.env").read_text(encoding="utf-8").splitlines()
     except OSError:

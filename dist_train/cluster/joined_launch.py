@@ -1,8 +1,7 @@
-"""Ranks of this node for a run that another node's launcher has begun: `dist-train launch --join`.
+"""Ranks of this node in a run that another node's launcher has begun: `dist-train launch --join`.
 
-The launcher connects to that one, the authority, proves that it knows the token, and has the authority prove the same
-before it runs what it is told. Its ranks then connect to the authority themselves. Without the authority its ranks are
-nothing: where it is gone or silent they end.
+This launcher connects to that one, the authority. Both prove that they know the token before this one runs the command
+that it is sent. Its ranks then connect to the authority themselves; they end if the authority is gone or silent.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dist_train.cluster.elastic_launch import OurProcesses, run_ranks
+from dist_train.cluster.elastic_launch import LocalProcesses, run_ranks
 from dist_train.cluster.joined_nodes import Expelled, View
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
 from dist_train.cluster.local_launch import say
@@ -33,6 +32,7 @@ from dist_train.cluster.membership_server import (
     answer_of_authority,
     answer_to,
 )
+from dist_train.cluster.messages import MessageConnection
 from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir import atomic
 from dist_train.rundir.status import LAUNCH_VARIABLE
@@ -43,7 +43,7 @@ _WAIT_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Entry:
-    """Where the authority listens, and the secret that lets in."""
+    """Where the authority listens, and the token that it demands."""
 
     host: str
     port: int
@@ -51,10 +51,10 @@ class Entry:
 
 
 def entry_of(place: str, environment: Mapping[str, str] = os.environ) -> Entry:
-    """Return the entry that `place` means: HOST:PORT, with the token in the environment, or the authority's file.
+    """Return the entry at `place`: HOST:PORT, with the token in the environment, or the file that the authority wrote.
 
     Raises:
-        UsageError: it means none, or others can read the token.
+        UsageError: `place` is neither, or others can read the token.
     """
     host, _, port = place.rpartition(":")
     if host and port.isdecimal() and "/" not in host:
@@ -76,7 +76,7 @@ def entry_of(place: str, environment: Mapping[str, str] = os.environ) -> Entry:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"--join takes HOST:PORT, or the file join-*.json in the directory of a run whose launcher has --listen "
-            f"and is at work, not {place} ({getattr(error, 'strerror', None) or 'it is no such file'})",
+            f"and is running, not {place} ({getattr(error, 'strerror', None) or 'it is no such file'})",
             code="join-place",
         ) from error
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
@@ -85,13 +85,13 @@ def entry_of(place: str, environment: Mapping[str, str] = os.environ) -> Entry:
 
 
 def launch_joining(entry: Entry, count: int) -> int:
-    """Run `count` ranks on this machine of the run that begins or is under way at `entry`, to their end.
+    """Run `count` ranks on this machine until they end, in the run that begins or is under way at `entry`.
 
     Returns:
-        How the run has ended; where it continues without these ranks, how the first of them failed.
+        The run's exit code; if the run continues without these ranks, that of the first of them that failed.
 
     Raises:
-        UsageError: nobody answers there, the token is another, or the run takes no more ranks.
+        UsageError: nobody answers there, the token is wrong, or the run takes no more ranks.
         FaultError: the connection broke.
     """
     with RemoteAuthority(entry, count) as authority:
@@ -105,41 +105,41 @@ def launch_joining(entry: Entry, count: int) -> int:
                 code="join-folder",
             ) from error
         environment = {**os.environ, LAUNCH_VARIABLE: order["launch"]}
-        own = {TOKEN_VARIABLE: entry.token, MEMBERSHIP_VARIABLE: f"{entry.host}:{entry.port}"}
-
-        def place(slot: int) -> Mapping[str, str]:
-            number = {"WORLD_SIZE": str(order["size"]), SLOT_VARIABLE: str(slot)}
-            return {**own, **number, "MASTER_PORT": "0"}
-
-        ours = OurProcesses(order["words"], order["slots"], environment, place)
-        return run_ranks(ours, authority, order["restarts"])
+        shared = {
+            TOKEN_VARIABLE: entry.token,
+            MEMBERSHIP_VARIABLE: f"{entry.host}:{entry.port}",
+            "WORLD_SIZE": str(order["size"]),
+            "MASTER_PORT": "0",
+        }
+        local = LocalProcesses(
+            order["words"], order["slots"], environment, lambda slot: {**shared, SLOT_VARIABLE: str(slot)}
+        )
+        return run_ranks(local, authority, order["restarts"])
 
 
 class RemoteAuthority:
-    """The authority on another node, by one connection; without a thread, so that `poll` must be called often.
+    """A connection to the authority on another node. It has no thread: call `poll` often.
 
-    A context manager, which lets go of the connection in order.
+    A context manager, which closes the connection in order.
     """
 
     def __init__(self, entry: Entry, count: int) -> None:
-        """Connect for `count` ranks, and have both sides prove that they know the token.
+        """Connect for `count` ranks; both sides prove that they know the token.
 
         Raises:
-            UsageError: nobody answers at `entry`, or the token is another.
+            UsageError: nobody answers at `entry`, or the token is wrong.
         """
         self.awaits_others = False
         self._view = View()
         self._code: int | None = None
         self.timeout = _CONNECT_SECONDS
-        self._received = b""
         self._expelled: list[Expelled] = []
         self._processes = count
         self._order: Mapping[str, Any] | None = None
         self._refusal = ""
         place = f"{entry.host}:{entry.port}"
         try:
-            self._socket = socket.create_connection((entry.host, entry.port), _CONNECT_SECONDS)
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._connection = MessageConnection(entry.host, entry.port, _CONNECT_SECONDS)
         except (OSError, OverflowError) as error:
             raise UsageError(
                 f"no launcher answers at {place} ({error}): the run has ended, or this node cannot reach that address",
@@ -148,10 +148,10 @@ class RemoteAuthority:
         try:
             self._prove(entry.token, count)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            self._socket.close()
+            self._connection.socket.close()
             raise UsageError(
-                f"the launcher at {place} does not know this token, or is none: take the token of the launch that is "
-                f"at work there",
+                f"what listens at {place} does not know this token, or is no launcher: use the token of the launch "
+                f"that is running there",
                 code="join-token",
             ) from error
         self._heard = self._polled = time.monotonic()
@@ -159,23 +159,23 @@ class RemoteAuthority:
 
     def _prove(self, token: str, count: int) -> None:
         challenge = secrets.token_hex(16)
-        proof = answer_to(token, str(self._read()["text"]))
+        proof = answer_to(token, str(self._connection.next_message()["text"]))
         hello = {"kind": "hello", "proof": proof, "challenge": challenge, "node": _node_name()}
-        self._send({**hello, "process": os.getpid(), "ranks": count})
-        fields = self._read()
+        self._connection.send({**hello, "process": os.getpid(), "ranks": count})
+        fields = self._connection.next_message()
         if not hmac.compare_digest(str(fields["proof"]), answer_of_authority(token, challenge)):
             raise ValueError("the proof is wrong")
         self.timeout = float(fields["timeout"])
-        self._socket.settimeout(self.timeout)
-        self._take_lines(b"")
+        self._connection.socket.settimeout(self.timeout)
+        self._handle_messages()
 
     @property
     def view(self) -> View:
-        """What is known of the run, with what this node's ranks know before the authority does."""
+        """What the authority has sent about the run, with the exit code that this node's ranks may know earlier."""
         return self._view if self._view.code is not None else replace(self._view, code=self._code)
 
     def await_start(self) -> Mapping[str, Any]:
-        """Return what to start, once it may be started.
+        """Return what the authority orders to start, once it does.
 
         Raises:
             UsageError: the run takes no more ranks.
@@ -193,50 +193,50 @@ class RemoteAuthority:
         return self._order
 
     def poll(self, seconds: float) -> None:
-        """Take what has come, waiting up to `seconds`, and beat.
+        """Handle the messages that have arrived, waiting up to `seconds` for one, and send a beat if it is due.
 
         Raises:
             FaultError: the authority is gone or silent.
         """
         beat = self.timeout / BEATS_IN_TIMEOUT
-        if select.select([self._socket], [], [], min(seconds, beat))[0]:
+        if select.select([self._connection.socket], [], [], min(seconds, beat))[0]:
             self._receive()
         now = time.monotonic()
-        slept, self._polled = now - self._polled > 2 * beat, now
-        if slept:  # nobody's silence counts
+        was_suspended, self._polled = now - self._polled > 2 * beat, now
+        if was_suspended:  # the authority may have sent beats meanwhile
             self._heard = now
         if now - self._heard >= self.timeout:
             raise _lost(f"has not answered for {self.timeout:g} s")
         if now >= self._due:
             self._due = now + beat
-            self._send({"kind": "beat"})
+            self._connection.send({"kind": "beat"})
 
     def expect(self, processes: int) -> None:
-        """Tell the authority how many processes are ranks or may become ones, where that has changed."""
+        """Report how many processes are ranks or may become ranks, if that has changed."""
         if processes != self._processes:
             self._processes = processes
-            self._send({"kind": "processes", "count": processes})
+            self._connection.send({"kind": "processes", "count": processes})
 
     def take_expelled(self) -> list[Expelled]:
-        """Return whom it has expelled of this node since the last call."""
+        """Return this node's processes that were expelled since the last call."""
         expelled, self._expelled = self._expelled, []
         return expelled
 
     def note_code(self, code: int) -> None:
-        """Tell the authority how a process has ended."""
+        """Report the exit code of a process to the authority."""
         if self._code is None and code in ENDS_OF_A_RUN:
             self._code = code
-        self._send({"kind": "ended", "code": code})
+        self._connection.send({"kind": "ended", "code": code})
 
     def first_failure(self) -> int | None:
-        """Return None: this launcher knows its own ranks."""
+        """Return None: only this node's own ranks matter, and the launcher knows those."""
         return None
 
     def ask_to_stop(self) -> None:
-        """Nothing: the ranks that are asked agree with all others."""
+        """Do nothing: the ranks that received the signal agree with all others to stop."""
 
     def abandon(self) -> None:
-        """Nothing: this launcher waits for its own ranks alone."""
+        """Do nothing: this launcher waits for its own ranks only."""
 
     def __enter__(self) -> RemoteAuthority:
         return self
@@ -244,56 +244,34 @@ class RemoteAuthority:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._send({"kind": "leave"})
-        self._socket.close()
+        self._connection.send({"kind": "leave"})
+        self._connection.socket.close()
 
     def _receive(self) -> None:
         try:
-            content = self._socket.recv(1 << 16)
+            self._connection.receive()
         except OSError:
-            content = b""
-        if not content:
-            raise _lost("is gone")
+            raise _lost("is gone") from None
         self._heard = time.monotonic()
-        self._take_lines(content)
+        self._handle_messages()
 
-    def _take_lines(self, content: bytes) -> None:
-        *lines, self._received = (self._received + content).split(b"\n")
-        for line in lines:
-            self._take(json.loads(line))
-
-    def _take(self, fields: Mapping[str, Any]) -> None:
-        match fields["kind"]:
-            case "welcome":
-                self._order = fields
-            case "refused":
-                self._refusal = fields["why"]
-            case "expelled":
-                self._expelled.append(Expelled(fields["slot"], fields["process"]))
-            case "view":
-                members, joiners = frozenset(fields["members"]), frozenset(fields["joiners"])
-                rest = {name: fields[name] for name in ("has_state", "has_ended", "code", "stop_requested")}
-                self._view = View(members, joiners, **rest)
-
-    def _read(self) -> Mapping[str, Any]:
-        while b"\n" not in self._received:
-            content = self._socket.recv(1 << 16)
-            if not content:
-                raise OSError("it has closed the connection")
-            self._received += content
-        line, _, self._received = self._received.partition(b"\n")
-        fields: Mapping[str, Any] = json.loads(line)
-        return fields
-
-    def _send(self, fields: Mapping[str, Any]) -> None:
-        try:
-            self._socket.sendall(json.dumps(dict(fields)).encode() + b"\n")
-        except OSError:  # noticed where it is read
-            return
+    def _handle_messages(self) -> None:
+        for fields in self._connection.messages():
+            match fields["kind"]:
+                case "welcome":
+                    self._order = fields
+                case "refused":
+                    self._refusal = fields["why"]
+                case "expelled":
+                    self._expelled.append(Expelled(fields["slot"], fields["process"]))
+                case "view":
+                    members, joiners = frozenset(fields["members"]), frozenset(fields["joiners"])
+                    rest = {name: fields[name] for name in ("has_state", "has_ended", "code", "stop_requested")}
+                    self._view = View(members, joiners, **rest)
 
 
 def _node_name() -> str:
-    """Return what Slurm calls this node, or else the node itself."""
+    """Return Slurm's name of this node, or else its host name."""
     return os.environ.get("SLURMD_NODENAME", "") or socket.gethostname()
 
 

@@ -1,7 +1,6 @@
-"""The launchers of other nodes, as the authority of an elastic launch keeps account of them.
+"""The launchers of other nodes, as the authority of an elastic launch records them.
 
-Each has slots of its own for its processes, which the authority allots; what it may have is limited by the most ranks
-that the run takes.
+The authority allots slots to each for its processes, as long as the run's maximum number of ranks permits.
 """
 
 from __future__ import annotations
@@ -13,10 +12,11 @@ from itertools import count, islice
 
 @dataclass(frozen=True)
 class View:
-    """What a launcher knows of the run: the slots whose processes are ranks, and those that wait to become one.
+    """What a launcher knows of the run. `members`: slots whose processes are ranks; `joiners`: slots whose processes
+    wait to become ranks.
 
-    `code` is how the run has ended, once a rank has ended as all of them do; `has_ended`: it cannot continue.
-    `stop_requested`: all ranks are to save and stop.
+    `code`: the run's exit code, once a rank has ended with one that all ranks share. `has_ended`: the run cannot
+    continue. `stop_requested`: all ranks are to save and stop.
     """
 
     members: frozenset[int] = frozenset()
@@ -29,7 +29,7 @@ class View:
 
 @dataclass(frozen=True)
 class Expelled:
-    """A process that does not answer and is no longer one of the run: it must not write any more."""
+    """A process that was expelled because it does not answer: it must not write any more."""
 
     slot: int
     process: int
@@ -37,10 +37,10 @@ class Expelled:
 
 @dataclass
 class JoinedNode:
-    """The launcher of `node` that has connected for `wanted` ranks; it has `slots` once it may start them.
+    """The launcher of `node`, connected for `wanted` ranks; it has `slots` once it may start them.
 
-    `processes`: how many of them are ranks or may become ones. `told`, `told_at`: the view that it has, and when it
-    last heard something.
+    `processes`: how many of them are ranks or may become ranks. `sent_view`, `sent_at`: the last view that it was sent,
+    and when.
     """
 
     node: str
@@ -48,8 +48,8 @@ class JoinedNode:
     wanted: int
     slots: tuple[int, ...] = ()
     processes: int = 0
-    told: View | None = None
-    told_at: float = 0.0
+    sent_view: View | None = None
+    sent_at: float = 0.0
 
     @property
     def name(self) -> str:
@@ -59,7 +59,7 @@ class JoinedNode:
 
 @dataclass
 class JoinedNodes:
-    """The launchers by connection. The run has `size` ranks when it begins, and `most` at most."""
+    """The launchers of other nodes, by connection. The run begins with `size` ranks and has `most` at most."""
 
     size: int
     most: int
@@ -73,28 +73,30 @@ class JoinedNodes:
 
     @property
     def processes(self) -> int:
-        """How many processes of other nodes are ranks or may become ones."""
+        """How many processes of other nodes are ranks or may become ranks."""
         return sum(node.processes for node in self.by_connection.values())
 
     def refusal(self, wanted: int, here: int) -> str:
-        """Return why `wanted` ranks more are too many, beside `here` of this node; empty where they are not."""
-        room = self.most - here - sum(node.processes or node.wanted for node in self._all_that_may_start())
-        if wanted <= room:
+        """Return why `wanted` more ranks are too many, beside `here` of this node; empty if they are not."""
+        running_or_waiting = (node for node in self.by_connection.values() if node.processes or not node.slots)
+        free = self.most - here - sum(node.processes or node.wanted for node in running_or_waiting)
+        if wanted <= free:
             return ""
-        more = f"{room} more rank{'' if room == 1 else 's'}" if room > 0 else "no more ranks"
+        more = f"{free} more rank{'' if free == 1 else 's'}" if free > 0 else "no more ranks"
         return f"the run takes {more}, not {wanted}: it has at most {self.most} (--max-ranks)"
 
     def ready_to_start(self, here: int, has_begun: bool) -> Iterator[int]:
-        """Yield the connections that have waited and may start their ranks now.
+        """Yield the connections that are waiting and may start their ranks now.
 
-        Until the run `has_begun`, only those that it begins with: who joins takes the state of who trains.
+        Until the run `has_begun`, these are only ranks that it begins with: later ones need the state of ranks that
+        train.
         """
         for connection, node in self.by_connection.items():
             if not node.slots and (has_begun or here + self.processes + node.wanted <= self.size):
                 yield connection
 
     def allot(self, connection: int, taken: Iterable[int]) -> tuple[int, ...]:
-        """Return the slots that `connection` gets: the first that are neither ours, nor another's, nor `taken`."""
+        """Allot slots to `connection` and return them: the first that are not `taken`, this launcher's or another's."""
         used = {*self.own_slots, *taken, *(slot for node in self.by_connection.values() for slot in node.slots)}
         node = self.by_connection[connection]
         node.slots = tuple(islice((slot for slot in count() if slot not in used), node.wanted))
@@ -102,10 +104,5 @@ class JoinedNodes:
         return node.slots
 
     def owner(self, slot: int) -> int | None:
-        """Return the connection whose slot it is; None where it is none of another node's."""
-        found = (connection for connection, node in self.by_connection.items() if slot in node.slots)
-        return next(found, None)
-
-    def _all_that_may_start(self) -> Iterator[JoinedNode]:
-        """Yield those whose ranks run, or wait for their start."""
-        yield from (node for node in self.by_connection.values() if node.processes or not node.slots)
+        """Return the connection to which `slot` is allotted; None for a slot of this launcher."""
+        return next((connection for connection, node in self.by_connection.items() if slot in node.slots), None)

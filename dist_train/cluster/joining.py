@@ -1,4 +1,4 @@
-"""How a process finds its group."""
+"""How a process joins the other ranks."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def end_process() -> None:
 
 
 _HEAD_START_SECONDS = 2.0
-"""Rank 0 reports for all; the others do when it is the one that hangs."""
+"""Rank 0 reports for all; the others report this much later, in case rank 0 is the one that hangs."""
 
 
 @contextmanager
 def meeting_within(seconds: float, end: Callable[[], None] = end_process) -> Iterator[None]:
-    """End this process with a message where the block, in which all ranks meet, takes longer than `seconds`.
+    """End this process with a message if the block, in which all ranks meet, takes longer than `seconds`.
 
-    Until they have met, nobody knows who is missing; the others would wait for ever.
+    Until the ranks have met, none knows which is missing, and they would wait for ever.
     """
     launch = current_launch()
 
     def give_up() -> None:
         print(
             f"dist-train: the {launch.size} ranks have not all met within {seconds:g} s: one has not started, hangs, "
-            f"or cannot be reached; start again, or raise comm.timeout where starting takes so long "
+            f"or cannot be reached; start again, or raise comm.timeout if starting takes that long "
             f"[ranks-cannot-meet]",
             file=sys.stderr,
             flush=True,
@@ -56,19 +56,19 @@ def meeting_within(seconds: float, end: Callable[[], None] = end_process) -> Ite
 
 
 def join_ranks(*, timeout: float, device_type: str, engine: Engine = "auto", timeline: bool = False) -> Communicator:
-    """Join the group that the launcher started, or be alone where there was no launcher.
+    """Join the launcher's ranks; without a launcher, run as a single rank.
 
-    A `timeline` can be written where it is asked for here: Horovod must know when it starts.
+    `timeout` is in seconds. `timeline`: whether a timeline may be written later, which Horovod must know at its start.
 
     Raises:
-        UsageError: the group that was asked for cannot be formed.
+        UsageError: the ranks cannot meet as requested.
     """
     launch = current_launch()
     if is_elastic():
         from dist_train.cluster.elastic import ElasticCommunicator
 
         return ElasticCommunicator(timeout=timeout, device_type=device_type)
-    if launch.size == 1 and launch.launcher != "horovodrun" and launch.launcher != "mpirun":
+    if launch.size == 1 and launch.launcher not in ("horovodrun", "mpirun"):
         return Alone()
     if engine_of(launch.launcher, engine, is_installed("horovod")) == "torch":
         from dist_train.cluster.torch_engine import TorchCommunicator
@@ -80,7 +80,7 @@ def join_ranks(*, timeout: float, device_type: str, engine: Engine = "auto", tim
 
 
 def engine_of(launcher: str, asked: Engine, has_horovod: bool) -> Literal["horovod", "torch"]:
-    """Return the engine of a launch that is `asked` for one."""
+    """Return the engine under `launcher` if comm.engine is `asked`."""
     if asked != "auto":
         return asked
     if launcher in ("horovodrun", "mpirun"):

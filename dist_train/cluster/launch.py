@@ -1,4 +1,4 @@
-"""What the launcher says about this process through its environment, and what Slurm says about jobs."""
+"""The launch of this process, read from its environment; and Slurm's jobs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dist_train.outcome import UsageError
 
 @dataclass(frozen=True)
 class StoreAddress:
-    """Where the ranks of a launch meet by torch.distributed.
+    """Where the ranks of a launch meet: a store of torch.distributed.
 
-    `is_served`: the launcher serves the store; else rank 0 does, on the listening socket `listen_fd` where it has one.
-    `prefix` keeps apart launches that share a store.
+    `is_served`: the launcher serves the store; otherwise rank 0 does, on the listening socket `listen_fd` if given.
+    `prefix` separates launches that share a store.
     """
 
     host: str
@@ -31,9 +31,9 @@ class StoreAddress:
 
 @dataclass(frozen=True)
 class Launch:
-    """The launcher that started this process, the number of ranks that it was asked for, our number.
+    """The launcher that started this process, its number of ranks, and this process's rank.
 
-    `store`: where the ranks can meet by torch.distributed; None where the launcher does not say.
+    `store`: where the ranks can meet by torch.distributed; None if the launcher does not say.
     """
 
     launcher: str
@@ -43,10 +43,10 @@ class Launch:
 
 
 def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Return how a process was launched: by horovodrun, mpirun, srun, torchrun, dist-train launch, or alone.
+    """Return how this process was launched: by horovodrun, mpirun, srun, torchrun, dist-train launch, or alone.
 
     Raises:
-        UsageError: the environment asks Horovod for what is known to crash or to part the ranks.
+        UsageError: the environment configures Horovod in a way that is known to crash or to split the ranks.
     """
     if "OMPI_COMM_WORLD_SIZE" in environment:
         for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
@@ -56,11 +56,11 @@ def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
                     code="gloo-under-mpirun",
                 )
         return Launch("mpirun", int(environment["OMPI_COMM_WORLD_SIZE"]), int(environment["OMPI_COMM_WORLD_RANK"]))
-    # torchrun may itself run within a step of Slurm.
+    # torchrun may itself run within a Slurm step.
     if LISTEN_FD in environment or "TORCHELASTIC_RUN_ID" in environment:
         launcher = "dist-train launch" if LISTEN_FD in environment else "torchrun"
         return Launch(launcher, int(environment["WORLD_SIZE"]), int(environment["RANK"]), _store_of_torch(environment))
-    # A batch script has SLURM_NTASKS too; only the tasks of srun have a step of their own.
+    # A batch script has SLURM_NTASKS, too; only srun's tasks have a step of their own.
     if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment and "HOROVOD_RANK" not in environment:
         size = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
         return Launch("srun", size, int(environment["SLURM_PROCID"]), _store_of_slurm(environment))
@@ -70,11 +70,11 @@ def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
 
 
 MEMBERSHIP_VARIABLE = "DIST_TRAIN_MEMBERSHIP"
-"""Where the ranks of an elastic launch find who decides which of them take part: HOST:PORT."""
+"""Where the ranks of an elastic launch find its authority: HOST:PORT."""
 
 
 def is_elastic(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the ranks of the launch of `environment` may come and go."""
+    """Whether ranks of the launch of `environment` may leave and join."""
     return MEMBERSHIP_VARIABLE in environment
 
 
@@ -82,7 +82,7 @@ LISTEN_FD = "DIST_TRAIN_LISTEN_FD"
 """Set by `dist-train launch`: rank 0's listening socket for the store; -1 for the other ranks."""
 
 _SLURM_PORTS = range(15000, 30000)
-"""Below the ports that Linux gives to clients."""
+"""Below Linux's ephemeral ports."""
 
 
 def _store_of_torch(environment: Mapping[str, str]) -> StoreAddress:
@@ -98,7 +98,7 @@ def _store_of_torch(environment: Mapping[str, str]) -> StoreAddress:
 
 
 def _store_of_slurm(environment: Mapping[str, str]) -> StoreAddress | None:
-    """Return the first node of the step and a port that follows from its number; MASTER_ADDR and MASTER_PORT win."""
+    """Return the first node of the step and a port derived from its id; MASTER_ADDR and MASTER_PORT take precedence."""
     nodes = environment.get("SLURM_STEP_NODELIST", "")
     first = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
     if first is None and "MASTER_ADDR" not in environment:
@@ -117,9 +117,9 @@ _LONGEST_COMMENT = 1000
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """The job that a process belongs to, and how often Slurm has started it anew.
+    """The job that a process belongs to, and how often Slurm has restarted it.
 
-    `end` is when its time limit ends it, in seconds since 1970; None where Slurm has not said.
+    `end`: when its time limit ends it, in seconds since 1970; None if Slurm has not said.
     """
 
     id: str
@@ -128,7 +128,7 @@ class SlurmJob:
 
 
 def current_job(environment: Mapping[str, str] = os.environ) -> SlurmJob | None:
-    """Return the job of the process of `environment`; None outside of Slurm."""
+    """Return the Slurm job that `environment` belongs to; None outside Slurm."""
     job = environment.get("SLURM_JOB_ID", "")
     if not job:
         return None
@@ -138,25 +138,25 @@ def current_job(environment: Mapping[str, str] = os.environ) -> SlurmJob | None:
 
 JOB_WAITS = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
 JOB_IS_ALIVE = JOB_WAITS | {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED"}
-"""Slurm's states of jobs that run or will run."""
+"""States of jobs that run or will run."""
 
 
 def job_states(jobs: Sequence[str]) -> dict[str, str]:
-    """Return Slurm's state (PENDING, RUNNING, COMPLETING, ...) of those of `jobs` that it still knows.
+    """Return the state (PENDING, RUNNING, COMPLETING, ...) of those of `jobs` that Slurm still knows.
 
-    Nothing where there is no Slurm, or where it does not answer.
+    Empty if there is no Slurm, or it does not answer.
     """
     if not jobs:
         return {}
-    # One unknown id among several is no error to squeue; alone, it is.
-    # %A is the number that a task of an array knows as its own, %i is not.
-    lines = _ask("squeue", "--noheader", "--states=all", "--format=%A %T", f"--jobs={','.join(jobs)}")
+    # squeue accepts an unknown id among several, but not alone.
+    # %A is an array task's own job id, as in its environment; %i is not.
+    lines = _output("squeue", "--noheader", "--states=all", "--format=%A %T", f"--jobs={','.join(jobs)}")
     return dict(line.split(maxsplit=1) for line in (lines or "").splitlines() if " " in line)
 
 
 def job_end(job: str) -> float | None:
-    """Return when the time limit ends `job`, in seconds since 1970; None where Slurm does not say."""
-    answer = _ask("squeue", "--noheader", "--format=%e", f"--jobs={job}")
+    """Return when the time limit ends `job`, in seconds since 1970; None if Slurm does not say."""
+    answer = _output("squeue", "--noheader", "--format=%e", f"--jobs={job}")
     try:
         return datetime.fromisoformat((answer or "").strip()).timestamp()
     except ValueError:
@@ -164,22 +164,22 @@ def job_end(job: str) -> float | None:
 
 
 def comment_on_job(text: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Write `text` into the comment of our job, for squeue and sacct; does nothing where Slurm does not take it."""
+    """Set our job's comment to `text`, for squeue and sacct; does nothing if Slurm refuses."""
     job = current_job(environment)
     if job is not None:
         line = " ".join(text.split())[:_LONGEST_COMMENT]
-        _ask("scontrol", "update", f"jobid={job.id}", f"comment={line}")
+        _output("scontrol", "update", f"jobid={job.id}", f"comment={line}")
 
 
 def submit(script: str, options: Sequence[str]) -> str:
-    """Hand the batch script to sbatch, with `options` before those that it names; return the job's id.
+    """Submit the batch script by sbatch and return the job's id; `options` take precedence over the script's own.
 
     Raises:
         UsageError: sbatch is missing, or refuses.
     """
     if shutil.which("sbatch") is None:
         raise UsageError(
-            "sbatch is missing: submit from a login node of the cluster, or look with --dry-run", code="sbatch-missing"
+            "sbatch is missing: submit from a login node of the cluster, or use --dry-run", code="sbatch-missing"
         )
     ended = subprocess.run(["sbatch", "--parsable", *options], input=script, capture_output=True, text=True)
     if ended.returncode != 0:
@@ -187,7 +187,8 @@ def submit(script: str, options: Sequence[str]) -> str:
     return ended.stdout.strip().split(";")[0]
 
 
-def _ask(*command: str) -> str | None:
+def _output(*command: str) -> str | None:
+    """Return what the command prints; None if it fails or does not answer."""
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS)
     except (OSError, subprocess.TimeoutExpired):

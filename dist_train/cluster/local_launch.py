@@ -1,4 +1,4 @@
-"""Several ranks on this machine by torch.distributed: what `dist-train launch` does."""
+"""Several ranks on this machine over torch.distributed: `dist-train launch`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from dist_train.outcome import ExitCode
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
 _INSISTING = {signal.SIGTERM, signal.SIGINT}
 _INSIST_SECONDS = 2.0
-"""A second signal that comes sooner is taken for the same request."""
-_LOOK_SECONDS = 0.2
+"""A second signal that comes sooner counts as the same request."""
+_POLL_SECONDS = 0.2
 _LOSS_SECONDS = 40.0
-"""After one rank has failed: the watchdogs of the others notice, and rank 0 writes how the run ended."""
+"""Time for the others to end after one rank has failed: their watchdogs notice, and rank 0 records the run's end."""
 _STUCK_SECONDS = 3.0
-"""For ranks that will not end by themselves: rank 0 alone writes, so what is left when it has ended hangs, as does what
+"""Time for ranks that will not end by themselves: those left when rank 0, which alone writes, has ended, and those that
 SIGSTOP has stopped."""
 _TERMINATE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
@@ -33,22 +33,21 @@ _OTHER_LAUNCHERS = ("OMPI_", "PMIX_", "HOROVOD_RANK", "HOROVOD_SIZE", "TORCHELAS
 
 
 def launch_ranks(command: Sequence[str], size: int) -> int:
-    """Run `command` as `size` ranks on this machine to their end, and return the exit code of the launch.
+    """Run `command` as `size` ranks on this machine until they end, and return the exit code of the launch.
 
     SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 ask the ranks to save and stop; a second SIGTERM or SIGINT ends them.
-    When one rank fails, the others end by themselves; one that does not is ended. Call it from a process without
-    threads.
+    When one rank fails, the others end by themselves, or are terminated. Call it from a process without threads.
 
     Returns:
-        What the first rank to fail returned; 1 where a signal ended it; 0 where none failed.
+        The exit code of the first rank that failed, 1 if a signal killed it; 0 if none failed.
     """
     watched = STOP_SIGNALS | {signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     environment = {"DIST_TRAIN_LAUNCH": secrets.token_hex(8), **os.environ}
     with socket.create_server(("127.0.0.1", 0), backlog=max(128, size)) as listener:
-        place = {"MASTER_PORT": str(listener.getsockname()[1])}
+        port = {"MASTER_PORT": str(listener.getsockname()[1])}
         ranks = [
-            start_rank(command, rank_environment(environment, rank, size, place), mask, listener.fileno())
+            start_rank(command, rank_environment(environment, rank, size, port), mask, listener.fileno())
             for rank in range(size)
         ]
     try:
@@ -60,53 +59,53 @@ def launch_ranks(command: Sequence[str], size: int) -> int:
 
 
 class Ranks:
-    """The processes of a launch, by rank: waits for their end, and passes on requests to stop."""
+    """The processes of a launch, by rank: waits until they end, and forwards requests to stop."""
 
     def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
         self._processes = list(processes)
         self._first_failure: int | None = None
         self._deadline: float | None = None
-        self._asked_at: float | None = None
-        self._asked: set[int] = set()
+        self._stop_requested_at: float | None = None
+        self._signalled: set[int] = set()
         self._ended: set[int] = set()
-        self._is_ending = False
+        self._is_terminating = False
 
     def wait(self, watched: set[signal.Signals]) -> int:
         """Return the exit code of the launch once all have ended."""
         while self._is_running():
             received = self._await_signal(watched)
             if received is not None and received.si_signo in STOP_SIGNALS:
-                self._note_request(signal.Signals(received.si_signo))
+                self._note_stop_request(signal.Signals(received.si_signo))
             self._collect()
-            if self._asked_at is not None:
+            if self._stop_requested_at is not None:
                 self._ask_to_stop()
-            self._end_the_lost()
+            self._limit_time_after_failure()
             if self._deadline is not None and (0 in self._ended or self._are_stopped()):
                 self._deadline = min(self._deadline, time.monotonic() + _STUCK_SECONDS)
             if self._deadline is not None and time.monotonic() > self._deadline:
-                self._end_all()
+                self._terminate_all()
         return self._code()
 
     def _is_running(self) -> bool:
         return len(self._ended) < len(self._processes)
 
     def _await_signal(self, watched: set[signal.Signals]) -> signal.struct_siginfo | None:
-        return signal.sigtimedwait(watched, _LOOK_SECONDS)
+        return signal.sigtimedwait(watched, _POLL_SECONDS)
 
-    def _end_the_lost(self) -> None:
-        """Give the others a time to end by themselves once one has failed."""
+    def _limit_time_after_failure(self) -> None:
+        """Once a rank has failed, set a deadline for the others to end by themselves."""
         if self._first_failure is not None and self._deadline is None:
             self._deadline = time.monotonic() + _LOSS_SECONDS
 
     def _code(self) -> int:
         return self._first_failure or ExitCode.FINISHED
 
-    def _note_request(self, name: signal.Signals) -> None:
+    def _note_stop_request(self, name: signal.Signals) -> None:
         now = time.monotonic()
-        if self._asked_at is None:
-            self._asked_at = now
+        if self._stop_requested_at is None:
+            self._stop_requested_at = now
             say("asked to stop: the ranks save and end")
-        elif name in _INSISTING and now - self._asked_at >= _INSIST_SECONDS:
+        elif name in _INSISTING and now - self._stop_requested_at >= _INSIST_SECONDS:
             say("asked again: ending the ranks without waiting for them")
             self._deadline = now
 
@@ -116,7 +115,7 @@ class Ranks:
             if code is None or rank in self._ended:
                 continue
             self._ended.add(rank)
-            if code < 0 and not self._is_ending:
+            if code < 0 and not self._is_terminating:
                 say(f"{self._name(rank)} was killed by {signal.Signals(-code).name}")
             self._note_end(rank, code)
 
@@ -128,24 +127,24 @@ class Ranks:
             self._first_failure = code if code > 0 else ExitCode.FAULT
 
     def _are_stopped(self) -> bool:
-        """Whether all ranks that are left were stopped by a signal, and can notice nothing."""
-        left = [process.pid for process in self._processes if process.poll() is None]
-        return all(_status_field(process, "State").startswith("T") for process in left)
+        """Whether a signal has stopped all remaining ranks, so that they notice nothing."""
+        running = [process.pid for process in self._processes if process.poll() is None]
+        return all(_status_field(process, "State").startswith("T") for process in running)
 
     def _ask_to_stop(self) -> None:
-        """Ask each rank once it can be asked: before it catches the signal it would die of it."""
+        """Signal each rank once it has installed its handler: before that the signal would kill it."""
         for rank, process in enumerate(self._processes):
-            if rank not in self._asked and process.poll() is None and _catches(process.pid, signal.SIGUSR2):
+            if rank not in self._signalled and process.poll() is None and _catches(process.pid, signal.SIGUSR2):
                 process.send_signal(signal.SIGUSR2)
-                self._asked.add(rank)
+                self._signalled.add(rank)
 
-    def _end_all(self) -> None:
-        self._is_ending = True
-        left = [process for process in self._processes if process.poll() is None]
-        for process in left:
+    def _terminate_all(self) -> None:
+        self._is_terminating = True
+        running = [process for process in self._processes if process.poll() is None]
+        for process in running:
             process.terminate()
         until = time.monotonic() + _TERMINATE_SECONDS
-        for process in left:
+        for process in running:
             try:
                 process.wait(max(0.0, until - time.monotonic()))
             except subprocess.TimeoutExpired:
@@ -155,7 +154,7 @@ class Ranks:
 
 @contextmanager
 def threads_without_signals() -> Iterator[None]:
-    """Let threads that libraries begin in the block never take the launcher's signals, of which they would die."""
+    """Block the launcher's signals in threads that libraries start in the block: received there, they would kill it."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS | {signal.SIGCHLD})
     try:
         yield
@@ -163,15 +162,15 @@ def threads_without_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def rank_environment(environment: Mapping[str, str], rank: int, size: int, place: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a rank: torch's own variables, threads, nothing of another launcher; `place`: where the
-    ranks meet.
+def rank_environment(environment: Mapping[str, str], rank: int, size: int, more: Mapping[str, str]) -> dict[str, str]:
+    """Return a rank's environment: `environment` without other launchers' variables, torch's own, threads, and `more`,
+    such as where the ranks meet.
     """
     kept = {name: value for name, value in environment.items() if not name.startswith(_OTHER_LAUNCHERS)}
     threads = max(1, len(os.sched_getaffinity(0)) // size)
     kept.setdefault("OMP_NUM_THREADS", str(threads))
-    number = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
-    return {**kept, **{name: str(value) for name, value in number.items()}, "MASTER_ADDR": "127.0.0.1", **place}
+    numbers = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    return {**kept, **{name: str(value) for name, value in numbers.items()}, "MASTER_ADDR": "127.0.0.1", **more}
 
 
 def start_rank(
@@ -180,7 +179,7 @@ def start_rank(
     mask: set[int | signal.Signals],
     listen_fd: int | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start `command`, which dies with this process; rank 0 gets the listening socket `listen_fd`, if there is one."""
+    """Start `command`, which is killed when this process ends; rank 0 gets the listening socket `listen_fd`, if any."""
     parent, libc = os.getpid(), ctypes.CDLL(None)
     fd = listen_fd if listen_fd is not None and environment["RANK"] == "0" else None
 
@@ -195,8 +194,8 @@ def start_rank(
         stdin=subprocess.DEVNULL,
         env={**environment, LISTEN_FD: str(-1 if fd is None else fd)},
         pass_fds=() if fd is None else (fd,),
-        start_new_session=True,  # Ctrl-C at a terminal is for the launcher alone
-        preexec_fn=prepare,  # there are no threads
+        start_new_session=True,  # Ctrl-C at a terminal reaches the launcher alone
+        preexec_fn=prepare,  # safe without threads
     )
 
 
@@ -205,7 +204,7 @@ def _catches(process: int, name: signal.Signals) -> bool:
 
 
 def _status_field(process: int, name: str) -> str:
-    """Return a field of /proc/PID/status; nothing where the process has ended."""
+    """Return a field of /proc/PID/status; empty if the process has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -214,5 +213,5 @@ def _status_field(process: int, name: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print what the launcher does, for those who watch it."""
+    """Print a message of the launcher to standard error."""
     print(f"dist-train launch: {text}", file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
-"""Who takes part in an elastic launch, generation by generation: the decisions, as pure functions.
+"""Which processes are the ranks of an elastic launch, generation by generation: the decisions, as pure functions.
 
-The launcher holds one `Membership` and is the only one that decides (docs/recovery.md). A generation is a numbering of
-the ranks. It ends when one of them is lost or reports that the group is broken, or when all stop between two updates
-to let others in. The next one begins when every rank that is left has stopped.
+The launcher that began the run, its authority, holds one `Membership` and alone decides (docs/recovery.md). A
+generation is a numbering of the ranks. It ends when one of them is lost or reports that the group is broken, or when
+all stop between two updates to let others join. The next one begins when every remaining rank has stopped.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ Kind = Literal["break", "meet", "members", "end"]
 
 @dataclass(frozen=True)
 class Peer:
-    """A process that is connected. `rank` is its number in the present generation; None where it has none yet.
+    """A connected process. `rank`: its rank in the current generation; None if it has none yet.
 
-    `slot` orders those without a rank. `is_ready`: it has stopped work and waits for the next generation.
-    `has_state`: it trains, so that a run can be continued from it.
+    `slot` orders the processes without a rank. `is_ready`: it has stopped work and waits for the next generation.
+    `has_state`: it trains, so the run can continue from its state.
     """
 
     id: int
@@ -37,7 +37,7 @@ class Peer:
         return self.named("a rank that was joining" if self.rank is None else f"rank {self.rank}")
 
     def named(self, who: str) -> str:
-        """Return `who` with the process that it is."""
+        """Return `who` with its node and process."""
         return f"{who} ({self.node}, process {self.process})"
 
 
@@ -45,9 +45,9 @@ class Peer:
 class Membership:
     """The state of the authority. The first generation has `size` ranks, a later one `fewest` to `most`.
 
-    `may_grow`: ranks may still be started. `lost`: who was lost of the present generation, and why; `report`: what a
-    rank says has broken it. Both are for the next generation's record. `is_over`: a rank has left since the run is
-    done, so that nobody is let in any more; `has_ended`: it cannot continue.
+    `may_grow`: more ranks may still be started. `lost`: the ranks lost from the current generation, with reasons;
+    `report`: how a rank described the failure. Both are for the next generation's record. `is_over`: a rank has left
+    because the run is done, so none may join any more; `has_ended`: the run cannot continue.
     """
 
     size: int
@@ -64,34 +64,34 @@ class Membership:
 
     @property
     def members(self) -> tuple[Peer, ...]:
-        """Those of the present generation that are left, by rank."""
+        """The remaining ranks of the current generation, by rank."""
         return tuple(sorted((peer for peer in self.peers if peer.rank is not None), key=lambda peer: peer.rank or 0))
 
     @property
     def joiners(self) -> tuple[Peer, ...]:
-        """Those without a rank, in the order in which they get one."""
+        """The processes without a rank, in the order in which they get one."""
         return tuple(sorted((peer for peer in self.peers if peer.rank is None), key=lambda peer: (peer.slot, peer.id)))
 
     @property
     def has_state(self) -> bool:
-        """Whether a rank is left that a run can be continued from."""
+        """Whether the run can continue from the state of a connected process."""
         return any(peer.has_state for peer in self.peers)
 
     def find(self, peer_id: int) -> Peer | None:
-        """Return the peer of that id; None where it is gone."""
+        """Return the peer with that id; None if it is gone."""
         return next((peer for peer in self.peers if peer.id == peer_id), None)
 
 
 @dataclass(frozen=True)
 class Came:
-    """A process has connected and proved that it is of this launch."""
+    """A process has connected and proved that it belongs to this launch."""
 
     peer: Peer
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A process has stopped work on `generation` and waits for the next; `why`: what broke, empty where nothing did."""
+    """A process has stopped work on `generation` and waits for the next; `why`: what broke, empty if nothing did."""
 
     id: int
     generation: int
@@ -101,14 +101,14 @@ class Ready:
 
 @dataclass(frozen=True)
 class Trains:
-    """A process holds the state of the run from now on."""
+    """A process holds the run's state from now on."""
 
     id: int
 
 
 @dataclass(frozen=True)
 class Gone:
-    """A process died, hangs or failed: `why`. Or it left since the run has ended in order: `why` is empty."""
+    """A process died, hangs or failed (`why`), or left because the run has ended in order (`why` is empty)."""
 
     id: int
     why: str = ""
@@ -116,7 +116,7 @@ class Gone:
 
 @dataclass(frozen=True)
 class MayGrow:
-    """Whether the launcher may still start ranks has changed."""
+    """Whether launchers may still start ranks has changed to `value`."""
 
     value: bool
 
@@ -126,8 +126,8 @@ Event: TypeAlias = Came | Ready | Trains | Gone | MayGrow
 
 @dataclass(frozen=True)
 class Message:
-    """What a peer is to be told: `break` (stop, this generation is over), `meet` (stop after this update, ranks want
-    to join), `members` (the next generation), `end` (the run cannot continue).
+    """A message to a peer: `break` (stop, this generation is over), `meet` (stop after this update, ranks want to
+    join), `members` (the next generation), `end` (the run cannot continue).
     """
 
     to: int
@@ -139,7 +139,7 @@ Decision: TypeAlias = tuple[Membership, tuple[Message, ...]]
 
 
 def decide(state: Membership, event: Event) -> Decision:
-    """Return the state after `event`, and what is to be said."""
+    """Return the state after `event`, and the messages to send."""
     if state.has_ended:
         return state, ()
     match event:
@@ -148,32 +148,32 @@ def decide(state: Membership, event: Event) -> Decision:
         case Trains(peer_id):
             return _with_peer(state, peer_id, has_state=True), ()
         case MayGrow(value):
-            return _settle(replace(state, may_grow=value))
+            return _begin_if_ready(replace(state, may_grow=value))
         case Gone():
-            return _lose(state, event)
+            return _remove(state, event)
         case Ready():
-            return _stop(state, event)
+            return _mark_ready(state, event)
 
 
-def _lose(state: Membership, event: Gone) -> Decision:
+def _remove(state: Membership, event: Gone) -> Decision:
     gone = state.find(event.id)
     if gone is None:
         return state, ()
     state = replace(state, peers=tuple(peer for peer in state.peers if peer is not gone))
     if gone.rank is None and state.generation > 0:
-        return _settle(state)
+        return _begin_if_ready(state)
     if not event.why:
         refusals = tuple(_refuse(peer) for peer in state.joiners if peer.is_ready)
-        return _settle(replace(state, is_over=True), refusals)
+        return _begin_if_ready(replace(state, is_over=True), refusals)
     reason = f"{gone.name} {event.why}"
     if not (state.has_state or gone.has_state):
         return _end(state, f"{reason} before training began")
-    # Whether it is started anew, only the launcher knows.
+    # Only the launcher knows whether it restarts the process: it sends MayGrow.
     state = replace(state, is_forming=True, may_grow=True, lost=(*state.lost, reason))
-    return _settle(state, _break(state, reason))
+    return _begin_if_ready(state, _break(state, reason))
 
 
-def _stop(state: Membership, event: Ready) -> Decision:
+def _mark_ready(state: Membership, event: Ready) -> Decision:
     peer = state.find(event.id)
     if peer is None or (peer.rank is not None and event.generation != state.generation):
         return state, ()
@@ -182,14 +182,14 @@ def _stop(state: Membership, event: Ready) -> Decision:
         return state, (_refuse(peer),)
     if peer.rank is None:
         if state.is_forming:
-            return _settle(state)
-        # All stop after the same update: the ranks agree on it.
+            return _begin_if_ready(state)
+        # The ranks agree on the update after which they all stop.
         return state, tuple(Message(member.id, "meet") for member in state.members)
     messages: tuple[Message, ...] = ()
     if event.why:
         state = replace(state, report=state.report or f"{peer.name} reports: {event.why}")
         messages = _break(state, event.why)
-    return _settle(replace(state, is_forming=True), messages)
+    return _begin_if_ready(replace(state, is_forming=True), messages)
 
 
 def _break(state: Membership, why: str) -> tuple[Message, ...]:
@@ -197,8 +197,8 @@ def _break(state: Membership, why: str) -> tuple[Message, ...]:
     return tuple(Message(peer.id, "break", fields) for peer in state.members if not peer.is_ready)
 
 
-def _settle(state: Membership, messages: tuple[Message, ...] = ()) -> Decision:
-    """Begin the next generation where everybody has stopped and there are enough."""
+def _begin_if_ready(state: Membership, messages: tuple[Message, ...] = ()) -> Decision:
+    """Begin the next generation if every rank has stopped and there are enough ranks."""
     if not state.is_forming:
         return state, messages
     ready = () if state.is_over else tuple(peer for peer in state.joiners if peer.is_ready)
@@ -206,18 +206,16 @@ def _settle(state: Membership, messages: tuple[Message, ...] = ()) -> Decision:
         return _begin(state, ready) if len(ready) == state.size else (state, messages)
     if state.peers and not state.has_state:
         return _end(state, "; ".join((*state.lost, "no rank is left that holds the state")))
-    if not all(member.is_ready for member in state.members):
-        return state, messages
-    if not state.members:
+    if not state.members or not all(member.is_ready for member in state.members):
         return state, messages
     following = (*state.members, *ready)[: state.most]
     if len(following) < state.fewest:
         if state.may_grow:
             return state, messages
-        left = f"{len(following)} rank{'s are' if len(following) > 1 else ' is'} left of at least {state.fewest}"
-        return _end(state, "; ".join((*state.lost, left)))
-    begun, told = _begin(state, following)
-    return begun, (*messages, *told)
+        too_few = f"{len(following)} rank{'s are' if len(following) > 1 else ' is'} left of at least {state.fewest}"
+        return _end(state, "; ".join((*state.lost, too_few)))
+    state, announcements = _begin(state, following)
+    return state, (*messages, *announcements)
 
 
 def _begin(state: Membership, following: tuple[Peer, ...]) -> Decision:

@@ -1,9 +1,9 @@
-"""The authority of an elastic launch: it listens to its ranks, and tells them who takes part.
+"""The authority of an elastic launch: it watches the processes of the launch and decides which of them are ranks.
 
-One object in the launcher's own loop, without a thread. The ranks connect by TCP and speak lines of JSON, and so do
-the launchers of other nodes (`joined_launch.py`); who does not know the launch's token is not heard. A connection that
-breaks is a process that died; one that is silent for `timeout`, or says that its main thread is, is a process that
-hangs.
+One object in the loop of the launcher that began the run, without a thread. Ranks, and the launchers of other nodes
+(`joined_launch.py`), connect by TCP and send JSON, one object a line; a process that does not know the launch's token
+is disconnected. A process whose connection breaks has died; one that is silent for `timeout`, or reports that its main
+thread does not move on, hangs.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from dist_train.outcome import ExitCode
 
 TOKEN_VARIABLE = "DIST_TRAIN_MEMBERSHIP_TOKEN"  # nosec B105  # the name of a variable
 SLOT_VARIABLE = "DIST_TRAIN_SLOT"
-"""The launcher's number for the process: who starts in place of a lost one has its slot."""
+"""The launcher's number for a process; a restarted process keeps the slot of the lost one."""
 
 ENDS_OF_A_RUN = (ExitCode.FINISHED, ExitCode.STOPPED, ExitCode.DIVERGED, ExitCode.DISAGREEMENT)
-"""What all ranks agree on: who ends so is not missed. The first that some rank has is the run's."""
+"""Exit codes that all ranks agree on: a rank that ends with one is not lost. The first that a rank has is the run's."""
 
 BEATS_IN_TIMEOUT = 6
 START_TIMEOUTS = 4
-"""Timeouts within which a process that was started, or is to be, must have come; loading torch takes seconds."""
+"""Timeouts that a process has to connect, once it is started or awaited; loading torch takes seconds."""
 _LONGEST_LINE = 1 << 20
-_PAUSE_BEATS = 2.0
-"""Between two looks; after more than that the authority itself has slept, and nobody's silence counts."""
+_SUSPENDED_BEATS = 2.0
+"""A longer gap between two polls, in beats, means that the authority itself was suspended: no silence counts."""
 
 
 def answer_to(token: str, challenge: str) -> str:
-    """Return the proof of who knows `token`."""
+    """Return the proof that its sender knows `token`."""
     return hmac.new(token.encode(), challenge.encode(), "sha256").hexdigest()
 
 
 def answer_of_authority(token: str, challenge: str) -> str:
-    """Return the authority's own proof, which nobody can have from a rank."""
+    """Return the authority's own proof, which cannot be obtained by sending a challenge to a rank."""
     return answer_to(token, f"authority {challenge}")
 
 
 @dataclass
 class _Connection:
-    """A process, or what claims to be one until it is `known`."""
+    """A connection; nothing is known about its process until `is_known`."""
 
     socket: socket.socket
     challenge: str
@@ -60,16 +60,16 @@ class _Connection:
     unsent: bytes = b""
     is_known: bool = False
     stopping_since: float | None = None
-    """Since when it is expected to have stopped work."""
+    """When its rank was told to stop work, if it has not done so yet."""
 
 
 @dataclass
 class MembershipServer:
-    """Serves from its making to `close`; `poll` must be called at least every tenth of a second.
+    """Serves until `close`; `poll` must be called at least every tenth of a second.
 
-    `here`: so many of the ranks that the run begins with are processes of this launcher, with the slots 0, 1, ...
-    (None: all of them). `order` is what a launcher of another node needs to know to start more; `nodes_changed` is
-    called with the nodes whose launchers are connected.
+    `here`: how many of the ranks that the run begins with are processes of this launcher, in slots 0, 1, ... (None:
+    all). `order`: what a launcher of another node needs to start more ranks. `nodes_changed` is called with the nodes
+    whose launchers are connected.
     """
 
     size: int
@@ -98,21 +98,21 @@ class MembershipServer:
         self._connections: dict[int, _Connection] = {}
         self._next_id = 1
         self._expelled: list[Expelled] = []
-        self._looked = time.monotonic()
+        self._polled = time.monotonic()
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where it listens."""
+        """Host and port where it listens."""
         host, port = self._listener.getsockname()[:2]
         return host, port
 
     def variables(self, slot: int) -> Mapping[str, str]:
-        """Return the environment by which the process of `slot` finds it."""
+        """Return the environment variables by which the process of `slot` finds the authority."""
         host, port = self.address
         return {MEMBERSHIP_VARIABLE: f"{host}:{port}", TOKEN_VARIABLE: self.token, SLOT_VARIABLE: str(slot)}
 
     def poll(self, seconds: float) -> None:
-        """Take what has come, waiting up to `seconds` for something, and expel who does not answer."""
+        """Handle the messages that have arrived, waiting up to `seconds` for one, and expel silent processes."""
         for key, events in self._selector.select(seconds):
             if key.data is None:
                 self._accept()
@@ -122,13 +122,13 @@ class MembershipServer:
             if events & selectors.EVENT_READ:
                 self._receive(key.data)
         now = time.monotonic()
-        self._expel_the_silent(now)
+        self._expel_silent(now)
         self._start_nodes()
-        self._tell_nodes(now)
+        self._send_views(now)
 
     @property
     def view(self) -> View:
-        """What the launchers know of the run."""
+        """What launchers know of the run."""
         return View(
             members=frozenset(peer.slot for peer in self.state.members),
             joiners=frozenset(peer.slot for peer in self.state.joiners),
@@ -140,7 +140,7 @@ class MembershipServer:
 
     @property
     def expected(self) -> int:
-        """How many processes are ranks or may become ones, on all nodes."""
+        """How many processes are ranks or may become ranks, on all nodes."""
         return self._here + self._nodes.processes
 
     @property
@@ -153,36 +153,36 @@ class MembershipServer:
         return may_begin and self._here < self.size and not is_late
 
     def expect(self, processes: int) -> None:
-        """Say how many processes of this launcher are ranks or may become ones."""
+        """Report how many of this launcher's processes are ranks or may become ranks."""
         self._here = processes
-        value = self.expected > len(self.state.members)
-        if value != self.state.may_grow:
-            self._take(MayGrow(value))
+        may_grow = self.expected > len(self.state.members)
+        if may_grow != self.state.may_grow:
+            self._apply(MayGrow(may_grow))
 
     def note_code(self, code: int) -> None:
-        """Take note of how a process of this launcher has ended."""
+        """Record the exit code of one of this launcher's processes."""
         self._codes.append(code)
 
     def first_failure(self) -> int | None:
-        """Return the first exit code of a rank that failed, if one did."""
+        """Return the exit code of the first rank that failed, if any."""
         return next((code if code > 0 else int(ExitCode.FAULT) for code in self._codes if code != 0), None)
 
     def ask_to_stop(self) -> None:
-        """Let the launchers of other nodes ask their ranks to save and stop."""
+        """Make the launchers of other nodes ask their ranks to save and stop."""
         self._stop_requested = True
 
     def abandon(self) -> None:
-        """Let go of other nodes, whose launchers end their ranks."""
+        """Disconnect the launchers of other nodes, which then end their ranks."""
         for connection in list(self._nodes.by_connection):
             self._lose(connection, "")
 
     def take_expelled(self) -> list[Expelled]:
-        """Return whom it has expelled of this launcher's processes since the last call."""
+        """Return this launcher's processes that were expelled since the last call."""
         expelled, self._expelled = self._expelled, []
         return expelled
 
     def close(self) -> None:
-        """Let go of all connections; ranks that are left end."""
+        """Close all connections; remaining ranks then end."""
         for peer_id in list(self._connections):
             self._drop(peer_id)
         self._selector.close()
@@ -216,12 +216,12 @@ class MembershipServer:
         *lines, connection.received = (connection.received + content).split(b"\n")
         for line in lines:
             try:
-                self._hear(peer_id, json.loads(line))
+                self._handle(peer_id, json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError):
                 self._lose(peer_id, "sent what is no message")
                 return
 
-    def _hear(self, peer_id: int, fields: Mapping[str, Any]) -> None:
+    def _handle(self, peer_id: int, fields: Mapping[str, Any]) -> None:
         connection = self._connections.get(peer_id)
         if connection is None:
             return
@@ -232,37 +232,37 @@ class MembershipServer:
                 self._drop(peer_id)
                 return
             connection.is_known = True
-            self._greet(peer_id, fields)
+            self._admit(peer_id, fields)
             return
         if peer_id in self._nodes.by_connection:
-            self._hear_node(peer_id, fields)
+            self._handle_node(peer_id, fields)
             return
         match kind:
             case "ready":
                 host, port = fields["store"]
                 store = (str(host), int(port))
-                self._take(Ready(peer_id, int(fields["generation"]), store, str(fields["why"])))
+                self._apply(Ready(peer_id, int(fields["generation"]), store, str(fields["why"])))
             case "trains":
-                self._take(Trains(peer_id))
+                self._apply(Trains(peer_id))
             case "hangs":
                 self._expel(peer_id, f"has not moved on for {self.timeout:g} s")
             case "leave":
                 self._lose(peer_id, str(fields["why"]))
 
-    def _greet(self, peer_id: int, fields: Mapping[str, Any]) -> None:
+    def _admit(self, peer_id: int, fields: Mapping[str, Any]) -> None:
         node, process = str(fields["node"]), int(fields["process"])
         if "ranks" in fields:
-            self._greet_node(peer_id, JoinedNode(node, process, int(fields["ranks"])), str(fields["challenge"]))
+            self._admit_node(peer_id, JoinedNode(node, process, int(fields["ranks"])), str(fields["challenge"]))
             return
         slot = int(fields["slot"])
         if slot not in self._nodes.own_slots and self._nodes.owner(slot) is None:
             self._drop(peer_id)  # its launcher is gone
             return
         joins = self.state.generation > 0
-        self._take(Came(Peer(peer_id, slot, node, process)))
+        self._apply(Came(Peer(peer_id, slot, node, process)))
         self._send(peer_id, {"kind": "welcome", "joins": joins})
 
-    def _greet_node(self, peer_id: int, node: JoinedNode, challenge: str) -> None:
+    def _admit_node(self, peer_id: int, node: JoinedNode, challenge: str) -> None:
         proof = answer_of_authority(self.token, challenge)
         self._send(peer_id, {"kind": "known", "proof": proof, "timeout": self.timeout})
         why = "the run has ended" if self.state.is_over or self.state.has_ended else ""
@@ -275,7 +275,7 @@ class MembershipServer:
         self.nodes_changed(self._nodes.names)
 
     def _start_nodes(self) -> None:
-        """Let those start their ranks that wait for it and may."""
+        """Let the waiting launchers of other nodes start their ranks, if they may."""
         if self._stop_requested or self.state.is_over or self.state.has_ended:
             return
         has_begun = self.state.generation > 0 and self.state.has_state
@@ -285,18 +285,18 @@ class MembershipServer:
             self.say(f"{node.name} starts {node.wanted} rank{'s' if node.wanted > 1 else ''}")
             self._send(connection, {"kind": "welcome", "slots": slots, "size": self.size, **self.order})
 
-    def _tell_nodes(self, now: float) -> None:
-        """Tell the launchers of other nodes what has changed, and often enough that the authority lives."""
+    def _send_views(self, now: float) -> None:
+        """Send the launchers of other nodes the view of the run when it changes, and regularly as a heartbeat."""
         if not self._nodes.by_connection:
             return
         view = self.view
-        said = {**asdict(view), "members": sorted(view.members), "joiners": sorted(view.joiners)}
+        fields = {**asdict(view), "members": sorted(view.members), "joiners": sorted(view.joiners)}
         for connection, node in self._nodes.by_connection.items():
-            if node.told != view or now - node.told_at >= self.timeout / BEATS_IN_TIMEOUT:
-                node.told, node.told_at = view, now
-                self._send(connection, {"kind": "view", **said})
+            if node.sent_view != view or now - node.sent_at >= self.timeout / BEATS_IN_TIMEOUT:
+                node.sent_view, node.sent_at = view, now
+                self._send(connection, {"kind": "view", **fields})
 
-    def _hear_node(self, peer_id: int, fields: Mapping[str, Any]) -> None:
+    def _handle_node(self, peer_id: int, fields: Mapping[str, Any]) -> None:
         match fields["kind"]:
             case "processes":
                 self._nodes.by_connection[peer_id].processes = int(fields["count"])
@@ -305,16 +305,7 @@ class MembershipServer:
             case "leave":
                 self._lose(peer_id, "")
 
-    def _lose_node(self, node: JoinedNode, why: str) -> None:
-        if why:
-            self.say(f"{node.name} {why}")
-        self._alone_since = time.monotonic()
-        self.nodes_changed(self._nodes.names)
-        for peer in self.state.peers:
-            if peer.slot in node.slots:
-                self._lose(peer.id, "has lost its launcher")
-
-    def _take(self, event: Event) -> None:
+    def _apply(self, event: Event) -> None:
         before = self.state
         self.state, messages = decide(before, event)
         for message in messages:
@@ -327,29 +318,30 @@ class MembershipServer:
                 news = [*lost, *(f"{name} joins" for name in joined)]
                 ranks = f"{size} rank{'s' if size > 1 else ''}"
                 self.say(f"generation {message.fields['generation']} of {ranks}: {'; '.join(news) or 'formed anew'}")
-        self._note_who_must_stop(messages)
+        self._note_stopping(messages)
 
-    def _note_who_must_stop(self, messages: tuple[Message, ...]) -> None:
+    def _note_stopping(self, messages: tuple[Message, ...]) -> None:
+        """Record since when each rank of a broken generation has been expected to stop."""
         now = time.monotonic()
         for message in messages:
             connection = self._connections.get(message.to)
             if connection is not None and message.kind == "break" and connection.stopping_since is None:
                 connection.stopping_since = now
-        waiting = self.state.is_forming and self.state.generation > 0
+        is_regrouping = self.state.is_forming and self.state.generation > 0
         for peer in self.state.peers:
             connection = self._connections.get(peer.id)
             if connection is None:
                 continue
-            if peer.is_ready or not waiting or peer.rank is None:
+            if peer.is_ready or not is_regrouping or peer.rank is None:
                 connection.stopping_since = None
             elif connection.stopping_since is None:
                 connection.stopping_since = now
 
-    def _expel_the_silent(self, now: float) -> None:
-        slept = now - self._looked > _PAUSE_BEATS * self.timeout / BEATS_IN_TIMEOUT
-        self._looked = now
+    def _expel_silent(self, now: float) -> None:
+        was_suspended = now - self._polled > _SUSPENDED_BEATS * self.timeout / BEATS_IN_TIMEOUT
+        self._polled = now
         for peer_id, connection in list(self._connections.items()):
-            if slept:
+            if was_suspended:
                 connection.heard = now
                 if connection.stopping_since is not None:
                     connection.stopping_since = now
@@ -372,10 +364,16 @@ class MembershipServer:
     def _lose(self, peer_id: int, why: str) -> None:
         self._drop(peer_id)
         node = self._nodes.by_connection.pop(peer_id, None)
-        if node is not None:
-            self._lose_node(node, why)
-        else:
-            self._take(Gone(peer_id, why))
+        if node is None:
+            self._apply(Gone(peer_id, why))
+            return
+        if why:
+            self.say(f"{node.name} {why}")
+        self._alone_since = time.monotonic()
+        self.nodes_changed(self._nodes.names)
+        for peer in self.state.peers:
+            if peer.slot in node.slots:
+                self._lose(peer.id, "has lost its launcher")
 
     def _drop(self, peer_id: int) -> None:
         connection = self._connections.pop(peer_id, None)

@@ -1,6 +1,6 @@
-"""Whether the nodes of a Slurm job can work together: asked of all at once, before a rank starts. No torch, no MPI.
+"""Checks whether the nodes of a Slurm job can work together, before any rank starts. Needs neither torch nor MPI.
 
-One process a node says what it sees there, and reaches the others through the network that the ranks will use.
+One process per node reports what it sees, and connects to the others over the network that the ranks will use.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from dist_train.cluster.heartbeats import interface_addresses
 from dist_train.outcome import UsageError
 
 INTERFACE_VARIABLE = "NETWORK_INTERFACE"
-"""Names the interface that ranks talk over; slurm/prologue.sh hands it to MPI, NCCL and Gloo."""
+"""Names the network interface for the ranks; slurm/prologue.sh passes it to MPI, NCCL and Gloo."""
 
-_REQUESTS = frozenset(
+_JOB_REQUESTS = frozenset(
     {"SLURM_GPUS", "SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_TRES_PER_TASK", "SLURM_TRES_BIND"}
 )
-"""The job's own, which srun would add to ours."""
+"""Variables with the job's own requests, which srun would add to ours."""
 _ANSWER_SECONDS = 15.0
 _MEETING_SECONDS = 8.0
 _CONNECT_SECONDS = 3.0
@@ -41,7 +41,7 @@ _POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What one node sees. `addresses` are IPv4 by interface, `unreachable` what is wrong with other nodes from here."""
+    """What one node sees. `addresses`: IPv4, by interface. `unreachable`: nodes not reached from here, with reasons."""
 
     node: str
     clock: float
@@ -51,13 +51,13 @@ class NodeReport:
     gpus: int
     directory_fault: str = ""
     has_locks: bool = True
-    """Whether locks of other nodes count here."""
+    """Whether file locks held by other nodes are respected here."""
     unreachable: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with `nodes`, and how to fix it; `is_fatal` where no run can begin on them."""
+    """What is wrong with `nodes`, and how to fix it; `is_fatal`: no run can begin on them."""
 
     nodes: tuple[str, ...]
     text: str
@@ -67,7 +67,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Survey:
-    """What the nodes of a job have said. `interface` is one that all can use, where some other cannot be used."""
+    """The reports of a job's nodes. `interface`: one that all can use; only set if another one cannot be used."""
 
     reports: tuple[NodeReport, ...]
     faults: tuple[Fault, ...]
@@ -75,20 +75,20 @@ class Survey:
 
     @property
     def good(self) -> tuple[str, ...]:
-        """The nodes that nothing fatal is wrong with."""
+        """The nodes without a fatal fault."""
         bad = {node for fault in self.faults if fault.is_fatal for node in fault.nodes}
         return tuple(report.node for report in self.reports if report.node not in bad)
 
 
 def survey_nodes(directory: Path, environment: Mapping[str, str] = os.environ) -> Survey:
-    """Ask every node of our job, which must all see `directory`, and compare what they say.
+    """Collect the reports of our job's nodes, which must all see `directory`, and compare them.
 
     Raises:
-        UsageError: this is no process of a Slurm job.
+        UsageError: this process does not belong to a Slurm job.
     """
     if "SLURM_JOB_NODELIST" not in environment or "SLURM_JOB_ID" not in environment:
         raise UsageError(
-            "there is no allocation of Slurm here: run it in a batch script, or within salloc", code="no-allocation"
+            "there is no Slurm allocation here: run it in a batch script, or within salloc", code="no-allocation"
         )
     listed, _ = _output(["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]])
     nodes = listed.split() or [socket.gethostname()]
@@ -97,26 +97,26 @@ def survey_nodes(directory: Path, environment: Mapping[str, str] = os.environ) -
         folder = Path(name)
         _publish(folder / "nodes", "\n".join(nodes))
         with (folder / "lock").open("w") as lock:
-            with suppress(OSError):  # a file system without locks: the nodes will say so
+            with suppress(OSError):  # a file system without locks: the nodes report it
                 fcntl.flock(lock, fcntl.LOCK_EX)
             begun = time.time()
-            answers, words = _output(_command(nodes, folder, environment))
+            output, errors = _output(_command(nodes, folder, environment))
             ended = time.time()
-    reports = {report.node: report for line in answers.splitlines() if (report := _parse(line)) is not None}
-    answered = tuple(reports[node] for node in nodes if node in reports)
-    shared, interface = _interfaces(answered)
-    asked = environment.get(INTERFACE_VARIABLE, "")
+    by_node = {report.node: report for line in output.splitlines() if (report := _parse(line)) is not None}
+    reports = tuple(by_node[node] for node in nodes if node in by_node)
+    shared, interface = _shared_addresses(reports)
+    requested = environment.get(INTERFACE_VARIABLE, "")
     faults = (
-        *_silent(nodes, reports, words),
-        *_unlike(answered, begun, ended, asked),
+        *_missing(nodes, by_node, errors),
+        *_differences(reports, begun, ended, requested),
         *shared,
-        *_unreachable(answered, interface, asked),
+        *_unreachable(reports, interface, requested),
     )
-    return Survey(answered, faults, interface)
+    return Survey(reports, faults, interface)
 
 
 def report_node(folder: Path, environment: Mapping[str, str] = os.environ) -> NodeReport:
-    """Return what this node sees; the others are doing the same, and all meet in `folder`."""
+    """Return what this node sees; all nodes run this at once, and exchange their addresses in `folder`."""
     node = socket.gethostname().split(".")[0]
     addresses = interface_addresses()
     own = addresses.get(environment.get(INTERFACE_VARIABLE, ""), "") or _resolve(node)
@@ -146,19 +146,19 @@ def as_line(report: NodeReport) -> str:
 def _command(nodes: Sequence[str], folder: Path, environment: Mapping[str, str]) -> list[str]:
     gpus = environment.get("SLURM_GPUS_ON_NODE", "0")
     count = len(nodes)
-    asked = [f"--gpus-per-node={gpus}"] if gpus.isdecimal() and int(gpus) else []
+    gpu_options = [f"--gpus-per-node={gpus}"] if gpus.isdecimal() and int(gpus) else []
     return [
         *("srun", "--mpi=none", "--overlap", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1"),
-        *("--export=ALL", "--input=none", "--kill-on-bad-exit=0", "--no-kill", "--cpus-per-task=1", *asked),
+        *("--export=ALL", "--input=none", "--kill-on-bad-exit=0", "--no-kill", "--cpus-per-task=1", *gpu_options),
         *(sys.executable, "-m", "dist_train", "doctor", "--node", str(folder)),
     ]
 
 
 def _output(command: Sequence[str], seconds: float = _ANSWER_SECONDS) -> tuple[str, str]:
-    """Return what the command has printed, and said of errors, when it ends or when the time is over."""
+    """Return the command's standard output and error, when it ends or after `seconds`."""
     pipe = subprocess.PIPE
     try:
-        environment = {name: value for name, value in os.environ.items() if name not in _REQUESTS}
+        environment = {name: value for name, value in os.environ.items() if name not in _JOB_REQUESTS}
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, env=environment
         )
@@ -182,16 +182,16 @@ def _parse(line: str) -> NodeReport | None:
         return None
 
 
-def _silent(nodes: Sequence[str], reports: Mapping[str, NodeReport], words: str) -> Iterator[Fault]:
-    missing = tuple(node for node in nodes if node not in reports)
+def _missing(nodes: Sequence[str], by_node: Mapping[str, NodeReport], errors: str) -> Iterator[Fault]:
+    missing = tuple(node for node in nodes if node not in by_node)
     if missing:
-        why = "; ".join(words.splitlines()[:2]) or f"nothing within {_ANSWER_SECONDS:g} s"
+        why = "; ".join(errors.splitlines()[:2]) or f"nothing within {_ANSWER_SECONDS:g} s"
         fix = "see with: srun --overlap --nodelist=NODE hostname; keep spare nodes by SPARE_NODES"
         yield Fault(missing, f"does not answer ({why})", fix)
 
 
-def _unlike(reports: Sequence[NodeReport], begun: float, ended: float, asked: str) -> Iterator[Fault]:
-    """Yield what differs between nodes that must be alike."""
+def _differences(reports: Sequence[NodeReport], begun: float, ended: float, requested: str) -> Iterator[Fault]:
+    """Yield what differs between nodes that must be alike; `requested`: the interface that the user names."""
     for report in reports:
         if report.directory_fault:
             fix = "the run directory must lie on a file system that all nodes share (run.directory)"
@@ -199,15 +199,18 @@ def _unlike(reports: Sequence[NodeReport], begun: float, ended: float, asked: st
         if not report.has_locks:
             fix = "mount it with locks for the whole cluster (flock), or let no two jobs share a run directory"
             yield Fault((report.node,), "locks of other nodes do not count in the run directory", fix, is_fatal=False)
-        if asked and asked not in report.addresses:
+        if requested and requested not in report.addresses:
             fix = f"{INTERFACE_VARIABLE} names one that all nodes have"
-            yield Fault((report.node,), f"has no interface {asked} with an address", fix)
+            yield Fault((report.node,), f"has no interface {requested} with an address", fix)
         late = max(begun - report.clock, report.clock - ended)
         if late > _CLOCK_SECONDS:
             yield Fault((report.node,), f"its clock differs by {late:.0f} s", "set it by NTP or chrony", is_fatal=False)
     for what, values in (
         ("GPUs", {report.node: str(report.gpus) for report in reports}),
-        *((name, {report.node: report.versions[name] for report in reports}) for name in _names(reports)),
+        *(
+            (name, {report.node: report.versions[name] for report in reports})
+            for name in (reports[0].versions if reports else ())
+        ),
     ):
         usual = max(set(values.values()), key=list(values.values()).count, default="")
         for node, value in values.items():
@@ -216,12 +219,8 @@ def _unlike(reports: Sequence[NodeReport], begun: float, ended: float, asked: st
                 yield Fault((node,), text, "ask for the same on all nodes, or leave it out: -- --exclude=NODE")
 
 
-def _names(reports: Sequence[NodeReport]) -> Sequence[str]:
-    return list(reports[0].versions) if reports else []
-
-
-def _interfaces(reports: Sequence[NodeReport]) -> tuple[list[Fault], str]:
-    """Return the interfaces with the same address on several nodes, and, where there are any, one that all can use."""
+def _shared_addresses(reports: Sequence[NodeReport]) -> tuple[list[Fault], str]:
+    """Return a fault for each address that several nodes share, and, if there is any, an interface that all can use."""
     shared: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for report in reports for name in report.addresses):
         by_address: dict[str, list[str]] = {}
@@ -238,49 +237,47 @@ def _interfaces(reports: Sequence[NodeReport]) -> tuple[list[Fault], str]:
         for name in (reports[0].addresses if reports else ())
         if len({report.addresses.get(name, "") for report in reports} - {""}) == len(reports)
     ]
-    # the one that the nodes' names stand for first: it is what Gloo takes by itself
+    # prefer the one that the nodes' names resolve to: Gloo uses it by default
     named = [name for name in usable if all(report.addresses[name] == report.own_address for report in reports)]
     chosen = next(iter((*named, *usable)), "")
     fix = f"set {INTERFACE_VARIABLE}={chosen or 'an interface with an address of its own on each node'}"
     return [Fault(tuple(nodes), text, fix, is_fatal=False) for text, nodes in shared.items()], chosen
 
 
-def _unreachable(reports: Sequence[NodeReport], interface: str, asked: str) -> Iterator[Fault]:
-    """Yield the nodes that most others do not reach, and those that reach none."""
+def _unreachable(reports: Sequence[NodeReport], interface: str, requested: str) -> Iterator[Fault]:
+    """Yield the nodes that most others do not reach, and those that reach no other."""
     for report in reports:
         complaints = [other.unreachable[report.node] for other in reports if report.node in other.unreachable]
-        own = len(report.unreachable)
+        missed = len(report.unreachable)
         if complaints and 2 * len(complaints) >= min(len(reports) - 1, _MOST_PEERS):
-            usual = interface or "IFACE"
-            fix = (
-                f"another interface than {asked}: {INTERFACE_VARIABLE}={usual}"
-                if asked
-                else (f"check names and addresses, or set {INTERFACE_VARIABLE}={usual}")
-            )
+            setting = f"{INTERFACE_VARIABLE}={interface or 'IFACE'}"
+            fix = f"check names and addresses, or set {setting}"
+            if requested:
+                fix = f"another interface than {requested}: {setting}"
             yield Fault((report.node,), f"the others do not reach it: {complaints[0]}", fix)
-        elif own and own == len(reports) - 1:
+        elif missed and missed == len(reports) - 1:
             text = next(iter(report.unreachable.values()))
             yield Fault((report.node,), f"reaches no other node: {text}", "check its network")
 
 
 def _is_refused(path: Path) -> bool:
-    """Whether the lock that the asking process holds keeps this one out."""
+    """Whether the lock that the surveying process holds keeps this process out."""
     with path.open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:  # also of a file system without locks, which is said when the run begins
+        except OSError:  # or the file system has no locks, which is reported when the run begins
             return True
     return False
 
 
 def _meet(folder: Path, node: str, nodes: Sequence[str], own: str, interface: str) -> dict[str, str]:
-    """Serve our name to the others, and return those of our next peers that we do not reach, and why."""
+    """Serve our name to the others, and return which of our next peers we do not reach, with reasons."""
     until = time.monotonic() + _MEETING_SECONDS
     with socket.create_server(("", 0)) as server:
         threading.Thread(target=_serve, args=(server, node), daemon=True).start()
         _publish(folder / f"{node}.at", json.dumps([own, server.getsockname()[1]]))
-        place = nodes.index(node) if node in nodes else 0
-        peers = [*nodes[place + 1 :], *nodes[:place]][:_MOST_PEERS]
+        index = nodes.index(node) if node in nodes else 0
+        peers = [*nodes[index + 1 :], *nodes[:index]][:_MOST_PEERS]
         unreachable = {}
         for peer in peers:
             fault = _reach(folder, peer, interface, until)
@@ -301,26 +298,26 @@ def _serve(server: socket.socket, node: str) -> None:
 
 
 def _reach(folder: Path, peer: str, interface: str, until: float) -> str:
-    """Return why `peer` is not reached; nothing where it answers with its name."""
+    """Return why `peer` is not reached; empty if it answers with its name."""
     while not (folder / f"{peer}.at").exists():
         if time.monotonic() > until:
-            return ""  # it does not answer srun either, or does not see the folder: that is said
+            return ""  # it does not answer srun, or does not see the folder: reported elsewhere
         time.sleep(_POLL_SECONDS)
-    told, port = json.loads((folder / f"{peer}.at").read_text())
-    address = told if interface else _resolve(peer)
+    advertised, port = json.loads((folder / f"{peer}.at").read_text())
+    address = advertised if interface else _resolve(peer)
     if not address:
         return f"the name {peer} has no address"
     try:
         with socket.create_connection((address, port), _CONNECT_SECONDS) as connection:
             connection.settimeout(_CONNECT_SECONDS)
-            found = connection.recv(256).decode(errors="replace")
+            name = connection.recv(256).decode(errors="replace")
     except OSError as error:
         return f"{address}: {error.strerror or error}"
-    return "" if found == peer else f"{address} is {found or 'nobody'}"
+    return "" if name == peer else f"{address} is {name or 'nobody'}"
 
 
 def _publish(path: Path, text: str) -> None:
-    """Write `text` to `path`, which others wait for, whole."""
+    """Write `text` atomically to `path`, for which others wait."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(text)
     part.rename(path)

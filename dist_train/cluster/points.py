@@ -1,4 +1,4 @@
-"""Independent points of work, shared out over ranks: by mpi4py under mpirun and srun, else as training is."""
+"""Independent points of work, distributed over ranks: by mpi4py under mpirun and srun, otherwise as in training."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _TIMEOUT = 8 * 3600.0
 
 
 class MpiCommunicator(Communicator):
-    """The ranks of an MPI communicator, for tensors of the host."""
+    """The ranks of an MPI communicator, for CPU tensors."""
 
     def __init__(self, communicator: Comm, local: Comm) -> None:
-        """Take the communicator of all ranks, and that of those on this node."""
+        """Use the `communicator` of all ranks, and the `local` one of this node's ranks."""
         self.controller = "mpi4py"
         self.has_nccl = False
         self._communicator = communicator
@@ -36,22 +36,22 @@ class MpiCommunicator(Communicator):
         self.local_size = local.Get_size()
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        """Replace the contiguous `tensor` by its sum over all ranks."""
+        """Sum the contiguous `tensor` over all ranks, in place."""
         from mpi4py import MPI
 
         self._communicator.Allreduce(MPI.IN_PLACE, tensor.numpy())
         return super().allreduce_async(tensor, name)
 
     def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
-        """Replace `tensor` by that of rank `root`."""
+        """Overwrite `tensor` with that of rank `root`."""
         self._communicator.Bcast(tensor.numpy(), root=root)
 
 
 def join_points() -> Communicator:
-    """Return the ranks that the launcher started, or one alone.
+    """Return the launcher's ranks; without a launcher, a single rank.
 
     Raises:
-        UsageError: the launcher does not carry MPI, or mpi4py is missing.
+        UsageError: the launcher does not provide MPI, or mpi4py is missing.
     """
     launch = current_launch()
     if launch.size == 1:
@@ -60,10 +60,10 @@ def join_points() -> Communicator:
         return join_ranks(timeout=_TIMEOUT, device_type="cpu", engine="torch")
     if launch.launcher == "horovodrun":
         raise UsageError(
-            "points are not shared out by Horovod: start with dist-train launch, mpirun or srun",
+            "points are not distributed by Horovod: start with dist-train launch, mpirun or srun",
             code="launcher-unsupported",
         )
-    # Open MPI polls without pause while it waits, and so takes the core that computes.
+    # Otherwise Open MPI busy-waits on the core that computes.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     try:
         from mpi4py import MPI
@@ -82,6 +82,6 @@ def join_points() -> Communicator:
 
 
 def deal(points: Sequence[Value], rank: int, size: int) -> Sequence[Value]:
-    """Return those of `points` that rank `rank` of `size` has to do, round robin."""
+    """Return the `points` for rank `rank` of `size`, round robin."""
     assert 0 <= rank < size
     return points[rank::size]

@@ -1,9 +1,8 @@
-"""The ranks over torch.distributed: Gloo for tensors of the host, NCCL for those of GPUs.
+"""The ranks over torch.distributed: Gloo for CPU tensors, NCCL for GPU tensors.
 
-The process groups are made by hand over a store of their own, without torch's global default group, so that a group
-can be thrown away and made anew. Unlike Horovod, torch matches operations by their order and not by their names: all
-ranks must start the same operations in the same order, from one thread. The training step does so by design
-(`GradientReduction` sends its buckets in order).
+The process groups are created directly over their own store, without torch's global default group. Unlike Horovod,
+torch matches operations by order, not by name: all ranks must start the same operations in the same order, from one
+thread. The training step does so by design (`GradientReduction` sends its buckets in order).
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from dist_train.cluster.communicator import Communicator, Pending, gather, namin
 from dist_train.cluster.launch import Launch, StoreAddress
 from dist_train.outcome import UsageError
 
-_MEETING = timedelta(minutes=30)
-"""For the store; whoever starts the ranks gives up much earlier (`meeting_within`)."""
+_STORE_TIMEOUT = timedelta(minutes=30)
+"""Ranks that cannot meet give up much earlier (`meeting_within`)."""
 
 
 class TorchCommunicator(Communicator):
-    """The group that the launcher started, over torch.distributed."""
+    """The launcher's ranks, over torch.distributed."""
 
     def __init__(self, launch: Launch, *, timeout: float, device_type: str) -> None:
         """Join the group; `timeout` is in seconds, `device_type` cpu or cuda.
@@ -43,14 +42,16 @@ class TorchCommunicator(Communicator):
         self.rank = launch.rank
         self.size = launch.size
         store = _open_store(launch, launch.store)
-        # The watchdog, which knows who is lost, must come first.
-        patience = timedelta(seconds=max(60.0, 3 * timeout))
+        # The watchdog, which knows which rank is lost, must time out first.
+        operation_timeout = timedelta(seconds=max(60.0, 3 * timeout))
         self._device: dist.ProcessGroupNCCL | None = None
         # A rank may be lost while the others meet, and with rank 0 the store.
         with naming_lost_ranks(RuntimeError, "meeting: "):
-            self._host = dist.ProcessGroupGloo(dist.PrefixStore("host", store), self.rank, self.size, patience)
+            self._host = dist.ProcessGroupGloo(dist.PrefixStore("host", store), self.rank, self.size, operation_timeout)
             if device_type == "cuda":
-                self._device = _nccl(dist.PrefixStore("device", store), self.rank, self.size, patience)
+                self._device = dist.ProcessGroupNCCL(
+                    dist.PrefixStore("device", store), self.rank, self.size, nccl_options(operation_timeout)
+                )
         self.has_nccl = self._device is not None
         self.controller = "torch-nccl" if self.has_nccl else "torch-gloo"
         nodes = [node for (node,) in gather(self, [signed_digest(socket.gethostname().encode())], "nodes")]
@@ -58,7 +59,7 @@ class TorchCommunicator(Communicator):
         self.local_size = nodes.count(nodes[self.rank])
 
     def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        """Start to replace the contiguous `tensor` by its sum over all ranks."""
+        """Start to sum the contiguous `tensor` over all ranks, in place."""
         return _start(lambda: self._group(tensor).allreduce([tensor], sum_options()), name)
 
     def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
@@ -66,7 +67,7 @@ class TorchCommunicator(Communicator):
         raise refuse_adasum()
 
     def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
-        """Replace `tensor` by that of rank `root`."""
+        """Overwrite `tensor` with that of rank `root`."""
         options = dist.BroadcastOptions()
         options.rootRank = root
         _start(lambda: self._group(tensor).broadcast([tensor], options), name).wait()
@@ -89,7 +90,7 @@ def sum_options() -> Any:
 
 
 def refuse_adasum() -> UsageError:
-    """Return the error for who asks for Adasum here."""
+    """Return the error for a request for Adasum, which torch.distributed does not have."""
     return UsageError(
         "torch.distributed has no Adasum: set comm.engine=horovod, or comm.op=average", code="adasum-engine"
     )
@@ -101,7 +102,7 @@ class _Work(Pending):
         self._name = name
 
     def wait(self) -> None:
-        """Return when the result is there; for a tensor of a GPU, when the current stream will wait for it."""
+        """Return once the result is there; for a GPU tensor, once the current stream waits for it."""
         with naming_lost_ranks(RuntimeError, f"{self._name}: "):
             self._work.wait()
 
@@ -118,7 +119,7 @@ def _open_store(launch: Launch, address: StoreAddress) -> dist.Store:
             address.host,
             address.port,
             is_master=serves,
-            timeout=_MEETING,
+            timeout=_STORE_TIMEOUT,
             wait_for_workers=False,
             master_listen_fd=address.listen_fd if serves else None,
         )
@@ -126,19 +127,15 @@ def _open_store(launch: Launch, address: StoreAddress) -> dist.Store:
         where = f"{address.host}:{address.port}"
         raise UsageError(
             f"the ranks cannot meet at {where}: {' '.join(str(error).split())}. "
-            f"Name another place by MASTER_ADDR and MASTER_PORT",
+            f"Set another address by MASTER_ADDR and MASTER_PORT",
             code="ranks-cannot-meet",
         ) from error
     return dist.PrefixStore(address.prefix, store)
 
 
-def _nccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
-    return dist.ProcessGroupNCCL(store, rank, size, nccl_options(timeout))
-
-
 def nccl_options(timeout: timedelta) -> Any:
-    """Return the options of a group of NCCL's that leaves it to us what follows from a lost rank."""
-    # Our watchdog ends the process; torch's own would tear it down before a message is written.
+    """Return the options of an NCCL group that leaves the reaction to a lost rank to us."""
+    # Our watchdog ends the process; torch's would tear it down before a message is written.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
@@ -146,6 +143,6 @@ def nccl_options(timeout: timedelta) -> Any:
 
 
 def abort_nccl(group: Any) -> None:
-    """End the group and its kernels on the device, whatever they wait for; may raise RuntimeError, or take long."""
-    # Until torch 2.5 it has another name; since 2.6 its `shutdown` waits for what is under way.
+    """Abort the group and its kernels, whatever they wait for; may raise RuntimeError, or take long."""
+    # Up to torch 2.5 `abort` has another name; since 2.6 `shutdown` waits for operations in flight.
     (group.abort if hasattr(group, "abort") else group._shutdown)()

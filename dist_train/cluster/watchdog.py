@@ -1,10 +1,10 @@
 """Ends the run with a message when a rank dies, hangs or is cut off: the others would wait for it for ever.
 
-Rank 0 hears a beat of every other rank and answers it. Who is silent for `timeout` is lost. The process
-ends from a thread, since the main one may be deep in an allreduce that never returns; the launcher ends the rest.
+Every rank sends heartbeats to rank 0, which answers them. A rank that is silent for `timeout` is lost. A thread then
+ends the process, since the main thread may be inside an allreduce that never returns; the launcher ends the rest.
 
-A beat needs Python's global lock, so a rank that holds it for `timeout` without pause counts as lost. Compiling
-and loading libraries can hold it for seconds: 10 s and more are sensible.
+A heartbeat needs the GIL, so a rank that holds it for `timeout` without a pause counts as lost. Compiling and loading
+libraries can hold it for seconds: use 10 s or more.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ _LONGEST_BEAT = 5.0
 _SEARCH_SECONDS = 0.2
 """Between beats until rank 0 has answered."""
 _SEARCH_AGAIN = 2.5
-"""Beats without an answer, after which all addresses of rank 0 are tried again."""
-_REST_SECONDS = 0.1
-"""After taking what has come, so that very many ranks do not wake rank 0 for each of their beats."""
+"""After this many beats without an answer, all addresses of rank 0 are tried again."""
+_RECEIVE_PAUSE_SECONDS = 0.1
+"""Pause between two receptions, so that very many ranks do not wake rank 0 for each of their beats."""
 _FAREWELLS = 3
 _FAREWELL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A rank's place among the `size` of a launch; `paths` are rank 0's addresses as this rank may use them."""
+    """One of the `size` ranks of a launch; `paths`: rank 0's addresses in the form that this rank can use."""
 
     token: bytes
     rank: int
@@ -67,34 +67,34 @@ class Endpoint:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, whom all others beat to."""
+        """Whether this is rank 0, to which all others send heartbeats."""
         return self.rank == 0
 
 
 SHORTEST_TIMEOUT = 3.0
-"""Seconds; a busy machine can keep a healthy process waiting for longer than less."""
+"""Seconds; with less, a healthy process that a busy machine delays could count as lost."""
 
 _MEETING_SECONDS = 10.0
 _REPORT_SECONDS = 5.0
-"""For writing the message and the status, which can hang as well: a full pipe, a file system that is gone."""
+"""Time to write the message and the status, which can hang, too: a full pipe, a lost file system."""
 
 _logger = logging.getLogger("dist_train.cluster")
 
 
 class Watchdog:
-    """Watches from its making to `close`, also as a context manager; here, for a group of one, nothing."""
+    """Watches the other ranks until `close`; a context manager. This base class, for a single rank, does nothing."""
 
     def absent(self, seconds: float = 1.0) -> str:
-        """Return who does not answer within `seconds`, as "rank 3 (node2, process 4242)", or nothing.
+        """Return the ranks that do not answer within `seconds`, as "rank 3 (node2, process 4242)"; empty if all do.
 
-        For a rank whose collective has failed: the error does not say who is gone.
+        For use after a collective has failed: its error does not say which rank is gone.
         """
         return ""
 
     def close(self, error: BaseException | None = None) -> None:
-        """Leave, so that nobody misses this rank; a second call does nothing.
+        """Leave without being reported as lost; a second call does nothing.
 
-        After an `error` of one rank the others must end within `timeout` too.
+        After an `error` of one rank the others must end within `timeout`, too.
         """
 
     def __enter__(self) -> Watchdog:
@@ -107,31 +107,31 @@ class Watchdog:
 
 
 class Watch(Watchdog):
-    """Beats, and calls `lost(message, is_found)` in its own thread when a rank is lost, then ends.
+    """Sends heartbeats; when a rank is lost, calls `lost(message, is_found)` in its thread, and ends.
 
-    `is_found` is false where this rank has it from rank 0.
+    `is_found` is false if rank 0 reported the loss.
     """
 
     def __init__(
         self, endpoint: Endpoint, datagrams: socket.socket, timeout: float, lost: Callable[[str, bool], None]
     ) -> None:
-        """Start; the socket is this object's from now on. `timeout` is in seconds."""
+        """Start the thread, and take over the socket. `timeout` is in seconds."""
         self._endpoint = endpoint
         self._datagrams = datagrams
         self._timeout = timeout
         self._beat = min(_LONGEST_BEAT, timeout / _BEATS_IN_TIMEOUT)
         self._lost = lost
         self._attendance = Attendance(timeout=timeout, beat=self._beat, now=time.monotonic())
-        self._places: dict[int, str] = {}
+        self._peers: dict[int, str] = {}
         self._addresses: dict[int, Address] = {}
         self._path: int | None = None
-        self._answered = 0.0
+        self._answered_at = 0.0
         self._loss_from_rank_0: str | None = None
         self._parting: Kind | None = None
         self._is_probing = False
         self._changed = threading.Condition()
         self._process = os.getpid()
-        self._place = f"{socket.gethostname()} {self._process}"
+        self._node_and_process = f"{socket.gethostname()} {self._process}"
         self._wake = os.eventfd(0)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
@@ -144,7 +144,7 @@ class Watch(Watchdog):
             return self._changed.wait_for(lambda: self._path is not None, seconds)
 
     def absent(self, seconds: float = 1.0) -> str:
-        """Probe all peers, and return who does not answer; rank 0 asks all, the others ask rank 0."""
+        """Probe all peers, and return those that do not answer; rank 0 probes all, the others probe rank 0."""
         if self._parting is not None:
             return ""
         moment = time.monotonic()
@@ -153,11 +153,11 @@ class Watch(Watchdog):
             os.eventfd_write(self._wake, 1)
             self._changed.wait_for(lambda: not self._attendance.unheard_since(moment), seconds)
             missing = self._attendance.unheard_since(moment)
-            return name_ranks(missing, self._places) if missing else ""
+            return name_ranks(missing, self._peers) if missing else ""
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave by LEAVE, or by FAIL where `error` is not a stop on request, and end the thread."""
-        # a forked child has the object, but neither the thread nor a place among the ranks
+        # a forked child has the object, but not the thread, and is no rank
         if self._parting is not None or os.getpid() != self._process:
             return
         fails = error is not None and exit_code_of(error) != ExitCode.STOPPED
@@ -168,7 +168,7 @@ class Watch(Watchdog):
         os.close(self._wake)
 
     def end_others(self, message: str) -> None:
-        """Let all others end with `message`; only rank 0 knows how to reach them. For the thread in `lost`."""
+        """Make all others end with `message`, if this is rank 0, which alone can reach them. To be called by `lost`."""
         if self._endpoint.is_first:
             for rank in self._attendance.present:
                 self._send(Datagram(Kind.LOST, 0, text=message), self._addresses[rank])
@@ -186,7 +186,7 @@ class Watch(Watchdog):
         awakening = select.poll()
         awakening.register(self._wake, select.POLLIN)
         while self._parting is None:
-            awakening.poll(self._rest() * 1000)
+            awakening.poll(self._receive_pause() * 1000)
             ready = selector.select(max(0.0, due - time.monotonic()))
             if any(key.fd == self._wake for key, _ in ready):
                 os.eventfd_read(self._wake)
@@ -195,22 +195,22 @@ class Watch(Watchdog):
             message, is_found = self._loss_from_rank_0, False
             now = time.monotonic()
             if message is None and now >= due:
-                due = now + self._tick(now)
+                due = now + self._send_beat(now)
                 message, is_found = self._loss(now), True
             if message is not None and self._parting is None:
                 self._lost(message, is_found)
                 return
 
-    def _rest(self) -> float:
-        """Return the seconds for which to let lie what comes: none while ranks wait to be met."""
-        have_met = len(self._places) == self._endpoint.size - 1 if self._endpoint.is_first else self._path is not None
-        return _REST_SECONDS if have_met else 0.0
+    def _receive_pause(self) -> float:
+        """Return the seconds to wait before receiving again: none until the ranks have found each other."""
+        have_met = len(self._peers) == self._endpoint.size - 1 if self._endpoint.is_first else self._path is not None
+        return _RECEIVE_PAUSE_SECONDS if have_met else 0.0
 
-    def _tick(self, now: float) -> float:
-        """Beat, and return the seconds to the next."""
+    def _send_beat(self, now: float) -> float:
+        """Send a beat to rank 0, and return the seconds until the next one."""
         if self._endpoint.is_first:
             return self._beat
-        self._send_up(Kind.BEAT, now)
+        self._send_to_rank_0(Kind.BEAT, now)
         return _SEARCH_SECONDS if self._path is None else self._beat
 
     def _loss(self, now: float) -> str | None:
@@ -218,30 +218,30 @@ class Watch(Watchdog):
             silent = self._attendance.silent(now)
             overstayed = self._attendance.overstayed(now)
         if silent:
-            return loss_message(silent, self._places, self._timeout)
+            return loss_message(silent, self._peers, self._timeout)
         if overstayed is not None:
-            return overstay_message(overstayed, self._places, self._timeout)
+            return overstay_message(overstayed, self._peers, self._timeout)
         return None
 
-    def _send_up(self, kind: Kind, now: float) -> None:
-        """Send to rank 0: where it has answered, else to all its addresses."""
+    def _send_to_rank_0(self, kind: Kind, now: float) -> None:
+        """Send to the address where rank 0 has answered, or else to all its addresses."""
         searching = self._is_searching(now)
         for number, path in enumerate(self._endpoint.paths):
             if path is not None and (searching or number == self._path):
-                self._send(Datagram(kind, self._endpoint.rank, number, self._place), path)
+                self._send(Datagram(kind, self._endpoint.rank, number, self._node_and_process), path)
 
     def _probe_peers(self) -> None:
         if not self._is_probing:
             return
         self._is_probing = False
         if not self._endpoint.is_first:
-            self._send_up(Kind.BEAT, time.monotonic())
+            self._send_to_rank_0(Kind.BEAT, time.monotonic())
             return
         for rank in self._attendance.present:
-            self._send(Datagram(Kind.CALL, 0, text=self._place), self._addresses[rank])
+            self._send(Datagram(Kind.CALL, 0, text=self._node_and_process), self._addresses[rank])
 
     def _receive(self) -> None:
-        """Take all that has come."""
+        """Handle all datagrams that have arrived."""
         with self._changed:
             while True:
                 try:
@@ -250,10 +250,10 @@ class Watch(Watchdog):
                     break
                 datagram = decode(self._endpoint.token, data)
                 if datagram is not None and datagram.rank < self._endpoint.size:
-                    self._take(datagram, source[:2])
+                    self._handle(datagram, source[:2])
             self._changed.notify_all()
 
-    def _take(self, datagram: Datagram, source: Address) -> None:
+    def _handle(self, datagram: Datagram, source: Address) -> None:
         now, rank, kind = time.monotonic(), datagram.rank, datagram.kind
         if self._endpoint.is_first == (rank == 0):
             return  # rank 0 hears the others, the others hear rank 0
@@ -261,17 +261,17 @@ class Watch(Watchdog):
             case Kind.BEAT:
                 self._hear(datagram, now)
                 self._addresses[rank] = source
-                self._send(Datagram(Kind.ANSWER, 0, datagram.path, self._place), source)
+                self._send(Datagram(Kind.ANSWER, 0, datagram.path, self._node_and_process), source)
             case Kind.ANSWER:
                 if self._is_searching(now) and datagram.path < len(self._endpoint.paths):
                     self._path = datagram.path
-                self._answered = now
+                self._answered_at = now
                 self._hear(datagram, now)
             case Kind.CALL:
                 self._hear(datagram, now)
-                self._send_up(Kind.BEAT, now)
+                self._send_to_rank_0(Kind.BEAT, now)
             case Kind.LEAVE | Kind.FAIL:
-                if kind is Kind.FAIL and rank in self._places:
+                if kind is Kind.FAIL and rank in self._peers:
                     self._attendance.fail(rank, now)
                 self._attendance.leave(rank)
                 self._send(Datagram(Kind.FAREWELL, self._endpoint.rank), source)
@@ -281,19 +281,19 @@ class Watch(Watchdog):
                 self._loss_from_rank_0 = datagram.text
 
     def _is_searching(self, now: float) -> bool:
-        return self._path is None or now - self._answered > _SEARCH_AGAIN * self._beat
+        return self._path is None or now - self._answered_at > _SEARCH_AGAIN * self._beat
 
     def _hear(self, datagram: Datagram, now: float) -> None:
         self._attendance.hear(datagram.rank, now)
         node, _, process = datagram.text.rpartition(" ")
-        self._places[datagram.rank] = f"{node}, process {process}"
+        self._peers[datagram.rank] = f"{node}, process {process}"
 
     def _say_farewell(self, parting: Kind, selector: selectors.BaseSelector) -> None:
-        """Say goodbye until all have heard it, or cannot be reached."""
+        """Announce that this rank leaves, until all others have acknowledged it or cannot be reached."""
         selector.unregister(self._wake)
         for _ in range(_FAREWELLS):
             if not self._endpoint.is_first:
-                self._send_up(parting, time.monotonic())
+                self._send_to_rank_0(parting, time.monotonic())
             for rank in self._attendance.present if self._endpoint.is_first else ():
                 self._send(Datagram(parting, 0), self._addresses[rank])
             if not self._attendance.present:
@@ -304,22 +304,22 @@ class Watch(Watchdog):
                 self._receive()
 
     def _send(self, datagram: Datagram, address: Address) -> None:
-        with suppress(OSError):  # as good as lost on the way: the next beat, or the silence, decides
+        with suppress(OSError):  # the same as a datagram lost on the way: the next beat or the timeout decides
             self._datagrams.sendto(encode(self._endpoint.token, datagram), address)
 
 
 def start_watchdog(
     comm: Communicator, *, timeout: float, on_loss: Callable[[str], None], end: Callable[[], None] = end_process
 ) -> Watchdog:
-    """Let all ranks watch each other; every rank must call it.
+    """Make all ranks watch each other; every rank must call it.
 
-    When one is silent for `timeout` seconds, the others say so, call `on_loss(message)` and `end()`, in a thread.
-    Ranks that datagrams do not get through to are not watched; a warning names them.
+    When a rank is silent for `timeout` seconds, the others report it, then call `on_loss(message)` and `end()`, in a
+    thread. Ranks that datagrams do not reach are not watched; a warning names them.
 
     Raises:
         UsageError: `timeout` is too short to distinguish a slow rank from a lost one; on all ranks.
     """
-    if comm.size == 1 or comm.is_elastic:  # the authority of an elastic launch hears its ranks itself
+    if comm.size == 1 or comm.is_elastic:  # the authority of an elastic launch watches its ranks itself
         return Watchdog()
     if timeout < SHORTEST_TIMEOUT:
         raise UsageError(
@@ -349,7 +349,7 @@ def start_watchdog(
 
 
 def _endpoint(comm: Communicator, datagrams: socket.socket) -> Endpoint:
-    """Return this rank's place, with the token and the addresses that rank 0 chooses."""
+    """Return this rank's endpoint, with the token and the addresses of rank 0."""
     port = datagrams.getsockname()[1]
     text = json.dumps([secrets.token_hex(TOKEN_BYTES), port, own_addresses()])
     token, port, addresses = json.loads(broadcast_str(comm, text, "watchdog.address"))
@@ -359,7 +359,7 @@ def _endpoint(comm: Communicator, datagrams: socket.socket) -> Endpoint:
 
 
 def _report(message: str, is_found: bool, on_loss: Callable[[str], None]) -> None:
-    if is_found:  # else rank 0 has said it, for all
+    if is_found:  # else rank 0 has reported it for all
         print(f"dist-train: {escaped(message)} [{RankLostError.code}]", file=sys.stderr)
     on_loss(message)
     sys.stdout.flush()

@@ -108,18 +108,8 @@ def serving(
         server.close()
 
 
-class Silent(Member):
-    """One that can stop to say anything, as a process that SIGSTOP holds."""
-
-    is_silent = False
-
-    def _send(self, fields: Mapping[str, Any]) -> None:
-        if not self.is_silent:
-            super()._send(fields)
-
-
-def member(server: MembershipServer, slot: int, ended: list[int] | None = None) -> Silent:
-    return Silent(server.timeout, server.variables(slot), lambda: (ended if ended is not None else []).append(slot))
+def member(server: MembershipServer, slot: int, ended: list[int] | None = None) -> Member:
+    return Member(server.timeout, server.variables(slot), lambda: (ended if ended is not None else []).append(slot))
 
 
 def meet(members: Sequence[Member], why: str = "") -> list[Generation]:
@@ -154,14 +144,14 @@ def test_ranks_meet_lose_one_and_meet_again() -> None:
             each.leave("")
 
 
-def test_who_is_silent_is_expelled_and_ends_when_it_wakes() -> None:
+def test_who_is_silent_is_expelled_and_ends_when_it_wakes(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     with serving(2, 0.5) as server:
         members = [member(server, slot, ended) for slot in range(2)]
         meet(members)
         for each in members:
             each.trains()
-        members[1].is_silent = True
+        monkeypatch.setattr(members[1]._connection, "send", lambda fields: None)  # as a process that SIGSTOP holds
         wait_for(lambda: members[0].interruption)
         assert "has not answered" in members[0].interruption
         wait_for(lambda: ended)
@@ -311,9 +301,9 @@ def test_a_node_whose_launcher_is_gone_has_no_ranks_left() -> None:
 
 def test_a_launcher_runs_nothing_for_an_authority_that_does_not_know_the_token() -> None:
     class Impostor(MembershipServer):
-        def _hear(self, peer_id: int, fields: Mapping[str, Any]) -> None:
+        def _handle(self, peer_id: int, fields: Mapping[str, Any]) -> None:
             self._connections[peer_id].is_known = True
-            self._greet(peer_id, fields)
+            self._admit(peer_id, fields)
 
     for make in (MembershipServer, Impostor):
         with serving(1, 5.0, make=make) as server, pytest.raises(UsageError) as refused:
