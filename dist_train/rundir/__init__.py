@@ -1,1 +1,1 @@
-"""A run directory: the names of its files, and how each is written and read. No torch here."""
+"""A run directory: the names of its files, and how each is written and read. Does not need torch."""

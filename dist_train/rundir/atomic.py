@@ -1,6 +1,6 @@
-"""Files that are whole or absent: written aside, flushed to disk, renamed into place. JSON that every reader takes.
+"""Atomic files: written to a temporary file, flushed to disk, renamed into place. And JSON without NaN or infinities.
 
-Temporary names are random and new, so that nobody can lay a file or a link there beforehand.
+Temporary names are random and new, so that nobody can place a file or a link there beforehand.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _logger = logging.getLogger(__name__)
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`; it becomes `path`, durably, when the block ends well.
+    """Open a temporary file beside `path`, which durably replaces `path` when the block ends without an error.
 
-    When the block raises, `path` is as it was and the temporary file is gone.
+    If the block raises, `path` stays as it was and the temporary file is removed.
     """
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
@@ -62,9 +62,9 @@ def flush_directory(directory: Path) -> None:
 
 
 def swap_text(path: Path, content: str, mode: int | None = None) -> None:
-    """Write `content` to `path`, whole or not at all, without waiting for the disk: for what is often rewritten.
+    """Write `content` to `path`, whole or not at all, without waiting for the disk: for files that are often rewritten.
 
-    `mode`: the file's permissions, else as the umask says.
+    `mode`: the file's permissions; by default those of the umask.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -81,10 +81,10 @@ def swap_text(path: Path, content: str, mode: int | None = None) -> None:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` alone, waiting for the process that holds it; the lock ends with its holder.
+    """Hold an exclusive lock on the file `path`, waiting for its present holder; the lock ends with this process.
 
-    The file stays behind, empty: deleting a lock file would let two in. Raises OSError when the file
-    cannot be made or its file system has no locks.
+    The empty file stays: deleting it would let two processes in. Raises OSError if the file cannot be made or its file
+    system has no locks.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -99,7 +99,7 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 class RewrittenFile:
-    """A small file that is rewritten as a run proceeds. A disk that refuses costs one warning, until it takes again."""
+    """A small file that is rewritten as a run proceeds. A series of failed writes causes a single warning."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -118,9 +118,9 @@ class RewrittenFile:
 
 
 def open_regular(path: Path, flags: int = 0) -> BinaryIO:
-    """Open the regular file at `path` to read; `flags` are more of `os.open`'s.
+    """Open the regular file at `path` for reading; `flags` are further flags of `os.open`.
 
-    Raises OSError where it cannot be opened or is something else: a FIFO or a device would keep its reader waiting.
+    Raises OSError if it cannot be opened or is something else: reading a FIFO or a device could block.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -130,13 +130,13 @@ def open_regular(path: Path, flags: int = 0) -> BinaryIO:
 
 
 def read_regular(path: Path) -> bytes:
-    """Return what the regular file at `path` holds. Raises OSError as `open_regular` does."""
+    """Return the content of the regular file at `path`. Raises OSError as `open_regular` does."""
     with open_regular(path) as file:
         return file.read()
 
 
 def finite(number: float) -> float | None:
-    """Return `number`, or None where it is NaN or infinite."""
+    """Return `number`, or None if it is NaN or infinite."""
     return number if math.isfinite(number) else None
 
 

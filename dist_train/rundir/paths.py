@@ -1,7 +1,7 @@
-"""Where a run lies, what its files are called, and that one launch at a time is at work there.
+"""The files of a run directory, and the lock that lets only one launch at a time use it.
 
-The lock is the kernel's, on a file in the directory (flock): it ends with the process that holds it, however that
-ends. Over NFS it is held at the server, which releases a dead node's locks when its lease ends.
+The lock is a kernel lock (flock) on a file in the directory: it ends with its process, however that ends. Over NFS the
+server holds it, and releases a dead node's locks when its lease expires.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class BrokenFileError(Exception):
-    """A file of a run that cannot be read; its text says why."""
+    """A file of a run cannot be read; the message says why."""
 
 
 class RunDirectory:
@@ -48,7 +48,7 @@ class RunDirectory:
         self.config = root / "config.yaml"
         """Every setting, resolved."""
         self.id = root / "run_id"
-        """What tells this run from others of its name."""
+        """An id that distinguishes this run from others of its name."""
         self.status = root / "status.json"
         self.metrics = root / "metrics.jsonl"
         """One record a line."""
@@ -61,25 +61,25 @@ class RunDirectory:
         self.jobs = root / "jobs"
         """The batch jobs that were submitted for the run, an id a line."""
         self.reserve = root / ".reserve"
-        """Space for the last words of a run on a full disk."""
+        """Space for the final status of a run on a full disk."""
         self.lock = root / "run.lock"
-        """Held by the launch that is at work here."""
+        """Held by the launch that uses this directory."""
         self.sweep_lock = root / "sweep.lock"
-        """Held by the sweep that is at work here."""
+        """Held by the sweep that uses this directory."""
         self.checkpoints = root / "checkpoints"
         self.logs = root / "logs"
         self.output_log = self.logs / "output.log"
         """What the processes of a sweep's run print."""
         self.tensorboard = root / "tensorboard"
-        """Folder of TensorBoard's event files, where they were asked for."""
+        """Folder of TensorBoard's event files, if enabled."""
         self.profile = root / "profile"
-        """Folder of profiler traces, where they were asked for."""
+        """Folder of profiler traces, if enabled."""
         self.analysis = root / "analysis"
         """Folder of landscapes and sharpness records."""
         self.learning_curve = root / "learning_curve.png"
 
     def fallback(self, folder: Path) -> Path:
-        """Return this run's own place in `folder`, for checkpoints that the disk of the run directory refuses."""
+        """Return this run's subfolder of `folder`, for checkpoints that cannot be written to the run directory."""
         return folder / f"{self.root.name}-{self.run_id()}"
 
     @property
@@ -92,25 +92,25 @@ class RunDirectory:
         return self.checkpoints / f"step-{step:08d}.pt"
 
     def checkpoint_records(self) -> tuple[Path, ...]:
-        """Return the records beside the checkpoints that are whole, by step."""
+        """Return the records beside the complete checkpoints, by step."""
         return tuple(sorted(self.checkpoints.glob("step-*.json")))
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Path) -> RunDirectory:
-        """Return the run that the file `checkpoint` belongs to; its own folder where it lies in no run's."""
+        """Return the run that the file `checkpoint` belongs to; if it is in no run, its own folder."""
         folder = checkpoint.parent
         return cls(folder.parent if folder.name == "checkpoints" else folder)
 
     def checkpoint_steps(self) -> tuple[int, ...]:
-        """Return the steps of the checkpoints that are whole, in order."""
+        """Return the steps of the complete checkpoints, in order."""
         steps = (path.stem.removeprefix("step-") for path in self.checkpoint_records())
         return tuple(sorted(int(step) for step in steps if step.isdigit()))
 
     def create(self) -> None:
-        """Make the folders, for the user alone where they are new.
+        """Make the folders; new ones are accessible to the user alone.
 
         Raises:
-            UsageError: they cannot be made or written, or others could exchange what is in them.
+            UsageError: they cannot be made or written, or other users could replace files in them.
         """
         try:
             for folder in (self.root, self.checkpoints, self.logs):
@@ -128,7 +128,7 @@ class RunDirectory:
             ) from error
 
     def run_id(self) -> str:
-        """Return the id of the run, 16 hexadecimal digits; made and written down where it has none. Raises OSError."""
+        """Return the run's id, 16 hexadecimal digits; if it has none yet, make one and save it. Raises OSError."""
         try:
             known = atomic.read_regular(self.id).decode("ascii").strip()
         except (FileNotFoundError, UnicodeDecodeError):
@@ -140,26 +140,26 @@ class RunDirectory:
         return made
 
     def make_reserve(self) -> None:
-        """Set space aside for what is written when a run ends, where the disk has more than that."""
+        """Reserve space for what is written when a run ends, if the disk has enough."""
         with suppress(OSError):
             if shutil.disk_usage(self.root).free >= _LEAST_FREE:
-                self._set_aside()
+                self._write_reserve()
 
-    def _set_aside(self) -> None:
+    def _write_reserve(self) -> None:
         with suppress(OSError):
             if not self.reserve.exists():
-                # random, since file systems compress zeros away
+                # random bytes, since some file systems compress zeros away
                 atomic.write_bytes(self.reserve, secrets.token_bytes(_RESERVED_BYTES))
 
     def drop_reserve(self) -> None:
-        """Give the space back."""
+        """Free the reserved space."""
         with suppress(OSError):
             self.reserve.unlink(missing_ok=True)
 
     def spend_reserve(self, write: Callable[[], None]) -> None:
-        """Call `write`, which writes a small file; on a full disk again with the space that was set aside.
+        """Call `write`, which writes a small file; if the disk is full, call it again with the reserved space.
 
-        Raises OSError where that is not enough.
+        Raises OSError if that is not enough.
         """
         try:
             write()
@@ -168,8 +168,8 @@ class RunDirectory:
                 raise
             self.reserve.unlink(missing_ok=True)
             write()
-            # an earlier file was replaced, so that there is room again
-            self._set_aside()
+            # the old file was replaced, which has freed space
+            self._write_reserve()
 
     def save_config(self, config: Config) -> None:
         """Save every setting."""
@@ -177,14 +177,14 @@ class RunDirectory:
 
 
 def refuse_foreign(folder: Path, otherwise: str) -> None:
-    """Refuse a folder whose files another user could exchange; `otherwise` says what else the user may do.
+    """Refuse a folder whose files another user could replace; `otherwise` says what else the user may do.
 
-    Its owner must be this user or root. Everybody may write there only under the sticky bit, as in /tmp. A file system
-    that cannot be written, or knows no owners, is passed over.
+    Its owner must be this user or root. Everybody may have write permission only with the sticky bit, as in /tmp. File
+    systems that are read-only or do not record owners are not checked.
 
     Raises:
-        UsageError: it is another user's, or everybody may write there; the text says how to fix it.
-        OSError: the folder is not there.
+        UsageError: it belongs to another user, or everybody may write there; the message says how to fix it.
+        OSError: the folder does not exist.
     """
     state = folder.stat()
     if state.st_uid not in (os.geteuid(), 0):
@@ -193,9 +193,9 @@ def refuse_foreign(folder: Path, otherwise: str) -> None:
         fault, fix = "can be written by everybody", f"run: chmod o-w {shlex.quote(str(folder))}"
     else:
         return
-    if _knows_owners(folder):
+    if _records_owners(folder):
         raise UsageError(
-            f"{folder} {fault}, who could exchange what is in it; {fix}, or {otherwise}", code="folder-foreign"
+            f"{folder} {fault}, who could replace files in it; {fix}, or {otherwise}", code="folder-foreign"
         )
 
 
@@ -206,17 +206,17 @@ def _user_name(number: int) -> str:
         return str(number)
 
 
-def _knows_owners(folder: Path) -> bool:
+def _records_owners(folder: Path) -> bool:
     if os.statvfs(folder).f_flag & os.ST_RDONLY:
         return False
     try:
         descriptor, name = tempfile.mkstemp(prefix=".owner-", dir=folder)
     except OSError:
-        return True  # it cannot be tried
+        return True  # it cannot be tested
     with os.fdopen(descriptor):
         os.unlink(name)
-        made = os.fstat(descriptor)
-    return (made.st_uid, stat.S_IMODE(made.st_mode)) == (os.geteuid(), 0o600)
+        probe = os.fstat(descriptor)
+    return (probe.st_uid, stat.S_IMODE(probe.st_mode)) == (os.geteuid(), 0o600)
 
 
 class StudyDirectory:
@@ -235,32 +235,32 @@ class StudyDirectory:
 
 @contextmanager
 def oserror_to_fault(directory: RunDirectory) -> Iterator[None]:
-    """Have an OSError of the block, of a disk that is full or gone, as a FaultError that says what to do."""
+    """Turn an OSError in the block, from a disk that is full or gone, into a FaultError that says what to do."""
     try:
         yield
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
         raise FaultError(
             f"{error.strerror or error}{place}; the checkpoints in {directory.root} are as they were: "
-            f"mend it, and start the same command again",
+            f"fix it, and start the same command again",
             code="disk-failed",
         ) from error
 
 
 PATIENCE_SECONDS = 5.0
-"""A process that was killed may need a moment to be gone."""
+"""A killed process may take a moment to end."""
 LEASE_SECONDS = 150.0
-"""As long as an NFS server may keep the lock of a node that has died: its lease, usually 90 s, and some more."""
+"""How long an NFS server may keep the lock of a dead node: its lease, usually 90 s, and a margin."""
 
 _POLL_SECONDS = 0.05
 _WITHOUT_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
-_LONGEST = 4096
+_LONGEST_HOLDER = 4096
 _logger = logging.getLogger("dist_train.training")
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The holder of the lock, and since when (ISO 8601 in UTC)."""
+    """The process that holds the lock, and since when (ISO 8601, UTC)."""
 
     host: str
     pid: int
@@ -277,26 +277,26 @@ class RunLock:
         self._identity = _identity(os.fstat(descriptor))
 
     def check(self) -> None:
-        """Raise OSError where the run directory is no longer the one that was locked: gone, moved, or made anew."""
+        """Raise OSError if the run directory is no longer the locked one: removed, moved or replaced."""
         if _identity(os.stat(self._path)) != self._identity:
-            raise OSError(errno.ESTALE, "the run directory was moved away and made anew", str(self._path.parent))
+            raise OSError(errno.ESTALE, "the run directory was moved away and replaced", str(self._path.parent))
 
     def release(self) -> None:
-        """Release the lock; the file stays, since deleting it would let two in."""
+        """Release the lock; the file stays, since deleting it would let two processes in."""
         os.close(self._descriptor)
 
 
 class LockRequest:
-    """A wish for the lock of the run directory `root`, whose lock file is `path`.
+    """A request for the lock of the run directory `root`, whose lock file is `path`.
 
-    It waits `patience` seconds for another process to be gone; `lease` where it is of an earlier start of this same
-    Slurm job, on another node: Slurm has seen it end, only the file server may not know yet.
+    It waits `patience` seconds for the holder to end; `lease` seconds if that is an earlier start of the same Slurm job
+    on another node: Slurm has seen it end, but the file server may not know yet.
     """
 
     def __init__(
         self, root: Path, path: Path, *, patience: float = PATIENCE_SECONDS, lease: float = LEASE_SECONDS
     ) -> None:
-        """Begin to wait."""
+        """Start counting the time that the request waits."""
         self._root = root
         self._path = path
         self._patience = patience
@@ -305,23 +305,23 @@ class LockRequest:
         self._is_announced = False
 
     def wait(self, seconds: float) -> RunLock | None:
-        """Return the lock; None where, after so many seconds, its holder may still go.
+        """Return the lock; None if its holder has not ended after `seconds`, but may still do so in time.
 
         Raises:
-            UsageError: another launch is at work there; the text names it.
-            OSError: the file cannot be made.
+            UsageError: another launch uses the directory; the message names it.
+            OSError: the lock file cannot be made.
         """
         until = time.monotonic() + seconds
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             while not try_to_lock(descriptor, self._path):
                 now = time.monotonic()
-                self._refuse_or_announce(_holder_in(descriptor), now - self._begun)
+                self._refuse_or_announce(_read_holder(descriptor), now - self._begun)
                 if now >= until:
                     os.close(descriptor)
                     return None
                 time.sleep(_POLL_SECONDS)
-            with suppress(OSError):  # on a full disk nobody can be named, and the lock holds all the same
+            with suppress(OSError):  # on a full disk the lock holds without naming its holder
                 _write_holder(descriptor)
             return RunLock(self._path, descriptor)
         except BaseException:
@@ -331,7 +331,11 @@ class LockRequest:
     def _refuse_or_announce(self, holder: Holder | None, waited: float) -> None:
         is_predecessor = _is_predecessor(holder)
         if waited >= (self._lease if is_predecessor else self._patience):
-            raise UsageError(_refusal(self._root, holder), code="run-in-use")
+            raise UsageError(
+                f"{self._root} is in use by {_holder_name(holder)}: two launches must not write into one run "
+                f"directory; wait for it or end it, or choose another by run.name or --run-dir",
+                code="run-in-use",
+            )
         if is_predecessor and not self._is_announced:
             self._is_announced = True
             _logger.warning(
@@ -340,7 +344,7 @@ class LockRequest:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Return who holds the lock at `path`; None where nobody does, or it is not known."""
+    """Return the holder of the lock at `path`; None if nobody holds it, or the holder is unknown."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -348,7 +352,7 @@ def read_holder(path: Path) -> Holder | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return _holder_in(descriptor)
+        return _read_holder(descriptor)
     except OSError:
         pass
     finally:
@@ -357,8 +361,9 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def try_to_lock(descriptor: int, path: Path) -> bool:
-    """Lock the file at `path`, open as `descriptor`; False where another process holds it. A file system without locks
-    is passed over with a warning. Raises OSError.
+    """Lock the file at `path`, open as `descriptor`; return False if another process holds it. Raises OSError.
+
+    On a file system without locks it logs a warning and returns True.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -382,9 +387,9 @@ def _write_holder(descriptor: int) -> None:
     os.pwrite(descriptor, json.dumps(asdict(holder)).encode() + b"\n", 0)
 
 
-def _holder_in(descriptor: int) -> Holder | None:
+def _read_holder(descriptor: int) -> Holder | None:
     try:
-        fields = json.loads(os.pread(descriptor, _LONGEST, 0))
+        fields = json.loads(os.pread(descriptor, _LONGEST_HOLDER, 0))
         return Holder(str(fields["host"]), int(fields["pid"]), str(fields["since"]), str(fields["slurm_job"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -400,13 +405,6 @@ def _holder_name(holder: Holder | None) -> str:
         return "another process"
     job = f", Slurm job {holder.slurm_job}" if holder.slurm_job else ""
     return f"process {holder.pid} on {holder.host}{job}, since {holder.since}"
-
-
-def _refusal(root: Path, holder: Holder | None) -> str:
-    return (
-        f"{root} is in use by {_holder_name(holder)}: two launches must not write into one run directory; "
-        f"wait for it or end it, or choose another by run.name or --run-dir"
-    )
 
 
 def _identity(stats: os.stat_result) -> tuple[int, int]:

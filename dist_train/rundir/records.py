@@ -1,4 +1,4 @@
-"""The records of a run, and `metrics.jsonl`: one a line, no two for one step and kind, none missing after a crash."""
+"""The records of a run, and `metrics.jsonl`: one a line, never two for one step and kind, none lost in a crash."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """From `epoch` on, whose first update is `step`, `steps_per_epoch` batches of `global_size` make a pass."""
+    """A part of a run with one global batch: from `epoch` on, which begins at update `step`, an epoch has
+    `steps_per_epoch` updates of `global_size` samples.
+    """
 
     epoch: int
     step: int
@@ -34,15 +36,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Epochs:
-    """The stages of a run, in order, the first one from its beginning; the last one has no end."""
+    """The stages of a run, in order; the first begins with the run, the last is open-ended."""
 
     stages: tuple[Stage, ...]
 
     @classmethod
     def of(cls, sizes: Iterable[tuple[int, int]], steps_per_epoch: Callable[[int], int]) -> Epochs:
-        """Return those of the global batches `sizes`, each with the epoch that it begins with, 0 for the first.
+        """Return the stages for `sizes`: pairs of a first epoch, 0 for the first pair, and a global batch size.
 
-        `steps_per_epoch` gives the whole batches of a size in a pass.
+        `steps_per_epoch` returns the number of whole batches of a size in an epoch.
         """
         stages: list[Stage] = []
         for epoch, size in sizes:
@@ -60,23 +62,23 @@ class Epochs:
         return self.stages[self.number(step)]
 
     def place(self, step: int) -> tuple[int, int]:
-        """Return the epoch of update `step`, and its place in it; all counted from 0."""
+        """Return the epoch of update `step` and its index within that epoch; all counted from 0."""
         stage = self.stage(step)
         epoch, index = divmod(step - stage.step, stage.steps_per_epoch)
         return stage.epoch + epoch, index
 
     def done(self, steps: int) -> float:
-        """Return the epochs done after so many updates."""
+        """Return the epochs done after `steps` updates."""
         stage = self.stage(steps)
         return stage.epoch + (steps - stage.step) / stage.steps_per_epoch
 
     def steps(self, epochs: int) -> int:
-        """Return the updates of so many epochs."""
+        """Return the number of updates in the first `epochs` epochs."""
         stage = self.stages[bisect_right(self.stages, epochs, key=lambda stage: stage.epoch) - 1]
         return stage.step + (epochs - stage.epoch) * stage.steps_per_epoch
 
     def samples(self, steps: int) -> int:
-        """Return the samples that so many updates have used."""
+        """Return the number of samples that the first `steps` updates use."""
         ends = (*(stage.step for stage in self.stages[1:]), steps)
         pairs = zip(self.stages, ends, strict=True)
         return sum(max(0, min(end, steps) - stage.step) * stage.global_size for stage, end in pairs)
@@ -92,7 +94,7 @@ Word = Annotated[str, Field(strict=True)]
 
 @dataclass(frozen=True)
 class TrainRecord:
-    """One optimizer update, or the mean over the updates since the record before."""
+    """One optimizer update, or the mean over the updates since the previous record."""
 
     step: Count
     """Updates done."""
@@ -100,7 +102,7 @@ class TrainRecord:
     """Epochs done: step / steps per epoch."""
     loss: Real
     accuracy: Real
-    """Share of the global batch that was classified rightly, in [0, 1]."""
+    """Share of the global batch that was classified correctly, in [0, 1]."""
     learning_rate: Real
     noise_amplitude: Real
     gradient_norm: Real
@@ -135,7 +137,7 @@ class EventRecord:
 
 @dataclass(frozen=True)
 class StepParts:
-    """Seconds that one rank spent in the parts of one step; what is left of the step is none of these."""
+    """Seconds that one rank spent in the parts of one step; the rest of the step is in none of them."""
 
     data_wait: float
     """Until the micro-batches were on the device."""
@@ -143,40 +145,40 @@ class StepParts:
     perturb_restore: float
     """Drawing noise, adding it, and restoring the clean weights."""
     allreduce_wait: float
-    """For gradients and counts of the others, once this rank's own were done."""
+    """Waiting for gradients and counts of the other ranks, once this rank's own were done."""
     optimizer: float
     checkpoint_stall: float
-    """Until training could continue after a checkpoint was begun."""
+    """From the beginning of a checkpoint until training could continue."""
 
 
 class RankMeasurement(NamedTuple):
-    """What one rank measured at one step; a tuple, since those of a thousand ranks are one message."""
+    """What one rank measured at one step; a tuple, since those of a thousand ranks travel as one message."""
 
     busy_seconds: Real
-    """Time of the step without the wait for the others."""
+    """Time of the step without the wait for the other ranks."""
     wait_seconds: Real
     resident_bytes: Real
     device_bytes: Real
-    """Memory of its device that it holds; NaN without a device."""
+    """Device memory that the rank has allocated; NaN without a device."""
     device_peak_bytes: Real
-    """The most of it that it has held; NaN without a device."""
+    """Peak of `device_bytes`; NaN without a device."""
     device_utilization: Real
-    """Share of the last second in which its device was at work, in [0, 1]; NaN where NVML is not there."""
+    """Share of the last second in which the device was busy, in [0, 1]; NaN without NVML."""
     device_used_bytes: Real = math.nan
-    """Memory of its device that all processes hold; this and all below: NaN where NVML does not tell it."""
+    """Device memory that all processes have allocated. This and all below: NaN if NVML does not report it."""
     device_power_watts: Real = math.nan
     device_core_clock_hertz: Real = math.nan
     device_memory_clock_hertz: Real = math.nan
     device_throttle_reasons: Real = math.nan
-    """Why its device is clocked down, as NVML's bits (nvmlClocksEventReasons)."""
+    """Why the device's clocks are throttled, as NVML's bits (nvmlClocksEventReasons)."""
     device_corrected_errors: Real = math.nan
-    """Of its device's memory, since the driver was loaded."""
+    """Memory errors since the driver was loaded."""
     device_uncorrected_errors: Real = math.nan
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One step's times on this rank and on all. Not part of `metrics.jsonl`: it does not repeat on a resume."""
+    """One step's times on this rank and on all. Not in `metrics.jsonl`, since a resume does not reproduce it."""
 
     step: int
     time: float
@@ -188,7 +190,7 @@ class Measurement:
     distance: float
     """Euclidean distance of the clean weights from the initial ones."""
     ranks: tuple[RankMeasurement, ...]
-    """By rank; of the one rank itself where it is not rank 0."""
+    """By rank; on ranks other than rank 0, their own alone."""
 
 
 Record: TypeAlias = TrainRecord | EvaluationRecord | EventRecord
@@ -196,7 +198,7 @@ Record: TypeAlias = TrainRecord | EvaluationRecord | EventRecord
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run before its first step; `noise` and `controller` are words for people."""
+    """What is known about a run before its first step; `noise` and `controller` are for display."""
 
     name: str
     run_directory: Path
@@ -218,7 +220,7 @@ class RunFacts:
     micro_batches_of: tuple[int, ...] = ()
     """Micro-batches of each rank, by rank."""
     revision: str = ""
-    """Version of dist_train, with the commit where it runs from a repository."""
+    """Version of dist_train, with the commit if it runs from a repository."""
     slurm_job: str = ""
     node: str = ""
     nodes: tuple[str, ...] = ()
@@ -226,21 +228,21 @@ class RunFacts:
     launched: float = 0.0
     """When this launch began, in seconds since 1970."""
     device: str = ""
-    """What this rank computes on, in words for people."""
+    """What this rank computes on, for display."""
     run_id: str = ""
-    """The same for every launch of a run, and of no other run."""
+    """Shared by all launches of the run, and by no other run."""
     device_memory: int = 0
     """Bytes of memory of this rank's device; 0 without a device."""
     time_limit: float = 0.0
-    """When the batch system ends the job, in seconds since 1970; 0 where it does not, or is not asked."""
+    """When the batch system ends the job, in seconds since 1970; 0 if it does not, or is not asked."""
     generation: int = 1
-    """How often the ranks of this launch have met: more than once where some were lost or joined."""
+    """How often the ranks of this launch have met: more than once if some were lost or joined."""
     stages: tuple[Stage, ...] = ()
-    """The global batches of the run; none: `global_size` and `steps_per_epoch` hold throughout."""
+    """The stages of a batch schedule; without one, `global_size` and `steps_per_epoch` hold throughout."""
 
     @property
     def passes(self) -> Epochs:
-        """Return the passes over the data."""
+        """The run's passes over the data."""
         return Epochs(self.stages or (Stage(0, 0, self.global_size, self.steps_per_epoch),))
 
 
@@ -265,7 +267,7 @@ _RESERVED = frozenset({"kind", "step", "event", "time"})
 
 
 def to_json(record: Record) -> str:
-    """Return `record` as JSON on one line, without its end; numbers that are not finite become null."""
+    """Return `record` as JSON on one line, without the newline; numbers that are not finite become null."""
     fields: dict[str, Detail]
     match record:
         case TrainRecord():
@@ -280,7 +282,7 @@ def to_json(record: Record) -> str:
 
 
 def from_json(line: str | bytes) -> Record | None:
-    """Return the record that `line` holds; None where it is torn or of another form. Null becomes NaN."""
+    """Return the record in `line`; None if it is incomplete or of another form. Null becomes NaN."""
     try:
         fields = json.loads(line)
         match fields["kind"]:
@@ -300,12 +302,12 @@ _TRAIN, _EVALUATION, _EVENT = TypeAdapter(TrainRecord), TypeAdapter(EvaluationRe
 
 
 def read_records(path: Path) -> tuple[Record, ...]:
-    """Return the records of `path` in order, without torn lines. Raises OSError where it cannot be read."""
+    """Return the records of `path` in order, without incomplete lines. Raises OSError if it cannot be read."""
     return _parse(read_regular(path))
 
 
 def read_last_records(path: Path, size: int = 1 << 16) -> tuple[Record, ...]:
-    """Return the records in the last `size` bytes of `path`. Raises OSError where it cannot be read."""
+    """Return the records in the last `size` bytes of `path`. Raises OSError if it cannot be read."""
     with open_regular(path) as file:
         end = file.seek(0, 2)
         file.seek(max(0, end - size))
@@ -317,9 +319,9 @@ def _parse(content: bytes) -> tuple[Record, ...]:
 
 
 class Observer:
-    """The calls that a run makes, in their order; a subclass overrides those that it needs, the others do nothing.
+    """Callbacks of a run, in the order of their calls; a subclass overrides those that it needs.
 
-    A call may raise: the observer is then dropped, and the run continues. Numbers are Python's; there are no arrays.
+    If a callback raises, the observer is dropped and the run continues. Numbers are Python's; there are no arrays.
 
     Examples:
         >>> class Losses(dist_train.Observer):
@@ -337,25 +339,25 @@ class Observer:
     """
 
     def begin(self, facts: RunFacts) -> None:
-        """The run is about to do its first step."""
+        """Called before the first step."""
 
     def regroup(self, facts: RunFacts) -> None:
-        """The ranks of an elastic launch, some of them lost or new, have met anew."""
+        """Called when the ranks of an elastic launch have met again, after some were lost or joined."""
 
     def record(self, record: Record) -> None:
-        """Something was measured, or happened."""
+        """Called for each training, evaluation and event record."""
 
     def measurement(self, measurement: Measurement) -> None:
-        """What a step took on every rank; at most once per `metrics.every_steps`."""
+        """Called with the times of a step on every rank, at most once per `metrics.every_steps`."""
 
     def progress(self, step: int) -> None:
-        """`step` updates are done; called at every one and within evaluations, so it must cost next to nothing."""
+        """Called when `step` updates are done, at each one and within evaluations, so it must cost next to nothing."""
 
     def sync(self) -> None:
-        """Flush to disk what was recorded; called, from any thread, before a checkpoint becomes durable."""
+        """Flush records to disk. Called, from any thread, before a checkpoint becomes durable."""
 
     def end(self, outcome: Outcome) -> None:
-        """The run has ended, well or not; release everything."""
+        """Called when the run has ended, successfully or not; release everything."""
 
 
 _BACKLOG_LIMIT = 100_000
@@ -364,8 +366,8 @@ _BACKLOG_LIMIT = 100_000
 class JsonLines(Observer):
     """Appends each record to `path` in one write; `sync` flushes to disk.
 
-    A record whose (kind, step, split or event) the file has already is not written again. While the disk
-    refuses, records wait in memory, and the first refusal is reported.
+    A record whose (kind, step, split or event) the file already has is not written again. While writes fail, records
+    wait in memory; the first failure is reported.
     """
 
     def __init__(self, path: Path) -> None:
@@ -375,12 +377,12 @@ class JsonLines(Observer):
         self._path = path
         self._lock = Lock()
         self._backlog: list[bytes] = [] if content.endswith(b"\n") or not content else [b"\n"]
-        self._refused = False
+        self._is_refused = False
         self._directory_flushed = False
         self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def record(self, record: Record) -> None:
-        """Append `record`, unless it is there."""
+        """Append `record`, unless the file has it."""
         line = to_json(record).encode()
         identity = _identity(line)
         assert identity is not None
@@ -423,23 +425,22 @@ class JsonLines(Observer):
             except OSError as error:
                 with suppress(OSError):
                     os.ftruncate(self._file, size)
-                if not self._refused:
-                    self._refused = True
+                if not self._is_refused:
+                    self._is_refused = True
                     _logger.warning("%s cannot be written, records wait in memory: %s", self._path, error)
                 return
             del self._backlog[0]
-        self._refused = False
+        self._is_refused = False
 
 
-_BEGINNINGS = frozenset({"resumed", "lengthened", "initialized", "plugins_changed"})
+_LAUNCH_EVENTS = frozenset({"resumed", "lengthened", "initialized", "plugins_changed"})
 
 
 def rewind(path: Path, step: int) -> None:
-    """Make `path` what it was when the checkpoint at `step` was saved, for a run that resumes from it.
+    """Restore `path` to what it was when the checkpoint at `step` was saved, for a run that resumes from it.
 
-    Drops torn lines, records after `step`, second records of one (kind, step, split or event), and events at `step`
-    itself that say how a launch begins, since this one writes its own. Whole or not at all. A file that is not there
-    stays so.
+    Drops incomplete lines, records after `step`, duplicates by (kind, step, split or event), and events at `step` that
+    say how a launch began, since this launch writes its own. Atomic; does nothing if there is no such file.
     """
     if not path.exists():
         return
@@ -450,7 +451,7 @@ def rewind(path: Path, step: int) -> None:
         identity = _identity(line)
         if identity is None or identity in seen or identity.step > step:
             continue
-        if identity.step == step and identity.kind == "event" and identity.part in _BEGINNINGS:
+        if identity.step == step and identity.kind == "event" and identity.part in _LAUNCH_EVENTS:
             continue
         seen.add(identity)
         kept.append(line + b"\n")
@@ -460,8 +461,8 @@ def rewind(path: Path, step: int) -> None:
 
 
 class Identity(NamedTuple):
-    """What no two records of a run share; `part` is an evaluation's split, or an event's name with the generation of
-    ranks that it belongs to, if any.
+    """Identifies a record within its run; `part`: an evaluation's split, or an event's name, with the generation of
+    ranks if the event has one.
     """
 
     kind: str

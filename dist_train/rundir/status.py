@@ -1,4 +1,4 @@
-"""What a run is doing, rewritten as it proceeds: `status.json`, the counts of events, `ranks.json`.
+"""The state of a run, in files rewritten as it proceeds: `status.json`, `counts.json`, `ranks.json`.
 
 For launch scripts, tables and people.
 """
@@ -30,12 +30,12 @@ from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcom
 State = Literal["starting", "running", "stopping", "stopped", "finished", "failed"]
 
 LAUNCH_VARIABLE = "DIST_TRAIN_LAUNCH"
-"""Names this launch, so that a launch script does not take an earlier launch's outcome for its own."""
+"""Identifies this launch, so that a launch script does not mistake an earlier launch's outcome for its own."""
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
-_PACE_SECONDS = 1.0
+_WRITE_INTERVAL_SECONDS = 1.0
 _logger = logging.getLogger(__name__)
 
 
@@ -60,19 +60,19 @@ class Status:
     samples_per_second: _Finite | None
     slurm_job: str = ""
     generation: _Count = 1
-    """How often the ranks of this launch have met: more than once where some were lost or joined."""
+    """How often the ranks of this launch have met: more than once if some were lost or joined."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Versions by package, and the device, of the last launch that trained; empty where unknown."""
+    """Versions by package, and the device, of the last launch that trained; empty if unknown."""
 
 
 _STATUS = TypeAdapter(Status)
 
 
 class StatusFile:
-    """The status of this launch, rewritten whole at every change of state and at most once a second between."""
+    """The status of this launch, rewritten at every change of state, and otherwise at most once a second."""
 
     def __init__(self, path: Path, world_size: int, before: Status | None = None) -> None:
-        """Begin in state `starting`, with what is known from `before`; nothing is written yet."""
+        """Begin in state `starting`, with the progress of `before`; nothing is written yet."""
         self._file = RewrittenFile(path)
         now = _now()
         self.current = Status(
@@ -97,7 +97,7 @@ class StatusFile:
         self._written = 0.0
 
     def note(self, **fields: object) -> None:
-        """Take note of `fields`, for when the status is written next."""
+        """Set `fields`, to be written with the next write."""
         self.current = replace(self.current, **fields)  # type: ignore[arg-type]  # checked by replace
 
     def change(self, state: State, **fields: object) -> None:
@@ -106,16 +106,16 @@ class StatusFile:
         self._write()
 
     def progress(self, **fields: object) -> None:
-        """Take note of `fields`; write when the last time is long enough ago.
+        """Set `fields`, and write them if the last write is at least a second ago.
 
-        A failure that another rank of this launch has written down stays: this one may be a step behind it.
+        Does not overwrite a failure that another rank of this launch has recorded: this rank may be a step behind it.
         """
         self.note(**fields)
-        if time.monotonic() - self._written >= _PACE_SECONDS and not another_failed(self._file.path):
+        if time.monotonic() - self._written >= _WRITE_INTERVAL_SECONDS and not another_failed(self._file.path):
             self._write()
 
     def end(self, state: State, exit_code: ExitCode, reason: str) -> None:
-        """Enter the last state of this launch."""
+        """Enter the final state of this launch."""
         self.change(state, exit_code=int(exit_code), reason=reason, finished=_now())
 
     def _write(self) -> None:
@@ -130,10 +130,10 @@ class StatusFile:
 
 
 def load_status(path: Path) -> Status:
-    """Return the status at `path`; fields of a later version are passed over.
+    """Return the status at `path`; unknown fields, of a later version, are ignored.
 
     Raises:
-        BrokenFileError: it is not there, cannot be read, or is no status.
+        BrokenFileError: there is none, it cannot be read, or it is no status.
     """
     try:
         return _STATUS.validate_json(read_regular(path))
@@ -148,7 +148,7 @@ def load_status(path: Path) -> Status:
 
 
 def read_status(path: Path) -> Status | None:
-    """Return the status at `path`; None where there is none that can be read."""
+    """Return the status at `path`; None if there is no valid one."""
     try:
         return load_status(path)
     except BrokenFileError:
@@ -156,7 +156,7 @@ def read_status(path: Path) -> Status | None:
 
 
 def another_failed(path: Path) -> bool:
-    """Whether another process of this launch has written into the status at `path` that it failed."""
+    """Whether another process of this launch has recorded in the status at `path` that it failed."""
     status = read_status(path)
     if status is None or status.state != "failed" or status.launch != os.environ.get(LAUNCH_VARIABLE, ""):
         return False
@@ -169,10 +169,10 @@ def _now() -> str:
 
 
 class EventCounts(Observer):
-    """Counts every event record into `path`, on top of what it holds; a resume does not rewind it."""
+    """Counts event records in `path`, over all launches of the run; a resume does not rewind the counts."""
 
     def __init__(self, path: Path) -> None:
-        """Read what is there; a broken file is reported, and the counts begin anew."""
+        """Read the counts so far; if the file is broken, report it and start from zero."""
         self._file = RewrittenFile(path)
         try:
             self._counts = Counter(read_counts(path))
@@ -188,7 +188,7 @@ class EventCounts(Observer):
             self._write()
 
     def end(self, outcome: Outcome) -> None:
-        """Try once more to write what the disk refused."""
+        """Try once more if the last write failed."""
         if self._file.is_refused:
             self._write()
 
@@ -197,7 +197,7 @@ class EventCounts(Observer):
 
 
 def read_counts(path: Path) -> Mapping[str, int]:
-    """Return the counts in `path`, none where it is not there. Raises OSError or ValueError where it is broken."""
+    """Return the counts in `path`, empty if there is no such file. Raises OSError or ValueError if it is broken."""
     try:
         content = read_regular(path)
     except FileNotFoundError:
@@ -210,7 +210,7 @@ def read_counts(path: Path) -> Mapping[str, int]:
 
 @dataclass(frozen=True)
 class RanksReading:
-    """What `ranks.json` holds: `ranks` by rank, as they were at `step`; `time` in seconds since 1970."""
+    """The content of `ranks.json`: the measurements of all ranks, by rank, at `step`; `time` in seconds since 1970."""
 
     step: int
     time: float
@@ -218,7 +218,7 @@ class RanksReading:
 
 
 class RanksFile(Observer):
-    """An observer that rewrites the file at a measurement, at most once a second, and at the end."""
+    """Writes the latest measurement to `ranks.json`, at most once a second, and at the end."""
 
     def __init__(self, path: Path) -> None:
         self._file = RewrittenFile(path)
@@ -226,19 +226,19 @@ class RanksFile(Observer):
         self._pending: Measurement | None = None
 
     def measurement(self, measurement: Measurement) -> None:
-        """Write `measurement` down, where the last one was written long enough ago."""
+        """Keep `measurement`, and write it if the last write is at least a second ago."""
         self._pending = measurement
         if time.monotonic() >= self._due:
             self._write()
 
     def end(self, outcome: Outcome) -> None:
-        """Write the last measurement, unless it is there."""
+        """Write the last measurement, unless it has been written."""
         self._write()
 
     def _write(self) -> None:
         if self._pending is None:
             return
-        self._due = time.monotonic() + _PACE_SECONDS
+        self._due = time.monotonic() + _WRITE_INTERVAL_SECONDS
         ranks = [rank._asdict() for rank in self._pending.ranks]
         self._file.write(json_text({"step": self._pending.step, "time": self._pending.time, "ranks": ranks}) + "\n")
         if not self._file.is_refused:
@@ -246,7 +246,7 @@ class RanksFile(Observer):
 
 
 def read_ranks(path: Path) -> RanksReading | None:
-    """Return what the file at `path` holds, null as NaN; None where there is none that can be read."""
+    """Return the content of the file at `path`, with null as NaN; None if there is no valid one."""
     try:
         return _RANKS.validate_json(read_regular(path))
     except (OSError, ValidationError):

@@ -139,7 +139,7 @@ def test_a_directory_made_anew_is_not_the_one_that_was_locked(tmp_path: Path) ->
         held.check()
     root.mkdir()
     other = lock(root)
-    with pytest.raises(OSError, match="made anew"):
+    with pytest.raises(OSError, match="replaced"):
         held.check()
     other.release()
     held.release()
