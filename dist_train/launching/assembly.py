@@ -1,4 +1,4 @@
-"""Everything that a run needs, built in order: device, data, model, noise, reduction, trainer."""
+"""Builds everything that a run needs, in order: device, data, model, noise, reduction, trainer."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ from dist_train.training.trainer import Trainer
 _logger = logging.getLogger("dist_train.training")
 
 _LOST_NOISE = 0.01
-"""The share of weights without noise from which on a run warns of it."""
+"""A run warns if more than this share of the weights is left without noise."""
 
 
 def assemble(
@@ -83,7 +83,7 @@ def assemble(
     """Build the trainer of `config`, at the beginning or where the checkpoint of rank 0's `resume_point` left off.
 
     Raises:
-        UsageError: the device, the data or the batch do not fit, or the checkpoint is of another model or of a run
+        UsageError: the device, the data or the batch do not fit, or the checkpoint is from another model or from a run
             that cannot be lengthened yet.
     """
     device = share_out_devices(comm, config.run.device)
@@ -100,8 +100,8 @@ def assemble(
     epochs = run_on_all_ranks(comm, lambda: Epochs.of(config.batch.sizes, steps_of), "plan the batches")
     updates_of, updates_per_epoch = epochs.steps, None
     if config.schedule.keep_updates:
-        counted = run_on_all_ranks(comm, lambda: steps_of(config.schedule.base_batch), "plan the updates")
-        updates_of, updates_per_epoch = partial(operator.mul, counted), counted
+        updates_per_epoch = run_on_all_ranks(comm, lambda: steps_of(config.schedule.base_batch), "plan the updates")
+        updates_of = partial(operator.mul, updates_per_epoch)
     total_steps = updates_of(config.run.epochs)
 
     network = build_model(config).to(compute.device)
@@ -112,7 +112,7 @@ def assemble(
     measuring = None
     has_clock = is_measured or config.batch.dealing == "measured"
     if is_measured:
-        # The norms measure the distance to the initial weights, which are what `weights` are now.
+        # The norms need the initial weights, which `weights` still are.
         norms = WeightNorms(weights.values, weights.values.clone()) if comm.rank == 0 else None
         measuring = Measuring(comm, read_usage_of(compute.device), norms)
     optimizer = build_optimizer(config.optimizer, weights)
@@ -132,7 +132,7 @@ def assemble(
     if comm.rank == 0:
         directory.save_config(config)
         writer = build_writer(config, directory, session)
-    # A pass may be compiled anew at any time, which takes minutes.
+    # With torch.compile any pass may compile again for minutes: no progress is reported then.
     on_turn = partial(note_progress, Alone() if config.precision.compile else comm)
     step = build_step(
         config,
@@ -153,11 +153,11 @@ def assemble(
         _warn_of_lost_noise(step.noise, compute.precision, progress.step)
 
     def shrink(step: TrainingStep, smaller: int) -> TrainingStep:
-        settled = with_setting(config, "batch.micro_size", smaller)
+        shrunk = with_setting(config, "batch.micro_size", smaller)
         if comm.rank == 0:
-            directory.save_config(settled)
+            directory.save_config(shrunk)
         step.reduction.close()
-        return replace(step, reduction=set_up_reduction(settled, weights, noise, comm, progress))
+        return replace(step, reduction=set_up_reduction(shrunk, weights, noise, comm, progress))
 
     profile_steps = config.run.profile_steps
     return Trainer(
@@ -205,10 +205,10 @@ def build_step(
     clock: StepClock,
     wait_for_checkpoint_copy: Callable[[], None] = lambda: None,
 ) -> TrainingStep:
-    """Return the step of `config`, its micro-batch decided, on `weights` of `model`, which computes as `compute` says.
+    """Return the training step of `config`, whose micro-batch size is decided, on the `weights` of `model`.
 
     Raises:
-        UsageError: the reduction does not fit this group of ranks.
+        UsageError: the reduction does not support these ranks.
     """
     norms = tuple(norm_modules(model))
     statistics = BatchStatistics(norms, compute.device)
@@ -235,32 +235,34 @@ def build_step(
 
 
 def _restore(
-    start: ResumePoint,
+    resume_point: ResumePoint,
     updates_of: Callable[[int], int],
     network: nn.Module,
     optimizer: Optimizer,
     averaging: Averaging,
     noise: Noise,
 ) -> Progress:
-    if start.contents is None:
-        if start.initial is not None:
-            state = start.initial.fitted(network.state_dict(), start.config.data.image_format.classes)
-            load_model(state, network, str(start.initial.path))
+    """Load the checkpoint or the initial weights of `resume_point`, if any, and return the progress."""
+    contents, initial = resume_point.contents, resume_point.initial
+    if contents is None:
+        if initial is not None:
+            state = initial.fitted(network.state_dict(), resume_point.config.data.image_format.classes)
+            load_model(state, network, str(initial.path))
         return Progress()
-    planned = updates_of(start.epochs_before or 0)
-    if start.contents.step < planned:
+    epochs_before = resume_point.epochs_before or 0
+    if contents.step < (planned := updates_of(epochs_before)):
         raise UsageError(
-            f"the run has done {start.contents.step} of the {planned} updates of its {start.epochs_before} epochs: "
-            f"finish it with run.epochs={start.epochs_before}, then lengthen it",
+            f"the run has done {contents.step} of the {planned} updates of its {epochs_before} epochs: "
+            f"finish it with run.epochs={epochs_before}, then lengthen it",
             code="run-unfinished",
         )
-    load_into(start.contents, network, optimizer, averaging)
-    noise.load(start.contents.noise)
-    return restored_progress(start.contents)
+    load_into(contents, network, optimizer, averaging)
+    noise.load(contents.noise)
+    return restored_progress(contents)
 
 
 def _warn_of_lost_noise(noise: Noise, precision: torch.dtype, step: int) -> None:
-    """Say so where the precision of forward passes is too coarse for some of the noise."""
+    """Warn if the precision of forward passes is too coarse for some of the noise."""
     if precision == torch.float32 or not isinstance(noise, SmoothOut):
         return
     lost = noise.lost_in(precision, step)
@@ -276,14 +278,14 @@ def _warn_of_lost_noise(noise: Noise, precision: torch.dtype, step: int) -> None
 
 
 def build_writer(config: Config, directory: RunDirectory, session: Session) -> CheckpointWriter:
-    """Return who writes the checkpoints of a run, on rank 0."""
-    elsewhere = config.checkpoint.fallback_directory
-    fallback = directory.fallback(elsewhere) if elsewhere else None
+    """Return the writer of the run's checkpoints, for rank 0."""
+    other_disk = config.checkpoint.fallback_directory
+    fallback = directory.fallback(other_disk) if other_disk else None
     return CheckpointWriter(directory.checkpoints, config.checkpoint, session.before_publishing, fallback)
 
 
 def own_norms(config: Config, weights: FlatWeights) -> WeightNorms:
-    """Return the norms of `weights`, and of their distance from the initial ones, which are made once more."""
+    """Return the norms of `weights`, and of their distance from the initial weights, which are built again."""
     initial = FlatWeights(build_model(config).to(weights.values.device))
     return WeightNorms(weights.values, initial.values)
 
@@ -291,15 +293,17 @@ def own_norms(config: Config, weights: FlatWeights) -> WeightNorms:
 def set_up_reduction(
     config: Config, weights: FlatWeights, noise: Noise, comm: Communicator, progress: Progress
 ) -> GradientReduction:
-    """Return the reduction over the ranks of `comm`, by the micro-batches that each computes. All ranks call it."""
+    """Return the reduction over the ranks of `comm` for the largest global batch of the run. All ranks call it."""
     assert config.batch.micro_size != "auto", "decided before"
     plans = [BatchPlan(size, config.batch.micro_size) for _, size in config.batch.sizes]
     plan = max(plans, key=lambda each: len(each.micro_batches))
 
-    def shares() -> tuple[MicroBatch, ...]:
-        return [share_of(config.model, each, comm.rank, comm.size) for each in plans][plans.index(plan)]
+    def own_share() -> tuple[MicroBatch, ...]:
+        # Of every plan, since each may have micro-batches with fewer samples than there are ranks.
+        shares = [share_of(config.model, each, comm.rank, comm.size) for each in plans]
+        return shares[plans.index(plan)]
 
-    mine = run_on_all_ranks(comm, shares, "share out the micro-batches")
+    share = run_on_all_ranks(comm, own_share, "share out the micro-batches")
     build = partial(
         build_reduction,
         config.comm,
@@ -308,7 +312,7 @@ def set_up_reduction(
         gradients=len(plan.micro_batches)
         * len(noise.points(0))
         * (comm.size if shares_micro_batches(config.model) else 1),
-        share=sum(micro_batch.size for micro_batch in mine) / plan.global_size,
+        share=sum(micro_batch.size for micro_batch in share) / plan.global_size,
         progress=progress,
     )
     return run_on_all_ranks(comm, build, "set up the reduction")
@@ -317,7 +321,7 @@ def set_up_reduction(
 def _with_micro_size(
     config: Config, comm: Communicator, model: nn.Module, weights: FlatWeights, compute: Compute
 ) -> Config:
-    """Return `config` with a micro-batch size that fits every rank's device, where it is left open."""
+    """Return `config` with a micro-batch size that fits every rank's device, if it is `auto`."""
     if config.batch.micro_size != "auto":
         return config
     images = config.data.image_format

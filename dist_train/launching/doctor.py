@@ -1,4 +1,4 @@
-"""What this machine has for training and what it lacks, one check a function."""
+"""What this machine offers for training and what it lacks, one check per function."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LEAST_DISK = _GIBIBYTE
 _LEAST_SHARED_MEMORY = 256 << 20
 # only its free space is read
 _SHARED_MEMORY = "/dev/shm"  # nosec B108
-_SECONDS_TO_ANSWER = 10
+_ANSWER_SECONDS = 10
 _MARKS = {"fine": ("ok", "green"), "note": ("note", "yellow"), "fails": ("FAILS", "bold red")}
 
 
@@ -62,7 +62,7 @@ _LIBRARIES = (
 
 
 def examine(config: Config, data_named: bool) -> tuple[Check, ...]:
-    """Return every finding for a run of `config`; only where `data_named`, it and its data must be usable."""
+    """Return every finding for a run of `config`; `data_named`: its settings and data must be usable, too."""
     data = (*check_configuration(config), check_data(config)) if data_named else check_known_data()
     return (
         Check("Python", "fine", f"{platform.python_version()} at {sys.executable}"),
@@ -98,12 +98,12 @@ def render(checks: tuple[Check, ...], console: Console) -> None:
         table.add_row(Text(mark, style=style), Text(check.name, style="bold"), Group(*lines))
     console.print(table)
     failing = sum(check.state == "fails" for check in checks)
-    verdict = "training can run here" if not failing else f"training cannot run here: {failing} to mend"
+    verdict = "training can run here" if not failing else f"training cannot run here: {failing} to fix"
     console.print(Text(verdict, style="bold green" if not failing else "bold red"))
 
 
 def as_json(checks: tuple[Check, ...]) -> str:
-    """Return the findings as one JSON document: `{"can_train": ..., "checks": [...]}`, the fields of `Check` each."""
+    """Return the findings as one JSON document: `{"can_train": ..., "checks": [...]}`, each with `Check`'s fields."""
     return json.dumps({"can_train": can_train(checks), "checks": [asdict(check) for check in checks]}, indent=2)
 
 
@@ -118,7 +118,7 @@ def check_torch() -> Check:
 
 
 def check_devices(asked: Device) -> Check:
-    """Say what a run would compute on that is `asked` for a device, and why not on GPUs that torch cannot use."""
+    """Report what a run computes on if run.device is `asked`, and why torch cannot use GPUs that are here."""
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIBIBYTE
     processor = f"{cores} CPU cores, {memory:.0f} GiB of memory"
@@ -141,7 +141,7 @@ def check_devices(asked: Device) -> Check:
 
 
 def check_horovod(asked: Device) -> Check:
-    """Check that Horovod loads, and what it can carry the ranks by on the device that is `asked` for."""
+    """Check that Horovod loads, and that its build suits the ranks' devices if run.device is `asked`."""
     from dist_train.cluster.inspection import horovod_build
     from dist_train.cluster.joining import is_installed
 
@@ -189,7 +189,7 @@ def check_mpi() -> Check:
 
 
 def check_libraries() -> Check:
-    """Check that the libraries load which only some runs and commands need."""
+    """Check that the libraries load that only some runs and commands need."""
     found, missing = [], []
     for package, module, needed_by in _LIBRARIES:
         try:
@@ -214,18 +214,18 @@ def check_launchers() -> Check:
 
 
 def check_slurm() -> Check:
-    """Say which Slurm is here, and whether it starts MPI programs."""
-    version = _answer("srun", "--version")
+    """Report Slurm's version, and whether it can start MPI programs."""
+    version = _output("srun", "--version")
     if version is None:
         return Check("Slurm", "note", "not on this machine; only slurm/ needs it")
-    kinds = _answer("srun", "--mpi=list") or ""
-    if "pmix" not in kinds:
+    mpi_types = _output("srun", "--mpi=list") or ""
+    if "pmix" not in mpi_types:
         return Check("Slurm", "note", f"{version}, without PMIx", "use mpirun or horovodrun inside the job, not srun")
     return Check("Slurm", "fine", f"{version}, with PMIx")
 
 
 def check_nodes(survey: Survey) -> tuple[Check, ...]:
-    """Say what each node of a job has, and what is wrong with some of them."""
+    """Report what each node of a job has, and what is wrong with some of them."""
     checks = [check_slurm()]
     for report in survey.reports:
         addresses = ", ".join(f"{name} {address}" for name, address in report.addresses.items())
@@ -238,7 +238,7 @@ def check_nodes(survey: Survey) -> tuple[Check, ...]:
 
 
 def check_data(config: Config) -> Check:
-    """Check that the files of the configured data set are there; nothing is decoded."""
+    """Check that the files of the configured data set exist; nothing is decoded."""
     name = config.data.name
     missing = _missing_data(config.data)
     if missing is None:
@@ -249,7 +249,7 @@ def check_data(config: Config) -> Check:
 
 
 def check_known_data() -> tuple[Check, ...]:
-    """Say which data sets are in their usual places; made-up data need none."""
+    """Report which data sets are in their default places; synthetic data need none."""
     checks = []
     for name in ("fashion-mnist", "cifar10", "cifar100"):
         missing = _missing_data(DataSettings.model_validate({"name": name}))
@@ -258,11 +258,11 @@ def check_known_data() -> tuple[Check, ...]:
 
 
 def check_configuration(config: Config) -> tuple[Check, ...]:
-    """Check what else `train` refuses before its first step."""
+    """Check everything else that `train` refuses before its first step."""
     try:
         from dist_train.launching.preflight import check_settings
     except (ImportError, OSError):
-        return ()  # without torch, of which another check tells
+        return ()  # without torch, which another check reports
     try:
         check_settings(config)
     except UsageError as error:
@@ -271,11 +271,11 @@ def check_configuration(config: Config) -> tuple[Check, ...]:
 
 
 def check_metrics_port(config: Config) -> Check:
-    """Check that the metrics page can be served where it is to be."""
+    """Check that metrics can be served at their host and port."""
     settings = config.metrics
     if not settings.enabled:
         return Check("metrics", "fine", "switched off")
-    place = f"{settings.host}:{settings.port}"
+    listening = f"{settings.host}:{settings.port}"
     try:
         family, kind, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as listener:
@@ -283,12 +283,12 @@ def check_metrics_port(config: Config) -> Check:
             listener.bind(address)
     except OSError as error:
         fix = "set metrics.port to another (0: any free one), or metrics.host to an address of this machine"
-        return Check("metrics", "note", f"{place} cannot be served: {error.strerror}", fix)
-    return Check("metrics", "fine", f"{place} is free")
+        return Check("metrics", "note", f"{listening} cannot be served: {error.strerror}", fix)
+    return Check("metrics", "fine", f"{listening} is free")
 
 
 def check_shared_memory() -> Check:
-    """Check the space that ranks on one machine talk through."""
+    """Check the size of the shared memory through which ranks of one machine communicate."""
     try:
         free = shutil.disk_usage(_SHARED_MEMORY).free
     except OSError:
@@ -300,7 +300,7 @@ def check_shared_memory() -> Check:
 
 
 def check_disk(name: str, directory: Path) -> Check:
-    """Check that `directory` can be made or written to, with enough space for checkpoints."""
+    """Check that `directory` can be made or written to, and has enough space for checkpoints."""
     existing = next(folder for folder in (directory, *directory.resolve().parents) if folder.exists())
     fix = "choose another place: run.directory=FOLDER or --run-dir DIR"
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -325,7 +325,7 @@ def check_cache() -> Check:
 
 
 def _missing_data(settings: DataSettings) -> tuple[str, str] | None:
-    """Return what is missing of a data set, and its fix; None where nothing is."""
+    """Return what a data set lacks, and how to fix it; None if it is complete."""
     try:
         from dist_train.data.catalog import find_data
     except (ImportError, OSError) as error:
@@ -338,17 +338,17 @@ def _missing_data(settings: DataSettings) -> tuple[str, str] | None:
     return None
 
 
-def _answer(*command: str) -> str | None:
-    """Return what the program says, or None where it is missing or does not answer."""
+def _output(*command: str) -> str | None:
+    """Return what the program prints; None if it is missing, fails or does not answer."""
     try:
-        answer = subprocess.run(
+        ended = subprocess.run(
             command,
             capture_output=True,
             text=True,
-            timeout=_SECONDS_TO_ANSWER,
+            timeout=_ANSWER_SECONDS,
             stdin=subprocess.DEVNULL,
             check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return (answer.stdout + answer.stderr).strip()
+    return (ended.stdout + ended.stderr).strip()

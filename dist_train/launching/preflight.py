@@ -1,4 +1,4 @@
-"""What `train` refuses before its first step: found before a device, a run directory or an image is touched."""
+"""What `train` refuses before its first step, checked before it touches a device, a run directory or an image."""
 
 from __future__ import annotations
 
@@ -15,53 +15,52 @@ from dist_train.rundir.paths import RunDirectory
 
 
 def check_settings(config: Config) -> None:
-    """Check what the settings alone, and the files of secrets that they name, let a run begin with.
+    """Check the settings, the files of secrets that they name, and that the loggers are installed.
 
     Raises:
-        UsageError: a file of secrets is not what it should be, a logger is missing, or a batch has too few samples.
+        UsageError: a file of secrets is unusable, a logger is missing, or a batch has too few samples.
     """
     check_metrics(config)
     check_batches(config)
 
 
 def check_metrics(config: Config) -> None:
-    """Check what metrics are served with. Raises UsageError."""
+    """Check the files of secrets for metrics, and that the loggers are installed. Raises UsageError."""
     if config.metrics.enabled:
         check_access(config.metrics)
-    for name in [
-        *(["tensorboard"] if config.metrics.tensorboard else []),
-        *(each.name for each in config.metrics.loggers),
-    ]:
-        check_installed(name)
+    if config.metrics.tensorboard:
+        check_installed("tensorboard")
+    for logger in config.metrics.loggers:
+        check_installed(logger.name)
 
 
 def check_batches(config: Config) -> None:
-    """Check that the training samples make up a batch, where the settings say how many there are. Raises UsageError."""
-    made_up = config.data.synthetic_samples if config.data.name == "synthetic" else None
-    if made_up is not None:
-        made_up -= config.data.validation_size or 0
-    sizes = [size for size in (made_up, config.data.train_size) if size is not None]
+    """Check that there are samples for every batch, if the settings say how many there are. Raises UsageError."""
+    samples = [] if config.data.train_size is None else [config.data.train_size]
+    if config.data.name == "synthetic":
+        samples.append(config.data.synthetic_samples - (config.data.validation_size or 0))
     batches = [size for _, size in config.batch.sizes]
-    batches += [config.schedule.base_batch] if config.schedule.keep_updates else []
-    if sizes:
+    if config.schedule.keep_updates:
+        batches.append(config.schedule.base_batch)
+    if samples:
         for batch in batches:
-            BatchPlan(batch, 1).steps_per_epoch(min(sizes))
+            BatchPlan(batch, 1).steps_per_epoch(min(samples))
 
 
 def check_data(config: Config) -> None:
-    """Check that the data set's files are there, or will be fetched. Raises UsageError."""
+    """Check that the data set's files exist or will be downloaded. Raises UsageError."""
     if not (config.data.download and config.data.name.startswith("cifar")):
         find_data(config.data)
 
 
 def check_initial_weights(config: Config) -> None:
-    """Check that what a run that has not begun is to begin from is there. Raises UsageError."""
+    """Check that the initial weights of a run that has not begun exist. Raises UsageError."""
     if config.run.init_from is not None and not RunDirectory(config.run_directory).checkpoint_steps():
         find_initial(config.run.init_from, config.model.name)
 
 
 def refusals(config: Config) -> Iterator[UsageError]:
-    """Yield every reason for which `train` would not begin with `config` here."""
+    """Yield every reason why `train` would refuse `config` here."""
     for check in (check_metrics, check_batches, check_data, check_initial_weights):
         try:
             check(config)

@@ -1,4 +1,4 @@
-"""What a launch records of itself: revision, versions, device, and what is known before the first step."""
+"""What a launch records about itself: revision, versions, device, and the facts known before the first step."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from dist_train.training.micro_batches import share_of
 if TYPE_CHECKING:
     from dist_train.training.trainer import Trainer
 
-_PATIENCE_SECONDS = 5.0
+_GIT_SECONDS = 5.0
 
 
 def revision(root: Path = Path(dist_train.__file__).parents[1]) -> str:
-    """Return dist_train's version, and the commit where `root`, which holds the package, is a git repository.
+    """Return dist_train's version, with the commit if `root`, the package's parent folder, is a git repository.
 
-    Such as `0.1.0 (063e7bc-dirty)`: dirty where files differ from the commit. Without git the version alone.
+    For example `0.1.0 (063e7bc-dirty)`: dirty if files differ from the commit.
     """
     commit = _commit(root) if (root / ".git").exists() else ""
     return f"{dist_train.__version__} ({commit})" if commit else dist_train.__version__
@@ -43,8 +43,8 @@ def _commit(root: Path) -> str:
             capture_output=True,
             text=True,
             check=True,
-            timeout=_PATIENCE_SECONDS,
-            # Looking must not write: others may share the repository.
+            timeout=_GIT_SECONDS,
+            # git describe must not write to a repository that others may share.
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
         )
     except (OSError, ValueError, subprocess.SubprocessError):
@@ -53,7 +53,7 @@ def _commit(root: Path) -> str:
 
 
 def launch_environment(revision: str, controller: str, device: torch.device) -> dict[str, str]:
-    """Return names and versions for `status.json`; `controller` carries the ranks, by which MPI is used or not."""
+    """Return names and versions for `status.json`; `controller`: the backend of the ranks, which decides about MPI."""
     return {
         "dist_train": revision,
         "Python": platform.python_version(),
@@ -67,20 +67,20 @@ def launch_environment(revision: str, controller: str, device: torch.device) -> 
 
 
 def device_name(device: torch.device, processors: Path = Path("/proc/cpuinfo")) -> str:
-    """Return the name of the GPU, or of the processor as `processors` has it, else its architecture."""
+    """Return the name of the GPU, or of the CPU according to `processors`, or else the CPU's architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
         lines = processors.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
-    # not every architecture has the line
+    # some architectures lack this line
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, "") or platform.machine()
 
 
 def _installed(package: str) -> str:
-    # importing it only for its version would delay the first step
+    # importing a package for its version would delay the first step
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -90,19 +90,19 @@ def _installed(package: str) -> str:
 def run_facts(
     trainer: Trainer, directory: RunDirectory, launched: float, revision: str, run_id: str, nodes: tuple[str, ...]
 ) -> RunFacts:
-    """Return the facts of the run of `trainer`, of which a launch began at `launched`, seconds since 1970.
+    """Return the facts of the run of `trainer`.
 
-    `nodes` are those of the ranks, by rank.
+    `launched`: when this launch began, in seconds since 1970. `nodes`: the nodes of the ranks, by rank.
     """
     config, plan, ranks = trainer.config, trainer.plan, trainer.comm
     noise, device = config.noise, trainer.take_step.compute.device
-    points = (
-        (f"draws {noise.draws}", noise.draws > 1),
-        ("antithetic", noise.antithetic),
-        (f"mix {noise.mix:g}", noise.mix < 1),
-    )
-    words = (f"{noise.distribution} {noise.amplitude:g}", noise.sharing, noise.schedule.kind)
-    noise_text = ", ".join([noise.method, *words, *(word for word, is_said in points if is_said)])
+    noise_parts = [noise.method, f"{noise.distribution} {noise.amplitude:g}", noise.sharing, noise.schedule.kind]
+    if noise.draws > 1:
+        noise_parts.append(f"draws {noise.draws}")
+    if noise.antithetic:
+        noise_parts.append("antithetic")
+    if noise.mix < 1:
+        noise_parts.append(f"mix {noise.mix:g}")
     return RunFacts(
         name=directory.root.name,
         run_directory=directory.root,
@@ -117,7 +117,7 @@ def run_facts(
         steps_per_epoch=trainer.epochs.stage(min(trainer.progress.step, trainer.last_step - 1)).steps_per_epoch,
         epochs=trainer.epochs.done(trainer.last_step),
         stages=trainer.epochs.stages if len(trainer.epochs.stages) > 1 else (),
-        noise="none" if noise.method == "none" else noise_text,
+        noise="none" if noise.method == "none" else ", ".join(noise_parts),
         device=describe_device(config, device),
         start_step=trainer.progress.step,
         controller=ranks.controller,
@@ -136,9 +136,9 @@ def run_facts(
 
 
 def describe_device(config: Config, device: torch.device) -> str:
-    """Return the device's name; with it, of a GPU, how it keeps to the same bits, and of a CPU, why it is no GPU."""
+    """Return the device's name; for a GPU, also whether its kernels are deterministic; for a CPU, why it is no GPU."""
     remark = why_no_gpu(find_gpus(os.environ))
     if device.type == "cuda":
-        exact = f", since comm.reduction is {config.comm.reduction}" if config.comm.is_exact else ""
-        remark = f"deterministic kernels alone{exact}" if config.precision.deterministic is True else ""
+        reason = f", since comm.reduction is {config.comm.reduction}" if config.comm.is_exact else ""
+        remark = f"deterministic kernels alone{reason}" if config.precision.deterministic is True else ""
     return "; ".join(filter(None, (device_name(device), remark)))

@@ -1,4 +1,4 @@
-"""What the ranks of an elastic launch do once they have met anew: share out the work, and rank 0's place."""
+"""What the ranks of an elastic launch do when they have met again: distribute the work, and replace a lost rank 0."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ from dist_train.training.micro_batches import sum_over
 from dist_train.training.stopping import job_time_limit
 from dist_train.training.trainer import Trainer
 
-_EVERY_STEP = 2**62
+_KEEP_ALL_STEPS = 2**62
 
 
 @dataclass
 class Regrouping:
-    """Called with a trainer whose ranks have just met, and hold one state."""
+    """Called with a trainer whose ranks have just met and hold the same state."""
 
     config: Config
     directory: RunDirectory
     session: Session
     stack: ExitStack
-    """Of the run: what is opened here is closed with it."""
+    """The run's exit stack: closes what is opened here when the run ends."""
     observers: Sequence[Observer] = ()
-    """Rank 0's, beside those that the settings name."""
+    """Rank 0's observers, besides those that the settings name."""
     _logs: ExitStack = field(default_factory=ExitStack)
-    _logs_of: int | None = None
+    _logging_as: int | None = None
 
     def __post_init__(self) -> None:
         self.stack.callback(self._logs.close)
 
     def open_logs(self, rank: int) -> None:
-        """Write this process's log as that of `rank`."""
-        if rank != self._logs_of:
+        """Write this process's log to the file of `rank`."""
+        if rank != self._logging_as:
             self._logs.close()
             self._logs.enter_context(open_logs(self.directory.logs, rank))
-            self._logs_of = rank
+            self._logging_as = rank
 
     def __call__(self, trainer: Trainer, generation: Generation) -> None:
-        """Deal the micro-batches out anew; on a rank that has become rank 0, take over what it writes."""
+        """Redistribute the micro-batches; a rank that has become rank 0 takes over writing the run directory."""
         comm, step = trainer.comm, trainer.take_step
         self.open_logs(comm.rank)
         step.reduction.close()
         step.noise.rank = comm.rank
-        # What a broken group may still write to is not used again: sums have fresh memory.
+        # A broken group may still write to its buffers: sums get new ones.
         trainer.take_step = replace(
             step,
             reduction=set_up_reduction(trainer.config, step.weights, step.noise, comm, trainer.progress),
@@ -71,13 +71,13 @@ class Regrouping:
                 trainer.observers.record(record)
 
     def _take_over(self, trainer: Trainer) -> None:
-        """Become who writes: the lock of the run directory, records, status, checkpoints."""
-        # The lost rank's node may be cut off, not yet aware of it, or its lock known to the file server alone.
-        wish = LockRequest(self.directory.root, self.directory.lock, patience=LEASE_SECONDS)
-        lock = wish.wait(LEASE_SECONDS + PATIENCE_SECONDS)
-        assert lock is not None, "it waits, or refuses"
+        """Take over the lock of the run directory, records, status and checkpoints."""
+        # The lost rank's node may be cut off without having noticed, or the file server may still hold its lock.
+        request = LockRequest(self.directory.root, self.directory.lock, patience=LEASE_SECONDS)
+        lock = request.wait(LEASE_SECONDS + PATIENCE_SECONDS)
+        assert lock is not None, "the request has either got the lock or raised UsageError"
         self.stack.callback(lock.release)
-        rewind(self.directory.metrics, _EVERY_STEP)
+        rewind(self.directory.metrics, _KEEP_ALL_STEPS)
         self.session.take_over(self.config, lock, self.observers)
         trainer.observers, trainer.status = self.session.observers, self.session.status
         trainer.writer = build_writer(self.config, self.directory, self.session)

@@ -1,4 +1,4 @@
-"""A run from beginning to end: `train(config, run_directory)`."""
+"""A run from start to end: `train(config, run_directory)`."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ from dist_train.training.stopping import StopRequests
 
 _logger = logging.getLogger("dist_train.launching")
 
-_SILENT_SHARE = 2 / 3
-"""Of `comm.timeout`: after so much silence a rank is lost; the rest is for the launcher, which ends the others."""
+_SILENCE_SHARE = 2 / 3
+"""A rank is lost after this part of `comm.timeout` in silence; the rest is for the launcher, which ends the others."""
 
 _MEETING_SHARE = 2.0
-"""Of `comm.timeout`: so long the ranks may take to meet; on a large launch some start much later than others."""
+"""Multiple of `comm.timeout` within which the ranks must meet; on a large launch some start much later than others."""
 
 
-_OF_ALL_RANKS = (StoppedError, DivergedError, DisagreementError)
-"""How a run ends on all its ranks alike; any other error of a rank is its own."""
+_SHARED_ERRORS = (StoppedError, DivergedError, DisagreementError)
+"""Errors that end the run on all ranks alike; any other error is of one rank."""
 
-_LOOKS_IN_TIMEOUT = 4
-"""How often within `comm.timeout` ranks that wait for the run directory meet."""
+_POLLS_IN_TIMEOUT = 4
+"""How often within `comm.timeout` ranks that wait for the run directory synchronize."""
 
 
 def train(config: Config, run_directory: Path | str | None = None, observers: Sequence[Observer] = ()) -> Outcome:
-    """Train as `config` says, in `run_directory` (else `run.directory`/`run.name`), resuming a run there.
+    """Train as `config` says, in `run_directory` (default: `run.directory`/`run.name`), resuming a run found there.
 
-    Every rank of a launch calls it; without a launcher there is one rank. `observers` are callbacks of your own, called
-    on rank 0 as the run's loggers are: one that raises is reported once and left out.
+    Every rank of a launch calls this; without a launcher there is one rank. `observers` are callbacks of your own,
+    called on rank 0 like the run's loggers: one that raises is reported once and dropped.
 
     Examples:
         >>> config = dist_train.load_config("dist_train:configs/smoke.yaml", ["batch.global_size=128"])
@@ -59,12 +59,12 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
         ('finished', 32)
 
     Raises:
-        UsageError: something that the user can mend.
+        UsageError: something that the user can fix.
         DivergedError: the loss or the gradient is not finite; on all ranks.
         DisagreementError: ranks hold different weights or noise; on all ranks.
         StoppedError: asked to stop, and saved; on all ranks.
         RankLostError: a rank is gone.
-        FaultError: the run directory could not be written, or something else broke that is nobody's doing.
+        FaultError: the run directory could not be written, or something else failed that is not the user's mistake.
     """
     directory = RunDirectory(config.run_directory if run_directory is None else Path(run_directory))
     with oserror_to_fault(directory), ExitStack() as stack:
@@ -86,7 +86,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
             if not comm.is_joining:
                 check_consistent_across_ranks(comm, config)
             watchdog = stack.enter_context(
-                start_watchdog(comm, timeout=config.comm.timeout * _SILENT_SHARE, on_loss=lose)
+                start_watchdog(comm, timeout=config.comm.timeout * _SILENCE_SHARE, on_loss=lose)
             )
         lock = None
         if comm.is_joining:
@@ -96,11 +96,12 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
             lock = _lock(config, directory, comm)
             if lock is not None:
                 stack.callback(lock.release)
-            resume_point = run_on_all_ranks(comm, partial(_begin, config, directory, comm), "open the run directory")
+            find = partial(_find_resume_point, config, directory, comm)
+            resume_point = run_on_all_ranks(comm, find, "open the run directory")
             settled = _shared_config(comm, resume_point.config)
             run_id = broadcast_str(comm, directory.run_id() if comm.rank == 0 else "", "run id")
-        opened = partial(open_session, settled, directory, comm, lock, run_id, observers)
-        session = run_on_all_ranks(comm, opened, "open its loggers")
+        open_loggers = partial(open_session, settled, directory, comm, lock, run_id, observers)
+        session = run_on_all_ranks(comm, open_loggers, "open its loggers")
         regroup = Regrouping(settled, directory, session, stack, observers)
         if not comm.is_joining:
             regroup.open_logs(comm.rank)
@@ -129,16 +130,16 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
 
 
 def _leave(comm: Communicator) -> Callable[[object, BaseException | None, object], None]:
-    """Return what leaves the ranks as the run ends: by the error of this rank alone, or as all do."""
+    """Return an exit callback that leaves the ranks: in order, or because of an error of this rank alone."""
 
     def leave(kind: object, error: BaseException | None, traceback: object) -> None:
-        comm.close(None if isinstance(error, _OF_ALL_RANKS) else error)
+        comm.close(None if isinstance(error, _SHARED_ERRORS) else error)
 
     return leave
 
 
 def _join(directory: RunDirectory) -> ResumePoint:
-    """Return the settings of the run under way, in which this rank takes up the state of the others."""
+    """Return the settings of the run under way that this rank joins; it gets its state from the other ranks."""
     try:
         text = directory.config.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -147,7 +148,7 @@ def _join(directory: RunDirectory) -> ResumePoint:
 
 
 def _lock(config: Config, directory: RunDirectory, comm: Communicator) -> RunLock | None:
-    """Make the run directory and lock it, on rank 0; the others only take part."""
+    """Make and lock the run directory on rank 0; the other ranks take part in the synchronization alone."""
 
     def request() -> LockRequest | None:
         if comm.rank != 0:
@@ -157,19 +158,19 @@ def _lock(config: Config, directory: RunDirectory, comm: Communicator) -> RunLoc
         return LockRequest(directory.root, directory.lock)
 
     lock: RunLock | None = None
-    wish = run_on_all_ranks(comm, request, "make the run directory")
+    requested = run_on_all_ranks(comm, request, "make the run directory")
     # A dead node's lock may be held for longer than an engine lets ranks wait for each other.
     while not broadcast_str(comm, "held" if lock else "", "lock"):
-        wait = partial(wish.wait, config.comm.timeout / _LOOKS_IN_TIMEOUT) if wish else lambda: None
+        wait = partial(requested.wait, config.comm.timeout / _POLLS_IN_TIMEOUT) if requested else lambda: None
         lock = run_on_all_ranks(comm, wait, "lock the run directory")
     return lock
 
 
-def _begin(config: Config, directory: RunDirectory, comm: Communicator) -> ResumePoint:
-    """Look at what there is to resume, on rank 0; the others only take part."""
+def _find_resume_point(config: Config, directory: RunDirectory, comm: Communicator) -> ResumePoint:
+    """Return what rank 0 resumes from; on other ranks an empty resume point."""
     if comm.rank != 0:
         return ResumePoint(config)
-    directory.run_id()  # made here, where a disk that refuses it is an error on all ranks
+    directory.run_id()  # made here, so that an error of the disk is raised on all ranks
     directory.make_reserve()
     resume_point = find_resume_point(config, directory)
     rewind(directory.metrics, resume_point.contents.step if resume_point.contents else 0)
@@ -177,7 +178,7 @@ def _begin(config: Config, directory: RunDirectory, comm: Communicator) -> Resum
 
 
 def _shared_config(comm: Communicator, config: Config) -> Config:
-    """Return rank 0's settings, with the number of threads decided for all."""
+    """Return rank 0's settings, with a number of threads that suits all ranks."""
     text = broadcast_str(comm, dump_config(config), "config")
     config = parse_config(yaml.safe_load(text), source="rank 0")
     threads = min(threads for (threads,) in gather(comm, [share_of_threads(comm.local_size)], "threads"))

@@ -1,4 +1,4 @@
-"""One launch of a run, as those outside see it: status, records, logs, summary."""
+"""What one launch of a run reports to the outside: status, records, logs, summary."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _logger = logging.getLogger("dist_train.training")
 
 
 class Session:
-    """Reports how a launch begins and ends to observers and `status.json`: on rank 0, and wherever a fault begins."""
+    """Reports the beginning and end of a launch to observers and `status.json`: on rank 0, and on a rank that fails."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Session:
         lock: RunLock | None = None,
         run_id: str = "",
     ) -> None:
-        """Begin; the status says `starting`. Rank 0 has the `lock` of the run directory."""
+        """Set the status to `starting`. Rank 0 has the `lock` of the run directory."""
         self.observers = observers
         self.status = _status_file(directory, comm) if comm.rank == 0 else None
         self._directory = directory
@@ -58,32 +58,32 @@ class Session:
         self._launched = time.time()
         self._begun = time.monotonic()
         self._trainer: Trainer | None = None
-        self._have_begun = False
-        self._is_survived = False
+        self._observers_have_begun = False
+        self._others_continue = False
         """Whether this rank alone fails, and the others continue without it."""
         if self.status:
             self.status.change("starting")
 
     def attach(self, trainer: Trainer) -> None:
-        """Report of `trainer` from now on."""
+        """Report about `trainer` from now on."""
         self._trainer = trainer
 
     def take_over(self, config: Config, lock: RunLock, more: Sequence[Observer] = ()) -> None:
-        """Do what rank 0 does for all, in place of one that is lost; this rank has the `lock` now."""
-        # Its own exporter, if it has one, ends: rank 0's takes its place.
+        """Take over rank 0's reporting from a lost rank; this rank has the `lock` now."""
+        # The exporter of this rank, if any, gives way to that of rank 0.
         self.observers.end(self._outcome("running", ExitCode.FINISHED, ""))
         self.observers = Observers((*_observers(config.metrics, self._directory, 0), *more))
-        self._have_begun = False
+        self._observers_have_begun = False
         self._lock = lock
         self.status = _status_file(self._directory, self._comm)
 
     def note_generation(self, trainer: Trainer, nodes: tuple[str, ...]) -> None:
-        """Report that the ranks, of `nodes`, have met anew. All ranks call it."""
+        """Report that the ranks, on `nodes`, have met again. All ranks call it."""
         code = revision() if self.status else ""
         if self.observers:
             facts = run_facts(trainer, self._directory, self._launched, code, self._run_id, nodes)
-            (self.observers.regroup if self._have_begun else self.observers.begin)(facts)
-        self._have_begun = True
+            (self.observers.regroup if self._observers_have_begun else self.observers.begin)(facts)
+        self._observers_have_begun = True
         if self.status:
             self.status.change(
                 "running",
@@ -95,14 +95,14 @@ class Session:
             )
 
     def begin(self, trainer: Trainer, resume_point: ResumePoint) -> None:
-        """Report that training begins, and what was found before. All ranks call it."""
+        """Report that training begins, and from what. All ranks call it."""
         self.attach(trainer)
         nodes = gather_str(self._comm, socket.gethostname(), "nodes")
-        # Rank 0 asks for all: on a large launch each rank would start git on the same file system.
+        # Rank 0 alone: in a large launch every rank would start git on the same file system.
         code = revision() if self.status else ""
         if self.observers:
             self.observers.begin(run_facts(trainer, self._directory, self._launched, code, self._run_id, nodes))
-        self._have_begun = True
+        self._observers_have_begun = True
         if self.status is None:
             return
         for name, text in resume_point.damage.items():
@@ -136,7 +136,7 @@ class Session:
         classes = trainer.config.data.image_format.classes
         heads = ", ".join(initial.other_heads(trainer.network.state_dict(), classes))
         if heads:
-            _logger.warning("the file's head is not for %d classes: %s begin as the seed has them", classes, heads)
+            _logger.warning("the file's head is not for %d classes: %s are initialized from the seed", classes, heads)
             step = {**step, "from_seed": heads}
         self._record_event("initialized", checkpoint=str(initial.path), sha256=initial.sha256, **step)
 
@@ -144,7 +144,7 @@ class Session:
         changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         if changed:
             names = ", ".join(changed)
-            _logger.warning("plug-ins are not what they were when the checkpoint was saved: %s", names)
+            _logger.warning("plug-ins have changed since the checkpoint was saved: %s", names)
             self._record_event("plugins_changed", files=names)
 
     def _record_lengthening(self, trainer: Trainer, before: int) -> None:
@@ -161,10 +161,10 @@ class Session:
         self._record_event("lengthened", before=before, now=now)
 
     def before_publishing(self) -> None:
-        """Flush the records that a checkpoint belongs to, before it gets its name. From any thread.
+        """Flush the records that precede a checkpoint, before the checkpoint gets its name. From any thread.
 
         Raises:
-            OSError: the run directory is not the one that this launch began in.
+            OSError: the run directory is no longer the one in which this launch began.
         """
         if self._lock is not None:
             self._lock.check()
@@ -179,12 +179,13 @@ class Session:
         return outcome
 
     def fail(self, error: Exception) -> None:
-        """Report that the launch ends with `error`, once the checkpoint being written is on disk."""
+        """Report that the launch ends with `error`, after the checkpoint being written is on disk."""
         if self._trainer is not None:
             self._trainer.settle_saving()
         code = exit_code_of(error)
-        self._is_survived = self._comm.is_elastic and not isinstance(error, RankLostError) and self._trainer is not None
-        # A rank that failed on its own knows why; the others only know that it is lost.
+        is_own_error = not isinstance(error, RankLostError)
+        self._others_continue = self._comm.is_elastic and is_own_error and self._trainer is not None
+        # A rank that failed on its own knows why; the others know only that it is lost.
         is_recorded = isinstance(error, RankLostError | PeerFailedError) and another_failed(self._directory.status)
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, DivergedError):
@@ -205,14 +206,14 @@ class Session:
         self._end("stopped" if isinstance(error, StoppedError) else "failed", code, reason, is_recorded=is_recorded)
 
     def _record_event(self, event: str, **details: Detail) -> None:
-        """Record what all ranks know; rank 0 does it for all."""
+        """Record an event that all ranks know of, on rank 0."""
         if self._trainer is not None and self._comm.rank == 0:
             self.observers.record(EventRecord(self._trainer.progress.step, event, time.time(), details))
 
     def lose(self, message: str) -> None:
-        """Write down that the launch ends because a rank is lost. From any thread; the process ends right after.
+        """Record that the launch ends because a rank is lost. From any thread; the process ends right after.
 
-        What a rank has written of its own failure stays: it says more.
+        Does not overwrite what a rank has recorded about its own failure, which says more.
         """
         _logger.info("%s", message)
         if another_failed(self._directory.status):
@@ -223,8 +224,8 @@ class Session:
             self._record_fault(message)
 
     def _record_fault(self, reason: str) -> None:
-        """Record the fault in the status, on whichever rank it happened: no other may know of it."""
-        if self.status is None and not self._is_survived:
+        """Record the fault in the status on the rank where it happened, as no other may know of it."""
+        if self.status is None and not self._others_continue:
             status = _status_file(self._directory, self._comm)
             if self._trainer is not None:
                 progress = self._trainer.progress
@@ -253,7 +254,7 @@ class Session:
     def _end(self, state: State, code: ExitCode, reason: str, *, is_recorded: bool) -> Outcome:
         trainer = self._trainer
         outcome = self._outcome(state, code, reason)
-        # Before the observers, who may wait for the scrape of the last values: a launcher may not wait as long.
+        # Before the observers end, which may wait for a last scrape: a launcher may not wait that long.
         if self.status and not is_recorded:
             if trainer:
                 progress = trainer.progress
@@ -276,24 +277,24 @@ def open_session(
     run_id: str = "",
     more: Sequence[Observer] = (),
 ) -> Session:
-    """Return the session of this launch, with this rank's observers, and `more` on rank 0.
+    """Return the session of this launch, with this rank's observers, and `more` observers on rank 0.
 
-    Raises UsageError where one cannot be made.
+    Raises UsageError if an observer cannot be made.
     """
     observers = (*_observers(config.metrics, directory, comm.rank), *(more if comm.rank == 0 else ()))
     return Session(directory, comm, Observers(observers), lock, run_id)
 
 
 def _status_file(directory: RunDirectory, comm: Communicator) -> StatusFile:
-    """Return the status of this launch; until it trains, it is as far as the launch before it."""
+    """Return the status file of this launch, which begins with the progress of the launch before it."""
     return StatusFile(directory.status, comm.size, read_status(directory.status))
 
 
 def _observers(settings: MetricsSettings, directory: RunDirectory, rank: int) -> Iterator[Observer]:
-    """Yield those of `rank`; what a later one publishes, the earlier ones have written down."""
+    """Yield the observers of `rank`: those that write files before those that publish."""
     # made first, since that may fail
-    mine = settings.loggers if rank == 0 else ()
-    loggers = [call_plugin(each.name, each.options, Observer, directory.root) for each in mine]
+    chosen = settings.loggers if rank == 0 else ()
+    loggers = [call_plugin(each.name, each.options, Observer, directory.root) for each in chosen]
     if rank == 0:
         yield JsonLines(directory.metrics)
         yield EventCounts(directory.event_counts)

@@ -50,7 +50,7 @@ def test_data_that_the_configuration_names_must_be_there(tmp_path: Path, capsys:
     printed = " ".join(capsys.readouterr().out.split())
     assert "FAILS data CIFAR-10: found neither" in printed
     assert "data.download=true" in printed
-    assert "training cannot run here: 1 to mend" in printed
+    assert "training cannot run here: 1 to fix" in printed
 
 
 def test_an_image_folder_that_is_not_there_fails(tmp_path: Path) -> None:
