@@ -1,4 +1,4 @@
-"""Every setting, its default, its check: `load_config(path, overrides)` gives a frozen `Config`."""
+"""The settings: their defaults and checks. `load_config(path, overrides)` returns a frozen `Config`."""
 
 from dist_train.config.loading import dump_config, load_config, parse_config
 from dist_train.config.parts import DATA_SETS, ENCODED, DataSettings, ImageFormat

@@ -1,4 +1,4 @@
-"""Settings that do not go together, and settings that have no effect beside others."""
+"""Combinations of settings that are errors, and settings that have no effect in combination with others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dist_train.config.sections import Config, MetricsSettings
 
 @dataclass(frozen=True)
 class _Rule:
-    """The setting at `path` is wrong where `broken` says so; `wrong` and `allowed` may hold {dotted} settings."""
+    """The setting at `path` is wrong if `broken` returns true; `wrong` and `allowed` may contain {section.name}."""
 
     path: str
     broken: Callable[[Config], bool]
@@ -23,7 +23,7 @@ class _Rule:
 
 
 def conflicts(config: Config) -> Iterator[Problem]:
-    """Yield every combination of settings that makes no sense, with the reason."""
+    """Yield a problem for every invalid combination of settings."""
     sections = {section: getattr(config, section) for section in type(config).model_fields}
     for rule in _RULES:
         if rule.broken(config):
@@ -40,44 +40,45 @@ def _normalizes_over_samples(config: Config) -> bool:
 
 
 def _batches(config: Config) -> list[int]:
-    """Return every global batch of the run."""
+    """Return every global batch size of the run."""
     return [size for _, size in config.batch.sizes]
 
 
-def _leaves_one_sample(config: Config) -> bool:
+def _has_micro_batch_of_one(config: Config) -> bool:
     micro = config.batch.micro_size
     if micro == "auto":
         return False
-    left = [whole % micro or micro for whole in _batches(config) if micro <= whole and whole > 1]
-    return _normalizes_over_samples(config) and 1 in left
+    last_sizes = [batch % micro or micro for batch in _batches(config) if micro <= batch and batch > 1]
+    return _normalizes_over_samples(config) and 1 in last_sizes
 
 
-def _ascends(config: Config) -> bool:
+def _is_sam(config: Config) -> bool:
     return config.noise.method in ("sam", "asam")
 
 
 def _perturbs(config: Config) -> bool:
-    """Whether it draws points where gradients are taken."""
+    """Whether the noise method draws the points where gradients are taken."""
     return config.noise.method in ("smoothout", "arwp", "fsgld")
 
 
-def _descends_plainly(config: Config) -> bool:
+def _is_plain_sgd(config: Config) -> bool:
     optimizer = config.optimizer
     return optimizer.name == "sgd" and optimizer.momentum == optimizer.weight_decay == 0 and not optimizer.nesterov
 
 
-def _leaves_a_point_out(config: Config) -> bool:
+def _has_unequal_passes(config: Config) -> bool:
+    """Whether micro-batches that take turns at the points of the noise cannot be equal at all points."""
     if not _perturbs(config) or config.noise.passes == "all":
         return False
     micro = config.batch.micro_size
-    return micro == "auto" or any(whole % (micro * config.noise.points) for whole in _batches(config))
+    return micro == "auto" or any(batch % (micro * config.noise.points) for batch in _batches(config))
 
 
 def _is_scheduled(config: Config) -> bool:
     return bool(config.batch.schedule)
 
 
-def _is_out_of_order(config: Config) -> bool:
+def _has_bad_batch_schedule(config: Config) -> bool:
     epochs = [epoch for epoch, _ in config.batch.sizes]
     return epochs != sorted(set(epochs)) or epochs[-1] >= config.run.epochs
 
@@ -99,7 +100,7 @@ _RULES = (
     _Rule(
         "metrics.token_file",
         lambda c: c.metrics.token_file is not None and c.metrics.password_file is not None,
-        "a scrape brings a token or a password, not both; set metrics.token_file or metrics.password_file",
+        "a scrape sends a token or a password, not both; set metrics.token_file or metrics.password_file",
         code="token-and-password",
     ),
     _Rule(
@@ -142,14 +143,14 @@ _RULES = (
     ),
     _Rule(
         "batch.schedule",
-        _is_out_of_order,
+        _has_bad_batch_schedule,
         "each batch begins at a later epoch than the one before it, and before the run's end at {run.epochs}",
         code="batch-schedule-order",
     ),
     _Rule(
         "batch.micro_size",
         lambda c: _is_scheduled(c) and c.batch.micro_size == "auto",
-        "what fits the device is decided for one global batch; with batch.schedule set a number",
+        "auto chooses a size for one global batch only; with batch.schedule set a number",
         "a number",
         code="batch-schedule-micro",
     ),
@@ -189,7 +190,7 @@ _RULES = (
     ),
     _Rule(
         "batch.micro_size",
-        _leaves_one_sample,
+        _has_micro_batch_of_one,
         "the last micro-batch would hold one sample, which {model.norm} norm cannot normalize",
         "auto, or a size that does not leave one sample",
         code="one-sample-left",
@@ -197,7 +198,7 @@ _RULES = (
     _Rule(
         "batch.dealing",
         lambda c: c.batch.dealing == "measured" and c.model.norm == "sync",
-        "with sync norm every rank computes a part of every micro-batch, so none can have more of them; "
+        "with sync norm every rank computes a part of every micro-batch, so none can compute more of them; "
         "set batch.dealing to even or model.norm to ghost",
         "even",
         code="dealing-sync",
@@ -205,7 +206,7 @@ _RULES = (
     _Rule(
         "batch.dealing",
         lambda c: c.batch.dealing == "measured" and c.comm.op == "adasum",
-        "adasum combines the ranks' own gradients, which would depend on who computes what; "
+        "adasum combines the ranks' own gradients, which would depend on which rank computes what; "
         "set batch.dealing to even or comm.op to average",
         "even",
         code="dealing-adasum",
@@ -246,14 +247,14 @@ _RULES = (
     ),
     _Rule(
         "noise.sharing",
-        lambda c: _ascends(c) and c.noise.sharing != "micro_batch",
+        lambda c: _is_sam(c) and c.noise.sharing != "micro_batch",
         "{noise.method} ascends by each micro-batch's own gradient; set noise.sharing to micro_batch",
         "micro_batch",
         code="sam-sharing",
     ),
     _Rule(
         "noise.scale",
-        lambda c: _ascends(c) and c.noise.scale != "absolute",
+        lambda c: _is_sam(c) and c.noise.scale != "absolute",
         "the ascent of {noise.method} has the length noise.amplitude; set noise.scale to absolute",
         "absolute",
         code="sam-scale",
@@ -267,16 +268,16 @@ _RULES = (
     ),
     _Rule(
         "optimizer.name",
-        lambda c: c.noise.method == "ivon" and not _descends_plainly(c),
+        lambda c: c.noise.method == "ivon" and not _is_plain_sgd(c),
         "ivon has its own momentum and weight decay; "
         "set optimizer={{name: sgd, momentum: 0, nesterov: false, weight_decay: 0}}",
         code="ivon-optimizer",
     ),
     _Rule(
         "noise.passes",
-        _leaves_a_point_out,
-        "micro-batches of one size take turns at {noise.points} points; set batch.micro_size to a part of "
-        "batch.global_size by a multiple of these, or noise.passes to all",
+        _has_unequal_passes,
+        "equal micro-batches take turns at {noise.points} points; choose batch.micro_size so that batch.global_size is "
+        "a multiple of {noise.points} micro-batches, or set noise.passes to all",
         "all",
         code="passes-unequal",
     ),
@@ -291,7 +292,7 @@ _RULES = (
     _Rule(
         "comm.op",
         lambda c: c.model.norm == "sync" and c.comm.op == "adasum",
-        "adasum combines gradients that ranks take alone, but sync norm ties them together; "
+        "adasum combines gradients that ranks compute independently, but sync norm couples them; "
         "set comm.op to average or model.norm to ghost",
         code="sync-adasum",
     ),
@@ -305,13 +306,13 @@ _RULES = (
     _Rule(
         "early_stopping.patience",
         lambda c: c.early_stopping.patience is not None and c.evaluation.every_epochs == 0,
-        "without evaluations along the way there is nothing to wait for; set evaluation.every_epochs",
+        "there are no evaluations during the run to wait for; set evaluation.every_epochs",
         code="stopping-without-evaluations",
     ),
     _Rule(
         "data.shape",
         lambda c: _has_own_shape(c) and (c.data.shape is None or c.data.classes is None),
-        "models are built for the images of {data.name} before it is read; set data.shape and data.classes",
+        "models are built before {data.name} is read; set data.shape and data.classes",
         "data.shape=[channels,height,width] data.classes=number",
         code="plugin-data-form",
     ),
@@ -331,7 +332,7 @@ _RULES = (
 
 
 def unused_settings(config: Config) -> list[str]:
-    """Return one sentence for each setting that was given and has no effect beside the others."""
+    """Return one sentence for each setting that was given but has no effect in combination with the others."""
     sections = {name: getattr(config, name) for name in type(config).model_fields}
     given = {f"{section}.{name}" for section, settings in sections.items() for name in settings.model_fields_set}
     return [f"{path} has no effect: {why}" for path, is_unused, why in _UNUSED if path in given and is_unused(config)]
@@ -357,12 +358,12 @@ def _is_held_in_memory(config: Config) -> bool:
     return _not_encoded(config) and not is_plugin(config.data.name) and not is_plugin(config.data.augment)
 
 
-def _no_moments(config: Config) -> bool:
+def _has_no_betas(config: Config) -> bool:
     return config.optimizer.name in ("sgd", "lars")
 
 
-def _no_way_up(config: Config) -> bool:
-    # cosine and poly begin to fall at the end of the warm-up
+def _has_no_warmup(config: Config) -> bool:
+    # cosine and poly decay from the end of the warm-up
     return config.schedule.scaling == "none" and config.schedule.decay in ("constant", "step")
 
 
@@ -384,13 +385,13 @@ _UNUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("noise.schedule", _no_noise, "noise.method is none"),
     ("noise.exclude", _no_noise, "noise.method is none"),
     ("noise.distribution", _no_noise, "noise.method is none"),
-    ("noise.distribution", _ascends, "this method draws nothing"),
+    ("noise.distribution", _is_sam, "this method draws nothing"),
     *(
-        (f"noise.{name}", lambda c: not _perturbs(c), "noise.method takes gradients at no draws of its own")
+        (f"noise.{name}", lambda c: not _perturbs(c), "this noise.method does not average over draws")
         for name in ("draws", "antithetic", "mix", "passes")
     ),
     *(
-        (f"noise.{name}", lambda c: c.noise.method == "ivon", "ivon says itself how it draws")
+        (f"noise.{name}", lambda c: c.noise.method == "ivon", "ivon has its own way of drawing")
         for name in ("amplitude", "distribution", "scale", "schedule", "exclude")
     ),
     *(
@@ -401,19 +402,19 @@ _UNUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("noise.scale", _no_noise, "noise.method is none"),
     ("model.ghost_size", lambda c: c.model.norm != "ghost", "model.norm is not ghost"),
     ("model.channel_groups", lambda c: c.model.norm != "group", "model.norm is not group"),
-    ("model.norm_statistics", lambda c: c.model.norm in ("group", "none"), "such a norm has no running statistics"),
+    ("model.norm_statistics", lambda c: c.model.norm in ("group", "none"), "this norm has no running statistics"),
     ("model.norm_samples", lambda c: not c.recomputes_statistics, "the norm statistics are not recomputed"),
     ("optimizer.momentum", lambda c: c.optimizer.name not in ("sgd", "lars"), "this optimizer has betas instead"),
     ("optimizer.nesterov", lambda c: c.optimizer.name != "sgd", "optimizer.name is not sgd"),
-    ("optimizer.betas", _no_moments, "this optimizer has momentum instead"),
-    ("optimizer.epsilon", _no_moments, "this optimizer does not use it"),
+    ("optimizer.betas", _has_no_betas, "this optimizer has momentum instead"),
+    ("optimizer.epsilon", _has_no_betas, "this optimizer does not use it"),
     ("optimizer.trust", lambda c: c.optimizer.name != "lars", "optimizer.name is not lars"),
     (
         "schedule.base_batch",
         lambda c: c.schedule.scaling == "none" and not c.schedule.keep_updates,
         "schedule.scaling is none",
     ),
-    ("schedule.warmup_epochs", _no_way_up, "schedule.scaling is none, so the rate has no way to rise"),
+    ("schedule.warmup_epochs", _has_no_warmup, "schedule.scaling is none, so there is no higher rate to rise to"),
     ("schedule.milestones", lambda c: c.schedule.decay != "step", "schedule.decay is not step"),
     ("schedule.factor", lambda c: c.schedule.decay != "step", "schedule.decay is not step"),
     ("schedule.final_fraction", lambda c: c.schedule.decay != "exponential", "schedule.decay is not exponential"),
@@ -426,8 +427,8 @@ _UNUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("precision.tf32", lambda c: c.run.device == "cpu", "run.device is cpu"),
     ("data.download", lambda c: not c.data.name.startswith("cifar"), "only CIFAR can be downloaded"),
     ("data.loader_workers", _is_held_in_memory, "this data set is held in memory"),
-    ("data.image_size", _not_encoded, "the images of this data set have a size of their own"),
-    ("data.classes", lambda c: _not_encoded(c) and not _has_own_shape(c), "this data set says its classes itself"),
+    ("data.image_size", _not_encoded, "the images of this data set have a fixed size"),
+    ("data.classes", lambda c: _not_encoded(c) and not _has_own_shape(c), "this data set has fixed classes"),
     ("data.shape", lambda c: not _has_own_shape(c), "data.name is neither numpy nor a plug-in"),
     *(
         (f"data.{column}", lambda c: c.data.name not in (*ENCODED[1:], "numpy"), "this data set has no columns")

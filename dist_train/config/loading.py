@@ -1,4 +1,4 @@
-"""From YAML and overrides to a frozen `Config`, and back."""
+"""Loading YAML files and overrides into a frozen `Config`, and dumping it."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ from dist_train.config.resuming import with_present_names
 from dist_train.config.sections import Config
 
 SHIPPED = "dist_train:"
-"""Begins the name of a file that comes with the program, as in `dist_train:configs/demo.yaml`."""
+"""Prefix of the name of a file that comes with the program, as in `dist_train:configs/demo.yaml`."""
 
 _FILE, _BASE, _PLUGINS = "(file)", "base", "plugins"
 _COMMAND_LINE = "command line"
 
 
 def shipped_folder() -> Path:
-    """Return the folder of configs, studies, launch and slurm: a checkout, or `share` of an installed package."""
+    """Return the folder that contains configs, studies, launch and slurm: the checkout, or the package's `share`."""
     package = Path(__file__).resolve().parents[1]
     share = package / "share"
     return share if share.is_dir() else package.parent
 
 
 def located(path: Path) -> Path:
-    """Return where the file at `path` is, which may be the name of a shipped one."""
+    """Return the file at `path`, which may be the name of a shipped file."""
     return shipped_folder() / str(path).removeprefix(SHIPPED) if str(path).startswith(SHIPPED) else path
 
 
 def based_on(path: Path, name: str) -> Path:
-    """Return the file that the one at `path` calls `name`: relative to it, absolute, or shipped."""
+    """Return the file to which the file at `path` refers as `name`: relative to it, absolute, or shipped."""
     return Path(name) if name.startswith(SHIPPED) else located(path).parent / name
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> Config:
     """Return the checked configuration of the YAML file at `path`, with `section.key=value` overrides.
 
-    `plugins` are files, or modules, whose registered names the configuration may use, beside those that it lists.
+    `plugins`: files or modules whose registered names the configuration may use, besides those that it lists.
 
-    A `path` such as `dist_train:configs/demo.yaml` is that of a file that comes with the program. The key `base` names
+    A `path` such as `dist_train:configs/demo.yaml` means a file that comes with the program. The key `base` names
     another file, relative to this one, whose settings this one changes.
 
     Examples:
@@ -66,7 +66,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), plugins: Sequen
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Return the settings of the YAML file at `path` on top of those of its bases, not checked yet.
+    """Return the settings of the YAML file at `path`, merged over those of its bases, unchecked.
 
     Raises:
         ConfigError: a file cannot be read, or is no mapping.
@@ -75,10 +75,10 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Return what the YAML file at `path` says, which must be a mapping.
+    """Return the content of the YAML file at `path`, which must be a mapping.
 
     Raises:
-        ConfigError: it cannot be read, or is none.
+        ConfigError: it cannot be read, or is no mapping.
     """
     try:
         text = located(path).read_text(encoding="utf-8")
@@ -97,9 +97,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """Return what `text` says, with 1e-4 as a number and no dates.
+    """Return the value of the YAML `text`; 1e-4 is a number, and dates are text.
 
-    Raises yaml.YAMLError where it is not YAML, a key stands twice, it nests too deeply, or its aliases explode.
+    Raises yaml.YAMLError if it is not YAML, has duplicate keys, nests too deeply, or grows too large by its aliases.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -108,7 +108,7 @@ def parse_yaml(text: str | bytes) -> Any:
 
 
 def yaml_fault(error: yaml.YAMLError) -> str:
-    """Return where a text is not YAML, as people count lines and columns, and why: "line 3, column 5: ..."."""
+    """Return where and why a text is not YAML, with lines and columns counted from 1: "line 3, column 5: ..."."""
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -117,25 +117,25 @@ def yaml_fault(error: yaml.YAMLError) -> str:
 
 
 def with_overrides(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return `settings` with `section.key=value` overrides, the later ones on top.
+    """Return `settings` with `section.key=value` overrides; later ones take precedence.
 
     Raises:
         ConfigError: some are not of that form.
     """
     changed = dict(settings)
-    found: list[Problem] = []
+    problems: list[Problem] = []
     for override in overrides:
         try:
             _apply(changed, override)
         except ConfigError as error:
-            found.extend(error.problems)
-    if found:
-        raise ConfigError(_COMMAND_LINE, found)
+            problems.extend(error.problems)
+    if problems:
+        raise ConfigError(_COMMAND_LINE, problems)
     return changed
 
 
 def write_override(path: str, value: object) -> str:
-    """Return the override, of one line, that gives the setting at `path` the `value`."""
+    """Return the one-line override that sets the setting at `path` to `value`."""
     text = json.dumps(value)
     if isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) and parse_yaml(value) == value:
         text = value
@@ -143,28 +143,30 @@ def write_override(path: str, value: object) -> str:
 
 
 def parse_config(settings: Mapping[str, Any], *, source: str, plugins: Sequence[str] = ()) -> Config:
-    """Return the checked configuration of nested `settings`; `source` names it in errors, `plugins` are more files.
+    """Return the checked configuration of nested `settings`; `source` names it in errors.
+
+    `plugins`: as for `load_config`.
 
     Raises:
         ConfigError: something in it is wrong; every problem is listed.
     """
     try:
-        settings = _with_plugins(with_present_names(settings, source), plugins)
+        settings = _without_short_names(with_present_names(settings, source), plugins)
         text = json.dumps(settings, default=_refuse)
         config = Config.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise ConfigError(source, problems_of(error, Config)) from None
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError.of(source, _FILE, str(error), code="wrong-type") from None
-    whole = config.model_dump(mode="json")
-    found = [*_with_nul(whole, ""), *conflicts(config), *plugin_problems(whole)]
-    if found:
-        raise ConfigError(source, found)
+    complete = config.model_dump(mode="json")
+    problems = [*_nul_characters(complete, ""), *conflicts(config), *plugin_problems(complete)]
+    if problems:
+        raise ConfigError(source, problems)
     return config
 
 
 def dump_config(config: Config) -> str:
-    """Return every setting, resolved, as YAML that `load_config` reads back."""
+    """Return every setting, resolved, as YAML that `load_config` can read."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
@@ -177,8 +179,8 @@ def flat_settings(sections: Mapping[str, object], prefix: str = "") -> Iterator[
             yield f"{prefix}{name}", value
 
 
-def _with_plugins(settings: Mapping[str, Any], more: Sequence[str]) -> dict[str, Any]:
-    """Return `settings` without their list of plug-ins, whose short names are replaced."""
+def _without_short_names(settings: Mapping[str, Any], more: Sequence[str]) -> dict[str, Any]:
+    """Return `settings` without the list of plug-ins, and with their short names replaced by long ones."""
     files = settings.get(_PLUGINS, [])
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
         raise ConfigError(_PLUGINS, [Problem(_PLUGINS, "not a list of files", code="wrong-type", value=files)])
@@ -199,15 +201,14 @@ def _read(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     return _merge(_read(base, seen), settings)
 
 
-def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for name, value in above.items():
-        inner = merged.get(name)
-        # A schedule of another kind replaces the whole: the parameters of the one below are not its own.
-        replaces = isinstance(value, dict) and "kind" in value
-        merged[name] = (
-            _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) and not replaces else value
-        )
+def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in changes.items():
+        before = merged.get(name)
+        # A schedule with a kind replaces the whole schedule of the base, whose parameters may not apply to it.
+        if isinstance(before, dict) and isinstance(value, dict) and "kind" not in value:
+            value = _merge(before, value)
+        merged[name] = value
     return merged
 
 
@@ -231,16 +232,16 @@ def _apply(settings: dict[str, Any], override: str) -> None:
     section[names[-1]] = value
 
 
-def _with_nul(value: object, path: str) -> Iterator[Problem]:
-    """Yield a problem for each text below `path` that holds a NUL character: no name of a file or host can."""
+def _nul_characters(value: object, path: str) -> Iterator[Problem]:
+    """Yield a problem for each text below `path` that contains a NUL character, which file and host names cannot."""
     if isinstance(value, str) and "\0" in value:
         yield Problem(path, "holds a NUL character", code="nul-character", value=value.replace("\0", "\\0"))
     elif isinstance(value, dict):
         for name, inner in value.items():
-            yield from _with_nul(inner, f"{path}.{name}" if path else name)
+            yield from _nul_characters(inner, f"{path}.{name}" if path else name)
     elif isinstance(value, list):
         for inner in value:
-            yield from _with_nul(inner, path)
+            yield from _nul_characters(inner, path)
 
 
 def _nearest_file(path: Path) -> str:
@@ -256,12 +257,12 @@ def _refuse(value: object) -> object:
     raise TypeError(f"{value!r} is not text, a number, true or false, a list or a mapping")
 
 
-_LARGEST = 1 << 20
-"""Characters of all values of a file, each alias replaced by what it stands for."""
+_LARGEST_EXPANDED = 1 << 20
+"""Limit on the number of characters of all values in a file, with aliases expanded."""
 
 
-def _written_out(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
-    """Return the characters below `node`, and one for each node; infinite where it holds itself."""
+def _expanded_size(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
+    """Return the number of characters below `node` plus one per node; infinite if it contains itself."""
     if node not in sizes:
         sizes[node] = math.inf
         inner: Iterable[yaml.Node] = ()
@@ -270,28 +271,28 @@ def _written_out(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
         elif isinstance(node, yaml.SequenceNode):
             inner = node.value
         own = len(node.value) if isinstance(node, yaml.ScalarNode) else 0
-        sizes[node] = 1 + own + sum(_written_out(each, sizes) for each in inner)
+        sizes[node] = 1 + own + sum(_expanded_size(each, sizes) for each in inner)
     return sizes[node]
 
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML 1.1 without its traps.
 
-    Those are: duplicate keys pass, 1e-4 reads as text, 2020-01-01 as a date, and a few aliases of aliases of aliases
-    stand for more than memory holds.
+    The traps: duplicate keys are accepted, 1e-4 is text, 2020-01-01 is a date, and a few aliases of aliases expand to
+    more than fits into memory.
     """
 
     def compose_document(self) -> yaml.Node | None:
-        """Return the root of the document. Raises ComposerError where it is too large with its aliases written out."""
+        """Return the root of the document. Raises ComposerError if it is too large with its aliases expanded."""
         root: yaml.Node | None = super().compose_document()
-        if root is not None and _written_out(root, {}) > _LARGEST:
+        if root is not None and _expanded_size(root, {}) > _LARGEST_EXPANDED:
             raise yaml.composer.ComposerError(
-                None, None, "its aliases stand for too much, or for themselves", root.start_mark
+                None, None, "its aliases expand to too much, or contain themselves", root.start_mark
             )
         return root
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Return what `node` stands for; a value that does not fit its tag is an error of YAML."""
+        """Return the value of `node`. Raises ConstructorError if it does not fit its tag."""
         try:
             return super().construct_object(node, deep)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -311,7 +312,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
         if not isinstance(key, yaml.ScalarNode):
             fault = "a key must be one word"
         elif key.value in names:
-            fault = f"the key {key.value} stands twice"
+            fault = f"the key {key.value} occurs twice"
         if fault:
             raise yaml.constructor.ConstructorError(None, None, fault, key.start_mark)
         names.add(key.value)

@@ -1,4 +1,4 @@
-"""What sections are made of, formats of images and kinds of numbers; and the section `data`."""
+"""The base class of sections, image formats and number types; and the section `data`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dist_train.config.plugins import Options, PluginName, is_plugin
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What a model must know of a data set: (channels, height, width) of an image, and the classes."""
+    """What a model must know about a data set: (channels, height, width) of an image, and the number of classes."""
 
     shape: tuple[int, int, int]
     classes: int
@@ -26,7 +26,7 @@ DATA_SETS: Mapping[str, ImageFormat] = {
     "cifar100": ImageFormat((3, 32, 32), 100),
     "synthetic": ImageFormat((3, 32, 32), 10),
 }
-"""Format by name; the synthetic set's is its default, which `data.synthetic_*` overrides."""
+"""Image format by data set; `data.synthetic_*` override that of the synthetic set."""
 
 
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -37,7 +37,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen, and closed to keys that it does not know."""
+    """A section of the configuration: frozen, and without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -46,17 +46,17 @@ def options_of(setting: str) -> Any:
     """Return the field for the settings of the plug-in that `setting` names."""
     return Field(
         default_factory=dict,
-        description=f"Settings of the plug-in that {setting} names.",
+        description=f"Settings of the plug-in in {setting}.",
         examples=[{"depth": 3}],
     )
 
 
 ENCODED = ("imagefolder", "parquet", "webdataset", "huggingface")
-"""Data sets of encoded images, of any size, in files of one's own."""
+"""Kinds of a user's own data sets: files of encoded images of any size."""
 
 
 class DataSettings(Section):
-    """What is trained on."""
+    """The data set."""
 
     name: (
         Literal[
@@ -73,58 +73,60 @@ class DataSettings(Section):
         | PluginName
     ) = Field(
         "fashion-mnist",
-        description="fashion-mnist: 1x28x28, 10 classes. cifar10, cifar100: 3x32x32, 10 or 100 classes. Of your own, "
-        "in `root`: imagefolder, a folder a class; parquet, webdataset, huggingface (`save_to_disk`), encoded images "
-        "and labels; numpy, arrays. synthetic: made-up images, no files needed.",
+        description="fashion-mnist: 1x28x28, 10 classes. cifar10, cifar100: 3x32x32, 10 or 100 classes. Your own data "
+        "in `root`: imagefolder, one folder per class; parquet, webdataset, huggingface (`save_to_disk`), encoded "
+        "images with labels; numpy, arrays. synthetic: generated images, no files needed.",
     )
     options: Options = options_of("data.name")
     root: Path | None = Field(
-        None, description="Folder of the data set's files; none: the usual places.", examples=["/data/cifar10"]
+        None, description="Folder of the data set's files; null: the default places.", examples=["/data/cifar10"]
     )
-    download: bool = Field(False, description="Fetch CIFAR's archive into `root` when it is not there.")
+    download: bool = Field(False, description="Download CIFAR's archive into `root` if it is missing.")
     train_size: PositiveInt | None = Field(
-        None, description="Train on a seeded, class-balanced subset of this size.", examples=[16384]
+        None, description="Train on a seeded, class-balanced subset of this size; null: on all.", examples=[16384]
     )
     validation_size: PositiveInt | None = Field(
         None,
-        description="Hold out so many training images, a seeded choice with the classes' shares: the validation split. "
-        "It is never trained on, and `train_size` is taken of the rest.",
+        description="Number of training images held out as the validation split, by a seeded, stratified choice. They "
+        "are never trained on; `train_size` is taken from the rest.",
         examples=[5000],
     )
     augment: Literal["none", "crop-flip"] | PluginName = Field(
         "none",
-        description="crop-flip: training images are shifted by up to 4 pixels, encoded ones cropped and resized at "
-        "random, and half of them mirrored.",
+        description="crop-flip: shift training images by up to 4 pixels (encoded images: random crop and resize), and "
+        "flip half of them horizontally.",
     )
     augment_options: Options = options_of("data.augment")
-    normalize: bool = Field(False, description="Subtract the channels' mean and divide by their deviation.")
+    normalize: bool = Field(False, description="Normalize each channel by its mean and standard deviation.")
     loader_workers: NonNegativeInt = Field(
-        0, description="Processes that decode images, for data not held in memory.", examples=[4]
+        0, description="Processes per rank that decode images, for data not held in memory.", examples=[4]
     )
     image_size: PositiveInt = Field(
-        224, description="Height and width of encoded images, once cropped.", examples=[128]
+        224, description="Height and width to which encoded images are cropped.", examples=[128]
     )
     shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
-        None, description="Channels, height and width of a plug-in's images, or of NumPy's.", examples=[(3, 64, 64)]
+        None,
+        description="Channels, height and width of the images of a plug-in or of numpy arrays.",
+        examples=[(3, 64, 64)],
     )
     classes: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="Classes of data of your own.", examples=[1000]
+        None, description="Number of classes in your own data.", examples=[1000]
     )
     image_column: str | None = Field(
         None,
         min_length=1,
-        description="Where images are: a column of parquet and huggingface (none: image), the suffix of webdataset's "
-        "members (none: any of an image), the name of numpy's array (none: images).",
+        description="Where images are: a column of parquet and huggingface (null: image), a suffix of webdataset's "
+        "members (null: any image suffix), the name of a numpy array (null: images).",
         examples=["img"],
     )
     label_column: str | None = Field(
         None,
         min_length=1,
-        description="Where labels are, likewise; none: label, webdataset: cls, numpy: labels.",
+        description="Where labels are, likewise (null: label; webdataset: cls; numpy: labels).",
         examples=["fine_label"],
     )
     synthetic_samples: PositiveInt = Field(
-        4096, description="Training samples of the synthetic set (test: a fourth).", examples=[1024]
+        4096, description="Training samples of the synthetic set; its test split has a fourth of that.", examples=[1024]
     )
     synthetic_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
         (3, 32, 32),
@@ -132,12 +134,12 @@ class DataSettings(Section):
         examples=[(1, 12, 12)],
     )
     synthetic_classes: Annotated[int, Field(ge=2)] = Field(
-        10, description="Classes of the synthetic set.", examples=[100]
+        10, description="Number of classes of the synthetic set.", examples=[100]
     )
 
     @property
     def folder(self) -> Path:
-        """`root`, of data sets that need one."""
+        """`root`, for data sets that need one."""
         assert self.root is not None, "checked before"
         return self.root
 

@@ -1,8 +1,8 @@
-"""A user's own code, named in a configuration: `package.module:name` or `FILE.py:name`.
+"""Plug-ins: a user's own code, named in a configuration as `package.module:name` or `FILE.py:name`.
 
 `plugins: [FILE.py]` at the top of a configuration, `--plugin FILE.py`, and the entry points of installed packages
-(groups `dist_train.models`, `dist_train.data_sets`, ...) give such code short names, which are replaced by the long
-ones before settings are checked: what a run records says where its code is. Whoever names code runs it.
+(groups `dist_train.models`, `dist_train.data_sets`, ...) give plug-ins short names. These are replaced by the long
+names before settings are checked, so that a run records where its code is. Naming a plug-in runs its code.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ _PLACES: Mapping[str, Kind] = {
     "schedule.decay": "schedules",
     "metrics.loggers.*.name": "loggers",
 }
-"""The settings that may name a plug-in, and which kind."""
+"""The settings that may name a plug-in, and its kind."""
 
 _OPTIONS: Mapping[str, str] = {"noise.scale": "scale_options", "data.augment": "augment_options"}
-"""Where a section has options of more than one plug-in; else they are its `options`."""
+"""The key of a plug-in's options, if it is not `options`: sections with more than one plug-in."""
 
 _MARK = "_dist_train_plugin"
 _Target = TypeVar("_Target", bound=Callable[..., Any])
@@ -71,8 +71,8 @@ _Target = TypeVar("_Target", bound=Callable[..., Any])
 def register(kind: Kind, name: str) -> Callable[[_Target], _Target]:
     """Return a decorator that gives a function or class the short `name`, in files that `plugins` lists.
 
-    docs/extending.md says what each `kind` is called with, of which shapes, and must return. The name is looked up, and
-    what is wrong with it raised as a ConfigError, by `load_config`.
+    docs/extending.md says what arguments each `kind` is called with and what it must return. `load_config` looks up the
+    name, and raises ConfigError if something is wrong with it.
 
     Examples:
         >>> @dist_train.register("models", "perceptron")
@@ -89,12 +89,12 @@ def register(kind: Kind, name: str) -> Callable[[_Target], _Target]:
 
 
 def is_plugin(name: str) -> bool:
-    """Whether `name` is of code outside the package."""
+    """Whether `name` names code outside the package."""
     return ":" in name
 
 
 def load_plugin(name: str) -> Any:
-    """Return the function or class that `name` stands for.
+    """Return the function or class that `name` names.
 
     Raises:
         UsageError: there is none, or its module cannot be imported.
@@ -112,32 +112,32 @@ def load_plugin(name: str) -> Any:
 
 
 def call_plugin(name: str, options: Options, returns: type[Any], *arguments: Any, **keywords: Any) -> Any:
-    """Call the plug-in `name`, which `returns` what it says, with its checked `options` where it takes any.
+    """Call the plug-in `name`, with its checked `options` if it takes any, and return the result, of type `returns`.
 
-    Raises UsageError where there is no such plug-in, it does not take these options, raises, or returns something else.
+    Raises UsageError if there is no such plug-in, it rejects the options, raises, or returns another type.
     """
     target = load_plugin(name)
     parameter = _parameter(target)
-    if parameter.is_there:
+    if parameter.exists:
         keywords["options"] = _checked(parameter.model, options)
     with failing_clearly(name):
-        made = target(*arguments, **keywords)
-    if not isinstance(made, returns):
+        result = target(*arguments, **keywords)
+    if not isinstance(result, returns):
         raise UsageError(
-            f"{name} returned {type(made).__name__}, not {returns.__module__}.{returns.__qualname__}",
+            f"{name} returned {type(result).__name__}, not {returns.__module__}.{returns.__qualname__}",
             code="plugin-result",
         )
-    return _yielded(name, made) if inspect.isgenerator(made) else made
+    return _iterate(name, result) if inspect.isgenerator(result) else result
 
 
-def _yielded(name: str, parts: Iterator[Any]) -> Iterator[Any]:
+def _iterate(name: str, generator: Iterator[Any]) -> Iterator[Any]:
     with failing_clearly(name):
-        yield from parts
+        yield from generator
 
 
 @contextmanager
 def failing_clearly(name: str) -> Iterator[None]:
-    """Make what the code of the plug-in `name` raises a UsageError that says where."""
+    """Turn errors of the plug-in `name` in the block into a UsageError that says where it failed."""
     try:
         yield
     except CodedError:
@@ -152,7 +152,7 @@ def failing_clearly(name: str) -> Iterator[None]:
 
 
 def named_plugins(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Options]]:
-    """Yield each plug-in in whole `settings`: its setting, its name, the setting of its options, and those."""
+    """Yield each plug-in in complete `settings`: its setting, its name, the setting of its options, and the options."""
     for path in _PLACES:
         for place, section, key in _sections(settings, path.split(".")):
             name = section.get(key)
@@ -162,7 +162,7 @@ def named_plugins(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str, 
 
 
 def plugin_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield what is wrong with the plug-ins in whole `settings` and with their options; loads them."""
+    """Load the plug-ins in complete `settings`, and yield what is wrong with them and their options."""
     for path, name, options_path, options in named_plugins(settings):
         try:
             target = load_plugin(name)
@@ -170,7 +170,7 @@ def plugin_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(path, str(error), code=error.code, value=name)
             continue
         parameter = _parameter(target)
-        if options and not parameter.is_there:
+        if options and not parameter.exists:
             yield Problem(options_path, f"{name} takes no options", code="plugin-options", value=options)
             continue
         yield from _unknown_options(parameter.model, options_path, options)
@@ -183,9 +183,9 @@ def plugin_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def with_long_names(settings: Mapping[str, Any], files: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
-    """Return `settings` with each short name, of a file among `files` or of an entry point, replaced by its long one.
+    """Return `settings` with each short name, from one of `files` or an entry point, replaced by its long name.
 
-    The choices that `model`, the configuration's, has itself stay.
+    The built-in choices of `model`, the configuration, stay.
 
     Raises:
         UsageError: a file cannot be imported.
@@ -197,30 +197,30 @@ def with_long_names(settings: Mapping[str, Any], files: Sequence[str], model: ty
             name = section.get(key)
             if isinstance(name, str) and is_plugin(name):
                 place, _, attribute = name.rpartition(":")
-                section[key] = f"{_within(Path(), place)}:{attribute}"
+                section[key] = f"{_absolute(Path(), place)}:{attribute}"
             elif isinstance(name, str) and name not in _choices(model, path):
                 section[key] = registered.get((kind, name)) or _entry_point(kind, name) or name
     return changed
 
 
 def from_folder(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return `settings` with the files of plug-ins, which are relative to `folder`, as seen from here."""
+    """Return `settings` with absolute paths of plug-in files, which are relative to `folder`."""
     changed = dict(settings)
     files = changed.get("plugins")
     if isinstance(files, list):
-        changed["plugins"] = [_within(folder, file) for file in files]
+        changed["plugins"] = [_absolute(folder, file) for file in files]
     for path in _PLACES:
         for _, section, key in _sections(changed, path.split(".")):
             if isinstance(name := section.get(key), str) and is_plugin(name):
                 place, _, attribute = name.rpartition(":")
-                section[key] = f"{_within(folder, place)}:{attribute}"
+                section[key] = f"{_absolute(folder, place)}:{attribute}"
     return changed
 
 
 def plugin_files(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the digest of each source file of the plug-ins in whole `settings`: theirs, and what they import beside.
+    """Return the digests of the plug-ins' source files in complete `settings`, and of files beside that they import.
 
-    By the file's name from the folder that it is in; packages that are installed are not looked into.
+    The keys are the files' paths, beginning with the name of the plug-in's folder; installed packages are left out.
     """
     places = {name.rpartition(":")[0] for _, name, _, _ in named_plugins(settings) if is_plugin(name)}
     folders = {_folder(_module(place)) for place in places} - {None}
@@ -235,7 +235,7 @@ def plugin_files(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _folder(module: ModuleType) -> Path | None:
-    """Return the folder of a module of one file, or of the package that it is in; none where that is installed."""
+    """Return the folder of a single-file module, or of its top-level package; None if it is installed."""
     top = sys.modules[module.__name__.partition(".")[0]]
     file = getattr(top, "__file__", None)
     if file is None or {"site-packages", "dist-packages"} & set(Path(file).parts):
@@ -244,15 +244,15 @@ def _folder(module: ModuleType) -> Path | None:
 
 
 def _module(place: str) -> ModuleType:
-    """Return the module of a file or a dotted name. Raises UsageError where it cannot be imported."""
+    """Return the module of a file or a dotted name. Raises UsageError if it cannot be imported."""
     try:
-        return _imported(place)
+        return _import(place)
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UsageError(f"the plug-in {place} cannot be imported: {reason}", code="plugin-import") from error
 
 
-def _imported(place: str) -> ModuleType:
+def _import(place: str) -> ModuleType:
     if not place.endswith(".py"):
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
@@ -264,7 +264,7 @@ def _imported(place: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")
-    # beside it may lie what it imports
+    # it may import modules beside it
     if os.path.dirname(path) not in sys.path:
         sys.path.append(os.path.dirname(path))
     module = importlib.util.module_from_spec(spec)
@@ -278,7 +278,7 @@ def _imported(place: str) -> ModuleType:
 
 
 def _choices(model: type[BaseModel], path: str) -> tuple[object, ...]:
-    """Return the choices of the setting at `path` that are no plug-ins."""
+    """Return the built-in choices of the setting at `path`."""
     *sections, name = path.replace(".*", "").split(".")
     for section in sections:
         model = models_of(model.model_fields[section])[0]
@@ -287,12 +287,13 @@ def _choices(model: type[BaseModel], path: str) -> tuple[object, ...]:
     return tuple(choice for part in get_args(annotation) for choice in get_args(part))
 
 
-def _within(folder: Path, place: object) -> Any:
+def _absolute(folder: Path, place: object) -> Any:
+    """Return a Python file's path as absolute, anything else as it is."""
     return os.path.abspath(folder / place) if isinstance(place, str) and place.endswith(".py") else place
 
 
 def _registered(file: str) -> Iterator[tuple[tuple[Kind, str], str]]:
-    """Yield the marks of what `file`, or a module, registers, each with the name that it has there."""
+    """Yield the kind and short name of each plug-in that `file`, or a module, registers, and its name there."""
     for name, value in vars(_module(file)).items():
         if mark := getattr(value, _MARK, None):
             yield mark, name
@@ -300,7 +301,7 @@ def _registered(file: str) -> Iterator[tuple[tuple[Kind, str], str]]:
 
 @cache
 def _shipped(group: str) -> Mapping[str, str]:
-    """Return what comes with the package and is found as plug-ins are: a table of `plugins.toml`."""
+    """Return a table of `plugins.toml`: plug-ins that come with the package."""
     file = Path(__file__).parents[1] / "plugins.toml"
     table: Mapping[str, str] = tomllib.loads(file.read_text(encoding="utf-8"))[group]
     return table
@@ -311,7 +312,10 @@ def _entry_point(kind: Kind, name: str) -> str | None:
 
 
 def _sections(settings: Any, names: Sequence[str], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield the mappings that hold the setting at `names`, each as a copy put in place, with its path and the key."""
+    """Yield each mapping in `settings` that may have the setting at `names`, with its path and the setting's key.
+
+    The mappings are replaced by copies in place, so that they can be changed.
+    """
     first, *rest = names
     if not rest:
         if isinstance(settings, dict):
@@ -328,7 +332,7 @@ def _sections(settings: Any, names: Sequence[str], prefix: str = "") -> Iterator
 
 
 def _unknown_options(model: type[BaseModel] | None, path: str, options: Options) -> Iterator[Problem]:
-    """Yield the options that `model` would ignore: pydantic's default, where a typing error must not pass."""
+    """Yield a problem for each option that `model` would silently ignore, as pydantic does by default."""
     if model is None or model.model_config.get("extra", "ignore") != "ignore":
         return
     known = ", ".join(model.model_fields)
@@ -338,9 +342,9 @@ def _unknown_options(model: type[BaseModel] | None, path: str, options: Options)
 
 @dataclass(frozen=True)
 class _Parameter:
-    """The parameter `options` of a plug-in: whether it has one, and the pydantic model that is its type."""
+    """The parameter `options` of a plug-in: whether it exists, and the pydantic model that is its type, if any."""
 
-    is_there: bool
+    exists: bool
     model: type[BaseModel] | None
 
 
@@ -354,5 +358,5 @@ def _parameter(target: Any) -> _Parameter:
 
 
 def _checked(model: type[BaseModel] | None, options: Options) -> Any:
-    """Return `options` as `model`, else as they are."""
+    """Return `options` as an instance of `model`; unchanged if there is no model."""
     return options if model is None else model.model_validate(options)

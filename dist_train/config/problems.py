@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, said so that it can be mended: path, value, what is allowed."""
+"""What is wrong with a configuration, so that it can be fixed: the path, the value, what is allowed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Problem:
-    """One fault: the dotted path of the setting, what is wrong, the code of that, the value if any, what is allowed."""
+    """One problem: the dotted path of the setting, what is wrong, its code, the value if any, what is allowed."""
 
     path: str
     wrong: str
@@ -39,28 +39,28 @@ class ConfigError(UsageError):
     """A configuration that cannot be used; its text lists every problem. Exit code 2."""
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
-        """Keep `problems`, found in `source` (a file's name)."""
+        """Report `problems`, found in `source` (a file's name)."""
         self.problems = tuple(problems)
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         super().__init__(printable("\n".join([f"{source}: {count}", *map(str, problems)])))
 
     @classmethod
     def of(cls, source: str, path: str, wrong: str, *, code: str, value: object = _MISSING) -> ConfigError:
-        """Return the error of one problem; its value may be left out."""
+        """Return an error with a single problem; the value may be omitted."""
         return cls(source, [Problem(path, wrong, code=code, value=value)])
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a fault lies: the parts of its path, the section that it is in, its setting where it has one.
+class _Location:
+    """Where a fault is: the parts of its path, its section, and its setting, if any.
 
-    `inside`: it is one of the sections that the setting is a list or a mapping of.
+    `is_item`: it is in an item of the setting, which is a list or a mapping of sections.
     """
 
     names: tuple[int | str, ...]
     section: type[BaseModel] | None
     field: FieldInfo | None
-    inside: bool = False
+    is_item: bool = False
 
     @property
     def path(self) -> str:
@@ -69,26 +69,26 @@ class _Place:
 
 def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
     """Return one problem for each fault that pydantic found in the input of `model`."""
-    found: dict[str, Problem] = {}
+    problems: dict[str, Problem] = {}
     for fault in error.errors(include_url=False):
-        place = _locate(fault["loc"], model)
-        kind, path = fault["type"], place.path
-        if path in found:
+        location = _locate(fault["loc"], model)
+        kind, path = fault["type"], location.path
+        if path in problems:
             continue
         if kind == "extra_forbidden":
-            found[path] = _unknown_key(place, model, fault["input"])
+            problems[path] = _unknown_key(location, model, fault["input"])
         elif kind == "union_tag_invalid":
             choices = str(fault["ctx"]["expected_tags"]).replace("'", "")
-            found[path] = Problem(
+            problems[path] = Problem(
                 f"{path}.kind", "not a kind", code="unknown-kind", value=fault["ctx"]["tag"], allowed=choices
             )
         elif kind == "json_invalid":
-            found[path] = Problem(path, f"cannot be read: {fault['ctx']['error']}", code="unreadable")
+            problems[path] = Problem(path, f"cannot be read: {fault['ctx']['error']}", code="unreadable")
         else:
             code, wrong = _FAULTS.get(kind, ("wrong-type", ""))
             wrong = wrong or _plain(fault["msg"])
-            found[path] = Problem(path, wrong, code=code, value=fault["input"], allowed=_allowed(place))
-    return list(found.values())
+            problems[path] = Problem(path, wrong, code=code, value=fault["input"], allowed=_allowed(location))
+    return list(problems.values())
 
 
 _FAULTS: Mapping[str, tuple[str, str]] = {
@@ -107,39 +107,39 @@ _FAULTS: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(("greater_than", "greater_than_equal", "less_than", "less_than_equal"), ("out-of-range", "")),
     **dict.fromkeys(("finite_number", "too_short", "too_long"), ("out-of-range", "")),
 }
-"""Code and words of pydantic's kinds of faults; all others are of a wrong type, and in its own words."""
+"""Code and message for pydantic's types of errors; all others are wrong types, with pydantic's message."""
 
 
-def _locate(location: tuple[int | str, ...], model: type[BaseModel]) -> _Place:
-    """Follow pydantic's location, which also holds the tags of unions and the names of their members."""
-    place = _Place((), None, None)
+def _locate(parts: tuple[int | str, ...], model: type[BaseModel]) -> _Location:
+    """Follow pydantic's location, which also contains the tags of unions and the names of their members."""
+    location = _Location((), None, None)
     choices: tuple[type[BaseModel], ...] = (model,)
-    for part in location:
-        if choices and is_collection(place.field) and not place.inside:
-            place = replace(place, names=(*place.names, part), inside=True)
+    for part in parts:
+        if choices and is_collection(location.field) and not location.is_item:
+            location = replace(location, names=(*location.names, part), is_item=True)
         elif len(choices) > 1:
             choices = tuple(choice for choice in choices if part in get_args(choice.model_fields["kind"].annotation))
         elif choices:
             field = choices[0].model_fields.get(str(part))
-            place = _Place((*place.names, part), choices[0], field)
+            location = _Location((*location.names, part), choices[0], field)
             choices = models_of(field)
         elif isinstance(part, int):
-            place = replace(place, names=(*place.names, part))
-    return place
+            location = replace(location, names=(*location.names, part))
+    return location
 
 
-def _unknown_key(place: _Place, model: type[BaseModel], value: object) -> Problem:
-    assert place.section is not None
-    key, here = str(place.names[-1]), list(place.section.model_fields)
-    prefix = "".join(f"{name}." for name in place.names[:-1])
-    close = difflib.get_close_matches(key, here, n=1, cutoff=0.6)
+def _unknown_key(location: _Location, model: type[BaseModel], value: object) -> Problem:
+    assert location.section is not None
+    key, known = str(location.names[-1]), list(location.section.model_fields)
+    prefix = "".join(f"{name}." for name in location.names[:-1])
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if close:
-        return Problem(place.path, f"unknown key; did you mean {prefix}{close[0]}?", code="unknown-key", value=value)
+        return Problem(location.path, f"unknown key; did you mean {prefix}{close[0]}?", code="unknown-key", value=value)
     paths = _all_paths(model)
     elsewhere = difflib.get_close_matches(key, [path.rpartition(".")[2] for path in paths], n=1, cutoff=0.8)
     namesakes = [path for path in paths if elsewhere and path.rpartition(".")[2] == elsewhere[0]]
     hint = f"; did you mean {' or '.join(namesakes)}?" if namesakes else ""
-    return Problem(place.path, f"unknown key{hint}", code="unknown-key", value=value, allowed=", ".join(here))
+    return Problem(location.path, f"unknown key{hint}", code="unknown-key", value=value, allowed=", ".join(known))
 
 
 def _all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -153,7 +153,7 @@ def _all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def models_of(field: FieldInfo | None) -> tuple[type[BaseModel], ...]:
-    """Return the models that a field, or each of its items, can be: one of a section, one for each kind of a union."""
+    """Return the models that a field, or each of its items, may be: one for a section, one per kind for a union."""
     if field is None:
         return ()
     return _models_in(field.annotation)
@@ -166,35 +166,35 @@ def _models_in(annotation: Any) -> tuple[type[BaseModel], ...]:
 
 
 def is_collection(field: FieldInfo | None) -> bool:
-    """Whether a field is a list or a mapping of items."""
+    """Whether a field is a list or a mapping."""
     return field is not None and get_origin(field.annotation) in (dict, list, tuple)
 
 
-def _allowed(place: _Place) -> str:
-    """Say what a setting takes, from its field: the choices, or the kind of number and its range."""
-    if place.field is None:
+def _allowed(location: _Location) -> str:
+    """Describe what a setting takes, from its field: the choices, or the kind of number and its range."""
+    if location.field is None:
         return ""
-    models = models_of(place.field)
+    models = models_of(location.field)
     if models:
         names = dict.fromkeys(name for model in models for name in model.model_fields)
         section = "a mapping with the keys " + ", ".join(names)
-        if place.inside or not is_collection(place.field):
+        if location.is_item or not is_collection(location.field):
             return section
-        return f"{'names, each with' if get_origin(place.field.annotation) is dict else 'a list, each'} {section}"
-    schema = leaf_schema(place.field)
-    if isinstance(index := place.names[-1], int):
+        return f"{'names, each with' if get_origin(location.field.annotation) is dict else 'a list, each'} {section}"
+    schema = leaf_schema(location.field)
+    if isinstance(index := location.names[-1], int):
         items = schema.get("prefixItems")
         schema = items[index] if items and index < len(items) else schema.get("items", schema)
     return in_words(schema)
 
 
 def in_words(schema: Mapping[str, Any]) -> str:
-    """Say what a setting of the JSON `schema` takes: the choices, or the kind of value and its range."""
+    """Describe what a setting with the JSON `schema` takes: the choices, or the kind of value and its range."""
     return " or ".join(filter(None, map(_in_words, schema.get("anyOf", [schema]))))
 
 
 def leaf_schema(field: FieldInfo) -> Mapping[str, Any]:
-    """Return the JSON schema of a field that is no section."""
+    """Return the JSON schema of a field that is not a section."""
     annotated: Any = field.annotation
     for constraint in field.metadata:
         annotated = Annotated[annotated, constraint]

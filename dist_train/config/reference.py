@@ -1,4 +1,4 @@
-"""Every setting, from the schema, as the page docs/settings.md: `python -m dist_train.config.reference`."""
+"""Writes docs/settings.md, a page with every setting, from the schema: `python -m dist_train.config.reference`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ In YAML a section is a mapping: `noise: {amplitude: 0.03}`. `null` is no value. 
 class Setting:
     """One setting: its dotted path, what it takes, its default (as YAML), its meaning, an override that changes it.
 
-    `choices`: the words that it takes, if they are few.
+    `choices`: the values that it takes, if they are enumerated.
     """
 
     path: str
@@ -48,7 +48,7 @@ class Setting:
 
 
 def settings_of(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
-    """Yield the settings of `model`, those of its sections and of the kinds of a union among them, in their order."""
+    """Yield the settings of `model` in their order, including those of its sections and of the kinds of a union."""
     for name, field in model.model_fields.items():
         path, models = f"{prefix}{name}", models_of(field)
         if models and is_collection(field):
@@ -90,7 +90,7 @@ def _setting(path: str, field: FieldInfo, of_kind: str = "") -> Setting:
 
 
 def _settings_of_kinds(path: str, field: FieldInfo, models: tuple[type[BaseModel], ...]) -> Iterator[Setting]:
-    """Yield the setting `kind` of a union, and those that some kinds have beside it."""
+    """Yield the setting `kind` of a union, and the parameters of each kind."""
     default = field.get_default(call_default_factory=True).kind
     by_kind = {get_args(model.model_fields["kind"].annotation)[0]: model for model in models}
     yield Setting(
@@ -110,7 +110,7 @@ def _settings_of_kinds(path: str, field: FieldInfo, models: tuple[type[BaseModel
 
 
 def _example(field: FieldInfo, schema: Any, default: object) -> object:
-    """Return another value than the default: the field's own example, else the next choice."""
+    """Return a value other than the default: the field's own example, or else the next choice."""
     if field.examples:
         return field.examples[0]
     choices = list(_choices(schema)) if "anyOf" in schema else schema.get("enum", (True, False))

@@ -1,4 +1,4 @@
-"""Sections of what smooths training: noise, regularization, averages of the weights, early stopping."""
+"""The sections for noise, regularization, weight averaging and early stopping."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ExponentialSchedule(Section):
     """c(t) = r^(t/T)."""
 
     kind: Literal["exponential"] = Field(description="c(t) = r^(t/T).")
-    final_fraction: Fraction = Field(0.01, description="r, what is left at the end.", examples=[0.1])
+    final_fraction: Fraction = Field(0.01, description="r, the value at the end.", examples=[0.1])
 
 
 class InversePowerSchedule(Section):
@@ -43,7 +43,7 @@ class InversePowerSchedule(Section):
 
 
 class TanhSchedule(Section):
-    """c(t) = (tanh(s (t/T - 1/2)) + 1) / 2: it rises, as SmoothOut's reference has it."""
+    """c(t) = (tanh(s (t/T - 1/2)) + 1) / 2: it rises, as in SmoothOut's reference code."""
 
     kind: Literal["tanh"] = Field(description="c(t) = (tanh(s (t/T - 1/2)) + 1) / 2; it rises.")
     steepness: PositiveFloat = Field(10.0, description="s.", examples=[5.0])
@@ -57,7 +57,7 @@ class LateSchedule(Section):
 
 
 class RiseSchedule(Section):
-    """c(t) = 1 + r (1 - cos(pi t/T)) / 2: LPF-SGD's, it rises from 1 to 1 + r."""
+    """c(t) = 1 + r (1 - cos(pi t/T)) / 2: it rises from 1 to 1 + r, as in LPF-SGD."""
 
     kind: Literal["rise"] = Field(description="c(t) = 1 + r (1 - cos(pi t/T)) / 2; it rises from 1 to 1 + r.")
     rise: PositiveFloat = Field(15.0, description="r.", examples=[3.0])
@@ -91,51 +91,54 @@ class NoiseSettings(Section):
     method: Literal["none", "smoothout", "arwp", "langevin", "sgld", "fsgld", "sam", "asam", "ivon"] | PluginName = (
         Field(
             "none",
-            description="smoothout: gradients at perturbed weights, restored before the update; arwp: with less noise "
-            "where gradients were large. langevin: noise added by the update, to stay; sgld: times the root of the "
-            "learning rate; fsgld: smoothout and sgld. sam, asam: gradients where the micro-batch's loss is sharpest. "
-            "ivon: variational online Newton.",
+            description="smoothout: gradients at perturbed weights, which are restored before the update; arwp: "
+            "likewise, with less noise where gradients were large. langevin: each update adds noise that stays; sgld: "
+            "likewise, times the square root of the learning rate; fsgld: smoothout and sgld together. sam, asam: "
+            "gradients at weights moved up the micro-batch's own gradient. ivon: variational online Newton.",
         )
     )
     options: Options = options_of("noise.method")
     distribution: Literal["uniform", "normal"] = Field(
-        "uniform", description="uniform on [-1, 1], or normal with the same variance, 1/3; times the amplitude."
+        "uniform", description="Distribution of u. uniform: on [-1, 1]. normal: with the same variance, 1/3."
     )
-    amplitude: NonNegativeFloat = Field(0.01, description="a, the factor on the noise.", examples=[0.03])
+    amplitude: NonNegativeFloat = Field(0.01, description="a, the amplitude of the noise.", examples=[0.03])
     scale: Literal["absolute", "weight", "filter", "filter_norm"] | PluginName = Field(
         "absolute",
-        description="absolute: a c(t) u. weight: times |w|. filter: each filter's draw with the filter's own norm. "
-        "filter_norm: times the filter's norm, element by element.",
+        description="absolute: the noise is a c(t) u. weight: times |w|. filter: each filter's draw is rescaled to the "
+        "filter's norm. filter_norm: each element is multiplied by the filter's norm.",
     )
     scale_options: Options = options_of("noise.scale")
     sharing: Literal["global", "rank", "micro_batch"] = Field(
         "global",
-        description="How many draws a step. global: one for all. rank: one each. micro_batch: one per micro-batch.",
+        description="Draws of noise per step. global: one for all ranks. rank: one per rank. micro_batch: one per "
+        "micro-batch.",
     )
-    schedule: NoiseSchedule = Field(default_factory=ConstantSchedule, description="c(t), the decay of the amplitude.")
+    schedule: NoiseSchedule = Field(
+        default_factory=ConstantSchedule, description="c(t), the factor on the amplitude at step t of T."
+    )
     exclude: tuple[str, ...] = Field(
         ("norm",),
-        description="Weights kept free of noise: norm, bias, or patterns of parameter names (*, ?).",
+        description="Weights without noise: norm, bias, or patterns of parameter names (*, ?).",
         examples=[["norm", "bias"]],
     )
     draws: PositiveInt = Field(
-        1, description="Draws at which each micro-batch's gradient is taken, to be averaged.", examples=[4]
+        1, description="Number of draws over which each micro-batch's gradient is averaged.", examples=[4]
     )
-    antithetic: bool = Field(False, description="Each draw u with its opposite, -u.")
+    antithetic: bool = Field(False, description="Use each draw u together with -u.")
     mix: Fraction = Field(
-        1.0, description="Share of the perturbed gradients; the rest is the gradient at the weights.", examples=[0.5]
+        1.0, description="Weight of the perturbed gradients; the rest is the gradient at the weights.", examples=[0.5]
     )
     passes: Literal["all", "one"] = Field(
         "all",
-        description="all: each micro-batch at every point that draws, antithetic and mix make. one: at a single point, "
-        "micro-batches taking turns, at the cost of plain training.",
+        description="all: each micro-batch is computed at every point given by draws, antithetic and mix. one: at a "
+        "single one of them, in turn, at the cost of plain training.",
     )
     offset: NonNegativeFloat = Field(0.01, description="asam: added to |w|.", examples=[0.1])
     adaptation: NonNegativeFloat = Field(1.0, description="arwp: factor on the squared gradients.", examples=[0.1])
     memory: Beta = Field(0.9, description="arwp: decay of the squared gradients.", examples=[0.99])
     temperature: NonNegativeFloat | None = Field(
         None,
-        description="fsgld: of the noise that stays; none: coupled to the amplitude as its authors do.",
+        description="fsgld: temperature of the noise that stays; null: derived from the amplitude as its authors do.",
         examples=[1e-8],
     )
     sample_size: PositiveFloat = Field(
@@ -145,36 +148,36 @@ class NoiseSettings(Section):
     damping: PositiveFloat = Field(1e-4, description="ivon: weight decay, delta.", examples=[0.001])
     betas: tuple[Beta, Beta] = Field(
         (0.9, 0.99999),
-        description="ivon: decay of the momentum and of the Hessian's estimate.",
+        description="ivon: decay of the momentum and of the Hessian estimate.",
         examples=[[0.9, 0.999]],
     )
 
     @property
     def points(self) -> int:
-        """At how many points a draw's method takes gradients."""
+        """Number of points at which gradients are taken, for methods that draw them."""
         return self.draws * (2 if self.antithetic else 1) + (self.mix < 1)
 
 
 Metric = Annotated[str, Field(pattern=r"^(train|validation|test)(-averaged)?\.(accuracy|loss)$")]
-"""What an evaluation measures of a split, with the averaged weights where it says so."""
+"""A quantity that evaluations measure: a split, with `-averaged` for the averaged weights, and accuracy or loss."""
 
 
 class RegularizationSettings(Section):
-    """What training alone does to labels and images; evaluations keep the plain ones."""
+    """Changes to labels and images in training only; evaluations use the original ones."""
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Share of each label that is spread over all classes (arXiv 1512.00567).", examples=[0.1]
     )
     mixup: NonNegativeFloat = Field(
         0.0,
-        description="alpha: each image is blended with the next of the global batch, by a share from Beta(alpha, "
-        "alpha), and so are their labels (arXiv 1710.09412); 0: none.",
+        description="alpha: each image and its label are blended with the next of the global batch, in a proportion "
+        "from Beta(alpha, alpha) (arXiv 1710.09412); 0: off.",
         examples=[0.2],
     )
     cutmix: NonNegativeFloat = Field(
         0.0,
-        description="alpha: a box of each image is replaced by the next image's, of an area from Beta(alpha, alpha) "
-        "(arXiv 1905.04899); 0: none. With mixup too, each image gets one of the two at random.",
+        description="alpha: a box of each image is replaced by that of the next image; its area comes from Beta(alpha, "
+        "alpha) (arXiv 1905.04899); 0: off. If mixup is on, too, each image gets one of the two at random.",
         examples=[1.0],
     )
 
@@ -185,34 +188,35 @@ class RegularizationSettings(Section):
 
 
 class AveragingSettings(Section):
-    """An average of the weights along the way, evaluated and saved beside the weights themselves."""
+    """An average of the weights over training, evaluated and saved beside the weights."""
 
     kind: Literal["none", "ema", "lawa"] = Field(
         "none",
-        description="ema: exponential moving average (Polyak). lawa: mean of the `last` weights (arXiv 2209.14981).",
+        description="ema: exponential moving average (Polyak). lawa: mean of the `last` snapshots of the weights "
+        "(arXiv 2209.14981).",
     )
     decay: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.999, description="Of the ema: what stays of the average each time.", examples=[0.99]
+        0.999, description="Decay of the ema: weight of the old average in each new one.", examples=[0.99]
     )
     every_steps: PositiveInt | None = Field(
         None,
-        description="Updates between two weights that are taken; none: ema each update, lawa each epoch.",
+        description="Updates between two snapshots; null: each update for ema, each epoch for lawa.",
         examples=[100],
     )
-    last: Annotated[int, Field(ge=2)] = Field(5, description="Weights that lawa averages.", examples=[10])
+    last: Annotated[int, Field(ge=2)] = Field(5, description="Number of snapshots that lawa averages.", examples=[10])
 
 
 class EarlyStoppingSettings(Section):
-    """The run's end before its last epoch, when evaluations get no better."""
+    """Ends the run before its last epoch when evaluations no longer improve."""
 
     patience: PositiveInt | None = Field(
-        None, description="Evaluations without an improvement after which the run ends; none: never.", examples=[5]
+        None, description="Evaluations without improvement after which the run ends; null: never.", examples=[5]
     )
     min_delta: NonNegativeFloat = Field(
-        0.0, description="What the metric must improve by, to count as an improvement.", examples=[0.001]
+        0.0, description="Smallest improvement of the metric that counts.", examples=[0.001]
     )
     metric: Metric | None = Field(
         None,
-        description="SPLIT.accuracy or SPLIT.loss; none: the accuracy on the validation split, else on the test split.",
+        description="SPLIT.accuracy or SPLIT.loss; null: accuracy on the validation split, or else on the test split.",
         examples=["validation.loss"],
     )

@@ -1,4 +1,4 @@
-"""Runs of before under present settings: which settings a resume may change, and what settings were called once."""
+"""Resuming runs: which settings a resume may change, and the former names of settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from dist_train.config.sections import Config
 
-_FREE = frozenset(
+_CHANGEABLE = frozenset(
     {
         "run.name",
         "run.directory",
@@ -49,10 +49,9 @@ class Difference:
 
 
 def differences(before: Config, after: Config) -> list[Difference]:
-    """Return the settings that can change a run's result and differ between its beginning and now.
+    """Return the settings that differ between a run's beginning and now, and can change its result.
 
-    What a run decided once from its device (`auto`) may be left to `auto` again. A run from before `run.device` has
-    decided none.
+    A setting that a run decided once from `auto` may be `auto` again, or have been `auto` in a run of an older version.
     """
     return [
         difference
@@ -62,7 +61,7 @@ def differences(before: Config, after: Config) -> list[Difference]:
 
 
 def with_decisions(config: Config, decided: Config) -> Config:
-    """Return `config` with what was left to `auto` as `decided` has it."""
+    """Return `config` with the values of `decided` for settings that are `auto`."""
     for path in _DECIDED_ONCE:
         section, name = path.split(".")
         if getattr(getattr(config, section), name) == "auto":
@@ -71,17 +70,17 @@ def with_decisions(config: Config, decided: Config) -> Config:
 
 
 def with_device(config: Config, device: Literal["cpu", "cuda"]) -> Config:
-    """Return `config` with `device`, and with deterministic kernels where they are left open and it asks for them."""
+    """Return `config` with `device`; `precision.deterministic`, if `auto`, is decided by it."""
     config = with_setting(config, "run.device", device)
     if config.precision.deterministic != "auto":
         return config
-    # integer sums give the same bits only where the kernels before them do
+    # exact sums are bit-identical only if the kernels before them are
     deterministic = device == "cuda" and config.comm.is_exact
     return with_setting(config, "precision.deterministic", deterministic)
 
 
 def with_setting(config: Config, path: str, value: object) -> Config:
-    """Return `config` with another `value`, which is not checked, of the setting at the dotted `path`."""
+    """Return `config` with the setting at the dotted `path` set to `value`, unchecked."""
     section, name = path.split(".")
     changed = getattr(config, section).model_copy(update={name: value})
     return config.model_copy(update={section: changed})
@@ -90,7 +89,7 @@ def with_setting(config: Config, path: str, value: object) -> Config:
 def _differences(before: BaseModel, after: BaseModel, prefix: str) -> Iterator[Difference]:
     for name in type(before).model_fields:
         path = f"{prefix}{name}"
-        if path in _FREE:
+        if path in _CHANGEABLE:
             continue
         old, new = getattr(before, name), getattr(after, name, None)
         if isinstance(old, BaseModel) and isinstance(new, BaseModel) and type(old) is type(new):
@@ -99,24 +98,24 @@ def _differences(before: BaseModel, after: BaseModel, prefix: str) -> Iterator[D
             yield Difference(path, old, new)
 
 
-_NAMES = {("metrics", "workers"): "ranks"}
-_VALUES = {("noise", "sharing"): {"worker": "rank"}}
+_RENAMED_SETTINGS = {("metrics", "workers"): "ranks"}
+_RENAMED_VALUES = {("noise", "sharing"): {"worker": "rank"}}
 
 STREAM_OF_A_RANK = "worker"
-"""Names the noise of one rank. By another name it would be another, and no run of before would resume bit-identical."""
+"""Name of the random stream of one rank's noise. Renaming it would change the noise, also that of resumed runs."""
 
 _logger = logging.getLogger("dist_train.config")
 
 
 def with_present_names(settings: Mapping[str, Any], source: str) -> Mapping[str, Any]:
-    """Return nested `settings` with the present names and values of what was renamed; each is logged for `source`."""
+    """Return nested `settings` with former names and values replaced by present ones; logs each, found in `source`."""
     changed = dict(settings)
-    for (section, name), now in _NAMES.items():
+    for (section, name), now in _RENAMED_SETTINGS.items():
         inner = changed.get(section)
         if isinstance(inner, Mapping) and name in inner and now not in inner:
             changed[section] = {now if each == name else each: value for each, value in inner.items()}
             _logger.warning("%s: %s.%s is called %s.%s now", source, section, name, section, now)
-    for (section, name), values in _VALUES.items():
+    for (section, name), values in _RENAMED_VALUES.items():
         inner = changed.get(section)
         before = inner.get(name) if isinstance(inner, Mapping) else None
         if isinstance(inner, Mapping) and isinstance(before, str) and before in values:

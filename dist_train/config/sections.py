@@ -40,34 +40,34 @@ class RunSettings(Section):
     directory: Path = Field(
         Path("runs"), description="Folder that holds the run directories.", examples=["/scratch/runs"]
     )
-    seed: NonNegativeInt = Field(0, description="All randomness is a function of it.", examples=[1])
+    seed: NonNegativeInt = Field(0, description="Seed of all randomness.", examples=[1])
     device: Device = Field(
         "auto",
-        description="Where the ranks compute. auto: on the GPUs, where there are any; GPUs that torch cannot use are "
-        "an error, not a run on the CPU. Decided when a run begins, and kept on a resume.",
+        description="Where the ranks compute. auto: on GPUs if there are any; GPUs that torch cannot use are an error, "
+        "not a run on the CPU. Decided when a run begins, and kept on a resume.",
     )
     epochs: PositiveInt = Field(
         10,
-        description="Passes over the training data; schedules are laid out over them. A run that has made all of its "
-        "passes may be resumed with more: schedules are then laid out anew.",
+        description="Passes over the training data; schedules span all of them. A finished run can be resumed with "
+        "more epochs: schedules then span the new total.",
         examples=[30],
     )
     max_steps: PositiveInt | None = Field(None, description="Stop after this many updates.", examples=[100])
-    profile_steps: NonNegativeInt = Field(0, description="Updates of which a profiler trace is written.", examples=[5])
+    profile_steps: NonNegativeInt = Field(0, description="Number of updates to trace with the profiler.", examples=[5])
     stop_signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP"] = Field(
-        "SIGUSR2", description="Signal that asks the run to save and stop, beside SIGTERM, SIGINT and SIGUSR2."
+        "SIGUSR2", description="A further signal that asks the run to save and stop, as SIGTERM, SIGINT and SIGUSR2 do."
     )
     resume: str = Field(
         "auto",
-        description="auto: resume from the last checkpoint, if any. never: start anew. Or the path of a checkpoint, or "
-        "of a run: its last one.",
+        description="auto: resume from the last checkpoint, if any. never: start from the beginning. Or the path of a "
+        "checkpoint, or of a run, whose last checkpoint is used.",
         examples=["runs/other/checkpoints/step-00000040.pt"],
     )
     init_from: Path | None = Field(
         None,
-        description="What a new run's weights and norm statistics are: those of a run (its last checkpoint), of a "
-        "checkpoint, of a .safetensors or .pth file, or torchvision's (torchvision:NAME) in torch.hub's cache; none: "
-        "those of the seed.",
+        description="Source of a new run's weights and norm statistics: a run (its last checkpoint), a checkpoint, a "
+        ".safetensors or .pth file, or torchvision:NAME for torchvision's weights in torch.hub's cache; null: random "
+        "weights from the seed.",
         examples=["runs/other"],
     )
 
@@ -77,9 +77,9 @@ class ModelSettings(Section):
 
     name: Literal["vgg9", "vgg16", "vgg19", "resnet18", "resnet50"] | PluginName = Field(
         "vgg9",
-        description="vgg9: of Li et al. (arXiv 1712.09913), 2.8 million parameters on CIFAR-10. vgg16, vgg19: without "
-        "hidden linear layers. resnet18, resnet50: torchvision's blocks, a small stem for images up to 64 pixels. "
-        "torchvision:NAME, timm:NAME: models of those libraries, with the norm that is set here.",
+        description="vgg9: from Li et al. (arXiv 1712.09913), 2.8 million parameters on CIFAR-10. vgg16, vgg19: "
+        "without hidden linear layers. resnet18, resnet50: torchvision's blocks, with a small stem for images up to 64 "
+        "pixels. torchvision:NAME, timm:NAME: models of those libraries, with their norms replaced by `norm`.",
     )
     options: Options = options_of("model.name")
     width: PositiveFloat = Field(1.0, description="Factor on the number of channels.", examples=[0.25])
@@ -92,50 +92,52 @@ class ModelSettings(Section):
         128, description="Samples that ghost norm normalizes together.", examples=[64]
     )
     channel_groups: PositiveInt = Field(
-        32, description="Groups of channels of group norm, where they divide.", examples=[16]
+        32, description="Maximum number of groups in group norm; the number used divides the channels.", examples=[16]
     )
     norm_statistics: Literal["auto", "running", "recomputed"] = Field(
         "auto",
-        description="Statistics for evaluation: running averages of the training's, or recomputed from training "
-        "data with the clean weights. auto: recomputed where noise is on.",
+        description="Norm statistics for evaluation. running: averages collected during training. recomputed: from "
+        "training data with the clean weights. auto: recomputed if noise is on.",
     )
     norm_samples: Annotated[int, Field(ge=2)] = Field(
         2048,
-        description="Training samples that recomputed statistics are taken from.",
+        description="Training samples from which norm statistics are recomputed.",
         examples=[4096],
     )
 
 
 class BatchChange(Section):
-    """Another global batch from an epoch on."""
+    """A change of the global batch size."""
 
-    epoch: PositiveInt = Field(description="Passes over the data before it begins.", examples=[60])
-    global_size: PositiveInt = Field(description="Samples of one update from then on.", examples=[8192])
+    epoch: PositiveInt = Field(description="Passes over the data before the change.", examples=[60])
+    global_size: PositiveInt = Field(description="Samples per update from then on.", examples=[8192])
 
 
 class BatchSettings(Section):
-    """The global batch and how it is cut."""
+    """The global batch and its division into micro-batches."""
 
-    global_size: PositiveInt = Field(8192, description="Samples of one update, over all ranks.", examples=[1024])
+    global_size: PositiveInt = Field(8192, description="Samples per update, over all ranks.", examples=[1024])
     micro_size: PositiveInt | Literal["auto"] = Field(
         "auto",
-        description="Samples of one forward and backward pass; auto: what fits the device.",
+        description="Samples per forward and backward pass; auto: as many as fit the device.",
         examples=[256],
     )
     dealing: Literal["even", "measured"] = Field(
         "even",
-        description="How many micro-batches a rank computes. even: all as many. measured: by its speed, as measured.",
+        description="How micro-batches are distributed over ranks. even: equally. measured: by each rank's measured "
+        "speed.",
     )
     schedule: tuple[BatchChange, ...] = Field(
         (),
-        description="Other global batches later in the run, as in Smith et al. (arXiv 1711.00489): each {epoch, "
-        "global_size} holds from that many passes on. schedule.scaling is by `global_size` alone.",
+        description="Changes of the global batch size during the run, as in Smith et al. (arXiv 1711.00489): each "
+        "{epoch, global_size} takes effect after that many passes. schedule.scaling uses the initial `global_size` "
+        "alone.",
         examples=[[{"epoch": 60, "global_size": 2048}]],
     )
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """Every global batch of the run, with the epoch that it begins with."""
+        """Every global batch size of the run, as pairs of its first epoch and the size."""
         return ((0, self.global_size), *((change.epoch, change.global_size) for change in self.schedule))
 
 
@@ -144,50 +146,57 @@ class OptimizerSettings(Section):
 
     name: Literal["sgd", "adam", "adamw", "lars", "lamb"] | PluginName = Field(
         "sgd",
-        description="sgd: with momentum. adam: weight decay within the gradient; adamw: apart from it. lars, lamb: "
-        "rates adapted layer by layer, for large batches.",
+        description="sgd: with momentum. adam: weight decay added to the gradient; adamw: decoupled from it. lars, "
+        "lamb: layer-wise adaptive rates, for large batches.",
     )
     options: Options = options_of("optimizer.name")
-    learning_rate: NonNegativeFloat = Field(0.1, description="Rate at `schedule.base_batch`.", examples=[0.05])
+    learning_rate: NonNegativeFloat = Field(
+        0.1, description="Learning rate; `schedule.scaling` multiplies it for larger batches.", examples=[0.05]
+    )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Momentum of sgd and lars.", examples=[0.95])
-    nesterov: bool = Field(True, description="Nesterov's momentum, of sgd.")
+    nesterov: bool = Field(True, description="Nesterov momentum (sgd only).")
     betas: tuple[Beta, Beta] = Field(
         (0.9, 0.999), description="Decay of the moments of adam, adamw and lamb.", examples=[[0.9, 0.98]]
     )
     epsilon: PositiveFloat = Field(1e-8, description="Added to denominators by adam, adamw and lamb.", examples=[1e-06])
     trust: PositiveFloat = Field(0.001, description="Trust coefficient of lars.", examples=[0.01])
     weight_decay: NonNegativeFloat = Field(
-        0.0, description="Decay of the weights that `exclude` does not name.", examples=[0.0005]
+        0.0, description="Weight decay, except for weights in `exclude`.", examples=[0.0005]
     )
     exclude: tuple[str, ...] = Field(
         ("norm", "bias"),
-        description="Weights kept free of weight decay and layer-wise adaptation: norm, bias, or patterns of names.",
+        description="Weights without weight decay and layer-wise adaptation: norm, bias, or patterns of names.",
         examples=[["norm"]],
     )
-    clip_norm: PositiveFloat | None = Field(None, description="Largest norm of the global gradient.", examples=[1.0])
+    clip_norm: PositiveFloat | None = Field(
+        None, description="Clip the global gradient to this norm; null: no clipping.", examples=[1.0]
+    )
 
 
 class ScheduleSettings(Section):
-    """The learning rate over the run."""
+    """The learning-rate schedule."""
 
     scaling: Literal["none", "linear", "sqrt"] = Field(
-        "none", description="Factor for the global batch: (global_size / base_batch), or its square root."
+        "none",
+        description="How the learning rate is scaled for the global batch. linear: by global_size / base_batch. sqrt: "
+        "by its square root.",
     )
     base_batch: PositiveInt = Field(
-        128, description="Global batch that `optimizer.learning_rate` is meant for.", examples=[256]
+        128, description="Global batch size for which `optimizer.learning_rate` is meant.", examples=[256]
     )
     warmup_epochs: NonNegativeFloat = Field(
-        0.0, description="Epochs in which the rate rises from the unscaled one.", examples=[5.0]
+        0.0, description="Epochs in which the learning rate rises from the unscaled to the scaled one.", examples=[5.0]
     )
     keep_updates: bool = Field(
         False,
-        description="As many updates as at `base_batch`: an epoch of the run, of its warm-up and milestones, has the "
-        "updates that it would have there (Hoffer et al., arXiv 1705.08741).",
+        description="Make as many updates as with a global batch of `base_batch`: an epoch, also in warm-up and "
+        "milestones, has the number of updates that it would have with it (Hoffer et al., arXiv 1705.08741).",
     )
     decay: Literal["constant", "step", "cosine", "poly", "exponential"] | PluginName = Field(
         "constant",
-        description="How the rate falls after the warm-up. step: by `factor` at `milestones`. cosine: to 0. poly: as "
-        "(1 - x)^`power`, x the fraction of the time after warm-up. exponential: as `final_fraction`^x.",
+        description="How the learning rate decays after warm-up. step: by `factor` at `milestones`. cosine: to 0. "
+        "poly: as (1 - x)^`power`, where x is the fraction of the time after warm-up. exponential: as "
+        "`final_fraction`^x.",
     )
     options: Options = options_of("schedule.decay")
     milestones: tuple[PositiveFloat, ...] = Field(
@@ -197,30 +206,28 @@ class ScheduleSettings(Section):
     power: PositiveFloat = Field(2.0, description="Exponent of a polynomial decay.", examples=[1.0])
     final_fraction: PositiveFloat = Field(
         0.01,
-        description="Where an exponential decay ends, as a fraction of the peak; above 1 the rate rises.",
+        description="Final learning rate of an exponential decay, as a fraction of the peak; above 1 the rate rises.",
         examples=[0.001],
     )
 
 
 class PrecisionSettings(Section):
-    """Numbers and kernels."""
+    """Number formats and kernels."""
 
     compute: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Precision of forward and backward; float16, with loss scaling, on CUDA alone."
+        "float32", description="Precision of forward and backward passes. float16: on GPUs only, with loss scaling."
     )
     channels_last: bool = Field(True, description="Images in channels-last layout: faster convolutions.")
     compile: bool = Field(False, description="Compile the model with torch.compile.")
-    tf32: bool = Field(
-        False, description="On a GPU, float32 convolutions and matrix products may round their inputs to TF32."
-    )
+    tf32: bool = Field(False, description="Allow TF32 in float32 convolutions and matrix products on a GPU.")
     deterministic: bool | Literal["auto"] = Field(
         "auto",
-        description="Only kernels that give the same bits each time; auto: on a GPU, unless comm.reduction is float.",
+        description="Use deterministic kernels only; auto: on a GPU, unless comm.reduction is float.",
         examples=[True],
     )
     threads: PositiveInt | Literal["auto"] = Field(
         "auto",
-        description="CPU threads of a rank; auto: OMP_NUM_THREADS, else the cores shared out.",
+        description="CPU threads per rank; auto: OMP_NUM_THREADS, or else an equal share of the cores.",
         examples=[2],
     )
 
@@ -229,27 +236,31 @@ Engine = Literal["auto", "horovod", "torch"]
 
 
 class CommSettings(Section):
-    """What the ranks say to each other."""
+    """Communication between the ranks."""
 
     engine: Engine = Field(
         "auto",
-        description="What carries the ranks. auto: Horovod under horovodrun and mpirun, and under srun where it is "
-        "installed; else torch.distributed.",
+        description="Communication library. auto: Horovod under horovodrun and mpirun, and under srun if it is "
+        "installed; otherwise torch.distributed.",
     )
     reduction: Literal["exact", "exact32", "float"] = Field(
         "exact",
-        description="exact: gradients summed as 64-bit integers, the same bits on any number of ranks. exact32: as "
-        "32-bit integers, likewise, at float's bytes.",
+        description="How gradients are summed. exact: as 64-bit integers, bit-identical on any number of ranks. "
+        "exact32: likewise as 32-bit integers, which need no more bytes than float. float: as floats.",
         examples=["exact32"],
     )
-    compression: Literal["none", "fp16"] = Field("none", description="Gradients sent as float16 (float only).")
-    op: Literal["average", "adasum"] = Field(
-        "average", description="How ranks' gradients combine (adasum: float only)."
+    compression: Literal["none", "fp16"] = Field(
+        "none", description="Send gradients as float16 (only with reduction float)."
     )
-    verify_every: NonNegativeInt = Field(100, description="Steps between agreement checks; 0: none.", examples=[10])
+    op: Literal["average", "adasum"] = Field(
+        "average", description="How the ranks' gradients are combined (adasum: only with reduction float)."
+    )
+    verify_every: NonNegativeInt = Field(
+        100, description="Steps between checks that all ranks hold the same weights and noise; 0: none.", examples=[10]
+    )
     timeout: Annotated[float, Field(ge=5)] = Field(
         60.0,
-        description="Seconds within which the run ends when a rank does not answer.",
+        description="Seconds within which the run ends if a rank does not answer.",
         examples=[300.0],
     )
 
@@ -260,18 +271,18 @@ class CommSettings(Section):
 
 
 class LaunchSettings(Section):
-    """How `dist-train launch` treats lost ranks; its options win, and under other launchers none of it counts."""
+    """How `dist-train launch` handles lost ranks. Its options take precedence; other launchers ignore this section."""
 
     min_ranks: PositiveInt | None = Field(
         None,
-        description="Continue without lost ranks while so many are left; none: all that the run begins with.",
+        description="Continue without lost ranks while at least so many are left; null: all that the run begins with.",
         examples=[2],
     )
     max_ranks: PositiveInt | None = Field(
-        None, description="Take so many ranks at most; none: as many as the run begins with.", examples=[8]
+        None, description="Maximum number of ranks; null: as many as the run begins with.", examples=[8]
     )
     restarts: NonNegativeInt = Field(
-        0, description="Start the process of a lost rank anew, up to so many times each.", examples=[3]
+        0, description="Restart a lost rank's process up to this many times each.", examples=[3]
     )
 
 
@@ -279,28 +290,30 @@ class EvaluationSettings(Section):
     """When and how the model is evaluated."""
 
     every_epochs: NonNegativeInt = Field(1, description="Epochs between evaluations; 0: at the end only.", examples=[5])
-    batch_size: PositiveInt = Field(500, description="Samples of one forward pass.", examples=[1000])
+    batch_size: PositiveInt = Field(500, description="Samples per forward pass.", examples=[1000])
     train_samples: NonNegativeInt = Field(
-        10000, description="Training samples evaluated beside the test set.", examples=[0]
+        10000, description="Number of training samples to evaluate besides the test set.", examples=[0]
     )
 
 
 class CheckpointSettings(Section):
-    """When the run is saved, and what is kept."""
+    """When checkpoints are saved, and which are kept."""
 
     every_epochs: NonNegativeInt = Field(
         1, description="Epochs between checkpoints; 0: at the end only.", examples=[10]
     )
-    every_steps: PositiveInt | None = Field(None, description="Also after every so many updates.", examples=[500])
-    keep: PositiveInt = Field(3, description="Checkpoints kept, the last ones.", examples=[1])
-    keep_best: bool = Field(
-        True, description="Also keep the one with the best accuracy on the validation split, else on the test split."
+    every_steps: PositiveInt | None = Field(
+        None, description="Also save a checkpoint after every this many updates; null: do not.", examples=[500]
     )
-    background: bool = Field(True, description="Write while training continues.")
+    keep: PositiveInt = Field(3, description="How many of the latest checkpoints to keep.", examples=[1])
+    keep_best: bool = Field(
+        True, description="Also keep the one with the best accuracy on the validation split, or else on the test split."
+    )
+    background: bool = Field(True, description="Write checkpoints while training continues.")
     fallback_directory: Path | None = Field(
         None,
-        description="Folder on another disk for the last checkpoint that the run directory's disk refuses; "
-        "a resume takes it from there.",
+        description="Folder on another disk, for the last checkpoint if the run directory's disk is full or fails; "
+        "a resume reads it from there.",
         examples=["/scratch/me"],
     )
 
@@ -312,64 +325,67 @@ class LoggerSettings(Section):
         description="A library, or an `Observer` of your own: `package.module:name`, `FILE.py:name`."
     )
     options: Options = Field(
-        default_factory=dict, description="Its own settings.", examples=[{"project": "large-batch"}]
+        default_factory=dict, description="Settings of the logger.", examples=[{"project": "large-batch"}]
     )
 
 
 class MetricsSettings(Section):
-    """The Prometheus exporter and the pace of reports. Secrets are named as files: settings are saved with the run."""
+    """The Prometheus exporter, loggers, and how often records are written. Secrets are given as files, since settings
+    are saved with the run.
+    """
 
-    enabled: bool = Field(True, description="Serve metrics to Prometheus while the run lasts.")
+    enabled: bool = Field(True, description="Serve metrics to Prometheus during the run.")
     host: str = Field(
         "127.0.0.1",
-        description="Address to serve at; 0.0.0.0: every address of the node.",
+        description="Address to listen at; 0.0.0.0: every address of the node.",
         examples=["0.0.0.0"],  # nosec B104
     )
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         9810,
-        description="The next free one from here; 0: any free port.",
+        description="Port to listen at, or the next free one above it; 0: any free port.",
         examples=[0],
     )
     ranks: Literal["first", "all"] = Field(
-        "first", description="Who serves metrics. first: rank 0, those of the run. all: every rank its own too."
+        "first", description="Which ranks serve metrics. first: rank 0, for the run. all: every rank, also its own."
     )
     every_steps: PositiveInt = Field(1, description="Steps between training records.", examples=[10])
     token_file: Path | None = Field(
-        None, description="File with the bearer token that a scrape must bring.", examples=["/home/me/metrics.token"]
+        None, description="File with the bearer token that a scrape must send.", examples=["/home/me/metrics.token"]
     )
     password_file: Path | None = Field(
-        None, description="File with user:password that a scrape must bring.", examples=["/home/me/metrics.password"]
+        None, description="File with user:password that a scrape must send.", examples=["/home/me/metrics.password"]
     )
     certificate_file: Path | None = Field(
-        None, description="TLS certificate (PEM), with its chain; none: plain HTTP.", examples=["/home/me/metrics.crt"]
+        None, description="TLS certificate (PEM), with its chain; null: plain HTTP.", examples=["/home/me/metrics.crt"]
     )
     key_file: Path | None = Field(
         None, description="Private key (PEM) of the TLS certificate.", examples=["/home/me/metrics.key"]
     )
     targets_directory: Path | None = Field(
         None,
-        description="Folder where Prometheus looks for targets (file_sd); lists the run, and for a day how it ended.",
+        description="Folder where Prometheus looks for targets (file_sd): the run is listed there, and for a day after "
+        "its end how it ended.",
         examples=["/shared/targets"],
     )
     advertised_host: str | None = Field(
         None,
-        description="Host in the target file; none: the node's name, or `host` where that is one address.",
+        description="Host in the target file; null: the node's name, or `host` if that is a single address.",
         examples=["node7.example.org"],
     )
     pushgateway: str | None = Field(
         None,
         pattern=r"^https?://",
-        description="URL of a Pushgateway that takes the last values, for short runs.",
+        description="URL of a Pushgateway to which the last values are pushed, for short runs.",
         examples=["http://pushgateway:9091"],
     )
     last_scrape_seconds: NonNegativeFloat = Field(
         20.0,
-        description="Longest wait, at the end of a run that is being scraped, for a scrape of the last values.",
+        description="At the end of a run that is being scraped: longest wait for a scrape of the last values.",
         examples=[60.0],
     )
-    tensorboard: bool = Field(False, description="Write TensorBoard's event files into the run directory too.")
+    tensorboard: bool = Field(False, description="Also write TensorBoard's event files into the run directory.")
     loggers: tuple[LoggerSettings, ...] = Field(
-        (), description="Where records go besides, from rank 0.", examples=[[{"name": "trackio"}]]
+        (), description="Further loggers of the run's records, on rank 0.", examples=[[{"name": "trackio"}]]
     )
 
     @property
@@ -408,12 +424,12 @@ class Config(Section):
 
     @property
     def run_directory(self) -> Path:
-        """The run's own directory, unless the command names another."""
+        """The run's directory, unless the command line names another."""
         return self.run.directory / self.run.name
 
     @property
     def stopping_metric(self) -> str:
-        """What early stopping looks at, as SPLIT.accuracy or SPLIT.loss."""
+        """The metric of early stopping, as SPLIT.accuracy or SPLIT.loss."""
         default = "test.accuracy" if self.data.validation_size is None else "validation.accuracy"
         return self.early_stopping.metric or default
 

@@ -244,11 +244,11 @@ def test_all_conflicts_are_told_at_once() -> None:
         ({"noise": {"scale": "filter"}}, "noise.scale has no effect: noise.method is none"),
         (
             {"noise": {"method": "langevin", "mix": 0.5}},
-            "noise.mix has no effect: noise.method takes gradients at no draws of its own",
+            "noise.mix has no effect: this noise.method does not average over draws",
         ),
         (
             {"noise": {"method": "ivon", "amplitude": 0.1}, "optimizer": PLAIN},
-            "noise.amplitude has no effect: ivon says itself how it draws",
+            "noise.amplitude has no effect: ivon has its own way of drawing",
         ),
         ({"noise": {**NOISE, "offset": 0.1}}, "noise.offset has no effect: noise.method is not asam"),
         (
@@ -261,7 +261,7 @@ def test_all_conflicts_are_told_at_once() -> None:
         ),
         (
             {"model": {"norm": "none", "norm_statistics": "running"}},
-            "model.norm_statistics has no effect: such a norm has no running statistics",
+            "model.norm_statistics has no effect: this norm has no running statistics",
         ),
         (
             {"model": {"norm_samples": 100}},
@@ -270,7 +270,7 @@ def test_all_conflicts_are_told_at_once() -> None:
         ({"schedule": {"base_batch": 8}}, "schedule.base_batch has no effect: schedule.scaling is none"),
         (
             {"schedule": {"warmup_epochs": 2}},
-            "schedule.warmup_epochs has no effect: schedule.scaling is none, so the rate has no way to rise",
+            "schedule.warmup_epochs has no effect: schedule.scaling is none, so there is no higher rate to rise to",
         ),
         ({"schedule": {"milestones": [3]}}, "schedule.milestones has no effect: schedule.decay is not step"),
         ({"schedule": {"factor": 0.5}}, "schedule.factor has no effect: schedule.decay is not step"),
