@@ -1,4 +1,4 @@
-"""`dist-train landscape` and `sharpness`: the loss around stored weights, as figures and as measures."""
+"""`dist-train landscape`, `sharpness`, `export` and `replay`: commands on stored weights."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def add_landscape(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "landscape",
         help="loss and accuracy along a line or over a plane in weight space",
-        description="Evaluate a network at many points of weight space, shared out over the ranks of mpirun or "
-        "srun; write the points as CSV, and figures. The same command resumes where a killed one ended.",
+        description="Evaluate a network at many points of weight space, distributed over the ranks of mpirun or "
+        "srun; write the points as CSV, and figures. The same command resumes an interrupted one.",
     )
     kinds = parser.add_subparsers(title="kinds", metavar="KIND", dest="kind", required=True)
     line = kinds.add_parser("interpolate", help="the line through two checkpoints")
@@ -61,11 +61,11 @@ def _landscape(arguments: argparse.Namespace) -> int:
 
     comm = join_points()
     request = run_on_all_ranks(comm, lambda: _request(arguments), "read the options")
-    report = _Progress(comm.size).report if comm.rank == 0 else _silent
+    report = _Progress(comm.size).report if comm.rank == 0 else lambda done, total: None
     finished = make_landscape(request, comm, report)
     if finished is not None:
         if finished.was_there:
-            print("nothing to evaluate: this result was there", file=sys.stderr)
+            print("nothing to evaluate: this result existed already", file=sys.stderr)
         if finished.not_finite:
             print(f"the loss is not finite in {finished.not_finite} rows of points.csv", file=sys.stderr)
         for width in finished.widths:
@@ -83,7 +83,7 @@ def _add_axis(parser: argparse.ArgumentParser, reach: tuple[float, float], point
         metavar=("FROM", "TO"),
         help=f"first and last alpha (default: {reach[0]:g} {reach[1]:g})",
     )
-    parser.add_argument("--points", type=int, default=points, metavar="N", help=f"a line (default: {points})")
+    parser.add_argument("--points", type=int, default=points, metavar="N", help=f"points per line (default: {points})")
 
 
 def _add_directions(parser: argparse.ArgumentParser) -> None:
@@ -91,14 +91,14 @@ def _add_directions(parser: argparse.ArgumentParser) -> None:
         "--normalization",
         choices=("filter", "layer", "none"),
         default="filter",
-        help="give each filter, or each layer, of a direction the norm of the weights'; none: as drawn",
+        help="rescale each filter, or each layer, of a direction to the norm of the weights'; none: as drawn",
     )
     parser.add_argument(
         "--exclude",
         nargs="*",
         default=("norm", "bias"),
         metavar="WHAT",
-        help="weights that stay: norm, bias, or names with * and ? (default: norm bias; nothing: all move)",
+        help="weights that do not move: norm, bias, or names with * and ? (default: norm bias; nothing: all move)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the directions (default: 0)")
 
@@ -110,10 +110,10 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
         type=_number_or_all,
         default=10_000,
         metavar="N",
-        help="training samples, a seeded choice, or all (default: 10000)",
+        help="number of training samples, chosen by seed, or all (default: 10000)",
     )
     parser.add_argument(
-        "--test-samples", type=_number_or_all, default=None, metavar="N", help="test samples, likewise (default: all)"
+        "--test-samples", type=_number_or_all, default=None, metavar="N", help="likewise, test samples (default: all)"
     )
     parser.add_argument("--subset-seed", type=int, default=0, metavar="SEED", help="seed of these choices (default: 0)")
     parser.add_argument(
@@ -121,24 +121,24 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
         choices=("recomputed", "interpolated"),
         default="recomputed",
         help="the norms' running statistics: recomputed at each point from training data, or interpolated like the "
-        "weights, which along directions leaves the checkpoint's",
+        "weights; along directions, interpolated keeps those of the checkpoint",
     )
     parser.add_argument(
         "--statistics-samples",
         type=int,
         metavar="N",
-        help="training samples that they are recomputed from (default: the run's model.norm_samples)",
+        help="training samples from which they are recomputed (default: the run's model.norm_samples)",
     )
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="samples of a pass (default: 100 on a CPU, 1000 on a GPU)"
+        "--batch-size", type=int, metavar="N", help="samples per pass (default: 100 on a CPU, 1000 on a GPU)"
     )
     parser.add_argument(
-        "--precision", choices=("float32", "run"), default="float32", help="run: as precision.compute says"
+        "--precision", choices=("float32", "run"), default="float32", help="run: the run's precision.compute"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a rank (default: its share)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads per rank (default: its share)")
     parser.add_argument("--scale", choices=("linear", "log"), default="linear", help="scale of the loss in the figures")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder for the result's folder (default: RUN/analysis)"
+        "--output", type=Path, metavar="DIR", help="parent of the result's folder (default: RUN/analysis)"
     )
 
 
@@ -164,49 +164,45 @@ def _request(arguments: argparse.Namespace) -> Request:
     )
 
 
-def _silent(done: int, total: int) -> None:
-    """Print nothing: rank 0 reports."""
-
-
 class _Progress:
     """Prints the progress of rank 0's own points every few seconds."""
 
     def __init__(self, ranks: int) -> None:
-        self._whose = "points" if ranks == 1 else f"points of the first of {ranks} ranks"
+        self._points = "points" if ranks == 1 else f"points of the first of {ranks} ranks"
         self._begun = self._reported = time.monotonic()
 
     def report(self, done: int, total: int) -> None:
-        """Print how far it is and the time left."""
+        """Print the progress and the time left."""
         now = time.monotonic()
         if done == 0:
             self._begun = self._reported = now
         elif now - self._reported >= _REPORT_SECONDS:
             self._reported = now
             pace = (now - self._begun) / done
-            text = f"{done} of {total} {self._whose}, {pace:.2g} s each, {pace * (total - done):.0f} s left"
+            text = f"{done} of {total} {self._points}, {pace:.2g} s each, {pace * (total - done):.0f} s left"
             print(text, file=sys.stderr, flush=True)
 
 
-_TEXTS = {
-    "samples": "training images that the loss is taken over, as many of each class as there are (default: 2048)",
-    "seed": "chooses images, starts, directions, draws and probes (default: 0)",
-    "batch-size": "images of one pass (default: 256)",
+_SHARPNESS_OPTIONS = {
+    "samples": "training images over which the loss is taken, balanced over classes if possible (default: 2048)",
+    "seed": "seed of images, starts, directions, draws and probes (default: 0)",
+    "batch-size": "images per pass (default: 256)",
     "keskar-epsilon": "half the box's width, in units of |weight| + 1 (default: 0.001)",
-    "keskar-iterations": "iterations of each ascent, at most (default: 10)",
+    "keskar-iterations": "maximum number of iterations per ascent (default: 10)",
     "keskar-dimensions": "dimensions of the random subspace (default: 100)",
-    "keskar-starts": "ascents: the first from the weights, others from random places in the box (default: 2)",
-    "draws": "draws of noise, each used with both signs, at each amplitude (default: 8)",
-    "hessian-eigenvalues": "how many eigenvalues, the largest ones (default: 5)",
+    "keskar-starts": "number of ascents: the first from the weights, others from random points in the box (default: 2)",
+    "draws": "draws of noise at each amplitude, each used with both signs (default: 8)",
+    "hessian-eigenvalues": "number of largest eigenvalues (default: 5)",
     "hessian-tolerance": "relative error of the eigenvalues (default: 0.001)",
-    "hessian-probes": "random vectors that the trace is estimated from (default: 16)",
-    "width-directions": "random directions that the width is measured along (default: 5)",
+    "hessian-probes": "random vectors from which the trace is estimated (default: 16)",
+    "width-directions": "random directions along which the width is measured (default: 5)",
     "width-reach": "largest distance on each side, in norms of the filters (default: 2)",
 }
-_FRACTIONS = {"keskar-epsilon", "hessian-tolerance", "width-reach"}
+_FLOAT_OPTIONS = {"keskar-epsilon", "hessian-tolerance", "width-reach"}
 
 
 def add_sharpness(subparsers: Subparsers) -> None:
-    """Add `sharpness RUN_OR_CHECKPOINT`. Options left out are not set: the settings' own defaults hold."""
+    """Add `sharpness RUN_OR_CHECKPOINT`. Omitted options are not set, so that the settings' defaults apply."""
     parser = subparsers.add_parser(
         "sharpness",
         help="how sharp a minimum a checkpoint lies in",
@@ -234,8 +230,8 @@ def add_sharpness(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--statistics",
         choices=("checkpoint", "recomputed", "batch"),
-        help="norm statistics. checkpoint: the stored ones, held (default). recomputed: taken anew at the stored "
-        "weights, then held. batch: of each pass, wherever it is, as in training",
+        help="norm statistics. checkpoint: the stored ones, fixed (default). recomputed: recomputed at the stored "
+        "weights, then fixed. batch: those of each pass, as in training",
     )
     parser.add_argument(
         "--amplitudes",
@@ -257,8 +253,8 @@ def add_sharpness(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--output", type=Path, default=None, metavar="DIR", help="folder of the record (default: RUN/analysis)"
     )
-    for name, text in _TEXTS.items():
-        kind, metavar = (float, "X") if name in _FRACTIONS else (int, "N")
+    for name, text in _SHARPNESS_OPTIONS.items():
+        kind, metavar = (float, "X") if name in _FLOAT_OPTIONS else (int, "N")
         parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
     parser.set_defaults(run=_sharpness)
 
@@ -286,7 +282,7 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in _words(text)]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"not numbers with commas between them: {text}") from None
+        raise argparse.ArgumentTypeError(f"not numbers separated by commas: {text}") from None
 
 
 def _words(text: str) -> list[str]:
@@ -306,7 +302,7 @@ def _measures(text: str) -> list[Measure]:
 
 
 def _table(record: SharpnessRecord) -> Iterator[str]:
-    """Yield the lines of a table of what has been measured."""
+    """Yield the lines of a table of the measurements."""
     settings = record.settings
     yield f"{record.checkpoint.path}, step {record.checkpoint.step}, {record.weights} weights"
     yield (
@@ -325,15 +321,17 @@ def _rows(record: SharpnessRecord) -> Iterator[tuple[str, str]]:
         yield f"Keskar, full space, {box}", _number(record.keskar.full)
         yield f"Keskar, {settings.keskar_dimensions} directions, {box}", _number(record.keskar.subspace)
     for rise in record.expected_rise or ():
-        place = f"expected rise, amplitude {rise.amplitude:g}, {settings.scale}"
-        yield place, _number(rise.mean, rise.standard_error)
+        yield (
+            f"expected rise, amplitude {rise.amplitude:g}, {settings.scale}",
+            _number(rise.mean, rise.standard_error),
+        )
     if record.hessian is not None:
         for index, eigenvalue in enumerate(record.hessian.eigenvalues, start=1):
             yield f"Hessian eigenvalue {index}", _number(eigenvalue)
         yield "Hessian trace", _number(record.hessian.trace, record.hessian.trace_standard_error)
     for width in record.widths or ():
-        beyond = f", at least: {width.censored} of {width.directions} end beyond the reach" if width.censored else ""
-        yield f"basin width, rise {width.rise:g}", f"{_number(width.mean, width.standard_error)}{beyond}"
+        censored = f", at least: {width.censored} of {width.directions} end beyond the reach" if width.censored else ""
+        yield f"basin width, rise {width.rise:g}", f"{_number(width.mean, width.standard_error)}{censored}"
     if (scale := record.noise_scale) is not None:
         yield "gradient noise scale, samples", _number(scale.value, scale.standard_error)
 
@@ -348,8 +346,8 @@ def add_export(subparsers: Subparsers) -> None:
     """Add `export RUN_OR_CHECKPOINT --to FORMAT [-o FILE]`."""
     parser = subparsers.add_parser(
         "export",
-        help="a model for other programs: safetensors, torch-export or onnx",
-        description="Write the model of a checkpoint, with clean weights and norm statistics, load it back and "
+        help="export a model for other programs: safetensors, torch-export or onnx",
+        description="Write the model of a checkpoint, with clean weights and norm statistics; then load it back and "
         "compare its logits.",
     )
     parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help=_TARGET)
@@ -371,10 +369,10 @@ def add_replay(subparsers: Subparsers) -> None:
     """Add `replay RUN@STEP`."""
     parser = subparsers.add_parser(
         "replay",
-        help="make one update of a run again, and compare it with what was recorded",
-        description="Train from the checkpoint before STEP, or from the beginning, up to STEP, on any number of ranks, "
-        "and compare loss, accuracy and gradient norm with the run's record, and the weights with its checkpoint "
-        "where it has one. Ends with 0 where everything is bit-identical, else with 4.",
+        help="repeat one update of a run, and compare it with the record",
+        description="Train from the checkpoint before STEP, or from the beginning, up to STEP, on any number of ranks. "
+        "Compare loss, accuracy and gradient norm with the run's record, and the weights with its checkpoint, if it "
+        "has one. Exit code: 0 if everything is bit-identical, else 4.",
     )
     parser.add_argument("update", metavar="RUN@STEP", help="a run directory and the number of an update")
     parser.set_defaults(run=_replay)
@@ -384,12 +382,12 @@ def _replay(arguments: argparse.Namespace) -> int:
     from dist_train.api import replay
     from dist_train.cluster.launch import current_launch
 
-    place, _, step = arguments.update.rpartition("@")
-    if not place or not step.isdecimal():
+    run, _, step = arguments.update.rpartition("@")
+    if not run or not step.isdecimal():
         raise UsageError(f"takes RUN@STEP, such as runs/demo@40, not {arguments.update}", code="replay-form")
-    result = replay(place, int(step))
+    result = replay(run, int(step))
     if current_launch().rank == 0:
-        print(f"update {result.step}, made again from step {result.begun_at}:")
+        print(f"update {result.step}, repeated from step {result.begun_at}:")
         for name, recorded in result.recorded.items():
             now = result.replayed[name]
             print(f"  {name:<16} {recorded!r:<24} {'the same' if now == recorded else f'now {now!r}'}")

@@ -1,4 +1,4 @@
-"""What several commands share: arguments, warnings, and tables for a terminal or a pipe."""
+"""Helpers that several commands share: arguments, warnings, and tables for a terminal or a pipe."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add CONFIG, its overrides, and --run-dir."""
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from it")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to override")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the run's own directory")
     parser.add_argument(
         "--plugin", action="append", default=[], metavar="FILE.py", help="a file that registers names; may be repeated"
@@ -27,7 +27,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def named_config(arguments: argparse.Namespace) -> Config:
-    """Return the configuration that CONFIG, its overrides and --plugin name. Raises ConfigError."""
+    """Return the configuration of CONFIG, its overrides and --plugin. Raises ConfigError."""
     from dist_train.config import load_config
 
     return load_config(arguments.config, arguments.overrides, arguments.plugin)
@@ -36,12 +36,12 @@ def named_config(arguments: argparse.Namespace) -> Config:
 def add_weights(parser: argparse.ArgumentParser) -> None:
     """Add --weights."""
     parser.add_argument(
-        "--weights", choices=("raw", "averaged"), default="raw", help="averaged: those of averaging.kind (default: raw)"
+        "--weights", choices=("raw", "averaged"), default="raw", help="averaged: see averaging.kind (default: raw)"
     )
 
 
 def count(text: str) -> int:
-    """Return the whole number above 0 that `text` writes."""
+    """Return the whole number above 0 in `text`."""
     if not re.fullmatch(r"[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"takes a number, 1 or more, not {text!r}")
     return int(text)
@@ -56,7 +56,7 @@ def warn_of_unused(config: Config) -> None:
 
 
 def terminal_width() -> int | None:
-    """Return the characters of a line of the terminal; None where the output is none."""
+    """Return the terminal's width in characters; None if the output is no terminal."""
     from rich.console import Console
 
     console = Console()
@@ -64,11 +64,11 @@ def terminal_width() -> int | None:
 
 
 def print_table(table: Table) -> None:
-    """Print `table`; whole lines where the output is no terminal, which has no width to fit."""
+    """Print `table`; if the output is no terminal, without cutting its lines to a width."""
     from rich.console import Console
 
     console = Console(highlight=False)
     if not console.is_terminal:
-        endless = console.options.update(width=10_000)
-        console.width = max(console.width, console.measure(table, options=endless).maximum)
+        unlimited = console.options.update(width=10_000)
+        console.width = max(console.width, console.measure(table, options=unlimited).maximum)
     console.print(table)

@@ -68,7 +68,7 @@ def _completion(arguments: argparse.Namespace) -> int:
 
 
 def completion_script(parser: argparse.ArgumentParser) -> str:
-    """Return the script, in bash, for the program of `parser`."""
+    """Return the bash script that completes the commands of `parser`."""
     from dist_train.config.reference import settings_of
     from dist_train.config.sections import Config
 
@@ -76,31 +76,31 @@ def completion_script(parser: argparse.ArgumentParser) -> str:
     nodes = list(_nodes(parser, ""))
     commands, choices, words = [], [], []
     for name, node in nodes:
-        own, takes_settings = "", False
+        positional, takes_settings = "", False
         options: list[str] = []
         for action in node._actions:
-            given = " ".join(map(str, action.choices or ()))
+            allowed = " ".join(map(str, action.choices or ()))
             if action.nargs == argparse.REMAINDER:  # another command
-                given = " ".join(inner for inner, _ in nodes if inner and "/" not in inner)
+                allowed = " ".join(inner for inner, _ in nodes if inner and "/" not in inner)
             if action.nargs in (argparse.REMAINDER, argparse.PARSER):
-                below = f"{name}/" if name and action.nargs == argparse.PARSER else ""
-                commands += [f'{name}:{word}) at="{below}{word}"' for word in given.split()]
+                prefix = f"{name}/" if name and action.nargs == argparse.PARSER else ""
+                commands += [f'{name}:{word}) at="{prefix}{word}"' for word in allowed.split()]
             if not action.option_strings:
-                own = f"{own} {given}".strip()
+                positional = f"{positional} {allowed}".strip()
             elif action.nargs != 0:
-                choices.append(f"{'|'.join(f'{name}:{each}' for each in action.option_strings)}) words='{given}'")
+                choices.append(f"{'|'.join(f'{name}:{each}' for each in action.option_strings)}) words='{allowed}'")
             options += action.option_strings
             takes_settings = takes_settings or action.dest == "overrides"
-        settings_here = ' settings="$every"' if takes_settings else ""
-        words.append(f"'{name}') words='{own}' options='{' '.join(options)}'{settings_here}")
-    values = [f"{path}) words='{' '.join(found)}'" for path, found in settings.items() if found]
+        settings_variable = ' settings="$every"' if takes_settings else ""
+        words.append(f"'{name}') words='{positional}' options='{' '.join(options)}'{settings_variable}")
+    values = [f"{path}) words='{' '.join(allowed)}'" for path, allowed in settings.items() if allowed]
     cases = {"commands": commands, "choices": choices, "words": words, "values": values}
     parts = {name: "\n".join(f"      {line} ;;" for line in lines) for name, lines in cases.items()}
     return _SCRIPT % {**parts, "every": " ".join(f"{path}=" for path in settings)}
 
 
 def _nodes(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Yield `parser` and those of its commands, under the words that lead to them."""
+    """Yield `parser` and the parsers of its commands, each with its command path, such as `config/check`."""
     yield name, parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

@@ -1,4 +1,4 @@
-"""`dist-train config` and `doctor`: what a configuration says, and what this machine has for it."""
+"""`dist-train config` and `doctor`: commands that check a configuration, and this machine."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def add_config_command(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("config", help="check a configuration, or show it resolved")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, text, action in (
-        ("check", "say what is wrong with it, or that nothing is", _check),
+        ("check", "report what is wrong with it, if anything", _check),
         ("show", "print every setting, resolved", _show),
-        ("run-directory", "print where its run lies", _run_directory),
-        ("engine", "print what carries its ranks under srun: horovod or torch", _engine),
+        ("run-directory", "print the directory of its run", _run_directory),
+        ("engine", "print the communication library of its ranks under srun: horovod or torch", _engine),
     ):
         command = actions.add_parser(name, help=text, description=text)
         add_config(command)
         command.set_defaults(run=action)
-    path = actions.add_parser("path", help="print where a file lies that comes with the program")
+    path = actions.add_parser("path", help="print the path of a file that comes with the program")
     path.add_argument("file", type=Path, metavar="FILE", help="such as dist_train:slurm/lb_8192.sh")
     path.set_defaults(run=_path)
     schema = actions.add_parser("schema", help="print the JSON schema of a configuration")
@@ -89,13 +89,13 @@ def add_doctor(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "doctor",
         help="what this machine has and lacks for training",
-        description="Say what this machine has and lacks; each line that needs one names a fix. "
-        "Ends with 0 where training can run here, 1 otherwise.",
+        description="Report what this machine has and lacks for training, and how to fix what it lacks. "
+        "Exit code: 0 if training can run here, else 1.",
     )
     parser.add_argument(
         "config", nargs="?", type=Path, metavar="CONFIG", help="also check what this configuration needs"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from it")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to override")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
     parser.add_argument(
         "--cluster",
@@ -103,20 +103,20 @@ def add_doctor(subparsers: Subparsers) -> None:
         type=Path,
         const=Path(),
         metavar="DIR",
-        help="instead, in an allocation of Slurm, whether its nodes can work together: network, names, clocks, "
+        help="instead, within a Slurm allocation, check whether its nodes can work together: network, names, clocks, "
         "versions, GPUs, and DIR (default: the current folder), which they must share",
     )
-    parser.add_argument("--brief", action="store_true", help="with --cluster: faults, and lines for the batch scripts")
+    parser.add_argument("--brief", action="store_true", help="with --cluster: faults, and lines for batch scripts")
     parser.add_argument("--node", type=Path, metavar="DIR", help=argparse.SUPPRESS)
     parser.set_defaults(run=_doctor)
 
 
 def _survey_for_scripts(directory: Path) -> int:
-    """Print what is wrong, the nodes that can be used, and the interface to use. Without torch: a job waits for it."""
+    """Print faults, the usable nodes, and the interface to use. Does not load torch, since a job waits for it."""
     from dist_train.cluster.nodes import survey_nodes
 
     survey = survey_nodes(directory)
-    # The first line is taken for the reason.
+    # The batch script reports the first line as the reason.
     for fault in sorted(survey.faults, key=lambda fault: not fault.is_fatal):
         print(printable(f"dist-train: {', '.join(fault.nodes)}: {fault.text}: {fault.fix}"), file=sys.stderr)
     print(f"nodes {' '.join(survey.good)}\ninterface {survey.interface}")
@@ -141,9 +141,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if arguments.cluster is not None:
         checks = doctor.check_nodes(survey_nodes(arguments.cluster))
     else:
-        named = arguments.config is not None
-        config = load_config(arguments.config, arguments.overrides) if named else Config()
-        checks = doctor.examine(config, data_named=named)
+        has_config = arguments.config is not None
+        config = load_config(arguments.config, arguments.overrides) if has_config else Config()
+        checks = doctor.examine(config, data_named=has_config)
     if arguments.json:
         print(doctor.as_json(checks))
     else:

@@ -1,4 +1,4 @@
-"""The program `dist-train`: every command parses, calls and prints; torch is imported by those that need it."""
+"""The program `dist-train`. Commands parse arguments, call the library and print; torch is loaded only if needed."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ _COMMANDS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command that `arguments` (else the command line) name and return its exit code."""
+    """Run the command in `arguments` (default: the command line), and return its exit code."""
     try:
-        # All ranks of a launch have the same arguments: the first one complains of them.
+        # All ranks of a launch have the same arguments: only rank 0 reports errors in them.
         with nullcontext() if current_launch().rank == 0 else redirect_stderr(io.StringIO()):
             parsed = parse(list(sys.argv[1:] if arguments is None else arguments))
         return int(parsed.run(parsed))
@@ -68,10 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """Return what the command line `words` say; `run` is the command's function.
+    """Return the arguments of the command line `words`; `run` is the command's function.
 
     Raises:
-        SystemExit: with 2, after a message, where they make no sense; with 0 after --help.
+        SystemExit: with 2, after a message, if they are wrong; with 0 after --help.
     """
     parser = build_parser()
     parsed, rest = _parse(parser, words)
@@ -80,7 +80,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the program with all its commands."""
+    """Return the program's parser, with all commands."""
     parser: argparse.ArgumentParser = _Parser(prog="dist-train", description="Training at very large batch sizes.")
     parser.add_argument("--version", action="version", version=f"dist-train {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -90,36 +90,36 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Names the nearest command, choice or option where one is mistyped; so do the parsers of its commands."""
+    """Suggests the nearest command, choice or option for a mistyped one; the commands' parsers do the same."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Return the arguments and the words that are none, of which no one may be an option."""
+        """Return the arguments, and the unrecognized words, none of which may be an option."""
         parsed, rest = super().parse_known_args(args, namespace)
         unknown = [word for word in rest if word.startswith("-")]
         if unknown:
-            close = _nearest(unknown[0].partition("=")[0], self._option_string_actions)
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{close}")
+            hint = _suggestion(unknown[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return parsed, rest
 
     def error(self, message: str) -> NoReturn:
-        """End with 2 after `message`, made safe to print."""
+        """Print `message`, escaped, and exit with code 2."""
         super().error(printable(message))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
-            close = _nearest(str(value), map(str, action.choices or ()))
-            raise argparse.ArgumentError(action, f"{error.message}{close}") from None
+            hint = _suggestion(str(value), map(str, action.choices or ()))
+            raise argparse.ArgumentError(action, f"{error.message}{hint}") from None
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
+def _suggestion(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def _parse(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the arguments, and the words that are none; what follows `--` goes to sbatch where a command has that."""
+    """Return the arguments and the unrecognized words; words after `--` go to sbatch if the command takes them."""
     if "--" in words:
         end = words.index("--")
         parsed, rest = parser.parse_known_args(words[:end])
@@ -130,7 +130,7 @@ def _parse(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.
 
 
 def _take_late_overrides(parser: argparse.ArgumentParser, parsed: argparse.Namespace, rest: list[str]) -> None:
-    """Add the overrides that stand after an option: argparse takes those before it alone."""
+    """Add the overrides after an option: argparse recognizes only those before it."""
     if rest and not hasattr(parsed, "overrides"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:

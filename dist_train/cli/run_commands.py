@@ -1,4 +1,4 @@
-"""`dist-train train`, `evaluate`, and, for scripts, `outcome` and `requeue`."""
+"""`dist-train train`, `lr-range`, `launch`, `evaluate`, and, for scripts, `outcome` and `requeue`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def add_train(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "train",
         help="one training run, alone or under torchrun, horovodrun, mpirun, srun",
-        description="Train as CONFIG says, resuming the run that the run directory holds. "
+        description="Train as CONFIG says, resuming the run in the run directory, if any. "
         "The same command under torchrun, horovodrun, mpirun or srun trains on many ranks.",
     )
     add_config(parser)
@@ -46,7 +46,7 @@ def add_train(subparsers: Subparsers) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    # a rank that a library's fault kills says where it was
+    # prints a traceback if a library crashes the process
     faulthandler.enable(file=_STANDARD_ERROR)
     with without_collection():
         config = named_config(arguments)
@@ -61,7 +61,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _code_of(train: Callable[[], object]) -> ExitCode:
-    """Call `train` and return how it ends; of what all ranks know, the first one speaks."""
+    """Call `train`, and return the exit code; rank 0 reports errors that all ranks share."""
     from dist_train.cluster.communicator import PeerFailedError
 
     try:
@@ -95,19 +95,19 @@ def _lr_range(arguments: argparse.Namespace) -> int:
     from dist_train.api import learning_rate_range
 
     config = named_config(arguments)
-    place = arguments.run_dir or config.run.directory / f"{config.run.name}-lr-range"
+    run_directory = arguments.run_dir or config.run.directory / f"{config.run.name}-lr-range"
 
-    def try_rates() -> None:
-        test = learning_rate_range(config, arguments.low, arguments.high, arguments.updates, place)
+    def test_rates() -> None:
+        test = learning_rate_range(config, arguments.low, arguments.high, arguments.updates, run_directory)
         if current_launch().rank != 0:
             return
-        found = "the loss does not fall: no suggestion"
+        result = "the loss does not fall: no suggestion"
         if test.suggestion is not None:
-            found = f"suggestion: {test.suggestion:.3g}, where the smoothed loss falls steepest; try it, and its half"
-        print(f"{len(test.rates)} updates, rates {test.rates[0]:.3g} to {test.rates[-1]:.3g}; {found}")
-        print(escaped(str(place / "lr_range.png")))
+            result = f"suggestion: {test.suggestion:.3g}, where the smoothed loss falls steepest; try it and half of it"
+        print(f"{len(test.rates)} updates, rates {test.rates[0]:.3g} to {test.rates[-1]:.3g}; {result}")
+        print(escaped(str(run_directory / "lr_range.png")))
 
-    return _code_of(try_rates)
+    return _code_of(test_rates)
 
 
 def add_launch(subparsers: Subparsers) -> None:
@@ -115,51 +115,51 @@ def add_launch(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "launch",
         help="a command on several ranks of this machine, without MPI or Horovod",
-        description="Run `dist-train COMMAND ...` as N ranks on this machine, which talk by torch.distributed. "
-        "SIGTERM, SIGINT and SIGUSR2 ask the ranks to save and stop. The exit status is the command's own.",
+        description="Run `dist-train COMMAND ...` as N ranks on this machine, over torch.distributed. "
+        "SIGTERM, SIGINT and SIGUSR2 ask the ranks to save and stop. The exit code is the command's own.",
     )
-    parser.add_argument("-np", type=int, default=2, metavar="N", help="number of ranks, here (2)")
+    parser.add_argument("-np", type=int, default=2, metavar="N", help="number of ranks on this machine (default: 2)")
     parser.add_argument(
         "--min-ranks",
         type=int,
         default=None,
         metavar="N",
-        help="train on without a rank that dies or hangs, down to N ranks (default: all, a lost rank ends the launch)",
+        help="continue without a rank that dies or hangs, down to N ranks (default: all, a lost rank ends the launch)",
     )
     parser.add_argument(
         "--restarts",
         type=_limit,
         default=None,
         metavar="N",
-        help="start a lost rank anew up to N times; it joins the others between two updates (0)",
+        help="restart a lost rank up to N times; it joins the others between two updates (default: 0)",
     )
     parser.add_argument(
         "--listen",
         type=_address,
         default=None,
         metavar="HOST[:PORT]",
-        help="let ranks of other nodes join, at this address of this node (none)",
+        help="let ranks of other nodes join, at this address of this node (default: do not)",
     )
     parser.add_argument(
         "--max-ranks",
         type=int,
         default=None,
         metavar="N",
-        help="how many ranks the run takes, those of other nodes included (as many as it begins with)",
+        help="maximum number of ranks, including those of other nodes (default: as many as the run begins with)",
     )
     parser.add_argument(
         "--start-with",
         type=int,
         default=None,
         metavar="N",
-        help="begin once there are N ranks, those of other nodes included (-np)",
+        help="begin once there are N ranks, including those of other nodes (default: -np)",
     )
     parser.add_argument(
         "--join",
         default=None,
         metavar="FILE|HOST:PORT",
-        help="start N ranks of a run that another launcher has begun, instead of a COMMAND: the file that it names, "
-        "or its address, with the token in DIST_TRAIN_MEMBERSHIP_TOKEN",
+        help="instead of a COMMAND: start ranks of a run that another launcher has begun, given by the file that it "
+        "prints, or its address, with the token in DIST_TRAIN_MEMBERSHIP_TOKEN",
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="such as train CONFIG")
     parser.set_defaults(run=_launch)
@@ -167,7 +167,7 @@ def add_launch(subparsers: Subparsers) -> None:
 
 def _launch(arguments: argparse.Namespace) -> int:
     from dist_train.cli.main import parse
-    from dist_train.cluster.local_launch import launch_ranks
+    from dist_train.cluster.local_launch import launch_ranks, threads_without_signals
 
     words = list(arguments.command)
     if arguments.join is not None:
@@ -176,9 +176,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         raise UsageError(
             "no command given, for example: dist-train launch -np 2 train configs/demo.yaml", code="no-command"
         )
-    least = 0 if arguments.listen else 1
-    if arguments.np < least:
-        raise UsageError(f"-np takes a number of ranks, {least} or more, not {arguments.np}", code="option-range")
+    _check_range("-np", arguments.np, 0 if arguments.listen else 1, None)
     command = parse(words)
     options = (arguments.min_ranks, arguments.max_ranks, arguments.restarts, arguments.start_with, arguments.listen)
     if words[0] != "train":
@@ -188,7 +186,9 @@ def _launch(arguments: argparse.Namespace) -> int:
                 code="elastic-command",
             )
         return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np)
-    config = _check_configuration(command)
+    # Checked here, so that errors are reported once and not by each rank; a plug-in may load torch.
+    with threads_without_signals():
+        config = named_config(command)
     elasticity = _elasticity(arguments, config)
     if elasticity is None:
         return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np)
@@ -202,26 +202,26 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 
 def _elasticity(arguments: argparse.Namespace, config: Config) -> Elasticity | None:
-    """Return what the options say, and `config` where they say nothing; None where a lost rank ends the launch."""
+    """Return the elasticity of the options, by default that of `config`; None if a lost rank ends the launch."""
     from dist_train.cluster.elastic_launch import Elasticity
 
     settings = config.launch
-    least: int | None = settings.min_ranks if arguments.min_ranks is None else arguments.min_ranks
-    limit: int | None = settings.max_ranks if arguments.max_ranks is None else arguments.max_ranks
+    min_ranks: int | None = settings.min_ranks if arguments.min_ranks is None else arguments.min_ranks
+    max_ranks: int | None = settings.max_ranks if arguments.max_ranks is None else arguments.max_ranks
     restarts: int = settings.restarts if arguments.restarts is None else arguments.restarts
-    options = (least, limit, arguments.start_with, arguments.listen)
+    options = (min_ranks, max_ranks, arguments.start_with, arguments.listen)
     if not restarts and all(option is None for option in options):
         return None
     first = arguments.np if arguments.start_with is None else arguments.start_with
-    fewest = first if least is None else least
-    most = first if limit is None else limit
+    fewest = first if min_ranks is None else min_ranks
+    most = first if max_ranks is None else max_ranks
     _check_range("--start-with", first, max(1, arguments.np), None)
     _check_range("--min-ranks" if arguments.min_ranks is not None else "launch.min_ranks", fewest, 1, first)
     _check_range("--max-ranks" if arguments.max_ranks is not None else "launch.max_ranks", most, first, None)
     if arguments.listen is None and most > arguments.np:
         raise UsageError(
             f"--max-ranks (launch.max_ranks) and --start-with above the {arguments.np} ranks of -np need --listen: "
-            f"others come from other nodes",
+            f"the others come from other nodes",
             code="elastic-without-listen",
         )
     return Elasticity(first, fewest, most, restarts, config.comm.timeout)
@@ -233,19 +233,12 @@ def _join(arguments: argparse.Namespace) -> int:
     others = (arguments.min_ranks, arguments.max_ranks, arguments.start_with, arguments.listen)
     if arguments.command or arguments.restarts or any(option is not None for option in others):
         raise UsageError(
-            "--join takes -np alone: command, restarts and limits are those of the launcher that began the run",
+            "--join can be combined with -np only: command, restarts and limits are those of the launcher that began "
+            "the run",
             code="join-options",
         )
     _check_range("-np", arguments.np, 1, None)
     return launch_joining(entry_of(arguments.join), arguments.np)
-
-
-def _check_configuration(command: argparse.Namespace) -> Config:
-    """Return the configuration of `train`: what is wrong with it is said once, not by each rank."""
-    from dist_train.cluster.local_launch import threads_without_signals
-
-    with threads_without_signals():  # a plug-in may load torch
-        return named_config(command)
 
 
 def _check_range(option: str, value: int, least: int, most: int | None) -> None:
@@ -255,10 +248,10 @@ def _check_range(option: str, value: int, least: int, most: int | None) -> None:
 
 
 def _address(text: str) -> tuple[str, int]:
-    """Return the host and the port (0: none is named) of HOST[:PORT]."""
+    """Return the host and the port (0 if there is none) of HOST[:PORT]."""
     host, _, port = text.partition(":")
     if not host or host == "0.0.0.0" or (port and not (port.isdecimal() and int(port) < 2**16)):  # nosec B104
-        raise argparse.ArgumentTypeError(f"{text!r} is no address of this node that others reach: HOST or HOST:PORT")
+        raise argparse.ArgumentTypeError(f"{text!r} is no address that other nodes can reach: HOST or HOST:PORT")
     return host, int(port or 0)
 
 
@@ -267,7 +260,7 @@ def add_evaluate(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "evaluate",
         help="loss and accuracy of a checkpoint",
-        description="Print loss and accuracy of a checkpoint, or of a run's last one, as one line of JSON.",
+        description="Print loss and accuracy of a checkpoint, or of a run's last checkpoint, as one line of JSON.",
     )
     parser.add_argument("target", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory or a checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="data.root=DIR, for instance")
@@ -293,12 +286,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def add_outcome(subparsers: Subparsers) -> None:
-    """Add `outcome RUN`: the exit code of a launch, for scripts whose launcher loses it."""
+    """Add `outcome RUN`: the exit code of a launch, for scripts whose launcher does not pass it on."""
     parser = subparsers.add_parser(
         "outcome",
         help="the exit code of a run's last launch, from its status.json",
-        description="End with the exit code that the run's last launch wrote into status.json; "
-        "1 where it wrote none, or where the launch was another than --launch.",
+        description="Exit with the code that the run's last launch wrote into status.json; with 1 if it wrote none, or "
+        "if that was not the launch --launch.",
     )
     parser.add_argument("run_directory", type=Path, metavar="RUN")
     parser.add_argument("--launch", default=None, metavar="ID", help="the launch's DIST_TRAIN_LAUNCH")
@@ -323,12 +316,12 @@ def add_requeue(subparsers: Subparsers) -> None:
     """Add `requeue RUN --limit N`: whether a batch script should start its run again."""
     parser = subparsers.add_parser(
         "requeue",
-        help="whether a run that did not finish is to be started again, for batch scripts",
-        description="Decide whether a run that did not finish is to be started again, count it in RUN/requeues.json, "
-        "and say why. Prints restart (within the job) or requeue, with exit code 0. Otherwise it prints nothing: the "
-        "run has finished, cannot go better (bad configuration, refused by the launcher, diverged, ranks disagree), or "
-        "has used up its requeues without progress: then its status.json says failed, and the reason. The exit code is "
-        "then the job's: 1, or 2 where what was asked for cannot be.",
+        help="for batch scripts: whether to start an unfinished run again",
+        description="Decide whether to start an unfinished run again, count that in RUN/requeues.json, and report why. "
+        "Prints restart (within the job) or requeue, with exit code 0. Otherwise it prints nothing: the run has "
+        "finished, would fail again (bad configuration, refused by the launcher, diverged, ranks disagree), or has "
+        "used up its requeues without progress: then its status.json says failed, and the reason. The exit code is "
+        "then that of the job: 1, or 2 if what was asked for is impossible.",
     )
     parser.add_argument("run_directory", type=Path, metavar="RUN")
     parser.add_argument(
@@ -340,7 +333,7 @@ def add_requeue(subparsers: Subparsers) -> None:
     parser.add_argument("--launch", default=None, metavar="ID", help="the last launch's DIST_TRAIN_LAUNCH")
     parser.add_argument("--code", type=int, default=None, metavar="N", help="the launcher's exit status")
     parser.add_argument(
-        "--words", default="", metavar="TEXT", help="what launcher and ranks said of their end, in lines"
+        "--words", default="", metavar="TEXT", help="the last messages of launcher and ranks, one a line"
     )
     parser.set_defaults(run=_requeue)
 
@@ -353,7 +346,7 @@ def _requeue(arguments: argparse.Namespace) -> int:
     decision = decide(arguments.run_directory, arguments.limit, launch, arguments.restarts)
     if decision.action == "end":
         print(f"dist-train: not started again: {escaped(decision.why)}", file=sys.stderr)
-        # The log may lie on the same full disk as the status.
+        # The log may be on the same full disk as the status.
         comment_on_job(decision.why)
         return decision.code
     print(f"dist-train: {decision.action}: {escaped(decision.why)}", file=sys.stderr)

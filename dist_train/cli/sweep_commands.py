@@ -23,33 +23,33 @@ def add_sweep(subparsers: Subparsers) -> None:
     """Add `sweep STUDY [section.key=value ...] [--list] [--only N] [--jobs K] [--ranks W] [--directory DIR]`."""
     parser = subparsers.add_parser(
         "sweep",
-        help="every run of a study, skipping the finished, resuming the broken",
-        description="Train every run of STUDY (variants x grid x seeds) that has not finished, each in a process of "
-        "its own. The same command resumes where it was stopped. Exit status: 0 all have finished, 1 some failed "
-        "(they are named), 2 the study is wrong, 75 stopped after saving, or others are still at some runs.",
+        help="train every run of a study: skip finished runs, resume unfinished ones",
+        description="Train every unfinished run of STUDY (variants x grid x seeds), each in its own process. "
+        "The same command resumes a stopped sweep. Exit code: 0 all runs have finished, 1 some failed (they are "
+        "named), 2 the study is wrong, 75 stopped after saving, or other processes still train some runs.",
     )
     parser.add_argument("study", type=Path, metavar="STUDY", help="a YAML file, see docs/studies.md")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of every run")
-    parser.add_argument("--only", type=count, metavar="N", help="the run of this number alone; its output is shown")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to override in every run")
+    parser.add_argument("--only", type=count, metavar="N", help="only the run with this number; shows its output")
     parser.add_argument("--jobs", type=count, default=1, metavar="K", help="runs at a time (default: 1)")
-    parser.add_argument("--ranks", type=count, default=1, metavar="W", help="ranks of a run (default: 1)")
+    parser.add_argument("--ranks", type=count, default=1, metavar="W", help="ranks per run (default: 1)")
     parser.add_argument(
         "--directory", type=Path, metavar="DIR", help="folder of studies (default: the base's run.directory, runs)"
     )
     actions = parser.add_mutually_exclusive_group()
     for option, action, text in (
-        ("--list", _list, "show how the runs stand"),
-        ("--array", _array, "print the numbers of the runs to do, as sbatch --array takes them"),
+        ("--list", _list, "show the state of the runs"),
+        ("--array", _array, "print the numbers of the unfinished runs, as sbatch --array takes them"),
         (
             "--arguments",
             _arguments,
-            "with --only: print the arguments of dist-train that train the run, one a line; none where it is finished",
+            "with --only: print the arguments by which dist-train trains the run, one a line; none if it has finished",
         ),
-        ("--analyses", _analyses, "print the commands that measure the finished runs as the study says, one a line"),
+        ("--analyses", _analyses, "print the study's commands that analyse the finished runs, one a line"),
         (
             "--best",
             _best,
-            "of a search: print the best finished trial of each variant, by the objective, one line of JSON each",
+            "for a search: print the best finished trial of each variant, by the objective, one line of JSON each",
         ),
     ):
         actions.add_argument(option, dest="action", action="store_const", const=action, help=text)
@@ -82,26 +82,26 @@ def _sweep(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ..
     from dist_train.sweep.standing import publish, with_trials
     from dist_train.sweep.sweep import Launcher, share_of_threads, summary, sweep
 
-    alone = arguments.only is not None
-    planned = len(runs) if alone else plan.total
+    is_single = arguments.only is not None
+    planned = len(runs) if is_single else plan.total
     jobs = min(arguments.jobs, planned)
-    launcher = Launcher(arguments.ranks, share_of_threads(jobs, arguments.ranks), to_terminal=alone)
+    launcher = Launcher(arguments.ranks, share_of_threads(jobs, arguments.ranks), to_terminal=is_single)
     launcher.program()
     publish(plan)
     print(f"study {plan.study.name}: {planned} of {plan.total} runs, {jobs} at a time, in {plan.directory}")
-    now = plan
+    current = plan
 
-    def more() -> list[PlannedRun]:
-        nonlocal now
-        if alone or not now.unasked:
+    def new_trials() -> list[PlannedRun]:
+        nonlocal current
+        if is_single or not current.unasked:
             return []
-        before = {run.number for run in now.runs}
-        now = with_trials(now)
-        return [run for run in now.runs if run.number not in before]
+        before = {run.number for run in current.runs}
+        current = with_trials(current)
+        return [run for run in current.runs if run.number not in before]
 
-    tally = sweep(plan, runs, jobs, launcher, _say, more)
-    tally.unasked = 0 if alone else len(now.unasked)
-    publish(now)
+    tally = sweep(plan, runs, jobs, launcher, _say, new_trials)
+    tally.unasked = 0 if is_single else len(current.unasked)
+    publish(current)
     for line in summary(tally):
         print(escaped(line))
     return tally.exit_code
@@ -112,7 +112,7 @@ def _list(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun, ...
 
     print_table(render([standing_of(run) for run in runs]))
     if plan.unasked and arguments.only is None:
-        print(f"and {len(plan.unasked)} runs of trials that Optuna is still to be asked for")
+        print(f"and {len(plan.unasked)} runs of trials that Optuna has not suggested yet")
     return ExitCode.FINISHED
 
 
@@ -132,7 +132,7 @@ def _arguments(arguments: argparse.Namespace, plan: Plan, runs: tuple[PlannedRun
     from dist_train.sweep.sweep import train_arguments
 
     if arguments.only is None:
-        raise UsageError("--arguments are those of one run: say which by --only", code="option-alone")
+        raise UsageError("--arguments prints those of one run: choose it by --only", code="option-alone")
     (run,) = runs
     standing = standing_of(run)
     match standing.then:
@@ -180,33 +180,35 @@ def add_submit(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "submit",
         help="check a run and submit it to Slurm",
-        description="Check CONFIG, show how the batch is shared out, and submit the run by sbatch. It is requeued "
-        "when it is preempted, meets its time limit, or loses a node, and resumes bit-identically. "
+        description="Check CONFIG, show how the batch is distributed over ranks, and submit the run by sbatch. The job "
+        "is requeued when it is preempted, reaches its time limit, or loses a node, and resumes bit-identically. "
         "Options of sbatch follow --, each in one word: -- --account=me --gpus-per-node=4.",
     )
     add_config(parser)
-    parser.add_argument("--nodes", type=_nodes, default="1", metavar="N", help="nodes, or a range 1-4 (default: 1)")
+    parser.add_argument(
+        "--nodes", type=_nodes, default="1", metavar="N", help="number of nodes, or a range such as 1-4 (default: 1)"
+    )
     parser.add_argument(
         "--ranks-per-node",
         type=count,
         metavar="K",
-        help="ranks of a node (default: one for each GPU; without GPUs one)",
+        help="ranks per node (default: one for each GPU; without GPUs one)",
     )
-    parser.add_argument("--time", metavar="T", help="time limit, as sbatch has it: 4:00:00 (default: the partition's)")
+    parser.add_argument("--time", metavar="T", help="time limit in sbatch's format: 4:00:00 (default: the partition's)")
     parser.add_argument("--partition", metavar="P", help="partition (default: the cluster's)")
-    parser.add_argument("--dry-run", action="store_true", help="print the batch script, and submit nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the batch script without submitting it")
     parser.add_argument(
         "--study",
         dest="run",
         action="store_const",
         const=_submit_study,
-        help="CONFIG is a study: its runs as an array, and after them its analyses and its report",
+        help="CONFIG is a study: submit its runs as an array, followed by its analyses and its report",
     )
     parser.set_defaults(run=_submit, sbatch_options=[])
 
 
 def _submission(arguments: argparse.Namespace, file: Path, directory: Path, name: str) -> Submission:
-    """Return what is asked of Slurm for the run, or the study, of `file` in `directory`."""
+    """Return the submission for the run, or the study, of `file` in `directory`."""
     from dist_train.sweep.submission import Submission, project_root
 
     return Submission(
@@ -232,7 +234,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     submission = _submission(arguments, located(arguments.config).absolute(), directory, config.run.name)
     plan = describe_batch(config, submission.ranks)
     warn_of_unused(config)
-    # What a dry run prints can be piped into a file, and is then the script alone.
+    # The standard output of a dry run is the script alone, so that it can be piped into a file.
     print("\n".join(plan), file=sys.stderr if arguments.dry_run else sys.stdout)
     if arguments.dry_run:
         print(write_script(submission), end="")
@@ -263,8 +265,8 @@ def _submit_study(arguments: argparse.Namespace) -> int:
     jobs = study_jobs(plan, left, submission)
     if arguments.dry_run:
         for job in jobs:
-            waits = f", --dependency={job.after}:the one before" if job.after else ""
-            print(f"# {job.name}{waits}\n{job.script}")
+            dependency = f", --dependency={job.after}:the one before" if job.after else ""
+            print(f"# {job.name}{dependency}\n{job.script}")
         return ExitCode.FINISHED
     publish(plan)
     for name, number in submit_study(jobs, submission.run_directory).items():

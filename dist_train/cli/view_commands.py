@@ -1,4 +1,4 @@
-"""`dist-train runs`, `watch`, `curve` and `report`: what runs have left, as tables, views and pictures."""
+"""`dist-train runs`, `watch`, `curve` and `report`: tables, views and figures of runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dist_train.cli.common import Subparsers, print_table, terminal_width
 from dist_train.outcome import ExitCode, UsageError, escaped
 
 _COLUMNS, _ROWS = 100, 36
-"""Of what is not printed on a terminal."""
+"""Size of a view that is not printed on a terminal."""
 
 
 def add_runs(subparsers: Subparsers) -> None:
@@ -22,8 +22,8 @@ def add_runs(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "runs",
         help=text,
-        description=f"{text[0].upper()}{text[1:]}. On a narrow terminal the less important columns are left out and "
-        "notes are cut; --json has everything.",
+        description=f"{text[0].upper()}{text[1:]}. On a narrow terminal less important columns are omitted and notes "
+        "are cut; --json has everything.",
     )
     parser.add_argument(
         "directory", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="folder (default: runs)"
@@ -34,8 +34,8 @@ def add_runs(subparsers: Subparsers) -> None:
         dest="run",
         action="store_const",
         const=_clean,
-        help="instead, remove the target files of runs that are gone or ended from where these runs enter themselves "
-        "for Prometheus (metrics.targets_directory)",
+        help="instead, remove the target files of runs that are gone or have ended from the folders where these runs "
+        "register for Prometheus (metrics.targets_directory)",
     )
     parser.set_defaults(run=_runs)
 
@@ -70,7 +70,7 @@ def _clean(arguments: argparse.Namespace) -> int:
             cleaning = Cleaning((), {})
         except OSError as error:
             raise UsageError(
-                f"{folder} cannot be cleaned ({error.strerror or error}); use an account that may write there",
+                f"{folder} cannot be cleaned ({error.strerror or error}); use an account that can write there",
                 code="folder-unwritable",
             ) from error
         if cleaning.warning:
@@ -87,14 +87,14 @@ def add_watch(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "watch",
         help="a live view of a run, from any machine that sees its directory",
-        description="Show a run as it continues, from its directory alone, until it ends. Ctrl-C ends the view, "
-        "not the run. Where the output is no terminal, the run is shown once.",
+        description="Show the progress of a run, read from its directory alone, until it ends. Ctrl-C ends the view, "
+        "not the run. If the output is no terminal, the run is shown once.",
     )
     parser.add_argument("directory", type=Path, metavar="RUN", help="a run directory, or a folder's name below runs/")
     parser.add_argument(
-        "--interval", type=_seconds, default=1.0, metavar="SECONDS", help="time between two looks (default: 1)"
+        "--interval", type=_seconds, default=1.0, metavar="SECONDS", help="time between two updates (default: 1)"
     )
-    parser.add_argument("--once", action="store_true", help="show the run as it is now, and end")
+    parser.add_argument("--once", action="store_true", help="show the current state of the run, and end")
     parser.set_defaults(run=_watch)
 
 
@@ -106,7 +106,7 @@ def _watch(arguments: argparse.Namespace) -> int:
 
     watched = WatchedRun(find_run(arguments.directory))
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # curves are drawn with characters that not every encoding has
+        sys.stdout.reconfigure(errors="replace")  # some encodings lack the characters that draw curves
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=_size("COLUMNS", _COLUMNS), height=_size("LINES", _ROWS))
@@ -117,9 +117,9 @@ def _watch(arguments: argparse.Namespace) -> int:
     return ExitCode.FINISHED
 
 
-def _size(variable: str, usual: int) -> int:
+def _size(variable: str, default: int) -> int:
     text = os.environ.get(variable, "")
-    return int(text) if text.isdecimal() and int(text) else usual
+    return int(text) if text.isdecimal() and int(text) else default
 
 
 def _seconds(text: str) -> float:
@@ -134,7 +134,7 @@ def add_curve(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "curve",
         help="the learning curve of a run as a picture",
-        description="Draw loss and accuracy against epoch, of one run or of several to compare.",
+        description="Draw loss and accuracy against epoch, for one run, or for several to compare.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
     parser.add_argument(
@@ -152,7 +152,7 @@ def _curve(arguments: argparse.Namespace) -> int:
     from dist_train.rundir.paths import RunDirectory
 
     if arguments.output is None and len(arguments.runs) > 1:
-        raise UsageError("several runs go into one picture: say where with -o FILE", code="output-unset")
+        raise UsageError("several runs are drawn into one picture: name its file by -o FILE", code="output-unset")
     output = arguments.output or RunDirectory(arguments.runs[0]).learning_curve
     draw_learning_curve(arguments.runs, output)
     print(output)
@@ -164,7 +164,7 @@ def add_report(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "report",
         help="one HTML page of a run, a study, or a folder of runs",
-        description="Write one HTML page, complete in itself: curves, tables, landscapes, sharpness, settings. "
+        description="Write a single self-contained HTML page: curves, tables, landscapes, sharpness, settings. "
         "Or each of its figures as a file, for a paper.",
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="a run, a study, or a folder of runs")
@@ -173,10 +173,12 @@ def add_report(subparsers: Subparsers) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="the page (default: DIR/report.html); the tables alone for *.md",
+        help="file of the page (default: DIR/report.html); if it ends in .md, the tables alone",
     )
-    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write the figures there, and no page")
-    parser.add_argument("--format", choices=("svg", "pdf", "png"), default="svg", help="of --figures (default: svg)")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write the figures there instead of a page")
+    parser.add_argument(
+        "--format", choices=("svg", "pdf", "png"), default="svg", help="format of --figures (default: svg)"
+    )
     parser.set_defaults(run=_report)
 
 

@@ -229,7 +229,7 @@ def test_the_help_tells_the_settings_and_their_defaults(capsys: pytest.CaptureFi
             else value
         )
         stated = f"(default: {shown:g})" if isinstance(shown, int | float) else f"(default: {shown})"
-        assert stated in text or f"{shown}: the stored ones, held (default)" in text, name
+        assert stated in text or f"{shown}: the stored ones, fixed (default)" in text, name
 
 
 def test_samples_are_balanced_shuffled_and_chosen_by_the_seed() -> None:

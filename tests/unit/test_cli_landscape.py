@@ -23,7 +23,7 @@ def test_it_prints_widths_and_the_folder(trained_run: Path, capsys: pytest.Captu
     assert main(words) == 0
     told = capsys.readouterr()
     assert told.out.splitlines() == [*widths, folder]
-    assert "this result was there" in told.err
+    assert "this result existed already" in told.err
 
 
 def test_points_whose_loss_is_not_finite_are_told(
