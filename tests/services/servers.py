@@ -96,6 +96,10 @@ class Prometheus:
         result = self.ask("query", query=f"{selector}[{minutes}m]")["result"]
         return [moment for series in result for moment, _ in series["values"]]
 
+    def fired_at(self, alert: str, run_id: str) -> float:
+        """Return when `alert` first fired about a run, in seconds since 1970."""
+        return min(self.times_of_samples(f'ALERTS{{alertname="{alert}",alertstate="firing",run_id="{run_id}"}}'))
+
     def firing(self) -> set[str]:
         """Return the names of the alerts that fire now."""
         return {name for name, _ in self.alerts()}
