@@ -1,1 +1,1 @@
-"""What the weights that a run has found look like: landscapes and sharpness, from its checkpoints."""
+"""The loss around a run's weights: landscapes and sharpness, computed from its checkpoints."""

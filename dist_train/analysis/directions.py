@@ -1,8 +1,8 @@
-"""Directions in weight space, and how wide the basin of the loss is along them.
+"""Directions in weight space, and the width of the loss basin along them.
 
-Directions are random and filter-normalized (arXiv 1712.09913), or principal to a trajectory. A width is the interval
-of alpha where the training loss stays under a multiple of its minimum, or where it rises by no more than an absolute
-amount, on a grid that closes in on the ends.
+Directions are random and filter-normalized (arXiv 1712.09913), or the principal directions of a trajectory. A width is
+the interval of alpha where the training loss stays below a multiple of its minimum (`basin_width`), or where it rises
+by at most an absolute amount (`ends`).
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from dist_train.outcome import UsageError
 from dist_train.reproducible import generator
 
 Normalize = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(drawn, weights of the same tensor) -> the part of the direction that moves this tensor; both float64."""
+"""(drawn tensor, weights of that tensor) -> the direction's part for that tensor; all float64."""
 
 
 def random_direction(
     weights: FlatWeights, normalization: str, exclude: Sequence[str], seed: int, index: int
 ) -> torch.Tensor:
-    """Return direction number `index` of `seed`, float64 [n] on the CPU; 0 where `exclude` names the weights.
+    """Return direction number `index` of `seed`, float64 [n] on the CPU; 0 for the weights that `exclude` names.
 
-    Each tensor has a stream of its own: what is excluded does not change the rest.
+    Each tensor has its own random stream, so excluding one does not change the others.
     """
     normalize = NORMALIZATIONS[normalization]
-    left_out = set(weights.excluded(exclude))
+    excluded = set(weights.excluded(exclude))
     values = weights.values.detach().cpu()
     direction = torch.zeros(len(values), dtype=torch.float64)
     for segment in weights.segments:
-        if segment in left_out:
+        if segment in excluded:
             continue
         stream = generator(seed, "landscape direction", index, segment.name)
         drawn = torch.empty(segment.shape).normal_(generator=stream).double()
-        here = values[segment.start : segment.stop].view(segment.shape).double()
-        direction[segment.start : segment.stop] = normalize(drawn, here).flatten()
+        current = values[segment.start : segment.stop].view(segment.shape).double()
+        direction[segment.start : segment.stop] = normalize(drawn, current).flatten()
     return direction
 
 
 def check_exclusions(weights: FlatWeights, exclude: Sequence[str]) -> None:
-    """Raise UsageError where a pattern names no weight, or all of them are excluded."""
+    """Raise UsageError if a pattern matches no weight, or if every weight is excluded."""
     kinds = {"norm", "bias", "weight"}
     for pattern in exclude:
         if pattern not in kinds and not weights.excluded([pattern]):
@@ -62,7 +62,7 @@ def check_exclusions(weights: FlatWeights, exclude: Sequence[str]) -> None:
 
 
 def _by_filter(drawn: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Give each filter (slice along dimension 0; a tensor of one dimension is one) the norm of the weights' filter."""
+    """Scale each filter (slice along dimension 0; a 1-D tensor is one filter) to the norm of the weights' filter."""
     if drawn.dim() < 2:
         return _by_layer(drawn, weights)
     lengths: torch.Tensor = weights.flatten(1).norm(dim=1) / drawn.flatten(1).norm(dim=1)
@@ -79,19 +79,19 @@ NORMALIZATIONS: Mapping[str, Normalize] = {
     "layer": _by_layer,
     "none": lambda drawn, weights: drawn,
 }
-"""How a drawn direction is scaled. none: as drawn, each component of variance 1."""
+"""How a drawn direction is scaled. none: not at all, each component has variance 1."""
 
 
 _MARGIN = 0.25
-"""How far the plane reaches beyond the checkpoints, as a part of their extent."""
+"""How far the plane extends beyond the checkpoints, as a fraction of their extent."""
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Unit directions, float64 [n] each; each checkpoint's coordinates, relative to the last one, which is at (0, 0).
+    """Two unit directions, float64 [n], and each checkpoint's coordinates relative to the last one, at (0, 0).
 
-    `explained` is what part of the squared distances from the last checkpoint each direction accounts for.
+    `explained` is the fraction of the squared distances from the last checkpoint that each direction accounts for.
     """
 
     directions: tuple[torch.Tensor, torch.Tensor]
@@ -101,11 +101,12 @@ class Trajectory:
 
     @property
     def reaches(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """From where to where a plane must reach along each direction to show all checkpoints."""
-        return _reach([first for first, _ in self.coordinates]), _reach([second for _, second in self.coordinates])
+        """The range along each direction that shows all checkpoints, with a margin."""
+        alphas, betas = zip(*self.coordinates, strict=True)
+        return _with_margin(alphas), _with_margin(betas)
 
     def record(self) -> dict[str, Any]:
-        """Return what settings.json says of it."""
+        """Return the fields that settings.json records."""
         path = [
             {"step": step, "alpha": alpha, "beta": beta}
             for step, (alpha, beta) in zip(self.steps, self.coordinates, strict=True)
@@ -114,7 +115,7 @@ class Trajectory:
 
 
 def run_checkpoints(last: Path) -> list[Stored]:
-    """Return the checkpoints of the run of checkpoint `last`, up to it, the earliest first.
+    """Return the checkpoints of the run that wrote `last`, up to and including `last`, earliest first.
 
     Raises:
         UsageError: there are fewer than three.
@@ -132,37 +133,38 @@ def run_checkpoints(last: Path) -> list[Stored]:
 
 
 def trace(checkpoints: Sequence[Stored], subject: Subject, mask: torch.Tensor) -> Trajectory:
-    """Return the way of `checkpoints` to the last of them; weights where `mask` is 0 are left out."""
+    """Return the trajectory of `checkpoints` towards the last one; weights where `mask` is 0 are ignored."""
     last = subject.place.weights
-    ways = torch.stack([(place_in(stored, subject).weights - last) * mask for stored in checkpoints])
-    return principal_plane(ways, tuple(stored.contents.step for stored in checkpoints))
+    displacements = torch.stack([(place_in(stored, subject).weights - last) * mask for stored in checkpoints])
+    return principal_plane(displacements, tuple(stored.contents.step for stored in checkpoints))
 
 
-def principal_plane(ways: torch.Tensor, steps: tuple[int, ...]) -> Trajectory:
-    """Return the principal plane of the `ways` [k, n] to the checkpoints of `steps`, not centred: 0 is on the plane.
+def principal_plane(displacements: torch.Tensor, steps: tuple[int, ...]) -> Trajectory:
+    """Return the principal plane of `displacements` [k, n], one for each of `steps`; not centred, so it contains 0.
 
     Raises:
         UsageError: they do not span a plane.
     """
-    products = sum((part.double() @ part.double().T for part in ways.split(_CHUNK, dim=1)), torch.zeros(()).double())
+    chunks = (chunk.double() for chunk in displacements.split(_CHUNK, dim=1))
+    products = sum((chunk @ chunk.T for chunk in chunks), torch.zeros(()).double())
     values, vectors = torch.linalg.eigh(products)
     values, vectors = values.flip(0), vectors.flip(1)
     if not values[1] > 1e-12 * values[0]:
-        raise UsageError("the checkpoints lie on a line, or on a point: they span no plane", code="no-plane")
+        raise UsageError("the checkpoints lie on a line or coincide: they span no plane", code="no-plane")
     directions = []
     for index in range(2):
         vector = vectors[:, index]
-        # An eigenvector's sign is arbitrary: the first checkpoint lies on the positive side.
+        # An eigenvector's sign is arbitrary: choose the one that puts the first checkpoint on the positive side.
         if vector[vector.abs() > 1e-6][0] < 0:
             vector = -vector
-        directions.append(vector @ ways.double() / values[index].sqrt())
-    coordinates = torch.stack([ways.double() @ direction for direction in directions], dim=1).tolist()
+        directions.append(vector @ displacements.double() / values[index].sqrt())
+    projections = torch.stack([displacements.double() @ direction for direction in directions], dim=1).tolist()
     first, second = (values[:2] / values.sum()).tolist()
-    places = tuple((alpha, beta) for alpha, beta in coordinates)
-    return Trajectory((directions[0], directions[1]), steps, places, (first, second))
+    coordinates = tuple((alpha, beta) for alpha, beta in projections)
+    return Trajectory((directions[0], directions[1]), steps, coordinates, (first, second))
 
 
-def _reach(values: Sequence[float]) -> tuple[float, float]:
+def _with_margin(values: Sequence[float]) -> tuple[float, float]:
     extent = max(values) - min(values)
     return min(values) - _MARGIN * extent, max(values) + _MARGIN * extent
 
@@ -172,9 +174,10 @@ FACTORS = (2.0, 10.0)
 
 @dataclass(frozen=True)
 class Width:
-    """The interval [left, right] around a minimum; an open end is the last point of the line: it lies further out.
+    """The interval [left, right] around a minimum. An open end is the line's last point: the basin extends beyond it.
 
-    `points` of the line lie in it, the minimum among them: with that alone both ends are guessed from points outside.
+    `points` counts the line's points in the interval, the minimum included. If it is 1, both ends are interpolated
+    from points outside, and the width is unresolved.
     """
 
     direction: int
@@ -190,7 +193,7 @@ class Width:
 
     @property
     def width(self) -> float:
-        """right - left: at least so much, where an end is open."""
+        """right - left; a lower bound if an end is open."""
         return self.right - self.left
 
 
@@ -203,10 +206,9 @@ def basin_width(
     basin: str = "A",
     among: Sequence[int] | None = None,
 ) -> Width | None:
-    """Return the width of the basin of the least of `losses`, looked for at the places `among` (else everywhere).
+    """Return the width of the basin around the lowest loss at the indices `among` (default: all).
 
-    Ends are interpolated linearly between points. A loss that is not finite is above everything. None: no loss
-    is finite.
+    Ends are interpolated linearly between points. A loss that is not finite counts as above the limit; None if all are.
     """
     candidates = [index for index in (range(len(losses)) if among is None else among) if math.isfinite(losses[index])]
     if not candidates:
@@ -222,7 +224,7 @@ def basin_width(
 
 
 def _end(alphas: Sequence[float], losses: Sequence[float], start: int, step: int, limit: float) -> tuple[float, bool]:
-    """Return where the loss rises above `limit`, from `start` on in steps of `step`; and whether it does not."""
+    """Walk from `start` in steps of `step`; return where the loss exceeds `limit`, and whether it never does."""
     inside = start
     while 0 <= (outside := inside + step) < len(losses):
         if not losses[outside] <= limit:
@@ -234,14 +236,14 @@ def _end(alphas: Sequence[float], losses: Sequence[float], start: int, step: int
     return alphas[inside], True
 
 
-_FIRST, _RATIO, _TOLERANCE, _HUGE = 1 / 64, 2.0**0.5, 1e-3, 1e30
+_FIRST_FRACTION, _GROWTH, _TOLERANCE, _HUGE = 1 / 64, 2.0**0.5, 1e-3, 1e30
 
 
 def ends(rise_at: Callable[[float], float], rises: Sequence[float], reach: float) -> list[float | None]:
-    """Return how far from 0 `rise_at` first exceeds each of `rises`, to a thousandth; None: not within `reach`.
+    """Return the distance from 0 where `rise_at` first exceeds each of `rises`, to 0.1 %; None: not within `reach`.
 
-    Seen at reach / 64 and each time 1.4 times as far, then between two of these: a narrower barrier is missed. A rise
-    that is not finite is above everything.
+    `rise_at` is evaluated at reach / 64 and each time 1.4 times as far, and the crossing is refined by Brent's method:
+    a barrier between two of these distances is missed. A rise that is not finite counts as above every amount.
     """
 
     @cache
@@ -250,10 +252,10 @@ def ends(rise_at: Callable[[float], float], rises: Sequence[float], reach: float
         return value if math.isfinite(value) else _HUGE
 
     found: list[float | None] = []
-    inside, outside = 0.0, reach * _FIRST
+    inside, outside = 0.0, reach * _FIRST_FRACTION
     for amount in sorted(rises):
         while rise(outside) <= amount and outside < reach:
-            inside, outside = outside, min(reach, outside * _RATIO)
+            inside, outside = outside, min(reach, outside * _GROWTH)
         if rise(outside) <= amount:
             found.append(None)
         else:
@@ -262,7 +264,7 @@ def ends(rise_at: Callable[[float], float], rises: Sequence[float], reach: float
 
 
 def summarize(widths: Sequence[Width]) -> dict[str, Any]:
-    """Return what settings.json records: by basin and factor the mean, deviation, open ones, and each direction's."""
+    """Return the widths by basin and factor, as settings.json records them: statistics, and each direction's width."""
     summary: dict[str, Any] = {basin: {} for basin in sorted({width.basin for width in widths})}
     for basin, factor in product(summary, FACTORS):
         chosen = [width for width in widths if width.basin == basin and width.factor == factor]
@@ -282,7 +284,7 @@ def describe(width: Width) -> str:
     note = ends.get((width.is_open_left, width.is_open_right))
     least = "at least " if note else ""
     if not note and width.points < 2:
-        note = "unresolved: no other point of the line lies in it"
+        note = "unresolved: it contains no other point of the line"
     return (
         f"direction {width.direction}, basin of {width.basin}: loss under {width.factor:g} x {width.minimum_loss:.4g} "
         f"(at alpha {width.minimum_alpha:g}) from {width.left:.4g} to {width.right:.4g}: "

@@ -1,4 +1,4 @@
-"""A landscape: loss and accuracy at many points of weight space, from checkpoints to a folder of results."""
+"""A landscape, from checkpoints to a folder of results: loss and accuracy at many points of weight space."""
 
 from __future__ import annotations
 
@@ -53,26 +53,26 @@ from dist_train.rundir.paths import RunDirectory
 from dist_train.training.compute import share_of_threads
 
 Report = Callable[[int, int], None]
-"""(finished, total) points of this rank."""
+"""Called with (finished, total) points of this rank."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for; `targets` are checkpoints or run directories, two to interpolate between, else one."""
+    """What a user asks for. `targets` are checkpoints or run directories: two to interpolate between, otherwise one."""
 
     targets: Sequence[Path]
     settings: LandscapeSettings
     overrides: Sequence[str] = ()
     output: Path | None = None
-    """Folder that the result's folder is made in; None: `analysis` in the first target's run directory."""
+    """Parent of the result's folder; None: `analysis` in the first target's run directory."""
     threads: int | None = None
-    """CPU threads of a rank; None: the node's cores shared out. The result does not depend on it."""
+    """CPU threads per rank; None: an equal share of the node's cores. The result does not depend on it."""
     scale: Literal["linear", "log"] = "linear"
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A result, and what was found in it."""
+    """A finished result, its basin widths, and whether it existed before."""
 
     folder: Path
     widths: Sequence[Width]
@@ -82,8 +82,8 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class _Course:
-    """The points in order, how to walk to them, and what is known of them before."""
+class _Plan:
+    """The points in order, the function that maps a point to a model state, and what settings.json records of them."""
 
     points: Sequence[Point]
     walk: Walk
@@ -93,7 +93,7 @@ class _Course:
 
 
 def make_landscape(request: Request, comm: Communicator, report: Report) -> Finished | None:
-    """Evaluate what is not there yet, and draw; None on ranks but the first.
+    """Evaluate the points that are missing, and draw the figures; return None on all ranks but rank 0.
 
     Raises:
         UsageError: checkpoints, data or settings do not fit; the folder cannot be written.
@@ -101,32 +101,32 @@ def make_landscape(request: Request, comm: Communicator, report: Report) -> Fini
     settings = request.settings
     stored = run_on_all_ranks(comm, lambda: [read_stored(target) for target in request.targets], "read the checkpoints")
 
-    def opened() -> tuple[Subject, _Course]:
+    def open_all() -> tuple[Subject, _Plan]:
         subject = open_subject(stored[0], request.overrides, settings.measure, local_rank=comm.local_rank)
-        return subject, _course(settings, stored, subject)
+        return subject, _plan_points(settings, stored, subject)
 
-    subject, course = run_on_all_ranks(comm, opened, "open the checkpoints and their data")
-    checkpoints = [checkpoint.record() for checkpoint in course.checkpoints]
+    subject, plan = run_on_all_ranks(comm, open_all, "open the checkpoints and their data")
+    checkpoints = [checkpoint.record() for checkpoint in plan.checkpoints]
     identity = Identity(settings.kind, checkpoints, {**settings.record(), **subject.record()})
     folder = LandscapeFolder(request.output or RunDirectory.of_checkpoint(stored[0].path.resolve()).analysis, identity)
     was_there = run_on_all_ranks(comm, lambda: comm.rank == 0 and folder.begin(), "begin the result")
     if not json.loads(broadcast_str(comm, json.dumps(was_there), "result")):
-        _measure_all(folder, subject, course, comm, request.threads, report)
+        _measure_all(folder, subject, plan, comm, request.threads, report)
     if comm.rank != 0:
         return None
     rows = read_landscape(folder.path).rows
-    widths = _widths(settings, course.points, rows)
+    widths = _widths(settings, plan.points, rows)
     not_finite = sum(not math.isfinite(row.loss) for row in rows)
-    folder.save_settings({"widths": summarize(widths), "not_finite": not_finite, **course.found})
-    # matplotlib takes most of a second to load, and only the first rank draws.
+    folder.save_settings({"widths": summarize(widths), "not_finite": not_finite, **plan.found})
+    # Importing matplotlib takes most of a second, and only rank 0 draws.
     from dist_train.analysis.landscape_figures import draw_landscape
 
     outputs = [folder.path / f"figure.{form}" for form in ("svg", "pdf", "png")]
-    draw_landscape(read_landscape(folder.path), outputs, request.scale, course.trajectory)
+    draw_landscape(read_landscape(folder.path), outputs, request.scale, plan.trajectory)
     return Finished(folder.path, widths, was_there, not_finite)
 
 
-def _course(settings: LandscapeSettings, stored: Sequence[Stored], subject: Subject) -> _Course:
+def _plan_points(settings: LandscapeSettings, stored: Sequence[Stored], subject: Subject) -> _Plan:
     if settings.kind == "interpolate":
         first, second = stored
         if first.sha256 == second.sha256:
@@ -138,7 +138,7 @@ def _course(settings: LandscapeSettings, stored: Sequence[Stored], subject: Subj
         points = line_points(axis(settings.start, settings.stop, settings.points), 1)
         distance = float((there.weights.double() - subject.place.weights.double()).norm())
         walk = interpolation(subject.place, there, variances_of(subject.model))
-        return _Course(points, walk, stored, {"distances": [distance]})
+        return _Plan(points, walk, stored, {"distances": [distance]})
     weights = FlatWeights(subject.model)
     choice = settings.directions
     check_exclusions(weights, choice.exclude)
@@ -147,7 +147,7 @@ def _course(settings: LandscapeSettings, stored: Sequence[Stored], subject: Subj
         trajectory = trace(checkpoints, subject, weights.mask(choice.exclude))
         alphas, betas = (axis(*reach, settings.points) for reach in trajectory.reaches)
         walk = along(subject.place, lambda _: trajectory.directions)
-        return _Course(plane_points(alphas, betas), walk, checkpoints, trajectory.record(), trajectory)
+        return _Plan(plane_points(alphas, betas), walk, checkpoints, trajectory.record(), trajectory)
     alphas = axis(settings.start, settings.stop, settings.points)
 
     def drawn(index: int) -> torch.Tensor:
@@ -155,17 +155,17 @@ def _course(settings: LandscapeSettings, stored: Sequence[Stored], subject: Subj
 
     if settings.kind == "plane":
         directions = drawn(0), drawn(1)
-        return _Course(plane_points(alphas, alphas), along(subject.place, lambda _: directions), stored)
-    return _Course(line_points(alphas, settings.lines), along(subject.place, lambda index: (drawn(index),)), stored)
+        return _Plan(plane_points(alphas, alphas), along(subject.place, lambda _: directions), stored)
+    return _Plan(line_points(alphas, settings.lines), along(subject.place, lambda index: (drawn(index),)), stored)
 
 
 def _measure_all(
-    folder: LandscapeFolder, subject: Subject, course: _Course, comm: Communicator, threads: int | None, report: Report
+    folder: LandscapeFolder, subject: Subject, plan: _Plan, comm: Communicator, threads: int | None, report: Report
 ) -> None:
-    """Share the points that nobody has finished yet out over the ranks, and write them all."""
-    numbers = range(len(course.points))
-    left = sorted(set(numbers).difference(folder.finished())) if comm.rank == 0 else []
-    mine = deal(json.loads(broadcast_str(comm, json.dumps(left), "points")), comm.rank, comm.size)
+    """Deal the unfinished points out to the ranks, evaluate them, and write all points."""
+    numbers = range(len(plan.points))
+    unfinished = sorted(set(numbers).difference(folder.finished())) if comm.rank == 0 else []
+    mine = deal(json.loads(broadcast_str(comm, json.dumps(unfinished), "points")), comm.rank, comm.size)
 
     def measure() -> None:
         evaluator = PointEvaluator(
@@ -178,15 +178,15 @@ def _measure_all(
         with closing(evaluator):
             for done, number in enumerate(mine):
                 report(done, len(mine))
-                folder.keep(comm.rank, number, evaluator.evaluate(course.walk(course.points[number])))
+                folder.keep(comm.rank, number, evaluator.evaluate(plan.walk(plan.points[number])))
 
     run_on_all_ranks(comm, measure, "evaluate its points")
     if comm.rank == 0:
-        folder.write_points(course.points, folder.finished())
+        folder.write_points(plan.points, folder.finished())
 
 
 def _widths(settings: LandscapeSettings, points: Sequence[Point], rows: Sequence[PointRow]) -> list[Width]:
-    """Return the basins' widths along each line; a line between two checkpoints has a basin at each end."""
+    """Return the basin widths along each line; a line between two checkpoints has one basin at each of them."""
     if settings.kind == "plane":
         return []
     widths = []

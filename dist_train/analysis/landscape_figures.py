@@ -1,4 +1,4 @@
-"""Landscapes as pictures: loss blue on the left axis, accuracy red on the right; train solid, test dashed."""
+"""Figures of landscapes: loss in blue on the left axis, accuracy in red on the right; train solid, test dashed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Values = NDArray[numpy.float64]
 def draw_landscape(
     landscape: Landscape, outputs: Sequence[Path], scale: str = "linear", trajectory: Trajectory | None = None
 ) -> None:
-    """Draw `landscape` into `outputs`, SVG, PDF or PNG by their suffixes; `scale` (linear, log) is that of the loss."""
+    """Draw `landscape` into `outputs`, SVG, PDF or PNG by suffix; `scale` of the loss axis is linear or log."""
     with rc_context(_STYLE):
         if landscape.kind == "plane":
             figure = _draw_plane(landscape, scale, trajectory)
@@ -48,13 +48,13 @@ def draw_landscape(
             figure = _draw_lines(landscape, scale)
         for output in outputs:
             with atomic.replacing(output) as file:
-                # no date: the same result gives the same file
+                # Without a date the same result gives the same file.
                 undated: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
                 figure.savefig(file, format=output.suffix[1:], dpi=160, metadata=undated.get(output.suffix))
 
 
 def draw_line(loss: Axes, accuracy: Axes, landscape: Landscape, scale: str) -> None:
-    """Draw the lines of `landscape`: `accuracy` is the twin of `loss`. Several directions: mean and full range."""
+    """Draw the lines of `landscape`, of several directions the mean and the full range. `accuracy` is `loss`'s twin."""
     for split in SPLITS:
         alphas, losses, accuracies = _lines(landscape, split)
         _plot(loss, alphas, losses, _LOSS_COLOUR, split)
@@ -120,8 +120,8 @@ def _draw_plane(landscape: Landscape, scale: str, trajectory: Trajectory | None)
     _contours(figure, loss, landscape, "loss", "Blues", _LOSS_COLOUR, scale)
     _contours(figure, accuracy, landscape, "accuracy", "Reds", _ACCURACY_COLOUR, "linear")
     for axes in (loss, accuracy):
-        axes.set_xlabel("alpha" + _share(trajectory, 0))
-        axes.set_ylabel("beta" + _share(trajectory, 1))
+        axes.set_xlabel("alpha" + _explained(trajectory, 0))
+        axes.set_ylabel("beta" + _explained(trajectory, 1))
         if trajectory is not None:
             alphas, betas = zip(*trajectory.coordinates, strict=True)
             axes.plot(alphas, betas, color="#202020", lw=1.2, marker="o", markersize=3)
@@ -134,7 +134,7 @@ def _draw_plane(landscape: Landscape, scale: str, trajectory: Trajectory | None)
 def _contours(
     figure: Figure, axes: Axes, landscape: Landscape, quantity: str, shades: str, colour: str, scale: str
 ) -> None:
-    """Draw `quantity`, filled for train, dashed lines for test."""
+    """Draw `quantity`: train as filled contours, test as dashed lines."""
     grids = {split: _grid(landscape, split, quantity) for split in SPLITS}
     alphas, betas, train = grids["train"]
     both = numpy.concatenate([values.ravel() for _, _, values in grids.values()])
@@ -169,7 +169,7 @@ def _grid(landscape: Landscape, split: str, quantity: str) -> tuple[Values, Valu
     return alphas, betas, values
 
 
-def _share(trajectory: Trajectory | None, index: int) -> str:
+def _explained(trajectory: Trajectory | None, index: int) -> str:
     return "" if trajectory is None else f" ({trajectory.explained[index] * 100:.1f} % of the squared distances)"
 
 

@@ -1,4 +1,4 @@
-"""What a landscape is asked to show, and the files of its results."""
+"""The settings of a landscape, and the files of its results."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Kind = Literal["interpolate", "direction", "plane"]
 Statistics = Literal["recomputed", "interpolated"]
 
 FORMAT = 1
-"""Counts the changes after which the same settings give other numbers."""
+"""Increased whenever the same settings start to give other numbers."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A place: `alpha` along direction number `direction`, `beta` along a plane's second one (else 0)."""
+    """`alpha` along direction number `direction`, `beta` along a plane's second direction (0 on a line)."""
 
     direction: int
     alpha: float
@@ -37,7 +37,7 @@ class Point:
 
 
 class Measured(NamedTuple):
-    """Mean loss and accuracy over a split; NaN where they cannot be computed."""
+    """Mean loss and accuracy over a split; NaN if they cannot be computed."""
 
     loss: float
     accuracy: float
@@ -45,7 +45,7 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class DirectionSettings:
-    """How directions are drawn: see `directions.py`."""
+    """How random directions are drawn (`directions.random_direction`)."""
 
     normalization: str = "filter"
     exclude: tuple[str, ...] = ("norm", "bias")
@@ -54,15 +54,15 @@ class DirectionSettings:
 
 @dataclass(frozen=True)
 class MeasureSettings:
-    """What is measured at each point. Numbers of samples: None is all."""
+    """What is measured at each point. Sample counts: None means all."""
 
     samples: int | None = 10_000
     test_samples: int | None = None
     statistics: Statistics = "recomputed"
     statistics_samples: int | None = None
-    """None: as many as the run's `model.norm_samples`."""
+    """None: the run's `model.norm_samples`."""
     batch_size: int | None = None
-    """None: what suits the device."""
+    """None: chosen for the device."""
     precision: Literal["float32", "run"] = "float32"
     subset_seed: int = 0
 
@@ -75,10 +75,10 @@ class MeasureSettings:
 
 @dataclass(frozen=True)
 class LandscapeSettings:
-    """Which points, and how they are measured.
+    """Which points are evaluated, and how.
 
-    `lines` is the number of directions that are walked alone. With `trajectory` a plane's directions are the
-    principal ones of the run's checkpoints, and its axes reach as far as these lie; `start` and `stop` are not used.
+    `lines` is the number of directions of a `direction` landscape. With `trajectory` a plane's directions are the
+    principal ones of the run's checkpoints and its axes cover them; `start` and `stop` are then unused.
     """
 
     kind: Kind
@@ -101,9 +101,9 @@ class LandscapeSettings:
             raise UsageError(f"--directions is {self.lines}: there must be 1 or more", code="option-range")
 
     def record(self) -> dict[str, Any]:
-        """Return what its results record, and are named by: all that the numbers depend on."""
+        """Return every setting that the numbers depend on; results record them and are named by their digest."""
         fields: dict[str, Any] = {"format": FORMAT, "points": self.points, **asdict(self.measure)}
-        # What it comes to is recorded by the subject, as `compute`.
+        # The subject records the resulting precision as `compute`.
         del fields["precision"]
         if self.trajectory:
             fields |= {"trajectory": True, "exclude": list(self.directions.exclude)}
@@ -122,7 +122,7 @@ _COLUMNS = ("direction", "alpha", "beta", "split", "loss", "accuracy")
 
 @dataclass(frozen=True)
 class Identity:
-    """What a result is of: `checkpoints` and `settings` as settings.json has them."""
+    """What a result was computed from: `checkpoints` and `settings` as settings.json records them."""
 
     kind: str
     checkpoints: Sequence[Mapping[str, Any]]
@@ -130,13 +130,13 @@ class Identity:
 
     @property
     def name(self) -> str:
-        """The name of the result's folder: precision and layout, which show in the last digits, and a digest."""
+        """The result's folder name: a digest, and precision and layout, on which the last digits depend."""
         layout = "channels_last" if self.settings["channels_last"] else "contiguous"
         return f"{self.kind}-{self.settings['compute']}-{layout}-{self.key}"
 
     @property
     def key(self) -> str:
-        """A digest of the checkpoints' contents (not their places) and the settings, 16 hexadecimal digits."""
+        """A digest of the checkpoints' contents (not their paths) and the settings, 16 hexadecimal digits."""
         fields = [self.kind, [checkpoint["sha256"] for checkpoint in self.checkpoints], self.settings]
         text = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -162,7 +162,7 @@ class Landscape(Identity):
 
 
 class LandscapeFolder:
-    """The folder of one result, below the folder of a run's analyses."""
+    """The folder of one result, within a run's `analysis` folder."""
 
     def __init__(self, parent: Path, identity: Identity) -> None:
         self.identity = identity
@@ -172,10 +172,10 @@ class LandscapeFolder:
         self._finished_points = self.path / "partial"
 
     def begin(self) -> bool:
-        """Make the folder and say in it what it is of; return whether every point is there.
+        """Create the folder and its settings.json; return whether all points are finished.
 
         Raises:
-            UsageError: it cannot be written, or is another result's.
+            UsageError: it cannot be written, or holds another result.
         """
         try:
             self._finished_points.mkdir(parents=True, exist_ok=True)
@@ -186,19 +186,19 @@ class LandscapeFolder:
             return self.points.is_file()
         except OSError as error:
             raise UsageError(
-                f"{self.path} cannot be written ({error.strerror or error}): choose a folder by --output",
+                f"{self.path} cannot be written ({error.strerror or error}): choose a folder with --output",
                 code="output-unwritable",
             ) from error
 
     def save_settings(self, found: Mapping[str, Any]) -> None:
-        """Write settings.json, with what was `found` beside what was asked for."""
+        """Write settings.json: the identity, and the results `found`."""
         identity = self.identity
         fields = {"kind": identity.kind, "checkpoints": list(identity.checkpoints), "settings": dict(identity.settings)}
         text = json_text({**fields, "widths": {}, **found}, indent=2)
         atomic.write_text(self.settings, text + "\n")
 
     def finished(self) -> dict[int, list[Measured]]:
-        """Return the points that earlier launches have finished, by number; a line cut off by a kill is none."""
+        """Return the points that earlier launches finished, by number; a line truncated by a kill is skipped."""
         found: dict[int, list[Measured]] = {}
         for path in sorted(self._finished_points.glob("rank-*.jsonl")):
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -210,15 +210,15 @@ class LandscapeFolder:
         return found
 
     def keep(self, rank: int, number: int, measured: Sequence[Measured]) -> None:
-        """Keep what rank `rank` has measured at point `number`, whatever becomes of the launch."""
+        """Store what rank `rank` measured at point `number`, so that a killed launch can resume."""
         with (self._finished_points / f"rank-{rank}.jsonl").open("a", encoding="utf-8") as file:
-            # A line that a kill has cut off ends here.
+            # The leading newline ends a line that a kill truncated.
             file.write("\n" + json_text({"point": number, "measured": measured}) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def write_points(self, points: Sequence[Point], measured: Mapping[int, Sequence[Measured]]) -> None:
-        """Write points.csv, whole or not at all, for the ranks' files; numbers read back bit-identically."""
+        """Write points.csv atomically and delete the ranks' files; numbers read back bit-identically."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(_COLUMNS)
@@ -239,7 +239,7 @@ class LandscapeFolder:
             ) from error
         if key != self.identity.key:
             raise UsageError(
-                f"{self.path} holds another result: remove it, or choose another folder by --output",
+                f"{self.path} holds another result: remove it, or choose another folder with --output",
                 code="another-result",
             )
 
@@ -248,7 +248,7 @@ def read_landscape(folder: Path) -> Landscape:
     """Return the finished result in `folder`.
 
     Raises:
-        UsageError: it is not there, not finished, or damaged.
+        UsageError: it is missing, unfinished or damaged.
     """
     try:
         fields = json.loads((folder / "settings.json").read_text(encoding="utf-8"))

@@ -1,8 +1,7 @@
-"""What a landscape is of, which points of weight space it shows, and loss and accuracy of the network at them.
+"""The network and data of a landscape, its points in weight space, and loss and accuracy at them.
 
-Checkpoints are verified, and their data are in memory. A batch is computed by one thread, and several threads take
-batches in turn, each with a copy of the network: that is faster than threads within an operation, and the result's bits
-do not depend on how many there are.
+The data are held in memory. Several threads take batches in turn, each with its own copy of the network: that is faster
+than intra-op threads, and the results are bit-identical for any number of threads.
 """
 
 from __future__ import annotations
@@ -39,18 +38,18 @@ from dist_train.training.evaluation import statistics_samples, stored_config, st
 
 @dataclass(frozen=True)
 class Place:
-    """A model's state: trainable weights [n] and running statistics [m] (means and variances), both flat."""
+    """A model state: trainable weights [n] and running statistics [m] (means and variances), both flat."""
 
     weights: torch.Tensor
     statistics: torch.Tensor
 
 
 Walk = Callable[[Point], Place]
-"""From a point to the state there, float32."""
+"""Maps a point to the model state there, float32."""
 
 
 def axis(start: float, stop: float, points: int) -> tuple[float, ...]:
-    """Return `points` evenly spaced numbers from `start` to `stop`; 0 and 1 are exact where they are among them."""
+    """Return `points` evenly spaced numbers from `start` to `stop`; 0 and 1, if among them, are exact."""
     assert points >= 2
     return tuple(round(start + (stop - start) * index / (points - 1), 12) + 0.0 for index in range(points))
 
@@ -66,9 +65,9 @@ def plane_points(alphas: tuple[float, ...], betas: tuple[float, ...]) -> tuple[P
 
 
 def interpolation(first: Place, second: Place, is_variance: torch.Tensor) -> Walk:
-    """Return (1 - alpha) `first` + alpha `second`, running statistics alike; a variance does not fall below 0.
+    """Return the walk (1 - alpha) `first` + alpha `second`, for running statistics too; variances are clamped at 0.
 
-    `is_variance` says which statistics are variances, bool [m].
+    `is_variance` marks the statistics that are variances, bool [m].
     """
     weights = first.weights.double(), second.weights.double()
     statistics = first.statistics.double(), second.statistics.double()
@@ -81,16 +80,16 @@ def interpolation(first: Place, second: Place, is_variance: torch.Tensor) -> Wal
 
 
 def along(origin: Place, directions: Callable[[int], Sequence[torch.Tensor]]) -> Walk:
-    """Return `origin` + alpha d1 (+ beta d2); running statistics stay those of `origin`.
+    """Return the walk `origin` + alpha d1 (+ beta d2); running statistics stay those of `origin`.
 
-    `directions` gives d1, and a plane's d2, of a point's direction number, float64 [n].
+    `directions` maps a point's direction number to d1, and in a plane d2, float64 [n].
     """
-    # Points come line by line: the latest directions are the next ones, too.
-    latest = lru_cache(1)(directions)
+    # Points come line by line, so the latest directions are usually the next ones too.
+    cached = lru_cache(1)(directions)
 
     def walk(point: Point) -> Place:
         moved = origin.weights.double()
-        for direction, distance in zip(latest(point.direction), (point.alpha, point.beta), strict=False):
+        for direction, distance in zip(cached(point.direction), (point.alpha, point.beta), strict=False):
             moved.add_(direction, alpha=distance)
         return Place(moved.float(), origin.statistics)
 
@@ -109,7 +108,7 @@ def cross_entropy_sum(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tens
 
 
 class PointEvaluator:
-    """Evaluates a network anywhere, on the same batches each time. To be closed: it keeps threads."""
+    """Evaluates a network at any place on the same batches. Close it: it holds a thread pool."""
 
     def __init__(
         self,
@@ -123,7 +122,7 @@ class PointEvaluator:
     ) -> None:
         """Evaluate copies of `model` on `splits`.
 
-        Running statistics are recomputed from `statistics_batches`; where there are none, they are the place's.
+        Running statistics are recomputed from `statistics_batches`; if that is empty, the place's are used.
         """
         self._splits = [list(split) for split in splits]
         self._statistics_batches = list(statistics_batches)
@@ -135,34 +134,34 @@ class PointEvaluator:
         self._pool = ThreadPoolExecutor(lanes) if lanes > 1 else None
 
     def evaluate(self, place: Place) -> list[Measured]:
-        """Return what each split gives at `place`."""
+        """Return loss and accuracy of each split at `place`."""
         for lane in self._lanes:
             lane.move(place)
         if self._statistics_batches and not self._recompute_statistics():
             return [Measured(math.nan, math.nan)] * len(self._splits)
         batches = [batch for split in self._splits for batch in split]
-        sums = torch.stack(self._spread(batches, self._measure)).tolist()
+        sums = torch.stack(self._map_batches(batches, self._measure)).tolist()
         measured, start = [], 0
         for split in self._splits:
             stop = start + len(split)
             samples = sum(len(labels) for _, labels in split)
-            # Batch by batch, and in order: the sum is the same whichever thread took which.
+            # Summed in the order of the batches, so the threads' order does not show in the bits.
             losses, correct = zip(*sums[start:stop], strict=True)
             measured.append(Measured(sum(losses) / samples, sum(correct) / samples))
             start = stop
         return measured
 
     def close(self) -> None:
-        """End the threads."""
+        """Shut down the thread pool."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
     def _recompute_statistics(self) -> bool:
-        """Take the statistics of the place's weights from training data; False where they are out of range."""
+        """Recompute running statistics from training data; return False if they are out of range."""
         for lane in self._lanes:
             lane.model.train()
             lane.statistics.clear()
-        self._spread(self._statistics_batches, _see)
+        self._map_batches(self._statistics_batches, _collect_statistics)
         samples = sum(len(labels) for _, labels in self._statistics_batches)
         sums = torch.stack([lane.statistics.sums for lane in self._lanes]).sum(dim=0)
         for lane in self._lanes:
@@ -176,8 +175,10 @@ class PointEvaluator:
         correct = (outputs.argmax(dim=1) == labels).sum()
         return torch.stack([self._loss_sum(outputs, labels).double(), correct.double()])
 
-    def _spread(self, batches: Sequence[Batch], work: Callable[[_Lane, Batch], torch.Tensor]) -> list[torch.Tensor]:
-        """Return what `work` gives for each batch, in order; each lane takes the next one that nobody has."""
+    def _map_batches(
+        self, batches: Sequence[Batch], work: Callable[[_Lane, Batch], torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Return the result of `work` for each batch, in order; each lane takes the next untaken batch."""
         results: list[torch.Tensor] = [torch.empty(0)] * len(batches)
         turn = count()
 
@@ -195,7 +196,7 @@ class PointEvaluator:
 
 
 class _Lane:
-    """A copy of the network that one thread computes with."""
+    """One thread's copy of the network."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.model = copy.deepcopy(model).to(device).eval()
@@ -204,7 +205,7 @@ class _Lane:
         self.statistics = BatchStatistics(self.norms, device)
 
     def move(self, place: Place) -> None:
-        """Take the state of `place`."""
+        """Load the state of `place`."""
         self.weights.values.copy_(place.weights)
         start = 0
         for norm in self.norms:
@@ -213,33 +214,33 @@ class _Lane:
                 start += len(statistic)
 
 
-def _see(lane: _Lane, batch: Batch) -> torch.Tensor:
+def _collect_statistics(lane: _Lane, batch: Batch) -> torch.Tensor:
     lane.model(batch[0])
     lane.statistics.collect()
     return batch[1]
 
 
 def place_of(model: nn.Module) -> Place:
-    """Return where `model` is: copies of its weights and statistics, on the CPU."""
+    """Return copies of `model`'s weights and statistics, on the CPU."""
     weights = FlatWeights(copy.deepcopy(model)).values.detach().cpu()
     statistics = [statistic for norm in norm_modules(model) for statistic in (norm.running_mean, norm.running_var)]
     return Place(weights, torch.cat([*statistics, torch.zeros(0)]).detach().cpu())
 
 
 def variances_of(model: nn.Module) -> torch.Tensor:
-    """Return which of the statistics of `place_of` are variances, bool [m]."""
+    """Return a mask of the variances among the statistics of `place_of`, bool [m]."""
     channels = [len(norm.running_var) for norm in norm_modules(model)]
     return torch.tensor([is_variance for many in channels for is_variance in (False,) * many + (True,) * many]).bool()
 
 
 _logger = logging.getLogger("dist_train.analysis")
 _BATCH_SIZES = {"cpu": 100, "cuda": 1000}
-"""Samples of a pass where none are asked for. On a CPU the activations of a small batch stay in its cache."""
+"""Default samples per pass. On a CPU the activations of a small batch stay in cache."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint's network and its place, and its data: batches on the device."""
+    """A checkpoint's network, its place, and its data as batches on the device."""
 
     config: Config
     model: nn.Module
@@ -250,10 +251,10 @@ class Subject:
     train: list[Batch]
     test: list[Batch]
     statistics: list[Batch]
-    """What the norms' statistics are recomputed from; empty: they are not."""
+    """Batches that the norms' statistics are recomputed from; empty: they are not recomputed."""
 
     def record(self) -> dict[str, Any]:
-        """Return what the numbers depend on beside the checkpoints and what was asked for."""
+        """Return everything else that the numbers depend on, beside the checkpoints and `LandscapeSettings`."""
         recomputed = sum(len(labels) for _, labels in self.statistics)
         return {
             "samples": sum(len(labels) for _, labels in self.train),
@@ -276,11 +277,11 @@ def open_subject(stored: Stored, overrides: Sequence[str], measure: MeasureSetti
         UsageError: the settings do not fit, or data are missing.
     """
     config = stored_config(stored.contents, overrides)
-    # One thread an operation: bits that do not depend on how many cores a rank has.
+    # One thread per operation, so that the bits do not depend on a rank's number of cores.
     changes = {"threads": 1} if measure.precision == "run" else {"threads": 1, "compute": "float32", "tf32": False}
     device = choose_device(config.run.device, local_rank=local_rank)
     compute = set_up_compute(config.precision.model_copy(update=changes), device)
-    # On a CPU this layout takes half the time, whatever the run used.
+    # On a CPU channels_last takes half the time, whatever the run used.
     channels_last = config.precision.channels_last or compute.device.type == "cpu"
     layout = torch.channels_last if channels_last else torch.contiguous_format
     batch_size = measure.batch_size or _BATCH_SIZES[compute.device.type]
@@ -294,7 +295,7 @@ def open_subject(stored: Stored, overrides: Sequence[str], measure: MeasureSetti
         statistics: list[Batch] = []
         if measure.statistics == "recomputed" and norm_modules(model):
             wanted, micro_size = measure.statistics_samples or config.model.norm_samples, config.batch.micro_size
-            assert micro_size != "auto", "a run decides it before it saves"
+            assert micro_size != "auto", "a run resolves it before it saves"
             chosen = statistics_samples(len(splits.train), wanted, micro_size, config.run.seed)
             statistics = _batches(splits.train, chosen, micro_size)
     finally:
@@ -303,10 +304,10 @@ def open_subject(stored: Stored, overrides: Sequence[str], measure: MeasureSetti
 
 
 def place_in(other: Stored, subject: Subject) -> Place:
-    """Return where `other` lies in the weight space of `subject`.
+    """Return the place of `other` in the weight space of `subject`.
 
     Raises:
-        UsageError: it is another network, or of other data.
+        UsageError: its network or its data differ.
     """
     config = stored_config(other.contents, [])
     ours = {name: tensor.shape for name, tensor in subject.model.state_dict().items()}
@@ -321,7 +322,7 @@ def place_in(other: Stored, subject: Subject) -> Place:
 
 
 def _check_data(other: Stored, ours: Config, theirs: Config) -> None:
-    """Refuse a checkpoint of other data; say where it has seen another part of the same."""
+    """Raise UsageError if the checkpoint's data differ; warn if it was trained on another part of the same data."""
     names = ["data.name", "data.normalize"]
     if ours.data.name == "synthetic":
         names += ["run.seed", "data.synthetic_shape", "data.synthetic_classes", "data.synthetic_samples"]
@@ -329,18 +330,18 @@ def _check_data(other: Stored, ours: Config, theirs: Config) -> None:
         section, key = name.split(".")
         first, second = getattr(getattr(ours, section), key), getattr(getattr(theirs, section), key)
         if first != second:
-            raise UsageError(f"{other.path} is of other data: its {name} is {second}, not {first}", code="other-data")
+            raise UsageError(f"{other.path} has other data: its {name} is {second}, not {first}", code="other-data")
     seeds = (ours.run.seed, theirs.run.seed)
     sizes = (ours.data.train_size, theirs.data.train_size)
     if sizes[0] != sizes[1] or (sizes[0] is not None and seeds[0] != seeds[1]):
         _logger.warning(
-            "%s was trained on another part of the training images than the first checkpoint, whose part is used",
+            "%s was trained on other training images than the first checkpoint, whose images are used",
             other.path,
         )
 
 
 def _subset(samples: SampleSource, wanted: int | None, seed: int) -> torch.Tensor:
-    """Return which samples are evaluated: all, or a choice of the seed in their old order; int64."""
+    """Return the indices of the samples to evaluate, int64: all, or a seeded choice in ascending order."""
     if wanted is None or wanted >= len(samples):
         return torch.arange(len(samples))
     order = torch.randperm(len(samples), generator=generator(seed, "landscape samples"))
@@ -348,8 +349,8 @@ def _subset(samples: SampleSource, wanted: int | None, seed: int) -> torch.Tenso
 
 
 def _batches(samples: SampleSource, indices: torch.Tensor, batch_size: int) -> list[Batch]:
-    cut = BatchPlan(len(indices), batch_size).micro_batches
-    requests = [BatchRequest(indices[batch.start : batch.stop]) for batch in cut]
+    plan = BatchPlan(len(indices), batch_size)
+    requests = [BatchRequest(indices[batch.start : batch.stop]) for batch in plan.micro_batches]
     samples.prefetch(requests)
     return [samples.read(request) for request in requests]
 

@@ -1,7 +1,7 @@
-"""How sharp a minimum a checkpoint lies in, by several measures, each kept as soon as it is there.
+"""Sharpness of the minimum at a checkpoint, by several measures; each is saved as soon as it is computed.
 
-The rise under uniform noise, the Hessian's eigenvalues and trace, Keskar et al.'s, the width at an absolute rise; and
-the gradient noise scale.
+They are the expected rise under uniform noise, the Hessian's largest eigenvalues and trace, Keskar et al.'s sharpness,
+the basin width at an absolute rise, and the gradient noise scale.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ from dist_train.rundir.paths import RunDirectory
 
 _RESTARTS = 40
 _FIRST_STEP = 100.0
-"""Length of the first step along a coordinate of average slope, in half widths of the box."""
+"""Length of the first step along a coordinate of average slope; the box has half-width 1."""
 _logger = logging.getLogger("dist_train.sharpness")
 Report = Callable[[str], None]
-"""Takes a line for the user about what is being done."""
+"""Called with a progress line for the user."""
 
 
 def measure_sharpness(
@@ -65,14 +65,14 @@ def measure_sharpness(
     folder: Path | None = None,
     report: Report = lambda text: None,
 ) -> tuple[SharpnessRecord, Path]:
-    """Return what is known of the checkpoint `target`, or of the run's last, once `measures` are taken, and where.
+    """Take `measures` of the checkpoint `target` (of a run directory: its last); return the record and its path.
 
-    The record lies in `folder`, else in the run's folder `analysis`. It is written after every measure; one that it
-    holds is not taken again: its name stands for the checkpoint's bytes, the data and the settings.
+    The record lies in `folder`, by default the run's `analysis`. It is written after every measure, and measures that
+    it holds are not repeated: its file name is a digest of the checkpoint's bytes, the data and the settings.
 
     Raises:
-        UsageError: what is asked for cannot be measured, or the record cannot be written.
-        DivergedError: the loss or the norms' statistics are not finite: there is nothing to measure.
+        UsageError: the measures cannot be taken, or the record cannot be written.
+        DivergedError: the loss or the norms' statistics are not finite.
     """
     if current_launch().size > 1:
         raise UsageError("sharpness is measured by one process: start it without a launcher", code="one-process-only")
@@ -80,12 +80,12 @@ def measure_sharpness(
     loss, checkpoint, data = open_stored_subset(stored, settings, overrides)
     folder = folder or RunDirectory.of_checkpoint(stored.path.resolve()).analysis
     file = record_path(folder, checkpoint, data, settings)
-    known = read_record(file) if file.exists() else None
-    if known is not None and all(map(known.has, measures)):
+    existing = read_record(file) if file.exists() else None
+    if existing is not None and all(map(existing.has, measures)):
         report(f"measured before: delete {file} to measure again")
-        return known, file
+        return existing, file
     check_exclusions(loss.weights, settings.exclude)
-    record = known or _begin(loss, checkpoint, data, settings)
+    record = existing or _new_record(loss, checkpoint, data, settings)
     for measure in MEASURES:
         if measure in measures and not record.has(measure):
             record = _take(measure, loss, record, report)
@@ -93,13 +93,13 @@ def measure_sharpness(
     return record, file
 
 
-def _begin(
+def _new_record(
     loss: SubsetLoss, checkpoint: MeasuredCheckpoint, data: MeasuredData, settings: SharpnessSettings
 ) -> SharpnessRecord:
     value = loss.value_at_flat(loss.clean)
     if not math.isfinite(value):
         raise DivergedError(
-            f"{checkpoint.path}: the loss is not finite: there is nothing to measure", code="loss-not-finite"
+            f"{checkpoint.path}: the loss is not finite, so there is nothing to measure", code="loss-not-finite"
         )
     if settings.keskar_dimensions > loss.count:
         raise UsageError(
@@ -147,9 +147,9 @@ def _take(measure: Measure, loss: SubsetLoss, record: SharpnessRecord, report: R
 def expected_rises(loss: SubsetLoss, settings: SharpnessSettings) -> tuple[Vector, Vector]:
     """Return the means of L(w + a u) - L(w), and their standard errors over draws, for each amplitude a.
 
-    Every amplitude sees the same draws, so that rises differ by the amplitude alone; and a draw and its opposite are
-    one sample, so that a slope, whose mean is nought, does not drown the curvature. On a quadratic loss the absolute
-    scale gives a^2 trace(H) / 6.
+    All amplitudes use the same draws, so rises differ by the amplitude alone. A draw and its opposite are one sample:
+    the slope, whose mean is zero, cancels and does not mask the curvature. On a quadratic loss the absolute scale gives
+    a^2 trace(H) / 6.
     """
     noise = NoiseSettings(distribution="uniform", scale=settings.scale, exclude=settings.exclude)
     source = NoiseDraws(noise, loss.weights, settings.seed)
@@ -158,18 +158,18 @@ def expected_rises(loss: SubsetLoss, settings: SharpnessSettings) -> tuple[Vecto
     for draw in range(settings.draws):
         direction = source.draw(loss.clean, 1.0, draw, "expected rise")
         for row, amplitude in enumerate(settings.amplitudes):
-            there, opposite = (
+            forward, backward = (
                 loss.value_at_flat(torch.add(loss.clean, direction, alpha=sign * amplitude)) for sign in (1, -1)
             )
-            rises[row, draw] = (there + opposite) / 2 - clean
+            rises[row, draw] = (forward + backward) / 2 - clean
     return rises.mean(axis=1), rises.std(axis=1, ddof=1) / settings.draws**0.5
 
 
 def largest_eigenvalues(loss: SubsetLoss, settings: SharpnessSettings) -> tuple[Vector, NDArray[np.float64]]:
-    """Return the Hessian's largest eigenvalues, largest first, and their vectors as columns [weights, eigenvalues].
+    """Return the Hessian's largest eigenvalues, descending, and their vectors as columns [weights, eigenvalues].
 
-    By SciPy's implicitly restarted Lanczos (ARPACK). Largest by sign: a step up is what counts as sharp. Fewer where
-    some do not converge, which is logged.
+    Computed by SciPy's implicitly restarted Lanczos method (ARPACK). Largest algebraically, not by magnitude: only
+    positive curvature counts as sharp. Eigenvalues that do not converge are left out, with a warning.
     """
     size = loss.count
     operator = LinearOperator(
@@ -181,7 +181,7 @@ def largest_eigenvalues(loss: SubsetLoss, settings: SharpnessSettings) -> tuple[
         values, vectors = eigsh(operator, k=wanted, which="LA", v0=start, tol=tolerance, maxiter=_RESTARTS)
     except ArpackNoConvergence as error:
         values, vectors = error.eigenvalues, error.eigenvectors
-        _logger.warning("%d of %d eigenvalues have converged; ask for fewer", len(values), wanted)
+        _logger.warning("only %d of %d eigenvalues converged; request fewer", len(values), wanted)
     order = np.argsort(values)[::-1]
     return values[order], vectors[:, order]
 
@@ -189,33 +189,34 @@ def largest_eigenvalues(loss: SubsetLoss, settings: SharpnessSettings) -> tuple[
 def trace_with_error(
     loss: SubsetLoss, values: Vector, vectors: NDArray[np.float64], settings: SharpnessSettings
 ) -> tuple[float, float]:
-    """Return the trace and its standard error: exact within `vectors`, by Hutchinson's probes beside them.
+    """Return the Hessian's trace and its standard error.
 
-    The few large eigenvalues carry most of a probe's variance. With their vectors V and P = 1 - V V', the trace is
-    the sum of `values` and the trace of P H P (Hutch++, arXiv 2010.09649, with V in place of a sketch).
+    The few large eigenvalues cause most of a probe's variance, so their part of the trace is the sum of `values`. With
+    their eigenvectors V and P = 1 - V V', Hutchinson's probes estimate only the trace of P H P (Hutch++, arXiv
+    2010.09649, with V in place of a sketch).
     """
     probes = settings.hessian_probes
-    rests = np.empty(probes)
+    samples = np.empty(probes)
     for index in range(probes):
         signs = torch.randint(0, 2, (loss.count,), generator=generator(settings.seed, "probe", index)).numpy()
         probe = 2.0 * signs - 1.0
-        beside = probe - vectors @ (vectors.T @ probe)
-        rests[index] = beside @ loss.hessian_product(beside)
-    return float(values.sum() + rests.mean()), float(rests.std(ddof=1) / probes**0.5)
+        projected = probe - vectors @ (vectors.T @ probe)
+        samples[index] = projected @ loss.hessian_product(projected)
+    return float(values.sum() + samples.mean()), float(samples.std(ddof=1) / probes**0.5)
 
 
 def basin_widths(loss: SubsetLoss, settings: SharpnessSettings) -> tuple[WidthResult, ...]:
-    """Return the mean widths of the basin around the weights, along random filter-normalized directions.
+    """Return the mean basin width along random filter-normalized directions, for each of `settings.width_rises`.
 
-    A width is the distance between the ends on both sides at which the loss has risen by an absolute amount.
+    The width is the distance between the two points on either side where the loss has risen by that amount.
     """
     clean = loss.value_at_flat(loss.clean)
     widths = np.empty((len(settings.width_rises), settings.width_directions))
     is_censored = np.zeros_like(widths, dtype=bool)
     for index in range(settings.width_directions):
         direction = random_direction(loss.weights, "filter", settings.exclude, settings.seed, index).to(loss.clean)
-        ways = [partial(_rise_along, loss, clean, sign * direction) for sign in (1, -1)]
-        sides = [ends(way, settings.width_rises, settings.width_reach) for way in ways]
+        rises = [partial(_rise_along, loss, clean, sign * direction) for sign in (1, -1)]
+        sides = [ends(rise_at, settings.width_rises, settings.width_reach) for rise_at in rises]
         for row, pair in enumerate(zip(*sides, strict=True)):
             is_censored[row, index] = None in pair
             widths[row, index] = sum(settings.width_reach if end is None else end for end in pair)
@@ -238,12 +239,13 @@ def _rise_along(loss: SubsetLoss, clean: float, direction: torch.Tensor, distanc
 def noise_scale(gradients: Sequence[Vector], sizes: Sequence[int]) -> NoiseScaleResult:
     """Return the simple noise scale tr(Sigma) / |G|^2 of McCandlish et al. (arXiv 1812.06162), in samples.
 
-    `gradients` are the mean ones of batches of `sizes` samples. A batch of n has E|g|^2 = |G|^2 + tr(Sigma)/n, and so
-    has their whole: two equations, without bias. The ratio's error is the jackknife's over batches; None where |G|^2
-    is not found to be above 0, which a batch larger than what was measured would have to show.
+    `gradients` are the mean gradients of batches of `sizes` samples. A batch of n samples has
+    E|g|^2 = |G|^2 + tr(Sigma)/n, and so has the union of all batches: two equations give unbiased estimates of both
+    terms. The ratio's standard error is the jackknife over batches. The ratio is None if the estimate of |G|^2 is not
+    positive: then the scale exceeds what this many samples can show.
 
     Raises:
-        UsageError: there is a single batch.
+        UsageError: there is only one batch.
     """
     if len(sizes) < 2:
         raise UsageError("--batch-size: the noise scale needs two passes or more", code="option-range")
@@ -254,7 +256,7 @@ def noise_scale(gradients: Sequence[Vector], sizes: Sequence[int]) -> NoiseScale
 
     def estimate(kept: NDArray[np.bool_]) -> tuple[float, float]:
         samples = counts[kept].sum()
-        # |whole|^2 of those kept; at most one is left out
+        # |whole|^2 of the kept batches; at most one batch is left out.
         cross = 2 * counts.sum() * (counts * along)[~kept].sum()
         square = (counts.sum() ** 2 * (whole @ whole) - cross + (counts**2 * squares)[~kept].sum()) / samples**2
         variance = (squares[kept].mean() - square) / ((1 / counts[kept]).mean() - 1 / samples)
@@ -275,10 +277,10 @@ def noise_scale(gradients: Sequence[Vector], sizes: Sequence[int]) -> NoiseScale
 
 
 class SmoothLoss(Protocol):
-    """A loss that is known by its values and gradients."""
+    """A differentiable loss, evaluated by value and gradient."""
 
     def point(self) -> Vector:
-        """Return where it is to be measured."""
+        """Return the point at which sharpness is measured."""
 
     def value_and_gradient(self, point: Vector) -> tuple[float, Vector]:
         """Return the loss at `point` and its gradient."""
@@ -316,7 +318,7 @@ def subspace(loss: SmoothLoss, settings: SharpnessSettings) -> float:
 def random_directions(weights: int, dimensions: int, seed: int) -> torch.Tensor:
     """Return random directions of length 1 as rows, float32 [dimensions, weights]: A, transposed.
 
-    Float32, since this is by far the largest array here: the rounding of a direction makes it another one, no worse.
+    Float32 because this is by far the largest array here; a rounded random direction is as good a random direction.
     """
     assert dimensions <= weights
     directions = torch.empty(dimensions, weights)
@@ -327,7 +329,7 @@ def random_directions(weights: int, dimensions: int, seed: int) -> torch.Tensor:
 
 
 def coordinates(directions: torch.Tensor, point: Vector) -> Vector:
-    """Return A+ x = (A' A)^-1 A' x, float64 [dimensions]: `point` as the subspace sees it."""
+    """Return A+ x = (A' A)^-1 A' x, float64 [dimensions]: the coordinates of `point` projected on the subspace."""
     gram = (directions @ directions.T).double().numpy()
     solved: Vector = np.linalg.solve(gram, _products(directions, point))
     return solved
@@ -339,9 +341,9 @@ def _products(directions: torch.Tensor, vector: Vector) -> Vector:
 
 
 def _sharpness(within: Callable[[Vector], tuple[float, Vector]], dimensions: int, settings: SharpnessSettings) -> float:
-    """Return the measure of a loss over the unit box |z_i| <= 1, which `within` maps to the box in question.
+    """Return Keskar's measure over the unit box |z_i| <= 1, which `within` maps to the box around the weights.
 
-    The first ascent starts in the middle, the others where the seed says: at a minimum the gradient vanishes.
+    The first ascent starts at the centre, where at a minimum the gradient vanishes; the others at random points.
     """
     starts = [np.zeros(dimensions)]
     for index in range(1, settings.keskar_starts):
@@ -353,11 +355,11 @@ def _sharpness(within: Callable[[Vector], tuple[float, Vector]], dimensions: int
 
 
 def _climb(within: Callable[[Vector], tuple[float, Vector]], start: Vector, iterations: int) -> float:
-    """Return the highest value that an ascent from `start` within the unit box meets; infinite where one is NaN.
+    """Return the highest value that an ascent from `start` within the unit box meets; infinite if one is not finite.
 
-    L-BFGS-B takes its first step along the gradient as it is, and stops where values or gradients seem small, both
-    in absolute numbers. The loss of a network that has learnt its samples is so flat that it would not even begin.
-    So the loss is scaled, and only the number of iterations ends the ascent.
+    L-BFGS-B's first step has the length of the gradient, and it stops when values or gradients are small in absolute
+    terms. A network that has fitted its samples has so flat a loss that the ascent would not start. So the loss is
+    scaled, and only the number of iterations ends the ascent.
     """
     value, gradient = within(start)
     if not math.isfinite(value):
@@ -366,15 +368,15 @@ def _climb(within: Callable[[Vector], tuple[float, Vector]], start: Vector, iter
     scale = _FIRST_STEP / steepness if steepness > 0 else 1.0
     highest = value
 
-    def descend(inside: Vector) -> tuple[float, Vector]:
+    def objective(inside: Vector) -> tuple[float, Vector]:
         nonlocal highest
-        met, slope = within(inside)
-        # max would pass over a NaN: a loss that has left the range of numbers has no highest value.
-        highest = max(highest, met) if math.isfinite(met) else math.inf
-        return scale * (value - met), -scale * slope
+        current, slope = within(inside)
+        # max() would ignore a NaN.
+        highest = max(highest, current) if math.isfinite(current) else math.inf
+        return scale * (value - current), -scale * slope
 
     minimize(
-        descend,
+        objective,
         start,
         jac=True,
         method="L-BFGS-B",

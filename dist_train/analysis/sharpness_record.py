@@ -1,4 +1,4 @@
-"""What is asked of a sharpness measurement, and the JSON file that holds what was found."""
+"""The settings of a sharpness measurement, and the JSON record of its results."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ MEASURES: tuple[Measure, ...] = (*USUAL, "width", "noise-scale")
 
 
 class _Part(BaseModel):
-    """A part of a record: frozen, closed, and without NaN, which JSON does not know."""
+    """Part of a record: frozen, without extra fields, and without NaN, which JSON does not have."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class SharpnessSettings(_Part):
-    """Everything that a result depends on, beside the checkpoint and its data; `dist-train sharpness --help` has it.
+    """Everything that a result depends on besides checkpoint and data; see `dist-train sharpness --help`.
 
-    `amplitudes`, `draws`, `scale` and `exclude` are those of the noise of the expected rise.
+    `amplitudes`, `draws`, `scale` and `exclude` configure the noise of the expected rise.
     """
 
     samples: AtLeastTwo = 2048
@@ -70,9 +70,9 @@ class MeasuredCheckpoint(_Part):
 
 
 class MeasuredData(_Part):
-    """The images that the loss was taken over; the digest is of inputs and labels as the network reads them.
+    """The images that the loss was computed on; the digest covers inputs and labels as the network reads them.
 
-    `layout` and `compute` are those of the images in memory and of the arithmetic: both show in the last digits.
+    The results' last digits depend on the images' memory `layout` and on the arithmetic, `compute`.
     """
 
     samples: int
@@ -82,7 +82,7 @@ class MeasuredData(_Part):
 
 
 Finite = Annotated[float | None, BeforeValidator(lambda value: None if value is None else finite(float(value)))]
-"""None where a number left the range."""
+"""None if a number overflowed."""
 
 
 class KeskarResult(_Part):
@@ -93,7 +93,7 @@ class KeskarResult(_Part):
 
 
 class RiseResult(_Part):
-    """The expected rise at one amplitude."""
+    """The expected rise of the loss at one amplitude."""
 
     amplitude: float
     mean: Finite
@@ -110,7 +110,7 @@ class HessianResult(_Part):
 
 
 class WidthResult(_Part):
-    """The mean width over directions at one rise. Where `censored` are above 0, so many end beyond the reach."""
+    """The mean width over directions at one rise; `censored` of them end beyond the reach."""
 
     rise: float
     mean: float
@@ -120,7 +120,7 @@ class WidthResult(_Part):
 
 
 class NoiseScaleResult(_Part):
-    """The gradient noise scale, in samples, its jackknife error over batches, and what it is the ratio of."""
+    """The gradient noise scale in samples, its jackknife error over batches, and the two terms of the ratio."""
 
     value: float | None
     standard_error: float | None
@@ -130,7 +130,7 @@ class NoiseScaleResult(_Part):
 
 
 class SharpnessRecord(_Part):
-    """What is known of a checkpoint's sharpness with these settings; a measure not taken yet is None."""
+    """The sharpness of a checkpoint with these settings; measures not taken yet are None."""
 
     format: Literal[1] = 1
     checkpoint: MeasuredCheckpoint
@@ -160,7 +160,7 @@ class SharpnessRecord(_Part):
 
 
 def settings_from(values: dict[str, object]) -> SharpnessSettings:
-    """Return settings with `values`, the others at their defaults. Raises UsageError, with every problem."""
+    """Return settings with `values` and defaults for the rest. Raises UsageError, which lists every problem."""
     try:
         return SharpnessSettings.model_validate(values)
     except ValidationError as error:
@@ -172,7 +172,7 @@ def settings_from(values: dict[str, object]) -> SharpnessSettings:
 
 
 def record_path(folder: Path, checkpoint: MeasuredCheckpoint, data: MeasuredData, settings: SharpnessSettings) -> Path:
-    """Return where in `folder` the record of this checkpoint's bytes, these data and these settings lies."""
+    """Return the path in `folder` of the record for this checkpoint's bytes, these data and these settings."""
     parts = [FORMAT, checkpoint.sha256, data.model_dump(mode="json"), settings.model_dump(mode="json")]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return folder / f"sharpness-{data.compute}-{data.layout}-{digest[:12]}.json"
@@ -182,7 +182,7 @@ def read_record(path: Path) -> SharpnessRecord:
     """Return the record at `path`.
 
     Raises:
-        UsageError: it cannot be read, or is none.
+        UsageError: it cannot be read, or is not a record.
     """
     try:
         return SharpnessRecord.model_validate_json(path.read_bytes())
@@ -190,12 +190,12 @@ def read_record(path: Path) -> SharpnessRecord:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}", code="record-unreadable") from error
     except ValidationError as error:
         raise UsageError(
-            f"{path} is damaged, or of another version: delete it and measure again", code="record-damaged"
+            f"{path} is damaged or from another version: delete it and measure again", code="record-damaged"
         ) from error
 
 
 def write_record(path: Path, record: SharpnessRecord) -> None:
-    """Write `record` to `path`, whole or not at all.
+    """Write `record` to `path` atomically.
 
     Raises:
         UsageError: its folder cannot be written.

@@ -1,4 +1,4 @@
-"""The loss of a fixed set of samples as a function of all trainable weights, and its derivatives."""
+"""The loss on a fixed set of samples as a function of all trainable weights, and its derivatives."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from dist_train.training.evaluation import recompute_statistics, statistics_samp
 Result = TypeVar("Result")
 
 Vector = NDArray[np.float64]
-"""All trainable weights one after the other, or a direction among them: [count], no padding."""
+"""All trainable weights concatenated, or a direction in their space: [count], without padding."""
 
 Batch = tuple[Tensor, Tensor]
 """Inputs [n, ...] and labels int64 [n], on the model's device."""
@@ -41,19 +41,19 @@ Batch = tuple[Tensor, Tensor]
 def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
     """Return the sum of the samples' cross entropies, in float64.
 
-    The logits are float32, but a sample that the network is sure of has a loss that float32 rounds to zero.
+    The logits are float32, but in float32 the loss of a confidently classified sample would round to zero.
     """
     return functional.cross_entropy(outputs.double(), labels, reduction="sum")
 
 
 class SubsetLoss:
-    """The mean loss of `batches` as a function of the weights of `model`: passes in float32, vectors in float64.
+    """The mean loss on `batches` as a function of the weights of `model`: passes in float32, vectors in float64.
 
-    Whether norms use their running statistics or each batch's own is the model's own mode, eval or train.
-    Between calls the model holds its clean weights, those it came with bit-identically.
+    The model's mode, eval or train, decides whether norms use running or batch statistics. Between calls the model
+    holds its original (clean) weights, bit-identically.
 
-    Several threads take batches in turn, and sums go by the batches' order: with one thread an operation (which is
-    for the caller to set) the result's bits do not depend on how many there are.
+    Several threads take batches in turn, and sums are taken in the order of the batches: if the caller sets one
+    intra-op thread, results are bit-identical for any number of threads.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class SubsetLoss:
         summed_loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
         threads: int = 1,
     ) -> None:
-        """Take `model`, float32, whose weights move into one buffer; `summed_loss` gives a batch's sum."""
+        """Move the weights of `model`, float32, into one flat buffer; `summed_loss` returns a batch's summed loss."""
         self.weights = FlatWeights(model)
         self._model = model
         self._norms = norm_modules(model)
@@ -75,7 +75,7 @@ class SubsetLoss:
         self.count = len(self._positions)
         """Number of trainable weights."""
         self.clean = self.weights.values.clone()
-        """The clean weights as the flat buffer has them, padding included; not to be written to."""
+        """The clean weights in the flat buffer's layout, padding included; read-only."""
 
     def point(self) -> Vector:
         """Return the clean weights."""
@@ -83,14 +83,14 @@ class SubsetLoss:
         return point
 
     def value_at_flat(self, values: Tensor) -> float:
-        """Return the loss where the flat buffer is `values`, padding included."""
+        """Return the loss at the weights `values`, in the flat buffer's layout, padding included."""
 
         def work(batch: Batch) -> float:
             with torch.no_grad():
                 return float(self._loss_of(batch))
 
         with self._at(values):
-            return sum(self._spread(work))
+            return sum(self._map_batches(work))
 
     def value_and_gradient(self, point: Vector) -> tuple[float, Vector]:
         """Return the loss at `point` and its gradient."""
@@ -98,26 +98,26 @@ class SubsetLoss:
         def work(batch: Batch) -> tuple[float, Tensor]:
             loss = self._loss_of(batch)
             gradients = torch.autograd.grad(loss, self.weights.parameters, materialize_grads=True)
-            return float(loss.detach()), _joined(gradients)
+            return float(loss.detach()), _concatenated(gradients)
 
         with self._at(self._flat(point)):
-            values, gradients = zip(*self._spread(work), strict=True)
-        return sum(values), self._summed(gradients)
+            values, gradients = zip(*self._map_batches(work), strict=True)
+        return sum(values), self._sum(gradients)
 
     def batch_gradients(self) -> tuple[list[Vector], list[int]]:
-        """Return the mean gradient of each batch at the clean weights, and its samples."""
+        """Return the mean gradient of each batch at the clean weights, and the batches' sizes."""
 
         def work(batch: Batch) -> Vector:
             loss = self._loss_of(batch) * (self._samples / len(batch[1]))
             gradients = torch.autograd.grad(loss, self.weights.parameters, materialize_grads=True)
-            joined: Vector = _joined(gradients).cpu().numpy()
+            joined: Vector = _concatenated(gradients).cpu().numpy()
             return joined
 
         with self._at(self.clean):
-            return self._spread(work), [len(labels) for _, labels in self._batches]
+            return self._map_batches(work), [len(labels) for _, labels in self._batches]
 
     def hessian_product(self, direction: Vector) -> Vector:
-        """Return the Hessian at the clean weights times `direction`."""
+        """Return the product of `direction` and the Hessian at the clean weights."""
         flat = self._flat(direction)
         parts = [flat[segment.start : segment.stop].view(segment.shape) for segment in self.weights.segments]
         weights = self.weights.parameters
@@ -125,23 +125,23 @@ class SubsetLoss:
         def work(batch: Batch) -> Tensor:
             loss = self._loss_of(batch)
             gradients = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
-            return _joined(torch.autograd.grad(gradients, weights, parts, materialize_grads=True))
+            return _concatenated(torch.autograd.grad(gradients, weights, parts, materialize_grads=True))
 
         with self._at(self.clean):
-            return self._summed(self._spread(work))
+            return self._sum(self._map_batches(work))
 
     def accuracy(self) -> float:
-        """Return the fraction of the samples that the clean weights classify rightly."""
+        """Return the fraction of the samples that the clean weights classify correctly."""
 
         def work(batch: Batch) -> int:
             with torch.no_grad():
                 return int((self._model(batch[0]).argmax(1) == batch[1]).sum())
 
         with self._at(self.clean):
-            return sum(self._spread(work)) / self._samples
+            return sum(self._map_batches(work)) / self._samples
 
-    def _spread(self, work: Callable[[Batch], Result]) -> list[Result]:
-        """Return what `work` gives for each batch, in order."""
+    def _map_batches(self, work: Callable[[Batch], Result]) -> list[Result]:
+        """Return the result of `work` for each batch, in order."""
         if self._threads == 1:
             return [work(batch) for batch in self._batches]
         with ThreadPoolExecutor(self._threads) as pool:
@@ -149,7 +149,7 @@ class SubsetLoss:
 
     @contextmanager
     def _at(self, values: Tensor) -> Iterator[None]:
-        """Be at flat `values` within the block; after it the clean weights are back bit-identically."""
+        """Set the flat weights to `values` within the block, then restore the clean weights."""
         try:
             self.weights.values.copy_(values)
             yield
@@ -166,30 +166,30 @@ class SubsetLoss:
         flat[self._positions] = torch.from_numpy(vector).to(self.clean.device, torch.float32)
         return flat
 
-    def _summed(self, parts: Sequence[Tensor]) -> Vector:
+    def _sum(self, parts: Sequence[Tensor]) -> Vector:
         summed: Vector = sum(parts, torch.zeros_like(parts[0])).cpu().numpy()
         return summed
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
+def _concatenated(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).double()
 
 
 def open_stored_subset(
     stored: Stored, settings: SharpnessSettings, overrides: Sequence[str]
 ) -> tuple[SubsetLoss, MeasuredCheckpoint, MeasuredData]:
-    """Return the loss of `stored` over the training images that `settings` choose, and what is measured.
+    """Return the loss of `stored` on the training images that `settings` choose, and records of checkpoint and data.
 
-    Norms are in evaluation mode unless they take each batch's own statistics.
+    The model is in eval mode unless `settings.statistics` is "batch".
 
     Raises:
-        UsageError: the settings do not fit, or data are missing, or fewer than asked for.
+        UsageError: the settings do not fit, or there are no data, or too few.
     """
     config = stored_config(stored.contents, overrides)
     precision = config.precision
-    # TF32's errors would pass for curvature.
-    exactly = precision.model_copy(update={"compute": "float32", "tf32": False, "threads": 1})
-    compute = set_up_compute(exactly, choose_device(config.run.device, local_rank=0))
+    # TF32's errors would look like curvature.
+    exact = precision.model_copy(update={"compute": "float32", "tf32": False, "threads": 1})
+    compute = set_up_compute(exact, choose_device(config.run.device, local_rank=0))
     layout = torch.channels_last if precision.channels_last else torch.contiguous_format
     chosen = choose_samples(training_labels(config.data, config.run.seed), config.data.image_format.classes, settings)
     model = stored_model(stored.contents, config).to(compute.device)
@@ -210,16 +210,16 @@ def open_stored_subset(
         compute="float32",
     )
     threads = share_of_threads(1) if precision.threads == "auto" else precision.threads
-    # A GPU is kept busy by one.
+    # One thread keeps a GPU busy.
     loss = SubsetLoss(model, batches, threads=threads if compute.device.type == "cpu" else 1)
     return loss, checkpoint, data
 
 
 def choose_samples(labels: Tensor, classes: int, settings: SharpnessSettings) -> Tensor:
-    """Return which training samples are taken, int64 [samples]: chosen and shuffled by the seed, balanced by class.
+    """Return the indices of the training samples, int64 [samples]: a seeded choice, balanced by class and shuffled.
 
     Raises:
-        UsageError: there are fewer.
+        UsageError: there are fewer than `settings.samples`.
     """
     if settings.samples > len(labels):
         raise UsageError(f"--samples {settings.samples}: there are {len(labels)} training images", code="option-range")
@@ -228,9 +228,9 @@ def choose_samples(labels: Tensor, classes: int, settings: SharpnessSettings) ->
 
 
 def cut(chosen: Tensor, batch_size: int) -> tuple[Tensor, ...]:
-    """Return `chosen` in parts of `batch_size`; what is left over joins the last, as in ghost norm's groups.
+    """Split `chosen` into batches of `batch_size`; the remainder joins the last one, as in ghost norm's groups.
 
-    A small last batch would have statistics of its own, and a single sample has none.
+    A small last batch would have noisy statistics, and a single sample has none.
     """
     whole = max(1, len(chosen) // batch_size)
     return torch.tensor_split(chosen, [part * batch_size for part in range(1, whole)])
@@ -240,7 +240,7 @@ def _recompute(model: nn.Module, samples: SampleSource, config: Config, compute:
     if not norm_modules(model):
         return
     size = config.batch.micro_size
-    assert size != "auto", "a run decides it before it saves"
+    assert size != "auto", "a run resolves it before it saves"
     indices = statistics_samples(len(samples), config.model.norm_samples, size, config.run.seed)
     try:
         recompute_statistics(model, samples, indices, micro_size=size, compute=compute, comm=Alone())
