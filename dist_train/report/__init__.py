@@ -1,1 +1,1 @@
-"""The report: one HTML page of a run, a study, or a folder of runs, from what they left behind."""
+"""The report: one HTML page about a run, a study or a folder of runs, from the files that they wrote."""

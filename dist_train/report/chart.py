@@ -1,8 +1,9 @@
-"""How charts look: the colours, dashes and marks of series, and where lines, bands, marks and ticks lie on the page.
+"""The style of charts (colours, dashes, marks) and the coordinates of their lines, bands, marks and ticks.
 
-Colours are the same on the page and in files, also for colour-blind readers. `charts.jinja` writes the places as SVG.
-matplotlib's SVG was measured against this: eight charts of a study take 238 kB in place of 105 kB and 0.7 s in place of
-0.03 s, and its colours are style attributes, which neither follow dark mode nor pass the page's security policy.
+The page and the figure files share the colours, which colour-blind readers can tell apart. `charts.jinja` writes the
+coordinates as SVG. We do not use matplotlib's SVG on the page: eight charts of a study take 238 kB instead of 105 kB
+and 0.7 s instead of 0.03 s, and its colours are style attributes, which neither follow dark mode nor pass the page's
+content security policy.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from dist_train.watch.figure import Axis, Chart, Series
 
 LIGHT = ("#1d2126", "#0a12e6", "#de6822", "#0d997b", "#d962d9", "#5c3405")
 DARK = ("#f0f1f2", "#4e55ff", "#cc2e29", "#64ef8c", "#ae4985", "#eac327")
-"""By number, on a light and on a dark ground: the base line's, then those of the other variants.
+"""Series colours on a light and on a dark background; the first is the base line's.
 
-Found by a search for the largest least distance between any two, for normal and for each kind of colour-blind vision.
+A search maximized the smallest distance between any two, for normal and for each kind of colour-blind vision.
 """
 
 _DASHES = ("", "7 3", "2 3", "9 3 2 3")
@@ -26,12 +27,12 @@ _DASHES = ("", "7 3", "2 3", "9 3 2 3")
 
 @dataclass(frozen=True)
 class Look:
-    """`colour` is a number in LIGHT and DARK; `dashes` are lengths of strokes and gaps, none for a whole line."""
+    """The look of a series. `colour` indexes LIGHT and DARK; `dashes` are stroke and gap lengths, () is solid."""
 
     colour: int
     dashes: tuple[float, ...] = ()
     is_hollow: bool = False
-    """Whether marks are outlines."""
+    """Whether marks are drawn as outlines."""
 
 
 _AVERAGED = (7.0, 3.0)
@@ -46,11 +47,11 @@ ROLES: Mapping[str, Look] = {
     "loss": Look(1),
     "accuracy": Look(2),
 }
-"""Series that are not variants'. One of a landscape has two, such as loss and train: of those the last one counts."""
+"""Styles of series that are not variants. A landscape's series has two, such as loss and train; CSS uses the last."""
 
 
 def look_of(style: str) -> Look:
-    """Return how a series of `style` is drawn: s0 is the base line, beyond the colours s6 has that of s1, dashed."""
+    """Return the look of a series style: s0 is the base line; s6 reuses the colour of s1, dashed, and so on."""
     role = style.split()[0]
     if role in ROLES:
         return ROLES[role]
@@ -60,7 +61,7 @@ def look_of(style: str) -> Look:
 
 
 def style_rules(styles: Iterable[str]) -> Iterator[str]:
-    """Yield the rules of CSS that give the colours their names, and `styles` their looks."""
+    """Yield the CSS rules that define the colour variables and the looks of `styles`."""
     light, dark = (";".join(f"--c{at}:{colour}" for at, colour in enumerate(colours)) for colours in (LIGHT, DARK))
     yield f":root{{{light}}}"
     yield f"@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}"
@@ -76,7 +77,7 @@ _MOST_MARKS = 24
 
 
 def ticks(axis: Axis, most: int = 6) -> tuple[float, ...]:
-    """Return round values on `axis`, at most about `most`."""
+    """Return at most about `most` round values on `axis`."""
     if not axis.is_logarithmic:
         rough = (axis.high - axis.low) / most
         power = 10.0 ** math.floor(math.log10(rough))
@@ -94,9 +95,9 @@ def ticks(axis: Axis, most: int = 6) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A series at its place: paths of its line and its band, and its marks with their words.
+    """A series in SVG coordinates: the paths of its line and band, and its marks with their tooltips.
 
-    `points` is JSON for a reader who points at the chart: place, words and x of each.
+    `points` is the JSON that script.js reads: position, text and x value of each point.
     """
 
     series: Series
@@ -108,7 +109,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Frame:
-    """The rectangle of `chart` that curves lie in, within the drawing."""
+    """The plot area of `chart` within its SVG."""
 
     chart: Chart
     left: int
@@ -120,24 +121,24 @@ class Frame:
 
     @classmethod
     def of(cls, chart: Chart) -> Frame:
-        """Return the frame of `chart`; a second upright axis takes room at the right."""
+        """Return the frame of `chart`, narrower if there is a right axis."""
         return cls(chart, _LEFT, WIDTH - (_RIGHT_AXIS if chart.right else _RIGHT_BARE))
 
     @property
     def is_scatter(self) -> bool:
-        """Whether a reader points at single points rather than at a place along x."""
+        """Whether the pointer selects single points rather than a position along x."""
         return any(series.form in ("dots", "squares") for series in self.chart.series)
 
     def x(self, value: float) -> float:
-        """Return the place of `value` on the chart's x axis."""
+        """Return the horizontal SVG coordinate of `value`."""
         return self.left + self.chart.x.share(value) * (self.right - self.left)
 
     def y(self, axis: Axis, value: float) -> float:
-        """Return the place of `value`; far outside is cut off by the frame, the number need not grow with it."""
+        """Return the vertical SVG coordinate of `value` on `axis`, limited to three frame heights."""
         return self.bottom - min(3.0, max(-3.0, axis.share(value))) * (self.bottom - self.top)
 
     def drawn(self) -> Iterator[Drawn]:
-        """Yield each series at its place."""
+        """Yield each series in SVG coordinates."""
         for series in self.chart.series:
             axis = self.chart.right if series.axis == "right" and self.chart.right else self.chart.left
             points = [point for point in series.points if math.isfinite(point.x) and math.isfinite(point.y)]
@@ -148,14 +149,14 @@ class Frame:
                 if point.low is not None and point.high is not None
             ]
             outline = [(x, high) for x, _, high in band] + [(x, low) for x, low, _ in reversed(band)]
-            pointed = [(round(x, 1), round(y, 1), point.text) for (x, y), point in zip(places, points, strict=True)]
-            marked = self.is_scatter or (series.form == "line" and len(places) <= _MOST_MARKS)
-            values = [[*place, round(point.x, 4)] for place, point in zip(pointed, points, strict=True)]
+            marks = [(round(x, 1), round(y, 1), point.text) for (x, y), point in zip(places, points, strict=True)]
+            is_marked = self.is_scatter or (series.form == "line" and len(places) <= _MOST_MARKS)
+            values = [[*mark, round(point.x, 4)] for mark, point in zip(marks, points, strict=True)]
             yield Drawn(
                 series,
                 "" if self.is_scatter else _path(places),
                 f"{_path(outline)}Z" if len(band) > 1 else "",
-                tuple(pointed) if marked else (),
+                tuple(marks) if is_marked else (),
                 json.dumps(values, ensure_ascii=False, separators=(",", ":")),
             )
 

@@ -1,7 +1,7 @@
-"""Charts as matplotlib draws them: figures of a report, for a paper, learning curves, and learning-rate range tests.
+"""matplotlib figures as SVG, PDF or PNG: those of a report, learning curves, and learning-rate range tests.
 
-SVG, PDF or PNG. Curves are drawn from `metrics.jsonl`; learning curves are of one run, or of several to compare. The
-range test is Smith's (2015, arXiv 1506.01186): loss against rate, and a suggestion.
+Learning curves, of one run or of several to compare, are drawn from `metrics.jsonl`. The range test is Smith's (2015,
+arXiv 1506.01186): loss against learning rate, and a suggested rate.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 
 _WIDTH = 7.0
-"""Inches: the text of a page of two columns."""
+"""Inches: the text width of a two-column page."""
 _LETTERS_PER_INCH = 17
 _MARKS = {"dots": "o", "squares": "s"}
 _MOST_MARKS = 30
@@ -98,7 +98,7 @@ def save_figures(figures: Sequence[NumberedFigure], folder: Path, form: str) -> 
 def _save(figure: NumberedFigure, folder: Path, form: str) -> Iterable[Path]:
     name = f"figure-{figure.number}-{figure.key}"
     for number, plane in enumerate(figure.planes, start=1):
-        # an older one has been drawn as SVG alone
+        # Older results have an SVG only.
         picture = next(path for path in map(plane.picture, (form, "svg")) if path.is_file())
         path = folder / f"{name}-{number}{picture.suffix}"
         shutil.copyfile(picture, path)
@@ -111,7 +111,7 @@ def _save(figure: NumberedFigure, folder: Path, form: str) -> Iterable[Path]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write `figure` to `path`, in the form that its suffix says; the same figure gives the same file."""
+    """Write `figure` to `path` in the format of its suffix; the same figure gives the same bytes."""
     form = path.suffix[1:].lower()
     undated: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     with rc_context(_STYLE), atomic.replacing(path) as file:
@@ -142,7 +142,7 @@ def _draw(numbered: NumberedFigure) -> Figure:
 
 
 def stacked(charts: Sequence[Chart], heights: Sequence[float], title: str) -> Figure:
-    """Return `charts` below each other on one x axis, `heights` in inches, each with its own legend."""
+    """Return `charts` stacked on one x axis, with `heights` in inches, each with its own legend."""
     with rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
         places = figure.subplots(len(charts), 1, sharex=True, height_ratios=heights, squeeze=False)
@@ -157,7 +157,7 @@ def stacked(charts: Sequence[Chart], heights: Sequence[float], title: str) -> Fi
 
 
 def _draw_chart(axes: Axes, chart: Chart) -> None:
-    """Draw `chart`, as on the page: title, axes, curves or points with their bands, and its note at the right."""
+    """Draw `chart` as on the page: title, axes, curves or points with bands, and the note at the right."""
     axes.set_title("" if chart.title == chart.x.title else f"{chart.letter}  {chart.title}".strip(), loc="left")
     if chart.note:
         axes.set_title(chart.note, loc="right", color="#606060")
@@ -236,13 +236,13 @@ _FORMATS = (".png", ".svg", ".pdf")
 _MOST_POINTS = 1_000
 _SHARE = Axis("share of peak", -0.06, 1.12, plain)
 _HEIGHTS = (3.0, 3.0, 1.4)
-"""Inches of loss, accuracy, schedule."""
+"""Inches, of the charts of loss, accuracy and schedule."""
 
 
 def draw_learning_curve(run_directories: Sequence[Path], output: Path) -> None:
-    """Draw the runs' learning curves into `output`, a PNG, SVG or PDF file by its suffix.
+    """Draw the runs' learning curves into `output`, a PNG, SVG or PDF file by suffix.
 
-    Raises UsageError for another suffix, a folder that does not exist, or a run without measurements.
+    Raises UsageError for another suffix, a missing folder, or a run without measurements.
     """
     if output.suffix.lower() not in _FORMATS:
         raise UsageError(f"cannot draw {output}: the name must end in .png, .svg or .pdf", code="output-form")
@@ -251,7 +251,7 @@ def draw_learning_curve(run_directories: Sequence[Path], output: Path) -> None:
     runs = [_read(RunDirectory(directory)) for directory in run_directories]
     if not runs:
         raise UsageError("no run to draw: name at least one run directory", code="no-run-named")
-    charts = [chart for chart in (*map(_compared, (LOSS, ACCURACY), (runs, runs)), _schedule(runs)) if chart.series]
+    charts = [chart for chart in (_compared(LOSS, runs), _compared(ACCURACY, runs), _schedule(runs)) if chart.series]
     save(stacked(charts, _HEIGHTS[: len(charts)], runs[0].name if len(runs) == 1 else f"{len(runs)} runs"), output)
 
 
@@ -261,18 +261,18 @@ def _read(directory: RunDirectory) -> Measured:
         records = read_records(path)
     except FileNotFoundError:
         raise UsageError(
-            f"{directory.root} has no {path.name}: name the directory of a run that has begun", code="no-run-here"
+            f"{directory.root} has no {path.name}: name the directory of a run that has started", code="no-run-here"
         ) from None
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", code="records-unreadable") from error
     run = measured_of(directory.root.resolve().name, records)
     if not run.train and not any(run.evaluations.values()):
-        raise UsageError(f"{path} holds no measurement yet: the run has not done a step", code="no-measurement")
+        raise UsageError(f"{path} holds no measurement yet: the run has not finished a step", code="no-measurement")
     return run
 
 
 def _compared(quantity: Quantity, runs: Sequence[Measured]) -> Chart:
-    """Return loss or accuracy of all `runs` in one chart; of several, each batch and the test split alone."""
+    """Return loss or accuracy of all `runs` in one chart; of several runs only each batch and the test split."""
     charts = [chart for run in runs if (chart := learning_curve(quantity, run, _MOST_POINTS))]
     note = _best(runs[0]) if quantity is ACCURACY else ""
     series = charts[0].series
@@ -303,7 +303,7 @@ def _best(run: Measured) -> str:
 
 
 def _schedule(runs: Sequence[Measured]) -> Chart:
-    """Return learning rate and noise amplitude of `runs`, each as a share of its peak."""
+    """Return learning rate and noise amplitude of `runs`, each as a fraction of its peak."""
     drawn: list[Series] = []
     for number, run in enumerate(runs, start=1):
         for quantity, style in ((LEARNING_RATE, "s0"), (NOISE, "s3")):
@@ -312,13 +312,12 @@ def _schedule(runs: Sequence[Measured]) -> Chart:
                 peak = max(point.y for point in series.points if math.isfinite(point.y))
                 points = tuple(replace(point, y=point.y / peak) for point in series.points)
                 label = f"{quantity.name} (peak {peak:.3g})" if len(runs) == 1 else ""
-                own = style if len(runs) == 1 else f"s{number}"
-                drawn.append(Series(label, own, points, "line" if quantity is LEARNING_RATE else "dashed"))
-    across, share = Axis("epoch" if runs[0].steps_per_epoch else "step", 0.0, 1.0, plain), _SHARE
+                colour = style if len(runs) == 1 else f"s{number}"
+                drawn.append(Series(label, colour, points, "line" if quantity is LEARNING_RATE else "dashed"))
+    title = "epoch" if runs[0].steps_per_epoch else "step"
+    x = epochs_axis(drawn, title) if drawn else Axis(title, 0.0, 1.0, plain)
     note = "solid: learning rate; dashed: noise amplitude" if len(runs) > 1 else ""
-    return Chart(
-        "schedule", "", "", epochs_axis(drawn, across.title) if drawn else across, share, tuple(drawn), note=note
-    )
+    return Chart("schedule", "", "", x, _SHARE, tuple(drawn), note=note)
 
 
 _INCHES = 3.5
@@ -326,7 +325,7 @@ _INCHES = 3.5
 
 @dataclass(frozen=True)
 class RangeTest:
-    """The loss at each rate, as it is and smoothed, and where the smoothed one falls steepest, if it falls at all."""
+    """The loss at each rate, raw and smoothed, and the rate where the smoothed loss falls steepest (None: nowhere)."""
 
     rates: tuple[float, ...]
     losses: tuple[float, ...]
@@ -335,10 +334,10 @@ class RangeTest:
 
 
 def range_test(rates: Sequence[float], losses: Sequence[float]) -> RangeTest:
-    """Return what `losses` at rising `rates` say: where the smoothed loss falls steepest, per log rate.
+    """Return the range test of `losses` at rising `rates`; it suggests the steepest descent per log rate.
 
-    It is a mean over a tenth of the updates around each, which does not lag behind, of losses up to twice the first:
-    a jump says only that the rate is too high.
+    The smoothed loss is a centred mean over a tenth of the updates, which does not lag. Losses are capped at twice the
+    first one, because the height of a jump means nothing but that the rate is too high.
     """
     half = max(1, len(losses) // 20)
     capped = [min(loss, 2 * losses[0]) for loss in losses]
@@ -354,20 +353,20 @@ def range_test(rates: Sequence[float], losses: Sequence[float]) -> RangeTest:
 
 
 def read_range_test(directory: RunDirectory) -> RangeTest:
-    """Return the range test that the run in `directory` made; losses after the first that is not finite are left out.
+    """Return the range test of the run in `directory`, up to the first loss that is not finite.
 
     Raises:
-        UsageError: it has made fewer than two updates.
+        UsageError: there are fewer than two such updates.
     """
     found = [record for record in read_records(directory.metrics) if isinstance(record, TrainRecord)]
     end = next((at for at, record in enumerate(found) if not math.isfinite(record.loss)), len(found))
     if end < 2:
-        raise UsageError(f"{directory.root} holds fewer than two updates: begin at a lower rate", code="no-measurement")
+        raise UsageError(f"{directory.root} holds fewer than two updates: start at a lower rate", code="no-measurement")
     return range_test([record.learning_rate for record in found[:end]], [record.loss for record in found[:end]])
 
 
 def write_range_test(test: RangeTest, directory: RunDirectory) -> tuple[Path, ...]:
-    """Write `test` into `directory` as lr_range.csv, .json and .png, and return where they are."""
+    """Write `test` into `directory` as lr_range.csv, .json and .png, and return their paths."""
     table, record, picture = (directory.root / f"lr_range.{suffix}" for suffix in ("csv", "json", "png"))
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
@@ -387,7 +386,7 @@ def _chart(test: RangeTest) -> Chart:
         Series("each batch", BATCH, points(test.losses), "faint"),
         Series("smoothed", "train", points(test.smoothed)),
     )
-    across = Axis("learning rate", test.rates[0], test.rates[-1], plain, is_logarithmic=True)
+    x = Axis("learning rate", test.rates[0], test.rates[-1], plain, is_logarithmic=True)
+    y = loss_axis("loss", test.losses, plain)
     note = "" if test.suggestion is None else f"steepest at {three_digits(test.suggestion)}"
-    left, words = loss_axis("loss", test.losses, plain), "Loss against learning rate."
-    return Chart("lr-range", "", words, across, left, series, note=note, upright=test.suggestion)
+    return Chart("lr-range", "", "Loss against learning rate.", x, y, series, note=note, upright=test.suggestion)

@@ -1,4 +1,4 @@
-"""The figures of a report: learning curves, seeds at a glance, landscapes, and all of a page, numbered in order."""
+"""The figures of a report, numbered in page order: seeds at a glance, learning curves, landscapes, sharpness."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ _Axes = tuple[Axis, Axis, Axis]
 
 @dataclass(frozen=True)
 class LandscapeFigure:
-    """Around the solutions: panels as in the paper, the other variants' panels, and what the drawing rests on."""
+    """Landscapes around solutions: panels as in the paper, the other variants', lines between solutions, settings."""
 
     panels: tuple[Chart, ...] = ()
     others: tuple[Chart, ...] = ()
     between: tuple[Chart, ...] = ()
     settings: tuple[tuple[str, str], ...] = ()
     left_out: int = 0
-    """Results along directions that were made with other settings or at an earlier step, which are not drawn."""
+    """Number of `direction` landscapes not drawn, because of other settings or an earlier step."""
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A variant with its landscapes; `title` is the words over its panel: SB, uniform 0.01."""
+    """A variant with its landscapes; `title` is its panel's title, for instance "SB, uniform 0.01"."""
 
     variant: Variant
     panel: Panel
@@ -71,7 +71,7 @@ class _Drawn:
 
 
 def landscape_figure(panels: Sequence[Panel]) -> LandscapeFigure:
-    """Return the charts around the solutions: base line and one noise variant of each panel, then the others."""
+    """Return the charts around solutions: base line and one noise variant of each panel, then the other variants."""
     runs = [run for panel in panels for variant in panel.variants for run in variant.counted]
     chosen = directions_of(runs)
     drawn = [
@@ -80,14 +80,14 @@ def landscape_figure(panels: Sequence[Panel]) -> LandscapeFigure:
         for variant in panel.variants
         if (found := tuple(chosen[run.name] for run in variant.counted if run.name in chosen))
     ]
-    first = _as_in_the_paper(drawn)
+    first = _paper_variants(drawn)
     rest = [item for item in drawn if item not in first]
-    # on the same axes: only so can their widths be compared
+    # The same axes for all, so that widths can be compared.
     axes = _axes([item for group in drawn for item in group.landscapes])
     settings = json.loads(next(iter(chosen.values())).settings) if chosen else None
     return LandscapeFigure(
         panels=tuple(
-            # letters as in the paper: a and b for SB without and with noise, c and d for LB
+            # Letters as in the paper: a and b for SB without and with noise, c and d for LB.
             _around(f"landscape-{at}", item, _LETTERS[2 * panels.index(item.panel) + (not item.variant.is_base)], axes)
             for at, item in enumerate(first)
         ),
@@ -102,7 +102,7 @@ def landscape_figure(panels: Sequence[Panel]) -> LandscapeFigure:
 
 
 def run_landscapes(run: StoredRun) -> tuple[Chart, ...]:
-    """Return a chart for every line that was walked from a checkpoint of `run`."""
+    """Return a chart of every landscape along lines from a checkpoint of `run`."""
     charts: list[Chart] = []
     for item in run.analyses.landscapes:
         if item.kind != "plane":
@@ -121,12 +121,12 @@ class Plane:
     folder: Path
 
     def picture(self, form: str) -> Path:
-        """Return its file of the form svg, pdf or png."""
+        """Return the path of its figure; `form` is svg, pdf or png."""
         return self.folder / f"figure.{form}"
 
 
 def planes_of(runs: Sequence[StoredRun]) -> tuple[Plane, ...]:
-    """Return the planes of `runs` that have been drawn."""
+    """Return the planes of `runs` whose figure exists."""
     every = (Plane(f"{run.name}{_step(item)}", item.folder) for run in runs for item in run.analyses.of_kind("plane"))
     return tuple(plane for plane in every if plane.picture("svg").is_file())
 
@@ -135,8 +135,8 @@ def _step(landscape: Landscape) -> str:
     return f", step {landscape.step:,}" if landscape.step is not None else ""
 
 
-def _as_in_the_paper(drawn: Sequence[_Drawn]) -> list[_Drawn]:
-    """Return base line and one noise variant by panel: among those of all panels the best one of the largest batch."""
+def _paper_variants(drawn: Sequence[_Drawn]) -> list[_Drawn]:
+    """Return the base lines and one noise variant: of those in every panel, the most accurate at the largest batch."""
     noisy = [item for item in drawn if not item.variant.is_base]
     labels = [
         {item.variant.label for item in noisy if item.panel.title == title}
@@ -155,7 +155,7 @@ def _test_accuracy(variant: Variant) -> float:
 
 
 def _axes(landscapes: Sequence[Landscape]) -> _Axes:
-    """Return axes for all of `landscapes`; the loss from 0 as in the paper, unless it grows beyond all measure."""
+    """Return axes for all of `landscapes`; the loss axis starts at 0 as in the paper unless the loss is very large."""
     points = [point for landscape in landscapes for point in landscape.points]
     losses = [point.loss for point in points if math.isfinite(point.loss)]
     most = max(losses, default=0.0)
@@ -201,7 +201,7 @@ def _chart(
 
 
 def _between(panels: Sequence[Panel]) -> tuple[Chart, ...]:
-    """Return a chart for every pair of variants with lines between their runs, the mean over these."""
+    """Return a chart for every pair of variants with lines between their runs: the mean over these lines."""
     variants = [(f"{panel.short}, {variant.label}", variant) for panel in panels for variant in panel.variants]
     names = {run.directory.name: title for title, variant in variants for run in variant.runs}
     pairs: dict[str, list[Landscape]] = {}
@@ -261,7 +261,7 @@ _ROWS = (("test", ACCURACY), ("train", ACCURACY), ("test", LOSS), ("train", LOSS
 
 
 def study_curves(panels: Sequence[Panel]) -> tuple[tuple[Chart, ...], ...]:
-    """Return rows of charts, one chart a panel: test and train accuracy, test and train loss."""
+    """Return rows of charts (test and train accuracy, test and train loss) with one chart per panel."""
     rows: list[tuple[Chart, ...]] = []
     for split, quantity in _ROWS:
         found = [[_mean_curve(variant, split, quantity) for variant in panel.variants] for panel in panels]
@@ -279,7 +279,7 @@ def study_curves(panels: Sequence[Panel]) -> tuple[tuple[Chart, ...], ...]:
 
 
 def run_curves(run: StoredRun) -> tuple[Chart, ...]:
-    """Return the charts of one run: accuracy, loss, rates, speed."""
+    """Return the charts of one run: accuracy, loss, learning rate and other rates."""
     measured = measured_of(run.name, (*run.train, *run.evaluations))
     charts = [learning_curve(quantity, measured, _MOST_POINTS) for quantity in (ACCURACY, LOSS)]
     charts += [rate_curve(quantity, measured, _MOST_POINTS) for quantity in RATES]
@@ -287,7 +287,7 @@ def run_curves(run: StoredRun) -> tuple[Chart, ...]:
 
 
 def curve_records(run: StoredRun, split: str) -> Sequence[TrainRecord | EvaluationRecord]:
-    """Return what is drawn of a split: its evaluations; without any of the training split, its updates."""
+    """Return the records to draw of a split: its evaluations; if the training split has none, the updates."""
     evaluated = run.split(split)
     return evaluated if evaluated or split == "test" else run.train
 
@@ -303,7 +303,7 @@ def _mean_curve(variant: Variant, split: str, quantity: Quantity) -> Series:
         lambda found: f"{quantity.text(found.mean, found.deviation)} (n = {found.count})",
     )
     every = max(1, math.ceil(len(points) / _MOST_POINTS))
-    # the last one always stands: it is the result
+    # Thinned from the end: the last point is the result.
     return Series(variant.label, f"s{variant.colour}", points[::-every][::-1])
 
 
@@ -315,7 +315,7 @@ def _curve_chart(key: str, panel: Panel, axis: Axis, series: tuple[Series, ...])
 
 @dataclass(frozen=True)
 class Strip:
-    """Those variants of a panel that have `measure`, a row each, along one axis in the measure's unit."""
+    """The variants of a panel that have `measure`, one row each, along one axis in the measure's unit."""
 
     panel: Panel
     measure: Measure
@@ -325,25 +325,25 @@ class Strip:
     rim: int = 10
 
     def x(self, value: float) -> float:
-        """Return the place of a value of the measure."""
+        """Return the horizontal SVG coordinate of a value of the measure."""
         share = self.axis.share(value * self.measure.factor)
         return self.rim + min(1.0, max(0.0, share)) * (self.width - 2 * self.rim)
 
     def words(self, variant: Variant) -> str:
-        """Return the mean of a variant as people read it."""
+        """Return the mean of a variant as text."""
         cell = variant_cell(variant, self.measure)
         return f"{cell.as_text}, {cell.note}"
 
 
 def strips(panels: Sequence[Panel], measure: Measure) -> tuple[Strip, ...]:
-    """Return, for each panel, its variants' values of `measure` on one axis that all panels share."""
+    """Return a strip of `measure` for each panel, on a common axis."""
     shown = [(panel, tuple(each for each in panel.variants if each.measured(measure))) for panel in panels]
     values = [value for _, variants in shown for each in variants for _, value in each.measured(measure)]
     axis = linear_axis(measure.heading, [value * measure.factor for value in values], plain)
     return tuple(Strip(panel, measure, variants, axis) for panel, variants in shown if variants)
 
 
-_BATCHES = {"batch": "train, each batch", "train": "train split", "test": "test split"} | {
+_SERIES_NAMES = {"batch": "train, each batch", "train": "train split", "test": "test split"} | {
     "validation": "validation split",
     **{f"{split}-averaged": f"{split} split, averaged weights" for split in ("train", "validation", "test")},
 }
@@ -352,7 +352,7 @@ _LINES = {"loss": "loss, left axis", "accuracy": "accuracy, right axis", "train"
 
 @dataclass(frozen=True)
 class NumberedFigure:
-    """Rows of panels, or planes, under one title; `legend` is what readers can switch on the page, by style."""
+    """Rows of panels, or planes, under one title; `legend` maps the styles that readers can switch to their labels."""
 
     key: str
     title: str
@@ -363,10 +363,10 @@ class NumberedFigure:
 
 
 def figures_of_run(run: StoredRun) -> dict[str, NumberedFigure]:
-    """Return the figures of one run, by key; those without content are left out."""
+    """Return the non-empty figures of one run, by key."""
     curves = run_curves(run)
     drawn = {series.style for chart in curves for series in chart.series}
-    legend = {style: label for style, label in _BATCHES.items() if style in drawn}
+    legend = {style: label for style, label in _SERIES_NAMES.items() if style in drawn}
     return _numbered(
         NumberedFigure("curves", "Learning curves and rates", (curves,), legend=legend),
         NumberedFigure("landscapes", "The loss around the solution", (run_landscapes(run),), legend=_LINES),
@@ -381,7 +381,7 @@ def figures_of_study(
     landscape: LandscapeFigure,
     scatters: Sequence[Scatter],
 ) -> dict[str, NumberedFigure]:
-    """Return the figures of several runs, by key; `measure` is the one shown at a glance."""
+    """Return the non-empty figures of several runs, by key; `measure` is the one shown "at a glance"."""
     legend = dict(_legend(panels))
     around = tuple(row for row in (landscape.panels, landscape.others) if row)
     return _numbered(
@@ -406,7 +406,7 @@ def _numbered(*figures: NumberedFigure) -> dict[str, NumberedFigure]:
 
 
 def _legend(panels: Sequence[Panel]) -> Iterator[tuple[str, str]]:
-    """Yield style and label of the variants that have begun, base lines first; base lines may differ by panel."""
+    """Yield style and label of the variants that have started, base lines first; base lines may differ by panel."""
     labels: dict[int, dict[str, None]] = {}
     for variant in (variant for panel in panels for variant in panel.variants if variant.counted):
         labels.setdefault(variant.colour, {})[variant.label] = None

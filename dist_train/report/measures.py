@@ -1,6 +1,6 @@
-"""What is measured of a run, one number each, and means and intervals of such numbers.
+"""The measures of a run, one number each, and their means and intervals.
 
-A new measure, a column of the tables, is one new line here.
+To add a column to the tables, add a Measure here.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Sign = Literal["", "\u2265", "\u2264"]
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean of `count` values; `deviation` is their sample standard deviation, None for a single one.
+    """Mean of `count` values; `deviation` is their sample standard deviation, None for a single value.
 
-    `censored` of the values are lower bounds: then the mean is one too, and the deviation is not known.
+    `censored` of the values are lower bounds: the mean is then a lower bound too, and the deviation is unknown.
     """
 
     mean: float
@@ -35,10 +35,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean difference of `count` pairs with its confidence interval.
+    """The mean difference of `count` pairs with its confidence interval.
 
-    In `censored` pairs a value is a lower bound. The difference is then at least, or at most, so much; `sign` is empty
-    where it is exact, None where nothing is known. A bound has no interval: its ends are NaN.
+    In `censored` pairs a value is a lower bound. The difference is then a bound without an interval (its ends are NaN):
+    `sign` says in which direction; it is empty for an exact difference, None if nothing is known.
     """
 
     difference: float
@@ -50,7 +50,7 @@ class Interval:
 
 
 def summary(values: Sequence[float], censored: int = 0) -> Summary | None:
-    """Return the summary of the finite `values`, `censored` of them lower bounds; None where there are none."""
+    """Return the summary of the finite `values`, of which `censored` are lower bounds; None if there are none."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return None
@@ -59,7 +59,7 @@ def summary(values: Sequence[float], censored: int = 0) -> Summary | None:
 
 
 def mean_points(values: Iterable[tuple[float, Sequence[float]]], words: Callable[[Summary], str]) -> tuple[Point, ...]:
-    """Return the means of the values at each place, with a band of one standard deviation."""
+    """Return the mean of the values at each x, with a band of one standard deviation and the text `words` gives."""
     points = []
     for x, measured in values:
         if found := summary(measured):
@@ -72,16 +72,16 @@ def mean_points(values: Iterable[tuple[float, Sequence[float]]], words: Callable
 def paired_difference(
     pairs: Sequence[tuple[float, float]], bounds: Sequence[tuple[bool, bool]] = (), confidence: float = 0.95
 ) -> Interval | None:
-    """Return the mean of second minus first with Student's interval of this confidence; None for under two pairs.
+    """Return the mean of second minus first with Student's interval at `confidence`; None for fewer than two pairs.
 
-    `bounds` says of each pair which of the two are lower bounds.
+    `bounds` says for each pair which of its values are lower bounds.
     """
     differences = [after - before for before, after in pairs]
     if len(differences) < 2:
         return None
     mean, count = fmean(differences), len(differences)
     if any(map(any, bounds)):
-        # a larger second lifts the mean and a larger first lowers it; either may widen the interval without limit
+        # A larger second value raises the mean, a larger first value lowers it; either may widen the interval at will.
         at_most, at_least = (any(side) for side in zip(*bounds, strict=True))
         sign: Sign | None = None if at_most and at_least else "\u2265" if at_least else "\u2264"
         return Interval(mean, math.nan, math.nan, count, sum(map(any, bounds)), sign)
@@ -98,7 +98,7 @@ _Result = TypeVar("_Result", Landscape, Sharpness)
 
 @dataclass(frozen=True)
 class Measure:
-    """A number of a run: `take` gives it, None where the run does not have it; `factor` and `unit` are for reading."""
+    """A number of a run. `take` returns it, or None if the run has none; it is shown times `factor`, in `unit`."""
 
     key: str
     title: str
@@ -108,30 +108,30 @@ class Measure:
     factor: float = 1.0
     unit: str = ""
     group: str = "Accuracy and loss"
-    """The table that it stands in."""
+    """The table that shows it."""
     is_bound: Callable[[StoredRun], bool] = lambda run: False
-    """Whether the run's true value is this much or more."""
+    """Whether the run's value is a lower bound."""
     is_unresolved: Callable[[StoredRun], bool] = lambda run: False
-    """Whether the run's value rests on points too far apart."""
+    """Whether the run's value comes from points too far apart."""
     is_guess: Callable[[StoredRun], bool] = lambda run: False
-    """Whether the run has diverged, and its value is the accuracy of guessing."""
+    """Whether the run diverged, so that its value is the accuracy of guessing."""
 
     @property
     def heading(self) -> str:
-        """Return its title with its unit."""
+        """Return the title with the unit."""
         return f"{self.title}, {self.unit}" if self.unit else self.title
 
     def described(self, run: StoredRun, value: float) -> str:
-        """Return the `value` of `run` as people read it, with its unit and what limits it."""
+        """Return the `value` of `run` as text, with its unit and qualification."""
         bound, limit = "\u2265 " if self.is_bound(run) else "", f" ({note})" if (note := self.note(run)) else ""
         return f"{bound}{self.write(value * self.factor)}{f' {self.unit}' if self.unit else ''}{limit}"
 
     def note(self, run: StoredRun) -> str:
-        """Return what limits the value of `run`, beside its being a bound."""
+        """Return the qualification of the value of `run`, other than being a bound."""
         return "diverged: as if guessing" if self.is_guess(run) else "unresolved" if self.is_unresolved(run) else ""
 
     def spread(self, mean: float, deviation: float) -> str:
-        """Return `deviation` with as many places as `mean` has."""
+        """Return `deviation` as text, with as many decimal places as `mean`."""
         whole, _, places = self.write(mean * self.factor).replace(",", "").partition(".")
         is_plain = whole.lstrip("-").isdecimal() and (places.isdecimal() or not places)
         value = deviation * self.factor
@@ -145,23 +145,23 @@ def measures_of(runs: Sequence[StoredRun]) -> tuple[Measure, ...]:
 
 
 def sharpness_measures(runs: Sequence[StoredRun]) -> tuple[Measure, ...]:
-    """Return the measures of how sharp a minimum is: those of analyses."""
+    """Return the measures of sharpness that `runs` have from their analyses."""
     return (*_sharpness_measures(runs), *_line_measures(runs))
 
 
 def commonest_settings(results: Sequence[Landscape] | Sequence[Sharpness]) -> str | None:
-    """Return the settings that most `results` were made with: only such are compared."""
+    """Return the most common settings of `results`; only results with these settings are compared."""
     texts = [result.settings for result in results]
     return max(texts, key=texts.count) if texts else None
 
 
 def directions_of(runs: Sequence[StoredRun]) -> dict[str, Landscape]:
-    """Return, by name, each run's landscape along directions that was made with the commonest settings."""
+    """Return each run's latest `direction` landscape with the commonest settings, by run name."""
     return _comparable({run.name: run.analyses.of_kind("direction") for run in runs})
 
 
 def sharpness_of(runs: Sequence[StoredRun]) -> dict[str, Sharpness]:
-    """Return, by name, each run's sharpness that was measured with the commonest settings."""
+    """Return each run's latest sharpness with the commonest settings, by run name."""
     return _comparable({run.name: run.analyses.sharpness for run in runs})
 
 
@@ -181,21 +181,21 @@ def _last(name: str, split: str) -> Callable[[StoredRun], float | None]:
 
 
 def _final_accuracy(split: str, is_measured: Callable[[StoredRun], bool]) -> Callable[[StoredRun], float | None]:
-    """Return what takes the last accuracy on `split`; of a run that diverged, where it is measured: guessing's."""
+    """Return a function for the final accuracy on `split`; of a diverged run that measures it, that of guessing."""
     last = _last("accuracy", split)
     return lambda run: last(run) if not run.is_diverged else run.guessing if is_measured(run) else None
 
 
-def _validates(run: StoredRun) -> bool:
+def _has_validation_split(run: StoredRun) -> bool:
     return run.settings.get("data.validation_size") is not None
 
 
-def _averages(run: StoredRun) -> bool:
+def _has_averaging(run: StoredRun) -> bool:
     return run.settings.get("averaging.kind", "none") != "none"
 
 
-def _judged(plain: Callable[[StoredRun], float | None], name: str) -> Callable[[StoredRun], float | None]:
-    """Return what takes the last value of the averaged weights on the test split, else what `plain` takes."""
+def _averaged_or(plain: Callable[[StoredRun], float | None], name: str) -> Callable[[StoredRun], float | None]:
+    """Return a function for the averaged weights' last value on the test split, or, if there is none, `plain`."""
     averaged = _last(name, "test-averaged")
     return lambda run: plain(run) if (value := averaged(run)) is None else value
 
@@ -206,7 +206,7 @@ def _gap(run: StoredRun) -> float | None:
 
 
 def _seconds(run: StoredRun) -> float | None:
-    """Return the time spent in updates; a record stands for all updates since the one before."""
+    """Return the seconds spent in updates; a record stands for all updates since the previous record."""
     before, total = 0, 0.0
     if run.is_diverged:
         return None
@@ -222,16 +222,16 @@ def _images_per_second(run: StoredRun) -> float | None:
     return median(rates) if rates else None
 
 
-def _looked_up(values: Mapping[str, float]) -> Callable[[StoredRun], float | None]:
+def _value_by_name(values: Mapping[str, float]) -> Callable[[StoredRun], float | None]:
     return lambda run: values.get(run.name)
 
 
-def _among(names: Collection[str]) -> Callable[[StoredRun], bool]:
+def _is_named(names: Collection[str]) -> Callable[[StoredRun], bool]:
     return lambda run: run.name in names
 
 
 def _line_measures(runs: Sequence[StoredRun]) -> Iterator[Measure]:
-    """Yield the widths of the basin along directions, and how much the loss rises along them."""
+    """Yield basin widths along directions, and rises of the loss along them."""
     chosen = directions_of(runs)
     for key, factor in {width.key: width.factor for item in chosen.values() for width in item.widths}.items():
         widths = {name: width for name, item in chosen.items() for width in item.widths if width.key == key}
@@ -239,27 +239,27 @@ def _line_measures(runs: Sequence[StoredRun]) -> Iterator[Measure]:
             f"width-{key}",
             f"basin width, loss under {factor} x",
             f"Interval of alpha along random directions where the training loss stays under {factor} times "
-            "its minimum, and so relative to the loss that was reached. \u2265: it ends beyond the line (censored). "
-            "Unresolved: in a direction no point of the line but the minimum lies in it.",
-            _looked_up({name: width.mean for name, width in widths.items()}),
+            "its minimum, so it is relative to the loss that the run reached. \u2265: it ends beyond the line "
+            "(censored). Unresolved: in some direction it contains no point of the line but the minimum.",
+            _value_by_name({name: width.mean for name, width in widths.items()}),
             group=_SHARPNESS,
-            is_bound=_among({name for name, width in widths.items() if width.open_ends}),
-            is_unresolved=_among({name for name, width in widths.items() if width.unresolved}),
+            is_bound=_is_named({name for name, width in widths.items() if width.open_ends}),
+            is_unresolved=_is_named({name for name, width in widths.items() if width.unresolved}),
         )
     for distance in _LINE_DISTANCES:
         rises = {name: rise for name, item in chosen.items() if (rise := _line_rise(item, distance)) is not None}
         yield Measure(
             f"line-rise-{distance:g}",
             f"loss rise at \u03b1 = {distance:g}",
-            "How much the training loss rises to this distance along the same directions, in absolute numbers; mean "
-            "over both sides and the directions.",
-            _looked_up(rises),
+            "Absolute rise of the training loss at this distance along the same directions; mean over both sides and "
+            "the directions.",
+            _value_by_name(rises),
             group=_SHARPNESS,
         )
 
 
 def _line_rise(landscape: Landscape, distance: float) -> float | None:
-    """Return the mean rise of the training loss to `distance` from the solution; None where a line lacks a point."""
+    """Return the mean rise of the training loss at `distance` from the solution; None if a line lacks the points."""
     rises = []
     for line in landscape.lines("train"):
         losses = {round(point.alpha, 9): point.loss for point in line}
@@ -284,14 +284,14 @@ def _sharpness_measures(runs: Sequence[StoredRun]) -> Iterator[Measure]:
         elif title.startswith("basin width"):
             explanation = (
                 "Interval around the weights, along random filter-normalized directions, where the training loss rises "
-                "by no more than this, in absolute numbers. \u2265: it ends beyond the reach in a direction (censored)."
+                "by at most this absolute amount. \u2265: in some direction it ends beyond the reach (censored)."
             )
         elif title == "gradient noise scale":
-            explanation = "tr(Sigma) / |G|^2 in samples (McCandlish et al.): batches beyond it bring little."
+            explanation = "tr(Sigma) / |G|^2 in samples (McCandlish et al.): larger batches gain little."
         values = {name: measures[title] for name, measures in chosen.items() if title in measures}
         group = _RISE if title.startswith("expected rise") else _SHARPNESS
-        bounds = _among({name for name, item in records.items() if title in item.bounds})
-        yield Measure(f"sharpness-{title}", title, explanation, _looked_up(values), group=group, is_bound=bounds)
+        bounds = _is_named({name for name, item in records.items() if title in item.bounds})
+        yield Measure(f"sharpness-{title}", title, explanation, _value_by_name(values), group=group, is_bound=bounds)
 
 
 def _accuracy(
@@ -317,15 +317,15 @@ GAP = _accuracy("gap", "generalization gap", "Final train minus final test accur
 TRAIN_LOSS = Measure("train_loss", "final train loss", "", _last("loss", "train"), _FOUR)
 _AVERAGED = "Of the averaged weights, where the run averages them."
 JUDGED_ACCURACY = replace(
-    _accuracy("judged_test", "final test accuracy", _AVERAGED, _judged(FINAL_ACCURACY.take, "accuracy"), "points"),
+    _accuracy("judged_test", "final test accuracy", _AVERAGED, _averaged_or(FINAL_ACCURACY.take, "accuracy"), "points"),
     is_guess=lambda run: run.is_diverged,
 )
-JUDGED_LOSS = Measure("judged_loss", "final test loss", _AVERAGED, _judged(_last("loss", "test"), "loss"), _FOUR)
+JUDGED_LOSS = Measure("judged_loss", "final test loss", _AVERAGED, _averaged_or(_last("loss", "test"), "loss"), _FOUR)
 _BASIC = (
     FINAL_ACCURACY,
     _accuracy("best_test", "best test accuracy", "The highest of all evaluations on the test split.", _best),
-    _accuracy_or_guess("final_validation", "final validation accuracy", "", "validation", _validates),
-    _accuracy_or_guess("final_averaged", "final test accuracy, averaged weights", "", "test-averaged", _averages),
+    _accuracy_or_guess("final_validation", "final validation accuracy", "", "validation", _has_validation_split),
+    _accuracy_or_guess("final_averaged", "final test accuracy, averaged weights", "", "test-averaged", _has_averaging),
     _accuracy("final_train", "final train accuracy", _CLEAN, _last("accuracy", "train")),
     GAP,
     Measure("test_loss", "final test loss", "", _last("loss", "test"), _FOUR),

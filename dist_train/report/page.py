@@ -1,4 +1,4 @@
-"""The report as one file that asks for nothing from outside: HTML, or tables in Markdown."""
+"""The report as one self-contained file: an HTML page, or its tables in Markdown."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _FOLDER = Path(__file__).parent
 
 
 def tables_in_markdown(subject: Subject) -> str:
-    """Return the tables of variants, their differences from the base line, and the rank correlations."""
+    """Return the tables of variants, differences from the base line, contrasts and rank correlations."""
     panels = panels_of(subject.runs)
     scatters = sharpness_scatters(panels)
     groups: dict[str, dict[str, None]] = {}
@@ -60,17 +60,17 @@ def tables_in_markdown(subject: Subject) -> str:
 
 
 def write_report(directory: Path, output: Path) -> Subject:
-    """Write the page of the run, the study or the folder of runs in `directory`; its tables alone to a file *.md.
+    """Write the page about the run, study or folder of runs in `directory`; if `output` is *.md, only its tables.
 
     Raises:
-        UsageError: there is no run, or `output` cannot be written or is no *.html or *.md.
+        UsageError: there is no run, or `output` cannot be written or is neither *.html nor *.md.
     """
     if output.suffix not in (".html", ".htm", ".md"):
         page = output.with_suffix(".html")
         raise UsageError(
-            f"a report is a page, *.html, or its tables, *.md, not {output}; a PDF is a page that a browser prints: "
+            f"cannot write {output}: a report is a page (*.html) or its tables (*.md). For a PDF print the page: "
             f"dist-train report {directory} -o {page}, then chromium --headless --no-pdf-header-footer "
-            f"--print-to-pdf={output} {page}; its figures alone: --figures FOLDER --format pdf",
+            f"--print-to-pdf={output} {page}. For the figures only: --figures FOLDER --format pdf",
             code="report-form",
         )
     subject = read_subject(directory)
@@ -79,7 +79,8 @@ def write_report(directory: Path, output: Path) -> Subject:
         atomic.write_text(output, text)
     except OSError as error:
         raise UsageError(
-            f"cannot write {output} ({error.strerror or error}): choose another with -o FILE", code="output-unwritable"
+            f"cannot write {output} ({error.strerror or error}): choose another file with -o FILE",
+            code="output-unwritable",
         ) from error
     return subject
 
@@ -90,7 +91,7 @@ def render(subject: Subject, now: datetime | None = None) -> str:
     content = _content(subject)
     script = (_FOLDER / "script.js").read_text(encoding="utf-8")
     style = (_FOLDER / "style.css").read_text(encoding="utf-8") + "\n".join(_series_rules(content))
-    # files of this folder and numbers of variants; what runs say of themselves is escaped
+    # Only files of this folder and variants' numbers are trusted; text from runs is escaped.
     trusted_style, trusted_script = Markup(style), Markup(script)  # nosec B704
     template = templates.get_template("run.html.jinja" if subject.kind == "run" else "study.html.jinja")
     return template.render(
@@ -102,13 +103,13 @@ def render(subject: Subject, now: datetime | None = None) -> str:
         script=trusted_script,
         version=__version__,
         commands=_commands(subject),
-        environment=(*_places(subject.runs), *versions(subject.runs)),
+        environment=(*_launch_facts(subject.runs), *versions(subject.runs)),
         **content,
     )
 
 
 def _templates() -> Environment:
-    # HTML is escaped; Markdown has no markup of its own to escape
+    # HTML is escaped; in the Markdown there is nothing to escape.
     environment = Environment(  # nosec B701
         loader=FileSystemLoader(_FOLDER),
         autoescape=lambda name: name is None or not name.endswith(".md.jinja"),
@@ -121,55 +122,55 @@ def _templates() -> Environment:
         "frame": Frame.of,
         "ticks": ticks,
         "sentence": lambda text: text[:1].upper() + text[1:],
-        "address": _address,
+        "data_uri": _data_uri,
     }
     return environment
 
 
 def figures_of(subject: Subject) -> tuple[NumberedFigure, ...]:
-    """Return the figures of the page, in their order."""
+    """Return the figures of the page, in order."""
     figures: Mapping[str, NumberedFigure] = _content(subject)["figures"]
     return tuple(figures.values())
 
 
 def _content(subject: Subject) -> dict[str, Any]:
-    return _of_run(subject.runs[0]) if subject.kind == "run" else _of_study(subject)
+    return _run_content(subject.runs[0]) if subject.kind == "run" else _study_content(subject)
 
 
 def _repeated(panels: Sequence[Panel]) -> list[tuple[str, str]]:
     return [pair for panel in panels for variant in panel.variants for pair in variant.repeated.items()]
 
 
-def _of_study(subject: Subject) -> dict[str, Any]:
+def _study_content(subject: Subject) -> dict[str, Any]:
     panels = panels_of(subject.runs)
-    of_variants, walked, scatters = variant_tables(panels), landscape_figure(panels), sharpness_scatters(panels)
+    tables, landscape, scatters = variant_tables(panels), landscape_figure(panels), sharpness_scatters(panels)
     variants = [variant for panel in panels for variant in panel.variants]
     counted = [run for variant in variants for run in variant.counted]
     measures = measures_of([run for variant in variants for run in variant.runs])
     return {
         "panels": panels,
-        "figures": figures_of_study(panels, subject.runs, measures[0] if of_variants else None, walked, scatters),
+        "figures": figures_of_study(panels, subject.runs, measures[0] if tables else None, landscape, scatters),
         "styles": {f"s{variant.colour}" for variant in variants},
-        # a curve of the training split is made of updates, for want of evaluations
+        # Some curve of the training split shows updates, because the split was not evaluated.
         "trained_noisily": any(curve_records(run, "train") and not run.split("train") for run in counted),
-        "tables": of_variants,
+        "tables": tables,
         "effects": effect_tables(panels),
         "contrasts": contrast_tables(panels, subject.contrasts),
         "evaluates_along_training": evaluates_along_training(panels),
-        "walked": walked,
+        "landscape": landscape,
         "scatters": scatters,
         "sharpness_left_out": sum(len(run.analyses.sharpness) for run in counted) - len(sharpness_of(counted)),
         "measures": measures,
         "runs": [(run, variant, run_cells(run, measures)) for variant in variants for run in variant.runs],
         "repeated": _repeated(panels),
-        "troubled": [run for run in subject.runs if not run.is_finished],
+        "unfinished": [run for run in subject.runs if not run.is_finished],
         "problems": [(run, problem) for run in subject.runs for problem in run.analyses.problems],
         "shared": _shared_settings(subject.runs),
-        "again": [(run, command) for run in subject.runs if (command := _command_of(run))],
+        "run_commands": [(run, command) for run in subject.runs if (command := _command_of(run))],
     }
 
 
-def _of_run(run: StoredRun) -> dict[str, Any]:
+def _run_content(run: StoredRun) -> dict[str, Any]:
     measures = measures_of([run])
     return {
         "run": run,
@@ -184,12 +185,12 @@ def _of_run(run: StoredRun) -> dict[str, Any]:
     }
 
 
-def _address(plane: Plane) -> str:
+def _data_uri(plane: Plane) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(plane.picture('svg').read_bytes()).decode()}"
 
 
 def _series_rules(content: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the rules that give each series its look, and hide it while its box is not ticked."""
+    """Yield the CSS rules that style each series, and hide it while its checkbox is not ticked."""
     yield from style_rules((*sorted(content["styles"]), *ROLES))
     switched = {style for figure in content["figures"].values() for style in figure.legend}
     yield from (
@@ -198,7 +199,7 @@ def _series_rules(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _policy(style: str, script: str) -> str:
-    """Return the content security policy: nothing is fetched, and no code runs but ours."""
+    """Return the content security policy: nothing is fetched, and only our own code runs."""
     return f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; img-src data:; " + (
         "base-uri 'none'; form-action 'none'"
     )
@@ -214,7 +215,7 @@ Sections = Mapping[str, Sequence[tuple[str, str, bool]]]
 
 
 def _sections_of(settings: Mapping[str, object]) -> Sections:
-    """Return `settings`, which are by dotted path, by section."""
+    """Return `settings`, keyed by dotted path, grouped by section."""
     defaults = dict(flat_settings(Config().model_dump(mode="json")))
     sections: dict[str, list[tuple[str, str, bool]]] = {}
     for path, value in settings.items():
@@ -225,7 +226,7 @@ def _sections_of(settings: Mapping[str, object]) -> Sections:
 
 
 def _shared_settings(runs: Sequence[StoredRun]) -> Sections:
-    """Return the settings that all of `runs` have in common, by section."""
+    """Return the settings that all `runs` share, by section."""
     first, *others = [run.settings for run in runs if run.settings] or [{}]
     missing = object()
     return _sections_of(
@@ -233,8 +234,8 @@ def _shared_settings(runs: Sequence[StoredRun]) -> Sections:
     )
 
 
-def _places(runs: Sequence[StoredRun]) -> tuple[tuple[str, str], ...]:
-    """Return where and when `runs` ran, as names and values."""
+def _launch_facts(runs: Sequence[StoredRun]) -> tuple[tuple[str, str], ...]:
+    """Return where and when `runs` ran, as pairs of name and value."""
     known = [run.status for run in runs if run.status]
     rows = (
         ("hosts", _listed(status.host for status in known)),
@@ -247,7 +248,7 @@ def _places(runs: Sequence[StoredRun]) -> tuple[tuple[str, str], ...]:
 
 
 def versions(runs: Sequence[StoredRun]) -> tuple[tuple[str, str], ...]:
-    """Return what `runs` ran with, as names and values; where they differ, how many of them had which."""
+    """Return the recorded versions and devices as pairs of name and value; if runs differ, with the number of each."""
     recorded = [run.status.environment for run in runs if run.status]
     if recorded and not any(recorded):
         return (("versions", _NOT_RECORDED),)
@@ -260,7 +261,7 @@ def versions(runs: Sequence[StoredRun]) -> tuple[tuple[str, str], ...]:
 
 
 def _commands(subject: Subject) -> tuple[str, ...]:
-    """Return the commands that make the runs, and this page, again."""
+    """Return the commands that reproduce the run (if it is a single one) and this page."""
     folder = shlex.quote(str(subject.directory))
     report = f"dist-train report {folder}"
     if subject.kind != "run":
@@ -271,7 +272,7 @@ def _commands(subject: Subject) -> tuple[str, ...]:
 
 
 def _command_of(run: StoredRun) -> str:
-    """Return the command that makes `run` of a study again; empty where its study does not say it."""
+    """Return the command that reproduces a study's run; empty if the study does not record it."""
     if run.planned is None or not run.planned.overrides:
         return ""
     return shlex.join(["dist-train", "train", str(StudyDirectory(run.directory.parent).base), *run.planned.overrides])

@@ -1,5 +1,5 @@
 "use strict";
-// Values under the pointer, or at the place that the arrow keys have chosen. The page is whole without this.
+// Shows values at the pointer, or at the position chosen by the arrow keys. The page is complete without scripts.
 for (const svg of document.querySelectorAll("svg[data-kind]")) {
   const chart = svg.closest(".chart");
   const tip = chart.querySelector(".tip");
@@ -13,7 +13,7 @@ for (const svg of document.querySelectorAll("svg[data-kind]")) {
     style: group.getAttribute("class"),
     points: JSON.parse(group.dataset.points).filter(([x, y]) => !isScatter || (y >= top && y <= bottom)),
   }));
-  const shown = () => series.filter((one) => one.points.length && getComputedStyle(one.group).display !== "none");
+  const visibleSeries = () => series.filter((one) => one.points.length && getComputedStyle(one.group).display !== "none");
   const nearest = (points, distance) => points.reduce((a, b) => (distance(b) < distance(a) ? b : a));
   let chosen = null;
 
@@ -40,8 +40,8 @@ for (const svg of document.querySelectorAll("svg[data-kind]")) {
     tip.style.left = `${Math.min(most, Math.max(0, fits ? beside : leftwards))}px`;
     tip.style.top = `${svg.getBoundingClientRect().top - chart.getBoundingClientRect().top + y * scale}px`;
   };
-  const tellLines = (at) => {
-    const visible = shown();
+  const showLines = (at) => {
+    const visible = visibleSeries();
     if (!visible.length) return hide();
     const distance = (point) => Math.abs(point[0] - at);
     const here = nearest(visible.map((one) => nearest(one.points, distance)), distance);
@@ -64,8 +64,8 @@ for (const svg of document.querySelectorAll("svg[data-kind]")) {
     svg.classList.add("pointed");
     place(here[0], bottom + 6);
   };
-  const tellPoint = (x, y) => {
-    const all = shown().flatMap((one) => one.points.map((point) => ({ one, point })));
+  const showPoint = (x, y) => {
+    const all = visibleSeries().flatMap((one) => one.points.map((point) => ({ one, point })));
     if (!all.length) return hide();
     const distance = ({ point }) => Math.hypot(point[0] - x, point[1] - y);
     const found = nearest(all, distance);
@@ -79,7 +79,7 @@ for (const svg of document.querySelectorAll("svg[data-kind]")) {
     const x = (event.clientX - box.left) * scale;
     const y = (event.clientY - box.top) * scale;
     if (x < left - 8 || x > right + 8) return hide();
-    return isScatter ? tellPoint(x, y) : tellLines(x);
+    return isScatter ? showPoint(x, y) : showLines(x);
   });
   svg.addEventListener("pointerleave", hide);
   svg.addEventListener("blur", hide);
@@ -88,18 +88,18 @@ for (const svg of document.querySelectorAll("svg[data-kind]")) {
     if (event.key === "Escape") return hide();
     if (step === undefined) return undefined;
     event.preventDefault();
-    const points = shown().flatMap((one) => one.points);
+    const points = visibleSeries().flatMap((one) => one.points);
     if (!points.length) return undefined;
     const clamp = (index, count) => Math.min(count - 1, Math.max(0, index));
     if (isScatter) {
       const next = points[clamp((chosen ?? -1) + step, points.length)];
-      return tellPoint(next[0], next[1]);
+      return showPoint(next[0], next[1]);
     }
     const places = [...new Set(points.map((point) => point[0]))].sort((a, b) => a - b);
-    return tellLines(places[clamp(places.indexOf(chosen) + step, places.length)]);
+    return showLines(places[clamp(places.indexOf(chosen) + step, places.length)]);
   });
 }
-// A page on paper shows the figures and settings that are folded up; commands are of no use there.
+// On paper, open the folded figures and settings; folded commands (.screen) stay closed.
 addEventListener("beforeprint", () => {
   for (const details of document.querySelectorAll("details:not(.screen)")) details.open = true;
 });

@@ -1,4 +1,4 @@
-"""Sharpness against generalization, with rank correlations, and along training against 2 / learning rate."""
+"""Charts of sharpness: against generalization, with rank correlations, and along training with 2 / learning rate."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from dist_train.watch.figure import (
 
 @dataclass(frozen=True)
 class RankCorrelation:
-    """Spearman's rho of `count` pairs, with Fisher's 95 % interval; its ends are NaN where there is none."""
+    """Spearman's rho of `count` pairs, with Fisher's 95 % interval; the ends are NaN if it has none."""
 
     rho: float
     low: float
@@ -49,29 +49,30 @@ class RankCorrelation:
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Return the rank correlation; None for under three pairs, or where one side does not vary."""
+    """Return the rank correlation; None for fewer than three pairs, or if one side is constant."""
     if len(first) < 3 or len(set(first)) < 2 or len(set(second)) < 2:
         return None
     return float(stats.spearmanr(first, second).statistic)
 
 
 def partial_spearman(first: Sequence[float], second: Sequence[float], given: Sequence[float]) -> float | None:
-    """Return the rank correlation of what `given`, linearly in ranks, does not explain of either; None without any."""
+    """Return the partial rank correlation of `first` and `second` given `given`; None if it is undefined."""
     pairs = ((first, second), (first, given), (second, given))
     plain, of_first, of_second = (spearman(one, other) for one, other in pairs)
     if plain is None or of_first is None or of_second is None:
         return None
-    left = (1 - of_first**2) * (1 - of_second**2)
-    return (plain - of_first * of_second) / math.sqrt(left) if left > 1e-12 else None
+    unexplained = (1 - of_first**2) * (1 - of_second**2)
+    return (plain - of_first * of_second) / math.sqrt(unexplained) if unexplained > 1e-12 else None
 
 
 def rank_correlation(
     first: Sequence[float], second: Sequence[float], given: Sequence[float] | None = None
 ) -> RankCorrelation | None:
-    """Return the rank correlation, partial where something is `given`, with its interval; None where there is none.
+    """Return the rank correlation (partial if `given` is not None) with its interval; None if it is undefined.
 
-    tanh(atanh(rho) +- 1.96 sqrt((1 + rho^2 / 2) / (n - 3 - k))), k = 1 where something is given, else 0: Fisher's, with
-    the variance for ranks of Bonett and Wright (Psychometrika 65, 2000). It takes the pairs for independent.
+    The interval is Fisher's, tanh(atanh(rho) +- 1.96 sqrt((1 + rho^2 / 2) / (n - 3 - k))), k = 1 for a partial
+    correlation, otherwise 0, with the variance for ranks of Bonett and Wright (Psychometrika 65, 2000). It assumes
+    independent pairs.
     """
     rho = spearman(first, second) if given is None else partial_spearman(first, second, given)
     if rho is None:
@@ -85,9 +86,9 @@ def rank_correlation(
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rank correlation with `other`, among what `note` counts; None where that is too little.
+    """Spearman's rank correlation with `other` among `among`; `found` is None if there are too few values.
 
-    A censored value has the rank of its bound.
+    `note` says how many. A censored value has the rank of its bound.
     """
 
     other: str
@@ -97,7 +98,7 @@ class Correlation:
 
     @property
     def text(self) -> str:
-        """Return the correlation and, in brackets, its interval and what it is of; a dash without one."""
+        """Return the correlation with its interval and note in brackets; a dash if there is none."""
         if self.found is None:
             return "\u2013"
         numbers = [f"{each:.2f}".replace("-", "\u2212") for each in (self.found.low, self.found.high)]
@@ -107,8 +108,9 @@ class Correlation:
 
 @dataclass(frozen=True)
 class Scatter:
-    """One measure of sharpness against test accuracy, and its correlations: with that, with the training loss, and with
-    the generalization gap, also given the training loss.
+    """One measure of sharpness against test accuracy, and its rank correlations.
+
+    They are with test accuracy, training loss, generalization gap, and the gap given the training loss.
     """
 
     chart: Chart
@@ -117,7 +119,7 @@ class Scatter:
 
 @dataclass(frozen=True)
 class _Related:
-    """A run that has a measure and the `others`, and their values; `form` tells panels apart."""
+    """A run with its `value` of the measure and those of the `others`; `form` distinguishes panels."""
 
     panel: Panel
     form: Literal["dots", "squares"]
@@ -128,9 +130,9 @@ class _Related:
 
 
 def sharpness_scatters(panels: Sequence[Panel]) -> tuple[Scatter, ...]:
-    """Return a scatter for every measure of sharpness that at least two finished runs have; duplicates left out."""
+    """Return a scatter for each sharpness measure that two or more finished runs have, without duplicate runs."""
     runs = [run for panel in panels for variant in panel.variants for run in variant.counted if run.is_finished]
-    # two studies in one folder may hold the same run
+    # Two studies in one folder may hold the same run.
     distinct = {run.name for run in runs} - duplicates_of(runs).keys()
     lost = {panel.short: _lost(panel.variants) for panel in panels}
     lost["all runs"] = _lost([variant for panel in panels for variant in panel.variants])
@@ -148,7 +150,7 @@ def sharpness_scatters(panels: Sequence[Panel]) -> tuple[Scatter, ...]:
 
 
 _CORRELATED = ((FINAL_ACCURACY,), (TRAIN_LOSS,), (GAP,), (GAP, TRAIN_LOSS))
-"""With what; and where there are two, given the second."""
+"""What sharpness is correlated with; of two, given the second."""
 
 
 def _related(
@@ -165,7 +167,7 @@ def _related(
 
 
 def _lost(variants: Sequence[Variant]) -> Lost:
-    """Return how many runs of `variants` have no part in correlations, since they diverged or have not finished."""
+    """Return how many runs of `variants` the correlations lack because they diverged or have not finished."""
     runs = {run.name: run for variant in variants for run in variant.distinct}.values()
     diverged = sum(run.is_diverged for run in runs)
     return Lost(diverged, sum(not run.is_finished for run in runs) - diverged)
@@ -174,9 +176,9 @@ def _lost(variants: Sequence[Variant]) -> Lost:
 def _correlations(
     measure: Measure, others: Sequence[Measure], related: Sequence[_Related], lost: Mapping[str, Lost]
 ) -> Iterator[Correlation]:
-    """Yield the correlation over all runs, over each batch size where there are several, and over variants' means.
+    """Yield the correlation over all runs, within each batch size if there are several, and over the variants' means.
 
-    `lost` are the runs that have no part in it, by the first column's names.
+    `lost` counts the missing runs, by the same names as `Correlation.among`.
     """
     other = ", given ".join(each.title for each in others)
     shorts = dict.fromkeys(item.panel.short for item in related)
@@ -224,15 +226,15 @@ _MOST_POINTS = 400
 
 
 def sharpness_courses(panels: Sequence[Panel]) -> tuple[Chart, ...]:
-    """Return a chart a panel of the runs of which two checkpoints or more were measured, with 2 / learning rate.
+    """Return a chart per panel: the eigenvalue of runs with two or more measured checkpoints, and 2 / learning rate.
 
-    Only measurements with the commonest settings are taken. The upright axes are the same, and logarithmic.
+    Only measurements with the commonest settings are used. All charts share a logarithmic y axis.
     """
     drawn = [(panel, _series(panel, _settings(panels))) for panel in panels]
     values = [point.y for _, series in drawn for each in series for point in each.points if point.y > 0]
     if not values:
         return ()
-    # towards the end of a decay 2 / rate has no bounds
+    # Towards the end of a decay 2 / rate grows without bound.
     eigenvalues = [point.y for _, series in drawn for each in series[::2] for point in each.points]
     low, high = min(values), min(max(values), 30 * max(eigenvalues))
     axis = Axis("largest eigenvalue; dashed: 2 / rate", low / 1.4, high * 1.4, plain, is_logarithmic=True)
@@ -244,7 +246,7 @@ def sharpness_courses(panels: Sequence[Panel]) -> tuple[Chart, ...]:
 
 
 def eigenvalues_of(run: StoredRun, settings: str | None) -> tuple[tuple[int, float], ...]:
-    """Return the steps at which the eigenvalue was measured with `settings`, ascending, and the eigenvalues."""
+    """Return (step, largest eigenvalue) pairs measured with `settings`, by ascending step."""
     found = {
         item.step: item.measures[EIGENVALUE]
         for item in run.analyses.sharpness
@@ -254,15 +256,15 @@ def eigenvalues_of(run: StoredRun, settings: str | None) -> tuple[tuple[int, flo
 
 
 def epoch_at(run: StoredRun, step: int) -> float | None:
-    """Return the epochs done after `step` updates, by the record there, else between those around it."""
+    """Return the epochs done after `step` updates, interpolated between records; None beyond the last one."""
     records: tuple[TrainRecord | EvaluationRecord, ...] = (*run.train, *run.evaluations)
     known = sorted({record.step: record.epoch for record in records}.items())
     at = bisect_left(known, (step, -math.inf))
     if at == len(known):
         return None
     right, left = known[at], known[at - 1] if at else (0, 0.0)
-    part = (step - left[0]) / (right[0] - left[0]) if right[0] != left[0] else 1.0
-    return left[1] + part * (right[1] - left[1])
+    fraction = (step - left[0]) / (right[0] - left[0]) if right[0] != left[0] else 1.0
+    return left[1] + fraction * (right[1] - left[1])
 
 
 def _settings(panels: Sequence[Panel]) -> str | None:
@@ -271,7 +273,7 @@ def _settings(panels: Sequence[Panel]) -> str | None:
 
 
 def _series(panel: Panel, settings: str | None) -> tuple[Series, ...]:
-    """Return for each variant its eigenvalues and its 2 / rate, one after the other."""
+    """Return two series per variant, alternating: its eigenvalues and its 2 / rate."""
     series: list[Series] = []
     for variant in panel.variants:
         runs = [run for run in variant.counted if len(eigenvalues_of(run, settings)) > 1]
@@ -279,7 +281,7 @@ def _series(panel: Panel, settings: str | None) -> tuple[Series, ...]:
             style = f"s{variant.colour}"
             series += [
                 Series(variant.label, style, _eigenvalues(runs, settings)),
-                Series(f"{variant.label}, 2 / rate", style, _limit(runs[0]), "dashed"),
+                Series(f"{variant.label}, 2 / rate", style, _stability_limit(runs[0]), "dashed"),
             ]
     return tuple(series)
 
@@ -297,7 +299,7 @@ def _eigenvalues(runs: Sequence[StoredRun], settings: str | None) -> tuple[Point
     return mean_points(sorted(values.items()), words)
 
 
-def _limit(run: StoredRun) -> tuple[Point, ...]:
+def _stability_limit(run: StoredRun) -> tuple[Point, ...]:
     every = max(1, math.ceil(len(run.train) / _MOST_POINTS))
     records = [record for record in run.train[::every] if record.learning_rate > 0]
     return tuple(

@@ -1,4 +1,4 @@
-"""One run as its directory shows it, with its analyses; and which runs a report is of."""
+"""A run and its analyses, read from its directory; and the runs that a report covers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _INCIDENTAL = frozenset({"data_digest", "device", "batch_size", "statistics_batc
 
 @dataclass(frozen=True)
 class LandscapePoint:
-    """Loss and accuracy (in [0, 1]) of a split at one place, `alpha` along a direction."""
+    """Loss and accuracy (in [0, 1]) of a split at `alpha` along a direction."""
 
     direction: int
     alpha: float
@@ -42,8 +42,8 @@ class LandscapePoint:
 class BasinWidth:
     """Mean over directions of the interval where the training loss stays under `factor` times its minimum.
 
-    In `open_ends` directions the basin ends beyond the line: the width is at least so much. In `unresolved` directions
-    none of the line's points but the minimum lies in the basin: there both ends are guessed from points outside.
+    In `open_ends` directions the basin ends beyond the line, so the width is a lower bound. In `unresolved` directions
+    the basin contains no point of the line but the minimum, so both ends are interpolated from points outside.
     """
 
     basin: str
@@ -54,15 +54,15 @@ class BasinWidth:
 
     @property
     def key(self) -> str:
-        """Return what tells it from the others of its result."""
+        """Return what identifies it among the widths of its result."""
         return f"{self.basin}.{self.factor}"
 
 
 @dataclass(frozen=True)
 class Landscape:
-    """One result: `kind` is interpolate, direction or plane; `settings` is JSON text, equal where results compare.
+    """One result: `kind` is interpolate, direction or plane. Results with equal `settings`, JSON text, are comparable.
 
-    `runs` names the runs of its checkpoints, two for a line between them.
+    `runs` names the runs of its checkpoints: two for an interpolation.
     """
 
     folder: Path
@@ -84,7 +84,7 @@ class Landscape:
 
 @dataclass(frozen=True)
 class Sharpness:
-    """Measures of one checkpoint by name, in the order of the file; `bounds` are those that are at least so much."""
+    """The measures of one checkpoint by name, in the order of the file; `bounds` names those that are lower bounds."""
 
     step: int | None
     settings: str
@@ -94,7 +94,7 @@ class Sharpness:
 
 @dataclass(frozen=True)
 class Analyses:
-    """All results of a run; `problems` names the files that are of no use, and why."""
+    """All results of a run; `problems` names unusable files and the reasons."""
 
     landscapes: tuple[Landscape, ...] = ()
     sharpness: tuple[Sharpness, ...] = ()
@@ -106,7 +106,7 @@ class Analyses:
 
 
 def read_analyses(directory: RunDirectory) -> Analyses:
-    """Return the results of a run; those of other checkpoints than its own count as problems."""
+    """Return the results of a run; results of checkpoints that it does not have are problems."""
     digests: set[str] = set()
     for path in directory.checkpoint_records():
         with suppress(BrokenFileError):  # the checkpoint's own reader reports it
@@ -125,7 +125,7 @@ def read_analyses(directory: RunDirectory) -> Analyses:
 
 @dataclass(frozen=True)
 class _Source:
-    """The checkpoint that a result is of."""
+    """The checkpoint that a result was computed from."""
 
     run: str
     step: int | None
@@ -145,14 +145,14 @@ def _landscape(folder: Path, digests: Collection[str]) -> Landscape:
     if not isinstance(checkpoints, list) or not checkpoints or not isinstance(kind, str):
         raise BrokenFileError("settings.json names no kind or no checkpoint")
     sources = [_Source.of(checkpoint) for checkpoint in checkpoints]
-    # where two checkpoints are joined, the other may be another run's
+    # The other checkpoint of an interpolation may belong to another run.
     if digests and not any(source.digest in digests for source in sources):
-        raise BrokenFileError("it is of checkpoints that this run does not have")
+        raise BrokenFileError("it was computed from checkpoints that this run does not have")
     try:
         with (folder / "points.csv").open(newline="", encoding="utf-8") as file:
             points = tuple(_point(row) for row in csv.DictReader(file))
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise BrokenFileError(f"points.csv is not as it should be: {error!r}") from error
+        raise BrokenFileError(f"points.csv is damaged: {error!r}") from error
     if not points:
         raise BrokenFileError("points.csv holds no point")
     widths = tuple(_widths(fields.get("widths"), points))
@@ -161,7 +161,7 @@ def _landscape(folder: Path, digests: Collection[str]) -> Landscape:
 
 
 def _comparable(settings: object) -> str:
-    """Return what results must share to be compared; not how they were computed, nor which images a seed chose."""
+    """Return the settings that comparable results share: not how they were computed or which images a seed chose."""
     if isinstance(settings, Mapping):
         settings = {name: value for name, value in settings.items() if name not in _INCIDENTAL}
     return json.dumps(settings, sort_keys=True)
@@ -177,7 +177,7 @@ def _widths(fields: object, points: Sequence[LandscapePoint]) -> Iterator[BasinW
 
 
 def _is_unresolved(line: object, points: Sequence[LandscapePoint]) -> bool:
-    """Whether one point of the line, the minimum, lies in the basin at the most."""
+    """Whether the basin contains at most one point of the line, the minimum."""
     match line:
         case {"direction": number, "left": int() | float() as left, "right": int() | float() as right}:
             mine = (point.alpha for point in points if point.split == "train" and point.direction == number)
@@ -194,7 +194,7 @@ def _sharpness(path: Path, digests: Collection[str]) -> Sharpness:
     fields = _json(path)
     source = _Source.of(fields.get("checkpoint"))
     if digests and source.digest not in digests:
-        raise BrokenFileError("it is of a checkpoint that this run does not have")
+        raise BrokenFileError("it was computed from a checkpoint that this run does not have")
     censored = {_width_title(width) for width in fields.get("widths") or () if dict(_items(width)).get("censored")}
     return Sharpness(source.step, _comparable(fields.get("settings")), dict(_measures(fields)), frozenset(censored))
 
@@ -204,7 +204,7 @@ def _width_title(width: Mapping[str, Any]) -> str:
 
 
 def _measures(fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the measures under the names that readers see."""
+    """Yield the measures under the names that the report shows."""
     hessian = dict(_items(fields.get("hessian")))
     known = [float(value) for value in hessian.get("eigenvalues") or () if value is not None]
     if known:
@@ -224,7 +224,7 @@ def _measures(fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _flat_numbers(fields: object, name: str) -> Iterator[tuple[str, float]]:
-    """Yield the finite numbers within nested JSON objects under dotted names."""
+    """Yield the finite numbers in nested JSON objects under dotted names."""
     for inner, value in _items(fields):
         yield from _flat_numbers(value, f"{name}.{inner}" if name else inner)
     if isinstance(fields, int | float) and not isinstance(fields, bool) and math.isfinite(fields):
@@ -232,7 +232,7 @@ def _flat_numbers(fields: object, name: str) -> Iterator[tuple[str, float]]:
 
 
 def _items(fields: object) -> Iterator[tuple[str, Any]]:
-    """Yield the fields of a JSON object; none of anything else."""
+    """Yield the fields of a JSON object; nothing for any other value."""
     yield from fields.items() if isinstance(fields, dict) else ()
 
 
@@ -240,7 +240,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(read_regular(path))
     except (OSError, ValueError) as error:
-        raise BrokenFileError(f"{path.name} cannot be read, or is not JSON: {error}") from error
+        raise BrokenFileError(f"{path.name} cannot be read or is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise BrokenFileError(f"{path.name} holds no result")
     return fields
@@ -251,9 +251,9 @@ _BATCH = "batch.global_size"
 
 @dataclass(frozen=True)
 class Planned:
-    """What a study says of one of its runs; `title` is what it calls the variant.
+    """A study's plan for one of its runs; `title` is the variant's.
 
-    `batch` is None where neither the run nor the study's base configuration says it.
+    `batch` is None if neither the run nor the study's base configuration sets it.
     """
 
     name: str
@@ -265,15 +265,15 @@ class Planned:
 
     @property
     def is_titled(self) -> bool:
-        """Whether the study gives the variant a title of its own, not just its name and the grid's values."""
+        """Whether the study gives the variant its own title, not just its name and the grid's values."""
         return re.sub(r"[^A-Za-z0-9._-]+", "-", self.title) != self.variant
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run. `state` is status.json's, or `lost`, `broken` or `missing`, and `note` says why.
+    """A run. `state` is status.json's, or `lost`, `broken` or `missing`; `note` gives the reason.
 
-    `settings` is by dotted path, and empty where config.yaml is missing or broken.
+    `settings` maps dotted paths to values; it is empty if config.yaml is missing or broken.
     """
 
     directory: Path
@@ -290,42 +290,42 @@ class StoredRun:
 
     @property
     def is_finished(self) -> bool:
-        """Whether its last measurement is its result."""
+        """Whether it has finished, so that its last measurement is its result."""
         return self.state == "finished"
 
     @property
     def is_diverged(self) -> bool:
-        """Whether it ended because its loss or its gradient was not finite."""
+        """Whether it ended because its loss or gradient was not finite."""
         return self.state == "failed" and self.status is not None and self.status.exit_code == ExitCode.DIVERGED
 
     @property
     def guessing(self) -> float | None:
-        """Return the accuracy of guessing, 1 / classes; None where its settings do not say the classes."""
+        """Return the accuracy of guessing, 1 / classes; None if the number of classes is unknown."""
         name = self.settings.get("data.name")
         known = DATA_SETS.get(name) if isinstance(name, str) else None
-        own = self.settings.get("data.synthetic_classes" if name == "synthetic" else "data.classes")
-        classes = known.classes if known else own
+        configured = self.settings.get("data.synthetic_classes" if name == "synthetic" else "data.classes")
+        classes = known.classes if known else configured
         return 1 / classes if isinstance(classes, int) and classes > 0 else None
 
     @property
     def seed(self) -> int | None:
-        """Return the seed, as its settings or the study have it."""
+        """Return the seed from the settings, or else from the study's plan."""
         seed = self.settings.get("run.seed", self.planned.seed if self.planned else None)
         return seed if isinstance(seed, int) else None
 
     @property
     def batch(self) -> int | None:
-        """Return the global batch."""
+        """Return the global batch size."""
         size = self.settings.get(_BATCH)
         return size if isinstance(size, int) else None
 
     def last(self, split: str) -> EvaluationRecord | None:
-        """Return the last evaluation of `split`; None without one, and where it is not finite."""
+        """Return the last evaluation of `split`; None if there is none or it is not finite."""
         last = next((record for record in reversed(self.evaluations) if record.split == split), None)
         return last if last and _is_finite(last) else None
 
     def split(self, split: str) -> tuple[EvaluationRecord, ...]:
-        """Return the evaluations of `split`, in order, but for those that are not finite."""
+        """Return the finite evaluations of `split`, in order."""
         return tuple(record for record in self.evaluations if record.split == split and _is_finite(record))
 
 
@@ -334,11 +334,11 @@ def _is_finite(record: EvaluationRecord) -> bool:
 
 
 def read_run(root: Path, name: str, planned: Planned | None = None) -> StoredRun:
-    """Return the run in `root`; what is wrong with it stands in its state and note, never raised."""
+    """Return the run in `root`. Problems never raise: they are given by its state and note."""
     directory = RunDirectory(root)
     if not directory.has_begun:
-        what = "empty" if root.is_dir() else "not there"
-        return StoredRun(root, name, "missing", f"it has not begun: its folder is {what}", planned)
+        what = "empty" if root.is_dir() else "missing"
+        return StoredRun(root, name, "missing", f"it has not started: its folder is {what}", planned)
     state, note = read_state(directory)
     records: tuple[Record, ...] = ()
     settings: Mapping[str, object] = {}
@@ -360,7 +360,7 @@ def read_run(root: Path, name: str, planned: Planned | None = None) -> StoredRun
 
 @dataclass(frozen=True)
 class NamedContrast:
-    """Variants that a study compares with one, by name; a grid's are `variants` with their values."""
+    """Names of the `variants` that a study compares with `against`; a grid is resolved to its variants."""
 
     title: str
     variants: tuple[str, ...]
@@ -369,7 +369,7 @@ class NamedContrast:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a report is of; the runs' names differ from each other."""
+    """The subject of a report; its runs have different names."""
 
     directory: Path
     kind: Literal["run", "study", "folder"]
@@ -377,13 +377,13 @@ class Subject:
 
     @property
     def title(self) -> str:
-        """Return what the study calls itself, else the folder's name."""
+        """Return the study's title or name, or else the folder's name."""
         fields = self._study()
         return str(fields.get("title") or fields.get("name") or self.directory.resolve().name)
 
     @property
     def contrasts(self) -> tuple[NamedContrast, ...]:
-        """Return the contrasts that the study names, where its variants are known."""
+        """Return the study's named contrasts, as far as their variants exist."""
         fields = self._study()
         names = dict.fromkeys(run.planned.variant for run in self.runs if run.planned)
         listed = fields.get("variants")
@@ -401,7 +401,7 @@ class Subject:
         return tuple(found)
 
     def _study(self) -> Mapping[str, Any]:
-        """Return what study.yaml says; nothing where there is none."""
+        """Return the content of study.yaml; empty if there is none."""
         fields = None
         with suppress(OSError, yaml.YAMLError):
             fields = parse_yaml(read_regular(StudyDirectory(self.directory).study)) if self.kind == "study" else None
@@ -409,7 +409,7 @@ class Subject:
 
 
 def read_subject(directory: Path) -> Subject:
-    """Return the runs of `directory`. Raises UsageError where it is no folder, or there is no run in it."""
+    """Return the runs of `directory`. Raises UsageError if it is not a folder or contains no run."""
     fix = "name a run, a study, or a folder of runs"
     if not directory.is_dir():
         raise UsageError(f"there is no folder {directory}: {fix}", code="folder-missing")

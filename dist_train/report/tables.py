@@ -1,6 +1,6 @@
 """The tables of the page: variants, differences from the base line, contrasts, runs.
 
-A contrast is a variant against a reference, paired by seed, with intervals corrected for their number.
+A contrast compares variants with a reference, paired by seed, with intervals corrected for multiple comparisons.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _Content = TypeVar("_Content")
 
 @dataclass(frozen=True)
 class Cell:
-    """A number as it is read, `spread` with it; `value` is the exact one. Without a value there is none to show.
+    """A number as `text` with its `spread`; `value` is the exact number, None for an empty cell.
 
-    `is_bound`: the true one is this much or more. `note`: of how many runs it is, and what limits it.
+    `is_bound`: it is a lower bound. `note`: the number of runs and how it is qualified.
     """
 
     value: float | None = None
@@ -41,10 +41,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Effect:
-    """A paired difference as it is read, with its 95 % interval and that at 1 - 0.05 / k for k comparisons.
+    """A paired difference as text, with its 95 % interval and the one at 1 - 0.05 / k for k comparisons.
 
-    A bound has its sign in `text` and no ends; `text` is empty where nothing is known; `corrected_ends` is empty where
-    there is one comparison alone. `note` as in a Cell.
+    A bound has its sign in `text` and no `ends`; `text` is empty if nothing is known; `corrected_ends` is empty for a
+    single comparison. `note` as in Cell.
     """
 
     interval: Interval
@@ -56,13 +56,13 @@ class Effect:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the corrected interval leaves out zero."""
+        """Whether the corrected interval excludes zero."""
         return self.corrected.low > 0 or self.corrected.high < 0
 
 
 @dataclass(frozen=True)
 class Row(Generic[_Content]):
-    """A variant's cells under its `label`; `is_provisional` where they are of runs that have not finished."""
+    """A variant's cells under its `label`; `is_provisional` if they come from unfinished runs."""
 
     variant: Variant
     label: str
@@ -72,7 +72,7 @@ class Row(Generic[_Content]):
 
 @dataclass(frozen=True)
 class Table(Generic[_Content]):
-    """Variants by panel; `measures` heads the columns."""
+    """Variants by panel; the columns are `measures`."""
 
     title: str
     measures: tuple[Measure, ...]
@@ -103,27 +103,27 @@ def variant_cell(variant: Variant, measure: Measure) -> Cell:
 
 
 def limits(count: int, censored: int, unresolved: int, guessed: int = 0) -> str:
-    """Return what a reader must know of a mean over `count` values: n = 3, 1 censored, 2 unresolved."""
+    """Return the note of a mean over `count` values, for instance "n = 3, 1 censored, 2 unresolved"."""
     words = ((censored, "censored"), (unresolved, "unresolved"), (guessed, "as if guessing"))
     return ", ".join([f"n = {count}", *(f"{number} {word}" for number, word in words if number)])
 
 
 def measured_note(count: int, censored: int, measure: Measure, values: Sequence[Sequence[StoredRun]]) -> str:
-    """Return the limits of `count` values of `measure`, each of the runs in an entry of `values`."""
+    """Return the note of `count` values of `measure`; each entry of `values` lists the runs behind one value."""
     unresolved, guessed = (
-        sum(any(map(does, runs)) for runs in values) for does in (measure.is_unresolved, measure.is_guess)
+        sum(any(map(applies, runs)) for runs in values) for applies in (measure.is_unresolved, measure.is_guess)
     )
     return limits(count, censored, unresolved, guessed)
 
 
 def lost_note(lost: Lost) -> str:
-    """Return how many runs that are wanted a number lacks, and why: they diverged, or have not finished."""
+    """Return how many runs a number lacks because they diverged or have not finished."""
     words = ((lost.diverged, "diverged"), (lost.unfinished, "unfinished"))
     return "".join(f", {number} {word}" for number, word in words if number)
 
 
 def run_cells(run: StoredRun, measures: Sequence[Measure]) -> tuple[Cell, ...]:
-    """Return the numbers of `run`."""
+    """Return the values of `measures` for `run`."""
     cells = []
     for measure in measures:
         value = measure.take(run)
@@ -136,9 +136,10 @@ def run_cells(run: StoredRun, measures: Sequence[Measure]) -> tuple[Cell, ...]:
 
 
 def effect_tables(panels: Sequence[Panel]) -> tuple[Table[Effect | None], ...]:
-    """Return the differences from the base line of the same batch, and of base lines from that of the smallest batch.
+    """Return the differences from the base line, a table for each group of measures.
 
-    A table for each group of measures, without those of which no two seeds can be compared.
+    Variants are compared with the base line of their batch size, and base lines with that of the smallest batch.
+    Measures of which no two seeds can be compared are left out.
     """
     runs = _counted(panels)
     basic = [measure for measure in measures_of(runs) if measure.key in _EFFECTS]
@@ -185,13 +186,13 @@ def _effect(variant: Variant, base: Variant, measure: Measure, comparisons: int 
 
 
 def difference_note(variant: Variant, base: Variant, measure: Measure, interval: Interval) -> str:
-    """Return of how many pairs a difference is, what limits these, and why others are missing."""
+    """Return the note of a difference: the number of pairs, how they are qualified, and why others are missing."""
     pairs = [[run for run, _ in pair] for pair in variant.pairs(base, measure)]
     return measured_note(interval.count, interval.censored, measure, pairs) + lost_note(variant.lost(measure, base))
 
 
 def signed(measure: Measure, value: float) -> str:
-    """Return a difference as it is read, with its sign."""
+    """Return a difference as text with its sign."""
     sign = "" if value == 0 else "+" if value > 0 else "\u2212"
     return sign + measure.write(abs(value) * measure.factor)
 
@@ -209,26 +210,27 @@ _EQUAL_LOSS = replace(
     JUDGED_ACCURACY,
     key="equal_loss",
     title="test accuracy at equal training loss",
-    explanation="Where the training loss first fell to the level in the cell, the lowest that all of the cell's runs "
-    "reached: between two evaluations linear in the logarithm of the loss. A run whose first evaluation is below it "
-    "has none.",
+    explanation="Test accuracy where the training loss first fell to the level in the cell, the lowest that all of the "
+    "cell's runs reached; interpolated between two evaluations, linearly in the logarithm of the loss. A run whose "
+    "first evaluation is below the level has none.",
     is_guess=lambda run: False,
 )
 
 
 @dataclass(frozen=True)
 class ContrastTable:
-    """Variants against one reference; the intervals are corrected for all `rows`."""
+    """Variants compared with one reference; the intervals are corrected for the number of `rows`."""
 
     title: str
     measures: tuple[Measure, ...]
     rows: tuple[tuple[str, Row[Effect | None]], ...]
-    """The panel's short name with each."""
+    """Each with its panel's short name."""
 
 
 def contrast_tables(panels: Sequence[Panel], named: Sequence[NamedContrast]) -> tuple[ContrastTable, ...]:
-    """Return the contrasts that a study names, then all variants against the base lines of the smallest batch and of
-    the largest; variants without two seeds in common with the reference, and what no two seeds have, are left out.
+    """Return the study's named contrasts, then all variants against the base lines of the smallest and largest batch.
+
+    Variants without two seeds in common with the reference, and measures that no two seeds have, are left out.
     """
     placed = {variant.name: (panel, variant) for panel in panels for variant in panel.variants}
     tables = []
@@ -236,11 +238,11 @@ def contrast_tables(panels: Sequence[Panel], named: Sequence[NamedContrast]) -> 
         if (reference := placed.get(contrast.against)) is not None:
             chosen = [placed[name] for name in contrast.variants if name in placed]
             title = contrast.title or f"{', '.join(contrast.variants)} against {contrast.against}"
-            tables.append(_table(f"{title}: difference from {_called(*reference)}", reference[1], chosen))
+            tables.append(_table(f"{title}: difference from {_full_label(*reference)}", reference[1], chosen))
     for panel in {panel.title: panel for panel in (*panels[:1], *panels[-1:])}.values():
         if panel.base is not None:
             others = [each for each in placed.values() if each[1] is not panel.base]
-            tables.append(_table(f"All variants: difference from {_called(panel, panel.base)}", panel.base, others))
+            tables.append(_table(f"All variants: difference from {_full_label(panel, panel.base)}", panel.base, others))
     return tuple(table for table in tables if table.measures)
 
 
@@ -250,23 +252,23 @@ def evaluates_along_training(panels: Sequence[Panel]) -> bool:
 
 
 def accuracy_at(run: StoredRun, level: float) -> float | None:
-    """Return the test accuracy where the training loss first fell to `level`; None where no two evaluations hold it.
+    """Return the test accuracy where the training loss first fell to `level`; None if no two evaluations enclose it.
 
-    Between two evaluations it is linear in the logarithm of the training loss.
+    Interpolated linearly in the logarithm of the training loss.
     """
     before: tuple[float, float] | None = None
-    for loss, accuracy in _course(run):
+    for loss, accuracy in _losses_and_accuracies(run):
         if loss <= level:
             if before is None:
                 return accuracy if loss == level else None
-            part = math.log(before[0] / level) / math.log(before[0] / loss)
-            return before[1] + part * (accuracy - before[1])
+            fraction = math.log(before[0] / level) / math.log(before[0] / loss)
+            return before[1] + fraction * (accuracy - before[1])
         before = loss, accuracy
     return None
 
 
-def _course(run: StoredRun) -> list[tuple[float, float]]:
-    """Return training loss and test accuracy of each evaluation of both; none of a run that diverged."""
+def _losses_and_accuracies(run: StoredRun) -> list[tuple[float, float]]:
+    """Return training loss and test accuracy of each step that evaluated both; empty for a run that diverged."""
     tests = {record.step: record.accuracy for record in run.split("test")}
     if run.is_diverged:
         return []
@@ -277,13 +279,13 @@ def _seeds(variant: Variant) -> set[int]:
     return {run.seed for run in variant.distinct if run.seed is not None}
 
 
-def _called(panel: Panel, variant: Variant) -> str:
+def _full_label(panel: Panel, variant: Variant) -> str:
     return f"{panel.short}, {variant.label}"
 
 
 def _table(title: str, reference: Variant, chosen: Sequence[tuple[Panel, Variant]]) -> ContrastTable:
     measures = (JUDGED_ACCURACY, JUDGED_LOSS, _EQUAL_LOSS)
-    # by what is planned, so that the correction does not grow as runs finish
+    # Chosen by the planned seeds, so that the correction does not grow as runs finish.
     chosen = [(panel, variant) for panel, variant in chosen if len(_seeds(variant) & _seeds(reference)) > 1]
     every = []
     for panel, variant in chosen:
@@ -307,10 +309,11 @@ def _table(title: str, reference: Variant, chosen: Sequence[tuple[Panel, Variant
 
 def _at_equal_loss(variant: Variant, base: Variant, comparisons: int) -> Effect | None:
     """Return the contrast at the lowest training loss that all runs of both variants reached."""
-    courses = [course for each in (variant, base) for run in each.counted if len(course := _course(run)) > 1]
-    if not courses:
+    runs = (run for each in (variant, base) for run in each.counted)
+    curves = [curve for run in runs if len(curve := _losses_and_accuracies(run)) > 1]
+    if not curves:
         return None
-    level = max(min(loss for loss, _ in course) for course in courses)
+    level = max(min(loss for loss, _ in curve) for curve in curves)
     measure = replace(_EQUAL_LOSS, take=lambda run: accuracy_at(run, level))
     found = _effect(variant, base, measure, comparisons)
     return found and replace(found, note=f"at loss {three_digits(level)}; {found.note}")

@@ -1,4 +1,4 @@
-"""Runs grouped into variants (the same settings, another seed) and panels (the same global batch)."""
+"""Runs grouped into variants (equal settings, different seeds), and variants into panels (equal global batch)."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _NO_EFFECT = (
     "checkpoint.",
     "metrics.",
 )
-"""Settings that tell no two variants apart: they do not change what a run finds."""
+"""Settings that do not distinguish variants, because they do not change a run's results."""
 
 _USUAL_NOISE: Mapping[str, object] = dict(flat_settings({"noise": Config().noise.model_dump(mode="json")}))
-"""The defaults. What a schedule of another kind adds to them has none."""
+"""The noise's default settings. Settings that only another kind of schedule has are not among them."""
 
 
 _MOST_WORDS = 8
@@ -39,7 +39,7 @@ _MOST_WORDS = 8
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that is another than the base line's."""
+    """A setting that differs from the base line's."""
 
     path: str
     base: object
@@ -48,7 +48,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Lost:
-    """Runs that are wanted but lack a number, because they diverged, or have not finished."""
+    """Numbers of planned runs without a value because they diverged or have not finished."""
 
     diverged: int
     unfinished: int
@@ -56,9 +56,9 @@ class Lost:
 
 @dataclass(frozen=True)
 class Variant:
-    """Runs that differ by their seeds alone. `label` says what sets it apart from the base line of its panel.
+    """Runs that differ only in their seeds. `label` says how the variant differs from its panel's base line.
 
-    `colour` is a number, the same for the same label in all panels.
+    `colour` is a number; equal labels have equal colours in all panels.
     """
 
     name: str
@@ -68,22 +68,22 @@ class Variant:
     colour: int = 0
     is_base: bool = False
     repeated: Mapping[str, str] = field(default_factory=dict)
-    """Those of `runs` that are duplicates, and the runs that count in their place, by name."""
+    """Maps the name of each duplicate among `runs` to the name of the run that counts."""
 
     @property
     def counted(self) -> tuple[StoredRun, ...]:
-        """Return the runs whose numbers count, each seed once: the finished ones, else those that have begun."""
+        """Return the runs that count, each seed once: the finished ones, or if there are none, the started ones."""
         finished = tuple(run for run in self.distinct if run.is_finished)
         return finished or tuple(run for run in self.distinct if run.evaluations or run.train)
 
     @property
     def seeds(self) -> int:
-        """Return the number of runs that are wanted, each seed once."""
+        """Return the number of planned runs, each seed once."""
         return len(self.runs) - len(self.repeated)
 
     @property
     def is_provisional(self) -> bool:
-        """Whether its numbers are of runs that have not finished."""
+        """Whether its numbers come from unfinished runs."""
         return any(not (run.is_finished or run.is_diverged) for run in self.counted)
 
     @property
@@ -92,7 +92,7 @@ class Variant:
         return tuple(run for run in self.runs if run.name not in self.repeated)
 
     def lost(self, measure: Measure, base: Variant | None = None) -> Lost:
-        """Return how many runs lack `measure`; with a `base`, in how many pairs with it a run lacks it."""
+        """Return how many runs lack `measure`; with `base`, how many pairs with it do."""
         of_seed: dict[int | None, list[StoredRun]] = {}
         for run in self.distinct:
             of_seed.setdefault(run.seed, []).append(run)
@@ -111,7 +111,7 @@ class Variant:
         return summary([value for _, value in found], sum(measure.is_bound(run) for run, _ in found))
 
     def difference(self, base: Variant, measure: Measure, confidence: float = 0.95) -> Interval | None:
-        """Return how much `measure` is above that of `base`, over the seeds of which both have it."""
+        """Return the mean difference of `measure` from `base`, over the seeds where both have it."""
         pairs = self.pairs(base, measure)
         return paired_difference(
             [(before, after) for (_, before), (_, after) in pairs],
@@ -120,12 +120,12 @@ class Variant:
         )
 
     def pairs(self, base: Variant, measure: Measure) -> list[tuple[tuple[StoredRun, float], tuple[StoredRun, float]]]:
-        """Return the runs of `base` and of this variant with equal seeds, and their values, where both have one."""
+        """Return pairs, of `base` and this variant, of runs with equal seeds and their values, if both have one."""
         before = {run.seed: (run, value) for run, value in base.measured(measure) if run.seed is not None}
         return [(before[run.seed], (run, value)) for run, value in self.measured(measure) if run.seed in before]
 
     def measured(self, measure: Measure) -> list[tuple[StoredRun, float]]:
-        """Return the counted runs, and those that diverged, that have a finite value of `measure`, and the values."""
+        """Return the counted and the diverged runs that have a finite value of `measure`, with the values."""
         counted = {run.name: run for run in self.counted}
         counted |= {run.name: run for run in self.distinct if run.is_diverged}
         found = ((run, measure.take(run)) for run in counted.values())
@@ -134,7 +134,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Panel:
-    """The variants of one global batch; the first is the base line, where there is one."""
+    """The variants of one global batch size; the first is the base line, if there is one."""
 
     title: str
     short: str
@@ -148,9 +148,10 @@ class Panel:
 
 
 def panels_of(runs: Sequence[StoredRun]) -> tuple[Panel, ...]:
-    """Return the runs in panels by global batch, the smallest first; SB and LB where there are two.
+    """Return the runs in panels by global batch size, ascending; two panels are called SB and LB.
 
-    A label has one colour in all panels, base lines the first. The changes of a base line are from the first panel's.
+    Equal labels have equal colours in all panels; base lines have the first colour. A base line's changes are relative
+    to the first panel's base line.
     """
     groups = _groups(runs)
     sizes = {name: _batch(group) for name, group in groups.items()}
@@ -168,14 +169,14 @@ def panels_of(runs: Sequence[StoredRun]) -> tuple[Panel, ...]:
             first = _settings(members[base])
         variants = []
         for name, label in _labels(members, base, shorts[batch]).items():
-            own = _settings(members[name])
-            reference = first if name == base else _settings(members[base]) if base is not None and own else None
+            settings = _settings(members[name])
+            reference = first if name == base else _settings(members[base]) if base is not None and settings else None
             variants.append(
                 Variant(
                     name,
                     label,
                     tuple(members[name]),
-                    () if reference is None else changes_between(reference, own),
+                    () if reference is None else changes_between(reference, settings),
                     0 if name == base else colours.setdefault(label, len(colours) + 1),
                     name == base,
                     duplicates_of(members[name]),
@@ -189,15 +190,15 @@ def panels_of(runs: Sequence[StoredRun]) -> tuple[Panel, ...]:
 
 
 def duplicates_of(runs: Sequence[StoredRun]) -> dict[str, str]:
-    """Return the runs that repeat the settings and the seed of another, with that one's name, which counts.
+    """Map each run that repeats another's settings and seed to the name of the run that counts.
 
-    It is the finished one, else the one with more steps, then with more analyses, then the first by name.
+    That is the finished one, otherwise the one with more steps, then with more analyses, then the first by name.
     """
     best: dict[tuple[tuple[tuple[str, str], ...], int], StoredRun] = {}
     repeated = {}
     for run in sorted(runs, key=_preference):
         if run.seed is not None and run.settings:
-            kept = best.setdefault((_found_by(run), run.seed), run)
+            kept = best.setdefault((_effective_settings(run), run.seed), run)
             if kept is not run:
                 repeated[run.name] = kept.name
     return repeated
@@ -210,32 +211,32 @@ def _preference(run: StoredRun) -> tuple[bool, int, int, str]:
     return not run.is_finished, -steps, -analyses, run.name
 
 
-def _found_by(run: StoredRun) -> tuple[tuple[str, str], ...]:
-    """Return the settings that can change what `run` finds, but for the seed."""
+def _effective_settings(run: StoredRun) -> tuple[tuple[str, str], ...]:
+    """Return the settings that can change the results of `run`, without the seed."""
     return tuple((path, shown(value)) for path, value in run.settings.items() if not path.startswith(_NO_EFFECT))
 
 
 def changes_between(base: Mapping[str, object], settings: Mapping[str, object]) -> tuple[Change, ...]:
-    """Return the settings that differ and can change what a run finds; without noise, its other settings are none."""
-    before, after = _effective(base), _effective(settings)
+    """Return the settings that differ and can change a run's results; settings of a noise that is off do not count."""
+    before, after = _without_unused_noise(base), _without_unused_noise(settings)
     changes = []
     for path in dict.fromkeys((*after, *before)):
         old, new = before.get(path), after.get(path)
-        # of a noise that appears only the amplitude is worth a word, and what is not usual
+        # If noise is added, mention only its amplitude and what is not the default.
         is_usual = path.startswith("noise.") and path not in before and new == _USUAL_NOISE.get(path)
         if old != new and not path.startswith(_NO_EFFECT) and (not is_usual or path == "noise.amplitude"):
             changes.append(Change(path, old, new))
     return tuple(changes)
 
 
-def _effective(settings: Mapping[str, object]) -> dict[str, object]:
-    """Return `settings` without those of a noise that there is not."""
+def _without_unused_noise(settings: Mapping[str, object]) -> dict[str, object]:
+    """Return `settings`, without the other noise settings if there is no noise."""
     kept = "noise." if not _is_without_noise(settings) else "noise.method"
     return {path: value for path, value in settings.items() if not path.startswith("noise.") or path.startswith(kept)}
 
 
 def shown(value: object) -> str:
-    """Return the value of a setting as YAML would show it, in short."""
+    """Return the value of a setting in short YAML."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -248,7 +249,7 @@ def shown(value: object) -> str:
 
 
 def _groups(runs: Sequence[StoredRun]) -> dict[str, list[StoredRun]]:
-    """Return the runs by variant: the study's where it names one, else those of equal settings."""
+    """Return the runs by variant: the study's variant if it names one, otherwise by equal settings."""
     groups: dict[str, list[StoredRun]] = {}
     names: dict[tuple[tuple[str, str], ...], str] = {}
     for run in runs:
@@ -256,7 +257,7 @@ def _groups(runs: Sequence[StoredRun]) -> dict[str, list[StoredRun]]:
         if run.planned and run.planned.variant:
             name = name.removesuffix(run.planned.name) + run.planned.variant
         elif run.settings:
-            name = names.setdefault(_found_by(run), name)
+            name = names.setdefault(_effective_settings(run), name)
         groups.setdefault(name, []).append(run)
     return groups
 
@@ -266,13 +267,13 @@ def _settings(runs: Sequence[StoredRun]) -> Mapping[str, object]:
 
 
 def _batch(runs: Sequence[StoredRun]) -> int | None:
-    """Return the global batch of a variant, from its plan where no run of it has begun."""
+    """Return the global batch size of a variant, from its plan if no run has started."""
     sizes = (*(run.batch for run in runs), *(run.planned.batch for run in runs if run.planned))
     return next((size for size in sizes if size is not None), None)
 
 
 def _choose_base(members: Mapping[str, Sequence[StoredRun]]) -> str | None:
-    """Return the first variant without noise, else the first that has begun."""
+    """Return the first variant without noise, otherwise the first that has started."""
     known = [name for name, runs in members.items() if _settings(runs)]
     return next((name for name in known if _is_without_noise(_settings(members[name]))), next(iter(known), None))
 
@@ -282,24 +283,24 @@ def _is_without_noise(settings: Mapping[str, object]) -> bool:
 
 
 def _labels(members: Mapping[str, Sequence[StoredRun]], base: str | None, short: str) -> dict[str, str]:
-    """Return the labels of the variants by name, the base line first: the study's titles, else what each changes.
+    """Return the labels of the variants by name, the base line first: the study's title, or what the variant changes.
 
-    `short` is the panel's name, which titles need not repeat.
+    `short` is the panel's name, which is removed from titles.
     """
     labels = {}
     for name in sorted(members, key=lambda name: name != base):
         planned = next((run.planned for run in members[name] if run.planned), None)
-        own = _settings(members[name])
+        settings = _settings(members[name])
         words: list[str] = []
         if planned is not None and planned.is_titled:
             words = [planned.title.removeprefix(f"{short}, ")]
-        elif name == base and _is_without_noise(own):
+        elif name == base and _is_without_noise(settings):
             words = ["base line"]
-        elif name != base and base is not None and own:
-            changes = changes_between(_settings(members[base]), own)
-            words = [*_noise_in_words(own, changes), *_others_in_words(changes)]
-        usual = planned.title if planned is not None and planned.title else name
-        labels[name] = ", ".join(words) if 0 < len(words) <= _MOST_WORDS else usual
+        elif name != base and base is not None and settings:
+            changes = changes_between(_settings(members[base]), settings)
+            words = [*_noise_in_words(settings, changes), *_others_in_words(changes)]
+        fallback = planned.title if planned is not None and planned.title else name
+        labels[name] = ", ".join(words) if 0 < len(words) <= _MOST_WORDS else fallback
     every = list(labels.values())
     return {name: label if every.count(label) == 1 else f"{label} ({name})" for name, label in labels.items()}
 
@@ -313,7 +314,7 @@ def _others_in_words(changes: Sequence[Change]) -> Iterator[str]:
 
 
 def _noise_in_words(settings: Mapping[str, object], changes: Sequence[Change]) -> Iterator[str]:
-    """Yield what sets this noise apart; what is the usual is left unsaid."""
+    """Yield what distinguishes this noise; defaults are left out."""
     if not any(change.path.startswith("noise.") for change in changes):
         return
     if _is_without_noise(settings):
@@ -321,15 +322,15 @@ def _noise_in_words(settings: Mapping[str, object], changes: Sequence[Change]) -
         return
     method = str(settings["noise.method"])
     kind = {"smoothout": settings.get("noise.distribution", "noise"), "sam": "SAM", "asam": "ASAM"}.get(method, method)
-    # ivon says itself how large its noise is
+    # IVON determines the size of its noise itself.
     yield str(kind) if method == "ivon" else f"{kind} {shown(settings.get('noise.amplitude'))}"
-    unsaid = {"noise.method", "noise.amplitude", "noise.exclude"}
-    unsaid |= {"noise.distribution"} if method == "smoothout" else set()
-    # their only choice
-    unsaid |= {"noise.scale", "noise.sharing"} if method in ("sam", "asam") else set()
+    omitted = {"noise.method", "noise.amplitude", "noise.exclude"}
+    omitted |= {"noise.distribution"} if method == "smoothout" else set()
+    # SAM and ASAM have no choice of these.
+    omitted |= {"noise.scale", "noise.sharing"} if method in ("sam", "asam") else set()
     schedule = [shown(value) for path, value in settings.items() if path.startswith("noise.schedule.")]
     for path, value in settings.items():
-        if not path.startswith("noise.") or path in unsaid or value == _USUAL_NOISE.get(path):
+        if not path.startswith("noise.") or path in omitted or value == _USUAL_NOISE.get(path):
             continue
         if path == "noise.schedule.kind":
             yield " ".join(schedule).replace("_", "-")

@@ -169,7 +169,7 @@ def test_a_missing_a_failed_and_a_broken_run_are_named_and_not_counted(tmp_path:
     (study / "sb-seed-0" / "metrics.jsonl").unlink()
     page = written(study)
     assert "21 of 24 runs finished" in page.text
-    assert "lb-seed-2 missing it has not begun: its folder is not there" in page.text
+    assert "lb-seed-2 missing it has not started: its folder is missing" in page.text
     assert "lb-seed-1 failed the loss is not finite at step 40" in page.text
     assert "sb-seed-0 broken it has no metrics.jsonl" in page.text
     only = evaluations(study / "lb-seed-0", "test")[-1]["accuracy"]
@@ -217,8 +217,8 @@ def test_results_of_another_checkpoint_are_not_shown(tmp_path: Path) -> None:
     sidecar.write_text(json.dumps({"sha256": "0" * 64}))
     page = written(run)
     assert "sharpness-Hessian trace" not in {has.get("data-measure") for has, _ in page.numbers}
-    assert "it is of a checkpoint that this run does not have" in page.text
-    assert "it is of checkpoints that this run does not have" in page.text
+    assert "it was computed from a checkpoint that this run does not have" in page.text
+    assert "it was computed from checkpoints that this run does not have" in page.text
 
 
 def test_a_torn_result_is_named(tmp_path: Path) -> None:
