@@ -1,1 +1,1 @@
-"""Runs as they look from their directories: a table of many, a live view of one."""
+"""Runs seen through the files in their directories: a table of many runs, a live view of one."""

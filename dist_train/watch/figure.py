@@ -1,6 +1,7 @@
-"""A figure as its renderers share it: charts of series; and the learning curves of a run.
+"""Charts as data, independent of how they are drawn, and the learning curves of a run.
 
-The terminal (`watch/view.py`), the page (`report/chart.py`) and files (`report/drawing.py`) draw it.
+They are drawn in the terminal (`watch/view.py`), on the report's page (`report/chart.py`) and in figure files
+(`report/drawing.py`).
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from dist_train.watch.run import Point as Means
 
 _LOG_RANGE = 25.0
 _SETTLED = 0.35
-"""Share of a curve that may leave the frame at its beginning, so that its end can be told apart."""
+"""Fraction of a curve, at its start, that may lie outside the frame so that its end is readable."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A linear or logarithmic axis from `low` to `high`; `write` gives a tick as text."""
+    """A linear or logarithmic axis from `low` to `high`; `write` formats a tick."""
 
     title: str
     low: float
@@ -30,7 +31,7 @@ class Axis:
     is_logarithmic: bool = False
 
     def share(self, value: float) -> float:
-        """Return where `value` lies, 0 at the low end and 1 at the high one; beyond them for values outside."""
+        """Return the position of `value`: 0 at `low`, 1 at `high`, beyond them for values outside."""
         if self.is_logarithmic:
             return math.log(max(value, self.low / 1e3) / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
@@ -38,7 +39,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Point:
-    """A value with its band; `text` is what a reader who points at it sees."""
+    """A value with its band; `text` is its tooltip."""
 
     x: float
     y: float
@@ -49,7 +50,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points drawn as one; a renderer gives each `style` its colour."""
+    """Points drawn as one curve or set of marks; renderers map each `style` to a colour."""
 
     label: str
     style: str
@@ -72,11 +73,11 @@ class Chart:
     letter: str = ""
     note: str = ""
     upright: float | None = None
-    """Where a vertical line stands, such as at the solution."""
+    """Position of a vertical line, for instance at the solution."""
 
 
 def linear_axis(title: str, values: Iterable[float], write: Callable[[float], str], *, margin: float = 0.05) -> Axis:
-    """Return an axis that holds all finite `values`, with a margin of this share at both ends."""
+    """Return an axis that holds all finite `values`, with `margin` as a fraction of their range at both ends."""
     finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
     if high - low < 1e-9 * max(1.0, abs(high)):
@@ -87,13 +88,13 @@ def linear_axis(title: str, values: Iterable[float], write: Callable[[float], st
 
 
 def loss_axis(title: str, values: Iterable[float], write: Callable[[float], str]) -> Axis:
-    """Return an axis from 0, or a logarithmic one where a linear one would hide the small values."""
+    """Return an axis from 0, or a logarithmic axis if a linear one would hide the small values."""
     positive = [value for value in values if math.isfinite(value) and value > 0]
     if not positive:
         return Axis(title, 0.0, 1.0, write)
     least, most = min(positive), max(positive)
     if most / least > _LOG_RANGE:
-        # a few values near 0 must not take the whole height
+        # A few values near 0 must not take the whole height.
         return Axis(title, max(least, most / 1e5) / 1.3, most * 1.3, write, is_logarithmic=True)
     return Axis(title, 0.0, most * 1.06, write)
 
@@ -104,12 +105,12 @@ def plain(value: float) -> str:
 
 
 def percent_tick(value: float) -> str:
-    """Return a share in [0, 1] as a percentage."""
+    """Return a fraction in [0, 1] as a percentage."""
     return f"{value * 100:.6g}"
 
 
 def three_digits(value: float) -> str:
-    """Return `value` with three digits or more, in plain notation where that is short."""
+    """Return `value` with at least three digits, in scientific notation if very small or large."""
     if value and not 1e-3 <= abs(value) < 1e6:
         return f"{value:.2e}"
     return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}" if value else "0"
@@ -139,11 +140,11 @@ def _rate_axis(title: str, curves: Sequence[Sequence[Point]]) -> Axis:
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a record holds, for drawing against epochs; readers see it times `factor`, in `unit`."""
+    """A field of records, to be drawn against epochs; shown times `factor`, in `unit`."""
 
     name: str
     title: str
-    """The axis'."""
+    """The axis title."""
     take: Callable[[Any], float]
     write: Callable[[float], str]
     axis: Callable[[str, Sequence[Sequence[Point]]], Axis] = _rate_axis
@@ -151,7 +152,7 @@ class Quantity:
     unit: str = ""
 
     def text(self, value: float, spread: float | None = None) -> str:
-        """Return `value`, with its spread, as people read it."""
+        """Return `value`, with its spread if given, as text."""
         numbers = [self.write(number * self.factor) for number in (value, spread) if number is not None]
         return f"{' ± '.join(numbers)} {self.unit}".rstrip()
 
@@ -167,7 +168,7 @@ RATES = (
     Quantity("speed", "images/s", lambda it: it.samples_per_second, three_digits),
 )
 BATCH = "batch"
-"""Style of what is measured at each update; that of an evaluation is its split's name."""
+"""Style of the series measured at each update; an evaluation's style is the name of its split."""
 
 
 _FURTHER_SPLITS = ("validation", "train-averaged", "validation-averaged", "test-averaged")
@@ -175,38 +176,38 @@ _FURTHER_SPLITS = ("validation", "train-averaged", "validation-averaged", "test-
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run has measured, evaluations by split; without `steps_per_epoch` curves are drawn against steps."""
+    """A run's measurements, evaluations by split. If `steps_per_epoch` is None, curves are drawn against steps."""
 
     name: str
     train: Sequence[TrainRecord] | Sequence[Means]
     evaluations: Mapping[str, Sequence[EvaluationRecord]]
     steps_per_epoch: float | None
     is_exact: bool = True
-    """Whether `epoch` in the records has its fraction, which old runs left out."""
+    """Whether the records' `epoch` is fractional; old runs recorded whole epochs."""
 
     def place(self, record: TrainRecord | EvaluationRecord | Means) -> float:
-        """Return where `record` stands: its epoch, or its step."""
+        """Return the x value of `record`: its epoch, or its step."""
         if self.steps_per_epoch is None:
             return record.step
         return record.epoch if self.is_exact else record.step / self.steps_per_epoch
 
 
 def measured_of(name: str, records: Iterable[Record]) -> Measured:
-    """Return what `records` hold of the updates, and of each split; train and test stand first."""
+    """Return the measurements among `records`; the splits train and test come first."""
     known = [record for record in records if not isinstance(record, EventRecord)]
     train = [record for record in known if isinstance(record, TrainRecord)]
     tests = [record for record in known if isinstance(record, EvaluationRecord)]
     found = {record.split for record in tests}
     names = ("train", "test", *(split for split in _FURTHER_SPLITS if split in found))
     splits = {split: [record for record in tests if record.split == split] for split in names}
-    # the least of them, so that it is exact also where `epoch` counts whole epochs only
+    # The smallest ratio is exact even if `epoch` counts whole epochs.
     ratios = [record.step / record.epoch for record in known if record.step and record.epoch > 0]
     is_exact = any(record.epoch % 1 for record in known)
     return Measured(name, train, splits, max(1, round(min(ratios))) if ratios else None, is_exact)
 
 
 def learning_curve(quantity: Quantity, measured: Measured, most: int = 400) -> Chart | None:
-    """Return loss or accuracy at each update and of each split, a curve of at most `most` points; None without any."""
+    """Return loss or accuracy at each update and on each split, at most `most` points a curve; None if there are none."""
     batches = Series("train, each batch", BATCH, _thinned(measured.train, quantity, measured, most), "faint")
     splits = (
         Series(split, split, _thinned(records, quantity, measured, most))
@@ -217,33 +218,33 @@ def learning_curve(quantity: Quantity, measured: Measured, most: int = 400) -> C
 
 
 def rate_curve(quantity: Quantity, measured: Measured, most: int = 400) -> Chart | None:
-    """Return one of RATES at each update; None where it is 0 throughout."""
+    """Return one of RATES at each update; None if it is 0 throughout."""
     points = _thinned(measured.train, quantity, measured, most)
     drawn = (Series(quantity.name, "s0", points),)
     return _chart(quantity, measured, drawn) if any(point.y > 0 for point in points) else None
 
 
 def _chart(quantity: Quantity, measured: Measured, drawn: tuple[Series, ...], count: str = "") -> Chart:
-    across = epochs_axis(drawn, "epoch" if measured.steps_per_epoch else "step")
+    x = epochs_axis(drawn, "epoch" if measured.steps_per_epoch else "step")
     return Chart(
         f"run-{quantity.name.replace(' ', '-')}",
         quantity.name[0].upper() + quantity.name[1:],
-        f"{quantity.title if count else quantity.name} of {measured.name} against {across.title}s{count}.",
-        across,
+        f"{quantity.title if count else quantity.name} of {measured.name} against {x.title}s{count}.",
+        x,
         quantity.axis(quantity.title, [series.points for series in drawn]),
         drawn,
     )
 
 
 def epochs_axis(drawn: Iterable[Series], title: str = "epoch") -> Axis:
-    """Return an axis from the beginning of training to the last point of all."""
+    """Return an axis from the start of training to the last point of all series."""
     return Axis(title, 0.0, max(point.x for series in drawn for point in series.points) or 1.0, plain)
 
 
 def _thinned(
     records: Sequence[TrainRecord | EvaluationRecord | Means], quantity: Quantity, measured: Measured, most: int
 ) -> tuple[Point, ...]:
-    """Return the records, or means over equal chunks of them where they are many; NaN with one that is not finite."""
+    """Return the records as at most `most` points: means over equal chunks, NaN if a value is not finite."""
     size = max(1, math.ceil(len(records) / most))
     points = []
     for at in range(0, len(records), size):

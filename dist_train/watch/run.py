@@ -1,4 +1,4 @@
-"""A run as it looks from its directory, at one moment after the other: its records, followed as the file grows."""
+"""A run followed through its directory: successive snapshots, and its records read as the file grows."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ _REMEMBERED = 256
 
 @dataclass(frozen=True)
 class News:
-    """Whole lines since the last look, without their ends; `anew` where all that was read before is void."""
+    """Complete lines since the last look, without line ends; if `rewound`, everything read before is void."""
 
     lines: tuple[bytes, ...] = ()
-    anew: bool = False
+    rewound: bool = False
 
 
 class Follower:
-    """Reads `path` from where the last look ended; a torn last line waits until it is whole.
+    """Reads `path` from where the last look ended; an incomplete last line is left for the next look.
 
-    A file that is another one now, has become shorter, or holds other bytes where the last look ended, is read anew.
+    A file that was replaced, has become shorter, or has other bytes before that position is read from its start.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,38 +51,38 @@ class Follower:
         self._file: tuple[int, int] | None = None
         self._offset = 0
         self._before = b""
-        """The last bytes before `_offset`, to tell this file from another one."""
+        """The last bytes before `_offset`, by which a replaced file is recognized."""
 
     def look(self) -> News:
-        """Return what is new. Raises OSError where the file is there but cannot be read."""
+        """Return the new lines. Raises OSError if the file exists but cannot be read."""
         try:
             with open_regular(self._path) as file:
                 state = os.fstat(file.fileno())
                 identity = (state.st_dev, state.st_ino)
                 before = os.pread(file.fileno(), len(self._before), self._offset - len(self._before))
                 known = (identity, self._before) if state.st_size >= self._offset else None
-                anew = self._file is not None and known != (self._file, before)
-                if anew:
-                    self._forget()
+                rewound = self._file is not None and known != (self._file, before)
+                if rewound:
+                    self._reset()
                 self._file = identity
                 file.seek(self._offset)
                 content = file.read()
         except FileNotFoundError:
-            had_something = self._offset > 0
-            self._forget()
-            return News(anew=had_something)
+            was_read = self._offset > 0
+            self._reset()
+            return News(rewound=was_read)
         whole = content[: content.rfind(b"\n") + 1]
         self._offset += len(whole)
         self._before = (self._before + whole[-_REMEMBERED:])[-_REMEMBERED:]
-        return News(tuple(whole.split(b"\n")[:-1]), anew)
+        return News(tuple(whole.split(b"\n")[:-1]), rewound)
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._file, self._offset, self._before = None, 0, b""
 
 
 _MOST_POINTS = 2_048
 _PARSED_AT_ONCE = 8_192
-"""Of more lines than these at once, every so many training records, and the latest, are read: a curve needs no more."""
+"""Of more lines than this at once, only the latest and every n-th training record are parsed; curves need no more."""
 _LATEST = 60
 _EVENTS = 50
 _TRAIN_MARK = b'{"kind": "train"'
@@ -90,7 +90,7 @@ _TRAIN_MARK = b'{"kind": "train"'
 
 @dataclass(frozen=True)
 class Point:
-    """Means over one training record or several successive ones; NaN where one of them is not finite."""
+    """The mean of one or several successive training records; NaN if a value is not finite."""
 
     step: float
     loss: float
@@ -99,7 +99,7 @@ class Point:
 
 
 class ThinnedCurve:
-    """A curve of at most `most` points: once there are twice as many, each two become one."""
+    """A curve of bounded size: at 2 * `most` points, neighbouring points are averaged in pairs."""
 
     def __init__(self, most: int = _MOST_POINTS) -> None:
         self._most = most
@@ -123,13 +123,13 @@ class ThinnedCurve:
 
 
 class History:
-    """The records so far: curves, the latest training records of this launch, events."""
+    """The records so far: curves, the latest training records of the current launch, events."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything: the file has been rewound or replaced."""
+        """Forget everything, because the file was rewound or replaced."""
         self.batches = ThinnedCurve()
         self.evaluations: dict[str, list[EvaluationRecord]] = {}
         self.latest: deque[TrainRecord] = deque(maxlen=_LATEST)
@@ -137,15 +137,15 @@ class History:
         self.checkpoints: deque[EventRecord] = deque(maxlen=_EVENTS)
         self.steps_per_epoch: float | None = None
         self.moments: deque[float] = deque(maxlen=_LATEST)
-        """When the latest records of this launch were made, in seconds since 1970."""
+        """Times of the latest records of the current launch, in seconds since 1970."""
 
     def take(self, lines: Sequence[bytes]) -> None:
-        """Take in lines of `metrics.jsonl`; those that are torn or not understood are passed over."""
+        """Add lines of `metrics.jsonl`; incomplete or unknown ones are skipped."""
         stride = max(1, math.ceil(len(lines) / _PARSED_AT_ONCE))
         latest = len(lines) - 2 * _LATEST
         for at, line in enumerate(lines):
-            is_read = at % stride == 0 or at >= latest or not line.startswith(_TRAIN_MARK)
-            if is_read and (record := from_json(line)) is not None:
+            is_kept = at % stride == 0 or at >= latest or not line.startswith(_TRAIN_MARK)
+            if is_kept and (record := from_json(line)) is not None:
                 self._add(record)
 
     def evaluated(self, split: str) -> EvaluationRecord | None:
@@ -158,7 +158,7 @@ class History:
         return max(filter(math.isfinite, accuracies), default=None)
 
     def longest_gap(self) -> float | None:
-        """Return the longest time between two of the latest records, in seconds; None for fewer than three."""
+        """Return the longest time between successive latest records, in seconds; None for fewer than three records."""
         if len(self.moments) < 3:
             return None
         return max(later - earlier for earlier, later in pairwise(self.moments))
@@ -177,7 +177,7 @@ class History:
             case EventRecord():
                 self.events.append(record)
                 if record.event == "resumed":
-                    # the time between two launches says nothing about the pace of either
+                    # The time between two launches says nothing about the pace of either.
                     self.latest.clear()
                     self.moments.clear()
         self.moments.append(record.time)
@@ -188,22 +188,22 @@ def _mean(points: Sequence[Point]) -> Point:
 
 
 _SILENT_AFTER = 60.0
-"""Seconds without a sign of life that are worth no word, however fast the run is."""
+"""Silence shorter than this, in seconds, is never reported, however fast the run is."""
 _SILENT_GAPS = 5.0
-"""Silence is long when it is so many times the longest of the latest gaps between records."""
+"""A run is silent after this many times the longest recent gap between records."""
 _SILENT_UNKNOWN = 180.0
-"""Seconds of silence that are long for a run that has not shown its pace yet."""
+"""Seconds of silence that are reported for a run whose pace is not known yet."""
 _GONE_AFTER = 10.0
-"""A process that this host does not know may run in a container: only one that is silent too is gone."""
+"""A process unknown to this host may run in a container, so it counts as gone only after this many silent seconds."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that is shown of a run. `state` is status.json's, or `lost` or `unknown`; times are in seconds.
+    """Everything the view shows of a run. `state` is status.json's, or `lost` or `unknown`; times are in seconds.
 
-    None stands for what is not known yet. `silence` is the time since the last sign of life, `silent` whether that is
-    long for this run, `checkpoints` the steps of those that are there. `problem` says what cannot be read at the
-    moment, and why. `now` is in seconds since 1970.
+    None means not known yet. `silence` is the time since the last sign of life, and `silent` whether that is long for
+    this run. `checkpoints` are the steps of the existing ones. `problem` says what cannot be read now, and why. `now`
+    is in seconds since 1970.
     """
 
     run: RunDirectory
@@ -226,17 +226,17 @@ class Snapshot:
 
     @property
     def name(self) -> str:
-        """The directory's own name."""
+        """The directory's name."""
         return self.run.root.resolve().name
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more is to be expected of this launch."""
+        """Whether this launch has ended."""
         return self.state not in ALIVE | {"unknown"}
 
 
 def find_run(name: Path) -> Path:
-    """Return the directory of the run `name`: a directory, or a folder below runs/. Raises UsageError."""
+    """Return the directory of the run `name`: that directory, or runs/`name`. Raises UsageError if there is none."""
     below = Path("runs") / name
     root = next((folder for folder in (name, below) if folder.is_dir()), None)
     if root is None:
@@ -244,15 +244,15 @@ def find_run(name: Path) -> Path:
     run = RunDirectory(root)
     if not run.status.exists() and not run.metrics.exists():
         raise UsageError(
-            f"{root} holds no run: it has no {run.status.name}; name a run's own directory "
-            f"(`dist-train runs {root}` lists those below a folder)",
+            f"{root} is not a run directory: it has no {run.status.name}; name a run's directory "
+            f"(`dist-train runs {root}` lists the runs below it)",
             code="no-run-here",
         )
     return root
 
 
 class WatchedRun:
-    """Looks at a run directory again and again, and reads what is new in it."""
+    """Reads a run directory repeatedly, each time only what has changed."""
 
     def __init__(self, directory: Path) -> None:
         self._run = RunDirectory(directory)
@@ -261,21 +261,21 @@ class WatchedRun:
         self._status: Status | None = None
         self._settings = Settings()
         self._planned_epochs: float | None = None
-        """Where the batch changes along the way, so that updates do not tell them."""
+        """Set if the run has a batch schedule, because then epochs cannot be computed from updates."""
         self._ranks: RanksReading | None = None
         self._stamps: dict[Path, tuple[int, int, int] | None] = {}
         self._changed_at: float | None = None
-        """When a look, but the first, found something new (monotonic)."""
+        """When a look other than the first last found something new (monotonic)."""
 
     def look(self, now: float | None = None) -> Snapshot:
-        """Return the run as it is at `now` (seconds since 1970; else at this moment)."""
-        first = not self._stamps
-        problem, news = self._follow()
+        """Return a snapshot of the run at `now` (seconds since 1970; default: the current time)."""
+        is_first = not self._stamps
+        problem, is_changed = self._follow()
         if self._has_changed(self._run.status):
-            news = True
+            is_changed = True
             self._status = read_status(self._run.status) or self._status
         if self._has_changed(self._run.ranks):
-            news = True
+            is_changed = True
             self._ranks = read_ranks(self._run.ranks) or self._ranks
         if self._has_changed(self._run.config):
             with suppress(BrokenFileError):
@@ -283,20 +283,20 @@ class WatchedRun:
                 self._settings = Settings.of(settings)
                 epochs = settings.get("run.epochs") if settings.get("batch.schedule") else None
                 self._planned_epochs = epochs if isinstance(epochs, int) else None
-        if news and not first:
+        if is_changed and not is_first:
             self._changed_at = time.monotonic()
         return self._snapshot(problem, time.time() if now is None else now)
 
     def _follow(self) -> tuple[str, bool]:
-        """Read the new records; return what prevents it, and whether there were any."""
+        """Read the new records; return the problem in reading them, and whether there were any."""
         try:
             news = self._follower.look()
         except OSError as error:
             return f"{self._run.metrics.name} cannot be read: {error.strerror}", False
-        if news.anew:
+        if news.rewound:
             self._history.clear()
         self._history.take(news.lines)
-        return "", bool(news.lines or news.anew)
+        return "", bool(news.lines or news.rewound)
 
     def _has_changed(self, path: Path) -> bool:
         stamp = None
@@ -337,9 +337,9 @@ class WatchedRun:
         )
 
     def _silence(self, now: float) -> float | None:
-        """Return the time since the run was last heard of.
+        """Return the time since the last sign of life.
 
-        Clocks of two machines may differ: what this process saw change counts, where that is later.
+        Because clocks of two machines may differ, a change that this process saw later than that counts instead.
         """
         signs = [self._history.moments[-1]] if self._history.moments else []
         if self._status is not None:
@@ -352,7 +352,7 @@ class WatchedRun:
 
 def _state(run: RunDirectory, status: Status | None, silence: float | None, now: float) -> tuple[str, str]:
     if status is None:
-        return "unknown", f"{run.status.name} is not there, or not of this version"
+        return "unknown", f"{run.status.name} is missing or of another version"
     is_here = status.state in ALIVE and status.host == socket.gethostname()
     is_silent = silence is not None and silence > _GONE_AFTER
     if is_here and is_silent and not process_runs(status.pid, now - (silence or 0.0)):
@@ -361,7 +361,7 @@ def _state(run: RunDirectory, status: Status | None, silence: float | None, now:
 
 
 def silence_in_words(seconds: float) -> str:
-    """Return a length of time as people say it: 12 s, 3 min, 2:05:00."""
+    """Return a duration as text: 12 s, 3 min, 2:05:00."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 3_600 else wording.duration(seconds)

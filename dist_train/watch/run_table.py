@@ -1,4 +1,4 @@
-"""The runs below a folder, read from what each left behind, as a table."""
+"""The runs below a folder as a table, read from their files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, rea
 from dist_train.rundir.status import Status, load_status
 
 _STALE_AFTER = 600.0
-"""How many seconds a run on another host may be silent before it counts as lost."""
+"""Seconds of silence after which a run on another host counts as lost."""
 
 ALIVE = frozenset({"starting", "running", "stopping"})
 COLOURS = {
@@ -43,7 +43,7 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run at a glance. `state` is status.json's, or `lost` or `broken`; `note` says why."""
+    """One run in a row. `state` is status.json's, or `lost` or `broken`; `note` gives the reason."""
 
     directory: Path
     name: str
@@ -61,19 +61,20 @@ class RunSummary:
     global_size: int | None = None
     noise: str | None = None
     slurm_job: str = ""
-    """Slurm's number of the job that the run was in last; empty outside of Slurm."""
+    """ID of the last Slurm job of the run; empty outside of Slurm."""
 
 
 def read_runs(directory: Path, now: datetime | None = None) -> tuple[RunSummary, ...]:
-    """Return every run at or below `directory`, by path. Raises UsageError where that is no folder."""
+    """Return every run at or below `directory`, sorted by path. Raises UsageError if it is not a folder."""
     moment = (now or datetime.now(UTC)).timestamp()
     return tuple(_read_run(run, directory, moment) for run in _runs_below(directory))
 
 
 def beside_slurm(summaries: Sequence[RunSummary], job_states: Mapping[str, str]) -> tuple[RunSummary, ...]:
-    """Return the runs with states that agree with those of their jobs: no run is at work whose job waits or has ended.
+    """Return the runs with states corrected by those of their Slurm jobs.
 
-    A run that failed, but whose job waits, is to be started again: it has stopped.
+    A run marked as active whose job is pending or has ended is lost. A failed run whose job is pending is stopped: it
+    will be started again.
     """
     return tuple(_beside_slurm(run, job_states.get(run.slurm_job, "")) for run in summaries)
 
@@ -91,7 +92,7 @@ def _beside_slurm(run: RunSummary, job_state: str) -> RunSummary:
 
 
 def read_state(directory: RunDirectory) -> tuple[str, str]:
-    """Return the state of a run as tables show it, and why; of its records only the age counts."""
+    """Return the state of a run as tables show it, and the reason; of its records only the age is used."""
     try:
         return _state(load_status(directory.status), directory, datetime.now(UTC).timestamp())
     except BrokenFileError as error:
@@ -100,7 +101,7 @@ def read_state(directory: RunDirectory) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class _Column:
-    """A column of the table. Where the terminal is narrow, those of the lowest `rank` are left out first."""
+    """A column of the table. In a narrow terminal, columns of low `rank` are left out first."""
 
     heading: str
     rank: int
@@ -128,16 +129,16 @@ _COLUMNS = (
 _GAP = 2
 """Characters between two columns."""
 _LEAST_NOTE = 16
-"""A column goes, and then long names are folded, rather than that notes have fewer characters."""
+"""Columns are left out, and then long names folded, before notes become shorter than this many characters."""
 
 
 def render(
     summaries: Sequence[RunSummary], job_states: Mapping[str, str] | None = None, width: int | None = None
 ) -> Table:
-    """Return the runs as a table; where `job_states` has Slurm's states of their jobs, with those.
+    """Return the runs as a table, with Slurm's states of their jobs if `job_states` is given.
 
-    Where `width` characters do not hold all of it, the less important columns are left out and notes are cut to one
-    line; names and states are always whole.
+    If it exceeds `width` characters, less important columns are left out and notes are truncated to one line; names
+    and states are always complete.
     """
     columns = list(_COLUMNS)
     if job_states:
@@ -169,7 +170,7 @@ def render(
 
 
 def as_json(summaries: Sequence[RunSummary], job_states: Mapping[str, str]) -> str:
-    """Return the runs as one JSON document: `{"runs": [...]}`, a field of `RunSummary` each, unknown ones null."""
+    """Return the runs as a JSON document, `{"runs": [...]}`, with the fields of `RunSummary`; null if unknown."""
     runs = [
         {**asdict(run), "directory": str(run.directory), "slurm_state": job_states.get(run.slurm_job)}
         for run in summaries
@@ -198,7 +199,7 @@ def _runs_below(directory: Path) -> Iterator[RunDirectory]:
         try:
             is_run = run.has_begun
         except OSError:
-            is_run = True  # that it cannot be looked into is for its row to say
+            is_run = True  # its row reports why it cannot be read
         if is_run:
             children.clear()
             yield run
@@ -212,7 +213,7 @@ def _read_run(run: RunDirectory, root: Path, now: float) -> RunSummary:
     except BrokenFileError as error:
         return RunSummary(run.root, name, "broken", str(error))
     except (OSError, ValueError, ArithmeticError, RecursionError) as error:
-        # whatever a file holds, the other runs are shown
+        # A damaged file of one run must not hide the other runs.
         return RunSummary(run.root, name, "broken", f"{type(error).__name__}: {error}")
 
 
@@ -243,7 +244,7 @@ def _summary(run: RunDirectory, name: str, now: float) -> RunSummary:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a table shows of a run's settings; None where `config.yaml` does not say."""
+    """The settings of a run that tables show; None if `config.yaml` lacks them."""
 
     model: str | None = None
     data: str | None = None
@@ -252,7 +253,7 @@ class Settings:
 
     @classmethod
     def of(cls, settings: Mapping[str, object]) -> Settings:
-        """Return what a table shows of `settings`, by dotted path."""
+        """Return the settings to show from `settings`, keyed by dotted path."""
         model, data, method, amplitude = (
             None if (value := settings.get(path)) is None else str(value)
             for path in ("model.name", "data.name", "noise.method", "noise.amplitude")
@@ -263,14 +264,14 @@ class Settings:
 
 
 def read_settings(path: Path) -> Mapping[str, object]:
-    """Return the settings in `path` by dotted path, of whatever version; none where it is not there.
+    """Return the settings in `path`, of any version, keyed by dotted path; empty if there is no such file.
 
-    Raises BrokenFileError where they cannot be read.
+    Raises BrokenFileError if they cannot be read.
     """
     try:
         sections = parse_yaml(read_regular(path))
     except FileNotFoundError:
-        return {}  # the run has not got so far
+        return {}  # the run has not written it yet
     except OSError as error:
         raise BrokenFileError(f"{path.name} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -281,7 +282,7 @@ def read_settings(path: Path) -> Mapping[str, object]:
 
 
 def read_measurements(path: Path) -> tuple[Record, ...]:
-    """Return the records in `path`, none where it is not there. Raises BrokenFileError where it cannot be read."""
+    """Return the records in `path`; empty if there is no such file. Raises BrokenFileError if it cannot be read."""
     try:
         return read_records(path)
     except FileNotFoundError:
@@ -305,12 +306,12 @@ def _state(status: Status, run: RunDirectory, now: float) -> tuple[str, str]:
 
 
 def process_is_gone(status: Status) -> tuple[str, str]:
-    """Return the state of a run whose process is no more, and why."""
+    """Return the state of a run whose process has gone, and the reason."""
     return "lost", f"its process {status.pid} is gone; start it again to resume"
 
 
 def seconds_of(moment: str) -> float:
-    """Return a time of `status.json` in seconds since 1970; 0 where it is not one."""
+    """Return a time of `status.json` in seconds since 1970; 0 if it cannot be parsed."""
     try:
         return datetime.fromisoformat(moment).timestamp()
     except (ValueError, OverflowError):
@@ -318,7 +319,7 @@ def seconds_of(moment: str) -> float:
 
 
 def process_runs(pid: int, seen: float) -> bool:
-    """Whether process `pid` lives and is the one last seen at `seen` (since 1970), not a later one of its number."""
+    """Whether process `pid` runs and is the one last seen at `seen` (seconds since 1970), not a reused PID."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
         boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
@@ -327,19 +328,19 @@ def process_runs(pid: int, seen: float) -> bool:
     fields = stat.rpartition(")")[2].split()
     if fields[0] in "ZX":
         return False
-    begun = int(boot.split()[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    # the boot time is known to the second only
-    return begun <= seen + 2.0
+    started = int(boot.split()[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    # The boot time has a resolution of one second.
+    return started <= seen + 2.0
 
 
 def targets_directories(directory: Path) -> tuple[Path, ...]:
-    """Return the `metrics.targets_directory` of the runs at or below `directory`, each folder once.
+    """Return the distinct `metrics.targets_directory` of the runs at or below `directory`.
 
-    Raises UsageError where `directory` is no folder.
+    Raises UsageError if `directory` is not a folder.
     """
     folders: dict[Path, None] = {}
     for run in _runs_below(directory):
-        with suppress(BrokenFileError):  # the table of runs tells of it
+        with suppress(BrokenFileError):  # the table of runs reports it
             folder = read_settings(run.config).get("metrics.targets_directory")
             if isinstance(folder, str):
                 folders[Path(folder).expanduser().absolute()] = None
@@ -347,7 +348,7 @@ def targets_directories(directory: Path) -> tuple[Path, ...]:
 
 
 def seconds_left(latest: Iterable[TrainRecord], total_steps: int) -> float | None:
-    """Return the time up to `total_steps` at the pace of the latest records; None while it is not known."""
+    """Return the seconds until `total_steps` at the pace of the latest records; None if not known yet."""
     pace = Pace()
     for record in latest:
         pace.mark(record.step, record.time)

@@ -1,4 +1,4 @@
-"""The view of a run as one picture of a given size, drawn again until the run ends: its panels and their places."""
+"""The live terminal view of a run: its panels, their layout in a terminal of a given size, and the redraw loop."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from dist_train.watch.run_table import COLOURS, seconds_of
 _HEADER = 5
 """Four lines and an empty one."""
 _WIDE = 90
-"""Columns from which on two panels stand side by side."""
+"""From this many columns on, panels are placed side by side."""
 _RATES = 9
 _RATES_COLUMNS = 52
 _EVENTS = 5
@@ -42,20 +42,20 @@ _BORDER = 2
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows of each part; 0: left out. `wide`: the curves, and rates and ranks, stand side by side."""
+    """Rows of each part, 0 if left out. `wide`: loss and accuracy, and rates and ranks, are side by side."""
 
     wide: bool
     curves: int
     accuracy: int
-    """Rows of the accuracy below the loss; always 0 where they stand side by side."""
+    """Rows of the accuracy below the loss; 0 if they are side by side."""
     rates: int
     ranks: int
-    """Rows of the ranks below the rates; always 0 where they stand side by side."""
+    """Rows of the ranks below the rates; 0 if they are side by side."""
     events: int
 
 
 def plan(columns: int, rows: int, rank_count: int) -> Plan:
-    """Return what is shown in a terminal of that size; from 60 x 20 on the loss and the rates always are."""
+    """Return the layout for a terminal of that size; from 60 x 20 on it has at least the loss and the rates."""
     left = max(0, rows - _HEADER)
     ranks = min(rank_count, _SLOWEST + 1) + 1 + _BORDER if rank_count else 0
     if columns >= _WIDE:
@@ -75,13 +75,13 @@ def plan(columns: int, rows: int, rank_count: int) -> Plan:
     left -= shown_ranks
     events = _EVENTS if left - _EVENTS >= least else 0
     left -= events
-    # what is over goes to both curves alike
+    # Remaining rows are divided between both curves.
     share = (left - accuracy) // 2 if accuracy and left > accuracy else 0
     return Plan(False, left - share, accuracy + share, rates, shown_ranks, events)
 
 
 def frame(run: Snapshot, columns: int, rows: int) -> Layout:
-    """Return the run as `rows` lines of `columns`."""
+    """Return the view of the run, `rows` lines of `columns` characters."""
     rank_count = len(run.ranks.ranks) if run.ranks else 0
     parts = plan(columns, rows, rank_count)
     body = _side_by_side(run, columns, parts) if parts.wide else _below_each_other(run, columns, parts)
@@ -93,7 +93,7 @@ def frame(run: Snapshot, columns: int, rows: int) -> Layout:
 
 
 def summary(run: Snapshot, box: Box | None) -> Table:
-    """Return how a run that is over has ended, one fact a row."""
+    """Return a table of how a run ended, one fact per row."""
     status, history = run.status, run.history
     train, test = history.evaluated("train"), history.evaluated("test")
     started = run.now if status is None else seconds_of(status.started)
@@ -125,8 +125,8 @@ def _side_by_side(run: Snapshot, columns: int, parts: Plan) -> list[Layout]:
         return [curves]
     narrow = min(half, _RATES_COLUMNS)
     rates = Layout(Panel(_rates(run), title="rates"), size=narrow)
-    beside = Layout(_ranks_panel(run, parts.rates), size=columns - narrow)
-    return [curves, _row(parts.rates, rates, beside)]
+    ranks = Layout(_ranks_panel(run, parts.rates), size=columns - narrow)
+    return [curves, _row(parts.rates, rates, ranks)]
 
 
 def _below_each_other(run: Snapshot, columns: int, parts: Plan) -> list[Layout]:
@@ -155,7 +155,7 @@ def _row(rows: int, *columns: Layout) -> Layout:
 
 
 def _facts(run: Snapshot) -> RunFacts:
-    """Return what the directory says of the run; what the summary does not show stays empty."""
+    """Return the facts that the directory has of the run; fields that the summary does not show are empty."""
     steps = run.total_steps or run.step
     return RunFacts(
         name=run.name,
@@ -177,18 +177,18 @@ def _facts(run: Snapshot) -> RunFacts:
 
 
 _RESIZE_SECONDS = 0.2
-"""How soon the view follows the size of the terminal."""
+"""How often the view checks the terminal's size."""
 _LEAST_COLUMNS, _LEAST_ROWS = 60, 20
 
 
 def show_once(run: WatchedRun, console: Console) -> None:
-    """Print the run as it is now, as high as the terminal."""
+    """Print the current view once, as high as the terminal."""
     columns, rows = max(_LEAST_COLUMNS, console.width), max(_LEAST_ROWS, console.height - 1)
     console.print(frame(run.look(), columns, rows), width=columns, height=rows, crop=False)
 
 
 def watch(run: WatchedRun, console: Console, interval: float) -> None:
-    """Show the run, looking every `interval` seconds, until it ends or the user presses Ctrl-C; then sum it up."""
+    """Show the run, updated every `interval` seconds, until Ctrl-C, or until it ends; then print its summary."""
     if run.look().is_over:
         show_once(run, console)
         return
@@ -197,7 +197,7 @@ def watch(run: WatchedRun, console: Console, interval: float) -> None:
             while not (seen := run.look()).is_over:
                 size, until = None, time.monotonic() + interval
                 while time.monotonic() < until:
-                    # also where the terminal has changed its size
+                    # Redraw when the terminal is resized.
                     if live.console.size != size:
                         size = live.console.size
                         live.update(frame(seen, size.width, size.height), refresh=True)
@@ -213,17 +213,17 @@ _BAD_EVENTS = frozenset(
 
 
 def _header(run: Snapshot, columns: int) -> Group:
-    """Return four lines: what is trained and its state, the bar, the last sign of life."""
+    """Return four lines: name and state, facts, progress bar, last sign of life."""
     state = Text(no_wrap=True, overflow="ellipsis")
     state.append(escaped(run.name), style="bold").append("  ")
     state.append(run.state, style=f"bold {COLOURS.get(run.state, 'yellow')}")
     if run.reason:
         state.append(f": {escaped(run.reason)}")
-    return Group(state, _where_it_stands(run), _bar(run, columns), _sign_of_life(run))
+    return Group(state, _facts_line(run), _bar(run, columns), _sign_of_life(run))
 
 
 def _rates(run: Snapshot) -> Table:
-    """Return the latest rates, one a line."""
+    """Return the latest rates, one per line."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(no_wrap=True, overflow="ellipsis")
@@ -236,14 +236,14 @@ def _in_lines(pairs: Sequence[tuple[str, str]]) -> Text:
     """Return names and values as running text, for narrow terminals."""
     line = Text()
     for name, value in pairs:
-        # spaces that do not break keep a number with its name
+        # No-break spaces keep a number with its name.
         line.append(f"{name} ".replace(" ", "\N{NO-BREAK SPACE}"), style="dim")
         line.append(value.replace(" ", "\N{NO-BREAK SPACE}")).append("  ")
     return line
 
 
 def _rate_pairs(run: Snapshot) -> list[tuple[str, str]]:
-    """Return what is known of the run's pace and of the latest update."""
+    """Return the run's pace and the latest update's numbers, as pairs of name and value."""
     latest = run.history.latest[-1] if run.history.latest else None
     pairs = []
     if latest is not None:
@@ -263,7 +263,7 @@ def _rate_pairs(run: Snapshot) -> list[tuple[str, str]]:
 
 
 def _ranks(reading: RanksReading, rows: int) -> Group:
-    """Return the ranks, the slowest marked; of more than fit the slowest, and a summary of all."""
+    """Return the ranks with the slowest marked; if not all fit, the slowest ones and a summary of all."""
     seconds = [each.busy_seconds if math.isfinite(each.busy_seconds) else -math.inf for each in reading.ranks]
     slowest_first = sorted(range(len(seconds)), key=lambda rank: -seconds[rank])
     fitting = max(1, rows - 1)
@@ -302,7 +302,7 @@ def _events(run: Snapshot, rows: int) -> Group:
 
 
 def _accuracy_pairs(run: Snapshot) -> list[tuple[str, str]]:
-    """Return the latest accuracies, for a view without their curves."""
+    """Return the latest accuracies, for a view without accuracy curves."""
     latest = run.history.latest[-1] if run.history.latest else None
     pairs = [] if latest is None else [("accuracy", wording.percent(latest.accuracy))]
     evaluations = run.history.evaluations.items()
@@ -311,23 +311,23 @@ def _accuracy_pairs(run: Snapshot) -> list[tuple[str, str]]:
 
 _LEAST_HEIGHT = 7
 _FRAME = 4
-"""Lines that are not the curves themselves: heading, border, labels below."""
+"""Lines around the curves: heading, border, labels below."""
 _CURVE_COLOURS = {BATCH: "cyan", "train": "yellow", "test": "magenta", "train-averaged": "red", "validation": "blue"}
 
 
 def _curves(history: History, quantity: Quantity, columns: int, rows: int) -> Group:
-    """Return loss or accuracy so far, a heading and curves made of characters."""
+    """Return loss or accuracy so far: a heading, and curves drawn with characters."""
     batches = history.batches.points()
     chart = learning_curve(quantity, Measured("", batches, history.evaluations, history.steps_per_epoch), columns)
     heading = Text(no_wrap=True, overflow="ellipsis").append(quantity.name, style="bold")
     latest = [("batch", BATCH, record) for record in [*batches, *history.latest][-1:]]
     for name, style, record in (*latest, *((split, split, found[-1]) for split, found in history.evaluations.items())):
-        value = _shortly(quantity, quantity.take(record))
+        value = _short_text(quantity, quantity.take(record))
         heading.append("  ").append(f"{escaped(name)} {value}", style=_CURVE_COLOURS.get(style, "green"))
     return Group(heading, _plot(chart, quantity, columns, max(1, rows - _FRAME)))
 
 
-def _shortly(quantity: Quantity, value: float) -> str:
+def _short_text(quantity: Quantity, value: float) -> str:
     if not math.isfinite(value):
         return "not finite"
     return f"{value * 100:.1f} %" if quantity is ACCURACY else f"{value:.3g}"
@@ -355,14 +355,14 @@ def _plot(chart: Chart | None, quantity: Quantity, columns: int, rows: int) -> T
         y_as_log=chart.left.is_logarithmic,
     )
     *lines, labels = plot.split("\n")
-    # the axis' name in the widest gap of the labels below
+    # Put the axis title into the widest gap between the labels below.
     gap = max(re.finditer(" +", labels), key=lambda match: len(match[0]), default=None)
     if gap is not None and len(gap[0]) >= len(chart.x.title) + 2:
         labels = labels[: gap.start()] + chart.x.title.center(len(gap[0])) + labels[gap.end() :]
     return Text.from_ansi("\n".join([*lines, labels]), no_wrap=True)
 
 
-def _where_it_stands(run: Snapshot) -> Text:
+def _facts_line(run: Snapshot) -> Text:
     settings, status = run.settings, run.status
     facts = [escaped(str(fact)) for fact in (settings.model, settings.data) if fact]
     if settings.global_size:

@@ -301,7 +301,7 @@ class TestFollowing:
     def test_a_run_without_a_readable_status_is_shown_and_said_so(self, directory: Path) -> None:
         (directory / "status.json").unlink()
         shown = drawn(look(directory))
-        assert "unknown: status.json is not there" in shown
+        assert "unknown: status.json is missing" in shown
         assert "step 40" in shown
 
     def test_a_long_run_is_read_and_drawn_within_a_second(self, directory: Path) -> None:
