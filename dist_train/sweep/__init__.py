@@ -1,1 +1,1 @@
-"""Studies: many runs of one configuration, as one command or as jobs of a cluster."""
+"""Studies: many runs of one configuration, started by one command or as cluster jobs."""

@@ -1,4 +1,4 @@
-"""The runs of a study in their order: name, overrides, checked configuration, and the analyses that follow them."""
+"""The ordered runs of a study, with name, overrides and validated configuration, and the analyses that follow them."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ from dist_train.sweep.study_file import (
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run. Runs that differ only in their seed share a `variant`; the points of a grid share a `family`, which is
-    the variant itself without a grid. Numbers begin with 1.
+    """One run; `number` counts from 1.
 
-    `settings` is what the study says, by dotted path; `overrides` are the arguments of `train` beside the base.
+    Runs that differ only in their seed share a `variant`. The variants of a grid share a `family`; without a grid it is
+    the variant itself. `settings` are the study's, keyed by dotted path; `overrides` are the arguments of `train` after
+    the base configuration.
     """
 
     number: int
@@ -47,17 +48,17 @@ class PlannedRun:
     overrides: tuple[str, ...]
     config: Config
     searched: str = ""
-    """Of a search: the variant that the run is a trial of, and the trial's number."""
+    """In a search: the variant of which the run is a trial; `trial` is the trial's number."""
     trial: int | None = None
 
     @property
     def directory(self) -> Path:
-        """The run's own directory."""
+        """The run's directory."""
         return self.config.run_directory
 
     @property
     def files(self) -> RunDirectory:
-        """The files in it."""
+        """The paths of its files."""
         return RunDirectory(self.directory)
 
 
@@ -66,7 +67,7 @@ _RECORDED = ("number", "name", "variant", "title", "seed", "settings", "override
 
 @dataclass(frozen=True)
 class Plan:
-    """A study and its runs; `directory` is the study's folder, `base_file` the configuration that it varies."""
+    """A study and its runs. `directory` is the study's folder, `base_file` the configuration that it varies."""
 
     study: Study
     file: Path
@@ -76,24 +77,24 @@ class Plan:
     runs: tuple[PlannedRun, ...]
     overrides: tuple[str, ...] = ()
     unasked: Mapping[int, str] = field(default_factory=dict)
-    """Of a search by Optuna: the numbers of the runs whose trials are still to be asked, and their variants."""
+    """In an Optuna search: maps the numbers of runs whose trials Optuna has not suggested yet to their variants."""
 
     @property
     def total(self) -> int:
-        """Runs, with those that are not known yet."""
+        """Number of runs, including those not known yet."""
         return len(self.runs) + len(self.unasked)
 
     def run(self, number: int) -> PlannedRun | None:
-        """Return the run of this number; None where there is none, or its trial is still to be asked."""
+        """Return the run of this number; None if there is none, or if its trial has not been suggested yet."""
         return next((run for run in self.runs if run.number == number), None)
 
 
 @dataclass(frozen=True)
 class _Variant:
-    """A variant, or one combination of its grid; `origins` says which part of the study file a setting is from.
+    """A variant, or one combination of its grid, or one `trial` of the searched variant `searched`.
 
-    Of a search, one `trial` of the variant `searched`. What a trial that is still to be asked will choose is not known:
-    its settings are then drawn, to check their like.
+    `origins` maps settings to their place in the study file. As long as Optuna has not suggested a trial
+    (`is_asked` is False), its settings are random samples, so that they can be validated.
     """
 
     name: str
@@ -109,19 +110,19 @@ class _Variant:
 def plan_study(
     path: Path, directory: Path | None = None, overrides: Sequence[str] = (), before: Plan | None = None
 ) -> Plan:
-    """Return the study at `path` with its runs, seed by seed, each checked as a whole.
+    """Return the study at `path` with its runs, seed by seed, each fully validated.
 
-    The runs lie in `directory` (else the base's run.directory), below the study's name. `overrides` go to every run.
-    What is in an earlier plan of the same study, `before`, is not checked again.
+    The runs' folder is `directory` (default: the base's run.directory) / the study's name. `overrides` apply to every
+    run. Runs of `before`, an earlier plan of the same study, are not validated again.
 
     Raises:
-        ConfigError: something in the study, its base, or any of its runs is wrong; every problem is listed once.
+        ConfigError: the study, its base or one of its runs is invalid; every problem is listed once.
     """
     study = load_study(path)
     base_file = Path(os.path.normpath(based_on(path, study.base)))
-    below = read_settings(base_file)
-    base = parse_config(below, source=str(base_file))
-    with_overrides(below, overrides)
+    base_settings = read_settings(base_file)
+    base = parse_config(base_settings, source=str(base_file))
+    with_overrides(base_settings, overrides)  # raises if an override is invalid
     folder = (directory or base.run.directory) / study.name
     planned: list[PlannedRun] = []
     found: list[Problem] = []
@@ -129,35 +130,34 @@ def plan_study(
     checked = {run.overrides: run for run in before.runs} if before else {}
     for number, seed, variant in _points(study, optuna_trials(study, folder)):
         name = f"{variant.name}-seed-{seed}"
-        own = {"run.name": name, "run.directory": str(folder), "run.seed": seed}
-        settings = {**variant.settings, **own}
-        words = (*(write_override(place, value) for place, value in settings.items()), *overrides)
+        settings = {**variant.settings, "run.name": name, "run.directory": str(folder), "run.seed": seed}
+        arguments = (*(write_override(place, value) for place, value in settings.items()), *overrides)
         if not variant.is_asked:
             unasked[number] = variant.searched
-        if words in checked:
-            planned.append(checked[words])
-        if words in checked or (before and not variant.is_asked):
+        if arguments in checked:
+            planned.append(checked[arguments])
+        if arguments in checked or (before and not variant.is_asked):
             continue
         try:
-            config = parse_config(with_overrides(below, words), source=name)
+            config = parse_config(with_overrides(base_settings, arguments), source=name)
         except ConfigError as error:
-            found += (_placed(fault, variant, overrides) for fault in error.problems)
+            found += (_located(fault, variant, overrides) for fault in error.problems)
             continue
         if study.search is not None and not config.measures(study.search.objective):
             wrong = "no evaluation measures it: see data.validation_size, evaluation.train_samples, averaging.kind"
             found.append(Problem("search.objective", wrong, code="metric-not-measured", value=study.search.objective))
         if variant.is_asked:
             labels, place = (name, variant.name, variant.variant, variant.title), (variant.searched, variant.trial)
-            planned.append(PlannedRun(number, *labels, seed, variant.settings, words, config, *place))
-    found += _twins(planned)
+            planned.append(PlannedRun(number, *labels, seed, variant.settings, arguments, config, *place))
+    found += _duplicates(planned)
     if found:
-        # What is wrong in a variant is wrong with every seed.
+        # A problem of a variant recurs with every seed: list it once.
         raise ConfigError(str(path), list({str(fault): fault for fault in found}.values()))
     return Plan(study, path, base_file, base, folder, tuple(planned), tuple(overrides), unasked)
 
 
 def _points(study: Study, trials: OptunaTrials | None) -> Iterator[tuple[int, int, _Variant]]:
-    """Yield number, seed and variant of all runs: trial by trial, and of each trial seed by seed."""
+    """Yield number, seed and variant of all runs: trial by trial, and for each trial seed by seed."""
     variants = list(_variants(study))
     every = (
         (trial, seed, variant)
@@ -187,7 +187,7 @@ def _points(study: Study, trials: OptunaTrials | None) -> Iterator[tuple[int, in
 
 
 def optuna_trials(study: Study, folder: Path) -> OptunaTrials | None:
-    """Return the trials in the study's `folder`, where Optuna searches. Raises UsageError where it is not installed."""
+    """Return the trials in the study's `folder`, None if it has no Optuna search. Raises UsageError without Optuna."""
     if study.search is None or study.search.method != "optuna":
         return None
     return OptunaTrials(study.search, StudyDirectory(folder).trials)
@@ -207,7 +207,7 @@ def _variants(study: Study) -> Iterator[_Variant]:
     for variant, described in study.variants.items():
         settings = study.settings_of(variant)
         origins = dict.fromkeys(settings, "settings")
-        for name in _line(study, variant):
+        for name in _ancestry(study, variant):
             origins |= dict.fromkeys(study.variants[name].settings, f"variants.{name}.settings")
         grid = {**described.grid, **study.grid}
         origins |= dict.fromkeys(described.grid, f"variants.{variant}.grid") | dict.fromkeys(study.grid, "grid")
@@ -224,10 +224,10 @@ def _variants(study: Study) -> Iterator[_Variant]:
             )
 
 
-def _line(study: Study, variant: str) -> list[str]:
-    """Return the chain of variants that `variant` is like, the first one first, then `variant`."""
+def _ancestry(study: Study, variant: str) -> list[str]:
+    """Return the chain of variants that `variant` inherits from by `like`, oldest first, then `variant`."""
     like = study.variants[variant].like
-    return [*(_line(study, like) if like else []), variant]
+    return [*(_ancestry(study, like) if like else []), variant]
 
 
 def _short_names(paths: Sequence[str]) -> dict[str, str]:
@@ -245,8 +245,8 @@ def _label(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _placed(fault: Problem, variant: _Variant, overrides: Sequence[str]) -> Problem:
-    """Return `fault` with the place in the study file that it is from; as it is, where an override is at fault."""
+def _located(fault: Problem, variant: _Variant, overrides: Sequence[str]) -> Problem:
+    """Return `fault` with its path in the study file; unchanged if it comes from an override."""
 
     def is_of(setting: str) -> bool:
         return fault.path == setting or fault.path.startswith(f"{setting}.")
@@ -258,7 +258,7 @@ def _placed(fault: Problem, variant: _Variant, overrides: Sequence[str]) -> Prob
     return replace(fault, path=place)
 
 
-def _twins(runs: Sequence[PlannedRun]) -> Iterator[Problem]:
+def _duplicates(runs: Sequence[PlannedRun]) -> Iterator[Problem]:
     names: dict[str, PlannedRun] = {}
     settings: dict[str, PlannedRun] = {}
     for run in runs:
@@ -267,7 +267,7 @@ def _twins(runs: Sequence[PlannedRun]) -> Iterator[Problem]:
             continue
         names[run.name] = run
         plain = run.config.model_copy(update={"run": run.config.run.model_copy(update={"name": ""})})
-        if run.trial is not None:  # two may choose the same
+        if run.trial is not None:  # two trials may have the same settings
             continue
         twin = settings.setdefault(plain.model_dump_json(), run)
         if twin is not run:
@@ -277,9 +277,9 @@ def _twins(runs: Sequence[PlannedRun]) -> Iterator[Problem]:
 
 
 def analysis_commands(study: Study, runs: Sequence[PlannedRun]) -> Iterator[tuple[str, ...]]:
-    """Yield the arguments of `dist-train` for each measurement of `runs`, those that have finished.
+    """Yield the `dist-train` arguments of each analysis of `runs`, which have finished.
 
-    A variant with a grid stands for all its variants; `interpolate` takes those of one variant with those of the other.
+    A variant with a grid stands for all of its combinations; `interpolate` pairs runs of two variants by seed.
     """
     for analysis in study.analyse:
         command = ("sharpness",) if analysis.kind == "sharpness" else ("landscape", analysis.kind)

@@ -1,4 +1,4 @@
-"""How the runs of a study stand, what is to be done with each next, and what a search by Optuna is told of them."""
+"""The state of a study's runs, what to do with each next, and the results reported to an Optuna search."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _REFUSAL = re.compile(
     r"|Invalid (generic resource|MPI type|--|node name|numeric|account|partition|distribution)|\bunrecogni[sz]ed option"
     r"|cannot find mpi plugin|not enough slots|more processes than|Please correct your command line"
 )
-"""What srun and mpirun say of a launch that they will refuse again."""
+"""Messages of srun and mpirun about a launch that they would refuse again."""
 _KILLED = re.compile(r"was killed by signal|^srun: error: .*: tasks? .*: Killed$")
 _NO_CAUSE = re.compile(r"-*$|dist-train: warning|srun: (job|Job|Step|jobid)\b|srun: error: .*: Exited with exit code")
 _MOST_LINES = 3
@@ -48,8 +48,8 @@ _LARGEST_PROBE = 1 << 20
 
 @dataclass(frozen=True)
 class Requeues:
-    """Requeues in a row without a new checkpoint, the step of the newest one at the last of them, and how often the
-    run has been started again within its job since then.
+    """Requeues in a row without a new checkpoint, the newest checkpoint's step at the last requeue, and the restarts
+    within the job since then.
     """
 
     without_progress: int = 0
@@ -59,8 +59,8 @@ class Requeues:
 
 @dataclass(frozen=True)
 class EndedLaunch:
-    """What a batch script knows of the launch that has ended: its id, the launcher's exit status, and what launcher
-    and ranks have said of their end, a line each.
+    """What a batch script knows about the ended launch: its id, the launcher's exit code, and the last output lines of
+    launcher and ranks.
     """
 
     id: str | None = None
@@ -69,15 +69,15 @@ class EndedLaunch:
 
     @property
     def was_refused(self) -> bool:
-        """Whether no launch like it can begin: the ranks or the launcher have refused what they were asked for."""
+        """Whether the same launch would be refused again, by the ranks or by the launcher."""
         return self.code == ExitCode.USAGE or any(map(_REFUSAL.search, self.words))
 
     @property
     def cause(self) -> str:
-        """The words that say most: of a rank that was killed, of our program, or the launcher's own."""
+        """The most informative lines: about a killed rank, from dist-train, or else from the launcher."""
         lines = [line for line in self.words if not _NO_CAUSE.match(line)]
         killed = [line for line in lines if _KILLED.search(line)]
-        # the parent of the rank that died first can say more than srun, which speaks of all tasks of a node
+        # The parent process of the rank that died first is more exact than srun, which reports all tasks of a node.
         exact = [line for line in killed if not line.startswith("srun")]
         ours = [line.removeprefix("dist-train: ") for line in lines if line.startswith("dist-train: ")]
         return "; ".join((exact[:1] or killed or ours[:1] or list(dict.fromkeys(lines)))[:_MOST_LINES])
@@ -88,7 +88,7 @@ Action = Literal["requeue", "restart", "end"]
 
 @dataclass(frozen=True)
 class Decision:
-    """What a batch script does next: requeue its job, start the run again within it, or end with `code`; and why."""
+    """What the batch script does next: requeue its job, restart the run within the job, or end with `code`; and why."""
 
     action: Action
     why: str
@@ -96,25 +96,25 @@ class Decision:
 
 
 def decide(run: Path, limit: int, launch: EndedLaunch = EndedLaunch(), restarts: int = 0) -> Decision:
-    """Decide about `run`, whose last launch has ended, and count.
+    """Decide what follows the ended launch of `run`, and update the counts.
 
-    The run is started again within its job `restarts` times, then requeued `limit` times in a row without a new
-    checkpoint, then given up. Its status says what was decided; that of another job that is at work there stays.
+    The run is restarted within its job up to `restarts` times, then requeued up to `limit` times in a row without a new
+    checkpoint, then given up. The decision is written to the run's status, unless another job is running it.
     """
     files = RunDirectory(run)
     status = read_status(files.status)
     is_silent = status is None or (launch.id is not None and status.launch != launch.id)
     if is_silent and launch.was_refused:
-        return _give_up(files, status, launch.cause or "the ranks refused to begin", ExitCode.USAGE)
+        return _give_up(files, status, launch.cause or "the ranks refused to start", ExitCode.USAGE)
     if status is not None and is_silent:
         status = replace(status, state="stopped", exit_code=None, reason="")
     if status is not None and status.exit_code == ExitCode.FINISHED:
         return Decision("end", "the run has finished", ExitCode.FAULT)
     if status is not None and status.exit_code in _UNRECOVERABLE:
-        return Decision("end", f"the run would end in the same way: {status.reason}", ExitCode.FAULT)
+        return Decision("end", f"the run would end the same way again: {status.reason}", ExitCode.FAULT)
     reason = _end_of(status, launch.cause, is_silent)
     if not _has_room(files):
-        why = f"{reason}; not started again, since the disk of {run} is full: make room, and submit it again"
+        why = f"{reason}; not started again, since the disk of {run} is full: free space, and submit it again"
         return _give_up(files, status, why, ExitCode.FAULT)
     step = newest_step(run)
     before = read_requeues(run)
@@ -145,12 +145,12 @@ def decide(run: Path, limit: int, launch: EndedLaunch = EndedLaunch(), restarts:
 
 
 def newest_step(run: Path) -> int:
-    """Return the step of the newest whole checkpoint in `run`; 0 where there is none."""
+    """Return the step of the newest complete checkpoint in `run`; 0 if there is none."""
     return max(RunDirectory(run).checkpoint_steps(), default=0)
 
 
 def read_requeues(run: Path) -> Requeues:
-    """Return what has been counted; nothing where there is no count that can be read."""
+    """Return the stored counts; zeros if there are none or they cannot be read."""
     try:
         return Requeues(**json.loads(atomic.read_regular(RunDirectory(run).requeues)))
     except (OSError, ValueError, TypeError):
@@ -158,14 +158,14 @@ def read_requeues(run: Path) -> Requeues:
 
 
 def write_requeues(run: Path, requeues: Requeues) -> None:
-    """Write the count down, on a full disk into what was reserved. Raises OSError."""
+    """Store the counts, on a full disk in the reserved space. Raises OSError."""
     run.mkdir(mode=0o700, parents=True, exist_ok=True)
     files = RunDirectory(run)
     files.spend_reserve(lambda: atomic.write_text(files.requeues, json.dumps(asdict(requeues)) + "\n"))
 
 
 def _has_room(files: RunDirectory) -> bool:
-    """Whether another checkpoint can be written, as far as this can be told: a quota shows only in writing."""
+    """Whether another checkpoint seems to fit; writes a probe, because a quota shows only on writing."""
     try:
         size = max((path.stat().st_size for path in files.checkpoints.glob("step-*.pt")), default=0)
         if size == 0:
@@ -194,7 +194,7 @@ def _give_up(files: RunDirectory, status: Status | None, reason: str, code: Exit
 
 
 def _write_end(files: RunDirectory, status: Status | None, state: State, reason: str, code: ExitCode) -> None:
-    """Set the run's status, unless another job is at work there; what the disk refuses is left as it is."""
+    """Write the run's status, unless another job is running it; on a disk error the old status stays."""
     job = current_job()
     holder = read_holder(files.lock)
     if holder is not None and holder.slurm_job != (job.id if job else ""):
@@ -213,8 +213,8 @@ _ENOUGH = 1 << 20  # bytes at the end of metrics.jsonl, in which the last evalua
 
 @dataclass(frozen=True)
 class Standing:
-    """How a run stands, and what a sweep does `then`: start it, skip it where it has finished, leave it where another
-    process is at it, or report it as unrecoverable. `accuracy` is that of the last evaluation on the test set.
+    """The state of a run, and what a sweep does `then`: start it, skip it because it has finished, leave it to the
+    process that is running it, or report it as unrecoverable. `accuracy` is the last one on the test set.
     """
 
     run: PlannedRun
@@ -226,7 +226,7 @@ class Standing:
 
 
 def standing_of(run: PlannedRun) -> Standing:
-    """Return how `run` stands, from what it left behind."""
+    """Return the standing of `run`, read from its files."""
     summaries = read_runs(run.directory) if run.directory.is_dir() else ()
     summary = next((summary for summary in summaries if summary.directory == run.directory), None)
     if summary is None:
@@ -266,12 +266,12 @@ def render(standings: Sequence[Standing]) -> Table:
 
 
 def numbers_left(plan: Plan, runs: Sequence[PlannedRun]) -> str:
-    """Return the numbers of those of `runs` that are to be started, and of trials still to be asked; empty: none."""
+    """Return the numbers of the `runs` to be started and of trials not suggested yet, as ranges; empty if none."""
     return as_ranges(sorted([*(run.number for run in runs if standing_of(run).then == "start"), *plan.unasked]))
 
 
 def as_ranges(numbers: Sequence[int]) -> str:
-    """Return ascending numbers as `sbatch --array` takes them: 1-3,7."""
+    """Return ascending numbers in the syntax of `sbatch --array`, such as 1-3,7."""
     ranges: list[list[int]] = []
     for number in numbers:
         if ranges and number == ranges[-1][1] + 1:
@@ -282,28 +282,28 @@ def as_ranges(numbers: Sequence[int]) -> str:
 
 
 def _next(run: PlannedRun, state: str, note: str) -> tuple[Next, str]:
-    """Return what a sweep does with a run in `state`, and what there is to say of it."""
+    """Return what a sweep does with a run in `state`, and the note about it."""
     if state in ALIVE:
-        return "busy", note or "another process is at it"
+        return "busy", note or "another process is running it"
     began = None
     with suppress(ConfigError):
         began = load_config(run.files.config)
     changed = differences(began, run.config) if began else []
-    anew = f"move {run.directory} away to run it anew"
-    # Without a checkpoint there is nothing that the settings must agree with.
+    fix = f"move {run.directory} away to run it from the start"
+    # Without a checkpoint there is nothing that the settings must match.
     if changed and (state == "finished" or newest_step(run.directory)):
-        return "unrecoverable", f"began with other settings ({'; '.join(map(str, changed))}); {anew}"
+        return "unrecoverable", f"it was started with other settings ({'; '.join(map(str, changed))}); {fix}"
     if state == "finished":
         same_end = began is None or began.run.max_steps == run.config.run.max_steps
-        return ("skip", note) if same_end else ("start", "run.max_steps is another now")
+        return ("skip", note) if same_end else ("start", "run.max_steps has changed")
     status = read_status(run.files.status)
     if status is not None and status.exit_code == ExitCode.DIVERGED and not changed:
-        return "unrecoverable", f"{note}; {anew}"
+        return "unrecoverable", f"{note}; {fix}"
     return "start", note
 
 
 def _job_is_gone(summary: RunSummary) -> str:
-    """Return why a run that seems alive is not: its Slurm job has ended, or is ours, requeued."""
+    """Return why a run marked as active is not: its Slurm job has ended, or is this job, requeued. Empty: it is."""
     if not summary.slurm_job:
         return ""
     ours = current_job()
@@ -324,33 +324,33 @@ def _last_accuracy(metrics: Path) -> float | None:
 
 
 def renewed(plan: Plan) -> Plan:
-    """Return `plan` as its study stands now: with the runs of all trials that have been asked."""
+    """Return `plan` with the runs of all trials that Optuna has suggested so far."""
     return plan_study(plan.file, plan.directory.parent, plan.overrides, plan)
 
 
 def publish(plan: Plan) -> None:
-    """Write the plan into the study's folder; of a search by Optuna as it stands now, whose results it is told."""
+    """Write the plan into the study's folder; in an Optuna search, first report results and renew the plan."""
     trials = optuna_trials(plan.study, plan.directory)
     if trials is None:
         write_plan(plan)
         return
     with trials.locked():
         plan = renewed(plan)
-        _tell(plan, trials)
+        _report_results(plan, trials)
         write_plan(plan)
 
 
 def with_trials(plan: Plan, number: int | None = None) -> Plan:
-    """Return `plan` with one trial more, where some are left, once Optuna knows all results.
+    """Report all results to Optuna and return `plan` with one more trial, if any are left.
 
-    With the `number` of a run that is still to be asked for: with that run, and the trials before its own.
+    With the `number` of a run not known yet, ask for trials until that run is known.
     """
     trials = optuna_trials(plan.study, plan.directory)
     if trials is None:
         return plan
     with trials.locked():
         plan = renewed(plan)
-        _tell(plan, trials)
+        _report_results(plan, trials)
         while plan.unasked and (number is None or number in plan.unasked):
             trials.ask(plan.unasked[min(plan.unasked) if number is None else number])
             plan = renewed(plan)
@@ -360,7 +360,7 @@ def with_trials(plan: Plan, number: int | None = None) -> Plan:
     return plan
 
 
-def _tell(plan: Plan, trials: OptunaTrials) -> None:
+def _report_results(plan: Plan, trials: OptunaTrials) -> None:
     groups: dict[tuple[str, int], list[PlannedRun]] = {}
     for run in plan.runs:
         assert run.trial is not None
@@ -376,7 +376,7 @@ def _tell(plan: Plan, trials: OptunaTrials) -> None:
 
 
 def objective_of(plan: Plan, runs: Sequence[PlannedRun]) -> float | None:
-    """Return the mean objective of `runs`, each its last evaluation's; None where one has none that is finite."""
+    """Return the mean over `runs` of the objective at their last evaluation; None if one has no finite value."""
     assert plan.study.search is not None
     split, _, name = plan.study.search.objective.partition(".")
     values = []
@@ -392,7 +392,7 @@ def objective_of(plan: Plan, runs: Sequence[PlannedRun]) -> float | None:
 
 
 def best_trials(plan: Plan) -> Iterator[tuple[str, float, Sequence[PlannedRun]]]:
-    """Yield for each variant its best finished trial: the variant, the objective, the trial's runs."""
+    """Yield each variant's best finished trial: the variant, the objective, the trial's runs."""
     search = plan.study.search
     if search is None:
         return

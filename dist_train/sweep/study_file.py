@@ -1,6 +1,6 @@
-"""A study as it is written down, one YAML file of variants, grids and seeds, and where trials of its search come from.
+"""The study file (variants, grids, seeds in YAML), and the trials of its search.
 
-Trials are drawn at random, all known beforehand, or asked of Optuna, one after another.
+Trials are random, and then all known beforehand, or suggested by Optuna one after another.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ class _Part(BaseModel):
 
 
 class Variant(_Part):
-    """One variant: what it changes, in the base configuration or in another variant's settings."""
+    """One variant: its changes to the base configuration or to another variant's settings."""
 
-    title: str = Field("", description="What figures and tables call it; empty: its name.")
-    like: str | None = Field(None, description="The variant whose settings this one begins with.")
+    title: str = Field("", description="Title in figures and tables; empty: its name.")
+    like: str | None = Field(None, description="The variant whose settings this one starts from.")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (), description="It is run with these alone; none: with all."
+        (), description="It is run with these seeds only; none: with all."
     )
     settings: Settings = Field({}, description="Settings that differ, by dotted path.")
-    grid: dict[str, list[Any]] = Field({}, description="Lists of values by dotted path: one variant a combination.")
+    grid: dict[str, list[Any]] = Field({}, description="Lists of values by dotted path: one variant per combination.")
 
 
 class _Measurement(_Part):
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="Of the runs of these seeds; none: of all.")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="Only runs of these seeds; none: all.")
     options: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], _Option] = Field(
-        {}, description="Options of the command, by name, without --; true for those that take no value."
+        {}, description="Options of the command by name, without --; true for options without a value."
     )
 
 
@@ -82,87 +82,87 @@ Analysis = Annotated[Interpolation | OfVariants, Field(discriminator="kind")]
 
 
 class Contrast(_Part):
-    """Variants that the report compares with one, paired by seed."""
+    """Variants that the report compares with a reference variant, paired by seed."""
 
-    title: str = Field("", description="What the report calls it; empty: the variants' names.")
+    title: str = Field("", description="Title in the report; empty: the variants' names.")
     variants: tuple[str, ...] = Field(
-        min_length=1, description="The variants; of several the intervals are corrected for their number."
+        min_length=1, description="The variants; the intervals are corrected for their number."
     )
-    against: str = Field(description="The variant that they are compared with; one without a grid.")
+    against: str = Field(description="The reference variant, which must not have a grid.")
 
 
 class Uniform(_Part):
-    """A number between two bounds, or its logarithm, evenly."""
+    """A number, or its logarithm, uniformly distributed between two bounds."""
 
     kind: Literal["uniform", "log_uniform"]
-    low: float = Field(description="The least value.")
+    low: float = Field(description="The smallest value.")
     high: float = Field(description="The largest value.")
 
 
 class Integers(_Part):
-    """A whole number from one bound to the other, both included."""
+    """An integer between two bounds, both included."""
 
     kind: Literal["integer"]
-    low: int = Field(description="The least value.")
+    low: int = Field(description="The smallest value.")
     high: int = Field(description="The largest value.")
 
 
 class Choice(_Part):
-    """One of some values."""
+    """One of several values."""
 
     kind: Literal["choice"]
-    values: list[Any] = Field(min_length=1, description="What there is to choose from.")
+    values: list[Any] = Field(min_length=1, description="The values to choose from.")
 
 
 Distribution = Annotated[Uniform | Integers | Choice, Field(discriminator="kind")]
 
 
 class Search(_Part):
-    """Trials in place of a grid: each gives every setting of `space` a value."""
+    """Trials instead of a grid: each sets every setting of `space`."""
 
     method: Literal["random", "optuna"] = Field(
-        description="random: all trials are drawn beforehand. optuna: each is chosen by the results before it (TPE)."
+        description="random: all trials are drawn beforehand. optuna: each is chosen from earlier results (TPE)."
     )
     trials: Annotated[int, Field(ge=1)] = Field(description="Trials of each variant.")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="What is drawn is a function of it.")
-    objective: Metric = Field("test.accuracy", description="What a trial is judged by, at its last evaluation.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the trials.")
+    objective: Metric = Field("test.accuracy", description="The metric of a trial, at its last evaluation.")
     space: dict[str, Distribution] = Field(min_length=1, description="A distribution by dotted path.")
 
 
 class Study(_Part):
-    """All that a study file says."""
+    """The content of a study file."""
 
     name: str = Field(pattern=NAME, description="Name of the study's folder.")
-    title: str = Field("", description="What a report calls it; empty: its name.")
-    base: str = Field(min_length=1, description="The configuration that every run begins with; relative to this file.")
+    title: str = Field("", description="Title of the report; empty: its name.")
+    base: str = Field(min_length=1, description="The configuration that every run starts from; relative to this file.")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (0,), min_length=1, description="Each variant is run with each."
+        (0,), min_length=1, description="Each variant is run with each seed."
     )
-    settings: Settings = Field({}, description="What every run changes in the base configuration, by dotted path.")
-    grid: dict[str, list[Any]] = Field({}, description="As in a variant, for all of them.")
-    search: Search | None = Field(None, description="Trials of every variant, and of every combination of its grid.")
+    settings: Settings = Field({}, description="Every run's changes to the base configuration, by dotted path.")
+    grid: dict[str, list[Any]] = Field({}, description="As in a variant; applies to all variants.")
+    search: Search | None = Field(None, description="Trials of every variant and of every combination of its grid.")
     variants: dict[Annotated[str, Field(pattern=NAME)], Variant] = Field(
         min_length=1, description="The variants, by name."
     )
-    analyse: tuple[Analysis, ...] = Field((), description="What is measured once the runs have finished.")
-    contrasts: tuple[Contrast, ...] = Field((), description="What the report compares, paired by seed.")
+    analyse: tuple[Analysis, ...] = Field((), description="Measurements after the runs have finished.")
+    contrasts: tuple[Contrast, ...] = Field((), description="Comparisons in the report, paired by seed.")
 
     def settings_of(self, variant: str) -> Settings:
-        """Return the settings of `variant`, with those of the variants that it is like below."""
+        """Return the settings of `variant`, including those inherited by `like`."""
         described = self.variants[variant]
-        below = self.settings_of(described.like) if described.like else self.settings
-        return {**below, **described.settings}
+        inherited = self.settings_of(described.like) if described.like else self.settings
+        return {**inherited, **described.settings}
 
     def seeds_of(self, variant: str) -> tuple[int, ...]:
-        """Return the seeds that `variant` is run with."""
+        """Return the seeds of `variant`."""
         return self.variants[variant].seeds or self.seeds
 
 
 def load_study(path: Path) -> Study:
-    """Return the study of the YAML file at `path`; its runs' configurations are not looked at.
+    """Return the study in the YAML file at `path`, without validating its runs' configurations.
 
     Raises:
-        ConfigError: it cannot be read, or something in it is wrong; every problem is listed.
+        ConfigError: it cannot be read or is invalid; every problem is listed.
     """
     written = read_mapping(path)
     try:
@@ -207,10 +207,10 @@ def _problems_of_settings(study: Study) -> Iterator[Problem]:
                 yield Problem(f"{place}.{path}", "the search has this setting already", code="grid-twice", value=values)
             if not values:
                 yield Problem(
-                    f"{place}.{path}", "a list without values would leave no run", code="empty-grid", value=values
+                    f"{place}.{path}", "an empty list would leave no run", code="empty-grid", value=values
                 )
     if len(set(study.seeds)) < len(study.seeds):
-        yield Problem("seeds", "a seed stands twice", code="seed-twice", value=list(study.seeds))
+        yield Problem("seeds", "a seed is listed twice", code="seed-twice", value=list(study.seeds))
 
 
 def _problems_of_variants(study: Study) -> Iterator[Problem]:
@@ -221,7 +221,7 @@ def _problems_of_variants(study: Study) -> Iterator[Problem]:
             elif _is_like_itself(study, name):
                 yield Problem(
                     f"variants.{name}.like",
-                    "the variant is like itself, through others",
+                    "the variant inherits from itself, through others",
                     code="like-itself",
                     value=variant.like,
                 )
@@ -247,7 +247,7 @@ def _problems_of_variants(study: Study) -> Iterator[Problem]:
             yield from (_unknown_variant(study, f"contrasts.{number}.{place}", name) for name in unknown)
         reference = study.variants.get(contrast.against)
         if study.grid or (reference is not None and reference.grid):
-            wrong, place = "a variant with a grid is several", f"contrasts.{number}.against"
+            wrong, place = "a variant with a grid is several variants", f"contrasts.{number}.against"
             yield Problem(place, wrong, code="several-variants", value=contrast.against)
 
 
@@ -274,8 +274,8 @@ def _unknown_variant(study: Study, path: str, value: str) -> Problem:
 
 
 def drawn_settings(search: Search, variant: str, trial: int) -> Settings:
-    """Return the settings of a random trial: each a function of (seed, variant, trial, path) alone."""
-    # bandit takes every generator for one of secrets
+    """Return the settings of a random trial, each a pure function of (seed, variant, trial, path)."""
+    # nosec: bandit assumes that every generator makes secrets.
     return {
         path: _draw(distribution, random.Random(f"{search.seed} {variant} {trial} {path}"))  # nosec B311
         for path, distribution in search.space.items()
@@ -289,24 +289,24 @@ def _draw(distribution: Distribution, source: random.Random) -> Any:
         case Integers(low=low, high=high):
             return source.randint(low, high)
         case Uniform(kind="log_uniform", low=low, high=high):
-            return _short(math.exp(source.uniform(math.log(low), math.log(high))), distribution)
-    return _short(source.uniform(distribution.low, distribution.high), distribution)
+            return _six_digits(math.exp(source.uniform(math.log(low), math.log(high))), distribution)
+    return _six_digits(source.uniform(distribution.low, distribution.high), distribution)
 
 
-def _short(value: float, distribution: Uniform) -> float:
-    """Return `value` with six digits: the run is what it says, and people can copy it."""
+def _six_digits(value: float, distribution: Uniform) -> float:
+    """Return `value` rounded to six digits, so that the recorded value is exact and can be copied."""
     return min(distribution.high, max(distribution.low, float(f"{value:.6g}")))
 
 
 class OptunaTrials:
-    """The trials of a study by Optuna, in one journal that several sweeps, on several nodes, may use at once.
+    """The Optuna trials of a study, in one journal that several sweeps on several nodes may use at once.
 
-    Each variant has an Optuna study of its own. A trial is asked with a sampler seeded by its number, so that what
-    it suggests is a function of the results so far, through kills and resumes.
+    Each variant is one Optuna study. The sampler of a trial is seeded by the trial's number, so that its suggestion is
+    a function of the results so far, even across kills and resumes.
     """
 
     def __init__(self, search: Search, journal: Path) -> None:
-        """Use the file `journal`, which the first trial makes. Raises UsageError without Optuna."""
+        """Use the file `journal`, which the first trial creates. Raises UsageError if Optuna is not installed."""
         try:
             import optuna
         except ImportError as error:
@@ -321,7 +321,7 @@ class OptunaTrials:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other sweeps from asking, within the block."""
+        """Within the block, keep other sweeps from asking for trials."""
         self._journal.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with exclusive(self._journal.with_suffix(".lock")):
             yield
@@ -335,17 +335,17 @@ class OptunaTrials:
         number = len(self._trials(variant))
         digest = hashlib.sha256(f"{self._search.seed} {variant} {number}".encode()).digest()
         with warnings.catch_warnings():
-            # of Optuna 4, for `constant_liar`, which jobs that run side by side need
+            # Optuna 4 warns about `constant_liar`, which concurrent jobs need.
             warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
             sampler = self._optuna.samplers.TPESampler(seed=int.from_bytes(digest[:4], "little"), constant_liar=True)
         self._study(variant, sampler).ask(dict(self._distributions))
 
     def untold(self, variant: str) -> Sequence[int]:
-        """Return the trials whose result Optuna does not know."""
+        """Return the trials without a result."""
         return [trial.number for trial in self._trials(variant) if not trial.state.is_finished()]
 
     def tell(self, variant: str, trial: int, value: float | None) -> None:
-        """Give Optuna the result of a trial; None: it has failed for good."""
+        """Report the result of a trial to Optuna; None: it failed for good."""
         study = self._study(variant)
         if value is None:
             study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
@@ -379,7 +379,7 @@ class OptunaTrials:
         for path, each in self._search.space.items():
             match each:
                 case Choice(values=values):
-                    # Optuna takes few types: a choice is known by its place.
+                    # Optuna accepts few types, so a choice is stored by its index.
                     found[path] = kinds.CategoricalDistribution(range(len(values)))
                 case Integers(low=low, high=high):
                     found[path] = kinds.IntDistribution(low, high)
@@ -395,7 +395,7 @@ class OptunaTrials:
                 case Choice(values=values):
                     settings[path] = values[value]
                 case Uniform():
-                    settings[path] = _short(value, each)
+                    settings[path] = _six_digits(value, each)
                 case _:
                     settings[path] = value
         return settings

@@ -1,4 +1,4 @@
-"""A batch script for one run, and how its global batch is shared out."""
+"""Batch scripts for a run or a study, and how the global batch is distributed over ranks."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _GPUS = re.compile(
     r"(?:--gpus-per-node=|(?:--gres=|--tres-per-node=)(?:[^,]+,)*(?:gres/)?gpu(?=[:=,]|$))"
     r"[:=]?(?:[A-Za-z][\w.-]*[:=]|\d+g\.\w+[:=])?(\d*)(?:,.*)?"
 )
-"""GPUs of a node; MIG's names of parts of one, such as 1g.10gb, begin with a digit."""
+"""Options that request GPUs per node. Types that begin with a digit, such as 1g.10gb, are MIG slices."""
 _PART = re.compile(
     r"--(?:ntasks|exclusive|gpus|tres|cpus-per|mem|cores-per|threads-per)\b.*|--gres=.*\bgpu\b.*|-[nGc].*"
 )
-"""Options that say which part of a node is wanted."""
+"""Options that request part of a node."""
 _MOST_JOBS = 100
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What is to run and what is asked of Slurm; paths are absolute, `nodes` is a number or a range (1-2)."""
+    """What to run, and what to request from Slurm; paths are absolute, `nodes` is a number or a range (1-2)."""
 
     root: Path
     config_file: Path
@@ -48,12 +48,12 @@ class Submission:
 
     @property
     def log(self) -> Path:
-        """Where the job writes to; Slurm puts its id for %j."""
+        """The job's output file; Slurm replaces %j by the job's id."""
         return self.run_directory / "slurm-%j.log"
 
     @property
     def ranks(self) -> int | None:
-        """The most ranks there can be; None where it is the nodes' GPUs that decide."""
+        """The largest possible number of ranks; None if it depends on the nodes' GPUs."""
         each = self.ranks_per_node or _gpus(self.options)
         return None if each is None else each * int(self.nodes.split("-")[-1])
 
@@ -73,19 +73,19 @@ def project_root() -> Path:
 
 
 def submit_run(submission: Submission) -> str:
-    """Submit the batch script of `submission`, and return the job's id; where it is refused, no folder is left.
+    """Submit the batch script of `submission` and return the job's id; if sbatch refuses, new folders are removed.
 
     Raises:
-        UsageError: another job is at the run, or sbatch is missing or refuses.
+        UsageError: another job runs or will run it, or sbatch is missing or refuses.
     """
     files = RunDirectory(submission.run_directory)
     waits = any(re.match(r"--dependency\b|-d", option) for option in submission.options)
     if not waits and (busy := jobs_of(files)):
         job, state = next(iter(busy.items()))
         raise UsageError(
-            f"{files.root} is the run of job {job}, which is {state}: two jobs must not write into one run directory; "
-            f"scancel {job}, let this one wait for it (-- --dependency=afterany:{job}), "
-            f"or choose another by run.name or --run-dir",
+            f"{files.root} belongs to job {job}, which is {state}: two jobs must not write into one run directory; "
+            f"scancel {job}, let this job wait for it (-- --dependency=afterany:{job}), "
+            f"or choose another directory with run.name or --run-dir",
             code="run-in-queue",
         )
     new = [folder for folder in (files.root, *files.root.parents) if not folder.exists()]
@@ -103,7 +103,7 @@ def submit_run(submission: Submission) -> str:
 
 
 def jobs_of(files: RunDirectory) -> dict[str, str]:
-    """Return the jobs that run or wait for the run, and their states as Slurm names them."""
+    """Return the run's active and pending jobs with their Slurm states."""
     submitted: list[str] = []
     with suppress(OSError, UnicodeDecodeError):
         submitted = files.jobs.read_text().split()[-_MOST_JOBS:]
@@ -121,7 +121,7 @@ def write_script(submission: Submission) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """One of a study's jobs; `after` is how it waits for the one before it."""
+    """One of a study's jobs; `after` is its type of dependency on the previous job."""
 
     name: str
     script: str
@@ -129,9 +129,9 @@ class Job:
 
 
 def study_jobs(plan: Plan, numbers: str, submission: Submission) -> tuple[Job, ...]:
-    """Return the jobs of a study: its runs of these `numbers` as an array, its analyses if any, and its report.
+    """Return the jobs of a study: the runs `numbers` as an array, analyses if it has any, and the report.
 
-    `submission` says what is asked of Slurm for each run; its run directory is the study's folder.
+    `submission` holds the request for each run; its run directory is the study's folder.
     """
     folder = submission.run_directory
     study = [str(plan.file.absolute()), *submission.overrides, "--directory", str(folder.parent)]
@@ -142,19 +142,21 @@ def study_jobs(plan: Plan, numbers: str, submission: Submission) -> tuple[Job, .
     )
     array = (*_requests(submission), *_OF_RUNS, f"--array={numbers}")
     runs = (*array, f"--output={folder}/slurm-%A_%a.log", *submission.options)
-    after = ("--nodes=1", "--kill-on-invalid-dep=yes", "--open-mode=append", f"--output={folder}/slurm-%j.log")
+    dependent = ("--kill-on-invalid-dep=yes", "--open-mode=append", f"--output={folder}/slurm-%j.log")
     jobs = [Job("runs", _script(submission, runs, *variables, "sweep_in_job"))]
     if plan.study.analyse:
-        measured = (*_requests(submission), *after[1:], *submission.options)
+        analyses = (*_requests(submission), *dependent, *submission.options)
         body = f"analyses_in_job {shlex.join(study)}"
-        jobs.append(Job("analyses", _script(submission, measured, body), "afterany"))
+        jobs.append(Job("analyses", _script(submission, analyses, body), "afterany"))
     partition = [f"--partition={submission.partition}"] if submission.partition else []
-    page = _script(submission, (*after, *partition), f"report_in_job {shlex.quote(str(folder))}")
-    return (*jobs, Job("report", page, "afterany"))
+    report = _script(
+        submission, ("--nodes=1", *dependent, *partition), f"report_in_job {shlex.quote(str(folder))}"
+    )
+    return (*jobs, Job("report", report, "afterany"))
 
 
 def submit_study(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
-    """Submit the jobs of a study, each waiting for the one before it, and return their ids by name.
+    """Submit the jobs of a study, each dependent on the previous one, and return their ids by name.
 
     Raises:
         UsageError: sbatch is missing or refuses.
@@ -188,10 +190,10 @@ def _script(submission: Submission, requests: Sequence[str], *body: str) -> str:
 
 
 def describe_batch(config: Config, ranks: int | None) -> tuple[str, ...]:
-    """Return, in lines, how the global batch is cut and dealt out.
+    """Return lines that describe how the global batch is split into micro-batches and distributed over ranks.
 
     Raises:
-        UsageError: so many ranks cannot share it.
+        UsageError: it cannot be distributed over so many ranks.
     """
     micro_size = config.batch.micro_size
     if micro_size == "auto":
@@ -230,9 +232,9 @@ def _dealt(count: int, ranks: int | None) -> str:
 
 
 def _requests(submission: Submission) -> list[str]:
-    """Return the nodes, whole unless the user's options say what part of them; time limit and partition."""
+    """Return the options for nodes, time limit and partition; whole nodes unless the user's options request less."""
     gpus = _gpus(submission.options)
-    # A job with whole nodes has all of their GPUs: their number and names need not be given.
+    # A job with whole nodes has all of their GPUs, so these need not be requested.
     part = ["--exclusive", "--mem=0"]
     if gpus is not None:
         part = [f"--ntasks-per-node={submission.ranks_per_node or gpus}"]

@@ -1,4 +1,4 @@
-"""The runs of a study one after another, or some at a time, each in a process of its own."""
+"""Runs the runs of a study, one or several at a time, each in its own process."""
 
 from __future__ import annotations
 
@@ -25,50 +25,50 @@ from dist_train.sweep.submission import project_root
 
 @dataclass(frozen=True)
 class Launcher:
-    """How runs are started: on so many ranks each, with so many threads a rank."""
+    """How runs are started: ranks per run, and threads per rank."""
 
     ranks: int = 1
     threads: int = 1
     to_terminal: bool = False
-    """Whether a run's output is shown, and not kept in its logs."""
+    """Whether a run's output goes to the terminal instead of its log."""
 
     def command(self, plan: Plan, run: PlannedRun) -> list[str]:
         """Return the command line of `run`. Raises UsageError as `program` does."""
-        # A sweep that is killed takes its runs along: they save and stop.
+        # If the sweep is killed, its runs get SIGTERM: they save and stop.
         guard = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
         return [*guard, *self.program(), *train_arguments(plan, run)]
 
     def program(self) -> list[str]:
-        """Return what the arguments of `dist-train` are given to.
+        """Return the command that takes the arguments of `dist-train`.
 
         Raises:
-            UsageError: several ranks are asked for, but this is no checkout of the project, with its launch scripts.
+            UsageError: several ranks are requested, but the launch scripts are missing.
         """
         if self.ranks == 1:
             return [sys.executable, "-m", "dist_train"]
         return [str(project_root() / "launch" / "local.sh"), "-np", str(self.ranks)]
 
     def environment(self) -> Mapping[str, str]:
-        """Return the variables that the run gets."""
-        ours = {"OMP_NUM_THREADS": str(self.threads), "DIST_TRAIN_PYTHON": sys.executable}
-        return {**ours, **os.environ}
+        """Return the run's environment variables."""
+        defaults = {"OMP_NUM_THREADS": str(self.threads), "DIST_TRAIN_PYTHON": sys.executable}
+        return {**defaults, **os.environ}
 
 
 def train_arguments(plan: Plan, run: PlannedRun) -> tuple[str, ...]:
-    """Return the arguments of `dist-train` that train `run`."""
+    """Return the `dist-train` arguments that train `run`."""
     return ("train", str(plan.base_file), *run.overrides)
 
 
 def share_of_threads(jobs: int, ranks: int) -> int:
-    """Return the threads of a rank, when so many runs on so many ranks share this machine's cores."""
+    """Return the threads per rank if `jobs` concurrent runs of `ranks` ranks share this machine's cores."""
     return max(1, len(os.sched_getaffinity(0)) // (jobs * ranks))
 
 
 class RunProcess:
-    """A run that has been started."""
+    """The process of a started run."""
 
     def __init__(self, plan: Plan, run: PlannedRun, launcher: Launcher, lock: int) -> None:
-        """Start `run`; `lock` is held as long as it, or we, live."""
+        """Start `run`; the file descriptor `lock` stays locked as long as the run or this process lives."""
         self.run = run
         self._lock = lock
         self._by_script = launcher.ranks > 1
@@ -78,7 +78,7 @@ class RunProcess:
         self._process = self._start(launcher.command(plan, run), launcher.environment())
 
     def ended(self) -> int | None:
-        """Return the run's exit code, once; None while it continues."""
+        """Return None while the run continues, then once its exit code, which releases the lock."""
         code = self._process.poll()
         if code is not None:
             os.close(self._lock)
@@ -86,7 +86,7 @@ class RunProcess:
 
     @property
     def seconds(self) -> float:
-        """How long ago the run was started."""
+        """Seconds since the start."""
         return time.monotonic() - self._begun
 
     def stop(self) -> None:
@@ -95,14 +95,14 @@ class RunProcess:
 
     def end(self) -> None:
         """End the run without waiting for it to save."""
-        # The launch script takes a second request so, and ends its ranks.
+        # At a second SIGTERM the launch script ends its ranks at once.
         self._process.send_signal(signal.SIGTERM if self._by_script else signal.SIGKILL)
 
     def _start(self, command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         if self._log is not None:
             self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with self._log.open("ab") if self._log is not None else nullcontext() as log:
-            # In a session of its own, a Ctrl-C at the terminal reaches the sweep alone, which forwards it.
+            # In its own session, so that Ctrl-C at the terminal reaches only the sweep, which forwards it.
             return subprocess.Popen(
                 command,
                 env=environment,
@@ -114,7 +114,7 @@ class RunProcess:
             )
 
     def reason(self, code: int) -> str:
-        """Return why the run has ended with `code`, which is not 0."""
+        """Return why the run ended with the non-zero `code`."""
         status = read_status(self.run.files.status)
         if status is not None and status != self._before and status.exit_code == code:
             return status.reason
@@ -122,10 +122,10 @@ class RunProcess:
             where = f" at step {status.step}" if status is not None and status != self._before else ""
             return f"ended by {signal.Signals(-code).name}{where}"
         if code == ExitCode.STOPPED:
-            return "stopped before it began"
-        return self._last_words() or f"ended with {code}"
+            return "stopped before it started"
+        return self._last_message() or f"ended with code {code}"
 
-    def _last_words(self) -> str:
+    def _last_message(self) -> str:
         if self._log is None:
             return ""
         try:
@@ -136,7 +136,7 @@ class RunProcess:
 
 
 def take(run: PlannedRun) -> int | None:
-    """Return a descriptor that holds `run` for this sweep alone; None where another process holds it."""
+    """Return a file descriptor that locks `run` for this sweep; None if another process holds the lock."""
     run.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(run.files.sweep_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     if not try_to_lock(descriptor, run.files.sweep_lock):
@@ -147,15 +147,15 @@ def take(run: PlannedRun) -> int | None:
 
 _PACE_SECONDS = 0.1
 _INSIST_SECONDS = 2.0
-"""A second signal that comes sooner is taken for the same request."""
+"""A second signal within this time counts as the same request."""
 
 Say = Callable[[str], None]
 
 
 class StopRequest:
-    """While the block lasts, SIGINT and SIGTERM, and what batch systems send, ask the sweep to stop.
+    """Within the block, SIGINT, SIGTERM and the signals of batch systems ask the sweep to stop.
 
-    What is ignored already stays so: SIGHUP under nohup, SIGINT in what a script starts in the background.
+    Signals that are ignored stay ignored: SIGHUP under nohup, SIGINT in background processes of a script.
     """
 
     _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -168,15 +168,15 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        heeded = [number for number in self._SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._note) for number in heeded}
+        handled = [number for number in self._SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.is_asked:
             self.is_asked, self._first = True, time.monotonic()
         elif number in self._INSISTENT and time.monotonic() - self._first >= _INSIST_SECONDS:
@@ -185,7 +185,7 @@ class StopRequest:
 
 @dataclass
 class Tally:
-    """The outcome of a sweep's runs; `busy` are those that other processes are at."""
+    """The outcome of a sweep's runs; `busy` are those that other processes are running."""
 
     finished: list[PlannedRun] = field(default_factory=list)
     failed: list[tuple[PlannedRun, str]] = field(default_factory=list)
@@ -193,13 +193,13 @@ class Tally:
     busy: list[tuple[PlannedRun, str]] = field(default_factory=list)
     left: list[PlannedRun] = field(default_factory=list)
     unasked: int = 0
-    """Runs of trials that are still to be asked."""
+    """Number of runs whose trials Optuna has not suggested yet."""
 
     @property
     def exit_code(self) -> ExitCode:
-        """FAULT where a run failed, STOPPED where one is still to be finished."""
+        """STOPPED if runs are left to do, otherwise FAULT if a run failed."""
         if self.left or self.stopped or self.unasked:
-            # Asked to stop, a sweep is to be started again, whatever has failed.
+            # A stopped sweep is to be started again, even if some runs failed.
             return ExitCode.STOPPED
         if self.failed:
             return ExitCode.FAULT
@@ -212,71 +212,71 @@ More = Callable[[], Sequence[PlannedRun]]
 def sweep(
     plan: Plan, runs: Sequence[PlannedRun], jobs: int, launcher: Launcher, say: Say, more: More = lambda: ()
 ) -> Tally:
-    """Run `runs` in their order, `jobs` at a time; `say` what happens. A run that fails stops no other.
+    """Run `runs` in order, `jobs` at a time; report progress by `say`. A failed run does not stop the others.
 
-    When all have begun, `more` is asked for further ones until it has none. On a signal the runs at work save and
-    stop, and no other is started.
+    When all have been started, `more` is called for further runs until it returns none. On a signal the active runs
+    save and stop, and no other is started.
     """
     tally = Tally()
     waiting = list(runs)
-    going: list[RunProcess] = []
+    active: list[RunProcess] = []
     with StopRequest() as request:
         try:
             was_stopped = was_killed = False
             is_all_known = False
-            while waiting or going or not is_all_known:
-                while len(going) < jobs and not request.is_asked:
+            while waiting or active or not is_all_known:
+                while len(active) < jobs and not request.is_asked:
                     waiting = waiting or list(more())
                     is_all_known = not waiting
                     if not waiting:
                         break
                     run = waiting.pop(0)
                     try:
-                        started = _begin(plan, run, launcher, tally, say)
-                        going += [started] if started else []
+                        started = _start_if_needed(plan, run, launcher, tally, say)
+                        active += [started] if started else []
                     except OSError as error:
                         tally.failed.append((run, f"cannot be started: {error}"))
                         say(f"{_label(plan, run)}: cannot be started: {error}")
                 if request.is_asked and not was_stopped:
                     was_stopped = is_all_known = True
                     tally.left, waiting = waiting, []
-                    say(f"asked to stop: {wording.plural(len(going), 'run')} to save and end")
-                    for process in going:
+                    say(f"asked to stop: waiting for {wording.plural(len(active), 'run')} to save and end")
+                    for process in active:
                         process.stop()
                 if request.is_insistent and not was_killed:
                     was_killed = True
-                    say("asked again: ending them without waiting")
-                    for process in going:
+                    say("asked again: ending the runs without waiting")
+                    for process in active:
                         process.end()
-                going = [process for process in going if not _has_ended(process, plan, tally, say)]
-                if going:
+                active = [process for process in active if not _has_ended(process, plan, tally, say)]
+                if active:
                     time.sleep(_PACE_SECONDS)
         finally:
-            for process in going:
+            for process in active:
                 process.stop()
     return tally
 
 
 def summary(tally: Tally) -> list[str]:
-    """Return in lines what became of the runs: how many finished, and which did not, and why."""
+    """Return lines that say how many runs finished, and which did not and why."""
     lines = [f"{wording.plural(len(tally.finished), 'run')} finished"]
     for word, runs in (("failed", tally.failed), ("stopped", tally.stopped), ("left to others", tally.busy)):
         if runs:
             lines.append(f"{len(runs)} {word}:")
             lines += [f"  {run.number} {run.name}: {reason or 'no reason given'}" for run, reason in runs]
-    if not_begun := len(tally.left) + tally.unasked:
-        lines.append(f"{wording.plural(not_begun, 'run')} not begun")
+    if not_started := len(tally.left) + tally.unasked:
+        lines.append(f"{wording.plural(not_started, 'run')} not started")
     if tally.exit_code == ExitCode.STOPPED:
         lines.append("the same command continues")
     return lines
 
 
-def _begin(plan: Plan, run: PlannedRun, launcher: Launcher, tally: Tally, say: Say) -> RunProcess | None:
-    """Start `run` where there is something to do. Raises OSError where it cannot be started."""
+def _start_if_needed(plan: Plan, run: PlannedRun, launcher: Launcher, tally: Tally, say: Say) -> RunProcess | None:
+    """Start `run` unless there is nothing to do. Raises OSError if it cannot be started."""
     lock = take(run)
     standing = standing_of(run)
     if lock is None:
-        standing = Standing(run, standing.state, "another sweep is at it", "busy")
+        standing = Standing(run, standing.state, "another sweep is running it", "busy")
     label = _label(plan, run)
     match standing.then:
         case "skip":
@@ -305,7 +305,7 @@ def _has_ended(process: RunProcess, plan: Plan, tally: Tally, say: Say) -> bool:
         tally.finished.append(run)
         say(f"{label}: finished in {took}{_accuracy(standing_of(run))}")
     elif code in (ExitCode.STOPPED, -signal.SIGTERM):
-        # A run without its signal handlers yet dies of the request; there was nothing to save.
+        # Before a run installs its signal handlers, SIGTERM kills it; there was nothing to save.
         tally.stopped.append((run, reason))
         say(f"{label}: stopped after {took}")
     else:

@@ -207,7 +207,7 @@ def measured_of(name: str, records: Iterable[Record]) -> Measured:
 
 
 def learning_curve(quantity: Quantity, measured: Measured, most: int = 400) -> Chart | None:
-    """Return loss or accuracy at each update and on each split, at most `most` points a curve; None if there are none."""
+    """Return loss or accuracy at each update and on each split, at most `most` points each; None if there are none."""
     batches = Series("train, each batch", BATCH, _thinned(measured.train, quantity, measured, most), "faint")
     splits = (
         Series(split, split, _thinned(records, quantity, measured, most))

@@ -158,7 +158,7 @@ class TestGoingOn:
             tally = run_all(plan, "exit 0")
         finally:
             os.close(lock)
-        assert tally.busy == [(plan.runs[0], "another sweep is at it")]
+        assert tally.busy == [(plan.runs[0], "another sweep is running it")]
         assert len(tally.finished) == 3
         assert tally.exit_code == ExitCode.STOPPED
 
@@ -179,8 +179,8 @@ class TestStopping:
         assert sorted(names([run for run, _ in tally.stopped])) == sorted(names(plan.runs[:2]))
         assert names(tally.left) == names(plan.runs[2:])
         assert tally.exit_code == ExitCode.STOPPED
-        assert "asked to stop: 2 runs to save and end" in say
-        assert summary(tally)[-2:] == ["2 runs not begun", "the same command continues"]
+        assert "asked to stop: waiting for 2 runs to save and end" in say
+        assert summary(tally)[-2:] == ["2 runs not started", "the same command continues"]
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
     def test_whoever_insists_waits_no_longer(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
