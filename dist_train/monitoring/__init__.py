@@ -1,1 +1,1 @@
-"""Observers of a run: the console, log files, TensorBoard, and the exporter that Prometheus scrapes."""
+"""Observers of a run: console, log files, TensorBoard and trackers, and the exporter that Prometheus scrapes."""

@@ -1,4 +1,4 @@
-"""What a run says: lines or a bar on the console, and a log file for each rank."""
+"""A run's console output, as plain lines or a progress bar, and a log file for each rank."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _WIDTH = 120
 
 
 class PlainLines(Observer):
-    """Writes one line each `seconds` at most, and one for every evaluation and event; each is flushed."""
+    """Writes at most one training line per `seconds`, and a line for every evaluation and event; each is flushed."""
 
     def __init__(self, stream: TextIO, seconds: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream
@@ -41,12 +41,12 @@ class PlainLines(Observer):
         self._facts: RunFacts | None = None
 
     def begin(self, facts: RunFacts) -> None:
-        """Say what is about to be trained."""
+        """Print the introduction."""
         self._facts = facts
         self._write("\n".join(wording.introduction(facts)))
 
     def record(self, record: Record) -> None:
-        """Write `record` as a line, where it is time for one."""
+        """Write `record` as a line, if one is due."""
         assert self._facts is not None, "begin comes first"
         match record:
             case TrainRecord():
@@ -61,7 +61,7 @@ class PlainLines(Observer):
                 self._write(wording.event(record))
 
     def end(self, outcome: Outcome) -> None:
-        """Write the summary, of a run that has begun."""
+        """Write the summary if the run has begun."""
         if self._facts is None:
             return
         page = io.StringIO()
@@ -74,28 +74,28 @@ class PlainLines(Observer):
             self._stream.write(text + "\n")
             self._stream.flush()
         except BrokenPipeError:
-            # or Python's exit fails, with code 120, on what is left in the stream's buffer
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            # Otherwise Python fails at exit, with code 120, to flush the stream's buffer.
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
             raise
 
 
 _REDRAW_SECONDS = 0.2
 _REDRAW_SHARE = 1 / 300
-"""The most of the training's time that drawing may take."""
+"""Largest fraction of the training time spent on drawing."""
 _WIDEST = 110
 
 
 class _Terminal(Console):
-    """A console that reports a closed pipe as what it is; the library's own way is to end the process."""
+    """A console that raises BrokenPipeError for a closed pipe; by default rich ends the process."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError("the terminal is closed")
 
 
 class TerminalBar(Observer):
-    """Redraws at most five times a second, and more seldom where drawing is slow. No thread of its own."""
+    """A progress bar, redrawn at most five times a second and less often if drawing is slow, without a thread."""
 
     def __init__(self, terminal: TextIO) -> None:
         self._terminal = terminal
@@ -119,7 +119,7 @@ class TerminalBar(Observer):
         self._best = 0.0
 
     def begin(self, facts: RunFacts) -> None:
-        """Say what is about to be trained, and draw the bar."""
+        """Print the introduction and draw the bar."""
         self._facts = facts
         self._step = facts.start_step
         self._task = self._bar.add_task("", total=facts.total_steps, epoch="", left="")
@@ -127,12 +127,12 @@ class TerminalBar(Observer):
         for place, line in enumerate(wording.introduction(facts)):
             self._console.print(Text(line, style="dim" if place else "bold"))
         self._live.start()
-        # a run that is killed must not leave a terminal without a cursor
+        # A killed run must not leave the terminal without a cursor.
         self._console.show_cursor(True)
         self._draw()
 
     def record(self, record: Record) -> None:
-        """Take `record` into the bar; an evaluation or an event is printed above it."""
+        """Update the bar; an evaluation or an event is printed above it."""
         assert self._facts is not None, "begin comes first"
         match record:
             case TrainRecord():
@@ -153,13 +153,13 @@ class TerminalBar(Observer):
                 self._print(Text(wording.event(record), style="yellow"))
 
     def progress(self, step: int) -> None:
-        """Move the bar, where it is time to."""
+        """Move the bar, if a redraw is due."""
         self._step = max(self._step, step)
         if time.monotonic() >= self._next:
             self._draw()
 
     def end(self, outcome: Outcome) -> None:
-        """Take the bar away and print the summary, of a run that has begun."""
+        """Remove the bar and print the summary, if the run has begun."""
         if self._facts is not None:
             self._stop()
             self._console.print()
@@ -168,7 +168,7 @@ class TerminalBar(Observer):
             self._terminal.close()
 
     def _print(self, line: Text) -> None:
-        with self._stopping_where_it_is_closed():
+        with self._stop_if_closed():
             self._console.print(line)
 
     def _draw(self) -> None:
@@ -178,14 +178,14 @@ class TerminalBar(Observer):
         left = "" if seconds is None else f"{wording.duration(seconds)} left"
         epoch = wording.current_epoch(self._facts, self._step)
         self._bar.update(self._task, completed=self._step, epoch=epoch, left=left)
-        with self._stopping_where_it_is_closed():
+        with self._stop_if_closed():
             self._fit()
             self._live.update(Group(Constrain(self._bar, _WIDEST), self._measurements()), refresh=True)
         finished = time.monotonic()
         self._next = finished + max(_REDRAW_SECONDS, (finished - started) / _REDRAW_SHARE)
 
     @contextmanager
-    def _stopping_where_it_is_closed(self) -> Iterator[None]:
+    def _stop_if_closed(self) -> Iterator[None]:
         try:
             yield
         except OSError:
@@ -193,12 +193,12 @@ class TerminalBar(Observer):
             raise
 
     def _stop(self) -> None:
-        """End the live display and give `sys.stdout` and `sys.stderr` back, whatever the terminal says."""
+        """End the live display and restore `sys.stdout` and `sys.stderr`, even if the terminal raises."""
         with suppress(OSError):
             self._live.stop()
 
     def _fit(self) -> None:
-        """Follow the size of the terminal; behind a launcher the standard streams do not know it."""
+        """Adopt the terminal's width, which the standard streams do not know behind a launcher."""
         with suppress(OSError):
             columns = os.get_terminal_size(self._terminal.fileno()).columns
             if columns > 0:
@@ -222,7 +222,7 @@ class TerminalBar(Observer):
 
 
 def summary_table(facts: RunFacts, outcome: Outcome, box: Box | None) -> Table:
-    """Return how the run ended, one fact a row."""
+    """Return a table of how the run ended, one fact per row."""
     table = Table(box=box, show_header=False, title=Text(escaped(facts.name), style="bold"), title_justify="left")
     table.add_column(style="dim")
     table.add_column(overflow="fold")
@@ -248,22 +248,22 @@ def summary_table(facts: RunFacts, outcome: Outcome, box: Box | None) -> Table:
 
 
 TERMINAL_VARIABLE = "DIST_TRAIN_TERMINAL"
-"""Set by launch scripts to `[host:]/dev/pts/N`, for launchers put a pipe between a rank and it."""
+"""Launch scripts set it to `[host:]/dev/pts/N`, because launchers put a pipe between a rank and the terminal."""
 
 
 def open_console(environment: Mapping[str, str] = os.environ) -> Observer:
-    """Return the observer that suits the output at hand."""
+    """Return a bar if the output is a terminal, otherwise plain lines."""
     if environment.get("TERM", "dumb") in ("dumb", "unknown"):
         return PlainLines(sys.stdout)
     if terminal := launcher_terminal(environment.get(TERMINAL_VARIABLE, "")):
         return TerminalBar(terminal)
-    # mpirun gives every rank a pseudo-terminal, also when its own output goes to a file
+    # mpirun gives every rank a pseudo-terminal even if its own output goes to a file.
     launched = "OMPI_COMM_WORLD_RANK" in environment or "PMIX_RANK" in environment
     return TerminalBar(sys.stdout) if sys.stdout.isatty() and not launched else PlainLines(sys.stdout)
 
 
 def launcher_terminal(address: str) -> TextIO | None:
-    """Open the terminal at `[host:]device`; None where it is another host's, or none that can be opened."""
+    """Open the terminal at `[host:]device`; None if it is on another host or cannot be opened."""
     host, _, device = address.rpartition(":")
     if host in ("", socket.gethostname()) and device.startswith("/dev/"):
         with suppress(OSError):
@@ -279,9 +279,9 @@ _LOGGER = "dist_train"
 
 @contextmanager
 def open_logs(directory: Path, rank: int, level: int = logging.INFO) -> Iterator[Path]:
-    """Send the `dist_train` logger to `directory`/rank-`rank`.log, which is yielded, and rank 0's warnings to stderr.
+    """Log `dist_train` to `directory`/rank-`rank`.log, and rank 0's warnings also to stderr; yield the file's path.
 
-    Raises OSError where the file cannot be opened.
+    Raises OSError if the file cannot be opened.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"rank-{rank}.log"
@@ -299,14 +299,14 @@ def open_logs(directory: Path, rank: int, level: int = logging.INFO) -> Iterator
 
 
 class _Formatter(logging.Formatter):
-    """Keeps escape sequences in names and files from the terminal where the line is read, and passwords in URLs."""
+    """Removes terminal escape sequences from messages, and passwords from URLs."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
 
 class _RankFile(logging.FileHandler):
-    """Appends to the rank's file; when that fails, says so once and gives up."""
+    """Appends to the rank's file; on a write error, reports it once and stops."""
 
     def __init__(self, path: Path, rank: int) -> None:
         super().__init__(path, encoding="utf-8")
@@ -315,7 +315,7 @@ class _RankFile(logging.FileHandler):
         self.setFormatter(form)
 
     def close(self) -> None:
-        with suppress(OSError):  # what was left to flush was reported when it was written
+        with suppress(OSError):  # the failed write has been reported already
             super().close()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name is logging's)
@@ -327,7 +327,7 @@ class _RankFile(logging.FileHandler):
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
-    """Warnings and above, to whatever `sys.stderr` is at the time: a progress bar may stand in for it."""
+    """Warnings and above, to the current `sys.stderr`, which the progress bar may have replaced."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self, logging.WARNING)

@@ -1,10 +1,10 @@
-"""Observers of a run, and the promise that none of them can stop it; those that record in TensorBoard and in trackers.
+"""`Observers`, which isolates a run from failing observers, and the observers for TensorBoard and trackers.
 
-What TensorBoard, trackio, Weights & Biases and MLflow hold equals `metrics.jsonl`, also after a resume. A resume takes
-back what was recorded after its checkpoint. TensorBoard has a mark for that. The others have none that works offline:
-wandb ignores a step below the last one, trackio and MLflow keep both values. With those each launch is therefore a
-tracker's run of its own, and whole: it begins with what `metrics.jsonl` has kept. trackio and MLflow delete the run of
-the launch before it; wandb, whose runs may be on a server already, keeps it in the same group.
+TensorBoard, trackio, Weights & Biases and MLflow hold the same numbers as `metrics.jsonl`, also after a resume, which
+discards what was recorded after its checkpoint. TensorBoard supports that by `purge_step`. The others do not offline:
+wandb ignores a step below the last one, trackio and MLflow keep both values. With these, each launch therefore logs a
+complete run of its own, beginning with the records that `metrics.jsonl` has kept. trackio and MLflow delete the
+previous launch's run; wandb, whose runs may already be on a server, keeps it in the same group.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Observers(Observer):
-    """Passes every call to each observer; one that raises is reported once and dropped."""
+    """Forwards every call to each observer; an observer that raises is reported once and dropped."""
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
         self._observers = tuple(observers)
@@ -57,34 +57,34 @@ class Observers(Observer):
         return bool(self._observers)
 
     def begin(self, facts: RunFacts) -> None:
-        """Pass `begin` on."""
-        self._each(lambda observer: observer.begin(facts))
+        """Forward `begin`."""
+        self._call_each(lambda observer: observer.begin(facts))
 
     def regroup(self, facts: RunFacts) -> None:
-        """Pass `regroup` on."""
-        self._each(lambda observer: observer.regroup(facts))
+        """Forward `regroup`."""
+        self._call_each(lambda observer: observer.regroup(facts))
 
     def record(self, record: Record) -> None:
-        """Pass `record` on."""
-        self._each(lambda observer: observer.record(record))
+        """Forward `record`."""
+        self._call_each(lambda observer: observer.record(record))
 
     def measurement(self, measurement: Measurement) -> None:
-        """Pass `measurement` on."""
-        self._each(lambda observer: observer.measurement(measurement))
+        """Forward `measurement`."""
+        self._call_each(lambda observer: observer.measurement(measurement))
 
     def progress(self, step: int) -> None:
-        """Pass `progress` on."""
-        self._each(lambda observer: observer.progress(step))
+        """Forward `progress`."""
+        self._call_each(lambda observer: observer.progress(step))
 
     def sync(self) -> None:
-        """Have every observer flush to disk what it holds. May be called from any thread."""
-        self._each(lambda observer: observer.sync())
+        """Make every observer flush to disk. May be called from any thread."""
+        self._call_each(lambda observer: observer.sync())
 
     def end(self, outcome: Outcome) -> None:
-        """Pass `end` on."""
-        self._each(lambda observer: observer.end(outcome))
+        """Forward `end`."""
+        self._call_each(lambda observer: observer.end(outcome))
 
-    def _each(self, call: Callable[[Observer], None]) -> None:
+    def _call_each(self, call: Callable[[Observer], None]) -> None:
         for observer in self._observers:
             try:
                 call(observer)
@@ -98,7 +98,7 @@ class Observers(Observer):
             if self._observers == before:
                 return
         name, reason = type(failed).__name__, f"{type(error).__name__}: {error}"
-        _logger.warning("%s failed and is left out from now on; training continues: %s", name, reason)
+        _logger.warning("%s failed and is disabled; training continues: %s", name, reason)
         _logger.debug("where %s failed", name, exc_info=error)
 
 
@@ -108,7 +108,7 @@ _MODULES = MappingProxyType(
 
 
 def check_installed(name: str) -> None:
-    """Raise UsageError where the library of the logger `name` is not installed; to be called before training starts."""
+    """Raise UsageError if the library of the logger `name` is not installed; called before training starts."""
     if name not in _MODULES:
         return
     try:
@@ -121,7 +121,7 @@ def check_installed(name: str) -> None:
 
 
 def numbers_of(record: Record) -> dict[str, float]:
-    """Return the numbers of `record` by their names in a tracker; an event has none."""
+    """Return the numbers of `record`, keyed by their names in trackers; empty for an event."""
     match record:
         case TrainRecord():
             return {
@@ -139,14 +139,14 @@ def numbers_of(record: Record) -> dict[str, float]:
 
 
 def tensorboard(directory: Path) -> TensorBoard:
-    """Return the observer that writes TensorBoard's files into the run `directory`."""
+    """Return the observer that writes TensorBoard files into the run `directory`."""
     return TensorBoard(RunDirectory(directory).tensorboard)
 
 
 class TensorBoard(Observer):
-    """An observer that adds one event file a launch to `directory`.
+    """Writes one TensorBoard event file per launch into `directory`.
 
-    A run that resumes from a checkpoint declares what earlier launches wrote after it void.
+    A run that resumes from a checkpoint purges what earlier launches wrote after it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -154,10 +154,10 @@ class TensorBoard(Observer):
         self._writer: SummaryWriter | None = None
 
     def begin(self, facts: RunFacts) -> None:
-        """Open this launch's file. Raises ImportError without TensorBoard."""
+        """Open this launch's file. Raises ImportError if TensorBoard is not installed."""
         from torch.utils.tensorboard import SummaryWriter
 
-        # All of the checkpoint's own step was recorded, and flushed, before the checkpoint: it stays.
+        # The records of the checkpoint's own step were flushed before the checkpoint, so they stay.
         self._writer = SummaryWriter(self._directory, purge_step=facts.start_step + 1)
 
     def record(self, record: Record) -> None:
@@ -173,7 +173,7 @@ class TensorBoard(Observer):
         self._add(norms | parts, measurement.step, measurement.time)
 
     def sync(self) -> None:
-        """Flush what was added. May be called from any thread."""
+        """Flush. May be called from any thread."""
         if self._writer is not None:
             self._writer.flush()
 
@@ -190,20 +190,20 @@ class TensorBoard(Observer):
 
 
 class Tracker(Observer, ABC):
-    """Logs each launch as a run of a tracker, which begins with what `metrics.jsonl` has kept of earlier launches."""
+    """Logs each launch as a tracker's run, beginning with earlier launches' records from `metrics.jsonl`."""
 
     def __init__(self) -> None:
         self._logged: set[tuple[type[Record], int, str]] = set()
 
     def begin(self, facts: RunFacts) -> None:
-        """Open the tracker's run and log what was recorded before."""
+        """Open the tracker's run and log the records of earlier launches."""
         run = RunDirectory(facts.run_directory)
         self.open(facts, yaml.safe_load(run.config.read_text(encoding="utf-8")))
         for record in read_records(run.metrics):
             self.record(record)
 
     def record(self, record: Record) -> None:
-        """Log the numbers of `record`, once: a resume may evaluate again what it finds evaluated."""
+        """Log the numbers of `record`, once: a resumed run may repeat an evaluation."""
         identity = (type(record), record.step, record.split if isinstance(record, EvaluationRecord) else "")
         if (numbers := numbers_of(record)) and identity not in self._logged:
             self._logged.add(identity)
@@ -215,7 +215,7 @@ class Tracker(Observer, ABC):
 
     @abstractmethod
     def log(self, numbers: Mapping[str, float], step: int, moment: float) -> None:
-        """Log `numbers` by their names, measured after update `step`, `moment` seconds since 1970."""
+        """Log `numbers`, measured after update `step` at `moment` (seconds since 1970)."""
 
 
 class TrackioOptions(BaseModel, extra="forbid"):
@@ -233,36 +233,36 @@ class WandbOptions(BaseModel, extra="forbid"):
 
 
 class WandbShaped(Tracker):
-    """A tracker whose library has runs as W&B's: `log(numbers, step)` and `finish()`."""
+    """A tracker whose runs have W&B's interface: `log(numbers, step)` and `finish()`."""
 
     _run: Any = None
 
     def log(self, numbers: Mapping[str, float], step: int, moment: float) -> None:
-        """Pass `numbers` on; the library writes them from a thread or process of its own."""
+        """Log `numbers`; the library writes them from its own thread or process."""
         self._run.log(dict(numbers), step=step)
 
     def end(self, outcome: Outcome) -> None:
-        """Wait until all is written."""
+        """Wait until everything is written."""
         if self._run is not None:
             self._run.finish()
 
 
 class Trackio(WandbShaped):
-    """Logs into trackio's SQLite file of the project; the run of an earlier launch is replaced."""
+    """Logs into the project's trackio SQLite file; the run of an earlier launch is replaced."""
 
     def __init__(self, directory: Path, options: TrackioOptions) -> None:
         super().__init__()
         self._project = options.project
 
     def open(self, facts: RunFacts, settings: Mapping[str, Any]) -> None:
-        """Open the run, named as this one, in place of the one of the launch before."""
+        """Open a trackio run of the same name, replacing the previous launch's."""
         import trackio
 
         with suppress(ValueError):  # there is no such project yet
             for run in trackio.Api().runs(self._project):
                 if (run.config or {}).get("run_id") == facts.run_id:
                     run.delete()
-        # its greeting is no result of ours
+        # trackio prints a greeting, which does not belong on stdout.
         with redirect_stdout(sys.stderr):
             self._run = trackio.init(
                 project=self._project,
@@ -274,7 +274,7 @@ class Trackio(WandbShaped):
             )
 
     def end(self, outcome: Outcome) -> None:
-        """Wait until all is written, and leave nothing for the end of the process."""
+        """Wait until everything is written, so that nothing is left for the exit of the process."""
         if self._run is not None:
             import trackio
 
@@ -283,7 +283,7 @@ class Trackio(WandbShaped):
 
 
 class Wandb(WandbShaped):
-    """Logs into a folder of the run directory, or to W&B's server; the launches of one run are a group."""
+    """Logs into a folder of the run directory or to W&B's server; the launches of a run are a group."""
 
     def __init__(self, directory: Path, options: WandbOptions) -> None:
         super().__init__()
@@ -291,7 +291,7 @@ class Wandb(WandbShaped):
         self._options = options
 
     def open(self, facts: RunFacts, settings: Mapping[str, Any]) -> None:
-        """Open a run of this launch."""
+        """Open this launch's W&B run."""
         import wandb
 
         self._run = wandb.init(
@@ -308,7 +308,7 @@ class Wandb(WandbShaped):
             _logger.info("logged to %s", self._run.url)
 
     def log(self, numbers: Mapping[str, float], step: int, moment: float) -> None:
-        """Pass `numbers` on, with the time at which they were measured."""
+        """Log `numbers` with the time at which they were measured."""
         super().log({**numbers, "_timestamp": moment}, step, moment)
 
 
@@ -322,14 +322,14 @@ class MlflowOptions(BaseModel, extra="forbid"):
 _RUN_ID = "dist_train.run_id"
 _FLUSH_SECONDS = 5.0
 _PARAMS, _METRICS = 100, 1000
-"""The most that MLflow takes in one call."""
+"""MLflow's limits for one call."""
 _STATES = MappingProxyType({"finished": "FINISHED", "stopped": "KILLED"})
 
 
 class Mlflow(Tracker):
-    """Logs into MLflow's SQLite file, or to its server; the run of an earlier launch is moved to the deleted ones.
+    """Logs into MLflow's SQLite file or to its server; the run of an earlier launch is marked as deleted.
 
-    Numbers wait in memory for a few seconds, so that the training does not wait for every one to be written.
+    Numbers are collected for a few seconds, so that training does not wait for every write.
     """
 
     def __init__(self, directory: Path, options: MlflowOptions) -> None:
@@ -343,7 +343,7 @@ class Mlflow(Tracker):
         self._lock = Lock()
 
     def open(self, facts: RunFacts, settings: Mapping[str, Any]) -> None:
-        """Open the run, named as this one, in place of the one of the launch before."""
+        """Open an MLflow run of the same name, replacing the previous launch's."""
         from mlflow.entities import Param
 
         client, experiment = self._open_experiment()
@@ -356,7 +356,7 @@ class Mlflow(Tracker):
             client.log_batch(self._run, params=params[start : start + _PARAMS])
 
     def _open_experiment(self) -> tuple[Any, str]:
-        """Return a client and the experiment's id, one run at a time: two that make one database would break it."""
+        """Return a client and the experiment's id; locked, because creating one database twice would break it."""
         from filelock import FileLock
         from mlflow import MlflowClient
 
@@ -367,7 +367,7 @@ class Mlflow(Tracker):
             return client, known.experiment_id if known else client.create_experiment(self._experiment)
 
     def log(self, numbers: Mapping[str, float], step: int, moment: float) -> None:
-        """Add `numbers`, and write what has waited for long enough."""
+        """Add `numbers`; write all that are waiting if the last write was a while ago."""
         from mlflow.entities import Metric
 
         with self._lock:
@@ -376,21 +376,21 @@ class Mlflow(Tracker):
             self.sync()
 
     def sync(self) -> None:
-        """Write what waits. May be called from any thread."""
+        """Write the waiting numbers. May be called from any thread."""
         with self._lock:
             waiting, self._waiting, self._flushed = self._waiting, [], time.monotonic()
             for start in range(0, len(waiting), _METRICS):
                 self._client.log_batch(self._run, metrics=waiting[start : start + _METRICS])
 
     def end(self, outcome: Outcome) -> None:
-        """Write what waits, and say how the run ended."""
+        """Write the waiting numbers and set the run's final status."""
         if self._run:
             self.sync()
             self._client.set_terminated(self._run, status=_STATES.get(outcome.state, "FAILED"))
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield each setting by its dotted name."""
+    """Yield each setting with its dotted name."""
     for name, value in settings.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""Facts of a run in words: rates, remaining time, records as one line; without rich, for the exporter's process."""
+"""Facts of a run as text: rates, remaining time, records as lines. Does not import rich, to keep the exporter small."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ def duration(seconds: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share in [0, 1] as 87.41 %."""
+    """Return a fraction in [0, 1] as 87.41 %."""
     return f"{share * 100:.2f} %" if math.isfinite(share) else "not finite"
 
 
 def rate(per_second: float) -> str:
-    """Return a rate with three digits or more: 1,234 or 12.3."""
+    """Return a rate with at least three digits: 1,234 or 12.3."""
     return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
 def plural(number: int, word: str) -> str:
-    """Return `number` with `word`, in the plural where it belongs."""
+    """Return `number` with `word` in the singular or plural."""
     return f"{number:,} {word}" if number == 1 else f"{number:,} {word}{'es' if word.endswith('ch') else 's'}"
 
 
 def current_epoch(facts: RunFacts, step: int) -> str:
-    """Return the epoch that update number `step` belongs to, of how many: 3/30, counted from 1."""
+    """Return the epoch of update number `step` and the number of epochs: 3/30, counted from 1."""
     return f"{max(1, math.ceil(facts.passes.done(step)))}/{math.ceil(facts.epochs)}"
 
 
 def introduction(facts: RunFacts) -> tuple[str, ...]:
-    """Return the lines that say what is about to be trained."""
+    """Return the lines that introduce a run: model, data, batch and schedule."""
     sizes = ", ".join(f"{stage.global_size:,} from epoch {stage.epoch + 1}" for stage in facts.stages[1:])
     lines = [
         f"{facts.name}: {facts.data}; {facts.model}, {plural(facts.parameters, 'parameter')}; noise {facts.noise}",
@@ -81,7 +81,7 @@ _MARKS = 60
 
 
 class Pace:
-    """Seconds per step over the last minute or more, with all that happens between steps."""
+    """Seconds per step over the last minute or more, including all that happens between steps."""
 
     def __init__(self) -> None:
         self._marks: deque[tuple[float, int]] = deque(maxlen=_MARKS)
@@ -101,7 +101,7 @@ class Pace:
         return seconds / steps if steps > 0 else None
 
     def seconds_left(self, total_steps: int) -> float | None:
-        """Return how long the steps up to `total_steps` will take; None while the pace is not known."""
+        """Return the seconds until `total_steps`; None while the pace is unknown."""
         pace = self.seconds_per_step()
         if pace is None or self._latest is None:
             return None
@@ -109,7 +109,7 @@ class Pace:
 
 
 def update(facts: RunFacts, record: TrainRecord, pace: Pace) -> str:
-    """Return an update as one line, with the time left where `pace` is known."""
+    """Return an update as one line, with the time left if `pace` is known."""
     left = pace.seconds_left(facts.total_steps)
     return (
         f"epoch {current_epoch(facts, record.step)}  step {record.step:,}/{facts.total_steps:,}  "

@@ -255,7 +255,7 @@ def test_a_run_goes_on_and_ends_well_when_the_reader_of_its_lines_goes_away(tmp_
     errors = writer.stderr.read()
     writer.stderr.close()
     assert writer.wait() == 7
-    assert errors.count("PlainLines failed and is left out from now on; training continues") == 1
+    assert errors.count("PlainLines failed and is disabled; training continues") == 1
 
 
 @pytest.mark.parametrize(

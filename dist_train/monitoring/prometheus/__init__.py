@@ -1,1 +1,1 @@
-"""What Prometheus reads of a run: an exporter in a process of its own, its metrics, its target file."""
+"""Prometheus monitoring of a run: the exporter, in its own process, its metrics, and its target file."""

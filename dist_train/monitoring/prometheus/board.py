@@ -1,4 +1,4 @@
-"""The latest state of a run, as snapshots that other threads may read."""
+"""The latest state of a run, as immutable snapshots for other threads."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ from dist_train.rundir.records import (
 
 STATES = ("starting", "running", "stopping", "stopped", "finished", "failed")
 KILLED = "killed"
-"""The outcome of a run that ended without reporting an outcome."""
+"""Outcome of a run that ended without reporting one."""
 OUTCOMES = ("finished", "stopped", "failed", "diverged", KILLED)
 EVENTS = (
     *("resumed", "requeued", "signal", "checkpoint", "checkpoint_failed", "corrupt_checkpoint", "not_finite"),
     *("non_finite_evaluation", "disagreement", "micro_size", "dealing", "batch_size", "exporter_restarted"),
     *("rank_lost", "rank_joined"),
 )
-"""The kinds of event that are counted from 0; others are counted once they come."""
+"""Kinds of event whose counters exist from the start, at 0; other kinds are added when they occur."""
 
 STEP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
-"""Upper bounds of the step duration's buckets, until the run's own step is known; the last bucket has none."""
+"""Upper bounds of the step duration's buckets until the run's step time is known; the last bucket is unbounded."""
 _FIRST_STEPS = 5
-"""By the median of so many the run's own step is known: the very first may compile."""
+"""The run's step time is the median of this many first steps, because the very first may compile."""
 _BOUNDS_PER_DECADE = 24
 _FINE_RANGE = 2.5
 
 
 def bounds_around(seconds: float) -> tuple[float, ...]:
-    """Return `STEP_SECONDS`, with a bound every 10 % from 2.5 times below to 2.5 times above `seconds`.
+    """Return `STEP_SECONDS` with additional bounds every 10 % from `seconds` / 2.5 to `seconds` * 2.5.
 
-    They are of one grid for all runs, so that their number does not grow with that of launches.
+    The additional bounds lie on one grid for all runs, so that new launches do not keep adding series.
     """
     seconds = max(seconds, 1e-6)
     first = math.floor(_BOUNDS_PER_DECADE * math.log10(seconds / _FINE_RANGE))
@@ -62,7 +62,7 @@ PART_SECONDS = (0.0001, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.
 
 @dataclass(frozen=True)
 class Buckets:
-    """A histogram: how many values fell into each bucket (one more than bounds), and their sum."""
+    """A histogram: the number of values in each bucket (one more than bounds), and the sum of the values."""
 
     bounds: tuple[float, ...]
     counts: tuple[int, ...]
@@ -74,7 +74,7 @@ class Buckets:
         return reduce(Buckets.plus, values, Buckets(bounds, (0,) * (len(bounds) + 1)))
 
     def plus(self, value: float) -> Buckets:
-        """Return the histogram with one value more."""
+        """Return the histogram with one more value."""
         place = bisect_left(self.bounds, value)
         counts = (*self.counts[:place], self.counts[place] + 1, *self.counts[place + 1 :])
         return Buckets(self.bounds, counts, self.total + value)
@@ -82,16 +82,16 @@ class Buckets:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is known at one moment; times are in seconds since 1970. Every change makes a new object."""
+    """The state at one moment, immutable; times are in seconds since 1970."""
 
     facts: RunFacts
-    """With the size and the number of micro-batches as they are now."""
+    """With the current size and number of micro-batches."""
     step: int
     last_progress: float
     events: Mapping[str, int]
     state: str = "running"
     outcome: str = ""
-    """How the run has ended, one of `OUTCOMES`; empty while it has not."""
+    """How the run ended, one of `OUTCOMES`; empty before."""
     seconds_left: float | None = None
     train: TrainRecord | None = None
     evaluations: Mapping[str, EvaluationRecord] = field(default_factory=dict)
@@ -99,7 +99,7 @@ class Snapshot:
     measured: Measurement | None = None
     checkpoint: EventRecord | None = None
     disk_free: int | None = None
-    """Bytes that are left where the run directory lies."""
+    """Free bytes on the file system of the run directory."""
     step_seconds: Buckets = field(default_factory=lambda: Buckets.of(STEP_SECONDS))
     part_seconds: Mapping[str, Buckets] = field(
         default_factory=lambda: {part.name: Buckets.of(PART_SECONDS) for part in fields(StepParts)}
@@ -107,7 +107,7 @@ class Snapshot:
 
 
 def outcome_label(outcome: Outcome) -> str:
-    """Return the value of the label `outcome`: the state that the run ended in, or diverged."""
+    """Return the value of the label `outcome`: the run's final state, or "diverged"."""
     return "diverged" if outcome.exit_code == ExitCode.DIVERGED else outcome.state
 
 
@@ -116,10 +116,10 @@ _FIRST_STEP_SECONDS = 600.0
 
 
 def stands_still(now: Snapshot, moment: float) -> bool:
-    """Return whether a run at work has made no progress for long, at `moment` in seconds since 1970.
+    """Return whether a running run has stalled at `moment` (seconds since 1970), as the alert DistTrainStalled does.
 
-    Long is what the alert DistTrainStalled takes for it: two minutes, or ten of the run's own steps if that is longer;
-    ten minutes for the first one.
+    It has if there was no progress for two minutes or ten mean steps, whichever is longer; ten minutes before the first
+    step.
     """
     count = sum(now.step_seconds.counts)
     patience = max(_LEAST_SECONDS, 10 * now.step_seconds.total / count) if count else _FIRST_STEP_SECONDS
@@ -127,23 +127,23 @@ def stands_still(now: Snapshot, moment: float) -> bool:
 
 
 class Board:
-    """Takes in what is recorded, in microseconds, and hands out the latest snapshot. For several threads."""
+    """Collects records, in microseconds each, and returns the latest snapshot. Thread-safe."""
 
     def __init__(self, facts: RunFacts, counts: Mapping[str, int] | None = None) -> None:
-        """Start a launch of a run whose events were counted as `counts` before it."""
+        """Start with the event `counts` of earlier launches."""
         self._now = Snapshot(facts, facts.start_step, time.time(), {**dict.fromkeys(EVENTS, 0), **(counts or {})})
         self._lock = Lock()
         self._pace = Pace()
         self._first_steps: list[float] = []
 
     def snapshot(self) -> Snapshot:
-        """Return what is known now: the same object until something changes."""
+        """Return the current state: the same object until something changes."""
         return self._now
 
     def recall(self, history: Iterable[Record]) -> None:
-        """Take what earlier launches recorded: evaluations and the latest checkpoint; their events are counted.
+        """Add the evaluations and the latest checkpoint of earlier launches, whose events are already counted.
 
-        What this launch has recorded by now is newer.
+        Records of this launch take precedence.
         """
         earlier = Board(self._now.facts)
         for record in history:
@@ -159,17 +159,17 @@ class Board:
             )
 
     def regroup(self, facts: RunFacts) -> None:
-        """Note that the ranks have met anew, as `facts` say."""
+        """Adopt the `facts` of a new generation of ranks."""
         with self._lock:
             self._change(facts=replace(facts, start_step=self._now.facts.start_step))
 
     def progress(self, step: int) -> None:
-        """Note that `step` updates are done."""
+        """Set the number of finished updates."""
         with self._lock:
             self._advance(step)
 
     def record(self, record: Record) -> None:
-        """Take `record` in."""
+        """Add `record`."""
         with self._lock:
             match record:
                 case TrainRecord():
@@ -180,10 +180,10 @@ class Board:
                         self._change(best_accuracy=record.accuracy)
                 case EventRecord():
                     self._change(events={**self._now.events, record.event: self._now.events.get(record.event, 0) + 1})
-                    self._happen(record)
+                    self._apply_event(record)
 
     def measurement(self, measurement: Measurement) -> None:
-        """Take `measurement` in."""
+        """Add `measurement`."""
         with self._lock:
             seconds = asdict(measurement.parts)
             self._change(
@@ -193,23 +193,23 @@ class Board:
             )
 
     def disk(self, free: int) -> None:
-        """Note that so many bytes are left where the run directory lies."""
+        """Set the free bytes on the run directory's file system."""
         with self._lock:
             self._change(disk_free=free)
 
     def end(self, outcome: Outcome) -> None:
-        """Note how the run ended."""
+        """Set how the run ended."""
         with self._lock:
             label = outcome_label(outcome)
             self._change(state=outcome.state, outcome=label, step=max(self._now.step, outcome.step))
 
     def killed(self) -> None:
-        """Note that the run ended without saying how."""
+        """Set that the run ended without reporting an outcome."""
         with self._lock:
             self._change(state="failed", outcome=KILLED)
 
     def _with_step(self, seconds: float) -> Buckets:
-        """Return the durations of steps with one more; once enough are known, in buckets around them."""
+        """Return the step durations with one more; once the step time is known, in buckets around it."""
         if len(self._first_steps) < _FIRST_STEPS:
             self._first_steps.append(seconds)
             if len(self._first_steps) == _FIRST_STEPS:
@@ -228,24 +228,24 @@ class Board:
             **changes,
         )
 
-    def _happen(self, record: EventRecord) -> None:
+    def _apply_event(self, record: EventRecord) -> None:
         match record.event, record.details.get("now", record.details.get("shares")):
             case "checkpoint", _:
                 self._change(checkpoint=record)
             case "signal", _:
                 self._change(state="stopping")
             case "micro_size", int(size) if size > 0:
-                self._change(facts=_cut_anew(self._now.facts, size))
+                self._change(facts=_with_micro_size(self._now.facts, size))
             case "batch_size", int(size) if size > 0:
                 facts = replace(self._now.facts, global_size=size)
-                self._change(facts=_cut_anew(facts, facts.micro_size))
+                self._change(facts=_with_micro_size(facts, facts.micro_size))
             case "dealing", str(shares):
                 self._change(facts=replace(self._now.facts, micro_batches_of=tuple(map(int, shares.split()))))
 
 
-def _cut_anew(facts: RunFacts, size: int) -> RunFacts:
-    """Return `facts` of a batch that is cut into micro-batches of another size, among the same ranks."""
+def _with_micro_size(facts: RunFacts, size: int) -> RunFacts:
+    """Return `facts` with the batch split into micro-batches of `size` over the same ranks."""
     count, ranks = -(-facts.global_size // size), len(facts.micro_batches_of)
-    shares_all = sum(facts.micro_batches_of) > facts.micro_batches  # each rank has a part of every micro-batch
+    shares_all = sum(facts.micro_batches_of) > facts.micro_batches  # each rank computes a part of every micro-batch
     counts = tuple(count if shares_all else len(range(rank, count, ranks)) for rank in range(ranks))
     return replace(facts, micro_size=size, micro_batches=count, micro_batches_of=counts)

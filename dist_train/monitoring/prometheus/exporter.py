@@ -1,6 +1,7 @@
-"""The trainer's end of the exporter: starts its process, sends to it without ever waiting, sees it end.
+"""The trainer's side of the exporter: starts its process, sends to it without blocking, and restarts it if it dies.
 
-So a scrape never takes the trainer's interpreter, and no step waits: what that process cannot take in is dropped.
+A scrape therefore never takes the trainer's interpreter, and no step waits: messages that the process cannot take are
+dropped.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _START_SECONDS = 5.0
 _END_SECONDS = 3.0
 _HUNG_SECONDS = 0.5
 _LONGEST_PAUSE = 64.0
-"""Between attempts to start a process anew; the first pause is a second, and each is twice the one before."""
+"""Seconds between attempts to restart the process; the first pause is one second, then it doubles."""
 _ROOT = Path(__file__).parents[3]
 _CHILD = (
     "import sys; sys.path.append(sys.argv[1]); from dist_train.monitoring.prometheus.process import main; "
@@ -45,17 +46,17 @@ _CHILD = (
 
 
 class _Link:
-    """The exporter's process, and the channel to it."""
+    """The exporter's process and the channel to it."""
 
     def __init__(self) -> None:
-        """Start the process, in a tenth of a second that nobody waits for. Raises OSError."""
+        """Start the process, without waiting until it runs. Raises OSError."""
         ours, theirs = messages.socket_pair()
         with theirs:
             descriptor = theirs.fileno()
             command = [sys.executable, "-P", "-c", _CHILD, str(_ROOT), str(descriptor), str(os.getpid())]
             null, pipe = subprocess.DEVNULL, subprocess.PIPE
             try:
-                # none of the trainer's files stays open in it: a launcher would wait for its end
+                # It inherits none of the trainer's open files; otherwise a launcher would wait for its end.
                 self.process = subprocess.Popen(
                     command, stdin=null, stdout=null, stderr=pipe, pass_fds=[descriptor], start_new_session=True
                 )
@@ -65,7 +66,7 @@ class _Link:
         self.channel = messages.Channel(ours)
 
     def close(self, seconds: float) -> str:
-        """Have the process end, by force after so many seconds; return how it ended, in words."""
+        """End the process, killing it after `seconds`; return how it ended, as text."""
         self.channel.close()
         try:
             _, errors = self.process.communicate(timeout=seconds)
@@ -80,11 +81,11 @@ class _Link:
 
 
 class ExporterError(RuntimeError):
-    """The metrics cannot be served; its text says why."""
+    """The metrics cannot be served; the message says why."""
 
 
 class Exporter(Observer):
-    """Serves a run's metrics from `begin` to `end`, by a process that this constructor starts."""
+    """Serves a run's metrics from `begin` to `end`, in a process that the constructor starts."""
 
     def __init__(self, settings: MetricsSettings) -> None:
         self.address: str | None = None
@@ -93,7 +94,7 @@ class Exporter(Observer):
         self._target: Path | None = None
         self._ending: Ending | None = None
         self._facts: RunFacts | None = None
-        """Of a run that is, or was, served."""
+        """Set once the run has been served."""
         self._restarts = 0
         self._restart_at = math.inf
         self._reason = ""
@@ -105,12 +106,12 @@ class Exporter(Observer):
 
     @property
     def process_id(self) -> int | None:
-        """The number of the process that serves; None where there is none."""
+        """The PID of the exporter's process; None if there is none."""
         return None if self._link is None else self._link.process.pid
 
     def begin(self, facts: RunFacts) -> None:
-        """Have the run served. Raises ExporterError where it cannot be."""
-        self._introduce(facts)
+        """Serve the run. Raises ExporterError if that is impossible."""
+        self._send_begin(facts)
         deadline = time.monotonic() + _START_SECONDS
         while self._link is not None and self.address is None and time.monotonic() < deadline:
             self._listen(deadline - time.monotonic())
@@ -121,9 +122,9 @@ class Exporter(Observer):
             _logger.warning("metrics are not served yet, after %g s; training continues", _START_SECONDS)
 
     def regroup(self, facts: RunFacts) -> None:
-        """Send what has become of the ranks."""
+        """Send the facts of the new generation of ranks."""
         self._facts = facts
-        self._introduce(facts)
+        self._send_begin(facts)
 
     def record(self, record: Record) -> None:
         """Send `record`."""
@@ -135,20 +136,20 @@ class Exporter(Observer):
         self._send(measurement)
 
     def progress(self, step: int) -> None:
-        """Send that `step` updates are done. Where the process has died, another takes its place after a while."""
+        """Send that `step` updates are done. If the process has died, restart it after a pause."""
         if self._link is None and self._facts is not None and time.monotonic() >= self._restart_at:
             self._restarts += 1
             self._reason = ""
             self._schedule_restart()
             with suppress(OSError):
                 self._link = _Link()
-                self._introduce(replace(self._facts, start_step=step))
+                self._send_begin(replace(self._facts, start_step=step))
         self._send(Progress(step))
         if self.address is None:
             self._listen(0)
 
     def end(self, outcome: Outcome) -> None:
-        """Have the last values pushed and scraped, as the settings say, and end the process."""
+        """Let the last values be pushed and scraped, as configured, and end the process."""
         seconds = _END_SECONDS
         if self.address is not None:
             self._send(outcome)
@@ -158,16 +159,16 @@ class Exporter(Observer):
             self._link.close(seconds)
             self._link = None
         self.address = None
-        if self._target is not None:  # also where the process did not come to saying how the run ended
+        if self._target is not None:  # in case the process could not record the outcome
             try:
                 TargetFile(self._target, "", identity_of(os.getpid())).end(outcome_label(outcome))
             except OSError as error:
-                _logger.warning("%s cannot say how the run ended: %s", self._target, error.strerror or error)
+                _logger.warning("the outcome cannot be written to %s: %s", self._target, error.strerror or error)
             self._target = None
 
-    def _introduce(self, facts: RunFacts) -> None:
+    def _send_begin(self, facts: RunFacts) -> None:
         counts: Mapping[str, int] = {}
-        # all events so far are in this file, and the next is not; the observer that counts them reports errors
+        # The file holds all events so far; errors in it are reported by the observer that counts them.
         with suppress(OSError, ValueError):
             counts = read_counts(RunDirectory(facts.run_directory).event_counts)
         self._send(Begin(self._plan, facts, {**counts, "exporter_restarted": self._restarts}))
@@ -180,10 +181,10 @@ class Exporter(Observer):
             try:
                 self._link.channel.send(message)
             except OSError:
-                self._listen(0)  # the end of what it said says enough
+                self._listen(0)  # handles the end of the process
 
     def _listen(self, seconds: float) -> None:
-        """Take what the process has to say, for which it has so many seconds."""
+        """Handle the process's messages, waiting up to `seconds` for the first."""
         if self._link is None:
             return
         if seconds > 0:
@@ -201,27 +202,27 @@ class Exporter(Observer):
         except EOFError:
             self._lose(self._link)
         except ValueError as error:
-            # the program's files were exchanged between the start of this process and of that one
-            self._reason = f"its process is of other code: {error}"
+            # The installed code was replaced between the start of this process and of the exporter's.
+            self._reason = f"its process runs another version of the code: {error}"
             self._lose(self._link)
 
     def _lose(self, link: _Link) -> None:
-        """Take note that the process is gone. Its target file stays: Prometheus shall see that nobody answers."""
+        """Handle the end of the process. Its target file stays, so that Prometheus sees the target as down."""
         self._link = None
         end = link.close(_END_SECONDS)
         self._reason = self._reason or end
         if self._facts is not None and self._ending is None:
-            # an attempt to serve again that fails is as the last one was
-            is_news = self.address is not None or self._restarts == 0
+            # Warn once; failed restarts are only logged.
+            is_first = self.address is not None or self._restarts == 0
             self.address = None
             self._schedule_restart()
-            level = logging.WARNING if is_news else logging.DEBUG
+            level = logging.WARNING if is_first else logging.DEBUG
             _logger.log(level, "metrics are no longer served; training continues: %s", self._reason)
 
     def _await_end(self) -> None:
         deadline = time.monotonic() + _END_SECONDS
         while self._link is not None and time.monotonic() < deadline:
-            with suppress(OSError):  # heard below
+            with suppress(OSError):  # _listen handles the end of the process
                 self._link.channel.flush()
             self._listen(0.1 if self._ending is None else max(0.0, deadline - time.monotonic()))
             if self._ending is not None and self._ending.seconds > 0:

@@ -1,7 +1,8 @@
-"""The HTTP server of the metrics page, and who may read it: TLS, users, bearer tokens.
+"""The HTTP server of the metrics page, with TLS, basic authentication and bearer tokens.
 
-That of prometheus_client (`start_http_server`) has no tokens and users, no limit on clients and on their time, no TLS
-handshakes in threads of their own, no HTTP/1.1, no `/healthz`, no next free port, and no time of the latest scrape.
+prometheus_client's `start_http_server` lacks authentication, limits on the number of clients and their time, TLS
+handshakes in the clients' threads, HTTP/1.1, `/healthz`, the choice of the next free port, and the time of the latest
+scrape.
 """
 
 from __future__ import annotations
@@ -36,26 +37,26 @@ if TYPE_CHECKING:
 
 
 Credentials: TypeAlias = Mapping[str, bytes]
-"""What a scrape must bring, one of them, by the scheme of its Authorization header; nothing where it is empty."""
+"""The accepted secrets, keyed by the scheme of the Authorization header; empty if everybody may read."""
 _CHALLENGES = {"bearer": 'Bearer realm="dist_train"', "basic": 'Basic realm="dist_train", charset="UTF-8"'}
 
 
 def is_admitted(authorization: str, credentials: Credentials) -> bool:
-    """Return whether a request with this Authorization header may read."""
+    """Return whether a request with this Authorization header is accepted."""
     scheme, _, value = authorization.partition(" ")
     secret, given = credentials.get(scheme.lower()), value.strip().encode("utf-8", "surrogateescape")
     return not credentials or (secret is not None and hmac.compare_digest(given, secret))
 
 
 def check_access(settings: MetricsSettings) -> None:
-    """Check the files that access rests on. Raises UsageError where one is missing or not what it should be."""
+    """Check the files of secrets and certificates. Raises UsageError if one is missing or invalid."""
     plan = plan_of(settings)
     read_credentials(plan)
     tls_context(plan)
 
 
 def access_warnings(settings: MetricsSettings) -> tuple[str, ...]:
-    """Return what leaves the metrics or a secret open to strangers, one sentence each."""
+    """Return one sentence for each setting that exposes the metrics or a secret to others."""
     plan = plan_of(settings)
     warnings = []
     is_local = plan.host == "localhost"
@@ -74,12 +75,12 @@ def access_warnings(settings: MetricsSettings) -> tuple[str, ...]:
 
 
 def read_credentials(plan: ServingPlan) -> Credentials:
-    """Return what a scrape must bring. Raises UsageError as `check_access`."""
+    """Return the accepted secrets. Raises UsageError as `check_access`."""
     token, login = _secret("token_file", plan.token_file), _secret("password_file", plan.password_file)
     if not all(33 <= byte <= 126 for byte in token or b""):
         raise UsageError(
-            f"metrics.token_file: the token in {plan.token_file} has characters that no HTTP header takes; "
-            f"make one with: openssl rand -hex 32 > {plan.token_file}",
+            f"metrics.token_file: the token in {plan.token_file} has characters that HTTP headers do not allow; "
+            f"create one with: openssl rand -hex 32 > {plan.token_file}",
             code="token-characters",
         )
     if login is not None and not all(login.partition(b":")):
@@ -93,7 +94,7 @@ def read_credentials(plan: ServingPlan) -> Credentials:
 
 
 def tls_context(plan: ServingPlan) -> ssl.SSLContext | None:
-    """Return what TLS is served with; None for plain HTTP. Raises UsageError as `check_access`."""
+    """Return the TLS context; None for plain HTTP. Raises UsageError as `check_access`."""
     certificate, key = plan.certificate_file, plan.key_file
     if certificate is None:
         if key is not None:
@@ -107,8 +108,8 @@ def tls_context(plan: ServingPlan) -> ssl.SSLContext | None:
 
     def no_password() -> str:
         raise UsageError(
-            f"metrics.key_file: the key in {key or certificate} is encrypted, and nobody is there to type its "
-            f"password; decrypt it with: openssl pkey -in ENCRYPTED -out {key or certificate}",
+            f"metrics.key_file: the key in {key or certificate} is encrypted, and its password cannot be asked for; "
+            f"decrypt it with: openssl pkey -in ENCRYPTED -out {key or certificate}",
             code="key-encrypted",
         )
 
@@ -127,7 +128,7 @@ def _secret(setting: str, path: Path | None) -> bytes | None:
     if path is None:
         return None
     lines = _content(setting, path).strip().splitlines()
-    fix = "write the secret alone into it, on one line"
+    fix = "it must hold only the secret, on one line"
     if not lines:
         raise UsageError(f"metrics.{setting}: {path} is empty; {fix}", code="secret-empty")
     if len(lines) > 1:
@@ -150,13 +151,13 @@ _PORTS = 50
 _CONNECTIONS = 64
 _HANDSHAKE_SECONDS = 10.0
 _IDLE_SECONDS = 120.0
-"""Longer than most intervals between scrapes: Prometheus keeps its connections."""
+"""Longer than most scrape intervals, because Prometheus keeps its connections."""
 _PLAIN = "text/plain; charset=utf-8"
 
 
 @dataclass(frozen=True)
 class Site:
-    """What is served, to whom: the metrics, of type `CONTENT_TYPE`; for `/healthz` whether the run makes progress."""
+    """What is served: the metrics `page`, of type `CONTENT_TYPE`, and for `/healthz` whether the run makes progress."""
 
     page: Callable[[], bytes]
     health: Callable[[], bool]
@@ -165,7 +166,7 @@ class Site:
 
 
 def bind(host: str, port: int, site: Site) -> Server:
-    """Return a server at `port` of `host`, or at the next free port above. Raises OSError where none can be had."""
+    """Return a server at `port` of `host`, or at the next free port above. Raises OSError if there is none."""
     for candidate in range(port, min(port + _PORTS, 65_536)):
         try:
             return Server(host, candidate, site)
@@ -176,42 +177,42 @@ def bind(host: str, port: int, site: Site) -> Server:
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a site. Where too many clients are connected, the one that was idle longest gives way."""
+    """Serves a site. If too many clients are connected, the one idle longest is disconnected."""
 
     request_queue_size = 128
 
     def __init__(self, host: str, port: int, site: Site) -> None:
-        # an empty metrics.host asks for every interface
+        # An empty metrics.host means all interfaces.
         host = host or "0.0.0.0"  # nosec B104
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.address_family = family
         self.site = site
         self.last_scrape: float | None = None
-        """When the latest scrape that was answered began (monotonic)."""
+        """Start of the latest answered scrape (monotonic)."""
         self._lock = Lock()
         self._clients: OrderedDict[socket.socket, float] = OrderedDict()
-        """When each that is connected scraped last (monotonic). The one that was answered last is the last."""
+        """The connected clients and their latest scrapes (monotonic), in order of their latest answer."""
         super().__init__((str(address[0]), port), _Handler)
 
     def server_bind(self) -> None:
-        """Bind, without asking the name service for a name: it can take seconds on a cluster."""
+        """Bind without a reverse DNS lookup, which can take seconds on a cluster."""
         TCPServer.server_bind(self)
         self.server_name = str(self.server_address[0])
         self.server_port = int(self.server_address[1])
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Take a connection; its handshake is left to its own thread."""
+        """Accept a connection; its TLS handshake is left to its thread."""
         client, address = super().get_request()
         if self.site.tls is not None:
             client = self.site.tls.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
         return client, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Handle a connection in a thread of its own."""
+        """Handle a connection in its own thread."""
         with self._lock:
             if len(self._clients) >= _CONNECTIONS:
                 oldest, _ = self._clients.popitem(last=False)
-                # of the plain socket: its thread may be reading by TLS, and finds the end of the stream
+                # Shut down the plain socket: its thread, which may be reading through TLS, then sees the end.
                 with suppress(OSError):
                     socket.socket.shutdown(oldest, socket.SHUT_RDWR)
             self._clients[request] = -math.inf
@@ -224,29 +225,30 @@ class Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def note_activity(self, client: socket.socket) -> None:
-        """Note that `client` has just been answered."""
+        """Record that `client` has just been answered."""
         with self._lock:
             if client in self._clients:
                 self._clients.move_to_end(client)
 
     def note_scrape(self, client: socket.socket, moment: float) -> None:
-        """Note that a scrape by `client` that began at `moment` has been answered."""
+        """Record that a scrape by `client` that started at `moment` has been answered."""
         with self._lock:
             self.last_scrape = moment
             if client in self._clients:
                 self._clients[client] = moment
 
     def all_have_scraped(self, moment: float, recent: float) -> bool:
-        """Return whether there was a scrape after `moment`, and one by each connected client.
+        """Return whether every regular scraper, and at least one client, has scraped after `moment`.
 
-        Of those that had scraped in the `recent` seconds before it: every Prometheus keeps its connection.
+        Regular scrapers are the connected clients that scraped in the `recent` seconds before `moment`, because
+        Prometheus keeps its connections.
         """
         with self._lock:
-            is_missed = any(moment - recent < scraped <= moment for scraped in self._clients.values())
-            return not is_missed and self.last_scrape is not None and self.last_scrape > moment
+            is_awaited = any(moment - recent < scraped <= moment for scraped in self._clients.values())
+            return not is_awaited and self.last_scrape is not None and self.last_scrape > moment
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore a client that failed: nobody reads the log of the exporter's process."""
+        """Ignore a failed client: the exporter's process has no log."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -268,7 +270,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not super().parse_request():
             return False
         if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
-            self.close_connection = True  # what follows is not a request
+            self.close_connection = True  # the body that follows is not a request
         if self.command not in ("GET", "HEAD"):
             self.close_connection = True
             self._answer(HTTPStatus.METHOD_NOT_ALLOWED, b"GET and HEAD only\n", [("Allow", "GET, HEAD")])

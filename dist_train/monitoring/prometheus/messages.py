@@ -1,8 +1,8 @@
 """The messages between a trainer and its exporter's process, in MessagePack, and the channel that carries them.
 
-A message is (`_FORM`, the name of its type, its fields by name). msgspec checks the fields against the type's
-declaration; NaN and infinities pass unchanged. It takes a fraction of pydantic's memory, of which there is one such
-process for each rank.
+A message is (`_FORM`, the name of its type, its fields by name). msgspec validates the fields against the type's
+declaration; NaN and infinities pass unchanged. We use msgspec because it needs a fraction of pydantic's memory, and
+every rank may have an exporter's process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import msgspec
 from dist_train.rundir.records import EvaluationRecord, EventRecord, Measurement, Outcome, RunFacts, TrainRecord
 
 if TYPE_CHECKING:
-    # its import would cost the exporter's process half of its memory
+    # Its import would double the memory of the exporter's process.
     from dist_train.config.sections import MetricsSettings
 
 _EVERYWHERE = frozenset({"", "0.0.0.0", "::"})  # nosec B104
@@ -32,7 +32,7 @@ _EVERYWHERE = frozenset({"", "0.0.0.0", "::"})  # nosec B104
 
 @dataclass(frozen=True)
 class ServingPlan:
-    """The settings `metrics.*` of the same names; paths are absolute."""
+    """The `metrics.*` settings of the same names; paths are absolute."""
 
     host: str
     port: int
@@ -51,13 +51,13 @@ class ServingPlan:
         return "https" if self.certificate_file else "http"
 
     def host_for_others(self, node: str) -> str:
-        """Return the host by which others reach the node called `node`; in brackets where that is IPv6."""
+        """Return the host under which others reach the node called `node`; in brackets if it is an IPv6 address."""
         host = self.advertised_host or ((node or socket.gethostname()) if self.host in _EVERYWHERE else self.host)
         return f"[{host}]" if ":" in host else host
 
 
 def plan_of(settings: MetricsSettings) -> ServingPlan:
-    """Return what the exporter's process needs of `settings`."""
+    """Return the part of `settings` that the exporter's process needs."""
     values = {field.name: getattr(settings, field.name) for field in fields(ServingPlan)}
     paths = {name: path.expanduser().absolute() for name, path in values.items() if isinstance(path, Path)}
     return ServingPlan(**values | paths)
@@ -65,7 +65,7 @@ def plan_of(settings: MetricsSettings) -> ServingPlan:
 
 @dataclass(frozen=True)
 class Begin:
-    """To the exporter: serve this run. `counts`: its events before this launch, by kind."""
+    """To the exporter: serve this run. `counts` are its events before this launch, by kind."""
 
     plan: ServingPlan
     facts: RunFacts
@@ -81,7 +81,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Serving:
-    """From the exporter: it serves at `address`, and has entered itself in the file `target`."""
+    """From the exporter: it serves at `address` and has written the target file `target`."""
 
     address: str
     target: Path | None
@@ -89,14 +89,14 @@ class Serving:
 
 @dataclass(frozen=True)
 class Warned:
-    """From the exporter: something that the user should know."""
+    """From the exporter: a warning for the user."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Ending:
-    """From the exporter: it ends within so many seconds; `for_scrape` of them for a last scrape."""
+    """From the exporter: it ends within `seconds`, of which it waits `for_scrape` for a last scrape."""
 
     seconds: float
     for_scrape: float
@@ -108,7 +108,7 @@ Message: TypeAlias = ToExporter | FromExporter
 
 
 def _to_builtin(value: object) -> object:
-    """Return a MessagePack type in place of `value`, of a type that msgspec does not know."""
+    """Convert `value`, of a type that msgspec does not know, to a MessagePack type."""
     match value:
         case Path():
             return os.fsencode(value)  # a file's name need not be UTF-8
@@ -129,7 +129,7 @@ def _from_builtin(declared: type, value: Any) -> Path:
 
 
 def _printable(value: Any) -> Any:
-    """Return `value`, made of builtins, with what is not UTF-8 in its texts written as escapes."""
+    """Return `value`, made of builtins, with invalid UTF-8 in its strings escaped."""
     match value:
         case str():
             return value.encode("utf-8", "backslashreplace").decode()
@@ -147,11 +147,11 @@ _DECODERS: Mapping[str, msgspec.msgpack.Decoder[Any]] = {
 }
 _SCHEMA = msgspec.json.schema_components(get_args(Message), schema_hook=lambda declared: {"type": "string"})
 _FORM = zlib.crc32(repr(_SCHEMA).encode())
-"""Of this version's messages: where the program's files were replaced, trainer and exporter may differ."""
+"""Checksum of the message types: if the installed code is replaced, trainer and exporter may differ."""
 
 
 def encode(message: Message) -> bytes:
-    """Return `message` as MessagePack. Raises TypeError where it holds anything but plain values."""
+    """Return `message` as MessagePack. Raises TypeError if it holds other than plain values."""
     name = type(message).__name__
     try:
         return _ENCODER.encode((_FORM, name, message))
@@ -161,8 +161,8 @@ def encode(message: Message) -> bytes:
 
 
 def decode(content: bytes | memoryview) -> Message:
-    """Return the message in `content`. Raises ValueError where it is cut off, not a message (msgspec.DecodeError), of
-    another version, or of fields that are not as declared (msgspec.ValidationError).
+    """Return the message in `content`. Raises ValueError if it is truncated or not a message (msgspec.DecodeError), or
+    if its version or its fields do not match (msgspec.ValidationError).
     """
     form, name, fields = _ENVELOPE.decode(content)
     if form != _FORM or name not in _DECODERS:
@@ -173,11 +173,11 @@ def decode(content: bytes | memoryview) -> Message:
 
 _KEPT = 1000
 _BUFFER_BYTES = 4 << 20
-"""Asked of the kernel, which gives at most twice that; a measurement of 1,024 ranks takes about 150 KB."""
+"""Requested size; the kernel grants at most twice that. A measurement of 1,024 ranks takes about 150 KB."""
 
 
 class Channel:
-    """One end of a pair of sockets that carries whole messages, never blocks, and tells when the other end is gone."""
+    """One end of a socket pair that carries whole messages, never blocks, and detects that the other end is gone."""
 
     def __init__(self, end: socket.socket) -> None:
         end.setblocking(False)
@@ -191,8 +191,8 @@ class Channel:
         return self._socket.fileno()
 
     def send(self, message: Message) -> bool:
-        """Send `message`, and return whether it is sent. Where the other end is behind, it waits for the next call, or
-        is dropped if later ones repeat what it says. Raises OSError where the other end is gone.
+        """Send `message` and return whether it was sent. If the other end is behind, the message waits for the next
+        call, or is dropped if later messages supersede it. Raises OSError if the other end is gone.
         """
         self.flush()
         with suppress(BlockingIOError):
@@ -204,18 +204,18 @@ class Channel:
         return False
 
     def flush(self) -> None:
-        """Send what waits, as far as the buffer has space. Raises OSError where the other end is gone."""
+        """Send waiting messages, as far as the buffer has space. Raises OSError if the other end is gone."""
         with suppress(BlockingIOError):
             while self._waiting:
                 self._socket.send(encode(self._waiting[0]))
                 self._waiting.popleft()
 
     def receive(self) -> Iterator[Message]:
-        """Yield the messages that have come. Raises EOFError where the other end is gone, and all that it sent has been
-        taken; ValueError where what has come is no message.
+        """Yield the received messages. Raises EOFError once the other end is gone and all its messages were received;
+        ValueError if something else was received.
         """
         if self._buffer is None:
-            # of which only the pages that messages reach take memory
+            # Only the pages that messages touch take memory.
             self._buffer = memoryview(mmap.mmap(-1, 2 * _BUFFER_BYTES))
         while True:
             try:
@@ -223,16 +223,16 @@ class Channel:
             except BlockingIOError:
                 return
             except ConnectionResetError:
-                continue  # reported once, where the other end had not read all; what it sent follows
+                continue  # reported once if the other end left messages unread; the messages that it sent follow
             if size == 0:
                 raise EOFError
             yield decode(self._buffer[:size])
 
     def close(self) -> None:
-        """Let go of the socket."""
+        """Close the socket."""
         self._socket.close()
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:
-    """Return two sockets that are connected to each other, for one channel at each end."""
+    """Return two connected sockets, one for each channel."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -1,4 +1,4 @@
-"""Every metric: its name, kind, meaning, and how it is read off a snapshot of the run. A new metric is one row."""
+"""All metrics: name, kind, meaning, and how each is read from a snapshot. To add a metric, add a row to METRICS."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Kind: TypeAlias = Literal["gauge", "counter", "histogram", "info"]
 
 
 class Scope(StrEnum):
-    """What a metric describes, and on which rank's page it is."""
+    """What a metric describes, and which ranks' pages have it."""
 
     RUN = "rank 0"
-    """The run: on rank 0's page alone."""
+    """Describes the run; only on rank 0's page."""
     RANK = "every rank, its own"
-    """The rank that serves it: on every page."""
+    """Describes the rank that serves it; on every page."""
     BOTH = "every rank"
-    """The run, on every page."""
+    """Describes the run; on every page."""
 
 
 class Reading(NamedTuple):
-    """A value, and the values of the metric's labels in their order."""
+    """A value, and the values of the metric's labels in order."""
 
     value: float | Buckets
     labels: tuple[str, ...] = ()
@@ -40,12 +40,12 @@ _OfRank: TypeAlias = Callable[[RankMeasurement], float]
 
 _UNITS = {"_timestamp_seconds": "seconds since 1970"}
 _UNITS |= {f"_{unit}": unit for unit in ("seconds", "bytes", "ratio", "watts", "hertz")}
-"""By the end of a metric's name."""
+"""Units by the suffix of a metric's name."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """`take` reads the metric off a snapshot; no reading where nothing is known yet."""
+    """A metric; `take` returns its readings of a snapshot, none if nothing is known yet."""
 
     short_name: str
     kind: Kind
@@ -57,17 +57,17 @@ class Metric:
 
     @property
     def name(self) -> str:
-        """The name, as Prometheus knows it."""
+        """The full name in Prometheus."""
         return f"dist_train_{self.short_name}"
 
     @property
     def unit(self) -> str:
-        """The unit, by the metric's name where it ends with one; may be empty."""
+        """The unit, from the suffix of the name unless given; may be empty."""
         return self.unit_in_words or next((unit for end, unit in _UNITS.items() if self.name.endswith(end)), "")
 
 
 def _field(path: str) -> _Value:
-    """Return what reads the number at `path`, as `record.field`; None where the record or the number is missing."""
+    """Return a function that reads the number at a dotted `path`; it returns None if record or number are missing."""
 
     def read(now: Snapshot) -> float | None:
         found: Any = now
@@ -83,7 +83,7 @@ def _nonzero(path: str) -> _Value:
 
 
 def _single(kind: Kind, name: str, meaning: str, value: str | _Value, unit: str = "") -> Metric:
-    """Return the metric of the field at a path, or of a function of the snapshot."""
+    """Return the metric of one value: the field at a path, or a function of the snapshot."""
     read = _field(value) if isinstance(value, str) else value
 
     def take(now: Snapshot) -> Iterable[Reading]:
@@ -99,14 +99,14 @@ _RANK = ("rank", "node")
 
 
 def _rank_labels(now: Snapshot, rank: int) -> tuple[str, str]:
-    """Return the values of `_RANK`: the rank's own node, not that of rank 0, which serves all."""
+    """Return the values of the labels `_RANK`: the rank and its node (not rank 0's, which serves all)."""
     return str(rank), now.facts.nodes[rank] if rank < len(now.facts.nodes) else ""
 
 
 def _of_ranks(
     name: str, meaning: str, value: str | Mapping[str, _OfRank], label: str = "", kind: Kind = "gauge", unit: str = ""
 ) -> Metric:
-    """Return the metric of a field of `RankMeasurement`, or of several values by their `label`; NaN has no reading."""
+    """Return the metric of a field of `RankMeasurement`, or of several values keyed by `label`; NaN has no reading."""
     values = {"": attrgetter(value)} if isinstance(value, str) else value
 
     def take(now: Snapshot) -> Iterable[Reading]:
@@ -123,7 +123,7 @@ def _of_ranks(
 def _of_this_rank(name: str, meaning: str, field: str) -> Metric:
     def take(now: Snapshot) -> Iterable[Reading]:
         ranks = now.measured.ranks if now.measured else ()
-        # a rank other than 0 hears of itself alone
+        # A rank other than 0 gets only its own measurement.
         own = ranks[now.facts.rank : now.facts.rank + 1] or ranks[:1]
         return (Reading(number) for number in map(attrgetter(field), own) if not math.isnan(number))
 
@@ -131,7 +131,7 @@ def _of_this_rank(name: str, meaning: str, field: str) -> Metric:
 
 
 BATCH = "batch"
-"""The value of the label `split` for what was measured on the training batches themselves."""
+"""The value of the label `split` for measurements on training batches."""
 
 
 def _by_split(name: str, meaning: str, field: str, unit: str = "") -> Metric:
@@ -150,7 +150,7 @@ _INFO: Mapping[str, Callable[[Snapshot], object]] = {
     "micro_batch": attrgetter("facts.micro_size"),
     "controller": attrgetter("facts.controller"),
 }
-"""The labels of what runs."""
+"""The labels of run_info."""
 
 
 def _run_info(now: Snapshot) -> Iterable[Reading]:
@@ -174,7 +174,7 @@ def _planned_samples(now: Snapshot) -> int:
 
 
 _THROTTLING = {"power": 0x84, "thermal": 0x60, "hardware": 0x08}
-"""NVML's bits by what they have in common; idleness and clocks that somebody has set are no fault."""
+"""NVML's throttle reasons by cause; idleness and clocks set by an administrator do not count."""
 
 
 def _is_throttled(bits: int) -> _OfRank:
@@ -194,27 +194,27 @@ def _slowest(now: Snapshot) -> int | None:
     return busy.index(max(busy)) if busy else None
 
 
-def _over_the_others(values: Sequence[float]) -> list[float]:
-    """Return each value over the median of all others; NaN where there are none, or that is 0."""
+def _over_median_of_others(values: Sequence[float]) -> list[float]:
+    """Return each value over the median of all others; NaN if there are none or the median is 0."""
     order = sorted(range(len(values)), key=values.__getitem__)
     ratios = [math.nan] * len(values)
     low, high = (len(values) - 2) // 2, (len(values) - 1) // 2
     for place, index in enumerate(order if len(values) > 1 else ()):
-        # the others in their order are `order` without this place
+        # The sorted others are `order` without this place.
         middle = sum(values[order[other + (other >= place)]] for other in (low, high)) / 2
         ratios[index] = values[index] / middle if middle > 0 else math.nan
     return ratios
 
 
 def _slowest_ratio(now: Snapshot) -> float | None:
-    return max((ratio for ratio in _over_the_others(_busy(now)) if not math.isnan(ratio)), default=None)
+    return max((ratio for ratio in _over_median_of_others(_busy(now)) if not math.isnan(ratio)), default=None)
 
 
 def _busy_ratios(now: Snapshot) -> Iterable[Reading]:
     counts = now.facts.micro_batches_of
-    # ranks may have one micro-batch more or less, or none
+    # Per micro-batch: ranks may have one micro-batch more or less, or none.
     each = {rank: busy / count for rank, (busy, count) in enumerate(zip(_busy(now), counts, strict=False)) if count}
-    for rank, ratio in zip(each, _over_the_others(list(each.values())), strict=True):
+    for rank, ratio in zip(each, _over_median_of_others(list(each.values())), strict=True):
         if not math.isnan(ratio):
             yield Reading(ratio, _rank_labels(now, rank))
 
@@ -225,7 +225,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("outcome", "gauge", "1 for how the run has ended, 0 for the other ways.", _outcomes, ("outcome",)),
     _gauge("step", "Optimizer updates done.", "step", "updates"),
     _gauge("planned_steps", "Optimizer updates at which the run ends.", "facts.total_steps", "updates"),
-    _gauge("epoch", "Epochs done, and a part.", lambda now: now.facts.passes.done(now.step), "epochs"),
+    _gauge("epoch", "Epochs done, with fraction.", lambda now: now.facts.passes.done(now.step), "epochs"),
     _gauge("planned_epochs", "Epochs over which the schedules are laid out.", "facts.epochs", "epochs"),
     _count("samples_total", "Training samples used by all ranks since the run's first step.", _samples, "samples"),
     _gauge("planned_samples", "Training samples that the run will have used at its end.", _planned_samples, "samples"),
@@ -244,7 +244,7 @@ METRICS: tuple[Metric, ...] = (
         "loss",
         "nats",
     ),
-    _by_split("accuracy_ratio", "Latest share of samples classified rightly, by split as for the loss.", "accuracy"),
+    _by_split("accuracy_ratio", "Latest share of correctly classified samples, by split as for the loss.", "accuracy"),
     _gauge("best_accuracy_ratio", "Best test accuracy of the run.", "best_accuracy"),
     _gauge("learning_rate", "Learning rate of the latest step.", "train.learning_rate"),
     _gauge("noise_amplitude", "Amplitude of the weight noise in force.", "train.noise_amplitude"),
@@ -257,7 +257,7 @@ METRICS: tuple[Metric, ...] = (
     _gauge("world_size", "Ranks that train together.", "facts.world_size", "ranks"),
     _gauge(
         "generation",
-        "How often the ranks of this launch have met: once, and again whenever some were lost or joined.",
+        "Generation of ranks in this launch: 1 at first, one more whenever ranks were lost or joined.",
         "facts.generation",
         "generations",
     ),
@@ -279,21 +279,21 @@ METRICS: tuple[Metric, ...] = (
     ),
     _gauge(
         "allreduce_seconds",
-        "Time of the latest measured step that allreduces took where all ranks had come: the least of any rank's.",
+        "Time of allreduces in the latest measured step without waiting for ranks: the smallest of any rank's.",
         lambda now: min((rank.wait_seconds for rank in now.measured.ranks), default=None) if now.measured else None,
     ),
     Metric(
         "rank_busy_ratio",
         "gauge",
-        "Busy time for a micro-batch over the median of the other ranks; 1 is like the others.",
+        "Busy time per micro-batch over the median of the other ranks; 1 means like the others.",
         _busy_ratios,
         _RANK,
     ),
     _of_ranks("rank_resident_memory_bytes", "Resident memory of the rank.", "resident_bytes"),
     _of_ranks("rank_device_memory_bytes", "Memory of its device that the rank holds.", "device_bytes"),
-    _of_ranks("rank_device_memory_peak_bytes", "The most of its device that the rank has held.", "device_peak_bytes"),
+    _of_ranks("rank_device_memory_peak_bytes", "Peak of the device memory that the rank held.", "device_peak_bytes"),
     _of_ranks("rank_device_memory_used_bytes", "Memory of the device that all processes hold.", "device_used_bytes"),
-    _of_ranks("rank_device_utilization_ratio", "Share of time that the device was at work.", "device_utilization"),
+    _of_ranks("rank_device_utilization_ratio", "Share of time that the device was busy.", "device_utilization"),
     _of_ranks("rank_device_power_watts", "Power that the device draws.", "device_power_watts"),
     _of_ranks(
         "rank_device_clock_hertz",
@@ -303,7 +303,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     _of_ranks(
         "rank_device_throttled",
-        "1 where the device is clocked down: for its power limit (power), its temperature (thermal), or by itself "
+        "1 if the device is throttled: by its power limit (power), its temperature (thermal), or its hardware "
         "(hardware).",
         {reason: _is_throttled(bits) for reason, bits in _THROTTLING.items()},
         "reason",
@@ -319,31 +319,31 @@ METRICS: tuple[Metric, ...] = (
     _gauge("slowest_rank", "Number of the rank that was busy longest in the latest measured step.", _slowest),
     _gauge("slowest_rank_ratio", "Busy time of the slowest rank over the median of the others.", _slowest_ratio),
     _gauge("device_memory_limit_bytes", "Memory of rank 0's device.", _nonzero("facts.device_memory")),
-    _gauge("disk_free_bytes", "Space that is left on the disk of the run directory.", "disk_free"),
+    _gauge("disk_free_bytes", "Free space on the disk of the run directory.", "disk_free"),
     _gauge("checkpoint_timestamp_seconds", "When the latest checkpoint was on disk.", "checkpoint.time"),
     _gauge("checkpoint_step", "Step of the latest checkpoint.", "checkpoint.step", "updates"),
     _gauge("checkpoint_size_bytes", "Size of the latest checkpoint.", "checkpoint.details.bytes"),
-    _gauge("checkpoint_duration_seconds", "Time until the latest was on disk.", "checkpoint.details.seconds"),
-    _gauge("checkpoint_stall_seconds", "Time that the latest held up training.", "checkpoint.details.stall_seconds"),
-    _count("checkpoints_total", "Checkpoints that came to disk.", "events.checkpoint", "checkpoints"),
+    _gauge("checkpoint_duration_seconds", "Time to write the latest checkpoint.", "checkpoint.details.seconds"),
+    _gauge("checkpoint_stall_seconds", "Time that it stalled training.", "checkpoint.details.stall_seconds"),
+    _count("checkpoints_total", "Checkpoints written to disk.", "events.checkpoint", "checkpoints"),
     _count(
         "checkpoint_failures_total", "Checkpoints that could not be written.", "events.checkpoint_failed", "checkpoints"
     ),
     _count("resumes_total", "Launches that resumed from a checkpoint.", "events.resumed", "launches"),
     _count("requeues_total", "Launches of the run's Slurm job after it was requeued.", "events.requeued", "launches"),
-    _count("signals_total", "Requests to stop, by a signal to some rank.", "events.signal", "signals"),
+    _count("signals_total", "Requests to stop by a signal to any rank.", "events.signal", "signals"),
     _count("disagreements_total", "Checks in which ranks' weights or noise differed.", "events.disagreement", "events"),
     _count("not_finite_total", "Losses, gradients or last evaluations not finite.", "events.not_finite", "events"),
     _count(
         "exporter_restarts_total",
-        "Times that the process of the exporter died and was started again, in this launch.",
+        "Restarts of the exporter's process after it died, in this launch.",
         "events.exporter_restarted",
         "restarts",
     ),
     Metric(
         "events_total",
         "counter",
-        "What happened to the run, by kind of event.",
+        "Events of the run, by kind.",
         lambda now: (Reading(count, (event,)) for event, count in now.events.items()),
         ("event",),
         unit_in_words="events",
@@ -351,7 +351,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "step_duration_seconds",
         "histogram",
-        "Time of a step, of every step that is measured (metrics.every_steps).",
+        "Time of each measured step (metrics.every_steps).",
         lambda now: (Reading(now.step_seconds),),
         scope=Scope.RANK,
     ),
@@ -366,9 +366,9 @@ METRICS: tuple[Metric, ...] = (
     ),
     _of_this_rank("resident_memory_bytes", "Resident memory of this rank.", "resident_bytes"),
     _of_this_rank("device_memory_bytes", "Memory of its device that this rank holds.", "device_bytes"),
-    _of_this_rank("device_utilization_ratio", "Share of time that its device was at work.", "device_utilization"),
+    _of_this_rank("device_utilization_ratio", "Share of time that its device was busy.", "device_utilization"),
 )
-"""Counts of events are over all launches of the run."""
+"""Event counters include all launches of the run."""
 
 
 def metrics_of(rank: int) -> tuple[Metric, ...]:

@@ -1,4 +1,4 @@
-"""The page of metrics in the text format, and the table of metrics in the documentation."""
+"""The metrics page in Prometheus's text format, and the table of metrics in the documentation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dist_train.outcome import UsageError
 
 
 class Families(Collector):
-    """A registry of prometheus_client, as `generate_latest` takes one: the page of a rank as it is `now`."""
+    """A prometheus_client collector, for `generate_latest`, of the metrics of a rank's page at the snapshot `now`."""
 
     def __init__(self, now: Snapshot) -> None:
         self._now = now
@@ -26,7 +26,7 @@ class Families(Collector):
     def collect(self) -> Iterable[Family]:
         """Yield the metrics with their values."""
         for metric in metrics_of(self._now.facts.rank):
-            # the library adds these endings to a family's name
+            # The library appends these suffixes to a family's name.
             short = metric.name.removesuffix("_total").removesuffix("_info")
             family = Family(short, metric.meaning, metric.kind)
             for value, label_values in metric.take(self._now):
@@ -42,11 +42,11 @@ class Families(Collector):
 
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
-"""The form that every Prometheus reads. For 1,024 ranks OpenMetrics would take twice as long to write."""
+"""The format that every Prometheus reads. For 1,024 ranks OpenMetrics would take twice as long to write."""
 
 
 class MetricsPage:
-    """Renders a board; scrapes that come while nothing has changed share one page."""
+    """Renders a board; the page is cached until the board changes."""
 
     def __init__(self, board: Board) -> None:
         self._board = board
@@ -64,12 +64,12 @@ class MetricsPage:
 
 
 def replaced_between(text: str, begin: str, end: str, content: str) -> str:
-    """Return `text` with `content` between the lines `begin` and `end`. Raises UsageError where it has no markers."""
+    """Return `text` with `content` between the lines `begin` and `end`. Raises UsageError if these are missing."""
     before, found_begin, rest = text.partition(begin)
     _, found_end, after = rest.partition(end)
     if not found_begin or not found_end:
         raise UsageError(
-            f"there is no place for the table: the file needs the lines {begin} and {end}", code="no-place-for-table"
+            f"the file has no place for the table: it needs the lines {begin} and {end}", code="no-place-for-table"
         )
     return f"{before}{begin}\n\n{content}\n{end}{after}"
 
@@ -78,7 +78,7 @@ BEGIN, END = "<!-- metrics -->", "<!-- end of metrics -->"
 
 
 def metrics_markdown() -> str:
-    """Return the table: name, kind, labels, unit, meaning, and whose page has it."""
+    """Return the table: name, kind, labels, unit, meaning, and the ranks whose page has the metric."""
     lines = ["| metric | kind | labels | unit | meaning | page of |", "|---|---|---|---|---|---|"]
     for metric in METRICS:
         labels = ", ".join(f"`{label}`" for label in metric.labels)
@@ -88,7 +88,7 @@ def metrics_markdown() -> str:
 
 
 def with_table(text: str) -> str:
-    """Return `text` with the table between its markers renewed. Raises UsageError where it has no markers."""
+    """Return `text` with the table between its markers updated. Raises UsageError if it has no markers."""
     return replaced_between(text, BEGIN, END, metrics_markdown())
 
 

@@ -1,4 +1,4 @@
-"""The exporter's process: serves what the trainer sends, keeps the target file alive, pushes the last values."""
+"""The exporter's process: serves what the trainer sends, keeps the target file fresh, and pushes the last values."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ from dist_train.rundir.records import Measurement, Outcome, Record, TrainRecord,
 
 PUSH_SECONDS = 5.0
 RECENT_SECONDS = 60.0
-"""Whoever scraped so lately is waited for with the last values."""
+"""Clients that scraped within this time before the end are waited for, so that they get the last values."""
 
 _LOOK_SECONDS = 1.0
 _DISK_SECONDS = 30.0
 _PAUSE_SECONDS = 0.02
-"""Between readings of the socket, so that fast steps do not wake this process at each one."""
-_POLITENESS = 10
+"""Pause between reads of the socket, so that fast steps do not wake this process every time."""
+_NICENESS = 10
 _DYING_SECONDS = 60.0
-"""A process that was killed closes its socket first; it can take long to give back its memory, and then be gone."""
+"""How long a killed trainer may exist after its socket has closed, while its memory is freed."""
 
 
 def main(descriptor: int, trainer: int) -> None:
-    """Serve what comes over the socket `descriptor`, until it ends or the process `trainer` does."""
-    # Be out of the way: of signals, which are the trainer's; of its cores; of everybody who computes.
+    """Serve what arrives at the socket `descriptor` until it closes or the process `trainer` ends."""
+    # Signals are for the trainer. This process must not take its cores or slow down those that compute.
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    with suppress(OSError):  # a container may forbid it; then it is served all the same
-        os.nice(_POLITENESS)
-        # a launcher binds a rank to its cores, which this process takes over; the kernel keeps to what is allowed
+    with suppress(OSError):  # a container may forbid it, which does no harm
+        os.nice(_NICENESS)
+        # Leave the cores that a launcher bound the rank to; the kernel restricts the set to the allowed cores.
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
     channel = Channel(socket.socket(fileno=descriptor))
     try:
         begin = _await_begin(channel, trainer)
         if begin is not None:
-            with suppress(OSError):  # `ps` and `top` show whose exporter this is, in the kernel's 15 characters
+            with suppress(OSError):  # show the run's name in `ps` and `top`; the kernel allows 15 characters
                 name = f"metrics {re.sub('[^!-~]', '_', begin.facts.name)}"[:15]
                 Path("/proc/self/comm").write_text(name, encoding="ascii")
             _Service(channel, trainer, begin).run()
@@ -71,15 +71,15 @@ def _await_begin(channel: Channel, trainer: int) -> Begin | None:
 
 
 def _push(gateway: str, now: Snapshot) -> str:
-    """Push the values of `now` to the Pushgateway at the URL `gateway`; return what went wrong, or nothing.
+    """Push the values of `now` to the Pushgateway at the URL `gateway`; return the error, or an empty string.
 
-    They replace the run's own group: job, run and run id, and the rank other than 0.
+    They replace the run's group, whose key is job, run and run id, and the rank if it is not 0.
     """
     facts = now.facts
     group = {"run": facts.name, "run_id": facts.run_id} | ({"rank": str(facts.rank)} if facts.rank else {})
     try:
         push_to_gateway(gateway, targets.JOB, Families(now), group, PUSH_SECONDS)
-    except Exception as error:  # urllib lets through whatever a broken server provokes
+    except Exception as error:  # a broken server can raise almost anything in urllib
         return str(getattr(error, "reason", None) or error) or type(error).__name__
     return ""
 
@@ -101,14 +101,14 @@ class _Service:
         rendered = MetricsPage(self._board)
 
         def page() -> bytes:
-            self._take()
+            self._receive()
             return rendered.render()
 
         def health() -> bool:
-            self._take()
+            self._receive()
             return not stands_still(self._board.snapshot(), time.time())
 
-        # the setting's own port is rank 0's
+        # The configured port is rank 0's.
         port = plan.port if begin.facts.rank == 0 or plan.port == 0 else plan.port + 1
         self._server = bind(plan.host, port, Site(page, health, read_credentials(plan), tls_context(plan)))
         if begin.facts.rank == 0 and port not in (0, self._server.server_port):
@@ -117,31 +117,31 @@ class _Service:
     def run(self) -> None:
         Thread(target=self._server.serve_forever, args=(_LOOK_SECONDS,), name="http", daemon=True).start()
         try:
-            self._enter_target()
+            self._write_target()
             host = self._plan.host_for_others(self._facts.node)
             address = f"{self._plan.scheme}://{host}:{self._server.server_port}/metrics"
             self._channel.send(Serving(address, None if self._target is None else self._target.path))
             self._board.recall(_history(self._facts.run_directory / "metrics.jsonl"))
             while self._outcome is None and not self._is_over and os.getppid() == self._trainer:
                 select.select([self._channel.fileno(), self._wake], [], [], _LOOK_SECONDS)
-                self._take()
+                self._receive()
                 self._heartbeat()
-                self._look_at_the_disk()
+                self._measure_disk()
                 time.sleep(_PAUSE_SECONDS)
             if self._outcome is not None:
                 self._end(self._outcome)
         finally:
             target, self._target = self._target, None
-            if target is not None and (outcome := self._how_it_ended()):
-                # First: Prometheus drops a target, last scrape or not, whose file has changed.
+            if target is not None and (outcome := self._final_outcome()):
+                # Wait for the scrape first: Prometheus drops a target as soon as its file changes.
                 if outcome == KILLED:
                     self._board.killed()
                     self._await_scrape()
-                with self._warning(f"the target file {target.path} cannot say how the run ended"):
+                with self._warning(f"the outcome cannot be written to the target file {target.path}"):
                     target.end(outcome)
 
-    def _take(self) -> None:
-        """Take messages onto the board; a scrape does so too, and sees all that was sent before it."""
+    def _receive(self) -> None:
+        """Apply received messages to the board. A scrape calls this too, so it sees everything sent before it."""
         with self._lock:
             if self._is_over:
                 return
@@ -165,7 +165,7 @@ class _Service:
                 self._is_over = True
                 os.eventfd_write(self._wake, 1)
 
-    def _enter_target(self) -> None:
+    def _write_target(self) -> None:
         directory = self._plan.targets_directory
         if directory is None:
             return
@@ -187,14 +187,14 @@ class _Service:
             target.touch()
             self._target = target
 
-    def _look_at_the_disk(self) -> None:
+    def _measure_disk(self) -> None:
         if self._facts.rank == 0 and time.monotonic() >= self._disk_due:
             self._disk_due = time.monotonic() + _DISK_SECONDS
             with suppress(OSError):
                 self._board.disk(shutil.disk_usage(self._facts.run_directory).free)
 
-    def _how_it_ended(self) -> str:
-        """Return the outcome; nothing where the trainer lives, and this process alone ends."""
+    def _final_outcome(self) -> str:
+        """Return the outcome; empty if only this process ends and the trainer still lives."""
         if self._outcome is not None:
             return outcome_label(self._outcome)
         deadline = time.monotonic() + _DYING_SECONDS
@@ -203,8 +203,8 @@ class _Service:
         return "" if os.getppid() == self._trainer else KILLED
 
     def _end(self, outcome: Outcome) -> None:
-        """Push the last values, and wait for a scrape of them where one is likely."""
-        # a run that was stopped is about to be killed
+        """Push the last values, and wait for a scrape of them if one is likely."""
+        # A stopped run will be killed soon, so it does not wait.
         patience = self._patience() if outcome.state in ("finished", "failed") else 0.0
         ended = time.monotonic()
         gateway = self._plan.pushgateway
@@ -212,7 +212,7 @@ class _Service:
         if gateway and (reason := _push(gateway, self._board.snapshot())):
             self._warn(f"the Pushgateway at {gateway} did not take the last values: {reason}")
         while time.monotonic() < ended + patience and os.getppid() == self._trainer:
-            self._take()  # the trainer may end unannounced
+            self._receive()  # notices the end of the trainer
             if self._is_over or self._server.all_have_scraped(ended, RECENT_SECONDS):
                 return
             time.sleep(_PAUSE_SECONDS)
@@ -224,7 +224,7 @@ class _Service:
         return self._plan.last_scrape_seconds if is_scraped else 0.0
 
     def _await_scrape(self) -> None:
-        """Wait for a scrape where the trainer is no longer there to be waited for."""
+        """Wait for a scrape after the trainer has died."""
         ended = time.monotonic()
         deadline = ended + self._patience()
         while time.monotonic() < deadline and not self._server.all_have_scraped(ended, RECENT_SECONDS):
@@ -238,7 +238,7 @@ class _Service:
             self._warn(f"{text}: {error.strerror or error}")
 
     def _warn(self, text: str) -> None:
-        with suppress(OSError):  # nobody is there to hear
+        with suppress(OSError):  # the trainer may be gone
             self._channel.send(Warned(text))
 
 
@@ -246,7 +246,7 @@ def _history(path: Path) -> Iterator[Record]:
     """Yield the evaluations and checkpoints of earlier launches."""
     with suppress(OSError):
         for line in path.read_bytes().split(b"\n"):
-            # most lines are of steps, and there can be millions
+            # Most lines are training steps, of which there can be millions: do not parse them.
             if b'"eval"' in line or b'"checkpoint"' in line:
                 record = from_json(line)
                 if record is not None and not isinstance(record, TrainRecord):

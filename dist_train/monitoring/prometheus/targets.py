@@ -1,7 +1,7 @@
-"""Target files: how Prometheus (`file_sd_configs`) finds the runs that there are, and learns how the others ended.
+"""Target files, by which Prometheus (`file_sd_configs`) finds active runs and learns how ended runs ended.
 
-Many users may write to their folder, so a file there is opened as in a hostile place: no link is followed, nothing but
-a regular file of this user or of root is read or touched, and nobody waits for a FIFO.
+Many users may write to their folder, so files there are not trusted: links are not followed, only regular files of this
+user or of root are read or touched, and opening a FIFO does not block.
 """
 
 from __future__ import annotations
@@ -25,61 +25,62 @@ from dist_train.rundir import atomic
 from dist_train.rundir.records import RunFacts
 
 HEARTBEAT_SECONDS = 60.0
-"""How often a run touches its file."""
+"""Interval at which a run touches its file."""
 STALE_SECONDS = 300.0
-"""A file that was not touched for so long belongs to nobody."""
+"""A file not touched for this long is stale."""
 
 ENDED_SECONDS = 86_400.0
-"""How long a file stays that says how its run ended."""
+"""How long the file of an ended run, which holds its outcome, is kept."""
 SEEN_SECONDS = 600.0
-"""So long after a run's end every Prometheus has seen how it ended."""
+"""By this long after a run's end every Prometheus has read its outcome."""
 
 JOB = "dist_train"
 _NOWHERE = "127.0.0.1:0"
-"""In place of the address of a run that has ended: another run may have taken that. Nobody can listen at port 0."""
+"""Replaces the address of an ended run, which another run may have taken. Nothing can listen at port 0."""
 _OUTCOME_LABEL = "outcome"
 _PROCESS_LABEL = "__dist_train_process"
-"""The trainer. Prometheus drops labels that begin so once it has found the target."""
+"""The trainer. Prometheus drops labels that start with __ after relabelling."""
 _EXPORTER_LABEL = "__dist_train_exporter"
 _IDENTITY = re.compile(r"\S+ \S+ [0-9]{1,10} [0-9]{0,20}")
 _NAME = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{8}-[0-9]+\.json")
 _LARGEST = 64 << 10
-"""Bytes; ours have a few hundred."""
+"""Bytes; our files have a few hundred."""
 _MOST_NAMES = 8
 
 
 def identity_of(number: int) -> str:
-    """Return what tells the process with this number on this machine from all others; it ends there if there is none.
+    """Return the unique identity of the process with PID `number` on this machine; without a start if there is none.
 
-    Host, namespace of process numbers, number, start in clock ticks.
+    It consists of host, PID namespace, PID, and start in clock ticks.
     """
-    return f"{_machine()} {number} {_begun(number)}"
+    return f"{_machine()} {number} {_start_ticks(number)}"
 
 
 def _is_gone(process: str) -> bool:
-    """Return whether it is known to have ended; of another machine nothing is known."""
+    """Return whether the process is known to have ended; False on another machine."""
     machine, number, _ = process.rsplit(" ", 2)
     return machine == _machine() and identity_of(int(number)) != process
 
 
 @dataclass(frozen=True)
 class TargetFile:
-    """The file at `path` by which Prometheus finds one rank's metrics, owned by the process of identity `process`."""
+    """The file at `path` by which Prometheus finds one rank's metrics; `process` is the identity of its trainer."""
 
     path: Path
     content: str
     process: str
 
     def write(self) -> None:
-        """Make the file, and its folder where that is new. Raises OSError."""
+        """Write the file, and create its folder if necessary. Raises OSError."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # the temporary name ends on .part: Prometheus looks for *.json; it seldom runs as the user of the run
+        # The temporary name ends with .part, so Prometheus, which reads *.json, ignores it. Prometheus usually runs as
+        # another user: hence the mode.
         atomic.swap_text(self.path, self.content, 0o644)
 
     def touch(self) -> None:
-        """Show that the run is there still; write the file anew where somebody removed it.
+        """Show that the run is alive; write the file again if it was removed.
 
-        Raises OSError, also where somebody has put something else in its place.
+        Raises OSError, also if something else is in its place.
         """
         try:
             with _open_ours(self.path) as file:
@@ -88,10 +89,10 @@ class TargetFile:
             self.write()
 
     def end(self, outcome: str) -> None:
-        """Have the file say how the run ended, for rules that cannot rely on a last scrape.
+        """Record how the run ended in the file, for alert rules that cannot rely on a last scrape.
 
-        Nothing changes where it says so already, or a later launch of the run has taken it over. Raises OSError, also
-        where somebody has put something else in its place.
+        Nothing changes if an outcome is recorded already, or if a later launch of the run has taken the file over.
+        Raises OSError, also if something else is in its place.
         """
         try:
             with _open_ours(self.path) as file:
@@ -105,7 +106,7 @@ class TargetFile:
 
 
 def target_file(plan: ServingPlan, facts: RunFacts, port: int, process: str, exporter: str) -> TargetFile:
-    """Return the file for the rank of `facts` that the process `exporter` serves at `port` for `process`."""
+    """Return the file for the rank of `facts`, served at `port` by the process `exporter` for the trainer `process`."""
     assert plan.targets_directory is not None
     node = facts.node or socket.gethostname()
     labels = {
@@ -133,26 +134,27 @@ def _content(address: str, labels: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What became of a folder of target files: those `removed`, and why some were `skipped`, by their paths."""
+    """The result of cleaning a folder of target files: files `removed`, and reasons for those `skipped`, by path."""
 
     removed: tuple[Path, ...]
     skipped: Mapping[Path, str]
 
     @property
     def warning(self) -> str:
-        """What to tell of those skipped, on one line; nothing where there are none."""
+        """One line about the skipped files; empty if there are none."""
         shown = [f"{path.name} ({why})" for path, why in list(self.skipped.items())[:_MOST_NAMES]]
         more = len(self.skipped) - len(shown)
         ending = f" and {more} more" if more else ""
-        return f"target files that were left alone: {', '.join(shown)}{ending}" if shown else ""
+        return f"skipped target files: {', '.join(shown)}{ending}" if shown else ""
 
 
 def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed: str = "") -> Cleaning:
     """Remove the target files in `directory` whose runs are gone. Raises OSError.
 
-    One that says how its run ended stays for `ended_seconds`, or until that run, whose id is `resumed`, is back. Where
-    a run begins, one that has just died is not removed, but said to have been killed where its exporter is dead too:
-    a living one says so itself. A file is ours by its name, its owner and its content; any other is left alone.
+    A file with an outcome is kept for `ended_seconds`, or until its run resumes: `resumed` is the id of the run that
+    starts now, if any. At such a start, the file of another run that has just died is not removed but marked as killed,
+    unless that run's exporter still lives and will do so itself. Files whose name, owner or content are not ours are
+    left alone.
     """
     removed = []
     skipped = {}
@@ -184,8 +186,8 @@ def remove_stale(directory: Path, ended_seconds: float = ENDED_SECONDS, resumed:
 
 
 def _open_ours(path: Path) -> BinaryIO:
-    """Open a target file. Raises OSError where it is a link, no regular file, too large, or another user's."""
-    if path.is_symlink():  # the kernel refuses it as well, but in other words
+    """Open a target file. Raises OSError if it is a link, not a regular file, too large, or another user's."""
+    if path.is_symlink():  # the kernel refuses it too, but with a less clear message
         raise OSError(errno.ELOOP, "a symbolic link", str(path))
     file = atomic.open_regular(path, os.O_NOFOLLOW)
     state = os.fstat(file.fileno())
@@ -198,7 +200,7 @@ def _open_ours(path: Path) -> BinaryIO:
 
 
 def _read(file: BinaryIO) -> tuple[str, Mapping[str, str]] | None:
-    """Return the address and the labels in the target file; None where it is not one of ours."""
+    """Return the address and the labels in the target file; None if it is not one of ours."""
     try:
         [group] = json.loads(file.read(_LARGEST))
         [address], labels = group["targets"], group["labels"]
@@ -210,15 +212,15 @@ def _read(file: BinaryIO) -> tuple[str, Mapping[str, str]] | None:
 
 
 def _machine() -> str:
-    """Return host and namespace of process numbers."""
+    """Return host and PID namespace."""
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return f"{socket.gethostname()} unknown"
 
 
-def _begun(number: int) -> str:
-    """Return when process `number` began, in ticks since the machine did; empty where it is gone or a zombie."""
+def _start_ticks(number: int) -> str:
+    """Return the start of process `number` in clock ticks since boot; empty if it is gone or a zombie."""
     try:
         stat = Path(f"/proc/{number}/stat").read_text()
     except OSError:
