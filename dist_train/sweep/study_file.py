@@ -206,9 +206,7 @@ def _problems_of_settings(study: Study) -> Iterator[Problem]:
             if path in space:
                 yield Problem(f"{place}.{path}", "the search has this setting already", code="grid-twice", value=values)
             if not values:
-                yield Problem(
-                    f"{place}.{path}", "an empty list would leave no run", code="empty-grid", value=values
-                )
+                yield Problem(f"{place}.{path}", "an empty list would leave no run", code="empty-grid", value=values)
     if len(set(study.seeds)) < len(study.seeds):
         yield Problem("seeds", "a seed is listed twice", code="seed-twice", value=list(study.seeds))
 

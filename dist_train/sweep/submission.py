@@ -149,9 +149,7 @@ def study_jobs(plan: Plan, numbers: str, submission: Submission) -> tuple[Job, .
         body = f"analyses_in_job {shlex.join(study)}"
         jobs.append(Job("analyses", _script(submission, analyses, body), "afterany"))
     partition = [f"--partition={submission.partition}"] if submission.partition else []
-    report = _script(
-        submission, ("--nodes=1", *dependent, *partition), f"report_in_job {shlex.quote(str(folder))}"
-    )
+    report = _script(submission, ("--nodes=1", *dependent, *partition), f"report_in_job {shlex.quote(str(folder))}")
     return (*jobs, Job("report", report, "afterany"))
 
 
