@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make the JSON schema that the dashboards are checked against, from Grafana's own published types.
-# For maintainers, after a change of Grafana's version or of the kinds of panels in use. Needs node and npm.
+# Generates the JSON schema that the dashboards are checked against, from Grafana's published types.
+# For maintainers, after changing Grafana's version or the panel types in use. Needs node and npm.
 # Usage: docker/grafana/schema.sh [OUTPUT]
 
 set -euo pipefail

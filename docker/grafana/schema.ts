@@ -1,5 +1,5 @@
-// Grafana's own types, joined into one for a whole dashboard: the panels that these dashboards use with their own
-// options and field settings, and a Prometheus query, for which the package has no type.
+// Grafana's types, combined into one for a whole dashboard: the panels that these dashboards use, with their options and
+// field settings, and a Prometheus query, for which the package has no type.
 import * as common from '@grafana/schema';
 import * as raw from '@grafana/schema/dist/esm/raw/dashboard/x/dashboard_types.gen';
 import * as bargauge from '@grafana/schema/dist/esm/raw/composable/bargauge/panelcfg/x/BarGaugePanelCfg_types.gen';
@@ -28,7 +28,7 @@ interface FieldConfigSource<Custom> extends Omit<raw.FieldConfigSource, 'default
   defaults: Omit<raw.FieldConfig, 'custom'> & { custom?: Custom };
 }
 
-// Grafana fills in what is left out of a panel's options, so that none is required.
+// Grafana fills in missing panel options, so none is required.
 interface Panel<Type extends string, Options, Custom>
   extends Omit<raw.Panel, 'type' | 'options' | 'fieldConfig' | 'targets'> {
   type: Type;
@@ -37,7 +37,7 @@ interface Panel<Type extends string, Options, Custom>
   targets?: PrometheusQuery[];
 }
 
-// Its own type of series has a copy of MatcherConfig, of which there can be but one.
+// xychart's series type has its own copy of MatcherConfig, of which a schema can have only one.
 interface XYOptions extends Omit<xychart.Options, 'series'> {
   series: { x?: { matcher: raw.MatcherConfig } }[];
 }

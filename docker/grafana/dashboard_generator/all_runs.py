@@ -1,4 +1,4 @@
-"""The dashboard of all runs side by side: small batch, large batch, and large batch with noise."""
+"""The dashboard that compares runs: small batch, large batch, and large batch with noise."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from dashboard_generator.panels import (
 _LABELS = ("global_batch", "noise", "run", "run_id", "split", "model")
 _AXIS = {"Steps": "dist_train_step", "Epochs": "dist_train_epoch", "Samples": "dist_train_samples_total"}
 KIND = "batch {{global_batch}}, {{noise}}: {{run}} {{run_id}}"
-"""A legend that says by what the runs differ."""
+"""A legend with the labels by which runs differ."""
 
 
 def _with_kind(expression: str) -> str:
-    """Return `expression` with the labels by which runs differ: model, global batch, noise."""
+    """Return `expression` with the labels by which runs differ added: model, global batch, noise."""
     return _joined(expression, 'dist_train_run_info{run=~"$run", run_id=~"$run_id", noise=~"$noise"}')
 
 
@@ -42,7 +42,7 @@ def _of(metric: str) -> str:
 
 
 def _last_of(metric: str) -> str:
-    """Return the last value within the time range of the dashboard, also of runs that have ended."""
+    """Return the last value in the dashboard's time range, also of runs that have ended."""
     value = _within(f"{metric}{{{OF_RUN}}}")
     return _joined(
         f"max by (run, run_id) ({value})",
@@ -79,7 +79,7 @@ def build() -> model.Dashboard:
             f"label_values(dist_train_loss{{{OF_RUN}}}, split)",
         )
     )
-    built.with_variable(one_of("x", "Compare at equal", "What curves are drawn over, in place of time", _AXIS))
+    built.with_variable(one_of("x", "Compare at equal", "The x axis of curves that are not drawn over time", _AXIS))
     firing = f'max by (run, run_id, alertname) (ALERTS{{{OF_RUN}, alertstate="firing"}}) > 0'
     built.annotation(event("Alerts", RED, firing, "{{run}} {{run_id}}: {{alertname}}"))
     for section in (_overview, _learning, _by_step, _cost):
@@ -91,9 +91,7 @@ def _overview(built: dashboard.Dashboard) -> None:
     built.with_row(row("All runs"))
     built.with_panel(
         states(
-            PanelSpec(
-                "State", "The state of each run over time; the gaps are times without an exporter.", "none", 16, 9
-            ),
+            PanelSpec("State", "The state of each run over time; gaps are times without an exporter.", "none", 16, 9),
             Query(state_number(), "{{run}} {{run_id}}"),
             STATES,
         )
@@ -106,7 +104,7 @@ def _overview(built: dashboard.Dashboard) -> None:
     )
     built.with_panel(
         number(
-            PanelSpec("Firing alerts", "Alerts about these runs that fire now.", "none", 4, 9),
+            PanelSpec("Firing alerts", "Currently firing alerts of these runs.", "none", 4, 9),
             Query(f'count(ALERTS{{{OF_RUN}, alertstate="firing"}}) or vector(0)', "alerts"),
             "green",
             (1, RED),
@@ -120,7 +118,7 @@ def _learning(built: dashboard.Dashboard) -> None:
         curves(
             PanelSpec(
                 "Accuracy",
-                "Share of samples classified rightly, by run and split.",
+                "Share of correctly classified samples, by run and split.",
                 "percentunit",
                 12,
                 11,
@@ -137,7 +135,7 @@ def _learning(built: dashboard.Dashboard) -> None:
         bars(
             PanelSpec(
                 "Best accuracy",
-                "On the test split: the large batch falls short, noise is to close the gap.",
+                "On the test split: the large batch is less accurate, and noise should close the gap.",
                 "percentunit",
                 8,
                 10,
@@ -154,7 +152,11 @@ def _learning(built: dashboard.Dashboard) -> None:
     built.with_panel(
         bars(
             PanelSpec(
-                "Distance from the start", "How far the weights have moved: large batches stay nearer.", "none", 8, 10
+                "Distance from the start",
+                "How far the weights have moved; with large batches they stay nearer.",
+                "none",
+                8,
+                10,
             ),
             Query(_last_of("dist_train_distance_from_initial"), KIND),
         )
@@ -170,14 +172,14 @@ def _learning(built: dashboard.Dashboard) -> None:
 def _by_step(built: dashboard.Dashboard) -> None:
     built.with_row(row("At equal ${x:text}, whenever the runs were"))
     for title, description, unit, expression in (
-        ("Accuracy", "Share of samples classified rightly", "percentunit", _by_split("dist_train_accuracy_ratio")),
+        ("Accuracy", "Share of correctly classified samples", "percentunit", _by_split("dist_train_accuracy_ratio")),
         ("Loss", "Mean loss", "none", _by_split("dist_train_loss")),
         ("Gradient norm", "Euclidean norm of the global gradient", "none", _of("dist_train_gradient_norm")),
         ("Distance from the start", "Of the clean weights", "none", _of("dist_train_distance_from_initial")),
     ):
-        look = PanelSpec(f"{title} by ${{x:text}}", f"{description}, by run.", unit, 12, 11)
+        spec = PanelSpec(f"{title} by ${{x:text}}", f"{description}, by run.", unit, 12, 11)
         x = f"0 * ({expression}) + on (run, run_id) group_left () max by (run, run_id) ($x{{{OF_RUN}}})"
-        panel = curves_over(x, "${x:text}", look, Query(expression, KIND), _LABELS)
+        panel = curves_over(x, "${x:text}", spec, Query(expression, KIND), _LABELS)
         built.with_panel(logarithmic(panel) if title == "Loss" else panel)
 
 
@@ -194,7 +196,7 @@ def _cost(built: dashboard.Dashboard) -> None:
         curves(
             PanelSpec(
                 "Duration of a step, 95 %",
-                "Nineteen of twenty steps of the last five minutes took no longer.",
+                "95 % of the steps of the last five minutes were no longer.",
                 "s",
                 8,
                 9,
@@ -207,7 +209,7 @@ def _cost(built: dashboard.Dashboard) -> None:
         curves(
             PanelSpec(
                 "Share of the step spent waiting",
-                "For the gradients of the other ranks.",
+                "Waiting for the other ranks' gradients.",
                 "percentunit",
                 8,
                 9,
@@ -220,17 +222,22 @@ def _cost(built: dashboard.Dashboard) -> None:
         ).min(0)
     )
     for title, description, unit, expression in (
-        ("Progress", "Steps done of those planned.", "percentunit", f"run:dist_train_progress:ratio{{{OF_RUN}}}"),
+        (
+            "Progress",
+            "Steps done, as a share of the planned ones.",
+            "percentunit",
+            f"run:dist_train_progress:ratio{{{OF_RUN}}}",
+        ),
         (
             "Time left",
-            "To the last step, at the present pace.",
+            "Until the last step, at the current pace.",
             "s",
             f"max by (run, run_id) (dist_train_time_left_seconds{{{OF_RUN}}})",
         ),
         ("Ranks", "Ranks that train together.", "none", f"max by (run, run_id) (dist_train_world_size{{{OF_RUN}}})"),
         (
             "Requeues",
-            "Times that Slurm put the run back into its queue.",
+            "How often Slurm requeued the run.",
             "none",
             f"max by (run, run_id) (dist_train_requeues_total{{{OF_RUN}}})",
         ),

@@ -1,4 +1,4 @@
-"""What all dashboards have in common: variables, links, marks of events; and the JSON in the end."""
+"""What all dashboards share: variables, links, event annotations, and their JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dashboard_generator.panels import SOURCE
 
 
 def frame(uid: str, title: str, description: str) -> dashboard.Dashboard:
-    """Return an empty dashboard with the project's links; the last hour, every ten seconds."""
+    """Return an empty dashboard with the project's links; it shows the last hour and refreshes every ten seconds."""
     return (
         dashboard.Dashboard(title)
         .uid(uid)
@@ -33,7 +33,7 @@ def frame(uid: str, title: str, description: str) -> dashboard.Dashboard:
 
 
 def source_choice() -> dashboard.DatasourceVariable:
-    """Return the variable `datasource`: any Prometheus of the server."""
+    """Return the variable `datasource`: any Prometheus of the Grafana server."""
     return (
         dashboard.DatasourceVariable("datasource")
         .label("Data source")
@@ -43,7 +43,7 @@ def source_choice() -> dashboard.DatasourceVariable:
 
 
 def one_choice(name: str, label: str, description: str, query: str) -> dashboard.QueryVariable:
-    """Return a variable of one value out of those that Prometheus knows in the time shown."""
+    """Return a variable with one value, chosen among those that Prometheus knows in the dashboard's time range."""
     return (
         dashboard.QueryVariable(name)
         .label(label)
@@ -56,13 +56,13 @@ def one_choice(name: str, label: str, description: str, query: str) -> dashboard
 
 
 def choice(name: str, label: str, description: str, query: str) -> dashboard.QueryVariable:
-    """Return a variable of one, several or all values; all to begin with."""
+    """Return a variable with one, several or all values; initially all."""
     everything = model.VariableOption(selected=True, text=["All"], value=["$__all"])
     return one_choice(name, label, description, query).multi(True).include_all(True).all_value(".*").current(everything)
 
 
 def one_of(name: str, label: str, description: str, values: Mapping[str, str]) -> dashboard.CustomVariable:
-    """Return a variable of one of `values`, by the words for them; the first to begin with."""
+    """Return a variable with one of `values`, keyed by their labels; initially the first."""
     text, value = next(iter(values.items()))
     return (
         dashboard.CustomVariable(name)
@@ -74,7 +74,7 @@ def one_of(name: str, label: str, description: str, values: Mapping[str, str]) -
 
 
 class _Query(model.AnnotationTarget):
-    """The query of an event's marks; the library knows only that of Grafana's own annotations."""
+    """A Prometheus query of annotations; the library supports only queries of Grafana's built-in annotations."""
 
     def __init__(self, query: prometheus_model.Dataquery) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class _Built(cog.Builder[model.AnnotationTarget]):
 
 
 def event(name: str, colour: str, expression: str, legend: str) -> dashboard.AnnotationQuery:
-    """Return marks wherever `expression` has a value."""
+    """Return annotations wherever `expression` has a value."""
     query = prometheus_model.Dataquery(expr=expression, legend_format=legend, ref_id="event", range_val=True)
     return (
         dashboard.AnnotationQuery()
@@ -106,14 +106,14 @@ def event(name: str, colour: str, expression: str, legend: str) -> dashboard.Ann
 
 
 def row(title: str) -> dashboard.Row:
-    """Return a heading over the panels that follow."""
+    """Return a row heading for the panels that follow."""
     return dashboard.Row(title)
 
 
 def to_json(built: model.Dashboard) -> str:
-    """Return a dashboard as JSON, its panels numbered from 1 in their order."""
+    """Return a dashboard as JSON, its panels numbered from 1 in order."""
     for variable in (built.templating.list_val if built.templating else None) or []:
-        variable.auto = variable.auto_min = variable.auto_count = None  # of intervals alone, in Grafana's types
+        variable.auto = variable.auto_min = variable.auto_count = None  # only interval variables have these
     for number, panel in enumerate(built.panels or [], start=1):
         panel.id_val = number
     return json.dumps(built, cls=JSONEncoder, indent=1, sort_keys=True, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""Where the dashboards are on a Grafana server, and the links between them."""
+"""The dashboards' UIDs on a Grafana server, and the links between them."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ ALERTS = (
 
 
 def runbook_path(alert: str) -> str:
-    """Return the address of an alert's section, without the server."""
+    """Return the path of an alert's runbook section, without the server."""
     return f"/d/{RUNBOOK}?viewPanel={ALERTS.index(alert) + 2}#{alert.lower()}"
 
 
 def runbook_link(alert: str) -> dashboard.DashboardLink:
-    """Return a link to what to do about an alert."""
+    """Return a link to an alert's runbook section."""
     return (
         dashboard.DashboardLink(f"What to do: {alert}")
         .type(model.DashboardLinkType.LINK)
@@ -59,7 +59,7 @@ def runbook_address() -> dashboard.DashboardLink:
 
 
 def siblings() -> dashboard.DashboardLink:
-    """Return a menu of the project's dashboards, which keeps the time and the runs chosen."""
+    """Return a menu of the project's dashboards that keeps the time range and the chosen runs."""
     return (
         dashboard.DashboardLink("dist-train")
         .type(model.DashboardLinkType.DASHBOARDS)

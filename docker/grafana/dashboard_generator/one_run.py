@@ -38,7 +38,7 @@ RUN_IDS = 'label_values(dist_train_state{run=~"$run"}, run_id)'
 
 
 def _of(metric: str, *labels: str) -> str:
-    """Return the run's series of a metric: one for each value of `labels`, whatever launch they come from."""
+    """Return the run's series of a metric, one for each value of `labels`, independent of the launch."""
     return f"max by ({', '.join(('run', 'run_id', *labels))}) ({metric}{{{OF_RUN}}})"
 
 
@@ -47,16 +47,16 @@ _FEW = 5
 
 
 def _over_ranks(metric: str, words: str = "", matchers: str = "") -> tuple[Query, ...]:
-    """Return four lines for any number of ranks: the least, the median, the 95 % quantile and the most of theirs."""
+    """Return four lines for any number of ranks: minimum, median, 95 % quantile and maximum over ranks."""
     of_ranks = f"max by (run, run_id, rank) ({metric}{{{OF_RUN}{matchers}}})"
-    shares = {"least": "0", "median": "0.5", "95 %": "0.95", "most": "1"}
+    quantiles = {"min": "0", "median": "0.5", "95 %": "0.95", "max": "1"}
     return tuple(
-        Query(f"quantile by (run, run_id) ({share}, {of_ranks})", f"{words}{name}") for name, share in shares.items()
+        Query(f"quantile by (run, run_id) ({share}, {of_ranks})", f"{words}{name}") for name, share in quantiles.items()
     )
 
 
 def _ranks_with_most(metric: str, legend: str = RANK) -> Query:
-    """Return the lines of the few ranks whose values are greatest at the end of the time shown."""
+    """Return the lines of the few ranks with the largest values at the end of the time range."""
     selector = f"{metric}{{{OF_RUN}}}"
     return Query(f"{selector} and on (run, run_id, rank) topk by (run, run_id) ({_FEW}, {selector} @ end())", legend)
 
@@ -66,7 +66,7 @@ def _by_split(metric: str) -> str:
 
 
 def state_number() -> str:
-    """Return an expression whose value is the place of a run's state in `STATES`."""
+    """Return an expression whose value is the index of a run's state in `STATES`."""
     return " or ".join(
         f'{value} + 0 * (max by (run, run_id) (dist_train_state{{{OF_RUN}, state="{word}"}}) > 0)'
         for value, word, _ in STATES
@@ -78,10 +78,10 @@ def build() -> model.Dashboard:
     built = frame(
         ONE_RUN,
         "dist-train: one run",
-        "One run in depth: where it is, how it learns, where its time goes, what happened.",
+        "One run in depth: progress, learning, speed, checkpoints, events, memory.",
     )
     built.with_variable(source_choice())
-    built.with_variable(one_choice("run", "Run", "The run to look at", "label_values(dist_train_state, run)"))
+    built.with_variable(one_choice("run", "Run", "The run to spec at", "label_values(dist_train_state, run)"))
     built.with_variable(one_choice("run_id", "Run id", "Tells runs of one name apart", RUN_IDS))
     built.with_variable(
         choice(
@@ -116,27 +116,31 @@ def _status(built: dashboard.Dashboard) -> None:
     built.with_row(row("Now"))
     built.with_panel(
         states(
-            PanelSpec(
-                "State", "The state of the run over time; the gaps are times without an exporter.", "none", 12, 4
-            ),
+            PanelSpec("State", "The state of the run over time; gaps are times without an exporter.", "none", 12, 4),
             Query(state_number(), "{{run}}"),
             STATES,
         )
     )
     small = (
-        (PanelSpec("Progress", "Steps done of those planned.", "percentunit", 3, 4), "run:dist_train_progress:ratio"),
+        (
+            PanelSpec("Progress", "Steps done, as a share of the planned ones.", "percentunit", 3, 4),
+            "run:dist_train_progress:ratio",
+        ),
         (PanelSpec("Epoch", "Epochs done, with their fraction.", "none", 3, 4), "dist_train_epoch"),
-        (PanelSpec("Time left", "To the last step, at the present pace.", "s", 3, 4), "dist_train_time_left_seconds"),
+        (
+            PanelSpec("Time left", "Until the last step, at the current pace.", "s", 3, 4),
+            "dist_train_time_left_seconds",
+        ),
         (
             PanelSpec("Best accuracy", "Best accuracy on the test split so far.", "percentunit", 3, 4),
             "dist_train_best_accuracy_ratio",
         ),
     )
-    for look, metric in small:
-        built.with_panel(number(look, Query(_of(metric), "{{run}}")))
+    for spec, metric in small:
+        built.with_panel(number(spec, Query(_of(metric), "{{run}}")))
     built.with_panel(
         number(
-            PanelSpec("Firing alerts", "Alerts about this run that fire now.", "none", 3, 4),
+            PanelSpec("Firing alerts", "Currently firing alerts of this run.", "none", 3, 4),
             Query(f'count(ALERTS{{{OF_RUN}, alertstate="firing"}}) or vector(0)', "alerts"),
             GREEN,
             (1, RED),
@@ -146,7 +150,7 @@ def _status(built: dashboard.Dashboard) -> None:
         number(
             PanelSpec(
                 "Since the last step",
-                "Much more than a step takes: the run stands still.",
+                "If it is much longer than a step, the run has stalled.",
                 "s",
                 3,
                 4,
@@ -171,11 +175,11 @@ def _status(built: dashboard.Dashboard) -> None:
 def _learning(built: dashboard.Dashboard) -> None:
     built.with_row(row("Learning"))
     loss = PanelSpec(
-        "Loss", "Mean loss by split; `batch` is that of the perturbed weights.", "none", 12, 9, "DistTrainNotFinite"
+        "Loss", "Mean loss by split; `batch` is measured at the perturbed weights.", "none", 12, 9, "DistTrainNotFinite"
     )
     accuracy = PanelSpec(
         "Accuracy",
-        "Share of samples classified rightly, by split, and the best on the test split.",
+        "Share of correctly classified samples, by split, and the best on the test split.",
         "percentunit",
         12,
         9,
@@ -219,14 +223,14 @@ def _speed(built: dashboard.Dashboard) -> None:
         curves(
             PanelSpec(
                 "Samples per second",
-                "All ranks together, and the run's own last hour.",
+                "All ranks together, and the run's mean of the last hour.",
                 "ops",
                 8,
                 9,
                 "DistTrainThroughputDown",
             ),
             Query(_of("dist_train_samples_per_second"), "now"),
-            Query(f"run:dist_train_samples_per_second:avg1h{{{OF_RUN}}}", "mean of an hour"),
+            Query(f"run:dist_train_samples_per_second:avg1h{{{OF_RUN}}}", "mean of the last hour"),
         ).min(0)
     )
     of_rank_0 = f'dist_train_step_duration_seconds_bucket{{{OF_RUN}, rank=~"0|"}}'
@@ -234,7 +238,7 @@ def _speed(built: dashboard.Dashboard) -> None:
     built.with_panel(
         curves(
             PanelSpec(
-                "Duration of a step", "Quantiles, of rank 0: ranks step together.", "s", 8, 9, "DistTrainStalled"
+                "Duration of a step", "Quantiles of rank 0; all ranks step together.", "s", 8, 9, "DistTrainStalled"
             ),
             *(
                 Query(f"histogram_quantile({share}, {buckets})", words)
@@ -248,7 +252,7 @@ def _speed(built: dashboard.Dashboard) -> None:
         stacked(
             PanelSpec(
                 "Parts of the step",
-                "Mean time of each part of a step. What is missing to the step's duration is none of these.",
+                "Mean time of each part of a step. The rest of the step's duration belongs to none of them.",
                 "s",
                 8,
                 9,
@@ -267,7 +271,7 @@ def _speed(built: dashboard.Dashboard) -> None:
         curves(
             PanelSpec(
                 "Time in allreduces, over the ranks",
-                "Time of a step spent in allreduces: for the sum itself, and beyond that for slower ranks.",
+                "Time of a step spent in allreduces: for the sum itself, and waiting for slower ranks.",
                 "s",
                 6,
                 alert="DistTrainThroughputDown",
@@ -278,7 +282,7 @@ def _speed(built: dashboard.Dashboard) -> None:
     )
     built.with_panel(
         curves(
-            PanelSpec("Seconds for a micro-batch, over the ranks", "Mean of five minutes.", "s", 6),
+            PanelSpec("Seconds for a micro-batch, over the ranks", "Mean of the last five minutes.", "s", 6),
             *_over_ranks("run_rank:dist_train_rank_busy_seconds:per_micro_batch_avg5m"),
         ).min(0)
     )
@@ -286,7 +290,7 @@ def _speed(built: dashboard.Dashboard) -> None:
         curves(
             PanelSpec(
                 "Micro-batches, over the ranks",
-                "What a rank computes of a step: all as many, or by its speed where batch.dealing is measured.",
+                "Micro-batches of a step per rank: equal, or by the rank's speed if batch.dealing is measured.",
                 "none",
                 6,
             ),
@@ -298,7 +302,7 @@ def _speed(built: dashboard.Dashboard) -> None:
             curves(
                 PanelSpec(
                     "Slowest ranks: time for a micro-batch",
-                    f"Of the {_FEW} slowest now, over that of the median of the others; 1 is like them.",
+                    f"Of the {_FEW} ranks slowest now, over the median of the others; 1 means like the others.",
                     "none",
                     12,
                     8,
@@ -312,7 +316,7 @@ def _speed(built: dashboard.Dashboard) -> None:
     )
     built.with_panel(
         curves(
-            PanelSpec("Slowest rank: how slow", "Its time at work over that of the median of the others.", "none", 6),
+            PanelSpec("Slowest rank: how slow", "Its busy time over the median of the others.", "none", 6),
             Query(_of("dist_train_slowest_rank_ratio"), "{{run}}"),
         )
     )
@@ -320,7 +324,7 @@ def _speed(built: dashboard.Dashboard) -> None:
         curves(
             PanelSpec(
                 "Slowest rank: which",
-                "Its number. One line that stays put is one rank; a comb is chance.",
+                "Its number. A constant line is one slow rank; a comb is chance.",
                 "none",
                 6,
             ),
@@ -336,7 +340,7 @@ def _checkpoints(built: dashboard.Dashboard) -> None:
             curves(
                 PanelSpec(
                     "Age of the last checkpoint",
-                    "So much work is lost if the run fails now.",
+                    "The work that is lost if the run fails now.",
                     "s",
                     6,
                     8,
@@ -356,9 +360,9 @@ def _checkpoints(built: dashboard.Dashboard) -> None:
     )
     built.with_panel(
         curves(
-            PanelSpec("Time to write", "Until it was durable, and how much of that training stood still.", "s", 6),
+            PanelSpec("Time to write", "Time until it was durable, and how long of it training stalled.", "s", 6),
             Query(_of("dist_train_checkpoint_duration_seconds"), "until durable"),
-            Query(_of("dist_train_checkpoint_stall_seconds"), "training stood still"),
+            Query(_of("dist_train_checkpoint_stall_seconds"), "training stalled"),
         ).min(0)
     )
     built.with_panel(
@@ -388,11 +392,11 @@ def _incidents(built: dashboard.Dashboard) -> None:
     built.with_row(row("Events, over all launches"))
     for title, description, metric, alert, limit, colour in (
         ("Resumes", "Launches that resumed from a checkpoint.", "resumes", None, 1, BLUE),
-        ("Requeues", "Times that Slurm put the run back into its queue.", "requeues", "DistTrainRequeued", 4, YELLOW),
+        ("Requeues", "How often Slurm requeued the run.", "requeues", "DistTrainRequeued", 4, YELLOW),
         ("Signals", "Signals that asked the run to stop.", "signals", None, 1, BLUE),
         (
             "Exporter restarts",
-            "Times that the process that serves the metrics died and was started again, in this launch.",
+            "Restarts of the exporter's process after it died, in this launch.",
             "exporter_restarts",
             None,
             1,
@@ -400,7 +404,7 @@ def _incidents(built: dashboard.Dashboard) -> None:
         ),
         (
             "Disagreements",
-            "Times that the ranks' weights or noise differed.",
+            "How often the ranks' weights or noise differed.",
             "disagreements",
             "DistTrainDisagreement",
             1,
@@ -427,7 +431,7 @@ def _incidents(built: dashboard.Dashboard) -> None:
         curves(
             PanelSpec(
                 "Events by kind",
-                "The kinds of events that there were, over all launches; and how often the ranks of this one have met.",
+                "Events by kind, over all launches; and the generations of ranks in this launch.",
                 "none",
                 6,
                 7,
@@ -450,22 +454,22 @@ def _memory(built: dashboard.Dashboard) -> None:
         curves(
             PanelSpec(
                 "Device memory, over the ranks",
-                "Held by each rank; the most that one has held, and that all processes of a device hold. Nothing "
+                "Held by each rank; the peak of any rank, and the most that all processes of a device hold. No data "
                 "without a device.",
                 "bytes",
                 alert="DistTrainDeviceMemory",
             ),
             *_over_ranks("dist_train_rank_device_memory_bytes"),
-            Query(_of("dist_train_rank_device_memory_peak_bytes"), "most, so far"),
-            Query(_of("dist_train_rank_device_memory_used_bytes"), "most, of all processes"),
-            Query(_of("dist_train_device_memory_limit_bytes"), "there is"),
+            Query(_of("dist_train_rank_device_memory_peak_bytes"), "peak"),
+            Query(_of("dist_train_rank_device_memory_used_bytes"), "max, all processes"),
+            Query(_of("dist_train_device_memory_limit_bytes"), "device memory"),
         ).min(0)
     )
     built.with_panel(
         curves(
             PanelSpec(
                 "Device utilization, over the ranks",
-                "Share of time that the device was at work. Nothing where NVML is not there.",
+                "Share of time that the device was busy. No data without NVML.",
                 "percentunit",
             ),
             *_over_ranks("dist_train_rank_device_utilization_ratio"),
@@ -475,7 +479,9 @@ def _memory(built: dashboard.Dashboard) -> None:
     )
     built.with_panel(
         curves(
-            PanelSpec("Device power, over the ranks", "What each rank's device draws. Nothing without NVML.", "watt"),
+            PanelSpec(
+                "Device power, over the ranks", "Power draw of each rank's device. No data without NVML.", "watt"
+            ),
             *_over_ranks("dist_train_rank_device_power_watts"),
         ).min(0)
     )
@@ -483,7 +489,7 @@ def _memory(built: dashboard.Dashboard) -> None:
         curves(
             PanelSpec(
                 "Device clocks, over the ranks",
-                "Of the cores, and of the memory. Nothing without NVML.",
+                "Of the cores and of the memory. No data without NVML.",
                 "hertz",
                 alert="DistTrainRankSlow",
             ),
@@ -498,7 +504,7 @@ def _memory(built: dashboard.Dashboard) -> None:
         curves(
             PanelSpec(
                 "Devices that are clocked down",
-                "Ranks whose device is slowed by its power limit, its temperature, or the hardware itself.",
+                "Ranks whose device is throttled by its power limit, its temperature, or its hardware.",
                 "none",
                 alert="DistTrainRankSlow",
             ),
@@ -520,8 +526,10 @@ def _memory(built: dashboard.Dashboard) -> None:
     )
     built.with_panel(
         curves(
-            PanelSpec("Disk space", "Left on the disk of the run directory.", "bytes", alert="DistTrainDiskNearlyFull"),
-            Query(_of("dist_train_disk_free_bytes"), "left"),
+            PanelSpec(
+                "Disk space", "Free space on the disk of the run directory.", "bytes", alert="DistTrainDiskNearlyFull"
+            ),
+            Query(_of("dist_train_disk_free_bytes"), "free"),
             Query(_of("dist_train_checkpoint_size_bytes"), "a checkpoint"),
         ).min(0)
     )
@@ -529,7 +537,7 @@ def _memory(built: dashboard.Dashboard) -> None:
         curves(
             PanelSpec(
                 "Time to the limit",
-                "Until the batch system ends the job; compare it with the time left. Nothing without a time limit.",
+                "Until the batch system ends the job; compare it with the time left. No data without a time limit.",
                 "s",
                 alert="DistTrainTimeLimitNear",
             ),

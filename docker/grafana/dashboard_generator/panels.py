@@ -1,4 +1,4 @@
-"""Small helpers around Grafana's builders: one function for each look that the dashboards have."""
+"""Helpers around Grafana's builders: one function for each style of panel."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from dashboard_generator.links import runbook_link
 SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
 GREEN, YELLOW, RED, BLUE, GREY = "green", "yellow", "red", "blue", "text"
 OF_RUN = 'run=~"$run", run_id=~"$run_id"'
-"""The matchers of a selector by which a dashboard's runs are chosen."""
+"""The label matchers that select a dashboard's runs."""
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
 class Query:
-    """One PromQL expression, and the words for its series: `{{label}}` stands for the label's value."""
+    """A PromQL expression, and the legend of its series: `{{label}}` stands for the label's value."""
 
     expression: str
     legend: str
@@ -42,7 +42,7 @@ class Query:
 
 @dataclass(frozen=True)
 class PanelSpec:
-    """What a panel shows and where. `width` is of 24 columns, `height` in rows; `alert` names what it helps with."""
+    """A panel's texts and size: `width` of 24 columns, `height` in rows. `alert` is the alert that it helps with."""
 
     title: str
     description: str
@@ -66,7 +66,7 @@ def _queries(queries: Sequence[Query]) -> list[prometheus.Dataquery]:
 
 
 def thresholds(first: str, *steps: tuple[float, str]) -> dashboard.ThresholdsConfig:
-    """Return thresholds: `first` is the colour below all `steps`, each a value and the colour from there on."""
+    """Return thresholds: `first` is the colour below all `steps`, each a value and the colour from it on."""
     colours = [model.Threshold(value=None, color=first)]
     colours += [model.Threshold(value=value, color=colour) for value, colour in steps]
     return dashboard.ThresholdsConfig().mode(model.ThresholdsMode.ABSOLUTE).steps(colours)
@@ -75,17 +75,17 @@ def thresholds(first: str, *steps: tuple[float, str]) -> dashboard.ThresholdsCon
 _Panel = TypeVar("_Panel", timeseries.Panel, xychart.Panel, stat.Panel, bargauge.Panel, statetimeline.Panel)
 
 
-def _framed(panel: _Panel, look: PanelSpec, queries: Sequence[Query]) -> _Panel:
-    """Return `panel` with what `look` says, and its queries."""
+def _framed(panel: _Panel, spec: PanelSpec, queries: Sequence[Query]) -> _Panel:
+    """Return `panel` with the texts and size of `spec`, and with `queries`."""
     return (
-        panel.title(look.title)
-        .description(look.description)
-        .unit(look.unit)
-        .span(look.width)
-        .height(look.height)
+        panel.title(spec.title)
+        .description(spec.description)
+        .unit(spec.unit)
+        .span(spec.width)
+        .height(spec.height)
         .datasource(SOURCE)
         .targets([*_queries(queries)])
-        .links([] if look.alert is None else [runbook_link(look.alert)])
+        .links([] if spec.alert is None else [runbook_link(spec.alert)])
     )
 
 
@@ -99,13 +99,13 @@ def _legend(mode: common_model.LegendDisplayMode, *calculations: str) -> common.
     )
 
 
-def curves(look: PanelSpec, *queries: Query) -> timeseries.Panel:
-    """Return lines over time, with their last, least and greatest values in the legend."""
+def curves(spec: PanelSpec, *queries: Query) -> timeseries.Panel:
+    """Return lines over time, with last value, minimum and maximum in the legend."""
     tooltip = (
         common.VizTooltipOptions().mode(common_model.TooltipDisplayMode.MULTI).sort(common_model.SortOrder.DESCENDING)
     )
     return (
-        _framed(timeseries.Panel(), look, queries)
+        _framed(timeseries.Panel(), spec, queries)
         .legend(_legend(common_model.LegendDisplayMode.TABLE, "lastNotNull", "min", "max"))
         .tooltip(tooltip)
         .line_width(1)
@@ -118,25 +118,25 @@ def curves(look: PanelSpec, *queries: Query) -> timeseries.Panel:
     )
 
 
-def curves_over(x: str, label: str, look: PanelSpec, query: Query, names: Sequence[str]) -> xychart.Panel:
-    """Return lines of `query` over the expression `x`, which has the same series, in place of time.
+def curves_over(x: str, label: str, spec: PanelSpec, query: Query, names: Sequence[str]) -> xychart.Panel:
+    """Return lines of `query` over the expression `x`, which has the same series, instead of over time.
 
-    `label` is that of the axis; the labels `names`, those of them that there are, name the lines.
+    `label` is the x axis's label. The lines are named by those labels in `names` that the series have.
     """
     queries = [Query(x, label), query]
-    column = "Value #A"  # what Grafana calls the first query's values, in the form of a table
-    place = xychart.MatcherConfig().id("byName").options(column)
-    of_x = {"unit": "short", "custom.axisLabel": label, "custom.scaleDistribution": {"type": "linear"}}
+    column = "Value #A"  # Grafana's name for the first query's values in a table
+    x_matcher = xychart.MatcherConfig().id("byName").options(column)
+    x_options = {"unit": "short", "custom.axisLabel": label, "custom.scaleDistribution": {"type": "linear"}}
     by_series = {"fields": list(names), "naming": {"asLabels": False}}
     return (
-        _framed(xychart.Panel(), look, queries)
+        _framed(xychart.Panel(), spec, queries)
         .targets([target.format(prometheus_model.PromQueryFormat.TABLE) for target in _queries(queries)])
-        # one table of both queries, then one for each series
+        # One table of both queries, then one for each series.
         .with_transformation(model.DataTransformerConfig("merge", options={}))
         .with_transformation(model.DataTransformerConfig("partitionByValues", options=by_series))
         .mapping(xychart_model.SeriesMapping.AUTO)
-        .series([xychart.XYSeriesConfig().x(xychart.XychartXYSeriesConfigX().matcher(place))])
-        .override_by_name(column, [model.DynamicConfigValue(name, value) for name, value in of_x.items()])
+        .series([xychart.XYSeriesConfig().x(xychart.XychartXYSeriesConfigX().matcher(x_matcher))])
+        .override_by_name(column, [model.DynamicConfigValue(name, value) for name, value in x_options.items()])
         .show(xychart_model.XYShowMode.LINES)
         .line_width(1)
         .legend(_legend(common_model.LegendDisplayMode.LIST))
@@ -146,7 +146,7 @@ def curves_over(x: str, label: str, look: PanelSpec, query: Query, names: Sequen
 
 
 def limited(panel: timeseries.Panel, first: str, *steps: tuple[float, str]) -> timeseries.Panel:
-    """Return `panel` with dashed lines where an alert, or its first sign, would be."""
+    """Return `panel` with dashed lines at thresholds, such as those of alerts."""
     style = common.GraphThresholdsStyleConfig().mode(common_model.GraphThresholdsStyleMode.DASHED)
     return panel.thresholds(thresholds(first, *steps)).thresholds_style(style)
 
@@ -159,16 +159,16 @@ def logarithmic(panel: _Lines) -> _Lines:
     return panel.scale_distribution(common.ScaleDistributionConfig().type(common_model.ScaleDistribution.LOG).log(10))
 
 
-def stacked(look: PanelSpec, *queries: Query) -> timeseries.Panel:
+def stacked(spec: PanelSpec, *queries: Query) -> timeseries.Panel:
     """Return filled areas on top of each other."""
     stacking = common.StackingConfig().mode(common_model.StackingMode.NORMAL).group("A")
-    return curves(look, *queries).fill_opacity(40).line_width(0).stacking(stacking).min(0)
+    return curves(spec, *queries).fill_opacity(40).line_width(0).stacking(stacking).min(0)
 
 
-def number(look: PanelSpec, query: Query, first: str = BLUE, *steps: tuple[float, str]) -> stat.Panel:
+def number(spec: PanelSpec, query: Query, first: str = BLUE, *steps: tuple[float, str]) -> stat.Panel:
     """Return the latest value in large type, coloured by thresholds."""
     return (
-        _framed(stat.Panel(), look, [query])
+        _framed(stat.Panel(), spec, [query])
         .reduce_options(_last())
         .color_mode(common_model.BigValueColorMode.VALUE)
         .graph_mode(common_model.BigValueGraphMode.NONE)
@@ -178,10 +178,10 @@ def number(look: PanelSpec, query: Query, first: str = BLUE, *steps: tuple[float
     )
 
 
-def bars(look: PanelSpec, query: Query) -> bargauge.Panel:
+def bars(spec: PanelSpec, query: Query) -> bargauge.Panel:
     """Return one horizontal bar for each series, by its latest value."""
     return (
-        _framed(bargauge.Panel(), look, [query])
+        _framed(bargauge.Panel(), spec, [query])
         .min(0)
         .reduce_options(_last())
         .orientation(common_model.VizOrientation.HORIZONTAL)
@@ -190,14 +190,14 @@ def bars(look: PanelSpec, query: Query) -> bargauge.Panel:
     )
 
 
-def states(look: PanelSpec, query: Query, words: Sequence[tuple[int, str, str]]) -> statetimeline.Panel:
-    """Return a band for each series whose colours say what its value means: (value, word, colour)."""
+def states(spec: PanelSpec, query: Query, words: Sequence[tuple[int, str, str]]) -> statetimeline.Panel:
+    """Return a state timeline; `words` map each value to a text and a colour: (value, word, colour)."""
     meanings = {
         str(value): model.ValueMappingResult(text=word, color=colour, index=index)
         for index, (value, word, colour) in enumerate(words)
     }
     return (
-        _framed(statetimeline.Panel(), look, [query])
+        _framed(statetimeline.Panel(), spec, [query])
         .mappings([model.ValueMap(options=meanings)])
         .show_value(common_model.VisibilityMode.AUTO)
         .merge_values(True)

@@ -1,4 +1,4 @@
-"""The runbook as a dashboard of text, so that the alerts' links work on a server without internet."""
+"""The runbook as a text dashboard, so that the alerts' links work on a server without internet access."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dashboard_generator.panels import words
 
 
 def sections(markdown: str) -> dict[str, str]:
-    """Return the text under each heading of the second level, by heading; that before the first, under ''."""
+    """Return the text under each second-level heading, keyed by heading; the text before the first has the key ''."""
     head, *rest = re.split(r"^## +(.+)$", markdown, flags=re.MULTILINE)
     found = {"": re.sub(r"^# .*$", "", head, count=1, flags=re.MULTILINE).strip()}
     return found | {title.strip(): text.strip() for title, text in zip(rest[::2], rest[1::2], strict=True)}
 
 
 def build(markdown: str) -> model.Dashboard:
-    """Return the dashboard made from the runbook; KeyError names an alert without a section."""
+    """Return the dashboard of the runbook. Raises KeyError for an alert without a section."""
     found = sections(markdown)
     built = frame(RUNBOOK, "dist-train: runbook", "What each alert means, what to look at, what to do.")
     built.with_panel(words("About", _without_links(found[""]), 24, 6))
@@ -29,5 +29,5 @@ def build(markdown: str) -> model.Dashboard:
 
 
 def _without_links(text: str) -> str:
-    """Return `text` with links into the repository as plain words: there is no such file on the server."""
+    """Return `text` with links into the repository as plain text, because the server does not have these files."""
     return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]+\)", r"\1", text)
