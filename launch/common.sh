@@ -1,16 +1,16 @@
 # shellcheck shell=bash
-# Shared by the launch scripts; sourced, never run.
+# Shared by the launch scripts; to be sourced.
 #
-# Launchers lose their ranks' exit codes and are careless with signals. So a script that launches
-# a training run checks the configuration alone before, hands a request to stop to the ranks
-# itself, and takes its exit status from what the run wrote into status.json.
+# mpirun and horovodrun lose their ranks' exit codes and do not forward signals reliably. So a
+# launch script checks the configuration first, forwards stop requests to the ranks itself, and
+# takes its exit status from the run's status.json.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 usage_status=2
 stopped_status=75
-escalate_after=2 # seconds: a second signal that comes sooner is taken for the same request
+escalate_after=2 # seconds; a second signal within this time counts as the same request
 
-# A request to stop: the ranks save and end. A second one ends them without saving.
+# At the first stop request the ranks save and end; a second one ends them without saving.
 stop_signals=0
 first_stop=0
 end_now=0
@@ -24,7 +24,7 @@ note_stop_request() {
     fi
 }
 
-# A scheduler may repeat its signal: these ask for a stop, however often they come.
+# Schedulers may repeat these signals, so they never escalate.
 note_gentle_stop_request() {
     ((stop_signals > 0)) || note_stop_request
 }
@@ -50,15 +50,15 @@ check_rank_count() {
     [[ $1 =~ ^[1-9][0-9]*$ ]] || usage_error "-np takes a number of ranks, 1 or more, not '$1'"
 }
 
-# Sets `python`, `mpirun` and the words that start our program, from .venv where there is one, else from the PATH (a
+# Sets `python`, `mpirun` and `dist_train` (the command), from .venv if there is one, otherwise from the PATH (as in a
 # container).
 find_programs() {
     python=$root/.venv/bin/python
-    # Of an installed package, the Python that it is installed for.
+    # In an installed package: the Python that it is installed for.
     [[ $root != */lib*/python3*/dist_train/share ]] || python=${root%/lib*/python3*}/bin/python3
     python=${DIST_TRAIN_PYTHON:-$python}
     if [[ ! -x $python ]]; then
-        [[ -z ${DIST_TRAIN_PYTHON:-} ]] || fail "DIST_TRAIN_PYTHON names $python, which is no program"
+        [[ -z ${DIST_TRAIN_PYTHON:-} ]] || fail "DIST_TRAIN_PYTHON is $python, which is not an executable"
         python=$(command -v python3) || fail "there is no .venv and no python3; run 'make setup' in $root"
     fi
     "$python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("dist_train"))' ||
@@ -77,19 +77,19 @@ need_mpirun() {
     [[ -n $mpirun ]] || fail "mpirun is missing; install Open MPI (apt-get install openmpi-bin, or your cluster's module), or run 'make setup' in $root"
 }
 
-# threads_each N: the cores of this machine shared out between N ranks.
+# threads_each N: this machine's cores divided by N ranks.
 threads_each() {
     local threads=$(($(nproc) / $1))
     echo $((threads > 0 ? threads : 1))
 }
 
-# set_rank_environment THREADS: what every rank gets, as NAME=VALUE words in the array
-# `rank_environment`; without THREADS each rank decides itself. Also sets `launch_id`.
+# set_rank_environment THREADS: sets `launch_id`, and the ranks' environment as NAME=VALUE words in
+# the array `rank_environment`; without THREADS each rank chooses its number of threads itself.
 set_rank_environment() {
     local threads=$1
     launch_id=$(od -An -N8 -tx8 /dev/urandom | tr -d ' \n')
     rank_environment=("DIST_TRAIN_LAUNCH=$launch_id")
-    # Launchers put a pipe between a rank and the terminal; the progress bar goes around it.
+    # Launchers put a pipe between a rank and the terminal; the progress bar opens the terminal itself.
     if [[ -t 1 ]]; then
         local terminal
         { terminal=$(tty <&3); } 3>&1
@@ -99,7 +99,7 @@ set_rank_environment() {
         rank_environment+=("OMP_NUM_THREADS=$threads")
     fi
     if [[ ! -e /dev/nvidia0 && -z ${OMPI_MCA_mpi_yield_when_idle:-} ]]; then
-        # Open MPI polls without pause otherwise, and takes the core that the training needs.
+        # Otherwise Open MPI busy-waits and takes the core that training needs.
         rank_environment+=("OMPI_MCA_mpi_yield_when_idle=1")
     fi
     if [[ $(id -u) == 0 ]]; then
@@ -107,7 +107,7 @@ set_rank_environment() {
     fi
 }
 
-# The names of the variables that ranks on other machines need, for launchers that pass only what they are told.
+# Prints the names of the variables that ranks on other machines need; mpirun passes only named ones.
 passed_variables() {
     local name
     {
@@ -115,15 +115,15 @@ passed_variables() {
         for name in $(compgen -e); do
             case $name in
                 PATH | LD_LIBRARY_PATH | PYTHONPATH | OMP_NUM_THREADS | MKL_NUM_THREADS | HOROVOD_* | NCCL_* | DIST_TRAIN_SETUP) printf '%s\n' "$name" ;;
-                # Slurm gives each node GPUs of its own numbers.
+                # In a Slurm job the GPU numbers differ by node.
                 CUDA_VISIBLE_DEVICES) [[ -n ${SLURM_JOB_ID:-} ]] || printf '%s\n' "$name" ;;
             esac
         done
     } | grep -v '^OMPI_' | sort -u
 }
 
-# check_run COMMAND [ARGUMENT ...]: exits with one message where `train` cannot begin; sets
-# `run_directory` for `train`, and leaves it empty for other commands.
+# check_run COMMAND [ARGUMENT ...]: for `train` sets `run_directory`, or exits with one message if
+# the run cannot start; for other commands `run_directory` is empty.
 check_run() {
     run_directory=
     [[ ${1:-} == train ]] || return 0
@@ -145,22 +145,22 @@ check_run() {
     ((${#configuration[@]})) || usage_error "train takes a configuration: $(basename "$0") train configs/demo.yaml"
     run_directory=$("${dist_train[@]}" config run-directory "${configuration[@]}" "${run_directory_option[@]}") || {
         local status=$?
-        ((!stop_signals)) || stopped_before_launch # the signal may have come to the check as well
+        ((!stop_signals)) || stopped_before_launch # the signal may have ended the check
         exit "$status"
     }
 }
 
-# What a script does that is asked to stop before it has launched anything.
+# Called at a stop request before anything has been launched.
 stopped_before_launch() {
     exit "$stopped_status"
 }
 
-# The processes of this launch, one id a line: all of them, launcher and helpers included.
+# Prints the PIDs of all processes of this launch, including launcher and helpers.
 launched_processes() {
     grep -lz "^DIST_TRAIN_LAUNCH=$launch_id\$" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3 || true
 }
 
-# The ranks on this machine, one id a line; not their children, who carry a rank as well.
+# Prints the PIDs of the ranks on this machine, without their children, which inherit the rank variable.
 local_ranks() {
     local process parent
     local -A ranked=()
@@ -175,32 +175,32 @@ local_ranks() {
     done
 }
 
-# catches_stop PROCESS: a rank that has not yet installed its handlers would die of the signal.
+# catches_stop PROCESS: whether it handles SIGUSR2. Before a rank installs its handlers, the signal would kill it.
 catches_stop() {
     local caught
     caught=$(sed -n 's/^SigCgt:\t//p' "/proc/$1/status" 2>/dev/null) || return 1
     [[ -n $caught ]] && (((0x$caught >> (12 - 1)) & 1)) # 12: SIGUSR2
 }
 
-# What a launch script sets before `launch`.
+# Set by launch scripts before `launch`.
 rank_count=1
 launcher=
 
-# Ways to hand a request to stop to the ranks; each succeeds once every rank has it.
-# All ranks are on this machine: each is told by itself.
-declare -A told=()
+# Functions that forward a stop request to the ranks; each succeeds once every rank has it.
+# If all ranks are on this machine, each is signalled directly.
+declare -A signalled=()
 stop_local_ranks() {
     local process count=0
     for process in $(local_ranks); do
-        if [[ -z ${told[$process]:-} ]] && catches_stop "$process" && kill -USR2 "$process" 2>/dev/null; then
-            told[$process]=1
+        if [[ -z ${signalled[$process]:-} ]] && catches_stop "$process" && kill -USR2 "$process" 2>/dev/null; then
+            signalled[$process]=1
         fi
         count=$((count + 1))
     done
-    ((count > 0 && ${#told[@]} >= rank_count))
+    ((count > 0 && ${#signalled[@]} >= rank_count))
 }
 
-# Ranks are on other machines too: mpirun forwards SIGUSR2 to all, once they are ready for it.
+# If there are ranks on other machines, mpirun forwards SIGUSR2 to all, once they are ready for it.
 stop_through_mpirun() {
     local process count=0
     for process in $(local_ranks); do
@@ -213,29 +213,29 @@ stop_through_mpirun() {
     kill -USR2 "$launcher"
 }
 
-said= # a file for what is said of the launch's end: by our program, by launch/rank.sh of a rank that was killed, by srun, mpirun
+error_log= # optional file: messages of dist-train, launch/rank.sh, srun and mpirun about the end of the launch
 tidy_output() {
     trap '' TERM INT USR1 USR2 HUP
     exec sed -u -E -f "$root/launch/output.sed"
 }
 tidy_errors() {
-    if [[ -z $said ]]; then
+    if [[ -z $error_log ]]; then
         tidy_output
     fi
     trap '' TERM INT USR1 USR2 HUP
-    sed -u -E -e "/was killed by signal|^(srun|slurmstepd|mpirun|prterun): |^dist-train: /w $said" \
-        -e "/^-{60,}\$/,/^-{60,}\$/w $said" | tidy_output
+    sed -u -E -e "/was killed by signal|^(srun|slurmstepd|mpirun|prterun): |^dist-train: /w $error_log" \
+        -e "/^-{60,}\$/,/^-{60,}\$/w $error_log" | tidy_output
 }
 
-watch= # a function that is run beside the launcher
+watch= # optional function to run in the background beside the launcher
 
-# launch STOP COMMAND [ARGUMENT ...]: runs the launcher to its end, handing on requests to stop by
-# the function STOP; leaves no process of this launch behind. Sets `launcher_status`.
+# launch STOP COMMAND [ARGUMENT ...]: runs the launcher until it ends, forwards stop requests by the
+# function STOP, and ends all leftover processes of this launch. Sets `launcher_status`.
 launch() {
-    local stop=$1 announced=0 handed_on=0 ended_now=0 guard=()
+    local stop=$1 announced=0 forwarded=0 ended_now=0 guard=()
     shift
     ((!stop_signals)) || stopped_before_launch
-    # The launcher dies with this script, and a Ctrl-C at the terminal comes to this script alone.
+    # The launcher dies with this script; a Ctrl-C at the terminal reaches only this script.
     if command -v setpriv >/dev/null; then
         guard=(setpriv --pdeathsig KILL)
     fi
@@ -256,15 +256,15 @@ launch() {
 
     while true; do
         launcher_status=0
-        if ((stop_signals && !handed_on)); then
+        if ((stop_signals && !forwarded)); then
             if ((!announced)); then
                 say "asked to stop: the ranks save and end"
                 announced=1
             fi
             if "$stop"; then
-                handed_on=1
+                forwarded=1
             else
-                sleep 0.2 & # a wait, unlike a sleep, ends at once at the next signal
+                sleep 0.2 & # unlike sleep, wait returns at once at a signal
                 wait $! || true
                 kill -0 "$launcher" 2>/dev/null && ((!end_now)) && continue
             fi
@@ -297,7 +297,7 @@ end_leftovers() {
     done
 }
 
-# The end of a launch script: for a run, the status that its status.json tells.
+# The end of a launch script: exits with the status that the run's status.json gives.
 finish() {
     if [[ -n $run_directory ]]; then
         exec "${dist_train[@]}" outcome "$run_directory" --launch "$launch_id"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The demonstration, called by `make demo`.
+# The demo, run by `make demo`.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
@@ -11,11 +11,11 @@ usage: launch/demo.sh [section.key=value ...]
 
   launch/demo.sh run.epochs=3
 
-Two ranks train on Fashion-MNIST at a global batch of 8192, with noise, as configs/demo.yaml says but
-for the settings given here; then the learning curve is drawn and the report is written. Makes .venv and
-fetches the images where they are missing.
+Two ranks train on Fashion-MNIST with a global batch of 8192 and noise, as in configs/demo.yaml with the
+given settings changed; then the learning curve is drawn and the report is written. Creates .venv and
+fetches the images if they are missing.
 
-The environment variables of launch/local.sh and docker/environment.sh count here, too.
+The environment variables of launch/local.sh and docker/environment.sh apply.
 EOF
         exit 0
         ;;

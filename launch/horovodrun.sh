@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs dist_train with horovodrun over Gloo, on this machine or on several by ssh.
+# Runs dist_train with horovodrun over Gloo, on this machine or on several over ssh.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -10,19 +10,20 @@ usage: launch/horovodrun.sh [-np N] [-H HOST:SLOTS[,HOST:SLOTS...]] COMMAND [ARG
   launch/horovodrun.sh train configs/demo.yaml
   launch/horovodrun.sh -np 8 -H node1:4,node2:4 train configs/lb_8192.yaml
 
-Starts N ranks with horovodrun, each of them running 'dist-train COMMAND ARGUMENT ...'; they talk
-over Gloo, without MPI.
+Starts N ranks with horovodrun, each of them running 'dist-train COMMAND ARGUMENT ...'. They
+communicate over Gloo, without MPI.
 
-  -np N        number of ranks (all slots of the hosts; 2 without -H)
-  -H HOSTS     machines to run on, and how many ranks on each. This one reaches the others by ssh
-               without a password; the project and the run's folder are at the same path on all
+  -np N        number of ranks (default: all slots of the hosts; 2 without -H)
+  -H HOSTS     machines to run on, and the number of ranks on each. This machine must reach the
+               others by ssh without a password; the project and the run's folder must be at the
+               same path on all
   -h, --help   this text
 
-Environment variables:
-  OMP_NUM_THREADS       threads of a rank (where all ranks run here: the cores divided by N)
-  HOROVOD_CYCLE_TIME    milliseconds between Horovod's rounds (5; on GPUs 1)
-  HOROVOD_GLOO_IFACE    network interface that the ranks talk over (what all machines have)
-  DIST_TRAIN_PYTHON     the Python to run, on all machines (.venv/bin/python of the project, else python3)
+Environment variables (defaults in brackets):
+  OMP_NUM_THREADS       threads per rank (if all ranks run here: the cores divided by N)
+  HOROVOD_CYCLE_TIME    milliseconds between Horovod's cycles (5; on GPUs 1)
+  HOROVOD_GLOO_IFACE    network interface for the ranks (one that all machines have)
+  DIST_TRAIN_PYTHON     Python to run, on all machines (the project's .venv/bin/python, else python3)
 
 SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 ask the ranks to save and stop; a second Ctrl-C or SIGTERM,
 two seconds or more after the first, ends them at once.
@@ -64,8 +65,8 @@ is_this_machine() {
     esac
 }
 
-# Far machines, by ssh: never a question, and no wait for a machine that does not answer.
-far() {
+# remote HOST COMMAND...: over ssh, without prompts, and with a timeout for machines that do not answer.
+remote() {
     local host=$1
     shift
     ssh -o BatchMode=yes -o ConnectTimeout=10 "$host" "$@"
@@ -85,48 +86,48 @@ rank_count=${rank_count:-$slots}
 find_programs
 horovodrun=$(dirname "$python")/horovodrun
 [[ -x $horovodrun ]] || horovodrun=$(command -v horovodrun) || fail "horovodrun is missing; run 'make setup' in $root"
-far_names=()
+remote_names=()
 for name in "${names[@]}"; do
-    is_this_machine "$name" || far_names+=("$name")
+    is_this_machine "$name" || remote_names+=("$name")
 done
-if ((${#far_names[@]})); then
-    command -v ssh >/dev/null || fail "ssh is missing: horovodrun starts the ranks of other machines by it"
+if ((${#remote_names[@]})); then
+    command -v ssh >/dev/null || fail "ssh is missing: horovodrun starts the ranks on other machines with it"
 fi
-for name in "${far_names[@]}"; do
+for name in "${remote_names[@]}"; do
     found=0
-    far "$name" test -x "$(printf %q "$python")" </dev/null || found=$?
-    ((found != 255)) || fail "ssh reaches $name only with a password, or not at all; see 'ssh -o BatchMode=yes $name true'"
+    remote "$name" test -x "$(printf %q "$python")" </dev/null || found=$?
+    ((found != 255)) || fail "ssh cannot reach $name without a password; try 'ssh -o BatchMode=yes $name true'"
     ((found == 0)) || fail "$name has no $python: the project must be at the same path on all machines"
 done
 check_run "$@"
 
-if ((${#far_names[@]})); then
-    # Cores are counted on this machine, and say nothing about the others.
+if ((${#remote_names[@]})); then
+    # This machine's number of cores says nothing about the others.
     set_rank_environment "${OMP_NUM_THREADS:-}"
 else
     set_rank_environment "${OMP_NUM_THREADS:-$(threads_each "$rank_count")}"
 fi
 
-# The ranks agree on a stop, so that one who knows is enough. horovodrun itself hands nothing on.
+# The ranks agree on a stop, so signalling one is enough. horovodrun itself does not forward signals.
 # shellcheck disable=SC2329  # `launch` calls it
 stop_one_rank() {
     local process
     for process in $(local_ranks); do
         catches_stop "$process" && kill -USR2 "$process" 2>/dev/null && return 0
     done
-    ((${#far_names[@]})) || return 1
+    ((${#remote_names[@]})) || return 1
     grep -q "\"$launch_id\"" "$run_directory/status.json" 2>/dev/null || return 1
-    on_far_machine "${far_names[0]}" stop_local_ranks
+    on_remote_machine "${remote_names[0]}" stop_local_ranks
 }
 
-# on_far_machine HOST FUNCTION: runs a function of common.sh there, about the processes of this launch.
-on_far_machine() {
-    far "$1" bash -c "$(printf %q ". $(printf %q "$root")/launch/common.sh; launch_id=$launch_id; $2")" </dev/null
+# on_remote_machine HOST FUNCTION: runs a function of common.sh there, for the processes of this launch.
+on_remote_machine() {
+    remote "$1" bash -c "$(printf %q ". $(printf %q "$root")/launch/common.sh; launch_id=$launch_id; $2")" </dev/null
 }
 
 launch stop_one_rank "$horovodrun" --gloo -np "$rank_count" -H "$hosts" "${dist_train[@]}" "$@"
 # A rank that hangs outlives the ssh that started it.
-for name in "${far_names[@]}"; do
-    on_far_machine "$name" end_leftovers || say "$name does not answer; ranks may be left there"
+for name in "${remote_names[@]}"; do
+    on_remote_machine "$name" end_leftovers || say "$name does not answer; ranks may still be running there"
 done
 finish

@@ -10,21 +10,21 @@ usage: launch/local.sh [-np N] [--torch | --gloo | --mpi] COMMAND [ARGUMENT ...]
   launch/local.sh train configs/demo.yaml
   launch/local.sh -np 4 train configs/lb_8192.yaml run.seed=1 --run-dir runs/seed-1
 
-Starts N ranks (2 by default) on this machine, each of them running 'dist-train COMMAND ARGUMENT ...'.
+Starts N ranks on this machine, each of them running 'dist-train COMMAND ARGUMENT ...'.
 
-  -np N       number of ranks
-  --torch     the ranks talk by torch.distributed; 'dist-train launch' starts them (the default)
-  --gloo      the ranks talk by Horovod over Gloo; horovodrun starts them
-  --mpi       the ranks talk by Horovod over MPI; launch/mpirun.sh starts them
+  -np N       number of ranks (default: 2)
+  --torch     communicate with torch.distributed; 'dist-train launch' starts the ranks (default)
+  --gloo      communicate with Horovod over Gloo; horovodrun starts the ranks
+  --mpi       communicate with Horovod over MPI; launch/mpirun.sh starts the ranks
   -h, --help  this text
 
 SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 ask the ranks to save and stop; a second Ctrl-C or SIGTERM,
 two seconds or more after the first, ends them at once.
 
-Environment variables:
-  OMP_NUM_THREADS     threads of a rank (the cores divided by N)
-  HOROVOD_CYCLE_TIME  milliseconds between Horovod's rounds (5; on GPUs 1)
-  DIST_TRAIN_PYTHON   the Python to run (.venv/bin/python of the project, else python3)
+Environment variables (defaults in brackets):
+  OMP_NUM_THREADS     threads per rank (the cores divided by N)
+  HOROVOD_CYCLE_TIME  milliseconds between Horovod's cycles (5; on GPUs 1)
+  DIST_TRAIN_PYTHON   Python to run (the project's .venv/bin/python, else python3)
 
 Exit status of a training run: 0 finished, 2 bad usage or configuration, 3 diverged, 4 ranks
 disagree, 75 stopped on request after saving (start it again to resume), 1 anything else.
@@ -51,7 +51,7 @@ done
 (($#)) || usage_error "no command given, for example: launch/local.sh train configs/demo.yaml"
 check_rank_count "$rank_count"
 if [[ $transport == mpi ]]; then
-    # Not horovodrun --mpi: it leaves its mpirun behind when it is ended.
+    # Not horovodrun --mpi, which leaves its mpirun running when it is ended.
     exec "$root/launch/mpirun.sh" -np "$rank_count" "$@"
 fi
 find_programs

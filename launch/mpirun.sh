@@ -10,20 +10,20 @@ usage: launch/mpirun.sh [-np N] [--hostfile FILE] COMMAND [ARGUMENT ...]
   launch/mpirun.sh train configs/demo.yaml
   launch/mpirun.sh -np 8 --hostfile hosts train configs/lb_8192.yaml
 
-Starts N ranks (2 unless told) with mpirun, each of them running 'dist-train COMMAND ARGUMENT ...'.
+Starts N ranks with mpirun, each of them running 'dist-train COMMAND ARGUMENT ...'.
 
-  -np N            number of ranks
-  --hostfile FILE  machines to run on, one a line: 'node1 slots=4'; the project and the run's folder
-                   must be at the same path on all of them. Without it all ranks run here, or on
-                   the nodes of the Slurm job
+  -np N            number of ranks (default: 2)
+  --hostfile FILE  machines to run on, one per line: 'node1 slots=4'; the project and the run's
+                   folder must be at the same path on all of them. Without it all ranks run here,
+                   or on the nodes of the Slurm job
   -h, --help       this text
 
 SIGTERM, SIGINT (Ctrl-C) and SIGUSR2 ask the ranks to save and stop; a second Ctrl-C or SIGTERM,
 two seconds or more after the first, ends them at once.
 
-Environment variables:
-  OMP_NUM_THREADS    threads of a rank (where all ranks run here: the cores divided by N)
-  DIST_TRAIN_PYTHON  the Python to run, on all machines (.venv/bin/python of the project, else python3)
+Environment variables (defaults in brackets):
+  OMP_NUM_THREADS    threads per rank (if all ranks run here: the cores divided by N)
+  DIST_TRAIN_PYTHON  Python to run, on all machines (the project's .venv/bin/python, else python3)
 
 Exit status of a training run: 0 finished, 2 bad usage or configuration, 3 diverged, 4 ranks
 disagree, 75 stopped on request after saving (start it again to resume), 1 anything else.
@@ -61,7 +61,7 @@ check_run "$@"
 command=("$mpirun" -np "$rank_count" --bind-to none --stdin none)
 if [[ -n $hostfile || ${SLURM_JOB_NUM_NODES:-1} != 1 ]]; then
     stop=stop_through_mpirun
-    # Cores are counted on this machine, and say nothing about the others.
+    # This machine's number of cores says nothing about the others.
     set_rank_environment "${OMP_NUM_THREADS:-}"
     command+=(--map-by slot)
     [[ -z $hostfile ]] || command+=(--hostfile "$hostfile")
@@ -69,13 +69,13 @@ else
     stop=stop_local_ranks
     set_rank_environment "${OMP_NUM_THREADS:-$(threads_each "$rank_count")}"
     if [[ -z ${OMPI_MCA_btl:-} ]]; then
-        # Shared memory is enough here; Open MPI would complain of networks that it cannot match.
+        # Shared memory is enough here; Open MPI would warn about networks that it cannot match.
         rank_environment+=("OMPI_MCA_btl=^tcp")
     fi
     command+=(--map-by slot:OVERSUBSCRIBE)
 fi
 
-# mpirun hands only its own variables to other machines.
+# mpirun passes only its own variables and named ones to other machines.
 while read -r name; do
     command+=(-x "$name")
 done < <(passed_variables)

@@ -1,6 +1,6 @@
-# What launchers add to the ranks' output, and the user need not read; see common.sh.
+# Removes what launchers add to the ranks' output and users need not read; see common.sh.
 
-# horovodrun's traceback about a rank that did not end with 0: the line before it says which one.
+# horovodrun's traceback about a rank with a non-zero exit code: the line before it names the rank.
 /^Traceback \(most recent call last\):$/{
     :traceback
     /\nExit code: /!{
@@ -17,7 +17,7 @@
 /^Process [0-9]+ exit with status code (2|3|4|75)\.$/d
 /^Terminating remaining ranks after failure of Process [0-9]+\.$/d
 
-# mpirun's notice about the same, when the code is one of ours: status.json says it better.
+# mpirun's notice about the same, if the code is one of ours: status.json has the reason.
 /^-{60,}$/{
     $!N
     /processes exited with non-zero status/{
@@ -32,5 +32,5 @@
     }
 }
 
-# horovodrun puts the rank before each line; rank 0 speaks for the run without it.
+# horovodrun prefixes each line with its rank; rank 0's lines are shown without the prefix.
 s/^\[0\]<std(out|err)>://

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A landscape: loss and accuracy at many points of weight space, shared out over the ranks of all nodes by MPI.
+# A landscape: loss and accuracy at many points of weight space, divided over the ranks of all nodes with MPI.
 #
 #   TARGETS=runs/lb_8192 OPTIONS="--directions 10" sbatch slurm/landscape.sh
 #   KIND=interpolate TARGETS="runs/sb_128 runs/lb_8192" sbatch --nodes=4 slurm/landscape.sh
 #   sbatch --dependency=afterok:JOB slurm/landscape.sh
 #
-# Points that were finished are kept, whatever ends the job: submitted again it evaluates what is left.
+# Finished points are kept however the job ends; submit it again to evaluate the remaining ones.
 #
-# What Slurm is asked for; options of sbatch come before these. On other nodes it is the same landscape.
+# Slurm options; those on sbatch's command line take precedence. The result does not depend on the number of nodes.
 #SBATCH --job-name=landscape
 #SBATCH --nodes=1-2
 #SBATCH --exclusive
@@ -19,11 +19,11 @@
 #SBATCH --output=%x-%j.log
 #
 #   KIND              interpolate, direction or plane (direction)
-#   TARGETS           run directories or checkpoints, as words: two for interpolate, else one (runs/lb_8192)
-#   OPTIONS           more words for `dist-train landscape KIND`: "--directions 10 --points 101"
+#   TARGETS           run directories or checkpoints: two for interpolate, otherwise one (runs/lb_8192)
+#   OPTIONS           additional options for `dist-train landscape KIND`: "--directions 10 --points 101"
 set -euo pipefail
 
-# Slurm runs a copy of this script, from elsewhere.
+# Slurm runs a copy of this script in another place.
 submitted=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null | sed -n '0,/^ *Command=/s/^ *Command=\(.*\)/\1/p') || submitted=
 for root in "${DIST_TRAIN_ROOT:-}" "${SLURM_SUBMIT_DIR:-}" "${submitted%/*}/.." "${0%/*}/.."; do
     [[ ! -r $root/slurm/prologue.sh ]] || break

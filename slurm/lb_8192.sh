@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The paper's large batch: global batch 8192 on all GPUs of the nodes, or on their CPUs where there are none.
+# The paper's large batch: global batch 8192 on all GPUs of the nodes, or on their CPUs if there are none.
 #
 #   sbatch slurm/lb_8192.sh
 #   sbatch --nodes=4 --partition=gpu --time=2:00:00 slurm/lb_8192.sh
 #   CONFIG=configs/demo.yaml OVERRIDES="run.name=short run.max_steps=50" sbatch slurm/lb_8192.sh
 #
-# What Slurm is asked for; options of sbatch come before these. On fewer nodes it is the same run.
+# Slurm options; those on sbatch's command line take precedence. The result does not depend on the number of nodes.
 #SBATCH --job-name=lb_8192
 #SBATCH --nodes=1-2
 #SBATCH --exclusive
@@ -18,10 +18,10 @@
 #SBATCH --output=%x-%j.log
 #
 #   CONFIG            configuration (configs/lb_8192.yaml)
-#   RUN_DIR           the run's own folder (run.directory/run.name, below the folder of submission)
+#   RUN_DIR           the run's folder (run.directory/run.name, relative to the folder of submission)
 set -euo pipefail
 
-# Slurm runs a copy of this script, from elsewhere.
+# Slurm runs a copy of this script in another place.
 submitted=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null | sed -n '0,/^ *Command=/s/^ *Command=\(.*\)/\1/p') || submitted=
 for root in "${DIST_TRAIN_ROOT:-}" "${SLURM_SUBMIT_DIR:-}" "${submitted%/*}/.." "${0%/*}/.."; do
     [[ ! -r $root/slurm/prologue.sh ]] || break

@@ -1,43 +1,43 @@
 # shellcheck shell=bash
-# Shared by the batch scripts; sourced, never run.
+# Shared by the batch scripts; to be sourced.
 #
-# Environment variables, with their defaults. sbatch hands them on to the job:
+# Environment variables, with their defaults in brackets. sbatch passes them to the job:
 #
-# of every job
-#   DIST_TRAIN_ROOT   the project's folder (that of submission, else that of the script)
-#   DIST_TRAIN_PYTHON the Python to run, on all nodes (.venv/bin/python of the project, else python3)
-#   DIST_TRAIN_SETUP  file to source first, on all nodes: modules, variables (none). Without the environment of
-#                     submission: sbatch --export=DIST_TRAIN_SETUP=FILE
-#   CONTAINER         image to run in: a file *.sif, by Apptainer; anything else, by Pyxis (none)
-#   CONTAINER_OPTIONS more words for `apptainer exec`, or for srun with Pyxis
-#   DRY_RUN           1: print the command that would be started, and end
+# every job
+#   DIST_TRAIN_ROOT   the project's folder (the folder of submission, else the script's)
+#   DIST_TRAIN_PYTHON Python to run, on all nodes (the project's .venv/bin/python, else python3)
+#   DIST_TRAIN_SETUP  file to source first, on all nodes: modules, variables (none). To submit without your environment:
+#                     sbatch --export=DIST_TRAIN_SETUP=FILE
+#   CONTAINER         image to run in: a *.sif file with Apptainer, anything else with Pyxis (none)
+#   CONTAINER_OPTIONS additional options for `apptainer exec`, or for srun with Pyxis
+#   DRY_RUN           1: only print the command that would be started
 #
-# of jobs with ranks
-#   OVERRIDES         settings that differ from the configuration, as words on one line or several, in quotes as a shell
-#                     takes them: "run.seed=1 'data.root=/my data'"
+# jobs with ranks
+#   OVERRIDES         settings to change in the configuration, separated by spaces or newlines, quoted as in a shell:
+#                     "run.seed=1 'data.root=/my data'"
 #   LAUNCHER          srun or mpirun (srun)
-#   MPI               what srun --mpi takes; `srun --mpi=list` says what there is (pmix; none for comm.engine=torch,
-#                     which carries the ranks, too, where there is no pmix and comm.engine is auto)
-#   RANKS_PER_NODE  (one for each GPU; without GPUs one for each task of the job, else one)
-#   OMP_NUM_THREADS   threads of a rank (its cores: --cpus-per-task, else the node's shared out)
+#   MPI               value of srun --mpi; `srun --mpi=list` lists them (pmix; none with comm.engine=torch, which is
+#                     also used if there is no pmix and comm.engine is auto)
+#   RANKS_PER_NODE    ranks per node (one per GPU; without GPUs one per task of the job, else one)
+#   OMP_NUM_THREADS   threads per rank (its cores: --cpus-per-task, else an equal share of the node's)
 #   SPARE_NODES       nodes of the job that stay idle until another is lost (0)
-#   LOSS_SECONDS      srun: how long the other ranks may take to end once one has ended (40)
-#   NETWORK_INTERFACE interface that ranks talk over, such as ib0 (what MPI, NCCL and Gloo choose)
+#   LOSS_SECONDS      srun: seconds that the other ranks have to end once one has ended (40)
+#   NETWORK_INTERFACE network interface for the ranks, such as ib0 (chosen by MPI, NCCL and Gloo)
 #   CPU_BIND          srun --cpu-bind (Slurm's choice: each rank on its own cores)
-#   LAUNCHER_OPTIONS  more words for srun or mpirun
+#   LAUNCHER_OPTIONS  additional options for srun or mpirun
 #
-# of training
-#   PREFLIGHT         0: do not check beforehand whether the nodes can work together (dist-train doctor --cluster)
-#   GUARD_SECONDS     how often a job of several nodes asks Slurm whether it still has its first node (30)
-#   MAX_RESTARTS      restarts on what is left of the job's nodes, in a row without a new checkpoint, before it is
-#                     requeued (as many as MAX_REQUEUES)
-#   MIN_RANKS         the run continues without a lost node, not even started again, as long as it has so many ranks; when
-#                     the node is back it takes part again (none). By srun and torch.distributed alone
+# training jobs
+#   PREFLIGHT         0: do not check first whether the nodes can work together (dist-train doctor --cluster)
+#   GUARD_SECONDS     seconds between the checks of a multi-node job that it still has its first node (30)
+#   MAX_RESTARTS      restarts on the job's remaining nodes, in a row without a new checkpoint, before it is requeued
+#                     (as many as MAX_REQUEUES)
+#   MIN_RANKS         the run continues without lost nodes, and without a restart, as long as this many ranks are left;
+#                     nodes that come back join again (none). Only with srun and torch.distributed
 #   MAX_REQUEUES      requeues in a row without a new checkpoint, after which the run is given up (3)
-#   The job ends with the run's own exit status: 0 finished, 2 bad usage or configuration, 3 diverged, 4 ranks
-#   disagree, 75 stopped after saving, 1 anything else. After 75 and 1 it is requeued, by scontrol.
+#   The job ends with the run's exit status: 0 finished, 2 bad usage or configuration, 3 diverged, 4 ranks
+#   disagree, 75 stopped after saving, 1 anything else. After 75 and 1 it is requeued with scontrol.
 
-: "${root:?the batch script says where the project is}"
+: "${root:?the batch script sets it to the project folder}"
 root=$(cd "$root" && pwd)
 
 asked=${1:-}
@@ -57,7 +57,7 @@ esac
 
 . "$root/launch/common.sh"
 
-# The site's modules and variables; scripts of modules often fail and read what is unset.
+# The site's modules and variables. Module scripts often return errors and read unset variables: hence set +eu.
 if [[ -n ${DIST_TRAIN_SETUP:-} && $asked != --help ]]; then
     [[ -r $DIST_TRAIN_SETUP ]] || usage_error "DIST_TRAIN_SETUP $DIST_TRAIN_SETUP cannot be read on $(uname -n)"
     DIST_TRAIN_SETUP=$(realpath "$DIST_TRAIN_SETUP")
@@ -68,21 +68,21 @@ if [[ -n ${DIST_TRAIN_SETUP:-} && $asked != --help ]]; then
     set -eu
 fi
 
-# answer_help SECTION...: where the script was asked for help, prints its header and these sections of ours.
+# answer_help SECTION...: if the script was called with --help, prints its header and these sections of this file.
 answer_help() {
     [[ $asked == --help ]] || return 0
     local section
     sed -n '2,/^set /{ /^#SBATCH/s/^#/#   #/; s/^# \{0,1\}//p }' "$0"
-    for section in 'of every job' "$@"; do
+    for section in 'every job' "$@"; do
         sed -n "/^# $section\$/,/^#\{0,1\}\$/{ /^#   /s/^# //p }" "$root/slurm/prologue.sh"
     done
     exit 0
 }
 
-# Whatever Slurm sends asks for a stop; to insist is its own affair (KillWait).
+# Every signal from Slurm is a stop request; Slurm itself kills the job after KillWait.
 trap note_gentle_stop_request TERM INT USR1 USR2 HUP
 
-# The number of one task of an array may be that of the whole array, too.
+# SLURM_JOB_ID of an array task may be the array's id, so name the task explicitly.
 job=${SLURM_JOB_ID:-}
 [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 
@@ -90,14 +90,14 @@ say() {
     printf 'job %s: %s\n' "$job" "$*" >&2
 }
 
-# read_words ARRAY NAME TEXT: the words of the variable NAME, on one line or several, in quotes as a shell takes them.
+# read_words ARRAY NAME TEXT: splits TEXT, the value of the variable NAME, into words, quoted as in a shell.
 read_words() {
     local split
     split=$(xargs -r printf '%s\n' <<<"$3" 2>/dev/null) || usage_error "$2 has a quote that does not close: $3"
     mapfile -t "$1" < <(printf '%s' "$split")
 }
 
-# Sets `nodes`, and `gpus` of each of them: those that were asked for, though a job of whole nodes has all.
+# Sets `nodes`, and `gpus` per node: the requested ones, though a job with whole nodes has all.
 read_allocation() {
     nodes=${SLURM_JOB_NUM_NODES:-1}
     gpus=${SLURM_GPUS_ON_NODE:-0}
@@ -110,14 +110,14 @@ read_allocation() {
     each=${each##*:}
     total=${total##*:}
     if [[ -z $each && -n $total ]]; then
-        ((total % nodes == 0)) || usage_error "$total GPUs are not as many on each of $nodes nodes: ask for --gpus-per-node"
+        ((total % nodes == 0)) || usage_error "$total GPUs cannot be divided equally over $nodes nodes: use --gpus-per-node"
         each=$((total / nodes))
     fi
     [[ ! $each =~ ^[1-9][0-9]*$ ]] || ((each >= gpus)) || gpus=$each
 }
 
-# Sets `rank_count`, `ranks_here` (of a node, at most), and `cores_each`.
-share_nodes_out() {
+# Sets `rank_count`, `ranks_here` (the most of any node) and `cores_each`.
+count_ranks() {
     local tasks=${SLURM_NTASKS:-$nodes}
     ranks_here=${RANKS_PER_NODE:-}
     [[ -z $ranks_here || $ranks_here =~ ^[1-9][0-9]*$ ]] ||
@@ -129,7 +129,7 @@ share_nodes_out() {
         ranks_here=$gpus
         rank_count=$((nodes * gpus))
     else
-        # as Slurm has laid the tasks out: 3(x2),1 has three at most
+        # The largest number of tasks on a node: 3 in 3(x2),1.
         ranks_here=$(tr , '\n' <<<"${SLURM_TASKS_PER_NODE:-$(((tasks + nodes - 1) / nodes))}" | sort -rn | sed 's/(.*//; q')
         [[ -n ${SLURM_NTASKS:-} ]] || ranks_here=1
         rank_count=$tasks
@@ -138,23 +138,23 @@ share_nodes_out() {
     ((cores_each > 0)) || cores_each=1
 }
 
-# check_gpus TASKS: refuses what is not a rank for each GPU, as many on each node. A task for each node is what the
-# scripts ask for by themselves.
+# check_gpus TASKS: refuses allocations without one rank per GPU and equally many GPUs per node. One task per node is
+# allowed, because the scripts request it by default.
 check_gpus() {
     local each counts
     if [[ ${SLURM_GPUS_PER_TASK:-${SLURM_TRES_PER_TASK:-1}} == *[02-9] || ${SLURM_NTASKS_PER_GPU:-1} != 1 ]] ||
         (($1 != nodes && $1 != nodes * gpus)); then
-        usage_error "each rank drives one GPU, but $1 tasks were asked for with $((nodes * gpus)) GPUs: ask for --gpus-per-node alone, or set RANKS_PER_NODE"
+        usage_error "each rank drives one GPU, but $1 tasks were requested with $((nodes * gpus)) GPUs: use only --gpus-per-node, or set RANKS_PER_NODE"
     fi
     ((nodes > 1)) || return 0
     each=$(scontrol show job --details "$SLURM_JOB_ID" 2>/dev/null | sed -nE 's/^ *Nodes=([^ ]+).*GRES=[^ ]*gpu[^ ]*:([0-9]+)\(.*/\1: \2/p') || each=
     counts=$(awk -F ': ' 'NF { print $2 }' <<<"$each" | sort -u | wc -l)
-    ((counts <= 1)) || usage_error "the nodes have different numbers of GPUs (${each//$'\n'/, }): ask for --gpus-per-node"
+    ((counts <= 1)) || usage_error "the nodes have different numbers of GPUs (${each//$'\n'/, }): use --gpus-per-node"
 }
 
-# NCCL, Open MPI and Gloo each choose a network by themselves: NCCL an InfiniBand that it finds, Open MPI through UCX
-# where that is built in. They choose wrongly on nodes with a slow network for administration beside the fast one;
-# then all three must be told.
+# NCCL, Open MPI and Gloo each choose a network: NCCL an InfiniBand that it finds, Open MPI the choice of UCX if built
+# with it. On nodes with a slow administration network beside the fast one they may choose wrongly; then all three must
+# be configured.
 choose_network() {
     [[ -n ${NETWORK_INTERFACE:-} ]] || return 0
     export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$NETWORK_INTERFACE}
@@ -164,7 +164,7 @@ choose_network() {
     export NETWORK_INTERFACE
 }
 
-# Sets `dist_train`, how our program is started here and in the ranks, and for Pyxis `container_options` of srun.
+# Sets `dist_train`, the command that starts our program here and in the ranks; for Pyxis also `container_options`.
 find_our_program() {
     container_options=()
     local words
@@ -177,7 +177,7 @@ find_our_program() {
             [[ -r $image ]] || usage_error "CONTAINER $image cannot be read on $(uname -n)"
             local devices=()
             ((gpus == 0)) || devices=(--nv)
-            # Slurm's PMIx meets its ranks in a folder that it names in their environment, below /tmp or the spool.
+            # Slurm's PMIx communicates through a folder, named in the ranks' environment, below /tmp or Slurm's spool.
             dist_train=(apptainer exec "${devices[@]}" --bind "$PWD" --bind "$root" "${words[@]}" "$image" python3 -m dist_train)
             ;;
         *)
@@ -196,18 +196,18 @@ compose() {
     fi
 }
 
-# Sets `command`: what starts the ranks by `by`, but for our program's arguments.
+# Sets `command`: the launcher `by` and our program, without its arguments.
 compose_command() {
     local more name
     read_words more LAUNCHER_OPTIONS "${LAUNCHER_OPTIONS:-}"
     case $by in
         srun)
             command -v srun >/dev/null || fail "srun is missing on $(uname -n)"
-            # Not --kill-on-bad-exit: rank 0 may still be writing how the run ended when another has left.
+            # Not --kill-on-bad-exit: rank 0 may still be writing the outcome when another rank has ended.
             command=(srun "--mpi=$mpi" "--nodes=$nodes" "--ntasks=$rank_count" "--ntasks-per-node=$ranks_here"
                 "--cpus-per-task=$cores_each" --export=ALL --input=none --no-kill --kill-on-bad-exit=0 "--wait=${LOSS_SECONDS:-40}")
-            # A step has the GPUs that it asks for. All ranks of a node see all of them, and each takes the one of its
-            # number: NCCL uses NVLink only between GPUs that a process can see.
+            # A step gets the GPUs that it requests. All ranks of a node see all of these, and each uses the one of its
+            # local rank: NCCL uses NVLink only between GPUs that a process can see.
             unset SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK SLURM_TRES_BIND
             ((gpus == 0)) || command+=("--gpus-per-node=$gpus" --gpu-bind=none)
             ((${SLURM_CPUS_ON_NODE:-1} >= ranks_here * cores_each)) || command+=(--overcommit)
@@ -216,11 +216,11 @@ compose_command() {
             command+=("${container_options[@]}")
             ;;
         mpirun)
-            ((!${#container_options[@]})) || usage_error "Pyxis works by srun: leave LAUNCHER out, or give CONTAINER a .sif file"
+            ((!${#container_options[@]})) || usage_error "Pyxis needs srun: leave LAUNCHER out, or set CONTAINER to a .sif file"
             need_mpirun
-            # Each rank may use all cores of the node: bound to one, its threads would queue up there.
+            # No binding: bound to one core, a rank's threads would share it.
             command=("$mpirun" -np "$rank_count" --map-by "ppr:$ranks_here:node:OVERSUBSCRIBE" --bind-to none --stdin none)
-            # mpirun starts its daemons by srun, which gives them the GPUs that this asks for.
+            # mpirun starts its daemons with srun, which gives them the GPUs that this requests.
             ((gpus == 0)) || export SLURM_GPUS_PER_NODE=$gpus
             while read -r name; do
                 command+=(-x "$name")
@@ -236,20 +236,20 @@ compose_command() {
     fi
 }
 
-# srun and mpirun hand SIGUSR2 to all ranks; they are ready for it once the run has a status.
+# srun and mpirun forward SIGUSR2 to all ranks, which handle it once the run has a status.
 stop_through_launcher() {
     grep -q "\"$launch_id\"" "$run_directory/status.json" 2>/dev/null || return 1
     kill -USR2 "$launcher"
 }
 
-# Whoever only measures keeps each point that it has finished, and may end at once.
+# Analyses keep every finished point, so they may end at once.
 stop_at_once() {
     kill -TERM "$launcher"
 }
 
-# train_in_job DEFAULT_CONFIGURATION: runs `train` as the variables say.
+# train_in_job DEFAULT_CONFIGURATION: runs `train`, configured by the variables.
 train_in_job() {
-    answer_help 'of jobs with ranks' 'of training'
+    answer_help 'jobs with ranks' 'training jobs'
     local overrides directory=()
     read_words overrides OVERRIDES "${OVERRIDES:-}"
     [[ -z ${RUN_DIR:-} ]] || directory=(--run-dir "$RUN_DIR")
@@ -258,7 +258,7 @@ train_in_job() {
 
 # sweep_in_job DEFAULT_STUDY: trains the run that has this array task's number in the study, unless it has finished.
 sweep_in_job() {
-    answer_help 'of jobs with ranks' 'of training'
+    answer_help 'jobs with ranks' 'training jobs'
     local study=${STUDY:-$1} overrides words directory=() status=0
     [[ -n ${SLURM_ARRAY_TASK_ID:-} ]] ||
         usage_error "each run is a task of an array: sbatch --array=\$(dist-train sweep $(printf %q "$study") --array) slurm/sweep.sh"
@@ -272,9 +272,9 @@ sweep_in_job() {
     run_in_job "${words[@]}"
 }
 
-# landscape_in_job DEFAULT_TARGETS: runs `landscape` as the variables say.
+# landscape_in_job DEFAULT_TARGETS: runs `landscape`, configured by the variables.
 landscape_in_job() {
-    answer_help 'of jobs with ranks'
+    answer_help 'jobs with ranks'
     local kind=${KIND:-direction} targets target count what options overrides
     read_words targets TARGETS "${TARGETS:-$1}"
     read_words options OPTIONS "${OPTIONS:-}"
@@ -290,15 +290,15 @@ landscape_in_job() {
     done
     prepare_ranks
     launch_or_show stop_at_once landscape "$kind" "${targets[@]}" "${overrides[@]}" "${options[@]}"
-    # srun and mpirun hand on the code of bad options, which all ranks end with.
+    # srun and mpirun pass on the exit code of bad options, because all ranks end with it.
     case $launcher_status in
         0 | "$usage_status") exit "$launcher_status" ;;
     esac
-    ((!stop_signals)) || say "stopped: submitted again, it evaluates what is left"
+    ((!stop_signals)) || say "stopped: submit it again to evaluate the remaining points"
     exit 1
 }
 
-# analyses_in_job STUDY [OVERRIDE ...]: measures the runs of a study that have finished, as it says.
+# analyses_in_job STUDY [OVERRIDE ...]: runs the study's analyses of its finished runs.
 analyses_in_job() {
     local lines line measurement failed=0
     prepare_ranks
@@ -316,27 +316,27 @@ analyses_in_job() {
     exit "$failed"
 }
 
-# report_in_job DEFAULT_DIRECTORY: runs `report` as the variables say.
+# report_in_job DEFAULT_DIRECTORY: runs `report`, configured by the variables.
 report_in_job() {
     answer_help
     local words=(report "${DIRECTORY:-$1}")
     [[ -z ${OUTPUT:-} ]] || words+=(-o "$OUTPUT")
     read_allocation
     find_our_program
-    show_alone "${dist_train[@]}" "${words[@]}"
+    exit_if_dry_run "${dist_train[@]}" "${words[@]}"
     exec "${dist_train[@]}" "${words[@]}"
 }
 
-# Sets all that `launch_or_show` needs; for a training run, by its CONFIG and overrides.
+# prepare_ranks [CONFIG OVERRIDE...]: sets everything that `launch_or_show` needs.
 prepare_ranks() {
     local names
     by=${LAUNCHER:-srun}
     read_allocation
     local spare=${SPARE_NODES:-0}
     if [[ ! $spare =~ ^[0-9]+$ ]] || ((spare >= nodes)); then
-        usage_error "SPARE_NODES takes a number below that of the job's nodes, $nodes, not '$spare'"
+        usage_error "SPARE_NODES takes a number below the job's $nodes nodes, not '$spare'"
     fi
-    share_nodes_out
+    count_ranks
     placed=() fit_nodes=()
     job_nodes=${SLURM_JOB_NODELIST:-}
     wanted_nodes=$((nodes - spare))
@@ -357,31 +357,31 @@ prepare_ranks() {
     compose
 }
 
-# Has the run continue without a lost node.
+# Makes the run continue without lost nodes.
 be_elastic() {
     elastic_check=check_elastic
     elastic_compose=compose_elastic_command
     watch=supervise_nodes
 }
 
-# check_elastic CONFIG [OVERRIDE...]: refuses what cannot continue without a lost node.
+# check_elastic CONFIG [OVERRIDE...]: refuses runs that cannot continue without a lost node.
 check_elastic() {
     if [[ ! $MIN_RANKS =~ ^[1-9][0-9]*$ ]] || ((MIN_RANKS > rank_count)); then
         usage_error "MIN_RANKS takes a number, 1 to the run's $rank_count ranks, not '$MIN_RANKS'"
     fi
-    # What is wrong with the configuration is said later by check_run.
+    # check_run reports errors in the configuration later.
     local settings
     settings=$("${dist_train[@]}" config show "$@" 2>/dev/null) || settings=
-    [[ $by == srun ]] || usage_error "MIN_RANKS is for LAUNCHER=srun, not $by"
-    ((!${#container_options[@]})) || usage_error "MIN_RANKS does not work with Pyxis: give CONTAINER a .sif file"
+    [[ $by == srun ]] || usage_error "MIN_RANKS needs LAUNCHER=srun, not $by"
+    ((!${#container_options[@]})) || usage_error "MIN_RANKS does not work with Pyxis: set CONTAINER to a .sif file"
     ((rank_count == wanted_nodes * ranks_here)) ||
-        usage_error "MIN_RANKS needs as many ranks on each node, but $rank_count are asked for on $wanted_nodes nodes: set RANKS_PER_NODE"
+        usage_error "MIN_RANKS needs equally many ranks on each node, but $rank_count were requested on $wanted_nodes nodes: set RANKS_PER_NODE"
     ! grep -q '^  engine: horovod$' <<<"$settings" ||
-        usage_error "MIN_RANKS is for comm.engine=torch: Horovod cannot continue without a lost rank"
+        usage_error "MIN_RANKS needs comm.engine=torch: Horovod cannot continue without a lost rank"
 }
 
-# choose_mpi [CONFIG OVERRIDE...]: sets `mpi`, what srun --mpi takes; torch.distributed needs nothing of MPI. Where srun
-# has no PMIx for Horovod, the ranks are carried by torch.distributed or started by mpirun.
+# choose_mpi [CONFIG OVERRIDE...]: sets `mpi`, the value of srun --mpi; torch.distributed does not need MPI. If srun has
+# no PMIx, which Horovod needs, the ranks use torch.distributed or are started by mpirun.
 choose_mpi() {
     local kinds
     kinds=$(srun --mpi=list 2>&1) || kinds=
@@ -390,44 +390,44 @@ choose_mpi() {
     if [[ -z ${MPI:-} ]] && (($#)) && [[ $("${dist_train[@]}" config engine "$@" 2>/dev/null) == torch ]]; then
         mpi=none
     fi
-    # What is wrong with the configuration is said later by check_run, with MPI by srun.
+    # check_run reports errors in the configuration later; srun reports a wrong MPI.
     [[ -z ${MPI:-} && -n $kinds && " $kinds " != *" $mpi "* ]] || return 0
     if (($#)) && "${dist_train[@]}" config show "$@" 2>/dev/null | grep -q '^  engine: auto$'; then
-        say "srun has no pmix here, but $kinds: the ranks talk by torch.distributed (comm.engine=torch)"
+        say "srun has no pmix here, only $kinds: the ranks use torch.distributed (comm.engine=torch)"
         mpi=none
         more_overrides=(comm.engine=torch)
     elif [[ -n $mpirun ]]; then
-        say "srun has no pmix here, but $kinds: mpirun starts the ranks (LAUNCHER=mpirun)"
+        say "srun has no pmix here, only $kinds: mpirun starts the ranks (LAUNCHER=mpirun)"
         by=mpirun
     else
-        usage_error "srun has no pmix here, but $kinds, and there is no mpirun: set comm.engine=torch"
+        usage_error "srun has no pmix here, only $kinds, and there is no mpirun: set comm.engine=torch"
     fi
 }
 
-# show_alone COMMAND...: where that is all that is wanted, prints it, and ends.
-show_alone() {
+# exit_if_dry_run COMMAND...: with DRY_RUN=1, prints the command and exits.
+exit_if_dry_run() {
     [[ ${DRY_RUN:-} == 1 ]] || return 0
     printf '%q ' "$@" && echo
     exit 0
 }
 
-# launch_or_show STOP COMMAND [ARGUMENT ...]
+# launch_or_show STOP COMMAND [ARGUMENT ...]: launches our COMMAND on the ranks, or only shows how (DRY_RUN).
 launch_or_show() {
     local stop=$1
     shift
-    show_alone "${command[@]}" "$@"
+    exit_if_dry_run "${command[@]}" "$@"
     check_run "$@"
-    said=$(mktemp)
+    error_log=$(mktemp)
     [[ -z $run_directory ]] || watch=${watch:-end_lingering_ranks}
-    trap 'rm -f "$said"' EXIT
+    trap 'rm -f "$error_log"' EXIT
     say "$nodes nodes (${SLURM_JOB_NODELIST:-$(uname -n)}) x $ranks_here ranks, $gpus GPUs a node, by $by; $1 ${run_directory:-${*:2}}"
     [[ -z ${SLURM_RESTART_COUNT:-} ]] || say "restart $SLURM_RESTART_COUNT"
     ! declare -F before_launch >/dev/null || before_launch
     launch "$stop" "${command[@]}" "$@"
 }
 
-# guard_batch_host NODE...: with --no-kill the job outlives its first node, and this script with it. A step on another
-# of these nodes requeues the job then, as Slurm does without --no-kill.
+# guard_batch_host NODE...: with --no-kill the job survives the loss of its first node, but this script, which runs
+# there, does not. A step on another of these nodes then requeues the job, as Slurm does without --no-kill.
 guard_batch_host() {
     local other host=${SLURMD_NODENAME:-} request requests=()
     [[ -n $host && " $* " == *" $host "* ]] || return 0
@@ -435,15 +435,15 @@ guard_batch_host() {
     for request in GPUS GPUS_PER_NODE GPUS_PER_TASK NTASKS_PER_GPU TRES_PER_TASK TRES_BIND; do
         requests+=(-u "SLURM_$request")
     done
-    # Where this node is lost, srun is too, but not its step.
+    # If this node is lost, srun is lost too, but its step continues.
     env "${requests[@]}" srun --mpi=none --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "--nodelist=$other" \
         --cpus-per-task=1 --gres=none --input=none --output=none --no-kill \
         bash -c "$(declare -f requeue_once_lost); requeue_once_lost $(printf '%q ' "$host" "$(readlink "/proc/$$/fd/2")")" \
-        2> >(grep --line-buffered -vE 'Job step aborted|Terminated|Killed|forcing job termination|got SIG' >&2) & # its end
+        2> >(grep --line-buffered -vE 'Job step aborted|Terminated|Killed|forcing job termination|got SIG' >&2) &
     guard_step=$! guard_node=$other
 }
 
-# requeue_once_lost HOST LOG
+# requeue_once_lost HOST LOG: requeues the job once it has lost HOST.
 requeue_once_lost() {
     trap '' USR1 USR2 HUP
     local left
@@ -456,13 +456,13 @@ requeue_once_lost() {
     done
 }
 
-# Before a run on several nodes: whether they can work together. Leaves spare nodes out that cannot, and chooses the
-# network where not every one will do.
+# Before a run on several nodes, checks whether they can work together, leaves out spare nodes that cannot, and chooses
+# a network interface if not every one works.
 check_nodes() {
     ((wanted_nodes + ${SPARE_NODES:-0} > 1)) && [[ -n $run_directory && -z ${CONTAINER:-} && ${PREFLIGHT:-1} != 0 ]] || return 0
     local answer good=() interface
-    answer=$(SLURM_JOB_NODELIST=$job_nodes "${dist_train[@]}" doctor --cluster "$(dirname "$run_directory")" --brief 2> >(tee "$said" >&2)) || true
-    [[ -n $answer ]] || return 0 # it could not ask: the launch will tell
+    answer=$(SLURM_JOB_NODELIST=$job_nodes "${dist_train[@]}" doctor --cluster "$(dirname "$run_directory")" --brief 2> >(tee "$error_log" >&2)) || true
+    [[ -n $answer ]] || return 0 # the check could not run; the launch will show the problem
     read -r -a good < <(sed -n 's/^nodes //p' <<<"$answer") || true
     interface=$(sed -n 's/^interface //p' <<<"$answer")
     if ((${#good[@]} < wanted_nodes)); then
@@ -472,7 +472,7 @@ check_nodes() {
     fi
     if [[ -n $interface && -z ${NETWORK_INTERFACE:-} ]]; then
         NETWORK_INTERFACE=$interface
-        say "the ranks talk over $interface; NETWORK_INTERFACE names another"
+        say "the ranks communicate over $interface; set NETWORK_INTERFACE to choose another"
     fi
     choose_network
     fit_nodes=("${good[@]}")
@@ -480,21 +480,21 @@ check_nodes() {
     compose
 }
 
-# Sets `command` for an elastic run: this launcher decides who takes part; those that supervise_nodes starts on the nodes
-# join it with their ranks.
+# Sets `command` for an elastic run: a launcher without ranks that manages membership. supervise_nodes starts launchers
+# on the nodes, whose ranks join it.
 compose_elastic_command() {
     command=("${dist_train[@]}" launch -np 0 --listen "$(own_address)" --start-with "$rank_count"
         --min-ranks "$MIN_RANKS" --max-ranks "$((wanted_nodes * ranks_here))"
         --restarts "${MAX_RESTARTS:-${MAX_REQUEUES:-3}}")
 }
 
-# The address of this node that the job's others reach.
+# Prints the address of this node for the job's other nodes.
 own_address() {
     local address='' name=${SLURMD_NODENAME:-$(uname -n)}
     if [[ -n ${NETWORK_INTERFACE:-} ]]; then
         address=$(ip -4 -oneline address show dev "$NETWORK_INTERFACE" | sed -nE '1s/.* inet ([0-9.]+).*/\1/p') || address=
     else
-        # Some nodes know themselves by an address of 127.
+        # Some nodes resolve their own name to 127.*.
         name=$(scontrol show node "$name" --oneliner 2>/dev/null | sed -n 's/.* NodeAddr=\([^ ]*\) .*/\1/p') || name=
         [[ -n $name ]] || name=$(uname -n)
         address=$({ getent ahostsv4 "$name"; hostname -I | tr ' ' '\n'; } | awk '$1 ~ /^[0-9.]+$/ && $1 !~ /^127\./ { print $1; exit }') || address=
@@ -502,8 +502,8 @@ own_address() {
     echo "${address:-$name}"
 }
 
-# Beside the launcher of an elastic run: keeps one on each of the job's nodes, as many as are wanted, whose ranks join
-# the run. Where it ends, or its node is lost, it is started again when the node answers, or on a spare one.
+# Runs beside an elastic run's launcher: keeps a launcher on each of the wanted number of nodes, whose ranks join the
+# run. If one ends, or its node is lost, it is started again when the node answers, or on a spare node.
 supervise_nodes() {
     local node connected living next_look=0 entrance=$run_directory/join-$launch_id.json
     local -A steps=() has_joined=() missing=() due=() pause=()
@@ -517,7 +517,7 @@ supervise_nodes() {
                 has_joined[$node]=1 missing[$node]=0 pause[$node]=2
                 continue
             fi
-            # srun may wait for a node that is gone for as long as Slurm does.
+            # srun may wait for a lost node as long as Slurm does.
             if ! kill -0 "${steps[$node]}" 2>/dev/null || { [[ -n ${has_joined[$node]:-} ]] && ((++missing[$node] > 5)); }; then
                 kill -KILL "${steps[$node]}" 2>/dev/null || true
                 due[$node]=$((SECONDS + ${pause[$node]:-2}))
@@ -535,9 +535,9 @@ supervise_nodes() {
                 ((SECONDS >= ${due[$node]:-0})) || continue
                 start_on_node "$node" "$entrance"
                 steps[$node]=$! missing[$node]=0
-                disown "$!" # bash would tell of its death
+                disown "$!" # otherwise bash reports its end
             done
-            # One that is left over on a node that lives does no harm.
+            # A guard step left over on a living node does no harm.
             if [[ ${guard_step:-1} == 0 ]]; then
                 guard_batch_host "${living[@]}"
             fi
@@ -546,7 +546,7 @@ supervise_nodes() {
     done
 }
 
-# start_on_node NODE FILE: in the background, a launcher there whose ranks join that of FILE.
+# start_on_node NODE FILE: starts a launcher there in the background, whose ranks join the run of FILE.
 start_on_node() {
     local cores=$((ranks_here * cores_each)) options=() name unset=()
     # As without MIN_RANKS, all ranks of a node see all of its GPUs.
@@ -561,7 +561,7 @@ start_on_node() {
         "${dist_train[@]}" launch --join "$2" -np "$ranks_here" &
 }
 
-# The nodes that Slurm has left us and that answer, one a line.
+# Prints the job's remaining nodes that answer, one per line.
 living_nodes() {
     local name address port
     port=$(scontrol show config 2>/dev/null | sed -n 's/^SlurmdPort *= *\([0-9]*\).*/\1/p') || port=
@@ -572,11 +572,11 @@ living_nodes() {
         done | sort -V
 }
 
-# srun waits for a node that is gone, and ranks for one that was on it: ends both once Slurm says so, or the run has
-# failed and its ranks have had time to leave.
+# srun waits for a lost node, and ranks for a rank that was on it. Ends both once Slurm reports a node failure, or once
+# the run has failed and its ranks have had time to end.
 end_lingering_ranks() {
     local waited=0 status=$run_directory/status.json
-    until grep -q '^srun: error: Node failure on' "$said"; do
+    until grep -q '^srun: error: Node failure on' "$error_log"; do
         sleep 1
         ! grep -qs "\"$launch_id\"" "$status" || ! grep -qs '"state": "failed"' "$status" || ((++waited < 10)) || break
     done
@@ -585,9 +585,9 @@ end_lingering_ranks() {
     kill -KILL "$launcher"
 }
 
-# run_in_job train CONFIG [ARGUMENT ...]: a training job from here to its end.
+# run_in_job train CONFIG [ARGUMENT ...]: runs a training job to its end.
 run_in_job() {
-    answer_help 'of jobs with ranks' 'of training'
+    answer_help 'jobs with ranks' 'training jobs'
     # shellcheck disable=SC2329  # `check_run` and `launch` call it
     stopped_before_launch() {
         [[ -n $run_directory ]] || requeue_job
@@ -610,10 +610,10 @@ run_in_job() {
     done
 }
 
-# Ends the job, requeued where that can help; returns where the run is to be started again within it.
+# Ends the job, requeued if that can help; returns if the run is to be restarted within the job.
 end_job() {
     local status=0 verdict state restarts=${MAX_RESTARTS:-${MAX_REQUEUES:-3}}
-    rm -f "$run_directory/join-$launch_id.json" # of a launcher that was killed
+    rm -f "$run_directory/join-$launch_id.json" # in case the launcher was killed
     "${dist_train[@]}" outcome "$run_directory" --launch "$launch_id" || status=$?
     case $status in
         1 | "$stopped_status") ;;
@@ -621,14 +621,14 @@ end_job() {
     esac
     state=$(squeue --noheader --jobs "$job" --format %T 2>/dev/null) || state=
     if [[ -n $state && $state != RUNNING ]]; then
-        say "not requeued by itself: Slurm is ending the job ($state), and requeues it where it preempted it"
+        say "not requeued by this script: Slurm is ending the job ($state), and requeues it if it preempted it"
         exit "$status"
     fi
-    # Whoever asked for a stop wants the nodes.
+    # After a stop request do not restart within the job: the nodes are wanted.
     ((!stop_signals && status == 1)) || restarts=0
-    # Not 75 where the run is given up: a site may requeue by that status.
+    # If the run is given up, the status must not be 75, by which a site may requeue.
     verdict=$("${dist_train[@]}" requeue "$run_directory" --launch "$launch_id" --code "${launcher_status:-0}" \
-        --limit "${MAX_REQUEUES:-3}" --restarts "$restarts" --words "$(tail -n 100 "$said" 2>/dev/null)") || exit
+        --limit "${MAX_REQUEUES:-3}" --restarts "$restarts" --words "$(tail -n 100 "$error_log" 2>/dev/null)") || exit
     [[ $verdict == restart ]] || requeue_job
 }
 
@@ -636,12 +636,12 @@ requeue_job() {
     if scontrol requeue "$job"; then
         say "requeued"
     else
-        say "scontrol cannot requeue the job: it ends with $stopped_status, by which the site may (RequeueExit), or submit it again"
+        say "scontrol cannot requeue the job: it ends with $stopped_status (see RequeueExit in slurm.conf), or submit it again"
     fi
     exit "$stopped_status"
 }
 
-# Sets all that `launch` needs to start the run again, on the nodes that Slurm has left us and that answer.
+# Sets everything that `launch` needs to restart the run, on the job's remaining nodes that answer.
 prepare_restart() {
     local living=()
     mapfile -t living < <(living_nodes)
@@ -651,18 +651,18 @@ prepare_restart() {
     ((rank_count >= ${MIN_RANKS:-1})) || requeue_job
     set_rank_environment "$threads"
     compose
-    : >"$said"
-    say "again on $nodes nodes (${living[*]})"
+    : >"$error_log"
+    say "restarted on $nodes nodes (${living[*]})"
 }
 
-# use_nodes NAME...: lets the ranks run on these nodes of the job, on no more than are wanted.
+# use_nodes NAME...: places the ranks on these nodes of the job, at most `wanted_nodes` of them.
 use_nodes() {
     (($# <= wanted_nodes)) || set -- "${@:1:wanted_nodes}"
     nodes=$#
     ((rank_count <= nodes * ranks_here)) || rank_count=$((nodes * ranks_here))
     SLURM_JOB_NODELIST=$(IFS=, && echo "$*")
-    # mpirun knows the nodes from these alone. What ran on them before may not have ended for Slurm, which waits for a
-    # node that it has lost.
+    # mpirun reads the nodes from these variables. SLURM_OVERLAP: the previous step may not have ended for Slurm, which
+    # waits for lost nodes.
     export SLURM_JOB_NODELIST SLURM_NODELIST=$SLURM_JOB_NODELIST SLURM_JOB_NUM_NODES=$nodes SLURM_NNODES=$nodes
     export SLURM_TASKS_PER_NODE="$ranks_here(x$nodes)" SLURM_JOB_CPUS_PER_NODE="${SLURM_CPUS_ON_NODE:-1}(x$nodes)" SLURM_OVERLAP=1
     placed=("--nodelist=$SLURM_JOB_NODELIST" --overlap)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One HTML page of a run, a study, or a folder of runs, once the jobs that it is of have ended.
+# One HTML page about a run, a study, or a folder of runs, after their jobs have ended.
 #
 #   sbatch --dependency=afterok:JOB slurm/report.sh
 #   DIRECTORY=runs/paper sbatch --dependency=afterany:ARRAY slurm/report.sh
 #
-# afterok waits for success, through requeues; where it can no longer come, this job is cancelled. afterany reports what
-# there is.
+# afterok waits for success, through requeues; if the job cannot succeed any more, this job is cancelled. afterany
+# reports the existing results in any case.
 #
-# What Slurm is asked for; options of sbatch come before these.
+# Slurm options; those on sbatch's command line take precedence.
 #SBATCH --job-name=report
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -20,7 +20,7 @@
 #   OUTPUT            the page (DIRECTORY/report.html)
 set -euo pipefail
 
-# Slurm runs a copy of this script, from elsewhere.
+# Slurm runs a copy of this script in another place.
 submitted=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null | sed -n '0,/^ *Command=/s/^ *Command=\(.*\)/\1/p') || submitted=
 for root in "${DIST_TRAIN_ROOT:-}" "${SLURM_SUBMIT_DIR:-}" "${submitted%/*}/.." "${0%/*}/.."; do
     [[ ! -r $root/slurm/prologue.sh ]] || break

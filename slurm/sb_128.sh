@@ -5,7 +5,7 @@
 #   sbatch --partition=gpu --time=2:00:00 slurm/sb_128.sh
 #   OVERRIDES="run.seed=1 run.name=sb_128-seed-1" sbatch slurm/sb_128.sh
 #
-# What Slurm is asked for; options of sbatch come before these.
+# Slurm options; those on sbatch's command line take precedence.
 #SBATCH --job-name=sb_128
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -19,10 +19,10 @@
 #SBATCH --output=%x-%j.log
 #
 #   CONFIG            configuration (configs/sb_128.yaml)
-#   RUN_DIR           the run's own folder (run.directory/run.name, below the folder of submission)
+#   RUN_DIR           the run's folder (run.directory/run.name, relative to the folder of submission)
 set -euo pipefail
 
-# Slurm runs a copy of this script, from elsewhere.
+# Slurm runs a copy of this script in another place.
 submitted=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null | sed -n '0,/^ *Command=/s/^ *Command=\(.*\)/\1/p') || submitted=
 for root in "${DIST_TRAIN_ROOT:-}" "${SLURM_SUBMIT_DIR:-}" "${submitted%/*}/.." "${0%/*}/.."; do
     [[ ! -r $root/slurm/prologue.sh ]] || break

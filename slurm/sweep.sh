@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A study: each task of the array trains one run, by default on one GPU. Tasks whose run has finished end at once.
+# A study: each array task trains one run, by default on one GPU. Tasks whose run has finished end at once.
 #
 #   sbatch --array="$(dist-train sweep studies/paper.yaml --array)" slurm/sweep.sh
 #   STUDY=studies/fashion.yaml sbatch --array=1-30%8 --gpus-per-node=0 slurm/sweep.sh
 #
-# The same again submits what is left. Several nodes or GPUs a run: --nodes=1-2 --gpus-per-node=4.
+# Run the first command again to submit the remaining runs. Several nodes or GPUs per run: --nodes=1-2 --gpus-per-node=4.
 #
-# What Slurm is asked for, for each run; options of sbatch come before these.
+# Slurm options of each run; those on sbatch's command line take precedence.
 #SBATCH --job-name=sweep
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -20,10 +20,10 @@
 #SBATCH --output=%x-%A_%a.log
 #
 #   STUDY             study (studies/paper.yaml)
-#   DIRECTORY         folder of studies (the base configuration's run.directory, below the folder of submission)
+#   DIRECTORY         folder of studies (the base configuration's run.directory, relative to the folder of submission)
 set -euo pipefail
 
-# Slurm runs a copy of this script, from elsewhere.
+# Slurm runs a copy of this script in another place.
 submitted=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null | sed -n '0,/^ *Command=/s/^ *Command=\(.*\)/\1/p') || submitted=
 for root in "${DIST_TRAIN_ROOT:-}" "${SLURM_SUBMIT_DIR:-}" "${submitted%/*}/.." "${0%/*}/.."; do
     [[ ! -r $root/slurm/prologue.sh ]] || break
