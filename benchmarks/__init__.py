@@ -1,1 +1,1 @@
-"""Side-by-side measurements: `python -m benchmarks` prints a table of ratios, both sides in one run."""
+"""Side-by-side measurements: `python -m benchmarks` measures both sides in one run and prints a table of ratios."""

@@ -21,11 +21,11 @@ from dist_train.outcome import ExitCode, UsageError, text_with_code
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measure, print the table, and say by the exit code: 0 every bar holds, 1 not, 2 it cannot be measured here."""
+    """Measure and print the table. Exit codes: 0 every bar holds, 1 a bar is missed, 2 it cannot be measured here."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", choices=sorted(GROUPS), action="append", metavar="GROUP", help=", ".join(GROUPS))
     parser.add_argument("--pairs", type=int, default=21, help="pairs of timings of a step of width 1")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows in this file, group by group")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="store the rows in this file, by group")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both sides compute")
     arguments = parser.parse_args(words)
     try:
@@ -36,7 +36,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"benchmarks: {text_with_code(error)}", file=sys.stderr)
         return ExitCode.USAGE
     if arguments.device == "cpu":
-        # Both sides take a GPU that they see, in the programs that they start too.
+        # Hide GPUs: both sides, and the programs that they start, would use them.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     groups = groups_on(arguments.device)
     machine = this_machine()
@@ -53,7 +53,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _check(device: Device, names: Sequence[str]) -> None:
-    """Raise UsageError where the groups `names` cannot be measured on `device`."""
+    """Raise UsageError if the groups `names` cannot be measured on `device`."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "--device cuda: torch sees no GPU here; see dist-train doctor, or measure with --device cpu",
@@ -61,7 +61,9 @@ def _check(device: Device, names: Sequence[str]) -> None:
         )
     elsewhere = [name for name in names if name not in groups_on(device)]
     if elsewhere:
-        raise UsageError(f"--only {' --only '.join(elsewhere)}: measured with --device cpu alone", code="option-choice")
+        raise UsageError(
+            f"--only {' --only '.join(elsewhere)}: can be measured only with --device cpu", code="option-choice"
+        )
 
 
 def _table(machine: Machine, rows: Sequence[Ratio]) -> Table:

@@ -1,4 +1,4 @@
-"""The bare loop with our ways to come by memory, one after the other, and without; each side a process of its own.
+"""The bare loop with and without each of our allocator settings; each side runs in its own process.
 
 `python -m benchmarks.allocator default|kept|large WIDTH` prints the seconds of one update.
 """
@@ -36,7 +36,7 @@ def rows(pairs: int) -> list[Ratio]:
 
 
 def seconds(side: str, width: float) -> float:
-    """Return the seconds of an update in a new process."""
+    """Return the seconds of an update, measured in a new process."""
     command = [sys.executable, "-m", "benchmarks.allocator", side, str(width)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

@@ -1,4 +1,4 @@
-"""The least that a Horovod program does: import torch, meet, one allreduce. Tells when that was done.
+"""A minimal Horovod program: import torch, connect, one allreduce. Prints the time when that was done.
 
 `mpirun -np 2 python -m benchmarks.bare_horovod`
 """
@@ -14,7 +14,7 @@ from benchmarks.launching import tell
 
 
 def main() -> None:
-    """Sum one number over the ranks, and tell the time since the epoch."""
+    """Sum one number over the ranks, and print the time in seconds since 1970."""
     hvd.init()
     hvd.allreduce(torch.ones(1), name="one")
     if hvd.rank() == 0:

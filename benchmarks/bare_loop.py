@@ -1,4 +1,4 @@
-"""The limit: VGG9 and a training loop as plain PyTorch has them, data in memory, nothing else."""
+"""The limit: VGG9 and a training loop in plain PyTorch, with data in memory and nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 
 def bare_vgg9(channels: int, classes: int, width: float) -> nn.Module:
-    """Return VGG9 for 32x32 images, of PyTorch's own layers."""
+    """Return VGG9 for 32x32 images, built from PyTorch's layers."""
     layers: list[nn.Module] = []
     for outputs in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0):
         if outputs == 0:

@@ -1,7 +1,7 @@
-"""Settings that might make a step faster, each against the same step without it, VGG9: `--only candidates`.
+"""Rows of settings that might make a step of VGG9 faster, each against the step without it: `--only candidates`.
 
-What an environment variable sets has a process of its own on each side:
-`python -m benchmarks.candidates WIDTH GLOBAL_SIZE UPDATES` tells the seconds of an update.
+For environment variables each side runs in its own process:
+`python -m benchmarks.candidates WIDTH GLOBAL_SIZE UPDATES` prints the seconds of an update.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WIDTH, _GLOBAL_SIZE, _UPDATES = 0.25, 128, 10
 
 @dataclass(frozen=True)
 class Candidate:
-    """Environment variables for our side, on so many ranks over MPI; `both` are set on either side."""
+    """Environment variables for our side, on `ranks` ranks over MPI; those in `both` are set on both sides."""
 
     name: str
     variables: Mapping[str, str]
@@ -39,7 +39,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Missing:
-    """A candidate that cannot be tried here, and why."""
+    """A candidate that cannot be measured here, and the reason."""
 
     name: str
     reason: str
@@ -55,9 +55,9 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 
 
 def rows(pairs: int) -> Iterator[Ratio]:
-    """Yield a row for each candidate; one that cannot be tried here is told of and left out.
+    """Yield a row for each candidate; those that cannot be measured here are reported and left out.
 
-    What the environment sets is for CPUs: allocators, threads, and what carries gradients from memory to memory.
+    The environment variables concern CPUs: allocators, threads, and communication in memory.
     """
     for candidate in from_environment(find_library) if device_type() == "cpu" else ():
         if isinstance(candidate, Missing):
@@ -68,7 +68,7 @@ def rows(pairs: int) -> Iterator[Ratio]:
 
 
 def from_environment(find: Callable[[str], str | None]) -> Iterator[Candidate | Missing]:
-    """Yield what environment variables set; `find` knows the file of a shared library, as `find_library` does."""
+    """Yield candidates set by environment variables; `find` locates a shared library, as `find_library` does."""
     yield _preloaded("jemalloc", find("jemalloc"))
     yield _preloaded("tcmalloc", find("tcmalloc_minimal") or find("tcmalloc"))
     yield Candidate("OMP_NUM_THREADS=2", TWO_THREADS)
@@ -84,7 +84,7 @@ def from_environment(find: Callable[[str], str | None]) -> Iterator[Candidate | 
 
 
 def setting_rows(pairs: int) -> Iterator[Ratio]:
-    """Yield the rows of our own settings, in one process; the compilation does not count."""
+    """Yield the rows of our settings, in one process, without the time of compilation."""
     for name, precision in SETTINGS.items():
         with tempfile.TemporaryDirectory() as folder:
             without = {"threads": 1, "channels_last": False}
@@ -122,7 +122,7 @@ def _title(name: str) -> str:
 
 
 def main() -> None:
-    """Train as one of the ranks, with the threads that the environment asks for; the first tells the time."""
+    """Train as one of the ranks, with the environment's number of threads; rank 0 prints the time."""
     width, global_size, updates = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     comm = join_ranks(timeout=600.0, device_type=device_type())
     precision = {"threads": share_of_threads(comm.local_size)}

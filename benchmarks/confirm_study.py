@@ -1,7 +1,7 @@
-"""From a study that searched to one that confirms: each variant with its best trial's settings, on fresh seeds.
+"""Writes a study that confirms a search: each variant with its best trial's settings, on fresh seeds.
 
 dist-train sweep STUDY --best | python -m benchmarks.confirm_study STUDY --seeds 100 101 -o CONFIRM.yaml
-Of some variants with `--variants sb lb`; contrasts and measurements keep what is about them.
+`--variants sb lb` selects variants; contrasts and analyses of other variants are left out.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dist_train.sweep.study_file import load_study
 def confirming(
     study: Path, best: Iterable[str], seeds: Sequence[int], output: Path, chosen: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return what the study file `output` holds; `best` are the lines of `dist-train sweep --best`.
+    """Return the content of the study file `output`; `best` are the lines of `dist-train sweep --best`.
 
-    `chosen` are the variants to confirm; none: all.
+    `chosen` are the variants to confirm; empty: all.
 
     Raises:
-        UsageError: a seed was searched with, a variant is unknown or has no finished trial.
+        UsageError: a seed was used in the search, or a variant is unknown or has no finished trial.
     """
     searched, written = load_study(study), yaml.safe_load(study.read_text(encoding="utf-8"))
     names = tuple(chosen) or tuple(searched.variants)
@@ -36,7 +36,7 @@ def confirming(
         raise UsageError(f"--variants: {study} has no variant {unknown[0]}", code="option-choice")
     trials = {fields["variant"]: fields["settings"] for fields in map(json.loads, best)}
     if used := set(seeds) & set(searched.seeds):
-        raise UsageError(f"--seeds: {min(used)} was searched with; take fresh ones", code="option-choice")
+        raise UsageError(f"--seeds: {min(used)} was used in the search; choose fresh seeds", code="option-choice")
     if missing := [name for name in names if name not in trials]:
         raise UsageError(f"{missing[0]} has no finished trial: finish the search first", code="option-choice")
     written.pop("search")
@@ -62,7 +62,7 @@ def confirming(
 
 
 def _contrasts_of(contrasts: Iterable[dict[str, Any]], names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the contrasts between variants of `names`, each with those of its variants that are there."""
+    """Yield the contrasts with a reference in `names`, restricted to variants in `names`."""
     for contrast in contrasts:
         variants = [name for name in contrast["variants"] if name in names]
         if variants and contrast["against"] in names:
@@ -70,11 +70,11 @@ def _contrasts_of(contrasts: Iterable[dict[str, Any]], names: Sequence[str]) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the study that confirms."""
+    """Write the confirming study."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.confirm_study", description=__doc__.splitlines()[0])
-    parser.add_argument("study", type=Path, help="the study that searched")
-    parser.add_argument("--seeds", type=int, nargs="+", required=True, help="fresh ones")
-    parser.add_argument("--variants", nargs="+", default=[], metavar="NAME", help="those to confirm (default: all)")
+    parser.add_argument("study", type=Path, help="the study of the search")
+    parser.add_argument("--seeds", type=int, nargs="+", required=True, help="fresh seeds")
+    parser.add_argument("--variants", nargs="+", default=[], metavar="NAME", help="variants to confirm (default: all)")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
     given = parser.parse_args(arguments)
     try:

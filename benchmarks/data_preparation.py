@@ -1,6 +1,7 @@
 """Rows of data preparation: Fashion-MNIST's files, first decoded and cached, later mapped from the cache.
 
-Against torchvision, which reads its unpacked files anew each time and checks nothing. The files hold made-up images.
+They are compared with torchvision, which reads its unpacked files every time and verifies nothing. The images are
+synthetic.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _IMAGES = 60_000
 
 @dataclass(frozen=True)
 class Files:
-    """A training set on disk: as it is fetched, and as torchvision wants it; and where ours is cached."""
+    """A training set on disk: as downloaded, unpacked for torchvision, and our cache folder."""
 
     packed: tuple[Path, Path]
     unpacked: Path
@@ -38,7 +39,7 @@ def rows(pairs: int) -> Iterator[Ratio]:
 
 
 def rows_of(files: Files, count: int, pairs: int) -> Iterator[Ratio]:
-    """Yield the rows of `files`, which hold `count` images; the first reading of all does not count."""
+    """Yield the rows of `files`, which hold `count` images; the first round is a warm-up."""
     first, later, theirs = [], [], []
     for _ in range(pairs + 1):
         shutil.rmtree(files.cache, ignore_errors=True)
@@ -55,17 +56,17 @@ def rows_of(files: Files, count: int, pairs: int) -> Iterator[Ratio]:
 
 
 def write_files(folder: Path, count: int) -> Files:
-    """Write `count` made-up images and their labels into `folder`, in both forms."""
+    """Write `count` synthetic images and their labels into `folder`, in both forms."""
     write_packed(folder, "train", count)
     raw = folder / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     write_unpacked(raw, "train", count)
-    write_unpacked(raw, "test", 1)  # only looked for
+    write_unpacked(raw, "test", 1)  # torchvision only checks that it exists
     return Files(find_fashion_mnist(folder, "train"), folder, folder / "cache")
 
 
 def prepare(files: Files) -> ImageSet:
-    """Return the images as a run has them: from the cache, which is filled where it has to be."""
+    """Return the images as a run does: from the cache, which is filled if necessary."""
     source = Source("fashion-mnist", "train", FASHION_MNIST_VERSION, files.packed)
     return decoded_once(files.cache, source, lambda: decode_fashion_mnist(files.packed))
 

@@ -1,4 +1,4 @@
-"""What `batch.dealing: measured` gains where one of two ranks has a third of its core; rank 0 prints the row as JSON.
+"""The gain of `batch.dealing: measured` if one of two ranks has a third of its core; rank 0 prints the row as JSON.
 
 `torchrun --standalone --nproc-per-node 2 --no-python python -m benchmarks.dealing PAIRS`
 """
@@ -21,15 +21,15 @@ from dist_train.cluster.joining import join_ranks
 
 _BATCH = 1024
 _OTHERS = 2
-"""Busy processes on the slow rank's core, each of which has as much of it as the rank."""
+"""Busy processes on the slow rank's core, each of which gets as much of it as the rank."""
 _SETTLING = 6
-"""Updates in which shares come to rest."""
+"""Updates until the shares are stable."""
 _BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
 
 
 @contextmanager
 def own_core(rank: int, others: int) -> Iterator[None]:
-    """Keep this process to the core `rank`, together with so many busy processes."""
+    """Pin this process to core `rank`, together with `others` busy processes."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     busy = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(others)]
@@ -42,7 +42,7 @@ def own_core(rank: int, others: int) -> Iterator[None]:
 
 
 def dealing_row(comm: Communicator, pairs: int) -> Ratio:
-    """Return the step time with measured shares over that with even ones, VGG9 width 0.25, the last rank slowed."""
+    """Return the step time with measured over that with even shares, VGG9 width 0.25, with the last rank slowed."""
     with shared_folder(comm) as folder, own_core(comm.rank, _OTHERS if comm.rank == comm.size - 1 else 0):
         sides = {
             dealing: open_trainer(
@@ -62,7 +62,7 @@ def dealing_row(comm: Communicator, pairs: int) -> Ratio:
             images=_BATCH,
         )
         measured, even = (side.take_step.weights.values for side in sides.values())
-        assert measured.equal(even), "not a bit depends on who computes what"
+        assert measured.equal(even), "results must not depend on the shares"
         return row
 
 

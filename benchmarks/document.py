@@ -1,4 +1,4 @@
-"""The tables in `docs/performance.md`; `python -m benchmarks.document RECORD PAGE` renews them from kept rows."""
+"""The tables in `docs/performance.md`; `python -m benchmarks.document RECORD PAGE` writes them from stored rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HEAD = ("row", "ours", "theirs", "ratio", "quartiles", "pairs", "ours takes", "
 
 
 def tables(record: Mapping[str, Measured]) -> str:
-    """Return a table for each machine that rows come from, groups in their usual order."""
+    """Return a table for each machine, with the groups in the order of GROUPS."""
     by_machine: dict[str, list[Ratio]] = {}
     for name in sorted(record, key=list(GROUPS).index):
         by_machine.setdefault(record[name].machine.in_words(), []).extend(record[name].rows)
@@ -27,7 +27,7 @@ def tables(record: Mapping[str, Measured]) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return the table in Markdown, a line for each row."""
+    """Return a Markdown table."""
     lines = [head, ("---",) * len(head), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
@@ -42,7 +42,7 @@ def _cells(row: Ratio) -> tuple[str, ...]:
 
 
 def main(record: Path, page: Path) -> None:
-    """Renew the tables of `page`."""
+    """Update the tables of `page`."""
     text = replaced_between(page.read_text(encoding="utf-8"), BEGIN, END, tables(read_record(record)))
     page.write_text(text, encoding="utf-8")
 

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.double_well`: gradient descent with SmoothOut and without, where one minimum is sharp.
+"""`python -m benchmarks.double_well`: gradient descent with and without SmoothOut, with a flat and a sharp minimum.
 
-One weight descends a wide bowl that has a narrow dip on its slope, as deep as the bowl itself: figure 1 of Naganuma
-and Yokota. Starts are uniform over an interval with the barrier between the two minima in its middle.
+One weight descends a wide bowl with a narrow dip on its slope that is as deep as the bowl: figure 1 of Naganuma and
+Yokota. Starts are uniform over an interval centred on the barrier between the two minima.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STEPS = 60
 _RATE = 0.2
 AMPLITUDE = 1.0
 _SHIFT = 0.3
-"""How far the test loss of the figure lies from the training loss."""
+"""Shift of the figure's test loss relative to the training loss."""
 _TRAIN_COLOUR, _TEST_COLOUR, _SMOOTH_COLOUR = "#0072B2", "#D55E00", "#009E73"
 
 PLAIN = NoiseSettings(method="none")
@@ -41,7 +41,7 @@ SMOOTHOUT = NoiseSettings(method="smoothout", amplitude=AMPLITUDE)
 
 @dataclass(frozen=True)
 class Ends:
-    """Where each seed began, and where it ended without noise and with it."""
+    """The starting point of each seed, and its end without and with noise."""
 
     starts: tuple[float, ...]
     plain: tuple[float, ...]
@@ -63,13 +63,13 @@ def smoothed_loss(position: Tensor, amplitude: float = AMPLITUDE) -> Tensor:
 
 
 def barrier() -> float:
-    """Return where the loss is highest between the two minima."""
+    """Return the position of the highest loss between the two minima."""
     between = torch.linspace(SHARP, FLAT, 100_001, dtype=torch.float64)
     return float(between[loss(between).argmax()])
 
 
 def descend(noise_settings: NoiseSettings, start: float, seed: int) -> float:
-    """Return where `STEPS` updates of torch's SGD lead from `start`, their gradients taken under the noise."""
+    """Return the position after `STEPS` updates of torch's SGD from `start`, with gradients under the noise."""
     model = nn.ParameterList([torch.tensor([start])])
     weights = FlatWeights(model)
     noise = build_noise(noise_settings, weights, seed=seed, total_steps=STEPS, rank=0)
@@ -91,7 +91,7 @@ def descend(noise_settings: NoiseSettings, start: float, seed: int) -> float:
 
 
 def run(seeds: int) -> Ends:
-    """Descend from `seeds` starts, each with its own noise."""
+    """Descend from `seeds` starting points, each with its own noise."""
     low, high = INTERVAL
     starts = tuple(
         float(torch.empty(1).uniform_(low, high, generator=generator(seed, "double well start")))
@@ -104,13 +104,13 @@ def run(seeds: int) -> Ends:
 
 
 def in_the_flat_one(ends: Sequence[float]) -> int:
-    """Return how many of `ends` lie on the flat minimum's side of the barrier."""
+    """Return the number of `ends` on the flat minimum's side of the barrier."""
     middle = barrier()
     return sum(end > middle for end in ends)
 
 
 def table(ends: Ends) -> str:
-    """Return how many of the seeds ended in the flat minimum, as a table in Markdown."""
+    """Return a Markdown table of how many seeds ended in the flat minimum."""
     return (
         f"| {STEPS} updates from the same {len(ends.starts)} starts | end in the flat minimum |\n"
         "|---|---|\n"
@@ -120,7 +120,7 @@ def table(ends: Ends) -> str:
 
 
 def draw(ends: Ends, output: Path) -> None:
-    """Draw the landscape, and below it where the seeds ended, into `output`."""
+    """Draw the landscape, and below it a histogram of the seeds' ends, into `output`."""
     figure = Figure(figsize=(8, 6.2), layout="constrained")
     landscape, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     _draw_landscape(landscape)
@@ -156,7 +156,7 @@ def _draw_landscape(axes: Axes) -> None:
 
 
 def main() -> None:
-    """Run, print the table of docs/method.md, and draw the figure where a file is named for it."""
+    """Run, print the table of docs/method.md, and draw the figure if `--output` is given."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.double_well", description=__doc__)
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("-o", "--output", type=Path, help="also draw the figure into this file")

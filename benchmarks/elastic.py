@@ -1,8 +1,8 @@
-"""A rank is lost: Horovod Elastic against a restart from the last checkpoint, both really run on this machine.
+"""The loss of a rank: Horovod Elastic against our restart from the last checkpoint, both run on this machine.
 
 `python -m benchmarks.elastic [--repeats N] [--json FILE]`. Two ranks train VGG9 at width 0.25 on two cores over
-Gloo; one of them is killed, or stopped (SIGSTOP), or raises an exception. Ours is started again by its launch script
-on one rank; Elastic continues by itself.
+Gloo; one of them is killed, or stopped (SIGSTOP), or raises an exception. Our launch script is started again with one
+rank; Elastic continues by itself.
 """
 
 from __future__ import annotations
@@ -35,35 +35,35 @@ _ROOT = Path(__file__).resolve().parent.parent
 _LAUNCH = str(_ROOT / "launch" / "horovodrun.sh")
 STEPS = 24
 HIT_AFTER = 8
-"""Updates that are done when the rank is lost."""
+"""Number of finished updates when the rank is lost."""
 STOPPED_TIMEOUT = 15.0
-"""`comm.timeout` of our run whose rank is stopped; the default is 60 s."""
+"""`comm.timeout` of our runs; the default is 60 s."""
 PATIENCE = 60.0
 """Seconds without an update after which a run counts as hanging."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What became of a run that lost a rank; seconds are None where no update came within `PATIENCE`."""
+    """The result of a run that lost a rank; seconds are None if no update finished within `PATIENCE`."""
 
     who: str
     what: str
     next_update: float | None
-    """From the loss to the end of the next update that is new or done again."""
+    """Seconds from the loss to the end of the next update, new or repeated."""
     ended: float | None
-    """From the loss until the launcher had ended, where it ends; the rest is the new start."""
+    """Seconds from the loss to the end of the launcher, if it ends; the rest is the new start."""
     updates_lost: int | None
-    """Updates that had been done, and are done again."""
+    """Number of updates that are repeated."""
     same_bits: bool | None
-    """Whether the final weights equal those of a run that lost nobody."""
+    """Whether the final weights equal those of an undisturbed run."""
 
 
 Steps = Sequence[tuple[int, float]]
-"""Updates that were done, and when."""
+"""Finished updates with their times."""
 
 
 def settle(who: str, what: str, before: Steps, hit: float, after: Steps, ended: float | None) -> Loss:
-    """Return what happened, from the updates `before` the loss at the time `hit` and those `after` it."""
+    """Return the result, from the updates `before` the loss at time `hit` and those `after` it."""
     if not after:
         return Loss(who, what, None, ended, None, None)
     step, moment = after[0]
@@ -72,7 +72,7 @@ def settle(who: str, what: str, before: Steps, hit: float, after: Steps, ended: 
 
 
 def ours(what: str, every_steps: int, folder: Path) -> Loss:
-    """Run ours, take a rank from it by `what`, and start it again on one rank."""
+    """Run ours, make it lose a rank by `what`, and start it again with one rank."""
     config = _write_config(folder, every_steps)
     run = folder / "run"
     with _started([_LAUNCH, "-np", "2", "train", config]) as process:
@@ -89,7 +89,7 @@ def ours(what: str, every_steps: int, folder: Path) -> Loss:
 
 
 def elastic(what: str, folder: Path) -> Loss:
-    """Run Horovod Elastic and take a rank from it by `what`."""
+    """Run Horovod Elastic and make it lose a rank by `what`."""
     fail_at = HIT_AFTER + 1 if what == "exception" else 0
     with _started(_elastic_command(folder, fail_at)) as process:
         before = _await(lambda: _elastic_steps(folder), HIT_AFTER, time.time() + PATIENCE)
@@ -101,7 +101,7 @@ def elastic(what: str, folder: Path) -> Loss:
         else:
             before, hit = before[:HIT_AFTER], before[HIT_AFTER - 1][1]
         done = len(before)
-        # An update that was under way may still end with the lost rank's gradients.
+        # An update in progress may still finish with the lost rank's gradients.
         with suppress(TimeoutError):
             _await(lambda: _elastic_steps(folder), done + 3, time.time() + PATIENCE)
         after = _elastic_steps(folder)[done:]
@@ -114,7 +114,7 @@ def elastic(what: str, folder: Path) -> Loss:
 
 
 def undisturbed(folder: Path) -> tuple[str, str]:
-    """Return the digests of the final weights of a run of ours and of an elastic one that lose nobody."""
+    """Return the digests of the final weights of our and of an elastic run that lose no rank."""
     with _started([_LAUNCH, "-np", "2", "train", _write_config(folder, 20)]) as process:
         process.wait()
     with _started(_elastic_command(folder, 0)) as process:
@@ -167,7 +167,7 @@ def _elastic_command(folder: Path, fail_at: int) -> list[str]:
 
 @contextmanager
 def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `command` in this block; nothing of it is left behind."""
+    """Run `command` during the block, then kill all of its processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOROVOD_CYCLE_TIME": "5", "PYTHONPATH": str(_ROOT)}
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
@@ -176,26 +176,26 @@ def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
         try:
             yield process
         finally:
-            for pid in [process.pid, *_below(process.pid)]:
+            for pid in [process.pid, *_descendants(process.pid)]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             process.wait()
 
 
-def _below(pid: int) -> list[int]:
-    """Return the processes below `pid`."""
+def _descendants(pid: int) -> list[int]:
+    """Return the descendants of process `pid`."""
     found: list[int] = []
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(FileNotFoundError, ProcessLookupError):
             for child in map(int, children.read_text().split()):
-                found += [child, *_below(child)]
+                found += [child, *_descendants(child)]
     return found
 
 
 def _rank_of(pid: int, rank: int) -> int:
-    """Return the process of rank `rank` below the launcher `pid`: the first one that carries its number."""
+    """Return the process of rank `rank` of the launcher `pid`: the first descendant with that HOROVOD_RANK."""
     wanted = f"HOROVOD_RANK={rank}".encode()
-    for child in _below(pid):
+    for child in _descendants(pid):
         with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             if wanted in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
                 return child
@@ -203,7 +203,7 @@ def _rank_of(pid: int, rank: int) -> int:
 
 
 def _await(steps: Callable[[], Steps], count: int, deadline: float) -> Steps:
-    """Return the updates as soon as there are `count`."""
+    """Return the updates as soon as there are at least `count`. Raises TimeoutError."""
     while len(done := steps()) < count:
         if time.time() > deadline:
             raise TimeoutError(f"only {len(done)} updates of {count}")
@@ -237,7 +237,7 @@ def _in_folder(run: Callable[[Path], Loss], digest: Callable[[Path], str], expec
 
 
 def measure(repeats: int) -> list[Loss]:
-    """Return every loss of a rank that was tried; both sides in turn."""
+    """Measure all losses, both sides in turn, and return the results."""
     folder = Path(tempfile.mkdtemp(prefix="elastic-"))
     ours_expected, elastic_expected = undisturbed(folder)
     shutil.rmtree(folder)
@@ -253,7 +253,7 @@ def measure(repeats: int) -> list[Loss]:
 
 
 def table_of(losses: Sequence[Loss]) -> Table:
-    """Return a row for each side and event: medians, and how many runs there were."""
+    """Return a row for each side and kind of loss: medians, and the number of runs."""
     table = Table(title="A rank of two is lost", title_justify="left")
     for column in ("", "loss", "next update, s", "launcher ended, s", "updates lost", "same bits", "runs"):
         table.add_column(column, justify="left" if column in ("", "loss") else "right")
@@ -279,8 +279,8 @@ def _median(values: Sequence[float | None], missing: str) -> str:
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.elastic", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3, help="times that a rank is killed on each side")
-    parser.add_argument("--json", type=Path, help="write every loss into this file as well")
+    parser.add_argument("--repeats", type=int, default=3, help="how often a rank is killed on each side")
+    parser.add_argument("--json", type=Path, help="also write every result into this file")
     arguments = parser.parse_args()
     losses = measure(arguments.repeats)
     Console(width=140).print(table_of(losses))

@@ -1,8 +1,8 @@
-"""VGG9 under Horovod Elastic, as its users write it: every update is committed. A rank of `benchmarks.elastic`.
+"""A rank of `benchmarks.elastic`: VGG9 under Horovod Elastic, as its users write it, committing every update.
 
 `horovodrun ... python -m benchmarks.elastic_loop FOLDER STEPS FAIL_AT`; rank 0 appends a line for each update to
-FOLDER/steps, every rank writes its process id to FOLDER/rank-<rank>. At update FAIL_AT, unless 0, the rank that
-began as number 1 raises an exception.
+FOLDER/steps, every rank writes its process id to FOLDER/rank-<rank>. At update FAIL_AT, unless it is 0, the rank that
+started as rank 1 raises an exception.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.elastic_task import GLOBAL_SIZE, WIDTH
 
 
 def main() -> None:
-    """Train to the end, whatever becomes of the other ranks."""
+    """Train to the end, even if other ranks are lost."""
     folder, steps, fail_at = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     hvd.init()
@@ -53,7 +53,7 @@ def main() -> None:
                 with (folder / "steps").open("a") as lines:
                     lines.write(f"{state.step} {time.time()}\n")
 
-    # The optimizer before the model: its broadcast takes a step, which changes the weights.
+    # The optimizer before the model: broadcasting its state takes a step, which changes the weights.
     train(hvd.elastic.TorchState(own_optimizer=optimizer, own_model=model, step=0))
     if hvd.rank() == 0:
         weights = b"".join(tensor.contiguous().numpy().tobytes() for tensor in model.state_dict().values())

@@ -1,4 +1,4 @@
-"""What both sides of `benchmarks.elastic` train."""
+"""The task that both sides of `benchmarks.elastic` train."""
 
 from __future__ import annotations
 

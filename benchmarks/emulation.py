@@ -1,7 +1,7 @@
-"""A step on a GPU that is not there: its tensors have a device, a type and a shape, and no values (torch's FakeTensor).
+"""Emulates a step on a GPU: tensors have device, dtype and shape, but no values (torch's FakeTensor).
 
-It shows operators that mix devices, where the host waits for the device, and how much memory a step goes through. On
-torch's CPU build autograd needs a small library, preloaded: `emulate` starts a process of its own with it.
+It shows operators that mix devices, where the host waits for the device, and how many bytes a step reads and writes. On
+torch's CPU build autograd needs a small preloaded library: `emulate` starts a process with it.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ from dist_train.training.measuring import HostTimer, StepClock
 from dist_train.training.step import GlobalBatch
 
 KNOWN_WAITS = frozenset({"training/reduction.py:result", "training/step.py:__call__"})
-"""Where a step may wait for the device: for the sum over the ranks, and for the norm of the gradient."""
+"""Where a step may wait for the device: for the sum over the ranks, and for the gradient norm."""
 
 _DEVICE = torch.device("cuda", 0)
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PACKAGE = Path(dist_train.__file__).parent
 _SLOT_OF_SAMPLES = 2
-"""Of the tally, which is the one that a step compares with what it knows."""
+"""Index in the tally; a step compares this entry with the number of samples that it expects."""
 _NO_KERNEL = frozenset(
     {
         "alias",
@@ -72,14 +72,14 @@ _NO_KERNEL = frozenset(
 )
 _FUSED = frozenset({"_fused_sgd_", "_fused_adam_", "_fused_adamw_"})
 _WRITTEN_ALONE = frozenset({"copy_", "fill_", "random_bits_", "zero_"})
-"""Operators that write their first argument and do not read it."""
+"""Operators that write their first argument without reading it."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be emulated: rank 0 of `ranks` ranks makes a step of the configuration `sections`.
+    """A step to emulate: rank 0 of `ranks` ranks with the configuration `sections`.
 
-    `plain`: plain PyTorch computes its share instead (batch norm, fused SGD), `plain` samples in a pass; 0: ours does.
+    If `plain` is not 0, plain PyTorch (batch norm, fused SGD) computes the rank's share, `plain` samples per pass.
     """
 
     sections: Mapping[str, Mapping[str, Any]]
@@ -89,9 +89,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Emulated:
-    """Operators that work on the device, the bytes that they read and write, and by place how often the host waits.
+    """The number of device operators, the bytes that they read and write, and the host's waits by place.
 
-    `mixed`: operators that got tensors of two devices; `error`: why the step ended early, empty where it did not.
+    `mixed`: operators with tensors on two devices; `error`: why the step ended early, empty if it did not.
     """
 
     operators: int
@@ -102,10 +102,10 @@ class Emulated:
 
 
 def emulate(jobs: Sequence[Job]) -> list[Emulated]:
-    """Return what each of `jobs` does, in a process of its own.
+    """Emulate `jobs` in a separate process and return the results.
 
     Raises:
-        UsageError: this torch cannot be had to do it here.
+        UsageError: this torch cannot emulate a GPU here.
     """
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
@@ -121,17 +121,17 @@ def emulate(jobs: Sequence[Job]) -> list[Emulated]:
         )
     if ended.returncode:
         raise UsageError(
-            f"torch {torch.__version__} emulates no GPU here: {ended.stderr[-2000:]}", code="emulation-failed"
+            f"torch {torch.__version__} cannot emulate a GPU here: {ended.stderr[-2000:]}", code="emulation-failed"
         )
     return [Emulated(**{**found, "mixed": tuple(found["mixed"])}) for found in json.loads(ended.stdout)]
 
 
 def _library(folder: Path) -> Path:
-    """Return what is to be preloaded, compiled into `folder`."""
+    """Compile the library to preload into `folder`, and return its path."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise UsageError(
-            "a GPU is emulated on torch's CPU build with a C++ compiler: install g++", code="compiler-missing"
+            "emulating a GPU with torch's CPU build needs a C++ compiler: install g++", code="compiler-missing"
         )
     of_torch, library = Path(torch.__file__).parent, folder / "stand_in_gpu.so"
     libraries = of_torch / "lib"
@@ -141,14 +141,15 @@ def _library(folder: Path) -> Path:
     compiled = subprocess.run(command, capture_output=True, text=True)
     if compiled.returncode:
         raise UsageError(
-            f"torch {torch.__version__} is not known well enough to emulate: {compiled.stderr[-2000:]}",
+            f"torch {torch.__version__} cannot emulate a GPU: stand_in_gpu.cpp does not compile: "
+            f"{compiled.stderr[-2000:]}",
             code="emulation-failed",
         )
     return library
 
 
 class _Watch(TorchDispatchMode):
-    """Counts what works on the device, and answers the host's questions about values that there are not."""
+    """Counts operators on the device, and supplies values when the host reads one, which fake tensors do not have."""
 
     def __init__(self, samples: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
@@ -167,10 +168,10 @@ class _Watch(TorchDispatchMode):
             return self._value(args[0])
         if name == "_pin_memory":
             return args[0].clone()
-        # FakeTensor does not know fused optimizers, which return nothing.
+        # FakeTensor does not support fused optimizers, which return nothing.
         result = None if name in _FUSED else func(*args, **kwargs)
         if name in ("convolution", "convolution_backward"):
-            result = _as_cudnn_lays_it_out(result, args[1] if name == "convolution_backward" else args[0])
+            result = _in_layout_of(result, args[1] if name == "convolution_backward" else args[0])
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
         places = {tensor.device.type for tensor in (*inputs, *outputs) if tensor.dim() or tensor.is_cuda}
         if "cuda" not in places or func.namespace not in ("aten", "dist_train") or name in _NO_KERNEL:
@@ -180,7 +181,7 @@ class _Watch(TorchDispatchMode):
                 self.mixed.append(f"{func} in {_place()}")
             elif not kwargs.get("non_blocking", args[2:] == (True,)):
                 self.waits[_place()] += 1
-        if not _only_looks(func):
+        if not _is_view(func):
             self.operators[name] += 1
             self.bytes[name] += _bytes(func, args, kwargs, result)
         return result
@@ -198,8 +199,8 @@ def _tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def _as_cudnn_lays_it_out(result: Any, inputs: Tensor) -> Any:
-    """Return what a convolution of `inputs` gives in their layout: what torch's CPU build knows of GPUs loses it."""
+def _in_layout_of(result: Any, inputs: Tensor) -> Any:
+    """Return a convolution's result in the layout of `inputs`, as cuDNN does; torch's CPU build loses the layout."""
     if not inputs.is_contiguous(memory_format=torch.channels_last):
         return result
     return tree_map_only(Tensor, lambda each: _channels_last(each) if each.dim() == 4 else each, result)
@@ -209,8 +210,8 @@ def _channels_last(images: Tensor) -> Tensor:
     return torch.empty_like(images, memory_format=torch.channels_last)
 
 
-def _only_looks(func: Any) -> bool:
-    """Whether what `func` returns lies where its argument does."""
+def _is_view(func: Any) -> bool:
+    """Whether `func` returns only views of its arguments."""
     returned = [value.alias_info for value in func._schema.returns]
     return bool(returned) and all(info is not None and not info.is_write for info in returned)
 
@@ -232,22 +233,22 @@ def _bytes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: 
 
 
 def _place() -> str:
-    """Return the innermost function of the package that is being run, as FILE:FUNCTION."""
+    """Return the innermost running function of the package, as FILE:FUNCTION."""
     frame = sys._getframe()
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(_PACKAGE):
             return f"{path.relative_to(_PACKAGE)}:{frame.f_code.co_name}"
-        frame = frame.f_back  # type: ignore[assignment]  # None behind the outermost
+        frame = frame.f_back  # type: ignore[assignment]  # None after the outermost
     return "elsewhere"
 
 
 class _Compute(Compute):
-    """How a GPU computes: torch's own context declines to cast for a GPU that is not there."""
+    """Compute on a GPU; torch's autocast context refuses to cast without a GPU."""
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """Let forward passes within the block use the precision."""
+        """Use the precision in forward passes within the block."""
         torch.set_autocast_dtype("cuda", self.precision)
         torch.set_autocast_enabled("cuda", self.precision != torch.float32)
         torch.autocast_increment_nesting()
@@ -260,14 +261,14 @@ class _Compute(Compute):
 
 
 class _Rank0(Alone):
-    """Rank 0 of `size` ranks, all of which bring nothing."""
+    """Rank 0 of `size` ranks; the others contribute nothing."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
 
 def _on_device(network: nn.Module) -> nn.Module:
-    """Return `network`, its values forgotten, on the device."""
+    """Return `network` on the device, with uninitialized values."""
     for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device=_DEVICE)))
@@ -277,7 +278,7 @@ def _on_device(network: nn.Module) -> nn.Module:
 
 
 def _our_step(config: Config, network: nn.Module, ranks: int) -> Callable[[], object]:
-    """Return what makes one update as the program does, `network` being the model of `config`."""
+    """Return a function that makes one update as our program does; `network` is the model of `config`."""
     comm, compute = _Rank0(ranks), _Compute(_DEVICE, _PRECISIONS[config.precision.compute])
     layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
     splits = open_splits(config.data, config.run.seed, _DEVICE, layout)
@@ -293,7 +294,7 @@ def _our_step(config: Config, network: nn.Module, ranks: int) -> Callable[[], ob
         compute,
         build_averaging(config.averaging, weights, 1),
         build_noise(config.noise, weights, seed=config.run.seed, total_steps=100, rank=0),
-        # exact32's grids: without them it would be the first update, which sums in 64 bits
+        # exact32's grids; without them this would be the first update, which sums in 64 bits.
         Progress(grid_exponents=[30] * len(weights.segments)),
         clock=StepClock(HostTimer()),
     )
@@ -308,7 +309,7 @@ def _our_step(config: Config, network: nn.Module, ranks: int) -> Callable[[], ob
 
 
 def _plain_step(config: Config, network: nn.Module, samples: int, size: int) -> Callable[[], object]:
-    """Return what makes one update of `samples` samples as plain PyTorch does, `size` in a pass."""
+    """Return a function that makes one update of `samples` samples as in plain PyTorch, `size` per pass."""
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True, fused=True)
     images, labels = open_splits(config.data, 0, torch.device("cpu")).train.read(BatchRequest(torch.arange(0, samples)))
     images, labels = images.to(torch.uint8).to(_DEVICE), labels.to(_DEVICE)
@@ -326,12 +327,12 @@ def _plain_step(config: Config, network: nn.Module, samples: int, size: int) -> 
 
 
 def _emulated(job: Job) -> tuple[Emulated, Counter[str], Counter[str]]:
-    """Return what `job` does, and its operators and bytes by operator."""
+    """Return the result of `job`, and its counts and bytes by operator."""
     config = parse_config(job.sections, source="emulation")
     images, share = config.data.image_format, config.batch.global_size // job.ranks
     network = bare_vgg9(images.shape[0], images.classes, config.model.width) if job.plain else build_model(config)
     points = config.noise.points if config.noise.passes == "all" else 1
-    # What is not computed needs no Triton.
+    # Nothing is computed, so Triton is not needed.
     operators.has_triton = lambda: True  # type: ignore[assignment]
     watch = _Watch(config.batch.global_size * points)
     error = ""
@@ -344,7 +345,7 @@ def _emulated(job: Job) -> tuple[Emulated, Counter[str], Counter[str]]:
                 else _our_step(config, on_device, job.ranks)
             )
             if job.plain:
-                step()  # the optimizer makes its state; ours has it from the beginning
+                step()  # the optimizer creates its state; ours has it from the start
             for counter in (watch.operators, watch.bytes, watch.waits):
                 counter.clear()
             step()
@@ -355,7 +356,7 @@ def _emulated(job: Job) -> tuple[Emulated, Counter[str], Counter[str]]:
 
 
 def _where(failure: BaseException) -> str:
-    """Return the line of the package that `failure` comes from."""
+    """Return the file and line of the package where `failure` was raised."""
     lines = []
     trace = failure.__traceback__
     while trace is not None:

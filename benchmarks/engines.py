@@ -1,6 +1,6 @@
-"""Rows of the engines: torch.distributed against Horovod over MPI, and our start against a bare program.
+"""Rows of the engines: torch.distributed against Horovod over MPI, and our start-up against a bare program's.
 
-`torchrun --nproc-per-node 2 -m benchmarks.engines WHAT` tells what two ranks measured, WHAT one of the names in `main`.
+`torchrun --nproc-per-node 2 -m benchmarks.engines WHAT` prints what two ranks measured; WHAT is a name in `main`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from dist_train.cluster.joining import join_ranks
 
 _SUMS = 1000
 _STEPS = {128: 40, 8192: 2}
-"""Steps measured of each batch size, after one to warm up."""
+"""Measured steps for each batch size, after one warm-up step."""
 _LONGEST_SUM = 0.3e-3
-"""Seconds: the bar of a tiny sum over torch's Gloo."""
+"""Seconds; the bar of a tiny sum over torch's Gloo."""
 
 
 def rows(pairs: int) -> Iterator[Ratio]:
-    """Yield a tiny sum, a step of batch 128 and a start, of two ranks; the engines are launched in turn."""
+    """Yield rows of a tiny sum, steps and a start-up on two ranks; the engines are launched in turn."""
     sums = [(_on("torch", "sum"), _on("mpi", "sum")) for _ in range(pairs)]
     yield ratio_of("tiny sum, 2 ranks", "torch.distributed", "Horovod over MPI", sums, None)
     bare = [(_on("torch", "sum"), _on("torch", "bare-sum")) for _ in range(pairs)]
@@ -62,7 +62,7 @@ def _on(controller: str, what: str) -> float:
 
 
 def main() -> None:
-    """Measure on every rank, tell on the first."""
+    """Measure on every rank; rank 0 prints the result."""
     what = sys.argv[1]
     if what in _BARE:
         _BARE[what]()

@@ -1,4 +1,4 @@
-"""Rows of an evaluation: a whole split, against plain PyTorch through a DataLoader and on images in memory."""
+"""Rows of evaluating a whole split, against plain PyTorch with a DataLoader and with images in memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _IMAGES = {0.25: 10_000, 1.0: 2_000}
 
 @dataclass(frozen=True)
 class Subject:
-    """VGG9 of `width` and made-up images, uint8 [n, 3, 32, 32]; `batch_size` of one pass is the default one."""
+    """VGG9 of `width` and random images, uint8 [n, 3, 32, 32]; `batch_size` of a pass is our default."""
 
     width: float
     images: Tensor
@@ -41,13 +41,13 @@ def make_subject(width: float, count: int) -> Subject:
 
 
 def rows(pairs: int) -> Iterator[Ratio]:
-    """Yield the rows of both widths."""
+    """Yield the rows for both widths."""
     for width, count in _IMAGES.items():
         yield from rows_of(make_subject(width, count), pairs)
 
 
 def rows_of(subject: Subject, pairs: int) -> Iterator[Ratio]:
-    """Yield our time over that of each plain evaluation, of the same network on the same images."""
+    """Yield our time over each plain evaluation's, with the same network and images."""
     config = settings(subject.width, 128)
     compute = set_up_compute(config.precision, choose_device(config.run.device, local_rank=0))
     model = build_model(config).to(compute.device)

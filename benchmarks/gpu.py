@@ -1,6 +1,6 @@
-"""`make gpu`: what is to be known of a GPU, on one page, in nine minutes: promises, waits, memory, speed, a profile.
+"""`make gpu`: a page about a GPU in nine minutes: promises, host waits, memory, speed, a profile.
 
-Each part is a process of its own. One that fails, or takes more than its time, is written down, and the next begins.
+Each part runs in its own process. If one fails or exceeds its time, that is recorded, and the next one starts.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ _PAIRS = 5
 
 @dataclass(frozen=True)
 class Finding:
-    """What a part found, in Markdown, and whether everything is as promised."""
+    """The result of a part, in Markdown, and whether it is as promised."""
 
     text: str
     holds: bool = True
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Write the page, and say by the exit code: 0 every part holds, 1 not, 2 there is no GPU."""
+    """Write the page. Exit codes: 0 every part holds, 1 a part does not, 2 there is no GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: to try the parts without a GPU")
-    parser.add_argument("--page", type=Path, default=Path("runs/gpu.md"), metavar="FILE", help="where the page goes")
+    parser.add_argument("--page", type=Path, default=Path("runs/gpu.md"), metavar="FILE", help="file of the page")
     parser.add_argument("--only", action="append", metavar="PART", help=f"{', '.join(PARTS)}, or a group of benchmarks")
-    parser.add_argument("--seconds", type=float, default=520, help="what all parts may take together")
-    parser.add_argument("--part-seconds", type=float, default=100, help="what one part may take")
+    parser.add_argument("--seconds", type=float, default=520, help="time limit of all parts together")
+    parser.add_argument("--part-seconds", type=float, default=100, help="time limit of one part")
     parser.add_argument("--tell", metavar="PART", help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     device: Device = arguments.device
@@ -100,14 +100,14 @@ def _write_page(page: Path, device: Device, parts: Sequence[str], limits: argpar
         failed += not found.holds
         lines += [f"## {name}: {'holds' if found.holds else 'FAILED'}", "", found.text, ""]
         lines += [f"{time.monotonic() - begun:.0f} s.", ""]
-        # What is there already is kept, whatever becomes of the parts to come.
+        # Written after every part, so that nothing is lost if a later part fails.
         page.write_text("\n".join(lines), encoding="utf-8")
     print(page)
     return 1 if failed else 0
 
 
 def _found(name: str, device: Device, seconds: float) -> Finding:
-    """Return what the part, or the group of rows, `name` found within `seconds`; a failure is a finding."""
+    """Return the finding of the part or group of rows `name` within `seconds`; a failure is a finding too."""
     if seconds <= 0:
         return Finding("No time was left for it.", holds=False)
     if name not in PARTS:
@@ -120,20 +120,20 @@ def _found(name: str, device: Device, seconds: float) -> Finding:
 
 
 def _limited(seconds: float, command: Sequence[str]) -> list[str]:
-    """Return `command`, ended with all that it started after `seconds`."""
+    """Return `command` with a timeout after `seconds`, which also ends its children."""
     return ["timeout", "--kill-after=5", f"{seconds:.0f}", *command]
 
 
 def _rows(group: str, device: Device, seconds: float) -> Finding:
     command = module("benchmarks", "--device", device, "--only", group, "--pairs", _PAIRS)
     ended = subprocess.run(_limited(seconds, command), env=environment({}), capture_output=True, text=True)
-    # 1: a bar is missed, which the table says.
+    # Exit code 1: a bar is missed, as the table shows.
     said = ended.stdout or f"Exit code {ended.returncode}.\n{ended.stderr[-2000:]}"
     return Finding(f"```\n{said.rstrip()}\n```", ended.returncode == 0)
 
 
 def same_bits(device: Device, folder: Path) -> Finding:
-    """Train twice, once killed and then resumed, and as the one rank of a Horovod job: are the weights the same?"""
+    """Train twice, once killed and resumed, and once as the only rank of a Horovod job: are the weights equal?"""
     config = _write_config(device, folder)
 
     def command(name: str, controller: str = "alone") -> list[str]:
@@ -149,7 +149,7 @@ def same_bits(device: Device, folder: Path) -> Finding:
 
 
 def _write_config(device: Device, folder: Path) -> Path:
-    """Write the configuration of a short run with checkpoints; return its file."""
+    """Write the configuration of a short run with checkpoints and return its path."""
     updates, every = (1000, 50) if device == "cuda" else (8, 1)
     sections = {**QUIET, "checkpoint": {"every_epochs": 0, "every_steps": every}, "batch": {"micro_size": 64}}
     sections["run"] = {"device": device, "max_steps": updates}
@@ -159,7 +159,7 @@ def _write_config(device: Device, folder: Path) -> Path:
 
 
 def recovery(device: Device, folder: Path) -> Finding:
-    """Abort NCCL's group and make another; kill one of two ranks: does the other continue, with the same bits?"""
+    """Abort NCCL's group and create another; kill one of two ranks: does the run continue with the same bits?"""
     lines = []
     if device == "cuda":
         lines = ["NCCL's group of one rank, made, used and aborted:", *_aborts(torch.device("cuda", 0)), ""]
@@ -182,7 +182,7 @@ def recovery(device: Device, folder: Path) -> Finding:
 
 
 def _aborts(device: torch.device) -> Iterator[str]:
-    """Make a group, sum by it and abort it, twice; yield how long each took. Raises RuntimeError where one fails."""
+    """Create a group, sum over it and abort it, twice; yield the times. Raises RuntimeError if an abort hangs."""
     for _ in range(2):
         begun = time.perf_counter()
         group = DeviceGroup(lambda: abortable_nccl(dist.HashStore(), 0, 1, timedelta(seconds=60)))
@@ -202,8 +202,8 @@ def _run(command: Sequence[str]) -> None:
 
 
 def _kill_at_checkpoint(command: Sequence[str], run: Path, choose: Callable[[int], int]) -> int:
-    """Start `command` and, as soon as `run` has a checkpoint, kill the process that `choose` returns, given that of the
-    command. Return the exit code.
+    """Start `command` and return its exit code. As soon as `run` has a checkpoint, kill the process whose id `choose`
+    returns, given the command's process id.
     """
     process = subprocess.Popen(
         command, env=environment({}), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -227,7 +227,7 @@ def _digest(run: Path) -> str:
 
 
 def same_draws(device: Device, folder: Path) -> Finding:
-    """Draw each kind of noise on the device and on the CPU: are the bits the same?"""
+    """Draw each kind of noise on the device and on the CPU: are they bit-identical?"""
     lines, holds = ["| noise | draws |", "|---|---|"], True
     for distribution, scale in itertools.product(("uniform", "normal"), ("absolute", "weight", "filter")):
         noise = NoiseSettings.model_validate({"distribution": distribution, "scale": scale})
@@ -242,7 +242,7 @@ def same_draws(device: Device, folder: Path) -> Finding:
 
 
 def same_sums(device: Device, folder: Path) -> Finding:
-    """Sum the gradients of two micro-batches on the device and on the CPU: are the bits the same?"""
+    """Sum the gradients of two micro-batches on the device and on the CPU: are they bit-identical?"""
     lines, holds = ["| sums | |", "|---|---|"], True
     for name in ("exact", "exact32"):
         summed = []
@@ -268,7 +268,7 @@ def same_sums(device: Device, folder: Path) -> Finding:
 
 
 def norms(device: Device, folder: Path) -> Finding:
-    """Normalize groups of 128, a ReLU behind, by our kernels and by torch's: how far from float64, and how fast?"""
+    """Normalize groups of 128, followed by a ReLU, with our kernels and torch's: errors against float64, and speed."""
     lines = ["| activations | kernels | errors of outputs, gradients | both passes |", "|---|---|---|---|"]
     holds = True
     whose = ("Triton's", "torch's") if device == "cuda" and operators.has_triton() else ("torch's",)
@@ -276,7 +276,7 @@ def norms(device: Device, folder: Path) -> Finding:
         inputs, upstream = torch.randn(2, *shape, device=device).unbind()
         inputs, upstream = (each.contiguous(memory_format=torch.channels_last) for each in (inputs, upstream))
         reference = _GroupByGroup(shape[1], device=device, dtype=torch.float64)
-        # At its edge a ReLU may take either side.
+        # Near 0 rounding decides whether the ReLU is active: leave these values out.
         upstream[reference(inputs.double()).abs() < 1e-4] = 0.0
         expected = _both_passes(nn.Sequential(reference, nn.ReLU()), inputs.double(), upstream.double())
         for name in whose:
@@ -309,7 +309,7 @@ def _both_passes(model: nn.Module, inputs: Tensor, upstream: Tensor) -> list[Ten
 
 
 def no_waits(device: Device, folder: Path) -> Finding:
-    """Run the tests of a step under torch's sync debug mode; on a CPU those that need no GPU."""
+    """Run the tests of a step under torch's sync debug mode; on a CPU only those that need no GPU."""
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     command = module("pytest", "-q", "-p", "no:cacheprovider", "tests/unit/test_training_device.py")
     ended = subprocess.run(
@@ -319,7 +319,7 @@ def no_waits(device: Device, folder: Path) -> Finding:
 
 
 def peak_memory(device: Device, folder: Path) -> Finding:
-    """Tell the peak of updates of VGG9 of width 1, in small passes and in large ones."""
+    """Return the peak memory of updates of VGG9 of width 1, in small and in large passes."""
     lines = ["| samples in a pass | peak |", "|---|---|"]
     for size in (128, 1024) if device == "cuda" else (16, 32):
         if device == "cuda":
@@ -334,7 +334,7 @@ def peak_memory(device: Device, folder: Path) -> Finding:
 
 
 def step_profile(device: Device, folder: Path) -> Finding:
-    """Tell what an update of VGG9 of width 1 with noise spends its time on."""
+    """Return a profile of an update of VGG9 of width 1 with noise."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     updates = _updates(device, folder / "run", 1.0, 1024 if device == "cuda" else 16)
     next(updates)
@@ -349,7 +349,7 @@ def step_profile(device: Device, folder: Path) -> Finding:
 
 
 def _updates(device: Device, folder: Path, width: float, size: int) -> Iterator[None]:
-    """Make three updates of `size` samples in one pass, one at a time."""
+    """Make three updates of `size` samples in one pass; yield after each."""
     sections = {**QUIET, "run": {"device": device}, "batch": {"micro_size": size}, "data": {"synthetic_samples": 4096}}
     trainer = open_trainer(settings(width, size, noise=_NOISE, **sections), Alone(), folder)
     try:

@@ -1,4 +1,4 @@
-"""The groups of rows, by name, and where each makes sense."""
+"""The groups of rows, by name, and the devices on which each can be measured."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True)
 class Group:
-    """Rows, from the number of pairs that are asked for of a step of width 1."""
+    """A group of rows; `rows` takes the number of pairs of timings of a step of width 1, by which it scales its own."""
 
     rows: Callable[[int], Iterable[Ratio]]
     devices: tuple[Device, ...] = ("cpu",)
-    """Where they can be measured: what compares allocators or a machine's cores is for CPUs alone."""
+    """Comparisons of allocators or of a machine's cores are for CPUs only."""
 
 
 _ANY: tuple[Device, ...] = ("cpu", "cuda")

@@ -1,4 +1,4 @@
-"""Made-up Fashion-MNIST on disk, in the form in which it is fetched and in the form that torchvision wants."""
+"""Synthetic Fashion-MNIST files, compressed as downloaded, and uncompressed as torchvision reads them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_packed(folder: Path, split: Split, count: int) -> None:
 
 
 def write_unpacked(folder: Path, split: Split, count: int) -> None:
-    """Write the same files, not compressed, into `folder`."""
+    """Write the same files, uncompressed, into `folder`."""
     for name, content in _contents(split, count):
         (folder / name).write_bytes(content)
 

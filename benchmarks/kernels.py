@@ -1,4 +1,4 @@
-"""Rows of what a step starts: kernels on a GPU, counted by torch's profiler; on a CPU, operators."""
+"""Rows of the number of kernels that a step starts on a GPU, or of operators on a CPU, by torch's profiler."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _NO_KERNEL = frozenset(
         "view",
     )
 )
-"""Operators that only look at memory, or hand some out."""
+"""Operators that only create views or allocate memory."""
 
 
 def rows(width: float) -> Iterator[Ratio]:
-    """Yield the counts of a noisy step over a plain one for each scale, and of a perturbation over the reference's."""
+    """Yield counts: a noisy step over a plain one for each scale, and our perturbation over the reference's."""
     unit = "kernels" if device_type() == "cuda" else "operators"
     plain = started_by_step(width, "none", "absolute")
     for scale in SCALES:
@@ -47,7 +47,7 @@ def rows(width: float) -> Iterator[Ratio]:
 
 
 def started_by_step(width: float, method: str, scale: str) -> int:
-    """Return what one update of VGG9 of `width` starts under the noise."""
+    """Return the number of kernels or operators of one update of VGG9 of `width` with the noise."""
     noise = {"method": method, "scale": scale, "amplitude": 1e-4}
     with tempfile.TemporaryDirectory() as folder:
         trainer = open_trainer(settings(width, 128, noise=noise, **QUIET), Alone(), Path(folder) / "run")
@@ -59,7 +59,7 @@ def started_by_step(width: float, method: str, scale: str) -> int:
 
 
 def started(call: Callable[[], object]) -> int:
-    """Return how many kernels `call` starts on the GPU; without one, how many operators it runs on the CPU."""
+    """Return the number of kernels that `call` starts on the GPU, or of operators on the CPU if there is no GPU."""
     call()
     on_gpu = device_type() == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
@@ -72,7 +72,7 @@ def started(call: Callable[[], object]) -> int:
 
 
 def kernels(events: Sequence[FunctionEvent]) -> int:
-    """Return the kernels among `events`; copies, fills and named ranges are none."""
+    """Return the number of kernels among `events`, without copies, fills and named ranges."""
     return sum(
         event.device_type.name == "CUDA" and not event.is_user_annotation and not event.name.startswith("Mem")
         for event in events
@@ -80,7 +80,7 @@ def kernels(events: Sequence[FunctionEvent]) -> int:
 
 
 def operators(events: Sequence[FunctionEvent]) -> int:
-    """Return the operators among `events` that call no other and compute something."""
+    """Return the number of operators among `events` that compute something and call no other operator."""
     return sum(
         event.name.startswith("aten::") and event.name not in _NO_KERNEL and not event.cpu_children for event in events
     )

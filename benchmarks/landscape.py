@@ -1,6 +1,6 @@
-"""Points of a landscape: against a plain evaluation through a DataLoader, and on two ranks against one.
+"""Rows of a landscape's points: against a plain evaluation with a DataLoader, and on two ranks against one.
 
-`mpirun -np 2 python -m benchmarks.landscape POINTS` prints the seconds that so many points take.
+`mpirun -np 2 python -m benchmarks.landscape POINTS` prints the seconds of POINTS points.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _BATCH = 100
 
 
 def rows(pairs: int) -> Iterator[Ratio]:
-    """Yield the rows; a pair takes about a quarter of a minute."""
+    """Yield the rows; a pair takes about 15 seconds."""
     yield dataloader_row(pairs)
     yield scaling_row(pairs)
 
 
 def dataloader_row(pairs: int) -> Ratio:
-    """Return the time of a point of a direction, 10,000 images, VGG9 width 0.25, over the plain evaluation's."""
+    """Return the time of a point, 10,000 images, VGG9 width 0.25, over the plain evaluation's."""
     cores = len(os.sched_getaffinity(0))
     model, images, labels, walk = _subject()
     evaluator = PointEvaluator(
@@ -70,13 +70,13 @@ def dataloader_row(pairs: int) -> Ratio:
 
 
 def scaling_row(pairs: int) -> Ratio:
-    """Return the time of eight points on two ranks over that on one, one core each."""
+    """Return the time of eight points on two ranks over that on one, with one core per rank."""
     seconds = [(_launch(2, 8), _launch(1, 8)) for _ in range(max(2, pairs // 2))]
     return ratio_of("landscape, eight points, a core a rank", "2 ranks", "1 rank", seconds, 1 / 1.8)
 
 
 def main() -> None:
-    """Evaluate this rank's share of the points, and print on the first how long it took until all were done."""
+    """Evaluate this rank's share of the points; rank 0 prints the seconds until all were done."""
     comm = join_points()
     torch.set_num_threads(1)
     model, images, labels, walk = _subject()
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def _subject() -> tuple[nn.Module, Tensor, Tensor, Walk]:
-    """Return a network, made-up images uint8 and labels, and a direction to walk along."""
+    """Return a network, random uint8 images and labels, and a walk along a direction."""
     config = settings(0.25, 128, data={"name": "fashion-mnist"})
     model = build_model(config)
     stream = torch.Generator().manual_seed(0)

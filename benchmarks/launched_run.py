@@ -1,4 +1,4 @@
-"""Real runs of the real program, `dist-train train`, timed from the launcher's start."""
+"""Real runs of `dist-train train`, timed from the launcher's start."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _SECTIONS: Mapping[str, Mapping[str, Any]] = {
     "data": {"synthetic_samples": 512},
     "metrics": {"port": 0},
 }
-"""A batch of 128 as two ranks take it, SmoothOut, metrics served."""
+"""For a batch of 128 on two ranks: micro-batches of 64, SmoothOut, metrics served."""
 
 
 def write_settings(folder: Path, width: float) -> Path:
-    """Write the settings of a run of VGG9 of `width` as a user has it, and return the file."""
+    """Write the settings of a typical user's run of VGG9 of `width`, and return the file."""
     path = folder / "config.yaml"
     path.write_text(dump_config(settings(width, 128, **_SECTIONS)))
     return path
 
 
 def seconds_to_step(step: int, config: Path, run: Path, *, controller: str, ranks: int) -> float:
-    """Run until `step` is done, and return the seconds from the launch to then; the rest of the run does not count.
+    """Run until `step` is done, and return the seconds from the launch to its end, without the end of the run.
 
     Raises:
         NotMeasuredError: the run failed.

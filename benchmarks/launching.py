@@ -1,4 +1,4 @@
-"""Programs of several ranks, started and waited for; the first rank prints what was measured as marked JSON."""
+"""Runs programs of several ranks; rank 0 prints what it measured as a marked line of JSON."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _ROOT = Path(__file__).parents[1]
 
 
 class NotMeasuredError(RuntimeError):
-    """A program ended without a result; its text holds what it printed."""
+    """A program ended without a result; the message has its output."""
 
 
 def tell(measured: object) -> None:
-    """Print what was `measured`, for `measure` to find among whatever else is printed."""
+    """Print `measured` so that `measure` finds it among other output."""
     print(_MARK + json.dumps(measured), flush=True)
 
 
 def measure(command: Sequence[str], variables: Mapping[str, str] | None = None) -> Any:
-    """Run `command` with `variables` added to its environment, and return what it told.
+    """Run `command` with `variables` added to its environment, and return the value that it passed to `tell`.
 
     Raises:
-        NotMeasuredError: it told nothing.
+        NotMeasuredError: it printed no result.
     """
     ended = subprocess.run(
         command,
@@ -47,7 +47,7 @@ def measure(command: Sequence[str], variables: Mapping[str, str] | None = None) 
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a program: one thread a rank, MPI allowed to root, then `variables`."""
+    """Return a program's environment: one thread per rank, MPI allowed to run as root, and `variables`."""
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.geteuid() == 0 else {}
     return {**os.environ, "OMP_NUM_THREADS": "1", "OMPI_MCA_mpi_yield_when_idle": "1", **allowed, **variables}
 
@@ -65,7 +65,7 @@ def module(name: str, *arguments: object) -> list[str]:
 
 
 def beside_python(name: str) -> str:
-    """Return the program `name` of this environment, or the one on the path where it has none."""
+    """Return the program `name` beside this Python, or else its bare name, for the PATH."""
     beside = Path(sys.executable).with_name(name)
     return str(beside) if beside.exists() else name
 

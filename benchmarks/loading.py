@@ -1,7 +1,7 @@
 """`python -m benchmarks.loading [--images N] [--pairs P]`: rows of decoding JPEGs, against torch's DataLoader.
 
-Both crop, resize and mirror at random, in as many processes, and give float32 batches. The images are made up, written
-once, and kept in the cache's folder. A pair is a tenth of them, chosen at random, by either side.
+Both sides crop, resize and mirror at random, in equally many processes, and return float32 batches. The images are
+synthetic, written once, and kept in the cache folder. In a pair each side reads a random tenth of them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _QUALITY = 90
 
 
 def rows(pairs: int, images: int = IMAGES, processes: int = _PROCESSES) -> Iterator[Ratio]:
-    """Yield a row for each form of the data, and one for torchvision's transforms in place of our own."""
+    """Yield a row for each form of the data, and one with torchvision's transforms instead of ours."""
     root = write_images(cache_folder() / "benchmarks" / f"jpeg-{_SIDE}-{images}", images)
     settings = {"classes": _CLASSES, "image_size": _SIZE, "loader_workers": processes}
     forms: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ def rows(pairs: int, images: int = IMAGES, processes: int = _PROCESSES) -> Itera
         try:
             part = max(1, images // _PARTS)
             for reader in (ours, theirs):
-                reader.read(min(part, 4 * _BATCH))  # the processes start
+                reader.read(min(part, 4 * _BATCH))  # starts the processes
             yield compare(
                 f"loading {images:,} JPEGs of {_SIDE} pixels, {processes} processes",
                 (form, partial(ours.read, part)),
@@ -77,12 +77,12 @@ def rows(pairs: int, images: int = IMAGES, processes: int = _PROCESSES) -> Itera
 
 
 def transform(images: Any) -> Any:
-    """Return what crops, resizes and mirrors as `augment: crop-flip` does, in torchvision's transforms."""
+    """Return torchvision transforms that crop, resize and mirror as `augment: crop-flip` does."""
     return v2.Compose([v2.RandomResizedCrop(images.shape[1:]), v2.RandomHorizontalFlip(), v2.PILToTensor()])
 
 
 class _Ours:
-    """By our loader processes; the next batches are announced, as a training step does."""
+    """Reads with our loader processes; the next batches are prefetched, as in training."""
 
     def __init__(self, splits: Splits) -> None:
         self._samples = splits.train
@@ -99,7 +99,7 @@ class _Ours:
 
 
 class _Order(Sampler[int]):
-    """An order that can be set, of a loader whose processes stay."""
+    """A sampler with a settable order, for a loader with persistent processes."""
 
     def __init__(self) -> None:
         self.order: list[int] = []
@@ -143,7 +143,7 @@ class _Theirs:
 
 
 def write_images(folder: Path, count: int) -> Path:
-    """Write `count` images into `folder`, as an image folder and as shards, unless they are there."""
+    """Write `count` images into `folder`, as an image folder and as shards, unless it exists."""
     if folder.exists():
         return folder
     random = np.random.default_rng(0)
@@ -167,7 +167,7 @@ def write_images(folder: Path, count: int) -> Path:
 
 
 def _jpeg(random: np.random.Generator) -> bytes:
-    """Return an image of coarse shapes with some noise, about 25 kB, as a photograph of this size has."""
+    """Return a JPEG of coarse shapes with some noise, about 25 kB, like a photograph of this size."""
     coarse = Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)).astype(np.int16)
     noisy = smooth + random.normal(0, 6, smooth.shape)
@@ -181,7 +181,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loading", description=__doc__)
     parser.add_argument("--images", type=int, default=IMAGES, help="JPEGs on disk")
     parser.add_argument("--pairs", type=int, default=10, help="pairs of timings, ours and theirs")
-    parser.add_argument("--processes", type=int, default=_PROCESSES, help="processes of either side")
+    parser.add_argument("--processes", type=int, default=_PROCESSES, help="processes of each side")
     arguments = parser.parse_args(words)
     for row in rows(arguments.pairs, arguments.images, arguments.processes):
         print(

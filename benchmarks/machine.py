@@ -1,4 +1,4 @@
-"""The machine and the versions that figures come from."""
+"""The machine and the versions that measurements come from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PACKAGES = ("torch", "torchvision", "numpy", "horovod", "mpi4py")
 
 @dataclass(frozen=True)
 class Machine:
-    """Processor, cores that this process may use, memory in bytes, the device that computes, versions, the day."""
+    """Processor, cores available to this process, memory in bytes, compute device, versions, date."""
 
     processor: str
     cores: int
@@ -29,7 +29,7 @@ class Machine:
     date: str
 
     def in_words(self) -> str:
-        """Return it as one line."""
+        """Return a description in one line."""
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         device = "" if self.device == "cpu" else f", {self.device}"
         return f"{self.cores} cores of {self.processor}{device}, {versions}, {self.date}"
@@ -43,7 +43,7 @@ def this_machine() -> Machine:
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         device=torch.cuda.get_device_name() if device_type() == "cuda" else "cpu",
-        # PyPI's torch says only here for which CUDA it is built
+        # Only torch.__version__ includes the CUDA version of PyPI's torch.
         versions={"Python": platform.python_version(), **installed, "torch": torch.__version__},
         date=time.strftime("%Y-%m-%d"),
     )

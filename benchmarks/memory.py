@@ -1,9 +1,10 @@
-"""Rows of memory: a rank's peak, and what a second rank adds to its node, as proportional set size.
+"""Rows of memory: a rank's peak, and the memory that a second rank adds to its node, as proportional set size.
 
-A page that several processes map counts for each of them by its share: sums over processes are what the node gives.
+In the proportional set size a page that several processes map is divided among them, so the sum over processes is the
+memory that the node provides.
 
 `mpirun -np 2 python -m benchmarks.memory rank FOLDER` and `python -m benchmarks.memory bare FOLDER` train on the
-images in FOLDER and tell each rank's memory.
+images in FOLDER and print each rank's memory.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _WIDTH, _MICRO_SIZE, _GLOBAL_SIZE = 1.0, 128, 256
 _UPDATES = 3
 _KIB, _MB = 1024, 1e6
 BAR = 1.1
-"""A tenth for the libraries, shared with whatever runs beside; another copy of the data would be a quarter."""
+"""A tenth for libraries, shared with other processes; another copy of the data would be a quarter."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ class Memory:
     """Bytes of one process."""
 
     proportional: int
-    """Proportional set size: its own pages, and its share of those that it has in common with others."""
+    """Proportional set size: its own pages, and its share of pages shared with other processes."""
     private: int
-    """The part of it that comes from no file: heap and stacks."""
+    """The anonymous part of it: heap and stacks."""
     peak: int
-    """The largest resident set that it ever had, shared pages counted in full."""
+    """The largest resident set size so far, with shared pages counted in full."""
 
 
 def rows(rounds: int) -> Iterator[Ratio]:
@@ -72,7 +73,7 @@ def rows(rounds: int) -> Iterator[Ratio]:
 
 
 def memory_in(rollup: str, status: str) -> Memory:
-    """Return what the texts of /proc/PID/smaps_rollup and /proc/PID/status say."""
+    """Return the memory given by the texts of /proc/PID/smaps_rollup and /proc/PID/status."""
     return Memory(_bytes_of("Pss", rollup), _bytes_of("Pss_Anon", rollup), _bytes_of("VmHWM", status))
 
 
@@ -102,7 +103,7 @@ def _settings(images: Path) -> Config:
 
 
 def _rank(images: Path) -> None:
-    """Train as one of the ranks; the first tells everybody's memory."""
+    """Train as one of the ranks; rank 0 prints the memory of all."""
     ask_for_large_pages()
     comm = join_ranks(timeout=600.0, device_type="cpu")
     with tempfile.TemporaryDirectory() as folder:
@@ -118,7 +119,7 @@ def _rank(images: Path) -> None:
 
 
 def _bare(images: Path) -> None:
-    """Train by the bare loop, in micro-batches of the same size, and tell the memory."""
+    """Train with the bare loop, in micro-batches of the same size, and print the memory."""
     torch.set_num_threads(1)
     data = load_images(_settings(images).data, "train", 0)
     update = bare_loop(

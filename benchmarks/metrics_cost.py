@@ -1,4 +1,4 @@
-"""What it costs to be watched: metrics on against off, under many scrapes against none, the page of many ranks."""
+"""Rows of the cost of monitoring: metrics on against off, many scrapes against none, the page of many ranks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TURN_SECONDS = 1.0
 
 
 def on_off_row(pairs: int) -> Ratio:
-    """Return the step time with every metric at every step over that without."""
+    """Return the step time with all metrics at every step over that without metrics."""
     with tempfile.TemporaryDirectory() as folder:
         watched = open_trainer(settings(_WIDTH, 128, **_MEASURED), Alone(), Path(folder) / "watched")
         alone = open_trainer(settings(_WIDTH, 128, **QUIET), Alone(), Path(folder) / "alone")
@@ -49,7 +49,7 @@ def on_off_row(pairs: int) -> Ratio:
 
 
 def scrapes_row() -> Ratio:
-    """Return the step time under 1,000 scrapes a second over that under none, 20 s of each, in turns of a second."""
+    """Return the step time under 1,000 scrapes a second over that without, 20 s each, alternating every second."""
     with tempfile.TemporaryDirectory() as folder:
         targets = Path(folder) / "targets"
         metrics = {**_MEASURED["metrics"], "targets_directory": str(targets)}
@@ -72,7 +72,7 @@ def scrapes_row() -> Ratio:
 
 
 def page_rows() -> Iterator[Ratio]:
-    """Yield time and size of the page of 1,024 ranks, over what they may be."""
+    """Yield time and size of the page of 1,024 ranks, over their limits."""
     facts = RunFacts(
         name="bench",
         run_directory=Path("bench"),
@@ -109,7 +109,7 @@ def page_rows() -> Iterator[Ratio]:
 
 
 class _Load:
-    """A process that scrapes `url`, for as long as a turn lasts."""
+    """A process that scrapes `url` for the duration of each turn."""
 
     def __init__(self, url: str) -> None:
         command = [sys.executable, "-m", "benchmarks.scrape_load", url, str(_SCRAPES)]
@@ -121,7 +121,7 @@ class _Load:
         self._process.stdin.flush()
 
     def answers(self) -> int:
-        """Wait for the end of the turn; return how many scrapes were answered."""
+        """Wait for the end of the turn; return the number of answered scrapes."""
         assert self._process.stdout is not None
         return int(self._process.stdout.readline())
 

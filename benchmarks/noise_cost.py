@@ -1,4 +1,4 @@
-"""Rows of noise on against noise off: for every way of sharing it, and for every scale."""
+"""Rows of noise on against noise off, for every kind of sharing and every scale."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ BAR = 1.03
 
 
 def sharing_rows(pairs: int) -> Iterator[Ratio]:
-    """Yield a row for each way of sharing, the noise absolute."""
+    """Yield a row for each kind of sharing, with absolute noise."""
     for sharing in SHARINGS:
         yield _row(f"sharing {sharing}", pairs, sharing=sharing)
 
 
 def scale_rows(pairs: int) -> Iterator[Ratio]:
-    """Yield a row for each scale, one draw for all."""
+    """Yield a row for each scale, with one draw for all ranks."""
     for scale in SCALES:
         yield _row(f"scale {scale}", pairs, scale=scale)
 
 
 def _row(words: str, pairs: int, **noise: str) -> Ratio:
-    """Return the step time with SmoothOut as `noise` says over that without, VGG9 width 1, batch 128."""
+    """Return the step time with SmoothOut and the settings `noise` over that without, VGG9 width 1, batch 128."""
     smoothout = {"method": "smoothout", "amplitude": 1e-4, **noise}
     with tempfile.TemporaryDirectory() as folder:
         noisy = open_trainer(settings(1.0, 128, noise=smoothout, **QUIET), Alone(), Path(folder) / "noisy")

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.norm_statistics FIGURE`: what noise on the weights does to running norm statistics.
+"""`python -m benchmarks.norm_statistics FIGURE`: the effect of weight noise on running norm statistics.
 
-Trains VGG9 on Fashion-MNIST with SmoothOut, and along the way takes the test loss at the clean weights twice: with
-the running statistics, gathered under noise, and with statistics recomputed from training data.
+Trains VGG9 on Fashion-MNIST with SmoothOut, and every few updates takes the test loss at the clean weights twice: with
+the running statistics, collected under noise, and with statistics recomputed from training data.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _RUNNING, _RECOMPUTED = "#D55E00", "#0072B2"
 
 @dataclass(frozen=True)
 class Point:
-    """After `step` updates: the test split at the clean weights, with either kind of statistics."""
+    """Evaluations of the test split at the clean weights after `step` updates, with both kinds of statistics."""
 
     step: int
     running: Evaluation
@@ -37,7 +37,7 @@ class Point:
 def main() -> None:
     """Train, print the numbers, draw."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.norm_statistics", description=__doc__)
-    parser.add_argument("figure", type=Path, help="where the figure goes, a .png or .svg")
+    parser.add_argument("figure", type=Path, help="file of the figure, .png or .svg")
     output: Path = parser.parse_args().figure
     curves = {amplitude: follow(amplitude) for amplitude in _AMPLITUDES}
     print("amplitude  step  test loss: running  recomputed   test accuracy: running  recomputed")
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def follow(amplitude: float) -> list[Point]:
-    """Train under noise of `amplitude`, looking every few updates."""
+    """Train with noise of `amplitude`, evaluating every few updates."""
     sections: dict[str, dict[str, Any]] = {
         **{name: dict(values) for name, values in QUIET.items()},
         "data": {"name": "fashion-mnist", "train_size": 4096},
@@ -72,7 +72,7 @@ def follow(amplitude: float) -> list[Point]:
 
 
 def look(trainer: Trainer) -> Point:
-    """Evaluate with both kinds of statistics; the running ones stay in the model."""
+    """Evaluate with both kinds of statistics, and restore the running ones."""
     running = _evaluate(trainer)
     kept = {name: buffer.clone() for name, buffer in trainer.network.named_buffers()}
     size = trainer.plan.micro_size
@@ -102,7 +102,7 @@ def _evaluate(trainer: Trainer) -> Evaluation:
 
 
 def draw(curves: Mapping[float, Sequence[Point]], output: Path) -> None:
-    """Draw one panel for each amplitude, all on one scale."""
+    """Draw one panel for each amplitude, on one scale."""
     figure = Figure(figsize=(9.5, 3.4), layout="constrained")
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
     for panel, (amplitude, points) in zip(panels, curves.items(), strict=True):

@@ -1,4 +1,4 @@
-"""Rows that need one rank: against the bare loop, and the checkpoint's stall."""
+"""Rows of one rank: our step against the bare loop, and the stall of a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ WATCHED: Mapping[str, Mapping[str, Any]] = {
     "evaluation": {"every_epochs": 0},
     "checkpoint": {"every_epochs": 0, "every_steps": 20},
 }
-"""Metrics at every step, logs, agreement checks as by default, a background checkpoint every 20 steps."""
+"""Metrics at every step, logs and agreement checks as by default, a background checkpoint every 20 steps."""
 
 
 def throughput_rows(width: float, pairs: int) -> Iterator[Ratio]:
-    """Yield our step time over the bare loop's, quiet and watched, in two precisions, both in channels-last layout."""
+    """Yield our step time over the bare loop's, quiet and watched, in two precisions, both channels-last."""
     device = torch.device(device_type())
     for compute, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         for name, extra, bar in (("quiet", QUIET, 1 / 0.97), ("watched", WATCHED, 1 / 0.95)):
@@ -54,7 +54,7 @@ def throughput_rows(width: float, pairs: int) -> Iterator[Ratio]:
 
 
 def checkpoint_row(pairs: int) -> Ratio:
-    """Return how long a background checkpoint stops the step over a blocking torch.save of the same state."""
+    """Return the stall of a background checkpoint over a blocking torch.save of the same state."""
     with tempfile.TemporaryDirectory() as folder:
         config = settings(1.0, 128, **QUIET)
         trainer = open_trainer(config, Alone(), Path(folder) / "run")

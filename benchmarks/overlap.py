@@ -1,6 +1,6 @@
-"""Rows of the wait for the allreduce: sent during the backward pass, as we do, against summed after it.
+"""Rows of the wait for the allreduce: gradients sent during the backward pass, as we do, against summed after it.
 
-`mpirun -np 2 python -m benchmarks.overlap WIDTH GLOBAL_SIZE PAIRS` tells the rows.
+`mpirun -np 2 python -m benchmarks.overlap WIDTH GLOBAL_SIZE PAIRS` prints the rows.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ _OVERLAPPED, _AFTERWARDS = "sent during the backward pass", "summed after it"
 
 
 class SummedAfterwards(GradientReduction):
-    """Sends nothing before the last backward pass is over."""
+    """A reduction that sends nothing before the end of the last backward pass."""
 
     @contextmanager
     def last_micro_batch(self) -> Iterator[None]:
-        """Take the gradients of the backward pass within the block, as of any other."""
+        """Accumulate the gradients of the backward pass within the block, as for any other micro-batch."""
         with self.micro_batch():
             yield
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a step, and of its wait for the allreduce."""
+    """Seconds of a step and of its wait for the allreduce."""
 
     step: float
     wait: float
 
 
 def summed_afterwards(trainer: Trainer) -> None:
-    """Let `trainer` sum its gradients after the backward pass, exactly as before."""
+    """Make `trainer` sum its gradients after the backward pass, still exactly."""
     step = trainer.take_step
     step.reduction.close()
     accumulator = ExactAccumulator(step.weights, trainer.comm, len(trainer.plan.micro_batches))
@@ -53,7 +53,7 @@ def summed_afterwards(trainer: Trainer) -> None:
 
 
 def times_of(trainer: Trainer) -> Times:
-    """Make an update and return where its time went."""
+    """Make an update and return its times."""
     step = timed(trainer.advance)
     return Times(step, trainer.take_step.clock.times().seconds_of("allreduce_wait"))
 
@@ -65,7 +65,7 @@ def rows(controller: str, width: float, global_size: int, pairs: int) -> Iterato
 
 
 def rows_on(comm: Communicator, width: float, global_size: int, pairs: int) -> Iterator[Ratio]:
-    """Measure on one of `ranks`, and yield the rows as it sees them."""
+    """Measure on this rank, and yield its rows."""
     sections = {**QUIET, "batch": {"micro_size": min(128, global_size // comm.size)}}
     config = settings(width, global_size, **sections)
     with shared_folder(comm) as folder:
@@ -85,7 +85,7 @@ def rows_on(comm: Communicator, width: float, global_size: int, pairs: int) -> I
 
 
 def _pair(comm: Communicator, ours: Trainer, theirs: Trainer, turn: int) -> tuple[Times, Times]:
-    """Return the times of both, begun together by all `ranks`; who is first alternates."""
+    """Return the times of both sides, started by all ranks at once; the side that runs first alternates."""
     sides = [ours, theirs] if turn % 2 == 0 else [theirs, ours]
     times = []
     for trainer in sides:
@@ -95,7 +95,7 @@ def _pair(comm: Communicator, ours: Trainer, theirs: Trainer, turn: int) -> tupl
 
 
 def main() -> None:
-    """Measure on every rank, tell on the first."""
+    """Measure on every rank; rank 0 prints the rows."""
     width, global_size, pairs = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     comm = join_ranks(timeout=600.0, device_type="cpu")
     measured = [asdict(row) for row in rows_on(comm, width, global_size, pairs)]

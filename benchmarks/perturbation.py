@@ -1,4 +1,4 @@
-"""The perturbation alone: ours on all weights at once, against the reference's way, tensor by tensor."""
+"""The row of the perturbation alone: ours on all weights at once, against the reference's, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BY_TENSOR = "a draw, an addition, a subtraction a tensor"
 
 
 def perturb_ours(width: float) -> Callable[[], object]:
-    """Return what perturbs and restores the weights of VGG9 of `width` as we do."""
+    """Return a function that perturbs and restores the weights of VGG9 of `width` as we do."""
     weights = FlatWeights(vgg9(width).to(device_type()))
     described = NoiseSettings(method="smoothout", amplitude=AMPLITUDE)
     noise = build_noise(described, weights, seed=1, total_steps=1, rank=0)
@@ -33,13 +33,13 @@ def perturb_ours(width: float) -> Callable[[], object]:
 
 
 def perturb_by_tensor(width: float) -> Callable[[], object]:
-    """Return what perturbs and restores the weights of VGG9 of `width` as the reference does."""
+    """Return a function that perturbs and restores the weights of VGG9 of `width` as the reference does."""
     model = vgg9(width).to(device_type())
     return lambda: add_noise(model)()
 
 
 def perturbation_row(pairs: int) -> Ratio:
-    """Return the time of perturbing and restoring VGG9 width 1 over that of the reference's way."""
+    """Return our time of perturbing and restoring VGG9 of width 1 over the reference's."""
     torch.set_num_threads(1)
     ask_for_large_pages()
     keep_freed_memory()

@@ -1,4 +1,4 @@
-"""Evaluations as one writes them in plain PyTorch: through a DataLoader, and on images in memory, the limit."""
+"""Evaluations in plain PyTorch: with a DataLoader, and with images in memory, which is the limit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Evaluate = Callable[[], tuple[float, float]]
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Images as torchvision's data sets give them: one by one, as floats in [0, 1]."""
+    """Images as torchvision's data sets return them: one by one, as floats in [0, 1]."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         """Hold uint8 `images` [n, C, H, W] and their `labels` [n]."""
@@ -31,13 +31,13 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 def through_loader(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int) -> Evaluate:
-    """Return an evaluation as examples have it."""
+    """Return an evaluation as in PyTorch's examples."""
     loader = DataLoader(Images(images, labels), batch_size=batch_size)
     return lambda: _evaluate(model, loader)
 
 
 def in_memory(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int) -> Evaluate:
-    """Return an evaluation of bytes that lie on the model's device, the limit."""
+    """Return an evaluation of uint8 images on the model's device, the limit."""
 
     def batches() -> Iterable[tuple[Tensor, Tensor]]:
         for inputs, targets in zip(images.split(batch_size), labels.split(batch_size), strict=True):

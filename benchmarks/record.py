@@ -1,4 +1,4 @@
-"""The file that measured rows are kept in: the last of each group, with the machine that they come from."""
+"""The file of measured rows: the latest of each group, with the machine that measured them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Measured:
 
 
 def read_record(path: Path) -> dict[str, Measured]:
-    """Return what the file at `path` keeps, by group; nothing where there is no file.
+    """Return the rows stored in `path`, by group; empty if there is no file.
 
     Raises:
-        UsageError: it is another kind of file.
+        UsageError: it is not such a file.
     """
     if not path.exists():
         return {}
@@ -41,10 +41,10 @@ def read_record(path: Path) -> dict[str, Measured]:
 
 
 def keep(path: Path, measured: Mapping[str, Measured]) -> None:
-    """Put the groups `measured` into the file at `path`, in place of what it has of them and beside the others.
+    """Store the groups `measured` in `path`, replacing earlier rows of these groups.
 
     Raises:
-        UsageError: it is another kind of file.
+        UsageError: it is not such a file.
     """
     groups = {name: asdict(group) for name, group in {**read_record(path), **measured}.items()}
     atomic.write_text(path, json.dumps(groups, indent=2) + "\n")

@@ -1,8 +1,8 @@
-"""Ranks that are lost and come back, in one run: what each costs until the next update is finished.
+"""Time until the next finished update when a run loses a rank, and when a rank joins again.
 
 `python -m benchmarks.recovery [--kills N] [--stops N] [--pairs N]`. Three ranks train VGG9 at width 0.25 over Gloo
-under `dist-train launch --min-ranks --restarts`; one of them is killed, or stopped, at a random moment, and started
-anew by the launcher. Then the same run without faults, with and without `--min-ranks`, in turn.
+under `dist-train launch --min-ranks --restarts`; one of them is killed or stopped at a random moment, and restarted by
+the launcher. Then the same run without faults, with and without `--min-ranks`, in turn.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rich.table import Table
 
 _ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 5.0
-"""`comm.timeout`: so long a stopped rank is waited for."""
+"""`comm.timeout`: how long the ranks wait for a stopped one."""
 PATIENCE = 120.0
 _STEPS_OF_A_PAIR = 60
 _WARM_UP = 10
@@ -38,14 +38,14 @@ _WARM_UP = 10
 
 @dataclass(frozen=True)
 class Row:
-    """The seconds of one kind of event, each without the update that is made, or made again, meanwhile."""
+    """The seconds of one kind of event, without the update that is made or repeated meanwhile."""
 
     what: str
     seconds: tuple[float, ...]
 
 
 def measure_faults(kills: int, stops: int, folder: Path) -> list[Row]:
-    """Return what losses by SIGKILL and by SIGSTOP cost, and what letting a rank in costs."""
+    """Return the cost of losing a rank by SIGKILL and by SIGSTOP, and of a rank joining."""
     chosen = random.Random(0)
     found: dict[str, list[float]] = {"killed": [], "stopped": [], "joined": []}
     run = folder / "run"
@@ -74,7 +74,7 @@ def measure_faults(kills: int, stops: int, folder: Path) -> list[Row]:
 
 
 def measure_pairs(pairs: int, folder: Path) -> Row:
-    """Return the ratios of the median update with `--min-ranks` to that without."""
+    """Return the ratios of the median update with `--min-ranks` to the one without."""
     ratios = []
     for pair in range(pairs):
         medians = {}
@@ -91,7 +91,7 @@ def measure_pairs(pairs: int, folder: Path) -> Row:
 
 
 def table_of(rows: Sequence[Row]) -> Table:
-    """Return a row for each: median, least and most."""
+    """Return a table with median, minimum and maximum of each row."""
     table = Table(title="Recovery in place", title_justify="left")
     for column in ("", "median", "least", "most", "runs"):
         table.add_column(column, justify="left" if not column else "right")
@@ -126,13 +126,13 @@ def _launch(folder: Path, options: Sequence[str], **run: int) -> Iterator[subpro
         try:
             yield process
         finally:
-            # Its ranks die with it.
+            # The ranks die with the launcher.
             process.kill()
             process.wait()
 
 
 def ranks_of(launcher: int) -> list[int]:
-    """Return the processes of the ranks of a launch."""
+    """Return the ids of the rank processes of a launch."""
     found = []
     for children in Path(f"/proc/{launcher}/task").glob("*/children"):
         with suppress(FileNotFoundError, ProcessLookupError):
@@ -153,7 +153,7 @@ def _events(run: Path, name: str) -> list[dict[str, Any]]:
 
 
 def _update_seconds(run: Path, step: int) -> float:
-    """Return the seconds of the update `step`, once it is recorded."""
+    """Return the seconds of update `step`, once it is recorded."""
 
     def look() -> float:
         seconds = [each["step_seconds"] for each in _records(run) if each["kind"] == "train" and each["step"] == step]

@@ -1,7 +1,7 @@
-"""Updates and runs on N ranks: measured here, fitted, and forecast for clusters.
+"""Times of updates and runs on N ranks: measured here, fitted by a model, and forecast for clusters.
 
-`python -m benchmarks.scaling [--measure] [--page FILE] [--figure FILE] [options of the cluster]` prints tables.
-Without `--measure` it goes by what was recorded in `benchmarks/scaling.json`.
+`python -m benchmarks.scaling [--measure] [--page FILE] [--figure FILE] [cluster options]` prints tables.
+Without `--measure` it uses the measurements recorded in `benchmarks/scaling.json`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _FIGURE_RANKS = 64
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Print the tables; write them into a page, and the figure, where that was asked for."""
+    """Print the tables; on request also write them into a page, and draw the figure."""
     arguments = _parser().parse_args(words)
     if arguments.measure:
         measured = measure(machine_name(), arguments.updates, arguments.launches)
@@ -85,7 +85,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def renew(page: Path, tables: Sequence[Table]) -> None:
-    """Write `tables` between their marks on `page`."""
+    """Write `tables` between their markers in `page`."""
     text = page.read_text(encoding="utf-8")
     for table in tables:
         content = f"{table.caption}\n\n{markdown_table(table.head, table.rows)}"
@@ -94,7 +94,7 @@ def renew(page: Path, tables: Sequence[Table]) -> None:
 
 
 def tables_of(arguments: argparse.Namespace) -> Iterator[Table]:
-    """Yield all tables, from the recorded measurements and the options' cluster."""
+    """Yield all tables, from the recorded measurements and the cluster given by options."""
     measurements = read_measurements(arguments.record)
     fits = fit(measurements)
     fabric = calibrated(published(), Fabric())
@@ -140,36 +140,44 @@ def _runs(arguments: argparse.Namespace, cluster: Cluster, fits: Fits) -> Iterat
 
 
 def _measured_conversion() -> float:
-    """Return the bytes a second at which Fashion-MNIST is decoded and cached, as `docs/performance.md` has it."""
+    """Return the bytes per second at which Fashion-MNIST is decoded and cached, as in `docs/performance.md`."""
     first = read_record(_PERFORMANCE)["data"].rows[0]
     return first.images * 28 * 28 / first.amount_ours
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
-    parser.add_argument("--measure", action="store_true", help="measure this machine anew (several minutes)")
-    parser.add_argument("--record", type=Path, default=RECORD, help="where measurements are kept")
-    parser.add_argument("--updates", type=int, default=5, help="updates of a launch that are timed")
+    parser.add_argument("--measure", action="store_true", help="measure this machine (several minutes)")
+    parser.add_argument("--record", type=Path, default=RECORD, help="file of the measurements")
+    parser.add_argument("--updates", type=int, default=5, help="timed updates per launch")
     parser.add_argument("--launches", type=int, default=2, help="launches of each kind")
-    parser.add_argument("--page", type=Path, help="write all tables into this page as well, between their marks")
-    parser.add_argument("--figure", type=Path, help="draw what each guess matters into this file, SVG or PNG")
+    parser.add_argument("--page", type=Path, help="also write all tables into this page, between their markers")
+    parser.add_argument("--figure", type=Path, help="draw the effect of each guess into this file, SVG or PNG")
     parser.add_argument("--rate", type=float, default=20_000.0, help="VGG9: images/s of a GPU on large micro-batches")
-    parser.add_argument("--least", type=float, default=3.0, help="VGG9: ms that a micro-batch of any size takes")
-    parser.add_argument("--resnet-rate", type=float, default=A100_MIXED, help="ResNet-50's, of its runs and figure")
-    parser.add_argument("--resnet-least", type=float, default=10.0, help="ResNet-50's")
-    parser.add_argument("--fixed", type=float, default=1.0, help="ms of an update that do not depend on the batch")
+    parser.add_argument("--least", type=float, default=3.0, help="VGG9: shortest time of a micro-batch, ms")
+    parser.add_argument(
+        "--resnet-rate", type=float, default=A100_MIXED, help="the same for ResNet-50, in runs and figure"
+    )
+    parser.add_argument("--resnet-least", type=float, default=10.0, help="the same for ResNet-50")
+    parser.add_argument(
+        "--fixed", type=float, default=1.0, help="time of an update that does not depend on the batch, ms"
+    )
     parser.add_argument("--jitter", type=float, help="deviation of a rank's time in %% (from the published figures)")
     parser.add_argument("--node-size", type=int, default=8, help="GPUs of a node")
     parser.add_argument("--within", type=float, nargs=2, default=(5.0, 150.0), help="in a node: latency us, GB/s")
     parser.add_argument("--between", type=float, nargs=2, default=(10.0, 11.25), help="a node's network: us, GB/s")
     parser.add_argument("--algorithm", choices=("ring", "hierarchical", "tree", "fastest"), default="fastest")
     parser.add_argument("--cycle", type=float, default=1.0, help="HOROVOD_CYCLE_TIME, ms; torch.distributed: 0")
-    parser.add_argument("--hop", type=float, default=20.0, help="us of a message of the engine's agreement")
+    parser.add_argument("--hop", type=float, default=20.0, help="time of a message of the engine's agreement, us")
     parser.add_argument("--epochs", type=int, nargs=2, default=(300, 90), help="of the runs of VGG9 and ResNet-50")
     parser.add_argument("--evaluation-batch", type=int, default=500, help="evaluation.batch_size")
-    parser.add_argument("--engine", choices=CONTROLLERS, default="torch", help="whose measured start-up runs have")
-    parser.add_argument("--start", type=float, nargs=2, help="start-up: s of one rank, s more for each (measured here)")
-    parser.add_argument("--conversion", type=float, help="MB/s of images decoded into the cache (measured here)")
+    parser.add_argument("--engine", choices=CONTROLLERS, default="torch", help="engine whose measured start-up is used")
+    parser.add_argument(
+        "--start", type=float, nargs=2, help="start-up: s of one rank, s per further rank (default: measured here)"
+    )
+    parser.add_argument(
+        "--conversion", type=float, help="MB/s of images decoded into the cache (default: measured here)"
+    )
     return parser
 
 

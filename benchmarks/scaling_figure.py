@@ -1,4 +1,4 @@
-"""The figure of `docs/scaling.md`: how much longer or shorter an update is where a guess is half or double."""
+"""The figure of `docs/scaling.md`: how the time of an update changes if a guess is halved or doubled."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from benchmarks.scaling_forecast import Swing
 from dist_train.report.drawing import save
 
 _HALVED, _DOUBLED = "#0072b2", "#e69f00"
-"""Blue and orange: told apart by everybody, and in grey."""
+"""Blue and orange, distinguishable by colour-blind readers and in greyscale."""
 _INK = "#202020"
 _SEEN = 0.005
-"""What is nearer to 1 has no number of its own."""
+"""Factors nearer to 1 than this get no number."""
 
 
 def draw(panels: Mapping[str, Sequence[Swing]], output: Path) -> None:
-    """Draw a panel for each title, the guess that matters most at the top; the same swings give the same file."""
+    """Draw a panel for each title, the most important guess at the top; the same swings give the same file."""
     figure = Figure(figsize=(10.5, 4.2), layout="constrained", facecolor="white")
     places = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, swings) in zip(places, panels.items(), strict=True):
@@ -60,7 +60,7 @@ def _draw_panel(axes: Axes, title: str, swings: Sequence[Swing]) -> None:
 
 
 def _write(axes: Axes, factor: float, height: float) -> None:
-    """Write `factor` where its bar ends."""
+    """Write `factor` at the end of its bar."""
     side, align = (3, "left") if factor >= 1 else (-3, "right")
     axes.annotate(
         f"{factor:.2f}",

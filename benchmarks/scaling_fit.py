@@ -1,4 +1,4 @@
-"""From what was measured on one machine to the numbers of the model, and how well they fit."""
+"""Fits the scaling model's parameters to measurements on one machine, and compares the two."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BYTES = 8
 
 @dataclass(frozen=True)
 class Residual:
-    """A measured time beside the model's; `is_fitted` is false where the fit did not see it."""
+    """A measured and a modelled time; `is_fitted` is False if it is a prediction."""
 
     what: str
     ranks: int
@@ -46,24 +46,24 @@ class Residual:
 
 @dataclass(frozen=True)
 class Machine:
-    """One node of `cores` cores: ranks beyond them share the cores, and everything takes longer in proportion."""
+    """One node of `cores` cores; with more ranks than cores everything takes proportionally longer."""
 
     cores: int
     coordination: Coordination
     link: Link
 
     def slowdown(self, ranks: int) -> float:
-        """Return by how much the work of each rank is slower than on a core of its own."""
+        """Return the factor by which a rank is slower than on its own core."""
         return max(1.0, ranks / self.cores)
 
     def network(self, ranks: int) -> Network:
-        """Return what the ranks see of each other."""
+        """Return the network between `ranks` ranks."""
         slow = self.slowdown(ranks)
         link = Link(self.link.latency * slow, self.link.bandwidth / slow)
         return Network(link, link, node_size=ranks, algorithm="ring")
 
     def sum_seconds(self, ranks: int, size: float) -> float:
-        """Return the time of one sum after another: each waits for a cycle, unless the one before took longer."""
+        """Return the time of a sum in a sequence of sums: at least a cycle."""
         return max(self.coordination.cycle, self.work_seconds(ranks, size))
 
     def work_seconds(self, ranks: int, size: float) -> float:
@@ -74,16 +74,16 @@ class Machine:
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a rank computes on a core of its own: seconds of a sample, and once in an update."""
+    """The compute time of a rank on its own core: seconds per sample, and fixed seconds per update."""
 
     sample: float
     fixed: float
 
 
 def fit_machine(measurements: Measurements, controller: str) -> tuple[Machine, list[Residual]]:
-    """Return the link and the agreement that fit the sums of 2 and 4 ranks best, in the ratio of the times.
+    """Return the machine that fits the sums of 2 and 4 ranks best, by the logarithm of the ratio of times.
 
-    The sums of more ranks are compared, not fitted.
+    Sums of more ranks are predicted, not fitted.
     """
     rows = [
         row for row in measurements.allreduces if row.controller == controller and row.ranks > 1 and row.kind == "known"
@@ -112,7 +112,7 @@ def _allreduce_residual(machine: Machine, row: Allreduce) -> Residual:
 
 
 def step_on(machine: Machine, pace: Pace, job: Job, ranks: int) -> float:
-    """Return the seconds of an update of `job` on so many ranks of `machine`."""
+    """Return the seconds of an update of `job` on `ranks` ranks of `machine`."""
     slow = machine.slowdown(ranks)
     micro_batch = slow * pace.sample * job.micro_size
     exposed, _ = communication(
@@ -128,9 +128,9 @@ def step_on(machine: Machine, pace: Pace, job: Job, ranks: int) -> float:
 def fit_pace(
     measurements: Measurements, machines: dict[str, Machine], width: float, layers: tuple[Layer, ...]
 ) -> tuple[Pace, list[Residual]]:
-    """Return the pace that fits the updates of one `width` best, in the ratio of the times, and all its residuals.
+    """Return the pace that fits the updates of one `width` best, by the ratio of times, and all its residuals.
 
-    Communication is what the sums alone gave; only the pace is fitted, to 1 and 2 ranks. Four share two cores.
+    Communication is as fitted to the sums; only the pace is fitted here, to 1 and 2 ranks, since 4 share two cores.
     """
     rows = [row for row in measurements.steps if row.width == width]
     seen = [row for row in rows if row.ranks <= 2]
@@ -160,9 +160,9 @@ def fit_pace(
 
 
 def fit_start(measurements: Measurements, controller: str) -> Start:
-    """Return the start that fits all numbers of ranks best, in the ratio of the times.
+    """Return the start that fits all numbers of ranks best, by the ratio of times.
 
-    Loading shares the cores; what each further rank adds is as long as it was here, where it shared them too.
+    Loading shares the cores. The time per further rank is as measured here, where ranks shared cores too.
     """
     rows = [row for row in measurements.startups if row.controller == controller]
     met = numpy.array([row.met for row in rows])
@@ -173,7 +173,7 @@ def fit_start(measurements: Measurements, controller: str) -> Start:
 
 @dataclass(frozen=True)
 class Fits:
-    """What the model makes of the measurements."""
+    """The fitted parameters and their residuals."""
 
     machines: dict[str, Machine]
     starts: dict[str, Start]
@@ -183,7 +183,7 @@ class Fits:
 
 
 def fit(measurements: Measurements) -> Fits:
-    """Fit the machine that was measured: first its sums alone, then the pace of the ranks."""
+    """Fit the measured machine: first its sums alone, then the pace of its ranks."""
     machines, sums, starts = {}, {}, {}
     for controller in CONTROLLERS:
         machines[controller], sums[controller] = fit_machine(measurements, controller)

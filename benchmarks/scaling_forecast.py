@@ -1,4 +1,4 @@
-"""What the scaling model says of clusters: updates, whole runs, settings, and how much each guess matters."""
+"""Forecasts of the scaling model for clusters: updates, whole runs, settings, and the effect of each guess."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ GUESSES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "hop": ("coordination", "hop"),
     }
 )
-"""What the forecast assumes, and where it stands in a `Cluster`."""
+"""The assumptions of a forecast, and their paths in a `Cluster`."""
 _REDUCTIONS: Mapping[str, int] = MappingProxyType({"float": 4, "exact": 8, "exact32": 4, "2 bytes": 2})
 """Bytes of a gradient on the wire."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the forecast assumes."""
+    """The assumptions of a forecast."""
 
     compute: Compute
     network: Network
@@ -55,7 +55,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Forecast:
-    """An update on so many ranks; the efficiency is over one with micro-batches of 128."""
+    """An update on `ranks` ranks; the efficiency is relative to one rank with micro-batches of 128."""
 
     ranks: int
     micro_size: int
@@ -70,7 +70,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Knob:
-    """By how much a setting changes the time of an update: a factor for each number of ranks."""
+    """The factors by which a setting changes the time of an update, for each number of ranks."""
 
     setting: str
     factors: tuple[float, ...]
@@ -78,7 +78,7 @@ class Knob:
 
 @dataclass(frozen=True)
 class Swing:
-    """The time of an update, as a factor, where a guess is half of what was assumed and where it is double."""
+    """The factors of the time of an update if a guess is halved and if it is doubled."""
 
     guess: str
     halved: float
@@ -86,20 +86,20 @@ class Swing:
 
     @property
     def width(self) -> float:
-        """How far apart the two are, as a ratio of at least 1."""
+        """The ratio of the larger to the smaller time, at least 1."""
         return max(self.halved, self.doubled) / min(self.halved, self.doubled)
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """An update with float gradients, and by how much it is longer or shorter with those of other sizes."""
+    """An update with float gradients, and the factors of its time with other gradient sizes."""
 
     floating: Forecast
     factors: Mapping[str, float]
 
 
 def forecast(job: Job, cluster: Cluster, ranks: int) -> Forecast:
-    """Return the update of `job` on so many ranks of `cluster`."""
+    """Return the update of `job` on `ranks` ranks of `cluster`."""
     parts = (cluster.compute, cluster.network, cluster.coordination)
     seconds = step_seconds(job, *parts, ranks)
     alone = step_seconds(replace(job, micro_size=MICRO_SIZE), *parts, 1)
@@ -122,7 +122,7 @@ def busy_job(job: Job, ranks: int) -> Job:
 
 
 def vgg9_job() -> Job:
-    """Return the paper's large batch as the training cuts it."""
+    """Return the paper's large batch, split as in training."""
     return Job(vgg9(), GLOBAL_SIZE, MICRO_SIZE, tally=_tally(channels=1408))
 
 
@@ -132,28 +132,28 @@ def resnet50_job() -> Job:
 
 
 def _tally(channels: int) -> int:
-    """Return the bytes of counts, and of the statistics of so many normalized channels."""
+    """Return the bytes of counts and of the statistics of `channels` normalized channels."""
     return 8 * (7 + 2 * channels)
 
 
 def vgg9_run(epochs: int, evaluation_batch: int) -> Run:
-    """Return a run on CIFAR-10, evaluated as the default settings say; both splits are decoded."""
+    """Return a run on CIFAR-10, evaluated as by the default settings; both splits are decoded."""
     evaluated = _evaluated(10_000, 10_000, evaluation_batch)
     return Run(vgg9_job(), epochs, 50_000, evaluated, decoded=60_000 * 3 * 32 * 32)
 
 
 def resnet50_run(epochs: int, evaluation_batch: int) -> Run:
-    """Return a run on ImageNet's folders, whose images loader processes decode anew in each epoch."""
+    """Return a run on ImageNet's folders, whose images are decoded in every epoch by loader processes."""
     return Run(resnet50_job(), epochs, 1_281_167, _evaluated(50_000, 10_000, evaluation_batch), decoded=0)
 
 
 def _evaluated(test: int, train: int, batch: int) -> tuple[Passes, ...]:
-    """Return the test set, the training samples evaluated beside it, and the norms' statistics recomputed."""
+    """Return the passes over the test set and the training samples, and those that recompute norm statistics."""
     return Passes(test, batch), Passes(train, batch), Passes(2048, MICRO_SIZE)
 
 
 def reduction_rows(job: Job, cluster: Cluster, ranks: Sequence[int]) -> list[Reduction]:
-    """Return the reductions side by side, on each number of ranks, no rank idle."""
+    """Return the reductions on each number of ranks, with no rank idle."""
     rows = []
     for count in ranks:
         plain = busy_job(job, count)
@@ -165,7 +165,7 @@ def reduction_rows(job: Job, cluster: Cluster, ranks: Sequence[int]) -> list[Red
 
 
 def swings(job: Job, cluster: Cluster, ranks: int) -> list[Swing]:
-    """Return how much each guess matters for an update of `job`, what matters most first."""
+    """Return the effect of each guess on an update of `job`, the largest first."""
     plain = forecast(job, cluster, ranks).milliseconds
 
     def factor(path: Sequence[str], times: float) -> float:
@@ -183,7 +183,7 @@ def _scaled(part: Any, path: Sequence[str], times: float) -> Any:
 
 
 def knobs(job: Job, cluster: Cluster) -> Iterator[Knob]:
-    """Yield the settings one by one, each against the cluster and the job as they are, no rank idle."""
+    """Yield the effect of each setting alone, relative to the unchanged cluster and job, with no rank idle."""
     for setting, changed, other in _changes(job, cluster):
         factors = []
         for ranks in KNOB_RANKS:
@@ -194,7 +194,7 @@ def knobs(job: Job, cluster: Cluster) -> Iterator[Knob]:
 
 
 def _changes(job: Job, cluster: Cluster) -> Iterator[tuple[str, Callable[[Job], Job], Cluster]]:
-    """Yield settings, what each makes of a job in which no rank idles, and of the cluster."""
+    """Yield each setting with a function that changes a job without idle ranks, and with the changed cluster."""
     jobs: Mapping[str, Callable[[Job], Job]] = {
         "`batch.micro_size` 128 where GPUs idle": lambda _: job,
         "`batch.micro_size` halved": lambda plain: replace(plain, micro_size=max(1, plain.micro_size // 2)),

@@ -1,7 +1,7 @@
-"""What `benchmarks.scaling` is fitted to: start-up, allreduces and steps of real launches on this machine.
+"""The measurements that `benchmarks.scaling` fits: start-up, allreduces and steps of real launches on this machine.
 
 Every rank runs `python -m benchmarks.scaling_measure allreduce` or
-`... steps UPDATES WIDTH GLOBAL_SIZE`; rank 0 prints what was measured. All ranks compute with one thread.
+`... steps UPDATES WIDTH GLOBAL_SIZE`; rank 0 prints the measurements. All ranks compute with one thread.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from dist_train.cluster.joining import join_ranks
 CONTROLLERS = ("mpi", "gloo", "torch")
 """Horovod over MPI, Horovod over Gloo, and torch.distributed over Gloo, started by torchrun."""
 CYCLE_MILLISECONDS = {"mpi": 1.0, "gloo": 5.0, "torch": 0.0}
-"""Horovod's own, and what `launch/local.sh` sets; torch.distributed has no cycle."""
+"""Horovod's cycle, as `launch/local.sh` sets it; torch.distributed has none."""
 RANKS = (1, 2, 4, 8, 16)
 _OFTEN = 4
-"""Ranks up to which launches are repeated."""
+"""Launches of up to this many ranks are repeated."""
 _LENGTHS = (1, 1 << 10, 1 << 14, 1 << 17, 1 << 20, 2_789_712)
-"""64-bit integers of an allreduce; the last are all of VGG9's gradients."""
+"""Numbers of 64-bit integers of an allreduce; the last is the number of VGG9's gradients."""
 SUBJECTS = ((0.25, 256), (0.25, 1024), (1.0, 256))
-"""Width and global batch of the steps that are timed; micro-batches of 64, and no more ranks than there are."""
+"""Width and global batch of the timed steps, in micro-batches of 64; each rank has at least one."""
 MICRO_SIZE = 64
 
 
 @dataclass(frozen=True)
 class Startup:
-    """Seconds from the launcher's start until all ranks have met, and until the launcher has ended."""
+    """Seconds from the launcher's start until all ranks are connected, and until the launcher has ended."""
 
     controller: str
     ranks: int
@@ -55,9 +55,9 @@ class Startup:
 
 @dataclass(frozen=True)
 class Allreduce:
-    """Median and least seconds of the sum of `length` 64-bit integers over the ranks.
+    """Median and minimum seconds of the sum of `length` 64-bit integers over the ranks.
 
-    `kind` is known (the same name again, as in training) or new (a name that is seen for the first time).
+    `kind` is known (a name used before, as in training) or new (a name used for the first time).
     """
 
     controller: str
@@ -70,7 +70,7 @@ class Allreduce:
 
 @dataclass(frozen=True)
 class Step:
-    """Median and least seconds of an update."""
+    """Median and minimum seconds of an update."""
 
     controller: str
     ranks: int
@@ -82,7 +82,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Measurements:
-    """All that was measured on a machine of `cores` cores, of whose time other programs had the share `others`."""
+    """Everything measured on a machine of `cores` cores; other programs used the share `others` of their time."""
 
     machine: str
     date: str
@@ -94,7 +94,7 @@ class Measurements:
 
 
 def read_measurements(path: Path) -> Measurements:
-    """Return what an earlier `measure` has left in `path`."""
+    """Return the measurements that an earlier `measure` stored in `path`."""
     record = json.loads(path.read_text())
     return Measurements(
         machine=record["machine"],
@@ -108,9 +108,9 @@ def read_measurements(path: Path) -> Measurements:
 
 
 def measure(machine: str, updates: int, launches: int) -> Measurements:
-    """Launch ranks over every engine, in turn, and return what they measured; some minutes.
+    """Launch ranks over every engine in turn, and return their measurements; takes some minutes.
 
-    Every launch is made `launches` times, but those of more than four ranks once.
+    Every launch is repeated `launches` times, but launches of more than four ranks are made once.
     """
     cores = len(os.sched_getaffinity(0))
     begun, busy, ours = time.monotonic(), _busy_seconds(), _our_seconds()
@@ -139,13 +139,13 @@ def measure(machine: str, updates: int, launches: int) -> Measurements:
 
 
 def _in_turn(times: int, ranks: int, *arguments: object) -> dict[str, list[tuple[float, float, list[dict[str, Any]]]]]:
-    """Launch over one engine after another, so many `times`, and return what `_launch` does for each."""
+    """Launch over the engines in turn, `times` times, and return the results of `_launch` for each."""
     rounds = [{controller: _launch(controller, ranks, *arguments) for controller in CONTROLLERS} for _ in range(times)]
     return {controller: [each[controller] for each in rounds] for controller in CONTROLLERS}
 
 
 def _busy_seconds() -> float:
-    """Return the seconds that this machine's cores have worked so far, for whomever."""
+    """Return the CPU seconds that all processes of this machine have used so far."""
     user, nice, system = Path("/proc/stat").read_text().split()[1:4]
     return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
 
@@ -156,7 +156,7 @@ def _our_seconds() -> float:
 
 
 def _pooled(launches: Sequence[Sequence[Mapping[str, Any]]], keys: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield one entry for each value of `keys`: the median of the launches' medians, the least of all."""
+    """Yield one entry for each value of `keys`: the median of the launches' medians, and the minimum of all."""
     entries = [entry for launch in launches for entry in launch]
     for key in dict.fromkeys(tuple(entry[name] for name in keys) for entry in entries):
         same = [entry for entry in entries if tuple(entry[name] for name in keys) == key]
@@ -165,12 +165,12 @@ def _pooled(launches: Sequence[Sequence[Mapping[str, Any]]], keys: Sequence[str]
 
 
 def machine_name() -> str:
-    """Return this machine in words."""
+    """Return a description of this machine."""
     return f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def _launch(controller: str, ranks: int, *arguments: object) -> tuple[float, float, list[dict[str, Any]]]:
-    """Return the seconds until the ranks had met and until the launcher ended, and what they measured."""
+    """Return the seconds until the ranks were connected and until the launcher ended, and their measurements."""
     variables = {"HOROVOD_CYCLE_TIME": str(CYCLE_MILLISECONDS[controller])}
     program = module("benchmarks.scaling_measure", *arguments)
     begun = time.time()
@@ -179,7 +179,7 @@ def _launch(controller: str, ranks: int, *arguments: object) -> tuple[float, flo
 
 
 def main() -> None:
-    """Measure on every rank, tell on the first."""
+    """Measure on every rank; rank 0 prints the result."""
     comm = join_ranks(timeout=600.0, device_type="cpu")
     comm.barrier()
     met = time.time()

@@ -1,7 +1,7 @@
-"""The time of an update and of a run on any number of ranks, from compute, network and the engine; pure functions.
+"""A model of the time of an update and of a run on any number of ranks, from compute, network and engine.
 
-All times are seconds, sizes bytes, bandwidths bytes a second. What is left out: the reading of data, checkpoints
-(written while the next updates are computed), and other jobs on the network.
+Times are in seconds, sizes in bytes, bandwidths in bytes per second. The model leaves out reading data, checkpoints
+(written in the background), and other jobs on the network.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Literal
 
 Algorithm = Literal["ring", "hierarchical", "tree", "fastest"]
 FORWARD = 1 / 3
-"""The forward pass's part of forward and backward: the backward pass has two products where the forward has one."""
+"""The forward pass's share of forward and backward: the backward pass has two matrix products for each forward one."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights of a layer, and multiply-adds of its forward pass on one sample."""
+    """Number of weights of a layer, and of multiply-adds of its forward pass on one sample."""
 
     parameters: int
     multiply_adds: int
@@ -27,7 +27,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Link:
-    """What a message between two neighbours takes: `latency`, and its size over `bandwidth`."""
+    """The time of a message between two neighbours: `latency` plus its size over `bandwidth`."""
 
     latency: float
     bandwidth: float
@@ -35,7 +35,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Network:
-    """Nodes of `node_size` ranks; `between` has the bandwidth of a node, one way, for all its ranks."""
+    """Nodes of `node_size` ranks; `between` has a node's bandwidth, in one direction, shared by its ranks."""
 
     within: Link
     between: Link
@@ -45,9 +45,9 @@ class Network:
 
 @dataclass(frozen=True)
 class Coordination:
-    """How the engine begins an operation: in the next cycle of `cycle` seconds, once all ranks have asked for it.
+    """When the engine starts an operation: in the next cycle, of `cycle` seconds, after all ranks have requested it.
 
-    To agree takes `hop` seconds for each doubling of the ranks, there and back. torch.distributed has no cycle.
+    The agreement takes `hop` seconds per doubling of the ranks, in both directions. torch.distributed has no cycle.
     """
 
     cycle: float
@@ -56,10 +56,10 @@ class Coordination:
 
 @dataclass(frozen=True)
 class Compute:
-    """A rank: `rate` samples a second, at least `least` seconds for a forward and backward pass of any size.
+    """A rank: `rate` samples per second, at least `least` seconds for a forward and backward pass.
 
-    `fixed` is what every rank does once in an update: noise, optimizer, bookkeeping. `jitter` is the standard
-    deviation of a rank's time from update to update, as a part of it: all wait for the slowest.
+    `fixed` is the time that every rank spends once per update: noise, optimizer, bookkeeping. `jitter` is the relative
+    standard deviation of a rank's time over updates; all ranks wait for the slowest.
     """
 
     rate: float
@@ -70,10 +70,10 @@ class Compute:
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained: `layers` in the order of the forward pass, and how its batch and gradients are cut.
+    """What is trained: `layers` in forward order, and how batch and gradients are split.
 
-    `weight_bytes` is 8 for the exact reduction's integers, 4 for floats, 2 for float16; `bucket` is the least
-    number of weights that are sent together; `tally` is the size of the small sum of integers that ends an update.
+    `weight_bytes` is 8 for the exact reduction's integers, 4 for float32, 2 for float16; `bucket` is the minimum number
+    of weights sent together; `tally` is the size of the small sum of integers at the end of an update.
     """
 
     layers: tuple[Layer, ...]
@@ -86,7 +86,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Passes:
-    """An evaluation's forward passes over `samples` samples, `size` at a time; a rank takes whole passes."""
+    """An evaluation's forward passes over `samples` samples, `size` per pass; ranks take whole passes."""
 
     samples: int
     size: int
@@ -94,9 +94,9 @@ class Passes:
 
 @dataclass(frozen=True)
 class Run:
-    """`epochs` of `job` over `samples` training samples, `evaluated` after each, from `decoded` bytes of images.
+    """`epochs` of `job` over `samples` training samples, with the passes `evaluated` after each epoch.
 
-    The images are decoded into the cache when the data set is first used.
+    `decoded` bytes of images are decoded into the cache when the data set is first used.
     """
 
     job: Job
@@ -108,19 +108,19 @@ class Run:
 
 @dataclass(frozen=True)
 class Start:
-    """The ranks have met after `alone` seconds and `join` more for every rank beyond the first."""
+    """The ranks are connected after `alone` seconds plus `join` seconds per rank beyond the first."""
 
     alone: float
     join: float
 
     def seconds(self, ranks: int) -> float:
-        """Return the seconds of so many ranks, each on a core of its own."""
+        """Return the start-up seconds of `ranks` ranks, each on its own core."""
         return self.alone + self.join * (ranks - 1)
 
 
 @dataclass(frozen=True)
 class RunSeconds:
-    """Where the time of a run goes."""
+    """The parts of a run's time."""
 
     training: float
     evaluation: float
@@ -135,7 +135,7 @@ class RunSeconds:
 
 @dataclass(frozen=True)
 class Message:
-    """A sum over the ranks: its size, and how far the backward pass is (0 to 1) when it can begin."""
+    """A sum over ranks: its size, and the fraction of the backward pass (0 to 1) after which it can start."""
 
     size: int
     ready: float
@@ -143,8 +143,8 @@ class Message:
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """An update: `compute` of the rank that has most to do, `waiting` for the slowest one, `exposed`
-    communication that no backward pass hides, and `fixed`. `hidden` communication costs nothing.
+    """An update: `compute` of the busiest rank, `waiting` for the slowest one, `exposed` communication that the
+    backward pass does not hide, and `fixed`. `hidden` communication costs nothing.
     """
 
     compute: float
@@ -160,12 +160,11 @@ class StepSeconds:
 
 
 def allreduce_seconds(network: Network, ranks: int, size: float) -> float:
-    """Return how long a sum of `size` bytes takes once it has begun.
+    """Return the duration of a sum of `size` bytes once it has started.
 
-    ring: every rank sends 2 (N-1)/N of the message to its neighbour. The message crosses every link twice, and
-    goes at the pace of the slowest. hierarchical: a ring in each node, and rings between the nodes, each with a
-    part of the message. tree: between the nodes a double binary tree, whose latency grows with the logarithm.
-    fastest: ring or tree, as NCCL chooses for each message.
+    ring: every rank sends 2 (N-1)/N of the message to its neighbour; the slowest link sets the pace. hierarchical: a
+    ring in each node, and rings between nodes, each with a part of the message. tree: a double binary tree between
+    nodes, whose latency grows logarithmically. fastest: the faster of ring and tree, as NCCL chooses for each message.
     """
     if network.algorithm == "fastest":
         choices: tuple[Algorithm, ...] = ("ring", "tree")
@@ -181,7 +180,7 @@ def allreduce_seconds(network: Network, ranks: int, size: float) -> float:
     inside = 2 * (local - 1) * (network.within.latency + size / local / network.within.bandwidth)
     if network.algorithm == "hierarchical":
         return inside + 2 * (nodes - 1) * (network.between.latency + size / nodes / network.between.bandwidth)
-    # The two trees carry half of the message each, and share the node's link.
+    # The two trees carry half of the message each and share the node's link.
     return inside + 2 * (math.ceil(math.log2(nodes)) * network.between.latency + _beyond_one(nodes, size, network))
 
 
@@ -190,18 +189,18 @@ def _beyond_one(nodes: int, size: float, network: Network) -> float:
 
 
 def agreement_seconds(coordination: Coordination, ranks: int) -> float:
-    """Return how long an operation waits before it begins: half a cycle, and until all ranks know of each other."""
+    """Return how long an operation waits before it starts: half a cycle, and the agreement of the ranks."""
     if ranks == 1:
         return 0.0
     return coordination.cycle / 2 + 2 * math.log2(ranks) * coordination.hop
 
 
 def messages(job: Job) -> list[Message]:
-    """Return the sums of an update, in the order in which they can begin: buckets of gradients, then the tally.
+    """Return the sums of an update, in the order in which they can start: buckets of gradients, then the tally.
 
-    As in the training: a bucket takes layers from the last to the first until it has `job.bucket` weights, and can
-    begin once the backward pass has been through all of them. The tally goes along with the last bucket where both
-    are integers: Coordination joins what is ready in one cycle.
+    As in training, a bucket takes layers from last to first until it has `job.bucket` weights, and can start once the
+    backward pass has reached all of them. If both are integers, the tally is sent with the last bucket, because the
+    engine fuses what is ready in one cycle.
     """
     whole = sum(layer.multiply_adds for layer in job.layers)
     sent: list[Message] = []
@@ -220,26 +219,26 @@ def messages(job: Job) -> list[Message]:
 
 
 def micro_batches_of_busiest(job: Job, ranks: int) -> int:
-    """Return how many micro-batches the rank has that has most of them."""
+    """Return the largest number of micro-batches of any rank."""
     return math.ceil(math.ceil(job.global_size / job.micro_size) / ranks)
 
 
 def idle_ranks(job: Job, ranks: int) -> int:
-    """Return how many ranks have no micro-batch."""
+    """Return the number of ranks without a micro-batch."""
     return max(0, ranks - math.ceil(job.global_size / job.micro_size))
 
 
 def slowest_of(ranks: int) -> float:
-    """Return the mean of the largest of so many standard normal numbers, by Blom's approximation; 0 for one."""
+    """Return the expected maximum of `ranks` standard normal numbers, by Blom's approximation; 0 for one."""
     return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
 
 
 def communication(
     sums: Sequence[Message], *, backward: float, network: Network, coordination: Coordination, ranks: int
 ) -> tuple[float, float]:
-    """Return the seconds of all `sums` beyond the end of a backward pass of `backward` seconds, and before it.
+    """Return the seconds of `sums` after the end of a backward pass of `backward` seconds, and during it.
 
-    One sum at a time; each begins when it is ready, agreed upon, and the one before it is done.
+    Sums run one at a time; each starts when it is ready and agreed upon, and the previous one is done.
     """
     if ranks == 1:
         return 0.0, 0.0
@@ -253,7 +252,7 @@ def communication(
 
 
 def step_seconds(job: Job, compute: Compute, network: Network, coordination: Coordination, ranks: int) -> StepSeconds:
-    """Return the time of an update on so many ranks."""
+    """Return the time of an update on `ranks` ranks."""
     count = micro_batches_of_busiest(job, ranks)
     micro_batch = max(min(job.micro_size, job.global_size) / compute.rate, compute.least)
     busy = count * micro_batch
@@ -270,13 +269,13 @@ def step_seconds(job: Job, compute: Compute, network: Network, coordination: Coo
 
 
 def efficiency(job: Job, compute: Compute, network: Network, coordination: Coordination, ranks: int) -> float:
-    """Return the speed-up over one rank for the same global batch, over the number of ranks."""
+    """Return the speed-up over one rank for the same global batch, divided by the number of ranks."""
     alone = step_seconds(job, compute, network, coordination, 1).total
     return alone / (ranks * step_seconds(job, compute, network, coordination, ranks).total)
 
 
 def weak_efficiency(job: Job, compute: Compute, network: Network, coordination: Coordination, ranks: int) -> float:
-    """Return one rank's time over that of so many, for a batch that each of them has: `job.global_size` a rank."""
+    """Return the time of one rank over that of `ranks` ranks, with a batch of `job.global_size` per rank."""
     alone = step_seconds(job, compute, network, coordination, 1)
     larger = replace(job, global_size=job.global_size * ranks)
     return alone.total / step_seconds(larger, compute, network, coordination, ranks).total
@@ -285,7 +284,7 @@ def weak_efficiency(job: Job, compute: Compute, network: Network, coordination: 
 def evaluation_seconds(
     passes: Passes, compute: Compute, network: Network, coordination: Coordination, ranks: int
 ) -> float:
-    """Return the time of an evaluation: the passes of the rank that has most of them, and the sum of all results."""
+    """Return the time of an evaluation: the passes of the busiest rank, and the sum of all results."""
     count = math.ceil(passes.samples / passes.size)
     one = FORWARD * max(min(passes.size, passes.samples) / compute.rate, compute.least)
     results = [Message(16 * count, 1.0)]
@@ -303,9 +302,9 @@ def run_seconds(
     conversion: float,
     ranks: int,
 ) -> RunSeconds:
-    """Return the time of a run whose images are decoded at `conversion` bytes a second, on each node at once.
+    """Return the time of a run whose images are decoded at `conversion` bytes per second, on all nodes at once.
 
-    A last, smaller batch of an epoch is left out, as in the training.
+    The last, smaller batch of an epoch is left out, as in training.
     """
     updates = run.epochs * (run.samples // run.job.global_size)
     each = sum(evaluation_seconds(passes, compute, network, coordination, ranks) for passes in run.evaluated)

@@ -1,4 +1,4 @@
-"""Networks as the scaling model sees them, and what others measured with them: Horovod's authors, NVIDIA."""
+"""Networks for the scaling model, and published measurements of them by Horovod's authors and NVIDIA."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from benchmarks.subject import settings
 from dist_train.models import build_model
 
 _FUSION_BYTES = 64 << 20
-"""Horovod's fusion buffer: gradients that are ready in one cycle are sent together, up to so many bytes."""
+"""Horovod's fusion buffer: gradients that are ready in one cycle are sent together, up to this size."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A figure of the Horovod paper: a batch of 64 a GPU, float32, 128 nodes of 4 Pascal GPUs, 25 Gbit/s Ethernet.
+    """Results of the Horovod paper: batch 64 per GPU, float32, 128 nodes of 4 Pascal GPUs, 25 Gbit/s Ethernet.
 
-    `rate` is images a second of one P100 by TensorFlow's own benchmarks of May 2017 (ResNet-101: by multiply-adds
-    between ResNet-50's and ResNet-152's). `over_tcp` follows from what the paper says RDMA gained.
+    `rate` is the images per second of one P100 in TensorFlow's benchmarks of May 2017 (ResNet-101: interpolated by
+    multiply-adds between ResNet-50 and ResNet-152). `over_tcp` follows from the paper's gain by RDMA.
     """
 
     name: str
@@ -35,9 +35,9 @@ class Published:
 
 @dataclass(frozen=True)
 class Fabric:
-    """The paper's machines: what of the wire's 25 Gbit/s RDMA and TCP reach, latencies, jitter of a rank's time.
+    """The paper's machines: the shares of 25 Gbit/s that RDMA and TCP reach, latencies, jitter of a rank's time.
 
-    Assumptions but for `tcp_share` and `jitter`, which `calibrated` fits.
+    All are assumed except `tcp_share` and `jitter`, which `calibrated` fits.
     """
 
     rdma_share: float = 0.9
@@ -57,9 +57,9 @@ class Fabric:
 
 @dataclass(frozen=True)
 class Check:
-    """A published efficiency beside the model's, without waiting for slow ranks and with it.
+    """A published efficiency and the model's, without and with waiting for slow ranks.
 
-    `fitted` names the parameter that was fitted to this figure; where it is empty, the figure is predicted.
+    `fitted` names the parameter fitted to this figure; if empty, the figure is predicted.
     """
 
     name: str
@@ -72,16 +72,16 @@ class Check:
 
 PUBLISHED_RANKS = 512
 A100_TF32, A100_MIXED = 938.0, 2470.0
-"""Images/s of ResNet-50's training on one A100 80GB, batch 256: NVIDIA DeepLearningExamples, PyTorch 21.03."""
+"""Images/s of ResNet-50 training on one A100 80GB, batch 256: NVIDIA DeepLearningExamples, PyTorch 21.03."""
 RESNET50_RATES = (A100_TF32, A100_MIXED, 5000.0)
-"""The last is twice the A100's, for an H100: assumed, without a source."""
+"""The last is about twice the A100's, for an H100: assumed, without a source."""
 NVLINK = Link(5e-6, 150e9)
-"""A GPU's way to its neighbours in a node, as an allreduce sees it; assumed."""
+"""A GPU's link to its neighbours in a node, for an allreduce; assumed."""
 _PUBLISHED_COORDINATION = Coordination(cycle=5e-3, hop=20e-6)
 
 
 def layers_of(network: nn.Module, image: tuple[int, int, int]) -> tuple[Layer, ...]:
-    """Return the layers of `network` that have weights, in the order in which one `image` goes through them."""
+    """Return the layers of `network` that have weights, in the order of a forward pass of one `image`."""
     found: list[Layer] = []
 
     def note(module: nn.Module, _: object, output: Tensor) -> None:
@@ -111,13 +111,13 @@ def vgg9(width: float = 1.0) -> tuple[Layer, ...]:
 @cache
 def resnet50_layers() -> tuple[Layer, ...]:
     """Return the layers of torchvision's ResNet-50 for 3x224x224 images."""
-    with torch.device("meta"):  # no memory, no arithmetic: shapes alone
+    with torch.device("meta"):  # shapes only, without memory or arithmetic
         return layers_of(resnet50(), (3, 224, 224))
 
 
 @cache
 def published() -> tuple[Published, ...]:
-    """Return the paper's three networks and figures."""
+    """Return the paper's three networks and results."""
     with torch.device("meta"):
         inception = layers_of(inception_v3(aux_logits=False, init_weights=False), (3, 299, 299))
         residual = layers_of(resnet101(), (3, 224, 224))
@@ -130,7 +130,7 @@ def published() -> tuple[Published, ...]:
 
 
 def published_job(figure: Published) -> Job:
-    """Return a GPU's part of the training that was measured."""
+    """Return the per-GPU job of the measured training."""
     return Job(figure.layers, 64, 64, weight_bytes=4, bucket=_FUSION_BYTES // 4)
 
 
@@ -142,9 +142,9 @@ def modelled(figure: Published, fabric: Fabric, transport: str) -> float:
 
 
 def calibrated(figures: tuple[Published, ...], fabric: Fabric) -> Fabric:
-    """Return `fabric` with what two of the figures say.
+    """Return `fabric` with two parameters fitted.
 
-    Its jitter gives the first figure over RDMA, and TCP's share of the wire, with that jitter, the last over TCP.
+    The jitter is fitted to the first figure over RDMA, then TCP's share of the bandwidth to the last figure over TCP.
     """
 
     def over_rdma(jitter: float) -> float:
@@ -159,7 +159,7 @@ def calibrated(figures: tuple[Published, ...], fabric: Fabric) -> Fabric:
 
 
 def checks(figures: tuple[Published, ...], fabric: Fabric) -> list[Check]:
-    """Return all figures, over RDMA and over TCP, beside the model with the `calibrated` fabric, and NVIDIA's."""
+    """Return all figures over RDMA and TCP, with the model of the `calibrated` fabric, and NVIDIA's."""
     found = [
         Check(
             f"{figure.name}, {PUBLISHED_RANKS} GPUs",

@@ -1,4 +1,4 @@
-"""The tables of `docs/scaling.md`, as cells: what was measured and fitted, what others published, the forecasts."""
+"""The tables of `docs/scaling.md`: measurements and fits, published figures, forecasts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ENGINES = {"mpi": "Horovod over MPI", "gloo": "Horovod over Gloo", "torch": "to
 
 @dataclass(frozen=True)
 class Table:
-    """A table between the marks `key` of the page, below a caption."""
+    """A table with a caption; `key` names its markers in the page."""
 
     key: str
     caption: str
@@ -46,14 +46,14 @@ def _forecast_cells(row: Forecast) -> tuple[str, ...]:
 
 
 def knobs_table(knobs: Iterable[Knob]) -> Table:
-    """Return the settings, a column for each number of GPUs."""
+    """Return the effect of settings, with a column for each number of GPUs."""
     rows = tuple((knob.setting, *(f"{factor:.2f}" for factor in knob.factors)) for knob in knobs)
     caption = "The time of an update of VGG9 as a factor, with no GPU idle unless stated."
     return Table("settings", caption, ("setting", *(f"{ranks:,}" for ranks in KNOB_RANKS)), rows)
 
 
 def reductions_table(groups: Mapping[float, Sequence[tuple[Reduction, Reduction]]]) -> Table:
-    """Return the reductions of ResNet-50 for each rate of a GPU: over one card a node, and over eight."""
+    """Return the reductions of ResNet-50 for each rate of a GPU, with one network card per node and with eight."""
     factors = ("exact", "exact32", "2 bytes")
     head = ("images/s a GPU", "GPUs", "micro-batch", "float: ms", "images/s", "efficiency", *factors)
     fast = ("8 cards, float: ms", *factors)
@@ -79,7 +79,7 @@ def reductions_table(groups: Mapping[float, Sequence[tuple[Reduction, Reduction]
 
 
 def runs_table(runs: Iterable[tuple[str, int, RunSeconds]]) -> Table:
-    """Return where the time of whole runs goes, each with its title and number of GPUs."""
+    """Return the parts of the time of whole runs, by title and number of GPUs."""
     head = ("run", "GPUs", "whole, min", "training", "evaluation", "start-up", "conversion")
     rows = []
     for title, ranks, seconds in runs:
@@ -90,7 +90,7 @@ def runs_table(runs: Iterable[tuple[str, int, RunSeconds]]) -> Table:
 
 
 def starts_table(measurements: Measurements, fits: Fits) -> Table:
-    """Return what starting takes, and sums of one number, over each engine."""
+    """Return the times of start-up and of sums of one number, for each engine."""
     head = ("over", "ranks", "all connected, s", "model", "launcher ended, s", "a tiny sum, ms", "with a new name, ms")
     tiny = {(row.controller, row.ranks, row.kind): row.seconds for row in measurements.allreduces if row.length == 1}
     rows = []
@@ -116,7 +116,7 @@ def starts_table(measurements: Measurements, fits: Fits) -> Table:
 
 
 def sums_table(measurements: Measurements, fits: Fits) -> Table:
-    """Return the sums beside the model, a row for each engine and size."""
+    """Return measured and modelled sums, a row for each engine and size."""
     links = "; ".join(
         f"{_ENGINES[controller]} {1e6 * machine.coordination.hop:.0f} us a hop, {machine.link.bandwidth / 1e9:.2g} GB/s"
         for controller, machine in fits.machines.items()
@@ -126,7 +126,7 @@ def sums_table(measurements: Measurements, fits: Fits) -> Table:
 
 
 def steps_table(fits: Fits) -> Table:
-    """Return the updates beside the model, a row for each engine and subject."""
+    """Return measured and modelled updates, a row for each engine and subject."""
     paces = "; ".join(
         f"width {width:g} {1 / pace.sample:,.0f} images/s a core, {1000 * pace.fixed:.0f} ms an update"
         for width, pace in fits.paces.items()
@@ -135,7 +135,7 @@ def steps_table(fits: Fits) -> Table:
 
 
 def _beside(key: str, caption: str, residuals: Sequence[Residual]) -> Table:
-    """Return measured and modelled milliseconds side by side, a row for each subject, columns by ranks."""
+    """Return measured and modelled milliseconds, a row for each subject, columns by ranks."""
     counts = sorted({row.ranks for row in residuals})
     columns = [(count, next(row.is_fitted for row in residuals if row.ranks == count)) for count in counts]
     head = ["over, what"]
@@ -158,7 +158,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def published_table(found: Iterable[Check], fabric: Fabric) -> Table:
-    """Return published efficiencies beside the model's, and what was fitted to each."""
+    """Return published and modelled efficiencies, and the parameter fitted to each."""
     head = ("network", "over", "published", "model, network alone", "model, with jitter", "fitted to this row")
     named = {
         "jitter": f"jitter: {100 * fabric.jitter:.1f} %",

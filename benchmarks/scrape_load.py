@@ -1,7 +1,7 @@
-"""Scrapes a page at a steady rate: `python -m benchmarks.scrape_load URL RATE`, in a process of its own.
+"""Scrapes a page at a steady rate: `python -m benchmarks.scrape_load URL RATE`, in its own process.
 
-For each line on standard input, a number of seconds, it scrapes for so long and then prints how many answers were
-whole.
+For each line on standard input, a number of seconds, it scrapes for that time and then prints the number of complete
+answers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _HEADERS_END = b"\r\n\r\n"
 
 
 class _Client:
-    """A connection that is kept, with one request at a time."""
+    """A persistent connection with one request at a time."""
 
     def __init__(self, host: str, port: int, path: str) -> None:
         self.socket = socket.create_connection((host, port), timeout=10)
@@ -33,7 +33,7 @@ class _Client:
         self.socket.sendall(self._request)
 
     def read(self) -> bool:
-        """Read what has come; return whether the answer is whole."""
+        """Read received bytes; return whether the answer is complete."""
         count = self.socket.recv_into(self._buffer[self._got :])
         assert count, "the server closed a connection that was in use"
         self._got += count
@@ -48,7 +48,7 @@ class _Client:
 
 
 def scrape(clients: list[_Client], rate: float, seconds: float) -> int:
-    """Scrape for `seconds` at `rate` a second, or as fast as the answers come; return how many came."""
+    """Scrape for `seconds` at `rate` per second, or as fast as answers come; return the number of answers."""
     idle, answers = deque(clients), 0
     began = due = time.monotonic()
     with selectors.DefaultSelector() as waiting:
@@ -69,7 +69,7 @@ def scrape(clients: list[_Client], rate: float, seconds: float) -> int:
 
 
 def main() -> None:
-    """Scrape whenever it is asked for."""
+    """Scrape once for each line of standard input."""
     url, rate = urlsplit(sys.argv[1]), float(sys.argv[2])
     assert url.hostname is not None
     assert url.port is not None

@@ -1,5 +1,5 @@
-// What torch's CPU build asks of CUDA when autograd meets tensors of that device, answered without a GPU: that CUDA is
-// the accelerator, that it has one device with one stream, and that nothing has been set up on it. To be preloaded.
+// Answers, without a GPU, what torch's CPU build asks of CUDA when autograd handles tensors of that device: CUDA is the
+// accelerator, it has one device with one stream, and no context exists on it. To be preloaded.
 
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/FakeGuardImpl.h>
@@ -7,7 +7,7 @@
 #include <optional>
 
 namespace at::accelerator {
-// Found before libtorch_cpu's own, which knows at compile time that there is none.
+// Overrides libtorch_cpu's function, which returns at compile time that there is no accelerator.
 C10_EXPORT std::optional<c10::DeviceType> getAccelerator(bool) {
   return c10::DeviceType::CUDA;
 }

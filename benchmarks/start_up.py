@@ -1,4 +1,4 @@
-"""Rows of a start: two ranks from the launch to the first step done, and a resume to its first."""
+"""Rows of start-up on two ranks: from the launch to the end of the first step, at a fresh start and at a resume."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BAR = 1.3
 
 
 def start_row(controller: str, pairs: int) -> Ratio:
-    """Return our start on two ranks over that of a bare Horovod program, which ends with its one allreduce."""
+    """Return our start-up on two ranks over that of a minimal Horovod program, which ends with one allreduce."""
     with tempfile.TemporaryDirectory() as folder:
         config = write_settings(Path(folder), 0.25)
         seconds = []
@@ -27,7 +27,7 @@ def start_row(controller: str, pairs: int) -> Ratio:
 
 
 def resume_rows(pairs: int) -> Iterator[Ratio]:
-    """Yield the time from the launch to the first step after a checkpoint over that of the first start, VGG9."""
+    """Yield the time from the launch to the first step after a resume over that of a fresh start, for VGG9."""
     for width in (0.25, 1.0):
         with tempfile.TemporaryDirectory() as folder:
             config = write_settings(Path(folder), width)
@@ -41,6 +41,6 @@ def resume_rows(pairs: int) -> Iterator[Ratio]:
 
 
 def bare_horovod(controller: str) -> float:
-    """Return the seconds from the launch of the bare program on two ranks until its allreduce was done."""
+    """Return the seconds from the launch of the minimal program on two ranks until its allreduce was done."""
     begun = time.time()
     return float(measure(on_ranks(controller, 2, module("benchmarks.bare_horovod")))) - begun

@@ -1,4 +1,4 @@
-"""Our own trainer, held still between updates so that it can be timed against something else."""
+"""Our trainer, advanced update by update so that it can be timed against something else."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ QUIET: Mapping[str, Mapping[str, Any]] = {
     "checkpoint": {"every_epochs": 0},
     "comm": {"verify_every": 0},
 }
-"""Nothing but updates."""
+"""Settings for updates only: no metrics, evaluations, checkpoints or agreement checks."""
 
 
 def settings(width: float, global_size: int, **sections: Mapping[str, Any]) -> Config:
-    """Return the configuration of VGG9 on synthetic CIFAR-sized images, noise off, ghost norm over 128."""
+    """Return the configuration of VGG9 on synthetic CIFAR-sized images, without noise, ghost norm over 128."""
     base: dict[str, dict[str, Any]] = {
         "run": {"name": "bench", "epochs": 1_000},
         "data": {"name": "synthetic", "synthetic_samples": max(2 * global_size, 4096)},

@@ -1,4 +1,4 @@
-"""Two things timed against each other: in turn, in one process, so that the machine's moods hit both."""
+"""Times two sides against each other, in turn and in one process, so that disturbances affect both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Ratio:
-    """How much `ours` takes of what `theirs` takes: median and quartiles of the ratios of `pairs` pairs."""
+    """Our amount divided by theirs: median and quartiles of the ratios of `pairs` pairs."""
 
     row: str
     ours: str
@@ -23,21 +23,21 @@ class Ratio:
     pairs: int
     amount_ours: float
     amount_theirs: float
-    """Medians of what was measured, in `unit`."""
+    """Medians of the measured amounts, in `unit`."""
     bar: float | None
-    """What the median must not exceed; None: only stated."""
+    """The largest allowed median; None: the row is only stated."""
     unit: str = "s"
     images: int = 0
-    """Images that one timing covers; 0: it covers none."""
+    """Images per timing; 0: not applicable."""
 
     @property
     def holds(self) -> bool:
-        """Whether the bar is reached."""
+        """Whether the median is within the bar."""
         return self.bar is None or self.median <= self.bar
 
     @property
     def images_per_second(self) -> float | None:
-        """Images a second on our side; None where no images were counted."""
+        """Images per second on our side; None if not applicable."""
         return self.images / self.amount_ours if self.images else None
 
 
@@ -51,7 +51,7 @@ def compare(
     warm_up: int = 2,
     images: int = 0,
 ) -> Ratio:
-    """Time both sides in turn, the first one alternating, after `warm_up` untimed calls of each."""
+    """Time both sides in turn, alternating which is first, after `warm_up` untimed calls of each."""
     for _ in range(warm_up):
         ours[1]()
         theirs[1]()
@@ -77,7 +77,7 @@ def ratio_of(
     unit: str = "s",
     images: int = 0,
 ) -> Ratio:
-    """Return the ratio of pairs of amounts (ours, theirs), of one pair or more."""
+    """Return the ratio of one or more pairs of amounts (ours, theirs)."""
     ratios = [mine / other for mine, other in amounts]
     lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive") if ratios[1:] else ratios * 3
     return Ratio(
@@ -97,7 +97,7 @@ def ratio_of(
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Return the seconds that `call` takes, and a GPU in use with what it was given."""
+    """Return the seconds of `call`, including the work that it queued on the GPU."""
     _settle()
     begun = time.perf_counter()
     call()

@@ -1,6 +1,6 @@
-"""Rows of what a step on a GPU works through, beside plain PyTorch's: operators, and bytes read and written.
+"""Rows of a GPU step's operators and of the bytes that it reads and writes, against plain PyTorch.
 
-Counted on emulated tensors (`benchmarks/emulation.py`), so that no GPU is needed and nothing is timed.
+They are counted on emulated tensors (`benchmarks/emulation.py`), so no GPU is needed and nothing is timed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _GB = 1e9
 
 
 def rows() -> Iterator[Ratio]:
-    """Yield rank 0's step of `CONFIG` on 8 GPUs over plain PyTorch's: all samples in one pass, and pass by pass."""
+    """Yield rank 0's step of `CONFIG` on 8 GPUs over plain PyTorch's, with all samples in one pass and in several."""
     config = load_config(CONFIG)
     samples = config.batch.global_size // RANKS
     assert config.batch.micro_size != "auto", "the same bits on any number of GPUs"
@@ -36,7 +36,7 @@ def rows() -> Iterator[Ratio]:
     step, whole, passes, step_in_one = found
     micro = config.batch.micro_size
     for mine, ours_in, theirs, theirs_in, most in (
-        # as many operators as passes: what small passes cost, for the same bits on more GPUs, is stated
+        # The cost of small passes, which give the same bits on more GPUs, is stated without a bar.
         (step, micro, whole, samples, None),
         (step, micro, passes, micro, _OPERATORS),
         (step_in_one, samples, whole, samples, _OPERATORS),

@@ -1,4 +1,4 @@
-"""Rows that need two ranks; every rank runs this module, rank 0 prints the rows as JSON.
+"""Rows of gradient reductions on two ranks; every rank runs this module, rank 0 prints the row as JSON.
 
 `horovodrun -np 2 --gloo python -m benchmarks.two_ranks REDUCTION GLOBAL_SIZE PAIRS`
 """
@@ -19,7 +19,7 @@ _BARS = {("exact", 8192): 1.03, ("exact32", 128): 1.02}
 
 
 def reduction_row(comm: Communicator, which: str, global_size: int, pairs: int) -> Ratio:
-    """Return the step time of the reduction `which` over that of float, VGG9 width 1."""
+    """Return the step time with the reduction `which` over that with float, for VGG9 of width 1."""
     name = "reduction" if which == "exact" else f"reduction {which}"
     with shared_folder(comm) as folder:
         sides = {
@@ -36,7 +36,7 @@ def reduction_row(comm: Communicator, which: str, global_size: int, pairs: int) 
             ("float", sides["float"].advance),
             pairs=pairs,
             bar=_BARS.get((which, global_size)),
-            # exact32's first update has no grids yet: it sums in 64 bits
+            # exact32's first update has no grids yet and sums in 64 bits.
             warm_up=2 if which == "exact32" else 1,
             images=global_size,
         )

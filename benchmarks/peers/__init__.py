@@ -1,1 +1,1 @@
-"""The same training work by the means that a user could pick instead, each as its documentation shows it."""
+"""The same training with the libraries that a user could choose instead, each written as in its documentation."""

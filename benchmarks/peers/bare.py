@@ -12,7 +12,7 @@ from benchmarks.peers.work import Clock, Work, images_and_labels, sgd, vgg9, wor
 
 
 def train(work: Work, perturb: Callable[[nn.Module], Callable[[], None]]) -> None:
-    """Make the updates; `perturb` moves the weights before an update's passes and returns what moves them back."""
+    """Make the updates; `perturb` perturbs the weights before an update's passes and returns what restores them."""
     images, labels = images_and_labels(work.samples)
     model = vgg9(work.width)
     optimizer = sgd(model)

@@ -1,6 +1,6 @@
-"""Each peer against us: every side a program of its own, all in turn in each round, since the machine has moods.
+"""Rows of our step time against each peer's: every side is its own program, and all run in turn in each round.
 
-Lightning and Ignite live in `.venv-peers`, made by `benchmarks/peers/environment.sh`; without it they are left out.
+Lightning and Ignite are installed in `.venv-peers` by `benchmarks/peers/environment.sh`; without it they are left out.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ SMALL = Work(0.25, 128, 1, updates=60, warm_up=10)
 SMALL_8192 = Work(0.25, 8192, 1, updates=2, warm_up=1)
 WHOLE = Work(1.0, 128, 1, updates=6, warm_up=2)
 WHOLE_8192 = Work(1.0, 8192, 1, updates=1, warm_up=0)
-"""The work of one rank; two ranks do it as well."""
+"""Work for one rank; `rows` also runs it on two."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A program, how it is started on some ranks, and the largest ratio of our step time to its own."""
+    """A program, the command that starts it on some ranks, and the largest allowed ratio of our step time to its."""
 
     name: str
     module: str
@@ -35,7 +35,7 @@ class Peer:
 
 
 def rows(work: Work, rounds: int) -> Iterator[Ratio]:
-    """Yield our step time over each peer's, with one rank and two, and ours with two over ours with one."""
+    """Yield our step time over each peer's on one rank and on two, and ours on two ranks over half of ours on one."""
     ours: dict[int, list[float]] = {}
     for ranks in (1, 2):
         shared = replace(work, ranks=ranks)

@@ -1,4 +1,4 @@
-"""PyTorch's DistributedDataParallel over Gloo, by torchrun; gradients are accumulated under `no_sync`."""
+"""PyTorch's DistributedDataParallel over Gloo, started by torchrun; gradients are accumulated under `no_sync`."""
 
 from __future__ import annotations
 

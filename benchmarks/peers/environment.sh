@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv-peers, where Lightning and Ignite live: they need none of our packages, and we none of theirs.
+# Creates .venv-peers for Lightning and Ignite: they need none of our packages, and we need none of theirs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 [[ -x .venv-peers/bin/python ]] || "${PYTHON:-python3}" -m venv .venv-peers

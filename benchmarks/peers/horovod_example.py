@@ -1,5 +1,5 @@
-"""The style of Horovod's own examples: a DataLoader with a rank process, `backward_passes_per_step`, and the loss and
-the accuracy of every batch averaged over the ranks.
+"""Training in the style of Horovod's examples: a DataLoader with a loader process, `backward_passes_per_step`, and loss
+and accuracy of every batch averaged over the ranks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Metric:
     """A value averaged over ranks and batches, as in the examples."""
 
     def __init__(self, name: str) -> None:
-        """Begin at nothing."""
+        """Start at 0."""
         self._name = name
         self._sum = torch.tensor(0.0)
         self._count = 0

@@ -1,4 +1,4 @@
-"""Ignite: an engine of its supervised trainer, distributed by `idist`, as its documentation shows."""
+"""Ignite, as in its documentation: a supervised trainer, distributed with `idist`."""
 
 from __future__ import annotations
 

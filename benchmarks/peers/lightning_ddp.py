@@ -1,4 +1,4 @@
-"""Lightning, its DDP strategy, as its documentation shows: a LightningModule, a Trainer, `accumulate_grad_batches`."""
+"""Lightning with its DDP strategy, as in its documentation: LightningModule, Trainer, `accumulate_grad_batches`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Timing(lightning.Callback):  # type: ignore[misc]  # not installed where t
         self._passes = work.passes
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *unused: object) -> None:
-        """Take the time where the micro-batch was an update's last."""
+        """Take the time after the last micro-batch of an update."""
         if (trainer.fit_loop.total_batch_idx + 1) % self._passes == 0 and self.clock.update_ended():
             trainer.should_stop = True
 

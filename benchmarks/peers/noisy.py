@@ -1,4 +1,4 @@
-"""SmoothOut in the style of its reference: a draw and an addition for each tensor, subtracted afterwards."""
+"""SmoothOut in the style of its reference implementation: a draw, an addition and a subtraction for each tensor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ AMPLITUDE = 0.01
 
 @torch.no_grad()
 def add_noise(model: nn.Module) -> Callable[[], None]:
-    """Perturb every parameter, and return what takes the noise away again."""
+    """Perturb every parameter, and return a function that removes the noise."""
     noises = []
     for parameter in model.parameters():
         noise = torch.empty_like(parameter).uniform_(-AMPLITUDE, AMPLITUDE)

@@ -1,4 +1,4 @@
-"""dist-train itself: nothing but updates, without noise."""
+"""dist-train itself: only updates, without noise."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The work that everybody does: data, sizes, the clock. Needs PyTorch alone: some peers live in an environment of their
-own, without dist_train.
+"""The work that all peers share: data, sizes, clock. It needs only PyTorch, because some peers run in an environment
+without dist_train.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ class Work:
 
     @property
     def samples(self) -> int:
-        """Samples of the data set: some epochs long where an update is small."""
+        """Samples of the data set: at least two updates, and enough for many small ones."""
         return max(2 * self.batch, 4096)
 
     def arguments(self) -> list[str]:
-        """Return the words by which a peer's program is told."""
+        """Return the command-line arguments of a peer's program."""
         return [str(value) for value in astuple(self)]
 
 
 def work_from_arguments() -> Work:
-    """Return the work that the command line names, and set one thread, as for everybody."""
+    """Return the work that the command line describes, and set torch to one thread, as for all peers."""
     parser = argparse.ArgumentParser()
     parser.add_argument("width", type=float)
     for name in ("batch", "ranks", "updates", "warm_up"):
@@ -60,20 +60,20 @@ def work_from_arguments() -> Work:
 
 
 def images_and_labels(samples: int) -> tuple[Tensor, Tensor]:
-    """Return uint8 images [samples, 3, 32, 32] and labels [samples], the same for everybody."""
+    """Return uint8 images [samples, 3, 32, 32] and labels [samples], the same for all peers."""
     source = torch.Generator().manual_seed(1)
     images = torch.randint(256, (samples, 3, 32, 32), dtype=torch.uint8, generator=source)
     return images, torch.randint(10, (samples,), generator=source)
 
 
 def vgg9(width: float) -> nn.Module:
-    """Return the network, initialized alike."""
+    """Return the network, with the same initial weights for all peers."""
     torch.manual_seed(1)
     return bare_vgg9(3, 10, width)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """Return everybody's optimizer."""
+    """Return the optimizer that all peers use."""
     return torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, nesterov=True)
 
 
@@ -91,6 +91,6 @@ class Clock:
         return len(self._ends) > self._work.warm_up + self._work.updates
 
     def report(self) -> None:
-        """Tell the seconds of one update, the mean over the timed ones."""
+        """Print the mean seconds of the timed updates."""
         ends = self._ends[self._work.warm_up :]
         tell((ends[-1] - ends[0]) / (len(ends) - 1))
