@@ -173,8 +173,8 @@ def recovery(device: Device, folder: Path) -> Finding:
     code = _kill_at_checkpoint(launch, folder / "elastic", lambda launcher: max(ranks_of(launcher)))
     digests = {name: _digest(folder / name) for name in ("alone", "elastic")}
     records = [json.loads(line) for line in (folder / "elastic/metrics.jsonl").read_text().splitlines()]
-    told = ("rank_lost", "rank_joined")
-    events = [f"{each['event']}: {each['seconds']} s" for each in records if each.get("event") in told]
+    kinds = ("rank_lost", "rank_joined")
+    events = [f"{each['event']}: {each['seconds']} s" for each in records if each.get("event") in kinds]
     lines += ["| run | weights |", "|---|---|", *(f"| {name} | {digest} |" for name, digest in digests.items())]
     lines += ["", f"Exit code {code}; {'; '.join(events)}."]
     holds = code == 0 and len(set(digests.values())) == 1 and any(each.startswith("rank_lost") for each in events)

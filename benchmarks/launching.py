@@ -39,11 +39,11 @@ def measure(command: Sequence[str], variables: Mapping[str, str] | None = None) 
         text=True,
         check=False,
     )
-    told = [line.split(_MARK, 1)[1] for line in ended.stdout.splitlines() if _MARK in line]
-    if len(told) != 1:
+    results = [line.split(_MARK, 1)[1] for line in ended.stdout.splitlines() if _MARK in line]
+    if len(results) != 1:
         output = f"{ended.stdout[-2000:]}{ended.stderr[-4000:]}"
         raise NotMeasuredError(f"no result (exit code {ended.returncode}) from {' '.join(command)}:\n{output}")
-    return json.loads(told[0])
+    return json.loads(results[0])
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:

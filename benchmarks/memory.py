@@ -92,8 +92,8 @@ def _trained(images: Path, ranks: int) -> list[Memory]:
 
 
 def _memories(command: list[str], images: Path) -> list[Memory]:
-    told = measure(command, {"DIST_TRAIN_CACHE": str(images / "cache")})
-    return [Memory(*numbers) for numbers in told]
+    measured = measure(command, {"DIST_TRAIN_CACHE": str(images / "cache")})
+    return [Memory(*numbers) for numbers in measured]
 
 
 def _settings(images: Path) -> Config:

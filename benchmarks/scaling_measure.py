@@ -119,13 +119,13 @@ def measure(machine: str, updates: int, launches: int) -> Measurements:
     steps: list[Step] = []
     for ranks in RANKS:
         times = launches if ranks <= _OFTEN else 1
-        for controller, told in _in_turn(times, ranks, "allreduce").items():
-            met, whole, rows = zip(*told, strict=True)
+        for controller, launched in _in_turn(times, ranks, "allreduce").items():
+            met, whole, rows = zip(*launched, strict=True)
             startups.append(Startup(controller, ranks, statistics.median(met), statistics.median(whole)))
             allreduces += [Allreduce(controller, ranks, **entry) for entry in _pooled(rows, ("length", "kind"))]
         for width, global_size in SUBJECTS:
             if ranks <= global_size // MICRO_SIZE:
-                for controller, told in _in_turn(times, ranks, "steps", updates, width, global_size).items():
+                for controller, launched in _in_turn(times, ranks, "steps", updates, width, global_size).items():
                     [entry] = _pooled([entries for _, _, entries in told], ("width", "global_size"))
                     steps.append(Step(controller, ranks, **entry))
     elapsed, busy, ours = time.monotonic() - begun, _busy_seconds() - busy, _our_seconds() - ours

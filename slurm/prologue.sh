@@ -636,7 +636,7 @@ requeue_job() {
     if scontrol requeue "$job"; then
         say "requeued"
     else
-        say "scontrol cannot requeue the job: it ends with $stopped_status (see RequeueExit in slurm.conf), or submit it again"
+        say "scontrol cannot requeue the job, which ends with $stopped_status: submit it again, unless the site requeues by RequeueExit"
     fi
     exit "$stopped_status"
 }

@@ -181,7 +181,7 @@ def _last(name: str, split: str) -> Callable[[StoredRun], float | None]:
 
 
 def _final_accuracy(split: str, is_measured: Callable[[StoredRun], bool]) -> Callable[[StoredRun], float | None]:
-    """Return a function for the final accuracy on `split`; of a diverged run that measures it, that of guessing."""
+    """Return a function for the final accuracy on `split`; a diverged run that measures it has that of guessing."""
     last = _last("accuracy", split)
     return lambda run: last(run) if not run.is_diverged else run.guessing if is_measured(run) else None
 

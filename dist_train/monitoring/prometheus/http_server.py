@@ -295,7 +295,7 @@ class _Handler(BaseHTTPRequestHandler):
         credentials = self.server.site.credentials
         if not is_admitted(self.headers.get("Authorization", ""), credentials):
             challenges = [("WWW-Authenticate", _CHALLENGES[scheme]) for scheme in credentials]
-            self._answer(HTTPStatus.UNAUTHORIZED, b"who is asking?\n", challenges)
+            self._answer(HTTPStatus.UNAUTHORIZED, b"authorization required\n", challenges)
             return
         begun = time.monotonic()
         self._answer(HTTPStatus.OK, self.server.site.page(), content_type=CONTENT_TYPE)

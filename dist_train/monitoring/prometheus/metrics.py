@@ -324,7 +324,7 @@ METRICS: tuple[Metric, ...] = (
     _gauge("checkpoint_step", "Step of the latest checkpoint.", "checkpoint.step", "updates"),
     _gauge("checkpoint_size_bytes", "Size of the latest checkpoint.", "checkpoint.details.bytes"),
     _gauge("checkpoint_duration_seconds", "Time to write the latest checkpoint.", "checkpoint.details.seconds"),
-    _gauge("checkpoint_stall_seconds", "Time that it stalled training.", "checkpoint.details.stall_seconds"),
+    _gauge("checkpoint_stall_seconds", "Training stall by the latest checkpoint.", "checkpoint.details.stall_seconds"),
     _count("checkpoints_total", "Checkpoints written to disk.", "events.checkpoint", "checkpoints"),
     _count(
         "checkpoint_failures_total", "Checkpoints that could not be written.", "events.checkpoint_failed", "checkpoints"
