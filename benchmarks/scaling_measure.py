@@ -126,7 +126,7 @@ def measure(machine: str, updates: int, launches: int) -> Measurements:
         for width, global_size in SUBJECTS:
             if ranks <= global_size // MICRO_SIZE:
                 for controller, launched in _in_turn(times, ranks, "steps", updates, width, global_size).items():
-                    [entry] = _pooled([entries for _, _, entries in told], ("width", "global_size"))
+                    [entry] = _pooled([entries for _, _, entries in launched], ("width", "global_size"))
                     steps.append(Step(controller, ranks, **entry))
     elapsed, busy, ours = time.monotonic() - begun, _busy_seconds() - busy, _our_seconds() - ours
     others = max(0.0, busy - ours) / (elapsed * cores)

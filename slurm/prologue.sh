@@ -436,6 +436,7 @@ guard_batch_host() {
         requests+=(-u "SLURM_$request")
     done
     # If this node is lost, srun is lost too, but its step continues.
+    # grep hides srun's messages about the end of the step.
     env "${requests[@]}" srun --mpi=none --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "--nodelist=$other" \
         --cpus-per-task=1 --gres=none --input=none --output=none --no-kill \
         bash -c "$(declare -f requeue_once_lost); requeue_once_lost $(printf '%q ' "$host" "$(readlink "/proc/$$/fd/2")")" \

@@ -81,7 +81,7 @@ def paired_difference(
         return None
     mean, count = fmean(differences), len(differences)
     if any(map(any, bounds)):
-        # A larger second value raises the mean, a larger first value lowers it; either may widen the interval at will.
+        # A larger second value raises the mean, a larger first one lowers it; either may widen the interval freely.
         at_most, at_least = (any(side) for side in zip(*bounds, strict=True))
         sign: Sign | None = None if at_most and at_least else "\u2265" if at_least else "\u2264"
         return Interval(mean, math.nan, math.nan, count, sum(map(any, bounds)), sign)

@@ -174,11 +174,11 @@ def test_any_other_image_is_run_by_pyxis(programs: str) -> None:
     [
         ({"LAUNCHER": "ssh"}, "LAUNCHER is srun or mpirun, not 'ssh'"),
         ({"RANKS_PER_NODE": "all"}, "RANKS_PER_NODE takes a number, 1 or more, not 'all'"),
-        ({"LAUNCHER": "mpirun", "CONTAINER": "image"}, "Pyxis works by srun"),
+        ({"LAUNCHER": "mpirun", "CONTAINER": "image"}, "Pyxis needs srun"),
         ({"CONTAINER": "/nowhere.sif"}, "CONTAINER /nowhere.sif cannot be read"),
         ({"MIN_RANKS": "3"}, "MIN_RANKS takes a number, 1 to the run's 2 ranks, not '3'"),
-        ({"MIN_RANKS": "1", "LAUNCHER": "mpirun"}, "MIN_RANKS is for LAUNCHER=srun"),
-        ({"MIN_RANKS": "1", "OVERRIDES": "comm.engine=horovod"}, "MIN_RANKS is for comm.engine=torch"),
+        ({"MIN_RANKS": "1", "LAUNCHER": "mpirun"}, "MIN_RANKS needs LAUNCHER=srun"),
+        ({"MIN_RANKS": "1", "OVERRIDES": "comm.engine=horovod"}, "MIN_RANKS needs comm.engine=torch"),
         ({"MIN_RANKS": "1", "SLURM_NTASKS": "3", "SLURM_TASKS_PER_NODE": "2,1"}, "set RANKS_PER_NODE"),
     ],
 )

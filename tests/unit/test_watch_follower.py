@@ -44,7 +44,7 @@ def test_a_file_cut_back_or_written_anew_is_read_anew(path: Path, content: bytes
     follower = Follower(path)
     follower.look()
     path.write_bytes(content)
-    assert follower.look() == News(tuple(content.split()), anew=True)
+    assert follower.look() == News(tuple(content.split()), rewound=True)
 
 
 def test_another_file_in_its_place_is_read_anew(path: Path, tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_another_file_in_its_place_is_read_anew(path: Path, tmp_path: Path) -> N
     other = tmp_path / "other"
     other.write_bytes(b"1\n2\n3\n")
     os.replace(other, path)
-    assert follower.look() == News((b"1", b"2", b"3"), anew=True)
+    assert follower.look() == News((b"1", b"2", b"3"), rewound=True)
 
 
 def test_a_file_that_vanishes_makes_all_void_once(path: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_file_that_vanishes_makes_all_void_once(path: Path) -> None:
     follower = Follower(path)
     follower.look()
     path.unlink()
-    assert follower.look() == News(anew=True)
+    assert follower.look() == News(rewound=True)
     assert follower.look() == News()
 
 
@@ -75,6 +75,6 @@ def test_however_lines_arrive_each_is_read_once(pieces: list[bytes], tmp_path_fa
     for piece in pieces:
         append(path, piece)
         news = follower.look()
-        assert not news.anew
+        assert not news.rewound
         seen.extend(news.lines)
     assert seen == b"".join(pieces).split(b"\n")[:-1]
