@@ -228,7 +228,7 @@ def test_a_torn_result_is_named(tmp_path: Path) -> None:
     [sharpness] = run.glob("analysis/sharpness-*.json")
     sharpness.write_text("{torn")
     text = written(run).text
-    assert "points.csv is not as it should be" in text
+    assert "points.csv is damaged" in text
     assert "is not JSON" in text
 
 

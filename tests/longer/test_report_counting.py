@@ -104,13 +104,13 @@ def test_a_difference_is_over_the_seeds_of_which_both_are_measured(tmp_path: Pat
 
 def test_sharpness_measured_with_other_settings_is_left_out_and_counted(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0, 1))
-    assert "results of sharpness made with other settings" not in written(study).text
+    assert "Sharpness results left out" not in written(study).text
     path = sharpness_file(study / f"{NOISY}-seed-1")
     fields = json.loads(path.read_text())
     fields["settings"]["samples"] = 512
     path.write_text(json.dumps(fields))
     assert cells(study)[SHARPNESS, ROW, TRACE].endswith("(n = 1)")
-    assert "1 results of sharpness made with other settings or at earlier steps are left out" in written(study).text
+    assert "Sharpness results left out because of other settings or an earlier step: 1." in written(study).text
 
 
 def twins(folder: Path, *names: str) -> None:
