@@ -191,7 +191,7 @@ def test_a_logger_that_fails_later_costs_the_run_nothing(folder: Path, tmp_path:
     logger = f"metrics={{enabled: false, loggers: [{{name: '{folder}/breaks.py:Breaks'}}]}}"
     train_alone(str(folder / "mine.yaml"), tmp_path / "run", logger)
     logged = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
-    assert logged.count("Breaks failed and is left out") == 1
+    assert logged.count("Breaks failed and is disabled") == 1
     whole, other = (
         saved(folder, "mine")["model"],
         torch.load(tmp_path / "run" / "checkpoints" / "step-00000002.pt", weights_only=True)["model"],

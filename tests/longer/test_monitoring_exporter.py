@@ -108,7 +108,7 @@ def test_an_address_that_cannot_be_bound_is_reported_once_and_training_goes_on(
     observers.record(train(20))
     observers.end(OUTCOME)
     (warning,) = warnings_of(caplog)
-    assert "Exporter failed and is left out" in warning
+    assert "Exporter failed and is disabled" in warning
 
 
 def test_the_end_frees_the_port_and_leaves_no_process(tmp_path: Path) -> None:
