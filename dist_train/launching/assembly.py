@@ -133,7 +133,7 @@ def assemble(
         directory.save_config(config)
         writer = build_writer(config, directory, session)
     # With torch.compile any pass may compile again for minutes: no progress is reported then.
-    on_turn = partial(note_progress, Alone() if config.precision.compile else comm)
+    on_part_change = partial(note_progress, Alone() if config.precision.compile else comm)
     step = build_step(
         config,
         model,
@@ -145,7 +145,7 @@ def assemble(
         averaging,
         noise,
         progress,
-        clock=build_step_clock(compute.device, on_turn) if has_clock else StepClock(HostTimer(), on_turn),
+        clock=build_step_clock(compute.device, on_part_change) if has_clock else StepClock(HostTimer(), on_part_change),
         wait_for_checkpoint_copy=writer.wait_until_copied if writer else lambda: None,
     )
 

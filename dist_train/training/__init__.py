@@ -1,1 +1,1 @@
-"""The training loop: one update after another, each of them Algorithm 1 over the global batch."""
+"""The training loop, and the update that it repeats: Algorithm 1 over the global batch."""

@@ -1,4 +1,4 @@
-"""The network with averaged weights, to be evaluated and saved beside the network itself."""
+"""The network with averaged weights, which is evaluated and saved beside the network itself."""
 
 from __future__ import annotations
 
@@ -13,51 +13,52 @@ from dist_train.optim.averaging import Averaging
 
 
 class AveragedModel:
-    """`network` with the weights of `averaging`, and norm statistics of its own.
+    """`network` with the weights of `averaging` and norm statistics that belong to these weights.
 
-    Running averages of the training belong to other weights: they are recomputed at the averaged ones, once a step,
-    as Izmailov et al. do for averages of weights (arXiv 1803.05407), from the samples that noise has them recomputed.
+    The running statistics of the training belong to other weights. As Izmailov et al. do for weight averages
+    (arXiv 1803.05407), they are recomputed at the averaged weights, once per step, from the samples that
+    `model.norm_samples` chooses.
     """
 
     def __init__(self, network: nn.Module, averaging: Averaging, recompute: Callable[[], None]) -> None:
-        """Have `recompute` replace the statistics in the network; all ranks call it together."""
+        """`recompute` replaces the statistics in the network; all ranks call it together."""
         self._averaging = averaging
         self._recompute = recompute
         self._buffers = running_statistics(network)
-        self._taken: dict[str, Tensor] = {}
-        self._taken_at: int | None = None
+        self._statistics: dict[str, Tensor] = {}
+        self._statistics_step: int | None = None
 
     def __bool__(self) -> bool:
         return bool(self._averaging)
 
     @contextmanager
     def in_force(self, steps: int) -> Iterator[None]:
-        """Let the network compute with the average after so many updates, within the block."""
-        own = _copied(self._buffers)
+        """Within the block, let the network use the average after `steps` updates."""
+        original = _cloned(self._buffers)
         try:
             with self._averaging.in_force(steps):
-                if self._taken_at != steps and self._buffers:
+                if self._statistics_step != steps and self._buffers:
                     self._recompute()
-                    self._taken, self._taken_at = _copied(self._buffers), steps
+                    self._statistics, self._statistics_step = _cloned(self._buffers), steps
                 else:
-                    _copy(self._taken, self._buffers)
+                    _copy(self._statistics, self._buffers)
                 yield
         finally:
-            _copy(own, self._buffers)
+            _copy(original, self._buffers)
 
     def forget(self) -> None:
-        """Recompute the statistics when they are needed next, also where they are those of the step."""
-        self._taken_at = None
+        """Recompute the statistics at their next use, even within the same step."""
+        self._statistics_step = None
 
     def contents(self, steps: int) -> Mapping[str, Any]:
-        """Return what a checkpoint holds of it; nothing where nothing is averaged."""
+        """Return what a checkpoint keeps of the average; empty without averaging."""
         if not self:
             return {}
         with self.in_force(steps):
-            return {"kept": self._averaging.state(steps), "statistics": self._taken}
+            return {"kept": self._averaging.state(steps), "statistics": self._statistics}
 
 
-def _copied(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _cloned(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in buffers.items()}
 
 

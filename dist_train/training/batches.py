@@ -1,4 +1,4 @@
-"""The global batch of each update: its samples, how it is cut, and which micro-batches of it this rank computes."""
+"""The global batch of each update: its samples, its micro-batches, and which of these this rank computes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dist_train.training.step import GlobalBatch
 
 
 class Batches:
-    """Those of a run of `epochs` over so many `samples`; `deal` is to be called before the first."""
+    """The global batches of a run of `epochs` over `samples` samples. Call `deal` before anything else."""
 
     def __init__(self, config: Config, epochs: Epochs, samples: int) -> None:
         self._config = config
@@ -24,36 +24,38 @@ class Batches:
         self._dealings: tuple[Dealing, ...] = ()
 
     def deal(self, micro_size: int, rank: int, size: int) -> None:
-        """Begin to deal out micro-batches of `micro_size` to `rank` of `size` as in a first update: on all at once.
+        """Cut batches into micro-batches of `micro_size` and deal these to `rank` of `size`; all ranks call it at once.
+
+        What was measured of the ranks' speed is dropped.
 
         Raises:
-            UsageError: a micro-batch that all share has fewer samples than there are ranks.
+            UsageError: ranks share every micro-batch, and one has fewer samples than there are ranks.
         """
         self._plans = tuple(BatchPlan(stage.global_size, micro_size) for stage in self._epochs.stages)
         self._dealings = tuple(build_dealing(self._config, plan, rank, size) for plan in self._plans)
 
     def plan(self, step: int) -> BatchPlan:
-        """Return how the batch of update `step` is cut."""
+        """Return how the batch of update `step` is cut into micro-batches."""
         return self._plans[self._epochs.number(step)]
 
     def dealing(self, step: int) -> Dealing:
-        """Return how that of update `step` is dealt out."""
+        """Return how the micro-batches of update `step` are dealt to ranks."""
         return self._dealings[self._epochs.number(step)]
 
     def changed(self, step: int) -> int | None:
-        """Return the size of the batches before update `step`, where it is the first with another one."""
+        """Return the previous batch size if update `step` is the first of another size, else None."""
         number = self._epochs.number(step)
         is_first = number > 0 and step == self._epochs.stages[number].step
         return self._plans[number - 1].global_size if is_first else None
 
     def batch(self, step: int) -> GlobalBatch:
-        """Return that of update `step`, the next one or the one after."""
+        """Return the global batch of update `step`: the next update or the one after it."""
         epoch, index = self._epochs.place(step)
         indices = batch_indices(self._order(epoch), index, self.plan(step).global_size)
         partners, dealing = int(self._config.regularization.mixes), self.dealing(step)
         return GlobalBatch(step, epoch, indices, dealing.share(step), partners, dealing.pace)
 
     def requests(self, step: int, end: int) -> Iterator[BatchRequest]:
-        """Yield this rank's micro-batches of the updates from `step` up to `end`."""
+        """Yield the requests of this rank's micro-batches, for the updates from `step` to `end` (exclusive)."""
         for batch in map(self.batch, range(step, end)):
             yield from map(batch.request, batch.micro_batches)

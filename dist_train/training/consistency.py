@@ -1,4 +1,4 @@
-"""Whether all ranks run the same code, settings and data, and hold the same weights and noise."""
+"""Checks that all ranks run the same code with the same settings and data, and hold the same weights and noise."""
 
 from __future__ import annotations
 
@@ -30,14 +30,13 @@ from dist_train.outcome import DisagreementError, UsageError
 def verify_agreement(
     comm: Communicator, weights: FlatWeights, noise: Noise | None, step: int, averaging: Averaging | None = None
 ) -> None:
-    """Compare digests of the clean weights, their average, and the noise, if any, of update `step`, just made, over all
-    ranks.
+    """Compare digests of the clean weights, their average and the noise over all ranks, after update `step`.
 
     Raises:
-        DisagreementError: they differ; the text names what differs and the ranks that are in the minority.
+        DisagreementError: they differ; the message says what differs and names the ranks that are in the minority.
     """
-    own = [digest(weights.values), noise.digest(step) if noise else 0, averaging.digest() if averaging else 0]
-    digests = gather(comm, own, "agreement")
+    mine = [digest(weights.values), noise.digest(step) if noise else 0, averaging.digest() if averaging else 0]
+    digests = gather(comm, mine, "agreement")
     for index, what in enumerate(("weights", "noise", "average")):
         odd = minority([row[index] for row in digests])
         if odd:
@@ -50,39 +49,38 @@ def verify_agreement(
 
 
 def minority(digests: Sequence[int]) -> list[int]:
-    """Return the ranks whose digest is not the most frequent one; of equally frequent ones, rank 0's is right."""
+    """Return the ranks whose digest is not the most frequent one; in a tie, rank 0's counts as the right one."""
     counts = Counter(digests)
     right = max(counts, key=lambda value: (counts[value], value == digests[0]))
     return [rank for rank, value in enumerate(digests) if value != right]
 
 
-_MOST_NAMES = 4
+_MAX_DIFFERENCES = 4
 
 
 def check_consistent_across_ranks(comm: Communicator, config: Config) -> None:
-    """Raise UsageError on all ranks where their code or settings differ; it names what differs, and where."""
+    """Raise UsageError on all ranks if their code or settings differ; it names what differs, and on which ranks."""
     if comm.size == 1:
         return
-    # The code first: ranks of other code may not even share the form of the settings.
-    _compare(comm, "code", code_of(config), "install the same on all nodes")
-    _compare(comm, "settings", settings_listing(config), "start all ranks with the same configuration")
+    # The code first: with other code, settings may have another form.
+    _compare(comm, "code", code_of(config), "Install the same on all nodes")
+    _compare(comm, "settings", settings_listing(config), "Start all ranks with the same configuration")
 
 
 def check_same_data(comm: Communicator, identity: str, place: str) -> None:
-    """Raise UsageError on all ranks where their data sets hold different data."""
+    """Raise UsageError on all ranks if their data sets differ."""
     if comm.size > 1 and not comm.is_joining:
-        _compare(comm, "data", {place: identity}, "put the same files on all nodes")
+        _compare(comm, "data", {place: identity}, "Put the same files on all nodes")
 
 
 def identity_of(config: Config, data: str) -> tuple[int, ...]:
-    """Return digests of the code that runs here, of the settings, and of `data`, what the data set is."""
+    """Return digests of this process's code, of the settings, and of `data`, which identifies the data set."""
     listings = (code_of(config), settings_listing(config), {config.data.name: data})
     return tuple(signed_digest(json.dumps(listing, sort_keys=True).encode()) for listing in listings)
 
 
 def code_of(config: Config) -> Mapping[str, str]:
-    """Return the digests of the program's source files, and of the plug-ins that `config` names; on GPUs, what computes
-    norms, draws and sums there."""
+    """Return what `code_listing` does, digests of the plug-ins in `config`, and on GPUs the version of Triton."""
     listing = {**code_listing(), **plugin_files(config.model_dump(mode="json"))}
     if device_type(config.run.device) == "cuda":
         listing["Triton"] = metadata.version("triton") if has_triton() else "none"
@@ -90,7 +88,7 @@ def code_of(config: Config) -> Mapping[str, str]:
 
 
 def code_listing(folder: Path = Path(dist_train.__file__).parent) -> dict[str, str]:
-    """Return the digest of every source file in `folder`, and the versions of what computes."""
+    """Return the digest of every source file in `folder`, and the versions of torch, NumPy and Python."""
     files = {
         str(path.relative_to(folder.parent)): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         for path in sorted(folder.rglob("*.py"))
@@ -108,7 +106,7 @@ def _compare(comm: Communicator, what: str, listing: Mapping[str, str], fix: str
     odd = minority([each for (each,) in gather(comm, [signed_digest(content)], f"alike.{what}")])
     if not odd:
         return
-    # Where rank 0 is the odd one, another says what it has and the rest has not.
+    # The reporter compares its listing with rank 0's. If rank 0 is in the minority, a rank of the majority reports.
     reporter = odd[0] if odd[0] != 0 else next(rank for rank in range(comm.size) if rank not in odd)
     first: dict[str, str] = json.loads(broadcast_str(comm, json.dumps(listing), f"alike.{what}.listing"))
 
@@ -116,16 +114,16 @@ def _compare(comm: Communicator, what: str, listing: Mapping[str, str], fix: str
         if comm.rank != reporter:
             return
         names = [name for name in {**first, **listing} if first.get(name) != listing.get(name)]
-        found = [
+        differences = [
             f"{name} ({listing.get(name, 'missing')} on rank {comm.rank}, {first.get(name, 'missing')} on rank 0)"
             for name in names
         ]
-        more = f" and {len(found) - _MOST_NAMES} more" if len(found) > _MOST_NAMES else ""
+        more = f" and {len(differences) - _MAX_DIFFERENCES} more" if len(differences) > _MAX_DIFFERENCES else ""
         ranks = ", ".join(map(str, odd))
         raise UsageError(
             f"rank{'s' if len(odd) > 1 else ''} {ranks} of this launch differ{'' if len(odd) > 1 else 's'} from the "
-            f"others in {what}, as rank {comm.rank} on {socket.gethostname()} finds: "
-            f"{'; '.join(found[:_MOST_NAMES])}{more}. {fix[0].upper()}{fix[1:]}",
+            f"others in {what}, reported by rank {comm.rank} on {socket.gethostname()}: "
+            f"{'; '.join(differences[:_MAX_DIFFERENCES])}{more}. {fix}",
             code=f"ranks-differ-in-{what}",
         )
 

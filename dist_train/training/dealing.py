@@ -1,7 +1,6 @@
-"""Which micro-batches each rank computes, update by update: an even share, or one by its measured speed.
+"""Which micro-batches each rank computes in each update: an even share, or a share by its measured speed.
 
-Everything that is summed over micro-batches is summed exactly, so that it does not matter to the result who computes
-which.
+Sums over micro-batches are exact, so the result does not depend on which rank computes which micro-batch.
 """
 
 from __future__ import annotations
@@ -17,92 +16,95 @@ from dist_train.training.micro_batches import share_of
 
 _logger = logging.getLogger("dist_train.training")
 
-_TRY_EVERY = 64
-"""Updates after which a rank without micro-batches has one again, to be measured."""
+_PROBE_EVERY = 64
+"""Every so many updates, a rank without micro-batches gets one, to be measured again."""
 _FEW = 4
-"""Micro-batches a rank below which there is little to deal."""
+"""With fewer micro-batches per rank, shares can hardly follow the ranks' speed."""
 
 
 def deal(times: Sequence[int], micro_batches: int) -> tuple[int, ...]:
-    """Return how many of `micro_batches` each rank computes for the slowest to be done as early as possible.
+    """Return how many of `micro_batches` each rank computes so that the last one finishes as early as possible.
 
-    `times` are those of one micro-batch, by rank, in any unit. 0, not known, is taken for the shortest, so that it
-    becomes known. Of two ranks the slower never has more; equal ones differ by one at most.
+    `times` are those of one micro-batch, by rank, in any unit. 0 means unknown and counts as the shortest known time,
+    so that the rank gets work and is measured. A slower rank never has more than a faster one; the shares of equally
+    fast ranks differ by at most one.
     """
-    times = _filled(times)
+    times = _without_unknown(times)
     ends = [(time, rank) for rank, time in enumerate(times)]
     heapify(ends)
     counts = [0] * len(times)
     for _ in range(micro_batches):
-        # Whoever is done first with one more takes it.
+        # The rank that would finish it first gets it.
         end, rank = ends[0]
         counts[rank] += 1
         heapreplace(ends, (end + times[rank], rank))
     return tuple(counts)
 
 
-def deal_anew(counts: Sequence[int], times: Sequence[int]) -> tuple[int, ...]:
-    """Return `counts` as they are, or as `deal` has them where that makes the slowest a sixteenth faster."""
+def deal_if_faster(counts: Sequence[int], times: Sequence[int]) -> tuple[int, ...]:
+    """Return what `deal` returns if that makes the slowest rank at least a sixteenth faster, else `counts`."""
     best = deal(times, sum(counts))
     return best if 16 * _longest(best, times) <= 15 * _longest(counts, times) else tuple(counts)
 
 
 def smooth(average: int, measured: int) -> int:
-    """Return an exponential average, in integers to be the same on all ranks; 0: not known, or not measured.
+    """Return the exponential average after `measured`, in integers, so that ranks agree; 0 means unknown.
 
-    What is more than twice the average counts as twice: one step that something held up is not a slow rank.
+    Values above twice the average count as twice the average: a single slow step does not make a slow rank.
     """
     if not average or not measured:
         return measured or average
     return (3 * average + min(measured, 2 * average)) // 4
 
 
-def with_a_try(counts: Sequence[int]) -> tuple[int, ...]:
-    """Return `counts` with one micro-batch for each rank that has none, from those that have most."""
-    tried = list(counts)
+def with_probes(counts: Sequence[int]) -> tuple[int, ...]:
+    """Return `counts` with one micro-batch for each rank that has none, taken from the ranks that have most."""
+    probed = list(counts)
     for rank, count in enumerate(counts):
-        if count == 0 and max(tried) > 1:
-            tried[tried.index(max(tried))] -= 1
-            tried[rank] = 1
-    return tuple(tried)
+        if count == 0 and max(probed) > 1:
+            probed[probed.index(max(probed))] -= 1
+            probed[rank] = 1
+    return tuple(probed)
 
 
-def _filled(times: Sequence[int]) -> list[int]:
+def _without_unknown(times: Sequence[int]) -> list[int]:
+    """Return `times` with each 0 replaced by the shortest known time."""
     shortest = min(filter(None, times), default=1)
     return [time or shortest for time in times]
 
 
 def _longest(counts: Sequence[int], times: Sequence[int]) -> int:
-    return max(count * time for count, time in zip(counts, _filled(times), strict=True))
+    """Return the time of the slowest rank."""
+    return max(count * time for count, time in zip(counts, _without_unknown(times), strict=True))
 
 
 class Dealing:
     """An even share, the same in every update."""
 
     pace = 0
-    """Microseconds that a micro-batch took this rank, which it tells the others; 0: it does not say."""
+    """Microseconds per micro-batch, which this rank reports to the others; 0 if it does not."""
 
     def __init__(self, mine: tuple[MicroBatch, ...]) -> None:
         self._mine = mine
 
     def share(self, step: int) -> tuple[MicroBatch, ...]:
-        """Return what this rank computes in `step`, the next one or the one after."""
+        """Return the micro-batches of this rank in `step`: the next update or the one after it."""
         return self._mine
 
     def note(self, step: int, times: StepTimes, paces: Sequence[int]) -> tuple[int, ...] | None:
-        """Take in this rank's `times` of `step`, just made, and what the ranks told in it, by rank.
+        """Note this rank's `times` of `step`, the last update, and the paces that all ranks reported in it.
 
-        Return the micro-batches of each rank where they change.
+        Return the number of micro-batches of each rank if it changes.
         """
         return None
 
 
 class MeasuredDealing(Dealing):
-    """Shares that follow the ranks' paces, the same on all ranks: a function of what they told one another.
+    """Shares that follow the paces that ranks report; all ranks compute the same shares from them.
 
-    What was measured in a step is told in the next one, whose result also says that a GPU has come to the end of what
-    was measured: nobody waits for it. The share that follows is that of the step after the next, since samples of the
-    next are being read already. It begins even, also where a run resumes.
+    What a rank measures in a step it reports in the next one: by then a GPU has reached the end of the measured step,
+    so that reading its timers causes no wait. New shares apply from the step after that, since samples of the step in
+    between are already being read. Shares begin even, also when a run resumes.
     """
 
     def __init__(self, plan: BatchPlan, rank: int, size: int) -> None:
@@ -115,40 +117,40 @@ class MeasuredDealing(Dealing):
         self.pace = 0
 
     def share(self, step: int) -> tuple[MicroBatch, ...]:
-        """Return what this rank computes in `step`, the next one or the one after."""
+        """Return the micro-batches of this rank in `step`: the next update or the one after it."""
         return self._plan.dealt(self._dealt.get(step, self._counts), self._rank)
 
     def note(self, step: int, times: StepTimes, paces: Sequence[int]) -> tuple[int, ...] | None:
-        """Take in the `times` and `paces` of `step`; return the counts where they change."""
-        # The first update also allocates, tunes and compiles: its time says little.
+        """Note the `times` and `paces` of `step`; return the counts if they change."""
+        # The first update is not measured: it also allocates, tunes and compiles.
         samples = sum(micro_batch.size for micro_batch in self.share(step)) if self._is_warm else 0
         self._is_warm = True
         seconds = times.seconds_of("data_wait") + times.seconds_of("forward_backward")
         self.pace = round(1e6 * seconds * self._plan.micro_size / samples) if samples else 0
         self._averages = tuple(
-            # What is known of a rank that has had none is old: a new time takes its place.
+            # The average of a rank without micro-batches is old: a new pace replaces it.
             smooth(average, pace) if count else pace or average
             for average, pace, count in zip(self._averages, paces, self._counts, strict=True)
         )
-        before, self._counts = self._counts, deal_anew(self._counts, self._averages)
-        coming = self._counts if (step + 2) % _TRY_EVERY else with_a_try(self._counts)
-        self._dealt = {step + 1: self._dealt.get(step + 1, before), step + 2: coming}
+        before, self._counts = self._counts, deal_if_faster(self._counts, self._averages)
+        after_next = self._counts if (step + 2) % _PROBE_EVERY else with_probes(self._counts)
+        self._dealt = {step + 1: self._dealt.get(step + 1, before), step + 2: after_next}
         return None if self._counts == before else self._counts
 
 
 def build_dealing(config: Config, plan: BatchPlan, rank: int, size: int) -> Dealing:
-    """Return how `plan` is dealt to `rank` of `size`, from an update on before which nothing was measured.
+    """Return how the micro-batches of `plan` are dealt to `rank` of `size`, without any measurement so far.
 
     Raises:
-        UsageError: a micro-batch that all share has fewer samples than there are ranks.
+        UsageError: ranks share every micro-batch, and one has fewer samples than there are ranks.
     """
     if config.batch.dealing == "even":
         return Dealing(share_of(config.model, plan, rank, size))
     count = len(plan.micro_batches)
     if rank == 0 and size > 1 and count < _FEW * size:
         _logger.warning(
-            "batch.dealing: %d micro-batches are few to deal to %d ranks by their speed; set a smaller "
-            "batch.micro_size, for %d or more",
+            "batch.dealing: %d micro-batches are too few to deal to %d ranks by their speed: set a smaller "
+            "batch.micro_size, for at least %d of them",
             count,
             size,
             _FEW * size,

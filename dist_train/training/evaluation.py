@@ -1,4 +1,4 @@
-"""Loss and accuracy over a split, also of a stored model, and norm statistics recomputed, over all ranks."""
+"""Loss and accuracy over a split, of the training's or a stored model, and recomputed norm statistics; on all ranks."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from dist_train.rundir.atomic import finite
 from dist_train.training.compute import Compute, set_up_compute, share_of_threads
 from dist_train.training.reduction import Tally
 
-_HARMLESS = frozenset(
+_MAY_CHANGE = frozenset(
     {"run.device", *(f"precision.{name}" for name in ("compute", "channels_last", "compile", "threads", "tf32"))}
 )
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss and accuracy of `samples` samples; the loss is NaN or infinite where a sample's is."""
+    """Mean loss and accuracy of `samples` samples; the loss is NaN or infinite if a sample's loss is."""
 
     loss: float
     accuracy: float
@@ -59,10 +59,9 @@ def evaluate(
 ) -> Evaluation:
     """Return loss and accuracy of `model` on the first `count` of `samples`, the same on all ranks.
 
-    The split is cut into batches in order, whatever the number of ranks, and each batch's sum has a slot of its
-    own: the result does not depend on that number. Losses are float64, so that any finite float32 logits have a
-    finite loss. A sample whose loss is not finite counts as classified wrongly. `after_batch` is called after each
-    batch of this rank.
+    The result does not depend on the number of ranks: the split is cut into batches in order, and each batch has its
+    own slot in the sums. Losses are float64, so that all finite float32 logits have a finite loss. A sample whose loss
+    is not finite counts as misclassified. `after_batch` is called after each batch of this rank.
     """
     plan = BatchPlan(count, batch_size)
     sums = torch.zeros(2, len(plan.micro_batches), dtype=torch.float64, device=compute.device)
@@ -80,16 +79,16 @@ def evaluate(
             sums[1, batch.index] = ((logits.argmax(dim=1) == labels) & losses.isfinite()).sum()
             after_batch()
     model.train(was_training)
-    # Every slot is zero but on one rank: a float sum over the ranks is exact.
+    # Each slot is zero on all ranks but one, so the float sum over the ranks is exact.
     comm.allreduce_async(sums, "evaluation").wait()
     losses_of_batches, correct = sums.tolist()
     return Evaluation(math.fsum(losses_of_batches) / count, sum(correct) / count, count)
 
 
 def statistics_samples(training_samples: int, wanted: int, micro_size: int, seed: int) -> torch.Tensor:
-    """Return the training samples that statistics are taken from: a fixed random choice, int64 [about `wanted`].
+    """Return the training samples for norm statistics: a fixed random choice, int64 [`wanted` or all, or one less].
 
-    One fewer where the last micro-batch would hold a single sample, which has no variance.
+    One less if the last micro-batch would have a single sample, which has no variance.
     """
     order = torch.randperm(training_samples, generator=generator(seed, "norm statistics"))
     count = min(wanted, training_samples)
@@ -105,12 +104,12 @@ def recompute_statistics(
     compute: Compute,
     comm: Communicator,
 ) -> None:
-    """Replace the running statistics of the norms of `model` by those of the training samples `indices`, not augmented.
+    """Replace the running statistics in the norms of `model` by those of the training samples `indices`, unaugmented.
 
-    They are cut into micro-batches as in training, shared out, and summed as integers.
+    As in training, the samples are cut into micro-batches and dealt to ranks, and statistics are summed as integers.
 
     Raises:
-        DivergedError: the statistics are not finite, or out of range; on all ranks alike.
+        DivergedError: the statistics are not finite, or out of range; on all ranks.
     """
     statistics = BatchStatistics(norm_modules(model), compute.device)
     tally = Tally(comm, statistics, compute.device)
@@ -134,9 +133,9 @@ def recompute_statistics(
 def evaluate_stored(
     target: Path, split: Split, overrides: Sequence[str], weights: Weights = "raw"
 ) -> dict[str, object]:
-    """Return step, loss (None where it is not finite) and accuracy of a stored model on the whole of `split`.
+    """Return step, loss (None if not finite) and accuracy of a stored model on the whole of `split`, on all ranks.
 
-    The same on all ranks. The norm statistics are those of the checkpoint, taken at its clean, or averaged, weights.
+    Norm statistics are the checkpoint's, computed at its clean or averaged weights.
     """
     with ExitStack() as stack:
         comm = join_ranks(timeout=60.0, device_type=device_type())
@@ -169,14 +168,14 @@ def evaluate_stored(
 
 
 def stored_model(contents: Contents, config: Config, weights: Weights = "raw") -> nn.Module:
-    """Return the network of `config` with the state that a checkpoint holds of `weights`, on the CPU."""
+    """Return the network of `config` with a checkpoint's raw or averaged `weights`, on the CPU."""
     model = build_model(config)
     load_model(stored_state(contents, weights), model, "the checkpoint")
     return model
 
 
 def stored_config(contents: Contents, overrides: Sequence[str]) -> Config:
-    """Return the configuration in a checkpoint, with `section.key=value` overrides, for whichever device is here.
+    """Return a checkpoint's configuration with `section.key=value` overrides, and the device set to `auto`.
 
     Raises:
         UsageError: an override would change the model or its data.
@@ -185,10 +184,10 @@ def stored_config(contents: Contents, overrides: Sequence[str]) -> Config:
     settings = yaml.safe_load(dump_config(stored))
     settings["run"]["device"] = "auto"
     config = parse_config(with_overrides(settings, overrides), source="the checkpoint")
-    changed = [difference for difference in differences(stored, config) if difference.path not in _HARMLESS]
+    changed = [difference for difference in differences(stored, config) if difference.path not in _MAY_CHANGE]
     if changed:
         raise UsageError(
-            "an evaluation takes only settings that leave the model and its data what they are, not "
+            "an evaluation accepts only settings that do not change the model or its data, not "
             + ", ".join(difference.path for difference in changed),
             code="settings-changed",
         )

@@ -1,4 +1,4 @@
-"""Which micro-batches a rank computes, and how large they are with `micro_size: auto`."""
+"""Which micro-batches a rank computes, and their size with `batch.micro_size: auto`."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from dist_train.training.measuring import StepClock
 
 
 def shares_micro_batches(settings: ModelSettings) -> bool:
-    """Whether all ranks compute a part of every micro-batch, because its samples are normalized together."""
+    """Whether each rank computes a part of every micro-batch, because sync norm normalizes its samples together."""
     return settings.norm == "sync"
 
 
 def share_of(settings: ModelSettings, plan: BatchPlan, rank: int, size: int) -> tuple[MicroBatch, ...]:
-    """Return what rank `rank` of `size` computes of a global batch.
+    """Return the micro-batches, or parts of them, that rank `rank` of `size` computes.
 
     Raises:
-        UsageError: a micro-batch that all share has fewer samples than there are ranks.
+        UsageError: ranks share every micro-batch, and one has fewer samples than there are ranks.
     """
     return plan.slices(rank, size) if shares_micro_batches(settings) else plan.share(rank, size)
 
 
 def sum_over(settings: ModelSettings, comm: Communicator, clock: StepClock) -> SumOverRanks | None:
-    """Return the sum that passes over shared micro-batches need; None where micro-batches are not shared.
+    """Return the sum over ranks that sync norm needs; None without sync norm or with one rank.
 
-    `clock` counts it as a wait for the others.
+    `clock` counts it as time spent waiting for the allreduce.
     """
     if not shares_micro_batches(settings) or comm.size == 1:
         return None
@@ -46,19 +46,19 @@ def sum_over(settings: ModelSettings, comm: Communicator, clock: StepClock) -> S
 
 
 _LARGEST = {"cpu": 128, "cuda": 2048}
-"""On a CPU larger micro-batches are no faster: they leave its caches."""
+"""By device type. On a CPU, larger micro-batches are no faster: they do not fit its caches."""
 
 
 def find_micro_size(
     try_size: Callable[[int], None], *, global_size: int, device: torch.device, comm: Communicator, fewest: int = 2
 ) -> int:
-    """Return the largest size that fits on every rank; `try_size` makes a forward and backward pass of it.
+    """Return the largest size that fits on every rank; `try_size` runs a forward and backward pass of a given size.
 
-    Sizes are powers of two, and at most a rank's even share of the global batch; or a little less, so that no
-    micro-batch has fewer than `fewest` samples.
+    Sizes are powers of two up to a rank's even share of the global batch. The result may be a little smaller, so that
+    no micro-batch has fewer than `fewest` samples.
 
     Raises:
-        UsageError: not even the smallest fits.
+        UsageError: not even the smallest size fits.
     """
     largest = min(_LARGEST[device.type], max(1, global_size // comm.size))
     fits = run_on_all_ranks(comm, lambda: _largest_that_fits(try_size, largest), "fit a micro-batch")
@@ -67,7 +67,7 @@ def find_micro_size(
 
 
 def _largest_that_fits(try_size: Callable[[int], None], largest: int) -> int:
-    """Try powers of two from 2, or 1 where that is all there is."""
+    """Try powers of two from 2 up to `largest`; if that is 1, try 1."""
     fits, size = 0, min(2, largest)
     while size <= largest and _fits(try_size, size):
         fits, size = size, 2 * size
@@ -87,14 +87,13 @@ def _fits(try_size: Callable[[int], None], size: int) -> bool:
             raise
         return False
     finally:
-        # The allocator keeps a trial's blocks, of which those for the next size are no part. Without a GPU in use it
-        # does nothing.
+        # Free the blocks of this trial, which do not fit the next size. Does nothing if no GPU is in use.
         torch.cuda.empty_cache()
     return True
 
 
 def avoid_short_last_micro_batch(micro_size: int, global_size: int, fewest: int = 2) -> int:
-    """Return `micro_size`, or less where the last micro-batch would have under `fewest` samples: norms need two."""
+    """Return `micro_size`, or less if the last micro-batch would have fewer than `fewest` samples: norms need two."""
     for size in range(micro_size, fewest - 1, -1):
         if not 0 < global_size % size < fewest:
             return size
@@ -102,7 +101,7 @@ def avoid_short_last_micro_batch(micro_size: int, global_size: int, fewest: int 
 
 
 def halve(micro_size: int, global_size: int) -> int:
-    """Return the next smaller micro-batch after a size has run out of memory; raise UsageError where there is none."""
+    """Return about half of `micro_size`, which has run out of memory; raise UsageError if it is 1."""
     if micro_size == 1:
         raise UsageError("one sample does not fit the device's memory: set a smaller model.width", code="out-of-memory")
     return avoid_short_last_micro_batch(-(-micro_size // 2), global_size)
@@ -111,7 +110,7 @@ def halve(micro_size: int, global_size: int) -> int:
 def forward_and_backward(
     model: torch.nn.Module, shape: tuple[int, int, int], classes: int, compute: Compute
 ) -> Callable[[int], None]:
-    """Return a function that runs `model` both ways on a blank micro-batch of the size given to it."""
+    """Return a function that runs forward and backward passes of `model` on a blank micro-batch of a given size."""
 
     def try_size(size: int) -> None:
         inputs = torch.zeros(size, *shape, device=compute.device)

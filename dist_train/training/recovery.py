@@ -1,8 +1,7 @@
-"""How the ranks of an elastic launch continue once they have met anew: who has the newest state, and what is redone.
+"""How the ranks of an elastic launch continue after they have formed a new group.
 
-An update is a pure function of the state, and a rank that was lost took nothing with it that others lack: those that
-are left drop the update under way, take the state of the last one that any of them has made, and continue.
-docs/recovery.md says why nothing else can happen.
+An update is a pure function of the state, so a lost rank takes nothing with it. The remaining ranks drop the update in
+progress, take the newest state that any of them has, and continue. docs/recovery.md shows why no other case can occur.
 """
 
 from __future__ import annotations
@@ -30,78 +29,79 @@ _IDENTITY = ("code", "settings", "data")
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How far a rank is: `step` updates are made. `is_settled`: what is due after the last one is done as well.
+class RankState:
+    """How far a rank has come: it has made `step` updates.
 
-    `has_state` is false for a rank that joins. `leads`: it writes what rank 0 writes. `identity`: digests of its code,
-    settings and data.
+    `has_state` is false for a rank that joins. `is_step_complete`: the records, evaluation and checkpoint due after the
+    last update are done. `is_writer`: the rank writes records and checkpoints, as rank 0 does. `identity`: digests of
+    its code, settings and data.
     """
 
     has_state: bool
     step: int
-    is_settled: bool
-    leads: bool
+    is_step_complete: bool
+    is_writer: bool
     identity: tuple[int, ...] = ()
 
     def row(self) -> list[int]:
         """Return it as numbers that ranks can gather."""
-        return [self.has_state, self.step, self.is_settled, self.leads, *self.identity]
+        return [self.has_state, self.step, self.is_step_complete, self.is_writer, *self.identity]
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """Whose state all continue from, who takes it, and whether what is due after the last update is done again."""
+class Recovery:
+    """Rank `source` sends its state to the ranks `receivers`; the work after its last update may be done again."""
 
     source: int
-    takers: tuple[int, ...]
-    is_settled: bool
+    receivers: tuple[int, ...]
+    is_step_complete: bool
 
 
-def agree(standings: Sequence[Standing]) -> Agreement:
-    """Return how ranks that stand so, by rank, continue; the same on all.
+def plan_recovery(states: Sequence[RankState]) -> Recovery:
+    """Return how ranks with these states, by rank, continue; the same on all ranks.
 
     Raises:
-        FaultError: nobody has a state.
+        FaultError: no rank has a state.
     """
-    steps = [standing.step for standing in standings if standing.has_state]
+    steps = [state.step for state in states if state.has_state]
     if not steps:
         raise FaultError("no rank is left that holds the state of the run", code="rank-lost")
-    newest = [rank for rank, each in enumerate(standings) if each.has_state and each.step == max(steps)]
-    takers = tuple(rank for rank in range(len(standings)) if rank not in newest)
-    # What a lost rank 0 was about to write, the next one writes.
-    is_settled = standings[0].leads and all(standings[rank].is_settled for rank in newest)
-    return Agreement(newest[0], takers, is_settled)
+    newest = [rank for rank, state in enumerate(states) if state.has_state and state.step == max(steps)]
+    receivers = tuple(rank for rank in range(len(states)) if rank not in newest)
+    # A new rank 0 writes what the lost one may not have written.
+    is_step_complete = states[0].is_writer and all(states[rank].is_step_complete for rank in newest)
+    return Recovery(newest[0], receivers, is_step_complete)
 
 
-def agree_with_others(comm: Communicator, mine: Standing) -> Agreement:
-    """Return how all ranks continue, of which this one stands as `mine` says. All ranks call it.
+def agree_on_recovery(comm: Communicator, mine: RankState) -> Recovery:
+    """Return how all ranks continue, given this rank's state. All ranks call it.
 
     Raises:
-        UsageError: this rank joins, and runs other code, settings or data than the others.
+        UsageError: this rank joins with other code, settings or data than the others have.
     """
     rows = gather(comm, mine.row(), "standings")
-    standings = [Standing(bool(row[0]), row[1], bool(row[2]), bool(row[3]), tuple(row[4:])) for row in rows]
-    agreement = agree(standings)
+    states = [RankState(bool(row[0]), row[1], bool(row[2]), bool(row[3]), tuple(row[4:])) for row in rows]
+    recovery = plan_recovery(states)
     if not mine.has_state:
-        check_identity(mine, standings[agreement.source])
-    return agreement
+        check_identity(mine, states[recovery.source])
+    return recovery
 
 
-def check_identity(mine: Standing, theirs: Standing) -> None:
-    """Raise UsageError where this rank's code, settings or data are not those of the ranks that it joins."""
+def check_identity(mine: RankState, theirs: RankState) -> None:
+    """Raise UsageError if this rank's code, settings or data differ from those of the ranks that it joins."""
     pairs = zip(_IDENTITY, mine.identity, theirs.identity, strict=True)
-    differing = [name for name, own, other in pairs if own != other]
+    differing = [name for name, here, there in pairs if here != there]
     if differing:
         raise UsageError(
             f"this rank cannot join the others: its {' and '.join(differing)} differ from theirs. "
-            f"Install the same code, give the same settings and the same files on all nodes",
+            f"Install the same code, and use the same settings and files on all nodes",
             code=f"ranks-differ-in-{differing[0]}",
         )
 
 
 @dataclass(frozen=True)
 class LastUpdate:
-    """What the newest update was; `progress` as it was right after it, before what is due then."""
+    """The result of the last update; `progress` is a copy made right after it, before any evaluation."""
 
     loss: float
     accuracy: float
@@ -113,35 +113,35 @@ class LastUpdate:
 
     @staticmethod
     def of(update: Update, seconds: float, progress: Progress) -> LastUpdate:
-        """Return what is kept of `update`, just made in so many seconds."""
+        """Return the part of `update` that is kept; it took `seconds`."""
         values = update.loss, update.accuracy, update.gradient_norm, update.stop_requested, update.repeats
         return LastUpdate(*values, seconds, replace(progress))
 
 
 @dataclass(frozen=True)
 class SharedState:
-    """What continues on all ranks beside tensors."""
+    """State that all ranks share, apart from tensors."""
 
     progress: Progress
     micro_size: int
-    last: LastUpdate | None
+    last_update: LastUpdate | None
 
 
-def share(comm: Communicator, mine: SharedState, root: int) -> SharedState:
-    """Return that of rank `root`."""
+def broadcast_shared_state(comm: Communicator, mine: SharedState, root: int) -> SharedState:
+    """Return the state of rank `root`. All ranks call it."""
     content = json.loads(broadcast_str(comm, json.dumps(asdict(mine)), "shared state", root))
-    last = content["last"]
+    last = content["last_update"]
     if last is not None:
         last = LastUpdate(**{**last, "progress": Progress(**last["progress"])})
     return SharedState(Progress(**content["progress"]), content["micro_size"], last)
 
 
 class Interruption:
-    """What a rank is recovering from, until the first update after it is made; over several generations, if need be."""
+    """What a rank is recovering from, until the first update after it; it may span several generations."""
 
     def __init__(self) -> None:
         self.why = ""
-        """What broke the last generation, as this rank saw it; empty where nothing did."""
+        """What broke the last generation, as this rank saw it; empty if nothing did."""
         self._clear()
 
     def _clear(self) -> None:
@@ -151,21 +151,21 @@ class Interruption:
         self._joined: tuple[str, ...] = ()
         self._report = ""
 
-    def note(self, error: GroupBrokenError, *, is_redone: bool) -> None:
-        """Begin, by `error`; `is_redone`: an update was under way."""
+    def note(self, error: GroupBrokenError, *, update_is_redone: bool) -> None:
+        """Begin, or continue, with `error`; `update_is_redone`: an update was in progress."""
         self.why = "" if isinstance(error, MeetingRequestedError) else str(error)
         if self._since is None:
             self._since = time.monotonic()
-            self._redone = int(is_redone and bool(self.why))
+            self._redone = int(update_is_redone and bool(self.why))
 
-    def end_by(self, generation: Generation) -> None:
-        """Take note of whom `generation` has lost and won."""
+    def add(self, generation: Generation) -> None:
+        """Note which ranks `generation` has lost and which have joined."""
         self._lost += generation.lost
         self._joined += generation.joined
         self._report = self._report or generation.report
 
     def events(self, comm: Communicator) -> Iterator[tuple[str, dict[str, Detail]]]:
-        """End, and yield the events that say so, with their details, now that the first update of `comm` is made."""
+        """End after the first update of `comm`; yield the names and details of the events to record."""
         if self._since is None:  # a rank that has just joined
             self._clear()
             return
@@ -185,23 +185,24 @@ class Interruption:
             yield "regrouped", {"why": report, **common}
 
 
-def put_back(progress: Progress, before: Progress) -> None:
-    """Make `progress`, which others hold as well, what it was `before`."""
+def assign_progress(progress: Progress, values: Progress) -> None:
+    """Copy `values` into `progress`, an object that others refer to."""
     for each in fields(progress):
-        setattr(progress, each.name, getattr(before, each.name))
+        setattr(progress, each.name, getattr(values, each.name))
 
 
-MOST_RECORDS = 10_000
-"""Kept for a rank that takes over: far more than there are between two checkpoints."""
+MAX_RECORDS = 10_000
+"""Records kept in case a rank takes over from rank 0: far more than there are between two checkpoints."""
 
 
 class RecentRecords:
-    """What was recorded since the checkpoint before the last one: what a rank that takes over rank 0's place may have
-    to write once more. And each record of an update or evaluation counts once, also where it is made again.
+    """The records since the last checkpoint but one, which a rank that takes over from rank 0 may have to write again.
+
+    Tells repeated records apart: an update or evaluation that is redone is recorded once.
     """
 
     def __init__(self, limit: int) -> None:
-        """Keep at most `limit`; 0 keeps nothing, and knows nothing again."""
+        """Keep at most `limit` records. With 0 none is kept, and each counts as new."""
         self._kept: deque[tuple[int, Record]] = deque(maxlen=limit)
         self._checkpoints = (-1, -1)
 
@@ -215,7 +216,10 @@ class RecentRecords:
         return is_new
 
     def saved(self, step: int) -> None:
-        """Take note that a checkpoint of `step` is being written: what belongs to the one before it is on disk."""
+        """Note that the checkpoint of `step` is being written, so that the one before it is on disk with its records.
+
+        Records up to that one are dropped.
+        """
         if step == self._checkpoints[1]:
             return
         self._checkpoints = (self._checkpoints[1], step)
@@ -223,10 +227,11 @@ class RecentRecords:
             self._kept.popleft()
 
     def all(self) -> list[Record]:
-        """Return what is kept, in order."""
+        """Return the kept records in order."""
         return [record for _, record in self._kept]
 
     def _of(self, step: int) -> list[tuple[int, Record]]:
+        """Return the latest records, back to the first one of `step`."""
         found = []
         for entry in reversed(self._kept):
             if entry[0] < step:

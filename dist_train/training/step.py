@@ -1,4 +1,7 @@
-"""One update of the weights: Algorithm 1 of SmoothOut (arXiv 1805.07898), over a global batch."""
+"""One update of the weights: Algorithm 1 of SmoothOut (arXiv 1805.07898), over a global batch.
+
+Perturb the weights, compute the gradient, restore the weights, sum over the ranks (`_compute_gradient`), and update.
+"""
 
 from __future__ import annotations
 
@@ -31,56 +34,59 @@ _STATISTICS_MOMENTUM = 0.1
 
 @dataclass(frozen=True)
 class Update:
-    """What an update was: mean loss and accuracy over the points where gradients were taken, the norm of the global
-    gradient before it was clipped, whether some rank was asked to stop, and how often the gradient was computed again,
-    since numbers left their range. `times` are this rank's own, `paces` what the ranks told of theirs.
-    `meeting_requested`: ranks wait to be let in.
-    """
+    """The result of an update, the same on all ranks except for `times`."""
 
     loss: float
+    """Mean over the samples, and over the points where gradients were taken; so is `accuracy`."""
     accuracy: float
     gradient_norm: float
+    """Of the global gradient, before clipping."""
     stop_requested: bool
+    """Whether some rank was asked to stop."""
     repeats: int
+    """How often the gradient was computed again because numbers left their range."""
     times: StepTimes = field(compare=False, repr=False)
+    """This rank's."""
     paces: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    """The `GlobalBatch.pace` of every rank."""
     meeting_requested: bool = False
+    """Whether ranks are waiting to join."""
 
 
 class OutOfMemoryError(RuntimeError):
-    """A micro-batch does not fit the device of some rank; the weights are as before the step."""
+    """A micro-batch does not fit some rank's device; the weights are those before the step."""
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The samples of one update, int64 [global_size], the same on all ranks, and which part is ours."""
+    """The samples of one update, int64 [global_size], the same on all ranks, and this rank's micro-batches of it."""
 
     step: int
     epoch: int
     indices: Tensor
     micro_batches: tuple[MicroBatch, ...]
     partners: int = 0
-    """Samples of the global batch that are read beyond each micro-batch, to be mixed with its own."""
+    """Extra samples read after each micro-batch, to be mixed with its own by mixup or CutMix."""
     pace: int = 0
-    """What this rank tells the others of its speed: microseconds of a micro-batch, 0 if nothing."""
+    """Microseconds per micro-batch, which this rank reports to the others; 0 if it does not."""
 
     def request(self, micro_batch: MicroBatch) -> BatchRequest:
-        """Return what is read for `micro_batch`; after the last sample of the global batch comes the first."""
-        read = self.indices[micro_batch.start : micro_batch.stop + self.partners]
-        if (missing := micro_batch.size + self.partners - len(read)) > 0:
-            read = torch.cat([read, self.indices[:missing]])
-        return BatchRequest(read, self.epoch)
+        """Return the samples to read for `micro_batch`; after the global batch's last sample its first ones follow."""
+        indices = self.indices[micro_batch.start : micro_batch.stop + self.partners]
+        if (missing := micro_batch.size + self.partners - len(indices)) > 0:
+            indices = torch.cat([indices, self.indices[:missing]])
+        return BatchRequest(indices, self.epoch)
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """Everything that an update needs; calling it makes one."""
+    """Makes one update per call, with everything it needs."""
 
     model: nn.Module
     weights: FlatWeights
     norms: tuple[GroupedBatchNorm, ...]
     statistics: BatchStatistics
-    """Of `norms`."""
+    """The running statistics of `norms`."""
     samples: SampleSource
     noise: Noise
     reduction: GradientReduction
@@ -93,24 +99,24 @@ class TrainingStep:
     mix: Mix = unmixed
     loss_scale: LossScale = field(default_factory=LossScale)
     sum_over_ranks: SumOverRanks | None = None
-    """Where the ranks share every micro-batch: what their norms' sums go through."""
+    """Set for sync norm, where all ranks share every micro-batch: sums the norms' statistics over the ranks."""
     clock: StepClock = field(default_factory=lambda: StepClock(HostTimer()))
     wait_for_checkpoint_copy: Callable[[], None] = lambda: None
-    """Returns when weights and the optimizer's state may change: a checkpoint's copy of them is made."""
+    """Returns once the checkpoint writer has copied the weights and the optimizer's state, so that they may change."""
 
     def __call__(self, batch: GlobalBatch, learning_rate: float, stop_requested: Callable[[], bool]) -> Update:
         """Update the weights by the gradient of `batch` at the perturbed weights.
 
         Raises:
-            DivergedError: the loss or the gradient is not finite, or out of range; on all ranks alike.
-            OutOfMemoryError: on all ranks alike, when a micro-batch fits the device of one of them no more.
-            RankLostError: a rank is gone.
+            DivergedError: the loss or the gradient is not finite, or out of range; on all ranks.
+            OutOfMemoryError: a micro-batch does not fit the device of some rank; on all ranks.
+            RankLostError: a rank was lost.
         """
         self.clock.start()
-        total = self._gradient(batch, stop_requested)
+        total = self._compute_gradient(batch, stop_requested)
         repeats = 0
         while self._must_repeat(total):
-            total = self._gradient(batch, stop_requested)
+            total = self._compute_gradient(batch, stop_requested)
             repeats += 1
         gradient_norm = float(torch.linalg.vector_norm(self.weights.gradients))
         _check(total, gradient_norm, batch, len(self.noise.points(0)))
@@ -125,18 +131,25 @@ class TrainingStep:
             self.averaging.after_update(batch.step)
             self.statistics.absorb(total.statistics, total.samples, _STATISTICS_MOMENTUM)
             self.loss_scale.note_update()
-        times = self.clock.times()
-        stops, meets = total.stop > 0, total.meet > 0
-        return Update(total.loss, total.accuracy, gradient_norm, stops, repeats, times, total.paces, meets)
+        return Update(
+            loss=total.loss,
+            accuracy=total.accuracy,
+            gradient_norm=gradient_norm,
+            stop_requested=total.stop > 0,
+            repeats=repeats,
+            times=self.clock.times(),
+            paces=total.paces,
+            meeting_requested=total.meet > 0,
+        )
 
     def _must_repeat(self, total: TallyResult) -> bool:
-        """Whether the gradient must be computed again, by a smaller loss scale or on coarser grids."""
+        """Whether the gradient must be computed again, with a smaller loss scale or on coarser grids."""
         if total.out_of_memory:
             return False
         return self.loss_scale.lower() if total.out_of_range else not self.reduction.accumulator.fits(total.largest)
 
-    def _gradient(self, batch: GlobalBatch, stop_requested: Callable[[], bool]) -> TallyResult:
-        """Leave the gradient of `batch` at the perturbed weights where gradients are; the weights are clean again."""
+    def _compute_gradient(self, batch: GlobalBatch, stop_requested: Callable[[], bool]) -> TallyResult:
+        """Compute the global gradient at the perturbed weights into `weights.gradients`; restore the clean weights."""
         self.tally.clear()
         self.reduction.start(self.loss_scale.value)
         try:
@@ -161,18 +174,19 @@ class TrainingStep:
         return total
 
     def _add_gradients(self, batch: GlobalBatch) -> bool:
-        """Add up the gradients of this rank's micro-batches; return whether they fitted its device."""
+        """Add up the gradients of this rank's micro-batches; return False if they do not fit its device."""
         try:
             for micro_batch in batch.micro_batches:
                 self._add_gradient(batch, micro_batch)
         except (RuntimeError, MemoryError) as error:
-            # Others wait for this rank within a pass that they share: they cannot learn of it.
+            # With sync norm the others already wait for this rank in a collective of the forward or backward pass.
             if not is_out_of_memory(error) or self.sum_over_ranks is not None:
                 raise
             return False
         return True
 
     def _add_gradient(self, batch: GlobalBatch, micro_batch: MicroBatch) -> None:
+        """Add the gradient of `micro_batch` at each point that the noise names."""
         with self.clock.part("data_wait"):
             request = batch.request(micro_batch)
             inputs, target = self.mix(*self.samples.read(request), request)
@@ -182,26 +196,26 @@ class TrainingStep:
             with self.clock.part("perturb_restore"):
                 self.noise.perturb_for(micro_batch.index, partial(self._ascend, inputs, target, scaled_size), point)
             is_last = micro_batch is batch.micro_batches[-1] and point is points[-1]
-            collecting = self.reduction.last_micro_batch if is_last else self.reduction.micro_batch
-            logits, total = self._forward(inputs, target)
+            accumulating = self.reduction.last_micro_batch if is_last else self.reduction.micro_batch
+            logits, loss = self._forward(inputs, target)
             self.statistics.collect()
-            self.tally.add(total, logits, target.main)
-            with collecting():
-                torch.autograd.backward(total / (scaled_size / point.weight))
+            self.tally.add(loss, logits, target.main)
+            with accumulating():
+                torch.autograd.backward(loss / (scaled_size / point.weight))
 
     def _forward(self, inputs: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-        """Return the logits and the sum of the losses."""
+        """Return the logits and the sum of the samples' losses."""
         with self.compute.autocast():
             logits = self.model(inputs)
         return logits, loss_sum(logits.float(), target, self.label_smoothing)
 
     def _ascend(self, inputs: Tensor, target: Target, scaled_size: float) -> None:
-        """Take the gradient of the micro-batch's loss, whose direction counts; the norms' statistics leave this out."""
+        """Compute the micro-batch's gradient for SAM's ascent; its forward pass does not count for norm statistics."""
         with self.clock.part("forward_backward"):
-            _, total = self._forward(inputs, target)
-            torch.autograd.backward(total / scaled_size)
+            _, loss = self._forward(inputs, target)
+            torch.autograd.backward(loss / scaled_size)
         if self.sum_over_ranks is not None:
-            # What a broken group may still write to is not used again, as the gradients are.
+            # Sum a copy: after a failure, a broken group may still write to the tensor it was given.
             summed = self.weights.gradients.clone()
             self.sum_over_ranks(summed, "ascent")
             self.weights.gradients.copy_(summed)
@@ -209,18 +223,18 @@ class TrainingStep:
 
 
 def loss_sum(logits: Tensor, target: Target, label_smoothing: float) -> Tensor:
-    """Return the sum of the cross entropies of `logits` [n, classes]; a mixed image has one of two labels."""
-    against = partial(functional.cross_entropy, logits, label_smoothing=label_smoothing)
+    """Return the sum of the cross entropies of `logits` [n, classes]; for mixed images, of both labels by share."""
+    cross_entropy = partial(functional.cross_entropy, logits, label_smoothing=label_smoothing)
     if target.partners is None or target.share is None:
-        return against(target.labels, reduction="sum")
-    own, other = against(target.labels, reduction="none"), against(target.partners, reduction="none")
-    return torch.lerp(other, own, target.share).sum()
+        return cross_entropy(target.labels, reduction="sum")
+    of_labels, of_partners = (cross_entropy(each, reduction="none") for each in (target.labels, target.partners))
+    return torch.lerp(of_partners, of_labels, target.share).sum()
 
 
-def clip_gradient(gradient: Tensor, norm: float, largest: float | None) -> None:
-    """Scale `gradient`, that of the global batch, from `norm` to norm `largest` where it is above."""
-    if largest is not None and norm > largest:
-        gradient.mul_(largest / norm)
+def clip_gradient(gradient: Tensor, norm: float, max_norm: float | None) -> None:
+    """Scale the global `gradient`, of norm `norm`, down to `max_norm` if it is larger."""
+    if max_norm is not None and norm > max_norm:
+        gradient.mul_(max_norm / norm)
 
 
 def _check(total: TallyResult, gradient_norm: float, batch: GlobalBatch, points: int) -> None:
@@ -231,4 +245,4 @@ def _check(total: TallyResult, gradient_norm: float, batch: GlobalBatch, points:
             f"the loss, the gradient or the activations of step {batch.step + 1} are not finite or out of range",
             code="step-not-finite",
         )
-    assert total.samples == len(batch.indices) * points, "every sample of the global batch is counted once a point"
+    assert total.samples == len(batch.indices) * points, "each sample of the global batch counts once per point"

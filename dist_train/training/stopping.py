@@ -1,4 +1,4 @@
-"""What ends a run before its last step: signals, the end of the job's time, evaluations that get no better."""
+"""What ends a run before its last step: signals, the job's time limit, early stopping."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _ALWAYS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class StopRequests:
-    """While the block lasts, SIGTERM, SIGINT and SIGUSR2 are noted instead of ending the process.
+    """Within the block, SIGTERM, SIGINT and SIGUSR2 request a stop instead of ending the process.
 
-    A second SIGINT ends it as usual, for whoever does not want to wait. Where SIGINT is ignored already, as in what a
-    script starts in the background, it stays ignored.
+    A second SIGINT ends the process as usual. If SIGINT is already ignored, as in background jobs of a shell script, it
+    stays ignored.
     """
 
     def __init__(self, stop_signal: str = "SIGUSR2") -> None:
-        """Take in `stop_signal`, the signal of the site, too."""
+        """`stop_signal`: another signal, by which the site's scheduler requests a stop."""
         self.reason: str | None = None
-        """The signal's name, or what else has asked for the stop."""
+        """The name of the signal, or the other reason for the stop."""
         self._signals = {*_ALWAYS, signal.Signals[stop_signal]}
         self._before: dict[int, Any] = {}
 
@@ -52,49 +52,49 @@ class StopRequests:
         self.reason = signal.Signals(number).name
 
 
-_TO_END_SECONDS = 15.0
-"""For the ranks to leave, and for the batch script to requeue the job."""
+_EXIT_SECONDS = 15.0
+"""Time for the ranks to exit and for the batch script to requeue the job."""
 
 
 class TimeLimit:
-    """Learns from the run how long before `end` it must be asked to stop."""
+    """Decides when a run must stop to be done by `end`, from how long its steps and checkpoints take."""
 
     def __init__(self, end: float | None) -> None:
         self.end = end
-        """In seconds since 1970; None where there is no limit."""
-        self._last: float | None = None
-        self._longest = 0.0
-        self._save = 0.0
+        """In seconds since 1970; None: no limit."""
+        self._last_step_end: float | None = None
+        self._longest_step = 0.0
+        self._longest_save = 0.0
 
     def note_saved(self, seconds: float) -> None:
-        """Note that a checkpoint took `seconds` from its beginning until it was on disk."""
-        self._save = max(self._save, seconds)
+        """Note that a checkpoint was on disk `seconds` after its beginning."""
+        self._longest_save = max(self._longest_save, seconds)
 
     def is_near(self, now: float) -> bool:
-        """Note that a step is done, and return whether the run must be asked to stop now, since later is too late.
+        """Return whether the run must be asked to stop now; call it at the end of each step.
 
-        All ranks learn of it in the next step, which may be as long as the longest so far, with its evaluation, as
-        may the one before the next chance to ask; the checkpoint may take twice its longest time.
+        Ranks learn of a request in the next step, and this is next called a step later: hence room for two steps, each
+        as long as the longest so far, its evaluation included. A checkpoint gets twice its longest time.
         """
         if self.end is None:
             return False
-        if self._last is not None:
-            self._longest = max(self._longest, now - self._last)
-        self._last = now
-        return now + 2 * self._longest + 2 * self._save + _TO_END_SECONDS >= self.end
+        if self._last_step_end is not None:
+            self._longest_step = max(self._longest_step, now - self._last_step_end)
+        self._last_step_end = now
+        return now + 2 * self._longest_step + 2 * self._longest_save + _EXIT_SECONDS >= self.end
 
 
 class EarlyStopping:
-    """Ends a run whose evaluations have not improved for long: a function of values that all ranks share."""
+    """Ends a run whose evaluations no longer improve; it sees only values that all ranks share, so that they agree."""
 
     def __init__(self, patience: int | None, min_delta: float, metric: str) -> None:
-        """Watch `metric`, SPLIT.accuracy or SPLIT.loss; without `patience`, never end a run."""
+        """Watch `metric` (SPLIT.accuracy or SPLIT.loss); without `patience`, never end the run."""
         self.metric = metric
         self._patience = patience
         self._min_delta = min_delta
 
     def note(self, progress: Progress, values: Mapping[str, float]) -> None:
-        """Take the evaluation that gave `values`, by metric, into `progress`, which a checkpoint holds.
+        """Update `progress`, which checkpoints hold, by an evaluation: its `values` by metric.
 
         A value that is not finite is no improvement.
         """
@@ -108,7 +108,7 @@ class EarlyStopping:
             progress.stopping_waited = (progress.stopping_waited or 0) + 1
 
     def reason(self, progress: Progress) -> str:
-        """Return why the run ends where `progress` is, before its last step; empty where it continues."""
+        """Return why the run ends at `progress`, before its last step; empty if it continues."""
         waited = progress.stopping_waited or 0
         if self._patience is None or waited < self._patience:
             return ""
@@ -120,6 +120,6 @@ class EarlyStopping:
 
 
 def job_time_limit() -> TimeLimit:
-    """Return the time limit of the Slurm job that this process belongs to; none outside of Slurm."""
+    """Return the time limit of this process's Slurm job; no limit outside Slurm."""
     job = current_job()
     return TimeLimit(None if job is None else job.end or job_end(job.id))

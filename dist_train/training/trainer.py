@@ -1,4 +1,4 @@
-"""The loop of a run: update after update, with evaluations, checkpoints and agreement checks between them."""
+"""The training loop: updates, with records, evaluations, checkpoints and agreement checks between them."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from dist_train.training.evaluation import Evaluation, evaluate, recompute_stati
 from dist_train.training.measuring import Measuring, Profiler
 from dist_train.training.micro_batches import halve
 from dist_train.training.recovery import (
-    MOST_RECORDS,
+    MAX_RECORDS,
     Interruption,
     LastUpdate,
+    RankState,
     RecentRecords,
     SharedState,
-    Standing,
-    agree_with_others,
-    put_back,
-    share,
+    agree_on_recovery,
+    assign_progress,
+    broadcast_shared_state,
 )
 from dist_train.training.step import OutOfMemoryError, TrainingStep
 from dist_train.training.stopping import EarlyStopping, StopRequests, TimeLimit
@@ -51,111 +51,111 @@ _logger = logging.getLogger("dist_train.training")
 
 @dataclass
 class Trainer:
-    """Trains until `last_step`. What it needs is handed to it: see `assembly.py`."""
+    """Trains until `last_step`. `launching/assembly.py` builds it."""
 
     config: Config
     comm: Communicator
     splits: Splits
     network: nn.Module
-    """The model itself; `take_step` may have a compiled one on the same weights."""
+    """The uncompiled model; `take_step` may use a compiled one with the same weights."""
     take_step: TrainingStep
     shrink: Callable[[TrainingStep, int], TrainingStep]
-    """From a step and a smaller micro-batch size to the step that uses it, which is recorded."""
+    """Returns the given step with a smaller micro-batch size, and saves that size in the run's configuration."""
     learning_rate: LearningRate
     epochs: Epochs
-    """The passes over the data, with the global batches that they are made of."""
+    """The passes over the data, and the size of the global batch in each."""
     total_steps: int
-    """Updates that schedules are laid out over."""
+    """Number of updates that the schedules span."""
     last_step: int
-    """Updates after which the run ends."""
+    """Number of updates after which the run ends."""
     observers: Observers
     writer: CheckpointWriter | None
-    """On rank 0 alone, as is `status`."""
+    """On rank 0 only, like `status`."""
     status: StatusFile | None
     stop: StopRequests
     progress: Progress
     profiler: Profiler | None = None
     measuring: Measuring | None = None
-    """Settings alone decide whether steps are measured, so that all ranks do alike."""
+    """Set or not by the configuration alone, so that all ranks agree."""
     time_limit: TimeLimit = field(default_factory=lambda: TimeLimit(None))
     may_shrink: bool = False
-    """Whether a micro-batch that runs out of memory may be made smaller."""
+    """Whether the micro-batch size may be halved when memory runs out."""
     regroup: Callable[[Trainer, Generation], None] = lambda trainer, generation: None
-    """Makes of an elastic launch's trainer one of the ranks that have just met: see `launching/regrouping.py`."""
+    """Adapts the trainer of an elastic launch to a new group of ranks: see `launching/regrouping.py`."""
     identity: tuple[int, ...] = ()
-    """Digests of code, settings and data, which ranks that join must have in common with the others."""
+    """Digests of code, settings and data; a rank that joins must have the same."""
 
     def __post_init__(self) -> None:
         assert self.config.batch.micro_size != "auto", "decided before"
         self._batches = Batches(self.config, self.epochs, len(self.splits.train))
-        self.deal_anew(self.config.batch.micro_size)
-        self._statistics_at: int | None = None
-        self._averaged = AveragedModel(self.network, self.take_step.averaging, self._take_statistics)
+        self.deal_micro_batches(self.config.batch.micro_size)
+        self._statistics_step: int | None = None
+        self._averaged = AveragedModel(self.network, self.take_step.averaging, self._recompute_statistics)
         early = self.config.early_stopping
         self._early_stopping = EarlyStopping(early.patience, early.min_delta, self.config.stopping_metric)
         self._settings = self.config.model_dump(mode="json")
         self._plugins = plugin_files(self._settings)
         self._not_written: NotWritten | None = None
-        self._saved_at: int | None = None
-        self._submitted_at: int | None = None
-        """As `_saved_at`, of this rank's own writer: what is due again after a loss need not be written again."""
+        self._saved_step: int | None = None
+        self._submitted_step: int | None = None
+        """The step of the last checkpoint that this rank's writer was given; kept when `_saved_step` is reset."""
         self._busy_seconds = 0.0
         self._samples_done = 0
         self._has_state = not self.comm.is_joining
-        self._last: LastUpdate | None = None
+        self._last_update: LastUpdate | None = None
         self._meeting_requested = False
-        self._is_settled = True
-        """Whether what is due after the last update is done."""
-        self._knows_noise = True
-        """Whether this rank still has the noise of the last update."""
+        self._is_step_complete = True
+        """Whether the records, evaluation and checkpoint due after the last update are done."""
+        self._has_last_noise = True
+        """Whether this rank still holds the noise of the last update."""
         self._interruption = Interruption()
-        self.recent = RecentRecords(MOST_RECORDS if self.comm.is_elastic else 0)
+        self.recent = RecentRecords(MAX_RECORDS if self.comm.is_elastic else 0)
 
     @property
     def epoch(self) -> float:
-        """Epochs done."""
+        """Epochs completed."""
         return self.epochs.done(self.progress.step)
 
     @property
     def plan(self) -> BatchPlan:
-        """How the batch of the next update, or of the last one, is cut."""
+        """The micro-batches of the next update, or of the last one at the end of the run."""
         return self._batches.plan(min(self.progress.step, self.last_step - 1))
 
     @property
     def samples_per_second(self) -> float | None:
-        """Samples trained on a second, over the steps of this launch."""
+        """Training samples per second, over the updates of this launch."""
         return self._samples_done / self._busy_seconds if self._busy_seconds else None
 
-    def deal_anew(self, micro_size: int) -> None:
-        """Begin to deal out micro-batches as in a first update: on all ranks at once, where plan or ranks change."""
+    def deal_micro_batches(self, micro_size: int) -> None:
+        """Reset how micro-batches are dealt to ranks; all ranks call it when the batch plan or the group changes."""
         self._batches.deal(micro_size, self.comm.rank, self.comm.size)
 
     def run(self) -> None:
-        """Train to the end, evaluate, save.
+        """Train to the end, with the evaluations and checkpoints that are due.
 
         Raises:
-            StoppedError: asked to stop, and saved.
-            DivergedError: the loss or the gradient is not finite, or the last evaluation.
+            StoppedError: a stop was requested; the checkpoint is saved.
+            DivergedError: the loss, the gradient or the last evaluation is not finite.
             DisagreementError: ranks hold different weights or noise.
-            FaultError: the last checkpoint could not be written, or a rank is gone.
+            FaultError: the last checkpoint could not be written, or a rank was lost.
         """
         if self._has_state:
             self.comm.begin_training()
-        is_broken = not self._has_state
+        must_recover = not self._has_state
         while True:
             try:
-                if is_broken:
+                if must_recover:
                     self._recover()
                 self._train()
                 return
             except GroupBrokenError as error:
-                is_broken = True
-                self._interruption.note(error, is_redone=self._is_settled)
+                must_recover = True
+                self._interruption.note(error, update_is_redone=self._is_step_complete)
 
     def _train(self) -> None:
-        while not self._is_settled or (self.progress.step < self.last_step and not self.stopped_early):
+        while not self._is_step_complete or (self.progress.step < self.last_step and not self.stopped_early):
             self.advance()
-        self._hand_out_measurement()
+        self._publish_measurement()
         self._finish_saving()
         self.comm.barrier()
         if self.progress.non_finite_step == self.progress.step:
@@ -165,11 +165,11 @@ class Trainer:
 
     @property
     def stopped_early(self) -> str:
-        """Why the run ends before its last step, where its evaluations get no better; else empty."""
+        """Why early stopping ends the run before its last step; empty if it does not."""
         return self._early_stopping.reason(self.progress) if self.progress.step < self.last_step else ""
 
     def close(self) -> None:
-        """Wait for what is being written, whatever became of it, and let go of the data."""
+        """Wait for the checkpoint being written, ignoring failures, and close the data."""
         if self.profiler:
             self.profiler.close()
         self.splits.close()
@@ -177,21 +177,21 @@ class Trainer:
             self.writer.close()
 
     def advance(self) -> None:
-        """Make one update, and what is due after it; raises what `run` raises.
+        """Make one update, then the records, evaluation and checkpoint due after it; raises what `run` raises.
 
-        Where a micro-batch runs out of memory, its size is halved instead, if it may be. Where only what is due after
-        the last update is still to be done, it makes none.
+        If memory runs out and `may_shrink` is set, the micro-batch size is halved and no update is made. After a
+        recovery in which only the work after the last update is missing, that work is done and no update is made.
         """
-        if self._is_settled and not self._make_update():
+        if self._is_step_complete and not self._make_update():
             return
-        assert self._last is not None
-        self._after_step(self._last)
-        self._is_settled = True
+        assert self._last_update is not None
+        self._complete_step(self._last_update)
+        self._is_step_complete = True
         if self._meeting_requested and self.progress.step < self.last_step and not self.stopped_early:
             raise MeetingRequestedError("ranks join")
 
     def _make_update(self) -> bool:
-        """Make one update; return False where the micro-batch was made smaller instead."""
+        """Make one update; return False if the micro-batch size was halved instead."""
         step, before = self.progress.step, replace(self.progress)
         begun = time.perf_counter()
         self.splits.train.prefetch(self._batches.requests(step, min(step + 2, self.last_step)))
@@ -203,8 +203,8 @@ class Trainer:
             self._shrink()
             return False
         except GroupBrokenError:
-            # What this update has changed is the loss scale, or the grids of its sums.
-            put_back(self.progress, before)
+            # The interrupted update may have changed the loss scale or the grids of its sums.
+            assign_progress(self.progress, before)
             raise
         seconds = time.perf_counter() - begun
         size = self._batches.plan(step).global_size
@@ -213,9 +213,9 @@ class Trainer:
         if (size_before := self._batches.changed(step)) is not None:
             self._event_at(step + 1, "batch_size", before=size_before, now=size)
         self.progress.step += 1
-        self._is_settled, self._knows_noise = False, True
+        self._is_step_complete, self._has_last_noise = False, True
         self._meeting_requested = update.meeting_requested
-        self._last = LastUpdate.of(update, seconds, self.progress)
+        self._last_update = LastUpdate.of(update, seconds, self.progress)
         if self.profiler:
             self.profiler.after_update(self.progress.step)
         self._busy_seconds += seconds
@@ -234,12 +234,12 @@ class Trainer:
     def _set_micro_size(self, size: int) -> None:
         self.config = with_setting(self.config, "batch.micro_size", size)
         self._settings = self.config.model_dump(mode="json")
-        self.deal_anew(size)
+        self.deal_micro_batches(size)
 
-    def _after_step(self, update: LastUpdate) -> None:
-        """Do what is due after the last update. May be called again where a rank was lost meanwhile."""
+    def _complete_step(self, update: LastUpdate) -> None:
+        """Do the work due after the last update. Called again if a rank was lost meanwhile."""
         step = self.progress.step
-        self._hand_out_measurement()
+        self._publish_measurement()
         if update.repeats:
             self._event("gradient_repeated", times=update.repeats)
         if step % self.config.metrics.every_steps == 0 or step == self.last_step:
@@ -248,10 +248,8 @@ class Trainer:
                 self.measuring.start(step, update.seconds, self.take_step.clock.times())
         every = self.config.comm.verify_every
         if every and (step % every == 0 or step == self.last_step):
-            made = self.take_step
-            verify_agreement(
-                self.comm, made.weights, made.noise if self._knows_noise else None, step - 1, made.averaging
-            )
+            noise = self.take_step.noise if self._has_last_noise else None
+            verify_agreement(self.comm, self.take_step.weights, noise, step - 1, self.take_step.averaging)
         if self._is_due(self.config.evaluation.every_epochs):
             self._evaluate()
         every_steps = self.config.checkpoint.every_steps
@@ -272,43 +270,43 @@ class Trainer:
         if update.stop_requested and step < self.last_step and not self.stopped_early:
             self._stop()
 
-    def _hand_out_measurement(self) -> None:
-        """Hand out the measurement that was started after an earlier step, if any."""
+    def _publish_measurement(self) -> None:
+        """Give observers the measurement that was started after an earlier update, if any."""
         if self.measuring and (measurement := self.measuring.result()):
             self.observers.measurement(measurement)
 
     def _is_due(self, every_epochs: int) -> bool:
-        """Whether something that comes every so many epochs, and at the end, comes now."""
+        """Whether work that is done every `every_epochs` epochs, and at the end of the run, is due now."""
         return self.progress.step == self.last_step or self._ends_epochs(every_epochs)
 
     def _ends_epochs(self, number: int) -> bool:
-        """Whether the last update was the last of a multiple of `number` epochs; 0: never."""
+        """Whether a multiple of `number` epochs has just ended; never for 0."""
         epoch, index = self.epochs.place(self.progress.step)
         return number > 0 and index == 0 and epoch % number == 0
 
     def _record_update(self, update: LastUpdate) -> None:
-        made = self.progress.step - 1
+        index = self.progress.step - 1
         self._record(
             TrainRecord(
                 step=self.progress.step,
                 epoch=self.epoch,
                 loss=update.loss,
                 accuracy=update.accuracy,
-                learning_rate=self.learning_rate.at(made),
-                noise_amplitude=self.take_step.noise.amplitude(made),
+                learning_rate=self.learning_rate.at(index),
+                noise_amplitude=self.take_step.noise.amplitude(index),
                 gradient_norm=update.gradient_norm,
                 step_seconds=update.seconds,
-                samples_per_second=self._batches.plan(made).global_size / update.seconds,
+                samples_per_second=self._batches.plan(index).global_size / update.seconds,
                 time=time.time(),
             )
         )
 
     def _evaluate(self) -> None:
-        self._recompute_statistics()
-        results = self._evaluations("")
+        self._update_clean_statistics()
+        results = self._evaluate_splits("")
         if self._averaged:
             with self._averaged.in_force(self.progress.step):
-                results |= self._evaluations("-averaged")
+                results |= self._evaluate_splits("-averaged")
         not_finite = [] if bool(self.take_step.weights.values.isfinite().all()) else ["weights"]
         for split, result in results.items():
             if not math.isfinite(result.loss):
@@ -318,7 +316,7 @@ class Trainer:
         if not_finite:
             self.progress.note_non_finite()
             self._event("non_finite_evaluation", what=", ".join(not_finite))
-        # The evaluation at a step that `run.max_steps` ends at would not be there in a run that has more.
+        # Early stopping ignores an extra evaluation at `run.max_steps`: a longer run would not have it.
         if self._ends_epochs(self.config.evaluation.every_epochs):
             values = {f"{split}.accuracy": result.accuracy for split, result in results.items()}
             values |= {f"{split}.loss": result.loss for split, result in results.items()}
@@ -326,8 +324,8 @@ class Trainer:
         if self.stopped_early:
             self._event("stopped_early", reason=self.stopped_early)
 
-    def _evaluations(self, suffix: str) -> dict[str, Evaluation]:
-        """Evaluate the network as it is on every split, by split with `suffix`, and record it."""
+    def _evaluate_splits(self, suffix: str) -> dict[str, Evaluation]:
+        """Evaluate the network on every split; record and return the results by the split's name plus `suffix`."""
         settings, results = self.config.evaluation, {}
         splits: tuple[Split, ...] = ("train", "validation", "test")
         for split in splits:
@@ -351,14 +349,14 @@ class Trainer:
             self._record(EvaluationRecord(self.progress.step, self.epoch, f"{split}{suffix}", *measured))
         return results
 
-    def _recompute_statistics(self) -> None:
-        """Recompute norm statistics at the clean weights, once a step."""
-        if self.config.recomputes_statistics and self._statistics_at != self.progress.step:
-            self._take_statistics()
-            self._statistics_at = self.progress.step
+    def _update_clean_statistics(self) -> None:
+        """Recompute the norm statistics at the clean weights if the settings ask for it, at most once per step."""
+        if self.config.recomputes_statistics and self._statistics_step != self.progress.step:
+            self._recompute_statistics()
+            self._statistics_step = self.progress.step
 
-    def _take_statistics(self) -> None:
-        """Recompute norm statistics at the weights that the network computes with."""
+    def _recompute_statistics(self) -> None:
+        """Recompute the norm statistics at the weights that the network currently uses."""
         count, micro_size = len(self.splits.train), self.plan.micro_size
         recompute_statistics(
             self.network,
@@ -370,14 +368,14 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        self._recompute_statistics()
-        self._saved_at = self.progress.step
+        self._update_clean_statistics()
+        self._saved_step = self.progress.step
         self.progress.note_saved()
         average = self._averaged.contents(self.progress.step)
         self.recent.saved(self.progress.step)
-        if self.writer is None or self._submitted_at == self.progress.step:
+        if self.writer is None or self._submitted_step == self.progress.step:
             return
-        self._submitted_at = self.progress.step
+        self._submitted_step = self.progress.step
         best = self.progress.best_saved_step if self.config.checkpoint.keep_best else None
         begun = time.perf_counter()
         self.writer.submit(replace(self.contents(), average=average), best)
@@ -385,7 +383,7 @@ class Trainer:
             self.measuring.note_stall(time.perf_counter() - begun)
 
     def contents(self) -> Contents:
-        """Return what a checkpoint of this moment holds."""
+        """Return the contents of a checkpoint of the current state, without averaged weights."""
         return Contents(
             step=self.progress.step,
             epoch=self.epoch,
@@ -399,12 +397,12 @@ class Trainer:
         )
 
     def _report_saved(self) -> None:
-        """Record what has become of checkpoints; one that failed must not cost the run, nor the last good one."""
+        """Record which checkpoints were written and which failed; a failed one does not end the run."""
         for result in self.writer.results() if self.writer else ():
             if isinstance(result, NotWritten):
                 self._not_written = result
                 error = _describe(result.error)
-                place = f"; it lies in {result.fallback}" if result.fallback else ""
+                place = f"; it was written to {result.fallback}" if result.fallback else ""
                 _logger.error("the checkpoint of step %d could not be written: %s%s", result.step, error, place)
                 self._event_at(result.step, "checkpoint_failed", error=f"{error}{place}")
             else:
@@ -421,33 +419,33 @@ class Trainer:
                 )
 
     def settle_saving(self) -> None:
-        """Wait for the checkpoint being written, if any, and record what has become of it."""
+        """Wait for the checkpoint being written, if any, and record whether it was."""
         if self.writer is not None:
             self.writer.wait()
             self._report_saved()
 
     def _finish_saving(self) -> None:
-        """Wait for the last checkpoint, and fail where it could not be written."""
+        """Wait for the last checkpoint; raise FaultError if it could not be written."""
         self.settle_saving()
         failed = self._not_written
-        if failed is not None and failed.step == self._saved_at:
-            place = f"it lies in {failed.fallback}" if failed.fallback else "the earlier ones are untouched"
+        if failed is not None and failed.step == self._saved_step:
+            place = f"it was written to {failed.fallback}" if failed.fallback else "earlier ones are untouched"
             raise FaultError(
-                f"the last checkpoint, of step {failed.step}, could not be written: {_describe(failed.error)}; "
-                f"{place}: make room and run the same command again",
+                f"the last checkpoint (step {failed.step}) could not be written: {_describe(failed.error)}; "
+                f"{place}. Free some space and run the same command again",
                 code="checkpoint-not-written",
             ) from failed.error
 
     def _stop(self) -> None:
         if self.status:
             self.status.change("stopping")
-        self._hand_out_measurement()
+        self._publish_measurement()
         self._event("signal", signal=self.stop.reason or "on another rank")
-        if self._saved_at != self.progress.step:
+        if self._saved_step != self.progress.step:
             self._save()
         self._finish_saving()
         raise StoppedError(
-            f"stopped on request after step {self.progress.step}; saved: the same command resumes from there"
+            f"stopped on request after step {self.progress.step}, checkpoint saved: the same command resumes the run"
         )
 
     def _event(self, name: str, **details: Detail) -> None:
@@ -457,36 +455,37 @@ class Trainer:
         self._record(EventRecord(step, name, time.time(), details))
 
     def _record(self, record: Record) -> None:
-        """Record what all ranks know; rank 0 does it for all."""
+        """Record on rank 0; the other ranks keep a copy in case they take over from it."""
         if self.recent.add(record) and self.comm.rank == 0:
             self.observers.record(record)
 
     def _recover(self) -> None:
-        """Meet the ranks that are left, and those that join, and take up the state that all continue from."""
+        """Form a new group of the remaining and joining ranks; continue from the newest state that any of them has."""
         generation = self.comm.meet(self._interruption.why)
-        self._interruption.end_by(generation)
+        self._interruption.add(generation)
         if self.measuring:
             self.measuring.drop()
-        leads = self.writer is not None
-        mine = Standing(self._has_state, self.progress.step, self._is_settled, leads, self.identity)
-        agreement = agree_with_others(self.comm, mine)
-        shared = share(self.comm, SharedState(self.progress, self.plan.micro_size, self._last), agreement.source)
-        if agreement.takers:
+        is_writer = self.writer is not None
+        mine = RankState(self._has_state, self.progress.step, self._is_step_complete, is_writer, self.identity)
+        recovery = agree_on_recovery(self.comm, mine)
+        shared = SharedState(self.progress, self.plan.micro_size, self._last_update)
+        shared = broadcast_shared_state(self.comm, shared, recovery.source)
+        if recovery.receivers:
             step = self.take_step
             more = step.averaging.kept, *step.noise.kept.values()
-            broadcast_state(self.comm, self.network, step.weights, step.optimizer, *more, root=agreement.source)
+            broadcast_state(self.comm, self.network, step.weights, step.optimizer, *more, root=recovery.source)
             self._has_state = True
             self.comm.begin_training()
-        self._last = shared.last
-        self._is_settled = agreement.is_settled or shared.last is None
-        put_back(self.progress, shared.last.progress if shared.last and not self._is_settled else shared.progress)
-        # Whoever took the state, or had begun another update, has not.
-        self._knows_noise = self._meeting_requested = False
-        self._statistics_at = self._saved_at = None
+        last = self._last_update = shared.last_update
+        self._is_step_complete = recovery.is_step_complete or last is None
+        assign_progress(self.progress, shared.progress if last is None or self._is_step_complete else last.progress)
+        # Ranks that received the state, or had begun the next update, do not have the noise of the last one.
+        self._has_last_noise = self._meeting_requested = False
+        self._statistics_step = self._saved_step = None
         self._averaged.forget()
         if shared.micro_size != self.plan.micro_size:
             self._set_micro_size(shared.micro_size)
-        self.deal_anew(self.plan.micro_size)
+        self.deal_micro_batches(self.plan.micro_size)
         self.regroup(self, generation)
 
 

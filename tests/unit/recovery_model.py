@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from dist_train.cluster.membership import Came, Event, Gone, Membership, Message, Peer, Ready, Trains, decide
-from dist_train.training.recovery import Standing, agree
+from dist_train.training.recovery import RankState, plan_recovery
 
 Mode = Literal["works", "waits", "stopped", "done", "ended", "dead"]
 Kind = Literal["standings", "state", "sum", "barrier"]
@@ -161,8 +161,8 @@ def _complete(world: World, number: int, limits: Limits) -> World:
     following = rank._replace(mode="works", place=rank.place + 1)
     match rank.kind:
         case "standings":
-            agreement = agree([Standing(b.has_state, b.step, True, True) for _, b in sorted(brought.items())])
-            kind: Kind = "state" if agreement.takers else _work(rank.step, limits)
+            recovery = plan_recovery([RankState(b.has_state, b.step, True, True) for _, b in sorted(brought.items())])
+            kind: Kind = "state" if recovery.receivers else _work(rank.step, limits)
             return _with(world, number, following._replace(kind=kind))
         case "state":
             newest = max(b.step for b in brought.values() if b.has_state)

@@ -60,7 +60,7 @@ def test_another_source_file_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     listings = [before, before, code_listing(package)]
 
     def check(comm: SimulatedRanks) -> None:
-        consistency._compare(comm, "code", listings[comm.rank], "install the same on all nodes")
+        consistency._compare(comm, "code", listings[comm.rank], "Install the same on all nodes")
 
     message = told(on_ranks(3, check), "ranks-differ-in-code")
     assert "rank 2 of" in message

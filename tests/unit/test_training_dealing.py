@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_train.data.plan import BatchPlan
-from dist_train.training.dealing import MeasuredDealing, build_dealing, deal, deal_anew, smooth, with_a_try
+from dist_train.training.dealing import MeasuredDealing, build_dealing, deal, deal_if_faster, smooth, with_probes
 from dist_train.training.measuring import HostTimer, StepTimes
 from tests.unit.small_trainers import small_config
 
@@ -72,15 +72,15 @@ def test_shares_are_those_of_the_times(times: tuple[int, ...], count: int, count
 
 
 def test_shares_stay_where_little_is_to_be_gained() -> None:
-    assert deal_anew((16, 16), (100, 110)) == (16, 16)
-    assert deal_anew((16, 16), (100, 130)) == (18, 14)
+    assert deal_if_faster((16, 16), (100, 110)) == (16, 16)
+    assert deal_if_faster((16, 16), (100, 130)) == (18, 14)
 
 
 @settings(deadline=None, max_examples=100)
 @given(TIMES, COUNTS)
 def test_shares_settle(times: list[int], count: int) -> None:
-    counts = deal_anew(deal([0] * len(times), count), times)
-    assert deal_anew(counts, times) == counts
+    counts = deal_if_faster(deal([0] * len(times), count), times)
+    assert deal_if_faster(counts, times) == counts
 
 
 @given(st.integers(0, 10**9), st.integers(0, 10**9))
@@ -96,10 +96,10 @@ def test_an_average_lies_between_and_one_slow_step_moves_it_little(average: int,
 @settings(deadline=None, max_examples=100)
 @given(st.lists(COUNTS, min_size=1, max_size=12))
 def test_a_try_leaves_nobody_idle_where_there_is_enough(counts: list[int]) -> None:
-    tried = with_a_try(counts)
-    assert sum(tried) == sum(counts)
-    assert min(tried) >= (sum(counts) >= len(counts))
-    assert all(count or before == 0 for count, before in zip(tried, counts, strict=True))
+    probed = with_probes(counts)
+    assert sum(probed) == sum(counts)
+    assert min(probed) >= (sum(counts) >= len(counts))
+    assert all(count or before == 0 for count, before in zip(probed, counts, strict=True))
 
 
 PLAN = BatchPlan(100, 8)

@@ -132,7 +132,7 @@ def test_norm_and_distance_are_of_the_clean_weights_after_the_step_and_from_the_
 
 
 def test_norms_are_taken_when_they_are_asked_for_over_any_number_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dist_train.training.measuring._PIECE", 7)
+    monkeypatch.setattr("dist_train.training.measuring._CHUNK", 7)
     values, initial = torch.arange(20.0), torch.ones(20)
     norms = WeightNorms(values, initial)
     expected = float(values.norm()), float((values - initial).norm())

@@ -11,45 +11,45 @@ from dist_train.rundir.records import EventRecord, TrainRecord
 from dist_train.training.recovery import (
     Interruption,
     LastUpdate,
+    RankState,
     RecentRecords,
     SharedState,
-    Standing,
-    agree,
+    assign_progress,
+    broadcast_shared_state,
     check_identity,
-    put_back,
-    share,
+    plan_recovery,
 )
 from tests.raising import raises
 from tests.unit.simulated_ranks import SimulatedRanks, results
 
 
-def stands(step: int, *, has_state: bool = True, is_settled: bool = True, leads: bool = False) -> Standing:
-    return Standing(has_state, step, is_settled, leads)
+def rank(step: int, *, has_state: bool = True, is_complete: bool = True, is_writer: bool = False) -> RankState:
+    return RankState(has_state, step, is_complete, is_writer)
 
 
 def test_all_continue_from_the_newest_state_and_the_others_take_it() -> None:
-    agreement = agree([stands(4, leads=True), stands(5, is_settled=False), stands(5), stands(0, has_state=False)])
-    assert (agreement.source, agreement.takers, agreement.is_settled) == (1, (0, 3), False)
+    recovery = plan_recovery([rank(4, is_writer=True), rank(5, is_complete=False), rank(5), rank(0, has_state=False)])
+    assert (recovery.source, recovery.receivers, recovery.is_step_complete) == (1, (0, 3), False)
 
 
 def test_equal_ranks_take_nothing_and_redo_what_one_of_them_has_not_done() -> None:
-    assert agree([stands(5, leads=True), stands(5)]).is_settled
-    agreement = agree([stands(5, leads=True), stands(5, is_settled=False)])
-    assert (agreement.takers, agreement.is_settled) == ((), False)
+    assert plan_recovery([rank(5, is_writer=True), rank(5)]).is_step_complete
+    recovery = plan_recovery([rank(5, is_writer=True), rank(5, is_complete=False)])
+    assert (recovery.receivers, recovery.is_step_complete) == ((), False)
 
 
 def test_what_a_lost_rank_0_was_to_write_the_next_one_writes() -> None:
-    assert not agree([stands(5), stands(5)]).is_settled
+    assert not plan_recovery([rank(5), rank(5)]).is_step_complete
 
 
 def test_without_a_state_there_is_nothing_to_continue() -> None:
     with raises(FaultError, "rank-lost"):
-        agree([stands(0, has_state=False)])
+        plan_recovery([rank(0, has_state=False)])
 
 
 def test_who_differs_cannot_join() -> None:
     with raises(UsageError, "ranks-differ-in-settings"):
-        check_identity(Standing(False, 0, True, False, (1, 2, 3)), Standing(True, 0, True, False, (1, 9, 3)))
+        check_identity(RankState(False, 0, True, False, (1, 2, 3)), RankState(True, 0, True, False, (1, 9, 3)))
 
 
 def test_progress_and_the_last_update_travel_whole() -> None:
@@ -58,11 +58,11 @@ def test_progress_and_the_last_update_travel_whole() -> None:
     none = SharedState(Progress(), 8, None)
 
     def job(comm: SimulatedRanks) -> SharedState:
-        return share(comm, whole if comm.rank == 1 else none, 1)
+        return broadcast_shared_state(comm, whole if comm.rank == 1 else none, 1)
 
     assert results(3, job) == [whole] * 3
     held = Progress()
-    put_back(held, progress)
+    assign_progress(held, progress)
     assert held == progress
 
 
@@ -90,11 +90,11 @@ def test_a_loss_over_several_generations_is_one_event() -> None:
     comm = SimulatedRanks.__new__(SimulatedRanks)
     comm.size = 1
     interruption = Interruption()
-    interruption.note(GroupBrokenError("gradient.0: reset"), is_redone=True)
+    interruption.note(GroupBrokenError("gradient.0: reset"), update_is_redone=True)
     assert "reset" in interruption.why
-    interruption.end_by(generation("rank 1 died"))
-    interruption.note(GroupBrokenError("standings: reset"), is_redone=False)
-    interruption.end_by(generation("rank 2 died", joined=("rank 1 (node, process 7)",)))
+    interruption.add(generation("rank 1 died"))
+    interruption.note(GroupBrokenError("standings: reset"), update_is_redone=False)
+    interruption.add(generation("rank 2 died", joined=("rank 1 (node, process 7)",)))
     (lost, details), (joined, more) = interruption.events(comm)
     assert (lost, details["who"], details["redone"]) == ("rank_lost", "rank 1 died; rank 2 died", 1)
     assert (joined, more["who"]) == ("rank_joined", "rank 1 (node, process 7)")
@@ -106,7 +106,7 @@ def test_a_meeting_by_agreement_redoes_nothing(error: GroupBrokenError) -> None:
     comm = SimulatedRanks.__new__(SimulatedRanks)
     comm.size = 2
     interruption = Interruption()
-    interruption.note(error, is_redone=True)
-    interruption.end_by(generation(report=interruption.why))
+    interruption.note(error, update_is_redone=True)
+    interruption.add(generation(report=interruption.why))
     ((name, details),) = interruption.events(comm)
     assert (name, details["redone"]) == ("regrouped", int(type(error) is GroupBrokenError))
