@@ -1,1 +1,1 @@
-"""What moves the weights: noise, the learning rate, the optimizers."""
+"""Noise, averages of the weights, the learning rate, the optimizers, and the flat buffer of all weights."""

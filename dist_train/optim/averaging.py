@@ -1,6 +1,6 @@
-"""Averages of the weights along the way: an exponential moving one (Polyak), and that of the latest ones (LAWA).
+"""Weight averages: an exponential moving average (EMA), and the mean of the latest weights (LAWA).
 
-Every rank holds the same weights, and so the same average, without communication.
+All ranks hold the same weights, and so the same average, without communication.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from dist_train.optim.flat_weights import FlatWeights, digest
 
 
 class Averaging:
-    """What a step does for an average of `weights`; here nothing: `none`.
+    """An average of `weights`, updated after each step. This base class does nothing: `averaging.kind: none`.
 
-    `kept` [k, n] holds what the average is made of: the first min(k, weights taken) rows. How many were taken is a
-    function of the step.
+    `kept` [k, n] holds the weights that make the average. Rows are filled in order; the step determines how many are.
     """
 
     def __init__(self, settings: AveragingSettings, weights: FlatWeights, steps_per_epoch: int) -> None:
@@ -35,57 +34,57 @@ class Averaging:
         return len(self.kept) > 0
 
     def after_update(self, step: int) -> None:
-        """Take the weights that update `step`, counted from 0, has made, where it is their turn."""
+        """Include the weights after update `step`, counted from 0, if they are due."""
 
     def value(self, steps: int) -> Tensor:
-        """Return the average after so many updates [n]; the weights themselves before any was taken."""
+        """Return the average after `steps` updates [n]; the weights themselves if it includes none yet."""
         rows = self.kept[: self._filled(steps)]
         return mean_of(rows) if len(rows) else self._weights.values
 
     @contextmanager
     def in_force(self, steps: int) -> Iterator[None]:
-        """Let the model compute with the average, within the block."""
+        """Within the block, let the model compute with the average after `steps` updates."""
         self._weights.compute_with(self._weights.views_of(self.value(steps)))
         try:
             yield
         finally:
-            self._weights.compute_with_own()
+            self._weights.compute_with_values()
 
     def state(self, steps: int) -> list[dict[str, Tensor]]:
-        """Return what a checkpoint holds: the rows in use, by the parameters' names."""
+        """Return what a checkpoint holds: for each row in use, tensors by the parameters' names."""
         names = [segment.name for segment in self._weights.segments]
         rows = self.kept[: self._filled(steps)]
         return [dict(zip(names, self._weights.views_of(row), strict=True)) for row in rows]
 
     def load(self, state: Sequence[Mapping[str, Tensor]]) -> None:
-        """Take over what `state` returned."""
+        """Restore what `state` returned."""
         for row, tensors in zip(self.kept, state, strict=False):
             for segment, view in zip(self._weights.segments, self._weights.views_of(row), strict=True):
                 view.copy_(tensors[segment.name])
 
     def digest(self) -> int:
-        """Return a digest of what is kept; the same on all ranks that agree."""
-        return reduce(xor, map(digest, self.kept), 0)  # row by row: a digest takes four times the memory of its row
+        """Return a digest of `kept`, equal on ranks that agree."""
+        return reduce(xor, map(digest, self.kept), 0)  # row by row, since a digest needs four times its row's memory
 
     def _filled(self, steps: int) -> int:
         return min(len(self.kept), steps // self._every)
 
 
 class _Ema(Averaging):
-    """v <- decay v + (1 - decay) w, beginning with the first weights taken, as torch's AveragedModel does."""
+    """v <- decay v + (1 - decay) w, initialized with the first weights included, as in torch's AveragedModel."""
 
     def after_update(self, step: int) -> None:
-        """Move the average towards the weights."""
+        """Move the average towards the weights if they are due."""
         if (step + 1) % self._every == 0:
             is_first = step + 1 == self._every
             self.kept[0].lerp_(self._weights.values, 1.0 if is_first else 1.0 - self.settings.decay)
 
 
 class _Lawa(Averaging):
-    """The mean of the latest weights, one each so many updates (Kaddour 2022, arXiv 2209.14981)."""
+    """The mean of the latest weights, taken at regular intervals (Kaddour 2022, arXiv 2209.14981)."""
 
     def after_update(self, step: int) -> None:
-        """Keep the weights in place of the oldest ones."""
+        """Replace the oldest weights kept by the current ones if these are due."""
         if (step + 1) % self._every == 0:
             self.kept[((step + 1) // self._every - 1) % len(self.kept)].copy_(self._weights.values)
 
@@ -94,12 +93,12 @@ _KINDS: Mapping[str, type[Averaging]] = {"none": Averaging, "ema": _Ema, "lawa":
 
 
 def build_averaging(settings: AveragingSettings, weights: FlatWeights, steps_per_epoch: int) -> Averaging:
-    """Return the average that `settings` name, of `weights`; an epoch is a pass over the data."""
+    """Return the average of `weights` that `settings` select; an epoch is a pass over the data."""
     return _KINDS[settings.kind](settings, weights, steps_per_epoch)
 
 
 def mean_of(rows: Sequence[Tensor] | Tensor) -> Tensor:
-    """Return the mean of `rows`, added in their order: each element's bits do not depend on the others."""
+    """Return the mean of `rows`, summed in order, so that an element's bits do not depend on the other elements."""
     total = rows[0].clone()
     for row in rows[1:]:
         total.add_(row)
@@ -107,7 +106,7 @@ def mean_of(rows: Sequence[Tensor] | Tensor) -> Tensor:
 
 
 def averaged_state(average: Mapping[str, Any], model: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state of the averaged model, from what a checkpoint holds of the average and of the model."""
+    """Return the state dict of the averaged model, from a checkpoint's `average` and `model`."""
     kept = average["kept"]
     means = {name: mean_of([row[name] for row in kept]) for name in (kept[0] if kept else ())}
     return {**model, **means, **average["statistics"]}

@@ -1,4 +1,4 @@
-"""All trainable weights of a model in one buffer, so that an operation on them is one kernel."""
+"""All trainable weights of a model in one buffer, so that an operation on all of them is one kernel."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import nn
 from dist_train.models.norms import norm_parameters
 
 _ALIGNMENT = 16
-"""Tensors begin at multiples of 16 floats, 64 bytes: a cache line, and the widest vector register."""
+"""Tensors begin at multiples of 16 floats (64 bytes): the size of a cache line and of the widest vector register."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Where one parameter lies in the buffer: [start, stop), and what kind of weight it is."""
+    """The place [start, stop) of a parameter in the buffer, and its kind: weight, bias or norm."""
 
     name: str
     kind: str
@@ -28,9 +28,9 @@ class Segment:
 
 
 class FlatWeights:
-    """The trainable parameters of a model, moved into one buffer: views of `values` [n], gradients of `gradients` [n].
+    """Moves a model's trainable parameters into one buffer `values` [n], and their gradients into `gradients` [n].
 
-    Between tensors there is padding, always zero in both.
+    The parameters become views of them. Between tensors there is padding, which is zero in both.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,8 +47,8 @@ class FlatWeights:
         device = self.parameters[0].device
         self.values = torch.zeros(end, device=device)
         self.gradients = torch.zeros(end, device=device)
-        self._own, self._own_gradients = self.views_of(self.values), self.views_of(self.gradients)
-        for parameter, view, gradient in zip(self.parameters, self._own, self._own_gradients, strict=True):
+        self._value_views, self._gradient_views = self.views_of(self.values), self.views_of(self.gradients)
+        for parameter, view, gradient in zip(self.parameters, self._value_views, self._gradient_views, strict=True):
             view.copy_(parameter.detach())
             parameter.data = view
             parameter.grad = gradient
@@ -58,45 +58,43 @@ class FlatWeights:
         return tuple(values[segment.start : segment.stop].view(segment.shape) for segment in self.segments)
 
     def compute_with(self, views: Sequence[torch.Tensor]) -> None:
-        """Let the model compute with `views`, one for each parameter; `values` are not touched."""
+        """Let the model compute with `views`, one for each parameter, instead of `values`, which do not change."""
         for parameter, view in zip(self.parameters, views, strict=True):
             parameter.data = view
 
-    def compute_with_own(self) -> None:
+    def compute_with_values(self) -> None:
         """Let the model compute with `values` again."""
-        self.compute_with(self._own)
+        self.compute_with(self._value_views)
 
     def detach_gradients(self) -> None:
-        """Let the next backward pass leave its gradients where it made them, until they are gathered.
+        """Let the next backward pass leave its gradients in tensors of its own, until `gather_gradients`.
 
-        It would add them to `gradients`, which would have to be zero: two passes over memory more.
+        Otherwise it would add them to `gradients`, which would have to be zeroed first: two more passes over memory.
         """
         for parameter in self.parameters:
             parameter.grad = None
 
     def gather_gradients(self, first: int, last: int) -> None:
-        """Copy what a backward pass left to the parameters `first` to `last` (exclusive) to their part of `gradients`,
-        zeros where it left nothing.
-        """
-        places: list[torch.Tensor] = []
-        found: list[torch.Tensor] = []
-        for parameter, place in zip(self.parameters[first:last], self._own_gradients[first:last], strict=True):
+        """Copy the gradients of parameters `first` to `last` (exclusive) into `gradients`, zeros for missing ones."""
+        views: list[torch.Tensor] = []
+        computed: list[torch.Tensor] = []
+        for parameter, view in zip(self.parameters[first:last], self._gradient_views[first:last], strict=True):
             if parameter.grad is None:
-                place.zero_()
-            elif parameter.grad is not place:
-                places.append(place)
-                found.append(parameter.grad)
-            parameter.grad = place
-        if found:
-            torch._foreach_copy_(places, found)
+                view.zero_()
+            elif parameter.grad is not view:
+                views.append(view)
+                computed.append(parameter.grad)
+            parameter.grad = view
+        if computed:
+            torch._foreach_copy_(views, computed)
 
     @property
     def count(self) -> int:
-        """Number of trainable weights, padding left out."""
+        """Number of trainable weights, without padding."""
         return sum(segment.stop - segment.start for segment in self.segments)
 
     def mask(self, exclude: Sequence[str]) -> torch.Tensor:
-        """Return 1.0 for each weight that `exclude` does not name, else 0.0; padding is 0.0; [n]."""
+        """Return 1.0 for each weight that `exclude` does not match, 0.0 for the others and for padding; [n]."""
         mask = torch.zeros_like(self.values)
         left_out = set(self.excluded(exclude))
         for segment in self.segments:
@@ -104,18 +102,18 @@ class FlatWeights:
                 mask[segment.start : segment.stop] = 1.0
         return mask
 
-    def places_without(self, exclude: Sequence[str]) -> list[int]:
-        """Return the places that `mask` gives 0.0, in order; known without asking the device."""
+    def masked_indices(self, exclude: Sequence[str]) -> list[int]:
+        """Return the indices at which `mask` is 0.0, in order, without reading from the device."""
         left_out = set(self.excluded(exclude))
         kept = [segment for segment in self.segments if segment not in left_out]
         edges = [(0, 0), *((segment.start, segment.stop) for segment in kept), (len(self.values), 0)]
-        return [place for (_, stop), (start, _) in pairwise(edges) for place in range(stop, start)]
+        return [index for (_, stop), (start, _) in pairwise(edges) for index in range(stop, start)]
 
     @property
     def filter_lengths(self) -> torch.Tensor:
-        """Return the weights of each filter, one after the other, int64 [filters and paddings].
+        """The number of weights of each filter, in order, int64 [filters and paddings].
 
-        A filter is a slice along dimension 0; a tensor of one dimension is one filter as a whole.
+        A filter is a slice along dimension 0; a tensor of one dimension is a single filter. Each padding is one too.
         """
         lengths: list[int] = []
         ends = [segment.start for segment in self.segments[1:]] + [len(self.values)]
@@ -127,7 +125,7 @@ class FlatWeights:
         return torch.tensor(lengths, dtype=torch.int64, device=self.values.device)
 
     def excluded(self, patterns: Sequence[str]) -> list[Segment]:
-        """Return the segments whose kind, or whose name, one of `patterns` names (`*` and `?` as in a shell)."""
+        """Return the segments whose kind or name matches one of `patterns` (names with `*` and `?` as in a shell)."""
         return [
             segment
             for segment in self.segments
@@ -136,7 +134,7 @@ class FlatWeights:
 
 
 def digest(values: torch.Tensor) -> int:
-    """Return a 64-bit digest of float32 `values` [n], computed on their device; any one changed bit changes it."""
+    """Return a 64-bit digest of float32 `values` [n], computed on their device; any single changed bit changes it."""
     bits = values.detach().view(torch.int32).to(torch.int64)
     odd = torch.arange(1, 2 * len(bits), 2, device=bits.device)
     return int((bits * odd).sum())

@@ -1,8 +1,8 @@
-"""What a step does with noise; methods are a row each. `noise_draws.py` has how it is drawn.
+"""The noise methods: what a training step does with noise. `noise_draws.py` draws it.
 
-A method says at which points each micro-batch's gradient is taken, and what each counts. Perturbed weights lie in a
-buffer of their own, which the model computes with meanwhile: the clean ones are never written, and (w + n) - n would
-not be w in floating point.
+A method says at which points each micro-batch's gradient is taken, and with what weight. Perturbed weights have a
+buffer of their own, with which the model computes meanwhile. The clean weights are not overwritten, since (w + n) - n
+is not w in floating point.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from dist_train.optim.noise_draws import Filters, NoiseDraws
 from dist_train.optim.schedules import noise_factor
 
 Ascend = Callable[[], None]
-"""Takes the gradient of a micro-batch's loss where the weights are, into the flat gradients."""
+"""Computes the gradient of a micro-batch's loss at the current weights into `FlatWeights.gradients`."""
 
 
-_DEVIATIONS = math.sqrt(3.0)
-"""From a deviation to the amplitude of a draw, whose variance at amplitude 1 is 1/3."""
+_AMPLITUDE_PER_DEVIATION = math.sqrt(3.0)
+"""A draw of amplitude 1 has variance 1/3."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where a micro-batch's gradient is taken: the weights plus `sign` times a draw; and what it counts in the sum."""
+    """Where a micro-batch's gradient is taken: the weights plus `sign` times a draw; and its weight in the sum."""
 
     draw: int = 0
     sign: int = 1
@@ -41,7 +41,7 @@ class Point:
 
 @dataclass(eq=False)
 class Noise:
-    """What a step does with `weights` around its gradients, over `total_steps` updates; here nothing: `none`."""
+    """What a training step does with `weights` around its gradients. This base class does nothing: `method: none`."""
 
     settings: NoiseSettings
     weights: FlatWeights
@@ -51,59 +51,59 @@ class Noise:
     rank: int
 
     kept: dict[str, Tensor] = field(default_factory=dict, init=False)
-    """What a checkpoint must hold of it, [n] each: what earlier updates have left."""
+    """State that updates leave for later ones, [n] each, by name; checkpoints hold it."""
 
     def __post_init__(self) -> None:
-        pass  # subclasses make their buffers
+        pass  # subclasses create their buffers
 
     def load(self, kept: Mapping[str, Tensor]) -> None:
-        """Take over what a checkpoint holds of `kept`, by name and parameter."""
+        """Restore `kept` from what `state` returned."""
         for name, values in self.kept.items():
             for segment, view in zip(self.weights.segments, self.weights.views_of(values), strict=True):
                 view.copy_(kept[f"{name}.{segment.name}"])
 
     def state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds of `kept`."""
+        """Return `kept` as checkpoints hold it: a tensor for each name and parameter."""
         views = {name: self.weights.views_of(values) for name, values in self.kept.items()}
         names = [segment.name for segment in self.weights.segments]
         return {f"{name}.{each}": view for name in views for each, view in zip(names, views[name], strict=True)}
 
     def points(self, micro_batch: int) -> Sequence[Point]:
-        """Return where the gradient of micro-batch `micro_batch` is taken: as many points for each of them."""
+        """Return the points at which the gradient of a micro-batch is taken; every micro-batch has as many."""
         return (Point(),)
 
     def amplitude(self, step: int) -> float:
-        """Return a c(t), the amplitude in force at `step`."""
+        """Return a c(t), the noise amplitude at `step`."""
         return 0.0
 
     def perturb(self, step: int) -> None:
-        """Let the model compute with perturbed weights; the clean ones are not written."""
+        """Let the model compute with perturbed weights; the clean ones do not change."""
 
     def perturb_for(self, micro_batch: int, ascend: Ascend, point: Point = Point()) -> None:
-        """Move to `point` of micro-batch `micro_batch` of the global batch, where it is its own."""
+        """Move the perturbed weights to `point` of `micro_batch`, unless all micro-batches share one point."""
 
     def restore(self) -> None:
         """Let the model compute with the clean weights again."""
 
     def before_update(self, step: int, learning_rate: float) -> None:
-        """Take in, or change, the global gradient, clipped, from which the optimizer is about to make `step`."""
+        """Read or change the clipped global gradient, before the optimizer makes update `step` from it."""
 
     def after_update(self, step: int) -> None:
-        """Do what remains once the optimizer has moved the weights in `step`."""
+        """Change the weights after the optimizer has made update `step`."""
 
     def digest(self, step: int) -> int:
-        """Return a digest of what the noise of `step`, just taken, made; the same on all ranks that agree."""
+        """Return a digest of the noise of `step`, the last update; equal on ranks that agree."""
         return 0
 
 
 class _Scheduled(Noise):
     def amplitude(self, step: int) -> float:
-        """Return a c(t), for `sam` rho c(t)."""
+        """Return a c(t); for `sam`, rho c(t)."""
         return self.settings.amplitude * noise_factor(self.settings.schedule, step, self.total_steps)
 
 
 class _Perturbing(_Scheduled):
-    """Noise whose gradients are taken at perturbed weights, in a buffer of their own."""
+    """Methods that take gradients at perturbed weights, which have a buffer of their own."""
 
     def __post_init__(self) -> None:
         self._step = 0
@@ -111,27 +111,27 @@ class _Perturbing(_Scheduled):
         self._views = self.weights.views_of(self._perturbed)
 
     def perturb(self, step: int) -> None:
-        """Let the model compute with the perturbed weights, which are moved then."""
+        """Let the model compute with the buffer of perturbed weights, which is filled afterwards."""
         self._step = step
         self.weights.compute_with(self._views)
 
     def restore(self) -> None:
         """Let the model compute with the clean weights again."""
-        self.weights.compute_with_own()
+        self.weights.compute_with_values()
 
 
 class SmoothOut(_Perturbing):
-    """SmoothOut (Wen et al., arXiv 1805.07898): gradients at perturbed weights, none of it left behind.
+    """SmoothOut (Wen et al., arXiv 1805.07898): gradients at perturbed weights; the noise does not stay.
 
-    `sharing: global` is one draw a step; `rank` one for each rank; `micro_batch` one for each micro-batch of the
-    global batch, whichever rank holds it. With `draws` there are as many, with `antithetic` each has its opposite too
-    (NSO, arXiv 2306.08553), and `mix` leaves a share to the clean weights (m-RWP, arXiv 2404.00357).
+    `sharing: global` makes one draw per step, `rank` one per rank, `micro_batch` one per micro-batch of the global
+    batch, whichever rank computes it. `draws` multiplies them; with `antithetic`, each draw is also taken with the
+    opposite sign (NSO, arXiv 2306.08553); `mix` below 1 adds the clean weights as a point (m-RWP, arXiv 2404.00357).
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         settings = self.settings
-        # Draws lie where the perturbed weights are to be: a buffer less to go through.
+        # Draw into the buffer of the perturbed weights, to read and write one buffer less.
         self._draws = NoiseDraws(settings, self.weights, self.seed, self._perturbed)
         signs = (1, -1) if settings.antithetic else (1,)
         weight = settings.mix / (settings.draws * len(signs))
@@ -140,25 +140,26 @@ class SmoothOut(_Perturbing):
             points.append(Point(0, 0, 1 - settings.mix))
         self._points = tuple(points)
         self._turns = len(points) if settings.passes == "one" else 1
-        """Micro-batches that take turns at the points, and share their draws."""
-        self._moves_once = len(points) == 1 and settings.sharing != "micro_batch"
+        """With `passes: one`, each micro-batch takes one point: so many in a row take turns, and share the draws."""
+        self._has_one_point = len(points) == 1 and settings.sharing != "micro_batch"
+        """Whether all micro-batches of a step share a single point."""
 
     def points(self, micro_batch: int) -> Sequence[Point]:
-        """Return all points, or, where micro-batches take turns, the one whose turn it is, for the others too."""
+        """Return all points or, if micro-batches take turns, the one of `micro_batch` with the weight of all."""
         if self._turns == 1:
             return self._points
         point = self._points[micro_batch % self._turns]
         return (replace(point, weight=point.weight * self._turns),)
 
     def perturb(self, step: int) -> None:
-        """Move to the point that the step's micro-batches share, if they do."""
+        """Move to the point of the step, if all micro-batches share one."""
         super().perturb(step)
-        if self._moves_once:
+        if self._has_one_point:
             self._move_to(self._points[0], 0, self.rank)
 
     def perturb_for(self, micro_batch: int, ascend: Ascend, point: Point = Point()) -> None:
-        """Move to the micro-batch's point, unless all share one."""
-        if not self._moves_once:
+        """Move to `point` of `micro_batch`, unless all micro-batches share one point."""
+        if not self._has_one_point:
             self._move_to(point, micro_batch, self.rank)
 
     def _move_to(self, point: Point, micro_batch: int, rank: int) -> None:
@@ -168,32 +169,32 @@ class SmoothOut(_Perturbing):
             indices = STREAM_OF_A_RANK, rank
         if point.draw:
             indices = (*indices, "draw", point.draw)
-        self.move(self._step, *indices, sign=point.sign)
+        self._move_by(self._step, *indices, sign=point.sign)
 
-    def move(self, step: int, *indices: int | str, sign: int = 1) -> None:
-        """Be at the clean weights plus `sign` times the draw of (`step`, `indices`)."""
+    def _move_by(self, step: int, *indices: int | str, sign: int = 1) -> None:
+        """Set the perturbed weights to the clean ones plus `sign` times the draw of (`step`, `indices`)."""
         clean = self.weights.values
         if sign == 0:
             self._perturbed.copy_(clean)
             return
         for part in self._draws.parts(clean, sign * self.amplitude(step), step, *indices):
-            self._add(clean, part)
+            self._add_clean(clean, part)
 
-    def _add(self, clean: Tensor, part: slice) -> None:
-        """Add the clean weights to the draw, which lies where the perturbed ones are to be."""
+    def _add_clean(self, clean: Tensor, part: slice) -> None:
+        """Add the clean weights to the draw, which is already in the buffer of the perturbed ones."""
         self._perturbed[part].add_(clean[part])
 
     def lost_in(self, precision: torch.dtype, step: int) -> float:
-        """Return which share of the weights under noise a cast to `precision` leaves where they were in `step`."""
+        """Return the share of the perturbed weights whose noise at `step` is rounded away by a cast to `precision`."""
         clean = self.weights.values
-        self.move(step)
+        self._move_by(step)
         noisy = self._perturbed != clean
         lost = noisy & (self._perturbed.to(precision) == clean.to(precision))
         return float(lost.sum() / noisy.sum().clamp_(min=1))
 
     def digest(self, step: int) -> int:
-        """Return a digest of the weights at the first draw, which ranks share also where they differ on purpose."""
-        if not self._moves_once or self.settings.sharing == "rank":
+        """Return a digest of the weights perturbed by rank 0's first draw, which all ranks can compute."""
+        if not self._has_one_point or self.settings.sharing == "rank":
             self._step = step
             self._move_to(self._points[0], 0, 0)
         return digest(self._perturbed)
@@ -202,7 +203,8 @@ class SmoothOut(_Perturbing):
 class AdaptivePerturbation(SmoothOut):
     """ARWP (arXiv 2404.00357): noise e / sqrt(1 + eta F), F <- beta F + g^2, summed over each filter.
 
-    g is the global gradient, as it is clipped; filters are summed as integers, as in draws. As in its authors' code.
+    g is the clipped global gradient. Filters are summed as integers, as in `noise_draws.py`. The formula is that of the
+    authors' code.
     """
 
     def __post_init__(self) -> None:
@@ -212,36 +214,36 @@ class AdaptivePerturbation(SmoothOut):
         self.kept["squares"] = torch.zeros_like(self.weights.values)
 
     def perturb(self, step: int) -> None:
-        """Find out how much noise each filter has, and be SmoothOut with it."""
-        squares = self.kept["squares"].clamp(max=_MOST_SQUARES).mul_(_SQUARE_UNITS).to(torch.int64)
+        """Compute the damping of each filter, then perturb as SmoothOut does."""
+        squares = self.kept["squares"].clamp(max=_MAX_SQUARE).mul_(_SQUARE_UNITS).to(torch.int64)
         summed = self._filters.sum(squares).mul_(self.settings.adaptation / _SQUARE_UNITS).add_(1.0).sqrt_()
         self._damping.copy_(self._filters.repeat(summed.to(self._damping.dtype)))
         super().perturb(step)
 
-    def _add(self, clean: Tensor, part: slice) -> None:
+    def _add_clean(self, clean: Tensor, part: slice) -> None:
         self._perturbed[part].div_(self._damping[part]).add_(clean[part])
 
     def before_update(self, step: int, learning_rate: float) -> None:
-        """Take the gradient into F."""
+        """Update F by the gradient."""
         gradients = self.weights.gradients
         self.kept["squares"].mul_(self.settings.memory).add_(gradients.square())
 
 
-_MOST_SQUARES, _SQUARE_UNITS = 2.0**10, 2.0**32
-"""A filter's squared gradients are summed as multiples of 2^-32, of at most 2^10 each."""
+_MAX_SQUARE, _SQUARE_UNITS = 2.0**10, 2.0**32
+"""A filter's squared gradients, each clamped to 2^10, are summed as multiples of 2^-32."""
 
 
 class Langevin(_Scheduled):
     """Equation 1 of Naganuma and Yokota: theta(t+1) = theta(t) - eta grad E(theta(t)) + delta(t).
 
-    The noise stays. It is part of the update, not of the gradient: momentum does not see it.
+    The noise stays in the weights. It is part of the update, not of the gradient: momentum does not see it.
     """
 
     def __post_init__(self) -> None:
         self._draws = NoiseDraws(self.settings, self.weights, self.seed)
 
     def perturb(self, step: int) -> None:
-        """Draw delta(t), scaled by theta(t), and leave the weights as they are: the gradient is taken there."""
+        """Draw delta(t), scaled by theta(t). The weights do not change: the gradient is taken at the clean ones."""
         self._draws.draw(self.weights.values, self.amplitude(step), step)
 
     def after_update(self, step: int) -> None:
@@ -254,40 +256,40 @@ class Langevin(_Scheduled):
 
 
 class ScaledLangevin(Langevin):
-    """SGLD (Welling and Teh, 2011): noise that stays, in proportion to the root of the learning rate.
+    """SGLD (Welling and Teh, 2011): noise that stays, proportional to the square root of the learning rate.
 
-    At amplitude a and learning rate eta its variance is a^2 eta / 3: the temperature is a^2 / 6.
+    With amplitude a and learning rate eta its variance is a^2 eta / 3: the temperature is a^2 / 6.
     """
 
     def before_update(self, step: int, learning_rate: float) -> None:
-        """Scale the draw by the rate of the update."""
+        """Scale the draw by the square root of the learning rate."""
         self._draws.values.mul_(math.sqrt(learning_rate))
 
 
 class FlatLangevin(SmoothOut):
     """fSGLD (arXiv 2510.02174): gradients at theta + sigma e, and noise of variance 2 eta tau that stays.
 
-    sigma^2 is a draw's variance, a^2 / 3; tau, where it is not set, sigma^(4 / 1.01), the coupling of its authors.
+    sigma^2 is a draw's variance, a^2 / 3. tau defaults to sigma^(4 / 1.01), the authors' coupling.
     """
 
     def before_update(self, step: int, learning_rate: float) -> None:
-        """Draw what stays, scaled by the weights before the update, into the buffer of the perturbed weights."""
+        """Draw the noise that stays, scaled by the weights before the update, into the buffer of perturbed weights."""
         tau = self.settings.temperature
         if tau is None:
-            tau = (self.amplitude(step) / _DEVIATIONS) ** (4.0 / 1.01)
+            tau = (self.amplitude(step) / _AMPLITUDE_PER_DEVIATION) ** (4.0 / 1.01)
         deviation = math.sqrt(2.0 * learning_rate * tau)
-        self._draws.draw(self.weights.values, deviation * _DEVIATIONS, step, "stays")
+        self._draws.draw(self.weights.values, deviation * _AMPLITUDE_PER_DEVIATION, step, "stays")
 
     def after_update(self, step: int) -> None:
-        """Add it."""
+        """Add the noise that stays."""
         self.weights.values.add_(self._perturbed)
 
 
 class SharpnessAware(_Perturbing):
-    """SAM (Foret et al., arXiv 2010.01412), its ascent taken by each micro-batch's own gradient.
+    """SAM (Foret et al., arXiv 2010.01412), ascending along each micro-batch's own gradient.
 
-    The gradient is taken at w + rho g / ||g||, where g is the micro-batch's gradient at w and rho the amplitude:
-    two passes for each micro-batch, a function of its samples alone.
+    The gradient is taken at w + rho g / ||g||, where g is the micro-batch's gradient at w and rho the amplitude. This
+    needs two passes per micro-batch, and depends on its samples alone.
     """
 
     def __post_init__(self) -> None:
@@ -295,34 +297,34 @@ class SharpnessAware(_Perturbing):
         self._mask = self.weights.mask(self.settings.exclude)
 
     def perturb_for(self, micro_batch: int, ascend: Ascend, point: Point = Point()) -> None:
-        """Go uphill from the clean weights by the micro-batch's gradient."""
+        """Ascend from the clean weights along the micro-batch's gradient."""
         clean = self.weights.values
         self._perturbed.copy_(clean)
         self.weights.gradients.zero_()
         ascend()
-        torch.add(clean, self._uphill(self.weights.gradients), alpha=self.amplitude(self._step), out=self._perturbed)
+        torch.add(clean, self._ascent(self.weights.gradients), alpha=self.amplitude(self._step), out=self._perturbed)
 
-    def _uphill(self, gradient: Tensor) -> Tensor:
-        """Return the way of length 1 from `gradient`, which is overwritten."""
+    def _ascent(self, gradient: Tensor) -> Tensor:
+        """Return the perturbation for rho = 1; overwrites `gradient`."""
         return _normalized(gradient.mul_(self._mask))
 
 
 class AdaptiveSharpnessAware(SharpnessAware):
     """ASAM (Kwon et al., arXiv 2102.11600): w + rho T^2 g / ||T g||, T = |w| + offset, element by element."""
 
-    def _uphill(self, gradient: Tensor) -> Tensor:
-        sizes = self.weights.values.abs().add_(self.settings.offset)
-        return _normalized(gradient.mul_(self._mask).mul_(sizes)).mul_(sizes)
+    def _ascent(self, gradient: Tensor) -> Tensor:
+        scales = self.weights.values.abs().add_(self.settings.offset)
+        return _normalized(gradient.mul_(self._mask).mul_(scales)).mul_(scales)
 
 
-def _normalized(way: Tensor) -> Tensor:
-    return way.div_(torch.linalg.vector_norm(way).clamp_(min=torch.finfo(way.dtype).tiny))
+def _normalized(vector: Tensor) -> Tensor:
+    return vector.div_(torch.linalg.vector_norm(vector).clamp_(min=torch.finfo(vector.dtype).tiny))
 
 
 class VariationalNewton(_Perturbing):
-    """IVON (Shen et al., arXiv 2402.17641): weights are the mean of a Gaussian, gradients are at a sample.
+    """IVON (Shen et al., arXiv 2402.17641): the weights are the mean of a Gaussian; gradients are taken at a sample.
 
-    With h the Hessian's estimate, d the damping, l the sample size and g the global gradient at w + e, where
+    With h the estimate of the Hessian, d the damping, l the sample size and g the global gradient at w + e, where
     e ~ N(0, 1/(l (h + d))):
 
         m <- b1 m + (1 - b1) g
@@ -330,8 +332,8 @@ class VariationalNewton(_Perturbing):
         h <- b2 h + (1 - b2) f + (1 - b2)^2 (h - f)^2 / (2 (h + d))
         w <- w - eta (h0 + d) (m / (1 - b1^t) + d w) / (h + d)
 
-    The last line is what the optimizer gets as the gradient: plain gradient descent makes it the update. One sample a
-    step, of all weights, is shared by all ranks, so that f needs the sum of gradients alone.
+    The optimizer gets the factor of eta in the last line as its gradient, so that plain SGD makes this update. All
+    ranks share one sample of all weights per step, so that f needs only the sum of the gradients.
     """
 
     def __post_init__(self) -> None:
@@ -342,26 +344,26 @@ class VariationalNewton(_Perturbing):
         self.kept["curvature"] = torch.full_like(self.weights.values, self.settings.curvature)
 
     def amplitude(self, step: int) -> float:
-        """Return 1: the Hessian's estimate says how wide the noise is."""
+        """Return 1: the estimate of the Hessian determines the size of the noise."""
         return 1.0
 
     def perturb(self, step: int) -> None:
-        """Let the model compute with a sample."""
+        """Let the model compute with a sample of the Gaussian."""
         super().perturb(step)
-        widths = (self.kept["curvature"] + self.settings.damping).mul_(self.settings.sample_size).rsqrt_()
-        noise = self._draws.draw(self.weights.values, _DEVIATIONS, step).mul_(widths)
+        deviations = (self.kept["curvature"] + self.settings.damping).mul_(self.settings.sample_size).rsqrt_()
+        noise = self._draws.draw(self.weights.values, _AMPLITUDE_PER_DEVIATION, step).mul_(deviations)
         torch.add(self.weights.values, noise, out=self._perturbed)
 
     def before_update(self, step: int, learning_rate: float) -> None:
-        """Take in the gradient, and put Newton's direction in its place."""
+        """Update m and h by the gradient, and replace the gradient by the Newton direction."""
         gradient, momentum, curvature = self.weights.gradients, self.kept["momentum"], self.kept["curvature"]
         first, second = self.settings.betas
         damping = self.settings.damping
         momentum.mul_(first).add_(gradient, alpha=1 - first)
         damped = curvature + damping
-        found = (self._draws.values * gradient).mul_(damped).mul_(self.settings.sample_size)
-        surprise = (curvature - found).square_().div_(damped)
-        curvature.mul_(second).add_(found, alpha=1 - second).add_(surprise, alpha=(1 - second) ** 2 / 2)
+        estimate = (self._draws.values * gradient).mul_(damped).mul_(self.settings.sample_size)
+        correction = (curvature - estimate).square_().div_(damped)
+        curvature.mul_(second).add_(estimate, alpha=1 - second).add_(correction, alpha=(1 - second) ** 2 / 2)
         gradient.copy_(momentum).div_(1 - first ** (step + 1)).add_(self.weights.values, alpha=damping)
         gradient.mul_(self.settings.curvature + damping).div_(curvature + damping)
 
@@ -384,8 +386,8 @@ _METHODS: Mapping[str, type[Noise]] = {
 
 
 def build_noise(settings: NoiseSettings, weights: FlatWeights, *, seed: int, total_steps: int, rank: int) -> Noise:
-    """Return the noise that `settings` describe, on `weights`, for `rank`."""
-    name, place = settings.method, {"seed": seed, "total_steps": total_steps, "rank": rank}
+    """Return the noise that `settings` select, for `weights` and `rank`."""
+    name, arguments = settings.method, {"seed": seed, "total_steps": total_steps, "rank": rank}
     if is_plugin(name):
-        return cast(Noise, call_plugin(name, settings.options, Noise, settings, weights, **place))
-    return _METHODS[name](settings, weights, **place)
+        return cast(Noise, call_plugin(name, settings.options, Noise, settings, weights, **arguments))
+    return _METHODS[name](settings, weights, **arguments)

@@ -1,4 +1,4 @@
-"""How noise is drawn and scaled: a draw is a pure function of (seed, step, what the sharing adds); a table row each."""
+"""How noise is drawn and scaled. A draw is a pure function of (seed, step, indices that `noise.sharing` adds)."""
 
 from __future__ import annotations
 
@@ -19,50 +19,50 @@ from dist_train.reproducible import bits, key
 _DEVIATION_OF_UNIFORM = 3.0**-0.5
 _LARGEST = 2**15 - 1
 _SQUARES = 2.0**40
-"""Squares of weights are summed as multiples of its inverse."""
+"""Squares of weights are summed as integers, in units of its inverse."""
 
 Parts = Iterator[slice]
-"""Where the parts of a draw lie, each yielded once it is there."""
+"""The parts of a draw, each yielded as soon as it is in the buffer."""
 
 
 class NoiseDraws:
-    """Draws of one kind for one set of weights, into one buffer; bit-identical on CPUs and GPUs.
+    """Draws noise for one set of weights into one buffer; bit-identical on CPUs and GPUs.
 
-    A draw is made part by part, so that what is to be done with a part finds it in the cache. What is drawn are
-    integers; they, and each scale, are turned into floats by single operations, whose rounding IEEE 754 defines: no sum
-    of floats, no function beyond a root, no multiplication and addition that may be fused.
+    A draw is made part by part, so that each part is still in the cache when it is used. Draws are integers. They, and
+    each scale, are converted to floats by single operations, whose rounding IEEE 754 defines: no sum of floats, no
+    function but the square root, no multiply-add that a compiler might fuse.
     """
 
     def __init__(self, settings: NoiseSettings, weights: FlatWeights, seed: int, values: Tensor | None = None) -> None:
-        """Draw into `values` [n] (none: new ones), as `settings` say."""
+        """Draw into `values` [n], or a new buffer if it is None, according to `settings`."""
         self._distribution = _DISTRIBUTIONS[settings.distribution](weights.values.device)
         self._scale = _SCALES.get(settings.scale) or partial(
             call_plugin, settings.scale, settings.scale_options, Iterator
         )
         self._seed = seed
-        self._places = weights.places_without(settings.exclude)
-        self._still = torch.tensor(self._places, dtype=torch.int64, device=weights.values.device)
+        self._excluded = weights.masked_indices(settings.exclude)
+        self._excluded_on_device = torch.tensor(self._excluded, dtype=torch.int64, device=weights.values.device)
         self._filters = Filters(weights.filter_lengths, len(weights.values))
         self.values = torch.zeros_like(weights.values) if values is None else values
 
     def draw(self, weights: Tensor, amplitude: float, step: int, *indices: int | str) -> Tensor:
         """Return the noise of (`step`, `indices`) at `amplitude` for flat `weights` [n]; excluded weights get 0.
 
-        The tensor is `values`: the next draw overwrites it.
+        The result is the buffer `values`, which the next draw overwrites.
         """
         deque(self.parts(weights, amplitude, step, *indices), maxlen=0)
         return self.values
 
     def parts(self, weights: Tensor, amplitude: float, step: int, *indices: int | str) -> Parts:
-        """Make the same draw, and yield where in `values` each part lies once it is there."""
+        """Make the same draw; yield each part's slice of `values` as soon as it is filled."""
         drawn = self._integers(key(self._seed, "noise", step, *indices))
         for part in self._scale(self.values, weights, self._filters, drawn, amplitude, self._distribution.unit):
-            first, last = bisect_left(self._places, part.start), bisect_left(self._places, part.stop)
-            self.values.index_fill_(0, self._still[first:last], 0.0)
+            first, last = bisect_left(self._excluded, part.start), bisect_left(self._excluded, part.stop)
+            self.values.index_fill_(0, self._excluded_on_device[first:last], 0.0)
             yield part
 
     def _integers(self, stream: int) -> Parts:
-        """Fill `values` with the integers of a draw."""
+        """Fill `values` with the integers of a draw, part by part."""
         start = 0
         for random in bits(stream, len(self.values), self.values.device):
             part = slice(start, start + len(random))
@@ -73,11 +73,11 @@ class NoiseDraws:
 
 @dataclass(frozen=True)
 class _Distribution:
-    """Integers between -32,767 and 32,767, of mean 0; times `unit` their variance is 1/3."""
+    """Integers from -32,767 to 32,767 with mean 0; multiplied by `unit`, their variance is 1/3."""
 
     unit: float
     integers: Callable[[Tensor], Tensor]
-    """From int16 of random bits, which may be overwritten, to int16 of the distribution."""
+    """Maps random bits (int16, may be overwritten) to integers of the distribution (int16)."""
 
 
 def _uniform(device: torch.device) -> _Distribution:
@@ -86,7 +86,7 @@ def _uniform(device: torch.device) -> _Distribution:
 
 
 def _normal(device: torch.device) -> _Distribution:
-    """Return the quantiles of 65,536 equally likely parts of the normal distribution; the outermost is 4.3 sigma."""
+    """Return 65,536 equally likely quantiles of the normal distribution; the outermost is at 4.3 sigma."""
     middles = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
     quantiles = torch.special.ndtri(middles)
     rounded = (quantiles * (_LARGEST / quantiles[-1])).round()
@@ -96,7 +96,7 @@ def _normal(device: torch.device) -> _Distribution:
 
 
 class Filters:
-    """Which of `count` flat weights are a filter's: so many of each, one after the other."""
+    """The partition of `count` flat weights into filters of `lengths`."""
 
     def __init__(self, lengths: Tensor, count: int) -> None:
         self._lengths = lengths
@@ -109,26 +109,26 @@ class Filters:
         return torch.diff(ends, prepend=torch.zeros_like(ends[:1])).to(torch.float64)
 
     def repeat(self, values: Tensor) -> Tensor:
-        """Return `values` [filters] for each weight [n]."""
+        """Return the value of `values` [filters] for each weight [n]."""
         return torch.repeat_interleave(values, self._lengths, output_size=self._count)
 
 
 def _absolute(noise: Tensor, weights: Tensor, filters: Filters, drawn: Parts, amplitude: float, unit: float) -> Parts:
-    """Make it a u: the amplitude is in the weights' own unit."""
+    """Scale the draw u to a u: the amplitude a is in units of the weights."""
     for part in drawn:
         noise[part].mul_(amplitude * unit)
         yield part
 
 
 def _weight(noise: Tensor, weights: Tensor, filters: Filters, drawn: Parts, amplitude: float, unit: float) -> Parts:
-    """Make it a u |w|, element by element."""
+    """Scale the draw to a u |w|, element by element."""
     for part in drawn:
         noise[part].mul_(amplitude * unit).mul_(weights[part].abs())
         yield part
 
 
 def _filter(noise: Tensor, weights: Tensor, filters: Filters, drawn: Parts, amplitude: float, unit: float) -> Parts:
-    """Make it a u_f ||w_f|| / ||u_f|| for each filter f: AdaSmoothOut (Wen et al., arXiv 1805.07898)."""
+    """Scale the draw to a u_f ||w_f|| / ||u_f|| for each filter f: AdaSmoothOut (Wen et al., arXiv 1805.07898)."""
     deque(drawn, maxlen=0)
     of_weights = filters.sum(weights.square().mul_(_SQUARES).to(torch.int64))
     of_noise = filters.sum(noise.to(torch.int64).square_())
@@ -140,7 +140,7 @@ def _filter(noise: Tensor, weights: Tensor, filters: Filters, drawn: Parts, ampl
 def _filter_norm(
     noise: Tensor, weights: Tensor, filters: Filters, drawn: Parts, amplitude: float, unit: float
 ) -> Parts:
-    """Make it a u ||w_f||, element by element, for each filter f: LPF-SGD's (arXiv 2201.08025) and RWP's."""
+    """Scale the draw to a u ||w_f|| for each filter f, as in LPF-SGD (arXiv 2201.08025) and RWP."""
     norms = filters.sum(weights.square().mul_(_SQUARES).to(torch.int64)).sqrt_().mul_(amplitude * unit * _SQUARES**-0.5)
     factors = filters.repeat(norms.to(noise.dtype))
     for part in drawn:

@@ -1,4 +1,4 @@
-"""The update rules: torch's, and LARS and LAMB of timm, with their whole state there from the beginning."""
+"""The optimizers: torch's, and LARS and LAMB of timm. Their whole state is created at once, before the first update."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from dist_train.config import OptimizerSettings
 from dist_train.config.plugins import call_plugin, is_plugin
 from dist_train.optim.flat_weights import FlatWeights
 
-_MARK = "__dynamo_disable"
+_DYNAMO_DISABLE = "__dynamo_disable"
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters, and whether weight decay and layer-wise adaptation are kept off them."""
+    """Parameters, and whether they are excluded from weight decay and layer-wise adaptation."""
 
     parameters: tuple[nn.Parameter, ...]
     excluded: bool
 
 
 def build_optimizer(settings: OptimizerSettings, weights: FlatWeights) -> Optimizer:
-    """Return the optimizer that `settings` name, on `weights`."""
+    """Return the optimizer that `settings` select, for `weights`."""
     left_out = set(weights.excluded(settings.exclude))
     named = list(zip(weights.segments, weights.parameters, strict=True))
     groups = [
         Group(tuple(parameter for segment, parameter in named if (segment in left_out) == excluded), excluded)
         for excluded in (False, True)
     ]
-    _pass_by_the_compiler()
-    filled = [group for group in groups if group.parameters]
+    groups = [group for group in groups if group.parameters]
+    _avoid_loading_the_compiler()
     if is_plugin(settings.name):
-        return cast(Optimizer, call_plugin(settings.name, settings.options, Optimizer, settings, filled))
-    return _OPTIMIZERS[settings.name](settings, filled)
+        return cast(Optimizer, call_plugin(settings.name, settings.options, Optimizer, settings, groups))
+    return _OPTIMIZERS[settings.name](settings, groups)
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
@@ -50,13 +50,13 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 
 
 def optimizer_step(optimizer: Optimizer) -> None:
-    """Do what `optimizer.step()` does, under torch's wrappers, which load its compiler: a second of every rank."""
+    """Call `optimizer.step()` without torch's wrappers, which would load the compiler: a second on every rank."""
     with torch.no_grad():
         inspect.unwrap(type(optimizer).step)(optimizer)
 
 
 def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of the optimizer's state with a name, in the same order on all ranks."""
+    """Yield the name and value of every tensor of the optimizer's state, in the same order on all ranks."""
     for index, group in enumerate(optimizer.param_groups):
         for name, value in sorted(group.items()):
             if isinstance(value, torch.Tensor):
@@ -75,17 +75,17 @@ def _sgd(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:
         nesterov=settings.nesterov,
         fused=True,
     )
-    return _begin_momentum(optimizer, settings)
+    return _with_momentum_state(optimizer, settings)
 
 
 def _adam(
     settings: OptimizerSettings, groups: Sequence[Group], kind: Callable[..., Optimizer] = torch.optim.Adam
 ) -> Optimizer:
-    """Adam's weight decay is a part of the gradient, moments included; AdamW's is apart (arXiv 1711.05101)."""
+    """Adam adds weight decay to the gradient, and so to the moments; AdamW decouples it (arXiv 1711.05101)."""
     optimizer = kind(
         _decayed(settings, groups), lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True
     )
-    _begin_state(optimizer, "exp_avg", "exp_avg_sq")
+    _create_state(optimizer, "exp_avg", "exp_avg_sq")
     for parameter, state in optimizer.state.items():
         state["step"] = torch.zeros((), device=parameter.device)
     return optimizer
@@ -98,11 +98,11 @@ def _lars(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:
     optimizer = Lars(
         _adapted(settings, groups), lr=settings.learning_rate, momentum=settings.momentum, trust_coeff=settings.trust
     )
-    return _begin_momentum(optimizer, settings)
+    return _with_momentum_state(optimizer, settings)
 
 
 def _lamb(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:
-    """You et al., arXiv 1904.00962, its moments corrected for their beginning at zero."""
+    """You et al., arXiv 1904.00962, with bias correction of the moments."""
     from timm.optim.lamb import Lamb
 
     optimizer = Lamb(
@@ -110,12 +110,12 @@ def _lamb(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.epsilon,
-        # The global gradient is clipped before: optimizer.clip_norm.
+        # The training step clips the global gradient: optimizer.clip_norm.
         max_grad_norm=None,
     )
     for group in optimizer.param_groups:
         group["step"] = torch.zeros(())
-    _begin_state(optimizer, "exp_avg", "exp_avg_sq")
+    _create_state(optimizer, "exp_avg", "exp_avg_sq")
     return optimizer
 
 
@@ -127,19 +127,19 @@ def _decayed(settings: OptimizerSettings, groups: Sequence[Group]) -> list[dict[
 
 
 def _adapted(settings: OptimizerSettings, groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Return groups for timm, which adapts the rate of those that decay, and of those that always adapt."""
+    """Return parameter groups for timm, which adapts the rate of groups with weight decay or `always_adapt`."""
     decayed = _decayed(settings, groups)
     return [{**options, "always_adapt": not group.excluded} for options, group in zip(decayed, groups, strict=True)]
 
 
-def _begin_momentum(optimizer: Optimizer, settings: OptimizerSettings) -> Optimizer:
+def _with_momentum_state(optimizer: Optimizer, settings: OptimizerSettings) -> Optimizer:
     if settings.momentum > 0:
-        _begin_state(optimizer, "momentum_buffer")
+        _create_state(optimizer, "momentum_buffer")
     return optimizer
 
 
-def _begin_state(optimizer: Optimizer, *names: str) -> None:
-    """Make the buffers that the first update would make: a broadcast and a checkpoint before it need them too."""
+def _create_state(optimizer: Optimizer, *names: str) -> None:
+    """Create the buffers that the first update would create: the broadcast and a checkpoint before it need them."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             for name in names:
@@ -155,15 +155,15 @@ _OPTIMIZERS: Mapping[str, Callable[[OptimizerSettings, Sequence[Group]], Optimiz
 }
 
 
-def _pass_by_the_compiler() -> None:
-    """Let the methods of `Optimizer` that torch's compiler passes by be called without loading it.
+def _avoid_loading_the_compiler() -> None:
+    """Let the methods of `Optimizer` for which torch disables its compiler be called without loading the compiler.
 
-    torch (`torch/_compile.py`) keeps under `_MARK` what it calls in place of such a method. Where it keeps that
-    elsewhere, nothing changes.
+    The wrapper of such a method (`torch/_compile.py`) calls the attribute `_DYNAMO_DISABLE` of the method, which it
+    creates by means of the compiler if it is missing. A torch without these wrappers is left as it is.
     """
     for wrapper in vars(Optimizer).values():
-        if not isinstance(wrapper, FunctionType) or _MARK not in wrapper.__code__.co_consts:
+        if not isinstance(wrapper, FunctionType) or _DYNAMO_DISABLE not in wrapper.__code__.co_consts:
             continue
         method = getattr(wrapper, "__wrapped__", None)
-        if isinstance(method, FunctionType) and not hasattr(method, _MARK):
-            setattr(method, _MARK, method)
+        if isinstance(method, FunctionType) and not hasattr(method, _DYNAMO_DISABLE):
+            setattr(method, _DYNAMO_DISABLE, method)

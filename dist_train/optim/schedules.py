@@ -1,4 +1,4 @@
-"""The learning rate and the amplitude of noise as functions of the step."""
+"""The learning rate and the noise amplitude as functions of the step."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from dist_train.rundir.records import Epochs
 
 @dataclass(frozen=True)
 class LearningRate:
-    """The rate as a function of the update, for a run of `epochs` epochs."""
+    """The learning rate of each update, in a run of `epochs` epochs."""
 
     settings: ScheduleSettings
     base: float
     global_size: int
     steps_per_epoch: int
-    """Updates of a pass over the data."""
+    """Updates in a pass over the data."""
     epochs: int
     updates_per_epoch: int | None = None
-    """Updates that count as an epoch of the schedule; none: those of a pass over the data."""
+    """Updates in an epoch of the schedule; None: as many as in a pass over the data."""
     passes: Epochs | None = None
-    """The passes over the data, where the global batch changes along the way."""
+    """The passes over the data if the global batch size changes during the run."""
 
     @property
     def peak(self) -> float:
@@ -33,7 +33,7 @@ class LearningRate:
         return self.base * _SCALINGS[self.settings.scaling](self.global_size / self.settings.base_batch)
 
     def at(self, step: int) -> float:
-        """Return the rate of update `step`, counted from 0."""
+        """Return the learning rate of update `step`, counted from 0."""
         if self.passes is not None and self.updates_per_epoch is None:
             epoch = self.passes.done(step)
         else:
@@ -46,12 +46,12 @@ class LearningRate:
     def _decay(self, epoch: float) -> float:
         name = self.settings.decay
         if is_plugin(name):
-            return float(call_plugin(name, self.settings.options, SupportsFloat, _part_after_warmup(self, epoch)))
+            return float(call_plugin(name, self.settings.options, SupportsFloat, _decay_progress(self, epoch)))
         return _DECAYS[name](self, epoch)
 
 
-def _part_after_warmup(rate: LearningRate, epoch: float) -> float:
-    """Return how much of what follows the warm-up is over, in [0, 1]."""
+def _decay_progress(rate: LearningRate, epoch: float) -> float:
+    """Return the fraction of the time after the warm-up that has passed, in [0, 1]."""
     warmup = rate.settings.warmup_epochs
     return min(1.0, (epoch - warmup) / (rate.epochs - warmup)) if rate.epochs > warmup else 0.0
 
@@ -63,15 +63,15 @@ _SCALINGS: Mapping[str, Callable[[float], float]] = {
 }
 _DECAYS: Mapping[str, Callable[[LearningRate, float], float]] = {
     "constant": lambda rate, epoch: 1.0,
-    "step": lambda rate, epoch: rate.settings.factor ** sum(epoch >= one for one in rate.settings.milestones),
-    "cosine": lambda rate, epoch: (1.0 + math.cos(math.pi * _part_after_warmup(rate, epoch))) / 2.0,
-    "exponential": lambda rate, epoch: rate.settings.final_fraction ** _part_after_warmup(rate, epoch),
-    "poly": lambda rate, epoch: float((1.0 - _part_after_warmup(rate, epoch)) ** rate.settings.power),
+    "step": lambda rate, epoch: rate.settings.factor ** sum(epoch >= each for each in rate.settings.milestones),
+    "cosine": lambda rate, epoch: (1.0 + math.cos(math.pi * _decay_progress(rate, epoch))) / 2.0,
+    "exponential": lambda rate, epoch: rate.settings.final_fraction ** _decay_progress(rate, epoch),
+    "poly": lambda rate, epoch: float((1.0 - _decay_progress(rate, epoch)) ** rate.settings.power),
 }
 
 
 def noise_factor(schedule: NoiseSchedule, step: int, total_steps: int) -> float:
-    """Return c(t) at update `step`, counted from 0, of `total_steps`."""
+    """Return c(t), the factor on the noise amplitude, at update `step` of `total_steps`, counted from 0."""
     return float(_FACTORS[schedule.kind](schedule, step, total_steps))
 
 
