@@ -1,4 +1,4 @@
-"""The networks: `build_model(config)` gives the one that a configuration names."""
+"""The networks. `build_model(config)` returns the one that a configuration names."""
 
 from dist_train.models.building import build_model
 

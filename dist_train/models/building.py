@@ -1,8 +1,8 @@
-"""From a configuration to an initialized network; initial weights depend on the seed and the name alone.
+"""Builds the network of a configuration. A parameter's initial values depend on the seed and its name alone.
 
-VGG9 is as Li et al. use it (arXiv 1712.09913), VGG16 and VGG19 (arXiv 1409.1556) are for small images. Residual
-networks (arXiv 1512.03385) are of torchvision's blocks, with its parameter names, for images of any size. All models of
-torchvision and timm have a name, `torchvision:resnet50` or `timm:resnet50`, and get the run's kind of norm.
+VGG9 is the network of Li et al. (arXiv 1712.09913). VGG16 and VGG19 (arXiv 1409.1556) are for small images. Residual
+networks (arXiv 1512.03385) consist of torchvision's blocks, with its parameter names, for images of any size. All
+models of torchvision and timm are available as `torchvision:resnet50` or `timm:resnet50`, with `model.norm`.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _HIDDEN = 256
 
 _STAGES = (64, 128, 256, 512)
 _SMALL = 64
-"""Images of up to so many pixels a side keep their size through the stem, as is usual for CIFAR."""
-_FEWEST_CHANNELS = 8
+"""Images with at most this many pixels per side keep their size through the stem, as is usual for CIFAR."""
+_MIN_STRIDED_CHANNELS = 8
 """With fewer, torch 2.13's backward pass of a strided 1x1 convolution in channels-last layout corrupts the heap."""
 
 
 def _vgg9(images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
-    """Return VGG9, its channels scaled by `width`: 2,789,706 parameters at 3x32x32."""
+    """Return VGG9 with its channels scaled by `width`: 2,789,706 parameters at 3x32x32."""
     layers, features = _convolutions(_VGG9, images, width, norm)
     hidden = max(1, round(_HIDDEN * width))
     layers["hidden"] = nn.Linear(features, hidden)
@@ -51,9 +51,9 @@ def _vgg9(images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
 
 
 def _vgg(plan: Sequence[int | None], images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
-    """Return VGG with one linear layer on top.
+    """Return VGG with a single linear layer on top.
 
-    The published hidden layers need dropout, whose draws would depend on how samples are dealt out.
+    The published hidden layers need dropout, whose draws would depend on how samples are dealt to ranks.
     """
     layers, features = _convolutions(plan, images, width, norm)
     layers["classifier"] = nn.Linear(features, images.classes)
@@ -63,7 +63,7 @@ def _vgg(plan: Sequence[int | None], images: ImageFormat, width: float, norm: No
 def _convolutions(
     plan: Sequence[int | None], images: ImageFormat, width: float, norm: NormFactory
 ) -> tuple[OrderedDict[str, nn.Module], int]:
-    """Return the convolutions of `plan`, flattened, and how many features they give."""
+    """Return the layers of `plan`, ending in a flatten, and the number of features."""
     channels, height, breadth = images.shape
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     block, place = 1, 1
@@ -84,7 +84,7 @@ def _convolutions(
 
 
 class _StridedPointwise(nn.Conv2d):
-    """A 1x1 convolution that leaves out pixels before it computes, instead of computing with a stride."""
+    """A 1x1 convolution that takes strided slices of its input instead of computing with a stride."""
 
     def forward(self, input: Tensor) -> Tensor:
         rows, columns = self.stride
@@ -98,7 +98,7 @@ def _resnet(
     width: float,
     norm: NormFactory,
 ) -> nn.Module:
-    """Return stages of `depths` blocks of torchvision's that has this `name`, their channels scaled by `width`."""
+    """Return a ResNet with stages of `depths` blocks `name` of torchvision, their channels scaled by `width`."""
     from torchvision.models import resnet
 
     block: Any = getattr(resnet, name)
@@ -109,7 +109,7 @@ def _resnet(
         stride = 1 if stage == 1 else 2
         shortcut = None
         if stride > 1 or channels != outputs:
-            pointwise = nn.Conv2d if channels >= _FEWEST_CHANNELS else _StridedPointwise
+            pointwise = nn.Conv2d if channels >= _MIN_STRIDED_CHANNELS else _StridedPointwise
             shortcut = nn.Sequential(pointwise(channels, outputs, 1, stride, bias=False), norm(outputs))
         first = block(channels, planes[stage - 1], stride, shortcut, norm_layer=norm)
         others = [block(outputs, planes[stage - 1], norm_layer=norm) for _ in range(depth - 1)]
@@ -145,14 +145,13 @@ _MODELS: Mapping[str, Callable[[ImageFormat, float, NormFactory], nn.Module]] = 
 
 
 def build_model(config: Config) -> nn.Module:
-    """Return the network of `config` on the CPU, its weights initialized from `run.seed`.
+    """Return the network of `config` on the CPU, with weights initialized from `run.seed`.
 
-    Takes images [n, C, H, W] of the configured data set, gives logits [n, classes].
+    It maps images [n, C, H, W] of the configured data set to logits [n, classes].
     """
-    settings = config.model
-    # Torch's layers draw initial values of their own, which are overwritten: leave no trace of that.
+    # torch's layers draw initial values, which are overwritten: leave the global generator as it was.
     with torch.random.fork_rng(devices=()):
-        model = _network(settings, config.data.image_format)
+        model = _network(config.model, config.data.image_format)
     initialize(model, config.run.seed)
     return model
 
@@ -173,9 +172,9 @@ def _network(settings: ModelSettings, images: ImageFormat) -> nn.Module:
 
 
 def initialize(model: nn.Module, seed: int) -> None:
-    """Set weights after He et al. (arXiv 1502.01852), biases to 0, norms to the identity.
+    """Initialize weights after He et al. (arXiv 1502.01852), biases to 0, norms to the identity.
 
-    Each parameter has its own stream, drawn on the CPU, so that the device does not matter.
+    Each parameter has its own random stream, drawn on the CPU, so that the device does not matter.
     """
     of_norms = norm_parameters(model)
     with torch.no_grad():
@@ -194,7 +193,7 @@ Builder = Callable[..., nn.Module]
 
 
 def torchvision_model(name: str) -> Builder:
-    """Return what builds torchvision's model `name`, `options` being its keywords. Raises UsageError."""
+    """Return the builder of torchvision's model `name`; `options` are its keyword arguments. Raises UsageError."""
     from torchvision import models
 
     _check_known(name, models.list_models(module=models), "torchvision")
@@ -205,21 +204,22 @@ def torchvision_model(name: str) -> Builder:
                 f"torchvision's models take 3 channels, not {images.shape[0]}: use timm:{name}", code="library-model"
             )
         _refuse_weights(f"torchvision:{name}", options, "weights", "weights_backbone")
-        return _made(f"torchvision:{name}", models.get_model(name, num_classes=images.classes, **options), width, norm)
+        model = models.get_model(name, num_classes=images.classes, **options)
+        return _with_norm(model, f"torchvision:{name}", width, norm)
 
     return build
 
 
 def timm_model(name: str) -> Builder:
-    """Return what builds timm's model `name`, `options` being keywords of `timm.create_model`. Raises UsageError."""
+    """Return the builder of timm's model `name`; `options` are keywords of `timm.create_model`. Raises UsageError."""
     import timm
 
     _check_known(name, timm.list_models(), "timm")
 
     def build(images: ImageFormat, width: float, norm: NormFactory, options: dict[str, Any]) -> nn.Module:
         _refuse_weights(f"timm:{name}", options, "pretrained", "checkpoint_path")
-        given: Mapping[str, Any] = {"in_chans": images.shape[0], "num_classes": images.classes, **options}
-        return _made(f"timm:{name}", timm.create_model(name, **given), width, norm)
+        keywords: Mapping[str, Any] = {"in_chans": images.shape[0], "num_classes": images.classes, **options}
+        return _with_norm(timm.create_model(name, **keywords), f"timm:{name}", width, norm)
 
     return build
 
@@ -232,36 +232,36 @@ def _check_known(name: str, known: Collection[str], library: str) -> None:
 
 
 def _refuse_weights(name: str, options: Mapping[str, Any], *loading: str) -> None:
-    """Refuse the options that load weights: the run's initial ones would silently replace them."""
-    if given := [option for option in loading if options.get(option)]:
+    """Raise UsageError for options that load weights: the run's initial weights would silently replace them."""
+    if found := [option for option in loading if options.get(option)]:
         raise UsageError(
-            f"{name}: model.options.{given[0]} would be overwritten by the weights of the seed; name weights by "
-            f"run.init_from: a file, or torchvision:NAME",
+            f"{name}: weights loaded by model.options.{found[0]} would be overwritten by initial weights of the seed; "
+            f"set run.init_from to a file or torchvision:NAME instead",
             code="library-model",
         )
 
 
-def _made(name: str, model: nn.Module, width: float, norm: NormFactory) -> nn.Module:
-    """Return `model` with each of its batch norms replaced by one of `norm`."""
+def _with_norm(model: nn.Module, name: str, width: float, norm: NormFactory) -> nn.Module:
+    """Return `model`, called `name`, with each of its batch norms replaced by `norm`."""
     if width != 1.0:
         raise UsageError(
-            f"{name} has the width that its own options give it: set model.width to 1", code="library-model"
+            f"model.width does not apply to {name}: set it to 1, and the width by model.options", code="library-model"
         )
-    for place, module in list(model.named_modules()):
-        if _draws(module):
+    for path, module in list(model.named_modules()):
+        if _is_random(module):
             raise UsageError(
-                f"{name} draws at random in {place}, which would depend on how samples are dealt out: "
-                f"switch that off by model.options, as in dropout: 0",
+                f"{name} draws random numbers in {path}, which would depend on how samples are dealt to ranks: "
+                f"switch that off by model.options, for example dropout: 0",
                 code="library-model",
             )
         if isinstance(module, _BatchNorm):
-            parent, _, last = place.rpartition(".")
+            parent, _, last = path.rpartition(".")
             setattr(model.get_submodule(parent), last, norm(module.num_features))
     return model
 
 
-def _draws(module: nn.Module) -> bool:
-    """Whether `module` draws while it trains: dropout, or a block that is left out at random."""
+def _is_random(module: nn.Module) -> bool:
+    """Whether `module` draws random numbers in training: dropout, or a block that is skipped at random."""
     if isinstance(module, _DropoutNd):
         return module.p > 0
     if type(module).__name__ not in ("StochasticDepth", "DropPath", "DropBlock2d"):

@@ -1,9 +1,10 @@
 """The arithmetic of batch norm (arXiv 1502.03167), over groups of samples and, for sync norm, over ranks.
 
-On CPUs torch's own batch norm adds up a channel of a channels-last tensor in one float32 accumulator: over the 94,080
-values of 120 images of 28x28 that loses three to four digits (docs/norms.md). Here each position of the image is
-first a channel of its own, so that an accumulator sees one value a sample, and the positions are summed pairwise.
-On GPUs our kernels take all groups at once, and the ReLU behind them, where Triton is there; else torch's take each.
+On CPUs, torch's batch norm adds up a channel of a channels-last tensor in one float32 accumulator: over the 94,080
+values of 120 images of 28x28 that loses three to four digits (docs/norms.md). Here each position of the image is first
+treated as a channel, so that an accumulator sees one value per sample, and the positions are then summed pairwise.
+On GPUs with Triton, our kernels compute all groups at once, together with the ReLU that follows; without Triton,
+torch's kernels compute one group after the other.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from torch import Tensor
 from dist_train.kernels import operators
 
 Activation = Literal["none", "relu"]
-"""What follows a norm."""
+"""The activation applied after a norm."""
 
 SumOverRanks = Callable[[Tensor, str], None]
-"""Replaces a contiguous tensor by its sum over all ranks; the text names the operation, the same on all of them."""
+"""Replaces a contiguous tensor by its sum over all ranks. The string names the operation, equally on all ranks."""
 
 _RUN = 128
-"""Samples that one accumulator adds up at the most."""
+"""The most samples that one accumulator adds up."""
 
 _FEW_VALUES = 8192
-"""Values of a channel up to which torch's backward pass keeps its error, given accurate moments, below 2e-5."""
+"""With at most this many values per channel, torch's backward pass, given accurate moments, has an error below 2e-5."""
 
 
 @dataclass(frozen=True)
 class AcrossRanks:
-    """Where a group's samples lie on several ranks: how their sums are made, and what the operations are called."""
+    """For groups whose samples lie on several ranks: how to sum over the ranks, and a prefix for operation names."""
 
     sum: SumOverRanks
     name: str
@@ -47,26 +48,25 @@ def normalize(
     across: AcrossRanks | None = None,
     activation: Activation = "none",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `inputs` [n, C] or [n, C, H, W] normalized group by group, with `activation` applied, and the groups'
-    means and variances [g, C].
+    """Normalize `inputs` [n, C] or [n, C, H, W] group by group and apply `activation`.
 
-    Groups are consecutive samples, `group_sizes` of them. `across` makes one group of what all ranks bring; every rank
-    must then call it, with one sample or more. Means and unbiased variances, float32, carry no gradient; the variance
-    of a single value is 0.
+    Return the outputs and the groups' means and unbiased variances [g, C], float32, without gradients; the variance of
+    a single value is 0. Groups are consecutive samples, as many in each as `group_sizes` says. With `across`, the
+    samples of all ranks form one group; then every rank must call this, with at least one sample.
     """
     if torch.compiler.is_compiling() and across is None:
-        # The compiler fuses plain operations, and cannot see into a kernel's writes to parts of a tensor.
+        # The compiler fuses plain operations, but does not handle kernels that write to parts of a tensor.
         groups = inputs.split(list(group_sizes))
         outputs = _activated(_plain_groups(inputs, weight, bias, epsilon, group_sizes), activation)
         moments = [torch.var_mean(group.detach().float(), [0, *range(2, group.dim())]) for group in groups]
         variances, means = (torch.stack(kind) for kind in zip(*moments, strict=True))
         return outputs, means, variances
-    if across is None and _kernels_take(inputs, group_sizes):
+    if across is None and _kernels_support(inputs, group_sizes):
         kernels: Callable[..., tuple[Tensor, Tensor, Tensor]] = _NormalizeByKernels.apply
         return kernels(inputs, weight, bias, epsilon, tuple(group_sizes), activation)
     operation: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Normalize.apply
     if across is not None:
-        # A compiled graph cannot wait for other ranks: it ends here, and another begins behind.
+        # A compiled graph cannot wait for other ranks: break the graph here.
         operation = torch.compiler.disable(operation)
     outputs, means, variances = operation(inputs, weight, bias, epsilon, tuple(group_sizes), across)
     return _activated(outputs, activation), means, variances
@@ -76,11 +76,12 @@ def _activated(outputs: Tensor, activation: Activation) -> Tensor:
     return outputs.relu_() if activation == "relu" else outputs
 
 
-def _kernels_take(inputs: Tensor, group_sizes: Sequence[int]) -> bool:
-    """Whether our kernels can compute it: where the layout is another, torch's need no copy."""
-    laid_out = inputs.dim() == 2 or inputs.is_contiguous(memory_format=torch.channels_last)
-    alike = len({*group_sizes[:-1]}) <= 1
-    return inputs.is_cuda and laid_out and alike and inputs.dtype != torch.float64 and operators.has_triton()
+def _kernels_support(inputs: Tensor, group_sizes: Sequence[int]) -> bool:
+    """Whether our kernels can normalize `inputs`. In other layouts torch's need no copy."""
+    has_layout = inputs.dim() == 2 or inputs.is_contiguous(memory_format=torch.channels_last)
+    has_equal_groups = len({*group_sizes[:-1]}) <= 1
+    has_type = inputs.dtype != torch.float64
+    return inputs.is_cuda and has_layout and has_equal_groups and has_type and operators.has_triton()
 
 
 class _NormalizeByKernels(torch.autograd.Function):
@@ -109,9 +110,9 @@ class _NormalizeByKernels(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, bias, moments = ctx.saved_tensors
         if torch.is_grad_enabled():
-            again = _plain_groups(inputs, weight, bias, ctx.epsilon, ctx.group_sizes)
+            outputs = _plain_groups(inputs, weight, bias, ctx.epsilon, ctx.group_sizes)
             leaves = (inputs, weight, bias)
-            gradients = torch.autograd.grad(_activated(again, ctx.activation), leaves, upstream, create_graph=True)
+            gradients = torch.autograd.grad(_activated(outputs, ctx.activation), leaves, upstream, create_graph=True)
             return *gradients, None, None, None
         of_inputs, of_groups = torch.ops.dist_train.ghost_norm_backward(
             _channels_last(upstream), inputs, weight, bias, moments, ctx.group_sizes[0], ctx.activation
@@ -151,11 +152,11 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, bias, means, scales = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # The gradient is to be differentiated again, as for a Hessian: by operations that can be.
+            # Double backward, as for Hessians, needs operations that can be differentiated twice.
             assert ctx.across is None, "sync norm has first derivatives only"
-            again = _plain_groups(inputs, weight, bias, ctx.epsilon, ctx.group_sizes)
+            outputs = _plain_groups(inputs, weight, bias, ctx.epsilon, ctx.group_sizes)
             leaves = (inputs, weight, bias)
-            return *torch.autograd.grad(again, leaves, upstream, create_graph=True), None, None, None
+            return *torch.autograd.grad(outputs, leaves, upstream, create_graph=True), None, None, None
         upstream = upstream if ctx.fused else _channels_last(upstream)
         groups = zip(
             inputs.split(ctx.group_sizes), upstream.split(ctx.group_sizes), means.unbind(), scales.unbind(), strict=True
@@ -165,9 +166,10 @@ class _Normalize(torch.autograd.Function):
             of_inputs, of_weight, of_bias = _fused_gradients(weight, ctx.epsilon, groups)
         else:
             of_inputs = torch.empty_like(inputs)
-            outputs = of_inputs.split(ctx.group_sizes)
+            of_groups = of_inputs.split(ctx.group_sizes)
             gradients = [
-                _gradients(weight, ctx.across, *group, out) for group, out in zip(groups, outputs, strict=True)
+                _gradients(weight, ctx.across, *group, of_group)
+                for group, of_group in zip(groups, of_groups, strict=True)
             ]
             of_weight, of_bias = (
                 kind[0] if len(kind) == 1 else torch.stack(kind).sum(0) for kind in zip(*gradients, strict=True)
@@ -180,7 +182,7 @@ def _plain_groups(inputs: Tensor, weight: Tensor, bias: Tensor, epsilon: float, 
 
 
 def _plain(group: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-    """Return the normalized `group`, by operations that torch can differentiate any number of times."""
+    """Return the normalized `group`, by operations that torch can differentiate repeatedly."""
     dimensions = [0, *range(2, group.dim())]
     values = group.float()
     centered = values - values.mean(dimensions, keepdim=True)
@@ -190,7 +192,7 @@ def _plain(group: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
 
 
 def _torch_is_accurate(inputs: Tensor) -> bool:
-    """Whether torch's own batch norm keeps float32's precision for such inputs [n, C] or [n, C, H, W]."""
+    """Whether torch's batch norm keeps float32 precision for `inputs` [n, C] or [n, C, H, W] in their layout."""
     if inputs.is_cuda:
         return True
     if inputs.dim() == 2:
@@ -205,24 +207,26 @@ def _channels_last(images: Tensor) -> Tensor:
 def _normalize_fused(
     groups: Iterable[tuple[Tensor, Tensor]], count: int, weight: Tensor, bias: Tensor, epsilon: float
 ) -> tuple[Tensor, ...]:
-    """Write `count` groups, normalized with torch's kernel, each to its output.
+    """Normalize `count` groups with torch's kernel, each into its output.
 
     Return means, unbiased variances and 1/deviations [g, C].
     """
     moments = weight.new_zeros(4, count, len(weight))
-    for (group, output), own in zip(groups, moments.unbind(1), strict=True):
-        mean, variance, scale, again = own.unbind()
-        # With momentum 1 the running averages become this group's own statistics.
-        torch.native_batch_norm(group, weight, bias, mean, variance, True, 1.0, epsilon, out=(output, again, scale))
+    for (group, output), of_group in zip(groups, moments.unbind(1), strict=True):
+        mean, variance, scale, saved_mean = of_group.unbind()
+        # With momentum 1 the running statistics become those of this group.
+        torch.native_batch_norm(
+            group, weight, bias, mean, variance, True, 1.0, epsilon, out=(output, saved_mean, scale)
+        )
     return moments[:3].unbind()
 
 
 def _fused_gradients(
     weight: Tensor, epsilon: float, groups: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of the inputs, and of weight and bias [C], by torch's kernel for each of `groups`.
+    """Return the gradients of inputs, weight [C] and bias [C], by torch's kernel for each of `groups`.
 
-    A group is its inputs, their upstream gradient, its mean and 1/deviation.
+    A group consists of its inputs, their upstream gradient, its mean and 1/deviation.
     """
     kernel = torch.ops.aten.native_batch_norm_backward
     gradients = [
@@ -240,7 +244,7 @@ def _fused_gradients(
 def _normalize(
     group: Tensor, weight: Tensor, bias: Tensor, epsilon: float, output: Tensor, across: AcrossRanks | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Write the normalized `group`; return mean, unbiased variance and 1/deviation [C]."""
+    """Write the normalized `group` to `output`; return mean, unbiased variance and 1/deviation [C]."""
     mean, variance = _moments(group)
     values = group.numel() // len(mean)
     if across is None:
@@ -262,7 +266,7 @@ def _gradients(
     scale: Tensor,
     of_group: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Write the gradient of `group`; return those of weight and bias [C], of the samples that are here."""
+    """Write the gradient of `group` to `of_group`; return those of weight and bias [C] from this rank's samples."""
     of_weight, of_bias = _gradient_sums(group, upstream, mean, scale)
     if across is None:
         share = len(mean) / group.numel()
@@ -280,7 +284,7 @@ def _gradients(
 
 
 def _columns(images: Tensor) -> Tensor:
-    """Return `images` [n, C] or, in channels-last layout, [n, C, H, W] as they lie in memory: [n, H W C]."""
+    """Return a view of `images` [n, C] or, in channels-last layout, [n, C, H, W], in memory order: [n, H W C]."""
     return images.permute(0, 2, 3, 1).flatten(1) if images.dim() == 4 else images
 
 
@@ -295,7 +299,7 @@ def _moments(group: Tensor) -> tuple[Tensor, Tensor]:
         shares = torch.tensor([[len(run) / len(group)] for run in runs])
         return _moments_of_parts(means, variances, shares)
     columns = _columns(group)
-    # Of half precision the kernel keeps float32 moments only where it is given float32 averages to move.
+    # For half precision, the kernel returns float32 moments only if it is given float32 running averages.
     averages = None if columns.dtype == torch.float32 else columns.new_zeros(columns.shape[1], dtype=torch.float32)
     means, variances = torch.batch_norm_update_stats(columns, averages, averages, 0.0)
     positions = (-1, group.shape[1])
@@ -303,7 +307,7 @@ def _moments(group: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _moments_of_parts(means: Tensor, variances: Tensor, shares: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Return mean and variance [C] of a whole, from those of its parts [parts, C] and their shares in it."""
+    """Return the mean and variance [C] of a group from those of its parts [parts, C] and their shares of it."""
     mean = (means * shares).sum(0)
     distances = means - mean
     return mean, (torch.addcmul(variances, distances, distances) * shares).sum(0)
@@ -323,7 +327,7 @@ def _gradient_sums(group: Tensor, upstream: Tensor, mean: Tensor, scale: Tensor)
         return products, totals
     columns, channels = _columns(group), len(mean)
     positions = columns.shape[1] // channels
-    # Of torch's kernel for all gradients only two sums are asked for.
+    # torch's kernel, here only for two of its sums.
     _, products, totals = torch.ops.aten.native_batch_norm_backward(
         _columns(upstream),
         columns,
@@ -342,22 +346,24 @@ def _gradient_sums(group: Tensor, upstream: Tensor, mean: Tensor, scale: Tensor)
 def _moments_across_ranks(
     mean: Tensor, variance: Tensor, values: int, across: AcrossRanks
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean, biased and unbiased variance [C] over all ranks, from those of the `values` values here."""
+    """Return mean, biased and unbiased variance [C] over all ranks, from this rank's, which are those of `values`
+    values per channel.
+    """
     channels = len(mean)
-    here, spread = mean.double(), variance.double()
-    # In float64 the square of the mean can be taken from the mean of the squares.
-    sums = torch.cat([here * values, (spread + here.square()) * values, here.new_full((1,), values)])
+    mean, variance = mean.double(), variance.double()
+    # In float64, subtracting the squared mean from the mean of squares is accurate enough.
+    sums = torch.cat([mean * values, (variance + mean.square()) * values, mean.new_full((1,), values)])
     across.sum(sums, f"{across.name}.forward")
     count = sums[-1]
-    here = sums[:channels] / count
-    spread = (sums[channels:-1] / count - here.square()).clamp_(min=0.0)
-    return here.float(), spread.float(), (spread * (count / (count - 1).clamp_(min=1.0))).float()
+    mean = sums[:channels] / count
+    variance = (sums[channels:-1] / count - mean.square()).clamp_(min=0.0)
+    return mean.float(), variance.float(), (variance * (count / (count - 1).clamp_(min=1.0))).float()
 
 
 def _multiply_add(
     images: Tensor, factor: Tensor, term: Tensor, out: Tensor, others: Tensor | None = None, slope: Tensor | None = None
 ) -> None:
-    """Write images * factor + others * slope + term, the latter per channel [C], computed in float32, to `out`."""
+    """Write images * factor + others * slope + term to `out`, computed in float32; factor, slope and term are [C]."""
     shape = (-1, *(1,) * (images.dim() - 2))
     single = out.dtype == torch.float32
     result = torch.addcmul(term.view(shape), images, factor.view(shape), out=out if single else None)

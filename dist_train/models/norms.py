@@ -1,10 +1,9 @@
 """Normalization over groups of samples, with running statistics that depend on the global batch alone.
 
-A module never updates its own running averages. During a forward pass in training mode it notes its
-groups' means and variances in `seen`; `BatchStatistics` makes averages of them.
-
-What the norms saw is added up as integers; when the global batch is complete, the trainer sums these over the
-ranks and calls `absorb`. So neither the number of ranks nor the order of micro-batches changes a bit of them.
+A module never updates its own running statistics. In training mode, a forward pass appends its groups' means and
+variances to `seen`. `BatchStatistics` adds these up as integers; when the global batch is complete, the training step
+sums them over the ranks and calls `absorb`. So neither the number of ranks nor the order of micro-batches changes a bit
+of the statistics.
 """
 
 from __future__ import annotations
@@ -24,12 +23,14 @@ from dist_train.models.normalization import AcrossRanks, Activation, SumOverRank
 from dist_train.reproducible import STATISTICS
 
 VECTOR_GROUP = 8
-"""Fewest channels that group norm puts together where a channel has one value; of two, only the order would stay."""
+"""The minimum of channels per group of group norm if a channel is a single value: of two values, only their order would
+be left after normalization.
+"""
 
 
 @dataclass(frozen=True)
 class SeenGroups:
-    """Means and unbiased variances [g, C] of the groups of a pass, and how many samples each has on this rank."""
+    """Means and unbiased variances [g, C] of the groups of a forward pass, and the samples of each on this rank."""
 
     means: torch.Tensor
     variances: torch.Tensor
@@ -37,11 +38,11 @@ class SeenGroups:
 
 
 class GroupedBatchNorm(nn.Module):
-    """Batch norm (arXiv 1502.03167) over groups of `group_size` samples, in order: ghost norm (1705.08741).
+    """Batch norm (arXiv 1502.03167) over consecutive groups of `group_size` samples: ghost norm (arXiv 1705.08741).
 
-    What is left over joins the last group. Without `group_size` a micro-batch is one group: batch norm; within
-    `sync_batch_norm` the group is what all ranks bring to the pass: sync norm.
-    Takes [n, C] or [n, C, H, W]. The state dict has BatchNorm's names: weight, bias, running_mean, running_var.
+    Remaining samples join the last group. Without `group_size`, a micro-batch is one group: batch norm. Within
+    `sync_batch_norm`, the samples of all ranks are one group: sync norm.
+    Inputs are [n, C] or [n, C, H, W]. The state dict has BatchNorm's names: weight, bias, running_mean, running_var.
     """
 
     running_mean: torch.Tensor
@@ -53,16 +54,16 @@ class GroupedBatchNorm(nn.Module):
         self.epsilon = 1e-5
         self.across_ranks: AcrossRanks | None = None
         self.activation: Activation = "none"
-        """What the norm applies besides: see `join_relus`."""
+        """Applied to the normalized values: see `join_relus`."""
         self.seen: list[SeenGroups] = []
-        """Groups of forward passes in training mode, in order; cleared by the caller."""
+        """Groups of forward passes in training mode, in order; `BatchStatistics` clears them."""
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Normalize over each group in training mode, by the running averages otherwise."""
+        """Normalize by each group's statistics in training mode, by the running ones otherwise."""
         if not self.training:
             normalized = functional.batch_norm(
                 inputs, self.running_mean, self.running_var, self.weight, self.bias, eps=self.epsilon
@@ -88,9 +89,9 @@ def norm_modules(model: nn.Module) -> list[GroupedBatchNorm]:
 
 
 def join_relus(model: nn.Module) -> None:
-    """Let each norm that a ReLU follows within an `nn.Sequential` of `model` apply it, in one pass over memory.
+    """Fuse each ReLU that follows a norm in an `nn.Sequential` of `model` into the norm: one pass over memory.
 
-    On a GPU that is one kernel in place of two. The ReLU's place is taken by `nn.Identity`.
+    On a GPU, this saves a kernel. `nn.Identity` replaces the ReLU.
     """
     for parent in list(model.modules()):
         if isinstance(parent, nn.Sequential):
@@ -101,7 +102,7 @@ def join_relus(model: nn.Module) -> None:
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Return the running statistics of the norms of `model`, by their names in its state."""
+    """Return the running statistics of the norms of `model` by their names in the state dict."""
     return {
         f"{prefix}.{name}": value
         for prefix, module in model.named_modules()
@@ -112,7 +113,7 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def sync_batch_norm(norms: Sequence[GroupedBatchNorm], sum_over_ranks: SumOverRanks | None) -> Iterator[None]:
-    """Normalize, within the block, over the samples of all ranks, which make the same passes; None: as always."""
+    """Within the block, normalize over the samples of all ranks, which must make the same passes. None: do nothing."""
     if sum_over_ranks is None:
         yield
         return
@@ -136,16 +137,16 @@ def norm_parameters(model: nn.Module) -> frozenset[str]:
 
 
 def channel_groups(channels: int, most: int, least: int) -> int:
-    """Return the largest number of groups up to `most` that divides `channels` into `least` or more each."""
+    """Return the largest number of equal groups, at most `most`, with at least `least` of the `channels` in each."""
     fitting = (groups for groups in range(min(most, channels // least), 1, -1) if channels % groups == 0)
     return next(fitting, 1)
 
 
 class NormFactory(Protocol):
-    """From a number of channels to a norm."""
+    """Builds a norm for a number of channels."""
 
     def __call__(self, channels: int, *, least: int = 2) -> nn.Module:
-        """Return the norm; where it groups channels, by `least` or more."""
+        """Return the norm; group norm has at least `least` channels per group."""
 
 
 _NORMS: Mapping[str, Callable[[int, int, ModelSettings], nn.Module]] = {
@@ -160,16 +161,18 @@ _NORMS: Mapping[str, Callable[[int, int, ModelSettings], nn.Module]] = {
 
 
 def norm_factory(settings: ModelSettings) -> NormFactory:
-    """Return the function from a number of channels to a norm that `model.norm` names."""
+    """Return the factory of the norm that `model.norm` selects."""
     return lambda channels, *, least=2: _NORMS[settings.norm](channels, least, settings)
 
 
 _LIMIT = STATISTICS.term_limit(4096)
-"""As many groups as any global batch in use has; their sum cannot leave the range."""
+"""The sum of 4096 groups, more than a global batch has in practice, cannot leave the range."""
 
 
 class BatchStatistics:
-    """`sums`, int64 [2 C of all norms]: norm by norm the means and the variances, times samples, so far."""
+    """Adds up the statistics that norms see: `sums`, int64 [2 C of all norms], holds for each norm the means and then
+    the variances, weighted by samples.
+    """
 
     def __init__(self, norms: Sequence[GroupedBatchNorm], device: torch.device) -> None:
         self._norms = tuple(norms)
@@ -186,28 +189,28 @@ class BatchStatistics:
         self.out_of_range.zero_()
 
     def forget(self) -> None:
-        """Leave out what was seen since the last `collect`."""
+        """Drop the groups seen since the last `collect`."""
         for norm in self._norms:
             norm.seen.clear()
 
     def collect(self) -> None:
-        """Count the groups that were seen since the last time; after every forward pass that counts."""
+        """Add the groups seen since the last `collect`; call it after every forward pass that counts."""
         for seen in zip(*(norm.seen for norm in self._norms), strict=True):
             weighted = torch.cat([average for groups in seen for average in (groups.means, groups.variances)], dim=1)
             start = 0
-            for size, alike in groupby(seen[0].sizes):
-                stop = start + len(list(alike))
+            for size, equal in groupby(seen[0].sizes):
+                stop = start + len(list(equal))
                 weighted[start:stop].mul_(size)
                 start = stop
-            # Written so that a NaN, for which no comparison holds, is out of range.
+            # Written so that NaN, for which every comparison is false, is out of range.
             self.out_of_range |= ~(weighted.abs().amax() < _LIMIT)
             self.sums += STATISTICS.encode(weighted).sum(0)
         self.forget()
 
     def absorb(self, sums: Tensor, samples: int, momentum: float) -> None:
-        """Move the running averages by `momentum` towards the means that `sums` of `samples` samples give.
+        """Move the running statistics by `momentum` towards `sums` / `samples`; momentum 1 replaces them.
 
-        `sums` are those of all ranks; momentum 1 replaces the averages.
+        `sums` is the sum over all ranks, which have seen `samples` samples.
         """
         means = (STATISTICS.decode(sums) / samples).to(torch.float32)
         if self._norms:
