@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or absent, with a digest that is verified before anything is read from them."""
+"""Checkpoint files: written whole or not at all, with a digest that is verified before they are read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dist_train.rundir.atomic import json_text
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})\.pt")
-_KINDS: Mapping[str, type | tuple[type, ...]] = {
+_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "step": int,
     "epoch": (float, int),
     "model": dict,
@@ -35,12 +35,12 @@ Metrics = Mapping[str, float | int | None]
 
 
 class DamagedCheckpointError(UsageError):
-    """A checkpoint's bytes are not those that were written."""
+    """A checkpoint's bytes are not the ones that were written."""
 
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """A checkpoint on disk, as the record beside it says."""
+    """A checkpoint on disk, as described by the JSON record beside it."""
 
     path: Path
     step: int
@@ -52,7 +52,7 @@ class CheckpointFile:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds: plain tensors and values."""
+    """The contents of a checkpoint: plain tensors and values."""
 
     step: int
     epoch: float
@@ -63,35 +63,35 @@ class Contents:
     plugins: Mapping[str, str] = field(default_factory=dict)
     """Digests of the source files of the plug-ins that the run used, by name."""
     average: Mapping[str, Any] = field(default_factory=dict)
-    """Of a run that averages its weights: what the average is made of (`kept`), and its norms' `statistics`."""
+    """If the run averages its weights: the weights that make the average (`kept`), and its norm `statistics`."""
     noise: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """What the noise has kept of earlier updates, where it does."""
+    """The state of the noise method, if it has one."""
     grid_exponents: Sequence[int] | None = None
     """Of `exact32`: the next update's, one for each parameter tensor."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the dictionary that `torch.load(path, weights_only=True)` gives."""
+        """Return the dictionary that `torch.load(path, weights_only=True)` returns."""
         plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(self).items()}
         return {"format": FORMAT, **plain}
 
 
 def write_checkpoint(directory: Path, contents: Contents, before_publishing: Callable[[], None]) -> CheckpointFile:
-    """Write `contents` into `directory`; `before_publishing` is called when the bytes are on disk, unnamed.
+    """Write `contents` into `directory`; call `before_publishing` when the bytes are on disk, before they are renamed.
 
-    The record with the digest comes last: a checkpoint without it is not whole, and is never read.
+    The record with the digest is written last: a checkpoint without a record is not whole, and is never read.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written; what was there is untouched.
+        OSError: the disk is full, or the folder cannot be written; existing checkpoints are untouched.
     """
     path = directory / f"step-{contents.step:08d}.pt"
     record = path.with_suffix(".json")
     buffer = io.BytesIO()
     torch.save(contents.to_dict(), buffer)
-    content = buffer.getvalue()  # not a copy, unlike a view with nothing to release where writing fails
+    content = buffer.getvalue()  # not a copy; unlike a view, it needs no release if writing fails
     digest = hashlib.sha256(content).hexdigest()
     with atomic.replacing(path) as file:
         file.write(content)
-        # A full disk may show only now, and must show while an earlier record is still there.
+        # A full disk may fail only here, and must do so before an earlier record is removed.
         file.flush()
         os.fsync(file.fileno())
         before_publishing()
@@ -112,18 +112,18 @@ def write_checkpoint(directory: Path, contents: Contents, before_publishing: Cal
 
 
 def list_checkpoints(directory: Path) -> list[CheckpointFile]:
-    """Return the checkpoints in `directory` that have a readable record, the earliest first; not verified."""
-    found = []
+    """Return the checkpoints in `directory` that have a readable record, earliest first, without verifying digests."""
+    files = []
     for path in _step_files(directory):
         try:
-            found.append(read_record(path))
+            files.append(read_record(path))
         except DamagedCheckpointError:
             _logger.debug("%s has no readable record", path)
-    return sorted(found, key=lambda file: file.step)
+    return sorted(files, key=lambda file: file.step)
 
 
 def read_record(path: Path) -> CheckpointFile:
-    """Return what the record beside the checkpoint at `path` says. Raises DamagedCheckpointError."""
+    """Read the record beside the checkpoint at `path`. Raises DamagedCheckpointError."""
     record = path.with_suffix(".json")
     try:
         fields = json.loads(atomic.read_regular(record))
@@ -142,7 +142,7 @@ def read_record(path: Path) -> CheckpointFile:
 
 
 def find_checkpoint(target: Path) -> Path:
-    """Return `target` if it is a file, else the last checkpoint of that run; raise UsageError where there is none."""
+    """Return `target` if it is a file, else the last checkpoint of the run `target`. Raises UsageError."""
     if target.is_file():
         return target
     if not target.is_dir():
@@ -154,11 +154,11 @@ def find_checkpoint(target: Path) -> Path:
 
 
 def read_checkpoint(path: Path) -> Contents:
-    """Return what the checkpoint at `path` holds, once its digest has been verified.
+    """Verify the digest of the checkpoint at `path` and return its contents.
 
     Raises:
-        DamagedCheckpointError: a byte of it, or its record, is not as it was written.
-        UsageError: there is no such file, or it is of another format.
+        DamagedCheckpointError: the checkpoint or its record is damaged.
+        UsageError: there is no such file, or it has another format.
     """
     if not path.is_file():
         raise UsageError(f"{path}: there is no such checkpoint", code="checkpoint-missing")
@@ -175,7 +175,7 @@ def read_checkpoint(path: Path) -> Contents:
     try:
         fields = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
-        # What torch did not write raises errors of nearly any type, with advice that nobody should follow.
+        # Bytes that torch did not write raise errors of nearly any type, with advice that users should not follow.
         raise DamagedCheckpointError(
             f"{path} is damaged: it cannot be read ({type(error).__name__})", code="checkpoint-unreadable"
         ) from error
@@ -186,29 +186,29 @@ def read_checkpoint(path: Path) -> Contents:
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint that has been read: where it lies, the digest of its bytes, what it holds."""
+    """A checkpoint that has been read: its path, the digest of its bytes, and its contents."""
 
     path: Path
     sha256: str
     contents: Contents
 
     def record(self) -> dict[str, Any]:
-        """Return what a result says of it."""
+        """Return the fields by which results refer to the checkpoint."""
         return {"path": str(self.path), "sha256": self.sha256, "step": self.contents.step}
 
 
 def read_stored(target: Path) -> Stored:
-    """Return the checkpoint `target`, or the last one of that run; UsageError where there is none that is whole."""
+    """Read the checkpoint `target`, or the last one of the run `target`; raises UsageError."""
     path = find_checkpoint(target)
     contents = read_checkpoint(path)
     return Stored(path, read_record(path).sha256, contents)
 
 
 def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
-    for name, kind in _KINDS.items():
+    for name, kind in _TYPES.items():
         if not isinstance(fields.get(name), kind):
             raise UsageError(
-                f"{path} is not a checkpoint of format {FORMAT}: its {name} is not what it must be",
+                f"{path} is not a checkpoint of format {FORMAT}: {name} is missing or of another type",
                 code="checkpoint-format",
             )
     if not all(isinstance(tensor, torch.Tensor) for tensor in fields["model"].values()):
@@ -217,19 +217,19 @@ def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
             code="checkpoint-format",
         )
     return Contents(
-        **{name: fields[name] for name in _KINDS},
+        **{name: fields[name] for name in _TYPES},
         **{name: fields.get(name, {}) for name in ("plugins", "average", "noise")},
         grid_exponents=fields.get("grid_exponents"),
     )
 
 
 def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) -> Contents | None:
-    """Return the latest checkpoint that is whole; None when there is no checkpoint.
+    """Return the latest whole checkpoint; None if there is no checkpoint.
 
-    Each damaged one is reported and set aside as `*.damaged`.
+    Damaged checkpoints are reported and renamed to `*.damaged`.
 
     Raises:
-        UsageError: there are checkpoints, and none of them is whole.
+        UsageError: there are checkpoints, but none is whole.
     """
     if not directory.is_dir():
         return None
@@ -244,20 +244,20 @@ def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) ->
                 report_damage(path, str(error))
                 path.rename(path.with_suffix(".pt.damaged"))
             else:
-                # A kill between the two renames: never published, so nothing is lost.
+                # The writer was killed between the two renames: this checkpoint was never published.
                 path.unlink()
             path.with_suffix(".json").unlink(missing_ok=True)
     if damaged:
         raise UsageError(
-            f"every checkpoint in {directory} is damaged (set aside as *.damaged): "
-            f"start anew in another directory (run.name), or name a whole one by run.resume=PATH",
+            f"every checkpoint in {directory} is damaged (renamed to *.damaged): "
+            f"start a new run in another directory (run.name), or set run.resume to an intact checkpoint",
             code="no-whole-checkpoint",
         )
     return None
 
 
 def prune(directory: Path, *, keep: int, best_step: int | None) -> None:
-    """Delete all but the last `keep` checkpoints and the one of `best_step`."""
+    """Delete all checkpoints but the last `keep` and that of `best_step`."""
     files = list_checkpoints(directory)
     for file in files[:-keep]:
         if file.step != best_step:
@@ -265,22 +265,23 @@ def prune(directory: Path, *, keep: int, best_step: int | None) -> None:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete the checkpoint at `path`, its record first: without it the rest is not taken for a checkpoint."""
+    """Delete the checkpoint at `path`: its record first, without which the rest does not count as a checkpoint."""
     path.with_suffix(".json").unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
 
 def adopt(fallback: Path, directory: Path) -> None:
-    """Move the newest checkpoint of the folder `fallback` into `directory`, where it is newer than those there.
+    """Move the newest checkpoint in `fallback` to `directory` if it is newer than those there, and empty `fallback`.
 
     Raises:
-        OSError: it cannot be copied; it stays where it is.
+        OSError: it cannot be copied; nothing is deleted.
     """
-    there, here = list_checkpoints(fallback), list_checkpoints(directory)
-    if there and (not here or there[-1].step > here[-1].step):
-        for source in (there[-1].path, there[-1].path.with_suffix(".json")):
+    in_fallback, in_directory = list_checkpoints(fallback), list_checkpoints(directory)
+    if in_fallback and (not in_directory or in_fallback[-1].step > in_directory[-1].step):
+        newest = in_fallback[-1].path
+        for source in (newest, newest.with_suffix(".json")):
             atomic.write_bytes(directory / source.name, source.read_bytes())
-    for file in there:
+    for file in in_fallback:
         remove_checkpoint(file.path)
 
 

@@ -1,4 +1,4 @@
-"""How far a run is, which checkpoint or weights it begins from, and the state that all ranks begin from."""
+"""A run's progress, the checkpoint or weights from which a launch starts, and the broadcast of its state."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ from dist_train.rundir.paths import RunDirectory
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Settings, with what an earlier launch decided; the checkpoint to resume from; damaged ones and their faults.
+    """Where a launch starts.
 
-    `epochs_before`: of a run that is lengthened, what its schedules were laid out over. `initial`: of a new run, where
-    its weights come from, if not from the seed.
+    `config` includes the decisions of earlier launches. `contents`: the checkpoint to resume from. `damage`: what is
+    wrong with damaged checkpoints, by file name. `epochs_before`: if the run is lengthened, the epochs that its
+    schedules spanned so far. `initial`: the weights of a new run, if they do not come from the seed.
     """
 
     config: Config
@@ -42,16 +43,16 @@ class ResumePoint:
 
 
 def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
-    """Return where a launch of `config` in `directory` begins.
+    """Return where a launch of `config` in `directory` starts.
 
     Raises:
-        UsageError: there is a run that `config` must not, or cannot, resume.
+        UsageError: `directory` holds a run that `config` must not or cannot resume.
     """
     checkpoints = directory.checkpoints
     if config.run.resume == "never":
         if any(checkpoints.glob("step-*.pt")):
             raise UsageError(
-                f"{directory.root} already holds a run: choose another run.name, or resume it by run.resume=auto",
+                f"{directory.root} already holds a run: choose another run.name, or resume it with run.resume=auto",
                 code="run-exists",
             )
         return ResumePoint(config)
@@ -63,65 +64,66 @@ def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
     if named is None or named.resolve().parent != checkpoints.resolve():
         contents = newest_whole(checkpoints, lambda path, text: damage.update({path.name: text}))
     if contents is None and named is not None:
-        # Another run's checkpoint is where this one begins; requeued, it resumes from its own.
+        # The run starts from another run's checkpoint; once it has its own, it resumes from that, as when requeued.
         contents = read_stored(named).contents
     if contents is None:
         source = config.run.init_from
         initial = None if source is None else read_initial(source, config.model.name)
         return ResumePoint(config, None, damage, initial=initial)
-    begun = parse_config(dict(contents.config), source="the checkpoint")
-    is_longer = config.run.epochs > begun.run.epochs
-    changed = [each for each in differences(begun, config) if not (is_longer and each.path == "run.epochs")]
+    saved = parse_config(dict(contents.config), source="the checkpoint")
+    is_longer = config.run.epochs > saved.run.epochs
+    changed = [each for each in differences(saved, config) if not (is_longer and each.path == "run.epochs")]
     if changed:
         raise UsageError(
             f"the run that saved step {contents.step} began with other settings; restore them, "
-            f"or begin a new run in another directory (run.name):\n"
+            f"or start a new run in another directory (run.name):\n"
             + "\n".join(f"  {difference}" for difference in changed),
             code="settings-changed",
         )
-    before = begun.run.epochs if is_longer else None
-    return ResumePoint(with_decisions(config, begun), contents, damage, before)
+    epochs_before = saved.run.epochs if is_longer else None
+    return ResumePoint(with_decisions(config, saved), contents, damage, epochs_before)
 
 
 @dataclass
 class Progress:
-    """All that a checkpoint needs beside the weights and the optimizer's state; accuracies are in [0, 1]."""
+    """The state of a run apart from weights, optimizer and noise; accuracies are in [0, 1]."""
 
     step: int = 0
     best_accuracy: float | None = None
     evaluated_step: int | None = None
-    """Where `test_accuracy` was measured."""
+    """The step at which `test_accuracy` was measured."""
     best_saved_step: int | None = None
     best_saved_accuracy: float | None = None
-    """The best checkpoint: of those saved at an evaluation the one with the highest accuracy on the validation split,
-    without one on the test split.
+    """The best checkpoint saved at an evaluation, by accuracy on the validation split, if there is one, or else on the
+    test split.
     """
     validation_accuracy: float | None = None
     test_accuracy: float | None = None
     train_accuracy: float | None = None
     loss_scale: float | None = None
     updates_since_overflow: int | None = None
-    """Since the loss scale was last changed; both where there is one, in float16."""
+    """Updates since the loss scale was last changed. Both are None unless the precision is float16."""
     grid_exponents: Sequence[int] | None = None
     """Of `exact32`: the next update's grids, one for each parameter tensor."""
     non_finite_step: int | None = None
-    """The latest step after which an evaluation, or the weights, were not finite; its checkpoint is never the best."""
+    """The latest step at which an evaluation or the weights were not finite; its checkpoint is never the best."""
 
     stopping_best: float | None = None
-    """The best value so far of what early stopping looks at; and since how many evaluations it is."""
+    """The best value of early stopping's metric so far."""
     stopping_waited: int | None = None
+    """Evaluations since then without improvement."""
 
     def metrics(self) -> Mapping[str, float | int | None]:
-        """Return what a checkpoint keeps of it beside the step."""
+        """Return the fields that checkpoints hold as `metrics`."""
         return {name: value for name, value in asdict(self).items() if name not in ("step", "grid_exponents")}
 
     def note_non_finite(self) -> None:
-        """Take in that the evaluation of this step is not finite: it has no accuracy."""
+        """Note that the evaluation at this step is not finite, and drop its accuracies."""
         self.non_finite_step = self.step
         self.train_accuracy = self.validation_accuracy = self.test_accuracy = None
 
     def note_accuracy(self, split: str, accuracy: float) -> None:
-        """Take in the accuracy of an evaluation just made."""
+        """Note the accuracy of the evaluation at this step."""
         if split == "train":
             self.train_accuracy = accuracy
         if split == "validation":
@@ -133,48 +135,48 @@ class Progress:
             self.best_accuracy = accuracy
 
     def note_saved(self) -> None:
-        """Take in that a checkpoint of this step is being saved."""
+        """Note that a checkpoint of this step is being saved."""
         if self.test_accuracy is None or self.evaluated_step != self.step:
             return
-        judged = self.test_accuracy if self.validation_accuracy is None else self.validation_accuracy
-        if self.best_saved_accuracy is None or judged > self.best_saved_accuracy:
-            self.best_saved_step, self.best_saved_accuracy = self.step, judged
+        accuracy = self.test_accuracy if self.validation_accuracy is None else self.validation_accuracy
+        if self.best_saved_accuracy is None or accuracy > self.best_saved_accuracy:
+            self.best_saved_step, self.best_saved_accuracy = self.step, accuracy
 
 
 def restored_progress(contents: Contents) -> Progress:
-    """Return the progress that a checkpoint holds."""
+    """Return the progress in a checkpoint."""
     known = {name: contents.metrics.get(name) for name in Progress().metrics()}
     return Progress(step=contents.step, grid_exponents=contents.grid_exponents, **known)  # type: ignore[arg-type]  # as metrics() wrote them
 
 
 def shared_progress(comm: Communicator, progress: Progress) -> Progress:
-    """Return rank 0's progress."""
+    """Return rank 0's progress on all ranks."""
     fields = json.loads(broadcast_str(comm, json.dumps(asdict(progress)), "progress"))
     return Progress(**fields)
 
 
 Weights = Literal["raw", "averaged"]
-"""Which weights of a checkpoint: those of its step, or their average along the way."""
+"""Which weights of a checkpoint: those of its step, or their average (`averaging`)."""
 
 
 def stored_state(contents: Contents, weights: Weights) -> Mapping[str, Tensor]:
-    """Return the model's state in a checkpoint. Raises UsageError where it holds no average, and that is asked for."""
+    """Return the model's state dict in a checkpoint; raise UsageError for averaged weights that it does not hold."""
     if weights == "raw":
         return contents.model
     if not contents.average:
         raise UsageError(
-            "the checkpoint holds no averaged weights: its run had averaging.kind none", code="no-averaged-weights"
+            "the checkpoint holds no averaged weights: its run had averaging.kind=none", code="no-averaged-weights"
         )
     return averaged_state(contents.average, contents.model)
 
 
 def load_into(contents: Contents, model: nn.Module, optimizer: Optimizer, averaging: Averaging | None = None) -> None:
-    """Copy a checkpoint into `model`, `optimizer` and `averaging`; raise UsageError where it is of others."""
+    """Load a checkpoint into `model`, `optimizer` and `averaging`; raise UsageError if it does not fit them."""
     load_model(contents.model, model, "the checkpoint")
     if averaging:
         averaging.load(contents.average["kept"])
     try:
-        # Right for an optimizer that nothing wraps: a wrapper would forget what is loaded before it.
+        # The optimizer must not be wrapped yet: a wrapper would drop the loaded state.
         optimizer.load_state_dict({**contents.optimizer})
     except (RuntimeError, ValueError) as error:
         raise UsageError(
@@ -183,9 +185,9 @@ def load_into(contents: Contents, model: nn.Module, optimizer: Optimizer, averag
 
 
 def load_model(state: Mapping[str, Tensor], model: nn.Module, source: str) -> None:
-    """Copy `state`, of `source`, into `model`; raise UsageError where it is another model's, naming what differs."""
-    own = model.state_dict()
-    shapes = {name: (_shape(state, name), _shape(own, name)) for name in dict.fromkeys((*state, *own))}
+    """Load `state`, read from `source`, into `model`; raise UsageError, with the difference, if it does not fit."""
+    model_state = model.state_dict()
+    shapes = {name: (_shape(state, name), _shape(model_state, name)) for name in dict.fromkeys((*state, *model_state))}
     differing = [f"{name}: {there} there, {here} here" for name, (there, here) in shapes.items() if there != here]
     if differing:
         more = f"; and {len(differing) - 1} more" if len(differing) > 1 else ""
@@ -196,7 +198,7 @@ def load_model(state: Mapping[str, Tensor], model: nn.Module, source: str) -> No
         )
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:  # of tensors that are not plain ones
+    except RuntimeError as error:  # for example sparse tensors
         raise UsageError(f"{source} cannot be loaded: {error}", code="checkpoint-format") from error
 
 
@@ -212,22 +214,22 @@ def broadcast_state(
     *more: Tensor,
     root: int = 0,
 ) -> None:
-    """Give every rank the state of rank `root`: the optimizer's, the model's buffers, the weights, and `more`.
+    """Give every rank the state of rank `root`: optimizer, model buffers, weights, and the tensors `more`.
 
-    Horovod's own broadcast of the optimizer makes a step on ranks without state, and so moves their
-    weights; here every rank has the whole state from the beginning. What is of one type and device travels as
-    one tensor: each broadcast costs a round of all ranks. All of it is taken or, where a rank is lost meanwhile, none.
+    Not Horovod's broadcast of the optimizer: on ranks without optimizer state it makes a step, which changes the
+    weights. Our optimizers have their whole state from the beginning. Tensors of one type and device are sent as one,
+    since each broadcast costs a round of all ranks. If a rank is lost meanwhile, no tensor is changed.
     """
     parameters = {name for name, _ in model.named_parameters()}
     buffers = [value for name, value in model.state_dict().items() if name not in parameters]
-    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in (*(tensor for _, tensor in state_tensors(optimizer)), *buffers, weights.values, *more):
-        alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     with torch.no_grad():
-        received = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in alike.values()]
+        received = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in groups.values()]
         for index, flat in enumerate(received):
             comm.broadcast(flat, f"state.{index}", root)
-        for flat, tensors in zip(received, alike.values(), strict=True):
+        for flat, tensors in zip(received, groups.values(), strict=True):
             for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(values.view_as(tensor))
 
@@ -235,47 +237,48 @@ def broadcast_state(
 _FILES = (".safetensors", ".pth", ".pt", ".bin")
 _TORCHVISION = "torchvision:"
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
-_COUNTS = ".num_batches_tracked"
-_AVERAGES = (".running_mean", ".running_var")
+_NORM_BUFFERS = (".num_batches_tracked", ".running_mean", ".running_var")
 
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Tensors by name, where they come from, and the step of the checkpoint, if it is one."""
+    """Tensors by name, and the file they come from; `step` if that is a checkpoint."""
 
     path: Path
     sha256: str
     tensors: Mapping[str, Tensor]
     step: int | None = None
 
-    def fitted(self, own: Mapping[str, Tensor], classes: int) -> dict[str, Tensor]:
-        """Return them as a model with the state `own` takes them; what does not fit is left for loading to refuse.
+    def fitted(self, state: Mapping[str, Tensor], classes: int) -> dict[str, Tensor]:
+        """Return the tensors to load into a model with `state`; `load_model` refuses them if they do not fit.
 
-        Of files of other programs, the counts and averages of norms that the model does not keep are left out, and a
-        head of another number of classes is the model's own.
+        For a file of another program, norm buffers that the model does not have are left out, and heads for another
+        number of classes are replaced by the model's.
         """
         if self.step is not None:
             return dict(self.tensors)
-        heads = set(self.other_heads(own, classes))
+        heads = set(self.other_heads(state, classes))
         return {
-            name: own[name] if name in heads else tensor
+            name: state[name] if name in heads else tensor
             for name, tensor in self.tensors.items()
-            if name in own or not name.endswith((_COUNTS, *_AVERAGES))
+            if name in state or not name.endswith(_NORM_BUFFERS)
         }
 
-    def other_heads(self, own: Mapping[str, Tensor], classes: int) -> Iterator[str]:
-        """Yield the tensors of `own` of `classes` rows, of which the file has another number, but else the same."""
-        for name, tensor in own.items():
+    def other_heads(self, state: Mapping[str, Tensor], classes: int) -> Iterator[str]:
+        """Yield the names of tensors with `classes` rows in `state` and another number of rows, but else equal shapes,
+        in the file.
+        """
+        for name, tensor in state.items():
             here, there = tensor.shape, self.tensors[name].shape if name in self.tensors else ()
             if self.step is None and here and there and here[0] == classes != there[0] and here[1:] == there[1:]:
                 yield name
 
 
 def find_initial(source: Path, model: str) -> Path:
-    """Return the file that `run.init_from` stands for, for the model of that name; see `read_initial`.
+    """Return the file that `source`, a value of `run.init_from`, refers to, for a model of the name `model`.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such file.
     """
     if str(source).startswith(_TORCHVISION):
         return _torchvision_file(str(source).removeprefix(_TORCHVISION), model.removeprefix(_TORCHVISION))
@@ -288,11 +291,11 @@ def find_initial(source: Path, model: str) -> Path:
 def read_initial(source: Path, model: str) -> InitialWeights:
     """Return the weights of `source`: a run, a checkpoint, a file of weights, or `torchvision:NAME`.
 
-    A file of weights is `.safetensors`, or what `torch.save` wrote of a state dict: nothing in it is run. Tensors may
-    lie below `state_dict` or `model`, and their names begin with `module.`, as wrappers leave them.
+    A file of weights is a `.safetensors` file, or a state dict saved by `torch.save`, from which no code is run. The
+    state dict may be nested under `state_dict` or `model`, and names may begin with `module.`, as wrappers leave them.
 
     Raises:
-        UsageError: there is no such file, or it holds something else.
+        UsageError: there is no such file, or it does not hold weights.
     """
     path = find_initial(source, model)
     if not _is_foreign(path):
@@ -304,9 +307,9 @@ def read_initial(source: Path, model: str) -> InitialWeights:
         tensors = _tensors(path)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}", code="weights-unreadable") from error
-    # The name of a file of torch.hub ends in the first digits of its digest.
-    named = re.search(r"-([0-9a-f]{8,})\.pth$", path.name) if str(source).startswith(_TORCHVISION) else None
-    if named and not digest.startswith(named[1]):
+    # File names of torch.hub end in the first digits of the digest.
+    expected = re.search(r"-([0-9a-f]{8,})\.pth$", path.name) if str(source).startswith(_TORCHVISION) else None
+    if expected and not digest.startswith(expected[1]):
         raise UsageError(
             f"{path} is damaged: its SHA-256 begins with {digest[:8]}; fetch it again", code="weights-unreadable"
         )
@@ -314,7 +317,7 @@ def read_initial(source: Path, model: str) -> InitialWeights:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether the file is of another program: by its name, and for lack of the record that a checkpoint has."""
+    """Whether the file comes from another program: by its suffix, and because it lacks a checkpoint's record."""
     return path.suffix in _FILES and not (path.suffix == ".pt" and path.with_suffix(".json").exists())
 
 
@@ -323,7 +326,7 @@ def _torchvision_file(name: str, model: str) -> Path:
 
     if model not in models.list_models(module=models):
         raise UsageError(
-            f"{_TORCHVISION}{name} needs a model of torchvision: set model.name to one, as in {_TORCHVISION}resnet50",
+            f"{_TORCHVISION}{name} needs a model of torchvision: set model.name, for example {_TORCHVISION}resnet50",
             code="weights-missing",
         )
     known = models.get_model_weights(model).__members__
@@ -334,32 +337,32 @@ def _torchvision_file(name: str, model: str) -> Path:
     url = known[name].url
     path = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
     if not path.is_file():
-        raise UsageError(f"the weights {name} of {model} are not here: fetch {url} to {path}", code="weights-missing")
+        raise UsageError(f"the weights {name} of {model} are missing: download {url} to {path}", code="weights-missing")
     return path
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file. Raises OSError, or UsageError where there are none."""
+    """Return the tensors in a file by name. Raises OSError, or UsageError if it does not hold such tensors."""
     try:
-        found = _loaded(path)
+        content = _load(path)
     except OSError:
         raise
     except Exception as error:
-        # What is damaged, or holds more than data, raises errors of nearly any type.
+        # Damaged files, and files that hold more than data, raise errors of nearly any type.
         raise UsageError(
-            f"{path} is no file of weights that can be loaded safely ({type(error).__name__}): save the model's "
+            f"{path} cannot be loaded safely as weights ({type(error).__name__}): save the model's "
             f"state_dict(), as .safetensors or by torch.save",
             code="weights-unreadable",
         ) from error
-    while isinstance(found, Mapping) and (inner := next((found[key] for key in _WRAPPERS if key in found), None)):
-        found = inner
-    named = {str(name).removeprefix("module."): value for name, value in dict(found).items()} if found else {}
-    if not named or not all(isinstance(value, Tensor) for value in named.values()):
-        raise UsageError(f"{path} holds more, or else, than tensors by name", code="weights-unreadable")
-    return named
+    while isinstance(content, Mapping) and (inner := next((content[key] for key in _WRAPPERS if key in content), None)):
+        content = inner
+    tensors = {str(name).removeprefix("module."): value for name, value in dict(content).items()} if content else {}
+    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UsageError(f"{path} does not hold tensors by name only", code="weights-unreadable")
+    return tensors
 
 
-def _loaded(path: Path) -> Any:
+def _load(path: Path) -> Any:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 

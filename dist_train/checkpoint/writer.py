@@ -1,7 +1,7 @@
-"""Checkpoints written while training continues.
+"""Writes checkpoints in a background thread while training continues.
 
-Weights and the optimizer's state, which nothing touches before the next update (noise lies in a buffer of its
-own), are copied on a thread, as is all the rest done; `wait_until_copied` must be called before that update.
+The thread also copies the weights and the optimizer's state, which do not change until the next update (perturbed
+weights have a buffer of their own). Call `wait_until_copied` before that update.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _logger = logging.getLogger("dist_train.checkpoints")
 
 @dataclass(frozen=True)
 class Written:
-    """A checkpoint that is on disk: `stall_seconds` held up the training, `seconds` it took in all."""
+    """A checkpoint on disk: training was held up for `stall_seconds`; writing took `seconds` in all."""
 
     file: CheckpointFile
     stall_seconds: float
@@ -39,9 +39,9 @@ class Written:
 
 @dataclass(frozen=True)
 class NotWritten:
-    """A checkpoint that the run directory's disk refused, and why; `fallback` is where it lies instead, if anywhere.
+    """A checkpoint that could not be written to the run directory; `fallback` is its path in the fallback directory.
 
-    It is tried again, with growing pauses, until the next one is there: a `Written` of the same step may follow.
+    Writing is retried with growing pauses until the next checkpoint: a `Written` of the same step may follow.
     """
 
     step: int
@@ -50,7 +50,7 @@ class NotWritten:
 
 
 class CheckpointWriter:
-    """Writes into one directory, one checkpoint at a time."""
+    """Writes checkpoints into one directory, one at a time."""
 
     def __init__(
         self,
@@ -59,29 +59,29 @@ class CheckpointWriter:
         before_publishing: Callable[[], None],
         fallback: Path | None = None,
     ) -> None:
-        """Write into `directory`, into `fallback` what its disk refuses.
+        """Write into `directory` or, if that fails, into `fallback`.
 
-        `before_publishing` runs on the thread, before a checkpoint gets its name.
+        `before_publishing` runs in the thread, before a checkpoint is renamed to its final name.
         """
         self._directory = directory
         self._fallback = fallback
         self._settings = settings
         self._before_publishing = before_publishing
         self._copies: dict[str, torch.Tensor] = {}
-        # One thread that stays: starting one makes the training wait until it has had its first turn.
+        # One long-lived thread: starting one makes the training wait until the thread has run first.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
         self._thread.submit(lambda: None).result()
         self._copied = Event()
         self._copied.set()
         self._pending: Future[None] | None = None
         self._results: SimpleQueue[Written | NotWritten] = SimpleQueue()
-        # Ends the pauses between tries: another checkpoint waits, or everybody does.
+        # Set when someone waits for the writer: ends the pauses between retries.
         self._awaited = Event()
 
     def submit(self, contents: Contents, best_step: int | None) -> None:
-        """Write `contents` as they are now, in the background where the settings say so.
+        """Write `contents` as they are now, in the background unless the settings say otherwise.
 
-        Their tensors must stay as they are until `wait_until_copied` returns.
+        The tensors must not change until `wait_until_copied` returns.
         """
         begun = time.perf_counter()
         self.wait()
@@ -93,11 +93,11 @@ class CheckpointWriter:
             self.wait()
 
     def wait_until_copied(self) -> None:
-        """Wait until weights and the optimizer's state may change."""
+        """Wait until the tensors of the last `submit` are copied and may change."""
         self._copied.wait()
 
     def results(self) -> list[Written | NotWritten]:
-        """Return what has become of checkpoints since the last call; does not wait."""
+        """Return the results since the last call, without waiting."""
         done = []
         with suppress(Empty):
             while True:
@@ -105,19 +105,19 @@ class CheckpointWriter:
         return done
 
     def wait(self) -> None:
-        """Wait until nothing is being written; what was refused is tried once more."""
+        """Wait until nothing is being written; a checkpoint that failed is retried once more."""
         if self._pending is not None:
             self._awaited.set()
             self._pending.result()
             self._pending = None
 
     def close(self) -> None:
-        """Wait until nothing is being written, and end the thread."""
+        """Wait until nothing is being written, then end the thread."""
         self.wait()
         self._thread.shutdown()
 
     def _write(self, contents: Contents, best_step: int | None, begun: float, stall: float) -> None:
-        # Sleeping gives the interpreter back to the training, which is about to begin its next step.
+        # Sleeping releases the GIL to the training thread, which is about to begin its next step.
         time.sleep(_YIELD_SECONDS)
         try:
             try:
@@ -132,7 +132,7 @@ class CheckpointWriter:
                 self._copied.set()
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
-            file = self._try_to_write(contents)
+            file = self._write_with_retries(contents)
             if file is None:
                 return
             prune(self._directory, keep=self._settings.keep, best_step=best_step)
@@ -142,25 +142,25 @@ class CheckpointWriter:
         seconds = time.perf_counter() - begun
         self._results.put(Written(file, stall if self._settings.background else seconds, seconds))
 
-    def _try_to_write(self, contents: Contents) -> CheckpointFile | None:
-        """Write; on a disk that refuses again and again, until somebody waits. None where it has refused to the end."""
+    def _write_with_retries(self, contents: Contents) -> CheckpointFile | None:
+        """Write, and retry on failure until someone waits for the writer; None if every attempt has failed."""
         pause = _FIRST_PAUSE_SECONDS
-        is_last = not self._settings.background
-        refused: NotWritten | None = None
+        is_last_attempt = not self._settings.background
+        failed: NotWritten | None = None
         while True:
             try:
                 file = write_checkpoint(self._directory, contents, self._before_publishing)
             except OSError as error:
-                if refused is None:
-                    refused = NotWritten(contents.step, error, self._write_to_fallback(contents))
-                    self._results.put(refused)
-                if is_last:
+                if failed is None:
+                    failed = NotWritten(contents.step, error, self._write_to_fallback(contents))
+                    self._results.put(failed)
+                if is_last_attempt:
                     return None
-                is_last = self._awaited.wait(pause)
+                is_last_attempt = self._awaited.wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
                 continue
-            if refused is not None and refused.fallback is not None:
-                remove_checkpoint(refused.fallback)
+            if failed is not None and failed.fallback is not None:
+                remove_checkpoint(failed.fallback)
             return file
 
     def _write_to_fallback(self, contents: Contents) -> Path | None:
@@ -178,7 +178,7 @@ class CheckpointWriter:
         return file.path
 
     def _copy(self, name: str, value: Any) -> Any:
-        """Return `value` with its tensors copied to the CPU, into buffers that are used again each time."""
+        """Return `value` with its tensors copied to the CPU, into buffers that are reused for each checkpoint."""
         if isinstance(value, torch.Tensor):
             copy = self._copies.get(name)
             if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
