@@ -1,1 +1,1 @@
-"""Kernels for GPUs, written in Triton, as operators of torch; nothing else imports it."""
+"""GPU kernels written in Triton, as torch operators. No other package imports Triton."""

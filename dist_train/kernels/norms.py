@@ -1,16 +1,16 @@
-"""Batch norm over stacked groups of samples, with the ReLU behind it, as Triton kernels for channels-last activations.
+"""Triton kernels for batch norm over groups of samples, fused with ReLU, for channels-last activations.
 
-In that layout activations are a matrix [rows, C], a row for each position of each sample; a group is so many
-consecutive rows, the last one all that are left. A program works on a part of a group and on a block of channels. Two
-launches make the forward pass, two the backward pass: the first finds what each part adds to the sums of its group; the
-second adds the parts up, each program for itself, and writes the result. A single launch would have one program for
-each block of each group: 1 for the 132 multiprocessors of a card in VGG9's first layer.
+In this layout, activations are a matrix [rows, C] with a row for each position of each sample. A group is a fixed
+number of consecutive rows; the last group has all remaining rows. A program works on a part of a group and on a block
+of channels. The forward and the backward pass are two launches each: the first computes the contribution of each part
+to the sums of its group; in the second, every program adds up the parts and writes its result. A single launch would
+have one program per group and block of channels: in VGG9's first layer, 1 program for a GPU's 132 multiprocessors.
 
-The bits of a group follow from its own rows alone: parts begin at the group's first row and have a fixed length; they
-are added up in their order, without atomics; where another group has more parts, zeros follow, which change nothing;
-nothing is tuned at run time. The gradients of weight and bias are the groups' sums, added up in the groups' order over
-a micro-batch. So a micro-batch has the same bits on whichever rank, after whichever others, it is computed: on the same
-kind of card, with the same Triton, as all that a GPU computes.
+The bits of a group depend on its own rows alone: parts begin at the group's first row and have a fixed length; they are
+added up in order, without atomics; if another group has more parts, zeros are added, which change nothing; nothing is
+tuned at run time. The gradients of weight and bias are the sums of the groups, added up in the groups' order over a
+micro-batch. So the bits of a micro-batch do not depend on which rank computes it, or after which others. As for
+everything on GPUs, this holds for one kind of GPU and one version of Triton.
 """
 
 # Triton reads the annotations of a kernel's parameters, and leaves its functions without types.
@@ -26,16 +26,16 @@ from torch import Tensor
 _PART = tl.constexpr(1024)
 """Rows of a part."""
 _TILE = tl.constexpr(32)
-"""Rows, or parts, that a program holds in its registers at once."""
-_WIDEST = 64
-"""Channels of a block, at the most."""
+"""Rows, or parts, that a program loads at once."""
+_MAX_WIDTH = 64
+"""The most channels in a block."""
 _launched = triton.jit(do_not_specialize=["rows", "total", "parts"])
-"""Compiled once for all sizes."""
+"""Decorates the kernels: compiled once for all sizes."""
 
 
 @triton.jit
 def _place(rows, total, width: tl.constexpr):
-    """Return the program's group, that group's first row and length, the part of it, and the block's channels."""
+    """Return the program's group, the group's first row and length, the program's part, and its channels (lanes)."""
     group = tl.program_id(1)
     first = group.to(tl.int64) * rows
     length = tl.where(group == tl.num_programs(1) - 1, total - first, rows).to(tl.int64)
@@ -44,7 +44,7 @@ def _place(rows, total, width: tl.constexpr):
 
 @triton.jit
 def _tile(matrix, first, row, length, lanes, channels):
-    """Return `row` [tile] of what begins at row `first`, zeros from `length` on; where they lie; which are within."""
+    """Return the rows `row` [tile], counted from `first`, with zeros from `length` on; their offsets; their mask."""
     places = (first + row)[:, None] * channels + lanes[None, :]
     within = (row < length)[:, None] & (lanes < channels)[None, :]
     return tl.load(matrix + places, mask=within, other=0.0).to(tl.float32), places, within
@@ -52,13 +52,13 @@ def _tile(matrix, first, row, length, lanes, channels):
 
 @triton.jit
 def _filled(length, part):
-    """Return how many rows of each `part` a group of `length` rows fills."""
+    """Return how many rows of `part` belong to a group of `length` rows."""
     return tl.minimum(tl.maximum(length - part * _PART, 0), _PART)
 
 
 @_launched
 def _part_moments(inputs, means, spreads, rows, total, parts, channels, width: tl.constexpr):
-    """Write the means of each part [groups, parts, C], and the sums of squared distances from them."""
+    """Write the means [groups, parts, C] of each part, and the sums of squared distances from them."""
     group, first, length, part, lanes = _place(rows, total, width)
     filled = _filled(length, part)
     row = tl.arange(0, _TILE)
@@ -66,7 +66,7 @@ def _part_moments(inputs, means, spreads, rows, total, parts, channels, width: t
     spread = tl.zeros((_TILE, width), tl.float32)
     for step in range(tl.cdiv(filled, _TILE)):
         values, _, within = _tile(inputs, first + part * _PART, row + step * _TILE, filled, lanes, channels)
-        # Welford's update, each row of the tile for itself: no difference of large sums.
+        # Welford's update for each row of the tile: avoids the difference of large sums.
         distance = tl.where(within, values - mean, 0.0)
         mean += distance * (1.0 / (step + 1))
         spread += distance * (values - mean)
@@ -80,7 +80,7 @@ def _part_moments(inputs, means, spreads, rows, total, parts, channels, width: t
 
 @triton.jit
 def _group_moments(means, spreads, group, length, parts, lanes, channels, width: tl.constexpr):
-    """Return a group's means, and the sums of squared distances from them, from those of its parts."""
+    """Return the means of a group and the sums of squared distances from them, from those of its parts."""
     sums = tl.zeros((_TILE, width), tl.float32)
     squares = tl.zeros((_TILE, width), tl.float32)
     for start in range(0, parts, _TILE):
@@ -114,7 +114,7 @@ def _write_normalized(
     width: tl.constexpr,
     rectify: tl.constexpr,
 ):
-    """Write the outputs, and the groups' means, unbiased variances and 1/deviations to `moments` [3, groups, C]."""
+    """Write the outputs, and to `moments` [3, groups, C] the means, unbiased variances and 1/deviations of groups."""
     group, first, length, part, lanes = _place(rows, total, width)
     known = lanes < channels
     mean, squares = _group_moments(means, spreads, group, length, parts, lanes, channels, width)
@@ -133,7 +133,7 @@ def _write_normalized(
         values, places, within = _tile(inputs, first + part * _PART, row, filled, lanes, channels)
         result = (values - mean[None, :]) * scale[None, :] * factor[None, :] + term[None, :]
         if rectify:
-            result = tl.where(result <= 0.0, 0.0, result)  # a NaN stays one
+            result = tl.where(result <= 0.0, 0.0, result)  # keeps NaN
         tl.store(outputs + places, result, mask=within)
 
 
@@ -150,7 +150,7 @@ def _per_channel(means, scales, weight, bias, group, lanes, channels):
 def _standard_and_upstream(
     upstream, inputs, mean, scale, factor, term, first, row, filled, lanes, channels, rectify: tl.constexpr
 ):
-    """Return standardized inputs, their outputs' gradient before the ReLU, where they lie and which are within."""
+    """Return the standardized inputs, the upstream gradient before the ReLU, their offsets and their mask."""
     values, places, within = _tile(inputs, first, row, filled, lanes, channels)
     gradient, _, _ = _tile(upstream, first, row, filled, lanes, channels)
     standard = tl.where(within, (values - mean[None, :]) * scale[None, :], 0.0)
@@ -175,7 +175,7 @@ def _part_sums(
     width: tl.constexpr,
     rectify: tl.constexpr,
 ):
-    """Write each part's sums of gradients times standardized inputs, and of gradients, [2, groups, parts, C]."""
+    """Write each part's sums of gradients times standardized inputs, and of gradients: [2, groups, parts, C]."""
     group, first, length, part, lanes = _place(rows, total, width)
     known = lanes < channels
     mean, scale, factor, term = _per_channel(means, scales, weight, bias, group, lanes, channels)
@@ -212,7 +212,7 @@ def _write_gradients(
     width: tl.constexpr,
     rectify: tl.constexpr,
 ):
-    """Write the gradient of the inputs, and the groups' sums of what `_part_sums` found, [2, groups, C]."""
+    """Write the gradient of the inputs, and to `of_groups` [2, groups, C] the parts' sums added up by group."""
     group, first, length, part, lanes = _place(rows, total, width)
     known = lanes < channels
     groups = tl.num_programs(1)
@@ -245,9 +245,9 @@ def _write_gradients(
 def normalize(
     inputs: Tensor, weight: Tensor, bias: Tensor, epsilon: float, size: int, groups: int, rectify: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the outputs, and means, unbiased variances and 1/deviations [3, groups, C] of `groups` groups.
+    """Return the outputs, and the means, unbiased variances and 1/deviations [3, groups, C] of `groups` groups.
 
-    `inputs` [n, C], or [n, C, H, W] in channels-last layout; a group is `size` samples, the last one all that are left.
+    `inputs` are [n, C], or [n, C, H, W] in channels-last layout. A group has `size` samples, the last all remaining.
     """
     grid, geometry = _launch(inputs, size, groups)
     outputs, moments = torch.empty_like(inputs), weight.new_empty(3, groups, len(weight))
@@ -262,9 +262,9 @@ def normalize(
 def gradients(
     upstream: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, size: int, rectify: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient of the inputs, and for each group those of weight and bias [2, groups, C].
+    """Return the gradient of the inputs, and those of weight and bias for each group [2, groups, C].
 
-    `upstream` is laid out as `inputs`; `moments` are what `normalize` returned.
+    `upstream` has the layout of `inputs`; `moments` is what `normalize` returned.
     """
     means, _, scales = moments.unbind()
     grid, geometry = _launch(inputs, size, len(means))
@@ -277,13 +277,13 @@ def gradients(
 
 
 def _launch(inputs: Tensor, size: int, groups: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """Return the programs of a launch, (parts, groups, blocks of channels), and what every kernel is told."""
+    """Return the grid of a launch (parts, groups, blocks of channels) and the arguments common to all kernels."""
     samples, channels = inputs.shape[:2]
     positions = inputs[0, 0].numel()
     longest = max(size, samples - size * (groups - 1)) * positions
     parts = triton.cdiv(longest, _PART.value)
-    width = min(_WIDEST, triton.next_power_of_2(channels))
+    width = min(_MAX_WIDTH, triton.next_power_of_2(channels))
     geometry = {"rows": size * positions, "total": samples * positions, "parts": parts, "channels": channels}
-    # The default of Triton's fusion of multiplications and additions differs from version to version.
+    # Set explicitly: Triton's default for fused multiply-add differs between versions.
     options = {"width": width, "num_warps": 4, "enable_fp_fusion": False}
     return (parts, groups, triton.cdiv(channels, width)), {**geometry, **options}

@@ -1,6 +1,6 @@
-"""Our kernels as operators of torch, `torch.ops.dist_train`, known also to tensors without values (FakeTensor).
+"""Our kernels as torch operators, `torch.ops.dist_train`, with shape functions for FakeTensor and torch.compile.
 
-Triton is imported when the first of them is called.
+Triton is imported when an operator is first called.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _LIBRARY.define(
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton is there, and a C compiler and Python's header, by which it builds what starts its kernels.
+    """Whether Triton is installed, and the C compiler and Python header with which it builds its launchers.
 
-    `DIST_TRAIN_TRITON=off`, on all ranks, says no: torch's operators compute then.
+    `DIST_TRAIN_TRITON=off`, set on all ranks, makes this false: torch's operators are used instead.
     """
     if os.environ.get("DIST_TRAIN_TRITON") == "off":
         return False
