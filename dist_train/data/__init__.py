@@ -1,4 +1,4 @@
-"""Images and labels: readers, the decoded cache, the global batch plan, augmentation, pixels on the device.
+"""Images and labels: readers, the cache of decoded images, the batch plan, augmentation, and samples on the device.
 
-It knows no process group: where rank and world size are needed, they are numbers.
+This package knows no process group: rank and world size are passed as numbers where they are needed.
 """

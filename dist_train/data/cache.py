@@ -1,7 +1,7 @@
-"""Data sets on this machine: published archives, and decoded images, mapped by all local ranks (one copy in memory).
+"""The cache of data sets: downloaded archives, and decoded images, which all local ranks map (one copy in memory).
 
-A cache entry is two NumPy files and a JSON record with their digests. The record is written last and makes
-the entry exist; every file is written aside and renamed, by one process at a time.
+An entry of decoded images is two NumPy files and a JSON record with their digests. The record is written last; without
+it there is no entry. Every file is written under a temporary name and renamed, by one process at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Source:
-    """What a cache entry is made from; another version of the reader or other bytes make another entry."""
+    """The source of a cache entry; another reader version or other bytes make another entry."""
 
     name: str
     split: Split
@@ -42,7 +42,7 @@ class Source:
     files: Sequence[Path]
 
     def key(self) -> str:
-        """Return the entry's file stem; reads every source file. Raises UsageError when it cannot."""
+        """Return the entry's file stem; reads every source file. Raises UsageError if one cannot be read."""
         digest = hashlib.sha256()
         for path in self.files:
             try:
@@ -58,31 +58,31 @@ class _Record:
     images_sha256: str
     labels_sha256: str
     check: str = ""
-    """Digest of the rest."""
+    """Digest of the other fields."""
 
-    def checked(self) -> _Record:
-        """Return it with the right `check`."""
+    def with_check(self) -> _Record:
+        """Return the record with `check` set."""
         text = f"{self.classes} {self.images_sha256} {self.labels_sha256}"
         return replace(self, check=hashlib.sha256(text.encode()).hexdigest())
 
 
 def refuse_foreign_cache(folder: Path) -> None:
-    """Refuse the folder of the cache where it, or the cache itself, is open to others; see `refuse_foreign`."""
+    """Raise UsageError if others can write to `folder` of the cache or to the cache itself; see `refuse_foreign`."""
     for each in (folder.parent, folder):
         refuse_foreign(each, "set DIST_TRAIN_CACHE to a folder of your own")
 
 
 class _DamagedError(Exception):
-    """A cache entry does not hold what was written."""
+    """A cache entry is not what was written."""
 
 
 def decoded_once(folder: Path, source: Source, decode: Callable[[], ImageSet]) -> ImageSet:
-    """Return the decoded `source`, mapped from its verified entry in `folder`, which `decode` fills first.
+    """Return the decoded `source`, mapped from its verified entry in `folder`, which is filled by `decode` if missing.
 
-    A damaged entry is made anew, with a warning. Where the folder cannot be used (no permission, disk
-    full, no locks) a warning is logged and the images are decoded into memory.
+    A damaged entry is replaced, with a warning. If the folder cannot be used (no permission, disk full, no locks), a
+    warning is logged and the images are decoded into memory.
 
-    Raises UsageError where another user could exchange what is in the folder.
+    Raises UsageError if other users could replace the contents of the folder.
     """
     key = source.key()
     decoded = None
@@ -115,7 +115,7 @@ def _open(folder: Path, key: str) -> ImageSet:
         record = _Record(**json.loads(record_file.read_bytes()))
     except (ValueError, TypeError, RecursionError) as error:
         raise _DamagedError(f"{record_file.name} is not the record that was written: {error}") from error
-    if record != record.checked():
+    if record != record.with_check():
         raise _DamagedError(f"{record_file.name} is not the record that was written")
     images = _map(images_file, record.images_sha256)
     labels = _map(labels_file, record.labels_sha256)
@@ -126,40 +126,40 @@ def _open(folder: Path, key: str) -> ImageSet:
 
 
 def _map(path: Path, sha256: str) -> NDArray[Any]:
-    """Map `path` copy-on-write: pages are shared with other ranks, and torch takes it as writable."""
+    """Map `path` copy-on-write: pages are shared with other ranks, and torch accepts the array as writable."""
     try:
-        found = _file_digest(path)
+        digest = _file_digest(path)
     except FileNotFoundError as error:
         raise _DamagedError(f"{path.name} is missing") from error
-    if found != sha256:
-        raise _DamagedError(f"the SHA-256 of {path.name} is {found[:12]}..., not {sha256[:12]}...")
+    if digest != sha256:
+        raise _DamagedError(f"the SHA-256 of {path.name} is {digest[:12]}..., not {sha256[:12]}...")
     try:
         return np.load(path, mmap_mode="c", allow_pickle=False)  # type: ignore[no-any-return]
     except Exception as error:
-        # What NumPy did not write raises errors of nearly any type.
+        # Bytes that NumPy did not write raise errors of nearly any type.
         raise _DamagedError(f"{path.name} is not an array: {error}") from error
 
 
 def _write(folder: Path, key: str, decoded: ImageSet) -> None:
     for abandoned in folder.glob(f".{key}.*.part"):
-        # Only the holder of the lock writes here: these are from a process that was killed.
+        # Only the holder of the lock writes here: a process that was killed has left these.
         abandoned.unlink(missing_ok=True)
     record_file, images_file, labels_file = _files(folder, key)
     labels_sha256 = _write_array(labels_file, decoded.labels.numpy())
     images_sha256 = _write_array(images_file, decoded.images.numpy())
-    record = _Record(decoded.classes, images_sha256, labels_sha256).checked()
+    record = _Record(decoded.classes, images_sha256, labels_sha256).with_check()
     write_text(record_file, json.dumps(asdict(record)))
 
 
 def _write_array(path: Path, array: NDArray[Any]) -> str:
     with replacing(path) as file:
-        digested = _DigestedFile(file)
-        np.lib.format.write_array(digested, array, allow_pickle=False)
-    return digested.digest.hexdigest()
+        hashing = _HashingFile(file)
+        np.lib.format.write_array(hashing, array, allow_pickle=False)
+    return hashing.digest.hexdigest()
 
 
-class _DigestedFile:
-    """A file to write to, and the digest of what was meant to be written."""
+class _HashingFile:
+    """Writes to a file, and computes the digest of what it was given to write."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -182,17 +182,17 @@ def _files(folder: Path, key: str) -> tuple[Path, Path, Path]:
 
 def cache_folder() -> Path:
     """Return `$DIST_TRAIN_CACHE`, else `dist_train` in `$XDG_CACHE_HOME`, else `~/.cache/dist_train`."""
-    named = os.environ.get("DIST_TRAIN_CACHE")
-    if named:
-        return Path(named).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path("~/.cache").expanduser()) / "dist_train"
+    own = os.environ.get("DIST_TRAIN_CACHE")
+    if own:
+        return Path(own).expanduser()
+    of_user = os.environ.get("XDG_CACHE_HOME")
+    return (Path(of_user) if of_user else Path("~/.cache").expanduser()) / "dist_train"
 
 
 def data_sets_folder() -> Path:
     """Return the folder in the cache where the set-up scripts and downloads put data sets.
 
-    Raises UsageError where another user could exchange what is in it.
+    Raises UsageError if other users could replace its contents.
     """
     folder = cache_folder() / "datasets"
     if folder.is_dir():
@@ -201,15 +201,15 @@ def data_sets_folder() -> Path:
 
 
 def decoded_folder() -> Path:
-    """Return the folder in the cache that holds decoded data sets."""
+    """Return the folder in the cache with decoded data sets."""
     return cache_folder() / "decoded"
 
 
 def fetch(url: str, path: Path, sha256: str) -> None:
-    """Download `url` to `path` unless it is there; of several processes one does, the others wait.
+    """Download `url` to `path` unless the file exists; of several processes one downloads, the others wait.
 
-    Raises UsageError when there is no network, when the bytes do not have the digest `sha256`, or when
-    the folder cannot be written; `path` is then as it was.
+    Raises UsageError if there is no network, the bytes do not have the digest `sha256`, or the folder cannot be
+    written; `path` is then unchanged.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -219,8 +219,8 @@ def fetch(url: str, path: Path, sha256: str) -> None:
                 _fetch(url, path, sha256)
     except OSError as error:
         raise UsageError(
-            f"cannot write {path}: {error.strerror or error}. Set data.root to a folder that can be written, "
-            "with space for the archive.",
+            f"cannot write {path}: {error.strerror or error}. Set data.root to a writable folder with space for the "
+            "archive.",
             code="download-unwritable",
         ) from error
 
@@ -233,8 +233,8 @@ def _fetch(url: str, path: Path, sha256: str) -> None:
             file.write(chunk)
         if digest.hexdigest() != sha256:
             raise UsageError(
-                f"{url} gave {file.tell()} bytes with SHA-256 {digest.hexdigest()}, but {sha256} was "
-                f"published: nothing was kept. Try again, or put {path.name} from a source that you trust "
+                f"{url} returned {file.tell()} bytes with SHA-256 {digest.hexdigest()}, but the published one is "
+                f"{sha256}: the download was dropped. Try again, or put {path.name} from a source that you trust "
                 f"into {path.parent}.",
                 code="download-digest",
             )
@@ -242,15 +242,15 @@ def _fetch(url: str, path: Path, sha256: str) -> None:
 
 def _chunks(url: str, path: Path) -> Iterator[bytes]:
     try:
-        # the addresses are the program's own
+        # URLs are constants of this program
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:  # nosec B310
             while chunk := response.read(_CHUNK):
                 yield chunk
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
-            error.close()  # it holds the connection
+            error.close()  # closes the connection
         raise UsageError(
-            f"cannot download {url}: {error}. On a machine without network access, fetch {path.name} "
-            f"elsewhere and put it into {path.parent}.",
+            f"cannot download {url}: {error}. Without network access, download {path.name} elsewhere and put it into "
+            f"{path.parent}.",
             code="download-failed",
         ) from error

@@ -1,4 +1,4 @@
-"""The table of data sets. A new one is a reader and a row; the synthetic one, made from the seed, is made here."""
+"""The table of data sets, by name, and the synthetic data set. A new data set is a reader and a row in the table."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from dist_train.reproducible import generator
 _ARCHIVES: Mapping[str, Archive] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 Reader = Callable[[DataSettings, Split, int], ImageSet | MapDataset]
-"""(settings, split, seed) -> every image of the split; only made-up data depend on the seed."""
+"""(settings, split, seed) -> all images of the split; only generated data depend on the seed."""
 
 
 def load_images(settings: DataSettings, split: Split, seed: int) -> ImageSet:
-    """Return the images of `split` of a data set that comes with the program; see `load_data`."""
+    """Return the images of `split` of a built-in data set that fits in memory; see `load_data`."""
     images = load_data(settings, split, seed)
     assert isinstance(images, ImageSet)
     return images
@@ -49,11 +49,10 @@ def load_images(settings: DataSettings, split: Split, seed: int) -> ImageSet:
 def load_data(settings: DataSettings, split: Split, seed: int) -> ImageSet | MapDataset:
     """Return the images of `split`; for training, the subset of `train_size` that the seed chooses.
 
-    The validation split is a part of the training images, which the training split then lacks.
+    The validation split is taken out of the training images. A plug-in may return a map-style Dataset instead: then all
+    of it is returned, and no sample is read yet.
 
-    What a plug-in gives may be a map-style Dataset instead: nothing of it is read yet, and all that it has is there.
-
-    Raises UsageError when files are missing or damaged, or hold fewer images than `train_size` or `validation_size`.
+    Raises UsageError if files are missing or damaged, or hold fewer images than `train_size` or `validation_size`.
     """
     read: Split = "test" if split == "test" else "train"
     images = (_plugin if is_plugin(settings.name) else READERS[settings.name])(settings, read, seed)
@@ -68,9 +67,9 @@ def load_data(settings: DataSettings, split: Split, seed: int) -> ImageSet | Map
 
 
 def find_data(settings: DataSettings) -> None:
-    """Look for the files of both splits, as reading them would; none is opened.
+    """Check that the files of both splits are there, as far as that is possible without reading their images.
 
-    Raises UsageError when some are missing, or an image folder is not as it must be.
+    Raises UsageError if files are missing, or an image folder does not have the required form.
     """
     splits: tuple[Split, ...] = ("train", "test")
     if settings.name == "fashion-mnist":
@@ -111,7 +110,6 @@ def _synthetic(settings: DataSettings, split: Split, seed: int) -> ImageSet:
 
 
 def _plugin(settings: DataSettings, split: Split, seed: int) -> ImageSet | MapDataset:
-    """Return what the plug-in gives."""
     images: ImageSet | MapDataset = call_plugin(settings.name, settings.options, object, settings, split, seed)
     if not isinstance(images, ImageSet):
         if hasattr(images, "__len__") and hasattr(images, "__getitem__"):
@@ -122,8 +120,8 @@ def _plugin(settings: DataSettings, split: Split, seed: int) -> ImageSet | MapDa
         )
     if (images.shape, images.classes) != (settings.shape, settings.classes):
         raise UsageError(
-            f"{settings.name} gives images of {list(images.shape)} in {images.classes} classes: "
-            f"set data.shape and data.classes to that",
+            f"{settings.name} returned images of shape {list(images.shape)} in {images.classes} classes: "
+            f"set data.shape and data.classes accordingly",
             code="plugin-data-form",
         )
     return replace(images, identity=images.identity or images.digest())
@@ -152,10 +150,10 @@ _CHUNK = 4096
 
 
 def make_synthetic(shape: tuple[int, int, int], classes: int, samples: int, split: Split, seed: int) -> ImageSet:
-    """Return `samples` images: their class's coarse pattern, common to both splits, under noise.
+    """Return `samples` images, each with the coarse pattern of its class, common to both splits, plus noise.
 
-    Only integers are drawn and added, so that every machine makes the same bytes. Classes are as equal
-    in size as `samples` allows.
+    Only integers are drawn and added, so that every machine makes the same bytes. Classes are as equal in size as
+    `samples` allows.
     """
     patterns = _patterns(shape, classes, seed)
     shuffle = torch.randperm(samples, generator=generator(seed, "synthetic labels", split))
@@ -170,7 +168,7 @@ def make_synthetic(shape: tuple[int, int, int], classes: int, samples: int, spli
 
 
 def _patterns(shape: tuple[int, int, int], classes: int, seed: int) -> Tensor:
-    """One picture of coarse blocks for each class, int16 [classes, C, H, W]."""
+    """Return a pattern of coarse blocks for each class, int16 [classes, C, H, W]."""
     channels, height, width = shape
     source = generator(seed, "synthetic patterns")
     blocks = torch.randint(

@@ -1,8 +1,8 @@
-"""Images and labels by columns: Parquet files, what Hugging Face's `save_to_disk` writes, and NumPy's arrays.
+"""Columnar data sets: Parquet files, data sets written by Hugging Face's `save_to_disk`, and NumPy arrays.
 
-pyarrow reads the first two. An Arrow file's images are read where they lie. Parquet is compressed in groups of rows,
-which no single row can be read from: the encoded images of each file are put one after the other into a file of the
-cache, once. Arrays in .npy files are mapped: all ranks of a node share the pages.
+The first two are read by pyarrow. Images in Arrow files are read in place. Parquet compresses groups of rows, so that
+single rows cannot be read: the encoded images of each file are copied once, one after the other, into a file of the
+cache. Arrays in .npy files are mapped: all ranks of a node share the pages.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ _ROWS = 256
 
 
 def list_parquet(settings: DataSettings, split: Split, seed: int) -> PackedListing:
-    """Return the images of a split of Parquet files in `data.root`.
+    """Return the images of a split in Parquet files in `data.root`.
 
     Raises:
         UsageError: pyarrow, files or columns are missing, a file is damaged, or the cache cannot hold the images.
@@ -38,11 +39,11 @@ def list_parquet(settings: DataSettings, split: Split, seed: int) -> PackedListi
     files = []
     for path in find_parquet(settings, split):
         try:
-            content, index = cached_index("parquet", path, f"{image} {label}", _unpacking(path, image, label))
+            content, index = cached_index("parquet", path, f"{image} {label}", partial(_unpack, path, image, label))
         except OSError as error:
             raise UsageError(
                 f"cannot unpack {path} into the cache: {error.strerror or error}. Its images need as much space again: "
-                f"set DIST_TRAIN_CACHE to a folder that has it",
+                f"set DIST_TRAIN_CACHE to a folder with enough space",
                 code="cache-unwritable",
             ) from error
         files.append(PackedFile(content, path, index))
@@ -50,7 +51,7 @@ def list_parquet(settings: DataSettings, split: Split, seed: int) -> PackedListi
 
 
 def find_parquet(settings: DataSettings, split: Split) -> list[Path]:
-    """Return the Parquet files of a split, their columns checked. Raises UsageError as `list_parquet` does."""
+    """Return the Parquet files of a split after checking their columns. Raises UsageError as `list_parquet` does."""
     paths = split_files(settings.folder, split, (".parquet",))
     for path in paths:
         _check_columns(path, _parquet_file(path).schema_arrow, *_columns(settings))
@@ -58,10 +59,10 @@ def find_parquet(settings: DataSettings, split: Split) -> list[Path]:
 
 
 def list_saved(settings: DataSettings, split: Split, seed: int) -> PackedListing:
-    """Return the images of a split of a data set that Hugging Face's `DatasetDict.save_to_disk` wrote to `data.root`.
+    """Return the images of a split in a data set that Hugging Face's `DatasetDict.save_to_disk` wrote to `data.root`.
 
     Raises:
-        UsageError: pyarrow, files or columns are missing, or images are not in the files, as they are encoded.
+        UsageError: pyarrow, files or columns are missing, or the files do not hold uncompressed encoded images.
     """
     image, label = _columns(settings)
     files = [PackedFile(path, path, _saved_index(path, image, label)) for path in find_saved(settings, split)]
@@ -69,7 +70,7 @@ def list_saved(settings: DataSettings, split: Split, seed: int) -> PackedListing
 
 
 def find_saved(settings: DataSettings, split: Split) -> list[Path]:
-    """Return the Arrow files of a split. Raises UsageError where there are none."""
+    """Return the Arrow files of a split. Raises UsageError if there are none."""
     _pyarrow()
     folders = [settings.folder / name for name in NAMES[split]]
     folder = next((each for each in folders if (each / "state.json").is_file()), None)
@@ -99,8 +100,7 @@ def _pyarrow() -> Any:
         import pyarrow
     except ImportError:
         raise UsageError(
-            "Parquet and Hugging Face's files are read by pyarrow, which is not installed: "
-            "pip install 'dist_train[arrow]'",
+            "Parquet and Hugging Face files need pyarrow, which is not installed: pip install 'dist_train[arrow]'",
             code="pyarrow-missing",
         ) from None
     return pyarrow
@@ -117,7 +117,7 @@ def _parquet_file(path: Path) -> Any:
 
 
 def _check_columns(path: Path, schema: Any, image: str, label: str) -> None:
-    """Raise UsageError where a column is missing or of a type that is none of encoded images, or of labels."""
+    """Raise UsageError if a column is missing, or has a type that cannot be encoded images or labels."""
     types = _pyarrow().types
     for setting, column in (("image_column", image), ("label_column", label)):
         if column not in schema.names:
@@ -136,31 +136,30 @@ def _check_columns(path: Path, schema: Any, image: str, label: str) -> None:
         )
 
 
-def _unpacking(path: Path, image: str, label: str) -> Any:
-    def make(content: Path) -> Index:
-        arrow = _pyarrow()
-        lengths, labels, rows = [], [], 0
-        try:
-            with replacing(content) as file:
-                for batch in _parquet_file(path).iter_batches(_ROWS, columns=[image, label]):
-                    images = _bytes_of(batch.column(batch.schema.get_field_index(image)))
-                    _check_present(path, (images, batch.column(batch.schema.get_field_index(label))), rows)
-                    for each in images:
-                        encoded = each.as_buffer()
-                        file.write(encoded)
-                        lengths.append(encoded.size)
-                    labels += batch.column(batch.schema.get_field_index(label)).to_pylist()
-                    rows += len(batch)
-        except arrow.ArrowException as error:
-            raise UsageError(f"{path} cannot be read as Parquet: {error}", code="data-format") from error
-        ends = np.cumsum(np.array(lengths, np.int64))
-        return np.stack([ends - lengths, np.array(lengths, np.int64), np.array(labels, np.int64)], axis=1)
-
-    return make
+def _unpack(path: Path, image: str, label: str, content: Path) -> Index:
+    """Write the encoded images of a Parquet file to `content`; return their index."""
+    arrow = _pyarrow()
+    lengths, labels, rows = [], [], 0
+    try:
+        with replacing(content) as file:
+            for batch in _parquet_file(path).iter_batches(_ROWS, columns=[image, label]):
+                images = _bytes_of(batch.column(batch.schema.get_field_index(image)))
+                batch_labels = batch.column(batch.schema.get_field_index(label))
+                _check_present(path, (images, batch_labels), rows)
+                for each in images:
+                    encoded = each.as_buffer()
+                    file.write(encoded)
+                    lengths.append(encoded.size)
+                labels += batch_labels.to_pylist()
+                rows += len(batch)
+    except arrow.ArrowException as error:
+        raise UsageError(f"{path} cannot be read as Parquet: {error}", code="data-format") from error
+    ends = np.cumsum(np.array(lengths, np.int64))
+    return np.stack([ends - lengths, np.array(lengths, np.int64), np.array(labels, np.int64)], axis=1)
 
 
 def _saved_index(path: Path, image: str, label: str) -> Index:
-    """Return where the images of an Arrow file lie: in its columns' buffers, which are mapped, not copied."""
+    """Return the index of an Arrow file: its images lie in the buffers of its columns, which are mapped, not copied."""
     arrow = _pyarrow()
     try:
         with arrow.memory_map(str(path)) as mapped:
@@ -176,16 +175,16 @@ def _saved_index(path: Path, image: str, label: str) -> Index:
         labels = batch.column(batch.schema.get_field_index(label))
         _check_present(path, (images, labels), rows)
         if len(batch):
-            parts.append(_places(images, start, labels.to_numpy(zero_copy_only=False)))
+            parts.append(_index_of(images, start, labels.to_numpy(zero_copy_only=False)))
         rows += len(batch)
     index = np.concatenate(parts) if parts else np.empty((0, 3), np.int64)
     if len(index) and not 0 <= index[:, 0].min() <= (index[:, 0] + index[:, 1]).max() <= size:
-        raise UsageError(f"{path} is compressed: save the data set without", code="data-format")
+        raise UsageError(f"{path} is compressed: save the data set without compression", code="data-format")
     return index
 
 
-def _places(images: Any, start: int, labels: NDArray[Any]) -> Index:
-    """Return offset, length and label of binary values, given the address at which their file is mapped."""
+def _index_of(images: Any, start: int, labels: NDArray[Any]) -> Index:
+    """Return the index of binary values in a file that is mapped at the address `start`."""
     wide = np.int64 if _pyarrow().types.is_large_binary(images.type) else np.int32
     _, offsets, data = images.buffers()
     ends = np.frombuffer(offsets, wide)[images.offset : images.offset + len(images) + 1].astype(np.int64)
@@ -193,7 +192,7 @@ def _places(images: Any, start: int, labels: NDArray[Any]) -> Index:
 
 
 def _bytes_of(column: Any) -> Any:
-    """Return the encoded images of a column: itself, or the field `bytes` of Hugging Face's {bytes, path}."""
+    """Return the encoded images of a column: the column, or its field `bytes` in Hugging Face's {bytes, path}."""
     if not _pyarrow().types.is_struct(column.type):
         return column
     return column.flatten()[column.type.get_field_index("bytes")]
@@ -217,46 +216,47 @@ def read_arrays(settings: DataSettings, split: Split) -> ImageSet:
     Raises:
         UsageError: files are missing, cannot be read, or hold something else.
     """
-    where = find_arrays(settings, split)
-    images, labels = (_array(*each) for each in where)
+    (images_file, images_name), (labels_file, labels_name) = find_arrays(settings, split)
+    images, labels = _array(images_file, images_name), _array(labels_file, labels_name)
     image_format = settings.image_format
     pixels = _channels_first(images, image_format.shape)
     if pixels is None or images.dtype != np.uint8:
         raise UsageError(
-            f"{where[0][0]} holds {images.dtype} of {list(images.shape)}, not uint8 of {list(image_format.shape)} an "
-            f"image, channels first or last: set data.shape to it",
+            f"{images_file} holds {images.dtype} of {list(images.shape)}, not uint8 images of "
+            f"{list(image_format.shape)}, channels first or last: set data.shape accordingly",
             code="data-shape",
         )
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise UsageError(
-            f"{where[1][0]} holds {labels.dtype} of {list(labels.shape)}: not a whole number for each of {len(images)} "
+            f"{labels_file} holds {labels.dtype} of {list(labels.shape)}, not an integer for each of {len(images)} "
             f"images",
             code="data-counts",
         )
     if len(labels) and not 0 <= labels.min() <= labels.max() < image_format.classes:
         raise UsageError(
-            f"{where[1][0]} holds labels from {labels.min()} to {labels.max()}, but data.classes is "
+            f"{labels_file} holds labels from {labels.min()} to {labels.max()}, but data.classes is "
             f"{image_format.classes}: labels count from 0",
             code="data-labels",
         )
-    numbers = torch.from_numpy(labels.astype(np.int64))
-    return ImageSet(pixels, numbers, image_format.classes, _identity(pixels, numbers))
+    targets = torch.from_numpy(labels.astype(np.int64))
+    return ImageSet(pixels, targets, image_format.classes, _identity(pixels, targets))
 
 
 def find_arrays(settings: DataSettings, split: Split) -> tuple[tuple[Path, str], tuple[Path, str]]:
-    """Return the files of images and of labels, and each array's name: NAME.npz, or NAME_images.npy and so on.
+    """Return the file and the array name of the images, and those of the labels.
+
+    For a split NAME they are in NAME.npz, in NAME/images.npy and NAME/labels.npy, or in NAME_images.npy and
+    NAME_labels.npy.
 
     Raises:
-        UsageError: there are none.
+        UsageError: there are no such files.
     """
     image, label = settings.image_column or "images", settings.label_column or "labels"
     for name in NAMES[split]:
         if (both := settings.folder / f"{name}.npz").is_file():
             return (both, image), (both, label)
-        for apart in (settings.folder / name, settings.folder / f"{name}_"):
-            images, labels = (
-                Path(f"{apart}{'' if str(apart).endswith('_') else '/'}{each}.npy") for each in (image, label)
-            )
+        for prefix in (f"{name}/", f"{name}_"):
+            images, labels = (settings.folder / f"{prefix}{each}.npy" for each in (image, label))
             if images.is_file() and labels.is_file():
                 return (images, image), (labels, label)
     name = NAMES[split][0]
@@ -282,24 +282,24 @@ def _array(path: Path, name: str) -> NDArray[Any]:
     except UsageError:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path} is no file of NumPy's, or damaged: {error}", code="data-format") from error
+        raise UsageError(f"{path} is damaged or not a NumPy file: {error}", code="data-format") from error
 
 
 def _channels_first(images: NDArray[Any], shape: tuple[int, int, int]) -> Tensor | None:
-    """Return a view [N, C, H, W] of arrays of that shape; none where they have another."""
+    """Return a view [N, C, H, W] of uint8 images of `shape`, channels first or last; None for any other array."""
     channels, height, width = shape
     if images.dtype != np.uint8:
         return None
-    found = torch.from_numpy(images)
+    pixels = torch.from_numpy(images)
     if images.shape[1:] == shape:
-        return found
+        return pixels
     if images.shape[1:] == (height, width, channels):
-        return found.movedim(-1, 1)
-    return found.unsqueeze(1) if images.shape[1:] == (height, width) and channels == 1 else None
+        return pixels.movedim(-1, 1)
+    return pixels.unsqueeze(1) if images.shape[1:] == (height, width) and channels == 1 else None
 
 
 def _identity(images: Tensor, labels: Tensor) -> str:
-    """Return what names them: the labels, and some of the images: to read all would take as long as an epoch."""
+    """Return a digest of the labels and of some images, since reading all of them takes as long as an epoch."""
     chosen = torch.linspace(0, max(0, len(labels) - 1), _DIGESTED).long()[: len(labels)]
     hashed = hashlib.sha256(f"{tuple(images.shape)}".encode())
     hashed.update(labels.numpy().tobytes())

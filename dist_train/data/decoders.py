@@ -1,9 +1,9 @@
-"""Making samples: in the training process, or ahead of it in loader processes, each of which runs this module.
+"""Makes samples in the training process, or ahead of time in loader processes, each of which runs this module.
 
-A loader process reads slot numbers from one pipe, which all loaders share, makes the samples of each slot, puts them
-into memory that it shares, and writes the number to another pipe. The first pipe closes when the training process ends,
-however it ends: so does the loader then. No torch here, nor pydantic, where images are decoded by the program alone:
-such loaders start fast and stay small.
+A loader process reads slot numbers from a pipe that all loaders share, writes the samples of each slot to shared
+memory, and writes the slot number to another pipe. When the training process ends, for whatever reason, the first pipe
+is closed and the loaders end too. Unless plug-ins are used, loaders import neither torch nor pydantic: they start fast
+and stay small.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SLOT_BYTES = 1 << 20
-_MOST_IMAGES = 32
+_MAX_IMAGES = 32
 _MEMORY_BYTES = 1 << 28
-_MOST_SLOTS = 256
+_MAX_SLOTS = 256
 _WAIT_MILLISECONDS = 200
-_WITHHELD = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+_BLOCKED_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 
 
 @dataclass(frozen=True)
 class Order:
-    """A batch of samples to make. Orders of one `key` give the same; `work(start, stop)` is a part of it."""
+    """A batch of samples to make, identified by `key`; `work(start, stop)` is a part of it."""
 
     key: Hashable
     images: int
@@ -48,29 +48,29 @@ class Order:
 
 
 class Decoder:
-    """Makes batches of samples; what is announced may be done ahead. Here: by `reader`, in the calling process."""
+    """Makes batches of samples with `reader` in the calling process. `LoaderProcesses` makes them ahead of time."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
 
     def prefetch(self, orders: Iterable[Order]) -> None:
-        """Announce what will be fetched next, in this order; replaces earlier announcements."""
+        """Announce which orders will be fetched next, in this sequence; replaces earlier announcements."""
 
     def fetch(self, order: Order, images: Tensor, labels: Tensor) -> None:
-        """Put a batch into `images`, uint8 [n, C, H, W], and, where they are not known, `labels`, int64 [n].
+        """Write a batch to `images`, uint8 [n, C, H, W], and its labels to `labels`, int64 [n], if the reader has them.
 
-        Raises FaultError where a sample cannot be read, or a loader process is gone; UsageError where a sample is not
-        of the form that the settings say.
+        Raises FaultError if a sample cannot be read or a loader process has ended; UsageError if a sample does not have
+        the form that the settings require.
         """
         self._reader.read(order.work(0, order.images), images.numpy(), labels.numpy())
 
     def close(self) -> None:
-        """End the processes, if there are any; may be called again."""
+        """End the loader processes, if there are any; may be called again."""
 
 
 @dataclass(eq=False)
 class _Part:
-    """A part of a batch, as large as a slot takes."""
+    """A part of a batch that fits a slot."""
 
     start: int
     stop: int
@@ -86,69 +86,68 @@ class _Batch:
 
 
 class LoaderProcesses(Decoder):
-    """Makes images of `shape` in processes of its own, which start at the first use and stay.
+    """Makes images of `shape` in loader processes, which start at the first use and stay.
 
-    Parts of batches are handed out in the order of the batches, so that the one that is waited for is
-    always under way. What is done and not fetched yet is bounded by the slots: 256 MiB at most, unless a
-    single image is very large.
+    Parts of batches are dispatched in the order of the batches, so that the batch that is waited for is always in
+    progress. The slots bound the memory of finished parts: at most 256 MiB, unless a single image is very large.
     """
 
     def __init__(self, processes: int, shape: tuple[int, int, int], recipe: str = "") -> None:
-        """Take the `recipe` of samples that a user's code reads or augments (`plugin_samples.Recipe`)."""
+        """`recipe`: a `plugin_samples.Recipe` as JSON, if a plug-in reads or augments samples."""
         assert processes >= 1
-        self._images = max(1, min(_MOST_IMAGES, _SLOT_BYTES // math.prod(shape)))
+        self._images = max(1, min(_MAX_IMAGES, _SLOT_BYTES // math.prod(shape)))
         self._shape = shape
         self._recipe = recipe
         slot_bytes = slot_form(self._images, shape).itemsize
-        self._slot_count = max(2 * processes, min(_MOST_SLOTS, _MEMORY_BYTES // slot_bytes))
+        self._slot_count = max(2 * processes, min(_MAX_SLOTS, _MEMORY_BYTES // slot_bytes))
         self._memory_bytes = self._slot_count * slot_bytes
         self._free = list(range(self._slot_count))
         self._count = processes
         self._processes: list[subprocess.Popen[bytes]] = []
         self._batches: deque[_Batch] = deque()
-        self._under_way: dict[int, _Part | None] = {}
-        """By slot; None for a part that is no longer wanted."""
+        self._in_flight: dict[int, _Part | None] = {}
+        """Parts that loaders work on, by slot; None for a part that is no longer needed."""
 
     def prefetch(self, orders: Iterable[Order]) -> None:
-        """Begin to decode what will be fetched next; FaultError where a loader process is gone."""
+        """Begin to make the orders that will be fetched next; raises FaultError if a loader process has ended."""
         self._start()
         earlier, self._batches = self._batches, deque()
         for order in orders:
-            # Only what keeps its order is kept: parts under way must never stand behind others that are not.
+            # Keep batches only while their sequence stays the same: parts in flight must not follow parts that are not.
             while earlier and earlier[0].order.key != order.key:
-                self._forget(earlier.popleft())
+                self._release(earlier.popleft())
             self._batches.append(earlier.popleft() if earlier else self._cut(order))
         for batch in earlier:
-            self._forget(batch)
+            self._release(batch)
         self._receive(wait=False)
         self._check_alive()
-        self._hand_out()
+        self._dispatch()
 
     def fetch(self, order: Order, images: Tensor, labels: Tensor) -> None:
-        """Return when the batch is in `images` and `labels`."""
+        """Wait for a batch and copy it to `images` and `labels`."""
         if not any(batch.order.key == order.key for batch in self._batches):
             self.prefetch([order])
         while self._batches[0].order.key != order.key:
-            self._forget(self._batches.popleft())
+            self._release(self._batches.popleft())
         pixels, numbers = images.numpy(), labels.numpy()
         for part in self._batches[0].parts:
             while not part.is_done:
-                self._hand_out()
+                self._dispatch()
                 self._receive(wait=True)
             if part.failure is not None:
                 raise part.failure
             assert part.slot is not None
-            # NumPy copies in this thread: torch's others would wait for cores that the loaders need.
-            taken, count = slice(part.start, part.stop), part.stop - part.start
-            pixels[taken], numbers[taken] = self._slots.pixels(part.slot, count), self._slots.labels(part.slot, count)
+            # NumPy copies in this thread; torch would use further threads, and these need cores that loaders occupy.
+            target, count = slice(part.start, part.stop), part.stop - part.start
+            pixels[target], numbers[target] = self._slots.pixels(part.slot, count), self._slots.labels(part.slot, count)
             self._free.append(part.slot)
             part.slot = None
         self._batches.popleft()
         self._receive(wait=False)
-        self._hand_out()
+        self._dispatch()
 
     def close(self) -> None:
-        """End the processes at once: they hold nothing that could be lost."""
+        """Kill the processes: they hold nothing that could be lost."""
         if not self._processes:
             return
         for process in self._processes:
@@ -161,7 +160,7 @@ class LoaderProcesses(Decoder):
         del self._slots
         self._batches.clear()
         self._free = list(range(self._slot_count))
-        self._under_way.clear()
+        self._in_flight.clear()
 
     def _start(self) -> None:
         if self._processes:
@@ -177,8 +176,8 @@ class LoaderProcesses(Decoder):
         arguments = [*map(str, (*theirs, self._images, *self._shape)), self._recipe]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
         environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # loaders use one core each
-        # A signal to the whole job asks the training process to stop, which still needs its loaders then.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _WITHHELD)
+        # Signals to the whole job request a stop; until then, the training process still needs its loaders.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED_SIGNALS)
         try:
             for _ in range(self._count):
                 self._processes.append(
@@ -199,8 +198,8 @@ class LoaderProcesses(Decoder):
         starts = range(0, order.images, self._images)
         return _Batch(order, [_Part(start, min(start + self._images, order.images)) for start in starts])
 
-    def _hand_out(self) -> None:
-        """Hand out parts, in order, while there are slots for them."""
+    def _dispatch(self) -> None:
+        """Send parts to the loaders, in order, while there are free slots."""
         parts = [(batch.order, part) for batch in self._batches for part in batch.parts]
         for order, part in parts:
             if part.slot is not None or part.is_done:
@@ -218,13 +217,13 @@ class LoaderProcesses(Decoder):
                 self._check_alive()
                 raise
             part.slot = slot
-            self._under_way[slot] = part
+            self._in_flight[slot] = part
 
     def _receive(self, *, wait: bool) -> None:
-        """Note the parts that are done; with `wait`, at least one."""
+        """Process the replies of loaders; with `wait`, wait for at least one."""
         while True:
             try:
-                records = os.read(self._replies, RECORD * _MOST_SLOTS)
+                records = os.read(self._replies, RECORD * _MAX_SLOTS)
             except BlockingIOError:
                 if not wait:
                     return
@@ -236,12 +235,13 @@ class LoaderProcesses(Decoder):
             if not records:
                 self._check_alive(all_gone=True)
             for place in range(0, len(records), RECORD):
-                self._note(int.from_bytes(records[place : place + RECORD], "little", signed=True))
+                self._finish(int.from_bytes(records[place : place + RECORD], "little", signed=True))
             wait = False
 
-    def _note(self, record: int) -> None:
+    def _finish(self, record: int) -> None:
+        """Mark the part as done whose slot `record` names; a negative record, the complement, means failure."""
         slot = ~record if record < 0 else record
-        part = self._under_way.pop(slot)
+        part = self._in_flight.pop(slot)
         if part is None:
             self._free.append(slot)
             return
@@ -250,15 +250,15 @@ class LoaderProcesses(Decoder):
             is_usage, code, text = json.loads(self._slots.message(slot))
             part.failure = (UsageError if is_usage else FaultError)(text, code=code)
 
-    def _forget(self, batch: _Batch) -> None:
-        """Have the slots back, now or when they are done."""
+    def _release(self, batch: _Batch) -> None:
+        """Free the slots of a batch that is no longer needed, now or when its loader is done."""
         for part in batch.parts:
             if part.slot is None:
                 continue
             if part.is_done:
                 self._free.append(part.slot)
             else:
-                self._under_way[part.slot] = None
+                self._in_flight[part.slot] = None
 
     def _check_alive(self, *, all_gone: bool = False) -> None:
         for process in self._processes:
@@ -266,25 +266,25 @@ class LoaderProcesses(Decoder):
             if code is None:
                 continue
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            fix = ": where the machine ran out of memory, fewer data.loader_workers need less" if code < 0 else ""
+            fix = ": if the machine ran out of memory, set fewer data.loader_workers" if code < 0 else ""
             raise FaultError(f"the loader process {process.pid}, which makes samples, {how}{fix}", code="loader-ended")
 
 
 RECORD = 4
-"""Bytes of a slot number in a pipe: written and read in one go, so that records never mix."""
+"""Bytes of a slot number in a pipe: read and written atomically, so that records never mix."""
 
 _LONGEST_PATH = 4096
-_WORDS = 2 * 6 * _LONGEST_PATH + 32 * DRAWS + 128
-"""Bytes that one image's path, name, place and draws take at most."""
+_BYTES_PER_IMAGE = 2 * 6 * _LONGEST_PATH + 32 * DRAWS + 128
+"""The most bytes that an image's path, name, place and draws take in a message."""
 
 
 def slot_form(images: int, shape: tuple[int, int, int]) -> np.dtype[np.void]:
-    """Return how a slot lies in the shared memory: a message, and `images` labels and images of `shape`.
+    """Return the layout of a slot in shared memory: a message, then `images` labels and images of `shape`.
 
-    Both begin a page; pages that are never written take no memory.
+    The message and the labels begin at page boundaries; pages that are never written take no memory.
     """
     length = np.dtype(np.uint32).itemsize
-    message, samples = _whole_pages(length + 1024 + images * _WORDS), images * (8 + math.prod(shape))
+    message, samples = _whole_pages(length + 1024 + images * _BYTES_PER_IMAGE), images * (8 + math.prod(shape))
     fields = [
         ("length", np.uint32),
         ("message", np.uint8, (message - length,)),
@@ -296,35 +296,35 @@ def slot_form(images: int, shape: tuple[int, int, int]) -> np.dtype[np.void]:
 
 
 class Slots:
-    """Slots of a `slot_form` in the shared memory behind a file descriptor."""
+    """Access to the slots in the shared memory of a file descriptor; `slot_form` describes them."""
 
     def __init__(self, memory: int, images: int, shape: tuple[int, int, int]) -> None:
         self._slots = np.frombuffer(mmap.mmap(memory, 0), slot_form(images, shape))
 
     def write_message(self, slot: int, message: bytes) -> None:
-        """Put `message`, cut off where its place in the slot ends, into a slot."""
+        """Write `message` to a slot, cut to the space for it."""
         written = np.frombuffer(message, np.uint8)[: self._slots["message"].shape[1]]
         self._slots["length"][slot] = len(written)
         self._slots["message"][slot, : len(written)] = written
 
     def message(self, slot: int) -> bytes:
         """Return the message in a slot."""
-        found: bytes = self._slots["message"][slot, : self._slots["length"][slot]].tobytes()
-        return found
+        message: bytes = self._slots["message"][slot, : self._slots["length"][slot]].tobytes()
+        return message
 
     def pixels(self, slot: int, images: int) -> NDArray[np.uint8]:
-        """Return the first `images` images of a slot, uint8 [images, C, H, W], a view."""
+        """Return a view of the first `images` images of a slot, uint8 [images, C, H, W]."""
         pixels: NDArray[np.uint8] = self._slots["pixels"][slot, :images]
         return pixels
 
     def labels(self, slot: int, images: int) -> NDArray[np.int64]:
-        """Return the labels of the first `images` images of a slot, int64 [images], a view."""
+        """Return a view of the labels of the first `images` images of a slot, int64 [images]."""
         labels: NDArray[np.int64] = self._slots["labels"][slot, :images]
         return labels
 
 
 def serve(requests: int, replies: int, slots: Slots, recipe: str) -> None:
-    """Make samples until the pipe of requests is closed; the first request opens what they are made from."""
+    """Make samples until the pipe of requests is closed; their source is opened at the first request."""
     reader: Reader | None = None
     while record := os.read(requests, RECORD):
         slot = int.from_bytes(record, "little", signed=True)
@@ -334,7 +334,7 @@ def serve(requests: int, replies: int, slots: Slots, recipe: str) -> None:
             images = len(work.references)
             reader.read(work, slots.pixels(slot, images), slots.labels(slot, images))
         except CodedError as error:
-            # The record of a slot that failed is its complement; the reason is its message.
+            # On failure the reply is the complement of the slot number, and the slot's message is the reason.
             failure = [isinstance(error, UsageError), error.code, str(error)[:_LONGEST_PATH]]
             slots.write_message(slot, json.dumps(failure).encode())
             slot = ~slot
@@ -345,13 +345,13 @@ def serve(requests: int, replies: int, slots: Slots, recipe: str) -> None:
 
 
 def _reader(recipe: str) -> Reader:
-    """Return what makes samples; without a `recipe`, what decodes images of files."""
+    """Return the reader of samples: `PluginSamples` for a `recipe`, else the decoder of image files."""
     if not recipe:
         return EncodedImages()
     from dist_train.data.plugin_samples import PluginSamples, Recipe
 
-    found = Recipe.model_validate_json(recipe)
-    return PluginSamples(found.settings, found.seed, {})
+    parsed = Recipe.model_validate_json(recipe)
+    return PluginSamples(parsed.settings, parsed.seed, {})
 
 
 def _whole_pages(length: int) -> int:
@@ -359,7 +359,7 @@ def _whole_pages(length: int) -> int:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Serve: the arguments are three file descriptors, a slot's images, their shape, and the recipe of the samples."""
+    """Run a loader process. Arguments: three file descriptors, the images of a slot, their shape, and the recipe."""
     *numbers, recipe = arguments
     requests, replies, memory, images, channels, height, width = map(int, numbers)
     serve(requests, replies, Slots(memory, images, (channels, height, width)), recipe)

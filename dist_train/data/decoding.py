@@ -1,4 +1,4 @@
-"""From encoded images, in files or parts of files, to bytes of one size. No torch here: see `decoders`."""
+"""Decodes images, from files or parts of files, to arrays of one size. Does not import torch: see `decoders.py`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dist_train.outcome import FaultError
 
 ATTEMPTS = 10
 DRAWS = 2 * ATTEMPTS + 3
-"""Uniforms that an augmented image takes: area and aspect for each attempt, then top, left, mirror."""
+"""Uniform random numbers per augmented image: area and aspect for each attempt, then top, left, mirror."""
 
 _SMALLEST_AREA = 0.08
 _LARGEST_ASPECT = 4 / 3
@@ -30,7 +30,7 @@ Box = tuple[int, int, int, int]
 
 
 Part = tuple[str, int, int, str]
-"""Where an encoded image lies: the file, the offset and the length in bytes, and what messages call it."""
+"""An encoded image within a file: the file, the offset and length in bytes, and the image's name in messages."""
 
 _OPEN_FILES = 64
 
@@ -38,8 +38,8 @@ _OPEN_FILES = 64
 def fitted(image: Image.Image, size: int, draws: Sequence[float] | None) -> NDArray[np.uint8]:
     """Return an RGB image as uint8 [3, size, size].
 
-    With `draws`, uniforms in [0, 1): a random resized crop (0.08 to 1 of the area, aspect 3/4 to 4/3),
-    mirrored every second time. Without: the shorter side is resized to size * 256/224, the centre cropped.
+    With `draws`, uniform in [0, 1): a random resized crop (0.08 to 1 of the area, aspect 3/4 to 4/3), mirrored with
+    probability 1/2. Without: the shorter side is resized to size * 256/224, then the centre is cropped.
     """
     if draws is None:
         pixels = np.asarray(_centre(image, size))
@@ -52,14 +52,14 @@ def fitted(image: Image.Image, size: int, draws: Sequence[float] | None) -> NDAr
 
 
 class _OpenFile:
-    """A file that parts are read from; closed when nobody has it."""
+    """A file from which parts are read; closed when it is garbage-collected."""
 
     def __init__(self, path: str) -> None:
         self._descriptor = -1
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return a part. Raises OSError where the file is shorter."""
+        """Return `length` bytes at `offset`. Raises OSError if the file is shorter."""
         content = os.pread(self._descriptor, length, offset)
         if len(content) != length:
             raise OSError(f"the file ends {length - len(content)} bytes too early")
@@ -70,52 +70,52 @@ class _OpenFile:
             os.close(self._descriptor)
 
 
-def read_image(path: str | Part, opened: Callable[[str], _OpenFile] = _OpenFile) -> Image.Image:
-    """Return the image in a file, or in a part of one, in RGB; FaultError, which names it, where it is damaged."""
+def read_image(path: str | Part, open_file: Callable[[str], _OpenFile] = _OpenFile) -> Image.Image:
+    """Return the image in a file, or in a part of one, in RGB; raise FaultError, which names it, if it is damaged."""
     try:
-        with Image.open(io.BytesIO(_content(path, opened))) as found:
-            is_masked = found.mode == "P" and "transparency" in found.info
-            return (found.convert("RGBA") if is_masked else found).convert("RGB")
+        with Image.open(io.BytesIO(_content(path, open_file))) as image:
+            is_masked = image.mode == "P" and "transparency" in image.info
+            return (image.convert("RGBA") if is_masked else image).convert("RGB")
     except MemoryError:
         raise
     except Exception as error:
         # Damaged files raise errors of many types: OSError, SyntaxError, ValueError, struct.error, ...
-        reason = "it is no image" if isinstance(error, UnidentifiedImageError) else in_words(error)
+        reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else in_words(error)
         name = os.fsencode(path if isinstance(path, str) else path[3]).decode(errors="replace")
         raise FaultError(
             f"the image {name} cannot be read ({reason}): repair or remove it", code="image-unreadable"
         ) from error
 
 
-def _content(path: str | Part, opened: Callable[[str], _OpenFile]) -> bytes:
-    """Return an encoded image, read in one go: Pillow would ask a file for many small parts."""
+def _content(path: str | Part, open_file: Callable[[str], _OpenFile]) -> bytes:
+    """Return an encoded image, read at once: Pillow would make many small reads."""
     if isinstance(path, str):
         with open(path, "rb", buffering=0) as file:
             return file.read()
-    return opened(path[0]).read(path[1], path[2])
+    return open_file(path[0]).read(path[1], path[2])
 
 
 def random_box(width: int, height: int, draws: Sequence[float]) -> Box:
-    """Return a box of random area, aspect and place: the first of the attempts that fits, else the centre."""
+    """Return a box of random area, aspect and position: the first attempt that fits, else the centre."""
     top, left = draws[2 * ATTEMPTS : 2 * ATTEMPTS + 2]
-    widest = math.log(_LARGEST_ASPECT)
+    log_aspect = math.log(_LARGEST_ASPECT)
     for attempt in range(ATTEMPTS):
         area = width * height * (_SMALLEST_AREA + (1 - _SMALLEST_AREA) * draws[2 * attempt])
-        aspect = math.exp(widest * (2 * draws[2 * attempt + 1] - 1))
+        aspect = math.exp(log_aspect * (2 * draws[2 * attempt + 1] - 1))
         wide, high = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < wide <= width and 0 < high <= height:
-            return _placed(int(left * (width - wide + 1)), int(top * (height - high + 1)), wide, high)
+            return _box(int(left * (width - wide + 1)), int(top * (height - high + 1)), wide, high)
     wide = min(width, max(1, round(height * _LARGEST_ASPECT)))
     high = min(height, max(1, round(width * _LARGEST_ASPECT)))
-    return _placed((width - wide) // 2, (height - high) // 2, wide, high)
+    return _box((width - wide) // 2, (height - high) // 2, wide, high)
 
 
-def _placed(left: int, top: int, width: int, height: int) -> Box:
+def _box(left: int, top: int, width: int, height: int) -> Box:
     return left, top, left + width, top + height
 
 
 def _centre(image: Image.Image, size: int) -> Image.Image:
-    """Resize and crop in one go: a long thin image is never blown up as a whole."""
+    """Resize and crop the centre in one operation, so that a long thin image is never enlarged as a whole."""
     width, height = image.size
     shorter = max(size, round(size * _MARGIN))
     scale = shorter / min(width, height)
@@ -127,7 +127,7 @@ def _centre(image: Image.Image, size: int) -> Image.Image:
 
 
 def in_words(error: Exception) -> str:
-    """Return what an error says, or what it is called, in one line."""
+    """Return the message of an error, or its type if it has none, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__
@@ -135,10 +135,10 @@ def in_words(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Work:
-    """Samples to make: what each is made from, and each one's draws (none: no augmentation).
+    """Samples to make: a reference to the source of each, and its draws (None: no augmentation).
 
-    What a user's code reads or augments also needs its split, the samples' numbers in it, and the epoch (none: not
-    augmented); `references` of a data set in Python are indices.
+    Plug-ins also need the split, the samples' numbers in it, and the epoch (None: no augmentation). References to
+    samples of a data set in Python are indices, others are paths or `Part`s.
     """
 
     references: Sequence[Any]
@@ -148,39 +148,39 @@ class Work:
     epoch: int | None = None
 
     def encode(self) -> bytes:
-        """Return it as a message; every number comes back bit-identically, every path to the byte."""
+        """Return it as a message, from which `decoded` restores every number and path exactly."""
         return json.dumps([self.references, self.draws, self.split, self.numbers, self.epoch]).encode()
 
     @classmethod
     def decoded(cls, message: bytes) -> Work:
-        """Return what was encoded."""
+        """Return the work that `encode` has encoded."""
         return cls(*json.loads(message))
 
 
 class Reader(Protocol):
-    """What makes samples, in a loader process or in the training process."""
+    """Makes samples, in a loader process or in the training process."""
 
     def read(self, work: Work, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
-        """Put the images of `work` into `pixels` [n, C, H, W], and their labels, where these come with them.
+        """Write the images of `work` to `pixels` [n, C, H, W] and, if the source has them, the labels to `labels` [n].
 
         Raises:
-            FaultError: a sample cannot be read; the text names it.
-            UsageError: it is not of the form that the settings say.
+            FaultError: a sample cannot be read; the message names it.
+            UsageError: a sample does not have the form that the settings require.
         """
 
 
 class EncodedImages:
-    """Decodes images of files. Files that hold many stay open."""
+    """Decodes image files, and images within larger files, which it keeps open."""
 
     def __init__(self) -> None:
-        self._opened = lru_cache(_OPEN_FILES)(_OpenFile)
+        self._open_file = lru_cache(_OPEN_FILES)(_OpenFile)
 
     def image(self, reference: str | Part) -> Image.Image:
-        """Return an image in RGB; FaultError as of `read_image`."""
-        return read_image(reference, self._opened)
+        """Return an image in RGB; raises FaultError as `read_image` does."""
+        return read_image(reference, self._open_file)
 
     def read(self, work: Work, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
-        """Decode the images of `work`; their labels are known to who asks."""
-        for place, reference in enumerate(work.references):
-            draws = None if work.draws is None else work.draws[place]
-            pixels[place] = fitted(self.image(reference), pixels.shape[-1], draws)
+        """Decode the images of `work`; labels are not set, since the caller's listing has them."""
+        for index, reference in enumerate(work.references):
+            draws = None if work.draws is None else work.draws[index]
+            pixels[index] = fitted(self.image(reference), pixels.shape[-1], draws)

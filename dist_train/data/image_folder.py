@@ -1,4 +1,4 @@
-"""A folder of images, one subfolder a class: its files, in an order that the seed shuffles."""
+"""Image folders with a subfolder for each class: lists their files, shuffled by the seed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LAYOUT = "an image folder holds train/CLASS/*.jpg and val/CLASS/*.jpg (or test/
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a split, in the order of its samples: class names, and each file's name and class."""
+    """The files of a split in sample order: class names, and the name and class of each file."""
 
     folder: Path
     classes: tuple[str, ...]
@@ -35,52 +35,52 @@ class Listing:
         return len(self.names)
 
     def reference(self, sample: int) -> str:
-        """Return the file of `sample`."""
+        """Return the path of `sample`."""
         return os.path.join(self.folder, self.classes[int(self.labels[sample])], self.names[sample])
 
     def digest(self) -> str:
-        """Return what names this listing: its classes and files in their order, not what is in the files."""
+        """Return a digest of the classes and file names in order, not of the files' contents."""
         hashed = hashlib.sha256("\0".join((*self.classes, *self.names)).encode("utf-8", "surrogateescape"))
         hashed.update(self.labels.numpy().tobytes())
         return hashed.hexdigest()[:16]
 
     def select(self, samples: Tensor) -> Listing:
-        """Return the listing of `samples`, int64, in their order."""
+        """Return a listing of `samples`, int64, in their order."""
         names = [self.names[sample] for sample in samples.tolist()]
         return Listing(self.folder, self.classes, names, self.labels[samples])
 
 
 def list_split(root: Path, split: Split, classes: int, seed: int) -> Listing:
-    """Return the files of `split` below `root`, shuffled by the seed: any first part of them is of all classes.
+    """Return the files of `split` below `root`, shuffled by the seed, so that any prefix has images of all classes.
 
-    Classes are numbered by their sorted names. Nothing depends on the order in which the file system lists.
+    Classes are numbered by their sorted names. Nothing depends on the order in which the file system lists files.
 
     Raises:
-        UsageError: a folder is missing, a class is empty, or there are not `classes` classes.
+        UsageError: a folder is missing, a class is empty, or the number of classes is not `classes`.
     """
     listing = _scan(_folder(root, split), classes)
     return listing.select(torch.randperm(len(listing), generator=generator(seed, "image folder", split)))
 
 
 def check_same_classes(train: Listing, test: Listing) -> None:
-    """Raise UsageError where the two splits name their classes differently."""
+    """Raise UsageError if the two splits have different class names."""
     differing = sorted(set(train.classes) ^ set(test.classes))
     if differing:
         raise UsageError(
-            f"{train.folder} and {test.folder} hold different classes: {differing[0]} is in one of them alone",
+            f"{train.folder} and {test.folder} hold different classes: only one of them has {differing[0]}",
             code="classes-differ",
         )
 
 
 def _folder(root: Path, split: Split) -> Path:
     candidates = [root / name for name in _FOLDERS[split]]
-    found = next((folder for folder in candidates if folder.is_dir()), None)
-    if found is None:
+    folder = next((each for each in candidates if each.is_dir()), None)
+    if folder is None:
         raise UsageError(
             f"there is no folder {' or '.join(map(str, candidates))}: {_LAYOUT}; set data.root to it",
             code="image-folder-missing",
         )
-    return found
+    return folder
 
 
 def _scan(folder: Path, classes: int) -> Listing:

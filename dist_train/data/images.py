@@ -1,4 +1,4 @@
-"""The form in which every data set reaches the rest of the program, and what a trainer asks of samples."""
+"""The types in which data sets reach the rest of the program, and the interface through which a trainer reads them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Split = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images uint8 [N, C, H, W], labels int64 [N] in 0..classes-1, both on the CPU.
+    """Images uint8 [N, C, H, W] and labels int64 [N] in 0..classes-1, both on the CPU.
 
-    The tensors may be views of a file that all local ranks map: treat them as read-only. (A write
-    would stay in this process; it never reaches the file.)
+    The tensors may be views of a file that all local ranks map: treat them as read-only. (A write would change this
+    process's copy of the page, never the file.)
     """
 
     images: Tensor
     labels: Tensor
     classes: int
     identity: str = ""
-    """Names the files that these come from, by their digest; empty: made up from the settings."""
+    """Identifies the source files by digest; empty for images that are generated from the settings."""
 
     def __post_init__(self) -> None:
         assert self.images.dtype == torch.uint8
@@ -58,7 +58,7 @@ class ImageSet:
 class MapDataset(Protocol):
     """A map-style `torch.utils.data.Dataset` of images and labels, read one sample at a time.
 
-    An image is a PIL image, or uint8 of [C, H, W] (a tensor) or [H, W] or [H, W, C] (an array).
+    An image is a PIL image, a uint8 tensor [C, H, W], or a uint8 array [H, W] or [H, W, C].
     """
 
     def __len__(self) -> int: ...
@@ -68,14 +68,14 @@ class MapDataset(Protocol):
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """The samples of a batch, int64 [n] on the CPU, and the epoch that augments them; None: as they are."""
+    """The samples of a batch, int64 [n] on the CPU, and the epoch that determines their augmentation; None: none."""
 
     indices: Tensor
     epoch: int | None = None
 
 
 class SampleSource(Protocol):
-    """The samples of one split, on the device, as the network reads them."""
+    """The samples of one split, delivered on the device in the network's input format."""
 
     @property
     def classes(self) -> int:
@@ -91,36 +91,38 @@ class SampleSource(Protocol):
         """Return inputs [n, C, H, W] and labels int64 [n] of `batch`."""
 
     def prefetch(self, batches: Iterable[BatchRequest]) -> None:
-        """Begin to prepare what will be asked for next, in this order; replaces earlier announcements.
+        """Begin to prepare the batches that will be read next, in this order; replaces earlier calls.
 
-        Changes when work is done, never a result.
+        It affects only timing, never a result.
         """
 
     def close(self) -> None:
-        """Stop what prepares samples; may be called again."""
+        """Stop preparing samples; may be called again."""
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The parts of a data set, fed alike."""
+    """The splits of a data set."""
 
     train: SampleSource
     test: SampleSource
     identity: str = ""
-    """Names what they hold: another set of files has another; empty: made up from the settings."""
+    """Identifies the files of the data set; empty for images that are generated from the settings."""
     validation: SampleSource | None = None
-    """What is held out of the training set, where the settings ask for it."""
+    """The part of the training set that is held out, if the settings ask for one."""
 
     def of(self, split: Split) -> SampleSource:
-        """Return the samples of `split`. Raises UsageError where there is no validation split."""
+        """Return the samples of `split`. Raises UsageError if there is no validation split."""
         if split == "validation":
             if self.validation is None:
-                raise UsageError("the run held nothing out: data.validation_size is not set", code="no-validation")
+                raise UsageError(
+                    "the run has no validation split: data.validation_size is not set", code="no-validation"
+                )
             return self.validation
         return self.train if split == "train" else self.test
 
     def close(self) -> None:
-        """Close all."""
+        """Close all splits."""
         for samples in (self.train, self.test, self.validation):
             if samples is not None:
                 samples.close()

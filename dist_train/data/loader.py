@@ -1,7 +1,7 @@
-"""What a training step asks for: samples of its micro-batch, on the device, as the network reads them.
+"""Delivers the samples of micro-batches on the device, in the network's input format.
 
-Data sets that fit are in memory; samples of all others are made one by one when they are due, ahead of time where there
-are loader processes.
+Data sets that fit are kept in memory. Samples of all others are made when they are needed, or ahead of time by loader
+processes.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ from dist_train.data.plugin_samples import PluginSamples, Recipe, labels_of
 from dist_train.outcome import CodedError
 from dist_train.reproducible import generator, key, uniform
 
-_RESIDENT_PART = 4
+_RESIDENT_FRACTION = 4
+"""Images stay on a GPU if they take less than one in so many parts of its free memory."""
 
 
 class Samples:
-    """The samples of one split, on the device where they fit. Nothing here waits for it."""
+    """The samples of a split that is in memory: on the device if it fits there. Nothing here waits for the device."""
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class Samples:
         self._augment = AUGMENTATIONS[augment]
         self._pixels = PixelFormat() if pixels is None else pixels
         self._is_resident = _fits(images, device)
-        # On a CPU these are the mapped pages themselves.
+        # On a CPU these are the mapped pages; nothing is copied.
         self._images, self._labels = (
             tensor.to(device) if self._is_resident else tensor for tensor in (images.images, images.labels)
         )
@@ -69,8 +70,8 @@ class Samples:
     def read(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
         """Return inputs [n, C, H, W] and labels int64 [n] of `batch`."""
         if self._is_resident:
-            there = move(batch.indices, self._images.device)
-            images, labels = self._images.index_select(0, there), self._labels.index_select(0, there)
+            indices = move(batch.indices, self._images.device)
+            images, labels = self._images.index_select(0, indices), self._labels.index_select(0, indices)
         else:
             images, labels = (self._staged(source, batch.indices) for source in (self._images, self._labels))
         if batch.epoch is not None and self._augment is not unchanged:
@@ -78,13 +79,13 @@ class Samples:
         return self._pixels.convert(images), labels
 
     def prefetch(self, batches: Iterable[BatchRequest]) -> None:
-        """Do nothing: all samples are at hand."""
+        """Do nothing: all samples are in memory."""
 
     def close(self) -> None:
         """Do nothing."""
 
     def _staged(self, source: Tensor, indices: Tensor) -> Tensor:
-        """Return what is in the machine's memory, through pinned buffers that are copied while the device computes."""
+        """Copy rows from host memory to the device, through a pinned buffer, while the device computes."""
         staging = staging_buffer((indices.numel(), *source.shape[1:]), source.dtype, self._device)
         torch.index_select(source, 0, indices, out=staging)
         return staging.to(self._device, non_blocking=True)
@@ -97,87 +98,87 @@ def open_splits(
     memory_format: torch.memory_format = torch.contiguous_format,
     dtype: torch.dtype = torch.float32,
 ) -> Splits:
-    """Open the splits; only training is augmented, and both are normalized by the training images.
+    """Open the splits. Only training samples are augmented; all splits are normalized by the training images.
 
     Raises:
-        UsageError: files are missing or damaged, or do not fit the settings.
-        FaultError: a sample that is read at once is damaged.
+        UsageError: files are missing or damaged, or do not match the settings.
+        FaultError: a sample that is read at the start is damaged.
     """
     pixels = PixelFormat(dtype, memory_format)
     if settings.name in ENCODED:
-        return _open(settings, _in_files(settings, seed), {}, seed, device, pixels)
+        return _open(settings, _list_encoded_splits(settings, seed), {}, seed, device, pixels)
     names: tuple[Split, ...] = ("train", "test", *(("validation",) if settings.validation_size is not None else ()))
     opened = {split: load_data(settings, split, seed) for split in names}
     in_memory = {split: images for split, images in opened.items() if isinstance(images, ImageSet)}
     if settings.normalize and "train" in in_memory:
         pixels = PixelFormat(dtype, memory_format, channel_statistics(in_memory["train"].images))
     if len(in_memory) < len(opened) or is_plugin(settings.augment):
-        return _open(settings, _in_python(settings, opened, seed), opened, seed, device, pixels)
-    made = {
+        return _open(settings, _list_python_splits(settings, opened, seed), opened, seed, device, pixels)
+    samples = {
         split: Samples(images, device, seed, settings.augment if split == "train" else "none", pixels)
         for split, images in in_memory.items()
     }
     identity = f"{in_memory['train'].identity} {in_memory['test'].identity}".strip()
-    return Splits(train=made["train"], test=made["test"], validation=made.get("validation"), identity=identity)
+    return Splits(train=samples["train"], test=samples["test"], validation=samples.get("validation"), identity=identity)
 
 
 def training_labels(settings: DataSettings, seed: int) -> Tensor:
-    """Return the labels of the training samples, int64 [n], in the order in which `open_splits` has them.
+    """Return the labels of the training samples, int64 [n], in the order of `open_splits`.
 
     Raises:
-        UsageError: files are missing or damaged, or do not fit the settings.
+        UsageError: files are missing or damaged, or do not match the settings.
     """
     if settings.name in ENCODED:
         labels = list_encoded(settings, "train", seed).labels
         assert labels is not None
     else:
-        found = load_data(settings, "train", seed)
-        if isinstance(found, ImageSet):
-            return found.labels
-        labels = labels_of(found, settings, "train", seed)
+        source = load_data(settings, "train", seed)
+        if isinstance(source, ImageSet):
+            return source.labels
+        labels = labels_of(source, settings, "train", seed)
     return labels[divided(labels, settings, seed)[0]]
 
 
 def _fits(images: ImageSet, device: torch.device) -> bool:
     """Whether the images take less than a quarter of the device's free memory.
 
-    A CPU holds them anyway, and so does a GPU that is only emulated.
+    Always true on CPUs, which hold them anyway, and on emulated GPUs.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         return True
     free, _ = torch.cuda.mem_get_info(device)
-    return images.images.nbytes < free // _RESIDENT_PART
+    return images.images.nbytes < free // _RESIDENT_FRACTION
 
 
 STATISTICS_SAMPLES = 1000
 _STATISTICS_PART = 100
-_TRIED = 4
+_TRIED_SAMPLES = 4
 
 _Listed = TypeVar("_Listed", bound="Listing")
 
 
 class Listing(Protocol):
-    """The samples of a split, in their order: what each is made from, and its label."""
+    """The samples of a split, in order: a reference to the source of each, and its label."""
 
     @property
     def labels(self) -> Tensor | None:
-        """Int64 [n]; none where a label is known once its sample has been read."""
+        """Int64 [n]; None if a label is known only after its sample has been read."""
 
     def __len__(self) -> int: ...
 
     def reference(self, sample: int) -> Any:
-        """Return what a sample is made from: a path, a part of a file, or an index in a data set."""
+        """Return the source of a sample: a path, a `decoding.Part` of a file, or an index in a data set in Python."""
 
     def select(self: _Listed, samples: Tensor) -> _Listed:
-        """Return the listing of `samples`, int64, in their order."""
+        """Return a listing of `samples`, int64, in their order."""
 
     def digest(self) -> str:
-        """Return what names this listing."""
+        """Return a digest that identifies this listing."""
 
 
 @dataclass(frozen=True)
 class IndexListing:
-    """Samples of a data set in Python, by their index in it."""
+    """Samples of a data set in Python (a Dataset or an ImageSet), by index."""
 
     name: str
     indices: Tensor
@@ -192,16 +193,16 @@ class IndexListing:
         return int(self.indices[sample])
 
     def select(self, samples: Tensor) -> IndexListing:
-        """Return the listing of `samples`, int64, in their order."""
+        """Return a listing of `samples`, int64, in their order."""
         return IndexListing(self.name, self.indices[samples], None if self.labels is None else self.labels[samples])
 
     def digest(self) -> str:
-        """Return its name and length; what a user's code reads is not looked into."""
+        """Return name and length; the samples that a plug-in reads are not examined."""
         return f"{self.name} {len(self)}"
 
 
 class LoadedSamples:
-    """The samples of one split. What is augmented, and how, depends on (seed, epoch, sample)."""
+    """The samples of a split that are made when needed. Augmentation depends on (seed, epoch, sample)."""
 
     def __init__(
         self,
@@ -213,11 +214,11 @@ class LoadedSamples:
         seed: int = 0,
         pixels: PixelFormat | None = None,
     ) -> None:
-        """Take samples of `listing` from `decoder`, which it may share with others; training alone is augmented."""
+        """Make the samples of `listing` by `decoder`, which other splits may share; only training is augmented."""
         self.classes = settings.image_format.classes
         self.shape = settings.image_format.shape
         self._split = split
-        # what is held out of a Dataset is a part of its training split
+        # the validation split of a Dataset is a part of its training split
         self._source: Split = "train" if split == "validation" and listing.labels is None else split
         self._listing = listing
         self._decoder = decoder
@@ -226,10 +227,10 @@ class LoadedSamples:
         self._pixels = PixelFormat() if pixels is None else pixels
         is_encoded, augment = settings.name in ENCODED, settings.augment if split == "train" else "none"
         self._is_cropped = is_encoded and augment == "crop-flip"
-        # a user's code may draw anew each epoch
-        self._has_epochs = self._is_cropped or (split == "train" and _is_by_plugin(settings))
-        self.has_own_order = not is_encoded
-        """Whether the seed has not shuffled it."""
+        # a plug-in may draw random numbers in each epoch
+        self._has_epochs = self._is_cropped or (split == "train" and _uses_plugin(settings))
+        self.is_shuffled = is_encoded
+        """Whether the listing has been shuffled by the seed."""
         self._augment = unchanged if is_encoded or is_plugin(augment) else AUGMENTATIONS[augment]
 
     def __len__(self) -> int:
@@ -237,22 +238,22 @@ class LoadedSamples:
 
     def read(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
         """Return inputs [n, C, H, W] and labels int64 [n] of `batch`."""
-        made, labels = self.made(batch)
-        images = made.to(self._device, non_blocking=True)
+        staged, labels = self.staged(batch)
+        images = staged.to(self._device, non_blocking=True)
         if batch.epoch is not None and self._augment is not unchanged:
             images = self._augment(images, move(batch.indices, self._device), self._seed, batch.epoch)
         return self._pixels.convert(images), move(labels, self._device)
 
     def prefetch(self, batches: Iterable[BatchRequest]) -> None:
-        """Have the loader processes begin what will be asked for next."""
+        """Let the loader processes begin to make the batches that will be read next."""
         self._decoder.prefetch(map(self._order, batches))
 
     def close(self) -> None:
-        """End the loader processes, also for those who share them."""
+        """End the loader processes, which other splits may share."""
         self._decoder.close()
 
-    def made(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
-        """Return images as bytes, uint8 [n, C, H, W], ready to be copied to the device, and labels, int64 [n]."""
+    def staged(self, batch: BatchRequest) -> tuple[Tensor, Tensor]:
+        """Return images, uint8 [n, C, H, W], in a buffer ready to be copied to the device, and labels, int64 [n]."""
         count = batch.indices.numel()
         images = staging_buffer((count, *self.shape), torch.uint8, self._device)
         labels = torch.zeros(count, dtype=torch.int64)
@@ -275,25 +276,25 @@ class LoadedSamples:
 
 
 def augmentation_draws(samples: Tensor, seed: int, epoch: int) -> Tensor:
-    """Return the uniforms that augment each of `samples`, int64 [n], in `epoch`: float32 [n, DRAWS]."""
+    """Return the uniform random numbers that augment `samples`, int64 [n], in `epoch`: float32 [n, DRAWS]."""
     return uniform(key(seed, "random resized crop", epoch), samples.unsqueeze(1) * DRAWS + torch.arange(DRAWS))
 
 
 def list_encoded(settings: DataSettings, split: Split, seed: int) -> Listing:
-    """Return the images of a split of data sets in `config.ENCODED`, all of them.
+    """Return all images of a split of a data set in `config.ENCODED`.
 
     Raises:
-        UsageError: files are missing, or are not as they must be.
+        UsageError: files are missing, or do not have the required form.
     """
     if settings.name == "imagefolder":
         return list_split(settings.folder, split, settings.image_format.classes, seed)
-    of_files = {"parquet": list_parquet, "webdataset": list_shards, "huggingface": list_saved}[settings.name]
-    listing: PackedListing = of_files(settings, split, seed)
+    list_packed = {"parquet": list_parquet, "webdataset": list_shards, "huggingface": list_saved}[settings.name]
+    listing: PackedListing = list_packed(settings, split, seed)
     return listing
 
 
-def _in_files(settings: DataSettings, seed: int) -> dict[Split, Listing]:
-    """Return the splits of encoded images. Raises UsageError where the files are not as they must be."""
+def _list_encoded_splits(settings: DataSettings, seed: int) -> dict[Split, Listing]:
+    """Return the splits of encoded images. Raises UsageError as `list_encoded` does."""
     train, test = (list_encoded(settings, split, seed) for split in ("train", "test"))
     if isinstance(train, FolderListing) and isinstance(test, FolderListing):
         check_same_classes(train, test)
@@ -302,10 +303,10 @@ def _in_files(settings: DataSettings, seed: int) -> dict[Split, Listing]:
     return listings | _divided(train, train.labels, settings, seed)
 
 
-def _in_python(
+def _list_python_splits(
     settings: DataSettings, opened: Mapping[Split, ImageSet | MapDataset], seed: int
 ) -> dict[Split, Listing]:
-    """Return the splits of map-style Datasets, or of image sets that a user's code augments."""
+    """Return the splits of map-style Datasets, or of image sets that a plug-in augments."""
     listings: dict[Split, Listing] = {}
     for split, source in opened.items():
         labels = source.labels if isinstance(source, ImageSet) else None
@@ -325,7 +326,7 @@ def _divided(whole: Listing, labels: Tensor, settings: DataSettings, seed: int) 
     return parts
 
 
-def _is_by_plugin(settings: DataSettings) -> bool:
+def _uses_plugin(settings: DataSettings) -> bool:
     return is_plugin(settings.name) or is_plugin(settings.augment)
 
 
@@ -337,44 +338,44 @@ def _open(
     device: torch.device,
     pixels: PixelFormat,
 ) -> Splits:
-    """Return the samples of `listings`, which share the loader processes.
+    """Return the samples of `listings`; the splits share the loader processes.
 
-    Some samples of a user's code are read at once, so that a mistake in it is found before the first step. Images of
-    files are normalized by 1,000 of the training images, chosen by the seed, as they are without augmentation.
+    With plug-ins, a few samples are read at once, so that mistakes are found before the first step. Statistics for
+    normalization are those of 1,000 training images, chosen by the seed and not augmented, unless `pixels` has them.
     """
     shape, loaders, recipe = settings.image_format.shape, settings.loader_workers, ""
-    here = Decoder(EncodedImages())
-    if _is_by_plugin(settings):
-        here = Decoder(PluginSamples(settings, seed, opened))
+    in_process = Decoder(EncodedImages())
+    if _uses_plugin(settings):
+        in_process = Decoder(PluginSamples(settings, seed, opened))
         recipe = Recipe(settings=settings, seed=seed).model_dump_json()
-    decoder = LoaderProcesses(loaders, shape, recipe) if loaders else here
+    decoder = LoaderProcesses(loaders, shape, recipe) if loaders else in_process
     if recipe:
         for split, listing in listings.items():
-            tried = LoadedSamples(split, listing, here, settings, torch.device("cpu"), seed)
-            # from all over the split
-            chosen = torch.linspace(0, len(tried) - 1, min(_TRIED, len(tried))).long()
+            tried = LoadedSamples(split, listing, in_process, settings, torch.device("cpu"), seed)
+            # evenly spread over the split
+            chosen = torch.linspace(0, len(tried) - 1, min(_TRIED_SAMPLES, len(tried))).long()
             for epoch in (None, 0):
                 tried.read(BatchRequest(chosen, epoch))
     if settings.normalize and pixels.statistics is None:
         plain = LoadedSamples("train", listings["train"], decoder, settings, torch.device("cpu"), seed)
         try:
-            pixels = replace(pixels, statistics=statistics_of_parts(_some_images(plain, seed)))
+            pixels = replace(pixels, statistics=statistics_of_parts(_statistics_images(plain, seed)))
         except CodedError:
             decoder.close()
             raise
-    made = {
+    samples = {
         split: LoadedSamples(split, listing, decoder, settings, device, seed, pixels)
         for split, listing in listings.items()
     }
     identity = f"{listings['train'].digest()} {listings['test'].digest()}"
-    return Splits(train=made["train"], test=made["test"], validation=made.get("validation"), identity=identity)
+    return Splits(train=samples["train"], test=samples["test"], validation=samples.get("validation"), identity=identity)
 
 
-def _some_images(samples: LoadedSamples, seed: int) -> Iterator[Tensor]:
-    """Yield images that the seed has chosen, in parts: of files the first, which it has shuffled to the front."""
+def _statistics_images(samples: LoadedSamples, seed: int) -> Iterator[Tensor]:
+    """Yield the images for normalization statistics, in parts: a random choice, which is the first ones if shuffled."""
     order = torch.arange(len(samples))
-    if samples.has_own_order:
+    if not samples.is_shuffled:
         order = torch.randperm(len(samples), generator=generator(seed, "statistics"))
     parts = [BatchRequest(part) for part in torch.split(order[:STATISTICS_SAMPLES], _STATISTICS_PART)]
     samples.prefetch(parts)
-    return (samples.made(part)[0] for part in parts)
+    return (samples.staged(part)[0] for part in parts)

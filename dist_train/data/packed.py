@@ -1,8 +1,8 @@
-"""Encoded images that lie in a few large files, many in each: where each one begins and ends, and its label.
+"""Encoded images packed in a few large files: an index with the place and the label of each, and WebDataset shards.
 
-A file's index, int64 [samples, 3] of offset, length and label, is made at its first use and kept in the cache. Shards
-of WebDataset, tar files in which members of one name are one sample (000017.jpg and 000017.cls), may have one beside
-them: SHARD.idx, as NVIDIA DALI's wds2idx writes it.
+The index of a file, int64 [samples, 3] of offset, length and label, is made at its first use and kept in the cache. In
+a WebDataset shard, a tar file, members with the same name form a sample (000017.jpg and 000017.cls). A shard may have
+an index file beside it: SHARD.idx, as written by NVIDIA DALI's wds2idx.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ NAMES: dict[Split, tuple[str, ...]] = {
     "validation": ("train",),
     "test": ("val", "validation", "test"),
 }
-"""What a split's folder or files may be called; the first that there are."""
+"""The names that a split's folder or files may have; the first that exists is used."""
 
 Index = NDArray[np.int64]
-"""Offset, length and label of each sample of a file, int64 [samples, 3]."""
+"""Offset, length and label of each sample in a file, int64 [samples, 3]."""
 
 
 @dataclass(frozen=True)
 class PackedFile:
-    """A file with encoded images: where their bytes are, what messages call it, where each image lies in it."""
+    """Encoded images in the file `path`, with their `index`; messages name `origin`, the file of the data set."""
 
     path: Path
     origin: Path
@@ -56,12 +56,12 @@ class PackedFile:
 
 @dataclass(frozen=True)
 class PackedListing:
-    """The images of a split, in the order of its samples."""
+    """The images of a split, in sample order."""
 
     files: tuple[str, ...]
     origins: tuple[str, ...]
     parts: Tensor
-    """int64 [n, 4]: number of the file, offset, length, number of the sample in its file"""
+    """int64 [n, 4]: file number, offset, length, number of the sample in its file"""
     labels: Tensor
     """int64 [n]"""
 
@@ -69,12 +69,12 @@ class PackedListing:
         return len(self.labels)
 
     def reference(self, sample: int) -> tuple[str, int, int, str]:
-        """Return where an image lies (`decoding.Part`)."""
+        """Return the place of an image, a `decoding.Part`."""
         file, offset, length, number = self.parts[sample].tolist()
         return self.files[file], offset, length, f"{self.origins[file]}, sample {number}"
 
     def digest(self) -> str:
-        """Return what names this listing: its files, and what lies where, not the images."""
+        """Return a digest of the file names, the places of images and the labels, not of the images."""
         hashed = hashlib.sha256("\0".join(Path(each).name for each in self.origins).encode("utf-8", "surrogateescape"))
         hashed.update(self.parts.numpy().tobytes())
         hashed.update(self.labels.numpy().tobytes())
@@ -86,7 +86,7 @@ class PackedListing:
 
 
 def packed_listing(files: Sequence[PackedFile], classes: int, split: Split, seed: int) -> PackedListing:
-    """Return the images of `files`, shuffled by the seed as an image folder's are.
+    """Return the images of `files`, shuffled by the seed as those of an image folder are.
 
     Raises:
         UsageError: a label is not below `classes`, or there is no image.
@@ -95,14 +95,14 @@ def packed_listing(files: Sequence[PackedFile], classes: int, split: Split, seed
     for number, file in enumerate(files):
         rows = np.arange(len(file.index))
         parts.append(np.stack([np.full_like(rows, number), *file.index.T[:2], rows], axis=1))
-        found = file.index[:, 2]
-        if len(wrong := np.flatnonzero((found < 0) | (found >= classes))):
+        file_labels = file.index[:, 2]
+        if len(wrong := np.flatnonzero((file_labels < 0) | (file_labels >= classes))):
             raise UsageError(
-                f"sample {wrong[0]} of {file.origin} has the label {found[wrong[0]]}, but data.classes is {classes}: "
-                f"labels count from 0",
+                f"sample {wrong[0]} of {file.origin} has the label {file_labels[wrong[0]]}, but data.classes is "
+                f"{classes}: labels count from 0",
                 code="data-labels",
             )
-        labels.append(found)
+        labels.append(file_labels)
     whole = PackedListing(
         tuple(str(file.path) for file in files),
         tuple(str(file.origin) for file in files),
@@ -115,7 +115,7 @@ def packed_listing(files: Sequence[PackedFile], classes: int, split: Split, seed
 
 
 def split_files(root: Path, split: Split, suffixes: tuple[str, ...]) -> list[Path]:
-    """Return the files of a split, sorted: those in the folder of its name, else those that have it in their own.
+    """Return the files of a split, sorted: those in a folder with its name, else those with it in their file name.
 
     Raises:
         UsageError: there are none.
@@ -123,12 +123,12 @@ def split_files(root: Path, split: Split, suffixes: tuple[str, ...]) -> list[Pat
     try:
         for name in NAMES[split]:
             if (root / name).is_dir():
-                found = [path for path in (root / name).iterdir() if path.name.endswith(suffixes)]
+                paths = [path for path in (root / name).iterdir() if path.name.endswith(suffixes)]
             else:
                 part = re.compile(rf"(^|[-_.]){name}[-_.]")
-                found = [path for path in root.iterdir() if path.name.endswith(suffixes) and part.search(path.name)]
-            if found := [path for path in found if not path.name.startswith(".")]:
-                return sorted(found)
+                paths = [path for path in root.iterdir() if path.name.endswith(suffixes) and part.search(path.name)]
+            if visible := [path for path in paths if not path.name.startswith(".")]:
+                return sorted(visible)
     except OSError as error:
         raise UsageError(
             f"cannot list {error.filename or root}: {error.strerror or error}", code="image-folder-unreadable"
@@ -144,39 +144,39 @@ def split_files(root: Path, split: Split, suffixes: tuple[str, ...]) -> list[Pat
 def cached_index(
     kind: str, source: Path, columns: str, make: Callable[[Path], Index], content: Path | None = None
 ) -> tuple[Path, Index]:
-    """Return the file that the images of `source` lie in, and its index, made once by `make`.
+    """Return the file with the images of `source`, and its index, which `make` creates at the first use.
 
-    The file is `content`; none: one in the cache, which `make` writes. Another size or time of change of `source`, or
-    other `columns`, make another entry.
+    The file is `content` or, if that is None, a file in the cache, which `make` writes. If the size or modification
+    time of `source`, or `columns`, change, a new entry is made.
 
     Raises:
         OSError: the cache cannot be used, or `source` cannot be read.
-        UsageError: others could exchange what is in the cache.
+        UsageError: other users could replace the contents of the cache.
     """
-    found = source.stat()
-    text = f"{kind} {_VERSION} {source.resolve()} {found.st_size} {found.st_mtime_ns} {columns}"
+    status = source.stat()
+    text = f"{kind} {_VERSION} {source.resolve()} {status.st_size} {status.st_mtime_ns} {columns}"
     folder = cache_folder() / "packed"
     folder.mkdir(parents=True, exist_ok=True)
     refuse_foreign_cache(folder)
     stem = folder / hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     content, file = content or stem.with_suffix(".bin"), stem.with_suffix(".npy")
     with exclusive(stem.with_suffix(".lock")):
-        if (index := _stored(file, content)) is None:
-            _LOGGER.info("reading %s once, to know where its images lie", source)
+        if (index := _read_index(file, content)) is None:
+            _LOGGER.info("reading %s once to index its images", source)
             index = make(content)
             with replacing(file) as written:
                 np.lib.format.write_array(written, index, allow_pickle=False)
     return content, index
 
 
-def _stored(file: Path, content: Path) -> Index | None:
-    """Return the index in `file`, if there is a whole one."""
+def _read_index(file: Path, content: Path) -> Index | None:
+    """Return the index in `file`; None if it is missing, damaged, or does not match `content`."""
     try:
         index: Any = np.load(file, allow_pickle=False)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError) as error:
-        _LOGGER.warning("the cached index %s is damaged (%s): making it again", file, error)
+        _LOGGER.warning("the cached index %s is damaged (%s): creating it again", file, error)
         return None
     if index.dtype != np.int64 or index.ndim != 2 or index.shape[1] != 3:
         return None
@@ -191,7 +191,7 @@ _LONGEST_LABEL = 32
 
 @dataclass(frozen=True)
 class _Member:
-    """A file in a shard: which sample's, which part of it, and where."""
+    """A file in a shard: the name of its sample, its suffix, and its place."""
 
     sample: str
     suffix: str
@@ -200,63 +200,67 @@ class _Member:
 
 
 def list_shards(settings: DataSettings, split: Split, seed: int) -> PackedListing:
-    """Return the images of a split of WebDataset's shards in `data.root`.
+    """Return the images of a split in WebDataset shards in `data.root`.
 
     Raises:
-        UsageError: shards are missing or damaged, an index is not of its shard, or a sample has no image or label.
+        UsageError: shards are missing or damaged, an index does not match its shard, or a sample has no image or label.
     """
     files = []
     for shard in find_shards(settings, split):
         try:
-            files.append(PackedFile(shard, shard, _index(shard, settings)))
+            files.append(PackedFile(shard, shard, _shard_index(shard, settings)))
         except OSError as error:
             raise UsageError(f"cannot read {shard}: {error.strerror or error}", code="data-unreadable") from error
     return packed_listing(files, settings.image_format.classes, split, seed)
 
 
 def find_shards(settings: DataSettings, split: Split) -> list[Path]:
-    """Return the shards of a split. Raises UsageError where there are none."""
+    """Return the shards of a split. Raises UsageError if there are none."""
     return split_files(settings.folder, split, (".tar",))
 
 
-def _index(shard: Path, settings: DataSettings) -> Index:
-    beside = shard.with_suffix(".idx")
-    own = beside if beside.exists() else None
-    stamp = f"{own.stat().st_size} {own.stat().st_mtime_ns}" if own else ""
+def _shard_index(shard: Path, settings: DataSettings) -> Index:
+    """Return the index of `shard`, from the cache if possible; it is made from SHARD.idx if that exists."""
+    path = shard.with_suffix(".idx")
+    index_file = path if path.exists() else None
+    stamp = f"{index_file.stat().st_size} {index_file.stat().st_mtime_ns}" if index_file else ""
 
     def make() -> Index:
-        members = _members_of_index(own, shard) if own else _members_of_shard(shard)
+        members = _members_of_index(index_file, shard) if index_file else _members_of_shard(shard)
         return _rows(shard, members, settings)
 
     columns = f"{settings.image_column} {settings.label_column} {stamp}"
     try:
         return cached_index("webdataset", shard, columns, lambda content: make(), content=shard)[1]
     except OSError as error:
-        _LOGGER.warning("the index of %s cannot be kept (%s): set DIST_TRAIN_CACHE to a folder of yours", shard, error)
+        _LOGGER.warning(
+            "the index of %s cannot be cached (%s): set DIST_TRAIN_CACHE to a folder of your own", shard, error
+        )
         return make()
 
 
 def _rows(shard: Path, members: Iterable[_Member], settings: DataSettings) -> Index:
-    wanted = (settings.image_column,) if settings.image_column else tuple(each[1:] for each in SUFFIXES)
+    """Return the index of the samples that `members` form, with labels read from the shard."""
+    suffixes = (settings.image_column,) if settings.image_column else tuple(each[1:] for each in SUFFIXES)
     label = settings.label_column or "cls"
     rows = []
     with shard.open("rb") as file:
         for sample, parts in groupby(members, lambda member: member.sample):
             by_suffix = {member.suffix: member for member in parts}
-            image = next((by_suffix[suffix] for suffix in wanted if suffix in by_suffix), None)
+            image = next((by_suffix[suffix] for suffix in suffixes if suffix in by_suffix), None)
             if image is None or label not in by_suffix:
                 what, setting = ("label", f"label_column={label}") if image else ("image", "image_column")
                 raise UsageError(
                     f"sample {sample} of {shard} has no {what}: it has .{', .'.join(by_suffix)}; set data.{setting}",
                     code="column-missing",
                 )
-            at = by_suffix[label]
-            text = os.pread(file.fileno(), min(at.length, _LONGEST_LABEL), at.offset)
+            place = by_suffix[label]
+            text = os.pread(file.fileno(), min(place.length, _LONGEST_LABEL), place.offset)
             try:
                 rows.append((image.offset, image.length, int(text)))
             except ValueError:
                 raise UsageError(
-                    f"the label of sample {sample} of {shard} is {text.decode(errors='replace')!r}, not a whole number",
+                    f"the label of sample {sample} of {shard} is {text.decode(errors='replace')!r}, not an integer",
                     code="data-labels",
                 ) from None
     return np.array(rows, np.int64).reshape(-1, 3)
@@ -267,56 +271,56 @@ def _members_of_shard(shard: Path) -> Iterator[_Member]:
         with tarfile.open(shard, "r:") as archive:
             for each in archive:
                 if each.isfile():
-                    yield _Member(*_parted(each.name), each.offset_data, each.size)
+                    yield _Member(*_sample_and_suffix(each.name), each.offset_data, each.size)
     except tarfile.TarError as error:
         raise UsageError(
-            f"{shard} is damaged, or compressed: images are read from the middle of a plain tar file ({error})",
+            f"{shard} is damaged or compressed: shards must be uncompressed tar files ({error})",
             code="data-format",
         ) from error
 
 
 def _members_of_index(index: Path, shard: Path) -> Iterator[_Member]:
     """Yield what `index` lists: a line "v1.2 SAMPLES", then for each sample a line of suffix, offset, length, name."""
-    mistake = UsageError(
-        f"{index} is not an index of {shard}: remove it, or make it anew with wds2idx", code="data-index"
+    not_an_index = UsageError(
+        f"{index} is not an index of {shard}: remove it, or create it again with wds2idx", code="data-index"
     )
     try:
         head, *lines = index.read_text(encoding="utf-8").splitlines()
         version, samples = head.split()
-        words = [line.split() for line in lines if line.strip()]
-        wide = {"v1.1": 3, "v1.2": 4}[version]
+        rows = [line.split() for line in lines if line.strip()]
+        width = {"v1.1": 3, "v1.2": 4}[version]
         members = [
             _Member(
-                _parted(parts[at + 3])[0] if wide == 4 else str(number),
-                parts[at],
-                int(parts[at + 1]),
-                int(parts[at + 2]),
+                _sample_and_suffix(row[first + 3])[0] if width == 4 else str(number),
+                row[first],
+                int(row[first + 1]),
+                int(row[first + 2]),
             )
-            for number, parts in enumerate(words)
-            for at in range(0, len(parts), wide)
+            for number, row in enumerate(rows)
+            for first in range(0, len(row), width)
         ]
     except (ValueError, KeyError, IndexError) as error:
-        raise mistake from error
-    if len(words) != int(samples) or not members:
-        raise mistake
+        raise not_an_index from error
+    if len(rows) != int(samples) or not members:
+        raise not_an_index
     with shard.open("rb") as file:
         for member in (members[0], members[len(members) // 2], members[-1]):
-            if not _is_there(os.pread(file.fileno(), _HEADER, member.offset - _HEADER), member):
-                raise mistake
+            if not _matches(os.pread(file.fileno(), _HEADER, member.offset - _HEADER), member):
+                raise not_an_index
     yield from members
 
 
-def _is_there(header: bytes, member: _Member) -> bool:
-    """Whether a member's header in the shard says what the index says."""
+def _matches(header: bytes, member: _Member) -> bool:
+    """Whether a member's tar header in the shard agrees with the index."""
     try:
-        found = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
+        info = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
     except tarfile.TarError:
         return False
-    return found.size == member.length and _parted(found.name)[1] == member.suffix
+    return info.size == member.length and _sample_and_suffix(info.name)[1] == member.suffix
 
 
-def _parted(name: str) -> tuple[str, str]:
-    """Return a member's sample and suffix, as WebDataset has it: cut at the first dot of its base name."""
+def _sample_and_suffix(name: str) -> tuple[str, str]:
+    """Split a member's name into sample and suffix as WebDataset does: at the first dot of the base name."""
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return f"{folder}{slash}{stem}", suffix.lower()

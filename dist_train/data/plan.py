@@ -1,4 +1,4 @@
-"""Which samples a step computes: the part of the data set, their order, the global batch cut into micro-batches."""
+"""Which samples an update uses: subset and order of the data set, and the cut of global batches into micro-batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dist_train.reproducible import generator
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples `start` to `stop` (exclusive) of a global batch; `index` counts micro-batches in it."""
+    """Samples `start` to `stop` (exclusive) of a global batch; its `index`-th micro-batch."""
 
     index: int
     start: int
@@ -30,9 +30,9 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How `global_size` samples are cut into micro-batches of `micro_size` and dealt out.
+    """How `global_size` samples are cut into micro-batches of `micro_size`, and these are dealt to ranks.
 
-    The cut does not depend on the number of ranks, so that neither do the gradients that are summed.
+    The cut does not depend on the number of ranks, so that the gradients that are summed do not either.
     """
 
     global_size: int
@@ -40,30 +40,30 @@ class BatchPlan:
 
     @cached_property
     def micro_batches(self) -> tuple[MicroBatch, ...]:
-        """All micro-batches in order; the last one is shorter where `micro_size` does not divide."""
+        """All micro-batches in order; the last one is smaller if `micro_size` does not divide `global_size`."""
         starts = range(0, self.global_size, self.micro_size)
         stops = (*starts[1:], self.global_size)
         return tuple(map(MicroBatch, range(len(starts)), starts, stops))
 
     def share(self, rank: int, size: int) -> tuple[MicroBatch, ...]:
-        """Return what rank `rank` of `size` computes, round robin by index.
+        """Return the micro-batches of rank `rank` of `size`: round robin by index.
 
-        Nobody holds more than one above another; with more ranks than micro-batches some hold none.
+        Ranks differ by at most one micro-batch; with more ranks than micro-batches, some have none.
         """
         assert 0 <= rank < size
         return self.micro_batches[rank::size]
 
     def dealt(self, counts: Sequence[int], rank: int) -> tuple[MicroBatch, ...]:
-        """Return what rank `rank` computes where each has so many as `counts` says, by rank, one after the other."""
+        """Return the micro-batches of rank `rank` if each rank in turn gets the next `counts[rank]` of them."""
         assert sum(counts) == len(self.micro_batches)
         start = sum(counts[:rank])
         return self.micro_batches[start : start + counts[rank]]
 
     def slices(self, rank: int, size: int) -> tuple[MicroBatch, ...]:
-        """Return what rank `rank` of `size` computes where all share every micro-batch: an even part of each.
+        """Return rank `rank`'s even part of every micro-batch, if all `size` ranks share each.
 
         Raises:
-            UsageError: some micro-batch has fewer samples than there are ranks.
+            UsageError: a micro-batch has fewer samples than there are ranks.
         """
         assert 0 <= rank < size
         smallest = self.micro_batches[-1]
@@ -80,10 +80,10 @@ class BatchPlan:
         )
 
     def steps_per_epoch(self, samples: int) -> int:
-        """Return the number of whole batches in `samples`; UsageError when there is not one."""
+        """Return the number of whole global batches in `samples`; raise UsageError if there is none."""
         if samples < self.global_size:
             raise UsageError(
-                f"{samples} training samples are fewer than one global batch of {self.global_size}: "
+                f"{samples} training samples do not fill a global batch of {self.global_size}: "
                 f"set batch.global_size to at most {samples}, or train on more samples (data.train_size)",
                 code="too-few-samples",
             )
@@ -91,14 +91,14 @@ class BatchPlan:
 
 
 def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
-    """Return a permutation of 0..samples-1, int64 [samples] on the CPU."""
+    """Return the order of samples in an epoch: a permutation of 0..samples-1, int64 [samples] on the CPU."""
     return torch.randperm(samples, generator=generator(seed, "sample order", epoch))
 
 
 def batch_indices(order: Tensor, step_in_epoch: int, global_size: int) -> Tensor:
     """Return the samples of one global batch, int64 [global_size], a view of `order`.
 
-    What is left of `order` after its last whole batch belongs to no step; it is another part each epoch.
+    Samples after the last whole batch of `order` are not used; they are others in each epoch.
     """
     start = step_in_epoch * global_size
     assert 0 <= start <= order.numel() - global_size
@@ -106,9 +106,9 @@ def batch_indices(order: Tensor, step_in_epoch: int, global_size: int) -> Tensor
 
 
 def balanced_choice(labels: Tensor, size: int, classes: int, seed: int) -> Tensor:
-    """Return `size` of the samples with `labels`, as many of each class as there are: int64 [size], ascending.
+    """Return `size` of the samples with `labels`, as evenly over the classes as possible: int64 [size], ascending.
 
-    A larger choice of the same seed contains the smaller. Raises UsageError when there are fewer samples.
+    With the same seed, a larger choice contains a smaller one. Raises UsageError if there are fewer samples.
     """
     if size > labels.numel():
         raise UsageError(
@@ -117,30 +117,30 @@ def balanced_choice(labels: Tensor, size: int, classes: int, seed: int) -> Tenso
             code="too-few-samples",
         )
     # Shuffle, then take the first of every class, then the second of every class, and so on.
-    shuffled, turn, _ = _turns(labels, classes, seed, "training subset")
-    return shuffled[torch.argsort(turn, stable=True)[:size]].sort().values
+    shuffled, position, _ = _shuffled_positions(labels, classes, seed, "training subset")
+    return shuffled[torch.argsort(position, stable=True)[:size]].sort().values
 
 
 def stratified_choice(labels: Tensor, size: int, classes: int, seed: int) -> Tensor:
-    """Return which of the samples with `labels` are held out: int64 [size], ascending, in the classes' shares.
+    """Return `size` of the samples with `labels` to hold out, in proportion to the classes: int64 [size], ascending.
 
-    Raises UsageError when no sample would be left.
+    Raises UsageError if no sample would be left.
     """
     if size >= labels.numel():
         raise UsageError(
             f"data.validation_size is {size}, but there are {labels.numel()} training images: hold out fewer",
             code="too-few-samples",
         )
-    shuffled, turn, of_class = _turns(labels, classes, seed, "validation split")
-    # The samples of a class are spread evenly over [0, 1), so that any first part has the shares of the whole.
-    place = (turn + 0.5) / of_class
-    return shuffled[torch.argsort(place, stable=True)[:size]].sort().values
+    shuffled, position, class_size = _shuffled_positions(labels, classes, seed, "validation split")
+    # Spread the samples of each class evenly over [0, 1): every prefix then has the proportions of the whole.
+    quantile = (position + 0.5) / class_size
+    return shuffled[torch.argsort(quantile, stable=True)[:size]].sort().values
 
 
 def divided(labels: Tensor, settings: DataSettings, seed: int) -> tuple[Tensor, Tensor | None]:
-    """Return which of the training samples with `labels` are trained on, and which are held out, if any are asked for.
+    """Return the training samples, out of those with `labels`, and the held-out ones; None without a validation split.
 
-    Raises UsageError when there are too few.
+    Raises UsageError if there are too few.
     """
     classes, held_out, kept = settings.image_format.classes, None, torch.arange(labels.numel())
     if settings.validation_size is not None:
@@ -152,18 +152,18 @@ def divided(labels: Tensor, settings: DataSettings, seed: int) -> tuple[Tensor, 
 
 
 def others(chosen: Tensor, samples: int) -> Tensor:
-    """Return the samples of 0..samples-1 that `chosen` leaves, int64, ascending."""
+    """Return the samples of 0..samples-1 that are not in `chosen`, int64, ascending."""
     is_left = torch.ones(samples, dtype=torch.bool)
     is_left[chosen] = False
     return is_left.nonzero().view(-1)
 
 
-def _turns(labels: Tensor, classes: int, seed: int, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a shuffled order, and for each sample in it how many of its class come before, and how many it has."""
+def _shuffled_positions(labels: Tensor, classes: int, seed: int, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a shuffled order and, for each sample in it, its position within its class and the size of that class."""
     shuffled = torch.randperm(labels.numel(), generator=generator(seed, purpose))
     by_class = torch.argsort(labels[shuffled], stable=True)
     counts = torch.bincount(labels, minlength=classes)
     first_of_class = torch.cumsum(counts, 0) - counts
-    turn = torch.empty_like(by_class)
-    turn[by_class] = torch.arange(labels.numel()) - first_of_class.repeat_interleave(counts)
-    return shuffled, turn, counts[labels[shuffled]]
+    position = torch.empty_like(by_class)
+    position[by_class] = torch.arange(labels.numel()) - first_of_class.repeat_interleave(counts)
+    return shuffled, position, counts[labels[shuffled]]

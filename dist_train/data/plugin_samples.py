@@ -1,7 +1,7 @@
-"""Samples that a user's code reads or augments: a map-style Dataset's, one at a time, and transforms of any images.
+"""Samples that a plug-in reads (from a map-style Dataset, one at a time) or augments (images of any data set).
 
-That code may draw from torch's, NumPy's and Python's global generators: before each sample they are set from (seed,
-split, epoch, sample), so that the draws do not depend on which process makes the sample, or what it made before.
+The plug-in may draw from the global generators of torch, NumPy and Python. They are seeded before each sample from
+(seed, split, epoch, sample), so that draws do not depend on which process makes the sample, or what it made before.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ Augment = Callable[[Any], Any]
 
 
 class Recipe(BaseModel):
-    """What a loader process is told of the samples."""
+    """What a loader process needs to know to make samples."""
 
     settings: DataSettings
     seed: int
 
 
 class PluginSamples:
-    """Makes samples of the data set of `settings`, by the code that these name."""
+    """Makes samples with the plug-ins that `settings` name."""
 
     def __init__(self, settings: DataSettings, seed: int, opened: Mapping[Split, ImageSet | MapDataset]) -> None:
-        """Take what is open already, an ImageSet or a Dataset for each split; else it is opened when it is needed.
+        """`opened` are the splits that are already open; the others are opened when they are first needed.
 
         Raises:
-            UsageError: `data.augment` names no code that returns a callable.
+            UsageError: the plug-in `data.augment` does not return a callable.
         """
         self._settings = settings
         self._shape = settings.image_format.shape
@@ -52,24 +52,29 @@ class PluginSamples:
         self._augment = _augment_of(settings)
 
     def read(self, work: Work, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
-        """Make the samples of `work`, each with the generators set; leaves these as they were."""
+        """Make the samples of `work`, with the generators seeded for each; the generators are restored afterwards."""
         split = cast(Split, work.split)
-        with _generators_kept():
-            for place, (reference, number) in enumerate(zip(work.references, work.numbers, strict=True)):
-                _set_generators(key(self._seed, "sample", split, "plain" if work.epoch is None else work.epoch, number))
-                draws = None if work.draws is None else work.draws[place]
+        with _preserved_generators():
+            for index, (reference, number) in enumerate(zip(work.references, work.numbers, strict=True)):
+                _seed_generators(
+                    key(self._seed, "sample", split, "plain" if work.epoch is None else work.epoch, number)
+                )
+                draws = None if work.draws is None else work.draws[index]
                 augment = None if work.epoch is None else self._augment
                 if isinstance(reference, int):
-                    image, labels[place] = self._stored(split, reference)
+                    image, labels[index] = self._sample(split, reference)
                     name = f"sample {reference} of {self._settings.name} ({split})"
                 else:
-                    image, name = self._files.image(reference), f"the image {_named(reference)}"
+                    image, name = self._files.image(reference), f"the image {_name_of(reference)}"
                     if augment is None:
-                        pixels[place] = fitted(image, self._shape[-1], draws)
+                        pixels[index] = fitted(image, self._shape[-1], draws)
                         continue
-                pixels[place] = self._fitting(image if augment is None else self._augmented(augment, image, name), name)
+                if augment is not None:
+                    image = self._augmented(augment, image, name)
+                pixels[index] = self._checked_pixels(image, name)
 
-    def _stored(self, split: Split, index: int) -> tuple[Any, int]:
+    def _sample(self, split: Split, index: int) -> tuple[Any, int]:
+        """Return image and label of a sample of an ImageSet or a Dataset."""
         if split not in self._opened:
             self._opened[split] = load_data(self._settings, split, self._seed)
         source = self._opened[split]
@@ -91,21 +96,21 @@ class PluginSamples:
         with _naming(name), failing_clearly(self._settings.augment):
             return augment(image)
 
-    def _fitting(self, image: Any, name: str) -> NDArray[np.uint8]:
-        """Return the pixels [C, H, W] of what a user's code returned; UsageError where they are of another form."""
+    def _checked_pixels(self, image: Any, name: str) -> NDArray[np.uint8]:
+        """Return the pixels [C, H, W] of an image that a plug-in returned; raise UsageError if their form is wrong."""
         pixels = _pixels(image)
         if pixels.shape != self._shape or pixels.dtype != np.uint8:
             raise UsageError(
                 f"{name} is {pixels.dtype} of {list(pixels.shape)}, not uint8 of {list(self._shape)}: "
-                f"set data.shape or data.image_size to it, or resize it in the code; leave scaling and normalization "
-                f"to data.normalize",
+                f"set data.shape or data.image_size accordingly, or resize it in the plug-in; leave scaling and "
+                f"normalization to data.normalize",
                 code="plugin-data-form",
             )
         return pixels
 
 
 def labels_of(dataset: MapDataset, settings: DataSettings, split: Split, seed: int) -> Tensor:
-    """Return all labels of a Dataset, int64 [n]: those in its `targets`, as torchvision's have; else every sample's."""
+    """Return all labels of a Dataset, int64 [n], from its `targets`, as in torchvision, or by reading every sample."""
     targets = getattr(dataset, "targets", None)
     classes = settings.image_format.classes
     if targets is not None and len(targets) == len(dataset):
@@ -113,10 +118,10 @@ def labels_of(dataset: MapDataset, settings: DataSettings, split: Split, seed: i
         if labels.ndim == 1 and not labels.is_floating_point() and 0 <= labels.min() <= labels.max() < classes:
             return labels.to(torch.int64)
     reader = PluginSamples(settings.model_copy(update={"augment": "none"}), seed, {split: dataset})
-    pixels, found = np.empty((1, *settings.image_format.shape), np.uint8), np.empty(len(dataset), np.int64)
+    pixels, read = np.empty((1, *settings.image_format.shape), np.uint8), np.empty(len(dataset), np.int64)
     for index in range(len(dataset)):
-        reader.read(Work([index], split=split, numbers=[index]), pixels, found[index : index + 1])
-    return torch.from_numpy(found)
+        reader.read(Work([index], split=split, numbers=[index]), pixels, read[index : index + 1])
+    return torch.from_numpy(read)
 
 
 def _augment_of(settings: DataSettings) -> Augment | None:
@@ -132,38 +137,38 @@ def _augment_of(settings: DataSettings) -> Augment | None:
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Say which sample a user's code failed on."""
+    """Prefix errors of the plug-in with the `name` of the sample."""
     try:
         yield
     except UsageError as error:
         raise UsageError(f"{name}: {error}", code=error.code) from error
 
 
-def _named(reference: Any) -> str:
+def _name_of(reference: Any) -> str:
     return str(reference if isinstance(reference, str) else reference[3])
 
 
 def _pixels(image: Any) -> NDArray[Any]:
-    """Return [C, H, W] of a tensor of this form, of a PIL image, or of an array [H, W] or [H, W, C]."""
+    """Return the pixels [C, H, W] of a tensor [C, H, W], a PIL image, or an array [H, W] or [H, W, C]."""
     if isinstance(image, Tensor):
         return image.numpy(force=True)
     pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels
 
 
-def _set_generators(seed: int) -> None:
+def _seed_generators(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
 
 @contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Leave the global generators as they were: what else draws from them in this process is not disturbed."""
-    torchs, pythons, numpys = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
+def _preserved_generators() -> Iterator[None]:
+    """Restore the global generators after the block, for other code in this process that draws from them."""
+    of_torch, of_python, of_numpy = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
     try:
         yield
     finally:
-        torch.default_generator.set_state(torchs)
-        random.setstate(pythons)
-        np.random.set_state(numpys)
+        torch.default_generator.set_state(of_torch)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)

@@ -1,6 +1,6 @@
-"""The published data sets: Fashion-MNIST from its four IDX files, CIFAR-10 and CIFAR-100 from their python archives.
+"""Fashion-MNIST, from its four IDX files, and CIFAR-10 and CIFAR-100, from their Python archives.
 
-Fashion-MNIST's are as Debian's package installs them, or in a folder of the user's. Archives are packed or unpacked.
+The files of Fashion-MNIST are those of Debian's package, or lie in a folder of the user. Archives may be unpacked.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _IDX_CHUNK = 1 << 22
 
 
 def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    """Return the unsigned bytes in `path` (gzip when it ends in .gz) with that many dimensions.
+    """Return the array of unsigned bytes, with `dimensions` dimensions, in `path` (gzip if it ends in .gz).
 
-    Raises UsageError when the file cannot be read, is cut short, is longer than its
-    header says, or is no IDX file of unsigned bytes with these dimensions.
+    Raises UsageError if the file cannot be read, is shorter or longer than its header says, or is not an IDX file of
+    unsigned bytes with as many dimensions.
     """
     header_bytes = 4 + 4 * dimensions
     content = _read_idx(path, header_bytes, dimensions)
@@ -42,24 +42,24 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
             path, f"it holds {len(content)} bytes, less than an IDX header of {header_bytes}", code="data-length"
         )
     magic = (_UNSIGNED_BYTE << 8) | dimensions
-    found = int.from_bytes(content[:4], "big")
-    if found != magic:
+    start = int.from_bytes(content[:4], "big")
+    if start != magic:
         raise _damaged(
-            path, f"it begins with {found:08x}, not with the IDX magic number {magic:08x}", code="data-format"
+            path, f"it begins with {start:08x}, not with the IDX magic number {magic:08x}", code="data-format"
         )
     shape = _shape(content, dimensions)
     expected = header_bytes + math.prod(shape)
     if len(content) != expected:
-        holds = f"more than {expected}" if len(content) > expected else f"{len(content)}"
+        size = f"more than {expected}" if len(content) > expected else f"{len(content)}"
         what = " x ".join(map(str, shape))
         raise _damaged(
-            path, f"its header announces {what} bytes, {expected} in all; it holds {holds}", code="data-length"
+            path, f"its header announces {what} bytes, {expected} in all; it holds {size}", code="data-length"
         )
     return np.frombuffer(content, dtype=np.uint8, offset=header_bytes).reshape(shape)
 
 
 def _read_idx(path: Path, header_bytes: int, dimensions: int) -> bytearray:
-    """Read `path` up to one byte more than its header announces, so that no file can fill the memory."""
+    """Read `path`, but little more than its header announces, so that no file can fill the memory."""
     content = bytearray()
     limit = header_bytes
     try:
@@ -107,7 +107,7 @@ def find_fashion_mnist(root: Path | None, split: Split) -> tuple[Path, Path]:
     """Return the files with the images and the labels of `split`.
 
     Without `root`, Debian's folder is searched, then `datasets/fashion-mnist` in the cache folder.
-    Raises UsageError when a file is missing.
+    Raises UsageError if a file is missing.
     """
     folders = [root] if root is not None else [DEBIAN_FOLDER, data_sets_folder() / "fashion-mnist"]
     for folder in folders:
@@ -121,13 +121,13 @@ def find_fashion_mnist(root: Path | None, split: Split) -> tuple[Path, Path]:
 
 
 def decode_fashion_mnist(files: tuple[Path, Path]) -> ImageSet:
-    """Return the images and labels in the two files; UsageError when they are damaged or do not fit."""
+    """Return the images and labels in the two files; raise UsageError if these are damaged or do not match."""
     images_file, labels_file = files
     pixels = read_idx(images_file, 3)
     labels = read_idx(labels_file, 1)
     if len(pixels) == 0 or pixels.shape[1:] != (_SIDE, _SIDE):
-        found = " x ".join(map(str, pixels.shape))
-        raise _damaged(images_file, f"it holds {found} pixels, not images of 28 x 28", code="data-shape")
+        shape = " x ".join(map(str, pixels.shape))
+        raise _damaged(images_file, f"it holds {shape} pixels, not images of 28 x 28", code="data-shape")
     if len(labels) != len(pixels):
         raise UsageError(
             f"{images_file} holds {len(pixels)} images but {labels_file} holds {len(labels)} labels: "
@@ -138,7 +138,7 @@ def decode_fashion_mnist(files: tuple[Path, Path]) -> ImageSet:
         raise _damaged(
             labels_file, f"it holds the label {labels.max()}, not 0 to {FASHION_MNIST_CLASSES - 1}", code="data-labels"
         )
-    # The arrays are views of bytearrays, hence writable, so that torch takes them as they are.
+    # The arrays are views of bytearrays and thus writable, so torch accepts them without a copy.
     return ImageSet(torch.from_numpy(pixels).unsqueeze(1), torch.from_numpy(labels).long(), FASHION_MNIST_CLASSES)
 
 
@@ -152,13 +152,13 @@ _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32
 _MEMBER_LIMIT = 1 << 30
 _CHUNK = 1 << 20
-_MOST_TUPLES = 64
-"""A batch has about five; hashing very deeply nested ones overflows the interpreter's stack."""
+_MAX_TUPLES = 64
+"""A batch has about five tuples; hashing very deeply nested ones overflows the interpreter's stack."""
 
 
 @dataclass(frozen=True)
 class Archive:
-    """One of the two data sets: its files, their names, and the digest published for the archive."""
+    """CIFAR-10 or CIFAR-100: the names of its files, and the published digest of the archive."""
 
     title: str
     file: str
@@ -170,7 +170,7 @@ class Archive:
     sha256: str
 
     def fix(self, root: Path) -> str:
-        """Say how to come by the files."""
+        """Return how to get the files, for messages."""
         return (
             f"Set data.download=true to fetch {self.title}, or put {self.file} (from {self.url}), "
             f"or its unpacked folder {self.folder}, into {root}."
@@ -205,15 +205,15 @@ def root_or_default(root: Path | None) -> Path:
 
 
 def download_archive(archive: Archive, root: Path) -> None:
-    """Fetch the archive into `root`, unless it or all unpacked batches are there. Raises UsageError."""
+    """Download the archive into `root` unless it or all unpacked batches are there. Raises UsageError."""
     if any(_missing(archive, root, split) for split in archive.batches):
         fetch(archive.url, root / archive.file, archive.sha256)
 
 
 def find_archive(archive: Archive, root: Path, split: Split) -> tuple[Path, ...]:
-    """Return the unpacked batches of `split` in `root`, else the packed archive.
+    """Return the unpacked batches of `split` in `root`, or else the packed archive.
 
-    Raises UsageError when neither is there.
+    Raises UsageError if neither is there.
     """
     unpacked = _unpacked(archive, root, split)
     missing = _missing(archive, root, split)
@@ -230,7 +230,7 @@ def find_archive(archive: Archive, root: Path, split: Split) -> tuple[Path, ...]
 
 
 def decode_archive(archive: Archive, root: Path, files: Sequence[Path], split: Split) -> ImageSet:
-    """Return the images and labels in what `find` found; UsageError when anything in it is damaged."""
+    """Return the images and labels in `files`, the result of `find_archive`; raise UsageError if they are damaged."""
     packed = files[0].name == archive.file
     fix = (
         f"Delete {files[0] if packed else files[0].parent} and fetch it again: set data.download=true, or "
@@ -262,19 +262,19 @@ def _read(path: Path, fix: str) -> bytes:
 
 
 def _unpack(path: Path, archive: Archive, names: tuple[str, ...], fix: str) -> dict[str, bytes]:
-    """Return the members `names` of the packed archive by their place; nothing is written anywhere."""
-    found: dict[str, bytes] = {}
+    """Return the members `names` of the packed archive, by their name for messages; nothing is written to disk."""
+    contents: dict[str, bytes] = {}
     try:
         with gzip.open(path, "rb") as stream:
             with tarfile.open(fileobj=stream, mode="r|") as members:
                 for member in members:
-                    place = PurePosixPath(member.name)
-                    wanted = place.parent.name == archive.folder and place.name in names
-                    content = members.extractfile(member) if wanted and member.size <= _MEMBER_LIMIT else None
+                    inside = PurePosixPath(member.name)
+                    is_batch = inside.parent.name == archive.folder and inside.name in names
+                    content = members.extractfile(member) if is_batch and member.size <= _MEMBER_LIMIT else None
                     if content is not None:
-                        found[place.name] = content.read()
+                        contents[inside.name] = content.read()
             while stream.read(_CHUNK):
-                pass  # gzip compares its checksum only at the end of the stream
+                pass  # gzip verifies its checksum only at the end of the stream
     except Exception as error:
         # Damaged archives raise errors of nearly any type, of gzip, zlib and tarfile.
         if isinstance(error, OSError) and error.errno is not None:
@@ -282,10 +282,10 @@ def _unpack(path: Path, archive: Archive, names: tuple[str, ...], fix: str) -> d
         raise UsageError(
             f"{path} is damaged: it cannot be unpacked ({error}). {fix}", code="data-unpackable"
         ) from error
-    missing = [name for name in names if name not in found]
+    missing = [name for name in names if name not in contents]
     if missing:
-        raise UsageError(f"{path} is damaged: {archive.folder}/{missing[0]} is not in it. {fix}", code="data-missing")
-    return {f"{archive.folder}/{name} in {path}": found[name] for name in names}
+        raise UsageError(f"{path} is damaged: {archive.folder}/{missing[0]} is missing. {fix}", code="data-missing")
+    return {f"{archive.folder}/{name} in {path}": contents[name] for name in names}
 
 
 def _batch(content: bytes, place: str, archive: Archive, fix: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -296,7 +296,7 @@ def _batch(content: bytes, place: str, archive: Archive, fix: str) -> tuple[NDAr
         record = _unpickle(content)
     except Exception as error:
         # Damaged pickles raise errors of nearly any type, MemoryError included.
-        reason = error if isinstance(error, pickle.UnpicklingError) else f"no sound pickle ({type(error).__name__})"
+        reason = error if isinstance(error, pickle.UnpicklingError) else f"not a valid pickle ({type(error).__name__})"
         raise damaged(str(reason), code="data-format") from error
     pixels, labels = record.get("data"), record.get(archive.label_key)
     if not isinstance(pixels, np.ndarray) or pixels.ndim != 2 or pixels.shape[1] != _PIXELS:
@@ -312,7 +312,7 @@ def _batch(content: bytes, place: str, archive: Archive, fix: str) -> tuple[NDAr
 
 
 class _StandIn:
-    """An array or an element type as a pickle describes it. NumPy's own crash the interpreter on hostile states."""
+    """Stands in for a NumPy array or dtype in a pickle. NumPy's own classes crash the interpreter on hostile states."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -322,7 +322,7 @@ class _StandIn:
         self.state = state
 
     def array(self) -> NDArray[np.uint8] | None:
-        """Return the array of bytes that this stands for; None where it is of another type."""
+        """Return the uint8 array that this stands for; None if its elements have another type."""
         _, shape, element, is_column_first, content = self.state
         if element.arguments[0] not in (b"u1", "u1"):
             return None
@@ -330,10 +330,10 @@ class _StandIn:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Admits what a batch needs and refuses every other name, as Python's documentation has it."""
+    """Resolves only the names that a batch needs, as Python's documentation recommends."""
 
     def find_class(self, module: str, name: str) -> Any:
-        # A new function each time: a pickle can set attributes of what it is handed.
+        # A new function each time: a pickle can set attributes of the objects that it is given.
         if module.removeprefix("numpy.") in ("core.multiarray", "_core.multiarray") and name == "_reconstruct":
             return lambda *arguments: _StandIn(*arguments)
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
@@ -344,11 +344,11 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _unpickle(content: bytes) -> dict[str, object]:
-    """Return the dictionary pickled in `content`, arrays of bytes as such; runs nothing that it names."""
+    """Return the dictionary pickled in `content`, with uint8 arrays as NumPy arrays; runs no code that it names."""
     tuples = 0
-    for opcode, argument, _ in pickletools.genops(content):  # raises where a length is beyond the end
+    for opcode, argument, _ in pickletools.genops(content):  # raises if a length exceeds the content
         tuples += "TUPLE" in opcode.name
-        if tuples > _MOST_TUPLES or (
+        if tuples > _MAX_TUPLES or (
             opcode.name.endswith("PUT") and isinstance(argument, int) and argument > len(content)
         ):
             raise pickle.UnpicklingError("it has more tuples, or a higher memo number, than a batch needs")

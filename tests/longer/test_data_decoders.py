@@ -74,8 +74,8 @@ def test_batches_that_were_announced_come_as_they_are(folder: Path, loaders: Loa
 
 
 def test_announcements_that_are_not_kept_cost_nothing_but_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoders, "_MOST_IMAGES", 3)
-    monkeypatch.setattr(decoders, "_MOST_SLOTS", 4)
+    monkeypatch.setattr(decoders, "_MAX_IMAGES", 3)
+    monkeypatch.setattr(decoders, "_MAX_SLOTS", 4)
     loaders = LoaderProcesses(2, (3, SIZE, SIZE))
     random = np.random.default_rng(0)
     try:
@@ -89,7 +89,7 @@ def test_announcements_that_are_not_kept_cost_nothing_but_time(folder: Path, mon
             if random.random() < 0.5:
                 loaders.prefetch(order(folder, *batch) for batch in [(1, 2), *batches[2:]])
         assert torch.equal(fetched(loaders, order(folder, 5)), expected(folder, 5))
-        assert len(loaders._free) + len(loaders._under_way) == 4, "no slot is lost"
+        assert len(loaders._free) + len(loaders._in_flight) == 4, "no slot is lost"
     finally:
         loaders.close()
 
