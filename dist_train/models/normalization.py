@@ -346,9 +346,7 @@ def _gradient_sums(group: Tensor, upstream: Tensor, mean: Tensor, scale: Tensor)
 def _moments_across_ranks(
     mean: Tensor, variance: Tensor, values: int, across: AcrossRanks
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean, biased and unbiased variance [C] over all ranks, from this rank's, which are those of `values`
-    values per channel.
-    """
+    """Return mean, biased and unbiased variance [C] over all ranks, from those of this rank's `values` values."""
     channels = len(mean)
     mean, variance = mean.double(), variance.double()
     # In float64, subtracting the squared mean from the mean of squares is accurate enough.

@@ -45,7 +45,7 @@ def set_up_compute(settings: PrecisionSettings, device: torch.device) -> Compute
     Raises:
         UsageError: the device does not support the precision.
     """
-    assert settings.threads != "auto", "decided before"
+    assert settings.threads != "auto", "decided when the run starts"
     if settings.compute == "float16" and device.type != "cuda":
         raise UsageError("precision.compute: float16 needs a GPU; use bfloat16", code="float16-on-cpu")
     torch.set_num_threads(settings.threads)

@@ -38,11 +38,11 @@ def verify_agreement(
     mine = [digest(weights.values), noise.digest(step) if noise else 0, averaging.digest() if averaging else 0]
     digests = gather(comm, mine, "agreement")
     for index, what in enumerate(("weights", "noise", "average")):
-        odd = minority([row[index] for row in digests])
-        if odd:
-            names = ", ".join(map(str, odd))
+        outliers = minority([row[index] for row in digests])
+        if outliers:
+            names = ", ".join(map(str, outliers))
             raise DisagreementError(
-                f"after step {step + 1} the {what} of rank{'s' if len(odd) > 1 else ''} {names} "
+                f"after step {step + 1} the {what} of rank{'s' if len(outliers) > 1 else ''} {names} "
                 f"differ from those of the others",
                 code=f"{what}-differ",
             )
@@ -103,11 +103,11 @@ def settings_listing(config: Config) -> dict[str, str]:
 
 def _compare(comm: Communicator, what: str, listing: Mapping[str, str], fix: str) -> None:
     content = json.dumps(listing, sort_keys=True).encode()
-    odd = minority([each for (each,) in gather(comm, [signed_digest(content)], f"alike.{what}")])
-    if not odd:
+    outliers = minority([each for (each,) in gather(comm, [signed_digest(content)], f"alike.{what}")])
+    if not outliers:
         return
     # The reporter compares its listing with rank 0's. If rank 0 is in the minority, a rank of the majority reports.
-    reporter = odd[0] if odd[0] != 0 else next(rank for rank in range(comm.size) if rank not in odd)
+    reporter = outliers[0] if outliers[0] != 0 else next(rank for rank in range(comm.size) if rank not in outliers)
     first: dict[str, str] = json.loads(broadcast_str(comm, json.dumps(listing), f"alike.{what}.listing"))
 
     def report() -> None:
@@ -119,9 +119,9 @@ def _compare(comm: Communicator, what: str, listing: Mapping[str, str], fix: str
             for name in names
         ]
         more = f" and {len(differences) - _MAX_DIFFERENCES} more" if len(differences) > _MAX_DIFFERENCES else ""
-        ranks = ", ".join(map(str, odd))
+        ranks, are_several = ", ".join(map(str, outliers)), len(outliers) > 1
         raise UsageError(
-            f"rank{'s' if len(odd) > 1 else ''} {ranks} of this launch differ{'' if len(odd) > 1 else 's'} from the "
+            f"rank{'s' if are_several else ''} {ranks} of this launch differ{'' if are_several else 's'} from the "
             f"others in {what}, reported by rank {comm.rank} on {socket.gethostname()}: "
             f"{'; '.join(differences[:_MAX_DIFFERENCES])}{more}. {fix}",
             code=f"ranks-differ-in-{what}",

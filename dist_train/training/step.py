@@ -113,10 +113,8 @@ class TrainingStep:
             RankLostError: a rank was lost.
         """
         self.clock.start()
-        total = self._compute_gradient(batch, stop_requested)
         repeats = 0
-        while self._must_repeat(total):
-            total = self._compute_gradient(batch, stop_requested)
+        while self._must_repeat(total := self._compute_gradient(batch, stop_requested)):
             repeats += 1
         gradient_norm = float(torch.linalg.vector_norm(self.weights.gradients))
         _check(total, gradient_norm, batch, len(self.noise.points(0)))

@@ -86,7 +86,7 @@ class Trainer:
     """Digests of code, settings and data; a rank that joins must have the same."""
 
     def __post_init__(self) -> None:
-        assert self.config.batch.micro_size != "auto", "decided before"
+        assert self.config.batch.micro_size != "auto", "decided when the run starts"
         self._batches = Batches(self.config, self.epochs, len(self.splits.train))
         self.deal_micro_batches(self.config.batch.micro_size)
         self._statistics_step: int | None = None
