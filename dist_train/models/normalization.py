@@ -22,7 +22,7 @@ Activation = Literal["none", "relu"]
 """The activation applied after a norm."""
 
 SumOverRanks = Callable[[Tensor, str], None]
-"""Replaces a contiguous tensor by its sum over all ranks. The string names the operation, equally on all ranks."""
+"""Replaces a contiguous tensor by its sum over all ranks. The string names the operation on all ranks."""
 
 _RUN = 128
 """The most samples that one accumulator adds up."""
