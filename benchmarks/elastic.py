@@ -1,8 +1,8 @@
-"""The loss of a rank: Horovod Elastic against our restart from the last checkpoint, both run on this machine.
+"""The loss of a rank: Horovod Elastic against our recovery in place and our restart from the last checkpoint.
 
 `python -m benchmarks.elastic [--repeats N] [--json FILE]`. Two ranks train VGG9 at width 0.25 on two cores over
-Gloo; one of them is killed, or stopped (SIGSTOP), or raises an exception. Our launch script is started again with one
-rank; Elastic continues by itself.
+Gloo on this machine; one of them is killed, or stopped (SIGSTOP), or raises an exception. `dist-train launch
+--min-ranks` and Elastic continue by themselves; our launch script is started again with one rank.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.elastic_task import GLOBAL_SIZE, MICRO_SIZE, WIDTH
+from benchmarks.recovery import ranks_of
 
 _ROOT = Path(__file__).resolve().parent.parent
 _LAUNCH = str(_ROOT / "launch" / "horovodrun.sh")
@@ -86,6 +87,19 @@ def ours(what: str, every_steps: int, folder: Path) -> Loss:
         process.wait()
     after = [step for step in _our_steps(run) if step[1] > ended]
     return settle(f"restart, checkpoint every {every_steps}", what, before, hit, after, ended)
+
+
+def in_place(what: str, folder: Path) -> Loss:
+    """Run ours with recovery in place, and make it lose a rank by `what`."""
+    run = folder / "run"
+    launch = [sys.executable, "-m", "dist_train", "launch", "-np", "2", "--min-ranks", "1"]
+    with _started([*launch, "train", _write_config(folder, 20)]) as process:
+        _await(lambda: _our_steps(run), HIT_AFTER, time.time() + PATIENCE)
+        rank = max(ranks_of(process.pid))
+        before, hit = _our_steps(run), time.time()
+        os.kill(rank, {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[what])
+        process.wait()
+    return settle("recovery in place", what, before, hit, _our_steps(run)[len(before) :], None)
 
 
 def elastic(what: str, folder: Path) -> Loss:
@@ -244,8 +258,10 @@ def measure(repeats: int) -> list[Loss]:
     losses = []
     for _ in range(repeats):
         losses.append(_in_folder(partial(elastic, "killed"), elastic_digest, elastic_expected))
+        losses.append(_in_folder(partial(in_place, "killed"), our_digest, ours_expected))
         for every in (1, 5):
             losses.append(_in_folder(partial(ours, "killed", every), our_digest, ours_expected))
+    losses.append(_in_folder(partial(in_place, "stopped"), our_digest, ours_expected))
     losses.append(_in_folder(partial(ours, "stopped", 1), our_digest, ours_expected))
     losses.append(_in_folder(partial(elastic, "exception"), elastic_digest, elastic_expected))
     losses.append(_in_folder(partial(elastic, "stopped"), elastic_digest, elastic_expected))
