@@ -22,11 +22,11 @@ from dist_train.config.resuming import with_setting
 from dist_train.data.images import Split, Splits
 from dist_train.data.plan import BatchPlan
 from dist_train.monitoring.observers import Observers
+from dist_train.optim.averaging import AveragedModel
 from dist_train.optim.schedules import LearningRate
 from dist_train.outcome import DivergedError, FaultError, StoppedError
 from dist_train.rundir.records import Detail, Epochs, EvaluationRecord, EventRecord, Record, TrainRecord
 from dist_train.rundir.status import StatusFile
-from dist_train.training.averaged import AveragedModel
 from dist_train.training.batches import Batches
 from dist_train.training.consistency import verify_agreement
 from dist_train.training.evaluation import Evaluation, evaluate, recompute_statistics, statistics_samples
