@@ -45,6 +45,7 @@ from benchmarks.scaling_tables import (
     starts_table,
     steps_table,
     sums_table,
+    wires_table,
 )
 from dist_train.monitoring.prometheus.page import replaced_between
 
@@ -53,6 +54,7 @@ _PERFORMANCE = Path(__file__).parents[1] / "results" / "performance-cpu.json"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 _RUN_RANKS = (1, 8, 64, 256, 1024)
 _REDUCTION_RANKS = (8, 64, 128, 256, 1024)
+_WIRE_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 _FIGURE_RANKS = 64
 
 
@@ -111,6 +113,13 @@ def tables_of(arguments: argparse.Namespace) -> Iterator[Table]:
         pairs = zip(*(reduction_rows(resnet50_job(), each, _REDUCTION_RANKS) for each in (place, fast)), strict=True)
         groups[rate] = list(pairs)
     yield reductions_table(groups)
+    place = _of_resnet50(cluster, arguments, arguments.resnet_rate)
+    yield wires_table(
+        {
+            "VGG9": reduction_rows(vgg9_job(), cluster, _WIRE_RANKS),
+            "ResNet-50": reduction_rows(resnet50_job(), place, _WIRE_RANKS),
+        }
+    )
     yield runs_table(_runs(arguments, cluster, fits))
     yield starts_table(measurements, fits)
     yield sums_table(measurements, fits)

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from benchmarks.scaling_model import (
+    Algorithm,
     Compute,
     Coordination,
     Job,
@@ -40,8 +41,31 @@ GUESSES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 """The assumptions of a forecast, and their paths in a `Cluster`."""
-_REDUCTIONS: Mapping[str, int] = MappingProxyType({"float": 4, "exact": 8, "exact32": 4, "2 bytes": 2})
-"""Bytes of a gradient on the wire."""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """How gradients are summed: bytes of a weight on the wire, there and gathered; bytes of a filter in the tally."""
+
+    weight_bytes: int
+    filter_bytes: int = 0
+    gathered_bytes: int = 0
+    algorithm: Algorithm | None = None
+    """None: the cluster's."""
+
+
+WIRES: Mapping[str, Wire] = MappingProxyType(
+    {
+        "float32": Wire(4),
+        "bfloat16": Wire(2),
+        "exact": Wire(8),
+        "exact, hierarchical": Wire(8, algorithm="hierarchical"),
+        "exact, sharded": Wire(8, gathered_bytes=4),
+        "exact32": Wire(4, filter_bytes=8),
+        "exact16": Wire(2, filter_bytes=8),
+    }
+)
+"""What peers send, what is implemented, and two ways to send 64-bit integers that are not."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +116,7 @@ class Swing:
 
 @dataclass(frozen=True)
 class Reduction:
-    """An update with float gradients, and the factors of its time with other gradient sizes."""
+    """An update with float32 gradients, and the factors of its time with each of `WIRES`."""
 
     floating: Forecast
     factors: Mapping[str, float]
@@ -157,11 +181,22 @@ def reduction_rows(job: Job, cluster: Cluster, ranks: Sequence[int]) -> list[Red
     rows = []
     for count in ranks:
         plain = busy_job(job, count)
-        of = {name: forecast(replace(plain, weight_bytes=size), cluster, count) for name, size in _REDUCTIONS.items()}
-        floating = of.pop("float")
+        of = {name: _forecast_over(wire, plain, cluster, count) for name, wire in WIRES.items()}
+        floating = of["float32"]
         factors = {name: row.milliseconds / floating.milliseconds for name, row in of.items()}
         rows.append(Reduction(floating, factors))
     return rows
+
+
+def _forecast_over(wire: Wire, job: Job, cluster: Cluster, ranks: int) -> Forecast:
+    sent = replace(
+        job,
+        weight_bytes=wire.weight_bytes,
+        gathered_bytes=wire.gathered_bytes,
+        tally=job.tally + wire.filter_bytes * sum(layer.filters for layer in job.layers),
+    )
+    network = replace(cluster.network, algorithm=wire.algorithm or cluster.network.algorithm)
+    return forecast(sent, replace(cluster, network=network), ranks)
 
 
 def swings(job: Job, cluster: Cluster, ranks: int) -> list[Swing]:

@@ -19,10 +19,11 @@ FORWARD = 1 / 3
 
 @dataclass(frozen=True)
 class Layer:
-    """Number of weights of a layer, and of multiply-adds of its forward pass on one sample."""
+    """Number of weights of a layer, of multiply-adds of its forward pass per sample, and of filters (a bias is one)."""
 
     parameters: int
     multiply_adds: int
+    filters: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Job:
 
     `weight_bytes` is 8 for the exact reduction's integers, 4 for float32, 2 for float16; `bucket` is the minimum number
     of weights sent together; `tally` is the size of the small sum of integers at the end of an update.
+    `gathered_bytes`, unless 0, are those of a weight in an all-gather: gradients are reduce-scattered instead of
+    allreduced, each rank updates its shard, and the new weights are gathered.
     """
 
     layers: tuple[Layer, ...]
@@ -82,6 +85,7 @@ class Job:
     weight_bytes: int = 8
     bucket: int = 1 << 20
     tally: int = 0
+    gathered_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,10 +139,14 @@ class RunSeconds:
 
 @dataclass(frozen=True)
 class Message:
-    """A sum over ranks: its size, and the fraction of the backward pass (0 to 1) after which it can start."""
+    """A sum over ranks: its size, and the fraction of the backward pass (0 to 1) after which it can start.
+
+    `part` is the fraction of an allreduce that it takes: half for a reduce-scatter.
+    """
 
     size: int
     ready: float
+    part: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -199,19 +207,20 @@ def messages(job: Job) -> list[Message]:
     """Return the sums of an update, in the order in which they can start: buckets of gradients, then the tally.
 
     As in training, a bucket takes layers from last to first until it has `job.bucket` weights, and can start once the
-    backward pass has reached all of them. If both are integers, the tally is sent with the last bucket, because the
-    engine fuses what is ready in one cycle.
+    backward pass has reached all of them. If both are allreduces of 64-bit integers, the tally is sent with
+    the last bucket, because the engine fuses what is ready in one cycle.
     """
     whole = sum(layer.multiply_adds for layer in job.layers)
+    part = 0.5 if job.gathered_bytes else 1.0
     sent: list[Message] = []
     weights = done = 0
     for number, layer in enumerate(reversed(job.layers)):
         weights += layer.parameters
         done += layer.multiply_adds
         if weights >= job.bucket or number == len(job.layers) - 1:
-            sent.append(Message(weights * job.weight_bytes, done / whole))
+            sent.append(Message(weights * job.weight_bytes, done / whole, part))
             weights = 0
-    if job.tally and job.weight_bytes == 8:
+    if job.tally and job.weight_bytes == 8 and not job.gathered_bytes:
         sent[-1] = replace(sent[-1], size=sent[-1].size + job.tally)
     elif job.tally:
         sent.append(Message(job.tally, 1.0))
@@ -246,9 +255,17 @@ def communication(
     for message in sums:
         ready = backward * (message.ready - 1.0) + agreement_seconds(coordination, ranks)
         begun = max(ready, free)
-        free = begun + allreduce_seconds(network, ranks, message.size)
+        free = begun + message.part * allreduce_seconds(network, ranks, message.size)
         hidden += min(free, 0.0) - min(begun, 0.0)
     return max(0.0, free), hidden
+
+
+def gather_seconds(job: Job, network: Network, coordination: Coordination, ranks: int) -> float:
+    """Return the time of the all-gather after an update, the second half of a ring's allreduce; 0 if none is made."""
+    if not job.gathered_bytes or ranks == 1:
+        return 0.0
+    size = job.gathered_bytes * sum(layer.parameters for layer in job.layers)
+    return agreement_seconds(coordination, ranks) + allreduce_seconds(network, ranks, size) / 2
 
 
 def step_seconds(job: Job, compute: Compute, network: Network, coordination: Coordination, ranks: int) -> StepSeconds:
@@ -262,7 +279,7 @@ def step_seconds(job: Job, compute: Compute, network: Network, coordination: Coo
     return StepSeconds(
         compute=busy,
         waiting=busy * compute.jitter * slowest_of(ranks),
-        exposed=exposed,
+        exposed=exposed + gather_seconds(job, network, coordination, ranks),
         hidden=hidden,
         fixed=compute.fixed,
     )

@@ -86,11 +86,12 @@ def layers_of(network: nn.Module, image: tuple[int, int, int]) -> tuple[Layer, .
 
     def note(module: nn.Module, _: object, output: Tensor) -> None:
         weights = sum(parameter.numel() for parameter in module.parameters())
+        filters = sum(len(parameter) if parameter.dim() > 1 else 1 for parameter in module.parameters())
         multiply_adds = 0
         if isinstance(module, nn.Conv2d | nn.Linear):
             multiply_adds = module.weight.numel() * output[0].numel() // output.shape[1]
         if weights:
-            found.append(Layer(weights, multiply_adds))
+            found.append(Layer(weights, multiply_adds, filters))
 
     leaves = [module for module in network.modules() if not list(module.children())]
     hooks = [module.register_forward_hook(note) for module in leaves]
