@@ -67,7 +67,7 @@ class Contents:
     noise: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """The state of the noise method, if it has one."""
     grid_exponents: Sequence[int] | None = None
-    """Of `exact32`: the next update's, one for each parameter tensor."""
+    """Of `exact32` and `exact16`: the next update's, one for each parameter tensor."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the dictionary that `torch.load(path, weights_only=True)` returns."""

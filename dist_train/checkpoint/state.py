@@ -104,7 +104,7 @@ class Progress:
     updates_since_overflow: int | None = None
     """Updates since the loss scale was last changed. Both are None unless the precision is float16."""
     grid_exponents: Sequence[int] | None = None
-    """Of `exact32`: the next update's grids, one for each parameter tensor."""
+    """Of `exact32` and `exact16`: the next update's grids, one for each parameter tensor."""
     non_finite_step: int | None = None
     """The latest step at which an evaluation or the weights were not finite; its checkpoint is never the best."""
 

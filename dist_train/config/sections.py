@@ -243,10 +243,11 @@ class CommSettings(Section):
         description="Communication library. auto: Horovod under horovodrun and mpirun, and under srun if it is "
         "installed; otherwise torch.distributed.",
     )
-    reduction: Literal["exact", "exact32", "float"] = Field(
+    reduction: Literal["exact", "exact32", "exact16", "float"] = Field(
         "exact",
         description="How gradients are summed. exact: as 64-bit integers, bit-identical on any number of ranks. "
-        "exact32: likewise as 32-bit integers, which need no more bytes than float. float: as floats.",
+        "exact32: likewise as 32-bit integers, which need no more bytes than float. exact16: an experiment, likewise "
+        "at the bytes of fp16, with errors of about 1 %. float: as floats.",
         examples=["exact32"],
     )
     compression: Literal["none", "fp16"] = Field(

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Literal
 
 import torch
 
@@ -132,12 +133,13 @@ class Grids:
     they are saved.
     """
 
-    def __init__(self, progress: Progress, tensors: int, terms: int) -> None:
-        """Fit the grids of so many `tensors` to the sums of `terms` micro-batches' gradients."""
+    def __init__(self, progress: Progress, tensors: int, terms: int, bits: int = 32) -> None:
+        """Fit the grids of so many `tensors` to the sums of `terms` micro-batches' gradients in integers of `bits`."""
         self._progress = progress
         self._tensors = tensors
         self._is_steady = terms >= _MANY
-        self._room = 2**31 / (_HEADROOM_OF_MANY if self._is_steady else _HEADROOM if terms > 1 else 2 * _HEADROOM)
+        headroom = _HEADROOM_OF_MANY if self._is_steady else _HEADROOM if terms > 1 else 2 * _HEADROOM
+        self._room = 2 ** (bits - 1) / headroom
 
     @property
     def exponents(self) -> Sequence[int] | None:
@@ -173,20 +175,23 @@ _UNUSED_BITS = 4
 _UPDATES_UNTIL_FINER = 16
 
 
-class Exact32Accumulator(GradientAccumulator):
-    """Sums of 32-bit integers, on a grid for each parameter tensor: exact, and as many bytes as float32.
+class GridAccumulator(GradientAccumulator):
+    """Sums of integers of 32 or 16 bits, on a grid for each parameter tensor: exact, at float32's or float16's bytes.
 
-    A filter's sums are at most the sum over the micro-batches of its largest integer: where that fits 32 bits, so do
+    A filter's sums are at most the sum over the micro-batches of its largest integer: where that fits the bits, so do
     they, whatever their order. Where it does not, the update is made again on coarser grids. The first update, without
     grids yet, takes 64 bits.
     """
 
-    def __init__(self, weights: FlatWeights, comm: Communicator, terms: int, progress: Progress) -> None:
+    def __init__(
+        self, weights: FlatWeights, comm: Communicator, terms: int, progress: Progress, bits: Literal[16, 32] = 32
+    ) -> None:
         """Sum the gradients of `weights`; at most `terms` micro-batches make a global batch.
 
         The grids are kept in `progress`.
         """
         super().__init__(weights, comm, 2.0**62 / terms)
+        self._bits = bits
         self._tensors = [
             self._gradients[each.start : each.stop].view(each.shape[0] if len(each.shape) > 1 else 1, -1)
             for each in weights.segments
@@ -203,7 +208,8 @@ class Exact32Accumulator(GradientAccumulator):
             device=self._gradients.device,
         )
         """Of each filter where it begins, its length, and which parameter's it is."""
-        self._grids = Grids(progress, len(self._tensors), terms)
+        self._padding = torch.tensor(weights.masked_indices(()), dtype=torch.int64, device=self._gradients.device)
+        self._grids = Grids(progress, len(self._tensors), terms, bits)
         self.largest = torch.zeros(self._filters[-1], dtype=torch.int64, device=self._gradients.device)
         self._exponents: Sequence[int] = ()
         self._scales = self._gradients[:0]
@@ -225,6 +231,10 @@ class Exact32Accumulator(GradientAccumulator):
             self._total = torch.zeros_like(self._gradients, dtype=integers)
             # Memory that a single micro-batch never touches is never taken.
             self._scratch = torch.empty_like(self._total)
+        if self._travel_in_pairs:
+            # A sum that left its bits, or never came back, leaves its mark on what it was paired with.
+            for each in (self._total, self._gradients):
+                each.index_fill_(0, self._padding, 0)
 
     def add(self, bucket: Bucket) -> None:
         """Add the gradients of one micro-batch as integers."""
@@ -254,20 +264,44 @@ class Exact32Accumulator(GradientAccumulator):
         total = self._total[bucket.part]
         if bucket.index not in self._begun:
             total.zero_()
-        return self._comm.allreduce_async(total, name)
+        return self._comm.allreduce_async(pack_halves(total) if self._travel_in_pairs else total, name)
 
     def receive(self, bucket: Bucket) -> None:
         """Turn the sum back into floats, once."""
-        self._gradients[bucket.part].copy_(self._total[bucket.part])
+        total = self._total[bucket.part]
+        if self._travel_in_pairs:
+            unpack_halves(total)
+        self._gradients[bucket.part].copy_(total)
         which = slice(bucket.first, bucket.last)
         torch._foreach_mul_(self._tensors[which], [2.0**-exponent for exponent in self._exponents[which]])
 
     def fits(self, largest: Sequence[int]) -> bool:
         """Whether no sum can have left its integers; choose the grids of the update to come, or of this one anew."""
         bounds = [max(largest[first:last]) for first, last in pairwise(self._filters)]
-        fits = self._total.dtype == torch.int64 or max(bounds) < 2**31
+        fits = self._total.dtype == torch.int64 or max(bounds) < 2 ** (self._bits - 1)
         self._grids.follow(bounds)
         return fits
+
+    @property
+    def _travel_in_pairs(self) -> bool:
+        return self._bits == 16 and self._total.dtype == torch.int32
+
+
+def pack_halves(integers: torch.Tensor) -> torch.Tensor:
+    """Add 2^16 times the second half of int32 `integers` [n], n even, to the first half, in place, and return that.
+
+    Sums of such halves, in any order, hold the sums of both: neither Gloo nor NCCL sums 16-bit integers.
+    """
+    low, high = integers.chunk(2)
+    return low.add_(high, alpha=1 << 16)
+
+
+def unpack_halves(integers: torch.Tensor) -> None:
+    """Split the sums in the first half of int32 `integers` [n] into those of both halves, each below 2^15 in size."""
+    low, high = integers.chunk(2)
+    torch.add(low, 1 << 15, out=high)
+    high.bitwise_right_shift_(16)
+    low.sub_(high, alpha=1 << 16)
 
 
 def _largest(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

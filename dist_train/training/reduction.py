@@ -25,14 +25,16 @@ from dist_train.reproducible import LOSSES
 from dist_train.training.accumulators import (
     AdasumAccumulator,
     Bucket,
-    Exact32Accumulator,
     ExactAccumulator,
     FloatAccumulator,
     GradientAccumulator,
+    GridAccumulator,
 )
 
 _BUCKET = 1 << 20
 """Gradients in a bucket, at the least: the last bucket's allreduce is what no backward pass hides."""
+_MOST_IN_16_BITS = 256
+"""The error of their sum is about 1 %, and grows with their number."""
 
 
 class GradientReduction:
@@ -134,7 +136,7 @@ def build_reduction(
     update to the next.
 
     Raises:
-        UsageError: Adasum cannot work with this group.
+        UsageError: Adasum cannot work with this group, or 16 bits not with so many gradients.
     """
     if settings.op == "adasum":
         _check_adasum(comm, share, weights.values.device)
@@ -143,7 +145,15 @@ def build_reduction(
     if settings.reduction == "exact":
         accumulator = ExactAccumulator(weights, comm, gradients)
     elif settings.reduction == "exact32":
-        accumulator = Exact32Accumulator(weights, comm, gradients, progress)
+        accumulator = GridAccumulator(weights, comm, gradients, progress)
+    elif settings.reduction == "exact16":
+        if gradients > _MOST_IN_16_BITS:
+            raise UsageError(
+                f"exact16 is too inaccurate for {gradients} gradients of micro-batches, more than {_MOST_IN_16_BITS}: "
+                "set a larger batch.micro_size, or comm.reduction=exact32",
+                code="exact16-micro-batches",
+            )
+        accumulator = GridAccumulator(weights, comm, gradients, progress, bits=16)
     else:
         sent_as = torch.float16 if settings.compression == "fp16" else torch.float32
         accumulator = FloatAccumulator(weights, comm, sent_as)

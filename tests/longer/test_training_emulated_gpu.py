@@ -59,6 +59,7 @@ OPTIMIZERS: list[Sections] = [
 REDUCTIONS: list[Sections] = [
     {"comm": {"reduction": "exact"}},
     {"comm": {"reduction": "exact32"}},
+    {"comm": {"reduction": "exact16"}},
     {"comm": {"reduction": "float"}},
     {"comm": {"reduction": "float", "compression": "fp16"}},
     {"comm": {"reduction": "float", "op": "adasum"}, "noise": {"method": "none"}},

@@ -1,26 +1,31 @@
-"""How accurate a sum of 32-bit integers is, along runs: at least as much as one of float32, added up in order."""
+"""How accurate sums of integers are along runs: of 32 bits at least as much as float32, of 16 bits as stated.
+
+`python -m tests.longer.test_training_exact32_error` prints the errors that docs/architecture.md states.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from dist_train.cluster.communicator import Alone
-from dist_train.training.accumulators import Bucket, Exact32Accumulator
+from dist_train.training.accumulators import Bucket, GridAccumulator
 from dist_train.training.reduction import GradientReduction, buckets_of
 from dist_train.training.trainer import Trainer
 from tests.unit.small_trainers import build_trainer, small_config
 
 MOMENTS = (2, 5, 9, 14, 20)
 MICRO_BATCHES = 64
+LARGEST_OF_16_BITS = 0.02
 
 
-class Keeping(Exact32Accumulator):
+class Keeping(GridAccumulator):
     """Keeps the gradient of each micro-batch."""
 
     seen: list[Tensor]
@@ -36,17 +41,26 @@ class Keeping(Exact32Accumulator):
 
 @dataclass(frozen=True)
 class Errors:
-    """Euclidean norms of the errors of two sums, over that of the sum in float64."""
+    """Euclidean norms of the errors of sums, over that of the sum in float64.
 
-    exact32: float
+    `integers` are the run's own, `in_order` float32 added up in order, `fp16` and `bfloat16` the same on each of
+    `RANKS` ranks, and in that type between them.
+    """
+
+    integers: float
     in_order: float
+    fp16: float
+    bfloat16: float
 
 
-def errors_along(trainer: Trainer, moments: tuple[int, ...]) -> list[Errors]:
+RANKS = 8
+
+
+def errors_along(trainer: Trainer, moments: tuple[int, ...], bits: Literal[16, 32] = 32) -> list[Errors]:
     """Train, and return the errors of the gradient in the updates `moments`."""
     step = trainer.take_step
     step.reduction.close()
-    keeping = Keeping(step.weights, trainer.comm, MICRO_BATCHES, trainer.progress)
+    keeping = Keeping(step.weights, trainer.comm, MICRO_BATCHES, trainer.progress, bits)
     # One bucket, so that each gradient is kept as a whole.
     whole = GradientReduction(step.weights, keeping, buckets_of(step.weights, len(step.weights.values)))
     trainer.take_step = replace(step, reduction=whole)
@@ -59,25 +73,56 @@ def errors_along(trainer: Trainer, moments: tuple[int, ...]) -> list[Errors]:
 
 
 def errors_of(gradients: list[Tensor], summed: Tensor) -> Errors:
-    """Return the errors of `summed`, and of adding up `gradients` in order."""
+    """Return the errors of `summed`, and of adding up `gradients` in other ways."""
     assert len(gradients) == MICRO_BATCHES
     true = torch.stack(gradients).double().sum(0)
-    in_order = torch.zeros_like(summed)
+    of_ranks = [in_order(gradients[rank::RANKS]) for rank in range(RANKS)]
+    sums = (
+        summed,
+        in_order(gradients),
+        in_order([each.half() for each in of_ranks]),
+        in_order([each.bfloat16() for each in of_ranks]),
+    )
+    return Errors(*(float((each.double() - true).norm() / true.norm()) for each in sums))
+
+
+def in_order(gradients: list[Tensor]) -> Tensor:
+    """Return the sum of `gradients` in their own type, one after the other."""
+    total = torch.zeros_like(gradients[0])
     for gradient in gradients:
-        in_order += gradient
-    return Errors(*(float((each.double() - true).norm() / true.norm()) for each in (summed, in_order)))
+        total += gradient
+    return total
 
 
-@pytest.mark.parametrize("model", ["vgg9", pytest.param("resnet18", marks=pytest.mark.lengthy)])
-def test_the_sum_is_as_accurate_as_one_of_float32_in_order_all_along_a_run(tmp_path: Path, model: str) -> None:
+def tiny_trainer(folder: Path, model: str, reduction: str) -> Trainer:
+    """Return the trainer of 20 updates of `MICRO_BATCHES` micro-batches of 4 samples."""
     sections: dict[str, Any] = {
         "run": {"epochs": 30},
         "data": {"synthetic_samples": 4 * MICRO_BATCHES},
         "model": {"name": model},
         "batch": {"global_size": 4 * MICRO_BATCHES, "micro_size": 4},
-        "comm": {"reduction": "exact32"},
+        "comm": {"reduction": reduction},
     }
-    trainer = build_trainer(small_config(**sections), tmp_path, Alone())
-    errors = errors_along(trainer, MOMENTS)
+    return build_trainer(small_config(**sections), folder, Alone())
+
+
+@pytest.mark.parametrize("model", ["vgg9", pytest.param("resnet18", marks=pytest.mark.lengthy)])
+def test_the_sum_is_as_accurate_as_one_of_float32_in_order_all_along_a_run(tmp_path: Path, model: str) -> None:
+    errors = errors_along(tiny_trainer(tmp_path, model, "exact32"), MOMENTS)
     assert len(errors) == len(MOMENTS)
-    assert all(0 < each.exact32 <= each.in_order for each in errors), errors
+    assert all(0 < each.integers <= each.in_order for each in errors), errors
+
+
+@pytest.mark.parametrize("model", ["vgg9", pytest.param("resnet18", marks=pytest.mark.lengthy)])
+def test_the_sum_in_16_bits_is_as_inaccurate_as_is_stated(tmp_path: Path, model: str) -> None:
+    errors = errors_along(tiny_trainer(tmp_path, model, "exact16"), MOMENTS, bits=16)
+    assert len(errors) == len(MOMENTS)
+    assert all(each.fp16 < each.integers < LARGEST_OF_16_BITS for each in errors), errors
+
+
+if __name__ == "__main__":
+    for model in ("vgg9", "resnet18"):
+        for bits in (32, 16):
+            with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                for error in errors_along(tiny_trainer(Path(folder), model, f"exact{bits}"), MOMENTS, bits):
+                    print(model, bits, error)

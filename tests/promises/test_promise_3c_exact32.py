@@ -1,4 +1,4 @@
-"""Promise 3 with `comm.reduction: exact32`, also where gradients leap, so that updates must be made again."""
+"""Promise 3 with `comm.reduction: exact32` and `exact16`, also where gradients leap and updates are made again."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def leaping(images, width, norm):
 """
 
 
-def leaping_run(folder: Path, updates: int) -> str:
+def leaping_run(folder: Path, updates: int, reduction: str = "exact32") -> str:
     """Write the settings of a run of so many updates, of seven micro-batches, some with gradients that leap."""
     (folder / "leaping.py").write_text(LEAPING)
     settings = small_settings(
         run={"epochs": 100, "max_steps": updates},
         model={"name": "leaping", "norm": "none"},
         noise={"sharing": "micro_batch"},
-        comm={"reduction": "exact32", "verify_every": 1},
+        comm={"reduction": reduction, "verify_every": 1},
         optimizer={"clip_norm": 1.0},
         checkpoint={"every_epochs": 0},
         evaluation={"every_epochs": 0},
@@ -66,10 +66,11 @@ def repeats(run: Path) -> list[tuple[int, int]]:
     return [(event["step"], event["times"]) for event in events]
 
 
+@pytest.mark.parametrize("reduction", ["exact32", "exact16"])
 def test_the_bits_are_the_same_with_updates_made_again_on_other_numbers_of_ranks_by_other_engines(
-    tmp_path: Path,
+    tmp_path: Path, reduction: str
 ) -> None:
-    config = leaping_run(tmp_path, 30)
+    config = leaping_run(tmp_path, 30, reduction)
     train_alone(config, tmp_path / "alone")
     run = tmp_path / "run"
     for ranks, controller, until in ((5, "mpi", 9), (2, "gloo", 17), (3, "torch", 30)):

@@ -1,4 +1,4 @@
-"""Sums of 32-bit integers: exact on any number of ranks, as accurate as their grids, and made again where too large."""
+"""Sums of integers of 32 and 16 bits: exact on any ranks, as accurate as their grids, made again where too large."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dist_train.checkpoint.files import Contents
 from dist_train.checkpoint.state import Progress, restored_progress, shared_progress
 from dist_train.cluster.communicator import Alone, Communicator, Pending
+from dist_train.config import CommSettings
 from dist_train.optim.flat_weights import FlatWeights
-from dist_train.outcome import DivergedError
-from dist_train.training.accumulators import Exact32Accumulator, Grids
-from dist_train.training.reduction import GradientReduction, buckets_of
+from dist_train.outcome import DivergedError, UsageError
+from dist_train.training.accumulators import GridAccumulator, Grids, pack_halves, unpack_halves
+from dist_train.training.reduction import GradientReduction, buckets_of, build_reduction
 from dist_train.training.trainer import Trainer
 from tests.raising import raises
 from tests.unit.checkpoint_files import contents
@@ -33,6 +35,8 @@ SHAPES = [(5,), (8, 5), (1,), (17, 1)]
 SIZES = [5, 40, 1, 17]
 COUNT = sum(SIZES)
 PROPERTY = settings(deadline=None, max_examples=40)
+Bits = Literal[16, 32]
+BITS: tuple[Bits, ...] = (32, 16)
 
 
 @dataclass
@@ -48,11 +52,11 @@ class Reduced:
 class Updates:
     """Updates by given gradients, as the step makes them."""
 
-    def __init__(self, comm: Communicator, terms: int, progress: Progress | None = None) -> None:
+    def __init__(self, comm: Communicator, terms: int, bits: Bits = 32, progress: Progress | None = None) -> None:
         self.comm = comm
         self.progress = progress or Progress()
         self.weights = FlatWeights(nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in SHAPES]))
-        accumulator = Exact32Accumulator(self.weights, comm, terms, self.progress)
+        accumulator = GridAccumulator(self.weights, comm, terms, self.progress, bits)
         self.reduction = GradientReduction(self.weights, accumulator, buckets_of(self.weights, 20))
 
     @property
@@ -119,6 +123,7 @@ def scales_of(exponents: Sequence[int]) -> Tensor:
 
 
 cases = given(
+    bits=st.sampled_from(BITS),
     seed=st.integers(0, 2**30),
     count=st.integers(1, 12),
     spread=st.floats(0.0, 2.0),
@@ -127,16 +132,18 @@ cases = given(
 
 
 @PROPERTY
-@given(st.data(), st.integers(0, 2**30), st.integers(1, 8), st.integers(1, 4), st.integers(-4, 12))
+@given(
+    st.data(), st.sampled_from(BITS), st.integers(0, 2**30), st.integers(1, 8), st.integers(1, 4), st.integers(-4, 12)
+)
 def test_promise_3_any_split_over_ranks_and_any_order_give_the_same_integers(
-    data: st.DataObject, seed: int, count: int, ranks: int, finer: int
+    data: st.DataObject, bits: Bits, seed: int, count: int, ranks: int, finer: int
 ) -> None:
     batches = [some_gradients(count, seed + step) for step in range(3)]
     dealt = [data.draw(st.lists(st.integers(0, ranks - 1), min_size=count, max_size=count)) for _ in batches]
     orders = [data.draw(st.permutations(range(count))) for _ in batches]
 
     def train(comm: Communicator, *, in_order: bool) -> list[tuple[bytes, list[int], int, list[int]]]:
-        updates, made = Updates(comm, count), []
+        updates, made = Updates(comm, count, bits), []
         for step, batch in enumerate(batches):
             if step == 2:
                 updates.leap(finer)
@@ -151,10 +158,10 @@ def test_promise_3_any_split_over_ranks_and_any_order_give_the_same_integers(
 
 @PROPERTY
 @cases
-def test_wherever_the_bound_holds_the_sum_in_32_bits_is_that_in_64(
-    seed: int, count: int, spread: float, finer: int
+def test_wherever_the_bound_holds_the_sum_is_that_in_64_bits(
+    bits: Bits, seed: int, count: int, spread: float, finer: int
 ) -> None:
-    updates = Updates(Alone(), count)
+    updates = Updates(Alone(), count, bits)
     updates.make(some_gradients(count, seed, spread))
     updates.leap(finer)
     start = updates.exponents
@@ -167,15 +174,15 @@ def test_wherever_the_bound_holds_the_sum_in_32_bits_is_that_in_64(
     if updates.reduction.accumulator.fits(largest):
         assert torch.equal(summed, expected.float().double() / scales_of(start))
     else:
-        assert max(largest) >= 2**31
+        assert max(largest) >= 2 ** (bits - 1)
 
 
 @PROPERTY
 @cases
 def test_an_update_is_within_half_a_grid_for_each_micro_batch_of_the_true_sum(
-    seed: int, count: int, spread: float, finer: int
+    bits: Bits, seed: int, count: int, spread: float, finer: int
 ) -> None:
-    updates = Updates(Alone(), count)
+    updates = Updates(Alone(), count, bits)
     updates.make(some_gradients(count, seed, spread))
     updates.leap(finer)
     gradients = some_gradients(count, seed + 1, spread)
@@ -186,21 +193,22 @@ def test_an_update_is_within_half_a_grid_for_each_micro_batch_of_the_true_sum(
 
 
 @PROPERTY
-@given(st.integers(0, 2**30), st.integers(1, 64))
-def test_the_second_update_of_the_same_gradients_uses_the_bits_it_may(seed: int, terms: int) -> None:
-    updates = Updates(Alone(), terms)
+@given(st.sampled_from(BITS), st.integers(0, 2**30), st.integers(1, 64))
+def test_the_second_update_of_the_same_gradients_uses_the_bits_it_may(bits: Bits, seed: int, terms: int) -> None:
+    updates = Updates(Alone(), terms, bits)
     gradients = some_gradients(terms, seed, 0.2)
     updates.make(gradients)
     reduced = updates.make(gradients)
-    room = 2**31 / (1.75 if terms >= 16 else 4 if terms > 1 else 8)
+    room = 2 ** (bits - 1) / (1.75 if terms >= 16 else 4 if terms > 1 else 8)
     for bound, exponent in zip(updates.bounds(reduced.largest), reduced.exponents, strict=True):
         assert bound <= room + terms
         assert bound + terms > room / 2 or exponent == 48
 
 
-def test_where_the_integers_leave_31_bits_the_update_is_made_again_once() -> None:
+@pytest.mark.parametrize("bits", BITS)
+def test_where_the_integers_leave_their_bits_the_update_is_made_again_once(bits: Bits) -> None:
     gradients = some_gradients(8, 0)
-    calm, leaping = Updates(Alone(), 8), Updates(Alone(), 8)
+    calm, leaping = Updates(Alone(), 8, bits), Updates(Alone(), 8, bits)
     for updates in (calm, leaping):
         updates.make(gradients)
     leap = [gradient * 1000 for gradient in gradients]
@@ -256,7 +264,8 @@ def test_a_gradient_that_is_not_finite_is_noted_by_the_rank_that_meets_it(bad: f
     assert results(3, noted) == [False, True, False]
 
 
-def test_all_updates_but_the_first_send_float_s_bytes() -> None:
+@pytest.mark.parametrize("bits", BITS)
+def test_all_updates_but_the_first_send_the_bytes_of_a_float_of_as_many_bits(bits: Bits) -> None:
     class Noting(Alone):
         def __init__(self) -> None:
             self.sent: list[tuple[torch.dtype, int]] = []
@@ -267,16 +276,36 @@ def test_all_updates_but_the_first_send_float_s_bytes() -> None:
             return super().allreduce_async(tensor, name)
 
     comm = Noting()
-    updates = Updates(comm, 2)
+    updates = Updates(comm, 2, bits)
     length = len(updates.weights.gradients)
-    for expected in (torch.int64, torch.int32, torch.int32):
+    for expected, size in ((torch.int64, 8), (torch.int32, bits // 8), (torch.int32, bits // 8)):
         comm.sent.clear()
         updates.make(some_gradients(2, 0))
         assert {dtype for dtype, _ in comm.sent} == {expected}
-        assert sum(size for _, size in comm.sent) == length * expected.itemsize
+        assert sum(sent for _, sent in comm.sent) == length * size
+
+
+@given(st.lists(st.tuples(*2 * [st.lists(st.integers(-(2**15), 2**15), min_size=3, max_size=3)]), max_size=9))
+def test_sums_of_packed_integers_come_apart_wherever_they_fit_16_bits(pairs: list[tuple[list[int], list[int]]]) -> None:
+    rows = [torch.tensor([*low, *high], dtype=torch.int32) for low, high in pairs]
+    expected = sum(rows, torch.zeros(6, dtype=torch.int32))
+    assume((expected.abs() < 2**15).all())
+    total = torch.zeros(6, dtype=torch.int32)
+    total[:3] = sum((pack_halves(row) for row in rows), torch.zeros(3, dtype=torch.int32))
+    unpack_halves(total)
+    assert torch.equal(total, expected)
+
+
+def test_16_bits_are_refused_to_more_gradients_than_they_can_sum_accurately() -> None:
+    settings = CommSettings(reduction="exact16")
+    build = partial(build_reduction, settings, Updates(Alone(), 2).weights, Alone(), share=1.0, progress=Progress())
+    build(gradients=256)
+    with raises(UsageError, "exact16-micro-batches"):
+        build(gradients=257)
 
 
 CONFIG: dict[str, Any] = {"comm": {"reduction": "exact32"}, "noise": {"sharing": "micro_batch"}}
+CONFIGS = {"exact32": CONFIG, "exact16": {**CONFIG, "comm": {"reduction": "exact16"}}}
 
 
 def bits_of(trainer: Trainer) -> tuple[dict[str, bytes], bytes, object]:
@@ -286,12 +315,14 @@ def bits_of(trainer: Trainer) -> tuple[dict[str, bytes], bytes, object]:
     return state_bits(trainer.network), gradient_bits(trainer), tuple(exponents)
 
 
-def train(comm: Communicator, folder: Path, updates: int, start: Contents | None = None) -> Trainer:
+def train(
+    comm: Communicator, folder: Path, updates: int, start: Contents | None = None, reduction: str = "exact32"
+) -> Trainer:
     """Make so many updates of the tiny run; the third begins on grids much too fine.
 
     `start` is copied: ranks in one process would share the optimizer's state.
     """
-    trainer = build_trainer(small_config(**CONFIG), folder, comm, contents=deepcopy(start))
+    trainer = build_trainer(small_config(**CONFIGS[reduction]), folder, comm, contents=deepcopy(start))
     while trainer.progress.step < updates:
         if trainer.progress.step == 2:
             trainer.progress.grid_exponents = [each + 9 for each in trainer.progress.grid_exponents or ()]
@@ -299,16 +330,19 @@ def train(comm: Communicator, folder: Path, updates: int, start: Contents | None
     return trainer
 
 
-@pytest.mark.parametrize("ranks", [2, 5])
-def test_promise_3_also_where_an_update_is_made_again_and_after_a_resume(tmp_path: Path, ranks: int) -> None:
-    [whole] = results(1, lambda comm: bits_of(train(comm, tmp_path / "alone", 4)))
-    [half] = results(1, lambda comm: train(comm, tmp_path / "half", 3).contents())
-    from_the_first = results(ranks, lambda comm: bits_of(train(comm, tmp_path / "whole", 4)))
-    resumed = results(ranks, lambda comm: bits_of(train(comm, tmp_path / "resumed", 4, half)))
+@pytest.mark.parametrize(("reduction", "ranks"), [("exact32", 2), ("exact32", 5), ("exact16", 2), ("exact16", 3)])
+def test_promise_3_also_where_an_update_is_made_again_and_after_a_resume(
+    tmp_path: Path, reduction: str, ranks: int
+) -> None:
+    [whole] = results(1, lambda comm: bits_of(train(comm, tmp_path / "alone", 4, reduction=reduction)))
+    [half] = results(1, lambda comm: train(comm, tmp_path / "half", 3, reduction=reduction).contents())
+    from_the_first = results(ranks, lambda comm: bits_of(train(comm, tmp_path / "whole", 4, reduction=reduction)))
+    resumed = results(ranks, lambda comm: bits_of(train(comm, tmp_path / "resumed", 4, half, reduction)))
     assert from_the_first == resumed == [whole] * ranks
 
 
-def test_an_update_made_again_is_that_of_the_coarser_grids_and_is_recorded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reduction", ["exact32", "exact16"])
+def test_an_update_made_again_is_that_of_the_coarser_grids_and_is_recorded(tmp_path: Path, reduction: str) -> None:
     records: list[Any] = []
 
     class Keeping:
@@ -319,7 +353,7 @@ def test_an_update_made_again_is_that_of_the_coarser_grids_and_is_recorded(tmp_p
             return lambda *arguments: None
 
     observers: Any = (Keeping(),)
-    trainer = build_trainer(small_config(**CONFIG), tmp_path, Alone(), observers=observers)
+    trainer = build_trainer(small_config(**CONFIGS[reduction]), tmp_path, Alone(), observers=observers)
     trainer.advance()
     fitting = trainer.progress.grid_exponents or ()
     trainer.progress.grid_exponents = [each + 12 for each in fitting]
