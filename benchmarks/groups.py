@@ -27,6 +27,7 @@ from benchmarks import (
     start_up,
     traffic,
     two_ranks,
+    wire,
 )
 from benchmarks.peers import comparison
 from benchmarks.timing import Ratio
@@ -79,6 +80,7 @@ GROUPS: Mapping[str, Group] = MappingProxyType(
                 two_ranks.launch("gloo", reduction, 8192, max(2, pairs // 7)) for reduction in ("exact", "exact32")
             )
         ),
+        "wire": Group(lambda pairs: wire.rows()),
         "dealing": Group(lambda pairs: [dealing.launch(pairs)]),
         "overlap-128": Group(
             lambda pairs: (row for which in ("gloo", "mpi") for row in overlap.rows(which, 1.0, 128, pairs))
