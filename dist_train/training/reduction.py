@@ -34,7 +34,7 @@ from dist_train.training.accumulators import (
 _BUCKET = 1 << 20
 """Gradients in a bucket, at the least: the last bucket's allreduce is what no backward pass hides."""
 _MOST_IN_16_BITS = 256
-"""The error of their sum is about 1 %, and grows with their number."""
+"""Each is left about six bits; the error of their sum grows with their number."""
 
 
 class GradientReduction:
