@@ -249,7 +249,7 @@ def same_sums(device: Device, folder: Path) -> Finding:
         for place in (torch.device(device), torch.device("cpu")):
             weights = FlatWeights(build_model(settings(1.0, 128)).to(place))
             progress = Progress(grid_exponents=[exponent] * len(weights.segments))
-            comm = CommSettings(reduction=name)
+            comm = CommSettings.model_validate({"reduction": name})
             reduction = build_reduction(comm, weights, Alone(), gradients=2, share=1.0, progress=progress)
             reduction.start()
             for seed in range(2):

@@ -406,12 +406,13 @@ def test_exact_sums_of_resnet50_cost_more_the_slower_the_network() -> None:
 def test_a_sharded_sum_that_nothing_hides_takes_half_of_an_exact_one_and_half_of_a_float_one(
     network: Network, ranks: int
 ) -> None:
-    def exposed(**changed: int) -> float:
-        job = replace(_JOB, bucket=1 << 62, **changed)
+    exact = replace(_JOB, bucket=1 << 62)
+
+    def exposed(job: Job) -> float:
         return step_seconds(job, Compute(rate=1e12), network, Coordination(0.0, 0.0), ranks).exposed
 
-    halves = exposed() / 2 + exposed(weight_bytes=4) / 2
-    assert exposed(gathered_bytes=4) == pytest.approx(halves, abs=1e-6)
+    halves = exposed(exact) / 2 + exposed(replace(exact, weight_bytes=4)) / 2
+    assert exposed(replace(exact, gathered_bytes=4)) == pytest.approx(halves, abs=1e-6)
 
 
 def test_swings_name_every_guess_and_begin_with_what_matters_most() -> None:
