@@ -7,7 +7,6 @@ from benchmarks.shared_folder import shared_folder
 from benchmarks.subject import QUIET, open_trainer, settings
 from dist_train.cluster.communicator import Communicator
 from dist_train.cluster.joining import join_ranks
-from dist_train.start_up import ask_for_large_pages
 
 
 def train(work: Work, comm: Communicator) -> None:
@@ -31,8 +30,7 @@ def train(work: Work, comm: Communicator) -> None:
 
 
 if __name__ == "__main__":
-    ask_for_large_pages()
     asked = work_from_arguments()
-    joined = join_ranks(timeout=600.0, device_type="cpu")
+    joined = join_ranks(timeout=600.0, device_type="cpu", micro_batches=asked.batch // asked.micro_batch)
     train(asked, joined)
     joined.close()

@@ -55,10 +55,13 @@ def meeting_within(seconds: float, end: Callable[[], None] = end_process) -> Ite
         timer.cancel()
 
 
-def join_ranks(*, timeout: float, device_type: str, engine: Engine = "auto", timeline: bool = False) -> Communicator:
+def join_ranks(
+    *, timeout: float, device_type: str, engine: Engine = "auto", timeline: bool = False, micro_batches: int = 1
+) -> Communicator:
     """Join the launcher's ranks; without a launcher, run as a single rank.
 
     `timeout` is in seconds. `timeline`: whether a timeline may be written later, which Horovod must know at its start.
+    `micro_batches`: those of a global batch; where updates are long, Horovod's cycle is too.
 
     Raises:
         UsageError: the ranks cannot meet as requested.
@@ -76,7 +79,13 @@ def join_ranks(*, timeout: float, device_type: str, engine: Engine = "auto", tim
         return TorchCommunicator(launch, timeout=timeout, device_type=device_type)
     from dist_train.cluster.horovod import HorovodCommunicator
 
-    return HorovodCommunicator(launch, timeout=timeout, device_type=device_type, timeline=timeline)
+    return HorovodCommunicator(
+        launch,
+        timeout=timeout,
+        device_type=device_type,
+        timeline=timeline,
+        micro_batches=micro_batches // launch.size,
+    )
 
 
 def engine_of(launcher: str, asked: Engine, has_horovod: bool) -> Literal["horovod", "torch"]:

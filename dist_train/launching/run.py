@@ -67,6 +67,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
         FaultError: the run directory could not be written, or something else failed that is not the user's mistake.
     """
     directory = RunDirectory(config.run_directory if run_directory is None else Path(run_directory))
+    micro_size = config.batch.micro_size
     with oserror_to_fault(directory), ExitStack() as stack:
         stop = stack.enter_context(StopRequests(config.run.stop_signal))
         session: Session | None = None
@@ -81,6 +82,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
                 device_type=device_type(config.run.device),
                 engine=config.comm.engine,
                 timeline=config.run.profile_steps > 0,
+                micro_batches=1 if micro_size == "auto" else config.batch.global_size // micro_size,
             )
             stack.push(_leave(comm))
             if not comm.is_joining:

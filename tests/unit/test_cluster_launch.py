@@ -108,19 +108,25 @@ def test_ranks_that_have_met_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("device", "launcher", "milliseconds"),
-    [("cpu", "horovodrun", "5"), ("cpu", "mpirun", "1"), ("cuda", "horovodrun", "1"), ("cuda", "srun", "1")],
+    ("device", "launcher", "micro_batches", "milliseconds"),
+    [
+        ("cpu", "horovodrun", 1, "5"),
+        ("cpu", "mpirun", 1, "1"),
+        ("cpu", "mpirun", 32, "5"),
+        ("cuda", "horovodrun", 1, "1"),
+        ("cuda", "srun", 32, "1"),
+    ],
 )
 def test_horovod_takes_turns_at_the_device_s_pace_and_copies_integers_whole(
-    device: str, launcher: str, milliseconds: str, monkeypatch: pytest.MonkeyPatch
+    device: str, launcher: str, micro_batches: int, milliseconds: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment: dict[str, str] = {"HOROVOD_BATCH_D2D_MEMCOPIES": "1"}
     monkeypatch.setattr(os, "environ", environment)
-    horovod.set_environment(60.0, device, launcher)
+    horovod.set_environment(60.0, device, launcher, micro_batches)
     assert environment["HOROVOD_CYCLE_TIME"] == milliseconds
     assert environment["HOROVOD_BATCH_D2D_MEMCOPIES"] == "0"
     environment["HOROVOD_CYCLE_TIME"] = "0.5"
-    horovod.set_environment(60.0, device, launcher)
+    horovod.set_environment(60.0, device, launcher, micro_batches)
     assert environment["HOROVOD_CYCLE_TIME"] == "0.5"
 
 
