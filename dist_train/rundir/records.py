@@ -9,7 +9,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Annotated, NamedTuple, TypeAlias
@@ -271,9 +271,9 @@ def to_json(record: Record) -> str:
     fields: dict[str, Detail]
     match record:
         case TrainRecord():
-            fields = {"kind": "train", **asdict(record)}
+            fields = {"kind": "train", **vars(record)}
         case EvaluationRecord():
-            fields = {"kind": "eval", **asdict(record)}
+            fields = {"kind": "eval", **vars(record)}
         case EventRecord():
             assert not _RESERVED & record.details.keys(), f"reserved names in {sorted(record.details)}"
             fields = {"kind": "event", "step": record.step, "event": record.event}
@@ -383,15 +383,13 @@ class JsonLines(Observer):
 
     def record(self, record: Record) -> None:
         """Append `record`, unless the file has it."""
-        line = to_json(record).encode()
-        identity = _identity(line)
-        assert identity is not None
+        identity = _identity_of(record)
         with self._lock:
             if identity in self._written:
                 return
             self._written.add(identity)
             if len(self._backlog) < _BACKLOG_LIMIT:
-                self._backlog.append(line + b"\n")
+                self._backlog.append(f"{to_json(record)}\n".encode())
             self._write_backlog()
 
     def sync(self) -> None:
@@ -470,13 +468,26 @@ class Identity(NamedTuple):
     part: str
 
 
+def _identity_of(record: Record) -> Identity:
+    match record:
+        case TrainRecord():
+            return Identity("train", record.step, "")
+        case EvaluationRecord():
+            return Identity("eval", record.step, record.split)
+    return Identity("event", record.step, _part_of_event(record.event, record.details))
+
+
+def _part_of_event(name: str, details: Mapping[str, object]) -> str:
+    return f"{name} {details['generation']}" if "generation" in details else name
+
+
 def _identity(line: bytes) -> Identity | None:
     try:
         fields = json.loads(line)
         kind, step = fields["kind"], fields["step"]
         part = fields.get({"eval": "split", "event": "event"}.get(kind, ""), "")
-        if kind == "event" and "generation" in fields:
-            part = f"{part} {fields['generation']}"
+        if kind == "event":
+            part = _part_of_event(part, fields)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     if isinstance(kind, str) and isinstance(step, int) and isinstance(part, str):

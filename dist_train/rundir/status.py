@@ -14,10 +14,10 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -75,7 +75,7 @@ class StatusFile:
         """Begin in state `starting`, with the progress of `before`; nothing is written yet."""
         self._file = RewrittenFile(path)
         now = _now()
-        self.current = Status(
+        begun = Status(
             state="starting",
             step=before.step if before else 0,
             epoch=before.epoch if before else 0.0,
@@ -94,11 +94,17 @@ class StatusFile:
             slurm_job=os.environ.get("SLURM_JOB_ID", ""),
             environment=before.environment if before else {},
         )
+        self._fields: dict[str, Any] = dict(vars(begun))
         self._written = 0.0
+
+    @property
+    def current(self) -> Status:
+        """The status as it is now, written or not."""
+        return Status(**self._fields)
 
     def note(self, **fields: object) -> None:
         """Set `fields`, to be written with the next write."""
-        self.current = replace(self.current, **fields)  # type: ignore[arg-type]  # checked by replace
+        self._fields |= fields
 
     def change(self, state: State, **fields: object) -> None:
         """Enter `state` and write at once."""
@@ -120,10 +126,11 @@ class StatusFile:
 
     def _write(self) -> None:
         self._written = time.monotonic()
-        self.current = replace(self.current, updated=_now())
-        text = json_text(asdict(self.current), indent=2) + "\n"
+        self.note(updated=_now())
+        current = self.current
+        text = json_text(asdict(current), indent=2) + "\n"
         self._file.write(text)
-        if self._file.is_refused and self.current.finished is not None:
+        if self._file.is_refused and current.finished is not None:
             with suppress(OSError):
                 directory = RunDirectory(self._file.path.parent)
                 directory.spend_reserve(lambda: atomic.swap_text(self._file.path, text))

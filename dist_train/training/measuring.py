@@ -8,11 +8,12 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -74,9 +75,17 @@ class StepTimes:
         spans = (self.timer.seconds(begun, ended) for (of, begun), (_, ended) in pairwise(self.marks) if of == part)
         return sum(spans, 0.0)
 
-    def parts(self) -> StepParts:
-        """Return the seconds of every part; on a GPU, causes no wait after the device's next synchronization."""
-        return StepParts(**{part: self.seconds_of(part) for part in get_args(Part)})
+    def parts(self, stall_seconds: float = 0.0) -> StepParts:
+        """Return the seconds of every part, plus `stall_seconds` of a checkpoint's stall.
+
+        On a GPU, causes no wait after the device's next synchronization.
+        """
+        seconds: dict[Part, float] = dict.fromkeys(get_args(Part), 0.0)
+        for (part, begun), (_, ended) in pairwise(self.marks):
+            if part is not None:
+                seconds[part] += self.timer.seconds(begun, ended)
+        seconds["checkpoint_stall"] += stall_seconds
+        return StepParts(**seconds)
 
 
 class StepClock:
@@ -306,8 +315,9 @@ class Measuring:
         waited = times.seconds_of("allreduce_wait")
         mine = RankMeasurement(busy_seconds=max(0.0, seconds - waited), wait_seconds=waited, **self._usage.read())
         # One row for each rank; the sum gathers them.
-        slots = torch.zeros(self._comm.size, len(mine), dtype=torch.float64)
-        slots[self._comm.rank] = torch.tensor(mine, dtype=torch.float64)
+        rows = numpy.zeros((self._comm.size, len(mine)))
+        rows[self._comm.rank] = mine
+        slots = torch.from_numpy(rows)
         if self.norms is not None:
             self.norms.start()
         pending = self._comm.allreduce_async(slots, "measurements")
@@ -316,13 +326,12 @@ class Measuring:
         def finish() -> Measurement:
             pending.wait()
             rank, rows = self._comm.rank, slots.tolist()
-            parts = times.parts()
             norm, distance = self.norms.result() if self.norms is not None else (math.nan, math.nan)
             return Measurement(
                 step=step,
                 time=now,
                 step_seconds=seconds,
-                parts=replace(parts, checkpoint_stall=parts.checkpoint_stall + stall_seconds),
+                parts=times.parts(stall_seconds),
                 weight_norm=norm,
                 distance=distance,
                 ranks=tuple(RankMeasurement(*row) for row in (rows if rank == 0 else rows[rank : rank + 1])),

@@ -109,6 +109,14 @@ def test_a_record_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     ]
 
 
+def test_events_of_two_generations_are_two_and_known_again_by_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lost = [EventRecord(3, "rank_lost", 5.0, {"generation": generation}) for generation in (2, 3)]
+    write(path, *lost, lost[0])
+    write(path, *lost)
+    assert read_records(path) == tuple(lost)
+
+
 def test_a_record_after_a_torn_line_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(to_json(train(1)) + "\n" + to_json(train(2))[:40])

@@ -25,7 +25,7 @@ from dist_train.monitoring.prometheus.board import outcome_label
 from dist_train.monitoring.prometheus.messages import Begin, Ending, Progress, Serving, Warned
 from dist_train.monitoring.prometheus.targets import TargetFile, identity_of
 from dist_train.rundir.paths import RunDirectory
-from dist_train.rundir.records import Measurement, Observer, Outcome, Record, RunFacts
+from dist_train.rundir.records import Measurement, Observer, Outcome, Record, RunFacts, TrainRecord
 from dist_train.rundir.status import read_counts
 
 if TYPE_CHECKING:
@@ -98,6 +98,8 @@ class Exporter(Observer):
         self._restarts = 0
         self._restart_at = math.inf
         self._reason = ""
+        self._step_sent = -1
+        """The step of the last record of an update, until `progress` has come to it."""
         self._link: _Link | None = None
         try:
             self._link = _Link()
@@ -128,6 +130,8 @@ class Exporter(Observer):
 
     def record(self, record: Record) -> None:
         """Send `record`."""
+        if isinstance(record, TrainRecord):
+            self._step_sent = record.step
         self._send(record)
         self._listen(0)
 
@@ -144,7 +148,10 @@ class Exporter(Observer):
             with suppress(OSError):
                 self._link = _Link()
                 self._send_begin(replace(self._facts, start_step=step))
-        self._send(Progress(step))
+        if step != self._step_sent:
+            self._send(Progress(step))
+        # Further calls at this step, within an evaluation, show that the run is alive.
+        self._step_sent = -1
         if self.address is None:
             self._listen(0)
 
