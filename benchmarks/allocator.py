@@ -14,7 +14,7 @@ from benchmarks.bare_loop import bare_loop
 from benchmarks.subject import settings
 from benchmarks.timing import Ratio, ratio_of, timed
 from dist_train.data.catalog import load_images
-from dist_train.start_up import ask_for_large_pages, keep_freed_memory
+from dist_train.start_up import keep_freed_memory, use_large_pages
 
 _UPDATES = {0.25: 40, 1.0: 6}
 _WORDS = {"default": "glibc's default", "kept": "freed memory kept", "large": "kept, and pages of 2 MiB"}
@@ -45,10 +45,10 @@ def main() -> None:
     """Print the seconds of an update."""
     side, width = sys.argv[1], float(sys.argv[2])
     torch.set_num_threads(1)
-    if side == "large":
-        ask_for_large_pages()
     if side != "default":
         assert keep_freed_memory()
+    if side == "large":
+        use_large_pages()
     data = load_images(settings(width, 128).data, "train", 0)
     update = bare_loop(data.images, data.labels, width=width, batch=128, channels_last=False, precision=torch.float32)
     update()

@@ -13,7 +13,7 @@ from dist_train.cluster.devices import device_type
 from dist_train.config import NoiseSettings
 from dist_train.optim.flat_weights import FlatWeights
 from dist_train.optim.noise import build_noise
-from dist_train.start_up import ask_for_large_pages, keep_freed_memory
+from dist_train.start_up import keep_freed_memory, use_large_pages
 
 BY_TENSOR = "a draw, an addition, a subtraction a tensor"
 
@@ -41,8 +41,8 @@ def perturb_by_tensor(width: float) -> Callable[[], object]:
 def perturbation_row(pairs: int) -> Ratio:
     """Return our time of perturbing and restoring VGG9 of width 1 over the reference's."""
     torch.set_num_threads(1)
-    ask_for_large_pages()
     keep_freed_memory()
+    use_large_pages()
     return compare(
         "perturb and restore, width 1",
         ("SmoothOut", perturb_ours(1.0)),

@@ -26,23 +26,16 @@ def without_collection() -> Iterator[None]:
             gc.enable()
 
 
-# mallopt(3): the largest piece that is cut from the heap, and the free heap that is not given back to the system.
+# mallopt(3): the largest piece that is cut from the heap, and the free heap that is not given back to the system, which
+# holds the reserved part too.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
-_KEPT_BYTES = 1 << 30
-
-
-def ask_for_large_pages() -> None:
-    """Let torch ask Linux for pages of 2 MiB where an array is as large; to be called before the first one is made.
-
-    A wide network's activations then take fewer entries of the processor's table of pages: 3 % of a step at width 1
-    (`python -m benchmarks --only allocator`). What the user has set stays; Linux may be set to give none, or to give
-    them to all.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+_LARGEST_PIECE, _KEPT_BYTES = 1 << 30, (1 << 31) - 1
+_RESERVED_BYTES = _LARGEST_PIECE - (1 << 20)
+_MADV_HUGEPAGE = 14
 
 
 def keep_freed_memory() -> bool:
-    """Let this process reuse the memory that it frees, up to 1 GiB, instead of giving it back to the system.
+    """Let this process reuse the memory that it frees, up to 2 GiB, instead of giving it back to the system.
 
     A step allocates and frees the same activations again and again. glibc returns pieces over 32 MiB, and a free top of
     the heap, to the system at once, which fills every page with zeros when it is touched the next time: a tenth of the
@@ -54,4 +47,32 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or asked or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
-    return all(mallopt(option, _KEPT_BYTES) == 1 for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD))
+    options = ((_MMAP_THRESHOLD, _LARGEST_PIECE), (_TRIM_THRESHOLD, _KEPT_BYTES))
+    return all(mallopt(option, value) == 1 for option, value in options)
+
+
+def use_large_pages() -> bool:
+    """Have the next GiB of the heap in pages of 2 MiB; to be called after `keep_freed_memory`, which must have done so.
+
+    Arrays and objects then take fewer entries of the processor's table of pages: 3 % of a step at width 1
+    (`python -m benchmarks --only allocator`). Address space is reserved, no memory. torch itself asks for large pages
+    with THP_MEM_ALLOC_ENABLE=1, but aligns each large array to 2 MiB: the heap gets holes, a quarter more memory at
+    width 1. Where the user has set that variable, torch does as it says.
+
+    Returns whether it was asked for; Linux may be set to give none, or to give them to all.
+    """
+    if "THP_MEM_ALLOC_ENABLE" in os.environ:
+        return False
+    libc = ctypes.CDLL(None)
+    libc.malloc.argtypes, libc.malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
+    libc.free.argtypes, libc.free.restype = (ctypes.c_void_p,), None
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    # What is free on top of the heap once this is freed; not touched, it has no pages yet.
+    place = libc.malloc(_RESERVED_BYTES)
+    if place is None:  # beyond a limit of the address space
+        return False
+    page = os.sysconf("SC_PAGE_SIZE")
+    begin, end = -(-place // page) * page, (place + _RESERVED_BYTES) // page * page
+    refused: int = libc.madvise(begin, end - begin, _MADV_HUGEPAGE)
+    libc.free(place)
+    return refused == 0

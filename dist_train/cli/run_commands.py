@@ -52,9 +52,7 @@ def _train(arguments: argparse.Namespace) -> int:
         config = named_config(arguments)
 
         from dist_train.launching import train
-        from dist_train.start_up import ask_for_large_pages
 
-    ask_for_large_pages()
     if current_launch().rank == 0:
         warn_of_unused(config)
     return _code_of(lambda: train(config, arguments.run_dir))

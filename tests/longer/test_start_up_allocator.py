@@ -62,6 +62,27 @@ def test_what_the_user_has_set_stays(variables: dict[str, str]) -> None:
     assert faults > 1000
 
 
+def test_large_pages_are_reserved_without_taking_memory_and_freed_memory_stays_in_them() -> None:
+    program = """
+import resource
+from dist_train.start_up import keep_freed_memory, use_large_pages
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+assert keep_freed_memory() and use_large_pages() and use_large_pages()
+print(peak() - before)
+b"x" * (1 << 26)
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+b"x" * (1 << 26)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+"""
+    variables = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    result = subprocess.run([sys.executable, "-c", program], env=variables, check=True, capture_output=True, text=True)
+    kilobytes, faults = map(int, result.stdout.split())
+    assert kilobytes < 16 << 10
+    assert faults < 100
+
+
 LARGE_PAGES = """
 import sys
 import torch

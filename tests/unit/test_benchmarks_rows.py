@@ -13,11 +13,11 @@ import torch
 from benchmarks import data_preparation, evaluation, kernels, overlap, scaling_efficiency, start_up
 from benchmarks.candidates import Candidate, Missing, from_environment
 from benchmarks.launching import NotMeasuredError, measure, module, on_ranks
-from benchmarks.memory import Memory, memory_in
 from benchmarks.noise_cost import SCALES
 from benchmarks.peers.comparison import SMALL_8192, Peer
 from benchmarks.peers.work import Work
 from benchmarks.plain_evaluation import in_memory, through_loader
+from benchmarks.process_memory import Memory, memory_in
 from benchmarks.subject import settings
 from dist_train.cluster.communicator import Alone, Communicator
 from dist_train.models import build_model
