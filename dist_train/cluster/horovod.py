@@ -117,8 +117,8 @@ def set_environment(timeout: float, device_type: str, launcher: str, micro_batch
     # Horovod's batched copies into the fusion buffer of a GPU multiply by a double, even if it is 1: integers above
     # 2^53, as in the exact reduction, lose their last bits (BatchedScaledD2DMemcpy in its cuda_kernels.cu).
     os.environ["HOROVOD_BATCH_D2D_MEMCOPIES"] = "0"
-    # Milliseconds. In each cycle Horovod's threads exchange requests, on CPUs on the cores that compute: at 1 ms this
-    # takes some 3 % of them, with Gloo more. Sums wait for the next cycle.
+    # Milliseconds. In each cycle Horovod's threads exchange requests, on CPUs on the cores that compute, with Gloo for
+    # longer than with MPI. Sums wait for the next cycle.
     has_long_cycle = device_type == "cpu" and (launcher == "horovodrun" or micro_batches >= _LONG_UPDATE)
     os.environ.setdefault("HOROVOD_CYCLE_TIME", "5" if has_long_cycle else "1")
     if device_type == "cpu":
