@@ -1,4 +1,4 @@
-"""How the process of a rank starts: without garbage collection, with memory from large pages."""
+"""How the process of a rank starts: without garbage collection, with a heap in large pages and without large holes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 
 @contextmanager
@@ -63,9 +64,7 @@ def use_large_pages() -> bool:
     """
     if "THP_MEM_ALLOC_ENABLE" in os.environ:
         return False
-    libc = ctypes.CDLL(None)
-    libc.malloc.argtypes, libc.malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
-    libc.free.argtypes, libc.free.restype = (ctypes.c_void_p,), None
+    libc = _libc()
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     # What is free on top of the heap once this is freed; not touched, it has no pages yet.
     place = libc.malloc(_RESERVED_BYTES)
@@ -76,3 +75,33 @@ def use_large_pages() -> bool:
     refused: int = libc.madvise(begin, end - begin, _MADV_HUGEPAGE)
     libc.free(place)
     return refused == 0
+
+
+# An update of VGG9 takes fewer than 1,000 pieces. A piece of 48 bytes holds 40; the rest is glibc's own.
+_SMALL_PIECES, _HELD_BYTES = 10_000, 40
+
+
+@cache
+def keep_small_objects_together() -> None:
+    """Leave small pieces of the heap free for small objects, which otherwise end up between large arrays.
+
+    torch aligns arrays to 64 bytes, for which glibc leaves a piece of 48 bytes free before each array. A small object
+    there, such as a node of autograd's graph, keeps arrays that are freed on both sides from becoming one free piece.
+    Not even an array of the same size then fits in the place of one of them, since glibc looks for 96 bytes more than
+    an aligned array takes. The heap of VGG9 at width 1 grew to 480 to 550 MB, of which 410 were in use at most.
+
+    Of pieces that fit exactly, glibc takes the one that has been free for longest: these come first. Once in a process
+    is enough.
+    """
+    libc = _libc()
+    pieces = [libc.malloc(_HELD_BYTES) for _ in range(2 * _SMALL_PIECES)]
+    # Every other one stays: free pieces side by side would become one.
+    for piece in pieces[::2]:
+        libc.free(piece)
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.malloc.argtypes, libc.malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
+    libc.free.argtypes, libc.free.restype = (ctypes.c_void_p,), None
+    return libc

@@ -12,7 +12,7 @@ import torch
 from dist_train.checkpoint.state import Progress
 from dist_train.config import PrecisionSettings
 from dist_train.outcome import UsageError
-from dist_train.start_up import keep_freed_memory, use_large_pages
+from dist_train.start_up import keep_freed_memory, keep_small_objects_together, use_large_pages
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OUT_OF_MEMORY = (
@@ -51,6 +51,7 @@ def set_up_compute(settings: PrecisionSettings, device: torch.device) -> Compute
     torch.set_num_threads(settings.threads)
     if keep_freed_memory() and device.type == "cpu":
         use_large_pages()
+        keep_small_objects_together()
     # Not torch's newer fp32_precision: with it set, torch.compile fails to read these flags (2.15).
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     torch.backends.cudnn.allow_tf32 = settings.tf32

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process, and large arrays lie in large pages."""
+"""Freed memory stays with the process, large arrays lie in large pages, and small objects not between them."""
 
 from __future__ import annotations
 
@@ -81,6 +81,40 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
     kilobytes, faults = map(int, result.stdout.split())
     assert kilobytes < 16 << 10
     assert faults < 100
+
+
+# Eight arrays of 8 MiB with small objects between, then one array as large as all of them.
+HOLES = """
+import ctypes
+import sys
+import torch
+from dist_train.start_up import keep_freed_memory, keep_small_objects_together
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+keep_freed_memory()
+if sys.argv[1] == "together":
+    keep_small_objects_together()
+arrays = []
+for _ in range(8):
+    arrays.append(torch.empty(1 << 23, dtype=torch.uint8))
+    for _ in range(10):
+        libc.malloc(40)
+end = libc.sbrk(0)
+arrays.clear()
+torch.empty(1 << 26, dtype=torch.uint8)
+print(libc.sbrk(0) - end)
+"""
+
+
+def grown_by(small_objects: str) -> int:
+    """Return by how many bytes the heap grew for an array that would fit where freed arrays were."""
+    command = [sys.executable, "-c", HOLES, small_objects]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def test_small_objects_do_not_split_the_memory_of_freed_arrays() -> None:
+    assert grown_by("together") == 0
+    assert grown_by("anywhere") > 1 << 24, "the test's own reason is gone: small objects split nothing without it"
 
 
 LARGE_PAGES = """
