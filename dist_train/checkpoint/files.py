@@ -64,8 +64,7 @@ class Contents:
     """Digests of the source files of the plug-ins that the run used, by name."""
     average: Mapping[str, Any] = field(default_factory=dict)
     """If the run averages its weights: the weights that make the average (`kept`), and its norm `statistics`."""
-    noise: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """The state of the noise method, if it has one."""
+    noise: Mapping[str, torch.Tensor] = field(default_factory=dict)  # the state of the noise method, if it has one
     grid_exponents: Sequence[int] | None = None
     """Of `exact32` and `exact16`: the next update's, one for each parameter tensor."""
 
@@ -78,10 +77,8 @@ class Contents:
 def write_checkpoint(directory: Path, contents: Contents, before_publishing: Callable[[], None]) -> CheckpointFile:
     """Write `contents` into `directory`; call `before_publishing` when the bytes are on disk, before they are renamed.
 
-    The record with the digest is written last: a checkpoint without a record is not whole, and is never read.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written; existing checkpoints are untouched.
+    The record with the digest is written last: a checkpoint without a record is not whole, and is never read. Raises
+    OSError if the disk is full, or the folder cannot be written; existing checkpoints are untouched.
     """
     path = directory / f"step-{contents.step:08d}.pt"
     record = path.with_suffix(".json")
@@ -156,9 +153,8 @@ def find_checkpoint(target: Path) -> Path:
 def read_checkpoint(path: Path) -> Contents:
     """Verify the digest of the checkpoint at `path` and return its contents.
 
-    Raises:
-        DamagedCheckpointError: the checkpoint or its record is damaged.
-        UsageError: there is no such file, or it has another format.
+    Raises DamagedCheckpointError if the checkpoint or its record is damaged; UsageError if there is no such file, or it
+    has another format.
     """
     if not path.is_file():
         raise UsageError(f"{path}: there is no such checkpoint", code="checkpoint-missing")
@@ -226,10 +222,8 @@ def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
 def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) -> Contents | None:
     """Return the latest whole checkpoint; None if there is no checkpoint.
 
-    Damaged checkpoints are reported and renamed to `*.damaged`.
-
-    Raises:
-        UsageError: there are checkpoints, but none is whole.
+    Damaged checkpoints are reported and renamed to `*.damaged`. Raises UsageError if there are checkpoints, but none is
+    whole.
     """
     if not directory.is_dir():
         return None
@@ -273,8 +267,7 @@ def remove_checkpoint(path: Path) -> None:
 def adopt(fallback: Path, directory: Path) -> None:
     """Move the newest checkpoint in `fallback` to `directory` if it is newer than those there, and empty `fallback`.
 
-    Raises:
-        OSError: it cannot be copied; nothing is deleted.
+    Raises OSError if it cannot be copied; nothing is deleted.
     """
     in_fallback, in_directory = list_checkpoints(fallback), list_checkpoints(directory)
     if in_fallback and (not in_directory or in_fallback[-1].step > in_directory[-1].step):

@@ -45,8 +45,7 @@ class ResumePoint:
 def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
     """Return where a launch of `config` in `directory` starts.
 
-    Raises:
-        UsageError: `directory` holds a run that `config` must not or cannot resume.
+    Raises UsageError if `directory` holds a run that `config` must not or cannot resume.
     """
     checkpoints = directory.checkpoints
     if config.run.resume == "never":
@@ -90,8 +89,7 @@ class Progress:
 
     step: int = 0
     best_accuracy: float | None = None
-    evaluated_step: int | None = None
-    """The step at which `test_accuracy` was measured."""
+    evaluated_step: int | None = None  # the step at which `test_accuracy` was measured
     best_saved_step: int | None = None
     best_saved_accuracy: float | None = None
     """The best checkpoint saved at an evaluation, by accuracy on the validation split, if there is one, or else on the
@@ -108,10 +106,8 @@ class Progress:
     non_finite_step: int | None = None
     """The latest step at which an evaluation or the weights were not finite; its checkpoint is never the best."""
 
-    stopping_best: float | None = None
-    """The best value of early stopping's metric so far."""
-    stopping_waited: int | None = None
-    """Evaluations since then without improvement."""
+    stopping_best: float | None = None  # the best value of early stopping's metric so far
+    stopping_waited: int | None = None  # evaluations since then without improvement
 
     def metrics(self) -> Mapping[str, float | int | None]:
         """Return the fields that checkpoints hold as `metrics`."""
@@ -155,8 +151,7 @@ def shared_progress(comm: Communicator, progress: Progress) -> Progress:
     return Progress(**fields)
 
 
-Weights = Literal["raw", "averaged"]
-"""Which weights of a checkpoint: those of its step, or their average (`averaging`)."""
+Weights = Literal["raw", "averaged"]  # which weights of a checkpoint: those of its step, or their average (`averaging`)
 
 
 def stored_state(contents: Contents, weights: Weights) -> Mapping[str, Tensor]:
@@ -277,8 +272,7 @@ class InitialWeights:
 def find_initial(source: Path, model: str) -> Path:
     """Return the file that `source`, a value of `run.init_from`, refers to, for a model of the name `model`.
 
-    Raises:
-        UsageError: there is no such file.
+    Raises UsageError if there is no such file.
     """
     if str(source).startswith(_TORCHVISION):
         return _torchvision_file(str(source).removeprefix(_TORCHVISION), model.removeprefix(_TORCHVISION))
@@ -293,9 +287,7 @@ def read_initial(source: Path, model: str) -> InitialWeights:
 
     A file of weights is a `.safetensors` file, or a state dict saved by `torch.save`, from which no code is run. The
     state dict may be nested under `state_dict` or `model`, and names may begin with `module.`, as wrappers leave them.
-
-    Raises:
-        UsageError: there is no such file, or it does not hold weights.
+    Raises UsageError if there is no such file, or it does not hold weights.
     """
     path = find_initial(source, model)
     if not _is_foreign(path):

@@ -74,20 +74,14 @@ class Communicator:
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
-    """This rank's number on its node."""
-    local_size: int = 1
-    """Number of ranks on this node."""
-    controller: str = "alone"
-    """The backend: alone, Horovod's mpi or gloo, torch-gloo or torch-nccl, mpi4py."""
-    has_nccl: bool = True
-    """Whether the group can sum GPU tensors."""
+    local_rank: int = 0  # this rank's number on its node
+    local_size: int = 1  # number of ranks on this node
+    controller: str = "alone"  # the backend: alone, Horovod's mpi or gloo, torch-gloo or torch-nccl, mpi4py
+    has_nccl: bool = True  # whether the group can sum GPU tensors
     is_elastic: bool = False
     """Whether ranks may leave and join: a lost rank raises GroupBrokenError, and `meet` continues without it."""
-    is_joining: bool = False
-    """Whether this rank joins a run under way and has not met the others yet."""
-    generation: int = 1
-    """Number of the current process group, from 1."""
+    is_joining: bool = False  # whether this rank joins a run under way and has not met the others yet
+    generation: int = 1  # number of the current process group, from 1
 
     @property
     def wants_meeting(self) -> bool:
@@ -130,11 +124,8 @@ class Communicator:
     def meet(self, why: str) -> Generation:
         """Leave this generation, wait for the next one, switch this object to it and return it.
 
-        `why`: what broke this generation; empty if all ranks meet by agreement.
-
-        Raises:
-            GroupBrokenError: the next generation is already broken, too.
-            RankLostError: the run cannot continue.
+        `why`: what broke this generation; empty if all ranks meet by agreement. Raises GroupBrokenError if the next
+        generation is already broken, too; RankLostError if the run cannot continue.
         """
         raise RankLostError("this launch is not elastic")
 
@@ -182,10 +173,7 @@ def broadcast_str(comm: Communicator, text: str, name: str, root: int = 0) -> st
 def run_on_all_ranks(comm: Communicator, action: Callable[[], Result], name: str) -> Result:
     """Return `action()`; if it fails on any rank, fail on all, so that none waits for ever.
 
-    The first rank that failed raises its own error, so that it is reported once.
-
-    Raises:
-        PeerFailedError: on all other ranks, naming those that failed.
+    The first rank that failed raises its own error, so that it is reported once; all others raise PeerFailedError.
     """
     failure: Exception | None = None
     try:

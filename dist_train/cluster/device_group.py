@@ -21,8 +21,7 @@ import torch.distributed as dist
 
 from dist_train.cluster.torch_engine import abort_nccl, nccl_options, sum_options
 
-POLL_SECONDS = 5e-5
-"""Pause between two checks of whether an operation is done: the longest delay that this adds to it."""
+POLL_SECONDS = 5e-5  # pause between two checks of whether an operation is done: the longest delay that this adds to it
 
 
 class DeviceGroup:
@@ -45,8 +44,7 @@ class DeviceGroup:
     def connect(self, device: torch.device) -> None:
         """Connect the ranks, each on its own `device`, by a first sum: NCCL connects lazily, and blocks while it does.
 
-        Raises:
-            RuntimeError: from torch, or because the group was aborted.
+        Raises RuntimeError, from torch or because the group was aborted.
         """
         made = [self._make()]  # in a list, so that no local variable keeps an aborted group alive
         with self._lock:

@@ -187,8 +187,7 @@ def obstacle(signs: GpuSigns, found: TorchGpus) -> Obstacle:
 def kind_of_device(asked: Device, signs: GpuSigns, found: TorchGpus) -> Literal["cpu", "cuda"]:
     """Return what a rank computes on if `run.device` is `asked`.
 
-    Raises:
-        UsageError: a GPU is asked for, or there are signs of one, and torch can use none.
+    Raises UsageError if a GPU is asked for, or there are signs of one, and torch can use none.
     """
     if asked == "cpu" or (asked == "auto" and not found.count and not signs.present):
         return "cpu"
@@ -207,8 +206,7 @@ def device_type(asked: Device = "auto") -> Literal["cpu", "cuda"]:
 def choose_device(asked: Device, *, local_rank: int) -> torch.device:
     """Return the device for `run.device` = `asked`; several GPUs are assigned round robin by local rank.
 
-    Raises:
-        UsageError: there are GPUs here, or one is asked for, and torch cannot use them.
+    Raises UsageError if there are GPUs here, or one is asked for, and torch cannot use them.
     """
     if asked == "cpu":
         return torch.device("cpu")

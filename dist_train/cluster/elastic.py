@@ -35,8 +35,7 @@ milliseconds, so most operations should finish sooner.
 _STORE_TIMEOUT = timedelta(seconds=60)
 _ABORT_SHARE = 0.5
 """Part of `comm.timeout` that aborting NCCL may take. A rank that has not stopped after all of it is expelled."""
-_CLOSE_SECONDS = 5.0
-"""How long a rank that ends waits for its NCCL group to be aborted."""
+_CLOSE_SECONDS = 5.0  # how long a rank that ends waits for its NCCL group to be aborted
 
 
 class ElasticCommunicator(Communicator):
@@ -47,10 +46,8 @@ class ElasticCommunicator(Communicator):
     def __init__(self, *, timeout: float, device_type: str) -> None:
         """Connect to the launch's authority and meet the others; a process that joins a run under way meets them later.
 
-        `timeout` is in seconds, `device_type` cpu or cuda.
-
-        Raises:
-            RankLostError: the authority does not answer, or a rank was lost meanwhile.
+        `timeout` is in seconds, `device_type` cpu or cuda. Raises RankLostError if the authority does not answer, or a
+        rank was lost meanwhile.
         """
         self.has_nccl = device_type == "cuda"
         self.controller = "torch-nccl" if self.has_nccl else "torch-gloo"
@@ -62,10 +59,8 @@ class ElasticCommunicator(Communicator):
             self._member.address, 0, is_master=True, wait_for_workers=False, timeout=_STORE_TIMEOUT
         )
         self._group: Any = None
-        self._group_store: dist.Store | None = None
-        """Where the ranks of the current generation meet."""
-        self._device: torch.device | None = None
-        """This rank's GPU."""
+        self._group_store: dist.Store | None = None  # where the ranks of the current generation meet
+        self._device: torch.device | None = None  # this rank's GPU
         self._device_group: DeviceGroup | None = None
         self._member.on_break = self._abort_device_group
         self.generation = 0
@@ -98,12 +93,9 @@ class ElasticCommunicator(Communicator):
     def meet(self, why: str) -> Generation:
         """Leave this generation, wait for the next one, switch this object to it and return it.
 
-        `why`: what broke this generation; empty if all ranks meet by agreement.
-
-        Raises:
-            GroupBrokenError: the next generation is already broken, too.
-            RankLostError: the run cannot continue.
-            UsageError: this rank joins, and another rank has its GPU.
+        `why`: what broke this generation; empty if all ranks meet by agreement. Raises GroupBrokenError if the next
+        generation is already broken, too; RankLostError if the run cannot continue; UsageError if this rank joins, and
+        another rank has its GPU.
         """
         if not why and self._device_group is not None:
             # The first abort frees memory that another rank's kernel may still read.

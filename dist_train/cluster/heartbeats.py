@@ -14,8 +14,7 @@ from ipaddress import IPv6Address
 from pathlib import Path
 
 _SIOCGIFADDR = 0x8915
-_BUFFER = 4 << 20
-"""Bytes; the kernel grants less where net.core.rmem_max is less."""
+_BUFFER = 4 << 20  # bytes; the kernel grants less where net.core.rmem_max is less
 
 Address = tuple[str, int]
 
@@ -77,33 +76,23 @@ def _ipv6_addresses() -> list[str]:
     return [str(address) for address in addresses if not address.is_link_local]
 
 
-TOKEN_BYTES = 32
-"""Length of the launch's token, a secret that no datagram contains."""
-LARGEST = 2048
-"""Bytes of a datagram; longer texts are truncated."""
+TOKEN_BYTES = 32  # length of the launch's token, a secret that no datagram contains
+LARGEST = 2048  # bytes of a datagram; longer texts are truncated
 
-_TAG_BYTES = 16
-"""Length of the HMAC-SHA256 by the launch's token, truncated, with which a datagram begins."""
+_TAG_BYTES = 16  # length of the HMAC-SHA256 by the launch's token, truncated, with which a datagram begins
 _HEAD = struct.Struct("!BIH")
 
 
 class Kind(IntEnum):
     """What a datagram means."""
 
-    BEAT = 1
-    """A rank is alive. The text is its node and process."""
-    ANSWER = 2
-    """Rank 0 is alive, and has received a beat."""
-    CALL = 3
-    """As ANSWER, and requests a beat at once."""
-    LEAVE = 4
-    """The sender leaves in order and must not be reported as lost."""
-    FAIL = 5
-    """The sender leaves because of an error: the others cannot continue without it."""
-    FAREWELL = 6
-    """Acknowledges LEAVE or FAIL."""
-    LOST = 7
-    """The run ends. The text says why."""
+    BEAT = 1  # a rank is alive. The text is its node and process.
+    ANSWER = 2  # rank 0 is alive, and has received a beat
+    CALL = 3  # as ANSWER, and requests a beat at once
+    LEAVE = 4  # the sender leaves in order and must not be reported as lost
+    FAIL = 5  # the sender leaves because of an error: the others cannot continue without it
+    FAREWELL = 6  # acknowledges LEAVE or FAIL
+    LOST = 7  # the run ends. The text says why.
 
 
 @dataclass(frozen=True)
@@ -138,10 +127,8 @@ def _tag(token: bytes, content: bytes) -> bytes:
     return hmac.digest(token, content, "sha256")[:_TAG_BYTES]
 
 
-_SUSPENDED_BEATS = 2.0
-"""A longer gap between two checks, in beats, means that the watcher itself was suspended."""
-_STREAK_BEATS = 2.0
-"""Ranks that are this close to `timeout`, in beats, are reported along with the first lost one."""
+_SUSPENDED_BEATS = 2.0  # a longer gap between two checks, in beats, means that the watcher itself was suspended
+_STREAK_BEATS = 2.0  # ranks that are this close to `timeout`, in beats, are reported along with the first lost one
 _MOST_NAMES = 8
 
 

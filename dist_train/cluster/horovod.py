@@ -22,8 +22,7 @@ class HorovodCommunicator(Communicator):
     ) -> None:
         """Join the group; `timeout` is in seconds, `micro_batches` what a rank computes in an update.
 
-        Raises:
-            UsageError: Horovod is missing, or does not see as many ranks as were launched.
+        Raises UsageError if Horovod is missing, or does not see as many ranks as were launched.
         """
         set_environment(timeout, device_type, launch.launcher, micro_batches)
         if timeline:

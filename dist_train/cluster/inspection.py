@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-_LONGEST_MPI_VERSION = 8192
-"""MPI_MAX_LIBRARY_VERSION_STRING of MPICH; that of Open MPI is 256."""
+_LONGEST_MPI_VERSION = 8192  # MPI_MAX_LIBRARY_VERSION_STRING of MPICH; that of Open MPI is 256
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,7 @@ class HorovodBuild:
 def horovod_build() -> HorovodBuild:
     """Return what Horovod was built with.
 
-    Raises:
-        ImportError: it is missing, or built for another torch or MPI; with the loader's message.
+    Raises ImportError if it is missing, or built for another torch or MPI; with the loader's message.
     """
     try:
         import horovod.torch as hvd

@@ -53,8 +53,7 @@ class Entry:
 def entry_of(place: str, environment: Mapping[str, str] = os.environ) -> Entry:
     """Return the entry at `place`: HOST:PORT, with the token in the environment, or the file that the authority wrote.
 
-    Raises:
-        UsageError: `place` is neither, or others can read the token.
+    Raises UsageError if `place` is neither, or others can read the token.
     """
     host, _, port = place.rpartition(":")
     if host and port.isdecimal() and "/" not in host:
@@ -126,8 +125,7 @@ class RemoteAuthority:
     def __init__(self, entry: Entry, count: int) -> None:
         """Connect for `count` ranks; both sides prove that they know the token.
 
-        Raises:
-            UsageError: nobody answers at `entry`, or the token is wrong.
+        Raises UsageError if nobody answers at `entry`, or the token is wrong.
         """
         self.awaits_others = False
         self._view = View()
@@ -177,9 +175,7 @@ class RemoteAuthority:
     def await_start(self) -> Mapping[str, Any]:
         """Return what the authority orders to start, once it does.
 
-        Raises:
-            UsageError: the run takes no more ranks.
-            FaultError: the connection broke.
+        Raises UsageError if the run takes no more ranks; FaultError if the connection broke.
         """
         since = time.monotonic()
         is_announced = False
@@ -195,8 +191,7 @@ class RemoteAuthority:
     def poll(self, seconds: float) -> None:
         """Handle the messages that have arrived, waiting up to `seconds` for one, and send a beat if it is due.
 
-        Raises:
-            FaultError: the authority is gone or silent.
+        Raises FaultError if the authority is gone or silent.
         """
         beat = self.timeout / BEATS_IN_TIMEOUT
         if select.select([self._connection.socket], [], [], min(seconds, beat))[0]:

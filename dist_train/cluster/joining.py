@@ -61,10 +61,8 @@ def join_ranks(
     """Join the launcher's ranks; without a launcher, run as a single rank.
 
     `timeout` is in seconds. `timeline`: whether a timeline may be written later, which Horovod must know at its start.
-    `micro_batches`: those of a global batch; where updates are long, Horovod's cycle is too.
-
-    Raises:
-        UsageError: the ranks cannot meet as requested.
+    `micro_batches`: those of a global batch; where updates are long, Horovod's cycle is too. Raises UsageError if the
+    ranks cannot meet as requested.
     """
     launch = current_launch()
     if is_elastic():

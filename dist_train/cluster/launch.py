@@ -45,8 +45,7 @@ class Launch:
 def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """Return how this process was launched: by horovodrun, mpirun, srun, torchrun, dist-train launch, or alone.
 
-    Raises:
-        UsageError: the environment configures Horovod in a way that is known to crash or to split the ranks.
+    Raises UsageError if the environment configures Horovod in a way that is known to crash or to split the ranks.
     """
     if "OMPI_COMM_WORLD_SIZE" in environment:
         for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
@@ -69,8 +68,7 @@ def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     return Launch("alone", 1, 0)
 
 
-MEMBERSHIP_VARIABLE = "DIST_TRAIN_MEMBERSHIP"
-"""Where the ranks of an elastic launch find its authority: HOST:PORT."""
+MEMBERSHIP_VARIABLE = "DIST_TRAIN_MEMBERSHIP"  # where the ranks of an elastic launch find its authority: HOST:PORT
 
 
 def is_elastic(environment: Mapping[str, str] = os.environ) -> bool:
@@ -81,8 +79,7 @@ def is_elastic(environment: Mapping[str, str] = os.environ) -> bool:
 LISTEN_FD = "DIST_TRAIN_LISTEN_FD"
 """Set by `dist-train launch`: rank 0's listening socket for the store; -1 for the other ranks."""
 
-_SLURM_PORTS = range(15000, 30000)
-"""Below Linux's ephemeral ports."""
+_SLURM_PORTS = range(15000, 30000)  # below Linux's ephemeral ports
 
 
 def _store_of_torch(environment: Mapping[str, str]) -> StoreAddress:
@@ -137,8 +134,7 @@ def current_job(environment: Mapping[str, str] = os.environ) -> SlurmJob | None:
 
 
 JOB_WAITS = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
-JOB_IS_ALIVE = JOB_WAITS | {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED"}
-"""States of jobs that run or will run."""
+JOB_IS_ALIVE = JOB_WAITS | {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED"}  # states of jobs that run or will run
 
 
 def job_states(jobs: Sequence[str]) -> dict[str, str]:
@@ -174,8 +170,7 @@ def comment_on_job(text: str, environment: Mapping[str, str] = os.environ) -> No
 def submit(script: str, options: Sequence[str]) -> str:
     """Submit the batch script by sbatch and return the job's id; `options` take precedence over the script's own.
 
-    Raises:
-        UsageError: sbatch is missing, or refuses.
+    Raises UsageError if sbatch is missing, or refuses.
     """
     if shutil.which("sbatch") is None:
         raise UsageError(

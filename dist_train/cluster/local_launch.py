@@ -19,8 +19,7 @@ from dist_train.outcome import ExitCode
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
 _INSISTING = {signal.SIGTERM, signal.SIGINT}
-_INSIST_SECONDS = 2.0
-"""A second signal that comes sooner counts as the same request."""
+_INSIST_SECONDS = 2.0  # a second signal that comes sooner counts as the same request
 _POLL_SECONDS = 0.2
 _LOSS_SECONDS = 40.0
 """Time for the others to end after one rank has failed: their watchdogs notice, and rank 0 records the run's end."""

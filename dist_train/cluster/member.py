@@ -71,13 +71,11 @@ class Member:
     ) -> None:
         """Connect, and send beats often enough for `timeout`. `end` ends this process once it is expelled.
 
-        Raises:
-            RankLostError: the authority does not answer.
+        Raises RankLostError if the authority does not answer.
         """
         host, _, port = environment[MEMBERSHIP_VARIABLE].rpartition(":")
         self._beat = min(_LONGEST_BEAT_SECONDS, timeout / BEATS_IN_TIMEOUT)
-        self.pulse = Pulse(timeout, self._beat)
-        """Of the main thread."""
+        self.pulse = Pulse(timeout, self._beat)  # of the main thread
         self._end = end
         self._changed = threading.Condition()
         self._next: Generation | None = None
@@ -85,8 +83,7 @@ class Member:
         self._interruption = ""
         self._end_reason = ""
         self._is_leaving = False
-        self.wants_meeting = False
-        """Whether ranks are waiting to join."""
+        self.wants_meeting = False  # whether ranks are waiting to join
         self.on_break: Callable[[], None] = lambda: None
         """Called when the current generation breaks, in a thread that it must not block."""
         try:
@@ -102,8 +99,7 @@ class Member:
         except (OSError, ValueError, KeyError) as error:
             self._connection.socket.close()
             raise RankLostError(f"the launcher does not answer at {host}:{port}: {error}") from error
-        self.address: str = self._connection.socket.getsockname()[0]
-        """This node's address on the network of the launch."""
+        self.address: str = self._connection.socket.getsockname()[0]  # this node's address on the network of the launch
         self._connection.socket.settimeout(None)
         self._thread = threading.Thread(target=self._run, name="membership", daemon=True)
         self._thread.start()
@@ -121,10 +117,7 @@ class Member:
         """Report that this rank has stopped work, and return the next generation once it begins.
 
         `store_port`: port of this rank's store, where the others meet if it becomes rank 0. `why`: what broke the
-        current generation, if anything.
-
-        Raises:
-            RankLostError: the run cannot continue.
+        current generation, if anything. Raises RankLostError if the run cannot continue.
         """
         store = [self.address, store_port]
         self._connection.send({"kind": "ready", "generation": self._generation, "store": store, "why": why})

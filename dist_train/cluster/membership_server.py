@@ -32,8 +32,7 @@ ENDS_OF_A_RUN = (ExitCode.FINISHED, ExitCode.STOPPED, ExitCode.DIVERGED, ExitCod
 """Exit codes that all ranks agree on: a rank that ends with one is not lost. The first that a rank has is the run's."""
 
 BEATS_IN_TIMEOUT = 6
-START_TIMEOUTS = 4
-"""Timeouts that a process has to connect, once it is started or awaited; loading torch takes seconds."""
+START_TIMEOUTS = 4  # timeouts that a process has to connect, once it is started or awaited; loading torch takes seconds
 _LONGEST_LINE = 1 << 20
 _SUSPENDED_BEATS = 2.0
 """A longer gap between two polls, in beats, means that the authority itself was suspended: no silence counts."""
@@ -59,8 +58,7 @@ class _Connection:
     received: bytes = b""
     unsent: bytes = b""
     is_known: bool = False
-    stopping_since: float | None = None
-    """When its rank was told to stop work, if it has not done so yet."""
+    stopping_since: float | None = None  # when its rank was told to stop work, if it has not done so yet
 
 
 @dataclass

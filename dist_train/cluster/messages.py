@@ -15,9 +15,7 @@ class MessageConnection:
     def __init__(self, host: str, port: int, seconds: float) -> None:
         """Connect to the authority within `seconds`; until `socket` gets another timeout, each read has the same.
 
-        Raises:
-            OSError: nobody answers there.
-            OverflowError: there is no such port.
+        Raises OSError if nobody answers there; OverflowError if there is no such port.
         """
         self.socket = socket.create_connection((host, port), seconds)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -50,8 +50,7 @@ class NodeReport:
     versions: Mapping[str, str]
     gpus: int
     directory_fault: str = ""
-    has_locks: bool = True
-    """Whether file locks held by other nodes are respected here."""
+    has_locks: bool = True  # whether file locks held by other nodes are respected here
     unreachable: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -83,8 +82,7 @@ class Survey:
 def survey_nodes(directory: Path, environment: Mapping[str, str] = os.environ) -> Survey:
     """Collect the reports of our job's nodes, which must all see `directory`, and compare them.
 
-    Raises:
-        UsageError: this process does not belong to a Slurm job.
+    Raises UsageError if this process does not belong to a Slurm job.
     """
     if "SLURM_JOB_NODELIST" not in environment or "SLURM_JOB_ID" not in environment:
         raise UsageError(

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-_TIMEOUT = 8 * 3600.0
-"""Seconds; a rank that is done waits for those that still evaluate."""
+_TIMEOUT = 8 * 3600.0  # seconds; a rank that is done waits for those that still evaluate
 
 
 class MpiCommunicator(Communicator):
@@ -50,8 +49,7 @@ class MpiCommunicator(Communicator):
 def join_points() -> Communicator:
     """Return the launcher's ranks; without a launcher, a single rank.
 
-    Raises:
-        UsageError: the launcher does not provide MPI, or mpi4py is missing.
+    Raises UsageError if the launcher does not provide MPI, or mpi4py is missing.
     """
     launch = current_launch()
     if launch.size == 1:

@@ -20,8 +20,7 @@ from dist_train.cluster.communicator import Communicator, Pending, gather, namin
 from dist_train.cluster.launch import Launch, StoreAddress
 from dist_train.outcome import UsageError
 
-_STORE_TIMEOUT = timedelta(minutes=30)
-"""Ranks that cannot meet give up much earlier (`meeting_within`)."""
+_STORE_TIMEOUT = timedelta(minutes=30)  # ranks that cannot meet give up much earlier (`meeting_within`)
 
 
 class TorchCommunicator(Communicator):
@@ -30,8 +29,7 @@ class TorchCommunicator(Communicator):
     def __init__(self, launch: Launch, *, timeout: float, device_type: str) -> None:
         """Join the group; `timeout` is in seconds, `device_type` cpu or cuda.
 
-        Raises:
-            UsageError: the launcher does not say where the ranks meet, or nobody answers there.
+        Raises UsageError if the launcher does not say where the ranks meet, or nobody answers there.
         """
         if launch.store is None:
             raise UsageError(

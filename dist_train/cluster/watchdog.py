@@ -46,10 +46,8 @@ from dist_train.outcome import ExitCode, UsageError, escaped, exit_code_of
 
 _BEATS_IN_TIMEOUT = 6
 _LONGEST_BEAT = 5.0
-_SEARCH_SECONDS = 0.2
-"""Between beats until rank 0 has answered."""
-_SEARCH_AGAIN = 2.5
-"""After this many beats without an answer, all addresses of rank 0 are tried again."""
+_SEARCH_SECONDS = 0.2  # between beats until rank 0 has answered
+_SEARCH_AGAIN = 2.5  # after this many beats without an answer, all addresses of rank 0 are tried again
 _RECEIVE_PAUSE_SECONDS = 0.1
 """Pause between two receptions, so that very many ranks do not wake rank 0 for each of their beats."""
 _FAREWELLS = 3
@@ -71,12 +69,10 @@ class Endpoint:
         return self.rank == 0
 
 
-SHORTEST_TIMEOUT = 3.0
-"""Seconds; with less, a healthy process that a busy machine delays could count as lost."""
+SHORTEST_TIMEOUT = 3.0  # seconds; with less, a healthy process that a busy machine delays could count as lost
 
 _MEETING_SECONDS = 10.0
-_REPORT_SECONDS = 5.0
-"""Time to write the message and the status, which can hang, too: a full pipe, a lost file system."""
+_REPORT_SECONDS = 5.0  # time to write the message and the status, which can hang, too: a full pipe, a lost file system
 
 _logger = logging.getLogger("dist_train.cluster")
 
@@ -314,10 +310,8 @@ def start_watchdog(
     """Make all ranks watch each other; every rank must call it.
 
     When a rank is silent for `timeout` seconds, the others report it, then call `on_loss(message)` and `end()`, in a
-    thread. Ranks that datagrams do not reach are not watched; a warning names them.
-
-    Raises:
-        UsageError: `timeout` is too short to distinguish a slow rank from a lost one; on all ranks.
+    thread. Ranks that datagrams do not reach are not watched; a warning names them. Raises UsageError if `timeout` is
+    too short to distinguish a slow rank from a lost one; on all ranks.
     """
     if comm.size == 1 or comm.is_elastic:  # the authority of an elastic launch watches its ranks itself
         return Watchdog()

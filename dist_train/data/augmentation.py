@@ -79,8 +79,7 @@ Augmentation = Callable[[Tensor, Tensor, int, int], Tensor]
 """(images uint8 [n, C, H, W], samples int64 [n] on the same device, seed, epoch) -> images."""
 
 _MARGIN = 4
-_DRAWS = 3
-"""Uniform random numbers per sample, both for crops and for boxes."""
+_DRAWS = 3  # uniform random numbers per sample, both for crops and for boxes
 
 
 def unchanged(images: Tensor, samples: Tensor, seed: int, epoch: int) -> Tensor:

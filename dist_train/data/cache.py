@@ -57,8 +57,7 @@ class _Record:
     classes: int
     images_sha256: str
     labels_sha256: str
-    check: str = ""
-    """Digest of the other fields."""
+    check: str = ""  # digest of the other fields
 
     def with_check(self) -> _Record:
         """Return the record with `check` set."""

@@ -32,8 +32,7 @@ _ROWS = 256
 def list_parquet(settings: DataSettings, split: Split, seed: int) -> PackedListing:
     """Return the images of a split in Parquet files in `data.root`.
 
-    Raises:
-        UsageError: pyarrow, files or columns are missing, a file is damaged, or the cache cannot hold the images.
+    Raises UsageError if pyarrow, files or columns are missing, a file is damaged, or the cache cannot hold the images.
     """
     image, label = _columns(settings)
     files = []
@@ -61,8 +60,7 @@ def find_parquet(settings: DataSettings, split: Split) -> list[Path]:
 def list_saved(settings: DataSettings, split: Split, seed: int) -> PackedListing:
     """Return the images of a split in a data set that Hugging Face's `DatasetDict.save_to_disk` wrote to `data.root`.
 
-    Raises:
-        UsageError: pyarrow, files or columns are missing, or the files do not hold uncompressed encoded images.
+    Raises UsageError if pyarrow, files or columns are missing, or the files do not hold uncompressed encoded images.
     """
     image, label = _columns(settings)
     files = [PackedFile(path, path, _saved_index(path, image, label)) for path in find_saved(settings, split)]
@@ -213,8 +211,7 @@ _DIGESTED = 64
 def read_arrays(settings: DataSettings, split: Split) -> ImageSet:
     """Return the images of a split, uint8 [N, C, H, W], [N, H, W, C] or [N, H, W], and labels [N], in `data.root`.
 
-    Raises:
-        UsageError: files are missing, cannot be read, or hold something else.
+    Raises UsageError if files are missing, cannot be read, or hold something else.
     """
     (images_file, images_name), (labels_file, labels_name) = find_arrays(settings, split)
     images, labels = _array(images_file, images_name), _array(labels_file, labels_name)
@@ -246,10 +243,7 @@ def find_arrays(settings: DataSettings, split: Split) -> tuple[tuple[Path, str],
     """Return the file and the array name of the images, and those of the labels.
 
     For a split NAME they are in NAME.npz, in NAME/images.npy and NAME/labels.npy, or in NAME_images.npy and
-    NAME_labels.npy.
-
-    Raises:
-        UsageError: there are no such files.
+    NAME_labels.npy. Raises UsageError if there are no such files.
     """
     image, label = settings.image_column or "images", settings.label_column or "labels"
     for name in NAMES[split]:

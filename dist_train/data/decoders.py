@@ -270,8 +270,7 @@ class LoaderProcesses(Decoder):
             raise FaultError(f"the loader process {process.pid}, which makes samples, {how}{fix}", code="loader-ended")
 
 
-RECORD = 4
-"""Bytes of a slot number in a pipe: read and written atomically, so that records never mix."""
+RECORD = 4  # bytes of a slot number in a pipe: read and written atomically, so that records never mix
 
 _LONGEST_PATH = 4096
 _BYTES_PER_IMAGE = 2 * 6 * _LONGEST_PATH + 32 * DRAWS + 128

@@ -25,8 +25,7 @@ _SMALLEST_AREA = 0.08
 _LARGEST_ASPECT = 4 / 3
 _MARGIN = 256 / 224
 
-Box = tuple[int, int, int, int]
-"""Left, top, right, bottom, in pixels."""
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 
 Part = tuple[str, int, int, str]
@@ -163,9 +162,8 @@ class Reader(Protocol):
     def read(self, work: Work, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
         """Write the images of `work` to `pixels` [n, C, H, W] and, if the source has them, the labels to `labels` [n].
 
-        Raises:
-            FaultError: a sample cannot be read; the message names it.
-            UsageError: a sample does not have the form that the settings require.
+        Raises FaultError if a sample cannot be read; the message names it; UsageError if a sample does not have the
+        form that the settings require.
         """
 
 

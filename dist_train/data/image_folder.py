@@ -28,8 +28,7 @@ class Listing:
     folder: Path
     classes: tuple[str, ...]
     names: Sequence[str]
-    labels: Tensor
-    """int64 [files]"""
+    labels: Tensor  # int64 [files]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -54,9 +53,7 @@ def list_split(root: Path, split: Split, classes: int, seed: int) -> Listing:
     """Return the files of `split` below `root`, shuffled by the seed, so that any prefix has images of all classes.
 
     Classes are numbered by their sorted names. Nothing depends on the order in which the file system lists files.
-
-    Raises:
-        UsageError: a folder is missing, a class is empty, or the number of classes is not `classes`.
+    Raises UsageError if a folder is missing, a class is empty, or the number of classes is not `classes`.
     """
     listing = _scan(_folder(root, split), classes)
     return listing.select(torch.randperm(len(listing), generator=generator(seed, "image folder", split)))

@@ -26,8 +26,7 @@ class ImageSet:
     images: Tensor
     labels: Tensor
     classes: int
-    identity: str = ""
-    """Identifies the source files by digest; empty for images that are generated from the settings."""
+    identity: str = ""  # identifies the source files by digest; empty for images that are generated from the settings
 
     def __post_init__(self) -> None:
         assert self.images.dtype == torch.uint8
@@ -106,10 +105,8 @@ class Splits:
 
     train: SampleSource
     test: SampleSource
-    identity: str = ""
-    """Identifies the files of the data set; empty for images that are generated from the settings."""
-    validation: SampleSource | None = None
-    """The part of the training set that is held out, if the settings ask for one."""
+    identity: str = ""  # identifies the files of the data set; empty for images that are generated from the settings
+    validation: SampleSource | None = None  # the part of the training set that is held out, if the settings ask for one
 
     def of(self, split: Split) -> SampleSource:
         """Return the samples of `split`. Raises UsageError if there is no validation split."""

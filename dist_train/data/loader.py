@@ -37,8 +37,7 @@ from dist_train.data.plugin_samples import PluginSamples, Recipe, labels_of
 from dist_train.outcome import CodedError
 from dist_train.reproducible import generator, key, uniform
 
-_RESIDENT_FRACTION = 4
-"""Images stay on a GPU if they take less than one in so many parts of its free memory."""
+_RESIDENT_FRACTION = 4  # images stay on a GPU if they take less than one in so many parts of its free memory
 
 
 class Samples:
@@ -100,9 +99,8 @@ def open_splits(
 ) -> Splits:
     """Open the splits. Only training samples are augmented; all splits are normalized by the training images.
 
-    Raises:
-        UsageError: files are missing or damaged, or do not match the settings.
-        FaultError: a sample that is read at the start is damaged.
+    Raises UsageError if files are missing or damaged, or do not match the settings; FaultError if a sample that is read
+    at the start is damaged.
     """
     pixels = PixelFormat(dtype, memory_format)
     if settings.name in ENCODED:
@@ -125,8 +123,7 @@ def open_splits(
 def training_labels(settings: DataSettings, seed: int) -> Tensor:
     """Return the labels of the training samples, int64 [n], in the order of `open_splits`.
 
-    Raises:
-        UsageError: files are missing or damaged, or do not match the settings.
+    Raises UsageError if files are missing or damaged, or do not match the settings.
     """
     if settings.name in ENCODED:
         labels = list_encoded(settings, "train", seed).labels
@@ -181,8 +178,7 @@ class IndexListing:
     """Samples of a data set in Python (a Dataset or an ImageSet), by index."""
 
     name: str
-    indices: Tensor
-    """int64 [n]"""
+    indices: Tensor  # int64 [n]
     labels: Tensor | None = None
 
     def __len__(self) -> int:
@@ -229,8 +225,7 @@ class LoadedSamples:
         self._is_cropped = is_encoded and augment == "crop-flip"
         # a plug-in may draw random numbers in each epoch
         self._has_epochs = self._is_cropped or (split == "train" and _uses_plugin(settings))
-        self.is_shuffled = is_encoded
-        """Whether the listing has been shuffled by the seed."""
+        self.is_shuffled = is_encoded  # whether the listing has been shuffled by the seed
         self._augment = unchanged if is_encoded or is_plugin(augment) else AUGMENTATIONS[augment]
 
     def __len__(self) -> int:
@@ -283,8 +278,7 @@ def augmentation_draws(samples: Tensor, seed: int, epoch: int) -> Tensor:
 def list_encoded(settings: DataSettings, split: Split, seed: int) -> Listing:
     """Return all images of a split of a data set in `config.ENCODED`.
 
-    Raises:
-        UsageError: files are missing, or do not have the required form.
+    Raises UsageError if files are missing, or do not have the required form.
     """
     if settings.name == "imagefolder":
         return list_split(settings.folder, split, settings.image_format.classes, seed)

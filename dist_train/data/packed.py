@@ -41,8 +41,7 @@ NAMES: dict[Split, tuple[str, ...]] = {
 }
 """The names that a split's folder or files may have; the first that exists is used."""
 
-Index = NDArray[np.int64]
-"""Offset, length and label of each sample in a file, int64 [samples, 3]."""
+Index = NDArray[np.int64]  # offset, length and label of each sample in a file, int64 [samples, 3]
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,8 @@ class PackedListing:
 
     files: tuple[str, ...]
     origins: tuple[str, ...]
-    parts: Tensor
-    """int64 [n, 4]: file number, offset, length, number of the sample in its file"""
-    labels: Tensor
-    """int64 [n]"""
+    parts: Tensor  # int64 [n, 4]: file number, offset, length, number of the sample in its file
+    labels: Tensor  # int64 [n]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -88,8 +85,7 @@ class PackedListing:
 def packed_listing(files: Sequence[PackedFile], classes: int, split: Split, seed: int) -> PackedListing:
     """Return the images of `files`, shuffled by the seed as those of an image folder are.
 
-    Raises:
-        UsageError: a label is not below `classes`, or there is no image.
+    Raises UsageError if a label is not below `classes`, or there is no image.
     """
     parts, labels = [], []
     for number, file in enumerate(files):
@@ -117,8 +113,7 @@ def packed_listing(files: Sequence[PackedFile], classes: int, split: Split, seed
 def split_files(root: Path, split: Split, suffixes: tuple[str, ...]) -> list[Path]:
     """Return the files of a split, sorted: those in a folder with its name, else those with it in their file name.
 
-    Raises:
-        UsageError: there are none.
+    Raises UsageError if there are none.
     """
     try:
         for name in NAMES[split]:
@@ -147,11 +142,8 @@ def cached_index(
     """Return the file with the images of `source`, and its index, which `make` creates at the first use.
 
     The file is `content` or, if that is None, a file in the cache, which `make` writes. If the size or modification
-    time of `source`, or `columns`, change, a new entry is made.
-
-    Raises:
-        OSError: the cache cannot be used, or `source` cannot be read.
-        UsageError: other users could replace the contents of the cache.
+    time of `source`, or `columns`, change, a new entry is made. Raises OSError if the cache cannot be used, or `source`
+    cannot be read; UsageError if other users could replace the contents of the cache.
     """
     status = source.stat()
     text = f"{kind} {_VERSION} {source.resolve()} {status.st_size} {status.st_mtime_ns} {columns}"

@@ -62,8 +62,7 @@ class BatchPlan:
     def slices(self, rank: int, size: int) -> tuple[MicroBatch, ...]:
         """Return rank `rank`'s even part of every micro-batch, if all `size` ranks share each.
 
-        Raises:
-            UsageError: a micro-batch has fewer samples than there are ranks.
+        Raises UsageError if a micro-batch has fewer samples than there are ranks.
         """
         assert 0 <= rank < size
         smallest = self.micro_batches[-1]

@@ -41,8 +41,7 @@ class PluginSamples:
     def __init__(self, settings: DataSettings, seed: int, opened: Mapping[Split, ImageSet | MapDataset]) -> None:
         """`opened` are the splits that are already open; the others are opened when they are first needed.
 
-        Raises:
-            UsageError: the plug-in `data.augment` does not return a callable.
+        Raises UsageError if the plug-in `data.augment` does not return a callable.
         """
         self._settings = settings
         self._shape = settings.image_format.shape

@@ -152,8 +152,7 @@ _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32
 _MEMBER_LIMIT = 1 << 30
 _CHUNK = 1 << 20
-_MAX_TUPLES = 64
-"""A batch has about five tuples; hashing very deeply nested ones overflows the interpreter's stack."""
+_MAX_TUPLES = 64  # a batch has about five tuples; hashing very deeply nested ones overflows the interpreter's stack
 
 
 @dataclass(frozen=True)

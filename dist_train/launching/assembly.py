@@ -68,8 +68,7 @@ from dist_train.training.trainer import Trainer
 
 _logger = logging.getLogger("dist_train.training")
 
-_LOST_NOISE = 0.01
-"""A run warns if more than this share of the weights is left without noise."""
+_LOST_NOISE = 0.01  # a run warns if more than this share of the weights is left without noise
 
 
 def assemble(
@@ -82,9 +81,8 @@ def assemble(
 ) -> Trainer:
     """Build the trainer of `config`, at the beginning or where the checkpoint of rank 0's `resume_point` left off.
 
-    Raises:
-        UsageError: the device, the data or the batch do not fit, or the checkpoint is from another model or from a run
-            that cannot be lengthened yet.
+    Raises UsageError if the device, the data or the batch do not fit, or the checkpoint is from another model or from a
+    run that cannot be lengthened yet.
     """
     device = share_out_devices(comm, config.run.device)
     config = with_device(config, "cuda" if device.type == "cuda" else "cpu")
@@ -207,8 +205,7 @@ def build_step(
 ) -> TrainingStep:
     """Return the training step of `config`, whose micro-batch size is decided, on the `weights` of `model`.
 
-    Raises:
-        UsageError: the reduction does not support these ranks.
+    Raises UsageError if the reduction does not support these ranks.
     """
     norms = tuple(norm_modules(model))
     statistics = BatchStatistics(norms, compute.device)

@@ -28,10 +28,8 @@ class Regrouping:
     config: Config
     directory: RunDirectory
     session: Session
-    stack: ExitStack
-    """The run's exit stack: closes what is opened here when the run ends."""
-    observers: Sequence[Observer] = ()
-    """Rank 0's observers, besides those that the settings name."""
+    stack: ExitStack  # the run's exit stack: closes what is opened here when the run ends
+    observers: Sequence[Observer] = ()  # rank 0's observers, besides those that the settings name
     _logs: ExitStack = field(default_factory=ExitStack)
     _logging_as: int | None = None
 

@@ -42,8 +42,7 @@ _MEETING_SHARE = 2.0
 _SHARED_ERRORS = (StoppedError, DivergedError, DisagreementError)
 """Errors that end the run on all ranks alike; any other error is of one rank."""
 
-_POLLS_IN_TIMEOUT = 4
-"""How often within `comm.timeout` ranks that wait for the run directory synchronize."""
+_POLLS_IN_TIMEOUT = 4  # how often within `comm.timeout` ranks that wait for the run directory synchronize
 
 
 def train(config: Config, run_directory: Path | str | None = None, observers: Sequence[Observer] = ()) -> Outcome:

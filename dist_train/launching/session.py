@@ -59,8 +59,7 @@ class Session:
         self._begun = time.monotonic()
         self._trainer: Trainer | None = None
         self._observers_have_begun = False
-        self._others_continue = False
-        """Whether this rank alone fails, and the others continue without it."""
+        self._others_continue = False  # whether this rank alone fails, and the others continue without it
         if self.status:
             self.status.change("starting")
 
@@ -163,8 +162,7 @@ class Session:
     def before_publishing(self) -> None:
         """Flush the records that precede a checkpoint, before the checkpoint gets its name. From any thread.
 
-        Raises:
-            OSError: the run directory is no longer the one in which this launch began.
+        Raises OSError if the run directory is no longer the one in which this launch began.
         """
         if self._lock is not None:
             self._lock.check()

@@ -33,8 +33,7 @@ _VGG19 = (64, 64, _POOL, 128, 128, _POOL, *(256,) * 4, _POOL, *(512,) * 4, _POOL
 _HIDDEN = 256
 
 _STAGES = (64, 128, 256, 512)
-_SMALL = 64
-"""Images with at most this many pixels per side keep their size through the stem, as is usual for CIFAR."""
+_SMALL = 64  # images with at most this many pixels per side keep their size through the stem, as is usual for CIFAR
 _MIN_STRIDED_CHANNELS = 8
 """With fewer, torch 2.13's backward pass of a strided 1x1 convolution in channels-last layout corrupts the heap."""
 

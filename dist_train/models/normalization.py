@@ -18,14 +18,12 @@ from torch import Tensor
 
 from dist_train.kernels import operators
 
-Activation = Literal["none", "relu"]
-"""The activation applied after a norm."""
+Activation = Literal["none", "relu"]  # the activation applied after a norm
 
 SumOverRanks = Callable[[Tensor, str], None]
 """Replaces a contiguous tensor by its sum over all ranks. The string names the operation on all ranks."""
 
-_RUN = 128
-"""The most samples that one accumulator adds up."""
+_RUN = 128  # the most samples that one accumulator adds up
 
 _FEW_VALUES = 8192
 """With at most this many values per channel, torch's backward pass, given accurate moments, has an error below 2e-5."""

@@ -53,8 +53,7 @@ class GroupedBatchNorm(nn.Module):
         self.group_size = group_size
         self.epsilon = 1e-5
         self.across_ranks: AcrossRanks | None = None
-        self.activation: Activation = "none"
-        """Applied to the normalized values: see `join_relus`."""
+        self.activation: Activation = "none"  # applied to the normalized values: see `join_relus`
         self.seen: list[SeenGroups] = []
         """Groups of forward passes in training mode, in order; `BatchStatistics` clears them."""
         self.weight = nn.Parameter(torch.ones(channels))

@@ -82,8 +82,7 @@ class PlainLines(Observer):
 
 
 _REDRAW_SECONDS = 0.2
-_REDRAW_SHARE = 1 / 300
-"""Largest fraction of the training time spent on drawing."""
+_REDRAW_SHARE = 1 / 300  # largest fraction of the training time spent on drawing
 _WIDEST = 110
 
 

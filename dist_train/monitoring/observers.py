@@ -321,8 +321,7 @@ class MlflowOptions(BaseModel, extra="forbid"):
 
 _RUN_ID = "dist_train.run_id"
 _FLUSH_SECONDS = 5.0
-_PARAMS, _METRICS = 100, 1000
-"""MLflow's limits for one call."""
+_PARAMS, _METRICS = 100, 1000  # MLflow's limits for one call
 _STATES = MappingProxyType({"finished": "FINISHED", "stopped": "KILLED"})
 
 

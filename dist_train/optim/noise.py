@@ -26,8 +26,7 @@ Ascend = Callable[[], None]
 """Computes the gradient of a micro-batch's loss at the current weights into `FlatWeights.gradients`."""
 
 
-_AMPLITUDE_PER_DEVIATION = math.sqrt(3.0)
-"""A draw of amplitude 1 has variance 1/3."""
+_AMPLITUDE_PER_DEVIATION = math.sqrt(3.0)  # a draw of amplitude 1 has variance 1/3
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,9 @@ from dist_train.reproducible import bits, key
 
 _DEVIATION_OF_UNIFORM = 3.0**-0.5
 _LARGEST = 2**15 - 1
-_SQUARES = 2.0**40
-"""Squares of weights are summed as integers, in units of its inverse."""
+_SQUARES = 2.0**40  # squares of weights are summed as integers, in units of its inverse
 
-Parts = Iterator[slice]
-"""The parts of a draw, each yielded as soon as it is in the buffer."""
+Parts = Iterator[slice]  # the parts of a draw, each yielded as soon as it is in the buffer
 
 
 class NoiseDraws:

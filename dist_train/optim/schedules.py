@@ -19,13 +19,11 @@ class LearningRate:
     settings: ScheduleSettings
     base: float
     global_size: int
-    steps_per_epoch: int
-    """Updates in a pass over the data."""
+    steps_per_epoch: int  # updates in a pass over the data
     epochs: int
     updates_per_epoch: int | None = None
     """Updates in an epoch of the schedule; None: as many as in a pass over the data."""
-    passes: Epochs | None = None
-    """The passes over the data if the global batch size changes during the run."""
+    passes: Epochs | None = None  # the passes over the data if the global batch size changes during the run
 
     @property
     def peak(self) -> float:

@@ -45,37 +45,23 @@ class RunDirectory:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.config = root / "config.yaml"
-        """Every setting, resolved."""
-        self.id = root / "run_id"
-        """An id that distinguishes this run from others of its name."""
+        self.config = root / "config.yaml"  # every setting, resolved
+        self.id = root / "run_id"  # an id that distinguishes this run from others of its name
         self.status = root / "status.json"
-        self.metrics = root / "metrics.jsonl"
-        """One record a line."""
-        self.event_counts = root / "counts.json"
-        """How often each event has happened, over all launches."""
-        self.ranks = root / "ranks.json"
-        """The last measured step on each rank."""
-        self.requeues = root / "requeues.json"
-        """How often the run was started again without progress."""
-        self.jobs = root / "jobs"
-        """The batch jobs that were submitted for the run, an id a line."""
-        self.reserve = root / ".reserve"
-        """Space for the final status of a run on a full disk."""
-        self.lock = root / "run.lock"
-        """Held by the launch that uses this directory."""
-        self.sweep_lock = root / "sweep.lock"
-        """Held by the sweep that uses this directory."""
+        self.metrics = root / "metrics.jsonl"  # one record a line
+        self.event_counts = root / "counts.json"  # how often each event has happened, over all launches
+        self.ranks = root / "ranks.json"  # the last measured step on each rank
+        self.requeues = root / "requeues.json"  # how often the run was started again without progress
+        self.jobs = root / "jobs"  # the batch jobs that were submitted for the run, an id a line
+        self.reserve = root / ".reserve"  # space for the final status of a run on a full disk
+        self.lock = root / "run.lock"  # held by the launch that uses this directory
+        self.sweep_lock = root / "sweep.lock"  # held by the sweep that uses this directory
         self.checkpoints = root / "checkpoints"
         self.logs = root / "logs"
-        self.output_log = self.logs / "output.log"
-        """What the processes of a sweep's run print."""
-        self.tensorboard = root / "tensorboard"
-        """Folder of TensorBoard's event files, if enabled."""
-        self.profile = root / "profile"
-        """Folder of profiler traces, if enabled."""
-        self.analysis = root / "analysis"
-        """Folder of landscapes and sharpness records."""
+        self.output_log = self.logs / "output.log"  # what the processes of a sweep's run print
+        self.tensorboard = root / "tensorboard"  # folder of TensorBoard's event files, if enabled
+        self.profile = root / "profile"  # folder of profiler traces, if enabled
+        self.analysis = root / "analysis"  # folder of landscapes and sharpness records
         self.learning_curve = root / "learning_curve.png"
 
     def fallback(self, folder: Path) -> Path:
@@ -109,8 +95,7 @@ class RunDirectory:
     def create(self) -> None:
         """Make the folders; new ones are accessible to the user alone.
 
-        Raises:
-            UsageError: they cannot be made or written, or other users could replace files in them.
+        Raises UsageError if they cannot be made or written, or other users could replace files in them.
         """
         try:
             for folder in (self.root, self.checkpoints, self.logs):
@@ -180,11 +165,8 @@ def refuse_foreign(folder: Path, otherwise: str) -> None:
     """Refuse a folder whose files another user could replace; `otherwise` says what else the user may do.
 
     Its owner must be this user or root. Everybody may have write permission only with the sticky bit, as in /tmp. File
-    systems that are read-only or do not record owners are not checked.
-
-    Raises:
-        UsageError: it belongs to another user, or everybody may write there; the message says how to fix it.
-        OSError: the folder does not exist.
+    systems that are read-only or do not record owners are not checked. Raises UsageError if it belongs to another user,
+    or everybody may write there; the message says how to fix it; OSError if the folder does not exist.
     """
     state = folder.stat()
     if state.st_uid not in (os.geteuid(), 0):
@@ -225,12 +207,9 @@ class StudyDirectory:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.study = root / "study.yaml"
-        self.base = root / "base.yaml"
-        """The configuration that the runs vary, resolved."""
-        self.runs = root / "runs.json"
-        """The planned runs, in their order."""
-        self.trials = root / "trials.log"
-        """The journal of a search by Optuna."""
+        self.base = root / "base.yaml"  # the configuration that the runs vary, resolved
+        self.runs = root / "runs.json"  # the planned runs, in their order
+        self.trials = root / "trials.log"  # the journal of a search by Optuna
 
 
 @contextmanager
@@ -247,10 +226,8 @@ def oserror_to_fault(directory: RunDirectory) -> Iterator[None]:
         ) from error
 
 
-PATIENCE_SECONDS = 5.0
-"""A killed process may take a moment to end."""
-LEASE_SECONDS = 150.0
-"""How long an NFS server may keep the lock of a dead node: its lease, usually 90 s, and a margin."""
+PATIENCE_SECONDS = 5.0  # a killed process may take a moment to end
+LEASE_SECONDS = 150.0  # how long an NFS server may keep the lock of a dead node: its lease, usually 90 s, and a margin
 
 _POLL_SECONDS = 0.05
 _WITHOUT_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
@@ -307,9 +284,8 @@ class LockRequest:
     def wait(self, seconds: float) -> RunLock | None:
         """Return the lock; None if its holder has not ended after `seconds`, but may still do so in time.
 
-        Raises:
-            UsageError: another launch uses the directory; the message names it.
-            OSError: the lock file cannot be made.
+        Raises UsageError if another launch uses the directory; the message names it; OSError if the lock file cannot be
+        made.
         """
         until = time.monotonic() + seconds
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -59,8 +59,7 @@ class Status:
     best_accuracy: _Finite | None
     samples_per_second: _Finite | None
     slurm_job: str = ""
-    generation: _Count = 1
-    """How often the ranks of this launch have met: more than once if some were lost or joined."""
+    generation: _Count = 1  # how often the ranks of this launch have met: more than once if some were lost or joined
     environment: Mapping[str, str] = field(default_factory=dict)
     """Versions by package, and the device, of the last launch that trained; empty if unknown."""
 
@@ -139,8 +138,7 @@ class StatusFile:
 def load_status(path: Path) -> Status:
     """Return the status at `path`; unknown fields, of a later version, are ignored.
 
-    Raises:
-        BrokenFileError: there is none, it cannot be read, or it is no status.
+    Raises BrokenFileError if there is none, it cannot be read, or it is no status.
     """
     try:
         return _STATUS.validate_json(read_regular(path))

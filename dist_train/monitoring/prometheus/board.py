@@ -26,8 +26,7 @@ from dist_train.rundir.records import (
 )
 
 STATES = ("starting", "running", "stopping", "stopped", "finished", "failed")
-KILLED = "killed"
-"""Outcome of a run that ended without reporting one."""
+KILLED = "killed"  # outcome of a run that ended without reporting one
 OUTCOMES = ("finished", "stopped", "failed", "diverged", KILLED)
 EVENTS = (
     *("resumed", "requeued", "signal", "checkpoint", "checkpoint_failed", "corrupt_checkpoint", "not_finite"),
@@ -38,8 +37,7 @@ EVENTS = (
 
 STEP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 """Upper bounds of the step duration's buckets until the run's step time is known; the last bucket is unbounded."""
-_FIRST_STEPS = 5
-"""The run's step time is the median of this many first steps, because the very first may compile."""
+_FIRST_STEPS = 5  # the run's step time is the median of this many first steps, because the very first may compile
 _BOUNDS_PER_DECADE = 24
 _FINE_RANGE = 2.5
 
@@ -84,22 +82,19 @@ class Buckets:
 class Snapshot:
     """The state at one moment, immutable; times are in seconds since 1970."""
 
-    facts: RunFacts
-    """With the current size and number of micro-batches."""
+    facts: RunFacts  # with the current size and number of micro-batches
     step: int
     last_progress: float
     events: Mapping[str, int]
     state: str = "running"
-    outcome: str = ""
-    """How the run ended, one of `OUTCOMES`; empty before."""
+    outcome: str = ""  # how the run ended, one of `OUTCOMES`; empty before
     seconds_left: float | None = None
     train: TrainRecord | None = None
     evaluations: Mapping[str, EvaluationRecord] = field(default_factory=dict)
     best_accuracy: float | None = None
     measured: Measurement | None = None
     checkpoint: EventRecord | None = None
-    disk_free: int | None = None
-    """Free bytes on the file system of the run directory."""
+    disk_free: int | None = None  # free bytes on the file system of the run directory
     step_seconds: Buckets = field(default_factory=lambda: Buckets.of(STEP_SECONDS))
     part_seconds: Mapping[str, Buckets] = field(
         default_factory=lambda: {part.name: Buckets.of(PART_SECONDS) for part in fields(StepParts)}

@@ -36,8 +36,7 @@ _logger = logging.getLogger(__name__)
 _START_SECONDS = 5.0
 _END_SECONDS = 3.0
 _HUNG_SECONDS = 0.5
-_LONGEST_PAUSE = 64.0
-"""Seconds between attempts to restart the process; the first pause is one second, then it doubles."""
+_LONGEST_PAUSE = 64.0  # seconds between attempts to restart the process; the first pause is one second, then it doubles
 _ROOT = Path(__file__).parents[3]
 _CHILD = (
     "import sys; sys.path.append(sys.argv[1]); from dist_train.monitoring.prometheus.process import main; "
@@ -88,18 +87,15 @@ class Exporter(Observer):
     """Serves a run's metrics from `begin` to `end`, in a process that the constructor starts."""
 
     def __init__(self, settings: MetricsSettings) -> None:
-        self.address: str | None = None
-        """The URL of the metrics page; None while nothing is served."""
+        self.address: str | None = None  # the URL of the metrics page; None while nothing is served
         self._plan = messages.plan_of(settings)
         self._target: Path | None = None
         self._ending: Ending | None = None
-        self._facts: RunFacts | None = None
-        """Set once the run has been served."""
+        self._facts: RunFacts | None = None  # set once the run has been served
         self._restarts = 0
         self._restart_at = math.inf
         self._reason = ""
-        self._step_sent = -1
-        """The step of the last record of an update, until `progress` has come to it."""
+        self._step_sent = -1  # the step of the last record of an update, until `progress` has come to it
         self._link: _Link | None = None
         try:
             self._link = _Link()

@@ -150,8 +150,7 @@ def _content(setting: str, path: Path) -> bytes:
 _PORTS = 50
 _CONNECTIONS = 64
 _HANDSHAKE_SECONDS = 10.0
-_IDLE_SECONDS = 120.0
-"""Longer than most scrape intervals, because Prometheus keeps its connections."""
+_IDLE_SECONDS = 120.0  # longer than most scrape intervals, because Prometheus keeps its connections
 _PLAIN = "text/plain; charset=utf-8"
 
 
@@ -187,8 +186,7 @@ class Server(ThreadingHTTPServer):
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.address_family = family
         self.site = site
-        self.last_scrape: float | None = None
-        """Start of the latest answered scrape (monotonic)."""
+        self.last_scrape: float | None = None  # start of the latest answered scrape (monotonic)
         self._lock = Lock()
         self._clients: OrderedDict[socket.socket, float] = OrderedDict()
         """The connected clients and their latest scrapes (monotonic), in order of their latest answer."""

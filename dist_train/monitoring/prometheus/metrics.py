@@ -19,12 +19,9 @@ Kind: TypeAlias = Literal["gauge", "counter", "histogram", "info"]
 class Scope(StrEnum):
     """What a metric describes, and which ranks' pages have it."""
 
-    RUN = "rank 0"
-    """Describes the run; only on rank 0's page."""
-    RANK = "every rank, its own"
-    """Describes the rank that serves it; on every page."""
-    BOTH = "every rank"
-    """Describes the run; on every page."""
+    RUN = "rank 0"  # describes the run; only on rank 0's page
+    RANK = "every rank, its own"  # describes the rank that serves it; on every page
+    BOTH = "every rank"  # describes the run; on every page
 
 
 class Reading(NamedTuple):
@@ -130,8 +127,7 @@ def _of_this_rank(name: str, meaning: str, field: str) -> Metric:
     return Metric(name, "gauge", meaning, take, scope=Scope.RANK)
 
 
-BATCH = "batch"
-"""The value of the label `split` for measurements on training batches."""
+BATCH = "batch"  # the value of the label `split` for measurements on training batches
 
 
 def _by_split(name: str, meaning: str, field: str, unit: str = "") -> Metric:

@@ -30,11 +30,9 @@ RECENT_SECONDS = 60.0
 
 _LOOK_SECONDS = 1.0
 _DISK_SECONDS = 30.0
-_PAUSE_SECONDS = 0.02
-"""Pause between reads of the socket, so that fast steps do not wake this process every time."""
+_PAUSE_SECONDS = 0.02  # pause between reads of the socket, so that fast steps do not wake this process every time
 _NICENESS = 10
-_DYING_SECONDS = 60.0
-"""How long a killed trainer may exist after its socket has closed, while its memory is freed."""
+_DYING_SECONDS = 60.0  # how long a killed trainer may exist after its socket has closed, while its memory is freed
 
 
 def main(descriptor: int, trainer: int) -> None:

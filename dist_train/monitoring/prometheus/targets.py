@@ -24,27 +24,21 @@ from dist_train.monitoring.prometheus.messages import ServingPlan
 from dist_train.rundir import atomic
 from dist_train.rundir.records import RunFacts
 
-HEARTBEAT_SECONDS = 60.0
-"""Interval at which a run touches its file."""
-STALE_SECONDS = 300.0
-"""A file not touched for this long is stale."""
+HEARTBEAT_SECONDS = 60.0  # interval at which a run touches its file
+STALE_SECONDS = 300.0  # a file not touched for this long is stale
 
-ENDED_SECONDS = 86_400.0
-"""How long the file of an ended run, which holds its outcome, is kept."""
-SEEN_SECONDS = 600.0
-"""By this long after a run's end every Prometheus has read its outcome."""
+ENDED_SECONDS = 86_400.0  # how long the file of an ended run, which holds its outcome, is kept
+SEEN_SECONDS = 600.0  # by this long after a run's end every Prometheus has read its outcome
 
 JOB = "dist_train"
 _NOWHERE = "127.0.0.1:0"
 """Replaces the address of an ended run, which another run may have taken. Nothing can listen at port 0."""
 _OUTCOME_LABEL = "outcome"
-_PROCESS_LABEL = "__dist_train_process"
-"""The trainer. Prometheus drops labels that start with __ after relabelling."""
+_PROCESS_LABEL = "__dist_train_process"  # the trainer. Prometheus drops labels that start with __ after relabelling.
 _EXPORTER_LABEL = "__dist_train_exporter"
 _IDENTITY = re.compile(r"\S+ \S+ [0-9]{1,10} [0-9]{0,20}")
 _NAME = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{8}-[0-9]+\.json")
-_LARGEST = 64 << 10
-"""Bytes; our files have a few hundred."""
+_LARGEST = 64 << 10  # bytes; our files have a few hundred
 _MOST_NAMES = 8
 
 
