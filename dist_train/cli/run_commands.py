@@ -165,7 +165,7 @@ def add_launch(subparsers: Subparsers) -> None:
 
 def _launch(arguments: argparse.Namespace) -> int:
     from dist_train.cli.main import parse
-    from dist_train.cluster.local_launch import launch_ranks, threads_without_signals
+    from dist_train.cluster.local_launch import blocked_signals, launch_ranks
 
     words = list(arguments.command)
     if arguments.join is not None:
@@ -185,7 +185,7 @@ def _launch(arguments: argparse.Namespace) -> int:
             )
         return launch_ranks([sys.executable, "-m", "dist_train", *words], arguments.np)
     # Checked here, so that errors are reported once and not by each rank; a plug-in may load torch.
-    with threads_without_signals():
+    with blocked_signals():
         config = named_config(command)
     elasticity = _elasticity(arguments, config)
     if elasticity is None:
@@ -226,7 +226,8 @@ def _elasticity(arguments: argparse.Namespace, config: Config) -> Elasticity | N
 
 
 def _join(arguments: argparse.Namespace) -> int:
-    from dist_train.cluster.joined_launch import entry_of, launch_joining
+    from dist_train.cluster.elastic_launch import launch_joining
+    from dist_train.cluster.joined_launch import entry_of
 
     others = (arguments.min_ranks, arguments.max_ranks, arguments.start_with, arguments.listen)
     if arguments.command or arguments.restarts or any(option is not None for option in others):

@@ -66,6 +66,20 @@ class Pending:
         """Return once the tensor holds the result; raise RankLostError if a rank is lost meanwhile."""
 
 
+@dataclass(frozen=True)
+class Operation(Pending):
+    """An engine's operation, which `finish` ends; an error of the type `rank_lost` means that a rank was lost."""
+
+    finish: Callable[[], object]
+    rank_lost: type[Exception]
+    name: str = ""
+
+    def wait(self) -> None:
+        """Call `finish`; on a GPU, the current stream then waits for the result."""
+        with naming_lost_ranks(self.rank_lost, self.name):
+            self.finish()
+
+
 class Communicator:
     """The ranks of a run, seen from one of them. Every rank must call the same operations.
 

@@ -33,13 +33,9 @@ class DeviceGroup:
         self._end = end
         self._lock = threading.Lock()
         self._group: Any = None
-        self._is_over = False
-        self._is_aborted = threading.Event()
-
-    @property
-    def is_over(self) -> bool:
+        self.is_over = False
         """Whether an abort has begun: an operation that completes after that may have a wrong result."""
-        return self._is_over
+        self._is_aborted = threading.Event()
 
     def connect(self, device: torch.device) -> None:
         """Connect the ranks, each on its own `device`, by a first sum: NCCL connects lazily, and blocks while it does.
@@ -48,7 +44,7 @@ class DeviceGroup:
         """
         made = [self._make()]  # in a list, so that no local variable keeps an aborted group alive
         with self._lock:
-            is_late = self._is_over
+            is_late = self.is_over
             if not is_late:
                 self._group = made.pop()
         if is_late:
@@ -58,7 +54,7 @@ class DeviceGroup:
         work = self.start(lambda group: group.allreduce([first], sum_options()))
         while not work.is_completed():
             time.sleep(POLL_SECONDS)
-        if self._is_over:
+        if self.is_over:
             raise RuntimeError("the group was aborted while it connected")
         work.wait()
 
@@ -72,9 +68,9 @@ class DeviceGroup:
     def abort(self) -> None:
         """Abort the group in a thread, and return at once; `await_end` waits for that thread."""
         with self._lock:
-            if self._is_over:
+            if self.is_over:
                 return
-            self._is_over = True
+            self.is_over = True
             aborted, self._group = [self._group], None
         if aborted[0] is None:
             self._is_aborted.set()

@@ -12,21 +12,22 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
-from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dist_train.cluster.communicator import Communicator, Generation, GroupBrokenError, Pending, Result
+from dist_train.cluster.communicator import Generation, GroupBrokenError, Pending, Result
 from dist_train.cluster.device_group import POLL_SECONDS, DeviceGroup, abortable_nccl
 from dist_train.cluster.devices import check_own_gpu
 from dist_train.cluster.joining import end_process
 from dist_train.cluster.member import Member
-from dist_train.cluster.torch_engine import refuse_adasum, sum_options
+from dist_train.cluster.torch_engine import TorchOperations
 
 _POLL_INTERVAL = timedelta(milliseconds=100)
 """A waiting operation checks this often whether the generation is over. Each time torch raises an error, which costs
@@ -38,7 +39,7 @@ _ABORT_SHARE = 0.5
 _CLOSE_SECONDS = 5.0  # how long a rank that ends waits for its NCCL group to be aborted
 
 
-class ElasticCommunicator(Communicator):
+class ElasticCommunicator(TorchOperations):
     """The ranks of the current generation."""
 
     is_elastic = True
@@ -120,20 +121,6 @@ class ElasticCommunicator(Communicator):
             if not self.is_joining:
                 self._connect(device)
 
-    def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        """Start to sum the contiguous `tensor` over all ranks, in place."""
-        return self._start(tensor, lambda group: group.allreduce([tensor], sum_options()), name)
-
-    def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        """Raise UsageError: torch.distributed has no Adasum."""
-        raise refuse_adasum()
-
-    def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
-        """Overwrite `tensor` with that of rank `root`."""
-        options = dist.BroadcastOptions()
-        options.rootRank = root
-        self._start(tensor, lambda group: group.broadcast([tensor], options), name).wait()
-
     def close(self, error: BaseException | None = None) -> None:
         """Leave; the others continue without this rank if the `error` is its own."""
         self._member.leave("" if error is None else " ".join(f"failed: {error}".split()))
@@ -144,8 +131,8 @@ class ElasticCommunicator(Communicator):
     def check(self) -> None:
         """Raise GroupBrokenError if this generation is over. A call also counts as progress of this rank."""
         self._member.pulse.move_within()
-        if interruption := self._member.interruption:
-            raise GroupBrokenError(interruption)
+        if self._member.interruption:
+            raise GroupBrokenError(self._member.interruption)
 
     def _start(self, tensor: torch.Tensor, operation: Callable[[Any], Any], name: str) -> Pending:
         self.check()
@@ -153,12 +140,10 @@ class ElasticCommunicator(Communicator):
             return Pending()
         deadline = time.monotonic() + self._operation_timeout.total_seconds()
         device_group = self._device_group if self._is_on_device(tensor) else None
-        try:
+        with _naming_breaks(name):
             if device_group is not None:
-                return _DeviceWork(self, device_group, device_group.start(operation), name, deadline)
+                return _DeviceWork(self, device_group.start(operation), name, deadline, device_group)
             return _Work(self, operation(self._group), name, deadline)
-        except RuntimeError as error:
-            raise _broken(name, error) from error
 
     def _is_on_device(self, tensor: torch.Tensor) -> bool:
         return tensor.is_cuda
@@ -183,26 +168,19 @@ class ElasticCommunicator(Communicator):
 
     def _in_thread(self, function: Callable[[], Result], name: str) -> Result:
         """Return `function()`, called in a thread that is abandoned if a rank is lost meanwhile."""
-        results: SimpleQueue[Result | Exception] = SimpleQueue()
+        future: Future[Result] = Future()
 
         def run() -> None:
             try:
-                results.put(function())
+                future.set_result(function())
             except Exception as error:
-                results.put(error)
+                future.set_exception(error)
 
         threading.Thread(target=run, name=f"generation-{self.generation}", daemon=True).start()
-        while True:
-            try:
-                result = results.get(timeout=_POLL_INTERVAL.total_seconds())
-            except Empty:
-                self.check()
-                continue
-            if isinstance(result, RuntimeError):
-                raise _broken(name, result) from result
-            if isinstance(result, Exception):
-                raise result
-            return result
+        while not wait([future], _POLL_INTERVAL.total_seconds()).done:
+            self.check()
+        with _naming_breaks(name):
+            return future.result()
 
     def _gloo_options(self) -> Any:
         """Return options that make Gloo listen where the others reach this node, whatever its own name resolves to."""
@@ -226,8 +204,7 @@ class ElasticCommunicator(Communicator):
 
     def _abort_device_group(self) -> None:
         """Start to abort the NCCL group, if there is one. From any thread; does not wait."""
-        group = self._device_group
-        if group is not None:
+        if (group := self._device_group) is not None:
             group.abort()
 
     def _give_up(self, why: str) -> None:
@@ -237,56 +214,46 @@ class ElasticCommunicator(Communicator):
         end_process()
 
 
+@dataclass
 class _Work(Pending):
     """An operation on CPU tensors."""
 
-    def __init__(self, comm: ElasticCommunicator, work: Any, name: str, deadline: float) -> None:
-        self._comm = comm
-        self._work = work
-        self._name = name
-        self._deadline = deadline
+    comm: ElasticCommunicator
+    work: Any
+    name: str
+    deadline: float
 
     def wait(self) -> None:
         """Return once the result is there; raise GroupBrokenError if it never will be."""
-        while not self._wait_briefly():
+        while True:
+            with suppress(RuntimeError):  # the operation failed, or the interval is over
+                self.work.wait(_POLL_INTERVAL)
+                return
+            if self._is_completed():
+                break
             self._check()
-
-    def _wait_briefly(self) -> bool:
-        """Wait up to `_POLL_INTERVAL`, and return whether the operation is done."""
-        try:
-            self._work.wait(_POLL_INTERVAL)
-            return True
-        except RuntimeError:  # the operation failed, or the interval is over
-            if not self._is_completed():
-                return False
         self._finish()
-        return True
 
     def _check(self) -> None:
         """Raise GroupBrokenError if there is no point in waiting longer."""
-        self._comm.check()
-        if time.monotonic() > self._deadline:
-            raise GroupBrokenError(f"{self._name}: a rank does not come")
+        self.comm.check()
+        if time.monotonic() > self.deadline:
+            raise GroupBrokenError(f"{self.name}: a rank does not come")
 
     def _is_completed(self) -> bool:
-        try:
-            return bool(self._work.is_completed())
-        except RuntimeError as error:
-            raise _broken(self._name, error) from error
+        with _naming_breaks(self.name):
+            return bool(self.work.is_completed())
 
     def _finish(self) -> None:
-        try:
-            self._work.wait()
-        except RuntimeError as error:
-            raise _broken(self._name, error) from error
+        with _naming_breaks(self.name):
+            self.work.wait()
 
 
+@dataclass
 class _DeviceWork(_Work):
     """An operation on GPU tensors."""
 
-    def __init__(self, comm: ElasticCommunicator, group: DeviceGroup, work: Any, name: str, deadline: float) -> None:
-        super().__init__(comm, work, name, deadline)
-        self._group = group
+    group: DeviceGroup
 
     def wait(self) -> None:
         """Return once the result is there, for which no stream waits earlier; else raise GroupBrokenError."""
@@ -294,11 +261,16 @@ class _DeviceWork(_Work):
             self._check()
             time.sleep(POLL_SECONDS)
         # Aborted operations count as completed, too. An abort that begins only now cannot affect this one.
-        if self._group.is_over:
-            self._comm.check()
-            raise GroupBrokenError(f"{self._name}: the group was aborted")
+        if self.group.is_over:
+            self.comm.check()
+            raise GroupBrokenError(f"{self.name}: the group was aborted")
         self._finish()
 
 
-def _broken(name: str, error: BaseException) -> GroupBrokenError:
-    return GroupBrokenError(f"{name}: {' '.join(str(error).split())}")
+@contextmanager
+def _naming_breaks(operation: str) -> Iterator[None]:
+    """Raise GroupBrokenError in place of torch's error within the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise GroupBrokenError(f"{operation}: {' '.join(str(error).split())}") from error

@@ -1,8 +1,8 @@
 """Ranks on this machine that may die, hang, be restarted and join: `dist-train launch --min-ranks`.
 
 The launcher that begins the run is the authority (`MembershipServer`): it alone decides which processes are ranks.
-Launchers of other nodes join it (`joined_launch.py`). All of them manage the processes of their own node by the code
-here.
+Launchers of other nodes join it (`dist-train launch --join`), over a connection (`RemoteAuthority`). All of them manage
+the processes of their own node by the code here.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
-from typing import Protocol
+from typing import TypeAlias
 
-from dist_train.cluster.joined_nodes import Expelled, View
-from dist_train.cluster.local_launch import STOP_SIGNALS, Ranks, rank_environment, say, start_rank
-from dist_train.cluster.membership_server import START_TIMEOUTS, MembershipServer
+from dist_train.cluster.joined_launch import Entry, RemoteAuthority
+from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
+from dist_train.cluster.local_launch import SIGNALS, Ranks, blocked_signals, rank_environment, say, start_rank
+from dist_train.cluster.membership_server import SLOT_VARIABLE, START_TIMEOUTS, TOKEN_VARIABLE, MembershipServer
 from dist_train.outcome import ExitCode, UsageError
 from dist_train.rundir import atomic
 from dist_train.rundir.status import LAUNCH_VARIABLE
@@ -61,39 +62,8 @@ class Entrance:
     folder: Path
 
 
-class Authority(Protocol):
-    """The authority as a launcher uses it: its own server, or a connection to one on another node."""
-
-    timeout: float
-
-    @property
-    def view(self) -> View:
-        """What a launcher knows of the run."""
-
-    @property
-    def awaits_others(self) -> bool:
-        """Whether this launcher must wait for ranks of other nodes."""
-
-    def poll(self, seconds: float) -> None:
-        """Handle the messages that have arrived, waiting up to `seconds` for one."""
-
-    def expect(self, processes: int) -> None:
-        """Report how many of this launcher's processes are ranks or may become ranks."""
-
-    def take_expelled(self) -> list[Expelled]:
-        """Return this launcher's processes that were expelled since the last call."""
-
-    def note_code(self, code: int) -> None:
-        """Record the exit code of one of this launcher's processes."""
-
-    def first_failure(self) -> int | None:
-        """Return the exit code of the first rank that failed, if any."""
-
-    def ask_to_stop(self) -> None:
-        """Record that this launcher was asked to stop the run."""
-
-    def abandon(self) -> None:
-        """Stop waiting for other nodes."""
+Authority: TypeAlias = MembershipServer | RemoteAuthority
+"""The authority as a launcher uses it: its own server, or a connection to that of another node."""
 
 
 def launch_elastic(words: Sequence[str], count: int, elasticity: Elasticity, entrance: Entrance | None = None) -> int:
@@ -102,11 +72,8 @@ def launch_elastic(words: Sequence[str], count: int, elasticity: Elasticity, ent
     Like `launch_ranks`, except that the others continue without a lost rank, which is restarted. Call it from a process
     without threads. With an `entrance`, ranks of other nodes may join, or be the only ranks.
 
-    Returns:
-        The code with which the ranks ended the run; if none did, as `launch_ranks`.
-
-    Raises:
-        UsageError: it cannot listen at `entrance`, or write the file for other launchers.
+    Returns the code with which the ranks ended the run; if none did, as `launch_ranks`. Raises UsageError if it cannot
+    listen at `entrance`, or write the file for other launchers.
     """
     launch = os.environ.get(LAUNCH_VARIABLE, "") or secrets.token_hex(8)
     environment = {**os.environ, LAUNCH_VARIABLE: launch}
@@ -116,7 +83,7 @@ def launch_elastic(words: Sequence[str], count: int, elasticity: Elasticity, ent
         with _admitting_others(server, entrance, launch):
             shared = {"MASTER_PORT": "0", "WORLD_SIZE": str(elasticity.first)}
             local = LocalProcesses(words, range(count), environment, lambda slot: {**shared, **server.variables(slot)})
-            code = run_ranks(local, server, elasticity.restarts)
+            code = _run_ranks(local, server, elasticity.restarts)
             if server.state.generation == 0 and not server.state.has_ended:
                 say(f"the run has not begun: there were fewer than the {elasticity.first} ranks that it begins with")
             return code
@@ -177,6 +144,36 @@ def _admitting_others(server: MembershipServer, entrance: Entrance | None, launc
             path.unlink()
 
 
+def launch_joining(entry: Entry, count: int) -> int:
+    """Run `count` ranks on this machine until they end, in the run that begins or is under way at `entry`.
+
+    Returns the run's exit code; if the run continues without these ranks, that of the first of them that failed.
+    Raises UsageError if nobody answers there, the token is wrong, or the run takes no more ranks; FaultError if the
+    connection broke.
+    """
+    with RemoteAuthority(entry, count) as authority:
+        order = authority.await_start()
+        try:
+            os.chdir(order["folder"])
+        except OSError as error:
+            raise UsageError(
+                f"the run was started in {order['folder']}, which this node does not have ({error.strerror}): all "
+                f"nodes need the same folders",
+                code="join-folder",
+            ) from error
+        environment = {**os.environ, LAUNCH_VARIABLE: order["launch"]}
+        shared = {
+            TOKEN_VARIABLE: entry.token,
+            MEMBERSHIP_VARIABLE: f"{entry.host}:{entry.port}",
+            "WORLD_SIZE": str(order["size"]),
+            "MASTER_PORT": "0",
+        }
+        local = LocalProcesses(
+            order["words"], order["slots"], environment, lambda slot: {**shared, SLOT_VARIABLE: str(slot)}
+        )
+        return _run_ranks(local, authority, order["restarts"])
+
+
 @dataclass(frozen=True)
 class LocalProcesses:
     """The processes that a launcher starts on its node: `dist-train WORDS` for each of `slots`.
@@ -197,16 +194,10 @@ class LocalProcesses:
         return start_rank(program, rank_environment(self.environment, index, len(self.slots), variables), mask)
 
 
-def run_ranks(local: LocalProcesses, authority: Authority, restarts: int) -> int:
+def _run_ranks(local: LocalProcesses, authority: Authority, restarts: int) -> int:
     """Start the `local` processes, restart each up to `restarts` times, and return the run's exit code when it ends."""
-    watched = STOP_SIGNALS | {signal.SIGCHLD}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
-    ranks = _ElasticRanks(local, mask, authority, restarts)
-    try:
-        return ranks.wait(watched)
-    finally:
-        ranks.kill()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with blocked_signals() as mask:
+        return _ElasticRanks(local, mask, authority, restarts).wait()
 
 
 class _ElasticRanks(Ranks):
@@ -227,17 +218,13 @@ class _ElasticRanks(Ranks):
         self._joining = dict.fromkeys(range(count), time.monotonic())
         """Start times of the processes that are not ranks yet."""
 
-    def kill(self) -> None:
-        """Kill whatever still runs."""
-        for process in self._processes:
-            process.kill()
-
     def _is_running(self) -> bool:
         return super()._is_running() or bool(self._restart_due) or self._authority.awaits_others
 
-    def _await_signal(self, watched: set[signal.Signals]) -> signal.struct_siginfo | None:
+    def _await_signal(self) -> signal.struct_siginfo | None:
         self._authority.poll(_POLL_SECONDS)
-        for expelled in self._authority.take_expelled():
+        while self._authority.expelled:
+            expelled = self._authority.expelled.pop()
             process = self._processes[self._local.slots.index(expelled.slot)]
             if process.pid == expelled.process:
                 process.kill()
@@ -246,7 +233,7 @@ class _ElasticRanks(Ranks):
         self._restart_processes()
         self._kill_late_processes()
         self._authority.expect(len(self._restart_due) + len(self._processes) - len(self._ended))
-        return signal.sigtimedwait(watched, 0)
+        return signal.sigtimedwait(SIGNALS, 0)
 
     def _note_stop_request(self, name: signal.Signals) -> None:
         super()._note_stop_request(name)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dist_train.cluster.communicator import Communicator, Pending, naming_lost_ranks
+from dist_train.cluster.communicator import Communicator, Operation, Pending, naming_lost_ranks
 from dist_train.cluster.launch import Launch
 from dist_train.outcome import UsageError
 
@@ -82,17 +82,7 @@ class HorovodCommunicator(Communicator):
 
     def _start(self, operation: Callable[[], int]) -> Pending:
         with naming_lost_ranks(self._rank_lost):
-            return _Operation(partial(self._hvd.synchronize, operation()), self._rank_lost)
-
-
-class _Operation(Pending):
-    def __init__(self, synchronize: Callable[[], object], rank_lost: type[Exception]) -> None:
-        self._synchronize = synchronize
-        self._rank_lost = rank_lost
-
-    def wait(self) -> None:
-        with naming_lost_ranks(self._rank_lost):
-            self._synchronize()
+            return Operation(partial(self._hvd.synchronize, operation()), self._rank_lost)
 
 
 def _timeline_is_ours() -> bool:
@@ -104,13 +94,9 @@ _LONG_UPDATE = 16
 
 
 def set_environment(timeout: float, device_type: str, launcher: str, micro_batches: int = 1) -> None:
-    """Set the variables that Horovod and MPI read at their start; the user's values stay, unless they are wrong.
-
-    `micro_batches` is the number that a rank computes in an update.
-    """
-    seconds = str(max(1, round(timeout)))
+    """Set the variables that Horovod and MPI read at their start; the user's values stay, unless they are wrong."""
     os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, round(timeout / 2))))
-    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", seconds)
+    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(max(1, round(timeout))))
     # Gloo cannot name a lost rank: the watchdog, which can, must time out first.
     os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(max(60, round(3 * timeout))))
     # Horovod's batched copies into the fusion buffer of a GPU multiply by a double, even if it is 1: integers above

@@ -7,10 +7,18 @@ import shutil
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 
 _LONGEST_MPI_VERSION = 8192  # MPI_MAX_LIBRARY_VERSION_STRING of MPICH; that of Open MPI is 256
+
+
+def installed_version(package: str) -> str:
+    """Return the version of `package`, which is not imported: that would take seconds; empty if it is missing."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ def horovod_build() -> HorovodBuild:
         import horovod.torch as hvd
     except OSError as error:
         raise ImportError(str(error)) from error
-    return HorovodBuild(version("horovod"), bool(hvd.mpi_built()), bool(hvd.gloo_built()), bool(hvd.nccl_built()))
+    return HorovodBuild(metadata.version("horovod"), bool(hvd.mpi_built()), bool(hvd.gloo_built()), bool(hvd.nccl_built()))
 
 
 def mpi_library() -> str:

@@ -1,13 +1,14 @@
-"""Ranks of this node in a run that another node's launcher has begun: `dist-train launch --join`.
+"""A launcher's connection to the launcher of another node, the authority, whose run it joins.
 
-This launcher connects to that one, the authority. Both prove that they know the token before this one runs the command
-that it is sent. Its ranks then connect to the authority themselves; they end if the authority is gone or silent.
+Both prove that they know the token before this launcher runs the command that it is sent. Its ranks then connect to the
+authority themselves; they end if the authority is gone or silent.
 """
 
 from __future__ import annotations
 
 import hmac
 import json
+import math
 import os
 import secrets
 import select
@@ -20,14 +21,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dist_train.cluster.elastic_launch import LocalProcesses, run_ranks
+from pydantic import TypeAdapter
+
 from dist_train.cluster.joined_nodes import Expelled, View
-from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
 from dist_train.cluster.local_launch import say
 from dist_train.cluster.membership_server import (
     BEATS_IN_TIMEOUT,
     ENDS_OF_A_RUN,
-    SLOT_VARIABLE,
     TOKEN_VARIABLE,
     answer_of_authority,
     answer_to,
@@ -35,8 +35,8 @@ from dist_train.cluster.membership_server import (
 from dist_train.cluster.messages import MessageConnection
 from dist_train.outcome import FaultError, UsageError
 from dist_train.rundir import atomic
-from dist_train.rundir.status import LAUNCH_VARIABLE
 
+_VIEW = TypeAdapter(View)
 _CONNECT_SECONDS = 10.0
 _WAIT_SECONDS = 1.0
 
@@ -83,44 +83,8 @@ def entry_of(place: str, environment: Mapping[str, str] = os.environ) -> Entry:
     return entry
 
 
-def launch_joining(entry: Entry, count: int) -> int:
-    """Run `count` ranks on this machine until they end, in the run that begins or is under way at `entry`.
-
-    Returns:
-        The run's exit code; if the run continues without these ranks, that of the first of them that failed.
-
-    Raises:
-        UsageError: nobody answers there, the token is wrong, or the run takes no more ranks.
-        FaultError: the connection broke.
-    """
-    with RemoteAuthority(entry, count) as authority:
-        order = authority.await_start()
-        try:
-            os.chdir(order["folder"])
-        except OSError as error:
-            raise UsageError(
-                f"the run was started in {order['folder']}, which this node does not have ({error.strerror}): all "
-                f"nodes need the same folders",
-                code="join-folder",
-            ) from error
-        environment = {**os.environ, LAUNCH_VARIABLE: order["launch"]}
-        shared = {
-            TOKEN_VARIABLE: entry.token,
-            MEMBERSHIP_VARIABLE: f"{entry.host}:{entry.port}",
-            "WORLD_SIZE": str(order["size"]),
-            "MASTER_PORT": "0",
-        }
-        local = LocalProcesses(
-            order["words"], order["slots"], environment, lambda slot: {**shared, SLOT_VARIABLE: str(slot)}
-        )
-        return run_ranks(local, authority, order["restarts"])
-
-
 class RemoteAuthority:
-    """A connection to the authority on another node. It has no thread: call `poll` often.
-
-    A context manager, which closes the connection in order.
-    """
+    """A connection to the authority on another node, for a block; it has no thread: call `poll` often."""
 
     def __init__(self, entry: Entry, count: int) -> None:
         """Connect for `count` ranks; both sides prove that they know the token.
@@ -131,7 +95,7 @@ class RemoteAuthority:
         self._view = View()
         self._code: int | None = None
         self.timeout = _CONNECT_SECONDS
-        self._expelled: list[Expelled] = []
+        self.expelled: list[Expelled] = []  # processes of this node that are to be killed
         self._processes = count
         self._order: Mapping[str, Any] | None = None
         self._refusal = ""
@@ -158,7 +122,8 @@ class RemoteAuthority:
     def _prove(self, token: str, count: int) -> None:
         challenge = secrets.token_hex(16)
         proof = answer_to(token, str(self._connection.next_message()["text"]))
-        hello = {"kind": "hello", "proof": proof, "challenge": challenge, "node": _node_name()}
+        node = os.environ.get("SLURMD_NODENAME", "") or socket.gethostname()
+        hello = {"kind": "hello", "proof": proof, "challenge": challenge, "node": node}
         self._connection.send({**hello, "process": os.getpid(), "ranks": count})
         fields = self._connection.next_message()
         if not hmac.compare_digest(str(fields["proof"]), answer_of_authority(token, challenge)):
@@ -177,14 +142,13 @@ class RemoteAuthority:
 
         Raises UsageError if the run takes no more ranks; FaultError if the connection broke.
         """
-        since = time.monotonic()
-        is_announced = False
+        announced_at = time.monotonic() + _WAIT_SECONDS
         while self._order is None:
             if self._refusal:
                 raise UsageError(self._refusal, code="join-refused")
             self.poll(_WAIT_SECONDS)
-            if not is_announced and time.monotonic() - since > _WAIT_SECONDS:
-                is_announced = True
+            if time.monotonic() > announced_at:
+                announced_at = math.inf
                 say("waiting until the run has begun")
         return self._order
 
@@ -195,7 +159,12 @@ class RemoteAuthority:
         """
         beat = self.timeout / BEATS_IN_TIMEOUT
         if select.select([self._connection.socket], [], [], min(seconds, beat))[0]:
-            self._receive()
+            try:
+                self._connection.receive()
+            except OSError:
+                raise _lost("is gone") from None
+            self._heard = time.monotonic()
+            self._handle_messages()
         now = time.monotonic()
         was_suspended, self._polled = now - self._polled > 2 * beat, now
         if was_suspended:  # the authority may have sent beats meanwhile
@@ -211,11 +180,6 @@ class RemoteAuthority:
         if processes != self._processes:
             self._processes = processes
             self._connection.send({"kind": "processes", "count": processes})
-
-    def take_expelled(self) -> list[Expelled]:
-        """Return this node's processes that were expelled since the last call."""
-        expelled, self._expelled = self._expelled, []
-        return expelled
 
     def note_code(self, code: int) -> None:
         """Report the exit code of a process to the authority."""
@@ -242,14 +206,6 @@ class RemoteAuthority:
         self._connection.send({"kind": "leave"})
         self._connection.socket.close()
 
-    def _receive(self) -> None:
-        try:
-            self._connection.receive()
-        except OSError:
-            raise _lost("is gone") from None
-        self._heard = time.monotonic()
-        self._handle_messages()
-
     def _handle_messages(self) -> None:
         for fields in self._connection.messages():
             match fields["kind"]:
@@ -258,16 +214,9 @@ class RemoteAuthority:
                 case "refused":
                     self._refusal = fields["why"]
                 case "expelled":
-                    self._expelled.append(Expelled(fields["slot"], fields["process"]))
+                    self.expelled.append(Expelled(fields["slot"], fields["process"]))
                 case "view":
-                    members, joiners = frozenset(fields["members"]), frozenset(fields["joiners"])
-                    rest = {name: fields[name] for name in ("has_state", "has_ended", "code", "stop_requested")}
-                    self._view = View(members, joiners, **rest)
-
-
-def _node_name() -> str:
-    """Return Slurm's name of this node, or else its host name."""
-    return os.environ.get("SLURMD_NODENAME", "") or socket.gethostname()
+                    self._view = _VIEW.validate_python(fields)
 
 
 def _lost(what: str) -> FaultError:

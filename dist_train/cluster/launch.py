@@ -108,7 +108,6 @@ def _store_of_slurm(environment: Mapping[str, str]) -> StoreAddress | None:
     )
 
 
-_ANSWER_SECONDS = 20
 _LONGEST_COMMENT = 1000
 
 
@@ -146,15 +145,16 @@ def job_states(jobs: Sequence[str]) -> dict[str, str]:
         return {}
     # squeue accepts an unknown id among several, but not alone.
     # %A is an array task's own job id, as in its environment; %i is not.
-    lines = _output("squeue", "--noheader", "--states=all", "--format=%A %T", f"--jobs={','.join(jobs)}")
-    return dict(line.split(maxsplit=1) for line in (lines or "").splitlines() if " " in line)
+    lines = command_output("squeue", "--noheader", "--states=all", "--format=%A %T", f"--jobs={','.join(jobs)}")
+    return dict(line.split(maxsplit=1) for line in lines.splitlines() if " " in line)
 
 
 def job_end(job: str) -> float | None:
     """Return when the time limit ends `job`, in seconds since 1970; None if Slurm does not say."""
-    answer = _output("squeue", "--noheader", "--format=%e", f"--jobs={job}")
     try:
-        return datetime.fromisoformat((answer or "").strip()).timestamp()
+        return datetime.fromisoformat(
+            command_output("squeue", "--noheader", "--format=%e", f"--jobs={job}")
+        ).timestamp()
     except ValueError:
         return None
 
@@ -164,7 +164,7 @@ def comment_on_job(text: str, environment: Mapping[str, str] = os.environ) -> No
     job = current_job(environment)
     if job is not None:
         line = " ".join(text.split())[:_LONGEST_COMMENT]
-        _output("scontrol", "update", f"jobid={job.id}", f"comment={line}")
+        command_output("scontrol", "update", f"jobid={job.id}", f"comment={line}")
 
 
 def submit(script: str, options: Sequence[str]) -> str:
@@ -182,10 +182,11 @@ def submit(script: str, options: Sequence[str]) -> str:
     return ended.stdout.strip().split(";")[0]
 
 
-def _output(*command: str) -> str | None:
-    """Return what the command prints; None if it fails or does not answer."""
+def command_output(*command: str, seconds: float = 20.0, stderr: int = subprocess.DEVNULL) -> str:
+    """Return what the command prints; empty if it is missing, fails or does not answer within `seconds`."""
+    none, pipe = subprocess.DEVNULL, subprocess.PIPE
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return ended.stdout if ended.returncode == 0 else None
+        ended = subprocess.run(command, stdin=none, stdout=pipe, stderr=stderr, text=True, timeout=seconds, check=True)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return ""
+    return ended.stdout.strip()

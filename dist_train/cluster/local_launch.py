@@ -17,7 +17,8 @@ from pathlib import Path
 from dist_train.cluster.launch import LISTEN_FD
 from dist_train.outcome import ExitCode
 
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
+SIGNALS = _STOP_SIGNALS | {signal.SIGCHLD}
 _INSISTING = {signal.SIGTERM, signal.SIGINT}
 _INSIST_SECONDS = 2.0  # a second signal that comes sooner counts as the same request
 _POLL_SECONDS = 0.2
@@ -36,25 +37,17 @@ def launch_ranks(command: Sequence[str], size: int) -> int:
 
     SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 ask the ranks to save and stop; a second SIGTERM or SIGINT ends them.
     When one rank fails, the others end by themselves, or are terminated. Call it from a process without threads.
-
-    Returns:
-        The exit code of the first rank that failed, 1 if a signal killed it; 0 if none failed.
+    Returns the exit code of the first rank that failed, 1 if a signal killed it; 0 if none failed.
     """
-    watched = STOP_SIGNALS | {signal.SIGCHLD}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     environment = {"DIST_TRAIN_LAUNCH": secrets.token_hex(8), **os.environ}
-    with socket.create_server(("127.0.0.1", 0), backlog=max(128, size)) as listener:
-        port = {"MASTER_PORT": str(listener.getsockname()[1])}
-        ranks = [
-            start_rank(command, rank_environment(environment, rank, size, port), mask, listener.fileno())
-            for rank in range(size)
-        ]
-    try:
-        return Ranks(ranks).wait(watched)
-    finally:
-        for rank in ranks:
-            rank.kill()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with blocked_signals() as mask:
+        with socket.create_server(("127.0.0.1", 0), backlog=max(128, size)) as listener:
+            port = {"MASTER_PORT": str(listener.getsockname()[1])}
+            ranks = [
+                start_rank(command, rank_environment(environment, rank, size, port), mask, listener.fileno())
+                for rank in range(size)
+            ]
+        return Ranks(ranks).wait()
 
 
 class Ranks:
@@ -69,27 +62,31 @@ class Ranks:
         self._ended: set[int] = set()
         self._is_terminating = False
 
-    def wait(self, watched: set[signal.Signals]) -> int:
-        """Return the exit code of the launch once all have ended."""
-        while self._is_running():
-            received = self._await_signal(watched)
-            if received is not None and received.si_signo in STOP_SIGNALS:
-                self._note_stop_request(signal.Signals(received.si_signo))
-            self._collect()
-            if self._stop_requested_at is not None:
-                self._ask_to_stop()
-            self._limit_time_after_failure()
-            if self._deadline is not None and (0 in self._ended or self._are_stopped()):
-                self._deadline = min(self._deadline, time.monotonic() + _STUCK_SECONDS)
-            if self._deadline is not None and time.monotonic() > self._deadline:
-                self._terminate_all()
-        return self._code()
+    def wait(self) -> int:
+        """Return the exit code of the launch once all have ended; if that fails, kill what still runs."""
+        try:
+            while self._is_running():
+                received = self._await_signal()
+                if received is not None and received.si_signo in _STOP_SIGNALS:
+                    self._note_stop_request(signal.Signals(received.si_signo))
+                self._collect()
+                if self._stop_requested_at is not None:
+                    self._ask_to_stop()
+                self._limit_time_after_failure()
+                if self._deadline is not None and (0 in self._ended or self._are_stopped()):
+                    self._deadline = min(self._deadline, time.monotonic() + _STUCK_SECONDS)
+                if self._deadline is not None and time.monotonic() > self._deadline:
+                    self._terminate_all()
+            return self._code()
+        finally:
+            for process in self._processes:
+                process.kill()
 
     def _is_running(self) -> bool:
         return len(self._ended) < len(self._processes)
 
-    def _await_signal(self, watched: set[signal.Signals]) -> signal.struct_siginfo | None:
-        return signal.sigtimedwait(watched, _POLL_SECONDS)
+    def _await_signal(self) -> signal.struct_siginfo | None:
+        return signal.sigtimedwait(SIGNALS, _POLL_SECONDS)
 
     def _limit_time_after_failure(self) -> None:
         """Once a rank has failed, set a deadline for the others to end by themselves."""
@@ -152,11 +149,14 @@ class Ranks:
 
 
 @contextmanager
-def threads_without_signals() -> Iterator[None]:
-    """Block the launcher's signals in threads that libraries start in the block: received there, they would kill it."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS | {signal.SIGCHLD})
+def blocked_signals() -> Iterator[set[int | signal.Signals]]:
+    """Block the launcher's signals, also in threads that start in the block, where they would kill it.
+
+    Yields the signals that were blocked before.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        yield
+        yield mask
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 

@@ -11,12 +11,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from dist_train.cluster.communicator import Generation, RankLostError
 from dist_train.cluster.joining import end_process
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
 from dist_train.cluster.membership_server import BEATS_IN_TIMEOUT, SLOT_VARIABLE, TOKEN_VARIABLE, answer_to
 from dist_train.cluster.messages import MessageConnection
 
+_GENERATION = TypeAdapter(Generation)
 _CONNECT_SECONDS = 10.0
 _LONGEST_BEAT_SECONDS = 0.5
 
@@ -80,7 +83,7 @@ class Member:
         self._changed = threading.Condition()
         self._next: Generation | None = None
         self._generation = 0
-        self._interruption = ""
+        self.interruption = ""  # why the current generation is over; empty while it is not
         self._end_reason = ""
         self._is_leaving = False
         self.wants_meeting = False  # whether ranks are waiting to join
@@ -103,11 +106,6 @@ class Member:
         self._connection.socket.settimeout(None)
         self._thread = threading.Thread(target=self._run, name="membership", daemon=True)
         self._thread.start()
-
-    @property
-    def interruption(self) -> str:
-        """Why the current generation is over; empty while it is not."""
-        return self._interruption
 
     def trains(self) -> None:
         """Report that the run can continue from this rank's state."""
@@ -167,24 +165,15 @@ class Member:
         with self._changed:
             match fields["kind"]:
                 case "break" if fields["generation"] == self._generation:
-                    self._interruption = fields["why"]
+                    self.interruption = fields["why"]
                     self.on_break()
                 case "meet":
                     self.wants_meeting = True
                 case "end":
-                    self._end_reason = self._interruption = fields["why"]
+                    self._end_reason = self.interruption = fields["why"]
                     self.on_break()
                 case "members":
-                    self._interruption, self.wants_meeting = "", False
+                    self.interruption, self.wants_meeting = "", False
                     self._generation = fields["generation"]
-                    self._next = Generation(
-                        generation=fields["generation"],
-                        rank=fields["rank"],
-                        size=fields["size"],
-                        store=(fields["store"][0], fields["store"][1]),
-                        nodes=tuple(fields["nodes"]),
-                        lost=tuple(fields["lost"]),
-                        report=fields["report"],
-                        joined=tuple(fields["joined"]),
-                    )
+                    self._next = _GENERATION.validate_python(fields)
             self._changed.notify_all()

@@ -21,7 +21,7 @@ from typing import Any
 
 from dist_train.cluster.joined_nodes import Expelled, JoinedNode, JoinedNodes, View
 from dist_train.cluster.launch import MEMBERSHIP_VARIABLE
-from dist_train.cluster.membership import Came, Event, Gone, MayGrow, Membership, Message, Peer, Ready, Trains, decide
+from dist_train.cluster.membership import Came, Event, Gone, MayGrow, Membership, Peer, Ready, Trains, decide
 from dist_train.outcome import ExitCode
 
 TOKEN_VARIABLE = "DIST_TRAIN_MEMBERSHIP_TOKEN"  # nosec B105  # the name of a variable
@@ -95,7 +95,7 @@ class MembershipServer:
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._connections: dict[int, _Connection] = {}
         self._next_id = 1
-        self._expelled: list[Expelled] = []
+        self.expelled: list[Expelled] = []  # processes of this launcher that are to be killed
         self._polled = time.monotonic()
 
     @property
@@ -174,11 +174,6 @@ class MembershipServer:
         for connection in list(self._nodes.by_connection):
             self._lose(connection, "")
 
-    def take_expelled(self) -> list[Expelled]:
-        """Return this launcher's processes that were expelled since the last call."""
-        expelled, self._expelled = self._expelled, []
-        return expelled
-
     def close(self) -> None:
         """Close all connections; remaining ranks then end."""
         for peer_id in list(self._connections):
@@ -232,20 +227,22 @@ class MembershipServer:
             connection.is_known = True
             self._admit(peer_id, fields)
             return
-        if peer_id in self._nodes.by_connection:
-            self._handle_node(peer_id, fields)
-            return
+        node = self._nodes.by_connection.get(peer_id)
         match kind:
-            case "ready":
+            case "processes" if node is not None:
+                node.processes = int(fields["count"])
+            case "ended" if node is not None:
+                self._codes.append(int(fields["code"]))
+            case "leave":
+                self._lose(peer_id, str(fields["why"]) if node is None else "")
+            case "ready" if node is None:
                 host, port = fields["store"]
                 store = (str(host), int(port))
                 self._apply(Ready(peer_id, int(fields["generation"]), store, str(fields["why"])))
-            case "trains":
+            case "trains" if node is None:
                 self._apply(Trains(peer_id))
-            case "hangs":
+            case "hangs" if node is None:
                 self._expel(peer_id, f"has not moved on for {self.timeout:g} s")
-            case "leave":
-                self._lose(peer_id, str(fields["why"]))
 
     def _admit(self, peer_id: int, fields: Mapping[str, Any]) -> None:
         node, process = str(fields["node"]), int(fields["process"])
@@ -294,15 +291,6 @@ class MembershipServer:
                 node.sent_view, node.sent_at = view, now
                 self._send(connection, {"kind": "view", **fields})
 
-    def _handle_node(self, peer_id: int, fields: Mapping[str, Any]) -> None:
-        match fields["kind"]:
-            case "processes":
-                self._nodes.by_connection[peer_id].processes = int(fields["count"])
-            case "ended":
-                self._codes.append(int(fields["code"]))
-            case "leave":
-                self._lose(peer_id, "")
-
     def _apply(self, event: Event) -> None:
         before = self.state
         self.state, messages = decide(before, event)
@@ -316,24 +304,18 @@ class MembershipServer:
                 news = [*lost, *(f"{name} joins" for name in joined)]
                 ranks = f"{size} rank{'s' if size > 1 else ''}"
                 self.say(f"generation {message.fields['generation']} of {ranks}: {'; '.join(news) or 'formed anew'}")
-        self._note_stopping(messages)
+        self._note_stopping()
 
-    def _note_stopping(self, messages: tuple[Message, ...]) -> None:
+    def _note_stopping(self) -> None:
         """Record since when each rank of a broken generation has been expected to stop."""
-        now = time.monotonic()
-        for message in messages:
-            connection = self._connections.get(message.to)
-            if connection is not None and message.kind == "break" and connection.stopping_since is None:
-                connection.stopping_since = now
-        is_regrouping = self.state.is_forming and self.state.generation > 0
         for peer in self.state.peers:
             connection = self._connections.get(peer.id)
             if connection is None:
                 continue
-            if peer.is_ready or not is_regrouping or peer.rank is None:
+            if peer.is_ready or peer.rank is None or not self.state.is_forming:
                 connection.stopping_since = None
             elif connection.stopping_since is None:
-                connection.stopping_since = now
+                connection.stopping_since = time.monotonic()
 
     def _expel_silent(self, now: float) -> None:
         was_suspended = now - self._polled > _SUSPENDED_BEATS * self.timeout / BEATS_IN_TIMEOUT
@@ -354,7 +336,7 @@ class MembershipServer:
             self.say(f"{peer.name} {why}: it is expelled")
             owner = self._nodes.owner(peer.slot)
             if owner is None:
-                self._expelled.append(Expelled(peer.slot, peer.process))
+                self.expelled.append(Expelled(peer.slot, peer.process))
             else:
                 self._send(owner, {"kind": "expelled", "slot": peer.slot, "process": peer.process})
         self._lose(peer_id, why)

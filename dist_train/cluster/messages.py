@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 
@@ -13,10 +14,7 @@ class MessageConnection:
     """A connection to the authority. Any thread may `send`; one thread at a time may receive."""
 
     def __init__(self, host: str, port: int, seconds: float) -> None:
-        """Connect to the authority within `seconds`; until `socket` gets another timeout, each read has the same.
-
-        Raises OSError if nobody answers there; OverflowError if there is no such port.
-        """
+        """Connect within `seconds`, which also limit each read. Raises OSError, or OverflowError for the port."""
         self.socket = socket.create_connection((host, port), seconds)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._received = b""
@@ -24,11 +22,8 @@ class MessageConnection:
 
     def send(self, fields: Mapping[str, Any]) -> None:
         """Send a message; a broken connection is noticed by the thread that receives."""
-        with self._sending:
-            try:
-                self.socket.sendall(json.dumps(dict(fields)).encode() + b"\n")
-            except OSError:
-                return
+        with self._sending, suppress(OSError):
+            self.socket.sendall(json.dumps(dict(fields)).encode() + b"\n")
 
     def receive(self) -> None:
         """Wait for data; raise OSError if none comes because the connection is closed or silent."""

@@ -18,10 +18,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 
 from dist_train.cluster.heartbeats import interface_addresses
+from dist_train.cluster.inspection import installed_version
 from dist_train.outcome import UsageError
 
 INTERFACE_VARIABLE = "NETWORK_INTERFACE"
@@ -34,6 +34,7 @@ _JOB_REQUESTS = frozenset(
 _ANSWER_SECONDS = 15.0
 _MEETING_SECONDS = 8.0
 _CONNECT_SECONDS = 3.0
+_COMPARED = ("torch", "dist_train", "horovod")
 _MOST_PEERS = 16
 _CLOCK_SECONDS = 2.0
 _POLL_SECONDS = 0.05
@@ -124,7 +125,7 @@ def report_node(folder: Path, environment: Mapping[str, str] = os.environ) -> No
         time.time(),
         {name: address for name, address in addresses.items() if not address.startswith("127.")},
         own,
-        {"Python": platform.python_version(), **{name: _version(name) for name in ("torch", "dist_train", "horovod")}},
+        {"Python": platform.python_version(), **{name: installed_version(name) for name in _COMPARED}},
         len(list(filter(None, visible.split(",")))),
     )
     try:
@@ -154,12 +155,10 @@ def _command(nodes: Sequence[str], folder: Path, environment: Mapping[str, str])
 
 def _output(command: Sequence[str], seconds: float = _ANSWER_SECONDS) -> tuple[str, str]:
     """Return the command's standard output and error, when it ends or after `seconds`."""
-    pipe = subprocess.PIPE
+    none, pipe = subprocess.DEVNULL, subprocess.PIPE
+    environment = {name: value for name, value in os.environ.items() if name not in _JOB_REQUESTS}
     try:
-        environment = {name: value for name, value in os.environ.items() if name not in _JOB_REQUESTS}
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, env=environment
-        )
+        process = subprocess.Popen(command, stdin=none, stdout=pipe, stderr=pipe, text=True, env=environment)
     except OSError as error:
         return "", f"{command[0]}: {error.strerror}"
     try:
@@ -181,8 +180,7 @@ def _parse(line: str) -> NodeReport | None:
 
 
 def _missing(nodes: Sequence[str], by_node: Mapping[str, NodeReport], errors: str) -> Iterator[Fault]:
-    missing = tuple(node for node in nodes if node not in by_node)
-    if missing:
+    if missing := tuple(node for node in nodes if node not in by_node):
         why = "; ".join(errors.splitlines()[:2]) or f"nothing within {_ANSWER_SECONDS:g} s"
         fix = "see with: srun --overlap --nodelist=NODE hostname; keep spare nodes by SPARE_NODES"
         yield Fault(missing, f"does not answer ({why})", fix)
@@ -276,11 +274,7 @@ def _meet(folder: Path, node: str, nodes: Sequence[str], own: str, interface: st
         _publish(folder / f"{node}.at", json.dumps([own, server.getsockname()[1]]))
         index = nodes.index(node) if node in nodes else 0
         peers = [*nodes[index + 1 :], *nodes[:index]][:_MOST_PEERS]
-        unreachable = {}
-        for peer in peers:
-            fault = _reach(folder, peer, interface, until)
-            if fault:
-                unreachable[peer] = fault
+        unreachable = {peer: fault for peer in peers if (fault := _reach(folder, peer, interface, until))}
         _publish(folder / f"{node}.done", "")
         while time.monotonic() < until and not all((folder / f"{other}.done").exists() for other in nodes):
             time.sleep(_POLL_SECONDS)
@@ -325,11 +319,4 @@ def _resolve(name: str) -> str:
     try:
         return socket.gethostbyname(name)
     except OSError:
-        return ""
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
         return ""

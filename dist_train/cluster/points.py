@@ -39,7 +39,7 @@ class MpiCommunicator(Communicator):
         from mpi4py import MPI
 
         self._communicator.Allreduce(MPI.IN_PLACE, tensor.numpy())
-        return super().allreduce_async(tensor, name)
+        return Pending()
 
     def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
         """Overwrite `tensor` with that of rank `root`."""

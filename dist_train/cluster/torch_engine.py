@@ -16,14 +16,37 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_train.cluster.communicator import Communicator, Pending, gather, naming_lost_ranks, signed_digest
+from dist_train.cluster.communicator import Communicator, Operation, Pending, gather, naming_lost_ranks, signed_digest
 from dist_train.cluster.launch import Launch, StoreAddress
 from dist_train.outcome import UsageError
 
 _STORE_TIMEOUT = timedelta(minutes=30)  # ranks that cannot meet give up much earlier (`meeting_within`)
 
 
-class TorchCommunicator(Communicator):
+class TorchOperations(Communicator):
+    """The operations of torch.distributed; a subclass starts them in its process groups."""
+
+    def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
+        """Start to sum the contiguous `tensor` over all ranks, in place."""
+        return self._start(tensor, lambda group: group.allreduce([tensor], sum_options()), name)
+
+    def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
+        """Raise UsageError: torch.distributed has no Adasum."""
+        raise UsageError(
+            "torch.distributed has no Adasum: set comm.engine=horovod, or comm.op=average", code="adasum-engine"
+        )
+
+    def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
+        """Overwrite `tensor` with that of rank `root`."""
+        options = dist.BroadcastOptions()
+        options.rootRank = root
+        self._start(tensor, lambda group: group.broadcast([tensor], options), name).wait()
+
+    def _start(self, tensor: torch.Tensor, operation: Callable[[Any], Any], name: str) -> Pending:
+        raise NotImplementedError
+
+
+class TorchCommunicator(TorchOperations):
     """The launcher's ranks, over torch.distributed."""
 
     def __init__(self, launch: Launch, *, timeout: float, device_type: str) -> None:
@@ -56,28 +79,16 @@ class TorchCommunicator(Communicator):
         self.local_rank = nodes[: self.rank].count(nodes[self.rank])
         self.local_size = nodes.count(nodes[self.rank])
 
-    def allreduce_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        """Start to sum the contiguous `tensor` over all ranks, in place."""
-        return _start(lambda: self._group(tensor).allreduce([tensor], sum_options()), name)
-
-    def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        """Raise UsageError: torch.distributed has no Adasum."""
-        raise refuse_adasum()
-
-    def broadcast(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
-        """Overwrite `tensor` with that of rank `root`."""
-        options = dist.BroadcastOptions()
-        options.rootRank = root
-        _start(lambda: self._group(tensor).broadcast([tensor], options), name).wait()
-
     def close(self, error: BaseException | None = None) -> None:
         """Leave the group."""
         if self._device is not None:
             abort_nccl(self._device)
             self._device = None
 
-    def _group(self, tensor: torch.Tensor) -> Any:
-        return self._device if tensor.is_cuda else self._host
+    def _start(self, tensor: torch.Tensor, operation: Callable[[Any], Any], name: str) -> Pending:
+        with naming_lost_ranks(RuntimeError, f"{name}: "):
+            work = operation(self._device if tensor.is_cuda else self._host)
+        return Operation(work.wait, RuntimeError, f"{name}: ")
 
 
 def sum_options() -> Any:
@@ -85,29 +96,6 @@ def sum_options() -> Any:
     options = dist.AllreduceOptions()
     options.reduceOp = dist.ReduceOp(dist.ReduceOp.SUM)
     return options
-
-
-def refuse_adasum() -> UsageError:
-    """Return the error for a request for Adasum, which torch.distributed does not have."""
-    return UsageError(
-        "torch.distributed has no Adasum: set comm.engine=horovod, or comm.op=average", code="adasum-engine"
-    )
-
-
-class _Work(Pending):
-    def __init__(self, work: Any, name: str) -> None:
-        self._work = work
-        self._name = name
-
-    def wait(self) -> None:
-        """Return once the result is there; for a GPU tensor, once the current stream waits for it."""
-        with naming_lost_ranks(RuntimeError, f"{self._name}: "):
-            self._work.wait()
-
-
-def _start(operation: Callable[[], Any], name: str) -> Pending:
-    with naming_lost_ranks(RuntimeError, f"{name}: "):
-        return _Work(operation(), name)
 
 
 def _open_store(launch: Launch, address: StoreAddress) -> dist.Store:
@@ -122,9 +110,8 @@ def _open_store(launch: Launch, address: StoreAddress) -> dist.Store:
             master_listen_fd=address.listen_fd if serves else None,
         )
     except RuntimeError as error:
-        where = f"{address.host}:{address.port}"
         raise UsageError(
-            f"the ranks cannot meet at {where}: {' '.join(str(error).split())}. "
+            f"the ranks cannot meet at {address.host}:{address.port}: {' '.join(str(error).split())}. "
             f"Set another address by MASTER_ADDR and MASTER_PORT",
             code="ranks-cannot-meet",
         ) from error

@@ -7,7 +7,6 @@ cache. Arrays in .npy files are mapped: all ranks of a node share the pages.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zipfile
 from collections.abc import Iterable
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_train.config import DataSettings
-from dist_train.data.images import ImageSet, Split
+from dist_train.data.images import ImageSet, Split, digest_of
 from dist_train.data.packed import NAMES, Index, PackedFile, PackedListing, cached_index, packed_listing, split_files
 from dist_train.outcome import UsageError
 from dist_train.rundir.atomic import replacing
@@ -295,7 +294,4 @@ def _channels_first(images: NDArray[Any], shape: tuple[int, int, int]) -> Tensor
 def _identity(images: Tensor, labels: Tensor) -> str:
     """Return a digest of the labels and of some images, since reading all of them takes as long as an epoch."""
     chosen = torch.linspace(0, max(0, len(labels) - 1), _DIGESTED).long()[: len(labels)]
-    hashed = hashlib.sha256(f"{tuple(images.shape)}".encode())
-    hashed.update(labels.numpy().tobytes())
-    hashed.update(images[chosen].contiguous().numpy().tobytes())
-    return hashed.hexdigest()[:16]
+    return digest_of(f"{tuple(images.shape)}", labels, images[chosen].contiguous())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_train.data.images import Split
+from dist_train.data.images import Split, digest_of
 from dist_train.outcome import UsageError
 from dist_train.reproducible import generator
 
@@ -39,9 +38,7 @@ class Listing:
 
     def digest(self) -> str:
         """Return a digest of the classes and file names in order, not of the files' contents."""
-        hashed = hashlib.sha256("\0".join((*self.classes, *self.names)).encode("utf-8", "surrogateescape"))
-        hashed.update(self.labels.numpy().tobytes())
-        return hashed.hexdigest()[:16]
+        return digest_of("\0".join((*self.classes, *self.names)), self.labels)
 
     def select(self, samples: Tensor) -> Listing:
         """Return a listing of `samples`, int64, in their order."""
@@ -61,8 +58,7 @@ def list_split(root: Path, split: Split, classes: int, seed: int) -> Listing:
 
 def check_same_classes(train: Listing, test: Listing) -> None:
     """Raise UsageError if the two splits have different class names."""
-    differing = sorted(set(train.classes) ^ set(test.classes))
-    if differing:
+    if differing := sorted(set(train.classes) ^ set(test.classes)):
         raise UsageError(
             f"{train.folder} and {test.folder} hold different classes: only one of them has {differing[0]}",
             code="classes-differ",

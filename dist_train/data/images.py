@@ -49,9 +49,15 @@ class ImageSet:
 
     def digest(self) -> str:
         """Return a digest of the images and labels."""
-        hashed = hashlib.sha256(self.images.numpy().tobytes())
-        hashed.update(self.labels.numpy().tobytes())
-        return hashed.hexdigest()[:16]
+        return digest_of("", self.images, self.labels)
+
+
+def digest_of(text: str, *tensors: Tensor) -> str:
+    """Return a digest of `text`, which may hold names of files, and of `tensors`: 16 hexadecimal digits."""
+    hashed = hashlib.sha256(text.encode("utf-8", "surrogateescape"))
+    for tensor in tensors:
+        hashed.update(tensor.numpy().tobytes())
+    return hashed.hexdigest()[:16]
 
 
 class MapDataset(Protocol):
@@ -76,13 +82,8 @@ class BatchRequest:
 class SampleSource(Protocol):
     """The samples of one split, delivered on the device in the network's input format."""
 
-    @property
-    def classes(self) -> int:
-        """How many classes there are."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of an input."""
+    classes: int
+    shape: tuple[int, int, int]  # channels, height and width of an input
 
     def __len__(self) -> int: ...
 
@@ -110,13 +111,10 @@ class Splits:
 
     def of(self, split: Split) -> SampleSource:
         """Return the samples of `split`. Raises UsageError if there is no validation split."""
-        if split == "validation":
-            if self.validation is None:
-                raise UsageError(
-                    "the run has no validation split: data.validation_size is not set", code="no-validation"
-                )
-            return self.validation
-        return self.train if split == "train" else self.test
+        samples = {"train": self.train, "validation": self.validation, "test": self.test}[split]
+        if samples is None:
+            raise UsageError("the run has no validation split: data.validation_size is not set", code="no-validation")
+        return samples
 
     def close(self) -> None:
         """Close all splits."""

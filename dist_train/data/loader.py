@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -151,27 +151,6 @@ STATISTICS_SAMPLES = 1000
 _STATISTICS_PART = 100
 _TRIED_SAMPLES = 4
 
-_Listed = TypeVar("_Listed", bound="Listing")
-
-
-class Listing(Protocol):
-    """The samples of a split, in order: a reference to the source of each, and its label."""
-
-    @property
-    def labels(self) -> Tensor | None:
-        """Int64 [n]; None if a label is known only after its sample has been read."""
-
-    def __len__(self) -> int: ...
-
-    def reference(self, sample: int) -> Any:
-        """Return the source of a sample: a path, a `decoding.Part` of a file, or an index in a data set in Python."""
-
-    def select(self: _Listed, samples: Tensor) -> _Listed:
-        """Return a listing of `samples`, int64, in their order."""
-
-    def digest(self) -> str:
-        """Return a digest that identifies this listing."""
-
 
 @dataclass(frozen=True)
 class IndexListing:
@@ -179,7 +158,7 @@ class IndexListing:
 
     name: str
     indices: Tensor  # int64 [n]
-    labels: Tensor | None = None
+    labels: Tensor | None = None  # int64 [n]; None if a label is known only after its sample has been read
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -195,6 +174,10 @@ class IndexListing:
     def digest(self) -> str:
         """Return name and length; the samples that a plug-in reads are not examined."""
         return f"{self.name} {len(self)}"
+
+
+Listing: TypeAlias = FolderListing | PackedListing | IndexListing
+"""The samples of a split, in order: a reference to the source of each, and its label."""
 
 
 class LoadedSamples:
@@ -282,9 +265,10 @@ def list_encoded(settings: DataSettings, split: Split, seed: int) -> Listing:
     """
     if settings.name == "imagefolder":
         return list_split(settings.folder, split, settings.image_format.classes, seed)
-    list_packed = {"parquet": list_parquet, "webdataset": list_shards, "huggingface": list_saved}[settings.name]
-    listing: PackedListing = list_packed(settings, split, seed)
-    return listing
+    return _PACKED[settings.name](settings, split, seed)
+
+
+_PACKED = {"parquet": list_parquet, "webdataset": list_shards, "huggingface": list_saved}
 
 
 def _list_encoded_splits(settings: DataSettings, seed: int) -> dict[Split, Listing]:

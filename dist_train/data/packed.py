@@ -26,7 +26,7 @@ from torch import Tensor
 from dist_train.config import DataSettings
 from dist_train.data.cache import cache_folder, refuse_foreign_cache
 from dist_train.data.image_folder import SUFFIXES
-from dist_train.data.images import Split
+from dist_train.data.images import Split, digest_of
 from dist_train.outcome import UsageError
 from dist_train.reproducible import generator
 from dist_train.rundir.atomic import exclusive, replacing
@@ -72,10 +72,7 @@ class PackedListing:
 
     def digest(self) -> str:
         """Return a digest of the file names, the places of images and the labels, not of the images."""
-        hashed = hashlib.sha256("\0".join(Path(each).name for each in self.origins).encode("utf-8", "surrogateescape"))
-        hashed.update(self.parts.numpy().tobytes())
-        hashed.update(self.labels.numpy().tobytes())
-        return hashed.hexdigest()[:16]
+        return digest_of("\0".join(Path(each).name for each in self.origins), self.parts, self.labels)
 
     def select(self, samples: Tensor) -> PackedListing:
         """Return the listing of `samples`, int64, in their order."""

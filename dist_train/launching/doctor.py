@@ -19,6 +19,7 @@ from rich.console import Console, Group
 from rich.table import Column, Table
 from rich.text import Text
 
+from dist_train.cluster.launch import command_output
 from dist_train.cluster.nodes import Survey
 from dist_train.config import Config, DataSettings
 from dist_train.config.sections import Device
@@ -33,7 +34,6 @@ _LEAST_DISK = _GIBIBYTE
 _LEAST_SHARED_MEMORY = 256 << 20
 # only its free space is read
 _SHARED_MEMORY = "/dev/shm"  # nosec B108
-_ANSWER_SECONDS = 10
 _MARKS = {"fine": ("ok", "green"), "note": ("note", "yellow"), "fails": ("FAILS", "bold red")}
 
 
@@ -215,11 +215,10 @@ def check_launchers() -> Check:
 
 def check_slurm() -> Check:
     """Report Slurm's version, and whether it can start MPI programs."""
-    version = _output("srun", "--version")
-    if version is None:
+    version = command_output("srun", "--version", stderr=subprocess.STDOUT)
+    if not version:
         return Check("Slurm", "note", "not on this machine; only slurm/ needs it")
-    mpi_types = _output("srun", "--mpi=list") or ""
-    if "pmix" not in mpi_types:
+    if "pmix" not in command_output("srun", "--mpi=list", stderr=subprocess.STDOUT):
         return Check("Slurm", "note", f"{version}, without PMIx", "use mpirun or horovodrun inside the job, not srun")
     return Check("Slurm", "fine", f"{version}, with PMIx")
 
@@ -336,19 +335,3 @@ def _missing_data(settings: DataSettings) -> tuple[str, str] | None:
         detail, _, fix = str(error).partition(". ")
         return (detail, fix) if fix else (detail, "name the folder by data.root")
     return None
-
-
-def _output(*command: str) -> str | None:
-    """Return what the program prints; None if it is missing, fails or does not answer."""
-    try:
-        ended = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=_ANSWER_SECONDS,
-            stdin=subprocess.DEVNULL,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return (ended.stdout + ended.stderr).strip()

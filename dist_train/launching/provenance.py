@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +12,8 @@ import torch
 
 import dist_train
 from dist_train.cluster.devices import find_gpus, why_no_gpu
-from dist_train.cluster.inspection import loaded_mpi_version
+from dist_train.cluster.inspection import installed_version, loaded_mpi_version
+from dist_train.cluster.launch import command_output
 from dist_train.config import Config
 from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import RunFacts
@@ -31,25 +30,12 @@ def revision(root: Path = Path(dist_train.__file__).parents[1]) -> str:
 
     For example `0.1.0 (063e7bc-dirty)`: dirty if files differ from the commit.
     """
-    commit = _commit(root) if (root / ".git").exists() else ""
+    commit = ""
+    if (root / ".git").exists():
+        # git describe must not write to a repository that others may share.
+        git = ("git", "--no-optional-locks", "-C", str(root))
+        commit = command_output(*git, "describe", "--always", "--dirty", "--exclude=*", seconds=_GIT_SECONDS)
     return f"{dist_train.__version__} ({commit})" if commit else dist_train.__version__
-
-
-def _commit(root: Path) -> str:
-    try:
-        described = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=_GIT_SECONDS,
-            # git describe must not write to a repository that others may share.
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-        )
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return ""
-    return described.stdout.strip()
 
 
 def launch_environment(revision: str, controller: str, device: torch.device) -> dict[str, str]:
@@ -58,8 +44,8 @@ def launch_environment(revision: str, controller: str, device: torch.device) -> 
         "dist_train": revision,
         "Python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": _installed("torchvision"),
-        "Horovod": _installed("horovod"),
+        "torchvision": installed_version("torchvision") or "not installed",
+        "Horovod": installed_version("horovod") or "not installed",
         "MPI": (loaded_mpi_version() or "unknown") if controller == "mpi" else f"not used ({controller})",
         "NumPy": np.__version__,
         "device": device_name(device),
@@ -77,14 +63,6 @@ def device_name(device: torch.device, processors: Path = Path("/proc/cpuinfo")) 
     # some architectures lack this line
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, "") or platform.machine()
-
-
-def _installed(package: str) -> str:
-    # importing a package for its version would delay the first step
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def run_facts(

@@ -81,7 +81,7 @@ def in_thread(action: Callable[[], object]) -> tuple[threading.Thread, list[Base
 
 def work_in(group: DeviceGroup, comm: Comm, patience: float = 60.0) -> tuple[Work, _DeviceWork]:
     work = group.start(lambda made: made.allreduce([], None))
-    return work, _DeviceWork(comm, group, work, "gradient.0", time.monotonic() + patience)  # type: ignore[arg-type]
+    return work, _DeviceWork(comm, work, "gradient.0", time.monotonic() + patience, group)  # type: ignore[arg-type]
 
 
 def test_it_connects_by_a_first_sum_and_is_aborted_once() -> None:

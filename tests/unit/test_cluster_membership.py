@@ -155,7 +155,7 @@ def test_who_is_silent_is_expelled_and_ends_when_it_wakes(monkeypatch: pytest.Mo
         wait_for(lambda: members[0].interruption)
         assert "has not answered" in members[0].interruption
         wait_for(lambda: ended)
-        assert [each.slot for each in server.take_expelled()] == [1]
+        assert [each.slot for each in server.expelled] == [1]
         for each in members:
             each.leave("")
 
@@ -173,7 +173,7 @@ def test_who_beats_but_does_not_move_on_is_expelled() -> None:
         wait_for(lambda: members[0].interruption)
         assert "has not moved on" in members[0].interruption
         wait_for(lambda: ended == [1])
-        assert [each.slot for each in server.take_expelled()] == [1]
+        assert [each.slot for each in server.expelled] == [1]
         for each in members:
             each.leave("")
 
