@@ -93,13 +93,8 @@ def write_checkpoint(directory: Path, contents: Contents, before_publishing: Cal
         os.fsync(file.fileno())
         before_publishing()
         record.unlink(missing_ok=True)
-    fields = {
-        "sha256": digest,
-        "bytes": len(content),
-        "step": contents.step,
-        "epoch": contents.epoch,
-        "metrics": dict(contents.metrics),
-    }
+    fields = {"sha256": digest, "bytes": len(content), "step": contents.step, "epoch": contents.epoch}
+    fields["metrics"] = dict(contents.metrics)
     try:
         atomic.write_text(record, json_text(fields, indent=2) + "\n")
     except OSError:
@@ -196,22 +191,16 @@ class Stored:
 def read_stored(target: Path) -> Stored:
     """Read the checkpoint `target`, or the last one of the run `target`; raises UsageError."""
     path = find_checkpoint(target)
-    contents = read_checkpoint(path)
-    return Stored(path, read_record(path).sha256, contents)
+    return Stored(path, contents=read_checkpoint(path), sha256=read_record(path).sha256)
 
 
 def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
-    for name, kind in _TYPES.items():
-        if not isinstance(fields.get(name), kind):
-            raise UsageError(
-                f"{path} is not a checkpoint of format {FORMAT}: {name} is missing or of another type",
-                code="checkpoint-format",
-            )
-    if not all(isinstance(tensor, torch.Tensor) for tensor in fields["model"].values()):
-        raise UsageError(
-            f"{path} is not a checkpoint of format {FORMAT}: its model holds more than tensors",
-            code="checkpoint-format",
-        )
+    wrong = next((name for name, kind in _TYPES.items() if not isinstance(fields.get(name), kind)), None)
+    fault = f"{wrong} is missing or of another type" if wrong else ""
+    if not fault and not all(isinstance(tensor, torch.Tensor) for tensor in fields["model"].values()):
+        fault = "its model holds more than tensors"
+    if fault:
+        raise UsageError(f"{path} is not a checkpoint of format {FORMAT}: {fault}", code="checkpoint-format")
     return Contents(
         **{name: fields[name] for name in _TYPES},
         **{name: fields.get(name, {}) for name in ("plugins", "average", "noise")},
@@ -252,8 +241,7 @@ def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) ->
 
 def prune(directory: Path, *, keep: int, best_step: int | None) -> None:
     """Delete all checkpoints but the last `keep` and that of `best_step`."""
-    files = list_checkpoints(directory)
-    for file in files[:-keep]:
+    for file in list_checkpoints(directory)[:-keep]:
         if file.step != best_step:
             remove_checkpoint(file.path)
 

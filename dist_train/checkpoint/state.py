@@ -124,11 +124,10 @@ class Progress:
             self.train_accuracy = accuracy
         if split == "validation":
             self.validation_accuracy = accuracy
-        if split != "test":
-            return
-        self.test_accuracy, self.evaluated_step = accuracy, self.step
-        if self.best_accuracy is None or accuracy > self.best_accuracy:
-            self.best_accuracy = accuracy
+        if split == "test":
+            self.test_accuracy, self.evaluated_step = accuracy, self.step
+            if self.best_accuracy is None or accuracy > self.best_accuracy:
+                self.best_accuracy = accuracy
 
     def note_saved(self) -> None:
         """Note that a checkpoint of this step is being saved."""
@@ -147,8 +146,7 @@ def restored_progress(contents: Contents) -> Progress:
 
 def shared_progress(comm: Communicator, progress: Progress) -> Progress:
     """Return rank 0's progress on all ranks."""
-    fields = json.loads(broadcast_str(comm, json.dumps(asdict(progress)), "progress"))
-    return Progress(**fields)
+    return Progress(**json.loads(broadcast_str(comm, json.dumps(asdict(progress)), "progress")))
 
 
 Weights = Literal["raw", "averaged"]  # which weights of a checkpoint: those of its step, or their average (`averaging`)
@@ -202,12 +200,7 @@ def _shape(state: Mapping[str, Tensor], name: str) -> str:
 
 
 def broadcast_state(
-    comm: Communicator,
-    model: nn.Module,
-    weights: FlatWeights,
-    optimizer: Optimizer,
-    *more: Tensor,
-    root: int = 0,
+    comm: Communicator, model: nn.Module, weights: FlatWeights, optimizer: Optimizer, *more: Tensor, root: int = 0
 ) -> None:
     """Give every rank the state of rank `root`: optimizer, model buffers, weights, and the tensors `more`.
 
@@ -336,7 +329,12 @@ def _torchvision_file(name: str, model: str) -> Path:
 def _tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors in a file by name. Raises OSError, or UsageError if it does not hold such tensors."""
     try:
-        content = _load(path)
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:
@@ -352,11 +350,3 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UsageError(f"{path} does not hold tensors by name only", code="weights-unreadable")
     return tensors
-
-
-def _load(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)

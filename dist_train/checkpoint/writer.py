@@ -49,24 +49,19 @@ class NotWritten:
     fallback: Path | None = None
 
 
+@dataclass(eq=False)
 class CheckpointWriter:
-    """Writes checkpoints into one directory, one at a time."""
+    """Writes checkpoints into `directory` or, if that fails, into `fallback`, one at a time.
 
-    def __init__(
-        self,
-        directory: Path,
-        settings: CheckpointSettings,
-        before_publishing: Callable[[], None],
-        fallback: Path | None = None,
-    ) -> None:
-        """Write into `directory` or, if that fails, into `fallback`.
+    `before_publishing` runs in the thread, before a checkpoint is renamed to its final name.
+    """
 
-        `before_publishing` runs in the thread, before a checkpoint is renamed to its final name.
-        """
-        self._directory = directory
-        self._fallback = fallback
-        self._settings = settings
-        self._before_publishing = before_publishing
+    directory: Path
+    settings: CheckpointSettings
+    before_publishing: Callable[[], None]
+    fallback: Path | None = None
+
+    def __post_init__(self) -> None:
         self._copies: dict[str, torch.Tensor] = {}
         # One long-lived thread: starting one makes the training wait until the thread has run first.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
@@ -89,7 +84,7 @@ class CheckpointWriter:
         self._copied.clear()
         self._awaited.clear()
         self._pending = self._thread.submit(self._write, contents, best_step, begun, stall)
-        if not self._settings.background:
+        if not self.settings.background:
             self.wait()
 
     def wait_until_copied(self) -> None:
@@ -121,13 +116,8 @@ class CheckpointWriter:
         time.sleep(_YIELD_SECONDS)
         try:
             try:
-                contents = replace(
-                    contents,
-                    model=self._copy("model", contents.model),
-                    optimizer=self._copy("optimizer", contents.optimizer),
-                    average=self._copy("average", contents.average),
-                    noise=self._copy("noise", contents.noise),
-                )
+                names = ("model", "optimizer", "average", "noise")
+                contents = replace(contents, **{name: self._copy(name, getattr(contents, name)) for name in names})
             finally:
                 self._copied.set()
             if torch.cuda.is_initialized():
@@ -135,21 +125,21 @@ class CheckpointWriter:
             file = self._write_with_retries(contents)
             if file is None:
                 return
-            prune(self._directory, keep=self._settings.keep, best_step=best_step)
+            prune(self.directory, keep=self.settings.keep, best_step=best_step)
         except Exception as error:
             self._results.put(NotWritten(contents.step, error))
             return
         seconds = time.perf_counter() - begun
-        self._results.put(Written(file, stall if self._settings.background else seconds, seconds))
+        self._results.put(Written(file, stall if self.settings.background else seconds, seconds))
 
     def _write_with_retries(self, contents: Contents) -> CheckpointFile | None:
         """Write, and retry on failure until someone waits for the writer; None if every attempt has failed."""
         pause = _FIRST_PAUSE_SECONDS
-        is_last_attempt = not self._settings.background
+        is_last_attempt = not self.settings.background
         failed: NotWritten | None = None
         while True:
             try:
-                file = write_checkpoint(self._directory, contents, self._before_publishing)
+                file = write_checkpoint(self.directory, contents, self.before_publishing)
             except OSError as error:
                 if failed is None:
                     failed = NotWritten(contents.step, error, self._write_to_fallback(contents))
@@ -164,15 +154,15 @@ class CheckpointWriter:
             return file
 
     def _write_to_fallback(self, contents: Contents) -> Path | None:
-        if self._fallback is None:
+        if self.fallback is None:
             return None
         try:
-            self._fallback.mkdir(mode=0o700, parents=True, exist_ok=True)
-            file = write_checkpoint(self._fallback, contents, self._before_publishing)
-            prune(self._fallback, keep=1, best_step=None)
+            self.fallback.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file = write_checkpoint(self.fallback, contents, self.before_publishing)
+            prune(self.fallback, keep=1, best_step=None)
         except OSError as error:
             _logger.warning(
-                "the checkpoint of step %d cannot be written to %s either: %s", contents.step, self._fallback, error
+                "the checkpoint of step %d cannot be written to %s either: %s", contents.step, self.fallback, error
             )
             return None
         return file.path

@@ -40,7 +40,8 @@ def horovod_build() -> HorovodBuild:
         import horovod.torch as hvd
     except OSError as error:
         raise ImportError(str(error)) from error
-    return HorovodBuild(metadata.version("horovod"), bool(hvd.mpi_built()), bool(hvd.gloo_built()), bool(hvd.nccl_built()))
+    parts = (bool(hvd.mpi_built()), bool(hvd.gloo_built()), bool(hvd.nccl_built()))
+    return HorovodBuild(metadata.version("horovod"), *parts)
 
 
 def mpi_library() -> str:

@@ -78,11 +78,7 @@ def join_ranks(
     from dist_train.cluster.horovod import HorovodCommunicator
 
     return HorovodCommunicator(
-        launch,
-        timeout=timeout,
-        device_type=device_type,
-        timeline=timeline,
-        micro_batches=micro_batches // launch.size,
+        launch, timeout=timeout, device_type=device_type, timeline=timeline, micro_batches=micro_batches // launch.size
     )
 
 

@@ -201,13 +201,10 @@ def _differences(reports: Sequence[NodeReport], begun: float, ended: float, requ
         late = max(begun - report.clock, report.clock - ended)
         if late > _CLOCK_SECONDS:
             yield Fault((report.node,), f"its clock differs by {late:.0f} s", "set it by NTP or chrony", is_fatal=False)
-    for what, values in (
-        ("GPUs", {report.node: str(report.gpus) for report in reports}),
-        *(
-            (name, {report.node: report.versions[name] for report in reports})
-            for name in (reports[0].versions if reports else ())
-        ),
-    ):
+    compared = {"GPUs": {report.node: str(report.gpus) for report in reports}}
+    for name in reports[0].versions if reports else ():
+        compared[name] = {report.node: report.versions[name] for report in reports}
+    for what, values in compared.items():
         usual = max(set(values.values()), key=list(values.values()).count, default="")
         for node, value in values.items():
             if value != usual:

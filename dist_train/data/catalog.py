@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_train.config import DataSettings
 from dist_train.config.plugins import call_plugin, is_plugin
-from dist_train.data.cache import Source, decoded_folder, decoded_once
+from dist_train.data.cache import Source, data_sets_folder, decoded_folder, decoded_once
 from dist_train.data.columns import find_arrays, find_parquet, find_saved, read_arrays
 from dist_train.data.image_folder import check_same_classes, list_split
 from dist_train.data.images import ImageSet, MapDataset, Split
@@ -28,7 +28,6 @@ from dist_train.data.published import (
     download_archive,
     find_archive,
     find_fashion_mnist,
-    root_or_default,
 )
 from dist_train.outcome import UsageError
 from dist_train.reproducible import generator
@@ -77,7 +76,7 @@ def find_data(settings: DataSettings) -> None:
             find_fashion_mnist(settings.root, split)
     elif settings.name in _ARCHIVES:
         for split in splits:
-            find_archive(_ARCHIVES[settings.name], root_or_default(settings.root), split)
+            find_archive(_ARCHIVES[settings.name], settings.root or data_sets_folder(), split)
     elif settings.root is None:
         return
     elif settings.name == "imagefolder" and settings.classes is not None:
@@ -96,7 +95,7 @@ def _fashion_mnist(settings: DataSettings, split: Split, seed: int) -> ImageSet:
 
 
 def _cifar(name: str, archive: Archive, settings: DataSettings, split: Split, seed: int) -> ImageSet:
-    root = root_or_default(settings.root)
+    root = settings.root or data_sets_folder()
     if settings.download:
         download_archive(archive, root)
     files = find_archive(archive, root, split)

@@ -19,16 +19,20 @@ import sys
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_train.data.decoding import DRAWS, EncodedImages, Reader, Work
+from dist_train.data.decoding import DRAWS, EncodedImages, Work
 from dist_train.outcome import CodedError, FaultError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from dist_train.data.plugin_samples import PluginSamples
+
+    Reader: TypeAlias = EncodedImages | PluginSamples
 
 _SLOT_BYTES = 1 << 20
 _MAX_IMAGES = 32

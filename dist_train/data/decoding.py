@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,17 +156,6 @@ class Work:
         return cls(*json.loads(message))
 
 
-class Reader(Protocol):
-    """Makes samples, in a loader process or in the training process."""
-
-    def read(self, work: Work, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
-        """Write the images of `work` to `pixels` [n, C, H, W] and, if the source has them, the labels to `labels` [n].
-
-        Raises FaultError if a sample cannot be read; the message names it; UsageError if a sample does not have the
-        form that the settings require.
-        """
-
-
 class EncodedImages:
     """Decodes image files, and images within larger files, which it keeps open."""
 
@@ -178,7 +167,7 @@ class EncodedImages:
         return read_image(reference, self._open_file)
 
     def read(self, work: Work, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
-        """Decode the images of `work`; labels are not set, since the caller's listing has them."""
+        """Write the images of `work` to `pixels` [n, C, H, W]; the caller's listing has the labels."""
         for index, reference in enumerate(work.references):
             draws = None if work.draws is None else work.draws[index]
             pixels[index] = fitted(self.image(reference), pixels.shape[-1], draws)

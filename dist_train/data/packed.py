@@ -263,8 +263,7 @@ def _members_of_shard(shard: Path) -> Iterator[_Member]:
                     yield _Member(*_sample_and_suffix(each.name), each.offset_data, each.size)
     except tarfile.TarError as error:
         raise UsageError(
-            f"{shard} is damaged or compressed: shards must be uncompressed tar files ({error})",
-            code="data-format",
+            f"{shard} is damaged or compressed: shards must be uncompressed tar files ({error})", code="data-format"
         ) from error
 
 

@@ -51,7 +51,7 @@ class PluginSamples:
         self._augment = _augment_of(settings)
 
     def read(self, work: Work, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
-        """Make the samples of `work`, with the generators seeded for each; the generators are restored afterwards."""
+        """Write the samples of `work` to `pixels` [n, C, H, W] and `labels` [n]; seeds the generators for each."""
         split = cast(Split, work.split)
         with _preserved_generators():
             for index, (reference, number) in enumerate(zip(work.references, work.numbers, strict=True)):

@@ -198,11 +198,6 @@ CIFAR100 = Archive(
 )
 
 
-def root_or_default(root: Path | None) -> Path:
-    """Return the folder that holds the archive: `root`, else `datasets` in the cache folder."""
-    return data_sets_folder() if root is None else root
-
-
 def download_archive(archive: Archive, root: Path) -> None:
     """Download the archive into `root` unless it or all unpacked batches are there. Raises UsageError."""
     if any(_missing(archive, root, split) for split in archive.batches):

@@ -15,10 +15,7 @@ from dist_train.rundir.paths import RunDirectory
 
 
 def check_settings(config: Config) -> None:
-    """Check the settings, the files of secrets that they name, and that the loggers are installed.
-
-    Raises UsageError if a file of secrets is unusable, a logger is missing, or a batch has too few samples.
-    """
+    """Raise UsageError if a file of secrets is unusable, a logger is missing, or there are too few samples."""
     check_metrics(config)
     check_batches(config)
 

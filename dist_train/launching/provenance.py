@@ -68,19 +68,15 @@ def device_name(device: torch.device, processors: Path = Path("/proc/cpuinfo")) 
 def run_facts(
     trainer: Trainer, directory: RunDirectory, launched: float, revision: str, run_id: str, nodes: tuple[str, ...]
 ) -> RunFacts:
-    """Return the facts of the run of `trainer`.
-
-    `launched`: when this launch began, in seconds since 1970. `nodes`: the nodes of the ranks, by rank.
-    """
+    """Return the facts of the run of `trainer`; `launched`: when this launch began, in seconds since 1970."""
     config, plan, ranks = trainer.config, trainer.plan, trainer.comm
     noise, device = config.noise, trainer.take_step.compute.device
-    noise_parts = [noise.method, f"{noise.distribution} {noise.amplitude:g}", noise.sharing, noise.schedule.kind]
-    if noise.draws > 1:
-        noise_parts.append(f"draws {noise.draws}")
-    if noise.antithetic:
-        noise_parts.append("antithetic")
-    if noise.mix < 1:
-        noise_parts.append(f"mix {noise.mix:g}")
+    noise_parts = (
+        *(noise.method, f"{noise.distribution} {noise.amplitude:g}", noise.sharing, noise.schedule.kind),
+        f"draws {noise.draws}" if noise.draws > 1 else "",
+        "antithetic" if noise.antithetic else "",
+        f"mix {noise.mix:g}" if noise.mix < 1 else "",
+    )
     return RunFacts(
         name=directory.root.name,
         run_directory=directory.root,
@@ -95,7 +91,7 @@ def run_facts(
         steps_per_epoch=trainer.epochs.stage(min(trainer.progress.step, trainer.last_step - 1)).steps_per_epoch,
         epochs=trainer.epochs.done(trainer.last_step),
         stages=trainer.epochs.stages if len(trainer.epochs.stages) > 1 else (),
-        noise="none" if noise.method == "none" else ", ".join(noise_parts),
+        noise="none" if noise.method == "none" else ", ".join(filter(None, noise_parts)),
         device=describe_device(config, device),
         start_step=trainer.progress.step,
         controller=ranks.controller,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
                 timeline=config.run.profile_steps > 0,
                 micro_batches=1 if micro_size == "auto" else config.batch.global_size // micro_size,
             )
-            stack.push(_leave(comm))
+            stack.push(partial(_leave, comm))
             if not comm.is_joining:
                 check_consistent_across_ranks(comm, config)
             watchdog = stack.enter_context(
@@ -94,8 +94,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
             resume_point = _join(directory)
             settled, run_id = resume_point.config, directory.run_id()
         else:
-            lock = _lock(config, directory, comm)
-            if lock is not None:
+            if lock := _lock(config, directory, comm):
                 stack.callback(lock.release)
             find = partial(_find_resume_point, config, directory, comm)
             resume_point = run_on_all_ranks(comm, find, "open the run directory")
@@ -117,7 +116,7 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
                 trainer.regroup = regroup
                 trainer.identity = identity_of(config, trainer.splits.identity)
             if comm.is_joining:
-                session.attach(trainer)
+                session.trainer = trainer
             else:
                 session.begin(trainer, resume_point)
             stack.callback(trainer.close)
@@ -130,13 +129,9 @@ def train(config: Config, run_directory: Path | str | None = None, observers: Se
         return session.finish()
 
 
-def _leave(comm: Communicator) -> Callable[[object, BaseException | None, object], None]:
-    """Return an exit callback that leaves the ranks: in order, or because of an error of this rank alone."""
-
-    def leave(kind: object, error: BaseException | None, traceback: object) -> None:
-        comm.close(None if isinstance(error, _SHARED_ERRORS) else error)
-
-    return leave
+def _leave(comm: Communicator, kind: object, error: BaseException | None, traceback: object) -> None:
+    """Leave the ranks, as an exit callback: in order, or because of an error of this rank alone."""
+    comm.close(None if isinstance(error, _SHARED_ERRORS) else error)
 
 
 def _join(directory: RunDirectory) -> ResumePoint:

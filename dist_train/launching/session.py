@@ -6,6 +6,7 @@ import logging
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dist_train.checkpoint.files import list_checkpoints
@@ -17,16 +18,9 @@ from dist_train.config.plugins import call_plugin, plugin_files
 from dist_train.config.sections import MetricsSettings
 from dist_train.launching.provenance import launch_environment, revision, run_facts
 from dist_train.monitoring.console import open_console
-from dist_train.monitoring.observers import Observers, tensorboard
+from dist_train.monitoring.observers import Observers, TensorBoard
 from dist_train.monitoring.prometheus.exporter import Exporter
-from dist_train.outcome import (
-    DisagreementError,
-    DivergedError,
-    ExitCode,
-    FaultError,
-    StoppedError,
-    exit_code_of,
-)
+from dist_train.outcome import DisagreementError, DivergedError, ExitCode, FaultError, StoppedError, exit_code_of
 from dist_train.rundir.paths import RunDirectory, RunLock
 from dist_train.rundir.records import Detail, EventRecord, JsonLines, Observer, Outcome
 from dist_train.rundir.status import EventCounts, RanksFile, State, StatusFile, another_failed, read_status
@@ -37,71 +31,58 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("dist_train.training")
 
 
+@dataclass(eq=False)
 class Session:
     """Reports the beginning and end of a launch to observers and `status.json`: on rank 0, and on a rank that fails."""
 
-    def __init__(
-        self,
-        directory: RunDirectory,
-        comm: Communicator,
-        observers: Observers,
-        lock: RunLock | None = None,
-        run_id: str = "",
-    ) -> None:
-        """Set the status to `starting`. Rank 0 has the `lock` of the run directory."""
-        self.observers = observers
-        self.status = _status_file(directory, comm) if comm.rank == 0 else None
-        self._directory = directory
-        self._comm = comm
-        self._lock = lock
-        self._run_id = run_id
+    directory: RunDirectory
+    comm: Communicator
+    observers: Observers
+    lock: RunLock | None = None  # of the run directory, on rank 0
+    run_id: str = ""
+    trainer: Trainer | None = None  # whose run is reported, once there is one
+
+    def __post_init__(self) -> None:
+        self.status = _status_file(self.directory, self.comm) if self.comm.rank == 0 else None
         self._launched = time.time()
         self._begun = time.monotonic()
-        self._trainer: Trainer | None = None
         self._observers_have_begun = False
         self._others_continue = False  # whether this rank alone fails, and the others continue without it
         if self.status:
             self.status.change("starting")
 
-    def attach(self, trainer: Trainer) -> None:
-        """Report about `trainer` from now on."""
-        self._trainer = trainer
-
     def take_over(self, config: Config, lock: RunLock, more: Sequence[Observer] = ()) -> None:
         """Take over rank 0's reporting from a lost rank; this rank has the `lock` now."""
         # The exporter of this rank, if any, gives way to that of rank 0.
         self.observers.end(self._outcome("running", ExitCode.FINISHED, ""))
-        self.observers = Observers((*_observers(config.metrics, self._directory, 0), *more))
+        self.observers = Observers((*_observers(config.metrics, self.directory, 0), *more))
         self._observers_have_begun = False
-        self._lock = lock
-        self.status = _status_file(self._directory, self._comm)
+        self.lock = lock
+        self.status = _status_file(self.directory, self.comm)
 
     def note_generation(self, trainer: Trainer, nodes: tuple[str, ...]) -> None:
         """Report that the ranks, on `nodes`, have met again. All ranks call it."""
-        code = revision() if self.status else ""
-        if self.observers:
-            facts = run_facts(trainer, self._directory, self._launched, code, self._run_id, nodes)
-            (self.observers.regroup if self._observers_have_begun else self.observers.begin)(facts)
-        self._observers_have_begun = True
+        self._show_facts(trainer, nodes)
         if self.status:
             self.status.change(
-                "running",
-                step=trainer.progress.step,
-                epoch=trainer.epoch,
-                total_steps=trainer.last_step,
-                world_size=self._comm.size,
-                generation=self._comm.generation,
+                "running", **_progress_of(trainer), world_size=self.comm.size, generation=self.comm.generation
             )
 
-    def begin(self, trainer: Trainer, resume_point: ResumePoint) -> None:
-        """Report that training begins, and from what. All ranks call it."""
-        self.attach(trainer)
-        nodes = gather_str(self._comm, socket.gethostname(), "nodes")
+    def _show_facts(self, trainer: Trainer, nodes: tuple[str, ...]) -> str:
+        """Tell the observers the facts of this generation of ranks, and return the revision of the code, on rank 0."""
         # Rank 0 alone: in a large launch every rank would start git on the same file system.
         code = revision() if self.status else ""
         if self.observers:
-            self.observers.begin(run_facts(trainer, self._directory, self._launched, code, self._run_id, nodes))
+            facts = run_facts(trainer, self.directory, self._launched, code, self.run_id, nodes)
+            (self.observers.regroup if self._observers_have_begun else self.observers.begin)(facts)
         self._observers_have_begun = True
+        return code
+
+    def begin(self, trainer: Trainer, resume_point: ResumePoint) -> None:
+        """Report that training begins, and from what. All ranks call it."""
+        self.trainer = trainer
+        nodes = gather_str(self.comm, socket.gethostname(), "nodes")
+        code = self._show_facts(trainer, nodes)
         if self.status is None:
             return
         for name, text in resume_point.damage.items():
@@ -112,39 +93,29 @@ class Session:
             self._record_event("requeued", restart=job.restarts)
         plugins = plugin_files(trainer.config.model_dump(mode="json"))
         if resume_point.contents is not None:
-            self._record_event("resumed", ranks=self._comm.size)
+            self._record_event("resumed", ranks=self.comm.size)
             self._note_changed_plugins(resume_point.contents.plugins, plugins)
         if resume_point.epochs_before is not None:
             self._record_lengthening(trainer, resume_point.epochs_before)
         if (initial := resume_point.initial) is not None:
             self._note_initial_weights(trainer, initial)
-        self.status.change(
-            "running",
-            step=trainer.progress.step,
-            epoch=trainer.epoch,
-            total_steps=trainer.last_step,
-            environment={
-                **launch_environment(code, self._comm.controller, trainer.take_step.compute.device),
-                **{f"plug-in {name}": digest for name, digest in plugins.items()},
-            },
-        )
+        environment = launch_environment(code, self.comm.controller, trainer.take_step.compute.device)
+        environment |= {f"plug-in {name}": digest for name, digest in plugins.items()}
+        self.status.change("running", **_progress_of(trainer), environment=environment)
 
     def _note_initial_weights(self, trainer: Trainer, initial: InitialWeights) -> None:
-        step: dict[str, int | str] = {} if initial.step is None else {"checkpoint_step": initial.step}
-        _logger.info("the weights are those of %s%s", initial.path, f", step {initial.step}" if step else "")
+        details: dict[str, int | str] = {} if initial.step is None else {"checkpoint_step": initial.step}
+        _logger.info("the weights are those of %s%s", initial.path, f", step {initial.step}" if details else "")
         classes = trainer.config.data.image_format.classes
-        heads = ", ".join(initial.other_heads(trainer.network.state_dict(), classes))
-        if heads:
+        if heads := ", ".join(initial.other_heads(trainer.network.state_dict(), classes)):
             _logger.warning("the file's head is not for %d classes: %s are initialized from the seed", classes, heads)
-            step = {**step, "from_seed": heads}
-        self._record_event("initialized", checkpoint=str(initial.path), sha256=initial.sha256, **step)
+            details["from_seed"] = heads
+        self._record_event("initialized", checkpoint=str(initial.path), sha256=initial.sha256, **details)
 
     def _note_changed_plugins(self, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-        changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-        if changed:
-            names = ", ".join(changed)
-            _logger.warning("plug-ins have changed since the checkpoint was saved: %s", names)
-            self._record_event("plugins_changed", files=names)
+        if changed := ", ".join(sorted(name for name in {*before, *now} if before.get(name) != now.get(name))):
+            _logger.warning("plug-ins have changed since the checkpoint was saved: %s", changed)
+            self._record_event("plugins_changed", files=changed)
 
     def _record_lengthening(self, trainer: Trainer, before: int) -> None:
         now, step = trainer.config.run.epochs, trainer.progress.step
@@ -164,27 +135,27 @@ class Session:
 
         Raises OSError if the run directory is no longer the one in which this launch began.
         """
-        if self._lock is not None:
-            self._lock.check()
+        if self.lock is not None:
+            self.lock.check()
         self.observers.sync()
 
     def finish(self) -> Outcome:
         """Report that the run is done, and return how it ended."""
-        reason = self._trainer.stopped_early if self._trainer else ""
+        reason = self.trainer.stopped_early if self.trainer else ""
         outcome = self._end("finished", ExitCode.FINISHED, reason, is_recorded=False)
         if self.status:
-            self._directory.drop_reserve()
+            self.directory.drop_reserve()
         return outcome
 
     def fail(self, error: Exception) -> None:
         """Report that the launch ends with `error`, after the checkpoint being written is on disk."""
-        if self._trainer is not None:
-            self._trainer.settle_saving()
+        if self.trainer is not None:
+            self.trainer.settle_saving()
         code = exit_code_of(error)
         is_own_error = not isinstance(error, RankLostError)
-        self._others_continue = self._comm.is_elastic and is_own_error and self._trainer is not None
+        self._others_continue = self.comm.is_elastic and is_own_error and self.trainer is not None
         # A rank that failed on its own knows why; the others know only that it is lost.
-        is_recorded = isinstance(error, RankLostError | PeerFailedError) and another_failed(self._directory.status)
+        is_recorded = isinstance(error, RankLostError | PeerFailedError) and another_failed(self.directory.status)
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, DivergedError):
             reason = f"{reason}; {self._last_good()}"
@@ -192,21 +163,17 @@ class Session:
             self._record_event("not_finite", reason=reason)
         if isinstance(error, DisagreementError):
             self._record_event("disagreement", reason=reason)
-        if isinstance(error, FaultError):
-            _logger.info("%s", reason)
-            if not is_recorded:
-                self._record_fault(reason)
-        elif code == ExitCode.FAULT:
-            _logger.info("%s", reason, exc_info=error)
+        is_bug = code == ExitCode.FAULT and not isinstance(error, FaultError)
+        if not isinstance(error, StoppedError | PeerFailedError):
+            _logger.info("%s", reason, exc_info=error if is_bug else None)
+        if code == ExitCode.FAULT and not is_recorded:
             self._record_fault(reason)
-        elif not isinstance(error, StoppedError | PeerFailedError):
-            _logger.info("%s", reason)
         self._end("stopped" if isinstance(error, StoppedError) else "failed", code, reason, is_recorded=is_recorded)
 
     def _record_event(self, event: str, **details: Detail) -> None:
         """Record an event that all ranks know of, on rank 0."""
-        if self._trainer is not None and self._comm.rank == 0:
-            self.observers.record(EventRecord(self._trainer.progress.step, event, time.time(), details))
+        if self.trainer is not None and self.comm.rank == 0:
+            self.observers.record(EventRecord(self.trainer.progress.step, event, time.time(), details))
 
     def lose(self, message: str) -> None:
         """Record that the launch ends because a rank is lost. From any thread; the process ends right after.
@@ -214,7 +181,7 @@ class Session:
         Does not overwrite what a rank has recorded about its own failure, which says more.
         """
         _logger.info("%s", message)
-        if another_failed(self._directory.status):
+        if another_failed(self.directory.status):
             return
         if self.status:
             self.status.end("failed", ExitCode.FAULT, message)
@@ -224,17 +191,16 @@ class Session:
     def _record_fault(self, reason: str) -> None:
         """Record the fault in the status on the rank where it happened, as no other may know of it."""
         if self.status is None and not self._others_continue:
-            status = _status_file(self._directory, self._comm)
-            if self._trainer is not None:
-                progress = self._trainer.progress
-                status.note(step=progress.step, epoch=self._trainer.epoch, best_accuracy=progress.best_accuracy)
-                status.note(total_steps=self._trainer.last_step, samples_per_second=self._trainer.samples_per_second)
-            status.end("failed", ExitCode.FAULT, f"rank {self._comm.rank}: {reason}")
+            status = _status_file(self.directory, self.comm)
+            if self.trainer is not None:
+                status.note(**_progress_of(self.trainer), best_accuracy=self.trainer.progress.best_accuracy)
+                status.note(samples_per_second=self.trainer.samples_per_second)
+            status.end("failed", ExitCode.FAULT, f"rank {self.comm.rank}: {reason}")
 
     def _outcome(self, state: State, code: ExitCode, reason: str) -> Outcome:
-        trainer = self._trainer
+        trainer = self.trainer
         progress = trainer.progress if trainer else Progress()
-        checkpoints = list_checkpoints(self._directory.checkpoints) if self._comm.rank == 0 else []
+        checkpoints = list_checkpoints(self.directory.checkpoints) if self.comm.rank == 0 else []
         return Outcome(
             state=state,
             reason=reason,
@@ -250,21 +216,25 @@ class Session:
         )
 
     def _end(self, state: State, code: ExitCode, reason: str, *, is_recorded: bool) -> Outcome:
-        trainer = self._trainer
         outcome = self._outcome(state, code, reason)
         # Before the observers end, which may wait for a last scrape: a launcher may not wait that long.
         if self.status and not is_recorded:
-            if trainer:
-                progress = trainer.progress
-                self.status.progress(step=progress.step, epoch=trainer.epoch, best_accuracy=progress.best_accuracy)
+            if self.trainer:
+                best = self.trainer.progress.best_accuracy
+                self.status.progress(**_progress_of(self.trainer), best_accuracy=best)
             self.status.end(state, code, reason)
         self.observers.end(outcome)
         return outcome
 
     def _last_good(self) -> str:
-        checkpoints = list_checkpoints(self._directory.checkpoints)
+        checkpoints = list_checkpoints(self.directory.checkpoints)
         good = [file for file in checkpoints if file.metrics.get("non_finite_step") != file.step]
         return f"the last good checkpoint is {good[-1].path}" if good else "there is no good checkpoint"
+
+
+def _progress_of(trainer: Trainer) -> dict[str, float]:
+    """Return the fields of the status that say how far the run is."""
+    return {"step": trainer.progress.step, "epoch": trainer.epoch, "total_steps": trainer.last_step}
 
 
 def open_session(
@@ -301,5 +271,5 @@ def _observers(settings: MetricsSettings, directory: RunDirectory, rank: int) ->
     if settings.enabled and (rank == 0 or settings.ranks == "all"):
         yield Exporter(settings)
     if settings.tensorboard and rank == 0:
-        yield tensorboard(directory.root)
+        yield TensorBoard(directory.root)
     yield from loggers

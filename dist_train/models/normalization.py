@@ -108,10 +108,7 @@ class _NormalizeByKernels(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, bias, moments = ctx.saved_tensors
         if torch.is_grad_enabled():
-            outputs = _plain_groups(inputs, weight, bias, ctx.epsilon, ctx.group_sizes)
-            leaves = (inputs, weight, bias)
-            gradients = torch.autograd.grad(_activated(outputs, ctx.activation), leaves, upstream, create_graph=True)
-            return *gradients, None, None, None
+            return *_plain_gradients(ctx, upstream, ctx.activation), None, None, None
         of_inputs, of_groups = torch.ops.dist_train.ghost_norm_backward(
             _channels_last(upstream), inputs, weight, bias, moments, ctx.group_sizes[0], ctx.activation
         )
@@ -148,13 +145,10 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight, bias, means, scales = ctx.saved_tensors
+        inputs, weight, _, means, scales = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # Double backward, as for Hessians, needs operations that can be differentiated twice.
             assert ctx.across is None, "sync norm has first derivatives only"
-            outputs = _plain_groups(inputs, weight, bias, ctx.epsilon, ctx.group_sizes)
-            leaves = (inputs, weight, bias)
-            return *torch.autograd.grad(outputs, leaves, upstream, create_graph=True), None, None, None
+            return *_plain_gradients(ctx, upstream, "none"), None, None, None
         upstream = upstream if ctx.fused else _channels_last(upstream)
         groups = zip(
             inputs.split(ctx.group_sizes), upstream.split(ctx.group_sizes), means.unbind(), scales.unbind(), strict=True
@@ -173,6 +167,13 @@ class _Normalize(torch.autograd.Function):
                 kind[0] if len(kind) == 1 else torch.stack(kind).sum(0) for kind in zip(*gradients, strict=True)
             )
         return of_inputs, of_weight, of_bias, None, None, None
+
+
+def _plain_gradients(ctx: Any, upstream: Tensor, activation: Activation) -> tuple[Tensor, ...]:
+    """Return the gradients by operations that can be differentiated once more, as for Hessians."""
+    leaves = ctx.saved_tensors[:3]
+    outputs = _activated(_plain_groups(*leaves, ctx.epsilon, ctx.group_sizes), activation)
+    return torch.autograd.grad(outputs, leaves, upstream, create_graph=True)
 
 
 def _plain_groups(inputs: Tensor, weight: Tensor, bias: Tensor, epsilon: float, group_sizes: Sequence[int]) -> Tensor:
@@ -205,10 +206,7 @@ def _channels_last(images: Tensor) -> Tensor:
 def _normalize_fused(
     groups: Iterable[tuple[Tensor, Tensor]], count: int, weight: Tensor, bias: Tensor, epsilon: float
 ) -> tuple[Tensor, ...]:
-    """Normalize `count` groups with torch's kernel, each into its output.
-
-    Return means, unbiased variances and 1/deviations [g, C].
-    """
+    """Normalize `count` groups with torch's kernel; return means, unbiased variances and 1/deviations [g, C]."""
     moments = weight.new_zeros(4, count, len(weight))
     for (group, output), of_group in zip(groups, moments.unbind(1), strict=True):
         mean, variance, scale, saved_mean = of_group.unbind()

@@ -138,19 +138,14 @@ def numbers_of(record: Record) -> dict[str, float]:
     return {}
 
 
-def tensorboard(directory: Path) -> TensorBoard:
-    """Return the observer that writes TensorBoard files into the run `directory`."""
-    return TensorBoard(RunDirectory(directory).tensorboard)
-
-
 class TensorBoard(Observer):
-    """Writes one TensorBoard event file per launch into `directory`.
+    """Writes one TensorBoard event file per launch into the run `directory`.
 
     A run that resumes from a checkpoint purges what earlier launches wrote after it.
     """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self._directory = RunDirectory(directory).tensorboard
         self._writer: SummaryWriter | None = None
 
     def begin(self, facts: RunFacts) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import reduce
 from operator import xor
 from typing import Any
@@ -53,15 +54,13 @@ class Averaging:
 
     def state(self, steps: int) -> list[dict[str, Tensor]]:
         """Return what a checkpoint holds: for each row in use, tensors by the parameters' names."""
-        names = [segment.name for segment in self._weights.segments]
-        rows = self.kept[: self._filled(steps)]
-        return [dict(zip(names, self._weights.views_of(row), strict=True)) for row in rows]
+        return [self._weights.named(row) for row in self.kept[: self._filled(steps)]]
 
     def load(self, state: Sequence[Mapping[str, Tensor]]) -> None:
         """Restore what `state` returned."""
         for row, tensors in zip(self.kept, state, strict=False):
-            for segment, view in zip(self._weights.segments, self._weights.views_of(row), strict=True):
-                view.copy_(tensors[segment.name])
+            for name, view in self._weights.named(row).items():
+                view.copy_(tensors[name])
 
     def digest(self) -> int:
         """Return a digest of `kept`, equal on ranks that agree."""
@@ -75,7 +74,6 @@ class _Ema(Averaging):
     """v <- decay v + (1 - decay) w, initialized with the first weights included, as in torch's AveragedModel."""
 
     def after_update(self, step: int) -> None:
-        """Move the average towards the weights if they are due."""
         if (step + 1) % self._every == 0:
             is_first = step + 1 == self._every
             self.kept[0].lerp_(self._weights.values, 1.0 if is_first else 1.0 - self.settings.decay)
@@ -85,7 +83,6 @@ class _Lawa(Averaging):
     """The mean of the latest weights, taken at regular intervals (Kaddour 2022, arXiv 2209.14981)."""
 
     def after_update(self, step: int) -> None:
-        """Replace the oldest weights kept by the current ones if these are due."""
         if (step + 1) % self._every == 0:
             self.kept[((step + 1) // self._every - 1) % len(self.kept)].copy_(self._weights.values)
 
@@ -98,33 +95,35 @@ def build_averaging(settings: AveragingSettings, weights: FlatWeights, steps_per
     return _KINDS[settings.kind](settings, weights, steps_per_epoch)
 
 
+@dataclass(eq=False)
 class AveragedModel:
     """`network` with the weights of `averaging` and norm statistics that belong to these weights.
 
     The running statistics of the training belong to other weights. As Izmailov et al. do for weight averages
     (arXiv 1803.05407), they are recomputed at the averaged weights, once per step, from the samples that
-    `model.norm_samples` chooses.
+    `model.norm_samples` chooses: by `recompute`, which all ranks call together.
     """
 
-    def __init__(self, network: nn.Module, averaging: Averaging, recompute: Callable[[], None]) -> None:
-        """`recompute` replaces the statistics in the network; all ranks call it together."""
-        self._averaging = averaging
-        self._recompute = recompute
-        self._buffers = running_statistics(network)
+    network: nn.Module
+    averaging: Averaging
+    recompute: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        self._buffers = running_statistics(self.network)
         self._statistics: dict[str, Tensor] = {}
         self._statistics_step: int | None = None
 
     def __bool__(self) -> bool:
-        return bool(self._averaging)
+        return bool(self.averaging)
 
     @contextmanager
     def in_force(self, steps: int) -> Iterator[None]:
         """Within the block, let the network use the average after `steps` updates."""
         original = _cloned(self._buffers)
         try:
-            with self._averaging.in_force(steps):
+            with self.averaging.in_force(steps):
                 if self._statistics_step != steps and self._buffers:
-                    self._recompute()
+                    self.recompute()
                     self._statistics, self._statistics_step = _cloned(self._buffers), steps
                 else:
                     _copy(self._statistics, self._buffers)
@@ -141,7 +140,7 @@ class AveragedModel:
         if not self:
             return {}
         with self.in_force(steps):
-            return {"kept": self._averaging.state(steps), "statistics": self._statistics}
+            return {"kept": self.averaging.state(steps), "statistics": self._statistics}
 
 
 def mean_of(rows: Sequence[Tensor] | Tensor) -> Tensor:

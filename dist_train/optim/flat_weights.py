@@ -57,6 +57,10 @@ class FlatWeights:
         """Return each parameter's part of `values` [n], in its shape."""
         return tuple(values[segment.start : segment.stop].view(segment.shape) for segment in self.segments)
 
+    def named(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the views of `values` [n] by the parameters' names."""
+        return {segment.name: view for segment, view in zip(self.segments, self.views_of(values), strict=True)}
+
     def compute_with(self, views: Sequence[torch.Tensor]) -> None:
         """Let the model compute with `views`, one for each parameter, instead of `values`, which do not change."""
         for parameter, view in zip(self.parameters, views, strict=True):
@@ -95,11 +99,8 @@ class FlatWeights:
 
     def mask(self, exclude: Sequence[str]) -> torch.Tensor:
         """Return 1.0 for each weight that `exclude` does not match, 0.0 for the others and for padding; [n]."""
-        mask = torch.zeros_like(self.values)
-        left_out = set(self.excluded(exclude))
-        for segment in self.segments:
-            if segment not in left_out:
-                mask[segment.start : segment.stop] = 1.0
+        mask = torch.ones_like(self.values)
+        mask[self.masked_indices(exclude)] = 0.0
         return mask
 
     def masked_indices(self, exclude: Sequence[str]) -> list[int]:

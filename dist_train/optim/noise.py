@@ -58,14 +58,13 @@ class Noise:
     def load(self, kept: Mapping[str, Tensor]) -> None:
         """Restore `kept` from what `state` returned."""
         for name, values in self.kept.items():
-            for segment, view in zip(self.weights.segments, self.weights.views_of(values), strict=True):
-                view.copy_(kept[f"{name}.{segment.name}"])
+            for parameter, view in self.weights.named(values).items():
+                view.copy_(kept[f"{name}.{parameter}"])
 
     def state(self) -> dict[str, Tensor]:
         """Return `kept` as checkpoints hold it: a tensor for each name and parameter."""
-        views = {name: self.weights.views_of(values) for name, values in self.kept.items()}
-        names = [segment.name for segment in self.weights.segments]
-        return {f"{name}.{each}": view for name in views for each, view in zip(names, views[name], strict=True)}
+        named = {name: self.weights.named(values) for name, values in self.kept.items()}
+        return {f"{name}.{each}": view for name, views in named.items() for each, view in views.items()}
 
     def points(self, micro_batch: int) -> Sequence[Point]:
         """Return the points at which the gradient of a micro-batch is taken; every micro-batch has as many."""
@@ -97,12 +96,11 @@ class Noise:
 
 class _Scheduled(Noise):
     def amplitude(self, step: int) -> float:
-        """Return a c(t); for `sam`, rho c(t)."""
         return self.settings.amplitude * noise_factor(self.settings.schedule, step, self.total_steps)
 
 
 class _Perturbing(_Scheduled):
-    """Methods that take gradients at perturbed weights, which have a buffer of their own."""
+    """Methods that take gradients at perturbed weights, which have a buffer of their own, filled after `perturb`."""
 
     def __post_init__(self) -> None:
         self._step = 0
@@ -110,12 +108,10 @@ class _Perturbing(_Scheduled):
         self._views = self.weights.views_of(self._perturbed)
 
     def perturb(self, step: int) -> None:
-        """Let the model compute with the buffer of perturbed weights, which is filled afterwards."""
         self._step = step
         self.weights.compute_with(self._views)
 
     def restore(self) -> None:
-        """Let the model compute with the clean weights again."""
         self.weights.compute_with_values()
 
 

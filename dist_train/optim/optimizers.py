@@ -75,7 +75,9 @@ def _sgd(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:
         nesterov=settings.nesterov,
         fused=True,
     )
-    return _with_momentum_state(optimizer, settings)
+    if settings.momentum > 0:
+        _create_state(optimizer, "momentum_buffer")
+    return optimizer
 
 
 def _adam(
@@ -98,7 +100,9 @@ def _lars(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:
     optimizer = Lars(
         _adapted(settings, groups), lr=settings.learning_rate, momentum=settings.momentum, trust_coeff=settings.trust
     )
-    return _with_momentum_state(optimizer, settings)
+    if settings.momentum > 0:
+        _create_state(optimizer, "momentum_buffer")
+    return optimizer
 
 
 def _lamb(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:
@@ -110,8 +114,7 @@ def _lamb(settings: OptimizerSettings, groups: Sequence[Group]) -> Optimizer:
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.epsilon,
-        # The training step clips the global gradient: optimizer.clip_norm.
-        max_grad_norm=None,
+        max_grad_norm=None,  # the training step clips the global gradient: optimizer.clip_norm
     )
     for group in optimizer.param_groups:
         group["step"] = torch.zeros(())
@@ -130,12 +133,6 @@ def _adapted(settings: OptimizerSettings, groups: Sequence[Group]) -> list[dict[
     """Return parameter groups for timm, which adapts the rate of groups with weight decay or `always_adapt`."""
     decayed = _decayed(settings, groups)
     return [{**options, "always_adapt": not group.excluded} for options, group in zip(decayed, groups, strict=True)]
-
-
-def _with_momentum_state(optimizer: Optimizer, settings: OptimizerSettings) -> Optimizer:
-    if settings.momentum > 0:
-        _create_state(optimizer, "momentum_buffer")
-    return optimizer
 
 
 def _create_state(optimizer: Optimizer, *names: str) -> None:

@@ -77,15 +77,15 @@ class RunDirectory:
         """Return the file of the checkpoint at `step`."""
         return self.checkpoints / f"step-{step:08d}.pt"
 
-    def checkpoint_records(self) -> tuple[Path, ...]:
-        """Return the records beside the complete checkpoints, by step."""
-        return tuple(sorted(self.checkpoints.glob("step-*.json")))
-
     @classmethod
     def of_checkpoint(cls, checkpoint: Path) -> RunDirectory:
         """Return the run that the file `checkpoint` belongs to; if it is in no run, its own folder."""
         folder = checkpoint.parent
         return cls(folder.parent if folder.name == "checkpoints" else folder)
+
+    def checkpoint_records(self) -> tuple[Path, ...]:
+        """Return the records beside the complete checkpoints, by step."""
+        return tuple(sorted(self.checkpoints.glob("step-*.json")))
 
     def checkpoint_steps(self) -> tuple[int, ...]:
         """Return the steps of the complete checkpoints, in order."""
@@ -101,7 +101,6 @@ class RunDirectory:
             for folder in (self.root, self.checkpoints, self.logs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 refuse_foreign(folder, "choose another by run.directory or --run-dir")
-            for folder in (self.root, self.checkpoints, self.logs):
                 probe = folder / f".probe-{os.getpid()}"
                 probe.touch()
                 probe.unlink()
@@ -263,6 +262,7 @@ class RunLock:
         os.close(self._descriptor)
 
 
+@dataclass(eq=False)
 class LockRequest:
     """A request for the lock of the run directory `root`, whose lock file is `path`.
 
@@ -270,14 +270,12 @@ class LockRequest:
     on another node: Slurm has seen it end, but the file server may not know yet.
     """
 
-    def __init__(
-        self, root: Path, path: Path, *, patience: float = PATIENCE_SECONDS, lease: float = LEASE_SECONDS
-    ) -> None:
-        """Start counting the time that the request waits."""
-        self._root = root
-        self._path = path
-        self._patience = patience
-        self._lease = lease
+    root: Path
+    path: Path
+    patience: float = PATIENCE_SECONDS
+    lease: float = LEASE_SECONDS
+
+    def __post_init__(self) -> None:
         self._begun = time.monotonic()
         self._is_announced = False
 
@@ -288,9 +286,9 @@ class LockRequest:
         made.
         """
         until = time.monotonic() + seconds
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            while not try_to_lock(descriptor, self._path):
+            while not try_to_lock(descriptor, self.path):
                 now = time.monotonic()
                 self._refuse_or_announce(_read_holder(descriptor), now - self._begun)
                 if now >= until:
@@ -299,40 +297,33 @@ class LockRequest:
                 time.sleep(_POLL_SECONDS)
             with suppress(OSError):  # on a full disk the lock holds without naming its holder
                 _write_holder(descriptor)
-            return RunLock(self._path, descriptor)
+            return RunLock(self.path, descriptor)
         except BaseException:
             os.close(descriptor)
             raise
 
     def _refuse_or_announce(self, holder: Holder | None, waited: float) -> None:
         is_predecessor = _is_predecessor(holder)
-        if waited >= (self._lease if is_predecessor else self._patience):
+        if waited >= (self.lease if is_predecessor else self.patience):
             raise UsageError(
-                f"{self._root} is in use by {_holder_name(holder)}: two launches must not write into one run "
+                f"{self.root} is in use by {_holder_name(holder)}: two launches must not write into one run "
                 f"directory; wait for it or end it, or choose another by run.name or --run-dir",
                 code="run-in-use",
             )
         if is_predecessor and not self._is_announced:
             self._is_announced = True
             _logger.warning(
-                "waiting up to %g s for the lock of %s, held by %s", self._lease, self._root, _holder_name(holder)
+                "waiting up to %g s for the lock of %s, held by %s", self.lease, self.root, _holder_name(holder)
             )
 
 
 def read_holder(path: Path) -> Holder | None:
     """Return the holder of the lock at `path`; None if nobody holds it, or the holder is unknown."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _read_holder(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+    with suppress(OSError), path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _read_holder(file.fileno())
     return None
 
 

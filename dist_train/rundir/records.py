@@ -96,20 +96,16 @@ Word = Annotated[str, Field(strict=True)]
 class TrainRecord:
     """One optimizer update, or the mean over the updates since the previous record."""
 
-    step: Count
-    """Updates done."""
-    epoch: Real
-    """Epochs done: step / steps per epoch."""
+    step: Count  # updates done
+    epoch: Real  # epochs done: step / steps per epoch
     loss: Real
-    accuracy: Real
-    """Share of the global batch that was classified correctly, in [0, 1]."""
+    accuracy: Real  # share of the global batch that was classified correctly, in [0, 1]
     learning_rate: Real
     noise_amplitude: Real
     gradient_norm: Real
     step_seconds: Real
     samples_per_second: Real
-    time: Real
-    """Seconds since 1970 (UTC)."""
+    time: Real  # seconds since 1970 (UTC)
 
 
 @dataclass(frozen=True)
@@ -139,31 +135,23 @@ class EventRecord:
 class StepParts:
     """Seconds that one rank spent in the parts of one step; the rest of the step is in none of them."""
 
-    data_wait: float
-    """Until the micro-batches were on the device."""
+    data_wait: float  # until the micro-batches were on the device
     forward_backward: float
-    perturb_restore: float
-    """Drawing noise, adding it, and restoring the clean weights."""
-    allreduce_wait: float
-    """Waiting for gradients and counts of the other ranks, once this rank's own were done."""
+    perturb_restore: float  # drawing noise, adding it, and restoring the clean weights
+    allreduce_wait: float  # waiting for gradients and counts of the other ranks, once this rank's own were done
     optimizer: float
-    checkpoint_stall: float
-    """From the beginning of a checkpoint until training could continue."""
+    checkpoint_stall: float  # from the beginning of a checkpoint until training could continue
 
 
 class RankMeasurement(NamedTuple):
     """What one rank measured at one step; a tuple, since those of a thousand ranks travel as one message."""
 
-    busy_seconds: Real
-    """Time of the step without the wait for the other ranks."""
+    busy_seconds: Real  # time of the step without the wait for the other ranks
     wait_seconds: Real
     resident_bytes: Real
-    device_bytes: Real
-    """Device memory that the rank has allocated; NaN without a device."""
-    device_peak_bytes: Real
-    """Peak of `device_bytes`; NaN without a device."""
-    device_utilization: Real
-    """Share of the last second in which the device was busy, in [0, 1]; NaN without NVML."""
+    device_bytes: Real  # device memory that the rank has allocated; NaN without a device
+    device_peak_bytes: Real  # peak of `device_bytes`; NaN without a device
+    device_utilization: Real  # share of the last second in which the device was busy, in [0, 1]; NaN without NVML
     device_used_bytes: Real = math.nan
     """Device memory that all processes have allocated. This and all below: NaN if NVML does not report it."""
     device_power_watts: Real = math.nan
@@ -171,8 +159,7 @@ class RankMeasurement(NamedTuple):
     device_memory_clock_hertz: Real = math.nan
     device_throttle_reasons: Real = math.nan
     """Why the device's clocks are throttled, as NVML's bits (nvmlClocksEventReasons)."""
-    device_corrected_errors: Real = math.nan
-    """Memory errors since the driver was loaded."""
+    device_corrected_errors: Real = math.nan  # memory errors since the driver was loaded
     device_uncorrected_errors: Real = math.nan
 
 
@@ -183,14 +170,10 @@ class Measurement:
     step: int
     time: float
     step_seconds: float
-    parts: StepParts
-    """This rank's own."""
-    weight_norm: float
-    """Euclidean norm of the clean weights after the step."""
-    distance: float
-    """Euclidean distance of the clean weights from the initial ones."""
-    ranks: tuple[RankMeasurement, ...]
-    """By rank; on ranks other than rank 0, their own alone."""
+    parts: StepParts  # this rank's own
+    weight_norm: float  # Euclidean norm of the clean weights after the step
+    distance: float  # Euclidean distance of the clean weights from the initial ones
+    ranks: tuple[RankMeasurement, ...]  # by rank; on ranks other than rank 0, their own alone
 
 
 Record: TypeAlias = TrainRecord | EvaluationRecord | EventRecord
@@ -215,28 +198,19 @@ class RunFacts:
     noise: str
     start_step: int
     controller: str
-    rank: int = 0
-    """The rank that these facts are for."""
-    micro_batches_of: tuple[int, ...] = ()
-    """Micro-batches of each rank, by rank."""
-    revision: str = ""
-    """Version of dist_train, with the commit if it runs from a repository."""
+    rank: int = 0  # the rank that these facts are for
+    micro_batches_of: tuple[int, ...] = ()  # micro-batches of each rank, by rank
+    revision: str = ""  # version of dist_train, with the commit if it runs from a repository
     slurm_job: str = ""
     node: str = ""
-    nodes: tuple[str, ...] = ()
-    """The nodes of the ranks, by rank."""
-    launched: float = 0.0
-    """When this launch began, in seconds since 1970."""
-    device: str = ""
-    """What this rank computes on, for display."""
-    run_id: str = ""
-    """Shared by all launches of the run, and by no other run."""
-    device_memory: int = 0
-    """Bytes of memory of this rank's device; 0 without a device."""
+    nodes: tuple[str, ...] = ()  # the nodes of the ranks, by rank
+    launched: float = 0.0  # when this launch began, in seconds since 1970
+    device: str = ""  # what this rank computes on, for display
+    run_id: str = ""  # shared by all launches of the run, and by no other run
+    device_memory: int = 0  # bytes of memory of this rank's device; 0 without a device
     time_limit: float = 0.0
     """When the batch system ends the job, in seconds since 1970; 0 if it does not, or is not asked."""
-    generation: int = 1
-    """How often the ranks of this launch have met: more than once if some were lost or joined."""
+    generation: int = 1  # how often the ranks of this launch have met: more than once if some were lost or joined
     stages: tuple[Stage, ...] = ()
     """The stages of a batch schedule; without one, `global_size` and `steps_per_epoch` hold throughout."""
 
@@ -268,22 +242,22 @@ _RESERVED = frozenset({"kind", "step", "event", "time"})
 
 def to_json(record: Record) -> str:
     """Return `record` as JSON on one line, without the newline; numbers that are not finite become null."""
-    fields: dict[str, Detail]
+    return json_text(_fields(record))
+
+
+def _fields(record: Record) -> dict[str, Detail]:
     match record:
         case TrainRecord():
-            fields = {"kind": "train", **vars(record)}
+            return {"kind": "train", **vars(record)}
         case EvaluationRecord():
-            fields = {"kind": "eval", **vars(record)}
-        case EventRecord():
-            assert not _RESERVED & record.details.keys(), f"reserved names in {sorted(record.details)}"
-            fields = {"kind": "event", "step": record.step, "event": record.event}
-            fields |= {**record.details, "time": record.time}
-    return json_text(fields)
+            return {"kind": "eval", **vars(record)}
+    assert not _RESERVED & record.details.keys(), f"reserved names in {sorted(record.details)}"
+    return {"kind": "event", "step": record.step, "event": record.event, **record.details, "time": record.time}
 
 
 def from_json(line: str | bytes) -> Record | None:
     """Return the record in `line`; None if it is incomplete or of another form. Null becomes NaN."""
-    try:
+    with suppress(ValueError, KeyError, TypeError, RecursionError, OverflowError):
         fields = json.loads(line)
         match fields["kind"]:
             case "train":
@@ -293,8 +267,6 @@ def from_json(line: str | bytes) -> Record | None:
             case "event":
                 details = {name: value for name, value in fields.items() if name not in _RESERVED}
                 return _EVENT.validate_python({**fields, "details": details})
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
-        return None
     return None
 
 
@@ -383,13 +355,15 @@ class JsonLines(Observer):
 
     def record(self, record: Record) -> None:
         """Append `record`, unless the file has it."""
-        identity = _identity_of(record)
+        fields = _fields(record)
+        identity = _identity_of(fields)
+        assert identity is not None
         with self._lock:
             if identity in self._written:
                 return
             self._written.add(identity)
             if len(self._backlog) < _BACKLOG_LIMIT:
-                self._backlog.append(f"{to_json(record)}\n".encode())
+                self._backlog.append(f"{json_text(fields)}\n".encode())
             self._write_backlog()
 
     def sync(self) -> None:
@@ -468,28 +442,17 @@ class Identity(NamedTuple):
     part: str
 
 
-def _identity_of(record: Record) -> Identity:
-    match record:
-        case TrainRecord():
-            return Identity("train", record.step, "")
-        case EvaluationRecord():
-            return Identity("eval", record.step, record.split)
-    return Identity("event", record.step, _part_of_event(record.event, record.details))
-
-
-def _part_of_event(name: str, details: Mapping[str, object]) -> str:
-    return f"{name} {details['generation']}" if "generation" in details else name
-
-
 def _identity(line: bytes) -> Identity | None:
-    try:
-        fields = json.loads(line)
-        kind, step = fields["kind"], fields["step"]
-        part = fields.get({"eval": "split", "event": "event"}.get(kind, ""), "")
-        if kind == "event":
-            part = _part_of_event(part, fields)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        return _identity_of(json.loads(line))
+    return None
+
+
+def _identity_of(fields: Mapping[str, object]) -> Identity | None:
+    kind, step = fields["kind"], fields["step"]
+    part = fields.get({"eval": "split", "event": "event"}.get(str(kind), ""), "")
+    if kind == "event" and "generation" in fields:
+        part = f"{part} {fields['generation']}"
     if isinstance(kind, str) and isinstance(step, int) and isinstance(part, str):
         return Identity(kind, step, part)
     return None

@@ -136,7 +136,7 @@ def test_how_a_run_fails_is_an_event_before_its_end_on_rank_0(
 def test_a_rank_that_is_left_keeps_in_the_status_how_far_the_run_was(tmp_path: Path) -> None:
     def launch(comm: SimulatedRanks) -> None:
         session, _ = begun(tmp_path, comm)
-        trainer = session._trainer
+        trainer = session.trainer
         assert trainer is not None
         trainer.run()
         comm.barrier()

@@ -47,7 +47,7 @@ def write(directory: Path, steps: range, loss: float) -> TensorBoard:
 def read(directory: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    accumulator = EventAccumulator(str(directory))
+    accumulator = EventAccumulator(str(directory / "tensorboard"))
     accumulator.Reload()
     tags = accumulator.Tags()["scalars"]
     return {tag: [(point.step, point.value) for point in accumulator.Scalars(tag)] for tag in tags}
