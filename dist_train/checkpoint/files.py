@@ -146,11 +146,7 @@ def find_checkpoint(target: Path) -> Path:
 
 
 def read_checkpoint(path: Path) -> Contents:
-    """Verify the digest of the checkpoint at `path` and return its contents.
-
-    Raises DamagedCheckpointError if the checkpoint or its record is damaged; UsageError if there is no such file, or it
-    has another format.
-    """
+    """Return the verified contents of the checkpoint at `path`. Raises DamagedCheckpointError or UsageError."""
     if not path.is_file():
         raise UsageError(f"{path}: there is no such checkpoint", code="checkpoint-missing")
     record = read_record(path)
@@ -209,11 +205,7 @@ def _contents(path: Path, fields: Mapping[str, Any]) -> Contents:
 
 
 def newest_whole(directory: Path, report_damage: Callable[[Path, str], None]) -> Contents | None:
-    """Return the latest whole checkpoint; None if there is no checkpoint.
-
-    Damaged checkpoints are reported and renamed to `*.damaged`. Raises UsageError if there are checkpoints, but none is
-    whole.
-    """
+    """Return the latest whole checkpoint, if any, and rename damaged ones. Raises UsageError if all are damaged."""
     if not directory.is_dir():
         return None
     paths = sorted(_step_files(directory), key=lambda path: int(path.stem.removeprefix("step-")), reverse=True)
@@ -253,10 +245,7 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def adopt(fallback: Path, directory: Path) -> None:
-    """Move the newest checkpoint in `fallback` to `directory` if it is newer than those there, and empty `fallback`.
-
-    Raises OSError if it cannot be copied; nothing is deleted.
-    """
+    """Move the newest checkpoint of `fallback` to `directory` if it is newer, and empty `fallback`. Raises OSError."""
     in_fallback, in_directory = list_checkpoints(fallback), list_checkpoints(directory)
     if in_fallback and (not in_directory or in_fallback[-1].step > in_directory[-1].step):
         newest = in_fallback[-1].path

@@ -43,10 +43,7 @@ class ResumePoint:
 
 
 def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:
-    """Return where a launch of `config` in `directory` starts.
-
-    Raises UsageError if `directory` holds a run that `config` must not or cannot resume.
-    """
+    """Return where a launch of `config` in `directory` starts. Raises UsageError."""
     checkpoints = directory.checkpoints
     if config.run.resume == "never":
         if any(checkpoints.glob("step-*.pt")):
@@ -263,10 +260,7 @@ class InitialWeights:
 
 
 def find_initial(source: Path, model: str) -> Path:
-    """Return the file that `source`, a value of `run.init_from`, refers to, for a model of the name `model`.
-
-    Raises UsageError if there is no such file.
-    """
+    """Return the file that `source`, of `run.init_from`, means for the model named `model`. Raises UsageError."""
     if str(source).startswith(_TORCHVISION):
         return _torchvision_file(str(source).removeprefix(_TORCHVISION), model.removeprefix(_TORCHVISION))
     path = find_checkpoint(source)

@@ -74,10 +74,7 @@ class CheckpointWriter:
         self._awaited = Event()
 
     def submit(self, contents: Contents, best_step: int | None) -> None:
-        """Write `contents` as they are now, in the background unless the settings say otherwise.
-
-        The tensors must not change until `wait_until_copied` returns.
-        """
+        """Write `contents`, by default in the background: call `wait_until_copied` before the tensors change."""
         begun = time.perf_counter()
         self.wait()
         stall = time.perf_counter() - begun

@@ -81,10 +81,7 @@ class Operation(Pending):
 
 
 class Communicator:
-    """The ranks of a run, seen from one of them. Every rank must call the same operations.
-
-    What an engine does not override behaves as for a single rank: a sum is the value itself.
-    """
+    """The ranks of a run, seen from one of them, which all call the same operations. By default: a single rank."""
 
     rank: int = 0
     size: int = 1
@@ -185,10 +182,7 @@ def broadcast_str(comm: Communicator, text: str, name: str, root: int = 0) -> st
 
 
 def run_on_all_ranks(comm: Communicator, action: Callable[[], Result], name: str) -> Result:
-    """Return `action()`; if it fails on any rank, fail on all, so that none waits for ever.
-
-    The first rank that failed raises its own error, so that it is reported once; all others raise PeerFailedError.
-    """
+    """Return `action()`; if it fails on any rank, the first raises its error and all others PeerFailedError."""
     failure: Exception | None = None
     try:
         result = action()

@@ -62,10 +62,7 @@ class GpuSigns:
 
 @dataclass(frozen=True)
 class TorchGpus:
-    """Torch's version, the CUDA or ROCm version it is built for, how many GPUs it can use, and why it can use none.
-
-    `built_for` is empty for a CPU build, `error` if torch gives no reason.
-    """
+    """Torch's version, its CUDA or ROCm version (empty: a CPU build), how many GPUs it can use, and else why not."""
 
     version: str
     built_for: str
@@ -84,10 +81,7 @@ class Obstacle:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a rank computes: `gpu` identifies its GPU across all nodes, and is 0 on a CPU.
-
-    `visible`: number of GPUs that the rank sees; `ranks`: number of ranks on its node.
-    """
+    """Where a rank computes: its GPU's number on any node (0: a CPU), the GPUs that it sees, and its node's ranks."""
 
     gpu: int
     visible: int
@@ -99,10 +93,7 @@ def find_gpus(
     root: Path = Path("/"),
     may_open: Callable[[Path], bool] = lambda path: os.access(path, os.R_OK | os.W_OK),
 ) -> GpuSigns:
-    """Return what `environment` and the driver's files below `root` say about GPUs.
-
-    Setting CUDA_VISIBLE_DEVICES to nothing or to -1 asks for none.
-    """
+    """Return what `environment` (CUDA_VISIBLE_DEVICES empty or -1: none) and the driver below `root` say about GPUs."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in _NONE_VISIBLE:
         return GpuSigns()
@@ -185,10 +176,7 @@ def obstacle(signs: GpuSigns, found: TorchGpus) -> Obstacle:
 
 
 def kind_of_device(asked: Device, signs: GpuSigns, found: TorchGpus) -> Literal["cpu", "cuda"]:
-    """Return what a rank computes on if `run.device` is `asked`.
-
-    Raises UsageError if a GPU is asked for, or there are signs of one, and torch can use none.
-    """
+    """Return what a rank computes on if `run.device` is `asked`. Raises UsageError."""
     if asked == "cpu" or (asked == "auto" and not found.count and not signs.present):
         return "cpu"
     if found.count:
@@ -204,10 +192,7 @@ def device_type(asked: Device = "auto") -> Literal["cpu", "cuda"]:
 
 
 def choose_device(asked: Device, *, local_rank: int) -> torch.device:
-    """Return the device for `run.device` = `asked`; several GPUs are assigned round robin by local rank.
-
-    Raises UsageError if there are GPUs here, or one is asked for, and torch cannot use them.
-    """
+    """Return the device for `run.device` = `asked`: GPUs round robin by local rank. Raises UsageError."""
     if asked == "cpu":
         return torch.device("cpu")
     found = torch_gpus()
@@ -228,10 +213,7 @@ def choose_device(asked: Device, *, local_rank: int) -> torch.device:
 
 
 def share_out_devices(comm: Communicator, asked: Device) -> torch.device:
-    """Return this rank's device, or raise UsageError on all ranks if they mix CPUs and GPUs or share a GPU.
-
-    A rank that joins a run checks this when it meets the others (`check_own_gpu`).
-    """
+    """Return this rank's device; raise UsageError on all ranks if they mix CPUs and GPUs or share a GPU."""
     device = run_on_all_ranks(comm, partial(choose_device, asked, local_rank=comm.local_rank), "use its device")
     if comm.size > 1 and not comm.is_joining:
         placements = _gather_placements(comm, device)

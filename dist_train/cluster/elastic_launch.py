@@ -52,10 +52,7 @@ class Elasticity:
 
 @dataclass(frozen=True)
 class Entrance:
-    """Where launchers of other nodes can join: at `host`, an address that they can reach, and `port` (0: a free one).
-
-    `folder`: the run directory, for the file with address and token.
-    """
+    """Where other launchers can join: at `host` and `port` (0: a free one), which a file in `folder` tells them."""
 
     host: str
     port: int
@@ -176,10 +173,7 @@ def launch_joining(entry: Entry, count: int) -> int:
 
 @dataclass(frozen=True)
 class LocalProcesses:
-    """The processes that a launcher starts on its node: `dist-train WORDS` for each of `slots`.
-
-    `slot_environment` returns the variables of one slot, beside the `environment` of all.
-    """
+    """The processes of a launcher: `dist-train WORDS` for each of `slots`, with variables of all and of its slot."""
 
     words: Sequence[str]
     slots: Sequence[int]

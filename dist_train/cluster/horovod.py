@@ -20,10 +20,7 @@ class HorovodCommunicator(Communicator):
     def __init__(
         self, launch: Launch, *, timeout: float, device_type: str, timeline: bool, micro_batches: int = 1
     ) -> None:
-        """Join the group; `timeout` is in seconds, `micro_batches` what a rank computes in an update.
-
-        Raises UsageError if Horovod is missing, or does not see as many ranks as were launched.
-        """
+        """Join the group; `micro_batches`: what a rank computes in an update. Raises UsageError."""
         set_environment(timeout, device_type, launch.launcher, micro_batches)
         if timeline:
             os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")

@@ -32,10 +32,7 @@ class HorovodBuild:
 
 
 def horovod_build() -> HorovodBuild:
-    """Return what Horovod was built with.
-
-    Raises ImportError if it is missing, or built for another torch or MPI; with the loader's message.
-    """
+    """Return what Horovod was built with. Raises ImportError."""
     try:
         import horovod.torch as hvd
     except OSError as error:

@@ -51,10 +51,7 @@ class Entry:
 
 
 def entry_of(place: str, environment: Mapping[str, str] = os.environ) -> Entry:
-    """Return the entry at `place`: HOST:PORT, with the token in the environment, or the file that the authority wrote.
-
-    Raises UsageError if `place` is neither, or others can read the token.
-    """
+    """Return the entry at `place`: HOST:PORT, or the file that the authority wrote. Raises UsageError."""
     host, _, port = place.rpartition(":")
     if host and port.isdecimal() and "/" not in host:
         token = environment.get(TOKEN_VARIABLE, "")
@@ -87,10 +84,7 @@ class RemoteAuthority:
     """A connection to the authority on another node, for a block; it has no thread: call `poll` often."""
 
     def __init__(self, entry: Entry, count: int) -> None:
-        """Connect for `count` ranks; both sides prove that they know the token.
-
-        Raises UsageError if nobody answers at `entry`, or the token is wrong.
-        """
+        """Connect for `count` ranks; both sides prove that they know the token. Raises UsageError."""
         self.awaits_others = False
         self._view = View()
         self._code: int | None = None
@@ -138,10 +132,7 @@ class RemoteAuthority:
         return self._view if self._view.code is not None else replace(self._view, code=self._code)
 
     def await_start(self) -> Mapping[str, Any]:
-        """Return what the authority orders to start, once it does.
-
-        Raises UsageError if the run takes no more ranks; FaultError if the connection broke.
-        """
+        """Return what the authority orders to start, once it does. Raises UsageError or FaultError."""
         announced_at = time.monotonic() + _WAIT_SECONDS
         while self._order is None:
             if self._refusal:
@@ -153,10 +144,7 @@ class RemoteAuthority:
         return self._order
 
     def poll(self, seconds: float) -> None:
-        """Handle the messages that have arrived, waiting up to `seconds` for one, and send a beat if it is due.
-
-        Raises FaultError if the authority is gone or silent.
-        """
+        """Handle the messages that arrive within `seconds`, and send a beat if it is due. Raises FaultError."""
         beat = self.timeout / BEATS_IN_TIMEOUT
         if select.select([self._connection.socket], [], [], min(seconds, beat))[0]:
             try:

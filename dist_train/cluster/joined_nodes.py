@@ -86,11 +86,7 @@ class JoinedNodes:
         return f"the run takes {more}, not {wanted}: it has at most {self.most} (--max-ranks)"
 
     def ready_to_start(self, here: int, has_begun: bool) -> Iterator[int]:
-        """Yield the connections that are waiting and may start their ranks now.
-
-        Until the run `has_begun`, these are only ranks that it begins with: later ones need the state of ranks that
-        train.
-        """
+        """Yield the connections that may start their ranks: before the run `has_begun`, those that it begins with."""
         for connection, node in self.by_connection.items():
             if not node.slots and (has_begun or here + self.processes + node.wanted <= self.size):
                 yield connection

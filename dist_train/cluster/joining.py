@@ -27,10 +27,7 @@ _HEAD_START_SECONDS = 2.0
 
 @contextmanager
 def meeting_within(seconds: float, end: Callable[[], None] = end_process) -> Iterator[None]:
-    """End this process with a message if the block, in which all ranks meet, takes longer than `seconds`.
-
-    Until the ranks have met, none knows which is missing, and they would wait for ever.
-    """
+    """End this process with a message if the ranks have not all met in the block after `seconds`."""
     launch = current_launch()
 
     def give_up() -> None:

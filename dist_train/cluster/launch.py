@@ -31,10 +31,7 @@ class StoreAddress:
 
 @dataclass(frozen=True)
 class Launch:
-    """The launcher that started this process, its number of ranks, and this process's rank.
-
-    `store`: where the ranks can meet by torch.distributed; None if the launcher does not say.
-    """
+    """The launcher of this process, its number of ranks and its rank; `store`: where the ranks can meet by torch."""
 
     launcher: str
     size: int
@@ -43,10 +40,7 @@ class Launch:
 
 
 def current_launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Return how this process was launched: by horovodrun, mpirun, srun, torchrun, dist-train launch, or alone.
-
-    Raises UsageError if the environment configures Horovod in a way that is known to crash or to split the ranks.
-    """
+    """Return the launch by horovodrun, mpirun, srun, torchrun, dist-train launch, or none. Raises UsageError."""
     if "OMPI_COMM_WORLD_SIZE" in environment:
         for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
             if environment.get(name, "").lower() == "gloo":
@@ -113,10 +107,7 @@ _LONGEST_COMMENT = 1000
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """The job that a process belongs to, and how often Slurm has restarted it.
-
-    `end`: when its time limit ends it, in seconds since 1970; None if Slurm has not said.
-    """
+    """The job of a process, its end by its time limit (seconds since 1970) if known, and Slurm's restarts of it."""
 
     id: str
     end: float | None
@@ -137,10 +128,7 @@ JOB_IS_ALIVE = JOB_WAITS | {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED"}
 
 
 def job_states(jobs: Sequence[str]) -> dict[str, str]:
-    """Return the state (PENDING, RUNNING, COMPLETING, ...) of those of `jobs` that Slurm still knows.
-
-    Empty if there is no Slurm, or it does not answer.
-    """
+    """Return the state (PENDING, RUNNING, COMPLETING, ...) of those of `jobs` that Slurm still knows."""
     if not jobs:
         return {}
     # squeue accepts an unknown id among several, but not alone.
@@ -168,10 +156,7 @@ def comment_on_job(text: str, environment: Mapping[str, str] = os.environ) -> No
 
 
 def submit(script: str, options: Sequence[str]) -> str:
-    """Submit the batch script by sbatch and return the job's id; `options` take precedence over the script's own.
-
-    Raises UsageError if sbatch is missing, or refuses.
-    """
+    """Submit the batch script with `options`, which override its own, and return the job's id. Raises UsageError."""
     if shutil.which("sbatch") is None:
         raise UsageError(
             "sbatch is missing: submit from a login node of the cluster, or use --dry-run", code="sbatch-missing"

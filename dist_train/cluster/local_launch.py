@@ -150,10 +150,7 @@ class Ranks:
 
 @contextmanager
 def blocked_signals() -> Iterator[set[int | signal.Signals]]:
-    """Block the launcher's signals, also in threads that start in the block, where they would kill it.
-
-    Yields the signals that were blocked before.
-    """
+    """Block the launcher's signals, also in threads that start in the block; yield the mask before it."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield mask

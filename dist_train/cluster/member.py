@@ -72,10 +72,7 @@ class Member:
     def __init__(
         self, timeout: float, environment: Mapping[str, str] = os.environ, end: Callable[[], None] = end_process
     ) -> None:
-        """Connect, and send beats often enough for `timeout`. `end` ends this process once it is expelled.
-
-        Raises RankLostError if the authority does not answer.
-        """
+        """Connect, and beat often enough for `timeout`; `end` ends this process if expelled. Raises RankLostError."""
         host, _, port = environment[MEMBERSHIP_VARIABLE].rpartition(":")
         self._beat = min(_LONGEST_BEAT_SECONDS, timeout / BEATS_IN_TIMEOUT)
         self.pulse = Pulse(timeout, self._beat)  # of the main thread

@@ -81,10 +81,7 @@ class Survey:
 
 
 def survey_nodes(directory: Path, environment: Mapping[str, str] = os.environ) -> Survey:
-    """Collect the reports of our job's nodes, which must all see `directory`, and compare them.
-
-    Raises UsageError if this process does not belong to a Slurm job.
-    """
+    """Collect the reports of our job's nodes, which must all see `directory`, and compare them. Raises UsageError."""
     if "SLURM_JOB_NODELIST" not in environment or "SLURM_JOB_ID" not in environment:
         raise UsageError(
             "there is no Slurm allocation here: run it in a batch script, or within salloc", code="no-allocation"

@@ -47,10 +47,7 @@ class MpiCommunicator(Communicator):
 
 
 def join_points() -> Communicator:
-    """Return the launcher's ranks; without a launcher, a single rank.
-
-    Raises UsageError if the launcher does not provide MPI, or mpi4py is missing.
-    """
+    """Return the launcher's ranks; without a launcher, a single rank. Raises UsageError."""
     launch = current_launch()
     if launch.size == 1:
         return Alone()

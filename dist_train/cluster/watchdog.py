@@ -88,10 +88,7 @@ class Watchdog:
         return ""
 
     def close(self, error: BaseException | None = None) -> None:
-        """Leave without being reported as lost; a second call does nothing.
-
-        After an `error` of one rank the others must end within `timeout`, too.
-        """
+        """Leave without being reported as lost; after an `error`, the others must end in time, too."""
 
     def __enter__(self) -> Watchdog:
         return self
@@ -103,10 +100,7 @@ class Watchdog:
 
 
 class Watch(Watchdog):
-    """Sends heartbeats; when a rank is lost, calls `lost(message, is_found)` in its thread, and ends.
-
-    `is_found` is false if rank 0 reported the loss.
-    """
+    """Sends heartbeats; when a rank is lost, calls `lost(message, is_found)` (false: found by rank 0), and ends."""
 
     def __init__(
         self, endpoint: Endpoint, datagrams: socket.socket, timeout: float, lost: Callable[[str, bool], None]

@@ -51,10 +51,7 @@ class PixelFormat:
 
 
 def channel_statistics(images: Tensor) -> ChannelStatistics:
-    """Return the statistics of uint8 images [N, C, H, W] from exact integer sums: equal on every machine.
-
-    A channel without any variation gets the deviation 1, so that one can divide by it.
-    """
+    """Return the statistics of uint8 images [N, C, H, W], from exact integer sums; a deviation of 0 becomes 1."""
     return statistics_of_parts(torch.split(images, _CHUNK))
 
 
@@ -116,10 +113,7 @@ def move(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def staging_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a buffer that `buffer.to(device, non_blocking=True)` copies without waiting.
-
-    torch does not reuse a pinned block before copies out of it are done.
-    """
+    """Return a buffer to copy to `device` without waiting; torch reuses a pinned block only after the copies."""
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 

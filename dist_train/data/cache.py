@@ -189,10 +189,7 @@ def cache_folder() -> Path:
 
 
 def data_sets_folder() -> Path:
-    """Return the folder in the cache where the set-up scripts and downloads put data sets.
-
-    Raises UsageError if other users could replace its contents.
-    """
+    """Return the folder in the cache where the set-up scripts and downloads put data sets. Raises UsageError."""
     folder = cache_folder() / "datasets"
     if folder.is_dir():
         refuse_foreign_cache(folder)

@@ -66,10 +66,7 @@ def load_data(settings: DataSettings, split: Split, seed: int) -> ImageSet | Map
 
 
 def find_data(settings: DataSettings) -> None:
-    """Check that the files of both splits are there, as far as that is possible without reading their images.
-
-    Raises UsageError if files are missing, or an image folder does not have the required form.
-    """
+    """Check that the files of both splits are there, without reading their images. Raises UsageError."""
     splits: tuple[Split, ...] = ("train", "test")
     if settings.name == "fashion-mnist":
         for split in splits:

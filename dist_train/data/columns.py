@@ -29,10 +29,7 @@ _ROWS = 256
 
 
 def list_parquet(settings: DataSettings, split: Split, seed: int) -> PackedListing:
-    """Return the images of a split in Parquet files in `data.root`.
-
-    Raises UsageError if pyarrow, files or columns are missing, a file is damaged, or the cache cannot hold the images.
-    """
+    """Return the images of a split in Parquet files in `data.root`. Raises UsageError."""
     image, label = _columns(settings)
     files = []
     for path in find_parquet(settings, split):
@@ -57,10 +54,7 @@ def find_parquet(settings: DataSettings, split: Split) -> list[Path]:
 
 
 def list_saved(settings: DataSettings, split: Split, seed: int) -> PackedListing:
-    """Return the images of a split in a data set that Hugging Face's `DatasetDict.save_to_disk` wrote to `data.root`.
-
-    Raises UsageError if pyarrow, files or columns are missing, or the files do not hold uncompressed encoded images.
-    """
+    """Return the images of a split that Hugging Face's `save_to_disk` wrote to `data.root`. Raises UsageError."""
     image, label = _columns(settings)
     files = [PackedFile(path, path, _saved_index(path, image, label)) for path in find_saved(settings, split)]
     return packed_listing(files, settings.image_format.classes, split, seed)
@@ -208,10 +202,7 @@ _DIGESTED = 64
 
 
 def read_arrays(settings: DataSettings, split: Split) -> ImageSet:
-    """Return the images of a split, uint8 [N, C, H, W], [N, H, W, C] or [N, H, W], and labels [N], in `data.root`.
-
-    Raises UsageError if files are missing, cannot be read, or hold something else.
-    """
+    """Return the images of a split, uint8 [N, C, H, W], [N, H, W, C] or [N, H, W], and labels. Raises UsageError."""
     (images_file, images_name), (labels_file, labels_name) = find_arrays(settings, split)
     images, labels = _array(images_file, images_name), _array(labels_file, labels_name)
     image_format = settings.image_format

@@ -282,10 +282,7 @@ _BYTES_PER_IMAGE = 2 * 6 * _LONGEST_PATH + 32 * DRAWS + 128
 
 
 def slot_form(images: int, shape: tuple[int, int, int]) -> np.dtype[np.void]:
-    """Return the layout of a slot in shared memory: a message, then `images` labels and images of `shape`.
-
-    The message and the labels begin at page boundaries; pages that are never written take no memory.
-    """
+    """Return the layout of a slot: a message, and on pages of their own labels and images; unused pages are free."""
     length = np.dtype(np.uint32).itemsize
     message, samples = _whole_pages(length + 1024 + images * _BYTES_PER_IMAGE), images * (8 + math.prod(shape))
     fields = [

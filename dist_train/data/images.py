@@ -61,10 +61,7 @@ def digest_of(text: str, *tensors: Tensor) -> str:
 
 
 class MapDataset(Protocol):
-    """A map-style `torch.utils.data.Dataset` of images and labels, read one sample at a time.
-
-    An image is a PIL image, a uint8 tensor [C, H, W], or a uint8 array [H, W] or [H, W, C].
-    """
+    """A map-style Dataset; an image is a PIL image, a uint8 tensor [C, H, W], or an array [H, W] or [H, W, C]."""
 
     def __len__(self) -> int: ...
 
@@ -91,10 +88,7 @@ class SampleSource(Protocol):
         """Return inputs [n, C, H, W] and labels int64 [n] of `batch`."""
 
     def prefetch(self, batches: Iterable[BatchRequest]) -> None:
-        """Begin to prepare the batches that will be read next, in this order; replaces earlier calls.
-
-        It affects only timing, never a result.
-        """
+        """Begin to prepare the batches that will be read next, in this order, instead of those of earlier calls."""
 
     def close(self) -> None:
         """Stop preparing samples; may be called again."""

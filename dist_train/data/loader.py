@@ -121,10 +121,7 @@ def open_splits(
 
 
 def training_labels(settings: DataSettings, seed: int) -> Tensor:
-    """Return the labels of the training samples, int64 [n], in the order of `open_splits`.
-
-    Raises UsageError if files are missing or damaged, or do not match the settings.
-    """
+    """Return the labels of the training samples, int64 [n], in the order of `open_splits`. Raises UsageError."""
     if settings.name in ENCODED:
         labels = list_encoded(settings, "train", seed).labels
         assert labels is not None
@@ -137,10 +134,7 @@ def training_labels(settings: DataSettings, seed: int) -> Tensor:
 
 
 def _fits(images: ImageSet, device: torch.device) -> bool:
-    """Whether the images take less than a quarter of the device's free memory.
-
-    Always true on CPUs, which hold them anyway, and on emulated GPUs.
-    """
+    """Whether the images take less than a quarter of the free memory; always on CPUs and emulated GPUs."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return True
     free, _ = torch.cuda.mem_get_info(device)
@@ -259,10 +253,7 @@ def augmentation_draws(samples: Tensor, seed: int, epoch: int) -> Tensor:
 
 
 def list_encoded(settings: DataSettings, split: Split, seed: int) -> Listing:
-    """Return all images of a split of a data set in `config.ENCODED`.
-
-    Raises UsageError if files are missing, or do not have the required form.
-    """
+    """Return all images of a split of a data set in `config.ENCODED`. Raises UsageError."""
     if settings.name == "imagefolder":
         return list_split(settings.folder, split, settings.image_format.classes, seed)
     return _PACKED[settings.name](settings, split, seed)

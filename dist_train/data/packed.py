@@ -80,10 +80,7 @@ class PackedListing:
 
 
 def packed_listing(files: Sequence[PackedFile], classes: int, split: Split, seed: int) -> PackedListing:
-    """Return the images of `files`, shuffled by the seed as those of an image folder are.
-
-    Raises UsageError if a label is not below `classes`, or there is no image.
-    """
+    """Return the images of `files`, shuffled by the seed as those of an image folder are. Raises UsageError."""
     parts, labels = [], []
     for number, file in enumerate(files):
         rows = np.arange(len(file.index))
@@ -108,10 +105,7 @@ def packed_listing(files: Sequence[PackedFile], classes: int, split: Split, seed
 
 
 def split_files(root: Path, split: Split, suffixes: tuple[str, ...]) -> list[Path]:
-    """Return the files of a split, sorted: those in a folder with its name, else those with it in their file name.
-
-    Raises UsageError if there are none.
-    """
+    """Return a split's files, sorted: those in a folder of its name, else with it in their names. Raises UsageError."""
     try:
         for name in NAMES[split]:
             if (root / name).is_dir():

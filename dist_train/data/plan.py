@@ -30,10 +30,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How `global_size` samples are cut into micro-batches of `micro_size`, and these are dealt to ranks.
-
-    The cut does not depend on the number of ranks, so that the gradients that are summed do not either.
-    """
+    """The cut of `global_size` samples into micro-batches of `micro_size`, whatever the number of ranks."""
 
     global_size: int
     micro_size: int
@@ -46,10 +43,7 @@ class BatchPlan:
         return tuple(map(MicroBatch, range(len(starts)), starts, stops))
 
     def share(self, rank: int, size: int) -> tuple[MicroBatch, ...]:
-        """Return the micro-batches of rank `rank` of `size`: round robin by index.
-
-        Ranks differ by at most one micro-batch; with more ranks than micro-batches, some have none.
-        """
+        """Return the micro-batches of rank `rank` of `size`, round robin: they differ by at most one."""
         assert 0 <= rank < size
         return self.micro_batches[rank::size]
 
@@ -60,10 +54,7 @@ class BatchPlan:
         return self.micro_batches[start : start + counts[rank]]
 
     def slices(self, rank: int, size: int) -> tuple[MicroBatch, ...]:
-        """Return rank `rank`'s even part of every micro-batch, if all `size` ranks share each.
-
-        Raises UsageError if a micro-batch has fewer samples than there are ranks.
-        """
+        """Return rank `rank`'s even part of every micro-batch, if all `size` ranks share each. Raises UsageError."""
         assert 0 <= rank < size
         smallest = self.micro_batches[-1]
         if smallest.size < size:
@@ -95,20 +86,14 @@ def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
 
 
 def batch_indices(order: Tensor, step_in_epoch: int, global_size: int) -> Tensor:
-    """Return the samples of one global batch, int64 [global_size], a view of `order`.
-
-    Samples after the last whole batch of `order` are not used; they are others in each epoch.
-    """
+    """Return the samples of one global batch, a view of `order`; those after the last whole batch are not used."""
     start = step_in_epoch * global_size
     assert 0 <= start <= order.numel() - global_size
     return order[start : start + global_size]
 
 
 def balanced_choice(labels: Tensor, size: int, classes: int, seed: int) -> Tensor:
-    """Return `size` of the samples with `labels`, as evenly over the classes as possible: int64 [size], ascending.
-
-    With the same seed, a larger choice contains a smaller one. Raises UsageError if there are fewer samples.
-    """
+    """Return `size` samples, ascending, evenly over classes; larger choices contain smaller ones. Raises UsageError."""
     if size > labels.numel():
         raise UsageError(
             f"data.train_size is {size}, but there are {labels.numel()} training images: "
@@ -121,10 +106,7 @@ def balanced_choice(labels: Tensor, size: int, classes: int, seed: int) -> Tenso
 
 
 def stratified_choice(labels: Tensor, size: int, classes: int, seed: int) -> Tensor:
-    """Return `size` of the samples with `labels` to hold out, in proportion to the classes: int64 [size], ascending.
-
-    Raises UsageError if no sample would be left.
-    """
+    """Return `size` samples to hold out, in proportion to the classes, ascending. Raises UsageError."""
     if size >= labels.numel():
         raise UsageError(
             f"data.validation_size is {size}, but there are {labels.numel()} training images: hold out fewer",
@@ -137,10 +119,7 @@ def stratified_choice(labels: Tensor, size: int, classes: int, seed: int) -> Ten
 
 
 def divided(labels: Tensor, settings: DataSettings, seed: int) -> tuple[Tensor, Tensor | None]:
-    """Return the training samples, out of those with `labels`, and the held-out ones; None without a validation split.
-
-    Raises UsageError if there are too few.
-    """
+    """Return the training samples and the held-out ones, if any, out of those with `labels`. Raises UsageError."""
     classes, held_out, kept = settings.image_format.classes, None, torch.arange(labels.numel())
     if settings.validation_size is not None:
         held_out = stratified_choice(labels, settings.validation_size, classes, seed)

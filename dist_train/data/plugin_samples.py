@@ -39,10 +39,7 @@ class PluginSamples:
     """Makes samples with the plug-ins that `settings` name."""
 
     def __init__(self, settings: DataSettings, seed: int, opened: Mapping[Split, ImageSet | MapDataset]) -> None:
-        """`opened` are the splits that are already open; the others are opened when they are first needed.
-
-        Raises UsageError if the plug-in `data.augment` does not return a callable.
-        """
+        """`opened`: the splits that are open; others are opened when needed. Raises UsageError."""
         self._settings = settings
         self._shape = settings.image_format.shape
         self._seed = seed

@@ -104,11 +104,7 @@ _FASHION_MNIST_FIX = (
 
 
 def find_fashion_mnist(root: Path | None, split: Split) -> tuple[Path, Path]:
-    """Return the files with the images and the labels of `split`.
-
-    Without `root`, Debian's folder is searched, then `datasets/fashion-mnist` in the cache folder.
-    Raises UsageError if a file is missing.
-    """
+    """Return the images' and labels' file, from `root`, or Debian's or the cache's folder. Raises UsageError."""
     folders = [root] if root is not None else [DEBIAN_FOLDER, data_sets_folder() / "fashion-mnist"]
     for folder in folders:
         images, labels = (_existing(folder, stem) for stem in _STEMS[split])
@@ -205,10 +201,7 @@ def download_archive(archive: Archive, root: Path) -> None:
 
 
 def find_archive(archive: Archive, root: Path, split: Split) -> tuple[Path, ...]:
-    """Return the unpacked batches of `split` in `root`, or else the packed archive.
-
-    Raises UsageError if neither is there.
-    """
+    """Return the unpacked batches of `split` in `root`, or else the packed archive. Raises UsageError."""
     unpacked = _unpacked(archive, root, split)
     missing = _missing(archive, root, split)
     if not missing:

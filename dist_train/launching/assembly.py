@@ -203,10 +203,7 @@ def build_step(
     clock: StepClock,
     wait_for_checkpoint_copy: Callable[[], None] = lambda: None,
 ) -> TrainingStep:
-    """Return the training step of `config`, whose micro-batch size is decided, on the `weights` of `model`.
-
-    Raises UsageError if the reduction does not support these ranks.
-    """
+    """Return the training step of `config` on the `weights` of `model`. Raises UsageError."""
     norms = tuple(norm_modules(model))
     statistics = BatchStatistics(norms, compute.device)
     return TrainingStep(

@@ -26,10 +26,7 @@ _GIT_SECONDS = 5.0
 
 
 def revision(root: Path = Path(dist_train.__file__).parents[1]) -> str:
-    """Return dist_train's version, with the commit if `root`, the package's parent folder, is a git repository.
-
-    For example `0.1.0 (063e7bc-dirty)`: dirty if files differ from the commit.
-    """
+    """Return dist_train's version, and its commit if `root` is a git repository: `0.1.0 (063e7bc-dirty)`."""
     commit = ""
     if (root / ".git").exists():
         # git describe must not write to a repository that others may share.

@@ -131,10 +131,7 @@ class Session:
         self._record_event("lengthened", before=before, now=now)
 
     def before_publishing(self) -> None:
-        """Flush the records that precede a checkpoint, before the checkpoint gets its name. From any thread.
-
-        Raises OSError if the run directory is no longer the one in which this launch began.
-        """
+        """Flush the records before a checkpoint gets its name, from any thread. Raises OSError if the lock is gone."""
         if self.lock is not None:
             self.lock.check()
         self.observers.sync()
@@ -245,10 +242,7 @@ def open_session(
     run_id: str = "",
     more: Sequence[Observer] = (),
 ) -> Session:
-    """Return the session of this launch, with this rank's observers, and `more` observers on rank 0.
-
-    Raises UsageError if an observer cannot be made.
-    """
+    """Return this launch's session, with this rank's observers, and `more` on rank 0. Raises UsageError."""
     observers = (*_observers(config.metrics, directory, comm.rank), *(more if comm.rank == 0 else ()))
     return Session(directory, comm, Observers(observers), lock, run_id)
 

@@ -50,10 +50,7 @@ def _vgg9(images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
 
 
 def _vgg(plan: Sequence[int | None], images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:
-    """Return VGG with a single linear layer on top.
-
-    The published hidden layers need dropout, whose draws would depend on how samples are dealt to ranks.
-    """
+    """Return VGG with one linear layer: the published ones need dropout, whose draws would depend on the ranks."""
     layers, features = _convolutions(plan, images, width, norm)
     layers["classifier"] = nn.Linear(features, images.classes)
     return nn.Sequential(layers)
@@ -144,10 +141,7 @@ _MODELS: Mapping[str, Callable[[ImageFormat, float, NormFactory], nn.Module]] = 
 
 
 def build_model(config: Config) -> nn.Module:
-    """Return the network of `config` on the CPU, with weights initialized from `run.seed`.
-
-    It maps images [n, C, H, W] of the configured data set to logits [n, classes].
-    """
+    """Return the network [n, C, H, W] -> logits [n, classes], on the CPU, with initial weights from `run.seed`."""
     # torch's layers draw initial values, which are overwritten: leave the global generator as it was.
     with torch.random.fork_rng(devices=()):
         model = _network(config.model, config.data.image_format)

@@ -220,10 +220,7 @@ def _normalize_fused(
 def _fused_gradients(
     weight: Tensor, epsilon: float, groups: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of inputs, weight [C] and bias [C], by torch's kernel for each of `groups`.
-
-    A group consists of its inputs, their upstream gradient, its mean and 1/deviation.
-    """
+    """Return the gradients by torch's kernel for each group: inputs, upstream gradient, mean and 1/deviation."""
     kernel = torch.ops.aten.native_batch_norm_backward
     gradients = [
         kernel(upstream, group, weight, None, None, mean, scale, True, epsilon, [True, True, True])

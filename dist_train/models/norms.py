@@ -88,10 +88,7 @@ def norm_modules(model: nn.Module) -> list[GroupedBatchNorm]:
 
 
 def join_relus(model: nn.Module) -> None:
-    """Fuse each ReLU that follows a norm in an `nn.Sequential` of `model` into the norm: one pass over memory.
-
-    On a GPU, this saves a kernel. `nn.Identity` replaces the ReLU.
-    """
+    """Fuse each ReLU after a norm in an `nn.Sequential` into the norm: on a GPU, one kernel less."""
     for parent in list(model.modules()):
         if isinstance(parent, nn.Sequential):
             for (_, norm), (name, after) in pairwise(list(parent.named_children())):
@@ -207,10 +204,7 @@ class BatchStatistics:
         self.forget()
 
     def absorb(self, sums: Tensor, samples: int, momentum: float) -> None:
-        """Move the running statistics by `momentum` towards `sums` / `samples`; momentum 1 replaces them.
-
-        `sums` is the sum over all ranks, which have seen `samples` samples.
-        """
+        """Move the running statistics by `momentum` towards `sums` / `samples`, both of all ranks; 1 replaces them."""
         means = (STATISTICS.decode(sums) / samples).to(torch.float32)
         if self._norms:
             torch._foreach_lerp_(self._running, list(means.split(self._lengths)), momentum)

@@ -139,10 +139,7 @@ def numbers_of(record: Record) -> dict[str, float]:
 
 
 class TensorBoard(Observer):
-    """Writes one TensorBoard event file per launch into the run `directory`.
-
-    A run that resumes from a checkpoint purges what earlier launches wrote after it.
-    """
+    """Writes an event file per launch into the run `directory`; a resume purges what came after its checkpoint."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = RunDirectory(directory).tensorboard

@@ -44,10 +44,7 @@ class NoiseDraws:
         self.values = torch.zeros_like(weights.values) if values is None else values
 
     def draw(self, weights: Tensor, amplitude: float, step: int, *indices: int | str) -> Tensor:
-        """Return the noise of (`step`, `indices`) at `amplitude` for flat `weights` [n]; excluded weights get 0.
-
-        The result is the buffer `values`, which the next draw overwrites.
-        """
+        """Return the buffer with the noise of (`step`, `indices`) for flat `weights` [n]; excluded weights get 0."""
         deque(self.parts(weights, amplitude, step, *indices), maxlen=0)
         return self.values
 

@@ -62,10 +62,7 @@ def flush_directory(directory: Path) -> None:
 
 
 def swap_text(path: Path, content: str, mode: int | None = None) -> None:
-    """Write `content` to `path`, whole or not at all, without waiting for the disk: for files that are often rewritten.
-
-    `mode`: the file's permissions; by default those of the umask.
-    """
+    """Replace the content of `path`, without waiting for the disk; `mode`: its permissions, by default the umask's."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
@@ -118,10 +115,7 @@ class RewrittenFile:
 
 
 def open_regular(path: Path, flags: int = 0) -> BinaryIO:
-    """Open the regular file at `path` for reading; `flags` are further flags of `os.open`.
-
-    Raises OSError if it cannot be opened or is something else: reading a FIFO or a device could block.
-    """
+    """Open the regular file at `path`, with `flags` of `os.open`. Raises OSError for a FIFO, too: it could block."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -93,10 +93,7 @@ class RunDirectory:
         return tuple(sorted(int(step) for step in steps if step.isdigit()))
 
     def create(self) -> None:
-        """Make the folders; new ones are accessible to the user alone.
-
-        Raises UsageError if they cannot be made or written, or other users could replace files in them.
-        """
+        """Make the folders; new ones are accessible to the user alone. Raises UsageError."""
         try:
             for folder in (self.root, self.checkpoints, self.logs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -141,10 +138,7 @@ class RunDirectory:
             self.reserve.unlink(missing_ok=True)
 
     def spend_reserve(self, write: Callable[[], None]) -> None:
-        """Call `write`, which writes a small file; if the disk is full, call it again with the reserved space.
-
-        Raises OSError if that is not enough.
-        """
+        """Call `write`, of a small file, and once more with the reserved space if the disk is full. Raises OSError."""
         try:
             write()
         except OSError as error:
@@ -328,10 +322,7 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def try_to_lock(descriptor: int, path: Path) -> bool:
-    """Lock the file at `path`, open as `descriptor`; return False if another process holds it. Raises OSError.
-
-    On a file system without locks it logs a warning and returns True.
-    """
+    """Lock the file; return False if another process holds it. Raises OSError. Without locks: warn, return True."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -42,10 +42,7 @@ class Epochs:
 
     @classmethod
     def of(cls, sizes: Iterable[tuple[int, int]], steps_per_epoch: Callable[[int], int]) -> Epochs:
-        """Return the stages for `sizes`: pairs of a first epoch, 0 for the first pair, and a global batch size.
-
-        `steps_per_epoch` returns the number of whole batches of a size in an epoch.
-        """
+        """Return the stages for `sizes`, pairs of a first epoch (of the first pair: 0) and a global batch size."""
         stages: list[Stage] = []
         for epoch, size in sizes:
             before = stages[-1] if stages else Stage(0, 0, size, 0)

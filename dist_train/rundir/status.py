@@ -136,10 +136,7 @@ class StatusFile:
 
 
 def load_status(path: Path) -> Status:
-    """Return the status at `path`; unknown fields, of a later version, are ignored.
-
-    Raises BrokenFileError if there is none, it cannot be read, or it is no status.
-    """
+    """Return the status at `path`; unknown fields, of a later version, are ignored. Raises BrokenFileError."""
     try:
         return _STATUS.validate_json(read_regular(path))
     except FileNotFoundError:

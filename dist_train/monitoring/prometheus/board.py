@@ -136,10 +136,7 @@ class Board:
         return self._now
 
     def recall(self, history: Iterable[Record]) -> None:
-        """Add the evaluations and the latest checkpoint of earlier launches, whose events are already counted.
-
-        Records of this launch take precedence.
-        """
+        """Add evaluations and the latest checkpoint of earlier launches; this launch's records take precedence."""
         earlier = Board(self._now.facts)
         for record in history:
             earlier.record(record)

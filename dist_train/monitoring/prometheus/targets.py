@@ -43,10 +43,7 @@ _MOST_NAMES = 8
 
 
 def identity_of(number: int) -> str:
-    """Return the unique identity of the process with PID `number` on this machine; without a start if there is none.
-
-    It consists of host, PID namespace, PID, and start in clock ticks.
-    """
+    """Return host, PID namespace, PID and start (clock ticks; empty if it is gone): they identify a process."""
     return f"{_machine()} {number} {_start_ticks(number)}"
 
 
@@ -72,10 +69,7 @@ class TargetFile:
         atomic.swap_text(self.path, self.content, 0o644)
 
     def touch(self) -> None:
-        """Show that the run is alive; write the file again if it was removed.
-
-        Raises OSError, also if something else is in its place.
-        """
+        """Show that the run is alive; write the file again if it was removed. Raises OSError."""
         try:
             with _open_ours(self.path) as file:
                 os.utime(file.fileno())
