@@ -70,7 +70,7 @@ gpu: setup ## on a machine with a GPU: the promises, memory, speed and a profile
 
 dashboards: setup ## write Grafana's dashboards and the tables of metrics and settings anew, from the code
 	PYTHONPATH=docker/grafana $(python) -m dashboard_generator docker/grafana/dashboards
-	$(python) -m dist_train.monitoring.prometheus.page docs/monitoring.md
+	$(python) -m benchmarks.metrics_table docs/monitoring.md
 	$(python) -m dist_train.config.reference > docs/settings.md
 
 clean: ## remove what was made here, except runs and the caches outside this folder

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.groups import GROUPS
 from benchmarks.record import Measured, read_record
 from benchmarks.timing import Ratio
-from dist_train.monitoring.prometheus.page import replaced_between
+from dist_train.outcome import UsageError
 
 BEGIN, END = "<!-- rows -->", "<!-- end of rows -->"
 
@@ -30,6 +30,17 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = [head, ("---",) * len(head), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def replaced_between(text: str, begin: str, end: str, content: str) -> str:
+    """Return `text` with `content` between the lines `begin` and `end`. Raises UsageError if these are missing."""
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise UsageError(
+            f"the file has no place for the table: it needs the lines {begin} and {end}", code="no-place-for-table"
+        )
+    return f"{before}{begin}\n\n{content}\n{end}{after}"
 
 
 def _cells(row: Ratio) -> tuple[str, ...]:

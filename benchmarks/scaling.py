@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table as Printed
 
 from benchmarks import scaling_figure
-from benchmarks.document import markdown_table
+from benchmarks.document import markdown_table, replaced_between
 from benchmarks.record import read_record
 from benchmarks.scaling_fit import Fits, fit
 from benchmarks.scaling_forecast import (
@@ -47,7 +47,6 @@ from benchmarks.scaling_tables import (
     sums_table,
     wires_table,
 )
-from dist_train.monitoring.prometheus.page import replaced_between
 
 RECORD = Path(__file__).with_suffix(".json")
 _PERFORMANCE = Path(__file__).parents[1] / "results" / "performance-cpu.json"

@@ -28,18 +28,13 @@ from dist_train.rundir.paths import RunDirectory
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a launch starts.
+    """Where a launch starts."""
 
-    `config` includes the decisions of earlier launches. `contents`: the checkpoint to resume from. `damage`: what is
-    wrong with damaged checkpoints, by file name. `epochs_before`: if the run is lengthened, the epochs that its
-    schedules spanned so far. `initial`: the weights of a new run, if they do not come from the seed.
-    """
-
-    config: Config
-    contents: Contents | None = None
-    damage: Mapping[str, str] = field(default_factory=dict)
-    epochs_before: int | None = None
-    initial: InitialWeights | None = None
+    config: Config  # with the decisions of earlier launches
+    contents: Contents | None = None  # the checkpoint to resume from
+    damage: Mapping[str, str] = field(default_factory=dict)  # what is wrong with damaged checkpoints, by file name
+    epochs_before: int | None = None  # if the run is lengthened: those that its schedules spanned so far
+    initial: InitialWeights | None = None  # of a new run, if its weights do not come from the seed
 
 
 def find_resume_point(config: Config, directory: RunDirectory) -> ResumePoint:

@@ -42,21 +42,16 @@ def naming_lost_ranks(kind: type[Exception], operation: str = "") -> Iterator[No
 
 @dataclass(frozen=True)
 class Generation:
-    """One numbering of the ranks of an elastic launch, as its authority (`membership_server.py`) sends it to each rank.
-
-    `store`: address of the store where the ranks meet, served by rank 0. `nodes`: host names, by rank. `lost`: the
-    ranks lost from the generation before, with reasons; `report`: how a rank described the failure; `joined`: the new
-    ranks.
-    """
+    """One numbering of the ranks of an elastic launch, as its authority (`membership_server.py`) sends it to them."""
 
     generation: int
     rank: int
     size: int
-    store: tuple[str, int]
-    nodes: tuple[str, ...]
-    lost: tuple[str, ...]
-    report: str
-    joined: tuple[str, ...]
+    store: tuple[str, int]  # where the ranks meet, served by rank 0
+    nodes: tuple[str, ...]  # host names, by rank
+    lost: tuple[str, ...]  # the ranks lost from the generation before, with reasons
+    report: str  # how a rank described the failure
+    joined: tuple[str, ...]  # the new ranks
 
 
 class Pending:

@@ -37,18 +37,13 @@ _USE_CUDA_TORCH = "install a torch that is built for CUDA (make setup, without D
 
 @dataclass(frozen=True)
 class GpuSigns:
-    """The evidence for GPUs on this machine.
+    """The evidence for GPUs on this machine."""
 
-    `named`: variables by which the scheduler or the user assigns GPUs, as NAME=VALUE. `files`: the driver's device
-    files; `denied`: those that this process may not open. `driver`: version of the loaded driver, empty if none is.
-    `withheld`: the scheduler has given this job none of the node's GPUs.
-    """
-
-    named: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
-    denied: tuple[str, ...] = ()
-    driver: str = ""
-    withheld: bool = False
+    named: tuple[str, ...] = ()  # variables by which the scheduler or the user assigns GPUs, as NAME=VALUE
+    files: tuple[str, ...] = ()  # the driver's device files
+    denied: tuple[str, ...] = ()  # those that this process may not open
+    driver: str = ""  # version of the loaded driver, empty if none is
+    withheld: bool = False  # the scheduler has given this job none of the node's GPUs
 
     @property
     def present(self) -> bool:

@@ -45,11 +45,7 @@ class ElasticCommunicator(TorchOperations):
     is_elastic = True
 
     def __init__(self, *, timeout: float, device_type: str) -> None:
-        """Connect to the launch's authority and meet the others; a process that joins a run under way meets them later.
-
-        `timeout` is in seconds, `device_type` cpu or cuda. Raises RankLostError if the authority does not answer, or a
-        rank was lost meanwhile.
-        """
+        """Connect to the authority and meet the others; who joins a run meets them later. Raises RankLostError."""
         self.has_nccl = device_type == "cuda"
         self.controller = "torch-nccl" if self.has_nccl else "torch-gloo"
         self._timeout = timeout
@@ -92,12 +88,7 @@ class ElasticCommunicator(TorchOperations):
         self._member.trains()
 
     def meet(self, why: str) -> Generation:
-        """Leave this generation, wait for the next one, switch this object to it and return it.
-
-        `why`: what broke this generation; empty if all ranks meet by agreement. Raises GroupBrokenError if the next
-        generation is already broken, too; RankLostError if the run cannot continue; UsageError if this rank joins, and
-        another rank has its GPU.
-        """
+        """Switch to the next generation; raise UsageError if this rank joins, and another rank has its GPU."""
         if not why and self._device_group is not None:
             # The first abort frees memory that another rank's kernel may still read.
             with suppress(GroupBrokenError):
@@ -149,7 +140,6 @@ class ElasticCommunicator(TorchOperations):
         return tensor.is_cuda
 
     def _make_gloo(self, new: Generation) -> tuple[Any, dist.Store]:
-        """Return the Gloo group of the generation `new`, and the store through which its ranks meet."""
         store = self._store
         if new.rank != 0:
             store = dist.TCPStore(*new.store, is_master=False, timeout=_STORE_TIMEOUT)
@@ -157,7 +147,6 @@ class ElasticCommunicator(TorchOperations):
         return dist.ProcessGroupGloo(group_store, new.rank, new.size, self._gloo_options()), group_store
 
     def _connect(self, device: torch.device) -> None:
-        """Make the group for GPU tensors; `device` is this rank's GPU."""
         if self._group_store is None:
             return
         check_own_gpu(self, device)
@@ -224,7 +213,6 @@ class _Work(Pending):
     deadline: float
 
     def wait(self) -> None:
-        """Return once the result is there; raise GroupBrokenError if it never will be."""
         while True:
             with suppress(RuntimeError):  # the operation failed, or the interval is over
                 self.work.wait(_POLL_INTERVAL)

@@ -37,17 +37,13 @@ _LONGEST_PAUSE_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Elasticity:
-    """The run begins with `first` ranks, continues while it has `fewest`, and accepts `most`; each launcher restarts a
-    lost rank up to `restarts` times.
-
-    `timeout`: seconds of silence after which a rank is lost.
-    """
+    """How many ranks a run begins with, continues with and accepts, and when ranks are lost and restarted."""
 
     first: int
     fewest: int
     most: int
-    restarts: int
-    timeout: float
+    restarts: int  # of a lost rank, by each launcher
+    timeout: float  # seconds of silence after which a rank is lost
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ class HorovodCommunicator(Communicator):
     def __init__(
         self, launch: Launch, *, timeout: float, device_type: str, timeline: bool, micro_batches: int = 1
     ) -> None:
-        """Join the group; `micro_batches`: what a rank computes in an update. Raises UsageError."""
         set_environment(timeout, device_type, launch.launcher, micro_batches)
         if timeline:
             os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")

@@ -12,19 +12,14 @@ from itertools import count, islice
 
 @dataclass(frozen=True)
 class View:
-    """What a launcher knows of the run. `members`: slots whose processes are ranks; `joiners`: slots whose processes
-    wait to become ranks.
+    """What a launcher knows of the run."""
 
-    `code`: the run's exit code, once a rank has ended with one that all ranks share. `has_ended`: the run cannot
-    continue. `stop_requested`: all ranks are to save and stop.
-    """
-
-    members: frozenset[int] = frozenset()
-    joiners: frozenset[int] = frozenset()
+    members: frozenset[int] = frozenset()  # slots whose processes are ranks
+    joiners: frozenset[int] = frozenset()  # slots whose processes wait to become ranks
     has_state: bool = False
-    has_ended: bool = False
-    code: int | None = None
-    stop_requested: bool = False
+    has_ended: bool = False  # the run cannot continue
+    code: int | None = None  # the run's exit code, once a rank has ended with one that all ranks share
+    stop_requested: bool = False  # all ranks are to save and stop
 
 
 @dataclass(frozen=True)
@@ -37,18 +32,14 @@ class Expelled:
 
 @dataclass
 class JoinedNode:
-    """The launcher of `node`, connected for `wanted` ranks; it has `slots` once it may start them.
-
-    `processes`: how many of them are ranks or may become ranks. `sent_view`, `sent_at`: the last view that it was sent,
-    and when.
-    """
+    """The launcher of `node`, connected for `wanted` ranks."""
 
     node: str
     process: int
     wanted: int
-    slots: tuple[int, ...] = ()
-    processes: int = 0
-    sent_view: View | None = None
+    slots: tuple[int, ...] = ()  # once it may start its ranks
+    processes: int = 0  # how many of them are ranks or may become ranks
+    sent_view: View | None = None  # the last one
     sent_at: float = 0.0
 
     @property

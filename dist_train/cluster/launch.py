@@ -16,17 +16,13 @@ from dist_train.outcome import UsageError
 
 @dataclass(frozen=True)
 class StoreAddress:
-    """Where the ranks of a launch meet: a store of torch.distributed.
-
-    `is_served`: the launcher serves the store; otherwise rank 0 does, on the listening socket `listen_fd` if given.
-    `prefix` separates launches that share a store.
-    """
+    """Where the ranks of a launch meet: a store of torch.distributed."""
 
     host: str
     port: int
-    prefix: str = "dist_train"
-    is_served: bool = False
-    listen_fd: int | None = None
+    prefix: str = "dist_train"  # separates launches that share a store
+    is_served: bool = False  # by the launcher; otherwise rank 0 serves it
+    listen_fd: int | None = None  # rank 0's listening socket, if it has one already
 
 
 @dataclass(frozen=True)

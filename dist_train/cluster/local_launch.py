@@ -89,7 +89,6 @@ class Ranks:
         return signal.sigtimedwait(SIGNALS, _POLL_SECONDS)
 
     def _limit_time_after_failure(self) -> None:
-        """Once a rank has failed, set a deadline for the others to end by themselves."""
         if self._first_failure is not None and self._deadline is None:
             self._deadline = time.monotonic() + _LOSS_SECONDS
 

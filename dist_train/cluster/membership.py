@@ -16,20 +16,16 @@ Kind = Literal["break", "meet", "members", "end"]
 
 @dataclass(frozen=True)
 class Peer:
-    """A connected process. `rank`: its rank in the current generation; None if it has none yet.
-
-    `slot` orders the processes without a rank. `is_ready`: it has stopped work and waits for the next generation.
-    `has_state`: it trains, so the run can continue from its state.
-    """
+    """A connected process."""
 
     id: int
-    slot: int
+    slot: int  # orders the processes without a rank
     node: str = ""
     process: int = 0
     store: tuple[str, int] = ("", 0)
-    rank: int | None = None
-    is_ready: bool = False
-    has_state: bool = False
+    rank: int | None = None  # in the current generation, if it has one
+    is_ready: bool = False  # it has stopped work and waits for the next generation
+    has_state: bool = False  # it trains, so the run can continue from its state
 
     @property
     def name(self) -> str:
@@ -43,12 +39,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Membership:
-    """The state of the authority. The first generation has `size` ranks, a later one `fewest` to `most`.
-
-    `may_grow`: more ranks may still be started. `lost`: the ranks lost from the current generation, with reasons;
-    `report`: how a rank described the failure. Both are for the next generation's record. `is_over`: a rank has left
-    because the run is done, so none may join any more; `has_ended`: the run cannot continue.
-    """
+    """The state of the authority. The first generation has `size` ranks, a later one `fewest` to `most`."""
 
     size: int
     fewest: int
@@ -56,11 +47,11 @@ class Membership:
     generation: int = 0
     is_forming: bool = True
     peers: tuple[Peer, ...] = ()
-    may_grow: bool = True
-    lost: tuple[str, ...] = ()
-    report: str = ""
-    is_over: bool = False
-    has_ended: bool = False
+    may_grow: bool = True  # more ranks may still be started
+    lost: tuple[str, ...] = ()  # the ranks lost from the current generation, with reasons
+    report: str = ""  # how a rank described the failure; this and `lost` are for the next generation's record
+    is_over: bool = False  # a rank has left because the run is done, so none may join any more
+    has_ended: bool = False  # the run cannot continue
 
     @property
     def members(self) -> tuple[Peer, ...]:

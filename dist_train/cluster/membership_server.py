@@ -63,12 +63,7 @@ class _Connection:
 
 @dataclass
 class MembershipServer:
-    """Serves until `close`; `poll` must be called at least every tenth of a second.
-
-    `here`: how many of the ranks that the run begins with are processes of this launcher, in slots 0, 1, ... (None:
-    all). `order`: what a launcher of another node needs to start more ranks. `nodes_changed` is called with the nodes
-    whose launchers are connected.
-    """
+    """Serves until `close`; `poll` must be called at least every tenth of a second."""
 
     size: int
     fewest: int
@@ -78,9 +73,9 @@ class MembershipServer:
     port: int = 0
     say: Callable[[str], None] = lambda text: None
     token: str = field(default_factory=lambda: secrets.token_hex(32))
-    here: int | None = None
-    order: Mapping[str, Any] = field(default_factory=dict)
-    nodes_changed: Callable[[Sequence[str]], None] = lambda nodes: None
+    here: int | None = None  # processes of this launcher, in slots 0, 1, ..., with which the run begins (None: all)
+    order: Mapping[str, Any] = field(default_factory=dict)  # what a launcher of another node needs to start ranks
+    nodes_changed: Callable[[Sequence[str]], None] = lambda nodes: None  # called with the nodes that are connected
 
     def __post_init__(self) -> None:
         self.state = Membership(self.size, self.fewest, self.most)

@@ -25,7 +25,6 @@ class MpiCommunicator(Communicator):
     """The ranks of an MPI communicator, for CPU tensors."""
 
     def __init__(self, communicator: Comm, local: Comm) -> None:
-        """Use the `communicator` of all ranks, and the `local` one of this node's ranks."""
         self.controller = "mpi4py"
         self.has_nccl = False
         self._communicator = communicator

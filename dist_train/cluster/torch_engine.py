@@ -50,7 +50,6 @@ class TorchCommunicator(TorchOperations):
     """The launcher's ranks, over torch.distributed."""
 
     def __init__(self, launch: Launch, *, timeout: float, device_type: str) -> None:
-        """Join the group; `timeout` is in seconds, `device_type` cpu or cuda. Raises UsageError."""
         if launch.store is None:
             raise UsageError(
                 f"comm.engine=torch cannot find the other ranks under {launch.launcher}: "

@@ -105,7 +105,6 @@ class Watch(Watchdog):
     def __init__(
         self, endpoint: Endpoint, datagrams: socket.socket, timeout: float, lost: Callable[[str, bool], None]
     ) -> None:
-        """Start the thread, and take over the socket. `timeout` is in seconds."""
         self._endpoint = endpoint
         self._datagrams = datagrams
         self._timeout = timeout
@@ -231,7 +230,6 @@ class Watch(Watchdog):
             self._send(Datagram(Kind.CALL, 0, text=self._node_and_process), self._addresses[rank])
 
     def _receive(self) -> None:
-        """Handle all datagrams that have arrived."""
         with self._changed:
             while True:
                 try:

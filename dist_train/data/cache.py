@@ -60,7 +60,6 @@ class _Record:
     check: str = ""  # digest of the other fields
 
     def with_check(self) -> _Record:
-        """Return the record with `check` set."""
         text = f"{self.classes} {self.images_sha256} {self.labels_sha256}"
         return replace(self, check=hashlib.sha256(text.encode()).hexdigest())
 

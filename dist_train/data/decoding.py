@@ -134,17 +134,13 @@ def in_words(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Work:
-    """Samples to make: a reference to the source of each, and its draws (None: no augmentation).
+    """Samples to make."""
 
-    Plug-ins also need the split, the samples' numbers in it, and the epoch (None: no augmentation). References to
-    samples of a data set in Python are indices, others are paths or `Part`s.
-    """
-
-    references: Sequence[Any]
-    draws: Sequence[Sequence[float]] | None = None
-    split: str = ""
-    numbers: Sequence[int] = ()
-    epoch: int | None = None
+    references: Sequence[Any]  # indices of samples of a data set in Python; otherwise paths or `Part`s
+    draws: Sequence[Sequence[float]] | None = None  # of each sample; None: no augmentation
+    split: str = ""  # this and all below are for plug-ins
+    numbers: Sequence[int] = ()  # of the samples in the split
+    epoch: int | None = None  # None: no augmentation
 
     def encode(self) -> bytes:
         """Return it as a message, from which `decoded` restores every number and path exactly."""

@@ -39,7 +39,6 @@ class PluginSamples:
     """Makes samples with the plug-ins that `settings` name."""
 
     def __init__(self, settings: DataSettings, seed: int, opened: Mapping[Split, ImageSet | MapDataset]) -> None:
-        """`opened`: the splits that are open; others are opened when needed. Raises UsageError."""
         self._settings = settings
         self._shape = settings.image_format.shape
         self._seed = seed
@@ -70,7 +69,6 @@ class PluginSamples:
                 pixels[index] = self._checked_pixels(image, name)
 
     def _sample(self, split: Split, index: int) -> tuple[Any, int]:
-        """Return image and label of a sample of an ImageSet or a Dataset."""
         if split not in self._opened:
             self._opened[split] = load_data(self._settings, split, self._seed)
         source = self._opened[split]

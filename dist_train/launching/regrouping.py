@@ -69,7 +69,6 @@ class Regrouping:
                 trainer.observers.record(record)
 
     def _take_over(self, trainer: Trainer) -> None:
-        """Take over the lock of the run directory, records, status and checkpoints."""
         # The lost rank's node may be cut off without having noticed, or the file server may still hold its lock.
         request = LockRequest(self.directory.root, self.directory.lock, patience=LEASE_SECONDS)
         lock = request.wait(LEASE_SECONDS + PATIENCE_SECONDS)

@@ -171,9 +171,10 @@ class _Normalize(torch.autograd.Function):
 
 def _plain_gradients(ctx: Any, upstream: Tensor, activation: Activation) -> tuple[Tensor, ...]:
     """Return the gradients by operations that can be differentiated once more, as for Hessians."""
-    leaves = ctx.saved_tensors[:3]
-    outputs = _activated(_plain_groups(*leaves, ctx.epsilon, ctx.group_sizes), activation)
-    return torch.autograd.grad(outputs, leaves, upstream, create_graph=True)
+    inputs, weight, bias = ctx.saved_tensors[:3]
+    outputs = _activated(_plain_groups(inputs, weight, bias, ctx.epsilon, ctx.group_sizes), activation)
+    gradients: tuple[Tensor, ...] = torch.autograd.grad(outputs, (inputs, weight, bias), upstream, create_graph=True)
+    return gradients
 
 
 def _plain_groups(inputs: Tensor, weight: Tensor, bias: Tensor, epsilon: float, group_sizes: Sequence[int]) -> Tensor:

@@ -32,7 +32,6 @@ class NoiseDraws:
     """
 
     def __init__(self, settings: NoiseSettings, weights: FlatWeights, seed: int, values: Tensor | None = None) -> None:
-        """Draw into `values` [n], or a new buffer if it is None, according to `settings`."""
         self._distribution = _DISTRIBUTIONS[settings.distribution](weights.values.device)
         self._scale = _SCALES.get(settings.scale) or partial(
             call_plugin, settings.scale, settings.scale_options, Iterator
@@ -57,7 +56,6 @@ class NoiseDraws:
             yield part
 
     def _integers(self, stream: int) -> Parts:
-        """Fill `values` with the integers of a draw, part by part."""
         start = 0
         for random in bits(stream, len(self.values), self.values.device):
             part = slice(start, start + len(random))

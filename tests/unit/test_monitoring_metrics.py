@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.metrics_table import metrics_markdown, with_table
 from dist_train.monitoring.prometheus.board import STEP_SECONDS, Board, bounds_around, stands_still
 from dist_train.monitoring.prometheus.metrics import METRICS, Scope
-from dist_train.monitoring.prometheus.page import MetricsPage, metrics_markdown, with_table
+from dist_train.monitoring.prometheus.page import MetricsPage
 from dist_train.outcome import UsageError
 from dist_train.rundir.records import (
     Detail,
@@ -365,7 +366,7 @@ def test_only_the_run_itself_is_on_every_page() -> None:
 
 def test_the_documentation_has_the_table_as_it_is() -> None:
     text = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
-    assert with_table(text) == text, "renew it: python -m dist_train.monitoring.prometheus.page docs/monitoring.md"
+    assert with_table(text) == text, "renew it: python -m benchmarks.metrics_table docs/monitoring.md"
     assert all(f"`{metric.name}`" in metrics_markdown() for metric in METRICS)
 
 

@@ -125,7 +125,6 @@ class Board:
     """Collects records, in microseconds each, and returns the latest snapshot. Thread-safe."""
 
     def __init__(self, facts: RunFacts, counts: Mapping[str, int] | None = None) -> None:
-        """Start with the event `counts` of earlier launches."""
         self._now = Snapshot(facts, facts.start_step, time.time(), {**dict.fromkeys(EVENTS, 0), **(counts or {})})
         self._lock = Lock()
         self._pace = Pace()

@@ -48,7 +48,6 @@ class _Link:
     """The exporter's process and the channel to it."""
 
     def __init__(self) -> None:
-        """Start the process, without waiting until it runs. Raises OSError."""
         ours, theirs = messages.socket_pair()
         with theirs:
             descriptor = theirs.fileno()

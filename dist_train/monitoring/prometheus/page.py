@@ -1,11 +1,9 @@
-"""The metrics page in Prometheus's text format, and the table of metrics in the documentation."""
+"""The metrics page in Prometheus's text format."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from itertools import accumulate
-from pathlib import Path
 from threading import Lock
 
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
@@ -13,8 +11,7 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from dist_train.monitoring.prometheus.board import Board, Buckets, Snapshot
-from dist_train.monitoring.prometheus.metrics import METRICS, metrics_of
-from dist_train.outcome import UsageError
+from dist_train.monitoring.prometheus.metrics import metrics_of
 
 
 class Families(Collector):
@@ -61,37 +58,3 @@ class MetricsPage:
             if now is not self._shown:
                 self._page, self._shown = generate_latest(Families(now)), now
             return self._page
-
-
-def replaced_between(text: str, begin: str, end: str, content: str) -> str:
-    """Return `text` with `content` between the lines `begin` and `end`. Raises UsageError if these are missing."""
-    before, found_begin, rest = text.partition(begin)
-    _, found_end, after = rest.partition(end)
-    if not found_begin or not found_end:
-        raise UsageError(
-            f"the file has no place for the table: it needs the lines {begin} and {end}", code="no-place-for-table"
-        )
-    return f"{before}{begin}\n\n{content}\n{end}{after}"
-
-
-BEGIN, END = "<!-- metrics -->", "<!-- end of metrics -->"
-
-
-def metrics_markdown() -> str:
-    """Return the table: name, kind, labels, unit, meaning, and the ranks whose page has the metric."""
-    lines = ["| metric | kind | labels | unit | meaning | page of |", "|---|---|---|---|---|---|"]
-    for metric in METRICS:
-        labels = ", ".join(f"`{label}`" for label in metric.labels)
-        cells = (f"`{metric.name}`", metric.kind, labels, metric.unit, metric.meaning, metric.scope.value)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def with_table(text: str) -> str:
-    """Return `text` with the table between its markers updated. Raises UsageError if it has no markers."""
-    return replaced_between(text, BEGIN, END, metrics_markdown())
-
-
-if __name__ == "__main__":
-    page = Path(sys.argv[1])
-    page.write_text(with_table(page.read_text(encoding="utf-8")), encoding="utf-8")

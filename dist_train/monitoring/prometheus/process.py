@@ -216,13 +216,11 @@ class _Service:
             time.sleep(_PAUSE_SECONDS)
 
     def _patience(self) -> float:
-        """Return how long to wait for one more scrape, in seconds."""
         last = self._server.last_scrape
         is_scraped = last is not None and time.monotonic() - last < RECENT_SECONDS
         return self._plan.last_scrape_seconds if is_scraped else 0.0
 
     def _await_scrape(self) -> None:
-        """Wait for a scrape after the trainer has died."""
         ended = time.monotonic()
         deadline = ended + self._patience()
         while time.monotonic() < deadline and not self._server.all_have_scraped(ended, RECENT_SECONDS):
