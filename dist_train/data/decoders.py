@@ -143,7 +143,10 @@ class LoaderProcesses(Decoder):
             assert part.slot is not None
             # NumPy copies in this thread; torch would use further threads, and these need cores that loaders occupy.
             target, count = slice(part.start, part.stop), part.stop - part.start
-            pixels[target], numbers[target] = self._slots.pixels(part.slot, count), self._slots.labels(part.slot, count)
+            pixels[target], numbers[target] = (
+                self._slots.pixels[part.slot, :count],
+                self._slots.labels[part.slot, :count],
+            )
             self._free.append(part.slot)
             part.slot = None
         self._batches.popleft()
@@ -299,28 +302,21 @@ class Slots:
     """Access to the slots in the shared memory of a file descriptor; `slot_form` describes them."""
 
     def __init__(self, memory: int, images: int, shape: tuple[int, int, int]) -> None:
-        self._slots = np.frombuffer(mmap.mmap(memory, 0), slot_form(images, shape))
+        slots = np.frombuffer(mmap.mmap(memory, 0), slot_form(images, shape))
+        self.pixels: NDArray[np.uint8] = slots["pixels"]  # [slots, images, C, H, W]
+        self.labels: NDArray[np.int64] = slots["labels"]  # [slots, images]
+        self._messages: NDArray[np.uint8] = slots["message"]
+        self._lengths: NDArray[np.uint32] = slots["length"]
 
     def write_message(self, slot: int, message: bytes) -> None:
         """Write `message` to a slot, cut to the space for it."""
-        written = np.frombuffer(message, np.uint8)[: self._slots["message"].shape[1]]
-        self._slots["length"][slot] = len(written)
-        self._slots["message"][slot, : len(written)] = written
+        written = np.frombuffer(message, np.uint8)[: self._messages.shape[1]]
+        self._lengths[slot] = len(written)
+        self._messages[slot, : len(written)] = written
 
     def message(self, slot: int) -> bytes:
         """Return the message in a slot."""
-        message: bytes = self._slots["message"][slot, : self._slots["length"][slot]].tobytes()
-        return message
-
-    def pixels(self, slot: int, images: int) -> NDArray[np.uint8]:
-        """Return a view of the first `images` images of a slot, uint8 [images, C, H, W]."""
-        pixels: NDArray[np.uint8] = self._slots["pixels"][slot, :images]
-        return pixels
-
-    def labels(self, slot: int, images: int) -> NDArray[np.int64]:
-        """Return a view of the labels of the first `images` images of a slot, int64 [images]."""
-        labels: NDArray[np.int64] = self._slots["labels"][slot, :images]
-        return labels
+        return self._messages[slot, : self._lengths[slot]].tobytes()
 
 
 def serve(requests: int, replies: int, slots: Slots, recipe: str) -> None:
@@ -332,7 +328,7 @@ def serve(requests: int, replies: int, slots: Slots, recipe: str) -> None:
             reader = reader or _reader(recipe)
             work = Work.decoded(slots.message(slot))
             images = len(work.references)
-            reader.read(work, slots.pixels(slot, images), slots.labels(slot, images))
+            reader.read(work, slots.pixels[slot, :images], slots.labels[slot, :images])
         except CodedError as error:
             # On failure the reply is the complement of the slot number, and the slot's message is the reason.
             failure = [isinstance(error, UsageError), error.code, str(error)[:_LONGEST_PATH]]

@@ -56,7 +56,7 @@ class Samples:
         self._device = device
         self._seed = seed
         self._augment = AUGMENTATIONS[augment]
-        self._pixels = PixelFormat() if pixels is None else pixels
+        self._pixels = pixels or PixelFormat()
         self._is_resident = _fits(images, device)
         # On a CPU these are the mapped pages; nothing is copied.
         self._images, self._labels = (
@@ -197,7 +197,7 @@ class LoadedSamples:
         self._decoder = decoder
         self._device = device
         self._seed = seed
-        self._pixels = PixelFormat() if pixels is None else pixels
+        self._pixels = pixels or PixelFormat()
         is_encoded, augment = settings.name in ENCODED, settings.augment if split == "train" else "none"
         self._is_cropped = is_encoded and augment == "crop-flip"
         # a plug-in may draw random numbers in each epoch

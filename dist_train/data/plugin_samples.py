@@ -60,12 +60,14 @@ class PluginSamples:
                     image, labels[index] = self._sample(split, reference)
                     name = f"sample {reference} of {self._settings.name} ({split})"
                 else:
-                    image, name = self._files.image(reference), f"the image {_name_of(reference)}"
+                    path = reference if isinstance(reference, str) else reference[3]
+                    image, name = self._files.image(reference), f"the image {path}"
                     if augment is None:
                         pixels[index] = fitted(image, self._shape[-1], draws)
                         continue
                 if augment is not None:
-                    image = self._augmented(augment, image, name)
+                    with _naming(name), failing_clearly(self._settings.augment):
+                        image = augment(image)
                 pixels[index] = self._checked_pixels(image, name)
 
     def _sample(self, split: Split, index: int) -> tuple[Any, int]:
@@ -85,10 +87,6 @@ class PluginSamples:
                 code="plugin-data-form",
             )
         return image, number
-
-    def _augmented(self, augment: Augment, image: Any, name: str) -> Any:
-        with _naming(name), failing_clearly(self._settings.augment):
-            return augment(image)
 
     def _checked_pixels(self, image: Any, name: str) -> NDArray[np.uint8]:
         """Return the pixels [C, H, W] of an image that a plug-in returned; raise UsageError if their form is wrong."""
@@ -136,10 +134,6 @@ def _naming(name: str) -> Iterator[None]:
         yield
     except UsageError as error:
         raise UsageError(f"{name}: {error}", code=error.code) from error
-
-
-def _name_of(reference: Any) -> str:
-    return str(reference if isinstance(reference, str) else reference[3])
 
 
 def _pixels(image: Any) -> NDArray[Any]:

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from dist_train.cluster.communicator import Generation, gather_str, run_on_all_ranks
 from dist_train.config import Config
@@ -56,11 +57,7 @@ class Regrouping:
             sum_over_ranks=sum_over(trainer.config.model, comm, step.clock),
         )
         takes_over = comm.rank == 0 and trainer.writer is None
-
-        def take_over() -> None:
-            if takes_over:
-                self._take_over(trainer)
-
+        take_over = partial(self._take_over, trainer) if takes_over else lambda: None
         run_on_all_ranks(comm, take_over, "take over the run directory")
         nodes = gather_str(comm, socket.gethostname(), "nodes")
         self.session.note_generation(trainer, nodes)
