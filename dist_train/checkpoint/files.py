@@ -60,13 +60,10 @@ class Contents:
     optimizer: Mapping[str, Any]
     config: Mapping[str, Any]
     metrics: Metrics
-    plugins: Mapping[str, str] = field(default_factory=dict)
-    """Digests of the source files of the plug-ins that the run used, by name."""
-    average: Mapping[str, Any] = field(default_factory=dict)
-    """If the run averages its weights: the weights that make the average (`kept`), and its norm `statistics`."""
+    plugins: Mapping[str, str] = field(default_factory=dict)  # digests of the plug-ins' files, by name
+    average: Mapping[str, Any] = field(default_factory=dict)  # weights that make the average (`kept`), and `statistics`
     noise: Mapping[str, torch.Tensor] = field(default_factory=dict)  # the state of the noise method, if it has one
-    grid_exponents: Sequence[int] | None = None
-    """Of `exact32` and `exact16`: the next update's, one for each parameter tensor."""
+    grid_exponents: Sequence[int] | None = None  # of `exact32` and `exact16`: the next update's, per tensor
 
     def to_dict(self) -> dict[str, Any]:
         """Return the dictionary that `torch.load(path, weights_only=True)` returns."""

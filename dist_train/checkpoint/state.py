@@ -83,20 +83,14 @@ class Progress:
     best_accuracy: float | None = None
     evaluated_step: int | None = None  # the step at which `test_accuracy` was measured
     best_saved_step: int | None = None
-    best_saved_accuracy: float | None = None
-    """The best checkpoint saved at an evaluation, by accuracy on the validation split, if there is one, or else on the
-    test split.
-    """
+    best_saved_accuracy: float | None = None  # of the best checkpoint, on the validation or else the test split
     validation_accuracy: float | None = None
     test_accuracy: float | None = None
     train_accuracy: float | None = None
     loss_scale: float | None = None
-    updates_since_overflow: int | None = None
-    """Updates since the loss scale was last changed. Both are None unless the precision is float16."""
-    grid_exponents: Sequence[int] | None = None
-    """Of `exact32` and `exact16`: the next update's grids, one for each parameter tensor."""
-    non_finite_step: int | None = None
-    """The latest step at which an evaluation or the weights were not finite; its checkpoint is never the best."""
+    updates_since_overflow: int | None = None  # or since its last change; both None unless float16
+    grid_exponents: Sequence[int] | None = None  # of `exact32` and `exact16`: the next update's, per tensor
+    non_finite_step: int | None = None  # of the latest values not finite: its checkpoint is never the best
 
     stopping_best: float | None = None  # the best value of early stopping's metric so far
     stopping_waited: int | None = None  # evaluations since then without improvement

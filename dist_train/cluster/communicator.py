@@ -84,8 +84,7 @@ class Communicator:
     local_size: int = 1  # number of ranks on this node
     controller: str = "alone"  # the backend: alone, Horovod's mpi or gloo, torch-gloo or torch-nccl, mpi4py
     has_nccl: bool = True  # whether the group can sum GPU tensors
-    is_elastic: bool = False
-    """Whether ranks may leave and join: a lost rank raises GroupBrokenError, and `meet` continues without it."""
+    is_elastic: bool = False  # whether ranks may leave and join: after a GroupBrokenError `meet` continues
     is_joining: bool = False  # whether this rank joins a run under way and has not met the others yet
     generation: int = 1  # number of the current process group, from 1
 

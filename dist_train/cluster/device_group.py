@@ -33,8 +33,7 @@ class DeviceGroup:
         self._end = end
         self._lock = threading.Lock()
         self._group: Any = None
-        self.is_over = False
-        """Whether an abort has begun: an operation that completes after that may have a wrong result."""
+        self.is_over = False  # whether an abort has begun: what completes after that may have a wrong result
         self._is_aborted = threading.Event()
 
     def connect(self, device: torch.device) -> None:

@@ -29,13 +29,9 @@ from dist_train.cluster.joining import end_process
 from dist_train.cluster.member import Member
 from dist_train.cluster.torch_engine import TorchOperations
 
-_POLL_INTERVAL = timedelta(milliseconds=100)
-"""A waiting operation checks this often whether the generation is over. Each time torch raises an error, which costs
-milliseconds, so most operations should finish sooner.
-"""
+_POLL_INTERVAL = timedelta(milliseconds=100)  # how often a waiting operation checks: a miss costs ms
 _STORE_TIMEOUT = timedelta(seconds=60)
-_ABORT_SHARE = 0.5
-"""Part of `comm.timeout` that aborting NCCL may take. A rank that has not stopped after all of it is expelled."""
+_ABORT_SHARE = 0.5  # part of `comm.timeout` that aborting NCCL may take; after all of it, a rank is expelled
 _CLOSE_SECONDS = 5.0  # how long a rank that ends waits for its NCCL group to be aborted
 
 

@@ -31,8 +31,7 @@ from dist_train.rundir.status import LAUNCH_VARIABLE
 
 _POLL_SECONDS = 0.05
 _FIRST_PAUSE_SECONDS = 0.5
-_LONGEST_PAUSE_SECONDS = 30.0
-"""Pause before a lost rank is restarted; it doubles after each restart whose process did not become a rank."""
+_LONGEST_PAUSE_SECONDS = 30.0  # before a restart; doubled after each whose process did not become a rank
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,7 @@ class Entrance:
     folder: Path
 
 
-Authority: TypeAlias = MembershipServer | RemoteAuthority
-"""The authority as a launcher uses it: its own server, or a connection to that of another node."""
+Authority: TypeAlias = MembershipServer | RemoteAuthority  # its own server, or that of another node
 
 
 def launch_elastic(words: Sequence[str], count: int, elasticity: Elasticity, entrance: Entrance | None = None) -> int:

@@ -85,8 +85,7 @@ def _timeline_is_ours() -> bool:
     return os.environ.get("HOROVOD_TIMELINE") == "DYNAMIC"
 
 
-_LONG_UPDATE = 16
-"""From so many micro-batches of a rank on, milliseconds of delay of its sums are at most a hundredth of an update."""
+_LONG_UPDATE = 16  # micro-batches of a rank from which on milliseconds of delay are under a hundredth
 
 
 def set_environment(timeout: float, device_type: str, launcher: str, micro_batches: int = 1) -> None:

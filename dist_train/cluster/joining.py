@@ -21,8 +21,7 @@ def end_process() -> None:
     os._exit(ExitCode.FAULT)
 
 
-_HEAD_START_SECONDS = 2.0
-"""Rank 0 reports for all; the others report this much later, in case rank 0 is the one that hangs."""
+_HEAD_START_SECONDS = 2.0  # rank 0 reports for all; the others later, in case it is the one that hangs
 
 
 @contextmanager

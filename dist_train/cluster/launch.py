@@ -66,8 +66,7 @@ def is_elastic(environment: Mapping[str, str] = os.environ) -> bool:
     return MEMBERSHIP_VARIABLE in environment
 
 
-LISTEN_FD = "DIST_TRAIN_LISTEN_FD"
-"""Set by `dist-train launch`: rank 0's listening socket for the store; -1 for the other ranks."""
+LISTEN_FD = "DIST_TRAIN_LISTEN_FD"  # rank 0's listening socket for the store; -1 for the other ranks
 
 _SLURM_PORTS = range(15000, 30000)  # below Linux's ephemeral ports
 

@@ -22,11 +22,8 @@ SIGNALS = _STOP_SIGNALS | {signal.SIGCHLD}
 _INSISTING = {signal.SIGTERM, signal.SIGINT}
 _INSIST_SECONDS = 2.0  # a second signal that comes sooner counts as the same request
 _POLL_SECONDS = 0.2
-_LOSS_SECONDS = 40.0
-"""Time for the others to end after one rank has failed: their watchdogs notice, and rank 0 records the run's end."""
-_STUCK_SECONDS = 3.0
-"""Time for ranks that will not end by themselves: those left when rank 0, which alone writes, has ended, and those that
-SIGSTOP has stopped."""
+_LOSS_SECONDS = 40.0  # for the others to end after a failure: watchdogs notice, rank 0 records the end
+_STUCK_SECONDS = 3.0  # for ranks that will not end themselves: after rank 0, the only writer, or stopped by SIGSTOP
 _TERMINATE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 _OTHER_LAUNCHERS = ("OMPI_", "PMIX_", "HOROVOD_RANK", "HOROVOD_SIZE", "TORCHELASTIC_")

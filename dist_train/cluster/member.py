@@ -84,8 +84,7 @@ class Member:
         self._end_reason = ""
         self._is_leaving = False
         self.wants_meeting = False  # whether ranks are waiting to join
-        self.on_break: Callable[[], None] = lambda: None
-        """Called when the current generation breaks, in a thread that it must not block."""
+        self.on_break: Callable[[], None] = lambda: None  # called, from a thread not to be blocked, when it breaks
         try:
             self._connection = MessageConnection(host, int(port), _CONNECT_SECONDS)
         except OSError as error:
@@ -94,8 +93,7 @@ class Member:
             proof = answer_to(environment[TOKEN_VARIABLE], self._connection.next_message()["text"])
             slot, node = int(environment[SLOT_VARIABLE]), socket.gethostname()
             self._connection.send({"kind": "hello", "proof": proof, "slot": slot, "node": node, "process": os.getpid()})
-            self.joins = bool(self._connection.next_message()["joins"])
-            """Whether this process joins a run under way."""
+            self.joins = bool(self._connection.next_message()["joins"])  # a run under way
         except (OSError, ValueError, KeyError) as error:
             self._connection.socket.close()
             raise RankLostError(f"the launcher does not answer at {host}:{port}: {error}") from error

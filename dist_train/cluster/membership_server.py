@@ -25,8 +25,7 @@ from dist_train.cluster.membership import Came, Event, Gone, MayGrow, Membership
 from dist_train.outcome import ExitCode
 
 TOKEN_VARIABLE = "DIST_TRAIN_MEMBERSHIP_TOKEN"  # nosec B105  # the name of a variable
-SLOT_VARIABLE = "DIST_TRAIN_SLOT"
-"""The launcher's number for a process; a restarted process keeps the slot of the lost one."""
+SLOT_VARIABLE = "DIST_TRAIN_SLOT"  # a process's number; restarted, it keeps that of the lost one
 
 ENDS_OF_A_RUN = (ExitCode.FINISHED, ExitCode.STOPPED, ExitCode.DIVERGED, ExitCode.DISAGREEMENT)
 """Exit codes that all ranks agree on: a rank that ends with one is not lost. The first that a rank has is the run's."""
@@ -34,8 +33,7 @@ ENDS_OF_A_RUN = (ExitCode.FINISHED, ExitCode.STOPPED, ExitCode.DIVERGED, ExitCod
 BEATS_IN_TIMEOUT = 6
 START_TIMEOUTS = 4  # timeouts that a process has to connect, once it is started or awaited; loading torch takes seconds
 _LONGEST_LINE = 1 << 20
-_SUSPENDED_BEATS = 2.0
-"""A longer gap between two polls, in beats, means that the authority itself was suspended: no silence counts."""
+_SUSPENDED_BEATS = 2.0  # a longer gap between polls: the authority was suspended, and no silence counts
 
 
 def answer_to(token: str, challenge: str) -> str:

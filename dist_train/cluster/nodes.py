@@ -24,8 +24,7 @@ from dist_train.cluster.heartbeats import interface_addresses
 from dist_train.cluster.inspection import installed_version
 from dist_train.outcome import UsageError
 
-INTERFACE_VARIABLE = "NETWORK_INTERFACE"
-"""Names the network interface for the ranks; slurm/prologue.sh passes it to MPI, NCCL and Gloo."""
+INTERFACE_VARIABLE = "NETWORK_INTERFACE"  # for the ranks; slurm/prologue.sh passes it to MPI, NCCL and Gloo
 
 _JOB_REQUESTS = frozenset(
     {"SLURM_GPUS", "SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_TRES_PER_TASK", "SLURM_TRES_BIND"}

@@ -48,8 +48,7 @@ _BEATS_IN_TIMEOUT = 6
 _LONGEST_BEAT = 5.0
 _SEARCH_SECONDS = 0.2  # between beats until rank 0 has answered
 _SEARCH_AGAIN = 2.5  # after this many beats without an answer, all addresses of rank 0 are tried again
-_RECEIVE_PAUSE_SECONDS = 0.1
-"""Pause between two receptions, so that very many ranks do not wake rank 0 for each of their beats."""
+_RECEIVE_PAUSE_SECONDS = 0.1  # between receptions, so that many ranks do not wake rank 0 for each beat
 _FAREWELLS = 3
 _FAREWELL_SECONDS = 0.2
 

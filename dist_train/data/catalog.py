@@ -34,8 +34,7 @@ from dist_train.reproducible import generator
 
 _ARCHIVES: Mapping[str, Archive] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
-Reader = Callable[[DataSettings, Split, int], ImageSet | MapDataset]
-"""(settings, split, seed) -> all images of the split; only generated data depend on the seed."""
+Reader = Callable[[DataSettings, Split, int], ImageSet | MapDataset]  # of settings, split, seed
 
 
 def load_images(settings: DataSettings, split: Split, seed: int) -> ImageSet:

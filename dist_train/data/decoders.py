@@ -109,8 +109,7 @@ class LoaderProcesses(Decoder):
         self._count = processes
         self._processes: list[subprocess.Popen[bytes]] = []
         self._batches: deque[_Batch] = deque()
-        self._in_flight: dict[int, _Part | None] = {}
-        """Parts that loaders work on, by slot; None for a part that is no longer needed."""
+        self._in_flight: dict[int, _Part | None] = {}  # by slot; None: no longer needed
 
     def prefetch(self, orders: Iterable[Order]) -> None:
         """Begin to make the orders that will be fetched next; raises FaultError if a loader process has ended."""
@@ -280,8 +279,7 @@ class LoaderProcesses(Decoder):
 RECORD = 4  # bytes of a slot number in a pipe: read and written atomically, so that records never mix
 
 _LONGEST_PATH = 4096
-_BYTES_PER_IMAGE = 2 * 6 * _LONGEST_PATH + 32 * DRAWS + 128
-"""The most bytes that an image's path, name, place and draws take in a message."""
+_BYTES_PER_IMAGE = 2 * 6 * _LONGEST_PATH + 32 * DRAWS + 128  # an image's path, name, place and draws
 
 
 def slot_form(images: int, shape: tuple[int, int, int]) -> np.dtype[np.void]:

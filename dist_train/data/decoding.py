@@ -18,8 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from dist_train.outcome import FaultError
 
 ATTEMPTS = 10
-DRAWS = 2 * ATTEMPTS + 3
-"""Uniform random numbers per augmented image: area and aspect for each attempt, then top, left, mirror."""
+DRAWS = 2 * ATTEMPTS + 3  # per image: area and aspect of each attempt, then top, left, mirror
 
 _SMALLEST_AREA = 0.08
 _LARGEST_ASPECT = 4 / 3
@@ -28,8 +27,7 @@ _MARGIN = 256 / 224
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 
-Part = tuple[str, int, int, str]
-"""An encoded image within a file: the file, the offset and length in bytes, and the image's name in messages."""
+Part = tuple[str, int, int, str]  # an image in a file: the file, offset and length in bytes, name for messages
 
 _OPEN_FILES = 64
 

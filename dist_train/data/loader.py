@@ -170,8 +170,7 @@ class IndexListing:
         return f"{self.name} {len(self)}"
 
 
-Listing: TypeAlias = FolderListing | PackedListing | IndexListing
-"""The samples of a split, in order: a reference to the source of each, and its label."""
+Listing: TypeAlias = FolderListing | PackedListing | IndexListing  # a split in order
 
 
 class LoadedSamples:

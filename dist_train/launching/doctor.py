@@ -25,8 +25,7 @@ from dist_train.config import Config, DataSettings
 from dist_train.config.sections import Device
 from dist_train.outcome import UsageError
 
-State = Literal["fine", "note", "fails"]
-"""fine: usable. note: training runs without it. fails: training cannot run here."""
+State = Literal["fine", "note", "fails"]  # usable; training runs without it; training cannot run here
 
 _SET_UP = "run: make setup"
 _GIBIBYTE = 1 << 30

@@ -32,11 +32,9 @@ from dist_train.training.stopping import StopRequests
 
 _logger = logging.getLogger("dist_train.launching")
 
-_SILENCE_SHARE = 2 / 3
-"""A rank is lost after this part of `comm.timeout` in silence; the rest is for the launcher, which ends the others."""
+_SILENCE_SHARE = 2 / 3  # part of `comm.timeout` in silence; the rest is for the launcher, to end the others
 
-_MEETING_SHARE = 2.0
-"""Multiple of `comm.timeout` within which the ranks must meet; on a large launch some start much later than others."""
+_MEETING_SHARE = 2.0  # multiple of `comm.timeout` for the ranks to meet: on a large launch some start late
 
 
 _SHARED_ERRORS = (StoppedError, DivergedError, DisagreementError)

@@ -34,8 +34,7 @@ _HIDDEN = 256
 
 _STAGES = (64, 128, 256, 512)
 _SMALL = 64  # images with at most this many pixels per side keep their size through the stem, as is usual for CIFAR
-_MIN_STRIDED_CHANNELS = 8
-"""With fewer, torch 2.13's backward pass of a strided 1x1 convolution in channels-last layout corrupts the heap."""
+_MIN_STRIDED_CHANNELS = 8  # with fewer, the backward pass of a strided 1x1 convolution corrupts the heap (torch 2.13)
 
 
 def _vgg9(images: ImageFormat, width: float, norm: NormFactory) -> nn.Module:

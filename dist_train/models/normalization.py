@@ -20,13 +20,11 @@ from dist_train.kernels import operators
 
 Activation = Literal["none", "relu"]  # the activation applied after a norm
 
-SumOverRanks = Callable[[Tensor, str], None]
-"""Replaces a contiguous tensor by its sum over all ranks. The string names the operation on all ranks."""
+SumOverRanks = Callable[[Tensor, str], None]  # sums a contiguous tensor over all ranks in place, under a name
 
 _RUN = 128  # the most samples that one accumulator adds up
 
-_FEW_VALUES = 8192
-"""With at most this many values per channel, torch's backward pass, given accurate moments, has an error below 2e-5."""
+_FEW_VALUES = 8192  # per channel: so far, torch's backward pass, given accurate moments, errs below 2e-5
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,7 @@ from dist_train.config import ModelSettings
 from dist_train.models.normalization import AcrossRanks, Activation, SumOverRanks, normalize
 from dist_train.reproducible import STATISTICS
 
-VECTOR_GROUP = 8
-"""The minimum of channels per group of group norm if a channel is a single value: of two values, only their order would
-be left after normalization.
-"""
+VECTOR_GROUP = 8  # fewest channels per group norm's group of single values: of two, only the order would be left
 
 
 @dataclass(frozen=True)
@@ -54,8 +51,7 @@ class GroupedBatchNorm(nn.Module):
         self.epsilon = 1e-5
         self.across_ranks: AcrossRanks | None = None
         self.activation: Activation = "none"  # applied to the normalized values: see `join_relus`
-        self.seen: list[SeenGroups] = []
-        """Groups of forward passes in training mode, in order; `BatchStatistics` clears them."""
+        self.seen: list[SeenGroups] = []  # in training mode; `BatchStatistics` clears them
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -161,8 +157,7 @@ def norm_factory(settings: ModelSettings) -> NormFactory:
     return lambda channels, *, least=2: _NORMS[settings.norm](channels, least, settings)
 
 
-_LIMIT = STATISTICS.term_limit(4096)
-"""The sum of 4096 groups, more than a global batch has in practice, cannot leave the range."""
+_LIMIT = STATISTICS.term_limit(4096)  # no sum of a global batch, of at most 4096 groups, leaves the range
 
 
 class BatchStatistics:
@@ -175,8 +170,7 @@ class BatchStatistics:
         self._running = [average for norm in norms for average in (norm.running_mean, norm.running_var)]
         self._lengths = [len(average) for average in self._running]
         self.sums = torch.zeros(sum(self._lengths), dtype=torch.int64, device=device)
-        self.out_of_range = torch.zeros((), dtype=torch.bool, device=device)
-        """Whether some group's statistics were not finite or too large; a bool on the device."""
+        self.out_of_range = torch.zeros((), dtype=torch.bool, device=device)  # not finite, or too large
 
     def clear(self) -> None:
         """Begin a global batch."""

@@ -246,8 +246,7 @@ def summary_table(facts: RunFacts, outcome: Outcome, box: Box | None) -> Table:
     return table
 
 
-TERMINAL_VARIABLE = "DIST_TRAIN_TERMINAL"
-"""Launch scripts set it to `[host:]/dev/pts/N`, because launchers put a pipe between a rank and the terminal."""
+TERMINAL_VARIABLE = "DIST_TRAIN_TERMINAL"  # `[host:]/dev/pts/N`: launchers put a pipe in between
 
 
 def open_console(environment: Mapping[str, str] = os.environ) -> Observer:

@@ -12,8 +12,7 @@ from torch import nn
 
 from dist_train.models.norms import norm_parameters
 
-_ALIGNMENT = 16
-"""Tensors begin at multiples of 16 floats (64 bytes): the size of a cache line and of the widest vector register."""
+_ALIGNMENT = 16  # floats (64 bytes) at which tensors begin: a cache line, and the widest vector register
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ from dist_train.optim.flat_weights import FlatWeights, digest
 from dist_train.optim.noise_draws import Filters, NoiseDraws
 from dist_train.optim.schedules import noise_factor
 
-Ascend = Callable[[], None]
-"""Computes the gradient of a micro-batch's loss at the current weights into `FlatWeights.gradients`."""
+Ascend = Callable[[], None]  # takes a micro-batch's gradient at the current weights into `FlatWeights.gradients`
 
 
 _AMPLITUDE_PER_DEVIATION = math.sqrt(3.0)  # a draw of amplitude 1 has variance 1/3
@@ -49,8 +48,7 @@ class Noise:
     total_steps: int
     rank: int
 
-    kept: dict[str, Tensor] = field(default_factory=dict, init=False)
-    """State that updates leave for later ones, [n] each, by name; checkpoints hold it."""
+    kept: dict[str, Tensor] = field(default_factory=dict, init=False)  # [n] each; checkpoints hold it
 
     def __post_init__(self) -> None:
         pass  # subclasses create their buffers
@@ -134,10 +132,8 @@ class SmoothOut(_Perturbing):
         if settings.mix < 1:
             points.append(Point(0, 0, 1 - settings.mix))
         self._points = tuple(points)
-        self._turns = len(points) if settings.passes == "one" else 1
-        """With `passes: one`, each micro-batch takes one point: so many in a row take turns, and share the draws."""
-        self._has_one_point = len(points) == 1 and settings.sharing != "micro_batch"
-        """Whether all micro-batches of a step share a single point."""
+        self._turns = len(points) if settings.passes == "one" else 1  # micro-batches in a row that share the draws
+        self._has_one_point = len(points) == 1 and settings.sharing != "micro_batch"  # for all micro-batches
 
     def points(self, micro_batch: int) -> Sequence[Point]:
         """Return all points or, if micro-batches take turns, the one of `micro_batch` with the weight of all."""
@@ -224,8 +220,7 @@ class AdaptivePerturbation(SmoothOut):
         self.kept["squares"].mul_(self.settings.memory).add_(gradients.square())
 
 
-_MAX_SQUARE, _SQUARE_UNITS = 2.0**10, 2.0**32
-"""A filter's squared gradients, each clamped to 2^10, are summed as multiples of 2^-32."""
+_MAX_SQUARE, _SQUARE_UNITS = 2.0**10, 2.0**32  # gradients squared are clamped, and summed as integers
 
 
 class Langevin(_Scheduled):

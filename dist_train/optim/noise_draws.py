@@ -69,8 +69,7 @@ class _Distribution:
     """Integers from -32,767 to 32,767 with mean 0; multiplied by `unit`, their variance is 1/3."""
 
     unit: float
-    integers: Callable[[Tensor], Tensor]
-    """Maps random bits (int16, may be overwritten) to integers of the distribution (int16)."""
+    integers: Callable[[Tensor], Tensor]  # random bits (int16, may be overwritten) -> integers (int16)
 
 
 def _uniform(device: torch.device) -> _Distribution:

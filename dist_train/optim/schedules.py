@@ -21,8 +21,7 @@ class LearningRate:
     global_size: int
     steps_per_epoch: int  # updates in a pass over the data
     epochs: int
-    updates_per_epoch: int | None = None
-    """Updates in an epoch of the schedule; None: as many as in a pass over the data."""
+    updates_per_epoch: int | None = None  # in an epoch of the schedule; None: as in a pass over the data
     passes: Epochs | None = None  # the passes over the data if the global batch size changes during the run
 
     @property

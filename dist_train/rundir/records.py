@@ -149,13 +149,11 @@ class RankMeasurement(NamedTuple):
     device_bytes: Real  # device memory that the rank has allocated; NaN without a device
     device_peak_bytes: Real  # peak of `device_bytes`; NaN without a device
     device_utilization: Real  # share of the last second in which the device was busy, in [0, 1]; NaN without NVML
-    device_used_bytes: Real = math.nan
-    """Device memory that all processes have allocated. This and all below: NaN if NVML does not report it."""
+    device_used_bytes: Real = math.nan  # of all processes. From here on: NaN if NVML does not report it
     device_power_watts: Real = math.nan
     device_core_clock_hertz: Real = math.nan
     device_memory_clock_hertz: Real = math.nan
-    device_throttle_reasons: Real = math.nan
-    """Why the device's clocks are throttled, as NVML's bits (nvmlClocksEventReasons)."""
+    device_throttle_reasons: Real = math.nan  # as bits of NVML (nvmlClocksEventReasons)
     device_corrected_errors: Real = math.nan  # memory errors since the driver was loaded
     device_uncorrected_errors: Real = math.nan
 
@@ -205,11 +203,9 @@ class RunFacts:
     device: str = ""  # what this rank computes on, for display
     run_id: str = ""  # shared by all launches of the run, and by no other run
     device_memory: int = 0  # bytes of memory of this rank's device; 0 without a device
-    time_limit: float = 0.0
-    """When the batch system ends the job, in seconds since 1970; 0 if it does not, or is not asked."""
+    time_limit: float = 0.0  # when the batch system ends the job, seconds since 1970; 0 if unknown
     generation: int = 1  # how often the ranks of this launch have met: more than once if some were lost or joined
-    stages: tuple[Stage, ...] = ()
-    """The stages of a batch schedule; without one, `global_size` and `steps_per_epoch` hold throughout."""
+    stages: tuple[Stage, ...] = ()  # of a batch schedule; without one, the fields above hold throughout
 
     @property
     def passes(self) -> Epochs:

@@ -29,8 +29,7 @@ from dist_train.rundir.records import EventRecord, Measurement, Observer, Outcom
 
 State = Literal["starting", "running", "stopping", "stopped", "finished", "failed"]
 
-LAUNCH_VARIABLE = "DIST_TRAIN_LAUNCH"
-"""Identifies this launch, so that a launch script does not mistake an earlier launch's outcome for its own."""
+LAUNCH_VARIABLE = "DIST_TRAIN_LAUNCH"  # so that a script does not mistake the outcome of an earlier launch
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -60,8 +59,7 @@ class Status:
     samples_per_second: _Finite | None
     slurm_job: str = ""
     generation: _Count = 1  # how often the ranks of this launch have met: more than once if some were lost or joined
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """Versions by package, and the device, of the last launch that trained; empty if unknown."""
+    environment: Mapping[str, str] = field(default_factory=dict)  # versions, and device, of the last launch
 
 
 _STATUS = TypeAdapter(Status)

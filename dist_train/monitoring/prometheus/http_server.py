@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     from dist_train.config.sections import MetricsSettings
 
 
-Credentials: TypeAlias = Mapping[str, bytes]
-"""The accepted secrets, keyed by the scheme of the Authorization header; empty if everybody may read."""
+Credentials: TypeAlias = Mapping[str, bytes]  # secrets by scheme of the Authorization header; empty: all may read
 _CHALLENGES = {"bearer": 'Bearer realm="dist_train"', "basic": 'Basic realm="dist_train", charset="UTF-8"'}
 
 
@@ -188,8 +187,7 @@ class Server(ThreadingHTTPServer):
         self.site = site
         self.last_scrape: float | None = None  # start of the latest answered scrape (monotonic)
         self._lock = Lock()
-        self._clients: OrderedDict[socket.socket, float] = OrderedDict()
-        """The connected clients and their latest scrapes (monotonic), in order of their latest answer."""
+        self._clients: OrderedDict[socket.socket, float] = OrderedDict()  # latest scrapes, by latest answer
         super().__init__((str(address[0]), port), _Handler)
 
     def server_bind(self) -> None:

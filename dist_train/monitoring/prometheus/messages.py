@@ -146,8 +146,7 @@ _DECODERS: Mapping[str, msgspec.msgpack.Decoder[Any]] = {
     declared.__name__: msgspec.msgpack.Decoder(declared, dec_hook=_from_builtin) for declared in get_args(Message)
 }
 _SCHEMA = msgspec.json.schema_components(get_args(Message), schema_hook=lambda declared: {"type": "string"})
-_FORM = zlib.crc32(repr(_SCHEMA).encode())
-"""Checksum of the message types: if the installed code is replaced, trainer and exporter may differ."""
+_FORM = zlib.crc32(repr(_SCHEMA).encode())  # differs if the installed code was replaced in between
 
 
 def encode(message: Message) -> bytes:
@@ -172,8 +171,7 @@ def decode(content: bytes | memoryview) -> Message:
 
 
 _KEPT = 1000
-_BUFFER_BYTES = 4 << 20
-"""Requested size; the kernel grants at most twice that. A measurement of 1,024 ranks takes about 150 KB."""
+_BUFFER_BYTES = 4 << 20  # the kernel grants at most twice that; a measurement of 1,024 ranks takes 150 KB
 
 
 class Channel:

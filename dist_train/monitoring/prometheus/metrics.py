@@ -169,8 +169,7 @@ def _planned_samples(now: Snapshot) -> int:
     return now.facts.passes.samples(now.facts.total_steps)
 
 
-_THROTTLING = {"power": 0x84, "thermal": 0x60, "hardware": 0x08}
-"""NVML's throttle reasons by cause; idleness and clocks set by an administrator do not count."""
+_THROTTLING = {"power": 0x84, "thermal": 0x60, "hardware": 0x08}  # NVML; not idleness, administrators
 
 
 def _is_throttled(bits: int) -> _OfRank:

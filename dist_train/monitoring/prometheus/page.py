@@ -38,8 +38,7 @@ class Families(Collector):
             yield family
 
 
-CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
-"""The format that every Prometheus reads. For 1,024 ranks OpenMetrics would take twice as long to write."""
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4  # every Prometheus reads it; OpenMetrics takes twice as long to write
 
 
 class MetricsPage:

@@ -25,8 +25,7 @@ from dist_train.monitoring.prometheus.page import Families, MetricsPage
 from dist_train.rundir.records import Measurement, Outcome, Record, TrainRecord, from_json
 
 PUSH_SECONDS = 5.0
-RECENT_SECONDS = 60.0
-"""Clients that scraped within this time before the end are waited for, so that they get the last values."""
+RECENT_SECONDS = 60.0  # who scraped so shortly before the end is waited for, to get the last values
 
 _LOOK_SECONDS = 1.0
 _DISK_SECONDS = 30.0

@@ -31,8 +31,7 @@ ENDED_SECONDS = 86_400.0  # how long the file of an ended run, which holds its o
 SEEN_SECONDS = 600.0  # by this long after a run's end every Prometheus has read its outcome
 
 JOB = "dist_train"
-_NOWHERE = "127.0.0.1:0"
-"""Replaces the address of an ended run, which another run may have taken. Nothing can listen at port 0."""
+_NOWHERE = "127.0.0.1:0"  # of an ended run: another may have taken its address; nothing listens at port 0
 _OUTCOME_LABEL = "outcome"
 _PROCESS_LABEL = "__dist_train_process"  # the trainer. Prometheus drops labels that start with __ after relabelling.
 _EXPORTER_LABEL = "__dist_train_exporter"
