@@ -29,7 +29,7 @@ from dist_train.cluster.joining import end_process
 from dist_train.cluster.member import Member
 from dist_train.cluster.torch_engine import TorchOperations
 
-_POLL_INTERVAL = timedelta(milliseconds=100)  # how often a waiting operation checks: a miss costs ms
+_POLL_INTERVAL = timedelta(milliseconds=100)  # between checks of a waiting operation, of ms each
 _STORE_TIMEOUT = timedelta(seconds=60)
 _ABORT_SHARE = 0.5  # part of `comm.timeout` that aborting NCCL may take; after all of it, a rank is expelled
 _CLOSE_SECONDS = 5.0  # how long a rank that ends waits for its NCCL group to be aborted

@@ -86,13 +86,13 @@ _HEAD = struct.Struct("!BIH")
 class Kind(IntEnum):
     """What a datagram means."""
 
-    BEAT = 1  # a rank is alive. The text is its node and process.
+    BEAT = 1  # a rank is alive; the text is its node and process
     ANSWER = 2  # rank 0 is alive, and has received a beat
     CALL = 3  # as ANSWER, and requests a beat at once
     LEAVE = 4  # the sender leaves in order and must not be reported as lost
     FAIL = 5  # the sender leaves because of an error: the others cannot continue without it
     FAREWELL = 6  # acknowledges LEAVE or FAIL
-    LOST = 7  # the run ends. The text says why.
+    LOST = 7  # the run ends; the text says why
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def _timeline_is_ours() -> bool:
     return os.environ.get("HOROVOD_TIMELINE") == "DYNAMIC"
 
 
-_LONG_UPDATE = 16  # micro-batches of a rank from which on milliseconds of delay are under a hundredth
+_LONG_UPDATE = 16  # micro-batches of a rank from which on milliseconds are under a hundredth of an update
 
 
 def set_environment(timeout: float, device_type: str, launcher: str, micro_batches: int = 1) -> None:
