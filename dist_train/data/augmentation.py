@@ -72,7 +72,8 @@ def statistics_of_parts(parts: Iterable[Tensor]) -> ChannelStatistics:
     return ChannelStatistics(tuple(means), tuple(deviations))
 
 
-Augmentation = Callable[[Tensor, Tensor, int, int], Tensor]  # images uint8, samples, seed, epoch -> images
+Augmentation = Callable[[Tensor, Tensor, int, int], Tensor]
+"""(images uint8 [n, C, H, W], samples int64 [n] on the same device, seed, epoch) -> images."""
 
 _MARGIN = 4
 _DRAWS = 3  # uniform random numbers per sample, both for crops and for boxes

@@ -169,7 +169,8 @@ def _planned_samples(now: Snapshot) -> int:
     return now.facts.passes.samples(now.facts.total_steps)
 
 
-_THROTTLING = {"power": 0x84, "thermal": 0x60, "hardware": 0x08}  # NVML; not idleness, administrators
+# NVML's reasons that count: not idleness, nor clocks that an administrator has set.
+_THROTTLING = {"power": 0x84, "thermal": 0x60, "hardware": 0x08}
 
 
 def _is_throttled(bits: int) -> _OfRank:
