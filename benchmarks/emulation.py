@@ -49,8 +49,8 @@ from dist_train.training.dealing import build_dealing
 from dist_train.training.measuring import HostTimer, StepClock
 from dist_train.training.step import GlobalBatch
 
-KNOWN_WAITS = frozenset({"training/reduction.py:result", "training/step.py:__call__"})
-"""Where a step may wait for the device: for the sum over the ranks, and for the gradient norm."""
+KNOWN_WAITS = frozenset({"training/reduction.py:result"})
+"""Where a step may wait for the device: for the sum over the ranks, with the gradient's norm."""
 
 _DEVICE = torch.device("cuda", 0)
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

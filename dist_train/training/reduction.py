@@ -6,6 +6,7 @@ pass, each bucket is sent as soon as its gradients are complete, so that the all
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -216,6 +217,8 @@ class TallyResult:
     """How many know of ranks that wait to be let in."""
     statistics: torch.Tensor
     """The sums of `BatchStatistics`."""
+    gradient_norm: float
+    """That which `Tally.result` was given; 0 if none was."""
 
 
 class Tally:
@@ -277,13 +280,16 @@ class Tally:
         self._sent = torch.cat([self._counts, paces, self._largest, self._statistics.sums])
         self._pending = self._comm.allreduce_async(self._sent, "tally")
 
-    def result(self) -> TallyResult:
-        """Wait for the sum and return it."""
+    def result(self, gradient_norm: torch.Tensor | None = None) -> TallyResult:
+        """Wait for the sum and return it, together with `gradient_norm`, a float32: the host waits only once."""
         assert self._pending is not None, "nothing was sent"
         self._pending.wait()
         ranks = _SLOTS + self._comm.size
         read = ranks + len(self._largest)
-        counts: list[int] = self._sent[:read].tolist()
+        sent = self._sent[:read]
+        if gradient_norm is not None:
+            sent = torch.cat([sent, gradient_norm.view(1).view(torch.int32)])
+        counts: list[int] = sent.tolist()
         samples = counts[_SAMPLES]
         return TallyResult(
             loss=counts[_LOSS] * 2.0**-LOSSES.bits / samples if samples else 0.0,
@@ -293,7 +299,8 @@ class Tally:
             out_of_memory=counts[_OUT_OF_MEMORY],
             stop=counts[_STOP],
             meet=counts[_MEET],
-            largest=counts[ranks:],
+            largest=counts[ranks:read],
             paces=tuple(counts[_SLOTS:ranks]),
             statistics=self._sent[read:],
+            gradient_norm=struct.unpack("f", struct.pack("i", counts[read]))[0] if gradient_norm is not None else 0.0,
         )

@@ -116,10 +116,9 @@ class TrainingStep:
         repeats = 0
         while self._must_repeat(total := self._compute_gradient(batch, stop_requested)):
             repeats += 1
-        gradient_norm = float(torch.linalg.vector_norm(self.weights.gradients))
-        _check(total, gradient_norm, batch, len(self.noise.points(0)))
+        _check(total, batch, len(self.noise.points(0)))
         with self.clock.phase("update"):
-            clip_gradient(self.weights.gradients, gradient_norm, self.clip_norm)
+            clip_gradient(self.weights.gradients, total.gradient_norm, self.clip_norm)
             with self.clock.part("checkpoint_stall"):
                 self.wait_for_checkpoint_copy()
             set_learning_rate(self.optimizer, learning_rate)
@@ -132,7 +131,7 @@ class TrainingStep:
         return Update(
             loss=total.loss,
             accuracy=total.accuracy,
-            gradient_norm=gradient_norm,
+            gradient_norm=total.gradient_norm,
             stop_requested=total.stop > 0,
             repeats=repeats,
             times=self.clock.times(),
@@ -167,9 +166,8 @@ class TrainingStep:
             pace=batch.pace,
         )
         with self.clock.phase("allreduce"):
-            total = self.tally.result()
             self.reduction.finish()
-        return total
+            return self.tally.result(torch.linalg.vector_norm(self.weights.gradients))
 
     def _add_gradients(self, batch: GlobalBatch) -> bool:
         """Add up the gradients of this rank's micro-batches; return False if they do not fit its device."""
@@ -235,10 +233,10 @@ def clip_gradient(gradient: Tensor, norm: float, max_norm: float | None) -> None
         gradient.mul_(max_norm / norm)
 
 
-def _check(total: TallyResult, gradient_norm: float, batch: GlobalBatch, points: int) -> None:
+def _check(total: TallyResult, batch: GlobalBatch, points: int) -> None:
     if total.out_of_memory:
         raise OutOfMemoryError(f"{total.out_of_memory} ranks ran out of memory in step {batch.step + 1}")
-    if total.out_of_range or not math.isfinite(gradient_norm):
+    if total.out_of_range or not math.isfinite(total.gradient_norm):
         raise DivergedError(
             f"the loss, the gradient or the activations of step {batch.step + 1} are not finite or out of range",
             code="step-not-finite",

@@ -80,8 +80,8 @@ def test_every_part_of_a_step_but_the_reading_of_its_result_is_forbidden_to_wait
     trainer.take_step = replace(step, **parts)
     trainer.advance()
     allowed = [index for index, (_, state) in enumerate(seen) if state == "default"]
-    # The result is read, the sums are received, and the reduction is asked, on the host, whether they fit.
-    assert [seen[index][0] for index in allowed] == ["tally", "reduction", "reduction"]
+    # The sums are received, the result is read, and the reduction is asked, on the host, whether they fit.
+    assert [seen[index][0] for index in allowed] == ["reduction", "tally", "reduction"]
     assert allowed == [*range(allowed[0], allowed[0] + 3)]
     assert seen[-1] == ("statistics", "error")
     assert modes[-1] == "default"
