@@ -46,6 +46,7 @@ from dist_train.optim.optimizers import build_optimizer, optimizer_step
 from dist_train.outcome import UsageError
 from dist_train.training.compute import Compute
 from dist_train.training.dealing import build_dealing
+from dist_train.training.graphs import GraphRecorder
 from dist_train.training.measuring import HostTimer, StepClock
 from dist_train.training.step import GlobalBatch
 
@@ -90,6 +91,8 @@ class Job:
 @dataclass(frozen=True)
 class Emulated:
     """The number of device operators, the bytes that they read and write, and the host's waits by place.
+
+    A replayed CUDA graph is one operator, with the bytes of all that it holds.
 
     `mixed`: operators with tensors on two devices; `error`: why the step ended early, empty if it did not.
     """
@@ -158,6 +161,27 @@ class _Watch(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.mixed: list[str] = []
+        self._is_recording = False
+
+    def warm_up(self, launch: Callable[[], None]) -> None:
+        """Call `launch`, as a `GraphRecorder`."""
+        launch()
+
+    def record(self, launch: Callable[[], None]) -> Callable[[], None]:
+        """Call `launch` without counting it; return a function that counts it as one operator."""
+        counted = self.operators, self.bytes
+        self.operators, self.bytes, self._is_recording = Counter(), Counter(), True
+        try:
+            launch()
+            size = self.bytes.total()
+        finally:
+            (self.operators, self.bytes), self._is_recording = counted, False
+
+        def replay() -> None:
+            self.operators["replay"] += 1
+            self.bytes["replay"] += size
+
+        return replay
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -177,10 +201,12 @@ class _Watch(TorchDispatchMode):
         if "cuda" not in places or func.namespace not in ("aten", "dist_train") or name in _NO_KERNEL:
             return result
         if "cpu" in places:
+            if self._is_recording:
+                raise RuntimeError(f"a graph would keep the address of host memory: {func} in {_place()}")
             if name not in ("_to_copy", "copy_"):
                 self.mixed.append(f"{func} in {_place()}")
             elif not kwargs.get("non_blocking", args[2:] == (True,)):
-                self.waits[_place()] += 1
+                self._note_wait(_place())
         if not _is_view(func):
             self.operators[name] += 1
             self.bytes[name] += _bytes(func, args, kwargs, result)
@@ -189,10 +215,15 @@ class _Watch(TorchDispatchMode):
     def _value(self, tensor: Tensor) -> bool | int | float:
         if tensor.is_cuda:
             place = _place()
-            self.waits[place] += 1
+            self._note_wait(place)
             if place == "training/reduction.py:result":
                 return self._samples if tensor.storage_offset() == _SLOT_OF_SAMPLES else 0
         return 1.0 if tensor.is_floating_point() else tensor.dtype != torch.bool and 0
+
+    def _note_wait(self, place: str) -> None:
+        if self._is_recording:
+            raise RuntimeError(f"a graph cannot record a wait for the device: {place}")
+        self.waits[place] += 1
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -277,7 +308,7 @@ def _on_device(network: nn.Module) -> nn.Module:
     return network
 
 
-def _our_step(config: Config, network: nn.Module, ranks: int) -> Callable[[], object]:
+def _our_step(config: Config, network: nn.Module, ranks: int, recorder: GraphRecorder) -> Callable[[], object]:
     """Return a function that makes one update as our program does; `network` is the model of `config`."""
     comm, compute = _Rank0(ranks), _Compute(_DEVICE, _PRECISIONS[config.precision.compute])
     layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
@@ -297,6 +328,7 @@ def _our_step(config: Config, network: nn.Module, ranks: int) -> Callable[[], ob
         # exact32's grids; without them this would be the first update, which sums in 64 bits.
         Progress(grid_exponents=[30] * len(weights.segments)),
         clock=StepClock(HostTimer()),
+        graph_recorder=recorder if config.precision.cuda_graphs else None,
     )
     assert config.batch.micro_size != "auto", "to be named"
     plan = BatchPlan(config.batch.global_size, config.batch.micro_size)
@@ -342,10 +374,10 @@ def _emulated(job: Job) -> tuple[Emulated, Counter[str], Counter[str]]:
             step = (
                 _plain_step(config, on_device, share, job.plain)
                 if job.plain
-                else _our_step(config, on_device, job.ranks)
+                else _our_step(config, on_device, job.ranks, watch)
             )
-            if job.plain:
-                step()  # the optimizer creates its state; ours has it from the start
+            if job.plain or config.precision.cuda_graphs:
+                step()  # the plain optimizer creates its state, which ours has from the start; graphs are recorded
             for counter in (watch.operators, watch.bytes, watch.waits):
                 counter.clear()
             step()

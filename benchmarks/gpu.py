@@ -34,7 +34,7 @@ from benchmarks.launching import NotMeasuredError, environment, measure, module,
 from benchmarks.machine import this_machine
 from benchmarks.recovery import ranks_of
 from benchmarks.subject import QUIET, open_trainer, settings
-from benchmarks.timing import timed
+from benchmarks.timing import compare, timed
 from dist_train.checkpoint.files import find_checkpoint, list_checkpoints, read_checkpoint
 from dist_train.checkpoint.state import Progress
 from dist_train.cluster.communicator import Alone
@@ -308,6 +308,34 @@ def _both_passes(model: nn.Module, inputs: Tensor, upstream: Tensor) -> list[Ten
     return [outputs.detach(), *torch.autograd.grad(outputs, (leaf, *model.parameters()), upstream)]
 
 
+def graphs(device: Device, folder: Path) -> Finding:
+    """Make the same updates with CUDA graphs and without: are the weights bit-identical? How long does each take?"""
+    if device == "cpu":
+        return Finding("NOT CHECKED: CUDA graphs need a GPU.")
+    lines, holds = ["| update of 8 passes | weights | with graphs | without | ratio |", "|---|---|---|---|---|"], True
+    for reduction, compute in (("exact", "float32"), ("exact32", "float32"), ("exact", "bfloat16")):
+        sections = {**QUIET, "run": {"device": device}, "comm": {**QUIET["comm"], "reduction": reduction}}
+        trainers = [
+            open_trainer(
+                settings(
+                    1.0, 1024, noise=_NOISE, precision={"compute": compute, "cuda_graphs": has_graphs}, **sections
+                ),
+                Alone(),
+                folder / f"{reduction} {compute} {has_graphs}",
+            )
+            for has_graphs in (True, False)
+        ]
+        sides = (("graphs", trainers[0].advance), ("without", trainers[1].advance))
+        ratio = compare("update", *sides, pairs=2 * _PAIRS, bar=None, warm_up=3)
+        same = torch.equal(*(trainer.take_step.weights.values for trainer in trainers))
+        holds = holds and same
+        seconds = f"{ratio.amount_ours * 1e3:.2f} ms | {ratio.amount_theirs * 1e3:.2f} ms | {ratio.median:.3f}"
+        lines.append(f"| {reduction}, {compute} | {'equal' if same else 'DIFFERENT'} | {seconds} |")
+        for trainer in trainers:
+            trainer.close()
+    return Finding("\n".join(lines), holds)
+
+
 def no_waits(device: Device, folder: Path) -> Finding:
     """Run the tests of a step under torch's sync debug mode; on a CPU only those that need no GPU."""
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
@@ -367,6 +395,7 @@ PARTS: Mapping[str, Callable[[Device, Path], Finding]] = MappingProxyType(
         "same-draws": same_draws,
         "same-sums": same_sums,
         "norms": norms,
+        "graphs": graphs,
         "no-waits": no_waits,
         "peak-memory": peak_memory,
         "profile": step_profile,

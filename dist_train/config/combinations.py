@@ -92,6 +92,28 @@ _RULES = (
         code="float16-on-cpu",
     ),
     _Rule(
+        "precision.cuda_graphs",
+        lambda c: c.precision.cuda_graphs and c.run.device == "cpu",
+        "CUDA graphs need a GPU; set it to false, or run.device to cuda",
+        "false",
+        code="cuda-graphs-on-cpu",
+    ),
+    _Rule(
+        "precision.cuda_graphs",
+        lambda c: c.precision.cuda_graphs and c.precision.compile,
+        "torch.compile may compile a pass again while it is recorded; set precision.compile or this to false",
+        "false",
+        code="cuda-graphs-compile",
+    ),
+    _Rule(
+        "precision.cuda_graphs",
+        lambda c: c.precision.cuda_graphs and c.model.norm == "sync",
+        "sync norm waits for the other ranks within each pass, which a graph cannot record; "
+        "set it to false, or model.norm to ghost",
+        "false",
+        code="cuda-graphs-sync",
+    ),
+    _Rule(
         "metrics.certificate_file",
         lambda c: (c.metrics.certificate_file is None) != (c.metrics.key_file is None),
         "TLS needs a certificate and its key; set metrics.certificate_file and metrics.key_file, or neither",

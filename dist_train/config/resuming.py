@@ -23,6 +23,7 @@ _CHANGEABLE = frozenset(
         "data.root",
         "data.download",
         "data.loader_workers",
+        "precision.cuda_graphs",
         "comm.engine",
         "comm.verify_every",
         "comm.timeout",

@@ -219,6 +219,12 @@ class PrecisionSettings(Section):
     )
     channels_last: bool = Field(True, description="Images in channels-last layout: faster convolutions.")
     compile: bool = Field(False, description="Compile the model with torch.compile.")
+    cuda_graphs: bool = Field(
+        False,
+        description="Replay all micro-batches of a rank but its last as CUDA graphs: bit-identical, with far fewer "
+        "launches by the host, and a second micro-batch's activations in memory.",
+        examples=[True],
+    )
     tf32: bool = Field(False, description="Allow TF32 in float32 convolutions and matrix products on a GPU.")
     deterministic: bool | Literal["auto"] = Field(
         "auto",

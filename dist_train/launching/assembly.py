@@ -44,6 +44,7 @@ from dist_train.rundir.paths import RunDirectory
 from dist_train.rundir.records import Epochs
 from dist_train.training.compute import Compute, LossScale, set_up_compute
 from dist_train.training.consistency import check_same_data
+from dist_train.training.graphs import CudaGraphRecorder, GraphRecorder
 from dist_train.training.measuring import (
     HostTimer,
     Measuring,
@@ -145,6 +146,7 @@ def assemble(
         progress,
         clock=build_step_clock(compute.device, on_part_change) if has_clock else StepClock(HostTimer(), on_part_change),
         wait_for_checkpoint_copy=writer.wait_until_copied if writer else lambda: None,
+        graph_recorder=CudaGraphRecorder() if config.precision.cuda_graphs else None,
     )
 
     if comm.rank == 0:
@@ -202,6 +204,7 @@ def build_step(
     *,
     clock: StepClock,
     wait_for_checkpoint_copy: Callable[[], None] = lambda: None,
+    graph_recorder: GraphRecorder | None = None,
 ) -> TrainingStep:
     """Return the training step of `config` on the `weights` of `model`. Raises UsageError."""
     norms = tuple(norm_modules(model))
@@ -225,6 +228,7 @@ def build_step(
         sum_over_ranks=sum_over(config.model, comm, clock),
         clock=clock,
         wait_for_checkpoint_copy=wait_for_checkpoint_copy,
+        graph_recorder=graph_recorder,
     )
 
 

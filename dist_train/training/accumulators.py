@@ -44,6 +44,9 @@ class GradientAccumulator(ABC):
         self._gradients = weights.gradients
         self._comm = comm
         self._limit = limit
+        self._total = torch.zeros(0, dtype=torch.int32, device=self._gradients.device)
+        self._begun: set[int] = set()
+        """The buckets of which `_total` holds a sum."""
         self._met: list[torch.Tensor] = []
         """Scalars whose absolute values are within `limit` if all gradients so far are."""
         self.largest = torch.zeros(0, dtype=torch.int64, device=self._gradients.device)
@@ -52,6 +55,7 @@ class GradientAccumulator(ABC):
     def clear(self) -> None:
         """Begin a step."""
         self._met.clear()
+        self._begun.clear()
 
     @property
     def out_of_range(self) -> torch.Tensor:
@@ -60,6 +64,22 @@ class GradientAccumulator(ABC):
             return torch.zeros((), dtype=torch.bool, device=self._gradients.device)
         # Written so that a NaN, for which no comparison holds, is out of range.
         return ~(torch.stack(self._met).abs_().amax() < self._limit)
+
+    def take_out_of_range(self) -> torch.Tensor:
+        """Return `out_of_range`, which from now on is about later gradients only."""
+        out_of_range = self.out_of_range
+        self._met.clear()
+        return out_of_range
+
+    def begin(self, bucket: Bucket) -> None:
+        """Begin the bucket's sum at zero, so that the first `add` does as all others do."""
+        self._total[bucket.part].zero_()
+        self._begun.add(bucket.index)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the sums; they stay in the same memory as long as it does not change."""
+        return self._total.dtype
 
     @abstractmethod
     def add(self, bucket: Bucket) -> None:
@@ -89,12 +109,6 @@ class ExactAccumulator(GradientAccumulator):
         """Sum the gradients of `weights`; at most `terms` micro-batches make a global batch."""
         super().__init__(weights, comm, GRADIENTS.limit / terms)
         self._total = torch.zeros_like(self._gradients, dtype=torch.int64)
-        self._begun: set[int] = set()
-
-    def clear(self) -> None:
-        """Begin a step."""
-        super().clear()
-        self._begun.clear()
 
     def add(self, bucket: Bucket) -> None:
         """Add the gradients of one micro-batch as integers."""
@@ -114,9 +128,9 @@ class ExactAccumulator(GradientAccumulator):
 
     def send(self, bucket: Bucket, name: str) -> Pending:
         """Start the sum over the ranks."""
-        total = self._total[bucket.part]
         if bucket.index not in self._begun:
-            total.zero_()
+            self.begin(bucket)
+        total = self._total[bucket.part]
         return self._comm.allreduce_async(total, name)
 
     def receive(self, bucket: Bucket) -> None:
@@ -221,19 +235,17 @@ class GridAccumulator(GradientAccumulator):
         self._grids = Grids(progress, len(self._tensors), terms, bits)
         self.largest = torch.zeros(self._filters[-1], dtype=torch.int64, device=self._gradients.device)
         self._exponents: Sequence[int] = ()
-        self._scales = self._gradients[:0]
-        self._total = torch.zeros(0, dtype=torch.int32, device=self._gradients.device)
-        self._begun: set[int] = set()
+        self._scales = torch.zeros(len(self._tensors), device=self._gradients.device)
+        """2^exponent of each tensor: always in the same memory, so that a CUDA graph of `add` sees each step's."""
 
     def clear(self) -> None:
         """Begin a step."""
         super().clear()
         self.largest.zero_()
-        self._begun.clear()
         exponents = self._grids.exponents
         self._exponents = exponents or [GRADIENTS.bits] * len(self._tensors)
         scales = torch.tensor([2.0**exponent for exponent in self._exponents])
-        self._scales = scales.to(self._gradients.device, non_blocking=True)
+        self._scales.copy_(scales, non_blocking=True)
         integers = torch.int32 if exponents else torch.int64
         if self._total.dtype != integers or len(self._total) == 0:
             self._total = torch.zeros_like(self._gradients, dtype=integers)
@@ -255,7 +267,7 @@ class GridAccumulator(GradientAccumulator):
             self._met.append(sizes.amax())
             return
         tensors = self._tensors[bucket.first : bucket.last]
-        torch._foreach_mul_(tensors, [2.0**exponent for exponent in self._exponents[bucket.first : bucket.last]])
+        torch._foreach_mul_(tensors, self._scales[bucket.first : bucket.last].unbind())
         gradients.round_()
         largest = _largest(tensors)
         self._met.append(largest.amax())
@@ -267,9 +279,9 @@ class GridAccumulator(GradientAccumulator):
 
     def send(self, bucket: Bucket, name: str) -> Pending:
         """Start the sum over the ranks."""
-        total = self._total[bucket.part]
         if bucket.index not in self._begun:
-            total.zero_()
+            self.begin(bucket)
+        total = self._total[bucket.part]
         return self._comm.allreduce_async(pack_halves(total) if self._travel_in_pairs else total, name)
 
     def receive(self, bucket: Bucket) -> None:
@@ -330,6 +342,9 @@ class FloatAccumulator(GradientAccumulator):
         """Begin a step."""
         super().clear()
         self._total.zero_()
+
+    def begin(self, bucket: Bucket) -> None:
+        """Do nothing: all sums begin at zero."""
 
     def add(self, bucket: Bucket) -> None:
         """Add the gradients of one micro-batch."""

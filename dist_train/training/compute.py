@@ -48,6 +48,8 @@ def set_up_compute(settings: PrecisionSettings, device: torch.device) -> Compute
     assert settings.threads != "auto", "decided when the run starts"
     if settings.compute == "float16" and device.type != "cuda":
         raise UsageError("precision.compute: float16 needs a GPU; use bfloat16", code="float16-on-cpu")
+    if settings.cuda_graphs and device.type != "cuda":
+        raise UsageError("precision.cuda_graphs: CUDA graphs need a GPU; set it to false", code="cuda-graphs-on-cpu")
     torch.set_num_threads(settings.threads)
     if keep_freed_memory() and device.type == "cpu":
         use_large_pages()

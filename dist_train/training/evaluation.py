@@ -34,7 +34,10 @@ from dist_train.training.compute import Compute, set_up_compute, share_of_thread
 from dist_train.training.reduction import Tally
 
 _MAY_CHANGE = frozenset(
-    {"run.device", *(f"precision.{name}" for name in ("compute", "channels_last", "compile", "threads", "tf32"))}
+    {
+        "run.device",
+        *(f"precision.{name}" for name in ("compute", "channels_last", "compile", "cuda_graphs", "threads", "tf32")),
+    }
 )
 
 

@@ -61,12 +61,17 @@ class GradientReduction:
         for hook in self._hooks:
             hook.remove()
 
-    def start(self, loss_scale: float = 1.0) -> None:
-        """Begin a step, in which losses are multiplied by `loss_scale`, a power of two, and gradients divided by it."""
+    def start(self, loss_scale: float = 1.0, *, at_zero: bool = False) -> None:
+        """Begin a step, in which losses are multiplied by `loss_scale`, a power of two, and gradients divided by it.
+
+        With `at_zero`, sums begin there: every micro-batch then makes the same operations, as a CUDA graph needs.
+        """
         self._loss_scale = loss_scale
         self.accumulator.clear()
         self._pending.clear()
         self._missing.clear()
+        for bucket in self._buckets if at_zero else ():
+            self.accumulator.begin(bucket)
 
     @contextmanager
     def micro_batch(self) -> Iterator[None]:
@@ -249,6 +254,25 @@ class Tally:
         self._correct.append(logits.argmax(dim=1) == labels)
         self._samples += len(labels)
 
+    def count(self, out_of_range: torch.Tensor | None = None) -> None:
+        """Add to the counts on the device what was noted since the last call, and whether a gradient was out of range.
+
+        Within a CUDA graph, each replay adds its micro-batch's.
+        """
+        if self._losses:
+            losses = torch.stack(self._losses).to(torch.float64)
+            finite = losses.abs() < _TERM_LIMIT
+            # An assignment to an element would copy it onto itself.
+            self._counts[_LOSS].add_(LOSSES.encode(torch.where(finite, losses, 0.0)).sum())
+            self._counts[_OUT_OF_RANGE].add_((~finite).sum())
+            self._counts[_CORRECT].add_(torch.cat(self._correct).sum())
+        if out_of_range is not None:
+            self._counts[_OUT_OF_RANGE].add_(out_of_range)
+        self._counts[_SAMPLES].add_(self._samples)
+        self._samples = 0
+        self._losses.clear()
+        self._correct.clear()
+
     def send(
         self,
         *,
@@ -260,17 +284,8 @@ class Tally:
     ) -> None:
         """Start the sum over the ranks, with what this rank has to say beside its counts."""
         self._largest = self._counts[:0] if largest is None else largest
-        if self._losses:
-            losses = torch.stack(self._losses).to(torch.float64)
-            finite = losses.abs() < _TERM_LIMIT
-            # An assignment to an element would copy it onto itself.
-            self._counts[_LOSS].add_(LOSSES.encode(torch.where(finite, losses, 0.0)).sum())
-            self._counts[_OUT_OF_RANGE].add_((~finite).sum())
-            self._counts[_CORRECT].add_(torch.cat(self._correct).sum())
-        if out_of_range is not None:
-            self._counts[_OUT_OF_RANGE].add_(out_of_range)
+        self.count(out_of_range)
         self._counts[_OUT_OF_RANGE].add_(self._statistics.out_of_range)
-        self._counts[_SAMPLES] = self._samples
         self._counts[_OUT_OF_MEMORY] = int(out_of_memory)
         self._counts[_STOP] = int(stop)
         self._counts[_MEET] = int(self._comm.wants_meeting)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -26,6 +27,7 @@ from dist_train.optim.noise import Noise
 from dist_train.optim.optimizers import optimizer_step, set_learning_rate
 from dist_train.outcome import DivergedError
 from dist_train.training.compute import Compute, LossScale, is_out_of_memory
+from dist_train.training.graphs import GraphRecorder, MicroBatchGraphs
 from dist_train.training.measuring import HostTimer, StepClock, StepTimes
 from dist_train.training.reduction import GradientReduction, Tally, TallyResult
 
@@ -103,6 +105,14 @@ class TrainingStep:
     clock: StepClock = field(default_factory=lambda: StepClock(HostTimer()))
     wait_for_checkpoint_copy: Callable[[], None] = lambda: None
     """Returns once the checkpoint writer has copied the weights and the optimizer's state, so that they may change."""
+    graph_recorder: GraphRecorder | None = None
+    """Set if all micro-batches but the last are replayed as graphs."""
+    _graphs: MicroBatchGraphs | None = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # A step that `replace` makes has other tensors, and so records graphs of its own.
+        graphs = MicroBatchGraphs(self.graph_recorder) if self.graph_recorder else None
+        object.__setattr__(self, "_graphs", graphs)
 
     def __call__(self, batch: GlobalBatch, learning_rate: float, stop_requested: Callable[[], bool]) -> Update:
         """Update the weights by the gradient of `batch` at the perturbed weights.
@@ -148,7 +158,7 @@ class TrainingStep:
     def _compute_gradient(self, batch: GlobalBatch, stop_requested: Callable[[], bool]) -> TallyResult:
         """Compute the global gradient at the perturbed weights into `weights.gradients`; restore the clean weights."""
         self.tally.clear()
-        self.reduction.start(self.loss_scale.value)
+        self.reduction.start(self.loss_scale.value, at_zero=self._graphs is not None)
         try:
             with self.clock.phase("perturb"):
                 self.noise.perturb(batch.step)
@@ -191,13 +201,31 @@ class TrainingStep:
         for point in points:
             with self.clock.part("perturb_restore"):
                 self.noise.perturb_for(micro_batch.index, partial(self._ascend, inputs, target, scaled_size), point)
-            is_last = micro_batch is batch.micro_batches[-1] and point is points[-1]
-            accumulating = self.reduction.last_micro_batch if is_last else self.reduction.micro_batch
-            logits, loss = self._forward(inputs, target)
-            self.statistics.collect()
-            self.tally.add(loss, logits, target.main)
-            with accumulating():
-                torch.autograd.backward(loss / (scaled_size / point.weight))
+            divisor = scaled_size / point.weight
+            if micro_batch is batch.micro_batches[-1] and point is points[-1]:
+                # Never a graph: it sends buckets while its backward pass is under way.
+                self._differentiate(inputs, target, divisor, self.reduction.last_micro_batch)
+            elif self._graphs is None:
+                self._differentiate(inputs, target, divisor, self.reduction.micro_batch)
+            else:
+                of_weights, of_sums = self.weights.parameters[0].data_ptr(), self.reduction.accumulator.dtype
+                constants = divisor, self.loss_scale.value, of_weights, of_sums
+                self._graphs.run(partial(self._differentiate_and_count, divisor), inputs, target, *constants)
+
+    def _differentiate(
+        self, inputs: Tensor, target: Target, divisor: float, accumulating: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        """Add the gradient of the sum of the samples' losses over `divisor`."""
+        logits, loss = self._forward(inputs, target)
+        self.statistics.collect()
+        self.tally.add(loss, logits, target.main)
+        with accumulating():
+            torch.autograd.backward(loss / divisor)
+
+    def _differentiate_and_count(self, divisor: float, inputs: Tensor, target: Target) -> None:
+        """Do what a graph records: keep nothing for later but in tensors that exist before."""
+        self._differentiate(inputs, target, divisor, self.reduction.micro_batch)
+        self.tally.count(self.reduction.accumulator.take_out_of_range())
 
     def _forward(self, inputs: Tensor, target: Target) -> tuple[Tensor, Tensor]:
         """Return the logits and the sum of the samples' losses."""

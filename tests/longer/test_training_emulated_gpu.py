@@ -74,7 +74,14 @@ ADDED: list[Sections] = [
     {"batch": {"dealing": "measured"}},
     {"averaging": {"kind": "lawa", "every_steps": 1}, "regularization": {"mixup": 0.2, "cutmix": 1.0}},
 ]
-CASES = [*NOISE, *NORMS, *OPTIMIZERS, *REDUCTIONS, *MODELS, *ADDED]
+GRAPHED: list[Sections] = [
+    {"noise": {"method": "sam", "sharing": "micro_batch"}},
+    {"noise": {"sharing": "micro_batch", "draws": 2, "mix": 0.5}, "model": {"norm": "batch"}},
+    {"comm": {"reduction": "exact32"}, "regularization": {"mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1}},
+    {"comm": {"reduction": "float"}, "model": {"name": "resnet18", "norm": "group"}},
+]
+GRAPHS: list[Sections] = [{"precision": {"cuda_graphs": True}, **sections} for sections in GRAPHED]
+CASES = [*NOISE, *NORMS, *OPTIMIZERS, *REDUCTIONS, *MODELS, *ADDED, *GRAPHS]
 
 
 @pytest.fixture(scope="module")

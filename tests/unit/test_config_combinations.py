@@ -28,6 +28,19 @@ def parse(settings: dict[str, Any]) -> Config:
             "float16-on-cpu",
             {"precision": {"compute": "float16"}, "run": {"device": "cuda"}},
         ),
+        *(
+            (
+                {"precision": {"cuda_graphs": True, **precision}, **beside},
+                "precision.cuda_graphs",
+                code,
+                {"precision": {"cuda_graphs": False, **precision}, **beside},
+            )
+            for code, precision, beside in (
+                ("cuda-graphs-on-cpu", {}, {"run": {"device": "cpu"}}),
+                ("cuda-graphs-compile", {"compile": True}, {"run": {"device": "cuda"}}),
+                ("cuda-graphs-sync", {}, {"model": {"norm": "sync"}}),
+            )
+        ),
         (
             {"comm": {"compression": "fp16"}},
             "comm.compression",

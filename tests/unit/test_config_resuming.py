@@ -30,6 +30,7 @@ DECIDED = parse(
         {"run": {"profile_steps": 3}},
         {"data": {"root": "there", "download": True, "loader_workers": 3}},
         {"batch": {"dealing": "measured"}},
+        {"precision": {"cuda_graphs": True}},
         {"comm": {"verify_every": 1, "timeout": 5.0}},
         {"evaluation": {"every_epochs": 9, "batch_size": 3}},
         {"checkpoint": {"every_steps": 3, "keep": 1, "keep_best": False, "background": False}},

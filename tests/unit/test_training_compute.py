@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -45,9 +46,12 @@ def test_settings_choose_threads_and_precision() -> None:
         assert (weights @ weights).dtype == torch.float32
 
 
-def test_float16_on_a_cpu_is_refused_with_the_fix() -> None:
-    with raises(UsageError, "float16-on-cpu"):
-        set_up_compute(PrecisionSettings(threads=1, compute="float16"), CPU)
+@pytest.mark.parametrize(
+    ("settings", "code"), [({"compute": "float16"}, "float16-on-cpu"), ({"cuda_graphs": True}, "cuda-graphs-on-cpu")]
+)
+def test_what_needs_a_gpu_is_refused_on_a_cpu_with_the_fix(settings: dict[str, Any], code: str) -> None:
+    with raises(UsageError, code):
+        set_up_compute(PrecisionSettings(threads=1, **settings), CPU)
 
 
 @pytest.fixture

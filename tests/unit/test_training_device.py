@@ -96,6 +96,7 @@ def test_every_part_of_a_step_but_the_reading_of_its_result_is_forbidden_to_wait
         {"noise": {"sharing": "micro_batch"}},
         {"noise": {"method": "langevin"}},
         {"precision": {"compute": "bfloat16", "channels_last": True}},
+        {"precision": {"cuda_graphs": True}},
         {"optimizer": {"name": "adam"}},
     ],
     ids=str,

@@ -1,0 +1,107 @@
+"""CUDA graphs of micro-batches: the host launches a whole forward and backward pass by one call.
+
+As in whole-network capture (pytorch.org/docs/stable/notes/cuda.html), the pass reads its samples from buffers that stay
+where they are, and leaves what it computes (gradients, counts, statistics) in tensors that exist before. So graphs can
+share a pool of memory, and be replayed in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dist_train.data.augmentation import Target
+from dist_train.outcome import UsageError
+from dist_train.training.compute import is_out_of_memory
+
+Pass = Callable[[Tensor, Target], object]
+"""Adds up the gradient of a micro-batch's inputs and target; nothing that it allocates is used afterwards."""
+
+
+class GraphRecorder(Protocol):
+    """Records what a function launches on the device."""
+
+    def warm_up(self, launch: Callable[[], None]) -> None:
+        """Call `launch`, so that what it sets up at its first call is not recorded later."""
+
+    def record(self, launch: Callable[[], None]) -> Callable[[], None]:
+        """Record `launch`, without computing anything, and return a function that replays it."""
+
+
+class CudaGraphRecorder:
+    """Records CUDA graphs, all in one pool of memory."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        # Both warm up and record: cuBLAS has a workspace for each stream.
+        self._stream = torch.cuda.Stream()
+
+    def warm_up(self, launch: Callable[[], None]) -> None:
+        """Call `launch` on the stream on which it will be recorded."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                launch()
+        finally:
+            current.wait_stream(self._stream)
+
+    def record(self, launch: Callable[[], None]) -> Callable[[], None]:
+        """Record `launch` as a CUDA graph.
+
+        Raises:
+            UsageError: it does something that cannot be recorded, such as a wait for the device.
+        """
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads (checkpoints, NCCL's, the loader's) may call CUDA meanwhile.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                launch()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise UsageError(
+                f"the model's passes cannot be recorded: {error}; set precision.cuda_graphs to false",
+                code="cuda-graphs-capture",
+            ) from error
+        return graph.replay
+
+
+class MicroBatchGraphs:
+    """Graphs of the passes of a training step, by what they depend on. The first pass of a kind is not recorded."""
+
+    def __init__(self, recorder: GraphRecorder) -> None:
+        self._recorder = recorder
+        self._buffers: dict[Hashable, tuple[Tensor, ...]] = {}
+        self._replays: dict[Hashable, Callable[[], None] | None] = {}
+        """None for a kind that is warm."""
+
+    def run(self, add_gradient: Pass, inputs: Tensor, target: Target, *constants: Hashable) -> None:
+        """Do what `add_gradient(inputs, target)` does.
+
+        `constants` are all numbers and addresses within it that may change from one call to another: a graph keeps
+        those that it was recorded with.
+        """
+        given = tuple(each for each in (inputs, target.labels, target.partners, target.share) if each is not None)
+        layout = tuple((each.shape, each.stride(), each.dtype) for each in given)
+        if layout not in self._buffers:
+            self._buffers[layout] = tuple(map(torch.empty_like, given))
+        buffers = self._buffers[layout]
+        for buffer, each in zip(buffers, given, strict=True):
+            buffer.copy_(each)
+
+        def launch() -> None:
+            add_gradient(buffers[0], Target(*buffers[1:]))
+
+        kind = (layout, constants)
+        if kind not in self._replays:
+            self._recorder.warm_up(launch)
+            self._replays[kind] = None
+            return
+        replay = self._replays[kind]
+        if replay is None:
+            replay = self._replays[kind] = self._recorder.record(launch)
+        replay()
