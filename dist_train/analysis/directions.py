@@ -117,8 +117,7 @@ class Trajectory:
 def run_checkpoints(last: Path) -> list[Stored]:
     """Return the checkpoints of the run that wrote `last`, up to and including `last`, earliest first.
 
-    Raises:
-        UsageError: there are fewer than three.
+    Raises UsageError if there are fewer than three.
     """
     files = list_checkpoints(last.parent)
     ends = [file.step for file in files if file.path.name == last.name]
@@ -142,8 +141,7 @@ def trace(checkpoints: Sequence[Stored], subject: Subject, mask: torch.Tensor) -
 def principal_plane(displacements: torch.Tensor, steps: tuple[int, ...]) -> Trajectory:
     """Return the principal plane of `displacements` [k, n], one for each of `steps`; not centred, so it contains 0.
 
-    Raises:
-        UsageError: they do not span a plane.
+    Raises UsageError if they do not span a plane.
     """
     chunks = (chunk.double() for chunk in displacements.split(_CHUNK, dim=1))
     products = sum((chunk @ chunk.T for chunk in chunks), torch.zeros(()).double())

@@ -95,8 +95,7 @@ class _Plan:
 def make_landscape(request: Request, comm: Communicator, report: Report) -> Finished | None:
     """Evaluate the points that are missing, and draw the figures; return None on all ranks but rank 0.
 
-    Raises:
-        UsageError: checkpoints, data or settings do not fit; the folder cannot be written.
+    Raises UsageError if checkpoints, data or settings do not fit; the folder cannot be written.
     """
     settings = request.settings
     stored = run_on_all_ranks(comm, lambda: [read_stored(target) for target in request.targets], "read the checkpoints")

@@ -174,8 +174,7 @@ class LandscapeFolder:
     def begin(self) -> bool:
         """Create the folder and its settings.json; return whether all points are finished.
 
-        Raises:
-            UsageError: it cannot be written, or holds another result.
+        Raises UsageError if it cannot be written, or holds another result.
         """
         try:
             self._finished_points.mkdir(parents=True, exist_ok=True)
@@ -245,11 +244,7 @@ class LandscapeFolder:
 
 
 def read_landscape(folder: Path) -> Landscape:
-    """Return the finished result in `folder`.
-
-    Raises:
-        UsageError: it is missing, unfinished or damaged.
-    """
+    """Return the finished result in `folder`. Raises UsageError if it is missing, unfinished or damaged."""
     try:
         fields = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         with (folder / "points.csv").open(encoding="utf-8", newline="") as file:

@@ -273,8 +273,7 @@ class Subject:
 def open_subject(stored: Stored, overrides: Sequence[str], measure: MeasureSettings, *, local_rank: int) -> Subject:
     """Build the network of `stored` and load its data.
 
-    Raises:
-        UsageError: the settings do not fit, or data are missing.
+    Raises UsageError if the settings do not fit, or data are missing.
     """
     config = stored_config(stored.contents, overrides)
     # One thread per operation, so that the bits do not depend on a rank's number of cores.
@@ -306,8 +305,7 @@ def open_subject(stored: Stored, overrides: Sequence[str], measure: MeasureSetti
 def place_in(other: Stored, subject: Subject) -> Place:
     """Return the place of `other` in the weight space of `subject`.
 
-    Raises:
-        UsageError: its network or its data differ.
+    Raises UsageError if its network or its data differ.
     """
     config = stored_config(other.contents, [])
     ours = {name: tensor.shape for name, tensor in subject.model.state_dict().items()}

@@ -70,9 +70,8 @@ def measure_sharpness(
     The record lies in `folder`, by default the run's `analysis`. It is written after every measure, and measures that
     it holds are not repeated: its file name is a digest of the checkpoint's bytes, the data and the settings.
 
-    Raises:
-        UsageError: the measures cannot be taken, or the record cannot be written.
-        DivergedError: the loss or the norms' statistics are not finite.
+    Raises UsageError if the measures cannot be taken, or the record cannot be written. Raises DivergedError if the loss
+    or the norms' statistics are not finite.
     """
     if current_launch().size > 1:
         raise UsageError("sharpness is measured by one process: start it without a launcher", code="one-process-only")
@@ -244,8 +243,7 @@ def noise_scale(gradients: Sequence[Vector], sizes: Sequence[int]) -> NoiseScale
     terms. The ratio's standard error is the jackknife over batches. The ratio is None if the estimate of |G|^2 is not
     positive: then the scale exceeds what this many samples can show.
 
-    Raises:
-        UsageError: there is only one batch.
+    Raises UsageError if there is only one batch.
     """
     if len(sizes) < 2:
         raise UsageError("--batch-size: the noise scale needs two passes or more", code="option-range")

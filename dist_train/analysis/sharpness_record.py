@@ -179,11 +179,7 @@ def record_path(folder: Path, checkpoint: MeasuredCheckpoint, data: MeasuredData
 
 
 def read_record(path: Path) -> SharpnessRecord:
-    """Return the record at `path`.
-
-    Raises:
-        UsageError: it cannot be read, or is not a record.
-    """
+    """Return the record at `path`. Raises UsageError if it cannot be read, or is not a record."""
     try:
         return SharpnessRecord.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -195,11 +191,7 @@ def read_record(path: Path) -> SharpnessRecord:
 
 
 def write_record(path: Path, record: SharpnessRecord) -> None:
-    """Write `record` to `path` atomically.
-
-    Raises:
-        UsageError: its folder cannot be written.
-    """
+    """Write `record` to `path` atomically. Raises UsageError if its folder cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_text(path, record.model_dump_json(indent=2) + "\n")

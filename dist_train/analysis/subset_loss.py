@@ -182,8 +182,7 @@ def open_stored_subset(
 
     The model is in eval mode unless `settings.statistics` is "batch".
 
-    Raises:
-        UsageError: the settings do not fit, or there are no data, or too few.
+    Raises UsageError if the settings do not fit, or there are no data, or too few.
     """
     config = stored_config(stored.contents, overrides)
     precision = config.precision
@@ -218,8 +217,7 @@ def open_stored_subset(
 def choose_samples(labels: Tensor, classes: int, settings: SharpnessSettings) -> Tensor:
     """Return the indices of the training samples, int64 [samples]: a seeded choice, balanced by class and shuffled.
 
-    Raises:
-        UsageError: there are fewer than `settings.samples`.
+    Raises UsageError if there are fewer than `settings.samples`.
     """
     if settings.samples > len(labels):
         raise UsageError(f"--samples {settings.samples}: there are {len(labels)} training images", code="option-range")

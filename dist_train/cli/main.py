@@ -70,8 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(words: list[str]) -> argparse.Namespace:
     """Return the arguments of the command line `words`; `run` is the command's function.
 
-    Raises:
-        SystemExit: with 2, after a message, if they are wrong; with 0 after --help.
+    Raises SystemExit: with 2, after a message, if they are wrong; with 0 after --help.
     """
     parser = build_parser()
     parsed, rest = _parse(parser, words)

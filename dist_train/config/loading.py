@@ -68,8 +68,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), plugins: Sequen
 def read_settings(path: Path) -> dict[str, Any]:
     """Return the settings of the YAML file at `path`, merged over those of its bases, unchecked.
 
-    Raises:
-        ConfigError: a file cannot be read, or is no mapping.
+    Raises ConfigError if a file cannot be read, or is no mapping.
     """
     return _read(path, ())
 
@@ -77,8 +76,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 def read_mapping(path: Path) -> dict[str, Any]:
     """Return the content of the YAML file at `path`, which must be a mapping.
 
-    Raises:
-        ConfigError: it cannot be read, or is no mapping.
+    Raises ConfigError if it cannot be read, or is no mapping.
     """
     try:
         text = located(path).read_text(encoding="utf-8")
@@ -119,8 +117,7 @@ def yaml_fault(error: yaml.YAMLError) -> str:
 def with_overrides(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return `settings` with `section.key=value` overrides; later ones take precedence.
 
-    Raises:
-        ConfigError: some are not of that form.
+    Raises ConfigError if some are not of that form.
     """
     changed = dict(settings)
     problems: list[Problem] = []
@@ -147,8 +144,7 @@ def parse_config(settings: Mapping[str, Any], *, source: str, plugins: Sequence[
 
     `plugins`: as for `load_config`.
 
-    Raises:
-        ConfigError: something in it is wrong; every problem is listed.
+    Raises ConfigError if something in it is wrong; every problem is listed.
     """
     try:
         settings = _without_short_names(with_present_names(settings, source), plugins)

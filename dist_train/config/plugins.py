@@ -96,8 +96,7 @@ def is_plugin(name: str) -> bool:
 def load_plugin(name: str) -> Any:
     """Return the function or class that `name` names.
 
-    Raises:
-        UsageError: there is none, or its module cannot be imported.
+    Raises UsageError if there is none, or its module cannot be imported.
     """
     place, _, attribute = name.rpartition(":")
     if not place:
@@ -187,8 +186,7 @@ def with_long_names(settings: Mapping[str, Any], files: Sequence[str], model: ty
 
     The built-in choices of `model`, the configuration, stay.
 
-    Raises:
-        UsageError: a file cannot be imported.
+    Raises UsageError if a file cannot be imported.
     """
     changed = dict(settings)
     registered = {mark: f"{file}:{name}" for file in files for mark, name in _registered(file)}

@@ -80,8 +80,7 @@ _STYLE: dict[Any, Any] = {
 def save_figures(figures: Sequence[NumberedFigure], folder: Path, form: str) -> tuple[Path, ...]:
     """Write `figures` into `folder` as `form`, svg, pdf or png, and return the files.
 
-    Raises:
-        UsageError: there is no figure, or the folder cannot be written.
+    Raises UsageError if there is no figure, or the folder cannot be written.
     """
     if not figures:
         raise UsageError("there is nothing to draw yet: no run has done a step", code="no-measurement")
@@ -355,8 +354,7 @@ def range_test(rates: Sequence[float], losses: Sequence[float]) -> RangeTest:
 def read_range_test(directory: RunDirectory) -> RangeTest:
     """Return the range test of the run in `directory`, up to the first loss that is not finite.
 
-    Raises:
-        UsageError: there are fewer than two such updates.
+    Raises UsageError if there are fewer than two such updates.
     """
     found = [record for record in read_records(directory.metrics) if isinstance(record, TrainRecord)]
     end = next((at for at, record in enumerate(found) if not math.isfinite(record.loss)), len(found))

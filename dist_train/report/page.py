@@ -62,8 +62,7 @@ def tables_in_markdown(subject: Subject) -> str:
 def write_report(directory: Path, output: Path) -> Subject:
     """Write the page about the run, study or folder of runs in `directory`; if `output` is *.md, only its tables.
 
-    Raises:
-        UsageError: there is no run, or `output` cannot be written or is neither *.html nor *.md.
+    Raises UsageError if there is no run, or `output` cannot be written or is neither *.html nor *.md.
     """
     if output.suffix not in (".html", ".htm", ".md"):
         page = output.with_suffix(".html")

@@ -115,8 +115,7 @@ def plan_study(
     The runs' folder is `directory` (default: the base's run.directory) / the study's name. `overrides` apply to every
     run. Runs of `before`, an earlier plan of the same study, are not validated again.
 
-    Raises:
-        ConfigError: the study, its base or one of its runs is invalid; every problem is listed once.
+    Raises ConfigError if the study, its base or one of its runs is invalid; every problem is listed once.
     """
     study = load_study(path)
     base_file = Path(os.path.normpath(based_on(path, study.base)))

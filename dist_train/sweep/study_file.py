@@ -161,8 +161,7 @@ class Study(_Part):
 def load_study(path: Path) -> Study:
     """Return the study in the YAML file at `path`, without validating its runs' configurations.
 
-    Raises:
-        ConfigError: it cannot be read or is invalid; every problem is listed.
+    Raises ConfigError if it cannot be read or is invalid; every problem is listed.
     """
     written = read_mapping(path)
     try:

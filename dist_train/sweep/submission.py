@@ -59,11 +59,7 @@ class Submission:
 
 
 def project_root() -> Path:
-    """Return the folder of the launch and batch scripts.
-
-    Raises:
-        UsageError: they have been removed.
-    """
+    """Return the folder of the launch and batch scripts. Raises UsageError if they have been removed."""
     root = shipped_folder()
     if not (root / "slurm" / "prologue.sh").is_file():
         raise UsageError(
@@ -75,8 +71,7 @@ def project_root() -> Path:
 def submit_run(submission: Submission) -> str:
     """Submit the batch script of `submission` and return the job's id; if sbatch refuses, new folders are removed.
 
-    Raises:
-        UsageError: another job runs or will run it, or sbatch is missing or refuses.
+    Raises UsageError if another job runs or will run it, or sbatch is missing or refuses.
     """
     files = RunDirectory(submission.run_directory)
     waits = any(re.match(r"--dependency\b|-d", option) for option in submission.options)
@@ -156,8 +151,7 @@ def study_jobs(plan: Plan, numbers: str, submission: Submission) -> tuple[Job, .
 def submit_study(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
     """Submit the jobs of a study, each dependent on the previous one, and return their ids by name.
 
-    Raises:
-        UsageError: sbatch is missing or refuses.
+    Raises UsageError if sbatch is missing or refuses.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     ids: dict[str, str] = {}
@@ -190,8 +184,7 @@ def _script(submission: Submission, requests: Sequence[str], *body: str) -> str:
 def describe_batch(config: Config, ranks: int | None) -> tuple[str, ...]:
     """Return lines that describe how the global batch is split into micro-batches and distributed over ranks.
 
-    Raises:
-        UsageError: it cannot be distributed over so many ranks.
+    Raises UsageError if it cannot be distributed over so many ranks.
     """
     micro_size = config.batch.micro_size
     if micro_size == "auto":

@@ -41,8 +41,7 @@ class Launcher:
     def program(self) -> list[str]:
         """Return the command that takes the arguments of `dist-train`.
 
-        Raises:
-            UsageError: several ranks are requested, but the launch scripts are missing.
+        Raises UsageError if several ranks are requested, but the launch scripts are missing.
         """
         if self.ranks == 1:
             return [sys.executable, "-m", "dist_train"]
