@@ -22,6 +22,7 @@ class CodedError(Exception):
     """An error whose text a person reads, and whose `code` (kebab-case, listed in docs/errors.md) a program does."""
 
     code = "error"
+    exit_code = ExitCode.FAULT
 
     def __init__(self, text: str, *, code: str | None = None) -> None:
         """Say `text`; without a `code`, the error has its class's."""
@@ -34,6 +35,7 @@ class UsageError(CodedError, ValueError):
     """Something that the user can mend; its text says how. Exit code 2."""
 
     code = "usage"
+    exit_code = ExitCode.USAGE
 
 
 class FaultError(CodedError, RuntimeError):
@@ -46,18 +48,21 @@ class DivergedError(CodedError, RuntimeError):
     """A loss, a gradient or the last evaluation is not finite, or out of range. Exit code 3."""
 
     code = "diverged"
+    exit_code = ExitCode.DIVERGED
 
 
 class DisagreementError(CodedError, RuntimeError):
     """Ranks hold different weights or noise; its text names them. Exit code 4."""
 
     code = "disagreement"
+    exit_code = ExitCode.DISAGREEMENT
 
 
 class StoppedError(CodedError):
     """The run saved and stopped because it was asked to. Exit code 75."""
 
     code = "stopped"
+    exit_code = ExitCode.STOPPED
 
 
 _GENERAL = frozenset(kind.code for kind in (UsageError, FaultError, DivergedError, DisagreementError, StoppedError))
@@ -70,19 +75,12 @@ def text_with_code(error: CodedError) -> str:
 
 def exit_code_of(error: BaseException) -> ExitCode:
     """Return the exit code that `error` leads to."""
-    codes = (
-        (UsageError, ExitCode.USAGE),
-        (DivergedError, ExitCode.DIVERGED),
-        (DisagreementError, ExitCode.DISAGREEMENT),
-        (StoppedError, ExitCode.STOPPED),
-    )
-    return next((code for kind, code in codes if isinstance(error, kind)), ExitCode.FAULT)
+    return error.exit_code if isinstance(error, CodedError) else ExitCode.FAULT
 
 
 def escaped(text: str) -> str:
     r"""Return `text`, of a file or a name, as one line that does nothing to a terminal: ESC becomes \x1b, NUL \x00."""
-    shown = (each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-    return "".join(shown)
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def printable(message: str) -> str:

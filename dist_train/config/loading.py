@@ -66,18 +66,12 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), plugins: Sequen
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Return the settings of the YAML file at `path`, merged over those of its bases, unchecked.
-
-    Raises ConfigError if a file cannot be read, or is no mapping.
-    """
+    """Return the unchecked settings of the YAML file at `path`, merged over those of its bases. Raises ConfigError."""
     return _read(path, ())
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Return the content of the YAML file at `path`, which must be a mapping.
-
-    Raises ConfigError if it cannot be read, or is no mapping.
-    """
+    """Return the content of the YAML file at `path`. Raises ConfigError if it cannot be read, or is no mapping."""
     try:
         text = located(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -115,10 +109,7 @@ def yaml_fault(error: yaml.YAMLError) -> str:
 
 
 def with_overrides(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return `settings` with `section.key=value` overrides; later ones take precedence.
-
-    Raises ConfigError if some are not of that form.
-    """
+    """Return `settings` with `section.key=value` overrides; later ones take precedence. Raises ConfigError."""
     changed = dict(settings)
     problems: list[Problem] = []
     for override in overrides:

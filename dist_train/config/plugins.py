@@ -17,7 +17,7 @@ import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -94,10 +94,7 @@ def is_plugin(name: str) -> bool:
 
 
 def load_plugin(name: str) -> Any:
-    """Return the function or class that `name` names.
-
-    Raises UsageError if there is none, or its module cannot be imported.
-    """
+    """Return the function or class that `name` names. Raises UsageError if there is none, or it cannot be imported."""
     place, _, attribute = name.rpartition(":")
     if not place:
         return load_plugin(_shipped("loggers")[name])
@@ -116,9 +113,8 @@ def call_plugin(name: str, options: Options, returns: type[Any], *arguments: Any
     Raises UsageError if there is no such plug-in, it rejects the options, raises, or returns another type.
     """
     target = load_plugin(name)
-    parameter = _parameter(target)
-    if parameter.exists:
-        keywords["options"] = _checked(parameter.model, options)
+    if (kind := _options_type(target)) is not None:
+        keywords["options"] = _checked(kind, options)
     with failing_clearly(name):
         result = target(*arguments, **keywords)
     if not isinstance(result, returns):
@@ -168,15 +164,15 @@ def plugin_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
         except UsageError as error:
             yield Problem(path, str(error), code=error.code, value=name)
             continue
-        parameter = _parameter(target)
-        if options and not parameter.exists:
-            yield Problem(options_path, f"{name} takes no options", code="plugin-options", value=options)
+        if (kind := _options_type(target)) is None:
+            if options:
+                yield Problem(options_path, f"{name} takes no options", code="plugin-options", value=options)
             continue
-        yield from _unknown_options(parameter.model, options_path, options)
+        yield from _unknown_options(kind, options_path, options)
         try:
-            _checked(parameter.model, options)
+            _checked(kind, options)
         except ValidationError as error:
-            for found in problems_of(error, parameter.model or BaseModel):
+            for found in problems_of(error, kind):
                 inner = "" if found.path == "(file)" else f".{found.path}"
                 yield replace(found, path=f"{options_path}{inner}")
 
@@ -188,15 +184,12 @@ def with_long_names(settings: Mapping[str, Any], files: Sequence[str], model: ty
 
     Raises UsageError if a file cannot be imported.
     """
-    changed = dict(settings)
+    changed = from_folder(settings, Path())
     registered = {mark: f"{file}:{name}" for file in files for mark, name in _registered(file)}
     for path, kind in _PLACES.items():
         for _, section, key in _sections(changed, path.split(".")):
             name = section.get(key)
-            if isinstance(name, str) and is_plugin(name):
-                place, _, attribute = name.rpartition(":")
-                section[key] = f"{_absolute(Path(), place)}:{attribute}"
-            elif isinstance(name, str) and name not in _choices(model, path):
+            if isinstance(name, str) and not is_plugin(name) and name not in _choices(model, path):
                 section[key] = registered.get((kind, name)) or _entry_point(kind, name) or name
     return changed
 
@@ -310,10 +303,7 @@ def _entry_point(kind: Kind, name: str) -> str | None:
 
 
 def _sections(settings: Any, names: Sequence[str], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield each mapping in `settings` that may have the setting at `names`, with its path and the setting's key.
-
-    The mappings are replaced by copies in place, so that they can be changed.
-    """
+    """Yield copies, put in place, of the mappings that may have the setting at `names`, with their path and its key."""
     first, *rest = names
     if not rest:
         if isinstance(settings, dict):
@@ -329,32 +319,23 @@ def _sections(settings: Any, names: Sequence[str], prefix: str = "") -> Iterator
         yield from _sections(settings[first], rest, f"{prefix}{first}.")
 
 
-def _unknown_options(model: type[BaseModel] | None, path: str, options: Options) -> Iterator[Problem]:
-    """Yield a problem for each option that `model` would silently ignore, as pydantic does by default."""
-    if model is None or model.model_config.get("extra", "ignore") != "ignore":
+def _unknown_options(kind: type[Any], path: str, options: Options) -> Iterator[Problem]:
+    """Yield a problem for each option that a pydantic model would silently ignore, as it does by default."""
+    if not issubclass(kind, BaseModel) or kind.model_config.get("extra", "ignore") != "ignore":
         return
-    known = ", ".join(model.model_fields)
-    for name in options.keys() - model.model_fields.keys():
+    known = ", ".join(kind.model_fields)
+    for name in options.keys() - kind.model_fields.keys():
         yield Problem(f"{path}.{name}", "unknown key", code="unknown-key", value=options[name], allowed=known)
 
 
-@dataclass(frozen=True)
-class _Parameter:
-    """The parameter `options` of a plug-in: whether it exists, and the pydantic model that is its type, if any."""
-
-    exists: bool
-    model: type[BaseModel] | None
-
-
-def _parameter(target: Any) -> _Parameter:
-    parameters = inspect.signature(target).parameters
-    if "options" not in parameters:
-        return _Parameter(False, None)
+def _options_type(target: Any) -> type[Any] | None:
+    """Return the pydantic model, or else dict, of a plug-in's parameter `options`; None if it has no such parameter."""
+    if "options" not in inspect.signature(target).parameters:
+        return None
     function = target.__init__ if inspect.isclass(target) else target
     hint = {**get_type_hints(function), **(get_type_hints(target) if inspect.isclass(target) else {})}.get("options")
-    return _Parameter(True, hint if inspect.isclass(hint) and issubclass(hint, BaseModel) else None)
+    return hint if inspect.isclass(hint) and issubclass(hint, BaseModel) else dict
 
 
-def _checked(model: type[BaseModel] | None, options: Options) -> Any:
-    """Return `options` as an instance of `model`; unchanged if there is no model."""
-    return options if model is None else model.model_validate(options)
+def _checked(kind: type[Any], options: Options) -> Any:
+    return kind.model_validate(options) if issubclass(kind, BaseModel) else options

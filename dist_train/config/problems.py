@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from dist_train.outcome import UsageError, printable
 
@@ -52,10 +53,7 @@ class ConfigError(UsageError):
 
 @dataclass(frozen=True)
 class _Location:
-    """Where a fault is: the parts of its path, its section, and its setting, if any.
-
-    `is_item`: it is in an item of the setting, which is a list or a mapping of sections.
-    """
+    """Where a fault is: path, section and setting, if any; `is_item`: in an item of a list or mapping."""
 
     names: tuple[int | str, ...]
     section: type[BaseModel] | None
@@ -72,23 +70,26 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
     problems: dict[str, Problem] = {}
     for fault in error.errors(include_url=False):
         location = _locate(fault["loc"], model)
-        kind, path = fault["type"], location.path
-        if path in problems:
-            continue
-        if kind == "extra_forbidden":
-            problems[path] = _unknown_key(location, model, fault["input"])
-        elif kind == "union_tag_invalid":
-            choices = str(fault["ctx"]["expected_tags"]).replace("'", "")
-            problems[path] = Problem(
-                f"{path}.kind", "not a kind", code="unknown-kind", value=fault["ctx"]["tag"], allowed=choices
-            )
-        elif kind == "json_invalid":
-            problems[path] = Problem(path, f"cannot be read: {fault['ctx']['error']}", code="unreadable")
-        else:
-            code, wrong = _FAULTS.get(kind, ("wrong-type", ""))
-            wrong = wrong or _plain(fault["msg"])
-            problems[path] = Problem(path, wrong, code=code, value=fault["input"], allowed=_allowed(location))
+        if location.path not in problems:
+            problems[location.path] = _problem(fault, location, model)
     return list(problems.values())
+
+
+def _problem(fault: ErrorDetails, location: _Location, model: type[BaseModel]) -> Problem:
+    path = location.path
+    match fault["type"]:
+        case "extra_forbidden":
+            return _unknown_key(location, model, fault["input"])
+        case "union_tag_invalid":
+            choices, tag = str(fault["ctx"]["expected_tags"]).replace("'", ""), fault["ctx"]["tag"]
+            return Problem(f"{path}.kind", "not a kind", code="unknown-kind", value=tag, allowed=choices)
+        case "json_invalid":
+            return Problem(path, f"cannot be read: {fault['ctx']['error']}", code="unreadable")
+        case kind:
+            code, wrong = _FAULTS.get(kind, ("wrong-type", ""))
+            message = fault["msg"].removeprefix("Input ")
+            wrong = wrong or message[:1].lower() + message[1:]
+            return Problem(path, wrong, code=code, value=fault["input"], allowed=_allowed(location))
 
 
 _FAULTS: Mapping[str, tuple[str, str]] = {
@@ -154,9 +155,7 @@ def _all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 def models_of(field: FieldInfo | None) -> tuple[type[BaseModel], ...]:
     """Return the models that a field, or each of its items, may be: one for a section, one per kind for a union."""
-    if field is None:
-        return ()
-    return _models_in(field.annotation)
+    return () if field is None else _models_in(field.annotation)
 
 
 def _models_in(annotation: Any) -> tuple[type[BaseModel], ...]:
@@ -235,12 +234,6 @@ def _in_words(schema: Mapping[str, Any]) -> str:
     return " ".join([words, " and ".join(limits)]).strip()
 
 
-def _plain(message: str) -> str:
-    message = message.removeprefix("Input ")
-    return message[:1].lower() + message[1:]
-
-
 def _shorten(value: object) -> str:
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    text = " ".join(text.split())
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else " ".join(str(value).split())
     return text if len(text) <= 60 else text[:57] + "..."

@@ -34,10 +34,7 @@ In YAML a section is a mapping: `noise: {amplitude: 0.03}`. `null` is no value. 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: its dotted path, what it takes, its default (as YAML), its meaning, an override that changes it.
-
-    `choices`: the values that it takes, if they are enumerated.
-    """
+    """A setting: path, what it takes, default (YAML), meaning, an override that changes it, its choices."""
 
     path: str
     takes: str
