@@ -115,10 +115,7 @@ class Trajectory:
 
 
 def run_checkpoints(last: Path) -> list[Stored]:
-    """Return the checkpoints of the run that wrote `last`, up to and including `last`, earliest first.
-
-    Raises UsageError if there are fewer than three.
-    """
+    """Return the run's checkpoints up to `last`, earliest first. Raises UsageError if there are fewer than three."""
     files = list_checkpoints(last.parent)
     ends = [file.step for file in files if file.path.name == last.name]
     paths = [file.path for file in files if ends and file.step <= ends[0]]

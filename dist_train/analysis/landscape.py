@@ -93,10 +93,7 @@ class _Plan:
 
 
 def make_landscape(request: Request, comm: Communicator, report: Report) -> Finished | None:
-    """Evaluate the points that are missing, and draw the figures; return None on all ranks but rank 0.
-
-    Raises UsageError if checkpoints, data or settings do not fit; the folder cannot be written.
-    """
+    """Evaluate the missing points, and draw the figures; None on all ranks but rank 0. Raises UsageError."""
     settings = request.settings
     stored = run_on_all_ranks(comm, lambda: [read_stored(target) for target in request.targets], "read the checkpoints")
 

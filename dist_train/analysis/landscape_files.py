@@ -172,10 +172,7 @@ class LandscapeFolder:
         self._finished_points = self.path / "partial"
 
     def begin(self) -> bool:
-        """Create the folder and its settings.json; return whether all points are finished.
-
-        Raises UsageError if it cannot be written, or holds another result.
-        """
+        """Create folder and settings.json; return whether all points are finished. Raises UsageError."""
         try:
             self._finished_points.mkdir(parents=True, exist_ok=True)
             if self.settings.exists():

@@ -120,10 +120,7 @@ class PointEvaluator:
         threads: int = 1,
         loss_sum: LossSum = cross_entropy_sum,
     ) -> None:
-        """Evaluate copies of `model` on `splits`.
-
-        Running statistics are recomputed from `statistics_batches`; if that is empty, the place's are used.
-        """
+        """Evaluate copies of `model` on `splits`; statistics are recomputed from `statistics_batches`, if any."""
         self._splits = [list(split) for split in splits]
         self._statistics_batches = list(statistics_batches)
         self._compute = compute
@@ -271,10 +268,7 @@ class Subject:
 
 
 def open_subject(stored: Stored, overrides: Sequence[str], measure: MeasureSettings, *, local_rank: int) -> Subject:
-    """Build the network of `stored` and load its data.
-
-    Raises UsageError if the settings do not fit, or data are missing.
-    """
+    """Build the network of `stored` and load its data. Raises UsageError if they do not fit."""
     config = stored_config(stored.contents, overrides)
     # One thread per operation, so that the bits do not depend on a rank's number of cores.
     changes = {"threads": 1} if measure.precision == "run" else {"threads": 1, "compute": "float32", "tf32": False}
@@ -303,10 +297,7 @@ def open_subject(stored: Stored, overrides: Sequence[str], measure: MeasureSetti
 
 
 def place_in(other: Stored, subject: Subject) -> Place:
-    """Return the place of `other` in the weight space of `subject`.
-
-    Raises UsageError if its network or its data differ.
-    """
+    """Return the place of `other` in the space of `subject`. Raises UsageError if its network or its data differ."""
     config = stored_config(other.contents, [])
     ours = {name: tensor.shape for name, tensor in subject.model.state_dict().items()}
     theirs = {name: tensor.shape for name, tensor in other.contents.model.items()}

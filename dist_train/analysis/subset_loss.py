@@ -215,10 +215,7 @@ def open_stored_subset(
 
 
 def choose_samples(labels: Tensor, classes: int, settings: SharpnessSettings) -> Tensor:
-    """Return the indices of the training samples, int64 [samples]: a seeded choice, balanced by class and shuffled.
-
-    Raises UsageError if there are fewer than `settings.samples`.
-    """
+    """Return the indices of a seeded, shuffled choice balanced by class, int64. Raises UsageError for too few."""
     if settings.samples > len(labels):
         raise UsageError(f"--samples {settings.samples}: there are {len(labels)} training images", code="option-range")
     chosen = balanced_choice(labels, settings.samples, classes, settings.seed)

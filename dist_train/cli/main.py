@@ -68,10 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """Return the arguments of the command line `words`; `run` is the command's function.
-
-    Raises SystemExit: with 2, after a message, if they are wrong; with 0 after --help.
-    """
+    """Return the arguments of the command line `words`; `run` is the command's function. Exits if they are wrong."""
     parser = build_parser()
     parsed, rest = _parse(parser, words)
     _take_late_overrides(parser, parsed, rest)

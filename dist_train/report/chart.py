@@ -95,10 +95,7 @@ def ticks(axis: Axis, most: int = 6) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A series in SVG coordinates: the paths of its line and band, and its marks with their tooltips.
-
-    `points` is the JSON that script.js reads: position, text and x value of each point.
-    """
+    """A series in SVG coordinates: paths of line and band, marks with tooltips, `points` as JSON for script.js."""
 
     series: Series
     line: str

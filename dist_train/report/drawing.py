@@ -78,10 +78,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def save_figures(figures: Sequence[NumberedFigure], folder: Path, form: str) -> tuple[Path, ...]:
-    """Write `figures` into `folder` as `form`, svg, pdf or png, and return the files.
-
-    Raises UsageError if there is no figure, or the folder cannot be written.
-    """
+    """Write `figures` into `folder` as `form` (svg, pdf, png); return the files. Raises UsageError if there is none."""
     if not figures:
         raise UsageError("there is nothing to draw yet: no run has done a step", code="no-measurement")
     try:
@@ -239,10 +236,7 @@ _HEIGHTS = (3.0, 3.0, 1.4)
 
 
 def draw_learning_curve(run_directories: Sequence[Path], output: Path) -> None:
-    """Draw the runs' learning curves into `output`, a PNG, SVG or PDF file by suffix.
-
-    Raises UsageError for another suffix, a missing folder, or a run without measurements.
-    """
+    """Draw the runs' learning curves into `output`, a PNG, SVG or PDF file by suffix. Raises UsageError."""
     if output.suffix.lower() not in _FORMATS:
         raise UsageError(f"cannot draw {output}: the name must end in .png, .svg or .pdf", code="output-form")
     if not output.parent.is_dir():
@@ -352,10 +346,7 @@ def range_test(rates: Sequence[float], losses: Sequence[float]) -> RangeTest:
 
 
 def read_range_test(directory: RunDirectory) -> RangeTest:
-    """Return the range test of the run in `directory`, up to the first loss that is not finite.
-
-    Raises UsageError if there are fewer than two such updates.
-    """
+    """Return the run's range test, up to the first loss that is not finite. Raises UsageError if it has too few."""
     found = [record for record in read_records(directory.metrics) if isinstance(record, TrainRecord)]
     end = next((at for at, record in enumerate(found) if not math.isfinite(record.loss)), len(found))
     if end < 2:

@@ -21,7 +21,7 @@ from dist_train.report.measures import (
 from dist_train.report.sharpness_charts import Scatter, sharpness_courses
 from dist_train.report.stored_run import Landscape, StoredRun
 from dist_train.report.tables import limits, variant_cell
-from dist_train.report.variants import Panel, Variant
+from dist_train.report.variants import Panel, Variant, counted_runs
 from dist_train.rundir.records import EvaluationRecord, TrainRecord
 from dist_train.watch.figure import (
     ACCURACY,
@@ -72,7 +72,7 @@ class _Drawn:
 
 def landscape_figure(panels: Sequence[Panel]) -> LandscapeFigure:
     """Return the charts around solutions: base line and one noise variant of each panel, then the other variants."""
-    runs = [run for panel in panels for variant in panel.variants for run in variant.counted]
+    runs = counted_runs(panels)
     chosen = directions_of(runs)
     drawn = [
         _Drawn(variant, panel, f"{panel.short}, {variant.label}", found)

@@ -1,7 +1,4 @@
-"""The measures of a run, one number each, and their means and intervals.
-
-To add a column to the tables, add a Measure here.
-"""
+"""The measures of a run, one number each, and their means and intervals. A Measure here is a column of the tables."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from dist_train.report.measures import measures_of, sharpness_of
 from dist_train.report.sharpness_charts import sharpness_scatters
 from dist_train.report.stored_run import StoredRun, Subject, read_subject
 from dist_train.report.tables import contrast_tables, effect_tables, evaluates_along_training, run_cells, variant_tables
-from dist_train.report.variants import Panel, panels_of, shown
+from dist_train.report.variants import Panel, counted_runs, panels_of, shown
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import RunDirectory, StudyDirectory
 
@@ -144,7 +144,7 @@ def _study_content(subject: Subject) -> dict[str, Any]:
     panels = panels_of(subject.runs)
     tables, landscape, scatters = variant_tables(panels), landscape_figure(panels), sharpness_scatters(panels)
     variants = [variant for panel in panels for variant in panel.variants]
-    counted = [run for variant in variants for run in variant.counted]
+    counted = counted_runs(panels)
     measures = measures_of([run for variant in variants for run in variant.runs])
     return {
         "panels": panels,

@@ -23,7 +23,7 @@ from dist_train.report.measures import (
 )
 from dist_train.report.stored_run import StoredRun
 from dist_train.report.tables import limits, lost_note
-from dist_train.report.variants import Lost, Panel, Variant, duplicates_of
+from dist_train.report.variants import Lost, Panel, Variant, counted_runs, duplicates_of
 from dist_train.rundir.records import EvaluationRecord, TrainRecord
 from dist_train.watch.figure import (
     Axis,
@@ -86,10 +86,7 @@ def rank_correlation(
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rank correlation with `other` among `among`; `found` is None if there are too few values.
-
-    `note` says how many. A censored value has the rank of its bound.
-    """
+    """Spearman's rank correlation with `other` among `among`, None if undefined; `note` says how many values it has."""
 
     other: str
     among: str
@@ -108,10 +105,7 @@ class Correlation:
 
 @dataclass(frozen=True)
 class Scatter:
-    """One measure of sharpness against test accuracy, and its rank correlations.
-
-    They are with test accuracy, training loss, generalization gap, and the gap given the training loss.
-    """
+    """One measure of sharpness against test accuracy, and its rank correlations with what `_CORRELATED` lists."""
 
     chart: Chart
     correlations: tuple[Correlation, ...]
@@ -131,7 +125,7 @@ class _Related:
 
 def sharpness_scatters(panels: Sequence[Panel]) -> tuple[Scatter, ...]:
     """Return a scatter for each sharpness measure that two or more finished runs have, without duplicate runs."""
-    runs = [run for panel in panels for variant in panel.variants for run in variant.counted if run.is_finished]
+    runs = [run for run in counted_runs(panels) if run.is_finished]
     # Two studies in one folder may hold the same run.
     distinct = {run.name for run in runs} - duplicates_of(runs).keys()
     lost = {panel.short: _lost(panel.variants) for panel in panels}
@@ -176,10 +170,7 @@ def _lost(variants: Sequence[Variant]) -> Lost:
 def _correlations(
     measure: Measure, others: Sequence[Measure], related: Sequence[_Related], lost: Mapping[str, Lost]
 ) -> Iterator[Correlation]:
-    """Yield the correlation over all runs, within each batch size if there are several, and over the variants' means.
-
-    `lost` counts the missing runs, by the same names as `Correlation.among`.
-    """
+    """Yield them over all runs, within batch sizes, and over variants' means; `lost`: missing runs by `among`."""
     other = ", given ".join(each.title for each in others)
     shorts = dict.fromkeys(item.panel.short for item in related)
     for among in ("all runs", *(shorts if len(shorts) > 1 else ())):
@@ -268,7 +259,7 @@ def epoch_at(run: StoredRun, step: int) -> float | None:
 
 
 def _settings(panels: Sequence[Panel]) -> str | None:
-    runs = [run for panel in panels for variant in panel.variants for run in variant.counted]
+    runs = counted_runs(panels)
     return commonest_settings([item for run in runs for item in run.analyses.sharpness if EIGENVALUE in item.measures])
 
 

@@ -251,10 +251,7 @@ _BATCH = "batch.global_size"
 
 @dataclass(frozen=True)
 class Planned:
-    """A study's plan for one of its runs; `title` is the variant's.
-
-    `batch` is None if neither the run nor the study's base configuration sets it.
-    """
+    """A study's plan for a run; `title` is the variant's, `batch` None if neither run nor base sets it."""
 
     name: str
     variant: str

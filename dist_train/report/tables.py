@@ -1,7 +1,4 @@
-"""The tables of the page: variants, differences from the base line, contrasts, runs.
-
-A contrast compares variants with a reference, paired by seed, with intervals corrected for multiple comparisons.
-"""
+"""The tables of the page: variants, differences from the base line, contrasts (paired by seed), runs."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Generic, TypeVar
 
 from dist_train.report.measures import JUDGED_ACCURACY, JUDGED_LOSS, Interval, Measure, measures_of, sharpness_measures
 from dist_train.report.stored_run import NamedContrast, StoredRun
-from dist_train.report.variants import Lost, Panel, Variant
+from dist_train.report.variants import Lost, Panel, Variant, counted_runs
 from dist_train.watch.figure import three_digits
 
 _EFFECTS = ("final_test", "final_train", "gap", "test_loss", "train_loss")
@@ -72,7 +69,7 @@ class Row(Generic[_Content]):
 
 @dataclass(frozen=True)
 class Table(Generic[_Content]):
-    """Variants by panel; the columns are `measures`."""
+    """Variants by panel, or compared with one reference; the columns are `measures`."""
 
     title: str
     measures: tuple[Measure, ...]
@@ -81,14 +78,15 @@ class Table(Generic[_Content]):
 
 def variant_tables(panels: Sequence[Panel]) -> tuple[Table[Cell], ...]:
     """Return a table for each group of measures."""
-    tables = []
-    for title, chosen in _grouped(measures_of(_counted(panels))):
-        groups = []
-        for panel in panels:
-            numbers = [(each, tuple(variant_cell(each, measure) for measure in chosen)) for each in panel.variants]
-            groups.append((panel, tuple(Row(each, each.label, each.is_provisional, cells) for each, cells in numbers)))
-        tables.append(Table(title, chosen, tuple(groups)))
-    return tuple(tables)
+
+    def row(variant: Variant, measures: Sequence[Measure]) -> Row[Cell]:
+        cells = tuple(variant_cell(variant, measure) for measure in measures)
+        return Row(variant, variant.label, variant.is_provisional, cells)
+
+    return tuple(
+        Table(title, chosen, tuple((panel, tuple(row(each, chosen) for each in panel.variants)) for panel in panels))
+        for title, chosen in _grouped(measures_of(counted_runs(panels)))
+    )
 
 
 def variant_cell(variant: Variant, measure: Measure) -> Cell:
@@ -124,15 +122,14 @@ def lost_note(lost: Lost) -> str:
 
 def run_cells(run: StoredRun, measures: Sequence[Measure]) -> tuple[Cell, ...]:
     """Return the values of `measures` for `run`."""
-    cells = []
-    for measure in measures:
-        value = measure.take(run)
-        if value is None:
-            cells.append(Cell())
-        else:
-            bound = measure.is_bound(run)
-            cells.append(Cell(value, measure.write(value * measure.factor), is_bound=bound, note=measure.note(run)))
-    return tuple(cells)
+
+    def cell(measure: Measure) -> Cell:
+        if (value := measure.take(run)) is None:
+            return Cell()
+        bound, note = measure.is_bound(run), measure.note(run)
+        return Cell(value, measure.write(value * measure.factor), is_bound=bound, note=note)
+
+    return tuple(map(cell, measures))
 
 
 def effect_tables(panels: Sequence[Panel]) -> tuple[Table[Effect | None], ...]:
@@ -141,25 +138,29 @@ def effect_tables(panels: Sequence[Panel]) -> tuple[Table[Effect | None], ...]:
     Variants are compared with the base line of their batch size, and base lines with that of the smallest batch.
     Measures of which no two seeds can be compared are left out.
     """
-    runs = _counted(panels)
+    runs = counted_runs(panels)
     basic = [measure for measure in measures_of(runs) if measure.key in _EFFECTS]
     tables = (_effect_table(title, panels, group) for title, group in _grouped([*basic, *sharpness_measures(runs)]))
     return tuple(table for table in tables if table.measures)
 
 
 def _effect_table(title: str, panels: Sequence[Panel], measures: Sequence[Measure]) -> Table[Effect | None]:
-    every = [(panel, list(_effect_rows(panel, panels[0], measures))) for panel in panels]
-    kept = [at for at in range(len(measures)) if any(row.cells[at] for _, rows in every for row in rows)]
-    groups = []
-    for panel, rows in every:
-        chosen = tuple(
-            Row(row.variant, row.label, row.is_provisional, tuple(row.cells[at] for at in kept))
-            for row in rows
-            if any(row.cells)
-        )
-        if chosen:
-            groups.append((panel, chosen))
-    return Table(title, tuple(measures[at] for at in kept), tuple(groups))
+    groups = ((panel, [row for row in _effect_rows(panel, panels[0], measures) if any(row.cells)]) for panel in panels)
+    return _without_empty_columns(title, measures, [(panel, rows) for panel, rows in groups if rows])
+
+
+def _without_empty_columns(
+    title: str, measures: Sequence[Measure], groups: Sequence[tuple[Panel, Sequence[Row[Effect | None]]]]
+) -> Table[Effect | None]:
+    kept = [at for at in range(len(measures)) if any(row.cells[at] for _, rows in groups for row in rows)]
+    return Table(
+        title,
+        tuple(measures[at] for at in kept),
+        tuple(
+            (panel, tuple(replace(row, cells=tuple(row.cells[at] for at in kept)) for row in rows))
+            for panel, rows in groups
+        ),
+    )
 
 
 def _effect_rows(panel: Panel, first: Panel, measures: Sequence[Measure]) -> Iterator[Row[Effect | None]]:
@@ -197,10 +198,6 @@ def signed(measure: Measure, value: float) -> str:
     return sign + measure.write(abs(value) * measure.factor)
 
 
-def _counted(panels: Sequence[Panel]) -> list[StoredRun]:
-    return [run for panel in panels for variant in panel.variants for run in variant.counted]
-
-
 def _grouped(measures: Sequence[Measure]) -> Iterator[tuple[str, tuple[Measure, ...]]]:
     for title in dict.fromkeys(measure.group for measure in measures):
         yield title, tuple(measure for measure in measures if measure.group == title)
@@ -217,17 +214,7 @@ _EQUAL_LOSS = replace(
 )
 
 
-@dataclass(frozen=True)
-class ContrastTable:
-    """Variants compared with one reference; the intervals are corrected for the number of `rows`."""
-
-    title: str
-    measures: tuple[Measure, ...]
-    rows: tuple[tuple[str, Row[Effect | None]], ...]
-    """Each with its panel's short name."""
-
-
-def contrast_tables(panels: Sequence[Panel], named: Sequence[NamedContrast]) -> tuple[ContrastTable, ...]:
+def contrast_tables(panels: Sequence[Panel], named: Sequence[NamedContrast]) -> tuple[Table[Effect | None], ...]:
     """Return the study's named contrasts, then all variants against the base lines of the smallest and largest batch.
 
     Variants without two seeds in common with the reference, and measures that no two seeds have, are left out.
@@ -238,11 +225,11 @@ def contrast_tables(panels: Sequence[Panel], named: Sequence[NamedContrast]) -> 
         if (reference := placed.get(contrast.against)) is not None:
             chosen = [placed[name] for name in contrast.variants if name in placed]
             title = contrast.title or f"{', '.join(contrast.variants)} against {contrast.against}"
-            tables.append(_table(f"{title}: difference from {_full_label(*reference)}", reference[1], chosen))
+            tables.append(_contrast_table(title, *reference, chosen))
     for panel in {panel.title: panel for panel in (*panels[:1], *panels[-1:])}.values():
         if panel.base is not None:
             others = [each for each in placed.values() if each[1] is not panel.base]
-            tables.append(_table(f"All variants: difference from {_full_label(panel, panel.base)}", panel.base, others))
+            tables.append(_contrast_table("All variants", panel, panel.base, others))
     return tuple(table for table in tables if table.measures)
 
 
@@ -252,10 +239,7 @@ def evaluates_along_training(panels: Sequence[Panel]) -> bool:
 
 
 def accuracy_at(run: StoredRun, level: float) -> float | None:
-    """Return the test accuracy where the training loss first fell to `level`; None if no two evaluations enclose it.
-
-    Interpolated linearly in the logarithm of the training loss.
-    """
+    """Return the test accuracy where the training loss first fell to `level`; None if no two evaluations enclose it."""
     before: tuple[float, float] | None = None
     for loss, accuracy in _losses_and_accuracies(run):
         if loss <= level:
@@ -279,32 +263,23 @@ def _seeds(variant: Variant) -> set[int]:
     return {run.seed for run in variant.distinct if run.seed is not None}
 
 
-def _full_label(panel: Panel, variant: Variant) -> str:
-    return f"{panel.short}, {variant.label}"
-
-
-def _table(title: str, reference: Variant, chosen: Sequence[tuple[Panel, Variant]]) -> ContrastTable:
+def _contrast_table(
+    title: str, panel: Panel, reference: Variant, chosen: Sequence[tuple[Panel, Variant]]
+) -> Table[Effect | None]:
+    """Return the contrasts of `chosen` with `reference`, of `panel`; intervals are corrected for their number."""
     measures = (JUDGED_ACCURACY, JUDGED_LOSS, _EQUAL_LOSS)
     # Chosen by the planned seeds, so that the correction does not grow as runs finish.
-    chosen = [(panel, variant) for panel, variant in chosen if len(_seeds(variant) & _seeds(reference)) > 1]
-    every = []
-    for panel, variant in chosen:
-        cells = [_effect(variant, reference, measure, len(chosen)) for measure in measures[:-1]]
-        every.append((panel, variant, [*cells, _at_equal_loss(variant, reference, len(chosen))]))
-    kept = [at for at in range(len(measures)) if any(cells[at] for *_, cells in every)]
-    rows = tuple(
-        (
-            panel.short,
-            Row(
-                variant,
-                variant.label,
-                variant.is_provisional or reference.is_provisional,
-                tuple(cells[at] for at in kept),
-            ),
+    chosen = [(place, variant) for place, variant in chosen if len(_seeds(variant) & _seeds(reference)) > 1]
+    rows: list[Row[Effect | None]] = []
+    for place, variant in chosen:
+        cells = (
+            *(_effect(variant, reference, measure, len(chosen)) for measure in measures[:-1]),
+            _at_equal_loss(variant, reference, len(chosen)),
         )
-        for panel, variant, cells in every
-    )
-    return ContrastTable(title, tuple(measures[at] for at in kept), rows)
+        is_provisional = variant.is_provisional or reference.is_provisional
+        rows.append(Row(variant, f"{place.short}, {variant.label}", is_provisional, cells))
+    title = f"{title}: difference from {panel.short}, {reference.label}"
+    return _without_empty_columns(title, measures, [(panel, rows)])
 
 
 def _at_equal_loss(variant: Variant, base: Variant, comparisons: int) -> Effect | None:

@@ -147,6 +147,11 @@ class Panel:
         return next((variant for variant in self.variants if variant.is_base), None)
 
 
+def counted_runs(panels: Sequence[Panel]) -> list[StoredRun]:
+    """Return the counted runs of all variants of `panels`."""
+    return [run for panel in panels for variant in panel.variants for run in variant.counted]
+
+
 def panels_of(runs: Sequence[StoredRun]) -> tuple[Panel, ...]:
     """Return the runs in panels by global batch size, ascending; two panels are called SB and LB.
 
@@ -171,21 +176,14 @@ def panels_of(runs: Sequence[StoredRun]) -> tuple[Panel, ...]:
         for name, label in _labels(members, base, shorts[batch]).items():
             settings = _settings(members[name])
             reference = first if name == base else _settings(members[base]) if base is not None and settings else None
-            variants.append(
-                Variant(
-                    name,
-                    label,
-                    tuple(members[name]),
-                    () if reference is None else changes_between(reference, settings),
-                    0 if name == base else colours.setdefault(label, len(colours) + 1),
-                    name == base,
-                    duplicates_of(members[name]),
-                )
-            )
-        short = shorts[batch]
-        panels.append(
-            Panel(f"{short}, batch {batch:,}" if short in ("SB", "LB") else short, short, batch, tuple(variants))
-        )
+            changes = () if reference is None else changes_between(reference, settings)
+            colour = 0 if name == base else colours.setdefault(label, len(colours) + 1)
+            runs, repeated = tuple(members[name]), duplicates_of(members[name])
+            variants.append(Variant(name, label, runs, changes, colour, name == base, repeated))
+        title = short = shorts[batch]
+        if short in ("SB", "LB"):
+            title = f"{short}, batch {batch:,}"
+        panels.append(Panel(title, short, batch, tuple(variants)))
     return tuple(panels)
 
 

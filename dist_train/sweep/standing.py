@@ -48,9 +48,7 @@ _LARGEST_PROBE = 1 << 20
 
 @dataclass(frozen=True)
 class Requeues:
-    """Requeues in a row without a new checkpoint, the newest checkpoint's step at the last requeue, and the restarts
-    within the job since then.
-    """
+    """Requeues in a row without a new checkpoint, the last one's step, and the restarts in the job since."""
 
     without_progress: int = 0
     step: int = 0
@@ -59,9 +57,7 @@ class Requeues:
 
 @dataclass(frozen=True)
 class EndedLaunch:
-    """What a batch script knows about the ended launch: its id, the launcher's exit code, and the last output lines of
-    launcher and ranks.
-    """
+    """What a batch script knows of the ended launch: its id, exit code, and the last lines of launcher and ranks."""
 
     id: str | None = None
     code: int | None = None

@@ -159,10 +159,7 @@ class Study(_Part):
 
 
 def load_study(path: Path) -> Study:
-    """Return the study in the YAML file at `path`, without validating its runs' configurations.
-
-    Raises ConfigError if it cannot be read or is invalid; every problem is listed.
-    """
+    """Return the study in the YAML file at `path`, its runs' configurations unchecked. Raises ConfigError."""
     written = read_mapping(path)
     try:
         study = Study.model_validate_json(json.dumps(written), strict=True)

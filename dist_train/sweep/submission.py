@@ -149,10 +149,7 @@ def study_jobs(plan: Plan, numbers: str, submission: Submission) -> tuple[Job, .
 
 
 def submit_study(jobs: Sequence[Job], folder: Path) -> dict[str, str]:
-    """Submit the jobs of a study, each dependent on the previous one, and return their ids by name.
-
-    Raises UsageError if sbatch is missing or refuses.
-    """
+    """Submit a study's jobs, each dependent on the previous one; return their ids by name. Raises UsageError."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     ids: dict[str, str] = {}
     for job in jobs:
@@ -182,10 +179,7 @@ def _script(submission: Submission, requests: Sequence[str], *body: str) -> str:
 
 
 def describe_batch(config: Config, ranks: int | None) -> tuple[str, ...]:
-    """Return lines that describe how the global batch is split into micro-batches and distributed over ranks.
-
-    Raises UsageError if it cannot be distributed over so many ranks.
-    """
+    """Return lines on how the global batch is distributed over ranks. Raises UsageError if it cannot be."""
     micro_size = config.batch.micro_size
     if micro_size == "auto":
         who = "ranks" if ranks is None else f"{ranks:,} ranks"

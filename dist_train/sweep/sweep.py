@@ -39,10 +39,7 @@ class Launcher:
         return [*guard, *self.program(), *train_arguments(plan, run)]
 
     def program(self) -> list[str]:
-        """Return the command that takes the arguments of `dist-train`.
-
-        Raises UsageError if several ranks are requested, but the launch scripts are missing.
-        """
+        """Return the command that takes the arguments of `dist-train`. Raises UsageError without launch scripts."""
         if self.ranks == 1:
             return [sys.executable, "-m", "dist_train"]
         return [str(project_root() / "launch" / "local.sh"), "-np", str(self.ranks)]

@@ -1,8 +1,4 @@
-"""Charts as data, independent of how they are drawn, and the learning curves of a run.
-
-They are drawn in the terminal (`watch/view.py`), on the report's page (`report/chart.py`) and in figure files
-(`report/drawing.py`).
-"""
+"""Charts as data, and a run's learning curves; drawn by `watch/view.py`, `report/chart.py` and `report/drawing.py`."""
 
 from __future__ import annotations
 

@@ -264,10 +264,7 @@ class Settings:
 
 
 def read_settings(path: Path) -> Mapping[str, object]:
-    """Return the settings in `path`, of any version, keyed by dotted path; empty if there is no such file.
-
-    Raises BrokenFileError if they cannot be read.
-    """
+    """Return a run's settings, of any version, by dotted path; empty without a file. Raises BrokenFileError."""
     try:
         sections = parse_yaml(read_regular(path))
     except FileNotFoundError:
@@ -334,10 +331,7 @@ def process_runs(pid: int, seen: float) -> bool:
 
 
 def targets_directories(directory: Path) -> tuple[Path, ...]:
-    """Return the distinct `metrics.targets_directory` of the runs at or below `directory`.
-
-    Raises UsageError if `directory` is not a folder.
-    """
+    """Return the distinct `metrics.targets_directory` of the runs at or below `directory`. Raises UsageError."""
     folders: dict[Path, None] = {}
     for run in _runs_below(directory):
         with suppress(BrokenFileError):  # the table of runs reports it
