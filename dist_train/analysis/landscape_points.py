@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -138,14 +139,13 @@ class PointEvaluator:
             return [Measured(math.nan, math.nan)] * len(self._splits)
         batches = [batch for split in self._splits for batch in split]
         sums = torch.stack(self._map_batches(batches, self._measure)).tolist()
-        measured, start = [], 0
+        measured = []
         for split in self._splits:
-            stop = start + len(split)
             samples = sum(len(labels) for _, labels in split)
             # Summed in the order of the batches, so the threads' order does not show in the bits.
-            losses, correct = zip(*sums[start:stop], strict=True)
+            losses, correct = zip(*sums[: len(split)], strict=True)
             measured.append(Measured(sum(losses) / samples, sum(correct) / samples))
-            start = stop
+            del sums[: len(split)]
         return measured
 
     def close(self) -> None:
@@ -263,7 +263,7 @@ class Subject:
             "channels_last": self.channels_last,
             "batch_size": self.batch_size,
             "device": self.compute.device.type,
-            "data_digest": _digest([*self.train, *self.test, *self.statistics]),
+            "data_digest": digest([*self.train, *self.test, *self.statistics], hashlib.blake2b(digest_size=8)),
         }
 
 
@@ -279,8 +279,7 @@ def open_subject(stored: Stored, overrides: Sequence[str], measure: MeasureSetti
     layout = torch.channels_last if channels_last else torch.contiguous_format
     batch_size = measure.batch_size or _BATCH_SIZES[compute.device.type]
     model = stored_model(stored.contents, config)
-    splits = open_splits(config.data, config.run.seed, compute.device, layout)
-    try:
+    with closing(open_splits(config.data, config.run.seed, compute.device, layout)) as splits:
         train, test = (
             _batches(samples, _subset(samples, wanted, measure.subset_seed), batch_size)
             for samples, wanted in ((splits.train, measure.samples), (splits.test, measure.test_samples))
@@ -291,8 +290,6 @@ def open_subject(stored: Stored, overrides: Sequence[str], measure: MeasureSetti
             assert micro_size != "auto", "a run resolves it before it saves"
             chosen = statistics_samples(len(splits.train), wanted, micro_size, config.run.seed)
             statistics = _batches(splits.train, chosen, micro_size)
-    finally:
-        splits.close()
     return Subject(config, model, place_of(model), compute, channels_last, batch_size, train, test, statistics)
 
 
@@ -344,8 +341,8 @@ def _batches(samples: SampleSource, indices: torch.Tensor, batch_size: int) -> l
     return [samples.read(request) for request in requests]
 
 
-def _digest(batches: Iterable[Batch]) -> str:
-    hashed = hashlib.blake2b(digest_size=8)
+def digest(batches: Iterable[Batch], hashed: hashlib._Hash) -> str:
+    """Return the digest by `hashed` of inputs and labels as the network reads them, in hexadecimal digits."""
     for inputs, labels in batches:
         hashed.update(inputs.cpu().contiguous().numpy().tobytes())
         hashed.update(labels.cpu().numpy().tobytes())

@@ -118,29 +118,27 @@ def _new_record(
 def _take(measure: Measure, loss: SubsetLoss, record: SharpnessRecord, report: Report) -> SharpnessRecord:
     """Return `record` with `measure` added."""
     begun, settings = time.monotonic(), record.settings
-    found: dict[str, object]
+    found: object
     match measure:
         case "keskar":
-            found = {"keskar": KeskarResult(full=full_space(loss, settings), subspace=subspace(loss, settings))}
+            found = KeskarResult(full=full_space(loss, settings), subspace=subspace(loss, settings))
         case "rise":
             rises = zip(settings.amplitudes, *expected_rises(loss, settings), strict=True)
-            found = {
-                "expected_rise": tuple(
-                    RiseResult(amplitude=amplitude, mean=mean, standard_error=error, draws=settings.draws)
-                    for amplitude, mean, error in rises
-                )
-            }
+            found = tuple(
+                RiseResult(amplitude=amplitude, mean=mean, standard_error=error, draws=settings.draws)
+                for amplitude, mean, error in rises
+            )
         case "hessian":
             values, vectors = largest_eigenvalues(loss, settings)
             trace, error = trace_with_error(loss, values, vectors, settings)
-            found = {"hessian": HessianResult(eigenvalues=values.tolist(), trace=trace, trace_standard_error=error)}
+            found = HessianResult(eigenvalues=values.tolist(), trace=trace, trace_standard_error=error)
         case "width":
-            found = {"widths": basin_widths(loss, settings)}
+            found = basin_widths(loss, settings)
         case "noise-scale":
-            found = {"noise_scale": noise_scale(*loss.batch_gradients())}
+            found = noise_scale(*loss.batch_gradients())
     seconds = round(time.monotonic() - begun, 1)
     report(f"{measure}: {seconds:g} s")
-    return record.model_copy(update={**found, "seconds": {**record.seconds, measure: seconds}})
+    return record.model_copy(update={MEASURES[measure]: found, "seconds": {**record.seconds, measure: seconds}})
 
 
 def expected_rises(loss: SubsetLoss, settings: SharpnessSettings) -> tuple[Vector, Vector]:

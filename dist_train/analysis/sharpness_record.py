@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,7 +27,14 @@ FORMAT = 1
 AtLeastTwo = Annotated[int, Field(ge=2)]
 Measure = Literal["keskar", "rise", "hessian", "width", "noise-scale"]
 USUAL: tuple[Measure, ...] = ("keskar", "rise", "hessian")
-MEASURES: tuple[Measure, ...] = (*USUAL, "width", "noise-scale")
+MEASURES: Mapping[Measure, str] = {
+    "keskar": "keskar",
+    "rise": "expected_rise",
+    "hessian": "hessian",
+    "width": "widths",
+    "noise-scale": "noise_scale",
+}
+"""The measures, and the fields of a record that hold them."""
 
 
 class _Part(BaseModel):
@@ -149,14 +157,7 @@ class SharpnessRecord(_Part):
 
     def has(self, measure: Measure) -> bool:
         """Whether `measure` has been taken."""
-        taken = {
-            "keskar": self.keskar,
-            "rise": self.expected_rise,
-            "hessian": self.hessian,
-            "width": self.widths,
-            "noise-scale": self.noise_scale,
-        }
-        return taken[measure] is not None
+        return getattr(self, MEASURES[measure]) is not None
 
 
 def settings_from(values: dict[str, object]) -> SharpnessSettings:

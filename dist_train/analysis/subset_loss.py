@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dist_train.analysis.landscape_points import Batch, digest
 from dist_train.analysis.sharpness_record import MeasuredCheckpoint, MeasuredData, SharpnessSettings
 from dist_train.checkpoint.files import Stored
 from dist_train.cluster.communicator import Alone
@@ -33,9 +34,6 @@ Result = TypeVar("Result")
 
 Vector = NDArray[np.float64]
 """All trainable weights concatenated, or a direction in their space: [count], without padding."""
-
-Batch = tuple[Tensor, Tensor]
-"""Inputs [n, ...] and labels int64 [n], on the model's device."""
 
 
 def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -192,9 +190,7 @@ def open_stored_subset(
     layout = torch.channels_last if precision.channels_last else torch.contiguous_format
     chosen = choose_samples(training_labels(config.data, config.run.seed), config.data.image_format.classes, settings)
     model = stored_model(stored.contents, config).to(compute.device)
-    with ExitStack() as stack:
-        splits = open_splits(config.data, config.run.seed, compute.device, layout)
-        stack.callback(splits.close)
+    with closing(open_splits(config.data, config.run.seed, compute.device, layout)) as splits:
         if settings.statistics == "recomputed":
             _recompute(model, splits.train, config, compute)
         requests = [BatchRequest(part) for part in cut(chosen, settings.batch_size)]
@@ -204,7 +200,7 @@ def open_stored_subset(
     checkpoint = MeasuredCheckpoint(path=str(stored.path), sha256=stored.sha256, step=stored.contents.step)
     data = MeasuredData(
         samples=len(chosen),
-        sha256=_digest(batches),
+        sha256=digest(batches, hashlib.sha256()),
         layout="channels_last" if precision.channels_last else "contiguous",
         compute="float32",
     )
@@ -241,11 +237,3 @@ def _recompute(model: nn.Module, samples: SampleSource, config: Config, compute:
         recompute_statistics(model, samples, indices, micro_size=size, compute=compute, comm=Alone())
     except DivergedError as error:
         raise DivergedError(f"there is nothing to measure: {error}", code="statistics-not-finite") from error
-
-
-def _digest(batches: Sequence[Batch]) -> str:
-    digest = hashlib.sha256()
-    for inputs, labels in batches:
-        digest.update(inputs.cpu().contiguous().numpy().tobytes())
-        digest.update(labels.cpu().numpy().tobytes())
-    return digest.hexdigest()

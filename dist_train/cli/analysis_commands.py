@@ -113,7 +113,7 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
         help="number of training samples, chosen by seed, or all (default: 10000)",
     )
     parser.add_argument(
-        "--test-samples", type=_number_or_all, default=None, metavar="N", help="likewise, test samples (default: all)"
+        "--test-samples", type=_number_or_all, metavar="N", help="likewise, test samples (default: all)"
     )
     parser.add_argument("--subset-seed", type=int, default=0, metavar="SEED", help="seed of these choices (default: 0)")
     parser.add_argument(
@@ -150,18 +150,15 @@ def _request(arguments: argparse.Namespace) -> Request:
     from dist_train.analysis.landscape import Request
     from dist_train.analysis.landscape_files import DirectionSettings, LandscapeSettings, MeasureSettings
 
+    given = arguments
     directions = DirectionSettings()
-    if arguments.kind != "interpolate":
-        directions = DirectionSettings(arguments.normalization, tuple(arguments.exclude), arguments.seed)
-    measure = MeasureSettings(**{field.name: getattr(arguments, field.name) for field in fields(MeasureSettings)})
-    start, stop = arguments.range
-    lines, trajectory = arguments.directions, arguments.trajectory
+    if given.kind != "interpolate":
+        directions = DirectionSettings(given.normalization, tuple(given.exclude), given.seed)
+    measure = MeasureSettings(**{field.name: getattr(given, field.name) for field in fields(MeasureSettings)})
     settings = LandscapeSettings(
-        arguments.kind, start, stop, arguments.points, measure, directions, lines, trajectory=trajectory
+        given.kind, *given.range, given.points, measure, directions, given.directions, given.trajectory
     )
-    return Request(
-        arguments.targets, settings, arguments.overrides, arguments.output, arguments.threads, arguments.scale
-    )
+    return Request(given.targets, settings, given.overrides, given.output, given.threads, given.scale)
 
 
 class _Progress:

@@ -120,41 +120,35 @@ def add_launch(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--min-ranks",
         type=int,
-        default=None,
         metavar="N",
         help="continue without a rank that dies or hangs, down to N ranks (default: all, a lost rank ends the launch)",
     )
     parser.add_argument(
         "--restarts",
         type=_limit,
-        default=None,
         metavar="N",
         help="restart a lost rank up to N times; it joins the others between two updates (default: 0)",
     )
     parser.add_argument(
         "--listen",
         type=_address,
-        default=None,
         metavar="HOST[:PORT]",
         help="let ranks of other nodes join, at this address of this node (default: do not)",
     )
     parser.add_argument(
         "--max-ranks",
         type=int,
-        default=None,
         metavar="N",
         help="maximum number of ranks, including those of other nodes (default: as many as the run begins with)",
     )
     parser.add_argument(
         "--start-with",
         type=int,
-        default=None,
         metavar="N",
         help="begin once there are N ranks, including those of other nodes (default: -np)",
     )
     parser.add_argument(
         "--join",
-        default=None,
         metavar="FILE|HOST:PORT",
         help="instead of a COMMAND: start ranks of a run that another launcher has begun, given by the file that it "
         "prints, or its address, with the token in DIST_TRAIN_MEMBERSHIP_TOKEN",
@@ -293,7 +287,7 @@ def add_outcome(subparsers: Subparsers) -> None:
         "if that was not the launch --launch.",
     )
     parser.add_argument("run_directory", type=Path, metavar="RUN")
-    parser.add_argument("--launch", default=None, metavar="ID", help="the launch's DIST_TRAIN_LAUNCH")
+    parser.add_argument("--launch", metavar="ID", help="the launch's DIST_TRAIN_LAUNCH")
     parser.set_defaults(run=_outcome)
 
 
@@ -329,8 +323,8 @@ def add_requeue(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--restarts", type=_limit, default=0, metavar="N", help="restarts within the job before a requeue (default: 0)"
     )
-    parser.add_argument("--launch", default=None, metavar="ID", help="the last launch's DIST_TRAIN_LAUNCH")
-    parser.add_argument("--code", type=int, default=None, metavar="N", help="the launcher's exit status")
+    parser.add_argument("--launch", metavar="ID", help="the last launch's DIST_TRAIN_LAUNCH")
+    parser.add_argument("--code", type=int, metavar="N", help="the launcher's exit status")
     parser.add_argument(
         "--words", default="", metavar="TEXT", help="the last messages of launcher and ranks, one a line"
     )

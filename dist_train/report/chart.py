@@ -71,8 +71,7 @@ def style_rules(styles: Iterable[str]) -> Iterator[str]:
         yield f".{style}{{--c:var(--c{look.colour}){dashes}{';--fill:var(--paper)' if look.is_hollow else ''}}}"
 
 
-WIDTH, HEIGHT = 400, 272
-_TOP, _BOTTOM, _LEFT, _RIGHT_BARE, _RIGHT_AXIS = 26, 40, 46, 14, 42
+WIDTH = 400
 _MOST_MARKS = 24
 
 
@@ -108,18 +107,13 @@ class Drawn:
 class Frame:
     """The plot area of `chart` within its SVG."""
 
+    width, height, left, top, bottom = WIDTH, 272, 46, 26, 232
     chart: Chart
-    left: int
-    right: int
-    top: int = _TOP
-    bottom: int = HEIGHT - _BOTTOM
-    width: int = WIDTH
-    height: int = HEIGHT
 
-    @classmethod
-    def of(cls, chart: Chart) -> Frame:
-        """Return the frame of `chart`, narrower if there is a right axis."""
-        return cls(chart, _LEFT, WIDTH - (_RIGHT_AXIS if chart.right else _RIGHT_BARE))
+    @property
+    def right(self) -> int:
+        """The right edge, further left if there is a right axis."""
+        return self.width - (42 if self.chart.right else 14)
 
     @property
     def is_scatter(self) -> bool:

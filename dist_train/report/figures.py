@@ -7,6 +7,7 @@ import math
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from dist_train.report.chart import WIDTH
@@ -138,11 +139,10 @@ def _step(landscape: Landscape) -> str:
 def _paper_variants(drawn: Sequence[_Drawn]) -> list[_Drawn]:
     """Return the base lines and one noise variant: of those in every panel, the most accurate at the largest batch."""
     noisy = [item for item in drawn if not item.variant.is_base]
-    labels = [
-        {item.variant.label for item in noisy if item.panel.title == title}
-        for title in {item.panel.title for item in noisy}
-    ]
-    common = set.intersection(*labels) if labels else set()
+    labels: dict[str, set[str]] = {}
+    for item in noisy:
+        labels.setdefault(item.panel.title, set()).add(item.variant.label)
+    common = set.intersection(*labels.values()) if labels else set()
     candidates = [item for item in noisy if item.variant.label in common or not common]
     best = max(candidates, key=lambda item: (item.panel.batch or 0, _test_accuracy(item.variant)), default=None)
     label = best.variant.label if best else None
@@ -221,9 +221,8 @@ def _between(panels: Sequence[Panel]) -> tuple[Chart, ...]:
 def _mean_line(landscapes: Sequence[Landscape], split: str, quantity: Quantity) -> Series:
     lines = [line for item in landscapes for line in item.lines(split)]
     values: dict[float, list[float]] = {}
-    for line in lines:
-        for point in line:
-            values.setdefault(point.alpha, []).append(quantity.take(point))
+    for point in chain.from_iterable(lines):
+        values.setdefault(point.alpha, []).append(quantity.take(point))
 
     def words(found: Summary) -> str:
         text = three_digits(found.mean) if quantity is LOSS else quantity.text(found.mean)
@@ -268,13 +267,13 @@ def study_curves(panels: Sequence[Panel]) -> tuple[tuple[Chart, ...], ...]:
         drawn = [tuple(series for series in curves if series.points) for curves in found]
         if any(drawn):
             axis = quantity.axis(f"{split} {quantity.title}", [series.points for curves in drawn for series in curves])
-            rows.append(
-                tuple(
-                    _curve_chart(f"curve-{len(rows)}-{index}", panel, axis, drawn[index])
-                    for index, panel in enumerate(panels)
-                    if drawn[index]
-                )
+            numbered = enumerate(zip(panels, drawn, strict=True))
+            row = (
+                _curve_chart(f"curve-{len(rows)}-{at}", panel, axis, curves)
+                for at, (panel, curves) in numbered
+                if curves
             )
+            rows.append(tuple(row))
     return tuple(rows)
 
 
@@ -384,18 +383,14 @@ def figures_of_study(
     """Return the non-empty figures of several runs, by key; `measure` is the one shown "at a glance"."""
     legend = dict(_legend(panels))
     around = tuple(row for row in (landscape.panels, landscape.others) if row)
+    against = tuple(scatter.chart for scatter in scatters)
     return _numbered(
         NumberedFigure("glance", "At a glance", (strips(panels, measure),) if measure else ()),
         NumberedFigure("curves", "Learning curves", study_curves(panels), legend=legend),
         NumberedFigure("landscapes", "The loss around the solutions", around, legend=_LINES),
         NumberedFigure("between", "Between two solutions", (landscape.between,), legend=_LINES),
         NumberedFigure("planes", "Planes through the solutions", planes=planes_of(runs)),
-        NumberedFigure(
-            "sharpness",
-            "Sharpness against generalization",
-            (tuple(scatter.chart for scatter in scatters),),
-            legend=legend,
-        ),
+        NumberedFigure("sharpness", "Sharpness against generalization", (against,), legend=legend),
         NumberedFigure("course", "Sharpness along training", (sharpness_courses(panels),), legend=legend),
     )
 

@@ -267,24 +267,22 @@ def _line_rise(landscape: Landscape, distance: float) -> float | None:
     return mean if math.isfinite(mean) else None
 
 
+_EXPLANATIONS = {
+    "Keskar": "100 (max L - L)/(1 + L), the maximum of the training loss L over a small box around the weights.",
+    "expected rise": "Mean rise of the training loss under uniform noise of this amplitude on the weights.",
+    "basin width": "Interval around the weights, along random filter-normalized directions, where the training loss "
+    "rises by at most this absolute amount. \u2265: in some direction it ends beyond the reach (censored).",
+    "gradient noise scale": "tr(Sigma) / |G|^2 in samples (McCandlish et al.): larger batches gain little.",
+}
+"""Of measures of sharpness, by how their titles begin."""
+
+
 def _sharpness_measures(runs: Sequence[StoredRun]) -> Iterator[Measure]:
     records = sharpness_of(runs)
     chosen = {name: item.measures for name, item in records.items()}
     for title in dict.fromkeys(title for measures in chosen.values() for title in measures):
-        explanation = "Of the training loss, at the last checkpoint."
-        if title.startswith("Keskar"):
-            explanation = (
-                "100 (max L - L)/(1 + L), the maximum of the training loss L over a small box around the weights."
-            )
-        elif title.startswith("expected rise"):
-            explanation = "Mean rise of the training loss under uniform noise of this amplitude on the weights."
-        elif title.startswith("basin width"):
-            explanation = (
-                "Interval around the weights, along random filter-normalized directions, where the training loss rises "
-                "by at most this absolute amount. \u2265: in some direction it ends beyond the reach (censored)."
-            )
-        elif title == "gradient noise scale":
-            explanation = "tr(Sigma) / |G|^2 in samples (McCandlish et al.): larger batches gain little."
+        explained = (text for start, text in _EXPLANATIONS.items() if title.startswith(start))
+        explanation = next(explained, "Of the training loss, at the last checkpoint.")
         values = {name: measures[title] for name, measures in chosen.items() if title in measures}
         group = _RISE if title.startswith("expected rise") else _SHARPNESS
         bounds = _is_named({name for name, item in records.items() if title in item.bounds})

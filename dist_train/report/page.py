@@ -118,7 +118,7 @@ def _templates() -> Environment:
     )
     environment.filters |= {
         "shown": shown,
-        "frame": Frame.of,
+        "frame": Frame,
         "ticks": ticks,
         "sentence": lambda text: text[:1].upper() + text[1:],
         "data_uri": _data_uri,
@@ -199,9 +199,8 @@ def _series_rules(content: Mapping[str, Any]) -> Iterator[str]:
 
 def _policy(style: str, script: str) -> str:
     """Return the content security policy: nothing is fetched, and only our own code runs."""
-    return f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; img-src data:; " + (
-        "base-uri 'none'; form-action 'none'"
-    )
+    ours = f"style-src '{_digest(style)}'; script-src '{_digest(script)}'; img-src data:"
+    return f"default-src 'none'; {ours}; base-uri 'none'; form-action 'none'"
 
 
 def _digest(text: str) -> str:
@@ -265,9 +264,8 @@ def _commands(subject: Subject) -> tuple[str, ...]:
     report = f"dist-train report {folder}"
     if subject.kind != "run":
         return (report,)
-    name = subject.runs[0].settings.get("run.name", "run")
-    config = shlex.quote(str(RunDirectory(subject.directory).config))
-    return (f"dist-train train {config} run.name={name}-again run.resume=never", report)
+    name, config = subject.runs[0].settings.get("run.name", "run"), RunDirectory(subject.directory).config
+    return (f"dist-train train {shlex.quote(str(config))} run.name={name}-again run.resume=never", report)
 
 
 def _command_of(run: StoredRun) -> str:
@@ -283,10 +281,7 @@ def _listed(values: Iterable[str]) -> str:
 
 def _span(moments: Sequence[str]) -> str:
     try:
-        known = sorted(datetime.fromisoformat(moment) for moment in moments)
+        known = [f"{moment:%Y-%m-%d %H:%M} UTC" for moment in sorted(map(datetime.fromisoformat, moments))]
     except ValueError:
         return ""
-    if not known:
-        return ""
-    first, last = (f"{moment:%Y-%m-%d %H:%M} UTC" for moment in (known[0], known[-1]))
-    return first if first == last else f"{first} to {last}"
+    return " to ".join(dict.fromkeys((*known[:1], *known[-1:])))

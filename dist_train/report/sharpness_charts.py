@@ -16,7 +16,6 @@ from dist_train.report.measures import (
     GAP,
     TRAIN_LOSS,
     Measure,
-    Summary,
     commonest_settings,
     mean_points,
     sharpness_measures,
@@ -191,25 +190,21 @@ def _correlations(
 
 
 def _scatter(key: str, measure: Measure, related: Sequence[_Related]) -> Chart:
-    groups: dict[tuple[str, str], list[_Related]] = {}
+    groups: dict[tuple[str, str, Literal["dots", "squares"]], list[Point]] = {}
     for item in related:
-        groups.setdefault((f"{item.panel.short}, {item.variant.label}", f"s{item.variant.colour}"), []).append(item)
-    series = []
-    for (label, style), found in groups.items():
-        points = []
-        for item in found:
-            seed = "" if item.run.seed is None else f", seed {item.run.seed}"
-            value = measure.described(item.run, item.value)
-            words = f"{label}{seed}: {value}, test {item.others[0] * 100:.2f} %"
-            points.append(Point(item.value, item.others[0], words))
-        series.append(Series(label, style, tuple(points), found[0].form))
+        label, accuracy = f"{item.panel.short}, {item.variant.label}", item.others[0]
+        seed = "" if item.run.seed is None else f", seed {item.run.seed}"
+        words = f"{label}{seed}: {measure.described(item.run, item.value)}, test {accuracy * 100:.2f} %"
+        point = Point(item.value, accuracy, words)
+        groups.setdefault((label, f"s{item.variant.colour}", item.form), []).append(point)
+    series = tuple(Series(label, style, tuple(points), form) for (label, style, form), points in groups.items())
     x = [item.value for item in related]
     axis = linear_axis(measure.title, x, plain, margin=0.08)
     if min(x) > 0 and max(x) / min(x) > 30:
         axis = Axis(measure.title, min(x) / 1.4, max(x) * 1.4, plain, is_logarithmic=True)
     description = f"{measure.title} against final test accuracy, {len(x)} runs."
-    accuracy = linear_axis("final test accuracy, %", [item.others[0] for item in related], percent_tick, margin=0.1)
-    return Chart(key, measure.title, description, axis, accuracy, tuple(series))
+    accuracies = linear_axis("final test accuracy, %", [item.others[0] for item in related], percent_tick, margin=0.1)
+    return Chart(key, measure.title, description, axis, accuracies, series)
 
 
 EIGENVALUE = "largest Hessian eigenvalue"
@@ -283,20 +278,13 @@ def _eigenvalues(runs: Sequence[StoredRun], settings: str | None) -> tuple[Point
         for step, value in eigenvalues_of(run, settings):
             if (epoch := epoch_at(run, step)) is not None:
                 values.setdefault(epoch, []).append(value)
-
-    def words(found: Summary) -> str:
-        return f"{three_digits(found.mean)} (n = {found.count})"
-
-    return mean_points(sorted(values.items()), words)
+    return mean_points(sorted(values.items()), lambda found: f"{three_digits(found.mean)} (n = {found.count})")
 
 
 def _stability_limit(run: StoredRun) -> tuple[Point, ...]:
     every = max(1, math.ceil(len(run.train) / _MOST_POINTS))
-    records = [record for record in run.train[::every] if record.learning_rate > 0]
-    return tuple(
-        Point(record.epoch, 2 / record.learning_rate, f"2 / rate = {three_digits(2 / record.learning_rate)}")
-        for record in records
-    )
+    limits = ((record.epoch, 2 / record.learning_rate) for record in run.train[::every] if record.learning_rate > 0)
+    return tuple(Point(epoch, limit, f"2 / rate = {three_digits(limit)}") for epoch, limit in limits)
 
 
 def _described(panel: Panel, series: Sequence[Series]) -> str:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,11 +76,9 @@ class Landscape:
 
     def lines(self, split: str) -> tuple[tuple[LandscapePoint, ...], ...]:
         """Return the points of `split` by direction, each ordered by alpha."""
-        lines: dict[int, list[LandscapePoint]] = {}
-        for point in sorted(self.points, key=lambda point: (point.direction, point.alpha)):
-            if point.split == split:
-                lines.setdefault(point.direction, []).append(point)
-        return tuple(map(tuple, lines.values()))
+        points = [point for point in self.points if point.split == split]
+        points.sort(key=lambda point: (point.direction, point.alpha))
+        return tuple(tuple(line) for _, line in groupby(points, lambda point: point.direction))
 
 
 @dataclass(frozen=True)

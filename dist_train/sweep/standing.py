@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -209,9 +210,7 @@ _ENOUGH = 1 << 20  # bytes at the end of metrics.jsonl, in which the last evalua
 
 @dataclass(frozen=True)
 class Standing:
-    """The state of a run, and what a sweep does `then`: start it, skip it because it has finished, leave it to the
-    process that is running it, or report it as unrecoverable. `accuracy` is the last one on the test set.
-    """
+    """The state of a run, its last test accuracy, and what a sweep does `then` (skip: it has finished)."""
 
     run: PlannedRun
     state: str
@@ -238,14 +237,11 @@ def standing_of(run: PlannedRun) -> Standing:
 def render(standings: Sequence[Standing]) -> Table:
     """Return the runs as a table."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    table.add_column("number", justify="right", no_wrap=True)
-    for heading in ("run", "variant"):
-        table.add_column(heading, overflow="fold")
-    table.add_column("seed", justify="right", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    for heading in ("done", "test accuracy"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("note", overflow="fold")
+    for heading in ("number", "run", "variant", "seed", "state", "done", "test accuracy", "note"):
+        if heading in ("run", "variant", "note"):
+            table.add_column(heading, overflow="fold")
+        else:
+            table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
     for standing in standings:
         run = standing.run
         table.add_row(
@@ -270,10 +266,9 @@ def as_ranges(numbers: Sequence[int]) -> str:
     """Return ascending numbers in the syntax of `sbatch --array`, such as 1-3,7."""
     ranges: list[list[int]] = []
     for number in numbers:
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
-        else:
+        if not ranges or number != ranges[-1][1] + 1:
             ranges.append([number, number])
+        ranges[-1][1] = number
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
@@ -327,12 +322,10 @@ def renewed(plan: Plan) -> Plan:
 def publish(plan: Plan) -> None:
     """Write the plan into the study's folder; in an Optuna search, first report results and renew the plan."""
     trials = optuna_trials(plan.study, plan.directory)
-    if trials is None:
-        write_plan(plan)
-        return
-    with trials.locked():
-        plan = renewed(plan)
-        _report_results(plan, trials)
+    with trials.locked() if trials else nullcontext():
+        if trials:
+            plan = renewed(plan)
+            _report_results(plan, trials)
         write_plan(plan)
 
 
@@ -347,8 +340,9 @@ def with_trials(plan: Plan, number: int | None = None) -> Plan:
     with trials.locked():
         plan = renewed(plan)
         _report_results(plan, trials)
-        while plan.unasked and (number is None or number in plan.unasked):
-            trials.ask(plan.unasked[min(plan.unasked) if number is None else number])
+        wanted = min(plan.unasked, default=0) if number is None else number
+        while wanted in plan.unasked:
+            trials.ask(plan.unasked[wanted])
             plan = renewed(plan)
             if number is None:
                 break
@@ -377,14 +371,13 @@ def objective_of(plan: Plan, runs: Sequence[PlannedRun]) -> float | None:
     split, _, name = plan.study.search.objective.partition(".")
     values = []
     for run in runs:
-        last: float | None = None
+        last = math.nan
         with suppress(OSError):
             for record in read_records(run.files.metrics):
                 if isinstance(record, EvaluationRecord) and record.split == split:
                     last = getattr(record, name)
         values.append(last)
-    known = [value for value in values if value is not None and abs(value) < float("inf")]
-    return fmean(known) if known and len(known) == len(values) else None
+    return fmean(values) if values and all(map(math.isfinite, values)) else None
 
 
 def best_trials(plan: Plan) -> Iterator[tuple[str, float, Sequence[PlannedRun]]]:
@@ -397,9 +390,9 @@ def best_trials(plan: Plan) -> Iterator[tuple[str, float, Sequence[PlannedRun]]]
         found = []
         for trial in range(search.trials):
             runs = [run for run in plan.runs if (run.searched, run.trial) == (variant, trial)]
-            if runs and all(standing_of(run).then == "skip" for run in runs):
-                value = objective_of(plan, runs)
-                found += [] if value is None else [(value, runs)]
+            is_finished = runs and all(standing_of(run).then == "skip" for run in runs)
+            if is_finished and (value := objective_of(plan, runs)) is not None:
+                found.append((value, runs))
         if found:
             value, runs = max(found, key=lambda it: sign * it[0])
             yield variant, value, runs

@@ -71,7 +71,19 @@ class RunProcess:
         self._begun = time.monotonic()
         self._before = read_status(run.files.status)
         self._log = None if launcher.to_terminal else run.files.output_log
-        self._process = self._start(launcher.command(plan, run), launcher.environment())
+        if self._log is not None:
+            self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with self._log.open("ab") if self._log is not None else nullcontext() as log:
+            # In its own session, so that Ctrl-C at the terminal reaches only the sweep, which forwards it.
+            self._process = subprocess.Popen(
+                launcher.command(plan, run),
+                env=launcher.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[lock],
+                start_new_session=True,
+            )
 
     def ended(self) -> int | None:
         """Return None while the run continues, then once its exit code, which releases the lock."""
@@ -93,21 +105,6 @@ class RunProcess:
         """End the run without waiting for it to save."""
         # At a second SIGTERM the launch script ends its ranks at once.
         self._process.send_signal(signal.SIGTERM if self._by_script else signal.SIGKILL)
-
-    def _start(self, command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        if self._log is not None:
-            self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with self._log.open("ab") if self._log is not None else nullcontext() as log:
-            # In its own session, so that Ctrl-C at the terminal reaches only the sweep, which forwards it.
-            return subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=[self._lock],
-                start_new_session=True,
-            )
 
     def reason(self, code: int) -> str:
         """Return why the run ended with the non-zero `code`."""
@@ -218,8 +215,7 @@ def sweep(
     active: list[RunProcess] = []
     with StopRequest() as request:
         try:
-            was_stopped = was_killed = False
-            is_all_known = False
+            was_stopped = was_killed = is_all_known = False
             while waiting or active or not is_all_known:
                 while len(active) < jobs and not request.is_asked:
                     waiting = waiting or list(more())
@@ -228,8 +224,8 @@ def sweep(
                         break
                     run = waiting.pop(0)
                     try:
-                        started = _start_if_needed(plan, run, launcher, tally, say)
-                        active += [started] if started else []
+                        if (started := _start_if_needed(plan, run, launcher, tally, say)) is not None:
+                            active.append(started)
                     except OSError as error:
                         tally.failed.append((run, f"cannot be started: {error}"))
                         say(f"{_label(plan, run)}: cannot be started: {error}")
