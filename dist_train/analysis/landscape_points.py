@@ -321,8 +321,7 @@ def _check_data(other: Stored, ours: Config, theirs: Config) -> None:
     sizes = (ours.data.train_size, theirs.data.train_size)
     if sizes[0] != sizes[1] or (sizes[0] is not None and seeds[0] != seeds[1]):
         _logger.warning(
-            "%s was trained on other training images than the first checkpoint, whose images are used",
-            other.path,
+            "%s was trained on other training images than the first checkpoint, whose images are used", other.path
         )
 
 

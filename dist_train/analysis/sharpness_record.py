@@ -8,23 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-)
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
+from dist_train.config.parts import AtLeastTwo, Section
 from dist_train.outcome import UsageError
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import finite
 
 FORMAT = 1
-AtLeastTwo = Annotated[int, Field(ge=2)]
 Measure = Literal["keskar", "rise", "hessian", "width", "noise-scale"]
 USUAL: tuple[Measure, ...] = ("keskar", "rise", "hessian")
 MEASURES: Mapping[Measure, str] = {
@@ -37,13 +28,7 @@ MEASURES: Mapping[Measure, str] = {
 """The measures, and the fields of a record that hold them."""
 
 
-class _Part(BaseModel):
-    """Part of a record: frozen, without extra fields, and without NaN, which JSON does not have."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class SharpnessSettings(_Part):
+class SharpnessSettings(Section):
     """Everything that a result depends on besides checkpoint and data; see `dist-train sharpness --help`.
 
     `amplitudes`, `draws`, `scale` and `exclude` configure the noise of the expected rise.
@@ -69,7 +54,7 @@ class SharpnessSettings(_Part):
     width_reach: PositiveFloat = 2.0
 
 
-class MeasuredCheckpoint(_Part):
+class MeasuredCheckpoint(Section):
     """The file whose weights were measured."""
 
     path: str
@@ -77,7 +62,7 @@ class MeasuredCheckpoint(_Part):
     step: int
 
 
-class MeasuredData(_Part):
+class MeasuredData(Section):
     """The images that the loss was computed on; the digest covers inputs and labels as the network reads them.
 
     The results' last digits depend on the images' memory `layout` and on the arithmetic, `compute`.
@@ -93,14 +78,14 @@ Finite = Annotated[float | None, BeforeValidator(lambda value: None if value is 
 """None if a number overflowed."""
 
 
-class KeskarResult(_Part):
+class KeskarResult(Section):
     """Keskar's measure in percent."""
 
     full: Finite
     subspace: Finite
 
 
-class RiseResult(_Part):
+class RiseResult(Section):
     """The expected rise of the loss at one amplitude."""
 
     amplitude: float
@@ -109,7 +94,7 @@ class RiseResult(_Part):
     draws: int
 
 
-class HessianResult(_Part):
+class HessianResult(Section):
     """The largest eigenvalues, largest first, and the trace."""
 
     eigenvalues: tuple[Finite, ...]
@@ -117,7 +102,7 @@ class HessianResult(_Part):
     trace_standard_error: Finite
 
 
-class WidthResult(_Part):
+class WidthResult(Section):
     """The mean width over directions at one rise; `censored` of them end beyond the reach."""
 
     rise: float
@@ -127,7 +112,7 @@ class WidthResult(_Part):
     censored: int
 
 
-class NoiseScaleResult(_Part):
+class NoiseScaleResult(Section):
     """The gradient noise scale in samples, its jackknife error over batches, and the two terms of the ratio."""
 
     value: float | None
@@ -137,7 +122,7 @@ class NoiseScaleResult(_Part):
     batches: int
 
 
-class SharpnessRecord(_Part):
+class SharpnessRecord(Section):
     """The sharpness of a checkpoint with these settings; measures not taken yet are None."""
 
     format: Literal[1] = 1
@@ -152,8 +137,8 @@ class SharpnessRecord(_Part):
     hessian: HessianResult | None = None
     widths: tuple[WidthResult, ...] | None = None
     noise_scale: NoiseScaleResult | None = None
-    seconds: dict[str, float] = {}
-    versions: dict[str, str] = {}
+    seconds: dict[str, float] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
 
     def has(self, measure: Measure) -> bool:
         """Whether `measure` has been taken."""

@@ -231,10 +231,7 @@ def add_sharpness(subparsers: Subparsers) -> None:
         "weights, then fixed. batch: those of each pass, as in training",
     )
     parser.add_argument(
-        "--amplitudes",
-        type=_numbers,
-        metavar="LIST",
-        help="amplitudes of the noise (default: 0.0001,0.001,0.01,0.1)",
+        "--amplitudes", type=_numbers, metavar="LIST", help="amplitudes of the noise (default: 0.0001,0.001,0.01,0.1)"
     )
     parser.add_argument(
         "--scale",

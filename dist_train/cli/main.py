@@ -18,15 +18,7 @@ from dist_train.cli.run_commands import add_evaluate, add_launch, add_lr_range, 
 from dist_train.cli.sweep_commands import add_submit, add_sweep
 from dist_train.cli.view_commands import add_curve, add_report, add_runs, add_watch
 from dist_train.cluster.launch import current_launch
-from dist_train.outcome import (
-    DivergedError,
-    ExitCode,
-    FaultError,
-    UsageError,
-    exit_code_of,
-    printable,
-    text_with_code,
-)
+from dist_train.outcome import DivergedError, ExitCode, FaultError, UsageError, exit_code_of, printable, text_with_code
 
 _COMMANDS = (
     add_train,

@@ -189,10 +189,7 @@ def add_submit(subparsers: Subparsers) -> None:
         "--nodes", type=_nodes, default="1", metavar="N", help="number of nodes, or a range such as 1-4 (default: 1)"
     )
     parser.add_argument(
-        "--ranks-per-node",
-        type=count,
-        metavar="K",
-        help="ranks per node (default: one for each GPU; without GPUs one)",
+        "--ranks-per-node", type=count, metavar="K", help="ranks per node (default: one for each GPU; without GPUs one)"
     )
     parser.add_argument("--time", metavar="T", help="time limit in sbatch's format: 4:00:00 (default: the partition's)")
     parser.add_argument("--partition", metavar="P", help="partition (default: the cluster's)")

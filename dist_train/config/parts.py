@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from dist_train.config.plugins import Options, PluginName, is_plugin
 
@@ -29,9 +29,7 @@ DATA_SETS: Mapping[str, ImageFormat] = {
 """Image format by data set; `data.synthetic_*` override that of the synthetic set."""
 
 
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+AtLeastTwo = Annotated[int, Field(ge=2)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -44,11 +42,7 @@ class Section(BaseModel):
 
 def options_of(setting: str) -> Any:
     """Return the field for the settings of the plug-in that `setting` names."""
-    return Field(
-        default_factory=dict,
-        description=f"Settings of the plug-in in {setting}.",
-        examples=[{"depth": 3}],
-    )
+    return Field(default_factory=dict, description=f"Settings of the plug-in in {setting}.", examples=[{"depth": 3}])
 
 
 ENCODED = ("imagefolder", "parquet", "webdataset", "huggingface")
@@ -109,9 +103,7 @@ class DataSettings(Section):
         description="Channels, height and width of the images of a plug-in or of numpy arrays.",
         examples=[(3, 64, 64)],
     )
-    classes: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="Number of classes in your own data.", examples=[1000]
-    )
+    classes: AtLeastTwo | None = Field(None, description="Number of classes in your own data.", examples=[1000])
     image_column: str | None = Field(
         None,
         min_length=1,
@@ -129,13 +121,9 @@ class DataSettings(Section):
         4096, description="Training samples of the synthetic set; its test split has a fourth of that.", examples=[1024]
     )
     synthetic_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
-        (3, 32, 32),
-        description="Channels, height and width of the synthetic set's images.",
-        examples=[(1, 12, 12)],
+        (3, 32, 32), description="Channels, height and width of the synthetic set's images.", examples=[(1, 12, 12)]
     )
-    synthetic_classes: Annotated[int, Field(ge=2)] = Field(
-        10, description="Number of classes of the synthetic set.", examples=[100]
-    )
+    synthetic_classes: AtLeastTwo = Field(10, description="Number of classes of the synthetic set.", examples=[100])
 
     @property
     def folder(self) -> Path:

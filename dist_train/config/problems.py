@@ -222,12 +222,7 @@ def _in_words(schema: Mapping[str, Any]) -> str:
         "object": "a mapping",
         "path": "a path",
     }.get(kind, kind)
-    bounds = {
-        "exclusiveMinimum": "above",
-        "minimum": "at least",
-        "exclusiveMaximum": "below",
-        "maximum": "at most",
-    }
+    bounds = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
     limits = [f"{word} {schema[name]:g}" for name, word in bounds.items() if name in schema]
     if "pattern" in schema:
         limits.append(f"of the form {schema['pattern']}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from dist_train.config.parts import Beta, Fraction, NonNegativeFloat, PositiveFloat, Section, options_of
+from dist_train.config.parts import AtLeastTwo, Beta, Fraction, Section, options_of
 from dist_train.config.plugins import Options, PluginName
 
 
@@ -147,9 +147,7 @@ class NoiseSettings(Section):
     curvature: PositiveFloat = Field(1.0, description="ivon: initial estimate of the Hessian.", examples=[0.1])
     damping: PositiveFloat = Field(1e-4, description="ivon: weight decay, delta.", examples=[0.001])
     betas: tuple[Beta, Beta] = Field(
-        (0.9, 0.99999),
-        description="ivon: decay of the momentum and of the Hessian estimate.",
-        examples=[[0.9, 0.999]],
+        (0.9, 0.99999), description="ivon: decay of the momentum and of the Hessian estimate.", examples=[[0.9, 0.999]]
     )
 
     @property
@@ -165,7 +163,7 @@ Metric = Annotated[str, Field(pattern=r"^(train|validation|test)(-averaged)?\.(a
 class RegularizationSettings(Section):
     """Changes to labels and images in training only; evaluations use the original ones."""
 
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+    label_smoothing: Beta = Field(
         0.0, description="Share of each label that is spread over all classes (arXiv 1512.00567).", examples=[0.1]
     )
     mixup: NonNegativeFloat = Field(
@@ -203,7 +201,7 @@ class AveragingSettings(Section):
         description="Updates between two snapshots; null: each update for ema, each epoch for lawa.",
         examples=[100],
     )
-    last: Annotated[int, Field(ge=2)] = Field(5, description="Number of snapshots that lawa averages.", examples=[10])
+    last: AtLeastTwo = Field(5, description="Number of snapshots that lawa averages.", examples=[10])
 
 
 class EarlyStoppingSettings(Section):

@@ -5,18 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from dist_train.config.parts import (
-    Beta,
-    DataSettings,
-    Fraction,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    Section,
-    options_of,
-)
+from dist_train.config.parts import AtLeastTwo, Beta, DataSettings, Fraction, Section, options_of
 from dist_train.config.plugins import Options, PluginName
 from dist_train.config.regularization import (
     AveragingSettings,
@@ -88,9 +79,7 @@ class ModelSettings(Section):
         description="batch: over a micro-batch. ghost: over groups of `ghost_size` samples. "
         "sync: over a micro-batch that all ranks share. group: over groups of channels of each sample.",
     )
-    ghost_size: Annotated[int, Field(ge=2)] = Field(
-        128, description="Samples that ghost norm normalizes together.", examples=[64]
-    )
+    ghost_size: AtLeastTwo = Field(128, description="Samples that ghost norm normalizes together.", examples=[64])
     channel_groups: PositiveInt = Field(
         32, description="Maximum number of groups in group norm; the number used divides the channels.", examples=[16]
     )
@@ -99,10 +88,8 @@ class ModelSettings(Section):
         description="Norm statistics for evaluation. running: averages collected during training. recomputed: from "
         "training data with the clean weights. auto: recomputed if noise is on.",
     )
-    norm_samples: Annotated[int, Field(ge=2)] = Field(
-        2048,
-        description="Training samples from which norm statistics are recomputed.",
-        examples=[4096],
+    norm_samples: AtLeastTwo = Field(
+        2048, description="Training samples from which norm statistics are recomputed.", examples=[4096]
     )
 
 
@@ -118,9 +105,7 @@ class BatchSettings(Section):
 
     global_size: PositiveInt = Field(8192, description="Samples per update, over all ranks.", examples=[1024])
     micro_size: PositiveInt | Literal["auto"] = Field(
-        "auto",
-        description="Samples per forward and backward pass; auto: as many as fit the device.",
-        examples=[256],
+        "auto", description="Samples per forward and backward pass; auto: as many as fit the device.", examples=[256]
     )
     dealing: Literal["even", "measured"] = Field(
         "even",
@@ -153,7 +138,7 @@ class OptimizerSettings(Section):
     learning_rate: NonNegativeFloat = Field(
         0.1, description="Learning rate; `schedule.scaling` multiplies it for larger batches.", examples=[0.05]
     )
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Momentum of sgd and lars.", examples=[0.95])
+    momentum: Beta = Field(0.9, description="Momentum of sgd and lars.", examples=[0.95])
     nesterov: bool = Field(True, description="Nesterov momentum (sgd only).")
     betas: tuple[Beta, Beta] = Field(
         (0.9, 0.999), description="Decay of the moments of adam, adamw and lamb.", examples=[[0.9, 0.98]]
@@ -266,9 +251,7 @@ class CommSettings(Section):
         100, description="Steps between checks that all ranks hold the same weights and noise; 0: none.", examples=[10]
     )
     timeout: Annotated[float, Field(ge=5)] = Field(
-        60.0,
-        description="Seconds within which the run ends if a rank does not answer.",
-        examples=[300.0],
+        60.0, description="Seconds within which the run ends if a rank does not answer.", examples=[300.0]
     )
 
     @property
@@ -348,9 +331,7 @@ class MetricsSettings(Section):
         examples=["0.0.0.0"],  # nosec B104
     )
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
-        9810,
-        description="Port to listen at, or the next free one above it; 0: any free port.",
-        examples=[0],
+        9810, description="Port to listen at, or the next free one above it; 0: any free port.", examples=[0]
     )
     ranks: Literal["first", "all"] = Field(
         "first", description="Which ranks serve metrics. first: rank 0, for the run. all: every rank, also its own."

@@ -18,9 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from dist_train.config.loading import read_mapping
+from dist_train.config.parts import Section
 from dist_train.config.problems import ConfigError, Problem, problems_of
 from dist_train.config.regularization import Metric
 from dist_train.outcome import UsageError
@@ -41,24 +42,18 @@ Settings = dict[str, Any]
 _Option = str | int | float | bool | list[str | int | float]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Variant(_Part):
+class Variant(Section):
     """One variant: its changes to the base configuration or to another variant's settings."""
 
     title: str = Field("", description="Title in figures and tables; empty: its name.")
     like: str | None = Field(None, description="The variant whose settings this one starts from.")
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (), description="It is run with these seeds only; none: with all."
-    )
+    seeds: tuple[NonNegativeInt, ...] = Field((), description="It is run with these seeds only; none: with all.")
     settings: Settings = Field({}, description="Settings that differ, by dotted path.")
     grid: dict[str, list[Any]] = Field({}, description="Lists of values by dotted path: one variant per combination.")
 
 
-class _Measurement(_Part):
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="Only runs of these seeds; none: all.")
+class _Measurement(Section):
+    seeds: tuple[NonNegativeInt, ...] = Field((), description="Only runs of these seeds; none: all.")
     options: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], _Option] = Field(
         {}, description="Options of the command by name, without --; true for options without a value."
     )
@@ -81,7 +76,7 @@ class OfVariants(_Measurement):
 Analysis = Annotated[Interpolation | OfVariants, Field(discriminator="kind")]
 
 
-class Contrast(_Part):
+class Contrast(Section):
     """Variants that the report compares with a reference variant, paired by seed."""
 
     title: str = Field("", description="Title in the report; empty: the variants' names.")
@@ -91,7 +86,7 @@ class Contrast(_Part):
     against: str = Field(description="The reference variant, which must not have a grid.")
 
 
-class Uniform(_Part):
+class Uniform(Section):
     """A number, or its logarithm, uniformly distributed between two bounds."""
 
     kind: Literal["uniform", "log_uniform"]
@@ -99,7 +94,7 @@ class Uniform(_Part):
     high: float = Field(description="The largest value.")
 
 
-class Integers(_Part):
+class Integers(Section):
     """An integer between two bounds, both included."""
 
     kind: Literal["integer"]
@@ -107,7 +102,7 @@ class Integers(_Part):
     high: int = Field(description="The largest value.")
 
 
-class Choice(_Part):
+class Choice(Section):
     """One of several values."""
 
     kind: Literal["choice"]
@@ -117,27 +112,25 @@ class Choice(_Part):
 Distribution = Annotated[Uniform | Integers | Choice, Field(discriminator="kind")]
 
 
-class Search(_Part):
+class Search(Section):
     """Trials instead of a grid: each sets every setting of `space`."""
 
     method: Literal["random", "optuna"] = Field(
         description="random: all trials are drawn beforehand. optuna: each is chosen from earlier results (TPE)."
     )
-    trials: Annotated[int, Field(ge=1)] = Field(description="Trials of each variant.")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the trials.")
+    trials: PositiveInt = Field(description="Trials of each variant.")
+    seed: NonNegativeInt = Field(0, description="Seed of the trials.")
     objective: Metric = Field("test.accuracy", description="The metric of a trial, at its last evaluation.")
     space: dict[str, Distribution] = Field(min_length=1, description="A distribution by dotted path.")
 
 
-class Study(_Part):
+class Study(Section):
     """The content of a study file."""
 
     name: str = Field(pattern=NAME, description="Name of the study's folder.")
     title: str = Field("", description="Title of the report; empty: its name.")
     base: str = Field(min_length=1, description="The configuration that every run starts from; relative to this file.")
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (0,), min_length=1, description="Each variant is run with each seed."
-    )
+    seeds: tuple[NonNegativeInt, ...] = Field((0,), min_length=1, description="Each variant is run with each seed.")
     settings: Settings = Field({}, description="Every run's changes to the base configuration, by dotted path.")
     grid: dict[str, list[Any]] = Field({}, description="As in a variant; applies to all variants.")
     search: Search | None = Field(None, description="Trials of every variant and of every combination of its grid.")
