@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -97,6 +97,7 @@ def along(origin: Place, directions: Callable[[int], Sequence[torch.Tensor]]) ->
     return walk
 
 
+Result = TypeVar("Result")
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Inputs [n, ...] and labels [n] on the device."""
 LossSum = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -155,10 +156,15 @@ class PointEvaluator:
 
     def _recompute_statistics(self) -> bool:
         """Recompute running statistics from training data; return False if they are out of range."""
+
+        def collect(lane: _Lane, batch: Batch) -> None:
+            lane.model(batch[0])
+            lane.statistics.collect()
+
         for lane in self._lanes:
             lane.model.train()
             lane.statistics.clear()
-        self._map_batches(self._statistics_batches, _collect_statistics)
+        self._map_batches(self._statistics_batches, collect)
         samples = sum(len(labels) for _, labels in self._statistics_batches)
         sums = torch.stack([lane.statistics.sums for lane in self._lanes]).sum(dim=0)
         for lane in self._lanes:
@@ -172,11 +178,9 @@ class PointEvaluator:
         correct = (outputs.argmax(dim=1) == labels).sum()
         return torch.stack([self._loss_sum(outputs, labels).double(), correct.double()])
 
-    def _map_batches(
-        self, batches: Sequence[Batch], work: Callable[[_Lane, Batch], torch.Tensor]
-    ) -> list[torch.Tensor]:
+    def _map_batches(self, batches: Sequence[Batch], work: Callable[[_Lane, Batch], Result]) -> list[Result]:
         """Return the result of `work` for each batch, in order; each lane takes the next untaken batch."""
-        results: list[torch.Tensor] = [torch.empty(0)] * len(batches)
+        results: dict[int, Result] = {}
         turn = count()
 
         def run(lane: _Lane) -> None:
@@ -189,7 +193,7 @@ class PointEvaluator:
         else:
             for done in [self._pool.submit(run, lane) for lane in self._lanes]:
                 done.result()
-        return results
+        return [results[index] for index in range(len(batches))]
 
 
 class _Lane:
@@ -209,12 +213,6 @@ class _Lane:
             for statistic in (norm.running_mean, norm.running_var):
                 statistic.copy_(place.statistics[start : start + len(statistic)])
                 start += len(statistic)
-
-
-def _collect_statistics(lane: _Lane, batch: Batch) -> torch.Tensor:
-    lane.model(batch[0])
-    lane.statistics.collect()
-    return batch[1]
 
 
 def place_of(model: nn.Module) -> Place:

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_train.analysis.landscape_points import Batch, digest
+from dist_train.analysis.landscape_points import Batch, Result, digest
 from dist_train.analysis.sharpness_record import MeasuredCheckpoint, MeasuredData, SharpnessSettings
 from dist_train.checkpoint.files import Stored
 from dist_train.cluster.communicator import Alone
@@ -29,8 +28,6 @@ from dist_train.outcome import DivergedError, UsageError
 from dist_train.reproducible import generator
 from dist_train.training.compute import Compute, set_up_compute, share_of_threads
 from dist_train.training.evaluation import recompute_statistics, statistics_samples, stored_config, stored_model
-
-Result = TypeVar("Result")
 
 Vector = NDArray[np.float64]
 """All trainable weights concatenated, or a direction in their space: [count], without padding."""

@@ -264,10 +264,6 @@ def _has_own_shape(config: Config) -> bool:
     return config.data.name == "numpy" or is_plugin(config.data.name)
 
 
-def _is_held_in_memory(config: Config) -> bool:
-    return _not_encoded(config) and not is_plugin(config.data.name) and not is_plugin(config.data.augment)
-
-
 def _has_no_betas(config: Config) -> bool:
     return config.optimizer.name in ("sgd", "lars")
 
@@ -335,7 +331,11 @@ _UNUSED: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("early_stopping.metric", lambda c: c.early_stopping.patience is None, "early_stopping.patience is not set"),
     ("precision.tf32", lambda c: c.run.device == "cpu", "run.device is cpu"),
     ("data.download", lambda c: not c.data.name.startswith("cifar"), "only CIFAR can be downloaded"),
-    ("data.loader_workers", _is_held_in_memory, "this data set is held in memory"),
+    (
+        "data.loader_workers",
+        lambda c: _not_encoded(c) and not is_plugin(c.data.name) and not is_plugin(c.data.augment),
+        "this data set is held in memory",
+    ),
     ("data.image_size", _not_encoded, "the images of this data set have a fixed size"),
     ("data.classes", lambda c: _not_encoded(c) and not _has_own_shape(c), "this data set has fixed classes"),
     ("data.shape", lambda c: not _has_own_shape(c), "data.name is neither numpy nor a plug-in"),

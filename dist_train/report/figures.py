@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -374,7 +374,10 @@ def figures_of_study(
     scatters: Sequence[Scatter],
 ) -> dict[str, NumberedFigure]:
     """Return the non-empty figures of several runs, by key; `measure` is the one shown "at a glance"."""
-    legend = dict(_legend(panels))
+    labels: dict[str, dict[str, None]] = {}  # base lines may differ by panel
+    for variant in (variant for panel in panels for variant in panel.variants if variant.counted):
+        labels.setdefault(f"s{variant.colour}", {})[variant.label] = None
+    legend = {style: " / ".join(words) for style, words in labels.items()}
     around = tuple(row for row in (landscape.panels, landscape.others) if row)
     against = tuple(scatter.chart for scatter in scatters)
     return _numbered(
@@ -391,11 +394,3 @@ def figures_of_study(
 def _numbered(*figures: NumberedFigure) -> dict[str, NumberedFigure]:
     found = [figure for figure in figures if any(figure.rows) or figure.planes]
     return {figure.key: replace(figure, number=number) for number, figure in enumerate(found, start=1)}
-
-
-def _legend(panels: Sequence[Panel]) -> Iterator[tuple[str, str]]:
-    """Yield style and label of the variants that have started, base lines first; base lines may differ by panel."""
-    labels: dict[int, dict[str, None]] = {}
-    for variant in (variant for panel in panels for variant in panel.variants if variant.counted):
-        labels.setdefault(variant.colour, {})[variant.label] = None
-    yield from ((f"s{colour}", " / ".join(words)) for colour, words in labels.items())

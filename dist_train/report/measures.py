@@ -177,20 +177,6 @@ def _last(name: str, split: str) -> Callable[[StoredRun], float | None]:
     return take
 
 
-def _final_accuracy(split: str, is_measured: Callable[[StoredRun], bool]) -> Callable[[StoredRun], float | None]:
-    """Return a function for the final accuracy on `split`; a diverged run that measures it has that of guessing."""
-    last = _last("accuracy", split)
-    return lambda run: last(run) if not run.is_diverged else run.guessing if is_measured(run) else None
-
-
-def _has_validation_split(run: StoredRun) -> bool:
-    return run.settings.get("data.validation_size") is not None
-
-
-def _has_averaging(run: StoredRun) -> bool:
-    return run.settings.get("averaging.kind", "none") != "none"
-
-
 def _averaged_or(plain: Callable[[StoredRun], float | None], name: str) -> Callable[[StoredRun], float | None]:
     """Return a function for the averaged weights' last value on the test split, or, if there is none, `plain`."""
     averaged = _last(name, "test-averaged")
@@ -296,18 +282,19 @@ def _accuracy(
 
 
 def _accuracy_or_guess(
-    key: str, title: str, explanation: str, split: str, is_measured: Callable[[StoredRun], bool] = lambda run: True
+    key: str, title: str, split: str, is_measured: Callable[[StoredRun], bool] = lambda run: True
 ) -> Measure:
-    measure = _accuracy(key, title, explanation, _final_accuracy(split, is_measured))
-    return replace(measure, is_guess=lambda run: run.is_diverged)
+    """Return the final accuracy on `split`; a diverged run that measures it has that of guessing."""
+    last = _last("accuracy", split)
 
+    def take(run: StoredRun) -> float | None:
+        return last(run) if not run.is_diverged else run.guessing if is_measured(run) else None
 
-def _best(run: StoredRun) -> float | None:
-    return max((record.accuracy for record in run.split("test")), default=None)
+    return replace(_accuracy(key, title, "", take), is_guess=lambda run: run.is_diverged)
 
 
 _FOUR, _CLEAN = "{:.4f}".format, "Clean weights, at the last evaluation of the training split."
-FINAL_ACCURACY = _accuracy_or_guess("final_test", "final test accuracy", "", "test")
+FINAL_ACCURACY = _accuracy_or_guess("final_test", "final test accuracy", "test")
 GAP = _accuracy("gap", "generalization gap", "Final train minus final test accuracy.", _gap, "points")
 TRAIN_LOSS = Measure("train_loss", "final train loss", "", _last("loss", "train"), _FOUR)
 _AVERAGED = "Of the averaged weights, where the run averages them."
@@ -318,9 +305,24 @@ JUDGED_ACCURACY = replace(
 JUDGED_LOSS = Measure("judged_loss", "final test loss", _AVERAGED, _averaged_or(_last("loss", "test"), "loss"), _FOUR)
 _BASIC = (
     FINAL_ACCURACY,
-    _accuracy("best_test", "best test accuracy", "The highest of all evaluations on the test split.", _best),
-    _accuracy_or_guess("final_validation", "final validation accuracy", "", "validation", _has_validation_split),
-    _accuracy_or_guess("final_averaged", "final test accuracy, averaged weights", "", "test-averaged", _has_averaging),
+    _accuracy(
+        "best_test",
+        "best test accuracy",
+        "The highest of all evaluations on the test split.",
+        lambda run: max((record.accuracy for record in run.split("test")), default=None),
+    ),
+    _accuracy_or_guess(
+        "final_validation",
+        "final validation accuracy",
+        "validation",
+        lambda run: run.settings.get("data.validation_size") is not None,
+    ),
+    _accuracy_or_guess(
+        "final_averaged",
+        "final test accuracy, averaged weights",
+        "test-averaged",
+        lambda run: run.settings.get("averaging.kind", "none") != "none",
+    ),
     _accuracy("final_train", "final train accuracy", _CLEAN, _last("accuracy", "train")),
     GAP,
     Measure("test_loss", "final test loss", "", _last("loss", "test"), _FOUR),

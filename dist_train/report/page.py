@@ -22,7 +22,6 @@ from dist_train.outcome import UsageError
 from dist_train.report.chart import ROLES, Frame, style_rules, ticks
 from dist_train.report.figures import (
     NumberedFigure,
-    Plane,
     curve_records,
     figures_of_run,
     figures_of_study,
@@ -121,7 +120,7 @@ def _templates() -> Environment:
         "frame": Frame,
         "ticks": ticks,
         "sentence": lambda text: text[:1].upper() + text[1:],
-        "data_uri": _data_uri,
+        "base64": lambda path: base64.b64encode(path.read_bytes()).decode(),
     }
     return environment
 
@@ -182,10 +181,6 @@ def _run_content(run: StoredRun) -> dict[str, Any]:
         "events": [wording.event(event) for event in run.events if event.event != "checkpoint"],
         "problems": run.analyses.problems,
     }
-
-
-def _data_uri(plane: Plane) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(plane.picture('svg').read_bytes()).decode()}"
 
 
 def _series_rules(content: Mapping[str, Any]) -> Iterator[str]:

@@ -216,7 +216,9 @@ def sharpness_courses(panels: Sequence[Panel]) -> tuple[Chart, ...]:
 
     Only measurements with the commonest settings are used. All charts share a logarithmic y axis.
     """
-    drawn = [(panel, _series(panel, _settings(panels))) for panel in panels]
+    results = (item for run in counted_runs(panels) for item in run.analyses.sharpness)
+    settings = commonest_settings([item for item in results if EIGENVALUE in item.measures])
+    drawn = [(panel, _series(panel, settings)) for panel in panels]
     values = [point.y for _, series in drawn for each in series for point in each.points if point.y > 0]
     if not values:
         return ()
@@ -251,11 +253,6 @@ def epoch_at(run: StoredRun, step: int) -> float | None:
     right, left = known[at], known[at - 1] if at else (0, 0.0)
     fraction = (step - left[0]) / (right[0] - left[0]) if right[0] != left[0] else 1.0
     return left[1] + fraction * (right[1] - left[1])
-
-
-def _settings(panels: Sequence[Panel]) -> str | None:
-    runs = counted_runs(panels)
-    return commonest_settings([item for run in runs for item in run.analyses.sharpness if EIGENVALUE in item.measures])
 
 
 def _series(panel: Panel, settings: str | None) -> tuple[Series, ...]:
