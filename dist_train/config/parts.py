@@ -65,65 +65,49 @@ class DataSettings(Section):
             "synthetic",
         ]
         | PluginName
-    ) = Field(
-        "fashion-mnist",
-        description="fashion-mnist: 1x28x28, 10 classes. cifar10, cifar100: 3x32x32, 10 or 100 classes. Your own data "
-        "in `root`: imagefolder, one folder per class; parquet, webdataset, huggingface (`save_to_disk`), encoded "
-        "images with labels; numpy, arrays. synthetic: generated images, no files needed.",
-    )
+    ) = "fashion-mnist"
+    """fashion-mnist: 1x28x28, 10 classes. cifar10, cifar100: 3x32x32, 10 or 100 classes. Your own data in `root`:
+    imagefolder, one folder per class; parquet, webdataset, huggingface (`save_to_disk`), encoded images with labels;
+    numpy, arrays. synthetic: generated images, no files needed.
+    """
     options: Options = options_of("data.name")
-    root: Path | None = Field(
-        None, description="Folder of the data set's files; null: the default places.", examples=["/data/cifar10"]
-    )
-    download: bool = Field(False, description="Download CIFAR's archive into `root` if it is missing.")
-    train_size: PositiveInt | None = Field(
-        None, description="Train on a seeded, class-balanced subset of this size; null: on all.", examples=[16384]
-    )
-    validation_size: PositiveInt | None = Field(
-        None,
-        description="Number of training images held out as the validation split, by a seeded, stratified choice. They "
-        "are never trained on; `train_size` is taken from the rest.",
-        examples=[5000],
-    )
-    augment: Literal["none", "crop-flip"] | PluginName = Field(
-        "none",
-        description="crop-flip: shift training images by up to 4 pixels (encoded images: random crop and resize), and "
-        "flip half of them horizontally.",
-    )
+    root: Path | None = Field(None, examples=["/data/cifar10"])
+    """Folder of the data set's files; null: the default places."""
+    download: bool = False
+    """Download CIFAR's archive into `root` if it is missing."""
+    train_size: PositiveInt | None = Field(None, examples=[16384])
+    """Train on a seeded, class-balanced subset of this size; null: on all."""
+    validation_size: PositiveInt | None = Field(None, examples=[5000])
+    """Number of training images held out as the validation split, by a seeded, stratified choice. They are never
+    trained on; `train_size` is taken from the rest.
+    """
+    augment: Literal["none", "crop-flip"] | PluginName = "none"
+    """crop-flip: shift training images by up to 4 pixels (encoded images: random crop and resize), and flip half of
+    them horizontally.
+    """
     augment_options: Options = options_of("data.augment")
-    normalize: bool = Field(False, description="Normalize each channel by its mean and standard deviation.")
-    loader_workers: NonNegativeInt = Field(
-        0, description="Processes per rank that decode images, for data not held in memory.", examples=[4]
-    )
-    image_size: PositiveInt = Field(
-        224, description="Height and width to which encoded images are cropped.", examples=[128]
-    )
-    shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
-        None,
-        description="Channels, height and width of the images of a plug-in or of numpy arrays.",
-        examples=[(3, 64, 64)],
-    )
-    classes: AtLeastTwo | None = Field(None, description="Number of classes in your own data.", examples=[1000])
-    image_column: str | None = Field(
-        None,
-        min_length=1,
-        description="Where images are: a column of parquet and huggingface (null: image), a suffix of webdataset's "
-        "members (null: any image suffix), the name of a numpy array (null: images).",
-        examples=["img"],
-    )
-    label_column: str | None = Field(
-        None,
-        min_length=1,
-        description="Where labels are, likewise (null: label; webdataset: cls; numpy: labels).",
-        examples=["fine_label"],
-    )
-    synthetic_samples: PositiveInt = Field(
-        4096, description="Training samples of the synthetic set; its test split has a fourth of that.", examples=[1024]
-    )
-    synthetic_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
-        (3, 32, 32), description="Channels, height and width of the synthetic set's images.", examples=[(1, 12, 12)]
-    )
-    synthetic_classes: AtLeastTwo = Field(10, description="Number of classes of the synthetic set.", examples=[100])
+    normalize: bool = False
+    """Normalize each channel by its mean and standard deviation."""
+    loader_workers: NonNegativeInt = Field(0, examples=[4])
+    """Processes per rank that decode images, for data not held in memory."""
+    image_size: PositiveInt = Field(224, examples=[128])
+    """Height and width to which encoded images are cropped."""
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(None, examples=[(3, 64, 64)])
+    """Channels, height and width of the images of a plug-in or of numpy arrays."""
+    classes: AtLeastTwo | None = Field(None, examples=[1000])
+    """Number of classes in your own data."""
+    image_column: str | None = Field(None, min_length=1, examples=["img"])
+    """Where images are: a column of parquet and huggingface (null: image), a suffix of webdataset's members (null: any
+    image suffix), the name of a numpy array (null: images).
+    """
+    label_column: str | None = Field(None, min_length=1, examples=["fine_label"])
+    """Where labels are, likewise (null: label; webdataset: cls; numpy: labels)."""
+    synthetic_samples: PositiveInt = Field(4096, examples=[1024])
+    """Training samples of the synthetic set; its test split has a fourth of that."""
+    synthetic_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = Field((3, 32, 32), examples=[(1, 12, 12)])
+    """Channels, height and width of the synthetic set's images."""
+    synthetic_classes: AtLeastTwo = Field(10, examples=[100])
+    """Number of classes of the synthetic set."""
 
     @property
     def folder(self) -> Path:

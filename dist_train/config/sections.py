@@ -22,103 +22,85 @@ Device = Literal["auto", "cpu", "cuda"]
 class RunSettings(Section):
     """The run's name, place and length."""
 
-    name: str = Field(
-        "run",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="Name of the run's directory.",
-        examples=["lb-noise"],
-    )
-    directory: Path = Field(
-        Path("runs"), description="Folder that holds the run directories.", examples=["/scratch/runs"]
-    )
-    seed: NonNegativeInt = Field(0, description="Seed of all randomness.", examples=[1])
-    device: Device = Field(
-        "auto",
-        description="Where the ranks compute. auto: on GPUs if there are any; GPUs that torch cannot use are an error, "
-        "not a run on the CPU. Decided when a run begins, and kept on a resume.",
-    )
-    epochs: PositiveInt = Field(
-        10,
-        description="Passes over the training data; schedules span all of them. A finished run can be resumed with "
-        "more epochs: schedules then span the new total.",
-        examples=[30],
-    )
-    max_steps: PositiveInt | None = Field(None, description="Stop after this many updates.", examples=[100])
-    profile_steps: NonNegativeInt = Field(0, description="Number of updates to trace with the profiler.", examples=[5])
-    stop_signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP"] = Field(
-        "SIGUSR2", description="A further signal that asks the run to save and stop, as SIGTERM, SIGINT and SIGUSR2 do."
-    )
-    resume: str = Field(
-        "auto",
-        description="auto: resume from the last checkpoint, if any. never: start from the beginning. Or the path of a "
-        "checkpoint, or of a run, whose last checkpoint is used.",
-        examples=["runs/other/checkpoints/step-00000040.pt"],
-    )
-    init_from: Path | None = Field(
-        None,
-        description="Source of a new run's weights and norm statistics: a run (its last checkpoint), a checkpoint, a "
-        ".safetensors or .pth file, or torchvision:NAME for torchvision's weights in torch.hub's cache; null: random "
-        "weights from the seed.",
-        examples=["runs/other"],
-    )
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", examples=["lb-noise"])
+    """Name of the run's directory."""
+    directory: Path = Field(Path("runs"), examples=["/scratch/runs"])
+    """Folder that holds the run directories."""
+    seed: NonNegativeInt = Field(0, examples=[1])
+    """Seed of all randomness."""
+    device: Device = "auto"
+    """Where the ranks compute. auto: on GPUs if there are any; GPUs that torch cannot use are an error, not a run on
+    the CPU. Decided when a run begins, and kept on a resume.
+    """
+    epochs: PositiveInt = Field(10, examples=[30])
+    """Passes over the training data; schedules span all of them. A finished run can be resumed with more epochs:
+    schedules then span the new total.
+    """
+    max_steps: PositiveInt | None = Field(None, examples=[100])
+    """Stop after this many updates."""
+    profile_steps: NonNegativeInt = Field(0, examples=[5])
+    """Number of updates to trace with the profiler."""
+    stop_signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP"] = "SIGUSR2"
+    """A further signal that asks the run to save and stop, as SIGTERM, SIGINT and SIGUSR2 do."""
+    resume: str = Field("auto", examples=["runs/other/checkpoints/step-00000040.pt"])
+    """auto: resume from the last checkpoint, if any. never: start from the beginning. Or the path of a checkpoint, or
+    of a run, whose last checkpoint is used.
+    """
+    init_from: Path | None = Field(None, examples=["runs/other"])
+    """Source of a new run's weights and norm statistics: a run (its last checkpoint), a checkpoint, a .safetensors or
+    .pth file, or torchvision:NAME for torchvision's weights in torch.hub's cache; null: random weights from the seed.
+    """
 
 
 class ModelSettings(Section):
     """The network and its norms."""
 
-    name: Literal["vgg9", "vgg16", "vgg19", "resnet18", "resnet50"] | PluginName = Field(
-        "vgg9",
-        description="vgg9: from Li et al. (arXiv 1712.09913), 2.8 million parameters on CIFAR-10. vgg16, vgg19: "
-        "without hidden linear layers. resnet18, resnet50: torchvision's blocks, with a small stem for images up to 64 "
-        "pixels. torchvision:NAME, timm:NAME: models of those libraries, with their norms replaced by `norm`.",
-    )
+    name: Literal["vgg9", "vgg16", "vgg19", "resnet18", "resnet50"] | PluginName = "vgg9"
+    """vgg9: from Li et al. (arXiv 1712.09913), 2.8 million parameters on CIFAR-10. vgg16, vgg19: without hidden linear
+    layers. resnet18, resnet50: torchvision's blocks, with a small stem for images up to 64 pixels. torchvision:NAME,
+    timm:NAME: models of those libraries, with their norms replaced by `norm`.
+    """
     options: Options = options_of("model.name")
-    width: PositiveFloat = Field(1.0, description="Factor on the number of channels.", examples=[0.25])
-    norm: Literal["batch", "ghost", "sync", "group", "none"] = Field(
-        "ghost",
-        description="batch: over a micro-batch. ghost: over groups of `ghost_size` samples. "
-        "sync: over a micro-batch that all ranks share. group: over groups of channels of each sample.",
-    )
-    ghost_size: AtLeastTwo = Field(128, description="Samples that ghost norm normalizes together.", examples=[64])
-    channel_groups: PositiveInt = Field(
-        32, description="Maximum number of groups in group norm; the number used divides the channels.", examples=[16]
-    )
-    norm_statistics: Literal["auto", "running", "recomputed"] = Field(
-        "auto",
-        description="Norm statistics for evaluation. running: averages collected during training. recomputed: from "
-        "training data with the clean weights. auto: recomputed if noise is on.",
-    )
-    norm_samples: AtLeastTwo = Field(
-        2048, description="Training samples from which norm statistics are recomputed.", examples=[4096]
-    )
+    width: PositiveFloat = Field(1.0, examples=[0.25])
+    """Factor on the number of channels."""
+    norm: Literal["batch", "ghost", "sync", "group", "none"] = "ghost"
+    """batch: over a micro-batch. ghost: over groups of `ghost_size` samples. sync: over a micro-batch that all ranks
+    share. group: over groups of channels of each sample.
+    """
+    ghost_size: AtLeastTwo = Field(128, examples=[64])
+    """Samples that ghost norm normalizes together."""
+    channel_groups: PositiveInt = Field(32, examples=[16])
+    """Maximum number of groups in group norm; the number used divides the channels."""
+    norm_statistics: Literal["auto", "running", "recomputed"] = "auto"
+    """Norm statistics for evaluation. running: averages collected during training. recomputed: from training data with
+    the clean weights. auto: recomputed if noise is on.
+    """
+    norm_samples: AtLeastTwo = Field(2048, examples=[4096])
+    """Training samples from which norm statistics are recomputed."""
 
 
 class BatchChange(Section):
     """A change of the global batch size."""
 
-    epoch: PositiveInt = Field(description="Passes over the data before the change.", examples=[60])
-    global_size: PositiveInt = Field(description="Samples per update from then on.", examples=[8192])
+    epoch: PositiveInt = Field(examples=[60])
+    """Passes over the data before the change."""
+    global_size: PositiveInt = Field(examples=[8192])
+    """Samples per update from then on."""
 
 
 class BatchSettings(Section):
     """The global batch and its division into micro-batches."""
 
-    global_size: PositiveInt = Field(8192, description="Samples per update, over all ranks.", examples=[1024])
-    micro_size: PositiveInt | Literal["auto"] = Field(
-        "auto", description="Samples per forward and backward pass; auto: as many as fit the device.", examples=[256]
-    )
-    dealing: Literal["even", "measured"] = Field(
-        "even",
-        description="How micro-batches are distributed over ranks. even: equally. measured: by each rank's measured "
-        "speed.",
-    )
-    schedule: tuple[BatchChange, ...] = Field(
-        (),
-        description="Changes of the global batch size during the run, as in Smith et al. (arXiv 1711.00489): each "
-        "{epoch, global_size} takes effect after that many passes. schedule.scaling uses the initial `global_size` "
-        "alone.",
-        examples=[[{"epoch": 60, "global_size": 2048}]],
-    )
+    global_size: PositiveInt = Field(8192, examples=[1024])
+    """Samples per update, over all ranks."""
+    micro_size: PositiveInt | Literal["auto"] = Field("auto", examples=[256])
+    """Samples per forward and backward pass; auto: as many as fit the device."""
+    dealing: Literal["even", "measured"] = "even"
+    """How micro-batches are distributed over ranks. even: equally. measured: by each rank's measured speed."""
+    schedule: tuple[BatchChange, ...] = Field((), examples=[[{"epoch": 60, "global_size": 2048}]])
+    """Changes of the global batch size during the run, as in Smith et al. (arXiv 1711.00489): each {epoch, global_size}
+    takes effect after that many passes. schedule.scaling uses the initial `global_size` alone.
+    """
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -129,98 +111,80 @@ class BatchSettings(Section):
 class OptimizerSettings(Section):
     """The update rule."""
 
-    name: Literal["sgd", "adam", "adamw", "lars", "lamb"] | PluginName = Field(
-        "sgd",
-        description="sgd: with momentum. adam: weight decay added to the gradient; adamw: decoupled from it. lars, "
-        "lamb: layer-wise adaptive rates, for large batches.",
-    )
+    name: Literal["sgd", "adam", "adamw", "lars", "lamb"] | PluginName = "sgd"
+    """sgd: with momentum. adam: weight decay added to the gradient; adamw: decoupled from it. lars, lamb: layer-wise
+    adaptive rates, for large batches.
+    """
     options: Options = options_of("optimizer.name")
-    learning_rate: NonNegativeFloat = Field(
-        0.1, description="Learning rate; `schedule.scaling` multiplies it for larger batches.", examples=[0.05]
-    )
-    momentum: Beta = Field(0.9, description="Momentum of sgd and lars.", examples=[0.95])
-    nesterov: bool = Field(True, description="Nesterov momentum (sgd only).")
-    betas: tuple[Beta, Beta] = Field(
-        (0.9, 0.999), description="Decay of the moments of adam, adamw and lamb.", examples=[[0.9, 0.98]]
-    )
-    epsilon: PositiveFloat = Field(1e-8, description="Added to denominators by adam, adamw and lamb.", examples=[1e-06])
-    trust: PositiveFloat = Field(0.001, description="Trust coefficient of lars.", examples=[0.01])
-    weight_decay: NonNegativeFloat = Field(
-        0.0, description="Weight decay, except for weights in `exclude`.", examples=[0.0005]
-    )
-    exclude: tuple[str, ...] = Field(
-        ("norm", "bias"),
-        description="Weights without weight decay and layer-wise adaptation: norm, bias, or patterns of names.",
-        examples=[["norm"]],
-    )
-    clip_norm: PositiveFloat | None = Field(
-        None, description="Clip the global gradient to this norm; null: no clipping.", examples=[1.0]
-    )
+    learning_rate: NonNegativeFloat = Field(0.1, examples=[0.05])
+    """Learning rate; `schedule.scaling` multiplies it for larger batches."""
+    momentum: Beta = Field(0.9, examples=[0.95])
+    """Momentum of sgd and lars."""
+    nesterov: bool = True
+    """Nesterov momentum (sgd only)."""
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), examples=[[0.9, 0.98]])
+    """Decay of the moments of adam, adamw and lamb."""
+    epsilon: PositiveFloat = Field(1e-8, examples=[1e-06])
+    """Added to denominators by adam, adamw and lamb."""
+    trust: PositiveFloat = Field(0.001, examples=[0.01])
+    """Trust coefficient of lars."""
+    weight_decay: NonNegativeFloat = Field(0.0, examples=[0.0005])
+    """Weight decay, except for weights in `exclude`."""
+    exclude: tuple[str, ...] = Field(("norm", "bias"), examples=[["norm"]])
+    """Weights without weight decay and layer-wise adaptation: norm, bias, or patterns of names."""
+    clip_norm: PositiveFloat | None = Field(None, examples=[1.0])
+    """Clip the global gradient to this norm; null: no clipping."""
 
 
 class ScheduleSettings(Section):
     """The learning-rate schedule."""
 
-    scaling: Literal["none", "linear", "sqrt"] = Field(
-        "none",
-        description="How the learning rate is scaled for the global batch. linear: by global_size / base_batch. sqrt: "
-        "by its square root.",
-    )
-    base_batch: PositiveInt = Field(
-        128, description="Global batch size for which `optimizer.learning_rate` is meant.", examples=[256]
-    )
-    warmup_epochs: NonNegativeFloat = Field(
-        0.0, description="Epochs in which the learning rate rises from the unscaled to the scaled one.", examples=[5.0]
-    )
-    keep_updates: bool = Field(
-        False,
-        description="Make as many updates as with a global batch of `base_batch`: an epoch, also in warm-up and "
-        "milestones, has the number of updates that it would have with it (Hoffer et al., arXiv 1705.08741).",
-    )
-    decay: Literal["constant", "step", "cosine", "poly", "exponential"] | PluginName = Field(
-        "constant",
-        description="How the learning rate decays after warm-up. step: by `factor` at `milestones`. cosine: to 0. "
-        "poly: as (1 - x)^`power`, where x is the fraction of the time after warm-up. exponential: as "
-        "`final_fraction`^x.",
-    )
+    scaling: Literal["none", "linear", "sqrt"] = "none"
+    """How the learning rate is scaled for the global batch. linear: by global_size / base_batch. sqrt: by its square
+    root.
+    """
+    base_batch: PositiveInt = Field(128, examples=[256])
+    """Global batch size for which `optimizer.learning_rate` is meant."""
+    warmup_epochs: NonNegativeFloat = Field(0.0, examples=[5.0])
+    """Epochs in which the learning rate rises from the unscaled to the scaled one."""
+    keep_updates: bool = False
+    """Make as many updates as with a global batch of `base_batch`: an epoch, also in warm-up and milestones, has the
+    number of updates that it would have with it (Hoffer et al., arXiv 1705.08741).
+    """
+    decay: Literal["constant", "step", "cosine", "poly", "exponential"] | PluginName = "constant"
+    """How the learning rate decays after warm-up. step: by `factor` at `milestones`. cosine: to 0. poly: as (1 -
+    x)^`power`, where x is the fraction of the time after warm-up. exponential: as `final_fraction`^x.
+    """
     options: Options = options_of("schedule.decay")
-    milestones: tuple[PositiveFloat, ...] = Field(
-        (), description="Epochs at which a step decay applies `factor`.", examples=[[150, 225]]
-    )
-    factor: Fraction = Field(0.1, description="Factor of a step decay.", examples=[0.2])
-    power: PositiveFloat = Field(2.0, description="Exponent of a polynomial decay.", examples=[1.0])
-    final_fraction: PositiveFloat = Field(
-        0.01,
-        description="Final learning rate of an exponential decay, as a fraction of the peak; above 1 the rate rises.",
-        examples=[0.001],
-    )
+    milestones: tuple[PositiveFloat, ...] = Field((), examples=[[150, 225]])
+    """Epochs at which a step decay applies `factor`."""
+    factor: Fraction = Field(0.1, examples=[0.2])
+    """Factor of a step decay."""
+    power: PositiveFloat = Field(2.0, examples=[1.0])
+    """Exponent of a polynomial decay."""
+    final_fraction: PositiveFloat = Field(0.01, examples=[0.001])
+    """Final learning rate of an exponential decay, as a fraction of the peak; above 1 the rate rises."""
 
 
 class PrecisionSettings(Section):
     """Number formats and kernels."""
 
-    compute: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Precision of forward and backward passes. float16: on GPUs only, with loss scaling."
-    )
-    channels_last: bool = Field(True, description="Images in channels-last layout: faster convolutions.")
-    compile: bool = Field(False, description="Compile the model with torch.compile.")
-    cuda_graphs: bool = Field(
-        False,
-        description="Replay all micro-batches of a rank but its last as CUDA graphs: bit-identical, with far fewer "
-        "launches by the host, and a second micro-batch's activations in memory.",
-        examples=[True],
-    )
-    tf32: bool = Field(False, description="Allow TF32 in float32 convolutions and matrix products on a GPU.")
-    deterministic: bool | Literal["auto"] = Field(
-        "auto",
-        description="Use deterministic kernels only; auto: on a GPU, unless comm.reduction is float.",
-        examples=[True],
-    )
-    threads: PositiveInt | Literal["auto"] = Field(
-        "auto",
-        description="CPU threads per rank; auto: OMP_NUM_THREADS, or else an equal share of the cores.",
-        examples=[2],
-    )
+    compute: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of forward and backward passes. float16: on GPUs only, with loss scaling."""
+    channels_last: bool = True
+    """Images in channels-last layout: faster convolutions."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    cuda_graphs: bool = Field(False, examples=[True])
+    """Replay all micro-batches of a rank but its last as CUDA graphs: bit-identical, with far fewer launches by the
+    host, and a second micro-batch's activations in memory.
+    """
+    tf32: bool = False
+    """Allow TF32 in float32 convolutions and matrix products on a GPU."""
+    deterministic: bool | Literal["auto"] = Field("auto", examples=[True])
+    """Use deterministic kernels only; auto: on a GPU, unless comm.reduction is float."""
+    threads: PositiveInt | Literal["auto"] = Field("auto", examples=[2])
+    """CPU threads per rank; auto: OMP_NUM_THREADS, or else an equal share of the cores."""
 
 
 Engine = Literal["auto", "horovod", "torch"]
@@ -229,30 +193,23 @@ Engine = Literal["auto", "horovod", "torch"]
 class CommSettings(Section):
     """Communication between the ranks."""
 
-    engine: Engine = Field(
-        "auto",
-        description="Communication library. auto: Horovod under horovodrun and mpirun, and under srun if it is "
-        "installed; otherwise torch.distributed.",
-    )
-    reduction: Literal["exact", "exact32", "exact16", "float"] = Field(
-        "exact",
-        description="How gradients are summed. exact: as 64-bit integers, bit-identical on any number of ranks. "
-        "exact32: likewise as 32-bit integers, which need no more bytes than float. exact16: an experiment, likewise "
-        "at the bytes of fp16, with errors of about 1 %. float: as floats.",
-        examples=["exact32"],
-    )
-    compression: Literal["none", "fp16"] = Field(
-        "none", description="Send gradients as float16 (only with reduction float)."
-    )
-    op: Literal["average", "adasum"] = Field(
-        "average", description="How the ranks' gradients are combined (adasum: only with reduction float)."
-    )
-    verify_every: NonNegativeInt = Field(
-        100, description="Steps between checks that all ranks hold the same weights and noise; 0: none.", examples=[10]
-    )
-    timeout: Annotated[float, Field(ge=5)] = Field(
-        60.0, description="Seconds within which the run ends if a rank does not answer.", examples=[300.0]
-    )
+    engine: Engine = "auto"
+    """Communication library. auto: Horovod under horovodrun and mpirun, and under srun if it is installed; otherwise
+    torch.distributed.
+    """
+    reduction: Literal["exact", "exact32", "exact16", "float"] = Field("exact", examples=["exact32"])
+    """How gradients are summed. exact: as 64-bit integers, bit-identical on any number of ranks. exact32: likewise as
+    32-bit integers, which need no more bytes than float. exact16: an experiment, likewise at the bytes of fp16, with
+    errors of about 1 %. float: as floats.
+    """
+    compression: Literal["none", "fp16"] = "none"
+    """Send gradients as float16 (only with reduction float)."""
+    op: Literal["average", "adasum"] = "average"
+    """How the ranks' gradients are combined (adasum: only with reduction float)."""
+    verify_every: NonNegativeInt = Field(100, examples=[10])
+    """Steps between checks that all ranks hold the same weights and noise; 0: none."""
+    timeout: Annotated[float, Field(ge=5)] = Field(60.0, examples=[300.0])
+    """Seconds within which the run ends if a rank does not answer."""
 
     @property
     def is_exact(self) -> bool:
@@ -263,60 +220,51 @@ class CommSettings(Section):
 class LaunchSettings(Section):
     """How `dist-train launch` handles lost ranks. Its options take precedence; other launchers ignore this section."""
 
-    min_ranks: PositiveInt | None = Field(
-        None,
-        description="Continue without lost ranks while at least so many are left; null: all that the run begins with.",
-        examples=[2],
-    )
-    max_ranks: PositiveInt | None = Field(
-        None, description="Maximum number of ranks; null: as many as the run begins with.", examples=[8]
-    )
-    restarts: NonNegativeInt = Field(
-        0, description="Restart a lost rank's process up to this many times each.", examples=[3]
-    )
+    min_ranks: PositiveInt | None = Field(None, examples=[2])
+    """Continue without lost ranks while at least so many are left; null: all that the run begins with."""
+    max_ranks: PositiveInt | None = Field(None, examples=[8])
+    """Maximum number of ranks; null: as many as the run begins with."""
+    restarts: NonNegativeInt = Field(0, examples=[3])
+    """Restart a lost rank's process up to this many times each."""
 
 
 class EvaluationSettings(Section):
     """When and how the model is evaluated."""
 
-    every_epochs: NonNegativeInt = Field(1, description="Epochs between evaluations; 0: at the end only.", examples=[5])
-    batch_size: PositiveInt = Field(500, description="Samples per forward pass.", examples=[1000])
-    train_samples: NonNegativeInt = Field(
-        10000, description="Number of training samples to evaluate besides the test set.", examples=[0]
-    )
+    every_epochs: NonNegativeInt = Field(1, examples=[5])
+    """Epochs between evaluations; 0: at the end only."""
+    batch_size: PositiveInt = Field(500, examples=[1000])
+    """Samples per forward pass."""
+    train_samples: NonNegativeInt = Field(10000, examples=[0])
+    """Number of training samples to evaluate besides the test set."""
 
 
 class CheckpointSettings(Section):
     """When checkpoints are saved, and which are kept."""
 
-    every_epochs: NonNegativeInt = Field(
-        1, description="Epochs between checkpoints; 0: at the end only.", examples=[10]
-    )
-    every_steps: PositiveInt | None = Field(
-        None, description="Also save a checkpoint after every this many updates; null: do not.", examples=[500]
-    )
-    keep: PositiveInt = Field(3, description="How many of the latest checkpoints to keep.", examples=[1])
-    keep_best: bool = Field(
-        True, description="Also keep the one with the best accuracy on the validation split, or else on the test split."
-    )
-    background: bool = Field(True, description="Write checkpoints while training continues.")
-    fallback_directory: Path | None = Field(
-        None,
-        description="Folder on another disk, for the last checkpoint if the run directory's disk is full or fails; "
-        "a resume reads it from there.",
-        examples=["/scratch/me"],
-    )
+    every_epochs: NonNegativeInt = Field(1, examples=[10])
+    """Epochs between checkpoints; 0: at the end only."""
+    every_steps: PositiveInt | None = Field(None, examples=[500])
+    """Also save a checkpoint after every this many updates; null: do not."""
+    keep: PositiveInt = Field(3, examples=[1])
+    """How many of the latest checkpoints to keep."""
+    keep_best: bool = True
+    """Also keep the one with the best accuracy on the validation split, or else on the test split."""
+    background: bool = True
+    """Write checkpoints while training continues."""
+    fallback_directory: Path | None = Field(None, examples=["/scratch/me"])
+    """Folder on another disk, for the last checkpoint if the run directory's disk is full or fails; a resume reads it
+    from there.
+    """
 
 
 class LoggerSettings(Section):
     """A logger of the run's records."""
 
-    name: Literal["tensorboard", "trackio", "wandb", "mlflow"] | PluginName = Field(
-        description="A library, or an `Observer` of your own: `package.module:name`, `FILE.py:name`."
-    )
-    options: Options = Field(
-        default_factory=dict, description="Settings of the logger.", examples=[{"project": "large-batch"}]
-    )
+    name: Literal["tensorboard", "trackio", "wandb", "mlflow"] | PluginName
+    """A library, or an `Observer` of your own: `package.module:name`, `FILE.py:name`."""
+    options: Options = Field(default_factory=dict, examples=[{"project": "large-batch"}])
+    """Settings of the logger."""
 
 
 class MetricsSettings(Section):
@@ -324,57 +272,38 @@ class MetricsSettings(Section):
     are saved with the run.
     """
 
-    enabled: bool = Field(True, description="Serve metrics to Prometheus during the run.")
-    host: str = Field(
-        "127.0.0.1",
-        description="Address to listen at; 0.0.0.0: every address of the node.",
-        examples=["0.0.0.0"],  # nosec B104
-    )
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(
-        9810, description="Port to listen at, or the next free one above it; 0: any free port.", examples=[0]
-    )
-    ranks: Literal["first", "all"] = Field(
-        "first", description="Which ranks serve metrics. first: rank 0, for the run. all: every rank, also its own."
-    )
-    every_steps: PositiveInt = Field(1, description="Steps between training records.", examples=[10])
-    token_file: Path | None = Field(
-        None, description="File with the bearer token that a scrape must send.", examples=["/home/me/metrics.token"]
-    )
-    password_file: Path | None = Field(
-        None, description="File with user:password that a scrape must send.", examples=["/home/me/metrics.password"]
-    )
-    certificate_file: Path | None = Field(
-        None, description="TLS certificate (PEM), with its chain; null: plain HTTP.", examples=["/home/me/metrics.crt"]
-    )
-    key_file: Path | None = Field(
-        None, description="Private key (PEM) of the TLS certificate.", examples=["/home/me/metrics.key"]
-    )
-    targets_directory: Path | None = Field(
-        None,
-        description="Folder where Prometheus looks for targets (file_sd): the run is listed there, and for a day after "
-        "its end how it ended.",
-        examples=["/shared/targets"],
-    )
-    advertised_host: str | None = Field(
-        None,
-        description="Host in the target file; null: the node's name, or `host` if that is a single address.",
-        examples=["node7.example.org"],
-    )
-    pushgateway: str | None = Field(
-        None,
-        pattern=r"^https?://",
-        description="URL of a Pushgateway to which the last values are pushed, for short runs.",
-        examples=["http://pushgateway:9091"],
-    )
-    last_scrape_seconds: NonNegativeFloat = Field(
-        20.0,
-        description="At the end of a run that is being scraped: longest wait for a scrape of the last values.",
-        examples=[60.0],
-    )
-    tensorboard: bool = Field(False, description="Also write TensorBoard's event files into the run directory.")
-    loggers: tuple[LoggerSettings, ...] = Field(
-        (), description="Further loggers of the run's records, on rank 0.", examples=[[{"name": "trackio"}]]
-    )
+    enabled: bool = True
+    """Serve metrics to Prometheus during the run."""
+    host: str = Field("127.0.0.1", examples=["0.0.0.0"])  # nosec B104
+    """Address to listen at; 0.0.0.0: every address of the node."""
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(9810, examples=[0])
+    """Port to listen at, or the next free one above it; 0: any free port."""
+    ranks: Literal["first", "all"] = "first"
+    """Which ranks serve metrics. first: rank 0, for the run. all: every rank, also its own."""
+    every_steps: PositiveInt = Field(1, examples=[10])
+    """Steps between training records."""
+    token_file: Path | None = Field(None, examples=["/home/me/metrics.token"])
+    """File with the bearer token that a scrape must send."""
+    password_file: Path | None = Field(None, examples=["/home/me/metrics.password"])
+    """File with user:password that a scrape must send."""
+    certificate_file: Path | None = Field(None, examples=["/home/me/metrics.crt"])
+    """TLS certificate (PEM), with its chain; null: plain HTTP."""
+    key_file: Path | None = Field(None, examples=["/home/me/metrics.key"])
+    """Private key (PEM) of the TLS certificate."""
+    targets_directory: Path | None = Field(None, examples=["/shared/targets"])
+    """Folder where Prometheus looks for targets (file_sd): the run is listed there, and for a day after its end how it
+    ended.
+    """
+    advertised_host: str | None = Field(None, examples=["node7.example.org"])
+    """Host in the target file; null: the node's name, or `host` if that is a single address."""
+    pushgateway: str | None = Field(None, pattern=r"^https?://", examples=["http://pushgateway:9091"])
+    """URL of a Pushgateway to which the last values are pushed, for short runs."""
+    last_scrape_seconds: NonNegativeFloat = Field(20.0, examples=[60.0])
+    """At the end of a run that is being scraped: longest wait for a scrape of the last values."""
+    tensorboard: bool = False
+    """Also write TensorBoard's event files into the run directory."""
+    loggers: tuple[LoggerSettings, ...] = Field((), examples=[[{"name": "trackio"}]])
+    """Further loggers of the run's records, on rank 0."""
 
     @property
     def writes_tensorboard(self) -> bool:
