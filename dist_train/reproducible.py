@@ -33,8 +33,7 @@ _HASH_GOLDEN = 0x9E3779B9
 _HASH_MIX_1 = 0x7FEB352D
 _HASH_MIX_2 = 0x846CA68B
 
-_CACHED = 1 << 16
-"""Hashes of 32 bits that, with what is made of them, a core's own cache holds."""
+_CACHED = 1 << 16  # hashes of 32 bits that, with what is made of them, a core's own cache holds
 
 
 def key(seed: int, purpose: str, *indices: int | str) -> int:
@@ -142,11 +141,8 @@ class FixedPoint:
         return integers.to(torch.float64).mul_(2.0**-self.bits)
 
 
-GRADIENTS = FixedPoint(48)
-"""Gradients of the mean loss: resolution 3.6e-15, range 16,384."""
+GRADIENTS = FixedPoint(48)  # gradients of the mean loss: resolution 3.6e-15, range 16,384
 
-STATISTICS = FixedPoint(24)
-"""Sums over samples of means and variances of activations: resolution 6e-8, range 2.7e11."""
+STATISTICS = FixedPoint(24)  # sums over samples of means and variances of activations: resolution 6e-8, range 2.7e11
 
-LOSSES = FixedPoint(28)
-"""Sums of losses over samples: resolution 3.7e-9, range 1.7e10."""
+LOSSES = FixedPoint(28)  # sums of losses over samples: resolution 3.7e-9, range 1.7e10

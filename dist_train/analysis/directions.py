@@ -82,8 +82,7 @@ NORMALIZATIONS: Mapping[str, Normalize] = {
 """How a drawn direction is scaled. none: not at all, each component has variance 1."""
 
 
-_MARGIN = 0.25
-"""How far the plane extends beyond the checkpoints, as a fraction of their extent."""
+_MARGIN = 0.25  # how far the plane extends beyond the checkpoints, as a fraction of their extent
 _CHUNK = 1 << 20
 
 

@@ -52,8 +52,7 @@ from dist_train.outcome import UsageError
 from dist_train.rundir.paths import RunDirectory
 from dist_train.training.compute import share_of_threads
 
-Report = Callable[[int, int], None]
-"""Called with (finished, total) points of this rank."""
+Report = Callable[[int, int], None]  # called with (finished, total) points of this rank
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,7 @@ class Request:
     targets: Sequence[Path]
     settings: LandscapeSettings
     overrides: Sequence[str] = ()
-    output: Path | None = None
-    """Parent of the result's folder; None: `analysis` in the first target's run directory."""
+    output: Path | None = None  # parent of the result's folder; None: `analysis` in the first target's run directory
     threads: int | None = None
     """CPU threads per rank; None: an equal share of the node's cores. The result does not depend on it."""
     scale: Literal["linear", "log"] = "linear"
@@ -77,8 +75,7 @@ class Finished:
     folder: Path
     widths: Sequence[Width]
     was_there: bool
-    not_finite: int
-    """Rows of points.csv whose loss is not finite."""
+    not_finite: int  # rows of points.csv whose loss is not finite
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,7 @@ from dist_train.rundir.atomic import json_text
 Kind = Literal["interpolate", "direction", "plane"]
 Statistics = Literal["recomputed", "interpolated"]
 
-FORMAT = 1
-"""Increased whenever the same settings start to give other numbers."""
+FORMAT = 1  # increased whenever the same settings start to give other numbers
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,8 @@ class MeasureSettings:
     samples: int | None = 10_000
     test_samples: int | None = None
     statistics: Statistics = "recomputed"
-    statistics_samples: int | None = None
-    """None: the run's `model.norm_samples`."""
-    batch_size: int | None = None
-    """None: chosen for the device."""
+    statistics_samples: int | None = None  # None: the run's `model.norm_samples`
+    batch_size: int | None = None  # None: chosen for the device
     precision: Literal["float32", "run"] = "float32"
     subset_seed: int = 0
 

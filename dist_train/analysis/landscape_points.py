@@ -45,8 +45,7 @@ class Place:
     statistics: torch.Tensor
 
 
-Walk = Callable[[Point], Place]
-"""Maps a point to the model state there, float32."""
+Walk = Callable[[Point], Place]  # maps a point to the model state there, float32
 
 
 def axis(start: float, stop: float, points: int) -> tuple[float, ...]:
@@ -98,10 +97,8 @@ def along(origin: Place, directions: Callable[[int], Sequence[torch.Tensor]]) ->
 
 
 Result = TypeVar("Result")
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""Inputs [n, ...] and labels [n] on the device."""
-LossSum = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(outputs, labels) -> the sum of the samples' losses."""
+Batch = tuple[torch.Tensor, torch.Tensor]  # inputs [n, ...] and labels [n] on the device
+LossSum = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (outputs, labels) -> the sum of the samples' losses
 
 
 def cross_entropy_sum(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -245,8 +242,7 @@ class Subject:
     batch_size: int
     train: list[Batch]
     test: list[Batch]
-    statistics: list[Batch]
-    """Batches that the norms' statistics are recomputed from; empty: they are not recomputed."""
+    statistics: list[Batch]  # batches that the norms' statistics are recomputed from; empty: they are not recomputed
 
     def record(self) -> dict[str, Any]:
         """Return everything else that the numbers depend on, beside the checkpoints and `LandscapeSettings`."""

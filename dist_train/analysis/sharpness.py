@@ -50,11 +50,9 @@ from dist_train.reproducible import generator
 from dist_train.rundir.paths import RunDirectory
 
 _RESTARTS = 40
-_FIRST_STEP = 100.0
-"""Length of the first step along a coordinate of average slope; the box has half-width 1."""
+_FIRST_STEP = 100.0  # length of the first step along a coordinate of average slope; the box has half-width 1
 _logger = logging.getLogger("dist_train.sharpness")
-Report = Callable[[str], None]
-"""Called with a progress line for the user."""
+Report = Callable[[str], None]  # called with a progress line for the user
 
 
 def measure_sharpness(

@@ -67,8 +67,7 @@ class SubsetLoss:
         self._summed_loss = summed_loss
         self._threads = threads
         self._positions = self.weights.mask(()).nonzero().flatten()
-        self.count = len(self._positions)
-        """Number of trainable weights."""
+        self.count = len(self._positions)  # number of trainable weights
         self.clean = self.weights.values.clone()
         """The clean weights in the flat buffer's layout, padding included; read-only."""
 

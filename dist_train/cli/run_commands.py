@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from dist_train.cluster.elastic_launch import Elasticity
     from dist_train.config import Config
 
-_STANDARD_ERROR = 2
-"""The descriptor itself: `sys.stderr` may be replaced by an object that has none."""
+_STANDARD_ERROR = 2  # the descriptor itself: `sys.stderr` may be replaced by an object that has none
 
 
 def add_train(subparsers: Subparsers) -> None:

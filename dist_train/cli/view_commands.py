@@ -12,8 +12,7 @@ from pathlib import Path
 from dist_train.cli.common import Subparsers, print_table, terminal_width
 from dist_train.outcome import ExitCode, UsageError, escaped
 
-_COLUMNS, _ROWS = 100, 36
-"""Size of a view that is not printed on a terminal."""
+_COLUMNS, _ROWS = 100, 36  # size of a view that is not printed on a terminal
 
 
 def add_runs(subparsers: Subparsers) -> None:

@@ -244,8 +244,7 @@ def _refuse(value: object) -> object:
     raise TypeError(f"{value!r} is not text, a number, true or false, a list or a mapping")
 
 
-_LARGEST_EXPANDED = 1 << 20
-"""Limit on the number of characters of all values in a file, with aliases expanded."""
+_LARGEST_EXPANDED = 1 << 20  # limit on the number of characters of all values in a file, with aliases expanded
 
 
 def _expanded_size(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:

@@ -7,6 +7,7 @@ names before settings are checked, so that a run records where its code is. Nami
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import importlib.util
@@ -196,7 +197,7 @@ def with_long_names(settings: Mapping[str, Any], files: Sequence[str], model: ty
 
 def from_folder(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return `settings` with absolute paths of plug-in files, which are relative to `folder`."""
-    changed = dict(settings)
+    changed: dict[str, Any] = copy.deepcopy(dict(settings))
     files = changed.get("plugins")
     if isinstance(files, list):
         changed["plugins"] = [_absolute(folder, file) for file in files]
@@ -303,20 +304,15 @@ def _entry_point(kind: Kind, name: str) -> str | None:
 
 
 def _sections(settings: Any, names: Sequence[str], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield copies, put in place, of the mappings that may have the setting at `names`, with their path and its key."""
+    """Yield each mapping in `settings` that may have the setting at `names`, with its path and the setting's key."""
     first, *rest = names
-    if not rest:
-        if isinstance(settings, dict):
-            yield prefix, settings, first
-        return
     if first == "*":
         for index, item in enumerate(settings if isinstance(settings, list) else ()):
-            if isinstance(item, dict):
-                settings[index] = item.copy()
-                yield from _sections(settings[index], rest, f"{prefix}{index}.")
-    elif isinstance(settings, dict) and isinstance(inner := settings.get(first), dict | list):
-        settings[first] = inner.copy()
-        yield from _sections(settings[first], rest, f"{prefix}{first}.")
+            yield from _sections(item, rest, f"{prefix}{index}.")
+    elif isinstance(settings, dict) and rest:
+        yield from _sections(settings.get(first), rest, f"{prefix}{first}.")
+    elif isinstance(settings, dict):
+        yield prefix, settings, first
 
 
 def _unknown_options(kind: type[Any], path: str, options: Options) -> Iterator[Problem]:

@@ -31,8 +31,7 @@ class Look:
 
     colour: int
     dashes: tuple[float, ...] = ()
-    is_hollow: bool = False
-    """Whether marks are drawn as outlines."""
+    is_hollow: bool = False  # whether marks are drawn as outlines
 
 
 _AVERAGED = (7.0, 3.0)

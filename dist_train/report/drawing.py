@@ -51,8 +51,7 @@ if TYPE_CHECKING:
     from dist_train.report.figures import NumberedFigure, Strip
 
 
-_WIDTH = 7.0
-"""Inches: the text width of a two-column page."""
+_WIDTH = 7.0  # inches: the text width of a two-column page
 _LETTERS_PER_INCH = 17
 _MARKS = {"dots": "o", "squares": "s"}
 _MOST_MARKS = 30
@@ -231,8 +230,7 @@ def _draw_strip(axes: Axes, strip: Strip) -> None:
 _FORMATS = (".png", ".svg", ".pdf")
 _MOST_POINTS = 1_000
 _SHARE = Axis("share of peak", -0.06, 1.12, plain)
-_HEIGHTS = (3.0, 3.0, 1.4)
-"""Inches, of the charts of loss, accuracy and schedule."""
+_HEIGHTS = (3.0, 3.0, 1.4)  # inches, of the charts of loss, accuracy and schedule
 
 
 def draw_learning_curve(run_directories: Sequence[Path], output: Path) -> None:

@@ -38,8 +38,7 @@ from dist_train.watch.figure import (
 
 _LETTERS = string.ascii_lowercase * 4
 _MOST_LINEAR = 12.0
-_Axes = tuple[Axis, Axis, Axis]
-"""Along the line; of the loss; of the accuracy."""
+_Axes = tuple[Axis, Axis, Axis]  # along the line; of the loss; of the accuracy
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,7 @@ class LandscapeFigure:
     others: tuple[Chart, ...] = ()
     between: tuple[Chart, ...] = ()
     settings: tuple[tuple[str, str], ...] = ()
-    left_out: int = 0
-    """Number of `direction` landscapes not drawn, because of other settings or an earlier step."""
+    left_out: int = 0  # number of `direction` landscapes not drawn, because of other settings or an earlier step
 
 
 @dataclass(frozen=True)

@@ -104,10 +104,8 @@ class Measure:
     write: Callable[[float], str] = three_digits
     factor: float = 1.0
     unit: str = ""
-    group: str = "Accuracy and loss"
-    """The table that shows it."""
-    is_bound: Callable[[StoredRun], bool] = lambda run: False
-    """Whether the run's value is a lower bound."""
+    group: str = "Accuracy and loss"  # the table that shows it
+    is_bound: Callable[[StoredRun], bool] = lambda run: False  # whether the run's value is a lower bound
     is_unresolved: Callable[[StoredRun], bool] = lambda run: False
     """Whether the run's value comes from points too far apart."""
     is_guess: Callable[[StoredRun], bool] = lambda run: False

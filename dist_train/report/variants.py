@@ -93,12 +93,9 @@ class Variant:
 
     def lost(self, measure: Measure, base: Variant | None = None) -> Lost:
         """Return how many runs lack `measure`; with `base`, how many pairs with it do."""
-        of_seed: dict[int | None, list[StoredRun]] = {}
-        for run in self.distinct:
-            of_seed.setdefault(run.seed, []).append(run)
         groups = [[run] for run in self.distinct]
         if base is not None:
-            groups = [[run, *of_seed[run.seed]] for run in base.distinct if run.seed in of_seed]
+            groups = [[first, run] for first in base.distinct for run in self.distinct if first.seed == run.seed]
         have = {run.name for each in (self, base) if each is not None for run, _ in each.measured(measure)}
         lacking = [[run for run in runs if run.name not in have] for runs in groups]
         diverged = sum(any(run.is_diverged for run in runs) for runs in lacking)

@@ -47,8 +47,7 @@ class PlannedRun:
     settings: Settings
     overrides: tuple[str, ...]
     config: Config
-    searched: str = ""
-    """In a search: the variant of which the run is a trial; `trial` is the trial's number."""
+    searched: str = ""  # in a search: the variant of which the run is a trial; `trial` is the trial's number
     trial: int | None = None
 
     @property

@@ -35,8 +35,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)+")
 _OURS = ("run.name", "run.directory", "run.seed", "run.resume")
 
-Settings = dict[str, Any]
-"""Values by dotted path: `noise.amplitude: 0.01`."""
+Settings = dict[str, Any]  # values by dotted path: `noise.amplitude: 0.01`
 
 
 _Option = str | int | float | bool | list[str | int | float]
@@ -177,9 +176,8 @@ def _problems_of_settings(study: Study) -> Iterator[Problem]:
     for place, settings in (places | grids | spaces).items():
         for path, value in settings.items():
             if path in _OURS:
-                yield Problem(
-                    f"{place}.{path}", "the study itself sets this for each run", code="set-by-study", value=value
-                )
+                wrong = "the study itself sets this for each run"
+                yield Problem(f"{place}.{path}", wrong, code="set-by-study", value=value)
             elif not _SETTING.fullmatch(path):
                 allowed = "the dotted path of a setting, such as noise.amplitude"
                 yield Problem(f"{place}.{path}", "not a setting", code="wrong-form", value=value, allowed=allowed)
@@ -206,20 +204,12 @@ def _problems_of_variants(study: Study) -> Iterator[Problem]:
             if variant.like not in study.variants:
                 yield _unknown_variant(study, f"variants.{name}.like", variant.like)
             elif _is_like_itself(study, name):
-                yield Problem(
-                    f"variants.{name}.like",
-                    "the variant inherits from itself, through others",
-                    code="like-itself",
-                    value=variant.like,
-                )
+                wrong = "the variant inherits from itself, through others"
+                yield Problem(f"variants.{name}.like", wrong, code="like-itself", value=variant.like)
         yield from _problems_of_seeds(study, f"variants.{name}.seeds", variant.seeds)
         for path in sorted(set(variant.grid) & set(study.grid)):
-            yield Problem(
-                f"variants.{name}.grid.{path}",
-                "the study's grid has this setting already",
-                code="grid-twice",
-                value=variant.grid[path],
-            )
+            wrong, place = "the study's grid has this setting already", f"variants.{name}.grid.{path}"
+            yield Problem(place, wrong, code="grid-twice", value=variant.grid[path])
     for number, analysis in enumerate(study.analyse):
         place, variants = (
             ("between", analysis.between) if isinstance(analysis, Interpolation) else ("variants", analysis.variants)
@@ -378,11 +368,9 @@ class OptunaTrials:
         settings: Settings = {}
         for path, each in self._search.space.items():
             value = parameters[path]
-            match each:
-                case Choice(values=values):
-                    settings[path] = values[value]
-                case Uniform():
-                    settings[path] = _six_digits(value, each)
-                case _:
-                    settings[path] = value
+            if isinstance(each, Choice):
+                value = each.values[value]
+            elif isinstance(each, Uniform):
+                value = _six_digits(value, each)
+            settings[path] = value
         return settings

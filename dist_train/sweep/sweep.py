@@ -29,8 +29,7 @@ class Launcher:
 
     ranks: int = 1
     threads: int = 1
-    to_terminal: bool = False
-    """Whether a run's output goes to the terminal instead of its log."""
+    to_terminal: bool = False  # whether a run's output goes to the terminal instead of its log
 
     def command(self, plan: Plan, run: PlannedRun) -> list[str]:
         """Return the command line of `run`. Raises UsageError as `program` does."""
@@ -139,8 +138,7 @@ def take(run: PlannedRun) -> int | None:
 
 
 _PACE_SECONDS = 0.1
-_INSIST_SECONDS = 2.0
-"""A second signal within this time counts as the same request."""
+_INSIST_SECONDS = 2.0  # a second signal within this time counts as the same request
 
 Say = Callable[[str], None]
 
@@ -185,8 +183,7 @@ class Tally:
     stopped: list[tuple[PlannedRun, str]] = field(default_factory=list)
     busy: list[tuple[PlannedRun, str]] = field(default_factory=list)
     left: list[PlannedRun] = field(default_factory=list)
-    unasked: int = 0
-    """Number of runs whose trials Optuna has not suggested yet."""
+    unasked: int = 0  # number of runs whose trials Optuna has not suggested yet
 
     @property
     def exit_code(self) -> ExitCode:

@@ -12,8 +12,7 @@ from dist_train.rundir.records import EvaluationRecord, EventRecord, Record, Tra
 from dist_train.watch.run import Point as Means
 
 _LOG_RANGE = 25.0
-_SETTLED = 0.35
-"""Fraction of a curve, at its start, that may lie outside the frame so that its end is readable."""
+_SETTLED = 0.35  # fraction of a curve, at its start, that may lie outside the frame so that its end is readable
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,7 @@ class Chart:
     right: Axis | None = None
     letter: str = ""
     note: str = ""
-    upright: float | None = None
-    """Position of a vertical line, for instance at the solution."""
+    upright: float | None = None  # position of a vertical line, for instance at the solution
 
 
 def linear_axis(title: str, values: Iterable[float], write: Callable[[float], str], *, margin: float = 0.05) -> Axis:
@@ -139,8 +137,7 @@ class Quantity:
     """A field of records, to be drawn against epochs; shown times `factor`, in `unit`."""
 
     name: str
-    title: str
-    """The axis title."""
+    title: str  # the axis title
     take: Callable[[Any], float]
     write: Callable[[float], str]
     axis: Callable[[str, Sequence[Sequence[Point]]], Axis] = _rate_axis
@@ -163,8 +160,7 @@ RATES = (
     Quantity("gradient norm", "norm", lambda it: it.gradient_norm, three_digits),
     Quantity("speed", "images/s", lambda it: it.samples_per_second, three_digits),
 )
-BATCH = "batch"
-"""Style of the series measured at each update; an evaluation's style is the name of its split."""
+BATCH = "batch"  # style of the series measured at each update; an evaluation's style is the name of its split
 
 
 _FURTHER_SPLITS = ("validation", "train-averaged", "validation-averaged", "test-averaged")
@@ -178,8 +174,7 @@ class Measured:
     train: Sequence[TrainRecord] | Sequence[Means]
     evaluations: Mapping[str, Sequence[EvaluationRecord]]
     steps_per_epoch: float | None
-    is_exact: bool = True
-    """Whether the records' `epoch` is fractional; old runs recorded whole epochs."""
+    is_exact: bool = True  # whether the records' `epoch` is fractional; old runs recorded whole epochs
 
     def place(self, record: TrainRecord | EvaluationRecord | Means) -> float:
         """Return the x value of `record`: its epoch, or its step."""

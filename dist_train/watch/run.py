@@ -48,10 +48,7 @@ class Follower:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: tuple[int, int] | None = None
-        self._offset = 0
-        self._before = b""
-        """The last bytes before `_offset`, by which a replaced file is recognized."""
+        self._reset()
 
     def look(self) -> News:
         """Return the new lines. Raises OSError if the file exists but cannot be read."""
@@ -77,7 +74,9 @@ class Follower:
         return News(tuple(whole.split(b"\n")[:-1]), rewound)
 
     def _reset(self) -> None:
-        self._file, self._offset, self._before = None, 0, b""
+        self._file: tuple[int, int] | None = None
+        self._offset = 0
+        self._before = b""  # the last bytes before `_offset`, by which a replaced file is recognized
 
 
 _MOST_POINTS = 2_048
@@ -187,12 +186,9 @@ def _mean(points: Sequence[Point]) -> Point:
     return Point(*(sum(values) / len(points) for values in zip(*map(astuple, points), strict=True)))
 
 
-_SILENT_AFTER = 60.0
-"""Silence shorter than this, in seconds, is never reported, however fast the run is."""
-_SILENT_GAPS = 5.0
-"""A run is silent after this many times the longest recent gap between records."""
-_SILENT_UNKNOWN = 180.0
-"""Seconds of silence that are reported for a run whose pace is not known yet."""
+_SILENT_AFTER = 60.0  # silence shorter than this, in seconds, is never reported, however fast the run is
+_SILENT_GAPS = 5.0  # a run is silent after this many times the longest recent gap between records
+_SILENT_UNKNOWN = 180.0  # seconds of silence that are reported for a run whose pace is not known yet
 _GONE_AFTER = 10.0
 """A process unknown to this host may run in a container, so it counts as gone only after this many silent seconds."""
 
@@ -264,8 +260,7 @@ class WatchedRun:
         """Set if the run has a batch schedule, because then epochs cannot be computed from updates."""
         self._ranks: RanksReading | None = None
         self._stamps: dict[Path, tuple[int, int, int] | None] = {}
-        self._changed_at: float | None = None
-        """When a look other than the first last found something new (monotonic)."""
+        self._changed_at: float | None = None  # when a look other than the first last found something new (monotonic)
 
     def look(self, now: float | None = None) -> Snapshot:
         """Return a snapshot of the run at `now` (seconds since 1970; default: the current time)."""

@@ -27,8 +27,7 @@ from dist_train.rundir.paths import BrokenFileError, RunDirectory
 from dist_train.rundir.records import EvaluationRecord, Record, TrainRecord, read_records
 from dist_train.rundir.status import Status, load_status
 
-_STALE_AFTER = 600.0
-"""Seconds of silence after which a run on another host counts as lost."""
+_STALE_AFTER = 600.0  # seconds of silence after which a run on another host counts as lost
 
 ALIVE = frozenset({"starting", "running", "stopping"})
 COLOURS = {
@@ -60,8 +59,7 @@ class RunSummary:
     data: str | None = None
     global_size: int | None = None
     noise: str | None = None
-    slurm_job: str = ""
-    """ID of the last Slurm job of the run; empty outside of Slurm."""
+    slurm_job: str = ""  # ID of the last Slurm job of the run; empty outside of Slurm
 
 
 def read_runs(directory: Path, now: datetime | None = None) -> tuple[RunSummary, ...]:
@@ -126,8 +124,7 @@ _COLUMNS = (
     _Column("images/s", 5, lambda run: "" if run.samples_per_second is None else wording.rate(run.samples_per_second)),
     _Column("left", 7, lambda run: "" if run.seconds_left is None else wording.duration(run.seconds_left)),
 )
-_GAP = 2
-"""Characters between two columns."""
+_GAP = 2  # characters between two columns
 _LEAST_NOTE = 16
 """Columns are left out, and then long names folded, before notes become shorter than this many characters."""
 

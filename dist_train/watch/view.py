@@ -28,10 +28,8 @@ from dist_train.watch.figure import ACCURACY, BATCH, LOSS, Chart, Measured, Quan
 from dist_train.watch.run import History, Snapshot, WatchedRun, silence_in_words
 from dist_train.watch.run_table import COLOURS, seconds_of
 
-_HEADER = 5
-"""Four lines and an empty one."""
-_WIDE = 90
-"""From this many columns on, panels are placed side by side."""
+_HEADER = 5  # four lines and an empty one
+_WIDE = 90  # from this many columns on, panels are placed side by side
 _RATES = 9
 _RATES_COLUMNS = 52
 _EVENTS = 5
@@ -46,11 +44,9 @@ class Plan:
 
     wide: bool
     curves: int
-    accuracy: int
-    """Rows of the accuracy below the loss; 0 if they are side by side."""
+    accuracy: int  # rows of the accuracy below the loss; 0 if they are side by side
     rates: int
-    ranks: int
-    """Rows of the ranks below the rates; 0 if they are side by side."""
+    ranks: int  # rows of the ranks below the rates; 0 if they are side by side
     events: int
 
 
@@ -176,8 +172,7 @@ def _facts(run: Snapshot) -> RunFacts:
     )
 
 
-_RESIZE_SECONDS = 0.2
-"""How often the view checks the terminal's size."""
+_RESIZE_SECONDS = 0.2  # how often the view checks the terminal's size
 _LEAST_COLUMNS, _LEAST_ROWS = 60, 20
 
 
@@ -310,8 +305,7 @@ def _accuracy_pairs(run: Snapshot) -> list[tuple[str, str]]:
 
 
 _LEAST_HEIGHT = 7
-_FRAME = 4
-"""Lines around the curves: heading, border, labels below."""
+_FRAME = 4  # lines around the curves: heading, border, labels below
 _CURVE_COLOURS = {BATCH: "cyan", "train": "yellow", "test": "magenta", "train-averaged": "red", "validation": "blue"}
 
 
