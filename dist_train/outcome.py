@@ -1,7 +1,12 @@
 """How a command can end: exit codes, the errors that lead to them, and texts that are safe to print."""
 
+from __future__ import annotations
+
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
+from pathlib import Path
 
 _LOGIN = re.compile(r"(?<=://)\S{1,512}(?=@)|[^\s:/@]{1,256}:[^\s/@]\S{0,512}(?=@)")
 _QUERY = re.compile(r"(https?://[^\s?]*\?)\S+")
@@ -63,6 +68,17 @@ class StoppedError(CodedError):
 
     code = "stopped"
     exit_code = ExitCode.STOPPED
+
+
+@contextmanager
+def writing(place: Path, fix: str) -> Iterator[None]:
+    """Turn an OSError in the block into a UsageError: `place` cannot be written, and how to fix it."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {place} ({error.strerror or error}): {fix}", code="output-unwritable"
+        ) from error
 
 
 _GENERAL = frozenset(kind.code for kind in (UsageError, FaultError, DivergedError, DisagreementError, StoppedError))

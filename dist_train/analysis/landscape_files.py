@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter
 
-from dist_train.outcome import UsageError
+from dist_train.outcome import UsageError, writing
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import json_text
 
@@ -170,18 +170,13 @@ class LandscapeFolder:
 
     def begin(self) -> bool:
         """Create folder and settings.json; return whether all points are finished. Raises UsageError."""
-        try:
+        with writing(self.path, "choose a folder with --output"):
             self._finished_points.mkdir(parents=True, exist_ok=True)
             if self.settings.exists():
                 self._check()
             else:
                 self.save_settings({})
             return self.points.is_file()
-        except OSError as error:
-            raise UsageError(
-                f"{self.path} cannot be written ({error.strerror or error}): choose a folder with --output",
-                code="output-unwritable",
-            ) from error
 
     def save_settings(self, found: Mapping[str, Any]) -> None:
         """Write settings.json: the identity, and the results `found`."""

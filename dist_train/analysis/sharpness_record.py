@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from dist_train.config.parts import AtLeastTwo, Section
-from dist_train.outcome import UsageError
+from dist_train.outcome import UsageError, writing
 from dist_train.rundir import atomic
 from dist_train.rundir.atomic import finite
 
@@ -178,8 +178,6 @@ def read_record(path: Path) -> SharpnessRecord:
 
 def write_record(path: Path, record: SharpnessRecord) -> None:
     """Write `record` to `path` atomically. Raises UsageError if its folder cannot be written."""
-    try:
+    with writing(path, "choose a folder with --output"):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_text(path, record.model_dump_json(indent=2) + "\n")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}", code="output-unwritable") from error

@@ -65,7 +65,8 @@ class PlainLines(Observer):
         if self._facts is None:
             return
         page = io.StringIO()
-        table = summary_table(self._facts, outcome, box=None)
+        facts = self._facts
+        table = summary_table(facts.name, facts.run_directory, facts.total_steps, facts.epochs, outcome, box=None)
         Console(file=page, width=_WIDTH, color_system=None).print(table)
         self._write("\n" + "\n".join(line.rstrip() for line in page.getvalue().splitlines()))
 
@@ -162,7 +163,9 @@ class TerminalBar(Observer):
         if self._facts is not None:
             self._stop()
             self._console.print()
-            self._console.print(summary_table(self._facts, outcome, box=ROUNDED))
+            facts = self._facts
+            table = summary_table(facts.name, facts.run_directory, facts.total_steps, facts.epochs, outcome, ROUNDED)
+            self._console.print(table)
         if self._terminal is not sys.stdout:
             self._terminal.close()
 
@@ -220,9 +223,11 @@ class TerminalBar(Observer):
         return line.append_text(Text("  ").join(shown))
 
 
-def summary_table(facts: RunFacts, outcome: Outcome, box: Box | None) -> Table:
-    """Return a table of how the run ended, one fact per row."""
-    table = Table(box=box, show_header=False, title=Text(escaped(facts.name), style="bold"), title_justify="left")
+def summary_table(
+    name: str, run_directory: Path, total_steps: int, epochs: float, outcome: Outcome, box: Box | None
+) -> Table:
+    """Return a table of how the run `name` ended, one fact per row."""
+    table = Table(box=box, show_header=False, title=Text(escaped(name), style="bold"), title_justify="left")
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     colour = {"finished": "green", "stopped": "yellow", "failed": "red"}.get(outcome.state, "white")
@@ -232,13 +237,13 @@ def summary_table(facts: RunFacts, outcome: Outcome, box: Box | None) -> Table:
     speed = outcome.samples_per_second
     accuracies = {"train": outcome.train_accuracy, "test": outcome.test_accuracy, "best": outcome.best_accuracy}
     rows = {
-        "steps": f"{outcome.step:,} of {facts.total_steps:,}",
-        "epochs": f"{outcome.epoch:.4g} of {facts.epochs:.4g}",
+        "steps": f"{outcome.step:,} of {total_steps:,}",
+        "epochs": f"{outcome.epoch:.4g} of {epochs:.4g}",
         **{f"{name} accuracy": wording.percent(share) for name, share in accuracies.items() if share is not None},
         "images/s": None if speed is None else wording.rate(speed),
         "time": wording.duration(outcome.seconds),
         "last checkpoint": outcome.last_checkpoint,
-        "run directory": facts.run_directory,
+        "run directory": run_directory,
     }
     for name, value in rows.items():
         if value is not None:

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from dist_train.outcome import UsageError
+from dist_train.outcome import UsageError, writing
 from dist_train.report.chart import LIGHT, look_of, ticks
 from dist_train.rundir import atomic
 from dist_train.rundir.paths import RunDirectory
@@ -80,14 +80,9 @@ def save_figures(figures: Sequence[NumberedFigure], folder: Path, form: str) -> 
     """Write `figures` into `folder` as `form` (svg, pdf, png); return the files. Raises UsageError if there is none."""
     if not figures:
         raise UsageError("there is nothing to draw yet: no run has done a step", code="no-measurement")
-    try:
+    with writing(folder, "choose another folder with --figures"):
         folder.mkdir(parents=True, exist_ok=True)
         return tuple(path for figure in figures for path in _save(figure, folder, form))
-    except OSError as error:
-        raise UsageError(
-            f"cannot write into {folder} ({error.strerror or error}): choose another by --figures",
-            code="output-unwritable",
-        ) from error
 
 
 def _save(figure: NumberedFigure, folder: Path, form: str) -> Iterable[Path]:

@@ -18,7 +18,7 @@ from dist_train import __version__
 from dist_train.config import Config
 from dist_train.config.loading import flat_settings
 from dist_train.monitoring import wording
-from dist_train.outcome import UsageError
+from dist_train.outcome import UsageError, writing
 from dist_train.report.chart import ROLES, Frame, style_rules, ticks
 from dist_train.report.figures import (
     NumberedFigure,
@@ -73,13 +73,8 @@ def write_report(directory: Path, output: Path) -> Subject:
         )
     subject = read_subject(directory)
     text = tables_in_markdown(subject) if output.suffix == ".md" else render(subject)
-    try:
+    with writing(output, "choose another file with -o FILE"):
         atomic.write_text(output, text)
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {output} ({error.strerror or error}): choose another file with -o FILE",
-            code="output-unwritable",
-        ) from error
     return subject
 
 

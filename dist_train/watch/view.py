@@ -22,7 +22,7 @@ from uniplot import plot_to_string
 from dist_train.monitoring import wording
 from dist_train.monitoring.console import summary_table
 from dist_train.outcome import escaped
-from dist_train.rundir.records import Outcome, RankMeasurement, RunFacts
+from dist_train.rundir.records import Outcome, RankMeasurement
 from dist_train.rundir.status import RanksReading
 from dist_train.watch.figure import ACCURACY, BATCH, LOSS, Chart, Measured, Quantity, learning_curve
 from dist_train.watch.run import History, Snapshot, WatchedRun, silence_in_words
@@ -107,7 +107,8 @@ def summary(run: Snapshot, box: Box | None) -> Table:
         samples_per_second=status.samples_per_second if status else None,
         last_checkpoint=run.run.checkpoint(run.checkpoints[-1]) if run.checkpoints else None,
     )
-    return summary_table(_facts(run), outcome, box=box)
+    steps, epochs = run.total_steps or run.step, run.epochs or run.epoch
+    return summary_table(run.name, run.run.root, steps, epochs, outcome, box=box)
 
 
 def _side_by_side(run: Snapshot, columns: int, parts: Plan) -> list[Layout]:
@@ -148,28 +149,6 @@ def _row(rows: int, *columns: Layout) -> Layout:
     row = Layout(size=rows)
     row.split_row(*columns)
     return row
-
-
-def _facts(run: Snapshot) -> RunFacts:
-    """Return the facts that the directory has of the run; fields that the summary does not show are empty."""
-    steps = run.total_steps or run.step
-    return RunFacts(
-        name=run.name,
-        run_directory=run.run.root,
-        model=run.settings.model or "",
-        data=run.settings.data or "",
-        parameters=0,
-        global_size=run.settings.global_size or 0,
-        micro_size=0,
-        micro_batches=0,
-        world_size=run.status.world_size if run.status else 0,
-        total_steps=steps,
-        steps_per_epoch=max(1, round(run.history.steps_per_epoch or 1)),
-        epochs=run.epochs or run.epoch,
-        noise=run.settings.noise or "",
-        start_step=0,
-        controller="",
-    )
 
 
 _RESIZE_SECONDS = 0.2  # how often the view checks the terminal's size
