@@ -1,8 +1,4 @@
-"""Sharpness of the minimum at a checkpoint, by several measures; each is saved as soon as it is computed.
-
-They are the expected rise under uniform noise, the Hessian's largest eigenvalues and trace, Keskar et al.'s sharpness,
-the basin width at an absolute rise, and the gradient noise scale.
-"""
+"""Sharpness of the minimum at a checkpoint, by several measures; each is saved as soon as it is computed."""
 
 from __future__ import annotations
 

@@ -29,10 +29,7 @@ MEASURES: Mapping[Measure, str] = {
 
 
 class SharpnessSettings(Section):
-    """Everything that a result depends on besides checkpoint and data; see `dist-train sharpness --help`.
-
-    `amplitudes`, `draws`, `scale` and `exclude` configure the noise of the expected rise.
-    """
+    """Everything that a result depends on besides checkpoint and data; see `dist-train sharpness --help`."""
 
     samples: AtLeastTwo = 2048
     seed: NonNegativeInt = 0
@@ -63,10 +60,7 @@ class MeasuredCheckpoint(Section):
 
 
 class MeasuredData(Section):
-    """The images that the loss was computed on; the digest covers inputs and labels as the network reads them.
-
-    The results' last digits depend on the images' memory `layout` and on the arithmetic, `compute`.
-    """
+    """The images, their digest as the network reads them, and the layout and arithmetic that change last digits."""
 
     samples: int
     sha256: str

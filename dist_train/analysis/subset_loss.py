@@ -34,10 +34,7 @@ Vector = NDArray[np.float64]
 
 
 def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum of the samples' cross entropies, in float64.
-
-    The logits are float32, but in float32 the loss of a confidently classified sample would round to zero.
-    """
+    """Return the summed cross entropies in float64; in float32 that of a confident sample would round to zero."""
     return functional.cross_entropy(outputs.double(), labels, reduction="sum")
 
 

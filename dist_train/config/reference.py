@@ -109,7 +109,7 @@ def _setting(path: str, field: FieldInfo, meaning: str) -> Setting:
     return Setting(
         path,
         in_words(schema),
-        _written(path, default),
+        write_override(path, json.loads(json.dumps(default, default=str))).partition("=")[2],
         meaning,
         shlex.quote(write_override(path, _example(field, schema, default))),
         tuple(_choices(schema)),
@@ -148,11 +148,6 @@ def _choices(schema: Any) -> Iterator[str]:
         yield from ("true", "false") if each.get("type") == "boolean" else each.get("enum", ())
         if "const" in each:
             yield each["const"]
-
-
-def _written(path: str, value: object) -> str:
-    plain = json.loads(json.dumps(value, default=str))
-    return write_override(path, plain).partition("=")[2]
 
 
 def _row(setting: Setting) -> str:

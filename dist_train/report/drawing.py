@@ -1,8 +1,4 @@
-"""matplotlib figures as SVG, PDF or PNG: those of a report, learning curves, and learning-rate range tests.
-
-Learning curves, of one run or of several to compare, are drawn from `metrics.jsonl`. The range test is Smith's (2015,
-arXiv 1506.01186): loss against learning rate, and a suggested rate.
-"""
+"""matplotlib figures as files: a report's, learning curves, Smith's learning-rate range tests (arXiv 1506.01186)."""
 
 from __future__ import annotations
 

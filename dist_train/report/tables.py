@@ -19,10 +19,7 @@ _Content = TypeVar("_Content")
 
 @dataclass(frozen=True)
 class Cell:
-    """A number as `text` with its `spread`; `value` is the exact number, None for an empty cell.
-
-    `is_bound`: it is a lower bound. `note`: the number of runs and how it is qualified.
-    """
+    """A number as `text`; `value` is exact, None for an empty cell. `note`: number of runs, and qualification."""
 
     value: float | None = None
     text: str = ""

@@ -56,10 +56,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class Variant:
-    """Runs that differ only in their seeds. `label` says how the variant differs from its panel's base line.
-
-    `colour` is a number; equal labels have equal colours in all panels.
-    """
+    """Runs that differ only in their seeds. `label` says how it differs from the base line; it decides the `colour`."""
 
     name: str
     label: str

@@ -275,10 +275,7 @@ def _duplicates(runs: Sequence[PlannedRun]) -> Iterator[Problem]:
 
 
 def analysis_commands(study: Study, runs: Sequence[PlannedRun]) -> Iterator[tuple[str, ...]]:
-    """Yield the `dist-train` arguments of each analysis of `runs`, which have finished.
-
-    A variant with a grid stands for all of its combinations; `interpolate` pairs runs of two variants by seed.
-    """
+    """Yield the `dist-train` arguments of each analysis of `runs`, finished ones; `interpolate` pairs them by seed."""
     for analysis in study.analyse:
         command = ("sharpness",) if analysis.kind == "sharpness" else ("landscape", analysis.kind)
         for subjects in _subjects(study, analysis, runs):

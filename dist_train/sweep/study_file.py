@@ -1,7 +1,4 @@
-"""The study file (variants, grids, seeds in YAML), and the trials of its search.
-
-Trials are random, and then all known beforehand, or suggested by Optuna one after another.
-"""
+"""The study file (variants, grids, seeds in YAML), and the trials of its search, random or suggested by Optuna."""
 
 from __future__ import annotations
 

@@ -124,10 +124,7 @@ class Job:
 
 
 def study_jobs(plan: Plan, numbers: str, submission: Submission) -> tuple[Job, ...]:
-    """Return the jobs of a study: the runs `numbers` as an array, analyses if it has any, and the report.
-
-    `submission` holds the request for each run; its run directory is the study's folder.
-    """
+    """Return a study's jobs, as `submission` requests: the runs `numbers` as an array, analyses if any, the report."""
     folder = submission.run_directory
     study = [str(plan.file.absolute()), *submission.overrides, "--directory", str(folder.parent)]
     variables = (

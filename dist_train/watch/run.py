@@ -332,10 +332,7 @@ class WatchedRun:
         )
 
     def _silence(self, now: float) -> float | None:
-        """Return the time since the last sign of life.
-
-        Because clocks of two machines may differ, a change that this process saw later than that counts instead.
-        """
+        """Return the time since the last sign of life; what was seen changing later counts, since clocks may differ."""
         signs = [self._history.moments[-1]] if self._history.moments else []
         if self._status is not None:
             signs.append(seconds_of(self._status.updated))

@@ -55,9 +55,7 @@ def plan(columns: int, rows: int, rank_count: int) -> Plan:
     left = max(0, rows - _HEADER)
     ranks = min(rank_count, _SLOWEST + 1) + 1 + _BORDER if rank_count else 0
     if columns >= _WIDE:
-        rates = max(_RATES, ranks)
-        while rates > _RATES and left - rates - _EVENTS < _GOOD_CURVES:
-            rates -= 1
+        rates = max(_RATES, min(ranks, left - _EVENTS - _GOOD_CURVES))
         events = _EVENTS if left - rates - _EVENTS >= _GOOD_CURVES else 0
         if left - rates < _LEAST_HEIGHT:
             rates = max(0, left - _LEAST_HEIGHT)
@@ -127,8 +125,7 @@ def _side_by_side(run: Snapshot, columns: int, parts: Plan) -> list[Layout]:
 
 
 def _below_each_other(run: Snapshot, columns: int, parts: Plan) -> list[Layout]:
-    accuracies = [] if parts.accuracy else _accuracy_pairs(run)
-    pairs = [*accuracies, *_rate_pairs(run)]
+    pairs = [*([] if parts.accuracy else _accuracy_pairs(run)), *_rate_pairs(run)]
     shown = [Layout(_in_lines(pairs), size=parts.rates)] if parts.rates else []
     shown.append(Layout(_curves(run.history, LOSS, columns, parts.curves), size=parts.curves))
     if parts.accuracy:
@@ -141,8 +138,7 @@ def _below_each_other(run: Snapshot, columns: int, parts: Plan) -> list[Layout]:
 def _ranks_panel(run: Snapshot, rows: int) -> Panel:
     if run.ranks is None:
         return Panel(Text("not measured yet", style="dim"), title="ranks")
-    title = f"ranks at step {run.ranks.step:,}"
-    return Panel(_ranks(run.ranks, rows - _BORDER), title=title)
+    return Panel(_ranks(run.ranks, rows - _BORDER), title=f"ranks at step {run.ranks.step:,}")
 
 
 def _row(rows: int, *columns: Layout) -> Layout:
@@ -395,16 +391,13 @@ def _checkpoints(run: Snapshot) -> str:
 
 
 def _summary(measured: Sequence[RankMeasurement]) -> Text:
-    def spread(name: str, values: Sequence[float], word: Callable[[float], str]) -> str:
-        known = [value for value in values if math.isfinite(value)]
+    def spread(name: str, field: str, word: Callable[[float], str]) -> str:
+        known = [value for rank in measured if math.isfinite(value := getattr(rank, field))]
         return f"{name} {word(min(known))}, {word(median(known))}, {word(max(known))}" if known else f"{name} ?"
 
-    parts = [
-        spread("busy", [rank.busy_seconds for rank in measured], _time),
-        spread("wait", [rank.wait_seconds for rank in measured], _time),
-        spread("memory", [rank.resident_bytes for rank in measured], _bytes),
-    ]
-    text = f"{wording.plural(len(measured), 'rank')} (least, median, most): {'; '.join(parts)}"
+    fields = (("busy", "busy_seconds", _time), ("wait", "wait_seconds", _time), ("memory", "resident_bytes", _bytes))
+    parts = "; ".join(spread(*each) for each in fields)
+    text = f"{wording.plural(len(measured), 'rank')} (least, median, most): {parts}"
     return Text(text, style="dim", no_wrap=True, overflow="ellipsis")
 
 
