@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
+from dist_train.report.analyses import Landscape
 from dist_train.report.chart import WIDTH
 from dist_train.report.measures import Measure, Summary, commonest_settings, directions_of, mean_points, summary
 from dist_train.report.sharpness_charts import Scatter, sharpness_courses
-from dist_train.report.stored_run import Landscape, StoredRun
+from dist_train.report.stored_run import StoredRun
 from dist_train.report.tables import limits, variant_cell
 from dist_train.report.variants import Panel, Variant, counted_runs
 from dist_train.rundir.records import EvaluationRecord, TrainRecord

@@ -11,7 +11,8 @@ from typing import Literal, TypeVar
 from scipy import stats
 
 from dist_train.monitoring import wording
-from dist_train.report.stored_run import Landscape, Sharpness, StoredRun
+from dist_train.report.analyses import Landscape, Sharpness
+from dist_train.report.stored_run import StoredRun
 from dist_train.watch.figure import Point, three_digits
 
 Sign = Literal["", "\u2265", "\u2264"]
