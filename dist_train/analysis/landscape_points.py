@@ -334,7 +334,7 @@ def _batches(samples: SampleSource, indices: torch.Tensor, batch_size: int) -> l
     return [samples.read(request) for request in requests]
 
 
-def digest(batches: Iterable[Batch], hashed: hashlib._Hash) -> str:
+def digest(batches: Iterable[Batch], hashed: hashlib._Hash | hashlib.blake2b) -> str:
     """Return the digest by `hashed` of inputs and labels as the network reads them, in hexadecimal digits."""
     for inputs, labels in batches:
         hashed.update(inputs.cpu().contiguous().numpy().tobytes())

@@ -155,8 +155,9 @@ def _request(arguments: argparse.Namespace) -> Request:
     if given.kind != "interpolate":
         directions = DirectionSettings(given.normalization, tuple(given.exclude), given.seed)
     measure = MeasureSettings(**{field.name: getattr(given, field.name) for field in fields(MeasureSettings)})
+    start, stop = given.range
     settings = LandscapeSettings(
-        given.kind, *given.range, given.points, measure, directions, given.directions, given.trajectory
+        given.kind, start, stop, given.points, measure, directions, given.directions, given.trajectory
     )
     return Request(given.targets, settings, given.overrides, given.output, given.threads, given.scale)
 

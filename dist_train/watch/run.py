@@ -50,6 +50,11 @@ class Follower:
         self._path = path
         self._reset()
 
+    def _reset(self) -> None:
+        self._file: tuple[int, int] | None = None
+        self._offset = 0
+        self._before = b""  # the last bytes before `_offset`, by which a replaced file is recognized
+
     def look(self) -> News:
         """Return the new lines. Raises OSError if the file exists but cannot be read."""
         try:
@@ -72,11 +77,6 @@ class Follower:
         self._offset += len(whole)
         self._before = (self._before + whole[-_REMEMBERED:])[-_REMEMBERED:]
         return News(tuple(whole.split(b"\n")[:-1]), rewound)
-
-    def _reset(self) -> None:
-        self._file: tuple[int, int] | None = None
-        self._offset = 0
-        self._before = b""  # the last bytes before `_offset`, by which a replaced file is recognized
 
 
 _MOST_POINTS = 2_048
