@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -40,10 +39,10 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def count(text: str) -> int:
-    """Return the whole number above 0 in `text`."""
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"takes a number, 1 or more, not {text!r}")
+def count(text: str, least: int = 1) -> int:
+    """Return the whole number in `text`, `least` or more."""
+    if not (text.isascii() and text.isdecimal() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"takes a number, {least} or more, not {text!r}")
     return int(text)
 
 

@@ -7,6 +7,7 @@ import faulthandler
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from dist_train.cluster.elastic_launch import Elasticity
     from dist_train.config import Config
 
+_limit = partial(count, least=0)
 _STANDARD_ERROR = 2  # the descriptor itself: `sys.stderr` may be replaced by an object that has none
 
 
@@ -344,9 +346,3 @@ def _requeue(arguments: argparse.Namespace) -> int:
     print(f"dist-train: {decision.action}: {escaped(decision.why)}", file=sys.stderr)
     print(decision.action)
     return ExitCode.FINISHED
-
-
-def _limit(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"takes a number, 0 or more, not {text!r}")
-    return int(text)

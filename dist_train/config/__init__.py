@@ -3,16 +3,9 @@
 from dist_train.config.loading import dump_config, load_config, parse_config
 from dist_train.config.parts import DATA_SETS, ENCODED, DataSettings, ImageFormat
 from dist_train.config.problems import ConfigError
-from dist_train.config.regularization import (
-    AveragingSettings,
-    EarlyStoppingSettings,
-    NoiseSchedule,
-    NoiseSettings,
-    RegularizationSettings,
-)
-from dist_train.config.resuming import Difference, differences
+from dist_train.config.regularization import AveragingSettings, NoiseSchedule, NoiseSettings, RegularizationSettings
+from dist_train.config.resuming import differences
 from dist_train.config.sections import (
-    BatchSettings,
     CommSettings,
     Config,
     ModelSettings,
@@ -25,13 +18,10 @@ __all__ = [
     "DATA_SETS",
     "ENCODED",
     "AveragingSettings",
-    "BatchSettings",
     "CommSettings",
     "Config",
     "ConfigError",
     "DataSettings",
-    "Difference",
-    "EarlyStoppingSettings",
     "ImageFormat",
     "ModelSettings",
     "NoiseSchedule",
