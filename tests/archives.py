@@ -1,4 +1,4 @@
-"""Small data sets in the formats of the real ones, for tests."""
+"""Small data sets in the formats of the published ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CIFAR10_BATCHES = {
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: images uint8 [n, C, H, W] and their labels."""
+    """The data of a written data set: images uint8 [n, C, H, W] and labels [n]."""
 
     images: Bytes
     labels: Bytes
@@ -38,7 +38,7 @@ def idx_bytes(array: Bytes) -> bytes:
 
 
 def random_set(count: int, shape: tuple[int, int, int], classes: int, seed: int = 0) -> Written:
-    """Return random images with every class in turn."""
+    """Return random images, with labels that cycle through the classes."""
     source = np.random.default_rng(seed)
     images = source.integers(0, 256, (count, *shape), dtype=np.uint8)
     return Written(images, (np.arange(count) % classes).astype(np.uint8))
@@ -58,7 +58,7 @@ def write_fashion_mnist(root: Path, split: Split = "train", count: int = 40, pac
 
 
 def cifar10_members(per_batch: int = 6) -> tuple[dict[str, bytes], Written, Written]:
-    """Return the files of a small CIFAR-10 by name, and what train and test hold."""
+    """Return the files of a small CIFAR-10 by name, and the contents of train and test."""
     train = random_set(5 * per_batch, (3, 32, 32), 10, seed=1)
     test = random_set(per_batch, (3, 32, 32), 10, seed=2)
     parts = [
@@ -85,7 +85,7 @@ def cifar10_members(per_batch: int = 6) -> tuple[dict[str, bytes], Written, Writ
 
 
 def cifar100_members(count: int = 100) -> tuple[dict[str, bytes], Written, Written]:
-    """Return the files of a small CIFAR-100 by name, and what train and test hold."""
+    """Return the files of a small CIFAR-100 by name, and the contents of train and test."""
     sets = random_set(count, (3, 32, 32), 100, seed=3), random_set(count, (3, 32, 32), 100, seed=4)
     members = {
         name: python2_pickle(
@@ -124,7 +124,7 @@ def packed_members(folder: str, members: Mapping[str, bytes]) -> bytes:
 
 
 def python2_pickle(record: Mapping[str, Any]) -> bytes:
-    """Return the pickle that Python 2 wrote of a dictionary with protocol 2, as in the real archives."""
+    """Return a pickle as Python 2 wrote it with protocol 2, as in the published archives."""
     items = b"".join(_string(name) + _value(value) for name, value in record.items())
     return b"\x80\x02}(" + items + b"u."
 

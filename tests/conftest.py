@@ -1,4 +1,4 @@
-"""What tests of all folders share: the surroundings that each of them runs in, which are nobody else's."""
+"""Fixtures of all tests: each test has its own home, cache, temporary files and current folder."""
 
 from __future__ import annotations
 
@@ -14,35 +14,37 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+pytest.register_assert_rewrite("tests.launching")
+
 ROOT = Path(__file__).parents[1]
 
-# No deadline and no database: what a test finds depends on neither the machine's speed nor an earlier session.
+# No deadline and no database: results depend on neither the machine's speed nor earlier sessions.
 settings.register_profile(
     "hermetic", deadline=None, database=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("hermetic")
 
-_OF_THE_CALLER = re.compile(
+_CALLER_VARIABLES = re.compile(
     r"(DIST_TRAIN|SLURM|SBATCH|SALLOC|SRUN|PMIX?|OMPI|PRTE|HOROVOD|NCCL|XDG)_(?!.*PICTURES$).*"
     r"|(OMP|MKL)_NUM_THREADS|CUBLAS_WORKSPACE_CONFIG|COLUMNS|LINES|NO_COLOR|FORCE_COLOR|TTY_\w+"
 )
-"""Variables that would change what the programs under test do; `DIST_TRAIN_PICTURES` only says where pictures go."""
+"""Variables that would change the programs under test; `DIST_TRAIN_PICTURES` only says where pictures are written."""
 
-_PLACES = {"HOME": "home", "XDG_CACHE_HOME": "cache", "TMPDIR": "tmp"}
+_FOLDERS = {"HOME": "home", "XDG_CACHE_HOME": "cache", "TMPDIR": "tmp"}
 
-_SIGNALS_OF_A_BACKGROUND = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
-"""What a shell's `&` and nohup let their programs ignore."""
+_BACKGROUND_SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+"""Signals that programs started with a shell's `&` or nohup ignore."""
 
 
 @contextmanager
-def _own_places_in(folder: Path) -> Iterator[None]:
-    """A home, a cache, temporary files and the current folder in `folder`; afterwards all variables are as before.
+def _isolated_in(folder: Path) -> Iterator[None]:
+    """Put home, cache, temporary files and the current folder into `folder`; restore all environment variables after.
 
-    Also those that the program sets in its own process, which would otherwise reach the tests after.
+    This includes variables that the program sets in this process, which would otherwise affect later tests.
     """
     environment = dict(os.environ)
     with pytest.MonkeyPatch.context() as patch:
-        for variable, name in _PLACES.items():
+        for variable, name in _FOLDERS.items():
             (folder / name).mkdir()
             os.environ[variable] = str(folder / name)
         patch.setattr(tempfile, "tempdir", os.environ["TMPDIR"])
@@ -55,26 +57,23 @@ def _own_places_in(folder: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Clean surroundings for the fixtures of whole modules and sessions; gives their folder.
-
-    The program finds nothing there of the user, the checkout or the batch system, and leaves nothing in their places.
-    """
+def _session_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Isolate the fixtures of modules and sessions from user, checkout and batch system; yield their folder."""
     tmp_path_factory.getbasetemp()  # chosen by the TMPDIR of the caller
-    # Not below pytest's own folder: the paths of sockets, such as Open MPI's, have at most 107 characters.
-    with tempfile.TemporaryDirectory(prefix="dt-", ignore_cleanup_errors=True) as name, _own_places_in(Path(name)):
+    # Not below pytest's own folder: paths of sockets, such as Open MPI's, have at most 107 characters.
+    with tempfile.TemporaryDirectory(prefix="dt-", ignore_cleanup_errors=True) as name, _isolated_in(Path(name)):
         folder = Path(name)
-        for variable in filter(_OF_THE_CALLER.fullmatch, list(os.environ)):
-            if variable not in _PLACES:
+        for variable in filter(_CALLER_VARIABLES.fullmatch, list(os.environ)):
+            if variable not in _FOLDERS:
                 del os.environ[variable]
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         os.environ["no_proxy"] = ",".join(["127.0.0.1,localhost,::1", *filter(None, [os.environ.get("no_proxy")])])
         os.environ["DIST_TRAIN_PYTHON"] = sys.executable  # for the launch scripts
-        # Slow to fill, and the same for every test.
+        # Slow to fill, and equal for all tests.
         for variable in ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR", "HYPOTHESIS_STORAGE_DIRECTORY"):
             os.environ[variable] = str(folder / "cache" / variable.lower())
-        # A signal that is ignored stays so in every program started from here; one that is caught does not.
-        ignored = [number for number in _SIGNALS_OF_A_BACKGROUND if signal.getsignal(number) == signal.SIG_IGN]
+        # Programs started from here inherit ignored signals, but not caught ones.
+        ignored = [number for number in _BACKGROUND_SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
         for number in ignored:
             signal.signal(number, lambda *_: None)
         yield folder
@@ -83,19 +82,19 @@ def _surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def _own_places(_surroundings: Path) -> Iterator[None]:
-    """A home, a cache, temporary files and a current folder for each test."""
+def _test_folder(_session_folder: Path) -> Iterator[None]:
+    """Isolate each test: its own home, cache, temporary files and current folder."""
     with (
-        tempfile.TemporaryDirectory(prefix="t", dir=_surroundings, ignore_cleanup_errors=True) as folder,
-        _own_places_in(Path(folder)),
+        tempfile.TemporaryDirectory(prefix="t", dir=_session_folder, ignore_cleanup_errors=True) as folder,
+        _isolated_in(Path(folder)),
     ):
         yield
 
 
 @pytest.fixture(scope="module")
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a tiny run that has finished; a module's tests share it."""
-    # here, since tests of scripts and containers do without torch
+    """The directory of a tiny finished run, shared by the tests of a module."""
+    # imported here, since tests of scripts and containers do without torch
     from dist_train.cluster.communicator import Alone
     from tests.unit.small_trainers import build_trainer, small_config
 
@@ -106,7 +105,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def threads_as_before() -> Iterator[None]:
-    """Afterwards torch has its threads again: a run sets as many as its settings say."""
+    """Restore torch's number of threads, which a run sets, after the test."""
     import torch
 
     threads = torch.get_num_threads()

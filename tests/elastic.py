@@ -1,4 +1,4 @@
-"""Elastic launches for tests: their ranks by slot, what is done to them at random, and how the run ended."""
+"""Elastic launches for tests: their ranks by slot, and random faults of them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from tests.launching import Ended, descendants, environment, kill, records
+from tests.launching import LaunchResult, descendants, environment, events, kill
 from tests.waiting import PATIENCE, is_alive, wait_for, wait_until_gone
 
 ROOT = Path(__file__).parents[1]
 
 
 def slot_of(pid: int) -> int | None:
-    """Return the slot of the process; None where it is none of an elastic launch's ranks, or has ended."""
+    """Return the slot of a rank of an elastic launch; None for other or ended processes."""
     try:
         fields = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -35,36 +35,54 @@ def slot_of(pid: int) -> int | None:
     return int(named[0].partition(b"=")[2]) if named and is_rank else None
 
 
-@dataclass
-class ElasticRun:
-    """A launch of `dist-train train CONFIG` in `run`; a context manager, after which nothing of it is left."""
+class _LaunchProcess:
+    """The process of a `dist-train launch`; a context manager that kills it and its descendants at the end."""
 
-    config: str
-    run: Path
-    ranks: int
-    options: tuple[str, ...]
-    extra: Mapping[str, str] | None = None
-    others: list[JoinedLaunch] = field(default_factory=list)
-    """Launches that have joined, and have begun."""
-
-    def __enter__(self) -> ElasticRun:
-        self.log = self.run.with_suffix(".log")
-        program = [sys.executable, "-m", "dist_train", "launch", "-np", str(self.ranks), *self.options]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*program, "train", self.config, "--run-dir", str(self.run)],
-                env=environment(OMP_NUM_THREADS="1", **(self.extra or {})),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        return self
+    log: Path
+    process: subprocess.Popen[bytes]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         kill(self.process)
+
+    def wait(self, timeout: float = PATIENCE) -> LaunchResult:
+        """Wait for the end of the launch and all its processes."""
+        left = descendants(self.process.pid)
+        self.process.wait(timeout)
+        wait_until_gone(left)
+        return LaunchResult(self.process.returncode, self.log.read_text())
+
+    def _start(self, *arguments: str, cwd: Path | None = None, variables: Mapping[str, str]) -> None:
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "dist_train", "launch", *arguments],
+                cwd=cwd,
+                env=environment(OMP_NUM_THREADS="1", **variables),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+
+@dataclass
+class ElasticRun(_LaunchProcess):
+    """A launch of `dist-train train CONFIG --run-dir RUN` on so many ranks."""
+
+    config: str
+    run: Path
+    ranks: int
+    options: tuple[str, ...]
+    extra: Mapping[str, str] = field(default_factory=dict)
+    others: list[JoinedLaunch] = field(default_factory=list)
+    """Launches that have joined."""
+
+    def __enter__(self) -> ElasticRun:
+        self.log = self.run.with_suffix(".log")
+        command = ["train", self.config, "--run-dir", str(self.run)]
+        self._start("-np", str(self.ranks), *self.options, *command, variables=self.extra)
+        return self
 
     def join(self, ranks: int) -> JoinedLaunch:
         """Return a launch of so many ranks that join this one, as from another node."""
@@ -74,7 +92,7 @@ class ElasticRun:
         return joined
 
     def slots(self) -> dict[int, int]:
-        """Return the living ranks' process ids by slot, those that other launches have brought included."""
+        """Return the process ids of the living ranks by slot, including those of joined launches."""
         launchers = [self.process, *(other.process for other in self.others)]
         found = {slot_of(pid): pid for launcher in launchers for pid in descendants(launcher.pid)}
         return {slot: pid for slot, pid in found.items() if slot is not None}
@@ -85,17 +103,11 @@ class ElasticRun:
         os.kill(pid, number)
         return pid
 
-    def wait(self, timeout: float = PATIENCE) -> Ended:
-        """Wait for the end of the launch and of all that it started."""
-        left = descendants(self.process.pid)
-        self.process.wait(timeout)
-        wait_until_gone(left)
-        return Ended(self.process.returncode, self.log.read_text())
-
     def joined(self) -> set[int]:
-        """Return the processes that have joined, and have made an update."""
-        told = [each["who"] for each in records(self.run, "event") if each["event"] == "rank_joined"]
-        return {int(pid) for who in told for pid in re.findall(r"process (\d+)", who)}
+        """Return the ids of the processes that have joined and made an update."""
+        return {
+            int(pid) for event in events(self.run, "rank_joined") for pid in re.findall(r"process (\d+)", event["who"])
+        }
 
     def step(self) -> int:
         """Return the last update that was recorded."""
@@ -107,42 +119,21 @@ class ElasticRun:
 
 
 @dataclass
-class JoinedLaunch:
-    """A launch of `ranks` that join that of `file`; a context manager, after which nothing of it is left."""
+class JoinedLaunch(_LaunchProcess):
+    """A launch of `ranks` that join the one that wrote `file`."""
 
     file: Path
     ranks: int
     log: Path
 
     def __enter__(self) -> JoinedLaunch:
-        program = [sys.executable, "-m", "dist_train", "launch", "-np", str(self.ranks), "--join", str(self.file)]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                program,
-                cwd="/",
-                env=environment(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        variables = {"PYTHONPATH": str(ROOT)}
+        self._start("-np", str(self.ranks), "--join", str(self.file), cwd=Path("/"), variables=variables)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        kill(self.process)
-
     def pids(self) -> list[int]:
-        """Return the processes of its ranks."""
+        """Return the process ids of its ranks."""
         return [pid for pid in descendants(self.process.pid) if slot_of(pid) is not None]
-
-    def wait(self, timeout: float = PATIENCE) -> Ended:
-        """Wait for its end, and that of its ranks."""
-        left = descendants(self.process.pid)
-        self.process.wait(timeout)
-        wait_until_gone(left)
-        return Ended(self.process.returncode, self.log.read_text())
 
 
 FAILING = """
@@ -153,57 +144,57 @@ from dist_train.optim.noise import SmoothOut
 
 class Failing(SmoothOut):
     def perturb(self, step):
-        order = Path(__file__).with_name(f"fail-{os.getpid()}")
-        if order.exists():
-            raise RuntimeError("ordered to fail")
+        if Path(__file__).with_name(f"fail-{os.getpid()}").exists():
+            raise RuntimeError("told to fail")
         super().perturb(step)
 """
-"""A noise method as `smoothout` is, of a rank that can be made to fail by a file."""
+"""A noise method like `smoothout` that raises on a rank where a file tells it to."""
 
 Fault = Literal["kill", "stop", "pause", "fail"]
 
 
 @dataclass
 class Faults:
-    """Does something to the ranks of `launch` at random, but leaves one that holds the state; `orders` is the folder
-    of the plug-in `FAILING`.
+    """Random faults of the ranks of `launch`, of which at least one keeps the state.
+
+    `plugin_folder` is the folder of the plug-in `FAILING`.
     """
 
     launch: ElasticRun
     random: random.Random
-    orders: Path
-    done: Counter[Fault] = field(default_factory=Counter)
+    plugin_folder: Path
+    injected: Counter[Fault] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self._veterans = set(self.launch.slots().values())
-        self._condemned: set[int] = set()
+        self._with_state = set(self.launch.slots().values())
+        self._lost: set[int] = set()
         self._paused: dict[int, float] = {}
 
-    def inflict(self, count: int, gap: tuple[float, float] = (0.0, 1.0)) -> None:
-        """Do `count` things, with a pause of so many seconds between them, in which what comes back may come back."""
+    def inject(self, count: int, gap: tuple[float, float] = (0.0, 1.0)) -> None:
+        """Inject `count` faults, each after a random pause between the seconds of `gap`."""
         for _ in range(count):
             self._rest(self.random.uniform(*gap))
             victim = wait_for(self._choose, lambda: self.launch.log.read_text()[-3000:])
             kinds: tuple[Fault, ...] = ("kill", "kill", "stop", "pause", "fail")
-            self._do(self.random.choice(kinds), victim)
+            self._inject(self.random.choice(kinds), victim)
         for pid in list(self._paused):
             self._resume(pid)
 
     def _choose(self) -> int | None:
-        """Return a rank that something may be done to, once there is one beside another that holds the state."""
+        """Return a rank to disturb; None while no other rank holds the state."""
         self._rest(0.05)
         living = {pid for pid in self.launch.slots().values() if is_alive(pid)}
-        self._veterans |= self.launch.joined()
-        whole = sorted((living & self._veterans) - self._condemned - set(self._paused))
-        candidates = sorted(living - self._condemned - set(self._paused))
-        joining = [pid for pid in candidates if pid not in whole]
-        # They take seconds to start: most may come in.
-        if joining and whole and self.random.random() < 0.02:
+        self._with_state |= self.launch.joined()
+        holders = sorted((living & self._with_state) - self._lost - set(self._paused))
+        candidates = sorted(living - self._lost - set(self._paused))
+        joining = [pid for pid in candidates if pid not in holders]
+        # Ranks take seconds to start: most may join undisturbed.
+        if joining and holders and self.random.random() < 0.02:
             return self.random.choice(joining)
-        return self.random.choice(whole) if len(whole) >= 2 else None
+        return self.random.choice(holders) if len(holders) >= 2 else None
 
-    def _do(self, fault: Fault, pid: int) -> None:
-        self.done[fault] += 1
+    def _inject(self, fault: Fault, pid: int) -> None:
+        self.injected[fault] += 1
         match fault:
             case "pause":
                 os.kill(pid, signal.SIGSTOP)
@@ -214,8 +205,8 @@ class Faults:
             case "stop":
                 os.kill(pid, signal.SIGSTOP)
             case "fail":
-                (self.orders / f"fail-{pid}").touch()
-        self._condemned.add(pid)
+                (self.plugin_folder / f"fail-{pid}").touch()
+        self._lost.add(pid)
 
     def _rest(self, seconds: float) -> None:
         until = time.monotonic() + seconds

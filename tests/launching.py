@@ -1,4 +1,4 @@
-"""Real launches of the real program, for tests: alone, by dist-train launch, under horovodrun with Gloo, mpirun."""
+"""Launches of the real program for tests: alone, by dist-train launch, torchrun, horovodrun with Gloo, or mpirun."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -20,14 +22,14 @@ import torch
 import yaml
 
 from dist_train.cli.main import main
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, lines_of, wait_for_lines
 
 _BIN = Path(sys.executable).parent
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a launch ended and what it printed."""
+class LaunchResult:
+    """The exit code of a launch and what it printed."""
 
     code: int
     output: str
@@ -58,7 +60,7 @@ def command(ranks: int, controller: str, *arguments: str, program: Sequence[str]
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Return this process's environment as a launch needs it: our programs first, no metrics of ours inherited."""
+    """Return this process's environment for a launch: our programs first in the path, no variables of Open MPI."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX_"))}
     return {
         **inherited,
@@ -76,18 +78,34 @@ def launch(
     timeout: float = PATIENCE,
     extra: Mapping[str, str] | None = None,
     program: Sequence[str] = _DIST_TRAIN,
-) -> Ended:
-    """Run `dist-train ARGUMENTS` on so many ranks and wait; nothing of it is left behind."""
+) -> LaunchResult:
+    """Run `dist-train ARGUMENTS` on so many ranks and wait for its end; no process is left behind."""
     process = start(ranks, controller, *arguments, extra=extra, program=program)
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:
         kill(process)
-    return Ended(process.returncode, output)
+    return LaunchResult(process.returncode, output)
+
+
+def train_ranks(
+    ranks: int,
+    controller: str,
+    config: str,
+    run: Path,
+    *overrides: str,
+    extra: Mapping[str, str] | None = None,
+    program: Sequence[str] = _DIST_TRAIN,
+) -> LaunchResult:
+    """Train on so many ranks; fail unless the launch ends with exit code 0."""
+    arguments = ("train", config, *overrides, "--run-dir", str(run))
+    ended = launch(ranks, controller, *arguments, extra=extra, program=program)
+    assert ended.code == 0, ended.output
+    return ended
 
 
 def train_alone(config: str, run: Path, *overrides: str) -> None:
-    """Train in this process to the end: the run that others are compared with costs no start of its own."""
+    """Train to the end on one rank in this process, which saves starting another."""
     variables, threads = dict(os.environ), torch.get_num_threads()
     output = io.StringIO()
     try:
@@ -107,7 +125,7 @@ def start(
     extra: Mapping[str, str] | None = None,
     program: Sequence[str] = _DIST_TRAIN,
 ) -> subprocess.Popen[str]:
-    """Start `dist-train ARGUMENTS` in a session of its own."""
+    """Start `dist-train ARGUMENTS` in its own session."""
     return subprocess.Popen(
         command(ranks, controller, *arguments, program=program),
         env=environment(**(extra or {})),
@@ -120,7 +138,7 @@ def start(
 
 
 def kill(process: subprocess.Popen[Any]) -> None:
-    """SIGKILL everything that `process` started, at once."""
+    """Send SIGKILL to `process` and all its descendants, and wait for it."""
     for pid in [process.pid, *descendants(process.pid)]:
         try:
             os.kill(pid, signal.SIGKILL)
@@ -129,6 +147,29 @@ def kill(process: subprocess.Popen[Any]) -> None:
     process.wait()
     if process.stdout is not None:
         process.stdout.close()
+
+
+def kill_while_training(process: subprocess.Popen[str], run: Path, random: Random) -> None:
+    """Kill a launch that trains in `run`, at a random moment after it has recorded up to 20 more lines."""
+    # Not before it trains, or all kills would fall into imports.
+    wait_for_lines(run / "metrics.jsonl", lines_of(run / "metrics.jsonl") + random.randint(1, 20))
+    time.sleep(random.uniform(0.0, 0.02))
+    assert process.poll() is None, "the run ended before it could be killed; make it longer"
+    kill(process)
+
+
+def process_of_rank(launcher: int, rank: int) -> int:
+    """Return the process of `rank` among the descendants of `launcher`."""
+    variables = {f"{name}={rank}".encode() for name in ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "RANK")}
+    for pid in descendants(launcher):
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if variables & set(environment) and arguments[1:3] == [b"-m", b"dist_train"]:
+            return pid
+    raise AssertionError(f"no rank {rank}")
 
 
 def descendants(pid: int) -> list[int]:
@@ -144,7 +185,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def small_settings(**sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of a run that takes a second: 8 steps an epoch, ghost norm, noise, one thread."""
+    """Return settings of a run that takes a second: 8 steps per epoch, ghost norm, noise, one thread."""
     settings: dict[str, dict[str, Any]] = {
         "run": {"name": "small", "epochs": 4},
         "data": {"name": "synthetic", "synthetic_samples": 820, "synthetic_shape": [1, 12, 12]},
@@ -182,29 +223,40 @@ def weights_digest(run: Path) -> str:
 
 def digest_of(state: Mapping[str, torch.Tensor]) -> str:
     """Return the SHA-256 of all tensors of `state`, in order."""
-    hashed = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in state.items():
-        hashed.update(name.encode())
-        hashed.update(tensor.contiguous().numpy().tobytes())
-    return hashed.hexdigest()
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def records(run: Path, kind: str) -> list[dict[str, Any]]:
-    """Return the records of `kind` in the run's metrics, as they stand."""
+    """Return the records of `kind` in the run's `metrics.jsonl`."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-_CLOCKS = {"time", "step_seconds", "samples_per_second"}
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    """Return the run's events of this name."""
+    return [event for event in records(run, "event") if event["event"] == name]
+
+
+_MEASURED_TIMES = {"time", "step_seconds", "samples_per_second"}
 
 
 def results(run: Path, kinds: Sequence[str] = ("train", "eval")) -> list[dict[str, Any]]:
-    """Return what a run recorded, clocks left out: what two equal runs have in common."""
+    """Return what a run recorded without measured times: equal for bit-identical runs."""
     return [
-        {name: value for name, value in record.items() if name not in _CLOCKS}
+        {name: value for name, value in record.items() if name not in _MEASURED_TIMES}
         for kind in kinds
         for record in records(run, kind)
     ]
+
+
+def assert_same_run(run: Path, expected: Path, kinds: Sequence[str] = ("train", "eval")) -> None:
+    """Check that two runs ended with the same weights and recorded the same."""
+    assert weights_digest(run) == weights_digest(expected)
+    assert results(run, kinds) == results(expected, kinds)
 
 
 def status(run: Path) -> dict[str, Any]:
@@ -214,7 +266,7 @@ def status(run: Path) -> dict[str, Any]:
 
 
 def mostly_lengthy(values: Iterable[Any], keep: int = 1) -> list[Any]:
-    """Return `values` for `parametrize`: `make test` takes the first `keep`, `make test-lengthy` the others too."""
-    every = list(values)
-    rest = (value if isinstance(value, tuple) else (value,) for value in every[keep:])
-    return [*every[:keep], *(pytest.param(*value, marks=pytest.mark.lengthy) for value in rest)]
+    """Return `values` for `parametrize`; all but the first `keep` are marked as lengthy."""
+    cases = list(values)
+    rest = (value if isinstance(value, tuple) else (value,) for value in cases[keep:])
+    return [*cases[:keep], *(pytest.param(*value, marks=pytest.mark.lengthy) for value in rest)]

@@ -1,4 +1,4 @@
-"""Errors are known by their class and code; what they say is for people."""
+"""Expecting errors by their class and code, not by their message."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dist_train.outcome import CodedError
 
 @contextmanager
 def raises(kind: type[CodedError], code: str) -> Iterator[pytest.ExceptionInfo[CodedError]]:
-    """Expect the block to raise a `kind` with this `code`; yield what pytest knows of it."""
+    """Expect the block to raise a `kind` with this `code`; yield pytest's exception info."""
     with pytest.raises(kind) as caught:
         yield caught
     assert caught.value.code == code, str(caught.value)
@@ -21,7 +21,7 @@ def raises(kind: type[CodedError], code: str) -> Iterator[pytest.ExceptionInfo[C
 
 @contextmanager
 def raises_problems(*found: tuple[str, str]) -> Iterator[pytest.ExceptionInfo[ConfigError]]:
-    """Expect the block to refuse a configuration for the problems `found`, each a path and a code."""
+    """Expect the block to raise a `ConfigError` with exactly the problems `found`, each a path and a code."""
     with pytest.raises(ConfigError) as caught:
         yield caught
     assert [(problem.path, problem.code) for problem in caught.value.problems] == list(found), str(caught.value)

@@ -1,4 +1,4 @@
-"""Waiting for conditions. A limit ends a hang; no test says by it how fast a machine has to be."""
+"""Waiting for conditions. The limit only ends hangs: no test requires a fast machine."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import TypeVar
 Found = TypeVar("Found")
 
 PATIENCE = 300.0
-"""Seconds after which something counts as hanging, also on a busy machine."""
+"""Seconds after which something counts as hanging, even on a busy machine."""
 
 
 def wait_for(look: Callable[[], Found | None], story: str | Callable[[], str] = "", seconds: float = PATIENCE) -> Found:
-    """Return what `look` finds, as soon as it finds something; where it does not in time, fail with `story`."""
-    begun = time.monotonic()
+    """Return the first true value of `look`; fail with `story` where there is none within `seconds`."""
+    started = time.monotonic()
     while not (found := look()):
-        waited = time.monotonic() - begun
+        waited = time.monotonic() - started
         assert waited < seconds, f"not within {seconds:g} s: {story if isinstance(story, str) else story()}"
         time.sleep(min(0.2, 0.01 + waited / 20))
     return found
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process runs: one that ended and was not waited for does not."""
+    """Whether the process runs; zombies do not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -32,18 +32,18 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until_gone(pids: Iterable[int]) -> None:
-    """Wait until none of the processes runs any more."""
+    """Wait until none of the processes runs."""
     left = set(pids)
     wait_for(lambda: not any(map(is_alive, left)), lambda: f"left behind: {sorted(filter(is_alive, left))}")
 
 
 def wait_for_lines(file: Path, count: int) -> None:
-    """Wait until `file` has so many whole lines."""
+    """Wait until `file` has `count` complete lines."""
     wait_for(lambda: lines_of(file) >= count, f"{count} lines in {file}")
 
 
 def lines_of(file: Path) -> int:
-    """Return how many whole lines `file` has; none where it is not there yet."""
+    """Return the number of complete lines in `file`; 0 where it does not exist."""
     try:
         return file.read_bytes().count(b"\n")
     except FileNotFoundError:

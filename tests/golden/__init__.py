@@ -1,1 +1,1 @@
-"""Twenty recorded losses of a small run: what it computes must not change by accident."""
+"""Recorded losses of a small run, which must not change by accident."""

@@ -1,4 +1,4 @@
-"""`python -m tests.golden.regenerate` records the losses anew; say in the commit why they may differ.
+"""`python -m tests.golden.regenerate` records the losses again; the commit must say why they differ.
 
 With `--print` it prints them instead.
 """
@@ -19,13 +19,13 @@ from tests.launching import records, small_settings
 
 LOSSES = Path(__file__).with_name("losses.json")
 _INSTRUCTIONS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-"""AVX-512 sums in another order; after seven updates some ReLU is on its other side, and losses drift by 1e-3."""
+"""AVX-512 sums in another order; after seven updates some ReLU switches, and losses differ by 1e-3."""
 
 
 def golden_losses() -> list[float]:
     """Return the losses of 20 updates in float32: ghost norm, noise, warm-up, clipping, augmentation.
 
-    They are computed by a process that uses the instructions that all current x86 processors have.
+    A process computes them with the instructions that all current x86 processors have.
     """
     printed = subprocess.run(
         [sys.executable, "-m", "tests.golden.regenerate", "--print"],

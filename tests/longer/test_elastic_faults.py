@@ -74,14 +74,14 @@ def run_with_faults(folder: Path, ranks: int, seed: int, count: int, sections: S
             stack.enter_context(launch.join(joining))
             wait_for(lambda: len(launch.joined()) == joining, lambda: launch.log.read_text()[-3000:])
         faults = Faults(launch, random.Random(seed), folder)
-        faults.inflict(count)
+        faults.inject(count)
         made = launch.step()
         wait_for(lambda: launch.step() > made + 3, lambda: launch.log.read_text()[-3000:])
         launch.process.send_signal(signal.SIGTERM)
         ended = launch.wait()
         assert [other.wait().code for other in launch.others] == [ExitCode.STOPPED] * bool(joining)
     assert ended.code == ExitCode.STOPPED, ended.output[-3000:]
-    assert faults.done.total() == count
+    assert faults.injected.total() == count
     last = final_checkpoint(folder / "run")["step"]
     train_alone(config, folder / "undisturbed", f"run.max_steps={last}")
     for kind in ("train", "eval"):

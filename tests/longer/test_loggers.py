@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.launching import environment, records, small_settings, write_config
+from tests.launching import environment, events, records, small_settings, write_config
 from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, python: Path) -> Path:
     run_python(python, folder, "-m", "tests.cluster.crash_at_step", "7", *words, code=-9)
     assert [record["step"] for record in records(folder / "run", "train")] == [1, 2, 3, 4, 5, 6]
     run_python(python, folder, "-m", "dist_train", "launch", "-np", "2", *words)
-    [resumed] = [record for record in records(folder / "run", "event") if record["event"] == "resumed"]
+    [resumed] = events(folder / "run", "resumed")
     assert resumed["step"] == 4
     return folder
 

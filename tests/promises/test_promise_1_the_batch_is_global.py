@@ -1,4 +1,4 @@
-"""Promise 1: a step is `global_size` samples whatever the number of ranks."""
+"""Promise 1: a step uses `global_size` samples on any number of ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dist_train.data.images import BatchRequest
 from dist_train.data.loader import open_splits
 from dist_train.data.plan import batch_indices, epoch_order
 from dist_train.models import build_model
-from tests.launching import final_checkpoint, launch, mostly_lengthy, records, small_settings, write_config
+from tests.launching import final_checkpoint, launch, mostly_lengthy, records, small_settings, train_ranks, write_config
 
 PLAIN: dict[str, Any] = {
     "run": {"max_steps": 1},
@@ -26,7 +26,7 @@ PLAIN: dict[str, Any] = {
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(("ranks", "controller"), mostly_lengthy([(3, "mpi"), (2, "torch"), (1, "alone")]))
-def test_the_gradient_is_the_mean_over_the_global_batch(tmp_path: Path, ranks: int, controller: str) -> None:
+def test_gradient_is_the_mean_over_the_global_batch(tmp_path: Path, ranks: int, controller: str) -> None:
     settings = small_settings(**PLAIN)
     config = parse_config(settings, source="test")
     model = build_model(config)
@@ -35,8 +35,7 @@ def test_the_gradient_is_the_mean_over_the_global_batch(tmp_path: Path, ranks: i
     loss = functional.cross_entropy(model(inputs), labels)
     loss.backward()
 
-    ended = launch(ranks, controller, "train", write_config(tmp_path, settings), "--run-dir", str(tmp_path / "run"))
-    assert ended.code == 0, ended.output
+    train_ranks(ranks, controller, write_config(tmp_path, settings), tmp_path / "run")
     [record] = records(tmp_path / "run", "train")
     assert record["loss"] == pytest.approx(loss.item(), rel=1e-6)
     trained = final_checkpoint(tmp_path / "run")["model"]
@@ -46,7 +45,7 @@ def test_the_gradient_is_the_mean_over_the_global_batch(tmp_path: Path, ranks: i
         torch.testing.assert_close(trained[name], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_fewer_samples_than_one_batch_are_refused(tmp_path: Path) -> None:
+def test_fewer_samples_than_a_batch_are_refused(tmp_path: Path) -> None:
     config = write_config(tmp_path, small_settings(batch={"global_size": 821}))
     ended = launch(1, "alone", "train", config, "--run-dir", str(tmp_path / "run"))
     assert ended.code == 2
@@ -54,7 +53,7 @@ def test_fewer_samples_than_one_batch_are_refused(tmp_path: Path) -> None:
     assert "Traceback" not in ended.output
 
 
-def test_an_epoch_leaves_another_part_out_each_time() -> None:
+def test_each_epoch_omits_other_samples() -> None:
     kept = [set(epoch_order(820, 0, epoch)[:800].tolist()) for epoch in range(3)]
     assert all(len(samples) == 800 for samples in kept)
     assert kept[0] != kept[1] != kept[2]

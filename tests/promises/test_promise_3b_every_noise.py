@@ -1,4 +1,4 @@
-"""Promise 3 with every noise: the number of ranks does not change a bit of the run, but with a draw per rank."""
+"""Promise 3 with every noise method: bit-identical on any number of ranks, except with one draw per rank."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from tests.launching import (
-    launch,
+    assert_same_run,
     mostly_lengthy,
     records,
-    results,
     small_settings,
     status,
     train_alone,
+    train_ranks,
     weights_digest,
     write_config,
 )
@@ -50,24 +50,22 @@ def train(folder: Path, noise: dict[str, Any], ranks: int, controller: str, norm
     if ranks == 1:
         train_alone(write_config(folder, settings), run)
     else:
-        ended = launch(ranks, controller, "train", write_config(folder, settings), "--run-dir", str(run))
-        assert ended.code == 0, ended.output
+        train_ranks(ranks, controller, write_config(folder, settings), run)
     assert status(run)["world_size"] == ranks
     return run
 
 
 @pytest.mark.parametrize("name", mostly_lengthy(sorted(_NOISES), 2))
-def test_every_bit_is_the_same(tmp_path: Path, name: str) -> None:
+def test_several_ranks_are_bit_identical_to_one(tmp_path: Path, name: str) -> None:
     noise, ranks, controller = _NOISES[name]
     norm = "none" if name.endswith("without norms") else "ghost"
     alone = train(tmp_path, noise, 1, "alone", norm)
-    run_on_all_ranks = train(tmp_path, noise, ranks, controller, norm)
-    assert len(records(run_on_all_ranks, "train")) == 10
-    assert weights_digest(run_on_all_ranks) == weights_digest(alone)
-    assert results(run_on_all_ranks) == results(alone)
+    several = train(tmp_path, noise, ranks, controller, norm)
+    assert len(records(several, "train")) == 10
+    assert_same_run(several, alone)
 
 
-def test_a_draw_per_rank_runs_agrees_and_depends_on_the_number_of_ranks(tmp_path: Path) -> None:
+def test_one_draw_per_rank_depends_on_the_number_of_ranks(tmp_path: Path) -> None:
     noise = {"sharing": "rank", "scale": "weight", "amplitude": 0.5}
     two, three = (train(tmp_path, noise, ranks, "torch") for ranks in (2, 3))
     losses = [[record["loss"] for record in records(run, "train")] for run in (two, three)]

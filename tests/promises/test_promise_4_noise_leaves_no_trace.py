@@ -16,6 +16,7 @@ from tests.launching import (
     records,
     small_settings,
     status,
+    train_ranks,
     weights_digest,
     write_config,
 )
@@ -23,18 +24,17 @@ from tests.launching import (
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(("sharing", "controller"), mostly_lengthy([("micro_batch", "mpi"), ("global", "gloo")]))
-def test_after_fifty_noisy_steps_at_rate_0_the_weights_are_the_initial_ones(
+def test_fifty_noisy_steps_at_learning_rate_0_keep_the_initial_weights(
     tmp_path: Path, sharing: str, controller: str
 ) -> None:
     settings = small_settings(
         run={"epochs": 7, "max_steps": 50},
         optimizer={"learning_rate": 0.0},
         noise={"sharing": sharing, "amplitude": 0.05},
-        # Every step compares the weights and the noise of all ranks, and ends the run where they differ.
+        # Every step compares weights and noise of all ranks, and ends the run if they differ.
         comm={"verify_every": 1},
     )
-    ended = launch(2, controller, "train", write_config(tmp_path, settings), "--run-dir", str(tmp_path / "run"))
-    assert ended.code == 0, ended.output
+    train_ranks(2, controller, write_config(tmp_path, settings), tmp_path / "run")
     assert all(record["noise_amplitude"] == 0.05 for record in records(tmp_path / "run", "train"))
     saved = final_checkpoint(tmp_path / "run")["model"]
     for name, parameter in build_model(parse_config(settings, source="test")).named_parameters():
@@ -42,8 +42,8 @@ def test_after_fifty_noisy_steps_at_rate_0_the_weights_are_the_initial_ones(
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("what", "method"), [("weights", "smoothout"), ("noise", "langevin")])
-def test_one_flipped_bit_on_one_of_three_ranks_ends_the_run_with_code_4(tmp_path: Path, what: str, method: str) -> None:
+@pytest.mark.parametrize(("target", "method"), [("weights", "smoothout"), ("noise", "langevin")])
+def test_flipped_bit_on_one_of_three_ranks_ends_the_run_with_4(tmp_path: Path, target: str, method: str) -> None:
     settings = small_settings(comm={"verify_every": 4}, batch={"global_size": 96}, noise={"method": method})
     ended = launch(
         3,
@@ -52,17 +52,17 @@ def test_one_flipped_bit_on_one_of_three_ranks_ends_the_run_with_code_4(tmp_path
         write_config(tmp_path, settings),
         "--run-dir",
         str(tmp_path / "run"),
-        program=["-m", "tests.ranks.flipped_bit", what, "1", "6"],
+        program=["-m", "tests.ranks.flipped_bit", target, "1", "6"],
     )
     assert ended.code == 4, ended.output
-    assert f"[{what}-differ]" in ended.output
+    assert f"[{target}-differ]" in ended.output
     after = status(tmp_path / "run")
     assert (after["state"], after["exit_code"]) == ("failed", 4)
     assert 6 <= after["step"] <= 8
 
 
 @pytest.mark.ranks
-def test_after_200_steps_on_four_ranks_all_hold_the_same_bits(tmp_path: Path) -> None:
+def test_four_ranks_have_bit_identical_weights_after_200_steps(tmp_path: Path) -> None:
     settings = small_settings(
         run={"epochs": 25, "max_steps": 200},
         noise={"scale": "filter"},
@@ -72,16 +72,13 @@ def test_after_200_steps_on_four_ranks_all_hold_the_same_bits(tmp_path: Path) ->
     )
     folder = tmp_path / "digests"
     folder.mkdir()
-    ended = launch(
+    train_ranks(
         4,
         "gloo",
-        "train",
         write_config(tmp_path, settings),
-        "--run-dir",
-        str(tmp_path / "run"),
+        tmp_path / "run",
         program=["-m", "tests.ranks.own_weights", str(folder)],
     )
-    assert ended.code == 0, ended.output
     assert status(tmp_path / "run")["step"] == 200
     digests = [path.read_text() for path in sorted(folder.iterdir())]
     assert len(digests) == 4

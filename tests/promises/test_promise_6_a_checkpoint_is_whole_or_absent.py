@@ -1,4 +1,4 @@
-"""Promise 6: a checkpoint is whole or absent; nothing that befalls a disk costs the last good one."""
+"""Promise 6: a checkpoint is complete or absent; no disk fault destroys the last good one."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import torch
 from dist_train.config import parse_config
 from dist_train.models import build_model
 from tests.launching import (
+    assert_same_run,
+    events,
     final_checkpoint,
     launch,
     records,
-    results,
     small_settings,
     train_alone,
-    weights_digest,
+    train_ranks,
     write_config,
 )
 
@@ -35,20 +36,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_checkpoint_is_what_design_says(tmp_path: Path) -> None:
+def test_checkpoint_has_the_documented_contents(tmp_path: Path) -> None:
     settings = small_settings(run={"max_steps": 8})
-    ended = launch(1, "alone", "train", write_config(tmp_path, settings), "--run-dir", str(tmp_path / "run"))
-    assert ended.code == 0, ended.output
+    train_ranks(1, "alone", write_config(tmp_path, settings), tmp_path / "run")
     contents = final_checkpoint(tmp_path / "run")
-    of_design = {"format", "step", "epoch", "model", "optimizer", "config", "metrics"}
-    assert contents.keys() == of_design | {"plugins", "average", "noise", "grid_exponents"}
+    required = {"format", "step", "epoch", "model", "optimizer", "config", "metrics"}
+    assert contents.keys() == required | {"plugins", "average", "noise", "grid_exponents"}
     build_model(parse_config(contents["config"], source="test")).load_state_dict(contents["model"])
     assert (contents["step"], contents["epoch"]) == (8, 1.0)
 
 
 @pytest.fixture(scope="module")
 def undamaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the run `whole` of 12 steps, and `run`, which has stopped after 8."""
+    """A folder with the run `whole` of 12 steps, and `run`, stopped after 8."""
     folder = tmp_path_factory.mktemp("undamaged")
     config = write_config(folder, small_settings(checkpoint={"every_steps": 3}))
     for name, steps in (("whole", 12), ("run", 8)):
@@ -57,9 +57,7 @@ def undamaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no record"])
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
-    undamaged: Path, tmp_path: Path, damage: str
-) -> None:
+def test_damaged_checkpoint_is_reported_and_the_previous_one_used(undamaged: Path, tmp_path: Path, damage: str) -> None:
     config, whole, run = str(undamaged / "config.yaml"), undamaged / "whole", tmp_path / "run"
     shutil.copytree(undamaged / "run", run)
     last = run / "checkpoints" / "step-00000008.pt"
@@ -71,22 +69,20 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
         last.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     else:
         last.with_suffix(".json").unlink()
-    ended = launch(1, "alone", "train", config, "run.max_steps=12", "--run-dir", str(run))
-    assert ended.code == 0, ended.output
+    ended = train_ranks(1, "alone", config, run, "run.max_steps=12")
     assert "Traceback" not in ended.output
-    [resumed] = [record for record in records(run, "event") if record["event"] == "resumed"]
+    [resumed] = events(run, "resumed")
     assert resumed["step"] == 6
     if damage != "no record":
         assert "step-00000008.pt is damaged" in ended.output
-    assert weights_digest(run) == weights_digest(whole)
-    assert results(run, ["train"]) == results(whole, ["train"])
+    assert_same_run(run, whole, ["train"])
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
-def test_a_full_disk_is_one_clear_message_and_the_last_good_checkpoint_stays(tmp_path: Path, small_disk: Path) -> None:
+def test_full_disk_is_reported_and_the_last_good_checkpoint_stays(tmp_path: Path, small_disk: Path) -> None:
     config = write_config(tmp_path, small_settings(run={"max_steps": 3}, checkpoint={"keep": 1}))
     run = small_disk / "run"
-    assert launch(1, "alone", "train", config, "--run-dir", str(run)).code == 0
+    train_ranks(1, "alone", config, run)
     good = final_checkpoint(run)
     (small_disk / "ballast").write_bytes(b"x" * (_free(small_disk) - 20_000))
     ended = launch(1, "alone", "train", config, "run.max_steps=6", "--run-dir", str(run))
@@ -97,12 +93,11 @@ def test_a_full_disk_is_one_clear_message_and_the_last_good_checkpoint_stays(tmp
     assert after["step"] == 3
     assert all(torch.equal(after["model"][name], tensor) for name, tensor in good["model"].items())
     (small_disk / "ballast").unlink()
-    ended = launch(1, "alone", "train", config, "run.max_steps=6", "--run-dir", str(run))
-    assert ended.code == 0, ended.output
+    train_ranks(1, "alone", config, run, "run.max_steps=6")
     assert [record["step"] for record in records(run, "train")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_an_unwritable_folder_is_one_clear_message(tmp_path: Path) -> None:
+def test_unwritable_folder_is_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     config = write_config(tmp_path, small_settings())
     ended = launch(1, "alone", "train", config, "--run-dir", str(tmp_path / "file" / "run"))

@@ -11,12 +11,12 @@ import pytest
 from tests.launching import (
     descendants,
     kill,
-    launch,
     mostly_lengthy,
     small_settings,
     start,
     status,
     train_alone,
+    train_ranks,
     weights_digest,
     write_config,
 )
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.ranks
         ]
     ),
 )
-def test_a_signal_to_one_rank_stops_all_at_one_step(
+def test_signal_to_one_rank_stops_all_at_the_same_step(
     tmp_path: Path, ranks: int, controller: str, number: signal.Signals
 ) -> None:
     config = write_config(
@@ -47,11 +47,11 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(
     process = start(ranks, controller, "train", config, "--run-dir", str(run))
     try:
         wait_for_lines(run / "metrics.jsonl", 4)
-        os.kill(_ranks(process.pid)[-1], number)
+        os.kill(_training_processes(process.pid)[-1], number)
         output, _ = process.communicate(timeout=PATIENCE)
     finally:
         kill(process)
-    if controller != "gloo":  # horovodrun ends with 1 whatever the ranks' code was
+    if controller != "gloo":  # horovodrun exits with 1 whatever the ranks' exit code
         assert process.returncode == 75, output
         assert "Traceback" not in output
     after = status(run)
@@ -60,13 +60,12 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(
 
     step = after["step"]
     train_alone(config, tmp_path / "whole", f"run.max_steps={step + 5}")
-    again = launch(ranks, controller, "train", config, f"run.max_steps={step + 5}", "--run-dir", str(run))
-    assert again.code == 0, again.output
+    train_ranks(ranks, controller, config, run, f"run.max_steps={step + 5}")
     assert weights_digest(run) == weights_digest(tmp_path / "whole")
 
 
-def _ranks(pid: int) -> list[int]:
-    """Return the processes at or below `pid` that train."""
+def _training_processes(pid: int) -> list[int]:
+    """Return the training processes among `pid` and its descendants."""
     training = []
     for candidate in [pid, *descendants(pid)]:
         words = Path(f"/proc/{candidate}/cmdline").read_bytes().split(b"\0")

@@ -1,4 +1,4 @@
-"""Every rank begins with weights and momentum of its own; after the broadcast all hold rank 0's, unmoved."""
+"""Ranks begin with different weights and momentum; after the broadcast all have rank 0's, in the same buffers."""
 
 from __future__ import annotations
 

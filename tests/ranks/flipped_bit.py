@@ -1,4 +1,4 @@
-"""`dist-train`, but that one bit of the weights or of the noise of one rank flips after one step.
+"""`dist-train`, except that one bit of one rank's weights or noise flips after one step.
 
 `python -m tests.ranks.flipped_bit weights|noise RANK STEP ARGUMENTS...`
 """
@@ -20,16 +20,16 @@ def flip(values: torch.Tensor) -> None:
 
 
 if __name__ == "__main__":
-    what, rank, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    target, rank, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     make_update = TrainingStep.__call__
 
     def call(self: TrainingStep, batch: Any, *arguments: Any) -> Any:
         update = make_update(self, batch, *arguments)
         if current_launch().rank == rank:
-            if what == "weights" and batch.step + 1 == step:
+            if target == "weights" and batch.step + 1 == step:
                 flip(self.weights.values)
-            if what == "noise" and batch.step + 1 >= step:
-                flip(self.noise._draws.values)  # type: ignore[attr-defined]  # the draw that the check looks at
+            if target == "noise" and batch.step + 1 >= step:
+                flip(self.noise._draws.values)  # type: ignore[attr-defined]  # the draw that is verified
         return update
 
     TrainingStep.__call__ = call  # type: ignore[method-assign, assignment]  # the fault under test

@@ -1,4 +1,4 @@
-"""`dist-train`, but that each rank writes a digest of its own network when its run ends.
+"""`dist-train`, except that each rank writes a digest of its network's weights at the end of the run.
 
 `python -m tests.ranks.own_weights FOLDER ARGUMENTS...`
 """
@@ -21,5 +21,5 @@ if __name__ == "__main__":
         (folder / str(current_launch().rank)).write_text(digest_of(self.network.state_dict()))
         close(self)
 
-    Trainer.close = write_and_close  # type: ignore[method-assign]  # looks on, changes nothing
+    Trainer.close = write_and_close  # type: ignore[method-assign]  # observes only
     raise SystemExit(main(sys.argv[2:]))

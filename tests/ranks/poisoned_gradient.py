@@ -1,4 +1,4 @@
-"""`dist-train`, but that one rank's gradient is not a number in one step.
+"""`dist-train`, except that one rank's gradient is NaN in one step.
 
 `python -m tests.ranks.poisoned_gradient RANK STEP ARGUMENTS...`
 """

@@ -1,4 +1,4 @@
-"""`dist-train`, but one rank's gradients take longer, without work for a core.
+"""`dist-train`, except that one rank sleeps after each micro-batch.
 
 `python -m tests.ranks.slow_rank RANK MILLISECONDS ARGUMENTS...`
 """

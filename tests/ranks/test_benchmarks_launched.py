@@ -1,4 +1,4 @@
-"""Benchmarks that launch ranks measure what they say: a start and a resume, and the rows of two ranks."""
+"""Benchmarks that launch ranks: start-up times, and the rows of the overlap."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.start_up import bare_horovod
 
 @pytest.mark.ranks
 @pytest.mark.lengthy
-def test_a_start_a_resume_and_the_bare_program_take_seconds(tmp_path: Path) -> None:
+def test_start_up_benchmark_times_start_resume_and_bare_program(tmp_path: Path) -> None:
     config = write_settings(tmp_path, 0.0625)
     first = seconds_to_step(1, config, tmp_path / "run", controller="mpi", ranks=2)
     resumed = seconds_to_step(2, config, tmp_path / "run", controller="mpi", ranks=2)
@@ -23,7 +23,7 @@ def test_a_start_a_resume_and_the_bare_program_take_seconds(tmp_path: Path) -> N
 
 
 @pytest.mark.ranks
-def test_two_ranks_tell_the_rows_of_the_overlap() -> None:
+def test_overlap_benchmark_has_four_rows_for_two_ranks() -> None:
     rows = list(overlap.rows("gloo", 0.0625, 16, 1))
     assert len(rows) == 4
     assert "2 ranks over gloo" in rows[0].row

@@ -1,4 +1,4 @@
-"""`precision.compile`: the compiled graph sees the perturbed weights."""
+"""`precision.compile`: the compiled graph uses the perturbed weights."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import launch, records, small_settings, write_config
+from tests.launching import records, small_settings, train_ranks, write_config
 
 pytestmark = pytest.mark.ranks
 
 
 @pytest.mark.lengthy
-def test_a_compiled_run_has_the_losses_of_a_plain_one_under_noise(tmp_path: Path) -> None:
+def test_compiled_run_with_noise_has_the_losses_of_an_eager_one(tmp_path: Path) -> None:
     losses = {}
     for name, overrides in (
-        ("plain", ()),
+        ("eager", ()),
         ("compiled", ("precision.compile=true",)),
-        ("calm", ("noise.method=none",)),
+        ("without noise", ("noise.method=none",)),
     ):
         settings = small_settings(
             run={"max_steps": 3},
@@ -25,8 +25,7 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one_under_noise(tmp_path: Path
             noise={"amplitude": 0.2, "sharing": "micro_batch"},
         )
         config = write_config(tmp_path, settings)
-        ended = launch(1, "alone", "train", config, *overrides, "--run-dir", str(tmp_path / name))
-        assert ended.code == 0, ended.output
+        train_ranks(1, "alone", config, tmp_path / name, *overrides)
         losses[name] = [record["loss"] for record in records(tmp_path / name, "train")]
-    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-3)
-    assert losses["calm"] != pytest.approx(losses["plain"], rel=1e-2)
+    assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-3)
+    assert losses["without noise"] != pytest.approx(losses["eager"], rel=1e-2)

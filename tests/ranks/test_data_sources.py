@@ -1,4 +1,4 @@
-"""Data in every form by the real program: equal pixels give equal runs; a user's code the same bits on any ranks."""
+"""Every data format in the real program: equal pixels give equal runs; user code is bit-identical on all ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from tests.launching import launch, results, small_settings, status, train_alone, weights_digest, write_config
+from tests.launching import (
+    assert_same_run,
+    events,
+    launch,
+    small_settings,
+    status,
+    train_alone,
+    train_ranks,
+    write_config,
+)
 from tests.unit.image_folders import write_folder
 from tests.unit.image_sets import write_arrays, write_parquet, write_saved, write_shards
 
@@ -19,17 +28,18 @@ CODE = "tests.unit.drawing_data"
 
 
 def settings(data: Mapping[str, Any], **sections: Mapping[str, Any]) -> dict[str, Any]:
-    whole: dict[str, Mapping[str, Any]] = {
+    defaults: dict[str, Mapping[str, Any]] = {
         "batch": {"global_size": 12, "micro_size": 4},
         "model": {"ghost_size": 4, "norm_samples": 8},
         "evaluation": {"batch_size": 5, "train_samples": 10},
     }
-    made = small_settings(**{name: {**whole.get(name, {}), **sections.get(name, {})} for name in {*whole, *sections}})
-    return {**made, "data": dict(data)}
+    names = {*defaults, *sections}
+    merged = small_settings(**{name: {**defaults.get(name, {}), **sections.get(name, {})} for name in names})
+    return {**merged, "data": dict(data)}
 
 
 @pytest.mark.lengthy
-def test_equal_pixels_give_equal_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_pixels_give_equal_runs_in_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIST_TRAIN_CACHE", str(tmp_path / "cache"))
     root = write_folder(tmp_path / "folder")
     folders = {
@@ -46,11 +56,10 @@ def test_equal_pixels_give_equal_runs(tmp_path: Path, monkeypatch: pytest.Monkey
         sections: dict[str, Any] = {"run": {"epochs": 1}, "model": model, "noise": {"method": "none"}}
         config = write_config(tmp_path, settings(data, **sections))
         train_alone(config, tmp_path / f"run-{name}")
-        assert weights_digest(tmp_path / f"run-{name}") == weights_digest(tmp_path / "run-imagefolder")
-        assert results(tmp_path / f"run-{name}") == results(tmp_path / "run-imagefolder")
+        assert_same_run(tmp_path / f"run-{name}", tmp_path / "run-imagefolder")
 
 
-def test_promise_3_and_5_a_users_data_and_augmentation_give_the_same_bits(tmp_path: Path) -> None:
+def test_promise_3_and_5_user_data_and_augmentation_are_bit_identical(tmp_path: Path) -> None:
     data = {
         "name": f"{CODE}:drawing",
         "options": {"train": 36},
@@ -61,18 +70,15 @@ def test_promise_3_and_5_a_users_data_and_augmentation_give_the_same_bits(tmp_pa
     }
     config = write_config(tmp_path, settings(data, run={"epochs": 2}))
     train_alone(config, tmp_path / "alone")
-    ended = launch(2, "torch", "train", config, "data.loader_workers=1", "--run-dir", str(tmp_path / "two"))
-    assert ended.code == 0, ended.output
-    ended = launch(3, "torch", "train", config, "run.max_steps=4", "--run-dir", str(tmp_path / "three"))
-    assert ended.code == 0, ended.output
+    train_ranks(2, "torch", config, tmp_path / "two", "data.loader_workers=1")
+    train_ranks(3, "torch", config, tmp_path / "three", "run.max_steps=4")
     train_alone(config, tmp_path / "three")
-    assert any(record["event"] == "resumed" for record in results(tmp_path / "three", ["event"]))
+    assert events(tmp_path / "three", "resumed")
     for name in ("two", "three"):
-        assert weights_digest(tmp_path / name) == weights_digest(tmp_path / "alone")
-        assert results(tmp_path / name, ["train"]) == results(tmp_path / "alone", ["train"])
+        assert_same_run(tmp_path / name, tmp_path / "alone", ["train"])
 
 
-def test_a_mistake_in_a_sample_ends_the_run_and_is_named(tmp_path: Path) -> None:
+def test_error_in_a_sample_ends_the_run_with_a_message_that_names_it(tmp_path: Path) -> None:
     name = f"{CODE}:broken"
     data = {"name": name, "options": {"index": 13, "how": "raises"}, "shape": [3, 12, 12], "classes": 2}
     config = write_config(tmp_path, settings({**data, "loader_workers": 1}))

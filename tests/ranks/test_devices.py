@@ -1,4 +1,4 @@
-"""Real launches where something speaks for GPUs that torch cannot use."""
+"""Real launches where the environment announces GPUs that torch cannot use."""
 
 from __future__ import annotations
 
@@ -9,32 +9,30 @@ import pytest
 import torch
 
 from dist_train.outcome import ExitCode
-from tests.launching import launch, small_settings, status, write_config
+from tests.launching import launch, small_settings, status, train_ranks, write_config
 
 pytestmark = pytest.mark.ranks
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and torch can use it")
 @pytest.mark.parametrize(
-    ("ranks", "controller", "sign"),
+    ("ranks", "controller", "variables"),
     [
         (1, "alone", {"SLURM_GPUS_ON_NODE": "4"}),
         (2, "gloo", {"CUDA_VISIBLE_DEVICES": "0,1"}),
     ],
 )
-def test_a_run_does_not_take_the_cpu_in_place_of_gpus_unasked(
-    ranks: int, controller: str, sign: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_run_uses_the_cpu_instead_of_gpus_only_on_request(
+    ranks: int, controller: str, variables: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    config, run = write_config(tmp_path, small_settings(run={"max_steps": 1})), str(tmp_path / "run")
-    refused = launch(ranks, controller, "train", config, "--run-dir", run, extra=sign)
+    config, run = write_config(tmp_path, small_settings(run={"max_steps": 1})), tmp_path / "run"
+    refused = launch(ranks, controller, "train", config, "--run-dir", str(run), extra=variables)
     assert refused.code == (ExitCode.USAGE if controller == "alone" else ExitCode.FAULT), refused.output
-    [name] = sign
-    assert refused.output.count(f"({name}={sign[name]}), but torch cannot use any: ") == 1, refused.output
-    found = status(tmp_path / "run")
+    [name] = variables
+    assert refused.output.count(f"({name}={variables[name]}), but torch cannot use any: ") == 1, refused.output
+    found = status(run)
     assert (found["state"], found["exit_code"]) == ("failed", ExitCode.USAGE)
-    taken = launch(ranks, controller, "train", config, "run.device=cpu", "--run-dir", run, extra=sign)
-    assert taken.code == 0, taken.output
-    # a run that began on the CPU continues there
-    resumed = launch(ranks, controller, "train", config, "--run-dir", run, extra=sign)
-    assert resumed.code == 0, resumed.output
+    train_ranks(ranks, controller, config, run, "run.device=cpu", extra=variables)
+    # A run that began on the CPU resumes there.
+    train_ranks(ranks, controller, config, run, extra=variables)

@@ -1,4 +1,4 @@
-"""Every command that the README and the documentation show works, as it stands there, here or in a test of its own."""
+"""Every command in the README and the documentation works as written, tested here or elsewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.waiting import PATIENCE
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-ELSEWHERE = {
+TESTED_ELSEWHERE = {
     r"\b(sbatch|dist-train submit (?!.*--dry-run))": "cluster/test_submit.py",
     r"--hostfile | -H \w": "cluster/test_launch_over_ssh.py",
     r"--listen|--join": "ranks/test_elastic_launch.py",
@@ -41,7 +41,7 @@ ELSEWHERE = {
     r"^dist-train (export|replay) ": "longer/test_api.py",
     r"sweep .*(--only \d|fashion\.yaml --jobs)|fashion\.yaml --analyses": "longer/test_sweep_sweep.py",
 }
-"""What needs more than a folder and two processes, such as a cluster, Docker, GPUs or hours, and who tests it."""
+"""Commands that need more than a folder and two processes (a cluster, Docker, GPUs, hours), and their tests."""
 
 pytestmark = pytest.mark.ranks
 
@@ -53,19 +53,23 @@ def commands(page: Path) -> list[str]:
     return [line.split(" #")[0].strip() for line in lines]
 
 
-def of_page(name: str) -> list[str]:
+def commands_of(name: str) -> list[str]:
     return commands(next(page for page in PAGES if page.stem == name))
 
 
-EVERY = list(dict.fromkeys(command for page in PAGES for command in commands(page)))  # each where it stands first
-TARGETS = [command for command in EVERY if re.match(r"(\w+=\S+ )*make ", command)]
-DAILY = set(of_page("README"))
-HERE = [each for each in EVERY if each not in TARGETS and not any(re.search(known, each) for known in ELSEWHERE)]
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(page)))  # without repetitions, in order
+MAKE_COMMANDS = [command for command in COMMANDS if re.match(r"(\w+=\S+ )*make ", command)]
+README_COMMANDS = set(commands_of("README"))
+TESTED_HERE = [
+    command
+    for command in COMMANDS
+    if command not in MAKE_COMMANDS and not any(re.search(known, command) for known in TESTED_ELSEWHERE)
+]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like the checkout, but that its demo is a run of a second; with runs and images such as pages name."""
+    """A folder like the checkout, with a demo of one second, and the runs and images that the pages name."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("launch", "slurm", "studies"):
         (folder / name).symlink_to(ROOT / name)
@@ -76,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_folder(folder / "images", per_class=24)
     for name, rate in (("sb", 0.05), ("lb", 0.02)):
         run = folder / "runs" / name
-        # as many images as sharpness takes, and small ones: landscapes evaluate them at a thousand points
+        # As many images as sharpness uses, but small ones: landscapes evaluate them at a thousand points.
         sections = small_settings(
             data={"synthetic_samples": 2048, "synthetic_shape": [1, 8, 8]},
             model={"width": 0.03125, "norm_samples": 20},
@@ -93,7 +97,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", [each if each in DAILY else pytest.param(each, marks=pytest.mark.lengthy) for each in HERE]
+    "command",
+    [
+        command if command in README_COMMANDS else pytest.param(command, marks=pytest.mark.lengthy)
+        for command in TESTED_HERE
+    ],
 )
 def test_a_documented_command_works(folder: Path, command: str) -> None:
     program = Path(sys.executable).parent / "dist-train"
@@ -111,8 +119,8 @@ def test_a_documented_command_works(folder: Path, command: str) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
-@pytest.mark.parametrize("command", TARGETS)
-def test_a_documented_target_is_there(command: str) -> None:
+@pytest.mark.parametrize("command", MAKE_COMMANDS)
+def test_documented_make_target_exists(command: str) -> None:
     *variables, make, target = command.split()
     planned = subprocess.run(
         ["env", *variables, make, target, "--dry-run"],
@@ -125,10 +133,10 @@ def test_a_documented_target_is_there(command: str) -> None:
     assert planned.returncode == 0, planned.stderr
 
 
-def test_what_is_not_run_here_has_a_test_of_its_own() -> None:
-    assert len(HERE) > 40
-    for known, test in ELSEWHERE.items():
+def test_commands_not_run_here_have_a_test_elsewhere() -> None:
+    assert len(TESTED_HERE) > 40
+    for known, test in TESTED_ELSEWHERE.items():
         assert (ROOT / "tests" / test).is_file(), test
-        assert any(re.search(known, command) for command in EVERY), f"no page has {known}"
-    for module in (match[1] for command in EVERY if (match := re.match(r"python -m (\S+)", command))):
+        assert any(re.search(known, command) for command in COMMANDS), f"no page shows {known}"
+    for module in (match[1] for command in COMMANDS if (match := re.match(r"python -m (\S+)", command))):
         assert find_spec(module), module

@@ -1,4 +1,4 @@
-"""`dist-train launch --min-ranks`: rank 0 is lost and the run ends as always; too few ranks end it; others join it."""
+"""`dist-train launch --min-ranks`: the loss of rank 0, too few ranks, and ranks that join."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ import pytest
 from dist_train.outcome import ExitCode
 from tests.elastic import ElasticRun
 from tests.launching import (
+    assert_same_run,
+    events,
     final_checkpoint,
-    records,
-    results,
     small_settings,
     status,
     train_alone,
-    weights_digest,
     write_config,
 )
-from tests.ranks.stand_in_nccl import environment_of
+from tests.ranks.stand_in_nccl import stand_in_environment
 from tests.waiting import is_alive, wait_for, wait_for_lines, wait_until_gone
 
 pytestmark = pytest.mark.ranks
@@ -30,7 +29,7 @@ SETTINGS = small_settings(
 )
 
 
-def test_another_rank_takes_the_place_of_rank_0_and_finishes(tmp_path: Path) -> None:
+def test_another_rank_replaces_rank_0_and_finishes(tmp_path: Path) -> None:
     config, run = write_config(tmp_path, SETTINGS), tmp_path / "run"
     with ElasticRun(config, run, 2, ("--min-ranks", "1")) as launch:
         wait_for_lines(run / "metrics.jsonl", 4)
@@ -38,9 +37,8 @@ def test_another_rank_takes_the_place_of_rank_0_and_finishes(tmp_path: Path) -> 
         ended = launch.wait()
     assert ended.code == ExitCode.FINISHED, ended.output
     train_alone(config, tmp_path / "undisturbed", "metrics.enabled=false")
-    assert results(run) == results(tmp_path / "undisturbed")
-    assert weights_digest(run) == weights_digest(tmp_path / "undisturbed")
-    (event,) = [each for each in records(run, "event") if each["event"] == "rank_lost"]
+    assert_same_run(run, tmp_path / "undisturbed")
+    (event,) = events(run, "rank_lost")
     assert f"process {lost}" in event["who"]
     assert (event["generation"], event["ranks"]) == (2, 1)
     assert event["redone"] in (0, 1)
@@ -51,7 +49,7 @@ def test_another_rank_takes_the_place_of_rank_0_and_finishes(tmp_path: Path) -> 
 @pytest.mark.lengthy
 def test_ranks_on_gpus_abort_nccl_and_continue(tmp_path: Path) -> None:
     config, run = write_config(tmp_path, ENDLESS), tmp_path / "run"
-    extra = environment_of(tmp_path)
+    extra = stand_in_environment(tmp_path)
     with ElasticRun(config, run, 3, ("--min-ranks", "1", "--restarts", "2"), extra) as launch:
         wait_for_lines(run / "metrics.jsonl", 4)
         for count, slot in enumerate((1, 0), start=1):
@@ -63,8 +61,7 @@ def test_ranks_on_gpus_abort_nccl_and_continue(tmp_path: Path) -> None:
     assert ended.output.count("stand-in for NCCL connected") == 3 + 2 + 3 + 2 + 3
     last = final_checkpoint(run)["step"]
     train_alone(config, tmp_path / "undisturbed", f"run.max_steps={last}")
-    assert results(run, ["train"]) == results(tmp_path / "undisturbed", ["train"])
-    assert weights_digest(run) == weights_digest(tmp_path / "undisturbed")
+    assert_same_run(run, tmp_path / "undisturbed", ["train"])
 
 
 HANGING = """
@@ -82,16 +79,16 @@ class Hanging(SmoothOut):
         super().perturb(step)
 
     def state(self):
-        if (order := Path(__file__).with_name(f"rest-{os.getpid()}")).exists():
+        if (order := Path(__file__).with_name(f"pause-{os.getpid()}")).exists():
             order.unlink()
             time.sleep(8)
         return super().state()
 """
-"""A noise method as `smoothout` is, of a rank that can be made to hang in an update, or to rest before a checkpoint."""
+"""A noise method like `smoothout` that hangs in an update, or pauses before a checkpoint, where a file tells it to."""
 
 
 @pytest.mark.lengthy
-def test_a_main_thread_that_hangs_is_expelled_in_time_and_one_that_is_busy_is_not(tmp_path: Path) -> None:
+def test_rank_with_a_hanging_main_thread_is_expelled_and_a_busy_one_is_not(tmp_path: Path) -> None:
     plugin = tmp_path / "hanging.py"
     plugin.write_text(HANGING)
     settings = small_settings(
@@ -103,11 +100,11 @@ def test_a_main_thread_that_hangs_is_expelled_in_time_and_one_that_is_busy_is_no
     config, run = write_config(tmp_path, settings), tmp_path / "run"
     with ElasticRun(config, run, 2, ()) as launch:
         wait_for_lines(run / "metrics.jsonl", 4)
-        saving = tmp_path / f"rest-{launch.slots()[0]}"
+        saving = tmp_path / f"pause-{launch.slots()[0]}"
         saving.touch()
         wait_for(lambda: not saving.exists())
-        made = launch.step()
-        wait_for(lambda: launch.step() > made + 3, lambda: launch.log.read_text()[-3000:])
+        step = launch.step()
+        wait_for(lambda: launch.step() > step + 3, lambda: launch.log.read_text()[-3000:])
         assert status(run)["world_size"] == 2
         order = tmp_path / f"hang-{launch.slots()[1]}"
         order.touch()
@@ -115,7 +112,7 @@ def test_a_main_thread_that_hangs_is_expelled_in_time_and_one_that_is_busy_is_no
         launch.process.send_signal(signal.SIGTERM)
         ended = launch.wait()
     assert ended.code == ExitCode.STOPPED, ended.output
-    (event,) = [each for each in records(run, "event") if each["event"] == "rank_lost"]
+    (event,) = events(run, "rank_lost")
     assert "has not moved on for 5 s" in event["who"]
     assert 5.0 <= event["time"] - float(order.read_text()) < 8.0
 
@@ -139,7 +136,7 @@ LISTENING = ("--listen", "127.0.0.2", "--restarts", "3")
 
 
 @pytest.mark.lengthy
-def test_ranks_of_other_launchers_join_and_leave_and_nothing_changes(tmp_path: Path) -> None:
+def test_ranks_of_other_launchers_join_and_leave_bit_identically(tmp_path: Path) -> None:
     config, run = write_config(tmp_path, ENDLESS), tmp_path / "run"
     options = ("--min-ranks", "1", "--max-ranks", "3", *LISTENING)
     with ElasticRun(config, run, 1, options) as launch:
@@ -156,22 +153,22 @@ def test_ranks_of_other_launchers_join_and_leave_and_nothing_changes(tmp_path: P
             assert "[join-refused]" in answer.output
             assert "it has at most 3 (--max-ranks)" in answer.output
 
-            def wait_for_another_than(lost: int) -> None:
+            def wait_for_replacement_of(lost: int) -> None:
                 def is_whole() -> bool:
                     living = set(launch.slots().values())
-                    return lost not in living and len(living) == 3 and living - launch.joined() <= begun
+                    return lost not in living and len(living) == 3 and living - launch.joined() <= initial
 
                 wait_for(is_whole, lambda: launch.log.read_text()[-3000:])
 
-            begun = set(launch.slots().values())
+            initial = set(launch.slots().values())
             lost = first.pids()[0]
             os.kill(lost, signal.SIGKILL)
-            wait_for_another_than(lost)
-            # Rank 0: one of the other launcher's takes its place.
-            wait_for_another_than(launch.send(0, signal.SIGKILL))
+            wait_for_replacement_of(lost)
+            # A rank of the other launcher replaces rank 0.
+            wait_for_replacement_of(launch.send(0, signal.SIGKILL))
             hanging = first.pids()[1]
             os.kill(hanging, signal.SIGSTOP)
-            wait_for_another_than(hanging)
+            wait_for_replacement_of(hanging)
 
             left = first.pids()
             first.process.kill()
@@ -186,11 +183,10 @@ def test_ranks_of_other_launchers_join_and_leave_and_nothing_changes(tmp_path: P
     assert not list(run.glob("join-*"))
     last = final_checkpoint(run)["step"]
     train_alone(config, tmp_path / "undisturbed", f"run.max_steps={last}")
-    assert results(run, ["train"]) == results(tmp_path / "undisturbed", ["train"])
-    assert weights_digest(run) == weights_digest(tmp_path / "undisturbed")
+    assert_same_run(run, tmp_path / "undisturbed", ["train"])
 
 
-def test_a_launcher_without_ranks_of_its_own_begins_with_those_that_join(tmp_path: Path) -> None:
+def test_launcher_without_ranks_starts_with_those_that_join(tmp_path: Path) -> None:
     config, run = write_config(tmp_path, SETTINGS), tmp_path / "run"
     options = ("--start-with", "2", "--min-ranks", "1", *LISTENING)
     with ElasticRun(config, run, 0, options) as launch, launch.join(1) as one, launch.join(1) as other:
@@ -200,7 +196,7 @@ def test_a_launcher_without_ranks_of_its_own_begins_with_those_that_join(tmp_pat
     assert (ending["state"], ending["world_size"], ending["generation"]) == ("finished", 2, 1)
 
 
-def test_without_the_launcher_that_began_the_run_those_that_joined_end(tmp_path: Path) -> None:
+def test_joined_launches_end_when_the_first_launcher_is_killed(tmp_path: Path) -> None:
     config, run = write_config(tmp_path, ENDLESS), tmp_path / "run"
     with ElasticRun(config, run, 1, ("--max-ranks", "2", *LISTENING)) as launch:
         wait_for_lines(run / "metrics.jsonl", 4)

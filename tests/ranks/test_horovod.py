@@ -1,4 +1,4 @@
-"""What Horovod, MPI and Gloo do to the unwary, met by the real program."""
+"""Pitfalls of Horovod, MPI and Gloo, and how the real program handles them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import pytest
 
 from dist_train.rundir.paths import LockRequest
 from tests.launching import (
-    descendants,
+    assert_same_run,
     kill,
     launch,
     mostly_lengthy,
+    process_of_rank,
     records,
-    results,
     small_settings,
     start,
     status,
     train_alone,
+    train_ranks,
     weights_digest,
     write_config,
 )
@@ -29,7 +30,7 @@ from tests.waiting import PATIENCE, wait_for_lines
 pytestmark = pytest.mark.ranks
 
 
-def test_precision_layout_clipping_augmentation_and_schedules_keep_the_bits(tmp_path: Path) -> None:
+def test_precision_layout_clipping_augmentation_and_schedules_are_bit_identical(tmp_path: Path) -> None:
     config = write_config(
         tmp_path,
         small_settings(
@@ -47,28 +48,26 @@ def test_precision_layout_clipping_augmentation_and_schedules_keep_the_bits(tmp_
         ),
     )
     train_alone(config, tmp_path / "alone")
-    ended = launch(2, "mpi", "train", config, "--run-dir", str(tmp_path / "two"))
-    assert ended.code == 0, ended.output
-    assert weights_digest(tmp_path / "two") == weights_digest(tmp_path / "alone")
-    assert results(tmp_path / "two") == results(tmp_path / "alone")
+    train_ranks(2, "mpi", config, tmp_path / "two")
+    assert_same_run(tmp_path / "two", tmp_path / "alone")
 
 
-def test_ranks_wait_for_the_lock_of_a_dead_node_for_longer_than_the_stall_check_lets_them(tmp_path: Path) -> None:
+def test_ranks_wait_for_the_lock_of_a_dead_node_beyond_the_stall_timeout(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     config = write_config(tmp_path, small_settings(run={"max_steps": 2}, comm={"timeout": 6}))
     lock = LockRequest(run, run / "run.lock").wait(0)
     assert lock is not None
-    # As a file server has it for a while after a node of the same job has died.
+    # What a file server shows for a while after a node of the same job has died.
     (run / "run.lock").write_text('{"host": "node9", "pid": 1, "since": "then", "slurm_job": "7"}')
     process = start(2, "mpi", "train", config, "--run-dir", str(run), extra={"SLURM_JOB_ID": "7"})
-    released = threading.Timer(20, lock.release)
-    released.start()
+    release = threading.Timer(20, lock.release)
+    release.start()
     try:
         output, _ = process.communicate(timeout=PATIENCE)
     finally:
         kill(process)
-        released.join()
+        release.join()
     assert process.returncode == 0, output
     assert status(run)["state"] == "finished"
 
@@ -80,10 +79,9 @@ def test_ranks_wait_for_the_lock_of_a_dead_node_for_longer_than_the_stall_check_
         ("gloo", {"reduction": "float", "compression": "fp16"}),
     ],
 )
-def test_adasum_and_float16_learn(tmp_path: Path, controller: str, comm: dict[str, str]) -> None:
+def test_adasum_and_fp16_compression_learn(tmp_path: Path, controller: str, comm: dict[str, str]) -> None:
     settings = small_settings(comm={**comm, "verify_every": 1}, noise={"method": "none"})
-    ended = launch(2, controller, "train", write_config(tmp_path, settings), "--run-dir", str(tmp_path / "run"))
-    assert ended.code == 0, ended.output
+    train_ranks(2, controller, write_config(tmp_path, settings), tmp_path / "run")
     losses = [record["loss"] for record in records(tmp_path / "run", "train")]
     assert losses[-1] < 0.8 * losses[0]
 
@@ -96,7 +94,7 @@ def test_adasum_over_gloo_on_a_cpu_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variable", mostly_lengthy(["HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"]))
-def test_gloo_under_mpirun_is_refused_before_it_can_crash(tmp_path: Path, variable: str) -> None:
+def test_gloo_under_mpirun_is_refused_instead_of_crashing(tmp_path: Path, variable: str) -> None:
     config = write_config(tmp_path, small_settings())
     ended = launch(2, "mpi", "train", config, "--run-dir", str(tmp_path / "run"), extra={variable: "gloo"})
     assert ended.code == 2
@@ -104,19 +102,19 @@ def test_gloo_under_mpirun_is_refused_before_it_can_crash(tmp_path: Path, variab
     assert "Traceback" not in ended.output
 
 
-def test_state_is_broadcast_without_moving_the_weights(tmp_path: Path) -> None:
+def test_broadcast_keeps_weights_in_their_buffer(tmp_path: Path) -> None:
     ended = launch(2, "gloo", program=["-m", "tests.ranks.broadcast_state"])
     assert ended.code == 0, ended.output
     assert ended.output.count("equal") == 2
 
 
-def test_a_killed_rank_ends_the_others_with_one_message(tmp_path: Path) -> None:
+def test_killed_rank_ends_the_others_with_an_error(tmp_path: Path) -> None:
     config = write_config(tmp_path, small_settings(run={"epochs": 500}, evaluation={"every_epochs": 0}))
     run = tmp_path / "run"
     process = start(2, "gloo", "train", config, "--run-dir", str(run))
     try:
         wait_for_lines(run / "metrics.jsonl", 4)
-        os.kill(_rank(process.pid, rank=1), signal.SIGKILL)
+        os.kill(process_of_rank(process.pid, 1), signal.SIGKILL)
         output, _ = process.communicate(timeout=PATIENCE)
     finally:
         kill(process)
@@ -126,7 +124,7 @@ def test_a_killed_rank_ends_the_others_with_one_message(tmp_path: Path) -> None:
     assert (after["state"], after["exit_code"]) == ("failed", 1)
 
 
-def test_a_diverged_run_ends_with_code_3_on_all_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+def test_diverged_run_exits_with_3_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     config = write_config(tmp_path, small_settings(checkpoint={"every_steps": 1}, model={"norm": "none"}))
     run = tmp_path / "run"
     train_alone(config, run, "run.max_steps=2")
@@ -147,15 +145,3 @@ def test_a_diverged_run_ends_with_code_3_on_all_and_keeps_the_last_good_checkpoi
     assert "[step-not-finite]" in ended.output
     assert str(run / "checkpoints" / "step-00000003.pt") in after["reason"]
     assert weights_digest(run) != before
-
-
-def _rank(pid: int, rank: int) -> int:
-    for candidate in descendants(pid):
-        try:
-            variables = Path(f"/proc/{candidate}/environ").read_bytes().split(b"\0")
-            words = Path(f"/proc/{candidate}/cmdline").read_bytes().split(b"\0")
-        except FileNotFoundError:
-            continue
-        if f"HOROVOD_RANK={rank}".encode() in variables and words[1:3] == [b"-m", b"dist_train"]:
-            return candidate
-    raise AssertionError(f"no rank {rank}")

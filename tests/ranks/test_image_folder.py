@@ -1,4 +1,4 @@
-"""Image folders by the real program: the same bits for any number of ranks and loaders, kills, damage."""
+"""Image folders in the real program: bit-identical on any number of ranks and loaders; kills; damaged images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from tests.launching import (
+    assert_same_run,
     descendants,
+    events,
     kill,
     launch,
     results,
@@ -19,7 +21,7 @@ from tests.launching import (
     start,
     status,
     train_alone,
-    weights_digest,
+    train_ranks,
     write_config,
 )
 from tests.unit.image_folders import damage, write_folder
@@ -29,7 +31,7 @@ pytestmark = pytest.mark.ranks
 
 
 def folder_settings(root: Path, loaders: int, **sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of a small run on an image folder: 96 training images, 3 steps an epoch."""
+    """Return settings of a small run on an image folder: 96 training images, 3 steps per epoch."""
     data = {
         "name": "imagefolder",
         "root": str(root),
@@ -39,13 +41,13 @@ def folder_settings(root: Path, loaders: int, **sections: Mapping[str, Any]) -> 
         "normalize": True,
         "loader_workers": loaders,
     }
-    whole: dict[str, Mapping[str, Any]] = {
+    defaults: dict[str, Mapping[str, Any]] = {
         "data": data,
         "batch": {"global_size": 30, "micro_size": 8},
         "evaluation": {"batch_size": 5, "train_samples": 20},
         **sections,
     }
-    settings = small_settings(**whole)
+    settings = small_settings(**defaults)
     settings["data"] = data
     return settings
 
@@ -68,21 +70,17 @@ def loaders_of(pid: int) -> list[int]:
     return found
 
 
-def test_promise_3_one_rank_without_loaders_and_two_with_one_each_end_with_equal_bits(
-    root: Path, tmp_path: Path
-) -> None:
+def test_promise_3_bits_do_not_depend_on_ranks_and_loaders(root: Path, tmp_path: Path) -> None:
     train_alone(write_config(tmp_path, folder_settings(root, 0)), tmp_path / "alone")
     config = write_config(tmp_path, folder_settings(root, 1))
     for name in ("mpi", "gloo"):
-        ended = launch(2, name, "train", config, "--run-dir", str(tmp_path / name))
-        assert ended.code == 0, ended.output
+        train_ranks(2, name, config, tmp_path / name)
     for name in ("mpi", "gloo"):
-        assert weights_digest(tmp_path / name) == weights_digest(tmp_path / "alone")
-        assert results(tmp_path / name) == results(tmp_path / "alone")
+        assert_same_run(tmp_path / name, tmp_path / "alone")
     assert {record["split"] for record in results(tmp_path / "mpi", ["eval"])} == {"train", "test"}
 
 
-def test_promise_5_a_killed_run_resumes_bit_identically_and_leaves_no_loader(root: Path, tmp_path: Path) -> None:
+def test_promise_5_killed_run_leaves_no_loader_and_resumes_bit_identically(root: Path, tmp_path: Path) -> None:
     settings = folder_settings(root, 1, run={"epochs": 30}, checkpoint={"every_steps": 4})
     config = write_config(tmp_path, settings)
     train_alone(config, tmp_path / "whole")
@@ -95,14 +93,12 @@ def test_promise_5_a_killed_run_resumes_bit_identically_and_leaves_no_loader(roo
     kill_all_but(process.pid, loaders)
     assert process.poll() is None or process.returncode != 0
     kill(process)
-    wait_until_gone(loaders)  # they end with the process that they work for
+    wait_until_gone(loaders)  # they end with the process that started them
 
     config = write_config(tmp_path, folder_settings(root, 2, run={"epochs": 30}, checkpoint={"every_steps": 4}))
-    ended = launch(1, "alone", "train", config, "--run-dir", str(run))
-    assert ended.code == 0, ended.output
-    assert any(record["event"] == "resumed" for record in results(run, ["event"]))
-    assert weights_digest(run) == weights_digest(tmp_path / "whole")
-    assert results(run) == results(tmp_path / "whole")
+    train_ranks(1, "alone", config, run)
+    assert events(run, "resumed")
+    assert_same_run(run, tmp_path / "whole")
 
 
 def kill_all_but(pid: int, spared: list[int]) -> None:
@@ -113,7 +109,7 @@ def kill_all_but(pid: int, spared: list[int]) -> None:
             continue
 
 
-def test_a_damaged_image_ends_the_run_and_is_named(tmp_path: Path) -> None:
+def test_damaged_image_ends_the_run_with_a_message_that_names_it(tmp_path: Path) -> None:
     broken = damage(write_folder(tmp_path / "folder", per_class=32) / "train" / "bee" / "0007.png")
     config = write_config(tmp_path, folder_settings(tmp_path / "folder", 1))
     ended = launch(2, "mpi", "train", config, "data.normalize=false", "--run-dir", str(tmp_path / "run"))
@@ -123,7 +119,7 @@ def test_a_damaged_image_ends_the_run_and_is_named(tmp_path: Path) -> None:
     assert str(broken) in status(tmp_path / "run")["reason"]
 
 
-def test_a_killed_loader_ends_the_run_with_a_reason(root: Path, tmp_path: Path) -> None:
+def test_killed_loader_ends_the_run_with_an_error(root: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, folder_settings(root, 1, run={"epochs": 500}, evaluation={"every_epochs": 0}))
     run = tmp_path / "run"
     process = start(1, "alone", "train", config, "--run-dir", str(run))
@@ -139,7 +135,7 @@ def test_a_killed_loader_ends_the_run_with_a_reason(root: Path, tmp_path: Path) 
     assert status(run)["exit_code"] == 1
 
 
-def test_ctrl_c_saves_and_stops_although_the_whole_group_gets_it(root: Path, tmp_path: Path) -> None:
+def test_ctrl_c_to_the_whole_process_group_saves_and_stops(root: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, folder_settings(root, 2, run={"epochs": 500}, evaluation={"every_epochs": 0}))
     run = tmp_path / "run"
     process = start(1, "alone", "train", config, "--run-dir", str(run))
@@ -153,7 +149,7 @@ def test_ctrl_c_saves_and_stops_although_the_whole_group_gets_it(root: Path, tmp
     assert "Traceback" not in output
 
 
-def test_another_number_of_classes_is_refused_before_training(root: Path, tmp_path: Path) -> None:
+def test_wrong_number_of_classes_is_refused(root: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, folder_settings(root, 1))
     ended = launch(2, "mpi", "train", config, "data.classes=4", "--run-dir", str(tmp_path / "run"))
     assert ended.code == 2
@@ -161,7 +157,7 @@ def test_another_number_of_classes_is_refused_before_training(root: Path, tmp_pa
     assert "Traceback" not in ended.output
 
 
-def test_a_stored_model_is_evaluated_on_the_folder(root: Path, tmp_path: Path) -> None:
+def test_evaluate_reads_the_image_folder(root: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, folder_settings(root, 1, run={"max_steps": 2}))
     run = tmp_path / "run"
     assert launch(1, "alone", "train", config, "--run-dir", str(run)).code == 0

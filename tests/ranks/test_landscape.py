@@ -1,4 +1,4 @@
-"""Landscapes over real ranks: the same files on any number of them, also after a kill."""
+"""Landscapes on several ranks: the same files on any number of ranks, also after a kill."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def finished_points(output: Path) -> int:
 
 
 @pytest.mark.lengthy
-def test_any_number_of_ranks_writes_the_same_files_also_after_a_kill(trained_run: Path, tmp_path: Path) -> None:
+def test_files_are_equal_on_any_number_of_ranks_also_after_a_kill(trained_run: Path, tmp_path: Path) -> None:
     assert main(command(trained_run, tmp_path / "1")) == 0
     expected = files(tmp_path / "1")
     assert set(expected) == {"points.csv", "settings.json", "figure.svg", "figure.pdf", "figure.png"}
@@ -52,7 +52,7 @@ def test_any_number_of_ranks_writes_the_same_files_also_after_a_kill(trained_run
     assert files(tmp_path / "killed") == expected
 
 
-def test_all_ranks_end_with_2_and_the_fault_is_told_once(trained_run: Path) -> None:
+def test_usage_error_is_reported_once_and_exits_with_2(trained_run: Path) -> None:
     ended = launch(2, "mpi", "landscape", "direction", str(trained_run), "--exclude", "nothing")
     assert ended.code == 2, ended.output
     assert ended.output.count("no weight has this name") == 1

@@ -1,4 +1,4 @@
-"""launch/local.sh and launch/mpirun.sh on real runs: exit status, requests to stop, no process left."""
+"""launch/local.sh and launch/mpirun.sh on real runs: exit codes, requests to stop, no process left behind."""
 
 from __future__ import annotations
 
@@ -49,24 +49,24 @@ def configuration(tmp_path: Path) -> str:
 
 @pytest.fixture
 def mark() -> Iterator[str]:
-    """A variable that every process of the test carries; after the test, none may be left."""
+    """The name of a variable that all processes of the test have; the test fails if it leaves any behind."""
     name = f"DIST_TRAIN_TEST_{os.getpid()}_{time.monotonic_ns()}"
     yield name
     try:
-        wait_for(lambda: not carrying(name), "processes were left behind")
+        wait_for(lambda: not processes_with(name), "processes were left behind")
     finally:
-        for process in carrying(name):
+        for process in processes_with(name):
             os.kill(int(process), signal.SIGKILL)
 
 
-def carrying(name: str) -> set[str]:
-    def carries(process: Path) -> bool:
+def processes_with(name: str) -> set[str]:
+    def is_marked(process: Path) -> bool:
         try:
             return f"{name}=".encode() in (process / "environ").read_bytes()
         except OSError:
             return False
 
-    return {path.name for path in Path("/proc").iterdir() if path.name.isdigit() and carries(path)}
+    return {path.name for path in Path("/proc").iterdir() if path.name.isdigit() and is_marked(path)}
 
 
 def start(mark: str, *command: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
@@ -93,20 +93,18 @@ def status(run: Path) -> dict[str, Any]:
     return read
 
 
-def while_it_runs(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
-    wait_for(lambda: process.poll() is not None or condition(), "it is under way")
+def wait_while_running(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    wait_for(lambda: process.poll() is not None or condition(), "the condition of a running process")
     assert process.poll() is None, process.communicate()
 
 
-def is_under_way(run: Path) -> bool:
+def is_training(run: Path) -> bool:
     found = status(run)
     return bool(found.get("state") == "running" and found["step"] > 0)
 
 
 @LAUNCHERS
-def test_a_run_that_finishes_ends_with_0(
-    launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str
-) -> None:
+def test_finished_run_exits_with_0(launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str) -> None:
     run = tmp_path / "run"
     process = start(mark, *launcher, "train", configuration, "run.max_steps=3", "--run-dir", str(run))
     code, out, err = finish(process)
@@ -117,7 +115,7 @@ def test_a_run_that_finishes_ends_with_0(
 
 
 @LAUNCHERS
-def test_the_progress_bar_goes_around_the_launcher_to_the_terminal(
+def test_progress_bar_is_redrawn_on_the_terminal(
     launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str
 ) -> None:
     terminal, end = pty.openpty()
@@ -126,7 +124,7 @@ def test_the_progress_bar_goes_around_the_launcher_to_the_terminal(
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=end, stderr=end)
     os.close(end)
     shown = b""
-    with contextlib.suppress(OSError):  # a terminal whose programs have all ended gives an I/O error
+    with contextlib.suppress(OSError):  # reading a terminal whose programs have ended raises an I/O error
         while chunk := os.read(terminal, 65536):
             shown += chunk
     os.close(terminal)
@@ -141,12 +139,12 @@ def test_the_progress_bar_goes_around_the_launcher_to_the_terminal(
     ),
     ids=["mpirun-SIGINT", "horovodrun-SIGTERM", "horovodrun-SIGUSR2", "mpirun-SIGUSR2"],
 )
-def test_promise_7_a_signal_to_the_script_saves_and_ends_with_75(
+def test_promise_7_signal_to_the_script_saves_and_exits_with_75(
     launcher: tuple[str, ...], number: signal.Signals, configuration: str, tmp_path: Path, mark: str
 ) -> None:
     run = tmp_path / "run"
     process = start(mark, *launcher, "train", configuration, "--run-dir", str(run))
-    while_it_runs(process, lambda: is_under_way(run))
+    wait_while_running(process, lambda: is_training(run))
     process.send_signal(number)
     code, _, err = finish(process)
     assert code == ExitCode.STOPPED, err
@@ -157,31 +155,31 @@ def test_promise_7_a_signal_to_the_script_saves_and_ends_with_75(
 
 
 @LAUNCHERS
-def test_promise_7_a_signal_before_the_ranks_are_ready_is_kept_for_them(
+def test_promise_7_signal_during_start_up_stops_the_ranks(
     launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str
 ) -> None:
     run = tmp_path / "run"
     process = start(mark, *launcher, "train", configuration, "--run-dir", str(run))
-    while_it_runs(process, lambda: any_rank(mark))
+    wait_while_running(process, lambda: has_ranks(mark))
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)
     assert code == ExitCode.STOPPED, err
     assert status(run)["state"] == "stopped"
 
 
-def any_rank(mark: str) -> bool:
-    def ranked(process: str) -> bool:
+def has_ranks(mark: str) -> bool:
+    def is_rank(process: str) -> bool:
         try:
             variables = Path(f"/proc/{process}/environ").read_bytes()
         except OSError:
             return False
         return re.search(rb"\0(HOROVOD_RANK|OMPI_COMM_WORLD_RANK)=", variables) is not None
 
-    return any(ranked(process) for process in carrying(mark))
+    return any(is_rank(process) for process in processes_with(mark))
 
 
 @LAUNCHERS
-def test_a_diverged_run_ends_with_3(launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str) -> None:
+def test_diverged_run_exits_with_3(launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str) -> None:
     run = tmp_path / "run"
     settings = ("optimizer.learning_rate=1e30", "model.norm=none", "run.max_steps=200")
     code, _, err = finish(start(mark, *launcher, "train", configuration, *settings, "--run-dir", str(run)))
@@ -190,30 +188,30 @@ def test_a_diverged_run_ends_with_3(launcher: tuple[str, ...], configuration: st
 
 
 @LAUNCHERS
-def test_a_rank_that_is_killed_ends_the_run_with_1(
+def test_killed_rank_ends_the_run_with_1(
     launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str
 ) -> None:
     run = tmp_path / "run"
     process = start(mark, *launcher, "train", configuration, "--run-dir", str(run))
-    while_it_runs(process, lambda: is_under_way(run))
+    wait_while_running(process, lambda: is_training(run))
     os.kill(status(run)["pid"], signal.SIGKILL)
     code, _, _ = finish(process)
     assert code == ExitCode.FAULT
 
 
 @LAUNCHERS
-def test_the_ranks_do_not_outlive_a_script_that_is_killed(
+def test_ranks_do_not_outlive_a_killed_script(
     launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str
 ) -> None:
     run = tmp_path / "run"
     process = start(mark, *launcher, "train", configuration, "--run-dir", str(run))
-    while_it_runs(process, lambda: is_under_way(run))
+    wait_while_running(process, lambda: is_training(run))
     process.kill()
     process.communicate()
-    wait_for(lambda: not carrying(mark), "the ranks outlive the script")
+    wait_for(lambda: not processes_with(mark), "the ranks outlive the script")
 
 
-def test_an_outcome_of_an_earlier_launch_does_not_count(configuration: str, tmp_path: Path, mark: str) -> None:
+def test_exit_code_ignores_the_status_of_an_earlier_launch(configuration: str, tmp_path: Path, mark: str) -> None:
     run = tmp_path / "run"
     command = (*MPIRUN, "train", configuration, "run.max_steps=2", "--run-dir", str(run))
     assert finish(start(mark, *command))[0] == ExitCode.FINISHED
@@ -223,7 +221,7 @@ def test_an_outcome_of_an_earlier_launch_does_not_count(configuration: str, tmp_
 
 
 @LAUNCHERS
-def test_a_bad_configuration_is_told_once_and_nothing_is_launched(
+def test_bad_configuration_is_reported_once_and_nothing_is_launched(
     launcher: tuple[str, ...], configuration: str, tmp_path: Path, mark: str
 ) -> None:
     run = tmp_path / "run"
@@ -247,7 +245,7 @@ def test_a_bad_configuration_is_told_once_and_nothing_is_launched(
     ],
 )
 @LAUNCHERS
-def test_bad_usage_is_one_line_and_ends_with_2(
+def test_bad_usage_prints_one_line_and_exits_with_2(
     launcher: tuple[str, ...], arguments: tuple[str, ...], message: str, mark: str
 ) -> None:
     code, out, err = finish(start(mark, *launcher, *arguments))
@@ -258,19 +256,19 @@ def test_bad_usage_is_one_line_and_ends_with_2(
 
 
 @LAUNCHERS
-def test_help_says_how_it_is_used(launcher: tuple[str, ...], mark: str) -> None:
+def test_help_prints_usage(launcher: tuple[str, ...], mark: str) -> None:
     code, out, err = finish(start(mark, *launcher, "--help"))
     assert code == 0
     assert out.startswith("usage: launch/")
     assert err == ""
 
 
-def test_ranks_of_a_host_file_stop_on_request(configuration: str, tmp_path: Path, mark: str) -> None:
+def test_ranks_of_a_host_file_save_and_stop_on_sigterm(configuration: str, tmp_path: Path, mark: str) -> None:
     run = tmp_path / "run"
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost slots=2\n")
     process = start(mark, *MPIRUN, "--hostfile", str(hosts), "train", configuration, "--run-dir", str(run))
-    while_it_runs(process, lambda: is_under_way(run))
+    wait_while_running(process, lambda: is_training(run))
     process.terminate()
     code, _, err = finish(process)
     assert code == ExitCode.STOPPED, err

@@ -1,4 +1,4 @@
-"""`dist-train launch`: the exit codes of its ranks, requests to stop, ranks that die; and torchrun."""
+"""`dist-train launch`: exit codes, requests to stop, killed ranks; and torchrun."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from tests.launching import (
     small_settings,
     start,
     status,
+    train_ranks,
     weights_digest,
     write_config,
 )
@@ -41,8 +42,8 @@ def running(tmp_path: Path) -> subprocess.Popen[str]:
     return process
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Wait for the launcher and all that it started."""
+def wait_for_end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Wait for the end of the launcher and all its processes; return exit code and output."""
     left = descendants(process.pid)
     try:
         output, _ = process.communicate(timeout=PATIENCE)
@@ -53,27 +54,27 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("number", mostly_lengthy([signal.SIGINT, signal.SIGUSR2]))
-def test_a_signal_to_the_launcher_stops_the_ranks_which_save(
+def test_signal_to_the_launcher_saves_and_stops(
     running: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
 ) -> None:
     running.send_signal(number)
-    code, output = ended(running)
+    code, output = wait_for_end(running)
     assert code == ExitCode.STOPPED, output
     after = status(tmp_path / "run")
     assert (after["state"], after["exit_code"]) == ("stopped", ExitCode.STOPPED)
     assert (tmp_path / f"run/checkpoints/step-{after['step']:08d}.pt").exists()
 
 
-def test_a_signal_before_the_ranks_can_take_it_stops_them_too(tmp_path: Path) -> None:
+def test_signal_during_start_up_stops_the_ranks(tmp_path: Path) -> None:
     process = start(2, "torch", "train", write_config(tmp_path, ENDLESS), "--run-dir", str(tmp_path / "run"))
     while len(descendants(process.pid)) < 2:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    code, output = ended(process)
+    code, output = wait_for_end(process)
     assert code == ExitCode.STOPPED, output
 
 
-def test_threads_of_a_plugin_do_not_take_the_signals_of_the_launcher(tmp_path: Path) -> None:
+def test_plugin_threads_do_not_receive_the_launcher_signals(tmp_path: Path) -> None:
     plugin = tmp_path / "threads.py"
     plugin.write_text(
         "import threading, time\n"
@@ -85,43 +86,43 @@ def test_threads_of_a_plugin_do_not_take_the_signals_of_the_launcher(tmp_path: P
     process = start(1, "torch", "--restarts", "1", *words)
     wait_for_lines(tmp_path / "run/metrics.jsonl", 4)
     process.send_signal(signal.SIGUSR2)
-    code, output = ended(process)
+    code, output = wait_for_end(process)
     assert code == ExitCode.STOPPED, output
 
 
-def test_a_second_signal_ends_ranks_that_hang(running: subprocess.Popen[str]) -> None:
+def test_second_signal_ends_hanging_ranks(running: subprocess.Popen[str]) -> None:
     for pid in descendants(running.pid):
         os.kill(pid, signal.SIGSTOP)
     running.send_signal(signal.SIGTERM)
-    time.sleep(2.5)  # sooner, a second signal is taken for the same request
+    time.sleep(2.5)  # a second signal within 2 s counts as the same request
     running.send_signal(signal.SIGTERM)
-    code, output = ended(running)
+    code, output = wait_for_end(running)
     assert code == ExitCode.FAULT, output
 
 
 def test_a_killed_rank_ends_the_launch_with_1(running: subprocess.Popen[str], tmp_path: Path) -> None:
     os.kill(descendants(running.pid)[1], signal.SIGKILL)
-    code, output = ended(running)
+    code, output = wait_for_end(running)
     assert code == ExitCode.FAULT
     assert status(tmp_path / "run")["state"] == "failed"
     assert "SIGKILL" in output
 
 
-def test_a_stopped_rank_does_not_hold_up_the_end_of_the_launch(running: subprocess.Popen[str]) -> None:
+def test_stopped_rank_does_not_delay_the_end_of_the_launch(running: subprocess.Popen[str]) -> None:
     first, second = sorted(descendants(running.pid))
     os.kill(first, signal.SIGSTOP)
     os.kill(second, signal.SIGKILL)
-    begun = time.monotonic()
-    code, output = ended(running)
+    started = time.monotonic()
+    code, output = wait_for_end(running)
     assert code == ExitCode.FAULT, output
-    assert time.monotonic() - begun < 30, output  # it waits 40 s for ranks that may still end by themselves
+    assert time.monotonic() - started < 30, output  # the launcher waits 40 s for ranks that may still end by themselves
 
 
-def test_all_ranks_carry_one_launch_id(running: subprocess.Popen[str]) -> None:
+def test_all_ranks_have_the_same_launch_id(running: subprocess.Popen[str]) -> None:
     environments = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in descendants(running.pid)[:2]]
     ids = {variable for each in environments for variable in each if variable.startswith(b"DIST_TRAIN_LAUNCH=")}
     running.send_signal(signal.SIGTERM)
-    ended(running)
+    wait_for_end(running)
     assert len(environments) == 2
     assert len(ids) == 1
 
@@ -141,25 +142,23 @@ def test_ranks_die_with_their_launcher(running: subprocess.Popen[str]) -> None:
         ({"comm": {"reduction": "float", "op": "adasum"}}, ExitCode.USAGE),
     ],
 )
-def test_the_exit_code_is_that_of_the_ranks(tmp_path: Path, settings: dict[str, dict[str, object]], code: int) -> None:
+def test_exit_code_is_that_of_the_ranks(tmp_path: Path, settings: dict[str, dict[str, object]], code: int) -> None:
     config = write_config(tmp_path, small_settings(**settings))
     result = launch(2, "torch", "train", config, "--run-dir", str(tmp_path / "run"))
     assert result.code == code, result.output
     assert "Traceback" not in result.output
 
 
-def test_torchrun_gives_the_same_weights(tmp_path: Path) -> None:
+def test_torchrun_is_bit_identical_to_one_rank(tmp_path: Path) -> None:
     config = write_config(tmp_path, small_settings(run={"max_steps": 5}))
     for ranks, controller in ((1, "alone"), (2, "torchrun")):
-        result = launch(ranks, controller, "train", config, "--run-dir", str(tmp_path / controller))
-        assert result.code == 0, result.output
+        train_ranks(ranks, controller, config, tmp_path / controller)
     assert weights_digest(tmp_path / "torchrun") == weights_digest(tmp_path / "alone")
 
 
-def test_srun_s_variables_are_enough(tmp_path: Path) -> None:
+def test_slurm_variables_suffice_to_start_ranks(tmp_path: Path) -> None:
     config = write_config(tmp_path, small_settings(run={"max_steps": 5}))
-    whole = launch(1, "alone", "train", config, "--run-dir", str(tmp_path / "alone"))
-    assert whole.code == 0, whole.output
+    train_ranks(1, "alone", config, tmp_path / "alone")
     step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
     command = ("train", config, "comm.engine=torch", "--run-dir", str(tmp_path / "run"))
     tasks = [start(1, "alone", *command, extra={**step, "SLURM_PROCID": str(rank)}) for rank in range(2)]
@@ -168,7 +167,7 @@ def test_srun_s_variables_are_enough(tmp_path: Path) -> None:
     assert weights_digest(tmp_path / "run") == weights_digest(tmp_path / "alone")
 
 
-def test_the_launch_script_starts_ranks_so_unless_it_is_told_otherwise(tmp_path: Path) -> None:
+def test_local_script_uses_torch_gloo_by_default(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "launch/local.sh"
     config = write_config(tmp_path, small_settings(run={"max_steps": 2}))
     command = [str(script), "-np", "2", "train", config, "--run-dir", str(tmp_path / "run")]
@@ -177,14 +176,14 @@ def test_the_launch_script_starts_ranks_so_unless_it_is_told_otherwise(tmp_path:
     assert "2 ranks (torch-gloo)" in result.stdout
 
 
-def test_a_rank_lost_while_the_others_meet_is_a_lost_rank() -> None:
-    serves = """
+def test_rank_lost_during_the_rendezvous_raises_rank_lost_error() -> None:
+    server = """
 import torch.distributed as dist
 store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 print(store.port, flush=True)
 dist.PrefixStore("dist_train", store).wait(["here"])
 """
-    with subprocess.Popen([sys.executable, "-c", serves], stdout=subprocess.PIPE, text=True) as first:
+    with subprocess.Popen([sys.executable, "-c", server], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         address = StoreAddress("127.0.0.1", int(first.stdout.readline()), is_served=True)
         dist.PrefixStore(address.prefix, dist.TCPStore(address.host, address.port)).set("here", "1")

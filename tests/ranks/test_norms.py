@@ -1,4 +1,4 @@
-"""Norms over real ranks: sync norm is batch norm over what all share; the others keep promise 3 on every model."""
+"""Norms over real ranks: sync norm equals batch norm over the shared micro-batch; the others keep promise 3."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from tests.launching import (
+    assert_same_run,
     launch,
     mostly_lengthy,
     records,
-    results,
     small_settings,
     status,
     train_alone,
+    train_ranks,
     weights_digest,
     write_config,
 )
@@ -31,40 +32,39 @@ SYNC: dict[str, tuple[Sections, int, str]] = {
 }
 
 
-def trained(folder: Path, ranks: int, controller: str, sections: Sections, *overrides: str) -> Path:
+def train(folder: Path, ranks: int, controller: str, sections: Sections, *overrides: str) -> Path:
     folder.mkdir()
     config = write_config(folder, small_settings(**sections))
     if ranks == 1:
         train_alone(config, folder / "run", *overrides)
     else:
-        ended = launch(ranks, controller, "train", config, *overrides, "--run-dir", str(folder / "run"))
-        assert ended.code == 0, ended.output
+        train_ranks(ranks, controller, config, folder / "run", *overrides)
     assert status(folder / "run")["world_size"] == ranks
     return folder / "run"
 
 
 @pytest.mark.parametrize("name", mostly_lengthy(SYNC))
-def test_sync_norm_over_ranks_is_batch_norm_over_the_same_micro_batch(tmp_path: Path, name: str) -> None:
+def test_sync_norm_over_ranks_equals_batch_norm_over_the_micro_batch(tmp_path: Path, name: str) -> None:
     noise, ranks, controller = SYNC[name]
     sections = {**noise, "run": {"max_steps": 3}, "comm": {"verify_every": 1}}
-    batch = trained(tmp_path / "batch", 1, "alone", sections, "model.norm=batch")
-    alone = trained(tmp_path / "alone", 1, "alone", sections, "model.norm=sync")
+    batch = train(tmp_path / "batch", 1, "alone", sections, "model.norm=batch")
+    alone = train(tmp_path / "alone", 1, "alone", sections, "model.norm=sync")
     assert weights_digest(alone) == weights_digest(batch)
     first, *_, last = records(batch, "train")
-    run = trained(tmp_path / f"{ranks}", ranks, controller, sections, "model.norm=sync")
-    other_first, *_, other_last = records(run, "train")
-    assert other_first["loss"] == pytest.approx(first["loss"], rel=1e-5)
-    assert other_first["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-5)
-    assert other_last["loss"] == pytest.approx(last["loss"], rel=1e-3)
-    evaluations = [record["loss"] for record in records(run, "eval")]
+    synced = train(tmp_path / f"{ranks}", ranks, controller, sections, "model.norm=sync")
+    synced_first, *_, synced_last = records(synced, "train")
+    assert synced_first["loss"] == pytest.approx(first["loss"], rel=1e-5)
+    assert synced_first["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-5)
+    assert synced_last["loss"] == pytest.approx(last["loss"], rel=1e-3)
+    evaluations = [record["loss"] for record in records(synced, "eval")]
     assert evaluations == pytest.approx([record["loss"] for record in records(batch, "eval")], rel=1e-2)
 
 
-def test_ghost_norm_of_each_rank_alone_is_something_else(tmp_path: Path) -> None:
-    """Were sync norm to forget the other ranks, it would be this."""
+def test_ghost_norm_differs_from_batch_norm(tmp_path: Path) -> None:
+    """So the test above would fail if sync norm ignored the other ranks."""
     sections: Sections = {"noise": {"method": "none"}, "run": {"max_steps": 1}}
-    batch = trained(tmp_path / "batch", 1, "alone", sections, "model.norm=batch")
-    ghost = trained(tmp_path / "ghost", 1, "alone", sections, "model.norm=ghost", "model.ghost_size=8")
+    batch = train(tmp_path / "batch", 1, "alone", sections, "model.norm=batch")
+    ghost = train(tmp_path / "ghost", 1, "alone", sections, "model.norm=ghost", "model.ghost_size=8")
     [whole], [parts] = records(batch, "train"), records(ghost, "train")
     assert parts["loss"] != pytest.approx(whole["loss"], rel=1e-3)
 
@@ -78,13 +78,13 @@ def test_a_micro_batch_too_small_to_share_is_refused_before_training(tmp_path: P
 
 
 @pytest.mark.lengthy
-def test_sync_norm_finds_a_micro_batch_that_can_be_shared(tmp_path: Path) -> None:
+def test_automatic_micro_batch_suffices_for_sync_norm(tmp_path: Path) -> None:
     sections: Sections = {
         "model": {"norm": "sync"},
         "batch": {"global_size": 98, "micro_size": "auto"},
         "run": {"max_steps": 1},
     }
-    assert len(records(trained(tmp_path / "auto", 3, "mpi", sections), "train")) == 1
+    assert len(records(train(tmp_path / "auto", 3, "mpi", sections), "train")) == 1
 
 
 @pytest.mark.parametrize(
@@ -98,9 +98,8 @@ def test_sync_norm_finds_a_micro_batch_that_can_be_shared(tmp_path: Path) -> Non
     ),
     ids=lambda model: f"{model['name']}-{model['norm']}",
 )
-def test_promise_3_every_bit_is_the_same_on_two_ranks(tmp_path: Path, model: Mapping[str, Any]) -> None:
+def test_promise_3_two_ranks_are_bit_identical_to_one(tmp_path: Path, model: Mapping[str, Any]) -> None:
     sections: Sections = {"model": {**model, "channel_groups": 4}, "run": {"max_steps": 4}, "comm": {"verify_every": 1}}
-    alone = trained(tmp_path / "alone", 1, "alone", sections)
-    both = trained(tmp_path / "both", 2, "mpi", sections)
-    assert weights_digest(both) == weights_digest(alone)
-    assert results(both) == results(alone)
+    alone = train(tmp_path / "alone", 1, "alone", sections)
+    both = train(tmp_path / "both", 2, "mpi", sections)
+    assert_same_run(both, alone)

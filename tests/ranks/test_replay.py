@@ -1,4 +1,4 @@
-"""Updates drawn from finished runs, each made again on one rank and on two: records and weights are bit-identical."""
+"""Updates sampled from finished runs, replayed on one rank and on two: records and weights are bit-identical."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ UPDATES = 20
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs, of 24 updates, with a checkpoint after every second one: what an update made again is compared with."""
+    """The runs, of 24 updates each, with a checkpoint after every second update to compare replays with."""
     folder = tmp_path_factory.mktemp("replay")
-    kept = {"every_steps": 2, "every_epochs": 0, "keep": 100, "background": False}
+    checkpoint = {"every_steps": 2, "every_epochs": 0, "keep": 100, "background": False}
     for name, changed in RUNS.items():
         settings = {section: dict(values) for section, values in small_settings(run={"epochs": 3}).items()}
-        for section, values in {**changed, "checkpoint": kept}.items():
+        for section, values in {**changed, "checkpoint": checkpoint}.items():
             settings[section] = {**settings.get(section, {}), **values}
         train_alone(write_config(folder, settings), folder / name)
     return folder
 
 
-def drawn() -> list[tuple[str, int]]:
-    every = [(name, step) for name in RUNS for step in range(2, 25, 2)]
-    return sorted(random.Random(0).sample(every, UPDATES))
+def sampled_updates() -> list[tuple[str, int]]:
+    updates = [(name, step) for name in RUNS for step in range(2, 25, 2)]
+    return sorted(random.Random(0).sample(updates, UPDATES))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize(("name", "step"), drawn())
-def test_an_update_made_again_is_bit_identical(folder: Path, name: str, step: int, ranks: int) -> None:
+@pytest.mark.parametrize(("name", "step"), sampled_updates())
+def test_replayed_update_is_bit_identical(folder: Path, name: str, step: int, ranks: int) -> None:
     assert step in load_run(folder / name).steps
     ended = launch(ranks, "torch" if ranks > 1 else "alone", "replay", f"{folder / name}@{step}")
     assert ended.code == 0, ended.output

@@ -1,4 +1,4 @@
-"""A search by Optuna that really trains: two sweeps at once, one of them killed, and the same trials once more."""
+"""A search by Optuna with real training: two concurrent sweeps, of which one is killed, and a sweep after both."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ TRIALS = 4
 pytestmark = [pytest.mark.ranks, pytest.mark.lengthy]
 
 
-def sweep_of(study: Path) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "dist_train", "sweep", str(study)]
-    return subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start_sweep(study: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "dist_train", "sweep", str(study)]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def test_two_sweeps_share_a_search_and_a_killed_one_loses_no_trial(
+def test_concurrent_sweeps_share_a_search_and_a_killed_one_loses_no_trial(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rate = {"optimizer.learning_rate": {"kind": "log_uniform", "low": 0.01, "high": 0.1}}
     search = {"method": "optuna", "trials": TRIALS, "space": rate}
     study = write_study(tmp_path, search=search, variants={"plain": {}}, seeds=[0])
     folder = tmp_path / "runs" / "small"
-    sweeps = [sweep_of(study), sweep_of(study)]
+    sweeps = [start_sweep(study), start_sweep(study)]
     try:
         wait_for(lambda: len(list(folder.glob("*/checkpoints/*.json"))) > 0)
         kill(sweeps[0])
@@ -41,7 +41,7 @@ def test_two_sweeps_share_a_search_and_a_killed_one_loses_no_trial(
     finally:
         for each in sweeps:
             kill(each)
-    last = sweep_of(study)
+    last = start_sweep(study)
     output, _ = last.communicate(timeout=PATIENCE)
     assert last.returncode == 0, output
     plan = plan_study(study)
