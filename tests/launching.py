@@ -260,8 +260,11 @@ def assert_same_run(run: Path, expected: Path, kinds: Sequence[str] = ("train", 
 
 
 def status(run: Path) -> dict[str, Any]:
-    """Return the run's status."""
-    fields: dict[str, Any] = json.loads((run / "status.json").read_text())
+    """Return the run's status; empty where there is none yet."""
+    try:
+        fields: dict[str, Any] = json.loads((run / "status.json").read_text())
+    except (OSError, ValueError):
+        return {}
     return fields
 
 

@@ -1,16 +1,18 @@
-"""A real Slurm of a few nodes on this machine (slurm_rig.sh), and what tests ask of it."""
+"""A real Slurm cluster of a few nodes on this machine (slurm_rig.sh)."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import pytest
 
 from tests.waiting import PATIENCE, wait_for
 
@@ -20,22 +22,22 @@ _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "sshd", "ip", "unshare", "nsenter"
 _ENDED = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY"})
 
 
-def what_is_missing() -> str | None:
-    """Return why there can be no cluster here; None where there can."""
+def missing_requirement() -> str | None:
+    """Return why this machine cannot run the cluster, or None."""
     if os.geteuid() != 0:
-        return "only root can make the cluster's nodes"
+        return "only root can create the cluster's nodes"
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     missing = [program for program in _PROGRAMS if shutil.which(program, path=path) is None]
     if missing:
         return f"missing: {', '.join(missing)} (docker/debian_packages.sh installs them)"
     if subprocess.run(["unshare", "--mount", "--net", "--pid", "--fork", "true"], capture_output=True).returncode:
-        return "this machine does not let root make namespaces (CAP_SYS_ADMIN)"
+        return "this machine does not let root create namespaces (CAP_SYS_ADMIN)"
     return None
 
 
 @dataclass(frozen=True)
 class Job:
-    """What Slurm says of a job; `code` is the batch script's exit status."""
+    """The state of a job in Slurm; `code` is the batch script's exit code."""
 
     state: str
     code: int
@@ -43,15 +45,25 @@ class Job:
     output: str
 
 
+@contextmanager
+def booted_cluster(folder: Path, nodes: int = 2) -> Iterator[Cluster]:
+    """Boot a cluster for the block; skip the test where this machine cannot."""
+    if missing := missing_requirement():
+        pytest.skip(missing)
+    cluster = Cluster(folder, nodes)
+    yield cluster
+    cluster.down()
+
+
 class Cluster:
-    """The nodes node1, node2, ..., and their Slurm; `disk` is a small file system that all of them share."""
+    """The nodes node1, node2, ..., and their Slurm; `disk` is a small file system that they share."""
 
     def __init__(self, folder: Path, nodes: int = 2) -> None:
-        """Boot it; its files lie in `folder`."""
+        """Boot the nodes; their files are in `folder`."""
         self.nodes = tuple(f"node{number}" for number in range(1, nodes + 1))
         self.disk = folder.with_name(f"{folder.name}-disk")
         self.disk.mkdir()
-        # before the nodes, which see what is mounted when they boot
+        # before the nodes boot, which see earlier mounts only
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(self.disk)], check=True)
         self._settings = {
             "SLURM_RIG_DIR": str(folder),
@@ -60,7 +72,7 @@ class Cluster:
         self._rig("up", str(nodes))
 
     def down(self) -> None:
-        """Stop all of it."""
+        """Stop all nodes."""
         self._rig("down")
         subprocess.run(["umount", "--lazy", str(self.disk)], check=True)
 
@@ -75,17 +87,23 @@ class Cluster:
     def sbatch(self, folder: Path, script: str, *options: str, **environment: str) -> int:
         """Submit the project's batch script `script` from `folder`; return the job's id."""
         program = str(ROOT / "slurm" / script)
-        ended = self.run("sbatch", "--parsable", *options, program, folder=folder, **environment)
-        assert ended.returncode == 0, ended.stderr
-        return int(ended.stdout)
+        submitted = self.run("sbatch", "--parsable", *options, program, folder=folder, **environment)
+        assert submitted.returncode == 0, submitted.stderr
+        return int(submitted.stdout)
 
     def job(self, job: int | str) -> Job:
-        """Return how a job, or a task of an array (17_2), stands."""
+        """Return the state of a job, or of a task of an array (17_2)."""
         text = self._rig("exec", "scontrol", "show", "job", str(job))
         fields = dict(re.findall(r"(\w+)=(\S+)", text))
         log = Path(fields["StdOut"])
         output = log.read_text() if log.is_file() else ""
         return Job(fields["JobState"], int(fields["ExitCode"].split(":")[0]), int(fields["Restarts"]), output)
+
+    def preempt(self, nodes: int, folder: Path) -> None:
+        """Submit a short job of the preempting partition on so many nodes."""
+        options = ("--partition=high", "--exclusive", f"--nodes={nodes}", "--output=/dev/null", "--wrap=true")
+        submitted = self.run("sbatch", *options, folder=folder)
+        assert submitted.returncode == 0, submitted.stderr
 
     def batch_host(self, job: int) -> str:
         """Return the node that a job's batch script runs on."""
@@ -94,7 +112,7 @@ class Cluster:
         return found[1]
 
     def wait(self, job: int | str, seconds: float = PATIENCE) -> Job:
-        """Return the job once it has ended for good."""
+        """Wait for the final state of the job and return it."""
         wait_for(lambda: self.job(job).state in _ENDED, lambda: self.job(job).output, seconds)
         return self.job(job)
 
@@ -103,12 +121,12 @@ class Cluster:
         self._rig("exec", "scontrol", *arguments)
 
     def kill_node(self, node: str) -> None:
-        """Let a node lose its power, and Slurm know at once rather than after its time-out."""
+        """Kill all processes of a node, and tell Slurm at once that it is down."""
         self._rig("kill-node", node)
         self.control("update", f"nodename={node}", "state=down", "reason=test")
 
     def cut_power(self, node: str) -> None:
-        """Let a node lose its power, without a farewell of its connections; Slurm finds out, or not, by itself."""
+        """Kill all processes of a node without closing its connections; Slurm is not told."""
         self._rig("on", node, "ip", "link", "set", "eth0", "down")
         self._rig("kill-node", node)
 
@@ -118,17 +136,17 @@ class Cluster:
 
     def start_node(self, node: str) -> None:
         """Boot a node again and wait until jobs can run there."""
-        self._rig("start-node", node)
+        self.boot(node)
 
         def is_idle() -> bool:
-            # Slurm refuses it for a node that it has taken back by itself
+            # Slurm refuses this for a node that it has already resumed itself.
             self._start("exec", "scontrol", "update", f"nodename={node}", "state=resume", folder=ROOT)
             return self._rig("exec", "sinfo", "-h", "-n", node, "-p", "debug", "-o", "%T").strip() == "idle"
 
         wait_for(is_idle)
 
     def processes(self) -> list[str]:
-        """Return what runs on the nodes beside their daemons."""
+        """Return the processes of jobs on the nodes."""
         return [f"{node}: {line}" for node in self.nodes for line in self._rig("processes", node).splitlines()]
 
     def _rig(self, *arguments: str) -> str:
@@ -149,12 +167,3 @@ class Cluster:
             text=True,
             timeout=PATIENCE,
         )
-
-
-def status(run: Path) -> dict[str, Any]:
-    """Return the run's status; nothing where there is none yet."""
-    try:
-        fields: dict[str, Any] = json.loads((run / "status.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return fields

@@ -1,4 +1,4 @@
-"""`dist-train`, but the rank dies, as by a fault of its machine, each time that it comes to one step.
+"""`dist-train`, except that the rank is killed whenever it reaches one step.
 
 `python -m tests.cluster.crash_at_step STEP ARGUMENTS...`
 """

@@ -1,4 +1,4 @@
-"""`dist-train`, but one rank has a fault of its own, an exception, when it comes to a step.
+"""`dist-train`, except that one rank raises an exception at one step.
 
 `python -m tests.cluster.raise_on_rank RANK STEP ARGUMENTS...`
 """

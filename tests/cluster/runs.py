@@ -1,6 +1,6 @@
-"""The small runs of the cluster tests, and the same runs undisturbed: alone, on one rank.
+"""The small runs of the cluster tests, and the weights of the same runs undisturbed on one rank.
 
-They are for the CPU: the cluster's GPUs are null devices, and no run takes the CPU in their place unasked.
+They name the CPU as their device, since the cluster's GPUs are null devices.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ LONG: Mapping[str, Any] = {
     "evaluation": {"every_epochs": 0, "train_samples": 100},
     "checkpoint": {"every_epochs": 0, "every_steps": 30},
 }
-"""Small updates, enough of them for something to happen in the middle."""
+"""Many small updates, so that faults can happen in the middle."""
 
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """A configuration, and the digest of the weights that its run ends with on one rank."""
+    """A configuration, and the digest of the final weights of its run on one rank."""
 
     config: str
     weights: str
@@ -52,13 +52,13 @@ class Undisturbed:
 
 @pytest.fixture(scope="session")
 def large_batch(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """LARGE_BATCH, and how it ends."""
+    """LARGE_BATCH and its final weights."""
     return _train_alone(tmp_path_factory.mktemp("large"), LARGE_BATCH)
 
 
 @pytest.fixture(scope="session")
 def long_run(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """LONG, and how it ends."""
+    """LONG and its final weights."""
     return _train_alone(tmp_path_factory.mktemp("long"), LONG)
 
 

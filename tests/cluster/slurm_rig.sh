@@ -10,12 +10,12 @@ usage: tests/cluster/slurm_rig.sh up N | exec COMMAND... | on NODE COMMAND... | 
   up N             start a controller and the nodes node1 ... nodeN; returns when all are idle
   exec COMMAND...  run a command (sbatch, squeue, ...) on the login node
   on NODE CMD...   run a command on a node
-  processes NODE   the ids, as the node sees them, of all that runs there beside its daemons
-  kill-node NODE   a power failure: every process of the node dies at once
+  processes NODE   the process ids (in the node's namespace) of all but its daemons
+  kill-node NODE   kill all processes of the node at once, as a power failure does
   start-node NODE  boot it again
   down             stop everything
 
-Each node, and the controller, has namespaces of its own: network, host name, processes, mounts, /dev/shm, TMPDIR. The
+Each node, and the controller, has its own namespaces: network, host name, processes, mounts, /dev/shm, TMPDIR. The
 other files are this machine's. The nodes' network is a bridge within the controller's namespace; nothing touches the machine's.
 Each node claims 4 cores and 4 GPUs, which are null devices, and runs an ssh server that lets root in.
 There are two partitions: debug, and high, whose jobs preempt those of debug (they are requeued after 8 s).
@@ -33,7 +33,7 @@ network=${SLURM_RIG_NETWORK:-10.77.0}
 cores=4
 gpus=4
 memory=64000
-# For the files of PMIx and Open MPI, which each node must have to itself.
+# For the files of PMIx and Open MPI, which nodes must not share.
 scratch=$rig/scratch
 export SLURM_CONF=$rig/slurm.conf
 # Jobs inherit these from sbatch: mpirun runs as root, and does not bind the ranks of two nodes to the same cores.
@@ -50,7 +50,7 @@ need_programs() {
         PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null || missing+=("$program")
     done
     ((${#missing[@]} == 0)) || fail "missing: ${missing[*]}; apt-get install slurm-wlm openssh-server iproute2"
-    [[ $(id -u) == 0 ]] || fail "only root can make nodes"
+    [[ $(id -u) == 0 ]] || fail "only root can create nodes"
 }
 
 write_slurm_configuration() {
@@ -122,7 +122,7 @@ PidFile none
 TEXT
 }
 
-# What process 1 of a node does; as a shell it also reaps the node's orphans.
+# The program of a node's process 1, a shell, which also reaps the node's orphans.
 write_init() {
     local count=$1 number
     {
@@ -173,12 +173,11 @@ boot() {
     [[ -n $inner ]] || fail "$name did not boot: $(tail -n 3 "$rig/log/$name.init")"
     echo "$inner" >"$rig/process/$name"
     if [[ $name == ctl ]]; then
-        # a bridge, under the name that the nodes have: horovodrun looks for an interface that all machines have
-        # A bridge, by the name that the nodes' have: horovodrun looks for one that all machines share.
+        # The bridge has the name of the nodes' interfaces: horovodrun looks for one that all hosts share.
         nsenter -t "$inner" -n sh -c "ip link add eth0 type bridge && ip addr add $address/24 dev eth0 && ip link set eth0 up"
     else
         controller=$(<"$rig/process/ctl")
-        # left by a node whose connections could not be closed
+        # may be left by a node whose power was cut
         nsenter -t "$controller" -n ip link delete "v$name" 2>/dev/null || true
         ip link add "v$name" netns "$controller" type veth peer name eth0 netns "$inner"
         nsenter -t "$controller" -n sh -c "ip link set v$name master eth0 up"
@@ -224,7 +223,7 @@ up() {
     fail "not all nodes became idle"
 }
 
-# kill_node NAME: waits until it is gone.
+# kill_node NAME: waits until its processes are gone.
 kill_node() {
     local process
     process=$(cat "$rig/process/$1" 2>/dev/null) || return 0
@@ -237,7 +236,7 @@ kill_node() {
 }
 
 processes() {
-    # Process 1, its sleep, the daemons and this very look at them are not a job's.
+    # Process 1, its sleep, the daemons and this command itself do not belong to jobs.
     on "$1" ps -e -o pid=,ppid=,comm= |
         awk '$1 != 1 && $3 !~ /^(slurmd|slurmctld|sshd|sshd-session|sleep|ps)$/ { print $1, $3 }'
 }
@@ -247,7 +246,7 @@ down() {
     [[ -e $rig/slurm.conf ]] || return 0
     on ctl timeout 5 scancel --user root >/dev/null 2>&1 || true
     for file in "$rig"/process/node[0-9]* "$rig/process/ctl"; do
-        # slurmd's own files have numbers that mean something in its node alone
+        # slurmd's own files have process ids of the node's namespace
         [[ ! -e $file || $file == *.daemon ]] || kill_node "$(basename "$file")"
     done
     rm -rf "$rig"

@@ -1,4 +1,4 @@
-"""Runs that are submitted by `sbatch slurm/lb_8192.sh`, two ranks a node."""
+"""Runs submitted by `sbatch slurm/lb_8192.sh`, with two ranks per node."""
 
 from __future__ import annotations
 
@@ -8,46 +8,58 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.cluster import ROOT, Cluster, Job, status
+from tests.cluster.cluster import ROOT, Cluster, Job
 from tests.cluster.runs import Undisturbed
-from tests.launching import weights_digest
+from tests.launching import status, weights_digest
 from tests.waiting import wait_for
 
 
-class Submitted:
-    """A run that was submitted."""
+class SubmittedRun:
+    """A submitted run, and its job."""
 
     def __init__(self, cluster: Cluster, folder: Path, config: str, *options: str, **environment: str) -> None:
         self.run = folder / "run"
         self._cluster = cluster
-        knobs = {
+        defaults = {
             "CONFIG": config,
             "RUN_DIR": str(self.run),
             "RANKS_PER_NODE": "2",
             "LOSS_SECONDS": "10",
             "GUARD_SECONDS": "5",
         }
-        self.job = cluster.sbatch(folder, "lb_8192.sh", *options, **{**knobs, **environment})
+        self.job = cluster.sbatch(folder, "lb_8192.sh", *options, **{**defaults, **environment})
 
     def wait_for(self, condition: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Wait until the run's status, empty where there is none yet, is as `condition` says."""
+        """Wait until `condition` holds for the run's status, which is empty at first."""
         wait_for(lambda: condition(status(self.run)), lambda: self._cluster.job(self.job).output)
 
     def wait_for_step(self, step: int) -> None:
         self.wait_for(lambda found: found.get("state") == "running" and found["step"] >= step)
 
+    def wait_for_restarts(self, count: int) -> None:
+        """Wait until Slurm has restarted the job so many times."""
+        wait_for(lambda: self._cluster.job(self.job).restarts == count, lambda: self._cluster.job(self.job).output)
+
     def wait(self) -> Job:
+        """Wait for the final state of the job and return it."""
         return self._cluster.wait(self.job)
 
+    def wait_for_weights_of(self, undisturbed: Undisturbed) -> Job:
+        """Wait for the end of the job, which must finish with the weights of `undisturbed`."""
+        ended = self.wait()
+        assert_finished_like(ended, self.run, undisturbed)
+        return ended
 
-def assert_equal_bit_identically(ended: Job, run: Path, undisturbed: Undisturbed) -> None:
+
+def assert_finished_like(ended: Job, run: Path, undisturbed: Undisturbed) -> None:
+    """Check that the job has finished its run with the weights of `undisturbed`."""
     assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
     assert status(run)["state"] == "finished"
     assert weights_digest(run) == undisturbed.weights
 
 
-def training_by(folder: Path, module: str) -> dict[str, str]:
-    """Return the variables that let `module` train in our program's place."""
+def train_with(folder: Path, module: str) -> dict[str, str]:
+    """Return the variables that make jobs train with `module` instead of `dist_train`."""
     python = folder / "python"
     python.write_text(
         f"""#!/bin/bash
@@ -58,6 +70,6 @@ exec {sys.executable} "$@"
 """
     )
     python.chmod(0o755)
-    # mpirun may stand beside the Python that `python` takes the place of
+    # mpirun may be beside the Python that `python` replaces.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return {"DIST_TRAIN_PYTHON": str(python), "PYTHONPATH": str(ROOT), "PATH": path}

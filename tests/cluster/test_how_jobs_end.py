@@ -1,4 +1,4 @@
-"""How jobs end that cannot begin, fill their disk, or are stopped at an awkward moment; and what is said of it."""
+"""How jobs end that cannot start, fill their disk, or are stopped at an awkward moment, and what they report."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from dist_train.outcome import ExitCode
-from tests.cluster.cluster import ROOT, Cluster, status
+from tests.cluster.cluster import ROOT, Cluster
 from tests.cluster.runs import Undisturbed
-from tests.cluster.submitted import Submitted, assert_equal_bit_identically, training_by
-from tests.launching import weights_digest
+from tests.cluster.submitted import SubmittedRun, assert_finished_like, train_with
+from tests.launching import status, weights_digest
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.ranks, pytest.mark.services]
@@ -29,34 +29,39 @@ UNRECOVERABLE = {
 }
 
 
+def fill_disk(ballast: Path) -> None:
+    """Write to `ballast` until its disk is full."""
+    with suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+
+
 @pytest.mark.parametrize(
-    "request_",
-    [next(iter(UNRECOVERABLE)), *(pytest.param(one, marks=pytest.mark.lengthy) for one in [*UNRECOVERABLE][1:])],
+    "problem",
+    [next(iter(UNRECOVERABLE)), *(pytest.param(each, marks=pytest.mark.lengthy) for each in [*UNRECOVERABLE][1:])],
 )
-def test_a_launch_that_cannot_begin_is_not_requeued(
-    request_: str, cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
+def test_launch_that_cannot_start_is_not_requeued(
+    problem: str, cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
 ) -> None:
-    knobs, words = UNRECOVERABLE[request_]
-    submitted = Submitted(cluster, tmp_path, large_batch.config, **knobs)
+    variables, message = UNRECOVERABLE[problem]
+    submitted = SubmittedRun(cluster, tmp_path, large_batch.config, **variables)
     ended = submitted.wait()
     assert (ended.state, ended.code, ended.restarts) == ("FAILED", ExitCode.USAGE, 0), ended.output
     assert status(submitted.run)["state"] == "failed"
     shown = cluster.run(sys.executable, "-m", "dist_train", "runs", str(submitted.run), "--json", folder=tmp_path)
     [run] = json.loads(shown.stdout)["runs"]
     assert run["state"] == "failed"
-    assert words in run["note"], ended.output
+    assert message in run["note"], ended.output
 
 
 @pytest.mark.lengthy
-def test_a_disk_that_is_full_to_the_end_is_told_and_costs_nothing_once_there_is_room(
+def test_full_disk_is_reported_and_the_run_resumes_once_there_is_space(
     cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:
     run, ballast = cluster.disk / "run", cluster.disk / "ballast"
-    submitted = Submitted(cluster, tmp_path, long_run.config, RUN_DIR=str(run))
+    submitted = SubmittedRun(cluster, tmp_path, long_run.config, RUN_DIR=str(run))
     wait_for(lambda: status(run).get("step", 0) >= 100, lambda: cluster.job(submitted.job).output)
-    with suppress(OSError), ballast.open("wb", buffering=0) as file:
-        while True:
-            file.write(b"x" * 4096)
+    fill_disk(ballast)
     ended = submitted.wait()
     found = status(run)
     assert "Traceback" not in ended.output
@@ -68,55 +73,53 @@ def test_a_disk_that_is_full_to_the_end_is_told_and_costs_nothing_once_there_is_
     )
     assert "No space left on device" in comment.stdout
     ballast.unlink()
-    again = Submitted(cluster, tmp_path, long_run.config, RUN_DIR=str(run)).wait()
-    assert_equal_bit_identically(again, run, long_run)
+    again = SubmittedRun(cluster, tmp_path, long_run.config, RUN_DIR=str(run)).wait()
+    assert_finished_like(again, run, long_run)
 
 
 @pytest.mark.lengthy
-def test_what_a_full_disk_refuses_is_taken_from_the_fallback(
+def test_run_resumes_from_the_fallback_directory_after_a_full_disk(
     cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:
     run, ballast = cluster.disk / "other", cluster.disk / "ballast"
-    knobs = {"RUN_DIR": str(run), "OVERRIDES": f"'checkpoint.fallback_directory={tmp_path / 'fall back'}'"}
-    submitted = Submitted(cluster, tmp_path, long_run.config, **knobs)
+    variables = {"RUN_DIR": str(run), "OVERRIDES": f"'checkpoint.fallback_directory={tmp_path / 'fall back'}'"}
+    submitted = SubmittedRun(cluster, tmp_path, long_run.config, **variables)
     wait_for(lambda: status(run).get("step", 0) >= 100, lambda: cluster.job(submitted.job).output)
-    with suppress(OSError), ballast.open("wb", buffering=0) as file:
-        while True:
-            file.write(b"x" * 4096)
+    fill_disk(ballast)
     ended = submitted.wait()
     assert ended.state == "FAILED", ended.output
     ballast.unlink()
-    again = Submitted(cluster, tmp_path, long_run.config, **knobs).wait()
+    again = SubmittedRun(cluster, tmp_path, long_run.config, **variables).wait()
     assert "resuming from step 300" in again.output
-    assert_equal_bit_identically(again, run, long_run)
+    assert_finished_like(again, run, long_run)
 
 
 @pytest.mark.lengthy
-def test_a_second_job_in_a_run_directory_is_refused_and_leaves_the_first_alone(
+def test_second_job_in_a_run_directory_is_refused_without_disturbing_the_first(
     cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:
-    # The first is slow until it is asked to save, so that it is still there when the second comes.
-    slow = training_by(tmp_path, "tests.cluster.slow_first_lives 1")
-    first = Submitted(cluster, tmp_path, long_run.config, "--nodes=1", RANKS_PER_NODE="1", **slow)
+    # The first is slow until it is asked to save, so that it still runs when the second starts.
+    slow = train_with(tmp_path, "tests.cluster.slow_first_attempts 1")
+    first = SubmittedRun(cluster, tmp_path, long_run.config, "--nodes=1", RANKS_PER_NODE="1", **slow)
     first.wait_for_step(2)
     command = (sys.executable, "-m", "dist_train", "submit", long_run.config, "--run-dir", str(first.run))
     refused = cluster.run(*command, folder=tmp_path)
     assert refused.returncode == ExitCode.USAGE
     assert "[run-in-queue]" in refused.stderr
     assert f"job {first.job}" in refused.stderr
-    second = Submitted(cluster, tmp_path, long_run.config, "--nodes=1", RANKS_PER_NODE="1")
+    second = SubmittedRun(cluster, tmp_path, long_run.config, "--nodes=1", RANKS_PER_NODE="1")
     ended = second.wait()
     assert (ended.code, ended.restarts) == (ExitCode.USAGE, 0), ended.output
     assert f"Slurm job {first.job}" in ended.output
     cluster.run("scancel", "--batch", "--signal=USR1", str(first.job), folder=tmp_path)
-    assert_equal_bit_identically(first.wait(), first.run, long_run)
+    assert_finished_like(first.wait(), first.run, long_run)
 
 
 @pytest.mark.lengthy
-def test_a_signal_while_the_configuration_is_checked_requeues_the_job(
+def test_signal_during_the_configuration_check_requeues_the_job(
     cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:
-    # The check waits, in the first life of the job, until the signal has come.
+    # In the job's first attempt, the check waits for the signal.
     python, checking, signalled = (tmp_path / name for name in ("python", "checking", "signalled"))
     python.write_text(
         f"""#!/bin/bash
@@ -128,23 +131,24 @@ exec {sys.executable} "$@"
 """
     )
     python.chmod(0o755)
-    submitted = Submitted(
+    submitted = SubmittedRun(
         cluster, tmp_path, long_run.config, "--nodes=1", RANKS_PER_NODE="1", DIST_TRAIN_PYTHON=str(python)
     )
     wait_for(checking.exists, lambda: cluster.job(submitted.job).output)
     cluster.run("scancel", "--batch", "--signal=USR1", str(submitted.job), folder=tmp_path)
     signalled.touch()
-    ended = submitted.wait()
+    ended = submitted.wait_for_weights_of(long_run)
     assert ended.restarts == 1, ended.output
-    assert_equal_bit_identically(ended, submitted.run, long_run)
 
 
 @pytest.mark.lengthy
-def test_overrides_may_have_quotes_spaces_and_lines_and_tasks_of_an_array_find_the_project(
+def test_array_task_accepts_overrides_with_quotes_spaces_and_newlines(
     cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
 ) -> None:
     overrides = 'run.seed=1\n\'noise.exclude=["norm", "bias"]\'\n  \'run.directory=' + str(tmp_path / "my runs") + "'"
-    array = Submitted(cluster, tmp_path, large_batch.config, "--array=1", "--nodes=1", OVERRIDES=overrides, RUN_DIR="")
+    array = SubmittedRun(
+        cluster, tmp_path, large_batch.config, "--array=1", "--nodes=1", OVERRIDES=overrides, RUN_DIR=""
+    )
     ended = cluster.wait(f"{array.job}_1")
     assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
     [config] = (tmp_path / "my runs").glob("*/config.yaml")
@@ -154,15 +158,13 @@ def test_overrides_may_have_quotes_spaces_and_lines_and_tasks_of_an_array_find_t
 
 
 @pytest.mark.lengthy
-def test_without_scontrol_the_status_of_a_run_that_stopped_says_so(
-    cluster: Cluster, tmp_path: Path, long_run: Undisturbed
-) -> None:
+def test_signalled_run_stops_where_scontrol_fails(cluster: Cluster, tmp_path: Path, long_run: Undisturbed) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "scontrol").write_text("#!/bin/sh\nexit 1\n")
     (programs / "scontrol").chmod(0o755)
     path = f"{programs}:{os.environ['PATH']}"
-    submitted = Submitted(
+    submitted = SubmittedRun(
         cluster, tmp_path, long_run.config, "--nodes=1", RANKS_PER_NODE="1", PATH=path, DIST_TRAIN_ROOT=str(ROOT)
     )
     submitted.wait_for_step(5)
@@ -170,6 +172,6 @@ def test_without_scontrol_the_status_of_a_run_that_stopped_says_so(
     ended = submitted.wait()
     assert (ended.state, ended.code) == ("FAILED", ExitCode.STOPPED), ended.output
     assert status(submitted.run)["state"] == "stopped"
-    again = Submitted(cluster, tmp_path, long_run.config, "--nodes=1", RANKS_PER_NODE="1").wait()
+    again = SubmittedRun(cluster, tmp_path, long_run.config, "--nodes=1", RANKS_PER_NODE="1").wait()
     assert again.state == "COMPLETED"
     assert weights_digest(submitted.run) == long_run.weights

@@ -1,4 +1,4 @@
-"""launch/mpirun.sh with a host file and launch/horovodrun.sh, from one node to another by ssh."""
+"""launch/mpirun.sh with a host file and launch/horovodrun.sh, over ssh."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ from pathlib import Path
 import pytest
 
 from dist_train.outcome import ExitCode
-from tests.cluster.cluster import ROOT, Cluster, status
+from tests.cluster.cluster import ROOT, Cluster
 from tests.cluster.runs import Undisturbed
-from tests.launching import weights_digest
+from tests.launching import status, weights_digest
 
 pytestmark = [pytest.mark.ranks, pytest.mark.services]
 
 
 @pytest.mark.lengthy
-def test_mpirun_with_a_host_file_ends_as_one_rank_does(
+def test_mpirun_with_a_host_file_is_bit_identical_to_one_rank(
     cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
 ) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("node1 slots=2\nnode2 slots=2\n")
-    _assert_equal(cluster, tmp_path, large_batch, "mpirun.sh", "-np", "4", "--hostfile", str(hosts))
+    _check(cluster, tmp_path, large_batch, "mpirun.sh", "-np", "4", "--hostfile", str(hosts))
 
 
 @pytest.mark.lengthy
-def test_horovodrun_over_ssh_ends_as_one_rank_does(cluster: Cluster, tmp_path: Path, large_batch: Undisturbed) -> None:
-    _assert_equal(cluster, tmp_path, large_batch, "horovodrun.sh", "-np", "4", "-H", "node1:2,node2:2")
+def test_horovodrun_over_ssh_is_bit_identical_to_one_rank(
+    cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
+) -> None:
+    _check(cluster, tmp_path, large_batch, "horovodrun.sh", "-np", "4", "-H", "node1:2,node2:2")
 
 
 @pytest.mark.lengthy
-def test_horovodrun_says_which_machine_it_does_not_reach(
+def test_horovodrun_names_a_host_that_ssh_does_not_reach(
     cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
 ) -> None:
     script = str(ROOT / "launch/horovodrun.sh")
@@ -41,19 +43,19 @@ def test_horovodrun_says_which_machine_it_does_not_reach(
 
 
 @pytest.mark.lengthy
-def test_promise_7_horovodrun_hands_a_request_to_stop_to_machines_far_away(
+def test_promise_7_horovodrun_forwards_sigterm_to_other_hosts(
     cluster: Cluster, tmp_path: Path, long_run: Undisturbed
 ) -> None:
     run = tmp_path / "run"
     script = str(ROOT / "launch/horovodrun.sh")
     command = (script, "-H", "node1:1,node2:1", "train", long_run.config, "run.epochs=10000", "--run-dir", str(run))
-    # From the login node, where no rank runs; a request that comes early is kept for them.
+    # Run on the login node, which has no ranks; an early signal is kept until they are ready.
     ended = cluster.run("timeout", "--foreground", "--preserve-status", "10", *command, folder=tmp_path)
     assert ended.returncode == ExitCode.STOPPED, ended.stdout + ended.stderr
     assert status(run)["state"] == "stopped"
 
 
-def _assert_equal(cluster: Cluster, folder: Path, undisturbed: Undisturbed, script: str, *options: str) -> None:
+def _check(cluster: Cluster, folder: Path, undisturbed: Undisturbed, script: str, *options: str) -> None:
     run = folder / "run"
     command = (str(ROOT / "launch" / script), *options, "train", undisturbed.config, "--run-dir", str(run))
     ended = cluster.on("node1", *command, folder=folder)

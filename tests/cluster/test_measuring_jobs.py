@@ -1,4 +1,4 @@
-"""A landscape on two nodes once a run has finished, then its report: jobs that wait for each other."""
+"""Jobs that depend on each other: a run, then its landscape on two nodes, then its report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dist_train.outcome import ExitCode
-from tests.cluster.cluster import ROOT, Cluster, status
+from tests.cluster.cluster import ROOT, Cluster
+from tests.launching import status
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.ranks, pytest.mark.services]
@@ -21,12 +22,12 @@ _MEASURE = {"TARGETS": "runs/smoke", "RANKS_PER_NODE": "2", "OVERRIDES": "run.de
 
 
 @pytest.mark.lengthy
-def test_a_landscape_waits_for_a_run_and_the_report_for_both(cluster: Cluster, tmp_path: Path) -> None:
+def test_landscape_waits_for_the_run_and_the_report_for_both(cluster: Cluster, tmp_path: Path) -> None:
     train = cluster.sbatch(tmp_path, "lb_8192.sh", "--nodes=1", **_TRAIN)
     options = {"OPTIONS": "--directions 2 --points 5 --samples 256"}
     measure = cluster.sbatch(tmp_path, "landscape.sh", f"--dependency=afterok:{train}", **_MEASURE, **options)
     page = cluster.sbatch(tmp_path, "report.sh", f"--dependency=afterok:{measure}", DIRECTORY="runs/smoke")
-    unrecoverable = cluster.sbatch(tmp_path, "landscape.sh", f"--dependency=afternotok:{train}", **_MEASURE)
+    after_failure = cluster.sbatch(tmp_path, "landscape.sh", f"--dependency=afternotok:{train}", **_MEASURE)
     reported = cluster.wait(page)
     measured = cluster.job(measure)
     assert status(tmp_path / "runs/smoke")["state"] == "finished"
@@ -37,11 +38,11 @@ def test_a_landscape_waits_for_a_run_and_the_report_for_both(cluster: Cluster, t
     assert (reported.state, reported.code) == ("COMPLETED", 0), reported.output
     text = (tmp_path / "runs/smoke/report.html").read_text()
     assert "random directions" in text
-    assert cluster.wait(unrecoverable).state == "CANCELLED"
+    assert cluster.wait(after_failure).state == "CANCELLED"
 
 
 @pytest.mark.lengthy
-def test_the_analyses_of_a_study_are_an_array(cluster: Cluster, tmp_path: Path) -> None:
+def test_analyses_of_a_study_run_as_an_array(cluster: Cluster, tmp_path: Path) -> None:
     lines = re.search(r"^dist-train sweep \S+ --analyses.*\nsbatch .*$", (ROOT / "docs/reproduce.md").read_text(), re.M)
     assert lines is not None
     study = str(ROOT / "studies/smoke.yaml")
@@ -66,21 +67,19 @@ def test_the_analyses_of_a_study_are_an_array(cluster: Cluster, tmp_path: Path) 
 
 @pytest.mark.lengthy
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
-def test_a_landscape_that_is_cancelled_keeps_its_points_and_goes_on(
-    launcher: str, cluster: Cluster, tmp_path: Path
-) -> None:
+def test_cancelled_landscape_keeps_its_points_and_resumes(launcher: str, cluster: Cluster, tmp_path: Path) -> None:
     train = cluster.sbatch(tmp_path, "lb_8192.sh", "--nodes=1", **_TRAIN)
     assert cluster.wait(train).state == "COMPLETED"
     measure = {**_MEASURE, "KIND": "plane", "OPTIONS": "--points 15 --samples all", "LAUNCHER": launcher}
     first = cluster.sbatch(tmp_path, "landscape.sh", **measure)
 
-    def kept() -> int:
+    def finished_points() -> int:
         return sum(file.read_text().count('"point"') for file in tmp_path.glob("runs/smoke/analysis/*/partial/*"))
 
-    wait_for(lambda: kept() >= 8, lambda: cluster.job(first).output)
+    wait_for(lambda: finished_points() >= 8, lambda: cluster.job(first).output)
     cluster.run("scancel", str(first), folder=tmp_path)
     assert cluster.wait(first).state == "CANCELLED"
-    before = kept()
+    before = finished_points()
     assert 8 <= before < 225
     assert not list(tmp_path.glob("runs/smoke/analysis/*/points.csv"))
     second = cluster.sbatch(tmp_path, "landscape.sh", "--nodes=1", **measure)
@@ -91,7 +90,7 @@ def test_a_landscape_that_is_cancelled_keeps_its_points_and_goes_on(
 
 
 @pytest.mark.lengthy
-def test_what_is_wrong_with_a_landscape_is_told_once_and_ends_with_2(cluster: Cluster, tmp_path: Path) -> None:
+def test_landscape_error_is_reported_once_and_exits_with_2(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     job = cluster.sbatch(tmp_path, "landscape.sh", TARGETS="run", OPTIONS="--points 3", RANKS_PER_NODE="1")
     ended = cluster.wait(job)

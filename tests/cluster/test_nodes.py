@@ -1,4 +1,4 @@
-"""Whether the nodes of a job can work together: `dist-train doctor --cluster`, and what batch scripts make of it."""
+"""Checks of whether a job's nodes can work together: `dist-train doctor --cluster`, and batch scripts that use it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import pytest
 
 from tests.cluster.cluster import Cluster
 from tests.cluster.runs import Undisturbed
-from tests.cluster.submitted import Submitted, assert_equal_bit_identically
-from tests.cluster.test_batch_script import STARTED
+from tests.cluster.submitted import SubmittedRun, assert_finished_like
+from tests.cluster.test_batch_script import LAUNCHERS
 
 pytestmark = [pytest.mark.ranks, pytest.mark.services]
 _DOCTOR = f"{sys.executable} -m dist_train doctor --cluster"
 
 
 @pytest.fixture
-def docker(cluster: Cluster, tmp_path: Path) -> Iterator[None]:
-    """An interface with the same address on all nodes, as Docker's bridge has it."""
+def docker_bridge(cluster: Cluster, tmp_path: Path) -> Iterator[None]:
+    """An interface with the same address on all nodes, like Docker's bridge."""
     adding = "ip link add docker0 type bridge && ip addr add 172.17.0.1/16 dev docker0 && ip link set docker0 up"
     for node in cluster.nodes:
         assert cluster.on(node, "sh", "-c", adding, folder=tmp_path).returncode == 0
@@ -29,8 +29,8 @@ def docker(cluster: Cluster, tmp_path: Path) -> Iterator[None]:
         cluster.on(node, "ip", "link", "del", "docker0", folder=tmp_path)
 
 
-def examined(cluster: Cluster, folder: Path, command: str) -> dict[str, list[tuple[str, str]]]:
-    """Return the checks of `doctor --cluster` in a job on both nodes, by name: state and text."""
+def run_doctor(cluster: Cluster, folder: Path, command: str) -> dict[str, list[tuple[str, str]]]:
+    """Run `doctor --cluster` in a job on both nodes; return state and text of its checks by name."""
     options = ("--nodes=2", "--exclusive", "--wait", "--output=out", f"--wrap={command} --json")
     cluster.run("sbatch", *options, folder=folder)
     checks: dict[str, list[tuple[str, str]]] = {}
@@ -39,39 +39,39 @@ def examined(cluster: Cluster, folder: Path, command: str) -> dict[str, list[tup
     return checks
 
 
-def test_nodes_that_are_alike_are_fine(cluster: Cluster, tmp_path: Path) -> None:
-    checks = examined(cluster, tmp_path, _DOCTOR)
+def test_identical_nodes_pass_all_checks(cluster: Cluster, tmp_path: Path) -> None:
+    checks = run_doctor(cluster, tmp_path, _DOCTOR)
     assert {state for found in checks.values() for state, _ in found} == {"fine"}
     assert checks.keys() == {"Slurm", "node1", "node2"}
 
 
 @pytest.mark.lengthy
-@pytest.mark.usefixtures("docker")
-def test_an_interface_that_reaches_nobody_is_told_with_the_one_that_does(cluster: Cluster, tmp_path: Path) -> None:
-    checks = examined(cluster, tmp_path, f"NETWORK_INTERFACE=docker0 {_DOCTOR}")
+@pytest.mark.usefixtures("docker_bridge")
+def test_unusable_interface_is_reported_with_a_usable_one(cluster: Cluster, tmp_path: Path) -> None:
+    checks = run_doctor(cluster, tmp_path, f"NETWORK_INTERFACE=docker0 {_DOCTOR}")
     assert ("note", "NETWORK_INTERFACE=eth0") in [(state, text.split()[-1]) for state, text in checks["node1, node2"]]
     assert [state for state, _ in checks["node2"]] == ["fine", "fails"]
     assert "172.17.0.1" in checks["node2"][1][1]
 
 
 @pytest.mark.lengthy
-def test_a_node_that_does_not_see_the_folder_is_named(cluster: Cluster, tmp_path: Path) -> None:
+def test_node_without_the_shared_folder_is_named(cluster: Cluster, tmp_path: Path) -> None:
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     cluster.on("node2", "mount", "-t", "tmpfs", "tmpfs", str(hidden), folder=tmp_path)
-    checks = examined(cluster, tmp_path, f"{_DOCTOR} {hidden}")
+    checks = run_doctor(cluster, tmp_path, f"{_DOCTOR} {hidden}")
     cluster.on("node2", "umount", str(hidden), folder=tmp_path)
     assert [state for state, _ in checks["node1"]] == ["fine"]
     assert [state for state, _ in checks["node2"]] == ["fine", "fails"]
 
 
 @pytest.mark.lengthy
-@pytest.mark.parametrize("by", list(STARTED))
-@pytest.mark.usefixtures("docker")
-def test_a_job_talks_over_the_network_that_all_nodes_have(
-    by: str, cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
+@pytest.mark.parametrize("launcher", list(LAUNCHERS))
+@pytest.mark.usefixtures("docker_bridge")
+def test_job_uses_a_network_that_all_nodes_share(
+    launcher: str, cluster: Cluster, tmp_path: Path, large_batch: Undisturbed
 ) -> None:
-    submitted = Submitted(cluster, tmp_path, large_batch.config, **STARTED[by])
+    submitted = SubmittedRun(cluster, tmp_path, large_batch.config, **LAUNCHERS[launcher])
     ended = submitted.wait()
     assert "NETWORK_INTERFACE=eth0" in ended.output
-    assert_equal_bit_identically(ended, submitted.run, large_batch)
+    assert_finished_like(ended, submitted.run, large_batch)

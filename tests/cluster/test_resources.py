@@ -1,4 +1,4 @@
-"""Jobs run as they were asked for, or are refused at once: GPUs of each node, and random options of sbatch."""
+"""Jobs get the requested resources or are refused at once: GPUs of each node, and random options of sbatch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ LAYOUT = "layout"
 _LINE = re.compile(r"(\S+) (\d+) (\S*)")
 
 
-def ranks_that_tell(folder: Path) -> dict[str, str]:
-    """Return the variables of jobs whose ranks write node, rank and GPUs into `LAYOUT`, and end."""
+def layout_recording_variables(folder: Path) -> dict[str, str]:
+    """Return the variables of jobs whose ranks only write their node, rank and GPUs to the file `LAYOUT`."""
     python = folder / "python"
     python.write_text(
         f"""#!/bin/bash
@@ -39,25 +39,25 @@ exec {sys.executable} "$@"
     if mpirun.exists():
         (folder / "mpirun").symlink_to(mpirun)
     variables = {"CONFIG": str(ROOT / "configs/smoke.yaml"), "OVERRIDES": "run.device=cpu", "PYTHONPATH": str(ROOT)}
-    # They leave no status: the job fails, which is not looked at.
+    # Without a status the job fails, which these tests ignore.
     return {**variables, "DIST_TRAIN_PYTHON": str(python), "MAX_REQUEUES": "0", "PREFLIGHT": "0"}
 
 
 def layout(folder: Path) -> list[tuple[str, int, tuple[str, ...]]]:
-    """Return the ranks that ran: node, rank, GPUs."""
+    """Return node, rank and GPUs of the ranks that ran."""
     text = (folder / LAYOUT).read_text() if (folder / LAYOUT).exists() else ""
     return sorted((node, int(rank), tuple(filter(None, gpus.split(",")))) for node, rank, gpus in _LINE.findall(text))
 
 
 @pytest.mark.lengthy
-@pytest.mark.parametrize("by", ["srun", "mpirun"])
-def test_each_rank_has_the_gpus_of_its_own_node(by: str, cluster: Cluster, tmp_path: Path) -> None:
-    # Another job has the first GPU of the batch host: the numbers on the two nodes differ.
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+def test_each_rank_has_the_gpus_of_its_own_node(launcher: str, cluster: Cluster, tmp_path: Path) -> None:
+    # Another job has the first GPU of the batch host, so that GPU numbers differ between the nodes.
     wrap = ("--nodelist=node1", "--gpus-per-node=1", "--output=/dev/null", "--wrap=sleep 1000")
     other = cluster.run("sbatch", "--parsable", *wrap, folder=tmp_path).stdout.strip()
     try:
         options = ("--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")
-        job = cluster.sbatch(tmp_path, "sb_128.sh", *options, LAUNCHER=by, **ranks_that_tell(tmp_path))
+        job = cluster.sbatch(tmp_path, "sb_128.sh", *options, LAUNCHER=launcher, **layout_recording_variables(tmp_path))
         ended = cluster.wait(job)
     finally:
         cluster.run("scancel", other, folder=tmp_path)
@@ -72,7 +72,7 @@ def test_each_rank_has_the_gpus_of_its_own_node(by: str, cluster: Cluster, tmp_p
 
 @dataclass(frozen=True)
 class Request:
-    """Options of sbatch; what they ask for in all: ranks, and GPUs of a node (None: no such wish)."""
+    """Options of sbatch; the ranks in total and the GPUs per node that they request (None: not requested)."""
 
     script: str
     options: tuple[str, ...]
@@ -117,40 +117,40 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.mark.lengthy
-def test_random_requests_run_as_asked_or_are_refused(cluster: Cluster, folder: Path) -> None:
-    seen: dict[str, int] = {"refused by sbatch": 0, "refused by the job": 0, "ran": 0}
+def test_random_requests_get_their_resources_or_are_refused(cluster: Cluster, folder: Path) -> None:
+    counted: dict[str, int] = {"refused by sbatch": 0, "refused by the job": 0, "ran": 0}
 
-    # Each job takes seconds: a failing one is shown as it was found.
+    # Each job takes seconds: failing examples are not shrunk.
     @settings(max_examples=40, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
     @given(requests())
     def submit(request: Request) -> None:
-        place = folder / str(time.time_ns())
-        place.mkdir()
+        job_folder = folder / str(time.time_ns())
+        job_folder.mkdir()
         program = str(ROOT / "slurm" / request.script)
         command = ("sbatch", "--parsable", "--output=log", *request.options, program)
-        submitted = cluster.run(*command, folder=place, **ranks_that_tell(place))
+        submitted = cluster.run(*command, folder=job_folder, **layout_recording_variables(job_folder))
         if submitted.returncode:
-            seen["refused by sbatch"] += 1
+            counted["refused by sbatch"] += 1
             return
         ended = cluster.wait(int(submitted.stdout))
-        story = f"{request}\n{ended.output}"
-        assert ended.restarts == 0, story
-        found = layout(place)
+        context = f"{request}\n{ended.output}"
+        assert ended.restarts == 0, context
+        found = layout(job_folder)
         if not found:
-            seen["refused by the job"] += 1
-            assert (ended.state, ended.code) == ("FAILED", ExitCode.USAGE), story
-            assert ": error: " in ended.output, story
+            counted["refused by the job"] += 1
+            assert (ended.state, ended.code) == ("FAILED", ExitCode.USAGE), context
+            assert ": error: " in ended.output, context
             return
-        seen["ran"] += 1
+        counted["ran"] += 1
         counts = {node: [rank for name, rank, _ in found if name == node] for node, _, _ in found}
         if request.gpus:
-            assert {len(ranks) for ranks in counts.values()} == {request.gpus}, story
-        # A task for each node is what the scripts ask for by themselves.
+            assert {len(ranks) for ranks in counts.values()} == {request.gpus}, context
+        # The scripts themselves request one task per node.
         if request.tasks and request.gpus is not None and request.tasks != len(counts):
-            assert len(found) == request.tasks, story
+            assert len(found) == request.tasks, context
         for node, _, visible in found:
-            assert not visible or len(visible) >= len(counts[node]), story
-        assert len(found) == len({rank for _, rank, _ in found}), story
+            assert not visible or len(visible) >= len(counts[node]), context
+        assert len(found) == len({rank for _, rank, _ in found}), context
 
     submit()
-    print(seen)
+    print(counted)

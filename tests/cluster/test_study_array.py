@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cluster.cluster import ROOT, Cluster, status
+from tests.cluster.cluster import ROOT, Cluster
 from tests.cluster.runs import LONG
-from tests.launching import write_config
+from tests.launching import status, write_config
 from tests.unit.studies import write_study
 from tests.waiting import wait_for
 
@@ -21,9 +21,7 @@ KILLED = 4
 REQUEUED = 6  # the last task has the number of the whole array
 
 
-def test_a_task_is_requeued_alone_and_of_an_array_with_one_killed_only_that_one_runs_again(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def test_requeue_and_resubmission_run_only_the_tasks_that_need_it(cluster: Cluster, tmp_path: Path) -> None:
     study = tmp_path / "study.yaml"
     variants = {f"momentum-{number}": {"settings": {"optimizer.momentum": number / 10}} for number in (1, 5, 9)}
     base = write_config(tmp_path, {**LONG, "run": {"directory": str(tmp_path / "runs"), "epochs": 25, "device": "cpu"}})
@@ -37,13 +35,13 @@ def test_a_task_is_requeued_alone_and_of_an_array_with_one_killed_only_that_one_
             tmp_path, "sweep.sh", "--array=1-6", *options, STUDY=str(study), RANKS_PER_NODE="1", PYTHONPATH=str(ROOT)
         )
 
-    def left() -> str:
-        told = cluster.run(
+    def remaining() -> str:
+        listed = cluster.run(
             *(sys.executable, "-m", "dist_train", "sweep", str(study), "--array"),
             folder=tmp_path,
             PYTHONPATH=str(ROOT),
         )
-        return told.stdout.strip()
+        return listed.stdout.strip()
 
     first = submit()
     requeued = runs[REQUEUED - 1]
@@ -54,23 +52,21 @@ def test_a_task_is_requeued_alone_and_of_an_array_with_one_killed_only_that_one_
     ended = {task: cluster.wait(f"{first}_{task}") for task in TASKS}
     assert {task for task in TASKS if ended[task].state == "COMPLETED"} == set(TASKS) - {KILLED}
     assert [ended[task].restarts for task in TASKS if task != KILLED] == [0, 0, 0, 0, 1], ended[REQUEUED].output
-    assert left() == str(KILLED)
+    assert remaining() == str(KILLED)
 
     before = [status(run) for run in runs]
     second = submit()
     again = {task: cluster.wait(f"{second}_{task}") for task in TASKS}
     assert {again[task].state for task in TASKS} == {"COMPLETED"}, again[KILLED].output
-    assert [run for run, was in zip(runs, before, strict=True) if status(run) != was] == [killed]
+    assert [run for run, earlier in zip(runs, before, strict=True) if status(run) != earlier] == [killed]
     assert "has finished" in again[1].output
     assert '"event":"resumed"' in (killed / "metrics.jsonl").read_text().replace(" ", "")
-    assert left() == ""
+    assert remaining() == ""
 
 
-def test_a_submitted_study_trains_measures_and_reports_in_the_sites_own_environment(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def test_submitted_study_trains_analyzes_and_reports_with_a_site_setup(cluster: Cluster, tmp_path: Path) -> None:
     study = write_study(tmp_path, analyse=[{"kind": "direction", "options": {"points": 3}}])
-    # as where --export=NONE leaves nothing and a module has to be loaded: only this file makes the package importable
+    # With --export=NONE only this file makes the package importable, like a module that must be loaded.
     setup = tmp_path / "site set-up.sh"
     setup.write_text(f'export PYTHONPATH={ROOT}\necho "set up $SLURM_JOB_ID" >>{tmp_path}/set-up\n')
     command = (sys.executable, "-m", "dist_train", "submit", "--study", str(study), "--ranks-per-node", "1")

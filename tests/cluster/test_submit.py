@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from dist_train.outcome import ExitCode
-from tests.cluster.cluster import Cluster, status
+from tests.cluster.cluster import Cluster
 from tests.cluster.runs import Undisturbed
-from tests.launching import weights_digest
+from tests.launching import status, weights_digest
 
 pytestmark = [pytest.mark.ranks, pytest.mark.services]
 _SUBMIT = (sys.executable, "-m", "dist_train", "submit")
 
 
-def test_a_submitted_run_finishes(cluster: Cluster, tmp_path: Path, large_batch: Undisturbed) -> None:
+def test_submitted_run_finishes(cluster: Cluster, tmp_path: Path, large_batch: Undisturbed) -> None:
     command = (*_SUBMIT, large_batch.config, "--nodes", "2", "--ranks-per-node", "1", "--time", "5")
     submitted = cluster.run(*command, "--run-dir", "run", "--", "--comment=two words", folder=tmp_path)
     assert submitted.returncode == 0, submitted.stderr
@@ -33,7 +33,7 @@ def test_a_submitted_run_finishes(cluster: Cluster, tmp_path: Path, large_batch:
     assert (run / f"slurm-{found[1]}.log").is_file()
 
 
-def test_a_bad_configuration_never_reaches_the_queue(cluster: Cluster, tmp_path: Path) -> None:
+def test_bad_configuration_is_not_submitted(cluster: Cluster, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("noise: {amplitud: 1}")
     before = cluster.run("squeue", "--states=all", "--noheader", folder=tmp_path).stdout
@@ -44,7 +44,7 @@ def test_a_bad_configuration_never_reaches_the_queue(cluster: Cluster, tmp_path:
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_sbatch_refuses_is_said_in_one_line(cluster: Cluster, tmp_path: Path, large_batch: Undisturbed) -> None:
+def test_refusal_by_sbatch_is_reported(cluster: Cluster, tmp_path: Path, large_batch: Undisturbed) -> None:
     command = (*_SUBMIT, large_batch.config, "--partition", "none", "--run-dir", "run")
     refused = cluster.run(*command, folder=tmp_path)
     assert refused.returncode == ExitCode.USAGE

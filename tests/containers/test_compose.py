@@ -97,7 +97,7 @@ def checking_health(engine: Engine) -> Iterator[None]:
         checker.join()
 
 
-def test_a_run_is_found_by_the_services_beside_it(engine: Engine, image: str, stand_ins: None, tmp_path: Path) -> None:
+def test_run_is_found_by_the_services_beside_it(engine: Engine, image: str, stand_ins: None, tmp_path: Path) -> None:
     runs, targets = tmp_path / "runs", tmp_path / "targets"
     for folder in (tmp_path, runs, targets):
         folder.mkdir(exist_ok=True)

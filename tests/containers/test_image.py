@@ -53,7 +53,7 @@ def test_it_is_slim_and_without_root(engine: Engine, image: str) -> None:
     assert found.stdout.split() == ["10001", "healthy", "configs", "launch", "runs", "studies", "safe"]
 
 
-def test_the_machine_is_found_fit_for_training(engine: Engine, image: str) -> None:
+def test_machine_is_found_fit_for_training(engine: Engine, image: str) -> None:
     doctor = engine.run(image, "doctor").stdout
     assert "training can run here" in doctor
     assert "built with MPI, Gloo" in doctor

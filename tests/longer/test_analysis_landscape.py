@@ -108,7 +108,7 @@ def requests(run: Path) -> list[Request]:
 
 @pytest.mark.parametrize("statistics", ["interpolated", "recomputed"])
 @pytest.mark.usefixtures("undrawn")
-def test_the_ends_of_a_line_are_what_evaluate_says(run: Path, statistics: Statistics) -> None:
+def test_ends_of_a_line_are_what_evaluate_says(run: Path, statistics: Statistics) -> None:
     measure = replace(EVERYTHING, statistics=statistics)
     finished = made(Request([checkpoint(run, 3), run], replace(LINE, measure=measure)))
     splits: tuple[Split, ...] = ("train", "test")
@@ -121,7 +121,7 @@ def test_the_ends_of_a_line_are_what_evaluate_says(run: Path, statistics: Statis
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_middle_of_a_direction_and_of_a_plane_is_what_evaluate_says(run: Path) -> None:
+def test_middle_of_a_direction_and_of_a_plane_is_what_evaluate_says(run: Path) -> None:
     expected = evaluate_stored(run, "train", [])
     for request in requests(run)[1:3]:
         found = [row for row in rows(made(request)) if (row.alpha, row.beta, row.split) == (0.0, 0.0, "train")]
@@ -142,7 +142,7 @@ def test_directions_and_statistics_make_a_difference(run: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_plane_contains_its_first_direction(run: Path) -> None:
+def test_plane_contains_its_first_direction(run: Path) -> None:
     line = [row for row in rows(made(requests(run)[1])) if row.direction == 0]
     across = [row for row in rows(made(requests(run)[2])) if row.beta == 0.0]
     assert line == across
@@ -179,7 +179,7 @@ def test_killed_and_started_again_it_is_the_same_bit_identically(
     assert resumed.folder == folder
 
 
-def test_a_finished_result_is_only_drawn_again(run: Path, evaluations: list[None]) -> None:
+def test_finished_result_is_only_drawn_again(run: Path, evaluations: list[None]) -> None:
     request = requests(run)[1]
     first = made(request)
     points = (first.folder / "points.csv").read_bytes()
@@ -248,7 +248,7 @@ def test_settings_say_what_it_is_of_and_what_was_found(run: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_network_without_running_statistics_has_a_landscape_too(tmp_path: Path) -> None:
+def test_network_without_running_statistics_has_a_landscape_too(tmp_path: Path) -> None:
     build_trainer(small_config(run={"epochs": 1}, model={"norm": "group"}), tmp_path / "run", Alone()).run()
     finished = made(Request([tmp_path / "run"], DIRECTION))
     assert read_landscape(finished.folder).settings["statistics"] == "none"
@@ -269,11 +269,11 @@ class TestRefusals:
         with raises(UsageError, "other-data"):
             made(Request([run, tmp_path / "other"], LINE))
 
-    def test_a_trajectory_needs_three_checkpoints(self, run: Path) -> None:
+    def test_trajectory_needs_three_checkpoints(self, run: Path) -> None:
         with raises(UsageError, "too-few-checkpoints"):
             made(Request([checkpoint(run, 6)], replace(PLANE, trajectory=True)))
 
-    def test_a_damaged_checkpoint_is_not_read(self, run: Path) -> None:
+    def test_damaged_checkpoint_is_not_read(self, run: Path) -> None:
         content = bytearray(checkpoint(run, 12).read_bytes())
         content[1000] ^= 1
         checkpoint(run, 12).write_bytes(content)

@@ -31,7 +31,7 @@ def test_points_come_line_by_line_and_row_by_row() -> None:
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 1000))
-def test_the_ends_of_a_line_are_the_checkpoints_bit_identically(seed: int) -> None:
+def test_ends_of_a_line_are_the_checkpoints_bit_identically(seed: int) -> None:
     stream = torch.Generator().manual_seed(seed)
     first, second = (Place(torch.randn(50, generator=stream), torch.rand(4, generator=stream)) for _ in range(2))
     walk = interpolation(first, second, torch.tensor([False, False, True, True]))
@@ -44,13 +44,13 @@ def test_the_ends_of_a_line_are_the_checkpoints_bit_identically(seed: int) -> No
     torch.testing.assert_close(middle.statistics, (first.statistics + second.statistics) / 2)
 
 
-def test_a_variance_beyond_the_checkpoints_does_not_become_negative() -> None:
+def test_variance_beyond_the_checkpoints_does_not_become_negative() -> None:
     first, second = Place(NONE, torch.tensor([1.0, 1.0])), Place(NONE, torch.tensor([5.0, 5.0]))
     walk = interpolation(first, second, torch.tensor([False, True]))
     assert walk(Point(0, -0.5)).statistics.tolist() == [-1.0, 0.0]
 
 
-def test_a_direction_is_walked_both_ways_and_keeps_the_statistics() -> None:
+def test_direction_is_walked_both_ways_and_keeps_the_statistics() -> None:
     origin = Place(torch.tensor([1.0, 2.0]), torch.tensor([3.0]))
     asked: list[int] = []
 
@@ -66,7 +66,7 @@ def test_a_direction_is_walked_both_ways_and_keeps_the_statistics() -> None:
     assert asked == [1, 2], "each is drawn once"
 
 
-def test_a_plane_adds_two_directions() -> None:
+def test_plane_adds_two_directions() -> None:
     first, second = torch.tensor([1.0, 0.0]).double(), torch.tensor([0.0, 1.0]).double()
     plane = along(Place(torch.tensor([1.0, 1.0]), NONE), lambda _: (first, second))
     assert plane(Point(0, 0.5, -2.0)).weights.tolist() == [1.5, -1.0]

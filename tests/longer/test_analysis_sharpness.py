@@ -59,7 +59,7 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_bytes()) for path in sorted((run / "analysis").iterdir())]
 
 
-def test_a_run_is_measured_from_end_to_end(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_is_measured_from_end_to_end(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = run / "checkpoints" / "step-00000006.pt"
     before = checkpoint.read_bytes()
     assert main(["sharpness", str(run), *OPTIONS]) == 0
@@ -130,7 +130,7 @@ def test_other_settings_or_another_checkpoint_have_a_record_of_their_own(run: Pa
     assert read_record(path) == record
 
 
-def test_a_loss_that_is_not_finite_ends_it_with_3(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_loss_that_is_not_finite_ends_it_with_3(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     contents = read_checkpoint(run / "checkpoints" / "step-00000006.pt")
     contents.model["classifier.bias"][0] = torch.inf
     write_checkpoint(run / "checkpoints", contents, lambda: None)
@@ -147,7 +147,7 @@ def test_statistics_are_recomputed_as_the_run_itself_does(run: Path, tmp_path: P
     assert base[0] != base[1]
 
 
-def test_the_loss_over_all_training_images_is_that_of_evaluate(run: Path) -> None:
+def test_loss_over_all_training_images_is_that_of_evaluate(run: Path) -> None:
     settings = QUICK.model_copy(update={"samples": 100})
     record, _ = measure_sharpness(run, settings, ["rise"])
     evaluated = evaluate_stored(run, "train", [])
@@ -155,7 +155,7 @@ def test_the_loss_over_all_training_images_is_that_of_evaluate(run: Path) -> Non
     assert record.accuracy == evaluated["accuracy"]
 
 
-def test_an_image_folder_is_measured_too(tmp_path: Path) -> None:
+def test_image_folder_is_measured_too(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "images")
     data = {"name": "imagefolder", "root": str(root), "image_size": 8, "classes": 3}
     config = small_config(data=data, batch={"global_size": 12, "micro_size": 6})
@@ -165,7 +165,7 @@ def test_an_image_folder_is_measured_too(tmp_path: Path) -> None:
     assert record.loss == pytest.approx(evaluated["loss"], rel=1e-6)
 
 
-def test_the_same_question_has_the_same_answer(run: Path) -> None:
+def test_same_question_has_the_same_answer(run: Path) -> None:
     first, path = measure_sharpness(run, QUICK, ["rise", "keskar"])
     second, copy = measure_sharpness(run, QUICK, ["rise", "keskar"], folder=run / "elsewhere")
     assert copy == run / "elsewhere" / path.name
@@ -216,7 +216,7 @@ def test_several_ranks_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -
         measure_sharpness(run, QUICK)
 
 
-def test_the_help_tells_the_settings_and_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_tells_the_settings_and_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["sharpness", "--help"])
     text = " ".join(capsys.readouterr().out.split())

@@ -77,7 +77,7 @@ class TestKeskar:
 
     @pytest.mark.parametrize("lost", [np.nan, np.inf])
     @pytest.mark.parametrize("calls", [2, 3])
-    def test_a_loss_that_leaves_the_range_of_numbers_has_no_highest_value(self, lost: float, calls: int) -> None:
+    def test_loss_that_leaves_the_range_of_numbers_has_no_highest_value(self, lost: float, calls: int) -> None:
         class Lost(Parabola):
             def value_and_gradient(self, point: Vector) -> tuple[float, Vector]:
                 value, gradient = super().value_and_gradient(point)
@@ -88,7 +88,7 @@ class TestKeskar:
         assert full_space(loss, SharpnessSettings()) == np.inf
 
     @pytest.mark.parametrize("factor", [1e-9, 1e6])
-    def test_the_size_of_the_loss_does_not_end_the_ascent(self, factor: float) -> None:
+    def test_size_of_the_loss_does_not_end_the_ascent(self, factor: float) -> None:
         loss = a_parabola(20, at_minimum=False, factor=factor)
         expected = sharpness(loss.highest(), loss.value_and_gradient(loss.point())[0])
         assert full_space(loss, SharpnessSettings()) == pytest.approx(expected, rel=1e-6)
@@ -104,13 +104,13 @@ class TestKeskar:
         found = subspace(loss, SharpnessSettings(seed=3, keskar_dimensions=1))
         assert found == pytest.approx(sharpness(value + 3.5 * (2 * radius * abs(along) + radius**2), value), rel=1e-5)
 
-    def test_a_subspace_is_seen_through_its_pseudo_inverse(self) -> None:
+    def test_subspace_is_seen_through_its_pseudo_inverse(self) -> None:
         directions = random_directions(40, 6, seed=0)
         point = np.random.default_rng(1).normal(size=40)
         expected = np.linalg.pinv(directions.double().numpy().T) @ point
         np.testing.assert_allclose(coordinates(directions, point), expected, rtol=1e-4)
 
-    def test_a_subspace_is_no_sharper_than_a_box_that_holds_it(self) -> None:
+    def test_subspace_is_no_sharper_than_a_box_that_holds_it(self) -> None:
         loss = a_parabola(60, at_minimum=False)
         assert (
             0
@@ -118,7 +118,7 @@ class TestKeskar:
             < full_space(loss, SharpnessSettings(keskar_epsilon=3e-3))
         )
 
-    def test_the_point_itself_is_no_start_at_a_minimum(self) -> None:
+    def test_point_itself_is_no_start_at_a_minimum(self) -> None:
         loss = a_parabola(5, at_minimum=True)
         assert full_space(loss, SharpnessSettings(keskar_starts=1)) == 0
         assert full_space(loss, SharpnessSettings(keskar_starts=2)) > 0
@@ -129,7 +129,7 @@ class TestKeskar:
         full_space(many, SharpnessSettings(keskar_iterations=10))
         assert few.calls <= many.calls <= 100
 
-    def test_the_seed_chooses_subspace_and_starts(self) -> None:
+    def test_seed_chooses_subspace_and_starts(self) -> None:
         loss = a_parabola(60, at_minimum=False)
         found = [subspace(loss, SharpnessSettings(seed=seed, keskar_dimensions=5)) for seed in (0, 0, 1)]
         assert found[0] == found[1] != found[2]
@@ -232,7 +232,7 @@ class TestHessian:
         assert trace == pytest.approx(np.trace(hessian), rel=0.01)
         assert abs(trace - np.trace(hessian)) < 4 * error
 
-    def test_a_product_is_the_hessian_times_the_vector(self) -> None:
+    def test_product_is_the_hessian_times_the_vector(self) -> None:
         model = linear_model()
         direction = np.random.default_rng(0).normal(size=28)
         expected = softmax_hessian(model) @ direction
@@ -308,7 +308,7 @@ class TestNoiseScale:
         found = noise_scale([gradient, -gradient], [4, 4])
         assert (found.value, found.standard_error) == (None, None)
 
-    def test_the_batches_gradients_are_means_whose_mean_is_the_gradient(self) -> None:
+    def test_batches_gradients_are_means_whose_mean_is_the_gradient(self) -> None:
         loss = a_loss(linear_model())
         gradients, sizes = loss.batch_gradients()
         assert sizes == [40, 30]
@@ -332,7 +332,7 @@ class TestLoss:
         ]
 
     @pytest.mark.parametrize("training", [False, True])
-    def test_a_network_s_derivatives_are_those_of_float64(self, training: bool) -> None:
+    def test_network_s_derivatives_are_those_of_float64(self, training: bool) -> None:
         model = self.network().train(training)
         loss = SubsetLoss(model, self.batches())
         doubled = build_model(small_config()).double().train(training)
@@ -355,7 +355,7 @@ class TestLoss:
         assert np.linalg.norm(product - expected_product) < 1e-3 * np.linalg.norm(expected_product)
 
     @pytest.mark.parametrize("training", [False, True])
-    def test_the_model_is_as_it_was_bit_identically(self, training: bool) -> None:
+    def test_model_is_as_it_was_bit_identically(self, training: bool) -> None:
         model = self.network().train(training)
         before = state_bits(model)
         loss = SubsetLoss(model, self.batches())
@@ -367,7 +367,7 @@ class TestLoss:
         assert state_bits(model) == before
         assert model.training is training
 
-    def test_the_weights_come_back_after_an_error_too(self) -> None:
+    def test_weights_come_back_after_an_error_too(self) -> None:
         def failing(outputs: Tensor, labels: Tensor) -> Tensor:
             raise RuntimeError("on purpose")
 
@@ -391,6 +391,6 @@ class TestLoss:
             torch.set_num_threads(threads)
         assert found == [found[0]] * 4
 
-    def test_a_sample_that_is_sure_has_a_loss_still(self) -> None:
+    def test_sample_that_is_sure_has_a_loss_still(self) -> None:
         outputs, labels = torch.tensor([[30.0, 0.0]]), torch.tensor([0])
         assert float(cross_entropy(outputs, labels)) == pytest.approx(np.exp(-30.0), rel=1e-2, abs=0)

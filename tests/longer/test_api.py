@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_a_run_is_read_back(run: Path) -> None:
+def test_run_is_read_back(run: Path) -> None:
     left = dist_train.load_run(run)
     assert left.status.state == "finished"
     assert left.config.noise.method == "smoothout"
@@ -43,7 +43,7 @@ def test_a_run_is_read_back(run: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["safetensors", "torch-export", "onnx"])
-def test_an_export_gives_the_logits_of_the_model(run: Path, tmp_path: Path, to: str) -> None:
+def test_export_gives_the_logits_of_the_model(run: Path, tmp_path: Path, to: str) -> None:
     ended = launch(1, "alone", "export", str(run), "--to", to, "-o", str(tmp_path / "model"))
     assert ended.code == 0, ended.output
     if to == "torch-export":
@@ -57,7 +57,7 @@ def test_an_export_gives_the_logits_of_the_model(run: Path, tmp_path: Path, to: 
         torch.testing.assert_close(torch.from_numpy(logits), dist_train.load_run(run).model()(images))
 
 
-def test_the_averaged_weights_of_a_run_are_evaluated_and_exported(tmp_path: Path) -> None:
+def test_averaged_weights_of_a_run_are_evaluated_and_exported(tmp_path: Path) -> None:
     sections = small_settings(
         run={"epochs": 2},
         averaging={"kind": "ema", "decay": 0.8},
@@ -82,7 +82,7 @@ def test_the_averaged_weights_of_a_run_are_evaluated_and_exported(tmp_path: Path
     assert dist_train.replay(left.directory.root, 9).agrees
 
 
-def test_a_run_without_an_average_has_none_to_evaluate(run: Path) -> None:
+def test_run_without_an_average_has_none_to_evaluate(run: Path) -> None:
     with raises(UsageError, code="no-averaged-weights"):
         dist_train.evaluate(run, weights="averaged")
     with raises(UsageError, code="no-validation"):
@@ -90,14 +90,14 @@ def test_a_run_without_an_average_has_none_to_evaluate(run: Path) -> None:
 
 
 @pytest.mark.parametrize(("ranks", "step"), [(1, 2), (2, 5), (1, 6)])
-def test_an_update_made_again_is_bit_identical(run: Path, ranks: int, step: int) -> None:
+def test_update_made_again_is_bit_identical(run: Path, ranks: int, step: int) -> None:
     before = (run / "metrics.jsonl").read_bytes()
     ended = launch(ranks, "torch" if ranks > 1 else "alone", "replay", f"{run}@{step}")
     assert ended.code == 0, ended.output
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_record_that_was_changed_is_found(run: Path, tmp_path: Path) -> None:
+def test_record_that_was_changed_is_found(run: Path, tmp_path: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     place = next(n for n, record in enumerate(records) if record["kind"] == "train" and record["step"] == 2)

@@ -14,7 +14,7 @@ from benchmarks.double_well import AMPLITUDE, FLAT, INTERVAL, SHARP, barrier, dr
 from benchmarks.double_well import smoothed_loss as smoothed
 
 
-def test_the_sharp_minimum_is_as_deep_as_the_flat_one_and_has_half_of_the_starts() -> None:
+def test_sharp_minimum_is_as_deep_as_the_flat_one_and_has_half_of_the_starts() -> None:
     x = torch.linspace(*INTERVAL, 60_001, dtype=torch.float64)
     values = loss(x)
     lowest = [float(x[i]) for i in range(1, len(x) - 1) if values[i] < values[i - 1] and values[i] <= values[i + 1]]
@@ -51,7 +51,7 @@ def test_of_a_hundred_seeds_smoothout_ends_in_the_flat_one_and_half_of_plain_des
     assert [int(count) for count in counts.findall(documented)] == pytest.approx(printed, abs=2)
 
 
-def test_a_figure_is_drawn_only_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_figure_is_drawn_only_where_it_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     subprocess.run(
         [sys.executable, "-m", "benchmarks.double_well", "--seeds", "2"],

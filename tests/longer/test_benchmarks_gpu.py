@@ -43,7 +43,7 @@ def test_runs_that_are_killed_resumed_and_launched_have_the_same_bits(
     assert found.holds, found.text
 
 
-def test_a_part_that_takes_too_long_is_written_down_and_the_next_begins(tmp_path: Path) -> None:
+def test_part_that_takes_too_long_is_written_down_and_the_next_begins(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     words = [
         "--device",

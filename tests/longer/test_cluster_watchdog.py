@@ -78,7 +78,7 @@ def wait_for_end(members: list[Member]) -> None:
         assert member.ended.wait(PATIENCE), member.rank
 
 
-def test_a_silent_rank_ends_all_others_with_the_message_of_rank_0(capsys: pytest.CaptureFixture[str]) -> None:
+def test_silent_rank_ends_all_others_with_the_message_of_rank_0(capsys: pytest.CaptureFixture[str]) -> None:
     def act(members: list[Member]) -> None:
         members[2].fall_silent()
         begun = time.monotonic()
@@ -94,7 +94,7 @@ def test_a_silent_rank_ends_all_others_with_the_message_of_rank_0(capsys: pytest
     assert capsys.readouterr().err.count("dist-train: rank 2 (") == 1
 
 
-def test_a_silent_rank_0_is_named_by_everybody() -> None:
+def test_silent_rank_0_is_named_by_everybody() -> None:
     def act(members: list[Member]) -> None:
         members[0].fall_silent()
         wait_for_end(members[1:])
@@ -113,7 +113,7 @@ def test_nobody_misses_a_rank_that_has_left(error: Exception | None) -> None:
     assert [member.messages for member in scene(act)] == [[], [], []]
 
 
-def test_a_rank_that_failed_ends_the_others_that_hang() -> None:
+def test_rank_that_failed_ends_the_others_that_hang() -> None:
     def act(members: list[Member]) -> None:
         with pytest.raises(OSError, match="disk"), members[1].dog:
             raise OSError("disk")
@@ -123,7 +123,7 @@ def test_a_rank_that_failed_ends_the_others_that_hang() -> None:
     assert members[2].messages[0].startswith("rank 1 (")
 
 
-def test_a_status_that_cannot_be_written_does_not_keep_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_that_cannot_be_written_does_not_keep_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog, "_REPORT_SECONDS", 0.2)
     hung, ended = threading.Event(), threading.Event()
 
@@ -142,7 +142,7 @@ def test_a_status_that_cannot_be_written_does_not_keep_the_process(monkeypatch: 
 
 
 @pytest.mark.parametrize("asking", [0, 1])
-def test_a_probe_names_at_once_who_does_not_answer(asking: int) -> None:
+def test_probe_names_at_once_who_does_not_answer(asking: int) -> None:
     def act(members: list[Member]) -> None:
         assert members[asking].dog.absent() == ""
         missing = 2 if asking == 0 else 0
@@ -177,14 +177,14 @@ def test_ranks_that_cannot_be_reached_are_named_and_not_watched(
     assert [member.messages for member in members] == [[], []]
 
 
-def test_a_timeout_too_short_is_refused_on_all_and_alone_there_is_nothing_to_watch() -> None:
+def test_timeout_too_short_is_refused_on_all_and_alone_there_is_nothing_to_watch() -> None:
     refused = on_ranks(2, lambda comm: start_watchdog(comm, timeout=TIMEOUT - 0.1, on_loss=print))
     assert [type(error) for error in refused] == [UsageError, UsageError]
     with start_watchdog(Alone(), timeout=0.1, on_loss=print) as alone:
         assert alone.absent() == ""
 
 
-def test_a_quiet_watch_takes_no_time_of_its_trainer() -> None:
+def test_quiet_watch_takes_no_time_of_its_trainer() -> None:
     def act(members: list[Member]) -> None:
         used = time.process_time()
         time.sleep(2.0)
@@ -226,7 +226,7 @@ def test_rank_0_is_found_at_each_of_its_addresses() -> None:
             assert here.recv(10) == b"found"
 
 
-def test_the_search_goes_over_all_addresses_until_one_answers() -> None:
+def test_search_goes_over_all_addresses_until_one_answers() -> None:
     first = open_datagrams()
     port = first.getsockname()[1]
     local = reachable_from(first, "127.0.0.1")

@@ -78,7 +78,7 @@ def test_two_ranks_on_the_cpu_sum_integers(made: Path, launcher: str) -> None:
     assert result.returncode == 0
 
 
-def test_a_second_set_up_does_nothing(made: Path) -> None:
+def test_second_set_up_does_nothing(made: Path) -> None:
     result = subprocess.run(
         [made / "docker/environment.sh"], env=as_elsewhere(), stderr=subprocess.PIPE, text=True, check=True
     )

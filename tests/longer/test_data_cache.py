@@ -60,7 +60,7 @@ def mapped_files() -> Iterator[tuple[int, int, str]]:
         yield start, stop, name
 
 
-def test_a_data_set_is_decoded_once_and_then_mapped(folder: Path, source: Source) -> None:
+def test_data_set_is_decoded_once_and_then_mapped(folder: Path, source: Source) -> None:
     decode = Decoder()
     sets = [decoded_once(folder, source, decode) for _ in range(3)]
     assert decode.calls == 1
@@ -74,7 +74,7 @@ def test_a_data_set_is_decoded_once_and_then_mapped(folder: Path, source: Source
         assert mapping.endswith("images.npy")
 
 
-def test_a_write_to_mapped_images_does_not_reach_the_cache(folder: Path, source: Source) -> None:
+def test_write_to_mapped_images_does_not_reach_the_cache(folder: Path, source: Source) -> None:
     decode = Decoder()
     decoded_once(folder, source, decode).images.zero_()
     assert torch.equal(decoded_once(folder, source, decode).images, made().images)
@@ -91,7 +91,7 @@ def test_other_source_bytes_another_split_or_reader_make_another_entry(folder: P
     assert decode.calls == 4
 
 
-def test_a_copy_of_the_source_elsewhere_shares_the_entry(folder: Path, source: Source, tmp_path: Path) -> None:
+def test_copy_of_the_source_elsewhere_shares_the_entry(folder: Path, source: Source, tmp_path: Path) -> None:
     decode = Decoder()
     decoded_once(folder, source, decode)
     copy = tmp_path / "copy"
@@ -100,7 +100,7 @@ def test_a_copy_of_the_source_elsewhere_shares_the_entry(folder: Path, source: S
     assert decode.calls == 1
 
 
-def test_a_source_that_cannot_be_read_is_a_usage_error(folder: Path, tmp_path: Path) -> None:
+def test_source_that_cannot_be_read_is_a_usage_error(folder: Path, tmp_path: Path) -> None:
     with raises(UsageError, "data-unreadable"):
         decoded_once(folder, Source("pictures", "train", 1, [tmp_path]), Decoder())
 
@@ -135,7 +135,7 @@ def change_digest(path: Path) -> None:
         ("json", lambda path: path.write_bytes(b"\xff")),
     ],
 )
-def test_a_damaged_entry_is_made_anew_with_a_warning(
+def test_damaged_entry_is_made_anew_with_a_warning(
     folder: Path, source: Source, name: str, damage: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     decode = Decoder()
@@ -153,7 +153,7 @@ def test_a_damaged_entry_is_made_anew_with_a_warning(
     assert not caplog.records
 
 
-def test_an_entry_without_its_record_does_not_exist_yet(folder: Path, source: Source) -> None:
+def test_entry_without_its_record_does_not_exist_yet(folder: Path, source: Source) -> None:
     decode = Decoder()
     decoded_once(folder, source, decode)
     next(folder.glob("*.json")).unlink()
@@ -161,7 +161,7 @@ def test_an_entry_without_its_record_does_not_exist_yet(folder: Path, source: So
     assert decode.calls == 2
 
 
-def test_a_folder_that_cannot_be_used_costs_the_cache_not_the_run(
+def test_folder_that_cannot_be_used_costs_the_cache_not_the_run(
     tmp_path: Path, source: Source, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("in the way")
@@ -173,7 +173,7 @@ def test_a_folder_that_cannot_be_used_costs_the_cache_not_the_run(
     assert "DIST_TRAIN_CACHE" in message
 
 
-def test_an_error_in_the_data_is_not_taken_for_one_of_the_cache(folder: Path, source: Source) -> None:
+def test_error_in_the_data_is_not_taken_for_one_of_the_cache(folder: Path, source: Source) -> None:
     def damaged() -> ImageSet:
         raise UsageError("the file is damaged", code="data-format")
 
@@ -233,7 +233,7 @@ def test_of_several_processes_one_decodes_and_the_others_wait_and_map(
     assert entry_files(folder) == ["images.npy", "json", "labels.npy", "lock"]
 
 
-def test_a_process_that_dies_while_decoding_holds_nobody_up(folder: Path, source: Source, tmp_path: Path) -> None:
+def test_process_that_dies_while_decoding_holds_nobody_up(folder: Path, source: Source, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     rank = start(folder, source, journal, "hang")
     wait_for(journal.exists, "the rank decodes")
@@ -247,7 +247,7 @@ def test_a_process_that_dies_while_decoding_holds_nobody_up(folder: Path, source
     assert not abandoned.exists()
 
 
-def test_a_full_disk_costs_the_cache_not_the_run(folder: Path, source: Source, tmp_path: Path) -> None:
+def test_full_disk_costs_the_cache_not_the_run(folder: Path, source: Source, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     full = start(folder, source, journal, "full disk")
     output, errors = full.communicate(timeout=PATIENCE)

@@ -124,7 +124,7 @@ def test_closing_ends_the_processes_and_may_be_done_again(folder: Path, loaders:
     assert torch.equal(fetched(loaders, order(folder, 3)), expected(folder, 3)), "they start again when needed"
 
 
-def test_a_damaged_image_is_told_when_it_is_fetched_not_before(
+def test_damaged_image_is_told_when_it_is_fetched_not_before(
     folder: Path, tmp_path: Path, loaders: LoaderProcesses
 ) -> None:
     write_image(tmp_path / "0.png", 20, 20, seed=0)
@@ -136,7 +136,7 @@ def test_a_damaged_image_is_told_when_it_is_fetched_not_before(
 
 
 @pytest.mark.parametrize("killed", [1, 2], ids=["one", "all"])
-def test_a_killed_loader_is_a_fault_that_says_so(folder: Path, loaders: LoaderProcesses, killed: int) -> None:
+def test_killed_loader_is_a_fault_that_says_so(folder: Path, loaders: LoaderProcesses, killed: int) -> None:
     fetched(loaders, order(folder, 1))
     for pid in pids_of(loaders)[:killed]:
         os.kill(pid, signal.SIGKILL)
@@ -144,7 +144,7 @@ def test_a_killed_loader_is_a_fault_that_says_so(folder: Path, loaders: LoaderPr
         fetch_for_ever(loaders, order(folder, *range(60)))
 
 
-def test_a_loader_killed_over_its_work_is_noticed_by_who_waits(folder: Path, tmp_path: Path) -> None:
+def test_loader_killed_over_its_work_is_noticed_by_who_waits(folder: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "0.png")
     loaders = LoaderProcesses(1, (3, SIZE, SIZE))
     try:

@@ -28,7 +28,7 @@ def test_promise_2_loaders_draw_as_the_training_process_does() -> None:
 
 
 @pytest.mark.parametrize(("how", "code"), [("shape", "plugin-data-form"), ("raises", "plugin-failed")])
-def test_a_mistake_in_a_loader_process_names_the_sample(how: str, code: str) -> None:
+def test_mistake_in_a_loader_process_names_the_sample(how: str, code: str) -> None:
     name = f"{HERE}:broken"
     splits = opened(**{**OWN, "name": name, "options": {"index": 13, "how": how}, "loader_workers": 1})
     try:

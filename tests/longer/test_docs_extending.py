@@ -71,7 +71,7 @@ def test_it_resumes_and_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert "perceptron" in (folder / "report.html").read_text()
 
 
-def test_an_installed_package_gives_names_by_entry_points(
+def test_installed_package_gives_names_by_entry_points(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
     package = tmp_path / "site"
@@ -91,7 +91,7 @@ def test_an_installed_package_gives_names_by_entry_points(
     assert load_config(tmp_path / "installed.yaml").model.name == "stripes_package:perceptron"
 
 
-def test_a_run_records_its_plugins_and_notices_when_they_change(folder: Path) -> None:
+def test_run_records_its_plugins_and_notices_when_they_change(folder: Path) -> None:
     [(name, digest)] = saved(folder, "mine")["plugins"].items()
     assert name == f"{folder.name}/mine.py"
     status = json.loads((folder / "runs" / "mine" / "status.json").read_text())
@@ -105,7 +105,7 @@ def test_a_run_records_its_plugins_and_notices_when_they_change(folder: Path) ->
     assert '"plugins_changed"' in events
 
 
-def test_the_short_example_needs_no_more_than_its_file(folder: Path) -> None:
+def test_short_example_needs_no_more_than_its_file(folder: Path) -> None:
     config = load_config("dist_train:configs/demo.yaml", [f"model.name={folder / 'short.py'}:perceptron"])
     assert build_model(config)(torch.zeros(2, *config.data.image_format.shape)).shape == (2, 10)
 
@@ -122,7 +122,7 @@ def test_the_short_example_needs_no_more_than_its_file(folder: Path) -> None:
         ("data.shape=null", "data.shape", "plugin-data-form"),
     ],
 )
-def test_a_mistake_is_one_message(
+def test_mistake_is_one_message(
     folder: Path, monkeypatch: pytest.MonkeyPatch, override: str, path: str, code: str
 ) -> None:
     monkeypatch.chdir(folder)
@@ -181,7 +181,7 @@ def test_code_that_fails_ends_the_run_with_one_message(
         train(load_config("mine.yaml", ["metrics.enabled=false", override]), tmp_path / "run")
 
 
-def test_a_logger_that_fails_later_costs_the_run_nothing(folder: Path, tmp_path: Path) -> None:
+def test_logger_that_fails_later_costs_the_run_nothing(folder: Path, tmp_path: Path) -> None:
     (folder / "breaks.py").write_text(
         "import dist_train\n\n"
         "class Breaks(dist_train.Observer):\n"
@@ -199,7 +199,7 @@ def test_a_logger_that_fails_later_costs_the_run_nothing(folder: Path, tmp_path:
     assert all(torch.equal(whole[name], other[name]) for name in whole)
 
 
-def test_a_logger_that_fails_when_made_ends_all_ranks(folder: Path, tmp_path: Path) -> None:
+def test_logger_that_fails_when_made_ends_all_ranks(folder: Path, tmp_path: Path) -> None:
     (folder / "broken.py").write_text(BROKEN)
     logger = f"metrics={{enabled: false, loggers: [{{name: '{folder}/broken.py:raises'}}]}}"
     ended = launch(2, "torch", "train", str(folder / "mine.yaml"), logger, "--run-dir", str(tmp_path / "run"))
@@ -208,7 +208,7 @@ def test_a_logger_that_fails_when_made_ends_all_ranks(folder: Path, tmp_path: Pa
     assert "broken.py:6" in ended.output
 
 
-def test_a_file_that_registers_names_can_be_named_on_the_command_line(folder: Path) -> None:
+def test_file_that_registers_names_can_be_named_on_the_command_line(folder: Path) -> None:
     config = load_config(
         Path("dist_train:configs/demo.yaml"), ["model.name=perceptron"], plugins=[str(folder / "mine.py")]
     )

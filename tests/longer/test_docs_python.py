@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["train", *sorted(set(dist_train.__all__) - {"train"})])
-def test_the_examples_of_a_public_name_run(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_examples_of_a_public_name_run(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(folder)
     documented = getattr(dist_train, name).__doc__
     if name not in ("Config", "Observer", "Run", "register"):
@@ -49,7 +49,7 @@ def test_the_examples_of_a_public_name_run(folder: Path, monkeypatch: pytest.Mon
             exec(example.source, scope)
 
 
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     words = ("-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site"))
     variables = environment(PYTHONPATH=str(DOCS.parent), NO_MKDOCS_2_WARNING="1")
     built = subprocess.run([sys.executable, *words], cwd=DOCS.parent, env=variables, capture_output=True, text=True)
@@ -59,7 +59,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert {page.stem for page in DOCS.glob("*.md")} <= {page.parent.name for page in tmp_path.rglob("index.html")}
 
 
-def test_the_notebook_runs_and_is_kept_without_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_runs_and_is_kept_without_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(DOCS / "first_run.ipynb", as_version=4)
     nbformat.validate(notebook)
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)

@@ -99,10 +99,10 @@ def test_ranks_come_and_go_at_random(tmp_path: Path) -> None:
 
 @pytest.mark.lengthy
 @pytest.mark.parametrize(("ranks", "sections"), [(2, {}), (3, RICH), (4, {})], ids=["2", "3", "4"])
-def test_a_hundred_faults_change_nothing(tmp_path: Path, ranks: int, sections: Sections) -> None:
+def test_hundred_faults_change_nothing(tmp_path: Path, ranks: int, sections: Sections) -> None:
     run_with_faults(tmp_path, ranks, seed=ranks, count=100, sections=sections)
 
 
 @pytest.mark.lengthy
-def test_a_hundred_faults_of_two_launches_change_nothing(tmp_path: Path) -> None:
+def test_hundred_faults_of_two_launches_change_nothing(tmp_path: Path) -> None:
     run_with_faults(tmp_path, 2, seed=5, count=100, sections=RICH, joining=2)

@@ -56,7 +56,7 @@ def home(tmp_path: Path) -> Path:
     return home
 
 
-def test_the_unit_tests_read_and_write_nothing_around_them(checkout: Path, home: Path, tmp_path: Path) -> None:
+def test_unit_tests_read_and_write_nothing_around_them(checkout: Path, home: Path, tmp_path: Path) -> None:
     (elsewhere := tmp_path / "elsewhere").mkdir()
     before = files_of(checkout), files_of(home)
     seed = random.SystemRandom().randrange(2**32)

@@ -95,14 +95,14 @@ def test_they_are_float64_s_to_float32_s_rounding(
         torch.testing.assert_close(found.double(), true, rtol=1e-5, atol=1e-5 * float(true.abs().max()) + 1e-6)
 
 
-def test_a_mean_far_above_the_deviation_costs_no_digits_of_the_variance() -> None:
+def test_mean_far_above_the_deviation_costs_no_digits_of_the_variance() -> None:
     inputs, upstream, weight, bias = tensors(40, 3, (9, 11), offset=1000.0)
     _, moments, _, _ = by_kernels(inputs, upstream, weight, bias, [40], "none")
     _, expected, *_ = by_float64(inputs, upstream, weight, bias, [40], "none")
     torch.testing.assert_close(moments[:2].double(), expected, rtol=1e-5, atol=0.0)
 
 
-def test_promise_3_a_group_has_the_same_bits_whatever_groups_are_computed_with_it() -> None:
+def test_promise_3_group_has_the_same_bits_whatever_groups_are_computed_with_it() -> None:
     given, sizes = tensors(40, 5, (9, 11)), sizes_of(40, 11)
     outputs, moments, of_inputs, of_groups = by_kernels(*given, sizes, "relu")
     parts = zip(*(each.split(sizes) for each in (given[0], given[1], outputs, of_inputs)), strict=True)
@@ -124,7 +124,7 @@ def test_activations_of_half_precision_are_computed_with_in_float32(kind: torch.
 
 
 @pytest.mark.parametrize("activation", ["none", "relu"])
-def test_a_value_that_is_not_finite_stays_so(activation: str) -> None:
+def test_value_that_is_not_finite_stays_so(activation: str) -> None:
     inputs, upstream, weight, bias = tensors(6, 2, (3, 3))
     inputs[4, 1, 0, 0] = torch.nan
     outputs, moments, of_inputs, _ = by_kernels(inputs, upstream, weight, bias, [3, 3], activation)
@@ -135,7 +135,7 @@ def test_a_value_that_is_not_finite_stays_so(activation: str) -> None:
 
 
 @pytest.mark.parametrize("sides", [(), (5, 4)])
-def test_a_norm_and_its_relu_are_what_they_are_without_kernels(
+def test_norm_and_its_relu_are_what_they_are_without_kernels(
     sides: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs, upstream, weight, bias = tensors(11, 6, sides)
@@ -184,7 +184,7 @@ def test_gradients_are_added_up_as_torch_does() -> None:
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_gradient_that_is_not_finite_is_the_largest(bad: float) -> None:
+def test_gradient_that_is_not_finite_is_the_largest(bad: float) -> None:
     gradients = torch.ones(1500)
     gradients[1100] = bad
     largest = torch.ops.dist_train.accumulate_(gradients, torch.zeros(1500, dtype=torch.int64), 1.0, False)

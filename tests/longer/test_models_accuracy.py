@@ -177,7 +177,7 @@ def step_config(folder: Path, name: str, norm: str, ghost_size: int, micro_size:
 
 @pytest.mark.parametrize(("name", "norm", "ghost_size", "micro_size"), CASES)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_step_s_gradient_is_right_to_a_ten_thousandth_of_its_norm(
+def test_step_s_gradient_is_right_to_a_ten_thousandth_of_its_norm(
     tmp_path: Path, name: str, norm: str, ghost_size: int, micro_size: int, ranks: int
 ) -> None:
     config = step_config(tmp_path / "data", name, norm, ghost_size, micro_size, batches=ranks)
@@ -226,7 +226,7 @@ def test_bfloat16_loses_no_more_than_its_own_rounding(name: str, norm: str, ghos
 
 @pytest.mark.parametrize("samples", [2, 7, 128, 300])
 @pytest.mark.parametrize("shape", [(6,), (16, 28, 28), (3, 1, 5)])
-def test_a_norm_keeps_float32_s_precision_also_where_most_values_are_the_same(
+def test_norm_keeps_float32_s_precision_also_where_most_values_are_the_same(
     samples: int, shape: tuple[int, ...]
 ) -> None:
     source = torch.Generator().manual_seed(1)
@@ -263,7 +263,7 @@ def test_a_norm_keeps_float32_s_precision_also_where_most_values_are_the_same(
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", [(6, 3, 4, 4), (6, 3)])
-def test_a_norm_s_second_derivatives_are_right(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+def test_norm_s_second_derivatives_are_right(shape: tuple[int, ...], layout: torch.memory_format) -> None:
     source = torch.Generator().manual_seed(0)
     values = [torch.randn(size, generator=source) for size in (shape, (3,), (3,))]
     directions = [torch.randn(size, generator=source) for size in (shape, (3,), (3,))]

@@ -68,7 +68,7 @@ def test_drawing_the_initial_weights_moves_no_global_generator() -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_a_narrow_network_s_strided_shortcuts_compute_what_torch_s_would() -> None:
+def test_narrow_network_s_strided_shortcuts_compute_what_torch_s_would() -> None:
     """In a process of its own: where torch 2.13 is left to do it, the heap is corrupted, sooner or later."""
     model = build("resnet18", (3, 16, 16), width=0.03125, norm="none")
     shortcut = model.get_submodule("layer2.0.downsample.0")

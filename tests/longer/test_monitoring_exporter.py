@@ -81,7 +81,7 @@ def test_what_earlier_launches_counted_and_measured_is_there_from_the_start(tmp_
     assert values["dist_train_checkpoint_size_bytes", ()] == 13
 
 
-def test_a_busy_port_falls_to_the_next_free_one_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_busy_port_falls_to_the_next_free_one_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     with busy_port() as port, caplog.at_level(logging.INFO), serving(port=port) as exporter:
         assert port < port_of(exporter) < port + 50
         assert "dist_train_step" in get(exporter)
@@ -90,7 +90,7 @@ def test_a_busy_port_falls_to_the_next_free_one_and_says_so_once(caplog: pytest.
         assert f"metrics at http://127.0.0.1:{port_of(exporter)}/metrics" in caplog.text
 
 
-def test_the_setting_s_own_port_is_left_to_rank_0(caplog: pytest.LogCaptureFixture) -> None:
+def test_setting_s_own_port_is_left_to_rank_0(caplog: pytest.LogCaptureFixture) -> None:
     with busy_port() as port:
         pass
     with serving(replace(FACTS, rank=1), port=port) as other, serving(port=port) as first:
@@ -100,7 +100,7 @@ def test_the_setting_s_own_port_is_left_to_rank_0(caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no host.invalid"])
-def test_an_address_that_cannot_be_bound_is_reported_once_and_training_goes_on(
+def test_address_that_cannot_be_bound_is_reported_once_and_training_goes_on(
     host: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     observers = Observers([Exporter(MetricsSettings(host=host))])
@@ -111,7 +111,7 @@ def test_an_address_that_cannot_be_bound_is_reported_once_and_training_goes_on(
     assert "Exporter failed and is disabled" in warning
 
 
-def test_the_end_frees_the_port_and_leaves_no_process(tmp_path: Path) -> None:
+def test_end_frees_the_port_and_leaves_no_process(tmp_path: Path) -> None:
     with serving(outcome=STOPPED, targets_directory=tmp_path / "targets") as exporter:
         port, process = port_of(exporter), process_of(exporter)
         assert outcomes(tmp_path / "targets") == [None]
@@ -123,14 +123,14 @@ def test_the_end_frees_the_port_and_leaves_no_process(tmp_path: Path) -> None:
     exporter.end(OUTCOME)
 
 
-def test_an_end_before_the_beginning_leaves_no_process() -> None:
+def test_end_before_the_beginning_leaves_no_process() -> None:
     exporter = Exporter(MetricsSettings(port=0))
     process = process_of(exporter)
     exporter.end(OUTCOME)
     assert not is_alive(process)
 
 
-def test_a_process_that_is_killed_is_reported_once_and_its_target_stays_to_the_end(
+def test_process_that_is_killed_is_reported_once_and_its_target_stays_to_the_end(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with serving(targets_directory=tmp_path) as exporter:
@@ -148,7 +148,7 @@ def test_a_process_that_is_killed_is_reported_once_and_its_target_stays_to_the_e
     assert outcomes(tmp_path) == ["finished"]
 
 
-def test_a_process_that_is_killed_is_started_again_and_knows_what_was_before(tmp_path: Path) -> None:
+def test_process_that_is_killed_is_started_again_and_knows_what_was_before(tmp_path: Path) -> None:
     counts = tmp_path / "counts.json"
     facts = replace(FACTS, name="demo", run_directory=tmp_path)
     with serving(facts, targets_directory=tmp_path / "targets") as exporter:
@@ -169,7 +169,7 @@ def test_a_process_that_is_killed_is_started_again_and_knows_what_was_before(tmp
     assert values["dist_train_step", ()] == 40
 
 
-def test_a_process_that_hangs_holds_up_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_process_that_hangs_holds_up_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with serving() as exporter:
         process = process_of(exporter)
         os.kill(process, signal.SIGSTOP)
@@ -195,7 +195,7 @@ def test_events_wait_for_a_process_that_is_behind() -> None:
         wait_for(counted)
 
 
-def test_a_targets_directory_that_cannot_be_written_is_reported_once(
+def test_targets_directory_that_cannot_be_written_is_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
@@ -206,7 +206,7 @@ def test_a_targets_directory_that_cannot_be_written_is_reported_once(
     assert warning.startswith("Prometheus will not find this run: no target file in")
 
 
-def test_a_pushgateway_that_is_down_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_pushgateway_that_is_down_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     with busy_port() as port:
         pass
     with serving(pushgateway=f"http://127.0.0.1:{port}") as exporter:
@@ -215,7 +215,7 @@ def test_a_pushgateway_that_is_down_is_reported_once(caplog: pytest.LogCaptureFi
     assert warning.startswith(f"the Pushgateway at http://127.0.0.1:{port} did not take the last values: [Errno 111]")
 
 
-def test_the_last_values_are_pushed_as_the_run_s_own_group() -> None:
+def test_last_values_are_pushed_as_the_run_s_own_group() -> None:
     pushed: list[tuple[str, str]] = []
 
     class Gateway(BaseHTTPRequestHandler):
@@ -239,7 +239,7 @@ def test_the_last_values_are_pushed_as_the_run_s_own_group() -> None:
     assert "dist_train_step 210.0" in page
 
 
-def test_a_run_that_is_scraped_waits_for_a_scrape_of_its_last_values() -> None:
+def test_run_that_is_scraped_waits_for_a_scrape_of_its_last_values() -> None:
     exporter = Exporter(MetricsSettings(port=0, last_scrape_seconds=PATIENCE))
     exporter.begin(FACTS)
     get(exporter)
@@ -286,7 +286,7 @@ time.sleep(60)
 """
 
 
-def test_a_trainer_that_is_killed_leaves_no_process_no_open_pipe_and_is_reported_as_killed(tmp_path: Path) -> None:
+def test_trainer_that_is_killed_leaves_no_process_no_open_pipe_and_is_reported_as_killed(tmp_path: Path) -> None:
     trainer = subprocess.Popen(
         [sys.executable, "-c", TRAINER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -306,7 +306,7 @@ def test_a_trainer_that_is_killed_leaves_no_process_no_open_pipe_and_is_reported
     wait_for(lambda: not is_alive(process))
 
 
-def test_a_trainer_that_is_killed_is_reported_so_to_every_server_that_scrapes_it(tmp_path: Path) -> None:
+def test_trainer_that_is_killed_is_reported_so_to_every_server_that_scrapes_it(tmp_path: Path) -> None:
     program = TRAINER.replace("exporter.process_id", "exporter.process_id, exporter.address")
     trainer = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
     assert trainer.stdout is not None
@@ -331,7 +331,7 @@ def test_a_trainer_that_is_killed_is_reported_so_to_every_server_that_scrapes_it
     assert outcomes(tmp_path) == ["killed"]
 
 
-def test_the_process_is_lean() -> None:
+def test_process_is_lean() -> None:
     script = (
         "import sys, dist_train.monitoring.prometheus.process; print(*{name.split('.')[0] for name in sys.modules})"
     )
@@ -346,7 +346,7 @@ def test_the_process_is_lean() -> None:
     assert kinds == ["/dev/null", "/dev/null", "anon_inode", "pipe", "socket", "socket"]
 
 
-def test_a_fault_inside_the_process_comes_back_as_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_fault_inside_the_process_comes_back_as_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "token").touch()
     observers = Observers([Exporter(MetricsSettings(port=0, token_file=tmp_path / "token"))])
     observers.begin(FACTS)

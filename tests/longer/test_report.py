@@ -47,7 +47,7 @@ def test_time_and_speed_are_those_of_the_records(study: Path, page: Page) -> Non
     assert page.of("images", run=run.name)[0] == pytest.approx(middle)
 
 
-def test_a_record_of_several_updates_counts_for_all_of_them(tmp_path: Path) -> None:
+def test_record_of_several_updates_counts_for_all_of_them(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", treatments()[0], 0, treatments()[0].settings)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     train = [line for line in lines if json.loads(line)["kind"] == "train"]
@@ -58,13 +58,13 @@ def test_a_record_of_several_updates_counts_for_all_of_them(tmp_path: Path) -> N
     assert seconds == pytest.approx(10 * sum(json.loads(line)["step_seconds"] for line in sparse))
 
 
-def test_an_variant_has_the_mean_over_its_seeds(study: Path, page: Page) -> None:
+def test_variant_has_the_mean_over_its_seeds(study: Path, page: Page) -> None:
     for treatment in treatments():
         values = [evaluations(study / f"{treatment.name}-seed-{seed}", "test")[-1]["accuracy"] for seed in (0, 1, 2)]
         assert page.of("final_test", variant=treatment.name)[0] == pytest.approx(fmean(values), abs=1e-15)
 
 
-def test_a_curve_goes_through_the_means_of_the_evaluations(study: Path, page: Page) -> None:
+def test_curve_goes_through_the_means_of_the_evaluations(study: Path, page: Page) -> None:
     runs = [study / f"lb-noise-amplitude-0.01-seed-{seed}" for seed in (0, 1, 2)]
     by_epoch = zip(*(evaluations(run, "test") for run in runs), strict=True)
     means = [(records[0]["epoch"], fmean(record["accuracy"] for record in records)) for records in by_epoch]
@@ -92,7 +92,7 @@ def test_analyses_stand_with_their_runs(study: Path, page: Page) -> None:
         assert page.of("sharpness-expected rise at 0.01", run=run.name)[0] == measures["expected_rise"][0]["mean"]
 
 
-def test_the_papers_figures_are_there(page: Page) -> None:
+def test_papers_figures_are_there(page: Page) -> None:
     assert "Figure 2. Learning curves" in page.text
     assert "Figure 3. The loss around the solutions" in page.text
     for panel in ("a SB, base line", "b SB, noise, amplitude 0.01", "c LB, base line", "d LB, noise, amplitude 0.01"):
@@ -110,7 +110,7 @@ def test_figures_are_numbered_without_holes(study: Path, page: Page, tmp_path: P
     assert re.findall(r"Figure (\d)\.", written(alone).text) == ["1"]
 
 
-def test_a_variant_without_a_title_of_its_study_is_told_by_what_it_changes(tmp_path: Path) -> None:
+def test_variant_without_a_title_of_its_study_is_told_by_what_it_changes(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0,))
     plan = json.loads((study / "runs.json").read_text())
     for run in plan:
@@ -143,7 +143,7 @@ def test_each_figure_is_saved_as_a_file(
         assert "checkbox" not in words
 
 
-def test_a_report_of_another_form_is_refused(study: Path, tmp_path: Path) -> None:
+def test_report_of_another_form_is_refused(study: Path, tmp_path: Path) -> None:
     for name in ("report.pdf", "report.png", "report"):
         with raises(UsageError, "report-form"):
             write_report(study, tmp_path / name)
@@ -157,12 +157,12 @@ def test_lines_between_two_solutions_and_planes_are_shown(page: Page) -> None:
     assert [address for address in page.addresses if address.startswith("data:image/svg+xml;base64,")]
 
 
-def test_an_variant_is_told_by_what_it_changes(page: Page) -> None:
+def test_variant_is_told_by_what_it_changes(page: Page) -> None:
     assert "noise, amplitude 0.03 noise.method=smoothout (none) noise.amplitude=0.03" in page.text
     assert "batch.global_size=8192 (128)" in page.text
 
 
-def test_a_missing_a_failed_and_a_broken_run_are_named_and_not_counted(tmp_path: Path) -> None:
+def test_missing_a_failed_and_a_broken_run_are_named_and_not_counted(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     shutil.rmtree(study / "lb-seed-2")
     write_status(study / "lb-seed-1", "failed", 40, "the loss is not finite at step 40")
@@ -177,7 +177,7 @@ def test_a_missing_a_failed_and_a_broken_run_are_named_and_not_counted(tmp_path:
     assert "1 of 3" in page.text
 
 
-def test_a_study_of_which_nothing_has_begun_still_has_a_page(tmp_path: Path) -> None:
+def test_study_of_which_nothing_has_begun_still_has_a_page(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     for run in list(runs_of(study)):
         shutil.rmtree(run)
@@ -186,7 +186,7 @@ def test_a_study_of_which_nothing_has_begun_still_has_a_page(tmp_path: Path) -> 
     assert "LB, batch 8,192" in page.text
 
 
-def test_the_batch_of_an_variant_that_has_not_begun_is_that_of_the_base_configuration(
+def test_batch_of_an_variant_that_has_not_begun_is_that_of_the_base_configuration(
     tmp_path: Path,
 ) -> None:
     study = make_study(tmp_path / "study")
@@ -202,7 +202,7 @@ def test_the_batch_of_an_variant_that_has_not_begun_is_that_of_the_base_configur
     assert "unknown" not in page.text
 
 
-def test_a_run_that_goes_on_stands_for_its_variant_until_one_has_finished(tmp_path: Path) -> None:
+def test_run_that_goes_on_stands_for_its_variant_until_one_has_finished(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0,))
     write_status(study / "lb-seed-0", "stopped", 40, "asked by SIGTERM")
     page = written(study)
@@ -221,7 +221,7 @@ def test_results_of_another_checkpoint_are_not_shown(tmp_path: Path) -> None:
     assert "it was computed from checkpoints that this run does not have" in page.text
 
 
-def test_a_torn_result_is_named(tmp_path: Path) -> None:
+def test_torn_result_is_named(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", treatments()[0], 0, treatments()[0].settings)
     [points] = run.glob("analysis/*/points.csv")
     points.write_text("direction,alpha,beta,split,loss,accuracy\n0,torn\n")
@@ -243,7 +243,7 @@ def test_landscapes_made_with_other_settings_are_not_mixed(tmp_path: Path) -> No
     assert "width-A.2" not in {has.get("data-measure") for has, _ in page.numbers if has.get("data-run") == "sb-seed-0"}
 
 
-def test_a_run_alone_has_a_page(tmp_path: Path) -> None:
+def test_run_alone_has_a_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "lb", treatments()[6], 0, treatments()[6].settings)
     page = written(run)
     assert page.of("final_test", run="lb")[0] == evaluations(run, "test")[-1]["accuracy"]
@@ -252,7 +252,7 @@ def test_a_run_alone_has_a_page(tmp_path: Path) -> None:
     assert {"train, each batch", "train", "test", "learning rate", "speed"} <= {label for label, _ in page.series}
 
 
-def test_a_run_that_has_measured_nothing_has_a_page(tmp_path: Path) -> None:
+def test_run_that_has_measured_nothing_has_a_page(tmp_path: Path) -> None:
     run = tmp_path / "new"
     run.mkdir()
     write_status(run, "starting", 0)
@@ -271,7 +271,7 @@ def test_runs_of_a_folder_are_put_together_by_their_settings(tmp_path: Path) -> 
     assert "batch 8,192: 2 variants" in page.text
 
 
-def test_a_folder_of_studies_holds_the_runs_of_each(tmp_path: Path) -> None:
+def test_folder_of_studies_holds_the_runs_of_each(tmp_path: Path) -> None:
     make_study(tmp_path / "first", seeds=(0,))
     make_study(tmp_path / "second", seeds=(0,))
     subject = read_subject(tmp_path)
@@ -280,7 +280,7 @@ def test_a_folder_of_studies_holds_the_runs_of_each(tmp_path: Path) -> None:
     render(subject)
 
 
-def test_the_page_asks_for_nothing(study: Path, page: Page) -> None:
+def test_page_asks_for_nothing(study: Path, page: Page) -> None:
     assert all(address.startswith("data:") for address in page.addresses)
     content = render(read_subject(study))
     assert "default-src 'none'" in page.policy
@@ -304,26 +304,26 @@ def test_variants_beyond_the_colours_have_them_again_dashed(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("content", ["{torn", '[{"seed": 1}]'])
-def test_a_broken_plan_is_an_error(tmp_path: Path, content: str) -> None:
+def test_broken_plan_is_an_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "runs.json").write_text(content)
     with raises(UsageError, "plan-damaged"):
         read_subject(tmp_path)
 
 
-def test_a_folder_without_runs_is_an_error(tmp_path: Path) -> None:
+def test_folder_without_runs_is_an_error(tmp_path: Path) -> None:
     with raises(UsageError, "no-run-here"):
         write_report(tmp_path, tmp_path / "report.html")
     with raises(UsageError, "folder-missing"):
         write_report(tmp_path / "nowhere", tmp_path / "report.html")
 
 
-def test_a_page_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+def test_page_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", treatments()[0], 0, treatments()[0].settings)
     with raises(UsageError, "output-unwritable"):
         write_report(run, tmp_path / "nowhere" / "report.html")
 
 
-def test_the_command_writes_into_the_folder_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_into_the_folder_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", treatments()[0], 0, treatments()[0].settings)
     arguments = parse(["report", str(run)])
     assert arguments.run(arguments) == 0
@@ -331,11 +331,11 @@ def test_the_command_writes_into_the_folder_and_says_where(tmp_path: Path, capsy
     assert (run / "report.html").read_text().startswith("<!doctype html>")
 
 
-def test_the_made_up_settings_are_real_ones() -> None:
+def test_made_up_settings_are_real_ones() -> None:
     assert config_of(treatments()[5].settings).noise.amplitude == 0.03
 
 
-def test_a_basin_that_ends_beyond_the_line_is_at_least_so_wide(tmp_path: Path) -> None:
+def test_basin_that_ends_beyond_the_line_is_at_least_so_wide(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", treatments()[0], 0, treatments()[0].settings)
     assert "\u2265" not in written(run).text
     [settings] = run.glob("analysis/*/settings.json")

@@ -82,7 +82,7 @@ def test_contrasts_that_the_study_names_are_corrected_for_their_own_number(tmp_p
     assert not [title for title, *_ in table if title.startswith("unknown")]
 
 
-def test_a_variant_that_averages_is_judged_by_its_averaged_weights(tmp_path: Path) -> None:
+def test_variant_that_averages_is_judged_by_its_averaged_weights(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", SEEDS)
     for seed in SEEDS:
         records = study / f"{NOISY}-seed-{seed}" / "metrics.jsonl"
@@ -94,7 +94,7 @@ def test_a_variant_that_averages_is_judged_by_its_averaged_weights(tmp_path: Pat
     assert numbers(cells(study)[AGAINST_SB, ROW, ACCURACY])[0] == pytest.approx(mean * 100, abs=0.005)
 
 
-def test_a_run_that_diverged_counts_as_if_guessing_and_is_told_of_in_every_cell(tmp_path: Path) -> None:
+def test_run_that_diverged_counts_as_if_guessing_and_is_told_of_in_every_cell(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", SEEDS)
     diverge(study / f"{NOISY}-seed-1")
     write_status(study / f"{NOISY}-seed-2", "stopped", 40)
@@ -120,7 +120,7 @@ def test_a_run_that_diverged_counts_as_if_guessing_and_is_told_of_in_every_cell(
     assert "(not finished)" not in "".join(row for _, row, _ in table)
 
 
-def test_a_variant_of_which_all_runs_diverged_is_finished_and_guesses(tmp_path: Path) -> None:
+def test_variant_of_which_all_runs_diverged_is_finished_and_guesses(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", (0, 1))
     for seed in (0, 1):
         diverge(study / f"{NOISY}-seed-{seed}")
@@ -129,7 +129,7 @@ def test_a_variant_of_which_all_runs_diverged_is_finished_and_guesses(tmp_path: 
     assert table["Accuracy and loss", ROW, "final train loss"] == "\u2013"
 
 
-def test_a_partial_rank_correlation_is_that_of_the_residuals_of_the_ranks() -> None:
+def test_partial_rank_correlation_is_that_of_the_residuals_of_the_ranks() -> None:
     draw = np.random.default_rng(5)
     given = draw.normal(size=40)
     first, second = (given + draw.normal(size=40) for _ in range(2))
@@ -146,7 +146,7 @@ def test_a_partial_rank_correlation_is_that_of_the_residuals_of_the_ranks() -> N
     assert partial_spearman(given.tolist(), second.tolist(), given.tolist()) is None
 
 
-def test_an_interval_of_a_rank_correlation_holds_the_truth_as_often_as_it_says() -> None:
+def test_interval_of_a_rank_correlation_holds_the_truth_as_often_as_it_says() -> None:
     draw, truth, held = np.random.default_rng(7), 0.6, 0
     spearman = 6 / np.pi * np.arcsin(truth / 2)  # of a bivariate normal distribution
     for _ in range(400):
@@ -230,7 +230,7 @@ def test_without_evaluations_along_training_there_is_no_equal_loss_and_it_is_sai
     assert "nothing can be compared at equal training loss" in text
 
 
-def test_a_run_that_begins_below_the_level_is_not_compared_there(tmp_path: Path) -> None:
+def test_run_that_begins_below_the_level_is_not_compared_there(tmp_path: Path) -> None:
     directory = make_run(tmp_path / "run", treatments()[0], 0, treatments()[0].settings)
     run = read_run(directory, "run")
     losses = [record.loss for record in run.split("train")]

@@ -62,7 +62,7 @@ def leading(cell: str) -> float:
     return float(cell.lstrip("*\u2265\u2264 +").replace("\u2212", "-").replace(",", "").split()[0].rstrip("*"))
 
 
-def test_a_cell_counts_the_seeds_that_have_its_measure(tmp_path: Path) -> None:
+def test_cell_counts_the_seeds_that_have_its_measure(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0, 1))
     sharpness_file(study / f"{NOISY}-seed-1").unlink()
     table = cells(study)
@@ -84,7 +84,7 @@ def test_a_cell_counts_the_seeds_that_have_its_measure(tmp_path: Path) -> None:
     assert shown.startswith('<span class="ends">n = 1<')
 
 
-def test_a_difference_is_over_the_seeds_of_which_both_are_measured(tmp_path: Path) -> None:
+def test_difference_is_over_the_seeds_of_which_both_are_measured(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     sharpness_file(study / f"{NOISY}-seed-1").unlink()
     shutil.rmtree(study / "lb-seed-2")
@@ -120,7 +120,7 @@ def twins(folder: Path, *names: str) -> None:
         make_run(folder / name, treatment, seed, {**treatment.settings, "run.name": name, "run.seed": seed})
 
 
-def test_the_same_configuration_and_seed_counts_once(tmp_path: Path) -> None:
+def test_same_configuration_and_seed_counts_once(tmp_path: Path) -> None:
     twins(tmp_path, "lb-0-again")
     page, table = written(tmp_path), cells(tmp_path)
     values = [evaluations(tmp_path / name, "test")[-1]["accuracy"] for name in ("lb-0", "lb-1")]
@@ -135,7 +135,7 @@ def test_the_same_configuration_and_seed_counts_once(tmp_path: Path) -> None:
     assert page.of("final_test", run="lb-0-again")[0] == values[0]
 
 
-def test_a_seed_trained_twice_is_one_run_without_a_spread(tmp_path: Path) -> None:
+def test_seed_trained_twice_is_one_run_without_a_spread(tmp_path: Path) -> None:
     twins(tmp_path, "lb-0-again")
     shutil.rmtree(tmp_path / "lb-1")
     table = cells(tmp_path)
@@ -185,7 +185,7 @@ def test_of_duplicates_the_finished_one_counts_then_the_one_with_most(
     assert left_out not in {run.name for run in variant.counted}
 
 
-def test_a_run_of_two_studies_is_one_point_of_a_correlation(tmp_path: Path) -> None:
+def test_run_of_two_studies_is_one_point_of_a_correlation(tmp_path: Path) -> None:
     make_study(tmp_path / "first", seeds=(0, 1))
     shutil.copytree(tmp_path / "first", tmp_path / "second")
     table = cells(tmp_path)
@@ -193,7 +193,7 @@ def test_a_run_of_two_studies_is_one_point_of_a_correlation(tmp_path: Path) -> N
     assert table[WITH_LOSS, TRACE, "LB"].endswith("n = 8)")
 
 
-def test_a_basin_wider_than_the_line_makes_mean_and_difference_bounds(tmp_path: Path) -> None:
+def test_basin_wider_than_the_line_makes_mean_and_difference_bounds(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     change_width(study / f"{NOISY}-seed-1", open=1)
     table, page = cells(study), written(study)
@@ -211,7 +211,7 @@ def test_a_basin_wider_than_the_line_makes_mean_and_difference_bounds(tmp_path: 
     assert "to" in table[SHARPNESS_EFFECTS, "LB, noise, amplitude 0.001", WIDTH]
 
 
-def test_a_difference_from_a_censored_base_line_is_at_most_so_much(tmp_path: Path) -> None:
+def test_difference_from_a_censored_base_line_is_at_most_so_much(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     change_width(study / "lb-seed-1", open=2)
     change_width(study / "lb-noise-amplitude-0.03-seed-2", open=1)
@@ -223,7 +223,7 @@ def test_a_difference_from_a_censored_base_line_is_at_most_so_much(tmp_path: Pat
     assert "unknown" in written(study).text
 
 
-def test_a_width_below_the_spacing_of_the_points_is_unresolved(tmp_path: Path) -> None:
+def test_width_below_the_spacing_of_the_points_is_unresolved(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     # the line's points are 0.05 apart
     narrow = {"direction": 0, "left": -0.03, "right": 0.04}
@@ -238,7 +238,7 @@ def test_a_width_below_the_spacing_of_the_points_is_unresolved(tmp_path: Path) -
     assert cells(study)[SHARPNESS, ROW, WIDTH].endswith("(n = 3)")
 
 
-def test_a_rise_is_that_of_the_lines_points(tmp_path: Path) -> None:
+def test_rise_is_that_of_the_lines_points(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0,))
     run = study / "lb-seed-0"
     lines = (width_record(run).parent / "points.csv").read_text().splitlines()[1:]
@@ -253,7 +253,7 @@ def test_a_rise_is_that_of_the_lines_points(tmp_path: Path) -> None:
     assert written(study).of("line-rise-0.5", run="lb-seed-0")[0] == pytest.approx(rise)
 
 
-def test_a_run_whose_last_evaluation_is_not_finite_has_no_final_accuracy(tmp_path: Path) -> None:
+def test_run_whose_last_evaluation_is_not_finite_has_no_final_accuracy(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0, 1))
     run = study / f"{NOISY}-seed-1"
     last: list[Record] = [

@@ -50,7 +50,7 @@ def words(output: Path) -> set[str]:
     return {line.strip()[4:-3].strip() for line in lines if line.strip().startswith("<!--")}
 
 
-def test_a_png_is_drawn_at_a_size_for_reading(tmp_path: Path) -> None:
+def test_png_is_drawn_at_a_size_for_reading(tmp_path: Path) -> None:
     output = tmp_path / "curve.png"
     draw_learning_curve([long_run(tmp_path / "lb")], output)
     content = output.read_bytes()
@@ -60,7 +60,7 @@ def test_a_png_is_drawn_at_a_size_for_reading(tmp_path: Path) -> None:
     assert height > 1000
 
 
-def test_an_svg_names_what_it_shows(tmp_path: Path) -> None:
+def test_svg_names_what_it_shows(tmp_path: Path) -> None:
     output = tmp_path / "curve.svg"
     draw_learning_curve([long_run(tmp_path / "lb_8192")], output)
     assert words(output) >= {
@@ -77,7 +77,7 @@ def test_an_svg_names_what_it_shows(tmp_path: Path) -> None:
     }
 
 
-def test_the_same_run_gives_the_same_file(tmp_path: Path) -> None:
+def test_same_run_gives_the_same_file(tmp_path: Path) -> None:
     run = long_run(tmp_path / "lb")
     outputs = [tmp_path / "a.svg", tmp_path / "b.svg"]
     for output in outputs:
@@ -106,19 +106,19 @@ def test_several_runs_are_told_apart_by_name(tmp_path: Path) -> None:
     ],
     ids=["one step", "no evaluation", "only an evaluation", "step 0", "no noise", "not finite", "wide range"],
 )
-def test_a_run_with_little_to_show_is_drawn_without_a_warning(records: list[Record], tmp_path: Path) -> None:
+def test_run_with_little_to_show_is_drawn_without_a_warning(records: list[Record], tmp_path: Path) -> None:
     output = tmp_path / "curve.svg"
     draw_learning_curve([make_run(tmp_path / "lb", records)], output)
     assert "loss" in words(output)
 
 
-def test_a_long_run_makes_no_large_picture(tmp_path: Path) -> None:
+def test_long_run_makes_no_large_picture(tmp_path: Path) -> None:
     output = tmp_path / "curve.svg"
     draw_learning_curve([make_run(tmp_path / "sb", [train(step) for step in range(1, 20_000)])], output)
     assert output.stat().st_size < 400_000
 
 
-def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+def test_torn_last_line_is_left_out(tmp_path: Path) -> None:
     whole, torn = tmp_path / "whole.svg", tmp_path / "torn.svg"
     draw_learning_curve([make_run(tmp_path / "a" / "lb", [train(1), train(2)])], whole)
     line = to_json(train(3))[:50]
@@ -165,7 +165,7 @@ def run_command(*words: str) -> int:
     return int(arguments.run(arguments))
 
 
-def test_the_command_draws_into_the_run_directory_and_prints_the_path(
+def test_command_draws_into_the_run_directory_and_prints_the_path(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = long_run(tmp_path / "lb")
@@ -174,7 +174,7 @@ def test_the_command_draws_into_the_run_directory_and_prints_the_path(
     assert (run / "learning_curve.png").stat().st_size > 10_000
 
 
-def test_the_command_draws_several_runs_where_it_is_told_to(tmp_path: Path) -> None:
+def test_command_draws_several_runs_where_it_is_told_to(tmp_path: Path) -> None:
     runs = [str(long_run(tmp_path / name)) for name in ("lb", "sb")]
     with raises(UsageError, "output-unset"):
         run_command(*runs)

@@ -52,7 +52,7 @@ def run_of(subject: Subject, name: str) -> StoredRun:
     return next(run for run in subject.runs if run.name == name)
 
 
-def test_the_tables_of_the_results_are_those_of_the_numbers(subject: Subject) -> None:
+def test_tables_of_the_results_are_those_of_the_numbers(subject: Subject) -> None:
     told = set((ROOT / "docs/results_fashion.md").read_text().splitlines())
     for section in tables_in_markdown(subject).split("## ")[1:]:
         title, *lines = section.splitlines()
@@ -79,7 +79,7 @@ def test_what_the_summary_calls_clear_has_an_interval_without_zero(subject: Subj
         assert all(f" {mean} ({ends};" in tables for mean, ends in DIFFERENCE.findall(unclear))
 
 
-def test_the_runs_of_one_seed_have_the_numbers_of_their_runs(subject: Subject, told: str) -> None:
+def test_runs_of_one_seed_have_the_numbers_of_their_runs(subject: Subject, told: str) -> None:
     keys = ("final_test", "final_train", "test_loss", "line-rise-0.1", "sharpness-Hessian trace")
     by_key = {measure.key: measure for measure in measures_of(subject.runs)}
     for name in ("lb-seed-0", "lb-cosine-seed-0", "lb-micro-seed-0", "lb-sam-seed-0"):
@@ -104,7 +104,7 @@ def test_widths_follow_the_training_loss_as_the_text_says(study: Path, told: str
         assert quoted.format(*(table[WITH_LOSS, row, among].split()[0] for row in rows)) in told
 
 
-def test_the_parabolas_of_the_unresolved_widths_are_those_of_the_lines_points(subject: Subject, told: str) -> None:
+def test_parabolas_of_the_unresolved_widths_are_those_of_the_lines_points(subject: Subject, told: str) -> None:
     widths = []
     for seed in (0, 1, 2):
         [landscape] = [
@@ -148,7 +148,7 @@ def test_counts_and_shares_in_the_text_are_those_of_the_numbers(study: Path, sub
     assert f"fell back to {100 * min(accuracies):.1f} % of the training data at epoch 12" in told
 
 
-def test_the_page_has_the_numbers_of_the_archive(subject: Subject) -> None:
+def test_page_has_the_numbers_of_the_archive(subject: Subject) -> None:
     def values(page: str) -> list[str]:
         return re.findall(r'<data value="([^"]+)"', page)
 
@@ -170,7 +170,7 @@ def rivals(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     return read_subject(runs / "rivals")
 
 
-def test_the_page_of_rivals_tells_what_its_tables_tell(rivals: Subject) -> None:
+def test_page_of_rivals_tells_what_its_tables_tell(rivals: Subject) -> None:
     page = (ROOT / "docs/results.md").read_text()
     tables = tables_in_markdown(rivals)
     detail = page.partition("## The tables")[2]
@@ -194,7 +194,7 @@ def test_each_variant_was_run_with_the_settings_that_the_search_chose(rivals: Su
         assert {path: run.settings[path] for path in chosen} == chosen
 
 
-def test_the_loss_stays_low_for_as_long_as_the_text_says_around_sb_and_around_lb(rivals: Subject) -> None:
+def test_loss_stays_low_for_as_long_as_the_text_says_around_sb_and_around_lb(rivals: Subject) -> None:
     losses: dict[float, list[float]] = {}
     for seed in (100, 101, 102):
         [line] = run_of(rivals, f"sb-seed-{seed}").analyses.of_kind("interpolate")

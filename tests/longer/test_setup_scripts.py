@@ -141,7 +141,7 @@ def record() -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines)
 
 
-def test_a_missing_compiler_is_one_message_with_the_fix(clone: Path, tmp_path: Path) -> None:
+def test_missing_compiler_is_one_message_with_the_fix(clone: Path, tmp_path: Path) -> None:
     result = run(
         clone / "docker/environment.sh",
         environment={"PATH": bare_path(tmp_path / "bin"), "HOME": str(tmp_path)},
@@ -153,21 +153,21 @@ def test_a_missing_compiler_is_one_message_with_the_fix(clone: Path, tmp_path: P
     assert not (clone / ".venv").exists()
 
 
-def test_a_python_that_is_missing_or_too_old_is_one_message_with_the_fix(clone: Path) -> None:
+def test_python_that_is_missing_or_too_old_is_one_message_with_the_fix(clone: Path) -> None:
     result = run(clone / "docker/environment.sh", environment=environment(PYTHON="/no/python3"))
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: /no/python3 is missing or older than 3.11")
     assert not (clone / ".venv").exists()
 
 
-def test_an_unknown_choice_of_mpi_is_refused(clone: Path) -> None:
+def test_unknown_choice_of_mpi_is_refused(clone: Path) -> None:
     result = run(clone / "docker/environment.sh", environment=environment(DIST_TRAIN_MPI="mpich"))
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == "error: DIST_TRAIN_MPI is 'mpich'; it must be system or wheel"
     assert not (clone / ".venv").exists()
 
 
-def test_an_mpi_without_its_headers_is_refused_where_it_is_asked_for(clone: Path, tmp_path: Path) -> None:
+def test_mpi_without_its_headers_is_refused_where_it_is_asked_for(clone: Path, tmp_path: Path) -> None:
     # Debian's openmpi-bin has the compiler's wrapper, and libopenmpi-dev the header.
     stand_in(tmp_path / "bin", mpicxx=WITHOUT_HEADERS, mpirun="")
     changed = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", DIST_TRAIN_MPI="system")
@@ -178,7 +178,7 @@ def test_an_mpi_without_its_headers_is_refused_where_it_is_asked_for(clone: Path
     assert not (clone / ".venv").exists()
 
 
-def test_an_mpi_without_its_headers_is_passed_over_for_the_wheel(clone: Path, tmp_path: Path) -> None:
+def test_mpi_without_its_headers_is_passed_over_for_the_wheel(clone: Path, tmp_path: Path) -> None:
     stand_in(tmp_path / "bin", mpicxx=WITHOUT_HEADERS, mpirun="")
     # A Python that makes no environment: the choice is made and told before.
     stand_in(tmp_path / "bin", python3='[ "$1" = -c ]')
@@ -201,14 +201,14 @@ def test_horovod_is_not_built_with_an_mpi_without_headers(tmp_path: Path) -> Non
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_second_set_up_does_nothing() -> None:
+def test_second_set_up_does_nothing() -> None:
     run(ROOT / "docker/environment.sh", environment=environment())
     result = run(ROOT / "docker/environment.sh", environment=environment())
     assert result.returncode == 0
     assert result.stderr == "set-up: .venv is up to date\n"
 
 
-def test_an_mpi_that_is_installed_later_does_not_change_the_choice(tmp_path: Path, record: Mapping[str, str]) -> None:
+def test_mpi_that_is_installed_later_does_not_change_the_choice(tmp_path: Path, record: Mapping[str, str]) -> None:
     told = "echo 'mpi: Open MPI 4.0.0'"
     stand_in(tmp_path / "bin", mpicxx=told, mpirun=told)
     changed = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
@@ -245,7 +245,7 @@ def test_horovod_is_not_built_without_torch(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_an_index_out_of_reach_is_one_screen(clone: Path) -> None:
+def test_index_out_of_reach_is_one_screen(clone: Path) -> None:
     result = run(clone / "docker/environment.sh", environment=on_its_own(PYTHON=sys.executable, **UNREACHABLE))
     text = screen(result)
     assert "package index cannot be reached" in text
@@ -253,7 +253,7 @@ def test_an_index_out_of_reach_is_one_screen(clone: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk that is small")
-def test_a_full_disk_is_one_screen(clone: Path) -> None:
+def test_full_disk_is_one_screen(clone: Path) -> None:
     disk = clone.parent / "disk"
     disk.mkdir()
     script = 'mount -t tmpfs -o size=4m none "$0" && cp -r "$1"/* "$0" && exec "$0/docker/environment.sh"'
@@ -295,7 +295,7 @@ def test_device_names_what_horovod_is_built_for(cuda_python: Path, tmp_path: Pat
     assert "must be cpu or cuda" in screen(build_horovod(cuda_python, tmp_path / "cache", DEVICE="cuda:0"))
 
 
-def test_a_torch_for_cpus_is_refused_where_gpus_are_asked_for(tmp_path: Path) -> None:
+def test_torch_for_cpus_is_refused_where_gpus_are_asked_for(tmp_path: Path) -> None:
     if torch.version.cuda is not None:
         pytest.skip("torch has CUDA")
     result = build_horovod(Path(sys.executable), tmp_path / "cache", DEVICE="cuda")

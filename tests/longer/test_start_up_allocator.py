@@ -45,7 +45,7 @@ def faults_and_kept(**variables: str) -> tuple[int, str, int]:
     return int(without), kept, int(faults)
 
 
-def test_an_array_reuses_the_pages_of_the_freed_one() -> None:
+def test_array_reuses_the_pages_of_the_freed_one() -> None:
     without, kept, faults = faults_and_kept()
     assert kept == "True"
     assert faults < 1000

@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_best_trial_of_each_variant_is_confirmed_with_fresh_seeds(folder: Path) -> None:
+def test_best_trial_of_each_variant_is_confirmed_with_fresh_seeds(folder: Path) -> None:
     confirming = yaml.safe_load((folder / "runs" / "confirm.yaml").read_text())
     assert confirming["seeds"] == [100, 101]
     for variant in ("sb", "lb"):
@@ -60,7 +60,7 @@ def test_the_best_trial_of_each_variant_is_confirmed_with_fresh_seeds(folder: Pa
             assert config["run"]["seed"] == seed
 
 
-def test_the_report_has_the_contrast_the_line_and_the_sharpness(folder: Path) -> None:
+def test_report_has_the_contrast_the_line_and_the_sharpness(folder: Path) -> None:
     study = folder / "runs" / "search-confirm"
     assert (study / "report.html").is_file()
     table, page = cells(study), written(study)

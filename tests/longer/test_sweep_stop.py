@@ -75,7 +75,7 @@ def test_one_that_is_killed_takes_its_runs_along(tmp_path: Path) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_a_run_on_two_ranks(tmp_path: Path) -> None:
+def test_run_on_two_ranks(tmp_path: Path) -> None:
     study = str(write_study(tmp_path, seeds=[0]))
     ended = launch(1, "alone", "sweep", study, "run.max_steps=2", "--ranks", "2", "--only", "1")
     assert ended.code == 0, ended.output

@@ -72,7 +72,7 @@ class TestOrder:
         counts = [int(word) for word in (plan.directory / "counts").read_text().split()]
         assert (len(counts), max(counts)) == (6, 2)
 
-    def test_the_cores_are_shared_out(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_cores_are_shared_out(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
         assert [share_of_threads(*shares) for shares in ((1, 1), (2, 3), (5, 5))] == [12, 2, 1]
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -89,19 +89,19 @@ class TestOrder:
 
 
 class TestFailures:
-    def test_a_run_that_fails_stops_no_other_and_is_named_with_its_last_words(self, tmp_path: Path) -> None:
+    def test_run_that_fails_stops_no_other_and_is_named_with_its_last_words(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         tally = run_all(plan, "[ $NAME != noisy-seed-0 ] || { echo 'dist-train: no data' >&2; exit 2; }")
         assert len(tally.finished) == 3
         assert "  2 noisy-seed-0: no data" in summary(tally)
         assert tally.exit_code == ExitCode.FAULT
 
-    def test_a_run_that_is_killed_is_named_with_the_signal(self, tmp_path: Path) -> None:
+    def test_run_that_is_killed_is_named_with_the_signal(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         tally = run_all(plan, "[ $NAME != plain-seed-1 ] || kill -KILL $$")
         assert "  3 plain-seed-1: ended by SIGKILL" in summary(tally)
 
-    def test_a_run_that_cannot_be_started_is_named(self, tmp_path: Path) -> None:
+    def test_run_that_cannot_be_started_is_named(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         plan.directory.mkdir(parents=True)
         plan.runs[0].directory.touch()
@@ -109,7 +109,7 @@ class TestFailures:
         assert tally.failed[0][1].startswith("cannot be started: ")
         assert len(tally.finished) == 3
 
-    def test_a_run_that_would_diverge_again_is_named_and_not_started(self, tmp_path: Path) -> None:
+    def test_run_that_would_diverge_again_is_named_and_not_started(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         pretend(plan.runs[1], "failed", ExitCode.DIVERGED, "the loss is not finite")
         tally = run_all(plan, "touch started")
@@ -121,7 +121,7 @@ class TestFailures:
 
 
 class TestGoingOn:
-    def test_the_finished_are_skipped_and_the_broken_are_started(self, tmp_path: Path) -> None:
+    def test_finished_are_skipped_and_the_broken_are_started(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path, seeds=[0, 1, 2])
         pretend(plan.runs[0], "finished", ExitCode.FINISHED)
         pretend(plan.runs[1], "failed", ExitCode.FAULT, "a rank died")
@@ -136,7 +136,7 @@ class TestGoingOn:
         assert say[0] == "1/6 plain-seed-0: finished before"
         assert tally.exit_code == ExitCode.STOPPED
 
-    def test_a_run_is_not_reused_for_other_settings(self, tmp_path: Path) -> None:
+    def test_run_is_not_reused_for_other_settings(self, tmp_path: Path) -> None:
         before = small_plan(tmp_path)
         for run in before.runs:
             pretend(run, "finished", ExitCode.FINISHED)
@@ -146,11 +146,11 @@ class TestGoingOn:
         assert "optimizer.momentum: 0.9 when the run began, 0.5 now" in standing.note
         assert run_all(after, "exit 0").exit_code == ExitCode.FAULT
 
-    def test_a_run_that_is_to_end_later_by_now_goes_on(self, tmp_path: Path) -> None:
+    def test_run_that_is_to_end_later_by_now_goes_on(self, tmp_path: Path) -> None:
         pretend(small_plan(tmp_path, settings={"run.max_steps": 2}).runs[0], "finished", ExitCode.FINISHED)
         assert standing_of(small_plan(tmp_path, settings={"run.max_steps": 4}).runs[0]).then == "start"
 
-    def test_a_run_that_another_sweep_is_at_is_left_to_it(self, tmp_path: Path) -> None:
+    def test_run_that_another_sweep_is_at_is_left_to_it(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         lock = take(plan.runs[0])
         assert lock is not None
@@ -162,14 +162,14 @@ class TestGoingOn:
         assert len(tally.finished) == 3
         assert tally.exit_code == ExitCode.STOPPED
 
-    def test_the_lock_lasts_as_long_as_the_run(self, tmp_path: Path) -> None:
+    def test_lock_lasts_as_long_as_the_run(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         for _ in range(2):
             assert run_all(plan, "exit 0").busy == []
 
 
 class TestStopping:
-    def test_the_running_save_and_stop_and_no_other_begins(self, tmp_path: Path) -> None:
+    def test_running_save_and_stop_and_no_other_begins(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         both = "touch ../up-$NAME; while [ $(ls .. | grep -c up-) -lt 2 ]; do sleep 0.05; done"
         line = f"trap 'exit 75' TERM; {both}; kill -TERM {os.getpid()}; while :; do sleep 0.05; done"
@@ -231,7 +231,7 @@ class TestCommand:
         assert rows[0][6] == f"{accuracy * 100:.2f}"
         assert main(["sweep", study, "--array"]) == ExitCode.FAULT
 
-    def test_the_arguments_of_a_run_are_one_a_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_arguments_of_a_run_are_one_a_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         study = str(write_study(tmp_path))
         assert main(["sweep", study, "--only", "2", "--arguments", "--directory", str(tmp_path / "other")]) == 0
         assert capsys.readouterr().out.splitlines() == [
@@ -243,7 +243,7 @@ class TestCommand:
             "run.seed=0",
         ]
 
-    def test_a_bad_study_or_number_ends_with_2_before_anything_starts(
+    def test_bad_study_or_number_ends_with_2_before_anything_starts(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         good = str(write_study(tmp_path))

@@ -93,7 +93,7 @@ def emulated() -> dict[str, Emulated]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_step_mixes_no_devices_and_waits_only_where_it_reads_its_result(
+def test_step_mixes_no_devices_and_waits_only_where_it_reads_its_result(
     emulated: dict[str, Emulated], case: Sections
 ) -> None:
     found = emulated[str(case)]
@@ -103,5 +103,5 @@ def test_a_step_mixes_no_devices_and_waits_only_where_it_reads_its_result(
     assert found.operators > 0
 
 
-def test_a_step_reads_writes_and_starts_little_more_than_plain_pytorch_s() -> None:
+def test_step_reads_writes_and_starts_little_more_than_plain_pytorch_s() -> None:
     assert [row.row for row in traffic.rows() if not row.holds] == []

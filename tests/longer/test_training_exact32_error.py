@@ -107,14 +107,14 @@ def tiny_trainer(folder: Path, model: str, reduction: str) -> Trainer:
 
 
 @pytest.mark.parametrize("model", ["vgg9", pytest.param("resnet18", marks=pytest.mark.lengthy)])
-def test_the_sum_is_as_accurate_as_one_of_float32_in_order_all_along_a_run(tmp_path: Path, model: str) -> None:
+def test_sum_is_as_accurate_as_one_of_float32_in_order_all_along_a_run(tmp_path: Path, model: str) -> None:
     errors = errors_along(tiny_trainer(tmp_path, model, "exact32"), MOMENTS)
     assert len(errors) == len(MOMENTS)
     assert all(0 < each.integers <= each.in_order for each in errors), errors
 
 
 @pytest.mark.parametrize("model", ["vgg9", pytest.param("resnet18", marks=pytest.mark.lengthy)])
-def test_the_sum_in_16_bits_is_as_inaccurate_as_is_stated(tmp_path: Path, model: str) -> None:
+def test_sum_in_16_bits_is_as_inaccurate_as_is_stated(tmp_path: Path, model: str) -> None:
     errors = errors_along(tiny_trainer(tmp_path, model, "exact16"), MOMENTS, bits=16)
     assert len(errors) == len(MOMENTS)
     assert all(each.fp16 < each.integers < LARGEST_OF_16_BITS for each in errors), errors

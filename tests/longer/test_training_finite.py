@@ -185,7 +185,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(inner)
 
 
-def test_a_loss_beyond_the_range_of_the_training_sums_is_a_number(images: Path, tmp_path: Path) -> None:
+def test_loss_beyond_the_range_of_the_training_sums_is_a_number(images: Path, tmp_path: Path) -> None:
     """ResNet-50 whose running averages lag behind its weights: finite, though far from any training loss."""
     changes: dict[str, dict[str, Any]] = {
         "run": {"name": "large", "max_steps": 3},

@@ -59,7 +59,7 @@ def run(installed: Path, *words: str) -> str:
     return subprocess.run(command, cwd=installed, env=environment, check=True, capture_output=True, text=True).stdout
 
 
-def test_the_wheel_holds_the_package_and_the_shipped_files_alone(wheel: Path) -> None:
+def test_wheel_holds_the_package_and_the_shipped_files_alone(wheel: Path) -> None:
     package = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "dist_train").rglob("*")
@@ -73,11 +73,11 @@ def test_the_wheel_holds_the_package_and_the_shipped_files_alone(wheel: Path) ->
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
-def test_a_shipped_configuration_is_found_by_its_name(installed: Path, config: str) -> None:
+def test_shipped_configuration_is_found_by_its_name(installed: Path, config: str) -> None:
     assert run(installed, "config", "show", f"dist_train:configs/{config}")
 
 
-def test_a_shipped_study_finds_its_base(installed: Path) -> None:
+def test_shipped_study_finds_its_base(installed: Path) -> None:
     assert run(installed, "sweep", "dist_train:studies/smoke.yaml", "--list")
 
 
@@ -87,7 +87,7 @@ def test_shipped_scripts_can_be_run(installed: Path) -> None:
     assert "usage" in subprocess.run([script, "--help"], check=True, capture_output=True, text=True).stdout
 
 
-def test_a_submitted_script_sources_the_installed_prologue(installed: Path) -> None:
+def test_submitted_script_sources_the_installed_prologue(installed: Path) -> None:
     share = installed / "dist_train/share"
     script = run(installed, "submit", "dist_train:configs/demo.yaml", "--dry-run")
     assert f"\nroot={share}\n" in script
@@ -95,7 +95,7 @@ def test_a_submitted_script_sources_the_installed_prologue(installed: Path) -> N
     assert (share / "slurm/prologue.sh").is_file()
 
 
-def test_the_metadata_pass_the_index_s_check(distributions: tuple[Path, Path]) -> None:
+def test_metadata_pass_the_index_s_check(distributions: tuple[Path, Path]) -> None:
     pytest.importorskip("twine", reason="needs twine, which make setup installs")
     command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, distributions)]
     checked = subprocess.run(command, capture_output=True, text=True)

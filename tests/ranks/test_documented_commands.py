@@ -103,7 +103,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for command in TESTED_HERE
     ],
 )
-def test_a_documented_command_works(folder: Path, command: str) -> None:
+def test_documented_command_works(folder: Path, command: str) -> None:
     program = Path(sys.executable).parent / "dist-train"
     assert program.exists()
     ended = subprocess.run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pty
 import re
@@ -12,12 +11,11 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dist_train.outcome import ExitCode
-from tests.launching import mostly_lengthy
+from tests.launching import mostly_lengthy, status
 from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -83,14 +81,6 @@ def start(mark: str, *command: str, environment: Mapping[str, str] | None = None
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=PATIENCE)
     return process.returncode, out, err
-
-
-def status(run: Path) -> dict[str, Any]:
-    try:
-        read: dict[str, Any] = json.loads((run / "status.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return read
 
 
 def wait_while_running(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:

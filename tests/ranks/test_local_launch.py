@@ -100,7 +100,7 @@ def test_second_signal_ends_hanging_ranks(running: subprocess.Popen[str]) -> Non
     assert code == ExitCode.FAULT, output
 
 
-def test_a_killed_rank_ends_the_launch_with_1(running: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_killed_rank_ends_the_launch_with_1(running: subprocess.Popen[str], tmp_path: Path) -> None:
     os.kill(descendants(running.pid)[1], signal.SIGKILL)
     code, output = wait_for_end(running)
     assert code == ExitCode.FAULT

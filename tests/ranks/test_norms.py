@@ -69,7 +69,7 @@ def test_ghost_norm_differs_from_batch_norm(tmp_path: Path) -> None:
     assert parts["loss"] != pytest.approx(whole["loss"], rel=1e-3)
 
 
-def test_a_micro_batch_too_small_to_share_is_refused_before_training(tmp_path: Path) -> None:
+def test_micro_batch_too_small_to_share_is_refused_before_training(tmp_path: Path) -> None:
     config = write_config(tmp_path, small_settings(model={"norm": "sync"}, batch={"global_size": 98}))
     ended = launch(3, "mpi", "train", config, "--run-dir", str(tmp_path / "run"))
     assert ended.code == 2, ended.output

@@ -345,7 +345,7 @@ def picture_folder(otherwise: Path) -> Path:
     return folder
 
 
-def test_a_run_that_stands_still_is_told_to_the_webhook_and_so_is_its_going_on(watched: Watched) -> None:
+def test_run_that_stands_still_is_told_to_the_webhook_and_so_is_its_going_on(watched: Watched) -> None:
     ranks = trainers(watched.job)
     assert len(ranks) == 2
     for pid in ranks:
@@ -359,7 +359,7 @@ def test_a_run_that_stands_still_is_told_to_the_webhook_and_so_is_its_going_on(w
     wait_for(lambda: watched.webhook.received("DistTrainStalled", RUN, "resolved"), "the alert's end")
 
 
-def test_the_target_file_says_how_the_run_ended(watched: Watched) -> None:
+def test_target_file_says_how_the_run_ended(watched: Watched) -> None:
     assert list(watched.targets.glob("*.json"))
     for pid in trainers(watched.job):
         os.kill(pid, signal.SIGTERM)

@@ -98,7 +98,7 @@ def test_prometheus_finds_a_run_by_its_target_file_with_token_and_tls(tmp_path: 
 
 
 @pytest.mark.skipif(shutil.which("prometheus-pushgateway") is None, reason="prometheus-pushgateway is not installed")
-def test_the_last_values_of_a_short_run_are_at_the_pushgateway(tmp_path: Path) -> None:
+def test_last_values_of_a_short_run_are_at_the_pushgateway(tmp_path: Path) -> None:
     with pushgateway(tmp_path) as url:
         for rank in (0, 1):
             facts = replace(FACTS, name="short/run", rank=rank)

@@ -55,9 +55,7 @@ def pictures(otherwise: Path) -> Path:
 
 @pytest.mark.parametrize(("width", "dark"), list(zip(WIDTHS, (False, True), strict=True)), ids=["light", "dark"])
 @pytest.mark.parametrize("subject", SUBJECTS)
-def test_a_page_is_whole(
-    pages: dict[str, Path], tab: Page, tmp_path: Path, subject: str, width: int, dark: bool
-) -> None:
+def test_page_is_whole(pages: dict[str, Path], tab: Page, tmp_path: Path, subject: str, width: int, dark: bool) -> None:
     tab.show(pages[subject], width=width, dark=dark)
     tab.save_picture(pictures(tmp_path) / f"report_{subject}_{width}_{'dark' if dark else 'light'}.png")
     assert tab.complaints == []
@@ -94,7 +92,7 @@ CONTRAST = """names => {
 }"""
 
 
-def test_a_value_is_told_under_the_pointer(pages: dict[str, Path], tab: Page, tmp_path: Path) -> None:
+def test_value_is_told_under_the_pointer(pages: dict[str, Path], tab: Page, tmp_path: Path) -> None:
     for width in WIDTHS:
         tab.show(pages["study"], width=width)
         tab.evaluate("document.querySelector('#curve-0-1-title').closest('svg').scrollIntoView({block: 'center'})")
@@ -114,7 +112,7 @@ def test_a_value_is_told_under_the_pointer(pages: dict[str, Path], tab: Page, tm
         assert tab.complaints == []
 
 
-def test_a_scatter_tells_the_run_under_the_pointer(pages: dict[str, Path], tab: Page) -> None:
+def test_scatter_tells_the_run_under_the_pointer(pages: dict[str, Path], tab: Page) -> None:
     tab.show(pages["study"], width=1280)
     mark = "document.querySelector('#scatter-0-title').closest('svg').querySelector('.squares .mark')"
     tab.evaluate(f"{mark}.scrollIntoView({{block: 'center'}})")
@@ -124,7 +122,7 @@ def test_a_scatter_tells_the_run_under_the_pointer(pages: dict[str, Path], tab: 
     assert told.strip().startswith("LB, base line, seed ")
 
 
-def test_the_arrow_keys_walk_along_a_chart(pages: dict[str, Path], tab: Page) -> None:
+def test_arrow_keys_walk_along_a_chart(pages: dict[str, Path], tab: Page) -> None:
     tab.show(pages["study"], width=1280)
     tab.evaluate("document.querySelector('#curve-0-0-title').closest('svg').focus()")
     seen = []
@@ -136,7 +134,7 @@ def test_the_arrow_keys_walk_along_a_chart(pages: dict[str, Path], tab: Page) ->
     assert tab.evaluate("document.querySelector('.tip:not([hidden])') === null")
 
 
-def test_the_command_that_makes_an_update_again_stands_beside_its_values(pages: dict[str, Path], tab: Page) -> None:
+def test_command_that_makes_an_update_again_stands_beside_its_values(pages: dict[str, Path], tab: Page) -> None:
     tab.show(pages["run"], width=1280)
     tab.evaluate("document.querySelector('svg[data-kind=lines]').focus()")
     tab.press("End")
@@ -147,7 +145,7 @@ def test_the_command_that_makes_an_update_again_stands_beside_its_values(pages: 
 
 
 @pytest.mark.parametrize("scripts", [True, False], ids=["scripts", "none"])
-def test_a_series_can_be_switched_off_also_without_scripts(pages: dict[str, Path], tab: Page, scripts: bool) -> None:
+def test_series_can_be_switched_off_also_without_scripts(pages: dict[str, Path], tab: Page, scripts: bool) -> None:
     tab.show(pages["study"], width=1280, scripts=scripts)
     drawn = "[...document.querySelectorAll('svg[data-kind=lines] .series.s1')]"
     shown = f"{drawn}.filter(s => getComputedStyle(s).display !== 'none').length"
@@ -161,7 +159,7 @@ def test_a_series_can_be_switched_off_also_without_scripts(pages: dict[str, Path
     assert tab.evaluate(shown) == before
 
 
-def test_the_page_prints(pages: dict[str, Path], tab: Page, tmp_path: Path) -> None:
+def test_page_prints(pages: dict[str, Path], tab: Page, tmp_path: Path) -> None:
     tab.show(pages["study"], width=1280, dark=True)
     boxes = "[...document.querySelectorAll('.keys input')].filter(box => getComputedStyle(box).display !== 'none')"
     assert tab.evaluate(f"{boxes}.length") > 0

@@ -137,7 +137,7 @@ def test_rules_that_know_runs_by_their_name_alone_would_not_be(written: str, ins
         ("and on (run, run_id) run:dist_train_active:max == 1", "", "requeued often, and long over"),
     ],
 )
-def test_a_coarser_rule_would_be_a_false_alarm(written: str, instead: str, healthy: str, tmp_path: Path) -> None:
+def test_coarser_rule_would_be_a_false_alarm(written: str, instead: str, healthy: str, tmp_path: Path) -> None:
     shutil.copytree(DOCKER / "prometheus", tmp_path / "prometheus")
     path = tmp_path / "prometheus" / "rules" / "alerts.yml"
     text = path.read_text(encoding="utf-8")
@@ -166,7 +166,7 @@ def expectations() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("alert", ALERTS)
-def test_an_alert_is_tested_both_ways_and_explained(alert: str) -> None:
+def test_alert_is_tested_both_ways_and_explained(alert: str) -> None:
     rule = ALERT_RULES[alert]
     tested = [bool(statement["exp_alerts"]) for statement in expectations() if statement["alertname"] == alert]
     assert set(tested) == {True, False}

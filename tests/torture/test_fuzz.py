@@ -34,7 +34,7 @@ def guard() -> Iterator[Guard]:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_bad_input_is_a_message_and_never_code(name: str, guard: Guard, tmp_path: Path) -> None:
+def test_bad_input_is_a_message_and_never_code(name: str, guard: Guard, tmp_path: Path) -> None:
     logging.disable(logging.WARNING)
     try:
         [kind] = [kind for kind in kinds(tmp_path) if kind.name == name]

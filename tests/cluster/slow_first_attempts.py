@@ -1,6 +1,6 @@
-"""`dist-train`, but until Slurm has requeued the job LIVES times each gradient takes longer, without work for a core.
+"""`dist-train`, except that it sleeps before each gradient until Slurm has requeued the job ATTEMPTS times.
 
-`python -m tests.cluster.slow_first_lives LIVES ARGUMENTS...`
+`python -m tests.cluster.slow_first_attempts ATTEMPTS ARGUMENTS...`
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dist_train.cli.main import main
 from dist_train.training.step import TrainingStep
 
 if __name__ == "__main__":
-    lives = int(sys.argv[1])
+    attempts = int(sys.argv[1])
     add_gradient = TrainingStep._add_gradient
 
     def slow(self: TrainingStep, batch: Any, micro_batch: Any) -> None:
-        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < lives:
+        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < attempts:
             time.sleep(0.3)
         add_gradient(self, batch, micro_batch)
 
