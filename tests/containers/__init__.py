@@ -1,1 +1,1 @@
-"""The image of docker/Dockerfile, really built and run, and the services of docker/compose.yaml."""
+"""The image of docker/Dockerfile, built and run, and the services of docker/compose.yaml."""

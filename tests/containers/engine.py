@@ -1,4 +1,4 @@
-"""buildah and podman with a storage of their own, and stand-ins for the images that a registry would give.
+"""buildah and podman with their own storage, and stand-ins for images of a registry.
 
 There is no daemon: buildah builds in a chroot, podman runs by runc on the machine's own network.
 """
@@ -25,15 +25,15 @@ _PROGRAMS = ("buildah", "podman", "runc", "mmdebstrap", "tar")
 _GLIBC = re.compile(r"lib(c|m|pthread|dl|rt|resolv|util)\.so")
 
 
-def what_is_missing() -> str:
-    """Return why no image can be built here, or nothing."""
+def missing_requirement() -> str:
+    """Return why no image can be built here, or an empty string."""
     missing = [name for name in _PROGRAMS if not shutil.which(name)]
     if missing:
         return f"these programs are missing: {' '.join(missing)} (docker/debian_packages.sh installs them)"
     if os.geteuid() != 0:
         return "only root can build images here"
     if sys.base_prefix == "/usr":
-        return "the stand-in for python:3.11-slim is made of a Python below a folder of its own, not of the system's"
+        return "the stand-in for python:3.11-slim needs a Python with its own prefix, not the system's"
     if shutil.disk_usage("/tmp").free < 12 * 2**30:
         return "images need 12 GiB below /tmp"
     return ""
@@ -67,7 +67,7 @@ class Engine:
         check: bool = True,
         variables: Mapping[str, str] = MappingProxyType({}),
     ) -> subprocess.CompletedProcess[str]:
-        """Run a program with this engine's settings; unless told otherwise it has to succeed."""
+        """Run a program with this engine's settings; with `check` it must succeed."""
         result = subprocess.run(
             [str(word) for word in command],
             cwd=ROOT,
@@ -105,7 +105,7 @@ class Engine:
     def build(
         self, tag: str, file: Path, context: Path = ROOT, timeout: float = 1500, pip_without: Collection[str] = ()
     ) -> None:
-        """Build the image `tag`; pip finds what the machine's own pip finds without the settings `pip_without`."""
+        """Build the image `tag`; pip has the machine's own settings except `pip_without`."""
         self.call(
             "buildah",
             "bud",
@@ -134,7 +134,7 @@ class Engine:
         mounts = {}
         certificates = ssl.get_default_verify_paths().cafile
         if certificates:
-            # Not at the system's own path: the package ca-certificates writes there.
+            # Not at the system's own path, where the package ca-certificates writes.
             mounts[certificates] = "/run/machine/ca.crt:ro"
             settings["cert"] = "/run/machine/ca.crt"
         pip = {name: value for name, value in _pip_settings().items() if name not in pip_without}
@@ -162,9 +162,9 @@ class Engine:
             time.sleep(1)
         self.call("buildah", "rm", "--all", check=False)
         for line in Path("/proc/self/mounts").read_text().splitlines():
-            place = line.split()[1]
-            if place.startswith(f"{self.folder}/"):
-                subprocess.run(["umount", "--lazy", place], check=False)
+            mount = line.split()[1]
+            if mount.startswith(f"{self.folder}/"):
+                subprocess.run(["umount", "--lazy", mount], check=False)
         shutil.rmtree(self.folder)
 
 
@@ -176,7 +176,7 @@ def _pip_settings() -> Mapping[str, str]:
 
 
 def _pack_python(target: Path) -> None:
-    """Write this Python, without what is installed in it, with the libraries that it loads."""
+    """Write this Python without installed packages, with the libraries that it loads, to the archive `target`."""
     prefix = Path(sys.base_prefix)
     version = f"python{sysconfig.get_python_version()}"
     packages = prefix / "lib" / version / "site-packages"

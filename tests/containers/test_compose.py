@@ -1,6 +1,6 @@
-"""docker/compose.yaml, brought up by podman-compose: Prometheus finds the run that trains beside it.
+"""docker/compose.yaml, started by podman-compose: Prometheus finds the run beside it.
 
-Prometheus and Alertmanager are this machine's own, in stand-ins for their images; Grafana's stand-in only answers.
+The images of Prometheus and Alertmanager are stand-ins with this machine's programs; Grafana's only answers requests.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def make_stand_in(engine: Engine, folder: Path, service: str, image: str) -> Non
         found = shutil.which(SERVERS[service])
         assert found
         shutil.copy(found, folder / "program")
-        # Debian's Alertmanager reads its templates from there; the others have nothing of the kind.
+        # Debian's Alertmanager reads templates from there; the others have no such folder.
         shared = Path("/usr/share/prometheus") / service
         if shared.is_dir():
             shutil.copytree(shared, folder / "shared")
@@ -65,7 +65,7 @@ def make_stand_in(engine: Engine, folder: Path, service: str, image: str) -> Non
 
 @pytest.fixture
 def stand_ins(engine: Engine, tmp_path: Path) -> None:
-    """The images that compose.yaml names, but for the trainer's."""
+    """The images that compose.yaml names, except the trainer's."""
     missing = [name for name in ("podman-compose", *SERVERS.values()) if not shutil.which(name)]
     if missing:
         pytest.skip(f"these programs are missing: {' '.join(missing)} (docker/debian_packages.sh installs them)")
@@ -79,8 +79,8 @@ def stand_ins(engine: Engine, tmp_path: Path) -> None:
 
 
 @contextmanager
-def checking_health(engine: Engine) -> Iterator[None]:
-    """Have the health of all containers checked, as systemd's timers would: podman has no daemon."""
+def health_checks(engine: Engine) -> Iterator[None]:
+    """Check the health of all containers periodically, as systemd's timers would; podman has no daemon."""
     ended = threading.Event()
 
     def check() -> None:
@@ -97,7 +97,7 @@ def checking_health(engine: Engine) -> Iterator[None]:
         checker.join()
 
 
-def test_run_is_found_by_the_services_beside_it(engine: Engine, image: str, stand_ins: None, tmp_path: Path) -> None:
+def test_services_find_a_run_beside_them(engine: Engine, image: str, stand_ins: None, tmp_path: Path) -> None:
     runs, targets = tmp_path / "runs", tmp_path / "targets"
     for folder in (tmp_path, runs, targets):
         folder.mkdir(exist_ok=True)
@@ -126,7 +126,7 @@ def test_run_is_found_by_the_services_beside_it(engine: Engine, image: str, stan
         return bool(json.loads(fetch(query))["data"]["result"])
 
     try:
-        with checking_health(engine):
+        with health_checks(engine):
             engine.call(*compose, "up", "--detach", timeout=180, variables=variables)
             wait_for(lambda: any(targets.glob("*.json")), "the run's target", 120)
             wait_for(steps_seen, "the run in Prometheus", 60)

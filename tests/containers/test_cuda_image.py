@@ -1,4 +1,4 @@
-"""docker/Dockerfile, built for CUDA as far as a machine without a GPU shows it."""
+"""docker/Dockerfile built for CUDA, as far as can be tested without a GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_horovod_has_nccl(engine: Engine, cuda_image: str) -> None:
     assert engine.run(cuda_image, "-c", BUILT, options=["--entrypoint=python3"]).stdout.split() == ["True", "True"]
 
 
-def test_doctor_says_that_there_is_no_gpu(engine: Engine, cuda_image: str) -> None:
+def test_doctor_reports_that_there_is_no_gpu(engine: Engine, cuda_image: str) -> None:
     doctor = engine.run(cuda_image, "doctor").stdout
     assert "no GPU" in doctor
     assert "NCCL" in doctor

@@ -1,4 +1,4 @@
-"""docker/Dockerfile, built for CPUs: what is in the image, and two ranks that train in it."""
+"""docker/Dockerfile built for CPUs: the contents of the image, and two ranks that train in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.containers.engine import ROOT, Engine
 
 pytestmark = [pytest.mark.services, pytest.mark.ranks, pytest.mark.lengthy, pytest.mark.timeout(1800)]
 
-# The demonstration, cut short.
+# A shortened demo.
 SHORT = ("configs/demo.yaml", "run.max_steps=2", "batch.global_size=256", "evaluation.train_samples=200")
 
 
@@ -24,7 +24,7 @@ def fashion_mnist() -> str:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """A folder of runs as a user would mount it, writable for the image's user."""
+    """A folder of runs to mount, writable for the image's user."""
     folder = tmp_path / "runs"
     folder.mkdir()
     folder.chmod(0o1777)
@@ -32,17 +32,17 @@ def runs(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("script", ["mpirun.sh", "local.sh"])
-def test_two_ranks_train_in_it(engine: Engine, image: str, runs: Path, script: str) -> None:
+def test_two_ranks_train_in_the_image(engine: Engine, image: str, runs: Path, script: str) -> None:
     mounts = (f"--volume={fashion_mnist()}:/data:ro", f"--volume={runs}:/opt/dist_train/runs")
     words = ("-np", "2", "train", *SHORT, "data.root=/data")
     engine.run(image, *words, options=(*mounts, f"--entrypoint=launch/{script}"), timeout=240)
     status = json.loads((runs / "demo" / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["world_size"], status["step"]) == ("finished", 0, 2, 2)
-    # On the machine itself the run belongs to the image's user, who is nobody here.
+    # The run belongs to the image's user, who does not exist on the host.
     assert (runs / "demo").stat().st_uid == 10001
 
 
-def test_it_is_slim_and_without_root(engine: Engine, image: str) -> None:
+def test_image_is_slim_and_runs_without_root(engine: Engine, image: str) -> None:
     found = engine.run(
         image,
         "-c",
@@ -53,13 +53,13 @@ def test_it_is_slim_and_without_root(engine: Engine, image: str) -> None:
     assert found.stdout.split() == ["10001", "healthy", "configs", "launch", "runs", "studies", "safe"]
 
 
-def test_machine_is_found_fit_for_training(engine: Engine, image: str) -> None:
+def test_doctor_finds_that_training_can_run(engine: Engine, image: str) -> None:
     doctor = engine.run(image, "doctor").stdout
     assert "training can run here" in doctor
     assert "built with MPI, Gloo" in doctor
 
 
-def test_what_it_says_of_itself(engine: Engine, image: str) -> None:
+def test_image_metadata(engine: Engine, image: str) -> None:
     described = json.loads(engine.call("podman", "image", "inspect", image).stdout)[0]
     config = described["Config"]
     assert config["User"] == "10001:10001"

@@ -1,4 +1,4 @@
-"""Chromium, told what to do through its DevTools protocol: sizes, colour schemes, requests, errors, pictures."""
+"""Chromium controlled by its DevTools protocol: sizes, color schemes, requests, errors, screenshots."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.waiting import PATIENCE
 
-_FLAGS = (
+CHROMIUM_FLAGS = (
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
@@ -25,13 +25,11 @@ _FLAGS = (
     "--disable-sync",
     "--disable-background-networking",
     "--disable-component-update",
-    "--hide-scrollbars",
-    "--remote-debugging-pipe",
 )
 
 
 class Page:
-    """A tab. `complaints` are script errors, refused requests and warnings; `requests` all that was asked for."""
+    """A tab. `complaints` are script errors, refused requests and warnings; `requests` are the requested URLs."""
 
     def __init__(self, to_browser: int, from_browser: int) -> None:
         self._to, self._from = to_browser, from_browser
@@ -47,7 +45,7 @@ class Page:
             self._call(f"{domain}.enable")
 
     def show(self, page: Path, *, width: int, height: int = 900, dark: bool = False, scripts: bool = True) -> None:
-        """Load `page` anew at this size, and wait until it is drawn."""
+        """Load `page` at this size, and wait until it is loaded."""
         self.complaints.clear()
         self.requests.clear()
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
@@ -65,16 +63,16 @@ class Page:
         return answer["result"].get("value")
 
     def point_at(self, x: float, y: float) -> None:
-        """Move the mouse there, in pixels of the window."""
+        """Move the mouse to this position, in pixels of the window."""
         self._call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def press(self, key: str) -> None:
-        """Press and let go of a key."""
+        """Press and release a key."""
         for kind in ("keyDown", "keyUp"):
             self._call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
 
     def save_picture(self, path: Path, *, whole: bool = True) -> None:
-        """Save the page, the whole of it or the window."""
+        """Save a screenshot of the whole page, or of the window."""
         answer = self._call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         if whole:
             size = self._call("Page.getLayoutMetrics")["cssContentSize"]
@@ -89,7 +87,7 @@ class Page:
         path.write_bytes(base64.b64decode(answer["data"]))
 
     def width_on_paper(self, width: int = 720) -> int:
-        """Return how wide the page is when it is printed, `width` pixels being there."""
+        """Return the width of the printed page where `width` pixels are available."""
         size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
         self._call("Emulation.setDeviceMetricsOverride", **size)
         self._call("Emulation.setEmulatedMedia", media="print")
@@ -121,14 +119,14 @@ class Page:
         while b"\0" not in self._buffer:
             assert time.monotonic() < deadline
             content = os.read(self._from, 1 << 20)
-            assert content, "Chromium has gone"
+            assert content, "Chromium has ended"
             self._buffer += content
         line, self._buffer = self._buffer.split(b"\0", 1)
         message: dict[str, Any] = json.loads(line)
-        self._note(message)
+        self._record(message)
         return message
 
-    def _note(self, message: Mapping[str, Any]) -> None:
+    def _record(self, message: Mapping[str, Any]) -> None:
         parameters = message.get("params", {})
         match message.get("method"):
             case "Network.requestWillBeSent":
@@ -141,15 +139,23 @@ class Page:
                 self.complaints.append(str(parameters["args"]))
 
 
+def picture_folder(default: Path) -> Path:
+    """Return the folder for screenshots: that of DIST_TRAIN_PICTURES, or `default`."""
+    folder = Path(os.environ.get("DIST_TRAIN_PICTURES", default))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @contextmanager
 def browser() -> Iterator[Page]:
-    """Start Chromium with one tab; end it with the block."""
-    browser_reads, we_write = os.pipe()
-    we_read, browser_writes = os.pipe()
+    """Run Chromium with one tab for the block."""
+    browser_reads, test_writes = os.pipe()
+    test_reads, browser_writes = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        redirected = f'exec chromium "$@" 3<&{browser_reads} 4>&{browser_writes}'
+        flags = (*CHROMIUM_FLAGS, "--hide-scrollbars", "--remote-debugging-pipe", f"--user-data-dir={profile}")
+        command = f'exec chromium "$@" 3<&{browser_reads} 4>&{browser_writes}'
         process = subprocess.Popen(
-            ["bash", "-c", redirected, "chromium", *_FLAGS, f"--user-data-dir={profile}"],
+            ["bash", "-c", command, "chromium", *flags],
             pass_fds=(browser_reads, browser_writes),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -157,9 +163,9 @@ def browser() -> Iterator[Page]:
         os.close(browser_reads)
         os.close(browser_writes)
         try:
-            yield Page(we_write, we_read)
+            yield Page(test_writes, test_reads)
         finally:
-            os.close(we_write)
-            os.close(we_read)
+            os.close(test_writes)
+            os.close(test_reads)
             process.terminate()
             process.wait(timeout=PATIENCE)

@@ -1,5 +1,6 @@
-"""Draws a dashboard's panels in Chromium, from what a live Prometheus answers. Not Grafana: the layout, the
-expressions, the units, the legends and the thresholds are the dashboard's, the drawing is ours.
+"""Draws a dashboard's panels in Chromium with data of a live Prometheus, without Grafana.
+
+Layout, expressions, units, legends and thresholds are the dashboard's; the drawing is ours.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from tests.services.browser import CHROMIUM_FLAGS
 from tests.waiting import PATIENCE
 
 _TEMPLATE = Path(__file__).with_name("dashboard_page.html")
-_PLACE = "SETTINGS"
+_PLACEHOLDER = "SETTINGS"
 _ROW_HEIGHT = 36
 
 
@@ -29,26 +31,26 @@ def write_page(
     variables: Mapping[str, str],
     until: float | None = None,
 ) -> None:
-    """Write the page of `dashboard` over `seconds` until `until` (since 1970; else now), its `variables` filled in."""
-    shown = filled(dashboard, {**variables, "__range": f"{seconds}s"})
-    settings = json.dumps({"dashboard": shown, "prometheus": prometheus, "seconds": seconds, "until": until})
+    """Write the page of `dashboard` with these `variables`, over `seconds` until `until` (since 1970; else now)."""
+    dashboard = replace_variables(dashboard, {**variables, "__range": f"{seconds}s"})
+    settings = json.dumps({"dashboard": dashboard, "prometheus": prometheus, "seconds": seconds, "until": until})
     template = _TEMPLATE.read_text(encoding="utf-8")
-    assert template.count(_PLACE) == 1
-    path.write_text(template.replace(_PLACE, settings.replace("</", "<\\/")), encoding="utf-8")
+    assert template.count(_PLACEHOLDER) == 1
+    path.write_text(template.replace(_PLACEHOLDER, settings.replace("</", "<\\/")), encoding="utf-8")
 
 
-def filled(value: Any, variables: Mapping[str, str]) -> Any:
+def replace_variables(value: Any, variables: Mapping[str, str]) -> Any:
     """Return `value` with $name, ${name} and ${name:format} replaced in all its strings."""
     if isinstance(value, str):
-        return re.sub(r"\$(?:\{(\w+)(?::\w+)?\}|(\w+))", lambda found: _filled(found, variables), value)
+        return re.sub(r"\$(?:\{(\w+)(?::\w+)?\}|(\w+))", lambda found: _variable(found, variables), value)
     if isinstance(value, Mapping):
-        return {name: filled(inner, variables) for name, inner in value.items()}
+        return {name: replace_variables(inner, variables) for name, inner in value.items()}
     if isinstance(value, list):
-        return [filled(inner, variables) for inner in value]
+        return [replace_variables(inner, variables) for inner in value]
     return value
 
 
-def _filled(found: re.Match[str], variables: Mapping[str, str]) -> str:
+def _variable(found: re.Match[str], variables: Mapping[str, str]) -> str:
     return variables.get(found[1] or found[2], found[0])
 
 
@@ -64,10 +66,10 @@ def screenshot(page: Path, picture: Path, *, width: int, height: int) -> None:
 
 
 def series_drawn(page: Path) -> dict[str, int]:
-    """Return, by the panel's title, how many series Chromium drew."""
+    """Return the number of series that Chromium drew, by the title of the panel."""
     panels = _Panels()
     panels.feed(_chromium("--dump-dom", page.as_uri()))
-    assert panels.is_drawn, "the page was not drawn to its end"
+    assert panels.is_drawn, "the page was not drawn completely"
     return panels.series
 
 
@@ -85,8 +87,7 @@ class _Panels(HTMLParser):
 
 
 def _chromium(*arguments: str) -> str:
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    flags += ["--disable-background-networking", "--disable-component-update", "--virtual-time-budget=20000"]
+    flags = [*CHROMIUM_FLAGS, "--virtual-time-budget=20000"]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = ["chromium", *flags, f"--user-data-dir={profile}", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout

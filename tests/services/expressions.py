@@ -1,4 +1,4 @@
-"""What the dashboards and the rules ask of Prometheus, in a form that gives data for a healthy run."""
+"""The queries of dashboards and rules, in a form that has data for a healthy run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DASHBOARDS = DOCKER / "grafana" / "dashboards"
 RULES = DOCKER / "prometheus" / "rules"
 
 NEEDS_A_DEVICE = ("_device_", "_time_limit_")
-"""Parts of the names of metrics that are there only where a rank has a device, or a job a time limit."""
+"""Parts of the names of metrics that exist only for ranks with a device, or jobs with a time limit."""
 
 _ENDED = re.compile(r'outcome(!=""|=~"[^"]*")')
 
@@ -24,12 +24,12 @@ _FILTERS = re.compile(r"(?<![=!~])(==|!=|[<>]=?)(?![~=\"])|\b(and|or|unless)\b")
 
 
 def needs_a_device(expression: str) -> bool:
-    """Whether a run without a device and a time limit has no data for `expression`."""
+    """Whether `expression` has data only for runs with a device or a time limit."""
     return any(part in expression for part in NEEDS_A_DEVICE)
 
 
 def variables(run: str, run_id: str = ".*") -> dict[str, str]:
-    """Return what stands for the variables of Grafana and of the dashboards, when one run is looked at."""
+    """Return values of the variables of Grafana and of the dashboards, with one run selected."""
     return {
         "datasource": "prometheus",
         "run": run,
@@ -50,7 +50,7 @@ def filled(text: str, values: Mapping[str, str]) -> str:
 
 
 def dashboard_queries(dashboard: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the name and the expression, as written, of every query of panels and marks."""
+    """Yield name and unchanged expression of every query of panels and annotations."""
     for panel in dashboard.get("panels", []):
         for target in panel.get("targets", []):
             yield f"{panel['title']}/{target['refId']}", target["expr"]
@@ -60,7 +60,7 @@ def dashboard_queries(dashboard: Mapping[str, Any]) -> Iterator[tuple[str, str]]
 
 
 def rules() -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield every rule, with its name."""
+    """Yield name and contents of every rule."""
     for path in sorted(RULES.glob("*.yml")):
         for group in yaml.safe_load(path.read_text(encoding="utf-8"))["groups"]:
             for rule in group["rules"]:
@@ -68,15 +68,15 @@ def rules() -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def dashboard_expressions(run: str, run_id: str = ".*") -> dict[str, str]:
-    """Return every query of every dashboard, by a name for messages; those about devices are left out.
+    """Return the queries of all dashboards by a name for messages, except those about devices.
 
-    The conditions of marks are taken apart as for alerts.
+    Conditions of annotations are split into their operands, like those of alerts.
     """
     return {name: text for name, text in _expressions(run, run_id).items() if not needs_a_device(text)}
 
 
 def device_expressions(run: str) -> dict[str, str]:
-    """Return every query of every dashboard that is about devices, by a name for messages."""
+    """Return the queries of all dashboards about devices, by a name for messages."""
     return {name: text for name, text in _expressions(run, ".*").items() if needs_a_device(text)}
 
 
@@ -94,10 +94,10 @@ def _expressions(run: str, run_id: str) -> dict[str, str]:
 
 
 def rule_expressions() -> dict[str, str]:
-    """Return the expression of every recording rule, and of every alert the parts that a healthy run has data for."""
+    """Return the expressions of recording rules, and the operands of alerts that have data for a healthy run."""
     found: dict[str, str] = {}
     for name, rule in rules():
-        # a run at work has not ended
+        # A healthy run has no outcome yet.
         expression = rule["expr"].replace('dist_train_outcome{outcome=~"failed|diverged|killed"}', "dist_train_outcome")
         expression = _ENDED.sub('outcome=""', expression).replace("_ended_timestamp", "_heard_timestamp")
         parts = {name: expression} if "record" in rule else _numbered(name, operands(expression))
@@ -110,10 +110,10 @@ def _numbered(name: str, expressions: list[str]) -> dict[str, str]:
 
 
 def operands(expression: str) -> list[str]:
-    """Return the parts of `expression` that its comparisons, `and`, `or` and `unless` stand between.
+    """Return the operands of comparisons, `and`, `or` and `unless` in `expression`.
 
-    Such an expression is empty where nothing is wrong; a part of it that is empty as well has a misspelt name or label.
-    Parts without a series are left out. A look into the past (`offset`) becomes one at the present.
+    The whole is empty for a healthy run; an operand that is empty as well has a misspelt name or label. Operands
+    without a series are omitted, and so are `offset` modifiers.
     """
     present = re.sub(r"\s+offset\s+\w+", "", expression)
     return list(dict.fromkeys(_operands(promql_parser.parse(re.sub(r"\[(\w+):\w+\]", r"[\1:15s]", present)))))
@@ -131,7 +131,7 @@ def _operands(node: promql_parser.Expr) -> Iterator[str]:
 
 
 def selectors(node: promql_parser.Expr) -> Iterator[promql_parser.VectorSelector]:
-    """Yield every selector of series within `node`."""
+    """Yield the selectors of series in `node`."""
     if isinstance(node, promql_parser.VectorSelector):
         yield node
     elif isinstance(node, promql_parser.MatrixSelector):
@@ -142,7 +142,7 @@ def selectors(node: promql_parser.Expr) -> Iterator[promql_parser.VectorSelector
 
 
 def metric_names(expression: str) -> set[str]:
-    """Return the names of the metrics that `expression` selects; a pattern of names is given as it is written."""
+    """Return the names, or patterns of names, of the metrics that `expression` selects."""
     names = set()
     for selector in selectors(promql_parser.parse(expression)):
         by_label = [matcher.value for matcher in selector.matchers.matchers if matcher.name == "__name__"]

@@ -1,6 +1,6 @@
-"""Real runs that cost little: forked from a process that has imported everything, with a step each half second.
+"""Cheap real runs: forked from a process that has imported everything, with a step every half second.
 
-`python -m tests.services.paced_runs` reads one order a line, as JSON, and answers each with the number of its process.
+`python -m tests.services.paced_runs` reads one JSON request per line and answers with the id of the run's process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class PacedRuns:
-    """Starts runs from its own process, which `close` ends; the runs stay."""
+    """Starts runs from its own process, which `close` ends; the runs continue."""
 
     def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -35,21 +35,21 @@ class PacedRuns:
         )
 
     def start(self, log: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> int:
-        """Start `dist-train ARGUMENTS`, which writes to `log`; return its process."""
+        """Start `dist-train ARGUMENTS` with its output in `log`; return its process id."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        order = {"log": str(log), "arguments": arguments, "environment": dict(environment or {})}
-        self._server.stdin.write(json.dumps(order) + "\n")
+        request = {"log": str(log), "arguments": arguments, "environment": dict(environment or {})}
+        self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         return int(self._server.stdout.readline())
 
     def close(self) -> None:
-        """End the process that starts runs."""
+        """End the process that starts runs, but not the runs."""
         self._server.communicate()
 
 
 def _run(log: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Be the run."""
+    """Turn this process into the run."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
@@ -62,7 +62,7 @@ def _run(log: str, arguments: Sequence[str], environment: Mapping[str, str]) -> 
         time.sleep(STEP_SECONDS)
         return step(self, *batch)
 
-    TrainingStep.__call__ = paced  # type: ignore[assignment,method-assign]  # of this process, which is one run
+    TrainingStep.__call__ = paced  # type: ignore[assignment,method-assign]  # this process is one run
     code = main(list(arguments))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -72,9 +72,9 @@ def _run(log: str, arguments: Sequence[str], environment: Mapping[str, str]) -> 
 def _serve() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # runs that end leave no zombies
     for line in sys.stdin:
-        order = json.loads(line)
+        request = json.loads(line)
         if (process := os.fork()) == 0:
-            _run(order["log"], order["arguments"], order["environment"])
+            _run(request["log"], request["arguments"], request["environment"])
         print(process, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Real servers for tests: Prometheus, Alertmanager, Pushgateway, and a webhook that takes alerts."""
+"""Real servers for tests: Prometheus, Alertmanager, Pushgateway, and a webhook that receives alerts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def free_port() -> int:
 
 
 def fetch(url: str, timeout: float = PATIENCE) -> str:
-    """Return what is at `url`."""
+    """Return the text at `url`."""
     with urllib.request.urlopen(url, timeout=timeout) as answer:
         text: str = answer.read().decode()
         return text
@@ -59,17 +59,17 @@ def _running(command: Sequence[str], ready: str, log: Path) -> Iterator[None]:
 
 
 Sample = tuple[float, float]
-"""When, in seconds since 1970, and what."""
+"""Time in seconds since 1970, and value."""
 
 
 @dataclass(frozen=True)
 class Prometheus:
-    """A Prometheus that runs at `url`."""
+    """A Prometheus server at `url`."""
 
     url: str
 
     def ask(self, path: str, **parameters: str | float) -> Any:
-        """Return the data of an answer of its API."""
+        """Return the data of a request to its API."""
         query = urllib.parse.urlencode(parameters)
         try:
             answer = json.loads(fetch(f"{self.url}/api/v1/{path}?{query}"))
@@ -79,12 +79,12 @@ class Prometheus:
         return answer["data"]
 
     def query(self, expression: str) -> list[tuple[Mapping[str, str], float]]:
-        """Return the labels and the value of each series that `expression` gives now."""
+        """Return labels and value of each series of `expression` now."""
         result = self.ask("query", query=expression)["result"]
         return [(series["metric"], float(series["value"][1])) for series in result]
 
     def history(self, selector: str, minutes: int = 30) -> dict[str, list[Sample]]:
-        """Return the samples as they were scraped, of each series of `selector`, by its label `split`."""
+        """Return the scraped samples of each series of `selector`, by its label `split`."""
         result = self.ask("query", query=f"{selector}[{minutes}m]")["result"]
         return {
             series["metric"].get("split", ""): [(time, float(value)) for time, value in series["values"]]
@@ -92,12 +92,12 @@ class Prometheus:
         }
 
     def times_of_samples(self, selector: str, minutes: int = 60) -> list[float]:
-        """Return when the series of `selector` were scraped, in seconds since 1970."""
+        """Return the times of all samples of `selector`, in seconds since 1970."""
         result = self.ask("query", query=f"{selector}[{minutes}m]")["result"]
-        return [moment for series in result for moment, _ in series["values"]]
+        return [time for series in result for time, _ in series["values"]]
 
     def fired_at(self, alert: str, run_id: str) -> float:
-        """Return when `alert` first fired about a run, in seconds since 1970."""
+        """Return the time at which `alert` first fired for a run, in seconds since 1970."""
         return min(self.times_of_samples(f'ALERTS{{alertname="{alert}",alertstate="firing",run_id="{run_id}"}}'))
 
     def firing(self) -> set[str]:
@@ -105,7 +105,7 @@ class Prometheus:
         return {name for name, _ in self.alerts()}
 
     def firing_runs(self, alert: str) -> set[str]:
-        """Return the ids of the runs about which `alert` fires now."""
+        """Return the ids of the runs for which `alert` fires now."""
         return {run_id for name, run_id in self.alerts() if name == alert}
 
     def alerts(self) -> set[tuple[str, str]]:
@@ -127,7 +127,7 @@ def prometheus(folder: Path, config: Path) -> Iterator[Prometheus]:
 
 @contextmanager
 def alertmanager(folder: Path, config: Path) -> Iterator[str]:
-    """Run an Alertmanager with `config`; gives its address, host:port."""
+    """Run an Alertmanager with `config`; yield its address, host:port."""
     address = f"127.0.0.1:{free_port()}"
     command = ["prometheus-alertmanager", f"--config.file={config}", f"--storage.path={folder / 'alerts'}"]
     command += [f"--web.listen-address={address}", "--cluster.listen-address=", "--log.level=warn"]
@@ -137,10 +137,10 @@ def alertmanager(folder: Path, config: Path) -> Iterator[str]:
 
 @contextmanager
 def pushgateway(folder: Path) -> Iterator[str]:
-    """Run a Pushgateway; gives its URL."""
+    """Run a Pushgateway; yield its URL."""
     url = f"http://127.0.0.1:{free_port()}"
     command = ["prometheus-pushgateway", f"--web.listen-address={url.removeprefix('http://')}"]
-    # Debian's default is a file of the machine, with what its own Pushgateway and earlier ones have kept.
+    # Debian's default is a file of the machine, which may have data of other Pushgateways.
     command += [f"--persistence.file={folder / 'pushed'}"]
     with _running(command, f"{url}/-/ready", folder / "pushgateway.log"):
         yield url
@@ -148,13 +148,13 @@ def pushgateway(folder: Path) -> Iterator[str]:
 
 @dataclass
 class Webhook:
-    """What came in at `url`, alert by alert."""
+    """The alerts received at `url`."""
 
     url: str = ""
     alerts: list[Mapping[str, Any]] = field(default_factory=list)
 
     def received(self, name: str, run: str, status: str) -> Mapping[str, Any] | None:
-        """Return the first alert of this name about `run` with this status (firing, resolved), if one has come."""
+        """Return the first received alert with this name, run and status (firing, resolved), or None."""
         for alert in list(self.alerts):
             if (alert["labels"]["alertname"], alert["labels"].get("run"), alert["status"]) == (name, run, status):
                 return alert
@@ -163,20 +163,20 @@ class Webhook:
 
 @contextmanager
 def webhook() -> Iterator[Webhook]:
-    """Take alerts as Alertmanager sends them."""
-    taken = Webhook()
+    """Receive alerts from Alertmanager."""
+    hook = Webhook()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            taken.alerts.extend(json.loads(body)["alerts"])
+            hook.alerts.extend(json.loads(body)["alerts"])
             self.send_response(200)
             self.end_headers()
 
         def log_message(self, format: str, *args: Any) -> None: ...
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        taken.url = f"http://127.0.0.1:{server.server_port}/"
+        hook.url = f"http://127.0.0.1:{server.server_port}/"
         Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-        yield taken
+        yield hook
         server.shutdown()

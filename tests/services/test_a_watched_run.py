@@ -1,4 +1,4 @@
-"""A run of two ranks, watched by what is shipped: Prometheus, its rules, Alertmanager, the dashboards."""
+"""A run on two ranks, monitored with the shipped settings of Prometheus, Alertmanager, rules and dashboards."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from tests.launching import descendants, kill, records, small_settings, start, write_config
+from tests.services.browser import picture_folder
 from tests.services.dashboard_page import height_of, screenshot, series_drawn, write_page
 from tests.services.expressions import (
     dashboard_expressions,
@@ -46,8 +47,8 @@ pytestmark = [
 
 
 @dataclass(frozen=True)
-class Watched:
-    """The run and those who watch it."""
+class MonitoredRun:
+    """A run and the servers that monitor it."""
 
     run: Path
     job: subprocess.Popen[str]
@@ -56,14 +57,14 @@ class Watched:
     webhook: Webhook
 
 
-def trainers(job: subprocess.Popen[str]) -> list[int]:
-    """Return the processes of the two ranks of `job`: those that no other rank has started."""
+def rank_processes(job: subprocess.Popen[str]) -> list[int]:
+    """Return the processes of the two ranks of `job`, without processes that they started."""
     ours = [pid for pid in descendants(job.pid) if is_rank(pid)]
     return [pid for pid in ours if not is_rank(parent(pid))]
 
 
 def is_rank(pid: int) -> bool:
-    """Whether `pid` runs a rank's program itself, not the shell that starts it."""
+    """Whether `pid` runs a rank's program, not the shell that starts it."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:4] == [b"-m", b"dist_train", b"train"]
     except FileNotFoundError:
@@ -71,12 +72,12 @@ def is_rank(pid: int) -> bool:
 
 
 def parent(pid: int) -> int:
-    """Return the process that has started `pid`."""
+    """Return the parent process of `pid`."""
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[1])
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredRun]:
     folder = tmp_path_factory.mktemp("watched")
     targets = folder / "targets"
     targets.mkdir()
@@ -89,13 +90,13 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     ):
         job = start(2, "gloo", "train", write_config(folder, settings), "--run-dir", str(run))
         try:
-            yield Watched(run, job, targets, server, hook)
+            yield MonitoredRun(run, job, targets, server, hook)
         finally:
             kill(job)
 
 
 def watched_settings(targets: Path) -> dict[str, Any]:
-    """Return the settings of a small run that lasts, and that Prometheus finds in the folder `targets`."""
+    """Return the settings of an endless small run with its target file in `targets`."""
     return small_settings(
         run={"epochs": 1_000_000},
         checkpoint={"every_epochs": 5},
@@ -104,7 +105,7 @@ def watched_settings(targets: Path) -> dict[str, Any]:
 
 
 def prometheus_config(folder: Path, targets: Path, alerts: str) -> Path:
-    """Return the shipped configuration with this test's addresses, and its pace made quicker."""
+    """Return the shipped configuration with this test's addresses and shorter intervals."""
     settings = yaml.safe_load((SHIPPED / "prometheus/prometheus.yml").read_text())
     settings["global"] |= {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "500ms"}
     [job] = [job for job in settings["scrape_configs"] if job["job_name"] == "dist_train"]
@@ -120,7 +121,7 @@ def prometheus_config(folder: Path, targets: Path, alerts: str) -> Path:
 
 
 def rules_file(folder: Path, shipped: Path) -> Path:
-    """Return a copy of shipped rules in which a run that stands still is told after seconds."""
+    """Return a copy of shipped rules that report a stalled run after seconds."""
     rules = yaml.safe_load(shipped.read_text())
     for group in rules["groups"]:
         group.pop("interval", None)
@@ -135,7 +136,7 @@ def rules_file(folder: Path, shipped: Path) -> Path:
 
 
 def alertmanager_config(folder: Path, url: str) -> Path:
-    """Return the shipped configuration with this test's receiver, and its pace made quicker."""
+    """Return the shipped configuration with this test's receiver and shorter intervals."""
     settings = yaml.safe_load((SHIPPED / "alertmanager/alertmanager.yml").read_text())
     for receiver in settings["receivers"]:
         for hook in receiver.get("webhook_configs", []):
@@ -148,15 +149,15 @@ def alertmanager_config(folder: Path, url: str) -> Path:
     return path
 
 
-def test_prometheus_finds_the_run_by_its_target_file(watched: Watched) -> None:
+def test_prometheus_finds_the_run_by_its_target_file(watched: MonitoredRun) -> None:
     wait_for(lambda: watched.prometheus.query("dist_train_accuracy_ratio{split='test'}"), "the first evaluation")
 
-    def found() -> dict[str, str] | None:
+    def healthy_target() -> dict[str, str] | None:
         [target] = watched.prometheus.ask("targets")["activeTargets"]
         labels: dict[str, str] = target["labels"]
         return labels if target["health"] == "up" else None
 
-    labels = wait_for(found, "a scrape that succeeds")
+    labels = wait_for(healthy_target, "a successful scrape")
     assert (labels["run"], labels["rank"], labels["job"]) == (RUN, "0", "dist_train")
     [(info, _)] = wait_for(lambda: watched.prometheus.query("dist_train_run_info"))
     assert info["run"] == RUN
@@ -164,12 +165,12 @@ def test_prometheus_finds_the_run_by_its_target_file(watched: Watched) -> None:
     assert size == 2
 
 
-def test_what_prometheus_holds_is_what_the_run_recorded(watched: Watched) -> None:
-    def enough() -> list[tuple[float, float]] | None:
+def test_prometheus_has_the_recorded_values(watched: MonitoredRun) -> None:
+    def many_steps() -> list[tuple[float, float]] | None:
         [steps] = watched.prometheus.history("dist_train_step").values()
         return steps if len(steps) >= 12 else None
 
-    steps = dict(wait_for(enough, "a dozen scrapes"))
+    steps = dict(wait_for(many_steps, "a dozen scrapes"))
     trained = {record["step"]: record for record in records(watched.run, "train")}
     series = {
         ("loss", "batch"): "dist_train_loss",
@@ -193,35 +194,35 @@ def test_what_prometheus_holds_is_what_the_run_recorded(watched: Watched) -> Non
 
 
 def latest(evaluated: list[dict[str, Any]], split: str, name: str, step: float) -> list[float]:
-    """Return the last two values up to `step`: its own evaluation may be under way."""
+    """Return the last two values up to `step`, whose own evaluation may not have finished."""
     return [record[name] for record in evaluated if record["split"] == split and record["step"] <= step][-2:]
 
 
-def test_every_expression_of_a_dashboard_or_a_rule_gives_data(watched: Watched) -> None:
+def test_every_expression_of_dashboards_and_rules_has_data(watched: MonitoredRun) -> None:
     expressions = {**dashboard_expressions(RUN), **rule_expressions()}
     assert len(expressions) > 30
-    until_all_answer(watched.prometheus, expressions)
+    wait_for_data(watched.prometheus, expressions)
     assert watched.prometheus.firing() == set()
 
 
-def test_every_expression_about_devices_gives_data_for_a_rank_that_has_one(watched: Watched, tmp_path: Path) -> None:
+def test_every_expression_about_devices_has_data_for_such_a_rank(watched: MonitoredRun, tmp_path: Path) -> None:
     run = tmp_path / "on_a_device"
     facts = replace(FACTS, name=run.name, run_directory=run, device_memory=80 << 30, time_limit=2e9)
     with serving(facts, STOPPED, targets_directory=watched.targets) as exporter:
         exporter.measurement(replace(measurement(15), ranks=(ON_A_DEVICE, ON_A_DEVICE)))
         expressions = device_expressions(run.name)
         assert expressions
-        until_all_answer(watched.prometheus, expressions)
+        wait_for_data(watched.prometheus, expressions)
 
 
-def test_no_panel_drowns_in_64_ranks_and_each_of_them_carries_its_own_node(watched: Watched, tmp_path: Path) -> None:
+def test_panels_of_64_ranks_have_few_series_and_ranks_have_their_nodes(watched: MonitoredRun, tmp_path: Path) -> None:
     run = tmp_path / "many_ranks"
     nodes = tuple(f"n{rank // 8}" for rank in range(64))
     facts = replace(
         FACTS, name=run.name, run_directory=run, world_size=64, micro_batches_of=(1,) * 64, nodes=nodes, node="n0"
     )
     ranks = tuple(ON_A_DEVICE._replace(busy_seconds=0.2 + 0.001 * (37 * rank % 64)) for rank in range(64))
-    slow = 45  # the one with 37 * rank % 64 == 1 but for what follows
+    slow = 45  # 37 * 45 % 64 == 1: it would be among the fastest
     ranks = (*ranks[:slow], ON_A_DEVICE._replace(busy_seconds=0.4), *ranks[slow + 1 :])
     with serving(facts, STOPPED, targets_directory=watched.targets) as exporter:
         exporter.measurement(replace(measurement(15), ranks=ranks))
@@ -238,13 +239,13 @@ def test_no_panel_drowns_in_64_ranks_and_each_of_them_carries_its_own_node(watch
 
 
 def sums_over_runs(expression: str) -> bool:
-    """Whether `expression` leaves out the ids of runs: its dashboard has chosen one, or counts them."""
+    """Whether `expression` aggregates over the ids of runs."""
     without_matchers = re.sub(r"\{[^}]*\}", "", expression)
     return bool(re.search(r"\b(sum|count|quantile)\b", without_matchers)) and "run_id" not in without_matchers
 
 
 def series_of(server: Prometheus, expression: str, run: str) -> int:
-    """Return how many series a panel draws of `expression` over the last minute."""
+    """Return the number of series of `expression` over the last minute."""
     now = seconds_since_1970()
     values = variables(run)
     found = server.ask("query_range", query=filled(expression, values), start=now - 60, end=now, step=1)["result"]
@@ -252,7 +253,7 @@ def series_of(server: Prometheus, expression: str, run: str) -> int:
 
 
 @pytest.mark.lengthy
-def test_two_runs_of_one_name_are_told_apart_by_every_panel_and_rule(watched: Watched, tmp_path: Path) -> None:
+def test_panels_and_rules_distinguish_two_runs_of_one_name(watched: MonitoredRun, tmp_path: Path) -> None:
     twin = tmp_path / RUN
     config = write_config(tmp_path, watched_settings(watched.targets))
     job = start(2, "gloo", "train", config, "--run-dir", str(twin))
@@ -264,23 +265,23 @@ def test_two_runs_of_one_name_are_told_apart_by_every_panel_and_rule(watched: Wa
         expressions = {**dashboard_expressions(RUN), **rule_expressions()}
         mixed: dict[str, Any] = {}
 
-        def all_apart() -> bool:
+        def all_distinguished() -> bool:
             mixed.clear()
             for name, text in expressions.items():
                 found = {labels["run_id"] for labels, _ in watched.prometheus.query(text) if "run_id" in labels}
-                # of rules also those of the tests before
+                # Rules also have data of the runs of earlier tests.
                 if not ids <= found and not sums_over_runs(text):
                     mixed[name] = (text, found)
             return not mixed
 
-        wait_for(all_apart, lambda: json.dumps({name: str(why) for name, why in mixed.items()}, indent=1))
+        wait_for(all_distinguished, lambda: json.dumps({name: str(why) for name, why in mixed.items()}, indent=1))
         for run_id in ids:
             for name, text in dashboard_expressions(RUN, run_id).items():
                 found = {labels.get("run_id", run_id) for labels, _ in watched.prometheus.query(text)}
                 assert found == {run_id}, name
 
         assert watched.prometheus.firing() == set()
-        ranks = trainers(job)
+        ranks = rank_processes(job)
         for pid in ranks:
             os.kill(pid, signal.SIGSTOP)
         wait_for(lambda: watched.prometheus.firing_runs("DistTrainStalled") == {second}, "the alert about the second")
@@ -297,8 +298,8 @@ def test_two_runs_of_one_name_are_told_apart_by_every_panel_and_rule(watched: Wa
     wait_for(lambda: not watched.prometheus.firing(), "the end of the alerts")
 
 
-def until_all_answer(server: Prometheus, expressions: Mapping[str, str]) -> None:
-    """Wait until `server` has data for each of the expressions; name those that it has none for."""
+def wait_for_data(server: Prometheus, expressions: Mapping[str, str]) -> None:
+    """Wait until `server` has data for all expressions; the error names those without."""
     missing: dict[str, str] = {}
 
     def all_answered() -> bool:
@@ -314,7 +315,7 @@ def until_all_answer(server: Prometheus, expressions: Mapping[str, str]) -> None
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs the Debian package chromium")
 @pytest.mark.parametrize("name", ["one_run", "all_runs"])
-def test_every_panel_is_drawn_from_the_live_prometheus(watched: Watched, name: str, tmp_path: Path) -> None:
+def test_every_panel_is_drawn_from_the_live_prometheus(watched: MonitoredRun, name: str, tmp_path: Path) -> None:
     dashboard = json.loads((SHIPPED / f"grafana/dashboards/{name}.json").read_text())
     dashboard["panels"] = [panel for panel in dashboard["panels"] if not shows_devices_only(panel)]
     page, picture = tmp_path / f"{name}.html", picture_folder(tmp_path) / f"{name}.png"
@@ -325,7 +326,7 @@ def test_every_panel_is_drawn_from_the_live_prometheus(watched: Watched, name: s
         empty[:] = [title for title, series in series_drawn(page).items() if not series]
         return not empty
 
-    # Prometheus may not have looked twice yet.
+    # Prometheus may not have scraped twice yet.
     wait_for(all_are_drawn, lambda: f"no data in {empty}")
     screenshot(page, picture, width=1400, height=height_of(dashboard))
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -333,20 +334,13 @@ def test_every_panel_is_drawn_from_the_live_prometheus(watched: Watched, name: s
 
 
 def shows_devices_only(panel: Mapping[str, Any]) -> bool:
-    """Whether `panel` has nothing to show on a machine without a GPU."""
+    """Whether `panel` is empty on a machine without a GPU."""
     targets = panel.get("targets", [])
     return bool(targets) and all(needs_a_device(target["expr"]) for target in targets)
 
 
-def picture_folder(otherwise: Path) -> Path:
-    """Return where the pictures go: a folder of the user's choice, to look at them."""
-    folder = Path(os.environ.get("DIST_TRAIN_PICTURES", otherwise))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def test_run_that_stands_still_is_told_to_the_webhook_and_so_is_its_going_on(watched: Watched) -> None:
-    ranks = trainers(watched.job)
+def test_webhook_is_told_when_a_run_stalls_and_continues(watched: MonitoredRun) -> None:
+    ranks = rank_processes(watched.job)
     assert len(ranks) == 2
     for pid in ranks:
         os.kill(pid, signal.SIGSTOP)
@@ -359,13 +353,14 @@ def test_run_that_stands_still_is_told_to_the_webhook_and_so_is_its_going_on(wat
     wait_for(lambda: watched.webhook.received("DistTrainStalled", RUN, "resolved"), "the alert's end")
 
 
-def test_target_file_says_how_the_run_ended(watched: Watched) -> None:
+def test_target_file_has_the_outcome_of_the_run(watched: MonitoredRun) -> None:
     assert list(watched.targets.glob("*.json"))
-    for pid in trainers(watched.job):
+    for pid in rank_processes(watched.job):
         os.kill(pid, signal.SIGTERM)
     watched.job.communicate(timeout=PATIENCE)
     [labels] = wait_for(
-        lambda: [labels for labels, _ in watched.prometheus.query(f"up{{run='{RUN}', outcome!=''}}")], "it is seen"
+        lambda: [labels for labels, _ in watched.prometheus.query(f"up{{run='{RUN}', outcome!=''}}")],
+        "the outcome in Prometheus",
     )
     assert labels["outcome"] == "stopped"
     assert not watched.prometheus.firing() & {"DistTrainFailed", "DistTrainExporterGone"}

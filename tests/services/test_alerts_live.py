@@ -1,8 +1,8 @@
-"""Twenty runs of each end, watched by real servers with the shipped rules: who fails, dies or hangs is reported within
-a few scrapes, who finishes or stops never.
+"""Alerts about twenty runs of each outcome, from real servers with the shipped rules.
 
-DIST_TRAIN_RUNS_OF_A_KIND makes them fewer. The table of what was measured is printed (`pytest -s`): how many intervals
-between scrapes passed from the end of a rule's own delay to its alert, and the seconds.
+Runs that fail, are killed or hang are reported within a few scrapes; runs that finish or stop never are.
+DIST_TRAIN_RUNS_OF_A_KIND reduces their number. `pytest -s` prints the delays from the end of a rule's own delay to its
+alert, in scrape intervals and in seconds.
 """
 
 from __future__ import annotations
@@ -37,44 +37,44 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("prometheus"), reason="needs the Debian package prometheus"),
 ]
 
-OF_A_KIND = int(os.environ.get("DIST_TRAIN_RUNS_OF_A_KIND", "20"))
+RUNS_PER_OUTCOME = int(os.environ.get("DIST_TRAIN_RUNS_OF_A_KIND", "20"))
 ALERTS = {"failed": "DistTrainFailed", "killed": "DistTrainFailed", "hung": "DistTrainStalled"}
-"""Of those that are to be reported; the others end as they should."""
+"""The expected alerts by outcome; the other outcomes are never reported."""
 DELAYS = {"DistTrainFailed": 0.0, "DistTrainStalled": 120.0 + 60.0}
-"""Seconds that a rule waits by itself: what it takes for standing still, and its `for`."""
+"""Own delays of the rules, in seconds: the time until a run counts as stalled, and `for`."""
 FEW_SCRAPES = 2
-"""Intervals: one until the scrape that shows the end, and one until Prometheus evaluates its rules."""
+"""Scrape intervals: one until the scrape that shows the end, and one until the rules are evaluated."""
 MOST_SCRAPES = 4
-"""On a busy machine: one more until a scrape is answered, and one until Prometheus reads a changed target file."""
+"""On a busy machine: one more until a scrape is answered, and one until a changed target file is read."""
 GONE_SECONDS = 120.0
-"""The longest `for` of the rules that look at the end of a run."""
-LIVES = (2.0, 40.0)
+"""The longest `for` of the rules about the end of runs."""
+LIFETIMES = (2.0, 40.0)
 
 
 @dataclass
-class Watched:
-    """A run, and when what happened to it."""
+class MonitoredRun:
+    """A run, its planned outcome, and the times of its end and alerts."""
 
     kind: str
     folder: Path
     processes: tuple[int, ...]
     run_id: str = ""
     due: float = 0.0
-    is_hit: bool = False
+    is_signalled: bool = False
     happened: float = 0.0
     reported: dict[tuple[str, int], float] = field(default_factory=dict)
-    """When each alert about it fired first, by its name and the server's number."""
+    """The first firing of each alert about it, by alert and number of the server."""
 
     def delays(self) -> list[float]:
-        """Return the seconds from the end of the rule's own delay to the expected alert, for each server."""
+        """Return the seconds from the end of the rule's own delay to the expected alert, of each server."""
         alert = ALERTS.get(self.kind)
         return [fired - self.happened - DELAYS[name] for (name, _), fired in self.reported.items() if name == alert]
 
 
-def start_run(runs: PacedRuns, folder: Path, targets: Path, kind: str) -> Watched:
-    """Start a run that `kind` is to befall; one that is to fail has two ranks."""
+def start_run(runs: PacedRuns, folder: Path, targets: Path, kind: str) -> MonitoredRun:
+    """Start a run with the outcome `kind`; one that shall fail has two ranks."""
     folder.mkdir(parents=True)
-    steps = 10 + round(random.uniform(*LIVES) / STEP_SECONDS) if kind == "finished" else 10**6
+    steps = 10 + round(random.uniform(*LIFETIMES) / STEP_SECONDS) if kind == "finished" else 10**6
     settings = small_settings(
         run={"epochs": 10**6, "max_steps": steps},
         evaluation={"every_epochs": 10**6},
@@ -85,17 +85,17 @@ def start_run(runs: PacedRuns, folder: Path, targets: Path, kind: str) -> Watche
     ranks = 2 if kind == "failed" else 1
     port, processes = free_port(), []
     for rank in range(ranks):
-        meeting = {"TORCHELASTIC_RUN_ID": folder.name, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        environment = {**meeting, **{name: str(value) for name, value in place.items()}} if ranks > 1 else {}
+        rendezvous = {"TORCHELASTIC_RUN_ID": folder.name, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        placement = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        environment = {**rendezvous, **{name: str(value) for name, value in placement.items()}} if ranks > 1 else {}
         processes.append(runs.start(folder / f"{rank}.log", *arguments, environment=environment))
-    return Watched(kind, folder / folder.name, tuple(processes))
+    return MonitoredRun(kind, folder / folder.name, tuple(processes))
 
 
-def attend(run: Watched, targets: Path) -> None:
-    """Do to `run` what its kind says once its time has come, and note when it happened.
+def disturb(run: MonitoredRun, targets: Path) -> None:
+    """End or stop `run` as its kind says once it is due, and record the time.
 
-    Its life begins when Prometheus can find it, and it has made ten steps: rules know by then how long they take.
+    Its lifetime counts from when it has a target file and has made ten steps, which rules need to know their duration.
     """
     now = time.time()
     if run.happened:
@@ -104,15 +104,15 @@ def attend(run: Watched, targets: Path) -> None:
         if lines_of(run.folder / "metrics.jsonl") < 10 or not list(targets.glob(f"{run.folder.name}-*.json")):
             return
         run.run_id = (run.folder / "run_id").read_text().strip()
-        run.due = now + random.uniform(*LIVES)
+        run.due = now + random.uniform(*LIFETIMES)
     if run.kind == "finished":
         run.happened = now if not is_alive(run.processes[0]) else 0.0
     elif now >= run.due:
         ends = {"failed": signal.SIGKILL, "killed": signal.SIGKILL, "hung": signal.SIGSTOP, "stopped": signal.SIGTERM}
-        if not run.is_hit:
+        if not run.is_signalled:
             os.kill(run.processes[-1], ends[run.kind])
-            run.is_hit = True
-        # a rank is killed, and the run has failed once the other one has noticed
+            run.is_signalled = True
+        # One rank is killed; the run has failed once the other has noticed.
         status = run.folder / "status.json"
         if run.kind != "failed":
             run.happened = time.time()
@@ -122,7 +122,7 @@ def attend(run: Watched, targets: Path) -> None:
 
 @contextmanager
 def servers(folder: Path, targets: Path, scrape: int, count: int) -> Iterator[list[Prometheus]]:
-    """Run so many Prometheus, with what is shipped but for the interval of scrapes and their own addresses."""
+    """Run so many Prometheus servers with the shipped settings, except for scrape interval and addresses."""
     settings = yaml.safe_load((DOCKER / "prometheus/prometheus.yml").read_text())
     settings["global"] |= {"scrape_interval": f"{scrape}s"}
     settings["scrape_configs"] = [job for job in settings["scrape_configs"] if job["job_name"] == "dist_train"]
@@ -140,32 +140,32 @@ def servers(folder: Path, targets: Path, scrape: int, count: int) -> Iterator[li
 
 
 @pytest.mark.parametrize(("scrape", "count"), [(5, 1), (5, 2), (60, 1), (60, 2)])
-def test_every_bad_end_is_reported_in_time_and_no_good_one_ever(scrape: int, count: int, tmp_path: Path) -> None:
+def test_failed_runs_are_reported_in_time_and_others_never(scrape: int, count: int, tmp_path: Path) -> None:
     targets = tmp_path / "targets"
     targets.mkdir()
-    kinds = ["failed", "killed", "hung", "finished", "stopped"] * OF_A_KIND
-    watched: list[Watched] = []
+    kinds = ["failed", "killed", "hung", "finished", "stopped"] * RUNS_PER_OUTCOME
+    watched: list[MonitoredRun] = []
     runs = PacedRuns()
     last = 0.0
     try:
         with servers(tmp_path, targets, scrape, count) as started:
             while not last or time.time() < last + max(GONE_SECONDS, *DELAYS.values()) + 2 * scrape + 30:
-                begun = time.time()
+                started_at = time.time()
                 if len(watched) < len(kinds):
-                    place = len(watched)
-                    watched.append(start_run(runs, tmp_path / f"{kinds[place]}{place}", targets, kinds[place]))
+                    number = len(watched)
+                    watched.append(start_run(runs, tmp_path / f"{kinds[number]}{number}", targets, kinds[number]))
                 for run in watched:
-                    attend(run, targets)
+                    disturb(run, targets)
                 by_id = {run.run_id: run for run in watched if run.run_id}
                 for number, server in enumerate(started):
                     for alert, run_id in server.alerts():
                         by_id[run_id].reported.setdefault((alert, number), time.time())
                 if not last and len(watched) == len(kinds) and all(run.happened for run in watched):
                     last = max(run.happened for run in watched)
-                time.sleep(max(0.0, begun + 1.0 - time.time()))
+                time.sleep(max(0.0, started_at + 1.0 - time.time()))
             for run in watched:
                 for alert, number in run.reported:
-                    # by the server's own clock: this loop looks every second or less often
+                    # by the server's own clock, since this loop polls at most every second
                     run.reported[alert, number] = started[number].fired_at(alert, run.run_id)
     finally:
         runs.close()
@@ -174,8 +174,8 @@ def test_every_bad_end_is_reported_in_time_and_no_good_one_ever(scrape: int, cou
     check(watched, scrape, count)
 
 
-def check(watched: list[Watched], scrape: int, count: int) -> None:
-    """Print what was measured, and compare it with what is promised."""
+def check(watched: list[MonitoredRun], scrape: int, count: int) -> None:
+    """Print the measured delays, and compare them with the promised ones."""
     wrong = []
     for run in watched:
         alert = ALERTS.get(run.kind)

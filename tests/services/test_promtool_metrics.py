@@ -1,4 +1,4 @@
-"""A live page, a target file and a last push, as Prometheus' own programs take them."""
+"""A metrics page, a target file and a final push, checked with Prometheus' own programs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 
-def test_promtool_has_no_complaint_about_a_live_page() -> None:
+def test_promtool_accepts_a_live_page() -> None:
     with serving() as exporter:
         exporter.record(train(20))
         exporter.record(EvaluationRecord(21, 3.0, "test", 0.5, 0.87, 10_000, 1.0))
@@ -88,17 +88,17 @@ def test_prometheus_finds_a_run_by_its_target_file_with_token_and_tls(tmp_path: 
                 urllib.request.urlopen(
                     f"https://{step[0]['instance']}/metrics", timeout=PATIENCE, context=ssl.create_default_context()
                 )
-        # without a scrape of what has ended, Prometheus sees how
+        # Prometheus learns the outcome from the target file, without a scrape of the ended run.
         [(ended, _)] = wait_for(lambda: server.query("up{outcome!=''} == 0"), "the target says how the run ended")
         assert (ended["outcome"], ended["run_id"]) == ("finished", labels["run_id"])
         assert ended["instance"] == step[0]["instance"]
-        # the scrape of the last values was waited for
+        # The run waited for a scrape of its last values.
         finished = server.query('last_over_time(dist_train_state{state="finished"}[1m])')
         assert [value for _, value in finished] == [1]
 
 
 @pytest.mark.skipif(shutil.which("prometheus-pushgateway") is None, reason="prometheus-pushgateway is not installed")
-def test_last_values_of_a_short_run_are_at_the_pushgateway(tmp_path: Path) -> None:
+def test_pushgateway_has_the_last_values_of_a_short_run(tmp_path: Path) -> None:
     with pushgateway(tmp_path) as url:
         for rank in (0, 1):
             facts = replace(FACTS, name="short/run", rank=rank)

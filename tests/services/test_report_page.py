@@ -1,8 +1,7 @@
-"""The report in Chromium: whole at both widths, in light and dark, without scripts, on paper, and from the keyboard."""
+"""The report in Chromium: both widths, light and dark, without scripts, on paper, and with the keyboard."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from dist_train.report.chart import LIGHT
 from dist_train.report.page import write_report
 from tests.launching import records
-from tests.services.browser import Page, browser
+from tests.services.browser import Page, browser, picture_folder
 from tests.unit.report_study import make_run, make_study, treatments, write_status
 
 WIDTHS = (1280, 390)
@@ -27,7 +26,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A study of which two runs are amiss, one run, and a folder of runs."""
+    """The reports of a study with a missing and a failed run, of one run, and of a folder of runs."""
     folder = tmp_path_factory.mktemp("report")
     study = make_study(folder / "study")
     shutil.rmtree(study / "lb-noise-amplitude-0.03-seed-2")
@@ -47,17 +46,13 @@ def tab() -> Iterator[Page]:
         yield page
 
 
-def pictures(otherwise: Path) -> Path:
-    folder = Path(os.environ.get("DIST_TRAIN_PICTURES", otherwise))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 @pytest.mark.parametrize(("width", "dark"), list(zip(WIDTHS, (False, True), strict=True)), ids=["light", "dark"])
 @pytest.mark.parametrize("subject", SUBJECTS)
-def test_page_is_whole(pages: dict[str, Path], tab: Page, tmp_path: Path, subject: str, width: int, dark: bool) -> None:
+def test_page_fits_without_errors(
+    pages: dict[str, Path], tab: Page, tmp_path: Path, subject: str, width: int, dark: bool
+) -> None:
     tab.show(pages[subject], width=width, dark=dark)
-    tab.save_picture(pictures(tmp_path) / f"report_{subject}_{width}_{'dark' if dark else 'light'}.png")
+    tab.save_picture(picture_folder(tmp_path) / f"report_{subject}_{width}_{'dark' if dark else 'light'}.png")
     assert tab.complaints == []
     assert [address for address in tab.requests if not address.startswith("data:")] == [pages[subject].as_uri()]
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
@@ -66,8 +61,8 @@ def test_page_is_whole(pages: dict[str, Path], tab: Page, tmp_path: Path, subjec
     assert (background == "rgb(20, 23, 26)") is dark
 
 
-def test_text_stands_out_from_its_ground(pages: dict[str, Path], tab: Page) -> None:
-    """WCAG: 4.5 for text, 3 for lines."""
+def test_text_and_lines_have_enough_contrast(pages: dict[str, Path], tab: Page) -> None:
+    """WCAG requires 4.5 for text and 3 for lines."""
     for dark in (False, True):
         tab.show(pages["study"], width=1280, dark=dark)
         assert tab.evaluate(f"({CONTRAST})(['--ink', '--soft', '--link', '--good', '--warn', '--bad'])") >= 4.5
@@ -92,7 +87,7 @@ CONTRAST = """names => {
 }"""
 
 
-def test_value_is_told_under_the_pointer(pages: dict[str, Path], tab: Page, tmp_path: Path) -> None:
+def test_chart_shows_values_under_the_pointer(pages: dict[str, Path], tab: Page, tmp_path: Path) -> None:
     for width in WIDTHS:
         tab.show(pages["study"], width=width)
         tab.evaluate("document.querySelector('#curve-0-1-title').closest('svg').scrollIntoView({block: 'center'})")
@@ -101,28 +96,28 @@ def test_value_is_told_under_the_pointer(pages: dict[str, Path], tab: Page, tmp_
             "return [b.left, b.top, b.width, b.height] })()"
         )
         tab.point_at(box[0] + 0.8 * box[2], box[1] + 0.5 * box[3])
-        told = tab.evaluate("document.querySelector('.tip:not([hidden])').innerText")
-        assert told.startswith("epoch 3")
-        assert [line.split(" ")[0] for line in told.splitlines()[1:]].count("noise,") == 3
-        assert "base line" in told
-        assert "± " in told
+        tooltip = tab.evaluate("document.querySelector('.tip:not([hidden])').innerText")
+        assert tooltip.startswith("epoch 3")
+        assert [line.split(" ")[0] for line in tooltip.splitlines()[1:]].count("noise,") == 3
+        assert "base line" in tooltip
+        assert "± " in tooltip
         inside = "(() => { const t = document.querySelector('.tip:not([hidden])').getBoundingClientRect();"
         assert tab.evaluate(inside + "return t.left >= 0 && t.right <= innerWidth && t.height > 20 })()")
-        tab.save_picture(pictures(tmp_path) / f"report_pointed_{width}.png", whole=False)
+        tab.save_picture(picture_folder(tmp_path) / f"report_pointed_{width}.png", whole=False)
         assert tab.complaints == []
 
 
-def test_scatter_tells_the_run_under_the_pointer(pages: dict[str, Path], tab: Page) -> None:
+def test_scatter_names_the_run_under_the_pointer(pages: dict[str, Path], tab: Page) -> None:
     tab.show(pages["study"], width=1280)
     mark = "document.querySelector('#scatter-0-title').closest('svg').querySelector('.squares .mark')"
     tab.evaluate(f"{mark}.scrollIntoView({{block: 'center'}})")
     x, y = tab.evaluate(f"(b => [b.left + b.width / 2, b.top + b.height / 2])({mark}.getBoundingClientRect())")
     tab.point_at(x, y)
-    told = tab.evaluate("document.querySelector('.tip:not([hidden])').innerText")
-    assert told.strip().startswith("LB, base line, seed ")
+    tooltip = tab.evaluate("document.querySelector('.tip:not([hidden])').innerText")
+    assert tooltip.strip().startswith("LB, base line, seed ")
 
 
-def test_arrow_keys_walk_along_a_chart(pages: dict[str, Path], tab: Page) -> None:
+def test_arrow_keys_move_along_a_chart(pages: dict[str, Path], tab: Page) -> None:
     tab.show(pages["study"], width=1280)
     tab.evaluate("document.querySelector('#curve-0-0-title').closest('svg').focus()")
     seen = []
@@ -134,18 +129,18 @@ def test_arrow_keys_walk_along_a_chart(pages: dict[str, Path], tab: Page) -> Non
     assert tab.evaluate("document.querySelector('.tip:not([hidden])') === null")
 
 
-def test_command_that_makes_an_update_again_stands_beside_its_values(pages: dict[str, Path], tab: Page) -> None:
+def test_chart_shows_the_replay_command_of_an_update(pages: dict[str, Path], tab: Page) -> None:
     tab.show(pages["run"], width=1280)
     tab.evaluate("document.querySelector('svg[data-kind=lines]').focus()")
     tab.press("End")
-    told = tab.evaluate("document.querySelector('.tip:not([hidden])').innerText")
+    tooltip = tab.evaluate("document.querySelector('.tip:not([hidden])').innerText")
     run = pages["run"].parent / "run"
     last = records(run, "train")[-1]["step"]
-    assert told.splitlines()[-1] == f"dist-train replay {run}@{last}"
+    assert tooltip.splitlines()[-1] == f"dist-train replay {run}@{last}"
 
 
 @pytest.mark.parametrize("scripts", [True, False], ids=["scripts", "none"])
-def test_series_can_be_switched_off_also_without_scripts(pages: dict[str, Path], tab: Page, scripts: bool) -> None:
+def test_series_can_be_hidden_also_without_scripts(pages: dict[str, Path], tab: Page, scripts: bool) -> None:
     tab.show(pages["study"], width=1280, scripts=scripts)
     drawn = "[...document.querySelectorAll('svg[data-kind=lines] .series.s1')]"
     shown = f"{drawn}.filter(s => getComputedStyle(s).display !== 'none').length"
@@ -163,7 +158,7 @@ def test_page_prints(pages: dict[str, Path], tab: Page, tmp_path: Path) -> None:
     tab.show(pages["study"], width=1280, dark=True)
     boxes = "[...document.querySelectorAll('.keys input')].filter(box => getComputedStyle(box).display !== 'none')"
     assert tab.evaluate(f"{boxes}.length") > 0
-    path = pictures(tmp_path) / "report_study.pdf"
+    path = picture_folder(tmp_path) / "report_study.pdf"
     tab.save_pdf(path)
     assert tab.width_on_paper() <= PAPER
     assert tab.evaluate(f"{boxes}.length") == 0

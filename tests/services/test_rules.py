@@ -1,4 +1,4 @@
-"""The rules and the settings of Prometheus and Alertmanager, checked by their own tools."""
+"""Rules and settings of Prometheus and Alertmanager, checked with their own tools."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ pytestmark = pytest.mark.services
 
 
 def run(*command: str | Path) -> str:
-    """Return what a tool says; it has to end well."""
+    """Return the output of a tool, which must succeed."""
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @promtool
-def test_promtool_takes_the_settings_and_the_rules() -> None:
+def test_promtool_accepts_settings_and_rules() -> None:
     assert "is valid prometheus config" in run("promtool", "check", "config", DOCKER / "prometheus" / "prometheus.yml")
-    said = run("promtool", "check", "rules", "--lint=all", "--lint-fatal", *sorted(RULES.glob("*.yml")))
-    assert said.count("SUCCESS") == len(list(RULES.glob("*.yml")))
+    output = run("promtool", "check", "rules", "--lint=all", "--lint-fatal", *sorted(RULES.glob("*.yml")))
+    assert output.count("SUCCESS") == len(list(RULES.glob("*.yml")))
 
 
 @promtool
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
-def test_alerts_fire_and_keep_silent(path: Path) -> None:
+def test_alerts_fire_only_when_they_should(path: Path) -> None:
     assert "SUCCESS" in run("promtool", "test", "rules", path)
 
 
 def healthy_twin(run: str, interval: int, length: int = 2000) -> list[dict[str, str]]:
-    """Return the series of a run that is at work all the time, and differs from `run` by its id alone."""
+    """Return the series of a healthy run that differs from `run` only by its id."""
     constant = {
         'up{job="dist_train", rank="0", run, outcome=""}': 1,
         'dist_train_state{run, state="running"}': 1,
@@ -80,7 +80,7 @@ def healthy_twin(run: str, interval: int, length: int = 2000) -> list[dict[str, 
 
 
 def with_twins(path: Path, folder: Path, change: Callable[[str], str] = str) -> Path:
-    """Return the tests of `path` with a healthy run beside each of theirs, and with the rules changed by `change`."""
+    """Return the tests of `path` with a healthy twin of each run, and with rules changed by `change`."""
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     content["rule_files"] = []
     for rule_file in sorted(RULES.glob("*.yml")):
@@ -103,15 +103,17 @@ def with_twins(path: Path, folder: Path, change: Callable[[str], str] = str) -> 
     "path",
     [pytest.param(path, marks=[] if path.stem == "ends" else pytest.mark.lengthy, id=path.stem) for path in TESTS],
 )
-def test_alerts_are_the_same_beside_a_healthy_run_of_the_same_name(path: Path, tmp_path: Path) -> None:
+def test_healthy_run_of_the_same_name_does_not_change_alerts(path: Path, tmp_path: Path) -> None:
     assert "SUCCESS" in run("promtool", "test", "rules", with_twins(path, tmp_path))
 
 
 @promtool
-@pytest.mark.parametrize(("written", "instead"), [("on (run, run_id)", "on (run)"), ("by (run, run_id)", "by (run)")])
-def test_rules_that_know_runs_by_their_name_alone_would_not_be(written: str, instead: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("written", "replacement"), [("on (run, run_id)", "on (run)"), ("by (run, run_id)", "by (run)")]
+)
+def test_rules_without_run_ids_would_confuse_runs_of_one_name(written: str, replacement: str, tmp_path: Path) -> None:
     tests = with_twins(
-        DOCKER / "prometheus/tests/progress.yml", tmp_path, lambda rules: rules.replace(written, instead)
+        DOCKER / "prometheus/tests/progress.yml", tmp_path, lambda rules: rules.replace(written, replacement)
     )
     command = ["promtool", "test", "rules", str(tests)]
     assert subprocess.run(command, capture_output=True, check=False).returncode != 0
@@ -119,7 +121,7 @@ def test_rules_that_know_runs_by_their_name_alone_would_not_be(written: str, ins
 
 @promtool
 @pytest.mark.parametrize(
-    ("written", "instead", "healthy"),
+    ("written", "replacement", "healthy"),
     [
         ("3 * run:dist_train_epoch_duration_seconds", "0 * run:dist_train_epoch_duration_seconds", "steps of 60 s"),
         ("10 * run:dist_train_step_duration_seconds", "0 * run:dist_train_step_duration_seconds", "steps of 60 s"),
@@ -137,12 +139,12 @@ def test_rules_that_know_runs_by_their_name_alone_would_not_be(written: str, ins
         ("and on (run, run_id) run:dist_train_active:max == 1", "", "requeued often, and long over"),
     ],
 )
-def test_coarser_rule_would_be_a_false_alarm(written: str, instead: str, healthy: str, tmp_path: Path) -> None:
+def test_coarser_rule_would_give_a_false_alarm(written: str, replacement: str, healthy: str, tmp_path: Path) -> None:
     shutil.copytree(DOCKER / "prometheus", tmp_path / "prometheus")
     path = tmp_path / "prometheus" / "rules" / "alerts.yml"
     text = path.read_text(encoding="utf-8")
     assert written in text
-    path.write_text(text.replace(written, instead), encoding="utf-8")
+    path.write_text(text.replace(written, replacement), encoding="utf-8")
     tests = tmp_path / "prometheus" / "tests" / "healthy.yml"
     command = ["promtool", "test", "rules", f"--run={healthy}", str(tests)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -151,24 +153,24 @@ def test_coarser_rule_would_be_a_false_alarm(written: str, instead: str, healthy
 
 
 @pytest.mark.skipif(not shutil.which("amtool"), reason="needs the Debian package prometheus-alertmanager")
-def test_amtool_takes_the_settings_of_alertmanager() -> None:
+def test_amtool_accepts_the_settings_of_alertmanager() -> None:
     assert "SUCCESS" in run("amtool", "check-config", DOCKER / "alertmanager" / "alertmanager.yml")
 
 
 def expectations() -> list[dict[str, Any]]:
-    """Return every statement of the rules' tests."""
+    """Return all expectations of the rules' tests."""
     return [
-        statement
+        expectation
         for path in TESTS
         for test in yaml.safe_load(path.read_text(encoding="utf-8"))["tests"]
-        for statement in test.get("alert_rule_test", [])
+        for expectation in test.get("alert_rule_test", [])
     ]
 
 
 @pytest.mark.parametrize("alert", ALERTS)
-def test_alert_is_tested_both_ways_and_explained(alert: str) -> None:
+def test_alert_is_tested_both_ways_and_documented(alert: str) -> None:
     rule = ALERT_RULES[alert]
-    tested = [bool(statement["exp_alerts"]) for statement in expectations() if statement["alertname"] == alert]
+    tested = [bool(expectation["exp_alerts"]) for expectation in expectations() if expectation["alertname"] == alert]
     assert set(tested) == {True, False}
     assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
     assert "$labels.run" in rule["annotations"]["summary"]
@@ -180,18 +182,18 @@ def test_alert_is_tested_both_ways_and_explained(alert: str) -> None:
     assert re.findall(r"\*\*(.+?)\.\*\*", text) == ["Means", "Look at", "Do"]
 
 
-def test_every_alert_is_in_the_table() -> None:
+def test_table_of_alerts_is_complete() -> None:
     assert set(ALERT_RULES) == set(ALERTS)
 
 
-def test_rules_are_of_known_metrics_and_recorded_names_say_their_level() -> None:
+def test_rules_use_known_metrics_and_names_with_their_level() -> None:
     known = {"up", *RECORDED}
     for metric in METRICS:
         suffixes = ("_bucket", "_sum", "_count") if str(metric.kind) == "histogram" else ("",)
         known |= {metric.name + suffix for suffix in suffixes}
     for name, rule in rules():
         for metric_name in metric_names(rule["expr"]):
-            assert any(re.fullmatch(metric_name, one) for one in known), f"{name}: {metric_name}"
+            assert any(re.fullmatch(metric_name, each) for each in known), f"{name}: {metric_name}"
     for name in RECORDED:
         assert re.fullmatch(r"run(_part|_rank)?:dist_train_[a-z_]+:[a-z0-9_]+", name)
 
@@ -203,7 +205,7 @@ def test_inhibitions_name_alerts_that_exist() -> None:
     assert "DistTrainExporterGone" in named
 
 
-def test_compose_is_of_the_compose_specification() -> None:
+def test_compose_file_follows_the_specification() -> None:
     run(
         str(Path(sys.executable).with_name("check-jsonschema")),
         "--builtin-schema",
