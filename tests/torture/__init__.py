@@ -1,1 +1,1 @@
-"""A seeded campaign of faults against real launches of the program."""
+"""A seeded campaign of faults in real launches, and fuzzing of all inputs."""

@@ -18,18 +18,18 @@ from tests.torture.campaign import GROUPS, Campaign
 
 
 def main() -> int:
-    """Run a campaign; 1 where anything was lost, wrong, left behind or unexplained."""
+    """Run a campaign; return 1 if there were any problems."""
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
     parser.add_argument("--faults", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=max(1, len(os.sched_getaffinity(0)) // 2), help="trials at a time")
-    parser.add_argument("--epochs", type=int, default=80, help="length of the tortured run, 4 updates each")
-    parser.add_argument("--engine", choices=sorted(GROUPS), default="all", help="what carries the ranks")
+    parser.add_argument("--jobs", type=int, default=max(1, len(os.sched_getaffinity(0)) // 2), help="concurrent trials")
+    parser.add_argument("--epochs", type=int, default=80, help="length of the runs, of 4 updates per epoch")
+    parser.add_argument("--engine", choices=sorted(GROUPS), default="all", help="engine of the ranks")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     console = Console(width=max(120, Console().width))
     folder = Path(tempfile.mkdtemp(prefix="torture-"))
-    begun = time.monotonic()
+    started = time.monotonic()
     campaign = Campaign(
         folder,
         arguments.seed,
@@ -38,11 +38,11 @@ def main() -> int:
         engine=arguments.engine,
     )
     campaign.run(arguments.faults, arguments.jobs)
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - started
     tally = campaign.tally
     console.print(tally.table())
-    for kind in campaign.left_out:
-        console.print(f"left out, this machine does not allow it: {kind}")
+    for kind in campaign.unsupported:
+        console.print(f"skipped, since this machine does not allow it: {kind}")
     console.print(f"{tally.hits} faults, seed {arguments.seed}, {seconds:.0f} s, {len(tally.details)} problems")
     if arguments.json:
         record = {
@@ -50,14 +50,14 @@ def main() -> int:
             "seed": arguments.seed,
             "seconds": round(seconds),
             "machine": f"{platform.platform()}, {os.cpu_count()} cores",
-            "left_out": campaign.left_out,
+            "left_out": campaign.unsupported,
             **tally.to_json(),
         }
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
     if tally.details:
         for detail in tally.details:
             console.print(detail, markup=False, highlight=False)
-        console.print(f"what the failed trials left is in {folder}")
+        console.print(f"the files of failed trials are in {folder}")
         return 1
     shutil.rmtree(folder, ignore_errors=True)
     return 0

@@ -1,4 +1,4 @@
-"""Trials: a run is started, disturbed, started again, until it is done; then its bits are compared."""
+"""Trials: a run is launched and disturbed until it finishes, and its bits are compared with an undisturbed run."""
 
 from __future__ import annotations
 
@@ -15,31 +15,29 @@ from threading import Lock
 from typing import Literal
 
 from tests.torture.damage import whole_steps
-from tests.torture.disk import Disk, can_forbid, can_mount
+from tests.torture.disk import Disk, can_make_immutable, can_mount
 from tests.torture.faults import FAULTS, METRICS_PORT, Fault, Moment
 from tests.torture.processes import Launch
 from tests.torture.scene import Scene
 from tests.torture.shim import Shim, build_shim
-from tests.torture.subject import Data, Subject, Truth, copy_code, make_subject, truth_of
+from tests.torture.subject import Data, FinalState, Subject, copy_code, final_state, make_subject
 from tests.torture.tally import Tally
 
-_MOST_LAUNCHES = 12
-_ENDED = {0, 1, 75}
+_MAX_LAUNCHES = 12
 _OWN_TRACEBACK = re.compile(r"^(\[\d+\]<\w+>:)?Traceback \(most recent call last\)", re.MULTILINE)
-_TOLD = re.compile(r"dist-train: |ERROR: |WARNING: ")
 
 
 @dataclass(frozen=True)
-class Means:
-    """What this machine lets the campaign do."""
+class Capabilities:
+    """Which needs of faults this machine meets."""
 
-    mounts: bool
-    forbids: bool
-    library: Path | None
+    can_mount: bool
+    can_make_immutable: bool
+    shim: Path | None
 
-    def lacks(self) -> frozenset[str]:
-        """Return the needs that cannot be met."""
-        met = {"mount": self.mounts, "forbid": self.forbids, "shim": self.library is not None}
+    def unmet(self) -> frozenset[str]:
+        """Return the needs that it does not meet."""
+        met = {"mount": self.can_mount, "immutable": self.can_make_immutable, "shim": self.shim is not None}
         return frozenset(need for need, is_met in met.items() if not is_met)
 
 
@@ -55,14 +53,14 @@ GROUPS: Mapping[Engine, Groups] = {
 
 
 class Campaign:
-    """Runs trials in `folder` until so many faults have hit; what takes longer than `patience` seconds hangs."""
+    """Runs trials in `folder`; a launch that takes longer than `patience` seconds counts as hanging."""
 
     def __init__(
         self,
         folder: Path,
         seed: int,
         epochs: int,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         patience: float = 60.0,
         engine: Engine = "all",
     ) -> None:
@@ -70,25 +68,25 @@ class Campaign:
         self.seed = seed
         self.patience = patience
         self.tally = Tally()
-        self._say = say
+        self._log = log
         self._groups = GROUPS[engine]
         self._lock = Lock()
-        self._means = Means(can_mount(), _can_forbid(folder), build_shim(folder))
+        self._capabilities = Capabilities(can_mount(), _can_make_immutable(folder), build_shim(folder))
         self._subjects: dict[Data, Subject] = {}
-        self._truths: dict[Data, Truth] = {}
+        self._undisturbed: dict[Data, FinalState] = {}
         code = copy_code(folder / "code")
         for data in _DATA:
             self._subjects[data] = make_subject(folder / data, code, data, epochs)
 
     @property
-    def left_out(self) -> list[str]:
-        """The kinds of fault that this machine does not allow."""
-        return [fault.kind for fault in FAULTS if fault.needs & self._means.lacks()]
+    def unsupported(self) -> list[str]:
+        """The kinds of faults that this machine does not allow."""
+        return [fault.kind for fault in FAULTS if fault.needs & self._capabilities.unmet()]
 
     def run(self, faults: int, jobs: int) -> None:
-        """Run trials, `jobs` at a time, until `faults` have hit."""
+        """Run `jobs` concurrent trials, until `faults` faults have happened."""
         for data, subject in self._subjects.items():
-            self._truths[data] = self._undisturbed(subject)
+            self._undisturbed[data] = self._train_undisturbed(subject)
         numbers = iter(range(1_000_000))
 
         def work() -> None:
@@ -104,7 +102,7 @@ class Campaign:
             for done in [pool.submit(work) for _ in range(jobs)]:
                 done.result()
 
-    def _undisturbed(self, subject: Subject) -> Truth:
+    def _train_undisturbed(self, subject: Subject) -> FinalState:
         run = self.folder / subject.data / "whole"
         log = self.folder / f"whole-{subject.data}.log"
         launch = Launch(1, "alone", subject.arguments(run), log, subject.code, subject.environment())
@@ -112,7 +110,7 @@ class Campaign:
         launch.kill_all()
         if not ended or launch.code != 0:
             raise RuntimeError(f"the undisturbed run failed: {launch.output[-2000:]}")
-        return truth_of(run)
+        return final_state(run)
 
     def _trial(self, number: int, limit: int) -> None:
         random = Random(f"{self.seed} {number}")
@@ -125,70 +123,71 @@ class Campaign:
         scene = Scene(
             subject,
             folder,
-            Disk(folder / "disk", self._means.mounts),
-            Shim(self._means.library, folder / "shim.state"),
+            Disk(folder / "disk", self._capabilities.can_mount),
+            Shim(self._capabilities.shim, folder / "shim.state"),
             random,
             self.patience,
         )
-        begun = time.monotonic()
+        started = time.monotonic()
         try:
-            trial = Trial(scene, self._means.lacks(), limit, self._groups)
+            trial = Trial(scene, self._capabilities.unmet(), limit, self._groups)
             trial.run()
-            wrong = trial.verdict(self._truths[data])
+            wrong = trial.differences(self._undisturbed[data])
         finally:
             scene.close()
         with self._lock:
             self.tally.add(trial.hits, [*trial.problems, *wrong], f"trial {number} of seed {self.seed}")
             hits = self.tally.hits
-        self._say(
+        self._log(
             f"trial {number}: {len(trial.hits)} faults in {scene.launches} launches, "
-            f"{time.monotonic() - begun:.0f} s; {hits} in all" + "".join(f"\n  {p}" for p in [*trial.problems, *wrong])
+            f"{time.monotonic() - started:.0f} s; {hits} in all"
+            + "".join(f"\n  {p}" for p in [*trial.problems, *wrong])
         )
         if not (trial.problems or wrong):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 class Trial:
-    """One run's lives."""
+    """The launches of one run."""
 
-    def __init__(self, scene: Scene, lacks: frozenset[str], limit: int, groups: Groups) -> None:
+    def __init__(self, scene: Scene, unmet: frozenset[str], limit: int, groups: Groups) -> None:
         self.hits: list[str] = []
         self.problems: list[str] = []
         self._scene = scene
-        self._lacks = lacks
+        self._unmet = unmet
         self._limit = limit
         self._groups = groups
 
     def run(self) -> None:
-        """Disturb the run over a few launches, then let it finish."""
+        """Disturb the run in a few launches, then let it finish."""
         disturbed = self._scene.random.randint(3, 5)
-        for life in range(_MOST_LAUNCHES):
-            if self._live(is_disturbed=life < disturbed):
+        for attempt in range(_MAX_LAUNCHES):
+            if self._launch(is_disturbed=attempt < disturbed):
                 return
-        self.problems.append(f"not finished after {_MOST_LAUNCHES} launches")
+        self.problems.append(f"not finished after {_MAX_LAUNCHES} launches")
 
-    def verdict(self, truth: Truth) -> list[str]:
-        """Compare the end with that of the undisturbed run."""
+    def differences(self, undisturbed: FinalState) -> list[str]:
+        """Return the differences from the final state of the undisturbed run."""
         try:
-            found = truth_of(self._scene.run)
+            found = final_state(self._scene.run)
         except Exception as error:
-            return [f"wrong: the run's end cannot be read: {error!r}"]
+            return [f"wrong: the run's final state cannot be read: {error!r}"]
         wrong = []
-        if found.digest != truth.digest:
+        if found.digest != undisturbed.digest:
             wrong.append("wrong: other weights than the undisturbed run's")
-        if found.results != truth.results:
+        if found.results != undisturbed.results:
             wrong.append("wrong: other records than the undisturbed run's")
         return wrong
 
-    def _live(self, *, is_disturbed: bool) -> bool:
-        """Go through one launch; whether the run is done."""
+    def _launch(self, *, is_disturbed: bool) -> bool:
+        """Launch the run once, and disturb it; return whether it has finished."""
         scene, random = self._scene, self._scene.random
         ranks, controller = random.choice(self._groups)
         metrics = random.random() < 0.25
-        offers = {"cached"} if scene.subject.data == "cached" else set()
-        offers |= ({"two"} if ranks > 1 else set()) | ({"metrics"} if metrics else set())
+        met = {"cached"} if scene.subject.data == "cached" else set()
+        met |= ({"ranks"} if ranks > 1 else set()) | ({"metrics"} if metrics else set())
         if is_disturbed:
-            self._do(self._draw("rest", random.choice((0, 1, 1, 2)), offers))
+            self._inject(self._draw("before", random.choice((0, 1, 1, 2)), met))
         floor = max(whole_steps(scene.run), default=0)
         lines = scene.lines()
         overrides = (
@@ -200,39 +199,39 @@ class Trial:
                 time.sleep(random.uniform(0, 4))
             else:
                 _wait_for_training(scene, launch, lines)
-            self._do(self._draw("work", random.choice((1, 2, 3, 4)), offers))
-            self._do(self._draw("end", 1, offers))
+            self._inject(self._draw("during", random.choice((1, 2, 3, 4)), met))
+            self._inject(self._draw("end", 1, met))
         ended = launch.wait(scene.patience if is_disturbed else 3 * scene.patience)
         if is_disturbed and not ended and launch.training() and scene.lines() > lines:
-            # What was killed was not needed: the run continues, as it should.
+            # The killed process was not needed: the run continues, as it should.
             ended = launch.wait(scene.patience)
         if not ended:
-            self._problem(f"hang: the launch has not ended within {scene.patience:g} s", launch)
+            self._problem(f"hang: the launch did not end within {scene.patience:g} s", launch)
         elif left := launch.wait_until_gone(scene.patience):
             self._problem(f"orphans: {len(left)} processes are left", launch)
         launch.kill_all()
-        for thief in scene.stolen:
-            thief.close()
-        scene.stolen.clear()
+        for listener in scene.taken_ports:
+            listener.close()
+        scene.taken_ports.clear()
         self._examine(launch, floor)
         return launch.code == 0 and _is_finished(scene)
 
-    def _draw(self, moment: Moment, count: int, offers: set[str]) -> list[Fault]:
-        needs = {"two", "cached", "metrics"} - offers | set(self._lacks)
-        able = [fault for fault in FAULTS if fault.moment == moment and not fault.needs & needs]
-        return self._scene.random.choices(able, [fault.weight for fault in able], k=count) if able else []
+    def _draw(self, moment: Moment, count: int, met: set[str]) -> list[Fault]:
+        unmet = {"ranks", "cached", "metrics"} - met | set(self._unmet)
+        possible = [fault for fault in FAULTS if fault.moment == moment and not fault.needs & unmet]
+        return self._scene.random.choices(possible, [fault.weight for fault in possible], k=count) if possible else []
 
-    def _do(self, faults: list[Fault]) -> None:
+    def _inject(self, faults: list[Fault]) -> None:
         for fault in faults:
             if len(self.hits) >= self._limit and fault.moment != "end":
                 continue
             try:
-                hit = fault.do(self._scene)
+                happened = fault.inject(self._scene)
             except OSError as error:
-                # The run came in between, as with a folder that it renamed: nothing was hit.
-                hit = False
-                self._scene.complain(f"torture: {fault.kind}: {error!r}")
-            if hit:
+                # The run interfered, for example by renaming a folder.
+                happened = False
+                self._scene.report(f"torture: {fault.kind}: {error!r}")
+            if happened:
                 self.hits.append(fault.kind)
 
     def _examine(self, launch: Launch, floor: int) -> None:
@@ -245,8 +244,8 @@ class Trial:
         highest = max(whole_steps(scene.run), default=0)
         if highest < floor:
             self._problem(f"lost: step {floor} was saved, now the last whole checkpoint is {highest}", launch)
-        self.problems += scene.complaints
-        scene.complaints.clear()
+        self.problems += scene.problems
+        scene.problems.clear()
 
     def _problem(self, text: str, launch: Launch) -> None:
         self.problems.append(
@@ -269,12 +268,12 @@ def _is_finished(scene: Scene) -> bool:
     return bool(whole_steps(scene.run)) and whole_steps(scene.run)[-1] == scene.subject.steps
 
 
-def _can_forbid(folder: Path) -> bool:
+def _can_make_immutable(folder: Path) -> bool:
     if not can_mount():
-        return can_forbid(folder)
+        return can_make_immutable(folder)
     disk = Disk(folder / "probe-disk", is_mounted=True)
     try:
-        return can_forbid(disk.root)
+        return can_make_immutable(disk.root)
     finally:
         disk.close()
         with suppress(OSError):

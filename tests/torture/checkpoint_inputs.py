@@ -51,14 +51,14 @@ def checkpoints(folder: Path) -> Kind:
             found = read_checkpoint(path)
         except UsageError as error:
             return refused(error)
-        assert _is_equal(found, contents), "other weights than were saved"
+        assert _is_equal(found, contents), "weights differ from the saved ones"
         return True
 
     return Kind("checkpoints", pairs, check)
 
 
 def forged_checkpoints(folder: Path) -> Kind:
-    """Checkpoints whose record was made to fit: somebody meant them to be read."""
+    """Checkpoints of an attacker, whose records match their contents."""
     path, contents = _saved(folder)
     whole = path.read_bytes()
     marker = folder / "ran"

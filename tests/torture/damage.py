@@ -1,4 +1,4 @@
-"""Damage to what lies on disk, and an account of what is whole, made without the program's own code."""
+"""Damages files of a run, and finds complete checkpoints without the program's own code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from random import Random
 
 
 def whole_steps(run: Path) -> list[int]:
-    """Return the steps of the checkpoints whose bytes are those of their record, ascending."""
+    """Return the steps of the checkpoints whose bytes match their record, ascending."""
     return sorted(int(path.stem.removeprefix("step-")) for path in _checkpoints(run) if _is_whole(path))
 
 
@@ -33,7 +33,7 @@ DAMAGES: tuple[Callable[[Path, Random], None], ...] = (_truncate, _flip, _empty)
 
 
 def damage_checkpoint(run: Path, random: Random) -> bool:
-    """Damage the newest whole checkpoint or its record, where an older one is whole; whether it was done."""
+    """Damage the newest complete checkpoint or its record, if an older one is complete; return whether it did."""
     steps = whole_steps(run)
     if len(steps) < 2:
         return False
@@ -45,16 +45,16 @@ def damage_checkpoint(run: Path, random: Random) -> bool:
         random.choice((_truncate, _empty))(newest.with_suffix(".json"), random)
     else:
         other = _path(run, random.choice(steps[:-1]))
-        ours, theirs = newest.read_bytes(), other.read_bytes()
-        newest.write_bytes(theirs)
-        # Two checkpoints that have changed places would leave none where there are only two.
+        newest_bytes, other_bytes = newest.read_bytes(), other.read_bytes()
+        newest.write_bytes(other_bytes)
+        # Swapping the only two checkpoints would leave none.
         if len(steps) > 2:
-            other.write_bytes(ours)
+            other.write_bytes(newest_bytes)
     return True
 
 
 def damage_every_checkpoint(run: Path, random: Random) -> bool:
-    """Damage all checkpoints; whether there were any."""
+    """Damage all checkpoints; return whether there were any."""
     paths = [_path(run, step) for step in whole_steps(run)]
     for path in paths:
         random.choice(DAMAGES)(path, random)
@@ -62,16 +62,16 @@ def damage_every_checkpoint(run: Path, random: Random) -> bool:
 
 
 def damage_cache(folder: Path, random: Random) -> bool:
-    """Damage a file of the decoded data; whether there was one."""
+    """Damage a file of the decoded data; return whether there was one."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".npy", ".json"))
     if not files:
         return False
     images = [path for path in files if path.name.endswith(".images.npy")]
     if len(images) > 1 and random.random() < 0.3:
         first, second = random.sample(images, 2)
-        ours = first.read_bytes()
+        first_bytes = first.read_bytes()
         first.write_bytes(second.read_bytes())
-        second.write_bytes(ours)
+        second.write_bytes(first_bytes)
     else:
         random.choice(DAMAGES)(random.choice(files), random)
     return True

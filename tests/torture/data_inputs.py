@@ -43,11 +43,11 @@ def idx(folder: Path) -> Kind:
         except UsageError as error:
             return refused(error)
         if is_packed_already:
-            # gzip's own sum guards the content.
-            assert np.array_equal(found.images.numpy(), written.images), "other images than were packed"
+            # gzip's checksum detects changes.
+            assert np.array_equal(found.images.numpy(), written.images), "images differ from the packed ones"
         else:
-            assert found.images.numpy().tobytes() == first[16:], "other images than the file holds"
-            assert found.labels.numpy().astype(np.uint8).tobytes() == second[8:], "other labels than the file holds"
+            assert found.images.numpy().tobytes() == first[16:], "images differ from those in the file"
+            assert found.labels.numpy().astype(np.uint8).tobytes() == second[8:], "labels differ from those in the file"
         return True
 
     return Kind("IDX", pairs, check)
@@ -79,7 +79,7 @@ def cifar_batches(folder: Path) -> Kind:
         assert found.images.shape[1:] == (3, 32, 32)
         assert len(found.labels) == len(found.images)
         assert all(0 <= label < 10 for label in found.labels.tolist())
-        assert found.images.numpy().tobytes() in content, "other images than the file holds"
+        assert found.images.numpy().tobytes() in content, "images differ from those in the file"
         assert test.images.shape[1:] == found.images.shape[1:]
         return True
 
@@ -98,7 +98,7 @@ def cifar_archives(folder: Path) -> Kind:
             found = decode_archive(CIFAR10, folder, (path,), "train")
         except UsageError as error:
             return refused(error)
-        assert np.array_equal(found.images.numpy(), train.images), "other images than were packed"
+        assert np.array_equal(found.images.numpy(), train.images), "images differ from the packed ones"
         return True
 
     return Kind("CIFAR archives", mutated(whole), check)
@@ -117,14 +117,14 @@ def _entry(folder: Path) -> tuple[Source, ImageSet, dict[str, bytes]]:
 
 def _changed_files(files: dict[str, bytes]) -> st.SearchStrategy[dict[str, bytes]]:
     names = sorted(files)
-    one = st.sampled_from(names).flatmap(
+    changed = st.sampled_from(names).flatmap(
         lambda name: mutated(files[name]).map(lambda content: {**files, name: content})
     )
-    gone = st.sampled_from(names).map(lambda name: {other: files[other] for other in names if other != name})
+    missing = st.sampled_from(names).map(lambda name: {other: files[other] for other in names if other != name})
     swapped = st.permutations(names).map(
         lambda order: {name: files[other] for name, other in zip(names, order, strict=True)}
     )
-    return st.one_of(one, one, gone, swapped)
+    return st.one_of(changed, changed, missing, swapped)
 
 
 def cache(folder: Path) -> Kind:
@@ -132,10 +132,10 @@ def cache(folder: Path) -> Kind:
 
     def check(changed: object) -> bool:
         assert isinstance(changed, dict)
-        _put(folder / "cache", changed)
+        _replace_files(folder / "cache", changed)
         found = decoded_once(folder / "cache", source, lambda: images)
-        assert torch.equal(found.images, images.images), "other images than were decoded"
-        assert torch.equal(found.labels, images.labels), "other labels than were decoded"
+        assert torch.equal(found.images, images.images), "images differ from the decoded ones"
+        assert torch.equal(found.labels, images.labels), "labels differ from the decoded ones"
         assert found.classes == images.classes
         return True
 
@@ -143,7 +143,7 @@ def cache(folder: Path) -> Kind:
 
 
 def forged_cache(folder: Path) -> Kind:
-    """Cache files whose record was made to fit: whatever they hold must have the form of images."""
+    """Cache files of an attacker, whose records match: their contents must have the form of images."""
     source, images, files = _entry(folder)
     marker = folder / "ran"
     buffer = io.BytesIO()
@@ -162,7 +162,7 @@ def forged_cache(folder: Path) -> Kind:
         check = hashlib.sha256(f"3 {first} {second}".encode()).hexdigest()
         record = {"classes": 3, "images_sha256": first, "labels_sha256": second, "check": check}
         forged = {names[".images.npy"]: pair[0], names[".labels.npy"]: pair[1]}
-        _put(folder / "cache", {**forged, names[".json"]: json.dumps(record).encode()})
+        _replace_files(folder / "cache", {**forged, names[".json"]: json.dumps(record).encode()})
         found = decoded_once(folder / "cache", source, lambda: images)
         assert not marker.exists(), "code was run from a cache file"
         assert found.images.dtype == torch.uint8
@@ -177,7 +177,7 @@ def forged_cache(folder: Path) -> Kind:
 _SUFFIXES = (".images.npy", ".labels.npy", ".json")
 
 
-def _put(folder: Path, files: dict[str, bytes]) -> None:
+def _replace_files(folder: Path, files: dict[str, bytes]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, content in files.items():

@@ -1,4 +1,4 @@
-"""A small disk of one trial, which can be full, read-only, or gone for a while."""
+"""A trial's small disk, which can be full, read-only or missing for a while."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def can_mount() -> bool:
     return os.geteuid() == 0 and _mount_works()
 
 
-def can_forbid(folder: Path) -> bool:
-    """Whether this process may make a folder unchangeable, there."""
+def can_make_immutable(folder: Path) -> bool:
+    """Whether this process may make folders in `folder` immutable."""
     probe = folder / "probe"
     probe.mkdir()
     try:
@@ -36,7 +36,7 @@ def can_forbid(folder: Path) -> bool:
 
 
 class Disk:
-    """A folder that is a disk of its own where the system allows it."""
+    """A folder, mounted as its own disk where the system allows it."""
 
     def __init__(self, folder: Path, is_mounted: bool) -> None:
         folder.mkdir()
@@ -46,13 +46,13 @@ class Disk:
             subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_MEGABYTES}m", "tmpfs", str(folder)], check=True)
 
     def close(self) -> None:
-        """Give the disk back."""
+        """Unmount the disk."""
         if self._is_mounted:
             subprocess.run(["umount", "--lazy", str(self.root)], check=True)
 
     @contextmanager
     def full(self) -> Iterator[None]:
-        """Have no byte left."""
+        """Keep the disk full."""
         ballast = self.root / "ballast"
         try:
             with suppress(OSError), ballast.open("wb", buffering=0) as file:
@@ -64,7 +64,7 @@ class Disk:
 
     @contextmanager
     def read_only(self, folder: Path) -> Iterator[None]:
-        """Refuse every change in `folder` and the folders below it."""
+        """Make `folder` and all folders below it immutable."""
         folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
         try:
             for path in folders:
@@ -78,14 +78,14 @@ class Disk:
 
 @contextmanager
 def vanished(folder: Path) -> Iterator[None]:
-    """Have `folder` elsewhere; what is made in its place meanwhile is put aside."""
+    """Rename `folder`; a folder created in its place is renamed as well afterwards."""
     away = folder.with_name(f"{folder.name}.away")
     folder.rename(away)
     try:
         yield
     finally:
         if folder.exists():
-            folder.rename(folder.with_name(f"{folder.name}.imposter-{time.monotonic_ns()}"))
+            folder.rename(folder.with_name(f"{folder.name}.replacement-{time.monotonic_ns()}"))
         away.rename(folder)
 
 

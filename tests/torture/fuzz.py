@@ -1,4 +1,4 @@
-"""`python -m tests.torture.fuzz [--inputs N] [--seed S]`: inputs near valid ones, to everything that reads files."""
+"""`python -m tests.torture.fuzz [--inputs N] [--seed S]`: almost valid inputs for everything that reads files."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from rich.table import Table
 from tests.torture.inputs import kinds
 from tests.torture.kind import Kind
 
-_WATCHED = frozenset({"os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "socket.connect"})
+_FORBIDDEN = frozenset({"os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "socket.connect"})
 
 
 class Guard:
-    """Notices what no reading of a file may do: a command, a process, a connection."""
+    """Detects commands, processes and connections, which reading a file must not start."""
 
     def __init__(self) -> None:
         self.is_watching = False
         self.seen: list[str] = []
-        sys.addaudithook(self._hear)
+        sys.addaudithook(self._audit)
 
-    def _hear(self, event: str, arguments: tuple[object, ...]) -> None:
-        if self.is_watching and event in _WATCHED:
+    def _audit(self, event: str, arguments: tuple[object, ...]) -> None:
+        if self.is_watching and event in _FORBIDDEN:
             self.seen.append(event)
 
 
 def fuzz(kind: Kind, inputs: int, number: int, guard: Guard) -> tuple[int, int]:
-    """Try so many inputs of `kind`; return how many, and how many of them were taken. Raises what a check raises."""
+    """Try so many inputs of `kind`; return the numbers of tried and of accepted ones. Raises the errors of checks."""
     counts = [0, 0]
 
     @seed(number)
@@ -49,12 +49,12 @@ def fuzz(kind: Kind, inputs: int, number: int, guard: Guard) -> tuple[int, int]:
     def attempt(drawn: object) -> None:
         guard.is_watching = True
         try:
-            taken = kind.check(drawn)
+            accepted = kind.check(drawn)
         finally:
             guard.is_watching = False
-        assert not guard.seen, f"reading it did {guard.seen}"
+        assert not guard.seen, f"reading it caused {guard.seen}"
         counts[0] += 1
-        counts[1] += taken
+        counts[1] += accepted
 
     run: Callable[[], None] = attempt
     run()
@@ -62,7 +62,7 @@ def fuzz(kind: Kind, inputs: int, number: int, guard: Guard) -> tuple[int, int]:
 
 
 def main() -> int:
-    """Fuzz every kind; 1 where one of them fails."""
+    """Fuzz every kind; return 1 if one fails."""
     parser = argparse.ArgumentParser(prog="python -m tests.torture.fuzz", description=__doc__)
     parser.add_argument("--inputs", type=int, default=10_000, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
@@ -71,23 +71,25 @@ def main() -> int:
     logging.disable(logging.CRITICAL)
     console, guard, failed = Console(width=max(100, Console().width)), Guard(), 0
     table = Table()
-    for name in ("input", "tried", "taken", "refused", "failed", "seconds"):
+    for name in ("input", "tried", "accepted", "refused", "failed", "seconds"):
         table.add_column(name, justify="left" if name == "input" else "right")
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         for kind in kinds(Path(folder)):
             if arguments.only not in (None, kind.name):
                 continue
-            begun = time.monotonic()
+            started = time.monotonic()
             try:
-                tried, taken = fuzz(kind, arguments.inputs, arguments.seed, guard)
+                tried, accepted = fuzz(kind, arguments.inputs, arguments.seed, guard)
             except BaseException as error:
                 if isinstance(error, KeyboardInterrupt):
                     raise
                 failed += 1
                 console.print_exception(extra_lines=0, width=100)
-                table.add_row(kind.name, "", "", "", "1", f"{time.monotonic() - begun:.0f}")
+                table.add_row(kind.name, "", "", "", "1", f"{time.monotonic() - started:.0f}")
                 continue
-            table.add_row(kind.name, f"{tried}", f"{taken}", f"{tried - taken}", "0", f"{time.monotonic() - begun:.0f}")
+            table.add_row(
+                kind.name, f"{tried}", f"{accepted}", f"{tried - accepted}", "0", f"{time.monotonic() - started:.0f}"
+            )
     console.print(table)
     return int(failed > 0)
 

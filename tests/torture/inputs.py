@@ -1,4 +1,4 @@
-"""All that is fuzzed: for each kind of input how it is drawn, and what the program may make of it."""
+"""All kinds of fuzzed inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MAKERS = (
 
 
 def kinds(folder: Path) -> list[Kind]:
-    """Return all kinds; their files lie in `folder`."""
+    """Return all kinds, with their files in `folder`."""
     made = []
     for make in _MAKERS:
         own = folder / make.__name__

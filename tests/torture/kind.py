@@ -1,4 +1,4 @@
-"""One kind of fuzzed input, and what all kinds share."""
+"""A kind of fuzzed input, and helpers of all kinds."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of input: how it is drawn, and the check, which raises where the program does what it must not."""
+    """A kind of input, with the strategy that draws it and the check of the program's reaction."""
 
     name: str
     inputs: st.SearchStrategy[object]
     check: Callable[[object], bool]
-    """Whether the program took the input; an AssertionError or any error that is not a message fails."""
+    """Returns whether the program accepted the input; raises if it reacted in a forbidden way."""
 
 
 class Call:
-    """Runs a command when it is unpickled the ordinary way."""
+    """Runs code when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = str(marker)
@@ -30,6 +30,6 @@ class Call:
 
 
 def refused(error: Exception) -> bool:
-    """Return that an input was not taken; the error must say why."""
+    """Return False for a refused input; the error must have a message."""
     assert str(error).strip(), "an error without a message"
     return False

@@ -1,4 +1,4 @@
-"""Bytes and texts near valid ones, for Hypothesis."""
+"""Hypothesis strategies of almost valid bytes and texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SPECIAL = (b"\x00", b"\xff" * 4, b"\x7f\xff\xff\xff", b"\x80\x02cos\nsystem\n",
 
 @st.composite
 def mutated(draw: st.DrawFn, whole: bytes) -> bytes:
-    """Draw `whole` with one to four changes: bits flipped, parts cut out, put in, or moved, the end cut off."""
+    """Draw `whole` with one to four changes: flipped bits, and deleted, inserted or repeated parts."""
     content = bytearray(whole)
     for _ in range(draw(st.integers(1, 4))):
         place = draw(st.integers(0, max(0, len(content) - 1)))
@@ -31,10 +31,10 @@ def mutated(draw: st.DrawFn, whole: bytes) -> bytes:
 
 
 def mutated_text(whole: str, words: Sequence[str]) -> st.SearchStrategy[bytes]:
-    """Draw the bytes of `whole` mutated, or with a line or a word of it replaced by one of `words`."""
+    """Draw the bytes of `whole` mutated, or with one of `words` in a line, or of any text."""
     lines = whole.splitlines()
 
-    def put(number: int, word: str, form: Callable[[str, str], str]) -> bytes:
+    def replace(number: int, word: str, form: Callable[[str, str], str]) -> bytes:
         changed = list(lines)
         changed[number] = form(changed[number], word)
         return "\n".join(changed).encode("utf-8", "surrogatepass")
@@ -44,7 +44,7 @@ def mutated_text(whole: str, words: Sequence[str]) -> st.SearchStrategy[bytes]:
         lambda line, word: f"{line}\n{word}",
         lambda line, word: line.replace(":", f"{word}:", 1),
     )
-    replaced = st.builds(put, st.integers(0, len(lines) - 1), st.sampled_from(words), st.sampled_from(forms))
+    replaced = st.builds(replace, st.integers(0, len(lines) - 1), st.sampled_from(words), st.sampled_from(forms))
     return st.one_of(
         mutated(whole.encode()), replaced, st.text(max_size=80).map(lambda text: text.encode(errors="replace"))
     )

@@ -1,4 +1,4 @@
-"""Launches whose every process can be found again, whatever has become of its parent."""
+"""Launches whose processes are all found, even if their parents have ended."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.launching import command, environment
+from tests.waiting import is_alive
 
-_MARK = "TORTURE_LAUNCH"
+_MARK_VARIABLE = "TORTURE_LAUNCH"
 _POLL_SECONDS = 0.02
 _SCAN_SECONDS = 0.1
 
 
 class Launch:
-    """`dist-train ARGUMENTS`, of the program in the folder `code`, on so many ranks; its output in a file."""
+    """`dist-train ARGUMENTS` on so many ranks, of the program in the folder `code`, with its output in `log`."""
 
     def __init__(
         self,
@@ -39,17 +40,12 @@ class Launch:
             self._process = subprocess.Popen(
                 command(ranks, controller, *arguments, program=program),
                 cwd=code,
-                env=environment(**extra, **{_MARK: self._mark}),
+                env=environment(**extra, **{_MARK_VARIABLE: self._mark}),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-
-    @property
-    def launcher(self) -> int:
-        """The process that was started."""
-        return self._process.pid
 
     @property
     def code(self) -> int | None:
@@ -58,29 +54,29 @@ class Launch:
 
     @property
     def output(self) -> str:
-        """What has been printed."""
+        """The output so far."""
         return self._log.read_text(encoding="utf-8", errors="replace")
 
     def members(self) -> list[int]:
-        """Return every living process of the launch, also those whose parent has gone."""
-        sought = f"{_MARK}={self._mark}".encode()
-        return sorted(pid for pid in _processes() if sought in _variables(pid) and _lives(pid))
+        """Return all living processes of the launch, including orphans."""
+        variable = f"{_MARK_VARIABLE}={self._mark}".encode()
+        return sorted(pid for pid in _processes() if variable in _variables(pid) and is_alive(pid))
 
     def training(self) -> list[int]:
-        """Return the processes that train, by rank as far as they say."""
-        return sorted((pid for pid in self.members() if _trains(pid)), key=_rank)
+        """Return the training processes, by rank where it is known."""
+        return sorted((pid for pid in self.members() if _is_training(pid)), key=_rank)
 
     def wait(self, seconds: float) -> bool:
-        """Wait until the launch has ended; whether it has."""
+        """Wait for the end of the launch; return whether it has ended."""
         return _until(lambda: self.code is not None, seconds)
 
     def wait_until_gone(self, seconds: float) -> list[int]:
-        """Wait until none of its processes is left; return those that are."""
+        """Wait for the end of all its processes; return those that are left."""
         _until(lambda: not self.members(), seconds, _SCAN_SECONDS)
         return self.members()
 
     def kill_all(self) -> None:
-        """SIGKILL every process at once."""
+        """Send SIGKILL to all processes until none is left."""
         while pids := self.members():
             for pid in pids:
                 send(pid, signal.SIGKILL)
@@ -89,7 +85,7 @@ class Launch:
 
 
 def send(pid: int, number: signal.Signals) -> bool:
-    """Send a signal; whether there was still somebody to take it."""
+    """Send a signal; return whether the process existed."""
     with suppress(ProcessLookupError):
         os.kill(pid, number)
         return True
@@ -116,23 +112,15 @@ def _variables(pid: int) -> list[bytes]:
         return []
 
 
-def _words(pid: int) -> list[bytes]:
+def _arguments(pid: int) -> list[bytes]:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return []
 
 
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def _trains(pid: int) -> bool:
-    words = _words(pid)
-    return words[1:4] == [b"-m", b"dist_train", b"train"]
+def _is_training(pid: int) -> bool:
+    return _arguments(pid)[1:4] == [b"-m", b"dist_train", b"train"]
 
 
 def _rank(pid: int) -> int:

@@ -1,4 +1,4 @@
-"""One trial's stage: its disk, its clock, its run directory, and the launch that is at work."""
+"""One trial's disk, clock, run directory and running launch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.torture.subject import Subject
 
 @dataclass
 class Scene:
-    """What faults act upon, and what they find wrong on their way."""
+    """A trial's state, on which faults act."""
 
     subject: Subject
     folder: Path
@@ -24,14 +24,12 @@ class Scene:
     shim: Shim
     random: Random
     patience: float
-    """Seconds: longer than this nothing may take that ought to end."""
+    """Seconds after which a launch that should end counts as hanging."""
     launch: Launch | None = None
-    stolen: list[socket.socket] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
-    """What a fault itself saw go wrong: a refusal that did not come, a message that is missing."""
+    taken_ports: list[socket.socket] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """Problems that faults found, such as a missing refusal or message."""
     launches: int = 0
-    is_run_free: bool = False
-    """Whether the run directory was emptied, so that nothing is lost when the next launch begins anew."""
 
     @property
     def run(self) -> Path:
@@ -39,13 +37,13 @@ class Scene:
         return self.disk.root / "run"
 
     @property
-    def at_work(self) -> Launch:
-        """The launch that is at work."""
+    def running(self) -> Launch:
+        """The running launch."""
         assert self.launch is not None
         return self.launch
 
     def start(self, ranks: int, controller: str, *overrides: str, program: tuple[str, ...] = ()) -> Launch:
-        """Start a launch on the run directory."""
+        """Start a launch with the run directory."""
         self.launches += 1
         return Launch(
             ranks,
@@ -58,26 +56,25 @@ class Scene:
         )
 
     def lines(self) -> int:
-        """Return how many records the run has written."""
+        """Return the number of records of the run."""
         try:
             return (self.run / "metrics.jsonl").read_bytes().count(b"\n")
         except OSError:
             return 0
 
-    def complain(self, text: str) -> None:
-        """Take note that something is wrong."""
-        self.complaints.append(text)
+    def report(self, text: str) -> None:
+        """Record a problem."""
+        self.problems.append(text)
 
     def clear_run(self) -> None:
-        """Empty the run directory, as a user would who begins anew."""
+        """Remove the run directory, as a user would to start from the beginning."""
         shutil.rmtree(self.run, ignore_errors=True)
-        self.is_run_free = True
 
     def close(self) -> None:
-        """Give everything back."""
+        """End the launch and release all resources."""
         if self.launch is not None:
             self.launch.kill_all()
-        for thief in self.stolen:
-            thief.close()
+        for listener in self.taken_ports:
+            listener.close()
         self.shim.close()
         self.disk.close()

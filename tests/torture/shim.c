@@ -1,4 +1,4 @@
-/* Preloaded into the program under torture: a clock that jumps and a disk that is slow, as a shared file says. */
+/* A library to preload: the clock jumps and the disk is slow, as set in a shared file. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>

@@ -1,4 +1,4 @@
-"""A clock that jumps and a disk that is slow, for the processes of one trial, through a preloaded library."""
+"""A jumping clock and a slow disk for the processes of a trial, by a preloaded library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import struct
 import subprocess
 from pathlib import Path
 
-_FORM = "qq"
+_FORMAT = "qq"
 _SOURCE = Path(__file__).with_name("shim.c")
 
 
@@ -25,35 +25,35 @@ def build_shim(folder: Path) -> Path | None:
 
 
 class Shim:
-    """The clock and the disk of one trial, as its processes see them."""
+    """Controls the clock and the disk of a trial's processes."""
 
     def __init__(self, library: Path | None, state: Path) -> None:
         self._library = library
         self._path = state
-        state.write_bytes(bytes(struct.calcsize(_FORM)))
+        state.write_bytes(bytes(struct.calcsize(_FORMAT)))
         with state.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), 0)
         self._clock, self._disk = 0, 0
 
     def environment(self) -> dict[str, str]:
-        """Return the variables that put it into a process."""
+        """Return the variables that load the library."""
         if self._library is None:
             return {}
         return {"LD_PRELOAD": str(self._library), "TORTURE_STATE": str(self._path)}
 
     def set_clock(self, seconds: int) -> None:
-        """Put the time of day off by so many seconds."""
+        """Shift the time of day by so many seconds."""
         self._clock = seconds
         self._write()
 
     def set_disk(self, milliseconds: int) -> None:
-        """Have every flush to disk take so much longer."""
+        """Delay every flush to disk by so much."""
         self._disk = milliseconds
         self._write()
 
     def close(self) -> None:
-        """Let go of the shared file."""
+        """Unmap the shared file."""
         self._map.close()
 
     def _write(self) -> None:
-        self._map[:] = struct.pack(_FORM, self._clock, self._disk)
+        self._map[:] = struct.pack(_FORMAT, self._clock, self._disk)

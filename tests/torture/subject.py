@@ -1,4 +1,4 @@
-"""The run that is tortured: a model of a few thousand weights, some hundreds of updates of a few milliseconds."""
+"""The disturbed run: a model of a few thousand weights, with some hundred updates of a few milliseconds."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
-class Truth:
-    """What a run that nothing has disturbed ends with."""
+class FinalState:
+    """The weights' digest and the records of a finished run."""
 
     digest: str
     results: str
@@ -30,13 +30,13 @@ class Truth:
 
 @dataclass(frozen=True)
 class Subject:
-    """A configuration: where it lies, what it needs of the environment, how many updates it takes."""
+    """A run's configuration, data, number of updates and environment."""
 
     config: Path
     data: Data
     steps: int
     code: Path
-    """A copy of the program, so that nobody's edit comes in between."""
+    """The folder of a copy of the program, which later edits do not change."""
     cache: Path
 
     def arguments(self, run: Path, *overrides: str) -> list[str]:
@@ -55,7 +55,7 @@ class Subject:
 
 
 def make_subject(folder: Path, code: Path, data: Data, epochs: int) -> Subject:
-    """Write the configuration, and the data where they are files, into the new `folder`."""
+    """Write the configuration, and cached data, into the new `folder`."""
     folder.mkdir(parents=True)
     samples = STEPS_PER_EPOCH * _BATCH + 2
     sections: dict[str, Any] = {
@@ -87,12 +87,12 @@ def make_subject(folder: Path, code: Path, data: Data, epochs: int) -> Subject:
 
 
 def copy_code(folder: Path) -> Path:
-    """Copy the program and these tests into the new `folder`, and return it."""
+    """Copy the program and these tests into the new `folder`; return it."""
     for name in ("dist_train", "tests"):
         shutil.copytree(_ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "golden"))
     return folder
 
 
-def truth_of(run: Path) -> Truth:
-    """Return what the finished `run` has ended with."""
-    return Truth(weights_digest(run), json.dumps(results(run), sort_keys=True))
+def final_state(run: Path) -> FinalState:
+    """Return the final state of `run`."""
+    return FinalState(weights_digest(run), json.dumps(results(run), sort_keys=True))

@@ -1,4 +1,4 @@
-"""What the faults did, by kind, and the table of it."""
+"""Counts of faults and problems by kind, and their table."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ class Row:
 
 @dataclass
 class Tally:
-    """All kinds. A problem counts for every kind of fault of its trial: which of them it was, the details tell."""
+    """Counts of all kinds. A problem counts for every kind of fault of its trial; the details say more."""
 
     rows: dict[str, Row] = field(default_factory=dict)
     details: list[str] = field(default_factory=list)
 
     @property
     def hits(self) -> int:
-        """How many faults have hit."""
+        """The number of faults that have happened."""
         return sum(row.count for row in self.rows.values())
 
-    def add(self, kinds: list[str], problems: list[str], place: str) -> None:
-        """Take in a trial: the faults that hit, and what was wrong."""
+    def add(self, kinds: list[str], problems: list[str], trial: str) -> None:
+        """Add the faults and problems of a trial."""
         for kind in kinds:
             row = self.rows.setdefault(kind, Row())
             row.count += 1
             row.recovered += not problems
         for problem in problems:
-            self.details.append(f"{place}: {problem}")
+            self.details.append(f"{trial}: {problem}")
             word = problem.partition(":")[0].partition(" ")[0]
             for kind in set(kinds) or {"none"}:
                 self.rows.setdefault(kind, Row()).problems[word if word in _COLUMNS else "other"] += 1
 
     def table(self) -> Table:
-        """Return the table, with its sum."""
+        """Return the table, with sums."""
         table = Table(
             title="lost: checkpoints; wrong: weights or records; hangs: over 60 s; tracebacks: shown to the user",
             title_justify="left",
@@ -71,7 +71,7 @@ class Tally:
         return table
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it as plain values."""
+        """Return everything as plain values."""
         return {
             "faults": self.hits,
             "kinds": {kind: _plain(row) for kind, row in sorted(self.rows.items())},

@@ -1,4 +1,4 @@
-"""A few inputs near valid ones to everything that reads files: what `python -m tests.torture.fuzz` does at length."""
+"""A few almost valid inputs for everything that reads files, like those of `python -m tests.torture.fuzz`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ KINDS = (
 
 @pytest.fixture(scope="module")
 def guard() -> Iterator[Guard]:
-    watching = Guard()
-    yield watching
-    watching.is_watching = False
+    guard = Guard()
+    yield guard
+    guard.is_watching = False
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_bad_input_is_a_message_and_never_code(name: str, guard: Guard, tmp_path: Path) -> None:
+def test_bad_input_gives_a_message_and_runs_no_code(name: str, guard: Guard, tmp_path: Path) -> None:
     logging.disable(logging.WARNING)
     try:
         [kind] = [kind for kind in kinds(tmp_path) if kind.name == name]
