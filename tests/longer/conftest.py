@@ -1,4 +1,4 @@
-"""A made-up study and its page, which tests of reports share."""
+"""A synthetic study and its page, shared by the tests of reports."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.longer.report_page import Page, written
+from tests.longer.report_page import Page, rendered
 from tests.unit.report_study import make_study
 
 
@@ -17,4 +17,4 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(study: Path) -> Page:
-    return written(study)
+    return rendered(study)

@@ -1,6 +1,6 @@
-"""What trackio, wandb and MLflow have of a run, as JSON: `python -m tests.longer.read_trackers RUN MLFLOW_URI`.
+"""The data of a run in trackio, wandb and MLflow, as JSON: `python -m tests.longer.read_trackers RUN MLFLOW_URI`.
 
-By library, the names of its live runs, and by metric the (step, value) of the last of them, with every repetition.
+For each library the names of its runs, and all (step, value) of the last one, by metric.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 Points = dict[str, list[tuple[int, float]]]
 
 
-def of_trackio() -> tuple[list[str], Points]:
+def read_trackio() -> tuple[list[str], Points]:
     import trackio
     from trackio.sqlite_storage import SQLiteStorage
 
@@ -28,7 +28,7 @@ def of_trackio() -> tuple[list[str], Points]:
     return [run.name for run in runs], points
 
 
-def of_mlflow(uri: str) -> tuple[list[str], Points]:
+def read_mlflow(uri: str) -> tuple[list[str], Points]:
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=uri)
@@ -41,7 +41,7 @@ def of_mlflow(uri: str) -> tuple[list[str], Points]:
     return [run.info.run_name for run in runs], points
 
 
-def of_wandb(run: Path) -> tuple[list[str], Points]:
+def read_wandb(run: Path) -> tuple[list[str], Points]:
     from wandb.proto.wandb_internal_pb2 import Record
 
     names: list[str] = []
@@ -49,7 +49,7 @@ def of_wandb(run: Path) -> tuple[list[str], Points]:
     for folder in sorted(run.glob("wandb/offline-run-*"), key=lambda folder: folder.stat().st_mtime):
         points.clear()
         [file] = folder.glob("run-*.wandb")
-        for content in whole_records(file.read_bytes()):
+        for content in complete_records(file.read_bytes()):
             record = Record.FromString(content)
             if record.HasField("run"):
                 assert record.run.run_group.startswith(f"{record.run.display_name}-")
@@ -61,22 +61,22 @@ def of_wandb(run: Path) -> tuple[list[str], Points]:
     return list(dict.fromkeys(names)), points
 
 
-def whole_records(content: bytes) -> Iterator[bytes]:
-    """Yield the records of a wandb file: LevelDB's log format behind a head of seven bytes; a torn end is left out."""
-    place, parts = 7, b""
-    while place + 7 <= len(content):
-        if (left := 32768 - place % 32768) < 7:
-            place += left
+def complete_records(content: bytes) -> Iterator[bytes]:
+    """Yield the complete records of a wandb file: LevelDB's log format after a header of seven bytes."""
+    position, parts = 7, b""
+    while position + 7 <= len(content):
+        if (left := 32768 - position % 32768) < 7:
+            position += left
             continue
-        size, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
-        parts += content[place + 7 : place + 7 + size]
-        place += 7 + size
-        if kind in (1, 4) and place <= len(content):
+        size, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
+        parts += content[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4) and position <= len(content):
             yield parts
             parts = b""
 
 
 if __name__ == "__main__":
     run, uri = sys.argv[1:]
-    read: dict[str, Any] = {"trackio": of_trackio(), "wandb": of_wandb(Path(run)), "mlflow": of_mlflow(uri)}
-    print(json.dumps(read))
+    found: dict[str, Any] = {"trackio": read_trackio(), "wandb": read_wandb(Path(run)), "mlflow": read_mlflow(uri)}
+    print(json.dumps(found))

@@ -1,4 +1,4 @@
-"""A report's page, read: its numbers, texts and addresses; and what the runs have measured."""
+"""Reads a report's page: numbers, texts and addresses; and the records of its runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dist_train.report.stored_run import read_subject
 
 
 class Page(HTMLParser):
-    """Its numbers, texts, and addresses."""
+    """The numbers, texts and addresses of a page."""
 
     def __init__(self, content: str) -> None:
         super().__init__()
@@ -43,16 +43,16 @@ class Page(HTMLParser):
             self.numbers.append((self._value, data))
             self._value = None
 
-    def of(self, measure: str, **whose: str) -> tuple[float, str]:
-        """Return the value and the text of a number."""
-        wanted = {"data-measure": measure, **{f"data-{name}": value for name, value in whose.items()}}
+    def of(self, measure: str, **attributes: str) -> tuple[float, str]:
+        """Return value and text of the only number with this measure and attributes."""
+        wanted = {"data-measure": measure, **{f"data-{name}": value for name, value in attributes.items()}}
         found = [(float(has["value"]), text) for has, text in self.numbers if wanted.items() <= has.items()]
         assert len(found) == 1, (wanted, found)
         return found[0]
 
 
 def cells(directory: Path) -> dict[tuple[str, str, str], str]:
-    """Return the cells of the tables in Markdown, by the table's title, the row's and the column's head."""
+    """Return the cells of the Markdown tables by title, row and column."""
     found = {}
     for section in tables_in_markdown(read_subject(directory)).split("## ")[1:]:
         title, *lines = section.splitlines()
@@ -62,7 +62,7 @@ def cells(directory: Path) -> dict[tuple[str, str, str], str]:
     return found
 
 
-def written(directory: Path) -> Page:
+def rendered(directory: Path) -> Page:
     return Page(render(read_subject(directory)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +29,8 @@ from dist_train.training.evaluation import evaluate_stored
 from tests.raising import raises
 from tests.unit.small_trainers import build_trainer, small_config
 
+pytestmark = pytest.mark.usefixtures("threads_as_before")
+
 EVERYTHING = MeasureSettings(samples=None, batch_size=16)
 LINE = LandscapeSettings("interpolate", -0.5, 1.5, 5, EVERYTHING)
 DIRECTION = LandscapeSettings("direction", -1.0, 1.0, 3, EVERYTHING, lines=2)
@@ -36,7 +38,7 @@ PLANE = LandscapeSettings("plane", -1.0, 1.0, 3, EVERYTHING)
 
 
 class KilledError(BaseException):
-    """Stands for a SIGKILL."""
+    """Simulates a SIGKILL."""
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +53,9 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """An entry for each point that is evaluated."""
+    """An entry for each evaluated point."""
     counted: list[None] = []
     evaluate = PointEvaluator.evaluate
 
@@ -73,8 +68,8 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
 
 @pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without figures, which take longer than all else here."""
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip drawing figures, which takes longer than everything else here."""
     monkeypatch.setattr(landscape_figures, "draw_landscape", lambda *_: None)
 
 
@@ -82,11 +77,11 @@ def checkpoint(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}.pt"
 
 
-def silent(done: int, total: int) -> None:
+def ignore_progress(done: int, total: int) -> None:
     pass
 
 
-def made(request: Request, report: Report = silent) -> Finished:
+def compute(request: Request, report: Report = ignore_progress) -> Finished:
     finished = make_landscape(replace(request, threads=1), Alone(), report)
     assert finished is not None
     return finished
@@ -107,10 +102,10 @@ def requests(run: Path) -> list[Request]:
 
 
 @pytest.mark.parametrize("statistics", ["interpolated", "recomputed"])
-@pytest.mark.usefixtures("undrawn")
-def test_ends_of_a_line_are_what_evaluate_says(run: Path, statistics: Statistics) -> None:
+@pytest.mark.usefixtures("without_figures")
+def test_ends_of_a_line_agree_with_evaluate(run: Path, statistics: Statistics) -> None:
     measure = replace(EVERYTHING, statistics=statistics)
-    finished = made(Request([checkpoint(run, 3), run], replace(LINE, measure=measure)))
+    finished = compute(Request([checkpoint(run, 3), run], replace(LINE, measure=measure)))
     splits: tuple[Split, ...] = ("train", "test")
     for alpha, step in ((0.0, 3), (1.0, 12)):
         for split in splits:
@@ -120,41 +115,41 @@ def test_ends_of_a_line_are_what_evaluate_says(run: Path, statistics: Statistics
             assert row.accuracy == expected["accuracy"]
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_middle_of_a_direction_and_of_a_plane_is_what_evaluate_says(run: Path) -> None:
+@pytest.mark.usefixtures("without_figures")
+def test_center_of_directions_and_planes_agrees_with_evaluate(run: Path) -> None:
     expected = evaluate_stored(run, "train", [])
     for request in requests(run)[1:3]:
-        found = [row for row in rows(made(request)) if (row.alpha, row.beta, row.split) == (0.0, 0.0, "train")]
+        found = [row for row in rows(compute(request)) if (row.alpha, row.beta, row.split) == (0.0, 0.0, "train")]
         assert len(found) == (2 if request.settings.kind == "direction" else 1)
         assert [row.loss for row in found] == [pytest.approx(expected["loss"], rel=1e-6)] * len(found)
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_directions_and_statistics_make_a_difference(run: Path) -> None:
+@pytest.mark.usefixtures("without_figures")
+def test_directions_and_statistics_change_the_losses(run: Path) -> None:
     request = requests(run)[1]
-    found = [rows(made(request))]
+    found = [rows(compute(request))]
     measure = replace(EVERYTHING, statistics="interpolated")
-    found.append(rows(made(replace(request, settings=replace(DIRECTION, measure=measure)))))
+    found.append(rows(compute(replace(request, settings=replace(DIRECTION, measure=measure)))))
     for choice in (DirectionSettings(seed=1), DirectionSettings("layer"), DirectionSettings(exclude=())):
-        found.append(rows(made(replace(request, settings=replace(DIRECTION, directions=choice)))))
+        found.append(rows(compute(replace(request, settings=replace(DIRECTION, directions=choice)))))
     losses = [[row.loss for row in result if row.direction == line] for result in found for line in range(2)]
     assert len({tuple(line) for line in losses}) == len(losses)
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("without_figures")
 def test_plane_contains_its_first_direction(run: Path) -> None:
-    line = [row for row in rows(made(requests(run)[1])) if row.direction == 0]
-    across = [row for row in rows(made(requests(run)[2])) if row.beta == 0.0]
+    line = [row for row in rows(compute(requests(run)[1])) if row.direction == 0]
+    across = [row for row in rows(compute(requests(run)[2])) if row.beta == 0.0]
     assert line == across
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize("which", range(4))
-def test_killed_and_started_again_it_is_the_same_bit_identically(
+def test_killed_landscape_resumes_bit_identically(
     run: Path, tmp_path: Path, which: int, evaluations: list[None]
 ) -> None:
     request = requests(run)[which]
-    undisturbed = made(replace(request, output=tmp_path / "undisturbed"))
+    undisturbed = compute(replace(request, output=tmp_path / "undisturbed"))
     total = len(evaluations)
 
     def kill_at(point: int) -> Callable[[int, int], None]:
@@ -166,12 +161,12 @@ def test_killed_and_started_again_it_is_the_same_bit_identically(
 
     for point in (2, 1):
         with pytest.raises(KilledError):
-            made(request, kill_at(point))
+            compute(request, kill_at(point))
     [folder] = (run / "analysis").iterdir()
     with (folder / "partial" / "rank-0.jsonl").open("a") as partial:
         partial.write('{"point": 4, "measured": [[0.')
     evaluations.clear()
-    resumed = made(request)
+    resumed = compute(request)
     assert len(evaluations) == total - 3
     assert sorted(path.name for path in folder.iterdir()) == ["points.csv", "settings.json"]
     for path in folder.iterdir():
@@ -179,13 +174,13 @@ def test_killed_and_started_again_it_is_the_same_bit_identically(
     assert resumed.folder == folder
 
 
-def test_finished_result_is_only_drawn_again(run: Path, evaluations: list[None]) -> None:
+def test_finished_result_is_drawn_again_without_evaluations(run: Path, evaluations: list[None]) -> None:
     request = requests(run)[1]
-    first = made(request)
+    first = compute(request)
     points = (first.folder / "points.csv").read_bytes()
     picture = (first.folder / "figure.svg").read_bytes()
     evaluations.clear()
-    again = made(replace(request, scale="log"))
+    again = compute(replace(request, scale="log"))
     assert not evaluations
     assert again.was_there
     assert again.folder == first.folder
@@ -194,8 +189,8 @@ def test_finished_result_is_only_drawn_again(run: Path, evaluations: list[None])
     assert again.widths == first.widths
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_no_result_is_used_for_another_checkpoint_or_setting(run: Path, evaluations: list[None]) -> None:
+@pytest.mark.usefixtures("without_figures")
+def test_results_are_not_reused_for_other_checkpoints_or_settings(run: Path, evaluations: list[None]) -> None:
     request = Request([run], DIRECTION)
     measures = [
         replace(EVERYTHING, **change)
@@ -218,17 +213,17 @@ def test_no_result_is_used_for_another_checkpoint_or_setting(run: Path, evaluati
         *(Request([run], replace(DIRECTION, measure=measure)) for measure in measures),
         *(Request([run], replace(DIRECTION, directions=choice)) for choice in choices),
     ]
-    folders = [made(request).folder]
+    folders = [compute(request).folder]
     for other in others:
         evaluations.clear()
-        folders.append(made(other).folder)
+        folders.append(compute(other).folder)
         assert evaluations, other
     assert len(set(folders)) == len(folders)
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_settings_say_what_it_is_of_and_what_was_found(run: Path) -> None:
-    finished = made(requests(run)[0])
+@pytest.mark.usefixtures("without_figures")
+def test_settings_file_has_checkpoints_settings_and_results(run: Path) -> None:
+    finished = compute(requests(run)[0])
     fields = json.loads((finished.folder / "settings.json").read_text())
     assert fields["kind"] == "interpolate"
     assert [item["step"] for item in fields["checkpoints"]] == [3, 12]
@@ -247,40 +242,40 @@ def test_settings_say_what_it_is_of_and_what_was_found(run: Path) -> None:
     assert fields["distances"] == [pytest.approx(squares**0.5, rel=1e-6)]
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_network_without_running_statistics_has_a_landscape_too(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("without_figures")
+def test_network_without_running_statistics_has_a_landscape(tmp_path: Path) -> None:
     build_trainer(small_config(run={"epochs": 1}, model={"norm": "group"}), tmp_path / "run", Alone()).run()
-    finished = made(Request([tmp_path / "run"], DIRECTION))
+    finished = compute(Request([tmp_path / "run"], DIRECTION))
     assert read_landscape(finished.folder).settings["statistics"] == "none"
 
 
 class TestRefusals:
-    def test_there_is_no_line_from_a_checkpoint_to_itself(self, run: Path) -> None:
+    def test_line_from_a_checkpoint_to_itself_is_refused(self, run: Path) -> None:
         with raises(UsageError, "same-checkpoint"):
-            made(Request([run, checkpoint(run, 12)], LINE))
+            compute(Request([run, checkpoint(run, 12)], LINE))
 
-    def test_networks_of_other_shapes_have_no_line_between_them(self, run: Path, tmp_path: Path) -> None:
+    def test_line_between_networks_of_different_shapes_is_refused(self, run: Path, tmp_path: Path) -> None:
         build_trainer(small_config(run={"epochs": 1}, model={"width": 0.0625}), tmp_path / "wide", Alone()).run()
         with raises(UsageError, "another-network"):
-            made(Request([run, tmp_path / "wide"], LINE))
+            compute(Request([run, tmp_path / "wide"], LINE))
 
-    def test_networks_of_other_data_have_no_line_between_them(self, run: Path, tmp_path: Path) -> None:
+    def test_line_between_networks_of_different_data_is_refused(self, run: Path, tmp_path: Path) -> None:
         build_trainer(small_config(run={"epochs": 1, "seed": 1}), tmp_path / "other", Alone()).run()
         with raises(UsageError, "other-data"):
-            made(Request([run, tmp_path / "other"], LINE))
+            compute(Request([run, tmp_path / "other"], LINE))
 
     def test_trajectory_needs_three_checkpoints(self, run: Path) -> None:
         with raises(UsageError, "too-few-checkpoints"):
-            made(Request([checkpoint(run, 6)], replace(PLANE, trajectory=True)))
+            compute(Request([checkpoint(run, 6)], replace(PLANE, trajectory=True)))
 
-    def test_damaged_checkpoint_is_not_read(self, run: Path) -> None:
+    def test_damaged_checkpoint_is_refused(self, run: Path) -> None:
         content = bytearray(checkpoint(run, 12).read_bytes())
         content[1000] ^= 1
         checkpoint(run, 12).write_bytes(content)
         with raises(UsageError, "checkpoint-digest"):
-            made(Request([run], DIRECTION))
+            compute(Request([run], DIRECTION))
 
-    def test_settings_that_make_no_sense_are_refused(self) -> None:
+    def test_settings_out_of_range_are_refused(self) -> None:
         with raises(UsageError, "option-range"):
             replace(DIRECTION, points=1)
         with raises(UsageError, "option-range"):

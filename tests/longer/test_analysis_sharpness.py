@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from dist_train.training.evaluation import evaluate_stored
 from tests.raising import raises
 from tests.unit.image_folders import write_folder
 from tests.unit.small_trainers import build_trainer, small_config
+
+pytestmark = pytest.mark.usefixtures("threads_as_before")
 
 OPTIONS = [
     *("--samples", "50", "--batch-size", "20", "--amplitudes", "0.01,0.1", "--draws", "2"),
@@ -48,18 +49,11 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return folder.parent
 
 
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_bytes()) for path in sorted((run / "analysis").iterdir())]
 
 
-def test_run_is_measured_from_end_to_end(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_a_record_and_prints_a_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = run / "checkpoints" / "step-00000006.pt"
     before = checkpoint.read_bytes()
     assert main(["sharpness", str(run), *OPTIONS]) == 0
@@ -82,7 +76,7 @@ def test_run_is_measured_from_end_to_end(run: Path, capsys: pytest.CaptureFixtur
     assert sum("expected rise" in line for line in printed) == 2
 
 
-def test_widths_and_the_noise_scale_are_measured_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_widths_and_noise_scale_are_measured(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ("--only", "width,noise-scale", "--batch-size", "10", "--width-rises", "0.05,1e9", "--width-directions", "2")
     assert main(["sharpness", str(run), *OPTIONS, *more]) == 0
     [record] = records(run)
@@ -94,9 +88,7 @@ def test_widths_and_the_noise_scale_are_measured_too(run: Path, capsys: pytest.C
     assert "gradient noise scale" in printed
 
 
-def test_what_is_known_is_not_measured_again_and_the_rest_is_added(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_missing_measures_are_added_to_a_record(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sharpness", str(run), *OPTIONS, "--only", "rise"]) == 0
     [first] = records(run)
     assert first["keskar"] is first["hessian"] is None
@@ -110,7 +102,7 @@ def test_what_is_known_is_not_measured_again_and_the_rest_is_added(
     assert records(run) == [second]
 
 
-def test_other_settings_or_another_checkpoint_have_a_record_of_their_own(run: Path, trained: Path) -> None:
+def test_other_settings_or_checkpoints_have_their_own_record(run: Path, trained: Path) -> None:
     changes: tuple[dict[str, object], ...] = (
         {},
         {"seed": 1},
@@ -130,7 +122,7 @@ def test_other_settings_or_another_checkpoint_have_a_record_of_their_own(run: Pa
     assert read_record(path) == record
 
 
-def test_loss_that_is_not_finite_ends_it_with_3(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_infinite_loss_exits_with_3(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     contents = read_checkpoint(run / "checkpoints" / "step-00000006.pt")
     contents.model["classifier.bias"][0] = torch.inf
     write_checkpoint(run / "checkpoints", contents, lambda: None)
@@ -138,16 +130,16 @@ def test_loss_that_is_not_finite_ends_it_with_3(run: Path, capsys: pytest.Captur
     assert "[loss-not-finite]" in capsys.readouterr().err
 
 
-def test_statistics_are_recomputed_as_the_run_itself_does(run: Path, tmp_path: Path) -> None:
-    anew = QUICK.model_copy(update={"statistics": "recomputed"})
-    with_noise = [measure_sharpness(run, settings, ["rise"])[0].loss for settings in (QUICK, anew)]
+def test_statistics_are_recomputed_like_in_the_run(run: Path, tmp_path: Path) -> None:
+    recomputed = QUICK.model_copy(update={"statistics": "recomputed"})
+    with_noise = [measure_sharpness(run, settings, ["rise"])[0].loss for settings in (QUICK, recomputed)]
     assert with_noise[0] == with_noise[1], "a run with noise stores recomputed statistics"
     build_trainer(small_config(noise={"method": "none"}), tmp_path / "base", Alone()).run()
-    base = [measure_sharpness(tmp_path / "base", settings, ["rise"])[0].loss for settings in (QUICK, anew)]
+    base = [measure_sharpness(tmp_path / "base", settings, ["rise"])[0].loss for settings in (QUICK, recomputed)]
     assert base[0] != base[1]
 
 
-def test_loss_over_all_training_images_is_that_of_evaluate(run: Path) -> None:
+def test_loss_over_all_training_images_agrees_with_evaluate(run: Path) -> None:
     settings = QUICK.model_copy(update={"samples": 100})
     record, _ = measure_sharpness(run, settings, ["rise"])
     evaluated = evaluate_stored(run, "train", [])
@@ -155,7 +147,7 @@ def test_loss_over_all_training_images_is_that_of_evaluate(run: Path) -> None:
     assert record.accuracy == evaluated["accuracy"]
 
 
-def test_image_folder_is_measured_too(tmp_path: Path) -> None:
+def test_run_on_an_image_folder_is_measured(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "images")
     data = {"name": "imagefolder", "root": str(root), "image_size": 8, "classes": 3}
     config = small_config(data=data, batch={"global_size": 12, "micro_size": 6})
@@ -165,7 +157,7 @@ def test_image_folder_is_measured_too(tmp_path: Path) -> None:
     assert record.loss == pytest.approx(evaluated["loss"], rel=1e-6)
 
 
-def test_same_question_has_the_same_answer(run: Path) -> None:
+def test_measures_are_deterministic(run: Path) -> None:
     first, path = measure_sharpness(run, QUICK, ["rise", "keskar"])
     second, copy = measure_sharpness(run, QUICK, ["rise", "keskar"], folder=run / "elsewhere")
     assert copy == run / "elsewhere" / path.name
@@ -186,7 +178,7 @@ def test_same_question_has_the_same_answer(run: Path) -> None:
         (["--samples", "50", "model.width=1"], "settings-changed"),
     ],
 )
-def test_what_makes_no_sense_is_refused(
+def test_invalid_options_are_refused(
     run: Path, capsys: pytest.CaptureFixture[str], options: list[str], code: str
 ) -> None:
     assert main(["sharpness", str(run), *options]) == 2
@@ -194,7 +186,7 @@ def test_what_makes_no_sense_is_refused(
     assert not (run / "analysis").exists()
 
 
-def test_what_cannot_be_read_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_runs_and_damaged_records(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sharpness", str(tmp_path / "nowhere")]) == 2
     assert "[target-missing]" in capsys.readouterr().err
     _, path = measure_sharpness(run, QUICK, ["rise"])
@@ -203,7 +195,7 @@ def test_what_cannot_be_read_is_told(run: Path, tmp_path: Path, capsys: pytest.C
         measure_sharpness(run, QUICK, ["rise"])
 
 
-def test_words_in_place_of_numbers_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_option_that_is_no_number_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["sharpness", str(run), "--amplitudes", "small"])
     assert ended.value.code == 2
@@ -216,7 +208,7 @@ def test_several_ranks_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -
         measure_sharpness(run, QUICK)
 
 
-def test_help_tells_the_settings_and_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_settings_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["sharpness", "--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -232,7 +224,7 @@ def test_help_tells_the_settings_and_their_defaults(capsys: pytest.CaptureFixtur
         assert stated in text or f"{shown}: the stored ones, fixed (default)" in text, name
 
 
-def test_samples_are_balanced_shuffled_and_chosen_by_the_seed() -> None:
+def test_samples_are_balanced_shuffled_and_depend_on_the_seed() -> None:
     labels = torch.arange(200) // 20
     settings = SharpnessSettings(samples=50)
     chosen = choose_samples(labels, 10, settings)
@@ -243,7 +235,7 @@ def test_samples_are_balanced_shuffled_and_chosen_by_the_seed() -> None:
 
 
 @pytest.mark.parametrize(("samples", "sizes"), [(50, [20, 30]), (60, [20, 20, 20]), (19, [19]), (21, [21])])
-def test_what_is_left_over_joins_the_last_batch(samples: int, sizes: list[int]) -> None:
+def test_remaining_samples_join_the_last_batch(samples: int, sizes: list[int]) -> None:
     parts = cut(torch.arange(samples), 20)
     assert [len(part) for part in parts] == sizes
     assert torch.equal(torch.cat(parts), torch.arange(samples))

@@ -1,4 +1,4 @@
-"""Every measure of sharpness against what is known in closed form."""
+"""Every measure of sharpness, compared with closed forms."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Parabola:
         return self.least + 0.5 * float(self.curvatures @ away**2)
 
 
-def a_parabola(weights: int, *, at_minimum: bool, factor: float = 1.0) -> Parabola:
+def random_parabola(weights: int, *, at_minimum: bool, factor: float = 1.0) -> Parabola:
     random = np.random.default_rng(weights)
     point = random.normal(size=weights)
     minimum = point if at_minimum else point + 1e-3 * random.normal(size=weights)
@@ -70,30 +70,30 @@ def sharpness(highest: float, value: float) -> float:
 class TestKeskar:
     @pytest.mark.parametrize("at_minimum", [True, False])
     @pytest.mark.parametrize("weights", [1, 2, 5, 50])
-    def test_on_a_parabola_it_is_the_closed_form(self, weights: int, at_minimum: bool) -> None:
-        loss = a_parabola(weights, at_minimum=at_minimum)
+    def test_parabola_has_the_closed_form(self, weights: int, at_minimum: bool) -> None:
+        loss = random_parabola(weights, at_minimum=at_minimum)
         expected = sharpness(loss.highest(), loss.value_and_gradient(loss.point())[0])
         assert full_space(loss, SharpnessSettings()) == pytest.approx(expected, rel=1e-6)
 
-    @pytest.mark.parametrize("lost", [np.nan, np.inf])
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
     @pytest.mark.parametrize("calls", [2, 3])
-    def test_loss_that_leaves_the_range_of_numbers_has_no_highest_value(self, lost: float, calls: int) -> None:
-        class Lost(Parabola):
+    def test_loss_that_is_not_finite_has_infinite_sharpness(self, bad: float, calls: int) -> None:
+        class Divergent(Parabola):
             def value_and_gradient(self, point: Vector) -> tuple[float, Vector]:
                 value, gradient = super().value_and_gradient(point)
-                return (lost if self.calls > calls else value), gradient
+                return (bad if self.calls > calls else value), gradient
 
-        known = a_parabola(5, at_minimum=False)
-        loss = Lost(known.curvatures, known.minimum, known.point(), known.least)
+        known = random_parabola(5, at_minimum=False)
+        loss = Divergent(known.curvatures, known.minimum, known.point(), known.least)
         assert full_space(loss, SharpnessSettings()) == np.inf
 
     @pytest.mark.parametrize("factor", [1e-9, 1e6])
-    def test_size_of_the_loss_does_not_end_the_ascent(self, factor: float) -> None:
-        loss = a_parabola(20, at_minimum=False, factor=factor)
+    def test_scale_of_the_loss_does_not_end_the_ascent(self, factor: float) -> None:
+        loss = random_parabola(20, at_minimum=False, factor=factor)
         expected = sharpness(loss.highest(), loss.value_and_gradient(loss.point())[0])
         assert full_space(loss, SharpnessSettings()) == pytest.approx(expected, rel=1e-6)
 
-    def test_within_one_direction_it_is_the_closed_form(self) -> None:
+    def test_one_dimensional_subspace_has_the_closed_form(self) -> None:
         point = np.random.default_rng(0).normal(size=30)
         loss = Parabola(np.full(30, 7.0), np.zeros(30), point, 0.1)
         [direction] = random_directions(30, 1, seed=3).double().numpy()
@@ -104,33 +104,33 @@ class TestKeskar:
         found = subspace(loss, SharpnessSettings(seed=3, keskar_dimensions=1))
         assert found == pytest.approx(sharpness(value + 3.5 * (2 * radius * abs(along) + radius**2), value), rel=1e-5)
 
-    def test_subspace_is_seen_through_its_pseudo_inverse(self) -> None:
+    def test_coordinates_in_a_subspace_use_the_pseudo_inverse(self) -> None:
         directions = random_directions(40, 6, seed=0)
         point = np.random.default_rng(1).normal(size=40)
         expected = np.linalg.pinv(directions.double().numpy().T) @ point
         np.testing.assert_allclose(coordinates(directions, point), expected, rtol=1e-4)
 
-    def test_subspace_is_no_sharper_than_a_box_that_holds_it(self) -> None:
-        loss = a_parabola(60, at_minimum=False)
+    def test_subspace_is_less_sharp_than_a_box_that_contains_it(self) -> None:
+        loss = random_parabola(60, at_minimum=False)
         assert (
             0
             < subspace(loss, SharpnessSettings(keskar_dimensions=5))
             < full_space(loss, SharpnessSettings(keskar_epsilon=3e-3))
         )
 
-    def test_point_itself_is_no_start_at_a_minimum(self) -> None:
-        loss = a_parabola(5, at_minimum=True)
+    def test_minimum_needs_a_second_start(self) -> None:
+        loss = random_parabola(5, at_minimum=True)
         assert full_space(loss, SharpnessSettings(keskar_starts=1)) == 0
         assert full_space(loss, SharpnessSettings(keskar_starts=2)) > 0
 
-    def test_it_ends_with_the_iterations(self) -> None:
-        few, many = a_parabola(50, at_minimum=False), a_parabola(50, at_minimum=False)
+    def test_iterations_limit_the_calls(self) -> None:
+        few, many = random_parabola(50, at_minimum=False), random_parabola(50, at_minimum=False)
         full_space(few, SharpnessSettings(keskar_iterations=1))
         full_space(many, SharpnessSettings(keskar_iterations=10))
         assert few.calls <= many.calls <= 100
 
-    def test_seed_chooses_subspace_and_starts(self) -> None:
-        loss = a_parabola(60, at_minimum=False)
+    def test_subspace_and_starts_depend_on_the_seed(self) -> None:
+        loss = random_parabola(60, at_minimum=False)
         found = [subspace(loss, SharpnessSettings(seed=seed, keskar_dimensions=5)) for seed in (0, 0, 1)]
         assert found[0] == found[1] != found[2]
 
@@ -152,7 +152,7 @@ def linear_model() -> nn.Linear:
     return model
 
 
-def a_loss(model: nn.Module, *, quadratic: bool = False, threads: int = 1) -> SubsetLoss:
+def subset_loss(model: nn.Module, *, quadratic: bool = False, threads: int = 1) -> SubsetLoss:
     batches = [(INPUTS[:40], LABELS[:40]), (INPUTS[40:], LABELS[40:])]
     return SubsetLoss(model, batches, half_square if quadratic else cross_entropy, threads)
 
@@ -179,24 +179,24 @@ def softmax_hessian(model: nn.Linear) -> Vector:
 
 
 def reordered(hessian: NDArray[Any]) -> Vector:
-    """Return `hessian` of outputs' rows, each with its bias last, in the model's order: weights, then biases."""
-    places = [7 * output + entry for output in range(4) for entry in range(6)] + [7 * output + 6 for output in range(4)]
-    ordered: Vector = hessian[np.ix_(places, places)].astype(np.float64)
+    """Reorder `hessian` from one block per output, bias last, to the model's order: all weights, then all biases."""
+    order = [7 * output + entry for output in range(4) for entry in range(6)] + [7 * output + 6 for output in range(4)]
+    ordered: Vector = hessian[np.ix_(order, order)].astype(np.float64)
     return ordered
 
 
 class TestExpectedRise:
-    def test_of_a_quadratic_it_is_the_trace_within_its_standard_error(self) -> None:
+    def test_quadratic_rises_by_its_trace_within_the_standard_error(self) -> None:
         trace = float(np.trace(quadratic_hessian()))
-        loss = a_loss(linear_model(), quadratic=True)
+        loss = subset_loss(linear_model(), quadratic=True)
         settings = SharpnessSettings(amplitudes=(0.01, 0.1), draws=250)
         for amplitude, mean, error in zip(settings.amplitudes, *expected_rises(loss, settings), strict=True):
             expected = amplitude**2 * trace / 6
             assert abs(mean - expected) < 3 * error
             assert 0 < error < 0.05 * expected
 
-    def test_its_standard_error_is_that_of_its_mean(self) -> None:
-        loss = a_loss(linear_model(), quadratic=True)
+    def test_standard_error_is_that_of_the_mean(self) -> None:
+        loss = subset_loss(linear_model(), quadratic=True)
         means, errors = [], []
         for seed in range(40):
             [mean], [error] = expected_rises(loss, SharpnessSettings(amplitudes=(0.1,), seed=seed))
@@ -205,30 +205,30 @@ class TestExpectedRise:
         assert np.std(means) == pytest.approx(np.mean(errors), rel=0.3)
 
     def test_excluded_weights_do_not_count(self) -> None:
-        loss = a_loss(linear_model(), quadratic=True)
+        loss = subset_loss(linear_model(), quadratic=True)
         settings = SharpnessSettings(exclude=("bias",), amplitudes=(0.1,), draws=250)
         [mean], [error] = expected_rises(loss, settings)
         trace = float(np.trace(quadratic_hessian()[:24, :24]))
         assert abs(mean - 0.01 * trace / 6) < 3 * error
 
-    def test_it_scales_as_the_noise_does(self) -> None:
+    def test_rise_follows_the_scale_of_the_noise(self) -> None:
         model = linear_model()
         squares = torch.cat([model.weight.detach().reshape(-1), model.bias.detach()]).double().numpy() ** 2
         expected = 0.01 * float(np.diag(quadratic_hessian()) @ squares) / 6
         settings = SharpnessSettings(scale="weight", amplitudes=(0.1,), draws=250)
-        [mean], [error] = expected_rises(a_loss(model, quadratic=True), settings)
+        [mean], [error] = expected_rises(subset_loss(model, quadratic=True), settings)
         assert abs(mean - expected) < 3 * error
 
 
 class TestHessian:
-    def test_eigenvalues_and_trace_of_a_linear_model_are_right_to_a_hundredth(self) -> None:
+    def test_eigenvalues_and_trace_of_a_linear_model_are_accurate_to_a_percent(self) -> None:
         model = linear_model()
         hessian = softmax_hessian(model)
         expected = np.sort(np.linalg.eigvalsh(hessian))[::-1]
         settings = SharpnessSettings(hessian_eigenvalues=4, hessian_probes=40)
-        values, vectors = largest_eigenvalues(a_loss(model), settings)
+        values, vectors = largest_eigenvalues(subset_loss(model), settings)
         np.testing.assert_allclose(values, expected[:4], rtol=0.01)
-        trace, error = trace_with_error(a_loss(model), values, vectors, settings)
+        trace, error = trace_with_error(subset_loss(model), values, vectors, settings)
         assert trace == pytest.approx(np.trace(hessian), rel=0.01)
         assert abs(trace - np.trace(hessian)) < 4 * error
 
@@ -236,17 +236,17 @@ class TestHessian:
         model = linear_model()
         direction = np.random.default_rng(0).normal(size=28)
         expected = softmax_hessian(model) @ direction
-        np.testing.assert_allclose(a_loss(model).hessian_product(direction), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(subset_loss(model).hessian_product(direction), expected, rtol=1e-4, atol=1e-5)
 
-    def test_more_eigenvalues_than_there_are_weights_are_all_but_one(self) -> None:
+    def test_too_many_requested_eigenvalues_give_all_but_one(self) -> None:
         values, vectors = largest_eigenvalues(
-            a_loss(linear_model(), quadratic=True), SharpnessSettings(hessian_eigenvalues=99)
+            subset_loss(linear_model(), quadratic=True), SharpnessSettings(hessian_eigenvalues=99)
         )
         assert values.shape == (27,)
         np.testing.assert_allclose(vectors.T @ vectors, np.eye(27), atol=1e-8)
 
-    def test_deflation_takes_the_large_eigenvalues_out_of_the_trace_s_error(self) -> None:
-        loss = a_loss(linear_model(), quadratic=True)
+    def test_deflation_reduces_the_error_of_the_trace(self) -> None:
+        loss = subset_loss(linear_model(), quadratic=True)
         errors = []
         for number in (1, 8):
             settings = SharpnessSettings(hessian_eigenvalues=number, hessian_probes=30)
@@ -256,12 +256,12 @@ class TestHessian:
 
 class TestWidths:
     @pytest.mark.parametrize("size", [1.0, 0.01])
-    def test_of_a_quadratic_they_are_known_by_slope_and_hessian(self, size: float) -> None:
+    def test_widths_of_a_quadratic_follow_from_slope_and_hessian(self, size: float) -> None:
         model = linear_model()
         with torch.no_grad():
             model.weight.mul_(size)
             model.bias.mul_(size)
-        loss, settings = a_loss(model, quadratic=True), SharpnessSettings(exclude=("bias",), width_reach=1000.0)
+        loss, settings = subset_loss(model, quadratic=True), SharpnessSettings(exclude=("bias",), width_reach=1000.0)
         hessian, (_, slope) = quadratic_hessian(), loss.value_and_gradient(loss.point())
         directions = [
             random_direction(loss.weights, "filter", ("bias",), 0, index).numpy()[loss.weights.mask(()).bool().numpy()]
@@ -276,15 +276,15 @@ class TestWidths:
             assert found.standard_error == pytest.approx(np.std(widths, ddof=1) / math.sqrt(5), rel=0.05)
             assert (found.directions, found.censored) == (5, 0)
 
-    def test_what_ends_beyond_the_reach_is_counted_and_counts_with_the_reach(self) -> None:
+    def test_widths_beyond_the_reach_are_counted_as_censored(self) -> None:
         settings = SharpnessSettings(width_rises=(0.01, 1e9), width_reach=9.0)
-        near, far = basin_widths(a_loss(linear_model(), quadratic=True), settings)
+        near, far = basin_widths(subset_loss(linear_model(), quadratic=True), settings)
         assert (near.censored, far.censored) == (0, 5)
         assert (far.mean, far.standard_error) == (18.0, 0.0)
 
 
 class TestNoiseScale:
-    def test_it_is_that_of_known_gradients_without_bias(self) -> None:
+    def test_estimate_for_known_gradients_is_unbiased(self) -> None:
         random = np.random.default_rng(0)
         mean, deviations = random.normal(size=50), np.linspace(1, 6, 50)
         sizes = [8] * 30 + [20]
@@ -303,13 +303,13 @@ class TestNoiseScale:
         assert np.mean(scales) == pytest.approx(variance / square, rel=0.1)
         assert np.std(scales) == pytest.approx(np.mean(errors), rel=0.3)
 
-    def test_without_a_gradient_there_is_none(self) -> None:
+    def test_zero_gradient_has_no_noise_scale(self) -> None:
         gradient = np.array([1.0, 2.0])
         found = noise_scale([gradient, -gradient], [4, 4])
         assert (found.value, found.standard_error) == (None, None)
 
-    def test_batches_gradients_are_means_whose_mean_is_the_gradient(self) -> None:
-        loss = a_loss(linear_model())
+    def test_mean_of_batch_gradients_is_the_gradient(self) -> None:
+        loss = subset_loss(linear_model())
         gradients, sizes = loss.batch_gradients()
         assert sizes == [40, 30]
         _, whole = loss.value_and_gradient(loss.point())
@@ -332,14 +332,14 @@ class TestLoss:
         ]
 
     @pytest.mark.parametrize("training", [False, True])
-    def test_network_s_derivatives_are_those_of_float64(self, training: bool) -> None:
+    def test_derivatives_of_a_network_agree_with_float64(self, training: bool) -> None:
         model = self.network().train(training)
         loss = SubsetLoss(model, self.batches())
-        doubled = build_model(small_config()).double().train(training)
-        parameters = tuple(doubled.parameters())
+        reference = build_model(small_config()).double().train(training)
+        parameters = tuple(reference.parameters())
         total = sum(
             (
-                functional.cross_entropy(doubled(inputs.double()), labels, reduction="sum")
+                functional.cross_entropy(reference(inputs.double()), labels, reduction="sum")
                 for inputs, labels in self.batches()
             ),
             start=torch.zeros((), dtype=torch.float64),
@@ -355,7 +355,7 @@ class TestLoss:
         assert np.linalg.norm(product - expected_product) < 1e-3 * np.linalg.norm(expected_product)
 
     @pytest.mark.parametrize("training", [False, True])
-    def test_model_is_as_it_was_bit_identically(self, training: bool) -> None:
+    def test_model_is_left_bit_identical(self, training: bool) -> None:
         model = self.network().train(training)
         before = state_bits(model)
         loss = SubsetLoss(model, self.batches())
@@ -367,18 +367,18 @@ class TestLoss:
         assert state_bits(model) == before
         assert model.training is training
 
-    def test_weights_come_back_after_an_error_too(self) -> None:
-        def failing(outputs: Tensor, labels: Tensor) -> Tensor:
+    def test_weights_are_restored_after_an_error(self) -> None:
+        def raise_error(outputs: Tensor, labels: Tensor) -> Tensor:
             raise RuntimeError("on purpose")
 
         model = linear_model()
         before = state_bits(model)
-        loss = SubsetLoss(model, [(INPUTS, LABELS)], failing)
+        loss = SubsetLoss(model, [(INPUTS, LABELS)], raise_error)
         with pytest.raises(RuntimeError, match="on purpose"):
             loss.value_at_flat(loss.clean + 1.0)
         assert state_bits(model) == before
 
-    def test_it_has_the_same_bits_with_any_number_of_threads(self) -> None:
+    def test_loss_is_bit_identical_with_any_number_of_threads(self) -> None:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -391,6 +391,6 @@ class TestLoss:
             torch.set_num_threads(threads)
         assert found == [found[0]] * 4
 
-    def test_sample_that_is_sure_has_a_loss_still(self) -> None:
+    def test_confident_prediction_has_a_positive_loss(self) -> None:
         outputs, labels = torch.tensor([[30.0, 0.0]]), torch.tensor([0])
         assert float(cross_entropy(outputs, labels)) == pytest.approx(np.exp(-30.0), rel=1e-2, abs=0)

@@ -1,4 +1,4 @@
-"""What a run left, from Python: records, model, exports, and updates made again on one rank and on two."""
+"""The Python API of finished runs: records, model, exports, and replayed updates."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_run_is_read_back(run: Path) -> None:
-    left = dist_train.load_run(run)
-    assert left.status.state == "finished"
-    assert left.config.noise.method == "smoothout"
-    assert left.steps[0] == 3
-    rows = left.metrics()
+def test_load_run_gives_status_configuration_and_metrics(run: Path) -> None:
+    loaded = dist_train.load_run(run)
+    assert loaded.status.state == "finished"
+    assert loaded.config.noise.method == "smoothout"
+    assert loaded.steps[0] == 3
+    rows = loaded.metrics()
     if importlib.util.find_spec("pandas"):
         rows = rows.to_dict("records")
-    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, left.status.step + 1))
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, loaded.status.step + 1))
     with raises(UsageError, code="no-checkpoint"):
-        left.model(step=1)
+        loaded.model(step=1)
     with raises(UsageError, code="target-missing"):
         dist_train.load_run(run.parent / "nowhere")
 
 
 @pytest.mark.parametrize("to", ["safetensors", "torch-export", "onnx"])
-def test_export_gives_the_logits_of_the_model(run: Path, tmp_path: Path, to: str) -> None:
+def test_exported_model_gives_the_same_logits(run: Path, tmp_path: Path, to: str) -> None:
     ended = launch(1, "alone", "export", str(run), "--to", to, "-o", str(tmp_path / "model"))
     assert ended.code == 0, ended.output
     if to == "torch-export":
@@ -57,7 +57,7 @@ def test_export_gives_the_logits_of_the_model(run: Path, tmp_path: Path, to: str
         torch.testing.assert_close(torch.from_numpy(logits), dist_train.load_run(run).model()(images))
 
 
-def test_averaged_weights_of_a_run_are_evaluated_and_exported(tmp_path: Path) -> None:
+def test_averaged_weights_are_evaluated_and_exported(tmp_path: Path) -> None:
     sections = small_settings(
         run={"epochs": 2},
         averaging={"kind": "ema", "decay": 0.8},
@@ -66,23 +66,23 @@ def test_averaged_weights_of_a_run_are_evaluated_and_exported(tmp_path: Path) ->
         early_stopping={"patience": 9},
     )
     train_alone(write_config(tmp_path, sections), tmp_path / "run")
-    left = dist_train.load_run(tmp_path / "run")
-    last = {record.split: record for record in left.records if isinstance(record, EvaluationRecord)}
+    loaded = dist_train.load_run(tmp_path / "run")
+    last = {record.split: record for record in loaded.records if isinstance(record, EvaluationRecord)}
     assert list(last) == ["validation", "test", "validation-averaged", "test-averaged"]
     for split in ("validation", "test"):
-        assert left.evaluate(split)["loss"] == last[split].loss
-        averaged = left.evaluate(split, weights="averaged")
+        assert loaded.evaluate(split)["loss"] == last[split].loss
+        averaged = loaded.evaluate(split, weights="averaged")
         assert (averaged["loss"], averaged["weights"]) == (last[f"{split}-averaged"].loss, "averaged")
         assert averaged["loss"] != last[split].loss
-    written = dist_train.export(left.directory.root, "safetensors", tmp_path / "model.safetensors", "averaged")
+    written = dist_train.export(loaded.directory.root, "safetensors", tmp_path / "model.safetensors", "averaged")
     exported = load_file(written.path)
     assert all(
-        torch.equal(exported[name], value) for name, value in left.model(weights="averaged").state_dict().items()
+        torch.equal(exported[name], value) for name, value in loaded.model(weights="averaged").state_dict().items()
     )
-    assert dist_train.replay(left.directory.root, 9).agrees
+    assert dist_train.replay(loaded.directory.root, 9).agrees
 
 
-def test_run_without_an_average_has_none_to_evaluate(run: Path) -> None:
+def test_evaluating_missing_averages_or_splits_is_refused(run: Path) -> None:
     with raises(UsageError, code="no-averaged-weights"):
         dist_train.evaluate(run, weights="averaged")
     with raises(UsageError, code="no-validation"):
@@ -90,18 +90,18 @@ def test_run_without_an_average_has_none_to_evaluate(run: Path) -> None:
 
 
 @pytest.mark.parametrize(("ranks", "step"), [(1, 2), (2, 5), (1, 6)])
-def test_update_made_again_is_bit_identical(run: Path, ranks: int, step: int) -> None:
+def test_replayed_update_is_bit_identical(run: Path, ranks: int, step: int) -> None:
     before = (run / "metrics.jsonl").read_bytes()
     ended = launch(ranks, "torch" if ranks > 1 else "alone", "replay", f"{run}@{step}")
     assert ended.code == 0, ended.output
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_record_that_was_changed_is_found(run: Path, tmp_path: Path) -> None:
+def test_replay_detects_a_changed_record(run: Path, tmp_path: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    place = next(n for n, record in enumerate(records) if record["kind"] == "train" and record["step"] == 2)
-    records[place]["loss"] *= 1 + 1e-12
+    index = next(n for n, record in enumerate(records) if record["kind"] == "train" and record["step"] == 2)
+    records[index]["loss"] *= 1 + 1e-12
     try:
         (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         assert launch(1, "alone", "replay", f"{run}@2").code == ExitCode.DISAGREEMENT

@@ -1,4 +1,4 @@
-"""SmoothOut does what it is for: of a sharp and a flat minimum it ends in the flat one."""
+"""SmoothOut prefers the flat one of two minima."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.double_well import AMPLITUDE, FLAT, INTERVAL, SHARP, barrier, dr
 from benchmarks.double_well import smoothed_loss as smoothed
 
 
-def test_sharp_minimum_is_as_deep_as_the_flat_one_and_has_half_of_the_starts() -> None:
+def test_minima_are_equally_deep_and_have_half_of_the_starts_each() -> None:
     x = torch.linspace(*INTERVAL, 60_001, dtype=torch.float64)
     values = loss(x)
     lowest = [float(x[i]) for i in range(1, len(x) - 1) if values[i] < values[i - 1] and values[i] <= values[i + 1]]
@@ -26,19 +26,19 @@ def test_sharp_minimum_is_as_deep_as_the_flat_one_and_has_half_of_the_starts() -
     assert (high - barrier()) / (high - low) == pytest.approx(0.5, abs=0.02)
 
 
-def test_what_smoothout_descends_is_the_mean_of_the_loss_over_its_noise() -> None:
+def test_smoothed_loss_is_the_mean_over_the_noise() -> None:
     points = torch.tensor([-2.0, SHARP, 0.3, FLAT], dtype=torch.float64)
     noise = torch.linspace(-AMPLITUDE, AMPLITUDE, 20_001, dtype=torch.float64)
     means = loss(points[:, None] + noise).mean(dim=1)
     torch.testing.assert_close(smoothed(points), means, rtol=0, atol=1e-4)
 
 
-def test_of_a_hundred_seeds_smoothout_ends_in_the_flat_one_and_half_of_plain_descent_does(tmp_path: Path) -> None:
+def test_smoothout_finds_the_flat_minimum_for_almost_all_seeds(tmp_path: Path) -> None:
     ends = run(100)
     assert len(set(ends.starts)) == 100
     assert in_the_flat_one(ends.smoothed) >= 90
     assert in_the_flat_one(ends.plain) <= 60
-    # without noise the basin is that of the start
+    # Without noise, descent stays in the basin of its start.
     assert in_the_flat_one(ends.plain) == in_the_flat_one(ends.starts)
     draw(ends, tmp_path / "double_well.png")
     assert (tmp_path / "double_well.png").read_bytes().startswith(b"\x89PNG")
@@ -46,12 +46,12 @@ def test_of_a_hundred_seeds_smoothout_ends_in_the_flat_one_and_half_of_plain_des
     counts = re.compile(r"(?<=\| )\d+(?= \|$)", flags=re.MULTILINE)
     [documented] = re.findall(r"^\| 60 updates .*\n(?:\|.*\n){3}", page, flags=re.MULTILINE)
     assert counts.sub("N", documented.strip()) == counts.sub("N", table(ends))
-    # processors round differently, and SmoothOut never comes to rest
+    # Processors round differently, and SmoothOut never converges.
     printed = [int(count) for count in counts.findall(table(ends))]
     assert [int(count) for count in counts.findall(documented)] == pytest.approx(printed, abs=2)
 
 
-def test_figure_is_drawn_only_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_figure_is_drawn_only_on_request(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     subprocess.run(
         [sys.executable, "-m", "benchmarks.double_well", "--seeds", "2"],

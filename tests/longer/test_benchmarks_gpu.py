@@ -1,4 +1,4 @@
-"""The page of `make gpu`, each part of it tried on a CPU."""
+"""The page of `make gpu`, with each part run on a CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dist_train.outcome import ExitCode
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_it_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_gpu_is_reported_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--page", str(tmp_path / "page.md")]) == ExitCode.USAGE
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "page.md").exists()
@@ -32,7 +32,7 @@ def test_each_part_holds_on_a_cpu(tmp_path: Path, part: str) -> None:
 
 
 @pytest.mark.parametrize("part", [same_bits, recovery])
-def test_runs_that_are_killed_resumed_and_launched_have_the_same_bits(
+def test_killed_resumed_and_launched_runs_are_bit_identical(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: Callable[[Device, Path], Finding]
 ) -> None:
     def narrow(width: float, global_size: int, **sections: Mapping[str, Any]) -> Config:
@@ -43,9 +43,9 @@ def test_runs_that_are_killed_resumed_and_launched_have_the_same_bits(
     assert found.holds, found.text
 
 
-def test_part_that_takes_too_long_is_written_down_and_the_next_begins(tmp_path: Path) -> None:
+def test_part_that_takes_too_long_fails_and_the_next_one_runs(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    words = [
+    arguments = [
         "--device",
         "cpu",
         "--only",
@@ -57,6 +57,6 @@ def test_part_that_takes_too_long_is_written_down_and_the_next_begins(tmp_path: 
         "--part-seconds",
         "1",
     ]
-    assert main(words) == 1
+    assert main(arguments) == 1
     assert "## peak-memory: FAILED" in page.read_text()
     assert "## profile: FAILED" in page.read_text()

@@ -1,4 +1,4 @@
-"""The loading benchmark runs as it is documented, on a few images."""
+"""The loading benchmark runs as documented, on a few images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.launching import environment
 
 
 @pytest.mark.lengthy
-def test_both_sides_read_a_few_images(tmp_path: Path) -> None:
+def test_both_loaders_read_a_few_images(tmp_path: Path) -> None:
     words = ["--images", "40", "--pairs", "1", "--processes", "1"]
     ended = subprocess.run(
         [sys.executable, "-m", "benchmarks.loading", *words],

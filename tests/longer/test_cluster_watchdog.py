@@ -38,21 +38,21 @@ TOKEN = b"t" * TOKEN_BYTES
 
 @dataclass
 class Member:
-    """A rank's watchdog and what it did."""
+    """A rank's watchdog, its messages, and whether it ended the rank."""
 
     rank: int
-    dog: Watchdog
+    watchdog: Watchdog
     messages: list[str] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
 
     def fall_silent(self) -> None:
-        """Say and hear nothing any more, as a stopped process."""
-        assert isinstance(self.dog, Watch)
-        self.dog._send = lambda *_: None  # type: ignore[method-assign]  # the fault under test
-        self.dog._receive = lambda: time.sleep(0.05)  # type: ignore[method-assign]
+        """Send and receive nothing any more, like a stopped process."""
+        assert isinstance(self.watchdog, Watch)
+        self.watchdog._send = lambda *_: None  # type: ignore[method-assign]  # the fault under test
+        self.watchdog._receive = lambda: time.sleep(0.05)  # type: ignore[method-assign]
 
 
-def form(comm: SimulatedRanks) -> Member:
+def start_member(comm: SimulatedRanks) -> Member:
     messages: list[str] = []
     ended = threading.Event()
     return Member(
@@ -63,13 +63,13 @@ def form(comm: SimulatedRanks) -> Member:
     )
 
 
-def scene(act: Callable[[list[Member]], None], size: int = 3) -> list[Member]:
-    members = results(size, form)
+def run_members(act: Callable[[list[Member]], None], size: int = 3) -> list[Member]:
+    members = results(size, start_member)
     try:
         act(members)
     finally:
         for member in members:
-            member.dog.close()
+            member.watchdog.close()
     return members
 
 
@@ -78,14 +78,14 @@ def wait_for_end(members: list[Member]) -> None:
         assert member.ended.wait(PATIENCE), member.rank
 
 
-def test_silent_rank_ends_all_others_with_the_message_of_rank_0(capsys: pytest.CaptureFixture[str]) -> None:
+def test_silent_rank_ends_the_others_with_rank_0_s_message(capsys: pytest.CaptureFixture[str]) -> None:
     def act(members: list[Member]) -> None:
         members[2].fall_silent()
-        begun = time.monotonic()
+        started = time.monotonic()
         wait_for_end(members[:2])
-        assert time.monotonic() - begun > TIMEOUT * 0.7
+        assert time.monotonic() - started > TIMEOUT * 0.7
 
-    members = scene(act)
+    members = run_members(act)
     expected = (
         f"rank 2 ({socket.gethostname()}, process {os.getpid()}) has not answered for {TIMEOUT:g} s; the run ends"
     )
@@ -94,46 +94,46 @@ def test_silent_rank_ends_all_others_with_the_message_of_rank_0(capsys: pytest.C
     assert capsys.readouterr().err.count("dist-train: rank 2 (") == 1
 
 
-def test_silent_rank_0_is_named_by_everybody() -> None:
+def test_all_ranks_report_a_silent_rank_0() -> None:
     def act(members: list[Member]) -> None:
         members[0].fall_silent()
         wait_for_end(members[1:])
 
-    members = scene(act)
+    members = run_members(act)
     assert all(member.messages[0].startswith("rank 0 (") for member in members[1:])
 
 
 @pytest.mark.parametrize("error", [None, StoppedError("asked to stop")])
-def test_nobody_misses_a_rank_that_has_left(error: Exception | None) -> None:
+def test_rank_that_has_left_is_not_reported(error: Exception | None) -> None:
     def act(members: list[Member]) -> None:
-        members[0].dog.close(error)
-        members[2].dog.close(error)
+        members[0].watchdog.close(error)
+        members[2].watchdog.close(error)
         time.sleep(TIMEOUT + 1)
 
-    assert [member.messages for member in scene(act)] == [[], [], []]
+    assert [member.messages for member in run_members(act)] == [[], [], []]
 
 
-def test_rank_that_failed_ends_the_others_that_hang() -> None:
+def test_failed_rank_ends_the_hanging_others() -> None:
     def act(members: list[Member]) -> None:
-        with pytest.raises(OSError, match="disk"), members[1].dog:
+        with pytest.raises(OSError, match="disk"), members[1].watchdog:
             raise OSError("disk")
         wait_for_end([members[0], members[2]])
 
-    members = scene(act)
+    members = run_members(act)
     assert members[2].messages[0].startswith("rank 1 (")
 
 
-def test_status_that_cannot_be_written_does_not_keep_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_report_of_a_loss_does_not_keep_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog, "_REPORT_SECONDS", 0.2)
     hung, ended = threading.Event(), threading.Event()
 
     def hang(_: str) -> None:
         hung.wait(PATIENCE)
 
-    def form_hanging(comm: SimulatedRanks) -> Watchdog:
+    def start_hanging(comm: SimulatedRanks) -> Watchdog:
         return start_watchdog(comm, timeout=TIMEOUT, on_loss=hang, end=ended.set)
 
-    dogs = results(2, form_hanging)
+    dogs = results(2, start_hanging)
     Member(1, dogs[1]).fall_silent()
     assert ended.wait(PATIENCE)
     hung.set()
@@ -141,19 +141,19 @@ def test_status_that_cannot_be_written_does_not_keep_the_process(monkeypatch: py
         dog.close()
 
 
-@pytest.mark.parametrize("asking", [0, 1])
-def test_probe_names_at_once_who_does_not_answer(asking: int) -> None:
+@pytest.mark.parametrize("prober", [0, 1])
+def test_probe_names_a_rank_that_does_not_answer_at_once(prober: int) -> None:
     def act(members: list[Member]) -> None:
-        assert members[asking].dog.absent() == ""
-        missing = 2 if asking == 0 else 0
+        assert members[prober].watchdog.absent() == ""
+        missing = 2 if prober == 0 else 0
         members[missing].fall_silent()
         time.sleep(0.6)
-        assert members[asking].dog.absent(1.5).startswith(f"rank {missing} (")
+        assert members[prober].watchdog.absent(1.5).startswith(f"rank {missing} (")
 
-    scene(act)
+    run_members(act)
 
 
-def test_foreign_datagrams_change_nothing() -> None:
+def test_foreign_datagrams_are_ignored() -> None:
     with closing(open_datagrams()) as stranger:
         first = Watch(Endpoint(TOKEN, 0, 2), datagrams := open_datagrams(), TIMEOUT, lambda *_: pytest.fail("lost"))
         target = (reachable_from(stranger, "127.0.0.1"), datagrams.getsockname()[1])
@@ -164,33 +164,33 @@ def test_foreign_datagrams_change_nothing() -> None:
         time.sleep(0.3)
         assert first._attendance.present == []
         stranger.sendto(encode(TOKEN, Datagram(Kind.BEAT, 1, text="node 1")), target)
-        wait_for(lambda: first._attendance.present == [1], "the beat of its own rank")
+        wait_for(lambda: first._attendance.present == [1], "the heartbeat of rank 1")
         first.close()
 
 
-def test_ranks_that_cannot_be_reached_are_named_and_not_watched(
+def test_unreachable_ranks_are_named_and_not_monitored(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(watchdog, "own_addresses", lambda: ["192.0.2.77"])
-    members = scene(lambda members: time.sleep(TIMEOUT + 1), size=2)
+    members = run_members(lambda members: time.sleep(TIMEOUT + 1), size=2)
     assert "rank 0 and rank 1" in caplog.text
     assert [member.messages for member in members] == [[], []]
 
 
-def test_timeout_too_short_is_refused_on_all_and_alone_there_is_nothing_to_watch() -> None:
+def test_too_short_timeout_is_refused_on_all_ranks_but_not_on_one() -> None:
     refused = on_ranks(2, lambda comm: start_watchdog(comm, timeout=TIMEOUT - 0.1, on_loss=print))
     assert [type(error) for error in refused] == [UsageError, UsageError]
     with start_watchdog(Alone(), timeout=0.1, on_loss=print) as alone:
         assert alone.absent() == ""
 
 
-def test_quiet_watch_takes_no_time_of_its_trainer() -> None:
+def test_idle_watchdog_uses_little_processor_time() -> None:
     def act(members: list[Member]) -> None:
         used = time.process_time()
         time.sleep(2.0)
         assert time.process_time() - used < 0.3
 
-    scene(act)
+    run_members(act)
 
 
 @settings(deadline=None, max_examples=50)
@@ -200,7 +200,7 @@ def test_quiet_watch_takes_no_time_of_its_trainer() -> None:
     ),
     st.binary(min_size=TOKEN_BYTES, max_size=TOKEN_BYTES),
 )
-def test_datagrams_come_back_and_only_under_their_token(datagram: Datagram, other: bytes) -> None:
+def test_datagrams_decode_only_with_their_token(datagram: Datagram, other: bytes) -> None:
     data = encode(TOKEN, datagram)
     assert decode(TOKEN, data) == datagram
     assert decode(other, data) is None or other == TOKEN
@@ -208,11 +208,11 @@ def test_datagrams_come_back_and_only_under_their_token(datagram: Datagram, othe
 
 @settings(deadline=None, max_examples=50)
 @given(st.binary(max_size=60), st.booleans())
-def test_no_bytes_from_outside_are_an_error(data: bytes, has_token: bool) -> None:
+def test_decoding_never_raises(data: bytes, has_token: bool) -> None:
     decode(TOKEN, TOKEN * has_token + data)
 
 
-def test_rank_0_is_found_at_each_of_its_addresses() -> None:
+def test_rank_0_is_reachable_at_each_of_its_addresses() -> None:
     addresses = own_addresses()
     assert addresses[-1] in ("127.0.0.1", "::1", "127.0.1.1"), json.dumps(addresses)
     for address in addresses:
@@ -226,7 +226,7 @@ def test_rank_0_is_found_at_each_of_its_addresses() -> None:
             assert here.recv(10) == b"found"
 
 
-def test_search_goes_over_all_addresses_until_one_answers() -> None:
+def test_addresses_are_tried_until_one_answers() -> None:
     first = open_datagrams()
     port = first.getsockname()[1]
     local = reachable_from(first, "127.0.0.1")

@@ -1,4 +1,4 @@
-"""The set-up against PyPI's torch for CUDA, on any machine: without a GPU, without a toolkit, without root."""
+"""The set-up with PyPI's torch for CUDA, without a GPU, a toolkit or root."""
 
 from __future__ import annotations
 
@@ -27,47 +27,46 @@ print("the sum is right")
 pytestmark = [pytest.mark.lengthy, pytest.mark.ranks, pytest.mark.timeout(3600)]
 
 
-def as_elsewhere() -> dict[str, str]:
-    """The environment without this machine's settings of pip, its toolkit and its device."""
+def clean_environment() -> dict[str, str]:
+    """Return the environment without this machine's pip settings, CUDA toolkit and device."""
     dropped = ("PIP_FIND_LINKS", "PIP_CONSTRAINT", "CUDA_HOME", "DEVICE", "DIST_TRAIN_MPI")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return {**kept, "PIP_CONFIG_FILE": os.devnull, "DIST_TRAIN_NVCC": "wheel", "PYTHON": sys.executable}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A clone that is set up; Horovod is built in any case."""
-    clone = tmp_path_factory.mktemp("cuda")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A clone of the project after its set-up, in which Horovod was built."""
+    folder = tmp_path_factory.mktemp("cuda")
     for name in NEEDED:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, clone / name)
-    variables = {**as_elsewhere(), "DIST_TRAIN_CACHE": str(clone / "cache")}
-    result = subprocess.run([clone / "docker/environment.sh"], env=variables, stderr=subprocess.PIPE, text=True)
+        copy(ROOT / name, folder / name)
+    variables = {**clean_environment(), "DIST_TRAIN_CACHE": str(folder / "cache")}
+    result = subprocess.run([folder / "docker/environment.sh"], env=variables, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 0, result.stderr
-    yield clone
-    # gigabytes
-    shutil.rmtree(clone)
+    yield folder
+    shutil.rmtree(folder)  # gigabytes
 
 
 def record(clone: Path) -> Mapping[str, str]:
     return dict(line.split("=", 1) for line in (clone / ".venv" / "setup.env").read_text().splitlines())
 
 
-def test_nvcc_and_nccl_come_from_packages(made: Path) -> None:
-    facts = record(made)
+def test_nvcc_and_nccl_come_from_packages(clone: Path) -> None:
+    facts = record(clone)
     assert facts["nvcc"] == "PyPI"
     assert "-nccl2." in facts["wheel"]
 
 
 @pytest.mark.parametrize("launcher", ["horovodrun --gloo -np 2", "mpirun -np 2 --oversubscribe --bind-to none"])
-def test_two_ranks_on_the_cpu_sum_integers(made: Path, launcher: str) -> None:
-    (made / "sum.py").write_text(SUM)
+def test_two_ranks_on_the_cpu_sum_integers(clone: Path, launcher: str) -> None:
+    (clone / "sum.py").write_text(SUM)
     program, *options = launcher.split()
-    path = record(made)["mpirun"] if program == "mpirun" else str(made / ".venv/bin" / program)
-    variables = {**as_elsewhere(), "PATH": f"{made}/.venv/bin:{os.environ['PATH']}"}
+    path = record(clone)["mpirun"] if program == "mpirun" else str(clone / ".venv/bin" / program)
+    variables = {**clean_environment(), "PATH": f"{clone}/.venv/bin:{os.environ['PATH']}"}
     variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     result = subprocess.run(
-        [path, *options, made / ".venv/bin/python", made / "sum.py"],
+        [path, *options, clone / ".venv/bin/python", clone / "sum.py"],
         env=variables,
         capture_output=True,
         text=True,
@@ -78,8 +77,12 @@ def test_two_ranks_on_the_cpu_sum_integers(made: Path, launcher: str) -> None:
     assert result.returncode == 0
 
 
-def test_second_set_up_does_nothing(made: Path) -> None:
+def test_second_set_up_is_a_no_op(clone: Path) -> None:
     result = subprocess.run(
-        [made / "docker/environment.sh"], env=as_elsewhere(), stderr=subprocess.PIPE, text=True, check=True
+        [clone / "docker/environment.sh"],
+        env=clean_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     assert result.stderr == "set-up: .venv is up to date\n"

@@ -21,20 +21,20 @@ from tests.waiting import PATIENCE, wait_for
 LOGGER = "dist_train.data"
 
 
-def made() -> ImageSet:
+def image_set() -> ImageSet:
     pixels = torch.arange(40 * 3 * 8 * 8) % 251
     return ImageSet(pixels.to(torch.uint8).view(40, 3, 8, 8), torch.arange(40) % 10, 10)
 
 
 class Decoder:
-    """Counts how often it is asked."""
+    """A decoder that counts its calls."""
 
     def __init__(self) -> None:
         self.calls = 0
 
     def __call__(self) -> ImageSet:
         self.calls += 1
-        return made()
+        return image_set()
 
 
 @pytest.fixture
@@ -66,8 +66,8 @@ def test_data_set_is_decoded_once_and_then_mapped(folder: Path, source: Source) 
     assert decode.calls == 1
     assert entry_files(folder) == ["images.npy", "json", "labels.npy", "lock"]
     for images in sets:
-        assert torch.equal(images.images, made().images)
-        assert torch.equal(images.labels, made().labels)
+        assert torch.equal(images.images, image_set().images)
+        assert torch.equal(images.labels, image_set().labels)
         assert images.classes == 10
         address = images.images.data_ptr()
         mapping = next(name for start, stop, name in mapped_files() if start <= address < stop)
@@ -77,11 +77,11 @@ def test_data_set_is_decoded_once_and_then_mapped(folder: Path, source: Source) 
 def test_write_to_mapped_images_does_not_reach_the_cache(folder: Path, source: Source) -> None:
     decode = Decoder()
     decoded_once(folder, source, decode).images.zero_()
-    assert torch.equal(decoded_once(folder, source, decode).images, made().images)
+    assert torch.equal(decoded_once(folder, source, decode).images, image_set().images)
     assert decode.calls == 1
 
 
-def test_other_source_bytes_another_split_or_reader_make_another_entry(folder: Path, source: Source) -> None:
+def test_other_source_bytes_splits_or_readers_have_their_own_entry(folder: Path, source: Source) -> None:
     decode = Decoder()
     decoded_once(folder, source, decode)
     decoded_once(folder, Source("pictures", "test", 1, source.files), decode)
@@ -91,7 +91,7 @@ def test_other_source_bytes_another_split_or_reader_make_another_entry(folder: P
     assert decode.calls == 4
 
 
-def test_copy_of_the_source_elsewhere_shares_the_entry(folder: Path, source: Source, tmp_path: Path) -> None:
+def test_copy_of_the_source_shares_the_entry(folder: Path, source: Source, tmp_path: Path) -> None:
     decode = Decoder()
     decoded_once(folder, source, decode)
     copy = tmp_path / "copy"
@@ -100,7 +100,7 @@ def test_copy_of_the_source_elsewhere_shares_the_entry(folder: Path, source: Sou
     assert decode.calls == 1
 
 
-def test_source_that_cannot_be_read_is_a_usage_error(folder: Path, tmp_path: Path) -> None:
+def test_unreadable_source_is_a_usage_error(folder: Path, tmp_path: Path) -> None:
     with raises(UsageError, "data-unreadable"):
         decoded_once(folder, Source("pictures", "train", 1, [tmp_path]), Decoder())
 
@@ -135,7 +135,7 @@ def change_digest(path: Path) -> None:
         ("json", lambda path: path.write_bytes(b"\xff")),
     ],
 )
-def test_damaged_entry_is_made_anew_with_a_warning(
+def test_damaged_entry_is_replaced_with_a_warning(
     folder: Path, source: Source, name: str, damage: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     decode = Decoder()
@@ -145,7 +145,7 @@ def test_damaged_entry_is_made_anew_with_a_warning(
     with caplog.at_level(logging.WARNING, LOGGER):
         images = decoded_once(folder, source, decode)
     assert decode.calls == 2
-    assert torch.equal(images.images, made().images)
+    assert torch.equal(images.images, image_set().images)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     caplog.clear()
     decoded_once(folder, source, decode)
@@ -153,7 +153,7 @@ def test_damaged_entry_is_made_anew_with_a_warning(
     assert not caplog.records
 
 
-def test_entry_without_its_record_does_not_exist_yet(folder: Path, source: Source) -> None:
+def test_entry_without_a_record_is_ignored(folder: Path, source: Source) -> None:
     decode = Decoder()
     decoded_once(folder, source, decode)
     next(folder.glob("*.json")).unlink()
@@ -161,19 +161,19 @@ def test_entry_without_its_record_does_not_exist_yet(folder: Path, source: Sourc
     assert decode.calls == 2
 
 
-def test_folder_that_cannot_be_used_costs_the_cache_not_the_run(
+def test_unusable_folder_disables_only_the_cache(
     tmp_path: Path, source: Source, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     decode = Decoder()
     images = decoded_once(tmp_path / "file" / "decoded", source, decode)
     assert decode.calls == 1
-    assert torch.equal(images.images, made().images)
+    assert torch.equal(images.images, image_set().images)
     (message,) = [record.getMessage() for record in caplog.records]
     assert "DIST_TRAIN_CACHE" in message
 
 
-def test_error_in_the_data_is_not_taken_for_one_of_the_cache(folder: Path, source: Source) -> None:
+def test_error_in_the_data_is_raised(folder: Path, source: Source) -> None:
     def damaged() -> ImageSet:
         raise UsageError("the file is damaged", code="data-format")
 
@@ -222,9 +222,7 @@ def start(folder: Path, source: Source, journal: Path, mode: str = "plain") -> s
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
 
 
-def test_of_several_processes_one_decodes_and_the_others_wait_and_map(
-    folder: Path, source: Source, tmp_path: Path
-) -> None:
+def test_one_of_several_processes_decodes_and_the_others_map(folder: Path, source: Source, tmp_path: Path) -> None:
     ranks = [start(folder, source, tmp_path / "journal") for _ in range(3)]
     outputs = [rank.communicate(timeout=PATIENCE) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * 3, outputs
@@ -233,7 +231,7 @@ def test_of_several_processes_one_decodes_and_the_others_wait_and_map(
     assert entry_files(folder) == ["images.npy", "json", "labels.npy", "lock"]
 
 
-def test_process_that_dies_while_decoding_holds_nobody_up(folder: Path, source: Source, tmp_path: Path) -> None:
+def test_process_killed_while_decoding_does_not_block_others(folder: Path, source: Source, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     rank = start(folder, source, journal, "hang")
     wait_for(journal.exists, "the rank decodes")
@@ -242,12 +240,12 @@ def test_process_that_dies_while_decoding_holds_nobody_up(folder: Path, source: 
     rank.send_signal(signal.SIGKILL)
     rank.communicate(timeout=PATIENCE)
     decode = Decoder()
-    assert torch.equal(decoded_once(folder, source, decode).images, made().images)
+    assert torch.equal(decoded_once(folder, source, decode).images, image_set().images)
     assert decode.calls == 1
     assert not abandoned.exists()
 
 
-def test_full_disk_costs_the_cache_not_the_run(folder: Path, source: Source, tmp_path: Path) -> None:
+def test_full_disk_disables_only_the_cache(folder: Path, source: Source, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     full = start(folder, source, journal, "full disk")
     output, errors = full.communicate(timeout=PATIENCE)
@@ -257,6 +255,6 @@ def test_full_disk_costs_the_cache_not_the_run(folder: Path, source: Source, tmp
     assert journal.read_text() == "decoded\n"
     assert not list(folder.glob("*.json"))
     assert not list(folder.glob(".*.part"))
-    spacious = start(folder, source, journal)
-    assert spacious.communicate(timeout=PATIENCE)[0] == output
+    later = start(folder, source, journal)
+    assert later.communicate(timeout=PATIENCE)[0] == output
     assert list(folder.glob("*.json"))

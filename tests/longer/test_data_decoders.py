@@ -50,30 +50,30 @@ def expected(folder: Path, *numbers: int) -> Tensor:
     return torch.from_numpy(np.stack([decode(str(folder / f"{number}.png"), SIZE, None) for number in numbers]))
 
 
-def fetched(loaders: LoaderProcesses, wanted: Order) -> Tensor:
-    out = torch.empty(wanted.images, 3, SIZE, SIZE, dtype=torch.uint8)
-    loaders.fetch(wanted, out, torch.zeros(wanted.images, dtype=torch.int64))
+def fetch(loaders: LoaderProcesses, request: Order) -> Tensor:
+    out = torch.empty(request.images, 3, SIZE, SIZE, dtype=torch.uint8)
+    loaders.fetch(request, out, torch.zeros(request.images, dtype=torch.int64))
     return out
 
 
-def fetch_for_ever(loaders: LoaderProcesses, wanted: Order) -> None:
+def fetch_for_ever(loaders: LoaderProcesses, request: Order) -> None:
     while True:
-        loaders.prefetch([wanted])
-        fetched(loaders, wanted)
+        loaders.prefetch([request])
+        fetch(loaders, request)
 
 
 def pids_of(loaders: LoaderProcesses) -> list[int]:
     return [process.pid for process in loaders._processes]
 
 
-def test_batches_that_were_announced_come_as_they_are(folder: Path, loaders: LoaderProcesses) -> None:
+def test_prefetched_batches_are_correct(folder: Path, loaders: LoaderProcesses) -> None:
     batches = [tuple(range(start, start + 40)) for start in range(0, FILES, 40)]
     loaders.prefetch(order(folder, *batch) for batch in batches)
     for batch in batches:
-        assert torch.equal(fetched(loaders, order(folder, *batch)), expected(folder, *batch))
+        assert torch.equal(fetch(loaders, order(folder, *batch)), expected(folder, *batch))
 
 
-def test_announcements_that_are_not_kept_cost_nothing_but_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfetched_prefetches_lose_no_slot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoders, "_MAX_IMAGES", 3)
     monkeypatch.setattr(decoders, "_MAX_SLOTS", 4)
     loaders = LoaderProcesses(2, (3, SIZE, SIZE))
@@ -83,21 +83,21 @@ def test_announcements_that_are_not_kept_cost_nothing_but_time(folder: Path, mon
             batches = [tuple(map(int, random.integers(0, FILES, random.integers(1, 12)))) for _ in range(5)]
             loaders.prefetch(order(folder, *batch) for batch in batches)
             time.sleep(random.choice([0, 0.002, 0.01]))
-            for place in sorted(random.choice(5, random.integers(0, 4))):
-                batch = batches[place]
-                assert torch.equal(fetched(loaders, order(folder, *batch)), expected(folder, *batch))
+            for index in sorted(random.choice(5, random.integers(0, 4))):
+                batch = batches[index]
+                assert torch.equal(fetch(loaders, order(folder, *batch)), expected(folder, *batch))
             if random.random() < 0.5:
                 loaders.prefetch(order(folder, *batch) for batch in [(1, 2), *batches[2:]])
-        assert torch.equal(fetched(loaders, order(folder, 5)), expected(folder, 5))
+        assert torch.equal(fetch(loaders, order(folder, 5)), expected(folder, 5))
         assert len(loaders._free) + len(loaders._in_flight) == 4, "no slot is lost"
     finally:
         loaders.close()
 
 
-def test_work_goes_on_while_nobody_waits(folder: Path, loaders: LoaderProcesses) -> None:
+def test_decoding_continues_in_the_background(folder: Path, loaders: LoaderProcesses) -> None:
     batches = [tuple(range(start, start + 60)) for start in (0, 60)]
     loaders.prefetch(order(folder, *batch) for batch in batches)
-    fetched(loaders, order(folder, *batches[0]))
+    fetch(loaders, order(folder, *batches[0]))
 
     def is_decoded() -> bool:
         loaders._receive(wait=False)
@@ -106,65 +106,63 @@ def test_work_goes_on_while_nobody_waits(folder: Path, loaders: LoaderProcesses)
     wait_for(is_decoded, "the second batch")
 
 
-def test_processes_start_once_and_stay(folder: Path, loaders: LoaderProcesses) -> None:
+def test_processes_start_lazily_and_stay(folder: Path, loaders: LoaderProcesses) -> None:
     assert pids_of(loaders) == []
-    fetched(loaders, order(folder, 1))
+    fetch(loaders, order(folder, 1))
     before = pids_of(loaders)
-    fetched(loaders, order(folder, 2))
+    fetch(loaders, order(folder, 2))
     assert len(before) == 2
     assert pids_of(loaders) == before
 
 
-def test_closing_ends_the_processes_and_may_be_done_again(folder: Path, loaders: LoaderProcesses) -> None:
+def test_close_ends_the_processes_and_can_be_repeated(folder: Path, loaders: LoaderProcesses) -> None:
     loaders.prefetch([order(folder, *range(FILES))])
     pids = pids_of(loaders)
     loaders.close()
     loaders.close()
     assert not any(map(is_alive, pids))
-    assert torch.equal(fetched(loaders, order(folder, 3)), expected(folder, 3)), "they start again when needed"
+    assert torch.equal(fetch(loaders, order(folder, 3)), expected(folder, 3)), "they start again when needed"
 
 
-def test_damaged_image_is_told_when_it_is_fetched_not_before(
-    folder: Path, tmp_path: Path, loaders: LoaderProcesses
-) -> None:
+def test_damaged_image_is_reported_when_it_is_fetched(folder: Path, tmp_path: Path, loaders: LoaderProcesses) -> None:
     write_image(tmp_path / "0.png", 20, 20, seed=0)
     damage(tmp_path / "0.png")
     loaders.prefetch([order(folder, 1), order(tmp_path, 0)])
-    fetched(loaders, order(folder, 1))
+    fetch(loaders, order(folder, 1))
     with raises(FaultError, "image-unreadable"):
-        fetched(loaders, order(tmp_path, 0))
+        fetch(loaders, order(tmp_path, 0))
 
 
 @pytest.mark.parametrize("killed", [1, 2], ids=["one", "all"])
-def test_killed_loader_is_a_fault_that_says_so(folder: Path, loaders: LoaderProcesses, killed: int) -> None:
-    fetched(loaders, order(folder, 1))
+def test_killed_loader_raises_a_fault(folder: Path, loaders: LoaderProcesses, killed: int) -> None:
+    fetch(loaders, order(folder, 1))
     for pid in pids_of(loaders)[:killed]:
         os.kill(pid, signal.SIGKILL)
     with raises(FaultError, "loader-ended"):
         fetch_for_ever(loaders, order(folder, *range(60)))
 
 
-def test_loader_killed_over_its_work_is_noticed_by_who_waits(folder: Path, tmp_path: Path) -> None:
+def test_loader_killed_while_decoding_raises_a_fault(folder: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "0.png")
     loaders = LoaderProcesses(1, (3, SIZE, SIZE))
     try:
         loaders.prefetch([order(tmp_path, 0)])
-        with (tmp_path / "0.png").open("wb"):  # which waits until the loader has opened it, too
+        with (tmp_path / "0.png").open("wb"):  # blocks until the loader opens it
             os.kill(pids_of(loaders)[0], signal.SIGKILL)
         with raises(FaultError, "loader-ended"):
-            fetched(loaders, order(tmp_path, 0))
+            fetch(loaders, order(tmp_path, 0))
     finally:
         loaders.close()
 
 
-def test_signals_to_the_whole_job_leave_the_loaders_alone(folder: Path, loaders: LoaderProcesses) -> None:
+def test_loaders_ignore_signals_to_the_whole_job(folder: Path, loaders: LoaderProcesses) -> None:
     loaders.prefetch([order(folder, 1)])
     for pid in pids_of(loaders):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
             os.kill(pid, number)
-    # The second batch is decoded after the signals have come.
+    # The second batch is decoded after the signals.
     for batch in ((1,), tuple(range(60))):
-        assert torch.equal(fetched(loaders, order(folder, *batch)), expected(folder, *batch))
+        assert torch.equal(fetch(loaders, order(folder, *batch)), expected(folder, *batch))
     assert all(map(is_alive, pids_of(loaders)))
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
@@ -174,9 +172,9 @@ def test_no_loader_outlives_a_killed_training_process(folder: Path, busy: bool) 
     script = f"""
 import sys, time
 from pathlib import Path
-from tests.longer.test_data_decoders import LoaderProcesses, fetched, order, pids_of
+from tests.longer.test_data_decoders import LoaderProcesses, fetch, order, pids_of
 loaders, folder = LoaderProcesses(2, (3, {SIZE}, {SIZE})), Path({str(folder)!r})
-fetched(loaders, order(folder, 1))
+fetch(loaders, order(folder, 1))
 if {busy}:
     loaders.prefetch(order(folder, *(list(range({FILES})) * 20)) for _ in range(1))
 print(*pids_of(loaders), flush=True)

@@ -1,4 +1,4 @@
-"""A user's code in loader processes gives what it gives in the training process, mistakes included."""
+"""User code in loader processes behaves as in the training process, including errors."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from tests.raising import raises
 from tests.unit.test_data_plugin_samples import HERE, OWN, opened, read
 
 
-def test_promise_2_loaders_draw_as_the_training_process_does() -> None:
+def test_promise_2_loaders_draw_like_the_training_process() -> None:
     values: dict[str, Any] = {**OWN, "augment": f"{HERE}:erased"}
-    alone, together = opened(**values), opened(**values, loader_workers=2)
+    alone, with_loaders = opened(**values), opened(**values, loader_workers=2)
     try:
-        together.train.prefetch([BatchRequest(torch.tensor([1, 9])), BatchRequest(torch.tensor([2, 7]), 3)])
+        with_loaders.train.prefetch([BatchRequest(torch.tensor([1, 9])), BatchRequest(torch.tensor([2, 7]), 3)])
         for indices, epoch in (([9], 3), ([2, 7], 3), ([4], None)):
-            assert torch.equal(read(together, indices, epoch), read(alone, indices, epoch))
-        assert torch.equal(read(together, [4], 1, "test"), read(alone, [4], 1, "test"))
+            assert torch.equal(read(with_loaders, indices, epoch), read(alone, indices, epoch))
+        assert torch.equal(read(with_loaders, [4], 1, "test"), read(alone, [4], 1, "test"))
         batch = BatchRequest(torch.arange(24), 1)
-        assert torch.equal(together.train.read(batch)[1], alone.train.read(batch)[1])
+        assert torch.equal(with_loaders.train.read(batch)[1], alone.train.read(batch)[1])
     finally:
-        together.close()
+        with_loaders.close()
 
 
 @pytest.mark.parametrize(("how", "code"), [("shape", "plugin-data-form"), ("raises", "plugin-failed")])
-def test_mistake_in_a_loader_process_names_the_sample(how: str, code: str) -> None:
+def test_error_in_a_loader_process_names_the_sample(how: str, code: str) -> None:
     name = f"{HERE}:broken"
     splits = opened(**{**OWN, "name": name, "options": {"index": 13, "how": how}, "loader_workers": 1})
     try:

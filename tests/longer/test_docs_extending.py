@@ -1,4 +1,4 @@
-"""`docs/extending.md` is right: its file, in a folder outside the package, trains as the page says."""
+"""The example of `docs/extending.md` trains as the page says, in a folder outside the package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FILES = dict(re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", PAGE, re.DOTAL
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page's files in a folder of their own, and what they train on one rank and on two."""
+    """A folder with the page's files, and their runs on one rank and on two."""
     folder = tmp_path_factory.mktemp("mine")
     for name, content in FILES.items():
         (folder / name).write_text(content)
@@ -42,7 +42,7 @@ def saved(folder: Path, name: str) -> Any:
     return torch.load(folder / "runs" / name / "checkpoints" / "step-00000002.pt", weights_only=True)
 
 
-def test_what_the_page_adds_is_what_trained(folder: Path) -> None:
+def test_run_uses_everything_that_the_page_adds(folder: Path) -> None:
     run = folder / "runs" / "mine"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     trained = [record for record in records if record["kind"] == "train"]
@@ -56,12 +56,12 @@ def test_what_the_page_adds_is_what_trained(folder: Path) -> None:
     assert len((run / "lines.txt").read_text().splitlines()) >= len(records) - 1
 
 
-def test_two_ranks_give_the_same_bits(folder: Path) -> None:
+def test_two_ranks_are_bit_identical_to_one(folder: Path) -> None:
     one, two = (saved(folder, name)["model"] for name in ("mine", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_it_resumes_and_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_resumes_and_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     for last in (1, 2):
         train_alone("mine.yaml", Path("runs/stopped"), "metrics.enabled=false", f"run.max_steps={last}")
@@ -71,7 +71,7 @@ def test_it_resumes_and_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert "perceptron" in (folder / "report.html").read_text()
 
 
-def test_installed_package_gives_names_by_entry_points(
+def test_installed_package_provides_names_by_entry_points(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
     package = tmp_path / "site"
@@ -86,12 +86,12 @@ def test_installed_package_gives_names_by_entry_points(
     words = ("--run-dir", str(tmp_path / "runs" / "mine"), "metrics.enabled=false")
     ended = launch(2, "torch", "train", str(tmp_path / "installed.yaml"), *words, extra={"PYTHONPATH": str(package)})
     assert ended.code == 0, ended.output
-    mine, installed = (saved(place, "mine")["model"] for place in (folder, tmp_path))
+    mine, installed = (saved(each, "mine")["model"] for each in (folder, tmp_path))
     assert all(torch.equal(mine[name], installed[name]) for name in mine)
     assert load_config(tmp_path / "installed.yaml").model.name == "stripes_package:perceptron"
 
 
-def test_run_records_its_plugins_and_notices_when_they_change(folder: Path) -> None:
+def test_run_records_its_plugins_and_their_changes(folder: Path) -> None:
     [(name, digest)] = saved(folder, "mine")["plugins"].items()
     assert name == f"{folder.name}/mine.py"
     status = json.loads((folder / "runs" / "mine" / "status.json").read_text())
@@ -105,7 +105,7 @@ def test_run_records_its_plugins_and_notices_when_they_change(folder: Path) -> N
     assert '"plugins_changed"' in events
 
 
-def test_short_example_needs_no_more_than_its_file(folder: Path) -> None:
+def test_short_example_works_without_registration(folder: Path) -> None:
     config = load_config("dist_train:configs/demo.yaml", [f"model.name={folder / 'short.py'}:perceptron"])
     assert build_model(config)(torch.zeros(2, *config.data.image_format.shape)).shape == (2, 10)
 
@@ -122,7 +122,7 @@ def test_short_example_needs_no_more_than_its_file(folder: Path) -> None:
         ("data.shape=null", "data.shape", "plugin-data-form"),
     ],
 )
-def test_mistake_is_one_message(
+def test_invalid_option_is_one_problem(
     folder: Path, monkeypatch: pytest.MonkeyPatch, override: str, path: str, code: str
 ) -> None:
     monkeypatch.chdir(folder)
@@ -172,7 +172,7 @@ class Torn(Dataset):
         ("metrics={enabled: false, loggers: [{name: broken.py:nothing}]}", "plugin-result"),
     ],
 )
-def test_code_that_fails_ends_the_run_with_one_message(
+def test_failing_plugin_ends_the_run_with_an_error_code(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, override: str, code: str
 ) -> None:
     monkeypatch.chdir(folder)
@@ -181,7 +181,7 @@ def test_code_that_fails_ends_the_run_with_one_message(
         train(load_config("mine.yaml", ["metrics.enabled=false", override]), tmp_path / "run")
 
 
-def test_logger_that_fails_later_costs_the_run_nothing(folder: Path, tmp_path: Path) -> None:
+def test_logger_that_fails_during_the_run_is_disabled(folder: Path, tmp_path: Path) -> None:
     (folder / "breaks.py").write_text(
         "import dist_train\n\n"
         "class Breaks(dist_train.Observer):\n"
@@ -199,7 +199,7 @@ def test_logger_that_fails_later_costs_the_run_nothing(folder: Path, tmp_path: P
     assert all(torch.equal(whole[name], other[name]) for name in whole)
 
 
-def test_logger_that_fails_when_made_ends_all_ranks(folder: Path, tmp_path: Path) -> None:
+def test_logger_that_fails_at_the_start_ends_all_ranks(folder: Path, tmp_path: Path) -> None:
     (folder / "broken.py").write_text(BROKEN)
     logger = f"metrics={{enabled: false, loggers: [{{name: '{folder}/broken.py:raises'}}]}}"
     ended = launch(2, "torch", "train", str(folder / "mine.yaml"), logger, "--run-dir", str(tmp_path / "run"))
@@ -208,7 +208,7 @@ def test_logger_that_fails_when_made_ends_all_ranks(folder: Path, tmp_path: Path
     assert "broken.py:6" in ended.output
 
 
-def test_file_that_registers_names_can_be_named_on_the_command_line(folder: Path) -> None:
+def test_plugin_file_can_be_given_on_the_command_line(folder: Path) -> None:
     config = load_config(
         Path("dist_train:configs/demo.yaml"), ["model.name=perceptron"], plugins=[str(folder / "mine.py")]
     )

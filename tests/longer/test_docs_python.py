@@ -1,4 +1,4 @@
-"""The Python API is documented: every public name has examples that run; the site builds, and the notebook runs."""
+"""The documentation of the Python API: examples of every public name run, the site builds, the notebook runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where examples run; those of `train` leave the run that the others read."""
+    """The folder of the examples; those of `train` write the run that the others read."""
     return tmp_path_factory.mktemp("examples")
 
 
@@ -49,7 +49,7 @@ def test_examples_of_a_public_name_run(folder: Path, monkeypatch: pytest.MonkeyP
             exec(example.source, scope)
 
 
-def test_site_builds_without_a_warning(tmp_path: Path) -> None:
+def test_site_builds_without_warnings(tmp_path: Path) -> None:
     words = ("-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site"))
     variables = environment(PYTHONPATH=str(DOCS.parent), NO_MKDOCS_2_WARNING="1")
     built = subprocess.run([sys.executable, *words], cwd=DOCS.parent, env=variables, capture_output=True, text=True)
@@ -59,7 +59,7 @@ def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert {page.stem for page in DOCS.glob("*.md")} <= {page.parent.name for page in tmp_path.rglob("index.html")}
 
 
-def test_notebook_runs_and_is_kept_without_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_runs_and_is_stored_without_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(DOCS / "first_run.ipynb", as_version=4)
     nbformat.validate(notebook)
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)

@@ -1,4 +1,4 @@
-"""Ranks that die, hang, fail and come back, at random: nothing changes, nothing is lost, nothing is left behind."""
+"""Ranks that die, hang, fail and rejoin at random: results are bit-identical, and no process is left behind."""
 
 from __future__ import annotations
 
@@ -40,30 +40,30 @@ def assert_equal(one: object, other: object) -> None:
         assert one == other
 
 
-RICH: Sections = {
+STATEFUL: Sections = {
     "comm": {"reduction": "exact32"},
     "averaging": {"kind": "ema"},
     "batch": {"dealing": "measured"},
 }
-"""With state beside the weights and the optimizer's."""
+"""Settings with state besides the weights and the optimizer's."""
 
 
 def run_with_faults(folder: Path, ranks: int, seed: int, count: int, sections: Sections, joining: int = 0) -> None:
-    """Train with `count` faults, ask the run to stop, and compare it with a run that nothing happened to.
+    """Train with `count` faults, stop the run, and compare it with an undisturbed run.
 
-    Beside the `ranks` of the launch there are `joining` of another one that joins it.
+    Another launch joins with `joining` ranks.
     """
     plugin = folder / "failing.py"
     plugin.write_text(FAILING)
-    ours: Sections = {
+    own: Sections = {
         "run": {"epochs": 50_000},
         "noise": {"method": f"{plugin}:Failing"},
         "comm": {"verify_every": 1, "timeout": 5},
         "evaluation": {"every_epochs": 3},
         "checkpoint": {"every_epochs": 2},
     }
-    names = {*ours, *sections}
-    settings = small_settings(**{name: {**sections.get(name, {}), **ours.get(name, {})} for name in names})
+    names = {*own, *sections}
+    settings = small_settings(**{name: {**sections.get(name, {}), **own.get(name, {})} for name in names})
     config = write_config(folder, settings)
     options: tuple[str, ...] = ("--min-ranks", "1", "--restarts", str(10 * count))
     if joining:
@@ -75,8 +75,8 @@ def run_with_faults(folder: Path, ranks: int, seed: int, count: int, sections: S
             wait_for(lambda: len(launch.joined()) == joining, lambda: launch.log.read_text()[-3000:])
         faults = Faults(launch, random.Random(seed), folder)
         faults.inject(count)
-        made = launch.step()
-        wait_for(lambda: launch.step() > made + 3, lambda: launch.log.read_text()[-3000:])
+        step = launch.step()
+        wait_for(lambda: launch.step() > step + 3, lambda: launch.log.read_text()[-3000:])
         launch.process.send_signal(signal.SIGTERM)
         ended = launch.wait()
         assert [other.wait().code for other in launch.others] == [ExitCode.STOPPED] * bool(joining)
@@ -85,24 +85,26 @@ def run_with_faults(folder: Path, ranks: int, seed: int, count: int, sections: S
     last = final_checkpoint(folder / "run")["step"]
     train_alone(config, folder / "undisturbed", f"run.max_steps={last}")
     for kind in ("train", "eval"):
-        due = results(folder / "undisturbed", [kind])
-        # Where run.max_steps ends a run, it is evaluated.
-        assert results(folder / "run", [kind]) == [each for each in due if kind == "train" or each["step"] % 24 == 0]
+        expected = results(folder / "undisturbed", [kind])
+        # The undisturbed run is also evaluated where run.max_steps ends it.
+        assert results(folder / "run", [kind]) == [
+            each for each in expected if kind == "train" or each["step"] % 24 == 0
+        ]
     one, other = final_checkpoint(folder / "run"), final_checkpoint(folder / "undisturbed")
     for part in ("model", "optimizer", "step", "epoch", "average", "noise", "grid_exponents"):
         assert_equal(one[part], other[part])
 
 
-def test_ranks_come_and_go_at_random(tmp_path: Path) -> None:
-    run_with_faults(tmp_path, 3, seed=2, count=6, sections=RICH)
+def test_random_faults_change_nothing(tmp_path: Path) -> None:
+    run_with_faults(tmp_path, 3, seed=2, count=6, sections=STATEFUL)
 
 
 @pytest.mark.lengthy
-@pytest.mark.parametrize(("ranks", "sections"), [(2, {}), (3, RICH), (4, {})], ids=["2", "3", "4"])
+@pytest.mark.parametrize(("ranks", "sections"), [(2, {}), (3, STATEFUL), (4, {})], ids=["2", "3", "4"])
 def test_hundred_faults_change_nothing(tmp_path: Path, ranks: int, sections: Sections) -> None:
     run_with_faults(tmp_path, ranks, seed=ranks, count=100, sections=sections)
 
 
 @pytest.mark.lengthy
 def test_hundred_faults_of_two_launches_change_nothing(tmp_path: Path) -> None:
-    run_with_faults(tmp_path, 2, seed=5, count=100, sections=RICH, joining=2)
+    run_with_faults(tmp_path, 2, seed=5, count=100, sections=STATEFUL, joining=2)

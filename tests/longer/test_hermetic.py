@@ -1,4 +1,4 @@
-"""The tests hang on nothing around them: after a demo, in a random order, from another folder, in the background."""
+"""The unit tests depend on no state: after a demo, in random order, from another folder, in the background."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 from tests.launching import launch, small_settings, write_config
 
 ROOT = Path(__file__).parents[2]
-LEFT_OUT = (".git", ".venv*", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "build", "runs", "results")
-SURROUNDINGS = {
+IGNORED = (".git", ".venv*", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "build", "runs", "results")
+FOREIGN_VARIABLES = {
     "COLUMNS": "30",
     "OMP_NUM_THREADS": "3",
     "SLURM_JOB_ID": "4711",
@@ -28,16 +28,16 @@ pytestmark = [pytest.mark.lengthy, pytest.mark.timeout(3600)]
 
 
 def files_of(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return the size and the time of the last change of each file below `folder`, but for Python's own bytecode."""
+    """Return size and modification time of each file below `folder`, except Python's bytecode."""
     found = {path: path.lstat() for path in folder.rglob("*") if path.suffix != ".pyc" and not path.is_dir()}
     return {str(path.relative_to(folder)): (status.st_size, status.st_mtime_ns) for path, status in found.items()}
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of the checkout in which a demo has left its run."""
+    """A copy of the checkout with the run of a demo."""
     copy = tmp_path / "checkout"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*IGNORED))
     (copy / "results").symlink_to(ROOT / "results")
     config = write_config(tmp_path, small_settings(run={"name": "demo"}, checkpoint={"every_steps": 4}))
     ended = launch(1, "alone", "train", config, "--run-dir", str(copy / "runs" / "demo"))
@@ -56,21 +56,21 @@ def home(tmp_path: Path) -> Path:
     return home
 
 
-def test_unit_tests_read_and_write_nothing_around_them(checkout: Path, home: Path, tmp_path: Path) -> None:
+def test_unit_tests_read_and_write_no_foreign_files(checkout: Path, home: Path, tmp_path: Path) -> None:
     (elsewhere := tmp_path / "elsewhere").mkdir()
     before = files_of(checkout), files_of(home)
     seed = random.SystemRandom().randrange(2**32)
     print(f"--randomly-seed={seed}")
     tests = (checkout / "tests" / "unit", checkout / "tests" / "longer" / "test_monitoring_exporter.py")
-    pytest_of_the_copy = (sys.executable, "-m", "pytest", "-q", "-n", "auto", "-p", "no:cacheprovider")
+    pytest_command = (sys.executable, "-m", "pytest", "-q", "-n", "auto", "-p", "no:cacheprovider")
     shuffled = ("-o", "addopts=-ra --strict-markers --strict-config", f"--randomly-seed={seed}")
     ended = subprocess.run(
-        # as a shell's `&` and nohup start it
-        ["sh", "-c", 'trap "" INT HUP; exec "$@"', "sh", *pytest_of_the_copy, *shuffled, *tests],
+        # like a shell's `&` and nohup
+        ["sh", "-c", 'trap "" INT HUP; exec "$@"', "sh", *pytest_command, *shuffled, *tests],
         cwd=elsewhere,
         env={
             **os.environ,
-            **SURROUNDINGS,
+            **FOREIGN_VARIABLES,
             "HOME": str(home),
             "XDG_CACHE_HOME": "",
             "PYTHONPATH": os.environ["PYTHONPATH"].replace(str(ROOT), str(checkout)),

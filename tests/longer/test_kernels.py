@@ -1,6 +1,6 @@
-"""Triton's kernels by its interpreter, on CPU tensors; and that they compile for GPUs that are not there.
+"""Triton kernels in its interpreter on CPU tensors, and their compilation for GPUs, without a GPU.
 
-`make test-lengthy` gives them Triton: PyPI's takes a gigabyte, and a torch for CUDA brings its own.
+`make test-lengthy` installs Triton: PyPI's takes a gigabyte, and a torch for CUDA brings its own.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ CASES = [
 ]
 
 
-Given = tuple[Tensor, Tensor, Tensor, Tensor]
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def tensors(samples: int, channels: int, sides: tuple[int, ...], offset: float = 1.0) -> Given:
-    """Return inputs, in channels-last layout, the gradient of what comes of them, weight and bias."""
+def tensors(samples: int, channels: int, sides: tuple[int, ...], offset: float = 1.0) -> Arguments:
+    """Return inputs in channels-last layout, the gradient of their outputs, weight and bias."""
     source = torch.Generator().manual_seed(samples)
     inputs, upstream = torch.randn(2, samples, channels, *sides, generator=source).unbind()
     if sides:
@@ -84,7 +84,7 @@ def by_float64(
 
 @pytest.mark.parametrize("activation", ["none", "relu"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_they_are_float64_s_to_float32_s_rounding(
+def test_norm_agrees_with_float64_up_to_rounding(
     case: tuple[int, int, tuple[int, ...], int], activation: normalization.Activation
 ) -> None:
     samples, channels, sides, size = case
@@ -95,36 +95,36 @@ def test_they_are_float64_s_to_float32_s_rounding(
         torch.testing.assert_close(found.double(), true, rtol=1e-5, atol=1e-5 * float(true.abs().max()) + 1e-6)
 
 
-def test_mean_far_above_the_deviation_costs_no_digits_of_the_variance() -> None:
+def test_variance_is_accurate_where_the_mean_is_large() -> None:
     inputs, upstream, weight, bias = tensors(40, 3, (9, 11), offset=1000.0)
     _, moments, _, _ = by_kernels(inputs, upstream, weight, bias, [40], "none")
     _, expected, *_ = by_float64(inputs, upstream, weight, bias, [40], "none")
     torch.testing.assert_close(moments[:2].double(), expected, rtol=1e-5, atol=0.0)
 
 
-def test_promise_3_group_has_the_same_bits_whatever_groups_are_computed_with_it() -> None:
+def test_promise_3_bits_of_a_group_do_not_depend_on_other_groups() -> None:
     given, sizes = tensors(40, 5, (9, 11)), sizes_of(40, 11)
     outputs, moments, of_inputs, of_groups = by_kernels(*given, sizes, "relu")
     parts = zip(*(each.split(sizes) for each in (given[0], given[1], outputs, of_inputs)), strict=True)
     for index, (inputs, upstream, its_outputs, of_its_inputs) in enumerate(parts):
         alone = by_kernels(inputs, upstream, given[2], given[3], [len(inputs)], "relu")
-        together = its_outputs, moments[:, index : index + 1], of_its_inputs, of_groups[:, index : index + 1]
-        assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+        in_batch = its_outputs, moments[:, index : index + 1], of_its_inputs, of_groups[:, index : index + 1]
+        assert all(torch.equal(one, other) for one, other in zip(alone, in_batch, strict=True))
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
-def test_activations_of_half_precision_are_computed_with_in_float32(kind: torch.dtype) -> None:
+def test_half_precision_activations_are_computed_in_float32(kind: torch.dtype) -> None:
     inputs, upstream, weight, bias = tensors(9, 6, (4, 4))
     inputs, upstream = inputs.to(kind), upstream.to(kind)
     found = by_kernels(inputs, upstream, weight, bias, [4, 5], "relu")
     expected = by_kernels(inputs.float(), upstream.float(), weight, bias, [4, 5], "relu")
     for one, other in zip(found, expected, strict=True):
-        # where a GPU rounds to bfloat16, the interpreter cuts off
+        # A GPU rounds to bfloat16, but the interpreter truncates.
         torch.testing.assert_close(one.float(), other, rtol=torch.finfo(one.dtype).eps, atol=1e-7)
 
 
 @pytest.mark.parametrize("activation", ["none", "relu"])
-def test_value_that_is_not_finite_stays_so(activation: str) -> None:
+def test_nan_spreads_within_its_group_and_channel_only(activation: str) -> None:
     inputs, upstream, weight, bias = tensors(6, 2, (3, 3))
     inputs[4, 1, 0, 0] = torch.nan
     outputs, moments, of_inputs, _ = by_kernels(inputs, upstream, weight, bias, [3, 3], activation)
@@ -135,15 +135,15 @@ def test_value_that_is_not_finite_stays_so(activation: str) -> None:
 
 
 @pytest.mark.parametrize("sides", [(), (5, 4)])
-def test_norm_and_its_relu_are_what_they_are_without_kernels(
+def test_norm_with_relu_agrees_with_the_one_without_kernels(
     sides: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs, upstream, weight, bias = tensors(11, 6, sides)
 
-    def run(first: bool) -> list[Tensor]:
+    def run(with_kernels: bool) -> list[Tensor]:
         norm = GroupedBatchNorm(6, 4)
         model = torch.nn.Sequential(norm, torch.nn.ReLU(inplace=True))
-        if not first:
+        if with_kernels:
             join_relus(model)
         with torch.no_grad():
             norm.weight.copy_(weight)
@@ -157,14 +157,14 @@ def test_norm_and_its_relu_are_what_they_are_without_kernels(
         again = torch.autograd.grad(torch.stack([slope.square().sum() for slope in slopes]).sum(), leaves)
         return [outputs, seen.means, seen.variances, *gradients, *slopes, *again]
 
-    expected = run(True)
+    expected = run(with_kernels=False)
     monkeypatch.setattr(normalization, "_kernels_support", lambda *_: True)
-    for found, true in zip(run(False), expected, strict=True):
+    for found, true in zip(run(with_kernels=True), expected, strict=True):
         torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-5 * float(true.detach().abs().max()))
 
 
 @pytest.mark.parametrize("stream", [0, key(1, "noise", 2), 2**63 - 1])
-def test_random_bits_are_those_of_cpus(stream: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_bits_equal_those_of_the_cpu(stream: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = torch.cat([part.clone() for part in bits(stream, 2 * 3001, torch.device("cpu"))])
     found = torch.empty(3001, dtype=torch.int32)
     low, high = torch.tensor([stream], dtype=torch.int64).view(torch.int32).tolist()
@@ -172,7 +172,7 @@ def test_random_bits_are_those_of_cpus(stream: int, monkeypatch: pytest.MonkeyPa
     assert torch.equal(found.view(torch.int16), expected)
 
 
-def test_gradients_are_added_up_as_torch_does() -> None:
+def test_accumulated_gradients_equal_torch_s() -> None:
     gradients = torch.randn(3, 2500, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1e-9], [1.0], [1e-4]])
     total = torch.full((2500,), 7)
     largest = [
@@ -184,7 +184,7 @@ def test_gradients_are_added_up_as_torch_does() -> None:
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_gradient_that_is_not_finite_is_the_largest(bad: float) -> None:
+def test_gradient_that_is_not_finite_is_reported_as_largest(bad: float) -> None:
     gradients = torch.ones(1500)
     gradients[1100] = bad
     largest = torch.ops.dist_train.accumulate_(gradients, torch.zeros(1500, dtype=torch.int64), 1.0, False)
@@ -192,7 +192,7 @@ def test_gradient_that_is_not_finite_is_the_largest(bad: float) -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
-def test_gradients_are_added_up_on_grids_as_torch_does(kind: torch.dtype) -> None:
+def test_gradients_accumulated_on_grids_equal_torch_s(kind: torch.dtype) -> None:
     shapes, offset = [(3, 1100), (2, 5), (1, 2300)], 48
     scales = torch.tensor([2.0**20, 2.0**24, 0.5])
     places, start = [], offset
@@ -224,7 +224,7 @@ def test_gradients_are_added_up_on_grids_as_torch_does(kind: torch.dtype) -> Non
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 @pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
-def test_on_a_grid_too_a_gradient_that_is_not_finite_is_the_largest(bad: float) -> None:
+def test_gradient_on_a_grid_that_is_not_finite_is_reported_as_largest(bad: float) -> None:
     gradients, integers = torch.ones(12), torch.zeros(12, dtype=torch.int32)
     gradients[7] = bad
     places, scales = torch.tensor([(0, 6, 0), (6, 6, 0)]), torch.ones(1)
@@ -261,7 +261,7 @@ for capability in (80, 90):
 """
 
 
-def test_they_compile_for_gpus() -> None:
+def test_kernels_compile_for_gpus() -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     ended = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr

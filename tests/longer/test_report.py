@@ -15,7 +15,7 @@ from dist_train.cli.main import parse
 from dist_train.outcome import UsageError
 from dist_train.report.page import render, write_report
 from dist_train.report.stored_run import read_subject
-from tests.longer.report_page import Page, evaluations, runs_of, written
+from tests.longer.report_page import Page, evaluations, rendered, runs_of
 from tests.raising import raises
 from tests.unit.report_study import config_of, make_run, make_study, treatments, write_status
 
@@ -116,8 +116,8 @@ def test_variant_without_a_title_of_its_study_is_told_by_what_it_changes(tmp_pat
     for run in plan:
         run["title"] = run["variant"].replace("-amplitude", ", amplitude")
     (study / "runs.json").write_text(json.dumps(plan))
-    assert "uniform 0.01" in written(study).text
-    assert "noise, amplitude" not in written(study).text
+    assert "uniform 0.01" in rendered(study).text
+    assert "noise, amplitude" not in rendered(study).text
 
 
 @pytest.mark.parametrize("form", ["svg", "pdf"])
@@ -167,7 +167,7 @@ def test_missing_a_failed_and_a_broken_run_are_named_and_not_counted(tmp_path: P
     shutil.rmtree(study / "lb-seed-2")
     write_status(study / "lb-seed-1", "failed", 40, "the loss is not finite at step 40")
     (study / "sb-seed-0" / "metrics.jsonl").unlink()
-    page = written(study)
+    page = rendered(study)
     assert "21 of 24 runs finished" in page.text
     assert "lb-seed-2 missing it has not started: its folder is missing" in page.text
     assert "lb-seed-1 failed the loss is not finite at step 40" in page.text
@@ -181,7 +181,7 @@ def test_study_of_which_nothing_has_begun_still_has_a_page(tmp_path: Path) -> No
     study = make_study(tmp_path / "study")
     for run in list(runs_of(study)):
         shutil.rmtree(run)
-    page = written(study)
+    page = rendered(study)
     assert "0 of 24 runs finished" in page.text
     assert "LB, batch 8,192" in page.text
 
@@ -197,7 +197,7 @@ def test_batch_of_an_variant_that_has_not_begun_is_that_of_the_base_configuratio
     (study / "base.yaml").write_text("batch:\n  global_size: 8192\n")
     for run_folder in list(runs_of(study)):
         shutil.rmtree(run_folder)
-    page = written(study)
+    page = rendered(study)
     assert "LB, batch 8,192" in page.text
     assert "unknown" not in page.text
 
@@ -205,7 +205,7 @@ def test_batch_of_an_variant_that_has_not_begun_is_that_of_the_base_configuratio
 def test_run_that_goes_on_stands_for_its_variant_until_one_has_finished(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0,))
     write_status(study / "lb-seed-0", "stopped", 40, "asked by SIGTERM")
-    page = written(study)
+    page = rendered(study)
     assert "base line not finished" in page.text
     assert page.of("final_test", variant="lb")[0] == evaluations(study / "lb-seed-0", "test")[-1]["accuracy"]
 
@@ -238,7 +238,7 @@ def test_landscapes_made_with_other_settings_are_not_mixed(tmp_path: Path) -> No
     fields = json.loads(settings.read_text())
     fields["settings"]["statistics"] = "interpolated"
     settings.write_text(json.dumps(fields))
-    page = written(study)
+    page = rendered(study)
     assert "1 results made with other settings or at earlier steps are not drawn" in page.text
     assert "width-A.2" not in {has.get("data-measure") for has, _ in page.numbers if has.get("data-run") == "sb-seed-0"}
 

@@ -16,7 +16,7 @@ from dist_train.report.sharpness_charts import partial_spearman, rank_correlatio
 from dist_train.report.stored_run import read_run, read_subject
 from dist_train.report.tables import accuracy_at
 from dist_train.report.variants import panels_of
-from tests.longer.report_page import cells, evaluations, runs_of, written
+from tests.longer.report_page import cells, evaluations, rendered, runs_of
 from tests.longer.test_report_counting import NOISY, ROW, TRACE, sharpness_file, trace
 from tests.unit.report_study import make_run, make_study, treatments, write_status
 
@@ -54,7 +54,7 @@ def test_every_variant_is_compared_with_both_base_lines(tmp_path: Path, title: s
         assert found[label].endswith("; n = 4)")
     values = [
         float(has["value"])
-        for has, _ in written(study).numbers
+        for has, _ in rendered(study).numbers
         if (has.get("data-contrast"), has.get("data-table"), has.get("data-variant")) == ("judged_test", title, NOISY)
     ]
     assert values == pytest.approx([np.mean(final(study, NOISY) - final(study, reference))], abs=1e-15)
@@ -115,7 +115,7 @@ def test_run_that_diverged_counts_as_if_guessing_and_is_told_of_in_every_cell(tm
     assert effect.endswith("n = 2, 1 diverged, 1 unfinished)")
     correlation = table["Rank correlation with generalization gap", TRACE, "LB"]
     assert correlation.endswith("n = 14, 1 diverged, 1 unfinished)")
-    text = written(study).text
+    text = rendered(study).text
     assert "10.00 diverged: as if guessing" in text
     assert "(not finished)" not in "".join(row for _, row, _ in table)
 
@@ -224,7 +224,7 @@ def test_without_evaluations_along_training_there_is_no_equal_loss_and_it_is_sai
         lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
         kept = [line for line in lines[:-3] if json.loads(line)["kind"] != "eval"]
         (run / "metrics.jsonl").write_text("".join([*kept, *lines[-3:]]))
-    table, text = cells(study), written(study).text
+    table, text = cells(study), rendered(study).text
     assert (AGAINST_SB, ROW, ACCURACY) in table
     assert (AGAINST_SB, ROW, EQUAL_LOSS) not in table
     assert "nothing can be compared at equal training loss" in text
@@ -285,7 +285,7 @@ def test_what_sets_a_noise_apart_is_in_its_label_and_its_changes(
 
 def test_sharpness_along_training_is_drawn_against_two_over_the_rate(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", (0, 1))
-    assert "Sharpness along training" not in written(study).text
+    assert "Sharpness along training" not in rendered(study).text
     measured: dict[int, list[float]] = {20: [], 80: []}
     for seed in (0, 1):
         run = study / f"lb-seed-{seed}"
@@ -296,7 +296,7 @@ def test_sharpness_along_training_is_drawn_against_two_over_the_rate(tmp_path: P
         measured[20].append(3.0 + seed)
         values = {**last, "checkpoint": early, "hessian": {"eigenvalues": [3.0 + seed, 1.0], "trace": 9.0}}
         (run / "analysis" / "sharpness-early.json").write_text(json.dumps(values))
-    page = written(study)
+    page = rendered(study)
     assert "Sharpness along training" in page.text
     frame = {label: points for label, points in page.series if label.startswith("base line")}
     # two updates an epoch

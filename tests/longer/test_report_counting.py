@@ -17,7 +17,7 @@ from dist_train.report.sharpness_charts import sharpness_scatters
 from dist_train.report.stored_run import read_subject
 from dist_train.report.variants import panels_of
 from dist_train.rundir.records import EvaluationRecord, Record
-from tests.longer.report_page import cells, evaluations, written
+from tests.longer.report_page import cells, evaluations, rendered
 from tests.unit.report_study import make_run, make_study, treatments, write_records, write_status
 
 ACCURACY = "Accuracy and loss"
@@ -104,13 +104,13 @@ def test_difference_is_over_the_seeds_of_which_both_are_measured(tmp_path: Path)
 
 def test_sharpness_measured_with_other_settings_is_left_out_and_counted(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0, 1))
-    assert "Sharpness results left out" not in written(study).text
+    assert "Sharpness results left out" not in rendered(study).text
     path = sharpness_file(study / f"{NOISY}-seed-1")
     fields = json.loads(path.read_text())
     fields["settings"]["samples"] = 512
     path.write_text(json.dumps(fields))
     assert cells(study)[SHARPNESS, ROW, TRACE].endswith("(n = 1)")
-    assert "Sharpness results left out because of other settings or an earlier step: 1." in written(study).text
+    assert "Sharpness results left out because of other settings or an earlier step: 1." in rendered(study).text
 
 
 def twins(folder: Path, *names: str) -> None:
@@ -196,7 +196,7 @@ def test_run_of_two_studies_is_one_point_of_a_correlation(tmp_path: Path) -> Non
 def test_basin_wider_than_the_line_makes_mean_and_difference_bounds(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     change_width(study / f"{NOISY}-seed-1", open=1)
-    table, page = cells(study), written(study)
+    table, page = cells(study), rendered(study)
     mean = fmean(width(study / f"{NOISY}-seed-{seed}") for seed in (0, 1, 2))
     base = fmean(width(study / f"lb-seed-{seed}") for seed in (0, 1, 2))
     assert table[SHARPNESS, ROW, WIDTH] == f"\u2265 {mean:.3f} (n = 3, 1 censored)"
@@ -220,7 +220,7 @@ def test_difference_from_a_censored_base_line_is_at_most_so_much(tmp_path: Path)
     assert table[SHARPNESS_EFFECTS, ROW, WIDTH].endswith("(n = 3, 1 censored)")
     assert table[SHARPNESS_EFFECTS, "LB, noise, amplitude 0.03", WIDTH] == "unknown (n = 3, 2 censored)"
     assert table[SHARPNESS_EFFECTS, "LB, base line, from that of SB", WIDTH].startswith("\u2265")
-    assert "unknown" in written(study).text
+    assert "unknown" in rendered(study).text
 
 
 def test_width_below_the_spacing_of_the_points_is_unresolved(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_width_below_the_spacing_of_the_points_is_unresolved(tmp_path: Path) -> 
     narrow = {"direction": 0, "left": -0.03, "right": 0.04}
     change_width(study / f"{NOISY}-seed-1", directions=[narrow, {"direction": 1, "left": -0.2, "right": 0.2}])
     change_width(study / f"{NOISY}-seed-2", directions=[{"direction": 0, "left": -0.03, "right": 0.05}])
-    table, page = cells(study), written(study)
+    table, page = cells(study), rendered(study)
     assert table[SHARPNESS, ROW, WIDTH].endswith("(n = 3, 1 unresolved)")
     assert table[SHARPNESS_EFFECTS, ROW, WIDTH].endswith("; n = 3, 1 unresolved)")
     assert table[WITH_LOSS, WIDTH, "all runs"].endswith("n = 24, 1 unresolved)")
@@ -250,7 +250,7 @@ def test_rise_is_that_of_the_lines_points(tmp_path: Path) -> None:
     rise = fmean(loss for alpha, loss in points if abs(alpha) == 0.5) - fmean(
         loss for alpha, loss in points if alpha == 0
     )
-    assert written(study).of("line-rise-0.5", run="lb-seed-0")[0] == pytest.approx(rise)
+    assert rendered(study).of("line-rise-0.5", run="lb-seed-0")[0] == pytest.approx(rise)
 
 
 def test_run_whose_last_evaluation_is_not_finite_has_no_final_accuracy(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.launching import environment
-from tests.longer.report_page import cells, evaluations, written
+from tests.longer.report_page import cells, evaluations, rendered
 from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ def test_best_trial_of_each_variant_is_confirmed_with_fresh_seeds(folder: Path) 
 def test_report_has_the_contrast_the_line_and_the_sharpness(folder: Path) -> None:
     study = folder / "runs" / "search-confirm"
     assert (study / "report.html").is_file()
-    table, page = cells(study), written(study)
+    table, page = cells(study), rendered(study)
     runs = [[study / f"{variant}-seed-{seed}" for seed in (100, 101)] for variant in ("sb", "lb")]
     last = [[evaluations(run, "test")[-1]["accuracy"] for run in pair] for pair in runs]
     mean = 100 * (fmean(last[0]) - fmean(last[1]))
