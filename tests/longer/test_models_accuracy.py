@@ -1,8 +1,7 @@
-"""Losses and gradients in the default settings, against float64.
+"""Losses and gradients with default settings, compared with float64.
 
-ReLU and max pooling make the loss piecewise smooth, and a rounding may fall on the other side of an edge, where the
-gradient is another one. So the reference takes the same side at each edge as the network did: it computes in float64
-what the network computes, and every difference is a rounding.
+ReLU and max pooling make the loss piecewise smooth, and rounding may cross an edge, where the gradient jumps. So the
+reference, in float64, takes the branches that the network took, and all differences are rounding errors.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def images_on_black(count: int, seed: int = 0) -> Tensor:
-    """Return [count, 1, 28, 28]: like clothes, bright patches on a background of one value."""
+    """Return [count, 1, 28, 28] like Fashion-MNIST's: bright patches on a constant background."""
     source = torch.Generator().manual_seed(seed)
     images = torch.rand(count, 1, 28, 28, generator=source)
     inside = torch.zeros(count, 1, 28, 28)
@@ -49,8 +48,8 @@ def images_on_black(count: int, seed: int = 0) -> Tensor:
     return images * inside
 
 
-class Reference(nn.Module):
-    """Torch's batch norm over each group, on contiguous tensors: accurate in float64."""
+class ReferenceNorm(nn.Module):
+    """Torch's batch norm of each group, on contiguous tensors, which is accurate in float64."""
 
     def __init__(self, norm: GroupedBatchNorm) -> None:
         super().__init__()
@@ -67,41 +66,43 @@ class Reference(nn.Module):
 def replace_norms(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, GroupedBatchNorm):
-            setattr(module, name, Reference(child))
-        elif not isinstance(child, Reference):
+            setattr(module, name, ReferenceNorm(child))
+        elif not isinstance(child, ReferenceNorm):
             replace_norms(child)
 
 
-def sides_taken(model: nn.Module, inputs: Tensor, precision: torch.dtype) -> list[Tensor]:
-    """Return, in the order of the forward pass, which inputs each ReLU passed and each max pooling took."""
-    sides: list[Tensor] = []
+def branches_of(model: nn.Module, inputs: Tensor, precision: torch.dtype) -> list[Tensor]:
+    """Return which inputs each ReLU and max pooling let pass, in the order of the forward pass."""
+    branches: list[Tensor] = []
 
-    def note_relu(module: nn.Module, _: Any, output: Tensor) -> None:
-        sides.append(output.detach() > 0)
+    def record_relu(module: nn.Module, _: Any, output: Tensor) -> None:
+        branches.append(output.detach() > 0)
 
-    def note_pool(module: nn.MaxPool2d, arguments: tuple[Tensor], _: Any) -> None:
+    def record_pool(module: nn.MaxPool2d, arguments: tuple[Tensor], _: Any) -> None:
         options = {"kernel_size": module.kernel_size, "stride": module.stride, "padding": module.padding}
         inputs = arguments[0].detach().contiguous()
-        sides.append(functional.max_pool2d(inputs, ceil_mode=module.ceil_mode, return_indices=True, **options)[1])
+        branches.append(functional.max_pool2d(inputs, ceil_mode=module.ceil_mode, return_indices=True, **options)[1])
 
-    hooks = [module.register_forward_hook(note_relu) for module in model.modules() if isinstance(module, nn.ReLU)]
-    hooks += [module.register_forward_hook(note_pool) for module in model.modules() if isinstance(module, nn.MaxPool2d)]
+    hooks = [module.register_forward_hook(record_relu) for module in model.modules() if isinstance(module, nn.ReLU)]
+    hooks += [
+        module.register_forward_hook(record_pool) for module in model.modules() if isinstance(module, nn.MaxPool2d)
+    ]
     with torch.no_grad(), torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
         model(inputs)
     for hook in hooks:
         hook.remove()
-    return sides
+    return branches
 
 
-def take_sides(model: nn.Module, sides: list[Tensor]) -> None:
-    """Let the ReLUs and max poolings of `model` do as `sides` say, whatever their inputs are."""
-    waiting = iter(sides)
+def force_branches(model: nn.Module, branches: list[Tensor]) -> None:
+    """Let the ReLUs and max poolings of `model` take `branches`, whatever their inputs."""
+    remaining = iter(branches)
 
     def relu(_: nn.Module, inputs: tuple[Tensor], __: Tensor) -> Tensor:
-        return inputs[0] * next(waiting)
+        return inputs[0] * next(remaining)
 
     def pool(_: nn.Module, inputs: tuple[Tensor], __: Tensor) -> Tensor:
-        indices = next(waiting)
+        indices = next(remaining)
         return inputs[0].flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
 
     for module in model.modules():
@@ -127,14 +128,14 @@ def loss_and_gradient(
     )
 
 
-def in_float64(
+def loss_and_gradient_in_float64(
     model: nn.Module, inputs: Tensor, labels: Tensor, samples: int, precision: torch.dtype = torch.float32
 ) -> tuple[float, Tensor]:
-    """Return what `loss_and_gradient` would without a rounding, on the sides of all edges that `model` takes."""
-    sides = sides_taken(copy.deepcopy(model), inputs, precision)
+    """Return `loss_and_gradient` in float64, with the branches that `model` takes."""
+    branches = branches_of(copy.deepcopy(model), inputs, precision)
     reference = copy.deepcopy(model).double()
     replace_norms(reference)
-    take_sides(reference, sides)
+    force_branches(reference, branches)
     return loss_and_gradient(reference, inputs.double().contiguous(), labels, samples)
 
 
@@ -159,7 +160,7 @@ CASES = [
 
 
 def step_config(folder: Path, name: str, norm: str, ghost_size: int, micro_size: int, batches: int) -> Config:
-    """Return default settings of a run whose first global batch is of `batches` micro-batches."""
+    """Return default settings of a run with one global batch of `batches` micro-batches."""
     count = batches * micro_size
     pixels = (images_on_black(count) * 255).round().to(torch.uint8)[:, 0].numpy()
     labels = (np.arange(count) % 10).astype(np.uint8)
@@ -177,7 +178,7 @@ def step_config(folder: Path, name: str, norm: str, ghost_size: int, micro_size:
 
 @pytest.mark.parametrize(("name", "norm", "ghost_size", "micro_size"), CASES)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_step_s_gradient_is_right_to_a_ten_thousandth_of_its_norm(
+def test_gradient_of_a_step_is_accurate_to_a_ten_thousandth(
     tmp_path: Path, name: str, norm: str, ghost_size: int, micro_size: int, ranks: int
 ) -> None:
     config = step_config(tmp_path / "data", name, norm, ghost_size, micro_size, batches=ranks)
@@ -200,7 +201,7 @@ def test_step_s_gradient_is_right_to_a_ten_thousandth_of_its_norm(
     order = epoch_order(len(trainer.splits.train), config.run.seed, 0)
     for part in BatchPlan(config.batch.global_size, micro_size).micro_batches:
         inputs, labels = trainer.splits.train.read(BatchRequest(order[part.start : part.stop], 0))
-        loss, gradient = in_float64(build_model(config), inputs, labels, config.batch.global_size)
+        loss, gradient = loss_and_gradient_in_float64(build_model(config), inputs, labels, config.batch.global_size)
         expected_loss, expected = expected_loss + loss, expected + gradient
     for loss, gradient, _ in ended:
         assert loss == pytest.approx(expected_loss, rel=3e-6)
@@ -208,7 +209,7 @@ def test_step_s_gradient_is_right_to_a_ten_thousandth_of_its_norm(
 
 
 @pytest.mark.parametrize(("name", "norm", "ghost_size", "samples"), [CASES[1], CASES[4], CASES[7], CASES[10]])
-def test_bfloat16_loses_no_more_than_its_own_rounding(name: str, norm: str, ghost_size: int, samples: int) -> None:
+def test_bfloat16_is_as_accurate_as_torch_s(name: str, norm: str, ghost_size: int, samples: int) -> None:
     settings = {"name": name, "width": 0.125, "norm": norm, "ghost_size": ghost_size}
     model = build_model(small_config(data={"synthetic_shape": [1, 28, 28]}, model=settings))
     inputs, labels = images_on_black(samples), torch.arange(samples) % 10
@@ -216,7 +217,7 @@ def test_bfloat16_loses_no_more_than_its_own_rounding(name: str, norm: str, ghos
     replace_norms(plain)
 
     def error(network: nn.Module, images: Tensor) -> float:
-        _, expected = in_float64(network, images, labels, samples, torch.bfloat16)
+        _, expected = loss_and_gradient_in_float64(network, images, labels, samples, torch.bfloat16)
         return distance(loss_and_gradient(network, images, labels, samples, torch.bfloat16)[1], expected)
 
     ours = error(model, inputs.contiguous(memory_format=torch.channels_last))
@@ -226,15 +227,13 @@ def test_bfloat16_loses_no_more_than_its_own_rounding(name: str, norm: str, ghos
 
 @pytest.mark.parametrize("samples", [2, 7, 128, 300])
 @pytest.mark.parametrize("shape", [(6,), (16, 28, 28), (3, 1, 5)])
-def test_norm_keeps_float32_s_precision_also_where_most_values_are_the_same(
-    samples: int, shape: tuple[int, ...]
-) -> None:
+def test_norm_is_accurate_also_where_most_values_are_equal(samples: int, shape: tuple[int, ...]) -> None:
     source = torch.Generator().manual_seed(1)
     inputs = torch.randn(samples, *shape, generator=source)
     upstream = torch.ones_like(inputs)
     if samples > 2:
-        alike = torch.rand(samples, 1, *shape[1:], generator=source) < 0.5
-        inputs, upstream = torch.where(alike, 0.3, inputs), torch.where(alike, 0.0, upstream)
+        is_equal = torch.rand(samples, 1, *shape[1:], generator=source) < 0.5
+        inputs, upstream = torch.where(is_equal, 0.3, inputs), torch.where(is_equal, 0.0, upstream)
     inputs, upstream = inputs + 1.0, upstream + 0.1 * torch.randn(samples, *shape, generator=source)
     weight, bias = torch.randn(shape[0], generator=source), torch.randn(shape[0], generator=source)
 
@@ -255,7 +254,7 @@ def test_norm_keeps_float32_s_precision_also_where_most_values_are_the_same(
     for layout in layouts:
         outputs, of_inputs, of_weight, of_bias = run(torch.float32, layout)
         assert distance(outputs, expected[0]) < 2e-6
-        # Of two samples only the sign is left, and the gradient is a small difference of large numbers.
+        # With two samples the gradient is a small difference of large numbers.
         assert distance(of_inputs, expected[1]) < (1e-2 if samples == 2 and len(shape) == 1 else 1e-5)
         assert distance(of_weight, expected[2]) < 1e-4
         assert distance(of_bias, expected[3]) < 1e-5
@@ -263,7 +262,7 @@ def test_norm_keeps_float32_s_precision_also_where_most_values_are_the_same(
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", [(6, 3, 4, 4), (6, 3)])
-def test_norm_s_second_derivatives_are_right(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+def test_second_derivatives_of_a_norm_are_accurate(shape: tuple[int, ...], layout: torch.memory_format) -> None:
     source = torch.Generator().manual_seed(0)
     values = [torch.randn(size, generator=source) for size in (shape, (3,), (3,))]
     directions = [torch.randn(size, generator=source) for size in (shape, (3,), (3,))]
@@ -288,7 +287,7 @@ def test_norm_s_second_derivatives_are_right(shape: tuple[int, ...], layout: tor
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("samples", [2, 120, 300])
-def test_moments_of_half_precision_images_are_float32_s(samples: int, precision: torch.dtype) -> None:
+def test_moments_of_half_precision_images_have_float32_accuracy(samples: int, precision: torch.dtype) -> None:
     images = images_on_black(samples).expand(-1, 3, -1, -1).to(precision).contiguous(memory_format=torch.channels_last)
     _, means, variances = normalize(images, torch.ones(3), torch.zeros(3), 1e-5, (samples,))
     exact = images.double().transpose(0, 1).flatten(1)

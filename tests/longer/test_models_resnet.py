@@ -1,4 +1,4 @@
-"""Residual networks: torchvision's bit-identically on large images, adapted to small ones, at any width."""
+"""Residual networks: bit-identical to torchvision's on large images, adapted to small ones, of any width."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def build(name: str, shape: tuple[int, int, int] = (3, 32, 32), classes: int = 1
 
 
 @pytest.mark.parametrize(("name", "count"), [("resnet18", 11_173_962), ("resnet50", 23_520_842)])
-def test_it_has_the_usual_number_of_parameters_for_cifar(name: str, count: int) -> None:
+def test_number_of_parameters_for_cifar(name: str, count: int) -> None:
     assert sum(parameter.numel() for parameter in build(name).parameters()) == count
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_on_large_images_it_is_torchvision_s(name: str) -> None:
+def test_network_for_large_images_equals_torchvision_s(name: str) -> None:
     import torchvision
 
     reference: nn.Module = getattr(torchvision.models, name)(num_classes=7)
@@ -59,7 +59,7 @@ def test_width_scales_all_channels(name: str, width: float) -> None:
     assert last.in_features == expansion * max(1, round(512 * width))
 
 
-def test_drawing_the_initial_weights_moves_no_global_generator() -> None:
+def test_initialization_uses_no_global_generator() -> None:
     before = torch.get_rng_state()
     first = build("resnet18", width=0.0625).state_dict()
     assert torch.equal(torch.get_rng_state(), before)
@@ -68,8 +68,8 @@ def test_drawing_the_initial_weights_moves_no_global_generator() -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_narrow_network_s_strided_shortcuts_compute_what_torch_s_would() -> None:
-    """In a process of its own: where torch 2.13 is left to do it, the heap is corrupted, sooner or later."""
+def test_strided_shortcuts_of_narrow_networks_are_correct() -> None:
+    """Trains in its own process, since torch 2.13's own convolution would corrupt the heap."""
     model = build("resnet18", (3, 16, 16), width=0.03125, norm="none")
     shortcut = model.get_submodule("layer2.0.downsample.0")
     images = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -42,7 +42,7 @@ def process_of(exporter: Exporter) -> int:
 
 
 def outcomes(folder: Path) -> list[str | None]:
-    """Return the outcome in each target file of `folder`; None where its run has not ended."""
+    """Return the outcomes in the target files of `folder`; None for runs that have not ended."""
     return [json.loads(path.read_text())[0]["labels"].get("outcome") for path in folder.glob("*.json")]
 
 
@@ -61,7 +61,7 @@ def test_every_change_is_in_the_next_scrape(tmp_path: Path) -> None:
         assert values["dist_train_checkpoints_total", ()] == 0
 
 
-def test_what_earlier_launches_counted_and_measured_is_there_from_the_start(tmp_path: Path) -> None:
+def test_counts_and_values_of_earlier_launches_are_served_from_the_start(tmp_path: Path) -> None:
     (tmp_path / "counts.json").write_text('{"checkpoint": 7, "requeued": 2}')
     records: tuple[Record, ...] = (
         train(7),
@@ -81,7 +81,7 @@ def test_what_earlier_launches_counted_and_measured_is_there_from_the_start(tmp_
     assert values["dist_train_checkpoint_size_bytes", ()] == 13
 
 
-def test_busy_port_falls_to_the_next_free_one_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_busy_port_is_replaced_by_the_next_free_one_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     with busy_port() as port, caplog.at_level(logging.INFO), serving(port=port) as exporter:
         assert port < port_of(exporter) < port + 50
         assert "dist_train_step" in get(exporter)
@@ -90,7 +90,7 @@ def test_busy_port_falls_to_the_next_free_one_and_says_so_once(caplog: pytest.Lo
         assert f"metrics at http://127.0.0.1:{port_of(exporter)}/metrics" in caplog.text
 
 
-def test_setting_s_own_port_is_left_to_rank_0(caplog: pytest.LogCaptureFixture) -> None:
+def test_configured_port_is_reserved_for_rank_0(caplog: pytest.LogCaptureFixture) -> None:
     with busy_port() as port:
         pass
     with serving(replace(FACTS, rank=1), port=port) as other, serving(port=port) as first:
@@ -100,9 +100,7 @@ def test_setting_s_own_port_is_left_to_rank_0(caplog: pytest.LogCaptureFixture) 
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no host.invalid"])
-def test_address_that_cannot_be_bound_is_reported_once_and_training_goes_on(
-    host: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unusable_address_gives_one_warning(host: str, caplog: pytest.LogCaptureFixture) -> None:
     observers = Observers([Exporter(MetricsSettings(host=host))])
     observers.begin(FACTS)
     observers.record(train(20))
@@ -123,14 +121,14 @@ def test_end_frees_the_port_and_leaves_no_process(tmp_path: Path) -> None:
     exporter.end(OUTCOME)
 
 
-def test_end_before_the_beginning_leaves_no_process() -> None:
+def test_end_without_begin_leaves_no_process() -> None:
     exporter = Exporter(MetricsSettings(port=0))
     process = process_of(exporter)
     exporter.end(OUTCOME)
     assert not is_alive(process)
 
 
-def test_process_that_is_killed_is_reported_once_and_its_target_stays_to_the_end(
+def test_killed_process_is_reported_once_and_keeps_its_target_file(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with serving(targets_directory=tmp_path) as exporter:
@@ -143,12 +141,12 @@ def test_process_that_is_killed_is_reported_once_and_its_target_stays_to_the_end
         wait_for(noticed)
         exporter.record(train(21))
         exporter.measurement(measurement(21))
-        assert outcomes(tmp_path) == [None], "Prometheus shall see that nobody answers"
+        assert outcomes(tmp_path) == [None], "Prometheus must see that the target is down"
     assert warnings_of(caplog) == ["metrics are no longer served; training continues: its process was ended by SIGKILL"]
     assert outcomes(tmp_path) == ["finished"]
 
 
-def test_process_that_is_killed_is_started_again_and_knows_what_was_before(tmp_path: Path) -> None:
+def test_killed_process_is_restarted_with_earlier_values(tmp_path: Path) -> None:
     counts = tmp_path / "counts.json"
     facts = replace(FACTS, name="demo", run_directory=tmp_path)
     with serving(facts, targets_directory=tmp_path / "targets") as exporter:
@@ -169,7 +167,7 @@ def test_process_that_is_killed_is_started_again_and_knows_what_was_before(tmp_p
     assert values["dist_train_step", ()] == 40
 
 
-def test_process_that_hangs_holds_up_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_hanging_process_does_not_block_the_trainer(caplog: pytest.LogCaptureFixture) -> None:
     with serving() as exporter:
         process = process_of(exporter)
         os.kill(process, signal.SIGSTOP)
@@ -179,7 +177,7 @@ def test_process_that_hangs_holds_up_nothing(caplog: pytest.LogCaptureFixture) -
     assert not is_alive(process)
 
 
-def test_events_wait_for_a_process_that_is_behind() -> None:
+def test_events_are_kept_for_a_slow_process() -> None:
     with serving() as exporter:
         os.kill(process_of(exporter), signal.SIGSTOP)
         for step in range(30_000):
@@ -195,9 +193,7 @@ def test_events_wait_for_a_process_that_is_behind() -> None:
         wait_for(counted)
 
 
-def test_targets_directory_that_cannot_be_written_is_reported_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unwritable_targets_directory_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     with serving(targets_directory=tmp_path / "file" / "targets") as exporter:
         exporter.record(train(20))
@@ -206,7 +202,7 @@ def test_targets_directory_that_cannot_be_written_is_reported_once(
     assert warning.startswith("Prometheus will not find this run: no target file in")
 
 
-def test_pushgateway_that_is_down_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_unreachable_pushgateway_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     with busy_port() as port:
         pass
     with serving(pushgateway=f"http://127.0.0.1:{port}") as exporter:
@@ -215,7 +211,7 @@ def test_pushgateway_that_is_down_is_reported_once(caplog: pytest.LogCaptureFixt
     assert warning.startswith(f"the Pushgateway at http://127.0.0.1:{port} did not take the last values: [Errno 111]")
 
 
-def test_last_values_are_pushed_as_the_run_s_own_group() -> None:
+def test_last_values_are_pushed_to_the_group_of_the_run() -> None:
     pushed: list[tuple[str, str]] = []
 
     class Gateway(BaseHTTPRequestHandler):
@@ -239,22 +235,22 @@ def test_last_values_are_pushed_as_the_run_s_own_group() -> None:
     assert "dist_train_step 210.0" in page
 
 
-def test_run_that_is_scraped_waits_for_a_scrape_of_its_last_values() -> None:
+def test_scraped_run_waits_for_a_scrape_of_its_last_values() -> None:
     exporter = Exporter(MetricsSettings(port=0, last_scrape_seconds=PATIENCE))
     exporter.begin(FACTS)
     get(exporter)
     seen: list[float] = []
 
     def watch() -> None:
-        with suppress(OSError):  # nobody serves any more
+        with suppress(OSError):  # until the server is closed
             while True:
                 seen.append(scrape(exporter)["dist_train_state", ("finished",)])
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    began = time.monotonic()
+    started = time.monotonic()
     exporter.end(OUTCOME)
-    assert time.monotonic() - began < PATIENCE
+    assert time.monotonic() - started < PATIENCE
     watcher.join()
     assert seen[-1] == 1
 
@@ -262,15 +258,15 @@ def test_run_that_is_scraped_waits_for_a_scrape_of_its_last_values() -> None:
 @pytest.mark.parametrize(
     ("outcome", "scrapes", "waits"), [(OUTCOME, 1, True), (STOPPED, 1, False), (OUTCOME, 0, False)]
 )
-def test_only_a_run_that_is_scraped_and_was_not_stopped_waits(outcome: Outcome, scrapes: int, waits: bool) -> None:
+def test_unscraped_or_stopped_run_does_not_wait(outcome: Outcome, scrapes: int, waits: bool) -> None:
     seconds = 1.0 if waits else PATIENCE
     exporter = Exporter(MetricsSettings(port=0, last_scrape_seconds=seconds))
     exporter.begin(FACTS)
     for _ in range(scrapes):
         get(exporter)
-    began = time.monotonic()
+    started = time.monotonic()
     exporter.end(outcome)
-    assert (time.monotonic() - began >= seconds) == waits
+    assert (time.monotonic() - started >= seconds) == waits
 
 
 TRAINER = """
@@ -286,7 +282,7 @@ time.sleep(60)
 """
 
 
-def test_trainer_that_is_killed_leaves_no_process_no_open_pipe_and_is_reported_as_killed(tmp_path: Path) -> None:
+def test_killed_trainer_leaves_no_process_or_pipe_and_is_reported(tmp_path: Path) -> None:
     trainer = subprocess.Popen(
         [sys.executable, "-c", TRAINER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -300,13 +296,13 @@ def test_trainer_that_is_killed_leaves_no_process_no_open_pipe_and_is_reported_a
             os.kill(process, name)
         trainer.kill()
         assert select.select([output], [], [], PATIENCE)[0]
-        assert output.read() == b"", "the end of the stream, which a launcher waits for"
+        assert output.read() == b"", "a launcher waits for the end of the stream"
         trainer.wait()
     wait_for(lambda: outcomes(tmp_path) == ["killed"])
     wait_for(lambda: not is_alive(process))
 
 
-def test_trainer_that_is_killed_is_reported_so_to_every_server_that_scrapes_it(tmp_path: Path) -> None:
+def test_killed_trainer_is_reported_to_all_scraping_servers(tmp_path: Path) -> None:
     program = TRAINER.replace("exporter.process_id", "exporter.process_id, exporter.address")
     trainer = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
     assert trainer.stdout is not None
@@ -331,7 +327,7 @@ def test_trainer_that_is_killed_is_reported_so_to_every_server_that_scrapes_it(t
     assert outcomes(tmp_path) == ["killed"]
 
 
-def test_process_is_lean() -> None:
+def test_process_loads_few_modules_and_uses_little_memory() -> None:
     script = (
         "import sys, dist_train.monitoring.prometheus.process; print(*{name.split('.')[0] for name in sys.modules})"
     )
@@ -346,7 +342,7 @@ def test_process_is_lean() -> None:
     assert kinds == ["/dev/null", "/dev/null", "anon_inode", "pipe", "socket", "socket"]
 
 
-def test_fault_inside_the_process_comes_back_as_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_fault_in_the_process_gives_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "token").touch()
     observers = Observers([Exporter(MetricsSettings(port=0, token_file=tmp_path / "token"))])
     observers.begin(FACTS)
@@ -355,7 +351,7 @@ def test_fault_inside_the_process_comes_back_as_one_warning(tmp_path: Path, capl
     assert f"metrics.token_file: {tmp_path}/token is empty" in warning
 
 
-def test_scrapes_from_many_threads_while_records_come_are_whole() -> None:
+def test_concurrent_scrapes_get_complete_pages() -> None:
     with serving() as exporter:
         pages: list[str] = []
         clients = [threading.Thread(target=lambda: pages.extend(get(exporter) for _ in range(5))) for _ in range(4)]
@@ -372,10 +368,10 @@ def test_scrapes_from_many_threads_while_records_come_are_whole() -> None:
     assert all(page.rstrip().rpartition("\n")[2] == last for page in pages)
 
 
-def test_loopback_of_version_6_has_an_address_that_works() -> None:
+def test_ipv6_loopback_address_works() -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
-        pytest.xfail("this machine has no loopback of version 6")
+        pytest.xfail("this machine has no IPv6 loopback")
     with serving(host="::1") as exporter:
         assert "dist_train_step" in get(exporter)

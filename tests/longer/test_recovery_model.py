@@ -1,4 +1,4 @@
-"""The protocol of recovery among three ranks, every interleaving of deaths and joins: minutes of them."""
+"""The recovery protocol of three ranks, in every interleaving of deaths and joins, which takes minutes."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from tests.unit.recovery_model import Limits, explore
 
 @pytest.mark.lengthy
 @pytest.mark.parametrize("limits", [Limits(2, deaths=2, joins=0), Limits(2, deaths=1, joins=1)])
-def test_three_ranks_end_in_one_state_whoever_dies_and_joins_when(limits: Limits) -> None:
+def test_three_ranks_agree_on_one_state_in_every_interleaving(limits: Limits) -> None:
     assert explore(3, limits) > 50_000

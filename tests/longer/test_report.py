@@ -1,4 +1,4 @@
-"""The page: that its numbers are the runs', and that it says what is missing."""
+"""The page of a report: its numbers are those of the runs, and it names what is missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.raising import raises
 from tests.unit.report_study import config_of, make_run, make_study, treatments, write_status
 
 
-def test_every_run_has_the_numbers_of_its_metrics(study: Path, page: Page) -> None:
+def test_every_run_has_the_numbers_of_its_records(study: Path, page: Page) -> None:
     for run in runs_of(study):
         test, train = evaluations(run, "test"), evaluations(run, "train")
         best = max(record["accuracy"] for record in test)
@@ -37,7 +37,7 @@ def test_every_run_has_the_numbers_of_its_metrics(study: Path, page: Page) -> No
             assert text is None or shown[1] == text
 
 
-def test_time_and_speed_are_those_of_the_records(study: Path, page: Page) -> None:
+def test_time_and_speed_follow_from_the_records(study: Path, page: Page) -> None:
     run = next(runs_of(study))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if line["kind"] == "train"]
@@ -54,7 +54,7 @@ def test_record_of_several_updates_counts_for_all_of_them(tmp_path: Path) -> Non
     sparse = train[9::10]
     kept = [line for line in lines if line not in train or line in sparse]
     (run / "metrics.jsonl").write_text("\n".join(kept) + "\n")
-    seconds = written(run).of("seconds", run="run")[0]
+    seconds = rendered(run).of("seconds", run="run")[0]
     assert seconds == pytest.approx(10 * sum(json.loads(line)["step_seconds"] for line in sparse))
 
 
@@ -64,20 +64,20 @@ def test_variant_has_the_mean_over_its_seeds(study: Path, page: Page) -> None:
         assert page.of("final_test", variant=treatment.name)[0] == pytest.approx(fmean(values), abs=1e-15)
 
 
-def test_curve_goes_through_the_means_of_the_evaluations(study: Path, page: Page) -> None:
+def test_curve_shows_the_means_of_the_evaluations(study: Path, page: Page) -> None:
     runs = [study / f"lb-noise-amplitude-0.01-seed-{seed}" for seed in (0, 1, 2)]
     by_epoch = zip(*(evaluations(run, "test") for run in runs), strict=True)
     means = [(records[0]["epoch"], fmean(record["accuracy"] for record in records)) for records in by_epoch]
-    wanted = [(epoch, f"{mean * 100:.2f} ±") for epoch, mean in means]
+    expected = [(epoch, f"{mean * 100:.2f} ±") for epoch, mean in means]
     curves = [
         [(point[3], point[2][: point[2].index("±") + 1]) for point in points]
         for label, points in page.series
         if label == "noise, amplitude 0.01" and points and "±" in points[0][2]
     ]
-    assert wanted in curves
+    assert expected in curves
 
 
-def test_analyses_stand_with_their_runs(study: Path, page: Page) -> None:
+def test_runs_have_the_numbers_of_their_analyses(study: Path, page: Page) -> None:
     for run in runs_of(study):
         [landscape] = run.glob("analysis/direction-*/settings.json")
         widths = json.loads(landscape.read_text())["widths"]["A"]
@@ -92,7 +92,7 @@ def test_analyses_stand_with_their_runs(study: Path, page: Page) -> None:
         assert page.of("sharpness-expected rise at 0.01", run=run.name)[0] == measures["expected_rise"][0]["mean"]
 
 
-def test_papers_figures_are_there(page: Page) -> None:
+def test_page_has_the_figures_of_the_paper(page: Page) -> None:
     assert "Figure 2. Learning curves" in page.text
     assert "Figure 3. The loss around the solutions" in page.text
     for panel in ("a SB, base line", "b SB, noise, amplitude 0.01", "c LB, base line", "d LB, noise, amplitude 0.01"):
@@ -101,16 +101,16 @@ def test_papers_figures_are_there(page: Page) -> None:
     assert re.search(r"all runs: \u03c1 = \u2212?[01]\.\d\d \(\S+ to \S+; n = 24\)", page.text)
 
 
-def test_figures_are_numbered_without_holes(study: Path, page: Page, tmp_path: Path) -> None:
+def test_figures_are_numbered_consecutively(study: Path, page: Page, tmp_path: Path) -> None:
     assert re.findall(r"Figure (\d)\.", page.text) == ["1", "2", "3", "4", "5", "6"]
     [lb] = [treatment for treatment in treatments() if treatment.name == "lb"]
     alone = make_run(tmp_path / "lb", lb, 0, lb.settings)
-    assert re.findall(r"Figure (\d)\.", written(alone).text) == ["1", "2"]
+    assert re.findall(r"Figure (\d)\.", rendered(alone).text) == ["1", "2"]
     shutil.rmtree(alone / "analysis")
-    assert re.findall(r"Figure (\d)\.", written(alone).text) == ["1"]
+    assert re.findall(r"Figure (\d)\.", rendered(alone).text) == ["1"]
 
 
-def test_variant_without_a_title_of_its_study_is_told_by_what_it_changes(tmp_path: Path) -> None:
+def test_variant_without_a_title_is_named_by_its_changes(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0,))
     plan = json.loads((study / "runs.json").read_text())
     for run in plan:
@@ -143,26 +143,26 @@ def test_each_figure_is_saved_as_a_file(
         assert "checkbox" not in words
 
 
-def test_report_of_another_form_is_refused(study: Path, tmp_path: Path) -> None:
+def test_unknown_file_format_is_refused(study: Path, tmp_path: Path) -> None:
     for name in ("report.pdf", "report.png", "report"):
         with raises(UsageError, "report-form"):
             write_report(study, tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
-def test_lines_between_two_solutions_and_planes_are_shown(page: Page) -> None:
+def test_page_shows_lines_between_solutions_and_planes(page: Page) -> None:
     assert "SB, base line (0) to LB, base line (1)" in page.text
     assert "3 lines" in page.text
     assert "lb-seed-0, step 80" in page.text
     assert [address for address in page.addresses if address.startswith("data:image/svg+xml;base64,")]
 
 
-def test_variant_is_told_by_what_it_changes(page: Page) -> None:
+def test_changes_of_a_variant_are_shown(page: Page) -> None:
     assert "noise, amplitude 0.03 noise.method=smoothout (none) noise.amplitude=0.03" in page.text
     assert "batch.global_size=8192 (128)" in page.text
 
 
-def test_missing_a_failed_and_a_broken_run_are_named_and_not_counted(tmp_path: Path) -> None:
+def test_missing_failed_and_broken_runs_are_named_but_not_counted(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     shutil.rmtree(study / "lb-seed-2")
     write_status(study / "lb-seed-1", "failed", 40, "the loss is not finite at step 40")
@@ -177,7 +177,7 @@ def test_missing_a_failed_and_a_broken_run_are_named_and_not_counted(tmp_path: P
     assert "1 of 3" in page.text
 
 
-def test_study_of_which_nothing_has_begun_still_has_a_page(tmp_path: Path) -> None:
+def test_study_without_started_runs_has_a_page(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     for run in list(runs_of(study)):
         shutil.rmtree(run)
@@ -186,7 +186,7 @@ def test_study_of_which_nothing_has_begun_still_has_a_page(tmp_path: Path) -> No
     assert "LB, batch 8,192" in page.text
 
 
-def test_batch_of_an_variant_that_has_not_begun_is_that_of_the_base_configuration(
+def test_variant_without_runs_has_the_batch_of_the_base_configuration(
     tmp_path: Path,
 ) -> None:
     study = make_study(tmp_path / "study")
@@ -202,7 +202,7 @@ def test_batch_of_an_variant_that_has_not_begun_is_that_of_the_base_configuratio
     assert "unknown" not in page.text
 
 
-def test_run_that_goes_on_stands_for_its_variant_until_one_has_finished(tmp_path: Path) -> None:
+def test_unfinished_run_represents_its_variant_until_one_finishes(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0,))
     write_status(study / "lb-seed-0", "stopped", 40, "asked by SIGTERM")
     page = rendered(study)
@@ -210,29 +210,29 @@ def test_run_that_goes_on_stands_for_its_variant_until_one_has_finished(tmp_path
     assert page.of("final_test", variant="lb")[0] == evaluations(study / "lb-seed-0", "test")[-1]["accuracy"]
 
 
-def test_results_of_another_checkpoint_are_not_shown(tmp_path: Path) -> None:
+def test_analyses_of_unknown_checkpoints_are_not_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", treatments()[0], 0, treatments()[0].settings)
-    assert "sharpness-Hessian trace" in {has.get("data-measure") for has, _ in written(run).numbers}
+    assert "sharpness-Hessian trace" in {has.get("data-measure") for has, _ in rendered(run).numbers}
     [sidecar] = (run / "checkpoints").glob("*.json")
     sidecar.write_text(json.dumps({"sha256": "0" * 64}))
-    page = written(run)
+    page = rendered(run)
     assert "sharpness-Hessian trace" not in {has.get("data-measure") for has, _ in page.numbers}
     assert "it was computed from a checkpoint that this run does not have" in page.text
     assert "it was computed from checkpoints that this run does not have" in page.text
 
 
-def test_torn_result_is_named(tmp_path: Path) -> None:
+def test_damaged_analysis_is_named(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", treatments()[0], 0, treatments()[0].settings)
     [points] = run.glob("analysis/*/points.csv")
     points.write_text("direction,alpha,beta,split,loss,accuracy\n0,torn\n")
     [sharpness] = run.glob("analysis/sharpness-*.json")
     sharpness.write_text("{torn")
-    text = written(run).text
+    text = rendered(run).text
     assert "points.csv is damaged" in text
     assert "is not JSON" in text
 
 
-def test_landscapes_made_with_other_settings_are_not_mixed(tmp_path: Path) -> None:
+def test_landscapes_with_other_settings_are_not_mixed(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     [settings] = (study / "sb-seed-0").glob("analysis/direction-*/settings.json")
     fields = json.loads(settings.read_text())
@@ -243,35 +243,35 @@ def test_landscapes_made_with_other_settings_are_not_mixed(tmp_path: Path) -> No
     assert "width-A.2" not in {has.get("data-measure") for has, _ in page.numbers if has.get("data-run") == "sb-seed-0"}
 
 
-def test_run_alone_has_a_page(tmp_path: Path) -> None:
+def test_single_run_has_a_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "lb", treatments()[6], 0, treatments()[6].settings)
-    page = written(run)
+    page = rendered(run)
     assert page.of("final_test", run="lb")[0] == evaluations(run, "test")[-1]["accuracy"]
     for words in ("Learning curves and rates", "step-00000080.pt", "noise", "amplitude", "node1", "finished"):
         assert words in page.text
     assert {"train, each batch", "train", "test", "learning rate", "speed"} <= {label for label, _ in page.series}
 
 
-def test_run_that_has_measured_nothing_has_a_page(tmp_path: Path) -> None:
+def test_run_without_records_has_a_page(tmp_path: Path) -> None:
     run = tmp_path / "new"
     run.mkdir()
     write_status(run, "starting", 0)
-    assert "Nothing has been measured yet." in written(run).text
+    assert "Nothing has been measured yet." in rendered(run).text
 
 
-def test_runs_of_a_folder_are_put_together_by_their_settings(tmp_path: Path) -> None:
+def test_runs_of_a_folder_are_grouped_by_their_settings(tmp_path: Path) -> None:
     for treatment in (treatments()[4], treatments()[6]):
         for seed in (0, 1):
             name = f"{treatment.name}-{seed}"
             settings = {**treatment.settings, "run.name": name, "run.seed": seed}
             make_run(tmp_path / name, treatment, seed, settings)
-    page = written(tmp_path)
+    page = rendered(tmp_path)
     values = [evaluations(tmp_path / f"lb-{seed}", "test")[-1]["accuracy"] for seed in (0, 1)]
     assert page.of("final_test", variant="lb-0")[0] == pytest.approx(fmean(values))
     assert "batch 8,192: 2 variants" in page.text
 
 
-def test_folder_of_studies_holds_the_runs_of_each(tmp_path: Path) -> None:
+def test_folder_of_studies_has_the_runs_of_each(tmp_path: Path) -> None:
     make_study(tmp_path / "first", seeds=(0,))
     make_study(tmp_path / "second", seeds=(0,))
     subject = read_subject(tmp_path)
@@ -280,7 +280,7 @@ def test_folder_of_studies_holds_the_runs_of_each(tmp_path: Path) -> None:
     render(subject)
 
 
-def test_page_asks_for_nothing(study: Path, page: Page) -> None:
+def test_page_makes_no_requests(study: Path, page: Page) -> None:
     assert all(address.startswith("data:") for address in page.addresses)
     content = render(read_subject(study))
     assert "default-src 'none'" in page.policy
@@ -288,7 +288,7 @@ def test_page_asks_for_nothing(study: Path, page: Page) -> None:
         assert outside not in content
 
 
-def test_what_runs_say_is_never_markup(tmp_path: Path) -> None:
+def test_texts_of_runs_are_escaped(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", treatments()[0], 0, treatments()[0].settings)
     write_status(run, "failed", 3, "<script>alert(1)</script>")
     content = render(read_subject(run))
@@ -296,7 +296,7 @@ def test_what_runs_say_is_never_markup(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)" in content
 
 
-def test_variants_beyond_the_colours_have_them_again_dashed(tmp_path: Path) -> None:
+def test_colors_repeat_with_dashed_lines(tmp_path: Path) -> None:
     for number in range(12):
         settings = {"batch.global_size": 8192, "noise.method": "smoothout", "noise.amplitude": (number + 1) / 1000}
         make_run(tmp_path / f"run-{number}", treatments()[4], number, {**treatments()[4].settings, **settings})
@@ -304,7 +304,7 @@ def test_variants_beyond_the_colours_have_them_again_dashed(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("content", ["{torn", '[{"seed": 1}]'])
-def test_broken_plan_is_an_error(tmp_path: Path, content: str) -> None:
+def test_damaged_plan_is_an_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "runs.json").write_text(content)
     with raises(UsageError, "plan-damaged"):
         read_subject(tmp_path)
@@ -317,13 +317,13 @@ def test_folder_without_runs_is_an_error(tmp_path: Path) -> None:
         write_report(tmp_path / "nowhere", tmp_path / "report.html")
 
 
-def test_page_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+def test_unwritable_page_is_an_error(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", treatments()[0], 0, treatments()[0].settings)
     with raises(UsageError, "output-unwritable"):
         write_report(run, tmp_path / "nowhere" / "report.html")
 
 
-def test_command_writes_into_the_folder_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_into_the_folder_and_prints_the_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", treatments()[0], 0, treatments()[0].settings)
     arguments = parse(["report", str(run)])
     assert arguments.run(arguments) == 0
@@ -331,17 +331,17 @@ def test_command_writes_into_the_folder_and_says_where(tmp_path: Path, capsys: p
     assert (run / "report.html").read_text().startswith("<!doctype html>")
 
 
-def test_made_up_settings_are_real_ones() -> None:
+def test_synthetic_settings_are_valid() -> None:
     assert config_of(treatments()[5].settings).noise.amplitude == 0.03
 
 
-def test_basin_that_ends_beyond_the_line_is_at_least_so_wide(tmp_path: Path) -> None:
+def test_width_beyond_the_line_is_a_lower_bound(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", treatments()[0], 0, treatments()[0].settings)
-    assert "\u2265" not in written(run).text
+    assert "\u2265" not in rendered(run).text
     [settings] = run.glob("analysis/*/settings.json")
     fields = json.loads(settings.read_text())
     fields["widths"]["A"]["10"]["open"] = 1
     settings.write_text(json.dumps(fields))
-    page = written(run)
+    page = rendered(run)
     assert f"\u2265 {page.of('width-A.10', run='run')[1]}" in page.text
     assert f"\u2265 {page.of('width-A.2', run='run')[1]}" not in page.text

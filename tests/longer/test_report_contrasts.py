@@ -1,4 +1,4 @@
-"""Contrasts, losses of runs and partial correlations of a report, each recomputed from the runs' own files."""
+"""Contrasts, losses and partial correlations of a report, recomputed from the runs' files."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def test_every_variant_is_compared_with_both_base_lines(tmp_path: Path, title: s
     assert len(found) == 7
     for label, variant in ((ROW, NOISY), ("SB, noise, amplitude 0.03", "sb-noise-amplitude-0.03")):
         test = stats.ttest_rel(final(study, variant), final(study, reference))
-        wanted = [np.mean(final(study, variant) - final(study, reference))]
+        expected = [np.mean(final(study, variant) - final(study, reference))]
         for confidence in (0.95, 1 - 0.05 / 7):
-            wanted += test.confidence_interval(confidence)
-        assert numbers(found[label]) == pytest.approx([value * 100 for value in wanted], abs=0.005)
+            expected += test.confidence_interval(confidence)
+        assert numbers(found[label]) == pytest.approx([value * 100 for value in expected], abs=0.005)
         assert found[label].endswith("; n = 4)")
     values = [
         float(has["value"])
@@ -60,7 +60,7 @@ def test_every_variant_is_compared_with_both_base_lines(tmp_path: Path, title: s
     assert values == pytest.approx([np.mean(final(study, NOISY) - final(study, reference))], abs=1e-15)
 
 
-def test_contrasts_that_the_study_names_are_corrected_for_their_own_number(tmp_path: Path) -> None:
+def test_named_contrasts_are_corrected_for_their_number(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", SEEDS)
     others = [treatment.name for treatment in treatments() if treatment.name.startswith("lb-")]
     contrasts = [
@@ -82,7 +82,7 @@ def test_contrasts_that_the_study_names_are_corrected_for_their_own_number(tmp_p
     assert not [title for title, *_ in table if title.startswith("unknown")]
 
 
-def test_variant_that_averages_is_judged_by_its_averaged_weights(tmp_path: Path) -> None:
+def test_variant_with_averaging_is_judged_by_its_averaged_weights(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", SEEDS)
     for seed in SEEDS:
         records = study / f"{NOISY}-seed-{seed}" / "metrics.jsonl"
@@ -94,7 +94,7 @@ def test_variant_that_averages_is_judged_by_its_averaged_weights(tmp_path: Path)
     assert numbers(cells(study)[AGAINST_SB, ROW, ACCURACY])[0] == pytest.approx(mean * 100, abs=0.005)
 
 
-def test_run_that_diverged_counts_as_if_guessing_and_is_told_of_in_every_cell(tmp_path: Path) -> None:
+def test_diverged_run_counts_as_guessing_and_is_mentioned_in_every_cell(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", SEEDS)
     diverge(study / f"{NOISY}-seed-1")
     write_status(study / f"{NOISY}-seed-2", "stopped", 40)
@@ -120,7 +120,7 @@ def test_run_that_diverged_counts_as_if_guessing_and_is_told_of_in_every_cell(tm
     assert "(not finished)" not in "".join(row for _, row, _ in table)
 
 
-def test_variant_of_which_all_runs_diverged_is_finished_and_guesses(tmp_path: Path) -> None:
+def test_variant_with_diverged_runs_only_is_finished_and_guesses(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", (0, 1))
     for seed in (0, 1):
         diverge(study / f"{NOISY}-seed-{seed}")
@@ -129,7 +129,7 @@ def test_variant_of_which_all_runs_diverged_is_finished_and_guesses(tmp_path: Pa
     assert table["Accuracy and loss", ROW, "final train loss"] == "\u2013"
 
 
-def test_partial_rank_correlation_is_that_of_the_residuals_of_the_ranks() -> None:
+def test_partial_rank_correlation_is_that_of_the_rank_residuals() -> None:
     draw = np.random.default_rng(5)
     given = draw.normal(size=40)
     first, second = (given + draw.normal(size=40) for _ in range(2))
@@ -142,22 +142,22 @@ def test_partial_rank_correlation_is_that_of_the_residuals_of_the_ranks() -> Non
     assert found.rho == pytest.approx(rho, abs=1e-12)
     half = 1.959964 * np.sqrt((1 + rho**2 / 2) / 36)
     assert (found.low, found.high) == pytest.approx(np.tanh([np.arctanh(rho) - half, np.arctanh(rho) + half]), 1e-6)
-    # where the third is all there is
+    # where the third variable explains the first completely
     assert partial_spearman(given.tolist(), second.tolist(), given.tolist()) is None
 
 
-def test_interval_of_a_rank_correlation_holds_the_truth_as_often_as_it_says() -> None:
-    draw, truth, held = np.random.default_rng(7), 0.6, 0
+def test_confidence_interval_of_a_rank_correlation_has_its_coverage() -> None:
+    draw, truth, covered = np.random.default_rng(7), 0.6, 0
     spearman = 6 / np.pi * np.arcsin(truth / 2)  # of a bivariate normal distribution
     for _ in range(400):
         first, second = draw.multivariate_normal([0, 0], [[1, truth], [truth, 1]], size=30).T
         found = rank_correlation(first.tolist(), second.tolist())
         assert found is not None
-        held += found.low <= spearman <= found.high
-    assert 0.92 <= held / 400 <= 0.98
+        covered += found.low <= spearman <= found.high
+    assert 0.92 <= covered / 400 <= 0.98
 
 
-def test_flatness_is_correlated_with_the_gap_also_given_the_training_loss(tmp_path: Path) -> None:
+def test_flatness_is_correlated_with_the_gap_given_the_training_loss(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", SEEDS)
     sharpness_file(study / f"{NOISY}-seed-1").unlink()
     table = cells(study)
@@ -176,8 +176,8 @@ def test_flatness_is_correlated_with_the_gap_also_given_the_training_loss(tmp_pa
         ("Rank correlation with generalization gap, given final train loss", partial, 27),
     ):
         half = 1.959964 * np.sqrt((1 + rho**2 / 2) / freedom)
-        wanted = [rho, *np.tanh([np.arctanh(rho) - half, np.arctanh(rho) + half])]
-        assert numbers(table[title, TRACE, "all runs"]) == pytest.approx(wanted, abs=0.005)
+        expected = [rho, *np.tanh([np.arctanh(rho) - half, np.arctanh(rho) + half])]
+        assert numbers(table[title, TRACE, "all runs"]) == pytest.approx(expected, abs=0.005)
         assert table[title, TRACE, "all runs"].endswith("n = 31)")
         assert table[title, TRACE, "variants' means"].endswith("n = 8)")
         assert table[title, TRACE, "LB"].endswith("n = 15)")
@@ -191,26 +191,26 @@ def test_flatness_is_correlated_with_the_gap_also_given_the_training_loss(tmp_pa
 
 def test_variants_are_compared_at_equal_training_loss(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", SEEDS)
-    courses = {
+    curves = {
         (variant, seed): [
             (train["loss"], test["accuracy"])
             for train, test in zip(
-                *(evaluations(study / f"{variant}-seed-{seed}", it) for it in ("train", "test")), strict=True
+                *(evaluations(study / f"{variant}-seed-{seed}", split) for split in ("train", "test")), strict=True
             )
         ]
         for variant in ("sb", NOISY)
         for seed in SEEDS
     }
-    level = max(min(loss for loss, _ in course) for course in courses.values())
+    level = max(min(loss for loss, _ in curve) for curve in curves.values())
     differences = []
     for seed in SEEDS:
-        there = []
+        accuracies_at_level = []
         for variant in (NOISY, "sb"):
-            losses, accuracies = np.array(courses[variant, seed]).T
+            losses, accuracies = np.array(curves[variant, seed]).T
             end = int(np.argmax(losses <= level))
             part = slice(end, end - 2 if end > 1 else None, -1)
-            there.append(np.interp(np.log(level), np.log(losses[part]), accuracies[part]))
-        differences.append(there[0] - there[1])
+            accuracies_at_level.append(np.interp(np.log(level), np.log(losses[part]), accuracies[part]))
+        differences.append(accuracies_at_level[0] - accuracies_at_level[1])
     cell = cells(study)[AGAINST_SB, ROW, EQUAL_LOSS]
     interval = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
     assert numbers(cell)[:3] == pytest.approx([100 * each for each in (np.mean(differences), *interval)], abs=0.005)
@@ -218,7 +218,7 @@ def test_variants_are_compared_at_equal_training_loss(tmp_path: Path) -> None:
     assert cell.endswith("n = 4)")
 
 
-def test_without_evaluations_along_training_there_is_no_equal_loss_and_it_is_said(tmp_path: Path) -> None:
+def test_missing_evaluations_along_training_are_reported(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", (0, 1))
     for run in runs_of(study):
         lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -230,7 +230,7 @@ def test_without_evaluations_along_training_there_is_no_equal_loss_and_it_is_sai
     assert "nothing can be compared at equal training loss" in text
 
 
-def test_run_that_begins_below_the_level_is_not_compared_there(tmp_path: Path) -> None:
+def test_accuracy_at_a_loss_outside_the_run_is_none(tmp_path: Path) -> None:
     directory = make_run(tmp_path / "run", treatments()[0], 0, treatments()[0].settings)
     run = read_run(directory, "run")
     losses = [record.loss for record in run.split("train")]
@@ -267,7 +267,7 @@ def test_run_that_begins_below_the_level_is_not_compared_there(tmp_path: Path) -
         ),
     ],
 )
-def test_what_sets_a_noise_apart_is_in_its_label_and_its_changes(
+def test_label_and_changes_name_the_settings_of_a_noise(
     tmp_path: Path, settings: dict[str, object], label: str
 ) -> None:
     base = treatments()[4]
@@ -277,13 +277,13 @@ def test_what_sets_a_noise_apart_is_in_its_label_and_its_changes(
     [panel] = panels_of(read_subject(tmp_path).runs)
     [variant] = [each for each in panel.variants if not each.is_base]
     assert variant.label == label
-    told = {change.path: change.value for change in variant.changes}
+    changes = {change.path: change.value for change in variant.changes}
     for path, value in settings.items():
         inner = {f"{path}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {path: value}
-        assert inner.items() <= told.items()
+        assert inner.items() <= changes.items()
 
 
-def test_sharpness_along_training_is_drawn_against_two_over_the_rate(tmp_path: Path) -> None:
+def test_sharpness_along_training_is_drawn_with_two_over_the_rate(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", (0, 1))
     assert "Sharpness along training" not in rendered(study).text
     measured: dict[int, list[float]] = {20: [], 80: []}
@@ -299,12 +299,12 @@ def test_sharpness_along_training_is_drawn_against_two_over_the_rate(tmp_path: P
     page = rendered(study)
     assert "Sharpness along training" in page.text
     frame = {label: points for label, points in page.series if label.startswith("base line")}
-    # two updates an epoch
+    # two updates per epoch
     assert [point[3] for point in frame["base line"]] == [10.0, 40.0]
     assert frame["base line"][0][2] == f"{fmean(measured[20]):.2f} (n = 2)"
     rates = [record.learning_rate for record in read_run(study / "lb-seed-0", "lb").train]
     texts = [point[2] for point in frame["base line, 2 / rate"]]
     assert texts[0] == f"2 / rate = {2 / rates[0]:.2f}"
     assert len(texts) == sum(rate > 0 for rate in rates)
-    # the table is of the last checkpoint still
+    # the table still shows the last checkpoint
     assert page.of("sharpness-largest Hessian eigenvalue", run="lb-seed-0")[0] == measured[80][0]

@@ -1,4 +1,4 @@
-"""What a report's numbers rest on where a seed is missing, a run is repeated, a width is censored or unresolved."""
+"""Which runs a report's numbers count: missing seeds, repeated runs, censored and unresolved widths."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ def width(run: Path) -> float:
 
 
 def change_width(run: Path, **changes: Any) -> None:
-    """Change what is recorded of the width at twice the minimum."""
+    """Change the record of the width at twice the minimum."""
     fields = json.loads(width_record(run).read_text())
     fields["widths"]["A"]["2"].update(changes)
     width_record(run).write_text(json.dumps(fields))
 
 
 def leading(cell: str) -> float:
-    """Return the number that a cell begins with."""
+    """Return the first number of a cell."""
     return float(cell.lstrip("*\u2265\u2264 +").replace("\u2212", "-").replace(",", "").split()[0].rstrip("*"))
 
 
-def test_cell_counts_the_seeds_that_have_its_measure(tmp_path: Path) -> None:
+def test_cell_counts_the_seeds_with_its_measure(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0, 1))
     sharpness_file(study / f"{NOISY}-seed-1").unlink()
     table = cells(study)
@@ -84,7 +84,7 @@ def test_cell_counts_the_seeds_that_have_its_measure(tmp_path: Path) -> None:
     assert shown.startswith('<span class="ends">n = 1<')
 
 
-def test_difference_is_over_the_seeds_of_which_both_are_measured(tmp_path: Path) -> None:
+def test_difference_counts_seeds_with_both_measures(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     sharpness_file(study / f"{NOISY}-seed-1").unlink()
     shutil.rmtree(study / "lb-seed-2")
@@ -102,7 +102,7 @@ def test_difference_is_over_the_seeds_of_which_both_are_measured(tmp_path: Path)
     assert table[ACCURACY, "LB, base line", "seeds"] == "2 of 3"
 
 
-def test_sharpness_measured_with_other_settings_is_left_out_and_counted(tmp_path: Path) -> None:
+def test_sharpness_with_other_settings_is_omitted_and_counted(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0, 1))
     assert "Sharpness results left out" not in rendered(study).text
     path = sharpness_file(study / f"{NOISY}-seed-1")
@@ -120,9 +120,9 @@ def twins(folder: Path, *names: str) -> None:
         make_run(folder / name, treatment, seed, {**treatment.settings, "run.name": name, "run.seed": seed})
 
 
-def test_same_configuration_and_seed_counts_once(tmp_path: Path) -> None:
+def test_repeated_configuration_and_seed_counts_once(tmp_path: Path) -> None:
     twins(tmp_path, "lb-0-again")
-    page, table = written(tmp_path), cells(tmp_path)
+    page, table = rendered(tmp_path), cells(tmp_path)
     values = [evaluations(tmp_path / name, "test")[-1]["accuracy"] for name in ("lb-0", "lb-1")]
     assert page.of("final_test", variant="lb-0")[0] == pytest.approx(fmean(values), abs=1e-15)
     [row] = {row for title, row, _ in table if title == ACCURACY}
@@ -131,11 +131,11 @@ def test_same_configuration_and_seed_counts_once(tmp_path: Path) -> None:
     assert "lb-0-again : lb-0 counts" in page.text
     assert "4 directions, 2 runs" in page.text
     assert all("(n = 2)" in point[2] for _, points in page.series for point in points if "\u00b1" in point[2])
-    # every run still has its row
+    # Every run still has its row.
     assert page.of("final_test", run="lb-0-again")[0] == values[0]
 
 
-def test_seed_trained_twice_is_one_run_without_a_spread(tmp_path: Path) -> None:
+def test_repeated_single_seed_has_no_spread(tmp_path: Path) -> None:
     twins(tmp_path, "lb-0-again")
     shutil.rmtree(tmp_path / "lb-1")
     table = cells(tmp_path)
@@ -162,7 +162,7 @@ def lose_sharpness(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "kept"),
+    ("damages", "kept"),
     [
         ({}, "lb-0"),
         ({"lb-0": stop}, "lb-0-again"),
@@ -171,21 +171,21 @@ def lose_sharpness(run: Path) -> None:
         ({"lb-0": lose_sharpness, "lb-0-again": stop}, "lb-0"),
     ],
 )
-def test_of_duplicates_the_finished_one_counts_then_the_one_with_most(
-    tmp_path: Path, harm: Mapping[str, Callable[[Path], None]], kept: str
+def test_finished_or_most_complete_duplicate_counts(
+    tmp_path: Path, damages: Mapping[str, Callable[[Path], None]], kept: str
 ) -> None:
     twins(tmp_path, "lb-0-again")
-    for name, do in harm.items():
-        do(tmp_path / name)
+    for name, damage in damages.items():
+        damage(tmp_path / name)
     [panel] = panels_of(read_subject(tmp_path).runs)
     [variant] = panel.variants
-    left_out = ({"lb-0", "lb-0-again"} - {kept}).pop()
-    assert variant.repeated == {left_out: kept}
+    ignored = ({"lb-0", "lb-0-again"} - {kept}).pop()
+    assert variant.repeated == {ignored: kept}
     assert variant.seeds == 2
-    assert left_out not in {run.name for run in variant.counted}
+    assert ignored not in {run.name for run in variant.counted}
 
 
-def test_run_of_two_studies_is_one_point_of_a_correlation(tmp_path: Path) -> None:
+def test_run_in_two_studies_is_one_point_of_a_correlation(tmp_path: Path) -> None:
     make_study(tmp_path / "first", seeds=(0, 1))
     shutil.copytree(tmp_path / "first", tmp_path / "second")
     table = cells(tmp_path)
@@ -193,7 +193,7 @@ def test_run_of_two_studies_is_one_point_of_a_correlation(tmp_path: Path) -> Non
     assert table[WITH_LOSS, TRACE, "LB"].endswith("n = 8)")
 
 
-def test_basin_wider_than_the_line_makes_mean_and_difference_bounds(tmp_path: Path) -> None:
+def test_censored_width_makes_mean_and_difference_lower_bounds(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     change_width(study / f"{NOISY}-seed-1", open=1)
     table, page = cells(study), rendered(study)
@@ -206,12 +206,12 @@ def test_basin_wider_than_the_line_makes_mean_and_difference_bounds(tmp_path: Pa
     assert f"\u2265 {mean:.3f} (loss under 2 x; n = 3, 1 censored)" in page.text
     assert f"\u2265 {page.of('width-A.2', run=f'{NOISY}-seed-1')[1]}" in page.text
     assert [text for _, points in page.series for *_, text, _ in points if "seed 1: \u2265" in text]
-    # the others are as they were
+    # Other widths are unchanged.
     assert "\u00b1" in table[SHARPNESS, ROW, "basin width, loss under 10 x"]
     assert "to" in table[SHARPNESS_EFFECTS, "LB, noise, amplitude 0.001", WIDTH]
 
 
-def test_difference_from_a_censored_base_line_is_at_most_so_much(tmp_path: Path) -> None:
+def test_censored_base_line_makes_a_difference_an_upper_bound(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study")
     change_width(study / "lb-seed-1", open=2)
     change_width(study / "lb-noise-amplitude-0.03-seed-2", open=1)
@@ -238,7 +238,7 @@ def test_width_below_the_spacing_of_the_points_is_unresolved(tmp_path: Path) -> 
     assert cells(study)[SHARPNESS, ROW, WIDTH].endswith("(n = 3)")
 
 
-def test_rise_is_that_of_the_lines_points(tmp_path: Path) -> None:
+def test_loss_rise_follows_from_the_points_of_the_line(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0,))
     run = study / "lb-seed-0"
     lines = (width_record(run).parent / "points.csv").read_text().splitlines()[1:]
@@ -253,7 +253,7 @@ def test_rise_is_that_of_the_lines_points(tmp_path: Path) -> None:
     assert rendered(study).of("line-rise-0.5", run="lb-seed-0")[0] == pytest.approx(rise)
 
 
-def test_run_whose_last_evaluation_is_not_finite_has_no_final_accuracy(tmp_path: Path) -> None:
+def test_run_with_a_last_loss_of_nan_has_no_final_accuracy(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0, 1))
     run = study / f"{NOISY}-seed-1"
     last: list[Record] = [
@@ -268,7 +268,7 @@ def test_run_whose_last_evaluation_is_not_finite_has_no_final_accuracy(tmp_path:
     assert table[ACCURACY, ROW, "best test accuracy, %"].endswith("(n = 2)")
 
 
-def test_numbers_of_runs_that_have_not_finished_say_so(tmp_path: Path) -> None:
+def test_rows_of_unfinished_runs_are_marked(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", seeds=(0, 1))
     for seed in (0, 1):
         write_status(study / f"{NOISY}-seed-{seed}", "stopped", 40)

@@ -1,4 +1,4 @@
-"""Differences from the base line, on the page and in the tables in Markdown."""
+"""Differences from the base line, on the page and in the Markdown tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.longer.report_page import Page, evaluations
 
 
 def effects(page: Page, measure: str, variant: str) -> list[tuple[float, str]]:
-    """Return the difference of a measure from the base line's, where the page has it."""
+    """Return values and texts of the differences from the base line in a measure."""
     return [
         (float(has["value"]), text)
         for has, text in page.numbers
@@ -21,7 +21,7 @@ def effects(page: Page, measure: str, variant: str) -> list[tuple[float, str]]:
     ]
 
 
-def test_variant_has_its_differences_from_the_base_line_paired_by_seed(study: Path, page: Page) -> None:
+def test_differences_from_the_base_line_are_paired_by_seed(study: Path, page: Page) -> None:
     pairs = [
         [
             evaluations(study / f"{variant}-seed-{seed}", "test")[-1]["accuracy"]
@@ -38,7 +38,7 @@ def test_variant_has_its_differences_from_the_base_line_paired_by_seed(study: Pa
     assert not effects(page, "final_test", "sb")
 
 
-def test_base_line_has_its_differences_from_that_of_the_smallest_batch(study: Path, page: Page) -> None:
+def test_base_line_has_differences_from_that_of_the_smallest_batch(study: Path, page: Page) -> None:
     pairs = [
         [evaluations(study / f"{variant}-seed-{seed}", "test")[-1]["accuracy"] for variant in ("sb", "lb")]
         for seed in (0, 1, 2)
@@ -48,7 +48,7 @@ def test_base_line_has_its_differences_from_that_of_the_smallest_batch(study: Pa
     assert "base line, from that of SB" in page.text
 
 
-def test_tables_alone_are_markdown_with_the_numbers_of_the_page(study: Path, page: Page, tmp_path: Path) -> None:
+def test_markdown_tables_have_the_numbers_of_the_page(study: Path, page: Page, tmp_path: Path) -> None:
     write_report(study, tmp_path / "tables.md")
     text = (tmp_path / "tables.md").read_text()
     accuracy = page.of("final_test", variant="lb")[1]

@@ -45,12 +45,12 @@ def svg(output: Path) -> str:
 
 
 def words(output: Path) -> set[str]:
-    """The texts of an SVG picture: matplotlib names each in a comment beside its outlines."""
+    """Return the texts of an SVG picture, which matplotlib writes as comments."""
     lines = svg(output).splitlines()
     return {line.strip()[4:-3].strip() for line in lines if line.strip().startswith("<!--")}
 
 
-def test_png_is_drawn_at_a_size_for_reading(tmp_path: Path) -> None:
+def test_png_is_large_enough_to_read(tmp_path: Path) -> None:
     output = tmp_path / "curve.png"
     draw_learning_curve([long_run(tmp_path / "lb")], output)
     content = output.read_bytes()
@@ -60,7 +60,7 @@ def test_png_is_drawn_at_a_size_for_reading(tmp_path: Path) -> None:
     assert height > 1000
 
 
-def test_svg_names_what_it_shows(tmp_path: Path) -> None:
+def test_svg_has_titles_and_labels(tmp_path: Path) -> None:
     output = tmp_path / "curve.svg"
     draw_learning_curve([long_run(tmp_path / "lb_8192")], output)
     assert words(output) >= {
@@ -77,7 +77,7 @@ def test_svg_names_what_it_shows(tmp_path: Path) -> None:
     }
 
 
-def test_same_run_gives_the_same_file(tmp_path: Path) -> None:
+def test_drawing_is_deterministic(tmp_path: Path) -> None:
     run = long_run(tmp_path / "lb")
     outputs = [tmp_path / "a.svg", tmp_path / "b.svg"]
     for output in outputs:
@@ -85,7 +85,7 @@ def test_same_run_gives_the_same_file(tmp_path: Path) -> None:
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
 
 
-def test_several_runs_are_told_apart_by_name(tmp_path: Path) -> None:
+def test_several_runs_are_labelled_by_name(tmp_path: Path) -> None:
     output = tmp_path / "curves.svg"
     runs = [long_run(tmp_path / f"run{index}") for index in range(9)]
     runs.append(make_run(tmp_path / "young", [train(1), train(2)]))
@@ -106,19 +106,19 @@ def test_several_runs_are_told_apart_by_name(tmp_path: Path) -> None:
     ],
     ids=["one step", "no evaluation", "only an evaluation", "step 0", "no noise", "not finite", "wide range"],
 )
-def test_run_with_little_to_show_is_drawn_without_a_warning(records: list[Record], tmp_path: Path) -> None:
+def test_run_with_few_records_is_drawn_without_a_warning(records: list[Record], tmp_path: Path) -> None:
     output = tmp_path / "curve.svg"
     draw_learning_curve([make_run(tmp_path / "lb", records)], output)
     assert "loss" in words(output)
 
 
-def test_long_run_makes_no_large_picture(tmp_path: Path) -> None:
+def test_picture_of_a_long_run_is_small(tmp_path: Path) -> None:
     output = tmp_path / "curve.svg"
     draw_learning_curve([make_run(tmp_path / "sb", [train(step) for step in range(1, 20_000)])], output)
     assert output.stat().st_size < 400_000
 
 
-def test_torn_last_line_is_left_out(tmp_path: Path) -> None:
+def test_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
     whole, torn = tmp_path / "whole.svg", tmp_path / "torn.svg"
     draw_learning_curve([make_run(tmp_path / "a" / "lb", [train(1), train(2)])], whole)
     line = to_json(train(3))[:50]
@@ -126,7 +126,7 @@ def test_torn_last_line_is_left_out(tmp_path: Path) -> None:
     assert torn.read_bytes() == whole.read_bytes()
 
 
-def test_epochs_are_right_also_where_records_count_whole_epochs_only(tmp_path: Path) -> None:
+def test_epochs_are_exact_where_records_have_whole_epochs(tmp_path: Path) -> None:
     exact, whole = tmp_path / "exact.svg", tmp_path / "whole.svg"
     draw_learning_curve([long_run(tmp_path / "a" / "lb")], exact)
     records: list[Record] = []
@@ -139,10 +139,10 @@ def test_epochs_are_right_also_where_records_count_whole_epochs_only(tmp_path: P
     assert whole.read_bytes() == exact.read_bytes()
 
 
-def test_what_cannot_be_drawn_is_one_clear_error(tmp_path: Path) -> None:
+def test_curves_that_cannot_be_drawn_are_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "lb", [train(1)])
     (tmp_path / "empty").mkdir()
-    begun = make_run(tmp_path / "begun", [EventRecord(0, "started", 0.0, {})])
+    started = make_run(tmp_path / "started", [EventRecord(0, "started", 0.0, {})])
     with raises(UsageError, "output-form"):
         draw_learning_curve([run], tmp_path / "curve.gif")
     with raises(UsageError, "folder-missing"):
@@ -154,7 +154,7 @@ def test_what_cannot_be_drawn_is_one_clear_error(tmp_path: Path) -> None:
     with raises(UsageError, "records-unreadable"):
         draw_learning_curve([run / "metrics.jsonl"], tmp_path / "curve.png")
     with raises(UsageError, "no-measurement"):
-        draw_learning_curve([begun], tmp_path / "curve.png")
+        draw_learning_curve([started], tmp_path / "curve.png")
     with raises(UsageError, "no-run-named"):
         draw_learning_curve([], tmp_path / "curve.png")
     assert not (tmp_path / "curve.png").exists()
@@ -174,7 +174,7 @@ def test_command_draws_into_the_run_directory_and_prints_the_path(
     assert (run / "learning_curve.png").stat().st_size > 10_000
 
 
-def test_command_draws_several_runs_where_it_is_told_to(tmp_path: Path) -> None:
+def test_command_draws_several_runs_into_one_file(tmp_path: Path) -> None:
     runs = [str(long_run(tmp_path / name)) for name in ("lb", "sb")]
     with raises(UsageError, "output-unset"):
         run_command(*runs)

@@ -29,7 +29,7 @@ def test_single_value_has_no_deviation_and_none_has_no_summary() -> None:
 @pytest.mark.parametrize(
     ("pairs", "quantile"), [(2, 12.7062), (3, 4.30265), (4, 3.18245), (6, 2.57058), (11, 2.22814), (30, 2.04523)]
 )
-def test_interval_has_students_quantile_of_the_tables(pairs: int, quantile: float) -> None:
+def test_interval_uses_student_s_quantiles(pairs: int, quantile: float) -> None:
     differences = [float(number**2) for number in range(pairs)]
     found = paired_difference([(0.0, difference) for difference in differences])
     assert found is not None
@@ -38,14 +38,14 @@ def test_interval_has_students_quantile_of_the_tables(pairs: int, quantile: floa
 
 
 def test_difference_is_paired() -> None:
-    # far apart between pairs, always 1 within
+    # differences of 1 in pairs that are far apart
     found = paired_difference([(1.0, 2.0), (50.0, 51.0), (9.0, 10.0)])
     assert found is not None
     assert (found.difference, found.low, found.high) == (1.0, 1.0, 1.0)
     assert paired_difference([(1.0, 2.0)]) is None
 
 
-def test_mean_of_lower_bounds_is_one_and_has_no_deviation() -> None:
+def test_mean_with_censored_values_has_no_deviation() -> None:
     found = summary([1.0, 2.0, 4.0], censored=1)
     assert found is not None
     assert (found.mean, found.deviation, found.count, found.censored) == (fmean([1, 2, 4]), None, 3, 1)
@@ -61,7 +61,7 @@ def test_mean_of_lower_bounds_is_one_and_has_no_deviation() -> None:
         ((True, True), (False, False), None, 1),
     ],
 )
-def test_difference_with_a_lower_bound_is_a_bound_without_an_interval(
+def test_difference_of_censored_values_is_a_bound_without_an_interval(
     first: tuple[bool, bool], second: tuple[bool, bool], sign: str | None, censored: int
 ) -> None:
     found = paired_difference([(1.0, 2.0), (5.0, 9.0)], [first, second])
@@ -70,7 +70,7 @@ def test_difference_with_a_lower_bound_is_a_bound_without_an_interval(
     assert math.isnan(found.low) == math.isnan(found.high) == (censored > 0)
 
 
-def test_rank_correlation_knows_order_alone_and_shares_the_ranks_of_ties() -> None:
+def test_rank_correlation_uses_order_only_and_averages_ties() -> None:
     assert spearman([1, 2, 3, 400], [10, 20, 30, 31]) == pytest.approx(1)
     assert spearman([1, 2, 3, 4], [8, 4, 2, 1]) == pytest.approx(-1)
     # by hand: ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4
@@ -81,14 +81,14 @@ def test_rank_correlation_knows_order_alone_and_shares_the_ranks_of_ties() -> No
 
 @settings(deadline=None, max_examples=60)
 @given(low=st.floats(-1e6, 1e6), reach=st.floats(1e-6, 1e6))
-def test_ticks_are_few_and_lie_on_the_axis(low: float, reach: float) -> None:
+def test_ticks_are_few_and_within_the_axis(low: float, reach: float) -> None:
     axis = linear_axis("x", [low, low + reach], plain)
     found = ticks(axis)
     assert 1 <= len(found) <= 8
     assert all(-1e-6 <= axis.share(tick) <= 1 + 1e-6 for tick in found)
 
 
-def test_loss_over_many_decades_is_logarithmic() -> None:
+def test_axis_over_many_decades_is_logarithmic() -> None:
     axis = loss_axis("loss", [3.0, 0.001, math.nan, 0.0], plain)
     assert axis.is_logarithmic
     assert {0.001, 0.01, 0.1, 1.0} <= set(ticks(axis))

@@ -1,4 +1,4 @@
-"""docs/results.md, docs/results_fashion.md and the page beside its numbers say what the numbers say."""
+"""The numbers in docs/results.md, docs/results_fashion.md and results/fashion.html are those of the runs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.longer.report_page import cells
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 ARCHIVE = RESULTS / "fashion.tar.gz"
-NOT_TOLD = "Time and speed"
-"""Other work ran on the same cores."""
+OMITTED = "Time and speed"
+"""Not in the documentation, since other work ran on the same cores."""
 SHARPNESS, WIDTH = "Basin width and sharpness", "basin width, loss under 2 x"
 WITH_LOSS = "Rank correlation with final train loss"
 DIFFERENCE = re.compile(r"([+\u2212]\S+)(?: points)? \(([+\u2212]\S+ to [+\u2212][^ ;)]+)\)")
@@ -31,7 +31,7 @@ DIFFERENCE = re.compile(r"([+\u2212]\S+)(?: points)? \(([+\u2212]\S+ to [+\u2212
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Unpack the study as docs/results_fashion.md says, and return its folder."""
+    """Unpack the study like docs/results_fashion.md, and return its folder."""
     runs = tmp_path_factory.mktemp("runs")
     subprocess.run(["tar", "-C", str(runs), "-xzf", str(ARCHIVE)], check=True)
     return runs / "fashion"
@@ -43,8 +43,8 @@ def subject(study: Path) -> Subject:
 
 
 @pytest.fixture(scope="module")
-def told() -> str:
-    """Return docs/results_fashion.md, with its lines joined."""
+def text() -> str:
+    """Return docs/results_fashion.md with its lines joined."""
     return " ".join((ROOT / "docs/results_fashion.md").read_text().split())
 
 
@@ -52,25 +52,27 @@ def run_of(subject: Subject, name: str) -> StoredRun:
     return next(run for run in subject.runs if run.name == name)
 
 
-def test_tables_of_the_results_are_those_of_the_numbers(subject: Subject) -> None:
-    told = set((ROOT / "docs/results_fashion.md").read_text().splitlines())
+def test_documented_tables_are_those_of_the_runs(subject: Subject) -> None:
+    documented = set((ROOT / "docs/results_fashion.md").read_text().splitlines())
     for section in tables_in_markdown(subject).split("## ")[1:]:
         title, *lines = section.splitlines()
-        if title == NOT_TOLD:
+        if title == OMITTED:
             continue
-        missing = [line for line in lines if line.startswith("| ") and line not in told and set(line) - set("| -")]
+        missing = [
+            line for line in lines if line.startswith("| ") and line not in documented and set(line) - set("| -")
+        ]
         assert not missing, title
 
 
-def test_every_difference_in_the_text_is_one_of_the_tables(subject: Subject, told: str) -> None:
+def test_every_difference_in_the_text_is_in_the_tables(subject: Subject, text: str) -> None:
     tables = tables_in_markdown(subject).replace("*", "")
-    found = DIFFERENCE.findall(told)
+    found = DIFFERENCE.findall(text)
     assert len(found) > 25
     unknown = [(mean, ends) for mean, ends in found if f" {mean} ({ends};" not in tables]
     assert not unknown
 
 
-def test_what_the_summary_calls_clear_has_an_interval_without_zero(subject: Subject) -> None:
+def test_clear_differences_of_the_summary_have_intervals_without_zero(subject: Subject) -> None:
     tables = tables_in_markdown(subject)
     lines = (ROOT / "docs/results_fashion.md").read_text().partition("| | clear | not clear |")[2].partition("\n\n")[0]
     for line in lines.splitlines()[2:]:
@@ -79,19 +81,19 @@ def test_what_the_summary_calls_clear_has_an_interval_without_zero(subject: Subj
         assert all(f" {mean} ({ends};" in tables for mean, ends in DIFFERENCE.findall(unclear))
 
 
-def test_runs_of_one_seed_have_the_numbers_of_their_runs(subject: Subject, told: str) -> None:
+def test_rows_of_single_runs_have_their_numbers(subject: Subject, text: str) -> None:
     keys = ("final_test", "final_train", "test_loss", "line-rise-0.1", "sharpness-Hessian trace")
     by_key = {measure.key: measure for measure in measures_of(subject.runs)}
     for name in ("lb-seed-0", "lb-cosine-seed-0", "lb-micro-seed-0", "lb-sam-seed-0"):
         numbers = [cell.text for cell in run_cells(run_of(subject, name), [by_key[key] for key in keys])]
-        assert f"| {' | '.join(numbers)} |" in told
+        assert f"| {' | '.join(numbers)} |" in text
 
 
-def test_widths_follow_the_training_loss_as_the_text_says(study: Path, told: str) -> None:
+def test_documented_correlations_of_widths_are_those_of_the_runs(study: Path, text: str) -> None:
     table = cells(study)
     widths = {table[WITH_LOSS, f"basin width, loss under {factor} x", "all runs"].split()[0] for factor in (2, 10)}
     assert widths == {"0.97"}
-    assert "over the 30 runs their rank correlation with the training loss is 0.97 at both factors" in told
+    assert "over the 30 runs their rank correlation with the training loss is 0.97 at both factors" in text
     for quoted, rows, among in (
         (
             "(rank correlation {} and {} over all runs)",
@@ -101,10 +103,10 @@ def test_widths_follow_the_training_loss_as_the_text_says(study: Path, told: str
         ("do not over all runs ({} and {})", ("loss rise at \u03b1 = 0.1", "Hessian trace"), "all runs"),
         ("but do within LB ({} and {})", ("loss rise at \u03b1 = 0.1", "Hessian trace"), "LB"),
     ):
-        assert quoted.format(*(table[WITH_LOSS, row, among].split()[0] for row in rows)) in told
+        assert quoted.format(*(table[WITH_LOSS, row, among].split()[0] for row in rows)) in text
 
 
-def test_parabolas_of_the_unresolved_widths_are_those_of_the_lines_points(subject: Subject, told: str) -> None:
+def test_documented_parabola_width_follows_from_the_lines(subject: Subject, text: str) -> None:
     widths = []
     for seed in (0, 1, 2):
         [landscape] = [
@@ -114,10 +116,10 @@ def test_parabolas_of_the_unresolved_widths_are_those_of_the_lines_points(subjec
             loss = {round(point.alpha, 9): point.loss for point in line}
             slope, bend = (loss[0.1] - loss[-0.1]) / 0.2, (loss[0.1] + loss[-0.1] - 2 * loss[0.0]) / 0.02
             widths.append(math.sqrt(slope**2 + 4 * bend * loss[0.0]) / bend)
-    assert f"a parabola through the same three points gives {fmean(widths):.3f}" in told
+    assert f"a parabola through the same three points gives {fmean(widths):.3f}" in text
 
 
-def test_counts_and_shares_in_the_text_are_those_of_the_numbers(study: Path, subject: Subject, told: str) -> None:
+def test_documented_counts_and_shares_are_those_of_the_runs(study: Path, subject: Subject, text: str) -> None:
     panels = panels_of(subject.runs)
     effects = [
         cell
@@ -127,25 +129,25 @@ def test_counts_and_shares_in_the_text_are_those_of_the_numbers(study: Path, sub
         for cell in row.cells
         if cell
     ]
-    assert f"Of the {sum(bool(effect.ends) for effect in effects)} intervals" in told
+    assert f"Of the {sum(bool(effect.ends) for effect in effects)} intervals" in text
     rises = next(measure for measure in measures_of(subject.runs) if measure.title == "expected rise at 0.0001")
     means = [found.mean for panel in panels for variant in panel.variants if (found := variant.summary(rises))]
     assert (sum(mean < 0 for mean in means), len(means)) == (5, 12)
-    assert "negative in five of the twelve rows" in told
+    assert "negative in five of the twelve rows" in text
     loss = {variant.label: variant.summary(TRAIN_LOSS) for variant in panels[1].variants}
     in_proportion = "noise in proportion to the filters"
     base, scaled = loss["base line"], loss[in_proportion]
     assert base is not None
     assert scaled is not None
-    assert f"{scaled.mean:.4f} against {base.mean:.4f}" in told
+    assert f"{scaled.mean:.4f} against {base.mean:.4f}" in text
     widths = [cells(study)[SHARPNESS, f"LB, {row}", WIDTH].split()[0] for row in (in_proportion, "base line")]
-    assert f"{widths[0]} against {widths[1]}" in told
+    assert f"{widths[0]} against {widths[1]}" in text
     factor = float(widths[0]) / float(widths[1])
-    assert f"makes it {math.sqrt(scaled.mean / base.mean):.2f} times as wide, not {factor:.2f} times" in told
+    assert f"makes it {math.sqrt(scaled.mean / base.mean):.2f} times as wide, not {factor:.2f} times" in text
     shares = [run_of(subject, f"lb-seed-{seed}").split("train")[-1].accuracy for seed in (0, 1, 2)]
-    assert f"({', '.join(f'{100 * share:.2f}' for share in shares)} by seed)" in told
+    assert f"({', '.join(f'{100 * share:.2f}' for share in shares)} by seed)" in text
     accuracies = [record.accuracy for record in run_of(subject, "lb-noise-amplitude-0.001-seed-2").split("train")]
-    assert f"fell back to {100 * min(accuracies):.1f} % of the training data at epoch 12" in told
+    assert f"fell back to {100 * min(accuracies):.1f} % of the training data at epoch 12" in text
 
 
 def test_page_has_the_numbers_of_the_archive(subject: Subject) -> None:
@@ -155,7 +157,7 @@ def test_page_has_the_numbers_of_the_archive(subject: Subject) -> None:
     assert values((RESULTS / "fashion.html").read_text()) == values(render(subject))
 
 
-def test_what_is_kept_of_a_study_is_small(study: Path) -> None:
+def test_stored_results_are_small(study: Path) -> None:
     kept = [path for path in RESULTS.rglob("*") if path.is_file()]
     assert len(kept) < 10
     assert max(path.stat().st_size for path in kept) < 2 << 20
@@ -164,13 +166,13 @@ def test_what_is_kept_of_a_study_is_small(study: Path) -> None:
 
 @pytest.fixture(scope="module")
 def rivals(tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    """Unpack the study of rivals as docs/results.md says, and read it."""
+    """Unpack the study of rivals like docs/results.md, and read it."""
     runs = tmp_path_factory.mktemp("runs")
     subprocess.run(["tar", "-C", str(runs), "-xJf", str(RESULTS / "rivals.tar.xz")], check=True)
     return read_subject(runs / "rivals")
 
 
-def test_page_of_rivals_tells_what_its_tables_tell(rivals: Subject) -> None:
+def test_page_of_rivals_has_the_numbers_of_its_tables(rivals: Subject) -> None:
     page = (ROOT / "docs/results.md").read_text()
     tables = tables_in_markdown(rivals)
     detail = page.partition("## The tables")[2]
@@ -185,7 +187,7 @@ def test_page_of_rivals_tells_what_its_tables_tell(rivals: Subject) -> None:
     assert not [words for words in others if words not in tables]
 
 
-def test_each_variant_was_run_with_the_settings_that_the_search_chose(rivals: Subject) -> None:
+def test_each_variant_ran_with_the_settings_chosen_by_the_search(rivals: Subject) -> None:
     study = load_study(ROOT / "studies/rivals_confirm.yaml")
     assert len(rivals.runs) == len(study.variants) * len(study.seeds)
     for run in rivals.runs:
@@ -194,7 +196,7 @@ def test_each_variant_was_run_with_the_settings_that_the_search_chose(rivals: Su
         assert {path: run.settings[path] for path in chosen} == chosen
 
 
-def test_loss_stays_low_for_as_long_as_the_text_says_around_sb_and_around_lb(rivals: Subject) -> None:
+def test_documented_extent_of_low_loss_follows_from_the_lines(rivals: Subject) -> None:
     losses: dict[float, list[float]] = {}
     for seed in (100, 101, 102):
         [line] = run_of(rivals, f"sb-seed-{seed}").analyses.of_kind("interpolate")
@@ -202,6 +204,6 @@ def test_loss_stays_low_for_as_long_as_the_text_says_around_sb_and_around_lb(riv
             losses.setdefault(round(point.alpha, 9), []).append(point.loss)
     low = [alpha for alpha, values in sorted(losses.items()) if fmean(values) < 0.1]
     around_sb, around_lb = [alpha for alpha in low if alpha < 0.7], [alpha for alpha in low if alpha > 0.7]
-    told = (ROOT / "docs/results.md").read_text()
-    assert f"at least {around_sb[-1] - around_sb[0]:.2f} of the distance around SB" in told
-    assert f"over only {around_lb[-1] - around_lb[0]:.2f} around LB" in told
+    text = (ROOT / "docs/results.md").read_text()
+    assert f"at least {around_sb[-1] - around_sb[0]:.2f} of the distance around SB" in text
+    assert f"over only {around_lb[-1] - around_lb[0]:.2f} around LB" in text

@@ -1,4 +1,4 @@
-"""The set-up scripts, run as they are: what they refuse, and what they do not do twice."""
+"""The set-up scripts: what they refuse, and what they do not repeat."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def bare_path(folder: Path, *programs: str) -> str:
-    """Return a PATH with a few basic programs and `programs` alone."""
+    """Return a PATH with only a few basic programs and `programs`."""
     folder.mkdir()
     for name in (*TOOLS, *programs):
         found = shutil.which(name)
@@ -68,8 +68,8 @@ def bare_path(folder: Path, *programs: str) -> str:
 WITHOUT_HEADERS = 'echo "mpicxx: Open MPI 5.0.7"; case $1 in --showme*) ;; *) exit 1 ;; esac'
 
 
-def stand_in(folder: Path, **programs: str) -> None:
-    """Write shell programs, each with the text given, into `folder`."""
+def write_scripts(folder: Path, **programs: str) -> None:
+    """Write shell scripts with these texts into `folder`."""
     folder.mkdir(exist_ok=True)
     for name, text in programs.items():
         (folder / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -78,7 +78,7 @@ def stand_in(folder: Path, **programs: str) -> None:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A copy of what the set-up reads, without `.venv`."""
+    """A copy of the files that the set-up reads, without `.venv`."""
     copy = tmp_path / "clone"
     shutil.copytree(ROOT / "docker", copy / "docker")
     for name in ("pyproject.toml", "setup.py"):
@@ -89,19 +89,19 @@ def clone(tmp_path: Path) -> Path:
 UNREACHABLE = {"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull}
 
 
-def on_its_own(**changes: str) -> dict[str, str]:
-    """This environment, changed, without what the machine tells pip and what is asked of the set-up."""
+def clean_environment(**changes: str) -> dict[str, str]:
+    """Return this environment with changes, without the machine's settings of pip and of the set-up."""
     dropped = ("PIP_FIND_LINKS", "PIP_CONSTRAINT", "DEVICE", "DIST_TRAIN_NVCC", "CUDA_HOME", "DIST_TRAIN_MPI")
     return {name: value for name, value in environment(**changes).items() if name not in dropped or name in changes}
 
 
 @pytest.fixture(autouse=True)
-def logs_are_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
 
 
-def screen(result: subprocess.CompletedProcess[str]) -> str:
-    """The message of a set-up that failed, which has to fit on one screen."""
+def short_error(result: subprocess.CompletedProcess[str]) -> str:
+    """Return the message of a failed set-up, which must fit on one screen."""
     assert result.returncode == 1, result.stderr
     text = result.stderr[result.stderr.index("error: ") :]
     assert len(text.splitlines()) <= 24
@@ -111,7 +111,7 @@ def screen(result: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.fixture
 def cuda_python(tmp_path: Path) -> Path:
-    """A Python whose torch says that it is built for CUDA 13.2: what the scripts read of torch, and nothing else."""
+    """A Python with a fake torch for CUDA 13.2, which has only what the scripts read."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     tools = next(path for path in sys.path if path.endswith("site-packages"))
@@ -130,13 +130,15 @@ def cuda_python(tmp_path: Path) -> Path:
 
 def build_horovod(python: Path, cache: Path, **changes: str) -> subprocess.CompletedProcess[str]:
     tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    variables = on_its_own(PATH=tools, DIST_TRAIN_CACHE=str(cache), DIST_TRAIN_NVCC="wheel", **UNREACHABLE) | changes
+    variables = (
+        clean_environment(PATH=tools, DIST_TRAIN_CACHE=str(cache), DIST_TRAIN_NVCC="wheel", **UNREACHABLE) | changes
+    )
     return run(ROOT / "docker/horovod_wheel.sh", python, environment=variables)
 
 
 @pytest.fixture(scope="module")
 def record() -> dict[str, str]:
-    """What the set-up of this very checkout recorded."""
+    """The record of the set-up of this checkout."""
     lines = (ROOT / ".venv" / "setup.env").read_text().splitlines()
     return dict(line.split("=", 1) for line in lines)
 
@@ -153,7 +155,7 @@ def test_missing_compiler_is_one_message_with_the_fix(clone: Path, tmp_path: Pat
     assert not (clone / ".venv").exists()
 
 
-def test_python_that_is_missing_or_too_old_is_one_message_with_the_fix(clone: Path) -> None:
+def test_missing_python_is_one_message_with_the_fix(clone: Path) -> None:
     result = run(clone / "docker/environment.sh", environment=environment(PYTHON="/no/python3"))
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: /no/python3 is missing or older than 3.11")
@@ -167,9 +169,9 @@ def test_unknown_choice_of_mpi_is_refused(clone: Path) -> None:
     assert not (clone / ".venv").exists()
 
 
-def test_mpi_without_its_headers_is_refused_where_it_is_asked_for(clone: Path, tmp_path: Path) -> None:
+def test_requested_mpi_without_headers_is_refused(clone: Path, tmp_path: Path) -> None:
     # Debian's openmpi-bin has the compiler's wrapper, and libopenmpi-dev the header.
-    stand_in(tmp_path / "bin", mpicxx=WITHOUT_HEADERS, mpirun="")
+    write_scripts(tmp_path / "bin", mpicxx=WITHOUT_HEADERS, mpirun="")
     changed = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", DIST_TRAIN_MPI="system")
     result = run(clone / "docker/environment.sh", environment=changed)
     assert result.returncode == 1
@@ -178,10 +180,10 @@ def test_mpi_without_its_headers_is_refused_where_it_is_asked_for(clone: Path, t
     assert not (clone / ".venv").exists()
 
 
-def test_mpi_without_its_headers_is_passed_over_for_the_wheel(clone: Path, tmp_path: Path) -> None:
-    stand_in(tmp_path / "bin", mpicxx=WITHOUT_HEADERS, mpirun="")
-    # A Python that makes no environment: the choice is made and told before.
-    stand_in(tmp_path / "bin", python3='[ "$1" = -c ]')
+def test_mpi_without_headers_is_replaced_by_the_wheel(clone: Path, tmp_path: Path) -> None:
+    write_scripts(tmp_path / "bin", mpicxx=WITHOUT_HEADERS, mpirun="")
+    # This Python creates no environment; the choice is made and printed before.
+    write_scripts(tmp_path / "bin", python3='[ "$1" = -c ]')
     changed = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", PYTHON="python3")
     changed.pop("DIST_TRAIN_MPI", None)
     result = run(clone / "docker/environment.sh", environment=changed)
@@ -189,7 +191,7 @@ def test_mpi_without_its_headers_is_passed_over_for_the_wheel(clone: Path, tmp_p
 
 
 def test_horovod_is_not_built_with_an_mpi_without_headers(tmp_path: Path) -> None:
-    stand_in(tmp_path / "bin", mpicxx=WITHOUT_HEADERS)
+    write_scripts(tmp_path / "bin", mpicxx=WITHOUT_HEADERS)
     (tmp_path / "bin/python3").symlink_to(sys.executable)
     result = run(
         ROOT / "docker/horovod_wheel.sh",
@@ -201,16 +203,16 @@ def test_horovod_is_not_built_with_an_mpi_without_headers(tmp_path: Path) -> Non
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_second_set_up_does_nothing() -> None:
+def test_second_set_up_is_a_no_op() -> None:
     run(ROOT / "docker/environment.sh", environment=environment())
     result = run(ROOT / "docker/environment.sh", environment=environment())
     assert result.returncode == 0
     assert result.stderr == "set-up: .venv is up to date\n"
 
 
-def test_mpi_that_is_installed_later_does_not_change_the_choice(tmp_path: Path, record: Mapping[str, str]) -> None:
-    told = "echo 'mpi: Open MPI 4.0.0'"
-    stand_in(tmp_path / "bin", mpicxx=told, mpirun=told)
+def test_later_installed_mpi_does_not_change_the_choice(tmp_path: Path, record: Mapping[str, str]) -> None:
+    script = "echo 'mpi: Open MPI 4.0.0'"
+    write_scripts(tmp_path / "bin", mpicxx=script, mpirun=script)
     changed = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     result = run(ROOT / "docker/environment.sh", environment=changed)
     assert result.stderr == "set-up: .venv is up to date\n"
@@ -219,16 +221,16 @@ def test_mpi_that_is_installed_later_does_not_change_the_choice(tmp_path: Path, 
 
 
 def test_horovod_is_not_built_twice(tmp_path: Path, record: Mapping[str, str]) -> None:
-    kept = Path(record["wheel"])
-    shelf = tmp_path / "wheels" / kept.parent.name
-    shelf.mkdir(parents=True)
-    (shelf / kept.name).write_bytes(b"")
+    wheel = Path(record["wheel"])
+    cached = tmp_path / "wheels" / wheel.parent.name
+    cached.mkdir(parents=True)
+    (cached / wheel.name).write_bytes(b"")
     result = run(
         ROOT / "docker/horovod_wheel.sh",
         sys.executable,
         environment=environment(DIST_TRAIN_CACHE=str(tmp_path)),
     )
-    assert result.stdout == f"{shelf / kept.name}\n"
+    assert result.stdout == f"{cached / wheel.name}\n"
     assert result.stderr == ""
 
 
@@ -245,64 +247,64 @@ def test_horovod_is_not_built_without_torch(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_index_out_of_reach_is_one_screen(clone: Path) -> None:
-    result = run(clone / "docker/environment.sh", environment=on_its_own(PYTHON=sys.executable, **UNREACHABLE))
-    text = screen(result)
+def test_unreachable_index_is_a_short_error(clone: Path) -> None:
+    result = run(clone / "docker/environment.sh", environment=clean_environment(PYTHON=sys.executable, **UNREACHABLE))
+    text = short_error(result)
     assert "package index cannot be reached" in text
     assert Path(text.splitlines()[-1].removeprefix("the whole log: ")).is_file()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk that is small")
-def test_full_disk_is_one_screen(clone: Path) -> None:
+def test_full_disk_is_a_short_error(clone: Path) -> None:
     disk = clone.parent / "disk"
     disk.mkdir()
     script = 'mount -t tmpfs -o size=4m none "$0" && cp -r "$1"/* "$0" && exec "$0/docker/environment.sh"'
     command = ("unshare", "--mount", "bash", "-c", script, disk, clone)
-    assert "disk is full" in screen(run(*command, environment=on_its_own(PYTHON=sys.executable)))
+    assert "disk is full" in short_error(run(*command, environment=clean_environment(PYTHON=sys.executable)))
 
 
-def test_without_nvcc_horovod_is_not_built_for_cpus_instead(cuda_python: Path, tmp_path: Path) -> None:
-    text = screen(build_horovod(cuda_python, tmp_path / "cache"))
+def test_missing_nvcc_is_an_error_instead_of_a_cpu_build(cuda_python: Path, tmp_path: Path) -> None:
+    text = short_error(build_horovod(cuda_python, tmp_path / "cache"))
     assert text.startswith("error: nvcc for CUDA 13.2 cannot be fetched")
     assert "toolkit" in text
     assert "DEVICE=cpu make setup" in text
     assert not list(tmp_path.glob("cache/wheels/*"))
 
 
-def test_without_nvcc_for_cuda_12_the_message_says_what_to_do(cuda_python: Path, tmp_path: Path) -> None:
+def test_missing_nvcc_for_cuda_12_is_an_error_with_the_fix(cuda_python: Path, tmp_path: Path) -> None:
     (version,) = (tmp_path / "venv").glob("lib/python*/site-packages/torch/version.py")
     version.write_text("__version__ = '2.8.0+cu128'\ncuda = '12.8'\n")
-    text = screen(build_horovod(cuda_python, tmp_path / "cache"))
+    text = short_error(build_horovod(cuda_python, tmp_path / "cache"))
     assert "CUDA 12.8 toolkit" in text
     assert "DEVICE=cpu make setup" in text
 
 
-def test_without_nccl_horovod_is_not_built_for_cpus_instead(cuda_python: Path, tmp_path: Path) -> None:
+def test_missing_nccl_is_an_error_instead_of_a_cpu_build(cuda_python: Path, tmp_path: Path) -> None:
     (nccl,) = (tmp_path / "venv").glob("lib/python*/site-packages/nvidia")
     shutil.rmtree(nccl)
-    if any(Path(place, "include/nccl.h").exists() for place in ("/usr", "/usr/local/cuda")):
+    if any(Path(prefix, "include/nccl.h").exists() for prefix in ("/usr", "/usr/local/cuda")):
         pytest.skip("this machine has NCCL")
-    text = screen(build_horovod(cuda_python, tmp_path / "cache"))
+    text = short_error(build_horovod(cuda_python, tmp_path / "cache"))
     assert text.startswith("error: NCCL is missing")
     assert "DEVICE=cpu make setup" in text
 
 
-def test_device_names_what_horovod_is_built_for(cuda_python: Path, tmp_path: Path) -> None:
+def test_device_variable_chooses_the_build(cuda_python: Path, tmp_path: Path) -> None:
     for_cpus = build_horovod(cuda_python, tmp_path / "cache", DEVICE="cpu")
-    assert "could not fetch Horovod's source" in screen(for_cpus)
+    assert "could not fetch Horovod's source" in short_error(for_cpus)
     assert "NCCL" not in for_cpus.stderr
-    assert "nvcc" in screen(build_horovod(cuda_python, tmp_path / "cache", DEVICE="cuda"))
-    assert "must be cpu or cuda" in screen(build_horovod(cuda_python, tmp_path / "cache", DEVICE="cuda:0"))
+    assert "nvcc" in short_error(build_horovod(cuda_python, tmp_path / "cache", DEVICE="cuda"))
+    assert "must be cpu or cuda" in short_error(build_horovod(cuda_python, tmp_path / "cache", DEVICE="cuda:0"))
 
 
-def test_torch_for_cpus_is_refused_where_gpus_are_asked_for(tmp_path: Path) -> None:
+def test_torch_for_cpus_is_refused_for_a_gpu_build(tmp_path: Path) -> None:
     if torch.version.cuda is not None:
         pytest.skip("torch has CUDA")
     result = build_horovod(Path(sys.executable), tmp_path / "cache", DEVICE="cuda")
-    assert "built for CPUs" in screen(result)
+    assert "built for CPUs" in short_error(result)
 
 
-def test_fashion_mnist_is_found_without_being_fetched_again(tmp_path: Path) -> None:
+def test_cached_fashion_mnist_is_not_downloaded(tmp_path: Path) -> None:
     folder = tmp_path / "datasets" / "fashion-mnist"
     folder.mkdir(parents=True)
     for name in FILES:
@@ -319,8 +321,8 @@ def test_fashion_mnist_is_found_without_being_fetched_again(tmp_path: Path) -> N
     assert result.stdout.strip() in (str(folder), "/usr/share/datasets/fashion-mnist")
 
 
-def test_fashion_mnist_that_cannot_be_fetched_is_one_message_with_the_fix(clone: Path, tmp_path: Path) -> None:
-    # This machine may have the Debian package: the copy of the script looks for it elsewhere.
+def test_unavailable_fashion_mnist_is_one_message_with_the_fix(clone: Path, tmp_path: Path) -> None:
+    # This machine may have the Debian package, so that the copy of the script looks elsewhere.
     script = clone / "docker/fashion_mnist.sh"
     script.write_text(script.read_text().replace("=/usr/share/datasets", "=/nowhere"))
     result = run(
@@ -348,5 +350,5 @@ def test_missing_debian_packages_are_named_with_the_tests_that_need_them(tmp_pat
 def test_no_version_or_build_of_torch_is_pinned() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     assert "+cpu" not in text
-    # this one has its flavours side by side, told apart by the version
+    # This package's versions name its flavours.
     assert "==" not in text.replace("grafana-foundation-sdk==", "")

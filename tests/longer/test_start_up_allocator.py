@@ -1,4 +1,4 @@
-"""Freed memory stays with the process, large arrays lie in large pages, and small objects not between them."""
+"""Freed memory stays with the process; large arrays use large pages, without small objects between them."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ print(faults(), keep_freed_memory(), faults())
 """
 
 
-def faults_and_kept(**variables: str) -> tuple[int, str, int]:
-    """Return the page faults before the setting is made, whether it was made, and the page faults after."""
+def page_faults(**variables: str) -> tuple[int, str, int]:
+    """Return the page faults before the setting, whether it was made, and the page faults after it."""
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         env={**os.environ, **variables},
@@ -45,24 +45,24 @@ def faults_and_kept(**variables: str) -> tuple[int, str, int]:
     return int(without), kept, int(faults)
 
 
-def test_array_reuses_the_pages_of_the_freed_one() -> None:
-    without, kept, faults = faults_and_kept()
+def test_array_reuses_the_pages_of_a_freed_one() -> None:
+    without, kept, faults = page_faults()
     assert kept == "True"
     assert faults < 1000
-    assert without > 1000, "the test's own reason is gone: pages are reused without it"
+    assert without > 1000, "pages are reused without the setting"
 
 
 @pytest.mark.parametrize(
     "variables",
     [{"MALLOC_MMAP_THRESHOLD_": "1000000"}, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1000000"}],
 )
-def test_what_the_user_has_set_stays(variables: dict[str, str]) -> None:
-    _, kept, faults = faults_and_kept(**variables)
+def test_settings_of_the_user_are_kept(variables: dict[str, str]) -> None:
+    _, kept, faults = page_faults(**variables)
     assert kept == "False"
     assert faults > 1000
 
 
-def test_large_pages_are_reserved_without_taking_memory_and_freed_memory_stays_in_them() -> None:
+def test_large_pages_take_no_memory_in_advance_and_are_reused() -> None:
     program = """
 import resource
 from dist_train.start_up import keep_freed_memory, use_large_pages
@@ -129,7 +129,7 @@ with open("/proc/self/smaps") as regions:
 
 
 def large_page_kilobytes(folder: Path, **variables: str) -> int:
-    """Return the memory in pages of 2 MiB of a process that has trained, and then made an array of 64 MiB."""
+    """Return the memory in pages of 2 MiB of a process that trains and then makes an array of 64 MiB."""
     config = write_config(folder)
     result = subprocess.run(
         [sys.executable, "-c", LARGE_PAGES, str(config), "--run-dir", str(folder / "run")],
@@ -143,10 +143,10 @@ def large_page_kilobytes(folder: Path, **variables: str) -> int:
 
 @pytest.mark.skipif(
     not (SETTING.exists() and "[madvise]" in SETTING.read_text()),
-    reason=f"{SETTING} says that large pages are given to all, or to none",
+    reason=f"{SETTING} gives large pages to all processes, or to none",
 )
-def test_training_asks_for_large_pages_before_its_first_array_unless_the_user_has_set_it(tmp_path: Path) -> None:
-    for name in ("asked", "left"):
+def test_training_uses_large_pages_unless_the_user_has_set_them(tmp_path: Path) -> None:
+    for name in ("default", "set"):
         (tmp_path / name).mkdir()
-    assert large_page_kilobytes(tmp_path / "asked") > 1 << 15
-    assert large_page_kilobytes(tmp_path / "left", THP_MEM_ALLOC_ENABLE="0") == 0
+    assert large_page_kilobytes(tmp_path / "default") > 1 << 15
+    assert large_page_kilobytes(tmp_path / "set", THP_MEM_ALLOC_ENABLE="0") == 0

@@ -1,4 +1,4 @@
-"""`make study-smoke`: a study from its search to its report, on made-up images."""
+"""`make study-smoke`: a study from its search to its report, on synthetic images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the target's own commands have been run, but for the set-up."""
+    """A folder in which the target's commands were run, except the set-up."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("studies", "configs"):
         (folder / name).symlink_to(ROOT / name)
@@ -45,9 +45,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_best_trial_of_each_variant_is_confirmed_with_fresh_seeds(folder: Path) -> None:
-    confirming = yaml.safe_load((folder / "runs" / "confirm.yaml").read_text())
-    assert confirming["seeds"] == [100, 101]
+def test_best_trial_of_each_variant_is_confirmed_with_new_seeds(folder: Path) -> None:
+    confirmation = yaml.safe_load((folder / "runs" / "confirm.yaml").read_text())
+    assert confirmation["seeds"] == [100, 101]
     for variant in ("sb", "lb"):
         trials = [folder / "runs" / "search" / f"{variant}-trial-{number}-seed-0" for number in range(3)]
         best = max(trials, key=lambda run: evaluations(run, "validation")[-1]["accuracy"])
@@ -60,7 +60,7 @@ def test_best_trial_of_each_variant_is_confirmed_with_fresh_seeds(folder: Path) 
             assert config["run"]["seed"] == seed
 
 
-def test_report_has_the_contrast_the_line_and_the_sharpness(folder: Path) -> None:
+def test_report_has_contrast_line_and_sharpness(folder: Path) -> None:
     study = folder / "runs" / "search-confirm"
     assert (study / "report.html").is_file()
     table, page = cells(study), rendered(study)

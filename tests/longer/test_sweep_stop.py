@@ -1,4 +1,4 @@
-"""A sweep of real runs that is stopped, and started again; one that is killed takes its runs along."""
+"""Sweeps of real runs that are stopped, continued or killed."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ LONG = {"run.epochs": 2000, "checkpoint.every_epochs": 0, "evaluation.every_epoc
 
 
 class Sweep:
+    """A running sweep of two endless runs."""
+
     def __init__(self, folder: Path) -> None:
         self.study = str(write_study(folder, settings=LONG, seeds=[0]))
         self.runs = [folder / "runs" / "small" / f"{variant}-seed-0" for variant in ("plain", "noisy")]
@@ -41,17 +43,17 @@ class Sweep:
         return [status.state if (status := read_status(run / "status.json")) else "" for run in self.runs]
 
 
-# SIGTERM: TestStopping of test_study_sweep.py.
-def test_it_stops_with_its_runs_saved_and_the_same_command_goes_on(tmp_path: Path) -> None:
+# SIGTERM is tested by TestStopping in test_sweep_sweep.py.
+def test_stopped_sweep_saves_its_runs_and_the_same_command_continues(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path)
     try:
         sweep.process.send_signal(signal.SIGINT)
-        told, _ = sweep.process.communicate(timeout=PATIENCE)
+        output, _ = sweep.process.communicate(timeout=PATIENCE)
     finally:
         kill(sweep.process)
-    assert sweep.process.returncode == ExitCode.STOPPED, told
+    assert sweep.process.returncode == ExitCode.STOPPED, output
     assert sweep.states() == ["stopped", "stopped"]
-    assert "2 stopped:" in told
+    assert "2 stopped:" in output
     saved = [status.step for run in sweep.runs if (status := read_status(run / "status.json"))]
     ended = launch(1, "alone", "sweep", sweep.study, f"run.max_steps={max(saved) + 3}", "--jobs", "2")
     assert ended.code == 0, ended.output
@@ -62,7 +64,7 @@ def test_it_stops_with_its_runs_saved_and_the_same_command_goes_on(tmp_path: Pat
         assert [record["step"] for record in records if record.get("event") == "resumed"] == [step]
 
 
-def test_one_that_is_killed_takes_its_runs_along(tmp_path: Path) -> None:
+def test_killed_sweep_stops_its_runs(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path)
     pids = [status.pid for run in sweep.runs if (status := read_status(run / "status.json"))]
     try:
@@ -75,7 +77,7 @@ def test_one_that_is_killed_takes_its_runs_along(tmp_path: Path) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_run_on_two_ranks(tmp_path: Path) -> None:
+def test_sweep_trains_on_two_ranks(tmp_path: Path) -> None:
     study = str(write_study(tmp_path, seeds=[0]))
     ended = launch(1, "alone", "sweep", study, "run.max_steps=2", "--ranks", "2", "--only", "1")
     assert ended.code == 0, ended.output

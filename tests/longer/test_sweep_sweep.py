@@ -1,4 +1,4 @@
-"""A sweep: which runs it starts and in what order, what it says of those that fail, and how it continues."""
+"""Sweeps: order of runs, failures, continuing and stopping."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DIVERGES = {"settings": {"model.norm": "none", "model.width": 0.25, "optimizer.l
 
 @dataclass(frozen=True)
 class Shell(Launcher):
-    """Runs a line of shell for each run, in its folder, in the place of training; $NAME is the run's name."""
+    """Runs a shell command instead of training, in the folder of each run; $NAME is the run's name."""
 
     line: str = "exit 0"
 
@@ -36,17 +36,17 @@ class Shell(Launcher):
         return ["/bin/sh", "-c", f"cd '{run.directory}'; NAME={run.name}; {self.line}"]
 
 
-class Sayings(list[str]):
+class Messages(list[str]):
     def __call__(self, text: str) -> None:
         self.append(text)
 
 
-def run_all(plan: Plan, line: str, jobs: int = 1, say: Sayings | None = None) -> Tally:
-    return sweep(plan, plan.runs, jobs, Shell(line=line), say if say is not None else Sayings())
+def run_all(plan: Plan, line: str, jobs: int = 1, say: Messages | None = None) -> Tally:
+    return sweep(plan, plan.runs, jobs, Shell(line=line), say if say is not None else Messages())
 
 
-def pretend(run: PlannedRun, state: str, code: ExitCode | None = None, reason: str = "", **fields: object) -> None:
-    """Leave behind what a run in `state` would."""
+def write_run(run: PlannedRun, state: str, code: ExitCode | None = None, reason: str = "", **fields: object) -> None:
+    """Write the files of a run in `state`."""
     run.directory.mkdir(parents=True)
     (run.directory / "config.yaml").write_text(dump_config(run.config))
     status = StatusFile(run.directory / "status.json", 1)
@@ -58,21 +58,21 @@ def names(runs: Sequence[PlannedRun]) -> list[str]:
 
 
 class TestOrder:
-    def test_one_at_a_time_the_runs_go_in_order(self, tmp_path: Path) -> None:
+    def test_runs_are_started_in_order(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         tally = run_all(plan, "echo $NAME >> ../order")
         assert (plan.directory / "order").read_text().split() == names(plan.runs)
         assert names(tally.finished) == names(plan.runs)
         assert tally.exit_code == ExitCode.FINISHED
 
-    def test_k_at_a_time_and_no_more(self, tmp_path: Path) -> None:
+    def test_number_of_concurrent_runs_is_limited(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path, seeds=[0, 1, 2])
-        # Each counts those that are there, itself included.
+        # Each run counts the running ones, including itself.
         run_all(plan, "touch ../here-$$; ls .. | grep -c here- >> ../counts; sleep 0.3; rm ../here-$$", jobs=2)
         counts = [int(word) for word in (plan.directory / "counts").read_text().split()]
         assert (len(counts), max(counts)) == (6, 2)
 
-    def test_cores_are_shared_out(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_cores_are_divided_among_runs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
         assert [share_of_threads(*shares) for shares in ((1, 1), (2, 3), (5, 5))] == [12, 2, 1]
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -89,19 +89,19 @@ class TestOrder:
 
 
 class TestFailures:
-    def test_run_that_fails_stops_no_other_and_is_named_with_its_last_words(self, tmp_path: Path) -> None:
+    def test_failed_run_is_reported_and_others_continue(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         tally = run_all(plan, "[ $NAME != noisy-seed-0 ] || { echo 'dist-train: no data' >&2; exit 2; }")
         assert len(tally.finished) == 3
         assert "  2 noisy-seed-0: no data" in summary(tally)
         assert tally.exit_code == ExitCode.FAULT
 
-    def test_run_that_is_killed_is_named_with_the_signal(self, tmp_path: Path) -> None:
+    def test_killed_run_is_reported_with_its_signal(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         tally = run_all(plan, "[ $NAME != plain-seed-1 ] || kill -KILL $$")
         assert "  3 plain-seed-1: ended by SIGKILL" in summary(tally)
 
-    def test_run_that_cannot_be_started_is_named(self, tmp_path: Path) -> None:
+    def test_run_that_cannot_be_started_is_reported(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         plan.directory.mkdir(parents=True)
         plan.runs[0].directory.touch()
@@ -109,9 +109,9 @@ class TestFailures:
         assert tally.failed[0][1].startswith("cannot be started: ")
         assert len(tally.finished) == 3
 
-    def test_run_that_would_diverge_again_is_named_and_not_started(self, tmp_path: Path) -> None:
+    def test_diverged_run_is_reported_and_not_started_again(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
-        pretend(plan.runs[1], "failed", ExitCode.DIVERGED, "the loss is not finite")
+        write_run(plan.runs[1], "failed", ExitCode.DIVERGED, "the loss is not finite")
         tally = run_all(plan, "touch started")
         assert not (plan.runs[1].directory / "started").exists()
         (run, reason) = tally.failed[0]
@@ -120,17 +120,17 @@ class TestFailures:
         assert len(tally.finished) == 3
 
 
-class TestGoingOn:
-    def test_finished_are_skipped_and_the_broken_are_started(self, tmp_path: Path) -> None:
+class TestContinuing:
+    def test_finished_runs_are_skipped_and_others_started(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path, seeds=[0, 1, 2])
-        pretend(plan.runs[0], "finished", ExitCode.FINISHED)
-        pretend(plan.runs[1], "failed", ExitCode.FAULT, "a rank died")
-        pretend(plan.runs[2], "stopped", ExitCode.STOPPED)
-        pretend(plan.runs[3], "running", host="elsewhere", updated="2020-01-01T00:00:00+00:00")
-        say = Sayings()
+        write_run(plan.runs[0], "finished", ExitCode.FINISHED)
+        write_run(plan.runs[1], "failed", ExitCode.FAULT, "a rank died")
+        write_run(plan.runs[2], "stopped", ExitCode.STOPPED)
+        write_run(plan.runs[3], "running", host="elsewhere", updated="2020-01-01T00:00:00+00:00")
+        say = Messages()
         tally = run_all(plan, "touch started", say=say)
         started = [run.number for run in plan.runs if (run.directory / "started").exists()]
-        # What runs elsewhere wrote its status just now.
+        # Run 4 runs elsewhere, since its status was just written.
         assert started == [2, 3, 5, 6]
         assert names([run for run, _ in tally.busy]) == ["noisy-seed-1"]
         assert say[0] == "1/6 plain-seed-0: finished before"
@@ -139,18 +139,18 @@ class TestGoingOn:
     def test_run_is_not_reused_for_other_settings(self, tmp_path: Path) -> None:
         before = small_plan(tmp_path)
         for run in before.runs:
-            pretend(run, "finished", ExitCode.FINISHED)
+            write_run(run, "finished", ExitCode.FINISHED)
         after = small_plan(tmp_path, settings={"optimizer.momentum": 0.5})
         standing = standing_of(after.runs[0])
         assert standing.then == "unrecoverable"
         assert "optimizer.momentum: 0.9 when the run began, 0.5 now" in standing.note
         assert run_all(after, "exit 0").exit_code == ExitCode.FAULT
 
-    def test_run_that_is_to_end_later_by_now_goes_on(self, tmp_path: Path) -> None:
-        pretend(small_plan(tmp_path, settings={"run.max_steps": 2}).runs[0], "finished", ExitCode.FINISHED)
+    def test_finished_run_with_more_steps_continues(self, tmp_path: Path) -> None:
+        write_run(small_plan(tmp_path, settings={"run.max_steps": 2}).runs[0], "finished", ExitCode.FINISHED)
         assert standing_of(small_plan(tmp_path, settings={"run.max_steps": 4}).runs[0]).then == "start"
 
-    def test_run_that_another_sweep_is_at_is_left_to_it(self, tmp_path: Path) -> None:
+    def test_run_of_another_sweep_is_left_to_it(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         lock = take(plan.runs[0])
         assert lock is not None
@@ -162,20 +162,20 @@ class TestGoingOn:
         assert len(tally.finished) == 3
         assert tally.exit_code == ExitCode.STOPPED
 
-    def test_lock_lasts_as_long_as_the_run(self, tmp_path: Path) -> None:
+    def test_lock_is_released_at_the_end_of_a_run(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         for _ in range(2):
             assert run_all(plan, "exit 0").busy == []
 
 
 class TestStopping:
-    def test_running_save_and_stop_and_no_other_begins(self, tmp_path: Path) -> None:
+    def test_running_runs_save_and_stop_and_no_other_starts(self, tmp_path: Path) -> None:
         plan = small_plan(tmp_path)
         both = "touch ../up-$NAME; while [ $(ls .. | grep -c up-) -lt 2 ]; do sleep 0.05; done"
         line = f"trap 'exit 75' TERM; {both}; kill -TERM {os.getpid()}; while :; do sleep 0.05; done"
-        say = Sayings()
+        say = Messages()
         tally = run_all(plan, line, jobs=2, say=say)
-        # in the order in which they ended
+        # tally.stopped is in the order of their ends
         assert sorted(names([run for run, _ in tally.stopped])) == sorted(names(plan.runs[:2]))
         assert names(tally.left) == names(plan.runs[2:])
         assert tally.exit_code == ExitCode.STOPPED
@@ -183,25 +183,25 @@ class TestStopping:
         assert summary(tally)[-2:] == ["2 runs not started", "the same command continues"]
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
-    def test_whoever_insists_waits_no_longer(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_second_signal_kills_the_runs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("dist_train.sweep.sweep._INSIST_SECONDS", 0.3)
         plan = small_plan(tmp_path)
-        me = os.getpid()
-        line = f"trap '' TERM; kill -INT {me}; sleep 0.6; kill -INT {me}; exec sleep 600"
-        begun = time.monotonic()
+        sweep_process = os.getpid()
+        line = f"trap '' TERM; kill -INT {sweep_process}; sleep 0.6; kill -INT {sweep_process}; exec sleep 600"
+        started_at = time.monotonic()
         tally = run_all(plan, line)
-        assert time.monotonic() - begun < PATIENCE
+        assert time.monotonic() - started_at < PATIENCE
         assert tally.exit_code == ExitCode.STOPPED
 
 
-def test_numbers_are_written_as_slurm_takes_them() -> None:
+def test_numbers_are_written_as_slurm_ranges() -> None:
     assert as_ranges([]) == ""
     assert as_ranges([1]) == "1"
     assert as_ranges([1, 2, 3, 7, 9, 10]) == "1-3,7,9-10"
 
 
 class TestCommand:
-    def test_real_runs_are_trained_named_and_skipped(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_real_runs_are_trained_and_skipped(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         variants = {"plain": {"settings": {"noise.method": "none"}}, "diverges": DIVERGES}
         study = str(write_study(tmp_path, variants=variants, seeds=[0]))
         runs = tmp_path / "runs" / "small"
@@ -211,13 +211,13 @@ class TestCommand:
         assert main(["sweep", study, "--array"]) == 0
         assert capfd.readouterr().out == "2\n"
         assert main(["sweep", study, "--only", "1", "--arguments"]) == 0
-        told = capfd.readouterr()
-        assert (told.out, "has finished" in told.err) == ("", True)
+        printed = capfd.readouterr()
+        assert (printed.out, "has finished" in printed.err) == ("", True)
 
         assert main(["sweep", study]) == ExitCode.FAULT
-        told = capfd.readouterr()
-        assert "1/2 plain-seed-0: finished before, test accuracy" in told.out
-        assert "1 run finished\n1 failed:\n  2 diverges-seed-0: " in told.out
+        printed = capfd.readouterr()
+        assert "1/2 plain-seed-0: finished before, test accuracy" in printed.out
+        assert "1 run finished\n1 failed:\n  2 diverges-seed-0: " in printed.out
         assert "[step-not-finite]" in (runs / "diverges-seed-0" / "logs" / "output.log").read_text()
 
         assert main(["sweep", study, "--list"]) == 0
@@ -231,7 +231,7 @@ class TestCommand:
         assert rows[0][6] == f"{accuracy * 100:.2f}"
         assert main(["sweep", study, "--array"]) == ExitCode.FAULT
 
-    def test_arguments_of_a_run_are_one_a_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_arguments_of_a_run_are_one_per_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         study = str(write_study(tmp_path))
         assert main(["sweep", study, "--only", "2", "--arguments", "--directory", str(tmp_path / "other")]) == 0
         assert capsys.readouterr().out.splitlines() == [
@@ -243,7 +243,7 @@ class TestCommand:
             "run.seed=0",
         ]
 
-    def test_bad_study_or_number_ends_with_2_before_anything_starts(
+    def test_bad_study_or_number_exits_with_2_before_anything_starts(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         good = str(write_study(tmp_path))

@@ -1,4 +1,4 @@
-"""A whole step on a GPU that is not there: nothing mixes devices, and the host waits only where it is known to."""
+"""A whole step on an emulated GPU: no operator mixes devices, and the host waits only where expected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOISE: list[Sections] = [
     {"noise": {"method": "smoothout", "antithetic": True, "passes": "one", "sharing": "micro_batch"}},
     {"noise": {"method": "ivon"}, "optimizer": {"momentum": 0.0, "nesterov": False}},
     *({"noise": {"method": "langevin", "scale": scale}} for scale in ("absolute", "weight", "filter")),
-    # Each scale with each sharing, and each of both with each distribution.
+    # Each scale with each sharing, both with both distributions.
     *(
         {
             "noise": {
@@ -39,7 +39,7 @@ NOISE: list[Sections] = [
 ]
 NORMS: list[Sections] = [
     {"model": {"norm": norm}, "precision": {"compute": compute}, "run": {"device": "cuda"}}
-    # SETTINGS has ghost norm in float32
+    # SETTINGS uses ghost norm in float32.
     for norm, compute in (
         ("batch", "bfloat16"),
         ("batch", "float32"),
@@ -69,7 +69,7 @@ MODELS: list[Sections] = [
     {"precision": {"channels_last": False}},
     {"model": {"ghost_size": 2}, "data": {"augment": "crop-flip"}},
 ]
-ADDED: list[Sections] = [
+FEATURES: list[Sections] = [
     {"averaging": {"kind": "ema"}, "regularization": {"mixup": 0.2, "label_smoothing": 0.1}},
     {"batch": {"dealing": "measured"}},
     {"averaging": {"kind": "lawa", "every_steps": 1}, "regularization": {"mixup": 0.2, "cutmix": 1.0}},
@@ -81,7 +81,7 @@ GRAPHED: list[Sections] = [
     {"comm": {"reduction": "float"}, "model": {"name": "resnet18", "norm": "group"}},
 ]
 GRAPHS: list[Sections] = [{"precision": {"cuda_graphs": True}, **sections} for sections in GRAPHED]
-CASES = [*NOISE, *NORMS, *OPTIMIZERS, *REDUCTIONS, *MODELS, *ADDED, *GRAPHS]
+CASES = [*NOISE, *NORMS, *OPTIMIZERS, *REDUCTIONS, *MODELS, *FEATURES, *GRAPHS]
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +93,7 @@ def emulated() -> dict[str, Emulated]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_step_mixes_no_devices_and_waits_only_where_it_reads_its_result(
-    emulated: dict[str, Emulated], case: Sections
-) -> None:
+def test_step_mixes_no_devices_and_waits_only_for_its_result(emulated: dict[str, Emulated], case: Sections) -> None:
     found = emulated[str(case)]
     assert found.error == ""
     assert found.mixed == ()
@@ -103,5 +101,5 @@ def test_step_mixes_no_devices_and_waits_only_where_it_reads_its_result(
     assert found.operators > 0
 
 
-def test_step_reads_writes_and_starts_little_more_than_plain_pytorch_s() -> None:
+def test_step_has_little_more_traffic_and_kernels_than_plain_pytorch() -> None:
     assert [row.row for row in traffic.rows() if not row.holds] == []

@@ -1,4 +1,4 @@
-"""How accurate sums of integers are along runs: of 32 bits at least as much as float32, of 16 bits as stated.
+"""The accuracy of integer sums along runs: 32 bits at least as accurate as float32, 16 bits as documented.
 
 `python -m tests.longer.test_training_exact32_error` prints the errors that docs/architecture.md states.
 """
@@ -20,12 +20,12 @@ from dist_train.training.reduction import GradientReduction, buckets_of
 from dist_train.training.trainer import Trainer
 from tests.unit.small_trainers import build_trainer, small_config
 
-MOMENTS = (2, 5, 9, 14, 20)
+UPDATES = (2, 5, 9, 14, 20)
 MICRO_BATCHES = 64
-LARGEST_OF_16_BITS = 0.02
+MAX_ERROR_OF_16_BITS = 0.02
 
 
-class Keeping(GridAccumulator):
+class RecordingAccumulator(GridAccumulator):
     """Keeps the gradient of each micro-batch."""
 
     seen: list[Tensor]
@@ -41,10 +41,10 @@ class Keeping(GridAccumulator):
 
 @dataclass(frozen=True)
 class Errors:
-    """Euclidean norms of the errors of sums, over that of the sum in float64.
+    """Norms of the errors of sums, relative to the norm of the sum in float64.
 
-    `integers` are the run's own, `in_order` float32 added up in order, `fp16` and `bfloat16` the same on each of
-    `RANKS` ranks, and in that type between them.
+    `integers` are the run's own sums, `in_order` float32 added in order; `fp16` and `bfloat16` add the sums of `RANKS`
+    ranks in that type.
     """
 
     integers: float
@@ -56,24 +56,24 @@ class Errors:
 RANKS = 8
 
 
-def errors_along(trainer: Trainer, moments: tuple[int, ...], bits: Literal[16, 32] = 32) -> list[Errors]:
-    """Train, and return the errors of the gradient in the updates `moments`."""
+def errors_along(trainer: Trainer, updates: tuple[int, ...], bits: Literal[16, 32] = 32) -> list[Errors]:
+    """Train, and return the errors of the gradients of `updates`."""
     step = trainer.take_step
     step.reduction.close()
-    keeping = Keeping(step.weights, trainer.comm, MICRO_BATCHES, trainer.progress, bits)
-    # One bucket, so that each gradient is kept as a whole.
-    whole = GradientReduction(step.weights, keeping, buckets_of(step.weights, len(step.weights.values)))
+    accumulator = RecordingAccumulator(step.weights, trainer.comm, MICRO_BATCHES, trainer.progress, bits)
+    # With one bucket each gradient is kept in one piece.
+    whole = GradientReduction(step.weights, accumulator, buckets_of(step.weights, len(step.weights.values)))
     trainer.take_step = replace(step, reduction=whole)
     found = []
-    while trainer.progress.step < moments[-1]:
+    while trainer.progress.step < updates[-1]:
         trainer.advance()
-        if trainer.progress.step in moments:
-            found.append(errors_of(keeping.seen, step.weights.gradients))
+        if trainer.progress.step in updates:
+            found.append(errors_of(accumulator.seen, step.weights.gradients))
     return found
 
 
 def errors_of(gradients: list[Tensor], summed: Tensor) -> Errors:
-    """Return the errors of `summed`, and of adding up `gradients` in other ways."""
+    """Return the errors of `summed`, and of other sums of `gradients`."""
     assert len(gradients) == MICRO_BATCHES
     true = torch.stack(gradients).double().sum(0)
     of_ranks = [in_order(gradients[rank::RANKS]) for rank in range(RANKS)]
@@ -107,22 +107,22 @@ def tiny_trainer(folder: Path, model: str, reduction: str) -> Trainer:
 
 
 @pytest.mark.parametrize("model", ["vgg9", pytest.param("resnet18", marks=pytest.mark.lengthy)])
-def test_sum_is_as_accurate_as_one_of_float32_in_order_all_along_a_run(tmp_path: Path, model: str) -> None:
-    errors = errors_along(tiny_trainer(tmp_path, model, "exact32"), MOMENTS)
-    assert len(errors) == len(MOMENTS)
+def test_exact32_is_at_least_as_accurate_as_float32_in_order(tmp_path: Path, model: str) -> None:
+    errors = errors_along(tiny_trainer(tmp_path, model, "exact32"), UPDATES)
+    assert len(errors) == len(UPDATES)
     assert all(0 < each.integers <= each.in_order for each in errors), errors
 
 
 @pytest.mark.parametrize("model", ["vgg9", pytest.param("resnet18", marks=pytest.mark.lengthy)])
-def test_sum_in_16_bits_is_as_inaccurate_as_is_stated(tmp_path: Path, model: str) -> None:
-    errors = errors_along(tiny_trainer(tmp_path, model, "exact16"), MOMENTS, bits=16)
-    assert len(errors) == len(MOMENTS)
-    assert all(each.fp16 < each.integers < LARGEST_OF_16_BITS for each in errors), errors
+def test_exact16_has_the_documented_error(tmp_path: Path, model: str) -> None:
+    errors = errors_along(tiny_trainer(tmp_path, model, "exact16"), UPDATES, bits=16)
+    assert len(errors) == len(UPDATES)
+    assert all(each.fp16 < each.integers < MAX_ERROR_OF_16_BITS for each in errors), errors
 
 
 if __name__ == "__main__":
     for model in ("vgg9", "resnet18"):
         for bits in (32, 16):
             with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-                for error in errors_along(tiny_trainer(Path(folder), model, f"exact{bits}"), MOMENTS, bits):
+                for error in errors_along(tiny_trainer(Path(folder), model, f"exact{bits}"), UPDATES, bits):
                     print(model, bits, error)

@@ -1,4 +1,4 @@
-"""The wheel has what an installed program needs, and nothing else."""
+"""The wheel contains what an installed program needs, and nothing else."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SHIPPED = ("configs", "studies", "launch", "slurm")
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Return the source distribution and the wheel made of it, as a package index would have both."""
+    """Return the source distribution, and the wheel built from it."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
     for path in ROOT.iterdir():
-        # Not what was made here: environments, runs, data.
+        # Ignore what was created in the checkout: environments, runs, data.
         if path.name in {"tests", "benchmarks", "docs", "docker", "dist_train", *SHIPPED}:
             shutil.copytree(path, source / path.name, ignore=shutil.ignore_patterns("__pycache__"))
         elif path.is_file():
@@ -31,8 +31,8 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
     [sdist] = (source / "dist").iterdir()
     pip("wheel", "--no-build-isolation", "--wheel-dir", str(folder / "wheels"), str(sdist))
-    [made] = (folder / "wheels").iterdir()
-    return sdist, made
+    [wheel] = (folder / "wheels").iterdir()
+    return sdist, wheel
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +53,13 @@ def pip(*words: str) -> None:
 
 
 def run(installed: Path, *words: str) -> str:
-    """Return what the installed program prints; its folder is empty but for itself."""
+    """Return the output of the installed program, run in its folder."""
     command = [sys.executable, "-m", "dist_train", *words]
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     return subprocess.run(command, cwd=installed, env=environment, check=True, capture_output=True, text=True).stdout
 
 
-def test_wheel_holds_the_package_and_the_shipped_files_alone(wheel: Path) -> None:
+def test_wheel_contains_only_the_package_and_shipped_files(wheel: Path) -> None:
     package = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "dist_train").rglob("*")
@@ -73,7 +73,7 @@ def test_wheel_holds_the_package_and_the_shipped_files_alone(wheel: Path) -> Non
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
-def test_shipped_configuration_is_found_by_its_name(installed: Path, config: str) -> None:
+def test_shipped_configuration_is_found_by_name(installed: Path, config: str) -> None:
     assert run(installed, "config", "show", f"dist_train:configs/{config}")
 
 
@@ -81,7 +81,7 @@ def test_shipped_study_finds_its_base(installed: Path) -> None:
     assert run(installed, "sweep", "dist_train:studies/smoke.yaml", "--list")
 
 
-def test_shipped_scripts_can_be_run(installed: Path) -> None:
+def test_shipped_scripts_are_executable(installed: Path) -> None:
     script = Path(run(installed, "config", "path", "dist_train:launch/local.sh").strip())
     assert script == installed / "dist_train/share/launch/local.sh"
     assert "usage" in subprocess.run([script, "--help"], check=True, capture_output=True, text=True).stdout
@@ -95,7 +95,7 @@ def test_submitted_script_sources_the_installed_prologue(installed: Path) -> Non
     assert (share / "slurm/prologue.sh").is_file()
 
 
-def test_metadata_pass_the_index_s_check(distributions: tuple[Path, Path]) -> None:
+def test_metadata_passes_the_check_of_package_indexes(distributions: tuple[Path, Path]) -> None:
     pytest.importorskip("twine", reason="needs twine, which make setup installs")
     command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, distributions)]
     checked = subprocess.run(command, capture_output=True, text=True)
@@ -103,7 +103,7 @@ def test_metadata_pass_the_index_s_check(distributions: tuple[Path, Path]) -> No
 
 
 @pytest.mark.lengthy
-def test_two_ranks_train_where_there_is_neither_a_compiler_nor_mpi(wheel: Path, tmp_path: Path) -> None:
+def test_two_ranks_train_without_compiler_and_mpi(wheel: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     programs = tmp_path / "venv/bin"
     variables = {**os.environ, "PATH": str(programs)}
